@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from diffusers import StableDiffusionPipeline
 from tiny_pipelines import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
 from trl_diffusion_sdpo.cli.main import main
@@ -37,7 +36,7 @@ def plan_of(folder, tmp_path_factory):
     return plan
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=pytest.mark.matrix)])
 def test_what_an_engine_divides_is_a_share_of_one_devices_and_the_rest_stays(plan_of, engine):
     words = "--safeguard output --optim adamw_torch --per_device_train_batch_size 1 --num_processes 4"
     one = plan_of("--safeguard output --optim adamw_torch --per_device_train_batch_size 1")
@@ -93,6 +92,7 @@ def test_accumulation_adds_no_operations_and_the_combination_of_branches_holds_b
     assert parameter.moments["optimizer"] - sum(parameter.components.values()) >= 2 * 4 * parameter.trained
 
 
+@pytest.mark.matrix
 def test_the_passes_of_an_inversion_are_operations_of_a_step(plan_of, folder):
     """By differences: 5 steps of DDIM are 2 calls more than 3, 3 steps of ReNoise 4 calls (and one each goes on to the
     timestep); a call of the reference, which full tuning has and `sft` has not, is as much."""
@@ -105,22 +105,6 @@ def test_the_passes_of_an_inversion_are_operations_of_a_step(plan_of, folder):
     a_call = shared - plan_of(f"{ALL_WEIGHTS} --safeguard none --loss_type sft").flops
     assert a_call > 0
     assert (three - shared, five - shared, renoise - shared) == (4 * a_call, 6 * a_call, 8 * a_call)
-
-
-def test_the_caches_of_a_pair_by_hand(plan_of, folder):
-    """Two images of 2 x 4 x 8 x 8 moments, mirrored as well; one prompt; two errors at each of two draws."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
-    embeds, _ = pipeline.encode_prompt("a prompt", "cpu", 1, False)
-    words = f"{ALL_WEIGHTS} --safeguard parameter --precompute_epochs 2"
-    cached = plan_of(words).cached
-    assert cached == {"latents": 2 * 2 * 2 * 4 * 8 * 8 * 4, "prompts": embeds.nbytes, "reference errors": 2 * 2 * 4}
-    assert plan_of(f"{words} --random_flip false").cached["latents"] == 2 * 2 * 4 * 8 * 8 * 4
-
-
-@pytest.mark.matrix
-def test_a_prompt_of_each_image_is_encoded_and_stored_for_each(plan_of):
-    one, two = (plan_of(f"{ALL_WEIGHTS}{named}") for named in ("", " --dataset_format branch_prompts"))
-    assert two.cached["prompts"] == 2 * one.cached["prompts"] and two.cached["latents"] == one.cached["latents"]
 
 
 @pytest.mark.matrix

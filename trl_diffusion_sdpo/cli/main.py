@@ -19,7 +19,7 @@ TRACEBACK_VARIABLE = "TRL_DIFFUSION_SDPO_TRACEBACK"
 COMMANDS = {
     "train": "Tune a pipeline on preference pairs.",
     "encode": "Encode images and prompts once, for later runs with the same options.",
-    "plan": "Compute the memory, disk and time that a run needs, before it.",
+    "plan": "Compute the memory and time that a run needs.",
     "evaluate": "Compare models by scorers: images, win rates and a report.",
     "export": "Write the LoRA of a run for ComfyUI, AUTOMATIC1111 and others.",
     "demo": "Train on the embedded world and plot the results.",

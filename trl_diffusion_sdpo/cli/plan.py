@@ -1,4 +1,4 @@
-"""`trl-diffusion-sdpo plan`: computes the memory, disk and FLOPs of a run without loading weights."""
+"""`trl-diffusion-sdpo plan`: computes the memory and FLOPs of a run without loading weights."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def make_parser(prog: str | None = None) -> OneLineParser:
     parser = OneLineParser(
         prog=prog,
         usage="%(prog)s --model_name_or_path ID [--config FILE.yaml] [--OPTION VALUE ...]",
-        description="Compute the memory, the disk and the FLOPs of a run without loading its weights: the options are "
-        "those of `train`, and these. Nothing is measured, and no device is needed.",
+        description="Compute the memory and the FLOPs of a run without loading its weights. The options are those of "
+        "`train`, and these. Nothing is measured, and no device is needed.",
     )
     parser.add_argument("--plan_device", choices=["cuda", "cpu"], default="cuda", help="device to plan for")
     parser.add_argument("--only_this", action="store_true", help="plan these settings only, no table of what fits")

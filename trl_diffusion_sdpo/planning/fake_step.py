@@ -84,14 +84,11 @@ class StepMemory:
         peaks (`dict[str, int]`): Peak of each moment: activations, gradients, temporaries and the batch.
         gradient_bytes (`int`): Memory in use when the optimizer steps.
         flops (`int`): Floating point operations of matrix products, convolutions and attention.
-        moments_bytes, prompt_bytes (`int`): Size of the micro-batch in a cache of encoded pairs.
     """
 
     peaks: dict[str, int]
     gradient_bytes: int
     flops: int
-    moments_bytes: int
-    prompt_bytes: int
 
 
 class OneProcess:
@@ -126,7 +123,6 @@ class MeasuredForward(PairForward):
     """Forward passes of a pair. Encoding and the reference's pass are separate moments."""
 
     allocations: Allocations
-    moments_bytes, prompt_bytes = 0, 0  # bytes of the encoded images and prompts
 
     def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Simulate precomputed latents by encoding here, so that their memory is counted apart."""
@@ -134,10 +130,6 @@ class MeasuredForward(PairForward):
             with self._frozen.in_use() as family:
                 moments = family.image_moments(pixels_as_floats(inputs["pixel_values"]))
                 conditioning = family.encode_prompts(inputs["prompts"])
-            self.moments_bytes, self.prompt_bytes = (
-                moments.nbytes,
-                sum(value.nbytes for value in conditioning.values()),
-            )
             size = tuple(inputs["pixel_values"].shape[-2:])
             return super().encode({**inputs, "moments": moments, "conditioning": conditioning, "target_size": size})
 
@@ -194,7 +186,7 @@ def _measure(model: nn.Module, networks: Networks, settings: StepSettings, devic
             for hook in hooks:
                 hook.remove()
         left = allocations.live
-    return StepMemory(dict(allocations.peaks), left, allocations.flops, forward.moments_bytes, forward.prompt_bytes)
+    return StepMemory(dict(allocations.peaks), left, allocations.flops)
 
 
 def _drop_gradient(weight: torch.Tensor) -> None:

@@ -1,8 +1,8 @@
-"""Memory and disk that a run needs: tensors that stay on the device, the peak of each moment, and files."""
+"""Memory that a run needs: tensors that stay on the device, and the peak of each moment."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,7 +20,6 @@ from .fake_step import (
     OPTIMIZER,
     REFERENCE,
     Networks,
-    StepMemory,
     StepSettings,
     all_modules,
     measure_step,
@@ -53,9 +52,6 @@ class Prepared:
         max_norm (`float`, *optional*): Norm to which gradients are clipped.
         frozen (`str`): Where VAE and text encoders are.
         stored (`str`, *optional*): Format of a quantized base, a key of [`STORED`].
-        checkpoints (`int`): Largest number of checkpoints on disk at once.
-        variants (`int`): Crops and flips of each image in a cache.
-        draws (`int`): Draws of the noise of each pair, for which a cache has the reference's errors.
     """
 
     networks: Networks
@@ -65,14 +61,11 @@ class Prepared:
     engine: Engine
     frozen: FrozenState = "on device"
     stored: str | None = None
-    checkpoints: int = 1
-    variants: int = 1
-    draws: int = 1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Computed memory and disk of a run on one device.
+    """Computed memory of a run on one device.
 
     Attributes:
         components (`dict[str, int]`): Tensors that stay between steps, by name.
@@ -80,9 +73,6 @@ class Plan:
         parameters, trained (`int`): Number of the denoiser's weights, and of its trained weights.
         flops (`int`): Floating point operations of a micro-batch on one device.
         pairs (`int`): Pairs of a micro-batch.
-        disk (`dict[str, int]`): Bytes on disk, by name.
-        cached (`dict[str, int]`): Bytes that caches take on disk for a pair with images and a prompt of its own, by
-            name; without the zeros at the end of a prompt that they leave out.
     """
 
     components: dict[str, int]
@@ -91,8 +81,6 @@ class Plan:
     trained: int
     flops: int
     pairs: int
-    disk: dict[str, int] = field(default_factory=dict)
-    cached: dict[str, int] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
@@ -162,10 +150,7 @@ def make_plan(prepared: Prepared, device: str) -> Plan:
     if networks.reference.is_precomputed or networks.reference.kind == "none":
         del moments[REFERENCE]
     components = {name: size for name, size in components.items() if size}
-    saved = 4 * trained * (1 if networks.average is None else 2)
-    disk = {"results": saved, "checkpoints": prepared.checkpoints * (saved + states)}
-    cached = _cached(prepared, measured)
-    return Plan(components, moments, parameters, trained, measured.flops, prepared.step.pairs, disk, cached)
+    return Plan(components, moments, parameters, trained, measured.flops, prepared.step.pairs)
 
 
 def _weights(prepared: Prepared, block: int) -> dict[str, int]:
@@ -174,35 +159,34 @@ def _weights(prepared: Prepared, block: int) -> dict[str, int]:
     family = networks.family
     half = prepared.step.autocast is not None and engine.is_zero
 
-    def held(tensors: list[torch.Tensor]) -> int:
-        sizes = 0
+    def stored_bytes(tensors: list[torch.Tensor]) -> int:
+        total = 0
         for tensor in tensors:
             width = 2 if half and tensor.is_floating_point() else tensor.element_size()
             size = rounded(tensor.numel() * width, block)
-            sizes += engine.share("weights", size) if isinstance(tensor, nn.Parameter) else size
-        return sizes
+            total += engine.share("weights", size) if isinstance(tensor, nn.Parameter) else size
+        return total
 
-    adapters = {name: _adapter(held_by) for name, held_by in _shadows(networks).items()}
+    adapters = {name: _adapter(copy) for name, copy in _copies(networks).items()}
     others = {id(weight) for weights in adapters.values() for weight in weights}
-    policy = held([one for one in _tensors(family.denoiser) if id(one) not in others])
+    policy = stored_bytes([tensor for tensor in _tensors(family.denoiser) if id(tensor) not in others])
     if prepared.stored is not None:
         adapted = adapter_layers(family.denoiser)
-        of_adapters = {part for layer in adapted for part in layer.modules()} - {
-            layer.get_base_layer() for layer in adapted
-        }
+        of_adapters = {module for layer in adapted for module in layer.modules()}
+        of_adapters -= {layer.get_base_layer() for layer in adapted}
         for layer in family.denoiser.modules():
             if isinstance(layer, nn.Linear) and layer not in of_adapters and not layer.weight.requires_grad:
                 policy -= round(layer.weight.numel() * (layer.weight.element_size() - STORED[prepared.stored]))
-    found = {"policy": policy}
-    for name, shadow in _shadows(networks).items():
-        second = shadow.second if shadow is not None else None
-        found[name] = held(adapters[name])
+    sizes = {"policy": policy}
+    for name, copy in _copies(networks).items():
+        second = None if copy is None else copy.second
+        sizes[name] = stored_bytes(adapters[name])
         if isinstance(second, SecondDenoiser):
-            found[name] += held(_tensors(second.module))
+            sizes[name] += stored_bytes(_tensors(second.module))
     for name in family.frozen_components:
         tensors = _tensors(getattr(family.pipeline, name))
-        found[name] = sum(rounded(one.numel() * one.element_size(), block) for one in tensors)
-    return found
+        sizes[name] = sum(rounded(tensor.numel() * tensor.element_size(), block) for tensor in tensors)
+    return sizes
 
 
 def _setup(prepared: Prepared, weights: dict[str, int]) -> int:
@@ -227,16 +211,7 @@ def _in_passes(prepared: Prepared) -> int:
     return extra
 
 
-def _cached(prepared: Prepared, measured: StepMemory) -> dict[str, int]:
-    step = prepared.step
-    return {
-        "latents": measured.moments_bytes * prepared.variants // step.pairs,
-        "prompts": measured.prompt_bytes // step.pairs,
-        "reference errors": prepared.draws * step.noise.timesteps_per_pair * 2 * 4,
-    }
-
-
-def _shadows(networks: Networks) -> dict[str, WeightCopy | None]:
+def _copies(networks: Networks) -> dict[str, WeightCopy | None]:
     return {"reference": networks.reference, "average": networks.average}
 
 

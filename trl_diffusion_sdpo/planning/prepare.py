@@ -113,9 +113,6 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) 
         engine,
         frozen="absent" if args.precompute_latents else frozen,
         stored=stored,
-        checkpoints=args.save_total_limit or 1,
-        variants=args.precompute_epochs if args.random_crop else 1 + args.random_flip,
-        draws=args.precompute_epochs,
     )
 
 

@@ -28,7 +28,6 @@ def report(plan: Plan, *, tflops: float, pairs: int, processes: int) -> str:
         lines.append(f"| {name}{mark} | {size / GIB:.2f} |")
     fitting = ", ".join(f"{card} GB: {'yes' if plan.fits(card) else 'no'}" for card in CARDS)
     hours = hours_of(plan, tflops=tflops, pairs=pairs, processes=processes)
-    cached = ", ".join(f"{name} {size:,} bytes" for name, size in plan.cached.items())
     lines += [
         "",
         f"Trained: {plan.trained:,} of {plan.parameters:,} weights of the denoiser.",
@@ -37,9 +36,6 @@ def report(plan: Plan, *, tflops: float, pairs: int, processes: int) -> str:
         f"{processes} device(s) at {tflops:g} TFLOP/s each: published trainings of this kind reach 9 to 26, far below "
         "a card's peak, because few images a step leave it waiting. Loading and evaluation come on top; `--tflops` "
         "takes the rate that you measured.",
-        f"Caches take of a pair: {cached}; at most {sum(plan.cached.values()) * pairs / GIB:.1f} GiB for {pairs:,} "
-        "pairs: images and prompts of several pairs are stored once.",
-        "On disk: " + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in plan.disk.items()) + ".",
     ]
     return "\n".join(lines)
 
@@ -69,7 +65,5 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "parameters": plan.parameters,
         "trained": plan.trained,
         "flops_per_pair": plan.flops / plan.pairs,
-        "disk": plan.disk,
-        "cached_per_pair": plan.cached,
         "fits": {str(card): plan.fits(card) for card in CARDS},
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BatchEncoding
@@ -23,7 +20,6 @@ from ..families import Family, find_family
 from ..families.pipelines import CLASS, networks_without_weights, read_index
 from ..families.registry import family_for_class_name
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PROMPT_TOKENS = 77  # CLIP's length, if a tokenizer's configuration has none
 
 
@@ -36,7 +32,6 @@ def pipeline_of_folder(name_or_path: str, dtype: torch.dtype, **access: Any) -> 
     Raises:
         `ValueError`: If there is no pipeline that a family can train, or a component has no configuration.
     """
-    _check_reachable(name_or_path, access)
     index = read_index(name_or_path, **access)
     family = family_for_class_name(index[CLASS])
     parts: dict[str, Any] = {}
@@ -49,25 +44,6 @@ def pipeline_of_folder(name_or_path: str, dtype: torch.dtype, **access: Any) -> 
         elif name.startswith(("tokenizer", "processor")):
             lengths[name] = _tokens(name_or_path, name)
     return _family(family.pipeline_classes[0], parts, lengths)
-
-
-def _check_reachable(name_or_path: str, access: dict[str, Any]) -> None:
-    """Raise `ValueError` if a model is on the Hub and the Hub does not answer. diffusers would retry for more than a
-    minute, and its error would name only a file."""
-    revision, cache = access.get("revision"), access.get("cache_dir")
-    if not HUB_ID.fullmatch(name_or_path) or Path(name_or_path).exists():
-        return
-    if isinstance(try_to_load_from_cache(name_or_path, "model_index.json", cache, revision), str):
-        return
-    try:
-        HfApi(token=access.get("token")).model_info(name_or_path, revision=revision, timeout=10)
-    except HfHubHTTPError:
-        return  # the Hub answered, and reading the index says what is wrong
-    except Exception as error:  # an error of httpx or httpx2, depending on the version of huggingface_hub
-        raise ValueError(
-            f"A plan reads the configuration of {name_or_path} from the Hub, and the Hub cannot be reached: "
-            f"{' '.join(str(error).split())}. Name a folder, or a model that is in the cache."
-        ) from error
 
 
 def fake_weights(modules: Iterable[nn.Module], mode: FakeTensorMode) -> None:
