@@ -33,7 +33,7 @@ def test_the_sizes_at_512_are_worked_out_by_hand():
 
 
 def test_what_leaves_one_size_or_cuts_the_resolution_is_refused():
-    with pytest.raises(ValueError, match="step=512.*leaves"):
+    with pytest.raises(ValueError, match="step=512"):
         AspectRatioBuckets((512, 512), step=512)
     with pytest.raises(ValueError, match=r"aspect ratio of `resolution`, 2\.67"):
         AspectRatioBuckets((384, 1024), max_aspect_ratio=2.0)
@@ -116,7 +116,7 @@ def test_the_order_depends_on_seed_and_epoch_and_mixes_the_buckets():
 
 
 def test_an_order_without_a_batch_is_refused():
-    with pytest.raises(ValueError, match="no bucket has the 4 pairs"):
+    with pytest.raises(ValueError, match="a step needs 4 pairs"):
         sampler([0, 0, 0, 1], 4, drop_last=True)
 
 
@@ -124,11 +124,11 @@ def test_pairs_that_are_never_trained_on_are_counted():
     """3, 2 and 1 pairs in groups of 3: shuffled, 2 and 1 of them never come; in their order, the same."""
     sizes = PairSizes(((16, 20), (16, 16), (20, 16)), np.array([0, 1, 0, 1, 0, 2]))
     told, warns = sizes.describe_epoch(3, drop_last=True, shuffled=True)
-    assert warns and "leaves 3 of 6 pairs out of an epoch, and 3 pairs are never" in told
+    assert warns and "leaves 3 of 6 pairs out of an epoch. 3 pairs are never" in told
     assert "(2 at 16 x 16, 1 at 20 x 16)" in told
     two = PairSizes(sizes.sizes, np.array([0, 0, 0, 2, 2]))
     assert two.describe_epoch(2, drop_last=True, shuffled=True) == (
-        "`dataloader_drop_last=True` leaves 1 of 5 pairs out of an epoch, others of them in each.",
+        "`dataloader_drop_last=True` leaves 1 of 5 pairs out of an epoch. Each epoch leaves out others.",
         False,
     )
     assert "1 pairs are never trained on (1 at 16 x 20)" in two.describe_epoch(2, drop_last=True, shuffled=False)[0]

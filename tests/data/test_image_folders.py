@@ -113,7 +113,7 @@ def test_a_caption_that_is_no_small_file_leaves_its_images_out(kind, write, capl
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["chosen/a.png", "chosen/a.txt: x"], "the folder chosen"),
+        (["chosen/a.png", "chosen/a.txt: x"], "two folders, chosen"),
         (["chosen/a.png", "rejected/b.png"], "2 without a partner"),
         (both("a"), "2 without a caption"),
         (["a.png", "b.png"], "folders chosen and rejected"),

@@ -84,7 +84,7 @@ def test_in_evaluation_all_processes_have_equally_many_pairs_and_none_is_missing
 
 
 def test_a_share_without_a_good_image_is_an_error_and_not_an_endless_loop():
-    with pytest.raises(ValueError, match="ended without a single pair"):
+    with pytest.raises(ValueError, match="has no pair"):
         next(iter(stream(8, bad={0, 2, 4, 6}).for_process(Share(0, 2))))
 
 

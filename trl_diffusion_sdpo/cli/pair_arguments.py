@@ -21,7 +21,7 @@ from ..data.loading import (
     load_pairs,
     load_pairs_from_files,
     rename_split,
-    saved_parts,
+    saved_splits,
     share_rows,
     surely_share_rows,
 )
@@ -291,7 +291,7 @@ def _refuse_training_pairs(script_args: PairArguments, name: str, split: str, lo
 def _lengths(path: Path, loaded: Any) -> dict[str, int] | None:
     """Return the number of rows of each split of a data set; `None` for a stream, whose splits cannot be sliced."""
     if is_saved(path):
-        return {name: len(part) for name, part in saved_parts(path).items()}
+        return {name: len(part) for name, part in saved_splits(path).items()}
     if not isinstance(loaded, Dataset) or loaded.info.splits is None:
         return None
     return {name: part.num_examples for name, part in loaded.info.splits.items()}

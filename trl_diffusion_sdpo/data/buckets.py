@@ -10,7 +10,6 @@ from fractions import Fraction
 from functools import cached_property
 from itertools import chain, pairwise
 from math import isqrt
-from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -50,7 +49,7 @@ class AspectRatioBuckets:
         if self.step < 1 or not 1 < self.max_aspect_ratio < float("inf"):
             raise ValueError(
                 "`bucket_kwargs` must have a `step` of at least 1 and a `max_aspect_ratio` above 1, got "
-                f"{self.step} and {self.max_aspect_ratio}. Usual are 64 and 2."
+                f"{self.step} and {self.max_aspect_ratio}. Usual values are 64 and 2."
             )
         short, long = sorted(self.resolution)
         if long > self.max_aspect_ratio * short:
@@ -60,9 +59,9 @@ class AspectRatioBuckets:
             )
         if len(self.sizes) == 1:
             raise ValueError(
-                f"`aspect_ratio_buckets` needs several sizes, and `step={self.step}` with "
-                f"`max_aspect_ratio={self.max_aspect_ratio}` in `bucket_kwargs` leaves {self.resolution} alone. Use a "
-                "smaller step or a larger ratio, or leave the buckets off."
+                f"`aspect_ratio_buckets` needs several sizes. With `step={self.step}` and "
+                f"`max_aspect_ratio={self.max_aspect_ratio}` in `bucket_kwargs`, {self.resolution} is the only size. "
+                "Use a smaller step or a larger ratio, or leave the buckets off."
             )
 
     @cached_property
@@ -112,10 +111,6 @@ class PairSizes:
     sizes: tuple[Size, ...]
     numbers: np.ndarray
 
-    def take(self, pairs: Any) -> PairSizes:
-        """Return the sizes of some pairs, chosen by a slice, a mask or indices."""
-        return PairSizes(self.sizes, self.numbers[pairs])
-
     def of(self, pair: int) -> Size:
         """Return `(height, width)` of a pair."""
         return self.sizes[self.numbers[pair]]
@@ -136,19 +131,23 @@ class PairSizes:
         if not drop_last:
             repeats = self.repeats(group)
             many = repeats > MANY_REPEATS * pairs
-            sentence = f"To fill up the last batch of each size, an epoch takes {repeats} of {pairs} pairs twice."
-            advice = "smaller batches or a larger `step` in `bucket_kwargs` have fewer."
-            return sentence + f" `dataloader_drop_last` leaves incomplete batches out; {advice}" * many, many
+            sentence = f"An epoch repeats {repeats} of {pairs} pairs, to fill up the last batch of each size."
+            if many:
+                sentence += (
+                    " Use smaller batches or a larger `step` in `bucket_kwargs` for fewer repeats, or leave incomplete "
+                    "batches out with `dataloader_drop_last`."
+                )
+            return sentence, many
         counts = self._counts()
         rests = counts % group
         never = np.where(counts < group, counts, 0) if shuffled else rests
         sentence = f"`dataloader_drop_last=True` leaves {rests.sum()} of {pairs} pairs out of an epoch"
         if not never.any():
-            return f"{sentence}, others of them in each.", False
+            return f"{sentence}. Each epoch leaves out others.", False
         listed = ", ".join(f"{never[i]} at {' x '.join(map(str, self.sizes[i]))}" for i in np.flatnonzero(never))
         return (
-            f"{sentence}, and {never.sum()} pairs are never trained on ({listed}): the batches of a step have {group} "
-            "pairs of one size. Use smaller batches or a larger `step` in `bucket_kwargs`, or keep the last batches."
+            f"{sentence}. {never.sum()} pairs are never trained on ({listed}), because a step needs {group} pairs of "
+            "one size. Use smaller batches or a larger `step` in `bucket_kwargs`, or keep the last batches."
         ), True
 
     def _counts(self) -> np.ndarray:
@@ -200,8 +199,8 @@ class BucketSampler(Sampler[int]):
         self._length = int((counts // group if drop_last else -(-counts // group)).sum()) * group
         if not self._length:
             raise ValueError(
-                f"`dataloader_drop_last=True` leaves no batch: no bucket has the {group} pairs of a step's batches. "
-                "Use a smaller `per_device_train_batch_size`, or keep the last batches."
+                f"`dataloader_drop_last=True` leaves no batch, because a step needs {group} pairs of one size and no "
+                "bucket has so many. Use a smaller `per_device_train_batch_size`, or keep the last batches."
             )
 
     def __len__(self) -> int:

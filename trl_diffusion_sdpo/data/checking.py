@@ -1,4 +1,4 @@
-"""The report of what was read and dropped, and the checks of images before the first batch."""
+"""Report of rows, pairs and drops, and checks of images before the first batch."""
 
 from __future__ import annotations
 
@@ -179,11 +179,11 @@ class IdenticalPairs:
         )
         if 0 < self.checked == self.identical:
             raise ValueError(
-                f"{summary}: there is nothing to prefer. Check the columns, or use `loss_type='sft'` to train on the "
+                f"{summary}, so no image is better. Check the columns, or use `loss_type='sft'` to train on the "
                 "winners alone."
             )
         if 2 * self.identical > self.checked:
-            logger.warning("%s: such pairs teach nothing. Check the columns.", summary)
+            logger.warning("%s. Such pairs do not train anything. Check the columns.", summary)
 
 
 def parse_verify_images(value: Any) -> str:

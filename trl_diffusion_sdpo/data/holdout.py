@@ -35,7 +35,7 @@ def hold_out(dataset: datasets.Dataset, size: float, *, seed: int, dataset_forma
 
 
 def hold_out_of_several(
-    parts: Sequence[datasets.Dataset], size: float, *, seed: int, formats: Sequence[str | None]
+    data_sets: Sequence[datasets.Dataset], size: float, *, seed: int, formats: Sequence[str | None]
 ) -> list[Split]:
     """Split data sets that are trained on together, as if they were one data set.
 
@@ -45,28 +45,31 @@ def hold_out_of_several(
     Raises:
         ValueError: If no rows of one of the data sets would be left to train on.
     """
-    prompts = [_prompts(part, name) for part, name in zip(parts, formats, strict=True)]
-    rows = Counter(chain(*prompts))  # prompt to its number of rows, ordered by the first row
-    total = rows.total()
+    prompts = [_prompts(rows, name) for rows, name in zip(data_sets, formats, strict=True)]
+    counts = Counter(chain(*prompts))  # prompt to its number of rows, ordered by the first row
+    total = counts.total()
     wanted = max(1, round(size * total)) if size < 1 else int(size)
     if wanted >= total:
         raise ValueError(f"`test_size={size:g}` must leave rows to train on; the data set has {total}.")
 
     # Take prompts in a random order while they fit.
-    shuffled = np.random.default_rng(seed).permutation(len(rows)).tolist()
-    distinct = list(rows)
-    held: set[str | None] = set()
-    count = 0
+    shuffled = np.random.default_rng(seed).permutation(len(counts)).tolist()
+    distinct = list(counts)
+    held_out: set[str | None] = set()
+    taken = 0
     for prompt in (distinct[number] for number in shuffled):
-        if count + rows[prompt] <= wanted:
-            held.add(prompt)
-            count += rows[prompt]
-    masks = [np.array([prompt in held for prompt in of_part], dtype=bool) for of_part in prompts]
-    if not held:
-        logger.warning("Every prompt has more than the %d rows of `test_size`: prompts are on both sides.", wanted)
+        if taken + counts[prompt] <= wanted:
+            held_out.add(prompt)
+            taken += counts[prompt]
+    masks = [np.array([prompt in held_out for prompt in texts], dtype=bool) for texts in prompts]
+    if not held_out:
+        logger.warning(
+            "Every prompt has more than the %d rows of `test_size`, so both sides have its rows.",
+            wanted,
+        )
         mask = np.zeros(total, dtype=bool)
         mask[np.random.default_rng(seed).permutation(total)[:wanted]] = True
-        masks = np.split(mask, np.cumsum([len(of_part) for of_part in prompts])[:-1])
+        masks = np.split(mask, np.cumsum([len(texts) for texts in prompts])[:-1])
 
     if empty := [number for number, mask in enumerate(masks) if mask.all()]:
         raise ValueError(
@@ -75,8 +78,8 @@ def hold_out_of_several(
         )
     logger.info("Held out for evaluation: %d of %d rows.", sum(mask.sum() for mask in masks), total)
     return [
-        (part.select(np.flatnonzero(~mask)), part.select(np.flatnonzero(mask)))
-        for part, mask in zip(parts, masks, strict=True)
+        (rows.select(np.flatnonzero(~mask)), rows.select(np.flatnonzero(mask)))
+        for rows, mask in zip(data_sets, masks, strict=True)
     ]
 
 

@@ -23,9 +23,10 @@ DATA_FILES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".tar", "
 MAX_RANKED = 8  # images of one prompt; more numbered images are a photo series, so the numbers are no ranks
 MAX_CAPTION_BYTES = 2**20
 LAYOUTS = (
-    "Pairs are equal names in its folders chosen and rejected, or ranks of one or two digits at the end of the names "
-    f"of at most {MAX_RANKED} images (a_0.png is better than a_1.png), with the prompt in a text file of that name "
-    "(a.txt); or a table names them (pairs.csv with the columns prompt, chosen, rejected)."
+    "Put the two images of a pair under one name into the folders chosen and rejected, and the prompt into a text file "
+    "of that name (a.txt). Or rank at most "
+    f"{MAX_RANKED} images of a prompt by one or two digits at the end of their names (a_0.png is better than a_1.png). "
+    "Or name the images in a table (pairs.csv with the columns prompt, chosen, rejected)."
 )
 _RANKED = re.compile(r"(.+)_(\d\d?)")
 _CLUTTER = ("thumbs.db", "desktop.ini")  # written by file managers; clutter of other programs begins with a dot
@@ -33,7 +34,7 @@ NOTES = ("captions without images", "files of other kinds")  # these are not bad
 
 
 @dataclass
-class Part:
+class FolderSplit:
     """Pairs of one split, and the names of files that were left out, by reason."""
 
     folder: Path
@@ -59,13 +60,13 @@ class Part:
             )
         if "rank" in self.rows:
             names = [Path(name).name for name in self.rows["image_path"][0]]
-            logger.warning("%s: names are read as ranks: %s is the best of %s.", self.folder, names[0], names)
+            logger.warning("%s: numbers in names are ranks. %s is the best of %s.", self.folder, names[0], names)
         if lines:
             prompts = len(self.rows["prompt"])
             logger.warning("%s: %d prompts with images. Left out:%s", self.folder, prompts, "".join(lines))
 
 
-def read_image_folder(path: Path) -> dict[str, Part] | None:
+def read_image_folder(path: Path) -> dict[str, FolderSplit] | None:
     """Return the pairs of a folder by split, or `None` if its files are in neither layout.
 
     Raises:
@@ -75,7 +76,7 @@ def read_image_folder(path: Path) -> dict[str, Part] | None:
     has_sides = bool(splits)
     for folder in splits:
         if len(_sides(folder)) == 1 and not _has_table(folder, path):
-            raise ValueError(f"{folder} has the folder {_sides(folder)[0]} and not the other one. {LAYOUTS}")
+            raise ValueError(f"{folder} has only one of the two folders, {_sides(folder)[0]}. {LAYOUTS}")
     if not has_sides:
         stems = [_stem(file, path) for file in _files(path) if _is_image(file)]
         ranked = [match[1] for stem in stems if (match := _RANKED.fullmatch(stem))]
@@ -87,20 +88,20 @@ def read_image_folder(path: Path) -> dict[str, Part] | None:
     if splits == [path]:
         return {"train": _read(path, has_sides)}
     if others := sorted(entry.name for entry in path.iterdir() if entry not in splits and not _is_clutter(entry)):
-        logger.warning("%s: not read, because it is in no split: %s", path, ", ".join(others))
+        logger.warning("%s: these entries are in no split and are not read: %s", path, ", ".join(others))
     return {folder.name: _read(folder, has_sides) for folder in splits}
 
 
-def make_datasets(parts: dict[str, Part]) -> dict[str, datasets.Dataset]:
+def make_datasets(splits: dict[str, FolderSplit]) -> dict[str, datasets.Dataset]:
     """Return one data set per split. The info of each data set contains the lengths of all splits."""
-    made = {name: datasets.Dataset.from_dict(part.rows) for name, part in parts.items()}
-    splits = {name: datasets.SplitInfo(name, num_examples=len(dataset)) for name, dataset in made.items()}
+    made = {name: datasets.Dataset.from_dict(split.rows) for name, split in splits.items()}
+    lengths = {name: datasets.SplitInfo(name, num_examples=len(dataset)) for name, dataset in made.items()}
     for dataset in made.values():
-        dataset.info.splits = datasets.SplitDict(splits)
+        dataset.info.splits = datasets.SplitDict(lengths)
     return made
 
 
-def _read(folder: Path, has_sides: bool) -> Part:
+def _read(folder: Path, has_sides: bool) -> FolderSplit:
     """Read one split. Sort the files by the name of their group, then turn each group into a row."""
     groups: dict[str, list[tuple[int, Path]]] = defaultdict(list)  # ranks and images; a lower rank is better
     captions: dict[str, list[Path]] = defaultdict(list)
@@ -149,7 +150,7 @@ def _read(folder: Path, has_sides: bool) -> Part:
             rows[column].append(value)
     if unused := [file for files in captions.values() for file in files]:
         leave_out("captions without images", unused)
-    return Part(folder, rows, dict(left_out))
+    return FolderSplit(folder, rows, dict(left_out))
 
 
 def _prompt(captions: list[Path]) -> tuple[str, str]:

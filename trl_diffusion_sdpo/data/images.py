@@ -102,15 +102,13 @@ def parse_schemes(value: str | Sequence[str] | None) -> tuple[str, ...]:
         scheme = str(word).removesuffix("://").lower()
         if scheme not in fsspec.available_protocols():
             raise ValueError(
-                "`image_schemes` must be schemes of URLs that fsspec knows (`fsspec.available_protocols()`), such as "
-                f"s3; got {word!r}.{did_you_mean(scheme, fsspec.available_protocols())}"
+                "`image_schemes` must be URL schemes from `fsspec.available_protocols()`, such as s3; got "
+                f"{word!r}.{did_you_mean(scheme, fsspec.available_protocols())}"
             )
         try:
             fsspec.get_filesystem_class(scheme)
         except ImportError as error:
-            raise ValueError(
-                f"`image_schemes={word!r}` cannot be used: {error}. Install it, e.g. with pip."
-            ) from error
+            raise ValueError(f"`image_schemes={word!r}` needs a package that is not installed: {error}.") from error
         schemes[scheme] = None
     return tuple(schemes)
 

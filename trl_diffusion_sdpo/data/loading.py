@@ -33,9 +33,9 @@ FILE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {  # with their arguments
 }
 _SPLIT_NAMES = (ONLY_SPLIT, "validation", "test")
 _IMAGE_COLUMNS = tuple(
-    dict.fromkeys(name for known in FORMATS.values() for name in (*known.image_columns, *known.other_image_columns))
+    dict.fromkeys(name for each in FORMATS.values() for name in (*each.image_columns, *each.other_image_columns))
 )
-_PROMPT_COLUMNS = {name for known in FORMATS.values() for name in known.prompt_columns}
+_PROMPT_COLUMNS = {name for each in FORMATS.values() for name in each.prompt_columns}
 
 
 def load_pairs(
@@ -66,9 +66,8 @@ def load_pairs(
     if path.exists() and config is not None:
         message = "`dataset_config=%s` has no effect on %s: configurations belong to data sets of the Hub."
         logger.warning(message, config, name)
-    parts = saved_parts(path) if is_saved(path) else None
-    if parts is not None:
-        loaded = with_found_images(_rows_of_parts(path, parts, split), [path])
+    if is_saved(path):
+        loaded = with_found_images(_rows_of_splits(path, saved_splits(path), split), [path])
         return loaded.to_iterable_dataset() if streaming else loaded
     if path.is_file():
         return _load_file(path, split, streaming)
@@ -77,9 +76,9 @@ def load_pairs(
     layout = read_image_folder(path)
     if layout is None:
         return _load_folder(path, split, streaming)
-    made = _rows_of_parts(path, make_datasets(layout), split)
-    for part in {part.partition("[")[0] for part in _split_parts(split)} & set(layout) or layout:
-        layout[part].report(strict=on_bad_row == "raise")
+    made = _rows_of_splits(path, make_datasets(layout), split)
+    for name in {_split_name(summand) for summand in _summands(split)} & set(layout) or layout:
+        layout[name].report(strict=on_bad_row == "raise")
     return made.to_iterable_dataset() if streaming else made
 
 
@@ -99,22 +98,22 @@ def is_one_split(path: Path) -> bool:
     return path.is_file() or ((path / _SAVED_DATASET).is_file() and not (path / _SAVED_DATASET_DICT).is_file())
 
 
-def saved_parts(path: Path) -> dict[str, datasets.Dataset]:
+def saved_splits(path: Path) -> dict[str, datasets.Dataset]:
     """Return data written by `save_to_disk`, by split. A single `Dataset` is the split `train`."""
     saved = datasets.load_from_disk(str(path))
     return saved if isinstance(saved, datasets.DatasetDict) else {ONLY_SPLIT: saved}
 
 
-def _rows_of_parts(path: Path, parts: Mapping[str, datasets.Dataset], split: str) -> datasets.Dataset:
+def _rows_of_splits(path: Path, splits: Mapping[str, datasets.Dataset], split: str) -> datasets.Dataset:
     """Return a split, or slices of splits."""
-    if split in parts:
-        return parts[split]
+    if split in splits:
+        return splits[split]
     try:
-        rows = rows_of(split, {name: len(part) for name, part in parts.items()})
+        rows = rows_of(split, {name: len(rows) for name, rows in splits.items()})
     except ValueError as error:
-        raise ValueError(f"The data set {path} must have the split {split!r}; it has {', '.join(parts)}.") from error
-    joined = datasets.concatenate_datasets([parts[name].select(part) for name, part in rows])
-    joined.info.splits = next(iter(parts.values())).info.splits
+        raise ValueError(f"The data set {path} must have the split {split!r}; it has {', '.join(splits)}.") from error
+    joined = datasets.concatenate_datasets([splits[name].select(numbers) for name, numbers in rows])
+    joined.info.splits = next(iter(splits.values())).info.splits
     return joined
 
 
@@ -159,7 +158,7 @@ def _builder_of(path: Path) -> datasets.DatasetBuilder:
     except ValueError:  # the splits have files of different kinds
         pass
     else:
-        names = [name for part in (builder.config.data_files or {}).values() for name in part]
+        names = [name for files in (builder.config.data_files or {}).values() for name in files]
         if builder.name != "imagefolder" or any(_is_metadata(name) for name in names):
             return builder
     return datasets.load_dataset_builder(str(path), data_files=_data_files(path))
@@ -187,8 +186,8 @@ def _data_files(path: Path) -> dict[str, list[str]]:
 def _folders_of_files(builder: datasets.DatasetBuilder, split: str) -> list[Path]:
     """Return the local folder of the data files of a split, if all are in one folder."""
     of_splits = builder.config.data_files or {}
-    wanted = {part.partition("[")[0] for part in _split_parts(split)}
-    names = [name for part in of_splits if wanted & {part, ALL_SPLITS} for name in of_splits[part]]
+    wanted = {_split_name(summand) for summand in _summands(split)}
+    names = [name for each in of_splits if wanted & {each, ALL_SPLITS} for name in of_splits[each]]
     folders = {Path(name).parent for name in names if "://" not in name}
     return list(folders) if len(folders) == 1 else []
 
@@ -242,7 +241,7 @@ def _in_batch(columns: Sequence[str], roots: Sequence[str], *values: list[Any]) 
 
 def _find(value: Any, roots: Sequence[str]) -> Any:
     if isinstance(value, list):
-        return [_find(part, roots) for part in value]
+        return [_find(entry, roots) for entry in value]
     if not isinstance(value, str) or not value or "://" in value or os.path.isabs(value) or ntpath.isabs(value):
         return value
     names = [value, value.replace("\\", "/")]  # names with Windows separators, read on other systems
@@ -260,7 +259,7 @@ def _is_image_feature(feature: Any) -> bool:
 
 def rename_split(split: str, name: str) -> str:
     """Replace the name of a split and keep its slices: `test[:90%]` becomes `train[:90%]`."""
-    return "+".join(name + part[len(_split_name(part)) :] for part in _split_parts(split))
+    return "+".join(name + summand[len(_split_name(summand)) :] for summand in _summands(split))
 
 
 def rows_of(split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
@@ -273,7 +272,7 @@ def rows_of(split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
     if split == ALL_SPLITS:
         return [(name, range(length)) for name, length in lengths.items()]
     absolute = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
-    return [(part.splitname, range(part.from_, part.to)) for part in absolute]
+    return [(summand.splitname, range(summand.from_, summand.to)) for summand in absolute]
 
 
 def share_rows(first: str, second: str, lengths: dict[str, int]) -> bool:
@@ -290,16 +289,16 @@ def surely_share_rows(first: str, second: str) -> bool:
     if ALL_SPLITS in (first, second):
         return True
     return any(
-        _split_name(part) == _split_name(other) and (part == other or _split_name(part) in (part, other))
-        for part in _split_parts(first)
-        for other in _split_parts(second)
+        _split_name(one) == _split_name(other) and (one == other or _split_name(one) in (one, other))
+        for one in _summands(first)
+        for other in _summands(second)
     )
 
 
-def _split_parts(split: str) -> list[str]:
-    return [part.strip() for part in split.split("+")]
+def _summands(split: str) -> list[str]:
+    return [summand.strip() for summand in split.split("+")]
 
 
-def _split_name(part: str) -> str:
+def _split_name(summand: str) -> str:
     """Return the name without slices: `train` for `train[:90%]`."""
-    return part.partition("[")[0]
+    return summand.partition("[")[0]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..losses import WEIGHT_FUNCTIONS, calibrated_scores, score_gaps, with_mean_one
+from ..losses.pair_weights import WeightFunction
 from ..utils.processes import ALONE, Peers
 from .images import ImageReader, UndecodableImageError
 from .pairs import PreferenceDataset
@@ -24,9 +25,8 @@ COMPARED_AT_ONCE = 1 << 22  # comparisons in memory at a time
 MOST_OF_ALL = 0.5  # the trainer warns if one pair has a larger share of all weight
 SCORER_COLUMNS = ("chosen_scores", "rejected_scores")  # lists with one number per scorer
 NOT_FOR_STREAMS = (
-    "`{name}` needs the scores or weights of all pairs before the first batch, and the {data} data are a stream: the "
-    "mean of the weights, the largest gaps and the images of a prompt are unknown before it ends. Load them without "
-    "`streaming=True`, or leave it out."
+    "`{name}` needs the scores or weights of all pairs before the first batch. The {data} data are a stream, so they "
+    "are not known. Load the data without `streaming=True`, or leave `{name}` out."
 )
 
 
@@ -47,29 +47,32 @@ class ScoreSettings:
     in_unit_range: bool = False
 
     @property
+    def _weighting(self) -> WeightFunction | None:
+        """The function of `pair_weights`; `None` without weights, or if it names a column."""
+        return WEIGHT_FUNCTIONS.get(self.pair_weights or "")
+
+    @property
     def number_columns(self) -> tuple[str, ...]:
         """Columns that are read in addition to those of the format."""
         if self.pair_weights is None:
             return ()
-        weighting = WEIGHT_FUNCTIONS.get(self.pair_weights)
-        if weighting is None:
+        if self._weighting is None:
             return (self.pair_weights,)
-        return SCORER_COLUMNS if weighting.several_scorers else ()
+        return SCORER_COLUMNS if self._weighting.several_scorers else ()
 
     @property
     def reads_gaps(self) -> bool:
         """Whether the gaps of the score columns are read."""
-        weighting = None if self.pair_weights is None else WEIGHT_FUNCTIONS.get(self.pair_weights)
-        return weighting is not None and not weighting.several_scorers
+        return self._weighting is not None and not self._weighting.several_scorers
 
     @property
     def weighed_by(self) -> str | None:
         """Description of the weights' origin; `None` without weights."""
         if self.pair_weights is None:
             return None
-        weighting = WEIGHT_FUNCTIONS.get(self.pair_weights)
-        by_gap = weighting is not None and not weighting.several_scorers
-        return repr(self.pair_weights) + (" of pairs ordered by scores" if by_gap and self.sorts_by_scores else "")
+        return repr(self.pair_weights) + (
+            " of pairs ordered by scores" if self.reads_gaps and self.sorts_by_scores else ""
+        )
 
     @property
     def needs_scores(self) -> bool:
@@ -117,17 +120,16 @@ class ScoreSettings:
         weighed_by = weighed_by if training else None
         if (calibrated, weighed_by) != (self.calibrates, self.weighed_by):
             raise ValueError(
-                f"The prepared {name} data have{'' if calibrated else ' no'} calibrated scores and"
-                f"{f' weights of pairs by {weighed_by}' if weighed_by else ' no weights of pairs'}, and "
-                f"`calibrated_scores` is {self.calibrated}, `pair_weights` {self.weighed_by}. Pass the data set that "
-                "they were prepared from."
+                f"Prepared data must use scores like the trainer. The {name} data were prepared with "
+                f"`calibrated_scores={calibrated}` and `pair_weights={weighed_by}`. The trainer has {self.calibrated} "
+                f"and {self.weighed_by}. Pass the data set that they were prepared from."
             )
         if training:  # evaluation data would repeat the warning at every evaluation
             self._warn_of_range(dataset)
         if self.sorts_by_scores and not dataset.has_scores:
             raise ValueError(
-                f"The loss reads scores, and the prepared {name} data have none. Pass the data set that they were "
-                "prepared from."
+                f"The loss needs scores. The {name} data were prepared without scores. Pass the data set that they "
+                "were prepared from."
             )
 
     def _warn_of_range(self, dataset: Any) -> None:
@@ -140,9 +142,8 @@ class ScoreSettings:
         low, high = float(scores.min()), float(scores.max())
         if low < 0 or high > 1:
             logger.warning(
-                "%s data: the loss takes scores for an image's expected share of wins, in [0, 1], and theirs are from "
-                "%.4g to %.4g: the logit's target is then a difference of these. Use `calibrated_scores`, which makes "
-                "shares of them.",
+                "%s data: the loss expects scores in [0, 1], an image's expected share of wins. The scores of the data "
+                "are from %.4g to %.4g. Use `calibrated_scores` to convert them.",
                 *(dataset.report.name, low, high),
             )
 
@@ -156,14 +157,12 @@ class ScoreSettings:
         gaps, pairs = self.gaps(dataset), len(dataset)
         if gaps.min() == gaps.max():
             raise ValueError(
-                f"`pair_weights` goes by the gaps of the scores, and all {pairs} pairs of the {dataset.report.name} "
-                f"data have the gap {float(gaps.max()):g}. Score the images by what tells them apart, or leave it out."
+                f"`pair_weights` needs pairs with different gaps of scores. All {pairs} pairs of the "
+                f"{dataset.report.name} data have the gap {float(gaps.max()):g}. Use another scorer, or leave it out."
             )
         contradicted = int((dataset.scores[:, 0] < dataset.scores[:, 1]).sum())
         if contradicted:
-            what = (
-                "they are exchanged, as the loss goes by scores" if self.sorts_by_scores else "their gap counts as 0"
-            )
+            what = "the loss exchanges their images" if self.sorts_by_scores else "their gap counts as 0"
             note = f"in {contradicted} of {pairs} pairs the rejected image has the higher score: {what}"
             dataset.add_note(note)
             logger.warning("%s data: %s.", dataset.report.name, note)
@@ -179,21 +178,22 @@ class ScoreSettings:
             weights = weighting.function(scores, sorts_by_scores=self.sorts_by_scores)
         if not weights.any():
             raise ValueError(
-                f"`pair_weights={self.pair_weights!r}` is 0 for all {len(weights)} pairs of the {dataset.report.name} "
-                "data: none is left. Choose other weights, or for `gain` scores of a smaller scale."
+                f"Some pairs must have a weight above 0. `pair_weights={self.pair_weights!r}` is 0 for all "
+                f"{len(weights)} pairs of the {dataset.report.name} data. Choose other weights. For `gain`, scale the "
+                "scores down."
             )
         largest = float(weights.max() / weights.sum())
         if largest > MOST_OF_ALL and len(weights) > 2:
             logger.warning(
-                "`pair_weights=%r` gives one of %d pairs of the %s data %.0f %% of all weight: training is about this "
-                "pair alone. Check its scores.",
+                "`pair_weights=%r` gives one of the %d pairs of the %s data %.0f %% of all weight, so hardly any other "
+                "pair counts. Check its scores.",
                 *(self.pair_weights, len(weights), dataset.report.name, 100 * largest),
             )
         if weights.min() == weights.max():
             logger.warning("`pair_weights=%r` has no effect: all pairs have the same weight.", self.pair_weights)
         weights = with_mean_one(weights)
         logger.info(
-            "%s data: weights of pairs by %r from %.3g to %.3g, %d of %d are 0; their mean is 1.",
+            "%s data: the weights of pairs by %r are from %.3g to %.3g, with mean 1. %d of %d weights are 0.",
             *(dataset.report.name, self.pair_weights, float(weights.min()), float(weights.max())),
             *(int((weights == 0).sum()), len(weights)),
         )
@@ -205,8 +205,8 @@ def _numbers(dataset: PreferenceDataset, column: str) -> torch.Tensor:
     source, index = dataset.origins()
     if (index[:, 0] != index[:, 2]).any():
         raise ValueError(
-            f"`pair_weights={column!r}` needs one value for each pair. In the {dataset.report.name} data each pair "
-            "comes from two rows. Use a format that has a pair in one row."
+            f"`pair_weights={column!r}` needs one value for each pair. In the {dataset.report.name} data, the images "
+            "of a pair are in two rows. Use a format with one row for each pair."
         )
     return torch.from_numpy(numbers_of_rows(source.values(column), column)[0][index[:, 0]])
 
@@ -214,11 +214,12 @@ def _numbers(dataset: PreferenceDataset, column: str) -> torch.Tensor:
 def _weights_of_column(dataset: PreferenceDataset, column: str) -> torch.Tensor:
     weights, what = _numbers(dataset, column), f"`pair_weights={column!r}`"
     if weights.shape[1] != 1:
-        raise ValueError(f"{what} must be a column of one number for each pair, and its rows have {weights.shape[1]}.")
+        raise ValueError(f"{what} must name a column with one number in each row. Its rows have {weights.shape[1]}.")
     if negative := int((weights < 0).sum()):
         raise ValueError(
-            f"{what} must not be negative, which would turn pairs around, and it is for {negative} of {len(weights)} "
-            f"pairs of the {dataset.report.name} data, down to {float(weights.min()):g}. Leave them out, or use 0."
+            f"{what} must not be negative, because a negative weight would exchange winner and loser. It is negative "
+            f"for {negative} of {len(weights)} pairs of the {dataset.report.name} data, down to "
+            f"{float(weights.min()):g}. Leave these pairs out, or use 0."
         )
     return weights[:, 0]
 
@@ -234,7 +235,7 @@ def _scores_of_several(dataset: PreferenceDataset) -> torch.Tensor:
     chosen, rejected = (_numbers(dataset, column) for column in SCORER_COLUMNS)
     if chosen.shape != rejected.shape or chosen.shape[1] < 2:
         raise ValueError(
-            "`pair_weights='agreement'` compares several scorers, at least 2, the same for both images; "
+            "`pair_weights='agreement'` needs the scores of at least 2 scorers for both images. "
             f"`{SCORER_COLUMNS[0]}` has {chosen.shape[1]} numbers in a row and `{SCORER_COLUMNS[1]}` has "
             f"{rejected.shape[1]}."
         )
@@ -242,8 +243,8 @@ def _scores_of_several(dataset: PreferenceDataset) -> torch.Tensor:
     constant = [number for number, equal in enumerate((chosen == rejected).all(dim=0).tolist()) if equal]
     if constant:
         raise ValueError(
-            "`pair_weights='agreement'` needs scorers that tell images apart, and the scorers "
-            f"{constant} (from 0) give both images of all {len(scores)} pairs the same score. Leave them out of "
+            "`pair_weights='agreement'` needs scorers that distinguish images. The scorers "
+            f"{constant} (counted from 0) give both images of all {len(scores)} pairs the same score. Remove them from "
             f"`{SCORER_COLUMNS[0]}` and `{SCORER_COLUMNS[1]}`."
         )
     return scores
@@ -269,17 +270,17 @@ def calibrate(dataset: PreferenceDataset) -> np.ndarray:
     starts = np.cumsum(sizes) - sizes
     for size in np.unique(sizes).tolist():
         groups = order[starts[sizes == size, None] + np.arange(size)]  # (groups, size)
-        for part in np.array_split(groups, -(-groups.size * size // COMPARED_AT_ONCE)):
-            calibrated[part] = calibrated_scores(torch.from_numpy(scores[part])).numpy()
+        for chunk in np.array_split(groups, -(-groups.size * size // COMPARED_AT_ONCE)):
+            calibrated[chunk] = calibrated_scores(torch.from_numpy(scores[chunk])).numpy()
     return calibrated[images].reshape(-1, 2)
 
 
 def _prompt_numbers(source: PairSource, rows: np.ndarray) -> np.ndarray:
     """Return a number for the prompt of each row. Equal prompts have equal numbers."""
-    different, places = np.unique(rows, return_inverse=True)
+    distinct, number_of_row = np.unique(rows, return_inverse=True)
     numbers: dict[str, int] = {}
-    codes = [numbers.setdefault(prompt, len(numbers)) for prompt in source.prompts_of_rows(different)]
-    return np.array(codes, dtype=np.int64)[places.reshape(-1)]
+    codes = [numbers.setdefault(prompt, len(numbers)) for prompt in source.prompts_of_rows(distinct)]
+    return np.array(codes, dtype=np.int64)[number_of_row.reshape(-1)]
 
 
 def _different_images(
@@ -295,10 +296,10 @@ def _different_images(
     contents: dict[tuple[int, int], str] = {}
     numbers: dict[tuple, int] = {}
     image_numbers = np.empty(len(rows), dtype=np.int64)
-    for number, (prompt, score, place) in enumerate(rows):
+    for number, (prompt, score, image) in enumerate(rows):
         content = ""
         if alike[prompt, score] > 1:
-            content = contents.get(place) or contents.setdefault(place, _content(source, reader, *place))
+            content = contents.get(image) or contents.setdefault(image, _content(source, reader, *image))
         image_numbers[number] = numbers.setdefault((prompt, score, content), len(numbers))
     return (
         image_numbers,

@@ -46,9 +46,9 @@ class PermutedLosers:
         if 2 * count > len(index):
             prompt = shorten(source.prompt(int(index[pair, 0])), 60, placeholder="…")
             raise ValueError(
-                "`losers='permute'` gives every image a loser of another prompt, so that no prompt may have more than "
-                f"half of the images. In the {name} data {prompt!r} has {count} of {len(index)}. Add images of other "
-                "prompts, or leave some of these out."
+                "`losers='permute'` takes losers of other prompts, so no prompt may have more than half of the images. "
+                f"In the {name} data, the prompt {prompt!r} has {count} of {len(index)}. Add images of other prompts, "
+                "or leave some of its images out."
             )
         return cls(prompts, index[:, :2], seed)
 

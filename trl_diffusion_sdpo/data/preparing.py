@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 WITHOUT_MEAN = (
     "`pair_weights` reads the columns {columns} of all pairs before the first batch, because weights are divided by "
-    "their mean, and the {name} data are a stream. Load them without `streaming=True`, or leave it out."
+    "their mean. The {name} data are a stream. Load them without `streaming=True`, or leave `pair_weights` out."
 )
 
 
@@ -47,7 +47,8 @@ def prepare_dataset(
     is_stream = dataset.is_stream if is_mixture else isinstance(dataset, datasets.IterableDataset)
     if options.num_proc is not None and (is_stream or not (options.verify_images == "all" or options.reads_sizes)):
         logger.warning(
-            "`num_proc=%s` has no effect: only checks of all images of a map-style set, or of their sizes, use it.",
+            "`num_proc=%s` has no effect. It is used only if all images of a map-style set, or their sizes, are "
+            "checked.",
             options.num_proc,
         )
     if is_stream:
@@ -83,11 +84,12 @@ def prepare_dataset(
 def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> PreferenceIterableDataset:
     if options.permutes:
         raise ValueError(
-            "`losers='permute'` needs all rows at once, and the data are a stream. Load them without `streaming=True`."
+            f"`losers='permute'` needs all rows at once. The {name} data are a stream. Load them without "
+            "`streaming=True`."
         )
     if options.reads_sizes:
         raise ValueError(
-            "`aspect_ratio_buckets` and `min_side` need the sizes of all images before the first batch, and the "
+            "`aspect_ratio_buckets` and `min_side` need the sizes of all images before the first batch. The "
             f"{name} data are a stream. Load them without `streaming=True`, or leave both out."
         )
     if options.number_columns:
@@ -107,6 +109,6 @@ def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> Preference
 def _without_losers(name: str) -> str:
     others = "\n".join(f"  {each.describe()}" for each in FORMATS.values() if each.has_losers)
     return (
-        f"The {name} data have captions and no losers (format `captioned`). Train with `losers='permute'`, which takes "
+        f"Pairs need losers. The {name} data have only captions (format `captioned`). Use `losers='permute'` to take "
         "images of other captions as losers, or rename columns so that they match one of:\n" + others
     )

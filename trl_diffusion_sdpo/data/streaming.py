@@ -149,7 +149,7 @@ class PreferenceIterableDataset(IterableDataset):
     ) -> None:
         self._streams, self._options, self._name, self._maker = streams, options, name, options.maker
         if len({is_split_by_node(stream.source) for stream in streams}) > 1:
-            raise ValueError("Split all streams of a mixture by node, or none: some are and some are not.")
+            raise ValueError("All streams of a mixture must be split by node, or none. Only some of them are.")
         self._weights = [1.0] * len(streams) if weights is None else [float(weight) for weight in weights]
         self._format_name = "+".join(stream.format.name for stream in streams)
         self.has_scores = all(stream.has_scores for stream in streams)
@@ -282,7 +282,7 @@ class PreferenceIterableDataset(IterableDataset):
             yield made if scores is None else made | {"scores": scores}
         counts.copy_(torch.tensor([getattr(report, count) for count in COUNTS]))
         if not report.pairs and workers == 1 and (self._repeat or position < 0 or share.count == 1):
-            raise BadDataError(f"The stream ended without a single pair. Check its labels and images.\n{report}")
+            raise BadDataError(f"The stream has no pair. Check its labels and images.\n{report}")
         return position + 1 if report.pairs or not self._repeat else 0
 
     def _items(self, report: DataReport, epoch: int, passed: int) -> Iterator[tuple | None]:
