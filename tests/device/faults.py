@@ -13,8 +13,8 @@ def _misplaced(trainer):
     draw = trainer.pair_forward.draw_noise
 
     def on_the_host(seeds, latents):
-        timesteps, noise, extra = draw(seeds, latents)
-        return timesteps, noise + torch.randn(noise.shape), extra
+        timesteps, noise = draw(seeds, latents)
+        return timesteps, noise + torch.randn(noise.shape)
 
     trainer.pair_forward.draw_noise = on_the_host
     yield

@@ -112,13 +112,13 @@ def test_average_budget_and_diagnostics_do_not_synchronize(found, cases):
 
 
 COMPARED = {"logging_steps": 1, "max_steps": 2, "learning_rate": 1e-4}
-DRAWN = {"noise_offset": 0.1, "input_perturbation": 0.1, "weighting_scheme": "logit_normal", "n_timesteps_per_pair": 2}
+DRAWN = {"noise_offset": 0.1, "weighting_scheme": "logit_normal", "n_timesteps_per_pair": 2}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
 
 
 @each(sd("full", "output", "drawn", COMPARED | DRAWN | EMA_AND_BUDGET | EVALUATED, evaluates=True))
 def test_a_seed_means_the_same_noise_as_on_the_cpu(found, cases, make_trainer, family_folder, start_data):
-    """Noise, its offset and perturbation, timesteps, posterior samples, the budget's probe and evaluations: all errors
+    """Noise and its offset, timesteps, posterior samples, the budget's probe and evaluations: all errors
     are those of a run on the CPU."""
     data = datasets.load_from_disk(start_data)
     settings = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2} | cases[0]["args"]

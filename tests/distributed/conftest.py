@@ -161,7 +161,7 @@ def encoded(start, tmp_path_factory):
     @torch.no_grad()
     def encode(batch: dict) -> dict[str, torch.Tensor]:
         latents, conditioning = trainer.pair_forward.encode(batch)
-        timesteps, noise, _ = trainer.pair_forward.draw_noise(batch["seeds"], latents)
+        timesteps, noise = trainer.pair_forward.draw_noise(batch["seeds"], latents)
         process = trainer.family.noise_process
         return {
             "noisy": process.add_noise(latents, noise, timesteps).double(),

@@ -30,7 +30,7 @@ def uniform_draws():
 
 
 def drawn_timesteps(trainer, channels=4, side=8):
-    timesteps, _, _ = trainer.pair_forward.draw_noise(SEEDS, torch.zeros(2, channels, side, side))
+    timesteps, _ = trainer.pair_forward.draw_noise(SEEDS, torch.zeros(2, channels, side, side))
     assert torch.equal(*timesteps.chunk(2))
     return timesteps[: len(SEEDS)]
 

@@ -33,7 +33,6 @@ def test_eight_single_pairs_accumulated_walk_like_one_batch_of_eight(make_traine
             proportion_empty_prompts=0.5,
             random_crop=True,
             noise_offset=0.1,
-            input_perturbation=0.1,
             snr_gamma=5.0,
             peft_config=LoraConfig(r=4) if tuning == "lora" else None,
             **more,

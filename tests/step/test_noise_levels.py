@@ -55,7 +55,7 @@ def test_the_gradient_is_the_mean_of_those_of_as_many_micro_batches(make_trainer
     latents, conditioning = forward.encode(batch)
     seeds, losses = seeds_of_draws(batch["seeds"], LEVELS), []
     for level in range(LEVELS):
-        timesteps, noise, _ = forward.draw_noise(seeds[4 * level : 4 * level + 4], latents)
+        timesteps, noise = forward.draw_noise(seeds[4 * level : 4 * level + 4], latents)
         noisy, target = process.add_noise(latents, noise, timesteps).double(), noise.double()
         text = conditioning["prompt_embeds"].double()
 

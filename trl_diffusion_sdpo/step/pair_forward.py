@@ -48,7 +48,6 @@ class NoiseSettings:
     Args:
         timesteps (`dict[str, Any]`): Keyword arguments of [`~trl_diffusion_sdpo.families.NoiseProcess.timesteps`].
         noise_offset (`float`): Scale of the per-channel constant noise.
-        input_perturbation (`float`): Scale of extra noise in the input, but not in the target.
         timesteps_per_pair (`int`): Draws of timestep and noise for each encoded pair in training.
         inversion ([`~trl_diffusion_sdpo.families.inversion.InversionSettings`], *optional*): Settings of the inversion
             that gives each image its noise. If `None`, noise is drawn.
@@ -56,7 +55,6 @@ class NoiseSettings:
 
     timesteps: dict[str, Any] = field(default_factory=dict)
     noise_offset: float = 0.0
-    input_perturbation: float = 0.0
     timesteps_per_pair: int = 1
     inversion: InversionSettings | None = None
 
@@ -273,8 +271,8 @@ class PairForward:
             conditioning = {name: repeat_pairs(value, draws) for name, value in conditioning.items()}
         inverts = self._inversion is not None and policy is not None and policy.training
         draw = partial(self.invert, policy, conditioning) if inverts else self.draw_noise
-        timesteps, noise, perturbation = draw(seeds_of_draws(inputs["seeds"], draws), latents)
-        return self.add_noise(latents, noise, timesteps, conditioning, perturbation)
+        timesteps, noise = draw(seeds_of_draws(inputs["seeds"], draws), latents)
+        return self.add_noise(latents, noise, timesteps, conditioning)
 
     def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the latents `(2B, ...)` and the conditioning of a batch, winners first."""
@@ -295,14 +293,9 @@ class PairForward:
         # change it in one with gradients, so policy and reference would round differently.
         return latents.contiguous(), conditioning | sizes
 
-    def draw_noise(
-        self, seeds: Sequence[int], latents: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Draw one timestep, noise and input perturbation per pair from the pair's seed, for both halves.
-
-        Returns:
-            Timesteps `(2B,)`, noise `(2B, ...)`, and the perturbation `(2B, ...)` or `None`.
-        """
+    def draw_noise(self, seeds: Sequence[int], latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw one timestep and one noise per pair from the pair's seed, and return them for both halves: `(2B,)` and
+        `(2B, ...)`."""
         settings = self.noise_settings
         generators = generators_of(seeds)
         drawn = partial(standard_normal, generators=generators, device=latents.device, dtype=latents.dtype)
@@ -312,11 +305,7 @@ class PairForward:
         if settings.noise_offset:
             constant = (*shape[:2], *[1] * (len(shape) - 2))  # one value a channel
             noise = noise + settings.noise_offset * drawn(constant)
-        perturbation = None
-        if settings.input_perturbation:
-            perturbation = settings.input_perturbation * drawn(shape)
-            perturbation = torch.cat([perturbation, perturbation])
-        return timesteps, torch.cat([noise, noise]), perturbation
+        return timesteps, torch.cat([noise, noise])
 
     def draw_timesteps(self, generators: Sequence[torch.Generator], latents: torch.Tensor) -> torch.Tensor:
         """Draw a timestep for each pair from its generator, and return it for both halves: `(2B,)`."""
@@ -330,7 +319,7 @@ class PairForward:
         conditioning: dict[str, torch.Tensor],
         seeds: Sequence[int],
         latents: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Invert each image with the policy. The result has the shapes of `draw_noise` and the same timesteps.
 
         The policy predicts in its current mode and without guidance. Noise that the inversion adds differs between
@@ -347,7 +336,7 @@ class PairForward:
             image_seq_len=self.family.image_seq_len(latents),
             draw=partial(standard_normal, latents.shape, [*generators, *generators], latents.device, latents.dtype),
         )
-        return timesteps, noise, None
+        return timesteps, noise
 
     def add_noise(
         self,
@@ -355,12 +344,11 @@ class PairForward:
         noise: torch.Tensor,
         timesteps: torch.Tensor,
         conditioning: dict[str, torch.Tensor],
-        perturbation: torch.Tensor | None = None,
     ) -> NoisyBatch:
-        """Add noise to clean latents `(N, ...)` at their timesteps `(N,)`. The target excludes the perturbation."""
+        """Add noise to clean latents `(N, ...)` at their timesteps `(N,)`."""
         process = self.family.noise_process
         return NoisyBatch(
-            process.add_noise(latents, noise if perturbation is None else noise + perturbation, timesteps),
+            process.add_noise(latents, noise, timesteps),
             process.target(latents, noise, timesteps),
             timesteps,
             conditioning,

@@ -16,7 +16,6 @@ from ..data.pairs import PreferenceDataset
 from ..data.streaming import PreferenceIterableDataset
 from ..engines.engine_settings import by_engine
 from ..engines.processes import peers
-from ..models.ema import EMAWeights
 from ..models.frozen_components import FrozenComponents
 from ..models.reference import Reference
 from ..reporting.console import ShortLogCallback
@@ -66,9 +65,9 @@ def add_callbacks(
     if isinstance(train_dataset, PREPARED):
         own.append(DataReportCallback(train_dataset))
     if args.safeguard_diagnostics_steps is not None:
-        own.append(AfterStepCallback(measure_step))
+        own.append(AfterStepCallback(lambda step: measure_step()))
     if components.average is not None:
-        own.append(EMACallback(components.average))
+        own.append(AfterStepCallback(components.average.after_step))
     if components.winner_budget is not None:
         probe = ProbeSettings(**args.winner_budget_kwargs)
         own.append(WinnerBudgetCallback(components.winner_budget, probe.steps, load_probe, policy))
@@ -138,16 +137,6 @@ class SyncReferenceCallback(TrainerCallback):
             self.reference.update(self.alpha)
 
 
-class EMACallback(TrainerCallback):
-    """Updates the averaged weights after every optimizer step."""
-
-    def __init__(self, average: EMAWeights):
-        self.average = average
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self.average.after_step(state.global_step)
-
-
 class AutoBetaCallback(TrainerCallback):
     """Adjusts beta after every optimizer step."""
 
@@ -162,13 +151,13 @@ class AutoBetaCallback(TrainerCallback):
 
 
 class AfterStepCallback(TrainerCallback):
-    """Calls a function after every optimizer step."""
+    """Calls a function with the step's number, counted from 1, after every optimizer step."""
 
-    def __init__(self, function: Callable[[], None]):
+    def __init__(self, function: Callable[[int], None]):
         self._function = function
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._function()
+        self._function(state.global_step)
 
 
 class WinnerBudgetCallback(TrainerCallback):
@@ -195,8 +184,8 @@ class WinnerBudgetCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self._every > state.max_steps:
             logger.warning(
-                "`winner_budget_kwargs` measures every %s steps, and the run has %s: nothing will be measured. Set "
-                "fewer `steps` in it.",
+                "`winner_budget` measures every %s steps, but the run has only %s steps. Nothing will be measured. "
+                "Lower `steps` of `winner_budget_kwargs`.",
                 self._every,
                 state.max_steps,
             )
@@ -215,19 +204,19 @@ class DataReportCallback(TrainerCallback):
 
     def __init__(self, dataset: PreferenceDataset | PreferenceIterableDataset):
         self._dataset = dataset
-        self._known = int(dataset.undecodable.sum()) if isinstance(dataset, PreferenceDataset) else 0
+        self._before = int(dataset.undecodable.sum()) if isinstance(dataset, PreferenceDataset) else 0
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if isinstance(self._dataset, PreferenceDataset):
             bad = self._dataset.undecodable
-            for found in peers(args).gather(torch.nonzero(bad).flatten().tolist()):
-                bad[found] = 1
+            for rows in peers(args).gather(torch.nonzero(bad).flatten().tolist()):
+                bad[rows] = 1
             self._dataset.mark_undecodable(bad)
-            late = int(bad.sum()) - self._known
+            late = int(bad.sum()) - self._before
         else:
             late = self._dataset.report.dropped
         if late and state.is_world_process_zero:
-            logger.warning("Bad pairs were found in training. %s", self._dataset.report)
+            logger.warning("Training skipped pairs with unreadable images. %s", self._dataset.report)
 
 
 class NothingToTrainCallback(TrainerCallback):
@@ -236,7 +225,7 @@ class NothingToTrainCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if 0 < state.max_steps <= state.global_step and state.is_world_process_zero:
             logger.warning(
-                "Nothing is left to train: the checkpoint is of step %s, and the run ends at %s. The weights are those "
-                "of the checkpoint. Increase `max_steps` or `num_train_epochs` to continue training.",
+                "Training is complete. The checkpoint is from step %s, and the run ends at step %s. Increase "
+                "`max_steps` or `num_train_epochs` to continue.",
                 *(state.global_step, state.max_steps),
             )

@@ -1,4 +1,4 @@
-"""Builds a run's components: policy, adapter, reference, frozen components, and the parts of a step."""
+"""Builds a run's components: policy, adapter, reference, frozen components, and the objects of a step."""
 
 from __future__ import annotations
 
@@ -240,8 +240,8 @@ def load_policy(
         model, options = start.pipeline, start.with_recorded(options)
     if quantization_config is not None and peft_config is None and start.adapter is None:
         raise ValueError(
-            "`quantization_config` needs `peft_config`: quantized weights cannot be trained. Pass a `LoraConfig`, or "
-            "leave the quantization out."
+            "`quantization_config` needs `peft_config`, because quantized weights cannot be trained. No `peft_config` "
+            "was passed. Pass a `LoraConfig`, or leave `quantization_config` out."
         )
     with loading_unsharded(args):
         loaded = load_model(
@@ -285,15 +285,15 @@ def choose_trained_weights(
             check_adapter_weight(denoiser, adapter)
             if peft_config is not None:
                 logger.warning(
-                    "`peft_config` has no effect: the LoRA from %s continues training with its own rank, alpha and "
+                    "`peft_config` has no effect. The LoRA from %s continues training with its own rank, alpha and "
                     "target modules.",
                     loaded.adapter_source,
                 )
     check_precision(denoiser, adapter, args)
     if args.save_full_pipeline and adapter is not None:
         raise ValueError(
-            "`save_full_pipeline=True` would save the base without its LoRA. Leave it off and load the LoRA with "
-            "`load_lora_weights`, or tune in full."
+            "`save_full_pipeline=True` needs full tuning, because it would save the base without the LoRA. Got a LoRA. "
+            "Leave it off, and load the LoRA with `load_lora_weights`."
         )
     if adapter is None:
         denoiser.requires_grad_(True)
@@ -309,17 +309,17 @@ def check_precision(denoiser: nn.Module, adapter: str | None, args: DiffusionSDP
     halves = sorted({str(p.dtype) for p in denoiser.parameters() if p.is_floating_point() and p.itemsize < 4})
     if halves and adapter is None:
         raise ValueError(
-            f"Full tuning needs float32 weights, got {', '.join(halves)}: small updates would be rounded away. Load "
-            "with `dtype='float32'` and set `bf16=True` for autocast."
+            f"Full tuning needs float32 weights, because small updates would be rounded away. Got {', '.join(halves)}. "
+            "Load with `dtype='float32'` and set `bf16=True` for autocast."
         )
     if halves and autocast_dtype(args.mixed_precision) is None:
         raise ValueError(
-            f"A base held in {', '.join(halves)} needs `bf16=True` or `fp16=True`, as its LoRA is held in float32."
+            f"A LoRA in float32 on a base in {', '.join(halves)} needs autocast. Set `bf16=True` or `fp16=True`."
         )
 
 
 def disable_dropout(module: nn.Module) -> None:
-    """Set every dropout within a module to 0."""
+    """Set the rate of every dropout layer to 0."""
     for layer in module.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
@@ -338,15 +338,15 @@ def make_reference(
     adapter: str | None,
     added: bool,
 ) -> Reference:
-    """Build the reference. `adapter` is the trained one, and `added` says whether it starts at zero."""
-    given = None
+    """Build the reference. `adapter` is the name of the trained LoRA, and `added` says whether it starts at zero."""
+    users_reference = None
     if ref_model is not None:
-        given = given_reference(ref_model, loaded, args)
+        users_reference = load_ref_model(ref_model, loaded, args)
         if args.disable_dropout:
-            disable_dropout(given)
+            disable_dropout(users_reference)
         if not loss.needs_reference:
             logger.warning(
-                "The loss %r reads no reference; `ref_model` serves the metrics `errors/*_change` only.",
+                "The loss %r has no reference. `ref_model` is used only for the metrics `errors/*_change`.",
                 args.loss_type,
             )
     changed_by_engine = by_engine(args)
@@ -354,7 +354,7 @@ def make_reference(
         loaded.denoiser,
         engine,
         needed=loss.needs_reference,
-        given=given,
+        given=users_reference,
         may_modify_given=isinstance(ref_model, (str, Path)),
         changed_by_engine=changed_by_engine,
         shared=shards_weights(args),
@@ -366,7 +366,7 @@ def make_reference(
     )
 
 
-def given_reference(ref_model: Any, loaded: LoadedModel, args: DiffusionSDPOConfig) -> nn.Module:
+def load_ref_model(ref_model: Any, loaded: LoadedModel, args: DiffusionSDPOConfig) -> nn.Module:
     """Load the reference's denoiser. If `ref_model` names a run with a LoRA, attach that LoRA."""
     start = StartingPoint("")
     options = args.ref_model_init_kwargs
@@ -374,7 +374,7 @@ def given_reference(ref_model: Any, loaded: LoadedModel, args: DiffusionSDPOConf
         start = starting_point(ref_model)
         ref_model, options = start.pipeline, start.with_recorded(options)
     with loading_unsharded(args):
-        given = load_reference(
+        denoiser = load_reference(
             ref_model,
             loaded,
             model_init_kwargs=args.model_init_kwargs,
@@ -384,9 +384,9 @@ def given_reference(ref_model: Any, loaded: LoadedModel, args: DiffusionSDPOConf
         )
     if start.adapter is not None:
         owner = copy.copy(loaded.pipeline)
-        owner.register_modules(**{loaded.family.denoiser_name: given})
+        owner.register_modules(**{loaded.family.denoiser_name: denoiser})
         attach_adapter(owner, loaded.family.denoiser_name, start.adapter)
-    return given
+    return denoiser
 
 
 def make_weight_files(loaded: LoadedModel, adapter: str | None, args: DiffusionSDPOConfig) -> WeightFiles:
@@ -469,17 +469,17 @@ def make_reference_errors(
 def reference_facts(
     reference: PrecomputedReference, components: Components, engine: Engine, args: DiffusionSDPOConfig
 ) -> dict[str, Any]:
-    """Return the facts on which errors of a reference depend besides the data and the noise."""
+    """Return the facts that change a reference's errors, besides the data and the noise. They are the cache key."""
     family = components.frozen.family
-    parts = {name: getattr(family.pipeline, name) for name in family.frozen_components}
+    frozen = {name: getattr(family.pipeline, name) for name in family.frozen_components}
     denoiser: Any = family.denoiser if reference.module is None else reference.module
     configs = {"configuration": denoiser.config, "scheduler": family.pipeline.scheduler.config}
     return {
         "reference": peers(args).first(lambda: hash_of_tensors(reference.tensors())),
         "family": family.name,
-        "components": {name: str(part.dtype) for name, part in parts.items()},
+        "components": {name: str(module.dtype) for name, module in frozen.items()},
         "encoders": components.encoder_key.facts,
-        "encoded": args.precompute_latents,  # in other batches, which may round differently
+        "encoded": args.precompute_latents,  # other batch sizes may round differently
         "crops": stored_crops(args),
         **{kind: {k: v for k, v in config.items() if not k.startswith("_")} for kind, config in configs.items()},
         "guidance_scale": args.guidance_scale,
@@ -510,7 +510,7 @@ def compile_models(
     if not args.torch_compile:
         return
     compile_with_eager_rounding()
-    if frozen.state == "on device":  # others encode once, before training, or move at each use
+    if frozen.state == "on device":  # components that are offloaded encode once before training, or move at each use
         compile_encoder(
             frozen.family.pipeline.components.get(VAE), args.torch_compile_backend, args.torch_compile_mode
         )
@@ -519,8 +519,8 @@ def compile_models(
     if args.torch_compile_regional:
         if by_engine(args):
             raise ValueError(
-                "`torch_compile_regional` is for one process and for DDP: DeepSpeed and FSDP wrap the blocks that it "
-                "compiles. Leave it off: `torch_compile` then compiles the whole model."
+                "`torch_compile_regional` needs one process or DDP, because DeepSpeed and FSDP wrap the blocks that it "
+                "compiles. Leave it off. `torch_compile` then compiles the whole model."
             )
         compile_blocks(denoiser, args.torch_compile_backend, args.torch_compile_mode)
         args.torch_compile_backend = args.torch_compile_mode = None  # accelerate would compile with these

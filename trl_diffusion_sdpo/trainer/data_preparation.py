@@ -99,7 +99,7 @@ def outline(dataset: Any) -> Any:
     if isinstance(dataset, PairMixture):
         dataset = dataset.by_name
     if isinstance(dataset, Mapping):
-        return {name: outline(part) for name, part in dataset.items()}
+        return {name: outline(source) for name, source in dataset.items()}
     rows = len(dataset) if isinstance(dataset, Sized) else None
     return [type(dataset).__name__, rows, getattr(dataset, "column_names", None)]
 
@@ -173,8 +173,8 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
     they are. All processes prepare all of the data, but share the check of the images.
 
     Raises:
-        `ValueError`: If the data are in no known format, none are left, the loss needs scores that are not there, or
-            several processes are to evaluate on parts of a stream that may differ in length.
+        `ValueError`: If the columns match no format, no pair is usable, the loss needs scores that the data do not
+            have, or several processes would evaluate on shares of a stream that may differ in length.
     """
     if dataset is None or isinstance(dataset, PREPARED):
         _check_prepared(dataset, args, loss, name, training=training)
@@ -216,7 +216,7 @@ def _check_scores(dataset: Any, scores: ScoreSettings, args: DiffusionSDPOConfig
     if scores.needs_scores and not dataset.has_scores:
         what = f"The loss {args.loss_type!r}" if scores.sorts_by_scores else "`pair_weights`"
         raise ValueError(
-            f"{what} needs score columns (`chosen_score`, `rejected_score`), and the {name} data has none. Score the "
+            f"{what} needs the columns `chosen_score` and `rejected_score`. The {name} data have none. Score the "
             "images first, or choose another loss or setting."
         )
 
@@ -251,9 +251,9 @@ def _refuse_parts(dataset: Any, args: DiffusionSDPOConfig, name: str) -> None:
     another would wait forever in a collective."""
     if isinstance(dataset, PreferenceIterableDataset) and dataset.is_split and args.world_size > 1:
         raise ValueError(
-            f"The {name} data are a stream that `split_dataset_by_node` has given {args.world_size} processes parts "
-            "of, and an evaluation needs as many batches in each. Pass the stream as it was before: it is dealt out "
-            "evenly."
+            f"Every process must evaluate on equally many batches. `split_dataset_by_node` has split the {name} stream "
+            f"among {args.world_size} processes, and their shares may differ. Pass the stream without the split: the "
+            "trainer splits it evenly."
         )
 
 
@@ -264,12 +264,10 @@ def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None,
     pairs = len(dataset)
     batch = args.train_batch_size
     processes = args.world_size
-    parts = f"{args.per_device_train_batch_size} pairs a device"
-    parts += f" on {processes} processes" if processes > 1 else ""
     if args.dataloader_drop_last and pairs < batch * processes:
         raise ValueError(
-            f"`dataloader_drop_last=True` leaves no batch: {parts} are {batch * processes}, and the training data are "
-            f"{pairs} pairs. Use a smaller `per_device_train_batch_size`, or keep the last batch."
+            f"`dataloader_drop_last=True` leaves no batch. The batches of all processes take {batch * processes} "
+            f"pairs, but the training data have {pairs}. Lower `per_device_train_batch_size`, or keep the last batch."
         )
     if dataset.sizes is not None:
         group = pairs_of_a_step(args, batch)
@@ -281,24 +279,14 @@ def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None,
         )
         logger.log(logging.WARNING if warns else logging.INFO, description)
         return
-    if pairs < batch * processes:
-        logger.warning(
-            "A batch is larger than the training data: %s are %d, and there are %d pairs. Every batch is the whole "
-            "data%s.",
-            parts,
-            batch * processes,
-            pairs,
-            ", some pairs twice" if processes > 1 else "",
-        )
     step = batch * processes * args.gradient_accumulation_steps
-    if args.gradient_accumulation_steps > 1 and pairs < step:
-        batches = -(-pairs // (batch * processes))
+    if pairs < step:
         logger.warning(
-            "An optimizer step is larger than the training data: %s over %d accumulation steps are %d, and there are "
-            "%d pairs. Every step is one epoch of %d micro-batches.",
-            parts,
-            args.gradient_accumulation_steps,
+            "An optimizer step takes %d pairs (batch size %d, processes: %d, accumulation steps: %d), but the training "
+            "data have only %d. Every step is one epoch.",
             step,
+            batch,
+            processes,
+            args.gradient_accumulation_steps,
             pairs,
-            batches,
         )

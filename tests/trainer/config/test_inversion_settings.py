@@ -46,7 +46,6 @@ def test_numbers_may_be_text_as_yaml_reads_some(make_args):
     ("given", "message"),
     [
         ({"noise_offset": 0.1}, "`noise_offset=0.1`"),
-        ({"input_perturbation": 0.1}, "`input_perturbation=0.1`"),
         ({"precompute_ref_errors": True}, "`noise_source='inversion'`"),
     ],
 )

@@ -308,12 +308,11 @@ def _check_inversion(args: DiffusionSDPOConfig) -> None:
             _warn("`inversion_kwargs` has no effect without `noise_source='inversion'`.")
         return
     InversionSettings(**args.inversion_kwargs)
-    for name in ("noise_offset", "input_perturbation"):
-        if getattr(args, name):
-            raise ValueError(
-                f"`{name}` needs noise that is drawn, but `noise_source='inversion'` draws none. Got "
-                f"`{name}={getattr(args, name)}`. Leave one of the two out."
-            )
+    if args.noise_offset:
+        raise ValueError(
+            "`noise_offset` needs noise that is drawn, but `noise_source='inversion'` draws none. Got "
+            f"`noise_offset={args.noise_offset}`. Leave one of the two out."
+        )
     if args.eval_strategy == "no" and args.winner_budget is None:
         _warn(
             "With `noise_source='inversion'`, training errors are measured at noise from the policy's own inversion. "

@@ -90,7 +90,7 @@ def check_and_complete(
     check_without_dropout(args, loaded.denoiser)
     check_activation_checkpointing(args, loaded.denoiser)
     inversion = checked_inversion(args, family, timesteps, image_sizes(args))
-    return NoiseSettings(timesteps, args.noise_offset, args.input_perturbation, args.n_timesteps_per_pair, inversion)
+    return NoiseSettings(timesteps, args.noise_offset, args.n_timesteps_per_pair, inversion)
 
 
 def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, full: bool) -> None:

@@ -45,9 +45,6 @@ class NoiseArguments:
         noise_offset (`float`, *optional*, defaults to `0.0`):
             Scale of an extra noise that is constant over the image in each channel. It is added to the noise; 0 adds
             none.
-        input_perturbation (`float`, *optional*, defaults to `0.0`):
-            Scale of extra noise that is added to the model's input and not to its target. A usual value is 0.1; 0 adds
-            none.
         n_timesteps_per_pair (`int`, *optional*, defaults to `1`):
             Number of draws of timestep and noise for each training pair, all in one batch. The pair is encoded once,
             and its loss is the mean over the draws. Raise it for less noisy gradients; activations take this many times
@@ -78,7 +75,6 @@ class NoiseArguments:
     timestep_weighting: Annotated[TimestepWeighting, RESUME] = "none"
     snr_gamma: Annotated[float | None, Range("(0, inf)", "Leave it unset for none."), RESUME] = None
     noise_offset: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME] = 0.0
-    input_perturbation: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME] = 0.0
     n_timesteps_per_pair: Annotated[int, Range("[1, inf)"), RESUME] = 1
     noise_source: Annotated[NoiseSource, RESUME] = "shared"
     inversion_kwargs: Annotated[
