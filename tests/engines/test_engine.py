@@ -57,7 +57,7 @@ def test_only_half_precision_of_deepspeed_rounds_the_weights_themselves(config, 
 def test_version_1_of_fsdp_and_zero_plus_plus_are_refused():
     with pytest.raises(ValueError, match="FSDP must be version 2, got 1"):
         engine("FSDP").check()
-    with pytest.raises(ValueError, match="ZeRO.. cannot act here, got {'zero_quantized_weights': True}"):
+    with pytest.raises(ValueError, match="ZeRO.. .*{'zero_quantized_weights': True}"):
         engine("DEEPSPEED", zero_optimization={"zero_quantized_weights": True}).check()
     engine("DEEPSPEED").check()
 

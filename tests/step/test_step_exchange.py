@@ -157,7 +157,7 @@ def test_processes_send_one_message_a_step_whatever_the_micro_batches(tmp_path):
 def test_a_bad_loss_in_one_process_stops_all_at_the_same_step(tmp_path):
     (first, other), (second, own) = [(answer[0], answer[1]) for answer in in_two_processes(tmp_path, ruined_at=3)]
     assert first == second == 3
-    assert "0 of 6 were not (those of another process)" in other
+    assert "0 of 6 were not (in another process)" in other
     assert "1 of 6 were not (row 7: nan)" in own
 
 

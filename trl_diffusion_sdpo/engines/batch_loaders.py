@@ -187,7 +187,7 @@ def choose_workers(
         evaluates (`bool`): Whether evaluations interrupt training, while its prefetched batches stay in memory.
 
     Returns:
-        `str`: The reason, for the log; empty if the number was given, or there is nothing to say.
+        `str`: The reason, for the log. It is empty if the user has set the number, or for small data.
     """
     if args.dataloader_num_workers is not None:
         return ""
@@ -195,7 +195,7 @@ def choose_workers(
     batch_bytes = 2 * pairs * 3 * resolution[0] * resolution[1]
     args.dataloader_num_workers, reason = _workers_and_reason(args, dataset, batch_bytes)
     if args.dataloader_num_workers < _min_workers(args):
-        args.dataloader_num_workers, reason = _min_workers(args), "settings of workers are given"
+        args.dataloader_num_workers, reason = _min_workers(args), "other settings of workers are set"
     return reason
 
 
@@ -217,8 +217,8 @@ def _workers_and_reason(
         return 0, ""
     if start_method(args) is None and not forks_by_default():
         return 0, (
-            "on this platform, workers re-import the main script; to use workers, put the training call under `if "
-            "__name__ == '__main__':` and set `dataloader_num_workers`"
+            "on this platform, workers re-import the main script. To use workers, put the training call under `if "
+            "__name__ == '__main__':`, and set `dataloader_num_workers`"
         )
     most = _max_workers(dataset, most)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))  # on this machine

@@ -138,8 +138,8 @@ class Engine:
             _refuse_zero_plus_plus(config.get("zero_optimization", {}))
         if split:
             raise ValueError(
-                "Tensor, context and sequence parallelism spread one image over several processes, and the errors of "
-                "this trainer are means over whole images. Use data parallelism: DDP, FSDP2 or ZeRO."
+                "Each image must be on one process, because errors are means over whole images. The settings have "
+                "tensor, context or sequence parallelism, which splits images. Use DDP, FSDP2 or ZeRO."
             )
         if self._is_fsdp and parallel is not None and parallel.dp_replicate_enabled:
             raise ValueError(
@@ -313,8 +313,8 @@ class Engine:
         stateless = isinstance(plain, torch.optim.SGD) and not any(group["momentum"] for group in plain.param_groups)
         if self._is_fsdp and stateless:  # torch takes the device of a sharded state from one of its tensors
             raise ValueError(
-                "Under FSDP, SGD without momentum cannot be resumed: torch reads no optimizer state without tensors. "
-                "Set `save_strategy='no'` or `save_only_model=True`, use momentum, or train with DDP or ZeRO."
+                "Under FSDP, SGD without momentum cannot be resumed, because torch reads no optimizer state without "
+                "tensors. Set `save_strategy='no'` or `save_only_model=True`, use momentum, or train with DDP or ZeRO."
             )
 
     def save_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> None:
@@ -339,6 +339,6 @@ def _refuse_zero_plus_plus(config: dict[str, Any]) -> None:
     active = {name: config[name] for name, off in defaults.items() if config.get(name, off) != off}
     if active:
         raise ValueError(
-            f"DeepSpeed's ZeRO++ cannot act here, got {active}: policy and reference would be rounded apart, and "
-            "gradients are rounded before they are compared. Leave these settings out."
+            "DeepSpeed's ZeRO++ must be off, because it rounds gradients, and rounds policy and reference differently. "
+            f"Got {active}. Leave these settings out."
         )

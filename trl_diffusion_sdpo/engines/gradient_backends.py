@@ -102,13 +102,13 @@ class ReplicatedBackend(GradientBackend):
             return gradient
         # A weight may have a gradient in some processes only, but the all-reduce must have the same size in all.
         pairs = zip(gradient, self._weights, strict=True)
-        full = [torch.zeros_like(weight) if part is None else part for part, weight in pairs]
+        full = [torch.zeros_like(weight) if tensor is None else tensor for tensor, weight in pairs]
         all_reduce_mean(full)
         return [*full]
 
     def set_gradient(self, gradient: Gradient) -> None:
-        for weight, part in zip(self._weights, gradient, strict=True):
-            weight.grad = part
+        for weight, tensor in zip(self._weights, gradient, strict=True):
+            weight.grad = tensor
 
     def accumulating(self) -> contextlib.AbstractContextManager:
         # DDP's reducer runs once per forward pass, so the second backward pass would never be all-reduced.
@@ -196,10 +196,10 @@ class Zero12Backend(ZeroBackend):
     def set_gradient(self, gradient: Gradient) -> None:
         # Fill DeepSpeed's tensors and do not replace them, because they may be views of a flat tensor. They contain the
         # gradient of the latest pass, the loser's. It is no longer needed.
-        parts: Iterator[Any] = iter(gradient)
+        tensors: Iterator[Any] = iter(gradient)
         for group, shards in self._groups.items():
             for shard in shards:
-                shard.copy_(next(parts))
+                shard.copy_(next(tensors))
             zero_gradients(self._engine.optimizer)[group] = shards
         self._groups = {}
 
@@ -230,8 +230,8 @@ class Zero3Backend(ZeroBackend):
     def set_gradient(self, gradient: Gradient) -> None:
         from deepspeed.utils import safe_set_local_grad
 
-        for weight, part in zip(self._weights, gradient, strict=True):
-            safe_set_local_grad(weight, part)
+        for weight, shard in zip(self._weights, gradient, strict=True):
+            safe_set_local_grad(weight, shard)
 
     def weights(self) -> list[torch.Tensor]:
         from deepspeed.utils import safe_get_local_fp32_param
@@ -246,8 +246,8 @@ def gradient_backend(model: nn.Module, accelerator: Accelerator) -> GradientBack
     if accelerator.is_fsdp2:
         if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
             raise ValueError(
-                "`safeguard='parameter'` cannot act with FSDP's `offload_params`, which moves each gradient to the CPU "
-                "while the backward pass runs. Leave it off, or use `safeguard='output'`."
+                "`safeguard='parameter'` needs gradients on the device. FSDP's `offload_params` moves each gradient to "
+                "the CPU during the backward pass. Leave it off, or use `safeguard='output'`."
             )
         return Fsdp2Backend(model, accelerator)
     if accelerator.distributed_type.value not in REPLICATED:
@@ -267,21 +267,23 @@ def _deepspeed_backend(engine: Any) -> GradientBackend:
         )
     if engine.zero_use_cpu_optimizer():
         raise ValueError(
-            "`safeguard='parameter'` cannot act with the optimizer offloaded: DeepSpeed then moves each gradient away "
-            "while the backward pass runs, before the two branches can be told apart. Set `offload_optimizer_device: "
-            "none`, or use `safeguard='output'`."
+            "`safeguard='parameter'` needs gradients on the device. With an offloaded optimizer, DeepSpeed moves each "
+            "gradient away during the backward pass, before the branches can be separated. Set "
+            "`offload_optimizer_device: none`, or use `safeguard='output'`."
         )
     if stage == 3:
         return Zero3Backend(engine)
     if not keeps_zero_gradients(engine.optimizer):
         raise ValueError(
-            f"`safeguard='parameter'` cannot act with DeepSpeed's {type(engine.optimizer).__name__}, which bf16 with "
-            "`data_types.grad_accum_dtype: fp32` makes of ZeRO-1. Leave that setting out, or use ZeRO-2."
+            "`safeguard='parameter'` needs DeepSpeed's usual ZeRO optimizer. ZeRO-1 with bf16 and "
+            f"`data_types.grad_accum_dtype: fp32` uses {type(engine.optimizer).__name__}. Leave that setting out, or "
+            "use ZeRO-2."
         )
     if "Muon" in type(engine.optimizer.optimizer).__name__:
         raise ValueError(
-            "`safeguard='parameter'` cannot act with Muon under ZeRO-1 and 2: DeepSpeed makes its update of each "
-            "branch's gradient while it is averaged. Use ZeRO-3, another optimizer, or `safeguard='output'`."
+            "`safeguard='parameter'` needs an optimizer that steps after both branches. Under ZeRO-1 and ZeRO-2, "
+            "DeepSpeed applies Muon to each branch's gradient while it averages the gradient. Use ZeRO-3, another "
+            "optimizer, or `safeguard='output'`."
         )
     return Zero12Backend(engine)
 
@@ -293,10 +295,10 @@ def all_reduce_mean(tensors: list[torch.Tensor]) -> None:
     size = 0
     for tensor in [*tensors, None]:
         if bucket and (tensor is None or size + tensor.numel() > REDUCE_BUCKET):
-            flat = torch.cat([part.flatten() for part in bucket]).div_(world)
+            flat = torch.cat([each.flatten() for each in bucket]).div_(world)
             dist.all_reduce(flat)
-            for part, piece in zip(bucket, flat.split([part.numel() for part in bucket]), strict=True):
-                part.copy_(piece.view_as(part))
+            for each, mean in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+                each.copy_(mean.view_as(each))
             bucket, size = [], 0
         if tensor is not None:
             bucket.append(tensor)

@@ -16,7 +16,7 @@ Gradient = list[torch.Tensor | None]
 
 def inner_products(gradients: list[Gradient]) -> torch.Tensor:
     """Return all inner products of `n` gradients over this process's shards, `(n, n)`, in float64."""
-    first = next(part for part in gradients[0] if part is not None)
+    first = next(tensor for tensor in gradients[0] if tensor is not None)
     dtype = exact_dtype(first.device)
     products = torch.zeros(len(gradients), len(gradients), dtype=dtype, device=first.device)
     for pieces in _chunks(gradients, CPU_CHUNK if first.device.type == "cpu" else CHUNK):
@@ -32,8 +32,8 @@ def _chunks(gradients: list[Gradient], limit: int) -> Iterator[list[list[torch.T
     """Yield corresponding pieces of the gradients, at most `limit` elements at a time. `None` counts as zeros."""
     pieces: list[list[torch.Tensor]] = [[] for _ in gradients]
     size = 0
-    for parts in zip(*gradients, strict=True):
-        flats = [None if part is None else local_tensor(part).flatten() for part in parts]
+    for tensors in zip(*gradients, strict=True):
+        flats = [None if tensor is None else local_tensor(tensor).flatten() for tensor in tensors]
         present = next((flat for flat in flats if flat is not None), None)
         if present is None:
             continue
@@ -51,19 +51,19 @@ def _chunks(gradients: list[Gradient], limit: int) -> Iterator[list[list[torch.T
 
 def subtract_scaled(winner: Gradient, loser: Gradient, scale: torch.Tensor) -> None:
     """Set `W = W - lambda L` in place."""
-    for i, (w, part) in enumerate(zip(winner, loser, strict=True)):
-        if part is None:
+    for i, (w, loser_tensor) in enumerate(zip(winner, loser, strict=True)):
+        if loser_tensor is None:
             continue
         if w is None:
-            winner[i] = w = torch.zeros_like(part)
-        local_tensor(w).addcmul_(local_tensor(part), scale.to(w.dtype), value=-1)
+            winner[i] = w = torch.zeros_like(loser_tensor)
+        local_tensor(w).addcmul_(local_tensor(loser_tensor), scale.to(w.dtype), value=-1)
 
 
 def add(into: Gradient, gradient: Iterable[torch.Tensor]) -> Gradient:
     """Add a gradient to `into`, in place."""
-    for total, part in zip(into, gradient, strict=True):
+    for total, tensor in zip(into, gradient, strict=True):
         assert total is not None  # under ZeRO every weight has a gradient
-        total.add_(part)
+        total.add_(tensor)
     return into
 
 

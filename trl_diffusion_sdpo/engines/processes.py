@@ -56,8 +56,8 @@ def gather_objects(value: Any, *, during_upload: bool = False) -> list[Any]:
         dist.all_gather_object(values, value, group=_upload_group(dist.group.WORLD) if during_upload else None)
     except RuntimeError as error:
         raise RuntimeError(
-            f"Process {dist.get_rank()} has lost another process, which has ended or does not answer: the first error "
-            f"in the output of all processes is the cause. ({error})"
+            f"Process {dist.get_rank()} has lost another process, which has ended or does not answer. The cause is the "
+            f"first error in the output of all processes. ({error})"
         ) from error
     return values
 

@@ -117,7 +117,7 @@ def share_stderr(changes: torch.Tensor, before: torch.Tensor) -> float | None:
         return None
     share = changes.sum() / before.sum()
     variance = (pairs - 1) / pairs * ((changes - share * before) / rest).square().sum()
-    parts = (before / before.max()).square()
-    freedom = ((pairs - 1) / pairs * parts.sum() ** 2 / parts.square().sum()).clamp(min=1.0)
+    squares = (before / before.max()).square()
+    freedom = ((pairs - 1) / pairs * squares.sum() ** 2 / squares.square().sum()).clamp(min=1.0)
     widened = 1 + 1 / (2 * freedom) + 1 / (4 * freedom**2) + 1 / (16 * freedom**3)  # within 1.4 %
     return float(variance.sqrt() * widened)

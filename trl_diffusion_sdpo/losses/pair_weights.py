@@ -11,16 +11,17 @@ from dataclasses import dataclass
 
 import torch
 
-ROWS_AT_ONCE = 1024  # of a group that are compared with the whole group
+ROWS_AT_ONCE = 1024  # images that are compared with their group at once, to bound memory
 
 
 def score_gaps(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
-    """Return by how much the winner's score exceeds the loser's, never below 0.
+    """Return by how much the winner's score exceeds the loser's, at least 0.
 
     Args:
-        scores (`torch.Tensor` of shape `(P, 2, ...)`): Of winner and loser.
-        sorts_by_scores (`bool`): Whether the loss exchanges the images of a pair whose loser has the higher score: its
-            gap is then the distance of the scores, and otherwise 0, as the label stands against them.
+        scores (`torch.Tensor` of shape `(P, 2, ...)`): Scores of winner and loser.
+        sorts_by_scores (`bool`): Whether the loss swaps the images of a pair whose loser has the higher score. The gap
+            of such a pair is then the distance of its scores. Otherwise it is 0, because the label contradicts the
+            scores.
 
     Returns:
         `torch.Tensor` of shape `(P, ...)`.
@@ -30,38 +31,41 @@ def score_gaps(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
 
 
 def gap_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
-    """The gap of the scores `(P, 2, 1)` itself, `(P,)`: independent of the scale of the scores once the mean is 1.
+    """Return the gap of the scores `(P, 2, 1)`, `(P,)`. With a mean of 1, it does not depend on the scores' scale.
 
-    Source: the weight grows with the gap as in VideoDPO (https://huggingface.co/papers/2412.14167); this form is ours.
+    Source: VideoDPO (https://huggingface.co/papers/2412.14167) has weights that grow with the gap. This form is ours.
     """
     return score_gaps(scores, sorts_by_scores=sorts_by_scores)[:, 0]
 
 
 def gain_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
-    """The gap of the gains `2^score` of scores `(P, 2, 1)`, `(P,)`, up to a factor that all pairs share. A constant
-    added to all scores changes nothing once the mean is 1; their scale does.
+    """Return the gap of the gains `2^score` of scores `(P, 2, 1)`, `(P,)`, up to a factor that all pairs share.
 
-    Source: https://huggingface.co/papers/2410.18013 (RankDPO), its gains without the discounts of ranks.
+    With a mean of 1, a constant added to all scores changes nothing. Their scale changes the weights.
+
+    Source: the gains of RankDPO (https://huggingface.co/papers/2410.18013), without its discounts by rank.
     """
-    gains = torch.exp2(scores - scores.max())  # the largest is 1: none overflows
+    gains = torch.exp2(scores - scores.max())  # the largest gain is 1, so none overflows
     return score_gaps(gains, sorts_by_scores=sorts_by_scores)[:, 0]
 
 
 def inverse_gap_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
-    """`1 / (1 + gap / mean gap)` of scores `(P, 2, 1)`, `(P,)`: 1 at no gap, 1/2 at the mean one, whatever the scale.
+    """Return `1 / (1 + gap / mean gap)` of scores `(P, 2, 1)`, `(P,)`. It is 1 at a gap of 0, and 1/2 at the mean gap.
 
-    Source: larger weights for small gaps as in MADPO (https://huggingface.co/papers/2510.05342); this form is ours.
+    Source: MADPO (https://huggingface.co/papers/2510.05342) has larger weights for small gaps. This form is ours.
     """
     gaps = gap_weights(scores, sorts_by_scores=sorts_by_scores)
     return 1 / (1 + gaps / _mean(gaps))
 
 
 def agreement_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
-    """`1 / (1 + s)` of scores `(P, 2, K)` of K scorers, `(P,)`: `s` is the standard deviation, over the scorers, of the
-    signed differences `winner - loser`, each divided by its scorer's mean distance. `sorts_by_scores` changes nothing:
-    an exchange turns the signs of all of them.
+    """Return `1 / (1 + s)` of scores `(P, 2, K)` from K scorers, `(P,)`.
 
-    Source: the penalty on disagreement of uncertainty-penalised DPO; this form is ours.
+    `s` is the standard deviation over the scorers of the signed differences `winner - loser`. Each difference is
+    divided by its scorer's mean distance. `sorts_by_scores` has no effect, because a swap changes the signs of all
+    differences.
+
+    Source: uncertainty-penalised DPO has a penalty on disagreement. This form is ours.
     """
     differences = scores[:, 0] - scores[:, 1]  # (P, K)
     scales = torch.stack([_mean(distances) for distances in differences.abs().unbind(1)])
@@ -70,11 +74,11 @@ def agreement_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.T
 
 @dataclass(frozen=True)
 class WeightFunction:
-    """A row of [`WEIGHT_FUNCTIONS`].
+    """Row of [`WEIGHT_FUNCTIONS`].
 
     Args:
-        function (`Callable`): From scores `(P, 2, K)` in float64 to weights `(P,)` of any mean.
-        several_scorers (`bool`): Whether it reads several scores of each image; if not, K is 1.
+        function (`Callable`): Function from scores `(P, 2, K)` in float64 to weights `(P,)` of any mean.
+        several_scorers (`bool`): Whether the function reads the scores of several scorers. Otherwise K is 1.
     """
 
     function: Callable[..., torch.Tensor]
@@ -90,30 +94,31 @@ WEIGHT_FUNCTIONS: dict[str, WeightFunction] = {
 
 
 def with_mean_one(weights: torch.Tensor) -> torch.Tensor:
-    """Divide weights `(P,)` by their mean. The mean must be above 0. Weights of 1 stay 1 to the bit."""
+    """Divide weights `(P,)` by their mean, which must be above 0. Weights that are all 1 stay exactly 1."""
     return weights / _mean(weights)
 
 
 def calibrated_scores(rewards: torch.Tensor) -> torch.Tensor:
-    """The expected share of wins of each image of a group: `c_i`, the mean of `sigma(r_i - r_j)` over all others `j`.
+    """Return each image's expected share of wins in its group: the mean of `sigma(r_i - r_j)` over all others `j`.
 
-    An image is not compared with itself, so that of two images the one has `sigma(r_1 - r_2)` and the other its
-    complement. One image alone has 1/2.
+    An image is not compared with itself. Of two images, one has `sigma(r_1 - r_2)` and the other its complement. A
+    single image has 1/2.
 
     Args:
-        rewards (`torch.Tensor` of shape `(..., N)`): Of the different images of one prompt, for any number of prompts.
+        rewards (`torch.Tensor` of shape `(..., N)`): Scores of the N different images of a prompt, for any number of
+            prompts.
 
     Returns:
-        `torch.Tensor` of the same shape: In `[0, 1]`.
+        `torch.Tensor` of the same shape: Shares in `[0, 1]`.
 
-    Source: https://huggingface.co/papers/2502.02588 (CaPO); that `j` is not `i` is our reading.
+    Source: CaPO (https://huggingface.co/papers/2502.02588). The paper leaves open whether `j` may be `i`.
     """
     images = rewards.shape[-1]
     if images < 2:
         return torch.full_like(rewards, 0.5)
-    parts = rewards.split(ROWS_AT_ONCE, dim=-1)
-    wins = [torch.sigmoid(part[..., :, None] - rewards[..., None, :]).sum(dim=-1) for part in parts]
-    return (torch.cat(wins, dim=-1) - 0.5) / (images - 1)  # without an image's 1/2 against itself
+    chunks = rewards.split(ROWS_AT_ONCE, dim=-1)
+    wins = [torch.sigmoid(chunk[..., :, None] - rewards[..., None, :]).sum(dim=-1) for chunk in chunks]
+    return (torch.cat(wins, dim=-1) - 0.5) / (images - 1)  # subtract each image's 1/2 against itself
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Losses of preference pairs. Each loss is a pure function from [`PairTerms`] and settings to the loss of each pair.
 
-The file has four parts: the terms of a pair, the loss functions, their table [`LOSSES`], and sums of losses.
+First come the terms of a pair, then the loss functions, their table [`LOSSES`], and sums of losses.
 """
 
 from __future__ import annotations

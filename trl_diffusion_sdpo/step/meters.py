@@ -173,28 +173,28 @@ class FiniteCheck:
         self._gradient = None
         if gradient is not None and not gradient.read():
             raise FloatingPointError(
-                f"Every gradient must be finite; at step {self._gradient_step} its norm was not, while the loss was. "
-                "Unless DeepSpeed has left that step out, it has spoiled the weights; nothing was saved since. Resume "
-                "from the last checkpoint with a lower learning rate, or use bf16 instead of fp16."
+                f"Every gradient must be finite. Its norm at step {self._gradient_step} was not, although the loss was. "
+                "This step has ruined the weights unless DeepSpeed skipped it. Nothing was saved since. Resume from "
+                "the last checkpoint with a lower learning rate, or use bf16 instead of fp16."
             )
 
     def _report(self, step: int) -> None:
-        losses, rows = (torch.cat(parts) for parts in zip(*self._watched, strict=True))
+        losses, rows = (torch.cat(batches) for batches in zip(*self._watched, strict=True))
         values = zip(rows.tolist(), losses.float().tolist(), strict=True)
         bad = [(row, value) for row, value in values if not abs(value) < float("inf")]
-        listed = ", ".join(f"row {row}: {value}" for row, value in bad[:8]) or "those of another process"
+        listed = ", ".join(f"row {row}: {value}" for row, value in bad[:8]) or "in another process"
         spoiled = spoiled_weights(self._networks())
         if spoiled:
-            way = "Download the model again, or another revision or precision of it."
+            advice = "Download the model again, or use another revision or precision of it."
             if step > 1:
-                way = "Resume from the last checkpoint with a lower learning rate, or use bf16 instead of fp16."
+                advice = "Resume from the last checkpoint with a lower learning rate, or use bf16 instead of fp16."
             raise FloatingPointError(
-                f"Every pair's loss must be finite; at step {step}, {len(bad)} of {len(losses)} were not, as weights "
-                f"were not finite before it: {', '.join(spoiled[:3])}, of {len(spoiled)}. {way}"
+                f"Every pair's loss must be finite. At step {step}, {len(bad)} of {len(losses)} were not, because "
+                f"{len(spoiled)} weights were not finite before the step: {', '.join(spoiled[:3])}. {advice}"
             )
         raise FloatingPointError(
-            f"Every pair's loss must be finite; at step {step}, {len(bad)} of {len(losses)} were not ({listed}). "
-            "The weights were not changed. Look at these rows, lower the learning rate, or use bf16 instead of fp16."
+            f"Every pair's loss must be finite. At step {step}, {len(bad)} of {len(losses)} were not ({listed}). The "
+            "weights were not changed. Look at these rows, lower the learning rate, or use bf16 instead of fp16."
         )
 
 
