@@ -178,6 +178,6 @@ def test_weights_that_are_not_finite_are_named_before_the_first_step(make_traine
     weights["conv_out.weight"].view(-1)[3] = float("nan")
     save_file(weights, broken / UNET, {"format": "pt"})
     trainer = make_trainer(broken, max_steps=2)
-    with pytest.raises(FloatingPointError, match="weights were not finite before it: `unet` conv_out.weight"):
+    with pytest.raises(FloatingPointError, match="weights were not finite before the step: `unet` conv_out.weight"):
         trainer.train()
     assert trainer.state.global_step == 0

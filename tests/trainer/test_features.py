@@ -139,7 +139,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(ma
                 model.denoiser.conv_in.weight.register_hook(lambda gradient: gradient * math.nan)
 
     trainer = make_trainer(max_steps=3, callbacks=[Poison()], save_strategy="steps", save_steps=1)
-    with pytest.raises(FloatingPointError, match="at step 3 its norm was not"):
+    with pytest.raises(FloatingPointError, match="step 3 "):
         trainer.train()
     assert sorted(folder.name for folder in (tmp_path / "run").glob("checkpoint-*")) == [
         "checkpoint-1",

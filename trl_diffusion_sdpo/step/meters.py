@@ -173,7 +173,7 @@ class FiniteCheck:
         self._gradient = None
         if gradient is not None and not gradient.read():
             raise FloatingPointError(
-                f"Every gradient must be finite. Its norm at step {self._gradient_step} was not, although the loss was. "
+                f"Every gradient must be finite. Its norm at step {self._gradient_step} was not, but the loss was. "
                 "This step has ruined the weights unless DeepSpeed skipped it. Nothing was saved since. Resume from "
                 "the last checkpoint with a lower learning rate, or use bf16 instead of fp16."
             )
