@@ -257,8 +257,8 @@ def _notes(
     for model, values in looks.items():
         if values["black"]:
             notes.append(
-                f"{int(values['black'])} images of {model} are black, which is how a safety checker hides images. They "
-                "have no scores."
+                f"{int(values['black'])} images of {model} are black, which is how a safety checker hides images. "
+                "They have no scores."
             )
     for scorer, by_model in scores.items():
         for model, scored in by_model.items():

@@ -1,5 +1,8 @@
-"""Noise processes: noisy latents, targets of predictions, sampling and weights of timesteps. A process is made from a
-scheduler's configuration and does not depend on the pipeline."""
+"""Noise processes: how training adds noise to latents, and what the denoiser must predict.
+
+A process also samples timesteps and weighs them. It is built from a scheduler's configuration and does not depend on
+the pipeline. The end of this module draws the random numbers.
+"""
 
 import math
 from abc import ABC, abstractmethod
@@ -16,7 +19,7 @@ WITHOUT_PINNED_MEMORY = ("cpu", "mps", "meta")  # types of devices to which a co
 UNIFORM = TimestepSampling()
 TimestepWeighting = Literal["none", "one_minus_t_squared"]
 WEIGHTINGS: tuple[str, ...] = get_args(TimestepWeighting)
-# Source: https://huggingface.co/papers/2303.09556. An snr of zero gives the weight 1 for epsilon.
+# Min-SNR weights, https://huggingface.co/papers/2303.09556. For epsilon, an SNR of 0 gives the weight 1.
 _MIN_SNR_WEIGHTS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "epsilon": lambda snr, gamma: (gamma / snr).clamp(max=1.0),
     "v_prediction": lambda snr, gamma: snr.clamp(max=gamma) / (snr + 1.0),
@@ -26,17 +29,29 @@ _MIN_SNR_WEIGHTS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
 
 @lru_cache(maxsize=256)
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Cached tensor of constants, not to be modified: a copy from the host in every step would wait for the device."""
+    """Return a cached tensor of constants. Do not modify it.
+
+    Without the cache, every step would copy the constants from the CPU and wait for the device.
+    """
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 class NoiseProcess(ABC):
     """A diffusion or flow process for training.
 
+    Example:
+
+    ```python
+    process = DDPMProcess(pipeline.scheduler.config)
+    timesteps = process.timesteps(torch.rand(len(latents)))
+    noisy = process.add_noise(latents, noise, timesteps)
+    error = (prediction - process.target(latents, noise, timesteps)).square()
+    ```
+
     Attributes:
-        prediction_type (`str`): What the denoiser predicts, in diffusers' terms.
+        prediction_type (`str`): What the denoiser predicts, by diffusers' name, such as `"epsilon"`.
         num_train_timesteps (`int`): Number of timesteps that the denoiser was trained on.
-        known_timesteps (`str`): The set of timesteps in words, for messages.
+        known_timesteps (`str`): Description of the allowed timesteps, for error messages.
         timestep_dtype (`torch.dtype`): Dtype of timesteps.
     """
 
@@ -47,7 +62,8 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def __init__(self, scheduler_config: Mapping[str, Any]):
-        """Refuses the scheduler of another process with `ValueError`."""
+        """Build the process from a scheduler's configuration. Raise `ValueError` if the scheduler belongs to another
+        process."""
 
     def timesteps(
         self,
@@ -58,23 +74,26 @@ class NoiseProcess(ABC):
         only: tuple[float, ...] | None = None,
         image_seq_len: int | None = None,
     ) -> torch.Tensor:
-        """Timesteps from uniform numbers, by the quantile function of their density.
+        """Turn uniform random numbers into timesteps of a given distribution.
 
         Args:
-            uniform (`torch.Tensor` of shape `(N,)`): Numbers in `[0, 1)`; 1 by rounding counts as the largest of them.
-            timestep_range (`tuple[int, int]`, *optional*): `(low, high)`, to which the density is truncated; all
-                timesteps if `None`. For integer timesteps `high` is excluded, as in Python's `range`.
-            sampling (`TimestepSampling`): The density; uniform by default.
-            only (`tuple[float, ...]`, *optional*): Timesteps of equal probability, instead of a density.
-            image_seq_len (`int`, *optional*): Tokens of an image, for schedules that depend on them.
+            uniform (`torch.Tensor` of shape `(N,)`): Uniform numbers in `[0, 1)`. A 1 that results from rounding is
+                allowed.
+            timestep_range (`tuple[int, int]`, *optional*): Range `(low, high)` to sample from. If `None`, all
+                timesteps. Integer timesteps exclude `high`, like Python's `range`.
+            sampling (`TimestepSampling`): Distribution of noise levels. The default is uniform.
+            only (`tuple[float, ...]`, *optional*): Sample from these timesteps with equal probability.
+                `timestep_range` and `sampling` are then ignored.
+            image_seq_len (`int`, *optional*): Number of tokens per image. Needed by schedules that depend on the image
+                size.
 
         Returns:
-            `torch.Tensor` of shape `(N,)`: int64 for discrete processes, float32 for flow matching. Increasing in
-            `uniform`: 0 gives `low`.
+            `torch.Tensor` of shape `(N,)`: Timesteps, int64 under DDPM and float32 under flow matching. A larger
+            number gives a larger timestep, and 0 gives `low`.
 
         Raises:
-            ValueError: If `0 <= low < high <= num_train_timesteps` does not hold, `only` contains numbers that are no
-                timesteps of the process, or the schedule needs `image_seq_len` and it is `None`.
+            ValueError: If `0 <= low < high <= num_train_timesteps` does not hold, `only` contains a number that is no
+                timestep, or the schedule needs `image_seq_len` and it is `None`.
         """
         if only is not None:
             index = (uniform * len(only)).long().clamp(max=len(only) - 1)
@@ -88,29 +107,31 @@ class NoiseProcess(ABC):
         return self._timesteps_between(uniform, low, high, sampling, image_seq_len)
 
     def _table(self, only: tuple[float, ...], device: torch.device) -> torch.Tensor:
-        """The timesteps of `only` as a tensor, cached for each device."""
+        """Return the timesteps in `only` as a tensor, cached per device."""
         wrong = [timestep for timestep in only if not self.knows(timestep)]
         if wrong or not only:
             raise ValueError(
-                f"`timesteps` must be timesteps of this model, {self.known_timesteps}; got {list(only)}. Use those "
-                "that the pipeline's scheduler visits."
+                f"`timesteps` must be timesteps of this model, {self.known_timesteps}; got {list(only)}. Use the "
+                "timesteps of the pipeline's scheduler."
             )
         return constant(only, self.timestep_dtype, device)
 
     @abstractmethod
     def knows(self, timestep: float) -> bool:
-        """Whether `timestep` is a timestep of the process."""
+        """Whether a number is a timestep of this process."""
 
     def nearest(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """The nearest timesteps of the process, in its dtype: samplers have others between them, and half precision
-        rounds."""
+        """Return the nearest timesteps of this process, in its dtype.
+
+        Samplers use timesteps in between, and half precision rounds them.
+        """
         return timesteps.float()
 
     @abstractmethod
     def _timesteps_between(
         self, uniform: torch.Tensor, low: int, high: int, sampling: TimestepSampling, image_seq_len: int | None
     ) -> torch.Tensor:
-        """`timesteps` for a valid range."""
+        """Return `timesteps` for a valid range `(low, high)`."""
 
     def weights(
         self,
@@ -120,20 +141,20 @@ class NoiseProcess(ABC):
         weighting: TimestepWeighting = "none",
         image_seq_len: int | None = None,
     ) -> torch.Tensor | None:
-        """Weights of the squared error at the timesteps; `None` if they are equal.
+        """Return the weights of the squared error at the timesteps, or `None` if all weights are 1.
 
         Args:
-            timesteps (`torch.Tensor` of shape `(N,)`): As from `timesteps`.
+            timesteps (`torch.Tensor` of shape `(N,)`): Timesteps of this process.
             snr_gamma (`float`, *optional*): Gamma of `min_snr_weights`.
-            weighting (`str`): `"none"`, or for flow matching `"one_minus_t_squared"`: `(1 - sigma)^2`
-                (https://huggingface.co/papers/2501.13918, where it scales beta).
-            image_seq_len (`int`, *optional*): As for `timesteps`.
+            weighting (`str`): `"none"`, or `"one_minus_t_squared"` for `(1 - sigma)^2` under flow matching. In its
+                paper (https://huggingface.co/papers/2501.13918), this factor scales beta.
+            image_seq_len (`int`, *optional*): Number of tokens per image, for schedules that depend on it.
 
         Returns:
             `torch.Tensor` of shape `(N,)`, float32, or `None`.
 
         Raises:
-            ValueError: If the weighting is unknown or does not apply to this process.
+            ValueError: If the weighting does not exist or does not apply to this process.
         """
         if weighting not in WEIGHTINGS:
             raise ValueError(f"`timestep_weighting` must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}.")
@@ -142,40 +163,40 @@ class NoiseProcess(ABC):
         return None if snr_gamma is None else self.min_snr_weights(timesteps, snr_gamma)
 
     def one_minus_t_squared(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
-        """`(1 - sigma)^2`, shape `(N,)`, float32; `ValueError` for processes without sigma."""
+        """Return `(1 - sigma)^2`, shape `(N,)`, float32. Raise `ValueError` if the process has no sigma."""
         raise ValueError(
-            f"`timestep_weighting='one_minus_t_squared'` is for flow matching, and this model predicts "
-            f"{self.prediction_type} under DDPM. Leave it at 'none'; `snr_gamma` weighs the timesteps of DDPM."
+            "`timestep_weighting='one_minus_t_squared'` is only for flow matching, and this model predicts "
+            f"{self.prediction_type} under DDPM. Leave it at 'none', and set `snr_gamma` to weigh timesteps of DDPM."
         )
 
     def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-        """Weights under which the squared error has the weight `min(snr, gamma)` on clean latents.
+        """Return Min-SNR weights, which give the squared error of clean latents the weight `min(snr, gamma)`.
 
         Args:
             timesteps (`torch.Tensor` of shape `(N,)`, int64): Timesteps in `[0, num_train_timesteps)`.
-            gamma (`float`): Largest weight, above 0; 5 in the paper.
+            gamma (`float`): Largest weight, above 0. The paper uses 5.
 
         Returns:
             `torch.Tensor` of shape `(N,)`, float32: `min(snr, gamma)` divided by `snr` (epsilon), `snr + 1`
             (v_prediction) or 1 (sample).
 
         Raises:
-            ValueError: If `gamma` is not above 0, or there are no weights for this kind of prediction.
+            ValueError: If `gamma` is not above 0, or this prediction type has no Min-SNR weights.
 
         Source: https://huggingface.co/papers/2303.09556.
         """
         if not gamma > 0:
-            raise ValueError(f"`snr_gamma` must be above 0, got {gamma}. The paper's value is 5; use None for none.")
+            raise ValueError(f"`snr_gamma` must be above 0, got {gamma}. The paper uses 5, and None turns it off.")
         if self.prediction_type not in _MIN_SNR_WEIGHTS:
             raise ValueError(
-                f"Min-SNR weights are known for {', '.join(_MIN_SNR_WEIGHTS)}, and this model predicts "
+                f"`snr_gamma` needs a model that predicts {', '.join(_MIN_SNR_WEIGHTS)}, and this model predicts "
                 f"{self.prediction_type}. Leave `snr_gamma` unset."
             )
         return _MIN_SNR_WEIGHTS[self.prediction_type](self.snr(timesteps), gamma)
 
     @abstractmethod
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Noisy latents, float32.
+        """Return noisy latents, float32.
 
         Args:
             latents (`torch.Tensor` of shape `(N, ...)`): Clean latents, scaled for the denoiser.
@@ -185,15 +206,16 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Target of the prediction from `add_noise` of the same arguments, float32, shape `(N, ...)`."""
+        """Return what the denoiser should predict after `add_noise` with the same arguments, float32, `(N, ...)`."""
 
     def noise_level(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
-        """Noise level of the timesteps, `1 / (1 + sqrt(snr))`: sigma of flow matching, and under DDPM the sigma of the
-        flow with the same signal-to-noise ratio, so that levels can be compared between schedules.
+        """Return the noise level of each timestep, `1 / (1 + sqrt(snr))`, so that schedules can be compared.
+
+        Under flow matching this is sigma. Under DDPM it is the sigma of the flow with the same signal-to-noise ratio.
 
         Args:
-            timesteps (`torch.Tensor` of shape `(N,)`): As from `timesteps`.
-            image_seq_len (`int`, *optional*): As for `timesteps`.
+            timesteps (`torch.Tensor` of shape `(N,)`): Timesteps of this process.
+            image_seq_len (`int`, *optional*): Number of tokens per image, for schedules that depend on it.
 
         Returns:
             `torch.Tensor` of shape `(N,)`, float32 in `[0, 1]`, increasing in the timesteps.
@@ -208,7 +230,7 @@ class NoiseProcess(ABC):
         only: tuple[float, ...] | None = None,
         sampling: TimestepSampling = UNIFORM,
     ) -> torch.Tensor:
-        """The whole numbers among the timesteps that `timesteps` can return with these arguments."""
+        """Return all whole-numbered timesteps that `timesteps` can return with these arguments."""
         if only is not None:
             return self._table(only, device)
         low, high = (0, self.num_train_timesteps) if timestep_range is None else timestep_range
@@ -217,8 +239,8 @@ class NoiseProcess(ABC):
     def timestep_bounds(
         self, low: float, high: float, image_seq_len: int | None = None, **settings: Any
     ) -> tuple[float, float] | None:
-        """Lowest and highest of the `candidate_timesteps` whose noise level is in `[low, high]`; `None` if there is
-        none."""
+        """Return the lowest and highest of the `candidate_timesteps` with a noise level in `[low, high]`, or `None` if
+        none has."""
         timesteps = self.candidate_timesteps(torch.device("cpu"), **settings).sort().values
         levels = self.noise_level(timesteps, image_seq_len)
         inside = timesteps[(levels >= low) & (levels <= high)].tolist()
@@ -226,21 +248,21 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Signal-to-noise ratio (of variances) at the timesteps: shape `(N,)`, float32."""
+        """Return the signal-to-noise ratio of variances at the timesteps, `(N,)`, float32."""
 
 
 class DDPMProcess(NoiseProcess):
-    """The variance-preserving process of DDPM over discrete timesteps: `x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise`.
+    """The variance-preserving process of DDPM with discrete timesteps: `x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise`.
 
-    Everything is computed in float32 by diffusers' `DDPMScheduler`, whatever scheduler the pipeline has.
+    Diffusers' `DDPMScheduler` computes everything in float32, whichever scheduler the pipeline has.
 
     Args:
-        scheduler_config (`Mapping[str, Any]`): Configuration of any scheduler for DDPM (DDIM, PNDM, Euler, DPM-Solver,
-            ...); its betas and prediction type are used.
+        scheduler_config (`Mapping[str, Any]`): Configuration of any DDPM scheduler (DDIM, PNDM, Euler, DPM-Solver,
+            ...). The process uses its betas and prediction type.
 
     Raises:
-        ValueError: If the configuration has no beta schedule or samples a flow, or the prediction type is none of
-            `epsilon`, `v_prediction` and `sample`.
+        ValueError: If the configuration has no beta schedule, is one for flow matching, or has a prediction type other
+            than `epsilon`, `v_prediction` and `sample`.
 
     Source: https://huggingface.co/papers/2006.11239 and, for v_prediction, https://huggingface.co/papers/2202.00512.
     """
@@ -266,7 +288,7 @@ class DDPMProcess(NoiseProcess):
         self.scheduler = DDPMScheduler.from_config({key: scheduler_config[key] for key in known})
         self.prediction_type = prediction_type
         self.num_train_timesteps = self.scheduler.config.num_train_timesteps
-        self.set_alpha_to_one = scheduler_config.get("set_alpha_to_one", True)  # as DDIM has it, for inversion
+        self.set_alpha_to_one = scheduler_config.get("set_alpha_to_one", True)  # DDIM's setting, for inversion
 
     def knows(self, timestep: float) -> bool:
         return 0 <= timestep < self.num_train_timesteps and timestep == int(timestep)
@@ -297,18 +319,18 @@ class DDPMProcess(NoiseProcess):
 
 
 class FlowMatchingProcess(NoiseProcess):
-    """The linear process of flow matching: `x_t = (1 - sigma) x_0 + sigma noise`, with the velocity
-    `noise - x_0` as target. Timesteps are `num_train_timesteps * sigma`, in float32 and not rounded.
+    """The linear process of flow matching: `x_t = (1 - sigma) x_0 + sigma noise`.
 
-    Sampled noise levels are shifted by the scheduler's configuration, as the pipeline's sigmas are: by a constant
-    factor, or by one that grows with the number of an image's tokens.
+    The target is the velocity `noise - x_0`. Timesteps are `num_train_timesteps * sigma`, in float32 and not rounded.
+    Sampled noise levels are shifted as in the pipeline: by a constant factor, or by one that grows with the number of
+    image tokens.
 
     Args:
         scheduler_config (`Mapping[str, Any]`): Configuration of a scheduler such as `FlowMatchEulerDiscreteScheduler`
-            (`shift`, `use_dynamic_shifting`), or of another one with `use_flow_sigmas` (`flow_shift`).
+            (with `shift` or `use_dynamic_shifting`), or of another scheduler with `use_flow_sigmas` and `flow_shift`.
 
     Raises:
-        ValueError: If the configuration is not one of flow matching, or its shift is not above 0.
+        ValueError: If the configuration is not for flow matching, or its shift is not above 0.
 
     Source: https://huggingface.co/papers/2403.03206, section 3 and, for the shift, equation 23.
     """
@@ -336,14 +358,18 @@ class FlowMatchingProcess(NoiseProcess):
         self.lengths = scheduler_config.get("base_image_seq_len", 256), scheduler_config.get("max_image_seq_len", 4096)
         self.shifts = scheduler_config.get("base_shift", 0.5), scheduler_config.get("max_shift", 1.15)
         if not self.dynamic and not self.fixed_shift > 0:
-            raise ValueError(f"The scheduler's shift must be above 0, got {self.fixed_shift}. 1 is none.")
+            raise ValueError(
+                f"The scheduler's shift must be above 0, got {self.fixed_shift}. A shift of 1 has no effect."
+            )
 
     def knows(self, timestep: float) -> bool:
         return 0 <= timestep <= self.num_train_timesteps
 
     def shift_of(self, image_seq_len: int) -> float:
-        """The `mu` that pipelines with dynamic shifting pass to their scheduler: linear in an image's tokens, through
-        two points of the configuration."""
+        """Return `mu`, which pipelines with dynamic shifting pass to their scheduler.
+
+        It is linear in the number of image tokens, through two points of the configuration.
+        """
         slope = (self.shifts[1] - self.shifts[0]) / (self.lengths[1] - self.lengths[0])
         return self.shifts[0] + slope * (image_seq_len - self.lengths[0])
 
@@ -355,8 +381,10 @@ class FlowMatchingProcess(NoiseProcess):
         return noise.float() - latents.float()
 
     def sigmas(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
-        """Share of noise at the timesteps, `(N,)`, float32 in `[0, 1]`; `image_seq_len` is for subclasses that shift
-        after the timesteps."""
+        """Return the noise levels sigma at the timesteps, `(N,)`, float32 in `[0, 1]`.
+
+        Only subclasses that shift after the timesteps use `image_seq_len`.
+        """
         return timesteps.float() / self.num_train_timesteps
 
     def noise_level(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
@@ -373,20 +401,20 @@ class FlowMatchingProcess(NoiseProcess):
         self, uniform: torch.Tensor, low: int, high: int, sampling: TimestepSampling, image_seq_len: int | None
     ) -> torch.Tensor:
         total, factor = self.num_train_timesteps, self._shift_factor(image_seq_len)
-        # `low` and `high` are after the shift: this is the inverse of the last line.
+        # `low` and `high` are shifted timesteps. Undo the shift, which the last line applies again.
         ends = [end / total / (factor - (factor - 1.0) * end / total) for end in (low, high)]
         first, last = (sampling.share_below(end) for end in ends)
         levels = sampling.quantile(first + uniform.float() * (last - first))
         return (total * factor * levels / (1.0 + (factor - 1.0) * levels)).clamp(low, high)
 
     def _shift_factor(self, image_seq_len: int | None) -> float:
-        """The factor `a` of the shifted level `a t / (1 + (a - 1) t)`."""
+        """Return the factor `a` of the shift from `t` to `a t / (1 + (a - 1) t)`."""
         if not self.dynamic:
             return self.fixed_shift
         if image_seq_len is None:
             raise ValueError(
-                "This scheduler shifts by image size (`use_dynamic_shifting`), and got no `image_seq_len`. Pass the "
-                "number of an image's tokens."
+                "A scheduler with `use_dynamic_shifting` needs `image_seq_len`, and it is None. Pass the number of "
+                "tokens per image."
             )
         mu = self.shift_of(image_seq_len)
         return math.exp(mu) if self.exponential else mu
@@ -399,23 +427,23 @@ class FlowMatchingProcess(NoiseProcess):
 
 
 def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
-    """Return one generator for each seed. A pair's draws depend on its own seed, and not on its batch."""
+    """Return one CPU generator for each seed. A pair's draws depend only on its own seed, not on its batch."""
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
 def uniform(generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Return one number in `[0, 1)` from each of N generators: `(N,)`, on the CPU."""
+    """Draw one number in `[0, 1)` from each of N generators, `(N,)`, on the CPU."""
     return torch.cat([torch.rand(1, generator=generator) for generator in generators])
 
 
 def standard_normal(
     shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return standard normal noise on a device; the host does not wait for the device.
+    """Draw standard normal noise on the CPU and copy it to a device without waiting for the device.
 
     Args:
         shape: `(N, ...)`.
-        generators (of length N): Row i is drawn from generator i, which must be on the CPU.
+        generators: N generators on the CPU. Row i is drawn from generator i.
     """
     noise = torch.empty(tuple(shape), dtype=dtype, pin_memory=device.type not in WITHOUT_PINNED_MEMORY)
     for row, generator in zip(noise, generators, strict=True):
@@ -424,7 +452,7 @@ def standard_normal(
 
 
 def sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a small tensor of the CPU to a device, without waiting for the device."""
+    """Copy a small CPU tensor to a device without waiting for the device."""
     if device.type in WITHOUT_PINNED_MEMORY:
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)

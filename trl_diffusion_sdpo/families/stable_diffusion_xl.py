@@ -43,8 +43,8 @@ class StableDiffusionXLFamily(Family):
         unet = self.pipeline.unet.config
         if unet.addition_embed_type != "text_time" or unet.projection_class_embeddings_input_dim is None:
             raise ValueError(
-                f"An SDXL UNet has `addition_embed_type='text_time'`, got {unet.addition_embed_type!r}. Use a pipeline "
-                "with an SDXL UNet."
+                f"An SDXL UNet has `addition_embed_type='text_time'`, got {unet.addition_embed_type!r}. Use a "
+                "pipeline with an SDXL UNet."
             )
         if self.pipeline.text_encoder_2 is None:  # a pipeline that generates from embeddings
             return

@@ -1,4 +1,4 @@
-"""Image generation that is guided by the difference between the tuned model and a reference."""
+"""Generate images guided by the difference between the tuned model and a reference."""
 
 from .preference_guidance import preference_guidance
 

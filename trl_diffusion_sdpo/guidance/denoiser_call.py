@@ -1,4 +1,4 @@
-"""One call of a denoiser by a pipeline: inputs by name, selection of rows, and the output."""
+"""One call of a denoiser by a pipeline: read its inputs by name, select rows, and read or replace its output."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-LORA_SCALE = "scale"  # key in the pipeline's `cross_attention_kwargs`, `joint_attention_kwargs` or `attention_kwargs`
+LORA_SCALE = "scale"  # key in a pipeline's `cross_attention_kwargs`, `joint_attention_kwargs` or `attention_kwargs`
 
 
 class DenoiserCall:
-    """Arguments of one call of a denoiser.
+    """The arguments of one call of a denoiser.
 
     Args:
-        signature (`inspect.Signature`): Signature of the denoiser's `forward`, with `self`. Its first input is the
-            latents.
+        signature (`inspect.Signature`): Signature of the denoiser's `forward`, with `self`. The argument after `self`
+            must be the latents.
         args, kwargs: Arguments that the pipeline passed.
-        shared (`tuple[str, ...]`): Names of the inputs that all rows share.
+        shared (`tuple[str, ...]`): Names of inputs without a batch dimension.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class DenoiserCall:
 
     @property
     def is_doubled(self) -> bool:
-        """Whether both halves of the batch have the same latents."""
+        """Whether the first and second half of the batch have the same latents, as under classifier-free guidance."""
         half = self.rows // 2
         if self.rows % 2:
             return False
@@ -44,7 +44,7 @@ class DenoiserCall:
         return torch.equal(self.latents[:half], self.latents[half:])
 
     def take(self, *slices: slice) -> dict[str, Any]:
-        """Return the inputs of some rows, the rows of one slice after those of the other."""
+        """Return the inputs of the selected rows, concatenated in the order of `slices`."""
         return {
             name: value if name in self._shared else self._select(value, slices, is_input=True)
             for name, value in self.inputs.items()
@@ -74,13 +74,13 @@ def without_lora_scale(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def prediction_in(output: Any) -> torch.Tensor:
-    """Return the prediction `(N, ...)` in a denoiser's output. Some denoisers return a list of rows."""
+    """Return the prediction `(N, ...)` from a denoiser's output. Some denoisers return a list of rows."""
     prediction = output[0]
     return torch.stack(prediction) if isinstance(prediction, list) else prediction
 
 
 def with_prediction(output: Any, prediction: torch.Tensor) -> Any:
-    """Return a copy of a denoiser's output with another prediction, in the same form."""
+    """Return a copy of a denoiser's output in which the prediction is replaced."""
     new = list(prediction.unbind()) if isinstance(output[0], list) else prediction
     if isinstance(output, tuple):
         return (new, *output[1:])

@@ -1,4 +1,4 @@
-"""Guided denoiser: it finds the conditional rows of a call and combines the predictions of policy and reference."""
+"""Replace a denoiser's predictions by a combination of the policy's and the reference's, while a pipeline runs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _ATTRIBUTE = "_preference_guidance"
 
 @dataclass(frozen=True)
 class Branches:
-    """Conditional and unconditional rows of a call.
+    """Which rows of a denoiser call are conditional and which are unconditional.
 
-    Conditional rows have the prompts. Unconditional rows are a branch of classifier-free guidance. A call for another
-    purpose has neither.
+    Conditional rows have the prompts. Unconditional rows have the negative prompts of classifier-free guidance. Both
+    are `None` in a call for another purpose.
     """
 
     conditional: slice | None
@@ -35,12 +35,12 @@ class Branches:
 
 
 class Guide:
-    """Replacement of a denoiser's call under guidance.
+    """What a guided denoiser does in place of its normal call.
 
     Args:
         family ([`Family`]): Family of the pipeline.
-        predictor ([`Predictor`]): Predictor of policy and reference.
-        form, scale, interval: See [`preference_guidance`]. `scale` is 1 in the form `"npo"`.
+        predictor ([`Predictor`]): Computes the predictions of policy and reference.
+        form, scale, interval: See [`preference_guidance`]. `scale` must be 1 if `form` is `"npo"`.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class Guide:
         self._is_plain = form != "npo" and scale == 1
         plain = unwrap_peft_model(unwrap_module(family.denoiser))
         self._signature = inspect.signature(type(plain).forward)
-        self._latents: Any = None  # of the last call
-        self._schedule: Any = None  # timesteps of the scheduler at the last call
-        self._shift: torch.Tensor | None = None  # of the last conditional prediction
+        self._latents: Any = None  # latents of the last call
+        self._schedule: Any = None  # the scheduler's timesteps at the last call
+        self._shift: torch.Tensor | None = None  # shift of the last conditional prediction
 
     def __call__(self, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.calls += 1
@@ -77,11 +77,11 @@ class Guide:
         return low <= float(self._family.noise_level_of(call.inputs).flatten()[0]) <= high
 
     def _branches(self, call: DenoiserCall) -> Branches:
-        if call.inputs.get("skip_layers") is not None:  # a separate pass of Stable Diffusion 3 for skip-layer guidance
+        if call.inputs.get("skip_layers") is not None:  # Stable Diffusion 3's extra pass for skip-layer guidance
             return Branches(None, None)
         if self._family.conditional_rows == "all":
             return self._branches_of_calls(call)
-        # Some pipelines do not have `do_classifier_free_guidance`. Their batch is doubled if they guide.
+        # Pipelines without `do_classifier_free_guidance` are recognised by their doubled batch.
         pipeline: Any = self._family.pipeline
         if not (getattr(pipeline, "do_classifier_free_guidance", True) and call.is_doubled):
             return Branches(call.everything, None)
@@ -89,7 +89,10 @@ class Guide:
         return Branches(last, first) if self._family.conditional_rows == "last" else Branches(first, last)
 
     def _branches_of_calls(self, call: DenoiserCall) -> Branches:
-        """Return the rows of a call. A second call with the same latents is unconditional, others are conditional."""
+        """Return the branches for pipelines that call the denoiser once per branch, the conditional one first.
+
+        A second call with the same latents is unconditional.
+        """
         schedule = self._family.pipeline.scheduler.timesteps  # a new tensor in every call of the pipeline
         follows = call.latents is self._latents and schedule is self._schedule
         self._latents, self._schedule = call.latents, schedule

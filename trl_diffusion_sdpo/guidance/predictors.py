@@ -1,6 +1,6 @@
-"""Predictors of policy and reference, in two passes or in one.
+"""Compute the predictions of policy and reference, in two passes or in one batch.
 
-The reference is the denoiser with its LoRA switched off, another adapter, or another denoiser.
+The reference is the denoiser with its LoRA switched off, another LoRA on it, or another denoiser.
 """
 
 from __future__ import annotations
@@ -27,15 +27,18 @@ Predictions = tuple[torch.Tensor | None, torch.Tensor | None, Any]
 
 
 class Predictor(ABC):
-    """Predictor of some rows of a call with the policy and of some with the reference."""
+    """Computes the policy's prediction for some rows of a call and the reference's prediction for others."""
 
     @abstractmethod
     def predict(
         self, denoiser: Callable[..., Any], call: DenoiserCall, policy: slice | None, reference: slice | None
     ) -> Predictions:
-        """Return the policy's and the reference's predictions of their rows, and an output of the denoiser.
+        """Return the policy's prediction, the reference's prediction and an output of the denoiser.
 
-        A prediction is `None` if its rows are `None`.
+        Args:
+            denoiser (`Callable`): The unguided denoiser.
+            call (`DenoiserCall`): The pipeline's call.
+            policy, reference (`slice`, *optional*): Rows that each predicts. If `None`, its prediction is `None`.
         """
 
     def close(self) -> None:
@@ -44,7 +47,7 @@ class Predictor(ABC):
 
 
 class TwoPasses(Predictor):
-    """Predictor with one pass of the reference and one of the policy.
+    """Runs the reference and the policy one after the other.
 
     If the policy predicts all rows, it gets the pipeline's arguments unchanged.
     """
@@ -70,7 +73,7 @@ class TwoPasses(Predictor):
 
 
 class AdapterReference(TwoPasses):
-    """Reference that is the same denoiser with its adapters switched off, or with another adapter active."""
+    """Uses the same denoiser as the reference, with its adapters off or with another adapter active."""
 
     def __init__(self, layers: list[Any], name: str | None):
         self._layers = layers
@@ -90,7 +93,7 @@ class AdapterReference(TwoPasses):
 
 
 class DenoiserReference(TwoPasses):
-    """Reference that is a separate denoiser."""
+    """Uses a separate denoiser as the reference."""
 
     def __init__(self, module: nn.Module):
         self._module = module
@@ -100,7 +103,7 @@ class DenoiserReference(TwoPasses):
 
 
 class OnePass(Predictor):
-    """Predictor of both in one batch. PEFT's inference with mixed batches selects the adapter of each row."""
+    """Predicts with policy and reference in one batch. PEFT's mixed-batch inference selects the adapter of each row."""
 
     def __init__(self, layers: list[Any], policy: str, reference: str | None):
         self._policy = policy
@@ -121,8 +124,8 @@ class OnePass(Predictor):
             if "adapter_names" not in str(error):
                 raise
             raise ValueError(
-                "`batched` needs one row for each image in every layer with a LoRA. A layer of this denoiser has "
-                f"another number of rows, as embeddings of sizes have. Leave `batched` out. ({error})"
+                "`batched` needs one row per image in every layer with a LoRA. A layer of this denoiser has another "
+                f"number of rows, for example an embedding of image sizes. Leave `batched` out. ({error})"
             ) from error
         finally:
             self._names = None

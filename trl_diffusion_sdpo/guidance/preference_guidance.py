@@ -186,7 +186,7 @@ def _warn_of_no_effect(missed: tuple[float, float] | None) -> None:
         logger.warning("Guidance had no effect: no step had a noise level in the `interval` %s.", missed)
     else:
         logger.warning(
-            "Guidance had no effect: the form 'npo' replaces the unconditional branch of classifier-free guidance, and "
-            "the pipeline did not predict that branch. Raise the pipeline's guidance scale, or use the form "
+            "Guidance had no effect: the form 'npo' replaces the unconditional branch of classifier-free guidance, "
+            "and the pipeline did not predict that branch. Raise the pipeline's guidance scale, or use the form "
             "'conditional'."
         )

@@ -1,4 +1,4 @@
-"""Scorers: images and prompts in, numbers out."""
+"""Scorers, which rate images for their prompts."""
 
 from .scorer import BatchedScorer, FunctionScorer, Scorer, load_scorer, register_scorer, scorer_names
 

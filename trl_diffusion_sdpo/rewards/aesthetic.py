@@ -15,12 +15,13 @@ from .scorer import BatchedScorer, hub_file
 
 
 class AestheticScorer(BatchedScorer):
-    """Score images without looking at their prompts: linear layers on the normalised CLIP embedding, usually 4 to 7.
+    """Score how pleasing an image looks, without its prompt: linear layers on a CLIP embedding. Usual scores are 4 to
+    7.
 
     Args:
-        clip (`CLIPScorer`): Embeds the images. Its device is used.
+        clip (`CLIPScorer`): Computes the image embeddings. The head runs on its device.
         head (`torch.nn.ModuleDict`): The linear layers, from [`~trl_diffusion_sdpo.rewards.heads.linear_head`].
-        batch_size (`int`, *optional*, defaults to `16`): Images that are scored at once.
+        batch_size (`int`, *optional*, defaults to `16`): Images per batch.
     """
 
     def __init__(self, clip: CLIPScorer, head: nn.ModuleDict, *, batch_size: int = 16):
@@ -48,7 +49,7 @@ def aesthetic(
     Args:
         model (`str`): Hub id or folder of the CLIP model with its image processor.
         head (`str`): Hub id or folder of the head, a copy of `sac+logos+ava1-l14-linearMSE.pth`.
-        file (`str`): Its file, which is read with `weights_only=True`.
+        file (`str`): File name of the head's weights. It is read with `weights_only=True`.
         revision, head_revision (`str`, *optional*): Revisions on the Hub.
         device, batch_size: See [`BatchedScorer`].
 

@@ -1,4 +1,4 @@
-"""Scorers that compare a CLIP model's embeddings of image and prompt: PickScore, CLIP score, HPSv2 and HPSv2.1."""
+"""Scorers that compare the CLIP embeddings of image and prompt: PickScore, CLIP score, HPSv2 and HPSv2.1."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ Preprocess = Literal["crop", "pad"]
 
 
 class CLIPScorer(BatchedScorer):
-    """Score images by the cosine of their embedding and their prompt's.
+    """Score images by the cosine similarity between the embeddings of image and prompt.
 
-    The score is `scale * cos`, with negative values raised to 0 if `clamp` is set.
+    The score is `scale * cos`. If `clamp` is set, negative scores become 0.
 
     Args:
-        name (`str`): Name of the scores.
-        model (`transformers.CLIPModel`): The model; it is put in evaluation mode.
-        tokenizer (`transformers.PreTrainedTokenizerBase`): The model's tokenizer. Prompts are padded and cut to the
-            model's length, 77 tokens in published models.
+        name (`str`): Name of the scorer in tables and files.
+        model (`transformers.CLIPModel`): The model. It is put in evaluation mode and frozen.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): The model's tokenizer. Prompts are padded or truncated to
+            the model's length, 77 tokens in published models.
         image_processor (`transformers.CLIPImageProcessorPil`): Its size, crop, mean and standard deviation are used.
-        scale (`float`, *optional*): Factor of the cosine. If unset, the model's own `exp(logit_scale)`.
+        scale (`float`, *optional*): Factor of the cosine. `None` uses the model's `exp(logit_scale)`.
         clamp (`bool`, *optional*, defaults to `False`): Whether negative scores become 0.
-        prefix (`str`, *optional*, defaults to `""`): Put before each prompt.
-        preprocess (`"crop"` or `"pad"`, *optional*, defaults to `"crop"`): `crop` resizes the shorter side and crops
-            the centre. `pad` resizes the longer side of the image's tensor and pads it with black, as the package
-            `hpsv2` does. Both agree nearly for square images.
+        prefix (`str`, *optional*, defaults to `""`): Text put before each prompt.
+        preprocess (`"crop"` or `"pad"`, *optional*, defaults to `"crop"`): `"crop"` resizes the shorter side and crops
+            the centre. `"pad"` resizes the longer side and pads the rest with black, as the package `hpsv2` does.
+            Square images give nearly equal scores either way.
         device, batch_size: See [`BatchedScorer`].
     """
 
@@ -69,7 +69,7 @@ class CLIPScorer(BatchedScorer):
         return scores.clamp(min=0) if self.clamp else scores
 
     def embed_images(self, images: list[Image.Image]) -> torch.Tensor:
-        """Return the normalised projected embeddings, `(N, D)`."""
+        """Return the normalised CLIP embeddings of images, `(N, D)`."""
         if self.preprocess == "pad":
             pixels = torch.stack([padded_pixels(image, self.image_processor) for image in images])
         else:
@@ -78,7 +78,7 @@ class CLIPScorer(BatchedScorer):
         return torch.nn.functional.normalize(embedding.float(), dim=-1)
 
     def embed_prompts(self, prompts: list[str]) -> torch.Tensor:
-        """Return the normalised projected embeddings, `(N, D)`."""
+        """Return the normalised CLIP embeddings of prompts, `(N, D)`."""
         tokens = self.tokenizer(
             [self.prefix + prompt for prompt in prompts],
             padding="max_length",
@@ -91,7 +91,7 @@ class CLIPScorer(BatchedScorer):
 
 
 def padded_pixels(image: Image.Image, image_processor: CLIPImageProcessorPil) -> torch.Tensor:
-    """Return the normalised pixels of an image whose longer side fills the square, `(3, size, size)`."""
+    """Resize an image to fit into a square, pad it with black and normalise it, `(3, size, size)`."""
     size = image_processor.crop_size["height"]
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     pixels = pixels.view(1, image.height, image.width, 3).permute(0, 3, 1, 2).float() / 255
@@ -116,10 +116,9 @@ def pickscore(
     dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> CLIPScorer:
-    """Load PickScore: `exp(logit_scale) * cos`, usually 19 to 23.
+    """Load PickScore: `exp(logit_scale) * cos`. Usual scores are 19 to 23.
 
-    PickScore was trained on Pick-a-Pic, the votes that most preference models are trained on too. Use it beside another
-    scorer.
+    PickScore was trained on Pick-a-Pic, like most preference-tuned models. Use a second scorer next to it.
 
     Args:
         model (`str`): Hub id or folder of the CLIP model.
@@ -137,7 +136,7 @@ def pickscore(
 def clip_score(
     model: str = CLIP_H, *, revision: str | None = None, dtype: torch.dtype = torch.float32, **settings: Any
 ) -> CLIPScorer:
-    """Load the plain cosine of a CLIP model. The Diffusion-SDPO authors use it with ViT-H/14.
+    """Load the plain cosine similarity of a CLIP model. The Diffusion-SDPO authors use it with ViT-H/14.
 
     Args:
         model (`str`): Hub id or folder of the CLIP model with its tokenizer and image processor.
@@ -172,9 +171,9 @@ def clip_score_hessel(
 
 
 def hpsv2(**settings: Any) -> CLIPScorer:
-    """Load HPSv2: the cosine of a CLIP ViT-H/14 that was tuned on human votes, about .25 to .33.
+    """Load HPSv2: the cosine similarity of a CLIP ViT-H/14 tuned on human votes. Usual scores are 0.25 to 0.33.
 
-    It takes the arguments of [`hpsv21`].
+    Arguments are those of [`hpsv21`].
 
     Source: https://huggingface.co/papers/2306.09341.
     """
@@ -191,13 +190,13 @@ def hpsv21(
     dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> CLIPScorer:
-    """Load HPSv2.1, which papers since 2025 mean by "HPS" or "HPSv2". Papers often print its values times 100.
+    """Load HPSv2.1. Papers since 2025 mean this model by "HPS" or "HPSv2", and often print its scores times 100.
 
     Args:
         model (`str`): Hub id or folder of the weights.
-        file (`str`): The file of the weights, which are in open_clip's names. It is read with `weights_only=True`.
+        file (`str`): File name of the weights, in open_clip's format. It is read with `weights_only=True`.
         processor (`str`): Hub id or folder of the tokenizer, the image processor and the network's configuration.
-        name (`str`): Name of the scores.
+        name (`str`): Name of the scorer in tables and files.
         revision (`str`, *optional*): Revision of the weights on the Hub.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type of the weights. The package `hpsv2` uses
             autocast.
@@ -208,15 +207,15 @@ def hpsv21(
     path = hub_file(model, file, revision)
     weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     network = hps_network(weights, CLIPConfig.from_pretrained(processor))
-    torch.nn.Module.to(network, dtype)  # the types of `CLIPModel.to` leave out its own argument
+    torch.nn.Module.to(network, dtype)  # the type stubs of `CLIPModel.to` lack this argument
     return CLIPScorer(name, network, **load_processors(processor), **settings)
 
 
 def hps_network(weights: Mapping[str, torch.Tensor], config: CLIPConfig) -> CLIPModel:
-    """Return the CLIP model of weights in open_clip's names.
+    """Build a CLIP model from weights in open_clip's format.
 
     Raises:
-        `RuntimeError`: If weights are missing, unknown or of another shape.
+        `RuntimeError`: If weights are missing, have unknown names, or have the wrong shape.
     """
     network = CLIPModel(config)
     network.load_state_dict(clip_state_dict(weights))
@@ -224,7 +223,7 @@ def hps_network(weights: Mapping[str, torch.Tensor], config: CLIPConfig) -> CLIP
 
 
 def load_processors(model: str, revision: str | None = None) -> dict[str, Any]:
-    """Return the arguments `tokenizer` and `image_processor` of a [`CLIPScorer`]."""
+    """Load the tokenizer and image processor of a CLIP model, as arguments for [`CLIPScorer`]."""
     return {
         "tokenizer": AutoTokenizer.from_pretrained(model, revision=revision),
         "image_processor": CLIPImageProcessorPil.from_pretrained(model, revision=revision),

@@ -1,4 +1,4 @@
-"""The linear head that the aesthetic predictor and ImageReward share."""
+"""The linear head that the aesthetic predictor and ImageReward both use."""
 
 from torch import nn
 
@@ -6,10 +6,9 @@ HIDDEN = (1024, 128, 64, 16)
 
 
 def linear_head(width: int) -> nn.ModuleDict:
-    """Return linear layers from `width` features to one score, without activations between them.
+    """Return linear layers from `width` features to one score, without activations.
 
-    The published files number the layers with the dropout layers between them, which do nothing here:
-    `layers.{0,2,4,6,7}`.
+    The published files also number their dropout layers, so the linear layers are `layers.{0,2,4,6,7}`.
     """
     sizes = (width, *HIDDEN, 1)
     layers = nn.Sequential()

@@ -16,21 +16,22 @@ from .scorer import BatchedScorer, hub_file
 
 REWARD_TOKEN = "<|Reward|>"
 IMAGE_TOKEN = "<|image_pad|>"
-PIXELS = 256 * 28 * 28  # each image is resized to about this many
+PIXELS = 256 * 28 * 28  # images are resized to about this many pixels
 
 
 class HPSv3Scorer(BatchedScorer):
-    """Score images by the predicted mean of human votes; the predicted spread is dropped.
+    """Score images by HPSv3's predicted mean of human votes. The predicted spread is not used.
 
-    Each image is a call of its own, so that a score does not depend on the padding of other prompts.
+    Images are scored one at a time, so that a score does not depend on the padding of other prompts.
 
     Args:
         model (`transformers.Qwen2VLModel`): The network without its language head.
         head (`torch.nn.Sequential`): From [`reward_head`], in float32.
-        tokenizer (`transformers.PreTrainedTokenizerBase`): With Qwen2-VL's chat template and the token `<|Reward|>`.
-        image_processor (`transformers.Qwen2VLImageProcessorPil`): Resizes and cuts images into patches.
-        instruction (`str`): The text after the image, with `{text_prompt}` in the prompt's place and `<|Reward|>` where
-            the head reads.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): Tokenizer with Qwen2-VL's chat template and the token
+            `<|Reward|>`.
+        image_processor (`transformers.Qwen2VLImageProcessorPil`): Resizes images and splits them into patches.
+        instruction (`str`): Text after the image. It must contain `{text_prompt}`, which the prompt replaces, and
+            `<|Reward|>`, the token from which the head computes the score.
         device: See [`BatchedScorer`].
     """
 
@@ -60,7 +61,7 @@ class HPSv3Scorer(BatchedScorer):
         question = {"type": "text", "text": self.instruction.replace("{text_prompt}", prompts[0])}
         chat = [{"role": "user", "content": [{"type": "image"}, question]}]
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        # The network replaces one token for each merged patch of the image.
+        # The model expects one image token for each merged patch.
         patches = int(pixels.image_grid_thw.prod()) // self.image_processor.merge_size**2
         tokens = self.tokenizer(text.replace(IMAGE_TOKEN, IMAGE_TOKEN * patches), return_tensors="pt").to(self.device)
         image_tokens = tokens.input_ids == self.model.config.image_token_id
@@ -89,14 +90,14 @@ def hpsv3(
     """Load HPSv3.
 
     Args:
-        instruction (`str`): The authors' instruction to the model. Read `INSTRUCTION` and `prompt_with_special_token`
-            from `hpsv3/dataset/data_collator_qwen.py` of their repository and join them. Another text gives other
-            scores.
+        instruction (`str`): The authors' instruction to the model. Copy `INSTRUCTION` and `prompt_with_special_token`
+            from `hpsv3/dataset/data_collator_qwen.py` in their repository and concatenate them. Any other text changes
+            the scores.
         model (`str`): Hub id or folder of the weights, 16 GB.
-        file (`str`): Their file.
+        file (`str`): File name of the weights.
         base (`str`): Hub id or folder of the configuration, tokenizer and image processor.
         revision (`str`, *optional*): Revision of the weights on the Hub.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Type of the network; the head is in float32.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Dtype of the model. The head is float32.
         device: See [`BatchedScorer`].
 
     Source: https://huggingface.co/papers/2508.03789.
@@ -119,17 +120,20 @@ def hpsv3(
 
 
 def reward_head(width: int) -> nn.Sequential:
-    """Return the layers on the hidden state of `<|Reward|>`. The dropout layer keeps its number and does nothing."""
+    """Return the head that computes mean and spread from the hidden state of `<|Reward|>`.
+
+    The identity layer stands for a dropout layer, so that layer numbers match the published file.
+    """
     return nn.Sequential(
         nn.Linear(width, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
     )
 
 
 def split_weights(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the network's weights under the names of `Qwen2VLModel`, and the head's weights in float32.
+    """Split the published weights into those of `Qwen2VLModel` and those of the head, the latter in float32.
 
-    The names before transformers 4.52 (`visual.`, `model.layers.`) and since then (`model.visual.`,
-    `model.language_model.`) are understood.
+    Both naming schemes work: that before transformers 4.52 (`visual.`, `model.layers.`) and the later one
+    (`model.visual.`, `model.language_model.`).
     """
     network = {}
     head = {}

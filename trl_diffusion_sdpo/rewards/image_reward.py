@@ -36,13 +36,13 @@ _VISION_BLOCK = {
 
 
 class ImageRewardScorer(BatchedScorer):
-    """Score images under their prompts; about 0 on average, with a standard deviation of about 1.
+    """Score how well images fit their prompts. The average is about 0, with a standard deviation of about 1.
 
     Args:
         vision (`transformers.BlipVisionModel`): Encodes images.
         text (`transformers.BlipTextModel`): Encodes prompts, with cross-attention to the image.
-        head (`torch.nn.ModuleDict`): The linear layers on the first token.
-        tokenizer (`transformers.PreTrainedTokenizerBase`): BERT's, without the tokens that BLIP adds to it.
+        head (`torch.nn.ModuleDict`): Linear layers that compute the score from the first token.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): BERT's tokenizer, without BLIP's extra tokens.
         image_processor (`transformers.CLIPImageProcessorPil`): Resizes and crops like CLIP.
         device, batch_size: See [`BatchedScorer`].
     """
@@ -76,8 +76,8 @@ class ImageRewardScorer(BatchedScorer):
             attention_mask=tokens.attention_mask,
             encoder_hidden_states=image,
             encoder_attention_mask=torch.ones(image.shape[:2], dtype=torch.long, device=self.device),
-            # The configuration says `True`, because only decoders have cross-attention. The call says `False`, so
-            # that each token still sees the whole prompt.
+            # `is_decoder` is `True` in the configuration, because only decoders have cross-attention. Here it is
+            # `False`, so that every token attends to the whole prompt.
             is_decoder=False,
         ).last_hidden_state
         raw = self.head["layers"](text[:, 0])[:, 0]
@@ -95,8 +95,8 @@ def image_reward(
     """Load ImageReward 1.0.
 
     Args:
-        model (`str`): Hub id or folder of `ImageReward.pt`, which is read with `weights_only=True`, and of
-            `med_config.json`.
+        model (`str`): Hub id or folder with `ImageReward.pt` and `med_config.json`. The weights are read with
+            `weights_only=True`.
         tokenizer (`str`): Hub id or folder of BERT's tokenizer.
         revision (`str`, *optional*): Revision of the model on the Hub.
         device, batch_size: See [`BatchedScorer`].
@@ -131,7 +131,7 @@ def image_reward(
 
 
 def text_config(med_config: Mapping[str, Any]) -> BlipTextConfig:
-    """Return the text encoder's configuration from the published `med_config.json`."""
+    """Build the text encoder's configuration from the published `med_config.json`."""
     return BlipTextConfig(
         **{name: value for name, value in med_config.items() if name not in ("architectures", "model_type")},
         encoder_hidden_size=med_config["encoder_width"],
@@ -142,15 +142,15 @@ def text_config(med_config: Mapping[str, Any]) -> BlipTextConfig:
 def load_weights(
     weights: Mapping[str, torch.Tensor], vision: BlipVisionModel, text: BlipTextModel, head: nn.ModuleDict
 ) -> None:
-    """Load the published state dict into the three networks.
+    """Load the published weights into the two encoders and the head.
 
     Raises:
-        `RuntimeError`: If weights are missing, unknown or of another shape.
+        `RuntimeError`: If weights are missing, have unknown names, or have the wrong shape.
     """
     towers: dict[str, dict[str, torch.Tensor]] = {"blip.visual_encoder": {}, "blip.text_encoder": {}, "mlp": {}}
     for name, weight in weights.items():
         tower = next((prefix for prefix in towers if name.startswith(f"{prefix}.")), None)
-        if tower is not None and not name.endswith("position_ids"):  # a buffer
+        if tower is not None and not name.endswith("position_ids"):  # position ids are a buffer, not a weight
             towers[tower][name.removeprefix(f"{tower}.")] = weight
     vision.load_state_dict({vision_name(name): weight for name, weight in towers["blip.visual_encoder"].items()})
     text.load_state_dict(towers["blip.text_encoder"])
@@ -158,7 +158,7 @@ def load_weights(
 
 
 def vision_name(name: str) -> str:
-    """Return the name in `BlipVisionModel` of a weight of BLIP's image encoder."""
+    """Translate the name of a weight in BLIP's image encoder to its name in `BlipVisionModel`."""
     fixed = {"cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding"}
     if name in fixed:
         return fixed[name]

@@ -1,16 +1,16 @@
-"""Names of open_clip's weights in transformers' `CLIPModel`."""
+"""Translate the names of open_clip's weights to those of transformers' `CLIPModel`."""
 
 import re
 from collections.abc import Mapping
 
 import torch
 
-# Patterns of open_clip's names -> the names in `CLIPModel`, for a tower's own weights.
+# Pattern of an open_clip name -> name in `CLIPModel`.
 _VISION = {
     r"visual\.class_embedding": "vision_model.embeddings.class_embedding",
     r"visual\.conv1\.weight": "vision_model.embeddings.patch_embedding.weight",
     r"visual\.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    r"visual\.ln_pre\.(.*)": r"vision_model.pre_layrnorm.\1",  # the misspelling is transformers'
+    r"visual\.ln_pre\.(.*)": r"vision_model.pre_layrnorm.\1",  # transformers misspells this name
     r"visual\.ln_post\.(.*)": r"vision_model.post_layernorm.\1",
     r"visual\.proj": "visual_projection.weight",
     r"visual\.transformer\.resblocks\.(.*)": r"vision_model.encoder.layers.\1",
@@ -35,9 +35,9 @@ _BUFFERS = ("attn_mask",)
 
 
 def clip_state_dict(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return open_clip's weights under the names of `CLIPModel`.
+    """Rename open_clip's weights to the names in `CLIPModel`.
 
-    Names that neither has keep their name, so that `load_state_dict` reports them.
+    Unknown names are not changed, so that `load_state_dict` reports them.
     """
     renamed = {}
     for name, weight in weights.items():
@@ -48,7 +48,7 @@ def clip_state_dict(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
         if ".attn.in_proj_" not in target:
             renamed[target] = weight.contiguous()
             continue
-        # One matrix for queries, keys and values: (3D, D) -> three of (D, D).
+        # open_clip has one matrix for queries, keys and values: (3D, D) -> three of (D, D).
         before, _, kind = target.partition(".attn.in_proj_")
         for letter, third in zip("qkv", weight.chunk(3), strict=True):
             renamed[f"{before}.self_attn.{letter}_proj.{kind}"] = third.contiguous()

@@ -1,4 +1,4 @@
-"""The interface of scorers, and what all of them share: batches, and checks of what comes out."""
+"""The interface of scorers, a base class that scores in batches, and the registry of scorers by name."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from PIL import Image
 
 
 class Scorer(Protocol):
-    """A callable that scores images under their prompts; higher is better.
+    """A callable that scores images for their prompts. Higher is better.
 
     Args:
         images (`Sequence[PIL.Image.Image]`): N images.
-        prompts (`Sequence[str]`): Their N prompts.
+        prompts (`Sequence[str]`): N prompts, one for each image.
 
     Returns:
         `torch.Tensor` of shape `(N,)`: float32 scores on the CPU.
@@ -31,16 +31,28 @@ class Scorer(Protocol):
 
 
 class BatchedScorer(ABC):
-    """Base of the scorers in this package. A subclass scores one batch in `score_batch`.
+    """Base class of the scorers in this package. A subclass scores one batch in `score_batch`.
+
+    Example:
+
+    ```python
+    from PIL import ImageStat
+
+
+    class Brightness(BatchedScorer):
+        def score_batch(self, images, prompts):
+            return torch.tensor([ImageStat.Stat(image.convert("L")).mean[0] for image in images])
+
+    scores = Brightness("brightness", batch_size=8)(images, prompts) ```
 
     Args:
-        name (`str`): Name of the scores in tables and files. It tells apart scores that do not compare, such as two
-            variants of one formula.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where the scorer computes.
-        batch_size (`int`, *optional*, defaults to `16`): Images that are scored at once.
+        name (`str`): Name of the scorer in tables and files. Scorers whose scores cannot be compared, such as two
+            variants of one formula, need different names.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Device of the scorer's model.
+        batch_size (`int`, *optional*, defaults to `16`): Images per batch.
 
     Raises:
-        `ValueError`: By a call, if images and prompts differ in number, or if a score is not finite.
+        `ValueError`: When called, if the numbers of images and prompts differ, or a score is not finite.
     """
 
     def __init__(self, name: str, *, device: str | torch.device = "cpu", batch_size: int = 16):
@@ -52,13 +64,13 @@ class BatchedScorer(ABC):
 
     @abstractmethod
     def score_batch(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-        """Return the `(N,)` scores of at most `batch_size` RGB images."""
+        """Return the scores `(N,)` of one batch of RGB images. A batch has at most `batch_size` images."""
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
         if len(images) != len(prompts):
             raise ValueError(
-                f"`{self.name}` scores images under their prompts, got {len(images)} images and {len(prompts)} "
-                "prompts. Pass one prompt for each image."
+                f"`{self.name}` needs one prompt for each image, got {len(images)} images and {len(prompts)} prompts. "
+                "Pass lists of equal length."
             )
         scores = [torch.empty(0)]
         for start in range(0, len(images), self.batch_size):
@@ -70,10 +82,10 @@ class BatchedScorer(ABC):
 
 
 class FunctionScorer:
-    """A scorer from any callable that takes a list of images and a list of prompts and returns N numbers.
+    """A scorer made of a function that takes a list of images and a list of prompts and returns N numbers.
 
     Raises:
-        `ValueError`: By a call, if the function returns another number of scores, or one that is not finite.
+        `ValueError`: When called, if the function does not return one finite score per image.
     """
 
     def __init__(self, name: str, function: Callable[[list[Image.Image], list[str]], Any]):
@@ -85,7 +97,7 @@ class FunctionScorer:
 
 
 def checked_scores(scores: Any, prompts: Sequence[str], name: str) -> torch.Tensor:
-    """Return a scorer's output as `(N,)` float32 on the CPU.
+    """Return a scorer's output as a float32 tensor `(N,)` on the CPU.
 
     Raises:
         `ValueError`: If the number of scores is not N, or a score is not finite.
@@ -93,22 +105,24 @@ def checked_scores(scores: Any, prompts: Sequence[str], name: str) -> torch.Tens
     scores = torch.as_tensor(scores).detach().to("cpu", torch.float32)
     if scores.shape != (len(prompts),):
         raise ValueError(
-            f"`{name}` must return one score for each image, got shape {tuple(scores.shape)} for {len(prompts)} images."
+            f"`{name}` must return one score for each image, got shape {tuple(scores.shape)} for {len(prompts)} "
+            "images."
         )
     finite = torch.isfinite(scores)
     if not finite.all():
         first = int(finite.int().argmin())
         raise ValueError(
-            f"`{name}` must return finite scores, got {scores[first].item()} for the prompt {prompts[first]!r}. Look "
-            "at that image, or score in float32."
+            f"`{name}` must return finite scores, got {scores[first].item()} for the prompt {prompts[first]!r}. Check "
+            "this image, or use `dtype=torch.float32`."
         )
     return scores
 
 
-_SPEED = ("device", "batch_size", "timeout", "max_unreadable", "api_key_variable")  # settings that change no score
-_LONGEST_WORD = 40  # of a setting in a scorer's name
+# settings that do not change scores
+_SPEED = ("device", "batch_size", "timeout", "max_unreadable", "api_key_variable")
+_LONGEST_WORD = 40  # longer settings appear in a scorer's name as a hash
 
-# Name of a scorer -> the function or class that builds it, imported at its first use.
+# Scorer name -> function or class that builds it. Its module is imported on first use.
 _BUILDERS: dict[str, str | Callable[..., Scorer]] = {
     "pickscore": "clip:pickscore",
     "clip_score": "clip:clip_score",
@@ -124,10 +138,10 @@ _BUILDERS: dict[str, str | Callable[..., Scorer]] = {
 
 
 def register_scorer(name: str) -> Callable[[Callable[..., Scorer]], Callable[..., Scorer]]:
-    """Register a function or class that builds a [`Scorer`] under a name for [`load_scorer`].
+    """Register a function or class that builds a [`Scorer`], so that [`load_scorer`] finds it by name.
 
     Raises:
-        `ValueError`: If the name is taken or contains a colon.
+        `ValueError`: If the name is already used or contains a colon.
 
     Example:
 
@@ -144,7 +158,7 @@ def register_scorer(name: str) -> Callable[[Callable[..., Scorer]], Callable[...
     ```
     """
     if ":" in name or name in _BUILDERS:
-        raise ValueError(f"A scorer needs a name of its own without a colon, got {name!r}. Choose another name.")
+        raise ValueError(f"A scorer's name must be unused and contain no colon, got {name!r}. Choose another name.")
 
     def register(builder: Callable[..., Scorer]) -> Callable[..., Scorer]:
         _BUILDERS[name] = builder
@@ -192,7 +206,9 @@ def load_scorer(name: str, **settings: Any) -> Scorer:
             "`module:function`."
         )
     if settings:
-        raise ValueError(f"A function takes no settings as a scorer, got {sorted(settings)} for {name!r}.")
+        raise ValueError(
+            f"A scorer `module:function` takes no settings, got {sorted(settings)} for {name!r}. Leave them out."
+        )
     module, _, attribute = name.partition(":")
     try:
         function = getattr(import_module(module), attribute)
@@ -204,7 +220,8 @@ def load_scorer(name: str, **settings: Any) -> Scorer:
 
 
 def _variant(name: str, settings: dict[str, Any]) -> str:
-    """Return the settings that change scores, such as `(preprocess=pad)`, so that scores that differ have two names."""
+    """Return the settings that change scores, such as `(preprocess=pad)`, so that different scores get different
+    names."""
     words = []
     for key, value in settings.items():
         word = str(value).rstrip("/").split("/")[-1]
@@ -216,6 +233,6 @@ def _variant(name: str, settings: dict[str, Any]) -> str:
 
 
 def hub_file(model: str, name: str, revision: str | None = None) -> Path:
-    """Return the path of a file in a local folder, or download it from the Hub."""
+    """Return the path of a file in a local folder. If there is no such folder, download the file from the Hub."""
     local = Path(model) / name
     return local if local.is_file() else Path(hf_hub_download(model, name, revision=revision))

@@ -1,4 +1,4 @@
-"""Scores from an image-text model behind a URL that speaks OpenAI's chat format, such as vLLM's server."""
+"""Scores from a vision-language model behind a server with OpenAI's chat API, such as vLLM's."""
 
 from __future__ import annotations
 
@@ -33,34 +33,35 @@ Equal"""
 _SCORE = re.compile(r"(Alignment|Coherence|Style) Score\s*\(1-5\)\s*:\s*\**\s*(\d+(?:\.\d+)?)", re.IGNORECASE)
 _CHOICE = re.compile(r"\b(image 1|image 2|equal)\b", re.IGNORECASE)
 _MAX_ANSWER = 1_000_000  # bytes
-_ENOUGH_ANSWERS = 20  # fewer say nothing about the share of unreadable ones
+_ENOUGH_ANSWERS = 20  # with fewer answers, the share of unreadable ones is too uncertain
 
 
 class VLMServerError(RuntimeError):
-    """The server cannot be reached, refuses the request, or answers too often in another form."""
+    """Raised if the server cannot be reached, refuses a request, or returns too many unreadable answers."""
 
 
 class VLMServerScorer:
-    """Score images by the answers of a served image-text model: the mean of three scores, mapped from 1-5 to 0-1.
+    """Score images by asking a vision-language model on a server. The score is the mean of three ratings, mapped from
+    1-5 to 0-1.
 
-    An answer in another form gives the score NaN, which evaluations count and leave out. More of them than
-    `max_unreadable` are an error.
+    An unreadable answer gives the score NaN. Evaluations count these and leave them out.
 
     Args:
-        url (`str`): Address of the API, such as `http://127.0.0.1:8000/v1`.
-        model (`str`): The model's name at the server.
-        question (`str`, *optional*): The question, with `{prompt}` in the prompt's place. The answer must contain
-            `Alignment Score (1-5): 4` and the like.
-        batch_size (`int`, *optional*, defaults to `8`): Requests at once.
-        timeout (`float`, *optional*, defaults to `120.0`): Seconds for one request.
-        max_unreadable (`float`, *optional*, defaults to `0.05`): Largest share of unreadable answers, from the 20th
-            answer on.
-        max_tokens (`int`, *optional*, defaults to `256`): Length of an answer.
-        api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): Environment variable of the key that is
-            sent, if it is set.
+        url (`str`): URL of the API, such as `http://127.0.0.1:8000/v1`.
+        model (`str`): Name of the model on the server.
+        question (`str`, *optional*): The question, in which the prompt replaces `{prompt}`. It must make the model
+            answer in lines like `Alignment Score (1-5): 4`.
+        batch_size (`int`, *optional*, defaults to `8`): Number of parallel requests.
+        timeout (`float`, *optional*, defaults to `120.0`): Time limit of a request in seconds.
+        max_unreadable (`float`, *optional*, defaults to `0.05`): Largest allowed share of unreadable answers, checked
+            from the 20th answer on.
+        max_tokens (`int`, *optional*, defaults to `256`): Largest length of an answer in tokens.
+        api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): Environment variable with the API key. If
+            the variable is set, the key is sent.
 
     Raises:
-        `VLMServerError`: By a call, if the server cannot be reached, refuses, or too many answers are unreadable.
+        `VLMServerError`: When called, if the server cannot be reached, refuses a request, or returns too many
+            unreadable answers.
 
     Example:
 
@@ -108,10 +109,10 @@ class VLMServerScorer:
     def compare(
         self, first: Sequence[Image.Image], second: Sequence[Image.Image], prompts: Sequence[str]
     ) -> torch.Tensor:
-        """Return which of two images the model prefers, `(N,)`: 1 for the first, -1 for the second, 0 for a tie.
+        """Ask which of two images the model prefers, `(N,)`: 1 for the first, -1 for the second, 0 for a tie.
 
-        Each pair is shown in both orders. If the answers contradict each other, the pair is a tie. If one of them is
-        unreadable, the result is NaN.
+        The model sees each pair in both orders. If its answers contradict each other, the pair is a tie. If an answer
+        is unreadable, the result is NaN.
         """
         questions = [COMPARISON.replace("{prompt}", prompt) for _, prompt in _pairs(first, prompts)]
         orders = [list(pair) for pair in zip(first, second, strict=True)]
@@ -174,7 +175,7 @@ class VLMServerScorer:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects, which would send the key to another host."""
+    """Refuse redirects, because they would send the API key to another host."""
 
     def redirect_request(self, *arguments: Any) -> None:
         return None
@@ -184,7 +185,7 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 def read_score(answer: str) -> float | None:
-    """Return the mean of an answer's scores mapped from 1-5 to 0-1, or `None` if it is unreadable."""
+    """Return the mean rating in an answer, mapped from 1-5 to 0-1, or `None` if the answer is unreadable."""
     scores = {axis.lower(): min(max(float(score), 1.0), 5.0) for axis, score in _SCORE.findall(answer)}
     if not scores:
         return None
@@ -192,7 +193,7 @@ def read_score(answer: str) -> float | None:
 
 
 def read_choice(answer: str) -> int | None:
-    """Return 1, -1 or 0 if the answer names the first image, the second or neither, `None` if it is unreadable."""
+    """Return 1 if the answer prefers the first image, -1 for the second, 0 for neither, `None` if it is unreadable."""
     named = {choice.lower() for choice in _CHOICE.findall(answer)}
     if len(named) != 1:
         return None
@@ -200,7 +201,7 @@ def read_choice(answer: str) -> int | None:
 
 
 def data_url(image: Image.Image) -> str:
-    """Return an image as a PNG inside a URL."""
+    """Return an image as a data URL that contains a PNG."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

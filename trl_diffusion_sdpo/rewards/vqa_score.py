@@ -1,4 +1,5 @@
-"""VQAScore: how likely an image-text model answers "Yes" when it is asked whether the image shows the prompt."""
+"""VQAScore: the probability that a vision-language model answers "Yes" when asked whether the image shows the
+prompt."""
 
 from __future__ import annotations
 
@@ -14,16 +15,16 @@ QUESTION = 'Does this figure show "{prompt}"? Please answer Yes or No.'
 
 
 class VQAScorer(BatchedScorer):
-    """Score images by the probability in `[0, 1]` that the model's first answer token is "Yes".
+    """Score images by the probability in `[0, 1]` that the first token of the model's answer is "Yes".
 
-    Each image is a call of its own, so that a score does not depend on the padding of other prompts. Values of two
-    models do not compare: the name of the scores contains the model's.
+    Images are scored one at a time, so that a score does not depend on the padding of other prompts. Scores of
+    different models cannot be compared, so the scorer's name contains the model's name.
 
     Args:
-        name (`str`): Name of the scores.
-        model (`transformers.PreTrainedModel`): An image-text model with a `logits` output.
-        processor (`transformers.ProcessorMixin`): Its processor, with a chat template.
-        question (`str`, *optional*): The question, with `{prompt}` in the prompt's place.
+        name (`str`): Name of the scorer in tables and files.
+        model (`transformers.PreTrainedModel`): A vision-language model with a `logits` output.
+        processor (`transformers.ProcessorMixin`): The model's processor, with a chat template.
+        question (`str`, *optional*): The question, in which the prompt replaces `{prompt}`.
         answer (`str`, *optional*, defaults to `"Yes"`): The answer whose first token is scored.
         device: See [`BatchedScorer`].
 
@@ -66,7 +67,7 @@ def vqa_score(
     dtype: torch.dtype = torch.bfloat16,
     **settings: Any,
 ) -> VQAScorer:
-    """Load VQAScore with any image-text model of transformers.
+    """Load VQAScore with any vision-language model of transformers.
 
     Args:
         model (`str`): Hub id or folder of the model and its processor.
