@@ -1,8 +1,8 @@
-"""Steps without a trainer, for `step_time.py`: the forward and backward passes of this package's step, and the steps of
-the published scripts, restated.
+"""Hand-written training steps without a trainer, for `step_time.py`.
 
-All take pairs of Stable Diffusion 1.x. A step is a function of a `Bench`, which holds the networks, and of a batch of
-this package's collator, winners first.
+They are the bare forward and backward passes of this package's step, and copies of the steps in the published scripts.
+All train on pairs of Stable Diffusion 1.x. A step is a function of a `Bench`, which has the networks, and of a batch
+from this package's collator, winners first.
 """
 
 import copy
@@ -22,16 +22,17 @@ from turns import Recording, now
 
 from trl_diffusion_sdpo.models.adapters import adapter_layers, adapters_off
 
-VAE_SEED_MASK = 0x5DEECE66D  # as this package draws: the encoding's seed is another than the noise's
+VAE_SEED_MASK = 0x5DEECE66D  # this package uses one seed for encoding and another for noise
 
 
 @dataclass
 class Bench:
-    """The networks of a hand-written step.
+    """The networks and optimizer of a hand-written step.
 
     Attributes:
         tuning (`str`): `"full"`, with a frozen copy as the reference, or `"lora"`, with the adapters switched off.
-        beta, mu, learning_rate (`float`): Of the loss with the safeguard, and of AdamW.
+        beta, mu (`float`): Settings of the loss and its safeguard.
+        learning_rate (`float`): Learning rate of AdamW.
         seconds (`dict[str, list[float]]`): CPU time of each part of each step.
     """
 
@@ -46,7 +47,7 @@ class Bench:
 
     def __post_init__(self):
         pipeline = self.pipeline
-        self.device = pipeline.unet.device  # read once: diffusers visits every module to find it
+        self.device = pipeline.unet.device  # read once, because diffusers visits every module to find it
         self.unet, self.vae = pipeline.unet, pipeline.vae.requires_grad_(False).eval()
         self.text_encoder = pipeline.text_encoder.requires_grad_(False).eval()
         self.unet.requires_grad_(self.tuning == "full").train()
@@ -60,19 +61,20 @@ class Bench:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Adds the time of what is within to a part."""
+        """Add the time spent within this context to a part of the step."""
         began = now(self.device.type)
         yield
         self.seconds[name].append(now(self.device.type) - began)
 
     def tokens(self, prompts: list[str]) -> torch.Tensor:
-        """Token numbers `(B, 77)`, as the scripts' data sets hold them."""
+        """Return token ids `(B, 77)`, as the datasets of the scripts contain them."""
         made = self.pipeline.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
         return made.input_ids
 
     @torch.no_grad()
     def predict_reference(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """By diffusers' own functions, which visit every module and weight."""
+        """Predict with the reference, switching adapters by diffusers' own functions, which visit every module and
+        weight."""
         if self.reference is not None:
             return self.reference(*inputs).sample
         self.unet.disable_adapters()
@@ -81,7 +83,7 @@ class Bench:
         return predicted
 
     def update(self, loss: torch.Tensor) -> None:
-        """Backward pass, clipping, AdamW."""
+        """Do the backward pass, clip gradients and step AdamW."""
         with self.part("policy"):
             loss.backward()
         with self.part("optimizer"):
@@ -91,14 +93,14 @@ class Bench:
 
 
 def bare_step(bench: Bench, batch: dict[str, Any]) -> torch.Tensor:
-    """The passes of this package's step, in its order and with its random numbers, and nothing else; the loss."""
+    """Do only the passes of this package's step, in its order and with its random numbers, and return the loss."""
     loss = bare_loss(bench, batch)
     bench.update(loss)
     return loss.detach()
 
 
 def bare_loss(bench: Bench, batch: dict[str, Any]) -> torch.Tensor:
-    """The loss of `bare_step`, with its graph."""
+    """Return the loss of `bare_step` with its graph."""
     device = bench.device
     with torch.no_grad():
         with bench.part("VAE"):
@@ -114,7 +116,7 @@ def bare_loss(bench: Bench, batch: dict[str, Any]) -> torch.Tensor:
         noise = torch.stack([torch.randn(latents.shape[1:], generator=one, device=device) for one in each])
         timesteps, noise = (uniform * 1000).long().repeat(2), noise.repeat(2, 1, 1, 1)
         noisy = bench.pipeline.scheduler.add_noise(latents, noise, timesteps)
-    # Not `bench.predict_reference`: what diffusers needs to switch adapters is none of the passes.
+    # `bench.predict_reference` would also measure how long diffusers takes to switch adapters.
     with bench.part("reference"), torch.no_grad(), adapters_off(bench.adapters):
         reference = (bench.reference or bench.unet)(noisy, timesteps, text).sample
     with bench.part("policy"):
@@ -123,14 +125,14 @@ def bare_loss(bench: Bench, batch: dict[str, Any]) -> torch.Tensor:
 
 
 class PlainTrainer(Recording, Trainer):
-    """transformers' Trainer around `bare_loss`: what a step costs beside its passes without this package.
+    """transformers' Trainer around `bare_loss`, to measure what the Trainer alone adds to a step's passes.
 
     Args:
-        batches (`list`): Of the steps, in their order.
+        batches (`list`): The batches of the steps, in order.
     """
 
     def __init__(self, bench: Bench, args: TrainingArguments, batches: list[dict[str, Any]]):
-        args.per_device_train_batch_size = 1  # of batches
+        args.per_device_train_batch_size = 1  # an item of the dataset is a batch
         model = nn.ModuleDict({"denoiser": bench.unet})
         super().__init__(model, args, data_collator=lambda items: items[0], train_dataset=batches)
         self._bench = bench
@@ -140,8 +142,11 @@ class PlainTrainer(Recording, Trainer):
 
 
 def authors_step(bench: Bench, batch: dict[str, Any]) -> torch.Tensor:
-    """The step of the authors' `train.py` for Diffusion-DPO with their safeguard, restated: live VAE and text encoder,
-    the policy, the whole reference, and numbers read for the log in every step."""
+    """Do the step of the Diffusion-SDPO authors' `train.py` for Diffusion-DPO with their safeguard.
+
+    It encodes images and prompts in every step, runs policy and reference, and reads numbers for the log in every
+    step.
+    """
     with torch.no_grad():
         with bench.part("VAE"):
             posterior = bench.vae.encode(batch["floats"]).latent_dist
@@ -160,8 +165,10 @@ def authors_step(bench: Bench, batch: dict[str, Any]) -> torch.Tensor:
 
 
 def diffusers_step(bench: Bench, batch: dict[str, Any], encoded_at_once: int = 8) -> torch.Tensor:
-    """The step of diffusers' Diffusion-DPO LoRA script, restated: no safeguard, the reference is the policy with its
-    adapters switched off, and the VAE encodes in slices."""
+    """Do the step of diffusers' Diffusion-DPO LoRA script.
+
+    It has no safeguard, its reference is the policy with adapters off, and its VAE encodes in slices.
+    """
     with torch.no_grad():
         with bench.part("VAE"):
             parts = [bench.vae.encode(part).latent_dist.sample() for part in batch["floats"].split(encoded_at_once)]
@@ -183,7 +190,7 @@ STEPS = {"bare loop": bare_step, "authors' step": authors_step, "diffusers' scri
 
 
 def script_batch(bench: Bench, batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch with what the scripts' data loaders make beforehand: pixels as floats, prompts as token numbers."""
+    """Return a batch with what the scripts' data loaders prepare: pixels as floats and prompts as token ids."""
     device, pixels = bench.device, batch["pixel_values"]
     made = {"floats": pixels.float().div(127.5).sub(1), "input_ids": bench.tokens(batch["prompts"])}
     return batch | {name: values.to(device) for name, values in {"pixel_values": pixels, **made}.items()}
@@ -198,8 +205,10 @@ def safeguarded_loss(
     mu: float | None,
     eps: float = 0.0,
 ) -> torch.Tensor:
-    """Diffusion-DPO's loss, `()`, of predictions `(2B, C, H, W)`, winners first; with a `mu`, the losers' gradient is
-    scaled by the lambda of the batch."""
+    """Return Diffusion-DPO's loss, `()`, of predictions `(2B, C, H, W)`, winners first.
+
+    If `mu` is set, the losers' gradient is scaled by the lambda of the batch.
+    """
     if mu is not None:
         winner, loser = predicted.chunk(2)
         with torch.no_grad():
@@ -215,7 +224,7 @@ def safeguarded_loss(
 
 
 def _one_noise_a_pair(bench: Bench, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noise and timesteps that winner and loser share, and the noisy latents."""
+    """Return the noise and timesteps that winner and loser share, and the noisy latents."""
     pairs = len(latents) // 2
     noise = torch.randn_like(latents[:pairs]).repeat(2, 1, 1, 1)
     timesteps = torch.randint(0, 1000, (pairs,), device=latents.device).repeat(2)

@@ -1,7 +1,7 @@
 """Train the demo's base model from scratch: `python benchmarks/build_demo_base.py`.
 
-First the autoencoder is trained on the flawed images of the world, then the denoiser and the text encoder on captioned
-latents. A finished autoencoder is saved in `--work_dir` and not trained again by a second call.
+The script first trains the autoencoder on the demo's flawed images, then the denoiser and the text encoder on latents
+with captions. It saves the finished autoencoder in `--work_dir`, so a second call does not train it again.
 """
 
 import argparse
@@ -27,7 +27,7 @@ IMAGES_PER_PROMPT = 96
 VAE_BATCH, VAE_LR, KL_WEIGHT = 32, 2e-3, 1e-7
 UNET_BATCH, UNET_LR, EMA_DECAY, PROMPT_DROPOUT = 64, 2e-3, 0.998, 0.1
 
-TEXT_LENGTH = 8  # start, five words, end, one unused
+TEXT_LENGTH = 8  # start token, five words, end token, one unused
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _WORD_END = "</w>"
 
@@ -58,8 +58,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def build_pipeline(seed: int = 0) -> StableDiffusionPipeline:
-    """Return the untrained pipeline in float32 on the CPU: 1.8 million parameters, 32 x 32 images, 4 x 8 x 8 latents.
-    The global random state does not change."""
+    """Build the untrained pipeline in float32 on the CPU: 1.8 million parameters, 32 x 32 images, 4 x 8 x 8 latents.
+
+    The global random state does not change.
+    """
     tokenizer = build_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -79,10 +81,10 @@ def build_pipeline(seed: int = 0) -> StableDiffusionPipeline:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Build a CLIP tokenizer with one token for every word of the world, and bytes for any other text.
+    """Build a CLIP tokenizer with one token for every word of the demo's captions. Other text is split into bytes.
 
-    The merges follow from the word list: each word in turn is split with the merges so far, then its first two pieces
-    are merged until one is left. A later merge has a lower rank, so it cannot split an earlier word.
+    The merges are built word by word. Each word is split with the merges so far, and its first two pieces are merged
+    until one is left. A later merge has a lower rank, so it cannot split an earlier word.
     """
     words = ["a", "on", *COLOURS, *SHAPES, *BACKGROUNDS]
     merges: list[tuple[str, str]] = []
@@ -143,7 +145,7 @@ def _build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def _split(word: str, merges: list[tuple[str, str]]) -> list[str]:
-    """Byte-pair encoding of one word: merges in order of rank, each from left to right."""
+    """Encode one word by byte-pair encoding: apply the merges in order of rank, each from left to right."""
     pieces = [*word[:-1], word[-1] + _WORD_END]
     for pair in merges:
         merged: list[str] = []
@@ -157,7 +159,7 @@ def _split(word: str, merges: list[tuple[str, str]]) -> list[str]:
 
 
 def _byte_characters() -> list[str]:
-    """The character of each of the 256 bytes in byte-level BPE; printable bytes are their own characters."""
+    """Return the character of each of the 256 bytes in byte-level BPE. Printable bytes are their own characters."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = range(256, 256 + 256 - len(printable))
     return [chr(code) for code in [*printable, *others]]
@@ -192,7 +194,7 @@ def train_vae(vae: AutoencoderKL, images: torch.Tensor, *, steps: int, seed: int
 def train_unet(
     pipeline: StableDiffusionPipeline, images: torch.Tensor, prompts: list[str], *, steps: int, seed: int
 ) -> None:
-    """Train denoiser and text encoder in place to predict the noise, and set them to their averaged weights."""
+    """Train denoiser and text encoder in place to predict the noise, then replace their weights by an average."""
     generator = torch.Generator().manual_seed(seed)
     latents = encode(pipeline.vae, images) * pipeline.vae.config.scaling_factor
     tokens, empty = _tokenize(pipeline, prompts), _tokenize(pipeline, [""])
@@ -218,7 +220,7 @@ def train_unet(
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Means of the latents, unscaled: `(N, 3, 32, 32)` to `(N, 4, 8, 8)`."""
+    """Return the means of the unscaled latents: `(N, 3, 32, 32)` -> `(N, 4, 8, 8)`."""
     return torch.cat([vae.encode(chunk).latent_dist.mean for chunk in images.split(256)])
 
 

@@ -1,14 +1,14 @@
 """Compare the scorers with the original packages, on a machine with network.
 
-Each original package runs in an environment of its own (they need other versions of transformers) and writes its scores
-to a JSON file. This script scores the same images and compares.
+Each original package needs its own environment, because they need other versions of transformers. Let it write its
+scores to a JSON file. This script scores the same images and compares both.
 
     python benchmarks/check_scorers.py score IMAGES.csv --output ours.json
     python benchmarks/check_scorers.py compare ours.json originals.json
 
-`IMAGES.csv` has the columns `image` (a path) and `prompt`. `originals.json` is a mapping of a scorer's name to its list
-of scores in the order of the rows, such as `{"hpsv2.1": [0.271, ...]}`. The package `hpsv2` pads: score with
-`--preprocess pad`.
+`IMAGES.csv` has the columns `image` (a path) and `prompt`. `originals.json` maps each scorer's name to its scores in
+the order of the rows, such as `{"hpsv2.1": [0.271, ...]}`. The package `hpsv2` pads images, so use `--preprocess pad`
+to compare with it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from trl_diffusion_sdpo import load_scorer
 
-# Largest difference from the original, in the unit of the score. The originals compute in half precision.
+# Largest allowed difference from the original score. The originals compute in half precision.
 TOLERANCES = {
     "pickscore": 0.05,
     "hpsv2": 0.001,

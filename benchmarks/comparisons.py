@@ -1,4 +1,4 @@
-"""The ratios that `step_time.py` measures."""
+"""The ratios of step times that `step_time.py` measures."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from proportions import THIN, XL_HALF
 
 @dataclass(frozen=True)
 class Comparison:
-    """One ratio: a contestant's time divided by that of another.
+    """One ratio: the step time of a contestant divided by that of another.
 
     Attributes:
-        part (`str`): As `--parts` has it.
-        published (`str`): The proportions, a key of `PROPORTIONS`.
+        part (`str`): Value of `--parts` that selects this comparison.
+        published (`str`): Pipeline size to imitate, a key of `PROPORTIONS`.
         tuning (`str`): `"full"` or `"lora"`.
-        target (`float`, *optional*): The ratio should not exceed it.
-        whole (`bool`): Compare turns, loading of data included, instead of steps.
+        target (`float`, *optional*): Value that the ratio should not exceed.
+        whole (`bool`): Whether to include the loading of data in the time of a step.
     """
 
     part: str

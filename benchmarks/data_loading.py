@@ -1,12 +1,12 @@
-"""Whether the data keep up: time and memory until the first step by the number of rows, and pairs a second.
+"""Measure whether data loading is fast enough: time and memory until the first step, and pairs per second.
 
-Rows have the columns of Pick-a-Pic, and name a few JPEG files of real size, so that a million rows fit on a disk. Every
-number of rows is read in processes of their own: map-style for the first time, when the index of the pairs is built,
-again, when it is found on the disk, and as a stream. Times to the first step are of the wall, from the construction of
-a trainer with a small random pipeline to the end of its first step.
+Rows have the columns of Pick-a-Pic. They refer to a few JPEG files of real size, so that a million rows fit on a disk.
+Rows are read in three ways, each in a new process: map-style without an index of pairs, map-style with the index on
+disk, and as a stream. The time to the first step is wall time, from the construction of a trainer with a small random
+pipeline to the end of its first step.
 
-Decoding is compared with a restatement of the usual transforms (decode, resize the shorter side, flip, crop) in turns,
-as CPU time of one thread: to bytes, and to floats in `[-1, 1]`, each on both sides.
+Decoding is compared with the transforms of usual scripts (decode, resize the shorter side, flip, crop). Both take
+turns, and the CPU time of one thread is measured, once for decoding to bytes and once to floats in `[-1, 1]`.
 """
 
 import argparse
@@ -32,11 +32,11 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 WAYS = ("first", "again", "stream")
-CHUNK = 10_000  # rows that are written at once
-PROMPTS = 58_000  # of Pick-a-Pic
+CHUNK = 10_000  # rows per write
+PROMPTS = 58_000  # as many as in Pick-a-Pic
 FILES = 16
-SIDE_OF_A_STEP = 16  # pixels, so that the step itself costs next to nothing
-FLAT = 1.1  # what start-up memory may grow by, from the fewest rows to the most
+SIDE_OF_A_STEP = 16  # image side in pixels; small, so that the step itself takes little time
+FLAT = 1.1  # allowed growth of start-up memory, from the fewest to the most rows
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -76,7 +76,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="where the rows are written; a temporary folder if unset")
     parser.add_argument("--output", type=Path, default=Path("bench_output/data_loading.json"))
     parser.add_argument("--plot", type=Path, default=Path("bench_output/data_loading.png"))
-    parser.add_argument("--measure", help=argparse.SUPPRESS)  # in a process of its own: one way to read rows
+    # used by the child process, which measures one way to read rows
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.quick:
@@ -90,7 +91,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def write_images(folder: Path, side: int) -> list[str]:
-    """Random images with soft edges and some noise, upright or square."""
+    """Write random images with soft edges and some noise, in portrait or square format."""
     generator, files = np.random.default_rng(0), []
     for number in range(FILES):
         size = (side, side * (3 + number % 2) // 3)
@@ -127,7 +128,7 @@ def write_rows(file: Path, count: int, files: list[str]) -> None:
 
 
 def start_up(folder: Path, rows: int, files: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time and memory of every way to read so many rows, each in a process of its own."""
+    """Measure time and memory until the first step for every way to read rows, each in a new process."""
     file = folder / f"{rows}.arrow"
     write_rows(file, rows, files)
     found = []
@@ -148,14 +149,15 @@ def start_up(folder: Path, rows: int, files: list[str], options: argparse.Namesp
 
 
 def first_step(file: Path, way: str) -> dict[str, float]:
-    """Seconds from the construction of a trainer to the end of its first step, and this process's memory there."""
+    """Return the seconds from the construction of a trainer to the end of its first step, and the process's memory
+    then."""
     from random_pipeline import build_pipeline
 
     from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 
     pipeline = build_pipeline("tiny", SIDE_OF_A_STEP)
     closed = memory("VmRSS")
-    if way == "stream":  # as from the Hub: nothing is mapped
+    if way == "stream":  # a stream maps no files into memory, like a stream from the Hub
         data: Any = datasets.load_dataset("arrow", data_files=str(file), split="train", streaming=True)
     else:
         data = datasets.Dataset.from_file(str(file))
@@ -180,7 +182,7 @@ def first_step(file: Path, way: str) -> dict[str, float]:
 
 
 class AfterTheFirstStep(TrainerCallback):
-    """The time and the memory there, in MiB: while the sampler, the index and the batches are in use."""
+    """Records time and memory (MiB) at the end of the first step, while sampler, index and batches are in memory."""
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.time = time.perf_counter()
@@ -188,7 +190,7 @@ class AfterTheFirstStep(TrainerCallback):
 
 
 def memory(name: str) -> float:
-    """A line of Linux's `/proc/self/status`, in MiB."""
+    """Return an entry of Linux's `/proc/self/status` in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
 
@@ -197,7 +199,7 @@ def memory(name: str) -> float:
 
 
 def decode_in_turns(files: list[str], options: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds of CPU time for a pair, median of the rounds, and the median ratio of the rounds."""
+    """Return the milliseconds of CPU time per pair, as a median over rounds, and the median ratio of the rounds."""
     from trl_diffusion_sdpo.data import PairTransform, decode_image
 
     transform = PairTransform(options.resolution, center_crop=False, random_flip=True)
@@ -234,7 +236,7 @@ def our_pair(transform: Any, decode: Any, first: bytes, second: bytes) -> Any:
 
 
 def usual_pair(side: int, first: bytes, second: bytes) -> Any:
-    """Bytes of two images, as training scripts make them in the loader before they convert them."""
+    """Decode two images to bytes as training scripts do in the data loader."""
     import torch
 
     pixels = []
@@ -249,12 +251,13 @@ def usual_pair(side: int, first: bytes, second: bytes) -> Any:
 
 
 def as_floats(make: Any, first: bytes, second: bytes) -> Any:
-    """The pixels of a pair in `[-1, 1]`: scripts convert them in the loader, we on the device."""
+    """Convert the pixels of a pair to floats in `[-1, 1]`. Scripts do this in the data loader, the trainer on the
+    device."""
     return make(first, second).float().div_(255).sub_(0.5).div_(0.5)
 
 
 def load(folder: Path, files: list[str], workers: int, options: argparse.Namespace) -> dict[str, float]:
-    """Pairs a second of the wall, after the first batch has arrived."""
+    """Return the pairs per second of wall time, measured after the first batch."""
     from torch.utils.data import DataLoader
 
     from trl_diffusion_sdpo.data import PairOptions, PairTransform, PreferenceCollator, prepare_dataset

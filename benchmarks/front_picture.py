@@ -1,4 +1,4 @@
-"""Draw the picture of the README from a run of the demo: the error on preferred images, and the score of new images.
+"""Draw the README's picture from a run of the demo: the error on preferred images, and the score of new images.
 
 make demo && python benchmarks/front_picture.py demo_output docs/images/preferred_images.png
 """

@@ -1,4 +1,4 @@
-"""The device of `gpu_speed.py`: its peak of arithmetic by its maker, and peaks of memory within parts of a step."""
+"""Facts about the device for `gpu_speed.py`: its peak FLOP/s, and the peak memory of each part of a step."""
 
 import re
 import resource
@@ -9,8 +9,9 @@ from contextlib import contextmanager
 import torch
 
 GIB = 2**30
-# TFLOP/s of dense matrix products in bf16 with sums in float32, by a part of the name that PyTorch reports; the first
-# that occurs counts. NVIDIA states the double where half of the weights are zeros. Sources: data sheets of B200, H100
+# Part of the device name that PyTorch reports -> TFLOP/s of dense bf16 matrix products with float32 sums. The first
+# match counts. NVIDIA also states twice these numbers, for matrices of which half is zeros. Sources: data sheets of
+# B200, H100
 # (H200 has the same die), A100, L40S, L4 and A10; white papers of GA102 (RTX 3090, A6000), AD102 (RTX 4090) and GB202
 # (RTX 5090).
 PEAK_TERAFLOPS = {
@@ -31,19 +32,21 @@ PEAK_TERAFLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """FLOP/s that the maker states for a device; `None` for one that is not in the table."""
+    """Return the FLOP/s that the maker states for a device, or `None` if the device is not in the table."""
     found = (peak for part, peak in PEAK_TERAFLOPS.items() if re.search(rf"\b{part}\b", device_name))
     return next((1e12 * peak for peak in found), None)
 
 
 class Memory:
-    """What PyTorch has allocated on a CUDA device, or the largest memory that this process ever had on the CPU, where a
-    part can only be seen if it exceeds all before.
+    """Peak memory of the parts of a step.
+
+    On CUDA, this is what PyTorch has allocated. On the CPU, it is the largest memory that the process ever had, so a
+    part only shows if it exceeds all earlier parts.
 
     Attributes:
-        name (`str`): Of the device.
-        total (`int`): Bytes of the device.
-        peaks (`dict[str, float]`): GiB by part.
+        name (`str`): Name of the device.
+        total (`int`): Memory of the device in bytes.
+        peaks (`dict[str, float]`): Peak of each part in GiB.
     """
 
     def __init__(self, device: str):
@@ -54,17 +57,17 @@ class Memory:
         self._highest = 0
 
     def now(self) -> float:
-        """Seconds, after all queued work."""
+        """Return the time in seconds, after all queued work has finished."""
         if self._cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def note(self, name: str) -> None:
-        """Note what is allocated now."""
+        """Record how much memory is allocated now."""
         self.peaks[name] = (torch.cuda.memory_allocated() if self._cuda else self._peak()) / GIB
 
     def begin(self) -> None:
-        """Begin a step, whose peak `end` notes."""
+        """Begin a step. `end` records its peak."""
         self.note("between steps")
         self._highest = 0
         self._reset()

@@ -1,4 +1,4 @@
-"""A trainer whose steps are timed, and whose memory is measured by the parts of a step; for `gpu_speed.py`."""
+"""A trainer that measures the time of its steps and the memory of each part of a step, for `gpu_speed.py`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +12,11 @@ from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.step.pair_forward import PairForward
 
 WARMUP, TIMED = 2, 10  # steps
-TIMED_SECONDS = 25  # fewer steps are timed where they take longer together
+TIMED_SECONDS = 25  # fewer steps are timed if `TIMED` steps take longer
 
 
 class MeasuredForward(PairForward):
-    """Notes the peak of memory within the parts of a step, while `memory` is set."""
+    """Records the peak memory of each part of a step while `memory` is set."""
 
     memory: Memory | None = None
 
@@ -48,11 +48,12 @@ class MeasuredTrainer(DiffusionSDPOTrainer):
 
 
 class Meter(TrainerCallback):
-    """Times steps after `WARMUP` ones, as many as `TIMED_SECONDS` allow, and then measures memory in a last one.
+    """Times at most `TIMED` steps after `WARMUP` steps, within `TIMED_SECONDS`, then measures memory in one more step.
 
     Attributes:
-        seconds (`list[float]`): From the end of a step to the end of the next: loading its batch counts.
-        working (`list[float]`): From the batch to the new weights.
+        seconds (`list[float]`): Times from the end of a step to the end of the next, including the loading of its
+            batch.
+        working (`list[float]`): Times from the batch to the new weights.
     """
 
     def __init__(self, memory: Memory):

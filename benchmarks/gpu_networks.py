@@ -1,6 +1,6 @@
-"""Pipelines of published sizes with random weights, made on the device: no files, and no copy in the host's memory.
+"""Build pipelines of published sizes with random weights on the device. No files are read.
 
-The smallest form has the same classes with one or two layers, for tests of the code that uses them.
+A small form has the same classes with one or two layers, for tests.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ SMALL_BLOCKS = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
 }
-# What the smallest form changes, by class.
+# Class -> what the small form changes in its configuration.
 SMALLEST: dict[str, Mapping[str, Any]] = {
     "AutoencoderKL": {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4},
     "CLIPTextModel": SMALL_TEXT,
@@ -55,8 +55,10 @@ SMALLEST_SIDE = 64
 
 
 def build(model: str, tuning: str, device: torch.device, *, smallest: bool) -> DiffusionPipeline:
-    """A pipeline on the device: the denoiser in float32 where all weights train, else in bf16 or, with `"qlora"`, in
-    four bits; frozen components in bf16.
+    """Build a pipeline on the device.
+
+    The denoiser is in float32 for full training, in bf16 for `"lora"` and in four bits for `"qlora"`. Frozen
+    components are in bf16.
 
     Args:
         model (`str`): A key of `PIPELINES`.
@@ -87,7 +89,7 @@ def smallest_settings(model: str, class_name: str) -> Mapping[str, Any]:
 
 
 def network(class_name: str, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A network with random weights, which PyTorch draws on the device in the dtype in which they stay."""
+    """Build a network with random weights, which PyTorch draws on the device in their final dtype."""
     network_class = getattr(diffusers, class_name, None) or getattr(transformers, class_name)
     with device, default_dtype(dtype):
         made = construct(network_class, settings)
@@ -97,7 +99,8 @@ def network(class_name: str, settings: Mapping[str, Any], device: torch.device, 
 def construct(network_class: type[nn.Module], settings: Mapping[str, Any]) -> nn.Module:
     if issubclass(network_class, PreTrainedModel):
         config = network_class.config_class(**settings)
-        if network_class.__name__.startswith("CLIP"):  # pools at its end token, which its configuration must know
+        # CLIP pools at the end token, so its configuration must have the token's id
+        if network_class.__name__.startswith("CLIP"):
             config.bos_token_id = config.vocab_size - 2
             config.eos_token_id = config.pad_token_id = config.vocab_size - 1
         return network_class(config)
@@ -105,8 +108,10 @@ def construct(network_class: type[nn.Module], settings: Mapping[str, Any]) -> nn
 
 
 def quantized(class_name: str, settings: Mapping[str, Any], device: torch.device) -> nn.Module:
-    """A denoiser whose linear layers hold four-bit NormalFloats, by diffusers' own replacement of layers; one layer at
-    a time is held in bf16."""
+    """Build a denoiser whose linear layers have four-bit NormalFloat weights.
+
+    Diffusers replaces the layers one at a time, so only one layer is in bf16 at any time.
+    """
     from bitsandbytes.nn import Linear4bit, Params4bit
     from diffusers.quantizers import DiffusersAutoQuantizer
 
@@ -134,7 +139,8 @@ def quantized(class_name: str, settings: Mapping[str, Any], device: torch.device
 
 
 def tokenizer_of(encoder: PreTrainedModel) -> Any:
-    """A tokenizer without a file, of bytes for CLIP and of letters for T5, with as many tokens as the encoder has."""
+    """Build a tokenizer with as many tokens as the text encoder has. It splits text into bytes for CLIP and letters
+    for T5."""
     size = encoder.config.vocab_size
     if type(encoder).__name__.startswith("CLIP"):
         return build_tokenizer(size)

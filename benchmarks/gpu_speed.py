@@ -1,7 +1,7 @@
 """Speed and memory of training on this machine's accelerator: models of published sizes with random weights.
 
-Every case trains a few steps in a process of its own and adds a line to a file, also if it fails or takes too long. A
-case that has a line for this device is not measured again: a later call goes on where an earlier one ended. Nothing is
+Every case trains a few steps in a new process and adds a line to a file, even if it fails or takes too long. A case
+that already has a line for this device is skipped, so a later call continues where an earlier one stopped. Nothing is
 downloaded.
 """
 
@@ -44,24 +44,24 @@ from trl_diffusion_sdpo.utils.processes import usable_cores
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes")
-PAIRS = {"sd15": 4, "sdxl": 2, "sd35-medium": 2, "flux-dev": 1}  # of a step
+PAIRS = {"sd15": 4, "sdxl": 2, "sd35-medium": 2, "flux-dev": 1}  # per step
 TUNINGS = {"flux-dev": ("lora", "qlora", "full")}
 RANK = 16
-CASE_SECONDS = 150  # a case that takes longer is ended; none is begun with less time left
-MAX_WORKERS = 4  # of the data loader, as the trainer chooses for a large data set
+CASE_SECONDS = 150  # seconds; a longer case is stopped, and no case starts with less time left
+MAX_WORKERS = 4  # workers of the data loader, as the trainer chooses for a large dataset
 CACHED = {"precompute_latents": True, "precompute_ref_errors": True}
-FULL_BYTES = 16  # of a trained weight: float32 weight, gradient and two moments
+FULL_BYTES = 16  # bytes per trained weight: float32 weight, gradient and two moments
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the results.
+    """A case to measure.
 
     Attributes:
         model (`str`): A key of `PIPELINES`.
         tuning (`str`): `"lora"`, `"qlora"` (base in four bits) or `"full"`.
-        cached (`bool`): With encoded images and prompts and the reference's errors computed beforehand.
-        compiled (`bool`): With `torch_compile` of the repeated blocks, or of a whole denoiser that names none.
+        cached (`bool`): Whether encoded images and prompts and the reference's errors are computed beforehand.
+        compiled (`bool`): Whether to compile the repeated blocks, or the whole denoiser if diffusers lists no blocks.
     """
 
     model: str
@@ -88,7 +88,7 @@ CASES += [Case(model, "lora", checkpointing=False, compiled=True) for model in P
 
 
 def measure(case: Case, device: str, *, smallest: bool) -> dict[str, Any]:
-    """The line of a case; running out of memory is a result."""
+    """Measure a case and return its line. Running out of memory is a valid result."""
     memory = Memory(device)
     line: dict[str, Any] = facts(case, device, smallest=smallest)
     if device == "cuda" and (needed := least_bytes(case)) > memory.total:
@@ -141,7 +141,7 @@ def build_trainer(case: Case, device: str, smallest: bool, folder: str, meter: M
 def results(case: Case, trainer: MeasuredTrainer, meter: Meter, smallest: bool) -> dict[str, Any]:
     pairs = trainer.args.per_device_train_batch_size
     seconds = meter.seconds[WARMUP:] or meter.seconds
-    # The mean, since what a loader cannot deliver in time comes in bursts; the median of the work in a step alone.
+    # Loading delays come in bursts, so the mean counts for whole steps, and the median for the work alone.
     mean, working = statistics.fmean(seconds), statistics.median(meter.working[WARMUP:] or meter.working)
     flops = flops_of_step(case, trainer)
     peak = peak_flops(meter.memory.name)
@@ -161,15 +161,18 @@ def results(case: Case, trainer: MeasuredTrainer, meter: Meter, smallest: bool) 
         "peak_teraflops": None if peak is None else peak / 1e12,
         "memory_gib": meter.memory.peaks,
         "first_loss": float(trainer.first_loss),
-        # Policy and reference agree before the first step.
+        # Policy and reference are equal before the first step.
         "neutral": abs(float(trainer.first_loss) - math.log(2)) < 1e-6,
     }
 
 
 @torch.no_grad()
 def flops_of_step(case: Case, trainer: MeasuredTrainer) -> int:
-    """FLOPs that a step needs: encoding, the reference, and the policy's forward and backward pass. A backward pass
-    takes twice the forward pass's, once where the weights are frozen; what checkpointing repeats does not count."""
+    """Return the FLOPs that a step needs: encoding, the reference, and forward and backward pass of the policy.
+
+    A backward pass counts as two forward passes, or one if the weights are frozen. Recomputation by checkpointing does
+    not count.
+    """
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     with FlopCounterMode(display=False) as encoding:
         batch: NoisyBatch = trainer.pair_forward.noisy_batch(inputs)
@@ -180,18 +183,18 @@ def flops_of_step(case: Case, trainer: MeasuredTrainer) -> int:
 
 
 def least_bytes(case: Case) -> int:
-    """Bytes of the denoiser's weights with what training adds to each; computed on the meta device."""
+    """Return the bytes of the denoiser's weights and of what training adds to each. Computed on the meta device."""
     denoiser = next(part for part in ("unet", "transformer") if part in PIPELINES[case.model].components)
     class_name, settings = PIPELINES[case.model].components[denoiser]
 
     with torch.device("meta"):
         count = sum(weight.numel() for weight in getattr(diffusers, class_name)(**settings).parameters())
-    # A full reference is a second copy in bf16.
+    # In full training, the reference is a second copy in bf16.
     return count * {"full": FULL_BYTES + (0 if case.cached else 2), "lora": 2, "qlora": 0.5}[case.tuning]
 
 
 def facts(case: Case, device: str, *, smallest: bool) -> dict[str, Any]:
-    """What a line says besides its results."""
+    """Return what a line says besides its results."""
     return {
         "case": case.name,
         "model": case.model,
@@ -222,7 +225,7 @@ def installed(name: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the checkout, with a plus where files differ from it; `None` outside a checkout."""
+    """Return the commit of the checkout, with a plus if files were changed. `None` outside a checkout."""
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
@@ -236,7 +239,7 @@ def commit() -> str | None:
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
-    """The lines of a file; one that was cut off by a kill is left out."""
+    """Read the lines of a result file. An incomplete last line is dropped."""
     found = []
     for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
@@ -247,7 +250,7 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
 
 
 def pending(options: argparse.Namespace) -> list[Case]:
-    """The wanted cases without a line for this device."""
+    """Return the requested cases that have no line for this device."""
     name = device_name(options.device)
     have = {
         line["case"]
@@ -259,12 +262,12 @@ def pending(options: argparse.Namespace) -> list[Case]:
 
 
 def measured(case: Case, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """The line of a case, from a process of its own; one that fails, or takes more than `seconds`, is a result."""
+    """Measure a case in a new process and return its line. A failure or a timeout is a valid result."""
     if not options.isolated:
         return measure(case, options.device, smallest=options.smallest)
     words = [sys.executable, __file__, "--one", case.name, "--device", options.device]
     words += ["--smallest"] if options.smallest else []
-    # A session of its own: the workers of its data loader, which hold its output open, are ended with it.
+    # A new session, so that the data loader's workers, which hold the output open, end together with the case.
     child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         shown, _ = child.communicate(timeout=seconds)
@@ -280,7 +283,7 @@ def measured(case: Case, options: argparse.Namespace, seconds: float) -> dict[st
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure what is pending while time is left; 1 if a case failed."""
+    """Measure the pending cases while time is left. Return 1 if a case failed."""
     began, failed = time.monotonic(), []
     cases = pending(options)
     options.file.parent.mkdir(parents=True, exist_ok=True)
@@ -306,7 +309,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """The lines as Markdown, the latest of each case and device."""
+    """Return the latest line of each case and device as a Markdown table."""
     latest = {(line["device"], line["case"], line["smallest"]): line for line in lines}
     rows = [
         "| Device | Model | Tuning | Checkpointing | Pairs a step | Pairs/s | Utilisation | Peak GiB | Between steps |",

@@ -1,9 +1,9 @@
-"""Planned against measured peak memory of a training step: prints a table with a row for each configuration.
+"""Compare the planned with the measured peak memory of a training step, in a table with one row per configuration.
 
-Both sides get the same words of the command line. Planned is what `trl-diffusion-sdpo plan` computes from the
-configuration files of a pipeline; measured is the third step of the trainer on that pipeline, with random weights. On
-CUDA, the allocator's peak. On the CPU, the bytes of all tensors that live before the step, and the allocations that the
-profiler records within it. `--engines` compares a process of two instead, see `planned_processes.py`.
+Both sides get the same command-line arguments. `trl-diffusion-sdpo plan` computes the planned peak from a pipeline's
+configuration files. The measured peak is that of the trainer's third step with random weights. On CUDA this is the
+allocator's peak. On the CPU it is the bytes of all tensors before the step plus the allocations that the profiler
+records in the step. `--engines` compares runs of two processes, see `planned_processes.py`.
 """
 
 import argparse
@@ -49,12 +49,12 @@ CASES = {
     ),
 }
 WITHOUT_T5 = '--model_init_kwargs {"text_encoder_3":null,"tokenizer_3":null}'
-STEPS = 3  # the first makes the optimizer's states
+STEPS = 3  # the first step creates the optimizer states
 
 
 @dataclass
 class Row:
-    """A configuration's planned and measured peak, in bytes, and their ratio."""
+    """The planned and the measured peak of a configuration in bytes, and their ratio."""
 
     name: str
     words: str
@@ -70,7 +70,7 @@ class PeakMeter(TrainerCallback):
     """Measures the last step of a run.
 
     Args:
-        others (`dict[int, int]`): Storages that are not the run's, as of `living_storages`.
+        others (`dict[int, int]`): Storages that existed before the run, from `living_storages`.
     """
 
     def __init__(self, others: dict[int, int]):
@@ -102,7 +102,7 @@ class PeakMeter(TrainerCallback):
 
 
 def living_storages() -> dict[int, int]:
-    """Bytes of the storages of all tensors in the process, by address."""
+    """Return the bytes of the storages of all tensors in this process, by address."""
     gc.collect()
     storages = {}
     for held in gc.get_objects():
@@ -113,7 +113,7 @@ def living_storages() -> dict[int, int]:
 
 
 def compare(name: str, kind: str, words: str, size: str, folder: Path) -> Row:
-    """Plan and measure a configuration of `"unet"` or `"transformer"`."""
+    """Plan and measure a configuration of a small `"unet"` or `"transformer"` pipeline."""
     arguments, side = written(kind, words, size, folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     planned = planned_settings(arguments, "plan", device).plan().peak
@@ -128,7 +128,7 @@ def compare(name: str, kind: str, words: str, size: str, folder: Path) -> Row:
 
 
 def written(kind: str, words: str, size: str, folder: Path) -> tuple[list[str], int]:
-    """Write the pipeline of a configuration; its words, and the side of its images."""
+    """Write the pipeline of a configuration, and return its command-line arguments and image side."""
     pipeline, side = small_transformer(size) if kind == "transformer" else small_unet(size)
     pipeline.save_pretrained(folder / "pipeline")
     common = f"--model_name_or_path {folder / 'pipeline'} --output_dir {folder / 'out'} --resolution {side}"
@@ -144,7 +144,7 @@ def small_unet(size: str) -> tuple[diffusers.DiffusionPipeline, int]:
 
 
 def small_transformer(size: str) -> tuple[diffusers.DiffusionPipeline, int]:
-    """Stable Diffusion 3's transformer and VAE with the text encoders of CLIP, without T5."""
+    """Build Stable Diffusion 3's transformer and VAE with CLIP text encoders and without T5."""
     layers, heads, side = (2, 2, 16) if size == "tiny" else (6, 8, 64)
     unet_pipeline = build_pipeline("tiny", side)
     transformer = diffusers.SD3Transformer2DModel(
@@ -187,7 +187,7 @@ def table(rows: list[Row]) -> str:
 
 
 def kept_rows(file: Path) -> dict[str, Row]:
-    """The rows of a file by name, those of earlier calls."""
+    """Return the rows that earlier calls wrote to a file, by name."""
     return {row["name"]: Row(**row) for row in json.loads(file.read_text())} if file.is_file() else {}
 
 

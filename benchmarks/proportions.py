@@ -1,7 +1,7 @@
-"""Small pipelines whose parts take the shares of a step that they take at the true size.
+"""Small pipelines in which VAE, reference and policy take the same shares of a step's time as at the published size.
 
-Widths and image sides are chosen so that VAE, reference and policy take about the shares of one core's time that
-`true_shares` has: those of the FLOPs, but for SDXL's VAE in float32.
+Widths and image sides are chosen so that the shares on one CPU core are close to `true_shares`. These are shares of
+FLOPs, except for SDXL's VAE in float32.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from published_sizes import SD15, SDXL
 from random_pipeline import START, build_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-TIME_EMBEDDING = 32  # of each of SDXL's six size numbers, at small sizes
+TIME_EMBEDDING = 32  # embedding width of each of SDXL's six size numbers, in the small pipelines
 SD_VAE: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -31,24 +31,26 @@ SD_VAE: dict[str, Any] = {
     "norm_num_groups": 32,
 }
 THIN, XL_HALF = "thin sd15", "sdxl, VAE in half precision"
-# Seconds of SDXL's VAE (in float32) and of SD1.5's, which has the same layers (in half precision), for an image of 1024
-# by 1024 on one RTX 4090. Source: https://huggingface.co/docs/diffusers/hybrid_inference/vae_encode
+# Seconds to encode an image of 1024 by 1024 on one RTX 4090: SDXL's VAE in float32, and SD1.5's, which has the same
+# layers, in half precision. Source: https://huggingface.co/docs/diffusers/hybrid_inference/vae_encode
 FLOAT32_VAE = 0.142 / 0.078
 PARTS = ("VAE", "text encoders", "reference", "policy")
 
 
 @dataclass(frozen=True)
 class Proportions:
-    """A small pipeline of the shape of a published one.
+    """A small pipeline with the proportions of a published one.
 
     Attributes:
         published (`str`): `"sd15"` or `"sdxl"`.
-        unet, vae (`int`): Channels of the first block; those of the others keep the published ratios.
-        text (`tuple[int, ...]`): Widths of the text encoders, of two layers: at the true size their cost is negligible.
-        pixels (`int`): Side of an image.
-        pairs (`int`): Of a step: four for SDXL, since the cache encodes eight images at once, which rounds as they do.
-        transformers (`tuple[int, ...]`): SDXL's transformer layers of each block.
-        layers (`int`): Of each block.
+        unet, vae (`int`): Channels of the first block. Other blocks have the published ratios to it.
+        text (`tuple[int, ...]`): Widths of the text encoders. They have two layers, because at the published size
+            their cost is negligible.
+        pixels (`int`): Side of an image in pixels.
+        pairs (`int`): Pairs per step. SDXL has four, so that a step encodes eight images at once, as the cache does,
+            and both round equally.
+        transformers (`tuple[int, ...]`): Transformer layers in each block, for SDXL.
+        layers (`int`): Layers per block.
     """
 
     published: str
@@ -61,7 +63,7 @@ class Proportions:
     layers: int = 2
 
     def build(self) -> DiffusionPipeline:
-        """The pipeline, with random weights of one seed."""
+        """Build the pipeline with random weights of a fixed seed."""
         torch.manual_seed(0)
         xl = self.published == "sdxl"
         settings = (SDXL if xl else SD15) | {
@@ -107,14 +109,14 @@ class Proportions:
 
 PROPORTIONS = {
     "sd15": Proportions("sd15", unet=64, vae=40, text=(128,), pixels=192),
-    # Wider, on fewer tokens: in narrow layers a LoRA takes much of the time. With all weights the optimizer, next to
-    # nothing at the true size, would take much of this one's time.
+    # LoRA runs use wider layers on fewer tokens, because in narrow layers a LoRA takes much of the time. Full training
+    # does not, because the optimizer would take much of the time here, but takes almost none at the published size.
     "sd15, lora": Proportions("sd15", unet=128, vae=80, text=(128,), pixels=128),
     "sdxl": Proportions("sdxl", unet=64, vae=32, text=(48, 80), pixels=128, pairs=4, transformers=(1, 2, 3)),
-    # As many layers as at the true size, and next to no arithmetic in them.
+    # As many layers as at the published size, with almost no arithmetic in them.
     THIN: Proportions("sd15", unet=32, vae=8, text=(32,), pixels=64),
     XL_HALF: Proportions("sdxl", unet=64, vae=24, text=(48, 80), pixels=128, pairs=4, transformers=(1, 2, 4)),
-    # For `--quick`: on fewer tokens.
+    # For `--quick`: fewer tokens.
     "quick sd15, full": Proportions("sd15", unet=64, vae=40, text=(128,), pixels=128),
     "quick sd15, lora": Proportions("sd15", unet=128, vae=80, text=(128,), pixels=64),
     "quick sdxl, full": Proportions(
@@ -128,7 +130,7 @@ PROPORTIONS = {
 
 
 def published_channels(published: str) -> tuple[int, ...]:
-    """Channels of the blocks of a published UNet."""
+    """Return the channels of each block of a published UNet."""
     return (SDXL if published == "sdxl" else SD15)["block_out_channels"]
 
 
@@ -149,14 +151,17 @@ def small_clip(width: int) -> CLIPTextConfig:
 
 
 def true_shares(published: str, tuning: str) -> dict[str, float]:
-    """Shares of one pair's FLOPs at the true size, by part, and of its time for SDXL with its VAE in float32, which
-    overflows in float16, beside a denoiser in half precision; none of `THIN`."""
+    """Return the share of each part of a step in the FLOPs of one pair at the published size.
+
+    SDXL's VAE counts by time, because it runs in float32 next to a denoiser in half precision. There are no shares for
+    `THIN`.
+    """
     if published == THIN:
         return {}
     flops = published_flops()[PROPORTIONS[published].published]
     of_parts = {
         "VAE": 2 * flops["vae"] * (FLOAT32_VAE if published == "sdxl" else 1),
-        "text encoders": flops["text"],  # one prompt for the two images
+        "text encoders": flops["text"],  # both images of a pair have one prompt
         "reference": 2 * flops["denoiser"],
         "policy": 2 * flops["denoiser"] * PASSES[tuning],
     }

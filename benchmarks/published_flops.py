@@ -1,6 +1,8 @@
-"""FLOPs of published sizes: the denoiser's forward pass, the VAE's encoder and the text encoders, on the meta device.
+"""Count the FLOPs of published models on the meta device: denoiser, VAE encoder and text encoders.
 
-python benchmarks/published_flops.py writes `benchmarks/results/flops.json`, the FLOPs in `docs/memory_and_speed.md`.
+    python benchmarks/published_flops.py
+
+writes `benchmarks/results/flops.json`, with the FLOPs in `docs/memory_and_speed.md`.
 """
 
 import json
@@ -20,28 +22,29 @@ from transformers import PreTrainedModel
 FILE = Path(__file__).parent / "results" / "flops.json"
 MODELS = ("sd15", "sdxl", "sd35-medium", "flux-dev")
 CLIP_TOKENS, T5_TOKENS = 77, {"sd35-medium": 256, "flux-dev": 512}
-PASSES = {"lora": 2, "full": 3}  # of the policy: its backward pass takes one or two forward passes
+PASSES = {"lora": 2, "full": 3}  # passes of the policy: its backward pass costs one or two forward passes
 
 
 def published_flops() -> dict[str, dict[str, int]]:
-    """What this script counted last, by model."""
+    """Return the FLOPs that this script counted last, by model."""
     return json.loads(FILE.read_text(encoding="utf-8"))["models"]
 
 
 def pair_flops(flops: Mapping[str, int], tuning: str, *, cached: bool = False, errors: bool = False) -> int:
-    """FLOPs of a step for one pair of images.
+    """Return the FLOPs of a step for one pair of images.
 
     Args:
-        flops (`Mapping[str, int]`): `"denoiser"` and `"vae"` for an image, `"text"` for a prompt.
-        cached (`bool`): Without VAE and text encoders.
-        errors (`bool`): Without the reference.
+        flops (`Mapping[str, int]`): FLOPs of `"denoiser"` and `"vae"` per image, and of `"text"` per prompt.
+        cached (`bool`): Whether latents and prompt embeddings are precomputed.
+        errors (`bool`): Whether the reference's errors are precomputed.
     """
     encoding = 0 if cached else 2 * flops["vae"] + flops["text"]
     return encoding + 2 * flops["denoiser"] * (PASSES[tuning] + (0 if errors else 1))
 
 
 def count(model: str) -> dict[str, int]:
-    """FLOPs of a model's parts, for an image of its published size and a prompt of the length that training pads to."""
+    """Count the FLOPs of a model's parts for an image of its published size and a prompt of the length used in
+    training."""
     published = PIPELINES[model]
     side = published.resolution
     with torch.device("meta"):
@@ -69,7 +72,7 @@ def construct(class_name: str, settings: Mapping[str, Any]) -> nn.Module:
 
 
 def denoiser_inputs(model: str, denoiser: Any, side: int) -> dict[str, Any]:
-    """The inputs of a denoiser for one image, on the default device."""
+    """Return a denoiser's inputs for one image, on the default device."""
     config, latent = denoiser.config, side // 8
     if model == "flux-dev":
         tokens = (latent // 2) ** 2
@@ -101,7 +104,7 @@ def denoiser_inputs(model: str, denoiser: Any, side: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
-    """FLOPs of a forward pass; tensors may be on the meta device."""
+    """Count the FLOPs of a forward pass. Tensors may be on the meta device."""
     with FlopCounterMode(display=False) as counter:
         module(*args, **kwargs)
     return counter.get_total_flops()

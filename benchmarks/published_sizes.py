@@ -45,7 +45,7 @@ SD35_LARGE = {
 FLUX_DEV = {"guidance_embeds": True}
 PIXART = {"caption_channels": 4096}
 PIXART_SIGMA = {**PIXART, "use_additional_conditions": False}
-# A component: its class and the differences of its configuration from the class's defaults.
+# A component: its class, and the settings that differ from the class's defaults.
 Component = tuple[str, Mapping[str, Any]]
 
 
@@ -102,9 +102,9 @@ class PublishedPipeline:
     """A pipeline of published size.
 
     Attributes:
-        pipeline_class (`str`): Class of diffusers.
-        components (`Mapping[str, Component]`): Networks and scheduler by their names in the pipeline.
-        resolution (`int`): Pixels along a side of the images that it was published for.
+        pipeline_class (`str`): Name of the pipeline class in diffusers.
+        components (`Mapping[str, Component]`): Networks and scheduler, by component name.
+        resolution (`int`): Side of the images that the model was published for, in pixels.
     """
 
     pipeline_class: str

@@ -1,4 +1,4 @@
-"""A pipeline of random weights with a UNet of a given size, and random pairs, for `safeguard_overhead.py`."""
+"""Random-weight pipelines with a UNet of a given size, and random pairs, for `safeguard_overhead.py`."""
 
 import io
 from typing import Any
@@ -67,8 +67,11 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def build_pipeline(size: str, latents: int) -> DiffusionPipeline:
-    """A UNet of the given size, with one-layer text encoders and a VAE without downsampling, whose cost is negligible:
-    it is the same for every mode and would move the ratios towards 1."""
+    """Build a pipeline with a UNet of the given size, one-layer text encoders and a VAE without downsampling.
+
+    Text encoders and VAE cost almost nothing. Their cost is the same in every mode and would shift the ratios towards
+    1.
+    """
     torch.manual_seed(0)
     unet = UNet2DConditionModel(in_channels=4, out_channels=4, **UNETS[size] | {"sample_size": latents})
     vae = AutoencoderKL(
@@ -102,7 +105,7 @@ def build_pipeline(size: str, latents: int) -> DiffusionPipeline:
 
 
 def build_tokenizer(size: int = 514) -> CLIPTokenizer:
-    """A CLIP tokenizer with one token per byte, and tokens without a use up to `size`."""
+    """Build a CLIP tokenizer with one token per byte, and unused tokens up to `size`."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(code) for code in [*printable, *range(256, 512 - len(printable))]]
     tokens = [*letters, *(letter + "</w>" for letter in letters)]
@@ -144,7 +147,10 @@ def random_pairs(count: int, side: int) -> Dataset:
 
 
 def encoded_pairs(count: int, side: int) -> Dataset:
-    """Pairs of JPEG files as data sets have them: blurred noise with some grain, as costly to decode as photographs."""
+    """Return pairs of JPEG files, as datasets contain them.
+
+    Each image is blurred noise with some grain, which takes as long to decode as a photograph.
+    """
     generator = np.random.default_rng(0)
 
     def image() -> dict[str, bytes]:

@@ -1,8 +1,9 @@
-"""The cost of the safeguard: time and peak memory of a training step with each kind of safeguard, relative to none.
+"""Measure the cost of the safeguard: time and peak memory of a training step with each kind of safeguard, relative to
+none.
 
-The steps are those of the trainer, from the batch to the optimizer, on a UNet with random weights. They run in rounds
-of one step per mode in random order, so that other load on the machine affects all modes equally: reported is the
-median over rounds of a mode's time relative to the same round's step without a safeguard.
+The trainer's steps are measured from the batch to the optimizer, on a UNet with random weights. Each round has one
+step per mode in random order, so that other load on the machine affects all modes equally. The result of a mode is the
+median over rounds of its time divided by that of the same round's step without a safeguard.
 """
 
 import argparse
@@ -41,7 +42,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 PLAIN = "none"
 UNSET = {"safeguard_anchor": None, "safeguard_low_memory": False}
-# Target of the ratio of time, with a reference, at 4 pairs.
+# Target of the time ratio, with a reference and 4 pairs.
 TARGETS = {
     ("lora", "output"): 1.02,
     ("full", "output"): 1.02,
@@ -57,10 +58,10 @@ class Row:
     Attributes:
         tuning, mode (`str`): `"lora"` or `"full"`, and a key of `MODES`.
         reference (`bool`): Whether the loss has a reference.
-        seconds (`list[float]`): Time of the step of each round.
+        seconds (`list[float]`): Time of each round's step.
         ratio (`float`): Median over rounds of the time relative to the same round's step without a safeguard.
         spread (`tuple[float, float]`): First and third quartile of these ratios.
-        step_bytes (`int`): Peak memory above that between steps: activations and gradients.
+        step_bytes (`int`): Peak memory minus the memory between steps: activations and gradients.
         peak_bytes (`int`): Peak memory with weights, reference and optimizer.
         target (`float`, *optional*): Target of the ratio.
     """
@@ -77,15 +78,15 @@ class Row:
 
 
 class Meter(TrainerCallback):
-    """Sets the mode at the beginning of every step, and measures the step.
+    """Switches the mode at the beginning of every step and measures the step.
 
-    On CUDA, wall-clock time and the allocator's peak. On the CPU, CPU time of the process, and the allocations that the
-    profiler records in a last round of untimed steps.
+    On CUDA it measures wall time and the allocator's peak. On the CPU it measures the CPU time of the process, and the
+    allocations that the profiler records in a last round of untimed steps.
 
     Args:
         plan (`list[str]`): The mode of each step.
-        untimed (`int`): Warm-up steps.
-        profiled (`int`): Last steps, under the profiler; 0 on CUDA.
+        untimed (`int`): Number of warm-up steps.
+        profiled (`int`): Number of last steps that run under the profiler; 0 on CUDA.
         bar (`tqdm`): Progress bar of the steps.
     """
 
@@ -101,7 +102,7 @@ class Meter(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         for name, value in (UNSET | MODES[self.plan[state.global_step]]).items():
             setattr(self.trainer.args, name, value)
-        vars(self.trainer).pop("parameter_safeguard", None)  # built again for this step's mode
+        vars(self.trainer).pop("parameter_safeguard", None)  # the trainer builds it again for this step's mode
         if args.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -132,7 +133,7 @@ class Meter(TrainerCallback):
         return time.perf_counter() if args.device.type == "cuda" else time.process_time()
 
     def timed(self) -> dict[str, list[float]]:
-        """Seconds of each mode, in the order of the rounds."""
+        """Return the seconds of each mode's steps, in the order of the rounds."""
         end = len(self.plan) - self.profiled
         seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
         for mode, value in zip(self.plan[self.untimed : end], self.seconds[self.untimed : end], strict=True):
@@ -141,7 +142,7 @@ class Meter(TrainerCallback):
 
 
 def measure(options: argparse.Namespace, tuning: str, reference: bool, bar: tqdm) -> list[Row]:
-    """The rows of all modes, in one run of the trainer."""
+    """Measure all modes in one training run and return their rows."""
     shuffled = random.Random(0)
     rounds = [shuffled.sample(list(MODES), len(MODES)) for _ in range(options.warmup + options.rounds)]
     profiled = 0 if options.device == "cuda" else len(MODES)
@@ -181,7 +182,7 @@ def build_trainer(
         # SimPO has the same two branches and no reference.
         loss_type="sigmoid" if reference else "simpo",
         safeguard="parameter",
-        learning_rate=1e-9,  # so small that the weights hardly change
+        learning_rate=1e-9,  # small, so that the weights hardly change
         activation_checkpointing=options.checkpointing,
         bf16=options.dtype == "bf16",
         use_cpu=options.device == "cpu",
@@ -201,7 +202,7 @@ def build_trainer(
 
 
 def peak_bytes(profiler: torch.profiler.profile) -> int:
-    """Highest number of allocated and not yet freed bytes, of tensors allocated under the profiler."""
+    """Return the largest number of bytes in tensors that were allocated under the profiler and not yet freed."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
@@ -215,7 +216,7 @@ def peak_bytes(profiler: torch.profiler.profile) -> int:
 
 
 def resting_bytes(trainer: DiffusionSDPOTrainer) -> int:
-    """Bytes of policy, reference and optimizer between two steps."""
+    """Return the bytes of policy, reference and optimizer between two steps."""
     modules = [trainer.model]
     if isinstance(trainer.reference, FrozenReference):
         modules.append(trainer.reference.module)

@@ -1,8 +1,8 @@
-"""What a training step costs: this package's against hand-written ones, and with what is computed beforehand.
+"""Measure what a training step costs: this package's step against hand-written ones, and with precomputed inputs.
 
-Every comparison is a ratio of two steps of the same round. In a round each contestant takes one step, in a new order,
-all in one process on one thread, and CPU time is measured: other programs on the machine then change the ratios little.
-The table has the median over rounds, with quartiles.
+Every comparison is a ratio of two steps of the same round. In a round, each contestant takes one step, in random
+order. All run in one process on one thread, and CPU time is measured, so other programs on the machine change the
+ratios little. The table shows the median over rounds, with quartiles.
 """
 
 import argparse
@@ -35,21 +35,21 @@ from trl_diffusion_sdpo import DiffusionSDPOConfig
 
 LATENTS = {"precompute_latents": True}
 ERRORS = {"precompute_ref_errors": True, "precompute_epochs": 1}
-# Trainers of this package by name: the settings in which they differ.
+# Name of a trainer of this package -> the settings in which it differs from the others.
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, errors": ERRORS,
     "ours, cached": LATENTS,
     "ours, cached, errors": LATENTS | ERRORS,
 }
-LORA_TARGETS, RANK = ("to_k", "to_q", "to_v", "to_out.0"), 4  # of diffusers' script
+LORA_TARGETS, RANK = ("to_k", "to_q", "to_v", "to_out.0"), 4  # as in diffusers' script
 BETA, MU, LEARNING_RATES = 5000.0, 0.9, {"full": 1e-6, "lora": 1e-4}
 
 
 SETTINGS = ("parts", "rounds", "warmup", "pairs", "device", "threads", "smallest", "quick")
 PARTS = tuple(dict.fromkeys(comparison.part for comparison in COMPARISONS))
-# Times as many rounds: a ratio of two rounds of one contestant is between 0.85 and 1.2, so that the median of five says
-# little about some percent. Steps without arithmetic are short.
+# Factor on the number of rounds. Two rounds of the same contestant differ by 0.85 to 1.2, so a median of five rounds
+# cannot show a few percent. Steps without arithmetic are short enough for more rounds.
 ROUNDS = {THIN: 8, "sd15": 3}
 QUICK_ROUNDS = {THIN: 4, "sd15": 2}
 
@@ -59,13 +59,13 @@ class Result:
     """A comparison with its measurements.
 
     Attributes:
-        ratios (`list[float]`): Of each round.
-        milliseconds (`tuple[float, float]`): Median of both.
-        operations (`tuple[int, int]`): PyTorch's operations in a step of both.
-        written (`tuple[int, int]`): Bytes of their results.
-        more (`float`): Milliseconds that the contestant's step takes longer, median of the differences within rounds.
-        difference (`float`): Largest difference of the two contestants' losses of a step. They see the same pairs, and
-            all but the scripts draw the same noise.
+        ratios (`list[float]`): Ratio of each round.
+        milliseconds (`tuple[float, float]`): Median step time of both contestants.
+        operations (`tuple[int, int]`): Number of PyTorch operations in a step of each.
+        written (`tuple[int, int]`): Bytes that these operations return.
+        more (`float`): How many milliseconds longer the first contestant's step takes, as a median over rounds.
+        difference (`float`): Largest difference between both contestants' losses in a step. They train on the same
+            pairs. All contestants except the scripts also draw the same noise.
     """
 
     comparison: Comparison
@@ -86,12 +86,13 @@ class Result:
 
 @dataclass
 class Group:
-    """What is measured in the same rounds: one kind of pipeline and one tuning.
+    """What is measured in the same rounds: one kind of pipeline with LoRA or full training.
 
     Attributes:
-        shares (`dict[str, float]`): Of the parts in the time of a hand-written step, or of our live one.
-        true_shares (`dict[str, float]`): Of the parts in the true size's FLOPs, or time where that is known to differ.
-        starts (`dict[str, float]`): Seconds before the first step, by trainer.
+        shares (`dict[str, float]`): Share of each part in the time of a hand-written step, or of this package's step.
+        true_shares (`dict[str, float]`): Share of each part in the FLOPs at the published size, or in its time if
+            known.
+        starts (`dict[str, float]`): Trainer -> seconds before its first step.
     """
 
     published: str
@@ -103,7 +104,7 @@ class Group:
 
 
 def measure(published: str, tuning: str, options: argparse.Namespace, folder: Path, bar: tqdm) -> Group:
-    """The comparisons of one kind of pipeline and one tuning, in common rounds."""
+    """Measure the comparisons of one kind of pipeline, with LoRA or full training, in common rounds."""
     wanted = [c for c in wanted_comparisons(options) if (c.published, c.tuning) == (published, tuning)]
     names = list(dict.fromkeys(name for c in wanted for name in (c.name, c.against)))
     contestants: dict[str, InTurns] = {}
@@ -135,7 +136,7 @@ def measure(published: str, tuning: str, options: argparse.Namespace, folder: Pa
 
 
 def wanted_comparisons(options: argparse.Namespace) -> list[Comparison]:
-    """Those of the parts; of a quick call without SDXL's LoRA and its VAE in half precision."""
+    """Return the comparisons of the selected parts. A quick call skips SDXL's LoRA and its VAE in half precision."""
     found = [comparison for comparison in COMPARISONS if comparison.part in options.parts]
     if options.quick:
         found = [
@@ -145,7 +146,7 @@ def wanted_comparisons(options: argparse.Namespace) -> list[Comparison]:
 
 
 def rounds_of(published: str, options: argparse.Namespace) -> int:
-    """Timed rounds."""
+    """Return the number of timed rounds."""
     times = {} if options.smallest else QUICK_ROUNDS if options.quick else ROUNDS
     return options.rounds * times.get(published, 1)
 
@@ -153,8 +154,11 @@ def rounds_of(published: str, options: argparse.Namespace) -> int:
 def contestant(
     name: str, published: str, tuning: str, options: argparse.Namespace, folder: Path
 ) -> tuple[InTurns, Bench | None]:
-    """A trainer with the settings of its name, or a hand-written loop, or transformers' Trainer around its passes, and
-    its networks. All have networks of their own, of equal weights."""
+    """Build a contestant and its networks.
+
+    A contestant is a trainer of this package with the settings of its name, a hand-written loop, or transformers'
+    Trainer around the same passes. Each has its own networks with equal weights.
+    """
     size = size_of(published, tuning, options)
     steps = options.warmup + rounds_of(published, options) + 1
     pairs_of_step = options.pairs or size.pairs
@@ -176,7 +180,7 @@ def contestant(
     if name in OURS:
         return InTurns(trainer.take_turns, options.device, options.threads), None
     bench = Bench(size.build().to(options.device), tuning, BETA, MU, LEARNING_RATES[tuning], lora)
-    bench.unet.load_state_dict(trainer.denoiser.state_dict())  # a LoRA starts at random
+    bench.unet.load_state_dict(trainer.denoiser.state_dict())  # a LoRA has a random start
     batches = (script_batch(bench, batch) for batch in trainer.get_train_dataloader())
     if name not in STEPS:
         plain = PlainTrainer(bench, args, list(batches))
@@ -188,7 +192,7 @@ def contestant(
 def arguments_of(
     differing: dict[str, Any], size: Proportions, options: argparse.Namespace, folder: Path, **settings: Any
 ) -> DiffusionSDPOConfig:
-    """The settings of all trainers, and those in which they differ."""
+    """Return the settings that all trainers share, and those in which this one differs."""
     caches = {"precompute_dir": str(folder / "encoded")} if "precompute_latents" in differing else {}
     return DiffusionSDPOConfig(
         str(folder),
@@ -218,7 +222,7 @@ def size_of(published: str, tuning: str, options: argparse.Namespace) -> Proport
 
 
 def result(comparison: Comparison, contestants: dict[str, InTurns], warmup: int) -> Result:
-    """The ratios of the timed rounds, and how far the losses of all rounds differ."""
+    """Return the ratios of the timed rounds, and the largest difference between the losses of all rounds."""
     both = [contestants[name] for name in (comparison.name, comparison.against)]
     seconds = [(one.turns if comparison.whole else one.steps)[warmup:] for one in both]
     return Result(
@@ -233,7 +237,7 @@ def result(comparison: Comparison, contestants: dict[str, InTurns], warmup: int)
 
 
 def shares(parts: Mapping[str, list[float]], warmup: int, steps: int) -> dict[str, float]:
-    """Of the parts of a step in the time of some steps after `warmup` ones. A part may be timed in several pieces."""
+    """Return the share of each part in the time of the steps after `warmup`. A part may consist of several pieces."""
     sums = {}
     for part, seconds in parts.items():
         pieces = len(seconds) // (len(parts["reference"]))
@@ -272,7 +276,7 @@ def table(groups: list[Group]) -> str:
 
 
 def plot(groups: list[Group], file: Path) -> None:
-    """A bar for each comparison, with quartiles, and its target."""
+    """Plot a bar for each comparison with its quartiles and target."""
     matplotlib.use("Agg")
     found = [result for group in groups for result in group.results][::-1]
     figure, axes = plt.subplots(figsize=(9, 1 + 0.45 * len(found)), layout="constrained")
@@ -315,7 +319,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def name_files(options: argparse.Namespace, name: str) -> None:
-    """The files that were not named: a quick call's are others, so that it overwrites no full measurement."""
+    """Choose output files if the user named none. A quick call gets other files, so it overwrites no full
+    measurement."""
     name += "_quick" if options.quick else ""
     options.output = options.output or Path(f"bench_output/{name}.json")
     options.plot = options.plot or Path(f"bench_output/{name}.png")
@@ -345,7 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write(groups: list[Group], settings: dict[str, Any], options: argparse.Namespace) -> None:
-    """All groups so far: a call with `--resume` goes on with the others."""
+    """Write all groups so far. A call with `--resume` continues with the rest."""
     report = {"settings": settings, "environment": environment(options), "load": f"{os.getloadavg()[2]:.1f}"}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     report["groups"] = [as_json(group) for group in groups]
@@ -353,11 +358,11 @@ def write(groups: list[Group], settings: dict[str, Any], options: argparse.Names
 
 
 def kept_groups(file: Path, settings: dict[str, Any]) -> list[Group]:
-    """What an earlier call with the same settings has measured."""
+    """Read the groups that an earlier call with the same settings has measured."""
     if not file.is_file():
         return []
     report = json.loads(file.read_text(encoding="utf-8"))
-    of_file = {"quick": False, **report["settings"]}  # earlier files do not name it
+    of_file = {"quick": False, **report["settings"]}  # older files lack this entry
     if of_file != settings:
         raise ValueError(f"`--resume` needs the settings of {file}, {of_file}; got {settings}.")
     return [from_json(group) for group in report["groups"]]

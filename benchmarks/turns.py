@@ -1,4 +1,5 @@
-"""Steps of trainers, and of loops without one, in turns within one process: other load affects all alike."""
+"""Run steps of several trainers and hand-written loops in turns within one process, so that other load affects all
+alike."""
 
 import threading
 import time
@@ -16,8 +17,11 @@ from trl_diffusion_sdpo.step.pair_forward import PairForward
 
 
 def now(device: str) -> float:
-    """Seconds: of the wall after all queued work on CUDA, else the process's CPU time, in which other programs do not
-    count."""
+    """Return the time in seconds.
+
+    On CUDA this is wall time after all queued work. On the CPU it is the process's CPU time, which excludes other
+    programs.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -25,7 +29,7 @@ def now(device: str) -> float:
 
 
 class Operations(TorchDispatchMode):
-    """Counts PyTorch's operations, and the bytes of the tensors that they return: both are equal in every run."""
+    """Counts PyTorch's operations and the bytes of the tensors that they return. Both are equal in every run."""
 
     def __init__(self):
         super().__init__()
@@ -41,22 +45,24 @@ class Operations(TorchDispatchMode):
 
 
 class InTurns:
-    """A thread that waits before every step until it is asked for. All contestants run in threads, since memory is
-    allocated otherwise in the main thread.
+    """A thread that waits before every step until it may continue.
+
+    All contestants run in such threads, because the main thread allocates memory differently.
 
     Args:
-        work (`Callable`): Calls `begin` before and `end` after each step.
-        device (`str`): Chooses the clock.
-        threads (`int`): Of PyTorch; every Python thread has a number of its own.
+        work (`Callable`): Function that calls `begin` before and `end` after each step.
+        device (`str`): Device, which decides how time is measured.
+        threads (`int`): Number of PyTorch threads. Every Python thread has its own setting.
 
     Attributes:
         steps (`list[float]`): Seconds of each step, from the batch to the new weights.
-        turns (`list[float]`): Seconds of each turn: the step, and loading the next batch.
-        start (`float`): Seconds before the first step, in which data and caches are prepared.
-        parts (`dict[str, list[float]]`): Seconds of the parts of each step: of a trainer `"VAE"` (with text encoders),
-            `"reference"`, and the rest as `"policy"`.
-        losses (`list[torch.Tensor]`): Of each step.
-        operations (`Operations`): Of the last step, which `advance(counted=True)` did; it is not among `steps`.
+        turns (`list[float]`): Seconds of each step together with the loading of the next batch.
+        start (`float`): Seconds before the first step, for preparing data and caches.
+        parts (`dict[str, list[float]]`): Seconds of each part of each step. A trainer has `"VAE"` (with text
+            encoders), `"reference"` and, for the rest, `"policy"`.
+        losses (`list[torch.Tensor]`): Loss of each step.
+        operations (`Operations`): Operations of the last step, which `advance(counted=True)` ran. Its time is not in
+            `steps`.
     """
 
     def __init__(self, work: Callable[["InTurns"], None], device: str, threads: int):
@@ -85,7 +91,7 @@ class InTurns:
             self.turns.append(now(self._device) - began)
 
     def begin(self) -> None:
-        """In the thread: wait for the turn."""
+        """Wait for the turn. The thread calls this."""
         self._arrived.release()
         self._go.acquire()
         if self._counted:
@@ -93,7 +99,7 @@ class InTurns:
         self._began = now(self._device)
 
     def end(self) -> None:
-        """In the thread: the step is done."""
+        """Finish the step. The thread calls this."""
         if self._counted:
             self.operations.__exit__(None, None, None)
             return
@@ -104,15 +110,15 @@ class InTurns:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """In the thread: what is within is a part of the step."""
+        """Time what happens within this context as a part of the step. The thread calls this."""
         began = now(self._device)
         yield
         if not self._counted:
             self.parts[name].append(now(self._device) - began)
 
     def _wait(self) -> None:
-        """Until the thread waits for its next turn, or has ended."""
-        while not self._arrived.acquire(timeout=1):  # returns to the interpreter, which then handles Ctrl-C
+        """Wait until the thread waits for its next turn or has ended."""
+        while not self._arrived.acquire(timeout=1):  # wake up regularly, so that Python can handle Ctrl-C
             pass
         if self._error is not None:
             raise self._error
@@ -128,7 +134,7 @@ class InTurns:
 
 
 class TimedForward(PairForward):
-    """Times the parts of a step, once `turns` is set."""
+    """Times the parts of a step while `turns` is set."""
 
     turns: InTurns | None = None
 
@@ -142,7 +148,7 @@ class TimedForward(PairForward):
 
 
 class Recording:
-    """Of a trainer: passes on the loss of every step."""
+    """Mixin for a trainer that records the loss of every step."""
 
     def take_turns(self, turns: InTurns) -> None:
         """Train as the work of `turns`."""
@@ -157,7 +163,7 @@ class Recording:
 
 
 class RecordingTrainer(Recording, DiffusionSDPOTrainer):
-    """Passes on the parts' times of every step as well."""
+    """A trainer that records the loss and the times of the parts of every step."""
 
     pair_forward_class = TimedForward
 
@@ -178,7 +184,7 @@ class _Turns(TrainerCallback):
 
 
 def loop(step: Callable[[Any], torch.Tensor], batches: Iterator[Any]) -> Callable[[InTurns], None]:
-    """A hand-written step with each of some batches, as the work of an [`InTurns`]; making batches is not timed."""
+    """Return the work of an [`InTurns`] that does a hand-written step with each batch. Making batches is not timed."""
 
     def work(turns: InTurns) -> None:
         for batch in batches:

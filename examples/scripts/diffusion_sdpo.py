@@ -2,24 +2,25 @@
 # requires-python = ">=3.11"
 # dependencies = ["trl-diffusion-sdpo"]
 # ///
-"""Tune a text-to-image pipeline on preference pairs: a LoRA with `--use_peft`, all weights without.
+"""Tune a text-to-image pipeline on preference pairs: a LoRA with `--use_peft`, all weights without it.
 
-A LoRA of Stable Diffusion 1.5; `sdxl`, `sd35` and `flux` in place of `sd15` for the other pipelines:
+Train a LoRA of Stable Diffusion 1.5. For other pipelines, replace `sd15` by `sdxl`, `sd35` or `flux`:
 
 ```bash
 python examples/scripts/diffusion_sdpo.py --config sd15_lora --dataset_name OWNER/PREFERENCES
 ```
 
-All weights of Stable Diffusion 1.5's UNet, on eight GPUs:
+Train all weights of Stable Diffusion 1.5's UNet on eight GPUs:
 
 ```bash
-accelerate launch --num_processes 8 examples/scripts/diffusion_sdpo.py --config sd15_sigmoid \\
+accelerate launch --num_processes 8 examples/scripts/diffusion_sdpo.py --config sd15_sigmoid \
     --dataset_name OWNER/PREFERENCES
 ```
 
-Every option of `trl-diffusion-sdpo train` but those of its launcher can be given, on the command line or in the YAML
-file of `--config`, which may be the name of one in `examples/configs`. The command line wins, and `--help` lists them.
-`--load_in_4bit true` quantizes the frozen base of a LoRA and needs the extra `quantization`.
+The script takes every option of `trl-diffusion-sdpo train` except those that launch processes. Options can be on the
+command line or in the YAML file of `--config`, which may be the name of a file in `examples/configs`. The command line
+overrides the file, and `--help` lists all options. `--load_in_4bit true` quantizes the frozen base of a LoRA and needs
+the extra `quantization`.
 """
 
 import sys
@@ -41,7 +42,7 @@ def main(argv=None):
     train_dataset, eval_dataset = load_datasets(script_args, training_args)
     trainer = DiffusionSDPOTrainer(
         model_args.model_name_or_path,
-        None,  # the reference: the base without the LoRA, or a frozen copy where all weights are trained
+        None,  # the reference is the base without the LoRA, or a frozen copy if all weights are trained
         training_args,
         train_dataset,
         eval_dataset,

@@ -2,21 +2,22 @@
 # requires-python = ">=3.11"
 # dependencies = ["trl-diffusion-sdpo"]
 # ///
-"""Images of a prompt at several scales of preference guidance, from equal noise, side by side in one file.
+"""Generate images of a prompt at several scales of preference guidance, side by side in one file.
 
-Scale 1 is the tuned model, and larger scales go on in the direction from the model before training, here at low noise.
-Scale 0 is that model without classifier-free guidance, or with `--form both`:
+All images have the same initial noise. Scale 1 is the tuned model. Larger scales go further away from the model before
+training. Scale 0 is that model, if classifier-free guidance is off or with `--form both`. Here guidance acts only at
+low noise:
 
 ```bash
-python examples/scripts/guided_sampling.py --model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+python examples/scripts/guided_sampling.py --model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
     --lora path/to/run --prompt "a photo of a fox" --scales 0 1 2 3 4 --interval 0 0.62
 ```
 
-With a negative model, which was tuned with `--swap_labels`, as reference; `--form npo` is that of Diffusion-NPO and has
+The reference can also be a negative model, tuned with `--swap_labels`. `--form npo` guides as in Diffusion-NPO and has
 no scale:
 
 ```bash
-python examples/scripts/guided_sampling.py --model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+python examples/scripts/guided_sampling.py --model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
     --lora path/to/run --negative_lora path/to/negative --form npo --prompt "a photo of a fox"
 ```
 """
@@ -32,9 +33,9 @@ from trl_diffusion_sdpo import preference_guidance
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True, help="the pipeline that was tuned")
-    parser.add_argument("--lora", required=True, help="the run's folder, or a repository")
-    parser.add_argument("--negative_lora", help="of a run with `swap_labels`: the reference")
+    parser.add_argument("--model_name_or_path", required=True, help="Hub id or folder of the pipeline that the LoRA was trained on")
+    parser.add_argument("--lora", required=True, help="folder of the training run, or Hub id of the LoRA")
+    parser.add_argument("--negative_lora", help="LoRA of a run with `swap_labels`, to use as the reference")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--scales", type=float, nargs="+", default=[0.0, 1.0, 2.0, 3.0, 4.0])
     parser.add_argument("--form", default="conditional", choices=("conditional", "both", "npo"))

@@ -1,8 +1,9 @@
-"""A loss and a model family of one's own, complete, on the model that the package contains: it needs no download.
+"""Write your own loss and model family. The example is complete and trains the package's built-in model, so it
+downloads nothing.
 
     python examples/scripts/own_loss_and_family.py --max_steps 20
 
-The loss is a squared hinge on the logit. The family serves `OwnPipeline`, whose UNet predicts noise; take it as the
+The loss is a squared hinge on the logit. The family trains `OwnPipeline`, whose UNet predicts noise. Copy it as the
 start of a family for your pipeline. In a package, register it by a name that can be imported, such as
 "my_package.my_family:OwnFamily".
 """
@@ -22,16 +23,16 @@ from trl_diffusion_sdpo.families import DDPM_DEFAULTS, DDPMProcess, Family
 
 
 def squared_hinge(terms: PairTerms, *, beta: float) -> torch.Tensor:
-    """`relu(1 - u)^2` of the logit `u`, for each pair, `(B,)`."""
+    """Return `relu(1 - u)^2` for the logit `u` of each pair, `(B,)`."""
     return torch.relu(1 - terms.logit(beta)).square()
 
 
 class OwnPipeline(StableDiffusionPipeline):
-    """A pipeline that the package does not know."""
+    """A pipeline class that the package has no family for."""
 
 
 class OwnFamily(Family):
-    """How `OwnPipeline` encodes prompts, and what its denoiser takes."""
+    """How to train `OwnPipeline`: how to encode prompts and what its denoiser takes."""
 
     name = "Own"
     pipeline_classes = ("OwnPipeline",)

@@ -1,4 +1,4 @@
-"""Judging models by their images: prompts to images, scores, win rates and a report."""
+"""Compare models by their images: generate images of prompts, score them, compute win rates and write a report."""
 
 from .candidate import Candidate
 from .evaluate import evaluate_models

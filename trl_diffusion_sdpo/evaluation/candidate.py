@@ -1,4 +1,4 @@
-"""A model of an evaluation."""
+"""A model in an evaluation."""
 
 from __future__ import annotations
 
@@ -15,22 +15,28 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model of an evaluation.
+    """A model in an evaluation.
 
     Args:
-        name (`str`): Its name in tables and file names: letters, digits, dots, dashes and underscores.
-        model (`str` or `DiffusionPipeline`): A Hub id, a folder of a pipeline, a run's output folder, or a pipeline.
-        lora (`str`, *optional*): A LoRA on it: a folder, a file or a Hub id. A pipeline loads its LoRA itself.
-        scale (`float`, *optional*): Scale of what training changed. 0 is the base, 1 the tuned model, and larger scales
-            go further. The base is the model without its LoRA. If it has no LoRA, the base is the first model of the
-            evaluation.
-        form (`"guidance"` or `"weights"`, *optional*, defaults to `"guidance"`): Whether to scale the predictions by
-            [`preference_guidance`], or the weights.
-        interval (`tuple[float, float]`, *optional*): Noise levels of guidance, from 0 (image) to 1 (noise).
-        call_kwargs (`dict`, *optional*): Arguments of the pipeline's call for this model, over those of all.
+        name (`str`): Name of the model in tables and file names. It may contain letters, digits, dots, dashes and
+            underscores.
+        model (`str` or `DiffusionPipeline`): Hub id, folder of a pipeline, output folder of a training run, or loaded
+            pipeline.
+        lora (`str`, *optional*): Folder, file or Hub id of a LoRA for the model. Load the LoRA of a loaded pipeline
+            yourself.
+        scale (`float`, *optional*): How far to go from the base model to the tuned model. 0 is the base, 1 the tuned
+            model, and larger scales extrapolate. The base is the model without its LoRA. If it has no LoRA, the base
+            is the first model of the evaluation.
+        form (`"guidance"` or `"weights"`, *optional*, defaults to `"guidance"`): What `scale` applies to: the
+            predictions, with [`preference_guidance`], or the weights.
+        interval (`tuple[float, float]`, *optional*): Lowest and highest noise level at which guidance acts, from 0
+            (clean image) to 1 (pure noise).
+        call_kwargs (`dict`, *optional*): Arguments of the pipeline's call for this model. They override those of
+            [`ImageSettings`].
 
     Raises:
-        `ValueError`: If the name is no file name, a pipeline comes with a LoRA, or scale or interval is out of range.
+        `ValueError`: If the name cannot be part of a file name, `lora` is set for a loaded pipeline, or scale or
+            interval is out of range.
     """
 
     name: str
@@ -43,12 +49,16 @@ class Candidate:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise ValueError(f"The name of a model is part of file names, got {self.name!r}. Use letters and digits.")
+            raise ValueError(f"A model's name becomes part of file names, got {self.name!r}. Use letters and digits.")
         if self.lora is not None and not isinstance(self.model, str):
-            raise ValueError(f"Load the LoRA {self.lora} into the pipeline of {self.name}, and leave `lora` out.")
+            raise ValueError(
+                f"`lora` cannot be used with a loaded pipeline, as in {self.name}. Load {self.lora} into the pipeline."
+            )
         if self.form not in get_args(Form):
             raise ValueError(f"`form` must be one of {', '.join(get_args(Form))}, got {self.form!r}.")
         if self.scale is not None and not (math.isfinite(self.scale) and self.scale > 0):
-            raise ValueError(f"A scale must be a finite number above 0, got {self.scale}. The base is scale 0.")
+            raise ValueError(
+                f"`scale` must be a finite number above 0, got {self.scale}. For scale 0, use the base model."
+            )
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1] <= 1:
-            raise ValueError(f"`interval` must be two noise levels, low before high, in [0, 1], got {self.interval}.")
+            raise ValueError(f"`interval` must be (low, high) with 0 <= low < high <= 1, got {self.interval}.")

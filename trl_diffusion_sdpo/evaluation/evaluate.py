@@ -1,4 +1,4 @@
-"""Compare models by scorers: images, scores, win rates against the first model, and a report."""
+"""Compare models by scorers: generate images, score them, compute win rates against the first model, write a report."""
 
 from __future__ import annotations
 
@@ -31,12 +31,15 @@ logger = logging.getLogger(__name__)
 RESULTS_FILE = "results.json"
 MANIFEST_FILE = "manifest.jsonl"
 _SCORED_AT_ONCE = 64
-_FEW_PROMPTS = 30  # with fewer, a bootstrap's intervals are too narrow
+_FEW_PROMPTS = 30  # with fewer prompts, bootstrap intervals are too narrow
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model against the base by one scorer. `adjusted` is the p-value after Holm's method over all comparisons."""
+    """One model compared with the base model by one scorer.
+
+    `adjusted` is the p-value after Holm's correction for all comparisons.
+    """
 
     model: str
     scorer: str
@@ -54,14 +57,15 @@ class Evaluation:
 
     Args:
         prompts (`PromptList`): The prompts.
-        seeds (`tuple[int, ...]`): The seeds.
-        models (`tuple[str, ...]`): Names of the models; the first is the base.
-        scores (`dict[str, dict[str, np.ndarray]]`): Scorer -> model -> `(prompts, seeds)`; NaN where there is none.
-        comparisons (`tuple[Comparison, ...]`): Each other model against the base, by each scorer.
-        agreement (`dict[str, dict[str, float]]`): Model -> "one scorer and other" -> share of prompts on which both
+        seeds (`tuple[int, ...]`): The seeds of each prompt's images.
+        models (`tuple[str, ...]`): Names of the models. The first is the base model.
+        scores (`dict[str, dict[str, np.ndarray]]`): Scorer -> model -> scores `(prompts, seeds)`. NaN if an image has
+            no score.
+        comparisons (`tuple[Comparison, ...]`): One comparison with the base for each other model and each scorer.
+        agreement (`dict[str, dict[str, float]]`): Model -> names of two scorers -> share of prompts on which both
             prefer the same model.
-        looks (`dict[str, dict[str, float]]`): Model -> `saturation`, `diversity` and the number of `black` images.
-        notes (`tuple[str, ...]`): Sentences on what was left out.
+        looks (`dict[str, dict[str, float]]`): Model -> `saturation`, `diversity` and number of `black` images.
+        notes (`tuple[str, ...]`): Warnings for the reader, for example about skipped prompts.
         sweeps (`tuple[Sweep, ...]`): The models that were evaluated at several scales.
     """
 
@@ -83,23 +87,25 @@ def evaluate_models(
     output_dir: str | Path,
     settings: ImageSettings | None = None,
 ) -> Evaluation:
-    """Generate images of all models, score them, and compare each model with the first one.
+    """Generate images with all models, score them, and compare each model with the first one.
 
-    Finished images and scores are kept in `output_dir`: a second call goes on where the first ended. Under a launcher
-    all processes share the work.
+    Images and scores are saved in `output_dir`. If a call is interrupted, the same call continues where it stopped. If
+    accelerate launches several processes, they share the work.
 
     Args:
-        candidates (`Sequence[Candidate]`): The models, the base first.
-        prompts (`Sequence[str]` or `PromptList`): The prompts; see [`~evaluation.prompts.read_prompts`].
-        scorers (`Sequence[Scorer]`): See [`load_scorer`].
-        output_dir (`str` or `Path`): Folder of images, scores, `results.json` and `report.html`.
-        settings (`ImageSettings`, *optional*): Seeds, noise and the pipelines' arguments.
+        candidates (`Sequence[Candidate]`): The models. The first is the base model.
+        prompts (`Sequence[str]` or `PromptList`): The prompts. [`~evaluation.prompts.read_prompts`] reads them from a
+            file.
+        scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`].
+        output_dir (`str` or `Path`): Folder for images, scores, `results.json` and `report.html`.
+        settings (`ImageSettings`, *optional*): Seeds, initial noise and arguments of the pipelines.
 
     Returns:
-        `Evaluation`: The result, in every process.
+        `Evaluation`: The result. Every process gets it.
 
     Raises:
-        `ValueError`: If models or scorers are missing or share a name, or the folder has other images.
+        `ValueError`: If there are no models or scorers, two of them have the same name, or the folder has images that
+            were generated with other settings.
 
     Example:
 
@@ -138,11 +144,11 @@ def evaluate_models(
 
 def _check_names(kind: str, names: Sequence[str]) -> None:
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"An evaluation needs {kind} with names of their own, got {list(names)}.")
+        raise ValueError(f"An evaluation needs {kind} with different names, got {list(names)}. Rename or add {kind}.")
 
 
 def _looks(folder: Path, name: str, prompts: PromptList, settings: ImageSettings, peers: Peers) -> dict[str, float]:
-    """Return saturation, diversity and the number of black images of a model."""
+    """Return saturation, diversity and the number of black images for one model."""
 
     def measure() -> list[tuple[float, float, int]]:
         measured = []
@@ -163,7 +169,7 @@ def _looks(folder: Path, name: str, prompts: PromptList, settings: ImageSettings
 
 
 def _in_order(shares: Sequence[Sequence[Any]]) -> list[Any]:
-    """Return the items of which process i has the items i, i + count, ..."""
+    """Merge the processes' results. Process i has the items i, i + count, i + 2 count, ..."""
     items: list[Any] = [None] * sum(map(len, shares))
     for index, share in enumerate(shares):
         items[index :: len(shares)] = share
@@ -178,7 +184,7 @@ def _mean(values: Sequence[float]) -> float:
 def _scores(
     scorer: Scorer, folder: Path, name: str, prompts: PromptList, settings: ImageSettings, peers: Peers
 ) -> np.ndarray:
-    """Return a model's scores, `(prompts, seeds)`, from the folder or from the scorer. Black images have none."""
+    """Return a model's scores, `(prompts, seeds)`, from the folder or from the scorer. Black images get NaN."""
     path = folder / "scores" / _file_name(scorer.name) / f"{name}.json"
     stored = peers.first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
     shape = (len(prompts.prompts), len(settings.seeds))
@@ -251,13 +257,13 @@ def _notes(
 ) -> list[str]:
     notes = []
     if prompts.empty or prompts.duplicates:
-        notes.append(f"{prompts.empty} empty prompts and {prompts.duplicates} repeated ones were left out.")
+        notes.append(f"{prompts.empty} empty and {prompts.duplicates} repeated prompts were skipped.")
     if len(prompts.prompts) < _FEW_PROMPTS:
-        notes.append(f"There are only {len(prompts.prompts)} prompts: the intervals are too narrow. Use more prompts.")
+        notes.append(f"With only {len(prompts.prompts)} prompts, the intervals are too narrow. Use more prompts.")
     for model, values in looks.items():
         if values["black"]:
             notes.append(
-                f"{int(values['black'])} images of {model} are black, which is how a safety checker hides images. "
+                f"{int(values['black'])} images of {model} are black, probably hidden by a safety checker. "
                 "They have no scores."
             )
     for scorer, by_model in scores.items():

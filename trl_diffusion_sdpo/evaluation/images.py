@@ -1,4 +1,5 @@
-"""Images of an evaluation: one for each model, prompt and seed, from noise that is equal for all models."""
+"""Generate the images of an evaluation: one for each model, prompt and seed, with equal initial noise for all
+models."""
 
 from __future__ import annotations
 
@@ -34,17 +35,18 @@ SETTINGS_FILE = "settings.json"
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How the images of all models are generated.
+    """How all models generate their images.
 
     Args:
-        seeds (`tuple[int, ...]`, *optional*, defaults to `(0,)`): One image of each prompt for each seed.
-        noise (`"prompt"` or `"shared"`, *optional*, defaults to `"prompt"`): `prompt` draws the initial noise of a
-            prompt from prompt and seed, `shared` from the seed alone, as the Diffusion-SDPO authors do.
+        seeds (`tuple[int, ...]`, *optional*, defaults to `(0,)`): Seeds. Each prompt gets one image per seed.
+        noise (`"prompt"` or `"shared"`, *optional*, defaults to `"prompt"`): What the initial noise depends on.
+            `"prompt"`: the prompt and the seed. `"shared"`: the seed alone, as in the Diffusion-SDPO authors'
+            evaluation.
         call_kwargs (`dict`, *optional*): Arguments of the pipelines' calls, such as `guidance_scale`,
             `num_inference_steps`, `height` and `width`.
-        batch_size (`int`, *optional*, defaults to `4`): Images that are generated at once.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type in which pipelines are loaded.
-        device (`str`, *optional*, defaults to `"cpu"`): Where they run.
+        batch_size (`int`, *optional*, defaults to `4`): Images per call of the pipeline.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype in which pipelines are loaded.
+        device (`str`, *optional*, defaults to `"cpu"`): Device on which pipelines run.
     """
 
     seeds: tuple[int, ...] = (0,)
@@ -63,7 +65,8 @@ class ImageSettings:
             )
 
     def generator(self, prompt: str, seed: int) -> torch.Generator:
-        """Return the generator of an image's initial noise, on the CPU so that every device draws the same."""
+        """Return the generator of an image's initial noise. It is on the CPU, so that every device draws the same
+        noise."""
         if self.noise == "shared":
             return torch.Generator("cpu").manual_seed(seed)
         digest = hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()
@@ -71,12 +74,12 @@ class ImageSettings:
 
 
 def image_path(folder: Path, candidate: str, prompt_index: int, seed: int) -> Path:
-    """Return where the image of a model, a prompt and a seed is."""
+    """Return the path of the image of a model, prompt and seed."""
     return folder / "images" / candidate / f"{prompt_index:05d}-{seed}.png"
 
 
 def settings_path(folder: Path, candidate: str) -> Path:
-    """Return the file of the settings with which a model's images were generated."""
+    """Return the path of the file that records how a model's images were generated."""
     return folder / "images" / candidate / SETTINGS_FILE
 
 
@@ -88,15 +91,16 @@ def generate_images(
     peers: Peers = ALONE,
     base: Candidate | None = None,
 ) -> None:
-    """Generate the images of a model that are not there yet. Collective: all processes call it.
+    """Generate a model's missing images. All processes must call this function.
 
-    Images are generated in fixed batches, so that a resumed call writes the same bytes.
+    Batches are always the same, so a resumed call writes the same bytes as an uninterrupted one.
 
     Args:
-        base (`Candidate`, *optional*): The model that a `scale` starts from. A LoRA does not need it.
+        base (`Candidate`, *optional*): The base model of a candidate with a `scale`. Not needed if the candidate has a
+            LoRA.
 
     Raises:
-        `ValueError`: If the folder has images of this name with other settings or prompts, or the model cannot be
+        `ValueError`: If the folder has this model's images with other settings or prompts, or the model cannot be
             loaded.
     """
     target = folder / "images" / candidate.name
@@ -124,7 +128,7 @@ def _generate(
     pipeline.set_progress_bar_config(disable=True)
     needs_base = candidate.scale is not None and active_adapter(family.denoiser) is None
     if needs_base and (base is None or base is candidate):
-        raise ValueError(f"The scale of {candidate.name} starts from the first model, so name its base before it.")
+        raise ValueError(f"A scale of {candidate.name} needs its base. List the base model first.")
     reference = _load(base, settings).denoiser if needs_base and base is not None else None
     options = {**(settings.call_kwargs or {}), **(candidate.call_kwargs or {})}
     options.update(family.generation_kwargs(options.pop("guidance_scale", None)))
@@ -172,19 +176,20 @@ def _facts(
 
 
 def _weights(candidate: Candidate) -> Any:
-    """Return a hash of a pipeline's weights, or facts about the local weight files of a model and its LoRA."""
+    """Identify a model's weights: a hash for a loaded pipeline, or facts about the local weight files of model and
+    LoRA."""
     if isinstance(candidate.model, DiffusionPipeline):
         return fingerprint(load_model(candidate.model).family.denoiser.state_dict())
     facts = []
     for path in [Path(source) for source in (candidate.model, candidate.lora) if source is not None]:
         files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
-        # The checkpoints of a run are other models than the run.
+        # A run's checkpoints are not part of its final model.
         facts += [file_facts(file) for file in files if "checkpoint-" not in str(file.relative_to(path))]
     return facts
 
 
 def _check_settings(target: Path, facts: dict[str, Any]) -> None:
-    """Write the settings of a model's images, or compare them with those of the images that are there."""
+    """Record the settings of a model's images. If the folder has images, compare its settings with these."""
     path = target / SETTINGS_FILE
     written = json.dumps(facts, indent=1, default=str)
     if path.is_file() and path.read_text(encoding="utf-8") != written:
@@ -208,18 +213,20 @@ def _png(image: Image.Image, prompt: str, seed: int) -> bytes:
     return buffer.getvalue()
 
 
-# ---- What the images show without a scorer --------------------------------------------------------------------------
+# ---- Measurements without a scorer ----------------------------------------------------------------------------------
 
 
 def is_black(image: Image.Image) -> bool:
-    """Return whether every pixel is black, which is how a safety checker hides an image."""
+    """Return whether every pixel is black. A safety checker hides images this way."""
     return image.convert("L").getextrema() == (0, 0)
 
 
 def saturation(images: np.ndarray) -> float:
-    """Return the mean over pixels of the largest minus the smallest channel, in `[0, 1]`; 0 for grey images.
+    """Return the mean difference between the largest and the smallest channel of a pixel, in `[0, 1]`. Grey images
+    have 0.
 
-    HSV calls this chroma. HSV's saturation divides it by the largest channel, and is only rounding for black pixels.
+    This is called chroma in HSV. The saturation of HSV also divides by the largest channel, which makes it mere
+    rounding noise for dark pixels.
 
     Args:
         images (`np.ndarray` of shape `(..., 3)`, uint8): The images.
@@ -228,13 +235,14 @@ def saturation(images: np.ndarray) -> float:
 
 
 def diversity(images: np.ndarray) -> float:
-    """Return the mean distance of two images of one prompt: the root mean squared difference of pixels in `[0, 1]`.
+    """Return the mean distance between two images of one prompt: the root mean squared difference of pixels in
+    `[0, 1]`.
 
     Args:
         images (`np.ndarray` of shape `(N, H, W, 3)`, uint8): Images of one prompt.
 
     Returns:
-        `float`: In `[0, 1]`; NaN if there are fewer than two images.
+        `float`: Distance in `[0, 1]`, or NaN for fewer than two images.
     """
     if len(images) < 2:
         return float("nan")

@@ -1,4 +1,4 @@
-"""Prompts for an evaluation, from a file or a data set."""
+"""Read the prompts of an evaluation from a file or a dataset."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROMPT_COLUMNS = ("prompt", "caption", "text", "Prompt", "caption_text")
 
 @dataclass(frozen=True)
 class PromptList:
-    """Distinct prompts in their order, and how many entries were left out."""
+    """Distinct prompts in their order, and the numbers of empty and repeated prompts that were skipped."""
 
     prompts: tuple[str, ...]
     empty: int = 0
@@ -22,28 +22,31 @@ class PromptList:
 
 
 def read_prompts(source: str | Path, *, column: str | None = None, split: str = "test") -> PromptList:
-    """Read prompts from a `.txt`, `.json`, `.jsonl` or `.csv` file, or from a data set of the Hub.
+    """Read prompts from a `.txt`, `.json`, `.jsonl` or `.csv` file, or from a dataset on the Hub.
 
-    Empty entries and repetitions are left out and counted.
+    Empty and repeated prompts are skipped and counted.
 
     Args:
-        source (`str` or `Path`): A file, or the id of a data set.
-        column (`str`, *optional*): Column or key of the prompts; the first of `prompt`, `caption` and `text` if unset.
-        split (`str`, *optional*, defaults to `"test"`): Split of a data set.
+        source (`str` or `Path`): Path of a file, or Hub id of a dataset.
+        column (`str`, *optional*): Column or key of the prompts. If unset, the first of `prompt`, `caption` and `text`
+            that exists.
+        split (`str`, *optional*, defaults to `"test"`): Split of the dataset.
 
     Raises:
-        `ValueError`: If the file is not UTF-8, is malformed, has no such column, or has no prompt.
+        `ValueError`: If the file is missing, not UTF-8 or malformed, or has no such column or no prompts.
     """
     path = Path(source)
     if path.suffix in _READERS:
         if not path.is_file():
-            raise ValueError(f"There is no file of prompts {path}.")
+            raise ValueError(
+                f"The prompts must be in a file or a dataset, and there is no file {path}. Check the path."
+            )
         try:
             entries = _READERS[path.suffix](path.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise ValueError(f"A file of prompts must be UTF-8, and {path} is not: {error}. Convert it.") from error
+            raise ValueError(f"A prompt file must be UTF-8, and {path} is not: {error}. Convert it.") from error
         except (ValueError, csv.Error) as error:
-            raise ValueError(f"{path} is no {path.suffix[1:]} file of prompts: {error}") from error
+            raise ValueError(f"{path} could not be read as a {path.suffix[1:]} file of prompts: {error}") from error
     else:
         import datasets
 
@@ -52,16 +55,16 @@ def read_prompts(source: str | Path, *, column: str | None = None, split: str = 
 
 
 def distinct(prompts: Iterable[str], source: Any = "the list") -> PromptList:
-    """Return the prompts without empty ones and repetitions.
+    """Remove empty and repeated prompts, and count them.
 
     Raises:
-        `ValueError`: If none is left.
+        `ValueError`: If no prompt is left.
     """
     stripped = [prompt.strip() for prompt in prompts]
     filled = [prompt for prompt in stripped if prompt]
     kept = tuple(dict.fromkeys(filled))
     if not kept:
-        raise ValueError(f"An evaluation needs prompts, and there are none in {source}.")
+        raise ValueError(f"An evaluation needs prompts, and {source} has none.")
     return PromptList(kept, empty=len(stripped) - len(filled), duplicates=len(filled) - len(kept))
 
 
@@ -69,7 +72,7 @@ def _prompt(entry: Any, column: str | None, source: Any) -> str:
     if isinstance(entry, str):
         return entry
     if not isinstance(entry, dict):
-        raise ValueError(f"Each entry of {source} must be a prompt or a mapping with one, got {entry!r}.")
+        raise ValueError(f"Each entry of {source} must be a prompt or a mapping with a prompt, got {entry!r}.")
     columns = PROMPT_COLUMNS if column is None else (column,)
     name = next((name for name in columns if isinstance(entry.get(name), str)), None)
     if name is None:

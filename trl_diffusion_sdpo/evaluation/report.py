@@ -1,4 +1,4 @@
-"""The page of an evaluation: one HTML file that needs no network, and the same findings in Markdown."""
+"""Write an evaluation's report: one HTML file that works offline, and the same results in Markdown."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 REPORT_FILE = "report.html"
 MARKDOWN_FILE = "report.md"
-SHOWN_PROMPTS = 6  # of the best and of the worst, for each model
-SHOWN_SIDE = 512  # pixels of the longer side of images in the page
+SHOWN_PROMPTS = 6  # number of best and of worst prompts shown per model
+SHOWN_SIDE = 512  # longer side of the images on the page, in pixels
 LIMITS = (
-    "A scorer is a model of taste, not a person, and a scorer that chose the training pairs favours what was trained "
-    "on them. A win rate says how often one image is preferred, not by how much. The intervals say how far other "
-    "prompts of the same kind could move the rate; they say nothing about other kinds of prompts."
+    "A scorer is a model of taste, not a person. If the same scorer also chose the training pairs, it favours the "
+    "tuned model. A win rate says how often an image is preferred, not by how much. The intervals show how much the "
+    "rate could change with other prompts of the same kind. They say nothing about other kinds of prompts."
 )
 
 
@@ -37,7 +37,7 @@ def write_report(folder: Path, evaluation: Evaluation) -> None:
 
 
 def verdict_sentence(one: Comparison, base: str) -> str:
-    """Return a comparison in words."""
+    """Return the result of a comparison as a sentence."""
     result = one.result
     rate = f"{result.rate:.0%} (95 % interval {result.low:.0%} to {result.high:.0%}, {result.prompts} prompts)"
     if one.verdict == "better":
@@ -48,7 +48,7 @@ def verdict_sentence(one: Comparison, base: str) -> str:
 
 
 def scale_sentence(sweep: Sweep, scorer: str) -> str:
-    """Return the recommended scale in words."""
+    """Return the recommended scale as a sentence."""
     scale = sweep.recommended[scorer]
     kind = "of the weights" if sweep.form == "weights" else "of preference guidance"
     if scale is None:
@@ -58,7 +58,7 @@ def scale_sentence(sweep: Sweep, scorer: str) -> str:
 
 
 def markdown_report(evaluation: Evaluation) -> str:
-    """Return the findings as Markdown, such as for a model card."""
+    """Return the results as Markdown, for example for a model card."""
     base = evaluation.models[0]
     lines = ["# Evaluation", ""]
     lines += [f"- {verdict_sentence(one, base)}" for one in evaluation.comparisons]
@@ -103,7 +103,7 @@ def _number(value: float) -> str:
 
 
 def html_report(folder: Path, evaluation: Evaluation) -> str:
-    """Return the page. It contains its pictures, and uses neither network nor other files."""
+    """Return the HTML page. It contains its images and uses neither the network nor other files."""
     base = evaluation.models[0]
     verdicts = "".join(
         f'<li class="{one.verdict.split()[0]}">{_text(verdict_sentence(one, base))}</li>'
@@ -124,8 +124,8 @@ def html_report(folder: Path, evaluation: Evaluation) -> str:
         f"<p>{len(evaluation.prompts.prompts)} prompts, {len(evaluation.seeds)} images each, from equal noise.</p>",
         f'<ul class="verdicts">{verdicts}</ul>',
         "<h2>Win rates</h2>",
-        "<p>Share of prompts on which the model's image scores higher. A tie counts one half. The line in the middle "
-        "is one half: no difference.</p>",
+        "<p>A win rate is the share of prompts on which the model's image scores higher. A tie counts one half. The "
+        "line in the middle is one half: no difference.</p>",
         _plot(evaluation),
         _table(head, _rows(evaluation)),
         "<h2>Means</h2>",
@@ -165,7 +165,7 @@ def _table(head: list[str], rows: Iterator[list[str]]) -> str:
 
 
 def _plot(evaluation: Evaluation) -> str:
-    """Return the win rates with their intervals as an SVG."""
+    """Return an SVG with the win rates and their intervals."""
     left, width, step = 210, 640, 34
     right = width - 20
 
@@ -193,7 +193,7 @@ def _plot(evaluation: Evaluation) -> str:
 
 
 def _scales(folder: Path, evaluation: Evaluation, sweep: Sweep) -> str:
-    """Return plots of win rate and mean by scale, and a row of images by scale for some prompts."""
+    """Return, as HTML, plots of win rate and mean score by scale, and a row of images by scale for some prompts."""
     recommendations = "".join(f"<li>{_text(scale_sentence(sweep, scorer))}</li>" for scorer in evaluation.scores)
     plots = "".join(_scale_plots(evaluation, sweep, scorer) for scorer in evaluation.scores)
     count = len(evaluation.prompts.prompts)
@@ -232,7 +232,7 @@ def _scale_plots(evaluation: Evaluation, sweep: Sweep, scorer: str) -> str:
 
 
 def _curve(title: str, points: dict[float, tuple[float, float, float]], number: str) -> str:
-    """Return values with intervals against scales as an SVG. The dashed line is the base."""
+    """Return an SVG that plots values with intervals against scales. The dashed line is the base."""
     left, right, top, bottom = 56, 348, 34, 180
     low = min(ends[1] for ends in points.values())
     high = max(ends[2] for ends in points.values())
@@ -266,7 +266,7 @@ def _curve(title: str, points: dict[float, tuple[float, float, float]], number: 
 
 
 def _examples(folder: Path, evaluation: Evaluation, model: str) -> str:
-    """Return the best and the worst prompts of a model, by its first scorer, with a slider over both images."""
+    """Return a model's best and worst prompts by the first scorer, with a slider that compares both images."""
     base = evaluation.models[0]
     scorer, by_model = next(iter(evaluation.scores.items()))
     difference = by_model[model] - by_model[base]

@@ -1,4 +1,4 @@
-"""A model at several scales: 0 is the base, 1 the tuned model, and larger scales go further in the same direction."""
+"""Evaluate a tuned model at several scales. 0 is the base, 1 the tuned model, and larger scales extrapolate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..saving.model_card import recommend_scale
 from ..saving.starting_point import run_of
 from .candidate import Candidate
 
-FEWEST_PROMPTS = 8  # with fewer, the standard error of a difference is often too small
+FEWEST_PROMPTS = 8  # with fewer prompts, standard errors are unreliable and often too small
 CARD_KEYS = {"weights": "weights", "guidance": "prediction"}  # names of the forms in a model card
 
 
@@ -44,18 +44,23 @@ class Sweep:
 
 
 def at_scales(candidate: Candidate, scales: Sequence[float]) -> list[Candidate]:
-    """Return a candidate at each scale, named such as `tuned-2` and `tuned-1.5`.
+    """Return copies of a candidate, one at each scale, with names such as `tuned-2` and `tuned-1.5`.
 
     Raises:
-        `ValueError`: If the candidate has a scale already.
+        `ValueError`: If the candidate already has a scale.
     """
     if candidate.scale is not None:
-        raise ValueError(f"{candidate.name} has the scale {candidate.scale:g} already. Leave it or `scales` out.")
+        raise ValueError(
+            f"{candidate.name} already has the scale {candidate.scale:g}. Set either `scale` or `scales`."
+        )
     return [replace(candidate, name=f"{candidate.name}-{scale:g}", scale=scale) for scale in sorted({*scales})]
 
 
 def sweeps_of(candidates: Sequence[Candidate], scores: Mapping[str, Mapping[str, np.ndarray]]) -> list[Sweep]:
-    """Return the candidates after the first that differ in their scale only, with the recommended scales."""
+    """Group the candidates that differ only in their scale, and recommend a scale for each group.
+
+    The first candidate is the base. A single candidate is no group.
+    """
     groups: dict[str, list[Candidate]] = defaultdict(list)
     base, *others = candidates
     for one in others:
@@ -77,16 +82,16 @@ def sweeps_of(candidates: Sequence[Candidate], scores: Mapping[str, Mapping[str,
 
 
 def recommended_scale(scores: Mapping[float, np.ndarray]) -> float | None:
-    """Return the smallest scale whose images are as good as those of the best scale.
+    """Return the smallest scale whose scores are about as good as the best.
 
-    The best scale has the highest mean. A scale is as good if its mean is lower by at most the standard error of the
-    difference, over prompts with equal noise.
+    The best scale has the highest mean score. Another scale is about as good if its mean is lower by at most the
+    standard error of the difference, over prompts with equal noise.
 
     Args:
-        scores (`Mapping[float, np.ndarray]`): Scale -> scores, `(prompts, seeds)`; NaN where there is none.
+        scores (`Mapping[float, np.ndarray]`): Scale -> scores `(prompts, seeds)`. NaN if an image has no score.
 
     Returns:
-        `float` or `None`: `None` if fewer than eight prompts have scores at every scale.
+        `float` or `None`: The scale, or `None` if fewer than eight prompts have scores at every scale.
     """
     by_prompt = {}
     for scale, values in scores.items():
@@ -109,7 +114,7 @@ def recommended_scale(scores: Mapping[float, np.ndarray]) -> float | None:
 def recommend_in_cards(
     sweeps: Sequence[Sweep], candidates: Sequence[Candidate], call_kwargs: Mapping[str, Any] | None
 ) -> None:
-    """Write the scale that the first scorer recommends into the metadata of the model card of each run."""
+    """Write the scale recommended by the first scorer into the model card of each training run."""
     by_name = {one.name: one for one in candidates}
     for sweep in sweeps:
         one = by_name[sweep.names[max(sweep.names)]]
@@ -127,13 +132,13 @@ def recommend_in_cards(
 
 @contextlib.contextmanager
 def scaled(candidate: Candidate, pipeline: Any, denoiser: nn.Module, base: nn.Module | None) -> Iterator[None]:
-    """Scale a candidate's weights or predictions while the context lasts.
+    """Scale a candidate's weights or predictions within this context.
 
     Args:
-        base (`nn.Module`, *optional*): The base's denoiser. A LoRA does not need it.
+        base (`nn.Module`, *optional*): The base model's denoiser. Not needed if the candidate has a LoRA.
 
     Raises:
-        `ValueError`: If all weights were tuned, and the base has another architecture.
+        `ValueError`: If the candidate has no LoRA and the base has another architecture.
     """
     is_lora = active_adapter(denoiser) is not None
     if candidate.scale is None:
@@ -157,7 +162,9 @@ def scaled(candidate: Candidate, pipeline: Any, denoiser: nn.Module, base: nn.Mo
 def _interpolated(denoiser: nn.Module, base: nn.Module, candidate: Candidate) -> Iterator[None]:
     different = architecture_difference(denoiser, base)
     if different is not None:
-        raise ValueError(f"{candidate.name} is scaled from the first model, which must be its base: {different}.")
+        raise ValueError(
+            f"A scale of {candidate.name} needs its base as the first model. The first model differs: {different}."
+        )
     tuned = {name: tensor.detach().clone() for name, tensor in base_tensors(denoiser).items()}
     start = base_tensors(base)
     assert candidate.scale is not None

@@ -1,4 +1,7 @@
-"""Win rates with intervals and tests. The unit is the prompt: images of one prompt are not independent."""
+"""Win rates with confidence intervals and tests.
+
+The unit of all statistics is the prompt, because images of one prompt are not independent.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LEVEL = 0.05  # of the tests; the intervals have 95 %
+LEVEL = 0.05  # significance level of the tests; intervals cover 95 %
 RESAMPLES = 10_000
 BETTER = "better"
 WORSE = "worse"
@@ -17,17 +20,18 @@ NO_DIFFERENCE = "no difference shown"
 
 @dataclass(frozen=True)
 class WinRate:
-    """How often a model's image scores higher than the base's from the same prompt and noise.
+    """How often a model's image scores higher than the base model's image of the same prompt and noise.
 
     Args:
-        rate (`float`): Win rate in `[0, 1]`. A tie counts one half. Seeds are averaged within a prompt first.
-        low, high (`float`): Ends of the 95 % interval, by a bootstrap over prompts.
-        p_value (`float`): Two-sided exact sign test over prompts. Prompts with a rate of one half are left out.
+        rate (`float`): Win rate in `[0, 1]`, averaged over seeds and then over prompts. A tie counts one half.
+        low, high (`float`): Ends of the rate's 95 % interval, from a bootstrap over prompts.
+        p_value (`float`): p-value of a two-sided exact sign test over prompts. Prompts with a rate of one half are
+            ignored.
         prompts (`int`): Number of prompts.
-        ties (`int`): Pairs of images with equal scores.
-        missing (`int`): Pairs of images of which one has no score.
-        mean_change (`float`): Mean difference of the scores, averaged like the rate.
-        change_low, change_high (`float`): Ends of its 95 % interval.
+        ties (`int`): Number of image pairs with equal scores.
+        missing (`int`): Number of image pairs in which an image has no score.
+        mean_change (`float`): Mean difference between the model's and the base's scores, averaged like the rate.
+        change_low, change_high (`float`): Ends of the 95 % interval of `mean_change`.
     """
 
     rate: float
@@ -42,9 +46,9 @@ class WinRate:
     change_high: float
 
     def verdict(self, adjusted: float) -> str:
-        """Return "better", "worse" or "no difference shown" by the adjusted p-value.
+        """Return "better", "worse" or "no difference shown".
 
-        A difference is shown if the adjusted p-value is below 0.05 and the interval leaves out one half.
+        A difference is shown if the adjusted p-value is below 0.05 and the 95 % interval does not contain one half.
         """
         if adjusted >= LEVEL or self.low <= 0.5 <= self.high:
             return NO_DIFFERENCE
@@ -52,14 +56,14 @@ class WinRate:
 
 
 def win_rate(scores: np.ndarray, base: np.ndarray, *, seed: int = 0) -> WinRate:
-    """Compare a model's scores with the base's.
+    """Compare a model's scores with the base model's.
 
     Args:
-        scores, base (`np.ndarray` of shape `(prompts, seeds)`): Scores; NaN where there is none.
+        scores, base (`np.ndarray` of shape `(prompts, seeds)`): Scores of both models. NaN if an image has none.
         seed (`int`, *optional*, defaults to `0`): Seed of the bootstrap.
 
     Raises:
-        `ValueError`: If the shapes differ, or no pair of images has two scores.
+        `ValueError`: If the shapes differ, or in every image pair a score is missing.
     """
     if scores.shape != base.shape:
         raise ValueError(f"Both models need scores of the same images, got shapes {scores.shape} and {base.shape}.")
@@ -67,7 +71,7 @@ def win_rate(scores: np.ndarray, base: np.ndarray, *, seed: int = 0) -> WinRate:
     present = np.isfinite(difference)
     usable = present.any(axis=1)
     if not usable.any():
-        raise ValueError("No pair of images has two scores, so there is no win rate.")
+        raise ValueError("A win rate needs image pairs in which both images have a score, and there are none.")
     wins = np.where(difference > 0, 1.0, np.where(difference < 0, 0.0, 0.5))
     count = present.sum(axis=1)[usable]
     rates = np.where(present, wins, 0.0).sum(axis=1)[usable] / count  # (prompts,)
@@ -89,10 +93,10 @@ def win_rate(scores: np.ndarray, base: np.ndarray, *, seed: int = 0) -> WinRate:
 
 
 def bootstrap_interval(values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the mean, resampling `(N,)` values."""
+    """Return the 95 % percentile interval of the mean of `(N,)` values, by resampling them."""
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
-    block = max(1, 5_000_000 // len(values))  # resamples at once, to bound memory
+    block = max(1, 5_000_000 // len(values))  # resamples per block, to limit memory
     for start in range(0, resamples, block):
         size = min(block, resamples - start)
         means[start : start + size] = values[generator.integers(0, len(values), (size, len(values)))].mean(axis=1)
@@ -101,14 +105,14 @@ def bootstrap_interval(values: np.ndarray, *, seed: int = 0, resamples: int = RE
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Return the two-sided exact p-value of `wins` against `losses` under equal chances."""
+    """Return the two-sided exact p-value of `wins` against `losses`, if both were equally likely."""
     trials = wins + losses
     tail = sum(math.comb(trials, successes) for successes in range(min(wins, losses) + 1))
     return min(1.0, 2 * tail / 2**trials)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for several tests by Holm's method."""
+    """Adjust p-values for several tests by Holm's method."""
     adjusted = [0.0] * len(p_values)
     largest = 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
@@ -121,10 +125,11 @@ def agreement(first: np.ndarray, second: np.ndarray) -> float:
     """Return the share of prompts on which two scorers prefer the same model.
 
     Args:
-        first, second (`np.ndarray` of shape `(prompts, seeds)`): Each scorer's score of the model minus the base's.
+        first, second (`np.ndarray` of shape `(prompts, seeds)`): For each scorer, the model's scores minus the base
+            model's.
 
     Returns:
-        `float`: In `[0, 1]`, over prompts on which both scorers prefer one; NaN if there is none.
+        `float`: Share in `[0, 1]`, among prompts on which both scorers have a preference. NaN if there are none.
     """
     signs = []
     for difference in (first, second):
