@@ -33,7 +33,7 @@ from trl_diffusion_sdpo import preference_guidance
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True, help="Hub id or folder of the pipeline that the LoRA was trained on")
+    parser.add_argument("--model_name_or_path", required=True, help="Hub id or folder of the base pipeline")
     parser.add_argument("--lora", required=True, help="folder of the training run, or Hub id of the LoRA")
     parser.add_argument("--negative_lora", help="LoRA of a run with `swap_labels`, to use as the reference")
     parser.add_argument("--prompt", required=True)
