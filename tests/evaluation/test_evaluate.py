@@ -69,7 +69,7 @@ def test_a_model_that_draws_redder_wins_by_redness(evaluated):
     results = json.loads((folder / RESULTS_FILE).read_text())
     assert results["comparisons"][0]["verdict"] == redder.verdict
     assert evaluation.prompts.empty == evaluation.prompts.duplicates == 1
-    assert "1 empty prompts" in " ".join(evaluation.notes)
+    assert "1 empty and 1 repeated" in " ".join(evaluation.notes)
 
 
 def test_the_manifest_lists_each_image_once(evaluated):
@@ -171,7 +171,7 @@ def test_images_of_other_weights_under_the_same_name_are_refused(sd_pipeline, tm
         sd_pipeline.unet.conv_out.weight.mul_(1.1)
     with pytest.raises(ValueError, match="weights"):
         evaluate_models([Candidate("base", sd_pipeline)], PROMPTS[:1], SCORERS, tmp_path, settings())
-    with pytest.raises(ValueError, match="LoRA"):
+    with pytest.raises(ValueError, match="`lora`"):
         Candidate("tuned", sd_pipeline, lora="folder")
 
 
