@@ -30,6 +30,7 @@ A_MICRO_BATCH = {
         "diffusers/pipelines/hunyuandit/pipeline_hunyuandit.py::encode_prompt": 4,
         "transformers/masking_utils.py::_ignore_bidirectional_mask_sdpa": 2,  # two text encoders
     },
+    "krea2": {"transformers/tokenization_utils_base.py::to": 4, **_CAUSAL},
     "lumina2": {
         "diffusers/pipelines/lumina2/pipeline_lumina2.py::_get_gemma_prompt_embeds": 3,
         "transformers/cache_utils.py::lazy_initialization": 1,

@@ -40,6 +40,11 @@ def recording(scheduler, replace=None):
     steps = []
 
     class Recording(type(scheduler)):
+        @functools.wraps(type(scheduler).set_timesteps)
+        def set_timesteps(self, *args, **kwargs):
+            self.mu = kwargs.get("mu")
+            super().set_timesteps(*args, **kwargs)
+
         @functools.wraps(type(scheduler).step)
         def step(self, model_output, timestep, sample, **kwargs):
             result = super().step(model_output, timestep, sample, **{**kwargs, "return_dict": True})
@@ -113,6 +118,9 @@ def check_flow(model, process):
     for step, sigma in zip(steps, sigmas, strict=True):
         # Samplers that round their timesteps to whole numbers differ from sigma by as much.
         assert float(process.sigmas(torch.as_tensor(step.timestep), tokens)) == pytest.approx(sigma, abs=1.001e-3)
+    # The shift of FLUX.2's call also depends on the number of its steps.
+    if scheduler.mu is not None and process.dynamic and "flux2" not in model.module.__name__:
+        assert process.shift_of(tokens) == pytest.approx(scheduler.mu, rel=1e-6)
     last = steps[-1]  # to sigma 0: what it gives are the scheduler's clean latents
     noisy, prediction, clean = (
         model.from_pipeline(value) for value in (last.noisy, last.prediction, last.result.prev_sample)

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from PIL import Image
 from tiny_pipelines import case
 
-from trl_diffusion_sdpo.families import load_pipeline
+from trl_diffusion_sdpo.families import find_family, load_pipeline
 
 SEEDS = list(range(64))
 
@@ -77,6 +77,15 @@ def test_draws_for_flux_follow_the_shift_for_the_images_tokens(trainer_of, side,
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     expected = 1000 * scheduler.time_shift(mu, 1.0, uniform_draws())
     torch.testing.assert_close(drawn_timesteps(trainer_of("flux"), side=side), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_krea_2_turbo_has_one_shift_for_all_sizes():
+    process = find_family(case("krea2").build(is_distilled=True)).noise_process
+    expected = 1000 * FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).time_shift(
+        1.15, 1.0, torch.ones(1) / 2
+    )
+    for tokens in (16, 6400):
+        torch.testing.assert_close(process.timesteps(torch.ones(1) / 2, image_seq_len=tokens), expected)
 
 
 @pytest.mark.parametrize(("name", "only"), [("flux_schnell", [1000.0, 750.0, 500.0]), ("stable_diffusion", [999])])

@@ -81,6 +81,7 @@ def test_a_folder_with_lumina_2s_older_class_name_loads(tmp_path):
         ("flux", {"in_channels": 96}, "this one takes 96"),
         ("hunyuan_dit", {"learn_sigma": False}, "learn_sigma=False"),
         ("hunyuan_dit", {"in_channels": 8}, "8 input channels"),
+        ("krea2", {"in_channels": 32}, "this one takes 32"),
         ("pixart_sigma", {"use_additional_conditions": True}, "PixArtAlpha"),
         ("qwen_image", {"guidance_embeds": True}, "guidance_embeds"),
         ("sana", {"guidance_embeds": True}, "Sana-Sprint"),

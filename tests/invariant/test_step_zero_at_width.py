@@ -30,6 +30,22 @@ WIDE = {
         {**JOINT, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 4096, "pooled_projection_dim": 768},
         {"prompt_embeds": 4096, "pooled_prompt_embeds": 768},
     ),
+    "krea2": (
+        {
+            "num_layers": 1,
+            "attention_head_dim": 128,
+            "num_attention_heads": 48,
+            "num_key_value_heads": 12,
+            "intermediate_size": 16384,
+            "timestep_embed_dim": 256,
+            "text_hidden_dim": 2560,
+            "text_num_attention_heads": 20,
+            "text_num_key_value_heads": 20,
+            "text_intermediate_size": 6912,
+            "axes_dims_rope": (32, 48, 48),
+        },
+        {"prompt_embeds": 2560},
+    ),
     "qwen_image": (
         {"num_layers": 1, "attention_head_dim": 128, "num_attention_heads": 24, "axes_dims_rope": (16, 56, 56)}
         | {"joint_attention_dim": 3584},

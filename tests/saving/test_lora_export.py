@@ -12,7 +12,7 @@ from tiny_pipelines import CASES, case
 
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.families import find_family, load_pipeline
-from trl_diffusion_sdpo.families.lora_keys import ORIGINAL_MODULES
+from trl_diffusion_sdpo.families.lora_keys import ORIGINAL_MODULES, original_module
 from trl_diffusion_sdpo.saving.lora_export import export_kohya, to_kohya
 from trl_diffusion_sdpo.saving.model_card import recommend_scale
 from trl_diffusion_sdpo.saving.weights import ranks, split_key
@@ -241,6 +241,16 @@ def test_names_of_aura_flow_lumina_2_and_z_image():
         ("Lumina2Transformer2DModel", "context_refiner.1.attn.to_out.0", "context_refiner_1_attention_out"),
     ):
         assert f"lora_unet_{key}.alpha" in to_kohya(*lora({module: (6, 8)}), denoiser)
+
+
+def test_names_of_krea_2_are_the_original_ones_that_diffusers_reads():
+    ends = [*(f"attn.{name}" for name in (*ATTENTION, "to_gate")), "ff.gate", "ff.up", "ff.down"]
+    for block in ("transformer_blocks.3", "text_fusion.layerwise_blocks.0", "text_fusion.refiner_blocks.1"):
+        for module in (f"{block}.{end}" for end in ends):
+            original = original_module("Krea2Transformer2DModel", module).module
+            tensors = {f"diffusion_model.{original}.lora_A.weight": torch.ones(1)}
+            read = conversion._convert_non_diffusers_krea2_lora_to_diffusers(tensors)
+            assert list(read) == [f"transformer.{module}.lora_A.weight"]
 
 
 def test_queries_wider_than_keys_lie_above_one_another():

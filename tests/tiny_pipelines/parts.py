@@ -15,6 +15,8 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -203,6 +205,31 @@ def qwen3_encoder(tokenizer: Qwen2Tokenizer, **overrides) -> Qwen3Model:
         "pad_token_id": tokenizer.pad_token_id,
     }
     return with_large_embeddings(Qwen3Model(Qwen3Config(**{**settings, **overrides})))
+
+
+def qwen3_vl_model(tokenizer: Qwen2Tokenizer) -> Qwen3VLModel:
+    """A vision-language model, of which pipelines for text use the language half."""
+    text_config = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2]},
+    }
+    vision_config = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": TEXT_WIDTH,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    }
+    return with_large_embeddings(Qwen3VLModel(Qwen3VLConfig(text_config=text_config, vision_config=vision_config)))
 
 
 def enlarged(transformer: torch.nn.Module, factor: float = 2.0) -> torch.nn.Module:

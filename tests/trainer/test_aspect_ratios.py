@@ -17,7 +17,11 @@ from tiny_pipelines import CASES, case
 SQUARE, WIDE, HIGH = (40, 40), (24, 40), (60, 36)  # of 40 x 40, 36 x 60 and 60 x 36 at any scale
 IN_CI = ("stable_diffusion", "flux")
 # Resolution and step, where the pipeline's own resolution and 4 pixels leave one size, or sizes that do not fit.
-SIZES = {"aura_flow": (24, 4), "qwen_image": (32, 8), **dict.fromkeys(("hunyuan_dit", "lumina2", "wan"), (96, 16))}
+SIZES = {
+    "aura_flow": (24, 4),
+    **dict.fromkeys(("krea2", "qwen_image"), (32, 8)),
+    **dict.fromkeys(("hunyuan_dit", "lumina2", "wan"), (96, 16)),
+}
 
 
 def image(size, seed):

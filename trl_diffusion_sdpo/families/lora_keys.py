@@ -152,6 +152,17 @@ WAN = {
     **renamed("blocks.{}.ffn", "blocks.{}.ffn", {"net.0.proj": "0", "net.2": "2"}),
 }
 
+_KREA_2_BLOCK = {
+    **{f"attn.{name}": f"attn.w{original}" for name, original in _ATTENTION.items()},
+    "attn.to_gate": "attn.gate",
+    **{f"ff.{name}": f"mlp.{name}" for name in ("gate", "up", "down")},
+}
+KREA_2 = {
+    **renamed("blocks.{}", _FLUX, _KREA_2_BLOCK),
+    **renamed("txtfusion.layerwise_blocks.{}", "text_fusion.layerwise_blocks.{}", _KREA_2_BLOCK),
+    **renamed("txtfusion.refiner_blocks.{}", "text_fusion.refiner_blocks.{}", _KREA_2_BLOCK),
+}
+
 _REFINED = ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
 _Z_IMAGE_EQUAL = ("adaLN_modulation.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 _Z_IMAGE_NAMES = {"attention.to_out.0": "attention.out", **{name: name for name in _Z_IMAGE_EQUAL}}
@@ -168,6 +179,7 @@ ORIGINAL_MODULES: dict[str, dict[str, OriginalModule] | None] = {
     "FluxTransformer2DModel": FLUX,
     "Flux2Transformer2DModel": FLUX_2,
     "AuraFlowTransformer2DModel": AURA_FLOW,
+    "Krea2Transformer2DModel": KREA_2,
     "PixArtTransformer2DModel": PIXART,
     "WanTransformer3DModel": WAN,
     "ZImageTransformer2DModel": Z_IMAGE,

@@ -17,29 +17,55 @@ from .packing import pack_patches, unpack_patches
 _OTHER_INPUTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 
-class QwenImageFamily(Family):
-    """Trains `QwenImagePipeline`.
-
-    A model folder saved as its image-to-image or inpainting class works too: the transformer is the same.
-    Qwen-Image-Edit and Qwen-Image-Layered have other pipelines, because they take additional images.
+class QwenImageLatentsFamily(Family):
+    """Base class of families with the VAE of Qwen-Image and latents packed two by two.
 
     The VAE encodes videos. Images are passed as one frame, and latents have no frame dimension, `(N, C, H, W)`.
     """
 
-    name = "Qwen-Image"
-    pipeline_classes = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
-    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' LoRA script for Qwen-Image
     # Our choice: half of Stable Diffusion's rate, because larger models need smaller steps.
     learning_rate_full = 1e-6
-    learning_rate_lora = 1e-4  # as diffusers' script
     defaults = FLOW_DEFAULTS
     noise_process_class = FlowMatchingProcess
     patch_size = 2
     conditional_rows = "all"
     prompt_padding = "end"
     max_sequence_length = 512  # tokens per prompt, as the pipeline's call defaults to; longer prompts are truncated
+
+    def check_pipeline(self) -> None:
+        super().check_pipeline()
+        check_in_channels(self, 4 * self.pipeline.vae.config.z_dim)  # two by two latents per token
+
+    def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return super().vae_moments(pixel_values.unsqueeze(2))  # (N, 3, one frame, H, W) to (N, 2C, 1, H/8, W/8)
+
+    def sample_moments(self, moments: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
+        return super().sample_moments(moments, generator).squeeze(2)
+
+    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        mean, std = channel_statistics(self.pipeline.vae, latents)
+        return (latents - mean) / std
+
+    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return unpack_patches(output, *latents.shape[-2:])
+
+    def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        return 1000 * inputs["timestep"]
+
+
+class QwenImageFamily(QwenImageLatentsFamily):
+    """Trains `QwenImagePipeline`.
+
+    A model folder saved as its image-to-image or inpainting class works too: the transformer is the same.
+    Qwen-Image-Edit and Qwen-Image-Layered have other pipelines, because they take additional images.
+    """
+
+    name = "Qwen-Image"
+    pipeline_classes = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
+    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' LoRA script for Qwen-Image
+    learning_rate_lora = 1e-4  # as diffusers' script
 
     @property
     def default_resolution(self) -> int:
@@ -61,7 +87,6 @@ class QwenImageFamily(Family):
 
     def check_pipeline(self) -> None:
         super().check_pipeline()
-        check_in_channels(self, 4 * self.pipeline.vae.config.z_dim)  # two by two latents per token
         others = [name for name in _OTHER_INPUTS if self.denoiser.config[name]]
         if others:
             raise ValueError(
@@ -78,16 +103,6 @@ class QwenImageFamily(Family):
         # (N, tokens of the longest prompt, width) and (N, tokens)
         return {"prompt_embeds": prompt_embeds, "prompt_mask": mask.bool()}
 
-    def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return super().vae_moments(pixel_values.unsqueeze(2))  # (N, 3, one frame, H, W) to (N, 2C, 1, H/8, W/8)
-
-    def sample_moments(self, moments: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
-        return super().sample_moments(moments, generator).squeeze(2)
-
-    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        mean, std = channel_statistics(self.pipeline.vae, latents)
-        return (latents - mean) / std
-
     def denoiser_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
@@ -99,9 +114,3 @@ class QwenImageFamily(Family):
             "encoder_hidden_states_mask": conditioning["prompt_mask"],
             "img_shapes": [[(1, height // 2, width // 2)]] * len(latents),  # frames, rows and columns of tokens
         }
-
-    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        return unpack_patches(output, *latents.shape[-2:])
-
-    def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        return 1000 * inputs["timestep"]

@@ -1,0 +1,58 @@
+"""Tiny Krea 2 pipeline: three layers of a vision-language model for each token, and the VAE of Qwen-Image."""
+
+from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
+
+from tiny_pipelines.parts import (
+    TEXT_WIDTH,
+    enlarged,
+    pack_squares,
+    qwen2_tokenizer,
+    qwen3_vl_model,
+    qwen_image_vae,
+    seeded,
+    unpack_squares,
+)
+
+RESOLUTION = 32
+CALL = {"guidance_scale": 0.0}  # this pipeline adds the scaled difference to the conditional prediction: 0 is off
+
+
+def build(seed: int = 0, is_distilled: bool = False) -> Krea2Pipeline:
+    tokenizer = qwen2_tokenizer()
+    with seeded(seed):
+        transformer = Krea2Transformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=64,
+            timestep_embed_dim=16,
+            text_hidden_dim=TEXT_WIDTH,
+            num_text_layers=3,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=2,
+            text_intermediate_size=64,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+            axes_dims_rope=(4, 6, 6),
+        )
+        return Krea2Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True,
+                base_shift=0.5,
+                max_shift=1.15,
+                base_image_seq_len=256,
+                max_image_seq_len=6400,
+            ),
+            vae=qwen_image_vae(),
+            text_encoder=qwen3_vl_model(tokenizer),
+            tokenizer=tokenizer,
+            transformer=enlarged(transformer),
+            text_encoder_select_layers=(0, 1, 2),
+            is_distilled=is_distilled,
+        )
+
+
+to_pipeline = pack_squares
+from_pipeline = unpack_squares

@@ -1,0 +1,79 @@
+"""Krea 2: one stream of prompt and image tokens over packed latents, conditioned on several layers of a vision-language
+model, over flow matching; its VAE is one of videos."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from .noise import FlowMatchingProcess
+from .packing import pack_patches, patch_positions
+from .qwen_image import QwenImageLatentsFamily
+
+
+class Krea2Family(QwenImageLatentsFamily):
+    """Trains `Krea2Pipeline`: Krea 2 Raw, and by the same class Krea 2 Turbo.
+
+    Turbo is distilled from Raw to generate in about eight steps without guidance. Its authors advise to train a LoRA of
+    Raw and to load it into Turbo. Guidance is off at `guidance_scale=0`, not 1: the pipeline adds the scaled difference
+    to the prompt's prediction.
+
+    VAE and packed latents are those of Qwen-Image.
+    """
+
+    name = "Krea 2"
+    pipeline_classes = ("Krea2Pipeline",)
+    # Attention only, which the model's authors advise for long trainings. diffusers' LoRA script also has the others.
+    lora_target_modules = ("to_q", "to_k", "to_v", "to_gate", "to_out.0")
+    learning_rate_lora = (
+        1e-4  # our choice: that of similar transformers. diffusers' script has 3e-4 for short trainings.
+    )
+    shared_inputs = ("position_ids",)
+
+    def __init__(self, pipeline: DiffusionPipeline):
+        super().__init__(pipeline)
+        if self.has_few_steps:
+            assert isinstance(self.noise_process, FlowMatchingProcess)
+            self.noise_process.shifts = (1.15, 1.15)  # Turbo's shift does not depend on the image's size
+
+    @property
+    def has_few_steps(self) -> bool:
+        return self.pipeline.config.is_distilled
+
+    @property
+    def default_resolution(self) -> int:
+        """Default of the pipeline's call. The denoiser's configuration has no size."""
+        return 1024
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        # The pipeline pads all prompts to 512 tokens, whose 12 layers take 30 MiB in bfloat16. The denoiser masks this
+        # padding, so padding to the longest prompt gives the same prediction.
+        pipe = self.pipeline
+        before, after = pipe.prompt_template_encode_start_idx, pipe.prompt_template_encode_num_suffix_tokens
+        texts = [pipe.prompt_template_encode_prefix + prompt for prompt in prompts]
+        longest = self.max_sequence_length + before - after
+        rows = pipe.tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
+        prompt_embeds, mask = self.call_encode_prompt(
+            prompts, max_sequence_length=max(map(len, rows)) - before + after
+        )
+        # The pipeline pads before its suffix. Text tokens have no positions, so the padding may come last.
+        order = (~mask).int().argsort(dim=1, stable=True)  # (N, tokens of the longest prompt)
+        mask = mask.gather(1, order)
+        prompt_embeds = prompt_embeds[torch.arange(len(order), device=order.device)[:, None], order]
+        # (N, tokens, layers, width) and (N, tokens)
+        return {"prompt_embeds": prompt_embeds * mask[:, :, None, None], "prompt_mask": mask}
+
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        height, width = latents.shape[-2:]
+        text = conditioning["prompt_embeds"].to(latents.dtype)
+        positions = patch_positions(height, width, latents.device)
+        return {
+            "hidden_states": pack_patches(latents),  # (N, H/2 * W/2, 4C)
+            "encoder_hidden_states": text,
+            "timestep": timesteps / 1000,
+            "position_ids": torch.cat([positions.new_zeros(text.shape[1], 3), positions]),  # text has none
+            "encoder_attention_mask": conditioning["prompt_mask"],
+        }
