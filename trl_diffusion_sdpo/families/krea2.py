@@ -26,9 +26,7 @@ class Krea2Family(QwenImageLatentsFamily):
     pipeline_classes = ("Krea2Pipeline",)
     # Attention only, which the model's authors advise for long trainings. diffusers' LoRA script also has the others.
     lora_target_modules = ("to_q", "to_k", "to_v", "to_gate", "to_out.0")
-    learning_rate_lora = (
-        1e-4  # our choice: that of similar transformers. diffusers' script has 3e-4 for short trainings.
-    )
+    learning_rate_lora = 1e-4  # our choice, as for similar transformers; diffusers' script has 3e-4 for a few images
     shared_inputs = ("position_ids",)
 
     def __init__(self, pipeline: DiffusionPipeline):
