@@ -103,8 +103,12 @@ def commands() -> str:
 
 
 def options(command: str, *titles: str) -> str:
-    """Return a table of the options of a command; with titles, those of the groups of its help that begin so."""
-    parser = import_module(f"{PACKAGE}.cli.{command.replace('-', '_')}").make_parser()
+    """Return a table of the options of a command, or of its sub-command of the name that follows; with titles, those of
+    the groups of its help that begin so."""
+    module = import_module(f"{PACKAGE}.cli.{command.replace('-', '_')}")
+    if titles and titles[0] in getattr(module, "SUBCOMMANDS", {}):
+        module, titles = module.module_of(titles[0]), titles[1:]
+    parser = module.make_parser()
     groups = [group for group in parser._action_groups if not titles or str(group.title).startswith(titles)]
     actions = [action for group in groups for action in group._group_actions]
     shown = [action for action in actions if action.dest != "help" and action.help is not argparse.SUPPRESS]
@@ -115,11 +119,11 @@ def _option(action: argparse.Action) -> tuple[str, str]:
     text = _sentence(_plain(str(action.help or "") % {"default": action.default, "type": "", "prog": ""}))
     if action.choices is not None and not all(str(choice) in text for choice in action.choices):
         text += f" One of {_or([f'`{choice}`' for choice in action.choices])}."
-    if action.required:
+    if action.required and action.option_strings:
         text += " Required."
     elif not (action.default is None or action.default is False or "default" in text):
         text += f" Default: `{action.default}`."
-    return f"`--{action.dest}`", text
+    return f"`--{action.dest}`" if action.option_strings else f"`{action.metavar}`", text
 
 
 # ---- Families -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "trl_diffusion_sdpo"
 
 # From the roof to the ground. A room may import the rooms after it.
 ROOMS = (
-    *("cli", "demo", "planning", "trainer", "evaluation", "reporting", "saving", "cache", "step"),
+    *("cli", "demo", "planning", "trainer", "pairing", "evaluation", "reporting", "saving", "cache", "step"),
     *("guidance", "models", "engines", "data", "families", "losses", "rewards", "utils"),
 )
 ENGINE_MODULES = ("deepspeed", "transformers.integrations", "torch.distributed")

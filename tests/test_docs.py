@@ -87,6 +87,8 @@ def test_commands_and_their_options_exist(block):
             continue
         assert command[1] in COMMANDS
         module = import_module(f"trl_diffusion_sdpo.cli.{command[1].replace('-', '_')}")
+        if hasattr(module, "SUBCOMMANDS"):
+            module = module.module_of(command[2].split()[0])
         known = set(module.make_parser().names()) if hasattr(module, "make_parser") else set()
         if command[1] not in ("export", "demo", "env"):
             known |= {*options_of_train(), "config", "accelerate_config", *launch_options()}

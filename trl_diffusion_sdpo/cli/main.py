@@ -21,6 +21,7 @@ COMMANDS = {
     "encode": "Encode images and prompts once, for later runs with the same options.",
     "plan": "Compute the memory and time that a run needs.",
     "evaluate": "Compare models by scorers: images, win rates and a report.",
+    "pairs": "Make pairs from your own images and your own picks, and check them.",
     "export": "Write the LoRA of a run for ComfyUI, AUTOMATIC1111 and others.",
     "demo": "Train on the embedded world and plot the results.",
     "env": "Print the versions that a bug report needs.",

@@ -1,0 +1,199 @@
+"""Picks of a person: a log that survives a crash after any pick, and the pairs that training reads.
+
+`picks.jsonl` has one line for each event and is only ever appended to. `pairs.jsonl` is written anew after each pick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..utils.files import write_atomically
+from .manifest import MAX_PROMPT, ListedImage, json_lines, read_json_lines
+
+logger = logging.getLogger(__name__)
+
+PICKS_FILE = "picks.jsonl"
+PAIRS_FILE = "pairs.jsonl"
+# Verdict -> share of the win that the first image gets. A skipped pair says nothing.
+SHARES = {"first": 1.0, "second": 0.0, "tie": 0.5, "both_bad": 0.5, "skip": None}
+
+
+class ConflictError(ValueError):
+    """Error for a pick or an undo that another tab has already made."""
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A judged pair: two images, of which `first` was shown on the left, and a key of `SHARES`."""
+
+    number: int
+    first: str
+    second: str
+    verdict: str
+
+    @property
+    def pair(self) -> frozenset[str]:
+        return frozenset((self.first, self.second))
+
+
+class PickLog:
+    """The picks of a folder, read from the log and appended to it.
+
+    Args:
+        folder (`Path`): Folder of the images.
+        read_only (`bool`): Whether nothing will be written.
+
+    Raises:
+        `ValueError`: If the log cannot be read, or the folder cannot be written to.
+    """
+
+    def __init__(self, folder: Path, *, read_only: bool = False) -> None:
+        self.path = folder / PICKS_FILE
+        self.picks: dict[frozenset[str], Pick] = {}  # without those that were undone, the oldest first
+        self.prompts: dict[str, str] = {}  # prompt in the manifest -> the prompt that replaces it
+        self._number = 0
+        try:
+            self._file = open(self.path, "rb" if read_only else "ab", buffering=0)
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be written: {error}. Use a folder of your own.") from error
+        content = self.path.read_bytes()
+        complete = content.rfind(b"\n") + 1
+        if complete < len(content) and not read_only:
+            # A process that was killed while it wrote a pick left a part of a line.
+            logger.warning("%s ends in an incomplete line, which is removed.", self.path)
+            self._file.truncate(complete)
+        for number, entry in enumerate(read_json_lines(self.path, content[:complete]), 1):
+            try:
+                self._apply(entry)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{self.path}, line {number} is no pick: {error!r}. Remove the line.") from error
+
+    @property
+    def verdicts(self) -> dict[str, int]:
+        """Number of picks of each verdict."""
+        counts = Counter(pick.verdict for pick in self.picks.values())
+        return {verdict: counts[verdict] for verdict in SHARES}
+
+    @property
+    def last(self) -> Pick | None:
+        """The last pick that was not undone."""
+        return next(reversed(self.picks.values()), None)
+
+    def add(self, first: str, second: str, verdict: str) -> None:
+        """Append a pick. The pick is on the disk when this returns.
+
+        Raises:
+            `ConflictError`: If the pair has a pick.
+            `OSError`: If the disk is full. The log is then as before.
+        """
+        if frozenset((first, second)) in self.picks:
+            raise ConflictError("This pair has been judged already, perhaps in another tab.")
+        self._append({"pick": self._number + 1, "first": first, "second": second, "verdict": verdict})
+
+    def undo(self, number: int) -> Pick:
+        """Take back the last pick and return it.
+
+        Raises:
+            `ConflictError`: If `number` is not that of the last pick.
+        """
+        last = self.last
+        if last is None or last.number != number:
+            raise ConflictError("Only the last pick can be undone, and another tab has changed it.")
+        self._append({"undo": number})
+        return last
+
+    def edit_prompt(self, prompt: str, edited: str) -> None:
+        """Replace a prompt of the manifest.
+
+        Raises:
+            `ValueError`: If the new prompt is empty or too long.
+        """
+        edited = edited.strip()
+        if not 0 < len(edited) <= MAX_PROMPT:
+            raise ValueError(f"A prompt has 1 to {MAX_PROMPT} characters, got {len(edited)}.")
+        self._append({"prompt": prompt, "edited": edited})
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _apply(self, entry: Mapping[str, Any]) -> None:
+        if "pick" in entry:
+            pick = Pick(int(entry["pick"]), entry["first"], entry["second"], entry["verdict"])
+            if pick.verdict not in SHARES:
+                raise ValueError(f"verdict {pick.verdict!r}")
+            self.picks[pick.pair] = pick
+            self._number = pick.number
+        elif "undo" in entry:
+            last = self.last
+            if last is None or last.number != entry["undo"]:
+                raise ValueError(f"undo of {entry['undo']}")
+            del self.picks[last.pair]
+        else:
+            self.prompts[entry["prompt"]] = entry["edited"]
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        line = json.dumps({**entry, "time": round(time.time(), 1)}).encode() + b"\n"
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
+            os.fsync(self._file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(size)  # a part of a line must not stay
+            raise
+        self._apply(entry)
+
+
+def write_pairs(folder: Path, log: PickLog, images: Mapping[str, ListedImage]) -> int:
+    """Write `pairs.jsonl`: a line for each pair of which one image was preferred. Return their number.
+
+    Images that were rated differently are pairs too, unless a person has judged them. Other columns of the manifest
+    become columns `chosen_*` and `rejected_*`. Pairs of images that are no longer there are left out. Ties are in
+    `picks.jsonl`.
+    """
+    preferred = [
+        (pick.first, pick.second) if pick.verdict == "first" else (pick.second, pick.first)
+        for pick in log.picks.values()
+        if pick.verdict in ("first", "second")
+    ]
+    preferred += [pair for pair in rated_pairs(images) if frozenset(pair) not in log.picks]
+    there = {name for name in images if (folder / name).is_file()}
+    rows = [
+        _row(images[chosen], images[rejected], log.prompts)
+        for chosen, rejected in preferred
+        if chosen in there and rejected in there
+    ]
+    write_atomically(folder / PAIRS_FILE, json_lines(rows))
+    return len(rows)
+
+
+def rated_pairs(images: Mapping[str, ListedImage]) -> list[tuple[str, str]]:
+    """Return the pairs of one prompt whose images have different ratings, the better image first."""
+    rated: dict[str, list[tuple[float, str]]] = {}
+    for image in images.values():
+        rating = image.facts.get("rating")
+        if isinstance(rating, int | float) and "model" not in image.facts:
+            rated.setdefault(image.prompt, []).append((rating, image.name))
+    return [
+        (better, worse) for group in rated.values() for high, better in group for low, worse in group if high > low
+    ]
+
+
+def _row(chosen: ListedImage, rejected: ListedImage, prompts: Mapping[str, str]) -> dict[str, Any]:
+    row = {"prompt": prompts.get(chosen.prompt, chosen.prompt), "chosen": chosen.name, "rejected": rejected.name}
+    for name in chosen.facts:
+        if name in rejected.facts and name != "rating":
+            row[f"chosen_{name}"] = chosen.facts[name]
+            row[f"rejected_{name}"] = rejected.facts[name]
+    return row

@@ -1,0 +1,216 @@
+"""The local server of the pick page. It serves one page, the listed images and one JSON interface, and nothing else.
+
+A request must name this server in `Host` (a page of another site that rebinds its name to this machine does not), carry
+the token in its path, and, if it changes anything, come from the page itself (`Origin`).
+"""
+
+from __future__ import annotations
+
+import hmac
+import io
+import ipaddress
+import json
+import secrets
+import socket
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ..data.images import MAX_FILE_BYTES, ImageReader
+from ..utils.files import check_regular_file
+from .picks import ConflictError
+from .session import PickSession
+
+LOCAL_HOST = "127.0.0.1"
+USUAL_PORT = 8765
+MAX_BODY = 200_000  # bytes of a request; a prompt has at most 20,000 characters
+PAGE = Path(__file__).parent / "page.html"
+# Image formats that browsers show. Others are converted.
+TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".gif": "image/gif"}
+POLICY = (
+    "default-src 'none'; img-src 'self' data:; connect-src 'self'; script-src 'nonce-{nonce}'; "
+    "style-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class PickServer(ThreadingHTTPServer):
+    """Server of a pick page.
+
+    Args:
+        session ([`PickSession`]): The picks.
+        host (`str`): Address to listen at. Any other than `127.0.0.1` opens the page to the network.
+        port (`int`, *optional*): Port. By default 8765, or a free one if that is in use.
+
+    Raises:
+        `ValueError`: If the port is in use or the address is none of this machine.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, session: PickSession, host: str = LOCAL_HOST, port: int | None = None) -> None:
+        self.session = session
+        self.token = secrets.token_urlsafe(24)
+        self.host = host
+        try:
+            super().__init__((host, USUAL_PORT if port is None else port), PickHandler)
+        except OSError as error:
+            if port is not None or host != LOCAL_HOST:
+                taken = USUAL_PORT if port is None else port
+                raise ValueError(
+                    f"The page cannot be served at {host}, port {taken}: {error.strerror}. Choose another `--port`."
+                ) from error
+            super().__init__((host, 0), PickHandler)
+
+    @property
+    def address(self) -> str:
+        """Address of the page, with its token."""
+        host = _own_address() if self.host == "0.0.0.0" else self.host
+        return f"http://{host}:{self.server_address[1]}/{self.token}/"
+
+    def is_own_name(self, name: str) -> bool:
+        """Return whether the `Host` of a request names this server. If it listens at all addresses of the machine, any
+        IP address does: a rebound name is never one."""
+        host, _, port = name.rpartition(":")
+        if port != str(self.server_address[1]):
+            return False
+        if self.host != "0.0.0.0":
+            return host in (self.host, "localhost") if self.host == LOCAL_HOST else host == self.host
+        try:
+            return bool(ipaddress.ip_address(host.strip("[]")))
+        except ValueError:
+            return host == "localhost"
+
+
+class PickHandler(BaseHTTPRequestHandler):
+    """Handler of one request."""
+
+    server: PickServer
+    protocol_version = "HTTP/1.1"  # keeps connections open, which is faster on a phone
+    server_version = "pairs"
+    sys_version = ""
+    timeout = 60  # seconds that a connection may be idle
+
+    def do_GET(self) -> None:
+        path = self._allowed_path()
+        if path == "":
+            nonce = secrets.token_urlsafe(16)
+            page = PAGE.read_text(encoding="utf-8").replace("NONCE", nonce)
+            policy = {"Content-Security-Policy": POLICY.format(nonce=nonce)}
+            self._send(HTTPStatus.OK, page.encode(), "text/html; charset=utf-8", policy)
+        elif path is not None and path.startswith("image/"):
+            self._send_image(self.server.session.codes.get(path.removeprefix("image/")))
+        elif path is not None:
+            self._refuse(HTTPStatus.NOT_FOUND, "There is nothing at this address.")
+
+    def do_POST(self) -> None:
+        path = self._allowed_path()
+        if path is None:
+            return
+        length = self.headers.get("Content-Length", "")
+        if self.headers.get("Origin") != f"http://{self.headers.get('Host')}":
+            self._refuse(HTTPStatus.FORBIDDEN, "Picks must come from the page itself.")
+        elif self.headers.get_content_type() != "application/json" or not length.isdecimal():
+            self._refuse(HTTPStatus.BAD_REQUEST, "The request must be JSON.")
+        elif int(length) > MAX_BODY:
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The request is too large.")
+        else:
+            self._answer(path, self.rfile.read(int(length)))
+
+    def _answer(self, action: str, body: bytes) -> None:
+        try:
+            asked = json.loads(body)
+            answer = self._act(action, asked)
+        except ConflictError as error:
+            self._send_json(HTTPStatus.CONFLICT, {"error": str(error), **self.server.session.state(asked["tab"])})
+        except OSError as error:
+            message = f"Not saved: {error.strerror}. Make room on the disk, then pick again."
+            self._send_json(HTTPStatus.INSUFFICIENT_STORAGE, {"error": message})
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            self._send_json(HTTPStatus.BAD_REQUEST, {"error": str(error)})
+        else:
+            self._send_json(HTTPStatus.OK, answer)
+
+    def _act(self, action: str, asked: dict[str, Any]) -> dict[str, Any]:
+        session = self.server.session
+        tab = str(asked["tab"])[:64]
+        if action == "state":
+            return session.state(tab)
+        if action == "pick":
+            return session.pick(tab, asked["first"], asked["second"], asked["verdict"])
+        if action == "undo":
+            return session.undo(tab, asked["pick"])
+        if action == "prompt":
+            return session.edit_prompt(tab, asked["image"], asked["prompt"])
+        if action == "ranking":
+            return {"ranking": session.ranking()}
+        if action == "result":
+            return {"result": session.result()}
+        raise ValueError(f"There is no action {action!r}.")
+
+    def _allowed_path(self) -> str | None:
+        """Return the path behind the token, or refuse the request and return `None`."""
+        if not self.server.is_own_name(self.headers.get("Host", "")):
+            self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "This server has another name.")
+            return None
+        token, slash, path = urlsplit(self.path).path.removeprefix("/").partition("/")
+        if not slash or not hmac.compare_digest(token.encode(), self.server.token.encode()):
+            self._refuse(HTTPStatus.FORBIDDEN, "Open the address that `pairs pick` printed at its last start.")
+            return None
+        return path
+
+    def _send_image(self, name: str | None) -> None:
+        path = None if name is None else self.server.session.file(name)
+        try:
+            if path is None:
+                raise FileNotFoundError
+            check_regular_file(path, MAX_FILE_BYTES)
+            kind = TYPES.get(path.suffix.lower())
+            content = _as_png(path) if kind is None else path.read_bytes()
+        except (OSError, ValueError):
+            self._refuse(HTTPStatus.NOT_FOUND, "The image has gone or cannot be read.")
+        else:
+            self._send(HTTPStatus.OK, content, kind or "image/png", {"Cache-Control": "private, max-age=3600"})
+
+    def _send_json(self, status: HTTPStatus, content: dict[str, Any]) -> None:
+        self._send(status, json.dumps(content).encode(), "application/json")
+
+    def _refuse(self, status: HTTPStatus, reason: str) -> None:
+        self.close_connection = True  # the body of the request was not read
+        self._send(status, f"{reason}\n".encode(), "text/plain; charset=utf-8")
+
+    def _send(self, status: HTTPStatus, content: bytes, kind: str, more: dict[str, str] | None = None) -> None:
+        headers = {
+            "Content-Type": kind,
+            "Content-Length": str(len(content)),
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Connection": "close" if self.close_connection else "keep-alive",
+        }
+        self.send_response(status)
+        for name, value in {**headers, **(more or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *ignored: Any) -> None:
+        """Write nothing: requests contain the token."""
+
+
+def _as_png(path: Path) -> bytes:
+    buffer = io.BytesIO()
+    ImageReader().decode(path).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _own_address() -> str:
+    """Return the address of this machine in its network. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+            return probe.getsockname()[0]
+        except OSError:
+            return LOCAL_HOST
