@@ -37,26 +37,26 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
 def run(arguments: list[str], prog: str) -> int:
     options = make_parser(prog).parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
-    from ..data import load_pairs
+    from ..data import PairOptions, PairTransform, load_pairs
     from ..pairing.check import check_pairs
 
     sheet = None if options.sheet is None else Path(options.sheet)
     if sheet is not None and not sheet.absolute().parent.is_dir():
-        raise ValueError(f"`--sheet` needs a folder that exists, got {sheet}.")
+        raise ValueError(f"`--sheet` must be a file in a folder that exists, got {sheet}.")
     scorer = None if options.scorer is None else scorer_named(options.scorer, **options.scorer_settings)
+    reading = PairOptions(
+        PairTransform(options.resolution),
+        dataset_format=options.dataset_format,
+        verify_images="all",
+        min_side=options.min_side or 1,
+        compare=False,
+    )
     path = Path(options.data).expanduser()
+    folder = path if path.is_dir() else path.parent
     with reading_data(options.data):
-        check = check_pairs(
-            load_pairs(options.data, options.split),
-            resolution=options.resolution,
-            min_side=options.min_side,
-            dataset_format=options.dataset_format,
-            look_at=options.look_at,
-            scorer=scorer,
-            sheet=sheet,
-            folder=path if path.is_dir() else path.parent,
-        )
-    print(check)
+        dataset = load_pairs(options.data, options.split)
+        lines = check_pairs(dataset, reading, look_at=options.look_at, scorer=scorer, sheet=sheet, folder=folder)
+    print("\n".join(lines))
     if sheet is not None:
         print(f"The contact sheet is {sheet}.")
     return EXIT_OK

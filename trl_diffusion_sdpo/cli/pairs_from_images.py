@@ -34,6 +34,7 @@ def run(arguments: list[str], prog: str) -> int:
         tuple(name.lower() for name in names or usual)
         for names, usual in ((options.liked, LIKED), (options.disliked, DISLIKED))
     )
-    print(list_images(Path(options.folder), liked=liked, disliked=disliked, from_names=options.from_names))
+    lines = list_images(Path(options.folder), liked=liked, disliked=disliked, from_names=options.from_names)
+    print("\n".join(lines))
     print(f"Go on with: trl-diffusion-sdpo pairs pick {options.folder}")
     return EXIT_OK

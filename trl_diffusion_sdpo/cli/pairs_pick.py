@@ -46,7 +46,7 @@ def run(arguments: list[str], prog: str) -> int:
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
     if not (folder / MANIFEST_FILE).is_file():
-        print(list_images(folder))
+        print("\n".join(list_images(folder)))
     session = PickSession(folder)
     try:
         server = PickServer(session, options.host, options.port)

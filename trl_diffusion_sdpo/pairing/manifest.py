@@ -1,4 +1,4 @@
-"""The list of a folder's images. `manifest.jsonl` has one line for each image: its path, its prompt and other columns.
+"""The list of a folder's images: `manifest.jsonl` has one line for each image, with its prompt and other columns.
 
 `evaluate` writes such a file too, with the column `model`.
 """
@@ -23,24 +23,18 @@ MAX_PROMPT = 20_000  # characters
 
 @dataclass(frozen=True)
 class ListedImage:
-    """An image of a folder.
+    """An image of a folder. Images of one prompt are compared with one another."""
 
-    Args:
-        name (`str`): Path of the file, relative to the folder.
-        prompt (`str`): Its prompt. Images of one prompt are compared with one another.
-        facts (`Mapping[str, Any]`): Its other columns, such as `model`, `seed`, `rating` or `score`.
-    """
-
-    name: str
+    name: str  # path relative to the folder
     prompt: str
-    facts: Mapping[str, Any]
+    facts: Mapping[str, Any]  # other columns, such as `model`, `seed`, `rating` or `score`
 
 
 def read_manifest(folder: Path) -> tuple[list[ListedImage], Counter[str]]:
     """Return the images of a folder, and how many lines were left out, by reason.
 
     Raises:
-        `ValueError`: If there is no such file, or a line is no JSON object.
+        `ValueError`: If there is no such file, or a line is no JSON object with an image.
     """
     path = folder / MANIFEST_FILE
     if not path.is_file():
@@ -52,11 +46,16 @@ def read_manifest(folder: Path) -> tuple[list[ListedImage], Counter[str]]:
         prompt = row.pop("prompt", None)
         if not isinstance(name, str):
             raise ValueError(f"{path}, line {number}: `image` must be the path of an image, got {name!r}.")
-        reason = _reason(folder, name, prompt)
-        if not reason and name in images:
-            reason = "listed twice"
-        if reason:
-            left_out[reason] += 1
+        if not is_inside(folder, name):
+            left_out["outside of the folder"] += 1
+        elif not is_image(folder / name):
+            left_out["no image"] += 1
+        elif not (folder / name).is_file():
+            left_out["without a file"] += 1
+        elif not isinstance(prompt, str) or not 0 < len(prompt.strip()) <= MAX_PROMPT:
+            left_out[f"without a prompt of 1 to {MAX_PROMPT} characters"] += 1
+        elif name in images:
+            left_out["listed twice"] += 1
         else:
             images[name] = ListedImage(name, prompt, row)
     return list(images.values()), left_out
@@ -69,7 +68,7 @@ def write_manifest(folder: Path, images: Iterable[ListedImage]) -> None:
 
 
 def is_inside(folder: Path, name: str) -> bool:
-    """Return whether a name is that of a file below the folder. Links that lead out of the folder are refused."""
+    """Return whether a name is that of a file below the folder. A link that leads out of the folder is not."""
     try:
         return (folder / name).resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError, ValueError):  # a circle of links, a name with a zero byte
@@ -77,7 +76,7 @@ def is_inside(folder: Path, name: str) -> bool:
 
 
 def is_image(path: Path) -> bool:
-    """Return whether a file has the name of an image that training reads."""
+    """Return whether a file has the ending of an image that training reads."""
     return Image.registered_extensions().get(path.suffix.lower()) in FILE_FORMATS
 
 
@@ -102,16 +101,3 @@ def read_json_lines(path: Path, content: bytes) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number} must be a JSON object, got {type(row).__name__}.")
         rows.append(row)
     return rows
-
-
-def _reason(folder: Path, name: str, prompt: Any) -> str:
-    """Return why an image cannot be used, or an empty string."""
-    if not is_inside(folder, name):
-        return "outside of the folder"
-    if not is_image(folder / name):
-        return "no image"
-    if not (folder / name).is_file():
-        return "without a file"
-    if not isinstance(prompt, str) or not prompt.strip():
-        return "without a prompt"
-    return "with a prompt that is too long" if len(prompt) > MAX_PROMPT else ""

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..utils.files import write_atomically
 from .manifest import MAX_PROMPT, ListedImage, json_lines, read_json_lines
@@ -48,10 +48,6 @@ class Pick:
 class PickLog:
     """The picks of a folder, read from the log and appended to it.
 
-    Args:
-        folder (`Path`): Folder of the images.
-        read_only (`bool`): Whether nothing will be written.
-
     Raises:
         `ValueError`: If the log cannot be read, or the folder cannot be written to.
     """
@@ -61,13 +57,15 @@ class PickLog:
         self.picks: dict[frozenset[str], Pick] = {}  # without those that were undone, the oldest first
         self.prompts: dict[str, str] = {}  # prompt in the manifest -> the prompt that replaces it
         self._number = 0
-        try:
-            self._file = open(self.path, "rb" if read_only else "ab", buffering=0)
-        except OSError as error:
-            raise ValueError(f"{self.path} cannot be written: {error}. Use a folder of your own.") from error
+        self._file: BinaryIO | None = None
+        if not read_only:
+            try:
+                self._file = open(self.path, "ab", buffering=0)
+            except OSError as error:
+                raise ValueError(f"{self.path} cannot be written: {error}. Use a folder of your own.") from error
         content = self.path.read_bytes()
         complete = content.rfind(b"\n") + 1
-        if complete < len(content) and not read_only:
+        if complete < len(content) and self._file is not None:
             # A process that was killed while it wrote a pick left a part of a line.
             logger.warning("%s ends in an incomplete line, which is removed.", self.path)
             self._file.truncate(complete)
@@ -89,11 +87,10 @@ class PickLog:
         return next(reversed(self.picks.values()), None)
 
     def add(self, first: str, second: str, verdict: str) -> None:
-        """Append a pick. The pick is on the disk when this returns.
+        """Append a pick, which is on the disk when this returns. If the disk is full, the log is as before.
 
         Raises:
             `ConflictError`: If the pair has a pick.
-            `OSError`: If the disk is full. The log is then as before.
         """
         if frozenset((first, second)) in self.picks:
             raise ConflictError("This pair has been judged already, perhaps in another tab.")
@@ -123,7 +120,8 @@ class PickLog:
         self._append({"prompt": prompt, "edited": edited})
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _apply(self, entry: Mapping[str, Any]) -> None:
         if "pick" in entry:
@@ -141,6 +139,7 @@ class PickLog:
             self.prompts[entry["prompt"]] = entry["edited"]
 
     def _append(self, entry: dict[str, Any]) -> None:
+        assert self._file is not None
         line = json.dumps({**entry, "time": round(time.time(), 1)}).encode() + b"\n"
         size = os.fstat(self._file.fileno()).st_size
         try:
@@ -159,8 +158,7 @@ def write_pairs(folder: Path, log: PickLog, images: Mapping[str, ListedImage]) -
     """Write `pairs.jsonl`: a line for each pair of which one image was preferred. Return their number.
 
     Images that were rated differently are pairs too, unless a person has judged them. Other columns of the manifest
-    become columns `chosen_*` and `rejected_*`. Pairs of images that are no longer there are left out. Ties are in
-    `picks.jsonl`.
+    become columns `chosen_*` and `rejected_*`. Pairs of images that are no longer there are left out.
     """
     preferred = [
         (pick.first, pick.second) if pick.verdict == "first" else (pick.second, pick.first)
@@ -169,11 +167,14 @@ def write_pairs(folder: Path, log: PickLog, images: Mapping[str, ListedImage]) -
     ]
     preferred += [pair for pair in rated_pairs(images) if frozenset(pair) not in log.picks]
     there = {name for name in images if (folder / name).is_file()}
-    rows = [
-        _row(images[chosen], images[rejected], log.prompts)
-        for chosen, rejected in preferred
-        if chosen in there and rejected in there
-    ]
+    rows = []
+    for chosen, rejected in ((images[one], images[other]) for one, other in preferred if {one, other} <= there):
+        row = {"prompt": log.prompts.get(chosen.prompt, chosen.prompt), "chosen": chosen.name}
+        row["rejected"] = rejected.name
+        for name in chosen.facts.keys() & rejected.facts.keys() - {"rating"}:
+            row[f"chosen_{name}"] = chosen.facts[name]
+            row[f"rejected_{name}"] = rejected.facts[name]
+        rows.append(row)
     write_atomically(folder / PAIRS_FILE, json_lines(rows))
     return len(rows)
 
@@ -183,17 +184,8 @@ def rated_pairs(images: Mapping[str, ListedImage]) -> list[tuple[str, str]]:
     rated: dict[str, list[tuple[float, str]]] = {}
     for image in images.values():
         rating = image.facts.get("rating")
-        if isinstance(rating, int | float) and "model" not in image.facts:
+        if isinstance(rating, int | float):
             rated.setdefault(image.prompt, []).append((rating, image.name))
     return [
         (better, worse) for group in rated.values() for high, better in group for low, worse in group if high > low
     ]
-
-
-def _row(chosen: ListedImage, rejected: ListedImage, prompts: Mapping[str, str]) -> dict[str, Any]:
-    row = {"prompt": prompts.get(chosen.prompt, chosen.prompt), "chosen": chosen.name, "rejected": rejected.name}
-    for name in chosen.facts:
-        if name in rejected.facts and name != "rating":
-            row[f"chosen_{name}"] = chosen.facts[name]
-            row[f"rejected_{name}"] = rejected.facts[name]
-    return row

@@ -41,30 +41,21 @@ def bradley_terry(wins: np.ndarray, prior: float = PRIOR) -> tuple[np.ndarray, n
 
 
 class Group:
-    """Images of one prompt and the comparisons among them.
+    """Images of one prompt, their ratings, and the best next pairs.
 
     Args:
         names (`Iterable[str]`): The images.
+        compared (`Iterable`): Comparisons: two images, and the share of the win that the first one gets: 1, 0.5, 0, or
+            `None` for a skipped pair, which says nothing.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], compared: Iterable[tuple[str, str, float | None]] = ()) -> None:
         self.names = list(names)
-        self.update([])
-
-    def update(self, compared: Iterable[tuple[str, str, float | None]]) -> None:
-        """Compute ratings and next pairs anew.
-
-        Args:
-            compared (`Iterable`): Two images, and the share of the win that the first one gets: 1, 0.5, 0, or `None`
-                for a skipped pair, which says nothing.
-        """
         count = len(self.names)
         index = {name: position for position, name in enumerate(self.names)}
         wins = np.zeros((count, count))
         judged = np.eye(count, dtype=bool)
         for first, second, share in compared:
-            if first not in index or second not in index:
-                continue
             one, other = index[first], index[second]
             judged[one, other] = judged[other, one] = True
             if share is not None:

@@ -36,12 +36,8 @@ POLICY = (
 
 
 class PickServer(ThreadingHTTPServer):
-    """Server of a pick page.
-
-    Args:
-        session ([`PickSession`]): The picks.
-        host (`str`): Address to listen at. Any other than `127.0.0.1` opens the page to the network.
-        port (`int`, *optional*): Port. By default 8765, or a free one if that is in use.
+    """Server of a pick page, at port 8765 or a free one if that is in use. Any host but `127.0.0.1` opens the page to
+    the network.
 
     Raises:
         `ValueError`: If the port is in use or the address is none of this machine.

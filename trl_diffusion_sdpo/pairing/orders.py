@@ -1,0 +1,116 @@
+"""Which pair a pick page shows next: to rate the images of each prompt, or to compare models blindly."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from .manifest import ListedImage
+from .picks import SHARES, PickLog, rated_pairs
+from .ratings import Group
+
+FEW_PROMPTS = 30  # with fewer, the interval of a win rate is too narrow
+
+
+class RankOrder:
+    """Order of pairs that rates the images of each prompt. Images that were not seen come first, then close ratings."""
+
+    def __init__(self, images: Mapping[str, ListedImage], log: PickLog) -> None:
+        self._log = log
+        self._rated = rated_pairs(images)
+        by_prompt: dict[str, list[str]] = {}
+        for image in images.values():
+            by_prompt.setdefault(image.prompt, []).append(image.name)
+        self.groups = {prompt: Group(names) for prompt, names in by_prompt.items() if len(names) > 1}
+        for prompt in self.groups:
+            self.update(prompt, set())
+
+    def update(self, prompt: str, gone: set[str]) -> None:
+        """Rate the images of a prompt anew, without those that have gone."""
+        names = [name for name in self.groups[prompt].names if name not in gone]
+        compared: list[tuple[str, str, float | None]] = [
+            (pick.first, pick.second, SHARES[pick.verdict])
+            for pick in self._log.picks.values()
+            if pick.pair <= set(names)
+        ]
+        rated = [pair for pair in self._rated if set(pair) <= set(names) and frozenset(pair) not in self._log.picks]
+        self.groups[prompt] = Group(names, compared + [(better, worse, 1.0) for better, worse in rated])
+
+    def offers(self, gone: set[str]) -> list[tuple[str, str]]:
+        """Return pairs to judge, the most informative first."""
+        offered = [offer for group in self.groups.values() for offer in group.offers]
+        return [(first, second) for _, first, second in sorted(offered, key=lambda offer: -offer[0])]
+
+    def left(self, gone: set[str]) -> int:
+        """Return how many pairs are left at most."""
+        return sum(group.open for group in self.groups.values())
+
+
+class BlindOrder:
+    """Order of pairs that compares models: images of one prompt and seed, by the first model and by another one.
+
+    All prompts come once before further seeds do, in an order that does not depend on the picks.
+    """
+
+    def __init__(self, images: Mapping[str, ListedImage], log: PickLog) -> None:
+        self._log = log
+        self._cells: dict[tuple[str, Any], dict[str, str]] = {}  # prompt and seed -> model -> image
+        for image in images.values():
+            cell = self._cells.setdefault((image.prompt, image.facts.get("seed")), {})
+            cell[str(image.facts["model"])] = image.name
+        self.models = list(dict.fromkeys(str(image.facts["model"]) for image in images.values()))
+        self.prompts = list(dict.fromkeys(prompt for prompt, _ in self._cells))
+        self.seeds = list(dict.fromkeys(seed for _, seed in self._cells))
+        base, *others = self.models
+        pairs = [
+            (self.seeds.index(seed), cell[base], cell[other])
+            for (_, seed), cell in self._cells.items()
+            for other in others
+            if base in cell and other in cell
+        ]
+        random.Random(0).shuffle(pairs)
+        self._pairs = [(first, second) for _, first, second in sorted(pairs, key=lambda pair: pair[0])]
+
+    def update(self, prompt: str, gone: set[str]) -> None:
+        """Do nothing: the order does not depend on picks."""
+
+    def offers(self, gone: set[str]) -> list[tuple[str, str]]:
+        """Return the pairs that were not judged."""
+        return [pair for pair in self._pairs if frozenset(pair) not in self._log.picks and not gone.intersection(pair)]
+
+    def left(self, gone: set[str]) -> int:
+        """Return how many pairs are left."""
+        return len(self.offers(gone))
+
+    def result(self) -> tuple[list[str], list[dict[str, Any]]]:
+        """Return the win rates of all other models against the first one, in words and in numbers."""
+        from ..evaluation.evaluate import Comparison  # takes seconds, and only a comparison of models needs it
+        from ..evaluation.report import verdict_sentence
+        from ..rewards.statistics import holm, win_rate
+
+        base, *others = self.models
+        rates = {}
+        for other in others:
+            scores = np.full((2, len(self.prompts), len(self.seeds)), np.nan)  # of the other model, and of the base
+            for (prompt, seed), cell in self._cells.items():
+                pick = self._log.picks.get(frozenset((cell.get(base, ""), cell.get(other, ""))))
+                share = None if pick is None else SHARES[pick.verdict]
+                if pick is not None and share is not None:
+                    wins = share if pick.first == cell[other] else 1 - share
+                    scores[:, self.prompts.index(prompt), self.seeds.index(seed)] = wins, 1 - wins
+            if np.isfinite(scores).any():
+                rates[other] = win_rate(scores[0], scores[1])
+        adjusted = holm([rate.p_value for rate in rates.values()])
+        sentences, numbers = [], []
+        for (model, rate), p_value in zip(rates.items(), adjusted, strict=True):
+            compared = Comparison(model, "your eye", rate, p_value)
+            sentences.append(verdict_sentence(compared, base))
+            verdict = {"model": model, "base": base, "verdict": compared.verdict, "adjusted_p_value": p_value}
+            numbers.append(verdict | asdict(rate))
+            if rate.prompts < FEW_PROMPTS:
+                sentences.append(f"With only {rate.prompts} prompts the interval is too narrow. Judge more prompts.")
+        return sentences, numbers
