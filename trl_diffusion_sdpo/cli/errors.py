@@ -19,8 +19,8 @@ def sentence(error: Exception) -> str:
     text, kind = str(error), type(error)
     if _IN_WORKER.match(text) is None:
         return text
-    _, found, message = text.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")
-    return message.rstrip("\n") if found else text
+    _, separator, message = text.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")
+    return message.rstrip("\n") if separator else text
 
 
 @contextlib.contextmanager

@@ -55,14 +55,14 @@ def launch_options() -> dict[str, bool]:
     return {action.dest: action.nargs != 0 for action in actions if action.dest not in _RESERVED}
 
 
-def launch_words(config: str, in_file: dict[str, Any], typed: list[str], known: Iterable[str]) -> list[str]:
+def launch_words(config: str, in_file: dict[str, Any], typed: list[str], options: Iterable[str]) -> list[str]:
     """Return the words for `accelerate launch` before the name of the script.
 
     Args:
         config (`str`): Name or path of a configuration of accelerate.
         in_file (`dict[str, Any]`): Options of the launcher in the file of `--config`.
         typed (`list[str]`): Options of the launcher on the command line, which win.
-        known (`Iterable[str]`): Options of the command, for the hint at a misspelt name.
+        options (`Iterable[str]`): Options of the command, for the hint at a misspelt name.
 
     Raises:
         ValueError: If there is no such configuration or option, or another launcher started this process.
@@ -83,7 +83,7 @@ def launch_words(config: str, in_file: dict[str, Any], typed: list[str], known: 
         elif value:
             words.append(f"--{name}")
     words += typed
-    refuse_unknown([word for word in words if option_name(word) not in {None, *takes_value}], [*takes_value, *known])
+    refuse_unknown([word for word in words if option_name(word) not in {None, *takes_value}], [*takes_value, *options])
     launcher = _launch_parser()
     launcher.exit_on_error = False
     try:

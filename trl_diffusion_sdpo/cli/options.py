@@ -14,8 +14,6 @@ import yaml
 from ..utils.hints import CHOICE_ALIASES, did_you_mean, other_tools_option
 from ..utils.switch_words import SWITCH_WORDS, choice_of_switch
 
-# Name of a converter -> the rule in its error message. `string_to_bool` is transformers' reader of booleans.
-_RULES = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
 # YAML 1.1 reads off, no, on and yes without quotes as booleans. These options of type str need the words.
 _WORDS_OF_BOOLEANS = {
     "report_to": {False: "none"},
@@ -36,7 +34,7 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(*arguments, **{"allow_abbrev": False, **settings})
 
     def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:
-        return super().add_argument(*flags, **with_rule(settings))
+        return super().add_argument(*flags, **with_hints(settings))
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -88,7 +86,7 @@ def _words_of_setting(action: argparse.Action, value: Any) -> list[str]:
         return [f"{flag}={json.dumps(value, default=str)}"]
     if isinstance(value, list):
         if action.nargs != "+":
-            raise ValueError(f"`{action.dest}` must be {_rule(action)}, got {value}.")
+            raise ValueError(f"`{action.dest}` takes one value, got {value}.")
         return [flag, *(_word(action, entry) for entry in value)]
     return [f"{flag}={_word(action, value)}"]
 
@@ -108,20 +106,11 @@ def _word(action: argparse.Action, value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _rule(action: argparse.Action) -> str:
-    if action.choices is not None:
-        return f"one of {', '.join(map(str, action.choices))}"
-    return _RULES.get(getattr(action.type, "__name__", ""), "one value")
-
-
-def with_rule(settings: dict[str, Any]) -> dict[str, Any]:
-    """Let the errors of an option name its rule: argparse shows the message of an `ArgumentTypeError`."""
+def with_hints(settings: dict[str, Any]) -> dict[str, Any]:
+    """Let an option with choices also take their aliases and switch words, and let its error name the nearest choice.
+    argparse shows the message of an `ArgumentTypeError`."""
     choices = settings.get("choices")
-    read = settings.get("type", str)
-    if choices is not None:
-        return {**settings, "type": _choice_reader([str(choice) for choice in choices])}
-    name = getattr(read, "__name__", "")
-    return {**settings, "type": _reader(read, name)} if name in _RULES else settings
+    return settings if choices is None else {**settings, "type": _choice_reader([str(choice) for choice in choices])}
 
 
 def _choice_reader(choices: list[str]) -> Callable[[str], str]:
@@ -138,42 +127,29 @@ def _choice_reader(choices: list[str]) -> Callable[[str], str]:
     return read
 
 
-def _reader(convert: Callable[[str], Any], name: str) -> Callable[[str], Any]:
-    def read(word: str) -> Any:
-        try:
-            if name == "string_to_bool":
-                return SWITCH_WORDS[word.lower()]
-            return convert(word)
-        except (KeyError, ValueError):
-            raise argparse.ArgumentTypeError(f"must be {_RULES[name]}, got {word!r}.") from None
-
-    read.__name__ = name
-    return read
-
-
-def refuse_unknown(words: Iterable[str], known: Iterable[str]) -> None:
-    """Raise `ValueError` on words that a parser did not recognize, with the nearest known options."""
+def refuse_unknown(words: Iterable[str], options: Iterable[str]) -> None:
+    """Raise `ValueError` on words that a parser did not recognize, with the nearest valid options."""
     words = list(words)
     names = [name for word in words if (name := option_name(word))]
     if names:
-        listed = (f"`--{name}` is no option of this command.{nearest_option(name, known)}" for name in names)
+        listed = (f"`--{name}` is no option of this command.{nearest_option(name, options)}" for name in names)
         raise ValueError(f"{' '.join(listed)} `--help` lists all.")
     if words:
         raise ValueError(f"These words belong to no option: {' '.join(words)}. Options begin with `--`.")
 
 
-def refuse_unknown_keys(keys: Iterable[str], known: Iterable[str]) -> None:
+def refuse_unknown_keys(keys: Iterable[str], options: Iterable[str]) -> None:
     """Raise `ValueError` on keys of a file of settings that are no options."""
-    listed = " ".join(f"`{key}` is none.{nearest_option(key, known)}" for key in keys)
+    listed = " ".join(f"Unknown option `{key}`.{nearest_option(key, options)}" for key in keys)
     if listed:
         raise ValueError(
             f"The file of `--config` must hold options of the command or of `accelerate launch`: {listed}"
         )
 
 
-def nearest_option(name: str, known: Iterable[str]) -> str:
+def nearest_option(name: str, options: Iterable[str]) -> str:
     """Return a sentence that names the option that may be meant, or nothing."""
-    names = {option.replace("-", "_") for option in known}
+    names = {option.replace("-", "_") for option in options}
     return other_tools_option(name, names) or did_you_mean(name, names, prefix="--")
 
 

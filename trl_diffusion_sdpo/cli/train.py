@@ -77,7 +77,7 @@ def _dataclasses(parser: Any, words: list[str]) -> tuple[PairArguments, Diffusio
     return parsed[:3]
 
 
-def _refuse_others(words: list[str], keys: dict[str, Any], known: list[str]) -> None:
+def _refuse_others(words: list[str], keys: dict[str, Any], options: list[str]) -> None:
     """Raise `ValueError` on unknown options. The message names the nearest option, or how to set the launcher's
     options."""
     if not words and not keys:
@@ -86,8 +86,8 @@ def _refuse_others(words: list[str], keys: dict[str, Any], known: list[str]) -> 
     if launchers:
         listed = ", ".join(f"`--{name}`" for name in sorted(launchers))
         raise ValueError(f"Options of `accelerate launch` need `--accelerate_config`; got {listed} without it.")
-    refuse_unknown(words, known)
-    refuse_unknown_keys(keys, known)
+    refuse_unknown(words, options)
+    refuse_unknown_keys(keys, options)
 
 
 def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> int:
@@ -179,10 +179,10 @@ def _warn_of_ignored(script_args: PairArguments, model_args: ModelConfig) -> Non
 
 def _init_kwargs(training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> dict[str, Any]:
     """Return the arguments for loading the pipeline. `model_init_kwargs` override TRL's model arguments."""
-    given = training_args.model_init_kwargs or {}
-    if not isinstance(given, dict):
-        raise ValueError(f"`model_init_kwargs` must be a JSON object, got {given!r}.")
-    return {"revision": model_args.model_revision, "dtype": model_args.dtype, **given}
+    own = training_args.model_init_kwargs or {}
+    if not isinstance(own, dict):
+        raise ValueError(f"`model_init_kwargs` must be a JSON object, got {own!r}.")
+    return {"revision": model_args.model_revision, "dtype": model_args.dtype, **own}
 
 
 def _finish(trainer: DiffusionSDPOTrainer, training_args: DiffusionSDPOConfig) -> None:

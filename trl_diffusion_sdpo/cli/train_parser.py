@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.hints import did_you_mean
-from .options import OneLineParser, read_yaml, set_environment, take_options, with_rule
+from .options import OneLineParser, read_yaml, set_environment, take_options, with_hints
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def make_parser(prog: str | None = None) -> Any:
             title = OWN if name in own else INHERITED if name in inherited else MODEL
             if name in HIDDEN:
                 settings["help"] = argparse.SUPPRESS
-            return self._titled[title].add_argument(*flags, **with_rule(settings))
+            return self._titled[title].add_argument(*flags, **with_hints(settings))
 
     kinds: Any = (PairArguments, DiffusionSDPOConfig, ModelConfig)
     parser = TrainParser(
@@ -128,7 +128,7 @@ def config_file(name: str) -> Path:
     return examples[name]
 
 
-def check_together(values: dict[str, Any], given: Iterable[str]) -> None:
+def check_together(values: dict[str, Any], names: Iterable[str]) -> None:
     """Check that a model and data are set, and that the options fit together.
 
     Raises:
@@ -138,15 +138,15 @@ def check_together(values: dict[str, Any], given: Iterable[str]) -> None:
     for name, what in _REQUIRED.items():
         if not values[name] and not (name == "dataset_name" and values["datasets"]):
             raise ValueError(f"`--{name}` must be {what}, got none.")
-    check_adapter_options(values, given)
+    check_adapter_options(values, names)
     if values["eval_strategy"] == "no" and not values["do_eval"] and is_first_process():
-        for name in sorted(set(_EVALUATION_OPTIONS) & set(given)):
+        for name in sorted(set(_EVALUATION_OPTIONS) & set(names)):
             logger.warning("`%s=%s` has no effect without `eval_strategy`.", name, values[name])
 
 
-def check_adapter_options(values: dict[str, Any], given: Iterable[str]) -> None:
+def check_adapter_options(values: dict[str, Any], names: Iterable[str]) -> None:
     """Refuse options of a LoRA without `use_peft`."""
-    idle = [name for name in sorted(given) if name.startswith(ADAPTER_PREFIXES) and values[name]]
+    idle = [name for name in sorted(names) if name.startswith(ADAPTER_PREFIXES) and values[name]]
     if idle and not values["use_peft"]:
         raise ValueError(
             "Without `use_peft` all weights are trained, in full precision, and "

@@ -161,10 +161,10 @@ def measure_step(networks: Networks, settings: StepSettings, device: FakeDevice,
 def _measure(model: nn.Module, networks: Networks, settings: StepSettings, device: FakeDevice) -> StepMemory:
     allocations = Allocations(device.block, device.hidden)
     allocations.ignore(_existing(networks))
-    here: Any = HeldComponents(networks.family)
+    components: Any = HeldComponents(networks.family)
     process: Any = OneProcess(settings.autocast)
     forward = MeasuredForward(
-        here, networks.reference, noise=settings.noise, loss=settings.loss, autocast=process.autocast
+        components, networks.reference, noise=settings.noise, loss=settings.loss, autocast=process.autocast
     )
     forward.allocations = allocations
     with allocations:
@@ -197,10 +197,10 @@ def _drop_gradient(weight: torch.Tensor) -> None:
 def _round_weights(networks: Networks, dtype: torch.dtype, mode: FakeTensorMode) -> None:
     with mode:
         for module in (networks.family.denoiser, *_second_denoisers(networks)):
-            for part in module.modules():
-                for name, weight in part.named_parameters(recurse=False):
+            for submodule in module.modules():
+                for name, weight in submodule.named_parameters(recurse=False):
                     rounded = torch.empty(weight.shape, dtype=dtype, device="cpu")
-                    setattr(part, name, nn.Parameter(rounded, requires_grad=weight.requires_grad))
+                    setattr(submodule, name, nn.Parameter(rounded, requires_grad=weight.requires_grad))
 
 
 def _by_branch(

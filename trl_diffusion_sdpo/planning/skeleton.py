@@ -49,8 +49,8 @@ def pipeline_of_folder(name_or_path: str, dtype: torch.dtype, **access: Any) -> 
 def fake_weights(modules: Iterable[nn.Module], mode: FakeTensorMode) -> None:
     """Replace the modules' meta tensors by fake tensors on the CPU. Shared tensors stay shared."""
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for part in (part for module in modules for part in module.modules()):
-        for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+    for submodule in (submodule for module in modules for submodule in module.modules()):
+        for name, tensor in (*submodule.named_parameters(recurse=False), *submodule.named_buffers(recurse=False)):
             if not tensor.is_meta:
                 continue
             if id(tensor) not in made:
@@ -59,7 +59,7 @@ def fake_weights(modules: Iterable[nn.Module], mode: FakeTensorMode) -> None:
                 if isinstance(tensor, nn.Parameter):
                     fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
                 made[id(tensor)] = tensor, fake
-            setattr(part, name, made[id(tensor)][1])
+            setattr(submodule, name, made[id(tensor)][1])
 
 
 class TokensOnly:

@@ -58,8 +58,10 @@ def shown_metrics(logs: Mapping[str, Any]) -> Iterator[tuple[list[str], dict[str
     those of `compute_metrics`, are shown with their names.
     """
     prefixes = [match["prefix"] for match in map(_EVALUATED.match, logs) if match] or [""]
-    known = {f"{prefix}{name}" for prefix in prefixes for name in WORDS}
-    others = {name: _short(value) for name, value in logs.items() if name not in known and not _HIDDEN.fullmatch(name)}
+    own_names = {f"{prefix}{name}" for prefix in prefixes for name in WORDS}
+    others = {
+        name: _short(value) for name, value in logs.items() if name not in own_names and not _HIDDEN.fullmatch(name)
+    }
     for prefix in prefixes:
         names = {f"{prefix}{name}": word for name, word in WORDS.items()}
         shown = {word: _short(logs[name]) + _change(logs, name) for name, word in names.items() if name in logs}

@@ -18,16 +18,16 @@ def changes_by_noise_bin(history: Sequence[Mapping[str, Any]]) -> dict[str, list
         `dict[str, list[dict]]`: For each evaluation's prefix (such as `eval` or `eval_ema`) its evaluations in order,
         each with `step`, and under `winner` and `loser` the change relative to the reference, by noise bin.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
+    evaluations: dict[str, list[dict[str, Any]]] = {}
     for entry in history:
-        here: dict[str, dict[str, Any]] = {}
+        records: dict[str, dict[str, Any]] = {}
         for name, value in entry.items():
             if match := _NAME.match(name):
-                record = here.setdefault(match["prefix"], {"step": entry["step"], "winner": {}, "loser": {}})
+                record = records.setdefault(match["prefix"], {"step": entry["step"], "winner": {}, "loser": {}})
                 record[match["half"]][int(match["noise_bin"])] = value
-        for prefix, record in here.items():
-            found.setdefault(prefix, []).append(record)
-    return found
+        for prefix, record in records.items():
+            evaluations.setdefault(prefix, []).append(record)
+    return evaluations
 
 
 def noise_bin_file(prefix: str) -> str:

@@ -189,7 +189,7 @@ def run_lines(folder: Path, state: TrainerState, loading_code: str | None, *, sa
     curves: str | Path | None = folder / CURVES_FILE
     if not has_curves(state.log_history):
         curves = None
-    found = {
+    lines = {
         "Samples": f"{steps[-1]} (first: {steps[0].name})" if steps else None,
         "Curves": curves,
         "State": folder / TRAINER_STATE_NAME,
@@ -197,4 +197,4 @@ def run_lines(folder: Path, state: TrainerState, loading_code: str | None, *, sa
         "To load": None if loading_code is None else f"{loading_code}  # once saved",
     }
     title = f"Training ended at step {state.global_step} of {state.max_steps}."
-    return [title, *(f"  {name + ':':<9}{what}" for name, what in found.items() if what is not None)]
+    return [title, *(f"  {name + ':':<9}{what}" for name, what in lines.items() if what is not None)]

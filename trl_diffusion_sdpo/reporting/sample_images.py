@@ -219,7 +219,7 @@ class SampleImagesCallback(TrainerCallback):
         pipeline.set_progress_bar_config(disable=True)
         if "safety_checker" in pipeline.components:
             pipeline.safety_checker = None  # it is not on the device, and would replace images by black ones
-        networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+        networks = [network for network in pipeline.components.values() if isinstance(network, nn.Module)]
         denoiser = pipeline.components[self.denoiser_name]
         if through is not None:
             pipeline.register_modules(**{self.denoiser_name: DenoiserView(denoiser, through)})
@@ -288,10 +288,10 @@ def _in_own_precision(vae: Any) -> Iterator[None]:
     """Cast inputs of the VAE to its dtype: some pipelines pass it latents in the denoiser's. Decoding calls the VAE's
     submodules, never the VAE itself."""
 
-    def enter(part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return _cast(inputs, vae.dtype)
 
-    handles = [part.register_forward_pre_hook(enter) for part in vae.children()]
+    handles = [module.register_forward_pre_hook(enter) for module in vae.children()]
     try:
         yield
     finally:

@@ -91,6 +91,6 @@ def _points(history: History, metric: str, *, change: bool) -> Points:
     """Return step and value of each log of a metric, or of its change in per cent of the reference's."""
     if not change:
         return [(entry["step"], entry[metric]) for entry in history if metric in entry]
-    found = [entry for entry in history if f"{metric}_change" in entry]
-    changes = [(entry["step"], entry[f"{metric}_change"], entry[metric]) for entry in found]
+    entries = [entry for entry in history if f"{metric}_change" in entry]
+    changes = [(entry["step"], entry[f"{metric}_change"], entry[metric]) for entry in entries]
     return [(step, 100 * change / (error - change)) for step, change, error in changes if error != change]

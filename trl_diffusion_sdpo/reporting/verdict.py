@@ -135,8 +135,8 @@ class Measurement:
         if not math.isfinite(self.error):
             return "no number"
         side = "above" if self.change >= 0 else "below"
-        known = "" if self.stderr is None else f" (standard error {self.stderr:.1%})"
-        return f"{abs(self.change):.1%} {side} that {self.since}{known}"
+        error = "" if self.stderr is None else f" (standard error {self.stderr:.1%})"
+        return f"{abs(self.change):.1%} {side} that {self.since}{error}"
 
 
 @dataclass(frozen=True)
@@ -296,14 +296,14 @@ def _evaluations(history: History, run: RunFacts) -> dict[str, list[Measurement]
     An error is compared with the evaluation before the first step. If there is none, it is compared with the reference,
     or with the first evaluation if the reference moves.
     """
-    found: dict[str, list[Measurement]] = {}
+    measurements: dict[str, list[Measurement]] = {}
     first: dict[str, Mapping[str, Any]] = {}
     for entry in history:
         for prefix in (match["prefix"] for match in map(_WINNER.match, entry) if match):
             measured = _measured(entry, first.setdefault(prefix, entry), prefix, run, _mean_scale(history))
             if measured is not None and _is_comparable(measured):
-                found.setdefault(prefix, []).append(measured)
-    return found
+                measurements.setdefault(prefix, []).append(measured)
+    return measurements
 
 
 def _measured(
@@ -348,8 +348,8 @@ def _last_training(history: History, run: RunFacts, at_least: int = 1) -> Measur
         return None
     names = ("errors/winner", "errors/winner_change", "rewards/accuracies")
     error, change, accuracy = (sum(log.get(name, math.nan) for log in logs) / len(logs) for name in names)
-    known = Estimate(accuracy) if run.uses_loser and not math.isnan(accuracy) else None
-    facts: dict[str, Any] = {"accuracy": known, "scale": _mean_scale(history)}
+    estimate = Estimate(accuracy) if run.uses_loser and not math.isnan(accuracy) else None
+    facts: dict[str, Any] = {"accuracy": estimate, "scale": _mean_scale(history)}
     measured = Measurement(logs[-1]["step"], error, error - change, run.reference, **facts)
     return measured if _is_comparable(measured) else None
 
@@ -429,8 +429,8 @@ def _of_preference(measured: Measurement, pairs: str) -> str:
 
 
 def _with_error(estimate: Estimate, style: str) -> str:
-    known = "" if estimate.stderr is None else f" ± {estimate.stderr:{style.lstrip('+')}}"
-    return f"{estimate.value:{style}}{known}"
+    error = "" if estimate.stderr is None else f" ± {estimate.stderr:{style.lstrip('+')}}"
+    return f"{estimate.value:{style}}{error}"
 
 
 def _of_set(measured: Measurement) -> str:

@@ -82,7 +82,7 @@ def draw_verdict(folder: Path, facts: dict[str, Any]) -> Path:
 
     images = facts["images"][:SHOWN_PROMPTS]
     sentence = facts["sentence"].removeprefix(f"Verdict: {facts['headline']}. ")
-    text = [line for part in (sentence, facts["advice"] or "") for line in textwrap.wrap(part, 120)]
+    text = [line for paragraph in (sentence, facts["advice"] or "") for line in textwrap.wrap(paragraph, 120)]
     side = min(1.9, 9.3 / max(1, len(images)))  # of an image, in inches
     heights = [0.6 + 0.2 * len(text), 3.1, *([2 * side + 0.6] if images else [])]
     figure = Figure(figsize=(10, sum(heights)), facecolor="white")

@@ -133,11 +133,11 @@ class Checkpoints:
             if self._processes.is_main_process:
                 logger.info("%s holds no checkpoint, so the run starts anew.", output_dir)
             return None
-        found = next((words for words in gather_objects(self._missing(Path(folder))) if words), None)
-        if found is not None:
+        missing = next((words for words in gather_objects(self._missing(Path(folder))) if words), None)
+        if missing is not None:
             raise ValueError(
-                f"A checkpoint to resume from must be complete; in {folder} {found}. Copy it again if it is a copy, or "
-                "set `resume_from_checkpoint` to another checkpoint's folder."
+                f"A checkpoint to resume from must be complete, but in {folder} {missing}. If it is a copy, copy "
+                "it again, or set `resume_from_checkpoint` to another checkpoint's folder."
             )
         return folder
 
@@ -155,7 +155,7 @@ class Checkpoints:
         transformers would resume without schedule and random state.
         """
         if not folder.is_dir():
-            return "nothing was found: there is no such folder"
+            return "nothing was found, because there is no such folder"
         try:
             json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -105,17 +105,17 @@ def _stacked(original: OriginalModule, factors: dict[int, Factors]) -> Factors:
 
 def _row_counts(original: OriginalModule, factors: dict[int, Factors]) -> list[int]:
     """Return the number of rows of each matrix, from the matrices with a LoRA."""
-    known = {position: pair[1].shape[0] for position, pair in factors.items()}
-    first, rows = next(iter(known.items()))
+    row_counts = {position: pair[1].shape[0] for position, pair in factors.items()}
+    first, rows = next(iter(row_counts.items()))
     unit = original.rows[first]
     counts = []
     for position, relative in enumerate(original.rows):
-        if position in known:
-            counts.append(known[position])
+        if position in row_counts:
+            counts.append(row_counts[position])
         elif relative is None or unit is None:
             raise ValueError(
                 f"{original.module} of the original model holds {len(original.rows)} matrices of unlike sizes, and the "
-                f"LoRA covers {len(known)} of them. Train queries, keys and values together to export it."
+                f"LoRA covers {len(row_counts)} of them. Train queries, keys and values together to export it."
             )
         else:
             counts.append(rows * relative // unit)

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, metadata_load, metadata_save
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainerState, TrainingArguments
@@ -289,44 +289,36 @@ class RunCard:
 
 def recommended_scales(folder: Path) -> dict[str, dict[str, float]]:
     """Return the recommended scales of the weights in a folder, by the keys in [`RECOMMENDED`]."""
-    card = _read_card(folder)
-    found = {} if card is None else {key: card.data.get(key) for key in RECOMMENDED.values()}
-    return {key: scales for key, scales in found.items() if isinstance(scales, dict)}
+    metadata = _read_metadata(folder)
+    return {key: metadata[key] for key in RECOMMENDED.values() if isinstance(metadata.get(key), dict)}
 
 
 def recommend_scale(folder: Path, scales: Mapping[str, Any], *, average: bool) -> None:
     """Add recommended scales to the metadata of the card in a folder, if there is a card."""
-    key = RECOMMENDED[average]
-    numbers = {name: scales[name] for name in _SCALES if scales.get(name) is not None}
-    _update_scales(folder, {key: {**recommended_scales(folder).get(key, {}), **numbers}})
+    metadata = _read_metadata(folder)
+    if metadata:
+        key = RECOMMENDED[average]
+        numbers = {name: scales[name] for name in _SCALES if scales.get(name) is not None}
+        metadata[key] = {**metadata.get(key, {}), **numbers}
+        metadata_save(folder / CARD_FILE, metadata)
 
 
 def forget_recommended_scales(folder: Path) -> None:
     """Remove recommended scales from the card in a folder whose weights are about to change."""
-    if recommended_scales(folder):
-        _update_scales(folder, dict.fromkeys(RECOMMENDED.values()))
+    metadata = _read_metadata(folder)
+    others = {key: value for key, value in metadata.items() if key not in RECOMMENDED.values()}
+    if others != metadata:
+        metadata_save(folder / CARD_FILE, others)
 
 
-def _update_scales(folder: Path, scales: Mapping[str, dict[str, float] | None]) -> None:
-    card = _read_card(folder)
-    if card is None:
-        return
-    for key, numbers in scales.items():
-        card.data.pop(key, None)
-        if numbers:
-            card.data[key] = numbers
-    write_atomically(folder / CARD_FILE, str(card).encode())
-
-
-def _read_card(folder: Path) -> ModelCard | None:
+def _read_metadata(folder: Path) -> dict[str, Any]:
+    """Return the metadata of the card in a folder, or an empty dictionary if there are none."""
     file = folder / CARD_FILE
-    if not file.is_file():
-        return None
     try:
-        return ModelCard(file.read_bytes().decode())
+        return (metadata_load(file) if file.is_file() else None) or {}
     except ValueError as error:
-        logger.warning("%s has no metadata that can be read, and is left as it is: %s", file, error)
-        return None
+        logger.warning("%s has no metadata that can be read, and is not changed: %s", file, error)
+        return {}
 
 
 # ---- Facts of a run in words -----------------------------------------------------------------------------------------

@@ -106,15 +106,15 @@ class RunFolder:
         restore_replaced(self.path)
         checkpoints = list(checkpoints_in(self.path))
         has_weights = not self._has_begun and (self.path / SETUP_FILE).is_file()
-        found = [f"{len(checkpoints)} checkpoints up to {checkpoints[-1].name}"] if checkpoints else []
-        found += ["tuned weights"] if has_weights else []
-        if found and not overwrite:
+        files = [f"{len(checkpoints)} checkpoints up to {checkpoints[-1].name}"] if checkpoints else []
+        files += ["tuned weights"] if has_weights else []
+        if files and not overwrite:
             raise ValueError(
                 f"A new run needs a folder without another run, and `output_dir` {self.path} holds one "
-                f"({', '.join(found)}). Continue that run with `resume_from_checkpoint=True`, choose another folder, "
+                f"({', '.join(files)}). Continue that run with `resume_from_checkpoint=True`, choose another folder, "
                 f"or set `overwrite_output_dir=True`, which moves its files into {self._previous_run().name}."
             )
-        if found:
+        if files:
             self._move_away([*checkpoints, *self._results(), *self._matching(self._reports)], "files of another run")
 
     def _move_later_checkpoints(self, checkpoint: Path) -> None:

@@ -193,12 +193,12 @@ def _warn_of_another_base(denoiser: nn.Module, path: Path) -> None:
     tensors = base_tensors(denoiser)
     if trained_on is None or any(tensor.is_meta for tensor in tensors.values()):  # a plan has no weights
         return
-    here = fingerprint(tensors)
-    if here != trained_on:
+    current = fingerprint(tensors)
+    if current != trained_on:
         logger.warning(
             "The LoRA of %s was trained on weights of the fingerprint %s, and these have %s: another base, "
             "revision, `dtype` or quantization.",
-            *(path, trained_on, here),
+            *(path, trained_on, current),
         )
 
 

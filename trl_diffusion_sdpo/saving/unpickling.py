@@ -39,16 +39,16 @@ _METADATA_CLASSES = {
 
 
 @contextlib.contextmanager
-def tensors_only(known: Sequence[type]) -> Iterator[None]:
+def tensors_only(allowed: Sequence[type]) -> Iterator[None]:
     """Make every `torch.load` within the context refuse pickles that could run code, even calls by other libraries.
 
     Args:
-        known (`Sequence[type]`): Classes of the engine that pickles may contain.
+        allowed (`Sequence[type]`): Classes of the engine that pickles may contain.
 
     Raises:
         `ValueError`: If a pickle was refused, or a file is damaged.
     """
-    with _forced_weights_only(), safe_globals(list(known)):
+    with _forced_weights_only(), safe_globals(list(allowed)):
         try:
             with unwrapping_refused_pickles():
                 yield

@@ -153,9 +153,9 @@ def modules_of(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """
     pending = [module]
     while pending:
-        found = pending.pop()
-        yield found
-        pending += [child for child in found._modules.values() if child is not None]
+        current = pending.pop()
+        yield current
+        pending += [child for child in current._modules.values() if child is not None]
 
 
 def forward_pre_hooks(module: torch.nn.Module) -> list[Any]:

@@ -77,34 +77,34 @@ _ABSENT = (
 )
 
 
-def other_tools_option(name: str, known: Iterable[str]) -> str:
+def other_tools_option(name: str, options: Iterable[str]) -> str:
     """Return a sentence for the end of an error message on another trainer's option, or an empty string.
 
     Args:
         name (`str`): The unknown name, without dashes before it.
-        known (`Iterable[str]`): Names of this command's options.
+        options (`Iterable[str]`): Names of this command's options.
     """
     word = name.lower().replace("-", "_")
     ours = OTHER_TOOLS.get(word)
-    if ours is not None and ours in known:
+    if ours is not None and ours in options:
         return f" Here it is `--{ours}`.{_MORE.get(ours, '')}"
     return next((f" {reason}" for pattern, reason in _ABSENT if re.search(pattern, word)), "")
 
 
-def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return a sentence with the nearest known names, for the end of an error message.
+def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> str:
+    """Return a sentence with the nearest valid names, for the end of an error message.
 
     Args:
         word (`str`): The unknown name; dashes count as underscores.
-        known (`Iterable[str]`): The known names.
+        names (`Iterable[str]`): The valid names.
         prefix (`str`): Written before each name, such as `--`.
 
     Returns:
         `str`: Such as " Did you mean `beta`?", with up to two names, or an empty string if none is near.
     """
-    known = list(known)
+    names = list(names)
     ours, reason = _CHOICES_ELSEWHERE.get(word, ("", ""))
-    if ours in known:
+    if ours in names:
         return f" {reason}"
-    near = difflib.get_close_matches(word.lower().replace("-", "_"), known, n=2, cutoff=0.7)
+    near = difflib.get_close_matches(word.lower().replace("-", "_"), names, n=2, cutoff=0.7)
     return f" Did you mean {' or '.join(f'`{prefix}{name}`' for name in near)}?" if near else ""

@@ -50,7 +50,7 @@ def names_secret(name: str) -> bool:
     """Return whether a setting of this name holds a secret: `hub_token` does, `token_length` does not."""
     plain = re.sub(r"[\W_]", "", name.lower())
     ends = plain.endswith(_SECRET_ENDS) or _TOKENS.search(plain) is not None
-    return ends or any(part in plain for part in _SECRET_PARTS)
+    return ends or any(word in plain for word in _SECRET_PARTS)
 
 
 def without_secrets(text: str) -> str:

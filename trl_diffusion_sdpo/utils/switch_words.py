@@ -1,6 +1,6 @@
 """Words for true and false on a command line, in YAML and in scripts."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 SWITCH_WORDS = {
     **dict.fromkeys(("true", "yes", "on", "t", "y", "1"), True),
@@ -8,9 +8,8 @@ SWITCH_WORDS = {
 }
 
 
-def choice_of_switch(value: bool, choices: Iterable[str]) -> str | None:
+def choice_of_switch(value: bool, choices: Collection[str]) -> str | None:
     """Return the choice that means the same as a boolean, such as `"none"` or `"no"` for false. Return `None` if no
     choice does."""
     words = [word for word, meant in SWITCH_WORDS.items() if meant is value]
-    known = set(choices)
-    return next((word for word in (words if value else ["none", *words]) if word in known), None)
+    return next((word for word in (words if value else ["none", *words]) if word in choices), None)
