@@ -26,6 +26,16 @@ def test_an_unknown_scorer_is_an_error(name):
         load_scorer(name)
 
 
+def test_a_scorer_can_be_imported_by_its_module():
+    from trl_diffusion_sdpo.demo.oracle import oracle
+    from trl_diffusion_sdpo.demo.world import captions, render
+
+    scorer = load_scorer("trl_diffusion_sdpo.demo.oracle:oracle")
+    assert scorer is oracle and scorer.name == "oracle"
+    caption = captions()[0]
+    assert scorer([Image.fromarray(render(caption))], [caption.text]).item() > 0.95
+
+
 def test_a_function_takes_no_settings():
     with pytest.raises(ValueError, match="device"):
         load_scorer(f"{__name__}:redness", device="cpu")

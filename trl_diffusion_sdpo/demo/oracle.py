@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from ..rewards import FunctionScorer
 from .world import BACKGROUNDS, COLOURS, IMAGE_SIZE, SHAPE_AREA, SHAPES, inside, parse_caption
 
 COLOUR_REACH = 0.6  # RGB distance at which a colour scores 0
@@ -51,6 +52,10 @@ def oracle_score(images: np.ndarray | Sequence[Image.Image], prompts: Sequence[s
         ValueError: If the images have another size or another number than the prompts, or a prompt is not of the world.
     """
     return oracle_parts(images, prompts).score
+
+
+# The oracle as a scorer for `evaluate`.
+oracle = FunctionScorer("oracle", oracle_score)
 
 
 def oracle_parts(images: np.ndarray | Sequence[Image.Image], prompts: Sequence[str]) -> OracleParts:

@@ -81,7 +81,7 @@ def _rows(evaluation: Evaluation) -> Iterator[list[str]]:
             one.scorer,
             f"{result.rate:.1%}",
             f"{result.low:.1%} to {result.high:.1%}",
-            f"{result.mean_change:+.4g} ({result.change_low:+.4g} to {result.change_high:+.4g})",
+            f"{result.mean_change:+.3g} ({result.change_low:+.3g} to {result.change_high:+.3g})",
             f"{one.adjusted:.2g}",
             str(result.ties),
             one.verdict,
@@ -119,8 +119,10 @@ def html_report(folder: Path, evaluation: Evaluation) -> str:
         if not np.isnan(share)
     )
     swept = {model for sweep in evaluation.sweeps for model in sweep.names.values()}
+    single = [model for model in evaluation.models[1:] if model not in swept]
+    shown = [f"{sweep.name} at {len(sweep.names) - 1} scales" for sweep in evaluation.sweeps] + single
     parts = [
-        f"<h1>{_text(', '.join(evaluation.models[1:]) or base)} against {_text(base)}</h1>",
+        f"<h1>{_text(', '.join(shown) or base)} against {_text(base)}</h1>",
         f"<p>{len(evaluation.prompts.prompts)} prompts, {len(evaluation.seeds)} images each, from equal noise.</p>",
         f'<ul class="verdicts">{verdicts}</ul>',
         "<h2>Win rates</h2>",
@@ -133,7 +135,8 @@ def html_report(folder: Path, evaluation: Evaluation) -> str:
         "<p>Scorers tend to reward saturated images. Training often makes the images of a prompt more alike.</p>",
         f"<ul>{agreements}</ul>" if agreements else "",
         *(_scales(folder, evaluation, sweep) for sweep in evaluation.sweeps),
-        *(_examples(folder, evaluation, model) for model in evaluation.models[1:] if model not in swept),
+        _images_of_all(folder, evaluation, [base, *single]) if len(single) > 1 else "",
+        _examples(folder, evaluation, single) if single else "",
         "<h2>What the numbers do not show</h2>",
         f"<p>{LIMITS}</p>",
         f"<ul>{notes}</ul>" if notes else "",
@@ -165,28 +168,26 @@ def _table(head: list[str], rows: Iterator[list[str]]) -> str:
 
 
 def _plot(evaluation: Evaluation) -> str:
-    """Return an SVG with the win rates and their intervals."""
-    left, width, step = 210, 640, 34
-    right = width - 20
+    """Return an SVG with the win rates and their intervals. Each label is above its bar, so that phones have room."""
+    left, right, step = 20, 380, 40
 
     def x(rate: float) -> float:
         return left + rate * (right - left)
 
-    height = step * len(evaluation.comparisons) + 40
+    height = step * len(evaluation.comparisons) + 36
     marks = []
     for rate in (0.0, 0.25, 0.5, 0.75, 1.0):
         kind = "middle" if rate == 0.5 else "grid"
         marks.append(f'<line class="{kind}" x1="{x(rate)}" x2="{x(rate)}" y1="8" y2="{height - 28}"/>')
-        marks.append(f'<text x="{x(rate)}" y="{height - 8}" text-anchor="middle">{rate:.0%}</text>')
+        marks.append(f'<text x="{x(rate)}" y="{height - 10}" text-anchor="middle">{rate:.0%}</text>')
     for position, one in enumerate(evaluation.comparisons):
-        y = 25 + step * position
-        label = _text(f"{one.model}, {one.scorer}"[:32])
+        y = 34 + step * position
         result = one.result
-        marks.append(f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{label}</text>')
+        marks.append(f'<text class="label" x="{left}" y="{y - 12}">{_text(f"{one.model}, {one.scorer}"[:48])}</text>')
         kind = one.verdict.split()[0]
         marks.append(f'<line class="bar {kind}" x1="{x(result.low)}" x2="{x(result.high)}" y1="{y}" y2="{y}"/>')
         marks.append(f'<circle class="{kind}" cx="{x(result.rate)}" cy="{y}" r="6"/>')
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Win rates">{"".join(marks)}</svg>'
+    return f'<svg viewBox="0 0 400 {height}" role="img" aria-label="Win rates">{"".join(marks)}</svg>'
 
 
 # ---- Scales ---------------------------------------------------------------------------------------------------------
@@ -196,25 +197,12 @@ def _scales(folder: Path, evaluation: Evaluation, sweep: Sweep) -> str:
     """Return, as HTML, plots of win rate and mean score by scale, and a row of images by scale for some prompts."""
     recommendations = "".join(f"<li>{_text(scale_sentence(sweep, scorer))}</li>" for scorer in evaluation.scores)
     plots = "".join(_scale_plots(evaluation, sweep, scorer) for scorer in evaluation.scores)
-    count = len(evaluation.prompts.prompts)
-    shown = sorted({index * count // SHOWN_PROMPTS for index in range(SHOWN_PROMPTS)})
-    scorer, by_model = next(iter(evaluation.scores.items()))
-    rows = []
-    for index in shown:
-        figures = []
-        for scale, name in sweep.names.items():
-            image = _data_url(image_path(folder, name, index, evaluation.seeds[0]))
-            caption = f"{scale:g}: <b>{by_model[name][index, 0]:.4g}</b>"
-            figures.append(
-                f'<figure><img src="{image}" alt="{_text(name)}"><figcaption>{caption}</figcaption></figure>'
-            )
-        rows.append(f'<h3>{_text(evaluation.prompts.prompts[index])}</h3><div class="row">{"".join(figures)}</div>')
+    rows = _rows_of_images(folder, evaluation, {f"{scale:g}": name for scale, name in sweep.names.items()})
     form = "the weights" if sweep.form == "weights" else "preference guidance"
     return (
         f"<h2>{_text(sweep.name)} by scale of {form}</h2><ul>{recommendations}</ul>"
         f'<div class="plots">{plots}</div>'
-        f"<p>Scale 0 is {_text(evaluation.models[0])}. The bars are 95 % intervals. Below each image are its scale and "
-        f"its score by {_text(scorer)}. The prompts are spread evenly over the list.</p>{''.join(rows)}"
+        f"<p>Scale 0 is {_text(evaluation.models[0])}. The bars are 95 % intervals.</p>{rows}"
     )
 
 
@@ -262,37 +250,69 @@ def _curve(title: str, points: dict[float, tuple[float, float, float]], number: 
     return f'<svg class="curve" viewBox="0 0 360 206" role="img" aria-label="{_text(title)}">{"".join(marks)}</svg>'
 
 
-# ---- Examples -------------------------------------------------------------------------------------------------------
+# ---- Images ---------------------------------------------------------------------------------------------------------
 
 
-def _examples(folder: Path, evaluation: Evaluation, model: str) -> str:
-    """Return a model's best and worst prompts by the first scorer, with a slider that compares both images."""
+def _images_of_all(folder: Path, evaluation: Evaluation, models: list[str]) -> str:
+    return f"<h2>All models</h2>{_rows_of_images(folder, evaluation, {model: model for model in models})}"
+
+
+def _rows_of_images(folder: Path, evaluation: Evaluation, models: dict[str, str]) -> str:
+    """Return a row of images for some prompts, one for each model, from the noise of the first seed.
+
+    Args:
+        models (`dict[str, str]`): Label below an image -> name of the model.
+    """
+    count = len(evaluation.prompts.prompts)
+    scorer, by_model = next(iter(evaluation.scores.items()))
+    rows = []
+    for index in sorted({index * count // SHOWN_PROMPTS for index in range(SHOWN_PROMPTS)}):
+        figures = []
+        for label, name in models.items():
+            image = (
+                f'<img src="{_data_url(image_path(folder, name, index, evaluation.seeds[0]))}" alt="{_text(name)}">'
+            )
+            score = f"{_text(label)} <b>{by_model[name][index, 0]:.3g}</b>"
+            figures.append(f"<figure>{image}<figcaption>{score}</figcaption></figure>")
+        rows.append(f'<h3>{_text(evaluation.prompts.prompts[index])}</h3><div class="row">{"".join(figures)}</div>')
+    return (
+        f"<p>Images of equal noise, with their scores by {_text(scorer)}. The prompts are spread evenly over the list. "
+        f"Click an image to enlarge it.</p>{''.join(rows)}"
+    )
+
+
+def _examples(folder: Path, evaluation: Evaluation, models: list[str]) -> str:
+    """Return each model's best and worst prompts by the first scorer, with a slider that compares both images."""
     base = evaluation.models[0]
     scorer, by_model = next(iter(evaluation.scores.items()))
-    difference = by_model[model] - by_model[base]
-    present = [index for index in range(len(difference)) if np.isfinite(difference[index]).any()]
-    change = {index: float(np.nanmean(difference[index])) for index in present}
-    gains = sorted((index for index in present if change[index] > 0), key=lambda index: -change[index])
-    losses = sorted((index for index in present if change[index] < 0), key=lambda index: change[index])
     sections = []
-    for title, indices in (("gains most", gains[:SHOWN_PROMPTS]), ("loses most", losses[:SHOWN_PROMPTS])):
-        if not indices:
-            continue
-        figures = "".join(_figure(folder, evaluation, model, index, difference[index]) for index in indices)
+    for model in models:
+        difference = by_model[model] - by_model[base]
+        present = [index for index in range(len(difference)) if np.isfinite(difference[index]).any()]
+        change = {index: float(np.nanmean(difference[index])) for index in present}
+        gains = sorted((index for index in present if change[index] > 0), key=lambda index: -change[index])
+        losses = sorted((index for index in present if change[index] < 0), key=lambda index: change[index])
+        parts = []
+        for title, indices in (("gains most", gains[:SHOWN_PROMPTS]), ("loses most", losses[:SHOWN_PROMPTS])):
+            if indices:
+                figures = "".join(_figure(folder, evaluation, model, index, difference[index]) for index in indices)
+                parts.append(f'<h3>{_text(model)} {title}</h3><div class="figures">{figures}</div>')
+        state = " open" if len(models) == 1 else ""
         sections.append(
-            f"<h2>Where {_text(model)} {title}, by {_text(scorer)}</h2>"
-            f"<p>Left of the slider {_text(base)}, right of it {_text(model)}, from equal noise. The number is the "
-            "mean change over seeds. Click an image to enlarge it.</p>"
-            f'<div class="figures">{figures}</div>'
+            f"<details{state}><summary>{_text(model)} and {_text(base)}</summary>{''.join(parts)}</details>"
         )
-    return "".join(sections)
+    return (
+        f"<h2>Best and worst prompts, by {_text(scorer)}</h2>"
+        f"<p>Left of the slider is {_text(base)}, right of it the model, from equal noise. The number is the mean "
+        f"change over seeds. Click an image to enlarge it.</p>{''.join(sections)}"
+    )
 
 
 def _figure(folder: Path, evaluation: Evaluation, model: str, index: int, difference: np.ndarray) -> str:
     seed = evaluation.seeds[int(np.isfinite(difference).argmax())]
     before, after = (_data_url(image_path(folder, name, index, seed)) for name in (evaluation.models[0], model))
     caption = _text(evaluation.prompts.prompts[index])
-    change = f"{np.nanmean(difference):+.4g}"
+    change = f"{np.nanmean(difference):+.3g}"
     return (
         f'<figure><div class="pair"><img src="{before}" alt="{_text(evaluation.models[0])}"><img class="over" '
         f'src="{after}" alt="{_text(model)}"></div><input type="range" value="50" aria-label="Compare">'
@@ -304,6 +324,8 @@ def _data_url(path: Path) -> str:
     with Image.open(path) as image:
         shown = image.convert("RGB")
     shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    if max(shown.size) <= SHOWN_SIDE // 8:  # browsers blur small images
+        shown = shown.resize((4 * shown.width, 4 * shown.height), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     shown.save(buffer, "JPEG", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -318,14 +340,17 @@ h1{font-size:1.5rem;overflow-wrap:anywhere}h2{font-size:1.2rem;margin-top:2em;ov
 .verdicts .better{border-color:var(--good)}.verdicts .worse{border-color:var(--bad)}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
 th,td{padding:4px 10px;border-bottom:1px solid var(--line);text-align:left;white-space:nowrap}
-svg{width:100%;max-width:640px;font-size:13px;fill:currentColor}
+svg{display:block;width:100%;max-width:520px;font-size:12px;fill:currentColor}
+.label{paint-order:stroke;stroke:Canvas;stroke-width:4px}
 .grid{stroke:var(--line)}.middle{stroke:currentColor;stroke-dasharray:4 3}
 .bar{stroke-width:4;stroke:var(--none)}.bar.better{stroke:var(--good)}.bar.worse{stroke:var(--bad)}
 circle{fill:var(--none)}circle.better{fill:var(--good)}circle.worse{fill:var(--bad)}
-.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(220px,1fr));gap:16px}
+.figures{display:grid;grid-template-columns:repeat(3,1fr);gap:16px}
+@media(max-width:600px){.figures{grid-template-columns:repeat(2,1fr);gap:10px}}
+summary{cursor:pointer;padding:6px 0}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:16px}
 polyline{fill:none;stroke:currentColor;stroke-width:1.5}
-.row{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(96px,160px);gap:8px;overflow-x:auto}
+.row{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(96px,150px);gap:8px;overflow-x:auto}
 .row img{width:100%;display:block;cursor:zoom-in}h3{font-size:.95rem;margin:1.2em 0 .4em}
 figure{margin:0}.pair{position:relative;cursor:zoom-in}
 .pair img{width:100%;display:block;image-rendering:auto}

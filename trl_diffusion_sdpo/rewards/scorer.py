@@ -173,11 +173,11 @@ def scorer_names() -> list[str]:
 
 
 def load_scorer(name: str, **settings: Any) -> Scorer:
-    """Load a scorer by its name, or wrap the function `module:function`.
+    """Load a scorer by its name, or import it as `module:function`.
 
     Args:
-        name (`str`): A name of [`scorer_names`], or `package.module:function` for a function that takes images and
-            prompts and returns numbers.
+        name (`str`): A name of [`scorer_names`], or `package.module:function` for a scorer, or for a function that
+            takes images and prompts and returns numbers.
         settings: Passed to the builder of the scorer, such as `device`, `batch_size`, `model` and `revision`.
 
     Raises:
@@ -216,7 +216,7 @@ def load_scorer(name: str, **settings: Any) -> Scorer:
         raise ValueError(f"The scorer {name!r} cannot be imported as `module:function`: {error}.") from error
     if not callable(function):
         raise ValueError(f"The scorer {name!r} must be a function, got a {type(function).__name__}.")
-    return FunctionScorer(name, function)
+    return function if isinstance(function, (BatchedScorer, FunctionScorer)) else FunctionScorer(name, function)
 
 
 def _variant(name: str, settings: dict[str, Any]) -> str:
