@@ -61,10 +61,6 @@ def column(values, like):
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
-def test_every_loss_with_a_loser_is_tested_here():
-    assert set(SETTINGS) == {name for name, spec in LOSSES.items() if spec.uses_loser}
-
-
 @pytest.mark.parametrize("name", SETTINGS)
 def test_each_losers_gradient_is_multiplied_and_its_winners_is_not(name, seeded_pairs, parts_by_hand):
     tensors = seeded_pairs()

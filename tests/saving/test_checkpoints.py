@@ -34,7 +34,7 @@ def kept(run: Path) -> list[str]:
 def test_a_run_that_is_done_takes_no_step_and_logs_no_loss(build, finished, run, caplog):
     again = build(4)
     output = again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 4 and "Nothing is left to train" in caplog.text
+    assert again.state.global_step == 4 and "Training is complete" in caplog.text
     assert "train_loss" not in again.state.log_history[-1] and "train_loss" not in output.metrics
     losses = [entry["loss"] for entry in again.state.log_history if "loss" in entry]
     assert output.training_loss == pytest.approx(sum(losses) / 4)

@@ -57,7 +57,7 @@ def test_resuming_with_other_weights_is_refused(make_trainer, scored, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pair_weights": "gap"}, "`pair_weights` needs score columns .*train data has none"),
+        ({"pair_weights": "gap"}, "`pair_weights` needs .*`chosen_score`.*train data"),
         ({"pair_weights": "agreement"}, r"reads the columns \['chosen_scores', 'rejected_scores'\]"),
     ],
 )

@@ -78,7 +78,7 @@ class Engine:
     @property
     def rounds_weights(self) -> bool:
         """Whether the engine rounds the module's weights themselves to half precision, and not copies of them."""
-        return self._is_deepspeed and self._half_dtype is not None
+        return self._is_deepspeed and self.rounding is not None
 
     @property
     def rounding(self) -> torch.dtype | None:
@@ -86,7 +86,16 @@ class Engine:
 
         `None` if autocast decides.
         """
-        return self._half_dtype
+        if self.accelerator.is_fsdp2:
+            policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
+            return None if policy is None else policy.param_dtype
+        if not self._is_deepspeed:
+            return None
+        config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            if config.get(name, {}).get("enabled") is True:
+                return dtype
+        return None
 
     @property
     def pickled_types(self) -> list[type]:
@@ -111,20 +120,6 @@ class Engine:
     def _zero_stage(self) -> int:
         """DeepSpeed's ZeRO stage; 0 without DeepSpeed."""
         return self.accelerator.state.deepspeed_plugin.zero_stage if self._is_deepspeed else 0
-
-    @property
-    def _half_dtype(self) -> torch.dtype | None:
-        """Half precision in which the engine computes with all weights. `None` if autocast decides."""
-        if self.accelerator.is_fsdp2:
-            policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
-            return None if policy is None else policy.param_dtype
-        if not self._is_deepspeed:
-            return None
-        config = self.accelerator.state.deepspeed_plugin.deepspeed_config
-        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-            if config.get(name, {}).get("enabled") is True:
-                return dtype
-        return None
 
     # ---- Set-up ---------------------------------------------------------------------------------------------------
 
@@ -192,7 +187,7 @@ class Engine:
         shards.
         """
         if self._zero_stage == 3:
-            sharding.zero3_partition(module, self.accelerator, self._half_dtype, unrounded)
+            sharding.zero3_partition(module, self.accelerator, self.rounding, unrounded)
 
     def restore_unrounded(self, weights: dict[nn.Parameter, torch.Tensor]) -> None:
         """Copy these weights into the optimizer's float32 weights after the model is prepared. Empties the dictionary.
@@ -269,7 +264,7 @@ class Engine:
         Returns:
             `nn.Module`: The module to call instead.
         """
-        dtype = self._half_dtype
+        dtype = self.rounding
         if self.accelerator.is_fsdp2:
             for weight in module.parameters() if dtype is not None and not moves else ():
                 weight.data = weight.data.to(dtype)  # FSDP rounds them to it at every use
@@ -289,7 +284,7 @@ class Engine:
         If the engine rounds, the module is a copy. A policy without a sharding engine is already on its device, so it
         is not moved.
         """
-        dtype, before = self._half_dtype, next(module.parameters()).device
+        dtype, before = self.rounding, next(module.parameters()).device
         moves = before != self.accelerator.device and (self.holds_shards or not is_policy)
         working = module if dtype is None else copy.deepcopy(module)
         for weight in working.parameters() if dtype is not None else ():

@@ -2,7 +2,6 @@
 
 from .auto_beta import BetaController
 from .diffusion_preference import (
-    SAFEGUARDS,
     PreferenceLossOutput,
     Safeguard,
     check_safeguard,
@@ -27,8 +26,6 @@ from .preference import (
     register_loss,
 )
 from .safeguard import (
-    ANCHORS,
-    GRANULARITIES,
     Anchor,
     Granularity,
     loser_scale,
@@ -42,11 +39,8 @@ from .weight_arithmetic import ema_decay, interpolate, lora_scaling
 from .winner_budget import BudgetController
 
 __all__ = [
-    "ANCHORS",
-    "GRANULARITIES",
     "LOSSES",
     "LOSS_KWARG_RANGES",
-    "SAFEGUARDS",
     "SCORE_SCALES",
     "WEIGHT_FUNCTIONS",
     "Anchor",

@@ -9,7 +9,6 @@ import torch
 Granularity = Literal["batch", "pair", "weighted", "noise_bin"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 Anchor = Literal["branch", "error"]
-ANCHORS: tuple[str, ...] = get_args(Anchor)
 
 
 def loser_scale(

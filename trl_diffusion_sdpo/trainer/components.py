@@ -75,35 +75,18 @@ VAE_DTYPES: dict[torch.dtype, VaeDtype] = {
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """Components of a trainer that need no accelerator.
+    """Components of a trainer that need no accelerator."""
 
-    Attributes:
-        loaded ([`LoadedModel`]): The pipeline as the user passed it, with the denoiser that trains.
-        adapter (`str`, *optional*): Name of the LoRA that trains; `None` in full tuning.
-        reference ([`Reference`]): The policy before training.
-        average ([`EMAWeights`], *optional*): The average of the trained weights.
-        origin ([`Origin`]): What the run started from.
-        weight_files ([`WeightFiles`]): Formats of the tuned weights.
-        frozen ([`FrozenComponents`]): VAE and text encoders, and the family with which training calls them.
-        encoder_key ([`EncoderKey`]): Cache key of VAE and text encoders.
-        encoding ([`PairEncoding`], *optional*): Encodes pairs before training.
-        meter ([`MetricMeter`]): The metrics of training.
-        pair_forward ([`PairForward`]): The forward passes of a batch of pairs.
-        evaluation ([`PairEvaluation`]): The metrics of an evaluation.
-        winner_budget ([`WinnerBudget`], *optional*): Holds the winners' error within a budget.
-        auto_beta ([`AutoBeta`], *optional*): Adjusts beta.
-    """
-
-    loaded: LoadedModel
-    adapter: str | None
-    reference: Reference
+    loaded: LoadedModel  # pipeline as the user passed it, with the denoiser that trains
+    adapter: str | None  # name of the LoRA that trains; `None` in full tuning
+    reference: Reference  # policy before training
     average: EMAWeights | None
-    origin: Origin
-    weight_files: WeightFiles
-    frozen: FrozenComponents
-    encoder_key: EncoderKey
-    encoding: PairEncoding | None
-    meter: MetricMeter
+    origin: Origin  # what the run started from
+    weight_files: WeightFiles  # formats of the tuned weights
+    frozen: FrozenComponents  # VAE and text encoders, and the family with which training calls them
+    encoder_key: EncoderKey  # cache key of VAE and text encoders
+    encoding: PairEncoding | None  # encodes pairs before training
+    meter: MetricMeter  # metrics of training
     pair_forward: PairForward
     evaluation: PairEvaluation
     winner_budget: WinnerBudget | None

@@ -1,16 +1,10 @@
 """Settings as YAML and people write them, given to the configuration itself, and what a setting says of itself."""
 
 from dataclasses import fields
-from typing import get_args
 
 import pytest
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
-from trl_diffusion_sdpo.data.images import INTERPOLATIONS
-from trl_diffusion_sdpo.families.noise import WEIGHTINGS
-from trl_diffusion_sdpo.families.timestep_sampling import DENSITIES
-from trl_diffusion_sdpo.losses import ANCHORS, GRANULARITIES, LOSSES, SAFEGUARDS
-from trl_diffusion_sdpo.trainer.config import data_arguments, step_arguments
 from trl_diffusion_sdpo.trainer.config.all_arguments import settings_of
 from trl_diffusion_sdpo.trainer.config.declaring import Choices, Range
 from trl_diffusion_sdpo.utils import import_utils
@@ -112,13 +106,3 @@ def test_optimizers_and_schedules_are_checked_with_the_settings(make_args, monke
     monkeypatch.setattr(import_utils, "find_spec", lambda module: None)
     with pytest.raises(import_utils.MissingExtraError, match="pip install bitsandbytes"):
         make_args(optim="adamw_bnb_8bit")
-
-
-def test_the_choices_of_a_setting_are_those_of_what_it_chooses_from():
-    assert get_args(step_arguments.LossType) == tuple(LOSSES)
-    assert get_args(step_arguments.Safeguard) == SAFEGUARDS
-    assert get_args(step_arguments.Granularity) == GRANULARITIES
-    assert get_args(step_arguments.Anchor) == ANCHORS
-    assert get_args(step_arguments.WeightingScheme) == tuple(DENSITIES)
-    assert get_args(step_arguments.TimestepWeighting) == WEIGHTINGS
-    assert get_args(data_arguments.Interpolation) == tuple(INTERPOLATIONS)

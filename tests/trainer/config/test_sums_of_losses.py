@@ -3,7 +3,6 @@
 import pytest
 
 from trl_diffusion_sdpo.families.stable_diffusion import StableDiffusionFamily
-from trl_diffusion_sdpo.losses import LOSSES
 from trl_diffusion_sdpo.trainer.config.model_checks import loss_defaults
 
 
@@ -18,19 +17,6 @@ from trl_diffusion_sdpo.trainer.config.model_checks import loss_defaults
 )
 def test_one_name_is_a_word_and_several_are_a_list(make_args, given, settled):
     assert make_args(loss_type=given).loss_type == settled
-
-
-def test_the_row_of_the_settings_is_that_of_the_sum(make_args):
-    assert make_args().loss_spec is LOSSES["sigmoid"]
-    args = make_args(loss_type=["sigmoid", "dmpo", "sft"], loss_weights=[1.0, 0.5, 0.1], margin_clamp=2.0)
-    assert not args.loss_spec.equal_weights and args.loss_spec.margin_clamp == 2.0
-    assert args.loss_spec.loss_kwargs == {"dmpo_alpha": 0.01}
-    assert make_args(
-        loss_type=["robust", "dmpo"], loss_kwargs={"dmpo_alpha": 0.1, "label_smoothing": "0.2"}
-    ).loss_kwargs == {
-        "label_smoothing": 0.2,
-        "dmpo_alpha": 0.1,
-    }
 
 
 @pytest.mark.parametrize(
