@@ -192,7 +192,7 @@ HALF = {"model_init_kwargs": {"dtype": "bfloat16"}}
 # LoRA that does not start at zero: the reference is the base without it, which would not be the policy before training.
 REFUSED = [
     ({"bf16": True, **HALF}, "Full tuning needs float32"),
-    ({"peft_config": LoraConfig(), **HALF}, "needs `bf16=True`"),
+    ({"peft_config": LoraConfig(), **HALF}, "`bf16=True`"),
     ({"model_init_kwargs": {"dtype": "int8"}}, "`dtype`"),
     ({"save_full_pipeline": True, "peft_config": LoraConfig()}, "`save_full_pipeline=True`"),
     ({"resolution": 17}, "`resolution`"),
