@@ -51,8 +51,9 @@ STABLE_DIFFUSION_XL_DEFAULTS: dict[str, LossDefaults] = {
 # Other DDPM models have no published numbers. They use SDXL's, because SDXL predicts noise at similar image sizes.
 DDPM_DEFAULTS = STABLE_DIFFUSION_XL_DEFAULTS
 # All numbers for flow models are our choice. beta is 2000 for full training and 100 for a LoRA, as is usual for
-# Diffusion-DPO on flow models: velocity errors are larger than noise errors. mu is SDXL's, the largest model in
-# https://huggingface.co/papers/2511.03317, which trains no flow model. simpo's beta is a tenth of the fallback, as in
+# Diffusion-DPO on flow models: velocity errors are larger than noise errors. mu is SDXL's, because
+# https://huggingface.co/papers/2511.03317 states no mu for a flow model. simpo's beta is a tenth of the fallback, as
+# in
 # the UNet tables. dspo, mapo and linear are the same as in the UNet tables.
 FLOW_DEFAULTS: dict[str, LossDefaults] = {
     FALLBACK: LossDefaults(beta=2000.0, safeguard_mu=0.6, beta_lora=100.0),
