@@ -70,7 +70,7 @@ class CogView4Family(Family):
     # Our choice: the attention targets of diffusers' LoRA scripts. Its script for CogView4 trains all weights.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     learning_rate_full = 1e-6  # our choice: no number is published, and the model is large (6B)
-    learning_rate_lora = 1e-4  # as diffusers' control script, which trains all weights
+    learning_rate_lora = 1e-4  # from diffusers' control script, which trains all weights
     defaults = FLOW_DEFAULTS
     noise_process_class = CogView4Process
     patch_size = PATCH_SIZE

@@ -30,10 +30,10 @@ class FluxFamily(Family):
     pipeline_classes = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
-    lora_target_modules = TWO_STREAM_TARGETS  # as diffusers' LoRA script for FLUX
+    lora_target_modules = TWO_STREAM_TARGETS  # from diffusers' LoRA script for FLUX
     # Our choice: half of Stable Diffusion's rate, because large and distilled models need smaller steps.
     learning_rate_full = 1e-6
-    learning_rate_lora = 1e-4  # as diffusers' script
+    learning_rate_lora = 1e-4  # from diffusers' script
     defaults = FLOW_DEFAULTS
     noise_process_class = FlowMatchingProcess
     patch_size = 2

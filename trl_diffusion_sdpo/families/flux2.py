@@ -40,7 +40,7 @@ class Flux2Hooks(Family):
     frozen_components = ("vae", "text_encoder")
     lora_target_modules = LORA_TARGETS
     learning_rate_full = 1e-6  # our choice, as for FLUX.1: nothing is published
-    learning_rate_lora = 1e-4  # as diffusers' script
+    learning_rate_lora = 1e-4  # from diffusers' script
     defaults = FLOW_DEFAULTS
     noise_process_class = Flux2Process
     conditional_rows = "all"

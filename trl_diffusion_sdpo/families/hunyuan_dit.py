@@ -33,7 +33,7 @@ class HunyuanDiTFamily(Family):
     # Our choice, because diffusers has no HunyuanDiT script: all projections of self-attention and cross-attention.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     learning_rate_full = 1e-6  # our choice: no rate is published for preference tuning of this model (1.5B)
-    learning_rate_lora = 1e-4  # as HunyuanDiT's LoRA script
+    learning_rate_lora = 1e-4  # from HunyuanDiT's LoRA script
     defaults = DDPM_DEFAULTS
     noise_process_class = DDPMProcess
     patch_size = 2

@@ -1,5 +1,7 @@
-"""Krea 2: one stream of prompt and image tokens over packed latents, conditioned on several layers of a vision-language
-model, over flow matching; its VAE is one of videos."""
+"""Krea 2: a transformer over one sequence of prompt and image tokens, trained by flow matching.
+
+It is conditioned on several layers of a vision-language model. Its VAE is a video VAE, used with one frame.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,18 +15,19 @@ from .qwen_image import QwenImageLatentsFamily
 
 
 class Krea2Family(QwenImageLatentsFamily):
-    """Trains `Krea2Pipeline`: Krea 2 Raw, and by the same class Krea 2 Turbo.
+    """Trains `Krea2Pipeline`: Krea 2 Raw and Krea 2 Turbo, which share one class.
 
-    Turbo is distilled from Raw to generate in about eight steps without guidance. Its authors advise to train a LoRA of
-    Raw and to load it into Turbo. Guidance is off at `guidance_scale=0`, not 1: the pipeline adds the scaled difference
-    to the prompt's prediction.
+    Turbo is distilled from Raw to generate in about eight steps without guidance. Its authors advise to train a LoRA
+    of Raw and to load it into Turbo. In this pipeline guidance is off at `guidance_scale=0`, not at 1, because the
+    scaled difference is added to the prompt's prediction.
 
     VAE and packed latents are those of Qwen-Image.
     """
 
     name = "Krea 2"
     pipeline_classes = ("Krea2Pipeline",)
-    # Attention only, which the model's authors advise for long trainings. diffusers' LoRA script also has the others.
+    # Attention only, as the model's authors advise for long trainings. Diffusers' LoRA script also trains other
+    # layers.
     lora_target_modules = ("to_q", "to_k", "to_v", "to_gate", "to_out.0")
     learning_rate_lora = 1e-4  # our choice, as for similar transformers; diffusers' script has 3e-4 for a few images
     shared_inputs = ("position_ids",)
@@ -41,7 +44,7 @@ class Krea2Family(QwenImageLatentsFamily):
 
     @property
     def default_resolution(self) -> int:
-        """Default of the pipeline's call. The denoiser's configuration has no size."""
+        """The default of the pipeline's call, because the denoiser's configuration has no image size."""
         return 1024
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:

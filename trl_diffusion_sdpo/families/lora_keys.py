@@ -21,7 +21,7 @@ EQUAL_2, EQUAL_3, QKV_MLP, UNKNOWN_3 = (1, 1), (1, 1, 1), (1, 1, 1, 4), (None, N
 
 
 class OriginalModule(NamedTuple):
-    """Where a module of diffusers is found in the original model.
+    """The name of a diffusers module in the original model.
 
     Attributes:
         module: Name of the original module, with `{}` for the block number.

@@ -23,7 +23,7 @@ class OvisImageFamily(Family):
     lora_target_modules = TWO_STREAM_TARGETS
     # Our choice: half of Stable Diffusion's rate, because larger models need smaller steps.
     learning_rate_full = 1e-6
-    learning_rate_lora = 1e-4  # as diffusers' scripts for similar transformers
+    learning_rate_lora = 1e-4  # from diffusers' scripts for similar transformers
     defaults = FLOW_DEFAULTS
     noise_process_class = FlowMatchingProcess
     patch_size = 2

@@ -64,8 +64,8 @@ class QwenImageFamily(QwenImageLatentsFamily):
 
     name = "Qwen-Image"
     pipeline_classes = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
-    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' LoRA script for Qwen-Image
-    learning_rate_lora = 1e-4  # as diffusers' script
+    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # from diffusers' LoRA script for Qwen-Image
+    learning_rate_lora = 1e-4  # from diffusers' script
 
     @property
     def default_resolution(self) -> int:

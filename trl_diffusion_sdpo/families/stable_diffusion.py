@@ -22,7 +22,7 @@ class StableDiffusionFamily(Family):
     pipeline_classes = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
     denoiser_name = "unet"
     frozen_components = ("vae", "text_encoder")
-    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' DPO script
+    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # from diffusers' DPO script
     # Published: 2.05e-5 for AdamW at 2048 pairs per step. The square root rule scales this to about 20 pairs.
     learning_rate_full = 2e-6
     learning_rate_lora = 1e-4  # diffusers' DPO script takes 1e-5, over 10000 steps

@@ -37,10 +37,10 @@ class StableDiffusion3Family(Family):
     lora_target_modules = JOINT_ATTENTION_TARGETS
     # Our choice, because no rate is published for full training: between those of Stable Diffusion and SDXL.
     learning_rate_full = 1e-6
-    learning_rate_lora = 1e-4  # as diffusers' script
+    learning_rate_lora = 1e-4  # from diffusers' script
     defaults = FLOW_DEFAULTS
     noise_process_class = FlowMatchingProcess
-    weighting_scheme = "logit_normal"  # as the paper and diffusers' script
+    weighting_scheme = "logit_normal"  # from the paper and diffusers' script
     patch_size = 2
 
     def __init__(self, pipeline: DiffusionPipeline):

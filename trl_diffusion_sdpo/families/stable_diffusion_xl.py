@@ -30,7 +30,7 @@ class StableDiffusionXLFamily(Family):
     pipeline_classes = ("StableDiffusionXLPipeline",)
     denoiser_name = "unet"
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
-    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' DPO script
+    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # from diffusers' DPO script
     # Published: 2.05e-6 for Adafactor at 2048 pairs per step. The square root rule scales this to about 20 pairs.
     learning_rate_full = 2e-7
     learning_rate_lora = 1e-4  # diffusers' DPO script takes 1e-5

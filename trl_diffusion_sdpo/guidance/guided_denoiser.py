@@ -24,10 +24,10 @@ _ATTRIBUTE = "_preference_guidance"
 
 @dataclass(frozen=True)
 class Branches:
-    """Which rows of a denoiser call are conditional and which are unconditional.
+    """The conditional and the unconditional rows of a denoiser call.
 
-    Conditional rows have the prompts. Unconditional rows have the negative prompts of classifier-free guidance. Both
-    are `None` in a call for another purpose.
+    Conditional rows have the prompts. Unconditional rows have the negative prompts of classifier-free guidance. A call
+    for another purpose has neither.
     """
 
     conditional: slice | None

@@ -28,7 +28,7 @@ REFERENCE_ADAPTER = "ref"
 class Reference(WeightCopy):
     """The policy as it was before training, with arithmetic identical to the policy's."""
 
-    kind: str  # stored in checkpoints
+    kind: str  # name in checkpoints
     module: nn.Module | None = None  # separate denoiser of the reference, if it has one
     # whether batches contain the reference's errors, so that no reference model runs in training
     is_precomputed = False
