@@ -111,7 +111,7 @@ def _comment(value: Any) -> str:
         return value if isinstance(value, str) else ""
     head, body = value[:8], value[8:]
     if not head.startswith(b"UNICODE"):
-        return (body if head.startswith(b"ASCII") else value).decode("utf-8", "replace").strip("\0 ")
+        return (body if head.startswith(b"ASCII") else value).decode("utf-8", "ignore").strip("\0 ")
     # Programs disagree on the order of bytes. Most text has zeros in the high bytes.
     is_big = body[0:200:2].count(0) >= body[1:200:2].count(0)
-    return body.decode("utf-16-be" if is_big else "utf-16-le", "replace").strip("\0 ")
+    return body.decode("utf-16-be" if is_big else "utf-16-le", "ignore").strip("\0 ")

@@ -21,7 +21,7 @@ LIKED = ("liked", "likes", "favorites", "favourites", "good", "best", "winners",
 DISLIKED = ("disliked", "dislikes", "bad", "worst", "losers", "rejected")
 THUMBNAIL = (16, 16)
 NEARLY_EQUAL = 8  # levels of 255 by which each cell of two thumbnails may differ
-_COUNTER = re.compile(r"([ _-]*\(?\b\d+\)?[ _-]*)+$")
+_COUNTER = re.compile(r"(?:[ _-]+\(?\d+\)?)*[ _-]*$")
 
 
 @dataclass
@@ -156,8 +156,8 @@ def _without_duplicates(images: list[_Found]) -> list[_Found]:
     """
     kept: list[_Found] = []
     for image in sorted(images, key=lambda image: (-image.pixels, image.name)):
-        seen = np.array([other.thumbnail for other in kept]).reshape(-1, *image.thumbnail.shape)
-        alike = np.abs(seen - image.thumbnail).reshape(len(kept), -1).max(1, initial=0) <= NEARLY_EQUAL
+        seen = np.array([other.thumbnail for other in kept]).reshape(len(kept), image.thumbnail.size)
+        alike = np.abs(seen - image.thumbnail.ravel()).max(1, initial=0) <= NEARLY_EQUAL
         if alike.any():
             twin = kept[int(alike.argmax())]
             twin.rating = max((one.rating for one in (twin, image) if one.rating is not None), default=None)
