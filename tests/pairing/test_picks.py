@@ -195,7 +195,7 @@ def test_models_are_compared_blindly_and_every_prompt_before_the_second_seed(tmp
     sentences = session.result()
     (numbers,) = json.loads((session.folder / "human.json").read_text())
     assert numbers["rate"] == 7 / 8 and numbers["prompts"] == 8 and numbers["p_value"] == pytest.approx(18 / 256)
-    assert numbers["verdict"] == "no difference shown" and "tuned" in sentences[0]
+    assert numbers["verdict"] == "no difference shown" and "tuned" in sentences[0] and "8 prompts" in sentences[1]
     session.close()
 
 

@@ -108,7 +108,8 @@ class BlindOrder:
         sentences, numbers = [], []
         for (model, rate), p_value in zip(rates.items(), adjusted, strict=True):
             compared = Comparison(model, "your eye", rate, p_value)
-            sentences.append(verdict_sentence(compared, base))
+            sentence = verdict_sentence(compared, base)
+            sentences.append(sentence[0].upper() + sentence[1:])
             verdict = {"model": model, "base": base, "verdict": compared.verdict, "adjusted_p_value": p_value}
             numbers.append(verdict | asdict(rate))
             if rate.prompts < FEW_PROMPTS:

@@ -171,7 +171,7 @@ def write_pairs(folder: Path, log: PickLog, images: Mapping[str, ListedImage]) -
     for chosen, rejected in ((images[one], images[other]) for one, other in preferred if {one, other} <= there):
         row = {"prompt": log.prompts.get(chosen.prompt, chosen.prompt), "chosen": chosen.name}
         row["rejected"] = rejected.name
-        for name in chosen.facts.keys() & rejected.facts.keys() - {"rating"}:
+        for name in sorted(chosen.facts.keys() & rejected.facts.keys() - {"rating"}):
             row[f"chosen_{name}"] = chosen.facts[name]
             row[f"rejected_{name}"] = rejected.facts[name]
         rows.append(row)
