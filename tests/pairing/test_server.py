@@ -10,7 +10,9 @@ from trl_diffusion_sdpo.pairing.server import PickServer
 
 def test_a_page_of_another_name_is_refused(client):
     assert client.request()[0] == 200
-    for host in (f"evil.example:{client.port}", "127.0.0.1:1", "127.0.0.1", f"127.0.0.1.evil.example:{client.port}"):
+    assert client.request(host="localhost:9000")[0] == 200  # through a tunnel
+    names = ["evil.example", "127.0.0.1.evil.example", "127.0.0.1@evil.example", "192.168.1.7", "[bad", "x y"]
+    for host in [*names, *(f"{name}:{client.port}" for name in names), ":1"]:
         assert client.request(host=host)[0] == 421, host
 
 
@@ -96,7 +98,7 @@ def test_a_page_for_the_network_takes_addresses_and_no_names(session):
     with PickServer(session, "0.0.0.0", 0) as server:
         port = server.server_address[1]
         assert server.is_own_name(f"192.168.1.7:{port}") and server.is_own_name(f"localhost:{port}")
-        assert not server.is_own_name(f"evil.example:{port}") and not server.is_own_name("192.168.1.7")
+        assert not server.is_own_name(f"evil.example:{port}") and not server.is_own_name("")
 
 
 def test_a_full_disk_is_told_and_nothing_is_half_saved(client, session, folder, monkeypatch):

@@ -67,16 +67,14 @@ class PickServer(ThreadingHTTPServer):
 
     def is_own_name(self, name: str) -> bool:
         """Return whether the `Host` of a request names this server. If it listens at all addresses of the machine, any
-        IP address does: a rebound name is never one."""
-        host, _, port = name.rpartition(":")
-        if port != str(self.server_address[1]):
-            return False
-        if self.host != "0.0.0.0":
-            return host in (self.host, "localhost") if self.host == LOCAL_HOST else host == self.host
+        IP address does: a rebound name is never one. The port may be another one, such as of a tunnel."""
         try:
-            return bool(ipaddress.ip_address(host.strip("[]")))
-        except ValueError:
-            return host == "localhost"
+            host = urlsplit(f"//{name}").hostname or ""
+            if host == "localhost":
+                return self.host in (LOCAL_HOST, "0.0.0.0")
+            return host == self.host or (self.host == "0.0.0.0" and bool(ipaddress.ip_address(host)))
+        except ValueError:  # no address
+            return False
 
 
 class PickHandler(BaseHTTPRequestHandler):
