@@ -89,6 +89,8 @@ def test_a_port_in_use_is_an_error_if_it_was_asked_for(session, monkeypatch):
         port = other.getsockname()[1]
         with pytest.raises(ValueError, match=str(port)):
             PickServer(session, port=port)
+        with pytest.raises(ValueError, match="99999"):
+            PickServer(session, port=99999)
         monkeypatch.setattr("trl_diffusion_sdpo.pairing.server.USUAL_PORT", port)
         with PickServer(session) as server:
             assert server.server_address[1] != port

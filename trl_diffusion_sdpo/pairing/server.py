@@ -51,11 +51,11 @@ class PickServer(ThreadingHTTPServer):
         self.host = host
         try:
             super().__init__((host, USUAL_PORT if port is None else port), PickHandler)
-        except OSError as error:
+        except (OSError, OverflowError) as error:  # the latter for a number that is no port
             if port is not None or host != LOCAL_HOST:
                 taken = USUAL_PORT if port is None else port
                 raise ValueError(
-                    f"The page cannot be served at {host}, port {taken}: {error.strerror}. Choose another `--port`."
+                    f"The page cannot be served at {host}, port {taken}: {error}. Choose another `--port`."
                 ) from error
             super().__init__((host, 0), PickHandler)
 
