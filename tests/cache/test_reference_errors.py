@@ -9,7 +9,7 @@ import torch
 from trl_diffusion_sdpo.cache import reference_errors
 from trl_diffusion_sdpo.cache.reference_errors import ReferenceErrorStore
 
-SHAPE = {"draws": 2, "pairs": 5, "levels": 3}
+SHAPE = {"epochs": 2, "pairs": 5, "timesteps": 3}
 
 
 @pytest.fixture
@@ -20,12 +20,12 @@ def store(tmp_path, monkeypatch):
 
 
 def fill(made: ReferenceErrorStore, shards=None) -> np.ndarray:
-    """Writes `100 draw + 10 pair + level`, and a half more for the loser."""
-    draw, pair, level, side = np.indices((2, 5, 3, 2), dtype=np.float32)
-    errors = 100 * draw + 10 * pair + level + side / 2
+    """Writes `100 epoch + 10 pair + timestep`, and a half more for the loser."""
+    epoch, pair, timestep, side = np.indices((2, 5, 3, 2), dtype=np.float32)
+    errors = 100 * epoch + 10 * pair + timestep + side / 2
     made.shards.path.mkdir(parents=True, exist_ok=True)
     for shard in made.missing() if shards is None else shards:
-        made.write(shard, torch.from_numpy(errors[shard.draw, shard.pairs.start : shard.pairs.stop]))
+        made.write(shard, torch.from_numpy(errors[shard.epoch, shard.pairs.start : shard.pairs.stop]))
     return errors
 
 
@@ -58,5 +58,5 @@ def test_a_shard_that_was_cut_off_is_missing(store, caplog):
     fill(store())
     file = sorted(store().shards.path.glob("*.safetensors"))[3]
     file.write_bytes(file.read_bytes()[:-1])
-    assert [(shard.draw, shard.pairs) for shard in store().missing()] == [(1, range(0, 2))]
+    assert [(shard.epoch, shard.pairs) for shard in store().missing()] == [(1, range(0, 2))]
     assert str(file) in caplog.text

@@ -97,7 +97,7 @@ def both(make_trainer, make_pairs, tmp_path, sd_folder, monkeypatch):
         before = make_trainer(
             output_dir=str(tmp_path / "before"), eval_dataset=held, **given, **settings, **PRECOMPUTED
         )
-        repeating = before.train_dataset.with_noise_draws(DRAWS)
+        repeating = before.train_dataset.repeating(DRAWS)
         live = make_trainer(output_dir=str(tmp_path / "live"), train=repeating, eval_dataset=held, **given, **settings)
         before.train()
         live.train()
@@ -273,7 +273,7 @@ def test_settings_under_which_errors_are_not_enough_are_refused(make_args, setti
 def test_dropout_streams_and_other_data_are_refused(make_trainer, make_pairs, sd_pipeline):
     with pytest.raises(ValueError, match="`disable_dropout=True`"):
         make_trainer(precompute_ref_errors=True, disable_dropout=False, peft_config=LoraConfig(r=4, lora_dropout=0.1))
-    with pytest.raises(ValueError, match="the train data are a stream"):
+    with pytest.raises(ValueError, match="train data are a stream"):
         make_trainer(precompute_ref_errors=True, train=make_pairs().to_iterable_dataset())
     trainer = make_trainer(precompute_ref_errors=True, data_collator=lambda items: {"rows": torch.zeros(1)})
     with pytest.raises(ValueError, match="`ref_errors`"):

@@ -9,7 +9,6 @@ from tiny_pairs import JUNK, png
 from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
-from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets
 from trl_diffusion_sdpo.data.checking import PERMUTED
 
 PROMPTS = ["a", "b", "a", "c", "a", "b", "a", "d"]  # half of them are "a"
@@ -115,7 +114,7 @@ def test_an_image_that_cannot_be_decoded_is_replaced_alike_whoever_reads_first(v
 
 def test_a_pair_without_errors_of_the_reference_is_no_loser_either():
     """It could not be read when they were computed, and another image took its place."""
-    prepared = prepare(captions([str(number) for number in range(5)])).with_noise_draws(1)
+    prepared = prepare(captions([str(number) for number in range(5)])).repeating(1)
     assert prepared.draw_settings()["losers"] == "permute"
     errors = np.zeros((1, 5, 1, 2), dtype=np.float32)
     errors[0, 3] = np.nan
@@ -139,9 +138,5 @@ def test_captions_need_permuted_losers():
 def test_what_cannot_be_permuted_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="a stream"):
         prepare(datasets.Dataset.from_list(captions()).to_iterable_dataset())
-    with pytest.raises(ValueError, match="aspect_ratio_buckets"):
-        prepare(captions(), buckets=AspectRatioBuckets((64, 64), 16))
-    with pytest.raises(ValueError, match="swap_labels"):
-        prepare(captions(), swap_labels=True)
     with pytest.raises(ValueError, match="`losers`"):
         prepare(captions(), losers="shuffle")

@@ -1,5 +1,5 @@
-"""Errors of the reference for all pairs at all their draws, computed before training, so that a step has no forward
-pass of a reference. Each process writes its share of the missing shards."""
+"""Errors of the reference, computed before training for all pairs in all epochs with different draws. Training steps
+then need no forward pass of the reference. Each process computes its share of the missing shards."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .shards import ShardStore, writing_into
 logger = logging.getLogger(__name__)
 
 ERRORS = "reference_errors"  # subfolder
-SHARD_PAIRS = 256  # a killed computation repeats at most so many in each process
+SHARD_PAIRS = 256  # a killed process computes at most so many again
 COLUMN = "errors"
 
 Items = list[dict[str, Any]]
@@ -44,9 +44,9 @@ class ErrorSettings:
     Args:
         folder (`Path`): Folder of all caches.
         facts (`Mapping`): Facts besides data and noise that errors depend on: reference, encoders, precision.
-        noise_draws (`int`): Number K of draws of each training pair.
-        batch_size, eval_batch_size (`int`): Pairs of a forward pass. They equal the batches in training and in
-            evaluation, so that errors are those of a live reference to the bit.
+        epochs (`int`): Number E of epochs after which the draws of training pairs repeat.
+        batch_size, eval_batch_size (`int`): Pairs of a forward pass. They equal the batches in training and
+            evaluation, so that errors equal those of a live reference bit by bit.
         to_inputs (`Callable`): Collates items and moves them to the device.
         load (`Callable`): Makes a loader of lists of items from a data set, batches of its keys and the pairs that it
             reads.
@@ -56,7 +56,7 @@ class ErrorSettings:
 
     folder: Path
     facts: Mapping[str, Any]
-    noise_draws: int
+    epochs: int
     batch_size: int
     eval_batch_size: int
     to_inputs: Callable[[Items], dict[str, Any]]
@@ -67,28 +67,30 @@ class ErrorSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ErrorShard:
-    """Shard of errors: at draw `draw` in `[0, K)`, of the rows `pairs` of a data set."""
+    """Shard of errors: those of the rows `pairs` of a data set in one epoch."""
 
     number: int
-    draw: int
+    epoch: int
     pairs: range
 
 
 class ReferenceErrorStore:
-    """Float32 errors of shape `(K, P, T, 2)`: at K draws, of P pairs, at T draws of timestep and noise, of winner and
-    loser. Errors of a pair that could not be read are NaN.
+    """Float32 errors of shape `(E, P, T, 2)`: E epochs, P pairs, T timesteps of a pair, winner and loser. Errors of a
+    pair that could not be read are NaN.
 
     Args:
         folder (`Path`): Folder of the stores of any key.
         key (`Mapping`): Everything that errors depend on, as values of JSON.
-        draws, pairs, levels (`int`): K, P and T.
+        epochs, pairs, timesteps (`int`): E, P and T.
     """
 
-    def __init__(self, folder: Path, key: Mapping[str, Any], *, draws: int, pairs: int, levels: int):
-        self.draws, self.pairs, self.levels = draws, pairs, levels
-        self.key = {**key, "version": VERSION, "draws": draws, "pairs": pairs, "levels": levels}
-        self._per_draw = -(-pairs // SHARD_PAIRS)
-        self.shards = ShardStore(folder, self.key, draws * self._per_draw)
+    def __init__(self, folder: Path, key: Mapping[str, Any], *, epochs: int, pairs: int, timesteps: int):
+        self.epochs = epochs
+        self.pairs = pairs
+        self.timesteps = timesteps
+        self.key = {**key, "version": VERSION, "epochs": epochs, "pairs": pairs, "timesteps": timesteps}
+        self._per_epoch = -(-pairs // SHARD_PAIRS)
+        self.shards = ShardStore(folder, self.key, epochs * self._per_epoch)
 
     def missing(self) -> list[ErrorShard]:
         """Return the shards that are missing or damaged."""
@@ -97,21 +99,21 @@ class ReferenceErrorStore:
 
     def write(self, shard: ErrorShard, errors: torch.Tensor) -> None:
         """Write the errors `(pairs of the shard, T, 2)`."""
-        assert errors.shape == (len(shard.pairs), self.levels, 2), errors.shape
+        assert errors.shape == (len(shard.pairs), self.timesteps, 2), errors.shape
         self.shards.write(shard.number, {shard.number: {COLUMN: errors}})
 
     def read(self) -> np.ndarray:
-        """Return all errors, `(K, P, T, 2)`. Raise `KeyError` if a shard is missing."""
+        """Return all errors, `(E, P, T, 2)`. Raise `KeyError` if a shard is missing."""
         self.shards.refresh()
-        errors = np.empty((self.draws, self.pairs, self.levels, 2), dtype=np.float32)
+        errors = np.empty((self.epochs, self.pairs, self.timesteps, 2), dtype=np.float32)
         for number in range(len(self.shards)):
             shard = self._shard(number)
-            errors[shard.draw, shard.pairs.start : shard.pairs.stop] = self.shards.read(number)[COLUMN].numpy()
+            errors[shard.epoch, shard.pairs.start : shard.pairs.stop] = self.shards.read(number)[COLUMN].numpy()
         return errors
 
     def _shard(self, number: int) -> ErrorShard:
-        draw, part = divmod(number, self._per_draw)
-        return ErrorShard(number, draw, range(self.pairs)[part * SHARD_PAIRS : (part + 1) * SHARD_PAIRS])
+        epoch, index = divmod(number, self._per_epoch)
+        return ErrorShard(number, epoch, range(self.pairs)[index * SHARD_PAIRS : (index + 1) * SHARD_PAIRS])
 
 
 class ReferenceErrors:
@@ -152,9 +154,9 @@ class ReferenceErrors:
                 peers.gather_results(lock)
                 missing = peers.gather_results(store.missing)[0]  # another run may have written them meanwhile
                 with failing_together(RuntimeError):
-                    if own := missing[peers.index :: peers.count]:
+                    if share := missing[peers.index :: peers.count]:
                         with self._predicting(store):
-                            self._compute(dataset, store, own)
+                            self._compute(dataset, store, share)
         dataset.set_reference_errors(store.read())
 
     def release(self) -> None:
@@ -166,23 +168,23 @@ class ReferenceErrors:
         draws, training = dataset.draw_settings(), _is_for_training(dataset)
         data = dataset.fingerprint(thorough=True, peers=self._settings.peers)
         noise = dataclasses.asdict(self._forward.noise_settings)
-        levels = noise.pop("timesteps_per_pair")  # of training alone
-        del noise["inversion"]  # whose noise moves with the policy: there is none here
+        timesteps = noise.pop("timesteps_per_pair")  # an evaluation has one
+        del noise["inversion"]  # inverted noise depends on the policy, so its errors are never stored
         facts = {**self._settings.facts, "data": data, "draw_settings": draws, "noise": noise}
         facts["crops"] = facts.get("crops") if training else None
         return ReferenceErrorStore(
             self._settings.folder / ERRORS,
             json.loads(json.dumps(facts, default=str)),
-            draws=self._settings.noise_draws if training else 1,
+            epochs=self._settings.epochs if training else 1,
             pairs=len(dataset),
-            levels=levels if training else 1,
+            timesteps=timesteps if training else 1,
         )
 
     def _check_can_predict(self, dataset: PreferenceDataset, store: ReferenceErrorStore) -> None:
         if not self._reference.can_predict:
             raise ValueError(
-                f"The errors of the reference on the {dataset.report.name} data must be computed before training, and "
-                f"{store.shards.path} does not hold them. Pass these data as `eval_dataset` when the trainer is made."
+                f"The errors of the reference on the {dataset.report.name} data must be computed before training. "
+                f"{store.shards.path} does not have them. Pass these data as `eval_dataset` when the trainer is made."
             )
 
     @contextlib.contextmanager
@@ -194,20 +196,20 @@ class ReferenceErrors:
                 yield
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
-                "The errors of the reference are computed by the whole denoiser in each process, and it does not fit "
-                f"into the device's memory. Compute them where it does, with the same settings in one process, into "
-                f"{self._settings.folder}: training then reads {store.shards.path} under every engine."
+                "Each process computes the errors of the reference with the whole denoiser, which does not fit into "
+                "the device's memory. Compute them on a larger device, with the same settings in one process, into "
+                f"{self._settings.folder}. Training then reads {store.shards.path} with every engine."
             ) from error
         finally:
             family.settle_dtype()
 
     def _compute(self, dataset: PreferenceDataset, store: ReferenceErrorStore, missing: list[ErrorShard]) -> None:
         """Compute and write shards, each in batches of one size and shape."""
-        numbers = [[(shard.draw, pair) for pair in shard.pairs] for shard in missing]
+        numbers = [[(shard.epoch, pair) for pair in shard.pairs] for shard in missing]
         training = _is_for_training(dataset)
         size = self._settings.batch_size if training else self._settings.eval_batch_size
         batches = [shard[start : start + size] for shard in numbers for start in range(0, len(shard), size)]
-        loader = iter(self._settings.load(_Draws(dataset.for_storing()), batches, dataset))
+        loader = iter(self._settings.load(_PairsInEpochs(dataset.for_storing()), batches, dataset))
         bar = tqdm(
             total=sum(map(len, numbers)),
             desc=f"Errors of the reference, {dataset.report.name} data",
@@ -217,14 +219,14 @@ class ReferenceErrors:
         with bar, torch.no_grad(), eval_mode([self._denoiser]):
             for shard in missing:
                 waiting = _Waiting(size)
-                errors = torch.full((len(shard.pairs), store.levels, 2), torch.nan)
+                errors = torch.full((len(shard.pairs), store.timesteps, 2), torch.nan)
                 for _ in range(0, len(shard.pairs), size):
                     for pair, item in next(loader):
                         bar.update()
-                        if item["row"] == pair:  # otherwise the pair cannot be read, and another takes its place
+                        if item["row"] == pair:  # otherwise the pair cannot be read, and this is another
                             self._fill(errors, shard, waiting.add(item), training)
                 for items in waiting.left():
-                    # Other sizes may round differently. Those of an evaluation are in order, its last batch is small.
+                    # Batches of other sizes may round differently. Only the last batch of an evaluation is smaller.
                     self._fill(errors, shard, items, training, at_least=size if training else 0)
                 store.write(shard, errors)
 
@@ -241,37 +243,37 @@ class ReferenceErrors:
         bad = [row for row, error in zip(rows, computed, strict=True) if not error.isfinite().all()]
         if bad:
             raise FloatingPointError(
-                f"Errors of the reference must be finite. Those of the pairs {bad[:8]} are not. Look at these pairs, "
-                "or use bf16 instead of fp16."
+                f"Errors of the reference must be finite. The errors of the pairs {bad[:8]} are not. Check these "
+                "pairs, or use bf16 instead of fp16."
             )
         errors[[row - shard.pairs.start for row in rows]] = computed
 
 
-def repeating_pairs(dataset: Any, noise_draws: int, *, name: str, training: bool) -> PreferenceDataset:
-    """Return prepared pairs whose draws repeat, so that all errors of a reference can be computed.
+def repeating_pairs(dataset: Any, epochs: int, *, name: str, training: bool) -> PreferenceDataset:
+    """Return prepared pairs whose draws repeat after so many epochs, so that all errors of a reference can be computed.
 
     Raises:
         ValueError: If the data are a stream.
     """
     if not isinstance(dataset, PreferenceDataset):
         raise ValueError(
-            f"`precompute_ref_errors=True` needs pairs with numbers, and the {name} data are a stream. Use a map-style "
-            "data set, or leave it off."
+            f"`precompute_ref_errors=True` needs a map-style data set. The {name} data are a stream. Load them without "
+            "`streaming=True`, or leave `precompute_ref_errors` off."
         )
     if not training:
         return dataset.for_evaluation() if dataset.draw_settings()["training"] else dataset
-    return dataset.with_noise_draws(noise_draws)
+    return dataset.repeating(epochs)
 
 
-def warn_of_repeated_draws(args: TrainingArguments, noise_draws: int, steps_of_epoch: int) -> None:
-    """Warn if a run takes more epochs than there are draws of each pair."""
+def warn_of_repeated_draws(args: TrainingArguments, precomputed: int, steps_of_epoch: int) -> None:
+    """Warn if a run has more epochs than errors of the reference were computed for."""
     epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps / steps_of_epoch
-    if epochs > noise_draws:
+    if epochs > precomputed:
         logger.warning(
-            "`precompute_epochs=%d`, and training takes %.3g epochs: each pair meets the same %d draws of timestep, "
-            "noise, flip and crop %.3g times, where a live reference would have new ones in every epoch. "
-            "`precompute_epochs=%d` repeats none, for as many forward passes of the reference for each pair.",
-            *(noise_draws, epochs, noise_draws, epochs / noise_draws, math.ceil(epochs)),
+            "Training has %.3g epochs, and `precompute_epochs=%d`. The draws of timestep, noise, flip and crop of each "
+            "pair therefore repeat after %d epochs. Use `precompute_epochs=%d` for new draws in every epoch. The "
+            "reference then has one forward pass for each pair and epoch.",
+            *(epochs, precomputed, precomputed, math.ceil(epochs)),
         )
 
 
@@ -279,19 +281,19 @@ def _is_for_training(dataset: PreferenceDataset) -> bool:
     return dataset.draw_settings()["training"]
 
 
-class _Draws(Dataset):
-    """Rows and pairs, by the number of the draw and the row."""
+class _PairsInEpochs(Dataset):
+    """Row numbers and items, by epoch and row."""
 
     def __init__(self, pairs: PreferenceDataset):
         self._pairs = pairs
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[int, dict[str, Any]]:
-        draw, pair = key
-        return pair, self._pairs.in_epoch(draw)[pair]
+        epoch, pair = key
+        return pair, self._pairs.in_epoch(epoch)[pair]
 
 
 class _Waiting:
-    """Items that wait, by the shapes of their tensors, until there are enough of one shape for a batch."""
+    """Items by the shapes of their tensors, collected until there are enough of one shape for a batch."""
 
     def __init__(self, size: int):
         self._size = size
@@ -305,5 +307,5 @@ class _Waiting:
         return self._items.pop(shape) if len(waiting) == self._size else []
 
     def left(self) -> list[Items]:
-        """Return the waiting items, in batches of one shape."""
+        """Return the remaining items, in batches of one shape."""
         return list(self._items.values())

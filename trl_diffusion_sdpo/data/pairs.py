@@ -94,16 +94,6 @@ class PairOptions:
             raise ValueError(f"`prompt_dropout` must be in [0, 1], got {self.prompt_dropout}. It is a probability.")
         if self.seed < 0:
             raise ValueError(f"`seed` must not be negative, got {self.seed}.")
-        if self.permutes and self.buckets is not None:
-            raise ValueError(
-                "`losers='permute'` and `aspect_ratio_buckets` exclude each other: a permuted loser of another aspect "
-                "ratio would be cropped to the winner's size. Leave the buckets off."
-            )
-        if self.permutes and self.swap_labels:
-            raise ValueError(
-                "`losers='permute'` and `swap_labels` exclude each other: the image of another prompt would be the "
-                "winner. Leave `swap_labels` off."
-            )
 
     @property
     def permutes(self) -> bool:
@@ -142,7 +132,7 @@ class ItemMaker:
 
     Attributes:
         training (`bool`): `False` never crops at random, never flips, keeps prompts and ignores the epoch.
-        noise_draws (`int`, *optional*): Number of epochs after which random numbers repeat.
+        repeat_after (`int`, *optional*): Number of epochs after which random numbers repeat.
         epoch (`torch.Tensor` of shape `(1,)`): Epoch that random numbers depend on.
     """
 
@@ -150,21 +140,21 @@ class ItemMaker:
     prompt_dropout: float
     seed: int
     training: bool
-    noise_draws: int | None = None
+    repeat_after: int | None = None
     epoch: torch.Tensor = field(
         default_factory=lambda: torch.zeros(1, dtype=torch.long).share_memory_()
     )  # for workers
 
     @property
-    def draw(self) -> int:
-        """Number of the current draw. It is the epoch, or the epoch modulo `noise_draws`."""
+    def drawn_epoch(self) -> int:
+        """The epoch that random numbers are drawn for: 0 in an evaluation, else the epoch modulo `repeat_after`."""
         if not self.training:
             return 0
-        return int(self.epoch) if self.noise_draws is None else int(self.epoch) % self.noise_draws
+        return int(self.epoch) if self.repeat_after is None else int(self.epoch) % self.repeat_after
 
-    def repeating(self, noise_draws: int) -> ItemMaker:
-        """Return a maker whose random numbers repeat after `noise_draws` epochs."""
-        return ItemMaker(self.transform, self.prompt_dropout, self.seed, self.training, noise_draws)
+    def repeating(self, epochs: int) -> ItemMaker:
+        """Return a maker whose random numbers repeat after so many epochs."""
+        return ItemMaker(self.transform, self.prompt_dropout, self.seed, self.training, epochs)
 
     def in_epoch(self, epoch: int) -> ItemMaker:
         """Return a maker with a fixed epoch. Other processes cannot change this epoch."""
@@ -174,12 +164,12 @@ class ItemMaker:
         """Return a maker without augmentation. Its seeds do not depend on the epoch."""
         # Evaluation loaders count epochs of their own, so the tensor must not be shared with training.
         return replace(
-            self, prompt_dropout=0.0, training=False, noise_draws=None, epoch=torch.zeros(1, dtype=torch.long)
+            self, prompt_dropout=0.0, training=False, repeat_after=None, epoch=torch.zeros(1, dtype=torch.long)
         )
 
     def draws_of(self, row: int, epoch: int | None = None) -> PairDraws:
         """Return the random numbers of a pair in the current epoch, or in `epoch`."""
-        return PairDraws.from_key(self.seed, self.draw if epoch is None else epoch, row)
+        return PairDraws.from_key(self.seed, self.drawn_epoch if epoch is None else epoch, row)
 
     def augmentation(self, draws: PairDraws) -> PairDraws | None:
         """Return the numbers that crop and flip images; `None` in an evaluation."""
@@ -275,7 +265,7 @@ class PreferenceDataset(Dataset):
     def _read(self, row: int) -> dict[str, Any]:
         if self._losers is None:
             return self._item(row, None)
-        for loser in self._losers.candidates(row, self._maker.draw):
+        for loser in self._losers.candidates(row, self._maker.drawn_epoch):
             try:
                 return self._item(row, loser)
             except UndecodableImageError as error:
@@ -292,7 +282,7 @@ class PreferenceDataset(Dataset):
         draws = self._maker.draws_of(row)
         augmentation = self._maker.augmentation(draws)
         if self._encoded is not None:
-            entries = self._encoded.pair(row, augmentation, self._maker.draw, loser=loser)
+            entries = self._encoded.pair(row, augmentation, self._maker.drawn_epoch, loser=loser)
         else:
             transform = self._maker.transform
             target = self.target_size(row)
@@ -318,7 +308,7 @@ class PreferenceDataset(Dataset):
         if "weight" in columns:
             numbers["pair_weight"] = float(columns["weight"][row])
         if "ref_errors" in columns:
-            errors = torch.from_numpy(columns["ref_errors"][row, self._maker.draw])  # (T, 2)
+            errors = torch.from_numpy(columns["ref_errors"][row, self._maker.drawn_epoch])  # (T, 2)
             if errors.isnan().any():
                 raise UndecodableImageError("has no errors of the reference: it could not be read when they were made")
             numbers["ref_errors"] = errors
@@ -531,9 +521,9 @@ class PreferenceDataset(Dataset):
             pairs = pairs.with_columns(ref_errors=None)  # they are those of other draws
         return self._view(pairs=pairs, maker=self._maker.for_evaluation())
 
-    def with_noise_draws(self, noise_draws: int) -> PreferenceDataset:
+    def repeating(self, epochs: int) -> PreferenceDataset:
         """Return these pairs with random numbers that repeat after so many epochs."""
-        return self._view(pairs=self._pairs.with_columns(ref_errors=None), maker=self._maker.repeating(noise_draws))
+        return self._view(pairs=self._pairs.with_columns(ref_errors=None), maker=self._maker.repeating(epochs))
 
     def in_epoch(self, epoch: int) -> PreferenceDataset:
         """Return these pairs in a fixed epoch, without errors of a reference."""
@@ -571,13 +561,13 @@ class PreferenceDataset(Dataset):
         return "ref_errors" in self._pairs.columns
 
     def set_reference_errors(self, errors: np.ndarray) -> None:
-        """Set the errors of a reference: float32 `(K, P, T, 2)`, at K repeating draws, of P pairs, at T draws of
-        timestep and noise, of winner and loser. A pair with NaN is treated like one that cannot be decoded."""
-        draws = self._maker.noise_draws if self._maker.training else 1
-        assert draws is not None, "Draws repeat if errors of a reference are stored."
-        if errors.shape[:2] != (draws, len(self)) or errors.shape[3:] != (2,):
+        """Set the errors of a reference: float32 `(E, P, T, 2)`, for E epochs that repeat, P pairs, T timesteps of a
+        pair, and winner and loser. A pair with NaN is treated like one that cannot be decoded."""
+        epochs = self._maker.repeat_after if self._maker.training else 1
+        assert epochs is not None, "draws must repeat if errors of a reference are stored"
+        if errors.shape[:2] != (epochs, len(self)) or errors.shape[3:] != (2,):
             raise ValueError(
-                f"Errors of a reference must have the shape ({draws}, {len(self)}, T, 2) of draws and pairs; got "
+                f"Errors of a reference must have the shape ({epochs}, {len(self)}, T, 2) of epochs and pairs; got "
                 f"{errors.shape}."
             )
         self._pairs = self._pairs.with_columns(ref_errors=errors.swapaxes(0, 1))

@@ -438,7 +438,7 @@ def make_reference_errors(
     settings = ErrorSettings(
         folder=precompute_folder(args),
         facts=reference_facts(reference, components, engine, args),
-        noise_draws=args.precompute_epochs,
+        epochs=args.precompute_epochs,
         batch_size=args.train_batch_size,
         eval_batch_size=args.eval_batch_size,
         to_inputs=to_inputs,
