@@ -13,6 +13,11 @@ _FLUX = {
 _STABLE_DIFFUSION = {"diffusers/pipelines/stable_diffusion/pipeline_stable_diffusion.py::encode_prompt": 1}
 A_MICRO_BATCH = {
     "aura_flow": {"diffusers/pipelines/aura_flow/pipeline_aura_flow.py::encode_prompt": 2, **_BOTH_WAYS},
+    "chroma": {
+        "diffusers/pipelines/chroma/pipeline_chroma.py::_get_t5_prompt_embeds": 2,
+        "diffusers/pipelines/chroma/pipeline_chroma.py::encode_prompt": 1,
+        **_BOTH_WAYS,
+    },
     "cogview4": {"diffusers/pipelines/cogview4/pipeline_cogview4.py::_get_glm_embeds": 1},
     "flux": _FLUX,
     "flux2": {
@@ -67,6 +72,7 @@ A_MICRO_BATCH = {
 }
 # Every call of the denoiser, in its own code: how many tokens the masks leave, and positions held on the CPU.
 A_PREDICTION = {
+    "chroma": {"diffusers/models/transformers/transformer_chroma.py::forward": 1},
     "lumina2": {
         "diffusers/models/transformers/transformer_lumina2.py::forward": 1,
         "diffusers/models/transformers/transformer_lumina2.py::_get_freqs_cis": 3,

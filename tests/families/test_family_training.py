@@ -78,6 +78,13 @@ def test_policy_and_reference_agree_bit_for_bit_before_the_first_step(trainer_of
     assert math.isfinite(first["grad_norm"]) and first["grad_norm"] > 0
 
 
+def test_chromas_mask_reaches_all_blocks_under_activation_checkpointing(trainer_of):
+    """diffusers itself passes it to the blocks with two streams only: policy and reference would not agree."""
+    trainer = trainer_of("chroma", "lora", activation_checkpointing=True, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == 0
+
+
 @pytest.mark.parametrize(("name", "tuning", "safeguard"), TRAINED)
 def test_twenty_steps_improve_the_winners_and_the_artefact_loads_elsewhere(
     trainer_of, family_folder, tmp_path, name, tuning, safeguard

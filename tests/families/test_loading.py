@@ -17,6 +17,7 @@ from trl_diffusion_sdpo.families import (
 
 # Tiny pipeline -> classes besides the text-to-image one whose folders hold the same networks.
 OTHER_CLASSES = {
+    "chroma": ("ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
     "flux": ("FluxImg2ImgPipeline", "FluxInpaintPipeline"),
     "flux2_klein": ("Flux2KleinInpaintPipeline",),
     "qwen_image": ("QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
@@ -76,6 +77,7 @@ def test_a_folder_with_lumina_2s_older_class_name_loads(tmp_path):
     ("name", "changed", "message"),
     [
         ("aura_flow", {"in_channels": 8}, "this one takes 8"),
+        ("chroma", {"in_channels": 32}, "this one takes 32"),
         ("cogview4", {"in_channels": 32}, "this one takes 32"),
         ("cogview4", {"patch_size": 4}, "`patch_size`"),
         ("flux", {"in_channels": 96}, "this one takes 96"),

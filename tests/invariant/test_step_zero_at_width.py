@@ -26,6 +26,10 @@ UNET = {
 }
 JOINT = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 128, "num_attention_heads": 24}
 WIDE = {
+    "chroma": (
+        {**JOINT, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 4096, "approximator_hidden_dim": 5120},
+        {"prompt_embeds": 4096},
+    ),
     "flux": (
         {**JOINT, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 4096, "pooled_projection_dim": 768},
         {"prompt_embeds": 4096, "pooled_prompt_embeds": 768},

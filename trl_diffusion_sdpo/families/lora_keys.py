@@ -176,6 +176,7 @@ ORIGINAL_MODULES: dict[str, dict[str, OriginalModule] | None] = {
     "UNet2DConditionModel": None,
     "QwenImageTransformer2DModel": None,
     "SD3Transformer2DModel": STABLE_DIFFUSION_3,
+    "ChromaTransformer2DModel": FLUX,
     "FluxTransformer2DModel": FLUX,
     "Flux2Transformer2DModel": FLUX_2,
     "AuraFlowTransformer2DModel": AURA_FLOW,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from diffusers import ChromaTransformer2DModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -66,14 +68,37 @@ class DenoiserWrapper(nn.Module):
                 "`activation_checkpointing_kwargs` of a diffusers model must leave `every_n_layers` at 1 and "
                 f"`offload` off, got every_n_layers={every_n_layers}, offload={offload}."
             )
-        function = None
+        function: Any = None
         if activation_checkpointing_kwargs:
             function = functools.partial(_checkpoint, activation_checkpointing_kwargs)
+        if isinstance(self.denoiser, ChromaTransformer2DModel):
+            function = _WithMask(function or functools.partial(_checkpoint, {}))
         cast(Any, self.denoiser).enable_gradient_checkpointing(function)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Call [`~DenoiserWrapper.activation_checkpointing_enable`]. transformers before 5.23 uses this name."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+
+
+class _WithMask:
+    """Checkpointing function that passes the mask to all blocks of Chroma.
+
+    Under activation checkpointing, diffusers passes the attention mask to the blocks with two streams only, so that
+    predictions differ from those without it. Can go when diffusers passes the mask to all blocks.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+        self._mask: torch.Tensor | None = None
+
+    def __call__(self, block: nn.Module, *args: Any) -> Any:
+        # Blocks with two streams come first: image, text, modulation, positions and mask. Others have neither text nor
+        # mask.
+        if len(args) == 5:
+            self._mask = args[-1]
+        elif len(args) == 3:
+            args = (*args, self._mask)
+        return self._function(block, *args)
 
 
 def _checkpoint(settings: dict[str, Any], module: nn.Module, *args: Any) -> torch.Tensor:
