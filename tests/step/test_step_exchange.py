@@ -96,7 +96,7 @@ def test_a_bad_loss_in_the_first_of_two_micro_batches_stops_before_the_weights_m
         max_steps=3,
         safeguard=safeguard,
     )
-    with pytest.raises(FloatingPointError, match=r"at step 2, 2 of 4 were not \(row \d+: nan, row \d+: nan\)"):
+    with pytest.raises(FloatingPointError, match=r"step 2, 2 of 4 were not \(row \d+: nan, row \d+: nan\)"):
         trainer.train()
     for before, now in zip(poison.weights, trainer.model.parameters(), strict=True):
         assert torch.equal(before, now)

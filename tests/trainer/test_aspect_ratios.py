@@ -128,7 +128,7 @@ def test_a_size_without_positions_is_refused_at_the_start(bucketed):
         bucketed("aura_flow", resolution=32)
     with pytest.raises(ValueError, match="`step` of `bucket_kwargs`"):
         bucketed("flux", bucket_kwargs={"step": 6})
-    with pytest.raises(ValueError, match="`step=64` with .* leaves"):
+    with pytest.raises(ValueError, match="`step=64`"):
         bucketed(bucket_kwargs={"step": 64})
 
 
@@ -138,12 +138,12 @@ def test_batches_have_one_size_and_epochs_their_number(bucketed, caplog):
     met = [shapes(trainer) for _ in range(2)]
     assert len(met[0]) == len(trainer.get_train_dataloader()) == 6
     assert sorted(met[0]) == [(12, 20)] * 2 + [(16, 16)] * 3 + [(20, 12)]
-    assert "3 of 9 pairs twice" in caplog.text
+    assert "repeats 3 of 9 pairs" in caplog.text
     trainer.train()
     assert trainer.state.global_step == 12 and trainer.state.epoch == 2
     dropping = bucketed(train=pairs_of(*MIXED), per_device_train_batch_size=2, dataloader_drop_last=True)
     assert sorted(shapes(dropping)) == [(12, 20)] + [(16, 16)] * 2
-    told = "leaves 3 of 9 pairs out of an epoch, and 1 pairs are never trained on (1 at 20 x 12)"
+    told = "leaves 3 of 9 pairs out of an epoch. 1 pairs are never trained on (1 at 20 x 12)"
     assert caplog.text.count(told) == 1 and caplog.text.count("pairs twice") == 1
     with pytest.raises(ValueError, match="no bucket has the 6 pairs"):
         bucketed(train=pairs_of(*MIXED), per_device_train_batch_size=6, dataloader_drop_last=True)
@@ -234,7 +234,7 @@ def test_an_image_of_pairs_of_several_sizes_is_encoded_at_each(bucketed, tmp_pat
 
 
 def test_streams_are_refused_by_the_trainer(bucketed):
-    with pytest.raises(ValueError, match="the train data are a stream"):
+    with pytest.raises(ValueError, match="`aspect_ratio_buckets`.* train data are a stream"):
         bucketed(train=pairs_of(*MIXED).to_iterable_dataset())
 
 
