@@ -109,6 +109,12 @@ class ImageRows:
         images = self.images[pair, 0], self.images[pair if loser is None else loser, 1]
         return [variant * len(self.sources) + int(image) for image in images]
 
+    def is_mirrored(self, draws: PairDraws | None, epoch: int, pair: int) -> bool:
+        """Whether the rows of a pair in an epoch have mirrored images. The arguments are those of `of_pair`."""
+        if self.crops is not None:
+            draws = PairDraws.from_key(self.seed, epoch % self.crops, pair)
+        return self.flips and draws is not None and draws.flip < 0.5
+
 
 class EncodedPrompts:
     """Conditioning of distinct prompts, including the empty one.
@@ -185,6 +191,7 @@ class EncodedPairs:
             "original_sizes": tuple(map(tuple, original)),
             "crop_top_lefts": tuple(map(tuple, corner)),
             "target_size": tuple(target[0]),
+            "is_mirrored": self.rows.is_mirrored(draws, epoch, pair),
         }
 
     def conditioning(self, prompt: str) -> dict[str, dict[str, Any]]:

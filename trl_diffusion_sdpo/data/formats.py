@@ -56,6 +56,8 @@ class PreferenceFormat:
         prompt_of_each_image (`bool`): `prompt_columns` are the prompts of the two images, in place of one prompt.
         has_losers (`bool`): Whether rows have a loser. Otherwise a pair's loser is the winner of another.
         is_swapped (`bool`): Whether the published loser is the winner of a pair.
+        mask_columns (`tuple[str, ...]`): The mask column of the row, or one for each of two image columns; empty
+            without masks.
     """
 
     name: str
@@ -71,6 +73,7 @@ class PreferenceFormat:
     prompt_of_each_image: bool = False
     has_losers: bool = True
     is_swapped: bool = False
+    mask_columns: tuple[str, ...] = ()
     _text_columns: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -288,6 +291,7 @@ def resolve_format(
         _check_scores(row_format, columns)
     images = [column for column in (*row_format.image_columns, *row_format.other_image_columns) if column in columns]
     row_format = replace(row_format, image_columns=tuple(images[:1])) if row_format.other_image_columns else row_format
+    row_format = replace(row_format, mask_columns=_mask_columns(row_format, columns))
     return row_format if use_scores else replace(row_format, score_columns=None)
 
 
@@ -352,6 +356,27 @@ def images_of_row(row: Mapping[str, Any], image_columns: Sequence[str], in_list:
         return [row.get(column) for column in image_columns]
     images = row.get(image_columns[0])
     return list(images) if isinstance(images, Iterable) and not isinstance(images, str | bytes | Mapping) else []
+
+
+def mask_of_row(row: Mapping[str, Any], row_format: PreferenceFormat, image: int) -> Any:
+    """Return the undecoded mask of one of the row's images."""
+    columns = row_format.mask_columns
+    return row.get(columns[image if len(columns) > 1 else 0])
+
+
+def _mask_columns(row_format: PreferenceFormat, columns: Sequence[str]) -> tuple[str, ...]:
+    """Return `mask`, or the mask columns of two image columns, such as `chosen_mask` and `rejected_mask`."""
+    of_row = ("mask",) if "mask" in columns else ()
+    of_images: tuple[str, ...] = ()
+    if len(row_format.image_columns) == 2:
+        of_images = tuple(f"{column}_mask" for column in row_format.image_columns)
+    present = tuple(column for column in of_images if column in columns)
+    if present and (of_row or present != of_images):
+        raise ValueError(
+            f"Masks must be in one column `mask` or in both of {list(of_images)}; got {[*of_row, *present]}. Rename or "
+            "remove columns."
+        )
+    return of_row or present
 
 
 def _check_scores(chosen: PreferenceFormat, columns: list[str]) -> None:

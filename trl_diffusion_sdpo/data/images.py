@@ -414,6 +414,7 @@ class PairPixels(NamedTuple):
     pixel_values: torch.Tensor  # (2, 3, H, W), uint8 RGB
     original_sizes: tuple[Size, Size]  # (height, width) before resizing
     crop_top_lefts: tuple[Size, Size]  # (top, left) in the resized, possibly mirrored, image
+    is_mirrored: bool
 
 
 def pixels_as_floats(pixels: torch.Tensor) -> torch.Tensor:
@@ -476,7 +477,12 @@ class PairTransform:
         """Transform two RGB images of any sizes into pixels. Without `draws`, crop at the center and do not flip.
         `target`, as `(height, width)`, replaces `resolution`."""
         pixels, corners = zip(*(self.image(image, draws, target) for image in (winner, loser)), strict=True)
-        return PairPixels(torch.stack(pixels), (full_size(winner), full_size(loser)), corners)
+        sizes = full_size(winner), full_size(loser)
+        return PairPixels(torch.stack(pixels), sizes, corners, self.mirrors(draws))
+
+    def mirrors(self, draws: PairDraws | None) -> bool:
+        """Whether the images of a pair with these draws are mirrored."""
+        return draws is not None and self.random_flip and draws.flip < 0.5
 
     def covering(self, target: Size | None = None) -> Covering | None:
         """Return the argument `covering` of [`ImageReader.decode`], or `None` if images are decoded at full size."""
@@ -494,7 +500,7 @@ class PairTransform:
     ) -> tuple[torch.Tensor, Size]:
         """Return the pixels `(3, H, W)` of an image, and the top left corner of the crop."""
         height, width = self.resized_size(*full_size(image), target)
-        mirrors = draws is not None and self.random_flip and draws.flip < 0.5
+        mirrors = self.mirrors(draws)
         target_height, target_width = (self.height, self.width) if target is None else target
         top, left = self._corner(height - target_height, width - target_width, draws)
         if self.interpolation == FAST:

@@ -27,6 +27,7 @@ from .images import (
     full_size,
     parse_schemes,
 )
+from .masks import decode_masks, place_masks
 from .permuted_losers import PermutedLosers
 from .sources import PairSource, PairTable, pairs_fingerprint
 
@@ -199,6 +200,7 @@ class PreferenceDataset(Dataset):
     - `original_sizes` and `crop_top_lefts`: `(height, width)` and `(top, left)` of both images;
     - `seed` (of noise and timestep) and `row` (number of the pair);
     - `scores`, `pair_weight` and `ref_errors` (`(T, 2)`, at T draws, of winner and loser), if the pairs have them;
+    - `masks` (`torch.Tensor` of shape `(2, 1, H, W)`, uint8), if there is a mask column: 1 inside, 0 outside;
     - `repeated`, with aspect-ratio buckets: whether the pair fills up a batch.
 
     Encoded pairs have `moments`, `target_size`, `conditioning` and `loser_conditioning` in place of `pixel_values`.
@@ -223,6 +225,12 @@ class PreferenceDataset(Dataset):
         self.is_swapped = source.is_swapped  # whether the published losers are the winners
         self.is_permuted = options.permutes  # whether losers are the winners of other pairs
         self.has_loser_prompts = source.prompt_of_each_image and not options.permutes
+        self.has_masks = source.has_masks
+        if options.permutes and source.has_masks:
+            raise ValueError(
+                "`losers='permute'` cannot act: a mask belongs to the two images of a pair, and losers are images of "
+                "other pairs. Remove the mask column."
+            )
 
     @classmethod
     def of(cls, source: PairSource, options: PairOptions, name: str) -> PreferenceDataset:
@@ -293,6 +301,9 @@ class PreferenceDataset(Dataset):
             loser_pixels = self._reader.decode_at(images, loser_image, covering)
             entries = transform(winner_pixels, loser_pixels, augmentation, target)._asdict()
         item = self._maker.item(entries, row, prompts, draws) | self._numbers(row)
+        if self.has_masks:
+            masks = [self._source.mask(winner_row, winner_image), self._source.mask(loser_row, loser_image)]
+            item["masks"] = place_masks(decode_masks(self._reader, masks), item, self._maker.transform)
         if self._encoded is not None:
             item |= self._encoded.conditioning(item["prompt"])
             if self.has_loser_prompts:
@@ -628,6 +639,7 @@ class PreferenceCollator:
     - `seeds` (`list[int]` of length B): on the host, where generators are seeded;
     - `counted` (`int`), if repeated pairs may fill up the batch: the number of pairs before the repeated ones;
     - `scores` (`torch.FloatTensor` of shape `(2B,)`), if the data set has score columns;
+    - `masks` (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8), if the data set has a mask column;
     - `pair_weights` (`torch.FloatTensor` of shape `(B,)`), if training pairs have weights;
     - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), if reference errors were computed before training.
       First come the winners at the first of T draws of timestep and noise, then at the second and so on, then losers.
@@ -652,6 +664,8 @@ class PreferenceCollator:
             "crop_top_lefts": torch.tensor(_winners_first(items, "crop_top_lefts"), dtype=torch.long),
             "seeds": [item["seed"] for item in items],
         }
+        if "masks" in items[0]:
+            batch["masks"] = torch.cat(torch.stack([item["masks"] for item in items], dim=1).unbind())
         if "repeated" in items[0]:
             batch["counted"] = sum(not item["repeated"] for item in items)
         scored = sum("scores" in item for item in items)

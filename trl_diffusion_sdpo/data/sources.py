@@ -32,6 +32,7 @@ from .formats import (
     finite_number,
     groups,
     images_of_row,
+    mask_of_row,
     pairs_in_group,
     resolve_format,
 )
@@ -171,7 +172,8 @@ class TableSource:
         self.format, self.name = row_format, name
         texts = dict.fromkeys([*row_format.text_columns(dataset.column_names), *number_columns])
         self.labels = dataset.with_format(None).select_columns(list(texts))
-        self._images = dataset.with_format("arrow").select_columns(list(row_format.image_columns))
+        columns = [*row_format.image_columns, *row_format.mask_columns]
+        self._images = dataset.with_format("arrow").select_columns(columns)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -195,6 +197,9 @@ class TableSource:
 
     def images(self, row: int) -> list[Any]:
         return images_of_row(self._images[row].to_pylist()[0], self.format.image_columns, self.format.images_in_list)
+
+    def mask(self, row: int, image: int) -> Any:
+        return mask_of_row(self._images[row].to_pylist()[0], self.format, image)
 
     def examine_images(
         self, rows: np.ndarray, reader: ImageReader, decode: bool, num_proc: int | None
@@ -246,6 +251,8 @@ class PairSource:
         self.is_swapped = any(row_format.is_swapped for row_format in formats)
         self.prompt_of_each_image = any(row_format.prompt_of_each_image for row_format in formats)
         self.has_losers = all(row_format.has_losers for row_format in formats)
+        self.has_masks = any(row_format.mask_columns for row_format in formats)
+        check_masks(formats, [part.name for part in parts])
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -258,6 +265,11 @@ class PairSource:
         """The undecoded images of a row."""
         source, number = self._source_of(row)
         return source.images(number)
+
+    def mask(self, row: int, image: int) -> Any:
+        """The undecoded mask of one of a row's images."""
+        part, number = self._find(row)
+        return part.mask(number, image)
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
         """Return the prompts of rows, whose numbers are sorted. `image` chooses among two prompts of a row."""
@@ -418,6 +430,13 @@ def make_source(
     return PairSource(sources, dataset.weights if isinstance(dataset, PairMixture) else None)
 
 
+def check_masks(formats: Sequence[PreferenceFormat], names: Sequence[str]) -> None:
+    """Raise `ValueError` if only some of the data sets of a mixture have masks."""
+    without = [name for name, each in zip(names, formats, strict=True) if not each.mask_columns]
+    if without and len(without) < len(formats):
+        raise ValueError(f"All data sets of a mixture need mask columns, or none; {without} do not have them.")
+
+
 def _as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Dataset:
     if isinstance(rows, dict):
         raise ValueError(
@@ -452,7 +471,8 @@ def _table_of_rows(rows: Sequence[Any], dataset_format: str | None, name: str) -
             )
     columns = list(dict.fromkeys(column for row in rows for column in row))
     values = {column: [row.get(column) for row in rows] for column in columns}
-    for column in resolve_format(dataset_format, columns).image_columns:
+    row_format = resolve_format(dataset_format, columns)
+    for column in (*row_format.image_columns, *row_format.mask_columns):
         values[column] = [_stored_image(value) for value in values[column]]
     try:
         return datasets.Dataset.from_dict(values)

@@ -18,9 +18,20 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..utils._compat import is_split_by_node
 from .checking import COUNTS, SAMPLED_PAIRS, BadDataError, DataReport, IdenticalPairs, reject, same_image
-from .formats import PairReference, PreferenceFormat, Reject, groups, images_of_row, pairs_in_group, resolve_format
-from .images import PairDraws, UndecodableImageError
+from .formats import (
+    PairReference,
+    PreferenceFormat,
+    Reject,
+    groups,
+    images_of_row,
+    mask_of_row,
+    pairs_in_group,
+    resolve_format,
+)
+from .images import PairDraws, UndecodableImageError, full_size
+from .masks import check_mask_size, decode_masks, place_masks
 from .pairs import PairOptions
+from .sources import check_masks
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +111,7 @@ class Stream:
         self.has_scores = set(self.format.score_columns or ["no"]) <= set(columns)
         self.source = source.with_format(None)
         if source.features is not None:
-            read = [*self.format.text_columns(columns), *self.format.image_columns]
+            read = [*self.format.text_columns(columns), *self.format.image_columns, *self.format.mask_columns]
             self.source = self.source.decode(False).select_columns(read)
 
     def groups(self, epoch: int, report: DataReport) -> Iterator[list[tuple[int, Mapping[str, Any]]]]:
@@ -153,6 +164,9 @@ class PreferenceIterableDataset(IterableDataset):
         self._weights = [1.0] * len(streams) if weights is None else [float(weight) for weight in weights]
         self._format_name = "+".join(stream.format.name for stream in streams)
         self.has_scores = all(stream.has_scores for stream in streams)
+        formats = [stream.format for stream in streams]
+        self.has_masks = any(row_format.mask_columns for row_format in formats)
+        check_masks(formats, [name] * len(formats))
         self.has_loser_prompts = any(stream.format.prompt_of_each_image for stream in streams)
         self.is_swapped = options.swap_labels  # whether the published losers are the winners
         self._repeat, self._compare, self._share = options.repeat, options.compare, Share()
@@ -274,11 +288,13 @@ class PreferenceIterableDataset(IterableDataset):
             counts.copy_(torch.tensor([getattr(report, count) for count in COUNTS]))
             if item is None:
                 continue
-            (winner, loser), prompts, scores = item
+            (winner, loser), masks, prompts, scores = item
             row = position * numbers + number
             draws = self._maker.draws_of(row, epoch)
             pixels = self._maker.transform(winner, loser, self._maker.augmentation(draws))._asdict()
             made = self._maker.item(pixels, row, prompts, draws)
+            if masks:
+                made["masks"] = place_masks(masks, made, self._maker.transform)
             yield made if scores is None else made | {"scores": scores}
         counts.copy_(torch.tensor([getattr(report, count) for count in COUNTS]))
         if not report.pairs and workers == 1 and (self._repeat or position < 0 or share.count == 1):
@@ -286,7 +302,7 @@ class PreferenceIterableDataset(IterableDataset):
         return position + 1 if report.pairs or not self._repeat else 0
 
     def _items(self, report: DataReport, epoch: int, passed: int) -> Iterator[tuple | None]:
-        """Yield images, prompts and scores of each labelled pair.
+        """Yield images, masks, prompts and scores of each labelled pair.
 
         Yield `None` if the pair cannot be decoded, belongs to another process, or is one of the first `passed` pairs.
         """
@@ -308,10 +324,11 @@ class PreferenceIterableDataset(IterableDataset):
                     report.pairs += 1
                     yield None
                     continue
-                images = self._images(row_format, rows, pair, count)
-                if images is None:
+                decoded = self._images(row_format, rows, pair, count)
+                if decoded is None:
                     yield None
                     continue
+                images, masks = decoded
                 report.pairs += 1
                 if self._compare:
                     identical.add(same_image(*images))
@@ -319,7 +336,7 @@ class PreferenceIterableDataset(IterableDataset):
                 texts = [
                     row_format.prompt(rows[pair.winner_row], image) for image in (pair.winner_image, pair.loser_image)
                 ]
-                yield images, texts if self.has_loser_prompts else texts[:1], pair.scores
+                yield images, masks, texts if self.has_loser_prompts else texts[:1], pair.scores
         if self._compare:
             self._verify_different(identical, at_end=True)
 
@@ -356,16 +373,25 @@ class PreferenceIterableDataset(IterableDataset):
 
     def _images(
         self, row_format: PreferenceFormat, rows: Mapping[int, Mapping], pair: PairReference, count: Reject
-    ) -> list[Image.Image] | None:
+    ) -> tuple[list[Image.Image], list[Image.Image]] | None:
+        """Decode images and masks of a pair. Return `None` if that is not possible."""
         images = []
-        for row, image in (pair[:2], pair[2:4]):
-            try:
+        row = pair.winner_row
+        try:
+            for row, image in (pair[:2], pair[2:4]):
                 stored = images_of_row(rows[row], row_format.image_columns, row_format.images_in_list)
                 images.append(self._options.reader.decode_at(stored, image, self._maker.transform.covering()))
-            except UndecodableImageError as error:
-                count("undecodable", row, str(error), 1)
-                return None
-        return images
+            if not self.has_masks:
+                return images, []
+            row = pair.winner_row
+            stored = [mask_of_row(rows[row], row_format, image) for row, image in (pair[:2], pair[2:4])]
+            masks = decode_masks(self._options.reader, stored)
+            for decoded, mask in zip(images, masks, strict=True):
+                check_mask_size(mask, full_size(decoded))
+            return images, masks
+        except UndecodableImageError as error:
+            count("undecodable", row, str(error), 1)
+            return None
 
     def _verify_different(self, identical: IdenticalPairs, *, at_end: bool) -> None:
         """Verify once, after enough pairs, that the two images of pairs differ. At the end of a short stream, one of

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -69,6 +69,8 @@ class NoisyBatch:
         timesteps (`torch.Tensor` of shape `(2B,)`): Timesteps, equal for the two images of a pair.
         conditioning (`dict[str, torch.Tensor]`): Tensors of shape `(2B, ...)`. Some may be on the CPU.
         noise_levels (`torch.Tensor` of shape `(2B,)`): Noise levels of the timesteps, in `[0, 1]`.
+        region (`torch.Tensor` of shape `(2B, 1, h, w)`, *optional*): Factors of the residuals, from [`region_of`], if
+            the pairs have masks.
     """
 
     noisy: torch.Tensor
@@ -76,11 +78,22 @@ class NoisyBatch:
     timesteps: torch.Tensor
     conditioning: dict[str, torch.Tensor]
     noise_levels: torch.Tensor
+    region: torch.Tensor | None = None
 
     def take(self, index: torch.Tensor | slice) -> NoisyBatch:
         """Return the rows of `index` in its order."""
         noisy, target, timesteps = self.noisy[index], self.target[index], self.timesteps[index]
-        return NoisyBatch(noisy, target, timesteps, take_rows(self.conditioning, index), self.noise_levels[index])
+        conditioning = take_rows(self.conditioning, index)
+        region = None if self.region is None else self.region[index]
+        return NoisyBatch(noisy, target, timesteps, conditioning, self.noise_levels[index], region)
+
+    def within(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Multiply a tensor `(2B, ...)` by the region's factors, if there is a region."""
+        return tensor if self.region is None else tensor * self.region
+
+    def residual(self, prediction: torch.Tensor) -> torch.Tensor:
+        """Return `prediction - target` within the region, `(2B, ...)` in float32. Its mean square is the error."""
+        return self.within(prediction.float() - self.target.float())
 
     def halves(self) -> tuple[NoisyBatch, NoisyBatch]:
         """Return the winners and the losers."""
@@ -136,6 +149,7 @@ class LossSettings:
         snr_gamma, timestep_weighting: Arguments of [`~trl_diffusion_sdpo.families.NoiseProcess.weights`].
         num_noise_bins (`int`): Number of equal bins of the noise levels in `[0, 1]`.
         loser_noise_range (`tuple[float, float]`, *optional*): Noise levels within which losers train.
+        mask_anchor (`float`): Weight of the squared distance from the reference outside of the masks.
     """
 
     loss_type: str | Sequence[str]
@@ -151,6 +165,7 @@ class LossSettings:
     loser_noise_range: tuple[float, float] | None
     loss_weights: Sequence[float] | None = None
     margin_clamp: float | None = None
+    mask_anchor: float = 0.0
 
     @property
     def spec(self) -> LossSpec:
@@ -223,11 +238,12 @@ class PairForward:
         settings = self.loss_settings
         if safeguard is None:
             safeguard = "none" if settings.safeguard == "parameter" else settings.safeguard
-        noise_levels = predictions.batch.noise_levels.chunk(2)[0]
-        return diffusion_preference_loss(
-            predictions.policy,
-            predictions.batch.target,
-            predictions.reference,
+        batch, reference = predictions.batch, predictions.reference
+        noise_levels = batch.noise_levels.chunk(2)[0]
+        outputs = diffusion_preference_loss(
+            batch.within(predictions.policy),
+            batch.within(batch.target),
+            None if reference is None else batch.within(reference),
             ref_errors=predictions.reference_errors,
             loss_type=settings.loss_type,
             loss_weights=settings.loss_weights,
@@ -238,13 +254,32 @@ class PairForward:
             safeguard_granularity=settings.safeguard_granularity,
             safeguard_eps=settings.safeguard_eps,
             pair_weights=predictions.pair_weights,
-            timestep_weights=self.timestep_weights(predictions.batch),
+            timestep_weights=self.timestep_weights(batch),
             loser_weights=self.loser_weights(noise_levels),
             noise_bins=noise_bin_of(noise_levels, settings.num_noise_bins),
             num_noise_bins=settings.num_noise_bins,
             scores=predictions.scores,
             **cast(dict[str, Any], settings.loss_kwargs),
         )
+        return outputs if batch.region is None else self._with_mask_metrics(outputs, predictions, batch.region)
+
+    def _with_mask_metrics(
+        self, outputs: PreferenceLossOutput, predictions: PairPredictions, region: torch.Tensor
+    ) -> PreferenceLossOutput:
+        """Add the metrics of masks, and with `mask_anchor` the term that keeps the prediction outside of the masks."""
+        is_inside = region > 0
+        metrics = {
+            "mask/share": is_inside.float().mean(),
+            "mask/empty": (~is_inside.flatten(1).any(1)).float().mean(),
+        }
+        loss = outputs.loss
+        if self.loss_settings.mask_anchor:
+            assert predictions.reference is not None, "The settings were checked for a reference."
+            moved = (predictions.policy - predictions.reference).square() * ~is_inside
+            outside = (~is_inside).expand_as(moved).sum()
+            metrics["mask/outside_change"] = (moved.sum() / outside.clamp(min=1)).detach()
+            loss = loss + self.loss_settings.mask_anchor * moved.sum() / outside.clamp(min=1)
+        return replace(outputs, loss=loss, metrics={**outputs.metrics, **metrics})
 
     def logged_metrics(self, outputs: PreferenceLossOutput) -> dict[str, torch.Tensor]:
         """Return a batch's metrics without the ones that the parameter-space safeguard logs under the same names."""
@@ -272,7 +307,10 @@ class PairForward:
         inverts = self._inversion is not None and policy is not None and policy.training
         draw = partial(self.invert, policy, conditioning) if inverts else self.draw_noise
         timesteps, noise = draw(seeds_of_draws(inputs["seeds"], draws), latents)
-        return self.add_noise(latents, noise, timesteps, conditioning)
+        batch = self.add_noise(latents, noise, timesteps, conditioning)
+        if "masks" not in inputs:
+            return batch
+        return replace(batch, region=repeat_pairs(region_of(inputs["masks"], latents), draws))
 
     def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the latents `(2B, ...)` and the conditioning of a batch, winners first."""
@@ -387,7 +425,7 @@ class PairForward:
         batches = batch.halves() if by_branch else (batch,)
         predicted = self.predict_reference(model, batches)
         assert predicted is not None, "There must be a reference before training."
-        return mean_error(torch.cat(predicted) - batch.target.float())
+        return mean_error(batch.residual(torch.cat(predicted)))
 
     def stored_errors(self, inputs: dict[str, Any]) -> torch.Tensor | None:
         """Return the stored reference errors of a collated batch, or `None` if they are not computed before
@@ -463,6 +501,33 @@ def of_both_halves(conditioning: torch.Tensor, rows: int) -> torch.Tensor:
             "Change the `data_collator`."
         )
     return torch.cat([conditioning] * (rows // prompts))
+
+
+def region_of(masks: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Return factors of residuals whose mean square is then the mean square within the masks.
+
+    A latent is within a mask if the mask has a pixel there or at a neighbour. Its factor is the square root of the
+    number of latents over the number of them within the mask; outside, it is 0. With a mask of ones, all factors are
+    exactly 1. An image whose mask has no pixel left after cropping has factors of 0.
+
+    Args:
+        masks (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8): 1 within the mask and 0 outside, in pixels.
+        latents (`torch.Tensor` of shape `(2B, C, h, w)` or `(2 * draws * B, C, h, w)`): Latents of the images.
+
+    Returns:
+        `torch.Tensor` of shape `(2B, 1, h, w)`, float32, on the device of the latents.
+
+    Raises:
+        `ValueError`: If the latents are not images.
+
+    Source: https://huggingface.co/papers/2601.23222, the error within a region divided by the region's size.
+    """
+    if latents.dim() != 4:
+        raise ValueError(f"Masks need latents of shape (N, C, h, w), got {tuple(latents.shape)}. Remove the masks.")
+    grid = nn.functional.adaptive_max_pool2d(masks.to(latents.device, torch.float32), latents.shape[-2:])
+    inside = nn.functional.max_pool2d(grid, kernel_size=3, stride=1, padding=1)
+    size = inside.sum((1, 2, 3), keepdim=True)
+    return inside * (inside[0].numel() / size.clamp(min=1)).sqrt()
 
 
 def repeat_pairs(tensor: torch.Tensor, times: int) -> torch.Tensor:

@@ -109,7 +109,7 @@ class ParameterSafeguard:
         self.gradients.backward(WINNER, share * (winner_pred * grad_winner).sum(), retain_graph=retains)
         if anchored or measures:
             winner_pred = winner_pred if retains else self._forward.predict(branches.model, winners)
-            grad_anchor = winner_error_gradient(winner_pred - winners.target.float())
+            grad_anchor = winners.within(winner_error_gradient(winners.residual(winner_pred)))
             self.gradients.backward(ANCHOR, share * (winner_pred * grad_anchor).sum())
         model, losers, loser_pred = branches.model, branches.losers, branches.loser_pred
         del winner_pred, branches

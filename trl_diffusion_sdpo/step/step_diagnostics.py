@@ -49,7 +49,7 @@ class StepDiagnostics:
     def record(self, winners: NoisyBatch, predictions: PairPredictions) -> None:
         """Record a micro-batch's winners and their error, and log lambda of the output space."""
         winner_pred = predictions.policy.detach().chunk(2)[0]
-        self._winners.append((winners, mean_error(winner_pred - winners.target.float(), over_batch=True)))
+        self._winners.append((winners, mean_error(winners.residual(winner_pred), over_batch=True)))
         metrics = self._forward.loss(predictions, safeguard="output").metrics
         logged = {f"safeguard/output_{name}": metrics[f"safeguard/{name}"] for name in ("scale", "cosine")}
         self._meter.add(logged, len(winners.noisy))
@@ -71,7 +71,7 @@ class StepDiagnostics:
             return
         step = self._steps.pop()
         for winners, before in step.winners:
-            residual = self._forward.predict(self._model, winners) - winners.target.float()
+            residual = winners.residual(self._forward.predict(self._model, winners))
             change = mean_error(residual, over_batch=True) - before
             self._meter.add({"safeguard/realised_winner_change": change}, len(winners.noisy) * step.finite)
         moves = [now - before for now, before in zip(self._backend.weights(), step.weights, strict=True)]

@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..families.noise import generators_of, sent, standard_normal, uniform
 from ..losses import BudgetController, mean_error, noise_bin_of, order_by_scores
 from ..models.ema import EMAWeights
 from .meters import MetricMeter
-from .pair_forward import NoisyBatch, PairForward, eval_mode, take_rows
+from .pair_forward import NoisyBatch, PairForward, eval_mode, region_of, take_rows
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class BudgetProbe:
         training are NaN."""
         sums = torch.zeros(2, self.num_noise_bins, device=PartialState().device)
         for batch, noise_bins, count in zip(self.batches, self.noise_bins, self.counts, strict=True):
-            error = mean_error(predict(batch) - batch.target.float())  # (N,)
+            error = mean_error(batch.residual(predict(batch)))  # (N,)
             sums.index_add_(1, noise_bins, torch.stack([error * count, count]))
         sums = reduce(sums, "sum")
         return sums[0] / sums[1]
@@ -156,16 +156,20 @@ class WinnerBudget:
         """Return the winners of the pairs, each at one timestep in every noise bin."""
         probe = BudgetProbe(model, self._forward.loss_settings.num_noise_bins)
         for batch_of_pairs in pairs:
-            latents, conditioning = self._forward.encode(batch_of_pairs.inputs)
+            inputs = batch_of_pairs.inputs
+            latents, conditioning = self._forward.encode(inputs)
+            region = region_of(inputs["masks"], latents) if "masks" in inputs else None
             if self._sorts_by_scores:
-                order = order_by_scores(batch_of_pairs.inputs["scores"])
+                order = order_by_scores(inputs["scores"])
                 latents, conditioning = latents[order], take_rows(conditioning, order)
+                region = None if region is None else region[order]
             # Clone, because a view would keep the losers in memory.
             winners = latents.chunk(2)[0], {name: value.chunk(2)[0].clone() for name, value in conditioning.items()}
             counts = torch.tensor(batch_of_pairs.counts, device=latents.device).float()
             for noise_bin in range(probe.num_noise_bins):
-                batch = self._at_noise_bin(noise_bin, *winners, batch_of_pairs.inputs["seeds"])
+                batch = self._at_noise_bin(noise_bin, *winners, inputs["seeds"])
                 if batch is not None:
+                    batch = batch if region is None else replace(batch, region=region.chunk(2)[0].clone())
                     probe.batches.append(batch)
                     probe.noise_bins.append(torch.full_like(batch.timesteps, noise_bin, dtype=torch.long))
                     probe.counts.append(counts)

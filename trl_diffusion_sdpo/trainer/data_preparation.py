@@ -208,6 +208,11 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
     if not training:
         _refuse_parts(prepared, args, name)
     _check_scores(prepared, scores, args, name)
+    if args.mask_anchor and not prepared.has_masks:
+        raise ValueError(
+            f"`mask_anchor={args.mask_anchor}` needs a mask column, and the {name} data has none. Add one, or "
+            "leave it out."
+        )
     scores.apply_to(prepared, peers(args))
     return prepared
 

@@ -197,6 +197,12 @@ def _check_loss(args: DiffusionSDPOConfig, loss: LossSpec) -> None:
             f"`beta={args.beta}` is large for the loss 'dspo'. It multiplies the distance to the reference, and the "
             "published value is 0.001. Use 'dspo_sdxl' for a beta in the thousands."
         )
+    if args.mask_anchor and (args.precompute_ref_errors or not loss.needs_reference):
+        reason = "`precompute_ref_errors=True`" if args.precompute_ref_errors else f"the loss {args.loss_type!r}"
+        raise ValueError(
+            f"`mask_anchor={args.mask_anchor}` needs the reference's prediction at every step, and {reason} has none. "
+            "Leave one of the two out."
+        )
     unsafe = args.safeguard == "none" or not loss.uses_loser
     if unsafe and (args.safeguard_mu is not None or args.safeguard_eps or args.safeguard_granularity != "batch"):
         reason = "`safeguard='none'`" if loss.uses_loser else f"the loss {args.loss_type!r}, which has no loser"

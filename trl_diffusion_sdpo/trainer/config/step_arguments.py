@@ -134,6 +134,9 @@ class LossArguments:
             Optimizer steps between two measurements of the parameter-space safeguard. A measurement logs lambda of the
             output space beside its own. It also logs the change of the winners' error on the same batch, noise and
             timesteps, both predicted from the gradient and realised by the optimizer. Nothing is measured if unset.
+        mask_anchor (`float`, *optional*, defaults to `0.0`):
+            Weight of an additional term for data with a mask column: the mean squared distance of the prediction from
+            the reference's prediction outside of the masks. Raise it to keep what is outside as it was.
         loss_kwargs (`dict` or `str`, *optional*):
             Constants of single losses by name, in YAML or as JSON: `label_smoothing` (share of flipped labels that
             `robust` assumes; default 0.1), `dspo_threshold` (squared shift above which `dspo_sdxl` weighs it; default
@@ -156,6 +159,7 @@ class LossArguments:
     safeguard_anchor: Annotated[Anchor | None, RESUME] = None
     safeguard_low_memory: bool = False
     safeguard_diagnostics_steps: Annotated[int | None, Range("[1, inf)", "Leave it unset for none.")] = None
+    mask_anchor: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME] = 0.0
     loss_kwargs: Annotated[dict[str, Any] | str | None, RESUME] = None
 
     @property
