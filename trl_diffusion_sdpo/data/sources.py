@@ -252,7 +252,7 @@ class PairSource:
         self.prompt_of_each_image = any(row_format.prompt_of_each_image for row_format in formats)
         self.has_losers = all(row_format.has_losers for row_format in formats)
         self.has_masks = any(row_format.mask_columns for row_format in formats)
-        check_masks(formats, [part.name for part in parts])
+        check_masks(formats, [source.name for source in sources])
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -268,8 +268,8 @@ class PairSource:
 
     def mask(self, row: int, image: int) -> Any:
         """The undecoded mask of one of a row's images."""
-        part, number = self._find(row)
-        return part.mask(number, image)
+        source, number = self._source_of(row)
+        return source.mask(number, image)
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
         """Return the prompts of rows, whose numbers are sorted. `image` chooses among two prompts of a row."""
