@@ -125,7 +125,7 @@ def test_timestep_weighting_multiplies_the_errors(trainer_of, family_folder):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("flux", {"snr_gamma": 5.0}, "Min-SNR"),
+        ("flux", {"snr_gamma": 5.0}, "snr_gamma"),
         ("stable_diffusion", {"timestep_weighting": "one_minus_t_squared"}, "`timestep_weighting"),
         ("flux", {"timesteps": [500.0], "timestep_range": [0, 500]}, "`timesteps`"),
         ("flux", {"timesteps": [1000.5]}, "`timesteps`"),
@@ -133,8 +133,8 @@ def test_timestep_weighting_multiplies_the_errors(trainer_of, family_folder):
         ("flux", {"timestep_range": [0, 1001]}, "`timestep_range`"),
         ("flux", {"weighting_scheme": "cosmap"}, "`weighting_scheme`"),
         # Pixels per latent, times latents per token.
-        ("flux", {"resolution": 18}, "multiple of 4 pixels for this model, got 18"),
-        ("wan", {"resolution": 40}, "multiple of 16 pixels for this model, got 40"),
+        ("flux", {"resolution": 18}, "multiple of 4 pixels.*18"),
+        ("wan", {"resolution": 40}, "multiple of 16 pixels.*40"),
     ],
 )
 def test_what_cannot_act_is_refused_at_set_up(trainer_of, name, settings, message):

@@ -54,7 +54,7 @@ def test_a_stream_that_is_done_takes_no_step_beyond_its_last(build, make_pairs):
 def test_fewer_steps_than_the_checkpoint_has_taken_train_nothing(build, run, caplog):
     trainer = build(3)
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 4 and "the run ends at 3" in caplog.text
+    assert trainer.state.global_step == 4 and "Increase `max_steps`" in caplog.text
 
 
 # ---- From what a run resumes -----------------------------------------------------------------------------------------
