@@ -3,6 +3,7 @@ reference stands still or follows, and drawings, evaluation and uploads are thos
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import datasets
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from two_processes import do_in_turn, folder_of_done
 
 WORKER = Path(__file__).with_name("run_worker.py")
+sys.path.append(str(WORKER.parent))  # a run in this process imports its scorer from there
 SHARDING = ("fsdp2", "zero3")
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 EVERY_ENGINE = (*ENGINES, "zero1")
@@ -41,6 +43,7 @@ LONG_ARGS = {
     "eval_steps": STEPS,
     "sample_prompts": ["a cat"],
     "sample_kwargs": {"num_inference_steps": 2},
+    "sample_scorers": ["brightness:score"],
 }
 FOLLOWING = {"sync_ref_model": True, "ref_model_sync_steps": 1}
 KEPT = {
@@ -419,7 +422,7 @@ def test_policy_and_reference_begin_as_one_in_every_precision(found):
 
 @each(lambda engine, tuning: [long_run(engine, tuning)])
 def test_drawings_are_those_of_one_process(found, needs, single):
-    alone, _ = single(needs[0]["tuning"])
+    alone, log = single(needs[0]["tuning"])
     names = sorted(file.name for file in (alone / "samples").iterdir())
     assert len(names) == 4  # before and after: the prompt's, and the grid
     assert sorted(file.name for file in (found[0] / "saved" / "samples").iterdir()) == names
@@ -427,6 +430,10 @@ def test_drawings_are_those_of_one_process(found, needs, single):
         ours, theirs = (Image.open(folder / "samples" / name) for folder in (found[0] / "saved", alone))
         extrema = ImageChops.difference(ours.convert("RGB"), theirs.convert("RGB")).getextrema()
         assert max(high for _, high in extrema) <= 2, name
+    logs = [json.loads((found[0] / "saved" / "trainer_state.json").read_text())["log_history"], log]
+    name = "samples/brightness:score"
+    scores = [{entry["step"]: entry[name] for entry in entries if name in entry} for entries in logs]
+    assert list(scores[0]) == [0, STEPS] and scores[0] == pytest.approx(scores[1], abs=2)
     first, last = (Image.open(found[0] / "saved" / "samples" / f"step-00000{step}-0.png") for step in (0, STEPS))
     assert ImageChops.difference(first, last).getbbox() is not None
 

@@ -241,3 +241,8 @@ def test_the_aesthetic_score_is_its_definition_and_ignores_the_prompt(folder, tm
     scores = scorer(IMAGES, PROMPTS)
     assert scores.tolist() == pytest.approx(expected[:, 0].tolist(), abs=1e-5)
     assert scorer(IMAGES, ["x"] * 3).equal(scores)
+    scorer.to("meta")
+    assert {weight.device.type for part in (scorer.head, scorer.clip.model) for weight in part.parameters()} == {
+        "meta"
+    }
+    assert scorer.clip.device.type == "meta"

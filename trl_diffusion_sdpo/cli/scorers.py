@@ -18,6 +18,11 @@ def scorer_named(name: str, **settings: Any) -> Scorer:
     """
     from ..rewards import load_scorer
 
+    import_from_working_directory()
+    return load_scorer(name, **settings)
+
+
+def import_from_working_directory() -> None:
+    """Make modules in the working directory importable."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    return load_scorer(name, **settings)

@@ -14,6 +14,7 @@ from ..utils.import_utils import require
 from . import EXIT_INTERRUPTED, EXIT_OK, launch
 from .errors import reading_arguments, reading_data
 from .options import option_name, refuse_unknown, refuse_unknown_keys
+from .scorers import import_from_working_directory
 from .train_parser import check_adapter_options, check_together, is_first_process, make_parser, read_given
 
 if TYPE_CHECKING:
@@ -126,6 +127,8 @@ def build_trainer(
     if model_args.load_in_4bit or model_args.load_in_8bit:
         require("quantization", "A quantized base")
 
+    if training_args.sample_scorers:
+        import_from_working_directory()
     train_dataset, eval_dataset = load_data(script_args, training_args, model_args)
     trainer = DiffusionSDPOTrainer(
         model_args.model_name_or_path,

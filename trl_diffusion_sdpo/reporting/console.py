@@ -21,7 +21,7 @@ WORDS = {
 }
 # The trainer's other metrics, the speed of an evaluation, and values on the bar are not shown.
 _HIDDEN = re.compile(
-    r"(.*_)?(errors|rewards|safeguard|budget)/.*|eval_.*(runtime|per_second)"
+    r"(.*_)?(errors|rewards|safeguard|budget)/.*|eval_(samples/.*|.*(runtime|per_second))"
     r"|grad_norm|epoch|total_flos|num_input_tokens_seen"
 )
 _EVALUATED = re.compile(r"(?P<prefix>eval.*_)errors/winner$")

@@ -116,11 +116,14 @@ class VerdictCallback(TrainerCallback):
                 self._evaluate()
         if not state.is_world_process_zero:
             return
-        verdict = verdict_of(state.log_history, self._run, step)
+        scores = None if self._samples is None else self._samples.scores
+        sentence = "" if scores is None else scores.sentence(step or state.global_step)
+        verdict = verdict_of(state.log_history, self._run, step, sentence)
         with warning_of_unwritten_files():
             folder = output_folder(args)
             images = [] if self._samples is None else self._samples.comparison(folder, step or state.global_step)
-            picture = write_verdict(folder, verdict, self._run, images)
+            facts = {} if scores is None else scores.facts(step or state.global_step)
+            picture = write_verdict(folder, verdict, self._run, images, facts)
             if picture is not None:
                 self._tracked.add("verdict", picture, state.global_step)
         if verdict is not None and not args.disable_tqdm:

@@ -26,6 +26,7 @@ from ..models.frozen_components import FrozenComponents
 from ..saving.setup import output_folder
 from ..step.pair_forward import eval_mode
 from ..utils.hints import did_you_mean
+from .sample_scores import SampleScores
 from .tracked_images import TrackedImages
 
 SAMPLES_FOLDER = "samples"
@@ -85,6 +86,10 @@ class SampleImagesCallback(TrainerCallback):
             and text encoders on the device while images are generated.
         images ([`~trl_diffusion_sdpo.reporting.tracked_images.TrackedImages`], *optional*): Sends each prompt's image
             to trackers, as `samples/0` and so on.
+        scores ([`~trl_diffusion_sdpo.reporting.sample_scores.SampleScores`], *optional*): Scores the images of each
+            generation.
+        log (`Callable`, *optional*): Logs these scores as metrics; all processes call it.
+        at_evaluations (`bool`, *optional*, defaults to `False`): Whether to generate before each evaluation too.
     """
 
     def __init__(
@@ -100,7 +105,11 @@ class SampleImagesCallback(TrainerCallback):
         every_process: bool = False,
         frozen: FrozenComponents | None = None,
         images: TrackedImages | None = None,
+        scores: SampleScores | None = None,
+        log: Callable[[dict[str, float]], None] = lambda metrics: None,
+        at_evaluations: bool = False,
     ):
+        self.scores, self._log, self._at_evaluations = scores, log, at_evaluations
         self.pipeline, self.denoiser_name, self.every_process = pipeline, denoiser_name, every_process
         self._frozen, self._images = frozen, images or TrackedImages(())
         self._untracked: int | None = None  # step of images that were not sent to trackers yet
@@ -117,19 +126,33 @@ class SampleImagesCallback(TrainerCallback):
         exists = resumed and self._are_written(output_folder(args), state.global_step)
         if in_any_process(exists, args.device):
             self._last_step = state.global_step  # the run that wrote the checkpoint generated them
+        if self.scores is not None:
+            self.scores.step = None
         self._generate_once(args, state, state.global_step, kwargs.get("model"))
+        if self.scores is not None and self.scores.step is None:
+            self._score(args, state, state.global_step)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._track(args)  # the first images: trackers have begun by now
+        self._log_scores(state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if self.every_n_steps is not None and state.global_step % self.every_n_steps == 0:
+        is_due = self.every_n_steps is not None and state.global_step % self.every_n_steps == 0
+        if is_due or (self._at_evaluations and control.should_evaluate):
             self._generate_once(args, state, state.global_step, kwargs.get("model"))
             self._track(args)
+            self._log_scores(state, control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self._at_evaluations and control.should_evaluate:
+            self._generate_once(args, state, state.global_step, kwargs.get("model"))
+            self._track(args)
+            self._log_scores(state, control)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._generate_once(args, state, final_step(args, state) or state.global_step, kwargs.get("model"))
         self._track(args)
+        self._log_scores(state, control)
 
     def gallery(self, step: int) -> list[tuple[str, str]]:
         """Return the paths of a step's images, relative to the output folder, each with its prompt."""
@@ -168,13 +191,17 @@ class SampleImagesCallback(TrainerCallback):
         return noted and grid_path(folder, step).exists()
 
     def _generate_once(self, args: TrainingArguments, state: TrainerState, step: int, model: nn.Module | None) -> None:
-        if step == self._last_step or not (self.every_process or state.is_world_process_zero):
+        if step == self._last_step:
             return
-        images = self.generate(training_autocast(args), through=model if self.every_process else None)
         self._last_step = step
-        if not state.is_world_process_zero:
-            return
-        folder = output_folder(args)
+        if self.every_process or state.is_world_process_zero:
+            images = self.generate(training_autocast(args), through=model if self.every_process else None)
+            if state.is_world_process_zero:
+                self._write(output_folder(args), step, images)
+        if self.scores is not None:
+            self._score(args, state, step)
+
+    def _write(self, folder: Path, step: int, images: Sequence[Image.Image]) -> None:
         grid_path(folder, step).parent.mkdir(parents=True, exist_ok=True)
         for i, (image, (path, prompt)) in enumerate(zip(images, self.gallery(step), strict=True)):
             note = PngInfo()
@@ -183,6 +210,33 @@ class SampleImagesCallback(TrainerCallback):
             image.save(folder / path, pnginfo=note)
         labelled_grid(images, self.prompts).save(grid_path(folder, step))
         self._untracked = step
+
+    def _score(self, args: TrainingArguments, state: TrainerState, step: int) -> None:
+        """Score the images of a step. All processes call it."""
+        assert self.scores is not None, "The callers check it."
+        folder = output_folder(args)
+        with _restored_random_state(args.device):
+            if self.scores.step is None:
+                is_known = not state.is_world_process_zero or self._are_written(folder, 0)
+                is_missing = in_any_process(not is_known, args.device)
+                if is_missing and self._at_evaluations:
+                    raise ValueError(
+                        f"`metric_for_best_model={args.metric_for_best_model!r}` needs the sample images before "
+                        f"training, and {folder / SAMPLES_FOLDER} has none of these prompts. Copy them from the folder "
+                        "of the earlier run, or choose another metric."
+                    )
+                self.scores.begin([] if is_missing else [folder / path for path, _ in self.gallery(0)])
+            self.scores.measure(step, [folder / path for path, _ in self.gallery(step)])
+
+    def _log_scores(self, state: TrainerState, control: TrainerControl) -> None:
+        """Log the newest scores, unless they are logged, or belong to weights of an earlier step."""
+        if self.scores is None or self.scores.step != state.global_step:
+            return
+        logged = (entry for entry in state.log_history if entry["step"] == state.global_step)
+        if not any(self.scores.metrics.keys() <= entry.keys() for entry in logged):
+            trainer_logs = control.should_log  # a log resets it, and the trainer's own log would be left out
+            self._log(self.scores.metrics)
+            control.should_log = trainer_logs
 
     def _track(self, args: TrainingArguments) -> None:
         """Send the newest images to the trackers, unless they were sent before."""

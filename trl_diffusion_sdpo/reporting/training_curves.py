@@ -1,9 +1,12 @@
-"""Curves from the log history of a run: loss, change of the errors, accuracy and lambda."""
+"""Curves from the log history of a run: loss, change of the errors, accuracy, lambda and scores of sample images."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from .sample_scores import PREFIX, WIN_RATE
 
 CURVES_FILE = "curves.png"
 _CHANGE = "change of the error, % of the reference's"
@@ -14,6 +17,8 @@ _PANELS = {
     "accuracy": [("accuracy", "rewards/accuracies")],
     "lambda": [("lambda", "safeguard/scale")],
 }
+_IMAGES = "win rate of the sample images"
+_SHARES = ("accuracy", "lambda", _IMAGES)
 _EVALUATION = re.compile(r"(eval.*_)loss")
 
 History = Sequence[Mapping[str, Any]]
@@ -46,6 +51,11 @@ def curves_of(history: History) -> dict[str, dict[str, Points]]:
                 points = _points(history, f"{prefix}{metric}", change=panel == _CHANGE and relative)
                 if points:
                     panels.setdefault(title, {})[f"{label}, {prefix[:-1]}" if prefix else label] = points
+    rates = [name for entry in history for name in entry if name.startswith(PREFIX) and name.endswith(WIN_RATE)]
+    for name in dict.fromkeys(rates):
+        points = [point for point in _points(history, name, change=False) if math.isfinite(point[1])]
+        if points:
+            panels.setdefault(_IMAGES, {})[name.removeprefix(PREFIX).removesuffix(WIN_RATE)] = points
     return panels
 
 
@@ -69,20 +79,24 @@ def plot_curves(history: History, file: str | Path) -> None:
 
 
 def _plot_panel(axes: Any, title: str, curves: Mapping[str, Points]) -> None:
+    if title == _IMAGES:
+        axes.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
     evaluations = list(dict.fromkeys(label.partition(", ")[2] for label in curves if ", " in label))
-    for label, points in curves.items():
+    for index, (label, points) in enumerate(curves.items()):
         first, _, evaluation = label.partition(", ")
         look: dict[str, Any] = {"color": "C3" if first == "losers" else "C0", "label": label}
-        if evaluation:
+        if title == _IMAGES:
+            look |= {"color": f"C{index}", "marker": "o", "markersize": 3}
+        elif evaluation:
             look |= {"marker": "o", "markersize": 3, "linestyle": ("-", "--", ":")[evaluations.index(evaluation) % 3]}
         else:
             look |= {"linewidth": 0.8, "alpha": 0.6}
         axes.plot(*zip(*points, strict=True), **look)
     axes.set(title=title, xlabel="optimizer step")
-    if title in ("accuracy", "lambda"):
-        axes.set_ylim(-0.04, 1.04)  # both are shares
+    if title in _SHARES:
+        axes.set_ylim(-0.04, 1.04)
     axes.grid(alpha=0.25)
-    if len(curves) > 1:
+    if len(curves) > 1 or title == _IMAGES:
         for label in axes.legend(frameon=False, fontsize=8).get_texts():
             label.set_parse_math(False)  # a set's name may have a dollar sign
 

@@ -221,13 +221,14 @@ def judge_preference(accuracy: Estimate | None, margin: Estimate | None = None) 
     return "not learned"
 
 
-def verdict_of(history: History, run: RunFacts, step: int | None = None) -> Verdict | None:
+def verdict_of(history: History, run: RunFacts, step: int | None = None, images: str = "") -> Verdict | None:
     """Return the verdict by the last evaluation, or by the last logs of training if there is none.
 
     Args:
         history (`Sequence[Mapping]`): The trainer's log history.
         run ([`RunFacts`]): Facts of the run.
         step (`int`, *optional*): Step of the weights to judge, if not the last ones.
+        images (`str`, *optional*): A sentence on the scores of sample images. It ends the finding.
 
     Returns:
         `Verdict` or `None`: `None` if no error was logged that can be compared.
@@ -237,9 +238,9 @@ def verdict_of(history: History, run: RunFacts, step: int | None = None) -> Verd
     if of_policy:
         judged = max(of_policy, key=lambda steps: _badness(_at(steps, step)))
         averages = [_at(steps, step) for prefix, steps in evaluations.items() if prefix.endswith(run.average_suffix)]
-        return _worded(_at(judged, step), "evaluation", run, judged, averages)
+        return _worded(_at(judged, step), "evaluation", run, judged, averages, images)
     mean = _last_training(history, run)
-    return None if mean is None else _worded(mean, "training", run)
+    return None if mean is None else _worded(mean, "training", run, images=images)
 
 
 def is_evaluation(entry: Mapping[str, Any]) -> bool:
@@ -388,6 +389,7 @@ def _worded(
     run: RunFacts,
     history: Sequence[Measurement] = (),
     averages: Iterable[Measurement] = (),
+    images: str = "",
 ) -> Verdict:
     advice = _advice(measured, run)
     lowest = min(history, key=lambda earlier: earlier.change, default=None)
@@ -399,6 +401,7 @@ def _worded(
     sentences += [f"With averaged weights, the error{_of_set(average)} is {average}." for average in averages]
     if pairs == "training":
         sentences.append("Without an evaluation on held-out pairs, nothing is known of other pairs.")
+    sentences += [images] if images else []
     verdict = Verdict(measured.word, "", advice, measured, pairs)
     return replace(verdict, finding=f"Verdict: {verdict.headline}. {' '.join(sentences)}")
 

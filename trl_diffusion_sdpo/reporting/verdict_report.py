@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,20 @@ COLOURS = {"better": "#1b7837", "unchanged": "#555555", "worse": "#b2182b", "unk
 WINNERS, LOSERS, GREY = "#2166ac", "#e08214", "#666666"
 
 
-def write_verdict(folder: Path, verdict: Verdict | None, run: RunFacts, images: Sequence[SamplePair]) -> Path:
-    """Write `verdict.json` and `verdict.png` into a run's folder. Return the picture's path."""
-    facts = verdict_facts(verdict or UNKNOWN, run, images)
+def write_verdict(
+    folder: Path,
+    verdict: Verdict | None,
+    run: RunFacts,
+    images: Sequence[SamplePair],
+    scores: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `verdict.json` and `verdict.png` into a run's folder. Return the picture's path.
+
+    Args:
+        images (`Sequence[SamplePair]`): Sample images before and after training.
+        scores (`Mapping`, *optional*): Win rates of these images, by scorer.
+    """
+    facts = verdict_facts(verdict or UNKNOWN, run, images) | {"sample_scores": scores or {}}
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / VERDICT_FILE, json.dumps(facts, indent=2, allow_nan=False).encode() + b"\n")
     return draw_verdict(folder, facts)

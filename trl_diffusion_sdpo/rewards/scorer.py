@@ -66,6 +66,13 @@ class BatchedScorer(ABC):
     def score_batch(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         """Return the scores `(N,)` of one batch of RGB images. A batch has at most `batch_size` images."""
 
+    def to(self, device: str | torch.device) -> None:
+        """Move the scorer's networks to a device."""
+        self.device = torch.device(device)
+        for part in vars(self).values():
+            if isinstance(part, torch.nn.Module | BatchedScorer):
+                part.to(self.device)
+
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
         if len(images) != len(prompts):
             raise ValueError(

@@ -21,11 +21,13 @@ from ..models.reference import Reference
 from ..reporting.console import ShortLogCallback
 from ..reporting.run_callbacks import NoiseBinPlotCallback, RunReportCallback, VerdictCallback
 from ..reporting.sample_images import SampleImagesCallback, call_options
+from ..reporting.sample_scores import SampleScores
 from ..reporting.tracked_images import TrackedImages
 from ..reporting.verdict import RunFacts
 from ..step.meters import AutoBeta
 from ..step.winner_budget import ProbeInputs, ProbeSettings, WinnerBudget
 from .components import Components
+from .config.checks import best_sample_metric
 from .config.complete import image_size
 from .data_preparation import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig
@@ -40,10 +42,12 @@ def add_callbacks(
     train_dataset: Dataset | IterableDataset | None,
     *,
     run_facts: RunFacts,
+    sample_scores: SampleScores | None,
     load_probe: Callable[[], Sequence[ProbeInputs]],
     policy: Callable[[], nn.Module],
     measure_step: Callable[[], None],
     evaluate: Callable[[], Any],
+    log: Callable[[dict[str, float]], None],
     end: Callable[[], None],
 ) -> None:
     """Add the callbacks that the settings need, in the order of their calls.
@@ -52,10 +56,12 @@ def add_callbacks(
     progress bar replaces the one of transformers.
 
     Args:
+        sample_scores ([`SampleScores`], *optional*): Scores the sample images.
         load_probe (`Callable`): Returns this process's pairs of the winner budget's probe.
         policy (`Callable`): Returns the policy as the engine wrapped it.
         measure_step (`Callable`): Completes the measurement of an optimizer step.
         evaluate (`Callable`): Evaluates the current weights.
+        log (`Callable`): Logs metrics.
         end (`Callable`): Reports the files that a run wrote, in the first process.
     """
     images = TrackedImages(handler.callbacks)
@@ -75,7 +81,7 @@ def add_callbacks(
         own.append(AutoBetaCallback(components.auto_beta))
     if args.sync_ref_model:
         own.append(SyncReferenceCallback(components.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
-    samples = _sample_images(args, components.frozen, images) if args.sample_prompts else None
+    samples = _sample_images(args, components.frozen, images, sample_scores, log) if args.sample_prompts else None
     if samples is not None:
         own.append(samples)
     if args.eval_strategy != "no":
@@ -87,7 +93,20 @@ def add_callbacks(
         handler.callbacks[-1] = ShortLogCallback()
 
 
-def _sample_images(args: DiffusionSDPOConfig, frozen: FrozenComponents, images: TrackedImages) -> SampleImagesCallback:
+def load_sample_scores(args: DiffusionSDPOConfig) -> SampleScores | None:
+    """Load `sample_scorers`, if they are set. All processes must call it."""
+    if not args.sample_scorers or not args.sample_prompts:
+        return None
+    return SampleScores(args.sample_scorers, args.sample_prompts, args.device, peers(args))
+
+
+def _sample_images(
+    args: DiffusionSDPOConfig,
+    frozen: FrozenComponents,
+    images: TrackedImages,
+    scores: SampleScores | None,
+    log: Callable[[dict[str, float]], None],
+) -> SampleImagesCallback:
     family = frozen.family
     return SampleImagesCallback(
         family.pipeline,
@@ -100,6 +119,9 @@ def _sample_images(args: DiffusionSDPOConfig, frozen: FrozenComponents, images: 
         every_process=by_engine(args),
         frozen=frozen,
         images=images,
+        scores=scores,
+        log=log,
+        at_evaluations=best_sample_metric(args) is not None,
     )
 
 

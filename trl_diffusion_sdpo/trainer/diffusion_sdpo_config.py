@@ -124,6 +124,8 @@ class DiffusionSDPOConfig(AllArguments):
             self.ddp_find_unused_parameters = False  # each forward pass uses every trainable weight
         if isinstance(self.sample_prompts, str):
             self.sample_prompts = [self.sample_prompts]
+        if isinstance(self.sample_scorers, str):
+            self.sample_scorers = [self.sample_scorers]
         self.loss_type = settled_loss_type(self.loss_type)
         self.loss_kwargs: dict[str, float] = settled_loss_kwargs(self.loss_kwargs)
         self.weighting_kwargs: dict[str, Any] = settled_mapping("weighting_kwargs", self.weighting_kwargs)

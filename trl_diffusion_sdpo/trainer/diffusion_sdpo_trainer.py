@@ -57,7 +57,7 @@ from ..step.winner_budget import ProbeInputs, ProbeSettings, probe_inputs, probe
 from ..utils._compat import keeps_order
 from ..utils.disk import naming_the_disk
 from ..utils.files import VERDICT_FILE, VERDICT_PLOT
-from .callbacks import add_callbacks
+from .callbacks import add_callbacks, load_sample_scores
 from .components import build_components, load_policy, make_reference_errors
 from .config.all_arguments import temporarily
 from .config.complete import copy_and_check_args, image_size, largest_batch, pairs_of_a_step, stored_crops
@@ -80,7 +80,7 @@ logger = logging.getLogger(__name__)
 SAME_IN_ALL_PROCESSES = (
     *("max_steps", "num_train_epochs", "learning_rate", "optim", "per_device_eval_batch_size"),
     *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "logging_strategy", "logging_steps"),
-    *("precompute_latents", "push_to_hub", "sample_prompts"),
+    *("precompute_latents", "push_to_hub", "sample_prompts", "sample_steps", "sample_scorers"),
 )
 REPORTS = (SAMPLES_FOLDER, "noise_bins*.png", CURVES_FILE, VERDICT_FILE, VERDICT_PLOT, TRAINER_STATE_NAME)
 # Files that stay local. The state contains paths of local folders.
@@ -172,6 +172,7 @@ class DiffusionSDPOTrainer(Trainer):
         # Copy the user's settings, and check that all processes have the same.
         args = copy_and_check_args(model, ref_model, args)
         check_agreement({name: getattr(args, name) for name in (*resume_settings(), *SAME_IN_ALL_PROCESSES)})
+        self.sample_scores = load_sample_scores(args)  # first: hours of encoding must not precede a failed download
         ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
         workers_are_chosen = args.dataloader_num_workers is None
 
@@ -292,10 +293,12 @@ class DiffusionSDPOTrainer(Trainer):
             components,
             train_dataset,
             run_facts=self.run_facts,
+            sample_scores=self.sample_scores,
             load_probe=self._load_probe,
             policy=lambda: self.model_wrapped,
             measure_step=self._measure_step,
             evaluate=lambda: self.evaluate(),  # a user may replace it
+            log=lambda metrics: self.log(metrics),
             end=self._end_report,
         )
 
@@ -701,6 +704,10 @@ class DiffusionSDPOTrainer(Trainer):
                 self._evaluated_weights = None
             assert output.metrics is not None and averaged.metrics is not None
             output.metrics.update(averaged.metrics)
+        scores = self.sample_scores
+        if scores is not None and scores.step == self.state.global_step and metric_key_prefix.startswith("eval"):
+            assert output.metrics is not None
+            output.metrics.update({f"eval_{name}": value for name, value in scores.metrics.items()})
         return output
 
     def _measured_loop(self, dataloader: DataLoader, *settings: Any) -> EvalLoopOutput:
@@ -727,7 +734,9 @@ class DiffusionSDPOTrainer(Trainer):
     def verdict(self) -> Verdict | None:
         """Return how the error on preferred images has changed, or `None` if nothing was measured. The verdict reads
         the last evaluation or, if there was none, the last training logs."""
-        return verdict_of(self.state.log_history, self.run_facts, final_step(self.args, self.state))
+        step = final_step(self.args, self.state)
+        images = "" if self.sample_scores is None else self.sample_scores.sentence(step or self.state.global_step)
+        return verdict_of(self.state.log_history, self.run_facts, step, images)
 
     # ---- Logging ----------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from ...losses import (
     check_safeguard,
     loss_weights_by_name,
 )
+from ...reporting.sample_scores import PREFIX, WIN_RATE
 from ...step.winner_budget import ProbeSettings
 from ...utils._compat import CHECKPOINTING, activation_checkpointing
 from ...utils.hints import did_you_mean
@@ -254,9 +255,23 @@ def _check_data(args: DiffusionSDPOConfig) -> None:
     args.image_schemes = list(parse_schemes(args.image_schemes)) or None
     if args.bucket_kwargs and not args.aspect_ratio_buckets:
         _warn("`bucket_kwargs` has no effect without `aspect_ratio_buckets`.")
-    for name in ("sample_steps", "sample_kwargs"):
+    for name in ("sample_steps", "sample_kwargs", "sample_scorers"):
         if getattr(args, name) and not args.sample_prompts:
             _warn(f"`{name}` has no effect without `sample_prompts`.")
+    best = best_sample_metric(args)
+    scorers = args.sample_scorers or [] if args.sample_prompts else []
+    metrics = [f"{PREFIX}{name}{ending}" for name in scorers for ending in (WIN_RATE, "")]
+    if best is not None and best not in metrics:
+        raise ValueError(
+            f"`metric_for_best_model` must be a metric of `sample_prompts` and `sample_scorers`, got {best!r}. Use one "
+            f"of {metrics}."
+        )
+
+
+def best_sample_metric(args: DiffusionSDPOConfig) -> str | None:
+    """Return `metric_for_best_model` without the prefix of evaluations if it is a score of sample images."""
+    metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    return metric if metric.startswith(PREFIX) else None
 
 
 def _check_scores(args: DiffusionSDPOConfig, loss: LossSpec) -> None:

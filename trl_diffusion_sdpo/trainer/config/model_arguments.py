@@ -113,8 +113,12 @@ class SampleArguments:
         sample_kwargs (`dict` or `str`, *optional*):
             Further arguments of the pipeline's call for sample images, in YAML or as JSON, such as
             `num_inference_steps` (default 30) and `guidance_scale` (default: the pipeline's).
+        sample_scorers (`list[str]`, *optional*):
+            Scorers of the sample images, such as `pickscore`, or your own `module:function`. Each generation is scored
+            and compared with the images before training.
     """
 
     sample_prompts: list[str] | None = None
     sample_steps: Annotated[int | None, Range("[1, inf)", "Leave it unset for none.")] = None
     sample_kwargs: dict[str, Any] | str | None = None
+    sample_scorers: list[str] | None = None

@@ -1,0 +1,164 @@
+"""Scores of sample images while training, compared with the images of equal noise from before training."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils.memory import clear_device_cache
+from PIL import Image
+
+from ..rewards import BatchedScorer, Scorer, load_scorer
+from ..rewards.statistics import WinRate, holm, win_rate
+from ..utils.processes import ALONE, Peers
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "samples/"
+WIN_RATE = "_win_rate"
+
+
+class SampleScores:
+    """Scores the sample images of a step, and compares them with the images before training.
+
+    The first process scores, and the others wait for its results. Scorers of this package are on the device only while
+    they score. A scorer that fails before training begins or resumes ends the run. After that, failures are counted and
+    logged, and the scores of that step are NaN.
+
+    Args:
+        names (`Sequence[str]`): Names of the scorers. The first process loads them on the CPU.
+        prompts (`Sequence[str]`): Prompts of the images.
+        device (`torch.device`): Device on which scorers compute.
+        processes (`Peers`): The processes of the training. All of them must create this object.
+
+    Raises:
+        `ValueError`: If a scorer cannot be loaded. Processes other than the first raise `RuntimeError`.
+    """
+
+    def __init__(self, names: Sequence[str], prompts: Sequence[str], device: torch.device, processes: Peers = ALONE):
+        self._prompts = list(prompts)
+        self._device = device
+        self._processes = processes
+        self._scorers: dict[str, Scorer] = {}
+        self._before: dict[str, np.ndarray] = {}
+        self._failures: Counter[str] = Counter()
+        self.step: int | None = None  # of the newest scores
+        self.metrics: dict[str, float] = {}
+        self.win_rates: dict[str, WinRate | None] = {}
+        processes.first(lambda: self._load(names))
+
+    def _load(self, names: Sequence[str]) -> None:
+        for name in names:
+            try:
+                self._scorers[name] = load_scorer(name) if ":" in name else load_scorer(name, device="cpu")
+            except Exception as error:
+                raise ValueError(f"`sample_scorers` has {name!r}, which cannot be loaded: {error}") from error
+
+    def begin(self, before: Sequence[Path]) -> None:
+        """Score the images before training. All processes must call it when a training begins or resumes.
+
+        Args:
+            before (`Sequence[Path]`): One image for each prompt. If it is empty, there are no win rates.
+
+        Raises:
+            `ValueError`: If a scorer fails. Processes other than the first raise `RuntimeError`.
+        """
+        self._failures = Counter()
+        if not before and self._processes.index == 0:
+            logger.warning("Sample images get no win rates, because those before training are not in `output_dir`.")
+
+        def score() -> dict[str, np.ndarray]:
+            scores = {}
+            for name in self._scorers:
+                try:
+                    scores[name] = self._score(name, before)
+                except Exception as error:
+                    raise ValueError(f"`sample_scorers` has {name!r}, which fails on {before[0]}: {error}") from error
+            return scores
+
+        self._before = self._processes.first(score) if before else {}
+
+    def measure(self, step: int, images: Sequence[Path]) -> None:
+        """Score the images of a step, one for each prompt. All processes must call it."""
+        found = self._processes.first(lambda: {name: self._compare(name, step, images) for name in self._scorers})
+        self.step = step
+        self.win_rates = {name: result for name, (_, result) in found.items()}
+        self.metrics = {}
+        for name, (mean, result) in found.items():
+            self.metrics[f"{PREFIX}{name}"] = mean
+            if self._before:
+                self.metrics[f"{PREFIX}{name}{WIN_RATE}"] = math.nan if result is None else result.rate
+
+    def _compare(self, name: str, step: int, images: Sequence[Path]) -> tuple[float, WinRate | None]:
+        """Return the mean score, and the win rate against the images before training."""
+        try:
+            scores = self._before[name] if step == 0 and self._before else self._score(name, images)
+            return float(np.nanmean(scores)), win_rate(scores, self._before[name]) if self._before else None
+        except Exception as error:
+            self._failures[name] += 1
+            logger.warning(
+                "The scorer %r could not score the sample images of step %s (failure %s of this run). Training goes "
+                "on without these scores. %s: %s",
+                *(name, step, self._failures[name], type(error).__name__, error),
+            )
+            return math.nan, None
+
+    def _score(self, name: str, files: Sequence[Path]) -> np.ndarray:
+        """Return the scores, `(prompts, 1)`."""
+        images = [_read(file) for file in files]
+        scorer = self._scorers[name]
+        with _on_device(scorer, self._device):
+            return scorer(images, self._prompts).numpy().astype(np.float64)[:, None]
+
+    def facts(self, step: int) -> dict[str, dict[str, float | str | None]]:
+        """Return the win rates of a step and their verdicts, by scorer, as numbers and words of a JSON file."""
+        known = {name: result for name, result in self.win_rates.items() if result is not None}
+        if self.step != step or not known:
+            return {}
+        adjusted = holm([result.p_value for result in known.values()])
+        return {
+            name: {
+                "win_rate": result.rate,
+                "low": result.low,
+                "high": result.high,
+                "adjusted_p_value": p_value,
+                "verdict": result.verdict(p_value),
+            }
+            for (name, result), p_value in zip(known.items(), adjusted, strict=True)
+        }
+
+    def sentence(self, step: int) -> str:
+        """Return the win rates of a step in words; empty if there are none."""
+        words = [
+            f"{name} {fact['win_rate']:.0%} (95 % interval {fact['low']:.0%} to {fact['high']:.0%}: {fact['verdict']})"
+            for name, fact in self.facts(step).items()
+        ]
+        words += [f"{name} failed {count} times" for name, count in self._failures.items()]
+        if not words:
+            return ""
+        return f"Win rate of the {len(self._prompts)} sample images against those before training: {', '.join(words)}."
+
+
+@contextlib.contextmanager
+def _on_device(scorer: Scorer, device: torch.device) -> Iterator[None]:
+    """Keep a scorer of this package on the device within the context, and on the CPU otherwise."""
+    if not isinstance(scorer, BatchedScorer) or device.type == "cpu":
+        yield
+        return
+    try:
+        scorer.to(device)
+        yield
+    finally:
+        scorer.to("cpu")
+        clear_device_cache()
+
+
+def _read(file: Path) -> Image.Image:
+    with Image.open(file) as image:
+        return image.convert("RGB")
