@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..evaluation import Candidate
     from ..evaluation.images import ImageSettings
 
+LAYOUTS = ("geneval", "dpg", "t2i-compbench", "hpsv2")
 DTYPES = ("float32", "bfloat16", "float16")
 # The protocol of the Diffusion-SDPO authors. Their guidance of 7.5 counts from 0, and that of diffusers from 1.
 AUTHORS = {"num_inference_steps": 50, "guidance_scale": 8.5}
@@ -68,9 +69,10 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add(
         "--scorers",
         nargs="+",
-        required=True,
+        default=[],
         metavar="NAME",
-        help="Scorers, such as pickscore hpsv2.1 image_reward, or your own `module:function`.",
+        help="Scorers, such as pickscore hpsv2.1 image_reward, or your own `module:function`. Without any, the report "
+        "only shows images.",
     )
     add(
         "--scorer_settings",
@@ -92,6 +94,12 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         choices=["authors"],
         help="`authors`: 50 steps, guidance 8.5, the noise of a seed for all prompts.",
     )
+    add(
+        "--layout",
+        choices=LAYOUTS,
+        help="Also arrange the images as this benchmark reads them, in a folder of its name. `--prompts` is then the "
+        "benchmark's own file.",
+    )
     add("--call_kwargs", type=json.loads, default={}, metavar="JSON", help="Arguments of the pipelines' calls.")
     add("--batch_size", type=int, default=4, metavar="N", help="Images generated at once (default: 4).")
     add("--dtype", choices=DTYPES, default="float32", help="Dtype of the pipelines (default: float32).")
@@ -108,7 +116,7 @@ def run(arguments: list[str], prog: str) -> int:
     from accelerate import PartialState
 
     from ..evaluation import evaluate_models
-    from ..evaluation.prompts import PromptList, read_prompts
+    from ..evaluation.prompts import read_prompts
     from ..evaluation.report import REPORT_FILE, scale_sentence, verdict_sentence
 
     state = PartialState(cpu=options.device == "cpu")
@@ -116,9 +124,10 @@ def run(arguments: list[str], prog: str) -> int:
     candidates = _candidates(options)
     listed = read_prompts(options.prompts, column=options.prompt_column, split=options.prompt_split)
     if options.max_prompts is not None:
-        listed = PromptList(listed.prompts[: options.max_prompts], listed.empty, listed.duplicates)
+        listed = listed.first(options.max_prompts)
     scorers = [scorer_named(name, **_scorer_settings(name, options, device)) for name in options.scorers]
-    evaluation = evaluate_models(candidates, listed, scorers, options.output_dir, _image_settings(options, device))
+    settings = _image_settings(options, device)
+    evaluation = evaluate_models(candidates, listed, scorers, options.output_dir, settings, options.layout)
     if state.is_main_process:
         for comparison in evaluation.comparisons:
             print(verdict_sentence(comparison, evaluation.models[0]))
@@ -128,6 +137,8 @@ def run(arguments: list[str], prog: str) -> int:
         for note in evaluation.notes:
             print(note)
         print(f"The report is {options.output_dir}/{REPORT_FILE}.")
+        if options.layout:
+            print(f"The images for {options.layout} are in {options.output_dir}/{options.layout}.")
     state.wait_for_everyone()  # a launcher ends the other processes when the first has exited
     state.destroy_process_group()  # otherwise its threads can abort the process while Python exits
     return EXIT_OK

@@ -22,6 +22,7 @@ from ..utils.files import write_atomically
 from ..utils.processes import Peers
 from .candidate import Candidate
 from .images import ImageSettings, diversity, generate_images, image_path, is_black, saturation
+from .layouts import LAYOUTS, write_layout
 from .prompts import PromptList, distinct
 from .report import write_report
 from .scales import Sweep, recommend_in_cards, sweeps_of
@@ -86,6 +87,7 @@ def evaluate_models(
     scorers: Sequence[Scorer],
     output_dir: str | Path,
     settings: ImageSettings | None = None,
+    layout: str | None = None,
 ) -> Evaluation:
     """Generate images with all models, score them, and compare each model with the first one.
 
@@ -96,16 +98,19 @@ def evaluate_models(
         candidates (`Sequence[Candidate]`): The models. The first is the base model.
         prompts (`Sequence[str]` or `PromptList`): The prompts. [`~evaluation.prompts.read_prompts`] reads them from a
             file.
-        scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`].
+        scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`]. If there are none, the report only
+            shows images.
         output_dir (`str` or `Path`): Folder for images, scores, `results.json` and `report.html`.
         settings (`ImageSettings`, *optional*): Seeds, initial noise and arguments of the pipelines.
+        layout (`str`, *optional*): `"geneval"`, `"dpg"`, `"t2i-compbench"` or `"hpsv2"`. Also arrange the images in a
+            folder of this name as that benchmark reads them.
 
     Returns:
         `Evaluation`: The result. Every process gets it.
 
     Raises:
-        `ValueError`: If there are no models or scorers, two of them have the same name, or the folder has images that
-            were generated with other settings.
+        `ValueError`: If there are no models, two models or scorers have the same name, the folder has images that were
+            generated with other settings, or the prompts lack what the layout needs.
 
     Example:
 
@@ -123,8 +128,11 @@ def evaluate_models(
     """
     settings = settings or ImageSettings()
     listed = prompts if isinstance(prompts, PromptList) else distinct(prompts)
+    if not candidates:
+        raise ValueError("An evaluation needs models, got none.")
     _check_names("models", [candidate.name for candidate in candidates])
     _check_names("scorers", [scorer.name for scorer in scorers])
+    files = [] if layout is None else LAYOUTS[layout](listed, settings.seeds)
     folder = Path(output_dir)
     state = PartialState()
     peers = Peers(state.process_index, state.num_processes, gather_objects)
@@ -138,13 +146,15 @@ def evaluate_models(
     sweeps = tuple(sweeps_of(candidates, scores))
     evaluation = _compare(listed, settings, [candidate.name for candidate in candidates], scores, looks, sweeps)
     peers.first(lambda: _write(folder, evaluation))
+    if layout is not None:
+        peers.first(lambda: write_layout(folder, layout, evaluation.models, files))
     peers.first(lambda: recommend_in_cards(sweeps, candidates, settings.call_kwargs))
     return evaluation
 
 
 def _check_names(kind: str, names: Sequence[str]) -> None:
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"An evaluation needs {kind} with different names, got {list(names)}. Rename or add {kind}.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"The {kind} of an evaluation must have different names, got {list(names)}. Rename {kind}.")
 
 
 def _looks(folder: Path, name: str, prompts: PromptList, settings: ImageSettings, peers: Peers) -> dict[str, float]:

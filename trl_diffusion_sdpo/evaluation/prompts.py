@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,27 @@ PROMPT_COLUMNS = ("prompt", "caption", "text", "Prompt", "caption_text")
 
 @dataclass(frozen=True)
 class PromptList:
-    """Distinct prompts in their order, and the numbers of empty and repeated prompts that were skipped."""
+    """Distinct prompts in their order.
+
+    Args:
+        prompts (`tuple[str, ...]`): The prompts.
+        empty (`int`): Number of empty prompts that were skipped.
+        duplicates (`int`): Number of repeated prompts that were skipped.
+        rows (`tuple[tuple[int, Any], ...]`): Position in `prompts` and entry of the source, for each entry that is not
+            empty. A repeated prompt has one row each time.
+        name (`str`): Name of the file without its ending, or id of the dataset.
+    """
 
     prompts: tuple[str, ...]
     empty: int = 0
     duplicates: int = 0
+    rows: tuple[tuple[int, Any], ...] = ()
+    name: str = ""
+
+    def first(self, count: int) -> PromptList:
+        """Return the list without the prompts after the first `count`."""
+        rows = tuple((position, entry) for position, entry in self.rows if position < count)
+        return replace(self, prompts=self.prompts[:count], rows=rows)
 
 
 def read_prompts(source: str | Path, *, column: str | None = None, split: str = "test") -> PromptList:
@@ -51,21 +68,29 @@ def read_prompts(source: str | Path, *, column: str | None = None, split: str = 
         import datasets
 
         entries = datasets.load_dataset(str(source), split=split)
-    return distinct([_prompt(entry, column, source) for entry in entries], source)
+    entries = list(entries)
+    listed = distinct([_prompt(entry, column, source) for entry in entries], source, entries)
+    return replace(listed, name=path.stem)
 
 
-def distinct(prompts: Iterable[str], source: Any = "the list") -> PromptList:
+def distinct(prompts: Sequence[str], source: Any = "the list", entries: Sequence[Any] | None = None) -> PromptList:
     """Remove empty and repeated prompts, and count them.
+
+    Args:
+        entries (`Sequence`, *optional*): The source's entry of each prompt; the prompts themselves if unset.
 
     Raises:
         `ValueError`: If no prompt is left.
     """
     stripped = [prompt.strip() for prompt in prompts]
     filled = [prompt for prompt in stripped if prompt]
-    kept = tuple(dict.fromkeys(filled))
-    if not kept:
+    position = {prompt: index for index, prompt in enumerate(dict.fromkeys(filled))}
+    if not position:
         raise ValueError(f"An evaluation needs prompts, and {source} has none.")
-    return PromptList(kept, empty=len(stripped) - len(filled), duplicates=len(filled) - len(kept))
+    rows = tuple(
+        (position[prompt], entry) for prompt, entry in zip(stripped, entries or prompts, strict=True) if prompt
+    )
+    return PromptList(tuple(position), len(stripped) - len(filled), len(filled) - len(position), rows)
 
 
 def _prompt(entry: Any, column: str | None, source: Any) -> str:
@@ -91,8 +116,9 @@ def _read_json(text: str) -> list[Any]:
 
 
 _READERS: dict[str, Callable[[str], list[Any]]] = {
-    ".txt": str.splitlines,
+    # `str.splitlines` would also split at characters within a prompt, such as U+2028.
+    ".txt": lambda text: text.removesuffix("\n").split("\n"),
     ".json": _read_json,
-    ".jsonl": lambda text: [json.loads(line) for line in text.splitlines() if line.strip()],
-    ".csv": lambda text: list(csv.DictReader(text.splitlines())),
+    ".jsonl": lambda text: [json.loads(line) for line in text.split("\n") if line.strip()],
+    ".csv": lambda text: list(csv.DictReader(io.StringIO(text))),
 }

@@ -110,7 +110,6 @@ def html_report(folder: Path, evaluation: Evaluation) -> str:
         for one in evaluation.comparisons
     )
     notes = "".join(f"<li>{_text(note)}</li>" for note in evaluation.notes)
-    head = ["Model", "Scorer", "Win rate", "95 % interval", "Mean change", "p (Holm)", "Ties", "Verdict"]
     means = ["Model", *evaluation.scores, "Saturation", "Diversity within a prompt"]
     agreements = "".join(
         f"<li>{_text(pair)} prefer the same of {_text(model)} and {_text(base)} on {share:.0%} of the prompts.</li>"
@@ -122,21 +121,17 @@ def html_report(folder: Path, evaluation: Evaluation) -> str:
     single = [model for model in evaluation.models[1:] if model not in swept]
     shown = [f"{sweep.name} at {len(sweep.names) - 1} scales" for sweep in evaluation.sweeps] + single
     parts = [
-        f"<h1>{_text(', '.join(shown) or base)} against {_text(base)}</h1>",
+        f"<h1>{_text(', '.join(shown) + ' against ' if shown else '')}{_text(base)}</h1>",
         f"<p>{len(evaluation.prompts.prompts)} prompts, {len(evaluation.seeds)} images each, from equal noise.</p>",
         f'<ul class="verdicts">{verdicts}</ul>',
-        "<h2>Win rates</h2>",
-        "<p>A win rate is the share of prompts on which the model's image scores higher. A tie counts one half. The "
-        "line in the middle is one half: no difference.</p>",
-        _plot(evaluation),
-        _table(head, _rows(evaluation)),
+        _win_rates(evaluation) if evaluation.comparisons else "",
         "<h2>Means</h2>",
         _table(means, _mean_rows(evaluation)),
         "<p>Scorers tend to reward saturated images. Training often makes the images of a prompt more alike.</p>",
         f"<ul>{agreements}</ul>" if agreements else "",
         *(_scales(folder, evaluation, sweep) for sweep in evaluation.sweeps),
-        _images_of_all(folder, evaluation, [base, *single]) if len(single) > 1 else "",
-        _examples(folder, evaluation, single) if single else "",
+        _images_of_all(folder, evaluation, [base, *single]) if len(single) > 1 or not evaluation.scores else "",
+        _examples(folder, evaluation, single) if single and evaluation.scores else "",
         "<h2>What the numbers do not show</h2>",
         f"<p>{LIMITS}</p>",
         f"<ul>{notes}</ul>" if notes else "",
@@ -165,6 +160,15 @@ def _table(head: list[str], rows: Iterator[list[str]]) -> str:
     cells = "".join(f"<th>{_text(name)}</th>" for name in head)
     body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _win_rates(evaluation: Evaluation) -> str:
+    head = ["Model", "Scorer", "Win rate", "95 % interval", "Mean change", "p (Holm)", "Ties", "Verdict"]
+    return (
+        "<h2>Win rates</h2>"
+        "<p>A win rate is the share of prompts on which the model's image scores higher. A tie counts one half. The "
+        f"line in the middle is one half: no difference.</p>{_plot(evaluation)}{_table(head, _rows(evaluation))}"
+    )
 
 
 def _plot(evaluation: Evaluation) -> str:
@@ -264,7 +268,7 @@ def _rows_of_images(folder: Path, evaluation: Evaluation, models: dict[str, str]
         models (`dict[str, str]`): Label below an image -> name of the model.
     """
     count = len(evaluation.prompts.prompts)
-    scorer, by_model = next(iter(evaluation.scores.items()))
+    scorer, by_model = next(iter(evaluation.scores.items()), ("", {}))
     rows = []
     for index in sorted({index * count // SHOWN_PROMPTS for index in range(SHOWN_PROMPTS)}):
         figures = []
@@ -272,12 +276,13 @@ def _rows_of_images(folder: Path, evaluation: Evaluation, models: dict[str, str]
             image = (
                 f'<img src="{_data_url(image_path(folder, name, index, evaluation.seeds[0]))}" alt="{_text(name)}">'
             )
-            score = f"{_text(label)} <b>{by_model[name][index, 0]:.3g}</b>"
-            figures.append(f"<figure>{image}<figcaption>{score}</figcaption></figure>")
+            score = f" <b>{by_model[name][index, 0]:.3g}</b>" if scorer else ""
+            figures.append(f"<figure>{image}<figcaption>{_text(label)}{score}</figcaption></figure>")
         rows.append(f'<h3>{_text(evaluation.prompts.prompts[index])}</h3><div class="row">{"".join(figures)}</div>')
+    scores = f", with their scores by {_text(scorer)}" if scorer else ""
     return (
-        f"<p>Images of equal noise, with their scores by {_text(scorer)}. The prompts are spread evenly over the list. "
-        f"Click an image to enlarge it.</p>{''.join(rows)}"
+        f"<p>Images of equal noise{scores}. The prompts are spread evenly over the list. Click an image to enlarge it."
+        f"</p>{''.join(rows)}"
     )
 
 

@@ -118,7 +118,7 @@ def recommend_in_cards(
     by_name = {one.name: one for one in candidates}
     for sweep in sweeps:
         one = by_name[sweep.names[max(sweep.names)]]
-        scale = next(iter(sweep.recommended.values()))
+        scale = next(iter(sweep.recommended.values()), None)
         source = one.lora or one.model
         if scale is None or not isinstance(source, str):
             continue

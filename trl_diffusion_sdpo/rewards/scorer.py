@@ -43,7 +43,8 @@ class BatchedScorer(ABC):
         def score_batch(self, images, prompts):
             return torch.tensor([ImageStat.Stat(image.convert("L")).mean[0] for image in images])
 
-    scores = Brightness("brightness", batch_size=8)(images, prompts) ```
+    scores = Brightness("brightness", batch_size=8)(images, prompts)
+    ```
 
     Args:
         name (`str`): Name of the scorer in tables and files. Scorers whose scores cannot be compared, such as two
