@@ -1,6 +1,8 @@
 """Whole evaluations of tiny Stable Diffusion pipelines, scored by functions of the pixels."""
 
+import base64
 import hashlib
+import html
 import json
 import os
 import signal
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 
 from trl_diffusion_sdpo import Candidate, evaluate_models
@@ -218,6 +221,24 @@ def test_the_command_writes_the_report_and_prints_the_verdict(sd_folder, redder_
     assert "a cat &lt;b&gt;&amp;" in page and "<b>&" not in page  # a prompt is text
     assert "http" not in page.replace("http://www.w3.org", "")
     assert "redder is better" in (tmp_path / "report.md").read_text()
+
+
+def test_the_report_shows_the_training_of_a_run(plotted, sd_folder, make_trainer, make_pairs, tmp_path):
+    run = tmp_path / "run"
+    evaluations = {"eval_dataset": make_pairs(4, seed=5), "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(peft_config=LoraConfig(r=2), **evaluations)
+    trainer.train()
+    trainer.save_model()
+    candidates = [
+        Candidate("base", sd_folder),
+        *(Candidate(f"tuned-{scale}", str(run), scale=scale) for scale in (1.0, 2.0)),  # one run, shown once
+    ]
+    evaluate_models(candidates, PROMPTS[:1], SCORERS, tmp_path / "evaluation", settings(seeds=(0,)))
+    page = (tmp_path / "evaluation" / "report.html").read_text()
+    for name in ("curves.png", "noise_bins.png"):
+        assert page.count(base64.b64encode((run / name).read_bytes()).decode()) == 1
+    assert html.escape(json.loads((run / "verdict.json").read_text())["sentence"]) in page
+    assert "http" not in page.replace("http://www.w3.org", "")
 
 
 def test_two_processes_write_what_one_does_and_a_killed_call_goes_on(sd_folder, redder_folder, prompt_file, tmp_path):

@@ -5,14 +5,19 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
-from ..utils.files import write_atomically
+from ..reporting.run_callbacks import plots_of
+from ..saving.starting_point import run_of
+from ..utils.files import VERDICT_FILE, VERDICT_PLOT, write_atomically
 from .images import image_path, settings_path
 
 if TYPE_CHECKING:
@@ -132,6 +137,7 @@ def html_report(folder: Path, evaluation: Evaluation) -> str:
         *(_scales(folder, evaluation, sweep) for sweep in evaluation.sweeps),
         _images_of_all(folder, evaluation, [base, *single]) if len(single) > 1 or not evaluation.scores else "",
         _examples(folder, evaluation, single) if single and evaluation.scores else "",
+        _training(folder, evaluation),
         "<h2>What the numbers do not show</h2>",
         f"<p>{LIMITS}</p>",
         f"<ul>{notes}</ul>" if notes else "",
@@ -145,6 +151,26 @@ def html_report(folder: Path, evaluation: Evaluation) -> str:
         f"<title>{title}</title><style>{_STYLE}</style></head><body><main>{''.join(parts)}</main>"
         f'<dialog id="large"><img alt=""></dialog><script>{_SCRIPT}</script></body></html>\n'
     )
+
+
+def _training(folder: Path, evaluation: Evaluation) -> str:
+    """Return, as HTML, verdict and plots of each training run among the models."""
+    runs = []
+    for model in evaluation.models:
+        settings = json.loads(settings_path(folder, model).read_text(encoding="utf-8"))
+        runs.append(run_of(Path(settings["lora"] or settings["model"])))
+    parts = []
+    for run in dict.fromkeys(runs):
+        if not (run / TRAINER_STATE_NAME).is_file():
+            continue
+        parts.append(f"<h2>Training of {_text(run.name)}</h2>")
+        if (run / VERDICT_FILE).is_file():
+            parts.append(f"<p>{_text(json.loads((run / VERDICT_FILE).read_text(encoding='utf-8'))['sentence'])}</p>")
+        for name, title in plots_of(TrainerState.load_from_json(str(run / TRAINER_STATE_NAME))):
+            if name != VERDICT_PLOT and (run / name).is_file():
+                url = f"data:image/png;base64,{base64.b64encode((run / name).read_bytes()).decode()}"
+                parts.append(f'<h3>{_text(title)}</h3><div class="scroll"><img class="plot" src="{url}" alt=""></div>')
+    return "".join(parts)
 
 
 def _settings(folder: Path, model: str) -> str:
@@ -360,6 +386,7 @@ polyline{fill:none;stroke:currentColor;stroke-width:1.5}
 figure{margin:0}.pair{position:relative;cursor:zoom-in}
 .pair img{width:100%;display:block;image-rendering:auto}
 .pair .over{position:absolute;inset:0;height:100%;clip-path:inset(0 0 0 50%)}
+.plot{width:100%;min-width:640px}
 pre{overflow-x:auto;font-size:.8rem}input{width:100%;margin:4px 0}figcaption{font-size:.85rem;overflow-wrap:anywhere}
 dialog{padding:0;border:0;background:none}dialog img{max-width:94vw;max-height:94vh;min-width:min(512px,94vw)}
 dialog::backdrop{background:#000c}
