@@ -163,6 +163,9 @@ def _note() -> None:
     # A comprehension is a function of its own up to Python 3.11, and a part of its function since.
     stack = traceback.extract_stack()
     frames = [frame for frame in stack if _is_of_others(frame.filename) and not frame.name.startswith("<")]
+    if not frames:  # autograd calls backward formulas from a thread of its own
+        WAITS["torch::backward"] += 1
+        return
     file = frames[-1].filename
     for folder in ("site-packages/", PROJECT):
         file = file.rpartition(folder)[2]

@@ -307,6 +307,13 @@ def test_prompts_that_depend_on_their_batch_are_refused_and_probed_alone(
     assert sizes == [[1, 1, 1], [2, 1]]
 
 
+def test_padding_that_shifts_the_image_needs_batches_of_one_pair(family_folder, make_trainer, make_pairs):
+    name = "qwen_image_21"
+    given = {"model": family_folder(name), "resolution": case(name).RESOLUTION, "train": make_pairs(4)}
+    with pytest.raises(ValueError, match="`precompute_ref_errors=True`.*got 4"):
+        make_trainer(**given, precompute_ref_errors=True).precompute_reference_errors()
+
+
 def test_the_command_encode_computes_errors_that_training_reads(sd_folder, make_pairs, tmp_path, counted, capsys):
     make_pairs(8).save_to_disk(str(tmp_path / "pairs"))
     words = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch.utils.backend_registration
-from device.waits import A_LOG, A_MICRO_BATCH, A_PREDICTION, AN_EVALUATION
+from device.waits import A_BACKWARD, A_LOG, A_MICRO_BATCH, A_PREDICTION, AN_EVALUATION
 from tiny_pipelines import CASES, case
 
 # torch's Python back end for new devices, which the pretend device uses.
@@ -59,8 +59,10 @@ def listed(one: dict) -> Counter:
     """The synchronizations that the lists allow in a step of a run."""
     calls = PREDICTIONS[one["args"]["safeguard"]]
     family = one["family"]
-    predicted = {place: calls * count for place, count in A_PREDICTION.get(family, {}).items()}
-    return Counter(A_MICRO_BATCH[family]) + Counter(predicted)
+    predicted = dict(A_PREDICTION.get(family, {}))
+    if one["tuning"] == "full":
+        predicted |= A_BACKWARD.get(family, {})
+    return Counter(A_MICRO_BATCH[family]) + Counter({place: calls * count for place, count in predicted.items()})
 
 
 def check_waits(answer: dict, allowed: dict) -> None:

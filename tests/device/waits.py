@@ -53,6 +53,13 @@ A_MICRO_BATCH = {
         "diffusers/pipelines/qwenimage/pipeline_qwenimage.py::encode_prompt": 1,
         **_CAUSAL,
     },
+    "qwen_image_21": {
+        "transformers/feature_extraction_utils.py::maybe_to": 2,
+        "diffusers/pipelines/qwenimage21/pipeline_qwenimage21.py::_extract_masked_hidden": 2,
+        "diffusers/pipelines/qwenimage21/pipeline_qwenimage21.py::_get_qwen_prompt_embeds": 2,
+        "diffusers/pipelines/qwenimage21/pipeline_qwenimage21.py::encode_prompt": 1,
+        **_CAUSAL,
+    },
     "sana": {
         "diffusers/pipelines/sana/pipeline_sana.py::_get_gemma_prompt_embeds": 2,
         "diffusers/pipelines/sana/pipeline_sana.py::encode_prompt": 2,
@@ -77,8 +84,15 @@ A_PREDICTION = {
         "diffusers/models/transformers/transformer_lumina2.py::forward": 1,
         "diffusers/models/transformers/transformer_lumina2.py::_get_freqs_cis": 3,
     },
+    "qwen_image_21": {
+        "diffusers/models/transformers/transformer_qwenimage21.py::forward": 12,
+        "diffusers/models/transformers/transformer_qwenimage21.py::build_token_metadata": 2,
+        "diffusers/models/transformers/transformer_qwenimage21.py::_qwenimage21_prefix_segments": 1,
+    },
     "qwen_image": {"diffusers/models/transformers/transformer_qwenimage.py::compute_text_seq_len_from_mask": 1},
 }
+# Every prediction whose inner layers all train: the gradient of tokens that were written by a mask.
+A_BACKWARD = {"qwen_image_21": {"torch::backward": 1}}
 A_LOG = {
     "transformers/trainer.py::_maybe_log_save_evaluate": 2,  # the loss and the gradient's norm
     "trl_diffusion_sdpo/step/meters.py::drain": 1,

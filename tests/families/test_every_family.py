@@ -144,12 +144,9 @@ def test_the_pipeline_decodes_encoded_images_to_what_the_vae_alone_gives(model):
 
 
 def through_vae(vae, pixels):
-    """Images as the VAE alone gives them back; VAEs for clips take a dimension of frames."""
+    """Images as the VAE alone gives them back."""
     with torch.no_grad():
-        try:
-            code = vae.encode(pixels)
-        except ValueError:
-            code = vae.encode(pixels.unsqueeze(2))
+        code = vae.encode(as_vae_takes(vae, pixels))
         latent = code.latent if "latent" in code else code.latent_dist.mode()
         return (vae.decode(latent, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
 
@@ -206,7 +203,7 @@ def test_moments_give_the_latents_of_the_vaes_own_posterior(model):
         return [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
 
     with torch.no_grad():
-        encoded = model.pipeline.vae.encode(pixels.unsqueeze(2) if is_video(model) else pixels)
+        encoded = model.pipeline.vae.encode(as_vae_takes(model.pipeline.vae, pixels))
         posterior = getattr(encoded, "latent_dist", None)
         expected = [encoded.latent] * 2 if posterior is None else [posterior.mode(), posterior.sample(generators())]
         moments, statistics = model.family.image_moments(pixels), model.family.latent_statistics()
@@ -220,8 +217,12 @@ def test_moments_give_the_latents_of_the_vaes_own_posterior(model):
             assert torch.equal(latents, model.family.encode_images(pixels, streams and streams()))
 
 
-def is_video(model):
-    return type(model.pipeline.vae).__name__ in ("AutoencoderKLWan", "AutoencoderKLQwenImage")
+def as_vae_takes(vae, pixels):
+    """Opaque, if the VAE has an alpha channel, and with a dimension of frames, if it is for clips."""
+    if vae.config.get("in_channels") == 4:
+        pixels = torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1)
+    videos = ("AutoencoderKLWan", "AutoencoderKLQwenImage", "AutoencoderKLQwenImage21")
+    return pixels.unsqueeze(2) if type(vae).__name__ in videos else pixels
 
 
 def test_encoding_ignores_autocast(model):

@@ -79,6 +79,11 @@ def test_draws_for_flux_follow_the_shift_for_the_images_tokens(trainer_of, side,
     torch.testing.assert_close(drawn_timesteps(trainer_of("flux"), side=side), expected, rtol=1e-4, atol=1e-2)
 
 
+def test_sides_for_qwen_image_2_1_are_multiples_of_32(trainer_of):
+    with pytest.raises(ValueError, match="32 pixels, got 80 x 80"):
+        trainer_of("qwen_image_21", resolution=80)
+
+
 def test_krea_2_turbo_has_one_shift_for_all_sizes():
     process = find_family(case("krea2").build(is_distilled=True)).noise_process
     expected = 1000 * FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).time_shift(

@@ -86,6 +86,7 @@ def test_a_folder_with_lumina_2s_older_class_name_loads(tmp_path):
         ("krea2", {"in_channels": 32}, "this one takes 32"),
         ("pixart_sigma", {"use_additional_conditions": True}, "PixArtAlpha"),
         ("qwen_image", {"guidance_embeds": True}, "guidance_embeds"),
+        ("qwen_image_21", {"in_channels": 16}, "this one takes 16"),
         ("sana", {"guidance_embeds": True}, "Sana-Sprint"),
         ("wan", {"image_dim": 32}, "`image_dim` None, got 32"),
         ("z_image", {"siglip_feat_dim": 16}, "Omni"),

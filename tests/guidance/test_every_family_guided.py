@@ -26,6 +26,7 @@ GUIDED = {
     "flux2": {},
     "flux2_klein": {"guidance_scale": G},
     "qwen_image": {"true_cfg_scale": G, "negative_prompt": "grey"},
+    "qwen_image_21": {"true_cfg_scale": G, "negative_prompt": "grey"},
     "lumina2": {"guidance_scale": G, "cfg_normalization": False},  # which is not linear
 }
 # One for each way in which pipelines call their denoisers.

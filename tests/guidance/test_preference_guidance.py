@@ -153,6 +153,19 @@ def test_a_second_call_with_the_same_latents_is_not_taken_for_the_unconditional_
         assert torch.equal(pipeline(prompt="a blue square", latents=latents, **call)[0], expected)
 
 
+def test_policy_and_reference_do_not_share_the_prompts_keys_and_values():
+    module = case("qwen_image_21")
+    pipeline = quiet(module.build())
+    add_lora(pipeline.transformer, "tuned")
+    call = {"num_inference_steps": 2, "height": module.RESOLUTION, "width": module.RESOLUTION, "output_type": "latent"}
+    drawn = []
+    for cached in (False, True):
+        with preference_guidance(pipeline, 2.0):
+            noise = torch.Generator().manual_seed(0)
+            drawn.append(pipeline(prompt="red", use_kv_cache=cached, generator=noise, **call)[0])
+    torch.testing.assert_close(*drawn)
+
+
 # ---- Restoring -----------------------------------------------------------------------------------------------------
 
 

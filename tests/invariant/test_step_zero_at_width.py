@@ -55,6 +55,11 @@ WIDE = {
         | {"joint_attention_dim": 3584},
         {"prompt_embeds": 3584},
     ),
+    "qwen_image_21": (
+        {"num_layers": 1, "attention_head_dim": 128, "num_attention_heads": 32, "axes_dims_rope": (16, 56, 56)}
+        | {"context_in_dim": 4096},
+        {"prompt_embeds": 4096},
+    ),
     "sana": (
         {
             "num_layers": 1,

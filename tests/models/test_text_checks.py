@@ -29,7 +29,7 @@ def without_vocabulary(tokenizer, folder: Path):
             file.unlink()
     try:
         return type(tokenizer).from_pretrained(folder)
-    except ValueError:
+    except (OSError, ValueError):
         return None
 
 
@@ -43,6 +43,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(name, family_folder, tmp_
     assert encoders
     for encoder in encoders:
         part = encoder.replace("text_encoder", "tokenizer")
+        part = part if part in pipeline.components else "processor"
         whole = getattr(pipeline, part)
         broken = without_vocabulary(whole, tmp_path / part)
         if broken is None:  # nothing that could be trained with

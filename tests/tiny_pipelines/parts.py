@@ -207,7 +207,7 @@ def qwen3_encoder(tokenizer: Qwen2Tokenizer, **overrides) -> Qwen3Model:
     return with_large_embeddings(Qwen3Model(Qwen3Config(**{**settings, **overrides})))
 
 
-def qwen3_vl_model(tokenizer: Qwen2Tokenizer) -> Qwen3VLModel:
+def qwen3_vl_model(tokenizer: Qwen2Tokenizer, model_class: type[torch.nn.Module] = Qwen3VLModel) -> torch.nn.Module:
     """A vision-language model, of which pipelines for text use the language half."""
     text_config = {
         "vocab_size": len(tokenizer),
@@ -229,7 +229,7 @@ def qwen3_vl_model(tokenizer: Qwen2Tokenizer) -> Qwen3VLModel:
         "num_position_embeddings": 16,
         "deepstack_visual_indexes": [0],
     }
-    return with_large_embeddings(Qwen3VLModel(Qwen3VLConfig(text_config=text_config, vision_config=vision_config)))
+    return with_large_embeddings(model_class(Qwen3VLConfig(text_config=text_config, vision_config=vision_config)))
 
 
 def enlarged(transformer: torch.nn.Module, factor: float = 2.0) -> torch.nn.Module:

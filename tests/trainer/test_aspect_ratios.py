@@ -19,6 +19,7 @@ IN_CI = ("stable_diffusion", "flux")
 # Resolution and step, where the pipeline's own resolution and 4 pixels leave one size, or sizes that do not fit.
 SIZES = {
     "aura_flow": (24, 4),
+    "qwen_image_21": (128, 32),
     **dict.fromkeys(("krea2", "qwen_image"), (32, 8)),
     **dict.fromkeys(("hunyuan_dit", "lumina2", "wan"), (96, 16)),
 }

@@ -349,12 +349,13 @@ class PairEncoding:
 
 def check_prompt_padding(setting: str, family: Family, largest_batch: int) -> None:
     """Raise `ValueError` if prompts depend on the others in their batch, and `setting` meets them in others."""
-    if family.prompt_padding == "start" and largest_batch > 1:
+    depends = {"start"} if setting == "precompute_latents" else {"start", "end, shifting the image"}
+    if family.prompt_padding in depends and largest_batch > 1:
         raise ValueError(
-            f"`{setting}=True` encodes prompts in other batches than training, and {family.name} pads prompts at the "
-            f"start and attends to the padding, so that a prompt depends on the others in its batch. Use batches of "
-            f"one pair (`per_device_train_batch_size=1`, `per_device_eval_batch_size=1`) with "
-            f"`gradient_accumulation_steps`, got {largest_batch}, or leave it off."
+            f"`{setting}=True` puts prompts into other batches than training, and {family.name} pads prompts so that "
+            "a prediction depends on the longest prompt of its batch. Use batches of one pair "
+            "(`per_device_train_batch_size=1`, `per_device_eval_batch_size=1`) with `gradient_accumulation_steps`, "
+            f"got {largest_batch}, or leave it off."
         )
 
 

@@ -35,6 +35,9 @@ JOINT_ATTENTION_TARGETS = (
 )
 
 
+PromptPadding = Literal["fixed", "end", "end, shifting the image", "start"]
+
+
 class Family(ABC):
     """How to train one kind of pipeline: default settings as class attributes, and methods that call the pipeline.
 
@@ -98,7 +101,7 @@ class Family(ABC):
     patch_size: ClassVar[int] = 1
     guidance_scale: float | None = None
     vae_encode_batch_size: int | None = None
-    prompt_padding: ClassVar[Literal["fixed", "end", "start"]] = "fixed"
+    prompt_padding: ClassVar[PromptPadding] = "fixed"
     host_conditioning: ClassVar[tuple[str, ...]] = ()
     generated_image: ClassVar[str] = "images[0]"
     conditional_rows: Literal["last", "first", "all"] = "last"

@@ -4,9 +4,6 @@ Kohya's scripts, ComfyUI and related tools name a LoRA's tensors by the original
 name of the original weight. For UNets they use diffusers' names.
 
 Sources: `networks/lora.py`, `lora_sd3.py` and `lora_flux.py` of kohya-ss/sd-scripts, and `model_lora_keys_unet` of
-ComfyUI's `comfy/lora.py` with the tables `*_to_diffusers` of `comfy/utils.py`.
-
-Sources: `networks/lora.py`, `lora_sd3.py` and `lora_flux.py` of kohya-ss/sd-scripts, and `model_lora_keys_unet` of
 ComfyUI's `comfy/lora.py` with the tables `*_to_diffusers` of `comfy/utils.py`. These read `lora_unet_` followed by the
 name of a weight of the original model, or for UNets by the name in diffusers.
 """
@@ -163,6 +160,13 @@ KREA_2 = {
     **renamed("txtfusion.refiner_blocks.{}", "text_fusion.refiner_blocks.{}", _KREA_2_BLOCK),
 }
 
+_QWEN_MLP = "transformer_blocks.{}.img_mlp"
+QWEN_IMAGE_21 = {
+    **renamed(f"{_FLUX}.attn", f"{_FLUX}.attn", {name: name for name in (*_TO, "to_out.0")}),
+    **fused(f"{_QWEN_MLP}.gate_up", EQUAL_2, _QWEN_MLP, "gate_layer", "proj"),
+    **renamed(_QWEN_MLP, _QWEN_MLP, {"out": "out"}),
+}
+
 _REFINED = ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
 _Z_IMAGE_EQUAL = ("adaLN_modulation.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 _Z_IMAGE_NAMES = {"attention.to_out.0": "attention.out", **{name: name for name in _Z_IMAGE_EQUAL}}
@@ -175,6 +179,7 @@ LUMINA_2 = per_block(_REFINED, "attn", UNKNOWN_3, {"attn.to_out.0": "attention.o
 ORIGINAL_MODULES: dict[str, dict[str, OriginalModule] | None] = {
     "UNet2DConditionModel": None,
     "QwenImageTransformer2DModel": None,
+    "QwenImage21Transformer2DModel": QWEN_IMAGE_21,
     "SD3Transformer2DModel": STABLE_DIFFUSION_3,
     "ChromaTransformer2DModel": FLUX,
     "FluxTransformer2DModel": FLUX,

@@ -18,7 +18,7 @@ _OTHER_INPUTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use
 
 
 class QwenImageLatentsFamily(Family):
-    """Base class of families with the VAE of Qwen-Image and latents packed two by two.
+    """Base class of families with the VAE of Qwen-Image, or one like it, and by default latents packed two by two.
 
     The VAE encodes videos. Images are passed as one frame, and latents have no frame dimension, `(N, C, H, W)`.
     """
@@ -36,7 +36,7 @@ class QwenImageLatentsFamily(Family):
 
     def check_pipeline(self) -> None:
         super().check_pipeline()
-        check_in_channels(self, 4 * self.pipeline.vae.config.z_dim)  # two by two latents per token
+        check_in_channels(self, self.patch_size**2 * self.pipeline.vae.config.z_dim)
 
     def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return super().vae_moments(pixel_values.unsqueeze(2))  # (N, 3, one frame, H, W) to (N, 2C, 1, H/8, W/8)

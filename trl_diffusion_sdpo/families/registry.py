@@ -33,6 +33,7 @@ _SERVED = {
     "pixart:PixArtSigmaFamily": ("PixArtSigmaPipeline",),
     "sana:SanaFamily": ("SanaPipeline",),
     "qwen_image:QwenImageFamily": ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
+    "qwen_image_21:QwenImage21Family": ("QwenImage21Pipeline",),
     "chroma:ChromaFamily": ("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
     "krea2:Krea2Family": ("Krea2Pipeline",),
     "z_image:ZImageFamily": ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),

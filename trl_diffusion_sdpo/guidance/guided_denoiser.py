@@ -63,6 +63,8 @@ class Guide:
         self.calls += 1
         if self._is_plain:
             return denoiser(*args, **kwargs)
+        # Qwen-Image 2.1 stores keys and values of the prompt at the first step. Policy and reference would share them.
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("kv_cache", "kv_cache_mode")}
         call = DenoiserCall(self._signature, args, kwargs, self._family.shared_inputs)
         if not self._is_within(call):
             return denoiser(*args, **kwargs)
@@ -111,7 +113,7 @@ class Guide:
         assert policy is not None
         if rows is None:
             assert self._shift is not None, "The conditional prediction comes first."
-            return with_prediction(output, shifted(policy, self._shift))
+            return with_prediction(output, shifted(policy, _fitted(self._shift, policy)))
         assert reference is not None
         self.guided_calls += 1
         self._shift = guidance_shift(reference, policy[rows], self._scale)
@@ -131,6 +133,17 @@ class Guide:
         assert conditional is not None
         halves = (policy, reference) if conditional.start == 0 else (reference, policy)
         return with_prediction(output, torch.cat(halves))
+
+
+def _fitted(shift: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+    """Return a shift in the shape of a prediction. If the denoiser also returns the prompt's tokens, they come before
+    the image's, and the two prompts differ in their number."""
+    if shift.shape == prediction.shape:
+        return shift
+    tokens = min(shift.shape[1], prediction.shape[1])
+    fitted = shift.new_zeros(prediction.shape)
+    fitted[:, -tokens:] = shift[:, -tokens:]
+    return fitted
 
 
 def is_guided(denoiser: nn.Module) -> bool:

@@ -41,7 +41,9 @@ def check_text_encoding(family: Family) -> None:
 
 def _tokenizer_of(family: Family, text_encoder: str) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer of a text encoder, such as `tokenizer_2` for `text_encoder_2`. It may be in a processor."""
-    tokenizer = family.pipeline.components.get(text_encoder.replace("text_encoder", "tokenizer"))
+    parts = family.pipeline.components
+    other = parts.get("processor") if text_encoder == "text_encoder" else None
+    tokenizer = parts.get(text_encoder.replace("text_encoder", "tokenizer"), other)
     tokenizer = tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
     return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 

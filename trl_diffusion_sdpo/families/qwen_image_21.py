@@ -1,0 +1,83 @@
+"""Qwen-Image 2.1: a transformer over one causal sequence of prompt and image tokens, trained by flow matching.
+
+Its VAE has an alpha channel and compresses 16 times, and each of its latents is a token.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .qwen_image import QwenImageLatentsFamily
+
+SLOT = 2  # side of a square of latents that is one slot in the text encoder's sequence
+
+
+class QwenImage21Family(QwenImageLatentsFamily):
+    """Trains `QwenImage21Pipeline` on prompts, without condition images.
+
+    The positions of image tokens start after the padded prompt. As in the pipeline, a prediction therefore depends on
+    the longest prompt of its batch.
+
+    The model is made to be sampled without guidance.
+    """
+
+    name = "Qwen-Image 2.1"
+    pipeline_classes = ("QwenImage21Pipeline",)
+    lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # our choice: as Qwen-Image's
+    learning_rate_lora = 1e-4  # our choice: as Qwen-Image's
+    patch_size = 1
+    prompt_padding = "end, shifting the image"
+
+    @property
+    def default_resolution(self) -> int:
+        """The default of the pipeline's call, because the denoiser's configuration has no image size."""
+        return 1024
+
+    def check_image_size(self, height: int, width: int) -> None:
+        multiple = SLOT * self.vae_scale_factor
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"Sides of images for {self.name} must be multiples of {multiple} pixels, got {height} x {width}. "
+                "Change `resolution`, or `step` of `bucket_kwargs`."
+            )
+
+    def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
+        """Pass the guidance scale as `true_cfg_scale`, with a space as the negative prompt.
+
+        Without a negative prompt, the pipeline does not apply guidance.
+        """
+        if scale is None:
+            return {}
+        return {"true_cfg_scale": scale, **({"negative_prompt": " "} if scale > 1 else {})}
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        prompt_embeds, mask, _ = self.call_encode_prompt(prompts)
+        if mask is None:  # all prompts have the same length
+            mask = prompt_embeds.new_ones(prompt_embeds.shape[:2])
+        # (N, tokens of the longest prompt, width) and (N, tokens)
+        return {"prompt_embeds": prompt_embeds, "prompt_mask": mask.bool()}
+
+    def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        opaque = torch.ones_like(pixel_values[:, :1])
+        return super().vae_moments(torch.cat([pixel_values, opaque], dim=1))  # RGBA
+
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        height, width = latents.shape[-2:]
+        mask = conditioning["prompt_mask"]
+        slots = mask.new_ones(len(latents), height * width // SLOT**2)
+        return {
+            "hidden_states": latents.flatten(2).transpose(1, 2),  # (N, H * W, C)
+            "timestep": timesteps / 1000,
+            "encoder_hidden_states": conditioning["prompt_embeds"].to(latents.dtype),
+            "encoder_hidden_states_mask": mask,
+            "img_shapes": [[(1, height, width)]] * len(latents),  # frames, rows and columns of tokens
+            "img_mask": torch.cat([torch.zeros_like(mask), slots], dim=1),
+        }
+
+    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        height, width = latents.shape[-2:]
+        image = output[:, -height * width :]  # text comes first
+        return image.transpose(1, 2).unflatten(2, (height, width))
