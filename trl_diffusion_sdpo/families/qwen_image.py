@@ -4,11 +4,11 @@ Its VAE is a video VAE, used with one frame.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from .base import Family, channel_statistics, check_in_channels
+from .base import Family, PromptPadding, channel_statistics, check_in_channels
 from .loss_defaults import FLOW_DEFAULTS
 from .noise import FlowMatchingProcess
 from .packing import pack_patches, unpack_patches
@@ -31,7 +31,7 @@ class QwenImageLatentsFamily(Family):
     noise_process_class = FlowMatchingProcess
     patch_size = 2
     conditional_rows = "all"
-    prompt_padding = "end"
+    prompt_padding: ClassVar[PromptPadding] = "end"
     max_sequence_length = 512  # tokens per prompt, as the pipeline's call defaults to; longer prompts are truncated
 
     def check_pipeline(self) -> None:

@@ -4,10 +4,11 @@ Its VAE has an alpha channel and compresses 16 times, and each of its latents is
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from .base import PromptPadding
 from .qwen_image import QwenImageLatentsFamily
 
 SLOT = 2  # side of a square of latents that is one slot in the text encoder's sequence
@@ -27,7 +28,7 @@ class QwenImage21Family(QwenImageLatentsFamily):
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # our choice: as Qwen-Image's
     learning_rate_lora = 1e-4  # our choice: as Qwen-Image's
     patch_size = 1
-    prompt_padding = "end, shifting the image"
+    prompt_padding: ClassVar[PromptPadding] = "end, shifting the image"
 
     @property
     def default_resolution(self) -> int:
