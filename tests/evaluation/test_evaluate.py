@@ -5,6 +5,7 @@ import hashlib
 import html
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from trl_diffusion_sdpo.evaluation.images import ImageSettings, diversity, gener
 from trl_diffusion_sdpo.rewards import FunctionScorer
 
 PROMPTS = ["a red circle", "two squares", "a tree", "a cat <b>&", "a dog", "the sea"]
+SERVER = {"url": "http://127.0.0.1:9/v1", "model": "model"}  # nothing listens there
 CALL = {"num_inference_steps": 2, "guidance_scale": 1.0}
 
 
@@ -140,6 +142,43 @@ def test_black_images_have_no_score_and_are_counted(sd_folder, tmp_path):
     assert evaluation.looks["base"]["black"] == 1 and "1 images of base are black" in " ".join(evaluation.notes)
 
 
+def test_images_without_any_score_are_an_error_that_names_the_model(sd_folder, tmp_path):
+    candidates = [Candidate("base", sd_folder), Candidate("dark", sd_folder)]
+    for candidate in candidates:
+        generate_images(candidate, PROMPTS[:2], settings(seeds=(0,)), tmp_path)
+    for path in (tmp_path / "images" / "dark").glob("*.png"):
+        Image.new("RGB", (16, 16)).save(path)
+    with pytest.raises(ValueError, match="dark"):
+        evaluate_models(candidates, PROMPTS[:2], SCORERS, tmp_path, settings(seeds=(0,)))
+
+
+def test_missing_scores_are_noted(sd_folder, tmp_path):
+    class Unsure:
+        """Gives the second image no score, as a server does whose answer is unreadable."""
+
+        name = "unsure"
+
+        def __call__(self, images, prompts):
+            return torch.tensor([float("nan") if prompt == PROMPTS[1] else 1.0 for prompt in prompts])
+
+    evaluation = evaluate_models([Candidate("base", sd_folder)], PROMPTS[:3], [Unsure()], tmp_path, settings())
+    assert any("unsure" in note and "2 images" in note for note in evaluation.notes)
+
+
+def test_scores_of_deleted_images_are_not_used_again(sd_folder, redder_folder, tmp_path):
+    for folder in (sd_folder, redder_folder):
+        candidates = [Candidate("base", sd_folder), Candidate("tuned", folder)]
+        evaluation = evaluate_models(candidates, PROMPTS[:2], SCORERS, tmp_path, settings())
+        shutil.rmtree(tmp_path / "images" / "tuned")  # so the error about other settings advises
+    assert evaluation.comparisons[0].result.rate == 1.0
+
+
+def test_a_model_that_could_not_be_loaded_can_be_corrected(sd_folder, tmp_path):
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        evaluate_models([Candidate("base", str(tmp_path))], PROMPTS[:1], SCORERS, tmp_path / "out", settings())
+    evaluate_models([Candidate("base", sd_folder)], PROMPTS[:1], SCORERS, tmp_path / "out", settings())
+
+
 def test_a_constant_scorer_is_noted(sd_folder, tmp_path):
     constant = FunctionScorer("constant", lambda images, prompts: [1.0] * len(images))
     candidates = [Candidate("base", sd_folder), Candidate("same", sd_folder)]
@@ -221,6 +260,23 @@ def test_the_command_writes_the_report_and_prints_the_verdict(sd_folder, redder_
     assert "a cat &lt;b&gt;&amp;" in page and "<b>&" not in page  # a prompt is text
     assert "http" not in page.replace("http://www.w3.org", "")
     assert "redder is better" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["--max_prompts", "-1"], "-1"),
+        (["--call_kwargs", '{"steps": 2}'], "'steps'"),
+        (["--scorer_settings", '{"pickscore": {"batch_size": 2}}'], "pickscore"),
+        (["--scorer_settings", "[1]"], "[1]"),
+        (["--scorers", "vlm_server", "--scorer_settings", json.dumps({"vlm_server": SERVER})], "127.0.0.1:9"),
+        (["--scorers", "no_such_module:judge"], "no_such_module"),
+    ],
+)
+def test_a_bad_option_is_one_line(words, match, sd_folder, redder_folder, prompt_file, tmp_path, capsys):
+    assert main([*command(sd_folder, redder_folder, tmp_path, prompt_file), *words]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1 and match in lines[0]
 
 
 def test_the_report_shows_the_training_of_a_run(plotted, sd_folder, make_trainer, make_pairs, tmp_path):

@@ -57,11 +57,45 @@ def test_a_registered_scorer_is_found_by_its_name():
 
 
 @pytest.mark.parametrize(
-    ("scores", "match"), [([1.0, 2.0], "shape"), ([[1.0]] * 3, "shape"), ([1.0, float("nan"), 2.0], "'b'")]
+    ("scores", "match"),
+    [
+        ([1.0, 2.0], "shape"),
+        ([[1.0]] * 3, "shape"),
+        ([1.0, float("nan"), 2.0], "'b'"),
+        (["good"] * 3, "good"),
+        (None, "None"),
+    ],
 )
 def test_a_wrong_score_is_an_error(scores, match):
     with pytest.raises(ValueError, match=match):
         FunctionScorer("broken", lambda images, prompts: scores)(IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "match"),
+    [
+        ("hpsv3", {}, "hpsv3.*instruction"),
+        ("vlm_server", {"url": "http://127.0.0.1:9/v1"}, "vlm_server.*model"),
+        ("clip_score", {"model": "no/such/folder"}, "clip_score.*no/such/folder"),
+    ],
+)
+def test_a_scorer_that_cannot_be_loaded_is_an_error_with_its_name(name, settings, match):
+    with pytest.raises(ValueError, match=match):
+        load_scorer(name, **settings)
+
+
+def test_a_scorer_whose_library_is_not_installed_is_an_error_with_its_name():
+    @register_scorer("missing library of a test")
+    def build():
+        raise ImportError("No module named 'torchvision'")
+
+    with pytest.raises(ValueError, match="missing library of a test.*torchvision"):
+        load_scorer("missing library of a test")
+
+
+def test_a_server_is_no_part_of_the_name():
+    settings = {"url": "http://user:secret@127.0.0.1:9", "model": "org/model"}
+    assert load_scorer("vlm_server", **settings).name == "vlm_server(model)"
 
 
 class Counting(BatchedScorer):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from . import EXIT_OK
+from .errors import reading_data
 from .options import OneLineParser
 from .scorers import scorer_named
 
@@ -76,7 +77,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     add(
         "--scorer_settings",
-        type=json.loads,
+        type=_mapping,
         default={},
         metavar="JSON",
         help='Such as {"hpsv2.1": {"batch_size": 4}}.',
@@ -100,7 +101,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="Also arrange the images as this benchmark reads them, in a folder of its name. `--prompts` is then the "
         "benchmark's own file.",
     )
-    add("--call_kwargs", type=json.loads, default={}, metavar="JSON", help="Arguments of the pipelines' calls.")
+    add("--call_kwargs", type=_mapping, default={}, metavar="JSON", help="Arguments of the pipelines' calls.")
     add("--batch_size", type=int, default=4, metavar="N", help="Images generated at once (default: 4).")
     add("--dtype", choices=DTYPES, default="float32", help="Dtype of the pipelines (default: float32).")
     add("--device", metavar="NAME", help="Device of pipelines and scorers; the fastest there is if unset.")
@@ -108,6 +109,16 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--output_dir", required=True, metavar="FOLDER", help="Folder of images, scores, results.json and report.html."
     )
     return parser
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        mapping = json.loads(text)
+    except json.JSONDecodeError:
+        mapping = None
+    if not isinstance(mapping, dict):
+        raise argparse.ArgumentTypeError(f"must be a mapping in JSON, got {text!r}")
+    return mapping
 
 
 def run(arguments: list[str], prog: str) -> int:
@@ -122,9 +133,16 @@ def run(arguments: list[str], prog: str) -> int:
     state = PartialState(cpu=options.device == "cpu")
     device = options.device or str(state.device)
     candidates = _candidates(options)
-    listed = read_prompts(options.prompts, column=options.prompt_column, split=options.prompt_split)
+    with reading_data(options.prompts):
+        listed = read_prompts(options.prompts, column=options.prompt_column, split=options.prompt_split)
     if options.max_prompts is not None:
         listed = listed.first(options.max_prompts)
+    for name, values in options.scorer_settings.items():
+        if name not in options.scorers or not isinstance(values, dict):
+            raise ValueError(
+                f"`--scorer_settings` must map names of `--scorers` to their settings, got {name!r}: {values!r}. "
+                'Write it such as {"hpsv2.1": {"batch_size": 4}}.'
+            )
     scorers = [scorer_named(name, **_scorer_settings(name, options, device)) for name in options.scorers]
     settings = _image_settings(options, device)
     evaluation = evaluate_models(candidates, listed, scorers, options.output_dir, settings, options.layout)

@@ -21,7 +21,7 @@ from ..rewards.statistics import WinRate, agreement, holm, win_rate
 from ..utils.files import write_atomically
 from ..utils.processes import Peers
 from .candidate import Candidate
-from .images import ImageSettings, diversity, generate_images, image_path, is_black, saturation
+from .images import SCORES_FOLDER, ImageSettings, diversity, generate_images, image_path, is_black, saturation
 from .layouts import LAYOUTS, write_layout
 from .prompts import PromptList, distinct
 from .report import write_report
@@ -195,7 +195,7 @@ def _scores(
     scorer: Scorer, folder: Path, name: str, prompts: PromptList, settings: ImageSettings, peers: Peers
 ) -> np.ndarray:
     """Return a model's scores, `(prompts, seeds)`, from the folder or from the scorer. Black images get NaN."""
-    path = folder / "scores" / _file_name(scorer.name) / f"{name}.json"
+    path = folder / SCORES_FOLDER / _file_name(scorer.name) / f"{name}.json"
     stored = peers.first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
     shape = (len(prompts.prompts), len(settings.seeds))
     if stored is not None:
@@ -233,6 +233,13 @@ def _compare(
     sweeps: tuple[Sweep, ...],
 ) -> Evaluation:
     base, *others = models
+    for name, by_model in scores.items():
+        for model in models:
+            if not np.isfinite(by_model[model] - by_model[base]).any():
+                raise ValueError(
+                    f"{name} scores no image of {model} whose counterpart of {base} it also scores. Black images have "
+                    "no score. Turn off the safety checker, or look at the images."
+                )
     results = [(model, name, win_rate(scores[name][model], scores[name][base])) for model in others for name in scores]
     adjusted = holm([result.p_value for _, _, result in results])
     comparisons = [
@@ -279,6 +286,9 @@ def _notes(
     for scorer, by_model in scores.items():
         for model, scored in by_model.items():
             present = scored[np.isfinite(scored)]
+            missing = scored.size - present.size - int(looks[model]["black"])
+            if missing:
+                notes.append(f"{scorer} gives no score to {missing} images of {model}. They are left out.")
             if present.size > 1 and np.ptp(present) == 0:
                 notes.append(f"{scorer} gives all images of {model} the same score, so it says nothing about them.")
     return notes

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from ..families import Family
 from ..models.adapters import active_adapter
 from ..models.loading import load_model
+from ..reporting.sample_images import call_options
 from ..saving.setup import fingerprint
 from ..saving.starting_point import attach_adapter, starting_point
 from ..utils.files import file_facts, write_atomically
@@ -31,6 +32,7 @@ from .scales import scaled
 
 Noise = Literal["prompt", "shared"]
 SETTINGS_FILE = "settings.json"
+SCORES_FOLDER = "scores"
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,8 @@ def _generate(
     if needs_base and (base is None or base is candidate):
         raise ValueError(f"A scale of {candidate.name} needs its base. List the base model first.")
     reference = _load(base, settings).denoiser if needs_base and base is not None else None
-    options = {**(settings.call_kwargs or {}), **(candidate.call_kwargs or {})}
-    options.update(family.generation_kwargs(options.pop("guidance_scale", None)))
+    given = {**(settings.call_kwargs or {}), **(candidate.call_kwargs or {})}
+    options = call_options(family, given, "call_kwargs")
     bar = tqdm(total=sum(map(len, batches)), desc=candidate.name, unit="image")
     with bar, scaled(candidate, pipeline, family.denoiser, reference):
         for batch in batches:
@@ -192,7 +194,10 @@ def _check_settings(target: Path, facts: dict[str, Any]) -> None:
     """Record the settings of a model's images. If the folder has images, compare its settings with these."""
     path = target / SETTINGS_FILE
     written = json.dumps(facts, indent=1, default=str)
-    if path.is_file() and path.read_text(encoding="utf-8") != written:
+    if not any(target.glob("*.png")):
+        for scores in (target.parents[1] / SCORES_FOLDER).glob(f"*/{target.name}.json"):
+            scores.unlink()  # they are those of images that were deleted
+    elif path.is_file() and path.read_text(encoding="utf-8") != written:
         before = json.loads(path.read_text(encoding="utf-8"))
         now = json.loads(written)
         changed = sorted(name for name in now if before.get(name) != now[name])

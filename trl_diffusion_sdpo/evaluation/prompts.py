@@ -33,7 +33,13 @@ class PromptList:
     name: str = ""
 
     def first(self, count: int) -> PromptList:
-        """Return the list without the prompts after the first `count`."""
+        """Return the list without the prompts after the first `count`.
+
+        Raises:
+            `ValueError`: If `count` is below 1.
+        """
+        if count < 1:
+            raise ValueError(f"An evaluation needs at least one prompt, got {count}.")
         rows = tuple((position, entry) for position, entry in self.rows if position < count)
         return replace(self, prompts=self.prompts[:count], rows=rows)
 

@@ -33,25 +33,24 @@ SAMPLES_FOLDER = "samples"
 INFERENCE_STEPS = 30  # default number of steps
 
 
-def call_options(family: Family, sample_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the pipeline's call for sample images, besides prompt, size and noise.
+def call_options(family: Family, options: dict[str, Any], setting: str = "sample_kwargs") -> dict[str, Any]:
+    """Return the arguments of the pipeline's call, besides prompt and noise.
 
     Args:
-        sample_kwargs (`dict`): The setting of this name.
+        options (`dict`): The user's arguments.
+        setting (`str`): Name of the user's setting.
 
     Raises:
         `ValueError`: If the pipeline does not take one of them.
     """
-    guidance = family.generation_kwargs(sample_kwargs.get("guidance_scale"))
-    others = {name: value for name, value in sample_kwargs.items() if name != "guidance_scale"}
+    guidance = family.generation_kwargs(options.get("guidance_scale"))
+    others = {name: value for name, value in options.items() if name != "guidance_scale"}
     accepted = inspect.signature(family.pipeline.__call__).parameters
     unknown = [name for name in others if name not in accepted]
     if unknown:
         near = did_you_mean(unknown[0], accepted)
-        raise ValueError(
-            f"`sample_kwargs` are arguments of {type(family.pipeline).__name__}; got {unknown[0]!r}.{near}"
-        )
-    return {"num_inference_steps": INFERENCE_STEPS, **guidance, **others}
+        raise ValueError(f"`{setting}` are arguments of {type(family.pipeline).__name__}; got {unknown[0]!r}.{near}")
+    return {**guidance, **others}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -108,9 +109,12 @@ def checked_scores(scores: Any, prompts: Sequence[str], name: str) -> torch.Tens
     """Return a scorer's output as a float32 tensor `(N,)` on the CPU.
 
     Raises:
-        `ValueError`: If the number of scores is not N, or a score is not finite.
+        `ValueError`: If the scores are not N numbers, or a score is not finite.
     """
-    scores = torch.as_tensor(scores).detach().to("cpu", torch.float32)
+    try:
+        scores = torch.as_tensor(scores).detach().to("cpu", torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"`{name}` must return numbers, got {str(scores)[:200]}. {error}") from error
     if scores.shape != (len(prompts),):
         raise ValueError(
             f"`{name}` must return one score for each image, got shape {tuple(scores.shape)} for {len(prompts)} "
@@ -127,7 +131,7 @@ def checked_scores(scores: Any, prompts: Sequence[str], name: str) -> torch.Tens
 
 
 # settings that do not change scores
-_SPEED = ("device", "batch_size", "timeout", "max_unreadable", "api_key_variable")
+_SPEED = ("device", "batch_size", "url", "timeout", "max_unreadable", "api_key_variable")
 _LONGEST_WORD = 40  # longer settings appear in a scorer's name as a hash
 
 # Scorer name -> function or class that builds it. Its module is imported on first use.
@@ -189,7 +193,7 @@ def load_scorer(name: str, **settings: Any) -> Scorer:
         settings: Passed to the builder of the scorer, such as `device`, `batch_size`, `model` and `revision`.
 
     Raises:
-        `ValueError`: If there is no such scorer or function, or settings are given for a function.
+        `ValueError`: If there is no such scorer or function, its settings are wrong, or it cannot be loaded.
 
     Example:
 
@@ -205,7 +209,14 @@ def load_scorer(name: str, **settings: Any) -> Scorer:
         module, _, attribute = builder.partition(":")
         builder = getattr(import_module(f".{module}", __package__), attribute)
     if builder is not None:
-        scorer = builder(**settings)
+        try:
+            signature(builder).bind(**settings)
+        except TypeError as error:
+            raise ValueError(f"The settings of the scorer {name!r} are wrong, got {settings}: {error}.") from error
+        try:
+            scorer = builder(**settings)
+        except (ImportError, OSError) as error:  # no download, or a library that is not installed
+            raise ValueError(f"The scorer {name!r} cannot be loaded: {error}") from error
         scorer.name += _variant(scorer.name, settings)
         return scorer
     if ":" not in name:

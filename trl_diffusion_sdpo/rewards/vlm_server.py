@@ -36,7 +36,7 @@ _MAX_ANSWER = 1_000_000  # bytes
 _ENOUGH_ANSWERS = 20  # with fewer answers, the share of unreadable ones is too uncertain
 
 
-class VLMServerError(RuntimeError):
+class VLMServerError(OSError):
     """Raised if the server cannot be reached, refuses a request, or returns too many unreadable answers."""
 
 

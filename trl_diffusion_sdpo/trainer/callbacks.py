@@ -20,7 +20,7 @@ from ..models.frozen_components import FrozenComponents
 from ..models.reference import Reference
 from ..reporting.console import ShortLogCallback
 from ..reporting.run_callbacks import NoiseBinPlotCallback, RunReportCallback, VerdictCallback
-from ..reporting.sample_images import SampleImagesCallback, call_options
+from ..reporting.sample_images import INFERENCE_STEPS, SampleImagesCallback, call_options
 from ..reporting.sample_scores import SampleScores
 from ..reporting.tracked_images import TrackedImages
 from ..reporting.verdict import RunFacts
@@ -112,7 +112,7 @@ def _sample_images(
         family.pipeline,
         args.sample_prompts or [],
         every_n_steps=args.sample_steps,
-        call_options=call_options(family, args.sample_kwargs),
+        call_options={"num_inference_steps": INFERENCE_STEPS, **call_options(family, args.sample_kwargs)},
         seed=args.seed,
         resolution=image_size(args),
         denoiser_name=family.denoiser_name,
