@@ -4,12 +4,13 @@ import base64
 import hashlib
 import html
 import json
+import multiprocessing
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,27 @@ def test_a_second_call_makes_what_is_missing_and_the_same_bytes(evaluated, monke
     again = evaluate_models(candidates, PROMPTS, SCORERS, folder, settings())
     assert digests(folder) == before
     assert again.comparisons == evaluation.comparisons
+
+
+def test_an_evaluation_that_is_killed_ten_times_ends_with_the_same_bytes(sd_folder, redder_folder, tmp_path):
+    candidates = [Candidate("base", sd_folder), Candidate("redder", redder_folder)]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    evaluate_models(candidates, PROMPTS, SCORERS, whole, settings(batch_size=1))
+    moments = random.Random(0)
+    arguments = (candidates, PROMPTS, SCORERS, killed, settings(batch_size=1))
+    for _ in range(10):
+        enough = len(list(killed.rglob("*.png"))) + moments.randint(1, 2)  # of 24 images
+        child = multiprocessing.get_context("fork").Process(target=evaluate_models, args=arguments)
+        child.start()
+        while child.is_alive() and len(list(killed.rglob("*.png"))) < enough:
+            child.join(0.001)
+        child.join(moments.uniform(0, 0.01))
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL  # it had not ended
+    evaluate_models(*arguments)
+    assert digests(killed) == digests(whole)
+    assert (killed / RESULTS_FILE).read_bytes() == (whole / RESULTS_FILE).read_bytes()
 
 
 def test_an_image_depends_neither_on_the_batch_nor_on_the_other_prompts(evaluated, sd_folder, tmp_path):
@@ -297,7 +319,7 @@ def test_the_report_shows_the_training_of_a_run(plotted, sd_folder, make_trainer
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
-def test_two_processes_write_what_one_does_and_a_killed_call_goes_on(sd_folder, redder_folder, prompt_file, tmp_path):
+def test_two_processes_write_what_one_does(sd_folder, redder_folder, prompt_file, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(command(sd_folder, redder_folder, one, prompt_file)) == 0
     arguments = command(sd_folder, redder_folder, two, prompt_file)
@@ -305,11 +327,6 @@ def test_two_processes_write_what_one_does_and_a_killed_call_goes_on(sd_folder, 
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launched = [*launch, "-m", "trl_diffusion_sdpo", *arguments]
-    process = subprocess.Popen(launched, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
-    while not list(two.rglob("*.png")) and process.poll() is None:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
     done = subprocess.run(launched, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert digests(two) == digests(one)

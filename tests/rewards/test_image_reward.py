@@ -148,6 +148,8 @@ def test_a_score_is_blip_and_the_head(tmp_path):
         raw = head["layers"](first)[:, 0]
     expected = (raw - 0.16717362830052426) / 1.0333394966054072
     assert scorer(images, PROMPTS).tolist() == pytest.approx(expected.tolist(), abs=2e-5)
+    scorer.batch_size = 1
+    assert scorer(images[::-1], PROMPTS[::-1]).tolist() == pytest.approx(expected.tolist()[::-1], abs=2e-5)
 
 
 def test_a_missing_weight_is_an_error():
