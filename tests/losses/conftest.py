@@ -48,6 +48,11 @@ def formula(name: str, w: float, loser: float, u: float, m: float, change: float
         return w - beta * log_sigmoid(t * (decay(s * w) - decay(s * loser)))
     if name == "simpo":
         return -log_sigmoid(-beta / 2 * (w - loser) - k["simpo_gamma"])
+    r_w, r_l = -beta / 2 * change, -beta / 2 * (change - m)
+    if name == "apo_zero":  # TRL's dpo_trainer.py, with `beta * logratios` for these rewards
+        return (1 - sigmoid(r_w)) + sigmoid(r_l)
+    if name == "apo_down":
+        return sigmoid(r_w) + (1 - sigmoid(r_w - r_l))
     assert name == "dpop"
     return -log_sigmoid(u - k["dpop_lambda"] * beta / 2 * max(change, 0.0))
 

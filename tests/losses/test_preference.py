@@ -38,6 +38,9 @@ BY_HAND = {
     "linear": (0.25, {}, -0.6),  # weight 0.2 * 0.25 * (-6) + 0.5 = 0.2, times 1 - 4
     "smpo": (LOG3 / 3, {"smpo_coefficient": 2.0}, math.log(4 / 3)),  # scores log 3 apart: p = 3/4, 2 (2p - 1) = 1
     "capo": (0.25, {}, (0.75 - LOG3) ** 2),  # u = 3/4, and the scores are log 3 apart
+    # beta 2/3 log 3: r_w = -(beta / 2) d_w = log 3 and r_l = -log 3, hence u = 2 log 3 = log 9
+    "apo_zero": (LOG3 / 1.5, {}, 1 / 4 + 1 / 4),
+    "apo_down": (LOG3 / 1.5, {}, 3 / 4 + 1 / 10),
 }
 SCORES = torch.tensor([LOG3, 0.0])
 
@@ -57,6 +60,8 @@ MILD = {
     "linear": (0.7, {"linear_eta": 0.05}),
     "smpo": (0.8, {"smpo_coefficient": 3.0, "smpo_score_scale": 2.0}),
     "capo": (0.7, {}),
+    "apo_zero": (0.8, {}),
+    "apo_down": (0.8, {}),
 }
 MILD_SCORES = torch.tensor([2.0, 0.5, 1.0, 1.0, 0.0, -3.0])  # winners first, each ahead of its loser
 
@@ -135,6 +140,8 @@ def test_gradients_agree_with_differences_of_plain_python(loss_type: str, seeded
         ("dpop", math.log(2)),
         ("smpo", math.log(2)),
         ("hinge", 1.0),
+        ("apo_zero", 1.0),
+        ("apo_down", 1.0),
         ("ipo", 1 / (2 * 5000) ** 2),
         ("dspo_sdxl", 0.25),  # shift 0: the branch without it
         ("dmpo", 0.5 * math.log(0.5 / 0.99) + 0.5 * math.log(0.5 / 0.01)),
@@ -225,6 +232,22 @@ def test_dpop_charges_a_rise_of_the_winners_error():
     model, reference = torch.tensor([[2.0], [3.0]]), torch.tensor([[1.0], [0.0]])
     out = plain(model, torch.zeros(2, 1), reference, "dpop", LOG3 / 1.5, {"dpop_lambda": 1.0})
     assert out.loss.item() == pytest.approx(math.log(4 / 3), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "winner_gradient", "loser_gradient"),
+    [
+        # beta 2: r = -change, so the winner's change of -log 3 is r_w = log 3; r_l = -log 9, u = log 27.
+        # sigma' is 3/16 at log 3, 9/100 at log 9 and 27/784 at log 27; d r / d err = -1.
+        ("apo_zero", 3 / 16, -9 / 100),
+        ("apo_down", 27 / 784 - 3 / 16, -27 / 784),  # the winner's error is raised as well
+    ],
+)
+def test_apo_weighs_each_branch_by_its_own_reward(loss_type: str, winner_gradient: float, loser_gradient: float):
+    winner = torch.tensor([5 - LOG3], dtype=torch.float64, requires_grad=True)
+    loser = torch.tensor([1 + 2 * LOG3], dtype=torch.float64, requires_grad=True)
+    pair_losses(terms_of_errors(winner, loser, 5.0, 1.0), loss_type, beta=2.0).sum().backward()
+    assert (winner.grad.item(), loser.grad.item()) == pytest.approx((winner_gradient, loser_gradient), rel=1e-12)
 
 
 @pytest.mark.parametrize(("margin", "weight"), [(-6.0, 0.4), (6.0, 0.6), (0.5, 0.525)])

@@ -69,6 +69,10 @@ class PairTerms:
         """Error of the loser minus its error under the reference, `(B,)`; without a reference, the error."""
         return self.loser_error if self.ref_loser_error is None else self.loser_error - self.ref_loser_error
 
+    def rewards(self, beta: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rewards `-(beta / 2) change` of winner and loser, each `(B,)`."""
+        return -0.5 * beta * self.winner_change, -0.5 * beta * self.loser_change
+
     def logit(self, beta: float | torch.Tensor) -> torch.Tensor:
         """Return `u = -(beta / 2) (winner_change - loser_change)`, `(B,)`, at most `margin_clamp`.
 
@@ -306,6 +310,27 @@ def capo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     return (terms.logit(beta) - (winner_score - loser_score)).square()
 
 
+def apo_zero_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
+    """APO-zero, `sigmoid(-r_w) + sigmoid(r_l)` with the rewards `r = -(beta / 2) change`, `(B,)`.
+
+    It lowers the winner's error and raises the loser's, each without regard to the other. Source:
+    https://huggingface.co/papers/2408.06266, equation 7.
+    """
+    winner_reward, loser_reward = terms.rewards(beta)
+    return torch.sigmoid(-winner_reward) + torch.sigmoid(loser_reward)
+
+
+def apo_down_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
+    """APO-down, `sigmoid(r_w) + sigmoid(-u)` with the winner's reward `r_w = -(beta / 2) winner_change`, `(B,)`.
+
+    It raises the winner's error, and the loser's more. Use it if the model is better than the winners. Lambda scales
+    the loser's gradient only, so no safeguard keeps the winner's error here. Source:
+    https://huggingface.co/papers/2408.06266, equation 8.
+    """
+    winner_reward, _ = terms.rewards(beta)
+    return torch.sigmoid(winner_reward) + torch.sigmoid(-terms.logit(beta))
+
+
 def _dmpo_target(alpha: float) -> float:
     return min(max(1 - alpha, 1e-6), 1 - 1e-6)
 
@@ -430,7 +455,7 @@ def _capo_target_logit(terms: PairTerms) -> torch.Tensor:
 # fmt: off
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "robust", "dspo", "dspo_sdxl", "dmpo", "sft", "mapo", "simpo", "dpop", "linear", "smpo",
-    "capo",
+    "capo", "apo_zero", "apo_down",
 ]
 # fmt: on
 _LOGISTIC: dict[str, Any] = {"reads_logit_only": True, "beta_scales_logit": True}
@@ -461,6 +486,8 @@ LOSSES: dict[str, LossSpec] = {
         default_beta=2500.0,
         **_TARGETED,
     ),
+    "apo_zero": LossSpec(apo_zero_loss, **_UNEQUAL),
+    "apo_down": LossSpec(apo_down_loss, anchor="error", **_UNEQUAL),
 }
 
 _Range = tuple[str, Callable[[float], bool]]  # a range in words, and a check that a finite number lies in it

@@ -92,8 +92,8 @@ class LossArguments:
     Parameters:
         loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`):
             Loss of a pair: `"sigmoid"`, `"hinge"`, `"ipo"`, `"robust"`, `"dspo"`, `"dspo_sdxl"`, `"dmpo"`, `"sft"`,
-            `"mapo"`, `"simpo"`, `"dpop"`, `"linear"`, `"smpo"` or `"capo"`. Several losses are summed: write `sigmoid
-            sft` on the command line and `[sigmoid, sft]` in YAML.
+            `"mapo"`, `"simpo"`, `"dpop"`, `"linear"`, `"smpo"`, `"capo"`, `"apo_zero"` or `"apo_down"`. Several losses
+            are summed: write `sigmoid sft` on the command line and `[sigmoid, sft]` in YAML.
         loss_weights (`list[float]`, *optional*):
             Weights of the losses in `loss_type`, in the same order. All weights are 1 if unset.
         margin_clamp (`float`, *optional*):
@@ -125,8 +125,9 @@ class LossArguments:
         safeguard_anchor (`str`, *optional*):
             What the parameter-space safeguard protects. `"branch"` protects the winners' errors as the loss weighs
             them. `"error"` protects the plain mean of the winners' errors and costs one more backward pass of the
-            winners. If unset, `"error"` is used for `ipo`, `dspo`, `dspo_sdxl`, `dmpo`, `capo` and sums with them,
-            because their winner branch can raise the winner's error; `"branch"` is used for all other losses.
+            winners. If unset, `"error"` is used for `ipo`, `dspo`, `dspo_sdxl`, `dmpo`, `capo`, `apo_down` and
+            sums with them, because their winner branch can raise the winner's error; `"branch"` is used for all other
+            losses.
         safeguard_low_memory (`bool`, *optional*, defaults to `False`):
             Whether the parameter-space safeguard holds the activations of one branch at a time. Set it to save memory
             at the cost of one more forward pass of the losers. It cannot be used with dropout.
