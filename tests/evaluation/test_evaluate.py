@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -281,6 +282,7 @@ def test_the_command_writes_the_report_and_prints_the_verdict(sd_folder, redder_
     page = (tmp_path / "report.html").read_text()
     assert "a cat &lt;b&gt;&amp;" in page and "<b>&" not in page  # a prompt is text
     assert "http" not in page.replace("http://www.w3.org", "")
+    assert f"diffusers {diffusers.__version__}" in page
     assert "redder is better" in (tmp_path / "report.md").read_text()
 
 

@@ -7,6 +7,7 @@ import html
 import io
 import json
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..reporting.run_callbacks import plots_of
+from ..saving.model_card import PACKAGES
 from ..saving.starting_point import run_of
 from ..utils.files import VERDICT_FILE, VERDICT_PLOT, write_atomically
 from .images import image_path, settings_path
@@ -142,6 +144,7 @@ def html_report(folder: Path, evaluation: Evaluation) -> str:
         f"<p>{LIMITS}</p>",
         f"<ul>{notes}</ul>" if notes else "",
         "<h2>Settings</h2>",
+        f"<p>{', '.join(f'{name} {version(name)}' for name in PACKAGES)}</p>",
         *(_settings(folder, model) for model in evaluation.models),
     ]
     title = _text(f"Evaluation against {base}")
