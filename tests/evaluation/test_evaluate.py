@@ -216,6 +216,11 @@ def test_models_need_names_of_their_own(names, sd_folder, tmp_path):
         evaluate_models([Candidate(name, sd_folder) for name in names], PROMPTS, SCORERS, tmp_path)
 
 
+def test_a_single_string_is_no_list_of_prompts(sd_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"prompts\.txt"):
+        evaluate_models([Candidate("base", sd_folder)], "prompts.txt", SCORERS, tmp_path)
+
+
 def test_a_name_that_is_no_file_name_is_refused():
     with pytest.raises(ValueError, match="name"):
         Candidate("../x", "model")

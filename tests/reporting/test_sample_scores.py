@@ -154,7 +154,7 @@ def test_a_scorer_that_fails_while_training_is_counted_and_the_run_goes_on(
     trainer.train()
     rates = scores_in(trainer.state.log_history)
     assert math.isnan(rates[1]) and rates[2] == 1.0 == trainer.state.best_metric
-    assert "step 1" in caplog.text and "failed 1 times" in str(trainer.verdict())
+    assert "step 1" in caplog.text and f"failures of {NAME}: 1" in str(trainer.verdict())
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("no memory"), [math.nan] * 4, [1.0]])
@@ -197,7 +197,7 @@ class Failing(BatchedScorer):
 
 def test_a_scorer_is_on_the_device_only_while_it_scores(monkeypatch, tmp_path):
     scorer = Failing()
-    monkeypatch.setattr("trl_diffusion_sdpo.reporting.sample_scores.load_scorer", lambda name, device: scorer)
+    monkeypatch.setattr("trl_diffusion_sdpo.reporting.sample_scores.load_scorer", lambda name: scorer)
     scores = SampleScores(["failing"], ["a cat"], torch.device("meta"))
     Image.new("RGB", (4, 4)).save(tmp_path / "image.png")
     scores.begin([tmp_path / "image.png"])

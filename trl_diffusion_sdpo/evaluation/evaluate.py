@@ -127,6 +127,8 @@ def evaluate_models(
     ```
     """
     settings = settings or ImageSettings()
+    if isinstance(prompts, str):
+        raise ValueError(f"`prompts` must be a list, got {prompts!r}. Pass `read_prompts(...)` to read a file.")
     listed = prompts if isinstance(prompts, PromptList) else distinct(prompts)
     if not candidates:
         raise ValueError("An evaluation needs models, got none.")

@@ -56,7 +56,7 @@ class SampleScores:
     def _load(self, names: Sequence[str]) -> None:
         for name in names:
             try:
-                self._scorers[name] = load_scorer(name) if ":" in name else load_scorer(name, device="cpu")
+                self._scorers[name] = load_scorer(name)  # on the CPU
             except Exception as error:
                 raise ValueError(f"`sample_scorers` has {name!r}, which cannot be loaded: {error}") from error
 
@@ -139,7 +139,7 @@ class SampleScores:
             f"{name} {fact['win_rate']:.0%} (95 % interval {fact['low']:.0%} to {fact['high']:.0%}: {fact['verdict']})"
             for name, fact in self.facts(step).items()
         ]
-        words += [f"{name} failed {count} times" for name, count in self._failures.items()]
+        words += [f"failures of {name}: {count}" for name, count in self._failures.items()]
         if not words:
             return ""
         return f"Win rate of the {len(self._prompts)} sample images against those before training: {', '.join(words)}."
