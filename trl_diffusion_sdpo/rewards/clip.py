@@ -108,66 +108,56 @@ def padded_pixels(image: Image.Image, image_processor: CLIPImageProcessorPil) ->
     return (pixels - mean) / std
 
 
-def pickscore(
-    model: str = "yuvalkirstain/PickScore_v1",
-    processor: str = CLIP_H,
+def load_clip(
+    name: str,
+    model: str,
+    processor: str | None = None,
     *,
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> CLIPScorer:
-    """Load PickScore: `exp(logit_scale) * cos`. Usual scores are 19 to 23.
+    """Load a CLIP model as a scorer.
+
+    Args:
+        name (`str`): Name of the scorer in tables and files.
+        model (`str`): Hub id or folder of the CLIP model.
+        processor (`str`, *optional*): Hub id or folder of its tokenizer and image processor, if not `model`.
+        revision (`str`, *optional*): Revision of the model on the Hub.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type of the weights.
+        settings: Further arguments of [`CLIPScorer`], such as `device`, `batch_size` and `preprocess`.
+    """
+    network = CLIPModel.from_pretrained(model, revision=revision, dtype=dtype)
+    processors = load_processors(model, revision) if processor is None else load_processors(processor)
+    return CLIPScorer(name, network, **processors, **settings)
+
+
+def pickscore(model: str = "yuvalkirstain/PickScore_v1", processor: str = CLIP_H, **settings: Any) -> CLIPScorer:
+    """Load PickScore: `exp(logit_scale) * cos`. Usual scores are 19 to 23. Arguments are those of [`load_clip`].
 
     PickScore was trained on Pick-a-Pic, like most preference-tuned models. Use a second scorer next to it.
 
-    Args:
-        model (`str`): Hub id or folder of the CLIP model.
-        processor (`str`): Hub id or folder of its tokenizer and image processor.
-        revision (`str`, *optional*): Revision of the model on the Hub.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type of the weights.
-        settings: `device`, `batch_size`, `preprocess`.
-
     Source: https://huggingface.co/papers/2305.01569.
     """
-    network = CLIPModel.from_pretrained(model, revision=revision, dtype=dtype)
-    return CLIPScorer("pickscore", network, **load_processors(processor), **{"scale": None, **settings})
+    return load_clip("pickscore", model, processor, scale=None, **settings)
 
 
-def clip_score(
-    model: str = CLIP_H, *, revision: str | None = None, dtype: torch.dtype = torch.float32, **settings: Any
-) -> CLIPScorer:
-    """Load the plain cosine similarity of a CLIP model. The Diffusion-SDPO authors use it with ViT-H/14.
+def clip_score(model: str = CLIP_H, **settings: Any) -> CLIPScorer:
+    """Load the plain cosine similarity of a CLIP model. Arguments are those of [`load_clip`].
 
-    Args:
-        model (`str`): Hub id or folder of the CLIP model with its tokenizer and image processor.
-        revision (`str`, *optional*): Revision on the Hub.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type of the weights.
-        settings: `device`, `batch_size`, `preprocess`.
+    The Diffusion-SDPO authors use it with ViT-H/14.
     """
-    network = CLIPModel.from_pretrained(model, revision=revision, dtype=dtype)
-    return CLIPScorer("clip_score", network, **load_processors(model, revision), **settings)
+    return load_clip("clip_score", model, **settings)
 
 
-def clip_score_hessel(
-    model: str = "openai/clip-vit-base-patch32",
-    *,
-    revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    **settings: Any,
-) -> CLIPScorer:
-    """Load CLIPScore as published: `2.5 * max(cos, 0)` of "A photo depicts PROMPT".
-
-    Args:
-        model (`str`): Hub id or folder of the CLIP model with its tokenizer and image processor.
-        revision (`str`, *optional*): Revision on the Hub.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type of the weights.
-        settings: `device`, `batch_size`, `preprocess`.
+def clip_score_hessel(model: str = "openai/clip-vit-base-patch32", **settings: Any) -> CLIPScorer:
+    """Load CLIPScore as published: `2.5 * max(cos, 0)` of "A photo depicts PROMPT". Arguments are those of
+    [`load_clip`].
 
     Source: https://huggingface.co/papers/2104.08718.
     """
-    network = CLIPModel.from_pretrained(model, revision=revision, dtype=dtype)
-    fixed = {"scale": 2.5, "clamp": True, "prefix": "A photo depicts "}
-    return CLIPScorer("clip_score_hessel", network, **load_processors(model, revision), **{**fixed, **settings})
+    published: dict[str, Any] = {"scale": 2.5, "clamp": True, "prefix": "A photo depicts "}
+    return load_clip("clip_score_hessel", model, **published, **settings)
 
 
 def hpsv2(**settings: Any) -> CLIPScorer:
@@ -196,11 +186,8 @@ def hpsv21(
         model (`str`): Hub id or folder of the weights.
         file (`str`): File name of the weights, in open_clip's format. It is read with `weights_only=True`.
         processor (`str`): Hub id or folder of the tokenizer, the image processor and the network's configuration.
-        name (`str`): Name of the scorer in tables and files.
-        revision (`str`, *optional*): Revision of the weights on the Hub.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type of the weights. The package `hpsv2` uses
-            autocast.
-        settings: `device`, `batch_size`, `preprocess`. The package `hpsv2` pads, the Diffusion-SDPO authors crop.
+        name, revision, dtype, settings: See [`load_clip`]. The package `hpsv2` uses autocast and
+            `preprocess="pad"`. The Diffusion-SDPO authors crop.
 
     Source: https://github.com/tgxs002/HPSv2.
     """
