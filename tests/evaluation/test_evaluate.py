@@ -216,6 +216,12 @@ def test_models_need_names_of_their_own(names, sd_folder, tmp_path):
         evaluate_models([Candidate(name, sd_folder) for name in names], PROMPTS, SCORERS, tmp_path)
 
 
+def test_scorers_need_files_of_their_own(sd_folder, tmp_path):
+    scorers = [FunctionScorer(name, redness) for name in ("module:score", "module_score")]
+    with pytest.raises(ValueError, match="module_score"):
+        evaluate_models([Candidate("base", sd_folder)], PROMPTS, scorers, tmp_path)
+
+
 def test_a_single_string_is_no_list_of_prompts(sd_folder, tmp_path):
     with pytest.raises(ValueError, match=r"prompts\.txt"):
         evaluate_models([Candidate("base", sd_folder)], "prompts.txt", SCORERS, tmp_path)

@@ -133,7 +133,7 @@ def evaluate_models(
     if not candidates:
         raise ValueError("An evaluation needs models, got none.")
     _check_names("models", [candidate.name for candidate in candidates])
-    _check_names("scorers", [scorer.name for scorer in scorers])
+    _check_names("scorers", [_file_name(scorer.name) for scorer in scorers])
     files = [] if layout is None else LAYOUTS[layout](listed, settings.seeds)
     folder = Path(output_dir)
     state = PartialState()
