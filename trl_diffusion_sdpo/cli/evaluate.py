@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from . import EXIT_OK
@@ -130,7 +131,8 @@ def run(arguments: list[str], prog: str) -> int:
     from ..evaluation.prompts import read_prompts
     from ..evaluation.report import REPORT_FILE, scale_sentence, verdict_sentence
 
-    state = PartialState(cpu=options.device == "cpu")
+    # Processes that are done wait for the slowest one. The default of ten minutes is too short for that.
+    state = PartialState(cpu=options.device == "cpu", timeout=timedelta(days=1))
     device = options.device or str(state.device)
     candidates = _candidates(options)
     with reading_data(options.prompts):

@@ -109,12 +109,13 @@ def generate_images(
     peers.first(lambda: _check_settings(target, _facts(candidate, base, prompts, settings)))
     rows = [(index, seed) for index in range(len(prompts)) for seed in settings.seeds]
     batches = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
-    missing = [
-        batch
-        for batch in batches[peers.index :: peers.count]
-        if not all(image_path(folder, candidate.name, *row).is_file() for row in batch)
-    ]
-    peers.gather_results(lambda: _generate(candidate, base, prompts, settings, folder, missing) if missing else None)
+    missing = peers.first(
+        lambda: [
+            batch for batch in batches if not all(image_path(folder, candidate.name, *row).is_file() for row in batch)
+        ]
+    )
+    share = missing[peers.index :: peers.count]
+    peers.gather_results(lambda: _generate(candidate, base, prompts, settings, folder, share) if share else None)
 
 
 def _generate(
