@@ -162,8 +162,9 @@ def test_an_evaluation_writes_a_layout_without_any_scorer(sd_folder, tmp_path):
     assert {*LAYOUTS} == {*next(one.choices for one in make_parser()._actions if one.dest == "layout")}
     settings = ImageSettings(call_kwargs={"num_inference_steps": 1, "guidance_scale": 1.0})
     arguments = [Candidate("base", sd_folder), Candidate("same", sd_folder)], ["a bench", "a tree"], [], tmp_path
-    with pytest.raises(ValueError, match="tag"):
-        evaluate_models(*arguments, settings, layout="geneval")
+    for layout, match in (("geneval", "tag"), ("parti", "parti")):
+        with pytest.raises(ValueError, match=match):
+            evaluate_models(*arguments, settings, layout=layout)
     assert not list(tmp_path.rglob("*.png"))  # it is found out before images are generated
     evaluate_models(*arguments, settings, layout="t2i-compbench")
     for model in ("base", "same"):

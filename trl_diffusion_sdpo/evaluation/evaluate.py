@@ -134,6 +134,8 @@ def evaluate_models(
         raise ValueError("An evaluation needs models, got none.")
     _check_names("models", [candidate.name for candidate in candidates])
     _check_names("scorers", [_file_name(scorer.name) for scorer in scorers])
+    if layout is not None and layout not in LAYOUTS:
+        raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
     files = [] if layout is None else LAYOUTS[layout](listed, settings.seeds)
     folder = Path(output_dir)
     state = PartialState()
