@@ -23,6 +23,7 @@ from PIL import Image
 from trl_diffusion_sdpo import Candidate, evaluate_models
 from trl_diffusion_sdpo.cli.evaluate import candidate_of
 from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.evaluation import evaluate
 from trl_diffusion_sdpo.evaluation.evaluate import MANIFEST_FILE, RESULTS_FILE
 from trl_diffusion_sdpo.evaluation.images import ImageSettings, diversity, generate_images, image_path, saturation
 from trl_diffusion_sdpo.rewards import FunctionScorer
@@ -187,6 +188,27 @@ def test_missing_scores_are_noted(sd_folder, tmp_path):
 
     evaluation = evaluate_models([Candidate("base", sd_folder)], PROMPTS[:3], [Unsure()], tmp_path, settings())
     assert any("unsure" in note and "2 images" in note for note in evaluation.notes)
+
+
+def test_an_interrupted_scoring_continues_where_it_stopped(sd_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "_SCORED_AT_ONCE", 5)
+    scored = []
+
+    def judge(images, prompts):
+        if len(scored) == 5 and not resumed:
+            raise RuntimeError("the server is gone")
+        scored.extend(prompts)
+        return brightness(images, prompts)
+
+    arguments = [Candidate("base", sd_folder)], PROMPTS, [FunctionScorer("judge", judge)], tmp_path, settings()
+    resumed = False
+    with pytest.raises(RuntimeError, match="the server is gone"):
+        evaluate_models(*arguments)
+    resumed = True
+    scores = evaluate_models(*arguments).scores["judge"]["base"]
+    assert scored == [prompt for prompt in PROMPTS for _ in range(2)]  # each image once
+    images = [Image.open(image_path(tmp_path, "base", index, seed)) for index in range(6) for seed in (0, 1)]
+    assert scores.flatten().tolist() == pytest.approx(brightness(images, PROMPTS))
 
 
 def test_scores_of_deleted_images_are_not_used_again(sd_folder, redder_folder, tmp_path):

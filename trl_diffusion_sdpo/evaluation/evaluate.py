@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.json"
 MANIFEST_FILE = "manifest.jsonl"
-_SCORED_AT_ONCE = 64
+_SCORED_AT_ONCE = 64  # images of a process between two saves
 _FEW_PROMPTS = 30  # with fewer prompts, bootstrap intervals are too narrow
 
 
@@ -198,34 +199,33 @@ def _mean(values: Sequence[float]) -> float:
 def _scores(
     scorer: Scorer, folder: Path, name: str, prompts: PromptList, settings: ImageSettings, peers: Peers
 ) -> np.ndarray:
-    """Return a model's scores, `(prompts, seeds)`, from the folder or from the scorer. Black images get NaN."""
+    """Return a model's scores, `(prompts, seeds)`, NaN if an image has none. Those in the folder are not computed
+    again."""
     path = folder / SCORES_FOLDER / _file_name(scorer.name) / f"{name}.json"
-    stored = peers.first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
-    shape = (len(prompts.prompts), len(settings.seeds))
-    if stored is not None:
-        return np.array([math.nan if value is None else value for value in stored], dtype=np.float64).reshape(shape)
-    rows = [(index, seed) for index in range(shape[0]) for seed in settings.seeds]
+    rows = [(index, seed) for index in range(len(prompts.prompts)) for seed in settings.seeds]
+    scores = peers.first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else [])
+    at_once = _SCORED_AT_ONCE * peers.count
+    for start in tqdm(range(len(scores), len(rows), at_once), desc=f"{scorer.name} of {name}", unit="batch"):
+        share = rows[start : start + at_once][peers.index :: peers.count]
+        scores += _in_order(peers.gather_results(partial(_score_images, scorer, folder, name, share, prompts)))
+        peers.first(partial(_write_json, path, scores))  # an interrupted evaluation continues here
+    values = [math.nan if value is None else value for value in scores]
+    return np.array(values, dtype=np.float64).reshape(len(prompts.prompts), len(settings.seeds))
 
-    def score() -> list[float]:
-        share = rows[peers.index :: peers.count]
-        values = []
-        for start in tqdm(range(0, len(share), _SCORED_AT_ONCE), desc=f"{scorer.name} of {name}", unit="batch"):
-            batch = share[start : start + _SCORED_AT_ONCE]
-            images = [_read(image_path(folder, name, *row)) for row in batch]
-            visible = [position for position, image in enumerate(images) if not is_black(image)]
-            scored = [math.nan] * len(batch)
-            if visible:
-                texts = [prompts.prompts[batch[position][0]] for position in visible]
-                found = scorer([images[position] for position in visible], texts).tolist()
-                for position, value in zip(visible, found, strict=True):
-                    scored[position] = value
-            values.extend(scored)
-        return values
 
-    values = _in_order(peers.gather_results(score))
-    listed = [value if math.isfinite(value) else None for value in values]
-    peers.first(lambda: _write_json(path, listed))
-    return np.array(values).reshape(shape)
+def _score_images(
+    scorer: Scorer, folder: Path, name: str, rows: Sequence[tuple[int, int]], prompts: PromptList
+) -> list[float | None]:
+    """Return the scores of a model's images. Black images have none."""
+    images = [_read(image_path(folder, name, *row)) for row in rows]
+    visible = [position for position, image in enumerate(images) if not is_black(image)]
+    scores: list[float | None] = [None] * len(rows)
+    if visible:
+        texts = [prompts.prompts[rows[position][0]] for position in visible]
+        found = scorer([images[position] for position in visible], texts).tolist()
+        for position, value in zip(visible, found, strict=True):
+            scores[position] = value if math.isfinite(value) else None
+    return scores
 
 
 def _compare(
