@@ -110,6 +110,15 @@ def test_t2i_compbench_reads_prompt_and_number_from_the_name(lay_out, tmp_path):
     assert [colour_of(folder / "samples" / name) for name in names] == expected
 
 
+def test_images_are_copied_where_links_are_not_possible(lay_out, tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    file = lay_out("t2i-compbench", prompts_of(tmp_path, "a.txt", "a tree"), (0,)) / "samples" / "a tree_000000.png"
+    assert file.read_bytes() == image_path(tmp_path, "m", 0, 0).read_bytes()
+
+
 def test_hpsv2_finds_each_prompt_of_a_style_by_its_number(lay_out, tmp_path):
     annotations = ["a bench", "two clocks", "a bench"]
     folder = lay_out("hpsv2", prompts_of(tmp_path, "anime.json", json.dumps(annotations)), (0, 1))
@@ -172,3 +181,4 @@ def test_an_evaluation_writes_a_layout_without_any_scorer(sd_folder, tmp_path):
         assert sorted(os.listdir(folder)) == ["a bench_000000.png", "a tree_000001.png"]
     page = (tmp_path / "report.html").read_text()
     assert page.count("<figure>") == 4 and "Win rates" not in page
+    assert "Win rate" not in (tmp_path / "report.md").read_text().split("A scorer is")[0]

@@ -279,7 +279,7 @@ def _notes(
     notes = []
     if prompts.empty or prompts.duplicates:
         notes.append(f"{prompts.empty} empty and {prompts.duplicates} repeated prompts were skipped.")
-    if len(prompts.prompts) < _FEW_PROMPTS:
+    if scores and len(prompts.prompts) < _FEW_PROMPTS:
         notes.append(f"With only {len(prompts.prompts)} prompts, the intervals are too narrow. Use more prompts.")
     for model, values in looks.items():
         if values["black"]:

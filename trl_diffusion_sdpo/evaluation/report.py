@@ -71,7 +71,7 @@ def markdown_report(evaluation: Evaluation) -> str:
     lines += [f"- {scale_sentence(sweep, scorer)}" for sweep in evaluation.sweeps for scorer in evaluation.scores]
     for table in (_win_rate_table(evaluation), _means_table(evaluation)):
         head, *rows = ["| " + " | ".join(row) + " |" for row in table]
-        lines += ["", head, "|---" * len(table[0]) + "|", *rows]
+        lines += ["", head, "|---" * len(table[0]) + "|", *rows] if rows else []
     lines += ["", *evaluation.notes, *([""] if evaluation.notes else []), LIMITS, ""]
     return "\n".join(lines)
 
