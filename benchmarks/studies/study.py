@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 import yaml
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from diffusers.utils import logging as diffusers_logging
+from pair_kinds import corner_changes, pairs_of_kind
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -38,7 +39,7 @@ from transformers.utils import logging as transformers_logging
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer, preference_guidance
 from trl_diffusion_sdpo.demo.image_measures import ImageMeter
 from trl_diffusion_sdpo.demo.oracle import oracle_score
-from trl_diffusion_sdpo.demo.pairs import eval_pairs, off_policy_pairs, on_policy_pairs
+from trl_diffusion_sdpo.demo.pairs import eval_pairs
 from trl_diffusion_sdpo.demo.pipeline import LATENT_SHAPE, generate_images, load_base_pipeline
 from trl_diffusion_sdpo.demo.world import IMAGE_SIZE, captions
 
@@ -49,7 +50,8 @@ HELD_OUT_SEED = 30_000
 HELD_OUT_COPIES = 3  # draws of noise and timestep for each held-out pair
 IMAGE_SEEDS = {"selection": 90_000, "final": 100_000}
 # What a row may have beside fields of `DiffusionSDPOConfig`.
-ROW_KEYS = ("of", "guidance", "reference", "weights_scale", "lora_rank", "averaged")
+ROW_KEYS = ("of", "guidance", "reference", "weights_scale", "lora_rank", "averaged", "pairs", "masked")
+OWN_PAIRS = 216  # held-out pairs of a row's own kind, at most
 
 
 def load_plan(name: str) -> dict[str, Any]:
@@ -92,13 +94,20 @@ class Study:
             base = pipeline.unet.state_dict()
             pipeline.unet.load_state_dict({key: torch.lerp(base[key], tuned[key], scale) for key in base})
         context = self.guidance(settings, seed)
-        scores = {scale: self.images(pipeline, "selection", seed, scale, context)["score"] for scale in self.scales}
-        best = max(scores, key=scores.__getitem__)
-        return {
+        best = self.scales[0]
+        if len(self.scales) > 1:
+            scores = {
+                scale: self.images(pipeline, "selection", seed, scale, context)["score"] for scale in self.scales
+            }
+            best = max(scores, key=scores.__getitem__)
+        measured = {
             "plain": self.images(pipeline, "final", seed, 1.0, context),
             "best": {"scale": best, **self.images(pipeline, "final", seed, best, context)},
-            "errors": self.errors(pipeline, seed),
+            "errors": self.errors(pipeline, seed, self.held_out(seed)),
         }
+        if self.plan.get("own_errors"):
+            measured["own_errors"] = self.errors(pipeline, seed, self.held_out(seed, settings))
+        return measured
 
     @property
     def scales(self) -> list[float]:
@@ -125,7 +134,7 @@ class Study:
         """Build the trainer of a row."""
         pipeline = load_base_pipeline()
         own = {key: value for key, value in row.items() if key not in ROW_KEYS}
-        pairs = off_policy_pairs(seed) if self.plan["pairs"] == "off_policy" else on_policy_pairs(pipeline, seed)
+        pairs = self.pairs(row, seed, self.plan.get("per_prompt", 14))
         pairs = pairs.select(range(min(len(pairs), self.plan.get("max_pairs", len(pairs)))))
         args = self.arguments(seed, output, **{**self.plan["shared"], **own})
         rank = row.get("lora_rank")
@@ -133,6 +142,22 @@ class Study:
         trainer = DiffusionSDPOTrainer(pipeline, None, args, pairs, peft_config=adapter)
         trainer.remove_callback(PrinterCallback)
         return trainer
+
+    def pairs(self, row: dict[str, Any], seed: int, per_prompt: int) -> Dataset:
+        """Return the pairs of a row. Unless its `masked` is false, they have the masks of their kind."""
+        pairs = made_pairs(row.get("pairs", self.plan["pairs"]), seed, per_prompt)
+        return pairs if row.get("masked", True) or "mask" not in pairs.column_names else pairs.remove_columns("mask")
+
+    def held_out(self, seed: int, row: dict[str, Any] | None = None) -> Dataset:
+        """Return held-out pairs of the final prompts: off-policy ones, or of the kind of a row, without masks."""
+        seed += HELD_OUT_SEED
+        if row is None:
+            pairs = eval_pairs(seed, per_prompt=4)
+        else:
+            pairs = self.pairs({**row, "masked": False}, seed, self.plan.get("per_prompt", 14))
+        final = set(self.prompts["final"])
+        pairs = pairs.select([index for index, prompt in enumerate(pairs["prompt"]) if prompt in final])
+        return pairs if row is None else pairs.select(range(min(len(pairs), OWN_PAIRS)))
 
     @staticmethod
     def arguments(seed: int, output: str, **settings: Any) -> DiffusionSDPOConfig:
@@ -168,15 +193,18 @@ class Study:
         latents = torch.randn(len(prompts), *LATENT_SHAPE, generator=generator)
         with torch.no_grad():
             images = generate_images(pipeline, prompts, latents, guidance_scale=scale, context=context)
-        score = {"score": float(oracle_score(images, prompts).mean())}
-        return score if part == "selection" else {**score, **asdict(meter(tuple(prompts))(images))}
+        measured = {"score": float(oracle_score(images, prompts).mean())}
+        if part == "selection":
+            return measured
+        if self.plan.get("corner"):
+            with torch.no_grad():
+                before = generate_images(load_base_pipeline(), prompts, latents, guidance_scale=scale)
+            measured |= corner_changes(images, before, prompts)
+        return {**measured, **asdict(meter(tuple(prompts))(images))}
 
-    def errors(self, pipeline: Any, seed: int) -> dict[str, float]:
-        """Return the changes of the errors on held-out pairs of the final prompts, against the base model."""
-        pairs = eval_pairs(seed + HELD_OUT_SEED, per_prompt=4)
-        final = set(self.prompts["final"])
-        rows = [row for row, prompt in enumerate(pairs["prompt"]) if prompt in final]
-        pairs = concatenate_datasets([pairs.select(rows)] * HELD_OUT_COPIES)
+    def errors(self, pipeline: Any, seed: int, pairs: Dataset) -> dict[str, float]:
+        """Return the changes of the errors on held-out pairs, against the base model."""
+        pairs = concatenate_datasets([pairs] * HELD_OUT_COPIES)
         with tempfile.TemporaryDirectory() as output:
             bins = self.plan["shared"].get("num_noise_bins", 8)
             args = self.arguments(seed, output, safeguard="none", num_noise_bins=bins)
@@ -186,8 +214,14 @@ class Study:
         return {
             name.removeprefix("eval_errors/"): value
             for name, value in metrics.items()
-            if name.startswith(("eval_errors/winner_change", "eval_errors/loser_change"))
+            if name.startswith(("eval_errors/winner_change", "eval_errors/loser_change", "eval_errors/accuracy"))
         }
+
+
+@functools.cache
+def made_pairs(kind: str, seed: int, per_prompt: int) -> Dataset:
+    """Return pairs of a kind by the base model. Some kinds take seconds."""
+    return pairs_of_kind(kind, load_base_pipeline(), seed, per_prompt)
 
 
 @functools.cache
@@ -251,21 +285,36 @@ def table(plan: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
     for row in rows.values():
         if row["name"] in plan["rows"] and is_current(plan, row["name"], row):
             by_name[row["name"]].append(row)
-    lines = [
-        "| row | seeds | score | score at best guidance | diversity | Frechet | winners' error | losers' error |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    extra = extra_columns(plan)
+    columns = ["row", "seeds", "score", "score at best guidance", "diversity", "Frechet", "winners' error"]
+    columns += ["losers' error", *extra]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, made in sorted(by_name.items(), key=lambda item: -mean(item[1], "best", "score")):
         best = [row["best"]["score"] for row in made]
         spread = f" ± {statistics.stdev(best):.3f}" if len(best) > 1 else ""
         scales = ", ".join(sorted({f"{row['best']['scale']:g}" for row in made}))
-        lines.append(
-            f"| {name} | {len(made)} | {mean(made, 'plain', 'score'):.3f} "
-            f"| {statistics.mean(best):.3f}{spread} ({scales}) "
-            f"| {mean(made, 'best', 'diversity'):.3f} | {mean(made, 'best', 'frechet'):.3f} "
-            f"| {mean(made, 'errors', 'winner_change'):+.4f} | {mean(made, 'errors', 'loser_change'):+.4f} |"
-        )
+        cells = [
+            f"{name} | {len(made)} | {mean(made, 'plain', 'score'):.3f}",
+            f"{statistics.mean(best):.3f}{spread} ({scales})",
+            f"{mean(made, 'best', 'diversity'):.3f} | {mean(made, 'best', 'frechet'):.3f}",
+            f"{mean(made, 'errors', 'winner_change'):+.4f} | {mean(made, 'errors', 'loser_change'):+.4f}",
+            *(f"{mean(made, *place):.3g}" for place in extra.values()),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def extra_columns(plan: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the columns that only some plans have, with the places of their numbers in a finished row."""
+    if plan.get("corner"):
+        return {"red": ("plain", "red"), "outside": ("plain", "outside")}
+    if plan.get("own_errors"):
+        return {
+            "winners, share": ("errors", "winner_change_relative"),
+            "own winners, share": ("own_errors", "winner_change_relative"),
+            "own accuracy": ("own_errors", "accuracy"),
+        }
+    return {}
 
 
 def mean(rows: list[dict[str, Any]], part: str, name: str) -> float:
