@@ -103,24 +103,33 @@ def test_a_second_call_makes_what_is_missing_and_the_same_bytes(evaluated, monke
     assert again.comparisons == evaluation.comparisons
 
 
-def test_an_evaluation_that_is_killed_ten_times_ends_with_the_same_bytes(sd_folder, redder_folder, tmp_path):
+def test_an_evaluation_that_is_killed_ten_times_ends_with_the_same_bytes(
+    sd_folder, redder_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    server = multiprocessing.get_context("forkserver")  # a fork of this process may stop at a lock of OpenMP
+    server.set_forkserver_preload(["trl_diffusion_sdpo.evaluation.evaluate", "diffusers", "transformers"])
     candidates = [Candidate("base", sd_folder), Candidate("redder", redder_folder)]
+
+    def start(folder):
+        arguments = (candidates, PROMPTS, SCORERS, folder, settings(batch_size=1, seeds=(0, 1, 2, 3)))
+        process = server.Process(target=evaluate_models, args=arguments)
+        process.start()
+        return process
+
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    one_by_one = settings(batch_size=1, seeds=(0, 1, 2, 3))
-    evaluate_models(candidates, PROMPTS, SCORERS, whole, one_by_one)
+    start(whole).join()
     moments = random.Random(0)
-    arguments = (candidates, PROMPTS, SCORERS, killed, one_by_one)
     for _ in range(10):
         enough = len(list(killed.rglob("*.png"))) + moments.randint(1, 4)  # of 48 images
-        child = multiprocessing.get_context("fork").Process(target=evaluate_models, args=arguments)
-        child.start()
-        while child.is_alive() and len(list(killed.rglob("*.png"))) < enough:
-            child.join(0.002)
-        child.join(moments.uniform(0, 0.01))
-        child.kill()
-        child.join()
-        assert child.exitcode == -signal.SIGKILL  # it had not ended
-    evaluate_models(*arguments)
+        process = start(killed)
+        while process.is_alive() and len(list(killed.rglob("*.png"))) < enough:
+            process.join(0.002)
+        process.join(moments.uniform(0, 0.01))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL  # it had not ended
+    start(killed).join()
     assert digests(killed) == digests(whole)
     assert (killed / RESULTS_FILE).read_bytes() == (whole / RESULTS_FILE).read_bytes()
 
