@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 from PIL import ImageFilter
 
 from trl_diffusion_sdpo.demo.pairs import off_policy_pairs, on_policy_pairs
-from trl_diffusion_sdpo.demo.world import BACKGROUNDS, COLOURS, IMAGE_SIZE, captions, imperfect_render, parse_caption
+from trl_diffusion_sdpo.demo.world import BACKGROUNDS, COLOURS, IMAGE_SIZE, captions, imperfect_render
 
 BLUR = 2.0  # standard deviation in pixels
 STRENGTH = 0.6  # share of the sampler's steps by which a loser is re-noised
@@ -125,18 +125,16 @@ def _png(pixels: np.ndarray) -> dict[str, bytes | None]:
 # ---- Measuring a corner ---------------------------------------------------------------------------------------------
 
 
-def corner_changes(images: np.ndarray, base_images: np.ndarray, prompts: list[str]) -> dict[str, float]:
+def corner_changes(images: np.ndarray, base_images: np.ndarray) -> dict[str, float]:
     """Compare images of equal noise `(N, 32, 32, 3)` by the model and by its base.
 
     Returns:
-        `dict[str, float]`: `red`, how far the corner has moved from its background to red, 1 for all of the way; and
-        `outside`, the mean change of a pixel outside of the corner, in [0, 255].
+        `dict[str, float]`: `red`, how red the corner is: 0 for every gray, 1 for the red of the pairs. And `outside`,
+        the mean change of a pixel outside of the corner, in [0, 255].
     """
     values, before = images.astype(float), base_images.astype(float)
-    backgrounds = np.array([BACKGROUNDS[parse_caption(prompt).background] for prompt in prompts])
-    direction = CORNER_COLOUR - 255 * backgrounds  # (N, 3)
-    moved = values[:, CORNER, CORNER].mean((1, 2)) - 255 * backgrounds
-    red = (moved * direction).sum(1) / np.square(direction).sum(1)
+    red, green, blue = values[:, CORNER, CORNER].mean((0, 1, 2))
+    most = CORNER_COLOUR[0] - CORNER_COLOUR[1:].mean()
     changed = np.abs(values - before).mean(-1)
     changed[:, CORNER, CORNER] = np.nan
-    return {"red": float(red.mean()), "outside": float(np.nanmean(changed))}
+    return {"red": float((red - (green + blue) / 2) / most), "outside": float(np.nanmean(changed))}

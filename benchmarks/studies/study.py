@@ -199,7 +199,7 @@ class Study:
         if self.plan.get("corner"):
             with torch.no_grad():
                 before = generate_images(load_base_pipeline(), prompts, latents, guidance_scale=scale)
-            measured |= corner_changes(images, before, prompts)
+            measured |= corner_changes(images, before)
         return {**measured, **asdict(meter(tuple(prompts))(images))}
 
     def errors(self, pipeline: Any, seed: int, pairs: Dataset) -> dict[str, float]:
