@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import EXIT_OK
 from .errors import reading_data
 from .options import OneLineParser
-from .scorers import scorer_named
+from .scorers import load_scorers, mapping_option
 
 if TYPE_CHECKING:
     from ..evaluation import Candidate
@@ -78,7 +77,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     add(
         "--scorer_settings",
-        type=_mapping,
+        type=mapping_option,
         default={},
         metavar="JSON",
         help='Such as {"hpsv2.1": {"batch_size": 4}}.',
@@ -102,7 +101,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="Also arrange the images as this benchmark reads them, in a folder of its name. `--prompts` is then the "
         "benchmark's own file.",
     )
-    add("--call_kwargs", type=_mapping, default={}, metavar="JSON", help="Arguments of the pipelines' calls.")
+    add("--call_kwargs", type=mapping_option, default={}, metavar="JSON", help="Arguments of the pipelines' calls.")
     add("--batch_size", type=int, default=4, metavar="N", help="Images generated at once (default: 4).")
     add("--dtype", choices=DTYPES, default="float32", help="Dtype of the pipelines (default: float32).")
     add("--device", metavar="NAME", help="Device of pipelines and scorers; the fastest there is if unset.")
@@ -110,16 +109,6 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--output_dir", required=True, metavar="FOLDER", help="Folder of images, scores, results.json and report.html."
     )
     return parser
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    try:
-        mapping = json.loads(text)
-    except json.JSONDecodeError:
-        mapping = None
-    if not isinstance(mapping, dict):
-        raise argparse.ArgumentTypeError(f"must be a mapping in JSON, got {text!r}")
-    return mapping
 
 
 def run(arguments: list[str], prog: str) -> int:
@@ -139,13 +128,7 @@ def run(arguments: list[str], prog: str) -> int:
         listed = read_prompts(options.prompts, column=options.prompt_column, split=options.prompt_split)
     if options.max_prompts is not None:
         listed = listed.first(options.max_prompts)
-    for name, values in options.scorer_settings.items():
-        if name not in options.scorers or not isinstance(values, dict):
-            raise ValueError(
-                f"`--scorer_settings` must map names of `--scorers` to their settings, got {name!r}: {values!r}. "
-                'Write it such as {"hpsv2.1": {"batch_size": 4}}.'
-            )
-    scorers = [scorer_named(name, **_scorer_settings(name, options, device)) for name in options.scorers]
+    scorers = load_scorers(options.scorers, options.scorer_settings, device)
     settings = _image_settings(options, device)
     evaluation = evaluate_models(candidates, listed, scorers, options.output_dir, settings, options.layout)
     if state.is_main_process:
@@ -193,13 +176,6 @@ def candidate_of(text: str) -> Candidate:
     except ValueError as error:
         raise ValueError(f"The scale after @ must be a number, got {scale!r} in {text!r}.") from error
     return Candidate(name, model, lora or None, number)
-
-
-def _scorer_settings(name: str, options: argparse.Namespace, device: str) -> dict[str, Any]:
-    settings = dict(options.scorer_settings.get(name, {}))
-    if ":" not in name and name != "vlm_server":
-        settings.setdefault("device", device)
-    return settings
 
 
 def _image_settings(options: argparse.Namespace, device: str) -> ImageSettings:

@@ -10,6 +10,7 @@ from .options import OneLineParser
 # Sub-command -> help. Each is a module of this folder, `pairs_` and its name with underscores for dashes, and has
 # `run(arguments, prog) -> int` and `make_parser(prog)`.
 SUBCOMMANDS = {
+    "generate": "Generate several images of each prompt by a model, and pair the best with the worst by scorers.",
     "pick": "Show two images of a prompt at a time, and save which one you prefer.",
     "from-images": "List a folder of your own images with the prompts in their files, and leave out duplicates.",
     "check": "Say what training would read of a data set of pairs, and what it would drop, and why.",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from pathlib import Path
 
 from . import EXIT_OK
 from .errors import reading_data
 from .options import OneLineParser
-from .scorers import scorer_named
+from .scorers import mapping_option, scorer_named
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -29,7 +28,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--min_side", type=int, metavar="N", help="Drop pairs with an image whose shorter side is smaller.")
     add("--look_at", type=int, default=500, metavar="N", help="Pairs to compare, score and show (default: 500).")
     add("--scorer", metavar="NAME", help="Scorer, such as pickscore, or your own `module:function`.")
-    add("--scorer_settings", type=json.loads, default={}, metavar="JSON", help='Such as {"device": "cuda"}.')
+    add("--scorer_settings", type=mapping_option, default={}, metavar="JSON", help='Such as {"device": "cuda"}.')
     add("--sheet", metavar="FILE", help="Write a contact sheet of the pairs to this HTML file.")
     return parser
 

@@ -51,8 +51,9 @@ def load_pairs(
     Args:
         name (`str` or `os.PathLike`): An id of the Hub; a file (parquet, arrow, JSON, CSV, TSV); a folder of such
             files, of images with `metadata.jsonl` or `metadata.csv`, of images in the folders `chosen` and `rejected`,
-            or of images with ranks at the end of their names; a folder of `pairs pick`; or a folder that `save_to_disk`
-            wrote. Relative names of images in a local file are looked up in its folder, then in the working directory.
+            or of images with ranks at the end of their names; a folder of `pairs pick` or `pairs generate`; or a folder
+            that `save_to_disk` wrote. Relative names of images in a local file are looked up in its folder, then in the
+            working directory.
         split (`str`): Split expression, such as `"train"` or `"train[:90%]"`. A file is one split under any name.
         config (`str`, *optional*): Configuration of a data set of the Hub.
         streaming (`bool`): Whether to load a stream.
@@ -63,8 +64,8 @@ def load_pairs(
         ValueError: If there is no such data set or split, or a folder has images and no pairs.
     """
     path = Path(name).expanduser()
-    if (path / "picks.jsonl").is_file() and (path / "pairs.jsonl").is_file():
-        path /= "pairs.jsonl"  # a folder of the command `pairs pick`, which has other files for itself
+    if (path / "manifest.jsonl").is_file() and (path / "pairs.jsonl").is_file():
+        path /= "pairs.jsonl"  # a folder of `pairs pick` or `pairs generate`, which have other files for themselves
     if path.exists() and config is not None:
         message = "`dataset_config=%s` has no effect on %s: configurations belong to data sets of the Hub."
         logger.warning(message, config, name)

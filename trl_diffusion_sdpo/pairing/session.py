@@ -54,7 +54,8 @@ class PickSession:
                 f"{folder} has no two images of one prompt to compare: {len(listed)} images of {prompts} prompts."
                 + reasons
             )
-        self._write_pairs()
+        if self.log.picks or not (folder / PAIRS_FILE).is_file():  # pairs by scorers stay until the first pick
+            self._write_pairs()
 
     def close(self) -> None:
         """Close the log, so that another process can open the folder."""

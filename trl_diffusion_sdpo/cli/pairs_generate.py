@@ -1,0 +1,88 @@
+"""`trl-diffusion-sdpo pairs generate`: pairs of a model's own images, chosen by scorers."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from . import EXIT_OK
+from .errors import reading_data
+from .evaluate import DTYPES, candidate_of
+from .options import OneLineParser
+from .scorers import load_scorers, mapping_option
+
+
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog=prog,
+        description=(
+            "Generate several images of each prompt, score them, and pair the best with the worst. Without scorers, "
+            "the folder is for `pairs pick`. A second call goes on where the first ended. Under `accelerate launch -m "
+            "trl_diffusion_sdpo pairs generate` all processes share the work."
+        ),
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="MODEL", help="A Hub id, a folder of a pipeline or a run; MODEL+LORA too.")
+    add("--prompts", required=True, metavar="FILE", help="Prompts: a .txt, .json, .jsonl or .csv file, or a data set.")
+    add("--prompt_column", metavar="NAME", help="Column of the prompts; `prompt`, `caption` or `text` if unset.")
+    add("--prompt_split", default="train", metavar="NAME", help="Split of a data set of prompts (default: train).")
+    add("--max_prompts", type=int, metavar="N", help="Use the first N prompts only.")
+    add("--images", type=int, default=4, metavar="K", help="Images of each prompt (default: 4).")
+    add("--first_seed", type=int, default=0, metavar="N", help="Seeds are N, N + 1, ... (default: 0).")
+    add("--scorers", nargs="+", default=[], metavar="NAME", help="Scorers, or your own `module:function`.")
+    add("--scorer_settings", type=mapping_option, default={}, metavar="JSON", help="Settings of scorers by name.")
+    add("--weights", type=mapping_option, default={}, metavar="JSON", help='Weights, such as {"pickscore": 2}.')
+    add(
+        "--combination",
+        choices=["weighted", "majority", "pareto"],
+        default="weighted",
+        help="How several scorers choose: by their weighted z-scores, by majority, or only where none disagrees.",
+    )
+    add("--margin", type=float, metavar="X", help="All pairs whose rewards differ by X; best and worst if unset.")
+    add("--call_kwargs", type=mapping_option, default={}, metavar="JSON", help="Arguments of the pipeline's call.")
+    add("--batch_size", type=int, default=4, metavar="N", help="Images generated at once (default: 4).")
+    add("--dtype", choices=DTYPES, default="float32", help="Dtype of the pipeline (default: float32).")
+    add("--device", metavar="NAME", help="Device of pipeline and scorers; the fastest there is if unset.")
+    add("--output_dir", required=True, metavar="FOLDER", help="Folder of images, scores and pairs.jsonl.")
+    return parser
+
+
+def run(arguments: list[str], prog: str) -> int:
+    options = make_parser(prog).parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    import torch
+    from accelerate import PartialState
+
+    from ..evaluation.images import ImageSettings
+    from ..evaluation.prompts import read_prompts
+    from ..pairing.generate import Pairing, generate_pairs
+
+    pairing = Pairing(options.combination, options.weights, options.margin)
+    state = PartialState(cpu=options.device == "cpu")
+    device = options.device or str(state.device)
+    with reading_data(options.prompts):
+        prompts = read_prompts(options.prompts, column=options.prompt_column, split=options.prompt_split)
+    if options.max_prompts is not None:
+        prompts = prompts.first(options.max_prompts)
+    scorers = load_scorers(options.scorers, options.scorer_settings, device)
+    settings = ImageSettings(
+        seeds=tuple(range(options.first_seed, options.first_seed + options.images)),
+        call_kwargs=options.call_kwargs,
+        batch_size=options.batch_size,
+        dtype=getattr(torch, options.dtype),
+        device=device,
+    )
+    model = candidate_of(f"model={options.model}")
+    pairs = generate_pairs(model, prompts, scorers, options.output_dir, settings, pairing)
+    if state.is_main_process:
+        skipped = f" ({prompts.empty} empty and {prompts.duplicates} repeated prompts were skipped)"
+        told = skipped if prompts.empty or prompts.duplicates else ""
+        if scorers:
+            print(f"{pairs} pairs of {len(prompts.prompts)} prompts{told} are in {options.output_dir}/pairs.jsonl.")
+            print(f"Look at them with: trl-diffusion-sdpo pairs check {options.output_dir} --sheet pairs.html")
+        else:
+            print(f"Images of {len(prompts.prompts)} prompts{told} are in {options.output_dir}.")
+            print(f"Go on with: trl-diffusion-sdpo pairs pick {options.output_dir}")
+    state.wait_for_everyone()  # a launcher ends the other processes when the first has exited
+    state.destroy_process_group()  # otherwise its threads can abort the process while Python exits
+    return EXIT_OK
