@@ -129,7 +129,7 @@ def corner_changes(images: np.ndarray, base_images: np.ndarray) -> dict[str, flo
     """Compare images of equal noise `(N, 32, 32, 3)` by the model and by its base.
 
     Returns:
-        `dict[str, float]`: `red`, how red the corner is: 0 for every gray, 1 for the red of the pairs. And `outside`,
+        `dict[str, float]`: `red`, how red the corner is: 0 for gray, 1 for the red of the pairs. And `outside`,
         the mean change of a pixel outside of the corner, in [0, 255].
     """
     values, before = images.astype(float), base_images.astype(float)
