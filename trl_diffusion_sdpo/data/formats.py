@@ -58,6 +58,7 @@ class PreferenceFormat:
         is_swapped (`bool`): Whether the published loser is the winner of a pair.
         mask_columns (`tuple[str, ...]`): The mask column of the row, or one for each of two image columns; empty
             without masks.
+        source_columns (`tuple[str, ...]`): The column of the image that is edited; empty without sources.
     """
 
     name: str
@@ -74,6 +75,7 @@ class PreferenceFormat:
     has_losers: bool = True
     is_swapped: bool = False
     mask_columns: tuple[str, ...] = ()
+    source_columns: tuple[str, ...] = ()
     _text_columns: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -292,6 +294,7 @@ def resolve_format(
     images = [column for column in (*row_format.image_columns, *row_format.other_image_columns) if column in columns]
     row_format = replace(row_format, image_columns=tuple(images[:1])) if row_format.other_image_columns else row_format
     row_format = replace(row_format, mask_columns=_mask_columns(row_format, columns))
+    row_format = replace(row_format, source_columns=("source",) if "source" in columns else ())
     return row_format if use_scores else replace(row_format, score_columns=None)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from ..utils.processes import ALONE, Peers
@@ -201,6 +202,7 @@ class PreferenceDataset(Dataset):
     - `seed` (of noise and timestep) and `row` (number of the pair);
     - `scores`, `pair_weight` and `ref_errors` (`(T, 2)`, at T draws, of winner and loser), if the pairs have them;
     - `masks` (`torch.Tensor` of shape `(2, 1, H, W)`, uint8), if there is a mask column: 1 inside, 0 outside;
+    - `source` (`PIL.Image.Image`), if there is a source column: the image that the prompt edits, in its own size;
     - `repeated`, with aspect-ratio buckets: whether the pair fills up a batch.
 
     Encoded pairs have `moments`, `target_size`, `conditioning` and `loser_conditioning` in place of `pixel_values`.
@@ -230,6 +232,12 @@ class PreferenceDataset(Dataset):
             raise ValueError(
                 "`losers='permute'` cannot act: a mask belongs to the two images of a pair, and losers are images of "
                 "other pairs. Remove the mask column."
+            )
+        self.has_sources = source.has_sources
+        if options.permutes and source.has_sources:
+            raise ValueError(
+                "`losers='permute'` cannot act on data with a `source` column: a loser must be an edit of its pair's "
+                "source. Use `losers='data'`."
             )
 
     @classmethod
@@ -304,6 +312,8 @@ class PreferenceDataset(Dataset):
         if self.has_masks:
             masks = [self._source.mask(winner_row, winner_image), self._source.mask(loser_row, loser_image)]
             item["masks"] = place_masks(decode_masks(self._reader, masks), item, self._maker.transform)
+        if self.has_sources:
+            item["source"] = decode_source(self._reader, self._source.edited(winner_row), item["is_mirrored"])
         if self._encoded is not None:
             item |= self._encoded.conditioning(item["prompt"])
             if self.has_loser_prompts:
@@ -640,6 +650,7 @@ class PreferenceCollator:
     - `counted` (`int`), if repeated pairs may fill up the batch: the number of pairs before the repeated ones;
     - `scores` (`torch.FloatTensor` of shape `(2B,)`), if the data set has score columns;
     - `masks` (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8), if the data set has a mask column;
+    - `sources` (`list[PIL.Image.Image]` of length B), if the data set has a source column;
     - `pair_weights` (`torch.FloatTensor` of shape `(B,)`), if training pairs have weights;
     - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), if reference errors were computed before training.
       First come the winners at the first of T draws of timestep and noise, then at the second and so on, then losers.
@@ -666,6 +677,8 @@ class PreferenceCollator:
         }
         if "masks" in items[0]:
             batch["masks"] = torch.cat(torch.stack([item["masks"] for item in items], dim=1).unbind())
+        if "source" in items[0]:
+            batch["sources"] = [item["source"] for item in items]
         if "repeated" in items[0]:
             batch["counted"] = sum(not item["repeated"] for item in items)
         scored = sum("scores" in item for item in items)
@@ -702,6 +715,19 @@ def _with_two_prompts(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
             f"All losers of a batch have their own prompt or none has, got {len(with_two)} of {len(items)}."
         )
     return with_two
+
+
+def decode_source(reader: ImageReader, value: Any, is_mirrored: bool) -> Image.Image:
+    """Decode the image that a prompt edits, mirrored if the pair's images are.
+
+    Raises:
+        UndecodableImageError: If the image is missing or cannot be decoded.
+    """
+    try:
+        source = reader.decode(value).convert("RGB")
+    except UndecodableImageError as error:
+        raise UndecodableImageError(f"has a source that {error}") from error
+    return ImageOps.mirror(source) if is_mirrored else source
 
 
 def padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -51,6 +51,8 @@ FINGERPRINTED_PROMPTS = 16  # pairs whose prompts are hashed
 FINGERPRINTED_IMAGES = 4  # pairs whose images are hashed, undecoded
 Drop = tuple[str, int, str, int]  # arguments of `Reject`
 
+TEXT = ("string", "large_string")
+
 PLACES = ("winner_row", "winner_image", "loser_row", "loser_image")
 SCORES = ("winner_score", "loser_score")
 COLUMNS = datasets.Features(
@@ -172,7 +174,7 @@ class TableSource:
         self.format, self.name = row_format, name
         texts = dict.fromkeys([*row_format.text_columns(dataset.column_names), *number_columns])
         self.labels = dataset.with_format(None).select_columns(list(texts))
-        columns = [*row_format.image_columns, *row_format.mask_columns]
+        columns = [*row_format.image_columns, *row_format.mask_columns, *row_format.source_columns]
         self._images = dataset.with_format("arrow").select_columns(columns)
 
     def __len__(self) -> int:
@@ -200,6 +202,10 @@ class TableSource:
 
     def mask(self, row: int, image: int) -> Any:
         return mask_of_row(self._images[row].to_pylist()[0], self.format, image)
+
+    def edited(self, row: int) -> Any:
+        """Return the undecoded image that a row's prompt edits."""
+        return self._images[row].to_pylist()[0][self.format.source_columns[0]]
 
     def examine_images(
         self, rows: np.ndarray, reader: ImageReader, decode: bool, num_proc: int | None
@@ -252,7 +258,14 @@ class PairSource:
         self.prompt_of_each_image = any(row_format.prompt_of_each_image for row_format in formats)
         self.has_losers = all(row_format.has_losers for row_format in formats)
         self.has_masks = any(row_format.mask_columns for row_format in formats)
+        self.has_sources = any(row_format.source_columns for row_format in formats)
         check_masks(formats, [source.name for source in sources])
+        without = [source.name for source in sources if not source.format.source_columns]
+        if self.has_sources and without:
+            raise ValueError(
+                f"All data sets of a mixture need a `source` column, or none; {without} do not have one. Train on them "
+                "separately, or remove the column."
+            )
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -270,6 +283,11 @@ class PairSource:
         """The undecoded mask of one of a row's images."""
         source, number = self._source_of(row)
         return source.mask(number, image)
+
+    def edited(self, row: int) -> Any:
+        """Return the undecoded image that a row's prompt edits."""
+        source, number = self._source_of(row)
+        return source.edited(number)
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
         """Return the prompts of rows, whose numbers are sorted. `image` chooses among two prompts of a row."""
@@ -426,6 +444,7 @@ def make_source(
         table = _as_table(rows, own_format, label)
         check_number_columns(number_columns, table.column_names, label)
         row_format = resolve_format(own_format, table.column_names, use_scores=use_scores)
+        row_format = without_text_sources(row_format, table.features)
         sources.append(TableSource(table, replace(row_format, is_swapped=is_swapped), label, number_columns))
     return PairSource(sources, dataset.weights if isinstance(dataset, PairMixture) else None)
 
@@ -435,6 +454,12 @@ def check_masks(formats: Sequence[PreferenceFormat], names: Sequence[str]) -> No
     without = [name for name, each in zip(names, formats, strict=True) if not each.mask_columns]
     if without and len(without) < len(formats):
         raise ValueError(f"All data sets of a mixture need mask columns, or none; {without} do not have them.")
+
+
+def without_text_sources(row_format: PreferenceFormat, features: Mapping[str, Any] | None) -> PreferenceFormat:
+    """Ignore a `source` column of text. Many data sets name there where a row comes from."""
+    texts = [name for name in row_format.source_columns if getattr((features or {}).get(name), "dtype", None) in TEXT]
+    return replace(row_format, source_columns=()) if texts else row_format
 
 
 def _as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Dataset:
@@ -472,7 +497,8 @@ def _table_of_rows(rows: Sequence[Any], dataset_format: str | None, name: str) -
     columns = list(dict.fromkeys(column for row in rows for column in row))
     values = {column: [row.get(column) for row in rows] for column in columns}
     row_format = resolve_format(dataset_format, columns)
-    for column in (*row_format.image_columns, *row_format.mask_columns):
+    sources = [name for name in row_format.source_columns if not all(isinstance(value, str) for value in values[name])]
+    for column in (*row_format.image_columns, *row_format.mask_columns, *sources):
         values[column] = [_stored_image(value) for value in values[column]]
     try:
         return datasets.Dataset.from_dict(values)

@@ -31,7 +31,7 @@ from .formats import (
 from .images import PairDraws, UndecodableImageError, full_size
 from .masks import check_mask_size, decode_masks, place_masks
 from .pairs import PairOptions
-from .sources import check_masks
+from .sources import check_masks, without_text_sources
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,8 @@ class Stream:
         is_swapped: bool,
     ) -> None:
         columns = _stream_columns(source, name)
-        self.format = replace(resolve_format(dataset_format, columns, use_scores=use_scores), is_swapped=is_swapped)
+        row_format = resolve_format(dataset_format, columns, use_scores=use_scores)
+        self.format = replace(without_text_sources(row_format, source.features), is_swapped=is_swapped)
         self.has_scores = set(self.format.score_columns or ["no"]) <= set(columns)
         self.source = source.with_format(None)
         if source.features is not None:
@@ -167,6 +168,12 @@ class PreferenceIterableDataset(IterableDataset):
         formats = [stream.format for stream in streams]
         self.has_masks = any(row_format.mask_columns for row_format in formats)
         check_masks(formats, [name] * len(formats))
+        self.has_sources = False
+        if any(row_format.source_columns for row_format in formats):
+            raise ValueError(
+                f"Streams cannot have a `source` column yet, and the {name} stream has one. Load the data without "
+                "`streaming`, or remove the column."
+            )
         self.has_loser_prompts = any(stream.format.prompt_of_each_image for stream in streams)
         self.is_swapped = options.swap_labels  # whether the published losers are the winners
         self._repeat, self._compare, self._share = options.repeat, options.compare, Share()

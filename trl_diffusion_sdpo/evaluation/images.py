@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from ..families import Family
+from ..families.base import refuse_sources
 from ..models.adapters import active_adapter
 from ..models.loading import load_model
 from ..reporting.sample_images import call_options
@@ -127,6 +128,7 @@ def _generate(
     batches: list[list[tuple[int, int]]],
 ) -> None:
     family = _load(candidate, settings)
+    refuse_sources(family, "Evaluation")
     pipeline = family.pipeline
     pipeline.set_progress_bar_config(disable=True)
     needs_base = candidate.scale is not None and active_adapter(family.denoiser) is None

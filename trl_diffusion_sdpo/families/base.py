@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
 
 from .loss_defaults import FALLBACK, LossDefaults
 from .noise import NoiseProcess, constant, standard_normal
@@ -82,6 +83,7 @@ class Family(ABC):
             `"first"`: once, with a doubled batch whose last or first half has the prompts. `"all"`: twice, first with
             the prompts and then with the negative prompts.
         shared_inputs (`tuple[str, ...]`): Names of denoiser inputs without a batch dimension, such as position ids.
+        takes_source (`bool`): Whether the pipeline edits an image, so that training data need a `source` column.
 
     Raises:
         ValueError: If `check_pipeline` refuses the pipeline, or `noise_process_class` refuses its scheduler.
@@ -106,6 +108,7 @@ class Family(ABC):
     generated_image: ClassVar[str] = "images[0]"
     conditional_rows: Literal["last", "first", "all"] = "last"
     shared_inputs: ClassVar[tuple[str, ...]] = ()
+    takes_source: ClassVar[bool] = False
 
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline = pipeline
@@ -232,6 +235,18 @@ class Family(ABC):
             `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, in the text encoder's dtype and on its device.
             Tensors named in `host_conditioning` are on the CPU.
         """
+
+    def encode_sources(self, sources: list[Image.Image]) -> dict[str, torch.Tensor]:
+        """Encode the images that prompts edit, resized as the pipeline resizes them. Latents are modes of the
+        posterior.
+
+        Args:
+            sources (`list[PIL.Image.Image]` of length N): RGB images that the pipeline resizes to one size.
+
+        Returns:
+            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, which join those of `encode_prompts`.
+        """
+        raise NotImplementedError(f"{self.name} takes no source images.")
 
     def call_encode_prompt(
         self, prompts: list[str], *, text_encoder: str = "text_encoder", **arguments: Any
@@ -395,6 +410,15 @@ class Family(ABC):
     def noise_level_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Return the noise levels of the timesteps in the denoiser's inputs, float32 in `[0, 1]`."""
         return self.noise_process.noise_level(self.noise_process.nearest(self.timesteps_of(inputs)))
+
+
+def refuse_sources(family: Family | type[Family], feature: str) -> None:
+    """Raise `ValueError` if a feature that handles no source images is used with a model that needs them."""
+    if family.takes_source:
+        raise ValueError(
+            f"{feature} cannot handle source images yet, and {family.name} needs one for each prompt. Leave it out, or "
+            "use a text-to-image model."
+        )
 
 
 def check_in_channels(family: Family, expected: int) -> None:

@@ -4,10 +4,12 @@ It is conditioned on T5 tokens, the pooled CLIP text embedding and, in guidance-
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.flux import pipeline_flux_kontext
+from PIL import Image
 
 from .base import Family, check_in_channels
 from .loss_defaults import FLOW_DEFAULTS
@@ -27,7 +29,7 @@ class FluxFamily(Family):
     """
 
     name = "FLUX.1"
-    pipeline_classes = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
     lora_target_modules = TWO_STREAM_TARGETS  # from diffusers' LoRA script for FLUX
@@ -101,3 +103,60 @@ class FluxFamily(Family):
 
     def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         return 1000 * inputs["timestep"]
+
+
+class FluxKontextFamily(FluxFamily):
+    """Trains `FluxKontextPipeline`, which edits a source image by the prompt.
+
+    Tokens of the source follow those of the noisy latents, with 1 as their first position id. Errors count on the
+    tokens of the edited image only.
+    """
+
+    name = "FLUX.1 Kontext"
+    pipeline_classes = ("FluxKontextPipeline",)
+    takes_source = True
+
+    def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
+        """Leave out the prompt length, whose default is right: all Kontext models take guidance."""
+        return Family.generation_kwargs(self, scale)
+
+    def encode_sources(self, sources: list[Image.Image]) -> dict[str, torch.Tensor]:
+        """Resize each source to the one of Kontext's resolutions with the nearest aspect ratio, and encode it.
+
+        Raises:
+            ValueError: If the sources have several of these resolutions.
+        """
+        sizes = {self.source_size(source) for source in sources}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"All sources of a batch must be resized to one size, and these have {sorted(sizes)} pixels. Use "
+                "batches of one pair."
+            )
+        height, width = sizes.pop()
+        processor = self.pipeline.image_processor
+        resized = [processor.resize(source, height, width) for source in sources]
+        return {"source_latents": self.encode_images(processor.preprocess(resized, height, width))}
+
+    def source_size(self, source: Image.Image) -> tuple[int, int]:
+        """Return the `(height, width)` to which the pipeline resizes a source."""
+        height, width = self.pipeline.image_processor.get_default_height_width(source)
+        ratio = width / height
+        resolutions = pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
+        _, width, height = min((abs(ratio - w / h), w, h) for w, h in resolutions)
+        multiple = self.vae_scale_factor * self.patch_size
+        return height // multiple * multiple, width // multiple * multiple
+
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        inputs = super().denoiser_inputs(latents, timesteps, conditioning)
+        source = conditioning["source_latents"].to(latents.dtype)
+        positions = patch_positions(source.shape[-2], source.shape[-1], latents.device)
+        positions[:, 0] = 1
+        tokens = [inputs["hidden_states"], pack_patches(source)]  # of the edit and of the source
+        inputs["hidden_states"] = torch.cat(tokens, dim=1)
+        inputs["img_ids"] = torch.cat([inputs["img_ids"], positions])
+        return inputs
+
+    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return super().prediction_of(output[:, : self.image_seq_len(latents)], latents)

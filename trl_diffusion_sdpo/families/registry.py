@@ -29,6 +29,7 @@ _SERVED = {
         "StableDiffusion3InpaintPipeline",
     ),
     "flux:FluxFamily": ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+    "flux:FluxKontextFamily": ("FluxKontextPipeline",),
     "pixart:PixArtAlphaFamily": ("PixArtAlphaPipeline",),
     "pixart:PixArtSigmaFamily": ("PixArtSigmaPipeline",),
     "sana:SanaFamily": ("SanaPipeline",),

@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
 from ..families import Family
+from ..families.base import refuse_sources
 from ..families.registry import family_for_class_name
 from .guided_denoiser import Form, Guide, guide, is_guided, leave
 from .predictors import predictor_of
@@ -88,6 +89,7 @@ def preference_guidance(
     scale = _checked_scale(scale, form)
     _check_interval(interval)
     family = _family_of(pipeline)
+    refuse_sources(family, "Preference guidance")
     denoiser = family.denoiser
     _check_denoiser(denoiser)
     if not allow_distilled and (scale > 1 or form == "npo"):

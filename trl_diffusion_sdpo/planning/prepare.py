@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from ..engines.engine import Engine as TrainingEngine
 from ..families import Family
+from ..families.base import refuse_sources
 from ..families.single_file import configuration_of
 from ..models.ema import EMAWeights
 from ..models.frozen_components import working_pipeline
@@ -79,6 +80,7 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) 
 
     stored = _stored(model_args)
     loaded = _loaded(model_args, args)
+    refuse_sources(loaded.family, "A plan")
     spec = args.loss_spec
     other = None if args.ref_model_name_or_path is None else copy.deepcopy(loaded.denoiser)
     lora = get_peft_config(model_args) if loaded.adapter_source is None else None

@@ -59,6 +59,7 @@ class TunedModel:
         full_pipeline (`bool`): Whether a fully tuned model was saved with the pipeline's other components.
         generation_kwargs (`dict[str, Any]`): Arguments of the pipeline's call besides the prompt.
         generated_image (`str`): Expression for one image in the result of the call.
+        takes_source (`bool`): Whether the pipeline edits an image.
     """
 
     base_model: str | None
@@ -70,6 +71,7 @@ class TunedModel:
     full_pipeline: bool = False
     generation_kwargs: dict[str, Any] = field(default_factory=dict)
     generated_image: str = "images[0]"
+    takes_source: bool = False
 
     @property
     def base_for_loading(self) -> str:
@@ -104,6 +106,9 @@ class TunedModel:
             imports[1] = "from diffusers import AutoModel, DiffusionPipeline"
         arguments = {"prompt": prompt, **self.generation_kwargs}
         call = ", ".join(f"{key}={_quoted(value)}" for key, value in arguments.items())
+        if self.takes_source:
+            imports.append("from diffusers.utils import load_image")
+            call = f'image=load_image("source.png"), {call}'
         lines += ['pipeline.to("cuda")', f"image = pipeline({call}).{self.generated_image}"]
         return "\n".join([*imports, "", *lines])
 
@@ -223,6 +228,7 @@ class RunCard:
             full_pipeline=full_pipeline,
             generation_kwargs=family.generation_kwargs(None),
             generated_image=family.generated_image,
+            takes_source=family.takes_source,
         )
 
     def write(

@@ -67,6 +67,13 @@ class PairPreparation:
         prepared = prepare_pairs(dataset, self._args, self._loss, name=name, training=training)
         if prepared is None:
             return None
+        if prepared.has_sources != self._family.takes_source:
+            has = "has" if prepared.has_sources else "does not have"
+            advice = "Use an edit model, or remove the column." if prepared.has_sources else "Add the column."
+            raise ValueError(
+                f"A `source` column is needed by edit models and allowed for no others. {self._family.name} "
+                f"{'is' if self._family.takes_source else 'is not'} one, and the {name} data {has} the column. {advice}"
+            )
         is_new = prepared not in self._own
         was_prepared = prepared is dataset and isinstance(prepared, PreferenceDataset) and is_new
         if isinstance(prepared, PreferenceDataset) and is_new:

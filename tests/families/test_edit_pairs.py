@@ -1,0 +1,138 @@
+"""Edit models: a source image beside the prompt, for FLUX.1 Kontext."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxKontextPipeline
+from diffusers.pipelines.flux import pipeline_flux_kontext
+from peft import LoraConfig
+from PIL import Image
+from tiny_pipelines import case, quiet
+
+from trl_diffusion_sdpo import DiffusionSDPOTrainer
+from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
+from trl_diffusion_sdpo.families import find_family
+from trl_diffusion_sdpo.guidance import preference_guidance
+
+
+@pytest.fixture
+def kontext(monkeypatch):
+    """A tiny Kontext pipeline whose preferred resolutions are as small."""
+    monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(16, 32), (24, 24), (32, 16)])
+    return quiet(FluxKontextPipeline(**case("flux").build().components))
+
+
+def image(seed, height=20, width=26):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def rows(count=4, source_size=(20, 44), **columns):
+    return [
+        {
+            "prompt": f"edit {row}",
+            "chosen": image(3 * row),
+            "rejected": image(3 * row + 1),
+            "source": image(3 * row + 2, *source_size),
+            **columns,
+        }
+        for row in range(count)
+    ]
+
+
+def edit_args(make_args, **settings):
+    batch = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    return make_args(**{"resolution": 16, "max_steps": 2, **batch, **settings})
+
+
+def test_predict_reproduces_what_the_pipeline_hands_to_its_scheduler(kontext):
+    steps = []
+    step = kontext.scheduler.step
+
+    def recorded(prediction, timestep, sample, **options):
+        steps.append((prediction, timestep, sample))
+        return step(prediction, timestep, sample, **options)
+
+    kontext.scheduler.step = recorded
+    source = image(0, 21, 45)
+    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16, "max_area": 256}
+    with torch.no_grad():
+        kontext(image=source, prompt="make it red", output_type="latent", **call)
+    family = find_family(kontext)
+    with torch.no_grad():
+        conditioning = family.encode_prompts(["make it red"]) | family.encode_sources([source])
+    side = 16 // family.vae_scale_factor
+    unpack, pack = case("flux").from_pipeline, case("flux").to_pipeline
+    assert len(steps) == 2
+    for prediction, timestep, sample in steps:
+        with torch.no_grad():
+            ours = family.predict(family.denoiser, unpack(sample), timestep.expand(1), conditioning)
+        assert ours.shape[-2:] == (side, side)
+        torch.testing.assert_close(pack(ours), prediction, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tuning", "safeguard"), [("lora", "output"), ("full", "parameter")])
+def test_two_steps_train_and_begin_at_the_reference(kontext, make_args, tuning, safeguard):
+    lora = LoraConfig(r=4, lora_alpha=8) if tuning == "lora" else None
+    args = edit_args(make_args, safeguard=safeguard)
+    trainer = DiffusionSDPOTrainer(kontext, None, args, rows(), peft_config=lora)
+    trainer.train()
+    first, second = trainer.state.log_history[:2]
+    assert first["rewards/margins"] == 0 and first["grad_norm"] > 0
+    assert np.isfinite(second["loss"])
+    card = trainer.model_card._model.example("me/edit", "make it red")
+    assert "image=load_image(" in card
+
+
+def test_reference_errors_computed_before_training_are_those_of_the_step(kontext, make_args, tmp_path):
+    settings = {"precompute_ref_errors": True, "precompute_dir": str(tmp_path), "precompute_epochs": 1}
+    args = edit_args(make_args, max_steps=-1, num_train_epochs=1, **settings)
+    trainer = DiffusionSDPOTrainer(kontext, None, args, rows(2), peft_config=LoraConfig(r=4, lora_alpha=8))
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == 0
+
+
+def test_the_source_is_mirrored_with_its_pair():
+    options = PairOptions(PairTransform(16, center_crop=False, random_flip=True), verify_images="none", compare=False)
+    data = rows(8)
+    mirrored = 0
+    for number, item in enumerate(prepare_dataset(data, options)):
+        pixels = np.asarray(data[number]["source"])
+        assert np.array_equal(np.asarray(item["source"]), pixels[:, ::-1] if item["is_mirrored"] else pixels)
+        mirrored += item["is_mirrored"]
+    assert 0 < mirrored < 8
+
+
+def test_a_missing_source_is_counted_and_its_pair_replaced(caplog):
+    features = datasets.Features({"prompt": datasets.Value("string")})
+    features |= dict.fromkeys(("chosen", "rejected", "source"), datasets.Image())
+    data = rows(3)
+    data[1]["source"] = None
+    table = datasets.Dataset.from_list(data, features=datasets.Features(features))
+    prepared = prepare_dataset(table, PairOptions(PairTransform(16), verify_images="none", compare=False))
+    assert prepared[1]["row"] == 2
+    assert prepared.report.undecodable == 1 and "source" in caplog.text
+
+
+def test_a_text_column_named_source_is_no_image():
+    data = [{**row, "source": "web"} for row in rows(2)]
+    options = PairOptions(PairTransform(16), verify_images="none", compare=False)
+    assert not prepare_dataset(data, options).has_sources
+
+
+def test_bad_combinations_are_refused(kontext, make_args, make_trainer, make_pairs):
+    with pytest.raises(ValueError, match="source"):
+        make_trainer(train=rows())  # a text-to-image model
+    with pytest.raises(ValueError, match="source"):
+        DiffusionSDPOTrainer(kontext, None, edit_args(make_args), make_pairs())
+    for setting in ({"precompute_latents": True}, {"sample_prompts": ["a"]}, {"random_crop": True}):
+        with pytest.raises(ValueError, match=next(iter(setting))):
+            DiffusionSDPOTrainer(kontext, None, edit_args(make_args, **setting), rows())
+    with pytest.raises(ValueError, match="per_device_train_batch_size"):
+        DiffusionSDPOTrainer(kontext, None, edit_args(make_args, per_device_train_batch_size=2), rows())
+    with pytest.raises(ValueError, match="Kontext"), preference_guidance(kontext, scale=2.0):
+        pass
+    stream = datasets.Dataset.from_list(rows(2)).to_iterable_dataset()
+    with pytest.raises(ValueError, match="source"):
+        prepare_dataset(stream, PairOptions(PairTransform(16), compare=False))
