@@ -23,7 +23,17 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="MODEL", help="A Hub id, a folder of a pipeline or a run; MODEL+LORA too.")
-    add("--prompts", required=True, metavar="FILE", help="Prompts: a .txt, .json, .jsonl or .csv file, or a data set.")
+    add(
+        "--recipe",
+        choices=["scored", "spin", "partial", "local"],
+        default="scored",
+        help="`scored`: as said above (default). The others pair each image of `--from_images` with a loser that the "
+        "model makes: `spin` from its prompt alone, `partial` by noising the image and denoising it, `local` by "
+        "drawing a region of it anew, whose mask is kept for training.",
+    )
+    add("--from_images", metavar="FOLDER", help="Good images, a folder of `pairs from-images`.")
+    add("--strength", type=float, default=0.6, metavar="X", help="Noise of `partial` and `local` (default: 0.6).")
+    add("--prompts", metavar="FILE", help="Prompts: a .txt, .json, .jsonl or .csv file, or a data set.")
     add("--prompt_column", metavar="NAME", help="Column of the prompts; `prompt`, `caption` or `text` if unset.")
     add("--prompt_split", default="train", metavar="NAME", help="Split of a data set of prompts (default: train).")
     add("--max_prompts", type=int, metavar="N", help="Use the first N prompts only.")
@@ -56,15 +66,21 @@ def run(arguments: list[str], prog: str) -> int:
     from ..evaluation.images import ImageSettings
     from ..evaluation.prompts import read_prompts
     from ..pairing.generate import Pairing, generate_pairs
+    from ..pairing.recipes import pairs_from_images
 
+    wanted, other = options.prompts, options.from_images
+    if options.recipe != "scored":
+        wanted, other = other, wanted
+    if wanted is None or other is not None:
+        raise ValueError(
+            f"The recipe `{options.recipe}` reads {'`--prompts`' if options.recipe == 'scored' else '`--from_images`'} "
+            f"alone, got prompts {options.prompts} and images {options.from_images}."
+        )
+    if options.recipe != "scored" and options.scorers:
+        raise ValueError(f"`--scorers` belong to the recipe `scored`, got {options.recipe}. Leave them out.")
     pairing = Pairing(options.combination, options.weights, options.margin)
     state = PartialState(cpu=options.device == "cpu")
     device = options.device or str(state.device)
-    with reading_data(options.prompts):
-        prompts = read_prompts(options.prompts, column=options.prompt_column, split=options.prompt_split)
-    if options.max_prompts is not None:
-        prompts = prompts.first(options.max_prompts)
-    scorers = load_scorers(options.scorers, options.scorer_settings, device)
     settings = ImageSettings(
         seeds=tuple(range(options.first_seed, options.first_seed + options.images)),
         call_kwargs=options.call_kwargs,
@@ -73,16 +89,29 @@ def run(arguments: list[str], prog: str) -> int:
         device=device,
     )
     model = candidate_of(f"model={options.model}")
-    pairs = generate_pairs(model, prompts, scorers, options.output_dir, settings, pairing)
-    if state.is_main_process:
-        skipped = f" ({prompts.empty} empty and {prompts.duplicates} repeated prompts were skipped)"
-        told = skipped if prompts.empty or prompts.duplicates else ""
-        if scorers:
-            print(f"{pairs} pairs of {len(prompts.prompts)} prompts{told} are in {options.output_dir}/pairs.jsonl.")
-            print(f"Look at them with: trl-diffusion-sdpo pairs check {options.output_dir} --sheet pairs.html")
-        else:
-            print(f"Images of {len(prompts.prompts)} prompts{told} are in {options.output_dir}.")
-            print(f"Go on with: trl-diffusion-sdpo pairs pick {options.output_dir}")
+    if options.recipe == "scored":
+        with reading_data(options.prompts):
+            prompts = read_prompts(options.prompts, column=options.prompt_column, split=options.prompt_split)
+        if options.max_prompts is not None:
+            prompts = prompts.first(options.max_prompts)
+        scorers = load_scorers(options.scorers, options.scorer_settings, device)
+        pairs = generate_pairs(model, prompts, scorers, options.output_dir, settings, pairing)
+        if state.is_main_process:
+            skipped = f" ({prompts.empty} empty and {prompts.duplicates} repeated prompts were skipped)"
+            told = skipped if prompts.empty or prompts.duplicates else ""
+            if scorers:
+                print(
+                    f"{pairs} pairs of {len(prompts.prompts)} prompts{told} are in {options.output_dir}/pairs.jsonl."
+                )
+                print(f"Look at them with: trl-diffusion-sdpo pairs check {options.output_dir} --sheet pairs.html")
+            else:
+                print(f"Images of {len(prompts.prompts)} prompts{told} are in {options.output_dir}.")
+                print(f"Go on with: trl-diffusion-sdpo pairs pick {options.output_dir}")
+    else:
+        folder = options.output_dir
+        pairs = pairs_from_images(options.recipe, model, options.from_images, folder, settings, options.strength)
+        if state.is_main_process:
+            print(f"{pairs} pairs are in {folder}/pairs.jsonl. Its README.md says how to train on them.")
     state.wait_for_everyone()  # a launcher ends the other processes when the first has exited
     state.destroy_process_group()  # otherwise its threads can abort the process while Python exits
     return EXIT_OK

@@ -32,9 +32,8 @@ FILE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {  # with their arguments
     ".tsv": ("csv", {"sep": "\t"}),
 }
 _SPLIT_NAMES = (ONLY_SPLIT, "validation", "test")
-_IMAGE_COLUMNS = tuple(
-    dict.fromkeys(name for each in FORMATS.values() for name in (*each.image_columns, *each.other_image_columns))
-)
+_COLUMNS = [name for each in FORMATS.values() for name in (*each.image_columns, *each.other_image_columns)]
+_IMAGE_COLUMNS = tuple(dict.fromkeys((*_COLUMNS, "mask", *(f"{name}_mask" for name in _COLUMNS))))
 _PROMPT_COLUMNS = {name for each in FORMATS.values() for name in each.prompt_columns}
 
 

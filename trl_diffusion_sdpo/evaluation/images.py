@@ -107,7 +107,7 @@ def generate_images(
             loaded.
     """
     target = folder / "images" / candidate.name
-    peers.first(lambda: _check_settings(target, _facts(candidate, base, prompts, settings)))
+    peers.first(lambda: check_settings(target, facts_of(candidate, base, prompts, settings)))
     rows = [(index, seed) for index in range(len(prompts)) for seed in settings.seeds]
     batches = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
     missing = peers.first(
@@ -127,14 +127,14 @@ def _generate(
     folder: Path,
     batches: list[list[tuple[int, int]]],
 ) -> None:
-    family = _load(candidate, settings)
+    family = load_candidate(candidate, settings)
     refuse_sources(family, "Evaluation")
     pipeline = family.pipeline
     pipeline.set_progress_bar_config(disable=True)
     needs_base = candidate.scale is not None and active_adapter(family.denoiser) is None
     if needs_base and (base is None or base is candidate):
         raise ValueError(f"A scale of {candidate.name} needs its base. List the base model first.")
-    reference = _load(base, settings).denoiser if needs_base and base is not None else None
+    reference = load_candidate(base, settings).denoiser if needs_base and base is not None else None
     given = {**(settings.call_kwargs or {}), **(candidate.call_kwargs or {})}
     options = call_options(family, given, "call_kwargs")
     bar = tqdm(total=sum(map(len, batches)), desc=candidate.name, unit="image")
@@ -144,11 +144,12 @@ def _generate(
             generators = [settings.generator(text, seed) for text, (_, seed) in zip(texts, batch, strict=True)]
             images = pipeline(prompt=texts, generator=generators, **options).images
             for image, text, row in zip(images, texts, batch, strict=True):
-                write_atomically(image_path(folder, candidate.name, *row), _png(image, text, row[1]))
+                write_atomically(image_path(folder, candidate.name, *row), png_bytes(image, text, row[1]))
             bar.update(len(batch))
 
 
-def _load(candidate: Candidate, settings: ImageSettings) -> Family:
+def load_candidate(candidate: Candidate, settings: ImageSettings) -> Family:
+    """Load a model with its LoRA, on the device of the settings."""
     if isinstance(candidate.model, DiffusionPipeline):
         family = load_model(candidate.model).family
     else:
@@ -161,9 +162,10 @@ def _load(candidate: Candidate, settings: ImageSettings) -> Family:
     return family
 
 
-def _facts(
+def facts_of(
     candidate: Candidate, base: Candidate | None, prompts: Sequence[str], settings: ImageSettings
 ) -> dict[str, Any]:
+    """Return what a model's images depend on."""
     model = candidate.model if isinstance(candidate.model, str) else type(candidate.model).__name__
     return {
         **asdict(replace(candidate, model="")),
@@ -193,7 +195,7 @@ def _weights(candidate: Candidate) -> Any:
     return facts
 
 
-def _check_settings(target: Path, facts: dict[str, Any]) -> None:
+def check_settings(target: Path, facts: dict[str, Any]) -> None:
     """Record the settings of a model's images. If the folder has images, compare its settings with these."""
     path = target / SETTINGS_FILE
     written = json.dumps(facts, indent=1, default=str)
@@ -212,7 +214,8 @@ def _check_settings(target: Path, facts: dict[str, Any]) -> None:
     write_atomically(path, written.encode())
 
 
-def _png(image: Image.Image, prompt: str, seed: int) -> bytes:
+def png_bytes(image: Image.Image, prompt: str, seed: int) -> bytes:
+    """Return an image as PNG with its prompt and seed in the metadata."""
     text = PngInfo()
     text.add_itxt("prompt", prompt)
     text.add_text("seed", str(seed))

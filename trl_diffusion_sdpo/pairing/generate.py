@@ -183,7 +183,7 @@ def _pairs(scores: np.ndarray, rewards: np.ndarray, pairing: Pairing) -> list[tu
     return [(better, worse) for better, worse in ordered if rewards[better] - rewards[worse] >= pairing.margin]
 
 
-def write_card(folder: Path, purpose: str, facts: Mapping[str, object], pairs: int) -> None:
+def write_card(folder: Path, purpose: str, facts: Mapping[str, object], pairs: int, advice: str = "") -> None:
     """Write the card of a folder's pairs, unless there is one: the Hub shows it, and `load_dataset` reads the files
     that it names."""
     path = folder / CARD_FILE
@@ -192,6 +192,6 @@ def write_card(folder: Path, purpose: str, facts: Mapping[str, object], pairs: i
     listed = "\n".join(f"- {name}: {value}" for name, value in {**facts, "Pairs": pairs}.items())
     front = f"---\nconfigs:\n- config_name: default\n  data_files: {PAIRS_FILE}\ntags:\n- preference\n---\n"
     command = f"trl-diffusion-sdpo train --dataset_name {folder.name} --model_name_or_path MODEL --use_peft"
-    parts = [f"# {folder.name}", purpose, listed, f"Train with `{command}`."]
-    text = front + "".join(f"\n{part}\n" for part in parts)
+    parts = [f"# {folder.name}", purpose, listed, advice, f"Train with `{command}`."]
+    text = front + "".join(f"\n{part}\n" for part in parts if part)
     write_atomically(path, text.encode())
