@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from study import BASE, Study, load_plan
 
-from trl_diffusion_sdpo.demo.oracle import oracle_parts, oracle_score
+from trl_diffusion_sdpo.demo.oracle import oracle, oracle_parts
 from trl_diffusion_sdpo.demo.pipeline import LATENT_SHAPE, generate_images, load_base_pipeline
 from trl_diffusion_sdpo.demo.world import captions
 
@@ -41,7 +41,8 @@ def drawn_prompts(study: Study) -> tuple[list[str], torch.Tensor]:
     prompts = [prompt for prompt in study.prompts["final"] for _ in range(NOISES)]
     latents = torch.randn(len(prompts), *LATENT_SHAPE, generator=torch.Generator().manual_seed(SEED))
     images = generate_images(load_base_pipeline(), prompts, latents, guidance_scale=COLUMNS["base"][1])
-    scores, shapes = oracle_score(images, prompts), oracle_parts(images, prompts).shape  # 0 for another shape
+    scores = oracle(images, prompts).numpy()
+    shapes = oracle_parts(images, prompts).shape  # 0 for another shape
     content = {caption.text: caption for caption in captions()}
     places: dict[str, int] = {}  # by colour
     for place in np.argsort(-scores):
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     figure, axes = plt.subplots(len(prompts), len(COLUMNS), figsize=(1.55 * len(COLUMNS), 1.75 * len(prompts)))
     for index, (title, (row, scale)) in enumerate(COLUMNS.items()):
         images = column(study, row, scale, prompts, latents)
-        scores = oracle_score(images, prompts)
+        scores = oracle(images, prompts)
         for line, image in enumerate(images):
             axis = axes[line, index]
             axis.imshow(image)

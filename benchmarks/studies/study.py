@@ -38,7 +38,7 @@ from transformers.utils import logging as transformers_logging
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer, preference_guidance
 from trl_diffusion_sdpo.demo.image_measures import ImageMeter
-from trl_diffusion_sdpo.demo.oracle import oracle_score
+from trl_diffusion_sdpo.demo.oracle import oracle
 from trl_diffusion_sdpo.demo.pairs import eval_pairs
 from trl_diffusion_sdpo.demo.pipeline import LATENT_SHAPE, generate_images, load_base_pipeline
 from trl_diffusion_sdpo.demo.world import IMAGE_SIZE, captions
@@ -193,7 +193,7 @@ class Study:
         latents = torch.randn(len(prompts), *LATENT_SHAPE, generator=generator)
         with torch.no_grad():
             images = generate_images(pipeline, prompts, latents, guidance_scale=scale, context=context)
-        measured = {"score": float(oracle_score(images, prompts).mean())}
+        measured = {"score": float(oracle(images, prompts).double().mean())}
         if part == "selection":
             return measured
         if self.plan.get("corner"):

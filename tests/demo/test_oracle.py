@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trl_diffusion_sdpo.demo.oracle import PERIMETERS, oracle_parts, oracle_score
+from trl_diffusion_sdpo.demo.oracle import PERIMETERS, oracle, oracle_parts, oracle_score
 from trl_diffusion_sdpo.demo.world import SHAPES, Caption, captions, inside, render
 
 PROMPTS = [caption.text for caption in captions()]
@@ -93,3 +93,10 @@ def test_wrong_sizes_and_counts_are_refused(ideal):
         oracle_score(ideal[:3], PROMPTS[:2])
     with pytest.raises(ValueError, match="a <colour> <shape>"):
         oracle_score(ideal[:1], ["a dog"])
+
+
+def test_the_scorer_takes_an_array_as_the_function_does():
+    shown = captions()[::20]
+    images = np.stack([render(caption, blur=1.0) for caption in shown])
+    prompts = [caption.text for caption in shown]
+    assert oracle(images, prompts).tolist() == pytest.approx(oracle_score(images, prompts), abs=1e-7)

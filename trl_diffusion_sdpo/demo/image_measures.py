@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..evaluation.images import diversity as diversity_of_prompt
-from ..evaluation.images import saturation
+from ..evaluation.images import diversity, saturation
 from .pairs import eval_pairs
 from .world import IMAGE_SIZE
 
@@ -20,7 +19,7 @@ DRAWINGS_PER_PROMPT = 14  # pairs before near ties are dropped. The preferred dr
 class ImageMeasures:
     """Measurements of a set of images, by [`ImageMeter`]."""
 
-    diversity: float  # see `diversity`
+    diversity: float  # distance of two images of one prompt, averaged over prompts
     frechet: float  # to the drawings; lower is nearer
     saturation: float  # relative to the drawings': 1 is equal, 1.1 a tenth more
 
@@ -35,7 +34,7 @@ class ImageMeter:
 
     Args:
         prompts (`Sequence[str]` of length N): Prompts of the world, one for each image that will be measured, at least
-            two of every prompt.
+            two of every prompt. The diversity of a single image is NaN.
         drawings_per_prompt (`int`): Pairs rendered for each prompt.
     """
 
@@ -52,34 +51,12 @@ class ImageMeter:
     def __call__(self, images: np.ndarray) -> ImageMeasures:
         """Measure images `(N, 32, 32, 3)`, uint8, of the prompts."""
         features = pixel_features(images) @ self._components
+        prompts = np.array(self.prompts)
         return ImageMeasures(
-            diversity=diversity(images, self.prompts),
+            diversity=float(np.mean([diversity(images[prompts == prompt]) for prompt in dict.fromkeys(self.prompts)])),
             frechet=frechet_distance(features, self._drawings),
             saturation=saturation(images) / self._saturation,
         )
-
-
-def diversity(images: np.ndarray, prompts: Sequence[str]) -> float:
-    """Return the mean distance of two images of one prompt: the root mean squared difference of pixels in `[0, 1]`.
-
-    Args:
-        images (`np.ndarray` of shape `(N, H, W, 3)`, uint8): The images.
-        prompts (`Sequence[str]` of length N): Their prompts.
-
-    Returns:
-        `float`: In `[0, 1]`, the mean over pairs of a prompt, then over prompts; 0 if all images of a prompt are equal.
-
-    Raises:
-        ValueError: If a prompt has one image only, or the numbers of images and prompts differ.
-    """
-    if len(images) != len(prompts):
-        raise ValueError(f"Each image needs its prompt, got {len(images)} images and {len(prompts)} prompts.")
-    named = np.array(prompts)
-    means = {prompt: diversity_of_prompt(images[named == prompt]) for prompt in dict.fromkeys(prompts)}
-    alone = [prompt for prompt, mean in means.items() if np.isnan(mean)]
-    if alone:
-        raise ValueError(f"Diversity needs two images or more of each prompt, got one of {alone[0]!r}.")
-    return float(np.mean(list(means.values())))
 
 
 def pixel_features(images: np.ndarray) -> np.ndarray:

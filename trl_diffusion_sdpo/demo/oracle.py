@@ -19,6 +19,8 @@ CRISP_EDGE, SOFT_EDGE = 1.0, 4.0  # edge widths in pixels that score 1 and 0
 MIN_CONTRAST = 0.15  # RGB distance below which there is no object
 AREA_RANGE = (SHAPE_AREA / 4, SHAPE_AREA * 3)  # pixels; outside of this range there is no object
 
+Images = np.ndarray | Sequence[np.ndarray] | Sequence[Image.Image]
+
 # Perimeter of each shape of area 1, from its definition in `world`.
 PERIMETERS = {"circle": 2 * np.pi**0.5, "square": 4.0, "triangle": 6 * 3**-0.25, "cross": 12 * 5**-0.5}
 
@@ -38,11 +40,12 @@ class OracleParts:
         return (self.colour + self.shape + self.centred + self.sharp) / 4
 
 
-def oracle_score(images: np.ndarray | Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+def oracle_score(images: Images, prompts: Sequence[str]) -> np.ndarray:
     """Score images against their prompts; 1 is the ideal render.
 
     Args:
-        images (`np.ndarray` of shape `(N, 32, 32, 3)`, uint8 or float in `[0, 1]`, or N PIL images): The images.
+        images (`np.ndarray` of shape `(N, 32, 32, 3)`, uint8 or float in `[0, 1]`, N such arrays or N PIL images): The
+            images.
         prompts (`Sequence[str]` of length N): Prompts of the world.
 
     Returns:
@@ -54,11 +57,11 @@ def oracle_score(images: np.ndarray | Sequence[Image.Image], prompts: Sequence[s
     return oracle_parts(images, prompts).score
 
 
-# The oracle as a scorer for `evaluate`.
+# The oracle as a scorer. Its scores are float32.
 oracle = FunctionScorer("oracle", oracle_score)
 
 
-def oracle_parts(images: np.ndarray | Sequence[Image.Image], prompts: Sequence[str]) -> OracleParts:
+def oracle_parts(images: Images, prompts: Sequence[str]) -> OracleParts:
     """Return the four parts of [`oracle_score`], with the same arguments and errors.
 
     Returns:
@@ -96,9 +99,11 @@ def oracle_parts(images: np.ndarray | Sequence[Image.Image], prompts: Sequence[s
     )
 
 
-def _as_float(images: np.ndarray | Sequence[Image.Image]) -> np.ndarray:
+def _as_float(images: Images) -> np.ndarray:
     if not isinstance(images, np.ndarray):
-        images = np.stack([np.asarray(image.convert("RGB")) for image in images])
+        images = np.stack(
+            [np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image) for image in images]
+        )
     if images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
         raise ValueError(
             f"The oracle scores RGB images of {IMAGE_SIZE} x {IMAGE_SIZE}, got an array of shape {images.shape}. "

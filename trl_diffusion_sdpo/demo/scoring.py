@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .image_measures import ImageMeter
-from .oracle import oracle_score
+from .oracle import oracle
 from .pipeline import generate_images, reported_captions, score_latents, score_prompts
 from .results import Generated, Guided, Score
 
@@ -43,7 +43,7 @@ class ImageScorer:
                 images = generate_images(pipeline, prompts, self.latents[only], **options)
         finally:
             pipeline.unet.train(training)
-        return images, oracle_score(images, prompts)
+        return images, oracle(images, prompts).double().numpy()
 
 
 class GuidedScorer:
