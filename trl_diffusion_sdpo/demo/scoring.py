@@ -43,7 +43,7 @@ class ImageScorer:
                 images = generate_images(pipeline, prompts, self.latents[only], **options)
         finally:
             pipeline.unet.train(training)
-        return images, oracle(images, prompts).double().numpy()
+        return images, oracle(list(images), prompts).double().numpy()
 
 
 class GuidedScorer:
