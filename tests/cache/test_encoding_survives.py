@@ -216,7 +216,7 @@ def test_every_family_has_the_batches_of_a_run_without_a_cache(
             make_trainer(**{**cached, "per_device_eval_batch_size": 2})
     trainers = [make_trainer(**given), make_trainer(**cached), make_trainer(**cached)]
     assert trainers[2].encoding.report.encoded_images == 0
-    rounds = name in ("krea2", "qwen_image", "qwen_image_21")  # whose prompts are encoded alone
+    rounds = name in ("ideogram4", "krea2", "qwen_image", "qwen_image_21")  # whose prompts are encoded alone
     for epoch in range(2):
         for start in range(0, 8, size):
             found = [encoded(trainer, epoch, range(start, start + size)) for trainer in trainers]

@@ -35,6 +35,11 @@ A_MICRO_BATCH = {
         "diffusers/pipelines/hunyuandit/pipeline_hunyuandit.py::encode_prompt": 4,
         "transformers/masking_utils.py::_ignore_bidirectional_mask_sdpa": 2,  # two text encoders
     },
+    "ideogram4": {
+        "diffusers/pipelines/ideogram4/pipeline_ideogram4.py::encode_prompt": 3,
+        "diffusers/pipelines/ideogram4/pipeline_ideogram4.py::_prepare_ids": 3,
+        "transformers/masking_utils.py::_ignore_causal_mask_sdpa": 1,
+    },
     "krea2": {"transformers/tokenization_utils_base.py::to": 4, **_CAUSAL},
     "lumina2": {
         "diffusers/pipelines/lumina2/pipeline_lumina2.py::_get_gemma_prompt_embeds": 3,

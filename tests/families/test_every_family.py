@@ -176,6 +176,19 @@ def test_rows_are_predicted_alike_alone_and_together(model):
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_a_denoiser_cast_to_bfloat16_predicts_nearly_the_same(model):
+    """Timesteps that bfloat16 holds exactly, because some denoisers round them."""
+    _, latents = latents_of(model, 2)
+    timesteps, conditioning = torch.tensor([250, 500]), conditioning_of(model, PROMPTS[:2])
+    exact = predict(model, latents, timesteps, conditioning)
+    rounded = copy.copy(model.pipeline)
+    name = model.family.denoiser_name
+    setattr(rounded, name, copy.deepcopy(model.family.denoiser).to(torch.bfloat16))
+    twin = SimpleNamespace(family=type(model.family)(rounded))
+    difference = predict(twin, latents, timesteps, conditioning).float() - exact
+    assert difference.square().mean() < 0.05**2 * exact.square().mean()
+
+
 def test_images_of_another_shape_are_predicted_and_counted_in_tokens(model):
     unit = model.family.vae_scale_factor * model.family.patch_size
     tall, wide = 4 * unit, 2 * unit

@@ -6,7 +6,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from PIL import Image
-from tiny_pipelines import case
+from tiny_pipelines import case, quiet
 
 from trl_diffusion_sdpo.families import find_family, load_pipeline
 
@@ -82,6 +82,17 @@ def test_draws_for_flux_follow_the_shift_for_the_images_tokens(trainer_of, side,
 def test_sides_for_qwen_image_2_1_are_multiples_of_32(trainer_of):
     with pytest.raises(ValueError, match="32 pixels, got 80 x 80"):
         trainer_of("qwen_image_21", resolution=80)
+
+
+def test_draws_for_ideogram_4_follow_the_schedule_of_its_call():
+    pipeline = quiet(case("ideogram4").build())
+    process = find_family(pipeline).noise_process
+    for side in (16, 32):
+        pipeline("a", side, side, num_inference_steps=4, output_type="latent", **case("ideogram4").CALL)
+        shares = torch.tensor([0.75, 0.5, 0.25])
+        tokens = (side // 4) ** 2  # a token is 4 x 4 pixels in this pipeline, and 16 x 16 in the published one
+        drawn = process.timesteps(shares, image_seq_len=tokens // 16)
+        torch.testing.assert_close(drawn, pipeline.scheduler.timesteps[1:], rtol=1e-4, atol=1e-2)
 
 
 def test_krea_2_turbo_has_one_shift_for_all_sizes():

@@ -83,6 +83,7 @@ def test_a_folder_with_lumina_2s_older_class_name_loads(tmp_path):
         ("flux", {"in_channels": 96}, "this one takes 96"),
         ("hunyuan_dit", {"learn_sigma": False}, "learn_sigma=False"),
         ("hunyuan_dit", {"in_channels": 8}, "8 input channels"),
+        ("ideogram4", {"in_channels": 32}, "this one takes 32"),
         ("krea2", {"in_channels": 32}, "this one takes 32"),
         ("pixart_sigma", {"use_additional_conditions": True}, "PixArtAlpha"),
         ("qwen_image", {"guidance_embeds": True}, "guidance_embeds"),
@@ -98,6 +99,12 @@ def test_transformers_made_for_something_else_are_refused(name, changed, message
     pipeline.register_modules(transformer=type(pipeline.transformer)(**{**config, **changed}))
     with pytest.raises(ValueError, match=message):
         find_family(pipeline)
+
+
+def test_ideogram_4_loads_without_its_second_transformer(family_folder):
+    pipeline = load_pipeline(family_folder("ideogram4"), unconditional_transformer=None)
+    assert pipeline.unconditional_transformer is None
+    assert find_family(pipeline).frozen_components == ("vae", "text_encoder")
 
 
 @pytest.mark.parametrize("second", [True, False], ids=["second transformer", "boundary alone"])

@@ -34,6 +34,11 @@ WIDE = {
         {**JOINT, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 4096, "pooled_projection_dim": 768},
         {"prompt_embeds": 4096, "pooled_prompt_embeds": 768},
     ),
+    "ideogram4": (
+        {"num_layers": 1, "attention_head_dim": 256, "num_attention_heads": 18, "intermediate_size": 12288}
+        | {"adaln_dim": 512, "mrope_section": (24, 20, 20)},
+        {},
+    ),
     "krea2": (
         {
             "num_layers": 1,

@@ -253,6 +253,23 @@ def test_names_of_krea_2_are_the_original_ones_that_diffusers_reads():
             assert list(read) == [f"transformer.{module}.lora_A.weight"]
 
 
+def test_names_of_ideogram_4_are_the_original_ones_that_diffusers_reads():
+    ends = [*(f"attention.{name}" for name in ATTENTION), *(f"feed_forward.w{number}" for number in (1, 2, 3))]
+    weights, config = lora({f"layers.0.{end}": (6, 6) for end in ends})
+    tensors = to_kohya(weights, config, "Ideogram4Transformer2DModel")
+    dotted = {
+        key.replace("lora_unet_layers_0_", "layers.0.")
+        .replace("attention_", "attention.")
+        .replace("feed_forward_", "feed_forward."): value
+        for key, value in tensors.items()
+    }
+    read = conversion._convert_non_diffusers_ideogram4_lora_to_diffusers(dotted)
+    for end in ends:
+        expected = delta(weights, f"layers.0.{end}")
+        up, down = (read[f"transformer.layers.0.{end}.lora_{part}.weight"] for part in "BA")
+        torch.testing.assert_close(up @ down, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_queries_wider_than_keys_lie_above_one_another():
     rows = {"layers.0.attn.to_q": (12, 8), "layers.0.attn.to_k": (4, 8), "layers.0.attn.to_v": (4, 8)}
     weights, config = lora(rows)

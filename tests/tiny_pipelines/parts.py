@@ -207,7 +207,9 @@ def qwen3_encoder(tokenizer: Qwen2Tokenizer, **overrides) -> Qwen3Model:
     return with_large_embeddings(Qwen3Model(Qwen3Config(**{**settings, **overrides})))
 
 
-def qwen3_vl_model(tokenizer: Qwen2Tokenizer, model_class: type[torch.nn.Module] = Qwen3VLModel) -> torch.nn.Module:
+def qwen3_vl_model(
+    tokenizer: Qwen2Tokenizer, model_class: type[torch.nn.Module] = Qwen3VLModel, **overrides
+) -> torch.nn.Module:
     """A vision-language model, of which pipelines for text use the language half."""
     text_config = {
         "vocab_size": len(tokenizer),
@@ -219,13 +221,14 @@ def qwen3_vl_model(tokenizer: Qwen2Tokenizer, model_class: type[torch.nn.Module]
         "head_dim": 16,
         "max_position_embeddings": 2048,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2]},
+        **overrides,
     }
     vision_config = {
         "depth": 1,
         "hidden_size": 16,
         "intermediate_size": 16,
         "num_heads": 2,
-        "out_hidden_size": TEXT_WIDTH,
+        "out_hidden_size": text_config["hidden_size"],
         "num_position_embeddings": 16,
         "deepstack_visual_indexes": [0],
     }

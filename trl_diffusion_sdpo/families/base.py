@@ -82,6 +82,8 @@ class Family(ABC):
         conditional_rows (`str`): How the pipeline calls its denoiser under classifier-free guidance. `"last"` or
             `"first"`: once, with a doubled batch whose last or first half has the prompts. `"all"`: twice, first with
             the prompts and then with the negative prompts.
+        unconditional_name (`str`, *optional*): Name of the component that predicts without prompts under
+            classifier-free guidance, if it is not the denoiser.
         shared_inputs (`tuple[str, ...]`): Names of denoiser inputs without a batch dimension, such as position ids.
         takes_source (`bool`): Whether the pipeline edits an image, so that training data need a `source` column.
 
@@ -107,6 +109,7 @@ class Family(ABC):
     host_conditioning: ClassVar[tuple[str, ...]] = ()
     generated_image: ClassVar[str] = "images[0]"
     conditional_rows: Literal["last", "first", "all"] = "last"
+    unconditional_name: ClassVar[str | None] = None
     shared_inputs: ClassVar[tuple[str, ...]] = ()
     takes_source: ClassVar[bool] = False
 

@@ -33,48 +33,61 @@ class Flux2Process(FlowMatchingProcess):
         return compute_empirical_mu(image_seq_len, num_steps=50)
 
 
-class Flux2Hooks(Family):
-    """Base class of the families for FLUX.2 dev and klein."""
+class Flux2LatentsFamily(Family):
+    """Base class of families with the VAE of FLUX.2. Each token is a square of two by two latents."""
 
     denoiser_name = "transformer"
-    frozen_components = ("vae", "text_encoder")
-    lora_target_modules = LORA_TARGETS
+    frozen_components: tuple[str, ...] = ("vae", "text_encoder")
     learning_rate_full = 1e-6  # our choice, as for FLUX.1: nothing is published
-    learning_rate_lora = 1e-4  # from diffusers' script
     defaults = FLOW_DEFAULTS
-    noise_process_class = Flux2Process
-    conditional_rows = "all"
 
     @property
     def vae_scale_factor(self) -> int:
         return 2 * self.pipeline.vae_scale_factor
 
     @property
-    def default_resolution(self) -> int:
-        return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+    def batch_norm_eps(self) -> float:
+        """The number that the pipeline adds to the variances of the VAE's batch norm."""
+        return self.pipeline.vae.config.batch_norm_eps
 
     def check_pipeline(self) -> None:
         super().check_pipeline()
         check_in_channels(self, 4 * self.pipeline.vae.config.latent_channels)  # two by two latents per token
-
-    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Encode prompts as the states of three layers of the text encoder, concatenated and padded to one length."""
-        prompt_embeds, _ = self.call_encode_prompt(prompts, num_images_per_prompt=1)
-        return {"prompt_embeds": prompt_embeds}  # (N, tokens, width of three layers)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Reshape latents `(N, C, H, W)` to `(N, 4C, H/2, W/2)` and normalise them by the statistics of the VAE's
         batch norm."""
         statistics = self.latent_statistics()
         mean, variance = (statistics[name].to(latents.device).view(1, -1, 1, 1) for name in ("mean", "variance"))
-        squares = torch.nn.functional.pixel_unshuffle(latents, 2)
-        return (squares - mean) / (variance + self.pipeline.vae.config.batch_norm_eps).sqrt()
+        return (self.as_squares(latents) - mean) / (variance + self.batch_norm_eps).sqrt()
+
+    def as_squares(self, latents: torch.Tensor) -> torch.Tensor:
+        """Reshape latents `(N, C, H, W)` to `(N, 4C, H/2, W/2)`."""
+        return torch.nn.functional.pixel_unshuffle(latents, 2)
 
     def latent_statistics(self) -> dict[str, torch.Tensor]:
         """Return mean and variance of the VAE's batch norm, `(4C,)` each in float32."""
         norm = self.pipeline.vae.bn
         found = {"mean": norm.running_mean.float(), "variance": norm.running_var.float()}
         return self._kept_statistics or found
+
+
+class Flux2Hooks(Flux2LatentsFamily):
+    """Base class of the families for FLUX.2 dev and klein."""
+
+    lora_target_modules = LORA_TARGETS
+    learning_rate_lora = 1e-4  # from diffusers' script
+    noise_process_class = Flux2Process
+    conditional_rows = "all"
+
+    @property
+    def default_resolution(self) -> int:
+        return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Encode prompts as the states of three layers of the text encoder, concatenated and padded to one length."""
+        prompt_embeds, _ = self.call_encode_prompt(prompts, num_images_per_prompt=1)
+        return {"prompt_embeds": prompt_embeds}  # (N, tokens, width of three layers)
 
     def denoiser_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]

@@ -167,9 +167,17 @@ QWEN_IMAGE_21 = {
     **renamed(_QWEN_MLP, _QWEN_MLP, {"out": "out"}),
 }
 
+_SAME_FEED_FORWARD = {f"feed_forward.w{number}": f"feed_forward.w{number}" for number in (1, 2, 3)}
+IDEOGRAM_4 = per_block(
+    ("layers.{}",), "attention", EQUAL_3, {"attention.to_out.0": "attention.o", **_SAME_FEED_FORWARD}
+)
+
 _REFINED = ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
-_Z_IMAGE_EQUAL = ("adaLN_modulation.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
-_Z_IMAGE_NAMES = {"attention.to_out.0": "attention.out", **{name: name for name in _Z_IMAGE_EQUAL}}
+_Z_IMAGE_NAMES = {
+    "attention.to_out.0": "attention.out",
+    "adaLN_modulation.0": "adaLN_modulation.0",
+    **_SAME_FEED_FORWARD,
+}
 Z_IMAGE = per_block(_REFINED, "attention", EQUAL_3, _Z_IMAGE_NAMES)
 
 _LUMINA_FEED_FORWARD = {f"feed_forward.linear_{number}": f"feed_forward.w{number}" for number in (1, 2, 3)}
@@ -185,6 +193,7 @@ ORIGINAL_MODULES: dict[str, dict[str, OriginalModule] | None] = {
     "FluxTransformer2DModel": FLUX,
     "Flux2Transformer2DModel": FLUX_2,
     "AuraFlowTransformer2DModel": AURA_FLOW,
+    "Ideogram4Transformer2DModel": IDEOGRAM_4,
     "Krea2Transformer2DModel": KREA_2,
     "PixArtTransformer2DModel": PIXART,
     "WanTransformer3DModel": WAN,

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21TemporalTimesteps
 
+from ..utils._compat import keep_in_float32
 from .base import PromptPadding
 from .qwen_image import QwenImageLatentsFamily
 
+keep_in_float32(QwenImage21TemporalTimesteps, "freqs")
 SLOT = 2  # side of a square of latents that is one slot in the text encoder's sequence
 
 

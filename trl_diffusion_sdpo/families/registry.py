@@ -45,6 +45,7 @@ _SERVED = {
     "hunyuan_dit:HunyuanDiTFamily": ("HunyuanDiTPipeline",),
     "flux2:Flux2Family": ("Flux2Pipeline",),
     "flux2:Flux2KleinFamily": ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline"),
+    "ideogram4:Ideogram4Family": ("Ideogram4Pipeline",),
     "wan:WanFamily": ("WanPipeline",),
 }
 # Pipeline class -> "package.module:Class" of its family, for the families of this package.

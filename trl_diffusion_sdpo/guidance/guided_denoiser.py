@@ -15,7 +15,7 @@ from torch import nn
 from ..families import Family
 from ..losses import guidance_shift, interpolate, shifted
 from ..models.adapters import unwrap_peft_model
-from .denoiser_call import DenoiserCall, with_prediction
+from .denoiser_call import DenoiserCall, prediction_in, with_prediction
 from .predictors import Predictor
 
 Form = Literal["conditional", "both", "npo"]
@@ -67,6 +67,7 @@ class Guide:
         kwargs = {name: value for name, value in kwargs.items() if name not in ("kv_cache", "kv_cache_mode")}
         call = DenoiserCall(self._signature, args, kwargs, self._family.shared_inputs)
         if not self._is_within(call):
+            self._shift = None
             return denoiser(*args, **kwargs)
         self.calls_within += 1
         return self._mix(denoiser, call, self._branches(call))
@@ -120,6 +121,13 @@ class Guide:
         if branches.unconditional is None:
             return with_prediction(output, interpolate(reference, policy, self._scale))
         return with_prediction(output, shifted(policy, torch.cat([self._shift, self._shift])))
+
+    def shift_unconditional(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Shift the output of a second network that predicts the unconditional branch, as a forward hook on it."""
+        if self._shift is None:  # outside the interval
+            return output
+        prediction = prediction_in(output)
+        return with_prediction(output, shifted(prediction, _fitted(self._shift, prediction)))
 
     def _npo(self, denoiser: Callable[..., Any], call: DenoiserCall, branches: Branches) -> Any:
         conditional, unconditional = branches.conditional, branches.unconditional

@@ -91,16 +91,27 @@ def preference_guidance(
     family = _family_of(pipeline)
     refuse_sources(family, "Preference guidance")
     denoiser = family.denoiser
+    unconditional = None if family.unconditional_name is None else getattr(pipeline, family.unconditional_name, None)
+    if unconditional is not None and form == "npo":
+        raise ValueError(
+            f"The form 'npo' needs a denoiser that also predicts without prompts. {family.name} has another network "
+            f"for this, `{family.unconditional_name}`, which is not tuned. Use the form 'conditional' or 'both'."
+        )
     _check_denoiser(denoiser)
     if not allow_distilled and (scale > 1 or form == "npo"):
         _check_steps(family)
     with contextlib.closing(predictor_of(denoiser, reference, batched=batched)) as predictor:
         guiding = Guide(family, predictor, form, scale, interval)
         guide(denoiser, guiding)
+        handle = None
+        if unconditional is not None and form == "conditional" and scale != 1:
+            handle = unconditional.register_forward_hook(guiding.shift_unconditional)
         try:
             yield pipeline
         finally:
             leave(denoiser)
+            if handle is not None:
+                handle.remove()
     if guiding.calls and not guiding.guided_calls and (form == "npo" or scale != 1):
         _warn_of_no_effect(None if guiding.calls_within else interval)
 

@@ -237,14 +237,13 @@ def working_pipeline(
 def cast_copy(module: ModuleT, dtype: torch.dtype) -> ModuleT:
     """Copy a module and cast the copy to another dtype.
 
-    Tensors are cast one by one, so the copy never takes more memory than it has in the new dtype.
+    Weights are cast one by one, so the copy never takes more memory than it has in the new dtype.
     """
     memo: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point():
-            values = tensor.detach().to(dtype, copy=True)
-            is_weight = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(values, requires_grad=tensor.requires_grad) if is_weight else values
+    for weight in module.parameters():
+        if weight.is_floating_point():
+            values = weight.detach().to(dtype, copy=True)
+            memo[id(weight)] = nn.Parameter(values, requires_grad=weight.requires_grad)
     return copy.deepcopy(module, memo).to(dtype)
 
 

@@ -268,3 +268,23 @@ def default_configuration(tensors: dict[str, torch.Tensor]) -> str:
     exports the lookup. `from_single_file` is no substitute, because its error does not name the id when it is
     offline."""
     return str(fetch_diffusers_config(tensors)["pretrained_model_name_or_path"])
+
+
+def keep_in_float32(module_class: type[torch.nn.Module], buffer: str) -> None:
+    """Let the modules of a class keep a float32 buffer that is not saved when they are cast, as `from_pretrained` does.
+
+    DeepSpeed casts buffers, and so does `pipeline.to(torch.bfloat16)`. If frequencies of positions or timesteps are
+    rounded, large positions get wrong angles. `_apply` has no public spelling. Can go when the denoisers of diffusers
+    compute these frequencies in their forward pass.
+    """
+    cast: Any = module_class._apply
+
+    def keep(self: torch.nn.Module, function: Callable[..., Any], recurse: bool = True) -> torch.nn.Module:
+        before = getattr(self, buffer)
+        cast(self, function, recurse)
+        after = getattr(self, buffer)
+        if after.dtype != before.dtype:
+            setattr(self, buffer, before.to(after.device))
+        return self
+
+    module_class._apply = keep  # type: ignore[method-assign]

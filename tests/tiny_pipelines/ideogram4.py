@@ -1,0 +1,48 @@
+"""Tiny Ideogram 4 pipeline: prompts through thirteen of 36 thin layers, and a second transformer without prompts."""
+
+from diffusers import FlowMatchEulerDiscreteScheduler, Ideogram4Pipeline, Ideogram4Transformer2DModel
+
+from tiny_pipelines.flux2 import LATENT_CHANNELS, vae
+from tiny_pipelines.parts import enlarged, qwen2_tokenizer, qwen3_vl_model, seeded
+
+RESOLUTION = 16
+CALL = {"guidance_scale": 1.0, "guidance_schedule": None}
+TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.content[0].text }}<|im_end|>{% endfor %}"
+TEXT_WIDTH = 16
+
+
+def build(seed: int = 0) -> Ideogram4Pipeline:
+    tokenizer = qwen2_tokenizer(chat_template=TEMPLATE)
+    text_encoder = {"num_hidden_layers": 36, "hidden_size": TEXT_WIDTH, "intermediate_size": 2 * TEXT_WIDTH}
+    with seeded(seed):
+        return Ideogram4Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=vae(),
+            text_encoder=qwen3_vl_model(tokenizer, **text_encoder),
+            tokenizer=tokenizer,
+            transformer=transformer(),
+            unconditional_transformer=transformer(),
+        )
+
+
+def transformer() -> Ideogram4Transformer2DModel:
+    made = Ideogram4Transformer2DModel(
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        intermediate_size=64,
+        adaln_dim=16,
+        llm_features_dim=13 * TEXT_WIDTH,
+        mrope_section=(4, 2, 2),
+    )
+    return enlarged(made)
+
+
+def to_pipeline(latents):
+    return latents.flatten(2).transpose(1, 2)
+
+
+def from_pipeline(tokens):
+    side = round(tokens.shape[1] ** 0.5)
+    return tokens.transpose(1, 2).unflatten(2, (side, side))

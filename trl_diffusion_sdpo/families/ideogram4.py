@@ -1,0 +1,151 @@
+"""Ideogram 4: a transformer over one sequence of prompt and image tokens, trained by flow matching.
+
+Its time runs from noise to image. A second transformer predicts without a prompt, for guidance.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.transformers.transformer_ideogram4 import (
+    IMAGE_POSITION_OFFSET,
+    LLM_TOKEN_INDICATOR,
+    OUTPUT_IMAGE_INDICATOR,
+    SEQUENCE_PADDING_INDICATOR,
+    Ideogram4MRoPE,
+)
+
+from ..utils._compat import keep_in_float32
+from .base import PromptPadding
+from .flux2 import Flux2LatentsFamily
+from .noise import FlowMatchingProcess
+from .timestep_sampling import TimestepSampling
+
+keep_in_float32(Ideogram4MRoPE, "inv_freq")
+MOST_TOKENS = 2048  # the pipeline's `max_sequence_length`
+
+
+class Ideogram4Process(FlowMatchingProcess):
+    """Flow matching with the schedule of Ideogram 4, which is not in the scheduler's configuration.
+
+    The noise levels of the pipeline's steps are quantiles of a logit-normal density. Its mean grows with the image.
+    Without a `weighting_scheme`, training draws from this density.
+    """
+
+    std = 1.5  # default of the pipeline's call, as is the mean of 0 at 512 by 512 pixels
+
+    def shift_of(self, image_seq_len: int) -> float:
+        """Return the mean: half the logarithm of the image's size relative to 512 by 512 pixels."""
+        return 0.5 * math.log(image_seq_len * 16**2 / 512**2) + math.log(self.fixed_shift)
+
+    def _timesteps_between(
+        self, uniform: torch.Tensor, low: int, high: int, sampling: TimestepSampling, image_seq_len: int | None
+    ) -> torch.Tensor:
+        if image_seq_len is None:
+            raise ValueError(
+                "The schedule of Ideogram 4 needs `image_seq_len`, and it is None. Pass the number of tokens per image."
+            )
+        total, mean = self.num_train_timesteps, self.shift_of(image_seq_len)
+        ends = torch.tensor([low, high], dtype=torch.float64) / total
+        shares = torch.special.ndtr((ends.logit() - mean) / self.std).tolist()
+        first, last = (sampling.share_below(share) for share in shares)
+        levels = sampling.quantile(first + uniform.float() * (last - first))
+        return (total * torch.sigmoid(mean + self.std * torch.special.ndtri(levels))).clamp(low, high)
+
+
+class Ideogram4Family(Flux2LatentsFamily):
+    """Trains the conditional transformer of `Ideogram4Pipeline`.
+
+    The unconditional transformer is needed for sample images only. It may be left out
+    (`unconditional_transformer=None`), which saves as much memory as the weights of the trained transformer take.
+
+    The model was trained on captions in JSON. The pipeline raises an error for prompts of more than 2048 tokens, so
+    training does too.
+    """
+
+    name = "Ideogram 4"
+    pipeline_classes = ("Ideogram4Pipeline",)
+    frozen_components: tuple[str, ...] = ("vae", "text_encoder", "unconditional_transformer")
+    lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")  # from diffusers' LoRA script
+    learning_rate_lora = 1e-4  # from the README of diffusers' script
+    noise_process_class = Ideogram4Process
+    prompt_padding: ClassVar[PromptPadding] = "end"
+    conditional_rows = "all"
+    unconditional_name = "unconditional_transformer"
+
+    def __init__(self, pipeline: DiffusionPipeline):
+        if pipeline.unconditional_transformer is None:
+            self.frozen_components = ("vae", "text_encoder")
+        super().__init__(pipeline)
+
+    @property
+    def default_resolution(self) -> int:
+        """The size in the README of diffusers' script. The pipeline's call defaults to 2048."""
+        return 1024
+
+    def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
+        """Replace the pipeline's schedule of guidance scales, which is made for 48 steps, by its main scale."""
+        return {"guidance_scale": 7.0 if scale is None else scale, "guidance_schedule": None}
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Encode prompts as the states of thirteen layers of the text encoder, concatenated."""
+        # The pipeline pads to 2048 tokens, which would take 208 MiB in bfloat16. The denoiser masks the padding.
+        longest = min(max(map(self._token_count, prompts)), MOST_TOKENS)
+        prompt_embeds, _, _, indicator = self.call_encode_prompt(
+            prompts, grid_h=0, grid_w=0, max_sequence_length=longest
+        )
+        mask = indicator == LLM_TOKEN_INDICATOR
+        # The pipeline pads at the start. Tokens have explicit positions, so the padding may come last.
+        order = (~mask).int().argsort(dim=1, stable=True)
+        prompt_embeds = prompt_embeds.to(self.pipeline.text_encoder.dtype)  # it was computed in this dtype
+        prompt_embeds = prompt_embeds[torch.arange(len(order), device=order.device)[:, None], order]
+        return {
+            "prompt_embeds": prompt_embeds,
+            "prompt_mask": mask.gather(1, order),
+        }  # (N, tokens, width), (N, tokens)
+
+    def _token_count(self, prompt: str) -> int:
+        tokenizer = self.pipeline.tokenizer
+        messages = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def as_squares(self, latents: torch.Tensor) -> torch.Tensor:
+        """Reshape latents `(N, C, H, W)` to `(N, 4C, H/2, W/2)`, with the channels of a latent next to one another."""
+        squares = super().as_squares(latents)
+        return squares.unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, 2)
+
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        text = conditioning["prompt_embeds"].to(latents.dtype)
+        mask = conditioning["prompt_mask"]
+        image = latents.flatten(2).transpose(1, 2)  # (N, H * W, C)
+        rows, words, tokens = len(latents), text.shape[1], image.shape[1]
+
+        grid = torch.cartesian_prod(
+            *(torch.arange(length, device=latents.device) for length in (1, *latents.shape[-2:]))
+        )
+        words_at = torch.arange(words, device=latents.device)[:, None].expand(-1, 3)
+        positions = torch.cat([words_at, grid + IMAGE_POSITION_OFFSET]).expand(rows, -1, -1)
+        everywhere = mask.new_ones(rows, tokens)
+        padding, one = SEQUENCE_PADDING_INDICATOR, torch.ones_like(mask, dtype=torch.long)
+        return {
+            "hidden_states": torch.cat([image.new_zeros(rows, words, image.shape[2]), image], dim=1),
+            # Between 0 (noise) and 1 (image), rounded as in the pipeline: the transformer computes in this dtype.
+            "timestep": (1 - timesteps / 1000).to(latents.dtype),
+            "encoder_hidden_states": torch.cat([text, text.new_zeros(rows, tokens, text.shape[2])], dim=1),
+            "position_ids": positions,
+            "segment_ids": torch.cat([torch.where(mask, one, padding), everywhere.long()], dim=1),
+            "indicator": torch.cat([LLM_TOKEN_INDICATOR * mask.long(), OUTPUT_IMAGE_INDICATOR * everywhere], dim=1),
+        }
+
+    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        height, width = latents.shape[-2:]
+        image = output[:, -height * width :]  # text comes first
+        return -image.transpose(1, 2).unflatten(2, (height, width))  # from image minus noise to noise minus image
+
+    def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        return 1000 * (1 - inputs["timestep"].float())
