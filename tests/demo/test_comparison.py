@@ -23,16 +23,21 @@ def result(tmp_path_factory):
 
 def test_the_demo_trains_sft_dpo_sdpo_and_the_recipe_and_writes_its_report(result):
     assert [trained.method.key for trained in result.methods] == ["sft", "dpo", "sdpo", "sdpo_recipe"]
-    assert {path.name for path in result.files} == {
+    assert {str(path.relative_to(result.folder)) for path in result.files} == {
         "curves.png",
-        "guidance.png",
-        "grid.png",
-        "grid_guided.png",
+        "without_guidance/report.html",
+        "with_guidance/report.html",
         "table.md",
         "results.json",
         "summary.txt",
     }
     assert all(path.is_file() for path in result.files)
+
+
+def test_the_pages_judge_the_images_that_the_table_scores(result):
+    for page, part in (("without_guidance", "plain"), ("with_guidance", "best")):
+        means = json.loads((result.folder / page / "results.json").read_text(encoding="utf-8"))["means"]["oracle"]
+        assert means == pytest.approx({key: getattr(one, part).score.mean for key, one in result.guided.items()})
 
 
 def test_every_method_starts_from_the_base_model(result):
@@ -120,11 +125,12 @@ def test_curves_are_changes_since_the_first_evaluation():
 
 
 def test_a_second_call_replaces_the_runs_of_a_demo_and_nothing_else(tmp_path):
-    old = tmp_path / "demo" / "runs" / "sft"
+    olds = [tmp_path / "demo" / "runs" / "sft", tmp_path / "demo" / "with_guidance" / "images"]
     claim_folder(tmp_path / "demo", {"seed": 0})
-    old.mkdir(parents=True)
+    for old in olds:
+        old.mkdir(parents=True)
     claim_folder(tmp_path / "demo", {"seed": 1})
-    assert not old.exists()
+    assert not any(old.exists() for old in olds)
     (tmp_path / "mine" / "runs").mkdir(parents=True)
     with pytest.raises(ValueError, match="mine"):
         run_demo(tmp_path / "mine")

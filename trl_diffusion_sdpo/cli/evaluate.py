@@ -128,7 +128,7 @@ def run(arguments: list[str], prog: str) -> int:
         listed = read_prompts(options.prompts, column=options.prompt_column, split=options.prompt_split)
     if options.max_prompts is not None:
         listed = listed.first(options.max_prompts)
-    scorers = load_scorers(options.scorers, options.scorer_settings, device)
+    scorers = load_scorers(options.scorers, options.scorer_settings)
     settings = _image_settings(options, device)
     evaluation = evaluate_models(candidates, listed, scorers, options.output_dir, settings, options.layout)
     if state.is_main_process:

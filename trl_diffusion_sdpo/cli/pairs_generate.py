@@ -94,7 +94,7 @@ def run(arguments: list[str], prog: str) -> int:
             prompts = read_prompts(options.prompts, column=options.prompt_column, split=options.prompt_split)
         if options.max_prompts is not None:
             prompts = prompts.first(options.max_prompts)
-        scorers = load_scorers(options.scorers, options.scorer_settings, device)
+        scorers = load_scorers(options.scorers, options.scorer_settings)
         pairs = generate_pairs(model, prompts, scorers, options.output_dir, settings, pairing)
         if state.is_main_process:
             skipped = f" ({prompts.empty} empty and {prompts.duplicates} repeated prompts were skipped)"

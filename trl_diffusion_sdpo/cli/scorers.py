@@ -42,8 +42,9 @@ def mapping_option(text: str) -> dict[str, Any]:
     return mapping
 
 
-def load_scorers(names: Sequence[str], settings: Mapping[str, Any], device: str) -> list[Scorer]:
-    """Load the scorers of `--scorers` with those settings of `--scorer_settings`.
+def load_scorers(names: Sequence[str], settings: Mapping[str, Any]) -> list[Scorer]:
+    """Load the scorers of `--scorers` with the settings of `--scorer_settings`, on the CPU unless a setting says
+    otherwise.
 
     Raises:
         `ValueError`: If there is no such scorer, or settings are those of none.
@@ -54,9 +55,4 @@ def load_scorers(names: Sequence[str], settings: Mapping[str, Any], device: str)
                 f"`--scorer_settings` must map names of `--scorers` to their settings, got {name!r}: {values!r}. "
                 'Write it such as {"hpsv2.1": {"batch_size": 4}}.'
             )
-    return [
-        scorer_named(
-            name, **{**({} if ":" in name or name == "vlm_server" else {"device": device}), **settings.get(name, {})}
-        )
-        for name in names
-    ]
+    return [scorer_named(name, **settings.get(name, {})) for name in names]

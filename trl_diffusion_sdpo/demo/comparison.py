@@ -18,10 +18,10 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 
 from ..guidance import preference_guidance
 from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from .methods import GENTLE_METHODS, GUIDED_FROM, GUIDED_METHOD, METHODS, Method
+from .methods import GENTLE_METHODS, GUIDED_FROM, GUIDED_METHOD, METHODS, RUNS_FOLDER, Method
 from .pairs import eval_pairs, off_policy_pairs, on_policy_pairs
 from .pipeline import load_base_pipeline, load_pipeline
-from .report import BASE, write_report
+from .report import BASE, PAGES, write_report
 from .results import Curves, DemoResult, Guided, MethodResult, Score
 from .scoring import GUIDANCE_SCALES, GuidedScorer, ImageScorer, OracleCallback
 from .world import IMAGE_SIZE
@@ -29,7 +29,7 @@ from .world import IMAGE_SIZE
 STEPS = 240
 LOGS = 30  # points of the curve of lambda
 THREADS = 4  # upper limit. Networks this small do not get faster with more
-SETTINGS_FILE, RUNS_FOLDER = "settings.json", "runs"
+SETTINGS_FILE = "settings.json"
 # Offsets of the seed, so that held-out pairs and scored latents differ from those of training.
 _HELD_OUT_SEED, _SCORE_SEED = 10_000, 20_000
 
@@ -134,6 +134,7 @@ class Comparison:
             trainer.add_callback(BarCallback(bar))
             trainer.train()
         trainer.save_model()
+        trainer.save_state()
         history = trainer.state.log_history
         seconds = [entry["seconds"] for entry in history if "oracle" in entry][-1]
         return MethodResult(method, seconds, Curves.of(history), *oracle.latest)
@@ -191,7 +192,7 @@ class BarCallback(TrainerCallback):
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> Path:
-    """Write the settings into the folder and return it. Remove the runs of an earlier demo in it.
+    """Write the settings into the folder and return it. Remove runs and images of an earlier demo in it.
 
     Raises:
         ValueError: If the folder holds something other than a demo.
@@ -203,7 +204,8 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> Path:
         )
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder / RUNS_FOLDER, ignore_errors=True)
+    for name in (RUNS_FOLDER, *PAGES):
+        shutil.rmtree(folder / name, ignore_errors=True)
     return folder
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+RUNS_FOLDER = "runs"  # in the demo's folder; has a folder for each method
+
 HARD = {"learning_rate": 2e-4, "beta": 100.0}
 GENTLE = {"learning_rate": 1e-4, "beta": 500.0}
 UNSAFE = {"loss_type": "sigmoid", "safeguard": "none"}

@@ -1,4 +1,4 @@
-"""The demo's report: plots, grids of images, a table, the numbers and a summary."""
+"""The demo's report: curves, the pages of two evaluations, a table, the numbers and a summary."""
 
 import json
 import math
@@ -7,27 +7,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from .methods import GUIDED_FROM, GUIDED_METHOD, Method
-from .pipeline import reported_captions
-from .results import DemoResult, Generated, Guided, Score
-from .world import IMAGE_SIZE, captions
+from ..evaluation.candidate import Candidate
+from ..evaluation.evaluate import Comparison, judge_images
+from ..evaluation.images import ImageSettings, save_image, settings_path
+from ..evaluation.prompts import distinct
+from ..evaluation.report import REPORT_FILE, verdict_sentence
+from ..rewards.statistics import holm, win_rate
+from .methods import GUIDED_FROM, GUIDED_METHOD, RUNS_FOLDER, Method
+from .oracle import oracle
+from .pipeline import base_pipeline_folder, reported_captions
+from .results import DemoResult, Generated, Guided
+from .world import captions
 
-CURVES_FILE, GRID_FILE = "curves.png", "grid.png"
-GUIDANCE_FILE, GUIDED_GRID_FILE = "guidance.png", "grid_guided.png"
+CURVES_FILE = "curves.png"
 TABLE_FILE, NUMBERS_FILE, SUMMARY_FILE = "table.md", "results.json", "summary.txt"
+# Folder of an evaluation -> which images of each model it shows: a field of `Guided`.
+PAGES = {"without_guidance": "plain", "with_guidance": "best"}
 
 BASE = "base"
 
 # Okabe and Ito's palette for colour-blind readers, and the marker of each line.
 STYLES = {
-    BASE: ("#000000", ""),
     "sft": ("#0072B2", "s"),
     "dpo": ("#D55E00", "v"),
     "sdpo": ("#009E73", "o"),
     "sdpo_recipe": ("#CC79A7", "P"),
-    GUIDED_METHOD.key: ("#882255", "*"),
     "dpo_gentle": ("#E69F00", "^"),
     "sdpo_gentle": ("#56B4E9", "D"),
 }
@@ -37,22 +43,51 @@ PANELS = (
     ("Oracle score of generated images", "up = images fit their prompts better; band: ± 1 standard error"),
     ("Scale of the loser's gradient, λ", "1 = unchanged"),
 )
-GRID_PROMPT_EVERY = 5  # the grid shows every fifth reported prompt
-GRID_ZOOM = 4
+# Models that the summary compares: without classifier-free guidance, and with it.
+COMPARED = {
+    "plain": (("sdpo", "dpo"), ("sdpo_recipe", "sdpo"), ("sdpo_gentle", "dpo_gentle")),
+    "best": (
+        (GUIDED_FROM, BASE),
+        (GUIDED_FROM, "sdpo"),
+        (GUIDED_METHOD.key, BASE),
+        (GUIDED_METHOD.key, "sdpo"),
+    ),
+}
 
 
 def write_report(result: DemoResult) -> tuple[str, tuple[Path, ...]]:
     """Write the report into the result's folder. Return the summary and the files."""
     folder, text = result.folder, summary(result)
     plot_curves(result, folder / CURVES_FILE)
-    plot_guidance(rows_of(result), folder / GUIDANCE_FILE)
-    draw_grid(result).save(folder / GRID_FILE)
-    draw_grid(result, with_guidance=True).save(folder / GUIDED_GRID_FILE)
     (folder / TABLE_FILE).write_text(table(result), encoding="utf-8")
     (folder / NUMBERS_FILE).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
     (folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
-    names = (CURVES_FILE, GUIDANCE_FILE, GRID_FILE, GUIDED_GRID_FILE, TABLE_FILE, NUMBERS_FILE, SUMMARY_FILE)
+    for page in PAGES:
+        evaluate_images(result, page)
+    names = (CURVES_FILE, *(f"{page}/{REPORT_FILE}" for page in PAGES), TABLE_FILE, NUMBERS_FILE, SUMMARY_FILE)
     return text, tuple(folder / name for name in names)
+
+
+def evaluate_images(result: DemoResult, page: str) -> None:
+    """Write the models' images of a page in the layout of `trl-diffusion-sdpo evaluate`, and its report."""
+    folder, samples = result.folder / page, result.settings["samples_per_prompt"]
+    prompts = distinct([caption.text for caption, is_in in zip(captions(), reported_captions(), strict=True) if is_in])
+    candidates = []
+    for key, guided in result.guided.items():
+        generated = getattr(guided, PAGES[page])
+        run = GUIDED_FROM if key == GUIDED_METHOD.key else key
+        model = base_pipeline_folder() if key == BASE else folder.parent / RUNS_FOLDER / run
+        facts: dict[str, Any] = {"model": str(model), "lora": None, "guidance_scale": generated.guidance_scale}
+        if key == GUIDED_METHOD.key:
+            facts["preference_guidance"] = GUIDED_METHOD.settings
+        file = settings_path(folder, key)
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        for number, pixels in enumerate(generated.images):
+            row = divmod(number, samples)
+            save_image(folder, key, row, Image.fromarray(pixels), prompts.prompts[row[0]])
+        candidates.append(Candidate(key, str(model)))
+    judge_images(candidates, prompts, [oracle], folder, ImageSettings(seeds=tuple(range(samples))))
 
 
 def plot_curves(result: DemoResult, path: Path) -> None:
@@ -117,75 +152,6 @@ def rows_of(result: DemoResult) -> list[Row]:
     return rows
 
 
-def plot_guidance(rows: list[Row], path: Path) -> None:
-    """Plot score against Frechet distance, for each model from its images without classifier-free guidance to those at
-    its best scale."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6.4), dpi=100, layout="constrained")
-    panel = figure.subplots()
-    for row in rows:
-        colour, marker = STYLES[row.key]
-        parts = (row.guided.plain, row.guided.best)
-        x, y = [_measure(part, "frechet") for part in parts], [part.score.mean for part in parts]
-        style: dict[str, Any] = {"color": colour, "marker": marker or "X", "ms": 10, "linestyle": ""}
-        panel.plot(x, y, color=colour, lw=1.6, alpha=0.6)
-        panel.plot(x[:1], y[:1], **style, markerfacecolor="white", markeredgewidth=1.8)
-        panel.plot(x[1:], y[1:], **style, label=f"{row.label} (scale {parts[1].guidance_scale:g})")
-    panel.set_xscale("log")
-    panel.xaxis.set_major_formatter("{x:g}")
-    panel.xaxis.set_minor_formatter("{x:g}")
-    panel.set_title("Score and realism, without classifier-free guidance (open) and with it", fontsize=13, loc="left")
-    panel.set_xlabel("Frechet distance to the world's preferred drawings (left = nearer)", fontsize=11)
-    panel.set_ylabel("oracle score", fontsize=11)
-    panel.grid(alpha=0.25)
-    panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=10, frameon=False)
-    figure.savefig(path)
-
-
-def draw_grid(result: DemoResult, *, with_guidance: bool = False) -> Image.Image:
-    """Return a grid of images from equal latents: a row for every fifth reported prompt, a column for each model.
-
-    Args:
-        result (`DemoResult`): The numbers and images.
-        with_guidance (`bool`): Whether the images are those at each model's best scale of classifier-free guidance.
-
-    Returns:
-        `Image.Image`: With the score of each image, and the mean score of each column over the reported prompts.
-    """
-    samples = result.settings["samples_per_prompt"]
-    shown = [caption.text for caption, reported in zip(captions(), reported_captions(), strict=True) if reported]
-    rows = range(0, len(shown), GRID_PROMPT_EVERY)
-    columns = rows_of(result)
-    large, normal, small = (ImageFont.load_default(size) for size in (21, 15, 14))
-    side, left, top, gap = GRID_ZOOM * IMAGE_SIZE, 150, 64, 14
-    step_x, step_y = side + 3 * gap, side + gap + 20
-    sheet = Image.new("RGB", (left + step_x * len(columns), top + step_y * len(rows) + 34), "white")
-    pen = ImageDraw.Draw(sheet)
-    for column, model in enumerate(columns):
-        part = model.guided.best if with_guidance else model.guided.plain
-        x = left + column * step_x
-        short = model.label.replace("Diffusion-", "").replace("SDPO, recipe", "recipe").replace(", ", " ")
-        pen.text((x + side / 2, 8), short, STYLES[model.key][0], large, anchor="ma")
-        mean = f"mean {part.score.mean:.3f}" + (f", scale {part.guidance_scale:g}" if with_guidance else "")
-        pen.text((x + side / 2, 34), mean, "#333333", small, anchor="ma")
-        for row, prompt in enumerate(rows):
-            y, index = top + row * step_y, prompt * samples
-            image = Image.fromarray(part.images[index]).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(image, (x, y))
-            pen.rectangle((x - 1, y - 1, x + side, y + side), outline="#bbbbbb")
-            pen.text((x + side / 2, y + side + 3), f"{part.scores[index]:.2f}", "#333333", small, anchor="ma")
-    for row, prompt in enumerate(rows):
-        words = shown[prompt].split()
-        text = "\n".join([" ".join(words[:3]), " ".join(words[3:])])
-        pen.multiline_text((12, top + row * step_y + side / 2), text, "black", normal, anchor="lm")
-    guidance = "with classifier-free guidance at each model's best scale" if with_guidance else "without guidance"
-    note = f"Equal latents in each row, {guidance}. Below each image its oracle score."
-    pen.text((12, sheet.height - 28), note, "#444444", small)
-    return sheet
-
-
 def table(result: DemoResult) -> str:
     """Return the final numbers as a Markdown table."""
     rows = rows_of(result)
@@ -222,8 +188,6 @@ def table(result: DemoResult) -> str:
 def summary(result: DemoResult) -> str:
     """Return the numbers for a terminal, and what they do and do not show."""
     rows = rows_of(result)
-    by_key = {row.key: row for row in rows}
-    scores = {trained.method.key: trained.scores for trained in result.methods}
     width = max(len(row.label) for row in rows)
     lines = [
         f"What happens when one pushes hard: {result.settings['max_steps']} steps on {result.train_pairs} "
@@ -238,23 +202,15 @@ def summary(result: DemoResult) -> str:
     lines += [
         "",
         "Score: mean ± standard error of the oracle's scores, the ideal is 1. Winner error: change on held-out pairs",
-        "against the base model. Compared without classifier-free guidance:",
-    ]
-    pairs = [("sdpo", "dpo"), ("sdpo_recipe", "sdpo"), ("sdpo_gentle", "dpo_gentle")]
-    for first, second in pairs:
-        if first in scores:
-            lines.append("  " + _comparison(by_key[first].label, by_key[second].label, scores[first] - scores[second]))
-    lines.append("Compared with classifier-free guidance, each model at the best of its scales:")
-    for first in (GUIDED_FROM, GUIDED_METHOD.key):
-        for second in (BASE, "sdpo"):
-            difference = by_key[first].guided.best.scores - by_key[second].guided.best.scores
-            lines.append("  " + _comparison(by_key[first].label, by_key[second].label, difference))
-    lines += [
+        "against the base model. Images of 36 prompts, compared without classifier-free guidance:",
+        *_verdicts(result, "plain"),
+        "Compared with classifier-free guidance, each model at the best of its scales:",
+        *_verdicts(result, "best"),
         "This is one seed of a toy world. The safeguard acts to first order, so the winner's error can still rise.",
         "With other pairs or settings, such as those of `--gentle`, plain Diffusion-DPO can be level or ahead.",
         "",
-        f"Written to {result.folder}: {CURVES_FILE}, {GUIDANCE_FILE}, {GRID_FILE}, {GUIDED_GRID_FILE}, {TABLE_FILE}, "
-        f"{NUMBERS_FILE}.",
+        f"Written to {result.folder}: {', '.join(f'{page}/{REPORT_FILE}' for page in PAGES)}, {CURVES_FILE}, "
+        f"{TABLE_FILE}, {NUMBERS_FILE}.",
     ]
     return "\n".join(lines)
 
@@ -264,12 +220,16 @@ def _measure(part: Generated, name: str) -> float:
     return math.nan if part.measures is None else getattr(part.measures, name)
 
 
-def _comparison(first: str, second: str, difference: np.ndarray) -> str:
-    """Say which model scored higher, by the mean and standard error of the paired difference from equal latents."""
-    score = Score.of(difference)
-    apart = abs(score.mean) > 2 * score.stderr
-    verdict = ("ahead of" if score.mean > 0 else "behind") if apart else "not clearly different from"
-    return f"{first} is {verdict} {second} (difference {score.mean:+.3f} ± {score.stderr:.3f})"
+def _verdicts(result: DemoResult, images: str) -> list[str]:
+    """Return a sentence for each pair of models in `COMPARED`, by the win rate over prompts."""
+    samples, labels = result.settings["samples_per_prompt"], {row.key: row.label for row in rows_of(result)}
+    scores = {key: getattr(guided, images).scores.reshape(-1, samples) for key, guided in result.guided.items()}
+    pairs = [pair for pair in COMPARED[images] if pair[0] in scores]
+    rates = [win_rate(scores[first], scores[second]) for first, second in pairs]
+    return [
+        "  " + verdict_sentence(Comparison(labels[first], oracle.name, rate, adjusted), labels[second])
+        for (first, second), rate, adjusted in zip(pairs, rates, holm([rate.p_value for rate in rates]), strict=True)
+    ]
 
 
 def _change(curve: list[float]) -> str:

@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 
 from ..engines.processes import gather_objects
 from ..rewards import Scorer
+from ..rewards.scorer import on_device
 from ..rewards.statistics import WinRate, agreement, holm, win_rate
 from ..utils.files import write_atomically
-from ..utils.processes import Peers
+from ..utils.processes import ALONE, Peers
 from .candidate import Candidate
 from .images import SCORES_FOLDER, ImageSettings, diversity, generate_images, image_path, is_black, saturation
 from .layouts import LAYOUTS, write_layout
@@ -99,8 +100,8 @@ def evaluate_models(
         candidates (`Sequence[Candidate]`): The models. The first is the base model.
         prompts (`Sequence[str]` or `PromptList`): The prompts. [`~evaluation.prompts.read_prompts`] reads them from a
             file.
-        scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`]. If there are none, the report only
-            shows images.
+        scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`]. Those on the CPU are on the device
+            of the settings while they score. If there are no scorers, the report only shows images.
         output_dir (`str` or `Path`): Folder for images, scores, `results.json` and `report.html`.
         settings (`ImageSettings`, *optional*): Seeds, initial noise and arguments of the pipelines.
         layout (`str`, *optional*): `"geneval"`, `"dpg"`, `"t2i-compbench"` or `"hpsv2"`. Also arrange the images in a
@@ -143,16 +144,35 @@ def evaluate_models(
     peers = Peers(state.process_index, state.num_processes, gather_objects)
     for candidate in candidates:
         generate_images(candidate, listed.prompts, settings, folder, peers, base=candidates[0])
-    looks = {name: _looks(folder, name, listed, settings, peers) for name in (one.name for one in candidates)}
-    scores = {
-        scorer.name: {one.name: _scores(scorer, folder, one.name, listed, settings, peers) for one in candidates}
-        for scorer in scorers
-    }
-    sweeps = tuple(sweeps_of(candidates, scores))
-    evaluation = _compare(listed, settings, [candidate.name for candidate in candidates], scores, looks, sweeps)
-    peers.first(lambda: _write(folder, evaluation))
+    evaluation = judge_images(candidates, listed, scorers, folder, settings, peers)
     if layout is not None:
         peers.first(lambda: write_layout(folder, layout, evaluation.models, files))
+    return evaluation
+
+
+def judge_images(
+    candidates: Sequence[Candidate],
+    prompts: PromptList,
+    scorers: Sequence[Scorer],
+    folder: Path,
+    settings: ImageSettings,
+    peers: Peers = ALONE,
+) -> Evaluation:
+    """Score the images in the folder of an evaluation, compare the models, and write the report.
+
+    The arguments are those of [`evaluate_models`]. Each model has one image for each prompt and seed, and a file with
+    the settings of its images. All processes must call this function.
+    """
+    looks = {one.name: _looks(folder, one.name, prompts, settings, peers) for one in candidates}
+    scores = {}
+    for scorer in scorers:
+        with on_device(scorer, settings.device):
+            scores[scorer.name] = {
+                one.name: _scores(scorer, folder, one.name, prompts, settings, peers) for one in candidates
+            }
+    sweeps = tuple(sweeps_of(candidates, scores))
+    evaluation = _compare(prompts, settings, [candidate.name for candidate in candidates], scores, looks, sweeps)
+    peers.first(lambda: _write(folder, evaluation))
     peers.first(lambda: recommend_in_cards(sweeps, candidates, settings.call_kwargs))
     return evaluation
 

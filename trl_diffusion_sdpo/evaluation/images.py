@@ -49,7 +49,7 @@ class ImageSettings:
             `num_inference_steps`, `height` and `width`.
         batch_size (`int`, *optional*, defaults to `4`): Images per call of the pipeline.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype in which pipelines are loaded.
-        device (`str`, *optional*, defaults to `"cpu"`): Device on which pipelines run.
+        device (`str`, *optional*, defaults to `"cpu"`): Device on which pipelines and scorers run.
     """
 
     seeds: tuple[int, ...] = (0,)
@@ -79,6 +79,11 @@ class ImageSettings:
 def image_path(folder: Path, candidate: str, prompt_index: int, seed: int) -> Path:
     """Return the path of the image of a model, prompt and seed."""
     return folder / "images" / candidate / f"{prompt_index:05d}-{seed}.png"
+
+
+def save_image(folder: Path, candidate: str, row: tuple[int, int], image: Image.Image, prompt: str) -> None:
+    """Save a model's image of the prompt index and seed in `row`, with prompt and seed as PNG text."""
+    write_atomically(image_path(folder, candidate, *row), png_bytes(image, prompt, row[1]))
 
 
 def settings_path(folder: Path, candidate: str) -> Path:
@@ -144,7 +149,7 @@ def _generate(
             generators = [settings.generator(text, seed) for text, (_, seed) in zip(texts, batch, strict=True)]
             images = pipeline(prompt=texts, generator=generators, **options).images
             for image, text, row in zip(images, texts, batch, strict=True):
-                write_atomically(image_path(folder, candidate.name, *row), png_bytes(image, text, row[1]))
+                save_image(folder, candidate.name, row, image, text)
             bar.update(len(batch))
 
 

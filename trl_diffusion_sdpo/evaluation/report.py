@@ -217,7 +217,7 @@ def _rows_of_images(
                 for label, name in models.items()
             ],
         )
-        for index in sorted({index * count // SHOWN_PROMPTS for index in range(SHOWN_PROMPTS)})
+        for index in sorted({index * (count - 1) // (SHOWN_PROMPTS - 1) for index in range(SHOWN_PROMPTS)})
     ]
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 
-from ..rewards import BatchedScorer, Scorer, load_scorer
+from ..rewards import Scorer, load_scorer
+from ..rewards.scorer import on_device
 from ..rewards.statistics import WinRate, holm, win_rate
 from ..utils.processes import ALONE, Peers
 
@@ -113,7 +112,7 @@ class SampleScores:
         """Return the scores, `(prompts, 1)`."""
         images = [_read(file) for file in files]
         scorer = self._scorers[name]
-        with _on_device(scorer, self._device):
+        with on_device(scorer, self._device):
             return scorer(images, self._prompts).numpy().astype(np.float64)[:, None]
 
     def facts(self, step: int) -> dict[str, dict[str, float | str | None]]:
@@ -143,20 +142,6 @@ class SampleScores:
         if not words:
             return ""
         return f"Win rate of the {len(self._prompts)} sample images against those before training: {', '.join(words)}."
-
-
-@contextlib.contextmanager
-def _on_device(scorer: Scorer, device: torch.device) -> Iterator[None]:
-    """Keep a scorer of this package on the device within the context, and on the CPU otherwise."""
-    if not isinstance(scorer, BatchedScorer) or device.type == "cpu":
-        yield
-        return
-    try:
-        scorer.to(device)
-        yield
-    finally:
-        scorer.to("cpu")
-        clear_device_cache()
 
 
 def _read(file: Path) -> Image.Image:

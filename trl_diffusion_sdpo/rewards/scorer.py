@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
@@ -103,6 +105,24 @@ class FunctionScorer:
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
         return checked_scores(self.function(list(images), list(prompts)), prompts, self.name)
+
+
+@contextlib.contextmanager
+def on_device(scorer: Scorer, device: str | torch.device) -> Iterator[None]:
+    """Move a scorer from the CPU to a device within the context, so that it takes no memory there otherwise.
+
+    A scorer that is on another device stays there, and so does one that is not a [`BatchedScorer`].
+    """
+    device = torch.device(device)
+    if not isinstance(scorer, BatchedScorer) or scorer.device.type != "cpu" or device.type == "cpu":
+        yield
+        return
+    try:
+        scorer.to(device)
+        yield
+    finally:
+        scorer.to("cpu")
+        clear_device_cache()
 
 
 def checked_scores(scores: Any, prompts: Sequence[str], name: str) -> torch.Tensor:
