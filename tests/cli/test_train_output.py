@@ -1,6 +1,5 @@
 """The last lines of the training command, and the lock that it holds until then."""
 
-import pytest
 from filelock import FileLock, Timeout
 
 from trl_diffusion_sdpo.cli.main import main
@@ -8,9 +7,8 @@ from trl_diffusion_sdpo.saving import run_files
 from trl_diffusion_sdpo.saving.run_folder import LOCK_FILE
 
 
-@pytest.mark.parametrize("rate, word", [("1e-7", "not learned"), ("0.3", "ruined")])
 def test_training_ends_with_the_verdict_and_holds_the_lock_until_the_weights_are_written(
-    rate, word, sd_folder, make_pairs, tmp_path, capsys, monkeypatch
+    sd_folder, make_pairs, tmp_path, capsys, monkeypatch
 ):
     make_pairs().save_to_disk(str(tmp_path / "pairs"))
     held, write = [], run_files.write_setup
@@ -31,7 +29,7 @@ def test_training_ends_with_the_verdict_and_holds_the_lock_until_the_weights_are
         "model_name_or_path": sd_folder,
         "dataset_name": tmp_path / "pairs",
         "output_dir": tmp_path / "run",
-        "learning_rate": rate,
+        "learning_rate": 1e-7,
         "max_steps": 3,
         "logging_steps": 1,
         "per_device_train_batch_size": 4,
@@ -44,6 +42,6 @@ def test_training_ends_with_the_verdict_and_holds_the_lock_until_the_weights_are
     assert main(["train", *(str(part) for name, value in words.items() for part in (f"--{name}", value))]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     verdicts = [line for line in lines if line.startswith("Verdict: ")]
-    assert len(verdicts) == 1 and verdicts[0].startswith(f"Verdict: {word}. ")
+    assert len(verdicts) == 1 and verdicts[0].startswith("Verdict: not learned. ")
     assert lines[-1].startswith("The tuned weights are in")
     assert held == [True] and not is_locked()

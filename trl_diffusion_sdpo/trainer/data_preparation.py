@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-import torch
-
 from ..cache.encoding import PairEncoding
 from ..cache.reference_errors import repeating_pairs
 from ..data.buckets import BucketSampler
@@ -145,19 +143,6 @@ def load_position(
         *(batches, *_reading(args)),
     )
     return beginning
-
-
-def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the tensors of a batch to the device. Copies from pinned memory are asynchronous."""
-    waits = device.type == "mps"  # MPS has no pinned memory
-    return {
-        name: value.to(device, non_blocking=not waits)
-        if isinstance(value, torch.Tensor)
-        else on_device(value, device)
-        if isinstance(value, Mapping)
-        else value
-        for name, value in inputs.items()
-    }
 
 
 def epochs_of_training(args: DiffusionSDPOConfig, dataset: Any) -> int | None:

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -67,7 +67,6 @@ from .data_preparation import (
     PairPreparation,
     check_batches,
     load_position,
-    on_device,
     outline,
     save_position,
 )
@@ -588,7 +587,7 @@ class DiffusionSDPOTrainer(Trainer):
         """Move a batch to the device. Loaders leave batches on the host, so only the current micro-batch takes memory
         on the device. transformers' method is not used, because under DeepSpeed it would round scores, errors and
         moments to the dtype of the weights."""
-        return on_device(inputs, self.args.device)
+        return _on_device(inputs, self.args.device)
 
     def compute_loss(
         self,
@@ -994,3 +993,16 @@ class DiffusionSDPOTrainer(Trainer):
 def _marks_real_pairs(dataset: Any) -> bool:
     """Whether batches mark the pairs that only fill them up, because accelerate cannot recognize these pairs."""
     return isinstance(dataset, PreferenceIterableDataset) or getattr(dataset, "sizes", None) is not None
+
+
+def _on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move the tensors of a batch to the device. Copies from pinned memory are asynchronous."""
+    waits = device.type == "mps"  # MPS has no pinned memory
+    return {
+        name: value.to(device, non_blocking=not waits)
+        if isinstance(value, torch.Tensor)
+        else _on_device(value, device)
+        if isinstance(value, Mapping)
+        else value
+        for name, value in inputs.items()
+    }
