@@ -19,6 +19,7 @@ A_MICRO_BATCH = {
         **_BOTH_WAYS,
     },
     "cogview4": {"diffusers/pipelines/cogview4/pipeline_cogview4.py::_get_glm_embeds": 1},
+    "ernie_image": {"diffusers/pipelines/ernie_image/pipeline_ernie_image.py::encode_prompt": 2},
     "flux": _FLUX,
     "flux2": {
         "diffusers/pipelines/flux2/pipeline_flux2.py::_get_mistral_3_small_prompt_embeds": 2,
@@ -41,6 +42,10 @@ A_MICRO_BATCH = {
         "transformers/masking_utils.py::_ignore_causal_mask_sdpa": 1,
     },
     "krea2": {"transformers/tokenization_utils_base.py::to": 4, **_CAUSAL},
+    "longcat_image": {
+        "diffusers/pipelines/longcat_image/pipeline_longcat_image.py::_encode_prompt": 2,
+        **_CAUSAL,
+    },
     "lumina2": {
         "diffusers/pipelines/lumina2/pipeline_lumina2.py::_get_gemma_prompt_embeds": 3,
         "transformers/cache_utils.py::lazy_initialization": 1,
@@ -85,6 +90,7 @@ A_MICRO_BATCH = {
 # Every call of the denoiser, in its own code: how many tokens the masks leave, and positions held on the CPU.
 A_PREDICTION = {
     "chroma": {"diffusers/models/transformers/transformer_chroma.py::forward": 1},
+    "longcat_image": {},
     "lumina2": {
         "diffusers/models/transformers/transformer_lumina2.py::forward": 1,
         "diffusers/models/transformers/transformer_lumina2.py::_get_freqs_cis": 3,

@@ -49,7 +49,7 @@ def recording(scheduler, replace=None):
         def step(self, model_output, timestep, sample, **kwargs):
             result = super().step(model_output, timestep, sample, **{**kwargs, "return_dict": True})
             steps.append(SimpleNamespace(prediction=model_output, timestep=timestep, noisy=sample, result=result))
-            return (result.prev_sample if replace is None else replace,)
+            return result if replace is None else type(result)(prev_sample=replace)
 
     return Recording.from_config(scheduler.config), steps
 

@@ -30,6 +30,11 @@ WIDE = {
         {**JOINT, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 4096, "approximator_hidden_dim": 5120},
         {"prompt_embeds": 4096},
     ),
+    "ernie_image": (
+        {"num_layers": 1, "hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 12288}
+        | {"text_in_dim": 3072, "rope_axes_dim": (32, 48, 48)},
+        {"prompt_embeds": 3072},
+    ),
     "flux": (
         {**JOINT, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 4096, "pooled_projection_dim": 768},
         {"prompt_embeds": 4096, "pooled_prompt_embeds": 768},
@@ -54,6 +59,10 @@ WIDE = {
             "axes_dims_rope": (32, 48, 48),
         },
         {"prompt_embeds": 2560},
+    ),
+    "longcat_image": (
+        {**JOINT, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 3584, "pooled_projection_dim": 3584},
+        {"prompt_embeds": 3584},
     ),
     "qwen_image": (
         {"num_layers": 1, "attention_head_dim": 128, "num_attention_heads": 24, "axes_dims_rope": (16, 56, 56)}

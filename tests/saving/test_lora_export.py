@@ -323,7 +323,7 @@ def test_every_family_is_exported_by_default_or_refused(name):
     rows = {name: module.weight.shape[0] for name, module in targets if isinstance(module, LAYERS)}
     weights, config = lora({name: (height, 4) for name, height in rows.items()})
     if type(denoiser).__name__ not in ORIGINAL_MODULES:
-        assert name in ("sana", "hunyuan_dit", "cogview4", "ovis_image")
+        assert name in ("sana", "hunyuan_dit", "cogview4", "longcat_image", "ovis_image")
         return
     tensors = to_kohya(weights, config, type(denoiser).__name__)
     assert sum(ranks(weights).values()) == sum(t.shape[0] for key, t in tensors.items() if "lora_down" in key)

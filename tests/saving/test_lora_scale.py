@@ -174,7 +174,7 @@ def test_every_family_that_loads_loras_gets_both_factors_with_their_scale(name, 
     save_adapter(state, config, type(pipeline), family.denoiser_name, tmp_path)
 
     if not loads_lora(type(pipeline)):
-        assert name in ("hunyuan_dit", "ovis_image", "pixart_alpha", "pixart_sigma")
+        assert name in ("hunyuan_dit", "longcat_image", "ovis_image", "pixart_alpha", "pixart_sigma")
         assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
         return
     fresh.load_lora_weights(str(tmp_path), adapter_name="read")

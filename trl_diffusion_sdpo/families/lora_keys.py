@@ -187,6 +187,7 @@ LUMINA_2 = per_block(_REFINED, "attn", UNKNOWN_3, {"attn.to_out.0": "attention.o
 ORIGINAL_MODULES: dict[str, dict[str, OriginalModule] | None] = {
     "UNet2DConditionModel": None,
     "QwenImageTransformer2DModel": None,
+    "ErnieImageTransformer2DModel": None,
     "QwenImage21Transformer2DModel": QWEN_IMAGE_21,
     "SD3Transformer2DModel": STABLE_DIFFUSION_3,
     "ChromaTransformer2DModel": FLUX,

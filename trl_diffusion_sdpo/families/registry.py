@@ -46,6 +46,8 @@ _SERVED = {
     "flux2:Flux2Family": ("Flux2Pipeline",),
     "flux2:Flux2KleinFamily": ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline"),
     "ideogram4:Ideogram4Family": ("Ideogram4Pipeline",),
+    "longcat_image:LongCatImageFamily": ("LongCatImagePipeline",),
+    "ernie_image:ErnieImageFamily": ("ErnieImagePipeline",),
     "wan:WanFamily": ("WanPipeline",),
 }
 # Pipeline class -> "package.module:Class" of its family, for the families of this package.

@@ -1,0 +1,66 @@
+"""ERNIE-Image: a transformer over one sequence of image and prompt tokens, trained by flow matching.
+
+Its VAE is that of FLUX.2, and a square of two by two latents is a token.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from .base import PromptPadding
+from .flux2 import Flux2LatentsFamily
+from .noise import FlowMatchingProcess
+
+
+class ErnieImageFamily(Flux2LatentsFamily):
+    """Trains `ErnieImagePipeline`.
+
+    The pipeline's call lets a language model rewrite each prompt if the pipeline has one. Training takes prompts as
+    they are, and so do sample images.
+    """
+
+    name = "ERNIE-Image"
+    pipeline_classes = ("ErnieImagePipeline",)
+    lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # our choice: as Qwen-Image's
+    learning_rate_lora = 1e-4  # our choice, as for similar transformers
+    noise_process_class = FlowMatchingProcess
+    prompt_padding: ClassVar[PromptPadding] = "end"
+    batch_norm_eps = 1e-5  # of the pipeline's call; that of the VAE's configuration is another
+
+    @property
+    def vae_scale_factor(self) -> int:
+        return self.pipeline.vae_scale_factor  # of a token
+
+    @property
+    def default_resolution(self) -> int:
+        """The default of the pipeline's call, because the denoiser's configuration has no image size."""
+        return 1024
+
+    def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
+        return {**super().generation_kwargs(scale), "use_pe": False}
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        rows = list(self.call_encode_prompt(prompts))
+        masks = [row.new_ones(len(row), dtype=torch.bool) for row in rows]
+        return {
+            "prompt_embeds": pad_sequence(rows, batch_first=True),  # (N, tokens of the longest prompt, width)
+            "prompt_mask": pad_sequence(masks, batch_first=True),  # (N, tokens)
+        }
+
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        return {
+            "hidden_states": latents,
+            "timestep": timesteps.to(latents.dtype),  # rounded as in the pipeline
+            "text_bth": conditioning["prompt_embeds"].to(latents.dtype),
+            "text_lens": conditioning["prompt_mask"].sum(dim=1),
+        }
+
+    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return output
+
+    def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        return inputs["timestep"]
