@@ -21,12 +21,13 @@ from peft import LoraConfig
 from PIL import Image
 
 from trl_diffusion_sdpo import Candidate, evaluate_models
-from trl_diffusion_sdpo.cli.evaluate import candidate_of
+from trl_diffusion_sdpo.cli.evaluate import _image_settings, candidate_of, make_parser
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.evaluation import evaluate
 from trl_diffusion_sdpo.evaluation.evaluate import MANIFEST_FILE, RESULTS_FILE
 from trl_diffusion_sdpo.evaluation.images import ImageSettings, diversity, generate_images, image_path, saturation
 from trl_diffusion_sdpo.rewards import FunctionScorer
+from trl_diffusion_sdpo.rewards.vlm_server import VLMServerJudge
 
 PROMPTS = ["a red circle", "two squares", "a tree", "a cat <b>&", "a dog", "the sea"]
 SERVER = {"url": "http://127.0.0.1:9/v1", "model": "model"}  # nothing listens there
@@ -143,6 +144,59 @@ def test_an_image_depends_neither_on_the_batch_nor_on_the_other_prompts(evaluate
             with Image.open(path) as image:
                 pixels.append(np.asarray(image, dtype=int))
         assert abs(pixels[0] - pixels[1]).max() <= 1  # a batch may round otherwise
+
+
+def test_win_rates_depend_neither_on_the_order_of_prompts_and_seeds_nor_on_batches(evaluated, tmp_path):
+    _, candidates, evaluation = evaluated
+    other = settings(batch_size=1, seeds=(1, 0))
+    again = evaluate_models(candidates, PROMPTS[::-1], SCORERS[::-1], tmp_path, other)
+    for name in ("redness", "brightness"):
+        for model in ("base", "redder"):
+            scores = again.scores[name][model][::-1, ::-1]
+            np.testing.assert_allclose(scores, evaluation.scores[name][model], atol=1)  # of 255: rounding
+        first, second = (
+            next(one.result for one in found.comparisons if one.scorer == name) for found in (evaluation, again)
+        )
+        assert (first.rate, first.p_value) == (second.rate, second.p_value)
+        assert (first.low, first.high) == pytest.approx((second.low, second.high), abs=0.02)  # other resamples
+
+
+def test_the_protocol_of_the_authors():
+    words = ["--models", "base=model", "--prompts", "prompts.txt", "--output_dir", "out", "--protocol", "authors"]
+    found = _image_settings(make_parser().parse_args(words), "cpu")
+    assert (found.noise, found.seeds) == ("shared", (0,))
+    assert found.call_kwargs == {"num_inference_steps": 50, "guidance_scale": 8.5}
+
+
+class Judge(VLMServerJudge):
+    """Answers itself: the redder image is better, or always the first."""
+
+    asked = 0
+    fair = True
+
+    def _answer(self, images, question):
+        self.asked += 1
+        first, second = redness(images, None)
+        return f"Image {1 if first > second or not self.fair else 2} is better"
+
+
+def test_a_judge_sees_the_images_of_both_models_in_both_orders(evaluated, sd_folder, redder_folder, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(evaluated[0], folder)
+    judge = Judge("http://127.0.0.1:9/v1", "org/model")
+    evaluation = evaluate_models(evaluated[1], PROMPTS, [judge], folder, settings())
+    result = evaluation.comparisons[0].result
+    assert (result.rate, result.ties, judge.asked) == (1.0, 0, 2 * 12)
+    assert any("vlm_judge(model)" in note for note in evaluation.notes)
+    assert not any("same score" in note and "base" in note.split("images of")[1] for note in evaluation.notes[1:])
+    evaluate_models(evaluated[1], PROMPTS, [judge], folder, settings())
+    assert judge.asked == 2 * 12  # the answers were saved
+    shutil.rmtree(folder / "images" / "base")
+    judge.fair = False
+    evaluation = evaluate_models(evaluated[1], PROMPTS, [judge], folder, settings())  # new images, new answers
+    assert (evaluation.comparisons[0].result.rate, evaluation.comparisons[0].result.ties) == (0.5, 12)
+    with pytest.raises(ValueError, match="vlm_judge"):
+        judge([], [])
 
 
 def test_the_noise_is_of_prompt_and_seed_or_of_the_seed_alone():

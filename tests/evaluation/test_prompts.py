@@ -66,3 +66,9 @@ def test_the_first_prompts_keep_their_rows(tmp_path):
 def test_a_file_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"no\.txt"):
         read_prompts(tmp_path / "no.txt")
+
+
+def test_prompts_are_a_column_of_a_data_set(tmp_path):
+    (tmp_path / "test.csv").write_text("words,prompt\na,x\nb,y\na,z\n")
+    listed = read_prompts(tmp_path, column="words")
+    assert (listed.prompts, listed.duplicates) == (("a", "b"), 1)

@@ -10,7 +10,7 @@ from transformers import BertTokenizer, BlipVisionConfig, BlipVisionModel, CLIPI
 from transformers import BlipTextModel as TextModel
 
 from trl_diffusion_sdpo.rewards.heads import linear_head
-from trl_diffusion_sdpo.rewards.image_reward import ImageRewardScorer, load_weights, text_config
+from trl_diffusion_sdpo.rewards.image_reward import ImageRewardScorer, load_weights, published_vision, text_config
 
 WIDTH = 32
 PROMPTS = ["a red circle", " ".join(["square"] * 60)]
@@ -157,3 +157,62 @@ def test_a_missing_weight_is_an_error():
     text = TextModel(text_config(MED_CONFIG), add_pooling_layer=False)
     with pytest.raises(RuntimeError, match="class_embedding"):
         load_weights({}, vision, text, linear_head(8))
+
+
+def test_weights_of_blip_have_the_names_and_shapes_of_transformers():
+    """The names and shapes that BLIP publishes for ViT-L/16 and for BERT with cross-attention, written by hand."""
+
+    def both(name, *shape):
+        return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+    image = {
+        "cls_token": (1, 1, 1024),
+        "pos_embed": (1, 197, 1024),
+        **both("patch_embed.proj", 1024, 3, 16, 16),
+        **both("norm", 1024),
+    }
+    for index in range(24):
+        block = f"blocks.{index}"
+        image |= both(f"{block}.norm1", 1024) | both(f"{block}.norm2", 1024)
+        image |= both(f"{block}.attn.qkv", 3072, 1024) | both(f"{block}.attn.proj", 1024, 1024)
+        image |= both(f"{block}.mlp.fc1", 4096, 1024) | both(f"{block}.mlp.fc2", 1024, 4096)
+    words = {
+        "embeddings.position_ids": (1, 512),
+        "embeddings.word_embeddings.weight": (30524, 768),
+        "embeddings.position_embeddings.weight": (512, 768),
+        **both("embeddings.LayerNorm", 768),
+    }
+    for index in range(12):
+        layer = f"encoder.layer.{index}"
+        for attention, source in (("attention", 768), ("crossattention", 1024)):
+            words |= both(f"{layer}.{attention}.self.query", 768, 768)
+            words |= both(f"{layer}.{attention}.self.key", 768, source)
+            words |= both(f"{layer}.{attention}.self.value", 768, source)
+            words |= both(f"{layer}.{attention}.output.dense", 768, 768)
+            words |= both(f"{layer}.{attention}.output.LayerNorm", 768)
+        words |= both(f"{layer}.intermediate.dense", 3072, 768) | both(f"{layer}.output.dense", 768, 3072)
+        words |= both(f"{layer}.output.LayerNorm", 768)
+    sizes = zip((0, 2, 4, 6, 7), ((1024, 768), (128, 1024), (64, 128), (16, 64), (1, 16)), strict=True)
+    head = {name: shape for index, size in sizes for name, shape in both(f"layers.{index}", *size).items()}
+    config = {
+        **MED_CONFIG,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 512,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "vocab_size": 30524,
+        "encoder_width": 1024,
+    }
+    with torch.device("meta"):
+        networks = (
+            BlipVisionModel(published_vision()),
+            TextModel(text_config(config), add_pooling_layer=False),
+            linear_head(768),
+        )
+        weights = {
+            f"{tower}.{name}": torch.empty(shape)
+            for tower, shapes in {"blip.visual_encoder": image, "blip.text_encoder": words, "mlp": head}.items()
+            for name, shape in shapes.items()
+        }
+    load_weights(weights, *networks)  # missing, unknown and ill-shaped weights are errors

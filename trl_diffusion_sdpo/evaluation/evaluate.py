@@ -20,6 +20,7 @@ from ..engines.processes import gather_objects
 from ..rewards import Scorer
 from ..rewards.scorer import on_device
 from ..rewards.statistics import WinRate, agreement, holm, win_rate
+from ..rewards.vlm_server import VLMServerJudge
 from ..utils.files import write_atomically
 from ..utils.processes import ALONE, Peers
 from .candidate import Candidate
@@ -168,10 +169,12 @@ def judge_images(
     for scorer in scorers:
         with on_device(scorer, settings.device):
             scores[scorer.name] = {
-                one.name: _scores(scorer, folder, one.name, prompts, settings, peers) for one in candidates
+                one.name: _scores(scorer, folder, one.name, candidates[0].name, prompts, settings, peers)
+                for one in candidates
             }
     sweeps = tuple(sweeps_of(candidates, scores))
-    evaluation = _compare(prompts, settings, [candidate.name for candidate in candidates], scores, looks, sweeps)
+    judges = [scorer.name for scorer in scorers if isinstance(scorer, VLMServerJudge)]
+    evaluation = _compare(prompts, settings, [one.name for one in candidates], scores, looks, sweeps, judges)
     peers.first(lambda: _write(folder, evaluation))
     peers.first(lambda: recommend_in_cards(sweeps, candidates, settings.call_kwargs))
     return evaluation
@@ -217,33 +220,40 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _scores(
-    scorer: Scorer, folder: Path, name: str, prompts: PromptList, settings: ImageSettings, peers: Peers
+    scorer: Scorer, folder: Path, name: str, base: str, prompts: PromptList, settings: ImageSettings, peers: Peers
 ) -> np.ndarray:
     """Return a model's scores, `(prompts, seeds)`, NaN if an image has none. Those in the folder are not computed
     again."""
-    path = folder / SCORES_FOLDER / _file_name(scorer.name) / f"{name}.json"
+    models = [name]
+    if isinstance(scorer, VLMServerJudge):
+        if name == base:
+            return np.zeros((len(prompts.prompts), len(settings.seeds)))
+        models.append(base)
+    path = folder / SCORES_FOLDER / _file_name(scorer.name) / f"{'+'.join(models)}.json"
     rows = [(index, seed) for index in range(len(prompts.prompts)) for seed in settings.seeds]
     scores = peers.first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else [])
     at_once = _SCORED_AT_ONCE * peers.count
     for start in tqdm(range(len(scores), len(rows), at_once), desc=f"{scorer.name} of {name}", unit="batch"):
         share = rows[start : start + at_once][peers.index :: peers.count]
-        scores += _in_order(peers.gather_results(partial(_score_images, scorer, folder, name, share, prompts)))
+        scores += _in_order(peers.gather_results(partial(_score_images, scorer, folder, models, share, prompts)))
         peers.first(partial(_write_json, path, scores))  # an interrupted evaluation continues here
     values = [math.nan if value is None else value for value in scores]
     return np.array(values, dtype=np.float64).reshape(len(prompts.prompts), len(settings.seeds))
 
 
 def _score_images(
-    scorer: Scorer, folder: Path, name: str, rows: Sequence[tuple[int, int]], prompts: PromptList
+    scorer: Scorer, folder: Path, models: Sequence[str], rows: Sequence[tuple[int, int]], prompts: PromptList
 ) -> list[float | None]:
-    """Return the scores of a model's images. Black images have none."""
-    images = [_read(image_path(folder, name, *row)) for row in rows]
-    visible = [position for position, image in enumerate(images) if not is_black(image)]
+    """Return the scores of the first model's images, or a judge's comparisons with the second's. Black images have
+    none."""
+    images = [[_read(image_path(folder, name, *row)) for name in models] for row in rows]
+    visible = [position for position, shown in enumerate(images) if not any(map(is_black, shown))]
     scores: list[float | None] = [None] * len(rows)
     if visible:
         texts = [prompts.prompts[rows[position][0]] for position in visible]
-        found = scorer([images[position] for position in visible], texts).tolist()
-        for position, value in zip(visible, found, strict=True):
+        ours, *others = ([images[position][model] for position in visible] for model in range(len(models)))
+        found = scorer.compare(ours, others[0], texts) if isinstance(scorer, VLMServerJudge) else scorer(ours, texts)
+        for position, value in zip(visible, found.tolist(), strict=True):
             scores[position] = value if math.isfinite(value) else None
     return scores
 
@@ -255,6 +265,7 @@ def _compare(
     scores: Mapping[str, Mapping[str, np.ndarray]],
     looks: dict[str, dict[str, float]],
     sweeps: tuple[Sweep, ...],
+    judges: Sequence[str],
 ) -> Evaluation:
     base, *others = models
     for name, by_model in scores.items():
@@ -288,15 +299,22 @@ def _compare(
         comparisons=tuple(comparisons),
         agreement=agreements,
         looks=looks,
-        notes=tuple(_notes(prompts, scores, looks)),
+        notes=tuple(_notes(prompts, scores, looks, judges)),
         sweeps=sweeps,
     )
 
 
 def _notes(
-    prompts: PromptList, scores: Mapping[str, Mapping[str, np.ndarray]], looks: dict[str, dict[str, float]]
+    prompts: PromptList,
+    scores: Mapping[str, Mapping[str, np.ndarray]],
+    looks: dict[str, dict[str, float]],
+    judges: Sequence[str],
 ) -> list[str]:
-    notes = []
+    base = next(iter(looks))
+    notes = [
+        f"{judge} compares images with those of {base}, in both orders: 1 is preferred, -1 is not, 0 is a tie."
+        for judge in judges
+    ]
     if prompts.empty or prompts.duplicates:
         notes.append(f"{prompts.empty} empty and {prompts.duplicates} repeated prompts were skipped.")
     if scores and len(prompts.prompts) < _FEW_PROMPTS:
@@ -309,6 +327,8 @@ def _notes(
             )
     for scorer, by_model in scores.items():
         for model, scored in by_model.items():
+            if scorer in judges and model == base:
+                continue
             present = scored[np.isfinite(scored)]
             missing = scored.size - present.size - int(looks[model]["black"])
             if missing:

@@ -205,8 +205,9 @@ def check_settings(target: Path, facts: dict[str, Any]) -> None:
     path = target / SETTINGS_FILE
     written = json.dumps(facts, indent=1, default=str)
     if not any(target.glob("*.png")):
-        for scores in (target.parents[1] / SCORES_FOLDER).glob(f"*/{target.name}.json"):
-            scores.unlink()  # they are those of images that were deleted
+        for scores in (target.parents[1] / SCORES_FOLDER).glob("*/*.json"):
+            if target.name in scores.stem.split("+"):  # a judge's scores are those of two models
+                scores.unlink()  # they are those of images that were deleted
     elif path.is_file() and path.read_text(encoding="utf-8") != written:
         before = json.loads(path.read_text(encoding="utf-8"))
         now = json.loads(written)

@@ -85,7 +85,7 @@ def hpsv3(
     *,
     revision: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    device: str | torch.device = "cuda",
+    device: str | torch.device = "cpu",
 ) -> HPSv3Scorer:
     """Load HPSv3.
 

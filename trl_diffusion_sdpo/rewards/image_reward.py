@@ -105,17 +105,7 @@ def image_reward(
     """
     weights = hub_file(model, "ImageReward.pt", revision)
     med_config = json.loads(hub_file(model, "med_config.json", revision).read_text(encoding="utf-8"))
-    vision = BlipVisionModel(
-        BlipVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=224,
-            patch_size=16,
-            layer_norm_eps=1e-6,
-        )
-    )
+    vision = BlipVisionModel(published_vision())
     text = BlipTextModel(text_config(med_config), add_pooling_layer=False)
     head = linear_head(text.config.hidden_size)
     load_weights(torch.load(weights, map_location="cpu", weights_only=True), vision, text, head)
@@ -127,6 +117,19 @@ def image_reward(
         CLIPImageProcessorPil(),
         device=device,
         batch_size=batch_size,
+    )
+
+
+def published_vision() -> BlipVisionConfig:
+    """Build the image encoder's configuration: ViT-L/16 of 224 pixels."""
+    return BlipVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=224,
+        patch_size=16,
+        layer_norm_eps=1e-6,
     )
 
 

@@ -166,6 +166,7 @@ _BUILDERS: dict[str, str | Callable[..., Scorer]] = {
     "vqa_score": "vqa_score:vqa_score",
     "hpsv3": "hpsv3:hpsv3",
     "vlm_server": "vlm_server:VLMServerScorer",
+    "vlm_judge": "vlm_server:VLMServerJudge",
 }
 
 

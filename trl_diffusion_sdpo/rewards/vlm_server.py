@@ -174,6 +174,24 @@ class VLMServerScorer:
             )
 
 
+class VLMServerJudge(VLMServerScorer):
+    """Compare each image of a model with the base model's image of the same prompt and noise, in both orders.
+
+    Only evaluations use it, because one image alone has no score. The score of a model's image is 1 if the judge
+    prefers it, -1 if the judge prefers the base's, and 0 for a tie. Arguments are those of [`VLMServerScorer`] without
+    `question`.
+    """
+
+    def __init__(self, url: str, model: str, **settings: Any):
+        if "question" in settings:
+            raise ValueError("The scorer `vlm_judge` has one question, got the setting `question`. Leave it out.")
+        super().__init__(url, model, **settings)
+        self.name = f"vlm_judge({model.split('/')[-1]})"
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+        raise ValueError(f"`{self.name}` compares two images and scores none alone. Use it in `evaluate` only.")
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """Refuse redirects, because they would send the API key to another host."""
 
