@@ -12,7 +12,7 @@ from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.evaluation.images import ImageSettings
 from trl_diffusion_sdpo.pairing.generate import Pairing, combine, generate_pairs
 from trl_diffusion_sdpo.pairing.session import PickSession
-from trl_diffusion_sdpo.rewards import FunctionScorer
+from trl_diffusion_sdpo.rewards import FunctionScorer, load_scorer
 
 PROMPTS = ["a red circle", "two squares", "the sea"]
 SETTINGS = ImageSettings(seeds=(0, 1, 2, 3), call_kwargs={"num_inference_steps": 2, "guidance_scale": 1.0})
@@ -163,3 +163,9 @@ def test_scorers_that_tell_nothing_apart_are_an_error(generated, sd_folder):
     same = FunctionScorer("same", lambda images, prompts: [1.0] * len(images))
     with pytest.raises(ValueError, match="apart"):
         generate_pairs(Candidate("model", sd_folder), PROMPTS, [same], generated, SETTINGS)
+
+
+def test_a_judge_of_two_images_is_refused_before_images_are_generated(tmp_path):
+    judge = load_scorer("vlm_judge", url="http://127.0.0.1:1/v1", model="judge")
+    with pytest.raises(ValueError, match="vlm_judge"):
+        generate_pairs(Candidate("model", "no such model"), PROMPTS, [judge], tmp_path, SETTINGS)

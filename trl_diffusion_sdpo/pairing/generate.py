@@ -13,6 +13,7 @@ from ..evaluation import Candidate, evaluate_models
 from ..evaluation.images import ImageSettings, image_path
 from ..evaluation.prompts import PromptList
 from ..rewards import Scorer
+from ..rewards.vlm_server import VLMServerJudge
 from ..utils.files import write_atomically
 from .manifest import json_lines
 from .picks import PAIRS_FILE, PICKS_FILE
@@ -89,6 +90,9 @@ def generate_pairs(
     folder = Path(output_dir)
     if len(settings.seeds) < 2:
         raise ValueError(f"A pair needs two images of one prompt, so there must be 2 seeds, got {settings.seeds}.")
+    for scorer in scorers:
+        if isinstance(scorer, VLMServerJudge):
+            raise ValueError(f"Pairs need scorers that score one image, got {scorer.name}. Use `vlm_server`.")
     unknown = sorted(set(pairing.weights) - {scorer.name for scorer in scorers})
     if unknown:
         raise ValueError(f"`weights` must be those of the scorers {[s.name for s in scorers]}, got {unknown}.")
