@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tiny_pipelines import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from tiny_pipelines import CASES, case, flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.cli.plan import planned_settings
@@ -116,3 +116,15 @@ def test_an_example_can_be_planned(file, tmp_path):
     words = ["--config", str(file), "--model_name_or_path", str(tmp_path / "tiny"), "--output_dir", str(tmp_path)]
     plan = planned_settings([*words, "--resolution", "16"], "plan", "cuda").plan()
     assert {"policy", "optimizer", "vae"} <= {*plan.components, "vae"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("krea2", "z_image") else pytest.mark.matrix) for name in CASES]
+)
+def test_a_family_is_planned_or_refused_in_a_sentence(name, tmp_path, capsys):
+    case(name).build().save_pretrained(tmp_path / "pipeline")
+    side = str(case(name).RESOLUTION)
+    words = ["plan", "--model_name_or_path", str(tmp_path / "pipeline"), "--output_dir", str(tmp_path / "run")]
+    code = main([*words, "--resolution", side])
+    refused = code == 2 and ("cannot be planned" in capsys.readouterr().err or name == "hunyuan_dit")
+    assert code == 0 or refused  # HunyuanDiT has no activation checkpointing, which a plan turns on

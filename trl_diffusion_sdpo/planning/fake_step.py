@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from ..data.images import pixels_as_floats, white
 from ..engines.gradient_backends import ReplicatedBackend
@@ -26,6 +26,7 @@ from ..step.pair_forward import LossSettings, NoiseSettings, NoisyBatch, PairFor
 from ..step.parameter_safeguard import ParameterSafeguard
 from .allocations import Allocations
 from .fake_device import FakeDevice
+from .skeleton import needs_values
 
 ENCODE, REFERENCE, FORWARD, BACKWARD, OPTIMIZER = "encode", "reference", "forward", "backward", "optimizer"
 
@@ -129,7 +130,10 @@ class MeasuredForward(PairForward):
         with self.allocations.moment(ENCODE), torch.no_grad():
             with self._frozen.in_use() as family:
                 moments = family.image_moments(pixels_as_floats(inputs["pixel_values"]))
-                conditioning = family.encode_prompts(inputs["prompts"])
+                try:
+                    conditioning = family.encode_prompts(inputs["prompts"])
+                except Exception as error:  # fake tensors and tokenizers have no values
+                    raise needs_values(family.name) from error
             size = tuple(inputs["pixel_values"].shape[-2:])
             return super().encode({**inputs, "moments": moments, "conditioning": conditioning, "target_size": size})
 
@@ -149,6 +153,8 @@ def measure_step(networks: Networks, settings: StepSettings, device: FakeDevice,
     try:
         with mode, device.active():
             return _measure(model, networks, settings, device)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise needs_values(networks.family.name) from error
     finally:
         for cached in (constant, white):  # a later step must not get fake tensors
             cached.cache_clear()

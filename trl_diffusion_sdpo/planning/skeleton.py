@@ -126,4 +126,15 @@ def _family(class_name: str, parts: dict[str, Any], lengths: dict[str, int]) -> 
             del components[name]
     if "requires_safety_checker" in taken:
         components |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return find_family(pipeline_class(**components))
+    try:
+        return find_family(pipeline_class(**components))
+    except (KeyError, TypeError) as error:  # the pipeline asks the stand-in of a tokenizer
+        raise needs_values(class_name) from error
+
+
+def needs_values(name: str) -> ValueError:
+    """Return the error for a model that cannot be planned."""
+    return ValueError(
+        f"A plan simulates a step without values, and {name} computes shapes from values, so it cannot be planned. "
+        "Train with `--max_steps 2`, and read the peak of memory from your GPU."
+    )
