@@ -32,6 +32,13 @@ A_MICRO_BATCH = {
         **_CAUSAL,
     },
     "flux_schnell": _FLUX,
+    "hidream": {
+        "diffusers/pipelines/hidream_image/pipeline_hidream_image.py::_get_clip_prompt_embeds": 2,
+        "diffusers/pipelines/hidream_image/pipeline_hidream_image.py::_get_t5_prompt_embeds": 2,
+        "diffusers/pipelines/hidream_image/pipeline_hidream_image.py::_get_llama3_prompt_embeds": 2,
+        "transformers/masking_utils.py::_ignore_bidirectional_mask_sdpa": 1,
+        "transformers/masking_utils.py::_ignore_causal_mask_sdpa": 2,
+    },
     "hunyuan_dit": {
         "diffusers/pipelines/hunyuandit/pipeline_hunyuandit.py::encode_prompt": 4,
         "transformers/masking_utils.py::_ignore_bidirectional_mask_sdpa": 2,  # two text encoders
@@ -90,6 +97,10 @@ A_MICRO_BATCH = {
 # Every call of the denoiser, in its own code: how many tokens the masks leave, and positions held on the CPU.
 A_PREDICTION = {
     "chroma": {"diffusers/models/transformers/transformer_chroma.py::forward": 1},
+    "hidream": {
+        "diffusers/models/transformers/transformer_hidream_image.py::patchify": 1,
+        "trl_diffusion_sdpo/families/hidream.py::route": 2,  # once a layer
+    },
     "longcat_image": {},
     "lumina2": {
         "diffusers/models/transformers/transformer_lumina2.py::forward": 1,

@@ -4,16 +4,28 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxKontextPipeline
+from diffusers import (
+    FluxKontextPipeline,
+    LongCatImageEditPipeline,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+)
 from diffusers.pipelines.flux import pipeline_flux_kontext
+from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from peft import LoraConfig
 from PIL import Image
 from tiny_pipelines import case, quiet
+from tiny_pipelines.parts import enlarged
+from transformers import BatchFeature
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.families import find_family
+from trl_diffusion_sdpo.families.packing import pack_patches, unpack_patches
 from trl_diffusion_sdpo.guidance import preference_guidance
+from trl_diffusion_sdpo.models.adapters import add_lora
 
 
 @pytest.fixture
@@ -61,7 +73,7 @@ def test_predict_reproduces_what_the_pipeline_hands_to_its_scheduler(kontext):
         kontext(image=source, prompt="make it red", output_type="latent", **call)
     family = find_family(kontext)
     with torch.no_grad():
-        conditioning = family.encode_prompts(["make it red"]) | family.encode_sources([source])
+        conditioning = family.encode_prompts(["make it red"]) | family.encode_sources([source], ["make it red"])
     side = 16 // family.vae_scale_factor
     unpack, pack = case("flux").from_pipeline, case("flux").to_pipeline
     assert len(steps) == 2
@@ -70,6 +82,99 @@ def test_predict_reproduces_what_the_pipeline_hands_to_its_scheduler(kontext):
             ours = family.predict(family.denoiser, unpack(sample), timestep.expand(1), conditioning)
         assert ours.shape[-2:] == (side, side)
         torch.testing.assert_close(pack(ours), prediction, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flux2", "flux2_klein"])
+def test_flux2_edits_if_there_is_a_source(name, make_args, monkeypatch):
+    module = case(name)
+    pipeline = quiet(module.build())
+    steps = []
+    step = pipeline.scheduler.step
+
+    def recorded(prediction, timestep, sample, **options):
+        steps.append((prediction, timestep, sample))
+        return step(prediction, timestep, sample, **options)
+
+    monkeypatch.setattr(pipeline.scheduler, "step", recorded)
+    source, family = image(0, 69, 93), find_family(pipeline)
+    call = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "latent", **module.CALL}
+    with torch.no_grad():
+        pipeline(image=source, prompt="make it red", **call)
+        conditioning = family.encode_prompts(["make it red"]) | family.encode_sources([source], ["make it red"])
+        for prediction, timestep, sample in steps:
+            ours = family.predict(family.denoiser, module.from_pipeline(sample), timestep.expand(1), conditioning)
+            torch.testing.assert_close(module.to_pipeline(ours), prediction, rtol=1e-5, atol=1e-5)
+    monkeypatch.undo()
+    trainer = DiffusionSDPOTrainer(pipeline, None, edit_args(make_args), rows(), peft_config=LoraConfig(r=4))
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == 0 and trainer.state.log_history[0]["grad_norm"] > 0
+    with pytest.raises(ValueError, match="precompute_latents"):
+        DiffusionSDPOTrainer(module.build(), None, edit_args(make_args, precompute_latents=True), rows())
+
+
+class VisionProcessor:
+    """The real image processor and tokenizer of Qwen2.5-VL, joined as its processor joins them. That one cannot be made
+    without torchvision, for its video half."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.image_processor = tokenizer, Qwen2VLImageProcessorPil(min_pixels=28 * 28)
+
+    def __call__(self, text, images, padding, return_tensors):
+        seen = self.image_processor(images=images, return_tensors=return_tensors)
+        count = int(seen["image_grid_thw"][0].prod()) // self.image_processor.merge_size**2
+        text = [one.replace("<|image_pad|>", "<|image_pad|>" * count) for one in text]
+        return BatchFeature({**self.tokenizer(text, padding=padding, return_tensors=return_tensors), **seen})
+
+
+@pytest.mark.parametrize(
+    ("pipeline_class", "module", "options"),
+    [
+        (QwenImageEditPipeline, pipeline_qwenimage_edit, {}),
+        (QwenImageEditPlusPipeline, pipeline_qwenimage_edit_plus, {}),
+        (QwenImageEditPlusPipeline, pipeline_qwenimage_edit_plus, {"zero_cond_t": True}),  # as in the version of 2511
+        (LongCatImageEditPipeline, pipeline_longcat_image_edit, {}),
+    ],
+)
+def test_models_edit_with_a_text_encoder_that_sees_the_source(pipeline_class, module, options, make_args, monkeypatch):
+    dimensions = module.calculate_dimensions
+    monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: dimensions(area // 256, ratio))
+    is_longcat = pipeline_class is LongCatImageEditPipeline
+    parts = dict(case("longcat_image" if is_longcat else "qwen_image").build().components)
+    if options:
+        config = {name: value for name, value in parts["transformer"].config.items() if not name.startswith("_")}
+        parts["transformer"] = enlarged(type(parts["transformer"])(**{**config, **options}))
+    if is_longcat:
+        pipeline = quiet(pipeline_class(**parts | {"text_processor": VisionProcessor(parts["tokenizer"])}))
+    else:
+        pipeline = quiet(pipeline_class(**parts, processor=None))
+        pipeline.processor = VisionProcessor(pipeline.tokenizer)
+    steps = []
+    step = pipeline.scheduler.step
+
+    def recorded(prediction, timestep, sample, **given):
+        steps.append((prediction, timestep, sample))
+        return step(prediction, timestep, sample, **given)
+
+    monkeypatch.setattr(pipeline.scheduler, "step", recorded)
+    source, family, prompt = image(0, 50, 93), find_family(pipeline), "make it red"
+    with torch.no_grad():
+        call = {"height": 32, "width": 48, "true_cfg_scale": 1.0}
+        height, width = 32, 48
+        if is_longcat:  # its call takes no size
+            call = {"guidance_scale": 1.0}
+            width, height = module.calculate_dimensions(1024 * 1024, source.width / source.height)
+        pipeline(image=source, prompt=prompt, num_inference_steps=2, output_type="latent", **call)
+        conditioning = family.encode_prompts([prompt]) | family.encode_sources([source], [prompt])
+        for prediction, timestep, sample in steps:
+            noisy = unpack_patches(sample, height // family.vae_scale_factor, width // family.vae_scale_factor)
+            ours = family.predict(family.denoiser, noisy, timestep.expand(1), conditioning)
+            torch.testing.assert_close(pack_patches(ours), prediction, rtol=1e-5, atol=1e-5)
+    assert len(steps) == 2
+    monkeypatch.setattr(pipeline.scheduler, "step", step)
+    args = edit_args(make_args, resolution=32, safeguard="parameter")
+    trainer = DiffusionSDPOTrainer(pipeline, None, args, rows(), peft_config=LoraConfig(r=4))
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == 0 and trainer.state.log_history[0]["grad_norm"] > 0
 
 
 @pytest.mark.parametrize(("tuning", "safeguard"), [("lora", "output"), ("full", "parameter")])
@@ -121,6 +226,30 @@ def test_a_text_column_named_source_is_no_image():
     assert not prepare_dataset(data, options).has_sources
 
 
+def test_preference_guidance_combines_predictions_of_edits(kontext, monkeypatch):
+    add_lora(kontext.transformer, LoraConfig(r=4, target_modules=["to_q", "to_v"]), (), seed=0)
+    with torch.no_grad():
+        for name, weight in kontext.transformer.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+    predictions = []
+    step = kontext.scheduler.step
+
+    def recorded(prediction, *given, **options):
+        predictions.append(prediction)
+        return step(prediction, *given, **options)
+
+    monkeypatch.setattr(kontext.scheduler, "step", recorded)
+    call = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16, "max_area": 256}
+    for scale in (0.0, 1.0, 2.0):
+        with torch.no_grad(), preference_guidance(kontext, scale=scale):
+            generator = torch.Generator().manual_seed(0)
+            kontext(image=image(0, 21, 45), prompt="red", generator=generator, output_type="latent", **call)
+    base, tuned, guided = predictions
+    assert not torch.allclose(base, tuned)
+    torch.testing.assert_close(guided, base + 2 * (tuned - base))
+
+
 def test_bad_combinations_are_refused(kontext, make_args, make_trainer, make_pairs):
     with pytest.raises(ValueError, match="source"):
         make_trainer(train=rows())  # a text-to-image model
@@ -131,8 +260,6 @@ def test_bad_combinations_are_refused(kontext, make_args, make_trainer, make_pai
             DiffusionSDPOTrainer(kontext, None, edit_args(make_args, **setting), rows())
     with pytest.raises(ValueError, match="per_device_train_batch_size"):
         DiffusionSDPOTrainer(kontext, None, edit_args(make_args, per_device_train_batch_size=2), rows())
-    with pytest.raises(ValueError, match="Kontext"), preference_guidance(kontext, scale=2.0):
-        pass
     stream = datasets.Dataset.from_list(rows(2)).to_iterable_dataset()
     with pytest.raises(ValueError, match="source"):
         prepare_dataset(stream, PairOptions(PairTransform(16), compare=False))

@@ -82,6 +82,7 @@ def test_a_folder_with_lumina_2s_older_class_name_loads(tmp_path):
         ("cogview4", {"patch_size": 4}, "`patch_size`"),
         ("flux", {"in_channels": 96}, "this one takes 96"),
         ("ernie_image", {"in_channels": 32}, "this one takes 32"),
+        ("hidream", {"in_channels": 32}, "this one takes 32"),
         ("hunyuan_dit", {"learn_sigma": False}, "learn_sigma=False"),
         ("hunyuan_dit", {"in_channels": 8}, "8 input channels"),
         ("ideogram4", {"in_channels": 32}, "this one takes 32"),

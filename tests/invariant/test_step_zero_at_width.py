@@ -39,6 +39,11 @@ WIDE = {
         {**JOINT, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 4096, "pooled_projection_dim": 768},
         {"prompt_embeds": 4096, "pooled_prompt_embeds": 768},
     ),
+    "hidream": (
+        {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 128, "num_attention_heads": 20}
+        | {"caption_channels": [4096, 4096], "text_emb_dim": 2048, "axes_dims_rope": (64, 32, 32)},
+        {"t5_embeds": 4096, "llama_embeds": 4096, "pooled_prompt_embeds": 2048},
+    ),
     "ideogram4": (
         {"num_layers": 1, "attention_head_dim": 256, "num_attention_heads": 18, "intermediate_size": 12288}
         | {"adaln_dim": 512, "mrope_section": (24, 20, 20)},

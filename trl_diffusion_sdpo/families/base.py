@@ -6,7 +6,7 @@ knows nothing about preference pairs or the reference model.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +16,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
 from .loss_defaults import FALLBACK, LossDefaults
-from .noise import NoiseProcess, constant, standard_normal
+from .noise import NoiseProcess, constant, generators_of, standard_normal
 from .timestep_sampling import WeightingScheme
 
 # The VAE encodes at most this many pixels at once. On a whole micro-batch, its activations would set peak memory.
@@ -86,6 +86,8 @@ class Family(ABC):
             classifier-free guidance, if it is not the denoiser.
         shared_inputs (`tuple[str, ...]`): Names of denoiser inputs without a batch dimension, such as position ids.
         takes_source (`bool`): Whether the pipeline edits an image, so that training data need a `source` column.
+        may_take_source (`bool`): Whether the pipeline also edits an image if it is given one, so that training data may
+            have a `source` column.
 
     Raises:
         ValueError: If `check_pipeline` refuses the pipeline, or `noise_process_class` refuses its scheduler.
@@ -112,6 +114,7 @@ class Family(ABC):
     unconditional_name: ClassVar[str | None] = None
     shared_inputs: ClassVar[tuple[str, ...]] = ()
     takes_source: ClassVar[bool] = False
+    may_take_source: ClassVar[bool] = False
 
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline = pipeline
@@ -188,6 +191,15 @@ class Family(ABC):
         height, width = sample_size
         return height * self.vae_scale_factor, width * self.vae_scale_factor
 
+    def noise_of(self, seeds: Sequence[int], latents: torch.Tensor) -> torch.Tensor:
+        """Return the noise from which the pipeline's call generates images, given a CPU generator with each one's seed.
+
+        Args:
+            seeds (`Sequence[int]` of length N): Seeds of the generators.
+            latents (`torch.Tensor` of shape `(N, ...)`): Latents, whose shape, device and dtype the noise has.
+        """
+        return standard_normal(latents.shape, generators_of(seeds), latents.device, latents.dtype)
+
     def image_seq_len(self, latents: torch.Tensor) -> int:
         """Return how many tokens the denoiser makes of one image with latents of this shape, `(N, C, ..., H, W)`."""
         return math.prod(latents.shape[2:]) // self.patch_size**2
@@ -239,12 +251,14 @@ class Family(ABC):
             Tensors named in `host_conditioning` are on the CPU.
         """
 
-    def encode_sources(self, sources: list[Image.Image]) -> dict[str, torch.Tensor]:
+    def encode_sources(self, sources: list[Image.Image], prompts: list[str]) -> dict[str, torch.Tensor]:
         """Encode the images that prompts edit, resized as the pipeline resizes them. Latents are modes of the
         posterior.
 
         Args:
             sources (`list[PIL.Image.Image]` of length N): RGB images that the pipeline resizes to one size.
+            prompts (`list[str]` of length N, or 2N for winners and losers): For models whose text encoder reads prompts
+                and sources together.
 
         Returns:
             `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, which join those of `encode_prompts`.

@@ -120,7 +120,7 @@ class FluxKontextFamily(FluxFamily):
         """Leave out the prompt length, whose default is right: all Kontext models take guidance."""
         return Family.generation_kwargs(self, scale)
 
-    def encode_sources(self, sources: list[Image.Image]) -> dict[str, torch.Tensor]:
+    def encode_sources(self, sources: list[Image.Image], prompts: list[str]) -> dict[str, torch.Tensor]:
         """Resize each source to the one of Kontext's resolutions with the nearest aspect ratio, and encode it.
 
         Raises:

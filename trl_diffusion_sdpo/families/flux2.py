@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from PIL import Image
 
 from .base import Family, check_in_channels
 from .loss_defaults import FLOW_DEFAULTS
@@ -20,6 +21,10 @@ LORA_TARGETS = (
     *("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj"),
     *(f"single_transformer_blocks.{block}.attn.to_out" for block in range(48)),
 )
+
+
+MOST_SOURCE_PIXELS = 1024 * 1024  # larger sources are resized, as in the pipeline
+SOURCE_POSITION = 10  # first position id of the source's tokens; that of the noisy latents is 0
 
 
 class Flux2Process(FlowMatchingProcess):
@@ -79,6 +84,7 @@ class Flux2Hooks(Flux2LatentsFamily):
     learning_rate_lora = 1e-4  # from diffusers' script
     noise_process_class = Flux2Process
     conditional_rows = "all"
+    may_take_source = True
 
     @property
     def default_resolution(self) -> int:
@@ -89,16 +95,43 @@ class Flux2Hooks(Flux2LatentsFamily):
         prompt_embeds, _ = self.call_encode_prompt(prompts, num_images_per_prompt=1)
         return {"prompt_embeds": prompt_embeds}  # (N, tokens, width of three layers)
 
+    def encode_sources(self, sources: list[Image.Image], prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Encode each source in its own size, cut down to about 1 megapixel, as the pipeline does.
+
+        Raises:
+            ValueError: If the sources have several sizes.
+        """
+        processor = self.pipeline.image_processor
+        pixels = []
+        for source in sources:
+            if source.width * source.height > MOST_SOURCE_PIXELS:
+                source = processor._resize_to_target_area(source, MOST_SOURCE_PIXELS)
+            width, height = (side // self.vae_scale_factor * self.vae_scale_factor for side in source.size)
+            pixels.append(processor.preprocess(source, height=height, width=width, resize_mode="crop"))
+        if len({image.shape for image in pixels}) > 1:
+            raise ValueError(
+                f"All sources of a batch must have one size, and these have {[source.size for source in sources]}. Use "
+                "batches of one pair."
+            )
+        return {"source_latents": self.encode_images(torch.cat(pixels))}
+
     def denoiser_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
         inputs = token_inputs(latents, timesteps, conditioning["prompt_embeds"].to(latents.dtype))
         if self.guidance_scale is not None:
             inputs["guidance"] = torch.full_like(timesteps, self.guidance_scale, dtype=torch.float32)  # (N,)
+        if "source_latents" in conditioning:
+            source = token_inputs(conditioning["source_latents"].to(latents.dtype), timesteps, inputs["txt_ids"][None])
+            source["img_ids"][:, 0] = SOURCE_POSITION
+            inputs["hidden_states"] = torch.cat([inputs["hidden_states"], source["hidden_states"]], dim=1)
+            inputs["img_ids"] = torch.cat([inputs["img_ids"], source["img_ids"]])
         return inputs
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        return output.transpose(1, 2).unflatten(2, latents.shape[2:])
+        """Return the part of the output that belongs to the noisy latents. That of a source comes after it."""
+        tokens = self.image_seq_len(latents)
+        return output[:, :tokens].transpose(1, 2).unflatten(2, latents.shape[2:])
 
     def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         return 1000 * inputs["timestep"]

@@ -4,7 +4,7 @@ Its time runs from noise to image. A second transformer predicts without a promp
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,7 @@ from diffusers.models.transformers.transformer_ideogram4 import (
 from ..utils._compat import keep_in_float32
 from .base import PromptPadding
 from .flux2 import Flux2LatentsFamily
-from .noise import FlowMatchingProcess
+from .noise import FlowMatchingProcess, generators_of, standard_normal
 from .timestep_sampling import TimestepSampling
 
 keep_in_float32(Ideogram4MRoPE, "inv_freq")
@@ -74,6 +74,12 @@ class Ideogram4Family(Flux2LatentsFamily):
     prompt_padding: ClassVar[PromptPadding] = "end"
     conditional_rows = "all"
     unconditional_name = "unconditional_transformer"
+
+    def noise_of(self, seeds: Sequence[int], latents: torch.Tensor) -> torch.Tensor:
+        count, channels, *grid = latents.shape
+        shape = (count, math.prod(grid), channels)  # the pipeline draws noise in the order of its tokens
+        noise = standard_normal(shape, generators_of(seeds), latents.device, latents.dtype)
+        return noise.transpose(1, 2).unflatten(2, grid).contiguous()
 
     def __init__(self, pipeline: DiffusionPipeline):
         if pipeline.unconditional_transformer is None:

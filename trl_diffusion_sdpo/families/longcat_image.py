@@ -1,13 +1,19 @@
 """LongCat-Image: a transformer over packed latents, conditioned on Qwen2.5-VL and trained by flow matching."""
 
 from collections.abc import Mapping
+from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit
+from PIL import Image
 
 from .base import no_autocast
 from .ovis_image import OvisImageFamily
+from .packing import pack_patches, patch_positions
+
+SOURCE_AREA = 1024 * 1024  # pixels of a resized source
 
 
 class LongCatImageFamily(OvisImageFamily):
@@ -46,3 +52,74 @@ class LongCatImageFamily(OvisImageFamily):
         positions[:, 0] = 1
         positions[:, 1:] += self.pipeline.tokenizer_max_length  # rows and columns continue after the text
         return inputs
+
+
+class LongCatImageEditFamily(LongCatImageFamily):
+    """Trains `LongCatImageEditPipeline`, which edits a source image by the prompt.
+
+    The text encoder reads prompt and source together. Tokens of the source follow those of the edit, and errors count
+    on the edit only. The pipeline's call generates images of about 1024 x 1024 pixels.
+    """
+
+    name = "LongCat-Image-Edit"
+    pipeline_classes = ("LongCatImageEditPipeline",)
+    takes_source = True
+
+    def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
+        return OvisImageFamily.generation_kwargs(self, scale)
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Return nothing: `encode_sources` encodes the prompts."""
+        return {}
+
+    def encode_sources(self, sources: list[Image.Image], prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Encode prompts with their sources, and the sources' latents.
+
+        Raises:
+            ValueError: If the sources are resized to several sizes.
+        """
+        sizes = {
+            pipeline_longcat_image_edit.calculate_dimensions(SOURCE_AREA, one.width / one.height) for one in sources
+        }
+        if len(sizes) > 1:
+            raise ValueError(
+                f"All sources of a batch must be resized to one size, and these have {sorted(sizes)} pixels. Use "
+                "batches of one pair."
+            )
+        width, height = sizes.pop()
+        pipeline, processor = self.pipeline, self.pipeline.image_processor
+        resized = [processor.resize(source, height, width) for source in sources]
+        latents = self.encode_images(torch.cat([processor.preprocess(image, height, width) for image in resized]))
+        device = pipeline.text_encoder.device
+        here = SimpleNamespace(
+            device=device,
+            text_encoder=pipeline.text_encoder,
+            tokenizer=pipeline.tokenizer,
+            tokenizer_max_length=pipeline.tokenizer_max_length,
+            image_processor_vl=pipeline.image_processor_vl,
+            image_token=pipeline.image_token,
+            prompt_template_encode_prefix=pipeline.prompt_template_encode_prefix,
+            prompt_template_encode_suffix=pipeline.prompt_template_encode_suffix,
+        )
+        with no_autocast(device):
+            rows = [
+                type(pipeline)._encode_prompt(here, [prompt], processor.resize(image, height // 2, width // 2))
+                for prompt, image in zip(prompts, cycle(resized), strict=False)
+            ]
+        return {"source_latents": latents, "prompt_embeds": torch.cat(rows)}  # (N, tokens of source and text, width)
+
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        inputs = OvisImageFamily.denoiser_inputs(self, latents, timesteps, conditioning)
+        source = conditioning["source_latents"].to(latents.dtype)
+        positions = [patch_positions(part.shape[-2], part.shape[-1], latents.device) for part in (latents, source)]
+        for image, ids in enumerate(positions, 1):
+            ids[:, 0] = image
+            ids[:, 1:] += conditioning["prompt_embeds"].shape[1]  # rows and columns continue after the text
+        inputs["img_ids"] = torch.cat(positions)
+        inputs["hidden_states"] = torch.cat([inputs["hidden_states"], pack_patches(source)], dim=1)
+        return inputs
+
+    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return super().prediction_of(output[:, : self.image_seq_len(latents)], latents)

@@ -188,6 +188,7 @@ ORIGINAL_MODULES: dict[str, dict[str, OriginalModule] | None] = {
     "UNet2DConditionModel": None,
     "QwenImageTransformer2DModel": None,
     "ErnieImageTransformer2DModel": None,
+    "HiDreamImageTransformer2DModel": None,
     "QwenImage21Transformer2DModel": QWEN_IMAGE_21,
     "SD3Transformer2DModel": STABLE_DIFFUSION_3,
     "ChromaTransformer2DModel": FLUX,

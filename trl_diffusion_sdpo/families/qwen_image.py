@@ -4,17 +4,19 @@ Its VAE is a video VAE, used with one frame.
 """
 
 from collections.abc import Mapping
+from itertools import cycle
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 from .base import Family, PromptPadding, channel_statistics, check_in_channels
 from .loss_defaults import FLOW_DEFAULTS
 from .noise import FlowMatchingProcess
 from .packing import pack_patches, unpack_patches
-
-# Options that only the editing and layered models set, or that no pipeline of diffusers supports.
-_OTHER_INPUTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 
 class QwenImageLatentsFamily(Family):
@@ -59,13 +61,24 @@ class QwenImageFamily(QwenImageLatentsFamily):
     """Trains `QwenImagePipeline`.
 
     A model folder saved as its image-to-image or inpainting class works too: the transformer is the same.
-    Qwen-Image-Edit and Qwen-Image-Layered have other pipelines, because they take additional images.
+    Qwen-Image-Layered has another pipeline and no family.
     """
 
     name = "Qwen-Image"
-    pipeline_classes = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
+    pipeline_classes: ClassVar[tuple[str, ...]] = (
+        "QwenImagePipeline",
+        "QwenImageImg2ImgPipeline",
+        "QwenImageInpaintPipeline",
+    )
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # from diffusers' LoRA script for Qwen-Image
     learning_rate_lora = 1e-4  # from diffusers' script
+    # Options that only the editing and layered models set, or that no pipeline of diffusers supports.
+    other_inputs: ClassVar[tuple[str, ...]] = (
+        "guidance_embeds",
+        "zero_cond_t",
+        "use_additional_t_cond",
+        "use_layer3d_rope",
+    )
 
     @property
     def default_resolution(self) -> int:
@@ -87,11 +100,11 @@ class QwenImageFamily(QwenImageLatentsFamily):
 
     def check_pipeline(self) -> None:
         super().check_pipeline()
-        others = [name for name in _OTHER_INPUTS if self.denoiser.config[name]]
+        others = [name for name in self.other_inputs if self.denoiser.config[name]]
         if others:
             raise ValueError(
-                f"A text-to-image Qwen-Image transformer takes only a prompt and latents. This one sets "
-                f"{', '.join(others)}, so it was made for editing or for layers. Use Qwen-Image."
+                f"A transformer of {self.name} does not set {', '.join(others)}, as this one does. It was made for "
+                "another pipeline, such as those for editing or for layers."
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -114,3 +127,78 @@ class QwenImageFamily(QwenImageLatentsFamily):
             "encoder_hidden_states_mask": conditioning["prompt_mask"],
             "img_shapes": [[(1, height // 2, width // 2)]] * len(latents),  # frames, rows and columns of tokens
         }
+
+
+class QwenImageEditFamily(QwenImageFamily):
+    """Trains `QwenImageEditPipeline`, which edits a source image by the prompt.
+
+    The text encoder reads prompt and source together. Latents of the source join those of the edit, and errors count
+    on the edit only.
+    """
+
+    name = "Qwen-Image-Edit"
+    pipeline_classes = ("QwenImageEditPipeline",)
+    takes_source = True
+    other_inputs = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
+    pipeline_module: ClassVar[ModuleType] = pipeline_qwenimage_edit
+    source_area: ClassVar[int] = 1024 * 1024  # pixels of a source, for the VAE
+    read_area: ClassVar[int] = 1024 * 1024  # pixels of a source, for the text encoder
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Return nothing: `encode_sources` encodes the prompts."""
+        return {}
+
+    def encode_sources(self, sources: list[Image.Image], prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Encode prompts with their sources, and the sources' latents.
+
+        Raises:
+            ValueError: If the sources are resized to several sizes.
+        """
+        processor = self.pipeline.image_processor
+        sizes = {self.resized(source, self.source_area) for source in sources}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"All sources of a batch must be resized to one size, and these have {sorted(sizes)} pixels. Use "
+                "batches of one pair."
+            )
+        width, height = sizes.pop()
+        latents = self.encode_images(torch.cat([processor.preprocess(source, height, width) for source in sources]))
+        rows, masks = [], []
+        for prompt, source in zip(prompts, cycle(sources), strict=False):
+            width, height = self.resized(source, self.read_area)
+            read = processor.resize(source, height, width)
+            embeds, _ = self.call_encode_prompt([prompt], image=[read], num_images_per_prompt=1)
+            rows.append(embeds[0])
+            masks.append(embeds.new_ones(embeds.shape[1], dtype=torch.bool))
+        return {
+            "source_latents": latents,
+            "prompt_embeds": pad_sequence(rows, batch_first=True),  # (N, tokens of the longest prompt, width)
+            "prompt_mask": pad_sequence(masks, batch_first=True),  # (N, tokens)
+        }
+
+    def resized(self, source: Image.Image, area: int) -> tuple[int, int]:
+        """Return the width and height to which the pipeline resizes a source."""
+        width, height, *_ = self.pipeline_module.calculate_dimensions(area, source.width / source.height)
+        return width, height
+
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        inputs = super().denoiser_inputs(latents, timesteps, conditioning)
+        source = conditioning["source_latents"].to(latents.dtype)
+        rows, columns = (side // 2 for side in source.shape[-2:])
+        inputs["hidden_states"] = torch.cat([inputs["hidden_states"], pack_patches(source)], dim=1)
+        inputs["img_shapes"] = [[*shapes, (1, rows, columns)] for shapes in inputs["img_shapes"]]
+        return inputs
+
+    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return super().prediction_of(output[:, : self.image_seq_len(latents)], latents)
+
+
+class QwenImageEditPlusFamily(QwenImageEditFamily):
+    """Trains `QwenImageEditPlusPipeline`, with one source image for each prompt."""
+
+    name = "Qwen-Image-Edit-Plus"
+    pipeline_classes = ("QwenImageEditPlusPipeline",)
+    pipeline_module = pipeline_qwenimage_edit_plus
+    read_area = 384 * 384

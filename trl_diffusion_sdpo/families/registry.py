@@ -47,7 +47,11 @@ _SERVED = {
     "flux2:Flux2KleinFamily": ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline"),
     "ideogram4:Ideogram4Family": ("Ideogram4Pipeline",),
     "longcat_image:LongCatImageFamily": ("LongCatImagePipeline",),
+    "longcat_image:LongCatImageEditFamily": ("LongCatImageEditPipeline",),
+    "qwen_image:QwenImageEditFamily": ("QwenImageEditPipeline",),
+    "qwen_image:QwenImageEditPlusFamily": ("QwenImageEditPlusPipeline",),
     "ernie_image:ErnieImageFamily": ("ErnieImagePipeline",),
+    "hidream:HiDreamFamily": ("HiDreamImagePipeline",),
     "wan:WanFamily": ("WanPipeline",),
 }
 # Pipeline class -> "package.module:Class" of its family, for the families of this package.

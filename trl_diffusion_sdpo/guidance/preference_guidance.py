@@ -14,7 +14,6 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
 from ..families import Family
-from ..families.base import refuse_sources
 from ..families.registry import family_for_class_name
 from .guided_denoiser import Form, Guide, guide, is_guided, leave
 from .predictors import predictor_of
@@ -89,7 +88,6 @@ def preference_guidance(
     scale = _checked_scale(scale, form)
     _check_interval(interval)
     family = _family_of(pipeline)
-    refuse_sources(family, "Preference guidance")
     denoiser = family.denoiser
     unconditional = None if family.unconditional_name is None else getattr(pipeline, family.unconditional_name, None)
     if unconditional is not None and form == "npo":

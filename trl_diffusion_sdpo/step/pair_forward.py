@@ -301,12 +301,17 @@ class PairForward:
                 while the generated images get worse.
         """
         latents, conditioning = self.encode(inputs)
+        own = None if "noise_seeds" not in inputs else self.family.noise_of(inputs["noise_seeds"], latents)
         if draws > 1:
             latents = repeat_pairs(latents, draws)
             conditioning = {name: repeat_pairs(value, draws) for name, value in conditioning.items()}
         inverts = self._inversion is not None and policy is not None and policy.training
         draw = partial(self.invert, policy, conditioning) if inverts else self.draw_noise
-        timesteps, noise = draw(seeds_of_draws(inputs["seeds"], draws), latents)
+        seeds = seeds_of_draws(inputs["seeds"], draws)
+        if own is None:
+            timesteps, noise = draw(seeds, latents)
+        else:
+            timesteps, noise = self.draw_timesteps(generators_of(seeds), latents), repeat_pairs(own, draws)
         batch = self.add_noise(latents, noise, timesteps, conditioning)
         if "masks" not in inputs:
             return batch
@@ -325,7 +330,7 @@ class PairForward:
                 latents = family.encode_images(pixels, [*generators, *generators])
                 conditioning = family.encode_prompts(inputs["prompts"])  # one row per pair or per image
                 if "sources" in inputs:  # encoded once for both branches
-                    conditioning |= family.encode_sources(inputs["sources"])
+                    conditioning |= family.encode_sources(inputs["sources"], inputs["prompts"])
             size = (pixels.shape[-2], pixels.shape[-1])
         conditioning = {name: of_both_halves(value, len(latents)) for name, value in conditioning.items()}
         sizes = self.family.size_conditioning(inputs["original_sizes"], inputs["crop_top_lefts"], size)

@@ -16,7 +16,6 @@ from ...cache.encoding import default_folder
 from ...data.buckets import AspectRatioBuckets
 from ...engines.engine_settings import check_deepspeed_precision, set_deepspeed_learning_rate
 from ...families import Family
-from ...families.base import refuse_sources
 from ...losses import LossSpec
 from ...models.loading import LoadedModel
 from ...saving.run_folder import refuse_own_start
@@ -84,7 +83,8 @@ def check_and_complete(
     settings of noise and timesteps."""
     family = loaded.family
     check_guidance(args, family)
-    check_sources(args, family)
+    if family.takes_source:
+        check_sources(args, family.name)
     complete_args(args, family, loss, full=adapter is None)
     check_resolution(args, family)
     timesteps = checked_timesteps(args, family)
@@ -95,16 +95,16 @@ def check_and_complete(
     return NoiseSettings(timesteps, args.noise_offset, args.n_timesteps_per_pair, inversion)
 
 
-def check_sources(args: DiffusionSDPOConfig, family: Family) -> None:
-    """Raise `ValueError` if a setting does not work with the source images of an edit model."""
-    if not family.takes_source:
-        return
+def check_sources(args: DiffusionSDPOConfig, model: str) -> None:
+    """Raise `ValueError` if a setting does not work with the source images of edit pairs."""
     for name in ("precompute_latents", "sample_prompts", "random_crop"):
         if getattr(args, name):
-            refuse_sources(family, f"`{name}`")
+            raise ValueError(
+                f"`{name}` cannot handle source images yet, and {model} trains on edit pairs. Leave it out."
+            )
     if largest_batch(args) > 1:
         raise ValueError(
-            f"{family.name} needs batches of one pair, because source images may have different sizes; got batches of "
+            f"{model} needs batches of one pair, because source images may have different sizes; got batches of "
             f"{largest_batch(args)}. Set `per_device_train_batch_size=1` and `per_device_eval_batch_size=1`, and raise "
             "`gradient_accumulation_steps`."
         )

@@ -1,0 +1,116 @@
+"""HiDream-I1: a transformer with routed experts, conditioned on two CLIP encoders, T5 and every layer of Llama 3, and
+trained by flow matching."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import HiDreamImageTransformer2DModel
+from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
+
+from .base import Family, check_in_channels
+from .loss_defaults import FLOW_DEFAULTS
+from .noise import FlowMatchingProcess
+
+
+def route(self: MOEFeedForwardSwiGLU, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Send each token of `(N, tokens, width)` to its experts, in the same way in every mode of the module.
+
+    diffusers' own forward pass has no gradient in evaluation mode, and sums in another order in training mode. Policy
+    and reference would then round differently. Every expert is called, also without tokens, because engines that
+    gather its weights need all processes to call it.
+    """
+    experts, weights, _ = self.gate(hidden_states)  # (N * tokens, experts of a token)
+    tokens = hidden_states.flatten(0, -2)
+    order = experts.flatten().argsort(stable=True)  # the tokens of the first expert, then those of the second, ...
+    numbers = torch.arange(len(self.experts), device=experts.device)
+    counts = (experts.flatten().unsqueeze(-1) == numbers).sum(dim=0).tolist()  # waits for the device
+    parts = tokens[order // experts.shape[1]].split(counts)
+    sorted_outputs = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+    outputs = torch.empty_like(sorted_outputs).index_copy(0, order, sorted_outputs)
+    routed = (outputs.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
+    return routed.view_as(hidden_states).to(hidden_states.dtype) + self.shared_experts(hidden_states)
+
+
+diffusers_patchify = HiDreamImageTransformer2DModel.patchify
+
+
+def patchify(self: HiDreamImageTransformer2DModel, hidden_states: torch.Tensor) -> tuple[Any, ...]:
+    """Make patches as diffusers does, and give the number of rows and columns as numbers. In diffusers they are a
+    tensor, so that reading them waits for the device, several times for each image."""
+    tokens, masks, _, ids = diffusers_patchify(self, hidden_states)
+    rows, columns = (side // self.config.patch_size for side in hidden_states.shape[-2:])
+    return tokens, masks, [(rows, columns)] * len(hidden_states), ids
+
+
+MOEFeedForwardSwiGLU.forward = route
+HiDreamImageTransformer2DModel.patchify = patchify
+
+
+class HiDreamFamily(Family):
+    """Trains `HiDreamImagePipeline`.
+
+    Prompts are padded to 128 tokens, and the padding is not masked. The pipeline's call generates images of about
+    1024 x 1024 pixels, whatever size it is given.
+    """
+
+    name = "HiDream-I1"
+    pipeline_classes = ("HiDreamImagePipeline",)
+    denoiser_name = "transformer"
+    frozen_components = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+    # The attention over image tokens, as in diffusers' train_dreambooth_lora_hidream.py.
+    lora_target_modules = ("to_k", "to_q", "to_v", "to_out")
+    learning_rate_full = 1e-6  # our choice, as for other large transformers
+    learning_rate_lora = 1e-4  # our choice, as for similar transformers
+    defaults = FLOW_DEFAULTS
+    noise_process_class = FlowMatchingProcess
+    weighting_scheme = "logit_normal"
+    patch_size = 2
+
+    @property
+    def default_resolution(self) -> int:
+        """The size of the images that the pipeline's call generates."""
+        return self.pipeline.default_sample_size * self.vae_scale_factor
+
+    def check_pipeline(self) -> None:
+        super().check_pipeline()
+        check_in_channels(self, self.pipeline.vae.config.latent_channels)
+
+    def check_image_size(self, height: int, width: int) -> None:
+        tokens, most = self.tokens_of_image(height, width), self.denoiser.max_seq
+        if height != width and tokens > most:
+            raise ValueError(
+                f"{self.name} has at most {most} tokens for an image that is not square. An image of {width} x "
+                f"{height} pixels has {tokens}. Lower `resolution`."
+            )
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        t5, _, llama, _, pooled, _ = self.call_encode_prompt(prompts, do_classifier_free_guidance=False)
+        return {
+            "t5_embeds": t5,  # (N, tokens, width of T5)
+            "llama_embeds": llama.transpose(0, 1).contiguous(),  # (N, layers, tokens, width of Llama)
+            "pooled_prompt_embeds": pooled,  # (N, projection widths of both CLIP encoders)
+        }
+
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        return {
+            "hidden_states": latents,
+            "timesteps": timesteps,
+            "encoder_hidden_states_t5": conditioning["t5_embeds"].to(latents.dtype),
+            "encoder_hidden_states_llama3": conditioning["llama_embeds"].to(latents.dtype).transpose(0, 1),
+            "pooled_embeds": conditioning["pooled_prompt_embeds"].to(latents.dtype),
+        }
+
+    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """Return the negative output, as the pipeline does. In training mode the transformer leaves it in patches."""
+        if output.shape[2:] != latents.shape[2:]:
+            patch = self.denoiser.config.patch_size
+            rows, columns = (side // patch for side in latents.shape[2:])
+            squares = output[:, :, : rows * columns].unflatten(2, (rows, columns)).unflatten(4, (patch, patch))
+            output = squares.permute(0, 1, 2, 4, 3, 5).reshape(latents.shape)
+        return -output
+
+    def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        return inputs["timesteps"]
