@@ -11,6 +11,7 @@
 # make test-floors      the lowest declared versions, in an environment of their own: quick tests of what calls libraries
 # make test-pythons     every newer Python of this machine: import, a step of a LoRA, save, load; may take 6 GB for each
 # make test-kills       runs killed at random and at every write: KILLS=100 ENGINE="plain ddp" KILLS_OUTPUT=folder
+# make dist            wheel and sdist in dist/, checked, and installed into an empty environment where they run
 # Installing is done once: again only after pyproject.toml or constraints.txt has changed.
 
 PYTHON ?= python3
@@ -29,7 +30,7 @@ FLOORS_TESTS := tests/data tests/trainer/test_walk.py tests/trainer/test_inputs.
 	tests/cli/test_options.py tests/cli/test_pair_arguments.py tests/cli/test_commands.py tests/test_versions.py \
 	tests/rewards
 
-.PHONY: demo test test-distributed test-families test-trainer test-commands test-kills test-gpu test-floors test-pythons bench bench-gpu lint docs clean
+.PHONY: demo test test-distributed test-families test-trainer test-commands test-kills test-gpu test-floors test-pythons bench bench-gpu lint docs dist clean
 
 demo: $(VENV)/installed
 	@echo "The demo takes about five minutes on two CPU cores, longer with fewer. A second call starts anew."
@@ -89,6 +90,16 @@ lint: $(VENV)/installed-dev
 
 docs: $(VENV)/installed-dev
 	$(BIN)/python -m zensical build --strict --clean
+
+# A build for PyPI in dist/: made, checked, and used in an environment of its own.
+dist: $(VENV)/installed-dev
+	rm -rf dist .venv-dist
+	$(PIP) build twine
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip --disable-pip-version-check install "$(TORCH)" dist/*.whl -c constraints.txt
+	.venv-dist/bin/python tests/versions/check_wheel.py
 
 clean:
 	rm -rf $(VENV) .venv-* .test_gpu .cache build dist site bench_output demo_output kills_output .mypy_cache .pytest_cache .ruff_cache

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import datasets
 import huggingface_hub
 import pytest
 import transformers.utils.hub
@@ -20,8 +21,9 @@ from huggingface_hub import constants
 from huggingface_hub.hf_api import api as default_api
 from huggingface_hub.utils import http_backoff
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".pt")
+LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".pt", ".parquet")
 REGULAR_LIMIT = 10 * 2**20  # larger files go to LFS whatever they are called
+KIND = "(?:models|datasets)"  # their names are in one space here
 ID = r"(?P<repo>[\w.-]+/[\w.-]+)"
 
 
@@ -225,10 +227,13 @@ def info(hub, body, repo, revision="main"):
     return 200, {"id": repo, "modelId": repo, "sha": found.sha, "private": found.private, "siblings": siblings}
 
 
-def tree(hub, body, repo, revision):
-    found = find_repo(hub, repo, revision)
+def tree(hub, body, repo, revision, folder=None):
+    files = find_repo(hub, repo, revision).files
+    inside = {path: data for path, data in files.items() if folder is None or path.startswith(f"{folder}/")}
+    if folder is not None and not inside:
+        raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
     return 200, [
-        {"type": "file", "path": path, "size": len(data), "oid": git_oid(data)} for path, data in found.files.items()
+        {"type": "file", "path": path, "size": len(data), "oid": git_oid(data)} for path, data in inside.items()
     ]
 
 
@@ -334,15 +339,15 @@ ROUTES = (  # methods, path, whether the token is asked for, handler
     (READ, "/api/agent-harnesses", False, harnesses),
     (("POST",), "/api/validate-yaml", False, validate_yaml),
     (("POST",), "/api/repos/create", True, create),
-    (READ, f"/api/models/{ID}", True, info),
-    (READ, f"/api/models/{ID}/revision/(?P<revision>[^/]+)", True, info),
-    (READ, f"/api/models/{ID}/tree/(?P<revision>[^/]+)", True, tree),
-    (READ, f"/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", True, resolve),
-    (("POST",), f"/api/models/{ID}/preupload/(?P<revision>[^/]+)", True, preupload),
-    (("POST",), rf"/{ID}\.git/info/lfs/objects/batch", True, lfs_batch),
+    (READ, f"/api/{KIND}/{ID}", True, info),
+    (READ, f"/api/{KIND}/{ID}/revision/(?P<revision>[^/]+)", True, info),
+    (READ, f"/api/{KIND}/{ID}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", True, tree),
+    (READ, f"/(?:datasets/)?{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", True, resolve),
+    (("POST",), f"/api/{KIND}/{ID}/preupload/(?P<revision>[^/]+)", True, preupload),
+    (("POST",), rf"/(?:datasets/)?{ID}\.git/info/lfs/objects/batch", True, lfs_batch),
     (("PUT",), r"/lfs/(?P<oid>\w+)", False, lfs_put),
     (("POST",), "/verify", True, lfs_verify),
-    (("POST",), f"/api/models/{ID}/commit/(?P<revision>[^/]+)", True, commit),
+    (("POST",), f"/api/{KIND}/{ID}/commit/(?P<revision>[^/]+)", True, commit),
 )
 
 
@@ -388,4 +393,6 @@ def point_client_at(hub: HubServer, monkeypatch, home):
     }.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(default_api, "endpoint", hub.endpoint)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # made anew, for this endpoint

@@ -11,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from trl_diffusion_sdpo.cli import train, train_parser
+from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.utils import import_utils
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,12 @@ def parse_config(path: Path, tmp_path: Path):
 def test_importing_the_package_imports_no_torch():
     code = "import sys, trl_diffusion_sdpo; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_command_is_installed_and_is_the_one_that_the_tests_call():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    module, _, function = scripts["trl-diffusion-sdpo"].partition(":")
+    assert getattr(import_module(module), function) is main
 
 
 def test_every_imported_library_is_required(project):

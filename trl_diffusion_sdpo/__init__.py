@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from .utils.import_utils import lazy_attributes
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _HOMES = {
     "Candidate": ".evaluation",

@@ -25,6 +25,7 @@ REAL_COLUMNS = {
     "hpdv3": ["prompt", "path1", "path2", "confidence", "choice_dist", "model1", "model2"],
     "imagerewarddb": ["image_id", "prompt_id", "prompt", "classification", "image", "rank", "overall_rating"],
     "rapidata": ["prompt", "image1", "image2", "votes_image1", "votes_image2", "model1", "model2", "detailed_results"],
+    "editreward": ["instruction", "source_image", "left_image", "right_image", "vote_type"],
     "captioned": ["image", "text", "width", "height"],
 }
 
@@ -168,3 +169,16 @@ def test_rapidata_is_read_by_votes_and_by_weighted_results():
     assert read("rapidata", [{"prompt": "a", "votes_image1": 3, "votes_image2": 7}])[0] == [(0, 1, 0, 0)]
     assert read("rapidata", [{"prompt": "a", "votes_image1": 5, "votes_image2": 5}])[1] == [("ties", 0, 1)]
     assert read("rapidata", [{"prompt": "a", first: 0.8, second: 0.2}])[0] == [(0, 0, 0, 1)]
+
+
+def test_votes_for_left_or_right_are_read_with_their_source():
+    votes = ["leftvote", "rightvote", "tie", "bothbad_vote", "other", None]
+    pairs, rejected = read("editreward", [{"instruction": "make it red", "vote_type": vote} for vote in votes])
+    assert pairs == [(0, 0, 0, 1), (1, 1, 1, 0)]
+    assert [(kind, row) for kind, row, _ in rejected] == [
+        ("ties", 2),
+        ("ties", 3),
+        ("bad_labels", 4),
+        ("bad_labels", 5),
+    ]
+    assert resolve_format(None, REAL_COLUMNS["editreward"]).source_columns == ("source_image",)

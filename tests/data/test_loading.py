@@ -96,3 +96,27 @@ def test_a_json_file_whose_column_is_not_text_in_every_row_is_refused(place, col
     path.write_text(json.dumps(ROW) + "\n" + json.dumps({**ROW, column: value}))
     with pytest.raises(ValueError, match=f"'{column}'.*several types"):
         load_pairs(path, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_jsonl_of_flow_factory_is_read(place, streaming):
+    def task(kind="preference", media=()):
+        images = {side: {"media": [{"type": "image", "path": ROW[side]}]} for side in ("chosen", "rejected")}
+        return {
+            "schema_version": 2,
+            "input": {"prompt": "a red bicycle", "media": list(media)},
+            "supervision": {"type": kind, **images},
+            "metadata": {"number": 1},
+        }
+
+    path = place / "tasks.jsonl"
+    path.write_text("\n".join(map(json.dumps, [task(), task("other")])))
+    loaded = load_pairs(path, streaming=streaming)
+    assert levels(loaded) == [(0, 1)]
+    assert next(iter(loaded))["prompt"] == "a red bicycle"
+    if not streaming:
+        assert prepare_dataset(loaded, PairOptions(PairTransform(16))).report.bad_prompts == 1
+        path.write_text(json.dumps(task(media=[{"type": "image", "path": "images/w.png"}])))
+        loaded = load_pairs(path)
+        assert loaded[0]["source_image"] == str(place / "images" / "w.png")
+        assert prepare_dataset(loaded, PairOptions(PairTransform(16)))[0]["source"].size == (16, 16)

@@ -1,9 +1,15 @@
 """Pairs of a tiny pipeline's own images, chosen by functions of the pixels."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import load_dataset
 from PIL import Image
 
@@ -13,6 +19,7 @@ from trl_diffusion_sdpo.evaluation.images import ImageSettings
 from trl_diffusion_sdpo.pairing.generate import Pairing, combine, generate_pairs
 from trl_diffusion_sdpo.pairing.session import PickSession
 from trl_diffusion_sdpo.rewards import FunctionScorer, load_scorer
+from trl_diffusion_sdpo.rewards.vlm_server import VLMServerJudge
 
 PROMPTS = ["a red circle", "two squares", "the sea"]
 SETTINGS = ImageSettings(seeds=(0, 1, 2, 3), call_kwargs={"num_inference_steps": 2, "guidance_scale": 1.0})
@@ -46,7 +53,7 @@ def test_the_best_image_of_each_prompt_is_paired_with_its_worst(generated):
     assert [row["prompt"] for row in rows] == PROMPTS
     for index, row in enumerate(rows):
         reds = [red_of(Image.open(generated / "images" / "model" / f"{index:05d}-{seed}.png")) for seed in range(4)]
-        assert row["chosen_seed"] == np.argmax(reds) and row["rejected_seed"] == np.argmin(reds)
+        assert row["rejected"].endswith(f"-{np.argmin(reds)}.png")
         assert row["chosen"].endswith(f"-{np.argmax(reds)}.png") and row["agreement"] == 1
         assert row["chosen_score"] > 0 > row["rejected_score"]
 
@@ -57,6 +64,8 @@ def test_the_folder_is_read_by_training_by_datasets_and_by_the_pick_page(generat
     assert len(load_dataset(str(generated), split="train")) == 3  # the files that the card names
     session = PickSession(generated)
     assert len(session.images) == 12 and not session.is_blind
+    image = next(iter(session.images.values()))
+    assert image.facts["noise_seed"] == SETTINGS.noise_seed(image.prompt, image.facts["seed"])
     session.close()
     assert len(rows_of(generated)) == 3  # a page without a pick replaces nothing
 
@@ -65,14 +74,14 @@ def test_an_image_is_drawn_again_from_its_seed(generated, sd_folder):
     from diffusers import StableDiffusionPipeline
 
     row = rows_of(generated)[1]
-    generator = SETTINGS.generator(row["prompt"], row["chosen_seed"])
+    place = int(row["chosen"][-5])
     # In batches as there were: a batch of another size may differ in its last bits.
-    seeds = [SETTINGS.generator(row["prompt"], seed) for seed in SETTINGS.seeds]
-    seeds[row["chosen_seed"]] = generator
+    generators = [SETTINGS.generator(row["prompt"], seed) for seed in SETTINGS.seeds]
+    generators[place] = torch.Generator().manual_seed(row["chosen_noise_seed"])
     images = StableDiffusionPipeline.from_pretrained(sd_folder)(
-        [row["prompt"]] * 4, generator=seeds, **SETTINGS.call_kwargs
+        [row["prompt"]] * 4, generator=generators, **SETTINGS.call_kwargs
     ).images
-    assert images[row["chosen_seed"]].tobytes() == Image.open(generated / row["chosen"]).tobytes()
+    assert images[place].tobytes() == Image.open(generated / row["chosen"]).tobytes()
 
 
 def test_a_failed_scorer_loses_no_image(sd_folder, tmp_path):
@@ -165,7 +174,141 @@ def test_scorers_that_tell_nothing_apart_are_an_error(generated, sd_folder):
         generate_pairs(Candidate("model", sd_folder), PROMPTS, [same], generated, SETTINGS)
 
 
-def test_a_judge_of_two_images_is_refused_before_images_are_generated(tmp_path):
+class Judge(VLMServerJudge):
+    """Prefers the brighter of two images; its server is never asked."""
+
+    asked = 0
+
+    def compare(self, first, second, prompts):
+        Judge.asked += len(first)
+        return torch.tensor([np.sign(dark_of(b) - dark_of(a)) for a, b in zip(first, second, strict=True)])
+
+
+def test_a_judge_of_neighbours_limits_what_may_win_and_lose(generated, sd_folder):
+    judge = Judge("http://127.0.0.1:9/v1", "org/model")
+    for _ in range(2):  # the answers are kept
+        pairs = generate_pairs(
+            Candidate("model", sd_folder), PROMPTS, [RED, judge], generated, SETTINGS, Pairing(margin=0.001)
+        )
+        assert Judge.asked == 2 * 3
+    rows = rows_of(generated)
+    assert 0 < pairs == len(rows)
+    for row in rows:
+        for side, sign in (("chosen", 1), ("rejected", -1)):
+            stem, seed = row[side][:-4].rsplit("-", 1)
+            neighbour = generated / f"{stem}-{int(seed) ^ 1}.png"
+            assert sign * (dark_of(Image.open(neighbour)) - dark_of(Image.open(generated / row[side]))) > 0
+
+
+def test_a_judge_alone_is_refused_before_images_are_generated(tmp_path):
     judge = load_scorer("vlm_judge", url="http://127.0.0.1:1/v1", model="judge")
     with pytest.raises(ValueError, match="vlm_judge"):
         generate_pairs(Candidate("model", "no such model"), PROMPTS, [judge], tmp_path, SETTINGS)
+
+
+def test_negatives_are_of_the_same_noise_without_guidance(sd_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    command = ["pairs", "generate", "--recipe", "negatives", "--model", sd_folder, "--prompts", "prompts.txt"]
+    command += ["--images", "2", "--device", "cpu", "--output_dir", "out"]
+    options = ["--call_kwargs", '{"num_inference_steps": 2, "guidance_scale": 5}']
+    assert main([*command, "--call_kwargs", '{"guidance_scale": 1.0}']) == 2  # both sides alike
+    assert main([*command, *options]) == 0 and "4 pairs of 2 prompts" in capsys.readouterr().out
+    rows = rows_of(tmp_path / "out")
+    assert all(row["chosen_noise_seed"] == row["rejected_noise_seed"] for row in rows)
+    chosen, rejected = (Image.open(tmp_path / "out" / rows[0][side]).tobytes() for side in ("chosen", "rejected"))
+    assert chosen != rejected
+    assert "swap_labels" in (tmp_path / "out" / "README.md").read_text()
+    assert len(load_pairs("out")) == 4 and PickSession(tmp_path / "out").is_blind
+
+
+NOISE = {"noise_source": "generated", "random_flip": False, "resolution": 16}
+
+
+def test_training_draws_the_noise_of_each_image_again(generated, sd_folder, make_trainer):
+    generate_pairs(Candidate("model", sd_folder), PROMPTS, [RED], generated, SETTINGS)
+    trainer = make_trainer(
+        sd_folder, train=load_pairs(str(generated)), eval_dataset=load_pairs(str(generated)), **NOISE
+    )
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    noisy = trainer.pair_forward.noisy_batch(batch, draws=2)
+    latents, _ = trainer.pair_forward.encode(batch)
+    rows = rows_of(generated)
+    seeds = [
+        rows[row][side] for side in ("chosen_noise_seed", "rejected_noise_seed") for row in batch["rows"].tolist()
+    ]
+    assert batch["noise_seeds"] == seeds
+    noise = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    half = len(seeds) // 2
+    noise, latents = (torch.cat([x[:half]] * 2 + [x[half:]] * 2) for x in (noise, latents))
+    expected = trainer.family.noise_process.add_noise(latents, noise, noisy.timesteps)
+    torch.testing.assert_close(noisy.noisy, expected)
+    evaluated = next(iter(trainer.get_eval_dataloader()))
+    assert "noise_seeds" not in evaluated
+    trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "named"),
+    [
+        ({"random_flip": True}, {}, "random_flip"),
+        ({"noise_offset": 0.1}, {}, "noise_offset"),
+        ({}, {"chosen_noise_seed": None}, "chosen_noise_seed"),
+        ({}, {"chosen_noise_seed": -1}, "seed of a generator"),
+        ({"resolution": 32}, {}, "resolution"),
+    ],
+)
+def test_noise_that_cannot_fit_is_refused(settings, change, named, generated, sd_folder, make_trainer):
+    table = load_pairs(str(generated)).map(lambda row: {"chosen_noise_seed": 7, "rejected_noise_seed": 8} | change)
+    if change.get("chosen_noise_seed", 0) is None:
+        table = table.remove_columns("chosen_noise_seed")
+    with pytest.raises(ValueError, match=named):
+        make_trainer(sd_folder, train=table, **{**NOISE, **settings}).train()
+
+
+def test_pairs_are_published_with_their_card(generated, hub_server, capsys):
+    assert main(["pairs", "push", str(generated), "tester/taste", "--private"]) == 0
+    assert "3 pairs" in capsys.readouterr().out
+    repo = hub_server.repos["tester/taste"]
+    card = repo.files["README.md"].decode()
+    assert repo.private and "chosen by scorers" in card and "data/train-" in card and "- preference" in card
+    (file,) = [name for name in repo.files if name.endswith(".parquet")]
+    published = load_dataset("parquet", data_files=f"{hub_server.endpoint}/datasets/tester/taste/resolve/main/{file}")
+    published = published["train"]
+    assert published.column_names == load_pairs(str(generated)).column_names
+    assert np.array_equal(published[0]["chosen"], Image.open(generated / rows_of(generated)[0]["chosen"]))
+    hub_server.forbidden.add("tester/other")
+    assert main(["pairs", "push", str(generated), "tester/other"]) != 0
+    assert main(["pairs", "push", str(generated / "images"), "tester/taste"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_two_processes_that_are_killed_make_the_pairs_of_one(sd_folder, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "red_taste.py").write_text(
+        "def score(images, prompts):\n    return [i.getpixel((0, 0))[0] for i in images]\n"
+    )
+    options = ["pairs", "generate", "--model", sd_folder, "--prompts", "prompts.txt", "--scorers", "red_taste:score"]
+    options += ["--batch_size", "1", "--device", "cpu", "--call_kwargs", json.dumps(SETTINGS.call_kwargs)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += ["-m", "trl_diffusion_sdpo", *options, "--output_dir", "two"]
+    path = f"{Path(__file__).parents[2]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    quiet = {
+        "cwd": tmp_path,
+        "env": {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+    }
+    process = subprocess.Popen(launch, **quiet, start_new_session=True, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while len(list(tmp_path.glob("two/images/model/*.png"))) < 3 and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    process.terminate()  # its workers too
+    process.wait()
+    subprocess.run(launch, **quiet, check=True, capture_output=True, timeout=240)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main([*options, "--output_dir", "one"]) == 0
+    for name in ("pairs.jsonl", "manifest.jsonl"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    for image in (tmp_path / "one").glob("images/model/*.png"):
+        assert image.read_bytes() == (tmp_path / "two" / image.relative_to(tmp_path / "one")).read_bytes()

@@ -13,6 +13,7 @@ SUBCOMMANDS = {
     "generate": "Generate several images of each prompt by a model, and pair the best with the worst by scorers.",
     "pick": "Show two images of a prompt at a time, and save which one you prefer.",
     "from-images": "List a folder of your own images with the prompts in their files, and leave out duplicates.",
+    "push": "Upload the pairs of a folder to the Hub, with their card.",
     "check": "Say what training would read of a data set of pairs, and what it would drop, and why.",
 }
 

@@ -25,11 +25,19 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--model", required=True, metavar="MODEL", help="A Hub id, a folder of a pipeline or a run; MODEL+LORA too.")
     add(
         "--recipe",
-        choices=["scored", "spin", "partial", "local"],
+        choices=["scored", "negatives", "spin", "partial", "local"],
         default="scored",
-        help="`scored`: as said above (default). The others pair each image of `--from_images` with a loser that the "
-        "model makes: `spin` from its prompt alone, `partial` by noising the image and denoising it, `local` by "
-        "drawing a region of it anew, whose mask is kept for training.",
+        help="`scored`: as said above (default). `negatives` pairs each image with one of the same noise, generated "
+        "with `--negative_kwargs`. The others pair each image of `--from_images` with a loser that the model makes: "
+        "`spin` from its prompt alone, `partial` by noising the image and denoising it, `local` by drawing a region of "
+        "it anew, whose mask is kept for training.",
+    )
+    add(
+        "--negative_kwargs",
+        type=mapping_option,
+        default={"guidance_scale": 1.0},
+        metavar="JSON",
+        help="Arguments of the pipeline's call for the losers of `negatives` (default: no guidance).",
     )
     add("--from_images", metavar="FOLDER", help="Good images, a folder of `pairs from-images`.")
     add("--strength", type=float, default=0.6, metavar="X", help="Noise of `partial` and `local` (default: 0.6).")
@@ -65,16 +73,17 @@ def run(arguments: list[str], prog: str) -> int:
 
     from ..evaluation.images import ImageSettings
     from ..evaluation.prompts import read_prompts
-    from ..pairing.generate import Pairing, generate_pairs
+    from ..pairing.generate import Pairing, generate_pairs, pairs_of_negatives
     from ..pairing.recipes import pairs_from_images
 
+    reads_prompts = options.recipe in ("scored", "negatives")
     wanted, other = options.prompts, options.from_images
-    if options.recipe != "scored":
+    if not reads_prompts:
         wanted, other = other, wanted
     if wanted is None or other is not None:
         raise ValueError(
-            f"The recipe `{options.recipe}` reads {'`--prompts`' if options.recipe == 'scored' else '`--from_images`'} "
-            f"alone, got prompts {options.prompts} and images {options.from_images}."
+            f"The recipe `{options.recipe}` reads {'`--prompts`' if reads_prompts else '`--from_images`'} alone, got "
+            f"prompts {options.prompts} and images {options.from_images}."
         )
     if options.recipe != "scored" and options.scorers:
         raise ValueError(f"`--scorers` belong to the recipe `scored`, got {options.recipe}. Leave them out.")
@@ -89,26 +98,27 @@ def run(arguments: list[str], prog: str) -> int:
         device=device,
     )
     model = candidate_of(f"model={options.model}")
-    if options.recipe == "scored":
+    folder = options.output_dir
+    if reads_prompts:
         with reading_data(options.prompts):
             prompts = read_prompts(options.prompts, column=options.prompt_column, split=options.prompt_split)
         if options.max_prompts is not None:
             prompts = prompts.first(options.max_prompts)
         scorers = load_scorers(options.scorers, options.scorer_settings)
-        pairs = generate_pairs(model, prompts, scorers, options.output_dir, settings, pairing)
+        if options.recipe == "scored":
+            pairs = generate_pairs(model, prompts, scorers, folder, settings, pairing)
+        else:
+            pairs = pairs_of_negatives(model, prompts, folder, settings, options.negative_kwargs)
         if state.is_main_process:
             skipped = f" ({prompts.empty} empty and {prompts.duplicates} repeated prompts were skipped)"
-            told = skipped if prompts.empty or prompts.duplicates else ""
-            if scorers:
-                print(
-                    f"{pairs} pairs of {len(prompts.prompts)} prompts{told} are in {options.output_dir}/pairs.jsonl."
-                )
-                print(f"Look at them with: trl-diffusion-sdpo pairs check {options.output_dir} --sheet pairs.html")
+            note = skipped if prompts.empty or prompts.duplicates else ""
+            if pairs:
+                print(f"{pairs} pairs of {len(prompts.prompts)} prompts{note} are in {folder}/pairs.jsonl.")
+                print(f"Look at them with: trl-diffusion-sdpo pairs check {folder} --sheet pairs.html")
             else:
-                print(f"Images of {len(prompts.prompts)} prompts{told} are in {options.output_dir}.")
-                print(f"Go on with: trl-diffusion-sdpo pairs pick {options.output_dir}")
+                print(f"Images of {len(prompts.prompts)} prompts{note} are in {folder}.")
+                print(f"Go on with: trl-diffusion-sdpo pairs pick {folder}")
     else:
-        folder = options.output_dir
         pairs = pairs_from_images(options.recipe, model, options.from_images, folder, settings, options.strength)
         if state.is_main_process:
             print(f"{pairs} pairs are in {folder}/pairs.jsonl. Its README.md says how to train on them.")

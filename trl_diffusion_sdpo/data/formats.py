@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 logger = logging.getLogger(__name__)
 
 LARGEST = 1e9  # a larger score or weight would outweigh all other pairs together
+SOURCE_COLUMNS = ("source_image", "source")  # images that prompts edit; the first one present is read
 # (kind of drop, row, reason, amount): counts the drop, or raises
 Reject = Callable[[str, int, str, int], object]
 
@@ -252,6 +253,16 @@ def rank_of_row(values: Sequence[Any]) -> ImageScores:
     return ImageScores((-finite_number(values[0], "rank"),))
 
 
+def left_or_right(values: Sequence[Any]) -> ImageScores:
+    """Read the vote of EditReward-Data and GenAI-Bench: `leftvote`, `rightvote`, `tie`, `tievote` or `bothbad_vote`."""
+    vote = member_text(values[0])
+    if vote in ("leftvote", "rightvote"):
+        return ImageScores((1.0, 0.0) if vote == "leftvote" else (0.0, 1.0))
+    if isinstance(vote, str) and vote.startswith(("tie", "both")):
+        return ImageScores((0.0, 0.0))
+    raise LabelError(f"`vote_type` must be leftvote, rightvote or tie, got {vote!r}")
+
+
 def detect_format(column_names: Iterable[str]) -> PreferenceFormat:
     """Return the first of `FORMATS` that fits the columns of a set.
 
@@ -294,7 +305,7 @@ def resolve_format(
     images = [column for column in (*row_format.image_columns, *row_format.other_image_columns) if column in columns]
     row_format = replace(row_format, image_columns=tuple(images[:1])) if row_format.other_image_columns else row_format
     row_format = replace(row_format, mask_columns=_mask_columns(row_format, columns))
-    row_format = replace(row_format, source_columns=("source",) if "source" in columns else ())
+    row_format = replace(row_format, source_columns=tuple(name for name in SOURCE_COLUMNS if name in columns)[:1])
     return row_format if use_scores else replace(row_format, score_columns=None)
 
 
@@ -476,6 +487,12 @@ FORMATS: dict[str, PreferenceFormat] = {
                 ("weighted_results_image1_preference", "weighted_results_image2_preference"): larger_is_better,
                 ("votes_image1", "votes_image2"): larger_is_better,
             },
+        ),
+        PreferenceFormat(
+            name="editreward",
+            prompt_columns=("instruction", *_PROMPTS),
+            image_columns=("left_image", "right_image"),
+            label_readers={("vote_type",): left_or_right},
         ),
         PreferenceFormat(
             name="captioned",

@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 
-from .formats import FORMATS
+from .formats import FORMATS, SOURCE_COLUMNS
 from .image_folders import LAYOUTS, make_datasets, read_image_folder
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ FILE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {  # with their arguments
 }
 _SPLIT_NAMES = (ONLY_SPLIT, "validation", "test")
 _COLUMNS = [name for each in FORMATS.values() for name in (*each.image_columns, *each.other_image_columns)]
-_IMAGE_COLUMNS = tuple(dict.fromkeys((*_COLUMNS, "mask", *(f"{name}_mask" for name in _COLUMNS))))
+_IMAGE_COLUMNS = tuple(dict.fromkeys((*_COLUMNS, *SOURCE_COLUMNS, "mask", *(f"{name}_mask" for name in _COLUMNS))))
 _PROMPT_COLUMNS = {name for each in FORMATS.values() for name in each.prompt_columns}
 
 
@@ -48,7 +48,8 @@ def load_pairs(
     """Load pairs by the name of a data set, as the command `train` does.
 
     Args:
-        name (`str` or `os.PathLike`): An id of the Hub; a file (parquet, arrow, JSON, CSV, TSV); a folder of such
+        name (`str` or `os.PathLike`): An id of the Hub; a file (parquet, arrow, JSON, CSV, TSV; also the JSONL of
+            Flow-Factory, `schema_version` 2); a folder of such
             files, of images with `metadata.jsonl` or `metadata.csv`, of images in the folders `chosen` and `rejected`,
             or of images with ranks at the end of their names; a folder of `pairs pick` or `pairs generate`; or a folder
             that `save_to_disk` wrote. Relative names of images in a local file are looked up in its folder, then in the
@@ -202,6 +203,7 @@ def with_found_images(dataset: Any, folders: Sequence[str | os.PathLike]) -> Any
 
     A file that is not found is assumed to be in the first folder.
     """
+    dataset = with_flat_rows(dataset)
     features = refuse_mixed_types(dataset).features or {}
     names = dataset.column_names or list(next(iter(dataset), {}))
     columns = [name for name in _IMAGE_COLUMNS if name in names and not _is_image_feature(features.get(name))]
@@ -218,6 +220,31 @@ def with_found_images(dataset: Any, folders: Sequence[str | os.PathLike]) -> Any
     find = partial(_in_batch, columns, roots)
     # The cache of `datasets` would not notice that a file has moved.
     return dataset.map(find, batched=True, load_from_cache_file=False, desc="Finding images", **options)
+
+
+def with_flat_rows(dataset: Any) -> Any:
+    """Turn rows of Flow-Factory's JSONL (`schema_version` 2) into rows with `prompt`, `chosen`, `rejected` and, if some
+    have media in their input, `source_image`. Other data sets are returned as they are."""
+    names = dataset.column_names or list(next(iter(dataset), {}))
+    if not {"schema_version", "input", "supervision"} <= set(names):
+        return dataset
+    is_stream = isinstance(dataset, datasets.IterableDataset)
+    has_sources = not is_stream and any(_first_image(row) for row in dataset["input"])
+    return dataset.map(partial(_flat_row, has_sources), remove_columns=names)
+
+
+def _flat_row(has_sources: bool, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row of a pair. A row of another kind has no prompt, so it is counted as a bad one."""
+    task = row["supervision"] or {}
+    is_pair = task.get("type") == "preference"
+    flat = {"prompt": (row["input"] or {}).get("prompt") if is_pair else None}
+    flat |= {side: _first_image(task.get(side)) for side in ("chosen", "rejected")}
+    return flat | ({"source_image": _first_image(row["input"])} if has_sources else {})
+
+
+def _first_image(part: Mapping[str, Any] | None) -> str | None:
+    media = (part or {}).get("media") or []
+    return next((medium["path"] for medium in media if medium.get("type") == "image"), None)
 
 
 def refuse_mixed_types(dataset: Any) -> Any:

@@ -34,6 +34,11 @@ from .sources import PairSource, PairTable, pairs_fingerprint
 
 logger = logging.getLogger(__name__)
 
+NOISE_OF_ANOTHER_SIZE = (
+    "`noise_source='generated'` needs images at the size at which they were generated. Row {row} has an image of {} x "
+    "{} pixels (height x width), and training has {} x {}. Set `resolution` to the images' size."
+)
+
 
 @dataclass(frozen=True)
 class PairOptions:
@@ -63,6 +68,8 @@ class PairOptions:
         use_scores (`bool`): Whether to read score columns if there are any. A row without a score is then a bad row.
         swap_labels (`bool`): Whether to exchange winner and loser of every pair.
         number_columns (`Sequence[str]`): Columns of a map-style set that must have finite numbers in every row.
+        noise_seeds (`bool`): Whether to read the seeds of the noise from which the images were generated, in the
+            columns `SEED_COLUMNS`. Only pairs for training have them.
         losers (`str`): `"data"` takes the losers of the data. `"permute"` takes the winners of pairs of other prompts,
             by a permutation that depends on the seed and the epoch alone.
     """
@@ -83,6 +90,7 @@ class PairOptions:
     use_scores: bool = True
     swap_labels: bool = False
     number_columns: Sequence[str] = ()
+    noise_seeds: bool = False
     losers: str = "data"
 
     def __post_init__(self) -> None:
@@ -203,6 +211,7 @@ class PreferenceDataset(Dataset):
     - `scores`, `pair_weight` and `ref_errors` (`(T, 2)`, at T draws, of winner and loser), if the pairs have them;
     - `masks` (`torch.Tensor` of shape `(2, 1, H, W)`, uint8), if there is a mask column: 1 inside, 0 outside;
     - `source` (`PIL.Image.Image`), if there is a source column: the image that the prompt edits, in its own size;
+    - `noise_seeds` (`tuple[int, int]`), of winner and loser, if training reads them;
     - `repeated`, with aspect-ratio buckets: whether the pair fills up a batch.
 
     Encoded pairs have `moments`, `target_size`, `conditioning` and `loser_conditioning` in place of `pixel_values`.
@@ -233,6 +242,7 @@ class PreferenceDataset(Dataset):
                 "`losers='permute'` cannot act: a mask belongs to the two images of a pair, and losers are images of "
                 "other pairs. Remove the mask column."
             )
+        self.has_noise_seeds = options.noise_seeds
         self.has_sources = source.has_sources
         if options.permutes and source.has_sources:
             raise ValueError(
@@ -314,6 +324,14 @@ class PreferenceDataset(Dataset):
             item["masks"] = place_masks(decode_masks(self._reader, masks), item, self._maker.transform)
         if self.has_sources:
             item["source"] = decode_source(self._reader, self._source.edited(winner_row), item["is_mirrored"])
+        if self.has_noise_seeds and self._maker.training:
+            target = self.target_size(row)
+            for size in item["original_sizes"]:
+                if tuple(size) != tuple(target):
+                    raise BadDataError(NOISE_OF_ANOTHER_SIZE.format(*size, *target, row=winner_row))
+            item["noise_seeds"] = tuple(
+                self._source.noise_seed(*place) for place in ((winner_row, winner_image), (loser_row, loser_image))
+            )
         if self._encoded is not None:
             item |= self._encoded.conditioning(item["prompt"])
             if self.has_loser_prompts:
@@ -650,6 +668,7 @@ class PreferenceCollator:
     - `counted` (`int`), if repeated pairs may fill up the batch: the number of pairs before the repeated ones;
     - `scores` (`torch.FloatTensor` of shape `(2B,)`), if the data set has score columns;
     - `masks` (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8), if the data set has a mask column;
+    - `noise_seeds` (`list[int]` of length 2B), winners first, if training draws the images' own noise;
     - `sources` (`list[PIL.Image.Image]` of length B), if the data set has a source column;
     - `pair_weights` (`torch.FloatTensor` of shape `(B,)`), if training pairs have weights;
     - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), if reference errors were computed before training.
@@ -677,6 +696,8 @@ class PreferenceCollator:
         }
         if "masks" in items[0]:
             batch["masks"] = torch.cat(torch.stack([item["masks"] for item in items], dim=1).unbind())
+        if "noise_seeds" in items[0]:
+            batch["noise_seeds"] = _winners_first(items, "noise_seeds")
         if "source" in items[0]:
             batch["sources"] = [item["source"] for item in items]
         if "repeated" in items[0]:

@@ -11,7 +11,7 @@ from ..utils.processes import ALONE, Peers
 from .checking import ENLARGED
 from .formats import FORMATS
 from .pairs import PairOptions, PreferenceDataset
-from .sources import PairMixture, make_source, numbers_of_rows
+from .sources import SEED_COLUMNS, PairMixture, bad_seeds, make_source, numbers_of_rows
 from .streaming import PreferenceIterableDataset, Stream
 
 logger = logging.getLogger(__name__)
@@ -54,19 +54,22 @@ def prepare_dataset(
     if is_stream:
         return _prepare_stream(dataset, options, name)
 
+    number_columns = (*options.number_columns, *(SEED_COLUMNS if options.noise_seeds else ()))
     source = make_source(
         dataset,
         options.dataset_format,
         name,
         use_scores=options.use_scores,
         is_swapped=options.swap_labels,
-        number_columns=options.number_columns,
+        number_columns=number_columns,
     )
     if not options.permutes and not source.has_losers:
         raise ValueError(_without_losers(name))
     prepared = PreferenceDataset.of(source, options, name)
     for column in options.number_columns:
         prepared.drop_bad_rows(numbers_of_rows(source.values(column), column)[1])
+    for column in SEED_COLUMNS if options.noise_seeds else ():
+        prepared.drop_bad_rows(bad_seeds(source.values(column), column))
     if options.verify_images == "all" or options.reads_sizes:
         prepared.check_images(options.num_proc, peers, decode=options.verify_images == "all")
     if options.permutes:
@@ -91,6 +94,11 @@ def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> Preference
         raise ValueError(
             "`aspect_ratio_buckets` and `min_side` need the sizes of all images before the first batch. The "
             f"{name} data are a stream. Load them without `streaming=True`, or leave both out."
+        )
+    if options.noise_seeds:
+        raise ValueError(
+            f"`noise_source='generated'` needs a map-style data set, and the {name} data are a stream. Load them "
+            "without `streaming=True`."
         )
     if options.number_columns:
         raise ValueError(WITHOUT_MEAN.format(columns=list(options.number_columns), name=name))

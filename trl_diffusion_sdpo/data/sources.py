@@ -52,6 +52,7 @@ FINGERPRINTED_IMAGES = 4  # pairs whose images are hashed, undecoded
 Drop = tuple[str, int, str, int]  # arguments of `Reject`
 
 TEXT = ("string", "large_string")
+SEED_COLUMNS = ("chosen_noise_seed", "rejected_noise_seed")  # of `torch.Generator`s on the CPU
 
 PLACES = ("winner_row", "winner_image", "loser_row", "loser_image")
 SCORES = ("winner_score", "loser_score")
@@ -207,6 +208,10 @@ class TableSource:
         """Return the undecoded image that a row's prompt edits."""
         return self._images[row].to_pylist()[0][self.format.source_columns[0]]
 
+    def noise_seed(self, row: int, image: int) -> int:
+        """Return the seed of the noise from which an image was generated."""
+        return int(self.labels[row][SEED_COLUMNS[image]])
+
     def examine_images(
         self, rows: np.ndarray, reader: ImageReader, decode: bool, num_proc: int | None
     ) -> Iterator[list[tuple[int, int, str]]]:
@@ -288,6 +293,11 @@ class PairSource:
         """Return the undecoded image that a row's prompt edits."""
         source, number = self._source_of(row)
         return source.edited(number)
+
+    def noise_seed(self, row: int, image: int) -> int:
+        """Return the seed of the noise from which an image was generated."""
+        source, number = self._source_of(row)
+        return source.noise_seed(number, image)
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
         """Return the prompts of rows, whose numbers are sorted. `image` chooses among two prompts of a row."""
@@ -458,8 +468,8 @@ def check_masks(formats: Sequence[PreferenceFormat], names: Sequence[str]) -> No
 
 def without_text_sources(row_format: PreferenceFormat, features: Mapping[str, Any] | None) -> PreferenceFormat:
     """Ignore a `source` column of text. Many data sets name there where a row comes from."""
-    texts = [name for name in row_format.source_columns if getattr((features or {}).get(name), "dtype", None) in TEXT]
-    return replace(row_format, source_columns=()) if texts else row_format
+    is_text = getattr((features or {}).get("source"), "dtype", None) in TEXT
+    return replace(row_format, source_columns=()) if is_text and "source" in row_format.source_columns else row_format
 
 
 def _as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Dataset:
@@ -632,11 +642,12 @@ def _value(scalar: pa.Scalar) -> Any:
 
 
 def check_number_columns(wanted: Sequence[str], columns: Sequence[str], name: str) -> None:
-    """Raise `ValueError` if data lack columns that weights of pairs are read from."""
+    """Raise `ValueError` if data lack columns that weights of pairs or seeds of noise are read from."""
     if lacking := [column for column in wanted if column not in columns]:
+        setting = "noise_source='generated'" if set(lacking) <= set(SEED_COLUMNS) else "pair_weights"
         raise ValueError(
-            f"`pair_weights` reads the columns {lacking}. The {name} data have only {list(columns)}. Add the columns, "
-            "or name another column or function."
+            f"`{setting}` reads the columns {lacking}. The {name} data have only {list(columns)}. Add the columns, or "
+            "choose another value of the setting."
         )
 
 
@@ -666,6 +677,16 @@ def numbers_of_rows(values: Iterable[Any], column: str) -> tuple[np.ndarray, dic
             reasons[row] = str(error)
             rows.append([])
     return np.array([numbers or [np.nan] * width for numbers in rows], dtype=np.float64), reasons
+
+
+def bad_seeds(values: Iterable[Any], column: str) -> dict[int, str]:
+    """Return the reason of each row whose value is no whole number in `[0, 2**63)`, by the row's number."""
+    reasons = {}
+    for row, value in enumerate(values):
+        is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if not is_whole or not 0 <= value < 2**63:
+            reasons[row] = f"`{column}` must be the seed of a generator, got {value!r}"
+    return reasons
 
 
 def digest_of(text: str) -> int:

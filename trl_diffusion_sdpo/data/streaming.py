@@ -155,6 +155,7 @@ class PreferenceIterableDataset(IterableDataset):
     """
 
     is_permuted = False  # losers always come from the data
+    has_noise_seeds = False
 
     def __init__(
         self, streams: Sequence[Stream], options: PairOptions, *, weights: Sequence[float] | None = None, name: str

@@ -175,7 +175,7 @@ def judge_images(
     sweeps = tuple(sweeps_of(candidates, scores))
     judges = [scorer.name for scorer in scorers if isinstance(scorer, VLMServerJudge)]
     evaluation = _compare(prompts, settings, [one.name for one in candidates], scores, looks, sweeps, judges)
-    peers.first(lambda: _write(folder, evaluation))
+    peers.first(lambda: _write(folder, evaluation, settings))
     peers.first(lambda: recommend_in_cards(sweeps, candidates, settings.call_kwargs))
     return evaluation
 
@@ -229,24 +229,51 @@ def _scores(
         if name == base:
             return np.zeros((len(prompts.prompts), len(settings.seeds)))
         models.append(base)
+    rows = [(index, (seed,) * len(models)) for index in range(len(prompts.prompts)) for seed in settings.seeds]
+    return score_rows(scorer, folder, models, rows, prompts, peers).reshape(-1, len(settings.seeds))
+
+
+def score_rows(
+    scorer: Scorer,
+    folder: Path,
+    models: Sequence[str],
+    rows: Sequence[tuple[int, tuple[int, ...]]],
+    prompts: PromptList,
+    peers: Peers,
+) -> np.ndarray:
+    """Return the scores of images, or a judge's comparisons of two images. Those in the folder are not computed again.
+    All processes must call this function.
+
+    Args:
+        models (`Sequence[str]`): The model of each compared image: one model for a scorer, two for a judge.
+        rows (`Sequence[tuple[int, tuple[int, ...]]]`): The number of the prompt, and the seed of each compared image.
+
+    Returns:
+        `np.ndarray` of the length of `rows`: NaN if an image has no score.
+    """
     path = folder / SCORES_FOLDER / _file_name(scorer.name) / f"{'+'.join(models)}.json"
-    rows = [(index, seed) for index in range(len(prompts.prompts)) for seed in settings.seeds]
     scores = peers.first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else [])
     at_once = _SCORED_AT_ONCE * peers.count
-    for start in tqdm(range(len(scores), len(rows), at_once), desc=f"{scorer.name} of {name}", unit="batch"):
+    for start in tqdm(range(len(scores), len(rows), at_once), desc=f"{scorer.name} of {models[0]}", unit="batch"):
         share = rows[start : start + at_once][peers.index :: peers.count]
         scores += _in_order(peers.gather_results(partial(_score_images, scorer, folder, models, share, prompts)))
         peers.first(partial(_write_json, path, scores))  # an interrupted evaluation continues here
-    values = [math.nan if value is None else value for value in scores]
-    return np.array(values, dtype=np.float64).reshape(len(prompts.prompts), len(settings.seeds))
+    return np.array([math.nan if value is None else value for value in scores], dtype=np.float64)
 
 
 def _score_images(
-    scorer: Scorer, folder: Path, models: Sequence[str], rows: Sequence[tuple[int, int]], prompts: PromptList
+    scorer: Scorer,
+    folder: Path,
+    models: Sequence[str],
+    rows: Sequence[tuple[int, tuple[int, ...]]],
+    prompts: PromptList,
 ) -> list[float | None]:
     """Return the scores of the first model's images, or a judge's comparisons with the second's. Black images have
     none."""
-    images = [[_read(image_path(folder, name, *row)) for name in models] for row in rows]
+    images = [
+        [_read(image_path(folder, name, index, seed)) for name, seed in zip(models, seeds, strict=True)]
+        for index, seeds in rows
+    ]
     visible = [position for position, shown in enumerate(images) if not any(map(is_black, shown))]
     scores: list[float | None] = [None] * len(rows)
     if visible:
@@ -338,9 +365,17 @@ def _notes(
     return notes
 
 
-def _write(folder: Path, evaluation: Evaluation) -> None:
+def _write(folder: Path, evaluation: Evaluation, settings: ImageSettings) -> None:
     manifest = [
-        json.dumps({"model": model, "prompt": prompt, "seed": seed, "image": str(path.relative_to(folder))})
+        json.dumps(
+            {
+                "model": model,
+                "prompt": prompt,
+                "seed": seed,
+                "noise_seed": settings.noise_seed(prompt, seed),
+                "image": str(path.relative_to(folder)),
+            }
+        )
         for model in evaluation.models
         for index, prompt in enumerate(evaluation.prompts.prompts)
         for seed in evaluation.seeds

@@ -75,6 +75,10 @@ class ImageSettings:
         digest = hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()
         return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "big"))
 
+    def noise_seed(self, prompt: str, seed: int) -> int:
+        """Return the seed of the CPU generator of an image's initial noise."""
+        return self.generator(prompt, seed).initial_seed()
+
 
 def image_path(folder: Path, candidate: str, prompt_index: int, seed: int) -> Path:
     """Return the path of the image of a model, prompt and seed."""

@@ -10,3 +10,9 @@ ALIGNED_ADVICE = (
     "world, and its images became worse than the base model's. If the accuracy on held-out pairs stays near 0.5, raise "
     "the learning rate before you lower mu."
 )
+
+NEGATIVES_ADVICE = (
+    "Trained as they are, these pairs move the model towards its own guided images, so that it needs less guidance. "
+    "Trained with `swap_labels: true`, they give a model of what not to draw: the negative model of preference "
+    "guidance. They hold no judgement of a person or a scorer, so compare the result with the base model."
+)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
+from accelerate import PartialState
 
+from ..engines.processes import gather_objects
 from ..evaluation import Candidate, evaluate_models
-from ..evaluation.images import ImageSettings, image_path
-from ..evaluation.prompts import PromptList
+from ..evaluation.evaluate import score_rows
+from ..evaluation.images import ImageSettings, generate_images, image_path
+from ..evaluation.prompts import PromptList, distinct
 from ..rewards import Scorer
 from ..rewards.vlm_server import VLMServerJudge
 from ..utils.files import write_atomically
-from .manifest import json_lines
+from ..utils.processes import Peers
+from .advice import NEGATIVES_ADVICE
+from .manifest import ListedImage, json_lines, write_manifest
 from .picks import PAIRS_FILE, PICKS_FILE
 
 Combination = Literal["weighted", "majority", "pareto"]
@@ -68,13 +74,16 @@ def generate_pairs(
     Images and scores are kept, so an interrupted call continues, and a call with another `pairing` generates nothing
     anew. If accelerate launches several processes, they share the work. Each row has `prompt`, `chosen`, `rejected`,
     `chosen_score`, `rejected_score`, `agreement` (the share of scorers that prefer the chosen image, ties half),
-    `chosen_seed` and `rejected_seed`. `settings.generator(prompt, seed)` draws the initial noise of an image again.
+    `chosen_seed` and `rejected_seed`, and the seeds of the generators of the initial noise, `chosen_noise_seed` and
+    `rejected_noise_seed`: training with `noise_source="generated"` draws the noise again.
 
     Args:
         model (`Candidate`): The model.
         prompts (`Sequence[str]` or `PromptList`): The prompts.
         scorers (`Sequence[Scorer]`): The scorers. Without any, there are images and no pairs: `pairs pick` reads the
-            folder.
+            folder. With a judge such as `vlm_judge`, neighbours (the images of the first and second seed, of the third
+            and fourth, and so on) are compared first. Then only images that the judge prefers are chosen, and only
+            images that it does not prefer are rejected.
         output_dir (`str` or `Path`): Folder for images, scores, pairs and a card.
         settings (`ImageSettings`): Seeds, one image of each prompt for each, and arguments of the pipeline.
         pairing (`Pairing`, *optional*): How images become pairs.
@@ -83,31 +92,37 @@ def generate_pairs(
         `int`: Number of pairs.
 
     Raises:
-        `ValueError`: If there are fewer than two seeds, a weight is that of no scorer, the folder has images of other
-            settings or pairs that a person picked, or the scorers tell no two images of a prompt apart.
+        `ValueError`: If there are fewer than two seeds, a judge and no scorer, or several judges; if a weight is that
+            of no scorer, the folder has images of other settings or pairs that a person picked, or the scorers tell no
+            two images of a prompt apart.
     """
     pairing = pairing or Pairing()
     folder = Path(output_dir)
     if len(settings.seeds) < 2:
         raise ValueError(f"A pair needs two images of one prompt, so there must be 2 seeds, got {settings.seeds}.")
-    for scorer in scorers:
-        if isinstance(scorer, VLMServerJudge):
-            raise ValueError(f"Pairs need scorers that score one image, got {scorer.name}. Use `vlm_server`.")
+    judges = [scorer for scorer in scorers if isinstance(scorer, VLMServerJudge)]
+    scorers = [scorer for scorer in scorers if not isinstance(scorer, VLMServerJudge)]
+    if len(judges) > 1 or (judges and not scorers):
+        raise ValueError(
+            f"Pairs need at most one judge, and with it a scorer of single images, got {[j.name for j in judges]} and "
+            f"{[scorer.name for scorer in scorers]}. Add a scorer such as `vlm_server`, or leave judges out."
+        )
     unknown = sorted(set(pairing.weights) - {scorer.name for scorer in scorers})
     if unknown:
         raise ValueError(f"`weights` must be those of the scorers {[s.name for s in scorers]}, got {unknown}.")
-    picks = folder / PICKS_FILE
-    if picks.is_file() and picks.stat().st_size:
-        raise ValueError(f"{folder} has pairs that a person picked, which must not be replaced. Use another folder.")
+    _refuse_picks(folder)
     evaluation = evaluate_models([model], prompts, scorers, folder, settings)
     if not scorers:
         return 0
     scores = np.stack([evaluation.scores[scorer.name][model.name] for scorer in scorers])
     weights = np.array([pairing.weights.get(scorer.name, 1.0) for scorer in scorers])
     rewards = combine(scores, weights, pairing.combination)
+    judged: list[np.ndarray | None] | np.ndarray = [None] * len(rewards)
+    for judge in judges:
+        judged = _judge_neighbours(judge, folder, model.name, evaluation.prompts, settings)
     rows = []
     for index, prompt in enumerate(evaluation.prompts.prompts):
-        for chosen, rejected in _pairs(scores[:, index], rewards[index], pairing):
+        for chosen, rejected in _pairs(scores[:, index], rewards[index], judged[index], pairing):
             difference = scores[:, index, chosen] - scores[:, index, rejected]
             name = {
                 image: image_path(folder, model.name, index, settings.seeds[image]).relative_to(folder).as_posix()
@@ -123,6 +138,8 @@ def generate_pairs(
                     "agreement": float(np.mean((np.sign(difference) + 1) / 2)),
                     "chosen_seed": settings.seeds[chosen],
                     "rejected_seed": settings.seeds[rejected],
+                    "chosen_noise_seed": settings.noise_seed(prompt, settings.seeds[chosen]),
+                    "rejected_noise_seed": settings.noise_seed(prompt, settings.seeds[rejected]),
                 }
             )
     if not rows:
@@ -130,18 +147,87 @@ def generate_pairs(
             f"There are no pairs: as `pairing` asks, the scorers tell no two images of one of the "
             f"{len(evaluation.prompts.prompts)} prompts apart. Lower the margin, or use more seeds or other scorers."
         )
-    from accelerate import PartialState
-
     if PartialState().is_main_process:
         write_atomically(folder / PAIRS_FILE, json_lines(rows))
         facts = {
             "Model": model.model if isinstance(model.model, str) else type(model.model).__name__,
             "Images of each prompt": len(settings.seeds),
-            "Scorers": ", ".join(scorer.name for scorer in scorers),
+            "Scorers": ", ".join(scorer.name for scorer in [*scorers, *judges]),
             "Reward": pairing.combination,
         }
         write_card(folder, "Pairs of a model's own images, chosen by scorers.", facts, len(rows))
     return len(rows)
+
+
+def pairs_of_negatives(
+    model: Candidate,
+    prompts: Sequence[str] | PromptList,
+    output_dir: str | Path,
+    settings: ImageSettings,
+    negative_kwargs: Mapping[str, Any],
+) -> int:
+    """Pair each image of a model with the one that it generates from the same noise with worse settings, and write
+    `pairs.jsonl`, which training reads. No scorer is needed.
+
+    By default the worse image is generated without guidance: it shows what the model itself has learned, and what the
+    tuned model, or the negative model of preference guidance, is to avoid or to learn. An interrupted call continues.
+
+    Args:
+        model (`Candidate`): The model.
+        prompts (`Sequence[str]` or `PromptList`): The prompts.
+        output_dir (`str` or `Path`): Folder for images, pairs and a card.
+        settings (`ImageSettings`): Seeds, one pair of each prompt for each, and arguments of the pipeline.
+        negative_kwargs (`Mapping[str, Any]`): Arguments of the pipeline for the worse images, which override those of
+            the settings.
+
+    Returns:
+        `int`: Number of pairs.
+
+    Raises:
+        `ValueError`: If the worse images would be generated like the others, or the folder has images of other
+            settings or pairs that a person picked.
+
+    Source: https://huggingface.co/papers/2505.11777 (Self-NPO) takes a model's own images as negatives, in a trainer of
+    its own. Pairs with the guided image of the same noise are ours.
+    """
+    if {**(settings.call_kwargs or {}), **negative_kwargs} == (settings.call_kwargs or {}):
+        raise ValueError(f"The negatives need arguments of their own, got {dict(negative_kwargs)} for both images.")
+    folder = Path(output_dir)
+    _refuse_picks(folder)
+    listed = prompts if isinstance(prompts, PromptList) else distinct(prompts)
+    sides = {
+        "chosen": replace(model, name="chosen"),
+        "rejected": replace(model, name="rejected", call_kwargs={**(model.call_kwargs or {}), **negative_kwargs}),
+    }
+    peers = peers_of_this_run()
+    for candidate in sides.values():
+        generate_images(candidate, listed.prompts, settings, folder, peers)
+    rows, images = [], []
+    for index, prompt in enumerate(listed.prompts):
+        for seed in settings.seeds:
+            names = {side: image_path(folder, side, index, seed).relative_to(folder).as_posix() for side in sides}
+            drawn_from = settings.noise_seed(prompt, seed)
+            rows.append(
+                {"prompt": prompt, **names, "chosen_noise_seed": drawn_from, "rejected_noise_seed": drawn_from}
+            )
+            facts = {"seed": seed, "noise_seed": drawn_from}
+            images += [ListedImage(name, prompt, {"model": side, **facts}) for side, name in names.items()]
+    listing = {
+        "Model": model.model if isinstance(model.model, str) else type(model.model).__name__,
+        "Chosen": f"images with {json.dumps(settings.call_kwargs or {})}",
+        "Rejected": f"images of the same noise with {json.dumps(dict(negative_kwargs))} besides",
+    }
+    peers.first(lambda: write_manifest(folder, images))
+    peers.first(lambda: write_atomically(folder / PAIRS_FILE, json_lines(rows)))
+    purpose = "A model's images against those that it generates from the same noise with worse settings."
+    peers.first(lambda: write_card(folder, purpose, listing, len(rows), NEGATIVES_ADVICE))
+    return len(rows)
+
+
+def _refuse_picks(folder: Path) -> None:
+    picks = folder / PICKS_FILE
+    if picks.is_file() and picks.stat().st_size:
+        raise ValueError(f"{folder} has pairs that a person picked, which must not be replaced. Use another folder.")
 
 
 def combine(scores: np.ndarray, weights: np.ndarray, combination: Combination) -> np.ndarray:
@@ -171,14 +257,39 @@ def combine(scores: np.ndarray, weights: np.ndarray, combination: Combination) -
     return rewards / spread if spread > 0 else rewards
 
 
-def _pairs(scores: np.ndarray, rewards: np.ndarray, pairing: Pairing) -> list[tuple[int, int]]:
-    """Return the pairs (chosen, rejected) of one prompt's images, the largest difference first."""
+def _judge_neighbours(
+    judge: VLMServerJudge, folder: Path, name: str, prompts: PromptList, settings: ImageSettings
+) -> np.ndarray:
+    """Return whether the judge prefers each image to its neighbour, `(prompts, seeds)`: 1 or -1, 0 for a tie, and NaN
+    without an answer or a neighbour."""
+    count = len(settings.seeds) // 2
+    neighbours = [settings.seeds[2 * pair : 2 * pair + 2] for pair in range(count)]
+    rows = [(index, pair) for index in range(len(prompts.prompts)) for pair in neighbours]
+    # "model+model" names the scores after both models, so they go when the model's images are deleted.
+    compared = score_rows(judge, folder, [name, name], rows, prompts, peers_of_this_run()).reshape(-1, count)
+    judged = np.full((len(prompts.prompts), len(settings.seeds)), np.nan)
+    judged[:, 0 : 2 * count : 2], judged[:, 1 : 2 * count : 2] = compared, -compared
+    return judged
+
+
+def peers_of_this_run() -> Peers:
+    """Return the processes that accelerate launched."""
+    state = PartialState()
+    return Peers(state.process_index, state.num_processes, gather_objects)
+
+
+def _pairs(
+    scores: np.ndarray, rewards: np.ndarray, judged: np.ndarray | None, pairing: Pairing
+) -> list[tuple[int, int]]:
+    """Return the pairs (chosen, rejected) of one prompt's images, the largest difference first. With `judged`
+    (`(images,)`, values 1, 0, -1 or NaN), images at 1 may be chosen and those at -1 rejected."""
     images = np.flatnonzero(np.isfinite(rewards))
     allowed = [
         (rewards[better] - rewards[worse], better, worse)
         for better in images
         for worse in images
         if rewards[better] > rewards[worse]
+        and (judged is None or judged[better] > 0 > judged[worse])
         and (pairing.combination != "pareto" or (scores[:, better] >= scores[:, worse]).all())
     ]
     ordered = [(int(better), int(worse)) for _, better, worse in sorted(allowed, key=lambda pair: -pair[0])]

@@ -9,19 +9,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from accelerate import PartialState
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
 from PIL import Image, ImageDraw, ImageOps
 from tqdm.auto import tqdm
 
-from ..engines.processes import gather_objects
 from ..evaluation import Candidate
 from ..evaluation.images import ImageSettings, check_settings, facts_of, load_candidate, png_bytes
 from ..reporting.sample_images import call_options
 from ..utils.files import file_facts, write_atomically
-from ..utils.processes import Peers
 from .advice import ALIGNED_ADVICE
-from .generate import write_card
+from .generate import peers_of_this_run, write_card
 from .manifest import ListedImage, json_lines, read_manifest, write_manifest
 from .picks import PAIRS_FILE
 
@@ -75,7 +72,7 @@ def pairs_from_images(
     listed, left_out = read_manifest(source)
     if not listed:
         raise ValueError(f"{source} has no images with prompts. Left out: {dict(left_out)}.")
-    peers = Peers(PartialState().process_index, PartialState().num_processes, gather_objects)
+    peers = peers_of_this_run()
     facts = facts_of(model, None, [image.prompt for image in listed], settings)
     files = hashlib.sha256(repr([(image.name, file_facts(source / image.name)) for image in listed]).encode())
     facts |= {"recipe": recipe, "strength": strength, "images": files.hexdigest()}
@@ -187,7 +184,7 @@ def _write(
 ) -> None:
     rows, images = [], []
     for index in done:
-        row = {"prompt": listed[index].prompt, "seed": settings.seeds[0]}
+        row: dict[str, Any] = {"prompt": listed[index].prompt, "seed": settings.seeds[0]}
         for kind in ("chosen", "rejected", *(("mask",) if recipe == "local" else ())):
             row[kind] = _path(folder, kind, index).relative_to(folder).as_posix()
         rows.append(row)

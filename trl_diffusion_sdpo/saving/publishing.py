@@ -50,7 +50,7 @@ class Publisher:
         name = self._args.hub_model_id or output_folder(self._args).absolute().name
         with failing_together(PublishingError, during_upload=True):
             if self._args.process_index == 0:
-                with _explained(f"Making the repository {name}"):
+                with explained_hub_errors(f"Making the repository {name}"):
                     created = self._api.create_repo(
                         name,
                         token=token or self._args.hub_token,
@@ -146,7 +146,7 @@ class Publisher:
 
     def _upload(self, **arguments: Any) -> Any:
         assert self.repository is not None
-        with _explained(f"Uploading to {self.repository}"):
+        with explained_hub_errors(f"Uploading to {self.repository}"):
             return self._api.upload_folder(repo_id=self.repository, **arguments)
 
     def _upload_later(self, *, training: bool, **arguments: Any) -> Future:
@@ -168,7 +168,7 @@ class Publisher:
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
+def explained_hub_errors(what: str) -> Iterator[None]:
     """Turn errors of the Hub and its client into a `PublishingError` in one line, without secrets such as signatures of
     URLs."""
     try:

@@ -24,7 +24,7 @@ from ..families import Family
 from ..losses import LossSpec
 from ..models.text_checks import note_on_limits, note_on_long_prompts
 from ..utils._compat import keeps_order
-from .config.complete import aspect_ratio_buckets, image_size, pairs_of_a_step
+from .config.complete import aspect_ratio_buckets, check_sources, image_size, pairs_of_a_step
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,9 @@ class PairPreparation:
         prepared = prepare_pairs(dataset, self._args, self._loss, name=name, training=training)
         if prepared is None:
             return None
-        if prepared.has_sources != self._family.takes_source:
+        if prepared.has_sources and self._family.may_take_source:
+            check_sources(self._args, self._family.name)
+        elif prepared.has_sources != self._family.takes_source:
             has = "has" if prepared.has_sources else "does not have"
             advice = "Use an edit model, or remove the column." if prepared.has_sources else "Add the column."
             raise ValueError(
@@ -194,6 +196,7 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         use_scores=scores.needs_scores,
         swap_labels=args.swap_labels,
         number_columns=scores.number_columns,
+        noise_seeds=training and args.noise_source == "generated",
         losers=args.losers,
     )
     prepared = prepare_dataset(dataset, options, name=name, peers=peers(args))
@@ -235,8 +238,11 @@ def _check_prepared(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, nam
         _refuse_parts(dataset, args, name)
     if dataset is None:
         return
-    for setting, of_data in {"swap_labels": dataset.is_swapped, "losers": dataset.is_permuted}.items():
-        if of_data != (getattr(args, setting) in (True, "permute")):
+    prepared = {"swap_labels": dataset.is_swapped, "losers": dataset.is_permuted}
+    if training:
+        prepared["noise_source"] = dataset.has_noise_seeds
+    for setting, of_data in prepared.items():
+        if of_data != (getattr(args, setting) in (True, "permute", "generated")):
             raise ValueError(
                 f"The {name} data were prepared with another `{setting}` than {getattr(args, setting)!r}. Pass the "
                 "data set that they were prepared from."

@@ -324,16 +324,24 @@ def _check_noise(args: DiffusionSDPOConfig) -> None:
 
 
 def _check_inversion(args: DiffusionSDPOConfig) -> None:
+    if args.noise_source != "inversion" and args.inversion_kwargs:
+        _warn("`inversion_kwargs` has no effect without `noise_source='inversion'`.")
     if args.noise_source == "shared":
-        if args.inversion_kwargs:
-            _warn("`inversion_kwargs` has no effect without `noise_source='inversion'`.")
         return
-    InversionSettings(**args.inversion_kwargs)
     if args.noise_offset:
         raise ValueError(
-            "`noise_offset` needs noise that is drawn, but `noise_source='inversion'` draws none. Got "
-            f"`noise_offset={args.noise_offset}`. Leave one of the two out."
+            f"`noise_offset` needs `noise_source='shared'`, got `noise_offset={args.noise_offset}` and "
+            f"`noise_source={args.noise_source!r}`. Leave one of the two out."
         )
+    if args.noise_source == "generated":
+        for name in ("random_flip", "random_crop"):
+            if getattr(args, name):
+                raise ValueError(
+                    f"`noise_source='generated'` needs images as they were generated, got `{name}=True`. Set it to "
+                    "False: the noise of an image does not fit its mirror image or a part of it."
+                )
+        return
+    InversionSettings(**args.inversion_kwargs)
     if args.eval_strategy == "no" and args.winner_budget is None:
         _warn(
             "With `noise_source='inversion'`, training errors are measured at noise from the policy's own inversion. "

@@ -12,7 +12,7 @@ from ...losses import Anchor, Granularity, LossSpec, LossType, Safeguard, loss_s
 from ...step.winner_budget import ProbeSettings
 from .declaring import RESUME, Choices, Keys, Range, documented
 
-NoiseSource = Literal["shared", "inversion"]
+NoiseSource = Literal["shared", "inversion", "generated"]
 OnWinnerRise = Literal["ignore", "warn", "stop"]
 
 
@@ -51,8 +51,10 @@ class NoiseArguments:
             the memory. Evaluation is not affected.
         noise_source (`str`, *optional*, defaults to `"shared"`):
             Source of the noise in training. `"shared"` draws one noise for both images of a pair. `"inversion"` inverts
-            each image with the current policy up to the pair's timestep and uses the noise that this gives. Evaluation
-            always draws shared noise.
+            each image with the current policy up to the pair's timestep and uses the noise that this gives.
+            `"generated"` takes the noise from which each image was generated, drawn again from the columns
+            `chosen_noise_seed` and `rejected_noise_seed` of `pairs generate`, as in
+            [PNAPO](https://huggingface.co/papers/2605.09433). Evaluation always draws shared noise.
         inversion_kwargs (`dict` or `str`, *optional*):
             Constants of the inversion by name, in YAML or as JSON. `kind` is `"ddim"` (one prediction a step, as in
             DDIM-InPO) or `"renoise"` (the mean of two predictions, as in SmPO-Diffusion). `steps` (default 10) counts
