@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,7 @@ from ..cache.reference_errors import warn_of_repeated_draws
 from ..data.buckets import BucketSampler
 from ..data.pairs import PreferenceCollator, PreferenceDataset
 from ..data.streaming import PreferenceIterableDataset, StreamPosition
-from ..engines.batch_loaders import BatchLoaders, LazyBatches, choose_workers
+from ..engines.batch_loaders import BatchLoaders, choose_workers
 from ..engines.engine import Engine
 from ..engines.engine_settings import by_engine, shards_weights
 from ..engines.processes import check_agreement, failing_together
@@ -207,7 +207,6 @@ class DiffusionSDPOTrainer(Trainer):
         self._controllers = components.controllers
 
         # Initialize the state that training and evaluation change.
-        self._finite = self._new_finite_check(callbacks or [])
         self._engine_ready = False
         self._evaluated_weights: EMAWeights | None = None  # weights that predict instead of the policy's
         self._first_step = 0  # step at which `train` began or resumed
@@ -241,6 +240,7 @@ class DiffusionSDPOTrainer(Trainer):
 
         # Set up the components that need the accelerator.
         self.engine.check()
+        self._finite = self._new_finite_check()
         for weights in self._weight_copies:
             if shards_weights(args) and not self.engine.shards_weights:  # accelerate ignores FSDP with one process
                 weights.stop_sharing()
@@ -322,7 +322,7 @@ class DiffusionSDPOTrainer(Trainer):
         `None`, because losses are means over pairs.
         """
         if isinstance(self.train_dataset, PreferenceDataset):
-            return LazyBatches(epoch_iterator, num_batches), None
+            return _LazyBatches(epoch_iterator, num_batches), None
         batches = list(islice(epoch_iterator, num_batches))
         if self._position is not None:
             for batch in batches:
@@ -476,7 +476,7 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
         """Prepare as transformers does, then set up the components that need the model as the engine wrapped it."""
-        self._finite = self._new_finite_check(self.callback_handler.callbacks)
+        self._finite = self._new_finite_check()
         self.engine.complete_settings(exact_gradients=self.args.safeguard == "parameter")
         unrounded = self.engine.unrounded(self.denoiser)
         for weights in self._weight_copies:
@@ -504,8 +504,12 @@ class DiffusionSDPOTrainer(Trainer):
         )  # build it, so that an engine that cannot have it is refused before the first step
         return prepared
 
-    def _new_finite_check(self, callbacks: Sequence[TrainerCallback]) -> FiniteCheck:
-        return FiniteCheck(step_exchange(callbacks), lambda: networks(self.family, self.reference.module))
+    def _new_finite_check(self) -> FiniteCheck:
+        return FiniteCheck(
+            step_exchange(self.callback_handler.callbacks),
+            lambda: networks(self.family, self.reference.module),
+            before_backward=self.engine.steps_in_backward and self.args.safeguard != "parameter",
+        )
 
     @functools.cached_property
     def parameter_safeguard(self) -> ParameterSafeguard | None:
@@ -611,7 +615,7 @@ class DiffusionSDPOTrainer(Trainer):
             self._meter.add(self.pair_forward.logged_metrics(outputs), len(inputs["seeds"]))
             if self.auto_beta is not None:
                 self.auto_beta.add(outputs)
-            if self.engine.steps_in_backward and safeguard is None:
+            if self._finite.before_backward:
                 self._finite.verify(self.state.global_step + 1)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
@@ -988,6 +992,29 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _finish_current_push(self) -> None:
         self.publisher.wait()
+
+
+class _LazyBatches:
+    """Micro-batches of an optimizer step, which can be iterated once. The first one is loaded by the constructor,
+    because a loader draws the seeds of its epoch then. The others are loaded when they are needed.
+
+    Args:
+        batches (`Iterator`): Batches of an epoch.
+        count (`int`): Micro-batches of the step. At least so many must be left.
+    """
+
+    def __init__(self, batches: Iterator[Any], count: int):
+        self._batches = batches
+        self._count = count
+        self._first = [next(batches)]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self._first.pop()
+        for _ in range(self._count - 1):
+            yield next(self._batches)
 
 
 def _marks_real_pairs(dataset: Any) -> bool:

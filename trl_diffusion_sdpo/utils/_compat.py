@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
@@ -19,7 +19,6 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_
 # A lost connection to the Hub raises an error of httpx or httpx2, depending on the version of huggingface_hub. This is
 # the common base class of both errors. Can go when huggingface_hub has its own error class for a lost connection.
 from huggingface_hub.errors import HTTPError as HubConnectionError
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 # Finds the rank or alpha of a module in the patterns of a LoRA's configuration. Can go when `peft.utils` exports it, or
 # when PEFT's configuration has a method for it.
@@ -52,6 +51,13 @@ __all__ += ["TensorBoardCallback", "TrackioCallback", "WandbCallback"]
 # when torch adds the formulas.
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# Attributes of PEFT's layers: whether their adapters are off, and the names of the active adapters. PEFT's
+# `enable_adapters` and `set_adapter` also change `requires_grad` of every weight. This is slow: it takes as long as the
+# Python code of hundreds of layers' forward passes. It also misleads FSDP2, because FSDP2 reads `requires_grad` in the
+# first forward pass only, to choose the precision of gradients. Can go when both attributes have a public spelling.
+ADAPTERS_OFF = "_disable_adapters"
+ACTIVE_ADAPTER = "_active_adapter"
 
 
 def block_names(denoiser: ModelMixin) -> list[str]:
@@ -105,57 +111,6 @@ def has_attention_backends(denoiser: torch.nn.Module) -> bool:
 def loads_lora(pipeline_class: type[DiffusionPipeline]) -> bool:
     """Return whether a pipeline has `load_lora_weights` and `save_lora_weights`."""
     return issubclass(pipeline_class, LoraBaseMixin)
-
-
-def switch_adapters(layers: Iterable[BaseTunerLayer], *, on: bool) -> None:
-    """Switch the adapters of PEFT's layers on or off, and leave `requires_grad` of their weights as it is.
-
-    PEFT's `enable_adapters` changes `requires_grad` of every weight. This is slow: it takes as long as the Python code
-    of hundreds of layers' forward passes. It also misleads FSDP2, because FSDP2 reads `requires_grad` in the first
-    forward pass only, to choose the precision of gradients. `_disable_adapters` has no public spelling. Can go when
-    there is one.
-    """
-    for layer in layers:
-        layer._disable_adapters = not on
-        assert layer.disable_adapters is not on, f"PEFT's {type(layer).__name__} no longer reads `_disable_adapters`."
-
-
-def activate_adapter(layers: Iterable[BaseTunerLayer], name: str) -> None:
-    """Make an adapter the active one of PEFT's layers, and leave `requires_grad` of all weights as it is.
-
-    PEFT's `set_adapter` changes `requires_grad` of every weight of every adapter. [`switch_adapters`] says what this
-    costs. `_active_adapter` has no public spelling. Can go when there is one.
-    """
-    for layer in layers:
-        layer._active_adapter = [name]
-        assert layer.active_adapters == [name], f"PEFT's {type(layer).__name__} no longer reads `_active_adapter`."
-
-
-@contextlib.contextmanager
-def adapters_as_they_were(layers: Iterable[BaseTunerLayer]) -> Iterator[None]:
-    """Restore the active adapters at the end of the context, and whether adapters are switched on.
-
-    `_active_adapter` and `_disable_adapters` have no public spelling. Can go when both have one.
-    """
-    states = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
-    try:
-        yield
-    finally:
-        for layer, active, disabled in states:
-            layer._active_adapter, layer._disable_adapters = active, disabled
-
-
-def modules_of(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yield a module and all its submodules, in any order. A shared submodule is repeated.
-
-    torch's `modules()` takes several times as long, because it also builds the names. `_modules` has no public
-    spelling. Can go when `modules()` is as fast.
-    """
-    pending = [module]
-    while pending:
-        current = pending.pop()
-        yield current
-        pending += [child for child in current._modules.values() if child is not None]
 
 
 def forward_pre_hooks(module: torch.nn.Module) -> list[Any]:

@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from ...data.checking import parse_verify_images
 from ...data.images import parse_schemes
 from ...families.inversion import InversionSettings
-from ...families.timestep_sampling import TimestepSampling
+from ...families.noise import TimestepSampling
 from ...losses import (
     LOSSES,
     WEIGHT_FUNCTIONS,

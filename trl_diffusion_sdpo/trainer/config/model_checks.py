@@ -13,8 +13,7 @@ from torch import nn
 
 from ...families import Family
 from ...families.inversion import InversionSettings, inversion_of
-from ...families.noise import NoiseProcess
-from ...families.timestep_sampling import TimestepSampling
+from ...families.noise import NoiseProcess, TimestepSampling
 from ...losses import LOSSES, loss_weights_by_name
 from ...utils._compat import activation_checkpointing, checkpoints_activations
 
