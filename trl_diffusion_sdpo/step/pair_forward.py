@@ -329,7 +329,9 @@ class PairForward:
             conditioning, size = inputs["conditioning"] | host, inputs["target_size"]
         else:
             pixels = pixels_as_floats(inputs["pixel_values"])
-            stays = self._frozen.state == "on device"  # other VAEs and text encoders are copied or loaded for this call
+            stays = (
+                self._frozen.state == "on device"
+            )  # other VAEs and text encoders are copied or loaded for this call
             with contextlib.nullcontext(self.family) if stays else self._frozen.in_use() as family:
                 latents = family.encode_images(pixels, [*generators, *generators])
                 conditioning = family.encode_prompts(inputs["prompts"])  # one row per pair or per image

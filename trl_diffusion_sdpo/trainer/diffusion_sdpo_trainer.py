@@ -140,7 +140,6 @@ class DiffusionSDPOTrainer(Trainer):
     hub_model_id: Any
     gather_function: Any
     dataset_name: str | None = None  # Hub id of the training data, for the model card
-    _counted: torch.Tensor  # mask of the real pairs in an evaluation's batch; the others only fill it up
     _tag_names = ["trl-diffusion-sdpo", "diffusion-sdpo"]
     _name = "Diffusion-SDPO"
     _paper = {
@@ -208,12 +207,11 @@ class DiffusionSDPOTrainer(Trainer):
 
         # Initialize the state that training and evaluation change.
         self._engine_ready = False
-        self._evaluated_weights: EMAWeights | None = None  # weights that predict instead of the policy's
         self._first_step = 0  # step at which `train` began or resumed
         self._saved_step = -1  # step of the last checkpoint of this training
-        self._position: StreamPosition | None = None  # position of this process in a stream
         self._began = 0.0  # monotonic time at which training began
-        self._partial_dir: str | None = None  # temporary folder of the checkpoint that is being written
+        self._counted = torch.zeros(0)  # 1 for each real pair of the last evaluation batch, 0 for those that fill it
+        self._checkpoints_dir = args.output_dir  # while a checkpoint is being written, a temporary folder
 
         # Turn the data into pairs, and encode them if the settings say so. Encoding needs the device's memory, so the
         # second copies of the weights move to the device afterwards. Engines move copies that they shard or round.
@@ -222,6 +220,9 @@ class DiffusionSDPOTrainer(Trainer):
         if not by_engine(args):
             for weights in self._weight_copies:
                 weights.to(args.device)
+        self._position: StreamPosition | None = None  # only streams have one
+        if isinstance(train_dataset, PreferenceIterableDataset):
+            self._position = load_position(train_dataset, args, 0, None)
 
         # Call transformers' constructor. It sets up accelerator, device, callbacks and repository.
         self.publisher = Publisher(args, NOT_PUBLISHED)
@@ -566,9 +567,8 @@ class DiffusionSDPOTrainer(Trainer):
             return
         if isinstance(self.train_dataset, PreferenceIterableDataset):
             batches, checkpoint = kwargs["steps_trained_in_current_epoch"], kwargs["resume_from_checkpoint"]
-            position = load_position(self.train_dataset, self.args, batches, checkpoint)
-            kwargs["train_dataloader"].dataset.start_at(position)
-            self._position = position
+            self._position = load_position(self.train_dataset, self.args, batches, checkpoint)
+            kwargs["train_dataloader"].dataset.start_at(self._position)
         super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
@@ -670,14 +670,14 @@ class DiffusionSDPOTrainer(Trainer):
             seeds = seeds_of_draws(inputs["seeds"], self._evaluation.draws)
             draws = [
                 self.pair_forward.predict_pairs(
-                    model, {**inputs, "seeds": seeds[start : start + pairs]}, self._evaluated_weights
+                    model, {**inputs, "seeds": seeds[start : start + pairs]}, self._evaluation.weights
                 )
                 for start in range(0, len(seeds), pairs)
             ]
             real = inputs.get("counted", real_pairs(self.accelerator.gradient_state, pairs, self.args.process_index))
             outputs = self._evaluation.add(draws, real)
         loss = torch.stack([output.loss.detach() for output in outputs]).mean()
-        self._counted = torch.arange(pairs, device=loss.device) < real
+        self._counted = (torch.arange(pairs, device=loss.device) < real).float()
         if prediction_loss_only:
             return loss, None, None
         rewards = torch.stack([output.pair_rewards for output in outputs]).mean(0)
@@ -700,11 +700,8 @@ class DiffusionSDPOTrainer(Trainer):
         settings = (description, prediction_loss_only, ignore_keys)
         output = self._measured_loop(dataloader, *settings, metric_key_prefix)
         if self.average is not None:
-            self._evaluated_weights = self.average
-            try:
-                averaged = self._measured_loop(dataloader, *settings, f"{metric_key_prefix}_{EMA_FOLDER}")
-            finally:
-                self._evaluated_weights = None
+            prefix = f"{metric_key_prefix}_{EMA_FOLDER}"
+            averaged = self._measured_loop(dataloader, *settings, prefix, weights=self.average)
             assert output.metrics is not None and averaged.metrics is not None
             output.metrics.update(averaged.metrics)
         scores = self.sample_scores
@@ -713,12 +710,18 @@ class DiffusionSDPOTrainer(Trainer):
             output.metrics.update({f"eval_{name}": value for name, value in scores.metrics.items()})
         return output
 
-    def _measured_loop(self, dataloader: DataLoader, *settings: Any) -> EvalLoopOutput:
-        """Pass over the data once, and add the metrics of its pairs."""
+    def _measured_loop(
+        self, dataloader: DataLoader, *settings: Any, weights: EMAWeights | None = None
+    ) -> EvalLoopOutput:
+        """Pass over the data once, and add the metrics of its pairs. If `weights` is `None`, the policy predicts."""
         self._evaluation.drain(self.accelerator)
         draws = 1 if self.reference.is_precomputed else draws_of_noise(dataloader.dataset)
         self._evaluation.begin(
-            dataloader.dataset, settings[-1], before_training=self.state.global_step == 0, draws=draws
+            dataloader.dataset,
+            settings[-1],
+            before_training=self.state.global_step == 0,
+            draws=draws,
+            weights=weights,
         )
         if _marks_real_pairs(dataloader.dataset):
             self.gather_function = self._gather_counted  # transformers resets it after the pass
@@ -731,7 +734,7 @@ class DiffusionSDPOTrainer(Trainer):
     def _gather_counted(self, values: torch.Tensor) -> torch.Tensor:
         """Gather the values of the pairs from all processes, without pairs that only fill up a batch. accelerate does
         not recognize them in the last batch of an image size or of a stream."""
-        gathered, counted = self.accelerator.gather(values), self.accelerator.gather(self._counted.float())
+        gathered, counted = self.accelerator.gather(values), self.accelerator.gather(self._counted)
         return gathered[counted > 0] if len(gathered) == len(counted) else gathered
 
     def verdict(self) -> Verdict | None:
@@ -808,15 +811,11 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self._finite.verify_gradient()
-        run_dir = Path(self._get_output_dir(trial))
+        run_dir = Path(self._checkpoints_dir)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with self.run_files.writing_checkpoint(run_dir / name) as partial:
-            self._partial_dir = str(partial.parent)
-            try:
-                with temporarily(self.args, push_to_hub=False):
-                    super()._save_checkpoint(model, trial)
-            finally:
-                self._partial_dir = None
+            with temporarily(self, _checkpoints_dir=str(partial.parent)), temporarily(self.args, push_to_hub=False):
+                super()._save_checkpoint(model, trial)
             if self.state.best_model_checkpoint == str(partial):  # transformers stores the temporary path
                 self.state.best_model_checkpoint = str(run_dir / name)
                 if self.args.should_save:
@@ -827,8 +826,7 @@ class DiffusionSDPOTrainer(Trainer):
         self.run_files.checkpoints.rotate(run_dir, self.state.best_model_checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Return the folder of checkpoints. While one is being written, this is a temporary folder on the same disk."""
-        return self._partial_dir or super()._get_output_dir(trial)
+        return self._checkpoints_dir
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.engine.holds_shards:
