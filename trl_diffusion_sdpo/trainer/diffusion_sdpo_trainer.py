@@ -60,8 +60,14 @@ from ..utils.files import VERDICT_FILE, VERDICT_PLOT
 from .callbacks import add_callbacks, load_sample_scores
 from .components import build_components, load_policy, make_reference_errors
 from .config.all_arguments import temporarily
-from .config.complete import copy_and_check_args, image_size, largest_batch, pairs_of_a_step, stored_crops
-from .config.model_checks import refuse_dropout
+from .config.complete import (
+    copy_and_check_args,
+    image_size,
+    largest_batch,
+    pairs_of_a_step,
+    refuse_dropout,
+    stored_crops,
+)
 from .data_preparation import (
     PREPARED,
     PairPreparation,
