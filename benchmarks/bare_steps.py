@@ -20,7 +20,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from turns import Recording, now
 
-from trl_diffusion_sdpo.models.adapters import adapter_layers, adapters_off
+from trl_diffusion_sdpo.models.adapters import adapter_layers
+from trl_diffusion_sdpo.models.weight_copies import using_adapter
 
 VAE_SEED_MASK = 0x5DEECE66D  # this package uses one seed for encoding and another for noise
 
@@ -117,7 +118,7 @@ def bare_loss(bench: Bench, batch: dict[str, Any]) -> torch.Tensor:
         timesteps, noise = (uniform * 1000).long().repeat(2), noise.repeat(2, 1, 1, 1)
         noisy = bench.pipeline.scheduler.add_noise(latents, noise, timesteps)
     # `bench.predict_reference` would also measure how long diffusers takes to switch adapters.
-    with bench.part("reference"), torch.no_grad(), adapters_off(bench.adapters):
+    with bench.part("reference"), torch.no_grad(), using_adapter(bench.adapters, None):
         reference = (bench.reference or bench.unet)(noisy, timesteps, text).sample
     with bench.part("policy"):
         predicted = bench.unet(noisy, timesteps, text).sample

@@ -6,8 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from trl_diffusion_sdpo.families.noise import DDPMProcess, FlowMatchingProcess
-from trl_diffusion_sdpo.families.timestep_sampling import TimestepSampling
+from trl_diffusion_sdpo.families.noise import DDPMProcess, FlowMatchingProcess, TimestepSampling
 
 DRAWS = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1 - 2**-24])
 DYNAMIC = {

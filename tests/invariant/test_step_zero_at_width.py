@@ -11,9 +11,10 @@ from peft import LoraConfig
 from tiny_pipelines import case
 
 from trl_diffusion_sdpo.families import find_family
-from trl_diffusion_sdpo.models.adapters import adapter_layers, adapter_on, add_lora
+from trl_diffusion_sdpo.models.adapters import adapter_layers, add_lora
 from trl_diffusion_sdpo.models.numerics import read_contiguous
 from trl_diffusion_sdpo.models.reference import AdapterReference, FrozenReference
+from trl_diffusion_sdpo.models.weight_copies import using_adapter
 
 ROWS = 4
 # Tiny pipeline -> its denoiser's published widths and as few layers as there can be, and its conditioning's widths.
@@ -189,7 +190,7 @@ def test_a_frozen_adapter_predicts_what_the_trained_one_does_bit_for_bit(name, b
 
 @contextlib.contextmanager
 def as_frozen(denoiser, adapter):
-    with adapter_on(adapter_layers(denoiser), "ref", back=adapter):
+    with using_adapter(adapter_layers(denoiser), "ref"):
         yield denoiser
 
 

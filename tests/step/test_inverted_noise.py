@@ -228,7 +228,7 @@ def test_the_probe_of_a_budget_keeps_drawn_noise(make_trainer):
         begin = trainer.winner_budget.begin
         trainer.winner_budget.begin = lambda *given, begin=begin, trainer=trainer: (
             begin(*given),
-            probes.append(trainer.winner_budget.probe.batches),
+            probes.append([winners.batch for winners in trainer.winner_budget.probe]),
         )
         trainer.train()
     for drawn, inverted in zip(*probes, strict=True):

@@ -28,7 +28,7 @@ def levels_of(timesteps):
 
 
 def probe_of(trainer):
-    return trainer.winner_budget.make_probe(trainer.model_wrapped, trainer._load_probe())
+    return trainer.winner_budget.make_probe(trainer._load_probe())
 
 
 def items_of(trainer):
@@ -44,7 +44,7 @@ def by_hand(unet, probe, parts):
     """Mean error of the winners at each level, from the model's own predictions in float64."""
     unet = copy.deepcopy(unet).double().eval()
     errors = [[] for _ in range(parts)]
-    for batch in probe.batches:
+    for batch in (winners.batch for winners in probe):
         with torch.no_grad():
             text = batch.conditioning["prompt_embeds"].double()
             predicted = unet(batch.noisy.double(), batch.timesteps, encoder_hidden_states=text).sample
@@ -73,7 +73,7 @@ def test_the_probe_is_of_winners_at_every_level_and_its_errors_are_the_models(ma
     items = [trainer.eval_dataset.for_evaluation()[row] for row in (0, 3, 6)]
     latents, conditioning = trainer.pair_forward.encode(trainer.data_collator(items))
     for level in range(4):
-        rows = [batch for batch, part in zip(probe.batches, probe.noise_bins, strict=True) if part[0] == level]
+        rows = [winners.batch for winners in probe if winners.noise_bins[0] == level]
         noisy = torch.cat([row.noisy for row in rows])
         noise = torch.cat([row.target for row in rows])
         timesteps = torch.cat([row.timesteps for row in rows])
@@ -206,9 +206,9 @@ def test_a_resumed_run_steers_on_as_if_undisturbed_to_the_bit(build, tmp_path):
 
 def test_the_probe_keeps_to_the_timesteps_that_training_draws(build):
     trainer = build(timestep_range=[0, 300])
-    assert max(int(batch.timesteps.max()) for batch in probe_of(trainer).batches) < 300
+    assert max(int(winners.batch.timesteps.max()) for winners in probe_of(trainer)) < 300
     trainer = build(timesteps=[999, 50])
-    visited = {int(t) for batch in probe_of(trainer).batches for t in batch.timesteps}
+    visited = {int(t) for winners in probe_of(trainer) for t in winners.batch.timesteps}
     assert visited == {999, 50}
 
 
@@ -233,7 +233,7 @@ def test_the_probes_winners_are_whom_the_scores_prefer(make_trainer, make_pairs)
     _, reversed_first = scored_probe([1.0, 2.0], [2.0, 1.0])
     inputs = trainer.data_collator(items_of(trainer))
     winners, losers = trainer.pair_forward.encode(inputs)[0].chunk(2)
-    for mine, plain in zip(reversed_first.batches, agreeing.batches, strict=True):
+    for mine, plain in ((mine.batch, plain.batch) for mine, plain in zip(reversed_first, agreeing, strict=True)):
         a = levels_of(mine.timesteps)[1].view(-1, 1, 1, 1)
         moved = (mine.noisy - plain.noisy) / a.sqrt()
         expected = torch.stack([losers[0] - winners[0], torch.zeros_like(winners[1])])

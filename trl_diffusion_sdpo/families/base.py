@@ -16,8 +16,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
 from .loss_defaults import FALLBACK, LossDefaults
-from .noise import NoiseProcess, constant, generators_of, standard_normal
-from .timestep_sampling import WeightingScheme
+from .noise import NoiseProcess, WeightingScheme, constant, generators_of, standard_normal
 
 # The VAE encodes at most this many pixels at once. On a whole micro-batch, its activations would set peak memory.
 PIXELS_AT_ONCE = 8 * 512 * 512

@@ -12,8 +12,7 @@ import torch
 
 from .base import Family, check_in_channels
 from .loss_defaults import FLOW_DEFAULTS
-from .noise import FlowMatchingProcess, constant
-from .timestep_sampling import TimestepSampling
+from .noise import FlowMatchingProcess, TimestepSampling, constant
 
 PATCH_SIZE = 2
 

@@ -16,10 +16,10 @@ from torch import nn
 
 from ..engines.engine import Engine
 from ..families import Family
-from .adapters import adapter_layers, adapter_parts, adapter_scalings, adapter_state, adapters_off, base_tensors
+from .adapters import adapter_layers, adapter_parts, adapter_scalings, adapter_state, base_tensors
 from .kernels import compile_blocks
 from .numerics import read_contiguous
-from .weight_copies import SecondAdapter, SecondDenoiser, WeightCopy, second_copy
+from .weight_copies import AdaptersOff, SecondAdapter, SecondDenoiser, WeightCopy, second_copy
 
 REFERENCE_FILE = "reference.safetensors"  # in checkpoints
 REFERENCE_ADAPTER = "ref"
@@ -33,7 +33,7 @@ class Reference(WeightCopy):
     # whether batches contain the reference's errors, so that no reference model runs in training
     is_precomputed = False
 
-    def __init__(self, second: SecondAdapter | SecondDenoiser | None = None, *, stored: bool = False):
+    def __init__(self, second: AdaptersOff | SecondAdapter | SecondDenoiser | None = None, *, stored: bool = False):
         super().__init__(second, REFERENCE_FILE, stored=stored)
 
 
@@ -49,13 +49,7 @@ class AdapterOffReference(Reference):
     kind = "adapter_off"
 
     def __init__(self, denoiser: nn.Module):
-        super().__init__()
-        self._layers = adapter_layers(denoiser)  # searched once, because a search takes milliseconds
-
-    @contextlib.contextmanager
-    def active(self, model: nn.Module) -> Iterator[nn.Module]:
-        with adapters_off(self._layers):
-            yield model
+        super().__init__(AdaptersOff(denoiser))
 
 
 class AdapterReference(Reference):

@@ -116,9 +116,18 @@ class FiniteCheck:
         exchange ([`StepExchange`]): Exchange of the flag between processes.
         networks (`Callable`): Returns the networks that computed the losses, by name. Their weights are checked only if
             a loss is not finite.
+        before_backward (`bool`): Whether [`FiniteCheck.verify`] must be called before the last backward pass of a step,
+            because the engine changes the weights within this pass.
     """
 
-    def __init__(self, exchange: StepExchange, networks: Callable[[], Mapping[str, nn.Module]]):
+    def __init__(
+        self,
+        exchange: StepExchange,
+        networks: Callable[[], Mapping[str, nn.Module]],
+        *,
+        before_backward: bool = False,
+    ):
+        self.before_backward = before_backward
         self._exchange = exchange
         self._networks = networks
         self._gradient: HostCopy | None = None
@@ -209,6 +218,7 @@ class StepExchange:
 
     def reset(self) -> None:
         """Forget all flags. Training calls this method when it begins."""
+        self._several = several_processes()
         self._requested = False
         self._stops = False
         self._messages: list[HostCopy] = []
@@ -218,13 +228,13 @@ class StepExchange:
         self._requested = True
 
     def send(self, bad_loss: torch.Tensor) -> None:
-        """Queue this step's all-reduce. All processes must call this.
+        """Queue this step's all-reduce, if there are several processes. All of them must call this.
 
         Args:
             bad_loss (`torch.Tensor` of shape `()`): Whether a loss of this process was not finite, on the device.
         """
         flags = torch.stack([bad_loss, torch.full_like(bad_loss, self._requested)]).to(torch.int32)
-        self._messages = [HostCopy(max_over_processes(flags))]
+        self._messages = [HostCopy(max_over_processes(flags) if self._several else flags)]
 
     def receive(self) -> bool:
         """Return whether a loss of any process was not finite. `False` if nothing was sent since the last call."""
@@ -240,7 +250,7 @@ class StepExchange:
 
         One process stops if a stop was requested. Several processes stop if any of them has sent a request.
         """
-        return self._stops if several_processes() else self._requested
+        return self._stops if self._several else self._requested
 
 
 class HostCopy:

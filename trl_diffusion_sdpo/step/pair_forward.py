@@ -240,6 +240,9 @@ class PairForward:
             safeguard = "none" if settings.safeguard == "parameter" else settings.safeguard
         batch, reference = predictions.batch, predictions.reference
         noise_levels = batch.noise_levels.chunk(2)[0]
+        noise_bins = None
+        if settings.safeguard_granularity == "noise_bin":
+            noise_bins = noise_bin_of(noise_levels, settings.num_noise_bins)
         outputs = diffusion_preference_loss(
             batch.within(predictions.policy),
             batch.within(batch.target),
@@ -256,7 +259,7 @@ class PairForward:
             pair_weights=predictions.pair_weights,
             timestep_weights=self.timestep_weights(batch),
             loser_weights=self.loser_weights(noise_levels),
-            noise_bins=noise_bin_of(noise_levels, settings.num_noise_bins),
+            noise_bins=noise_bins,
             num_noise_bins=settings.num_noise_bins,
             scores=predictions.scores,
             **cast(dict[str, Any], settings.loss_kwargs),
@@ -326,7 +329,10 @@ class PairForward:
             conditioning, size = inputs["conditioning"] | host, inputs["target_size"]
         else:
             pixels = pixels_as_floats(inputs["pixel_values"])
-            with self._frozen.in_use() as family:
+            stays = (
+                self._frozen.state == "on device"
+            )  # other VAEs and text encoders are copied or loaded for this call
+            with contextlib.nullcontext(self.family) if stays else self._frozen.in_use() as family:
                 latents = family.encode_images(pixels, [*generators, *generators])
                 conditioning = family.encode_prompts(inputs["prompts"])  # one row per pair or per image
                 if "sources" in inputs:  # encoded once for both branches

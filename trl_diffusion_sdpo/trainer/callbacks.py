@@ -218,7 +218,7 @@ class WinnerBudgetCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if state.global_step % self._every == 0:
-            self._budget.update()
+            self._budget.update(self._policy())
 
 
 class DataReportCallback(TrainerCallback):

@@ -202,7 +202,12 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
     prepared = prepare_dataset(dataset, options, name=name, peers=peers(args))
     if not training:
         _refuse_parts(prepared, args, name)
-    _check_scores(prepared, scores, args, name)
+    if scores.needs_scores and not prepared.has_scores:
+        what = f"The loss {args.loss_type!r}" if scores.sorts_by_scores else "`pair_weights`"
+        raise ValueError(
+            f"{what} needs the columns `chosen_score` and `rejected_score`. The {name} data have none. Score the "
+            "images first, or choose another loss or setting."
+        )
     if args.mask_anchor and not prepared.has_masks:
         raise ValueError(
             f"`mask_anchor={args.mask_anchor}` needs a mask column, and the {name} data has none. Add one, or "
@@ -210,15 +215,6 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         )
     scores.apply_to(prepared, peers(args))
     return prepared
-
-
-def _check_scores(dataset: Any, scores: ScoreSettings, args: DiffusionSDPOConfig, name: str) -> None:
-    if scores.needs_scores and not dataset.has_scores:
-        what = f"The loss {args.loss_type!r}" if scores.sorts_by_scores else "`pair_weights`"
-        raise ValueError(
-            f"{what} needs the columns `chosen_score` and `rejected_score`. The {name} data have none. Score the "
-            "images first, or choose another loss or setting."
-        )
 
 
 def score_settings(args: DiffusionSDPOConfig, loss: LossSpec, *, training: bool) -> ScoreSettings:

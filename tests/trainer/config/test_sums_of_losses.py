@@ -3,7 +3,7 @@
 import pytest
 
 from trl_diffusion_sdpo.families.stable_diffusion import StableDiffusionFamily
-from trl_diffusion_sdpo.trainer.config.model_checks import loss_defaults
+from trl_diffusion_sdpo.trainer.config.complete import loss_defaults
 
 
 @pytest.mark.parametrize(
