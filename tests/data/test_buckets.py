@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN
 
-from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets, BucketSampler, PairSizes, Repeated, candidates
+from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets, BucketSampler, PairSizes, Repeated
 from trl_diffusion_sdpo.data.checking import describe_sizes
 
 AT_1024 = [
@@ -136,9 +136,3 @@ def test_pairs_that_are_never_trained_on_are_counted():
         two.describe_epoch(2, drop_last=False, shuffled=True)[1]
         and not two.describe_epoch(1, drop_last=False, shuffled=True)[1]
     )
-
-
-def test_a_pair_is_replaced_by_the_next_ones_of_its_size():
-    sizes = PairSizes(((16, 20), (16, 16), (20, 16)), np.array([1, 0, 2, 1, 0, 2], dtype=np.uint16))
-    assert list(candidates(3, 6, sizes)) == [3, 0]
-    assert list(candidates(4, 6, None)) == [4, 5, 0, 1, 2, 3]

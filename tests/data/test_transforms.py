@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from trl_diffusion_sdpo.data import UndecodableImageError, decode_image, pixels_as_floats
-from trl_diffusion_sdpo.data.images import PairDraws, PairTransform
+from trl_diffusion_sdpo.data.transforms import PairDraws, PairTransform
 
 
 def encoded(image, kind="PNG", **options):

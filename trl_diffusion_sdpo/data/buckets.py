@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import pairwise
 from math import isqrt
 
 import numpy as np
@@ -153,15 +153,6 @@ class PairSizes:
     def _counts(self) -> np.ndarray:
         """Return the number of pairs of each bucket."""
         return np.bincount(self.numbers, minlength=len(self.sizes))
-
-
-def candidates(pair: int, pairs: int, sizes: PairSizes | None) -> Iterator[int]:
-    """Yield a pair, then the next pairs of the same size. They replace the pair if it cannot be decoded."""
-    following = chain(range(pair, pairs), range(pair))
-    if sizes is None:
-        yield from following
-    else:
-        yield from (other for other in following if sizes.numbers[other] == sizes.numbers[pair])
 
 
 class Repeated(int):

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..utils.hints import did_you_mean
 from ..utils.processes import Peers, forks_by_default, usable_cores
 from ..utils.switch_words import SWITCH_WORDS
-from .images import ImageReader, UndecodableImageError
+from .images import ImageReader, UndecodableImageError, same_image
 
 logger = logging.getLogger(__name__)
 
@@ -144,13 +143,13 @@ def check_pairs(
     """
 
     def check(pair: np.ndarray) -> tuple[int, int, str] | bool:
-        images = []
+        decoded = []
         for row, image in pair.reshape(2, 2).tolist():
             try:
-                images.append(reader.decode_at(source.images(row), image))
+                decoded.append(source.images([(row, image)])[0].decode(reader))
             except UndecodableImageError as error:
                 return row, image, str(error)
-        return same_image(*images)
+        return same_image(*decoded)
 
     results = peers.gather_results(lambda: [check(pair) for pair in places[peers.index :: peers.count]])
     checked: list[Any] = [None] * len(places)
@@ -207,11 +206,6 @@ def evenly_spaced(size: int, wanted: int) -> np.ndarray:
     """Return at most `wanted` of the indices `0 .. size - 1`, evenly spaced, without repeats, starting at 0."""
     count = min(size, wanted)
     return np.arange(count, dtype=np.int64) * size // max(count, 1)
-
-
-def same_image(first: Image.Image, second: Image.Image) -> bool:
-    """Return whether two RGB images have the same pixels."""
-    return first.size == second.size and first.tobytes() == second.tobytes()
 
 
 def describe_sizes(sizes: np.ndarray, targets: np.ndarray) -> tuple[str, ...]:

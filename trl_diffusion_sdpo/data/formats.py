@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 LARGEST = 1e9  # a larger score or weight would outweigh all other pairs together
 SOURCE_COLUMNS = ("source_image", "source")  # images that prompts edit; the first one present is read
+SEED_COLUMNS = ("chosen_noise_seed", "rejected_noise_seed")  # of `torch.Generator`s on the CPU
+TEXT = ("string", "large_string")
 # (kind of drop, row, reason, amount): counts the drop, or raises
 Reject = Callable[[str, int, str, int], object]
 
@@ -103,15 +105,6 @@ class PreferenceFormat:
         present = set(column_names)
         return [column for column in self._text_columns if column in present]
 
-    def prompt_column(self, column_names: Iterable[str]) -> str:
-        """Return the column of prompts. If each image has its own prompt, it is that of the published winners."""
-        present = set(column_names)
-        return next(column for column in self.prompt_columns if column in present)
-
-    def read_prompt_columns(self, column_names: Iterable[str]) -> list[str]:
-        """Return all columns of prompts that are read: one, or one for each image."""
-        return list(self.prompt_columns) if self.prompt_of_each_image else [self.prompt_column(column_names)]
-
     def describe(self) -> str:
         """Return the accepted columns in one line, for error messages."""
         labels = " or ".join("+".join(columns) for columns in self.label_readers)
@@ -126,22 +119,18 @@ class PreferenceFormat:
         Raises:
             ValueError: If the prompt is no valid string.
         """
-        columns = self.prompt_columns[image : image + 1] if self.prompt_of_each_image else self.prompt_columns
-        value = next((row[column] for column in columns if column in row), None)
+        column = self.prompt_columns[image if self.prompt_of_each_image else 0]
+        value = row.get(column)
         if self.text_members:
             value = member_text(value)
         if not isinstance(value, str):
-            name = f"`{columns[0]}`" if self.prompt_of_each_image else "the prompt"
+            name = f"`{column}`" if self.prompt_of_each_image else "the prompt"
             raise ValueError(f"{name} must be a string, got {type(value).__name__}")
         try:
             value.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the prompt has half a character (a lone surrogate) at {error.start}") from error
         return value
-
-    def prompts(self, row: Mapping[str, Any]) -> list[str]:
-        """Return the row's prompt, or the prompts of its images. Raises the errors of `prompt`."""
-        return [self.prompt(row, image) for image in range(2 if self.prompt_of_each_image else 1)]
 
     def image_scores(self, row: Mapping[str, Any]) -> ImageScores:
         """Return the label of a row as one score per image.
@@ -283,11 +272,21 @@ def detect_format(column_names: Iterable[str]) -> PreferenceFormat:
 
 
 def resolve_format(
-    dataset_format: str | None, column_names: Iterable[str], *, use_scores: bool = True
+    dataset_format: str | None,
+    column_names: Iterable[str],
+    features: Mapping[str, Any] | None = None,
+    *,
+    use_scores: bool = True,
 ) -> PreferenceFormat:
-    """Return the named format, after checking that the columns fit it, or the detected one for `None`.
+    """Return the named format, or the detected one for `None`, with the columns that are read.
 
-    With `use_scores=False`, score columns are not read, and a row without a score is valid.
+    Args:
+        features (`Mapping[str, Any]`, *optional*): Types of the columns. A column `source` of text is ignored, because
+            many data sets name there where a row comes from.
+        use_scores (`bool`): Whether score columns are read. Otherwise, a row without a score is valid.
+
+    Raises:
+        ValueError: If the columns do not fit the format.
     """
     columns = list(column_names)
     if dataset_format is None:
@@ -302,11 +301,23 @@ def resolve_format(
                 f"lacks {lacking}. Rename its columns or leave `dataset_format` out."
             )
         _check_scores(row_format, columns)
-    images = [column for column in (*row_format.image_columns, *row_format.other_image_columns) if column in columns]
-    row_format = replace(row_format, image_columns=tuple(images[:1])) if row_format.other_image_columns else row_format
-    row_format = replace(row_format, mask_columns=_mask_columns(row_format, columns))
-    row_format = replace(row_format, source_columns=tuple(name for name in SOURCE_COLUMNS if name in columns)[:1])
-    return row_format if use_scores else replace(row_format, score_columns=None)
+    image_columns, prompt_columns = row_format.image_columns, row_format.prompt_columns
+    if row_format.other_image_columns:
+        names = (*image_columns, *row_format.other_image_columns)
+        image_columns = tuple(name for name in names if name in columns)[:1]
+    if not row_format.prompt_of_each_image:
+        prompt_columns = tuple(name for name in prompt_columns if name in columns)[:1]
+    source_columns = tuple(name for name in SOURCE_COLUMNS if name in columns)[:1]
+    if source_columns == ("source",) and getattr((features or {}).get("source"), "dtype", None) in TEXT:
+        source_columns = ()
+    return replace(
+        row_format,
+        image_columns=image_columns,
+        prompt_columns=prompt_columns,
+        mask_columns=_mask_columns(row_format, columns),
+        source_columns=source_columns,
+        score_columns=row_format.score_columns if use_scores else None,
+    )
 
 
 def compare(scores: Sequence[float], *, ranked: bool = True) -> tuple[list[tuple[int, int]], int]:
@@ -347,7 +358,8 @@ def pairs_in_group(
     for number, row in group:
         try:
             labels, reward_scores = row_format.image_scores(row), row_format.reward_scores(row)
-            row_format.prompts(row)
+            for image in range(2 if row_format.prompt_of_each_image else 1):
+                row_format.prompt(row, image)
         except ValueError as error:
             reject("bad_labels" if isinstance(error, LabelError) else "bad_prompts", number, str(error), 1)
             continue
@@ -362,20 +374,6 @@ def pairs_in_group(
     for winner, loser in pairs:
         pair = PairReference(*images[winner], *images[loser], reward_scores)
         yield pair.swapped() if row_format.is_swapped else pair
-
-
-def images_of_row(row: Mapping[str, Any], image_columns: Sequence[str], in_list: bool) -> list[Any]:
-    """Return the row's undecoded images, in the order of `ImageScores.values`."""
-    if not in_list:
-        return [row.get(column) for column in image_columns]
-    images = row.get(image_columns[0])
-    return list(images) if isinstance(images, Iterable) and not isinstance(images, str | bytes | Mapping) else []
-
-
-def mask_of_row(row: Mapping[str, Any], row_format: PreferenceFormat, image: int) -> Any:
-    """Return the undecoded mask of one of the row's images."""
-    columns = row_format.mask_columns
-    return row.get(columns[image if len(columns) > 1 else 0])
 
 
 def _mask_columns(row_format: PreferenceFormat, columns: Sequence[str]) -> tuple[str, ...]:

@@ -15,8 +15,8 @@ import torch
 from ..losses import WEIGHT_FUNCTIONS, calibrated_scores, score_gaps, with_mean_one
 from ..losses.pair_weights import WeightFunction
 from ..utils.processes import ALONE, Peers
+from .dataset import PreferenceDataset
 from .images import ImageReader, UndecodableImageError
-from .pairs import PreferenceDataset
 from .sources import PairSource, numbers_of_rows
 
 logger = logging.getLogger(__name__)
@@ -261,7 +261,9 @@ def calibrate(dataset: PreferenceDataset) -> np.ndarray:
     """
     assert dataset.scores is not None
     source, index = dataset.origins()
-    prompts = np.repeat(_prompt_numbers(source, index[:, 0]), 2)
+    numbers: dict[str, int] = {}
+    codes = [numbers.setdefault(prompt, len(numbers)) for prompt in source.prompts_of_rows(index[:, 0])]
+    prompts = np.repeat(np.array(codes, dtype=np.int64), 2)
     places, flat_scores = index.reshape(-1, 2), dataset.scores.reshape(-1)
     images, prompts, scores = _different_images(source, dataset.reader, places, prompts, flat_scores)
     order = np.argsort(prompts, kind="stable")
@@ -273,14 +275,6 @@ def calibrate(dataset: PreferenceDataset) -> np.ndarray:
         for chunk in np.array_split(groups, -(-groups.size * size // COMPARED_AT_ONCE)):
             calibrated[chunk] = calibrated_scores(torch.from_numpy(scores[chunk])).numpy()
     return calibrated[images].reshape(-1, 2)
-
-
-def _prompt_numbers(source: PairSource, rows: np.ndarray) -> np.ndarray:
-    """Return a number for the prompt of each row. Equal prompts have equal numbers."""
-    distinct, number_of_row = np.unique(rows, return_inverse=True)
-    numbers: dict[str, int] = {}
-    codes = [numbers.setdefault(prompt, len(numbers)) for prompt in source.prompts_of_rows(distinct)]
-    return np.array(codes, dtype=np.int64)[number_of_row.reshape(-1)]
 
 
 def _different_images(
@@ -310,7 +304,7 @@ def _different_images(
 
 def _content(source: PairSource, reader: ImageReader, row: int, image: int) -> str:
     try:
-        decoded = reader.decode_at(source.images(row), image)
+        decoded = source.images([(row, image)])[0].decode(reader)
     except UndecodableImageError:
         return f"unreadable image {image} of row {row}"
     return f"{decoded.size} {hashlib.sha256(decoded.tobytes()).hexdigest()}"

@@ -9,17 +9,12 @@ import datasets
 
 from ..utils.processes import ALONE, Peers
 from .checking import ENLARGED
-from .formats import FORMATS
-from .pairs import PairOptions, PreferenceDataset
-from .sources import SEED_COLUMNS, PairMixture, bad_seeds, make_source, numbers_of_rows
+from .dataset import PairOptions, PreferenceDataset
+from .formats import FORMATS, SEED_COLUMNS
+from .sources import PairMixture, bad_seeds, make_source, numbers_of_rows
 from .streaming import PreferenceIterableDataset, Stream
 
 logger = logging.getLogger(__name__)
-
-WITHOUT_MEAN = (
-    "`pair_weights` reads the columns {columns} of all pairs before the first batch, because weights are divided by "
-    "their mean. The {name} data are a stream. Load them without `streaming=True`, or leave `pair_weights` out."
-)
 
 
 def prepare_dataset(
@@ -85,30 +80,22 @@ def prepare_dataset(
 
 
 def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> PreferenceIterableDataset:
-    if options.permutes:
-        raise ValueError(
-            f"`losers='permute'` needs all rows at once. The {name} data are a stream. Load them without "
-            "`streaming=True`."
-        )
-    if options.reads_sizes:
-        raise ValueError(
-            "`aspect_ratio_buckets` and `min_side` need the sizes of all images before the first batch. The "
-            f"{name} data are a stream. Load them without `streaming=True`, or leave both out."
-        )
-    if options.noise_seeds:
-        raise ValueError(
-            f"`noise_source='generated'` needs a map-style data set, and the {name} data are a stream. Load them "
-            "without `streaming=True`."
-        )
-    if options.number_columns:
-        raise ValueError(WITHOUT_MEAN.format(columns=list(options.number_columns), name=name))
-    listed, weights = [(name, dataset, options.dataset_format)], None
+    needs_all_rows = {
+        "`losers='permute'`": options.permutes,
+        "`aspect_ratio_buckets` and `min_side`": options.reads_sizes,
+        "`noise_source='generated'`": options.noise_seeds,
+        "`pair_weights`": bool(options.number_columns),
+    }
+    for setting, is_set in needs_all_rows.items():
+        if is_set:
+            raise ValueError(
+                f"{setting} must read all rows before the first batch, and the {name} data are a stream. Load them "
+                "without `streaming=True`, or leave the setting out."
+            )
+    entries, weights = [(name, dataset, options.dataset_format)], None
     if isinstance(dataset, PairMixture):
-        listed, weights = list(dataset.entries(options.dataset_format, name)), dataset.weights
-    streams = [
-        Stream(rows, row_format, label, use_scores=options.use_scores, is_swapped=options.swap_labels)
-        for label, rows, row_format in listed
-    ]
+        entries, weights = list(dataset.entries(options.dataset_format, name)), dataset.weights
+    streams = [Stream(rows, row_format, label, options) for label, rows, row_format in entries]
     if not all(stream.format.has_losers for stream in streams):
         raise ValueError(_without_losers(name))
     return PreferenceIterableDataset(streams, options, weights=weights, name=name)
