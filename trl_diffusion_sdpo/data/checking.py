@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from ..utils.hints import did_you_mean
-from ..utils.processes import Peers, forks_by_default, usable_cores
+from ..utils.processes import forks_by_default, usable_cores
 from ..utils.switch_words import SWITCH_WORDS
 from .images import ImageReader, UndecodableImageError, same_image
 
 logger = logging.getLogger(__name__)
 
 SourceImage = tuple[int, int]  # (row of the source, index of the image within the row)
+SourceProblem = tuple[int, str]  # (row of the source, what is wrong with an image)
 
 VERIFY_IMAGES = ("sample", "all", "none")
 SAMPLED_PAIRS = 128  # a second or two
@@ -94,68 +95,42 @@ def reject(report: DataReport, strict: bool, kind: str, row: int, reason: str, a
 
 
 def examine_images(
-    source: Any, places: np.ndarray, reader: ImageReader, *, decode: bool, num_proc: int | None, peers: Peers
+    source: Any, places: np.ndarray, reader: ImageReader, *, decode: bool, num_proc: int | None
 ) -> tuple[np.ndarray, dict[SourceImage, str]]:
-    """Decode all images of pairs, or read only their headers. Collective: the peers divide the rows.
+    """Decode all images of pairs, or read only their headers.
 
     Args:
         source ([`PairSource`]): The rows with the images.
         places (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser in the source.
-        num_proc (`int`, *optional*): Worker processes of each peer. If there are many images, the default is one
-            worker for each core.
+        num_proc (`int`, *optional*): Number of processes. If there are many images, the default is one for each core.
 
     Returns:
         `tuple`: Height and width of winners and losers, `(P, 2, 2)`, zeros for bad and missing images; and the
         reason of each bad image.
     """
     rows = np.unique(places[:, [0, 2]])
+    if num_proc is None and forks_by_default() and len(rows) >= (FEW_ROWS if decode else FEW_HEADERS):
+        num_proc = usable_cores()
     images = 1 + int(places[:, [1, 3]].max())  # of the row with the most images
-    share = np.array_split(rows, peers.count)[peers.index]
-    if num_proc is None and forks_by_default() and len(share) >= (FEW_ROWS if decode else FEW_HEADERS):
-        num_proc = usable_cores(peers.count)
-
-    def examine_share() -> tuple[np.ndarray, dict[SourceImage, str]]:
-        sizes = np.zeros((len(share), images, 2), dtype=np.int32)
-        reasons = {}
-        for number, examined in enumerate(source.examine_images(share, reader, decode, num_proc)):
-            for image, (height, width, problem) in enumerate(examined[:images]):
-                sizes[number, image] = height, width
-                if problem:
-                    reasons[int(share[number]), image] = problem
-        return sizes, reasons
-
-    results = peers.gather_results(examine_share)
-    sizes = np.concatenate([of_process for of_process, _ in results])
-    reasons = {image: reason for _, of_process in results for image, reason in of_process.items()}
+    sizes = np.zeros((len(rows), images, 2), dtype=np.int32)
+    reasons = {}
+    for number, examined in enumerate(source.examine_images(rows, reader, decode, num_proc)):
+        for image, (height, width, problem) in enumerate(examined[:images]):
+            sizes[number, image] = height, width
+            if problem:
+                reasons[int(rows[number]), image] = problem
     return sizes[np.searchsorted(rows, places[:, [0, 2]]), places[:, [1, 3]]], reasons
 
 
-def check_pairs(
-    source: Any, reader: ImageReader, places: np.ndarray, peers: Peers
-) -> list[tuple[int, int, str] | bool]:
-    """Decode the images of pairs. Collective: the peers divide the pairs.
-
-    Args:
-        places (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser in the source.
-
-    Returns:
-        `list`: For each pair, row, image and problem of its first bad image, or whether its two images are identical.
-    """
-
-    def check(pair: np.ndarray) -> tuple[int, int, str] | bool:
-        decoded = []
-        for row, image in pair.reshape(2, 2).tolist():
-            try:
-                decoded.append(source.images([(row, image)])[0].decode(reader))
-            except UndecodableImageError as error:
-                return row, image, str(error)
-        return same_image(*decoded)
-
-    results = peers.gather_results(lambda: [check(pair) for pair in places[peers.index :: peers.count]])
-    checked: list[Any] = [None] * len(places)
-    for index, of_process in enumerate(results):
-        checked[index :: peers.count] = of_process
-    return checked
+def check_pair(source: Any, reader: ImageReader, places: np.ndarray) -> SourceProblem | bool:
+    """Decode the images of a pair. Return the problem of its first bad image, or whether its images are identical."""
+    images = []
+    for row, image in places.reshape(2, 2).tolist():
+        try:
+            images.append(source.images([(row, image)])[0].decode(reader))
+        except UndecodableImageError as error:
+            return row, str(error)
+    return same_image(*images)
 
 
 class IdenticalPairs:

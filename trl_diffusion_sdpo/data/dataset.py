@@ -105,7 +105,7 @@ class PairOptions:
 
     def for_evaluation(self) -> PairOptions:
         """Return the options of an evaluation on the same pairs."""
-        return replace(self, prompt_dropout=0.0, training=False)
+        return replace(self, prompt_dropout=0.0, training=False, repeat=False)
 
     @cached_property
     def reader(self) -> ImageReader:
@@ -369,12 +369,15 @@ class PreferenceDataset(Dataset):
 
     def check_images(self, num_proc: int | None = None, peers: Peers = ALONE, *, decode: bool = True) -> None:
         """Decode every image, or read only its header. Drop the pairs of bad and of small images, and assign the other
-        pairs to their buckets. The arguments are those of [`examine_images`](checking.py)."""
+        pairs to their buckets. The first of the peers reads the images. The arguments are those of
+        [`examine_images`](checking.py)."""
         if not len(self):
             return
         places, buckets, min_side = self._pairs.places, self._options.buckets, self._options.min_side
-        sizes, reasons = checking.examine_images(
-            self._source, places, self._options.reader, decode=decode, num_proc=num_proc, peers=peers
+        sizes, reasons = peers.first(
+            lambda: checking.examine_images(
+                self._source, places, self._options.reader, decode=decode, num_proc=num_proc
+            )
         )
         is_readable = np.asarray((sizes > 0).all((1, 2)))
         is_large = np.asarray((sizes >= (min_side or 0)).all((1, 2)))
@@ -401,7 +404,7 @@ class PreferenceDataset(Dataset):
         self._losers = PermutedLosers.of(self._source, self._pairs.places, self._options.seed, self._report.name)
 
     def check_sample(self, peers: Peers = ALONE, *, compare: bool = True) -> None:
-        """Decode a sample of evenly spaced pairs, divided among the peers.
+        """Decode a sample of evenly spaced pairs. The first of the peers decodes it for all.
 
         Bad pairs stay in the index and are replaced by the next good pair. A run resumes by position in the index, so
         the index must not depend on files that cannot be read for a moment.
@@ -410,7 +413,8 @@ class PreferenceDataset(Dataset):
             ValueError: If no pair can be decoded or, with `compare`, all pairs have identical images.
         """
         sample = evenly_spaced(len(self), checking.SAMPLED_PAIRS)
-        checked = checking.check_pairs(self._source, self._options.reader, self._pairs.places[sample], peers)
+        places, reader = self._pairs.places[sample], self._options.reader
+        checked = peers.first(lambda: [checking.check_pair(self._source, reader, each) for each in places])
         identical_pairs = checking.IdenticalPairs(self._report.name)
         bad = 0
         for pair, result in zip(sample.tolist(), checked, strict=True):
@@ -419,7 +423,7 @@ class PreferenceDataset(Dataset):
                 continue
             bad += 1
             self._undecodable[pair] = 1  # the report counts these
-            row, _, reason = result
+            row, reason = result
             self._reject("undecodable", row, reason, 0)
         if bad and len(sample) < len(self):
             logger.warning(
