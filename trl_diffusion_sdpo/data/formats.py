@@ -6,14 +6,11 @@ ties. No image is read.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import combinations, groupby
 from typing import Any, NamedTuple
-
-logger = logging.getLogger(__name__)
 
 LARGEST = 1e9  # a larger score or weight would outweigh all other pairs together
 SOURCE_COLUMNS = ("source_image", "source")  # images that prompts edit; the first one present is read
@@ -21,8 +18,6 @@ SEED_COLUMNS = ("chosen_noise_seed", "rejected_noise_seed")  # of `torch.Generat
 TEXT = ("string", "large_string")
 # (kind of drop, row, reason, amount): counts the drop, or raises
 Reject = Callable[[str, int, str, int], object]
-
-ALONE_IN_GROUP, JUDGED_EQUAL = "one image alone: nothing to compare it with", "images judged equal"
 
 
 class PairReference(NamedTuple):
@@ -79,12 +74,6 @@ class PreferenceFormat:
     is_swapped: bool = False
     mask_columns: tuple[str, ...] = ()
     source_columns: tuple[str, ...] = ()
-    _text_columns: tuple[str, ...] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        names: list[str | None] = [*self.prompt_columns, *(c for columns in self.label_readers for c in columns)]
-        names += [self.group_column, self.validity_column, *(self.score_columns or ())]
-        object.__setattr__(self, "_text_columns", tuple(dict.fromkeys(n for n in names if n is not None)))
 
     def missing(self, column_names: Iterable[str]) -> list[str]:
         """Return the columns that this format needs and `column_names` lacks."""
@@ -102,8 +91,10 @@ class PreferenceFormat:
 
     def text_columns(self, column_names: Iterable[str]) -> list[str]:
         """Return the columns that this format reads besides images."""
+        labels = [column for columns in self.label_readers for column in columns]
+        others = [self.group_column, self.validity_column, *(self.score_columns or ())]
         present = set(column_names)
-        return [column for column in self._text_columns if column in present]
+        return [column for column in dict.fromkeys((*self.prompt_columns, *labels, *others)) if column in present]
 
     def describe(self) -> str:
         """Return the accepted columns in one line, for error messages."""
@@ -259,12 +250,17 @@ def detect_format(column_names: Iterable[str]) -> PreferenceFormat:
         ValueError: If no format fits, or one of two score columns is missing.
     """
     columns = list(column_names)
+    lone = [column for column in BRANCH_PROMPTS if column in columns]
+    if len(lone) == 1 and {"chosen", "rejected"} <= set(columns):
+        raise ValueError(
+            f"Prompts of chosen and rejected images must come in pairs: found `{lone[0]}`, expected both of "
+            f"{list(BRANCH_PROMPTS)}. Add the other one, or name `dataset_format='canonical'` to read one prompt for "
+            "both images."
+        )
     for candidate in FORMATS.values():
         if not candidate.missing(columns):
             _check_scores(candidate, columns)
-            _check_prompts(candidate, columns)
             return candidate
-    _check_prompts(FORMATS["canonical"], columns)
     raise ValueError(
         f"No known preference format has the columns {columns}. Rename columns (`dataset.rename_columns`) so that "
         "they match one of:\n" + "\n".join(f"  {row_format.describe()}" for row_format in FORMATS.values())
@@ -367,10 +363,10 @@ def pairs_in_group(
         scores += labels.values
         ranked = labels.ranked
     if len(scores) == 1:
-        reject("bad_labels", images[0][0], ALONE_IN_GROUP, 1)
+        reject("bad_labels", images[0][0], "one image alone: nothing to compare it with", 1)
     pairs, ties = compare(scores, ranked=ranked)
     if ties:
-        reject("ties", images[0][0], JUDGED_EQUAL, ties)
+        reject("ties", images[0][0], "images judged equal", ties)
     for winner, loser in pairs:
         pair = PairReference(*images[winner], *images[loser], reward_scores)
         yield pair.swapped() if row_format.is_swapped else pair
@@ -402,27 +398,8 @@ def _check_scores(chosen: PreferenceFormat, columns: list[str]) -> None:
         )
 
 
-def _check_prompts(detected: PreferenceFormat, columns: list[str]) -> None:
-    """Refuse data with a prompt column for only one image. Warn if there is also a prompt for both images."""
-    present = [column for column in BRANCH_PROMPTS if column in columns]
-    if detected.prompt_of_each_image:
-        plain = [column for column in _PROMPTS if column in columns]
-        if plain:
-            logger.warning(
-                "`%s` and `%s` are read as the prompts of chosen and rejected images, and `%s` is not read. With "
-                "`dataset_format=canonical` it would be the prompt of both.",
-                *(*BRANCH_PROMPTS, plain[0]),
-            )
-    elif len(present) == 1 and detected.image_columns == ("chosen", "rejected"):
-        raise ValueError(_ALONE.format(present[0]))
-
-
 _PROMPTS = ("prompt", "caption", "original_prompt", "text")
 BRANCH_PROMPTS = ("chosen_prompt", "rejected_prompt")
-_ALONE = (
-    f"Prompts of chosen and rejected images must come in pairs: found `{{}}`, expected both of {list(BRANCH_PROMPTS)}. "
-    "Add the other one, or name `dataset_format='canonical'` to read one prompt for both images."
-)
 
 # If a set fits two formats, the earlier one is taken.
 FORMATS: dict[str, PreferenceFormat] = {
