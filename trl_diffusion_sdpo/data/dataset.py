@@ -211,7 +211,7 @@ class PreferenceDataset(Dataset):
         places = self._pairs.places[pair].reshape(2, 2).tolist()
         if loser_pair is not None:
             places[1] = self._pairs.places[loser_pair, :2].tolist()
-        winner, loser = self._source.images(places)
+        winner, loser = self._source.images(places, with_images=self._encoded is None)
         if self._encoded is None:
             target = self.target_size(pair)
             covering = options.transform.covering(target)

@@ -201,14 +201,16 @@ class TableSource:
         seeds = [column for column in number_columns if column in SEED_COLUMNS]
         self.labels = dataset.with_format(None).select_columns(list(texts))
         self._images = dataset.with_format("arrow").select_columns(images)
-        self._rows = dataset.with_format("arrow").select_columns([*row_format.prompt_columns, *images, *seeds])
+        others = [*row_format.prompt_columns, *row_format.mask_columns, *row_format.source_columns, *seeds]
+        self._others = dataset.with_format("arrow").select_columns(others)
+        self._rows = dataset.with_format("arrow").select_columns([*row_format.image_columns, *others])
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def row(self, number: int) -> dict[str, Any]:
-        """Return the undecoded values of a row."""
-        return self._rows[number].to_pylist()[0]
+    def row(self, number: int, *, with_images: bool = True) -> dict[str, Any]:
+        """Return the undecoded values of a row, with the images of its pairs or without them."""
+        return (self._rows if with_images else self._others)[number].to_pylist()[0]
 
     def values(self, column: str) -> Iterator[Any]:
         """Yield each row's value of a column that the format or `number_columns` has."""
@@ -311,15 +313,20 @@ class PairSource:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def images(self, places: Iterable[tuple[int, int]]) -> list[StoredImage]:
-        """Return the images at places (row, image). Images of one row share its values."""
+    def images(self, places: Iterable[tuple[int, int]], *, with_images: bool = True) -> list[StoredImage]:
+        """Return the images at places (row, image). Images of one row share its values.
+
+        Args:
+            with_images (`bool`): `False` reads prompts, masks and other columns alone. The images then cannot be
+                decoded.
+        """
         rows: dict[int, dict[str, Any]] = {}
         images = []
         for row, image in places:
             number = bisect_right(self._starts, row) - 1
             table = self.tables[number]
             if row not in rows:
-                rows[row] = table.row(row - self._starts[number])
+                rows[row] = table.row(row - self._starts[number], with_images=with_images)
             images.append(StoredImage(table.format, rows[row], image))
         return images
 
