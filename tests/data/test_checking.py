@@ -3,7 +3,6 @@
 import threading
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from tiny_pairs import JUNK, png
@@ -171,17 +170,6 @@ def test_of_a_stream_the_first_pairs_are_compared(caplog):
     mostly = stream(200, identical=range(100))
     assert len(list(mostly)) == len(list(mostly)) == 200
     assert caplog.text.count("In 100 of 128 pairs") == 1
-
-
-def test_the_report_counts_the_undecodable_pairs_of_other_processes():
-    prepared = prepare(rows(10, bad={3, 7}), verify_images="none")
-    prepared[3]
-    other = prepare(rows(10, bad={3, 7}), verify_images="none")
-    other[7]
-    found = np.flatnonzero(prepared.undecodable.numpy()).tolist()
-    assert found == [3]
-    prepared.mark_undecodable(other.undecodable)
-    assert (prepared.report.pairs, prepared.report.undecodable) == (8, 2)
 
 
 def test_the_cores_of_a_machine_are_shared_by_its_own_processes(monkeypatch):
