@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -148,19 +148,21 @@ class PreferenceDataset(Dataset):
         pairs ([`PairTable`]): Index and columns of the pairs.
         options ([`PairOptions`]): Settings by which the pairs were made.
         report ([`DataReport`]): Counts of what was dropped so far.
+        losers ([`PermutedLosers`], *optional*): Which pair's winner is the loser of each pair.
     """
 
-    def __init__(self, source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport) -> None:
-        for what, has_it in (("a mask column", source.has_masks), ("a `source` column", source.has_sources)):
-            if options.permutes and has_it:
-                raise ValueError(
-                    f"`losers='permute'` cannot act on data with {what}: losers are images of other pairs, and the "
-                    "column belongs to the two images of a row. Remove the column, or use `losers='data'`."
-                )
+    def __init__(
+        self,
+        source: PairSource,
+        pairs: PairTable,
+        options: PairOptions,
+        report: DataReport,
+        losers: PermutedLosers | None = None,
+    ) -> None:
         self._source, self._pairs, self._options, self._report = source, pairs, options, report
         self._epoch = new_epoch()
         self._repeat_after: int | None = None  # number of epochs after which random numbers repeat
-        self._losers: PermutedLosers | None = None  # which pair's winner is the loser of each pair
+        self._losers = losers
         self._encoded: Encoded | None = None  # moments and conditioning, in place of images
         self._forget_undecodable()
         self.strict = options.on_bad_row == "raise"  # whether bad rows stop the run
@@ -170,17 +172,6 @@ class PreferenceDataset(Dataset):
         self.has_masks = source.has_masks
         self.has_noise_seeds = options.noise_seeds
         self.has_sources = source.has_sources
-
-    @classmethod
-    def of(cls, source: PairSource, options: PairOptions, name: str) -> PreferenceDataset:
-        """Return all pairs of a source. Its labels are read, and no image."""
-        report = DataReport(name, source.format_name, rows=len(source), is_swapped=source.is_swapped)
-        report.is_permuted = options.permutes
-        strict = options.on_bad_row == "raise"
-        pairs = source.index_pairs(lambda *drop: checking.reject(report, strict, *drop))
-        if options.permutes:  # an index of the winners alone
-            pairs = PairTable(pairs.places[:, [0, 1, 0, 1]], {})
-        return cls(source, pairs, options, report)
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -359,50 +350,6 @@ class PreferenceDataset(Dataset):
         """Add a line to the report."""
         self._report.notes += (note,)
 
-    def drop_bad_rows(self, reasons: Mapping[int, str]) -> None:
-        """Drop and count the pairs of rows whose labels cannot be used. `reasons` has a reason by row."""
-        rows = self._pairs.places[:, 0]
-        bad = np.isin(rows, list(reasons))
-        for row in np.unique(rows[bad]).tolist():
-            self._reject("bad_labels", row, reasons[row], 1)
-        self._keep(~bad)
-
-    def check_images(self, num_proc: int | None = None, peers: Peers = ALONE, *, decode: bool = True) -> None:
-        """Decode every image, or read only its header. Drop the pairs of bad and of small images, and assign the other
-        pairs to their buckets. The first of the peers reads the images. The arguments are those of
-        [`examine_images`](checking.py)."""
-        if not len(self):
-            return
-        places, buckets, min_side = self._pairs.places, self._options.buckets, self._options.min_side
-        sizes, reasons = peers.first(
-            lambda: checking.examine_images(
-                self._source, places, self._options.reader, decode=decode, num_proc=num_proc
-            )
-        )
-        is_readable = np.asarray((sizes > 0).all((1, 2)))
-        is_large = np.asarray((sizes >= (min_side or 0)).all((1, 2)))
-        for pair in np.flatnonzero(~is_readable).tolist():
-            side = 0 if not sizes[pair, 0].all() else 1  # of the first bad image
-            row, image = places[pair, 2 * side : 2 * side + 2].tolist()
-            self._reject("undecodable", row, f"image {image} {reasons.get((row, image), checking.MISSING)}", 1)
-        for pair in np.flatnonzero(is_readable & ~is_large).tolist():
-            reason = f"{sizes[pair].min()} pixels along the shorter side, and `min_side={min_side}`"
-            self._reject("too_small", int(places[pair, 0]), reason, 1)
-        self._keep(is_readable & is_large)
-        if not self._options.reads_sizes:
-            return
-        sizes = sizes[is_readable & is_large]
-        targets = np.array([self.target_size(0)])
-        if buckets is not None:
-            numbers = buckets.assign(sizes.reshape(-1, 4).astype(np.int64))
-            self._pairs = self._pairs.with_columns(size=numbers)
-            targets = np.array(buckets.sizes)[numbers]
-        self._report.notes = checking.describe_sizes(sizes, targets)
-
-    def permute_losers(self) -> None:
-        """Draw losers by [`PermutedLosers`] from now on, anew in every epoch. Evaluations have those of epoch 0."""
-        self._losers = PermutedLosers.of(self._source, self._pairs.places, self._options.seed, self._report.name)
-
     def check_sample(self, peers: Peers = ALONE, *, compare: bool = True) -> None:
         """Decode a sample of evenly spaced pairs. The first of the peers decodes it for all.
 
@@ -424,7 +371,7 @@ class PreferenceDataset(Dataset):
             bad += 1
             self._undecodable[pair] = 1  # the report counts these
             row, reason = result
-            self._reject("undecodable", row, reason, 0)
+            checking.reject(self._report, self.strict, "undecodable", row, reason, 0)
         if bad and len(sample) < len(self):
             logger.warning(
                 "%s data: %d of %d checked pairs cannot be decoded. The data have %d pairs. `verify_images='all'` "
@@ -435,13 +382,6 @@ class PreferenceDataset(Dataset):
                 raise ValueError(f"None of the {bad} pairs that were checked can be decoded.\n{self._report}")
         if compare and not self.is_permuted:
             identical_pairs.verify()
-
-    def _keep(self, mask: np.ndarray) -> None:
-        self._pairs = self._pairs.take(mask)
-        self._forget_undecodable()
-
-    def _reject(self, kind: str, row: int, reason: str, amount: int) -> None:
-        checking.reject(self._report, self.strict, kind, row, reason, amount)
 
     def _forget_undecodable(self) -> None:
         """Let all pairs be tried again. The mask is shared with DataLoader workers."""
