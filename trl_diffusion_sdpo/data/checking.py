@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,31 +134,24 @@ def check_pair(source: Any, reader: ImageReader, places: np.ndarray) -> SourcePr
     return same_image(*images)
 
 
-class IdenticalPairs:
-    """Counter of pairs whose two images are identical. `name` is the name of the data set in messages."""
+def check_identical(name: str, identical: Sequence[bool]) -> None:
+    """Warn if the two images of most pairs are identical, and raise `ValueError` if those of all pairs are.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.checked = 0
-        self.identical = 0
-
-    def add(self, identical: bool) -> None:
-        self.checked += 1
-        self.identical += identical
-
-    def verify(self) -> None:
-        """Warn if most of the pairs are identical, and raise `ValueError` if all are."""
-        summary = (
-            f"In {self.identical} of {self.checked} pairs of the {self.name} data that were checked, chosen and "
-            "rejected are the same image"
+    Args:
+        name (`str`): Name of the data in messages.
+        identical (`Sequence[bool]`): For each pair that was checked, whether its images are identical.
+    """
+    count, checked = sum(identical), len(identical)
+    summary = (
+        f"In {count} of {checked} pairs of the {name} data that were checked, chosen and rejected are the same image"
+    )
+    if 0 < checked == count:
+        raise ValueError(
+            f"{summary}, so no image is better. Check the columns, or use `loss_type='sft'` to train on the winners "
+            "alone."
         )
-        if 0 < self.checked == self.identical:
-            raise ValueError(
-                f"{summary}, so no image is better. Check the columns, or use `loss_type='sft'` to train on the "
-                "winners alone."
-            )
-        if 2 * self.identical > self.checked:
-            logger.warning("%s. Such pairs do not train anything. Check the columns.", summary)
+    if 2 * count > checked:
+        logger.warning("%s. Such pairs do not train anything. Check the columns.", summary)
 
 
 def parse_verify_images(value: Any) -> str:

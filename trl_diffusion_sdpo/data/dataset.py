@@ -206,8 +206,9 @@ class PreferenceDataset(Dataset):
         if self._encoded is None:
             target = self.target_size(pair)
             covering = options.transform.covering(target)
-            images = [image.decode(options.reader, covering) for image in (winner, loser)]
-            item = options.transform(*images, augmentation, target)._asdict()
+            winner_image = winner.decode(options.reader, covering)
+            loser_image = loser.decode(options.reader, covering)
+            item = options.transform(winner_image, loser_image, augmentation, target)._asdict()
         else:
             item = self._encoded.pair(pair, augmentation, epoch, loser=loser_pair)
         complete_item(item, options, winner, loser, draws, pair, two_prompts=self.has_loser_prompts)
@@ -362,26 +363,22 @@ class PreferenceDataset(Dataset):
         sample = evenly_spaced(len(self), checking.SAMPLED_PAIRS)
         places, reader = self._pairs.places[sample], self._options.reader
         checked = peers.first(lambda: [checking.check_pair(self._source, reader, each) for each in places])
-        identical_pairs = checking.IdenticalPairs(self._report.name)
-        bad = 0
-        for pair, result in zip(sample.tolist(), checked, strict=True):
-            if isinstance(result, bool):
-                identical_pairs.add(result)
-                continue
-            bad += 1
+        bad = {
+            pair: result for pair, result in zip(sample.tolist(), checked, strict=True) if isinstance(result, tuple)
+        }
+        for pair, (row, reason) in bad.items():
             self._undecodable[pair] = 1  # the report counts these
-            row, reason = result
             checking.reject(self._report, self.strict, "undecodable", row, reason, 0)
         if bad and len(sample) < len(self):
             logger.warning(
                 "%s data: %d of %d checked pairs cannot be decoded. The data have %d pairs. `verify_images='all'` "
                 "checks all of them before training. Otherwise, bad pairs are replaced when they are read.",
-                *(self._report.name, bad, len(sample), len(self)),
+                *(self._report.name, len(bad), len(sample), len(self)),
             )
-            if bad == len(sample):
-                raise ValueError(f"None of the {bad} pairs that were checked can be decoded.\n{self._report}")
+            if len(bad) == len(sample):
+                raise ValueError(f"None of the {len(bad)} pairs that were checked can be decoded.\n{self._report}")
         if compare and not self.is_permuted:
-            identical_pairs.verify()
+            checking.check_identical(self._report.name, [result for result in checked if isinstance(result, bool)])
 
     def _forget_undecodable(self) -> None:
         """Let all pairs be tried again. The mask is shared with DataLoader workers."""

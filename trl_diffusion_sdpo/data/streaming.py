@@ -16,7 +16,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..utils._compat import is_split_by_node
-from .checking import COUNTS, SAMPLED_PAIRS, BadDataError, DataReport, IdenticalPairs, reject
+from .checking import COUNTS, SAMPLED_PAIRS, BadDataError, DataReport, check_identical, reject
 from .dataset import PairOptions, complete_item, new_epoch
 from .formats import PairReference, PreferenceFormat, Reject, groups, pairs_in_group, resolve_format
 from .images import UndecodableImageError, same_image
@@ -287,7 +287,8 @@ class PreferenceIterableDataset(IterableDataset):
             if reject(report, self._options.on_bad_row == "raise", kind, row, reason, amount):
                 logger.warning("%s data: row %d dropped: %s", self._name, row, reason)
 
-        position, identical = -1, IdenticalPairs(self._name)
+        position = -1
+        identical: list[bool] = []  # of the pairs so far
         for row_format, group in self._groups(report, epoch):
             for pair in pairs_in_group(row_format, group, count):
                 position += 1
@@ -316,7 +317,7 @@ class PreferenceIterableDataset(IterableDataset):
         pair: PairReference,
         draws: PairDraws,
         number: int,
-        identical: IdenticalPairs,
+        identical: list[bool],
         count: Reject,
     ) -> dict[str, Any] | None:
         """Return the item of a pair. If that is not possible, count the pair and return `None`."""
@@ -325,16 +326,16 @@ class PreferenceIterableDataset(IterableDataset):
         loser = StoredImage(row_format, rows[pair.loser_row], pair.loser_image)
         row = pair.winner_row
         try:
-            images = [winner.decode(options.reader, options.transform.covering())]
+            winner_image = winner.decode(options.reader, options.transform.covering())
             row = pair.loser_row
-            images.append(loser.decode(options.reader, options.transform.covering()))
-            item = options.transform(*images, draws if options.training else None)._asdict()
+            loser_image = loser.decode(options.reader, options.transform.covering())
+            item = options.transform(winner_image, loser_image, draws if options.training else None)._asdict()
             complete_item(item, options, winner, loser, draws, number, two_prompts=self.has_loser_prompts)
         except UndecodableImageError as error:
             count("undecodable", row, str(error), 1)
             return None
         if self._compare:
-            identical.add(same_image(*images))
+            identical.append(same_image(winner_image, loser_image))
             self._verify_different(identical, at_end=False)
         return item if pair.scores is None else item | {"scores": pair.scores}
 
@@ -369,11 +370,11 @@ class PreferenceIterableDataset(IterableDataset):
                 continue
             yield streams[number].format, group
 
-    def _verify_different(self, identical: IdenticalPairs, *, at_end: bool) -> None:
+    def _verify_different(self, identical: list[bool], *, at_end: bool) -> None:
         """Verify once, after enough pairs, that the two images of pairs differ. At the end of a short stream, one of
         several workers has seen too few pairs to decide."""
         worker = get_worker_info()
         alone = self._share.count == 1 and (worker is None or worker.num_workers == 1)
-        if identical.checked >= SAMPLED_PAIRS or (at_end and alone):
+        if len(identical) >= SAMPLED_PAIRS or (at_end and alone):
             self._compare = False
-            identical.verify()
+            check_identical(self._name, identical)
