@@ -8,14 +8,13 @@ import datasets
 import pytest
 import torch
 from diffusers.utils import is_ftfy_available
-from fsspec.implementations.memory import MemoryFileSystem
 from tiny_pipelines import case
 
 from trl_diffusion_sdpo.cache import encoding, key
 from trl_diffusion_sdpo.cache.key import EncoderKey
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.data import images
-from trl_diffusion_sdpo.data.images import ImageReader, PairDraws
+from trl_diffusion_sdpo.data.images import ImageReader
+from trl_diffusion_sdpo.data.transforms import PairDraws
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import loss_spec
 from trl_diffusion_sdpo.models.loading import LoadedModel, load_model
@@ -222,22 +221,6 @@ def test_pairs_of_images_that_cannot_be_decoded_are_replaced_as_without_a_cache(
     strict = make_cached(train=pairs, verify_images="none", on_bad_row="raise", random_flip=False)
     with pytest.raises(ValueError, match="pair 2.*on_bad_row"):
         strict.train_dataset[2]
-
-
-@pytest.fixture
-def no_answer(monkeypatch):
-    """`no_answer(times)`: a storage that cannot be reached so many times, for one image."""
-    monkeypatch.setattr(images, "READ_AGAIN", (0.0, 0.0))
-    left, really = [0], MemoryFileSystem._open
-
-    def unreliable(self, path, mode="rb", **options):
-        if mode == "rb" and path.endswith("2.png") and left[0] > 0:
-            left[0] -= 1
-            raise TimeoutError("no answer")
-        return really(self, path, mode, **options)
-
-    monkeypatch.setattr(MemoryFileSystem, "_open", unreliable)
-    return lambda times: left.__setitem__(0, times)
 
 
 def test_an_image_of_several_pairs_and_a_prompt_of_several_rows_are_encoded_once(

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairMixture, PairOptions, PairTransform, prepare_dataset
-from trl_diffusion_sdpo.data.pairs import PreferenceCollator
+from trl_diffusion_sdpo.data.dataset import PreferenceCollator
 
 
 def two_prompts(pairs):

@@ -3,7 +3,6 @@
 import threading
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from tiny_pairs import JUNK, png
@@ -11,6 +10,7 @@ from tiny_pairs import JUNK, png
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.checking import evenly_spaced, parse_verify_images
 from trl_diffusion_sdpo.data.images import ImageReader
+from trl_diffusion_sdpo.data.sources import PairSource
 from trl_diffusion_sdpo.utils.processes import ALONE, Peers, usable_cores
 
 
@@ -92,18 +92,17 @@ def test_a_file_that_cannot_be_read_at_the_start_does_not_change_the_index():
 
 
 @pytest.mark.parametrize("verify", ["sample", "all"])
-def test_an_error_in_the_check_of_one_process_ends_all(verify):
-    """For example a full disk; the rows of the second process are good."""
+def test_an_error_in_the_check_of_one_process_ends_all(verify, monkeypatch):
+    """For example a full disk."""
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError("no space left")
 
+    monkeypatch.setattr(PairSource, "images" if verify == "sample" else "examine_images", full)
+
     def check(peers):
-        prepared = prepare(rows(12), verify_images="none")
-        if peers.index == 0:
-            prepared._source.images = prepared._source.examine_images = full
         with pytest.raises((OSError, RuntimeError)) as caught:
-            prepared.check_sample(peers) if verify == "sample" else prepared.check_images(peers=peers)
+            prepare(rows(12), verify_images=verify, peers=peers)
         return f"{caught.type.__name__}: {caught.value}"
 
     first, second = ThreadGroup(2).run(check)
@@ -131,7 +130,7 @@ def test_a_sample_is_evenly_spaced_from_the_first_pair_without_repeats():
 
 @pytest.mark.parametrize("verify", ["sample", "all"])
 @pytest.mark.parametrize("style", ["list", "arrow"])
-def test_processes_divide_the_check_and_end_with_the_same_pairs(verify, style):
+def test_processes_end_with_the_same_pairs(verify, style):
     data = rows(100, bad={5, 41, 99})
     if style == "arrow":
         data = datasets.Dataset.from_list(data)
@@ -142,7 +141,7 @@ def test_processes_divide_the_check_and_end_with_the_same_pairs(verify, style):
     assert three[0].report == three[1].report == three[2].report == prepare(data, verify_images=verify).report
 
 
-def test_a_bad_row_in_one_processs_share_raises_in_all():
+def test_a_bad_row_raises_in_all_processes():
     def attempt(peers):
         with pytest.raises(ValueError, match="row 41: image 0 is not an image format"):
             prepare(rows(100, bad={41}), on_bad_row="raise", peers=peers)
@@ -171,17 +170,6 @@ def test_of_a_stream_the_first_pairs_are_compared(caplog):
     mostly = stream(200, identical=range(100))
     assert len(list(mostly)) == len(list(mostly)) == 200
     assert caplog.text.count("In 100 of 128 pairs") == 1
-
-
-def test_the_report_counts_the_undecodable_pairs_of_other_processes():
-    prepared = prepare(rows(10, bad={3, 7}), verify_images="none")
-    prepared[3]
-    other = prepare(rows(10, bad={3, 7}), verify_images="none")
-    other[7]
-    found = np.flatnonzero(prepared.undecodable.numpy()).tolist()
-    assert found == [3]
-    prepared.mark_undecodable(other.undecodable)
-    assert (prepared.report.pairs, prepared.report.undecodable) == (8, 2)
 
 
 def test_the_cores_of_a_machine_are_shared_by_its_own_processes(monkeypatch):

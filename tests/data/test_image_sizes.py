@@ -141,13 +141,6 @@ def test_the_sizes_of_files_that_have_changed_are_read_anew(tmp_path):
     assert found == TARGETS[:2]
 
 
-def test_streams_are_refused_with_what_to_do():
-    stream = datasets.Dataset.from_list(ROWS).to_iterable_dataset()
-    for options in ({"buckets": BUCKETS}, {"min_side": 9}):
-        with pytest.raises(ValueError, match="`streaming=True`"):
-            prepare(stream, **options)
-
-
 def test_the_collator_counts_what_does_not_fill_up():
     prepared = prepare([ROWS[0]] * 3, buckets=BUCKETS)
     batch = PreferenceCollator()([prepared[0], prepared[1], prepared[Repeated(2)]])

@@ -6,7 +6,6 @@ import datasets
 import numpy as np
 import pytest
 from tiny_pairs import JUNK, png
-from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.checking import PERMUTED
@@ -59,15 +58,6 @@ def test_the_seed_decides_and_a_copy_in_another_process_agrees():
     first.set_epoch(4)
     same.set_epoch(4)
     assert levels(first) == levels(pickle.loads(pickle.dumps(first))) == levels(same)
-
-
-def test_running_workers_follow_the_epoch():
-    prepared = prepare(captions())
-    loader = DataLoader(prepared, batch_size=None, num_workers=1, persistent_workers=True)
-    for epoch in (0, 1, 5):
-        prepared.set_epoch(epoch)
-        read = [tuple(item["pixel_values"][:, 0, 0, 0].tolist()) for item in loader]
-        assert read == [pair[1:] for pair in levels(prepared)]
 
 
 def test_an_evaluation_has_the_losers_of_the_first_epoch():

@@ -88,20 +88,14 @@ def test_a_share_without_a_good_image_is_an_error_and_not_an_endless_loop():
         next(iter(stream(8, bad={0, 2, 4, 6}).for_process(Share(0, 2))))
 
 
-def test_one_worker_reads_a_stream_like_the_main_process():
-    data = stream(9, shards=3)
-    one = DataLoader(data, batch_size=None, num_workers=1)
-    assert told(islice(one, 20)) == told(islice(data, 20))
-
-
 def test_a_worker_in_another_pass_does_not_change_which_shards_are_read(monkeypatch):
     undisturbed = told(islice(stream(17, shards=3), 30))
     data = stream(17, shards=3)
-    shared, items = data._streams[0].source, PreferenceIterableDataset._items
+    shared, groups = data._streams[0].source, PreferenceIterableDataset._groups
 
     def in_another_pass(self, *args):
         shared.set_epoch(7)  # a worker ahead of this one, before the rows of this one's pass are read
-        return items(self, *args)
+        return groups(self, *args)
 
-    monkeypatch.setattr(PreferenceIterableDataset, "_items", in_another_pass)
+    monkeypatch.setattr(PreferenceIterableDataset, "_groups", in_another_pass)
     assert told(islice(data, 30)) == undisturbed

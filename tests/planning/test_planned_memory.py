@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.data.images import pixels_as_floats, white
+from trl_diffusion_sdpo.data.transforms import pixels_as_floats, white
 from trl_diffusion_sdpo.families.noise import constant
 from trl_diffusion_sdpo.planning.allocations import Allocations
 from trl_diffusion_sdpo.planning.fake_device import fake_device

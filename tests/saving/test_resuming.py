@@ -269,8 +269,10 @@ def consumed(build, make_pairs, tmp_path):
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.matrix)])
 def test_a_resumed_stream_repeats_no_pair_and_decodes_nothing_twice(consumed, tmp_path, monkeypatch, caplog, workers):
     """Ten pairs, one of them damaged: the second pass begins in the third step."""
-    decoded, decode_at = [], ImageReader.decode_at
-    monkeypatch.setattr(ImageReader, "decode_at", lambda self, *args: decoded.append(1) or decode_at(self, *args))
+    decoded, decode = [], ImageReader.decode
+    monkeypatch.setattr(
+        ImageReader, "decode", lambda self, *args, **options: decoded.append(1) or decode(self, *args, **options)
+    )
     undisturbed = consumed(5, dataloader_num_workers=workers, output_dir=str(tmp_path / "undisturbed"))
     in_one_run = len(decoded)
     assert consumed(3, dataloader_num_workers=workers) == undisturbed[:6]

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.images import PairDraws, UndecodableImageError
-from ..data.pairs import PreferenceDataset
+from ..data.dataset import PreferenceDataset
+from ..data.images import UndecodableImageError
 from ..data.sources import digest_of
+from ..data.transforms import PairDraws
 from .shards import ShardStore
 
 MOMENTS, SIZES = "moments", "sizes"  # columns

@@ -20,8 +20,9 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..data.checking import HOW_TO_DROP, evenly_spaced
-from ..data.images import UndecodableImageError, pixels_as_floats
-from ..data.pairs import PreferenceDataset
+from ..data.dataset import PreferenceDataset
+from ..data.images import UndecodableImageError
+from ..data.transforms import pixels_as_floats
 from ..engines.processes import failing_together
 from ..families import Family
 from ..families.base import PIXELS_AT_ONCE

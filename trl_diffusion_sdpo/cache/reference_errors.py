@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
-from ..data.pairs import PreferenceDataset
+from ..data.dataset import PreferenceDataset
 from ..engines.engine import Engine
 from ..engines.processes import failing_together
 from ..models.reference import PrecomputedReference

@@ -86,7 +86,7 @@ def hold_out_of_several(
 def _prompts(dataset: datasets.Dataset, dataset_format: str | None) -> list[str | None]:
     """Return the prompt of each row. A bad prompt becomes `None`."""
     row_format = resolve_format(dataset_format, dataset.column_names)
-    column = row_format.prompt_column(dataset.column_names)
+    column = row_format.prompt_columns[0]
     prompts: list[str | None] = []
     for batch in dataset.with_format(None).select_columns([column]).iter(batch_size=1000):
         for value in batch[column]:

@@ -38,13 +38,12 @@ class PermutedLosers:
         Raises:
             ValueError: If a prompt has more than half of the pairs. Some would then have a loser of their own prompt.
         """
-        rows, number_of_row = np.unique(index[:, 0], return_inverse=True)
-        texts = source.prompts_of_rows(rows)
+        texts = source.prompts_of_rows(index[:, 0])
         digests = {text: digest_of(text) for text in set(texts)}
-        prompts = np.array([digests[text] for text in texts], dtype=np.int64)[number_of_row.reshape(-1)]
+        prompts = np.array([digests[text] for text in texts], dtype=np.int64)
         pair, count = most_common(prompts) if len(index) else (0, 0)
         if 2 * count > len(index):
-            prompt = shorten(source.prompt(int(index[pair, 0])), 60, placeholder="…")
+            prompt = shorten(texts[pair], 60, placeholder="…")
             raise ValueError(
                 "`losers='permute'` takes losers of other prompts, so no prompt may have more than half of the images. "
                 f"In the {name} data, the prompt {prompt!r} has {count} of {len(index)}. Add images of other prompts, "

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
-from ..data.pairs import PreferenceDataset
+from ..data.dataset import PreferenceDataset
 from ..data.streaming import PreferenceIterableDataset, Share
 from ..utils._compat import keeps_order, start_method
 from ..utils.processes import forks_by_default, usable_cores

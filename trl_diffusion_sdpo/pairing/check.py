@@ -48,17 +48,17 @@ def check_pairs(
     if not isinstance(pairs, PreferenceDataset):
         raise ValueError("A stream cannot be checked. Load the data set without `streaming=True`.")
     source, places = pairs.origins()
-    prompts = [source.prompt(row, image) for row, image in places[:, :2].tolist()]
+    prompts = source.prompts_of_rows(places[:, 0])
     counts, sizes = Counter(prompts), Counter[str]()
     agreed: list[float] = []
     seen: set[tuple[str, ...]] = set()
     compared = identical = repeated = contradictory = 0
     figures = []
     for pair in evenly_spaced(len(pairs), look_at).tolist():
-        winner_row, winner_image, loser_row, loser_image = places[pair].tolist()
         try:
-            winner = pairs.reader.decode_at(source.images(winner_row), winner_image)
-            loser = pairs.reader.decode_at(source.images(loser_row), loser_image)
+            winner, loser = (
+                image.decode(pairs.reader) for image in source.images(places[pair].reshape(2, 2).tolist())
+            )
         except UndecodableImageError:  # the file has gone since it was checked
             continue
         prompt = prompts[pair]

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..data.images import FILE_FORMATS, MAX_FILE_BYTES, ImageReader
-from ..utils.files import check_regular_file
+from ..data.images import FILE_FORMATS, MAX_FILE_BYTES, ImageReader, check_regular_file
 from .image_prompts import prompt_in_metadata, rating_in_metadata
 from .manifest import MANIFEST_FILE, MAX_PROMPT, ListedImage, is_image, is_inside, read_manifest, write_manifest
 

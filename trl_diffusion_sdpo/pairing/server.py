@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..data.images import MAX_FILE_BYTES, ImageReader
-from ..utils.files import check_regular_file
+from ..data.images import MAX_FILE_BYTES, ImageReader, check_regular_file
 from .picks import ConflictError
 from .session import PickSession
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from ..data.images import pixels_as_floats, white
+from ..data.transforms import pixels_as_floats, white
 from ..engines.gradient_backends import ReplicatedBackend
 from ..families import Family
 from ..families.noise import constant

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.images import pixels_as_floats
+from ..data.transforms import pixels_as_floats
 from ..families.inversion import InversionSettings, inversion_of
 from ..families.noise import generators_of, sent, standard_normal, uniform
 from ..losses import (

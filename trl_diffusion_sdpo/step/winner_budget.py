@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import nn
 
-from ..data.pairs import PreferenceDataset
+from ..data.dataset import PreferenceDataset
 from ..families.noise import generators_of, sent, standard_normal, uniform
 from ..losses import BudgetController, mean_error, noise_bin_of, order_by_scores
 from ..models.ema import EMAWeights

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ProgressCallback
 
-from ..data.pairs import PreferenceDataset
+from ..data.dataset import PreferenceDataset
 from ..data.streaming import PreferenceIterableDataset
 from ..engines.engine_settings import by_engine
 from ..engines.processes import peers

@@ -13,12 +13,12 @@ from weakref import WeakKeyDictionary, WeakSet
 from ..cache.encoding import PairEncoding
 from ..cache.reference_errors import repeating_pairs
 from ..data.buckets import BucketSampler
-from ..data.images import PairTransform
+from ..data.dataset import PairOptions, PreferenceDataset
 from ..data.pair_scores import ScoreSettings
-from ..data.pairs import PairOptions, PreferenceDataset
 from ..data.preparing import prepare_dataset
 from ..data.sources import PairMixture
 from ..data.streaming import PreferenceIterableDataset, StreamPosition
+from ..data.transforms import PairTransform
 from ..engines.processes import peers
 from ..families import Family
 from ..losses import LossSpec

@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Ev
 from ..cache.encoding import check_prompt_padding
 from ..cache.reference_errors import warn_of_repeated_draws
 from ..data.buckets import BucketSampler
-from ..data.pairs import PreferenceCollator, PreferenceDataset
+from ..data.dataset import PreferenceCollator, PreferenceDataset
 from ..data.streaming import PreferenceIterableDataset, StreamPosition
 from ..engines.batch_loaders import BatchLoaders, choose_workers
 from ..engines.engine import Engine
@@ -125,7 +125,7 @@ class DiffusionSDPOTrainer(Trainer):
             noise and timesteps.
         processing_class (`DiffusionPipeline`, *optional*): Pipeline with the VAE, text encoders and scheduler of a
             `model` that is a bare denoiser.
-        data_collator (`Callable`, *optional*): [`~trl_diffusion_sdpo.data.pairs.PreferenceCollator`] if unset.
+        data_collator (`Callable`, *optional*): [`~trl_diffusion_sdpo.data.dataset.PreferenceCollator`] if unset.
         compute_metrics (`Callable`, *optional*): Function of an `EvalPrediction` that returns a dictionary of metrics.
             `predictions` has shape `(pairs, 2)` and holds the rewards of chosen and rejected; `label_ids` are zeros.
         callbacks (`list[TrainerCallback]`, *optional*): Callbacks in addition to the trainer's.
