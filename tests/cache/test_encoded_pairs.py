@@ -1,5 +1,5 @@
-"""Encoded pairs are the pairs: batches, losses and weights are those of training without a cache, which is built once,
-under a key of all that it depends on, whatever kills, damages or shares it."""
+"""Training on encoded pairs equals training without a cache: batches, losses and weights. The cache is built once, and
+its key has everything that it depends on."""
 
 import json
 import shutil
@@ -8,14 +8,12 @@ import datasets
 import pytest
 import torch
 from diffusers.utils import is_ftfy_available
-from fsspec.implementations.memory import MemoryFileSystem
 from tiny_pipelines import case
 
 from trl_diffusion_sdpo.cache import encoding, key
 from trl_diffusion_sdpo.cache.key import EncoderKey
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.data import images
-from trl_diffusion_sdpo.data.images import ImageReader, PairDraws
+from trl_diffusion_sdpo.data.images import ImageReader
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import loss_spec
 from trl_diffusion_sdpo.models.loading import LoadedModel, load_model
@@ -108,9 +106,7 @@ def test_two_epochs_are_those_without_a_cache_and_the_next_run_reads_no_image_an
     """Losses, metrics, evaluations and weights, with flips and dropped prompts, to the bit."""
     logs, weights, _ = walk(make_trainer)
     first_logs, first_weights, first = walk(make_cached)
-    draws = [[PairDraws.from_key(42, epoch, pair).flip < 0.5 for epoch in range(2)] for pair in range(12)]
-    flips = sum(len(set(of_pair)) for of_pair in draws)  # one of a pair whose epochs draw the same flip
-    assert first.encoding.report.encoded_images == 2 * flips + 2 * 6 < 2 * 2 * 12 + 2 * 6
+    assert first.encoding.report.encoded_images == 2 * 2 * 12 + 2 * 6  # training images plain and mirrored
     assert first.encoding.report.encoded_prompts == 13 + 7  # with the empty one
     monkeypatch.setattr(ImageReader, "decode", no_image)
     monkeypatch.setattr(LoadedModel, "load_encoders", no_weights)
@@ -224,22 +220,6 @@ def test_pairs_of_images_that_cannot_be_decoded_are_replaced_as_without_a_cache(
         strict.train_dataset[2]
 
 
-@pytest.fixture
-def no_answer(monkeypatch):
-    """`no_answer(times)`: a storage that cannot be reached so many times, for one image."""
-    monkeypatch.setattr(images, "READ_AGAIN", (0.0, 0.0))
-    left, really = [0], MemoryFileSystem._open
-
-    def unreliable(self, path, mode="rb", **options):
-        if mode == "rb" and path.endswith("2.png") and left[0] > 0:
-            left[0] -= 1
-            raise TimeoutError("no answer")
-        return really(self, path, mode, **options)
-
-    monkeypatch.setattr(MemoryFileSystem, "_open", unreliable)
-    return lambda times: left.__setitem__(0, times)
-
-
 def test_an_image_of_several_pairs_and_a_prompt_of_several_rows_are_encoded_once(
     make_trainer, make_cached, make_pairs
 ):
@@ -291,6 +271,7 @@ def test_whatever_changes_the_moments_is_another_key(caches_of, make_pairs, othe
         "interpolation": {"image_interpolation": "bicubic"},
         "fractions of JPEG files": {"image_interpolation": "fast"},
         "crops": {"random_crop": True},
+        "flips": {"random_flip": False},
         "seed of crops": {"random_crop": True, "seed": 7},
         "dtype": {"vae_dtype": "bfloat16"},
         "weights": {"model": other_vae},
@@ -301,7 +282,7 @@ def test_whatever_changes_the_moments_is_another_key(caches_of, make_pairs, othe
     found = {name: caches_of(**given) for name, given in changes.items()}
     assert len({images, *(changed for changed, _ in found.values())}) == 1 + len(changes)
     assert {other for name, (_, other) in found.items() if name != "weights"} == {prompts}
-    assert caches_of(per_device_train_batch_size=2, random_flip=False, seed=7) == (images, prompts)
+    assert caches_of(per_device_train_batch_size=2, seed=7) == (images, prompts)
 
 
 def test_whatever_changes_the_conditioning_is_another_key(caches_of, make_pairs, sd_folder, tmp_path):
@@ -362,25 +343,6 @@ def test_a_damaged_shard_is_named_and_encoded_again_alone(make_cached, caplog):
     changed = {name for name in before if before[name] != after[name] and name[1] != ".lock"}
     assert changed == {(images.path.name, shard.name)}
     assert 0 < again.encoding.report.encoded_images <= 8 and again.encoding.report.encoded_prompts == 0
-
-
-def test_only_the_flips_that_training_draws_are_encoded_and_others_are_added_later(make_trainer, make_cached):
-    """One epoch draws one flip of a pair; an evaluation of the same pairs reads images without flips."""
-    one = make_cached(max_steps=-1, num_train_epochs=1)
-    assert one.encoding.report.encoded_images == 2 * 16
-    one.train_dataset.set_epoch(1)
-    with pytest.raises(ValueError, match="`num_train_epochs`"):
-        [one.train_dataset[pair] for pair in range(16)]
-    one.train_dataset.set_epoch(0)
-    one.evaluate(one.train_dataset)
-    plain = one.encoding.report.encoded_images
-    assert 2 * 16 < plain < 4 * 16
-    two = make_cached(max_steps=8, per_device_train_batch_size=4, winner_budget=None)  # 2 epochs
-    added = two.encoding.report.encoded_images
-    assert_equal_batches(make_trainer(), two, [0, 1])
-    many = make_cached(max_steps=-1, num_train_epochs=9)
-    assert many.encoding.report.encoded_images == 4 * 16 - plain - added > 0  # the others are in the cache
-    assert_equal_batches(make_trainer(), many, [0, 8])
 
 
 def test_a_folder_that_cannot_be_written_is_named(make_cached, make_trainer, tmp_path):
@@ -456,15 +418,15 @@ def test_the_command_writes_the_cache_of_a_trainer_without_reading_a_denoiser(
     """Encode with a copy of the pipeline that has no weights of a denoiser."""
     said = encode("cache")
     assert not [str(warning.message) for warning in recwarn if "no effect" in str(warning.message)]
-    assert f"22 images, with their variants, and 7 prompts are encoded in {tmp_path}/cache: " in said  # of 3 epochs
-    assert "Encoded now: 22 images and 7 prompts." in said
+    assert f"24 images, with their variants, and 7 prompts are encoded in {tmp_path}/cache: " in said
+    assert "Encoded now: 24 images and 7 prompts." in said
     given = {"train": datasets.load_from_disk(str(tmp_path / "pairs")), "precompute_latents": True}
     make_trainer(**given, precompute_dir=str(tmp_path / "of a trainer"), max_steps=-1, num_train_epochs=3)
     assert files_in(tmp_path / "cache") == files_in(tmp_path / "of a trainer")
     shutil.copytree(sd_folder, tmp_path / "model")
     for path in (tmp_path / "model" / "unet").glob("*.safetensors"):
         path.unlink()
-    assert "Encoded now: 22 images and 7 prompts." in encode("copy", "--model_name_or_path", str(tmp_path / "model"))
+    assert "Encoded now: 24 images and 7 prompts." in encode("copy", "--model_name_or_path", str(tmp_path / "model"))
     assert "Encoded now: 0 images and 0 prompts." in encode("copy", "--model_name_or_path", str(tmp_path / "model"))
 
 

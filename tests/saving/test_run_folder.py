@@ -61,16 +61,6 @@ def test_another_run_is_moved_aside_whole_if_told_so(build, tmp_path, caplog):
     assert (run / "previous-run-2" / "checkpoint-2").is_dir()
 
 
-@pytest.mark.matrix
-def test_all_weights_and_a_whole_pipeline_are_moved_aside_as_well(build, tmp_path):
-    first = build(2, peft_config=None, save_full_pipeline=True)
-    first.train()
-    first.save_model()
-    before = content(tmp_path / "run")
-    build(2, overwrite_output_dir=True).train()
-    assert content(tmp_path / "run" / "previous-run-1") == before
-
-
 def test_what_a_killed_first_save_left_is_no_other_run(build, run):
     shutil.rmtree(run / "checkpoint-4")
     (run / "diffusion_sdpo_setup.json").unlink()

@@ -1,5 +1,5 @@
-"""Encoding of images and prompts before training. All processes encode together what a cache lacks, and data sets then
-read the cache."""
+"""Encodes images and prompts before training. All processes encode the missing rows of a cache together, and data sets
+then read the cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -106,17 +106,9 @@ class _Cache:
     prompts: ShardStore
     statistics: ShardStore  # of the VAE's weights
 
-    def missing(self, needed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the missing rows of each store, as this process sees the folders. Of the images, only the rows
-        `needed` count."""
-        for store in (self.images, self.prompts, self.statistics):
-            store.refresh()
-        every = np.arange(len(self.texts))
-        return (
-            self.images.missing(needed),
-            self.prompts.missing(every),
-            self.statistics.missing(np.arange(len(self.statistics))),
-        )
+    def missing(self) -> list[np.ndarray]:
+        """Return the missing rows of images, prompts and statistics, as this process sees the folders."""
+        return [store.missing() for store in (self.images, self.prompts, self.statistics)]
 
 
 class PairEncoding:
@@ -131,20 +123,18 @@ class PairEncoding:
     def __init__(self, frozen: FrozenComponents, key: EncoderKey, settings: EncodingSettings) -> None:
         self._frozen, self._key, self._settings, self._peers = frozen, key, settings, settings.peers
         self.report = EncodingReport()
-        self._caches: WeakKeyDictionary[PreferenceDataset, _Cache] = WeakKeyDictionary()
+        self._encoded: WeakSet[PreferenceDataset] = WeakSet()
 
     @property
     def folder(self) -> Path:
         """Return the folder of all caches."""
         return self._settings.folder
 
-    def add_to(self, dataset: Any, name: str, *, epochs: int | None, compare: bool = True) -> None:
+    def add_to(self, dataset: Any, name: str, *, compare: bool = True) -> None:
         """Make a data set read encoded pairs. All processes must call it together.
 
         Args:
             name (`str`): Name of the data set in messages.
-            epochs (`int`, *optional*): Number of epochs of training. Only the flips that they draw are encoded. 0 for
-                an evaluation, `None` if the number is not known.
             compare (`bool`): Whether to refuse data whose checked pairs have identical images.
 
         Raises:
@@ -158,18 +148,14 @@ class PairEncoding:
                 "Load them without `streaming=True`, or leave it off."
             )
         check_prompt_padding("precompute_latents", self._frozen.family, self._settings.largest_batch)
-        is_new = dataset not in self._caches
-        cache = self._cache_of(dataset, name) if is_new else self._caches[dataset]
-        needed = cache.rows.needed(epochs)
-        if not is_new and not len(cache.images.missing(needed)):
+        if dataset in self._encoded:
             return
-        missing = self._peers.gather_results(partial(cache.missing, needed))
+        cache = self._cache_of(dataset, name)
+        missing = self._peers.gather_results(cache.missing)
         if any(len(rows) for of_process in missing for rows in of_process):  # a complete cache may be read-only
             with writing_into(self.folder):
-                self._complete(dataset, name, cache, needed, compare)
-        if is_new:
-            self._use(dataset, cache)
-        self.report.images += len(needed)
+                self._complete(dataset, name, cache, compare)
+        self._use(dataset, cache)
 
     # ---- Which cache ----------------------------------------------------------------------------------------------
 
@@ -186,9 +172,9 @@ class PairEncoding:
         data = dataset.fingerprint(thorough=True, peers=self._peers)
         images = {
             "vae": self._key.facts["vae"],
-            "pixels": dataset.pixel_settings() | {"random_flip": None},
+            "pixels": dataset.pixel_settings() | {"random_flip": rows.flips},
             "data": {name: value for name, value in data.items() if name != "prompts"},
-            "seed of crops": None if rows.crops is None else [rows.seed, rows.flips],
+            "seed of crops": None if rows.crops is None else rows.seed,
         }
         prompts = {
             "text": self._key.facts["text"],
@@ -215,15 +201,14 @@ class PairEncoding:
                 family.keep_statistics({name: value.to(self._settings.device) for name, value in stored.items()})
         prompts = EncodedPrompts(cache.prompts, cache.digests, family.host_conditioning)
         dataset.use_encoded(EncodedPairs(cache.images, cache.rows, prompts))
-        self._caches[dataset] = cache
+        self._encoded.add(dataset)
+        self.report.images += len(cache.rows)
         self.report.prompts += len(cache.texts)
         self.report.bytes += cache.images.nbytes + cache.prompts.nbytes
 
     # ---- Encoding -------------------------------------------------------------------------------------------------
 
-    def _complete(
-        self, dataset: PreferenceDataset, name: str, cache: _Cache, needed: np.ndarray, compare: bool
-    ) -> None:
+    def _complete(self, dataset: PreferenceDataset, name: str, cache: _Cache, compare: bool) -> None:
         """Encode the missing rows. The first process holds the locks of the stores."""
         peers = self._peers
         with contextlib.ExitStack() as stack:
@@ -233,7 +218,7 @@ class PairEncoding:
                     stack.enter_context(store.locked())
 
             peers.gather_results(lock)
-            missing = peers.gather_results(partial(cache.missing, needed))[0]  # another run may have written it
+            missing = peers.gather_results(cache.missing)[0]  # another run may have written it
             if any(len(rows) for rows in missing):
                 if self._settings.check_sample:
                     dataset.check_sample(peers, compare=compare)
@@ -242,7 +227,11 @@ class PairEncoding:
                 peers.gather_results(lambda: self._check_disk(name, cache, missing, family))
                 encoded = peers.gather_results(lambda: self._encode(dataset, cache, missing, family))
                 self._count(name, encoded)
-            peers.gather_results(lambda: self._check_complete(cache, needed))
+            if any(len(rows) for of_process in peers.gather_results(cache.missing) for rows in of_process):
+                raise ValueError(
+                    "All processes must see the cache that they write together, and some do not see all of "
+                    f"{cache.images.path}. Choose a `precompute_dir` on storage that all of them share."
+                )
 
     def _encode(
         self, dataset: PreferenceDataset, cache: _Cache, missing: Sequence[np.ndarray], family: Family
@@ -276,7 +265,8 @@ class PairEncoding:
                     item: Item = next(loaded)
                     if isinstance(item, UndecodableImageError):
                         pair = int(cache.rows.sources[rows_of_image[0] % count, 0])
-                        _check_may_be_left_out(item, pair, dataset)
+                        if dataset.strict:
+                            raise ValueError(f"Pair {pair}: {item}. {HOW_TO_DROP}")
                         undecodable.append((pair, str(item)))
                         bar.update(len(rows_of_image))
                         continue
@@ -325,13 +315,6 @@ class PairEncoding:
         logger.warning("%s data: encoding %d images and %d prompts, %s.", name, len(missing[0]), len(missing[1]), room)
         if needed > free:
             raise DiskFullError(f"The {name} data would take {room}. Free some, or choose another `precompute_dir`.")
-
-    def _check_complete(self, cache: _Cache, needed: np.ndarray) -> None:
-        if any(len(rows) for rows in cache.missing(needed)):
-            raise ValueError(
-                f"All processes must see the cache that they write together, and process {self._peers.index} does not "
-                f"see all of {cache.images.path}. Choose a `precompute_dir` on storage that all of them share."
-            )
 
     def _count(self, name: str, encoded: list[tuple[int, int, list[tuple[int, str]]]]) -> None:
         """Add to the report, and warn of images that cannot be decoded."""
@@ -416,14 +399,12 @@ class _Decoded(Dataset):
         return len(self._images)
 
     def __getitem__(self, index: int) -> Item:
-        try:
-            return self._variants(self._images[index].tolist())
-        except UndecodableImageError as error:
-            return type(error)(str(error))  # without what it holds of the image
-
-    def _variants(self, rows: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        rows = self._images[index].tolist()
         pair, side = self._rows.sources[rows[0] % len(self._rows.sources)].tolist()
-        variants = self._dataset.image_variants(pair, side, [self._rows.draws_of(row) for row in rows])
+        try:
+            variants = self._dataset.image_variants(pair, side, [self._rows.draws_of(row) for row in rows])
+        except UndecodableImageError as error:
+            return type(error)(str(error))  # without references to the image
         return [(pixels, torch.tensor([*sizes, pixels.shape[1:]], dtype=torch.int32)) for pixels, *sizes in variants]
 
 
@@ -432,12 +413,6 @@ def _own_shards(rows: np.ndarray, numbers: np.ndarray, peers: Peers) -> list[tup
     first = np.flatnonzero(np.diff(numbers, prepend=-1))
     shards = zip(numbers[first].tolist(), np.split(rows, first[1:]), strict=True) if len(rows) else ()
     return list(shards)[peers.index :: peers.count]
-
-
-def _check_may_be_left_out(error: UndecodableImageError, pair: int, dataset: PreferenceDataset) -> None:
-    """Raise `ValueError` if bad rows stop the run."""
-    if dataset.strict:
-        raise ValueError(f"Pair {pair}: {error}. {HOW_TO_DROP}")
 
 
 def _progress(name: str, total: int, peers: Peers) -> Any:
