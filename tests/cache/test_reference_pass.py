@@ -68,7 +68,7 @@ def logs(trainer) -> list[dict]:
 
 @pytest.fixture
 def counted(monkeypatch):
-    """The pairs of each forward pass by which errors are computed."""
+    """Number of pairs in each forward pass that computes errors."""
     calls, compute = [], PairForward.reference_errors
 
     def counting(self, model, inputs, **how):
@@ -81,8 +81,7 @@ def counted(monkeypatch):
 
 @pytest.fixture
 def both(make_trainer, make_pairs, tmp_path, sd_folder, monkeypatch):
-    """`both(tuning, **settings)`: a trained run with its errors computed beforehand, and one with a live reference, on
-    the same draws."""
+    """`both(tuning, **settings)`: a trained run with precomputed errors, and one with a live reference."""
     monkeypatch.setattr(run_callbacks, "plot_curves", lambda history, file: None)  # plots would take half of the time
 
     def train(tuning, **settings):
@@ -122,7 +121,7 @@ def test_the_run_is_that_with_a_live_reference_to_the_bit(both, tuning, safeguar
 
 
 def denoisers(root, seen=None) -> int:
-    """How many UNets an object leads to."""
+    """Return the number of UNets that an object refers to."""
     seen = set() if seen is None else seen
     if id(root) in seen or isinstance(root, (str, int, float, torch.Tensor, type, type(None))):
         return 0

@@ -1,4 +1,4 @@
-"""Shards of a cache: what was written is read to the bit, and a shard that is cut off is named and made anew."""
+"""Shards of a cache are read to the bit. A shard that is cut off is named and written again."""
 
 import pickle
 
@@ -12,7 +12,7 @@ ROWS = 10
 
 
 def row_of(row):
-    """Tensors of a row, of every dtype, with a shape that depends on the row, and one without dimensions."""
+    """Return tensors of every dtype, whose shape depends on the row, and one without dimensions."""
     generator = torch.Generator().manual_seed(row)
     made = {str(dtype): (10 * torch.randn(2, row % 3, 4, generator=generator)).to(dtype) for dtype in DTYPES}
     return made | {"scalar": torch.tensor(row), "a.name": torch.tensor([1.0, -0.0, 0.0])}

@@ -90,7 +90,7 @@ def test_a_checkpoint_that_was_about_to_be_replaced_is_found(build, run):
 
 @pytest.mark.parametrize("name", ["scheduler.pt", "rng_state.pth", "optimizer.pt"])
 def test_a_missing_file_is_named(build, run, name):
-    """transformers trains on without the first two, on another trajectory."""
+    """Without the first two files, transformers would continue on another trajectory."""
     (run / "checkpoint-4" / name).unlink()
     with pytest.raises(ValueError, match=name.removesuffix(".pt")):
         build(5).train(resume_from_checkpoint=str(run / "checkpoint-4"))
@@ -107,7 +107,7 @@ def test_a_file_that_was_cut_short_is_no_raw_error(build, run, name):
 
 
 def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_what_it_writes(build, run):
-    """The later one of the run before has the higher number, and was written earlier."""
+    """The earlier run's last checkpoint has a higher number and was written earlier."""
     trainer = build(3, save_steps=1, save_total_limit=1)
     trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
     assert kept(run) == ["checkpoint-3"]
@@ -144,7 +144,7 @@ class FirstIsBest(TrainerCallback):
 
 
 class Payload:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, folder: Path):
         self.folder = str(folder)
@@ -219,7 +219,7 @@ class SignalAt(TrainerCallback):
 
 @pytest.fixture
 def own_handlers():
-    """Handlers of the test's own, which record; pytest's come back afterwards."""
+    """Signal handlers that record signals. The previous handlers are restored afterwards."""
     seen = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda n, frame: seen.append(n)) for number in numbers}

@@ -1,4 +1,4 @@
-"""A LoRA's scale in its weights, against scales that PEFT's own layers act with, and against numbers by hand."""
+"""The scale of a saved LoRA, compared with PEFT's layers and with numbers by hand."""
 
 import json
 
@@ -111,7 +111,7 @@ def test_a_saved_lora_names_no_local_folder(tmp_path, monkeypatch, place):
 
 
 def test_equal_weights_are_equal_files(tuned, make_trainer, sd_folder, tmp_path):
-    """Else they would be uploaded again."""
+    """Files that differ would be uploaded again."""
     trainer = make_trainer(tuned(CONFIGS["patterns"]), ref_model=sd_folder)
     files = []
     for number in range(4):

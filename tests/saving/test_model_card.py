@@ -1,4 +1,4 @@
-"""The model card: metadata that the Hub accepts, code that loads what was tuned, and nothing private."""
+"""The model card: metadata that the Hub accepts, code that loads the tuned weights, and nothing private."""
 
 import re
 from dataclasses import fields
@@ -46,7 +46,7 @@ def card_of(**changes) -> ModelCard:
 
 
 def metadata(card):
-    """Parsed from the text by hand, as a reader of the file would."""
+    """Return the metadata, parsed from the text of the card."""
     return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", str(card), re.DOTALL)[1])
 
 
@@ -122,7 +122,7 @@ def test_values_cannot_break_the_table():
     ],
 )
 def test_the_code_on_the_card_loads_what_was_tuned(tuning, dtype, sd_folder, make_sd_pipeline, tmp_path, monkeypatch):
-    """Also onto a base that is stored in bf16, which diffusers and transformers would load in two dtypes."""
+    """Some bases are stored in bf16. Without a dtype, diffusers and transformers would load them in two dtypes."""
     monkeypatch.chdir(tmp_path)
     base = DiffusionPipeline.from_pretrained(sd_folder, dtype=dtype)
     base.save_pretrained("base")

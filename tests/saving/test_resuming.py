@@ -13,12 +13,12 @@ from trl_diffusion_sdpo.data.images import ImageReader
 
 @pytest.fixture
 def second(run):
-    """The checkpoint of step 2 of a copied run, which the run resumes from."""
+    """The checkpoint of step 2 of the copied run."""
     return str(run / "checkpoint-2")
 
 
 def rates(trainer) -> list[float]:
-    """Learning rates of all steps, in the order of the steps."""
+    """Return the learning rates of all steps."""
     return [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -64,7 +64,7 @@ def test_the_moments_stay_those_of_the_checkpoint(build, second):
 
 
 def with_scheduler(build, steps, rate, kind, **more):
-    """A trainer with an optimizer and a schedule that the user has made."""
+    """Return a trainer with a user's optimizer and schedule."""
     trainer = build(steps, **more)
     weights = [weight for weight in trainer.denoiser.parameters() if weight.requires_grad]
     trainer.optimizer = torch.optim.AdamW(weights, lr=rate)
@@ -73,7 +73,7 @@ def with_scheduler(build, steps, rate, kind, **more):
 
 
 def test_a_schedule_that_goes_on_from_its_last_rate_is_scaled(build):
-    """Halved at every step: 8, 4 and then, with a fourth of the rate, 0.5 and 0.25 in place of 2 and 1."""
+    """The rate halves at every step: 8, 4, and after a resume with a fourth of the rate 0.5, 0.25 instead of 2, 1."""
 
     def halving(optimizer):
         return StepLR(optimizer, step_size=1, gamma=0.5)
@@ -134,7 +134,7 @@ def test_a_checkpoint_of_another_set_up_is_refused(build, second, settings, diff
 
 
 def test_a_checkpoint_over_other_weights_is_refused(build, second, make_sd_pipeline):
-    """With the tuned model as `model`, the frozen reference would be the tuned policy."""
+    """If the tuned model were accepted, the frozen reference would be the tuned policy."""
     with pytest.raises(ValueError, match="weights_before_training was"):
         build(4, model=make_sd_pipeline(seed=1)).train(resume_from_checkpoint=second)
 
@@ -210,7 +210,7 @@ def test_a_run_of_no_steps_is_refused(make_args, settings):
 
 @pytest.fixture
 def consumed(build, make_pairs, tmp_path):
-    """Trains on a shuffled stream with a damaged image, and returns the prompts of each micro-batch."""
+    """Return a function that trains on a shuffled stream with a damaged image and returns the prompts of each batch."""
 
     def train(steps, resume=None, **more):
         rows = make_pairs(10, size=(16, 16)).cast_column("chosen", datasets.Image(decode=False)).to_list()
@@ -237,7 +237,7 @@ def consumed(build, make_pairs, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.matrix)])
 def test_a_resumed_stream_repeats_no_pair_and_decodes_nothing_twice(consumed, tmp_path, monkeypatch, caplog, workers):
-    """Ten pairs, one of them damaged: the second pass begins in the third step."""
+    """The stream has ten pairs, one of them damaged, so the second pass begins in the third step."""
     decoded, decode_at = [], ImageReader.decode_at
     monkeypatch.setattr(ImageReader, "decode_at", lambda self, *args: decoded.append(1) or decode_at(self, *args))
     undisturbed = consumed(5, dataloader_num_workers=workers, output_dir=str(tmp_path / "undisturbed"))

@@ -1,4 +1,4 @@
-"""One run in a folder: a used folder is refused or its files are moved, and a second run is refused meanwhile."""
+"""A folder takes one run: a used folder is refused or its files are moved, and a second run at a time is refused."""
 
 import shutil
 import subprocess
@@ -71,7 +71,7 @@ def test_what_a_killed_first_save_left_is_no_other_run(build, run):
 
 
 def test_from_an_earlier_checkpoint_later_ones_are_moved_out_of_the_way(build, run, caplog):
-    """Killed before its first save, the run would go on from the line that it has left."""
+    """A run that is killed before its first save would otherwise resume from a checkpoint of the earlier trajectory."""
     build(3, save_steps=9).train(resume_from_checkpoint=str(run / "checkpoint-2"))
     aside = run / "previous-run-1"
     assert {"checkpoint-4", "pytorch_lora_weights.safetensors"} <= {path.name for path in aside.iterdir()}
