@@ -6,15 +6,13 @@ import pytest
 import torch
 from diffusers import FluxPipeline, QwenImagePipeline, ZImagePipeline
 from peft import LoraConfig
-from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_pipelines import CASES, case
 
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.families import find_family, load_pipeline
 from trl_diffusion_sdpo.families.lora_keys import ORIGINAL_MODULES, original_module
-from trl_diffusion_sdpo.saving.lora_export import export_kohya, to_kohya
-from trl_diffusion_sdpo.saving.model_card import recommend_scale
+from trl_diffusion_sdpo.saving.lora_export import to_kohya
 from trl_diffusion_sdpo.saving.weights import ranks, split_key
 
 LAYERS = (torch.nn.Linear, torch.nn.Conv2d)
@@ -121,24 +119,6 @@ FLUX_BLOCK = {
     "transformer_blocks.0.ff_context.net.2": (FLUX_WIDTH, 32),
     **{f"single_transformer_blocks.1.attn.{name}": (FLUX_WIDTH, 8) for name in ("to_q", "to_k", "to_v")},
 }
-
-
-def test_the_recommended_weight_is_in_the_metadata(make_trainer, tmp_path):
-    trainer = make_trainer(max_steps=1, peft_config=LoraConfig(r=2, target_modules=["to_q"]))
-    trainer.save_model()
-    trainer.create_model_card()
-
-    def metadata_with(weights, name):
-        recommend_scale(tmp_path / "run", {"weights": weights}, average=False)
-        export_kohya(tmp_path / "run", tmp_path / name)
-        with safe_open(tmp_path / name, "pt") as file:
-            return file.metadata()
-
-    assert metadata_with(0.5, "half.safetensors") == {
-        "format": "pt",
-        "modelspec.usage_hint": "Recommended weight: 0.5",
-    }
-    assert metadata_with(1.0, "whole.safetensors") == metadata_with(None, "none.safetensors") == {"format": "pt"}
 
 
 def test_diffusers_reads_what_is_written_for_flux():

@@ -55,6 +55,10 @@ class ImageRows:
     def __len__(self) -> int:
         return len(self.sources) * ((2 if self.flips else 1) if self.crops is None else self.crops)
 
+    def of_image(self, image: int) -> list[int]:
+        """Return the rows of all variants of an image."""
+        return list(range(image, len(self), len(self.sources)))
+
     def draws_of(self, row: int) -> PairDraws:
         """Return the draws by which an image is flipped and cropped in a row."""
         variant, image = divmod(row, len(self.sources))

@@ -37,29 +37,19 @@ Items = list[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class ErrorSettings:
-    """Settings by which errors are computed.
+    """Settings by which errors are computed."""
 
-    Args:
-        folder (`Path`): Folder of all caches.
-        facts (`Mapping`): Facts besides data and noise that errors depend on: reference, encoders, precision.
-        epochs (`int`): Number E of epochs after which the draws of training pairs repeat.
-        batch_size, eval_batch_size (`int`): Pairs of a forward pass. They equal the batches in training and
-            evaluation, so that errors equal those of a live reference bit by bit.
-        to_inputs (`Callable`): Collates items and moves them to the device.
-        load (`Callable`): Makes a loader of lists of items from a data set, batches of its keys and the pairs that it
-            reads.
-        show_progress (`bool`): Whether this process shows a progress bar.
-        peers (`Peers`): The processes of this training.
-    """
-
-    folder: Path
-    facts: Mapping[str, Any]
-    epochs: int
+    folder: Path  # of all caches
+    facts: Mapping[str, Any]  # everything besides data and noise that errors depend on: reference, encoders, precision
+    epochs: int  # number of epochs after which the draws of training pairs repeat
+    # Pairs of a forward pass. They equal the batches in training and evaluation, so that errors equal those of a live
+    # reference bit by bit.
     batch_size: int
     eval_batch_size: int
-    to_inputs: Callable[[Items], dict[str, Any]]
+    to_inputs: Callable[[Items], dict[str, Any]]  # collates items and moves them to the device
+    # Makes a loader of lists of items from a data set, batches of its keys and the pairs that it reads.
     load: Callable[[Dataset, Sequence[Sequence[Any]], PreferenceDataset], Iterable[list[Any]]]
-    show_progress: bool
+    show_progress: bool  # whether this process shows a progress bar
     peers: Peers = ALONE
 
 

@@ -62,17 +62,11 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Memory of a step besides the weights that stay, in bytes.
+    """Memory of a step besides the weights that stay, in bytes."""
 
-    Attributes:
-        peaks (`dict[str, int]`): Peak of each moment: activations, gradients, temporaries and the batch.
-        gradient_bytes (`int`): Memory in use when the optimizer steps.
-        flops (`int`): Floating point operations of matrix products, convolutions and attention.
-    """
-
-    peaks: dict[str, int]
-    gradient_bytes: int
-    flops: int
+    peaks: dict[str, int]  # of each moment: activations, gradients, temporaries and the batch
+    gradient_bytes: int  # in use when the optimizer steps
+    flops: int  # floating point operations of matrix products, convolutions and attention
 
 
 class OneProcess:

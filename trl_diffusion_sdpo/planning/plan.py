@@ -40,22 +40,14 @@ STORED: dict[str, float] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Computed memory of a run on one device.
+    """Computed memory of a run on one device, in bytes."""
 
-    Attributes:
-        components (`dict[str, int]`): Tensors that stay between steps, by name.
-        moments (`dict[str, int]`): Peak of each moment, including the tensors that stay.
-        parameters, trained (`int`): Number of the denoiser's weights, and of its trained weights.
-        flops (`int`): Floating point operations of a micro-batch on one device.
-        pairs (`int`): Pairs of a micro-batch.
-    """
-
-    components: dict[str, int]
-    moments: dict[str, int]
-    parameters: int
-    trained: int
-    flops: int
-    pairs: int
+    components: dict[str, int]  # tensors that stay between steps, by name
+    moments: dict[str, int]  # peak of each moment, including the tensors that stay
+    parameters: int  # number of the denoiser's weights
+    trained: int  # number of its trained weights
+    flops: int  # floating point operations of a micro-batch on one device
+    pairs: int  # of a micro-batch
 
     @property
     def peak(self) -> int:
