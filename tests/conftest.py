@@ -110,7 +110,7 @@ def make_pairs():
 
 @pytest.fixture
 def plotted():
-    """Lets `make_args` and `make_trainer` draw curves and verdict."""
+    """Lets `make_args` and `make_trainer` draw curves."""
 
 
 @pytest.fixture
@@ -130,13 +130,12 @@ def one_draw(monkeypatch, request):
 @pytest.fixture
 def make_args(tmp_path, monkeypatch, request):
     """`make_args(**overrides)`: quiet arguments for a few steps on the CPU, writing below the test's own folder. Curves
-    and verdict are not drawn, which takes half a second at every save and end, unless the test uses `plotted`."""
+    are not drawn, which takes half a second at every save and end, unless the test uses `plotted`."""
     from trl_diffusion_sdpo import DiffusionSDPOConfig
-    from trl_diffusion_sdpo.reporting import run_callbacks, verdict_report
+    from trl_diffusion_sdpo.reporting import run_callbacks
 
     if "plotted" not in request.fixturenames:
         monkeypatch.setattr(run_callbacks, "plot_curves", lambda history, file: None)
-        monkeypatch.setattr(verdict_report, "draw_verdict", lambda folder, facts: None)
 
     def build(**overrides):
         settings = {

@@ -21,11 +21,11 @@ from worker import RecordingTrainer, check_engine, engine_args, take_turns
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
 from trl_diffusion_sdpo.models.weight_copies import SecondDenoiser
-from trl_diffusion_sdpo.reporting import run_callbacks, verdict_report
+from trl_diffusion_sdpo.reporting import run_callbacks
 from trl_diffusion_sdpo.step import pair_evaluation
 
 pair_evaluation.MOST_DRAWS = 1
-run_callbacks.plot_curves = verdict_report.draw_verdict = lambda *given: None  # half a second at every save and end
+run_callbacks.plot_curves = lambda *given: None  # half a second at every save and end
 
 LARGE = 500  # elements; ZeRO-3 leaves smaller weights where they are once gathered, by `engine_args`
 

@@ -1,4 +1,4 @@
-"""Attempts of a run: each starts its process, or its two processes, and ends when they are done or killed.
+"""Attempts of a run. An attempt starts one or two processes, and ends when they are done or killed.
 
 The libraries are imported once, in a process that does not train; every attempt is forked from it, as imports take
 seconds.
@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -61,13 +61,12 @@ PAIRS = 20
 
 @dataclass
 class Attempt:
-    """The result of an attempt: exit codes of its processes, the phase of each when it ended, and seconds."""
+    """The result of an attempt: exit codes of its processes, the seconds since training began, and the kill with its
+    phase, unless the attempt had ended before."""
 
     exit_codes: list[int]
-    phases: list[str]
-    seconds: float
-    training_seconds: float = 0.0
-    killed: dict = field(default_factory=dict)  # the kill and its phase, unless the attempt had ended before
+    training_seconds: float
+    killed: dict
 
     @property
     def done(self) -> bool:
@@ -76,7 +75,7 @@ class Attempt:
 
 @dataclass
 class Kill:
-    """SIGKILL to a process, `seconds` after the first process has entered a phase."""
+    """SIGKILL to a process, `seconds` after the first process enters a phase."""
 
     process: int
     seconds: float
@@ -103,8 +102,8 @@ class Trainer(RecordingTrainer):
 
 
 def prepare(folder: Path) -> None:
-    """Write the tiny pipeline and the pairs, in a subprocess; and build DeepSpeed's extension before any process is
-    killed: one that dies while building it leaves a lock file for which all others wait."""
+    """Write the tiny pipeline and the pairs in a subprocess. Build DeepSpeed's extension before any process is killed,
+    because a process that dies while building leaves a lock file, and all others wait for it."""
     build_shm_op()
     if not (folder / "pairs").is_dir():
         assert wait_for([fork(lambda: _prepare(folder), folder / "prepare.txt")], time.monotonic() + SECONDS) == [0]
@@ -122,7 +121,7 @@ def _prepare(folder: Path) -> None:
 
 
 def attempt(run: dict, folder: Path, kill: Kill | None = None) -> Attempt:
-    """One attempt of a run, in `folder`.
+    """Make one attempt of a run, in `folder`.
 
     Args:
         run (`dict`): `name`, `engine` (`"plain"` for one process, else two), `lora`, `args`, and `resume`, as
@@ -147,8 +146,7 @@ def attempt(run: dict, folder: Path, kill: Kill | None = None) -> Attempt:
             killed = {"process": kill.process, "seconds": kill.seconds, "phase": PHASES[phases[kill.process]]}
             os.kill(pids[kill.process], signal.SIGKILL)
     codes = wait_for(pids, deadline)
-    now = time.monotonic()
-    return Attempt(codes, [PHASES[phase] for phase in phases], now - began, now - training_began, killed)
+    return Attempt(codes, time.monotonic() - training_began, killed)
 
 
 def _process(run: dict, folder: Path, rank: int, phases, environment: dict[str, str]) -> Callable[[], None]:
@@ -241,7 +239,7 @@ class Writes:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def wrapped(self, writer: Callable) -> Callable:
-        """A function that writes to its second argument, recorded before and after."""
+        """Return a function that records the writes of `writer`, which writes to its second argument."""
 
         def write(*given, **named):
             path, was_nested = given[1], self._nested
@@ -272,7 +270,7 @@ def writes_to(values: tuple) -> bool:
 
 
 def fork(function: Callable[[], None], log: Path) -> int:
-    """Run a function in a child process with its own process group; returns its id."""
+    """Run a function in a child process with a new process group, and return its id."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -294,7 +292,7 @@ def fork(function: Callable[[], None], log: Path) -> int:
 
 
 def wait_until(condition: Callable[[], bool], deadline: float) -> float:
-    """Wait until a condition is true or the deadline has passed; returns the time."""
+    """Wait until a condition is true or the deadline has passed, and return the time."""
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
     return time.monotonic()
@@ -313,7 +311,7 @@ def _any_ended(pids: list[int]) -> bool:
 
 
 def wait_for(pids: list[int], deadline: float) -> list[int]:
-    """Exit codes of all. When one fails, the others are ended as by a launcher: SIGTERM, then SIGKILL."""
+    """Return the exit codes of all processes. When one fails, end the others like a launcher: SIGTERM, then SIGKILL."""
     while True:
         wait_until(lambda: _any_ended(pids), deadline)
         running = [pid for pid in pids if pid not in _ENDED]
@@ -342,5 +340,5 @@ def free_port() -> int:
 
 
 def generator_of(*words: object) -> random.Random:
-    """A generator seeded by words."""
+    """Return a random generator that is seeded by words."""
     return random.Random("/".join(str(word) for word in words))

@@ -25,7 +25,7 @@ NEWEST = "checkpoint-5"  # of a finished run
 
 
 def writes(folder: Path, variant: str, every: str = "1") -> dict:
-    """Runs of one process, each killed at one of every `every`-th write to its output folder, and restarted."""
+    """Kill a run of one process at every `every`-th write to its output folder, and restart it."""
     expected, _ = uninterrupted("plain", variant, folder)
     counted = {**run_of("plain", variant, "counted"), "count_writes": True}
     finish(counted, folder)
@@ -45,8 +45,8 @@ def writes(folder: Path, variant: str, every: str = "1") -> dict:
 
 
 def damaged(folder: Path, engine: str, *only: str) -> dict:
-    """For each file of the newest checkpoint that a single process writes (with `only`, those that end so): whether a
-    run resumes without the file, and its log."""
+    """Return for each file of the newest checkpoint that a single process writes whether a run resumes without the
+    file, and its log. `only` are endings of file names."""
     uninterrupted(engine, "lora", folder)
     complete = folder / run_of(engine, "lora", "uninterrupted")["name"] / "output"
     newest = complete / NEWEST
@@ -96,7 +96,7 @@ def plant(file: Path, mark: Path) -> None:
 
 
 def _with_payload_in_every_pickle(content: bytes, mark: Path) -> bytes:
-    """The items of a distributed checkpoint; those that are no tensors are replaced by a payload of equal length."""
+    """Return a distributed checkpoint in which a payload of equal length replaces each item that is no tensor."""
     start, out = 0, b""
     while start < len(content):
         end = content.index(b"PK\x05\x06", start) + 22
@@ -110,9 +110,8 @@ def _with_payload_in_every_pickle(content: bytes, mark: Path) -> bytes:
 
 
 def planted(folder: Path, engine: str, *only: str) -> dict:
-    """For each file of a checkpoint that can hold a pickle: the log of a run that resumes from it, and whether the
-    payload ran; the same for an untouched checkpoint. With `only`, just the
-    files that end so."""
+    """Return for each file of a checkpoint that can hold a pickle the log of a run that resumes from it, and whether
+    the payload ran; and the same for an untouched checkpoint. `only` are endings of file names."""
     complete = folder / run_of(engine, "lora", "planted-complete")["name"]
     writer = {**run_of(engine, "lora", "planted-complete"), "args": {"max_steps": 2}}
     finish(writer, folder)

@@ -1,5 +1,5 @@
-"""Runs that are killed, at random times and at every write, and damaged or malicious checkpoints, under every engine.
-All runs are forked from one process (`scenarios.py`), started once for the selected tests."""
+"""Runs that are killed at random times and at writes, and damaged or malicious checkpoints, under every engine. One
+process (`scenarios.py`) is started for the selected tests, and all runs are forked from it."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ SECONDS = 3600
 
 @pytest.fixture(scope="module")
 def report(request, tmp_path_factory):
-    """`report(scenario)`: its results; see `scenarios.py`."""
+    """`report(scenario)`: the results of a scenario of `scenarios.py`."""
     selected = (item for item in request.session.items if item.path == Path(__file__))
     names = {item.callspec.params["scenario"] for item in selected if "scenario" in item.fixturenames}
     folder = tmp_path_factory.mktemp("kills")

@@ -131,7 +131,7 @@ ENDPOINTS = {
 
 
 def unsaved(make_trainer, **args):
-    """A trainer whose weights are nowhere yet; from what they come does not matter to the Hub."""
+    """Return a trainer that has not saved its weights yet."""
     return make_trainer(hub_model_id="tester/run", peft_config=LoraConfig(r=4), **args)
 
 
@@ -186,7 +186,7 @@ def test_an_upload_that_fails_beside_the_training_is_told_and_ends_nothing(make_
 
 
 def wait_for_the_upload_of_the_first(rank: int, folder: str) -> None:
-    """Two processes whose collectives have two seconds, and an upload of three in the first."""
+    """Run one of two processes. Their collectives time out after two seconds, and an upload takes three."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     short = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=2))
     publisher = Publisher(SimpleNamespace())
@@ -233,7 +233,7 @@ def test_card_curves_and_state_are_of_the_whole_run_after_a_resume(make_trainer,
 
 
 def test_a_mean_over_a_whole_run_by_hand():
-    """Ten steps: 3 in each of five, 1 in each of three, 2 in each of two."""
+    """The loss is 3 in five steps, 1 in three steps and 2 in two steps."""
     history = [{"loss": 3.0, "step": 5}, {"eval_loss": 9.0, "step": 5}, {"loss": 1.0, "step": 8}]
     history += [{"loss": 2.0, "step": 10}, {"train_loss": 2.0, "step": 10}]
     assert mean_loss(history) == pytest.approx((3 * 5 + 1 * 3 + 2 * 2) / 10)

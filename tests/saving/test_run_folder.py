@@ -1,4 +1,4 @@
-"""One run in a folder: a used folder is refused or its files are moved, and a second run is refused meanwhile."""
+"""A folder takes one run: a used folder is refused or its files are moved, and a second run at a time is refused."""
 
 import shutil
 import subprocess
@@ -61,16 +61,6 @@ def test_another_run_is_moved_aside_whole_if_told_so(build, tmp_path, caplog):
     assert (run / "previous-run-2" / "checkpoint-2").is_dir()
 
 
-@pytest.mark.matrix
-def test_all_weights_and_a_whole_pipeline_are_moved_aside_as_well(build, tmp_path):
-    first = build(2, peft_config=None, save_full_pipeline=True)
-    first.train()
-    first.save_model()
-    before = content(tmp_path / "run")
-    build(2, overwrite_output_dir=True).train()
-    assert content(tmp_path / "run" / "previous-run-1") == before
-
-
 def test_what_a_killed_first_save_left_is_no_other_run(build, run):
     shutil.rmtree(run / "checkpoint-4")
     (run / "diffusion_sdpo_setup.json").unlink()
@@ -81,7 +71,7 @@ def test_what_a_killed_first_save_left_is_no_other_run(build, run):
 
 
 def test_from_an_earlier_checkpoint_later_ones_are_moved_out_of_the_way(build, run, caplog):
-    """Killed before its first save, the run would go on from the line that it has left."""
+    """A run that is killed before its first save would otherwise resume from a checkpoint of the earlier trajectory."""
     build(3, save_steps=9).train(resume_from_checkpoint=str(run / "checkpoint-2"))
     aside = run / "previous-run-1"
     assert {"checkpoint-4", "pytorch_lora_weights.safetensors"} <= {path.name for path in aside.iterdir()}

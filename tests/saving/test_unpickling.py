@@ -1,4 +1,4 @@
-"""What is raised where a checkpoint's pickle is refused, also by a process that reads a shard."""
+"""Errors of refused pickles in a checkpoint, also those of processes that read a shard."""
 
 import pickle
 
@@ -9,7 +9,7 @@ from trl_diffusion_sdpo.saving.unpickling import tensors_only
 
 
 def of_a_process(cause: BaseException) -> CheckpointException:
-    """As torch raises it in all processes where the second one has failed."""
+    """Return the error that torch raises in all processes if the second one has failed."""
     return CheckpointException("read", {1: (cause, None)})
 
 

@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..reporting.run_callbacks import plots_of
 from ..saving.model_card import PACKAGES
 from ..saving.starting_point import run_of
-from ..utils.files import VERDICT_FILE, VERDICT_PLOT, write_atomically
+from ..utils.files import VERDICT_FILE, write_atomically
 from .images import image_path, settings_path
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ def _runs(folder: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
                     "plots": [
                         (title, f"data:image/png;base64,{base64.b64encode((run / name).read_bytes()).decode()}")
                         for name, title in plots
-                        if name != VERDICT_PLOT and (run / name).is_file()
+                        if (run / name).is_file()
                     ],
                 }
             )

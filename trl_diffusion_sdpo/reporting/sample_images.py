@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image, ImageDraw, ImageFont
+from diffusers.utils import make_image_grid
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -30,6 +30,7 @@ from .sample_scores import SampleScores
 from .tracked_images import TrackedImages
 
 SAMPLES_FOLDER = "samples"
+GRIDS = "step-??????.png"  # pattern of the grids' file names
 INFERENCE_STEPS = 30  # default number of steps
 
 
@@ -66,29 +67,25 @@ class SamplePair:
 class SampleImagesCallback(TrainerCallback):
     """Generates an image of every prompt with fixed seeds before, during and after training.
 
-    It writes `samples/step-000050.png`, a labelled grid with a row for each prompt, and for each prompt a file such as
+    For step 50 it writes `samples/step-000050.png`, all images in one column, and for each prompt a file such as
     `samples/step-000050-0.png` with its prompt and seed as PNG text. Training is not affected, because modes and random
-    states are restored, and the pipeline's scheduler is copied. Only the first process generates.
+    states are restored, and the pipeline's scheduler is copied.
 
     Args:
         pipeline (`DiffusionPipeline`): Pipeline with the trained denoiser; every component is on one device.
         prompts (`Sequence[str]`): Prompt `i` always starts from the noise of `seed + i`.
         every_n_steps (`int`, *optional*): Optimizer steps between two generations; only first and last if unset.
-        resolution (`int` or `tuple[int, int]`, *optional*): Side of the square images, or height and width, in pixels;
-            the model's own if unset.
-        call_options (`dict`, *optional*): Further arguments of the pipeline's call, such as its guidance scale.
-        denoiser_name (`str`, *optional*, defaults to `"unet"`): The pipeline's attribute that is trained. It runs under
-            the autocast of training. Frozen components run in their stored precision.
-        every_process (`bool`, *optional*, defaults to `False`): Whether all processes must generate, because each holds
-            a shard of the denoiser. The denoiser is then called through the Trainer's `model`.
-        frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`], *optional*): Puts the pipeline's VAE
-            and text encoders on the device while images are generated.
-        images ([`~trl_diffusion_sdpo.reporting.tracked_images.TrackedImages`], *optional*): Sends each prompt's image
-            to trackers, as `samples/0` and so on.
-        scores ([`~trl_diffusion_sdpo.reporting.sample_scores.SampleScores`], *optional*): Scores the images of each
-            generation.
-        log (`Callable`, *optional*): Logs these scores as metrics; all processes call it.
-        at_evaluations (`bool`, *optional*, defaults to `False`): Whether to generate before each evaluation too.
+        resolution (`int` or `tuple[int, int]`, *optional*): Side of square images, or height and width, in pixels.
+        call_options (`dict`, *optional*): Further arguments of the pipeline's call.
+        denoiser_name (`str`): The pipeline's attribute that is trained. It runs under the autocast of training. Frozen
+            components run in their stored precision.
+        every_process (`bool`): Whether all processes must generate, because each holds a shard of the denoiser. The
+            Trainer's `model` is then called in place of the denoiser. Otherwise only the first process generates.
+        frozen ([`FrozenComponents`], *optional*): Puts VAE and text encoders on the device while images are generated.
+        images ([`TrackedImages`], *optional*): Sends each prompt's image to trackers, as `samples/0` and so on.
+        scores ([`SampleScores`], *optional*): Scores the images of each generation.
+        log (`Callable`): Logs these scores as metrics; all processes call it.
+        at_evaluations (`bool`): Whether to generate before each evaluation too.
     """
 
     def __init__(
@@ -117,14 +114,14 @@ class SampleImagesCallback(TrainerCallback):
         if resolution is not None:
             height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
             self.call_kwargs |= {"height": height, "width": width}
-        self._last_step: int | None = None
+        self.last_step: int | None = None  # of the newest images; `None` before the first
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         resumed = state.global_step > 0
-        self._last_step = self._untracked = None
+        self.last_step = self._untracked = None
         exists = resumed and self._are_written(output_folder(args), state.global_step)
         if in_any_process(exists, args.device):
-            self._last_step = state.global_step  # the run that wrote the checkpoint generated them
+            self.last_step = state.global_step  # the run that wrote the checkpoint generated them
         if self.scores is not None:
             self.scores.step = None
         self._generate_once(args, state, state.global_step, kwargs.get("model"))
@@ -138,18 +135,20 @@ class SampleImagesCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         is_due = self.every_n_steps is not None and state.global_step % self.every_n_steps == 0
         if is_due or (self._at_evaluations and control.should_evaluate):
-            self._generate_once(args, state, state.global_step, kwargs.get("model"))
-            self._track(args)
-            self._log_scores(state, control)
+            self._report(args, state, control, state.global_step, kwargs.get("model"))
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self._at_evaluations and control.should_evaluate:
-            self._generate_once(args, state, state.global_step, kwargs.get("model"))
-            self._track(args)
-            self._log_scores(state, control)
+            self._report(args, state, control, state.global_step, kwargs.get("model"))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._generate_once(args, state, final_step(args, state) or state.global_step, kwargs.get("model"))
+        self._report(args, state, control, final_step(args, state) or state.global_step, kwargs.get("model"))
+
+    def _report(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, step: int, model: nn.Module | None
+    ) -> None:
+        """Generate the images of a step, send them to trackers, and log their scores."""
+        self._generate_once(args, state, step, model)
         self._track(args)
         self._log_scores(state, control)
 
@@ -168,20 +167,11 @@ class SampleImagesCallback(TrainerCallback):
         if not step:
             return []
         galleries = zip(self.gallery(0), self.gallery(step), strict=True)
-        pairs = [
-            SamplePair(prompt, self.seed + i, before, after)
-            for i, ((before, prompt), (after, _)) in enumerate(galleries)
-        ]
-        return [
-            pair
-            for pair in pairs
-            if all(_states(folder / path, pair.prompt, pair.seed) for path in (pair.before, pair.after))
-        ]
-
-    @property
-    def last_step(self) -> int | None:
-        """Step of the newest images; `None` before the first."""
-        return self._last_step
+        pairs = []
+        for seed, ((before, prompt), (after, _)) in enumerate(galleries, self.seed):
+            if all(_states(folder / path, prompt, seed) for path in (before, after)):
+                pairs.append(SamplePair(prompt, seed, before, after))
+        return pairs
 
     def _are_written(self, folder: Path, step: int) -> bool:
         """Return whether the images of a step exist, with these prompts and seeds."""
@@ -190,9 +180,9 @@ class SampleImagesCallback(TrainerCallback):
         return noted and grid_path(folder, step).exists()
 
     def _generate_once(self, args: TrainingArguments, state: TrainerState, step: int, model: nn.Module | None) -> None:
-        if step == self._last_step:
+        if step == self.last_step:
             return
-        self._last_step = step
+        self.last_step = step
         if self.every_process or state.is_world_process_zero:
             images = self.generate(training_autocast(args), through=model if self.every_process else None)
             if state.is_world_process_zero:
@@ -207,7 +197,7 @@ class SampleImagesCallback(TrainerCallback):
             note.add_itxt("prompt", prompt)
             note.add_itxt("seed", str(self.seed + i))
             image.save(folder / path, pnginfo=note)
-        labelled_grid(images, self.prompts).save(grid_path(folder, step))
+        make_image_grid(list(images), rows=len(images), cols=1).save(grid_path(folder, step))
         self._untracked = step
 
     def _score(self, args: TrainingArguments, state: TrainerState, step: int) -> None:
@@ -302,25 +292,6 @@ def find_sample_images(callbacks: Iterable[TrainerCallback]) -> SampleImagesCall
 def grid_path(output_dir: str | Path, step: int) -> Path:
     """Return the path of a step's grid."""
     return Path(output_dir) / SAMPLES_FOLDER / f"{_stem(step)}.png"
-
-
-def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], gap: int = 4) -> Image.Image:
-    """Return an RGB image of all images below one another, each with its label to the right. Labels are wrapped and cut
-    at the end of the row."""
-    font, line_height, text_width = ImageFont.load_default(12), 15, 256
-    rows = [max(image.height, 3 * line_height) for image in images]
-    left = max(image.width for image in images) + 2 * gap
-    grid = Image.new("RGB", (left + text_width + gap, sum(rows) + gap * (len(rows) + 1)), "white")
-    pen, top = ImageDraw.Draw(grid), gap
-    for image, label, height in zip(images, labels, rows, strict=True):
-        grid.paste(image.convert("RGB"), (gap, top))
-        lines = textwrap.wrap(label, text_width // 8)[: height // line_height]
-        pen.multiline_text((left, top), "\n".join(lines), fill="black", font=font, spacing=line_height - 12)
-        top += height + gap
-    return grid
-
-
-GRIDS = "step-??????.png"  # pattern of the grids' file names
 
 
 def _stem(step: int) -> str:

@@ -86,7 +86,7 @@ def add_callbacks(
         own.append(samples)
     if args.eval_strategy != "no":
         own.append(NoiseBinPlotCallback(images, args.num_noise_bins))
-    own.append(VerdictCallback(run_facts, evaluate, handler.callbacks, samples, images, args.on_winner_rise))
+    own.append(VerdictCallback(run_facts, evaluate, handler.callbacks, samples, args.on_winner_rise))
     own.append(RunReportCallback(end))
     handler.callbacks[1:1] = own  # the first decides when to log, evaluate and save
     if type(handler.callbacks[-1]) is ProgressCallback:

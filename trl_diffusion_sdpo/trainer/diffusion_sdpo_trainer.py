@@ -37,9 +37,9 @@ from ..models.denoiser_wrapper import DenoiserWrapper
 from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.reference import networks
 from ..reporting.console import say
+from ..reporting.plots import CURVES_FILE
 from ..reporting.run_callbacks import plots_of, run_lines
 from ..reporting.sample_images import SAMPLES_FOLDER, final_step, find_sample_images
-from ..reporting.training_curves import CURVES_FILE
 from ..reporting.verdict import RunFacts, Verdict, verdict_of
 from ..saving.interrupts import step_exchange, stopping_on_interrupt, was_interrupted
 from ..saving.model_card import RunCard, mean_loss
@@ -56,7 +56,7 @@ from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import ProbeInputs, ProbeSettings, probe_inputs, probe_items
 from ..utils._compat import keeps_order
 from ..utils.disk import naming_the_disk
-from ..utils.files import VERDICT_FILE, VERDICT_PLOT
+from ..utils.files import VERDICT_FILE
 from .callbacks import add_callbacks, load_sample_scores
 from .components import build_components, load_policy, make_reference_errors
 from .config.all_arguments import temporarily
@@ -87,7 +87,7 @@ SAME_IN_ALL_PROCESSES = (
     *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "logging_strategy", "logging_steps"),
     *("precompute_latents", "push_to_hub", "sample_prompts", "sample_steps", "sample_scorers"),
 )
-REPORTS = (SAMPLES_FOLDER, "noise_bins*.png", CURVES_FILE, VERDICT_FILE, VERDICT_PLOT, TRAINER_STATE_NAME)
+REPORTS = (SAMPLES_FOLDER, "noise_bins*.png", CURVES_FILE, VERDICT_FILE, TRAINER_STATE_NAME)
 # Files that stay local. The state contains paths of local folders.
 NOT_PUBLISHED = (f"{PREFIX_CHECKPOINT_DIR}-*", f"{PREVIOUS_RUN}-*", TRAINER_STATE_NAME)
 

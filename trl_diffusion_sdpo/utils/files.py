@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-VERDICT_FILE, VERDICT_PLOT = "verdict.json", "verdict.png"  # in the folder of a run
+VERDICT_FILE = "verdict.json"  # in the folder of a run
 
 
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], *, ending: str = ".partial") -> None:
