@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ..utils.import_utils import require
 from . import EXIT_INTERRUPTED, EXIT_OK, launch
 from .errors import reading_arguments, reading_data
+from .images import import_from_working_directory
 from .options import option_name, refuse_unknown, refuse_unknown_keys
-from .scorers import import_from_working_directory
 from .train_parser import check_adapter_options, check_together, is_first_process, make_parser, read_given
 
 if TYPE_CHECKING:
