@@ -9,23 +9,20 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from accelerate import PartialState
 
-from ..engines.processes import gather_objects
 from ..evaluation import Candidate, evaluate_models
 from ..evaluation.evaluate import score_rows
-from ..evaluation.images import ImageSettings, generate_images, image_path
+from ..evaluation.images import ImageSettings, generate_images, image_path, peers_of_this_run
 from ..evaluation.prompts import PromptList, distinct
 from ..rewards import Scorer
 from ..rewards.vlm_server import VLMServerJudge
 from ..utils.files import write_atomically
-from ..utils.processes import Peers
-from .advice import NEGATIVES_ADVICE
 from .manifest import ListedImage, json_lines, write_manifest
 from .picks import PAIRS_FILE, PICKS_FILE
+from .publish import NEGATIVES_ADVICE, write_card
 
 Combination = Literal["weighted", "majority", "pareto"]
-CARD_FILE = "README.md"
+SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -117,29 +114,22 @@ def generate_pairs(
     scores = np.stack([evaluation.scores[scorer.name][model.name] for scorer in scorers])
     weights = np.array([pairing.weights.get(scorer.name, 1.0) for scorer in scorers])
     rewards = combine(scores, weights, pairing.combination)
-    judged: list[np.ndarray | None] | np.ndarray = [None] * len(rewards)
-    for judge in judges:
-        judged = _judge_neighbours(judge, folder, model.name, evaluation.prompts, settings)
+    judged = _judge_neighbours(judges[0], folder, model.name, evaluation.prompts, settings) if judges else None
     rows = []
     for index, prompt in enumerate(evaluation.prompts.prompts):
-        for chosen, rejected in _pairs(scores[:, index], rewards[index], judged[index], pairing):
-            difference = scores[:, index, chosen] - scores[:, index, rejected]
-            name = {
-                image: image_path(folder, model.name, index, settings.seeds[image]).relative_to(folder).as_posix()
-                for image in (chosen, rejected)
-            }
+        allowed = None if judged is None else judged[index]
+        for pair in _pairs(scores[:, index], rewards[index], allowed, pairing):
+            difference = scores[:, index, pair[0]] - scores[:, index, pair[1]]
+            seeds = {side: settings.seeds[image] for side, image in zip(SIDES, pair, strict=True)}
+            paths = {side: image_path(folder, model.name, index, seed) for side, seed in seeds.items()}
             rows.append(
                 {
                     "prompt": prompt,
-                    "chosen": name[chosen],
-                    "rejected": name[rejected],
-                    "chosen_score": float(rewards[index, chosen]),
-                    "rejected_score": float(rewards[index, rejected]),
+                    **{side: path.relative_to(folder).as_posix() for side, path in paths.items()},
+                    **{f"{side}_score": float(rewards[index, image]) for side, image in zip(SIDES, pair, strict=True)},
                     "agreement": float(np.mean((np.sign(difference) + 1) / 2)),
-                    "chosen_seed": settings.seeds[chosen],
-                    "rejected_seed": settings.seeds[rejected],
-                    "chosen_noise_seed": settings.noise_seed(prompt, settings.seeds[chosen]),
-                    "rejected_noise_seed": settings.noise_seed(prompt, settings.seeds[rejected]),
+                    **{f"{side}_seed": seed for side, seed in seeds.items()},
+                    **{f"{side}_noise_seed": settings.noise_seed(prompt, seed) for side, seed in seeds.items()},
                 }
             )
     if not rows:
@@ -147,15 +137,15 @@ def generate_pairs(
             f"There are no pairs: as `pairing` asks, the scorers tell no two images of one of the "
             f"{len(evaluation.prompts.prompts)} prompts apart. Lower the margin, or use more seeds or other scorers."
         )
-    if PartialState().is_main_process:
-        write_atomically(folder / PAIRS_FILE, json_lines(rows))
-        facts = {
-            "Model": model.model if isinstance(model.model, str) else type(model.model).__name__,
-            "Images of each prompt": len(settings.seeds),
-            "Scorers": ", ".join(scorer.name for scorer in [*scorers, *judges]),
-            "Reward": pairing.combination,
-        }
-        write_card(folder, "Pairs of a model's own images, chosen by scorers.", facts, len(rows))
+    facts = {
+        "Images of each prompt": len(settings.seeds),
+        "Scorers": ", ".join(scorer.name for scorer in [*scorers, *judges]),
+        "Reward": pairing.combination,
+    }
+    peers = peers_of_this_run()
+    peers.first(lambda: write_atomically(folder / PAIRS_FILE, json_lines(rows)))
+    purpose = "Pairs of a model's own images, chosen by scorers."
+    peers.first(lambda: write_card(folder, purpose, model, facts, len(rows)))
     return len(rows)
 
 
@@ -213,14 +203,13 @@ def pairs_of_negatives(
             facts = {"seed": seed, "noise_seed": drawn_from}
             images += [ListedImage(name, prompt, {"model": side, **facts}) for side, name in names.items()]
     listing = {
-        "Model": model.model if isinstance(model.model, str) else type(model.model).__name__,
         "Chosen": f"images with {json.dumps(settings.call_kwargs or {})}",
         "Rejected": f"images of the same noise with {json.dumps(dict(negative_kwargs))} besides",
     }
     peers.first(lambda: write_manifest(folder, images))
     peers.first(lambda: write_atomically(folder / PAIRS_FILE, json_lines(rows)))
     purpose = "A model's images against those that it generates from the same noise with worse settings."
-    peers.first(lambda: write_card(folder, purpose, listing, len(rows), NEGATIVES_ADVICE))
+    peers.first(lambda: write_card(folder, purpose, model, listing, len(rows), NEGATIVES_ADVICE))
     return len(rows)
 
 
@@ -272,12 +261,6 @@ def _judge_neighbours(
     return judged
 
 
-def peers_of_this_run() -> Peers:
-    """Return the processes that accelerate launched."""
-    state = PartialState()
-    return Peers(state.process_index, state.num_processes, gather_objects)
-
-
 def _pairs(
     scores: np.ndarray, rewards: np.ndarray, judged: np.ndarray | None, pairing: Pairing
 ) -> list[tuple[int, int]]:
@@ -296,17 +279,3 @@ def _pairs(
     if pairing.margin is None:
         return ordered[:1]
     return [(better, worse) for better, worse in ordered if rewards[better] - rewards[worse] >= pairing.margin]
-
-
-def write_card(folder: Path, purpose: str, facts: Mapping[str, object], pairs: int, advice: str = "") -> None:
-    """Write the card of a folder's pairs, unless there is one: the Hub shows it, and `load_dataset` reads the files
-    that it names."""
-    path = folder / CARD_FILE
-    if path.exists():
-        return
-    listed = "\n".join(f"- {name}: {value}" for name, value in {**facts, "Pairs": pairs}.items())
-    front = f"---\nconfigs:\n- config_name: default\n  data_files: {PAIRS_FILE}\ntags:\n- preference\n---\n"
-    command = f"trl-diffusion-sdpo train --dataset_name {folder.name} --model_name_or_path MODEL --use_peft"
-    parts = [f"# {folder.name}", purpose, listed, advice, f"Train with `{command}`."]
-    text = front + "".join(f"\n{part}\n" for part in parts if part)
-    write_atomically(path, text.encode())
