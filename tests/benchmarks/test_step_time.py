@@ -1,5 +1,5 @@
-"""The benchmark of the step in its smallest form. Times mean nothing at this size: operations are counted, and losses of
-hand-written steps are compared with those of this package's step."""
+"""The benchmark of the step in its smallest form. Times mean nothing at this size: operations are counted, and losses
+of hand-written steps are compared with those of the step of this package."""
 
 import json
 import sys
