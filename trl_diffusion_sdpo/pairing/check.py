@@ -1,4 +1,4 @@
-"""A look at a data set of pairs before training: what training drops, what is doubtful, and a contact sheet."""
+"""Check of a data set of pairs before training: dropped pairs, doubtful pairs, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_pairs(
     sheet: Path | None = None,
     folder: Path | None = None,
 ) -> list[str]:
-    """Return what training reads and drops, and what is doubtful, in lines of text. All images are decoded.
+    """Report the pairs that training reads, drops and may better not have, as lines of text. All images are decoded.
 
     Args:
         dataset (`Any`): See [`prepare_dataset`].
@@ -46,19 +46,19 @@ def check_pairs(
     pairs = prepare_dataset(dataset, options, name="pairs")
     if not isinstance(pairs, PreferenceDataset):
         raise ValueError("A stream cannot be checked. Load the data set without `streaming=True`.")
-    source, places = pairs.origins()
-    prompts = [source.prompt(row, image) for row, image in places[:, :2].tolist()]
+    source, origins = pairs.origins()
+    prompts = [source.prompt(row, image) for row, image in origins[:, :2].tolist()]
     counts, sizes = Counter(prompts), Counter[str]()
     agreed: list[float] = []
     seen: set[tuple[str, ...]] = set()
     compared = identical = repeated = contradictory = 0
     shown = []
     for pair in evenly_spaced(len(pairs), look_at).tolist():
-        winner_row, winner_image, loser_row, loser_image = places[pair].tolist()
+        winner_row, winner_image, loser_row, loser_image = origins[pair].tolist()
         try:
             winner = pairs.reader.decode_at(source.images(winner_row), winner_image)
             loser = pairs.reader.decode_at(source.images(loser_row), loser_image)
-        except UndecodableImageError:  # the file has gone since it was checked
+        except UndecodableImageError:  # the file was deleted after the first check
             continue
         prompt = prompts[pair]
         first, second = _digest(winner), _digest(loser)

@@ -32,10 +32,10 @@ class Pairing:
     Args:
         combination (`str`, *optional*, defaults to `"weighted"`): How several scorers become one reward. `"weighted"`:
             each scorer's z-scores within the prompt, weighted and summed, then divided by the standard deviation over
-            all images (GDPO). `"majority"`: the share of the prompt's other images that more scorers find worse than
-            better, minus the share of which it is the other way round, in `[-1, 1]`. `"pareto"`: as `"weighted"`, but
-            only pairs on which no scorer prefers the rejected image.
-        weights (`Mapping[str, float]`, *optional*): Weight of each scorer by name; 1 for those not in it.
+            all images (GDPO). `"majority"`: an image beats another one if more scorers prefer it. The reward is the
+            share of the prompt's other images that it beats, minus the share that beat it, in `[-1, 1]`. `"pareto"`:
+            like `"weighted"`, but without pairs in which a scorer prefers the rejected image.
+        weights (`Mapping[str, float]`, *optional*): Weight of each scorer by name; 1 for other scorers.
         margin (`float`, *optional*): Pair all images of a prompt whose rewards differ by at least this. If unset, each
             prompt gives one pair: the best and the worst image.
 
@@ -68,19 +68,18 @@ def generate_pairs(
 ) -> int:
     """Generate images of each prompt, score them, and write `pairs.jsonl`, which training reads.
 
-    Images and scores are kept, so an interrupted call continues, and a call with another `pairing` generates nothing
-    anew. If accelerate launches several processes, they share the work. Each row has `prompt`, `chosen`, `rejected`,
-    `chosen_score`, `rejected_score`, `agreement` (the share of scorers that prefer the chosen image, ties half),
-    `chosen_seed` and `rejected_seed`, and the seeds of the generators of the initial noise, `chosen_noise_seed` and
-    `rejected_noise_seed`: training with `noise_source="generated"` draws the noise again.
+    Images and scores are saved in the folder. An interrupted call continues, and a call with another `pairing` reuses
+    them. If accelerate launches several processes, they share the work. Each row has `prompt`, `chosen`, `rejected`,
+    `chosen_score`, `rejected_score`, `agreement` (share of scorers that prefer the chosen image; a tie counts half),
+    `chosen_seed` and `rejected_seed`, and `chosen_noise_seed` and `rejected_noise_seed`, from which training with
+    `noise_source="generated"` draws the initial noise again.
 
     Args:
         model (`Candidate`): The model.
         prompts (`Sequence[str]` or `PromptList`): The prompts.
-        scorers (`Sequence[Scorer]`): The scorers. Without any, there are images and no pairs: `pairs pick` reads the
-            folder. With a judge such as `vlm_judge`, neighbours (the images of the first and second seed, of the third
-            and fourth, and so on) are compared first. Then only images that the judge prefers are chosen, and only
-            images that it does not prefer are rejected.
+        scorers (`Sequence[Scorer]`): The scorers. Without scorers, only images are written, for `pairs pick`. A judge
+            such as `vlm_judge` first compares the images of the first and second seed, of the third and fourth, and so
+            on. Then only images that the judge prefers may be chosen, and only other images may be rejected.
         output_dir (`str` or `Path`): Folder for images, scores, pairs and a card.
         settings (`ImageSettings`): Seeds, one image of each prompt for each, and arguments of the pipeline.
         pairing (`Pairing`, *optional*): How images become pairs.
@@ -89,9 +88,9 @@ def generate_pairs(
         `int`: Number of pairs.
 
     Raises:
-        `ValueError`: If there are fewer than two seeds, a judge and no scorer, or several judges; if a weight is that
-            of no scorer, the folder has images of other settings or pairs that a person picked, or the scorers tell no
-            two images of a prompt apart.
+        `ValueError`: If there are fewer than two seeds, several judges, or a judge without a scorer; if a weight has
+            the name of no scorer; if the folder has images of other settings or pairs that a person picked; or if no
+            two images of a prompt have different scores.
     """
     pairing = pairing or Pairing()
     folder = Path(output_dir)
@@ -134,8 +133,8 @@ def generate_pairs(
             )
     if not rows:
         raise ValueError(
-            f"There are no pairs: as `pairing` asks, the scorers tell no two images of one of the "
-            f"{len(evaluation.prompts.prompts)} prompts apart. Lower the margin, or use more seeds or other scorers."
+            f"A pair needs two images of a prompt with scores that are far enough apart for `pairing`, and none of the "
+            f"{len(evaluation.prompts.prompts)} prompts has any. Lower the margin, or use more seeds or other scorers."
         )
     facts = {
         "Images of each prompt": len(settings.seeds),
@@ -159,8 +158,8 @@ def pairs_of_negatives(
     """Pair each image of a model with the one that it generates from the same noise with worse settings, and write
     `pairs.jsonl`, which training reads. No scorer is needed.
 
-    By default the worse image is generated without guidance: it shows what the model itself has learned, and what the
-    tuned model, or the negative model of preference guidance, is to avoid or to learn. An interrupted call continues.
+    By default the worse image is generated without guidance, so it shows what the model itself has learned. An
+    interrupted call continues.
 
     Args:
         model (`Candidate`): The model.
