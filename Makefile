@@ -75,7 +75,7 @@ test-kills: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "matrix or not matrix" tests/kills
 
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/step_time.py --quick
+	$(BIN)/python benchmarks/step_time.py --parts bare --rounds 1
 	$(BIN)/python benchmarks/safeguard_overhead.py --rounds 2 --reference --tuning lora --latents 16 --batch 2
 	$(BIN)/python benchmarks/planned_memory.py --size tiny --output bench_output/planned_memory.json
 	$(BIN)/python benchmarks/data_loading.py --quick

@@ -88,8 +88,9 @@ def test_commands_and_their_options_exist(block):
         assert command[1] in COMMANDS
         module = import_module(f"trl_diffusion_sdpo.cli.{command[1].replace('-', '_')}")
         if hasattr(module, "SUBCOMMANDS"):
-            module = module.module_of(command[2].split()[0])
-        known = set(module.make_parser().names()) if hasattr(module, "make_parser") else set()
+            known = set(module.subcommand_parser(command[2].split()[0]).names())
+        else:
+            known = set(module.make_parser().names()) if hasattr(module, "make_parser") else set()
         if command[1] not in ("export", "demo", "env"):
             known |= {*options_of_train(), "config", "accelerate_config", *launch_options()}
         assert set(re.findall(r" --(\w+)", command[2].partition("#")[0])) <= known

@@ -62,9 +62,8 @@ class OneLineParser(argparse.ArgumentParser):
         Raises:
             ValueError: If an option does not take a value of that kind.
         """
-        actions = {
-            action.dest: action for action in reversed(self._actions)
-        }  # the first of an option and its opposite
+        # Reversed, so that an option wins over its opposite, which comes after it.
+        actions = {action.dest: action for action in reversed(self._actions)}
         words: list[str] = []
         others: dict[str, Any] = {}
         for key, value in settings.items():
@@ -131,26 +130,13 @@ def refuse_unknown(words: Iterable[str], options: Iterable[str]) -> None:
     """Raise `ValueError` on words that a parser did not recognize, with the nearest valid options."""
     words = list(words)
     names = [name for word in words if (name := option_name(word))]
+    known = {option.replace("-", "_") for option in options}
     if names:
-        listed = (f"`--{name}` is no option of this command.{nearest_option(name, options)}" for name in names)
+        hints = [other_tools_option(name, known) or did_you_mean(name, known, prefix="--") for name in names]
+        listed = (f"`--{name}` is no option of this command.{hint}" for name, hint in zip(names, hints, strict=True))
         raise ValueError(f"{' '.join(listed)} `--help` lists all.")
     if words:
         raise ValueError(f"These words belong to no option: {' '.join(words)}. Options begin with `--`.")
-
-
-def refuse_unknown_keys(keys: Iterable[str], options: Iterable[str]) -> None:
-    """Raise `ValueError` on keys of a file of settings that are no options."""
-    listed = " ".join(f"Unknown option `{key}`.{nearest_option(key, options)}" for key in keys)
-    if listed:
-        raise ValueError(
-            f"The file of `--config` must hold options of the command or of `accelerate launch`: {listed}"
-        )
-
-
-def nearest_option(name: str, options: Iterable[str]) -> str:
-    """Return a sentence that names the option that may be meant, or nothing."""
-    names = {option.replace("-", "_") for option in options}
-    return other_tools_option(name, names) or did_you_mean(name, names, prefix="--")
 
 
 def option_name(word: str) -> str | None:

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..engines.processes import gather_objects
 from ..rewards import Scorer
 from ..rewards.scorer import on_device
 from ..rewards.statistics import WinRate, agreement, holm, win_rate
@@ -24,7 +22,16 @@ from ..rewards.vlm_server import VLMServerJudge
 from ..utils.files import write_atomically
 from ..utils.processes import ALONE, Peers
 from .candidate import Candidate
-from .images import SCORES_FOLDER, ImageSettings, diversity, generate_images, image_path, is_black, saturation
+from .images import (
+    SCORES_FOLDER,
+    ImageSettings,
+    diversity,
+    generate_images,
+    image_path,
+    is_black,
+    peers_of_this_run,
+    saturation,
+)
 from .layouts import LAYOUTS, write_layout
 from .prompts import PromptList, distinct
 from .report import write_report
@@ -141,8 +148,7 @@ def evaluate_models(
         raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
     files = [] if layout is None else LAYOUTS[layout](listed, settings.seeds)
     folder = Path(output_dir)
-    state = PartialState()
-    peers = Peers(state.process_index, state.num_processes, gather_objects)
+    peers = peers_of_this_run()
     for candidate in candidates:
         generate_images(candidate, listed.prompts, settings, folder, peers, base=candidates[0])
     evaluation = judge_images(candidates, listed, scorers, folder, settings, peers)
