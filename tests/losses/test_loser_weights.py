@@ -170,26 +170,6 @@ def test_lambda_of_a_noise_bin_is_that_of_its_pairs(noise_bins, weights, mu, exp
     assert scale.tolist() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "mapo", "dpop"])
-def test_each_noise_bin_has_the_lambda_of_a_batch_of_its_own(name, seeded_pairs):
-    """Whatever the weights of the loss are: a batch of one bin's pairs alone is measured alike."""
-    model, target, ref = seeded_pairs()
-    _, out = gradient(
-        (model, target, ref),
-        name,
-        safeguard_mu=0.9,
-        safeguard_granularity="noise_bin",
-        noise_bins=torch.tensor([1, 0, 1]),
-        num_noise_bins=2,
-    )
-    assert (out.scale < 1).any()
-    for pairs in ([0, 2], [1]):
-        rows = torch.tensor([*pairs, *(pair + 3 for pair in pairs)])
-        _, alone = gradient((model[rows], target[rows], ref[rows]), name, safeguard_mu=0.9)
-        for pair in pairs:
-            assert float(out.scale[pair]) == pytest.approx(float(alone.scale), rel=1e-5)
-
-
 def test_noise_bins_are_needed_where_each_has_a_lambda(seeded_pairs):
     with pytest.raises(ValueError, match="`safeguard_granularity='noise_bin'` needs `noise_bins`"):
         diffusion_preference_loss(*seeded_pairs(), safeguard_granularity="noise_bin")
