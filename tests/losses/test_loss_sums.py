@@ -1,5 +1,5 @@
-"""Sums of losses, the cap of the logit and weights of pairs: values by hand, what the row of a sum says, and gradients
-under every safeguard of output space against loops in plain Python."""
+"""Sums of losses and the cap of the logit by hand, and lambda and gradients of every loss, sum and weight under every
+safeguard of output space against loops in plain Python."""
 
 import math
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from trl_diffusion_sdpo.losses import (
+    LOSSES,
     PairTerms,
     check_auto_beta,
     check_loss_kwargs,
@@ -18,9 +19,18 @@ from trl_diffusion_sdpo.losses import (
 LOG3 = math.log(3)
 # As in test_preference: err_w = 1, d_w = -3, err_l = 4, d_l = 3, u = 3 beta.
 MODEL, REFERENCE, ZERO = torch.tensor([[1.0], [2.0]]), torch.tensor([[-2.0], [1.0]]), torch.zeros(2, 1)
-SETTINGS = {"dmpo": {"dmpo_alpha": 0.05}, "dpop": {"dpop_lambda": 2.0}}
+SETTINGS = {
+    "robust": {"label_smoothing": 0.2},
+    "dspo_sdxl": {"dspo_threshold": 0.0},
+    "dmpo": {"dmpo_alpha": 0.05},
+    "mapo": {"mapo_scale": 0.5, "mapo_temperature": 3.0},
+    "simpo": {"simpo_gamma": 0.3},
+    "dpop": {"dpop_lambda": 2.0},
+    "linear": {"linear_eta": 0.05},
+    "smpo": {"smpo_coefficient": 3.0, "smpo_score_scale": 0.3},
+}
 BINS = torch.tensor([0, 1, 0])
-PAIR_WEIGHTS = torch.tensor([0.5, 0.0, 2.0])
+PAIR_WEIGHTS, LOSER_WEIGHTS = torch.tensor([0.5, 0.0, 2.0]), torch.tensor([0.25, 0.0, 1.0])
 SCORES = torch.tensor([0.9, 0.5, 0.8, 0.3, 0.4, 0.1])  # winners first, each ahead of its loser
 
 
@@ -135,6 +145,7 @@ CASES = [
     ("capo", None, {}),
     ("sigmoid", None, {"margin_clamp": 0.05}),
     (["sigmoid", "sft"], [1.0, 0.3], {"margin_clamp": 0.05}),
+    *((name, None, {}) for name in LOSSES if name not in ("sft", "capo")),
 ]
 
 
@@ -143,8 +154,9 @@ def parts_of(loss_type, weights):
     return dict(zip(names, weights or [1.0] * len(names), strict=True))
 
 
-def gradient_of(parts, tensors, beta, gradient_by_differences, clamp=None, pair_weights=None):
-    """Of the weighted mean, in float64: central differences, part by part; rows of pairs that the cap has won are 0."""
+def gradient_of(parts, tensors, beta, gradient_by_differences, clamp=None):
+    """Return the gradient of each pair's share of the mean loss, in float64: central differences, part by part. Rows of
+    pairs that the cap has won are 0."""
     model, target, ref = tensors
     total = torch.zeros(model.shape, dtype=torch.float64)
     error = (model - target).double().square().flatten(1).mean(1) - (ref - target).double().square().flatten(1).mean(1)
@@ -156,65 +168,68 @@ def gradient_of(parts, tensors, beta, gradient_by_differences, clamp=None, pair_
         if clamp is not None and name != "sft":
             part[(logit > clamp).repeat(2)] = 0
         total += weight * part
-    if pair_weights is not None:
-        total *= pair_weights.double().repeat(2).view(-1, 1, 1)
     return total, logit
 
 
-def expected_scale(granularity, plain, gradient, residual, mu, pair_weights):
-    """Lambda of each pair, in float64, by the closed form over groups of pairs."""
-    counted = [True] * 3 if pair_weights is None else (pair_weights > 0).tolist()
+def expected_scale(granularity, plain, gradient, residual, mu, pair_weights, loser_weights):
+    """Return lambda of each pair in float64, by the closed form over groups of pairs.
+
+    If `plain`, all errors weigh alike, and residuals stand for gradients. A pair of loser weight 0 is left out.
+    """
     groups = {"batch": [[0, 1, 2]], "weighted": [[0, 1, 2]], "pair": [[0], [1], [2]], "noise_bin": [[0, 2], [1]]}
     scale = [1.0] * 3
     for group in groups[granularity]:
-        rows = [row for row in group if counted[row] or not plain]
-        winner = residual if plain else gradient
-        gain = sum(float((residual[row] * winner[row]).sum()) for row in rows)
-        dot = sum(float((residual[row] * (residual[row + 3] if plain else -gradient[row + 3])).sum()) for row in rows)
+        rows = [row for row in group if loser_weights[row] > 0 and (pair_weights[row] > 0 or not plain)]
+        gain = dot = 0.0
+        for row in rows:
+            winner, loser = (residual[row], residual[row + 3]) if plain else (gradient[row], -gradient[row + 3])
+            gain += float((residual[row] * winner).sum())
+            dot += float(loser_weights[row] * (residual[row] * loser).sum())
         for row in group:
             scale[row] = min(max((1 - mu) * gain / dot, 0.0), 1.0) if dot > 1e-12 else 1.0
     return torch.tensor(scale, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "pair_weights"])
+@pytest.mark.parametrize("weighted", ["", "pair_weights", "loser_weights"])
 @pytest.mark.parametrize("granularity", ["batch", "pair", "weighted", "noise_bin"])
 @pytest.mark.parametrize("case", CASES, ids=[str(case) for case in CASES])
-def test_the_gradient_is_that_of_a_loop(case, granularity, weighted, seeded_pairs, gradient_by_differences):
+def test_lambda_and_the_gradient_are_those_of_a_loop(
+    case, granularity, weighted, seeded_pairs, gradient_by_differences
+):
+    """The values of the losses are those without a safeguard."""
     loss_type, weights, given = case
-    tensors, beta, mu = seeded_pairs(seed=1), 0.7, 0.5
-    pair_weights = PAIR_WEIGHTS if weighted else None
+    tensors, beta, mu, spec = seeded_pairs(seed=1), 0.7, 0.5, loss_spec(loss_type, weights)
+    pair_weights = PAIR_WEIGHTS if weighted == "pair_weights" else torch.ones(3)
+    loser_weights = LOSER_WEIGHTS if weighted == "loser_weights" else torch.ones(3)
     parts = parts_of(loss_type, weights)
-    gradient, logit = gradient_of(
-        parts, tensors, beta, gradient_by_differences, given.get("margin_clamp"), pair_weights
-    )
+    gradient, logit = gradient_of(parts, tensors, beta, gradient_by_differences, given.get("margin_clamp"))
     assert "margin_clamp" not in given or 0 < int((logit > 0.05).sum()) < 3
-    alike = set(parts) <= {"sigmoid", "hinge", "capo"}
-    by_residuals = {"batch": alike, "noise_bin": alike, "pair": alike and "capo" not in parts, "weighted": False}
+    gradient *= pair_weights.double().repeat(2).view(-1, 1, 1)
+    plain = spec.equal_weights and granularity != "weighted" and (spec.positive_weights or granularity != "pair")
     residual = (tensors[0] - tensors[1]).double()
-    scale = expected_scale(granularity, by_residuals[granularity], gradient, residual, mu, pair_weights)
+    scale = expected_scale(granularity, plain, gradient, residual, mu, pair_weights, loser_weights)
     leaf = tensors[0].clone().requires_grad_()
-    settings = {name: value for part in parts for name, value in SETTINGS.get(part, {}).items()}
+    settings = {"loss_type": loss_type, "loss_weights": weights, "beta": beta, "scores": SCORES, **given}
+    settings |= {name: value for part in parts for name, value in SETTINGS.get(part, {}).items()}
     out = diffusion_preference_loss(
         leaf,
         *tensors[1:],
-        loss_type=loss_type,
-        loss_weights=weights,
-        beta=beta,
         safeguard_mu=mu,
         safeguard_granularity=granularity,
         noise_bins=BINS,
         num_noise_bins=2,
-        pair_weights=pair_weights,
-        scores=SCORES,
-        **given,
+        pair_weights=pair_weights if weighted == "pair_weights" else None,
+        loser_weights=loser_weights if weighted == "loser_weights" else None,
         **settings,
     )
     out.loss.backward()
-    expected = gradient * torch.cat([torch.ones_like(scale), scale]).view(-1, 1, 1)
+    expected = gradient * torch.cat([torch.ones(3), scale * loser_weights]).view(-1, 1, 1)
     assert (leaf.grad - expected).norm() < 2e-5 * expected.norm()
     # A pair without a gradient may have any lambda.
     acts = gradient[3:].flatten(1).norm(dim=1) > 0
     assert torch.allclose(out.scale.double().expand(3)[acts], scale[acts], rtol=1e-4)
+    unguarded = diffusion_preference_loss(*tensors, safeguard="none", **settings)
+    assert torch.equal(out.pair_losses, unguarded.pair_losses)
 
 
 # ---- What is refused -----------------------------------------------------------------------------------------------
