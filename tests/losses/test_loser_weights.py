@@ -1,5 +1,4 @@
-"""Weights of losers, which multiply lambda, and one lambda for each noise bin: by hand, and equal to the bit for weights
-of 0 and 1."""
+"""Weights of losers, which multiply lambda, and one lambda for each noise bin: by hand, and equal to the bit."""
 
 import pytest
 import torch
