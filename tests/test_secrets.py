@@ -1,4 +1,4 @@
-"""No secret leaves a run: not in its files, not in what trackers and logs are told."""
+"""No secret leaves a run, neither in its files nor in what trackers and logs get."""
 
 import json
 from pathlib import Path
