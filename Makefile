@@ -102,7 +102,7 @@ dist: $(VENV)/installed-dev
 	.venv-dist/bin/python tests/versions/check_wheel.py
 
 clean:
-	rm -rf $(VENV) .venv-* .test_gpu .cache build dist site bench_output demo_output kills_output .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-* .cache build dist site bench_output demo_output kills_output .mypy_cache .pytest_cache .ruff_cache
 
 # PyTorch comes first, so that what is found on this machine is not replaced by a larger build of the same version.
 $(VENV)/installed: pyproject.toml constraints.txt

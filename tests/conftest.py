@@ -52,37 +52,20 @@ def family_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def sd_folder(tmp_path_factory) -> str:
+def sd_folder(family_folder) -> str:
     """Folder of a Stable Diffusion pipeline that predicts epsilon: images 16x16, latents 4x8x8."""
-    folder = tmp_path_factory.mktemp("pipelines") / "sd"
-    stable_diffusion.build().save_pretrained(folder)
-    return str(folder)
+    return family_folder("stable_diffusion")
 
 
 @pytest.fixture(scope="session")
-def sd_v_folder(tmp_path_factory) -> str:
-    """The same with a scheduler that says v_prediction, as Stable Diffusion 2.1 has it."""
-    folder = tmp_path_factory.mktemp("pipelines") / "sd_v"
-    stable_diffusion.build(prediction_type="v_prediction").save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="session")
-def sdxl_folder(tmp_path_factory) -> str:
+def sdxl_folder(family_folder) -> str:
     """Folder of a Stable Diffusion XL pipeline: two text encoders, pooled text, time ids; images 16x16."""
-    folder = tmp_path_factory.mktemp("pipelines") / "sdxl"
-    stable_diffusion_xl.build().save_pretrained(folder)
-    return str(folder)
+    return family_folder("stable_diffusion_xl")
 
 
 @pytest.fixture
 def sd_pipeline(sd_folder):
     return quiet(load_pipeline(sd_folder))
-
-
-@pytest.fixture
-def sd_v_pipeline(sd_v_folder):
-    return quiet(load_pipeline(sd_v_folder))
 
 
 @pytest.fixture

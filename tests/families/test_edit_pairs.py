@@ -1,4 +1,6 @@
-"""Edit models: a source image beside the prompt, for FLUX.1 Kontext."""
+"""Edit models, which take a source image beside the prompt."""
+
+import functools
 
 import datasets
 import numpy as np
@@ -58,56 +60,61 @@ def edit_args(make_args, **settings):
     return make_args(**{"resolution": 16, "max_steps": 2, **batch, **settings})
 
 
-def test_predict_reproduces_what_the_pipeline_hands_to_its_scheduler(kontext):
-    steps = []
-    step = kontext.scheduler.step
+@pytest.fixture
+def recorded(monkeypatch):
+    """`recorded(pipeline)`: a list of what its scheduler is given at each step: prediction, timestep, noisy latents."""
 
-    def recorded(prediction, timestep, sample, **options):
-        steps.append((prediction, timestep, sample))
-        return step(prediction, timestep, sample, **options)
+    def record(pipeline):
+        steps, step = [], pipeline.scheduler.step
 
-    kontext.scheduler.step = recorded
-    source = image(0, 21, 45)
+        def noted(prediction, timestep, sample, **options):
+            steps.append((prediction, timestep, sample))
+            return step(prediction, timestep, sample, **options)
+
+        monkeypatch.setattr(pipeline.scheduler, "step", noted)
+        return steps
+
+    return record
+
+
+@torch.no_grad()
+def assert_predicted_alike(pipeline, steps, source, from_pipeline, to_pipeline, prompt="make it red"):
+    """The family predicts what the pipeline handed to its scheduler."""
+    family = find_family(pipeline)
+    conditioning = family.encode_prompts([prompt]) | family.encode_sources([source], [prompt])
+    assert len(steps) == 2
+    for prediction, timestep, sample in steps:
+        ours = family.predict(family.denoiser, from_pipeline(sample), timestep.expand(1), conditioning)
+        torch.testing.assert_close(to_pipeline(ours), prediction, rtol=1e-5, atol=1e-5)
+
+
+def assert_trains(trainer):
+    """Its first step is neutral and has a gradient."""
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == 0 and trainer.state.log_history[0]["grad_norm"] > 0
+
+
+def test_kontext_edits(kontext, recorded, make_args):
+    steps, source = recorded(kontext), image(0, 21, 45)
     call = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16, "max_area": 256}
     with torch.no_grad():
         kontext(image=source, prompt="make it red", output_type="latent", **call)
-    family = find_family(kontext)
-    with torch.no_grad():
-        conditioning = family.encode_prompts(["make it red"]) | family.encode_sources([source], ["make it red"])
-    side = 16 // family.vae_scale_factor
-    unpack, pack = case("flux").from_pipeline, case("flux").to_pipeline
-    assert len(steps) == 2
-    for prediction, timestep, sample in steps:
-        with torch.no_grad():
-            ours = family.predict(family.denoiser, unpack(sample), timestep.expand(1), conditioning)
-        assert ours.shape[-2:] == (side, side)
-        torch.testing.assert_close(pack(ours), prediction, rtol=1e-5, atol=1e-5)
+    assert_predicted_alike(kontext, steps, source, case("flux").from_pipeline, case("flux").to_pipeline)
+    trainer = DiffusionSDPOTrainer(kontext, None, edit_args(make_args, safeguard="parameter"), rows())
+    assert_trains(trainer)
+    assert "image=load_image(" in trainer.model_card._model.example("me/edit", "make it red")
 
 
 @pytest.mark.parametrize("name", ["flux2", "flux2_klein"])
-def test_flux2_edits_if_there_is_a_source(name, make_args, monkeypatch):
+def test_flux2_edits_if_there_is_a_source(name, recorded, make_args):
     module = case(name)
     pipeline = quiet(module.build())
-    steps = []
-    step = pipeline.scheduler.step
-
-    def recorded(prediction, timestep, sample, **options):
-        steps.append((prediction, timestep, sample))
-        return step(prediction, timestep, sample, **options)
-
-    monkeypatch.setattr(pipeline.scheduler, "step", recorded)
-    source, family = image(0, 69, 93), find_family(pipeline)
+    steps, source = recorded(pipeline), image(0, 69, 93)
     call = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "latent", **module.CALL}
     with torch.no_grad():
         pipeline(image=source, prompt="make it red", **call)
-        conditioning = family.encode_prompts(["make it red"]) | family.encode_sources([source], ["make it red"])
-        for prediction, timestep, sample in steps:
-            ours = family.predict(family.denoiser, module.from_pipeline(sample), timestep.expand(1), conditioning)
-            torch.testing.assert_close(module.to_pipeline(ours), prediction, rtol=1e-5, atol=1e-5)
-    monkeypatch.undo()
-    trainer = DiffusionSDPOTrainer(pipeline, None, edit_args(make_args), rows(), peft_config=LoraConfig(r=4))
-    trainer.train()
-    assert trainer.state.log_history[0]["rewards/margins"] == 0 and trainer.state.log_history[0]["grad_norm"] > 0
+    assert_predicted_alike(pipeline, steps, source, module.from_pipeline, module.to_pipeline)
+    assert_trains(DiffusionSDPOTrainer(pipeline, None, edit_args(make_args), rows(), peft_config=LoraConfig(r=4)))
     with pytest.raises(ValueError, match="precompute_latents"):
         DiffusionSDPOTrainer(module.build(), None, edit_args(make_args, precompute_latents=True), rows())
 
@@ -135,7 +142,9 @@ class VisionProcessor:
         (LongCatImageEditPipeline, pipeline_longcat_image_edit, {}),
     ],
 )
-def test_models_edit_with_a_text_encoder_that_sees_the_source(pipeline_class, module, options, make_args, monkeypatch):
+def test_models_edit_with_a_text_encoder_that_sees_the_source(
+    pipeline_class, module, options, make_args, recorded, monkeypatch
+):
     dimensions = module.calculate_dimensions
     monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: dimensions(area // 256, ratio))
     is_longcat = pipeline_class is LongCatImageEditPipeline
@@ -148,46 +157,18 @@ def test_models_edit_with_a_text_encoder_that_sees_the_source(pipeline_class, mo
     else:
         pipeline = quiet(pipeline_class(**parts, processor=None))
         pipeline.processor = VisionProcessor(pipeline.tokenizer)
-    steps = []
-    step = pipeline.scheduler.step
-
-    def recorded(prediction, timestep, sample, **given):
-        steps.append((prediction, timestep, sample))
-        return step(prediction, timestep, sample, **given)
-
-    monkeypatch.setattr(pipeline.scheduler, "step", recorded)
-    source, family, prompt = image(0, 50, 93), find_family(pipeline), "make it red"
+    steps, source, prompt = recorded(pipeline), image(0, 50, 93), "make it red"
+    call, height, width = {"height": 32, "width": 48, "true_cfg_scale": 1.0}, 32, 48
+    if is_longcat:  # its call takes no size
+        call = {"guidance_scale": 1.0}
+        width, height = module.calculate_dimensions(1024 * 1024, source.width / source.height)
     with torch.no_grad():
-        call = {"height": 32, "width": 48, "true_cfg_scale": 1.0}
-        height, width = 32, 48
-        if is_longcat:  # its call takes no size
-            call = {"guidance_scale": 1.0}
-            width, height = module.calculate_dimensions(1024 * 1024, source.width / source.height)
         pipeline(image=source, prompt=prompt, num_inference_steps=2, output_type="latent", **call)
-        conditioning = family.encode_prompts([prompt]) | family.encode_sources([source], [prompt])
-        for prediction, timestep, sample in steps:
-            noisy = unpack_patches(sample, height // family.vae_scale_factor, width // family.vae_scale_factor)
-            ours = family.predict(family.denoiser, noisy, timestep.expand(1), conditioning)
-            torch.testing.assert_close(pack_patches(ours), prediction, rtol=1e-5, atol=1e-5)
-    assert len(steps) == 2
-    monkeypatch.setattr(pipeline.scheduler, "step", step)
+    scale = find_family(pipeline).vae_scale_factor
+    unpack = functools.partial(unpack_patches, height=height // scale, width=width // scale)
+    assert_predicted_alike(pipeline, steps, source, unpack, pack_patches)
     args = edit_args(make_args, resolution=32, safeguard="parameter")
-    trainer = DiffusionSDPOTrainer(pipeline, None, args, rows(), peft_config=LoraConfig(r=4))
-    trainer.train()
-    assert trainer.state.log_history[0]["rewards/margins"] == 0 and trainer.state.log_history[0]["grad_norm"] > 0
-
-
-@pytest.mark.parametrize(("tuning", "safeguard"), [("lora", "output"), ("full", "parameter")])
-def test_two_steps_train_and_begin_at_the_reference(kontext, make_args, tuning, safeguard):
-    lora = LoraConfig(r=4, lora_alpha=8) if tuning == "lora" else None
-    args = edit_args(make_args, safeguard=safeguard)
-    trainer = DiffusionSDPOTrainer(kontext, None, args, rows(), peft_config=lora)
-    trainer.train()
-    first, second = trainer.state.log_history[:2]
-    assert first["rewards/margins"] == 0 and first["grad_norm"] > 0
-    assert np.isfinite(second["loss"])
-    card = trainer.model_card._model.example("me/edit", "make it red")
-    assert "image=load_image(" in card
+    assert_trains(DiffusionSDPOTrainer(pipeline, None, args, rows(), peft_config=LoraConfig(r=4)))
 
 
 def test_reference_errors_computed_before_training_are_those_of_the_step(kontext, make_args, tmp_path):
@@ -226,26 +207,19 @@ def test_a_text_column_named_source_is_no_image():
     assert not prepare_dataset(data, options).has_sources
 
 
-def test_preference_guidance_combines_predictions_of_edits(kontext, monkeypatch):
+def test_preference_guidance_combines_predictions_of_edits(kontext, recorded):
     add_lora(kontext.transformer, LoraConfig(r=4, target_modules=["to_q", "to_v"]), (), seed=0)
     with torch.no_grad():
         for name, weight in kontext.transformer.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
-    predictions = []
-    step = kontext.scheduler.step
-
-    def recorded(prediction, *given, **options):
-        predictions.append(prediction)
-        return step(prediction, *given, **options)
-
-    monkeypatch.setattr(kontext.scheduler, "step", recorded)
+    steps = recorded(kontext)
     call = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16, "max_area": 256}
     for scale in (0.0, 1.0, 2.0):
         with torch.no_grad(), preference_guidance(kontext, scale=scale):
             generator = torch.Generator().manual_seed(0)
             kontext(image=image(0, 21, 45), prompt="red", generator=generator, output_type="latent", **call)
-    base, tuned, guided = predictions
+    base, tuned, guided = (prediction for prediction, *_ in steps)
     assert not torch.allclose(base, tuned)
     torch.testing.assert_close(guided, base + 2 * (tuned - base))
 

@@ -32,14 +32,6 @@ def test_noisy_latents_and_target_follow_the_formula():
     assert process().target(latents, noise, timesteps).unique().tolist() == [4.0]
 
 
-def test_noisy_latents_are_those_of_the_schedulers_own_scale_noise():
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(7)
-    latents, noise = torch.randn(2, 7, 4, 3, 3).unbind()
-    ours = FlowMatchingProcess(scheduler.config).add_noise(latents, noise, scheduler.timesteps)
-    torch.testing.assert_close(ours, scheduler.scale_noise(latents, scheduler.timesteps, noise))
-
-
 def test_uniform_draws_are_shifted_as_the_scheduler_shifts_its_sigmas():
     # Equation 23 of arXiv 2403.03206 with shift 3: 3 t / (1 + 2 t); at 1/2 it is 3/4.
     timesteps = process(shift=3.0).timesteps(DRAWS)

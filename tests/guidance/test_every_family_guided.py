@@ -169,17 +169,6 @@ def assert_branches_of_qwen_image(model, plain):
             assert_near(run(model, guided=True).met[0], expected)
 
 
-@pytest.mark.matrix
-def test_one_batch_gives_what_two_passes_give(model):
-    if model.name in ("krea2", "pixart_alpha"):
-        pytest.skip("Layers for several text layers, or for sizes, have several rows for each image.")
-    met = []
-    for batched in (False, True):
-        with preference_guidance(model.pipeline, SCALE, reference="negative", batched=batched):
-            met.append(run(model, guided=True).met[0])
-    assert_near(met[1], met[0])
-
-
 def test_the_noise_level_is_that_of_the_pipelines_own_scheduler(model):
     levels = []
     own = type(model.family).noise_level_of

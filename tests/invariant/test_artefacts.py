@@ -63,11 +63,8 @@ def test_full_weights_load_as_the_denoisers_folder(make_trainer, sd_folder, tmp_
     assert suffixes - {".md", ".png", ".lock"} == {".json", ".safetensors"}  # no pickles
 
 
-@pytest.mark.parametrize("precompute", [False, True])
-def test_a_whole_pipeline_can_be_saved_also_without_its_encoders_in_memory(
-    make_trainer, sd_folder, tmp_path, precompute
-):
-    cache = {"precompute_latents": True, "precompute_dir": str(tmp_path / "cache")} if precompute else {}
+def test_a_whole_pipeline_can_be_saved_also_without_its_encoders_in_memory(make_trainer, sd_folder, tmp_path):
+    cache = {"precompute_latents": True, "precompute_dir": str(tmp_path / "cache")}
     trainer = make_trainer(max_steps=2, save_full_pipeline=True, **cache)
     trainer.train()
     trainer.save_model()
@@ -75,8 +72,8 @@ def test_a_whole_pipeline_can_be_saved_also_without_its_encoders_in_memory(
     assert isinstance(fresh.vae, AutoencoderKL)
     pairs = zip(fresh.unet.parameters(), trainer.denoiser.parameters(), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
-    if not precompute:
-        torch.testing.assert_close(draw(fresh), draw(trainer.pipeline), rtol=0, atol=1e-6)
+    untuned = DiffusionPipeline.from_pretrained(sd_folder)
+    assert all(map(torch.equal, fresh.vae.parameters(), untuned.vae.parameters()))
     files = [file for file in (tmp_path / "run").rglob("*.json") if file.name != "training_args.json"]
     assert not [file for file in files if sd_folder in file.read_text()]  # no folder of this machine
 

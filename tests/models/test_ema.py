@@ -103,14 +103,6 @@ def test_it_is_the_recurrence_over_the_weights_of_every_step(build, tmp_path, tu
     assert any(not torch.equal(raw[name], stored[name]) for name in raw)
 
 
-def test_training_goes_where_it_went_without_it(build):
-    with_it, without = build("lora"), build("lora", ema_decay=None)
-    for trainer, _ in (with_it, without):
-        trainer.train()
-    for name, weight in without[1].weights[-1].items():
-        assert torch.equal(weight, with_it[1].weights[-1][name]), name
-
-
 def test_a_policy_that_comes_with_a_lora_has_reference_and_average_beside_it(make_trainer, sd_folder, tmp_path):
     pipeline = StableDiffusionPipeline.from_pretrained(sd_folder)
     pipeline.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))
@@ -180,9 +172,8 @@ def test_a_resumed_run_has_the_same_average_to_the_bit(build, tmp_path):
 # ---- The start, and bad input --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tuning", "bf16"), [("full", True), ("lora", False)])
-def test_policy_average_and_reference_begin_as_one(build, make_pairs, tuning, bf16):
-    trainer, _ = build(tuning, bf16=bf16, max_steps=1, eval_dataset=make_pairs(2, seed=3))
+def test_policy_average_and_reference_begin_as_one(build, make_pairs):
+    trainer, _ = build("full", bf16=True, max_steps=1, eval_dataset=make_pairs(2, seed=3))
     before = trainer.evaluate()
     for prefix in ("eval_", "eval_ema_"):
         for name in ("rewards/margins", "errors/winner_change", "errors/loser_change"):

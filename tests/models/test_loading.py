@@ -22,7 +22,6 @@ from trl_diffusion_sdpo.families import find_family, load_pipeline
 from trl_diffusion_sdpo.models.frozen_components import FrozenComponents
 from trl_diffusion_sdpo.models.loading import load_model
 from trl_diffusion_sdpo.models.numerics import CPU_ALIGNMENT, store_channels_last
-from trl_diffusion_sdpo.saving.weights import WeightFiles
 
 GRID = 1 / 64
 ACCESS = {
@@ -252,12 +251,3 @@ def test_the_weights_of_encoders_are_not_downloaded_until_they_are_used(sd_folde
     assert fetched() == {"unet"}
     loaded.load_encoders()
     assert fetched() == set(NETWORKS)
-
-
-def test_a_pipeline_without_encoders_is_saved_whole(sd_folder, tmp_path):
-    loaded = load_model(sd_folder, encoders=False)
-    WeightFiles(loaded.pipeline, "unet", None, loaded.whole_pipeline).save(tmp_path, full_pipeline=True)
-    saved, own = load_pipeline(tmp_path), load_pipeline(sd_folder)
-    for name in NETWORKS:
-        state = getattr(own, name).state_dict()
-        assert all(torch.equal(value, state[key]) for key, value in getattr(saved, name).state_dict().items())

@@ -1,89 +1,28 @@
 """Sums of losses, the automatic beta and weights of pairs in a training: steps against gradients taken by hand, what is
 saved, and what an evaluation has."""
 
-import copy
 import json
 
 import numpy as np
 import pytest
 import torch
+from step.walks import (
+    SGD,
+    KeepWeights,
+    assert_same_step,
+    batches_of,
+    branches_by_hand,
+    lambda_by_hand,
+    moved,
+    trained_step,
+    walked,
+)
 from transformers import TrainerCallback
 
 from trl_diffusion_sdpo.step.meters import BETA_FILE
 
-SGD = {
-    "optim": "sgd",
-    "learning_rate": 1e-2,
-    "weight_decay": 0.0,
-    "max_grad_norm": 0.0,
-    "lr_scheduler_type": "constant",
-}
-LARGE = {**SGD, "beta": 500.0, "safeguard_mu": 0.3, "random_flip": False}
-
-
-class Kept(TrainerCallback):
-    """Weights after every step."""
-
-    def __init__(self):
-        self.weights = []
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.weights.append(torch.cat([weight.detach().flatten().clone() for weight in model.parameters()]))
-
-
-def walked(trainer):
-    kept = Kept()
-    trainer.add_callback(kept)
-    trainer.train()
-    return kept.weights, [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
-
-
-def moved(folder):
-    from trl_diffusion_sdpo.families import load_pipeline
-
-    pipeline = load_pipeline(folder)
-    generator = torch.Generator().manual_seed(3)
-    for weight in pipeline.unet.parameters():
-        weight.data += 0.02 * torch.randn(weight.shape, generator=generator)
-    return pipeline
-
-
-# ---- Under the parameter-space safeguard, in float64 ---------------------------------------------------------------
-
-
-def branches_by_hand(trainer, batches, loss):
-    """Gradients of the winners' branch, of the losers' with its sign turned, and of the mean winner error."""
-    unet = copy.deepcopy(trainer.denoiser).double()
-    weights = list(unet.parameters())
-    twin = copy.deepcopy(trainer.reference.module).double()
-    sums = [torch.zeros(sum(weight.numel() for weight in weights), dtype=torch.float64) for _ in range(3)]
-    for inputs in batches:
-        batch = trainer.pair_forward.noisy_batch(inputs)
-        text, target = batch.conditioning["prompt_embeds"].double(), batch.target.double()
-        pred = unet(batch.noisy.double(), batch.timesteps, encoder_hidden_states=text).sample
-        with torch.no_grad():
-            ref = twin(batch.noisy.double(), batch.timesteps, encoder_hidden_states=text).sample
-        error, ref_error = ((rows - target).square().mean((1, 2, 3)).chunk(2) for rows in (pred, ref))
-        if "scores" in inputs:
-            error, ref_error = by_scores(inputs, error), by_scores(inputs, ref_error)
-        rest = (*ref_error, inputs["rows"])
-        values = (
-            loss(error[0], error[1].detach(), *rest),
-            -loss(error[0].detach(), error[1], *rest),
-            error[0].mean(),
-        )
-        for i, value in enumerate(values):
-            found = torch.autograd.grad(value / len(batches), weights, retain_graph=True, allow_unused=True)
-            parts = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
-            sums[i] += torch.cat([part.flatten() for part in parts])
-    return sums
-
-
-def by_scores(inputs, errors):
-    """Errors of the image with the higher score and of the other: of the rows of `make_pairs` whose number is a
-    multiple of 3 the rejected image has the score 1 and the chosen one 0."""
-    swapped = inputs["rows"] % 3 == 0
-    return torch.where(swapped, errors[1], errors[0]), torch.where(swapped, errors[0], errors[1])
+CONSTANT = {**SGD, "lr_scheduler_type": "constant"}
+LARGE = {**CONSTANT, "beta": 500.0, "safeguard_mu": 0.3, "random_flip": False}
 
 
 def logistic(error_w, error_l, ref_w, ref_l, rows):
@@ -125,34 +64,28 @@ SUMS = {
 @pytest.mark.parametrize("name", SUMS)
 def test_lambda_and_the_step_are_those_of_gradients_taken_by_hand(make_trainer, sd_folder, name):
     settings, loss, anchor = SUMS[name]
-    accumulation = 2 if name == "sum" else 1
     trainer = make_trainer(
         moved(sd_folder),
         sd_folder,
         **{**LARGE, "safeguard": "parameter", "safeguard_mu": 0.9, **settings},
         max_steps=1,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=2 if name == "sum" else 1,
     )
     if name == "pair_weights":
         collate = trainer.data_collator
         trainer.data_collator = lambda items: {**collate(items), "pair_weights": WEIGHTS.float()}
-    loader = iter(trainer.get_train_dataloader())
-    batches = [trainer._prepare_inputs(next(loader)) for _ in range(accumulation)]
-    winner, loser, error = branches_by_hand(trainer, batches, lambda *e: loss(*e).mean())
-    a = (winner, None, error)[anchor]
-    gain, dot = float(a @ winner), float(a @ loser)
-    scale = 0.0 if gain <= 0 else 1.0 if dot <= 0 else min(0.1 * gain / dot, 1.0)
-    before = torch.cat([weight.detach().flatten().clone() for weight in trainer.model.parameters()])
-    weights, (log, *_) = walked(trainer)
-    assert 0 < scale < 1  # or nothing is seen of it
+    gradients = branches_by_hand(trainer, batches_of(trainer), loss)
+    winner, loser, _ = gradients
+    scale = lambda_by_hand(gradients[anchor], winner, loser, mu=0.9)
+    assert 0 < scale < 1  # otherwise the test would not see lambda
+    log, move = trained_step(trainer)
     assert log["safeguard/scale"] == pytest.approx(scale, abs=1e-5)
-    expected = -1e-2 * (winner - scale * loser)
-    assert (weights[0].double() - before.double() - expected).norm() <= 1e-3 * expected.norm()
+    assert_same_step(move, -1e-2 * (winner - scale * loser))
 
 
 # ---- The automatic beta --------------------------------------------------------------------------------------------
 
-MOVING = {**SGD, "beta": 100.0, "auto_beta": True, "safeguard": "none", "logging_steps": 1, "learning_rate": 1e-3}
+MOVING = {**CONSTANT, "beta": 100.0, "auto_beta": True, "safeguard": "none", "logging_steps": 1, "learning_rate": 1e-3}
 
 
 def beta_after(beta, sizes, given=100.0):
@@ -237,16 +170,12 @@ def test_a_resumed_run_walks_on_to_the_bit(make_trainer, make_pairs, tmp_path):
     state = json.loads((tmp_path / "whole" / "checkpoint-2" / BETA_FILE).read_text())
     assert set(state) == {"beta", "margin"} and state["beta"] != 100.0
     resumed = build("resumed")
-    kept = Kept()
-    resumed.add_callback(kept)
+    kept = KeepWeights(resumed)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert len(kept.weights) == 2
-    assert torch.equal(kept.weights[-1], weights[-1])
+    assert torch.equal(kept.weights[-1], weights)
     assert torch.equal(resumed.auto_beta.controller.beta, whole.auto_beta.controller.beta)
     assert resumed.auto_beta.controller.beta.item() != 100.0
-
-
-# ---- A list in what is saved ---------------------------------------------------------------------------------------
 
 
 # ---- Weights of pairs ----------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import pytest
 
-from trl_diffusion_sdpo.families import inversion
 from trl_diffusion_sdpo.families.inversion import InversionSettings
 
 INVERSION = {"noise_source": "inversion"}
@@ -90,14 +89,6 @@ def test_a_flow_has_levels_of_its_own_and_no_variance(make_trainer, family_folde
     assert "20%" in caplog.text and "428.571" in caplog.text
     with pytest.raises(ValueError, match="`eta` of `inversion_kwargs`"):
         make_trainer(folder, **INVERSION, inversion_kwargs={"eta": 0.1})
-
-
-def test_a_noise_process_without_inversion_is_refused(make_trainer, monkeypatch):
-    monkeypatch.setattr(inversion, "INVERSIONS", {})
-    with pytest.raises(
-        ValueError, match="the noise process of this model is a DDPMProcess. Use `noise_source='shared'`"
-    ):
-        make_trainer(**INVERSION)
 
 
 @pytest.mark.parametrize(("given", "scale"), [("pickscore", 0.166581), ("0.5", 0.5), (2, 2)])
