@@ -9,7 +9,7 @@ import torch
 from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit
 from PIL import Image
 
-from .base import no_autocast
+from .base import no_autocast, only_size
 from .ovis_image import OvisImageFamily
 from .packing import pack_patches, patch_positions
 
@@ -81,12 +81,7 @@ class LongCatImageEditFamily(LongCatImageFamily):
         sizes = {
             pipeline_longcat_image_edit.calculate_dimensions(SOURCE_AREA, one.width / one.height) for one in sources
         }
-        if len(sizes) > 1:
-            raise ValueError(
-                f"All sources of a batch must be resized to one size, and these have {sorted(sizes)} pixels. Use "
-                "batches of one pair."
-            )
-        width, height = sizes.pop()
+        width, height = only_size(sizes)
         pipeline, processor = self.pipeline, self.pipeline.image_processor
         resized = [processor.resize(source, height, width) for source in sources]
         latents = self.encode_images(torch.cat([processor.preprocess(image, height, width) for image in resized]))
