@@ -44,10 +44,10 @@ class AuraFlowFamily(Family):
     def check_image_size(self, height: int, width: int) -> None:
         """Raise an error for images with more tokens along a side than positions, which the transformer would silently
         reuse."""
-        known = self._positions_per_side * self.patch_size * self.vae_scale_factor
-        if max(height, width) > known:
+        largest = self._positions_per_side * self.patch_size * self.vae_scale_factor
+        if max(height, width) > largest:
             raise ValueError(
-                f"This AuraFlow transformer has positions for {known} pixels along a side, got images of {height} by "
+                f"This AuraFlow transformer has positions for {largest} pixels along a side, got images of {height} by "
                 f"{width}. Train at a smaller `resolution`."
             )
 

@@ -70,8 +70,8 @@ class Flux2LatentsFamily(Family):
     def latent_statistics(self) -> dict[str, torch.Tensor]:
         """Return mean and variance of the VAE's batch norm, `(4C,)` each in float32."""
         norm = self.pipeline.vae.bn
-        found = {"mean": norm.running_mean.float(), "variance": norm.running_var.float()}
-        return self._kept_statistics or found
+        statistics = {"mean": norm.running_mean.float(), "variance": norm.running_var.float()}
+        return self._kept_statistics or statistics
 
 
 class Flux2Hooks(Flux2LatentsFamily):

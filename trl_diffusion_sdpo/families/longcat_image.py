@@ -79,7 +79,8 @@ class LongCatImageEditFamily(LongCatImageFamily):
             ValueError: If the sources are resized to several sizes.
         """
         sizes = {
-            pipeline_longcat_image_edit.calculate_dimensions(SOURCE_AREA, one.width / one.height) for one in sources
+            pipeline_longcat_image_edit.calculate_dimensions(SOURCE_AREA, source.width / source.height)
+            for source in sources
         }
         width, height = only_size(sizes)
         pipeline, processor = self.pipeline, self.pipeline.image_processor
