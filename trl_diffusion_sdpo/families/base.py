@@ -15,8 +15,8 @@ from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
-from .loss_defaults import FALLBACK, LossDefaults
-from .noise import NoiseProcess, WeightingScheme, constant, generators_of, standard_normal
+from .loss_defaults import FALLBACK, FLOW_DEFAULTS, LossDefaults
+from .noise import FlowMatchingProcess, NoiseProcess, WeightingScheme, constant, generators_of, standard_normal
 
 # The VAE encodes at most this many pixels at once. On a whole micro-batch, its activations would set peak memory.
 PIXELS_AT_ONCE = 8 * 512 * 512
@@ -52,7 +52,7 @@ class Family(ABC):
             pipeline of any of them is loaded as the first one, the text-to-image pipeline.
         pipeline_class (`type[DiffusionPipeline]`, *optional*): The class that `pipeline_classes[0]` names. Needed only
             if diffusers does not export it.
-        denoiser_name (`str`): Name of the pipeline's component that is trained, `"unet"` or `"transformer"`.
+        denoiser_name (`str`): Name of the pipeline's component that is trained, `"transformer"` by default or `"unet"`.
         frozen_components (`tuple[str, ...]`): Names of the components that training uses but does not train, such as
             `"vae"` and `"text_encoder"`.
         lora_target_modules (`tuple[str, ...]`): Default `target_modules` of a LoRA: modules whose name ends with one
@@ -60,9 +60,9 @@ class Family(ABC):
         learning_rate_full, learning_rate_lora (`float`): Default learning rates of full and LoRA training, for AdamW
             and small batches.
         defaults (`Mapping[str, LossDefaults]`): Default settings by loss name. The entry `FALLBACK` serves all other
-            losses.
+            losses. The default is that of flow models.
         noise_process_class (`type[NoiseProcess]`): Class of `noise_process`, which is built from the configuration of
-            the pipeline's scheduler.
+            the pipeline's scheduler. The default is flow matching.
         weighting_scheme (`str`): Default distribution of sampled timesteps, a `scheme` of [`TimestepSampling`].
         patch_size (`int`): Side of a transformer's patch in latents. A token covers `patch_size` by `patch_size`
             latents.
@@ -95,13 +95,13 @@ class Family(ABC):
     name: ClassVar[str]
     pipeline_classes: ClassVar[tuple[str, ...]]
     pipeline_class: ClassVar[type[DiffusionPipeline] | None] = None
-    denoiser_name: ClassVar[str]
+    denoiser_name: ClassVar[str] = "transformer"
     frozen_components: tuple[str, ...]
     lora_target_modules: ClassVar[tuple[str, ...]]
     learning_rate_full: ClassVar[float]
     learning_rate_lora: ClassVar[float]
-    defaults: ClassVar[Mapping[str, LossDefaults]]
-    noise_process_class: ClassVar[type[NoiseProcess]]
+    defaults: ClassVar[Mapping[str, LossDefaults]] = FLOW_DEFAULTS
+    noise_process_class: ClassVar[type[NoiseProcess]] = FlowMatchingProcess
     weighting_scheme: ClassVar[WeightingScheme] = "none"
     patch_size: ClassVar[int] = 1
     guidance_scale: float | None = None
@@ -462,6 +462,16 @@ def channel_statistics(vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, t
     shape, stated = (1, -1, *[1] * (latents.ndim - 2)), (vae.config.latents_mean, vae.config.latents_std)
     mean, std = (constant(tuple(values), latents.dtype, latents.device).view(shape) for values in stated)
     return mean, std
+
+
+def only_size(sizes: set[tuple[int, int]]) -> tuple[int, int]:
+    """Return the one size of a batch's source images. Raises `ValueError` if there are several."""
+    if len(sizes) > 1:
+        raise ValueError(
+            f"All sources of a batch must be resized to one size, and these have {sorted(sizes)} pixels. Use batches "
+            "of one pair."
+        )
+    return next(iter(sizes))
 
 
 def no_autocast(device: torch.device) -> torch.autocast:

@@ -11,9 +11,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
 
-from .base import Family, check_in_channels
-from .loss_defaults import FLOW_DEFAULTS
-from .noise import FlowMatchingProcess
+from .base import Family, check_in_channels, only_size
 from .packing import TWO_STREAM_TARGETS, pack_patches, patch_positions, unpack_patches
 
 
@@ -30,14 +28,11 @@ class FluxFamily(Family):
 
     name = "FLUX.1"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
-    denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
     lora_target_modules = TWO_STREAM_TARGETS  # from diffusers' LoRA script for FLUX
     # Our choice: half of Stable Diffusion's rate, because large and distilled models need smaller steps.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # from diffusers' script
-    defaults = FLOW_DEFAULTS
-    noise_process_class = FlowMatchingProcess
     patch_size = 2
     conditional_rows = "all"
     shared_inputs = ("txt_ids", "img_ids")
@@ -127,12 +122,7 @@ class FluxKontextFamily(FluxFamily):
             ValueError: If the sources have several of these resolutions.
         """
         sizes = {self.source_size(source) for source in sources}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"All sources of a batch must be resized to one size, and these have {sorted(sizes)} pixels. Use "
-                "batches of one pair."
-            )
-        height, width = sizes.pop()
+        height, width = only_size(sizes)
         processor = self.pipeline.image_processor
         resized = [processor.resize(source, height, width) for source in sources]
         return {"source_latents": self.encode_images(processor.preprocess(resized, height, width))}

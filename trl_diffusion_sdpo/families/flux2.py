@@ -11,8 +11,7 @@ import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
 
-from .base import Family, check_in_channels
-from .loss_defaults import FLOW_DEFAULTS
+from .base import Family, check_in_channels, only_size
 from .noise import FlowMatchingProcess
 
 # The targets of diffusers' LoRA script for klein. The script for dev leaves out the single-stream blocks, 48 of dev's
@@ -41,10 +40,8 @@ class Flux2Process(FlowMatchingProcess):
 class Flux2LatentsFamily(Family):
     """Base class of families with the VAE of FLUX.2. Each token is a square of two by two latents."""
 
-    denoiser_name = "transformer"
     frozen_components: tuple[str, ...] = ("vae", "text_encoder")
     learning_rate_full = 1e-6  # our choice, as for FLUX.1: nothing is published
-    defaults = FLOW_DEFAULTS
 
     @property
     def vae_scale_factor(self) -> int:
@@ -73,8 +70,8 @@ class Flux2LatentsFamily(Family):
     def latent_statistics(self) -> dict[str, torch.Tensor]:
         """Return mean and variance of the VAE's batch norm, `(4C,)` each in float32."""
         norm = self.pipeline.vae.bn
-        found = {"mean": norm.running_mean.float(), "variance": norm.running_var.float()}
-        return self._kept_statistics or found
+        statistics = {"mean": norm.running_mean.float(), "variance": norm.running_var.float()}
+        return self._kept_statistics or statistics
 
 
 class Flux2Hooks(Flux2LatentsFamily):
@@ -108,11 +105,7 @@ class Flux2Hooks(Flux2LatentsFamily):
                 source = processor._resize_to_target_area(source, MOST_SOURCE_PIXELS)
             width, height = (side // self.vae_scale_factor * self.vae_scale_factor for side in source.size)
             pixels.append(processor.preprocess(source, height=height, width=width, resize_mode="crop"))
-        if len({image.shape for image in pixels}) > 1:
-            raise ValueError(
-                f"All sources of a batch must have one size, and these have {[source.size for source in sources]}. Use "
-                "batches of one pair."
-            )
+        only_size({(image.shape[-1], image.shape[-2]) for image in pixels})
         return {"source_latents": self.encode_images(torch.cat(pixels))}
 
     def denoiser_inputs(

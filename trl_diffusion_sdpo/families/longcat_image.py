@@ -9,7 +9,7 @@ import torch
 from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit
 from PIL import Image
 
-from .base import no_autocast
+from .base import no_autocast, only_size
 from .ovis_image import OvisImageFamily
 from .packing import pack_patches, patch_positions
 
@@ -79,14 +79,10 @@ class LongCatImageEditFamily(LongCatImageFamily):
             ValueError: If the sources are resized to several sizes.
         """
         sizes = {
-            pipeline_longcat_image_edit.calculate_dimensions(SOURCE_AREA, one.width / one.height) for one in sources
+            pipeline_longcat_image_edit.calculate_dimensions(SOURCE_AREA, source.width / source.height)
+            for source in sources
         }
-        if len(sizes) > 1:
-            raise ValueError(
-                f"All sources of a batch must be resized to one size, and these have {sorted(sizes)} pixels. Use "
-                "batches of one pair."
-            )
-        width, height = sizes.pop()
+        width, height = only_size(sizes)
         pipeline, processor = self.pipeline, self.pipeline.image_processor
         resized = [processor.resize(source, height, width) for source in sources]
         latents = self.encode_images(torch.cat([processor.preprocess(image, height, width) for image in resized]))

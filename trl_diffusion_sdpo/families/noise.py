@@ -377,8 +377,8 @@ class DDPMProcess(NoiseProcess):
                 f"configuration says {prediction_type!r}. Load the pipeline with the scheduler that its denoiser was "
                 "trained for."
             )
-        known = DDPMScheduler().config.keys() & scheduler_config.keys()
-        self.scheduler = DDPMScheduler.from_config({key: scheduler_config[key] for key in known})
+        shared = DDPMScheduler().config.keys() & scheduler_config.keys()
+        self.scheduler = DDPMScheduler.from_config({key: scheduler_config[key] for key in shared})
         self.prediction_type = prediction_type
         self.num_train_timesteps = self.scheduler.config.num_train_timesteps
         self.set_alpha_to_one = scheduler_config.get("set_alpha_to_one", True)  # DDIM's setting, for inversion

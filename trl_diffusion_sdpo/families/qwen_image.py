@@ -13,9 +13,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from .base import Family, PromptPadding, channel_statistics, check_in_channels
-from .loss_defaults import FLOW_DEFAULTS
-from .noise import FlowMatchingProcess
+from .base import Family, PromptPadding, channel_statistics, check_in_channels, only_size
 from .packing import pack_patches, unpack_patches
 
 
@@ -25,12 +23,9 @@ class QwenImageLatentsFamily(Family):
     The VAE encodes videos. Images are passed as one frame, and latents have no frame dimension, `(N, C, H, W)`.
     """
 
-    denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
     # Our choice: half of Stable Diffusion's rate, because larger models need smaller steps.
     learning_rate_full = 1e-6
-    defaults = FLOW_DEFAULTS
-    noise_process_class = FlowMatchingProcess
     patch_size = 2
     conditional_rows = "all"
     prompt_padding: ClassVar[PromptPadding] = "end"
@@ -156,12 +151,7 @@ class QwenImageEditFamily(QwenImageFamily):
         """
         processor = self.pipeline.image_processor
         sizes = {self.resized(source, self.source_area) for source in sources}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"All sources of a batch must be resized to one size, and these have {sorted(sizes)} pixels. Use "
-                "batches of one pair."
-            )
-        width, height = sizes.pop()
+        width, height = only_size(sizes)
         latents = self.encode_images(torch.cat([processor.preprocess(source, height, width) for source in sources]))
         rows, masks = [], []
         for prompt, source in zip(prompts, cycle(sources), strict=False):

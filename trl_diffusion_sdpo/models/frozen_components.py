@@ -176,27 +176,19 @@ def pin(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copy tensors into pinned memory.
 
     PyTorch rounds each allocation of pinned memory up to a power of two, so single tensors could take twice their size.
-    Therefore the tensors are packed into a few large buffers.
+    Therefore a few large buffers hold them one after the other.
     """
     sizes = [-(-tensor.nbytes // CPU_ALIGNMENT) * CPU_ALIGNMENT for tensor in tensors]
     capacity = max([PINNED_BUFFER, *(1 << (size - 1).bit_length() for size in sizes if size)])
-    buffers: list[list[int]] = []  # indices of the tensors in each buffer
-    free: list[int] = []
-    for index in sorted(range(len(tensors)), key=lambda index: -sizes[index]):
-        fitting = next((number for number, left in enumerate(free) if left >= sizes[index]), None)
-        if fitting is None:
-            fitting = len(buffers)
-            buffers.append([])
-            free.append(capacity)
-        buffers[fitting].append(index)
-        free[fitting] -= sizes[index]
-    pinned: list[Any] = [None] * len(tensors)
-    for members in buffers:
-        buffer = pinned_bytes(sum(sizes[index] for index in members))
-        for index, piece in zip(members, buffer.split([sizes[index] for index in members]), strict=True):
-            tensor = tensors[index]
+    pinned: list[torch.Tensor] = []
+    while len(pinned) < len(tensors):
+        start = end = len(pinned)
+        while end < len(tensors) and sum(sizes[start : end + 1]) <= capacity:
+            end += 1
+        buffer = pinned_bytes(sum(sizes[start:end]))
+        for tensor, piece in zip(tensors[start:end], buffer.split(sizes[start:end]), strict=True):
             values = piece[: tensor.nbytes].view(tensor.dtype).as_strided(tensor.size(), tensor.stride())
-            pinned[index] = values.copy_(tensor.detach())
+            pinned.append(values.copy_(tensor.detach()))
     return pinned
 
 

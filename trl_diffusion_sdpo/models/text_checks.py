@@ -119,8 +119,8 @@ def note_on_limits(family: Family) -> str:
 
 def _limited(family: Family) -> dict[str, PreTrainedTokenizerBase]:
     """Return the tokenizers that have a limit, by the names of their text encoders."""
-    found = {name: _tokenizer_of(family, name) for name in family.frozen_components}
-    return {name: each for name, each in found.items() if each is not None and each.model_max_length <= LONGEST}
+    tokenizers = {name: _tokenizer_of(family, name) for name in family.frozen_components}
+    return {name: each for name, each in tokenizers.items() if each is not None and each.model_max_length <= LONGEST}
 
 
 def hide_truncation_warnings(family: Family) -> None:

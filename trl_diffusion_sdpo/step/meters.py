@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -58,7 +58,36 @@ def _on_device(weight: float | torch.Tensor, device: torch.device) -> torch.Tens
     return torch.full((), float(weight), dtype=torch.float32, device=device)
 
 
-class AutoBeta:
+class StoredController:
+    """A controller that adjusts the loss while training. Checkpoints contain its state.
+
+    Attributes:
+        setting (`str`): The setting that turns it on.
+        file (`str`): Name of its file in a checkpoint.
+    """
+
+    setting: ClassVar[str]
+    file: ClassVar[str]
+
+    def __init__(self, controller: Any):
+        self.controller = controller
+
+    def save(self, folder: Path) -> None:
+        """Write the controller's state."""
+        (folder / self.file).write_text(json.dumps(self.controller.state()) + "\n", encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Read the file that `save` wrote. Raises `ValueError` if it is missing or does not fit the settings."""
+        file = folder / self.file
+        if not file.is_file():
+            raise ValueError(
+                f"A checkpoint with `{self.setting}` must contain {self.file}. {folder} does not. Resume from a "
+                f"complete checkpoint of such a run, or leave `{self.setting}` out."
+            )
+        self.controller.load_state(json.loads(file.read_text(encoding="utf-8")))
+
+
+class AutoBeta(StoredController):
     """Sums the sizes of an optimizer step's margins, and adjusts beta by their mean after the step.
 
     Args:
@@ -66,8 +95,12 @@ class AutoBeta:
         meter ([`MetricMeter`]): Meter of training.
     """
 
+    setting, file = "auto_beta", BETA_FILE
+    controller: BetaController
+
     def __init__(self, controller: BetaController, meter: MetricMeter):
-        self.controller, self._meter = controller, meter
+        super().__init__(controller)
+        self._meter = meter
         self._sums: torch.Tensor | None = None  # sum of the sizes and number of pairs, (2,)
 
     def begin(self) -> None:
@@ -86,20 +119,6 @@ class AutoBeta:
         self._meter.add({"rewards/beta": self.controller.beta}, 1)
         sums, self._sums = reduce(self._sums, "sum"), None
         self.controller.steer(sums[0] / sums[1])
-
-    def save(self, folder: Path) -> None:
-        """Write the controller's state."""
-        (folder / BETA_FILE).write_text(json.dumps(self.controller.state()) + "\n", encoding="utf-8")
-
-    def load(self, folder: Path) -> None:
-        """Read the file that [`AutoBeta.save`] wrote. Raises `ValueError` if it is missing."""
-        file = folder / BETA_FILE
-        if not file.is_file():
-            raise ValueError(
-                f"A checkpoint with `auto_beta=True` must contain {BETA_FILE}. {folder} does not. Resume from a "
-                "complete checkpoint of such a run, or leave `auto_beta` out."
-            )
-        self.controller.load_state(json.loads(file.read_text(encoding="utf-8")))
 
 
 class FiniteCheck:

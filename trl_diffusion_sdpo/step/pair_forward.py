@@ -304,17 +304,17 @@ class PairForward:
                 while the generated images get worse.
         """
         latents, conditioning = self.encode(inputs)
-        own = None if "noise_seeds" not in inputs else self.family.noise_of(inputs["noise_seeds"], latents)
+        generated_noise = None if "noise_seeds" not in inputs else self.family.noise_of(inputs["noise_seeds"], latents)
         if draws > 1:
             latents = repeat_pairs(latents, draws)
             conditioning = {name: repeat_pairs(value, draws) for name, value in conditioning.items()}
         inverts = self._inversion is not None and policy is not None and policy.training
         draw = partial(self.invert, policy, conditioning) if inverts else self.draw_noise
         seeds = seeds_of_draws(inputs["seeds"], draws)
-        if own is None:
+        if generated_noise is None:
             timesteps, noise = draw(seeds, latents)
         else:
-            timesteps, noise = self.draw_timesteps(generators_of(seeds), latents), repeat_pairs(own, draws)
+            timesteps, noise = self.draw_timesteps(generators_of(seeds), latents), repeat_pairs(generated_noise, draws)
         batch = self.add_noise(latents, noise, timesteps, conditioning)
         if "masks" not in inputs:
             return batch

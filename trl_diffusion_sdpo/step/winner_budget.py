@@ -4,12 +4,10 @@ controller adjusts the scales of the losers' gradients."""
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from ..data.dataset import PreferenceDataset
 from ..families.noise import generators_of, sent, standard_normal, uniform
 from ..losses import BudgetController, mean_error, noise_bin_of, order_by_scores
 from ..models.ema import EMAWeights
-from .meters import MetricMeter
+from .meters import MetricMeter, StoredController
 from .pair_forward import NoisyBatch, PairForward, eval_mode, region_of, take_rows
 
 logger = logging.getLogger(__name__)
@@ -69,7 +67,7 @@ class ProbeBatch:
     counts: torch.Tensor  # 1 for rows that count, else 0, (B,)
 
 
-class WinnerBudget:
+class WinnerBudget(StoredController):
     """Limits the rise of the winners' error during training.
 
     Args:
@@ -80,6 +78,9 @@ class WinnerBudget:
             policy. They are the result of the run, and vary less between steps at low noise.
     """
 
+    setting, file = "winner_budget", BUDGET_FILE
+    controller: BudgetController
+
     def __init__(
         self,
         controller: BudgetController,
@@ -89,7 +90,7 @@ class WinnerBudget:
         sorts_by_scores: bool,
         average: EMAWeights | None,
     ):
-        self.controller = controller
+        super().__init__(controller)
         self.probe: list[ProbeBatch] = []  # empty outside of training
         self._forward, self._meter, self._average = forward, meter, average
         self._sorts_by_scores = sorts_by_scores
@@ -183,23 +184,6 @@ class WinnerBudget:
         timesteps = sent(within[chosen], clean.device)
         noise = standard_normal(clean.shape, generators, clean.device, clean.dtype)
         return forward.add_noise(clean, noise, timesteps, conditioning)
-
-    # ---- In checkpoints -------------------------------------------------------------------------------------------
-
-    def save(self, folder: Path) -> None:
-        """Write the controller's state."""
-        (folder / BUDGET_FILE).write_text(json.dumps(self.controller.state()) + "\n", encoding="utf-8")
-
-    def load(self, folder: Path) -> None:
-        """Read the file that [`WinnerBudget.save`] wrote. Raises `ValueError` if it is missing or has another number of
-        noise bins."""
-        file = folder / BUDGET_FILE
-        if not file.is_file():
-            raise ValueError(
-                f"A checkpoint with a `winner_budget` must contain {BUDGET_FILE}. {folder} does not. Resume from a "
-                "complete checkpoint of such a run, or leave `winner_budget` out."
-            )
-        self.controller.load_state(json.loads(file.read_text(encoding="utf-8")))
 
 
 def probe_items(dataset: Any, wanted: int) -> list[Any]:

@@ -38,7 +38,7 @@ from ..models.kernels import compile_blocks, compile_encoder, set_attention
 from ..models.loading import LoadedModel, load_model, load_reference
 from ..models.numerics import autocast_dtype
 from ..models.reference import PrecomputedReference, Reference, build_reference
-from ..models.weight_copies import WeightCopy
+from ..models.weight_copies import WeightCopy, second_copy
 from ..saving.setup import fingerprint
 from ..saving.starting_point import (
     Origin,
@@ -48,7 +48,7 @@ from ..saving.starting_point import (
     starting_point,
 )
 from ..saving.weights import WeightFiles
-from ..step.meters import AutoBeta, MetricMeter
+from ..step.meters import AutoBeta, MetricMeter, StoredController
 from ..step.pair_evaluation import PairEvaluation
 from ..step.pair_forward import PairForward
 from ..step.winner_budget import WinnerBudget
@@ -98,7 +98,7 @@ class Components:
         return [self.reference] if self.average is None else [self.reference, self.average]
 
     @property
-    def controllers(self) -> list[WinnerBudget | AutoBeta]:
+    def controllers(self) -> list[StoredController]:
         """Controllers that adjust the loss while training. Their state is part of checkpoints."""
         return [each for each in (self.winner_budget, self.auto_beta) if each is not None]
 
@@ -320,9 +320,18 @@ def make_reference(
     added: bool,
 ) -> Reference:
     """Build the reference. `adapter` is the name of the trained LoRA, and `added` says whether it starts at zero."""
+    half_dtype = None if by_engine(args) else autocast_dtype(args.mixed_precision)
     users_reference = None
     if ref_model is not None:
         users_reference = load_ref_model(ref_model, loaded, args)
+        if users_reference is loaded.denoiser:
+            raise ValueError(
+                "`model` and `ref_model` must be two objects, because a reference that trains keeps every margin at 0. "
+                f"Got one {type(users_reference).__name__} for both. Leave `ref_model` out, or pass a copy."
+            )
+        is_changed = half_dtype is not None or args.sync_ref_model or by_engine(args)
+        if is_changed and not isinstance(ref_model, (str, Path)):
+            users_reference = second_copy(users_reference, shared=shards_weights(args))
         if args.disable_dropout:
             disable_dropout(users_reference)
         if not loss.needs_reference:
@@ -330,19 +339,16 @@ def make_reference(
                 "The loss %r has no reference. `ref_model` is used only for the metrics `errors/*_change`.",
                 args.loss_type,
             )
-    changed_by_engine = by_engine(args)
     return build_reference(
         loaded.denoiser,
         engine,
         needed=loss.needs_reference,
-        given=users_reference,
-        may_modify_given=isinstance(ref_model, (str, Path)),
-        changed_by_engine=changed_by_engine,
+        users_module=users_reference,
         shared=shards_weights(args),
         fresh_adapter=adapter if added else None,
         started_adapter=None if added else adapter,
         follows=args.sync_ref_model,
-        half_dtype=autocast_dtype(args.mixed_precision) if not changed_by_engine else None,
+        half_dtype=half_dtype,
         precomputed=args.precompute_ref_errors,
     )
 

@@ -209,7 +209,6 @@ class DiffusionSDPOTrainer(Trainer):
         self._meter = components.meter
         self._evaluation = components.evaluation
         self._weight_copies = components.weight_copies
-        self._controllers = components.controllers
 
         # Initialize the state that training and evaluation change.
         self._engine_ready = False
@@ -268,7 +267,7 @@ class DiffusionSDPOTrainer(Trainer):
             self.weight_files,
             weight_copies=self._weight_copies,
             average=self.average,
-            controllers=self._controllers,
+            controllers=components.controllers,
             full_pipeline=args.save_full_pipeline,
             unpublished={BASE: self.origin.base},
         )
