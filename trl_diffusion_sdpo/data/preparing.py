@@ -21,6 +21,8 @@ from .streaming import PreferenceIterableDataset, Stream
 
 logger = logging.getLogger(__name__)
 
+MISSING = "is missing: the row has fewer images than labels"
+
 
 def prepare_dataset(
     dataset: Any, options: PairOptions, *, name: str = "train", peers: Peers = ALONE
@@ -111,14 +113,14 @@ def _check_images(
     pairs to their buckets. The first of the peers reads the images for all."""
     decode = options.verify_images == "all"
     sizes, reasons = peers.first(
-        lambda: checking.examine_images(source, pairs.places, options.reader, decode=decode, num_proc=options.num_proc)
+        lambda: source.examine_images(pairs.places, options.reader, decode=decode, num_proc=options.num_proc)
     )
     is_readable = np.asarray((sizes > 0).all((1, 2)))
     is_large = np.asarray((sizes >= (options.min_side or 0)).all((1, 2)))
     for pair in np.flatnonzero(~is_readable).tolist():
         side = 0 if not sizes[pair, 0].all() else 1  # of the first bad image
         row, image = pairs.places[pair, 2 * side : 2 * side + 2].tolist()
-        reject("undecodable", row, f"image {image} {reasons.get((row, image), checking.MISSING)}", 1)
+        reject("undecodable", row, f"image {image} {reasons.get((row, image), MISSING)}", 1)
     for pair in np.flatnonzero(is_readable & ~is_large).tolist():
         reason = f"{sizes[pair].min()} pixels along the shorter side, and `min_side={options.min_side}`"
         reject("too_small", int(pairs.places[pair, 0]), reason, 1)
