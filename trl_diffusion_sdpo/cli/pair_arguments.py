@@ -12,7 +12,7 @@ from datasets import Dataset
 from trl import ScriptArguments
 from trl.scripts.utils import DatasetConfig
 
-from ..data.holdout import hold_out, hold_out_of_several
+from ..data.holdout import hold_out
 from ..data.loading import (
     ALL_SPLITS,
     ONLY_SPLIT,
@@ -164,9 +164,8 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
     if script_args.test_size is not None:
         _refuse_streaming(script_args)
         pairs = load_split(script_args, split, on_bad_row)
-        return hold_out(
-            pairs, script_args.test_size, dataset_format=training_args.dataset_format, seed=training_args.seed
-        )
+        formats = [training_args.dataset_format]
+        return hold_out([pairs], script_args.test_size, seed=training_args.seed, formats=formats)[0]
     _refuse_training_pairs(script_args, name, split)
     train = load_split(script_args, _split_of(name, split), on_bad_row)
     evaluation = _load_evaluation(script_args, on_bad_row)
@@ -197,7 +196,7 @@ def _load_mixture(script_args: PairArguments, training_args: DiffusionSDPOConfig
                 _refuse_training_pairs(script_args, entry.path, entry.split, part)
     elif evaluates and script_args.test_size is not None:
         _refuse_streaming(script_args)
-        split = hold_out_of_several(parts, script_args.test_size, seed=training_args.seed, formats=formats)
+        split = hold_out(parts, script_args.test_size, seed=training_args.seed, formats=formats)
         parts = [train for train, _ in split]
         held = [i for i, (_, test) in enumerate(split) if len(test)]
         evaluation = PairMixture({names[i]: split[i][1] for i in held}, None, [formats[i] for i in held])
