@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tiny_pairs import prepare
 from torch.utils.data import DataLoader
 
-from trl_diffusion_sdpo.data import PairMixture, PairOptions, PairTransform, prepare_dataset
-from trl_diffusion_sdpo.data.dataset import PreferenceCollator
+from trl_diffusion_sdpo.data import PairMixture, PreferenceCollator
 
 
 def two_prompts(pairs):
@@ -13,10 +13,6 @@ def two_prompts(pairs):
     count = len(pairs)
     pairs = pairs.remove_columns("prompt").add_column("chosen_prompt", [f"w {i}" for i in range(count)])
     return pairs.add_column("rejected_prompt", [f"l {i}" for i in range(count)])
-
-
-def prepare(data, **options):
-    return prepare_dataset(data, PairOptions(PairTransform(16), **options))
 
 
 @pytest.fixture

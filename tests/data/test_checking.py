@@ -5,13 +5,12 @@ import threading
 import datasets
 import pytest
 import torch
-from tiny_pairs import JUNK, png
+from tiny_pairs import JUNK, png, prepare
 
-from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.checking import evenly_spaced, parse_verify_images
 from trl_diffusion_sdpo.data.images import ImageReader
 from trl_diffusion_sdpo.data.sources import PairSource
-from trl_diffusion_sdpo.utils.processes import ALONE, Peers, usable_cores
+from trl_diffusion_sdpo.utils.processes import Peers, usable_cores
 
 
 def rows(count, bad=(), identical=()):
@@ -24,10 +23,6 @@ def rows(count, bad=(), identical=()):
         }
         for i in range(count)
     ]
-
-
-def prepare(data, peers=ALONE, **options):
-    return prepare_dataset(data, PairOptions(PairTransform(16), **options), peers=peers)
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_pairs import prepare
 
-from trl_diffusion_sdpo.data import AspectRatioBuckets, PairOptions, PairTransform, PreferenceCollator, prepare_dataset
+from trl_diffusion_sdpo.data import AspectRatioBuckets, PreferenceCollator
 from trl_diffusion_sdpo.data.buckets import Repeated
 from trl_diffusion_sdpo.data.images import ImageReader
 
@@ -49,10 +50,6 @@ def test_no_pixel_is_decoded(monkeypatch):
 
 def row(winner, loser, **columns):
     return {"prompt": f"{winner} {loser}", "chosen": encoded(*winner), "rejected": encoded(*loser), **columns}
-
-
-def prepare(data, **options):
-    return prepare_dataset(data, PairOptions(PairTransform(16), **options))
 
 
 ROWS = [row((16, 16), (32, 32)), row((20, 60), (40, 80)), row((80, 40), (40, 20)), row((30, 10), (12, 12))]

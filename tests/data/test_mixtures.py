@@ -6,9 +6,8 @@ from itertools import islice
 
 import datasets
 import pytest
-from tiny_pairs import png
+from tiny_pairs import png, prepare
 
-from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.sources import PairMixture
 
 
@@ -33,10 +32,6 @@ def rankings(prompts=2, images=3):
 def canonical(count=2, **changed):
     rows = [{"prompt": f"own {i}", "chosen": png(i), "rejected": png(200 + i), **changed} for i in range(count)]
     return datasets.Dataset.from_list(rows)
-
-
-def prepare(data, **options):
-    return prepare_dataset(data, PairOptions(PairTransform(16), **options))
 
 
 def kinds(items):
