@@ -70,7 +70,7 @@ def load_pairs(
         message = "`dataset_config=%s` has no effect on %s: configurations belong to data sets of the Hub."
         logger.warning(message, config, name)
     if is_saved(path):
-        loaded = with_found_images(_rows_of_splits(path, saved_splits(path), split), [path])
+        loaded = with_resolved_names(_rows_of_splits(path, saved_splits(path), split), [path])
         return loaded.to_iterable_dataset() if streaming else loaded
     if path.is_file():
         return _load_file(path, split, streaming)
@@ -150,7 +150,7 @@ def _load(builder: datasets.DatasetBuilder, split: str, streaming: bool, *folder
     else:
         builder.download_and_prepare()
         loaded = builder.as_dataset(split)
-    return with_found_images(loaded, [*_folders_of_files(builder, split), *folders])
+    return with_resolved_names(loaded, [*_folders_of_files(builder, split), *folders])
 
 
 def _builder_of(path: Path) -> datasets.DatasetBuilder:
@@ -197,7 +197,7 @@ def _folders_of_files(builder: datasets.DatasetBuilder, split: str) -> list[Path
 # ---- Names of images ----------------------------------------------------------------------------------------------
 
 
-def with_found_images(dataset: Any, folders: Sequence[str | os.PathLike]) -> Any:
+def with_resolved_names(dataset: Any, folders: Sequence[str | os.PathLike]) -> Any:
     """Resolve relative names of images. The folders are searched in their order, then the working directory.
 
     A file that is not found is assumed to be in the first folder.
@@ -241,8 +241,8 @@ def _flat_row(has_sources: bool, row: Mapping[str, Any]) -> dict[str, Any]:
     return flat | ({"source_image": _first_image(row["input"])} if has_sources else {})
 
 
-def _first_image(part: Mapping[str, Any] | None) -> str | None:
-    media = (part or {}).get("media") or []
+def _first_image(message: Mapping[str, Any] | None) -> str | None:
+    media = (message or {}).get("media") or []
     return next((medium["path"] for medium in media if medium.get("type") == "image"), None)
 
 
@@ -317,8 +317,8 @@ def surely_share_rows(first: str, second: str) -> bool:
     if ALL_SPLITS in (first, second):
         return True
     return any(
-        _split_name(one) == _split_name(other) and (one == other or _split_name(one) in (one, other))
-        for one in _summands(first)
+        _split_name(summand) == _split_name(other) and (summand == other or _split_name(summand) in (summand, other))
+        for summand in _summands(first)
         for other in _summands(second)
     )
 

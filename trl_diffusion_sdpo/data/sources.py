@@ -337,7 +337,7 @@ class PairSource:
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
         """Return the prompt of each row. `image` chooses among two prompts of a row. Only labels are read."""
         distinct, number_of_row = np.unique(rows, return_inverse=True)
-        prompts = [prompt for table, own in self._split(distinct) for prompt in table.prompts_of_rows(own, image)]
+        prompts = [prompt for table, share in self._split(distinct) for prompt in table.prompts_of_rows(share, image)]
         return [prompts[number] for number in number_of_row.reshape(-1).tolist()]
 
     def values(self, column: str) -> Iterator[Any]:
