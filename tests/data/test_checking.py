@@ -42,15 +42,15 @@ class ThreadGroup:
     """Simulates a process group with threads: each gets a `Peers` whose `gather` is a collective among them."""
 
     def __init__(self, count):
-        self.count, self.given, self.barrier = count, [None] * count, threading.Barrier(count, timeout=20)
+        self.count, self.values, self.barrier = count, [None] * count, threading.Barrier(count, timeout=20)
 
     def peers(self, index):
         def gather(value):
-            self.given[index] = value
+            self.values[index] = value
             self.barrier.wait()
-            found = list(self.given)
+            gathered = list(self.values)
             self.barrier.wait()
-            return found
+            return gathered
 
         return Peers(index, self.count, gather)
 
@@ -110,10 +110,10 @@ def test_a_sample_without_a_single_good_pair_is_an_error():
         prepare([{"prompt": "a", "chosen": JUNK, "rejected": JUNK}] * 300)
 
 
-@pytest.mark.parametrize("given", ["some", 2])
-def test_other_words_are_refused(given):
+@pytest.mark.parametrize("word", ["some", 2])
+def test_other_words_are_refused(word):
     with pytest.raises(ValueError, match="`verify_images`"):
-        parse_verify_images(given)
+        parse_verify_images(word)
 
 
 def test_a_sample_is_evenly_spaced_from_the_first_pair_without_repeats():
