@@ -34,7 +34,8 @@ def prepare_dataset(
             data sets as a list or a [`PairMixture`].
         options ([`PairOptions`]): Settings by which the data set becomes pairs.
         name (`str`): Name of the set in messages.
-        peers (`Peers`): The processes that prepare the same data at the same time, and divide the checks.
+        peers (`Peers`): The processes that prepare the same data at the same time. The first one checks the images for
+            all.
 
     Returns:
         [`PreferenceDataset`] or, for a `datasets.IterableDataset`, [`PreferenceIterableDataset`].
@@ -57,6 +58,7 @@ def prepare_dataset(
     if is_stream:
         return _prepare_stream(dataset, options, name)
 
+    # Recognize the columns.
     source = make_source(
         dataset,
         options.dataset_format,
@@ -73,6 +75,7 @@ def prepare_dataset(
                 f"`losers='permute'` cannot act on data with {column}: losers are images of other pairs, and the "
                 "column belongs to the two images of a row. Remove the column, or use `losers='data'`."
             )
+    # Index the pairs, and drop those that cannot be used.
     report = DataReport(name, source.format_name, rows=len(source), is_swapped=source.is_swapped)
     report.is_permuted = options.permutes
     reject = partial(checking.reject, report, options.on_bad_row == "raise")
@@ -85,6 +88,8 @@ def prepare_dataset(
         pairs = _drop_rows(pairs, bad_seeds(source.values(column), column), reject)
     if checks_all and len(pairs):
         pairs = _check_images(source, pairs, options, report, reject, peers)
+
+    # Make the data set, and check a sample of it.
     losers = PermutedLosers.of(source, pairs.places, options.seed, name) if options.permutes else None
     prepared = PreferenceDataset(source, pairs, options, report, losers)
     if options.verify_images != "none" and len(prepared):
