@@ -37,9 +37,9 @@ def test_what_leaves_one_size_or_cuts_the_resolution_is_refused():
         AspectRatioBuckets((512, 512), step=512)
     with pytest.raises(ValueError, match=r"aspect ratio of `resolution`, 2\.67"):
         AspectRatioBuckets((384, 1024), max_aspect_ratio=2.0)
-    for given in ({"step": 0}, {"max_aspect_ratio": 1.0}):
+    for settings in ({"step": 0}, {"max_aspect_ratio": 1.0}):
         with pytest.raises(ValueError, match="`bucket_kwargs` must have"):
-            AspectRatioBuckets((512, 512), **given)
+            AspectRatioBuckets((512, 512), **settings)
 
 
 @pytest.mark.parametrize(
@@ -103,9 +103,9 @@ def test_every_group_has_one_size_and_every_pair_comes_once():
         repeats = len(order) - 501
         assert f"repeats {repeats} of 501" in sampled._pairs.describe_epoch(group, drop_last=False, shuffled=True)[0]
         dropping = sampler(numbers, group, epoch=lambda: 5, drop_last=True)
-        kept = list(dropping)
-        assert len(kept) == len(dropping) == sum(count // group * group for count in np.bincount(numbers))
-        assert [pair for pair in real if pair in set(kept)] == kept
+        complete = list(dropping)
+        assert len(complete) == len(dropping) == sum(count // group * group for count in np.bincount(numbers))
+        assert [pair for pair in real if pair in set(complete)] == complete
 
 
 def test_the_order_depends_on_seed_and_epoch_and_mixes_the_buckets():

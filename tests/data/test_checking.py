@@ -5,13 +5,12 @@ import threading
 import datasets
 import pytest
 import torch
-from tiny_pairs import JUNK, png
+from tiny_pairs import JUNK, png, prepare
 
-from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.checking import evenly_spaced, parse_verify_images
 from trl_diffusion_sdpo.data.images import ImageReader
 from trl_diffusion_sdpo.data.sources import PairSource
-from trl_diffusion_sdpo.utils.processes import ALONE, Peers, usable_cores
+from trl_diffusion_sdpo.utils.processes import Peers, usable_cores
 
 
 def rows(count, bad=(), identical=()):
@@ -24,10 +23,6 @@ def rows(count, bad=(), identical=()):
         }
         for i in range(count)
     ]
-
-
-def prepare(data, peers=ALONE, **options):
-    return prepare_dataset(data, PairOptions(PairTransform(16), **options), peers=peers)
 
 
 @pytest.fixture
@@ -47,15 +42,15 @@ class ThreadGroup:
     """Simulates a process group with threads: each gets a `Peers` whose `gather` is a collective among them."""
 
     def __init__(self, count):
-        self.count, self.given, self.barrier = count, [None] * count, threading.Barrier(count, timeout=20)
+        self.count, self.values, self.barrier = count, [None] * count, threading.Barrier(count, timeout=20)
 
     def peers(self, index):
         def gather(value):
-            self.given[index] = value
+            self.values[index] = value
             self.barrier.wait()
-            found = list(self.given)
+            gathered = list(self.values)
             self.barrier.wait()
-            return found
+            return gathered
 
         return Peers(index, self.count, gather)
 
@@ -115,10 +110,10 @@ def test_a_sample_without_a_single_good_pair_is_an_error():
         prepare([{"prompt": "a", "chosen": JUNK, "rejected": JUNK}] * 300)
 
 
-@pytest.mark.parametrize("given", ["some", 2])
-def test_other_words_are_refused(given):
+@pytest.mark.parametrize("word", ["some", 2])
+def test_other_words_are_refused(word):
     with pytest.raises(ValueError, match="`verify_images`"):
-        parse_verify_images(given)
+        parse_verify_images(word)
 
 
 def test_a_sample_is_evenly_spaced_from_the_first_pair_without_repeats():

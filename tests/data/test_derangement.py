@@ -23,9 +23,9 @@ AWKWARD = {
 def test_every_place_is_given_once_and_never_to_an_equal_value(values):
     values = np.array(values, dtype=np.int64)
     for seed in range(300):
-        given = derangement(values, [seed, 0])
-        assert sorted(given.tolist()) == list(range(len(values)))
-        assert (values[given] != values).all()
+        image = derangement(values, [seed, 0])
+        assert sorted(image.tolist()) == list(range(len(values)))
+        assert (values[image] != values).all()
 
 
 def test_every_permutation_that_is_allowed_is_drawn_about_as_often():

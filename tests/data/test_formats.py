@@ -37,9 +37,11 @@ def read(name, rows):
     def reject(kind, row, reason, amount):
         rejected.append((kind, row, amount))
 
-    known = FORMATS[name]
+    row_format = FORMATS[name]
     pairs = [
-        tuple(pair[:4]) for group in groups(known, enumerate(rows)) for pair in pairs_in_group(known, group, reject)
+        tuple(pair[:4])
+        for group in groups(row_format, enumerate(rows))
+        for pair in pairs_in_group(row_format, group, reject)
     ]
     return pairs, rejected
 
@@ -58,10 +60,10 @@ def test_unknown_columns_are_named_together_with_every_accepted_set():
 
 def test_a_prompt_of_each_image_is_read_where_both_columns_are_there():
     both = ["chosen_prompt", "rejected_prompt", "chosen", "rejected"]
-    known = detect_format(both)
+    row_format = detect_format(both)
     row = {"chosen_prompt": "a cat", "rejected_prompt": "a dog", "prompt": "an animal"}
-    assert known.name == "branch_prompts"
-    assert [known.prompt(row, 0), known.prompt(row, 1)] == ["a cat", "a dog"]
+    assert row_format.name == "branch_prompts"
+    assert [row_format.prompt(row, 0), row_format.prompt(row, 1)] == ["a cat", "a dog"]
     assert detect_format([*both, "caption"]).name == "branch_prompts"
     assert resolve_format("canonical", [*both, "prompt"]).prompt(row, 1) == "an animal"
 
@@ -93,11 +95,11 @@ def test_equal_scores_are_a_tie_and_the_larger_wins():
 
 
 def test_canonical_scores_are_read():
-    known = FORMATS["canonical"]
-    assert known.reward_scores({"prompt": "a", "chosen_score": 2, "rejected_score": "0.5"}) == (2.0, 0.5)
-    assert known.reward_scores({"prompt": "a"}) is None
+    row_format = FORMATS["canonical"]
+    assert row_format.reward_scores({"prompt": "a", "chosen_score": 2, "rejected_score": "0.5"}) == (2.0, 0.5)
+    assert row_format.reward_scores({"prompt": "a"}) is None
     with pytest.raises(LabelError, match="rejected_score"):
-        known.reward_scores({"prompt": "a", "chosen_score": 2.0, "rejected_score": None})
+        row_format.reward_scores({"prompt": "a", "chosen_score": 2.0, "rejected_score": None})
 
 
 def test_pickapic_rows_without_a_label_are_no_pairs():

@@ -15,11 +15,11 @@ from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 
 def levels(prepared):
     """(prompt, winner grey level, loser grey level) of every pair."""
-    found = []
+    greys = []
     for item in items_of(prepared):
         grey = item["pixel_values"][:, 0, 0, 0].tolist()
-        found.append((item["prompt"], *grey))
-    return found
+        greys.append((item["prompt"], *grey))
+    return greys
 
 
 FORMAT_CASES = {

@@ -12,7 +12,7 @@ from datasets import Dataset
 from trl import ScriptArguments
 from trl.scripts.utils import DatasetConfig
 
-from ..data.holdout import hold_out_of_several
+from ..data.holdout import hold_out
 from ..data.loading import (
     ALL_SPLITS,
     ONLY_SPLIT,
@@ -155,7 +155,7 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
     held_out: list[Any] = []
     evaluation: Any = None
     if evaluates and size is not None:
-        split = hold_out_of_several(parts, size, seed=training_args.seed, formats=formats)
+        split = hold_out(parts, size, seed=training_args.seed, formats=formats)
         parts, held_out = [train for train, _ in split], [test for _, test in split]
     elif evaluates:
         evaluation = _load_evaluation(script_args, training_args.on_bad_row)

@@ -10,23 +10,15 @@ from typing import Any
 import numpy as np
 
 from ..utils.hints import did_you_mean
-from ..utils.processes import forks_by_default, usable_cores
 from ..utils.switch_words import SWITCH_WORDS
-from .images import ImageReader, UndecodableImageError, same_image
 
 logger = logging.getLogger(__name__)
 
-SourceImage = tuple[int, int]  # (row of the source, index of the image within the row)
-SourceProblem = tuple[int, str]  # (row of the source, what is wrong with an image)
-
 VERIFY_IMAGES = ("sample", "all", "none")
 SAMPLED_PAIRS = 128  # a second or two
-FEW_ROWS = 1000  # with fewer rows, one process is faster than starting several
 
 STRONG_CROP = 0.25  # share of an image's area; pairs that lose more to cropping are counted
-FEW_HEADERS = 20_000  # with fewer headers, one process is faster than starting several
 ENLARGED = "enlarged"
-MISSING = "is missing: the row has fewer images than labels"
 
 COUNTS = ("rows", "pairs", "ties", "undecodable", "bad_prompts", "bad_labels", "too_small")
 MAX_EXAMPLES = 5
@@ -93,45 +85,6 @@ def reject(report: DataReport, strict: bool, kind: str, row: int, reason: str, a
     if strict and kind not in ("ties", "too_small"):
         raise BadDataError(f"{report.name} data, row {row}: {reason}. {HOW_TO_DROP}")
     return report.add(kind, row, reason, amount)
-
-
-def examine_images(
-    source: Any, places: np.ndarray, reader: ImageReader, *, decode: bool, num_proc: int | None
-) -> tuple[np.ndarray, dict[SourceImage, str]]:
-    """Decode all images of pairs, or read only their headers.
-
-    Args:
-        source ([`PairSource`]): The rows with the images.
-        places (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser in the source.
-        num_proc (`int`, *optional*): Number of processes. If there are many images, the default is one for each core.
-
-    Returns:
-        `tuple`: Height and width of winners and losers, `(P, 2, 2)`, zeros for bad and missing images; and the
-        reason of each bad image.
-    """
-    rows = np.unique(places[:, [0, 2]])
-    if num_proc is None and forks_by_default() and len(rows) >= (FEW_ROWS if decode else FEW_HEADERS):
-        num_proc = usable_cores()
-    images = 1 + int(places[:, [1, 3]].max())  # of the row with the most images
-    sizes = np.zeros((len(rows), images, 2), dtype=np.int32)
-    reasons = {}
-    for number, examined in enumerate(source.examine_images(rows, reader, decode, num_proc)):
-        for image, (height, width, problem) in enumerate(examined[:images]):
-            sizes[number, image] = height, width
-            if problem:
-                reasons[int(rows[number]), image] = problem
-    return sizes[np.searchsorted(rows, places[:, [0, 2]]), places[:, [1, 3]]], reasons
-
-
-def check_pair(source: Any, reader: ImageReader, places: np.ndarray) -> SourceProblem | bool:
-    """Decode the images of a pair. Return the problem of its first bad image, or whether its images are identical."""
-    images = []
-    for row, image in places.reshape(2, 2).tolist():
-        try:
-            images.append(source.images([(row, image)])[0].decode(reader))
-        except UndecodableImageError as error:
-            return row, str(error)
-    return same_image(*images)
 
 
 def check_identical(name: str, identical: Sequence[bool]) -> None:

@@ -20,7 +20,7 @@ from ..utils.processes import ALONE, Peers
 from . import checking
 from .buckets import AspectRatioBuckets, PairSizes, Repeated
 from .checking import HOW_TO_DROP, BadDataError, DataReport, evenly_spaced
-from .images import SCHEMES, ImageReader, Size, UndecodableImageError, full_size, parse_schemes
+from .images import SCHEMES, ImageReader, Size, UndecodableImageError, full_size, parse_schemes, same_image
 from .permuted_losers import PermutedLosers
 from .sources import PairSource, PairTable, StoredImage, pairs_fingerprint
 from .transforms import PairDraws, PairTransform, place_masks
@@ -362,7 +362,7 @@ class PreferenceDataset(Dataset):
         """
         sample = evenly_spaced(len(self), checking.SAMPLED_PAIRS)
         places, reader = self._pairs.places[sample], self._options.reader
-        checked = peers.first(lambda: [checking.check_pair(self._source, reader, each) for each in places])
+        checked = peers.first(lambda: [_check_pair(self._source, reader, each) for each in places])
         bad = {
             pair: result for pair, result in zip(sample.tolist(), checked, strict=True) if isinstance(result, tuple)
         }
@@ -544,6 +544,17 @@ def complete_item(
         first = options.reader.decode_mask(winner.mask)
         second = first if loser.mask == winner.mask else options.reader.decode_mask(loser.mask)
         item["masks"] = place_masks([first, second], item, options.transform)
+
+
+def _check_pair(source: PairSource, reader: ImageReader, places: np.ndarray) -> tuple[int, str] | bool:
+    """Decode the images of a pair. Return row and problem of its first bad image, or whether they are identical."""
+    images = []
+    for row, image in places.reshape(2, 2).tolist():
+        try:
+            images.append(source.images([(row, image)])[0].decode(reader))
+        except UndecodableImageError as error:
+            return row, str(error)
+    return same_image(*images)
 
 
 def _decode_source(reader: ImageReader, value: Any, is_mirrored: bool) -> Image.Image:

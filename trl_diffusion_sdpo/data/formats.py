@@ -101,8 +101,8 @@ class PreferenceFormat:
         labels = " or ".join("+".join(columns) for columns in self.label_readers)
         prompts = self.prompt_columns if self.prompt_of_each_image else [" or ".join(self.prompt_columns)]
         images = [" or ".join((*self.image_columns, *self.other_image_columns))]
-        parts = [*prompts, *(images if self.other_image_columns else self.image_columns), self.group_column, labels]
-        return f"{self.name}: " + ", ".join(part for part in parts if part)
+        columns = [*prompts, *(images if self.other_image_columns else self.image_columns), self.group_column, labels]
+        return f"{self.name}: " + ", ".join(column for column in columns if column)
 
     def prompt(self, row: Mapping[str, Any], image: int = 0) -> str:
         """Return the row's prompt, or the prompt of one of its images.

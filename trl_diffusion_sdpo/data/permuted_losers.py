@@ -67,10 +67,6 @@ class PermutedLosers:
             if self._prompts[loser] != self._prompts[pair] and not self.bad[loser]:
                 yield loser
 
-    def of_pair(self, pair: int, epoch: int) -> int | None:
-        """Return the first of the [`candidates`], or `None`."""
-        return next(self.candidates(pair, epoch), None)
-
 
 def most_common(values: np.ndarray) -> tuple[int, int]:
     """Return the first index of the most common value, and its count."""
@@ -110,9 +106,9 @@ def derangement(values: np.ndarray, key: Sequence[int]) -> np.ndarray:
     image = np.empty(count, dtype=np.int64)
     image[order] = np.roll(order, -int(generator.integers(largest, count - largest, endpoint=True)))
     for _ in range(ROUNDS):
-        one, other = generator.permutation(count)[: count // 2 * 2].reshape(2, -1)
-        differ = (numbers[one] != numbers[image[other]]) & (numbers[other] != numbers[image[one]])
-        taken = differ & (generator.random(len(one)) < 0.5)
-        one, other = one[taken], other[taken]
-        image[one], image[other] = image[other], image[one]
+        first, second = generator.permutation(count)[: count // 2 * 2].reshape(2, -1)
+        differ = (numbers[first] != numbers[image[second]]) & (numbers[second] != numbers[image[first]])
+        is_exchanged = differ & (generator.random(len(first)) < 0.5)
+        first, second = first[is_exchanged], second[is_exchanged]
+        image[first], image[second] = image[second], image[first]
     return image

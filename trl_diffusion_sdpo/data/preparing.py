@@ -21,6 +21,8 @@ from .streaming import PreferenceIterableDataset, Stream
 
 logger = logging.getLogger(__name__)
 
+MISSING = "is missing: the row has fewer images than labels"
+
 
 def prepare_dataset(
     dataset: Any, options: PairOptions, *, name: str = "train", peers: Peers = ALONE
@@ -32,7 +34,8 @@ def prepare_dataset(
             data sets as a list or a [`PairMixture`].
         options ([`PairOptions`]): Settings by which the data set becomes pairs.
         name (`str`): Name of the set in messages.
-        peers (`Peers`): The processes that prepare the same data at the same time, and divide the checks.
+        peers (`Peers`): The processes that prepare the same data at the same time. The first one checks the images for
+            all.
 
     Returns:
         [`PreferenceDataset`] or, for a `datasets.IterableDataset`, [`PreferenceIterableDataset`].
@@ -55,6 +58,7 @@ def prepare_dataset(
     if is_stream:
         return _prepare_stream(dataset, options, name)
 
+    # Recognize the columns.
     source = make_source(
         dataset,
         options.dataset_format,
@@ -71,6 +75,7 @@ def prepare_dataset(
                 f"`losers='permute'` cannot act on data with {column}: losers are images of other pairs, and the "
                 "column belongs to the two images of a row. Remove the column, or use `losers='data'`."
             )
+    # Index the pairs, and drop those that cannot be used.
     report = DataReport(name, source.format_name, rows=len(source), is_swapped=source.is_swapped)
     report.is_permuted = options.permutes
     reject = partial(checking.reject, report, options.on_bad_row == "raise")
@@ -83,6 +88,8 @@ def prepare_dataset(
         pairs = _drop_rows(pairs, bad_seeds(source.values(column), column), reject)
     if checks_all and len(pairs):
         pairs = _check_images(source, pairs, options, report, reject, peers)
+
+    # Make the data set, and check a sample of it.
     losers = PermutedLosers.of(source, pairs.places, options.seed, name) if options.permutes else None
     prepared = PreferenceDataset(source, pairs, options, report, losers)
     if options.verify_images != "none" and len(prepared):
@@ -111,14 +118,14 @@ def _check_images(
     pairs to their buckets. The first of the peers reads the images for all."""
     decode = options.verify_images == "all"
     sizes, reasons = peers.first(
-        lambda: checking.examine_images(source, pairs.places, options.reader, decode=decode, num_proc=options.num_proc)
+        lambda: source.examine_images(pairs.places, options.reader, decode=decode, num_proc=options.num_proc)
     )
     is_readable = np.asarray((sizes > 0).all((1, 2)))
     is_large = np.asarray((sizes >= (options.min_side or 0)).all((1, 2)))
     for pair in np.flatnonzero(~is_readable).tolist():
         side = 0 if not sizes[pair, 0].all() else 1  # of the first bad image
         row, image = pairs.places[pair, 2 * side : 2 * side + 2].tolist()
-        reject("undecodable", row, f"image {image} {reasons.get((row, image), checking.MISSING)}", 1)
+        reject("undecodable", row, f"image {image} {reasons.get((row, image), MISSING)}", 1)
     for pair in np.flatnonzero(is_readable & ~is_large).tolist():
         reason = f"{sizes[pair].min()} pixels along the shorter side, and `min_side={options.min_side}`"
         reject("too_small", int(pairs.places[pair, 0]), reason, 1)

@@ -12,6 +12,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import datasets
@@ -22,6 +23,7 @@ from PIL import Image
 
 from ..utils._compat import dataset_fingerprint
 from ..utils.files import file_facts
+from ..utils.processes import forks_by_default, usable_cores
 from .checking import DataReport, evenly_spaced
 from .formats import (
     SEED_COLUMNS,
@@ -48,6 +50,8 @@ EXAMINED = datasets.Features(
 FINGERPRINTED_PROMPTS = 16  # pairs whose prompts are hashed
 FINGERPRINTED_IMAGES = 4  # pairs whose images are hashed, undecoded
 ROWS_AT_ONCE = 1000
+FEW_ROWS = 1000  # with fewer rows, one process is faster than starting several
+FEW_HEADERS = 20_000  # with fewer headers, one process is faster than starting several
 MAX_GROWTH = 100  # limit of the pairs of a weighted epoch, as a multiple of the pairs of all data sets
 
 
@@ -333,7 +337,7 @@ class PairSource:
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
         """Return the prompt of each row. `image` chooses among two prompts of a row. Only labels are read."""
         distinct, number_of_row = np.unique(rows, return_inverse=True)
-        prompts = [prompt for table, own in self._split(distinct) for prompt in table.prompts_of_rows(own, image)]
+        prompts = [prompt for table, share in self._split(distinct) for prompt in table.prompts_of_rows(share, image)]
         return [prompts[number] for number in number_of_row.reshape(-1).tolist()]
 
     def values(self, column: str) -> Iterator[Any]:
@@ -342,12 +346,33 @@ class PairSource:
             yield from table.values(column)
 
     def examine_images(
-        self, rows: np.ndarray, reader: ImageReader, decode: bool, num_proc: int | None
-    ) -> Iterator[list[tuple[int, int, str]]]:
-        """Yield height, width and problem of the images of each of the sorted rows."""
-        for table, share in self._split(rows):
-            if len(share):
-                yield from table.examine_images(share, reader, decode, num_proc)
+        self, places: np.ndarray, reader: ImageReader, *, decode: bool, num_proc: int | None
+    ) -> tuple[np.ndarray, dict[tuple[int, int], str]]:
+        """Decode all images of pairs, or read only their headers.
+
+        Args:
+            places (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser.
+            num_proc (`int`, *optional*): Number of processes. If there are many images, the default is one for each
+                core.
+
+        Returns:
+            `tuple`: Height and width of winners and losers, `(P, 2, 2)`, zeros for bad and missing images; and the
+            reason of each bad image, by row and image.
+        """
+        rows = np.unique(places[:, [0, 2]])
+        if num_proc is None and forks_by_default() and len(rows) >= (FEW_ROWS if decode else FEW_HEADERS):
+            num_proc = usable_cores()
+        images = 1 + int(places[:, [1, 3]].max())  # of the row with the most images
+        sizes = np.zeros((len(rows), images, 2), dtype=np.int32)
+        reasons = {}
+        shares = [(table, share) for table, share in self._split(rows) if len(share)]
+        examined = chain(*(table.examine_images(share, reader, decode, num_proc) for table, share in shares))
+        for number, facts in enumerate(examined):
+            for image, (height, width, problem) in enumerate(facts[:images]):
+                sizes[number, image] = height, width
+                if problem:
+                    reasons[int(rows[number]), image] = problem
+        return sizes[np.searchsorted(rows, places[:, [0, 2]]), places[:, [1, 3]]], reasons
 
     def _split(self, rows: np.ndarray) -> Iterator[tuple[TableSource, np.ndarray]]:
         """Yield each data set with its share of the sorted rows, as numbers within the data set."""
