@@ -15,7 +15,6 @@ from ..data.sources import digest_of
 from .shards import ShardStore
 
 MOMENTS, SIZES = "moments", "sizes"  # columns
-FEW_EPOCHS = 4  # with more, nearly every image is needed with and without its flip
 PLAIN, MIRRORED = PairDraws(0.0, 0.0, 1.0, 1.0, 0), PairDraws(0.0, 0.0, 0.0, 1.0, 0)  # for crops at the center
 
 
@@ -23,9 +22,9 @@ PLAIN, MIRRORED = PairDraws(0.0, 0.0, 1.0, 1.0, 0), PairDraws(0.0, 0.0, 0.0, 1.0
 class ImageRows:
     """Numbers of encoded images in their store: `variant * number of images + image`.
 
-    With crops at the center, variant 0 of an image is plain and variant 1 is mirrored, and an image may be in several
-    pairs. With random crops, variant e has the crop and flip of epoch e, an image belongs to one pair, and epoch e
-    takes variant `e % crops`.
+    With crops at the center, variant 0 of an image is plain and variant 1 is mirrored, if images are mirrored. An image
+    may be in several pairs. With random crops, variant e has the crop and flip of epoch e, an image belongs to one
+    pair, and epoch e takes variant `e % crops`.
 
     Args:
         seed (`int`): Seed of the draws.
@@ -34,7 +33,6 @@ class ImageRows:
             loser (1).
         flips (`bool`): Whether images may be mirrored.
         crops (`int`, *optional*): Number of random crops; `None` for crops at the center.
-        permuted (`bool`): Whether losers are images of other pairs, which differ between epochs.
     """
 
     seed: int
@@ -42,7 +40,6 @@ class ImageRows:
     sources: np.ndarray
     flips: bool
     crops: int | None
-    permuted: bool = False
 
     @classmethod
     def of(cls, dataset: PreferenceDataset, crops: int) -> ImageRows:
@@ -53,30 +50,21 @@ class ImageRows:
             return cls(dataset.seed, np.arange(2 * len(dataset)).reshape(-1, 2), sources, flips, crops)
         _, first, numbers = np.unique(dataset.image_numbers().ravel(), return_index=True, return_inverse=True)
         sources = np.stack(np.divmod(first, 2), axis=1)
-        return cls(dataset.seed, numbers.reshape(-1, 2), sources, flips, None, dataset.is_permuted)
+        return cls(dataset.seed, numbers.reshape(-1, 2), sources, flips, None)
+
+    @property
+    def variants(self) -> int:
+        """Number of variants of each image."""
+        if self.crops is not None:
+            return self.crops
+        return 2 if self.flips else 1
 
     def __len__(self) -> int:
-        """Return the number of all rows, needed or not."""
-        return len(self.sources) * (2 if self.crops is None else self.crops)
+        return self.variants * len(self.sources)
 
-    def needed(self, epochs: int | None) -> np.ndarray:
-        """Return the sorted rows that training reads in its first epochs.
-
-        Args:
-            epochs (`int`, *optional*): Number of epochs; 0 for an evaluation, `None` if it is not known.
-        """
-        if self.crops is not None:
-            return np.arange(len(self))
-        count = len(self.sources)
-        if not self.flips or epochs == 0:
-            return np.arange(count)
-        if self.permuted or epochs is None or epochs > FEW_EPOCHS:
-            return np.arange(2 * count)
-        is_needed = np.zeros(len(self), dtype=bool)
-        for epoch in range(epochs):
-            for pair in range(len(self.images)):
-                is_needed[self.of_pair(pair, PairDraws.from_key(self.seed, epoch, pair), epoch)] = True
-        return np.flatnonzero(is_needed)
+    def of_image(self, image: int) -> list[int]:
+        """Return the rows of all variants of an image."""
+        return list(range(image, len(self), len(self.sources)))
 
     def draws_of(self, row: int) -> PairDraws:
         """Return the draws by which an image is flipped and cropped in a row."""
@@ -110,7 +98,7 @@ class ImageRows:
         return [variant * len(self.sources) + int(image) for image in images]
 
     def is_mirrored(self, draws: PairDraws | None, epoch: int, pair: int) -> bool:
-        """Whether the rows of a pair in an epoch have mirrored images. The arguments are those of `of_pair`."""
+        """Return whether the rows of a pair in an epoch have mirrored images. The arguments are those of `of_pair`."""
         if self.crops is not None:
             draws = PairDraws.from_key(self.seed, epoch % self.crops, pair)
         return self.flips and draws is not None and draws.flip < 0.5
@@ -174,15 +162,8 @@ class EncodedPairs:
 
         Raises:
             UndecodableImageError: If an image could not be decoded when the cache was made.
-            ValueError: If the epoch is not one of those that the run was started for.
         """
-        try:
-            read = [self.images.read(row) for row in self.rows.of_pair(pair, draws, epoch, loser)]
-        except KeyError as error:
-            raise ValueError(
-                "The cache has the flips that are drawn in the epochs of `num_train_epochs` or `max_steps`, and epoch "
-                f"{epoch} draws another flip of pair {pair}. Make a new trainer: it encodes the missing images."
-            ) from error
+        read = [self.images.read(row) for row in self.rows.of_pair(pair, draws, epoch, loser)]
         if not all(image[MOMENTS].numel() for image in read):
             raise UndecodableImageError("an image could not be decoded when the cache was made")
         original, corner, target = zip(*(image[SIZES].tolist() for image in read), strict=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
@@ -85,8 +84,7 @@ class PairPreparation:
         if self._args.precompute_ref_errors:
             prepared = repeating_pairs(prepared, self._args.precompute_epochs, name=name, training=training)
         if self._encoding is not None:
-            epochs = epochs_of_training(self._args, prepared) if training else 0
-            self._encoding.add_to(prepared, name, epochs=epochs, compare=self._loss.uses_loser)
+            self._encoding.add_to(prepared, name, compare=self._loss.uses_loser)
         self._own.add(prepared)
         if was_prepared and not training:
             self._copies[dataset] = prepared
@@ -145,21 +143,6 @@ def load_position(
         *(batches, *_reading(args)),
     )
     return beginning
-
-
-def epochs_of_training(args: DiffusionSDPOConfig, dataset: Any) -> int | None:
-    """Return an upper bound of the epochs whose draws training reads; `None` if there is none. The winner budget may
-    also read images without their flips, so it has none."""
-    if args.winner_budget is not None or not isinstance(dataset, PreferenceDataset):
-        return None
-    if args.precompute_ref_errors:
-        return args.precompute_epochs
-    if args.max_steps <= 0:
-        return math.ceil(args.num_train_epochs)
-    if dataset.sizes is not None:  # buckets may leave out pairs of an epoch
-        return None
-    batches = len(dataset) // pairs_of_a_step(args, args.train_batch_size)
-    return math.ceil(args.max_steps / max(1, batches // args.gradient_accumulation_steps))
 
 
 def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Any:
