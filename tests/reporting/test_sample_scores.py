@@ -1,4 +1,4 @@
-"""Scores of sample images in whole trainings of a tiny pipeline, by functions of the pixels and by scripted ones."""
+"""Scores of sample images in trainings of a tiny pipeline. Scorers are functions of the pixels, or scripted."""
 
 import json
 import math

@@ -1,5 +1,5 @@
-"""Images in trackers, read back from what the trackers wrote. Weights & Biases and Trackio are no requirement of the
-tests; where they are installed, both write to this machine."""
+"""Images in trackers, read from the files that the trackers wrote. Tests of Weights & Biases and Trackio are skipped if
+these are not installed."""
 
 import io
 import struct

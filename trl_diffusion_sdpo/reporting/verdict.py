@@ -103,15 +103,15 @@ class Measurement:
 
     @property
     def worst(self) -> tuple[int, Estimate] | None:
-        """The noise bin with the largest increase."""
-        return max(self.bins.items(), key=lambda item: item[1].value, default=None)
+        """The noise bin with the largest increase. If standard errors are known, bins of one pair have none and are
+        ignored."""
+        counted = [item for item in self.bins.items() if self.stderr is None or item[1].stderr is not None]
+        return max(counted, key=lambda item: item[1].value, default=None)
 
     @property
     def winners(self) -> str:
-        """The word on the winners. If standard errors are known, bins of one pair have none and are ignored."""
-        counted = [change for change in self.bins.values() if self.stderr is None or change.stderr is not None]
-        worst = max(counted, key=lambda change: change.value, default=None)
-        return judge_winners(self.change, self.stderr, worst, self.pairs)
+        """The word on the winners."""
+        return judge_winners(self.change, self.stderr, None if self.worst is None else self.worst[1], self.pairs)
 
     @property
     def preference(self) -> str:
@@ -244,7 +244,7 @@ def verdict_of(history: History, run: RunFacts, step: int | None = None, images:
 
 
 def is_evaluation(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry of a log history is an evaluation of pairs."""
+    """Return whether an entry of a log history is an evaluation of pairs."""
     return any(map(_WINNER.match, entry))
 
 
