@@ -264,7 +264,7 @@ class SampleImagesCallback(TrainerCallback):
             pipeline.safety_checker = None  # it is not on the device, and would replace images by black ones
         networks = [network for network in pipeline.components.values() if isinstance(network, nn.Module)]
         denoiser = pipeline.components[self.denoiser_name]
-        view = _InTrainingPrecision(denoiser, through or denoiser, autocast)
+        view = _InTrainingPrecision(denoiser, denoiser if through is None else through, autocast)
         with torch.no_grad(), eval_mode(networks), _restored_random_state(pipeline.device):
             pipeline.register_modules(**{self.denoiser_name: view})
             with _in_own_precision(pipeline.vae):
