@@ -114,7 +114,7 @@ class SampleImagesCallback(TrainerCallback):
         if resolution is not None:
             height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
             self.call_kwargs |= {"height": height, "width": width}
-        self.last_step: int | None = None  # of the newest images; `None` before the first
+        self.last_step: int | None = None  # step of the newest images; `None` before the first
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         resumed = state.global_step > 0
