@@ -279,9 +279,9 @@ def test_whatever_changes_the_moments_is_another_key(caches_of, make_pairs, othe
     }
     again = caches_of(pairs=make_pairs(8).map(lambda row: {"prompt": row["prompt"] + "!"}))
     assert again[1] != prompts
-    found = {name: caches_of(**given) for name, given in changes.items()}
-    assert len({images, *(changed for changed, _ in found.values())}) == 1 + len(changes)
-    assert {other for name, (_, other) in found.items() if name != "weights"} == {prompts}
+    caches = {name: caches_of(**given) for name, given in changes.items()}
+    assert len({images, *(changed for changed, _ in caches.values())}) == 1 + len(changes)
+    assert {other for name, (_, other) in caches.items() if name != "weights"} == {prompts}
     assert caches_of(per_device_train_batch_size=2, seed=7) == (images, prompts)
 
 
@@ -384,7 +384,7 @@ def test_streams_are_refused(make_cached, make_pairs):
         make_cached(train=make_pairs(8).to_iterable_dataset())
 
 
-def test_too_little_room_is_told_before_anything_is_written(make_cached, monkeypatch, tmp_path):
+def test_too_little_room_is_reported_before_anything_is_written(make_cached, monkeypatch, tmp_path):
     monkeypatch.setattr(encoding, "free_bytes", lambda folder: 1000)
     with pytest.raises(DiskFullError, match="`precompute_dir`"):
         make_cached()

@@ -219,10 +219,10 @@ def test_every_family_has_the_batches_of_a_run_without_a_cache(
     rounds = name in ("ideogram4", "krea2", "qwen_image", "qwen_image_21")  # whose prompts are encoded alone
     for epoch in range(2):
         for start in range(0, 8, size):
-            found = [encoded(trainer, epoch, range(start, start + size)) for trainer in trainers]
-            for other in found[1:]:
-                assert found[0].keys() == other.keys()
-                for key, value in found[0].items():
+            batches = [encoded(trainer, epoch, range(start, start + size)) for trainer in trainers]
+            for other in batches[1:]:
+                assert batches[0].keys() == other.keys()
+                for key, value in batches[0].items():
                     assert value.dtype == other[key].dtype and value.shape == other[key].shape
                     assert value.device == other[key].device
                     near = rounds and key == "prompt_embeds"

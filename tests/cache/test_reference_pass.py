@@ -227,7 +227,7 @@ def test_a_pair_that_could_not_be_read_is_left_out(make_trainer, make_pairs, cou
     assert again.train_dataset[4]["row"] == 5 and again.train_dataset.report.undecodable == 1
 
 
-def test_an_error_that_is_not_finite_is_told_with_its_pair(make_trainer, make_sd_pipeline):
+def test_an_error_that_is_not_finite_is_reported_with_its_pair(make_trainer, make_sd_pipeline):
     broken = make_sd_pipeline(seed=3)
     with torch.no_grad():
         broken.unet.conv_out.bias.fill_(float("inf"))

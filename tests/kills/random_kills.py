@@ -52,12 +52,12 @@ def result_of(run: dict, folder: Path) -> dict:
 
 def differences(ours: dict, theirs: dict) -> list[str]:
     """Return the files, or `step` or `log`, that are not equal to the bit."""
-    found = [] if ours["weights"].keys() == theirs["weights"].keys() else ["files"]
+    unequal = [] if ours["weights"].keys() == theirs["weights"].keys() else ["files"]
     for name in ours["weights"].keys() & theirs["weights"].keys():
         first, second = ours["weights"][name], theirs["weights"][name]
         if first.keys() != second.keys() or any(not first[key].equal(second[key]) for key in first):
-            found.append(name)
-    return found + [name for name in ("step", "log") if ours[name] != theirs[name]]
+            unequal.append(name)
+    return unequal + [name for name in ("step", "log") if ours[name] != theirs[name]]
 
 
 def finish(run: dict, folder: Path) -> Attempt:
@@ -97,14 +97,14 @@ def interrupted(engine: str, variant: str, index: int, seed: int, folder: Path, 
         else:
             return {"kills": killed, "differences": [f"an attempt ended with {ended.exit_codes}"]}
     finish(run, folder)
-    found = differences(result_of(run, folder), expected)
+    unequal = differences(result_of(run, folder), expected)
     finish(run, folder)
-    found += [f"{name} after it was done" for name in differences(result_of(run, folder), expected)]
+    unequal += [f"{name} after it was done" for name in differences(result_of(run, folder), expected)]
     facts = json.loads((run_folder / "facts.json").read_text())
-    found += [f"{facts['steps_taken']} steps after it was done"] if facts["steps_taken"] else []
-    if not found:
+    unequal += [f"{facts['steps_taken']} steps after it was done"] if facts["steps_taken"] else []
+    if not unequal:
         shutil.rmtree(run_folder)
-    return {"kills": killed, "differences": found}
+    return {"kills": killed, "differences": unequal}
 
 
 def kill_runs(engine: str, kills: int, seed: int, folder: Path, seconds: float) -> list[dict]:
@@ -116,11 +116,11 @@ def kill_runs(engine: str, kills: int, seed: int, folder: Path, seconds: float) 
     while (count := sum(len(entry["kills"]) for entry in done)) < kills and time.monotonic() - began < seconds:
         index = len(done)
         variant = list(VARIANTS)[index % len(VARIANTS)]
-        found = interrupted(engine, variant, index, seed, folder, min(KILLS_PER_RUN, kills - count))
-        done.append({"engine": engine, "variant": variant, "index": index, **found})
+        result = interrupted(engine, variant, index, seed, folder, min(KILLS_PER_RUN, kills - count))
+        done.append({"engine": engine, "variant": variant, "index": index, **result})
         with open(record, "a", encoding="utf-8") as file:
             file.write(json.dumps(done[-1]) + "\n")
-        print(f"{engine} {variant}: {len(found['kills'])} kills, {found['differences'] or 'equal'}", flush=True)
+        print(f"{engine} {variant}: {len(result['kills'])} kills, {result['differences'] or 'equal'}", flush=True)
     return done
 
 

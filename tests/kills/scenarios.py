@@ -30,15 +30,15 @@ def writes(folder: Path, variant: str, every: str = "1") -> dict:
     counted = {**run_of("plain", variant, "counted"), "count_writes": True}
     finish(counted, folder)
     listed = json.loads((folder / counted["name"] / "writes.json").read_text())
-    found = []
+    kills = []
     for number in range(0, len(listed), int(every)):
         run = run_of("plain", variant, f"write-{number}")
         died = attempt({**run, "die_at_write": number}, folder).exit_codes == [-9]
         finish(run, folder)
         wrong = differences(result_of(run, folder), expected)
-        found.append({"write": listed[number], "died": died, "differences": wrong})
+        kills.append({"write": listed[number], "died": died, "differences": wrong})
         shutil.rmtree(folder / run["name"])
-    return {"writes": listed, "found": found}
+    return {"writes": listed, "kills": kills}
 
 
 # ---- Damaged ---------------------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def damaged(folder: Path, engine: str, *only: str) -> dict:
     newest = complete / NEWEST
     names = [path.relative_to(newest).as_posix() for path in sorted(newest.rglob("*"))]
     marks = ("rank_1_", "rng_state_1.", "__1_", "scheduler.pt")
-    found = {}
+    results = {}
     for name in names:
         if not any(mark in name for mark in marks) or (only and not name.endswith(only)):
             continue
@@ -63,8 +63,8 @@ def damaged(folder: Path, engine: str, *only: str) -> dict:
         (run_folder / "output" / NEWEST / name).unlink()
         ended = attempt({**run, "args": {"max_steps": 6}}, folder)
         logs = [path.read_text() for path in sorted(run_folder.glob("log*.txt"))]
-        found[name] = {"done": ended.done, "log": "".join(logs)}
-    return found
+        results[name] = {"done": ended.done, "log": "".join(logs)}
+    return results
 
 
 # ---- Malicious -------------------------------------------------------------------------------------------------------
@@ -120,9 +120,9 @@ def planted(folder: Path, engine: str, *only: str) -> dict:
     if only:
         names = [name for name in files if name.endswith(only)]
         return {name: _resume(folder, engine, checkpoint, name) for name in names}
-    found = {name: _resume(folder, engine, checkpoint, name) for name in files}
-    found["untouched"] = _resume(folder, engine, checkpoint, None)
-    return found
+    results = {name: _resume(folder, engine, checkpoint, name) for name in files}
+    results["untouched"] = _resume(folder, engine, checkpoint, None)
+    return results
 
 
 def holds_pickle(path: Path) -> bool:

@@ -108,9 +108,9 @@ def test_cudas_autocast_normalizes_in_float32_and_the_cpus_does_not():
 )
 def test_states_of_an_optimizer(name, states, temporary):
     weights = [nn.Parameter(torch.empty(64, 96, device="meta"))]
-    found = optimizer_memory(name, weights, None, fake_device("cpu"), FakeTensorMode(allow_non_fake_inputs=True))
-    assert found[0] == pytest.approx(states, abs=8)  # and the number of steps
-    assert found[1] == pytest.approx(temporary, abs=64)
+    memory = optimizer_memory(name, weights, None, fake_device("cpu"), FakeTensorMode(allow_non_fake_inputs=True))
+    assert memory[0] == pytest.approx(states, abs=8)  # and the number of steps
+    assert memory[1] == pytest.approx(temporary, abs=64)
 
 
 def test_the_command_writes_its_numbers_and_leaves_no_fake_tensor(sdxl_folder, tmp_path):

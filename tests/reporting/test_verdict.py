@@ -31,7 +31,7 @@ DEMO_WORDS = {"sft": "unchanged", "dpo": "ruined", "sdpo": "worse", "sdpo_recipe
 @pytest.mark.parametrize(
     "change, stderr, level, word",
     [
-        # Without a standard error, 5% are not told from none.
+        # Without a standard error, a change of 5% does not count.
         (-0.2, None, None, "better"),
         (-0.05, None, None, "unchanged"),
         (0.05, None, 1.0, "unchanged"),
@@ -204,7 +204,7 @@ def test_a_reference_that_moves_is_no_measure_and_the_first_evaluation_is():
     assert verdict_on([evaluated(10, 0.1)], loss="sft") is None  # nor is there one without a reference
 
 
-def test_of_several_sets_the_worst_counts_and_averages_are_told_beside():
+def test_of_several_sets_the_worst_counts_and_averages_are_reported_too():
     history = [
         evaluated(5, 0.1, 0.0, "eval_a") | evaluated(5, 0.2, 0.1, "eval_b") | evaluated(5, 0.102, 0.002, "eval_b_ema")
     ]
@@ -319,7 +319,7 @@ def warnings_of(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records if "being ruined" in record.getMessage()]
 
 
-def test_a_model_being_ruined_is_told_once_and_again_at_the_end_and_in_the_card(ruined, make_pairs, caplog, tmp_path):
+def test_a_model_being_ruined_is_reported_once_and_at_the_end_and_on_the_card(ruined, make_pairs, caplog, tmp_path):
     trainer = ruined(eval_dataset=make_pairs(4, seed=1), eval_strategy="steps", eval_steps=2)
     trainer.train()
     (warning,) = warnings_of(caplog)

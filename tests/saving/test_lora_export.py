@@ -260,10 +260,10 @@ def test_queries_wider_than_keys_lie_above_one_another():
 
 def test_parts_without_a_lora_are_zero():
     weights, config = lora({f"transformer_blocks.0.attn.{name}": (5, 8) for name in ("to_q", "to_v")})
-    found = merged(to_kohya(weights, config, "SD3Transformer2DModel"), "lora_unet_joint_blocks_0_x_block_attn_qkv")
-    torch.testing.assert_close(found[:5], delta(weights, "transformer_blocks.0.attn.to_q"))
-    torch.testing.assert_close(found[10:], delta(weights, "transformer_blocks.0.attn.to_v"))
-    assert not found[5:10].any()
+    stacked = merged(to_kohya(weights, config, "SD3Transformer2DModel"), "lora_unet_joint_blocks_0_x_block_attn_qkv")
+    torch.testing.assert_close(stacked[:5], delta(weights, "transformer_blocks.0.attn.to_q"))
+    torch.testing.assert_close(stacked[10:], delta(weights, "transformer_blocks.0.attn.to_v"))
+    assert not stacked[5:10].any()
 
 
 def test_what_the_format_has_no_place_for_is_refused_with_the_reason():

@@ -90,7 +90,7 @@ def test_tokens_never_reach_the_card():
 
 
 @pytest.mark.parametrize("path", ["C:\\someone\\models\\sd", "~/someone/sd/", "someone/a/sd"])
-def test_of_local_folders_only_the_name_is_told(path):
+def test_only_the_names_of_local_folders_are_shown(path):
     card = card_of(base_model=path, dataset_name=path, settings={"output_dir": path, "beta": 1.0})
     assert "base_model" not in metadata(card) and "datasets" not in metadata(card)
     assert "base_model_relation" not in metadata(card)

@@ -111,8 +111,8 @@ def test_every_setting_that_differs_is_named_once_and_places_are_not(build, seco
         "report_to": [],
     }
     build(5, **changed, **elsewhere).train(resume_from_checkpoint=second)
-    told = [record.getMessage() for record in caplog.records if "Resuming with another" in record.getMessage()]
-    named = sorted(message.split("`")[1] for message in told)
+    messages = [record.getMessage() for record in caplog.records if "Resuming with another" in record.getMessage()]
+    named = sorted(message.split("`")[1] for message in messages)
     assert named == sorted([*changed, "max_steps"])
 
 
@@ -155,8 +155,8 @@ def test_other_data_are_refused_by_name_and_can_be_begun_anew(build, run, make_p
         "pairs was 16, is 12": make_pairs(12),
         "prompts was": make_pairs().select(range(15, -1, -1)),
     }
-    for told, data in others.items():
-        with pytest.raises(ValueError, match=told):
+    for message, data in others.items():
+        with pytest.raises(ValueError, match=message):
             build(5, train=data).train(resume_from_checkpoint=True)
     build(5, train=make_pairs(12), ignore_data_skip=True).train(resume_from_checkpoint=True)
     assert "Resuming with other training data, from their start: pairs was 16, is 12" in caplog.text

@@ -60,16 +60,16 @@ def test_a_run_ends_with_a_card_of_what_it_did_and_names_nothing_of_the_machine(
     (tmp_path / "run" / "samples" / "step-000002-0.png").unlink()
     trainer.create_model_card()
     assert "samples/" not in (tmp_path / "run" / "README.md").read_text()
-    assert_told(*capfd.readouterr(), trainer, tmp_path / "run")
+    assert_console(*capfd.readouterr(), trainer, tmp_path / "run")
 
 
-def assert_told(out: str, bar: str, trainer, run):
+def assert_console(out: str, bar: str, trainer, run):
     """Check the console: a short line for each log, and at the end the written files and code that loads the model."""
     lines = out.splitlines()
     first = next(line for line in lines if line.startswith("step 1  loss 0.6931  winner "))
     assert "  lambda " in first and "grad_norm" not in out and "loss=" in bar and "accuracy=" in bar
-    told = lines[lines.index("Training ended at step 2 of 2.") + 1 :]
-    assert told == [
+    report = lines[lines.index("Training ended at step 2 of 2.") + 1 :]
+    assert report == [
         f"  Samples: {run / 'samples' / 'step-000002.png'} (first: step-000000.png)",
         f"  Curves:  {run / 'curves.png'}",
         f"  State:   {run / 'trainer_state.json'}",
@@ -80,7 +80,7 @@ def assert_told(out: str, bar: str, trainer, run):
     assert {"grad_norm", "rewards/margins", "safeguard/active"} <= state["log_history"][0].keys()
     trainer.save_model()
     trainer.pipeline.unet.delete_adapters(trainer.adapter)
-    exec(told[-1].partition(": ")[2], {"pipeline": trainer.pipeline})
+    exec(report[-1].partition(": ")[2], {"pipeline": trainer.pipeline})
     assert trainer.pipeline.get_active_adapters() == ["default_0"]
 
 

@@ -18,11 +18,11 @@ def content(folder) -> dict[str, bytes]:
 
 def test_a_new_start_in_the_folder_of_another_run_is_refused_and_changes_nothing(build, run):
     before = content(run)
-    with pytest.raises(ValueError, match="2 checkpoints up to checkpoint-4, tuned weights") as told:
+    with pytest.raises(ValueError, match="2 checkpoints up to checkpoint-4, tuned weights") as caught:
         build(4).train()
     assert content(run) == before
     for way_out in ("resume_from_checkpoint=True", "overwrite_output_dir=True", "previous-run-1"):
-        assert way_out in str(told.value)
+        assert way_out in str(caught.value)
 
 
 def test_tuned_weights_alone_are_another_run_as_well(build, run):
@@ -39,7 +39,7 @@ def test_a_trainer_trains_on_from_weights_that_it_has_saved(build):
     first.train()
 
 
-def test_another_run_is_moved_aside_whole_if_told_so(build, tmp_path, caplog):
+def test_another_run_is_moved_aside_if_the_settings_say_so(build, tmp_path, caplog):
     run, first = tmp_path / "run", build(2, sample_prompts=["a fox"], sample_kwargs={"num_inference_steps": 1})
     first.train()
     first.save_model()

@@ -172,7 +172,7 @@ def test_a_second_stage_resumes_bit_for_bit(train, lora_run, tmp_path):
     assert_equal(dict(adapter_state(resumed.denoiser, "ref")), lora_of(lora_run))
 
 
-def test_another_base_is_told_on_every_way_to_a_lora(lora_run, sd_pipeline, make_sd_pipeline, caplog):
+def test_another_base_is_logged_for_every_way_to_a_lora(lora_run, sd_pipeline, make_sd_pipeline, caplog):
     other = make_sd_pipeline()
     with torch.no_grad():
         other.unet.conv_in.weight.add_(1)
@@ -209,7 +209,7 @@ def test_a_run_does_not_write_over_its_own_start(tmp_path, inner):
 
 
 @pytest.mark.parametrize("damage", ["pickled", "cut", "nothing", "arguments"])
-def test_a_damaged_folder_of_a_lora_is_told(lora_run, sd_pipeline, tmp_path, damage):
+def test_a_damaged_folder_of_a_lora_is_refused(lora_run, sd_pipeline, tmp_path, damage):
     folder = tmp_path / "lora"
     shutil.copytree(lora_run, folder, ignore=shutil.ignore_patterns("checkpoint-*", "pytorch_lora*"))
     if damage == "pickled":

@@ -53,8 +53,15 @@ class ImageRows:
         sources = np.stack(np.divmod(first, 2), axis=1)
         return cls(dataset.seed, numbers.reshape(-1, 2), sources, flips, None)
 
+    @property
+    def variants(self) -> int:
+        """Number of variants of each image."""
+        if self.crops is not None:
+            return self.crops
+        return 2 if self.flips else 1
+
     def __len__(self) -> int:
-        return len(self.sources) * ((2 if self.flips else 1) if self.crops is None else self.crops)
+        return self.variants * len(self.sources)
 
     def of_image(self, image: int) -> list[int]:
         """Return the rows of all variants of an image."""
@@ -92,7 +99,7 @@ class ImageRows:
         return [variant * len(self.sources) + int(image) for image in images]
 
     def is_mirrored(self, draws: PairDraws | None, epoch: int, pair: int) -> bool:
-        """Whether the rows of a pair in an epoch have mirrored images. The arguments are those of `of_pair`."""
+        """Return whether the rows of a pair in an epoch have mirrored images. The arguments are those of `of_pair`."""
         if self.crops is not None:
             draws = PairDraws.from_key(self.seed, epoch % self.crops, pair)
         return self.flips and draws is not None and draws.flip < 0.5

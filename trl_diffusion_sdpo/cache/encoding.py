@@ -40,7 +40,7 @@ SHARD_PIXELS = 256 * 512 * 512  # pixels of a shard; a killed process repeats at
 SHARD_PROMPTS = 64
 IMAGES_AT_ONCE = range(2, 9)  # limits of the VAE's batches, whose size follows from `PIXELS_AT_ONCE`
 PROMPTS_AT_ONCE = range(4, 17)  # limits of batches; CPUs round matrix products of smaller ones differently
-SAMPLED_PROMPTS = 8  # whose size is measured before all are encoded
+SAMPLED_PROMPTS = 8  # prompts whose size is measured before all are encoded
 SHOWN_EXAMPLES = 5
 
 Item = list[tuple[torch.Tensor, torch.Tensor]] | UndecodableImageError
@@ -55,7 +55,7 @@ def default_folder() -> Path:
 class EncodingSettings:
     """Settings by which pairs are encoded."""
 
-    folder: Path  # of all caches
+    folder: Path  # folder of all caches
     device: torch.device  # encodes images
     size: tuple[int, int]  # height and width of the images
     crops: int  # variants of each image, if images are cropped at random
@@ -73,7 +73,7 @@ class EncodingReport:
     """Counts of all processes: rows that a run reads from caches, and rows that it has encoded."""
 
     images: int = 0  # with all their variants
-    prompts: int = 0  # distinct ones
+    prompts: int = 0  # distinct prompts
     bytes: int = 0  # size of the caches
     encoded_images: int = 0
     encoded_prompts: int = 0
@@ -88,7 +88,7 @@ class _Cache:
     digests: np.ndarray
     images: ShardStore
     prompts: ShardStore
-    statistics: ShardStore  # of the VAE's weights
+    statistics: ShardStore  # statistics of the VAE's weights
 
     def missing(self) -> list[np.ndarray]:
         """Return the missing rows of images, prompts and statistics, as this process sees the folders."""
@@ -234,8 +234,7 @@ class PairEncoding:
         """Encode this process's share of the images. An image is decoded once for all its variants, and all of them are
         in one shard."""
         rows, (height, width) = cache.rows, self._settings.size
-        count = len(rows.sources)
-        variants = len(rows) // count
+        count, variants = len(rows.sources), rows.variants
         size = max(1, SHARD_PIXELS // (height * width) // variants)  # images of a shard
         numbers = _own_share(missing % count // size, self._peers)
         shards = [range(count)[number * size : (number + 1) * size] for number in numbers]

@@ -39,7 +39,7 @@ Items = list[dict[str, Any]]
 class ErrorSettings:
     """Settings by which errors are computed."""
 
-    folder: Path  # of all caches
+    folder: Path  # folder of all caches
     facts: Mapping[str, Any]  # everything besides data and noise that errors depend on: reference, encoders, precision
     epochs: int  # number of epochs after which the draws of training pairs repeat
     # Pairs of a forward pass. They equal the batches in training and evaluation, so that errors equal those of a live

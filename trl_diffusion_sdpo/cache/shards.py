@@ -22,7 +22,7 @@ from ..utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3  # of the files; another number is another key
+FORMAT = 3  # version of the files, part of the key
 KEY_FILE, LOCK_FILE, PARTIAL = "key.json", ".lock", ".partial"
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 NONE = -1

@@ -56,7 +56,7 @@ class Allocations(TorchDispatchMode):
         self.block, self.hidden = block, hidden or {}
         self.live = 0
         self.peaks: dict[str, int] = {}  # by moment
-        self.flops = 0  # of matrix products, convolutions and attention
+        self.flops = 0  # operations of matrix products, convolutions and attention
         self._moment = "start"
         self._storages: dict[int, Any] = {}
         self._known: set[int] = set()

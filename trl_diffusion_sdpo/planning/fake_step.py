@@ -42,10 +42,10 @@ class PlannedRun:
     noise: NoiseSettings
     loss: LossSettings
     resolution: tuple[int, int]  # height and width of the images in pixels
-    pairs: int  # of a micro-batch
+    pairs: int  # pairs of a micro-batch
     autocast: torch.dtype | None
     checkpointing: dict[str, Any] | None  # arguments of activation checkpointing; `None` without
-    anchor: Anchor | None  # of the safeguard in parameter space; `None` in output space, or without a safeguard
+    anchor: Anchor | None  # anchor of the safeguard in parameter space; otherwise `None`
     low_memory: bool  # whether this safeguard holds the activations of one branch at a time
     accumulates: bool  # whether gradients of earlier micro-batches are in memory
     two_prompts: bool  # whether each image of a pair has its own prompt
@@ -64,8 +64,8 @@ class PlannedRun:
 class StepMemory:
     """Memory of a step besides the weights that stay, in bytes."""
 
-    peaks: dict[str, int]  # of each moment: activations, gradients, temporaries and the batch
-    gradient_bytes: int  # in use when the optimizer steps
+    peaks: dict[str, int]  # peak of each moment: activations, gradients, temporaries and the batch
+    gradient_bytes: int  # bytes in use when the optimizer steps
     flops: int  # floating point operations of matrix products, convolutions and attention
 
 

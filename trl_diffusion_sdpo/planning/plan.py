@@ -47,7 +47,7 @@ class Plan:
     parameters: int  # number of the denoiser's weights
     trained: int  # number of its trained weights
     flops: int  # floating point operations of a micro-batch on one device
-    pairs: int  # of a micro-batch
+    pairs: int  # pairs of a micro-batch
 
     @property
     def peak(self) -> int:

@@ -114,7 +114,7 @@ class SampleImagesCallback(TrainerCallback):
         if resolution is not None:
             height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
             self.call_kwargs |= {"height": height, "width": width}
-        self.last_step: int | None = None  # of the newest images; `None` before the first
+        self.last_step: int | None = None  # step of the newest images; `None` before the first
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         resumed = state.global_step > 0
@@ -264,10 +264,10 @@ class SampleImagesCallback(TrainerCallback):
             pipeline.safety_checker = None  # it is not on the device, and would replace images by black ones
         networks = [network for network in pipeline.components.values() if isinstance(network, nn.Module)]
         denoiser = pipeline.components[self.denoiser_name]
-        if through is not None:
-            pipeline.register_modules(**{self.denoiser_name: DenoiserView(denoiser, through)})
+        view = _InTrainingPrecision(denoiser, denoiser if through is None else through, autocast)
         with torch.no_grad(), eval_mode(networks), _restored_random_state(pipeline.device):
-            with _in_training_precision(denoiser, autocast), _in_own_precision(pipeline.vae):
+            pipeline.register_modules(**{self.denoiser_name: view})
+            with _in_own_precision(pipeline.vae):
                 yield pipeline
 
     def _generate_one(self, pipeline: DiffusionPipeline, index: int) -> Image.Image:
@@ -323,33 +323,19 @@ def _in_own_precision(vae: Any) -> Iterator[None]:
             handle.remove()
 
 
-@contextlib.contextmanager
-def _in_training_precision(denoiser: nn.Module, autocast: contextlib.AbstractContextManager) -> Iterator[None]:
-    """Run the denoiser under autocast within the context. Inputs are cast to its dtype and outputs are cast back, so
-    that frozen components may have another precision."""
-    calls: list[tuple[contextlib.ExitStack, torch.dtype]] = []
+class _InTrainingPrecision(DenoiserView):
+    """Denoiser that runs under autocast. Inputs are cast to its dtype and outputs are cast back, because frozen
+    components may have another precision."""
 
-    def enter(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        dtype = next(value.dtype for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        stack = contextlib.ExitStack()
-        stack.enter_context(autocast)
-        calls.append((stack, dtype))
-        return _cast(args, module.dtype), _cast(kwargs, module.dtype)
+    def __init__(self, denoiser: nn.Module, model: nn.Module, autocast: contextlib.AbstractContextManager):
+        super().__init__(denoiser, model)
+        self.__dict__["_autocast"] = autocast  # attributes of this object are the denoiser's
 
-    def leave(module: nn.Module, args: tuple, output: Any) -> Any:
-        stack, dtype = calls.pop()
-        stack.close()
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        dtype = next(value.dtype for value in (*args, *inputs.values()) if isinstance(value, torch.Tensor))
+        with self._autocast:
+            output = super().forward(*_cast(args, self.dtype), **_cast(inputs, self.dtype))
         return _cast(output, dtype)
-
-    handles = [
-        denoiser.register_forward_pre_hook(enter, with_kwargs=True),
-        denoiser.register_forward_hook(leave, always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:

@@ -47,7 +47,7 @@ class SampleScores:
         self._scorers: dict[str, Scorer] = {}
         self._before: dict[str, np.ndarray] = {}
         self._failures: Counter[str] = Counter()
-        self.step: int | None = None  # of the newest scores
+        self.step: int | None = None  # step of the newest scores
         self.metrics: dict[str, float] = {}
         self.win_rates: dict[str, WinRate | None] = {}
         processes.first(lambda: self._load(names))

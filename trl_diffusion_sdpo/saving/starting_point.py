@@ -40,7 +40,7 @@ class StartingPoint:
     """Where to load the parts of a policy from."""
 
     pipeline: str  # Hub id, folder or file
-    options: Mapping[str, Any] = field(default_factory=dict)  # with which an earlier run loaded the pipeline
+    options: Mapping[str, Any] = field(default_factory=dict)  # options with which an earlier run loaded the pipeline
     denoiser: str | None = None  # folder of a run that tuned all weights of the denoiser
     adapter: str | None = None  # folder, file or Hub id of a LoRA on the denoiser
 
