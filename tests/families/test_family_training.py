@@ -100,7 +100,7 @@ def test_twenty_steps_improve_the_winners_and_the_artefact_loads_elsewhere(
     before = draw(load_pipeline(family_folder(name)), name)
     trainer.train()
     after = trainer.evaluate()
-    # What the safeguard keeps the steps from giving up; a margin is not certain in 20 steps from random weights.
+    # The safeguard protects the winners' error. A margin is not certain after 20 steps from random weights.
     assert after["eval_errors/winner_change"] < 0
     assert after["eval_errors/winner_change"] != after["eval_errors/loser_change"]
     assert all(0 <= entry["safeguard/scale"] <= 1 for entry in trainer.state.log_history[:STEPS])

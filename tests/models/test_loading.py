@@ -1,5 +1,5 @@
-"""What is read from a folder or the Hub, and with which options: of a base that is quantized no full-precision
-denoiser, of a reference given by name nothing but its denoiser, and without encoders no weights of theirs."""
+"""Loading from a folder or the Hub: a quantized base is never loaded in full precision, a named reference is only its
+denoiser, and without encoders their weights are not read."""
 
 import enum
 import functools

@@ -40,7 +40,7 @@ def assert_equal(one, other):
 
 
 def denoiser_inputs(pipeline, prompt):
-    """What SDXL's own call gives its UNet. An image of 20 x 24 is resized to 16 x 19 and cropped at the centre."""
+    """Return what SDXL's own call gives its UNet, for an image of 20 x 24 resized to 16 x 19 and cropped at the centre."""
     text, _, pooled, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
     sizes = torch.tensor([[20.0, 24.0, 0.0, 2.0, 16.0, 16.0]])
     return {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
@@ -120,7 +120,7 @@ def test_what_is_computed_before_training_does_not_change_a_run_on_captions(make
 
 
 def test_a_resumed_run_has_the_losers_of_an_undisturbed_one(make_trainer, make_pairs, tmp_path):
-    """From the middle of the second epoch of four."""
+    """The run resumes in the middle of the second of four epochs."""
     settings = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "no"}
     whole = permuted(make_trainer, make_pairs, **settings)
     _, weights = walk(whole)
