@@ -40,7 +40,7 @@ def assert_equal(one, other):
 
 
 def denoiser_inputs(pipeline, prompt):
-    """Return what SDXL's own call gives its UNet, for an image of 20 x 24 resized to 16 x 19 and cropped at the centre."""
+    """Return what SDXL's call gives its UNet, for an image of 20 x 24 resized to 16 x 19 and cropped at the centre."""
     text, _, pooled, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
     sizes = torch.tensor([[20.0, 24.0, 0.0, 2.0, 16.0, 16.0]])
     return {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
