@@ -25,8 +25,7 @@ from trl_diffusion_sdpo.families import load_pipeline
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Where several processes share the tests, a file's stay together, and all of tests/distributed: the cases there
-    train in one launch."""
+    """Keep the tests of a file in one process, and all of tests/distributed, whose cases train in one launch."""
     from xdist.scheduler import LoadScopeScheduling
 
     class LoadFileOrFolder(LoadScopeScheduling):

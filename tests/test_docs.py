@@ -56,11 +56,6 @@ def options_of_train() -> set[str]:
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: f"{block.page}:{block.line}")
-def test_python_compiles(block):
-    compile(block.text, f"{block.page}:{block.line}", "exec")
-
-
-@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: f"{block.page}:{block.line}")
 def test_python_calls_public_names_and_lora_as_their_signatures_say(block):
     public = {name: getattr(trl_diffusion_sdpo, name) for name in trl_diffusion_sdpo.__all__}
     public |= {"LoraConfig": peft.LoraConfig}

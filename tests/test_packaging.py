@@ -1,4 +1,4 @@
-"""What is shipped: requirements, entry point, data files, the configurations of the paper, the README's commands."""
+"""The package that is shipped: requirements, entry point, data files and the configurations of the paper."""
 
 import re
 import subprocess

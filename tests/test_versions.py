@@ -1,4 +1,4 @@
-"""What differs between versions of transformers."""
+"""Differences between versions of transformers."""
 
 import pytest
 from transformers import TrainingArguments

@@ -88,7 +88,6 @@ def _versions_of_the_lists() -> bool:
 # families in two ways.
 WAYS = [("lora", "output"), ("full", "parameter")]
 IN_CI = [
-    run("stable_diffusion", "lora", "output"),
     run("stable_diffusion", "full", "parameter"),
     run("qwen_image", "lora", "parameter"),
 ]
@@ -133,6 +132,7 @@ def test_a_seed_means_the_same_noise_as_on_the_cpu(found, cases, make_trainer, f
         assert {name: there[name] for name in measured} == pytest.approx(measured, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.matrix
 @each(sd("full", "parameter", "inverted", ADDED))
 def test_noise_by_inversion_does_not_synchronize(found, cases):
     check_waits(found[0], listed(cases[0]))
@@ -153,6 +153,7 @@ def test_features_of_every_family_run_on_the_device(found):
     assert found[0]["steps"] == 2
 
 
+@pytest.mark.matrix
 @all_of(
     sd("lora", "parameter", "sampled", SAMPLING),
     sd("lora", "parameter", "offloaded", SAMPLING | {"offload_frozen_components": True}),

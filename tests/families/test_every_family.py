@@ -36,7 +36,7 @@ def model(request, family_folder):
 
 
 def recording(scheduler, replace=None):
-    """The same scheduler, noting what it is given and gives; `replace` stands in for what its last step gives."""
+    """Return a copy of the scheduler that records its steps. If `replace` is given, every step returns it."""
     steps = []
 
     class Recording(type(scheduler)):
@@ -90,7 +90,7 @@ def predict(model, latents, timesteps, conditioning):
 
 @pytest.fixture(scope="module")
 def called(model):
-    """What the scheduler met in one call of the pipeline, and the scheduler."""
+    """The recorded steps of one call of the pipeline, and its scheduler."""
     _, steps, scheduler = run(model, PROMPTS, output_type="latent")
     return steps, scheduler
 
@@ -123,7 +123,7 @@ def test_the_noise_process_is_the_schedulers_own(model, called):
     if isinstance(process, FlowMatchingProcess):
         check_flow(model, process, *called)
     else:
-        # What is added and predicted follows from these two; test_noise.py has the formulas.
+        # Noisy latents and targets follow from these two. test_noise.py has the formulas.
         torch.testing.assert_close(process.scheduler.alphas_cumprod, own.alphas_cumprod, rtol=1e-6, atol=0)
         assert process.prediction_type == own.config.prediction_type
 

@@ -83,8 +83,8 @@ def test_the_noise_is_that_of_the_published_loop(kind, config, grid, first):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("end", ["grid", "exact"])
 def test_added_noise_is_that_of_the_published_loop(kind, end):
-    """After every step, also the first: 0.1 times the deviation of DDIM's next step, `_get_variance(t + 200, t)` of
-    diffusers."""
+    """Noise is added after every step, also the first: 0.1 times the deviation of DDIM's next step, which diffusers
+    calls `_get_variance(t + 200, t)`."""
     clean, inversion, drawn = latents(), inversion_of(ddpm()), []
 
     def draw():
@@ -109,7 +109,7 @@ def test_added_noise_is_that_of_the_published_loop(kind, end):
 
 @pytest.mark.parametrize("config", [{}, {"set_alpha_to_one": True, "steps_offset": 0}], ids=["sd", "from_clean"])
 def test_the_published_walk_is_that_of_diffusers_inverse_scheduler(config):
-    """Where `T` is a timestep above the grid, all its steps are taken, and the latents stay where they arrive."""
+    """All steps are taken, because the timestep is above the grid."""
     clean, scheduler = latents(1).double(), DDIMInverseScheduler(**{**STABLE_DIFFUSION, **config})
     scheduler.set_timesteps(10)
     x = clean

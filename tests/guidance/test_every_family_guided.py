@@ -55,7 +55,7 @@ def model(request):
 
 
 def run(model, *, guided=False, steps=2, prompts=PROMPTS, **options):
-    """What the scheduler met in a call of the pipeline, and the latents at its end."""
+    """Return the predictions that the scheduler got in a call of the pipeline, and the final latents."""
     met, own = [], model.pipeline.scheduler
 
     class Recording(type(own)):

@@ -1,4 +1,4 @@
-"""What a run saves loads elsewhere: in plain diffusers, in PEFT, and gives the same predictions and images."""
+"""Saved weights load in plain diffusers and in PEFT, and give the same predictions and images."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def draw(pipeline) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", ["sd_folder", "sdxl_folder"])
 def test_a_lora_loads_into_a_plain_pipeline(request, make_trainer, tmp_path, family):
-    """With `lora_alpha != r`, convolutions and projections: what the older file formats lose."""
+    """Older file formats lose `lora_alpha != r`, convolutions and projections."""
     folder = request.getfixturevalue(family)
     config = LoraConfig(r=4, lora_alpha=16, target_modules=EVERY_KIND)
     trainer = make_trainer(folder, peft_config=config, learning_rate=1e-2, max_steps=3)

@@ -16,7 +16,7 @@ def lora() -> LoraConfig:
 
 
 def assert_neutral(trainer) -> None:
-    """On a prepared model in training mode, as the first step finds it."""
+    """Take the first step, on a prepared model in training mode, and check that it is neutral."""
     trainer.train()
     first = trainer.state.log_history[0]
     assert first["rewards/margins"] == 0

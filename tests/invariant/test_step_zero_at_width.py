@@ -103,7 +103,7 @@ def inputs_of(family, name: str):
 
 
 def predictions(family, reference, inputs, *, bf16: bool):
-    """Of the policy, with gradients, and of its reference."""
+    """Return predictions of the policy, with gradients, and of its reference."""
     denoiser = family.denoiser.train()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         with torch.no_grad(), reference as lent:

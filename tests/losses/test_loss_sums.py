@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from losses.settings import BETA, SETTINGS
 
 from trl_diffusion_sdpo.losses import (
     LOSSES,
@@ -19,16 +20,6 @@ from trl_diffusion_sdpo.losses import (
 LOG3 = math.log(3)
 # As in test_preference: err_w = 1, d_w = -3, err_l = 4, d_l = 3, u = 3 beta.
 MODEL, REFERENCE, ZERO = torch.tensor([[1.0], [2.0]]), torch.tensor([[-2.0], [1.0]]), torch.zeros(2, 1)
-SETTINGS = {
-    "robust": {"label_smoothing": 0.2},
-    "dspo_sdxl": {"dspo_threshold": 0.0},
-    "dmpo": {"dmpo_alpha": 0.05},
-    "mapo": {"mapo_scale": 0.5, "mapo_temperature": 3.0},
-    "simpo": {"simpo_gamma": 0.3},
-    "dpop": {"dpop_lambda": 2.0},
-    "linear": {"linear_eta": 0.05},
-    "smpo": {"smpo_coefficient": 3.0, "smpo_score_scale": 0.3},
-}
 BINS = torch.tensor([0, 1, 0])
 PAIR_WEIGHTS, LOSER_WEIGHTS = torch.tensor([0.5, 0.0, 2.0]), torch.tensor([0.25, 0.0, 1.0])
 SCORES = torch.tensor([0.9, 0.5, 0.8, 0.3, 0.4, 0.1])  # winners first, each ahead of its loser
@@ -198,7 +189,7 @@ def test_lambda_and_the_gradient_are_those_of_a_loop(
 ):
     """The values of the losses are those without a safeguard."""
     loss_type, weights, given = case
-    tensors, beta, mu, spec = seeded_pairs(seed=1), 0.7, 0.5, loss_spec(loss_type, weights)
+    tensors, beta, mu, spec = seeded_pairs(seed=1), BETA, 0.5, loss_spec(loss_type, weights)
     pair_weights = PAIR_WEIGHTS if weighted == "pair_weights" else torch.ones(3)
     loser_weights = LOSER_WEIGHTS if weighted == "loser_weights" else torch.ones(3)
     parts = parts_of(loss_type, weights)

@@ -41,7 +41,7 @@ def by_hand(predict, clean, t, grid, at, step):
 
 
 def ddim_up(x, e, s, t):
-    """From the timestep `s`, or from clean latents at -1."""
+    """Take a step of DDIM from the timestep `s` up to `t`. At `s = -1` the latents are clean."""
     a_s, a_t = ALPHAS[s] if s >= 0 else torch.ones((), dtype=torch.float64), ALPHAS[t]
     return a_t.sqrt() * (x - (1 - a_s).sqrt() * e) / a_s.sqrt() + (1 - a_t).sqrt() * e
 

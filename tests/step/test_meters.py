@@ -37,7 +37,7 @@ def loser_weights(walk):
     return [entry["safeguard/loser_weight"] for entry in walk[1]]
 
 
-def test_a_full_range_is_none_and_an_empty_one_trains_the_winners_alone_to_the_bit(build):
+def test_a_full_range_changes_nothing_and_an_empty_one_trains_the_winners_alone_to_the_bit(build):
     plain = walked(build("parameter"))
     every = walked(build("parameter", loser_noise_range=[0.0, 1.0]))
     nowhere = build("parameter")
@@ -61,7 +61,7 @@ def test_outside_a_range_a_pair_trains_its_winner_only(build):
 
 
 def test_lambda_within_a_range_is_that_of_its_pairs(build):
-    """Of the first batch, by hand: losers within the range against the winners of the same pairs."""
+    """Lambda of the first batch by hand: losers within the range against the winners of the same pairs."""
     trainer = build("output", loser_noise_range=[0.3, 0.7], max_steps=1)
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_lambda_within_a_range_is_that_of_its_pairs(build):
     assert log["safeguard/loser_weight"] == pytest.approx(float(within.double().mean()))
 
 
-def test_lambda_of_a_bucket_is_that_of_a_noise_level(build):
+def test_each_noise_bin_has_its_own_lambda(build):
     trainer = build("output", safeguard_granularity="noise_bin", num_noise_bins=2, max_steps=1)
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_lambda_of_a_bucket_is_that_of_a_noise_level(build):
 
 
 def recording(trainer):
-    """What the trainer predicts of every batch, kept: `(levels, errors)`, `(B,)` and `(B, 4)` in float64."""
+    """Record the noise levels `(B,)` and errors `(B, 4)` of every batch that is predicted, in float64."""
     kept, original = [], trainer.pair_forward.predict_pairs
 
     def predict(model, inputs, weights=None):
@@ -136,7 +136,7 @@ def of_levels(metrics):
     return {name.removeprefix("eval_"): value for name, value in changes.items()}
 
 
-def test_an_evaluation_tells_the_change_at_each_level_that_it_met(make_trainer, make_pairs, sd_folder):
+def test_an_evaluation_reports_the_change_in_each_noise_bin(make_trainer, make_pairs, sd_folder):
     parts = 4
     trainer = make_trainer(moved(sd_folder), sd_folder, eval_dataset=make_pairs(10, seed=4), num_noise_bins=parts)
     kept = recording(trainer)

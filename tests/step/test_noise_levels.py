@@ -29,7 +29,7 @@ def test_the_gradient_is_the_mean_of_those_of_as_many_micro_batches(make_trainer
     loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     loss.backward()
 
-    # The same in float64: a micro-batch for each draw, each with a single draw from seeds of its own.
+    # In float64, take a micro-batch for each draw, each with a single draw from its own seeds.
     policy = copy.deepcopy(trainer.denoiser).double().requires_grad_()
     policy.zero_grad()
     reference = copy.deepcopy(trainer.reference.module).double()

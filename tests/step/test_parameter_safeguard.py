@@ -1,6 +1,8 @@
 """The parameter-space safeguard on one device: against float64 gradients taken by hand, in all its orders of work, and
 where it cannot act."""
 
+import math
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -24,44 +26,58 @@ def started_lora(folder):
     return pipeline
 
 
-def logit(winner, loser, ref_winner, ref_loser, beta=500.0):
+def logit(winner, loser, ref_winner, ref_loser, rows=None, beta=500.0):
     return -0.5 * beta * (winner - ref_winner - loser + ref_loser)
 
 
 def dpo(*errors):
     """Diffusion-DPO, equation 14 of arXiv 2311.12908 with the half in beta."""
-    return torch.log1p(torch.exp(-logit(*errors[:4])))
+    return torch.log1p(torch.exp(-logit(*errors)))
 
 
 def dmpo(*errors, alpha=0.3):
     """DMPO, the reverse KL of two Bernoulli distributions, arXiv 2507.07510."""
-    p = torch.sigmoid(logit(*errors[:4]))
+    p = torch.sigmoid(logit(*errors))
     return p * (p / (1 - alpha)).log() + (1 - p) * ((1 - p) / alpha).log()
 
 
-@pytest.mark.parametrize(
-    ("tuning", "accumulation", "anchor"),
-    [
-        ("full", 2, "error"),
-        ("lora", 1, "branch"),
-    ],
-)
-def test_lambda_and_the_step_are_those_of_gradients_taken_by_hand(
-    make_trainer, sd_folder, tuning, accumulation, anchor
-):
-    given = {"model": moved(sd_folder), "ref_model": sd_folder} if tuning == "full" else {}
-    if tuning == "lora":
-        given = {"model": started_lora(sd_folder)}
-    trainer = make_trainer(
-        **given,
-        **PARAMETER,
-        safeguard_anchor=anchor,
-        gradient_accumulation_steps=accumulation,
-        per_device_train_batch_size=2,
-        max_steps=1,
-    )
-    winner, loser, error = branches_by_hand(trainer, batches_of(trainer), dpo)
-    scale = lambda_by_hand(winner if anchor == "branch" else error, winner, loser, mu=0.3)
+def capped(*errors):
+    return torch.log1p(torch.exp(-logit(*errors).clamp(max=0.2)))
+
+
+def capo(*errors):
+    """The calibrated scores are sigma(1) and sigma(-1). In `make_pairs`, every third pair has equal scores."""
+    gap = torch.tensor(2 / (1 + math.exp(-1)) - 1, dtype=torch.float64)
+    return (logit(*errors, beta=20.0) - torch.where(errors[4] % 3 == 1, 0.0, gap)) ** 2
+
+
+WEIGHTS = torch.tensor([0.5, 2.0, 0.0, 1.5], dtype=torch.float64)
+SUM = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 20.0], "gradient_accumulation_steps": 2}
+CALIBRATED = {"loss_type": "capo", "beta": 20.0, "calibrated_scores": True}
+# Settings, the loss of each pair, and the anchor.
+BY_HAND = {
+    "full": ({"safeguard_anchor": "error", "gradient_accumulation_steps": 2}, dpo, "error"),
+    "lora": ({"safeguard_anchor": "branch"}, dpo, "branch"),
+    "sum": ({**SUM, "safeguard_mu": 0.9}, lambda *e: dpo(*e) + 20 * e[0], "branch"),
+    "clamp": ({"margin_clamp": 0.2, "safeguard_mu": 0.9}, capped, "branch"),
+    "pair_weights": ({"safeguard_mu": 0.9}, lambda *e: WEIGHTS * dpo(*e), "branch"),
+    "calibrated": ({**CALIBRATED, "safeguard_mu": 0.9}, capo, "error"),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_lambda_and_the_step_are_those_of_gradients_taken_by_hand(make_trainer, sd_folder, name):
+    settings, loss, anchor = BY_HAND[name]
+    models = {"model": moved(sd_folder), "ref_model": sd_folder}
+    if name == "lora":
+        models = {"model": started_lora(sd_folder)}
+    trainer = make_trainer(**models, **{**PARAMETER, **settings}, max_steps=1)
+    if name == "pair_weights":
+        collate = trainer.data_collator
+        trainer.data_collator = lambda items: {**collate(items), "pair_weights": WEIGHTS.float()}
+    winner, loser, error = branches_by_hand(trainer, batches_of(trainer), loss)
+    scale = lambda_by_hand(winner if anchor == "branch" else error, winner, loser, mu=trainer.args.safeguard_mu)
+    assert 0 < scale < 1  # otherwise the test would not see lambda
     log, move = trained_step(trainer)
     assert log["safeguard/scale"] == pytest.approx(scale, abs=1e-5)
     assert_same_step(move, -1e-2 * (winner - scale * loser))

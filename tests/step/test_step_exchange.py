@@ -1,4 +1,4 @@
-"""What processes agree on in a step by one message: whether all losses are finite, and whether to stop."""
+"""In a step, processes agree by one message whether all losses are finite and whether to stop."""
 
 import math
 import multiprocessing
@@ -78,7 +78,7 @@ def steps_of_a_process(rank, folder, asked_at, ruined_at, answers):
 
 
 def in_two_processes(folder, asked_at=None, ruined_at=None):
-    """What each of the processes has to say, in their order, without its rank."""
+    """Return the answers of both processes in their order, without their ranks."""
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
     given = (str(folder), asked_at, ruined_at, answers)

@@ -23,7 +23,7 @@ def probe_of(trainer):
 
 
 def begin(trainer):
-    """As when training begins."""
+    """Measure the probe for the first time, as the start of a training does."""
     trainer.winner_budget.begin(trainer.model_wrapped, trainer._load_probe())
 
 

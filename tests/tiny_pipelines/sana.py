@@ -10,7 +10,7 @@ from tiny_pipelines import parts
 RESOLUTION = 32  # the pipeline takes multiples of 32 only
 # Binning would round the size to one of the published ones.
 CALL = {"guidance_scale": 1.0, "use_resolution_binning": False}
-# What the pipeline puts before prompts: with its words as pieces it is a few hundred tokens instead of 1500.
+# The pipeline puts this text before prompts. With its words as pieces it has a few hundred tokens, not 1500.
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 
 

@@ -85,7 +85,7 @@ def test_every_family_trains_in_two_buckets(bucketed, name):
     assert all(0 < entry["grad_norm"] < float("inf") for entry in (first, second))
 
 
-def test_sdxl_is_told_the_true_sizes_and_crops(bucketed):
+def test_sdxl_is_conditioned_on_the_true_sizes_and_crops(bucketed):
     """Original height and width, top and left of the crop, target height and width, worked out by hand: at 16 x 16, a
     40 x 40 image is not cropped; at 12 x 20, 24 x 40 is not; at 16 x 16, 24 x 32 becomes 16 x 21, of which 2 columns
     are cropped at the left (5 / 2 is rounded to the even number)."""
@@ -101,7 +101,7 @@ def test_sdxl_is_told_the_true_sizes_and_crops(bucketed):
     }
 
 
-def test_pixart_is_told_the_size_of_the_bucket(bucketed, family_folder):
+def test_pixart_is_conditioned_on_the_size_of_the_bucket(bucketed, family_folder):
     from trl_diffusion_sdpo.families import find_family, load_pipeline
 
     family = find_family(load_pipeline(family_folder("pixart_alpha")))
@@ -163,7 +163,7 @@ def test_pairs_come_in_a_new_order_each_epoch(bucketed):
 
 
 def test_a_resumed_run_walks_the_same_trajectory_to_the_bit(bucketed, tmp_path):
-    """Over accumulation steps of several sizes, from within the second epoch of 6 batches."""
+    """Accumulation steps have several sizes. The run resumes within the second epoch of 6 batches."""
     settings = {"train": pairs_of(*MIXED), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     settings |= {"random_crop": True, "max_steps": 5}
     saving = {"save_strategy": "steps", "save_steps": 4}
@@ -205,7 +205,7 @@ def test_an_evaluation_counts_every_pair_once(bucketed):
 
 
 def test_what_is_computed_before_training_changes_no_bit(bucketed, tmp_path):
-    """Over two epochs; the cache has an image once for each size that it is trained at."""
+    """The runs have two epochs."""
     common = {"train": pairs_of(*MIXED[:6]), "per_device_train_batch_size": 2, "max_steps": 8}
     stored = {"precompute_latents": True, "precompute_ref_errors": True, "precompute_epochs": 8}
     stored["precompute_dir"] = str(tmp_path / "cache")

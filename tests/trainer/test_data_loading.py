@@ -19,7 +19,7 @@ def losses(trainer):
 
 
 class FloatCollator(PreferenceCollator):
-    """As somebody may have written it for pixels that were floats."""
+    """A user's collator that makes floats of the bytes."""
 
     def __call__(self, items):
         batch = super().__call__(items)

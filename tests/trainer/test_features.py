@@ -1,4 +1,4 @@
-"""What transformers' Trainer offers goes on working with a diffusers model."""
+"""Features of transformers' Trainer work with a diffusers model."""
 
 import math
 

@@ -14,7 +14,7 @@ def pairs(make_pairs):
 
 
 def gradient_of(trainer, batch):
-    """Of the loss of a batch, by the trainer's own step, over all weights."""
+    """Return the loss of a batch and its gradient over all weights, by the trainer's own step."""
     trainer.denoiser.zero_grad()
     loss = trainer.compute_loss(trainer.model.train(), trainer._prepare_inputs(batch))
     loss.backward()

@@ -1,4 +1,4 @@
-"""What can be set of noise by inversion, and what is refused; the named scale of scores."""
+"""Settings of noise by inversion and their refusals, and the named scale of scores."""
 
 import pytest
 
@@ -83,7 +83,7 @@ def test_the_published_end_needs_a_level_of_the_grid_below_some_timesteps(make_t
 
 
 def test_a_flow_has_levels_of_its_own_and_no_variance(make_trainer, family_folder, caplog):
-    """Of 5 steps the first level is shifted to 3/7, below which uniform draws are a fifth."""
+    """The first of 5 levels is shifted to 3/7. A fifth of uniform draws is below it."""
     folder = family_folder("stable_diffusion_3")
     make_trainer(folder, **INVERSION, inversion_kwargs={"steps": 5, "end": "grid"}, weighting_scheme="none")
     assert "20%" in caplog.text and "428.571" in caplog.text

@@ -1,95 +1,21 @@
-"""Sums of losses, the automatic beta and weights of pairs in a training: steps against gradients taken by hand, what is
-saved, and what an evaluation has."""
+"""The automatic beta in a training, and weights of pairs with several draws."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from step.walks import (
-    SGD,
-    KeepWeights,
-    assert_same_step,
-    batches_of,
-    branches_by_hand,
-    lambda_by_hand,
-    moved,
-    trained_step,
-    walked,
-)
+from step.walks import SGD, KeepWeights, moved, walked
 from transformers import TrainerCallback
 
 from trl_diffusion_sdpo.step.meters import BETA_FILE
 
-CONSTANT = {**SGD, "lr_scheduler_type": "constant"}
-LARGE = {**CONSTANT, "beta": 500.0, "safeguard_mu": 0.3, "random_flip": False}
-
-
-def logistic(error_w, error_l, ref_w, ref_l, rows):
-    return torch.log1p(torch.exp(250.0 * (error_w - ref_w - error_l + ref_l)))
-
-
-def capped(error_w, error_l, ref_w, ref_l, rows):
-    logit = -250.0 * (error_w - ref_w - error_l + ref_l)
-    return torch.log1p(torch.exp(-torch.where(logit < 0.2, logit, 0.2)))
-
-
-HALF = 10.0  # of capo's beta, for which most pairs have not reached their targets
-
-
-def capo(gap):
-    """`gap` is that of scores 1 apart; in `make_pairs` every third pair has equal scores instead."""
-
-    def loss(error_w, error_l, ref_w, ref_l, rows):
-        target = torch.where(rows % 3 == 1, 0.0, torch.tensor(gap, dtype=torch.float64))
-        return (-HALF * (error_w - ref_w - error_l + ref_l) - target) ** 2
-
-    return loss
-
-
-WEIGHTS = torch.tensor([0.5, 2.0, 0.0, 1.5], dtype=torch.float64)
-SUMS = {
-    "sum": ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 20.0]}, lambda *e: logistic(*e) + 20 * e[0], 0),
-    "clamp": ({"margin_clamp": 0.2}, capped, 0),
-    "pair_weights": ({}, lambda *e: WEIGHTS * logistic(*e), 0),
-    # of two images, sigma(1) and sigma(-1)
-    "calibrated": (
-        {"loss_type": "capo", "beta": 2 * HALF, "calibrated_scores": True},
-        capo(2 / (1 + np.exp(-1)) - 1),
-        2,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SUMS)
-def test_lambda_and_the_step_are_those_of_gradients_taken_by_hand(make_trainer, sd_folder, name):
-    settings, loss, anchor = SUMS[name]
-    trainer = make_trainer(
-        moved(sd_folder),
-        sd_folder,
-        **{**LARGE, "safeguard": "parameter", "safeguard_mu": 0.9, **settings},
-        max_steps=1,
-        gradient_accumulation_steps=2 if name == "sum" else 1,
-    )
-    if name == "pair_weights":
-        collate = trainer.data_collator
-        trainer.data_collator = lambda items: {**collate(items), "pair_weights": WEIGHTS.float()}
-    gradients = branches_by_hand(trainer, batches_of(trainer), loss)
-    winner, loser, _ = gradients
-    scale = lambda_by_hand(gradients[anchor], winner, loser, mu=0.9)
-    assert 0 < scale < 1  # otherwise the test would not see lambda
-    log, move = trained_step(trainer)
-    assert log["safeguard/scale"] == pytest.approx(scale, abs=1e-5)
-    assert_same_step(move, -1e-2 * (winner - scale * loser))
-
-
-# ---- The automatic beta --------------------------------------------------------------------------------------------
-
-MOVING = {**CONSTANT, "beta": 100.0, "auto_beta": True, "safeguard": "none", "logging_steps": 1, "learning_rate": 1e-3}
+MOVING = {**SGD, "lr_scheduler_type": "constant", "learning_rate": 1e-3}
+MOVING |= {"beta": 100.0, "auto_beta": True, "safeguard": "none", "logging_steps": 1}
 
 
 def beta_after(beta, sizes, given=100.0):
-    """The rule by hand, in float64: the average starts at the margin that the given beta belongs to."""
+    """Yield beta after each step by hand. The average starts at the margin that belongs to the given beta."""
     average = 2 * np.log(4) / beta
     for size in sizes:
         average = 0.99 * average + 0.01 * size
