@@ -1,9 +1,8 @@
 """Measure whether data loading is fast enough: time and memory until the first step, and pairs per second.
 
 Rows have the columns of Pick-a-Pic. They refer to a few JPEG files of real size, so that a million rows fit on a disk.
-Rows are read in three ways, each in a new process: map-style without an index of pairs, map-style with the index on
-disk, and as a stream. The time to the first step is wall time, from the construction of a trainer with a small random
-pipeline to the end of its first step.
+Rows are read in two ways, each in a new process: map-style and as a stream. The time to the first step is wall time,
+from the construction of a trainer with a small random pipeline to the end of its first step.
 
 Decoding is compared with the transforms of usual scripts (decode, resize the shorter side, flip, crop). Both take
 turns, and the CPU time of one thread is measured.
@@ -31,7 +30,7 @@ from PIL import Image, ImageFilter
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-WAYS = ("first", "again", "stream")
+WAYS = ("map", "stream")
 CHUNK = 10_000  # rows per write
 PROMPTS = 58_000  # as many as in Pick-a-Pic
 FILES = 16
@@ -129,7 +128,7 @@ def start_up(folder: Path, rows: int, files: list[str], options: argparse.Namesp
     """Measure time and memory until the first step for every way to read rows, each in a new process."""
     file = folder / f"{rows}.arrow"
     write_rows(file, rows, files)
-    found = []
+    measured = []
     for way in tqdm(WAYS, desc=f"{rows} rows", leave=False):
         command = [sys.executable, __file__, "--measure", str(file), "--way", way]
         environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
@@ -141,9 +140,9 @@ def start_up(folder: Path, rows: int, files: list[str], options: argparse.Namesp
         )
         if done.returncode:
             raise RuntimeError(done.stderr[-3000:])
-        found.append({"rows": rows, "way": way, **json.loads(done.stdout.splitlines()[-1])})
+        measured.append({"rows": rows, "way": way, **json.loads(done.stdout.splitlines()[-1])})
     file.unlink()
-    return found
+    return measured
 
 
 def first_step(file: Path, way: str) -> dict[str, float]:

@@ -9,7 +9,7 @@ from tiny_pairs import JUNK, png, prepare
 
 from trl_diffusion_sdpo.data.checking import evenly_spaced, parse_verify_images
 from trl_diffusion_sdpo.data.images import ImageReader
-from trl_diffusion_sdpo.data.sources import PairSource
+from trl_diffusion_sdpo.data.sources import TableSource
 from trl_diffusion_sdpo.utils.processes import Peers, usable_cores
 
 
@@ -90,10 +90,14 @@ def test_a_file_that_cannot_be_read_at_the_start_does_not_change_the_index():
 def test_an_error_in_the_check_of_one_process_ends_all(verify, monkeypatch):
     """For example a full disk."""
 
-    def full(*_, **__):
-        raise OSError("no space left")
+    examine = TableSource.examine_images
 
-    monkeypatch.setattr(PairSource, "images" if verify == "sample" else "examine_images", full)
+    def full(self, rows, *rest, **options):
+        if verify == "sample" or rows[0] == 0:  # of the first process
+            raise OSError("no space left")
+        return examine(self, rows, *rest)
+
+    monkeypatch.setattr(TableSource, "row" if verify == "sample" else "examine_images", full)
 
     def check(peers):
         with pytest.raises((OSError, RuntimeError)) as caught:
@@ -125,7 +129,7 @@ def test_a_sample_is_evenly_spaced_from_the_first_pair_without_repeats():
 
 @pytest.mark.parametrize("verify", ["sample", "all"])
 @pytest.mark.parametrize("style", ["list", "arrow"])
-def test_processes_end_with_the_same_pairs(verify, style):
+def test_processes_divide_the_check_and_end_with_the_same_pairs(verify, style):
     data = rows(100, bad={5, 41, 99})
     if style == "arrow":
         data = datasets.Dataset.from_list(data)

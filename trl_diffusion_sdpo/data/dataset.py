@@ -598,11 +598,14 @@ class PreferenceCollator:
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         if not items:
             raise ValueError("A batch needs at least one pair, got none.")
+        for name in ("scores", "loser_prompt"):
+            count = sum(name in item for item in items)
+            if count not in (0, len(items)):
+                raise ValueError(f"All pairs of a batch must have `{name}`, or none; got {count} of {len(items)}.")
         batch = {
             "rows": torch.tensor([item["row"] for item in items], dtype=torch.long),
             **_images(items),
-            "prompts": [item["prompt"] for item in items]
-            + [item["loser_prompt"] for item in _with_two_prompts(items)],
+            "prompts": [item[name] for name in ("prompt", "loser_prompt") if name in items[0] for item in items],
             "original_sizes": torch.tensor(_winners_first(items, "original_sizes"), dtype=torch.long),
             "crop_top_lefts": torch.tensor(_winners_first(items, "crop_top_lefts"), dtype=torch.long),
             "seeds": [item["seed"] for item in items],
@@ -615,10 +618,7 @@ class PreferenceCollator:
             batch["sources"] = [item["source"] for item in items]
         if "repeated" in items[0]:
             batch["counted"] = sum(not item["repeated"] for item in items)
-        scored = sum("scores" in item for item in items)
-        if scored not in (0, len(items)):
-            raise ValueError(f"Either all pairs of a batch have scores or none has, got {scored} of {len(items)}.")
-        if scored:
+        if "scores" in items[0]:
             batch["scores"] = torch.tensor(_winners_first(items, "scores"), dtype=torch.float32)
         if "pair_weight" in items[0]:
             batch["pair_weights"] = torch.tensor([item["pair_weight"] for item in items], dtype=torch.float32)
@@ -634,21 +634,11 @@ def _images(items: list[dict[str, Any]]) -> dict[str, Any]:
     batch: dict[str, Any] = {name: torch.cat(torch.stack([item[name] for item in items], dim=1).unbind())}
     if name == "moments":
         batch["target_size"] = items[0]["target_size"]
-        prompts = [*items, *(item["loser_conditioning"] for item in _with_two_prompts(items))]
+        prompts = [*items, *(item["loser_conditioning"] for item in items if "loser_conditioning" in item)]
         for kind, join in (("conditioning", padded), ("host_conditioning", list)):
             if kind in items[0]:
                 batch[kind] = {key: join([prompt[kind][key] for prompt in prompts]) for key in items[0][kind]}
     return batch
-
-
-def _with_two_prompts(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return all items if losers have their own prompts, and an empty list if they share the winners' prompts."""
-    with_two = [item for item in items if "loser_prompt" in item]
-    if len(with_two) not in (0, len(items)):
-        raise ValueError(
-            f"All losers of a batch have their own prompt or none has, got {len(with_two)} of {len(items)}."
-        )
-    return with_two
 
 
 def padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -34,8 +34,7 @@ def prepare_dataset(
             data sets as a list or a [`PairMixture`].
         options ([`PairOptions`]): Settings by which the data set becomes pairs.
         name (`str`): Name of the set in messages.
-        peers (`Peers`): The processes that prepare the same data at the same time. The first one checks the images for
-            all.
+        peers (`Peers`): The processes that prepare the same data at the same time, and divide the checks.
 
     Returns:
         [`PreferenceDataset`] or, for a `datasets.IterableDataset`, [`PreferenceIterableDataset`].
@@ -115,10 +114,10 @@ def _check_images(
     source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport, reject: Reject, peers: Peers
 ) -> PairTable:
     """Decode every image, or read only its header. Drop the pairs of bad and of small images, and assign the other
-    pairs to their buckets. The first of the peers reads the images for all."""
+    pairs to their buckets. The peers divide the images."""
     decode = options.verify_images == "all"
-    sizes, reasons = peers.first(
-        lambda: source.examine_images(pairs.places, options.reader, decode=decode, num_proc=options.num_proc)
+    sizes, reasons = source.examine_images(
+        pairs.places, options.reader, decode=decode, num_proc=options.num_proc, peers=peers
     )
     is_readable = np.asarray((sizes > 0).all((1, 2)))
     is_large = np.asarray((sizes >= (options.min_side or 0)).all((1, 2)))

@@ -23,7 +23,7 @@ from PIL import Image
 
 from ..utils._compat import dataset_fingerprint
 from ..utils.files import file_facts
-from ..utils.processes import forks_by_default, usable_cores
+from ..utils.processes import Peers, forks_by_default, usable_cores
 from .checking import DataReport, evenly_spaced
 from .formats import (
     SEED_COLUMNS,
@@ -346,32 +346,40 @@ class PairSource:
             yield from table.values(column)
 
     def examine_images(
-        self, places: np.ndarray, reader: ImageReader, *, decode: bool, num_proc: int | None
+        self, places: np.ndarray, reader: ImageReader, *, decode: bool, num_proc: int | None, peers: Peers
     ) -> tuple[np.ndarray, dict[tuple[int, int], str]]:
-        """Decode all images of pairs, or read only their headers.
+        """Decode all images of pairs, or read only their headers. Collective: the peers divide the rows.
 
         Args:
             places (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser.
-            num_proc (`int`, *optional*): Number of processes. If there are many images, the default is one for each
-                core.
+            num_proc (`int`, *optional*): Worker processes of each peer. If there are many images, the default is one
+                for each core.
 
         Returns:
             `tuple`: Height and width of winners and losers, `(P, 2, 2)`, zeros for bad and missing images; and the
             reason of each bad image, by row and image.
         """
         rows = np.unique(places[:, [0, 2]])
-        if num_proc is None and forks_by_default() and len(rows) >= (FEW_ROWS if decode else FEW_HEADERS):
-            num_proc = usable_cores()
         images = 1 + int(places[:, [1, 3]].max())  # of the row with the most images
-        sizes = np.zeros((len(rows), images, 2), dtype=np.int32)
-        reasons = {}
-        shares = [(table, share) for table, share in self._split(rows) if len(share)]
-        examined = chain(*(table.examine_images(share, reader, decode, num_proc) for table, share in shares))
-        for number, facts in enumerate(examined):
-            for image, (height, width, problem) in enumerate(facts[:images]):
-                sizes[number, image] = height, width
-                if problem:
-                    reasons[int(rows[number]), image] = problem
+        share = np.array_split(rows, peers.count)[peers.index]
+        if num_proc is None and forks_by_default() and len(share) >= (FEW_ROWS if decode else FEW_HEADERS):
+            num_proc = usable_cores(peers.count)
+
+        def examine_share() -> tuple[np.ndarray, dict[tuple[int, int], str]]:
+            tables = [(table, numbers) for table, numbers in self._split(share) if len(numbers)]
+            examined = chain(*(table.examine_images(numbers, reader, decode, num_proc) for table, numbers in tables))
+            sizes = np.zeros((len(share), images, 2), dtype=np.int32)
+            reasons = {}
+            for row, row_sizes, facts in zip(share.tolist(), sizes, examined, strict=True):
+                for image, (height, width, problem) in enumerate(facts[:images]):
+                    row_sizes[image] = height, width
+                    if problem:
+                        reasons[row, image] = problem
+            return sizes, reasons
+
+        shares = peers.gather_results(examine_share)
+        sizes = np.concatenate([share_sizes for share_sizes, _ in shares])
+        reasons = {image: reason for _, share_reasons in shares for image, reason in share_reasons.items()}
         return sizes[np.searchsorted(rows, places[:, [0, 2]]), places[:, [1, 3]]], reasons
 
     def _split(self, rows: np.ndarray) -> Iterator[tuple[TableSource, np.ndarray]]:
