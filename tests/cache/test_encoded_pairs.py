@@ -59,7 +59,7 @@ def walk(make_pairs):
 def files_of(trainer):
     """Return bytes and times of the files in the cache of the training data."""
     encoded = trainer.train_dataset._encoded
-    folders = (encoded.images.path, encoded.prompts.store.path)
+    folders = (encoded.images.path, encoded.prompts.path)
     return {
         (folder.name, path.name): (path.read_bytes(), path.stat().st_mtime_ns)
         for folder in folders

@@ -105,35 +105,6 @@ class ImageRows:
         return self.flips and draws is not None and draws.flip < 0.5
 
 
-class EncodedPrompts:
-    """Conditioning of distinct prompts, including the empty one.
-
-    Args:
-        store ([`ShardStore`]): Rows of the prompts, in the order of `digests`.
-        digests (`np.ndarray`): Sorted digests of the prompts, by `distinct_prompts`.
-        on_host (`Sequence[str]`): Tensors that are read on the host.
-    """
-
-    def __init__(self, store: ShardStore, digests: np.ndarray, on_host: Sequence[str] = ()) -> None:
-        self.store, self._digests, self._on_host = store, digests, on_host
-
-    def read(self, prompt: str) -> dict[str, dict[str, Any]]:
-        """Return `conditioning` of a prompt without a batch axis, and `host_conditioning` as Python numbers.
-
-        Raises:
-            ValueError: If the prompt is not in the cache.
-        """
-        digest = digest_of(prompt)
-        row = int(np.searchsorted(self._digests, digest))
-        if row == len(self._digests) or self._digests[row] != digest:
-            raise ValueError(
-                f"The cache was made from other prompts, and lacks {prompt!r}. Start again to rebuild it."
-            )
-        tensors = self.store.read(row)
-        host = {name: tensors.pop(name).tolist() for name in self._on_host}
-        return {"conditioning": tensors} | ({"host_conditioning": host} if host else {})
-
-
 def distinct_prompts(prompts: Iterable[str]) -> tuple[list[str], np.ndarray]:
     """Return distinct prompts, including the empty one, and their digests (int64). Both are sorted by the digests."""
     digests = {prompt: digest_of(prompt) for prompt in {*prompts, ""}}
@@ -151,11 +122,24 @@ class EncodedPairs:
             empty if an image could not be decoded. Column `sizes`, int32 of shape `(3, 2)`, has height and width before
             resizing, top and left of the crop, and height and width of the pixels.
         rows ([`ImageRows`]): Numbers of the images in the store.
-        prompts ([`EncodedPrompts`]): Conditioning of the prompts.
+        prompts ([`ShardStore`]): Conditioning of the distinct prompts, in the order of `digests`.
+        digests (`np.ndarray`): Sorted digests of the prompts, by [`distinct_prompts`].
+        on_host (`Sequence[str]`): Tensors of the conditioning that are read on the host.
     """
 
-    def __init__(self, images: ShardStore, rows: ImageRows, prompts: EncodedPrompts) -> None:
-        self.images, self.rows, self.prompts = images, rows, prompts
+    def __init__(
+        self,
+        images: ShardStore,
+        rows: ImageRows,
+        prompts: ShardStore,
+        digests: np.ndarray,
+        on_host: Sequence[str] = (),
+    ) -> None:
+        self.images = images
+        self.rows = rows
+        self.prompts = prompts
+        self._digests = digests
+        self._on_host = on_host
 
     def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
         """Return the entries of an item that depend on a pair's images. The arguments are those of
@@ -177,5 +161,17 @@ class EncodedPairs:
         }
 
     def conditioning(self, prompt: str) -> dict[str, dict[str, Any]]:
-        """Return the entries of an item that depend on its prompt."""
-        return self.prompts.read(prompt)
+        """Return `conditioning` of a prompt without a batch axis, and `host_conditioning` as Python numbers.
+
+        Raises:
+            ValueError: If the prompt is not in the cache.
+        """
+        digest = digest_of(prompt)
+        row = int(np.searchsorted(self._digests, digest))
+        if row == len(self._digests) or self._digests[row] != digest:
+            raise ValueError(
+                f"The cache was made from other prompts, and lacks {prompt!r}. Start again to rebuild it."
+            )
+        tensors = self.prompts.read(row)
+        host = {name: tensors.pop(name).tolist() for name in self._on_host}
+        return {"conditioning": tensors} | ({"host_conditioning": host} if host else {})

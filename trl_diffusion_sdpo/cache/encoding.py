@@ -29,7 +29,7 @@ from ..families.base import PIXELS_AT_ONCE
 from ..models.frozen_components import FrozenComponents
 from ..utils.disk import DiskFullError, free_bytes, readable_size
 from ..utils.processes import Peers
-from .encoded_pairs import MOMENTS, SIZES, EncodedPairs, EncodedPrompts, ImageRows, distinct_prompts
+from .encoded_pairs import MOMENTS, SIZES, EncodedPairs, ImageRows, distinct_prompts
 from .key import EncoderKey
 from .shards import ShardStore, writing_into
 
@@ -183,8 +183,8 @@ class PairEncoding:
             with failing_together(RuntimeError):
                 stored = cache.statistics.read(0)
                 family.keep_statistics({name: value.to(self._settings.device) for name, value in stored.items()})
-        prompts = EncodedPrompts(cache.prompts, cache.digests, family.host_conditioning)
-        dataset.use_encoded(EncodedPairs(cache.images, cache.rows, prompts))
+        encoded = EncodedPairs(cache.images, cache.rows, cache.prompts, cache.digests, family.host_conditioning)
+        dataset.use_encoded(encoded)
         self._encoded.add(dataset)
         self.report.images += len(cache.rows)
         self.report.prompts += len(cache.texts)
