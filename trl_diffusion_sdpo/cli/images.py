@@ -77,11 +77,7 @@ def image_settings(options: argparse.Namespace, device: str, seeds: Sequence[int
 
 
 def candidate_of(text: str) -> Candidate:
-    """Read `NAME=MODEL`, `NAME=MODEL+LORA` or either with `@SCALE` at its end.
-
-    Raises:
-        ValueError: If there is no name, or the scale is no number.
-    """
+    """Read `NAME=MODEL`, `NAME=MODEL+LORA` or either with `@SCALE` at its end."""
     from ..evaluation import Candidate
 
     name, _, model = text.partition("=")
@@ -97,11 +93,7 @@ def candidate_of(text: str) -> Candidate:
 
 
 def scorer_named(name: str, **settings: Any) -> Scorer:
-    """Load a scorer by its name or as `module:function`. Modules in the working directory are importable.
-
-    Raises:
-        ValueError: If there is no such scorer.
-    """
+    """Load a scorer by its name or as `module:function`. Modules in the working directory are importable."""
     from ..rewards import load_scorer
 
     import_from_working_directory()
@@ -115,11 +107,7 @@ def import_from_working_directory() -> None:
 
 
 def load_scorers(names: Sequence[str], settings: Mapping[str, Any]) -> list[Scorer]:
-    """Load the scorers of `--scorers` with the settings of `--scorer_settings`.
-
-    Raises:
-        ValueError: If there is no such scorer, or settings have the name of no scorer.
-    """
+    """Load the scorers of `--scorers` with the settings of `--scorer_settings`."""
     for name, values in settings.items():
         if name not in names or not isinstance(values, dict):
             raise ValueError(

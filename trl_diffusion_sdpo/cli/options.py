@@ -58,9 +58,6 @@ class OneLineParser(argparse.ArgumentParser):
 
         Returns:
             `tuple[list[str], dict[str, Any]]`: The words, and the settings that are no options of this parser.
-
-        Raises:
-            ValueError: If an option does not take a value of that kind.
         """
         # Reversed, so that an option wins over its opposite, which comes after it.
         actions = {action.dest: action for action in reversed(self._actions)}
@@ -154,11 +151,7 @@ def take_options(arguments: list[str], *names: str) -> tuple[dict[str, str | Non
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file of settings.
-
-    Raises:
-        ValueError: If the file cannot be read or is no mapping.
-    """
+    """Read a YAML file of settings."""
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -169,11 +162,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def set_environment(variables: Any) -> None:
-    """Set the environment variables that a file of settings has under `env`.
-
-    Raises:
-        ValueError: If `env` is no mapping.
-    """
+    """Set the environment variables that a file of settings has under `env`."""
     if not isinstance(variables, dict):
         raise ValueError(f"`env` of the file must map names to values, got {variables!r}.")
     os.environ.update({str(name): str(value) for name, value in variables.items()})

@@ -54,11 +54,7 @@ class PairSet(DatasetConfig):
 
     @classmethod
     def read(cls, entry: Any) -> PairSet:
-        """Read an entry of `datasets`.
-
-        Raises:
-            ValueError: If the entry is no mapping, has unknown keys or no path.
-        """
+        """Read an entry of `datasets`."""
         keys = [field.name for field in fields(cls)]
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise ValueError(f"Each of `datasets` must be a mapping with a `path`, got {entry!r}.")
@@ -136,9 +132,6 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
     Args:
         script_args (`PairArguments`): The data. [`~trl_diffusion_sdpo.load_pairs`] says what `dataset_name` may be.
         training_args (`DiffusionSDPOConfig`): `eval_strategy`, seed and format.
-
-    Raises:
-        ValueError: If there is no such data set or split, or the evaluation would be on training pairs.
     """
     sets = script_args.sets or [_only_set(script_args)]
     size = script_args.test_size

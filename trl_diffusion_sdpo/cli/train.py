@@ -57,11 +57,7 @@ def run(arguments: list[str], prog: str, *, command: str = "train", act: Callabl
 
 
 def parse(arguments: list[str], prog: str | None = None) -> tuple[PairArguments, DiffusionSDPOConfig, ModelConfig]:
-    """Parse the arguments into dataclasses.
-
-    Raises:
-        ValueError: If an argument or the YAML file is invalid.
-    """
+    """Parse the arguments into dataclasses."""
     settings, accelerate_config, typed = read_given(arguments)
     parser = make_parser(prog)
     in_file, others = parser.words_of(settings)
@@ -180,9 +176,6 @@ def load_data(script_args: PairArguments, training_args: DiffusionSDPOConfig, mo
 def resume_point(value: str | bool | None) -> str | bool | None:
     """Return `resume_from_checkpoint` for `Trainer.train`. The setting is a folder, `True` for the newest checkpoint,
     `"latest"` for the newest checkpoint if there is one, or `None` for a new start.
-
-    Raises:
-        ValueError: If the folder does not exist.
     """
     from ..saving.checkpoints import LATEST, meaning  # takes seconds
 

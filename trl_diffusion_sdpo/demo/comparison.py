@@ -71,9 +71,6 @@ def run_demo(
 
     Returns:
         `DemoResult`: The numbers, the images, the files written and a summary.
-
-    Raises:
-        ValueError: If an argument is out of range, or the folder holds something other than a demo.
     """
     steps = STEPS if max_steps is None else max_steps
     if seed < 0 or steps < 1:
@@ -195,11 +192,7 @@ class BarCallback(TrainerCallback):
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> Path:
-    """Write the settings into the folder and return it. Remove runs and images of an earlier demo in it.
-
-    Raises:
-        ValueError: If the folder holds something other than a demo.
-    """
+    """Write the settings into the folder and return it. Remove runs and images of an earlier demo in it."""
     file = folder / SETTINGS_FILE
     if folder.is_dir() and any(folder.iterdir()) and not file.is_file():
         raise ValueError(

@@ -65,9 +65,6 @@ def write_pairs(splits: Mapping[str, Dataset], folder: str | Path) -> Path:
 
     Returns:
         `Path`: The folder.
-
-    Raises:
-        ValueError: If there is something in the folder.
     """
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -55,9 +55,6 @@ def generate_images(
 
     Returns:
         `np.ndarray` of shape `(N, 32, 32, 3)`, uint8.
-
-    Raises:
-        ValueError: If the numbers of prompts and latents differ, or are 0.
     """
     if len(prompts) != len(latents) or len(prompts) == 0:
         raise ValueError(

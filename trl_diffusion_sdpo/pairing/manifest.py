@@ -31,11 +31,7 @@ class ListedImage:
 
 
 def read_manifest(folder: Path) -> tuple[list[ListedImage], Counter[str]]:
-    """Return the images of a folder, and the number of skipped lines by reason.
-
-    Raises:
-        `ValueError`: If there is no such file, or a line is no JSON object with an image.
-    """
+    """Return the images of a folder, and the number of skipped lines by reason."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise ValueError(f"There is no {path}. `pairs from-images {folder}` writes it for a folder of images.")
@@ -86,11 +82,7 @@ def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def read_json_lines(path: Path, content: bytes) -> list[dict[str, Any]]:
-    """Return the rows of a file with one JSON object a line. The path is for messages.
-
-    Raises:
-        `ValueError`: If a line is anything else.
-    """
+    """Return the rows of a file with one JSON object a line. The path is for messages."""
     rows = []
     for number, line in enumerate(content.splitlines(), 1):
         try:

@@ -46,11 +46,7 @@ class Pick:
 
 
 class PickLog:
-    """The picks of a folder, read from the log and appended to it.
-
-    Raises:
-        `ValueError`: If the log cannot be read, or the folder cannot be written to.
-    """
+    """The picks of a folder, read from the log and appended to it."""
 
     def __init__(self, folder: Path, *, read_only: bool = False) -> None:
         self.path = folder / PICKS_FILE
@@ -87,21 +83,13 @@ class PickLog:
         return next(reversed(self.picks.values()), None)
 
     def add(self, first: str, second: str, verdict: str) -> None:
-        """Append a pick and sync it to the disk. If the disk is full, the log does not change.
-
-        Raises:
-            `ConflictError`: If the pair has a pick.
-        """
+        """Append a pick and sync it to the disk. If the disk is full, the log does not change."""
         if frozenset((first, second)) in self.picks:
             raise ConflictError("This pair has been judged already, perhaps in another tab.")
         self._append({"pick": self._number + 1, "first": first, "second": second, "verdict": verdict})
 
     def undo(self, number: int) -> Pick:
-        """Take back the last pick and return it.
-
-        Raises:
-            `ConflictError`: If `number` is not that of the last pick.
-        """
+        """Take back the last pick and return it."""
         last = self.last
         if last is None or last.number != number:
             raise ConflictError("Only the last pick can be undone, and another tab has changed it.")
@@ -109,11 +97,7 @@ class PickLog:
         return last
 
     def edit_prompt(self, prompt: str, edited: str) -> None:
-        """Replace a prompt of the manifest.
-
-        Raises:
-            `ValueError`: If the new prompt is empty or too long.
-        """
+        """Replace a prompt of the manifest."""
         edited = edited.strip()
         if not 0 < len(edited) <= MAX_PROMPT:
             raise ValueError(f"A prompt has 1 to {MAX_PROMPT} characters, got {len(edited)}.")

@@ -37,9 +37,6 @@ POLICY = (
 class PickServer(ThreadingHTTPServer):
     """Server of a pick page, at port 8765 or, if this port is in use, at a free one. Any host but `127.0.0.1` opens the
     page to the network.
-
-    Raises:
-        `ValueError`: If the requested port is in use, or this machine does not have the address.
     """
 
     daemon_threads = True

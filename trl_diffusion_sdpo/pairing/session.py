@@ -24,9 +24,6 @@ class PickSession:
 
     If the images have more than one `model`, the models are compared blindly. Otherwise the images of each prompt are
     rated. Tabs name images by random codes, so that they do not reveal the model.
-
-    Raises:
-        `ValueError`: If the folder has no pair to judge, or another process has it open.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,13 +80,7 @@ class PickSession:
             }
 
     def pick(self, tab: str, first: str, second: str, verdict: str) -> dict[str, Any]:
-        """Save a pick of two codes, and return the next state.
-
-        Raises:
-            `ConflictError`: If the pair has a pick.
-            `ValueError`: If there is no such pair or verdict.
-            `OSError`: If the disk is full.
-        """
+        """Save a pick of two codes, and return the next state."""
         with self._lock:
             names = [self.codes.get(code, "") for code in (first, second)]
             if verdict not in SHARES or "" in names or len({self.images[name].prompt for name in names}) > 1:
@@ -98,13 +89,13 @@ class PickSession:
             return self._changed(tab, names[0])
 
     def undo(self, tab: str, number: int) -> dict[str, Any]:
-        """Undo the last pick, and return the state, which shows its pair again. Raises the errors of `pick`."""
+        """Undo the last pick, and return the state, which shows its pair again."""
         with self._lock:
             pick = self.log.undo(number)
             return self._changed(tab, pick.first, pick.pair)
 
     def edit_prompt(self, tab: str, code: str, prompt: str) -> dict[str, Any]:
-        """Replace the prompt of an image and of all images with the same prompt. Raises the errors of `pick`."""
+        """Replace the prompt of an image and of all images with the same prompt."""
         with self._lock:
             name = self.codes[code]
             self.log.edit_prompt(self.images[name].prompt, prompt)
