@@ -27,7 +27,7 @@ def report(plan: Plan, *, tflops: float, pairs: int, processes: int) -> str:
         mark = " (the peak)" if name == plan.peak_moment else ""
         lines.append(f"| {name}{mark} | {size / GIB:.2f} |")
     fitting = ", ".join(f"{card} GB: {'yes' if plan.fits(card) else 'no'}" for card in CARDS)
-    hours = hours_of(plan, tflops=tflops, pairs=pairs, processes=processes)
+    hours = plan.flops / plan.pairs * pairs / (tflops * 1e12 * processes) / 3600
     lines += [
         "",
         f"Trained: {plan.trained:,} of {plan.parameters:,} weights of the denoiser.",
@@ -38,11 +38,6 @@ def report(plan: Plan, *, tflops: float, pairs: int, processes: int) -> str:
         "takes the rate that you measured.",
     ]
     return "\n".join(lines)
-
-
-def hours_of(plan: Plan, *, tflops: float, pairs: int, processes: int) -> float:
-    """Return the hours in which the devices take `pairs` pairs."""
-    return plan.flops / plan.pairs * pairs / (tflops * 1e12 * processes) / 3600
 
 
 def side_by_side(plans: Mapping[str, Plan]) -> str:
