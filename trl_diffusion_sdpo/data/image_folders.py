@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class FolderSplit:
     """Pairs of one split, and the names of files that were left out, by reason."""
 
     folder: Path
-    rows: dict[str, list[Any]]  # columns
+    rows: list[dict[str, Any]]
     left_out: dict[str, list[str]]
 
     def report(self, *, strict: bool) -> None:
@@ -51,19 +52,18 @@ class FolderSplit:
         for reason, names in self.left_out.items():
             more = ", ..." if len(names) > MAX_EXAMPLES else ""
             lines.append(f"\n  {len(names)} {reason}: {', '.join(names[:MAX_EXAMPLES])}{more}")
-        if not self.rows["prompt"]:
+        if not self.rows:
             raise ValueError(f"{self.folder} has no pair of images with a prompt. {LAYOUTS}{''.join(lines)}")
         if strict and set(self.left_out) - set(NOTES):
             raise ValueError(
                 f'{self.folder} has images that are in no pair. Add what is missing, or pass on_bad_row="drop" to '
                 f"leave them out.{''.join(lines)}"
             )
-        if "rank" in self.rows:
-            names = [Path(name).name for name in self.rows["image_path"][0]]
+        if "rank" in self.rows[0]:
+            names = [Path(name).name for name in self.rows[0]["image_path"]]
             logger.warning("%s: numbers in names are ranks. %s is the best of %s.", self.folder, names[0], names)
         if lines:
-            prompts = len(self.rows["prompt"])
-            logger.warning("%s: %d prompts with images. Left out:%s", self.folder, prompts, "".join(lines))
+            logger.warning("%s: %d prompts with images. Left out:%s", self.folder, len(self.rows), "".join(lines))
 
 
 def read_image_folder(path: Path) -> dict[str, FolderSplit] | None:
@@ -94,7 +94,7 @@ def read_image_folder(path: Path) -> dict[str, FolderSplit] | None:
 
 def make_datasets(splits: dict[str, FolderSplit]) -> dict[str, datasets.Dataset]:
     """Return one data set per split. The info of each data set contains the lengths of all splits."""
-    made = {name: datasets.Dataset.from_dict(split.rows) for name, split in splits.items()}
+    made = {name: datasets.Dataset.from_list(split.rows) for name, split in splits.items()}
     lengths = {name: datasets.SplitInfo(name, num_examples=len(dataset)) for name, dataset in made.items()}
     for dataset in made.values():
         dataset.info.splits = datasets.SplitDict(lengths)
@@ -107,7 +107,7 @@ def _read(folder: Path, has_sides: bool) -> FolderSplit:
     captions: dict[str, list[Path]] = defaultdict(list)
     left_out: dict[str, list[str]] = defaultdict(list)
 
-    def leave_out(reason: str, files: list[Path]) -> None:
+    def leave_out(reason: str, files: Sequence[Path]) -> None:
         left_out[reason] += [file.relative_to(folder).as_posix() for file in files]
 
     for file in sorted(_files(folder)):
@@ -128,8 +128,7 @@ def _read(folder: Path, has_sides: bool) -> FolderSplit:
         else:
             groups[rank[1]].append((int(rank[2]), file))
 
-    columns = ("prompt", *SIDES) if has_sides else ("prompt", "image_path", "rank")
-    rows: dict[str, list[Any]] = {column: [] for column in columns}
+    rows: list[dict[str, Any]] = []
     for stem in sorted(groups):
         ranks, files = zip(*sorted(groups[stem], key=lambda entry: entry[0]), strict=True)
         names = [stem] if has_sides else [stem, *(_stem(file, folder) for file in files)]
@@ -140,17 +139,15 @@ def _read(folder: Path, has_sides: bool) -> FolderSplit:
             reason = "without a partner"
         elif len(files) > MAX_RANKED:
             reason = f"of more than {MAX_RANKED} images of one name, whose numbers are no ranks"
-        if reason:
-            leave_out(reason, list(files))
-            continue
         paths = [str(file.absolute()) for file in files]
-        for column, value in zip(
-            columns, (prompt, *paths) if has_sides else (prompt, paths, list(ranks)), strict=True
-        ):
-            rows[column].append(value)
-    if unused := [file for files in captions.values() for file in files]:
-        leave_out("captions without images", unused)
-    return FolderSplit(folder, rows, dict(left_out))
+        if reason:
+            leave_out(reason, files)
+        elif has_sides:
+            rows.append({"prompt": prompt, "chosen": paths[0], "rejected": paths[1]})
+        else:
+            rows.append({"prompt": prompt, "image_path": paths, "rank": list(ranks)})
+    leave_out("captions without images", [file for files in captions.values() for file in files])
+    return FolderSplit(folder, rows, {reason: names for reason, names in left_out.items() if names})
 
 
 def _prompt(captions: list[Path]) -> tuple[str, str]:

@@ -243,23 +243,27 @@ def _image_errors(value: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # decoders raise errors of any type, and a bad row must not stop the run
-        message = f"cannot be decoded ({type(error).__name__}: {error})"
         kind: type[Exception] = UndecodableImageError
+        message = f"cannot be decoded ({type(error).__name__}: {error})"
         if isinstance(error, UndecodableImageError | UnreadableImageError):
             kind, message = type(error), str(error)
         elif isinstance(error, UnidentifiedImageError):
             message = "is not an image format that Pillow can read"
-        elif isinstance(error, OSError) and error.errno is not None:
-            # For damaged images, decoders raise OSError without a number.
-            kind = UndecodableImageError if error.errno in PERMANENT_ERRORS else UnreadableImageError
-        elif isinstance(error, MemoryError | TimeoutError | ConnectionError):
-            kind = UnreadableImageError
+        elif _may_pass(error):
+            kind, message = UnreadableImageError, f"cannot be read ({type(error).__name__}: {error})"
         name = value.get("path") if isinstance(value, Mapping) else value
         if isinstance(name, str | os.PathLike) and without_secrets(os.fspath(name)) not in message:
             message = f"{message}: {os.fspath(name)}"
         if kind is UnreadableImageError:
             message = f"{message}. {HOW_TO_GO_ON}"
         raise kind(message) from None
+
+
+def _may_pass(error: Exception) -> bool:
+    """Return whether another attempt to read the image may succeed."""
+    if isinstance(error, OSError) and error.errno is not None:  # decoders raise OSError without it for damaged images
+        return error.errno not in PERMANENT_ERRORS
+    return isinstance(error, MemoryError | TimeoutError | ConnectionError)
 
 
 def check_regular_file(path: str | os.PathLike, max_bytes: int | None) -> None:
