@@ -87,7 +87,7 @@ def test_a_tokenizer_of_the_right_size_that_reads_nothing_is_refused(sd_pipeline
         model_max_length=tokenizer.model_max_length,
     )
     sd_pipeline.register_modules(tokenizer=deaf)
-    with pytest.raises(ValueError, match="that of `text_encoder` turns both 'a red circle' and 'a big square'"):
+    with pytest.raises(ValueError, match="tokenizer of `text_encoder` turns both 'a red circle' and 'a big square'"):
         check_text_encoding(find_family(sd_pipeline))
 
 
