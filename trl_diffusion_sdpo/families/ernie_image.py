@@ -25,11 +25,11 @@ class ErnieImageFamily(Flux2LatentsFamily):
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # our choice: as Qwen-Image's
     learning_rate_lora = 1e-4  # our choice, as for similar transformers
     prompt_padding: ClassVar[PromptPadding] = "end"
-    batch_norm_eps = 1e-5  # of the pipeline's call; that of the VAE's configuration is another
+    batch_norm_eps = 1e-5  # the epsilon that the pipeline uses; the VAE's configuration has another
 
     @property
     def vae_scale_factor(self) -> int:
-        return self.pipeline.vae_scale_factor  # of a token
+        return self.pipeline.vae_scale_factor  # pixels per token
 
     @property
     def default_resolution(self) -> int:

@@ -353,7 +353,7 @@ def read_index(name_or_path: str, **options: Any) -> dict[str, Any]:
     class_name = index.get(CLASS)
     if not isinstance(class_name, str):
         raise ValueError(
-            f"The model_index.json of a pipeline must name a class of diffusers, and that of {name_or_path} has "
+            f"The model_index.json of a pipeline must name a class of diffusers. The one of {name_or_path} names "
             f"{class_name!r}. Code from a model repository is never run. Use a pipeline of one of these classes: "
             f"{', '.join(known_pipeline_classes())}."
         )

@@ -35,7 +35,7 @@ class Branches:
 
 
 class Guide:
-    """What a guided denoiser does in place of its normal call.
+    """The call of a guided denoiser, which replaces its normal call.
 
     Args:
         family ([`Family`]): Family of the pipeline.

@@ -65,13 +65,15 @@ def _check_tokens(name: str, text_encoder: PreTrainedModel, tokenizer: PreTraine
     highest = max([*first, *second], default=0)
     if highest >= embedded:
         raise ValueError(
-            f"A tokenizer must give tokens that its text encoder has embeddings for; that of `{name}` gives the token "
-            f"{highest}, and there are {embedded} embeddings. It is another model's: download the pipeline again."
+            "A tokenizer must give tokens that its text encoder has embeddings for. The tokenizer of "
+            f"`{name}` gives the token {highest}, and there are {embedded} embeddings. It belongs to another model. "
+            "Download the pipeline again."
         )
     if first == second:
         raise ValueError(
-            f"Two prompts must not be the same to a tokenizer; that of `{name}` turns both {PROMPTS[0]!r} and "
-            f"{PROMPTS[1]!r} into {first}. Its vocabulary is missing: download the tokenizer's folder again."
+            f"A tokenizer must turn different prompts into different tokens. The tokenizer of `{name}` turns both "
+            f"{PROMPTS[0]!r} and {PROMPTS[1]!r} into {first}. Its vocabulary is missing. Download the tokenizer's "
+            "folder again."
         )
 
 
@@ -81,12 +83,12 @@ def _check_conditioning(family: Family) -> None:
     broken = [name for name, value in encoded.items() if not value.isfinite().all()]
     if broken:
         raise ValueError(
-            f"Encoded prompts must be finite, and `{broken[0]}` of {PROMPTS[0]!r} is not. The text encoder overflows "
-            "in its dtype, or its weights are damaged. Load it in float32, or download it again."
+            f"Encoded prompts must be finite. `{broken[0]}` of {PROMPTS[0]!r} is not. The text encoder overflows in "
+            "its dtype, or its weights are damaged. Load it in float32, or download it again."
         )
     if encoded and all(torch.equal(*value) for value in encoded.values()):
         raise ValueError(
-            f"Different prompts must have different encodings, and {PROMPTS[0]!r} and {PROMPTS[1]!r} have the same. "
+            f"Different prompts must have different encodings. {PROMPTS[0]!r} and {PROMPTS[1]!r} have the same one. "
             "The tokenizer's vocabulary or the text encoder's weights are missing. Download them again."
         )
 

@@ -113,8 +113,8 @@ class AutoBeta(StoredController):
         sums = torch.stack([margins.sum(), torch.ones_like(margins).sum()])
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def after_step(self) -> None:
-        """Log the beta of the optimizer step, then adjust it. All processes must call it together."""
+    def after_step(self, step: int) -> None:
+        """Log the beta of optimizer step `step`, then adjust it. All processes must call it together."""
         assert self._sums is not None
         self._meter.add({"rewards/beta": self.controller.beta}, 1)
         sums, self._sums = reduce(self._sums, "sum"), None

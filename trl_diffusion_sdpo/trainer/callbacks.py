@@ -24,7 +24,6 @@ from ..reporting.sample_images import INFERENCE_STEPS, SampleImagesCallback, cal
 from ..reporting.sample_scores import SampleScores
 from ..reporting.tracked_images import TrackedImages
 from ..reporting.verdict import RunFacts
-from ..step.meters import AutoBeta
 from ..step.winner_budget import ProbeInputs, ProbeSettings, WinnerBudget
 from .components import Components
 from .config.checks import best_sample_metric
@@ -78,7 +77,7 @@ def add_callbacks(
         probe = ProbeSettings(**args.winner_budget_kwargs)
         callbacks.append(WinnerBudgetCallback(components.winner_budget, probe.steps, load_probe, policy))
     if components.auto_beta is not None:
-        callbacks.append(AutoBetaCallback(components.auto_beta))
+        callbacks.append(AfterStepCallback(components.auto_beta.after_step))
     if args.sync_ref_model:
         callbacks.append(
             SyncReferenceCallback(components.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps)
@@ -159,19 +158,6 @@ class SyncReferenceCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if state.global_step % self.steps == 0:
             self.reference.update(self.alpha)
-
-
-class AutoBetaCallback(TrainerCallback):
-    """Adjusts beta after every optimizer step."""
-
-    def __init__(self, auto_beta: AutoBeta):
-        self._auto_beta = auto_beta
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._auto_beta.begin()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._auto_beta.after_step()
 
 
 class AfterStepCallback(TrainerCallback):

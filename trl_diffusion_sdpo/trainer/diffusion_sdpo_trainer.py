@@ -482,7 +482,10 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
         """Prepare as transformers does, then set up the components that need the model as the engine wrapped it."""
+        # Forget the flags and sums of an earlier training, which may have stopped within an optimizer step.
         self._finite = self._new_finite_check()
+        if self.auto_beta is not None:
+            self.auto_beta.begin()
         self.engine.complete_settings(exact_gradients=self.args.safeguard == "parameter")
         unrounded = self.engine.unrounded(self.denoiser)
         for weights in self._weight_copies:
