@@ -128,7 +128,7 @@ def start_up(folder: Path, rows: int, files: list[str], options: argparse.Namesp
     """Measure time and memory until the first step for every way to read rows, each in a new process."""
     file = folder / f"{rows}.arrow"
     write_rows(file, rows, files)
-    measured = []
+    rows_of_ways = []
     for way in tqdm(WAYS, desc=f"{rows} rows", leave=False):
         command = [sys.executable, __file__, "--measure", str(file), "--way", way]
         environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
@@ -140,9 +140,9 @@ def start_up(folder: Path, rows: int, files: list[str], options: argparse.Namesp
         )
         if done.returncode:
             raise RuntimeError(done.stderr[-3000:])
-        measured.append({"rows": rows, "way": way, **json.loads(done.stdout.splitlines()[-1])})
+        rows_of_ways.append({"rows": rows, "way": way, **json.loads(done.stdout.splitlines()[-1])})
     file.unlink()
-    return measured
+    return rows_of_ways
 
 
 def first_step(file: Path, way: str) -> dict[str, float]:

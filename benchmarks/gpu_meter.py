@@ -40,8 +40,8 @@ PEAK_TERAFLOPS = {
 
 def peak_flops(device_name: str) -> float | None:
     """Return the FLOP/s that the maker states for a device, or `None` if the device is not in the table."""
-    found = (peak for part, peak in PEAK_TERAFLOPS.items() if re.search(rf"\b{part}\b", device_name))
-    return next((1e12 * peak for peak in found), None)
+    matches = (peak for part, peak in PEAK_TERAFLOPS.items() if re.search(rf"\b{part}\b", device_name))
+    return next((1e12 * peak for peak in matches), None)
 
 
 class Memory:

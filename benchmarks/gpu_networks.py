@@ -134,10 +134,12 @@ def quantized(class_name: str, settings: Mapping[str, Any], device: torch.device
             value = torch.empty(weight.shape, dtype=torch.bfloat16, device=device)
             value = value.fill_(1.0) if value.ndim < 2 and name == "weight" else value.normal_(std=0.02)
             if isinstance(layer, Linear4bit) and name == "weight":
-                kept = Params4bit(value, requires_grad=False, quant_type="nf4", compress_statistics=True).to(device)
+                parameter = Params4bit(value, requires_grad=False, quant_type="nf4", compress_statistics=True).to(
+                    device
+                )
             else:
-                kept = nn.Parameter(value, requires_grad=False)
-            setattr(layer, name, kept)
+                parameter = nn.Parameter(value, requires_grad=False)
+            setattr(layer, name, parameter)
     quantizer.postprocess_model(made)
     return made.eval()
 

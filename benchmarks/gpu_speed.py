@@ -72,7 +72,7 @@ class Case:
     @property
     def name(self) -> str:
         extras = {"checkpointing": self.checkpointing, "cached": self.cached, "compiled": self.compiled}
-        return "-".join([self.model, self.tuning, *(extra for extra, given in extras.items() if given)])
+        return "-".join([self.model, self.tuning, *(name for name, is_set in extras.items() if is_set)])
 
 
 CASES = [
@@ -239,13 +239,13 @@ def commit() -> str | None:
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
     """Read the lines of a result file. An incomplete last line is dropped."""
-    found = []
+    lines = []
     for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
-            found.append(json.loads(text))
+            lines.append(json.loads(text))
         except json.JSONDecodeError:
             print(f"{file}: a line is damaged and is left out: {text[:60]!r}", file=sys.stderr)
-    return found
+    return lines
 
 
 def pending(options: argparse.Namespace) -> list[Case]:

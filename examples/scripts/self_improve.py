@@ -89,11 +89,11 @@ def train_round(options, model, folder, run, is_first):
     """Train a LoRA on the pairs of a folder, or continue, or return at once if the run has ended."""
     if (run / "README.md").is_file():
         return
-    beta = {} if options.beta is None else {"beta": options.beta}
     args = DiffusionSDPOConfig(
         str(run),
         max_steps=options.max_steps,
         learning_rate=options.learning_rate,
+        beta=options.beta,
         lr_scheduler_type="cosine",
         per_device_train_batch_size=options.batch_size,
         resolution=options.resolution,
@@ -105,9 +105,8 @@ def train_round(options, model, folder, run, is_first):
         save_total_limit=1,
         report_to="none",
         seed=options.seed,
-        **beta,
     )
-    # The second round goes on with the LoRA of the first. The reference is always the model as the round begins.
+    # The second round continues the LoRA of the first. The reference is the model at the start of the round.
     adapter = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank) if is_first else None
     trainer = DiffusionSDPOTrainer(model, None, args, load_pairs(folder), peft_config=adapter)
     trainer.train(resume_from_checkpoint=any(run.glob("checkpoint-*")) or None)

@@ -66,8 +66,8 @@ def run_demo(
         gentle (`bool`): Whether to train Diffusion-DPO and Diffusion-SDPO with the gentle settings too.
         samples_per_prompt (`int`): Images for each of the 72 prompts that the oracle scores.
         evaluations (`int`): Number of evaluations of each method.
-        guidance_scales (`Sequence[float]`): Scales of classifier-free guidance from which each model's best is chosen,
-            beside 1, which is no guidance.
+        guidance_scales (`Sequence[float]`): Scales of classifier-free guidance from which each model's best is chosen.
+            Scale 1, no guidance, is always among them.
 
     Returns:
         `DemoResult`: The numbers, the images, the files written and a summary.

@@ -12,7 +12,7 @@ from .world import IMAGE_SIZE
 FEATURE_SIZE = 8  # pixels, the side to which images are averaged
 COMPONENTS = 24
 DRAWINGS_SEED = 60_000  # differs from the seeds of training, held-out pairs and probes
-DRAWINGS_PER_PROMPT = 14  # pairs before near ties are dropped. The preferred drawing of each counts
+DRAWINGS_PER_PROMPT = 14  # pairs before near ties are dropped; the preferred drawing of each is used
 
 
 @dataclass(frozen=True)

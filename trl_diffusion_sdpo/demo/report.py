@@ -186,7 +186,7 @@ def table(result: DemoResult) -> str:
 
 
 def summary(result: DemoResult) -> str:
-    """Return the numbers for a terminal, and what they do and do not show."""
+    """Return the numbers and their interpretation as text for a terminal."""
     rows = rows_of(result)
     width = max(len(row.label) for row in rows)
     lines = [

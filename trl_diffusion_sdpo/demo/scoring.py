@@ -52,7 +52,7 @@ class GuidedScorer:
 
     Args:
         scorer ([`ImageScorer`]): Generates the images.
-        guidance_scales (`Sequence[float]`): Scales to choose from, beside 1, which is no guidance.
+        guidance_scales (`Sequence[float]`): Scales to choose from. Scale 1, no guidance, is always among them.
     """
 
     def __init__(self, scorer: ImageScorer, guidance_scales: Sequence[float]):

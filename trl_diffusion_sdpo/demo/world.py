@@ -58,8 +58,8 @@ def parse_caption(text: str) -> Caption:
     words = text.split()
     if len(words) == 5:
         caption = Caption(words[1], words[2], words[4])
-        known = caption.colour in COLOURS and caption.shape in SHAPES and caption.background in BACKGROUNDS
-        if known and caption.text == text:
+        is_of_world = caption.colour in COLOURS and caption.shape in SHAPES and caption.background in BACKGROUNDS
+        if is_of_world and caption.text == text:
             return caption
     raise ValueError(
         f"A prompt of the demo world reads 'a <colour> <shape> on <background>', got {text!r}. "

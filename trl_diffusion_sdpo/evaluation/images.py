@@ -152,8 +152,8 @@ def _generate(
     if needs_base and (base is None or base is candidate):
         raise ValueError(f"A scale of {candidate.name} needs its base. List the base model first.")
     reference = load_candidate(base, settings).denoiser if needs_base and base is not None else None
-    given = {**(settings.call_kwargs or {}), **(candidate.call_kwargs or {})}
-    options = call_options(family, given, "call_kwargs")
+    call_kwargs = {**(settings.call_kwargs or {}), **(candidate.call_kwargs or {})}
+    options = call_options(family, call_kwargs, "call_kwargs")
     bar = tqdm(total=sum(map(len, batches)), desc=candidate.name, unit="image")
     with bar, scaled(candidate, pipeline, family.denoiser, reference):
         for batch in batches:
