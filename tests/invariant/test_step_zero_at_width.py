@@ -152,6 +152,7 @@ def fill_adapter(denoiser) -> None:
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
 
 
+@pytest.mark.matrix
 def test_training_of_all_weights_starts_neutral_at_sanas_width(make_trainer):
     """It began at 0.38 in place of log 2."""
     pipeline = wide_family("sana").pipeline
