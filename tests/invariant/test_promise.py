@@ -145,6 +145,7 @@ def test_no_small_step_of_a_sum_or_under_a_cap_raises_it_at_mu_0(train, name):
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_plain_dpo_and_output_space_raise_it_on_the_same_batches(train):
     """The steps are so large that first order is not exact, and the order of the three still holds."""
     found = {

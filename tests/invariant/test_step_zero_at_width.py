@@ -27,9 +27,58 @@ UNET = {
 }
 JOINT = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 128, "num_attention_heads": 24}
 WIDE = {
+    "chroma": (
+        {**JOINT, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 4096, "approximator_hidden_dim": 5120},
+        {"prompt_embeds": 4096},
+    ),
+    "ernie_image": (
+        {"num_layers": 1, "hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 12288}
+        | {"text_in_dim": 3072, "rope_axes_dim": (32, 48, 48)},
+        {"prompt_embeds": 3072},
+    ),
     "flux": (
         {**JOINT, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 4096, "pooled_projection_dim": 768},
         {"prompt_embeds": 4096, "pooled_prompt_embeds": 768},
+    ),
+    "hidream": (
+        {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 128, "num_attention_heads": 20}
+        | {"caption_channels": [4096, 4096], "text_emb_dim": 2048, "axes_dims_rope": (64, 32, 32)},
+        {"t5_embeds": 4096, "llama_embeds": 4096, "pooled_prompt_embeds": 2048},
+    ),
+    "ideogram4": (
+        {"num_layers": 1, "attention_head_dim": 256, "num_attention_heads": 18, "intermediate_size": 12288}
+        | {"adaln_dim": 512, "mrope_section": (24, 20, 20)},
+        {},
+    ),
+    "krea2": (
+        {
+            "num_layers": 1,
+            "attention_head_dim": 128,
+            "num_attention_heads": 48,
+            "num_key_value_heads": 12,
+            "intermediate_size": 16384,
+            "timestep_embed_dim": 256,
+            "text_hidden_dim": 2560,
+            "text_num_attention_heads": 20,
+            "text_num_key_value_heads": 20,
+            "text_intermediate_size": 6912,
+            "axes_dims_rope": (32, 48, 48),
+        },
+        {"prompt_embeds": 2560},
+    ),
+    "longcat_image": (
+        {**JOINT, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 3584, "pooled_projection_dim": 3584},
+        {"prompt_embeds": 3584},
+    ),
+    "qwen_image": (
+        {"num_layers": 1, "attention_head_dim": 128, "num_attention_heads": 24, "axes_dims_rope": (16, 56, 56)}
+        | {"joint_attention_dim": 3584},
+        {"prompt_embeds": 3584},
+    ),
+    "qwen_image_21": (
+        {"num_layers": 1, "attention_head_dim": 128, "num_attention_heads": 32, "axes_dims_rope": (16, 56, 56)}
+        | {"context_in_dim": 4096},
+        {"prompt_embeds": 4096},
     ),
     "sana": (
         {
@@ -153,6 +202,7 @@ def fill_adapter(denoiser) -> None:
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
 
 
+@pytest.mark.matrix
 def test_training_of_all_weights_starts_neutral_at_sanas_width(make_trainer):
     """It began at 0.38 in place of log 2."""
     pipeline = wide_family("sana").pipeline

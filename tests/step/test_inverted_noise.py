@@ -195,12 +195,8 @@ def test_the_probe_of_a_budget_keeps_drawn_noise(make_trainer):
     probes = []
     for settings in ({}, INVERSION):
         budget = {"winner_budget": 0.1, "winner_budget_kwargs": {"pairs": 2}, "num_noise_bins": 2}
-        trainer = make_trainer(max_steps=1, peft_config=LoraConfig(r=2), **budget, **settings)
-        begin = trainer.winner_budget.begin
-        trainer.winner_budget.begin = lambda *given, begin=begin, trainer=trainer: (
-            begin(*given),
-            probes.append([winners.batch for winners in trainer.winner_budget.probe]),
-        )
-        trainer.train()
+        trainer = make_trainer(peft_config=LoraConfig(r=2), **budget, **settings)
+        probe = trainer.winner_budget.make_probe(trainer._load_probe())
+        probes.append([winners.batch for winners in probe])
     for drawn, inverted in zip(*probes, strict=True):
         assert torch.equal(drawn.noisy, inverted.noisy) and torch.equal(drawn.target, inverted.target)

@@ -125,17 +125,15 @@ def test_diagnostics_predict_a_small_step_and_measure_it(make_trainer, sd_folder
         safeguard_diagnostics_steps=2,
         gradient_accumulation_steps=2,
         per_device_train_batch_size=2,
-        max_steps=4,
+        max_steps=2,
     )
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     measured = [("safeguard/realised_winner_change" in entry, "safeguard/output_scale" in entry) for entry in logs]
-    assert measured == [(False, False), (True, True), (False, False), (True, True)]
-    for entry in logs[1::2]:
-        predicted, realised = entry["safeguard/predicted_winner_change"], entry["safeguard/realised_winner_change"]
-        assert realised == pytest.approx(predicted, rel=0.05)
-        assert predicted < 0
-        assert -1 <= entry["safeguard/output_cosine"] <= 1
+    assert measured == [(False, False), (True, True)]
+    predicted, realised = (logs[1][f"safeguard/{kind}_winner_change"] for kind in ("predicted", "realised"))
+    assert realised == pytest.approx(predicted, rel=0.05) and predicted < 0
+    assert -1 <= logs[1]["safeguard/output_cosine"] <= 1
 
 
 def test_the_predicted_change_of_plain_descent_is_minus_the_step_times_its_slope(make_trainer, sd_folder):
