@@ -1,4 +1,4 @@
-"""Edit models: a source image beside the prompt, for FLUX.1 Kontext."""
+"""Edit models: source images beside the prompt."""
 
 import datasets
 import numpy as np
@@ -13,6 +13,7 @@ from diffusers import (
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from diffusers.pipelines.qwenimage21 import pipeline_qwenimage21
 from peft import LoraConfig
 from PIL import Image
 from tiny_pipelines import case, quiet
@@ -23,16 +24,137 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.families import find_family
-from trl_diffusion_sdpo.families.packing import pack_patches, unpack_patches
+from trl_diffusion_sdpo.families.packing import unpack_patches
 from trl_diffusion_sdpo.guidance import preference_guidance
 from trl_diffusion_sdpo.models.adapters import add_lora
+
+LORA = LoraConfig(r=4, lora_alpha=8)
+
+
+class VisionProcessor:
+    """The real image processor and tokenizer of a Qwen model with vision, joined as its processor joins them. That one
+    cannot be made without torchvision, for its video half."""
+
+    def __init__(self, tokenizer, patch_size=14):
+        self.tokenizer = tokenizer
+        self.image_processor = Qwen2VLImageProcessorPil(min_pixels=28 * 28, patch_size=patch_size)
+
+    def __call__(self, text, return_tensors, images=None, **options):
+        if images is None:
+            return BatchFeature(dict(self.tokenizer(text, return_tensors=return_tensors, **options)))
+        seen = self.image_processor(images=images, return_tensors=return_tensors)
+        counts = iter(seen["image_grid_thw"].prod(1).tolist())
+        first, *others = text[0].split("<|image_pad|>")
+        slots = ["<|image_pad|>" * (next(counts) // self.image_processor.merge_size**2) + other for other in others]
+        tokens = self.tokenizer([first + "".join(slots)], return_tensors=return_tensors, **options)
+        is_image = tokens["input_ids"] == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        kinds = {"mm_token_type_ids": is_image.long()} if "padding_side" in options else {}  # of Qwen3-VL
+        return BatchFeature({**tokens, **seen, **kinds})
+
+
+class EditModel:
+    """A tiny edit pipeline, with the arguments of its call and the size of its images."""
+
+    def __init__(self, name, monkeypatch):
+        self.number = 2 if name in SEVERAL else 1  # of sources
+        self.is_packed = True  # whether a token has two by two latents
+        self.size, self.resolution = (16, 16), 16
+        self.call = {"height": 16, "width": 16}
+        if name == "kontext":
+            monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(16, 32), (24, 24), (32, 16)])
+            self.pipeline = FluxKontextPipeline(**case("flux").build().components)
+            self.call |= {"guidance_scale": 1.0, "max_area": 256}
+        elif name.startswith("flux2"):
+            self.is_packed = False
+            self.pipeline = case(name).build()
+            self.call |= case(name).CALL
+        elif name.startswith("qwen_image_21"):
+            _shrink(pipeline_qwenimage21, monkeypatch)
+            self.is_packed = False
+            self.size, self.resolution = (64, 96), 64
+            self.call = {"height": 64, "width": 96, "true_cfg_scale": 1.0, "use_kv_cache": "cached" in name}
+            self.pipeline = case("qwen_image_21").build()
+            tokenizer = self.pipeline.processor.tokenizer
+            self.pipeline.text_encoder.config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+            self.pipeline.processor = VisionProcessor(tokenizer, patch_size=16)
+        elif name == "longcat":
+            _shrink(pipeline_longcat_image_edit, monkeypatch)
+            self.size, self.resolution = (64, 80), 32
+            self.call = {"guidance_scale": 1.0}  # the size is that of the source
+            parts = case("longcat_image").build().components
+            processor = VisionProcessor(parts["tokenizer"])
+            self.pipeline = LongCatImageEditPipeline(**parts | {"text_processor": processor})
+        else:
+            self.size, self.resolution = (32, 48), 32
+            self.call = {"height": 32, "width": 48, "true_cfg_scale": 1.0}
+            parts = dict(case("qwen_image").build().components)
+            if name == "qwen_edit_2511":
+                config = {key: value for key, value in parts["transformer"].config.items() if key[0] != "_"}
+                parts["transformer"] = enlarged(type(parts["transformer"])(**config | {"zero_cond_t": True}))
+            module, kind = pipeline_qwenimage_edit_plus, QwenImageEditPlusPipeline
+            if name == "qwen_edit":
+                module, kind = pipeline_qwenimage_edit, QwenImageEditPipeline
+            _shrink(module, monkeypatch)
+            self.pipeline = kind(**parts, processor=None)
+            self.pipeline.processor = VisionProcessor(self.pipeline.tokenizer)
+        self.pipeline = quiet(self.pipeline)
+        self.sources = [image(0, 69, 93), image(1, 93, 69)][: self.number]
+        self._monkeypatch = monkeypatch
+
+    def steps(self, steps=2, **call):
+        """The prediction, timestep and sample of each step of the pipeline's own call."""
+        recorded = []
+        step = self.pipeline.scheduler.step
+
+        def record(prediction, timestep, sample, **options):
+            recorded.append((prediction, timestep, sample))
+            return step(prediction, timestep, sample, **options)
+
+        with self._monkeypatch.context() as patched, torch.no_grad():
+            patched.setattr(self.pipeline.scheduler, "step", record)
+            source = self.sources if self.number > 1 else self.sources[0]
+            call = {"image": source, "prompt": "make it red", "output_type": "latent", **self.call, **call}
+            self.pipeline(num_inference_steps=steps, **call)
+        assert len(recorded) == steps
+        return recorded
+
+    def latents(self, tokens):
+        family = find_family(self.pipeline)
+        height, width = (side // family.vae_scale_factor for side in self.size)
+        if self.is_packed:
+            return unpack_patches(tokens, height, width)
+        return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+    def rows(self, count=4, **columns):
+        """Pairs whose sources have one size, but not that of the images."""
+        seeds = [range(100 + row, 1000, 100)[: self.number] for row in range(count)]
+        sources = [[image(seed, 20 + 5 * i, 44) for i, seed in enumerate(of_row)] for of_row in seeds]
+        column = [of_row if self.number > 1 else of_row[0] for of_row in sources]
+        return [{**row, "source": source, **columns} for row, source in zip(rows(count), column, strict=True)]
+
+
+def _shrink(module, monkeypatch):
+    """Make a pipeline resize sources to a 256th of their published area."""
+    dimensions = module.calculate_dimensions
+    monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: dimensions(area // 256, ratio))
+
+
+SEVERAL = ("flux2", "flux2_klein", "qwen_edit_plus", "qwen_edit_2511")
+MODELS = ("kontext", "longcat", "qwen_edit", *SEVERAL)
+
+
+@pytest.fixture
+def model(request, monkeypatch):
+    return EditModel(request.param, monkeypatch)
+
+
+each_model = pytest.mark.parametrize("model", MODELS, indirect=True)
 
 
 @pytest.fixture
 def kontext(monkeypatch):
     """A tiny Kontext pipeline whose preferred resolutions are as small."""
-    monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(16, 32), (24, 24), (32, 16)])
-    return quiet(FluxKontextPipeline(**case("flux").build().components))
+    return EditModel("kontext", monkeypatch).pipeline
 
 
 def image(seed, height=20, width=26):
@@ -58,123 +180,28 @@ def edit_args(make_args, **settings):
     return make_args(**{"resolution": 16, "max_steps": 2, **batch, **settings})
 
 
-def test_predict_reproduces_what_the_pipeline_hands_to_its_scheduler(kontext):
-    steps = []
-    step = kontext.scheduler.step
-
-    def recorded(prediction, timestep, sample, **options):
-        steps.append((prediction, timestep, sample))
-        return step(prediction, timestep, sample, **options)
-
-    kontext.scheduler.step = recorded
-    source = image(0, 21, 45)
-    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16, "max_area": 256}
+@each_model
+def test_predict_reproduces_what_the_pipeline_hands_to_its_scheduler(model):
+    family = find_family(model.pipeline)
     with torch.no_grad():
-        kontext(image=source, prompt="make it red", output_type="latent", **call)
-    family = find_family(kontext)
-    with torch.no_grad():
-        conditioning = family.encode_prompts(["make it red"]) | family.encode_sources([source], ["make it red"])
-    side = 16 // family.vae_scale_factor
-    unpack, pack = case("flux").from_pipeline, case("flux").to_pipeline
-    assert len(steps) == 2
-    for prediction, timestep, sample in steps:
-        with torch.no_grad():
-            ours = family.predict(family.denoiser, unpack(sample), timestep.expand(1), conditioning)
-        assert ours.shape[-2:] == (side, side)
-        torch.testing.assert_close(pack(ours), prediction, rtol=1e-5, atol=1e-5)
+        conditioning = family.encode_edits(["make it red"], [model.sources])
+        for prediction, timestep, sample in model.steps():
+            ours = family.predict(family.denoiser, model.latents(sample), timestep.expand(1), conditioning)
+            torch.testing.assert_close(ours, model.latents(prediction), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["flux2", "flux2_klein"])
-def test_flux2_edits_if_there_is_a_source(name, make_args, monkeypatch):
-    module = case(name)
-    pipeline = quiet(module.build())
-    steps = []
-    step = pipeline.scheduler.step
-
-    def recorded(prediction, timestep, sample, **options):
-        steps.append((prediction, timestep, sample))
-        return step(prediction, timestep, sample, **options)
-
-    monkeypatch.setattr(pipeline.scheduler, "step", recorded)
-    source, family = image(0, 69, 93), find_family(pipeline)
-    call = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "latent", **module.CALL}
-    with torch.no_grad():
-        pipeline(image=source, prompt="make it red", **call)
-        conditioning = family.encode_prompts(["make it red"]) | family.encode_sources([source], ["make it red"])
-        for prediction, timestep, sample in steps:
-            ours = family.predict(family.denoiser, module.from_pipeline(sample), timestep.expand(1), conditioning)
-            torch.testing.assert_close(module.to_pipeline(ours), prediction, rtol=1e-5, atol=1e-5)
-    monkeypatch.undo()
-    trainer = DiffusionSDPOTrainer(pipeline, None, edit_args(make_args), rows(), peft_config=LoraConfig(r=4))
+@each_model
+def test_every_edit_model_trains_from_the_reference_on(model, make_args):
+    args = edit_args(make_args, resolution=model.resolution, safeguard="parameter")
+    trainer = DiffusionSDPOTrainer(model.pipeline, None, args, model.rows(), peft_config=LORA)
     trainer.train()
     assert trainer.state.log_history[0]["rewards/margins"] == 0 and trainer.state.log_history[0]["grad_norm"] > 0
-    with pytest.raises(ValueError, match="precompute_latents"):
-        DiffusionSDPOTrainer(module.build(), None, edit_args(make_args, precompute_latents=True), rows())
 
 
-class VisionProcessor:
-    """The real image processor and tokenizer of Qwen2.5-VL, joined as its processor joins them. That one cannot be made
-    without torchvision, for its video half."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.image_processor = tokenizer, Qwen2VLImageProcessorPil(min_pixels=28 * 28)
-
-    def __call__(self, text, images, padding, return_tensors):
-        seen = self.image_processor(images=images, return_tensors=return_tensors)
-        count = int(seen["image_grid_thw"][0].prod()) // self.image_processor.merge_size**2
-        text = [one.replace("<|image_pad|>", "<|image_pad|>" * count) for one in text]
-        return BatchFeature({**self.tokenizer(text, padding=padding, return_tensors=return_tensors), **seen})
-
-
-@pytest.mark.parametrize(
-    ("pipeline_class", "module", "options"),
-    [
-        (QwenImageEditPipeline, pipeline_qwenimage_edit, {}),
-        (QwenImageEditPlusPipeline, pipeline_qwenimage_edit_plus, {}),
-        (QwenImageEditPlusPipeline, pipeline_qwenimage_edit_plus, {"zero_cond_t": True}),  # as in the version of 2511
-        (LongCatImageEditPipeline, pipeline_longcat_image_edit, {}),
-    ],
-)
-def test_models_edit_with_a_text_encoder_that_sees_the_source(pipeline_class, module, options, make_args, monkeypatch):
-    dimensions = module.calculate_dimensions
-    monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: dimensions(area // 256, ratio))
-    is_longcat = pipeline_class is LongCatImageEditPipeline
-    parts = dict(case("longcat_image" if is_longcat else "qwen_image").build().components)
-    if options:
-        config = {name: value for name, value in parts["transformer"].config.items() if not name.startswith("_")}
-        parts["transformer"] = enlarged(type(parts["transformer"])(**{**config, **options}))
-    if is_longcat:
-        pipeline = quiet(pipeline_class(**parts | {"text_processor": VisionProcessor(parts["tokenizer"])}))
-    else:
-        pipeline = quiet(pipeline_class(**parts, processor=None))
-        pipeline.processor = VisionProcessor(pipeline.tokenizer)
-    steps = []
-    step = pipeline.scheduler.step
-
-    def recorded(prediction, timestep, sample, **given):
-        steps.append((prediction, timestep, sample))
-        return step(prediction, timestep, sample, **given)
-
-    monkeypatch.setattr(pipeline.scheduler, "step", recorded)
-    source, family, prompt = image(0, 50, 93), find_family(pipeline), "make it red"
-    with torch.no_grad():
-        call = {"height": 32, "width": 48, "true_cfg_scale": 1.0}
-        height, width = 32, 48
-        if is_longcat:  # its call takes no size
-            call = {"guidance_scale": 1.0}
-            width, height = module.calculate_dimensions(1024 * 1024, source.width / source.height)
-        pipeline(image=source, prompt=prompt, num_inference_steps=2, output_type="latent", **call)
-        conditioning = family.encode_prompts([prompt]) | family.encode_sources([source], [prompt])
-        for prediction, timestep, sample in steps:
-            noisy = unpack_patches(sample, height // family.vae_scale_factor, width // family.vae_scale_factor)
-            ours = family.predict(family.denoiser, noisy, timestep.expand(1), conditioning)
-            torch.testing.assert_close(pack_patches(ours), prediction, rtol=1e-5, atol=1e-5)
-    assert len(steps) == 2
-    monkeypatch.setattr(pipeline.scheduler, "step", step)
-    args = edit_args(make_args, resolution=32, safeguard="parameter")
-    trainer = DiffusionSDPOTrainer(pipeline, None, args, rows(), peft_config=LoraConfig(r=4))
-    trainer.train()
-    assert trainer.state.log_history[0]["rewards/margins"] == 0 and trainer.state.log_history[0]["grad_norm"] > 0
+@pytest.mark.parametrize("model", ["kontext", "longcat", "qwen_edit"], indirect=True)
+def test_models_of_one_source_refuse_two(model):
+    with pytest.raises(ValueError, match="one source image"):
+        find_family(model.pipeline).encode_edits(["make it red"], [[image(0), image(1)]])
 
 
 @pytest.mark.parametrize(("tuning", "safeguard"), [("lora", "output"), ("full", "parameter")])
@@ -204,7 +231,8 @@ def test_the_source_is_mirrored_with_its_pair():
     mirrored = 0
     for number, item in enumerate(prepare_dataset(data, options)):
         pixels = np.asarray(data[number]["source"])
-        assert np.array_equal(np.asarray(item["source"]), pixels[:, ::-1] if item["is_mirrored"] else pixels)
+        (source,) = map(np.asarray, item["sources"])
+        assert np.array_equal(source, pixels[:, ::-1] if item["is_mirrored"] else pixels)
         mirrored += item["is_mirrored"]
     assert 0 < mirrored < 8
 

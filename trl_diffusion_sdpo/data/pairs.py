@@ -210,7 +210,7 @@ class PreferenceDataset(Dataset):
     - `seed` (of noise and timestep) and `row` (number of the pair);
     - `scores`, `pair_weight` and `ref_errors` (`(T, 2)`, at T draws, of winner and loser), if the pairs have them;
     - `masks` (`torch.Tensor` of shape `(2, 1, H, W)`, uint8), if there is a mask column: 1 inside, 0 outside;
-    - `source` (`PIL.Image.Image`), if there is a source column: the image that the prompt edits, in its own size;
+    - `sources` (`list[PIL.Image.Image]`), if there is a source column: the images that the prompt edits, in their sizes;
     - `noise_seeds` (`tuple[int, int]`), of winner and loser, if training reads them;
     - `repeated`, with aspect-ratio buckets: whether the pair fills up a batch.
 
@@ -323,7 +323,7 @@ class PreferenceDataset(Dataset):
             masks = [self._source.mask(winner_row, winner_image), self._source.mask(loser_row, loser_image)]
             item["masks"] = place_masks(decode_masks(self._reader, masks), item, self._maker.transform)
         if self.has_sources:
-            item["source"] = decode_source(self._reader, self._source.edited(winner_row), item["is_mirrored"])
+            item["sources"] = decode_sources(self._reader, self._source.edited(winner_row), item["is_mirrored"])
         if self.has_noise_seeds and self._maker.training:
             target = self.target_size(row)
             for size in item["original_sizes"]:
@@ -669,7 +669,7 @@ class PreferenceCollator:
     - `scores` (`torch.FloatTensor` of shape `(2B,)`), if the data set has score columns;
     - `masks` (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8), if the data set has a mask column;
     - `noise_seeds` (`list[int]` of length 2B), winners first, if training draws the images' own noise;
-    - `sources` (`list[PIL.Image.Image]` of length B), if the data set has a source column;
+    - `sources` (`list[list[PIL.Image.Image]]` of length B), if the data set has a source column;
     - `pair_weights` (`torch.FloatTensor` of shape `(B,)`), if training pairs have weights;
     - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), if reference errors were computed before training.
       First come the winners at the first of T draws of timestep and noise, then at the second and so on, then losers.
@@ -698,8 +698,8 @@ class PreferenceCollator:
             batch["masks"] = torch.cat(torch.stack([item["masks"] for item in items], dim=1).unbind())
         if "noise_seeds" in items[0]:
             batch["noise_seeds"] = _winners_first(items, "noise_seeds")
-        if "source" in items[0]:
-            batch["sources"] = [item["source"] for item in items]
+        if "sources" in items[0]:
+            batch["sources"] = [item["sources"] for item in items]
         if "repeated" in items[0]:
             batch["counted"] = sum(not item["repeated"] for item in items)
         scored = sum("scores" in item for item in items)
@@ -738,17 +738,19 @@ def _with_two_prompts(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return with_two
 
 
-def decode_source(reader: ImageReader, value: Any, is_mirrored: bool) -> Image.Image:
-    """Decode the image that a prompt edits, mirrored if the pair's images are.
+def decode_sources(reader: ImageReader, stored: Sequence[Any], is_mirrored: bool) -> list[Image.Image]:
+    """Decode the images that a prompt edits, mirrored if the pair's images are.
 
     Raises:
-        UndecodableImageError: If the image is missing or cannot be decoded.
+        UndecodableImageError: If there is none, or one of them is missing or cannot be decoded.
     """
+    if not stored:
+        raise UndecodableImageError("has no source")
     try:
-        source = reader.decode(value).convert("RGB")
+        sources = [reader.decode(value).convert("RGB") for value in stored]
     except UndecodableImageError as error:
         raise UndecodableImageError(f"has a source that {error}") from error
-    return ImageOps.mirror(source) if is_mirrored else source
+    return [ImageOps.mirror(source) for source in sources] if is_mirrored else sources
 
 
 def padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:

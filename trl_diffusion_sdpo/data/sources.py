@@ -204,9 +204,10 @@ class TableSource:
     def mask(self, row: int, image: int) -> Any:
         return mask_of_row(self._images[row].to_pylist()[0], self.format, image)
 
-    def edited(self, row: int) -> Any:
-        """Return the undecoded image that a row's prompt edits."""
-        return self._images[row].to_pylist()[0][self.format.source_columns[0]]
+    def edited(self, row: int) -> list[Any]:
+        """Return the undecoded images that a row's prompt edits."""
+        value = self._images[row].to_pylist()[0][self.format.source_columns[0]]
+        return value if isinstance(value, list) else [value]
 
     def noise_seed(self, row: int, image: int) -> int:
         """Return the seed of the noise from which an image was generated."""
@@ -289,8 +290,8 @@ class PairSource:
         source, number = self._source_of(row)
         return source.mask(number, image)
 
-    def edited(self, row: int) -> Any:
-        """Return the undecoded image that a row's prompt edits."""
+    def edited(self, row: int) -> list[Any]:
+        """Return the undecoded images that a row's prompt edits."""
         source, number = self._source_of(row)
         return source.edited(number)
 
@@ -508,6 +509,9 @@ def _table_of_rows(rows: Sequence[Any], dataset_format: str | None, name: str) -
     values = {column: [row.get(column) for row in rows] for column in columns}
     row_format = resolve_format(dataset_format, columns)
     sources = [name for name in row_format.source_columns if not all(isinstance(value, str) for value in values[name])]
+    for column in sources:
+        if any(isinstance(value, list | tuple) for value in values[column]):  # then a list in every row
+            values[column] = [value if isinstance(value, list | tuple) else [value] for value in values[column]]
     for column in (*row_format.image_columns, *row_format.mask_columns, *sources):
         values[column] = [_stored_image(value) for value in values[column]]
     try:

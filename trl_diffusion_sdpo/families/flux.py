@@ -120,22 +120,11 @@ class FluxKontextFamily(FluxFamily):
         """Leave out the prompt length, whose default is right: all Kontext models take guidance."""
         return Family.generation_kwargs(self, scale)
 
-    def encode_sources(self, sources: list[Image.Image], prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Resize each source to the one of Kontext's resolutions with the nearest aspect ratio, and encode it.
-
-        Raises:
-            ValueError: If the sources have several of these resolutions.
-        """
-        sizes = {self.source_size(source) for source in sources}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"All sources of a batch must be resized to one size, and these have {sorted(sizes)} pixels. Use "
-                "batches of one pair."
-            )
-        height, width = sizes.pop()
+    def source_pixels(self, source: Image.Image) -> torch.Tensor:
+        """Resize a source to the one of Kontext's resolutions with the nearest aspect ratio."""
+        height, width = self.source_size(source)
         processor = self.pipeline.image_processor
-        resized = [processor.resize(source, height, width) for source in sources]
-        return {"source_latents": self.encode_images(processor.preprocess(resized, height, width))}
+        return processor.preprocess(processor.resize(source, height, width), height, width)
 
     def source_size(self, source: Image.Image) -> tuple[int, int]:
         """Return the `(height, width)` to which the pipeline resizes a source."""
@@ -150,7 +139,7 @@ class FluxKontextFamily(FluxFamily):
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
         inputs = super().denoiser_inputs(latents, timesteps, conditioning)
-        source = conditioning["source_latents"].to(latents.dtype)
+        (source,) = self.latents_of_sources(conditioning, latents.dtype)
         positions = patch_positions(source.shape[-2], source.shape[-1], latents.device)
         positions[:, 0] = 1
         tokens = [inputs["hidden_states"], pack_patches(source)]  # of the edit and of the source
