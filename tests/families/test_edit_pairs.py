@@ -139,7 +139,7 @@ def _shrink(module, monkeypatch):
     monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: dimensions(area // 256, ratio))
 
 
-SEVERAL = ("flux2", "flux2_klein", "qwen_edit_plus", "qwen_edit_2511")
+SEVERAL = ("flux2", "flux2_klein", "qwen_edit_plus", "qwen_edit_2511", "qwen_image_21", "qwen_image_21_cached")
 MODELS = ("kontext", "longcat", "qwen_edit", *SEVERAL)
 
 
