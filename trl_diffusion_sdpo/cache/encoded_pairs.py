@@ -162,10 +162,10 @@ class EncodedPairs:
             empty if an image could not be decoded. Column `sizes`, int32 of shape `(3, 2)`, has height and width before
             resizing, top and left of the crop, and height and width of the pixels.
         rows ([`ImageRows`]): Numbers of the images in the store.
-        prompts ([`EncodedPrompts`]): Conditioning of the prompts.
+        prompts ([`EncodedPrompts`] or [`EncodedEdits`]): Conditioning of the prompts, or of prompts with sources.
     """
 
-    def __init__(self, images: ShardStore, rows: ImageRows, prompts: EncodedPrompts) -> None:
+    def __init__(self, images: ShardStore, rows: ImageRows, prompts: Any) -> None:
         self.images, self.rows, self.prompts = images, rows, prompts
 
     def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
@@ -197,3 +197,7 @@ class EncodedPairs:
     def conditioning(self, prompt: str) -> dict[str, dict[str, Any]]:
         """Return the entries of an item that depend on its prompt."""
         return self.prompts.read(prompt)
+
+    def edit(self, pair: int, is_mirrored: bool, prompt: str) -> dict[str, dict[str, Any]]:
+        """Return the entries of an item that depend on its prompt and sources, see [`EncodedEdits.read`]."""
+        return self.prompts.read(pair, is_mirrored, prompt)

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -28,6 +29,7 @@ from ..families.base import PIXELS_AT_ONCE
 from ..models.frozen_components import FrozenComponents
 from ..utils.disk import DiskFullError, free_bytes, readable_size
 from ..utils.processes import Peers
+from .encoded_edits import UNREADABLE, DecodedEdits, EditRows, EncodedEdits, encode_edit
 from .encoded_pairs import MOMENTS, SIZES, EncodedPairs, EncodedPrompts, ImageRows, distinct_prompts
 from .key import EncoderKey
 from .shards import ShardStore, writing_into
@@ -97,24 +99,24 @@ class EncodingReport:
 
 @dataclass(frozen=True)
 class _Cache:
-    """Stores of a data set."""
+    """Stores of a data set. `prompts` has rows of `edits`, if there are source images, else of `texts`."""
 
     rows: ImageRows
+    edits: EditRows | None
     texts: list[str]
     digests: np.ndarray
     images: ShardStore
     prompts: ShardStore
     statistics: ShardStore  # of the VAE's weights
 
-    def missing(self, needed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the missing rows of each store, as this process sees the folders. Of the images, only the rows
-        `needed` count."""
+    def missing(self, needed: np.ndarray, edits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the missing rows of each store, as this process sees the folders. Of images and edits, only the rows
+        `needed` and `edits` count."""
         for store in (self.images, self.prompts, self.statistics):
             store.refresh()
-        every = np.arange(len(self.texts))
         return (
             self.images.missing(needed),
-            self.prompts.missing(every),
+            self.prompts.missing(np.arange(len(self.texts)) if self.edits is None else edits),
             self.statistics.missing(np.arange(len(self.statistics))),
         )
 
@@ -161,12 +163,13 @@ class PairEncoding:
         is_new = dataset not in self._caches
         cache = self._cache_of(dataset, name) if is_new else self._caches[dataset]
         needed = cache.rows.needed(epochs)
-        if not is_new and not len(cache.images.missing(needed)):
+        edits = np.arange(0) if cache.edits is None else cache.edits.needed(epochs)
+        if not is_new and not len(cache.images.missing(needed)) and not len(cache.prompts.missing(edits)):
             return
-        missing = self._peers.gather_results(partial(cache.missing, needed))
+        missing = self._peers.gather_results(partial(cache.missing, needed, edits))
         if any(len(rows) for of_process in missing for rows in of_process):  # a complete cache may be read-only
             with writing_into(self.folder):
-                self._complete(dataset, name, cache, needed, compare)
+                self._complete(dataset, name, cache, needed, edits, compare)
         if is_new:
             self._use(dataset, cache)
         self.report.images += len(needed)
@@ -194,12 +197,16 @@ class PairEncoding:
             "text": self._key.facts["text"],
             "prompts": hashlib.sha256(np.ascontiguousarray(digests, dtype="<i8").data).hexdigest(),
         }
+        edits = EditRows.of(dataset) if dataset.has_sources else None
+        if edits is not None:
+            prompts |= {"vae": images["vae"], "data": data, "edits": edits.kinds}
         return _Cache(
             rows,
+            edits,
             texts,
             digests,
             images=ShardStore(self.folder / LATENTS, images, len(rows)),
-            prompts=ShardStore(self.folder / PROMPTS, prompts, len(texts)),
+            prompts=ShardStore(self.folder / PROMPTS, prompts, len(texts) if edits is None else len(edits)),
             statistics=ShardStore(
                 self.folder / LATENTS,
                 {"vae": images["vae"], "kind": "statistics"},
@@ -213,16 +220,24 @@ class PairEncoding:
             with failing_together(RuntimeError):
                 stored = cache.statistics.read(0)
                 family.keep_statistics({name: value.to(self._settings.device) for name, value in stored.items()})
-        prompts = EncodedPrompts(cache.prompts, cache.digests, family.host_conditioning)
+        prompts: Any = EncodedPrompts(cache.prompts, cache.digests, family.host_conditioning)
+        if cache.edits is not None:
+            prompts = EncodedEdits(cache.prompts, cache.edits, family.host_conditioning)
         dataset.use_encoded(EncodedPairs(cache.images, cache.rows, prompts))
         self._caches[dataset] = cache
-        self.report.prompts += len(cache.texts)
+        self.report.prompts += len(cache.texts) if cache.edits is None else len(cache.edits)
         self.report.bytes += cache.images.nbytes + cache.prompts.nbytes
 
     # ---- Encoding -------------------------------------------------------------------------------------------------
 
     def _complete(
-        self, dataset: PreferenceDataset, name: str, cache: _Cache, needed: np.ndarray, compare: bool
+        self,
+        dataset: PreferenceDataset,
+        name: str,
+        cache: _Cache,
+        needed: np.ndarray,
+        edits: np.ndarray,
+        compare: bool,
     ) -> None:
         """Encode the missing rows. The first process holds the locks of the stores."""
         peers = self._peers
@@ -233,7 +248,7 @@ class PairEncoding:
                     stack.enter_context(store.locked())
 
             peers.gather_results(lock)
-            missing = peers.gather_results(partial(cache.missing, needed))[0]  # another run may have written it
+            missing = peers.gather_results(partial(cache.missing, needed, edits))[0]  # another run may have written it
             if any(len(rows) for rows in missing):
                 if self._settings.check_sample:
                     dataset.check_sample(peers, compare=compare)
@@ -242,7 +257,7 @@ class PairEncoding:
                 peers.gather_results(lambda: self._check_disk(name, cache, missing, family))
                 encoded = peers.gather_results(lambda: self._encode(dataset, cache, missing, family))
                 self._count(name, encoded)
-            peers.gather_results(lambda: self._check_complete(cache, needed))
+            peers.gather_results(lambda: self._check_complete(cache, needed, edits))
 
     def _encode(
         self, dataset: PreferenceDataset, cache: _Cache, missing: Sequence[np.ndarray], family: Family
@@ -250,7 +265,11 @@ class PairEncoding:
         """Write this process's shards. Return the numbers of images and prompts, and the pairs whose images cannot be
         decoded."""
         images, undecodable = self._encode_images(dataset, cache, missing[0], family)
-        prompts = self._encode_prompts(cache, missing[1], family)
+        if cache.edits is None:
+            prompts = self._encode_prompts(cache, missing[1], family)
+        else:
+            prompts, bad = self._encode_edits(dataset, cache.edits, cache.prompts, missing[1], family)
+            undecodable += bad
         if len(missing[2]) and self._peers.index == 0:
             cache.statistics.write(0, {0: family.latent_statistics()})
         return images, prompts, undecodable
@@ -303,6 +322,32 @@ class PairEncoding:
                 cache.prompts.write(number, encoded)
         return count
 
+    def _encode_edits(
+        self, dataset: PreferenceDataset, edits: EditRows, store: ShardStore, missing: np.ndarray, family: Family
+    ) -> tuple[int, list[tuple[int, str]]]:
+        """Encode this process's share of the prompts with sources, one at a time."""
+        shards = _own_shards(missing, missing // SHARD_PROMPTS, self._peers)
+        numbers = [row for _, rows in shards for row in rows.tolist()]
+        height, width = self._settings.size
+        decoded = DecodedEdits(dataset, edits, numbers)
+        loaded = iter(self._settings.load(decoded, dataset, 3 * height * width) if numbers else ())
+        copies = min(2, self._settings.largest_batch)
+        undecodable: list[tuple[int, str]] = []
+        with _progress("Encoding edits", len(numbers), self._peers) as bar:
+            for number, rows in shards:
+                encoded = {}
+                for row in rows.tolist():
+                    item = next(loaded)
+                    if isinstance(item, UndecodableImageError):
+                        _check_may_be_left_out(item, row % len(dataset), dataset)
+                        undecodable.append((row % len(dataset), str(item)))
+                        encoded[row] = {UNREADABLE: torch.empty(0)}
+                    else:
+                        encoded[row] = encode_edit(family, *item, copies)
+                    bar.update()
+                store.write(number, encoded)
+        return len(numbers), undecodable
+
     def _moments(self, family: Family, pixels: torch.Tensor) -> torch.Tensor:
         """Encode pixels `(N, 3, H, W)`, uint8 on the host. As in training, the device turns them into floats."""
         device = self._settings.device
@@ -318,7 +363,12 @@ class PairEncoding:
         blank = torch.zeros(3, *self._settings.size, dtype=torch.uint8)
         image = moments_of(partial(self._moments, family), [blank]).nbytes
         sample = [cache.texts[i] for i in evenly_spaced(len(cache.texts), SAMPLED_PROMPTS)]
-        sizes = [sum(value.nbytes for value in conditioning_of(family, [text]).values()) for text in sample]
+        if cache.edits is None:
+            encoded = [conditioning_of(family, [text]) for text in sample]
+        else:
+            source = Image.new("RGB", self._settings.size[::-1])
+            encoded = [encode_edit(family, sample[0], [source], 1)]
+        sizes = [sum(value.nbytes for value in values.values()) for values in encoded]
         needed = len(missing[0]) * image + len(missing[1]) * sum(sizes) // len(sizes)
         free = free_bytes(self.folder)
         room = f"about {readable_size(needed)} in {self.folder}, of {readable_size(free)} that are free"
@@ -326,8 +376,8 @@ class PairEncoding:
         if needed > free:
             raise DiskFullError(f"The {name} data would take {room}. Free some, or choose another `precompute_dir`.")
 
-    def _check_complete(self, cache: _Cache, needed: np.ndarray) -> None:
-        if any(len(rows) for rows in cache.missing(needed)):
+    def _check_complete(self, cache: _Cache, needed: np.ndarray, edits: np.ndarray) -> None:
+        if any(len(rows) for rows in cache.missing(needed, edits)):
             raise ValueError(
                 f"All processes must see the cache that they write together, and process {self._peers.index} does not "
                 f"see all of {cache.images.path}. Choose a `precompute_dir` on storage that all of them share."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -38,6 +38,7 @@ NOISE_OF_ANOTHER_SIZE = (
     "`noise_source='generated'` needs images at the size at which they were generated. Row {row} has an image of {} x "
     "{} pixels (height x width), and training has {} x {}. Set `resolution` to the images' size."
 )
+ONE_PAIR = "Set `per_device_train_batch_size=1` and `per_device_eval_batch_size=1`."
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,10 @@ class Encoded(Protocol):
     def conditioning(self, prompt: str) -> dict[str, Any]:
         """Return the entries of an item that depend on its prompt."""
 
+    def edit(self, pair: int, is_mirrored: bool, prompt: str) -> dict[str, Any]:
+        """Return the entries of an item that depend on its prompt and source images. The prompt is the pair's `own`,
+        the `losers` own, or the `empty` one."""
+
 
 @dataclass
 class ItemMaker:
@@ -185,6 +190,10 @@ class ItemMaker:
         """Return the numbers that crop and flip images; `None` in an evaluation."""
         return draws if self.training else None
 
+    def empties(self, draws: PairDraws) -> bool:
+        """Whether the prompt of a pair is emptied."""
+        return self.training and draws.dropout < self.prompt_dropout
+
     def item(self, images: dict[str, Any], row: int, prompts: Sequence[str], draws: PairDraws) -> dict[str, Any]:
         """Return an item.
 
@@ -193,9 +202,8 @@ class ItemMaker:
             row (`int`): Number of the pair.
             prompts (`Sequence[str]`): The prompt, or those of winner and loser. Both are emptied or neither.
         """
-        is_emptied = self.training and draws.dropout < self.prompt_dropout
         named = zip(("prompt", "loser_prompt"), prompts, strict=False)
-        texts = {name: "" if is_emptied else prompt for name, prompt in named}
+        texts = {name: "" if self.empties(draws) else prompt for name, prompt in named}
         return {**images, **texts, "seed": draws.seed, "row": row}
 
 
@@ -210,7 +218,8 @@ class PreferenceDataset(Dataset):
     - `seed` (of noise and timestep) and `row` (number of the pair);
     - `scores`, `pair_weight` and `ref_errors` (`(T, 2)`, at T draws, of winner and loser), if the pairs have them;
     - `masks` (`torch.Tensor` of shape `(2, 1, H, W)`, uint8), if there is a mask column: 1 inside, 0 outside;
-    - `sources` (`list[PIL.Image.Image]`), if there is a source column: the images that the prompt edits, in their sizes;
+    - `sources` (`list[PIL.Image.Image]`), if there is a source column: the images that the prompt edits, in their own
+      sizes;
     - `noise_seeds` (`tuple[int, int]`), of winner and loser, if training reads them;
     - `repeated`, with aspect-ratio buckets: whether the pair fills up a batch.
 
@@ -322,8 +331,8 @@ class PreferenceDataset(Dataset):
         if self.has_masks:
             masks = [self._source.mask(winner_row, winner_image), self._source.mask(loser_row, loser_image)]
             item["masks"] = place_masks(decode_masks(self._reader, masks), item, self._maker.transform)
-        if self.has_sources:
-            item["sources"] = decode_sources(self._reader, self._source.edited(winner_row), item["is_mirrored"])
+        if self.has_sources and self._encoded is None:
+            _, item["sources"] = self.edit(row, item["is_mirrored"])
         if self.has_noise_seeds and self._maker.training:
             target = self.target_size(row)
             for size in item["original_sizes"]:
@@ -332,11 +341,36 @@ class PreferenceDataset(Dataset):
             item["noise_seeds"] = tuple(
                 self._source.noise_seed(*place) for place in ((winner_row, winner_image), (loser_row, loser_image))
             )
-        if self._encoded is not None:
+        if self._encoded is not None and self.has_sources:
+            own, losers = ("empty", "empty") if self._maker.empties(draws) else ("own", "losers")
+            item |= self._encoded.edit(row, item["is_mirrored"], own)
+            if self.has_loser_prompts:
+                item["loser_conditioning"] = self._encoded.edit(row, item["is_mirrored"], losers)
+        elif self._encoded is not None:
             item |= self._encoded.conditioning(item["prompt"])
             if self.has_loser_prompts:
                 item["loser_conditioning"] = self._encoded.conditioning(item["loser_prompt"])
         return item
+
+    def edit(self, pair: int, is_mirrored: bool) -> tuple[list[str], list[Image.Image]]:
+        """Return the prompts of winner and loser, and the images that they edit, mirrored if the pair's images are.
+
+        Raises:
+            UndecodableImageError: If a source cannot be decoded.
+        """
+        winner, loser = self._pairs.places[pair].reshape(2, 2).tolist()
+        prompts = [self._source.prompt(*place) for place in (winner, loser)]
+        return prompts, decode_sources(self._reader, self._source.edited(winner[0]), is_mirrored)
+
+    @property
+    def edits_lists(self) -> bool:
+        """Whether the source column has lists of images."""
+        return any(table.edits_lists for table in self._source.sources)
+
+    def sizes_of_sources(self) -> Iterator[tuple[Size, ...]]:
+        """Yield `(height, width)` of each row's source images, from their headers."""
+        for table in self._source.sources:
+            yield from table.sizes_of_edited(self._reader)
 
     def _numbers(self, row: int) -> dict[str, Any]:
         """Return the entries of an item that are columns of the table of pairs."""
@@ -629,6 +663,11 @@ class PreferenceDataset(Dataset):
         transform, training = self._maker.transform, self._maker.training
         return training and transform.random_flip, training and not transform.center_crop
 
+    @property
+    def prompt_dropout(self) -> float:
+        """Probability that a prompt is emptied."""
+        return self._maker.prompt_dropout if self._maker.training else 0.0
+
     def image_numbers(self) -> np.ndarray:
         """Return a number for each pair's two images, int64 of shape `(P, 2)`. Images with equal numbers have equal
         pixels, apart from flips and random crops."""
@@ -724,6 +763,8 @@ def _images(items: list[dict[str, Any]]) -> dict[str, Any]:
         prompts = [*items, *(item["loser_conditioning"] for item in _with_two_prompts(items))]
         for kind, join in (("conditioning", padded), ("host_conditioning", list)):
             if kind in items[0]:
+                if any(prompt[kind].keys() != items[0][kind].keys() for prompt in prompts):
+                    raise ValueError(f"All pairs of a batch must have equally many source images. {ONE_PAIR}")
                 batch[kind] = {key: join([prompt[kind][key] for prompt in prompts]) for key in items[0][kind]}
     return batch
 
@@ -757,6 +798,8 @@ def padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     """Stack tensors `(T, ...)` of different lengths into one tensor `(B, longest T, ...)`, padded with zeros."""
     if len({row.shape for row in rows}) == 1:
         return torch.stack(list(rows))
+    if len({row.shape[1:] for row in rows}) > 1:
+        raise ValueError(f"The source images of a batch must be resized to one size. {ONE_PAIR}")
     joined = rows[0].new_zeros(len(rows), max(map(len, rows)), *rows[0].shape[1:])
     for padded_row, row in zip(joined, rows, strict=True):
         padded_row[: len(row)] = row

@@ -36,7 +36,7 @@ from .formats import (
     pairs_in_group,
     resolve_format,
 )
-from .images import ImageReader, UndecodableImageError, decode_image
+from .images import ImageReader, Size, UndecodableImageError, decode_image
 
 logger = logging.getLogger(__name__)
 
@@ -208,6 +208,22 @@ class TableSource:
         """Return the undecoded images that a row's prompt edits."""
         value = self._images[row].to_pylist()[0][self.format.source_columns[0]]
         return value if isinstance(value, list) else [value]
+
+    def sizes_of_edited(self, reader: ImageReader) -> Iterator[tuple[Size, ...]]:
+        """Yield `(height, width)` of the images that each row edits, from their headers. Rows whose sources cannot be
+        read are left out."""
+        for batch in self._images.select_columns(list(self.format.source_columns)).iter(batch_size=1000):
+            for value in map(_value, batch.column(0)):
+                try:
+                    yield tuple(reader.size(image) for image in (value if isinstance(value, list) else [value]))
+                except UndecodableImageError:
+                    continue
+
+    @property
+    def edits_lists(self) -> bool:
+        """Whether rows have lists of images that are edited."""
+        kind = self._images.data.schema.field(self.format.source_columns[0]).type
+        return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
     def noise_seed(self, row: int, image: int) -> int:
         """Return the seed of the noise from which an image was generated."""

@@ -220,6 +220,10 @@ class Family(ABC):
         """
         return {} if scale is None else {"guidance_scale": scale}
 
+    def size_kwargs(self, height: int, width: int) -> dict[str, Any]:
+        """Return the arguments with which the pipeline's call generates images of this size in pixels."""
+        return {"height": height, "width": width}
+
     def check_image_size(self, height: int, width: int) -> None:
         """Raise an error if the denoiser cannot train on images of this size in pixels.
 
@@ -274,30 +278,35 @@ class Family(ABC):
         """Encode source images to modes of the VAE's posterior.
 
         Returns:
-            `dict[str, torch.Tensor]`: `source_0` has the latents of each pair's first source, `(N, C, H, W)`, `source_1`
-            those of the second source, and so on.
+            `dict[str, torch.Tensor]`: `source_0` has the latents of each pair's first source, `(N, C, H, W)`,
+            `source_1` those of the second source, and so on.
+        """
+        pixels = self.pixels_of_sources(sources)
+        return {f"{SOURCE}{number}": self.encode_images(images) for number, images in enumerate(pixels)}
+
+    def pixels_of_sources(self, sources: list[list[Image.Image]]) -> list[torch.Tensor]:
+        """Return the pixels of the first sources, of the second sources and so on, `(N, 3, H, W)` each, resized as the
+        pipeline does.
 
         Raises:
             ValueError: If a pair has several sources and the pipeline takes one, or pairs have sources of different
                 numbers or sizes.
         """
-        if not self.takes_several_sources and max(map(len, sources)) > 1:
+        most = max(map(len, sources))
+        if most > 1 and not self.takes_several_sources:
             raise ValueError(
-                f"{self.name} edits one source image for each prompt. Got a pair with {max(map(len, sources))}. Keep "
-                "one of them, or use a model that takes several."
+                f"{self.name} edits one source image for each prompt, and a pair has {most}. Keep one of them, or use "
+                "a model that takes several."
             )
         pixels = [[self.source_pixels(source) for source in of_pair] for of_pair in sources]
         sizes = {tuple(tuple(image.shape[-2:]) for image in of_pair) for of_pair in pixels}
         if len(sizes) > 1:
             raise ValueError(
-                "All pairs of a batch must have as many source images, resized to the same sizes. Got the sizes "
-                f"(height, width) {sorted(sizes)}. Set `per_device_train_batch_size=1` and "
+                "All pairs of a batch must have equally many source images, of equal sizes after the pipeline's "
+                f"resizing. Got the sizes {sorted(sizes)} (height, width). Set `per_device_train_batch_size=1` and "
                 "`per_device_eval_batch_size=1`, and raise `gradient_accumulation_steps`."
             )
-        return {
-            f"{SOURCE}{number}": self.encode_images(torch.cat(images))
-            for number, images in enumerate(zip(*pixels, strict=True))
-        }
+        return [torch.cat(images) for images in zip(*pixels, strict=True)]
 
     def source_pixels(self, source: Image.Image) -> torch.Tensor:
         """Return a source image as the pipeline passes it to the VAE: resized, `(1, 3, H, W)` in `[-1, 1]`."""
