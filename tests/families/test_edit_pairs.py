@@ -22,13 +22,17 @@ from transformers import BatchFeature
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
+from trl_diffusion_sdpo.cli.plan import planned_settings
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data.images import ImageReader, PairDraws
 from trl_diffusion_sdpo.families import find_family
 from trl_diffusion_sdpo.families.packing import unpack_patches
 from trl_diffusion_sdpo.guidance import preference_guidance
 from trl_diffusion_sdpo.models.adapters import add_lora
 
 LORA = LoraConfig(r=4, lora_alpha=8)
+MODULES = (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus, pipeline_qwenimage21, pipeline_longcat_image_edit)
+DIMENSIONS = {module: module.calculate_dimensions for module in MODULES}  # as published
 
 
 class VisionProcessor:
@@ -101,7 +105,7 @@ class EditModel:
         self.sources = [image(0, 69, 93), image(1, 93, 69)][: self.number]
         self._monkeypatch = monkeypatch
 
-    def steps(self, steps=2, **call):
+    def steps(self, **call):
         """The prediction, timestep and sample of each step of the pipeline's own call."""
         recorded = []
         step = self.pipeline.scheduler.step
@@ -114,8 +118,8 @@ class EditModel:
             patched.setattr(self.pipeline.scheduler, "step", record)
             source = self.sources if self.number > 1 else self.sources[0]
             call = {"image": source, "prompt": "make it red", "output_type": "latent", **self.call, **call}
-            self.pipeline(num_inference_steps=steps, **call)
-        assert len(recorded) == steps
+            self.pipeline(num_inference_steps=2, **call)
+        assert len(recorded) == 2
         return recorded
 
     def latents(self, tokens):
@@ -135,7 +139,7 @@ class EditModel:
 
 def _shrink(module, monkeypatch):
     """Make a pipeline resize sources to a 256th of their published area."""
-    dimensions = module.calculate_dimensions
+    dimensions = DIMENSIONS[module]
     monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: dimensions(area // 256, ratio))
 
 
@@ -198,6 +202,38 @@ def test_every_edit_model_trains_from_the_reference_on(model, make_args):
     assert trainer.state.log_history[0]["rewards/margins"] == 0 and trainer.state.log_history[0]["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("name", ["kontext", "qwen_image_21"])
+def test_a_run_from_the_cache_is_that_without_and_reads_no_source(name, make_args, monkeypatch):
+    """With flips and dropped prompts, to the bit."""
+
+    def logs(**settings):
+        model = EditModel(name, monkeypatch)
+        settings |= {"max_steps": -1, "num_train_epochs": 2, "proportion_empty_prompts": 0.4}
+        args = edit_args(make_args, resolution=model.resolution, **settings)
+        trainer = DiffusionSDPOTrainer(model.pipeline, None, args, model.rows(3), peft_config=LORA)
+        trainer.train()
+        ignored = ("runtime", "per_second", "flos")
+        return [
+            {k: v for k, v in row.items() if not any(i in k for i in ignored)} for row in trainer.state.log_history
+        ]
+
+    expected = logs()
+    draws = [PairDraws.from_key(42, epoch, pair) for epoch in range(2) for pair in range(3)]
+    assert any(draw.flip < 0.5 for draw in draws) and any(draw.dropout < 0.4 for draw in draws)
+    assert logs(precompute_latents=True) == expected
+    monkeypatch.setattr(ImageReader, "decode", None)
+    assert logs(precompute_latents=True) == expected
+
+
+def test_a_source_that_cannot_be_encoded_is_counted_and_its_pair_replaced(kontext, make_args, caplog):
+    data = rows(3)
+    data[1]["source"] = b"no image"
+    args = edit_args(make_args, precompute_latents=True)
+    trainer = DiffusionSDPOTrainer(kontext, None, args, data, peft_config=LORA)
+    assert trainer.train_dataset[1]["row"] == 2
+    assert trainer.train_dataset.report.undecodable == 1 and "pair 1: has a source" in caplog.text
+
+
 @pytest.mark.parametrize("model", ["kontext", "longcat", "qwen_edit"], indirect=True)
 def test_models_of_one_source_refuse_two(model):
     with pytest.raises(ValueError, match="one source image"):
@@ -213,8 +249,6 @@ def test_two_steps_train_and_begin_at_the_reference(kontext, make_args, tuning, 
     first, second = trainer.state.log_history[:2]
     assert first["rewards/margins"] == 0 and first["grad_norm"] > 0
     assert np.isfinite(second["loss"])
-    card = trainer.model_card._model.example("me/edit", "make it red")
-    assert "image=load_image(" in card
 
 
 def test_reference_errors_computed_before_training_are_those_of_the_step(kontext, make_args, tmp_path):
@@ -254,28 +288,81 @@ def test_a_text_column_named_source_is_no_image():
     assert not prepare_dataset(data, options).has_sources
 
 
-def test_preference_guidance_combines_predictions_of_edits(kontext, monkeypatch):
-    add_lora(kontext.transformer, LoraConfig(r=4, target_modules=["to_q", "to_v"]), (), seed=0)
+@each_model
+def test_preference_guidance_combines_predictions_of_edits(model):
+    denoiser = model.pipeline.transformer
+    add_lora(denoiser, LoraConfig(r=4, target_modules=["to_q", "to_v"]), (), seed=0)
     with torch.no_grad():
-        for name, weight in kontext.transformer.named_parameters():
+        for name, weight in denoiser.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
     predictions = []
-    step = kontext.scheduler.step
-
-    def recorded(prediction, *given, **options):
-        predictions.append(prediction)
-        return step(prediction, *given, **options)
-
-    monkeypatch.setattr(kontext.scheduler, "step", recorded)
-    call = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16, "max_area": 256}
     for scale in (0.0, 1.0, 2.0):
-        with torch.no_grad(), preference_guidance(kontext, scale=scale):
-            generator = torch.Generator().manual_seed(0)
-            kontext(image=image(0, 21, 45), prompt="red", generator=generator, output_type="latent", **call)
+        with preference_guidance(model.pipeline, scale=scale):
+            step, _ = model.steps(generator=torch.Generator().manual_seed(0))
+        predictions.append(step[0])
     base, tuned, guided = predictions
     assert not torch.allclose(base, tuned)
     torch.testing.assert_close(guided, base + 2 * (tuned - base))
+
+
+@pytest.mark.parametrize("model", ["kontext", "flux2", "qwen_edit", "longcat", "qwen_image_21"], indirect=True)
+def test_sample_images_edit_their_sources_and_the_card_shows_how(model, make_args, tmp_path):
+    model.sources[0].save(tmp_path / "source.png")
+    samples = {"sample_prompts": ["make it red"], "sample_sources": [str(tmp_path / "source.png")]}
+    samples["sample_kwargs"] = {"num_inference_steps": 2}
+    args = edit_args(make_args, resolution=model.resolution, max_steps=1, **samples)
+    trainer = DiffusionSDPOTrainer(model.pipeline, None, args, model.rows(2), peft_config=LORA)
+    trainer.train()
+    folder = tmp_path / "run"
+    before, after, grid = (Image.open(folder / "samples" / f"step-00000{name}.png") for name in ("0-0", "1-0", "1"))
+    side = (80, 64) if "LongCat" in type(model.pipeline).__name__ else (model.resolution, model.resolution)
+    assert before.size == after.size == side and np.any(np.asarray(before) != np.asarray(after))
+    assert Image.open(folder / "samples" / "source-0.png").size == model.sources[0].size
+    assert grid.width > side[0] + side[1]  # the source is beside the image
+    card = (folder / "README.md").read_text()
+    assert "image=load_image(" in card and "samples/source-0.png" in card
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({}, "sample_sources"),
+        ({"sample_sources": ["a.png", "b.png"]}, "one image for each"),
+        ({"sample_sources": ["missing.png"]}, "missing.png"),
+    ],
+)
+def test_bad_sources_of_sample_images_are_refused(settings, match, kontext, make_args):
+    with pytest.raises(ValueError, match=match):
+        DiffusionSDPOTrainer(kontext, None, edit_args(make_args, sample_prompts=["a"], **settings), rows())
+
+
+def test_sources_of_one_size_train_in_larger_batches_and_others_are_refused_before_training(kontext, make_args):
+    args = edit_args(make_args, per_device_train_batch_size=2, max_steps=1)
+    different = [*rows(3), *rows(1, source_size=(44, 20))]
+    with pytest.raises(ValueError, match="per_device_train_batch_size"):
+        DiffusionSDPOTrainer(kontext, None, args, different)
+    near = [*rows(3), *rows(1, source_size=(22, 44))]  # the nearest preferred resolution is the same
+    trainer = DiffusionSDPOTrainer(kontext, None, args, near, peft_config=LORA)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == 0
+
+
+def test_lists_of_sources_are_checked_before_training(kontext, make_args):
+    data = [{**row, "source": [row["source"], image(9)]} for row in rows(2)]
+    with pytest.raises(ValueError, match="one source image"):
+        DiffusionSDPOTrainer(kontext, None, edit_args(make_args), data)
+
+
+def test_a_plan_counts_the_source(monkeypatch, tmp_path):
+    """Of Kontext against FLUX.1 itself, whose step is the same without the source's tokens."""
+    flops = []
+    for pipeline in (case("flux").build(), EditModel("kontext", monkeypatch).pipeline):
+        folder = tmp_path / type(pipeline).__name__
+        pipeline.save_pretrained(folder)
+        words = ["--model_name_or_path", str(folder), "--output_dir", str(tmp_path / "run"), "--resolution", "16"]
+        flops.append(planned_settings(words, "plan", "cuda").plan().flops)
+    assert flops[1] > flops[0]
 
 
 def test_bad_combinations_are_refused(kontext, make_args, make_trainer, make_pairs):
@@ -283,11 +370,10 @@ def test_bad_combinations_are_refused(kontext, make_args, make_trainer, make_pai
         make_trainer(train=rows())  # a text-to-image model
     with pytest.raises(ValueError, match="source"):
         DiffusionSDPOTrainer(kontext, None, edit_args(make_args), make_pairs())
-    for setting in ({"precompute_latents": True}, {"sample_prompts": ["a"]}, {"random_crop": True}):
-        with pytest.raises(ValueError, match=next(iter(setting))):
-            DiffusionSDPOTrainer(kontext, None, edit_args(make_args, **setting), rows())
-    with pytest.raises(ValueError, match="per_device_train_batch_size"):
-        DiffusionSDPOTrainer(kontext, None, edit_args(make_args, per_device_train_batch_size=2), rows())
+    with pytest.raises(ValueError, match="random_crop"):
+        DiffusionSDPOTrainer(kontext, None, edit_args(make_args, random_crop=True), rows())
+    with pytest.raises(ValueError, match="sample_sources"):
+        make_trainer(sample_prompts=["a"], sample_sources=["a.png"])
     stream = datasets.Dataset.from_list(rows(2)).to_iterable_dataset()
     with pytest.raises(ValueError, match="source"):
         prepare_dataset(stream, PairOptions(PairTransform(16), compare=False))

@@ -120,6 +120,10 @@ class FluxKontextFamily(FluxFamily):
         """Leave out the prompt length, whose default is right: all Kontext models take guidance."""
         return Family.generation_kwargs(self, scale)
 
+    def size_kwargs(self, height: int, width: int) -> dict[str, Any]:
+        """Add the area, to which the pipeline's call scales every size."""
+        return {"height": height, "width": width, "max_area": height * width}
+
     def source_pixels(self, source: Image.Image) -> torch.Tensor:
         """Resize a source to the one of Kontext's resolutions with the nearest aspect ratio."""
         height, width = self.source_size(source)

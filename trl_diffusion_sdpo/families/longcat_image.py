@@ -68,6 +68,10 @@ class LongCatImageEditFamily(LongCatImageFamily):
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         return OvisImageFamily.generation_kwargs(self, scale)
 
+    def size_kwargs(self, height: int, width: int) -> dict[str, Any]:
+        """Return nothing: the size follows from the source."""
+        return {}
+
     def encode_edits(self, prompts: list[str], sources: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
         """Encode each prompt with its source, and the source's latents."""
         pipeline, processor = self.pipeline, self.pipeline.image_processor

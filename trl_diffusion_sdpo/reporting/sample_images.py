@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -73,6 +74,8 @@ class SampleImagesCallback(TrainerCallback):
     Args:
         pipeline (`DiffusionPipeline`): Pipeline with the trained denoiser; every component is on one device.
         prompts (`Sequence[str]`): Prompt `i` always starts from the noise of `seed + i`.
+        sources (`Sequence[PIL.Image.Image]`): The image that each prompt edits; empty if prompts edit none. Grids have
+            it to the left of the generated image, and `samples/source-0.png` and so on are copies.
         every_n_steps (`int`, *optional*): Optimizer steps between two generations; only first and last if unset.
         resolution (`int` or `tuple[int, int]`, *optional*): Side of the square images, or height and width, in pixels;
             the model's own if unset.
@@ -96,6 +99,7 @@ class SampleImagesCallback(TrainerCallback):
         pipeline: DiffusionPipeline,
         prompts: Sequence[str],
         *,
+        sources: Sequence[Image.Image] = (),
         every_n_steps: int | None,
         seed: int,
         resolution: int | tuple[int, int] | None,
@@ -113,6 +117,7 @@ class SampleImagesCallback(TrainerCallback):
         self._frozen, self._images = frozen, images or TrackedImages(())
         self._untracked: int | None = None  # step of images that were not sent to trackers yet
         self.prompts, self.every_n_steps, self.seed = list(prompts), every_n_steps, seed
+        self.sources = list(sources)
         self.call_kwargs = {**(call_options or {})}
         if resolution is not None:
             height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
@@ -158,8 +163,11 @@ class SampleImagesCallback(TrainerCallback):
         return [(f"{SAMPLES_FOLDER}/{_stem(step)}-{i}.png", prompt) for i, prompt in enumerate(self.prompts)]
 
     def newest_gallery(self) -> list[tuple[str, str]]:
-        """Return the gallery of the newest images; nothing before the first."""
-        return [] if self.last_step is None else self.gallery(self.last_step)
+        """Return the gallery of the newest images, with their sources; nothing before the first."""
+        if self.last_step is None:
+            return []
+        sources = [(_source_path(i), f"Source of: {self.prompts[i]}") for i in range(len(self.sources))]
+        return [*self.gallery(self.last_step), *sources]
 
     def comparison(self, folder: Path, step: int | None = None) -> list[SamplePair]:
         """Return the images of before training beside those of a step, by default the newest ones, if both are in the
@@ -175,7 +183,7 @@ class SampleImagesCallback(TrainerCallback):
         return [
             pair
             for pair in pairs
-            if all(_states(folder / path, pair.prompt, pair.seed) for path in (pair.before, pair.after))
+            if all(_notes(folder / path) == self._note(pair.seed - self.seed) for path in (pair.before, pair.after))
         ]
 
     @property
@@ -184,10 +192,16 @@ class SampleImagesCallback(TrainerCallback):
         return self._last_step
 
     def _are_written(self, folder: Path, step: int) -> bool:
-        """Return whether the images of a step exist, with these prompts and seeds."""
-        files = enumerate(self.gallery(step))
-        noted = all(_states(folder / path, prompt, self.seed + i) for i, (path, prompt) in files)
+        """Return whether the images of a step exist, with these prompts, seeds and sources."""
+        noted = all(_notes(folder / path) == self._note(i) for i, (path, _) in enumerate(self.gallery(step)))
         return noted and grid_path(folder, step).exists()
+
+    def _note(self, index: int) -> dict[str, str]:
+        """Return the text fields of the PNG of a prompt."""
+        note = {"prompt": self.prompts[index], "seed": str(self.seed + index)}
+        if self.sources:
+            note["source"] = hashlib.sha256(self.sources[index].tobytes()).hexdigest()[:16]
+        return note
 
     def _generate_once(self, args: TrainingArguments, state: TrainerState, step: int, model: nn.Module | None) -> None:
         if step == self._last_step:
@@ -202,12 +216,16 @@ class SampleImagesCallback(TrainerCallback):
 
     def _write(self, folder: Path, step: int, images: Sequence[Image.Image]) -> None:
         grid_path(folder, step).parent.mkdir(parents=True, exist_ok=True)
-        for i, (image, (path, prompt)) in enumerate(zip(images, self.gallery(step), strict=True)):
+        for i, (image, (path, _)) in enumerate(zip(images, self.gallery(step), strict=True)):
             note = PngInfo()
-            note.add_itxt("prompt", prompt)
-            note.add_itxt("seed", str(self.seed + i))
+            for name, value in self._note(i).items():
+                note.add_itxt(name, value)
             image.save(folder / path, pnginfo=note)
-        labelled_grid(images, self.prompts).save(grid_path(folder, step))
+        shown = list(images)
+        for i, source in enumerate(self.sources):
+            source.save(folder / _source_path(i))
+            shown[i] = _beside(source, images[i])
+        labelled_grid(shown, self.prompts).save(grid_path(folder, step))
         self._untracked = step
 
     def _score(self, args: TrainingArguments, state: TrainerState, step: int) -> None:
@@ -282,7 +300,8 @@ class SampleImagesCallback(TrainerCallback):
 
     def _generate_one(self, pipeline: DiffusionPipeline, index: int) -> Image.Image:
         generator = torch.Generator().manual_seed(self.seed + index)  # on the CPU: equal noise on every device
-        image = pipeline(prompt=self.prompts[index], generator=generator, return_dict=False, **self.call_kwargs)[0][0]
+        options = {"image": self.sources[index], **self.call_kwargs} if self.sources else self.call_kwargs
+        image = pipeline(prompt=self.prompts[index], generator=generator, return_dict=False, **options)[0][0]
         return image[0] if isinstance(image, list) else image  # a clip is shown by its first frame
 
 
@@ -327,13 +346,27 @@ def _stem(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _states(file: Path, prompt: str, seed: int) -> bool:
-    """Return whether the text fields of a PNG have this prompt and seed."""
+def _source_path(index: int) -> str:
+    """Return the path of the copy of a prompt's source, relative to the output folder."""
+    return f"{SAMPLES_FOLDER}/source-{index}.png"
+
+
+def _beside(source: Image.Image, image: Image.Image) -> Image.Image:
+    """Return the image with its source to the left, scaled to the same height."""
+    width = max(1, round(source.width * image.height / source.height))
+    both = Image.new("RGB", (width + image.width, image.height))
+    both.paste(source.resize((width, image.height)))
+    both.paste(image.convert("RGB"), (width, 0))
+    return both
+
+
+def _notes(file: Path) -> dict[str, str]:
+    """Return prompt, seed and source in the text fields of a PNG, or nothing if it cannot be read."""
     try:
         with Image.open(file) as image:
-            return (image.info.get("prompt"), image.info.get("seed")) == (prompt, str(seed))
+            return {name: image.info[name] for name in ("prompt", "seed", "source") if name in image.info}
     except OSError:
-        return False
+        return {}
 
 
 @contextlib.contextmanager

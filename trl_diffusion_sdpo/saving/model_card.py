@@ -203,6 +203,7 @@ class RunCard:
         base_model (`str`, *optional*): Hub id or folder of the pipeline.
         trainer_name (`str`): Name of the method.
         settings (`Sequence[str]`): Names of the settings that the card shows, besides [`SETTINGS`].
+        edits (`bool`): Whether the pipeline was trained to edit source images.
     """
 
     def __init__(
@@ -215,6 +216,7 @@ class RunCard:
         base_model: str | None,
         trainer_name: str,
         settings: Sequence[str],
+        edits: bool = False,
     ):
         self._args, self._lora, self._trainer_name = args, lora, trainer_name
         self._settings = (*settings, *SETTINGS)
@@ -228,7 +230,7 @@ class RunCard:
             full_pipeline=full_pipeline,
             generation_kwargs=family.generation_kwargs(None),
             generated_image=family.generated_image,
-            takes_source=family.takes_source,
+            takes_source=family.takes_source or edits,
         )
 
     def write(

@@ -255,7 +255,7 @@ def _check_data(args: DiffusionSDPOConfig) -> None:
     args.image_schemes = list(parse_schemes(args.image_schemes)) or None
     if args.bucket_kwargs and not args.aspect_ratio_buckets:
         _warn("`bucket_kwargs` has no effect without `aspect_ratio_buckets`.")
-    for name in ("sample_steps", "sample_kwargs", "sample_scorers"):
+    for name in ("sample_sources", "sample_steps", "sample_kwargs", "sample_scorers"):
         if getattr(args, name) and not args.sample_prompts:
             _warn(f"`{name}` has no effect without `sample_prompts`.")
     best = best_sample_metric(args)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ...cache.encoding import default_folder
@@ -85,6 +86,7 @@ def check_and_complete(
     check_guidance(args, family)
     if family.takes_source:
         check_sources(args, family.name)
+    sample_sources(args, family)
     complete_args(args, family, loss, full=adapter is None)
     check_resolution(args, family)
     timesteps = checked_timesteps(args, family)
@@ -97,17 +99,37 @@ def check_and_complete(
 
 def check_sources(args: DiffusionSDPOConfig, model: str) -> None:
     """Raise `ValueError` if a setting does not work with the source images of edit pairs."""
-    for name in ("precompute_latents", "sample_prompts", "random_crop"):
-        if getattr(args, name):
-            raise ValueError(
-                f"`{name}` cannot handle source images yet, and {model} trains on edit pairs. Leave it out."
-            )
-    if largest_batch(args) > 1:
+    if args.random_crop:
         raise ValueError(
-            f"{model} needs batches of one pair, because source images may have different sizes; got batches of "
-            f"{largest_batch(args)}. Set `per_device_train_batch_size=1` and `per_device_eval_batch_size=1`, and raise "
-            "`gradient_accumulation_steps`."
+            f"`random_crop` cannot handle source images yet, and {model} trains on edit pairs. Leave it out."
         )
+
+
+def sample_sources(args: DiffusionSDPOConfig, family: Family) -> list[Image.Image]:
+    """Return the images that `sample_prompts` edit.
+
+    Raises:
+        `ValueError`: If the model needs them and they are not set, or it takes none, or their number is not that of the
+            prompts, or one cannot be read.
+    """
+    if not args.sample_prompts or (args.sample_sources is None and not family.takes_source):
+        return []
+    prompts, paths = args.sample_prompts, args.sample_sources or []
+    if not (family.takes_source or family.may_take_source):
+        raise ValueError(f"`sample_sources` needs an edit model, and {family.name} is not one. Leave it out.")
+    if len(paths) != len(prompts):
+        raise ValueError(
+            f"`sample_sources` must have one image for each of the {len(prompts)} `sample_prompts`, got {len(paths)}. "
+            f"{family.name} edits one image for each prompt."
+        )
+    sources = []
+    for path in paths:
+        try:
+            with Image.open(path) as source:
+                sources.append(ImageOps.exif_transpose(source).convert("RGB"))
+        except OSError as error:
+            raise ValueError(f"`sample_sources` has {path!r}, which cannot be read as an image: {error}") from error
+    return sources
 
 
 def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, full: bool) -> None:
