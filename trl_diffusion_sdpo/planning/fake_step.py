@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from ..data.images import pixels_as_floats, white
 from ..engines.gradient_backends import ReplicatedBackend
 from ..families import Family
+from ..families.base import SOURCE
 from ..families.noise import constant
 from ..losses import Anchor
 from ..models.denoiser_wrapper import DenoiserWrapper
@@ -37,6 +38,8 @@ class StepSettings:
 
     Attributes:
         resolution (`tuple[int, int]`): (height, width) of the images in pixels.
+        source (`tuple[int, int]`, *optional*): (height, width) of an edit model's sources, as the VAE encodes
+            them. They are made from images of the size `resolution`.
         pairs (`int`): Pairs of a micro-batch.
         autocast (`torch.dtype`, *optional*): The dtype of autocast.
         checkpointing (`dict`, *optional*): Arguments of activation checkpointing; `None` without.
@@ -61,6 +64,7 @@ class StepSettings:
     divides_gradients: bool = False
     rounds_weights: bool = False
     two_prompts: bool = False
+    source: tuple[int, int] | None = None
 
 
 @dataclass
@@ -134,6 +138,9 @@ class MeasuredForward(PairForward):
                     conditioning = family.encode_prompts(inputs["prompts"])
                 except Exception as error:  # fake tensors and tokenizers have no values
                     raise needs_values(family.name) from error
+                if "source_pixels" in inputs:
+                    source = family.encode_images(pixels_as_floats(inputs["source_pixels"]))
+                    conditioning[f"{SOURCE}0"] = source
             size = tuple(inputs["pixel_values"].shape[-2:])
             return super().encode({**inputs, "moments": moments, "conditioning": conditioning, "target_size": size})
 
@@ -268,6 +275,8 @@ def _batch(settings: StepSettings, *, with_errors: bool) -> dict[str, Any]:
         "seeds": list(range(settings.pairs)),
         "rows": list(range(settings.pairs)),
     }
+    if settings.source is not None:
+        batch["source_pixels"] = torch.empty(settings.pairs, 3, *settings.source, dtype=torch.uint8)
     if settings.loss.spec.needs_scores:
         batch["scores"] = torch.ones(images)
     if with_errors:
