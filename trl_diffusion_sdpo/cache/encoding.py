@@ -193,7 +193,7 @@ class PairEncoding:
             "data": {name: value for name, value in data.items() if name != "prompts"},
             "seed of crops": None if rows.crops is None else [rows.seed, rows.flips],
         }
-        prompts = {
+        prompts: dict[str, Any] = {
             "text": self._key.facts["text"],
             "prompts": hashlib.sha256(np.ascontiguousarray(digests, dtype="<i8").data).hexdigest(),
         }
@@ -343,7 +343,8 @@ class PairEncoding:
                         undecodable.append((row % len(dataset), str(item)))
                         encoded[row] = {UNREADABLE: torch.empty(0)}
                     else:
-                        encoded[row] = encode_edit(family, *item, copies)
+                        prompt, sources = item
+                        encoded[row] = encode_edit(family, prompt, sources, copies)
                     bar.update()
                 store.write(number, encoded)
         return len(numbers), undecodable
