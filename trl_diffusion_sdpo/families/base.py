@@ -16,7 +16,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
 from .loss_defaults import FALLBACK, LossDefaults
-from .noise import NoiseProcess, constant, generators_of, standard_normal
+from .noise import NoiseProcess, constant, generators_of, sent, standard_normal
 from .timestep_sampling import WeightingScheme
 
 # The VAE encodes at most this many pixels at once. On a whole micro-batch, its activations would set peak memory.
@@ -281,7 +281,8 @@ class Family(ABC):
             `dict[str, torch.Tensor]`: `source_0` has the latents of each pair's first source, `(N, C, H, W)`,
             `source_1` those of the second source, and so on.
         """
-        pixels = self.pixels_of_sources(sources)
+        device = self.pipeline.vae.device
+        pixels = [sent(images, device) for images in self.pixels_of_sources(sources)]
         return {f"{SOURCE}{number}": self.encode_images(images) for number, images in enumerate(pixels)}
 
     def pixels_of_sources(self, sources: list[list[Image.Image]]) -> list[torch.Tensor]:
