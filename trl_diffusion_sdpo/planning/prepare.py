@@ -81,8 +81,10 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) 
 
     stored = _stored(model_args)
     loaded = _loaded(model_args, args)
-    if type(loaded.family).encode_edits is not Family.encode_edits:  # the text encoder reads the source
-        refuse_sources(loaded.family, "A plan")
+    family = loaded.family
+    reads_sources = type(family).encode_edits is not Family.encode_edits  # the text encoder, beside the prompt
+    if reads_sources:
+        refuse_sources(family, "A plan")
     spec = args.loss_spec
     other = None if args.ref_model_name_or_path is None else copy.deepcopy(loaded.denoiser)
     lora = get_peft_config(model_args) if loaded.adapter_source is None else None
@@ -96,8 +98,8 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) 
     checkpoints, arguments = activation_checkpointing(args)
     height, width = max(image_sizes(args), key=lambda size: size[0] * size[1])  # the largest bucket needs most
     source = None
-    if loaded.family.takes_source or args.sample_sources:
-        pixels = loaded.family.source_pixels(Image.new("RGB", (width, height)))
+    if not reads_sources and (family.takes_source or (family.may_take_source and args.sample_sources)):
+        pixels = family.source_pixels(Image.new("RGB", (width, height)))
         source = (pixels.shape[-2], pixels.shape[-1])
     step = StepSettings(
         noise=noise,

@@ -124,7 +124,7 @@ def check_source_column(
         return
     first, seen = None, set()
     for sizes in pairs.sizes_of_sources():
-        if sizes not in seen:
+        if sizes and sizes not in seen:
             seen.add(sizes)
             blank = [Image.new("RGB", (width, height)) for height, width in sizes]
             first = first or blank
