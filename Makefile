@@ -75,7 +75,7 @@ test-kills: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "matrix or not matrix" tests/kills
 
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/step_time.py --quick
+	$(BIN)/python benchmarks/step_time.py --parts bare --rounds 1
 	$(BIN)/python benchmarks/safeguard_overhead.py --rounds 2 --reference --tuning lora --latents 16 --batch 2
 	$(BIN)/python benchmarks/planned_memory.py --size tiny --output bench_output/planned_memory.json
 	$(BIN)/python benchmarks/data_loading.py --quick
@@ -102,7 +102,7 @@ dist: $(VENV)/installed-dev
 	.venv-dist/bin/python tests/versions/check_wheel.py
 
 clean:
-	rm -rf $(VENV) .venv-* .test_gpu .cache build dist site bench_output demo_output kills_output .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-* .cache build dist site bench_output demo_output kills_output .mypy_cache .pytest_cache .ruff_cache
 
 # PyTorch comes first, so that what is found on this machine is not replaced by a larger build of the same version.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -6,10 +6,7 @@ from this package's collator, winners first.
 """
 
 import copy
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +15,10 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from turns import Recording, now
+from turns import Recording
 
-from trl_diffusion_sdpo.models.adapters import adapter_layers, adapters_off
+from trl_diffusion_sdpo.models.adapters import adapter_layers
+from trl_diffusion_sdpo.models.weight_copies import using_adapter
 
 VAE_SEED_MASK = 0x5DEECE66D  # this package uses one seed for encoding and another for noise
 
@@ -33,7 +31,6 @@ class Bench:
         tuning (`str`): `"full"`, with a frozen copy as the reference, or `"lora"`, with the adapters switched off.
         beta, mu (`float`): Settings of the loss and its safeguard.
         learning_rate (`float`): Learning rate of AdamW.
-        seconds (`dict[str, list[float]]`): CPU time of each part of each step.
     """
 
     pipeline: DiffusionPipeline
@@ -43,7 +40,6 @@ class Bench:
     learning_rate: float
     lora: LoraConfig | None = None
     reference: nn.Module | None = None
-    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self):
         pipeline = self.pipeline
@@ -58,13 +54,6 @@ class Bench:
         self.adapters = adapter_layers(self.unet)
         self.trained = [weight for weight in self.unet.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=self.learning_rate, fused=True)
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Add the time spent within this context to a part of the step."""
-        began = now(self.device.type)
-        yield
-        self.seconds[name].append(now(self.device.type) - began)
 
     def tokens(self, prompts: list[str]) -> torch.Tensor:
         """Return token ids `(B, 77)`, as the datasets of the scripts contain them."""
@@ -84,12 +73,10 @@ class Bench:
 
     def update(self, loss: torch.Tensor) -> None:
         """Do the backward pass, clip gradients and step AdamW."""
-        with self.part("policy"):
-            loss.backward()
-        with self.part("optimizer"):
-            torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 def bare_step(bench: Bench, batch: dict[str, Any]) -> torch.Tensor:
@@ -103,24 +90,21 @@ def bare_loss(bench: Bench, batch: dict[str, Any]) -> torch.Tensor:
     """Return the loss of `bare_step` with its graph."""
     device = bench.device
     with torch.no_grad():
-        with bench.part("VAE"):
-            pixels = batch["pixel_values"].float().div(255).sub(0.5).div(0.5)
-            posterior = bench.vae.encode(pixels).latent_dist
-            each = [torch.Generator(device).manual_seed(seed ^ VAE_SEED_MASK) for seed in batch["seeds"]]
-            drawn = [torch.randn(posterior.mean.shape[1:], generator=one, device=device) for one in each + each]
-            latents = (posterior.mean + posterior.std * torch.stack(drawn)) * bench.vae.config.scaling_factor
-        with bench.part("text encoders"):
-            text = bench.text_encoder(bench.tokens(batch["prompts"]).to(device))[0].repeat(2, 1, 1)
+        pixels = batch["pixel_values"].float().div(255).sub(0.5).div(0.5)
+        posterior = bench.vae.encode(pixels).latent_dist
+        each = [torch.Generator(device).manual_seed(seed ^ VAE_SEED_MASK) for seed in batch["seeds"]]
+        drawn = [torch.randn(posterior.mean.shape[1:], generator=one, device=device) for one in each + each]
+        latents = (posterior.mean + posterior.std * torch.stack(drawn)) * bench.vae.config.scaling_factor
+        text = bench.text_encoder(bench.tokens(batch["prompts"]).to(device))[0].repeat(2, 1, 1)
         each = [torch.Generator(device).manual_seed(seed) for seed in batch["seeds"]]
         uniform = torch.cat([torch.rand(1, generator=one, device=device) for one in each])
         noise = torch.stack([torch.randn(latents.shape[1:], generator=one, device=device) for one in each])
         timesteps, noise = (uniform * 1000).long().repeat(2), noise.repeat(2, 1, 1, 1)
         noisy = bench.pipeline.scheduler.add_noise(latents, noise, timesteps)
     # `bench.predict_reference` would also measure how long diffusers takes to switch adapters.
-    with bench.part("reference"), torch.no_grad(), adapters_off(bench.adapters):
+    with torch.no_grad(), using_adapter(bench.adapters, None):
         reference = (bench.reference or bench.unet)(noisy, timesteps, text).sample
-    with bench.part("policy"):
-        predicted = bench.unet(noisy, timesteps, text).sample
+    predicted = bench.unet(noisy, timesteps, text).sample
     return safeguarded_loss(predicted, reference, noise, beta=bench.beta, mu=bench.mu)
 
 
@@ -148,16 +132,12 @@ def authors_step(bench: Bench, batch: dict[str, Any]) -> torch.Tensor:
     step.
     """
     with torch.no_grad():
-        with bench.part("VAE"):
-            posterior = bench.vae.encode(batch["floats"]).latent_dist
-            latents = posterior.sample() * bench.vae.config.scaling_factor
-        with bench.part("text encoders"):
-            text = bench.text_encoder(batch["input_ids"])[0].repeat(2, 1, 1)
+        posterior = bench.vae.encode(batch["floats"]).latent_dist
+        latents = posterior.sample() * bench.vae.config.scaling_factor
+        text = bench.text_encoder(batch["input_ids"])[0].repeat(2, 1, 1)
         noise, timesteps, noisy = _one_noise_a_pair(bench, latents)
-    with bench.part("policy"):
-        predicted = bench.unet(noisy, timesteps, text).sample
-    with bench.part("reference"):
-        reference = bench.predict_reference(noisy, timesteps, text)
+    predicted = bench.unet(noisy, timesteps, text).sample
+    reference = bench.predict_reference(noisy, timesteps, text)
     loss = safeguarded_loss(predicted, reference, noise, beta=bench.beta, mu=bench.mu, eps=1e-9)
     bench.update(loss)
     loss.item()
@@ -170,16 +150,12 @@ def diffusers_step(bench: Bench, batch: dict[str, Any], encoded_at_once: int = 8
     It has no safeguard, its reference is the policy with adapters off, and its VAE encodes in slices.
     """
     with torch.no_grad():
-        with bench.part("VAE"):
-            parts = [bench.vae.encode(part).latent_dist.sample() for part in batch["floats"].split(encoded_at_once)]
-            latents = torch.cat(parts) * bench.vae.config.scaling_factor
+        parts = [bench.vae.encode(part).latent_dist.sample() for part in batch["floats"].split(encoded_at_once)]
+        latents = torch.cat(parts) * bench.vae.config.scaling_factor
         noise, timesteps, noisy = _one_noise_a_pair(bench, latents)
-        with bench.part("text encoders"):
-            text = bench.text_encoder(batch["input_ids"])[0].repeat(2, 1, 1)
-    with bench.part("policy"):
-        predicted = bench.unet(noisy, timesteps, text).sample
-    with bench.part("reference"):
-        reference = bench.predict_reference(noisy, timesteps, text)
+        text = bench.text_encoder(batch["input_ids"])[0].repeat(2, 1, 1)
+    predicted = bench.unet(noisy, timesteps, text).sample
+    reference = bench.predict_reference(noisy, timesteps, text)
     loss = safeguarded_loss(predicted, reference, noise, beta=bench.beta, mu=None)
     bench.update(loss)
     loss.item()

@@ -1,12 +1,11 @@
 """Measure whether data loading is fast enough: time and memory until the first step, and pairs per second.
 
 Rows have the columns of Pick-a-Pic. They refer to a few JPEG files of real size, so that a million rows fit on a disk.
-Rows are read in three ways, each in a new process: map-style without an index of pairs, map-style with the index on
-disk, and as a stream. The time to the first step is wall time, from the construction of a trainer with a small random
-pipeline to the end of its first step.
+Rows are read in two ways, each in a new process: map-style and as a stream. The time to the first step is wall time,
+from the construction of a trainer with a small random pipeline to the end of its first step.
 
 Decoding is compared with the transforms of usual scripts (decode, resize the shorter side, flip, crop). Both take
-turns, and the CPU time of one thread is measured, once for decoding to bytes and once to floats in `[-1, 1]`.
+turns, and the CPU time of one thread is measured.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from PIL import Image, ImageFilter
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-WAYS = ("first", "again", "stream")
+WAYS = ("map", "stream")
 CHUNK = 10_000  # rows per write
 PROMPTS = 58_000  # as many as in Pick-a-Pic
 FILES = 16
@@ -54,14 +53,13 @@ def main(arguments: list[str] | None = None) -> None:
         loading = [load(Path(folder), files, workers, options) for workers in tqdm(options.workers, desc="Workers")]
     for row in started:
         fewest = next(other for other in started if other["way"] == row["way"])
-        row |= {"ratio": row["rss"] / fewest["rss"], "own_ratio": row["own"] / fewest["own"]}
+        row["ratio"] = row["rss"] / fewest["rss"]
         row["trainer_ratio"] = (row["rss"] - row["opened"]) / (fewest["rss"] - fewest["opened"])
     print(table(started, decoding, loading))
     settings = {name: str(value) for name, value in vars(options).items()}
     content = {"settings": settings, "start_up": started, "decoding": decoding, "loading": loading}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    plot(started, loading, options.plot)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -75,7 +73,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the smallest form, in seconds")
     parser.add_argument("--folder", type=Path, help="where the rows are written; a temporary folder if unset")
     parser.add_argument("--output", type=Path, default=Path("bench_output/data_loading.json"))
-    parser.add_argument("--plot", type=Path, default=Path("bench_output/data_loading.png"))
     # used by the child process, which measures one way to read rows
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
@@ -131,7 +128,7 @@ def start_up(folder: Path, rows: int, files: list[str], options: argparse.Namesp
     """Measure time and memory until the first step for every way to read rows, each in a new process."""
     file = folder / f"{rows}.arrow"
     write_rows(file, rows, files)
-    found = []
+    measured = []
     for way in tqdm(WAYS, desc=f"{rows} rows", leave=False):
         command = [sys.executable, __file__, "--measure", str(file), "--way", way]
         environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
@@ -143,9 +140,9 @@ def start_up(folder: Path, rows: int, files: list[str], options: argparse.Namesp
         )
         if done.returncode:
             raise RuntimeError(done.stderr[-3000:])
-        found.append({"rows": rows, "way": way, **json.loads(done.stdout.splitlines()[-1])})
+        measured.append({"rows": rows, "way": way, **json.loads(done.stdout.splitlines()[-1])})
     file.unlink()
-    return found
+    return measured
 
 
 def first_step(file: Path, way: str) -> dict[str, float]:
@@ -186,7 +183,7 @@ class AfterTheFirstStep(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.time = time.perf_counter()
-        self.memory = {"rss": memory("VmRSS"), "own": memory("RssAnon"), "peak": memory("VmHWM")}
+        self.memory = {"rss": memory("VmRSS"), "peak": memory("VmHWM")}
 
 
 def memory(name: str) -> float:
@@ -209,7 +206,6 @@ def decode_in_turns(files: list[str], options: argparse.Namespace) -> dict[str, 
     }
     fast = PairTransform(options.resolution, center_crop=False, random_flip=True, interpolation="fast")
     contestants["fast"] = partial(our_pair, fast, partial(decode_image, covering=fast.covering()))
-    contestants |= {f"{name}_floats": partial(as_floats, make) for name, make in contestants.items()}
     contents = [Path(file).read_bytes() for file in files]
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     generator = random.Random(0)
@@ -220,13 +216,11 @@ def decode_in_turns(files: list[str], options: argparse.Namespace) -> dict[str, 
             contestants[name](*pair)
             if number >= 2:
                 seconds[name].append(time.process_time() - start)
-    found = {name: 1000 * statistics.median(taken) for name, taken in seconds.items()}
-    for ending in ("", "_floats"):
-        each = zip(seconds[f"ours{ending}"], seconds[f"usual{ending}"], strict=True)
-        found[f"ratio{ending}"] = statistics.median(ours / usual for ours, usual in each)
-    each = zip(seconds["fast"], seconds["ours"], strict=True)
-    found["ratio_fast"] = statistics.median(fast / ours for fast, ours in each)
-    return found
+    medians = {name: 1000 * statistics.median(taken) for name, taken in seconds.items()}
+    for ratio, mine, others in (("ratio", "ours", "usual"), ("ratio_fast", "fast", "ours")):
+        each = zip(seconds[mine], seconds[others], strict=True)
+        medians[ratio] = statistics.median(one / other for one, other in each)
+    return medians
 
 
 def our_pair(transform: Any, decode: Any, first: bytes, second: bytes) -> Any:
@@ -248,12 +242,6 @@ def usual_pair(side: int, first: bytes, second: bytes) -> Any:
         image = image.crop((left, top, left + side, top + side)).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
     return torch.stack(pixels)
-
-
-def as_floats(make: Any, first: bytes, second: bytes) -> Any:
-    """Convert the pixels of a pair to floats in `[-1, 1]`. Scripts do this in the data loader, the trainer on the
-    device."""
-    return make(first, second).float().div_(255).sub_(0.5).div_(0.5)
 
 
 def load(folder: Path, files: list[str], workers: int, options: argparse.Namespace) -> dict[str, float]:
@@ -279,52 +267,26 @@ def load(folder: Path, files: list[str], workers: int, options: argparse.Namespa
 
 
 def table(started: list[dict[str, Any]], decoding: dict[str, float], loading: list[dict[str, float]]) -> str:
-    lines = [
-        "| rows | read | to the first step | constructing | memory | of the fewest rows | without opening | own |"
-    ]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines = ["| rows | read | to the first step | constructing | memory | of the fewest rows | without opening |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for row in started:
         lines.append(
             f"| {row['rows']} | {row['way']} | {row['seconds']:.1f} s | {row['constructing']:.1f} s | "
-            f"{row['rss']:.0f} MiB | {row['ratio']:.3f} | {row['trainer_ratio']:.3f} | {row['own_ratio']:.3f} |"
+            f"{row['rss']:.0f} MiB | {row['ratio']:.3f} | {row['trainer_ratio']:.3f} |"
         )
-    worst = {name: max(row[name] for row in started) for name in ("ratio", "trainer_ratio", "own_ratio")}
+    worst = max(row["trainer_ratio"] for row in started)
     lines.append(
-        f"\nFrom the fewest rows to the most, memory grows by {worst['ratio'] - 1:.1%} at most; without the pages "
-        "that `datasets` maps when it opens a file, before there is a trainer, by "
-        f"{worst['trainer_ratio'] - 1:.1%}; without all mapped files, which the system takes back when it needs to, "
-        f"by {worst['own_ratio'] - 1:.1%} "
-        f"({'within' if worst['trainer_ratio'] <= FLAT else 'above'} {FLAT - 1:.0%})."
+        "\n`datasets` maps pages of a file when it opens it, before there is a trainer. Without these, memory grows by "
+        f"{worst - 1:.1%} from the fewest rows to the most ({'within' if worst <= FLAT else 'above'} {FLAT - 1:.0%})."
     )
     lines.append(
         f"A pair is decoded to bytes in {decoding['ours']:.2f} ms, by the usual transforms in {decoding['usual']:.2f} "
-        f"ms: {decoding['ratio']:.3f} of it; to floats, {decoding['ratio_floats']:.3f}. "
+        f"ms: {decoding['ratio']:.3f} of it. "
         f"`image_interpolation='fast'` takes {decoding['ratio_fast']:.3f} of our time.\n\n"
         "| workers | pairs a second |\n|---|---|"
     )
     lines += [f"| {row['workers']} | {row['pairs_per_second']:.0f} |" for row in loading]
     return "\n".join(lines)
-
-
-def plot(started: list[dict[str, Any]], loading: list[dict[str, float]], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (times, sizes, rates) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for way in WAYS:
-        rows = [row for row in started if row["way"] == way]
-        times.plot([row["rows"] for row in rows], [row["seconds"] for row in rows], "o-", label=way)
-        sizes.plot([row["rows"] for row in rows], [row["rss"] for row in rows], "o-", label=way)
-    for axes, label in ((times, "seconds to the first step"), (sizes, "memory there, MiB")):
-        axes.set(xscale="log", xlabel="rows", ylabel=label)
-        axes.set_ylim(bottom=0)
-        axes.legend()
-    rates.bar([str(row["workers"]) for row in loading], [row["pairs_per_second"] for row in loading])
-    rates.set(xlabel="workers", ylabel="pairs a second")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """A trainer that measures the time of its steps and the memory of each part of a step, for `gpu_speed.py`."""
 
+import re
+import resource
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from gpu_device import Memory
 from transformers import TrainerCallback
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
@@ -13,6 +15,96 @@ from trl_diffusion_sdpo.step.pair_forward import PairForward
 
 WARMUP, TIMED = 2, 10  # steps
 TIMED_SECONDS = 25  # fewer steps are timed if `TIMED` steps take longer
+GIB = 2**30
+# Part of the device name that PyTorch reports -> TFLOP/s of dense bf16 matrix products with float32 sums. The first
+# match counts. NVIDIA also states twice these numbers, for matrices of which half is zeros. Sources: data sheets of
+# B200, H100
+# (H200 has the same die), A100, L40S, L4 and A10; white papers of GA102 (RTX 3090, A6000), AD102 (RTX 4090) and GB202
+# (RTX 5090).
+PEAK_TERAFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100": 989.4,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+    "A6000": 154.8,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Return the FLOP/s that the maker states for a device, or `None` if the device is not in the table."""
+    found = (peak for part, peak in PEAK_TERAFLOPS.items() if re.search(rf"\b{part}\b", device_name))
+    return next((1e12 * peak for peak in found), None)
+
+
+class Memory:
+    """Peak memory of the parts of a step.
+
+    On CUDA, this is what PyTorch has allocated. On the CPU, it is the largest memory that the process ever had, so a
+    part only shows if it exceeds all earlier parts.
+
+    Attributes:
+        name (`str`): Name of the device.
+        total (`int`): Memory of the device in bytes.
+        peaks (`dict[str, float]`): Peak of each part in GiB.
+    """
+
+    def __init__(self, device: str):
+        self._cuda = device == "cuda"
+        self.name = torch.cuda.get_device_name() if self._cuda else "CPU"
+        self.total = torch.cuda.mem_get_info()[1] if self._cuda else 0
+        self.peaks: dict[str, float] = {}
+        self._highest = 0
+
+    def now(self) -> float:
+        """Return the time in seconds, after all queued work has finished."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def note(self, name: str) -> None:
+        """Record how much memory is allocated now."""
+        self.peaks[name] = (torch.cuda.memory_allocated() if self._cuda else self._peak()) / GIB
+
+    def begin(self) -> None:
+        """Begin a step. `end` records its peak."""
+        self.note("between steps")
+        self._highest = 0
+        self._reset()
+
+    def end(self) -> None:
+        self._highest = max(self._highest, self._peak())
+        self.peaks["step"] = self._highest / GIB
+        self.peaks["policy and backward pass"] = self._peak() / GIB
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Note the peak of a part of the step; parts do not overlap."""
+        self._highest = max(self._highest, self._peak())
+        self._reset()
+        try:
+            yield
+        finally:
+            peak = self._peak()
+            self.peaks[name] = max(self.peaks.get(name, 0), peak / GIB)
+            self._highest = max(self._highest, peak)
+            self._reset()
+
+    def _peak(self) -> int:
+        if self._cuda:
+            return torch.cuda.max_memory_allocated()
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def _reset(self) -> None:
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
 
 
 class MeasuredForward(PairForward):

@@ -90,21 +90,25 @@ def smallest_settings(model: str, class_name: str) -> Mapping[str, Any]:
 
 def network(class_name: str, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Build a network with random weights, which PyTorch draws on the device in their final dtype."""
-    network_class = getattr(diffusers, class_name, None) or getattr(transformers, class_name)
     with device, default_dtype(dtype):
-        made = construct(network_class, settings)
+        made = construct(network_class(class_name), settings)
     return made.to(device, dtype).requires_grad_(False).eval()
 
 
-def construct(network_class: type[nn.Module], settings: Mapping[str, Any]) -> nn.Module:
-    if issubclass(network_class, PreTrainedModel):
-        config = network_class.config_class(**settings)
+def network_class(name: str) -> type[nn.Module]:
+    """Return a class of diffusers or transformers."""
+    return getattr(diffusers, name, None) or getattr(transformers, name)
+
+
+def construct(kind: type[nn.Module], settings: Mapping[str, Any]) -> nn.Module:
+    if issubclass(kind, PreTrainedModel):
+        config = kind.config_class(**settings)
         # CLIP pools at the end token, so its configuration must have the token's id
-        if network_class.__name__.startswith("CLIP"):
+        if kind.__name__.startswith("CLIP"):
             config.bos_token_id = config.vocab_size - 2
             config.eos_token_id = config.pad_token_id = config.vocab_size - 1
-        return network_class(config)
-    return network_class(**settings)
+        return kind(config)
+    return kind(**settings)
 
 
 def quantized(class_name: str, settings: Mapping[str, Any], device: torch.device) -> nn.Module:

@@ -27,8 +27,7 @@ from typing import Any
 
 import diffusers
 import torch
-from gpu_device import GIB, Memory, peak_flops
-from gpu_meter import TIMED, WARMUP, MeasuredTrainer, Meter
+from gpu_meter import GIB, TIMED, WARMUP, MeasuredTrainer, Memory, Meter, peak_flops
 from gpu_networks import SMALLEST_SIDE, build
 from peft import LoraConfig
 from published_sizes import PIPELINES

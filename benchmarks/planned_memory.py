@@ -3,7 +3,7 @@
 Both sides get the same command-line arguments. `trl-diffusion-sdpo plan` computes the planned peak from a pipeline's
 configuration files. The measured peak is that of the trainer's third step with random weights. On CUDA this is the
 allocator's peak. On the CPU it is the bytes of all tensors before the step plus the allocations that the profiler
-records in the step. `--engines` compares runs of two processes, see `planned_processes.py`.
+records in the step.
 """
 
 import argparse
@@ -28,25 +28,19 @@ from trl_diffusion_sdpo.cli.plan import planned_settings
 
 RESULTS = Path(__file__).parent / "results" / "planned_memory.json"
 LORA = "--use_peft --lora_r 16"
+CHECKPOINTING = f"{LORA} --per_device_train_batch_size 4 --gradient_checkpointing true"
+PARAMETER = "--per_device_train_batch_size 2 --safeguard parameter"
+ACCUMULATION = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2"
 CASES = {
     "UNet, LoRA": ("unet", f"{LORA} --per_device_train_batch_size 2"),
-    "UNet, LoRA, checkpointing": ("unet", f"{LORA} --per_device_train_batch_size 4 --gradient_checkpointing true"),
+    "UNet, LoRA, checkpointing": ("unet", CHECKPOINTING),
     "UNet, full": ("unet", "--per_device_train_batch_size 1"),
     "UNet, full, average, 4 pairs": ("unet", "--per_device_train_batch_size 4 --ema_decay 0.99"),
-    "UNet, full, parameter safeguard": ("unet", "--per_device_train_batch_size 2 --safeguard parameter"),
-    "UNet, full, one branch at a time": (
-        "unet",
-        "--per_device_train_batch_size 2 --safeguard parameter --safeguard_low_memory true",
-    ),
+    "UNet, full, parameter safeguard": ("unet", PARAMETER),
+    "UNet, full, one branch at a time": ("unet", f"{PARAMETER} --safeguard_low_memory true"),
     "transformer, LoRA": ("transformer", f"{LORA} --per_device_train_batch_size 2"),
-    "transformer, LoRA, checkpointing": (
-        "transformer",
-        f"{LORA} --per_device_train_batch_size 4 --gradient_checkpointing true",
-    ),
-    "transformer, full, accumulation": (
-        "transformer",
-        "--per_device_train_batch_size 2 --gradient_accumulation_steps 2",
-    ),
+    "transformer, LoRA, checkpointing": ("transformer", CHECKPOINTING),
+    "transformer, full, accumulation": ("transformer", ACCUMULATION),
 }
 WITHOUT_T5 = '--model_init_kwargs {"text_encoder_3":null,"tokenizer_3":null}'
 STEPS = 3  # the first step creates the optimizer states
@@ -129,18 +123,16 @@ def compare(name: str, kind: str, words: str, size: str, folder: Path) -> Row:
 
 def written(kind: str, words: str, size: str, folder: Path) -> tuple[list[str], int]:
     """Write the pipeline of a configuration, and return its command-line arguments and image side."""
-    pipeline, side = small_transformer(size) if kind == "transformer" else small_unet(size)
+    side = UNETS[size]["sample_size"]
+    pipeline = build_pipeline(size, side)
+    if kind == "transformer":
+        pipeline, side = small_transformer(size)
     pipeline.save_pretrained(folder / "pipeline")
     common = f"--model_name_or_path {folder / 'pipeline'} --output_dir {folder / 'out'} --resolution {side}"
     common += f" --max_steps {STEPS} --save_strategy no --report_to none --disable_tqdm true --logging_strategy no"
     if kind == "transformer":
         common += f" {WITHOUT_T5}"
     return f"{common} {words}".split(), side
-
-
-def small_unet(size: str) -> tuple[diffusers.DiffusionPipeline, int]:
-    side = UNETS[size]["sample_size"]
-    return build_pipeline(size, side), side
 
 
 def small_transformer(size: str) -> tuple[diffusers.DiffusionPipeline, int]:
@@ -173,39 +165,25 @@ def small_transformer(size: str) -> tuple[diffusers.DiffusionPipeline, int]:
 
 
 def table(rows: list[Row]) -> str:
-    lines = [
-        "| Configuration | Planned, MiB (computed) | Measured, MiB | Planned / measured |",
-        "|---|---:|---:|---:|",
-    ]
-    return "\n".join(
-        lines
-        + [
-            f"| {row.name} | {row.planned / 2**20:.1f} | {row.measured / 2**20:.1f} | {row.ratio:.3f} |"
-            for row in rows
-        ]
-    )
-
-
-def kept_rows(file: Path) -> dict[str, Row]:
-    """Return the rows that earlier calls wrote to a file, by name."""
-    return {row["name"]: Row(**row) for row in json.loads(file.read_text())} if file.is_file() else {}
+    lines = ["| Configuration | Planned, MiB | Measured, MiB | Planned / measured |", "|---|---:|---:|---:|"]
+    for row in rows:
+        lines.append(f"| {row.name} | {row.planned / 2**20:.1f} | {row.measured / 2**20:.1f} | {row.ratio:.3f} |")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=list(UNETS), default="28m", help="the UNet; the transformer is of like size")
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--output", type=Path, default=RESULTS, help="rows of other configurations stay in it")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    rows = kept_rows(options.output)
+    rows = []
     for name in tqdm(options.only, unit="run", disable=None):
         with tempfile.TemporaryDirectory() as folder:
-            row = compare(name, *CASES[name], options.size, Path(folder))
-        rows[row.name] = row
-        tqdm.write(table([row]).splitlines()[-1])
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps([asdict(row) for row in rows.values()], indent=1) + "\n")
-    print(table(list(rows.values())))
+            rows.append(compare(name, *CASES[name], options.size, Path(folder)))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    print(table(rows))
     return 0
 
 

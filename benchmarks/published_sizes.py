@@ -13,13 +13,6 @@ SD15 = {
     "block_out_channels": (320, 640, 1280, 1280),
     "cross_attention_dim": 768,
 }
-SD21 = {
-    **SD15,
-    "sample_size": 96,
-    "cross_attention_dim": 1024,
-    "attention_head_dim": (5, 10, 20, 20),
-    "use_linear_projection": True,
-}
 SDXL = {
     "sample_size": 128,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -33,18 +26,11 @@ SDXL = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-SD3 = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}
-SD35_MEDIUM = {**SD3, "pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))}
-SD35_LARGE = {
-    **SD3,
-    "num_layers": 38,
-    "num_attention_heads": 38,
-    "caption_projection_dim": 2432,
-    "qk_norm": "rms_norm",
+SD35_MEDIUM = {
+    **{"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384},
+    **{"qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
 }
 FLUX_DEV = {"guidance_embeds": True}
-PIXART = {"caption_channels": 4096}
-PIXART_SIGMA = {**PIXART, "use_additional_conditions": False}
 # A component: its class, and the settings that differ from the class's defaults.
 Component = tuple[str, Mapping[str, Any]]
 
@@ -61,7 +47,6 @@ def _clip(width: int, layers: int, heads: int, act: str, **settings: Any) -> dic
 
 
 _CLIP_L = _clip(768, 12, 12, "quick_gelu")
-_CLIP_H = _clip(1024, 23, 16, "gelu", projection_dim=512)
 _CLIP_G = _clip(1280, 32, 20, "gelu")
 _T5_XXL = {
     **{"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
@@ -76,6 +61,11 @@ _DDPM: Component = (
 )
 _FLOW: Component = ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
 _VAE_16 = {"use_quant_conv": False, "use_post_quant_conv": False}
+_SD15_PARTS: dict[str, Component] = {
+    "vae": _kl_vae(4, 0.18215),
+    "text_encoder": ("CLIPTextModel", _CLIP_L),
+    "scheduler": _DDPM,
+}
 _SD3_PARTS: dict[str, Component] = {
     "vae": _kl_vae(16, 1.5305, shift_factor=0.0609, force_upcast=True, **_VAE_16),
     "text_encoder": ("CLIPTextModelWithProjection", _CLIP_L),
@@ -112,31 +102,15 @@ class PublishedPipeline:
     resolution: int
 
 
-def _sd(settings: Mapping[str, Any], text: Mapping[str, Any], resolution: int) -> PublishedPipeline:
-    parts = {"vae": _kl_vae(4, 0.18215), "text_encoder": ("CLIPTextModel", text), "scheduler": _DDPM}
-    return PublishedPipeline(
-        "StableDiffusionPipeline", {"unet": ("UNet2DConditionModel", settings), **parts}, resolution
-    )
-
-
-def _transformer(pipeline: str, denoiser: Component, parts: Mapping[str, Component]) -> PublishedPipeline:
-    return PublishedPipeline(pipeline, {"transformer": denoiser, **parts}, 1024)
-
-
 PIPELINES = {
-    "sd15": _sd(SD15, _CLIP_L, 512),
-    "sd21": _sd(SD21, _CLIP_H, 768),
+    "sd15": PublishedPipeline("StableDiffusionPipeline", {"unet": ("UNet2DConditionModel", SD15), **_SD15_PARTS}, 512),
     "sdxl": PublishedPipeline(
         "StableDiffusionXLPipeline", {"unet": ("UNet2DConditionModel", SDXL), **_SDXL_PARTS}, 1024
     ),
-    "sd3-medium": _transformer("StableDiffusion3Pipeline", ("SD3Transformer2DModel", SD3), _SD3_PARTS),
-    "sd35-medium": _transformer("StableDiffusion3Pipeline", ("SD3Transformer2DModel", SD35_MEDIUM), _SD3_PARTS),
-    "sd35-large": _transformer("StableDiffusion3Pipeline", ("SD3Transformer2DModel", SD35_LARGE), _SD3_PARTS),
-    "flux-dev": _transformer("FluxPipeline", ("FluxTransformer2DModel", FLUX_DEV), _FLUX_PARTS),
-    "flux-schnell": _transformer("FluxPipeline", ("FluxTransformer2DModel", {}), _FLUX_PARTS),
-    "pixart-sigma": _transformer(
-        "PixArtSigmaPipeline",
-        ("PixArtTransformer2DModel", PIXART_SIGMA),
-        {"vae": _kl_vae(4, 0.13025), "text_encoder": ("T5EncoderModel", _T5_XXL), "scheduler": _DDPM},
+    "sd35-medium": PublishedPipeline(
+        "StableDiffusion3Pipeline", {"transformer": ("SD3Transformer2DModel", SD35_MEDIUM), **_SD3_PARTS}, 1024
+    ),
+    "flux-dev": PublishedPipeline(
+        "FluxPipeline", {"transformer": ("FluxTransformer2DModel", FLUX_DEV), **_FLUX_PARTS}, 1024
     ),
 }

@@ -16,6 +16,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from published_sizes import SD15, SDXL
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 UNETS: dict[str, dict[str, Any]] = {
@@ -37,29 +38,8 @@ UNETS: dict[str, dict[str, Any]] = {
         "cross_attention_dim": 256,
         "attention_head_dim": 8,
     },
-    "sd15": {
-        "sample_size": 64,
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        "block_out_channels": (320, 640, 1280, 1280),
-        "layers_per_block": 2,
-        "cross_attention_dim": 768,
-        "attention_head_dim": 8,
-    },
-    "sdxl": {
-        "sample_size": 128,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (320, 640, 1280),
-        "layers_per_block": 2,
-        "transformer_layers_per_block": (1, 2, 10),
-        "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
+    "sd15": SD15,
+    "sdxl": SDXL,
 }
 XL_TEXT_WIDTHS = (768, 1280)
 PROMPT_TOKENS = 77
@@ -83,24 +63,21 @@ def build_pipeline(size: str, latents: int) -> DiffusionPipeline:
         norm_num_groups=4,
         mid_block_add_attention=False,
     )
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    widths = XL_TEXT_WIDTHS if size == "sdxl" else (unet.config.cross_attention_dim,)
+    return assemble(unet, vae, [text_config(width) for width in widths])
+
+
+def assemble(unet: UNet2DConditionModel, vae: AutoencoderKL, texts: list[CLIPTextConfig]) -> DiffusionPipeline:
+    """Build a pipeline of Stable Diffusion 1.x, or of SDXL if it has two text encoders."""
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = DDPMScheduler(**noise, clip_sample=False, steps_offset=1)
     shared = {"vae": vae, "unet": unet, "scheduler": scheduler, "tokenizer": build_tokenizer()}
-    if size != "sdxl":
-        text_encoder = CLIPTextModel(text_config(unet.config.cross_attention_dim))
-        return StableDiffusionPipeline(
-            **shared,
-            text_encoder=text_encoder,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    first, second = XL_TEXT_WIDTHS
-    return StableDiffusionXLPipeline(
-        **shared,
-        text_encoder=CLIPTextModel(text_config(first)),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(second)),
-        tokenizer_2=build_tokenizer(),
-        add_watermarker=False,
+    shared["text_encoder"] = CLIPTextModel(texts[0])
+    if len(texts) == 2:
+        second = {"text_encoder_2": CLIPTextModelWithProjection(texts[1]), "tokenizer_2": build_tokenizer()}
+        return StableDiffusionXLPipeline(**shared, **second, add_watermarker=False)
+    return StableDiffusionPipeline(
+        **shared, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
 
 
@@ -122,13 +99,13 @@ def build_tokenizer(size: int = 514) -> CLIPTokenizer:
     )
 
 
-def text_config(width: int) -> CLIPTextConfig:
+def text_config(width: int, layers: int = 1, widening: int = 1) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=514,
         hidden_size=width,
-        intermediate_size=width,
+        intermediate_size=widening * width,
         projection_dim=width,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=PROMPT_TOKENS,
         bos_token_id=512,

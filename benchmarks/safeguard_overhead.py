@@ -14,7 +14,7 @@ import random
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,6 @@ class Row:
     """The measurements of one mode.
 
     Attributes:
-        tuning, mode (`str`): `"lora"` or `"full"`, and a key of `MODES`.
-        reference (`bool`): Whether the loss has a reference.
         seconds (`list[float]`): Time of each round's step.
         ratio (`float`): Median over rounds of the time relative to the same round's step without a safeguard.
         spread (`tuple[float, float]`): First and third quartile of these ratios.
@@ -69,12 +67,12 @@ class Row:
     tuning: str
     mode: str
     reference: bool
-    seconds: list[float] = field(default_factory=list)
-    ratio: float = 1.0
-    spread: tuple[float, float] = (1.0, 1.0)
-    step_bytes: int = 0
-    peak_bytes: int = 0
-    target: float | None = None
+    seconds: list[float]
+    ratio: float
+    spread: tuple[float, float]
+    step_bytes: int
+    peak_bytes: int
+    target: float | None
 
 
 class Meter(TrainerCallback):
@@ -198,9 +196,6 @@ def build_trainer(
     return DiffusionSDPOTrainer(pipeline, None, args, pairs, peft_config=lora, callbacks=[meter])
 
 
-# ---- Memory on the CPU ----------------------------------------------------------------------------------------------
-
-
 def peak_bytes(profiler: torch.profiler.profile) -> int:
     """Return the largest number of bytes in tensors that were allocated under the profiler and not yet freed."""
     with tempfile.TemporaryDirectory() as folder:
@@ -224,9 +219,6 @@ def resting_bytes(trainer: DiffusionSDPOTrainer) -> int:
     for state in trainer.optimizer.state.values():
         tensors += [value for value in state.values() if torch.is_tensor(value)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-# ---- Report ---------------------------------------------------------------------------------------------------------
 
 
 def table(rows: list[Row]) -> str:
@@ -260,7 +252,7 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=list(UNETS), default="28m", help="the UNet (default: 28m)")
     parser.add_argument("--latents", type=int, help="side of the latents (default: of the UNet)")
@@ -282,11 +274,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("bench_output/safeguard_overhead.json"), help="file for all numbers"
     )
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     tunings = ["lora", "full"] if options.tuning == "both" else [options.tuning]
     references = [True, False] if options.reference is None else [options.reference]

@@ -3,9 +3,7 @@ alike."""
 
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
-from trl_diffusion_sdpo.step.pair_forward import PairForward
 
 
 def now(device: str) -> float:
@@ -57,9 +54,6 @@ class InTurns:
     Attributes:
         steps (`list[float]`): Seconds of each step, from the batch to the new weights.
         turns (`list[float]`): Seconds of each step together with the loading of the next batch.
-        start (`float`): Seconds before the first step, for preparing data and caches.
-        parts (`dict[str, list[float]]`): Seconds of each part of each step. A trainer has `"VAE"` (with text
-            encoders), `"reference"` and, for the rest, `"policy"`.
         losses (`list[torch.Tensor]`): Loss of each step.
         operations (`Operations`): Operations of the last step, which `advance(counted=True)` ran. Its time is not in
             `steps`.
@@ -68,7 +62,6 @@ class InTurns:
     def __init__(self, work: Callable[["InTurns"], None], device: str, threads: int):
         self.steps: list[float] = []
         self.turns: list[float] = []
-        self.parts: dict[str, list[float]] = defaultdict(list)
         self.losses: list[torch.Tensor] = []
         self._work, self._device, self._threads = work, device, threads
         self.operations = Operations()
@@ -79,7 +72,6 @@ class InTurns:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         self._wait()
-        self.start = now(device) - self._began
 
     def advance(self, *, counted: bool = False) -> None:
         """Do one step and load the next batch."""
@@ -104,17 +96,6 @@ class InTurns:
             self.operations.__exit__(None, None, None)
             return
         self.steps.append(now(self._device) - self._began)
-        if self.parts:
-            timed = sum(seconds[-1] for name, seconds in self.parts.items() if name != "policy")
-            self.parts["policy"].append(self.steps[-1] - timed)
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Time what happens within this context as a part of the step. The thread calls this."""
-        began = now(self._device)
-        yield
-        if not self._counted:
-            self.parts[name].append(now(self._device) - began)
 
     def _wait(self) -> None:
         """Wait until the thread waits for its next turn or has ended."""
@@ -133,20 +114,6 @@ class InTurns:
             self._arrived.release()
 
 
-class TimedForward(PairForward):
-    """Times the parts of a step while `turns` is set."""
-
-    turns: InTurns | None = None
-
-    def encode(self, inputs: dict[str, Any]) -> Any:
-        with nullcontext() if self.turns is None else self.turns.part("VAE"):
-            return super().encode(inputs)
-
-    def predict_reference(self, model: Any, batches: Any) -> Any:
-        with nullcontext() if self.turns is None else self.turns.part("reference"):
-            return super().predict_reference(model, batches)
-
-
 class Recording:
     """Mixin for a trainer that records the loss of every step."""
 
@@ -163,13 +130,7 @@ class Recording:
 
 
 class RecordingTrainer(Recording, DiffusionSDPOTrainer):
-    """A trainer that records the loss and the times of the parts of every step."""
-
-    pair_forward_class = TimedForward
-
-    def take_turns(self, turns: InTurns) -> None:
-        self.pair_forward.turns = turns
-        super().take_turns(turns)
+    """A trainer of this package that records the loss of every step."""
 
 
 class _Turns(TrainerCallback):

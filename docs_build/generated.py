@@ -107,8 +107,9 @@ def options(command: str, *titles: str) -> str:
     the groups of its help that begin so."""
     module = import_module(f"{PACKAGE}.cli.{command.replace('-', '_')}")
     if titles and titles[0] in getattr(module, "SUBCOMMANDS", {}):
-        module, titles = module.module_of(titles[0]), titles[1:]
-    parser = module.make_parser()
+        parser, titles = module.subcommand_parser(titles[0]), titles[1:]
+    else:
+        parser = module.make_parser()
     groups = [group for group in parser._action_groups if not titles or str(group.title).startswith(titles)]
     actions = [action for group in groups for action in group._group_actions]
     shown = [action for action in actions if action.dest != "help" and action.help is not argparse.SUPPRESS]

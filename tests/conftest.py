@@ -25,8 +25,7 @@ from trl_diffusion_sdpo.families import load_pipeline
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Where several processes share the tests, a file's stay together, and all of tests/distributed: the cases there
-    train in one launch."""
+    """Keep the tests of a file in one process, and all of tests/distributed, whose cases train in one launch."""
     from xdist.scheduler import LoadScopeScheduling
 
     class LoadFileOrFolder(LoadScopeScheduling):
@@ -52,37 +51,20 @@ def family_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def sd_folder(tmp_path_factory) -> str:
+def sd_folder(family_folder) -> str:
     """Folder of a Stable Diffusion pipeline that predicts epsilon: images 16x16, latents 4x8x8."""
-    folder = tmp_path_factory.mktemp("pipelines") / "sd"
-    stable_diffusion.build().save_pretrained(folder)
-    return str(folder)
+    return family_folder("stable_diffusion")
 
 
 @pytest.fixture(scope="session")
-def sd_v_folder(tmp_path_factory) -> str:
-    """The same with a scheduler that says v_prediction, as Stable Diffusion 2.1 has it."""
-    folder = tmp_path_factory.mktemp("pipelines") / "sd_v"
-    stable_diffusion.build(prediction_type="v_prediction").save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="session")
-def sdxl_folder(tmp_path_factory) -> str:
+def sdxl_folder(family_folder) -> str:
     """Folder of a Stable Diffusion XL pipeline: two text encoders, pooled text, time ids; images 16x16."""
-    folder = tmp_path_factory.mktemp("pipelines") / "sdxl"
-    stable_diffusion_xl.build().save_pretrained(folder)
-    return str(folder)
+    return family_folder("stable_diffusion_xl")
 
 
 @pytest.fixture
 def sd_pipeline(sd_folder):
     return quiet(load_pipeline(sd_folder))
-
-
-@pytest.fixture
-def sd_v_pipeline(sd_v_folder):
-    return quiet(load_pipeline(sd_v_folder))
 
 
 @pytest.fixture
@@ -110,7 +92,7 @@ def make_pairs():
 
 @pytest.fixture
 def plotted():
-    """Lets `make_args` and `make_trainer` draw curves and verdict."""
+    """Lets `make_args` and `make_trainer` draw curves."""
 
 
 @pytest.fixture
@@ -130,13 +112,12 @@ def one_draw(monkeypatch, request):
 @pytest.fixture
 def make_args(tmp_path, monkeypatch, request):
     """`make_args(**overrides)`: quiet arguments for a few steps on the CPU, writing below the test's own folder. Curves
-    and verdict are not drawn, which takes half a second at every save and end, unless the test uses `plotted`."""
+    are not drawn, which takes half a second at every save and end, unless the test uses `plotted`."""
     from trl_diffusion_sdpo import DiffusionSDPOConfig
-    from trl_diffusion_sdpo.reporting import run_callbacks, verdict_report
+    from trl_diffusion_sdpo.reporting import run_callbacks
 
     if "plotted" not in request.fixturenames:
         monkeypatch.setattr(run_callbacks, "plot_curves", lambda history, file: None)
-        monkeypatch.setattr(verdict_report, "draw_verdict", lambda folder, facts: None)
 
     def build(**overrides):
         settings = {

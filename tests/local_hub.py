@@ -1,5 +1,6 @@
-"""A local server that speaks the Hub's HTTP API, so that publishing is tested through the real `huggingface_hub`
-client: repositories, files and commits live in memory, and every request is recorded."""
+"""Serve a part of the Hub's HTTP API on this machine. Tests publish through the real `huggingface_hub` client.
+
+Repositories live in memory. Weights and tables are sent by LFS. Every request is recorded."""
 
 import contextlib
 import hashlib
@@ -21,9 +22,8 @@ from huggingface_hub import constants
 from huggingface_hub.hf_api import api as default_api
 from huggingface_hub.utils import http_backoff
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".pt", ".parquet")
-REGULAR_LIMIT = 10 * 2**20  # larger files go to LFS whatever they are called
-KIND = "(?:models|datasets)"  # their names are in one space here
+LFS_SUFFIXES = (".safetensors", ".parquet")
+KIND = "(?:models|datasets)"  # models and datasets share one namespace here
 ID = r"(?P<repo>[\w.-]+/[\w.-]+)"
 
 
@@ -31,8 +31,6 @@ ID = r"(?P<repo>[\w.-]+/[\w.-]+)"
 class Commit:
     oid: str
     summary: str
-    description: str
-    changes: dict[str, str]  # path -> "file", "lfsFile", "deletedFile" or "deletedFolder"
 
 
 @dataclass
@@ -40,35 +38,28 @@ class HubRepo:
     repo_id: str
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
-    lfs: set[str] = field(default_factory=set)  # the paths that are stored as LFS
     commits: list[Commit] = field(default_factory=list)
 
     @property
     def sha(self) -> str:
         return self.commits[-1].oid if self.commits else "0" * 40
 
-    def oid(self, path: str) -> str:
-        data = self.files[path]
-        return hashlib.sha256(data).hexdigest() if path in self.lfs else git_oid(data)
-
 
 @dataclass
 class Request:
     method: str
     path: str
-    authorized: bool
-    body: bytes
 
 
 class HubServer:
-    """The server as tests see it.
+    """The server, as tests see it.
 
     Attributes:
-        endpoint, token, user: Where it listens, the one token it accepts, and whose that is.
+        endpoint, token, user: Its address, the only token that it accepts, and the name of that token's user.
         repos: Repositories by `owner/name`.
-        requests: Everything that was asked, in order.
+        requests: All requests in their order.
         failing: How often each endpoint (a pattern of `METHOD /path`) still answers 503.
-        forbidden: Repositories that may not be made or changed: 403.
+        forbidden: Repositories that may not be created or changed: 403.
     """
 
     def __init__(self):
@@ -76,7 +67,6 @@ class HubServer:
         self.user = "tester"
         self.repos: dict[str, HubRepo] = {}
         self.objects: dict[str, bytes] = {}  # LFS objects by SHA-256
-        self.verified: set[str] = set()
         self.requests: list[Request] = []
         self.failing: dict[str, float] = {}
         self.forbidden: set[str] = set()
@@ -104,18 +94,15 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def handle_any(self):
         body, path = self.read_body(), unquote(urlsplit(self.path).path)
-        authorization = self.headers.get("Authorization")
-        authorized = authorization == f"Bearer {self.hub.token}"
+        is_authorized = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
         with self.hub.lock:
-            self.hub.requests.append(Request(self.command, path, authorized, body))
+            self.hub.requests.append(Request(self.command, path))
             try:
                 if is_failing(self.hub, f"{self.command} {path}"):
                     return self.answer(503, b"<html>Service Unavailable</html>")
                 handler, needs_token, match = find_route(self.command, path)
-                if needs_token and not authorized:
+                if needs_token and not is_authorized:
                     raise Refusal(401, "Invalid credentials in Authorization header")
-                if path.startswith("/lfs/") and authorization is not None:
-                    raise Refusal(400, "A presigned URL takes no Authorization header")
                 self.answer(*handler(self.hub, body, **match.groupdict()))
             except Refusal as refusal:
                 extra = {"X-Error-Message": refusal.message, "X-Error-Code": refusal.code}
@@ -202,22 +189,16 @@ def validate_yaml(hub, body):
 
 
 def card_errors(data) -> list[str]:
-    """What the Hub's documentation of model cards asks of the metadata."""
-    if not isinstance(data, dict):
-        return ["metadata must be a mapping"]
+    """Return what the Hub would refuse in the metadata of a model card, by its documentation."""
     errors = []
     for key in ("license", "library_name", "pipeline_tag", "base_model_relation"):
         if key in data and not isinstance(data[key], str):
             errors.append(f'"{key}" must be a string')
-    if not all(isinstance(tag, str) for tag in data.get("tags", [])):
-        errors.append('"tags" must be an array of strings')
     bases = data.get("base_model", [])
-    if not all(re.fullmatch(r"[\w.-]+/[\w.-]+", base) for base in ([bases] if isinstance(bases, str) else bases)):
+    if not all(re.fullmatch(ID, base) for base in ([bases] if isinstance(bases, str) else bases)):
         errors.append('"base_model" must be an id of the Hub')
     if data.get("base_model_relation", "adapter") not in ("adapter", "finetune", "merge", "quantized"):
         errors.append('"base_model_relation" is unknown')
-    if not all(isinstance(entry["text"], str) and entry["output"]["url"] for entry in data.get("widget", [])):
-        errors.append('"widget" entries need a text and an output url')
     return errors
 
 
@@ -241,60 +222,36 @@ def resolve(hub, body, repo, revision, path):
     found = find_repo(hub, repo, revision)
     if path not in found.files:
         raise Refusal(404, "Entry not found", "EntryNotFound")
-    return 200, found.files[path], {"ETag": f'"{found.oid(path)}"', "X-Repo-Commit": found.sha}
+    return 200, found.files[path], {"ETag": f'"{git_oid(found.files[path])}"', "X-Repo-Commit": found.sha}
 
 
 def preupload(hub, body, repo, revision):
-    found = find_repo(hub, repo, revision)
-    return 200, {
-        "files": [
-            {
-                "path": file["path"],
-                "uploadMode": "lfs" if goes_to_lfs(file) else "regular",
-                "shouldIgnore": False,
-                "oid": found.oid(file["path"]) if file["path"] in found.files else None,
-            }
-            for file in json.loads(body)["files"]
-        ]
-    }
-
-
-def goes_to_lfs(file: dict) -> bool:
-    return file["path"].endswith(LFS_SUFFIXES) or file["size"] > REGULAR_LIMIT
+    find_repo(hub, repo, revision)
+    files = [
+        {
+            "path": file["path"],
+            "uploadMode": "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular",
+            "shouldIgnore": False,
+            "oid": None,
+        }
+        for file in json.loads(body)["files"]
+    ]
+    return 200, {"files": files}
 
 
 def lfs_batch(hub, body, repo):
     find_repo(hub, repo)
-    asked = json.loads(body)
-    if asked["operation"] != "upload" or asked["hash_algo"] != "sha256" or "basic" not in asked["transfers"]:
-        raise Refusal(422, "Unsupported LFS batch request")
-    return 200, {"transfer": "basic", "objects": [lfs_object(hub, **item) for item in asked["objects"]]}
-
-
-def lfs_object(hub, oid: str, size: int) -> dict:
-    if oid in hub.objects:
-        return {"oid": oid, "size": size}
-    upload = {"href": f"{hub.endpoint}/lfs/{oid}"}
-    verify = {"href": f"{hub.endpoint}/verify"}
-    return {"oid": oid, "size": size, "actions": {"upload": upload, "verify": verify}}
+    objects = json.loads(body)["objects"]
+    for item in objects:
+        if item["oid"] not in hub.objects:  # the client uploads the objects that have an action
+            item["actions"] = {"upload": {"href": f"{hub.endpoint}/lfs/{item['oid']}"}}
+    return 200, {"transfer": "basic", "objects": objects}
 
 
 def lfs_put(hub, body, oid):
-    store(hub, oid, body)
-    return 200, {}
-
-
-def store(hub, oid: str, data: bytes):
-    if hashlib.sha256(data).hexdigest() != oid:
-        raise Refusal(400, "The content is not what its SHA-256 promises")
-    hub.objects[oid] = data
-
-
-def lfs_verify(hub, body):
-    asked = json.loads(body)
-    if len(hub.objects.get(asked["oid"], b"")) != asked["size"]:
-        raise Refusal(404, "The object has not arrived")
-    hub.verified.add(asked["oid"])
+    if hashlib.sha256(body).hexdigest() != oid:
+        raise Refusal(400, "The content does not have the SHA-256 of its name")
+    hub.objects[oid] = body
     return 200, {}
 
 
@@ -304,29 +261,19 @@ def commit(hub, body, repo, revision):
     if header["value"].get("parentCommit", found.sha) != found.sha:
         raise Refusal(412, "A commit has happened since")
     for operation in operations:
-        apply(hub, found, operation["key"], operation["value"])
+        path = operation["value"]["path"]
+        if operation["key"] == "file":
+            found.files[path] = b64decode(operation["value"]["content"])
+        elif operation["key"] == "lfsFile":
+            found.files[path] = hub.objects[operation["value"]["oid"]]
+        elif operation["key"] in ("deletedFile", "deletedFolder"):
+            inside = path.rstrip("/") + "/"
+            found.files = {name: data for name, data in found.files.items() if not f"{name}/".startswith(inside)}
+        else:
+            raise Refusal(400, f"Unknown operation: {operation['key']}")
     oid = hashlib.sha1(body + found.sha.encode()).hexdigest()
-    changes = {operation["value"]["path"]: operation["key"] for operation in operations}
-    found.commits.append(Commit(oid, header["value"]["summary"], header["value"]["description"], changes))
+    found.commits.append(Commit(oid, header["value"]["summary"]))
     return 200, {"success": True, "commitOid": oid, "commitUrl": f"{hub.endpoint}/{repo}/commit/{oid}"}
-
-
-def apply(hub, repo: HubRepo, key: str, value: dict):
-    path = value["path"]
-    if key == "file":
-        repo.files[path] = b64decode(value["content"])
-        repo.lfs.discard(path)
-    elif key == "lfsFile":
-        if value["oid"] not in hub.verified:
-            raise Refusal(400, f"The LFS object of {path} was not uploaded and verified")
-        repo.files[path] = hub.objects[value["oid"]]
-        repo.lfs.add(path)
-    elif key in ("deletedFile", "deletedFolder"):
-        gone = [name for name in repo.files if name == path or name.startswith(path.rstrip("/") + "/")]
-        for name in gone:
-            del repo.files[name]
-    else:
-        raise Refusal(400, f"Unknown operation: {key}")
 
 
 def git_oid(data: bytes) -> str:
@@ -346,7 +293,6 @@ ROUTES = (  # methods, path, whether the token is asked for, handler
     (("POST",), f"/api/{KIND}/{ID}/preupload/(?P<revision>[^/]+)", True, preupload),
     (("POST",), rf"/(?:datasets/)?{ID}\.git/info/lfs/objects/batch", True, lfs_batch),
     (("PUT",), r"/lfs/(?P<oid>\w+)", False, lfs_put),
-    (("POST",), "/verify", True, lfs_verify),
     (("POST",), f"/api/{KIND}/{ID}/commit/(?P<revision>[^/]+)", True, commit),
 )
 

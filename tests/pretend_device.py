@@ -35,13 +35,13 @@ SHAPED_BY_VALUES = (
     *("aten::unique_dim", "aten::_unique", "aten::_unique2", "aten::unique_consecutive", "aten::bincount"),
 )
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
-# What autocast does on CUDA: the first in half precision, the second in float32.
+# Autocast runs the first operations in half precision on CUDA, and the second in float32.
 LOWERED = (
     *("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "conv3d", "conv_transpose2d.input"),
     "scaled_dot_product_attention",
 )
 RAISED = ("layer_norm", "group_norm", "softmax.int", "log_softmax.int", "mse_loss", "cosine_similarity", "exp", "log")
-# On a real device these are kernels; their C++ would look for the device here.
+# These are kernels on a real device. Their C++ code would look for the device here.
 MADE_ON_DEVICE = ("arange", "linspace", "logspace", "eye", "full", "randperm")
 SENT_TO_DEVICE = ("tensor", "as_tensor")
 PROJECT = f"{Path(__file__).parents[1]}/"
@@ -49,7 +49,7 @@ _quiet = 0  # while above 0, nothing is noted
 
 
 class PretendTensor(torch.Tensor):
-    """On the device; its numbers are in `raw`, on the CPU."""
+    """A tensor on the pretend device. Its numbers are in `raw`, on the CPU."""
 
     @staticmethod
     def __new__(cls, raw, requires_grad=False):
@@ -219,7 +219,7 @@ def _arrives_later(args, kwargs) -> bool:
 
 
 class PretendEvent:
-    """What was copied before it was recorded has arrived once it was waited for."""
+    """An event. Copies that were made before it was recorded have arrived when it has been waited for."""
 
     def __init__(self, device=None, **settings):
         self._copies = None
@@ -240,9 +240,7 @@ class PretendEvent:
 
 
 class DeviceModule:
-    """What `torch.cuda` is for CUDA."""
-
-    kept_states = 0  # how often its random state was read
+    """The counterpart of `torch.cuda`."""
 
     is_initialized = is_available = staticmethod(lambda: True)
     is_bf16_supported = staticmethod(lambda *given, **settings: True)
@@ -254,10 +252,7 @@ class DeviceModule:
     get_amp_supported_dtype = staticmethod(lambda: [torch.float16, torch.bfloat16])
     set_rng_state = staticmethod(lambda state, device=None: None)
 
-    @classmethod
-    def get_rng_state(cls, device=None):
-        cls.kept_states += 1
-        return torch.zeros(1, dtype=torch.uint8)
+    get_rng_state = staticmethod(lambda device=None: torch.zeros(1, dtype=torch.uint8))
 
 
 class HostGenerator(torch.Generator):

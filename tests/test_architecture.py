@@ -4,7 +4,6 @@ engine stay in `engines`, and only the command line prints."""
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,41 +105,3 @@ def test_the_package_keeps_the_rule(name):
     assert rule(planted), "The rule does not see what it is there for."
     wrong = rule(package_sources())
     assert not wrong, "\n".join(wrong)
-
-
-def test_losses_need_torch_only():
-    allowed = (
-        "torch",
-        PACKAGE.name,
-        "__future__",
-        "collections",
-        "dataclasses",
-        "functools",
-        "inspect",
-        "math",
-        "statistics",
-        "typing",
-    )
-    sources = {path: source for path, source in package_sources().items() if room(path) == "losses"}
-    wrong = [name for path, source in sources.items() for _, name in imports(path, source)]
-    assert not [name for name in wrong if name.split(".")[0] not in allowed]
-
-
-def test_no_file_names_a_place_on_a_machine():
-    home = re.compile(r"(?<![\w./:-])/(" + "|".join(["work", "tmp", "root", "home", "Users"]) + r")/(?!someone)\w")
-    assert not [path for path in project_files() if home.search(path.read_text(encoding="utf-8"))]
-
-
-def test_no_file_is_left_unfinished():
-    mark = re.compile(r"\b(" + "|".join(["TO" + "DO", "FIX" + "ME", "X" * 3]) + r")\b")
-    assert not [path for path in project_files() if mark.search(path.read_text(encoding="utf-8"))]
-
-
-def project_files() -> list[Path]:
-    """The project's own text files, without what tools leave in hidden folders."""
-    folders = [ROOT / name for name in (PACKAGE.name, "tests", "examples", "docs", "benchmarks")]
-    inside = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    visible = [path for path in inside if not any(part.startswith((".", "__")) for part in path.parent.parts)]
-    beside = [path for path in [*ROOT.glob("*"), ROOT / ".ci" / "run"] if path.is_file() and path.name != ".git"]
-    suffixes = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".cfg", ""}
-    return [path for path in [*visible, *beside] if path.suffix in suffixes]

@@ -1,4 +1,4 @@
-"""No secret leaves a run: not in its files, not in what trackers and logs are told."""
+"""No secret gets into files, trackers or logs of a run."""
 
 import json
 from pathlib import Path

@@ -55,11 +55,7 @@ OWN_PAIRS = 216  # held-out pairs of a row's own kind, at most
 
 
 def load_plan(name: str) -> dict[str, Any]:
-    """Read a plan by its name or path.
-
-    Raises:
-        ValueError: If there is no such plan, or a row samples a row that the plan lacks.
-    """
+    """Read a plan by its name or path."""
     file = Path(name) if name.endswith(".yaml") else HERE / f"{name}.yaml"
     if not file.is_file():
         names = ", ".join(sorted(path.stem for path in HERE.glob("*.yaml")))

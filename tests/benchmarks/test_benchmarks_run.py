@@ -46,15 +46,14 @@ def test_the_overhead_of_every_mode_is_measured(tmp_path):
 
 @pytest.mark.matrix
 def test_every_way_to_read_rows_is_measured(tmp_path):
-    file, picture = tmp_path / "loading.json", tmp_path / "loading.png"
-    shown = run("data_loading.py", *("--quick", "--output", str(file), "--plot", str(picture)))
+    file = tmp_path / "loading.json"
+    shown = run("data_loading.py", "--quick", "--output", str(file))
     found = json.loads(file.read_text())
     ways = [(row["rows"], row["way"]) for row in found["start_up"]]
-    assert ways == [(rows, way) for rows in (100, 3000) for way in ("first", "again", "stream")]
+    assert ways == [(rows, way) for rows in (100, 3000) for way in ("map", "stream")]
     assert all(row["peak"] >= row["rss"] > 0 and row["seconds"] > row["constructing"] for row in found["start_up"])
     assert all(f"| {rows} | {way} |" in shown for rows, way in ways)
     assert [row["workers"] for row in found["loading"]] == [0, 1] and found["decoding"]["ratio"] > 0
-    assert picture.stat().st_size > 10_000
 
 
 SMOKE = """

@@ -1,5 +1,5 @@
-"""Encoded pairs are the pairs: batches, losses and weights are those of training without a cache, which is built once,
-under a key of all that it depends on, whatever kills, damages or shares it."""
+"""Training on encoded pairs equals training without a cache: batches, losses and weights. The cache is built once, and
+its key has everything that it depends on."""
 
 import json
 import shutil
@@ -8,14 +8,12 @@ import datasets
 import pytest
 import torch
 from diffusers.utils import is_ftfy_available
-from fsspec.implementations.memory import MemoryFileSystem
 from tiny_pipelines import case
 
 from trl_diffusion_sdpo.cache import encoding, key
 from trl_diffusion_sdpo.cache.key import EncoderKey
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.data import images
-from trl_diffusion_sdpo.data.images import ImageReader, PairDraws
+from trl_diffusion_sdpo.data.images import ImageReader
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import loss_spec
 from trl_diffusion_sdpo.models.loading import LoadedModel, load_model
@@ -37,7 +35,7 @@ def small_shards(monkeypatch):
 
 @pytest.fixture
 def make_cached(make_trainer, tmp_path):
-    """`make_cached(**overrides)`: a trainer that reads encoded pairs, of the test's own cache."""
+    """`make_cached(**overrides)`: a trainer that reads encoded pairs from a cache of this test."""
 
     def build(**overrides):
         return make_trainer(**{"precompute_latents": True, "precompute_dir": str(tmp_path / "cache"), **overrides})
@@ -47,7 +45,7 @@ def make_cached(make_trainer, tmp_path):
 
 @pytest.fixture
 def walk(make_pairs):
-    """`walk(trainer maker, **overrides)`: the logs and weights of a run."""
+    """`walk(make, **overrides)`: logs, weights and trainer of a run."""
 
     def train(make, **overrides):
         trainer = make(train=make_pairs(12), eval_dataset=make_pairs(6, seed=3), **{**RUN, **overrides})
@@ -59,9 +57,9 @@ def walk(make_pairs):
 
 
 def files_of(trainer):
-    """The cache of the training data: bytes and times of its finished shards."""
+    """Return bytes and times of the files in the cache of the training data."""
     encoded = trainer.train_dataset._encoded
-    folders = (encoded.images.path, encoded.prompts.store.path)
+    folders = (encoded.images.path, encoded.prompts.path)
     return {
         (folder.name, path.name): (path.read_bytes(), path.stat().st_mtime_ns)
         for folder in folders
@@ -74,7 +72,7 @@ def contents(files):
 
 
 def batches(trainer, epochs, size=4):
-    """Latents, conditioning and seeds of every batch, as a step has them."""
+    """Yield latents, conditioning and seeds of every batch."""
     data = trainer.train_dataset
     for epoch in epochs:
         data.set_epoch(epoch)
@@ -105,12 +103,10 @@ def no_weights(*args):
 def test_two_epochs_are_those_without_a_cache_and_the_next_run_reads_no_image_and_no_encoder(
     make_trainer, make_cached, walk, monkeypatch
 ):
-    """Losses, metrics, evaluations and weights, with flips and dropped prompts, to the bit."""
+    """Losses, metrics, evaluations and weights are equal to the bit, with flips and dropped prompts."""
     logs, weights, _ = walk(make_trainer)
     first_logs, first_weights, first = walk(make_cached)
-    draws = [[PairDraws.from_key(42, epoch, pair).flip < 0.5 for epoch in range(2)] for pair in range(12)]
-    flips = sum(len(set(of_pair)) for of_pair in draws)  # one of a pair whose epochs draw the same flip
-    assert first.encoding.report.encoded_images == 2 * flips + 2 * 6 < 2 * 2 * 12 + 2 * 6
+    assert first.encoding.report.encoded_images == 2 * 2 * 12 + 2 * 6  # training images plain and mirrored
     assert first.encoding.report.encoded_prompts == 13 + 7  # with the empty one
     monkeypatch.setattr(ImageReader, "decode", no_image)
     monkeypatch.setattr(LoadedModel, "load_encoders", no_weights)
@@ -139,7 +135,7 @@ def test_batches_have_the_latents_of_a_run_without_a_cache(make_trainer, make_ca
 def test_random_crops_are_those_of_the_first_epochs_and_then_repeat(
     make_trainer, make_cached, make_pairs, sdxl_folder
 ):
-    """Of SDXL, whose conditioning has the corner of each crop."""
+    """SDXL's conditioning has the corner of each crop."""
     given = {"model": sdxl_folder, "train": make_pairs(8, size=(24, 40)), "random_crop": True}
     live, cached = make_trainer(**given), make_cached(precompute_epochs=2, **given)
     assert_equal_batches(live, cached, [0, 1])
@@ -153,7 +149,7 @@ def test_random_crops_are_those_of_the_first_epochs_and_then_repeat(
 
 
 def test_a_resume_compares_stored_crops_where_there_are_any(make_trainer, make_cached, make_pairs, tmp_path, caplog):
-    """Crops that repeat are another trajectory than those drawn in every epoch; crops at the center are not."""
+    """Repeating random crops change the trajectory. Crops at the center do not."""
     pairs = {"train": make_pairs(4)}
     crops = [
         make_cached(precompute_epochs=2, random_crop=True, **pairs),
@@ -197,7 +193,7 @@ def loaded(trainer):
 
 
 def with_spoiled(pairs, spoiled):
-    """Pairs whose chosen images are files, some of them damaged."""
+    """Return pairs whose chosen images are files, two of them damaged."""
     rows = []
     for number, row in enumerate(pairs):
         path = spoiled / f"{number}.png"
@@ -219,25 +215,9 @@ def test_pairs_of_images_that_cannot_be_decoded_are_replaced_as_without_a_cache(
     )
     assert_equal_batches(live, cached, [0])
     assert cached.train_dataset.report.undecodable == live.train_dataset.report.undecodable == 2
-    strict = make_cached(train=pairs, verify_images="none", on_bad_row="raise", random_flip=False)
+    strict = make_cached(train=pairs, verify_images="none", on_bad_row="raise")
     with pytest.raises(ValueError, match="pair 2.*on_bad_row"):
         strict.train_dataset[2]
-
-
-@pytest.fixture
-def no_answer(monkeypatch):
-    """`no_answer(times)`: a storage that cannot be reached so many times, for one image."""
-    monkeypatch.setattr(images, "READ_AGAIN", (0.0, 0.0))
-    left, really = [0], MemoryFileSystem._open
-
-    def unreliable(self, path, mode="rb", **options):
-        if mode == "rb" and path.endswith("2.png") and left[0] > 0:
-            left[0] -= 1
-            raise TimeoutError("no answer")
-        return really(self, path, mode, **options)
-
-    monkeypatch.setattr(MemoryFileSystem, "_open", unreliable)
-    return lambda times: left.__setitem__(0, times)
 
 
 def test_an_image_of_several_pairs_and_a_prompt_of_several_rows_are_encoded_once(
@@ -258,7 +238,7 @@ def test_an_image_of_several_pairs_and_a_prompt_of_several_rows_are_encoded_once
 
 @pytest.fixture
 def other_vae(sd_folder, tmp_path):
-    """The folder of the same pipeline with one number of its VAE changed."""
+    """Folder of the pipeline with one changed number in its VAE."""
     pipeline = load_pipeline(sd_folder)
     with torch.no_grad():
         next(pipeline.vae.parameters()).flatten()[0] += 1e-3
@@ -291,6 +271,7 @@ def test_whatever_changes_the_moments_is_another_key(caches_of, make_pairs, othe
         "interpolation": {"image_interpolation": "bicubic"},
         "fractions of JPEG files": {"image_interpolation": "fast"},
         "crops": {"random_crop": True},
+        "flips": {"random_flip": False},
         "seed of crops": {"random_crop": True, "seed": 7},
         "dtype": {"vae_dtype": "bfloat16"},
         "weights": {"model": other_vae},
@@ -298,10 +279,10 @@ def test_whatever_changes_the_moments_is_another_key(caches_of, make_pairs, othe
     }
     again = caches_of(pairs=make_pairs(8).map(lambda row: {"prompt": row["prompt"] + "!"}))
     assert again[1] != prompts
-    found = {name: caches_of(**given) for name, given in changes.items()}
-    assert len({images, *(changed for changed, _ in found.values())}) == 1 + len(changes)
-    assert {other for name, (_, other) in found.items() if name != "weights"} == {prompts}
-    assert caches_of(per_device_train_batch_size=2, random_flip=False, seed=7) == (images, prompts)
+    caches = {name: caches_of(**given) for name, given in changes.items()}
+    assert len({images, *(changed for changed, _ in caches.values())}) == 1 + len(changes)
+    assert {other for name, (_, other) in caches.items() if name != "weights"} == {prompts}
+    assert caches_of(per_device_train_batch_size=2, seed=7) == (images, prompts)
 
 
 def test_whatever_changes_the_conditioning_is_another_key(caches_of, make_pairs, sd_folder, tmp_path):
@@ -331,7 +312,7 @@ def facts_of(make_args):
 
 
 def test_models_that_differ_in_the_length_of_prompts_share_no_prompts(facts_of, tmp_path):
-    """FLUX.1 dev and schnell: the same encoders, and 512 or 256 tokens by the configuration of the transformer."""
+    """FLUX.1 dev and schnell have equal encoders, and 512 or 256 tokens by the configuration of the transformer."""
     pipeline = case("flux").build()
     pipeline.save_pretrained(tmp_path)
     config = tmp_path / "transformer" / "config.json"
@@ -364,25 +345,6 @@ def test_a_damaged_shard_is_named_and_encoded_again_alone(make_cached, caplog):
     assert 0 < again.encoding.report.encoded_images <= 8 and again.encoding.report.encoded_prompts == 0
 
 
-def test_only_the_flips_that_training_draws_are_encoded_and_others_are_added_later(make_trainer, make_cached):
-    """One epoch draws one flip of a pair; an evaluation of the same pairs reads images without flips."""
-    one = make_cached(max_steps=-1, num_train_epochs=1)
-    assert one.encoding.report.encoded_images == 2 * 16
-    one.train_dataset.set_epoch(1)
-    with pytest.raises(ValueError, match="`num_train_epochs`"):
-        [one.train_dataset[pair] for pair in range(16)]
-    one.train_dataset.set_epoch(0)
-    one.evaluate(one.train_dataset)
-    plain = one.encoding.report.encoded_images
-    assert 2 * 16 < plain < 4 * 16
-    two = make_cached(max_steps=8, per_device_train_batch_size=4, winner_budget=None)  # 2 epochs
-    added = two.encoding.report.encoded_images
-    assert_equal_batches(make_trainer(), two, [0, 1])
-    many = make_cached(max_steps=-1, num_train_epochs=9)
-    assert many.encoding.report.encoded_images == 4 * 16 - plain - added > 0  # the others are in the cache
-    assert_equal_batches(make_trainer(), many, [0, 8])
-
-
 def test_a_folder_that_cannot_be_written_is_named(make_cached, make_trainer, tmp_path):
     (tmp_path / "cache").touch()  # in whose place no folder can be made, by no user
     for settings in ({}, {"precompute_latents": False, "precompute_ref_errors": True}):
@@ -392,7 +354,7 @@ def test_a_folder_that_cannot_be_written_is_named(make_cached, make_trainer, tmp
 
 @pytest.mark.matrix
 def test_prepared_pairs_are_encoded_anew_for_another_model(make_trainer, make_cached, make_pairs, other_vae):
-    """Training, evaluation and later evaluations; the first trainer keeps its own."""
+    """This holds for training and evaluation data. The first trainer's encoded pairs stay unchanged."""
     first = make_cached(train=make_pairs(4), eval_dataset=make_pairs(2, seed=1))
     given = {"train": first.train_dataset, "eval_dataset": first.eval_dataset}
     before = first.train_dataset[0]["moments"]
@@ -422,7 +384,7 @@ def test_streams_are_refused(make_cached, make_pairs):
         make_cached(train=make_pairs(8).to_iterable_dataset())
 
 
-def test_too_little_room_is_told_before_anything_is_written(make_cached, monkeypatch, tmp_path):
+def test_too_little_room_is_reported_before_anything_is_written(make_cached, monkeypatch, tmp_path):
     monkeypatch.setattr(encoding, "free_bytes", lambda folder: 1000)
     with pytest.raises(DiskFullError, match="`precompute_dir`"):
         make_cached()
@@ -431,7 +393,7 @@ def test_too_little_room_is_told_before_anything_is_written(make_cached, monkeyp
 
 @pytest.fixture
 def encode(sd_folder, make_pairs, tmp_path, capsys):
-    """`encode(cache, *words)`: what the command prints."""
+    """`encode(cache, *words)`: runs the command and returns its output."""
     if not (tmp_path / "pairs").exists():
         make_pairs(6).save_to_disk(str(tmp_path / "pairs"))
     words = f"encode --model_name_or_path {sd_folder} --dataset_name {tmp_path}/pairs --use_cpu true --dtype float32"
@@ -445,7 +407,7 @@ def encode(sd_folder, make_pairs, tmp_path, capsys):
 
 
 def files_in(folder):
-    """Without what depends on times and on this process."""
+    """Return the shards in a folder."""
     files = (path for path in sorted(folder.rglob("*.safetensors")))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -453,23 +415,23 @@ def files_in(folder):
 def test_the_command_writes_the_cache_of_a_trainer_without_reading_a_denoiser(
     encode, make_trainer, sd_folder, tmp_path, recwarn
 ):
-    """Encode with a copy of the pipeline that has no weights of a denoiser."""
+    """The command also works on a pipeline without weights of a denoiser."""
     said = encode("cache")
     assert not [str(warning.message) for warning in recwarn if "no effect" in str(warning.message)]
-    assert f"22 images, with their variants, and 7 prompts are encoded in {tmp_path}/cache: " in said  # of 3 epochs
-    assert "Encoded now: 22 images and 7 prompts." in said
+    assert f"24 images, with their variants, and 7 prompts are encoded in {tmp_path}/cache: " in said
+    assert "Encoded now: 24 images and 7 prompts." in said
     given = {"train": datasets.load_from_disk(str(tmp_path / "pairs")), "precompute_latents": True}
     make_trainer(**given, precompute_dir=str(tmp_path / "of a trainer"), max_steps=-1, num_train_epochs=3)
     assert files_in(tmp_path / "cache") == files_in(tmp_path / "of a trainer")
     shutil.copytree(sd_folder, tmp_path / "model")
     for path in (tmp_path / "model" / "unet").glob("*.safetensors"):
         path.unlink()
-    assert "Encoded now: 22 images and 7 prompts." in encode("copy", "--model_name_or_path", str(tmp_path / "model"))
+    assert "Encoded now: 24 images and 7 prompts." in encode("copy", "--model_name_or_path", str(tmp_path / "model"))
     assert "Encoded now: 0 images and 0 prompts." in encode("copy", "--model_name_or_path", str(tmp_path / "model"))
 
 
 def test_quantized_components_are_not_moved_one_tensor_at_a_time(make_cached, sd_pipeline):
-    """As bitsandbytes leaves them: numbers of 8 bits, and a note in the configuration."""
+    """bitsandbytes leaves weights of 8 bits."""
     linear = next(part for part in sd_pipeline.text_encoder.modules() if isinstance(part, torch.nn.Linear))
     linear.weight = torch.nn.Parameter(torch.zeros(linear.weight.shape, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match="`text_encoder`"):

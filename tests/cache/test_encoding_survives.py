@@ -1,5 +1,5 @@
-"""A cache that was killed ten times, that two processes wrote, or that met a full disk, is that of an undisturbed run;
-and every family's pairs are those without a cache."""
+"""A cache equals that of an undisturbed run after kills, with two processes and on a full disk. The batches of every
+family equal those without a cache."""
 
 import multiprocessing
 import os
@@ -99,12 +99,12 @@ def files(cache):
 
 
 def finished(cache):
-    """Times of the finished shards."""
+    """Return the modification times of the finished shards."""
     return {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
 
 
 def shards(cache):
-    """The contents of all shards and their keys."""
+    """Return the contents of all shards and keys."""
     return {name: data for name, data in files(cache).items() if name.endswith((".safetensors", "key.json"))}
 
 
@@ -133,14 +133,14 @@ def test_two_processes_write_the_cache_of_one(start, tmp_path):
     finish(start(tmp_path / "one"))
     finish(*(start(tmp_path / "two", rank) for rank in range(2)))
     assert shards(tmp_path / "two") == shards(tmp_path / "one")
-    damaged = sorted((tmp_path / "two").rglob("000003-0.safetensors"))[0]
+    damaged = sorted((tmp_path / "two").rglob("000003.safetensors"))[0]
     damaged.write_bytes(b"of another file")
     finish(*(start(tmp_path / "two", rank) for rank in range(2)))
     assert shards(tmp_path / "two") == shards(tmp_path / "one")
 
 
 def test_under_zero_3_encoders_are_whole_and_the_cache_is_that_of_one_process(start, tmp_path):
-    """Where transformers is told of ZeRO-3 it makes models of shards, which encode nothing by themselves."""
+    """With ZeRO-3, transformers makes sharded models, which cannot encode in one process."""
     finish(start(tmp_path / "one"))
     stage = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 3}}
     finish(*(start(tmp_path / "two", rank, deepspeed=stage) for rank in range(2)))
@@ -203,7 +203,7 @@ def test_a_full_disk_is_named_and_what_was_finished_stays(make_trainer, make_pai
 def test_every_family_has_the_batches_of_a_run_without_a_cache(
     name, family_folder, make_trainer, make_pairs, tmp_path
 ):
-    """With prompts of several lengths, the empty one among them."""
+    """The prompts have several lengths, and one is empty."""
     prompts = ["red circle", LONG, "", "cat"]
     pairs = make_pairs(8).map(lambda row, index: {"prompt": prompts[index % 4]}, with_indices=True)
     alone = name == "cogview4"  # which attends to padding
@@ -219,10 +219,10 @@ def test_every_family_has_the_batches_of_a_run_without_a_cache(
     rounds = name in ("ideogram4", "krea2", "qwen_image", "qwen_image_21")  # whose prompts are encoded alone
     for epoch in range(2):
         for start in range(0, 8, size):
-            found = [encoded(trainer, epoch, range(start, start + size)) for trainer in trainers]
-            for other in found[1:]:
-                assert found[0].keys() == other.keys()
-                for key, value in found[0].items():
+            batches = [encoded(trainer, epoch, range(start, start + size)) for trainer in trainers]
+            for other in batches[1:]:
+                assert batches[0].keys() == other.keys()
+                for key, value in batches[0].items():
                     assert value.dtype == other[key].dtype and value.shape == other[key].shape
                     assert value.device == other[key].device
                     near = rounds and key == "prompt_embeds"

@@ -1,12 +1,10 @@
-"""Shards of a cache: what was written is read to the bit, and a shard that is cut off is named and made anew."""
+"""Shards of a cache are read to the bit. A shard that is cut off is named and written again."""
 
 import pickle
 
-import numpy as np
 import pytest
 import torch
 
-from trl_diffusion_sdpo.cache import shards
 from trl_diffusion_sdpo.cache.shards import ShardStore
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.uint8)
@@ -14,7 +12,7 @@ ROWS = 10
 
 
 def row_of(row):
-    """Tensors of a row, of every dtype, with a shape that depends on the row, and one without dimensions."""
+    """Return tensors of every dtype, whose shape depends on the row, and one without dimensions."""
     generator = torch.Generator().manual_seed(row)
     made = {str(dtype): (10 * torch.randn(2, row % 3, 4, generator=generator)).to(dtype) for dtype in DTYPES}
     return made | {"scalar": torch.tensor(row), "a.name": torch.tensor([1.0, -0.0, 0.0])}
@@ -30,13 +28,12 @@ def store(tmp_path):
     store = ShardStore(tmp_path, {"vae": "a"}, ROWS)
     for number in range(3):
         write(store, number, range(4 * number, min(4 * number + 4, ROWS)))
-    store.refresh()
+    store.missing()
     return store
 
 
 def missing(store):
-    store.refresh()
-    return store.missing(np.arange(ROWS)).tolist()
+    return store.missing().tolist()
 
 
 def assert_whole(store):
@@ -49,8 +46,7 @@ def assert_whole(store):
             assert torch.equal(read[name].signbit(), value.signbit())
 
 
-def test_rows_of_any_dtype_and_shape_are_read_to_the_bit(store, monkeypatch):
-    monkeypatch.setattr(shards, "OPEN_FILES", 2)
+def test_rows_of_any_dtype_and_shape_are_read_to_the_bit(store):
     assert_whole(store)
     assert_whole(ShardStore(store.path.parent, {"vae": "a"}, ROWS))  # another process
     assert_whole(pickle.loads(pickle.dumps(store)))  # a worker
@@ -64,21 +60,10 @@ def test_another_key_is_another_folder(tmp_path, store):
         other.read(3)
 
 
-def test_rows_that_are_needed_later_go_into_a_further_shard(tmp_path):
-    store = ShardStore(tmp_path, {}, ROWS)
-    write(store, 0, [0, 2])
-    write(store, 0, [1, *range(3, ROWS)])
-    assert_whole(store)
-    assert sorted(path.name for path in store.path.glob("*.safetensors")) == [
-        "000000-0.safetensors",
-        "000000-1.safetensors",
-    ]
-
-
 def test_what_a_kill_left_unfinished_is_deleted(store):
-    left = store.path / "000002-0.safetensors.partial"
+    left = store.path / "000002.safetensors.partial"
     left.write_bytes(b"half of it")
-    (store.path / "000002-0.safetensors").unlink()
+    (store.path / "000002.safetensors").unlink()
     assert missing(store) == [8, 9]
     write(store, 2, [8, 9])
     assert_whole(store)
@@ -86,7 +71,7 @@ def test_what_a_kill_left_unfinished_is_deleted(store):
 
 
 def test_a_shard_that_is_cut_off_is_named_and_replaced(store, caplog):
-    file = store.path / "000001-0.safetensors"
+    file = store.path / "000001.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-9])
     assert missing(store) == [4, 5, 6, 7] and str(file) in caplog.text

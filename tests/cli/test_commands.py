@@ -2,8 +2,7 @@
 
 import pytest
 
-from trl_diffusion_sdpo import DiffusionSDPOConfig
-from trl_diffusion_sdpo.cli import launch, train, train_parser
+from trl_diffusion_sdpo.cli import launch, train
 from trl_diffusion_sdpo.cli.main import COMMANDS, main
 from trl_diffusion_sdpo.utils.hints import OTHER_TOOLS
 
@@ -16,24 +15,6 @@ def parser():
 @pytest.fixture(autouse=True)
 def not_launched(monkeypatch):
     monkeypatch.delenv(launch.LAUNCHED_VARIABLE, raising=False)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("bf16_full_eval", True),
-        ("fp16_full_eval", True),
-        ("include_for_metrics", ["loss"]),
-        ("include_num_input_tokens_seen", "all"),
-        ("label_smoothing_factor", 0.1),
-        ("neftune_noise_alpha", 5.0),
-        ("use_liger_kernel", True),
-    ],
-)
-def test_an_option_of_language_models_is_refused_with_the_reason(name, value, tmp_path):
-    assert name in train_parser.HIDDEN
-    with pytest.raises(ValueError, match=f"`{name}="):
-        DiffusionSDPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
 
 
 def test_options_of_other_trainers_lead_to_ours(parser):

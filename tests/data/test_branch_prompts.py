@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tiny_pairs import prepare
 from torch.utils.data import DataLoader
 
-from trl_diffusion_sdpo.data import PairMixture, PairOptions, PairTransform, prepare_dataset
-from trl_diffusion_sdpo.data.pairs import PreferenceCollator
+from trl_diffusion_sdpo.data import PairMixture, PreferenceCollator
 
 
 def two_prompts(pairs):
@@ -13,10 +13,6 @@ def two_prompts(pairs):
     count = len(pairs)
     pairs = pairs.remove_columns("prompt").add_column("chosen_prompt", [f"w {i}" for i in range(count)])
     return pairs.add_column("rejected_prompt", [f"l {i}" for i in range(count)])
-
-
-def prepare(data, **options):
-    return prepare_dataset(data, PairOptions(PairTransform(16), **options))
 
 
 @pytest.fixture
@@ -74,16 +70,16 @@ def test_in_a_mixture_all_losers_have_a_prompt(pairs, make_pairs, style):
     parts = [in_style(pairs, style), in_style(make_pairs(2), style)]
     prepared = prepare(PairMixture(parts))
     loaded = DataLoader(prepared, batch_size=None)
-    found = {(item["prompt"], item["loser_prompt"]) for item in loaded}
-    assert found == {*((f"w {i}", f"l {i}") for i in range(6)), ("prompt 0",) * 2, ("prompt 1",) * 2}
+    both = {(item["prompt"], item["loser_prompt"]) for item in loaded}
+    assert both == {*((f"w {i}", f"l {i}") for i in range(6)), ("prompt 0",) * 2, ("prompt 1",) * 2}
     if style == "table":
-        assert prepared.prompts() == {text for texts in found for text in texts}
+        assert prepared.prompts() == {text for texts in both for text in texts}
 
 
 @pytest.mark.parametrize("column", ["chosen_prompt", "rejected_prompt"])
 def test_a_changed_prompt_of_either_image_is_another_data_set(pairs, column):
     changed = pairs.map(lambda row: {column: row[column].replace("3", "three")})
-    found, differing = (prepare(data, verify_images="none").fingerprint() for data in (pairs, changed))
-    assert {name for name in found if found[name] != differing[name]} == {"prompts"}
-    found, differing = (prepare(data, verify_images="none").fingerprint(thorough=True) for data in (pairs, changed))
-    assert found["prompts"] != differing["prompts"]
+    before, after = (prepare(data, verify_images="none").fingerprint() for data in (pairs, changed))
+    assert {name for name in before if before[name] != after[name]} == {"prompts"}
+    before, after = (prepare(data, verify_images="none").fingerprint(thorough=True) for data in (pairs, changed))
+    assert before["prompts"] != after["prompts"]

@@ -3,15 +3,14 @@
 import threading
 
 import datasets
-import numpy as np
 import pytest
 import torch
-from tiny_pairs import JUNK, png
+from tiny_pairs import JUNK, png, prepare
 
-from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.checking import evenly_spaced, parse_verify_images
 from trl_diffusion_sdpo.data.images import ImageReader
-from trl_diffusion_sdpo.utils.processes import ALONE, Peers, usable_cores
+from trl_diffusion_sdpo.data.sources import TableSource
+from trl_diffusion_sdpo.utils.processes import Peers, usable_cores
 
 
 def rows(count, bad=(), identical=()):
@@ -24,10 +23,6 @@ def rows(count, bad=(), identical=()):
         }
         for i in range(count)
     ]
-
-
-def prepare(data, peers=ALONE, **options):
-    return prepare_dataset(data, PairOptions(PairTransform(16), **options), peers=peers)
 
 
 @pytest.fixture
@@ -47,15 +42,15 @@ class ThreadGroup:
     """Simulates a process group with threads: each gets a `Peers` whose `gather` is a collective among them."""
 
     def __init__(self, count):
-        self.count, self.given, self.barrier = count, [None] * count, threading.Barrier(count, timeout=20)
+        self.count, self.values, self.barrier = count, [None] * count, threading.Barrier(count, timeout=20)
 
     def peers(self, index):
         def gather(value):
-            self.given[index] = value
+            self.values[index] = value
             self.barrier.wait()
-            found = list(self.given)
+            gathered = list(self.values)
             self.barrier.wait()
-            return found
+            return gathered
 
         return Peers(index, self.count, gather)
 
@@ -92,18 +87,21 @@ def test_a_file_that_cannot_be_read_at_the_start_does_not_change_the_index():
 
 
 @pytest.mark.parametrize("verify", ["sample", "all"])
-def test_an_error_in_the_check_of_one_process_ends_all(verify):
-    """For example a full disk; the rows of the second process are good."""
+def test_an_error_in_the_check_of_one_process_ends_all(verify, monkeypatch):
+    """For example a full disk."""
 
-    def full(*_):
-        raise OSError("no space left")
+    examine = TableSource.examine_images
+
+    def full(self, rows, *rest, **options):
+        if verify == "sample" or rows[0] == 0:  # of the first process
+            raise OSError("no space left")
+        return examine(self, rows, *rest)
+
+    monkeypatch.setattr(TableSource, "row" if verify == "sample" else "examine_images", full)
 
     def check(peers):
-        prepared = prepare(rows(12), verify_images="none")
-        if peers.index == 0:
-            prepared._source.images = prepared._source.examine_images = full
         with pytest.raises((OSError, RuntimeError)) as caught:
-            prepared.check_sample(peers) if verify == "sample" else prepared.check_images(peers=peers)
+            prepare(rows(12), verify_images=verify, peers=peers)
         return f"{caught.type.__name__}: {caught.value}"
 
     first, second = ThreadGroup(2).run(check)
@@ -116,10 +114,10 @@ def test_a_sample_without_a_single_good_pair_is_an_error():
         prepare([{"prompt": "a", "chosen": JUNK, "rejected": JUNK}] * 300)
 
 
-@pytest.mark.parametrize("given", ["some", 2])
-def test_other_words_are_refused(given):
+@pytest.mark.parametrize("word", ["some", 2])
+def test_other_words_are_refused(word):
     with pytest.raises(ValueError, match="`verify_images`"):
-        parse_verify_images(given)
+        parse_verify_images(word)
 
 
 def test_a_sample_is_evenly_spaced_from_the_first_pair_without_repeats():
@@ -142,7 +140,7 @@ def test_processes_divide_the_check_and_end_with_the_same_pairs(verify, style):
     assert three[0].report == three[1].report == three[2].report == prepare(data, verify_images=verify).report
 
 
-def test_a_bad_row_in_one_processs_share_raises_in_all():
+def test_a_bad_row_raises_in_all_processes():
     def attempt(peers):
         with pytest.raises(ValueError, match="row 41: image 0 is not an image format"):
             prepare(rows(100, bad={41}), on_bad_row="raise", peers=peers)
@@ -171,17 +169,6 @@ def test_of_a_stream_the_first_pairs_are_compared(caplog):
     mostly = stream(200, identical=range(100))
     assert len(list(mostly)) == len(list(mostly)) == 200
     assert caplog.text.count("In 100 of 128 pairs") == 1
-
-
-def test_the_report_counts_the_undecodable_pairs_of_other_processes():
-    prepared = prepare(rows(10, bad={3, 7}), verify_images="none")
-    prepared[3]
-    other = prepare(rows(10, bad={3, 7}), verify_images="none")
-    other[7]
-    found = np.flatnonzero(prepared.undecodable.numpy()).tolist()
-    assert found == [3]
-    prepared.mark_undecodable(other.undecodable)
-    assert (prepared.report.pairs, prepared.report.undecodable) == (8, 2)
 
 
 def test_the_cores_of_a_machine_are_shared_by_its_own_processes(monkeypatch):

@@ -2,7 +2,7 @@
 
 import torch
 
-from trl_diffusion_sdpo.data.pairs import PreferenceCollator
+from trl_diffusion_sdpo.data.dataset import PreferenceCollator
 
 
 def item(row, **extra):

@@ -23,20 +23,9 @@ AWKWARD = {
 def test_every_place_is_given_once_and_never_to_an_equal_value(values):
     values = np.array(values, dtype=np.int64)
     for seed in range(300):
-        given = derangement(values, [seed, 0])
-        assert sorted(given.tolist()) == list(range(len(values)))
-        assert (values[given] != values).all()
-
-
-def test_all_others_are_equally_likely():
-    """Four of one value and two of each of two others: by symmetry each of the first gets any other as often, a quarter
-    of the time; 4000 draws are within 0.03 (four standard deviations)."""
-    values = np.array([0, 0, 0, 0, 1, 1, 2, 2])
-    counts = np.zeros((8, 8))
-    for seed in range(4000):
-        counts[np.arange(8), derangement(values, [seed])] += 1
-    assert np.abs(counts[:4, 4:] / 4000 - 0.25).max() < 0.03
-    assert np.abs(counts[4:, :4] / 4000 - 0.25).max() < 0.03
+        image = derangement(values, [seed, 0])
+        assert sorted(image.tolist()) == list(range(len(values)))
+        assert (values[image] != values).all()
 
 
 def test_every_permutation_that_is_allowed_is_drawn_about_as_often():

@@ -14,8 +14,8 @@ def fingerprint(data, **settings) -> dict:
     return prepare_dataset(data, PairOptions(PairTransform(16), **settings)).fingerprint()
 
 
-def changed(one, other) -> set[str]:
-    return {name for name in one if one[name] != other[name]}
+def changed(first, second) -> set[str]:
+    return {name for name in first if first[name] != second[name]}
 
 
 @pytest.fixture
@@ -78,6 +78,6 @@ def test_a_stream_is_identified_by_its_metadata_without_reading_it(make_pairs):
     stream = make_pairs().to_iterable_dataset(num_shards=2)
     read = []
     watched = stream.map(lambda row: read.append(1) or row, features=stream.features)
-    found = fingerprint(watched.shuffle(seed=1, buffer_size=8))
-    assert found["shards"] == 2 and "prompt" in found["columns"] and not read
-    assert changed(found, fingerprint(make_pairs().to_iterable_dataset(num_shards=3))) == {"shards"}
+    facts = fingerprint(watched.shuffle(seed=1, buffer_size=8))
+    assert facts["shards"] == 2 and "prompt" in facts["columns"] and not read
+    assert changed(facts, fingerprint(make_pairs().to_iterable_dataset(num_shards=3))) == {"shards"}

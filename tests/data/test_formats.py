@@ -37,9 +37,11 @@ def read(name, rows):
     def reject(kind, row, reason, amount):
         rejected.append((kind, row, amount))
 
-    known = FORMATS[name]
+    row_format = FORMATS[name]
     pairs = [
-        tuple(pair[:4]) for group in groups(known, enumerate(rows)) for pair in pairs_in_group(known, group, reject)
+        tuple(pair[:4])
+        for group in groups(row_format, enumerate(rows))
+        for pair in pairs_in_group(row_format, group, reject)
     ]
     return pairs, rejected
 
@@ -56,15 +58,14 @@ def test_unknown_columns_are_named_together_with_every_accepted_set():
         assert f"{name}:" in str(error.value)
 
 
-def test_a_prompt_of_each_image_is_read_where_both_columns_are_there(caplog):
+def test_a_prompt_of_each_image_is_read_where_both_columns_are_there():
     both = ["chosen_prompt", "rejected_prompt", "chosen", "rejected"]
-    known = detect_format(both)
+    row_format = detect_format(both)
     row = {"chosen_prompt": "a cat", "rejected_prompt": "a dog", "prompt": "an animal"}
-    assert known.name == "branch_prompts" and not caplog.text
-    assert known.prompts(row) == ["a cat", "a dog"] == [known.prompt(row, 0), known.prompt(row, 1)]
+    assert row_format.name == "branch_prompts"
+    assert [row_format.prompt(row, 0), row_format.prompt(row, 1)] == ["a cat", "a dog"]
     assert detect_format([*both, "caption"]).name == "branch_prompts"
-    assert "`caption` is not read. With `dataset_format=canonical`" in caplog.text
-    assert resolve_format("canonical", [*both, "prompt"]).prompts(row) == ["an animal"]
+    assert resolve_format("canonical", [*both, "prompt"]).prompt(row, 1) == "an animal"
 
 
 @pytest.mark.parametrize(("alone", "others"), [("chosen_prompt", []), ("rejected_prompt", ["prompt"])])
@@ -94,20 +95,11 @@ def test_equal_scores_are_a_tie_and_the_larger_wins():
 
 
 def test_canonical_scores_are_read():
-    known = FORMATS["canonical"]
-    assert known.reward_scores({"prompt": "a", "chosen_score": 2, "rejected_score": "0.5"}) == (2.0, 0.5)
-    assert known.reward_scores({"prompt": "a"}) is None
+    row_format = FORMATS["canonical"]
+    assert row_format.reward_scores({"prompt": "a", "chosen_score": 2, "rejected_score": "0.5"}) == (2.0, 0.5)
+    assert row_format.reward_scores({"prompt": "a"}) is None
     with pytest.raises(LabelError, match="rejected_score"):
-        known.reward_scores({"prompt": "a", "chosen_score": 2.0, "rejected_score": None})
-
-
-def test_pickapic_labels_choose_the_winner_and_half_is_a_tie():
-    rows = [
-        {"caption": "a", "label_0": 1.0, "label_1": 0.0, "has_label": True},
-        {"caption": "b", "label_0": 0.0, "label_1": 1.0, "has_label": True},
-        {"caption": "c", "label_0": 0.5, "label_1": 0.5, "has_label": True},
-    ]
-    assert read("pickapic", rows) == ([(0, 0, 0, 1), (1, 1, 1, 0)], [("ties", 2, 1)])
+        row_format.reward_scores({"prompt": "a", "chosen_score": 2.0, "rejected_score": None})
 
 
 def test_pickapic_rows_without_a_label_are_no_pairs():
@@ -133,17 +125,6 @@ def test_webdataset_labels_are_text_and_still_swap(convert):
     assert FORMATS["pickapic_webdataset"].prompt(rows[0]) == "a cat"
 
 
-def test_hpdv2_human_preference_expands_the_picked_image_against_the_others():
-    rows = [{"prompt": "a", "human_preference": [0, 1]}, {"prompt": "b", "human_preference": [0, 0, 1]}]
-    assert read("hpdv2", rows) == ([(0, 1, 0, 0), (1, 2, 1, 0), (1, 2, 1, 1)], [])
-
-
-def test_hpdv2_rank_expands_to_all_pairs_with_the_lower_rank_winning():
-    pairs, rejected = read("hpdv2", [{"prompt": "a", "rank": [2, 1, 3]}])
-    assert sorted(pairs) == [(0, 0, 0, 2), (0, 1, 0, 0), (0, 1, 0, 2)]
-    assert rejected == []
-
-
 @pytest.mark.parametrize("label", [[], [1, "best"]])
 def test_hpdv2_labels_that_are_no_list_of_numbers_are_bad(label):
     assert read("hpdv2", [{"prompt": "a", "rank": label}]) == ([], [("bad_labels", 0, 1)])
@@ -162,13 +143,6 @@ def test_imagerewarddb_compares_rows_of_one_prompt_id():
     pairs, rejected = read("imagerewarddb", rows)
     assert pairs == [(1, 0, 0, 0), (2, 0, 4, 0), (3, 0, 4, 0)]
     assert rejected == [("ties", 2, 1), ("bad_labels", 5, 1), ("bad_labels", 6, 1)]
-
-
-def test_rapidata_is_read_by_votes_and_by_weighted_results():
-    first, second = "weighted_results_image1_preference", "weighted_results_image2_preference"
-    assert read("rapidata", [{"prompt": "a", "votes_image1": 3, "votes_image2": 7}])[0] == [(0, 1, 0, 0)]
-    assert read("rapidata", [{"prompt": "a", "votes_image1": 5, "votes_image2": 5}])[1] == [("ties", 0, 1)]
-    assert read("rapidata", [{"prompt": "a", first: 0.8, second: 0.2}])[0] == [(0, 0, 0, 1)]
 
 
 def test_votes_for_left_or_right_are_read_with_their_source():

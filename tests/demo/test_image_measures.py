@@ -1,13 +1,9 @@
-"""Diversity, distance from the drawings and saturation, by hand."""
+"""Diversity and distance from the drawings, by hand."""
 
 import numpy as np
 import pytest
 
-from trl_diffusion_sdpo.demo.image_measures import (
-    ImageMeter,
-    frechet_distance,
-    saturation,
-)
+from trl_diffusion_sdpo.demo.image_measures import ImageMeter, frechet_distance
 from trl_diffusion_sdpo.demo.world import captions, render
 
 
@@ -21,11 +17,6 @@ def test_diversity_is_the_mean_distance_within_a_prompt_and_not_between_prompts(
     first, second = captions()[0].text, captions()[1].text
     meter = ImageMeter([first, second, first, second, first], drawings_per_prompt=2)
     assert meter(plain(0, 255, 51, 255, 153)).diversity == pytest.approx(((0.2 + 0.6 + 0.4) / 3 + 0) / 2)
-
-
-def test_saturation_is_the_spread_of_the_channels():
-    assert saturation(plain(0, 128, 255)) == 0
-    assert saturation(plain((255, 0, 0), (102, 51, 51))) == pytest.approx((1 + 0.2) / 2)
 
 
 def test_the_frechet_distance_of_normals_by_hand():

@@ -9,40 +9,15 @@ from PIL import Image
 from trl_diffusion_sdpo.demo.image_measures import ImageMeasures
 from trl_diffusion_sdpo.demo.methods import Method
 from trl_diffusion_sdpo.demo.report import summary, table, write_report
-from trl_diffusion_sdpo.demo.results import (
-    Curves,
-    DemoResult,
-    Generated,
-    Guided,
-    MethodResult,
-    Score,
-)
+from trl_diffusion_sdpo.demo.results import Curves, DemoResult, Generated, Guided, MethodResult, Score
 
-COLOURS = {
-    "base": 20,
-    "sft": 40,
-    "dpo": 80,
-    "sdpo": 120,
-    "sdpo_recipe": 140,
-    "sdpo_recipe_guided": 150,
-    "dpo_gentle": 160,
-    "sdpo_gentle": 200,
-}
-LABELS = {
-    "sft": "SFT",
-    "dpo": "Diffusion-DPO",
-    "sdpo": "Diffusion-SDPO",
-    "sdpo_recipe": "Diffusion-SDPO, recipe",
-    "dpo_gentle": "Diffusion-DPO, gentle",
-    "sdpo_gentle": "Diffusion-SDPO, gentle",
-}
-WINNER_CHANGE = {
-    "sft": -0.125,
-    "dpo": 0.25,
-    "sdpo": 0.0625,
-    "sdpo_recipe": 0.03125,
-    "dpo_gentle": 0.2,
-    "sdpo_gentle": 0.1,
+METHODS = {  # key -> name, level of its images, and change of the winners' error
+    "sft": ("SFT", 40, -0.125),
+    "dpo": ("Diffusion-DPO", 80, 0.25),
+    "sdpo": ("Diffusion-SDPO", 120, 0.0625),
+    "sdpo_recipe": ("Diffusion-SDPO, recipe", 140, 0.03125),
+    "dpo_gentle": ("Diffusion-DPO, gentle", 160, 0.2),
+    "sdpo_gentle": ("Diffusion-SDPO, gentle", 200, 0.1),
 }
 GIVEN = {"base": 0.4, "sdpo_recipe_guided": 0.7}
 WIGGLE = np.tile([-0.1, 0.1], 36)  # standard error of the mean of 72: 0.1 * sqrt(72 / 71) / sqrt(72) = 0.012
@@ -76,17 +51,17 @@ def make_result(tmp_path):
 def _method(key, final, wiggle):
     scores = np.full(72, final) + wiggle
     return MethodResult(
-        method=Method(key, LABELS[key], {"learning_rate": 2e-4}, gentle="gentle" in key),
+        method=Method(key, METHODS[key][0], {"learning_rate": 2e-4}, gentle="gentle" in key),
         seconds=12.3,
         curves=Curves(
             steps=[0, 50, 100],
-            winner_change=[0.0, 0.1, WINNER_CHANGE[key]],
+            winner_change=[0.0, 0.1, METHODS[key][2]],
             loser_change=[0.0, 0.2, 0.5],
             oracle=[Score(0.4, 0.01), Score(0.9, 0.01), Score.of(scores)],
             scale_steps=[] if key == "sft" else [50, 100],
             scale=[] if key == "sft" else [1.0, 0.5],
         ),
-        samples=_plain(COLOURS[key]),
+        samples=_plain(METHODS[key][1]),
         scores=scores,
     )
 
@@ -96,7 +71,7 @@ def _guided(key, final, wiggles):
     plain, best = (
         Generated(
             scale,
-            _plain(COLOURS[key] + 5 * (scale > 1), 36),
+            _plain(METHODS.get(key, ("", 20))[1] + 5 * (scale > 1), 36),
             np.full(36, final + 0.1 * (scale > 1)) + wiggles * WIGGLE[:36],
             ImageMeasures(diversity=0.2, frechet=0.5 / scale, saturation=1.0),
         )
@@ -127,7 +102,7 @@ def test_the_summary_says_so_if_the_safeguard_is_behind_or_nothing_is_clear(make
 
 
 def test_everything_is_written_and_the_curves_are_wide_enough_to_read(make_result):
-    result = make_result(dict.fromkeys(LABELS, 0.5))
+    result = make_result(dict.fromkeys(METHODS, 0.5))
     text, files = write_report(result)
     assert (result.folder / "summary.txt").read_text(encoding="utf-8") == text + "\n"
     assert json.loads((result.folder / "results.json").read_text(encoding="utf-8")) == result.to_dict()

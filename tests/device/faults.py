@@ -1,4 +1,4 @@
-"""What may go wrong on an accelerator and nowhere else, planted in a trainer to see that the pretend device notices."""
+"""Faults that only an accelerator would show. Tests plant them to see that the pretend device notices them."""
 
 import contextlib
 

@@ -21,7 +21,6 @@ EVERYTHING = {"safeguard_diagnostics_steps": 1, "gradient_accumulation_steps": 2
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
 INVERSION = {"noise_source": "inversion", "inversion_kwargs": {"kind": "renoise", "steps": 2}}
 ADDED = {"noise_source": "inversion", "inversion_kwargs": {"kind": "renoise", "steps": 2, "eta": 0.1}}
-MEMORY = ("offload_frozen_components",)
 PREDICTIONS = {"output": 2, "parameter": 4}  # of a micro-batch: policy and reference, jointly or by branch
 
 
@@ -89,7 +88,6 @@ def _versions_of_the_lists() -> bool:
 # families in two ways.
 WAYS = [("lora", "output"), ("full", "parameter")]
 IN_CI = [
-    run("stable_diffusion", "lora", "output"),
     run("stable_diffusion", "full", "parameter"),
     run("qwen_image", "lora", "parameter"),
 ]
@@ -142,6 +140,7 @@ def test_a_seed_means_the_same_noise_as_on_the_cpu(found, cases, make_trainer, f
         assert {name: there[name] for name in measured} == pytest.approx(measured, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.matrix
 @each(sd("full", "parameter", "inverted", ADDED))
 def test_noise_by_inversion_does_not_synchronize(found, cases):
     check_waits(found[0], listed(cases[0]))
@@ -162,18 +161,11 @@ def test_features_of_every_family_run_on_the_device(found):
     assert found[0]["steps"] == 2
 
 
-def stored(family: str, safeguard: str = "output", kind: str = "", **args) -> list[dict]:
-    """A run, and the same with settings of memory."""
-    memory = {name: args.pop(name) for name in MEMORY if name in args}
-    kinds = [f"plain{kind}", "-".join(str(value) for value in memory.values()) + kind]
-    return [run(family, "lora", safeguard, name, args | more) for name, more in zip(kinds, ({}, memory), strict=True)]
-
-
-def each_pair(*pairs: list[dict]):
-    return pytest.mark.parametrize("cases", [pytest.param(pair, id=pair[-1]["name"]) for pair in pairs])
-
-
-@each_pair(stored("stable_diffusion", "parameter", offload_frozen_components=True, **SAMPLING))
+@pytest.mark.matrix
+@all_of(
+    sd("lora", "parameter", "sampled", SAMPLING),
+    sd("lora", "parameter", "offloaded", SAMPLING | {"offload_frozen_components": True}),
+)
 def test_what_is_offloaded_comes_to_the_device_without_waiting_and_leaves_it(found):
     plain, offloaded = found
     assert offloaded["sum"] == plain["sum"] and offloaded["waits"] == plain["waits"]
@@ -199,9 +191,11 @@ def test_a_step_on_encoded_pairs_of_every_family_synchronizes_where_the_denoiser
     check_waits(found[0], {place: 2 * count for place, count in predicted.items()})
 
 
-@each(sd("lora", "output", "logged", {"logging_steps": 1}))
-def test_a_log_synchronizes_once_for_all_metrics(found, cases):
+@each(sd("full", "parameter", "bf16", {"bf16": True, "logging_steps": 1}))
+def test_a_log_synchronizes_once_for_all_metrics_and_the_first_step_is_neutral(found, cases):
     check_waits(found[0], listed(cases[0]) + Counter(A_LOG))
+    assert found[0]["log"][0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert found[0]["log"][0]["rewards/margins"] == 0
 
 
 @each(sd("full", "output", "evaluated", {"eval_strategy": "steps", "eval_steps": 1}, evaluates=True))
@@ -209,12 +203,6 @@ def test_an_evaluation_synchronizes_once_for_each_kind_of_result(found, cases):
     batches = 2  # of evaluation, whose prompts are encoded too
     prompts = {place: (1 + batches) * count for place, count in A_MICRO_BATCH["stable_diffusion"].items()}
     check_waits(found[0], Counter(prompts) + Counter(AN_EVALUATION))
-
-
-@each(sd("full", "parameter", "bf16", {"bf16": True, "logging_steps": 1}))
-def test_under_bf16_autocast_the_first_step_is_neutral(found):
-    assert found[0]["log"][0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
-    assert found[0]["log"][0]["rewards/margins"] == 0
 
 
 @all_of(

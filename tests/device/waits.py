@@ -1,5 +1,5 @@
-"""Where a training step waits for the accelerator. The lists may only shrink: a wait that is gone must be taken off,
-and one that is new is a defect. What is left lies in code of diffusers and transformers, which is called as it is."""
+"""Code locations at which a training step waits for the accelerator. The lists may only shrink: remove a wait that is
+gone; a new wait is a defect. The remaining waits are in code of diffusers and transformers."""
 
 # Once a micro-batch, by family: most of them send a tokenizer's numbers to the device, in the pipelines' own
 # `encode_prompt`; `_ignore_...` ask whether any token is masked.

@@ -5,10 +5,10 @@ import copy
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from distributed.runs import LORA
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -21,7 +21,6 @@ UNET = {
     "down_block_types": ("CrossAttnDownBlock2D",),
     "up_block_types": ("CrossAttnUpBlock2D",),
 }
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
 COMMON_ARGS = {
     "max_steps": 2,
     "per_device_train_batch_size": 2,
@@ -57,7 +56,7 @@ def start(make_sd_pipeline, make_pairs, tmp_path_factory) -> dict[str, str]:
         unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
     )
     make_pairs(16).save_to_disk(str(folder / "pairs"))
-    return {name: str(folder / name) for name in ("base", "policy", "lora", "pairs", "errors")}
+    return {name: str(folder / name) for name in ("base", "policy", "lora", "pairs")}
 
 
 @pytest.fixture(scope="session")
@@ -66,28 +65,9 @@ def trained(request, start, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     selected = (item for item in request.session.items if item.path.parent == WORKER.parent)
     cases = [item.callspec.params["case"] for item in selected if "case" in item.fixturenames]
-    if any(case.get("stored") for case in cases):
-        fill_errors(start, tmp_path_factory.mktemp("elsewhere"))
-    # By engine: what ZeRO-3 leaves behind in a process makes all that follows slower.
+    # Sort by engine, because later cases are slower in a process that ran ZeRO-3.
     ordered = [whole(case, start) for case in sorted(cases, key=lambda case: case["engine"])]
     return done_of(WORKER, ordered, folder)
-
-
-def fill_errors(start: dict[str, str], folder: Path) -> None:
-    """Compute the errors that the cases with `stored` read, by one process without an engine."""
-    from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
-
-    args = DiffusionSDPOConfig(
-        str(folder),
-        per_device_train_batch_size=2,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        precompute_ref_errors=True,
-        precompute_dir=start["errors"],
-    )
-    pairs = datasets.load_from_disk(start["pairs"])
-    DiffusionSDPOTrainer(start["policy"], start["base"], args, pairs).precompute_reference_errors()
 
 
 def whole(case: dict, start: dict[str, str]) -> dict:
@@ -100,7 +80,7 @@ def whole(case: dict, start: dict[str, str]) -> dict:
         "lora": start["lora"] if case["tuning"] == "started" else None,
         "peft": LORA if case["tuning"] == "fresh" else None,
         "data": start["pairs"],
-        "args": {**COMMON_ARGS, **case["args"], **({"precompute_dir": start["errors"]} if case.get("stored") else {})},
+        "args": {**COMMON_ARGS, **case["args"]},
     }
 
 
@@ -139,7 +119,7 @@ def compared(trained, start, encoded):
 
 @pytest.fixture
 def found(compared, record_property, case):
-    """What a case arrived at; its numbers are kept in the test report."""
+    """The results of a case. Its numbers go into the test report."""
     found = compared(case)
     for name in ("logged", "lambdas", "update_error"):
         record_property(name, found[name])
@@ -247,8 +227,8 @@ class WalkByHand:
 
     @torch.no_grad()
     def _with_its_noise(self, batch: dict) -> dict:
-        """With `noise_source="inversion"`, the batch under the noise that the policy of now finds by ReNoise: image by
-        image, on its latents, from the clean ones (alpha 1) over 1, 334 and 667 to its own timestep."""
+        """Return the batch. With `noise_source="inversion"`, its noise is that of the current policy by ReNoise: image
+        by image, from clean latents (alpha 1) over the timesteps 1, 334 and 667 to the image's own timestep."""
         if self.args.get("noise_source") != "inversion":
             return batch
         assert self.args["inversion_kwargs"] == {"kind": "renoise", "steps": 3}

@@ -1,5 +1,5 @@
-"""What DeepSpeed's bf16 rounds, and what must not be rounded with it; started by `torchrun` as two processes. Writes
-what it found as JSON, from the first process."""
+"""Check in two processes of `torchrun` that DeepSpeed's bf16 rounds neither given models nor a reference's small moves.
+The first process writes the results as JSON."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 
 
 def message(act) -> str:
-    """Of the error that the user is told."""
+    """Return the message of the `ValueError` that a user would see."""
     try:
         act()
     except ValueError as error:

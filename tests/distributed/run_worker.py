@@ -21,11 +21,11 @@ from worker import RecordingTrainer, check_engine, engine_args, take_turns
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
 from trl_diffusion_sdpo.models.weight_copies import SecondDenoiser
-from trl_diffusion_sdpo.reporting import run_callbacks, verdict_report
+from trl_diffusion_sdpo.reporting import run_callbacks
 from trl_diffusion_sdpo.step import pair_evaluation
 
 pair_evaluation.MOST_DRAWS = 1
-run_callbacks.plot_curves = verdict_report.draw_verdict = lambda *given: None  # half a second at every save and end
+run_callbacks.plot_curves = lambda *given: None  # half a second at every save and end
 
 LARGE = 500  # elements; ZeRO-3 leaves smaller weights where they are once gathered, by `engine_args`
 
@@ -83,7 +83,7 @@ def trained(trainer: RecordingTrainer) -> dict[str, torch.Tensor]:
 
 
 def reference_weights(trainer: RecordingTrainer) -> dict[str, torch.Tensor]:
-    """What stands for the old policy: a second model, a second adapter, or the base under the LoRA."""
+    """Return the weights of the reference: a second model, a second adapter, or the base under the LoRA."""
     kind, named = trainer.reference.kind, dict(trainer.denoiser.named_parameters())
     if kind == "frozen":
         return dict(trainer.reference.module.named_parameters())
@@ -107,7 +107,7 @@ def held_share(weights: Iterable[torch.Tensor]) -> float:
 
 
 def put_away(model: torch.nn.Module) -> None:
-    """After a forward pass without gradients, FSDP2 leaves the outermost weights gathered."""
+    """Shard weights again, because FSDP2 leaves the outermost ones gathered after a forward pass without gradients."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -142,9 +142,9 @@ def build_trainer(run: dict, folder: Path) -> RecordingTrainer:
         use_cpu=True,
         disable_tqdm=True,
         **engine,
-        **{**run["args"], **{name: value for name, value in differs.items() if name != "pairs"}},
+        **{**run["args"], **differs},
     )
-    data = datasets.load_from_disk(run["data"]).select(range(differs.get("pairs", 16)))
+    data = datasets.load_from_disk(run["data"])
     evaluated = data.select(range(run["evaluated"])) if run["evaluated"] else None
     if run.get("streamed"):
         sets = {"whole": evaluated, "single": data.select([0])}

@@ -36,7 +36,7 @@ def notes(folder: Path, rank: int) -> list:
 
 
 def trained(folder: Path, rank: int) -> list:
-    """What counts of the notes: a start that continues at a step takes the place of what was noted from there on."""
+    """Return the notes that count. A start that continues at a step replaces earlier notes from that step on."""
     kept: list = []
     is_new = False
     for step, prompts in notes(folder, rank):

@@ -41,7 +41,7 @@ PartialState().destroy_process_group()
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict]:
-    """What each machine says of its own checkpoint, by `save_on_each_node`."""
+    """Return what each machine reports about its checkpoint, by `save_on_each_node`."""
     root, machines = tmp_path_factory.mktemp("machines"), []
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

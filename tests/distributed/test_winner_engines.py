@@ -1,21 +1,18 @@
-"""What keeps the winners, under engines: average, budget and noise range of two processes on the CPU are those of one,
-and a resumed run goes on with them."""
+"""Average, winner budget, noise range and automatic beta of two processes under an engine are those of one process."""
 
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
-from peft import LoraConfig
+from distributed import runs
+from distributed.runs import ENGINES, train_alone, with_places
 from safetensors.torch import load_file
 from two_processes import done_of
 
 pytestmark = pytest.mark.matrix
 
 WORKER = Path(__file__).with_name("run_worker.py")
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
-ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 EVALUATED = 7  # one comes twice, and must count once at its level
 STEPS = 4
 RATES = {"full": 6e-3, "lora": 1.0}  # so large that without a budget the winners get worse
@@ -42,30 +39,20 @@ ARGS = {
 }
 
 
-def build_run(engine: str, tuning: str, kind: str, resumes: str | None = None, **args) -> dict:
-    """A run as the worker takes it; `resumes` names the run whose first checkpoint it goes on from."""
-    name = f"{engine}-{tuning}-{kind}"
-    return {
-        "name": name,
-        "output": f"{name}/saved",
-        "engine": engine,
-        "engine_settings": {},
-        "tuning": tuning,
-        "evaluated": EVALUATED,
-        "every_step": engine != "fsdp2",  # gathering its weights between steps is not safe
-        "killed_after": None,
-        "resumes": resumes,
-        "pushes": False,
-        "refused": False,
-        "args": {**ARGS, "learning_rate": RATES[tuning], **args},
-    }
+def build_run(engine: str, tuning: str, kind: str, **args) -> dict:
+    return runs.build_run(
+        engine,
+        tuning,
+        kind,
+        {**ARGS, "learning_rate": RATES[tuning], **args},
+        moved=tuning == "full",
+        evaluated=EVALUATED,
+        every_step=engine != "fsdp2",  # gathering its weights between steps is not safe
+    )
 
 
-SCORED = {"pair_weights": "inverse_gap"}
-
-
-def planned(*alternatives: list[dict]):
-    return pytest.mark.parametrize("plan", alternatives, ids=[runs[-1]["name"] for runs in alternatives])
+def planned(*plans: dict):
+    return pytest.mark.parametrize("plan", plans, ids=[run["name"] for run in plans])
 
 
 @pytest.fixture(scope="module")
@@ -73,62 +60,31 @@ def done(request, start, tmp_path_factory):
     """`done(run)`: the folder of a run; all that the selected tests plan share their processes."""
     folder = tmp_path_factory.mktemp("winner_runs")
     selected = (item for item in request.session.items if "plan" in item.fixturenames)
-    runs = {run["name"]: run for item in selected for run in item.callspec.params["plan"]}
-    return done_of(WORKER, [with_places(run, start, folder) for run in runs.values()], folder)
-
-
-def with_places(run: dict, start: dict[str, str], folder: Path) -> dict:
-    full, source = run["tuning"] == "full", run["resumes"]
-    return {
-        **run,
-        "model": start["policy" if full else "base"],
-        "ref_model": start["base"] if full else None,
-        "peft": None if full else LORA,
-        "data": start["pairs"],
-        "resumes": None if source is None else str(folder / source / "saved" / "checkpoint-2"),
-    }
+    planned = {run["name"]: run for run in (item.callspec.params["plan"] for item in selected)}
+    return done_of(WORKER, [with_places(run, start, folder) for run in planned.values()], folder)
 
 
 @pytest.fixture
-def found(done, plan) -> list[Path]:
-    return [done(run) for run in plan]
+def found(done, plan) -> Path:
+    return done(plan)
 
 
 @pytest.fixture(scope="module")
 def alone(start, tmp_path_factory):
-    """`alone(run)`: the trainer of the same run in one process, with the batches of two, after its training."""
-    from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
-
+    """`alone(run)`: the trainer of the same run in one process, after its training."""
     trained = {}
 
-    def train(run: dict) -> DiffusionSDPOTrainer:
+    def train(run: dict):
         key = json.dumps([run["tuning"], run["args"]], sort_keys=True)
         if key not in trained:
-            folder = tmp_path_factory.mktemp("alone")
-            places = with_places({**run, "resumes": None}, start, folder)
-            settings = {**run["args"], "per_device_train_batch_size": 2 * run["args"]["per_device_train_batch_size"]}
-            args = DiffusionSDPOConfig(
-                str(folder), logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True, **settings
-            )
-            data = datasets.load_from_disk(places["data"])
-            trainer = DiffusionSDPOTrainer(
-                places["model"],
-                places["ref_model"],
-                args,
-                data,
-                data.select(range(EVALUATED)),
-                peft_config=None if places["peft"] is None else LoraConfig(**LORA),
-            )
-            trainer.train()
-            trainer.save_model()
-            trained[key] = trainer
+            trained[key] = train_alone(run, start, tmp_path_factory.mktemp("alone"))
         return trained[key]
 
     return train
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
-    """Of a LoRA, its weights as they trained, without their scale."""
+    """Return trained weights. Those of a LoRA are without its scale."""
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     if file.is_file():
         return load_file(file)
@@ -182,7 +138,7 @@ def assert_evaluated_alike(log: list[dict], expected: list[dict], tolerance: flo
 
 
 def assert_averaged(folder: Path, decay: float = 0.25) -> None:
-    """By hand, from the policy after every step."""
+    """Compare the saved average with one by hand, from the policy after every step."""
     start, *steps, _ = (moment["policy"] for moment in torch.load(folder / "walk.pt"))
     assert len(steps) == STEPS
     average = {name: weight.double() for name, weight in start.items()}
@@ -194,16 +150,16 @@ def assert_averaged(folder: Path, decay: float = 0.25) -> None:
         torch.testing.assert_close(stored[name].double(), value, rtol=1e-5, atol=1e-6)
 
 
-@planned(*[[build_run(engine, tuning, "whole")] for engine in ENGINES for tuning in ("full", "lora")])
+@planned(*[build_run(engine, tuning, "whole") for engine in ENGINES for tuning in ("full", "lora")])
 def test_engines_are_one_process_with_batches_of_both(found, plan, alone):
-    trainer = alone(plan[0])
-    if plan[0]["tuning"] == "full":  # or there is nothing to compare
+    trainer = alone(plan)
+    if plan["tuning"] == "full":  # or there is nothing to compare
         steps = steps_of(trainer.state.log_history)
         assert any(step["budget/scale"] < 1 for step in steps)
         assert any(0 < step["safeguard/loser_weight"] < 1 for step in steps)
-    assert_walked_alike(found[0], trainer, tolerance=5e-3)
-    if plan[0]["every_step"]:
-        assert_averaged(found[0])
+    assert_walked_alike(found, trainer, tolerance=5e-3)
+    if plan["every_step"]:
+        assert_averaged(found)
 
 
 # ---- Sums of losses, and the automatic beta ------------------------------------------------------------------------
@@ -218,30 +174,17 @@ def beta_of(folder: Path) -> dict[str, float]:
 
 @planned(
     *[
-        [
-            build_run(
-                engine, "full", f"summed-{safeguard}", safeguard=safeguard, gradient_accumulation_steps=2, **SUMMED
-            )
-        ]
+        build_run(engine, "full", f"summed-{safeguard}", safeguard=safeguard, gradient_accumulation_steps=2, **SUMMED)
         for engine in ("ddp", "zero2")
         for safeguard in ("none", "parameter")
     ]
 )
 def test_beta_follows_the_margins_of_all_processes_and_micro_batches(found, plan, alone):
-    trainer = alone(plan[0])
-    log = steps_of(json.loads((found[0] / "log.json").read_text()))
+    trainer = alone(plan)
+    log = steps_of(json.loads((found / "log.json").read_text()))
     theirs = steps_of(trainer.state.log_history)
     betas = [step["rewards/beta"] for step in log]
     assert len(set(betas)) == STEPS and betas[0] == 500.0
     assert betas == pytest.approx([step["rewards/beta"] for step in theirs], rel=1e-4)
-    assert beta_of(found[0] / "saved") == pytest.approx(beta_of(Path(trainer.args.output_dir)), rel=1e-3)
-    assert_walked_alike(found[0], trainer, tolerance=5e-3)
-
-
-@planned(*[[build_run(engine, "full", "scored", **SCORED)] for engine in ("ddp", "zero2")])
-def test_weights_and_order_by_scores_are_those_of_one_process_with_batches_of_both(found, plan, alone):
-    """And others than without them, or there is nothing to compare."""
-    assert_walked_alike(found[0], alone(plan[0]), tolerance=5e-3)
-    plain = alone(build_run(plan[0]["engine"], "full", "whole"))
-    losses = [[entry["loss"] for entry in steps_of(t.state.log_history)] for t in (alone(plan[0]), plain)]
-    assert all(ours != theirs for ours, theirs in zip(*losses, strict=True))
+    assert beta_of(found / "saved") == pytest.approx(beta_of(Path(trainer.args.output_dir)), rel=1e-3)
+    assert_walked_alike(found, trainer, tolerance=5e-3)

@@ -117,7 +117,7 @@ def engine_args(engine: str) -> dict:
 def build_trainer(case: dict, folder: Path) -> RecordingTrainer:
     model = case["model"]
     if case["lora"] is not None:
-        # Before the arguments: from then on transformers loads for ZeRO-3, and would shard the text encoder.
+        # Load before making the arguments: afterwards transformers loads for ZeRO-3 and would shard the text encoder.
         model = StableDiffusionPipeline.from_pretrained(model)
         model.load_lora_weights(case["lora"], adapter_name="default")
     engine = engine_args(case["engine"])

@@ -9,20 +9,24 @@ import torch
 from torch import nn
 
 from trl_diffusion_sdpo.engines.gradient_backends import ReplicatedBackend
-from trl_diffusion_sdpo.step.branch_gradients import LOSER, WINNER, BranchGradients
+from trl_diffusion_sdpo.step.branch_gradients import ANCHOR, LOSER, WINNER, BranchGradients
 
 RATE = 0.5
 
 
-def one_step(scaler, winner: list[float], loser: list[float]):
+def one_step(scaler, winner: list[float], loser: list[float], error: list[float] | None = None):
     """A step of SGD from (1, 2) on branches with these gradients; the weights after it and what `combine` said."""
     line = nn.Linear(2, 1, bias=False)
     line.weight.data = torch.tensor([[1.0, 2.0]])
     optimizer = torch.optim.SGD(line.parameters(), lr=RATE)
     accelerator = SimpleNamespace(scaler=scaler, num_processes=1, no_sync=lambda model: contextlib.nullcontext())
-    branches = BranchGradients(ReplicatedBackend(line, accelerator), mu=0.5, anchor="branch")
+    branches = BranchGradients(
+        ReplicatedBackend(line, accelerator), mu=0.5, anchor="branch" if error is None else "error"
+    )
     branches.backward(WINNER, line(torch.tensor([winner])).sum())
     branches.backward(LOSER, line(torch.tensor([loser])).sum())
+    if error is not None:
+        branches.backward(ANCHOR, line(torch.tensor([error])).sum())
     metrics, finite, _ = branches.combine()
     if scaler is None:
         optimizer.step()
@@ -42,9 +46,11 @@ def test_lambda_and_the_step_do_not_depend_on_the_loss_scale(scale):
     assert weights.tolist() == pytest.approx([1 - RATE * 0.5, 2 + RATE * 0.5])
 
 
-def test_a_branch_that_overflows_leaves_the_step_out_and_lowers_the_scale():
+@pytest.mark.parametrize("overflowing", ["loser", "error"])
+def test_a_branch_or_an_anchor_that_overflows_leaves_the_step_out_and_lowers_the_scale(overflowing):
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    weights, metrics, finite = one_step(scaler, winner=[1.0, 0.0], loser=[float("inf"), 1.0])
+    gradients = {"winner": [1.0, 0.0], "loser": [1.0, 1.0], "error": [1.0, 1.0], overflowing: [float("inf"), 1.0]}
+    weights, metrics, finite = one_step(scaler, **gradients)
     assert not bool(finite) and float(metrics["safeguard/scale"]) == 0
     assert weights.tolist() == [1.0, 2.0]
     assert scaler.get_scale() == 512.0

@@ -1,4 +1,4 @@
-"""What callers are told of an engine, from an accelerator's settings alone."""
+"""Settings of engines: what is rounded, what is refused, and the default of DDP."""
 
 import math
 from contextlib import nullcontext
@@ -27,22 +27,6 @@ def engine(kind: str, **deepspeed_config) -> Engine:
         state=SimpleNamespace(deepspeed_plugin=plugin),
     )
     return Engine(lambda: accelerator, lambda: torch.nn.Linear(1, 1))
-
-
-@pytest.mark.parametrize(
-    ("kind", "name", "shards", "deepspeed"),
-    [
-        ("NO", "plain", False, False),
-        ("MULTI_GPU", "plain", False, False),
-        ("FSDP", "fsdp", True, False),
-        ("DEEPSPEED", "zero2, 8 processes", True, True),
-    ],
-)
-def test_an_engine_says_what_its_callers_act_on(kind, name, shards, deepspeed):
-    found = engine(kind)
-    assert (found.name, found.holds_shards) == (name, shards)
-    assert found.steps_in_backward == found.casts_weights == found.loads_weights_with_optimizer == deepspeed
-    assert bool(found.pickled_types) == deepspeed
 
 
 @pytest.mark.parametrize(("config", "rounds"), [({}, False), ({"enabled": False}, False), ({"enabled": True}, True)])

@@ -10,7 +10,7 @@ from trl_diffusion_sdpo.engines.processes import check_agreement, gather_objects
 
 
 def in_two_processes(act, folder) -> list[str]:
-    """What `act(rank)` returned in each of two processes."""
+    """Return what `act(rank)` returned in each of two processes."""
     context = multiprocessing.get_context("fork")
     both = [context.Process(target=joined, args=(act, rank, str(folder))) for rank in (0, 1)]
     for process in both:

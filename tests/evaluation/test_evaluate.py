@@ -21,7 +21,8 @@ from peft import LoraConfig
 from PIL import Image
 
 from trl_diffusion_sdpo import Candidate, evaluate_models
-from trl_diffusion_sdpo.cli.evaluate import _image_settings, candidate_of, make_parser
+from trl_diffusion_sdpo.cli.evaluate import _image_settings, make_parser
+from trl_diffusion_sdpo.cli.images import candidate_of
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.evaluation import evaluate
 from trl_diffusion_sdpo.evaluation.evaluate import MANIFEST_FILE, RESULTS_FILE

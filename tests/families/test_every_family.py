@@ -36,7 +36,7 @@ def model(request, family_folder):
 
 
 def recording(scheduler, replace=None):
-    """The same scheduler, noting what it is given and gives; `replace` stands in for what its last step gives."""
+    """Return a copy of the scheduler that records its steps. If `replace` is given, every step returns it."""
     steps = []
 
     class Recording(type(scheduler)):
@@ -88,8 +88,15 @@ def predict(model, latents, timesteps, conditioning):
         return model.family.predict(model.family.denoiser, latents, timesteps, conditioning)
 
 
-def test_predict_reproduces_what_the_pipeline_hands_to_its_scheduler(model):
+@pytest.fixture(scope="module")
+def called(model):
+    """The recorded steps of one call of the pipeline, and its scheduler."""
     _, steps, scheduler = run(model, PROMPTS, output_type="latent")
+    return steps, scheduler
+
+
+def test_predict_reproduces_what_the_pipeline_hands_to_its_scheduler(model, called):
+    steps, scheduler = called
     conditioning = conditioning_of(model, PROMPTS)
     assert len(steps) == STEPS
     for index, step in enumerate(steps):
@@ -104,24 +111,24 @@ def test_predict_reproduces_what_the_pipeline_hands_to_its_scheduler(model):
 def test_a_seed_draws_the_noise_that_the_pipeline_starts_from(model):
     """`noise_source="generated"` draws the noise of an image again from its seed."""
     seeds = [5, 6, 7]
-    _, steps, scheduler = run(model, PROMPTS, output_type="latent", generator=generators_of(seeds))
+    given = {"output_type": "latent", "num_inference_steps": 1, "generator": generators_of(seeds)}
+    _, steps, scheduler = run(model, PROMPTS, **given)
     start = model.from_pipeline(steps[0].noisy)
     drawn = model.family.noise_of(seeds, start.float())
     torch.testing.assert_close(start, drawn * float(getattr(scheduler, "init_noise_sigma", 1)))
 
 
-def test_the_noise_process_is_the_schedulers_own(model):
+def test_the_noise_process_is_the_schedulers_own(model, called):
     process, own = model.family.noise_process, model.pipeline.scheduler
     if isinstance(process, FlowMatchingProcess):
-        check_flow(model, process)
+        check_flow(model, process, *called)
     else:
-        # What is added and predicted follows from these two; test_noise.py has the formulas.
+        # Noisy latents and targets follow from these two. test_noise.py has the formulas.
         torch.testing.assert_close(process.scheduler.alphas_cumprod, own.alphas_cumprod, rtol=1e-6, atol=0)
         assert process.prediction_type == own.config.prediction_type
 
 
-def check_flow(model, process):
-    _, steps, scheduler = run(model, PROMPTS, output_type="latent")
+def check_flow(model, process, steps, scheduler):
     sigmas = [float(sigma) for sigma in scheduler.sigmas[:STEPS]]
     tokens = model.family.image_seq_len(model.from_pipeline(steps[0].noisy))
     for step, sigma in zip(steps, sigmas, strict=True):
@@ -145,9 +152,7 @@ def check_flow(model, process):
 
 def test_the_pipeline_decodes_encoded_images_to_what_the_vae_alone_gives(model):
     pixels, latents = latents_of(model, 2)
-    # A scheduler that keeps earlier steps cannot go on with latents of another size.
-    steps = 1 if "hidream" in model.module.__name__ else STEPS
-    replaced = {"replace": model.to_pipeline(latents), "num_inference_steps": steps}
+    replaced = {"replace": model.to_pipeline(latents), "num_inference_steps": 1}
     images, _, _ = run(model, ["red", "blue"], **replaced, output_type="pt")
     torch.testing.assert_close(
         images.flatten(), through_vae(model.pipeline.vae, pixels).flatten(), rtol=1e-4, atol=1e-4

@@ -6,8 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from trl_diffusion_sdpo.families.noise import DDPMProcess, FlowMatchingProcess
-from trl_diffusion_sdpo.families.timestep_sampling import TimestepSampling
+from trl_diffusion_sdpo.families.noise import DDPMProcess, FlowMatchingProcess, TimestepSampling
 
 DRAWS = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1 - 2**-24])
 DYNAMIC = {
@@ -31,14 +30,6 @@ def test_noisy_latents_and_target_follow_the_formula():
     assert noisy[0].unique().tolist() == [5.0]
     assert noisy[1].unique().tolist() == [8.0]
     assert process().target(latents, noise, timesteps).unique().tolist() == [4.0]
-
-
-def test_noisy_latents_are_those_of_the_schedulers_own_scale_noise():
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(7)
-    latents, noise = torch.randn(2, 7, 4, 3, 3).unbind()
-    ours = FlowMatchingProcess(scheduler.config).add_noise(latents, noise, scheduler.timesteps)
-    torch.testing.assert_close(ours, scheduler.scale_noise(latents, scheduler.timesteps, noise))
 
 
 def test_uniform_draws_are_shifted_as_the_scheduler_shifts_its_sigmas():

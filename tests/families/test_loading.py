@@ -38,11 +38,6 @@ def rewrite_class(folder: Path, class_name) -> None:
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": class_name}))
 
 
-def test_prediction_type_comes_from_the_saved_scheduler(sd_folder, sd_v_folder):
-    assert find_family(load_pipeline(sd_folder)).noise_process.prediction_type == "epsilon"
-    assert find_family(load_pipeline(sd_v_folder)).noise_process.prediction_type == "v_prediction"
-
-
 def test_half_precision_folder_loads_in_float32_unless_told_otherwise(sd_pipeline, tmp_path):
     sd_pipeline.to(torch.bfloat16).save_pretrained(tmp_path)
     pipeline = load_pipeline(tmp_path)

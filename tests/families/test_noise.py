@@ -1,4 +1,4 @@
-"""The DDPM noise process against the formulas of its papers, computed in float64."""
+"""The DDPM noise process against the formulas of its papers in float64, and the noise levels of all processes."""
 
 import pytest
 import torch
@@ -6,11 +6,13 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
 )
 
-from trl_diffusion_sdpo.families.noise import DDPMProcess
+from trl_diffusion_sdpo.families.cogview4 import CogView4Process
+from trl_diffusion_sdpo.families.noise import DDPMProcess, FlowMatchingProcess
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 T = torch.tensor([0, 1, 500, 998, 999])
@@ -20,9 +22,9 @@ def process(**overrides):
     return DDPMProcess(DDPMScheduler(**{**BETAS, **overrides}).config)
 
 
-def alphas():
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    return (1 - betas).cumprod(0)[T]
+EVERY_ALPHA = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+ALPHAS = EVERY_ALPHA[T]
+LEVELS = (1 - EVERY_ALPHA).sqrt() / (EVERY_ALPHA.sqrt() + (1 - EVERY_ALPHA).sqrt())
 
 
 def latents_and_noise():
@@ -36,14 +38,14 @@ def column(values):
 
 def test_noisy_latents_follow_the_formula():
     latents, noise = latents_and_noise()
-    a = column(alphas())
+    a = column(ALPHAS)
     expected = a.sqrt() * latents.double() + (1 - a).sqrt() * noise.double()
     torch.testing.assert_close(process().add_noise(latents, noise, T).double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_targets_are_noise_velocity_and_clean_latents():
     latents, noise = latents_and_noise()
-    a = column(alphas())
+    a = column(ALPHAS)
     velocity = a.sqrt() * noise.double() - (1 - a).sqrt() * latents.double()
     assert torch.equal(process().target(latents, noise, T), noise)
     assert torch.equal(process(prediction_type="sample").target(latents, noise, T), latents)
@@ -52,13 +54,13 @@ def test_targets_are_noise_velocity_and_clean_latents():
 
 
 def test_snr_is_the_ratio_of_variances():
-    a = alphas()
+    a = ALPHAS
     torch.testing.assert_close(process().snr(T).double(), a / (1 - a), rtol=1e-3, atol=0.0)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_min_snr_weights_follow_the_paper(prediction_type):
-    a = alphas()
+    a = ALPHAS
     snr = a / (1 - a)
     capped = snr.clamp(max=5.0)
     expected = {"epsilon": capped / snr, "v_prediction": capped / (snr + 1), "sample": capped}[prediction_type]
@@ -113,3 +115,52 @@ def test_any_sampler_of_the_ddpm_kind_gives_the_same_process(scheduler_class):
 def test_schedulers_of_another_process_are_refused(scheduler):
     with pytest.raises(ValueError, match="`beta_schedule`"):
         DDPMProcess(scheduler.config)
+
+
+def test_the_noise_level_follows_from_the_betas():
+    levels = process().noise_level(torch.arange(1000))
+    assert levels.dtype == torch.float32
+    torch.testing.assert_close(levels.double(), LEVELS, rtol=2e-4, atol=0)
+
+
+def test_the_noise_level_without_any_signal_is_one():
+    euler = DDPMProcess(EulerDiscreteScheduler(**BETAS, rescale_betas_zero_snr=True).config)
+    assert euler.noise_level(torch.tensor([999])) == 1
+
+
+def test_the_noise_level_of_a_flow_is_sigma_whatever_the_shift():
+    timesteps = torch.tensor([0.0, 1.0, 250.0, 333.25, 1000.0])
+    for config in ({}, {"shift": 3.0}, {"use_dynamic_shifting": True}):
+        flow = FlowMatchingProcess(FlowMatchEulerDiscreteScheduler(**config).config)
+        assert flow.noise_level(timesteps).tolist() == pytest.approx([0, 0.001, 0.25, 0.33325, 1], rel=1e-6)
+
+
+def test_the_noise_level_of_cogview4_is_that_after_the_shift():
+    cogview = CogView4Process(
+        FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_shift=0.25,
+            max_shift=0.75,
+            base_image_seq_len=256,
+            time_shift_type="linear",
+        ).config
+    )
+    # mu = 0.25 + 0.75 sqrt(1024 / 256) = 1.75, and a half becomes 1.75 * 0.5 / (1 + 0.75 * 0.5).
+    assert float(cogview.noise_level(torch.tensor([500.0]), 1024)) == pytest.approx(0.875 / 1.375, rel=1e-6)
+    # Level 0.7 is t = 0.7 / (1.75 - 0.75 * 0.7) = 0.5714..., and 572 is the first timestep above it.
+    low, high = cogview.timestep_bounds(0.7, 1.0, 1024)
+    assert (low, high) == (572.0, 999.0)
+    with pytest.raises(ValueError, match="`image_seq_len`"):
+        cogview.noise_level(torch.tensor([500.0]))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.62, 1.0), (0.3, 0.4)])
+def test_timesteps_within_levels_are_found_by_hand(low, high):
+    inside = [step for step in range(1000) if low <= LEVELS[step] <= high]
+    assert process().timestep_bounds(low, high) == (inside[0], inside[-1])
+
+
+def test_no_timestep_is_within_levels_that_the_schedule_does_not_visit():
+    assert LEVELS.max() < 0.94
+    assert process().timestep_bounds(0.95, 1.0) is None
+    assert process().timestep_bounds(0.0, 0.02) is None

@@ -135,24 +135,13 @@ def test_nothing_is_imported_before_a_pipeline_needs_it(install):
 
 
 def test_a_registration_with_replace_wins_over_the_package_and_over_entry_points(install):
-    register_family("StableDiffusionPipeline", "families_of_a_test:Replacing", replace=True)
-    module = type(sys)("families_of_a_test")
-    module.Replacing = type("Replacing", (family_of("stable_diffusion"),), {"name": "Replaced"})
-    sys.modules["families_of_a_test"] = module
-    try:
-        assert family_for_class_name("StableDiffusionPipeline").name == "Replaced"
-        assert find_family(case("stable_diffusion").build()).name == "Replaced"
-        install("declaring", {"OutsidePipeline": "no_such_package:Family"})
-        register_family("OutsidePipeline", PATH, replace=True)
-        assert family_for_class_name("OutsidePipeline").name == "Outside"
-    finally:
-        del sys.modules["families_of_a_test"]
-
-
-def family_of(name):
-    (path,) = {path for path in FAMILIES.values() if path.endswith(f"{name}:StableDiffusionFamily")}
-    module, _, attribute = path.partition(":")
-    return getattr(sys.modules.get(module) or __import__(module, fromlist=[attribute]), attribute)
+    with pytest.raises(ValueError, match="`replace=True`"):
+        register_family("StableDiffusionPipeline", PATH)
+    register_family("StableDiffusionPipeline", PATH, replace=True)
+    assert family_for_class_name("StableDiffusionPipeline").name == "Outside"
+    install("declaring", {"OutsidePipeline": "no_such_package:Family"})
+    register_family("OutsidePipeline", PATH, replace=True)
+    assert family_for_class_name("OutsidePipeline").name == "Outside"
 
 
 # ---- Refused -------------------------------------------------------------------------------------------------------

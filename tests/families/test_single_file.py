@@ -111,7 +111,7 @@ def test_a_file_gives_the_pipeline_of_its_folder(sd_file, sd_folder):
 
 @pytest.mark.matrix
 def test_a_run_starts_from_a_file_and_a_second_stage_from_the_run(sd_file, make_trainer, tmp_path):
-    """With VAE and text encoder read from the file only while they encode, and the file as the given reference."""
+    """VAE and text encoder are read from the file only while they encode. The file is also the given reference."""
     file, config = sd_file
     kwargs = {"model_init_kwargs": {"config": config}}
     first = make_trainer(
@@ -145,7 +145,7 @@ def test_a_reference_in_one_file_is_read_with_the_configuration_of_the_policy(sd
         load_reference(file, policy, ref_model_init_kwargs={"config": None})
 
 
-def test_files_that_are_not_read_are_told(sd_file, tmp_path):
+def test_files_that_cannot_be_read_are_refused(sd_file, tmp_path):
     file, config = sd_file
     with pytest.raises(ValueError, match="pickles"):
         (tmp_path / "model.ckpt").write_bytes(b"pickle")

@@ -1,45 +1,19 @@
-"""Runs on a GPU share processes by engine. Their results are cached in the project's folder `.test_gpu`, under a name
-that changes with the code, the libraries and the device."""
+"""Runs on a GPU share processes by engine."""
 
-import hashlib
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
-import torch
 from gpu.cases import skipped
 from local_hub import running_hub
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("worker.py")
-CACHE = ROOT / ".test_gpu"
-LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes")
 SECONDS = {"start": 120, "run": 90}  # timeouts, many times the usual
-
-
-def fingerprint(device: str) -> str:
-    """A hash of everything that a result depends on."""
-    sources = [*(ROOT / "trl_diffusion_sdpo").rglob("*.py"), *WORKER.parent.glob("*.py")]
-    sources += (ROOT / "tests" / "tiny_pipelines").glob("*.py")
-    digest = hashlib.sha256()
-    for file in sorted(sources):
-        digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    digest.update(" ".join([name, *(f"{library} {_version(library)}" for library in LIBRARIES)]).encode())
-    return f"{device}-{digest.hexdigest()[:16]}"
-
-
-def _version(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return "none"
 
 
 @pytest.fixture(scope="session")
@@ -51,22 +25,20 @@ def hub():
 
 @pytest.fixture(scope="session")
 def answer_of(request, hub, family_folder, make_pairs, tmp_path_factory):
-    """`answer_of(run, device)`: the result of a run. The first call does all selected runs without a cached result,
-    engine by engine."""
+    """`answer_of(run, device)`: the result of a run. The first call does all selected runs, engine by engine."""
     scratch = tmp_path_factory.mktemp("gpu")
     make_pairs(16).save_to_disk(str(scratch / "pairs"))
     selected = [item.callspec.params for item in request.session.items if item.path.parent == WORKER.parent]
-    started = set()
+    done = set()
 
     def start(device: str) -> Path:
-        answers = CACHE / fingerprint(device) if device == "cuda" else scratch / device
-        answers.mkdir(parents=True, exist_ok=True)
-        if device not in started:
-            started.add(device)
+        answers = scratch / f"answers-{device}"
+        if device not in done:
+            done.add(device)
+            answers.mkdir()
             runs = [params["run"] for params in selected if params["device"] == device and not skipped(params["run"])]
             data = str(scratch / "pairs")
-            wanted = [{**run, "model": family_folder(run["family"]), "data": data} for run in runs]
-            do_all([run for run in wanted if not (answers / f"{run['name']}.json").is_file()], device, answers)
+            do_all([{**run, "model": family_folder(run["family"]), "data": data} for run in runs], device, answers)
         return answers
 
     def do_all(runs: list[dict], device: str, answers: Path) -> None:
@@ -91,9 +63,6 @@ def answer_of(request, hub, family_folder, make_pairs, tmp_path_factory):
 
 def launch(runs: list[dict], device: str, answers: Path, scratch: Path, hub) -> None:
     """One process, by `torchrun` if there is an engine."""
-    for run in runs:
-        for error in answers.glob(f"{run['name']}.*.error"):
-            error.unlink()
     (scratch / "runs.json").write_text(json.dumps(runs))
     started = [sys.executable]
     if runs[0]["engine"] != "plain":

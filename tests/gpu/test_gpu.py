@@ -1,5 +1,5 @@
 """The smallest models on a GPU, under every engine at world size 1: `make test-gpu`. One of these runs also runs on the
-CPU in `make test`, which tests this code itself."""
+CPU with `-m matrix`, which tests this code itself."""
 
 import math
 
@@ -8,13 +8,14 @@ import torch
 from device.waits import A_LOG, A_MICRO_BATCH
 from gpu.cases import CASES, STEPS, skipped
 
-IN_CI = "plain-lora-output-fp32-resume-samples-push"
+ON_CPU = "plain-lora-output-fp32-resume-samples-push"
 ENGINES = {"ddp": "MULTI_", "fsdp2": "FSDP", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 
 
 def on_devices() -> list:
     on_gpus = [pytest.param("cuda", run, id=f"cuda-{run['name']}", marks=pytest.mark.gpu) for run in CASES]
-    return on_gpus + [pytest.param("cpu", run, id=f"cpu-{run['name']}") for run in CASES if run["name"] == IN_CI]
+    (run,) = (run for run in CASES if run["name"] == ON_CPU)
+    return [*on_gpus, pytest.param("cpu", run, id=f"cpu-{run['name']}", marks=pytest.mark.matrix)]
 
 
 @pytest.mark.parametrize(("device", "run"), on_devices())
@@ -42,10 +43,8 @@ def test_a_run_trains_saves_and_resumes(answer_of, hub, device, run):
 
 
 def check_pushed(hub, run: dict) -> None:
-    """The Hub runs in this session: a cached result of an earlier session has no repository."""
-    repository = hub.repos.get(f"{hub.user}/{run['name']}")
-    if repository is not None:
-        assert "pytorch_lora_weights.safetensors" in repository.files and "README.md" in repository.files
+    files = hub.repos[f"{hub.user}/{run['name']}"].files
+    assert "pytorch_lora_weights.safetensors" in files and "README.md" in files
 
 
 def check_waits(waits: dict[str, int]) -> None:

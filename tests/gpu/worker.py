@@ -81,7 +81,7 @@ class HostEvent:
 
 
 def use_device_to_host_copies() -> None:
-    """On the CPU, read values through asynchronous copies as on a GPU."""
+    """Read values through asynchronous copies on the CPU, as on a GPU."""
     meters.is_on_host = lambda values: False
     meters.pinned_like = lambda values: torch.empty(values.shape, dtype=values.dtype)
     meters.event_on = HostEvent

@@ -1,4 +1,4 @@
-"""What the context manager does around a pipeline: passes, restoring, other users of the denoiser, and bad input."""
+"""The context manager around a pipeline: passes, restoring, other users of the denoiser, and bad input."""
 
 import contextlib
 import copy
@@ -35,7 +35,7 @@ def built():
 
 @pytest.fixture(scope="module")
 def shared(built):
-    """With the adapters `negative` and `tuned`."""
+    """A pipeline with the adapters `negative` and `tuned`."""
     pipeline = copy.deepcopy(built)
     add_lora(pipeline.unet, "negative", seed=1)
     add_lora(pipeline.unet, "tuned", seed=2)
@@ -44,7 +44,7 @@ def shared(built):
 
 @pytest.fixture
 def pipeline(shared):
-    """With `tuned` active. Tests may switch adapters; others take a copy."""
+    """The shared pipeline with `tuned` active. Tests may switch adapters. Other changes need a copy."""
     shared.unet.set_adapter("tuned")
     shared.enable_lora()
     return shared
@@ -139,7 +139,7 @@ def test_the_lora_scale_of_a_call_is_the_policys(pipeline):
 
 
 def test_a_second_call_with_the_same_latents_is_not_taken_for_the_unconditional_branch():
-    """Where the branches of classifier-free guidance are calls of their own."""
+    """In this pipeline, each branch of classifier-free guidance is a call of the denoiser."""
     module = case("cogview4")
     pipeline = quiet(module.build())
     add_lora(pipeline.transformer, "tuned")
@@ -224,7 +224,7 @@ def test_offloading_that_takes_its_hooks_off_after_every_call(own):
 
 
 def test_a_modular_pipeline_with_a_guider_of_diffusers():
-    """Whose scheduler gets `u + g (c - u)`, by two calls of the denoiser for the same latents."""
+    """Its scheduler gets `u + g (c - u)`, by two calls of the denoiser for the same latents."""
     plain = quiet(case("stable_diffusion_xl").build())
     add_lora(plain.unet, "tuned")
     modular = StableDiffusionXLAutoBlocks().init_pipeline()

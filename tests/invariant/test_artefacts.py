@@ -1,4 +1,4 @@
-"""What a run saves loads elsewhere: in plain diffusers, in PEFT, and gives the same predictions and images."""
+"""Saved weights load in plain diffusers and in PEFT, and give the same predictions and images."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def draw(pipeline) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", ["sd_folder", "sdxl_folder"])
 def test_a_lora_loads_into_a_plain_pipeline(request, make_trainer, tmp_path, family):
-    """With `lora_alpha != r`, convolutions and projections: what the older file formats lose."""
+    """Older file formats lose `lora_alpha != r`, convolutions and projections."""
     folder = request.getfixturevalue(family)
     config = LoraConfig(r=4, lora_alpha=16, target_modules=EVERY_KIND)
     trainer = make_trainer(folder, peft_config=config, learning_rate=1e-2, max_steps=3)
@@ -63,11 +63,8 @@ def test_full_weights_load_as_the_denoisers_folder(make_trainer, sd_folder, tmp_
     assert suffixes - {".md", ".png", ".lock"} == {".json", ".safetensors"}  # no pickles
 
 
-@pytest.mark.parametrize("precompute", [False, True])
-def test_a_whole_pipeline_can_be_saved_also_without_its_encoders_in_memory(
-    make_trainer, sd_folder, tmp_path, precompute
-):
-    cache = {"precompute_latents": True, "precompute_dir": str(tmp_path / "cache")} if precompute else {}
+def test_a_whole_pipeline_can_be_saved_also_without_its_encoders_in_memory(make_trainer, sd_folder, tmp_path):
+    cache = {"precompute_latents": True, "precompute_dir": str(tmp_path / "cache")}
     trainer = make_trainer(max_steps=2, save_full_pipeline=True, **cache)
     trainer.train()
     trainer.save_model()
@@ -75,8 +72,8 @@ def test_a_whole_pipeline_can_be_saved_also_without_its_encoders_in_memory(
     assert isinstance(fresh.vae, AutoencoderKL)
     pairs = zip(fresh.unet.parameters(), trainer.denoiser.parameters(), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
-    if not precompute:
-        torch.testing.assert_close(draw(fresh), draw(trainer.pipeline), rtol=0, atol=1e-6)
+    untuned = DiffusionPipeline.from_pretrained(sd_folder)
+    assert all(map(torch.equal, fresh.vae.parameters(), untuned.vae.parameters()))
     files = [file for file in (tmp_path / "run").rglob("*.json") if file.name != "training_args.json"]
     assert not [file for file in files if sd_folder in file.read_text()]  # no folder of this machine
 

@@ -131,9 +131,9 @@ SUMS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sum", *(pytest.param(name, marks=pytest.mark.matrix) for name in list(SUMS)[1:])])
-def test_nor_does_one_of_a_sum_or_under_a_cap_at_mu_0(train, name):
-    """Of one pair, whose branch is its error's. At mu 0 a bound that acts leaves what is of second order: a lambda
-    that is 1.3 times as large fails."""
+def test_no_small_step_of_a_sum_or_under_a_cap_raises_it_at_mu_0(train, name):
+    """A batch is one pair. At mu 0, a bound that acts leaves rises of second order only: a lambda that is 1.3 times as
+    large fails."""
     given = {"steps": 24, "learning_rate": SMALL, "batch": 1, **SUMS[name]}
     _, plain = train(safeguard="none", **given)
     steps, guarded = train(safeguard="parameter", safeguard_mu=0.0, **given)
@@ -146,7 +146,7 @@ def test_nor_does_one_of_a_sum_or_under_a_cap_at_mu_0(train, name):
 
 @pytest.mark.slow
 def test_plain_dpo_and_output_space_raise_it_on_the_same_batches(train):
-    """At a step so large that first order is no longer fair, the order of the three still holds."""
+    """The steps are so large that first order is not exact, and the order of the three still holds."""
     found = {
         "plain": train(steps=30, learning_rate=LARGE, safeguard="none"),
         "output": train(steps=30, learning_rate=LARGE, safeguard="output", safeguard_mu=0.1),

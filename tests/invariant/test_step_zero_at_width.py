@@ -11,9 +11,10 @@ from peft import LoraConfig
 from tiny_pipelines import case
 
 from trl_diffusion_sdpo.families import find_family
-from trl_diffusion_sdpo.models.adapters import adapter_layers, adapter_on, add_lora
+from trl_diffusion_sdpo.models.adapters import adapter_layers, add_lora
 from trl_diffusion_sdpo.models.numerics import read_contiguous
 from trl_diffusion_sdpo.models.reference import AdapterReference, FrozenReference
+from trl_diffusion_sdpo.models.weight_copies import using_adapter
 
 ROWS = 4
 # Tiny pipeline -> its denoiser's published widths and as few layers as there can be, and its conditioning's widths.
@@ -26,58 +27,9 @@ UNET = {
 }
 JOINT = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 128, "num_attention_heads": 24}
 WIDE = {
-    "chroma": (
-        {**JOINT, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 4096, "approximator_hidden_dim": 5120},
-        {"prompt_embeds": 4096},
-    ),
-    "ernie_image": (
-        {"num_layers": 1, "hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 12288}
-        | {"text_in_dim": 3072, "rope_axes_dim": (32, 48, 48)},
-        {"prompt_embeds": 3072},
-    ),
     "flux": (
         {**JOINT, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 4096, "pooled_projection_dim": 768},
         {"prompt_embeds": 4096, "pooled_prompt_embeds": 768},
-    ),
-    "hidream": (
-        {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 128, "num_attention_heads": 20}
-        | {"caption_channels": [4096, 4096], "text_emb_dim": 2048, "axes_dims_rope": (64, 32, 32)},
-        {"t5_embeds": 4096, "llama_embeds": 4096, "pooled_prompt_embeds": 2048},
-    ),
-    "ideogram4": (
-        {"num_layers": 1, "attention_head_dim": 256, "num_attention_heads": 18, "intermediate_size": 12288}
-        | {"adaln_dim": 512, "mrope_section": (24, 20, 20)},
-        {},
-    ),
-    "krea2": (
-        {
-            "num_layers": 1,
-            "attention_head_dim": 128,
-            "num_attention_heads": 48,
-            "num_key_value_heads": 12,
-            "intermediate_size": 16384,
-            "timestep_embed_dim": 256,
-            "text_hidden_dim": 2560,
-            "text_num_attention_heads": 20,
-            "text_num_key_value_heads": 20,
-            "text_intermediate_size": 6912,
-            "axes_dims_rope": (32, 48, 48),
-        },
-        {"prompt_embeds": 2560},
-    ),
-    "longcat_image": (
-        {**JOINT, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 3584, "pooled_projection_dim": 3584},
-        {"prompt_embeds": 3584},
-    ),
-    "qwen_image": (
-        {"num_layers": 1, "attention_head_dim": 128, "num_attention_heads": 24, "axes_dims_rope": (16, 56, 56)}
-        | {"joint_attention_dim": 3584},
-        {"prompt_embeds": 3584},
-    ),
-    "qwen_image_21": (
-        {"num_layers": 1, "attention_head_dim": 128, "num_attention_heads": 32, "axes_dims_rope": (16, 56, 56)}
-        | {"context_in_dim": 4096},
-        {"prompt_embeds": 4096},
     ),
     "sana": (
         {
@@ -151,7 +103,7 @@ def inputs_of(family, name: str):
 
 
 def predictions(family, reference, inputs, *, bf16: bool):
-    """Of the policy, with gradients, and of its reference."""
+    """Return predictions of the policy, with gradients, and of its reference."""
     denoiser = family.denoiser.train()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         with torch.no_grad(), reference as lent:
@@ -189,7 +141,7 @@ def test_a_frozen_adapter_predicts_what_the_trained_one_does_bit_for_bit(name, b
 
 @contextlib.contextmanager
 def as_frozen(denoiser, adapter):
-    with adapter_on(adapter_layers(denoiser), "ref", back=adapter):
+    with using_adapter(adapter_layers(denoiser), "ref"):
         yield denoiser
 
 

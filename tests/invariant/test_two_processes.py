@@ -54,7 +54,7 @@ def spoiled(index, image):
 
 @pytest.fixture(scope="module")
 def walks(sd_folder, make_pairs, tmp_path_factory):
-    """Of one process and of two, what they logged of both trainings, and what they printed."""
+    """The logs of both trainings, and the printed text, by the number of processes."""
     folder, walks = tmp_path_factory.mktemp("walks"), {}
     good = make_pairs(33)
     bad = [{**row, "chosen": spoiled(index, row["chosen"])} for index, row in enumerate(good)]

@@ -1,4 +1,4 @@
-"""Attempts of a run: each starts its process, or its two processes, and ends when they are done or killed.
+"""Attempts of a run. An attempt starts one or two processes, and ends when they are done or killed.
 
 The libraries are imported once, in a process that does not train; every attempt is forked from it, as imports take
 seconds.
@@ -13,10 +13,10 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.context import ForkProcess as Process
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "distributed")]
@@ -35,6 +35,7 @@ from worker import RecordingTrainer, engine_args  # noqa: E402
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig  # noqa: E402
 
+FORK = multiprocessing.get_context("fork")
 PHASES = ("building", "training", "saving a checkpoint", "saving the result")
 SECONDS = 120  # timeout of an attempt
 # One block: the engines' cost grows with the number of tensors.
@@ -61,13 +62,12 @@ PAIRS = 20
 
 @dataclass
 class Attempt:
-    """The result of an attempt: exit codes of its processes, the phase of each when it ended, and seconds."""
+    """The result of an attempt: exit codes of its processes, the seconds since training began, and the kill with its
+    phase, unless the attempt had ended before."""
 
     exit_codes: list[int]
-    phases: list[str]
-    seconds: float
-    training_seconds: float = 0.0
-    killed: dict = field(default_factory=dict)  # the kill and its phase, unless the attempt had ended before
+    training_seconds: float
+    killed: dict
 
     @property
     def done(self) -> bool:
@@ -76,7 +76,7 @@ class Attempt:
 
 @dataclass
 class Kill:
-    """SIGKILL to a process, `seconds` after the first process has entered a phase."""
+    """SIGKILL to a process, `seconds` after the first process enters a phase."""
 
     process: int
     seconds: float
@@ -103,8 +103,8 @@ class Trainer(RecordingTrainer):
 
 
 def prepare(folder: Path) -> None:
-    """Write the tiny pipeline and the pairs, in a subprocess; and build DeepSpeed's extension before any process is
-    killed: one that dies while building it leaves a lock file for which all others wait."""
+    """Write the tiny pipeline and the pairs in a subprocess. Build DeepSpeed's extension before any process is killed,
+    because a process that dies while building leaves a lock file, and all others wait for it."""
     build_shm_op()
     if not (folder / "pairs").is_dir():
         assert wait_for([fork(lambda: _prepare(folder), folder / "prepare.txt")], time.monotonic() + SECONDS) == [0]
@@ -122,7 +122,7 @@ def _prepare(folder: Path) -> None:
 
 
 def attempt(run: dict, folder: Path, kill: Kill | None = None) -> Attempt:
-    """One attempt of a run, in `folder`.
+    """Make one attempt of a run, in `folder`.
 
     Args:
         run (`dict`): `name`, `engine` (`"plain"` for one process, else two), `lora`, `args`, and `resume`, as
@@ -133,22 +133,22 @@ def attempt(run: dict, folder: Path, kill: Kill | None = None) -> Attempt:
     phases = multiprocessing.RawArray("i", world)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     (folder / run["name"]).mkdir(parents=True, exist_ok=True)
-    began, pids = time.monotonic(), []
+    began, processes = time.monotonic(), []
     for rank in range(world):
         environment = {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
-        pids.append(fork(_process(run, folder, rank, phases, environment), folder / run["name"] / f"log{rank}.txt"))
+        function = _process(run, folder, rank, phases, environment)
+        processes.append(fork(function, folder / run["name"] / f"log{rank}.txt"))
     deadline, killed, training_began = began + SECONDS, {}, began
     if kill is None or kill.phase > 0:
-        training_began = wait_until(lambda: phases[0] >= 1 or _any_ended(pids), deadline)
+        training_began = wait_until(lambda: phases[0] >= 1 or any_ended(processes), deadline)
     if kill is not None:
-        moment = wait_until(lambda: phases[0] >= kill.phase or _any_ended(pids), deadline) + kill.seconds
-        wait_until(lambda: time.monotonic() >= moment or _any_ended(pids), deadline)
-        if not _any_ended(pids):
+        moment = wait_until(lambda: phases[0] >= kill.phase or any_ended(processes), deadline) + kill.seconds
+        wait_until(lambda: time.monotonic() >= moment or any_ended(processes), deadline)
+        if not any_ended(processes):
             killed = {"process": kill.process, "seconds": kill.seconds, "phase": PHASES[phases[kill.process]]}
-            os.kill(pids[kill.process], signal.SIGKILL)
-    codes = wait_for(pids, deadline)
-    now = time.monotonic()
-    return Attempt(codes, [PHASES[phase] for phase in phases], now - began, now - training_began, killed)
+            processes[kill.process].kill()
+    codes = wait_for(processes, deadline)
+    return Attempt(codes, time.monotonic() - training_began, killed)
 
 
 def _process(run: dict, folder: Path, rank: int, phases, environment: dict[str, str]) -> Callable[[], None]:
@@ -241,7 +241,7 @@ class Writes:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def wrapped(self, writer: Callable) -> Callable:
-        """A function that writes to its second argument, recorded before and after."""
+        """Return a function that records the writes of `writer`, which writes to its second argument."""
 
         def write(*given, **named):
             path, was_nested = given[1], self._nested
@@ -271,68 +271,49 @@ def writes_to(values: tuple) -> bool:
 # ---- Processes -------------------------------------------------------------------------------------------------------
 
 
-def fork(function: Callable[[], None], log: Path) -> int:
-    """Run a function in a child process with its own process group; returns its id."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
+def fork(function: Callable[[], None], log: Path) -> Process:
+    """Run a function in a child process with a new process group, whose output goes into a file."""
+
+    def run() -> None:
         os.setsid()
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         function()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+
+    process = FORK.Process(target=run)
+    process.start()
+    return process
 
 
 def wait_until(condition: Callable[[], bool], deadline: float) -> float:
-    """Wait until a condition is true or the deadline has passed; returns the time."""
+    """Wait until a condition is true or the deadline has passed, and return the time."""
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
     return time.monotonic()
 
 
-_ENDED: dict[int, int] = {}
+def any_ended(processes: list[Process]) -> bool:
+    return any(process.exitcode is not None for process in processes)
 
 
-def _any_ended(pids: list[int]) -> bool:
-    for pid in pids:
-        if pid not in _ENDED:
-            found, status = os.waitpid(pid, os.WNOHANG)
-            if found:
-                _ENDED[pid] = os.waitstatus_to_exitcode(status)
-    return any(pid in _ENDED for pid in pids)
+def wait_for(processes: list[Process], deadline: float) -> list[int]:
+    """Return the exit codes of all processes. When one fails, end the others like a launcher: SIGTERM, then SIGKILL."""
+    wait_until(lambda: all(process.exitcode == 0 for process in processes) or any(map(failed, processes)), deadline)
+    for process in processes:
+        if process.exitcode is None:
+            process.terminate()
+    limit = time.monotonic() + 1.0
+    for process in processes:
+        process.join(max(0.0, limit - time.monotonic()))
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # DataLoader workers may outlive their process
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    return [process.exitcode for process in processes]
 
 
-def wait_for(pids: list[int], deadline: float) -> list[int]:
-    """Exit codes of all. When one fails, the others are ended as by a launcher: SIGTERM, then SIGKILL."""
-    while True:
-        wait_until(lambda: _any_ended(pids), deadline)
-        running = [pid for pid in pids if pid not in _ENDED]
-        if any(_ENDED.get(pid) for pid in pids) or time.monotonic() >= deadline:
-            for number, seconds in ((signal.SIGTERM, 1.0), (signal.SIGKILL, 10.0)):
-                for pid in running:
-                    if pid not in _ENDED:
-                        os.kill(pid, number)
-                limit = time.monotonic() + seconds
-                for pid in running:
-                    wait_until(lambda pid=pid: _any_ended([pid]), limit)
-            running = []
-        if not running:
-            break
-        time.sleep(0.02)
-    for pid in pids:  # DataLoader workers may outlive their process
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, signal.SIGKILL)
-    return [_ENDED.pop(pid, -signal.SIGKILL) for pid in pids]
+def failed(process: Process) -> bool:
+    return process.exitcode not in (None, 0)
 
 
 def free_port() -> int:
@@ -342,5 +323,5 @@ def free_port() -> int:
 
 
 def generator_of(*words: object) -> random.Random:
-    """A generator seeded by words."""
+    """Return a random generator that is seeded by words."""
     return random.Random("/".join(str(word) for word in words))

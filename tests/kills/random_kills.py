@@ -8,7 +8,6 @@ Finished runs are recorded in the output folder, and the same command continues 
 """
 
 import argparse
-import collections
 import json
 import shutil
 import sys
@@ -43,7 +42,7 @@ def run_of(engine: str, variant: str, name: str) -> dict:
 
 
 def result_of(run: dict, folder: Path) -> dict:
-    """The result of a finished run: its weights, averaged weights and logged losses."""
+    """Return the result of a finished run: its weights, averaged weights and logged losses."""
     output = folder / run["name"] / "output"
     files = [path for subfolder in RESULTS for path in output.glob(f"{subfolder}*.safetensors")]
     facts = json.loads((folder / run["name"] / "facts.json").read_text())
@@ -52,13 +51,13 @@ def result_of(run: dict, folder: Path) -> dict:
 
 
 def differences(ours: dict, theirs: dict) -> list[str]:
-    """Names of the files, or `step` or `log`, that are not equal to the bit."""
-    found = [] if ours["weights"].keys() == theirs["weights"].keys() else ["files"]
+    """Return the files, or `step` or `log`, that are not equal to the bit."""
+    unequal = [] if ours["weights"].keys() == theirs["weights"].keys() else ["files"]
     for name in ours["weights"].keys() & theirs["weights"].keys():
         first, second = ours["weights"][name], theirs["weights"][name]
         if first.keys() != second.keys() or any(not first[key].equal(second[key]) for key in first):
-            found.append(name)
-    return found + [name for name in ("step", "log") if ours[name] != theirs[name]]
+            unequal.append(name)
+    return unequal + [name for name in ("step", "log") if ours[name] != theirs[name]]
 
 
 def finish(run: dict, folder: Path) -> Attempt:
@@ -70,7 +69,7 @@ def finish(run: dict, folder: Path) -> Attempt:
 
 
 def uninterrupted(engine: str, variant: str, folder: Path) -> tuple[dict, float]:
-    """The result of a run without kills, and the seconds of its training."""
+    """Return the result of a run without kills, and the seconds of its training."""
     run, facts = run_of(engine, variant, "uninterrupted"), folder / f"{engine}-{variant}-uninterrupted.json"
     if not facts.is_file():
         shutil.rmtree(folder / run["name"], ignore_errors=True)
@@ -80,7 +79,7 @@ def uninterrupted(engine: str, variant: str, folder: Path) -> tuple[dict, float]
 
 
 def interrupted(engine: str, variant: str, index: int, seed: int, folder: Path, kills: int) -> dict:
-    """Kills a run up to `kills` times; the kills, and the differences of its result."""
+    """Kill a run up to `kills` times. Return the kills, and the differences of its result."""
     expected, seconds = uninterrupted(engine, variant, folder)
     run, generator = run_of(engine, variant, f"killed-{index}"), generator_of(seed, engine, variant, index)
     run_folder = folder / run["name"]
@@ -98,18 +97,18 @@ def interrupted(engine: str, variant: str, index: int, seed: int, folder: Path, 
         else:
             return {"kills": killed, "differences": [f"an attempt ended with {ended.exit_codes}"]}
     finish(run, folder)
-    found = differences(result_of(run, folder), expected)
+    unequal = differences(result_of(run, folder), expected)
     finish(run, folder)
-    found += [f"{name} after it was done" for name in differences(result_of(run, folder), expected)]
+    unequal += [f"{name} after it was done" for name in differences(result_of(run, folder), expected)]
     facts = json.loads((run_folder / "facts.json").read_text())
-    found += [f"{facts['steps_taken']} steps after it was done"] if facts["steps_taken"] else []
-    if not found:
+    unequal += [f"{facts['steps_taken']} steps after it was done"] if facts["steps_taken"] else []
+    if not unequal:
         shutil.rmtree(run_folder)
-    return {"kills": killed, "differences": found}
+    return {"kills": killed, "differences": unequal}
 
 
 def kill_runs(engine: str, kills: int, seed: int, folder: Path, seconds: float) -> list[dict]:
-    """Runs of the variants in turn, until `kills` kills are reached or `seconds` have passed."""
+    """Kill runs of the variants in turn, until `kills` kills are reached or `seconds` have passed."""
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder)
     record, began = folder / f"{engine}-{seed}.jsonl", time.monotonic()
@@ -117,27 +116,12 @@ def kill_runs(engine: str, kills: int, seed: int, folder: Path, seconds: float) 
     while (count := sum(len(entry["kills"]) for entry in done)) < kills and time.monotonic() - began < seconds:
         index = len(done)
         variant = list(VARIANTS)[index % len(VARIANTS)]
-        found = interrupted(engine, variant, index, seed, folder, min(KILLS_PER_RUN, kills - count))
-        done.append({"engine": engine, "variant": variant, "index": index, **found})
+        result = interrupted(engine, variant, index, seed, folder, min(KILLS_PER_RUN, kills - count))
+        done.append({"engine": engine, "variant": variant, "index": index, **result})
         with open(record, "a", encoding="utf-8") as file:
             file.write(json.dumps(done[-1]) + "\n")
-        print(f"{engine} {variant}: {len(found['kills'])} kills, {found['differences'] or 'equal'}", flush=True)
+        print(f"{engine} {variant}: {len(result['kills'])} kills, {result['differences'] or 'equal'}", flush=True)
     return done
-
-
-def table(entries: list[dict]) -> str:
-    """A row per engine and variant: runs, kills by phase, and runs with a different result."""
-    rows = collections.defaultdict(list)
-    for entry in entries:
-        rows[entry["engine"], entry["variant"]].append(entry)
-    head = ["Engine", "Run", "Runs", "Kills", "building", "training", "saving", "Unequal"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for (engine, variant), group in rows.items():
-        phases = collections.Counter(kill["phase"].split()[0] for entry in group for kill in entry["kills"])
-        numbers = [len(group), sum(phases.values()), *(phases[name] for name in ("building", "training", "saving"))]
-        unequal = sum(bool(entry["differences"]) for entry in group)
-        lines.append(f"| {engine} | {variant} | {' | '.join(map(str, numbers))} | {unequal} |")
-    return "\n".join(lines)
 
 
 def main() -> int:
@@ -156,8 +140,7 @@ def main() -> int:
         for engine in options.engine
         for entry in kill_runs(engine, options.kills, options.seed, folder, options.seconds)
     ]
-    (folder / "table.md").write_text(table(entries) + "\n")
-    print(table(entries))
+    print(f"{sum(len(entry['kills']) for entry in entries)} kills in {len(entries)} runs")
     return int(any(entry["differences"] for entry in entries))
 
 

@@ -25,34 +25,34 @@ NEWEST = "checkpoint-5"  # of a finished run
 
 
 def writes(folder: Path, variant: str, every: str = "1") -> dict:
-    """Runs of one process, each killed at one of every `every`-th write to its output folder, and restarted."""
+    """Kill a run of one process at every `every`-th write to its output folder, and restart it."""
     expected, _ = uninterrupted("plain", variant, folder)
     counted = {**run_of("plain", variant, "counted"), "count_writes": True}
     finish(counted, folder)
     listed = json.loads((folder / counted["name"] / "writes.json").read_text())
-    found = []
+    kills = []
     for number in range(0, len(listed), int(every)):
         run = run_of("plain", variant, f"write-{number}")
         died = attempt({**run, "die_at_write": number}, folder).exit_codes == [-9]
         finish(run, folder)
         wrong = differences(result_of(run, folder), expected)
-        found.append({"write": listed[number], "died": died, "differences": wrong})
+        kills.append({"write": listed[number], "died": died, "differences": wrong})
         shutil.rmtree(folder / run["name"])
-    return {"writes": listed, "found": found}
+    return {"writes": listed, "kills": kills}
 
 
 # ---- Damaged ---------------------------------------------------------------------------------------------------------
 
 
 def damaged(folder: Path, engine: str, *only: str) -> dict:
-    """For each file of the newest checkpoint that a single process writes (with `only`, those that end so): whether a
-    run resumes without the file, and its log."""
+    """Return for each file of the newest checkpoint that a single process writes whether a run resumes without the
+    file, and its log. `only` are endings of file names."""
     uninterrupted(engine, "lora", folder)
     complete = folder / run_of(engine, "lora", "uninterrupted")["name"] / "output"
     newest = complete / NEWEST
     names = [path.relative_to(newest).as_posix() for path in sorted(newest.rglob("*"))]
     marks = ("rank_1_", "rng_state_1.", "__1_", "scheduler.pt")
-    found = {}
+    results = {}
     for name in names:
         if not any(mark in name for mark in marks) or (only and not name.endswith(only)):
             continue
@@ -63,8 +63,8 @@ def damaged(folder: Path, engine: str, *only: str) -> dict:
         (run_folder / "output" / NEWEST / name).unlink()
         ended = attempt({**run, "args": {"max_steps": 6}}, folder)
         logs = [path.read_text() for path in sorted(run_folder.glob("log*.txt"))]
-        found[name] = {"done": ended.done, "log": "".join(logs)}
-    return found
+        results[name] = {"done": ended.done, "log": "".join(logs)}
+    return results
 
 
 # ---- Malicious -------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def plant(file: Path, mark: Path) -> None:
 
 
 def _with_payload_in_every_pickle(content: bytes, mark: Path) -> bytes:
-    """The items of a distributed checkpoint; those that are no tensors are replaced by a payload of equal length."""
+    """Return a distributed checkpoint in which a payload of equal length replaces each item that is no tensor."""
     start, out = 0, b""
     while start < len(content):
         end = content.index(b"PK\x05\x06", start) + 22
@@ -110,9 +110,8 @@ def _with_payload_in_every_pickle(content: bytes, mark: Path) -> bytes:
 
 
 def planted(folder: Path, engine: str, *only: str) -> dict:
-    """For each file of a checkpoint that can hold a pickle: the log of a run that resumes from it, and whether the
-    payload ran; the same for an untouched checkpoint. With `only`, just the
-    files that end so."""
+    """Return for each file of a checkpoint that can hold a pickle the log of a run that resumes from it, and whether
+    the payload ran; and the same for an untouched checkpoint. `only` are endings of file names."""
     complete = folder / run_of(engine, "lora", "planted-complete")["name"]
     writer = {**run_of(engine, "lora", "planted-complete"), "args": {"max_steps": 2}}
     finish(writer, folder)
@@ -121,9 +120,9 @@ def planted(folder: Path, engine: str, *only: str) -> dict:
     if only:
         names = [name for name in files if name.endswith(only)]
         return {name: _resume(folder, engine, checkpoint, name) for name in names}
-    found = {name: _resume(folder, engine, checkpoint, name) for name in files}
-    found["untouched"] = _resume(folder, engine, checkpoint, None)
-    return found
+    results = {name: _resume(folder, engine, checkpoint, name) for name in files}
+    results["untouched"] = _resume(folder, engine, checkpoint, None)
+    return results
 
 
 def holds_pickle(path: Path) -> bool:

@@ -1,5 +1,5 @@
-"""Runs that are killed, at random times and at every write, and damaged or malicious checkpoints, under every engine.
-All runs are forked from one process (`scenarios.py`), started once for the selected tests."""
+"""Runs that are killed at random times and at writes, and damaged or malicious checkpoints, under every engine. One
+process (`scenarios.py`) is started for the selected tests, and all runs are forked from it."""
 
 import json
 import subprocess
@@ -15,18 +15,18 @@ SECONDS = 3600
 
 @pytest.fixture(scope="module")
 def report(request, tmp_path_factory):
-    """`report(scenario)`: its results; see `scenarios.py`."""
+    """`report(scenario)`: the results of a scenario of `scenarios.py`."""
     selected = (item for item in request.session.items if item.path == Path(__file__))
     names = {item.callspec.params["scenario"] for item in selected if "scenario" in item.fixturenames}
     folder = tmp_path_factory.mktemp("kills")
     command = [sys.executable, str(SCRIPT), "--output", str(folder), *sorted(names)]
     ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SECONDS)
     file = folder / "report.json"
-    found = json.loads(file.read_text()) if file.is_file() else {}
+    results = json.loads(file.read_text()) if file.is_file() else {}
 
     def of(scenario: str):
-        assert scenario in found, f"The scenario did not run:\n{ended.stdout[-3000:]}"
-        return found[scenario]
+        assert scenario in results, f"The scenario did not run:\n{ended.stdout[-3000:]}"
+        return results[scenario]
 
     return of
 
@@ -51,10 +51,10 @@ def test_a_run_of_every_engine_that_loses_a_process_ends_like_an_uninterrupted_o
     assert_killed_and_equal(report(scenario), 3)
 
 
-def assert_survived(found: dict) -> None:
-    assert all(entry["died"] for entry in found["found"])
-    assert not [entry for entry in found["found"] if entry["differences"]]
-    names = " ".join(found["writes"])
+def assert_survived(results: dict) -> None:
+    assert all(entry["died"] for entry in results["kills"])
+    assert not [entry for entry in results["kills"] if entry["differences"]]
+    names = " ".join(results["writes"])
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"):
         assert f"half of _partial/checkpoint-4/{name}" in names  # the scenario records these writes
     for name in ("trainer_state.json", "diffusion_sdpo_setup.json"):
@@ -73,9 +73,9 @@ def test_a_run_survives_a_kill_at_every_write(report, scenario):
     assert_survived(report(scenario))
 
 
-def assert_noticed(found: dict) -> None:
-    assert found
-    for name, entry in found.items():
+def assert_noticed(results: dict) -> None:
+    assert results
+    for name, entry in results.items():
         assert not entry["done"] and Path(name).name in entry["log"], name
 
 
@@ -98,17 +98,17 @@ def assert_refused(entry: dict) -> None:
 
 @scenarios("planted:zero2:pp_rank_1_mp_rank_00_optim_states.pt", "planted:fsdp2-sharded:.metadata:__0_0.distcp")
 def test_a_planted_pickle_of_an_engine_does_not_run(report, scenario):
-    found = report(scenario)
-    assert len(found) == scenario.count(":") - 1
-    for entry in found.values():
+    results = report(scenario)
+    assert len(results) == scenario.count(":") - 1
+    for entry in results.values():
         assert_refused(entry)
 
 
 @pytest.mark.matrix
 @scenarios(*[f"planted:{engine}" for engine in ENGINES])
 def test_no_planted_pickle_of_any_engine_runs(report, scenario):
-    found = dict(report(scenario))
-    assert found.pop("untouched")["done"]
-    assert len(found) > 3
-    for entry in found.values():
+    results = dict(report(scenario))
+    assert results.pop("untouched")["done"]
+    assert len(results) > 3
+    for entry in results.values():
         assert_refused(entry)

@@ -1,10 +1,11 @@
-"""Sums of losses, the cap of the logit and weights of pairs: values by hand, what the row of a sum says, and gradients
-under every safeguard of output space against loops in plain Python."""
+"""Sums of losses and the cap of the logit by hand, and lambda and gradients of every loss, sum and weight under every
+safeguard of output space against loops in plain Python."""
 
 import math
 
 import pytest
 import torch
+from losses.settings import BETA, SETTINGS
 
 from trl_diffusion_sdpo.losses import (
     LOSSES,
@@ -19,9 +20,8 @@ from trl_diffusion_sdpo.losses import (
 LOG3 = math.log(3)
 # As in test_preference: err_w = 1, d_w = -3, err_l = 4, d_l = 3, u = 3 beta.
 MODEL, REFERENCE, ZERO = torch.tensor([[1.0], [2.0]]), torch.tensor([[-2.0], [1.0]]), torch.zeros(2, 1)
-SETTINGS = {"dmpo": {"dmpo_alpha": 0.05}, "dpop": {"dpop_lambda": 2.0}}
 BINS = torch.tensor([0, 1, 0])
-PAIR_WEIGHTS = torch.tensor([0.5, 0.0, 2.0])
+PAIR_WEIGHTS, LOSER_WEIGHTS = torch.tensor([0.5, 0.0, 2.0]), torch.tensor([0.25, 0.0, 1.0])
 SCORES = torch.tensor([0.9, 0.5, 0.8, 0.3, 0.4, 0.1])  # winners first, each ahead of its loser
 
 
@@ -88,13 +88,6 @@ def test_capo_has_a_target_for_each_pair():
     assert leaf.grad.flatten().tolist() == pytest.approx([-0.02, 0.02, 0.04, -0.04], rel=1e-4)
 
 
-def test_the_target_of_a_sum_is_the_smallest_of_its_parts():
-    # ipo 1/2, dmpo log 9 = 2.2
-    for beta, past in ((0.4 / 3, 0.0), (0.6 / 3, 1.0), (3.0 / 3, 1.0)):
-        out = one_pair(beta, loss_type=["dmpo", "ipo", "sft"], dmpo_alpha=0.1)
-        assert out.metrics["safeguard/past_target"].item() == past
-
-
 # ---- What the row of a sum says ------------------------------------------------------------------------------------
 
 ROWS = [
@@ -115,30 +108,20 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("parts", "reads", "weights", "anchor"), ROWS, ids=["-".join(row[0]) for row in ROWS])
-def test_the_row_of_a_sum_follows_from_those_of_its_parts(parts, reads, weights, anchor):
+def test_what_a_sum_needs_and_how_it_weighs_errors_follows_from_its_parts(parts, reads, weights, anchor):
+    """The weights of both errors are taken by autograd, from random pairs given by their errors alone."""
     spec = loss_spec(parts)
     assert (spec.uses_loser, spec.needs_reference, spec.reads_reference_prediction, spec.needs_scores) == reads
-    assert (spec.equal_weights, spec.positive_weights) == weights
-    assert spec.anchor == anchor
-
-
-# DSPO's winner is no error.
-OF_ERRORS = [row for row in ROWS if "dspo" not in row[0]]
-
-
-@pytest.mark.parametrize(
-    ("parts", "reads", "weights", "anchor"), OF_ERRORS, ids=["-".join(row[0]) for row in OF_ERRORS]
-)
-def test_what_it_says_of_the_weights_of_errors_is_so(parts, reads, weights, anchor):
-    """`a` and `b` of random pairs by autograd of the errors alone."""
+    assert (spec.equal_weights, spec.positive_weights, spec.anchor) == (*weights, anchor)
+    if "dspo" in parts:
+        return  # the winner's part of DSPO is not a function of its error
     generator = torch.Generator().manual_seed(1)
     errors = 2 * torch.rand(4, 200, generator=generator, dtype=torch.float64)
     winner, loser = errors[0].requires_grad_(), errors[1].requires_grad_()
     scores = torch.rand(2, 200, generator=generator, dtype=torch.float64).sort(0, descending=True).values
     terms = PairTerms(winner, loser, errors[2].detach(), errors[3].detach(), winner.view(-1, 1), None, scores)
-    a, b = torch.autograd.grad(loss_spec(parts).pair_losses(terms, beta=1.0).sum(), (winner, loser))
-    alike = torch.allclose(a, -b, rtol=1e-9, atol=1e-12)
-    assert alike is weights[0]
+    a, b = torch.autograd.grad(spec.pair_losses(terms, beta=1.0).sum(), (winner, loser))
+    assert torch.allclose(a, -b, rtol=1e-9, atol=1e-12) is weights[0]
     assert bool((a >= 0).all()) or anchor == "error"
 
 
@@ -153,6 +136,7 @@ CASES = [
     ("capo", None, {}),
     ("sigmoid", None, {"margin_clamp": 0.05}),
     (["sigmoid", "sft"], [1.0, 0.3], {"margin_clamp": 0.05}),
+    *((name, None, {}) for name in LOSSES if name not in ("sft", "capo")),
 ]
 
 
@@ -161,8 +145,9 @@ def parts_of(loss_type, weights):
     return dict(zip(names, weights or [1.0] * len(names), strict=True))
 
 
-def gradient_of(parts, tensors, beta, gradient_by_differences, clamp=None, pair_weights=None):
-    """Of the weighted mean, in float64: central differences, part by part; rows of pairs that the cap has won are 0."""
+def gradient_of(parts, tensors, beta, gradient_by_differences, clamp=None):
+    """Return the gradient of each pair's share of the mean loss, in float64: central differences, part by part. Rows of
+    pairs that the cap has won are 0."""
     model, target, ref = tensors
     total = torch.zeros(model.shape, dtype=torch.float64)
     error = (model - target).double().square().flatten(1).mean(1) - (ref - target).double().square().flatten(1).mean(1)
@@ -174,65 +159,68 @@ def gradient_of(parts, tensors, beta, gradient_by_differences, clamp=None, pair_
         if clamp is not None and name != "sft":
             part[(logit > clamp).repeat(2)] = 0
         total += weight * part
-    if pair_weights is not None:
-        total *= pair_weights.double().repeat(2).view(-1, 1, 1)
     return total, logit
 
 
-def expected_scale(granularity, plain, gradient, residual, mu, pair_weights):
-    """Lambda of each pair, in float64, by the closed form over groups of pairs."""
-    counted = [True] * 3 if pair_weights is None else (pair_weights > 0).tolist()
+def expected_scale(granularity, plain, gradient, residual, mu, pair_weights, loser_weights):
+    """Return lambda of each pair in float64, by the closed form over groups of pairs.
+
+    If `plain`, all errors weigh alike, and residuals stand for gradients. A pair of loser weight 0 is left out.
+    """
     groups = {"batch": [[0, 1, 2]], "weighted": [[0, 1, 2]], "pair": [[0], [1], [2]], "noise_bin": [[0, 2], [1]]}
     scale = [1.0] * 3
     for group in groups[granularity]:
-        rows = [row for row in group if counted[row] or not plain]
-        winner = residual if plain else gradient
-        gain = sum(float((residual[row] * winner[row]).sum()) for row in rows)
-        dot = sum(float((residual[row] * (residual[row + 3] if plain else -gradient[row + 3])).sum()) for row in rows)
+        rows = [row for row in group if loser_weights[row] > 0 and (pair_weights[row] > 0 or not plain)]
+        gain = dot = 0.0
+        for row in rows:
+            winner, loser = (residual[row], residual[row + 3]) if plain else (gradient[row], -gradient[row + 3])
+            gain += float((residual[row] * winner).sum())
+            dot += float(loser_weights[row] * (residual[row] * loser).sum())
         for row in group:
             scale[row] = min(max((1 - mu) * gain / dot, 0.0), 1.0) if dot > 1e-12 else 1.0
     return torch.tensor(scale, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "pair_weights"])
+@pytest.mark.parametrize("weighted", ["", "pair_weights", "loser_weights"])
 @pytest.mark.parametrize("granularity", ["batch", "pair", "weighted", "noise_bin"])
 @pytest.mark.parametrize("case", CASES, ids=[str(case) for case in CASES])
-def test_the_gradient_is_that_of_a_loop(case, granularity, weighted, seeded_pairs, gradient_by_differences):
+def test_lambda_and_the_gradient_are_those_of_a_loop(
+    case, granularity, weighted, seeded_pairs, gradient_by_differences
+):
+    """The values of the losses are those without a safeguard."""
     loss_type, weights, given = case
-    tensors, beta, mu = seeded_pairs(seed=1), 0.7, 0.5
-    pair_weights = PAIR_WEIGHTS if weighted else None
+    tensors, beta, mu, spec = seeded_pairs(seed=1), BETA, 0.5, loss_spec(loss_type, weights)
+    pair_weights = PAIR_WEIGHTS if weighted == "pair_weights" else torch.ones(3)
+    loser_weights = LOSER_WEIGHTS if weighted == "loser_weights" else torch.ones(3)
     parts = parts_of(loss_type, weights)
-    gradient, logit = gradient_of(
-        parts, tensors, beta, gradient_by_differences, given.get("margin_clamp"), pair_weights
-    )
+    gradient, logit = gradient_of(parts, tensors, beta, gradient_by_differences, given.get("margin_clamp"))
     assert "margin_clamp" not in given or 0 < int((logit > 0.05).sum()) < 3
-    alike = set(parts) <= {"sigmoid", "hinge", "capo"}
-    by_residuals = {"batch": alike, "noise_bin": alike, "pair": alike and "capo" not in parts, "weighted": False}
+    gradient *= pair_weights.double().repeat(2).view(-1, 1, 1)
+    plain = spec.equal_weights and granularity != "weighted" and (spec.positive_weights or granularity != "pair")
     residual = (tensors[0] - tensors[1]).double()
-    scale = expected_scale(granularity, by_residuals[granularity], gradient, residual, mu, pair_weights)
+    scale = expected_scale(granularity, plain, gradient, residual, mu, pair_weights, loser_weights)
     leaf = tensors[0].clone().requires_grad_()
-    settings = {name: value for part in parts for name, value in SETTINGS.get(part, {}).items()}
+    settings = {"loss_type": loss_type, "loss_weights": weights, "beta": beta, "scores": SCORES, **given}
+    settings |= {name: value for part in parts for name, value in SETTINGS.get(part, {}).items()}
     out = diffusion_preference_loss(
         leaf,
         *tensors[1:],
-        loss_type=loss_type,
-        loss_weights=weights,
-        beta=beta,
         safeguard_mu=mu,
         safeguard_granularity=granularity,
         noise_bins=BINS,
         num_noise_bins=2,
-        pair_weights=pair_weights,
-        scores=SCORES,
-        **given,
+        pair_weights=pair_weights if weighted == "pair_weights" else None,
+        loser_weights=loser_weights if weighted == "loser_weights" else None,
         **settings,
     )
     out.loss.backward()
-    expected = gradient * torch.cat([torch.ones_like(scale), scale]).view(-1, 1, 1)
+    expected = gradient * torch.cat([torch.ones(3), scale * loser_weights]).view(-1, 1, 1)
     assert (leaf.grad - expected).norm() < 2e-5 * expected.norm()
     # A pair without a gradient may have any lambda.
     acts = gradient[3:].flatten(1).norm(dim=1) > 0
     assert torch.allclose(out.scale.double().expand(3)[acts], scale[acts], rtol=1e-4)
+    unguarded = diffusion_preference_loss(*tensors, safeguard="none", **settings)
+    assert torch.equal(out.pair_losses, unguarded.pair_losses)
 
 
 # ---- What is refused -----------------------------------------------------------------------------------------------
@@ -254,22 +242,3 @@ def test_the_gradient_is_that_of_a_loop(case, granularity, weighted, seeded_pair
 def test_a_wrong_list_is_refused(loss_type, weights, message):
     with pytest.raises(ValueError, match=message):
         loss_weights_by_name(loss_type, weights)
-
-
-CLAMPED = {"sigmoid", "hinge", "ipo", "robust", "dmpo", "smpo", "capo"}
-SCALED = {"sigmoid", "hinge", "robust", "dspo_sdxl", "dmpo", "simpo", "dpop", "smpo"}
-
-
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_the_cap_and_the_automatic_beta_are_for_the_losses_that_they_name(loss_type):
-    if loss_type in CLAMPED:
-        assert loss_spec(loss_type, margin_clamp=1.0).margin_clamp == 1.0
-        assert loss_spec(loss_type, margin_clamp=1.0).loss_kwargs == LOSSES[loss_type].loss_kwargs
-    else:
-        with pytest.raises(ValueError, match=f"`margin_clamp`.*{loss_type}"):
-            loss_spec(loss_type, margin_clamp=1.0)
-    if loss_type in SCALED:
-        check_auto_beta(loss_type)
-    else:
-        with pytest.raises(ValueError, match=f"`auto_beta`.*{loss_type}"):
-            check_auto_beta(loss_type)

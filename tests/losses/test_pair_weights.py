@@ -45,8 +45,8 @@ def test_inverse_gap_weights_halve_at_the_mean_gap_whatever_the_scale(scale):
 
 
 def test_agreement_weights_fall_with_the_spread_of_the_scorers():
-    """Of two scorers the differences are (1, 1), (3, -1), with mean distances of 2 and 1: (0.5, 1) and (1.5, -1), whose
-    standard deviations are 0.25 and 1.25."""
+    """Two scorers have the differences (1, 1) and (3, -1), and mean distances of 2 and 1. That makes (0.5, 1) and
+    (1.5, -1), with standard deviations of 0.25 and 1.25."""
     given = torch.tensor([[[2.0, 5.0], [1.0, 4.0]], [[3.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
     for sorts in (False, True):
         assert weights("agreement", given, sorts) == pytest.approx([1 / 1.25, 1 / 2.25])
@@ -65,7 +65,7 @@ def test_calibrated_scores_of_two_images_are_complements():
 
 
 def test_calibrated_scores_are_means_over_the_other_images():
-    """Of (log 3, 0, 0): (3/4 + 3/4) / 2 and (1/4 + 1/2) / 2; several prompts at once."""
+    """The rewards (log 3, 0, 0) give (3/4 + 3/4) / 2 and (1/4 + 1/2) / 2. There are two prompts."""
     rewards = torch.tensor([[math.log(3), 0.0, 0.0], [0.0, 0.0, math.log(3)]])
     expected = torch.tensor([[0.75, 0.375, 0.375], [0.375, 0.375, 0.75]])
     torch.testing.assert_close(calibrated_scores(rewards), expected)

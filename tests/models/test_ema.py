@@ -57,7 +57,7 @@ def averaged_by_hand(walk, decay):
 
 
 def saved(folder, tuning):
-    """Of a LoRA, its weights as they trained, without their scale."""
+    """Return trained weights. Those of a LoRA are without its scale."""
     if tuning == "full":
         return load_file(folder / UNET_FILE)
     weights = load_file(folder / PEFT_FILE)
@@ -73,7 +73,7 @@ def draw(pipeline):
 
 
 def tuned(base, folder, tuning):
-    """As a user loads it, in plain diffusers."""
+    """Load saved weights as a user does, in plain diffusers."""
     pipeline = DiffusionPipeline.from_pretrained(base)
     if tuning == "full":
         pipeline.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
@@ -87,7 +87,7 @@ def tuned(base, folder, tuning):
 
 # A decay that the ramp of 2/11, 3/12, 4/13 reaches, and one that it does not.
 @pytest.mark.parametrize(("tuning", "decay"), [("full", 0.25), ("lora", 0.999)])
-def test_it_is_the_recurrence_over_the_weights_of_every_step(build, tmp_path, tuning, decay):
+def test_the_average_is_the_recurrence_over_the_weights_of_every_step(build, tmp_path, tuning, decay):
     trainer, keep = build(tuning, ema_decay=decay)
     trainer.train()
     trainer.save_model()
@@ -101,14 +101,6 @@ def test_it_is_the_recurrence_over_the_weights_of_every_step(build, tmp_path, tu
     for name, weight in keep.weights[-1].items():
         assert torch.equal(raw[name], weight), name
     assert any(not torch.equal(raw[name], stored[name]) for name in raw)
-
-
-def test_training_goes_where_it_went_without_it(build):
-    with_it, without = build("lora"), build("lora", ema_decay=None)
-    for trainer, _ in (with_it, without):
-        trainer.train()
-    for name, weight in without[1].weights[-1].items():
-        assert torch.equal(weight, with_it[1].weights[-1][name]), name
 
 
 def test_a_policy_that_comes_with_a_lora_has_reference_and_average_beside_it(make_trainer, sd_folder, tmp_path):
@@ -137,7 +129,7 @@ def test_a_policy_that_comes_with_a_lora_has_reference_and_average_beside_it(mak
 # ---- Evaluated, saved, resumed, published --------------------------------------------------------------------------
 
 
-def test_it_is_evaluated_as_a_model_of_these_weights_and_loads_elsewhere(
+def test_the_average_is_evaluated_as_a_model_of_these_weights_and_loads_elsewhere(
     build, make_trainer, make_pairs, sd_folder, tmp_path
 ):
     tuning = "lora"
@@ -180,9 +172,8 @@ def test_a_resumed_run_has_the_same_average_to_the_bit(build, tmp_path):
 # ---- The start, and bad input --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tuning", "bf16"), [("full", True), ("lora", False)])
-def test_policy_average_and_reference_begin_as_one(build, make_pairs, tuning, bf16):
-    trainer, _ = build(tuning, bf16=bf16, max_steps=1, eval_dataset=make_pairs(2, seed=3))
+def test_policy_average_and_reference_begin_as_one(build, make_pairs):
+    trainer, _ = build("full", bf16=True, max_steps=1, eval_dataset=make_pairs(2, seed=3))
     before = trainer.evaluate()
     for prefix in ("eval_", "eval_ema_"):
         for name in ("rewards/margins", "errors/winner_change", "errors/loser_change"):

@@ -9,8 +9,7 @@ from tiny_pipelines import CASES, case
 from tiny_pipelines.parts import kl_vae
 
 from trl_diffusion_sdpo.families import find_family, load_pipeline
-from trl_diffusion_sdpo.models import frozen_components
-from trl_diffusion_sdpo.models.frozen_components import pin, working_pipeline
+from trl_diffusion_sdpo.models.frozen_components import working_pipeline
 
 IN_CI = ("stable_diffusion", "sana", "wan")  # one for each kind of VAE
 HALVES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -99,22 +98,3 @@ def test_the_vae_meets_no_more_images_than_it_is_told_and_casts_no_more(make_tra
     )
     trainer.train()
     assert met == [(3, BF16), (3, BF16), (2, BF16)]  # four pairs
-
-
-def test_pinned_memory_is_little_more_than_what_is_pinned(monkeypatch):
-    """Each piece is rounded up to a power of two, which would take 40 GB for the 24 GB of these sizes."""
-    pieces = []
-
-    def allocate(size):
-        pieces.append(1 << (size - 1).bit_length())
-        return torch.empty(size, dtype=torch.uint8)
-
-    monkeypatch.setattr(frozen_components, "pinned_bytes", allocate)
-    monkeypatch.setattr(frozen_components, "PINNED_BUFFER", 1 << 16)
-    tensors = [torch.randn(3, 5, 7).to(BF16), torch.arange(5), torch.zeros(0), torch.randn(())]
-    tensors += [torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)]
-    tensors += [torch.full((3000,), float(number)) for number in range(60)]
-    pinned = pin(tensors)
-    for tensor, there in zip(tensors, pinned, strict=True):
-        assert torch.equal(tensor, there) and tensor.dtype == there.dtype and tensor.stride() == there.stride()
-    assert sum(pieces) < 1.15 * sum(tensor.nbytes for tensor in tensors)

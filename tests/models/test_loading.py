@@ -1,5 +1,5 @@
-"""What is read from a folder or the Hub, and with which options: of a base that is quantized no full-precision
-denoiser, of a reference given by name nothing but its denoiser, and without encoders no weights of theirs."""
+"""Loading from a folder or the Hub: a quantized base is never loaded in full precision, a named reference is only its
+denoiser, and without encoders their weights are not read."""
 
 import enum
 import functools
@@ -22,7 +22,6 @@ from trl_diffusion_sdpo.families import find_family, load_pipeline
 from trl_diffusion_sdpo.models.frozen_components import FrozenComponents
 from trl_diffusion_sdpo.models.loading import load_model
 from trl_diffusion_sdpo.models.numerics import CPU_ALIGNMENT, store_channels_last
-from trl_diffusion_sdpo.saving.weights import WeightFiles
 
 GRID = 1 / 64
 ACCESS = {
@@ -134,23 +133,21 @@ def test_of_a_named_reference_the_denoiser_alone_is_loaded(make_trainer, bare_fo
     assert trainer.state.log_history[0]["rewards/margins"] == 0
 
 
-def test_a_named_reference_is_reached_as_the_policy_but_not_at_its_revision(make_trainer, sd_folder, loaded_with):
+def test_a_named_reference_is_reached_as_the_policy_but_at_its_own_revision(make_trainer, sd_folder, loaded_with):
     reads = loaded_with(UNet2DConditionModel)
     policy = {**ACCESS, "revision": "of-the-policy", "dtype": "float32", "safety_checker": None}
-    make_trainer(ref_model=sd_folder, model_init_kwargs=policy)
-    reference = next(call for call in reads if call.get("subfolder") == "unet")
+
+    def options_of_reference(**settings):
+        reads.clear()
+        trainer = make_trainer(ref_model=sd_folder, model_init_kwargs=policy, **settings)
+        return next(call for call in reads if call.get("subfolder") == "unet"), trainer
+
+    reference, _ = options_of_reference()
     assert {name: reference[name] for name in ACCESS} == ACCESS
     assert reference["torch_dtype"] == torch.float32 and reference["use_safetensors"]
     assert not reference.keys() & {"revision", "safety_checker"}
-
-
-def test_a_named_reference_takes_options_of_its_own(make_trainer, sd_folder, loaded_with):
-    reads = loaded_with(UNet2DConditionModel)
     own = {"revision": "v2", "token": "hf_other", "dtype": "bfloat16"}
-    trainer = make_trainer(
-        ref_model=sd_folder, model_init_kwargs={**ACCESS, "revision": "v1"}, ref_model_init_kwargs=own, bf16=True
-    )
-    reference = next(call for call in reads if call.get("subfolder") == "unet")
+    reference, trainer = options_of_reference(ref_model_init_kwargs=own, bf16=True)
     assert (reference["revision"], reference["token"], reference["torch_dtype"]) == ("v2", "hf_other", torch.bfloat16)
     assert reference["proxies"] == ACCESS["proxies"]
     assert trainer.reference.module.conv_norm_out.weight.dtype == torch.bfloat16
@@ -252,12 +249,3 @@ def test_the_weights_of_encoders_are_not_downloaded_until_they_are_used(sd_folde
     assert fetched() == {"unet"}
     loaded.load_encoders()
     assert fetched() == set(NETWORKS)
-
-
-def test_a_pipeline_without_encoders_is_saved_whole(sd_folder, tmp_path):
-    loaded = load_model(sd_folder, encoders=False)
-    WeightFiles(loaded.pipeline, "unet", None, loaded.whole_pipeline).save(tmp_path, full_pipeline=True)
-    saved, own = load_pipeline(tmp_path), load_pipeline(sd_folder)
-    for name in NETWORKS:
-        state = getattr(own, name).state_dict()
-        assert all(torch.equal(value, state[key]) for key, value in getattr(saved, name).state_dict().items())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from trl_diffusion_sdpo.models.adapters import adapter_state
 from trl_diffusion_sdpo.models.weight_copies import SecondDenoiser, WeightCopy, second_copy
@@ -32,28 +33,27 @@ def test_the_reference_stays_while_the_policy_moves(make_trainer, sd_folder):
             assert not torch.allclose(trainer.denoiser(*inputs).sample, base(*inputs).sample, atol=1e-4)
 
 
-def test_a_full_reference_moves_by_the_mixing_rule(make_trainer, sd_folder):
-    trainer = make_trainer(max_steps=2, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.25)
-    start = copy.deepcopy(trainer.denoiser.state_dict())
-    trainer.train()
-    policy, reference = trainer.denoiser.state_dict(), trainer.reference.module.state_dict()
-    for name in start:
-        torch.testing.assert_close(reference[name], 0.25 * policy[name] + 0.75 * start[name])
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_synchronised_reference_moves_by_the_mixing_rule(make_trainer, tuning):
+    """A reference of full tuning weight by weight, one of LoRA factor by factor."""
+    sync = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.25}
+    trainer = make_trainer(max_steps=3, **sync, peft_config=LoraConfig(r=4) if tuning == "lora" else None)
 
+    def weights(adapter):
+        if tuning == "lora":
+            return adapter_state(trainer.denoiser, adapter)
+        return (trainer.denoiser if adapter == "default" else trainer.reference.module).state_dict()
 
-def test_a_synchronised_adapter_moves_factor_by_factor(make_trainer):
-    trainer = make_trainer(
-        max_steps=2,
-        sync_ref_model=True,
-        ref_model_sync_steps=2,
-        ref_model_mixup_alpha=0.25,
-        peft_config=LoraConfig(r=4),
-    )
-    start = {name: value.clone() for name, value in adapter_state(trainer.denoiser, "default").items()}
+    start, kept = copy.deepcopy(weights("default")), []
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            kept.append(copy.deepcopy(weights("default")))
+
+    trainer.add_callback(Keep())
     trainer.train()
-    policy, reference = (adapter_state(trainer.denoiser, name) for name in ("default", "ref"))
-    for name in start:
-        torch.testing.assert_close(reference[name], 0.25 * policy[name] + 0.75 * start[name])
+    for name, value in weights("ref").items():
+        torch.testing.assert_close(value, 0.25 * kept[1][name] + 0.75 * start[name])  # once, after the second step
 
 
 def test_model_and_reference_must_be_two_objects(make_trainer, sd_pipeline):

@@ -121,19 +121,8 @@ def test_the_command_makes_pairs_with_a_function_of_ones_own(sd_folder, tmp_path
         "def score(images, prompts):\n    return [i.getpixel((0, 0))[0] for i in images]\n"
     )
     (tmp_path / "prompts.txt").write_text("a cat\n\na dog\na cat\n")
-    command = [
-        "pairs",
-        "generate",
-        "--model",
-        sd_folder,
-        "--prompts",
-        "prompts.txt",
-        "--images",
-        "3",
-        "--device",
-        "cpu",
-    ]
-    command += ["--call_kwargs", json.dumps(SETTINGS.call_kwargs), "--output_dir", "out"]
+    command = ["pairs", "generate", "--model", sd_folder, "--prompts", "prompts.txt", "--output_dir", "out"]
+    command += ["--images", "3", "--device", "cpu", "--call_kwargs", json.dumps(SETTINGS.call_kwargs)]
     assert main(command) == 0 and "pairs pick out" in capsys.readouterr().out
     assert main([*command, "--scorers", "taste:score"]) == 0
     assert "2 pairs of 2 prompts (1 empty and 1 repeated" in capsys.readouterr().out

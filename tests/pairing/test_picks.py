@@ -54,7 +54,7 @@ def test_a_killed_process_loses_no_pick(folder):
     session.close()
 
 
-@pytest.mark.parametrize("cut", range(0, 100, 9))
+@pytest.mark.parametrize("cut", range(0, 100, 18))
 def test_a_log_cut_anywhere_is_a_shorter_log(session, folder, cut):
     for _ in range(3):
         judge(session, "tie")

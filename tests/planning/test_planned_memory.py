@@ -1,4 +1,4 @@
-"""Plans of the command against what training allocates, and against values computed by hand."""
+"""Plans compared with the memory that training allocates, and with values computed by hand."""
 
 import importlib.util
 import json
@@ -11,10 +11,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.data.images import pixels_as_floats, white
+from trl_diffusion_sdpo.data.transforms import pixels_as_floats, white
 from trl_diffusion_sdpo.families.noise import constant
-from trl_diffusion_sdpo.planning.allocations import Allocations
-from trl_diffusion_sdpo.planning.fake_device import fake_device
+from trl_diffusion_sdpo.planning.allocations import Allocations, fake_device
 from trl_diffusion_sdpo.planning.optimizers import optimizer_memory
 from trl_diffusion_sdpo.planning.plan import Plan
 
@@ -76,7 +75,7 @@ def test_products_are_counted_as_two_operations_each():
 
 
 def test_autograd_holds_what_the_backward_pass_needs():
-    """y = (x w)^2: x w is kept for the square, and x is an input."""
+    """For y = (x w)^2, autograd holds x w for the gradient of the square. x is an input."""
     with FakeTensorMode(), Allocations() as allocations:
         x, w = torch.empty(8, 8), torch.empty(8, 8, requires_grad=True)
         before = allocations.live
@@ -90,7 +89,7 @@ def test_autograd_holds_what_the_backward_pass_needs():
 def test_cudas_autocast_normalizes_in_float32_and_the_cpus_does_not():
     results = {}
     for kind in ("cuda", "cpu"):
-        with FakeTensorMode(), fake_device(kind).active(), torch.autocast("cpu", torch.bfloat16):
+        with FakeTensorMode(), fake_device(kind).autocast_rules(), torch.autocast("cpu", torch.bfloat16):
             hidden = torch.nn.functional.linear(torch.empty(2, 8), torch.empty(8, 8))
             results[kind] = hidden.dtype, torch.nn.functional.layer_norm(hidden, (8,)).dtype
     assert results == {"cuda": (torch.bfloat16, torch.float32), "cpu": (torch.bfloat16, torch.bfloat16)}
@@ -109,9 +108,9 @@ def test_cudas_autocast_normalizes_in_float32_and_the_cpus_does_not():
 )
 def test_states_of_an_optimizer(name, states, temporary):
     weights = [nn.Parameter(torch.empty(64, 96, device="meta"))]
-    found = optimizer_memory(name, weights, None, fake_device("cpu"), FakeTensorMode(allow_non_fake_inputs=True))
-    assert found[0] == pytest.approx(states, abs=8)  # and the number of steps
-    assert found[1] == pytest.approx(temporary, abs=64)
+    memory = optimizer_memory(name, weights, None, fake_device("cpu"), FakeTensorMode(allow_non_fake_inputs=True))
+    assert memory[0] == pytest.approx(states, abs=8)  # and the number of steps
+    assert memory[1] == pytest.approx(temporary, abs=64)
 
 
 def test_the_command_writes_its_numbers_and_leaves_no_fake_tensor(sdxl_folder, tmp_path):

@@ -1,4 +1,4 @@
-"""What a plan reads of the command line and of configurations of engines, and what follows from it."""
+"""Plans for the settings of a command line, and for engines."""
 
 from pathlib import Path
 
@@ -94,8 +94,8 @@ def test_accumulation_adds_no_operations_and_the_combination_of_branches_holds_b
 
 @pytest.mark.matrix
 def test_the_passes_of_an_inversion_are_operations_of_a_step(plan_of, folder):
-    """By differences: 5 steps of DDIM are 2 calls more than 3, 3 steps of ReNoise 4 calls (and one each goes on to the
-    timestep); a call of the reference, which full tuning has and `sft` has not, is as much."""
+    """Five steps of DDIM take 2 calls more than three, and three steps of ReNoise take 4 more. Full tuning calls the
+    reference once and `sft` never, so their difference is one call."""
     words = f"{ALL_WEIGHTS} --safeguard none --noise_source inversion"
     three, five, renoise = (
         plan_of(f"{words} --inversion_kwargs {more}").flops
@@ -110,7 +110,7 @@ def test_the_passes_of_an_inversion_are_operations_of_a_step(plan_of, folder):
 @pytest.mark.matrix
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_an_example_can_be_planned(file, tmp_path):
-    """With a tiny pipeline of the same family in place of the example's."""
+    """A tiny pipeline of the same family replaces the example's."""
     tiny = TINY[file.stem.partition("_")[0]].build()
     tiny.save_pretrained(tmp_path / "tiny")
     words = ["--config", str(file), "--model_name_or_path", str(tmp_path / "tiny"), "--output_dir", str(tmp_path)]

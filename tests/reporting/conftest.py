@@ -1,18 +1,16 @@
-"""What the tests of plots share."""
-
 import matplotlib.figure
 import pytest
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Figures as they are written."""
+    """Figures that were written to files."""
     figure = matplotlib.figure.Figure
     figures, savefig = [], figure.savefig
 
-    def write(self, *given, **named):
+    def write(self, *args, **kwargs):
         figures.append(self)
-        return savefig(self, *given, **named)
+        return savefig(self, *args, **kwargs)
 
     monkeypatch.setattr(figure, "savefig", write)
     return figures

@@ -1,4 +1,4 @@
-"""What training tells on the console: a short line for each log, and all of it without a bar."""
+"""Console output of training: a short line for each log, or all metrics if there is no progress bar."""
 
 from transformers import PrinterCallback, ProgressCallback
 

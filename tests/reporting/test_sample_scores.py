@@ -1,4 +1,4 @@
-"""Scores of sample images in whole trainings of a tiny pipeline, by functions of the pixels and by scripted ones."""
+"""Scores of sample images in trainings of a tiny pipeline. Scorers are functions of the pixels, or scripted."""
 
 import json
 import math
@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig
 from PIL import Image
 
+from trl_diffusion_sdpo.reporting.plots import curves_of
 from trl_diffusion_sdpo.reporting.sample_scores import SampleScores
-from trl_diffusion_sdpo.reporting.training_curves import curves_of
 from trl_diffusion_sdpo.rewards import BatchedScorer
 
 PROMPTS = ["a red cube", "a dog", "the sea", "two cats"]

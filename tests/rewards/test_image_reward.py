@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BertTokenizer, BlipVisionConfig, BlipVisionModel, CLIPImageProcessorPil
 from transformers import BlipTextModel as TextModel
 
-from trl_diffusion_sdpo.rewards.heads import linear_head
+from trl_diffusion_sdpo.rewards.aesthetic import linear_head
 from trl_diffusion_sdpo.rewards.image_reward import ImageRewardScorer, load_weights, published_vision, text_config
 
 WIDTH = 32

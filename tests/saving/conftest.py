@@ -1,4 +1,4 @@
-"""One finished run, of which tests resume copies."""
+"""One finished run. Tests resume copies of it."""
 
 import shutil
 from pathlib import Path
@@ -11,8 +11,7 @@ SETTINGS = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_st
 
 @pytest.fixture(scope="session")
 def finished(sd_folder, make_pairs, tmp_path_factory) -> Path:
-    """Output folder of a LoRA that has trained four steps: checkpoints of steps 2 and 4, and the weights. Not to be
-    changed."""
+    """Output folder of a LoRA after four steps, with checkpoints of steps 2 and 4. Tests must not change it."""
     from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 
     folder = tmp_path_factory.mktemp("finished")
@@ -27,13 +26,13 @@ def finished(sd_folder, make_pairs, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
-    """A copy of it where `build` writes."""
+    """A copy of the finished run, in the output folder of `build`."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.fixture
 def build(make_trainer):
-    """`build(steps, **settings)`: a trainer like that of the finished run."""
+    """`build(steps, **settings)`: a trainer with the settings of the finished run."""
     return lambda steps=2, **more: make_trainer(
         max_steps=steps, **{"peft_config": LoraConfig(r=2), **SETTINGS, **more}
     )

@@ -1,4 +1,4 @@
-"""A full disk is named: on a small file system if this user may mount one, and by the errors that libraries raise."""
+"""Errors of a full disk name the disk. Some tests mount a small file system and are skipped if that is not allowed."""
 
 import errno
 import subprocess
@@ -39,7 +39,7 @@ def test_a_run_on_a_full_disk_says_so_at_each_of_its_files(make_trainer, small_d
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_begun_and_the_last_one_stays(make_trainer, small_disk):
-    """The second checkpoint needs what the first one took, which is more than is left."""
+    """The second checkpoint needs as much room as the first one, and less is left."""
     run = small_disk / "run"
     trainer = make_trainer(
         output_dir=str(run), peft_config=LoraConfig(r=2), max_steps=2, save_strategy="steps", save_steps=1

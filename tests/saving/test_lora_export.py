@@ -1,20 +1,18 @@
-"""A LoRA in kohya's format, against the key rules of the tools that read it, written down from their sources, and
-against diffusers' own readers of the format."""
+"""Export of a LoRA in kohya's format, compared with the key rules in the sources of ComfyUI, A1111 and kohya's scripts,
+and with diffusers' readers of the format."""
 
 import diffusers.loaders.lora_conversion_utils as conversion
 import pytest
 import torch
 from diffusers import FluxPipeline, QwenImagePipeline, ZImagePipeline
 from peft import LoraConfig
-from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_pipelines import CASES, case
 
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.families import find_family, load_pipeline
 from trl_diffusion_sdpo.families.lora_keys import ORIGINAL_MODULES, original_module
-from trl_diffusion_sdpo.saving.lora_export import export_kohya, to_kohya
-from trl_diffusion_sdpo.saving.model_card import recommend_scale
+from trl_diffusion_sdpo.saving.lora_export import to_kohya
 from trl_diffusion_sdpo.saving.weights import ranks, split_key
 
 LAYERS = (torch.nn.Linear, torch.nn.Conv2d)
@@ -32,7 +30,7 @@ EVERY_KIND = [
 
 
 def lora(modules: dict[str, tuple[int, int]], rank: int = 2, **given) -> tuple[dict[str, torch.Tensor], LoraConfig]:
-    """Random factors for modules of `(out, in)`, under PEFT's names, and a configuration that acts with scale 1."""
+    """Return random factors for modules of shape `(out, in)`, under PEFT's names, and a configuration with scale 1."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, (rows, columns) in modules.items():
@@ -42,12 +40,12 @@ def lora(modules: dict[str, tuple[int, int]], rank: int = 2, **given) -> tuple[d
 
 
 def delta(weights: dict[str, torch.Tensor], module: str) -> torch.Tensor:
-    """What PEFT adds to a module of scale 1."""
+    """Return the matrix that PEFT adds to a module, with scale 1."""
     return weights[f"{module}.lora_B.weight"] @ weights[f"{module}.lora_A.weight"]
 
 
 def merged(tensors: dict[str, torch.Tensor], key: str) -> torch.Tensor:
-    """What a reader adds to the matrix of a key: `alpha / r * up @ down`, as all of them have it."""
+    """Return the matrix that every reader of the format adds: `alpha / r * up @ down`."""
     down, up = tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"]
     return (
         tensors[f"{key}.alpha"] / down.shape[0] * (up.flatten(1) @ down.flatten(1)).view(up.shape[0], *down.shape[1:])
@@ -79,7 +77,7 @@ def draw(pipeline) -> torch.Tensor:
     ],
 )
 def test_diffusers_reads_the_file_of_a_unet_and_draws_the_same(request, make_trainer, tmp_path, family, config):
-    """Convolutions and unlike ranks included."""
+    """The LoRA covers convolutions and has several ranks."""
     folder = request.getfixturevalue(family)
     trainer = unet_run(make_trainer, folder, tmp_path, **config)
     output = tmp_path / "exported" / "kohya.safetensors"
@@ -94,8 +92,8 @@ def test_diffusers_reads_the_file_of_a_unet_and_draws_the_same(request, make_tra
 
 
 def test_the_keys_of_a_unet_are_those_that_comfyui_and_the_web_uis_look_for(make_trainer, sd_folder, tmp_path):
-    """`lora_unet_` and diffusers' name, dots as underscores (ComfyUI, `model_lora_keys_unet`; A1111,
-    `convert_diffusers_name_to_compvis`; kohya-ss, `networks/lora.py`), and merged as they do."""
+    """Keys are `lora_unet_` and diffusers' name with underscores for dots. Sources: ComfyUI, `model_lora_keys_unet`;
+    A1111, `convert_diffusers_name_to_compvis`; kohya-ss, `networks/lora.py`."""
     trainer = unet_run(make_trainer, sd_folder, tmp_path, r=4, lora_alpha=1, rank_pattern={"to_q": 2})
     main(["export", "--run", str(tmp_path / "run"), "--output", str(tmp_path / "out.safetensors")])
     tensors = load_file(tmp_path / "out.safetensors")
@@ -121,24 +119,6 @@ FLUX_BLOCK = {
     "transformer_blocks.0.ff_context.net.2": (FLUX_WIDTH, 32),
     **{f"single_transformer_blocks.1.attn.{name}": (FLUX_WIDTH, 8) for name in ("to_q", "to_k", "to_v")},
 }
-
-
-def test_the_recommended_weight_is_in_the_metadata(make_trainer, tmp_path):
-    trainer = make_trainer(max_steps=1, peft_config=LoraConfig(r=2, target_modules=["to_q"]))
-    trainer.save_model()
-    trainer.create_model_card()
-
-    def metadata_with(weights, name):
-        recommend_scale(tmp_path / "run", {"weights": weights}, average=False)
-        export_kohya(tmp_path / "run", tmp_path / name)
-        with safe_open(tmp_path / name, "pt") as file:
-            return file.metadata()
-
-    assert metadata_with(0.5, "half.safetensors") == {
-        "format": "pt",
-        "modelspec.usage_hint": "Recommended weight: 0.5",
-    }
-    assert metadata_with(1.0, "whole.safetensors") == metadata_with(None, "none.safetensors") == {"format": "pt"}
 
 
 def test_diffusers_reads_what_is_written_for_flux():
@@ -231,7 +211,7 @@ def test_rows_lie_in_the_original_matrix_as_comfyui_cuts_it(denoiser):
 
 
 def test_names_of_aura_flow_lumina_2_and_z_image():
-    """ComfyUI's `auraflow_to_diffusers` and `z_image_to_diffusers`; Lumina 2 as kohya's `lora_lumina.py` names it."""
+    """Sources: ComfyUI's `auraflow_to_diffusers` and `z_image_to_diffusers`, and kohya's `lora_lumina.py`."""
     for denoiser, module, key in (
         ("AuraFlowTransformer2DModel", "joint_transformer_blocks.2.attn.to_q", "double_layers_2_attn_w2q"),
         ("AuraFlowTransformer2DModel", "joint_transformer_blocks.2.attn.to_add_out", "double_layers_2_attn_w1o"),
@@ -280,10 +260,10 @@ def test_queries_wider_than_keys_lie_above_one_another():
 
 def test_parts_without_a_lora_are_zero():
     weights, config = lora({f"transformer_blocks.0.attn.{name}": (5, 8) for name in ("to_q", "to_v")})
-    found = merged(to_kohya(weights, config, "SD3Transformer2DModel"), "lora_unet_joint_blocks_0_x_block_attn_qkv")
-    torch.testing.assert_close(found[:5], delta(weights, "transformer_blocks.0.attn.to_q"))
-    torch.testing.assert_close(found[10:], delta(weights, "transformer_blocks.0.attn.to_v"))
-    assert not found[5:10].any()
+    stacked = merged(to_kohya(weights, config, "SD3Transformer2DModel"), "lora_unet_joint_blocks_0_x_block_attn_qkv")
+    torch.testing.assert_close(stacked[:5], delta(weights, "transformer_blocks.0.attn.to_q"))
+    torch.testing.assert_close(stacked[10:], delta(weights, "transformer_blocks.0.attn.to_v"))
+    assert not stacked[5:10].any()
 
 
 def test_what_the_format_has_no_place_for_is_refused_with_the_reason():
@@ -314,7 +294,7 @@ def test_folders_without_a_lora_and_files_that_are_there_are_refused(tmp_path, c
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_family_is_exported_by_default_or_refused(name):
-    """Of the modules that train by default, all have a name, or the family has none."""
+    """Either all modules that train by default have a name in the format, or the family has no names."""
     pipeline = case(name).build()
     family = find_family(pipeline)
     denoiser = family.denoiser

@@ -1,4 +1,4 @@
-"""A LoRA's scale in its weights, against scales that PEFT's own layers act with, and against numbers by hand."""
+"""The scale of a saved LoRA, compared with PEFT's layers and with numbers by hand."""
 
 import json
 
@@ -6,14 +6,13 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_pipelines import CASES, case
 
 from trl_diffusion_sdpo.families import find_family, load_pipeline
 from trl_diffusion_sdpo.models.adapters import adapter_layers, adapter_state, add_lora
-from trl_diffusion_sdpo.saving.weights import folded, public_settings, save_adapter, scaling
+from trl_diffusion_sdpo.saving.weights import public_settings, save_adapter, scaling
 from trl_diffusion_sdpo.utils._compat import loads_lora
 
 EVERY_KIND = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in", "ff.net.0.proj", "time_emb_proj"]
@@ -82,35 +81,6 @@ def test_what_is_saved_predicts_the_same_in_diffusers_and_peft(tuned, make_train
         torch.testing.assert_close(loaded, trained, rtol=1e-4, atol=3e-6)
 
 
-def test_scales_that_are_powers_of_two_change_no_bit(tuned):
-    unet = tuned(CONFIGS["patterns"]).unet
-    before = predict(unet)
-    scaled, _ = folded(adapter_state(unet, "default"), unet.peft_config["default"])
-    with torch.no_grad():
-        for name, weight in unet.named_parameters():  # in place: the factors stay where they lie in memory
-            if ".lora_" in name:
-                weight.copy_(scaled[name.replace(".default", "")])
-    for layer in adapter_layers(unet):
-        assert layer.scaling["default"] in (0.25, 0.5, 1, 2, 4, 8)
-        layer.scaling["default"] = 1.0
-    assert torch.equal(predict(unet), before)
-
-
-def test_a_reader_that_knows_no_alpha_applies_the_whole_lora(tuned, make_trainer, sd_folder, tmp_path):
-    """`W + B A` of the file's tensors is what PEFT merges, module by module, of unlike ranks and alphas."""
-    trainer = make_trainer(tuned(CONFIGS["patterns"]), ref_model=sd_folder)
-    trainer.save_model()
-    weights = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
-    assert not [key for key in weights if "alpha" in key]
-    modules = trainer.denoiser.named_modules()
-    layers = {name: module for name, module in modules if isinstance(module, BaseTunerLayer)}
-    assert len(layers) > 10
-    for name, layer in layers.items():
-        down, up = weights[f"unet.{name}.lora_A.weight"], weights[f"unet.{name}.lora_B.weight"]
-        merged = (up.flatten(1) @ down.flatten(1)).view_as(layer.weight)
-        torch.testing.assert_close(merged, layer.get_delta_weight("default"), rtol=1e-5, atol=1e-6)
-
-
 def test_scales_by_hand():
     config = LoraConfig(r=4, lora_alpha=8, rank_pattern={"to_q": 2}, alpha_pattern={"attn1.to_q": 6, "to_k": 1})
     assert scaling(config, "a.attn1.to_q", 2) == 3.0
@@ -118,14 +88,6 @@ def test_scales_by_hand():
     assert scaling(config, "to_k", 4) == 0.25
     assert scaling(config, "a.not_to_k", 4) == 2.0
     assert scaling(LoraConfig(r=16, lora_alpha=8, use_rslora=True), "to_k", 16) == 2.0
-
-
-def test_folding_multiplies_the_second_factor_alone_and_leaves_the_given_one():
-    weights = {"a.to_k.lora_A.weight": torch.ones(2, 3), "a.to_k.lora_B.weight": torch.ones(5, 2)}
-    scaled, plain = folded(weights, LoraConfig(r=2, lora_alpha=6, use_rslora=False))
-    assert (scaled["a.to_k.lora_B.weight"] == 3).all() and (scaled["a.to_k.lora_A.weight"] == 1).all()
-    assert (weights["a.to_k.lora_B.weight"] == 1).all()
-    assert (plain.r, plain.lora_alpha, plain.use_rslora) == (2, 2, False)
 
 
 def test_checkpoints_keep_the_weights_as_they_train(tuned, make_trainer, sd_folder, tmp_path):
@@ -149,7 +111,7 @@ def test_a_saved_lora_names_no_local_folder(tmp_path, monkeypatch, place):
 
 
 def test_equal_weights_are_equal_files(tuned, make_trainer, sd_folder, tmp_path):
-    """Else they would be uploaded again."""
+    """Files that differ would be uploaded again."""
     trainer = make_trainer(tuned(CONFIGS["patterns"]), ref_model=sd_folder)
     files = []
     for number in range(4):

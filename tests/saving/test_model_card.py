@@ -1,4 +1,4 @@
-"""The model card: metadata that the Hub accepts, code that loads what was tuned, and nothing private."""
+"""The model card: metadata that the Hub accepts, code that loads the tuned weights, and nothing private."""
 
 import re
 from dataclasses import fields
@@ -46,7 +46,7 @@ def card_of(**changes) -> ModelCard:
 
 
 def metadata(card):
-    """Parsed from the text by hand, as a reader of the file would."""
+    """Return the metadata, parsed from the text of the card."""
     return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", str(card), re.DOTALL)[1])
 
 
@@ -66,13 +66,6 @@ def test_metadata_of_a_lora_is_what_the_hub_reads():
     }
 
 
-def test_metadata_of_a_full_model_names_no_lora():
-    data = metadata(card_of(tuning="full", tags=[], gallery=[], license=None))
-    assert data["base_model_relation"] == "finetune"
-    assert not {"lora", "template:sd-lora"} & set(data["tags"])
-    assert "widget" not in data and "license" not in data
-
-
 def test_the_card_survives_being_written_and_read(tmp_path):
     card = card_of(gallery=[("a.png", "a\n---\nlicense: evil"), ("b.png", 'ein "Würfel": {{ x }} 🧊')])
     card.save(tmp_path / "README.md")
@@ -81,11 +74,6 @@ def test_the_card_survives_being_written_and_read(tmp_path):
     assert [entry["text"] for entry in read.data.widget] == ["a\n---\nlicense: evil", 'ein "Würfel": {{ x }} 🧊']
     assert read.data.license == "creativeml-openrail-m"
     assert "# sd-tuned" in read.text
-
-
-def test_the_safeguard_is_only_claimed_where_it_acted():
-    assert card_of().text != card_of(settings={"safeguard": "none"}).text
-    assert "scales down" not in card_of(settings={"safeguard": "none"}).text
 
 
 def test_tokens_never_reach_the_card():
@@ -102,7 +90,7 @@ def test_tokens_never_reach_the_card():
 
 
 @pytest.mark.parametrize("path", ["C:\\someone\\models\\sd", "~/someone/sd/", "someone/a/sd"])
-def test_of_local_folders_only_the_name_is_told(path):
+def test_only_the_names_of_local_folders_are_shown(path):
     card = card_of(base_model=path, dataset_name=path, settings={"output_dir": path, "beta": 1.0})
     assert "base_model" not in metadata(card) and "datasets" not in metadata(card)
     assert "base_model_relation" not in metadata(card)
@@ -134,7 +122,7 @@ def test_values_cannot_break_the_table():
     ],
 )
 def test_the_code_on_the_card_loads_what_was_tuned(tuning, dtype, sd_folder, make_sd_pipeline, tmp_path, monkeypatch):
-    """Also onto a base that is stored in bf16, which diffusers and transformers would load in two dtypes."""
+    """Some bases are stored in bf16. Without a dtype, diffusers and transformers would load them in two dtypes."""
     monkeypatch.chdir(tmp_path)
     base = DiffusionPipeline.from_pretrained(sd_folder, dtype=dtype)
     base.save_pretrained("base")
@@ -190,9 +178,3 @@ def test_a_recommendation_changes_the_metadata_of_an_edited_card_and_nothing_els
     assert file.read_bytes().decode().endswith(text[text.index("# Mine") :].replace("\n", newline))
     forget_recommended_scales(tmp_path)
     assert ModelCard.load(file).data.to_dict() == {"license": "mit", "mine": [1, 2]}
-
-
-def test_a_card_without_metadata_that_can_be_read_is_left_as_it_is(tmp_path):
-    (tmp_path / "README.md").write_text("---\n- a list\n---\n# Mine\n")
-    recommend_scale(tmp_path, GUIDED, average=False)
-    assert (tmp_path / "README.md").read_text() == "---\n- a list\n---\n# Mine\n"

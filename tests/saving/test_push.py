@@ -20,19 +20,17 @@ from trl_diffusion_sdpo.reporting import run_callbacks
 from trl_diffusion_sdpo.saving.model_card import GENERATED, mean_loss, recommend_scale
 from trl_diffusion_sdpo.saving.publishing import Publisher, PublishingError
 
+LORA = {"peft_config": LoraConfig(r=4), "hub_model_id": "tester/run"}
+EACH_STEP = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+PUSHES = {"push_to_hub": True, "hub_always_push": True}
+
 
 def files_of(hub_server, repo="tester/run"):
     return hub_server.repos[repo].files
 
 
 def test_a_lora_is_published_with_its_card_and_loads_back(make_trainer, hub_server, sd_folder, tmp_path):
-    trainer = make_trainer(
-        peft_config=LoraConfig(r=4),
-        sample_prompts=["a cat"],
-        sample_kwargs={"num_inference_steps": 2},
-        max_steps=2,
-        hub_model_id="tester/run",
-    )
+    trainer = make_trainer(sample_prompts=["a cat"], sample_kwargs={"num_inference_steps": 2}, max_steps=2, **LORA)
     trainer.train()
     trainer.push_to_hub(dataset_name="tester/pairs", tags=["mine"])
 
@@ -53,7 +51,7 @@ def test_a_lora_is_published_with_its_card_and_loads_back(make_trainer, hub_serv
 
 
 def test_a_recommended_scale_is_published_until_the_weights_change(make_trainer, hub_server, tmp_path):
-    trainer = make_trainer(peft_config=LoraConfig(r=4), max_steps=1, hub_model_id="tester/run")
+    trainer = make_trainer(max_steps=1, **LORA)
     trainer.train()
     run = tmp_path / "run"
     recommend_scale(run, {"weights": 1.0, "prediction": 2.0}, average=False)
@@ -74,13 +72,7 @@ def test_a_recommended_scale_is_published_until_the_weights_change(make_trainer,
 def test_neither_token_nor_pickle_nor_checkpoint_nor_local_folder_is_published(
     make_trainer, hub_server, sd_folder, tmp_path
 ):
-    trainer = make_trainer(
-        hub_model_id="tester/run",
-        hub_token=hub_server.token,
-        max_steps=2,
-        save_strategy="steps",
-        save_steps=1,
-    )
+    trainer = make_trainer(hub_model_id="tester/run", hub_token=hub_server.token, **EACH_STEP)
     trainer.train()
     trainer.push_to_hub()
     files = files_of(hub_server)
@@ -93,17 +85,7 @@ def test_neither_token_nor_pickle_nor_checkpoint_nor_local_folder_is_published(
 
 @pytest.mark.parametrize("strategy", ["checkpoint", pytest.param("all_checkpoints", marks=pytest.mark.matrix)])
 def test_training_publishes_as_it_goes(make_trainer, hub_server, strategy):
-    trainer = make_trainer(
-        push_to_hub=True,
-        hub_strategy=strategy,
-        hub_always_push=True,
-        hub_model_id="tester/run",
-        max_steps=2,
-        save_strategy="steps",
-        save_steps=1,
-        peft_config=LoraConfig(r=4),
-    )
-    trainer.train()
+    make_trainer(hub_strategy=strategy, **PUSHES, **EACH_STEP, **LORA).train()
     files = set(files_of(hub_server))
     assert {"README.md", "pytorch_lora_weights.safetensors"} <= files
     folder = {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-1"}[strategy]
@@ -111,14 +93,12 @@ def test_training_publishes_as_it_goes(make_trainer, hub_server, strategy):
 
 
 def test_a_published_checkpoint_is_downloaded_and_resumed(make_trainer, hub_server, tmp_path):
-    settings = {"peft_config": LoraConfig(r=4), "hub_model_id": "tester/run"}
-    publishing = {"push_to_hub": True, "hub_strategy": "checkpoint", "save_strategy": "steps", "save_steps": 1}
-    make_trainer(max_steps=1, **publishing, **settings).train()
+    make_trainer(push_to_hub=True, hub_strategy="checkpoint", **{**EACH_STEP, "max_steps": 1}, **LORA).train()
     got = huggingface_hub.snapshot_download(
         "tester/run", allow_patterns="last-checkpoint/*", local_dir=tmp_path / "got"
     )
     assert not (tmp_path / "got" / "last-checkpoint" / "training_args.json").exists()
-    resumed = make_trainer(max_steps=2, output_dir=str(tmp_path / "other"), **settings)
+    resumed = make_trainer(max_steps=2, output_dir=str(tmp_path / "other"), **LORA)
     resumed.train(resume_from_checkpoint=f"{got}/last-checkpoint")
     assert resumed._initial_global_step == 1 and resumed.state.global_step == 2
 
@@ -130,18 +110,13 @@ ENDPOINTS = {
 }
 
 
-def unsaved(make_trainer, **args):
-    """A trainer whose weights are nowhere yet; from what they come does not matter to the Hub."""
-    return make_trainer(hub_model_id="tester/run", peft_config=LoraConfig(r=4), **args)
-
-
 @pytest.mark.parametrize("endpoint", [pytest.param("create", marks=pytest.mark.matrix), "commit"])
 def test_what_cannot_be_published_is_safe_and_a_second_call_goes_on(make_trainer, hub_server, tmp_path, endpoint):
-    trainer = unsaved(make_trainer, hub_private_repo=True)
+    trainer = make_trainer(hub_private_repo=True, **LORA)
     hub_server.failing = {ENDPOINTS[endpoint]: float("inf")}
-    with pytest.raises(PublishingError) as told:
+    with pytest.raises(PublishingError) as caught:
         trainer.push_to_hub()
-    message = str(told.value)
+    message = str(caught.value)
     assert f"The weights are safe in {tmp_path / 'run'}" in message and "`push_to_hub()`" in message
     assert "\n" not in message and "tester/run" in message
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
@@ -155,38 +130,29 @@ def test_what_cannot_be_published_is_safe_and_a_second_call_goes_on(make_trainer
         assert len(hub_server.paths("PUT")) == sent  # the weights had arrived
 
 
-def test_a_hub_that_is_away_is_told_before_training(make_trainer, hub_server):
+def test_a_hub_that_is_away_is_reported_before_training(make_trainer, hub_server):
     hub_server.failing = {ENDPOINTS["create"]: float("inf")}
-    with pytest.raises(PublishingError, match="tester/run failed: .*503.* Nothing was trained") as told:
+    with pytest.raises(PublishingError, match="tester/run failed: .*503.* Nothing was trained") as caught:
         make_trainer(push_to_hub=True, hub_model_id="tester/run")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_an_upload_that_fails_beside_the_training_is_told_and_ends_nothing(make_trainer, hub_server, caplog, tmp_path):
+def test_an_upload_that_fails_during_training_is_logged_and_ends_nothing(make_trainer, hub_server, caplog, tmp_path):
     hub_server.failing = {ENDPOINTS["commit"]: float("inf")}
-    trainer = make_trainer(
-        push_to_hub=True,
-        hub_strategy="checkpoint",
-        hub_always_push=True,
-        hub_model_id="tester/run",
-        max_steps=2,
-        save_strategy="steps",
-        save_steps=1,
-        peft_config=LoraConfig(r=4),
-    )
+    trainer = make_trainer(hub_strategy="checkpoint", **PUSHES, **EACH_STEP, **LORA)
     trainer.train()
     assert trainer.state.global_step == 2
     warnings = [
         record.message for record in caplog.records if record.levelno == logging.WARNING
     ]  # not single attempts
-    told = [message for message in warnings if "Uploading to tester/run failed" in message]
-    assert len(told) == 4  # the weights and the checkpoint, twice
-    assert all(f"safe in {tmp_path / 'run'}" in line for line in told)
-    assert any("503" in line for line in told)  # on a busy machine the server here may also answer too late
+    messages = [message for message in warnings if "Uploading to tester/run failed" in message]
+    assert len(messages) == 4  # the weights and the checkpoint, twice
+    assert all(f"safe in {tmp_path / 'run'}" in message for message in messages)
+    assert any("503" in line for line in messages)  # on a busy machine the server here may also answer too late
 
 
 def wait_for_the_upload_of_the_first(rank: int, folder: str) -> None:
-    """Two processes whose collectives have two seconds, and an upload of three in the first."""
+    """Run one of two processes. Their collectives time out after two seconds, and an upload takes three."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     short = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=2))
     publisher = Publisher(SimpleNamespace())
@@ -233,7 +199,7 @@ def test_card_curves_and_state_are_of_the_whole_run_after_a_resume(make_trainer,
 
 
 def test_a_mean_over_a_whole_run_by_hand():
-    """Ten steps: 3 in each of five, 1 in each of three, 2 in each of two."""
+    """The loss is 3 in five steps, 1 in three steps and 2 in two steps."""
     history = [{"loss": 3.0, "step": 5}, {"eval_loss": 9.0, "step": 5}, {"loss": 1.0, "step": 8}]
     history += [{"loss": 2.0, "step": 10}, {"train_loss": 2.0, "step": 10}]
     assert mean_loss(history) == pytest.approx((3 * 5 + 1 * 3 + 2 * 2) / 10)

@@ -1,4 +1,4 @@
-"""One run in a folder: a used folder is refused or its files are moved, and a second run is refused meanwhile."""
+"""A folder takes one run: a used folder is refused or its files are moved, and a second run at a time is refused."""
 
 import shutil
 import subprocess
@@ -18,11 +18,11 @@ def content(folder) -> dict[str, bytes]:
 
 def test_a_new_start_in_the_folder_of_another_run_is_refused_and_changes_nothing(build, run):
     before = content(run)
-    with pytest.raises(ValueError, match="2 checkpoints up to checkpoint-4, tuned weights") as told:
+    with pytest.raises(ValueError, match="2 checkpoints up to checkpoint-4, tuned weights") as caught:
         build(4).train()
     assert content(run) == before
     for way_out in ("resume_from_checkpoint=True", "overwrite_output_dir=True", "previous-run-1"):
-        assert way_out in str(told.value)
+        assert way_out in str(caught.value)
 
 
 def test_tuned_weights_alone_are_another_run_as_well(build, run):
@@ -39,7 +39,7 @@ def test_a_trainer_trains_on_from_weights_that_it_has_saved(build):
     first.train()
 
 
-def test_another_run_is_moved_aside_whole_if_told_so(build, tmp_path, caplog):
+def test_another_run_is_moved_aside_if_the_settings_say_so(build, tmp_path, caplog):
     run, first = tmp_path / "run", build(2, sample_prompts=["a fox"], sample_kwargs={"num_inference_steps": 1})
     first.train()
     first.save_model()
@@ -61,16 +61,6 @@ def test_another_run_is_moved_aside_whole_if_told_so(build, tmp_path, caplog):
     assert (run / "previous-run-2" / "checkpoint-2").is_dir()
 
 
-@pytest.mark.matrix
-def test_all_weights_and_a_whole_pipeline_are_moved_aside_as_well(build, tmp_path):
-    first = build(2, peft_config=None, save_full_pipeline=True)
-    first.train()
-    first.save_model()
-    before = content(tmp_path / "run")
-    build(2, overwrite_output_dir=True).train()
-    assert content(tmp_path / "run" / "previous-run-1") == before
-
-
 def test_what_a_killed_first_save_left_is_no_other_run(build, run):
     shutil.rmtree(run / "checkpoint-4")
     (run / "diffusion_sdpo_setup.json").unlink()
@@ -81,7 +71,7 @@ def test_what_a_killed_first_save_left_is_no_other_run(build, run):
 
 
 def test_from_an_earlier_checkpoint_later_ones_are_moved_out_of_the_way(build, run, caplog):
-    """Killed before its first save, the run would go on from the line that it has left."""
+    """A run that is killed before its first save would otherwise resume from a checkpoint of the earlier trajectory."""
     build(3, save_steps=9).train(resume_from_checkpoint=str(run / "checkpoint-2"))
     aside = run / "previous-run-1"
     assert {"checkpoint-4", "pytorch_lora_weights.safetensors"} <= {path.name for path in aside.iterdir()}

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig
+from step.walks import ALPHAS, gradient, moved
 
 from trl_diffusion_sdpo.families import load_pipeline
 
@@ -17,26 +18,16 @@ def with_inversion(**more):
     return {**INVERSION, "inversion_kwargs": {**INVERSION["inversion_kwargs"], **more}}
 
 
-SGD = {"optim": "sgd", "learning_rate": 1e-2, "weight_decay": 0.0, "max_grad_norm": 0.0}
 BETA = 50.0
-ALPHAS = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
 
 
 @pytest.fixture
-def moved(sd_folder):
-    """A pipeline whose UNet has left the one in the folder."""
-    pipeline, generator = load_pipeline(sd_folder), torch.Generator().manual_seed(3)
-    for weight in pipeline.unet.parameters():
-        weight.data += 0.02 * torch.randn(weight.shape, generator=generator)
-    return pipeline
+def policy(sd_folder):
+    return moved(sd_folder)
 
 
 def batch_of(trainer):
     return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-
-
-def gradient(trainer) -> torch.Tensor:
-    return torch.cat([p.grad.flatten().double() for p in trainer.denoiser.parameters() if p.grad is not None])
 
 
 def by_hand(predict, clean, t, grid, at, step):
@@ -50,7 +41,7 @@ def by_hand(predict, clean, t, grid, at, step):
 
 
 def ddim_up(x, e, s, t):
-    """From the timestep `s`, or from clean latents at -1."""
+    """Take a step of DDIM from the timestep `s` up to `t`. At `s = -1` the latents are clean."""
     a_s, a_t = ALPHAS[s] if s >= 0 else torch.ones((), dtype=torch.float64), ALPHAS[t]
     return a_t.sqrt() * (x - (1 - a_s).sqrt() * e) / a_s.sqrt() + (1 - a_t).sqrt() * e
 
@@ -62,15 +53,15 @@ def diffusion_dpo(policy, reference, target):
     return torch.nn.functional.softplus(BETA / 2 * (winner - loser)).mean()
 
 
-def test_a_step_of_a_ddpm_model_by_hand(make_trainer, moved, sd_folder):
-    trainer = make_trainer(moved, sd_folder, safeguard="none", beta=BETA, **INVERSION)
+def test_a_step_of_a_ddpm_model_by_hand(make_trainer, policy, sd_folder):
+    trainer = make_trainer(policy, sd_folder, safeguard="none", beta=BETA, **INVERSION)
     batch = batch_of(trainer)
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
 
-    policy = copy.deepcopy(trainer.denoiser).double().requires_grad_()
-    policy.zero_grad()
+    unet = copy.deepcopy(trainer.denoiser).double().requires_grad_()
+    unet.zero_grad()
     reference = copy.deepcopy(trainer.reference.module).double()
     latents, conditioning = trainer.pair_forward.encode(batch)
     clean, text = latents.double(), conditioning["prompt_embeds"].double()
@@ -83,20 +74,20 @@ def test_a_step_of_a_ddpm_model_by_hand(make_trainer, moved, sd_folder):
             prompt = text[row : row + 1]
             rows.append(
                 by_hand(
-                    lambda x, now, prompt=prompt: policy(x, now, prompt).sample,
+                    lambda x, now, prompt=prompt: unet(x, now, prompt).sample,
                     *(clean[row : row + 1], t, (1, 334, 667), -1, ddim_up),
                 )
             )
     a = ALPHAS[timesteps].view(-1, 1, 1, 1)
     noisy, noise = torch.cat(rows), (torch.cat(rows) - a.sqrt() * clean) / (1 - a).sqrt()
     at = (noisy, torch.tensor(timesteps), text)
-    expected = diffusion_dpo(policy(*at).sample, reference(*at).sample.detach(), noise)
+    expected = diffusion_dpo(unet(*at).sample, reference(*at).sample.detach(), noise)
     expected.backward()
 
     assert float(loss) == pytest.approx(float(expected), rel=1e-4)
-    theirs = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    theirs = torch.cat([p.grad.flatten() for p in unet.parameters()])
     assert (gradient(trainer) - theirs).norm() < 1e-3 * theirs.norm()
-    drawn = make_trainer(moved, sd_folder, safeguard="none", beta=BETA)
+    drawn = make_trainer(policy, sd_folder, safeguard="none", beta=BETA)
     drawn.denoiser.zero_grad()
     drawn.model.train()
     drawn.compute_loss(drawn.model, batch).backward()
@@ -172,10 +163,10 @@ def test_a_pair_has_the_same_noise_in_every_batch_and_added_noise_from_its_seed(
     assert not torch.allclose(other.pair_forward.noisy_batch(batch, 1, other.model).target, whole.target, atol=0.05)
 
 
-def test_passes_without_gradients_leave_those_of_the_step_as_they_are(make_trainer, moved, sd_folder):
+def test_passes_without_gradients_leave_those_of_the_step_as_they_are(make_trainer, policy, sd_folder):
     """The gradient of a step, against that of its noisy batch alone: casts of weights that autocast would keep from the
     passes before have no graph."""
-    trainer = make_trainer(moved, sd_folder, bf16=True, activation_checkpointing=True, **INVERSION)
+    trainer = make_trainer(policy, sd_folder, bf16=True, activation_checkpointing=True, **INVERSION)
     batch, forward = batch_of(trainer), trainer.pair_forward
     trainer.model.activation_checkpointing_enable()
     trainer.model.train()
@@ -190,31 +181,11 @@ def test_passes_without_gradients_leave_those_of_the_step_as_they_are(make_train
     assert all(weight.grad is not None for weight in trainer.denoiser.parameters())
 
 
-def test_the_parameter_safeguard_has_the_noise_of_the_whole_batch(make_trainer, moved, sd_folder):
-    """One inversion of both images of all pairs, before the two branches are predicted apart."""
-    trainer = make_trainer(moved, sd_folder, safeguard="parameter", max_steps=1, **SGD, **INVERSION)
-    start, found = copy.deepcopy(trainer.denoiser.state_dict()), []
-    noisy_batch = trainer.pair_forward.noisy_batch
-
-    def kept(inputs, *given):
-        found.append((inputs, noisy_batch(inputs, *given)))
-        return found[-1][1]
-
-    trainer.pair_forward.noisy_batch = kept
-    trainer.train()
-    (inputs, batch), scale = found[0], trainer.state.log_history[0]["safeguard/scale"]
-    assert 0 <= scale <= 1 and len(found) == 1
-    trainer.denoiser.load_state_dict(start)
-    again = noisy_batch(inputs, 1, trainer.model)
-    torch.testing.assert_close(again.target, batch.target)
-    torch.testing.assert_close(again.noisy, batch.noisy)
-
-
-def test_an_evaluation_has_the_drawn_noise_of_any_other_run(make_trainer, moved, make_pairs):
+def test_an_evaluation_has_the_drawn_noise_of_any_other_run(make_trainer, policy, make_pairs):
     """Noise that the policy finds itself would measure how much it agrees with itself."""
     found = []
     for settings in ({}, INVERSION):
-        trainer = make_trainer(copy.deepcopy(moved), eval_dataset=make_pairs(4), num_noise_bins=2, **settings)
+        trainer = make_trainer(copy.deepcopy(policy), eval_dataset=make_pairs(4), num_noise_bins=2, **settings)
         found.append({name: value for name, value in trainer.evaluate().items() if "errors/" in name})
     assert found[0] == found[1] and {"eval_errors/winner", "eval_errors/winner_change@0"} <= found[0].keys()
 
@@ -228,7 +199,7 @@ def test_the_probe_of_a_budget_keeps_drawn_noise(make_trainer):
         begin = trainer.winner_budget.begin
         trainer.winner_budget.begin = lambda *given, begin=begin, trainer=trainer: (
             begin(*given),
-            probes.append(trainer.winner_budget.probe.batches),
+            probes.append([winners.batch for winners in trainer.winner_budget.probe]),
         )
         trainer.train()
     for drawn, inverted in zip(*probes, strict=True):

@@ -4,45 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig
-from tiny_pipelines import case
-
-from trl_diffusion_sdpo.families import load_pipeline
-
-
-def levels_of(timesteps):
-    """Noise levels of Stable Diffusion's timesteps, from its betas in float64."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    a = (1 - betas).cumprod(0)[timesteps]
-    return (1 - a).sqrt() / (a.sqrt() + (1 - a).sqrt())
-
-
-def moved(folder, scale=0.02):
-    """A pipeline whose denoiser has left the reference."""
-    pipeline = load_pipeline(folder)
-    generator = torch.Generator().manual_seed(3)
-    denoiser = pipeline.components.get("unet") or pipeline.transformer
-    for weight in denoiser.parameters():
-        weight.data += scale * torch.randn(weight.shape, generator=generator)
-    return pipeline
-
-
-def without_losers(trainer, keep=None):
-    """The same trainer with the losers' branch cut off at the predictions, of all pairs or of those with `keep` (of a
-    pair's noise level) false."""
-    original = trainer.pair_forward.loss
-
-    def detached(predictions, safeguard=None):
-        batch = predictions.batch
-        winner, loser = predictions.policy.chunk(2)
-        held = loser.detach()
-        if keep is not None:
-            mask = keep(levels_of(batch.timesteps.chunk(2)[1])).view(-1, *[1] * (loser.dim() - 1))
-            held = torch.where(mask, loser, loser.detach())
-        return original(replace(predictions, policy=torch.cat([winner, held])), safeguard)
-
-    trainer.pair_forward.loss = detached
-    return trainer
+from step.walks import levels_of, moved, walked, without_losers
 
 
 def set_range(trainer, span):
@@ -50,35 +12,13 @@ def set_range(trainer, span):
     forward.loss_settings = replace(forward.loss_settings, loser_noise_range=span)
 
 
-def walked(trainer):
-    """The trained weights after a training, and what it logged of every step."""
-    trainer.train()
-    weights = [weight.detach() for weight in trainer.denoiser.parameters() if weight.requires_grad]
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return torch.cat([weight.flatten() for weight in weights]), logs
-
-
 @pytest.fixture
-def build(make_trainer, family_folder, sd_folder):
-    """`build(family, tuning, safeguard, **settings)`: a trainer of a policy that is not its reference."""
+def build(make_trainer, sd_folder):
+    """`build(safeguard, **settings)`: a trainer of a policy that is not its reference."""
 
-    def trainer_of(family, tuning, safeguard, **settings):
-        folder = sd_folder if family == "stable_diffusion" else family_folder(family)
-        lora = LoraConfig(r=4, lora_alpha=8) if tuning == "lora" else None
-        return make_trainer(
-            moved(folder),
-            folder,
-            peft_config=lora,
-            **{
-                "resolution": case(family).RESOLUTION,
-                "safeguard": safeguard,
-                "safeguard_mu": 0.5,
-                "beta": 50.0,
-                "max_steps": 2,
-                "learning_rate": 1e-3,
-                **settings,
-            },
-        )
+    def trainer_of(safeguard, **settings):
+        settings = {"safeguard_mu": 0.5, "beta": 50.0, "max_steps": 2, "learning_rate": 1e-3, **settings}
+        return make_trainer(moved(sd_folder), sd_folder, safeguard=safeguard, **settings)
 
     return trainer_of
 
@@ -97,14 +37,13 @@ def loser_weights(walk):
     return [entry["safeguard/loser_weight"] for entry in walk[1]]
 
 
-def test_a_full_range_is_none_and_an_empty_one_trains_the_winners_alone_to_the_bit(build):
-    run = "flux", "lora", "parameter"
-    plain = walked(build(*run))
-    every = walked(build(*run, loser_noise_range=[0.0, 1.0]))
-    nowhere = build(*run)
+def test_a_full_range_changes_nothing_and_an_empty_one_trains_the_winners_alone_to_the_bit(build):
+    plain = walked(build("parameter"))
+    every = walked(build("parameter", loser_noise_range=[0.0, 1.0]))
+    nowhere = build("parameter")
     set_range(nowhere, NEVER)  # a user's would be refused at set-up
     never = walked(nowhere)
-    winners = walked(without_losers(build(*run)))
+    winners = walked(without_losers(build("parameter")))
     assert_same_walk(plain, every)
     assert_same_walk(never, winners)
     assert not torch.equal(plain[0], winners[0])
@@ -115,15 +54,15 @@ def test_a_full_range_is_none_and_an_empty_one_trains_the_winners_alone_to_the_b
 def test_outside_a_range_a_pair_trains_its_winner_only(build):
     """Half a range: the levels of the drawn timesteps say, pair by pair, whose loser's branch is cut off."""
     safeguard = "parameter"
-    ranged = walked(build("stable_diffusion", "full", safeguard, loser_noise_range=[0.3, 0.7]))
-    cut = without_losers(build("stable_diffusion", "full", safeguard), lambda level: (level >= 0.3) & (level <= 0.7))
+    ranged = walked(build(safeguard, loser_noise_range=[0.3, 0.7]))
+    cut = without_losers(build(safeguard), lambda level: (level >= 0.3) & (level <= 0.7))
     assert_same_walk(ranged, walked(cut))
     assert any(0 < weight < 1 for weight in loser_weights(ranged))
 
 
 def test_lambda_within_a_range_is_that_of_its_pairs(build):
-    """Of the first batch, by hand: losers within the range against the winners of the same pairs."""
-    trainer = build("stable_diffusion", "full", "output", loser_noise_range=[0.3, 0.7], max_steps=1)
+    """Lambda of the first batch by hand: losers within the range against the winners of the same pairs."""
+    trainer = build("output", loser_noise_range=[0.3, 0.7], max_steps=1)
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     with torch.no_grad():
         predictions = trainer.pair_forward.predict_pairs(trainer.model, inputs)
@@ -139,10 +78,8 @@ def test_lambda_within_a_range_is_that_of_its_pairs(build):
     assert log["safeguard/loser_weight"] == pytest.approx(float(within.double().mean()))
 
 
-def test_lambda_of_a_bucket_is_that_of_a_noise_level(build):
-    trainer = build(
-        "stable_diffusion", "full", "output", safeguard_granularity="noise_bin", num_noise_bins=2, max_steps=1
-    )
+def test_each_noise_bin_has_its_own_lambda(build):
+    trainer = build("output", safeguard_granularity="noise_bin", num_noise_bins=2, max_steps=1)
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     with torch.no_grad():
         predictions = trainer.pair_forward.predict_pairs(trainer.model, inputs)
@@ -164,7 +101,7 @@ def test_lambda_of_a_bucket_is_that_of_a_noise_level(build):
 
 
 def recording(trainer):
-    """What the trainer predicts of every batch, kept: `(levels, errors)`, `(B,)` and `(B, 4)` in float64."""
+    """Record the noise levels `(B,)` and errors `(B, 4)` of every batch that is predicted, in float64."""
     kept, original = [], trainer.pair_forward.predict_pairs
 
     def predict(model, inputs, weights=None):
@@ -191,28 +128,15 @@ def by_level(levels, errors, parts):
             change = sum(row[ours] - row[theirs] for row in rows)
             found[f"errors/{name}_change@{level}"] = change / len(rows)
             found[f"errors/{name}_change_relative@{level}"] = change / sum(row[theirs] for row in rows)
-        if len(rows) > 1:
-            found[f"errors/winner_change_relative_stderr@{level}"] = stderr_of_share(rows)
     return found
 
 
-def stderr_of_share(rows):
-    """Of the winners' change as a share of their earlier error: by the shares without each pair, and Student's
-    distribution."""
-    changes, before = [row[0] - row[2] for row in rows], [row[2] for row in rows]
-    count, share = len(rows), sum(changes) / sum(before)
-    without = [(sum(changes) - change) / (sum(before) - error) for change, error in zip(changes, before, strict=True)]
-    freedom = (count - 1) / count * sum(e**2 for e in before) ** 2 / sum(e**4 for e in before)
-    freedom = max(1.0, freedom)
-    widened = 1 + 1 / (2 * freedom) + 1 / (4 * freedom**2) + 1 / (16 * freedom**3)
-    return ((count - 1) / count * sum((other - share) ** 2 for other in without)) ** 0.5 * widened
+def of_levels(metrics):
+    changes = {name: value for name, value in metrics.items() if "@" in name and "stderr" not in name}
+    return {name.removeprefix("eval_"): value for name, value in changes.items()}
 
 
-def of_levels(metrics, prefix="eval_"):
-    return {name.removeprefix(prefix): value for name, value in metrics.items() if "@" in name}
-
-
-def test_an_evaluation_tells_the_change_at_each_level_that_it_met(make_trainer, make_pairs, sd_folder):
+def test_an_evaluation_reports_the_change_in_each_noise_bin(make_trainer, make_pairs, sd_folder):
     parts = 4
     trainer = make_trainer(moved(sd_folder), sd_folder, eval_dataset=make_pairs(10, seed=4), num_noise_bins=parts)
     kept = recording(trainer)
@@ -222,34 +146,6 @@ def test_an_evaluation_tells_the_change_at_each_level_that_it_met(make_trainer, 
     assert len(levels) == 10
     assert of_levels(metrics) == pytest.approx(expected, rel=1e-4, abs=5e-7)
     assert metrics["eval_errors/winner_change"] == pytest.approx(float((errors[:, 0] - errors[:, 2]).mean()), rel=1e-4)
-
-
-class LastBatch:
-    """What accelerate knows of a data loader at its last batch: how many of its rows are no repetitions."""
-
-    end_of_dataloader = True
-    use_seedable_sampler = False
-
-    def __init__(self, remainder):
-        self.remainder = remainder
-
-
-def test_repetitions_that_fill_up_the_last_batch_are_in_no_level(make_trainer, make_pairs, sd_folder):
-    """As two processes would have it, of which this is the first and has some real pairs in its last batch of four."""
-    real = 3
-    trainer = make_trainer(moved(sd_folder), sd_folder, eval_dataset=make_pairs(4, seed=4), num_noise_bins=4)
-    inputs = next(iter(trainer.get_eval_dataloader()))
-    kept = recording(trainer)
-    state = trainer.accelerator.gradient_state
-    last = LastBatch(real)
-    state._add_dataloader(last)
-    try:
-        trainer.prediction_step(trainer.model, inputs, prediction_loss_only=True)
-    finally:
-        state._remove_dataloader(last)
-    (levels, errors), found = kept[0], of_levels(trainer._evaluation.drain(trainer.accelerator), prefix="")
-    assert len(levels) == 4
-    assert found == pytest.approx(by_level(levels[:real], errors[:real], 4), rel=1e-4, abs=5e-7)
 
 
 def test_without_a_reference_the_change_is_that_since_the_evaluation_before_training(make_trainer, make_pairs):

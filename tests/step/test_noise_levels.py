@@ -2,28 +2,13 @@
 
 import copy
 
-import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from peft import LoraConfig
+from step.walks import gradient, moved
 
-from trl_diffusion_sdpo.step.pair_forward import repeat_pairs, seeds_of_draws
+from trl_diffusion_sdpo.step.pair_forward import seeds_of_draws
 
 LEVELS, BETA = 3, 50.0
-
-
-@pytest.fixture
-def moved(sd_folder):
-    """A reference that differs from the policy, so that margins are not 0."""
-    pipeline = StableDiffusionPipeline.from_pretrained(sd_folder)
-    with torch.no_grad():
-        for parameter in pipeline.unet.parameters():
-            parameter.mul_(1.01)
-    return pipeline
-
-
-def gradient(trainer) -> torch.Tensor:
-    return torch.cat([p.grad.flatten().double() for p in trainer.denoiser.parameters() if p.grad is not None])
+SETTINGS = {"safeguard": "none", "beta": BETA, "snr_gamma": 5.0}
 
 
 def test_the_first_draw_has_the_pairs_own_seeds_and_no_two_have_one():
@@ -36,19 +21,15 @@ def test_the_first_draw_has_the_pairs_own_seeds_and_no_two_have_one():
     assert seeds_of_draws([2**63 - 1], 3)[1:] == seeds_of_draws(seeds, 3)[4::3]  # of a pair alone
 
 
-def test_pairs_are_repeated_in_their_order_with_the_winners_first():
-    assert repeat_pairs(torch.tensor([1, 2, -1, -2]), 2).tolist() == [1, 2, 1, 2, -1, -2, -1, -2]
-
-
-def test_the_gradient_is_the_mean_of_those_of_as_many_micro_batches(make_trainer, moved):
-    trainer = make_trainer(ref_model=moved, n_timesteps_per_pair=LEVELS, safeguard="none", beta=BETA, snr_gamma=5.0)
+def test_the_gradient_is_the_mean_of_those_of_as_many_micro_batches(make_trainer, sd_folder):
+    trainer = make_trainer(ref_model=moved(sd_folder), n_timesteps_per_pair=LEVELS, **SETTINGS)
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     forward, process = trainer.pair_forward, trainer.family.noise_process
     trainer.model.train()
     loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     loss.backward()
 
-    # The same in float64: a micro-batch for each draw, each with a single draw from seeds of its own.
+    # In float64, take a micro-batch for each draw, each with a single draw from its own seeds.
     policy = copy.deepcopy(trainer.denoiser).double().requires_grad_()
     policy.zero_grad()
     reference = copy.deepcopy(trainer.reference.module).double()
@@ -74,44 +55,23 @@ def test_the_gradient_is_the_mean_of_those_of_as_many_micro_batches(make_trainer
     torch.testing.assert_close(outputs.pair_losses.double(), torch.cat(losses), rtol=1e-4, atol=1e-6)
     expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
     assert (gradient(trainer) - expected).norm() < 1e-4 * expected.norm()
-    alone = make_trainer(ref_model=moved, safeguard="none", beta=BETA, snr_gamma=5.0)
+    alone = make_trainer(ref_model=moved(sd_folder), **SETTINGS)
     alone.model.train()
     alone.compute_loss(alone.model, batch).backward()
     assert (gradient(alone) - expected).norm() > 0.1 * expected.norm()  # one draw is something else
 
 
 def test_a_pair_is_encoded_once_whatever_the_number_of_draws(make_trainer, monkeypatch):
-    safeguard, calls = "parameter", {}
-    for levels in (1, LEVELS):
-        trainer = make_trainer(
-            n_timesteps_per_pair=levels,
-            safeguard=safeguard,
-            max_steps=2,
-            peft_config=LoraConfig(r=2),
-            eval_strategy="steps",
-            eval_steps=2,
-            eval_dataset=make_trainer().train_dataset,
-        )
-        counts = calls[levels] = {"images": 0, "prompts": 0, "predicted": []}
-        images, prompts = trainer.family.encode_images, trainer.family.encode_prompts
-
-        def encode_images(pixels, *rest, counts=counts, images=images):
-            counts["images"] += len(pixels)
-            return images(pixels, *rest)
-
-        def encode_prompts(texts, counts=counts, prompts=prompts):
-            counts["prompts"] += len(texts)
-            return prompts(texts)
-
-        monkeypatch.setattr(trainer.family, "encode_images", encode_images)
-        monkeypatch.setattr(trainer.family, "encode_prompts", encode_prompts)
-        trainer.denoiser.register_forward_hook(
-            lambda module, args, output, counts=counts: counts["predicted"].append(len(output[0]))
-        )
-        trainer.train()
-        counts["eval_loss"] = next(e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e)
-    one, several = calls[1], calls[LEVELS]
-    assert (one["images"], one["prompts"]) == (several["images"], several["prompts"]) == (16 + 32, 8 + 16)
-    rows = 4
-    assert set(one["predicted"]) - {8} <= {rows}
-    assert max(several["predicted"]) == rows * LEVELS and several["predicted"][-1] == 8  # evaluation has one draw
+    trainer = make_trainer(n_timesteps_per_pair=LEVELS)
+    encoded, predicted, encode = [], [], trainer.family.encode_images
+    monkeypatch.setattr(
+        trainer.family, "encode_images", lambda pixels, *rest: encoded.append(len(pixels)) or encode(pixels, *rest)
+    )
+    trainer.denoiser.register_forward_hook(lambda module, args, output: predicted.append(len(output[0])))
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    for model, draws in ((trainer.model.train(), LEVELS), (trainer.model.eval(), 1)):  # evaluation has one draw
+        encoded.clear()
+        predicted.clear()
+        with torch.no_grad():
+            trainer.compute_loss(model.train(draws > 1), batch)
+        assert encoded == [8] and predicted == [8 * draws]

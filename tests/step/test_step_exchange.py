@@ -1,5 +1,4 @@
-"""What processes agree on in a step without waiting: losses, the gradient's norm, a wish to stop. The branch that only
-accelerators take is walked with memory and events of this file's own."""
+"""In a step, processes agree by one message whether all losses are finite and whether to stop."""
 
 import math
 import multiprocessing
@@ -8,72 +7,14 @@ import signal
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.saving.interrupts import CheckpointOnInterrupt
-from trl_diffusion_sdpo.step import meters
 from trl_diffusion_sdpo.step.meters import FiniteCheck
 
 PROCESSES = 2
 MICRO_BATCHES = 3
-
-
-class LateEvent:
-    """Of an accelerator: the values that were copied before it was recorded are there once it was waited for."""
-
-    waited = 0
-
-    def __init__(self, device):
-        self.recorded = False
-
-    def record(self):
-        self.recorded = True
-
-    def synchronize(self):
-        assert self.recorded, "an event that was never recorded is waited for"
-        type(self).waited += 1
-
-
-@pytest.fixture
-def like_an_accelerator(monkeypatch):
-    """The branch of accelerators, on the CPU."""
-    monkeypatch.setattr(LateEvent, "waited", 0)
-    monkeypatch.setattr(meters, "is_on_host", lambda values: False)
-    monkeypatch.setattr(meters, "pinned_like", lambda values: torch.empty(values.shape, dtype=values.dtype))
-    monkeypatch.setattr(meters, "event_on", LateEvent)
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """A group of one process, and its mesh."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-def sharded_norm(mesh, *values):
-    """The norm of gradients that FSDP2 has sharded, as clipping makes it."""
-    gradients = [distribute_tensor(torch.tensor([value, 0.0]), mesh, [Shard(0)]) for value in values]
-    return torch.nn.utils.get_total_norm(gradients)
-
-
-def test_on_an_accelerator_the_host_waits_only_when_it_reads(like_an_accelerator):
-    copy = meters.HostCopy(torch.tensor([1, 2]))
-    assert LateEvent.waited == 0
-    assert copy.read() == [1, 2]
-    assert LateEvent.waited == 1
-
-
-def test_the_norm_of_sharded_gradients_is_watched_on_an_accelerator(make_trainer, alone, like_an_accelerator):
-    trainer = make_trainer()
-    assert float(trainer._get_grad_norm(trainer.model, sharded_norm(alone, 3.0, 4.0))) == 5
-    trainer._finite.verify_gradient()
-    trainer._get_grad_norm(trainer.model, sharded_norm(alone, 3.0, math.inf))
-    with pytest.raises(FloatingPointError, match="Every gradient must be finite"):
-        trainer._finite.verify_gradient()
 
 
 @pytest.mark.parametrize("safeguard", ["output", "parameter"])
@@ -137,7 +78,7 @@ def steps_of_a_process(rank, folder, asked_at, ruined_at, answers):
 
 
 def in_two_processes(folder, asked_at=None, ruined_at=None):
-    """What each of the processes has to say, in their order, without its rank."""
+    """Return the answers of both processes in their order, without their ranks."""
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
     given = (str(folder), asked_at, ruined_at, answers)

@@ -4,39 +4,26 @@ training with one."""
 import copy
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig
+from step.walks import ALPHAS, levels_of, trained_weights, walked, without_losers
 
 from trl_diffusion_sdpo.step.winner_budget import BUDGET_FILE, probe_items
 
 SHUT = math.log(0.005)  # half of the lowest scale that is not 0
 
 
-# ---- The file ------------------------------------------------------------------------------------------------------
-
-
 # ---- The probe -----------------------------------------------------------------------------------------------------
 
 
-def levels_of(timesteps):
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    a = (1 - betas).cumprod(0)[timesteps]
-    return (1 - a).sqrt() / (a.sqrt() + (1 - a).sqrt()), a
-
-
 def probe_of(trainer):
-    return trainer.winner_budget.make_probe(trainer.model_wrapped, trainer._load_probe())
-
-
-def items_of(trainer):
-    return probe_items(trainer.train_dataset, trainer.args.winner_budget_kwargs["pairs"])
+    return trainer.winner_budget.make_probe(trainer._load_probe())
 
 
 def begin(trainer):
-    """As when training begins."""
+    """Measure the probe for the first time, as the start of a training does."""
     trainer.winner_budget.begin(trainer.model_wrapped, trainer._load_probe())
 
 
@@ -44,12 +31,11 @@ def by_hand(unet, probe, parts):
     """Mean error of the winners at each level, from the model's own predictions in float64."""
     unet = copy.deepcopy(unet).double().eval()
     errors = [[] for _ in range(parts)]
-    for batch in probe.batches:
+    for batch in (winners.batch for winners in probe):
         with torch.no_grad():
             text = batch.conditioning["prompt_embeds"].double()
             predicted = unet(batch.noisy.double(), batch.timesteps, encoder_hidden_states=text).sample
-        levels, _ = levels_of(batch.timesteps)
-        for row, level in enumerate(levels.tolist()):
+        for row, level in enumerate(levels_of(batch.timesteps).tolist()):
             errors[int(level * parts)].append(float((predicted[row] - batch.target[row]).square().mean()))
     return errors
 
@@ -73,11 +59,11 @@ def test_the_probe_is_of_winners_at_every_level_and_its_errors_are_the_models(ma
     items = [trainer.eval_dataset.for_evaluation()[row] for row in (0, 3, 6)]
     latents, conditioning = trainer.pair_forward.encode(trainer.data_collator(items))
     for level in range(4):
-        rows = [batch for batch, part in zip(probe.batches, probe.noise_bins, strict=True) if part[0] == level]
+        rows = [winners.batch for winners in probe if winners.noise_bins[0] == level]
         noisy = torch.cat([row.noisy for row in rows])
         noise = torch.cat([row.target for row in rows])
         timesteps = torch.cat([row.timesteps for row in rows])
-        a = levels_of(timesteps)[1].view(-1, 1, 1, 1)
+        a = ALPHAS[timesteps].view(-1, 1, 1, 1)
         clean = (noisy - (1 - a).sqrt() * noise) / a.sqrt()
         torch.testing.assert_close(clean.float(), latents.chunk(2)[0], rtol=0, atol=1e-3)
         text = torch.cat([row.conditioning["prompt_embeds"] for row in rows])
@@ -85,23 +71,6 @@ def test_the_probe_is_of_winners_at_every_level_and_its_errors_are_the_models(ma
 
 
 # ---- A training with one -------------------------------------------------------------------------------------------
-
-
-def walked(trainer):
-    trainer.train()
-    weights = [weight.detach().flatten() for weight in trainer.denoiser.parameters() if weight.requires_grad]
-    return torch.cat(weights), [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
-def without_losers(trainer):
-    original = trainer.pair_forward.loss
-
-    def detached(predictions, safeguard=None):
-        winner, loser = predictions.policy.chunk(2)
-        return original(replace(predictions, policy=torch.cat([winner, loser.detach()])), safeguard)
-
-    trainer.pair_forward.loss = detached
-    return trainer
 
 
 @pytest.fixture
@@ -122,13 +91,9 @@ def build(make_trainer, make_pairs):
     return trainer_of
 
 
-def test_measured_before_the_first_step_and_after_those_that_are_asked_for(build):
+def test_the_budget_is_measured_after_the_steps_that_are_asked_for(build):
     trainer = build(safeguard="parameter", max_steps=5, winner_budget_kwargs={"pairs": 2, "steps": 2})
-    untrained = copy.deepcopy(trainer.denoiser)
     _, logs = walked(trainer)
-    before = [sum(level) / len(level) for level in by_hand(untrained, probe_of(trainer), 2)]
-    assert trainer.winner_budget.controller.initial_errors.tolist() == pytest.approx(before, rel=1e-5)
-    # Logged when the step is: after the second and the fourth.
     assert ["budget/winner_change" in log for log in logs] == [False, True, False, True, False]
     assert all("safeguard/loser_weight" in log for log in logs)
 
@@ -150,9 +115,8 @@ def test_a_budget_that_is_never_reached_changes_no_bit_of_the_training(build):
     assert [log["budget/over"] for log in logs] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("safeguard", ["output", "parameter"])
-def test_levels_that_are_shut_train_their_winners_alone_to_the_bit(build, safeguard):
-    settings = {"safeguard": safeguard, "peft_config": LoraConfig(r=4), "learning_rate": 1e-2}
+def test_levels_that_are_shut_train_their_winners_alone_to_the_bit(build):
+    settings = {"safeguard": "output", "peft_config": LoraConfig(r=4), "learning_rate": 1e-2}
     shut = build(**settings, winner_budget_kwargs={"pairs": 2, "steps": 100})
     shut.winner_budget.controller.log_scale.fill_(SHUT)
     weights, logs = walked(shut)
@@ -194,30 +158,18 @@ def test_a_resumed_run_steers_on_as_if_undisturbed_to_the_bit(build, tmp_path):
     assert all(first < second < third < 0 for first, second, third in zip(*scales, strict=True))
     assert torch.equal(resumed.winner_budget.controller.log_scale, whole.winner_budget.controller.log_scale)
     assert torch.equal(resumed.winner_budget.controller.initial_errors, whole.winner_budget.controller.initial_errors)
-    ours = [weight.detach().flatten() for weight in resumed.denoiser.parameters() if weight.requires_grad]
-    assert torch.equal(torch.cat(ours), weights)
+    assert torch.equal(trained_weights(resumed), weights)
     later = [entry for entry in resumed.state.log_history if "loss" in entry][2:]
     for name in ("loss", "budget/winner_change", "budget/scale", "safeguard/loser_weight"):
         assert [entry[name] for entry in later] == [entry[name] for entry in logs[2:]], name
 
 
-# ---- Bad input -----------------------------------------------------------------------------------------------------
-
-
 def test_the_probe_keeps_to_the_timesteps_that_training_draws(build):
     trainer = build(timestep_range=[0, 300])
-    assert max(int(batch.timesteps.max()) for batch in probe_of(trainer).batches) < 300
+    assert max(int(winners.batch.timesteps.max()) for winners in probe_of(trainer)) < 300
     trainer = build(timesteps=[999, 50])
-    visited = {int(t) for batch in probe_of(trainer).batches for t in batch.timesteps}
+    visited = {int(t) for winners in probe_of(trainer) for t in winners.batch.timesteps}
     assert visited == {999, 50}
-
-
-def test_the_probe_is_spread_over_all_of_the_data(make_trainer, make_pairs):
-    trainer = make_trainer(train=make_pairs(7), winner_budget=0.1, winner_budget_kwargs={"pairs": 4})
-    everything = [item["prompt"] for item in trainer.train_dataset.for_evaluation()]
-    assert [item["prompt"] for item in items_of(trainer)] == [everything[row] for row in (0, 1, 3, 5)]
-    few = make_trainer(train=make_pairs(3), winner_budget=0.1, winner_budget_kwargs={"pairs": 4})
-    assert len(items_of(few)) == 3
 
 
 def test_the_probes_winners_are_whom_the_scores_prefer(make_trainer, make_pairs):
@@ -231,10 +183,10 @@ def test_the_probes_winners_are_whom_the_scores_prefer(make_trainer, make_pairs)
 
     trainer, agreeing = scored_probe([2.0, 2.0], [1.0, 1.0])
     _, reversed_first = scored_probe([1.0, 2.0], [2.0, 1.0])
-    inputs = trainer.data_collator(items_of(trainer))
+    inputs = trainer.data_collator(probe_items(trainer.train_dataset, 2))
     winners, losers = trainer.pair_forward.encode(inputs)[0].chunk(2)
-    for mine, plain in zip(reversed_first.batches, agreeing.batches, strict=True):
-        a = levels_of(mine.timesteps)[1].view(-1, 1, 1, 1)
+    for mine, plain in ((mine.batch, plain.batch) for mine, plain in zip(reversed_first, agreeing, strict=True)):
+        a = ALPHAS[mine.timesteps].view(-1, 1, 1, 1)
         moved = (mine.noisy - plain.noisy) / a.sqrt()
         expected = torch.stack([losers[0] - winners[0], torch.zeros_like(winners[1])])
         torch.testing.assert_close(moved.float(), expected, rtol=0, atol=1e-3)

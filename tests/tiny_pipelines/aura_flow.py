@@ -1,28 +1,17 @@
 """Tiny AuraFlow pipeline: a UMT5 encoder, one joint and one single block, and a VAE that halves the sides."""
 
 from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from transformers import UMT5Config, UMT5EncoderModel
 
-from tiny_pipelines.parts import TEXT_WIDTH, kl_vae, nonzero, seeded, t5_tokenizer, with_large_embeddings
+from tiny_pipelines import parts
 
 RESOLUTION = 32
 CALL = {"guidance_scale": 1.0}
 
 
 def build(seed: int = 0) -> AuraFlowPipeline:
-    with seeded(seed):
-        tokenizer = t5_tokenizer(256)  # as long as the pipeline pads its prompts
-        text_encoder = UMT5EncoderModel(
-            UMT5Config(
-                vocab_size=len(tokenizer),
-                d_model=TEXT_WIDTH,
-                d_kv=8,
-                d_ff=2 * TEXT_WIDTH,
-                num_layers=2,
-                num_heads=4,
-                feed_forward_proj="gated-gelu",
-            )
-        )
+    with parts.seeded(seed):
+        tokenizer = parts.t5_tokenizer(256)  # as long as the pipeline pads its prompts
+        text_encoder = parts.umt5_encoder(tokenizer)
         transformer = AuraFlowTransformer2DModel(
             sample_size=8,
             patch_size=2,
@@ -32,15 +21,15 @@ def build(seed: int = 0) -> AuraFlowPipeline:
             num_single_dit_layers=1,
             attention_head_dim=8,
             num_attention_heads=4,
-            joint_attention_dim=TEXT_WIDTH,
+            joint_attention_dim=parts.TEXT_WIDTH,
             caption_projection_dim=32,
             pos_embed_max_size=64,  # 8 by 8 tokens: images of 32 by 32 pixels at most
         )
         return AuraFlowPipeline(
             tokenizer=tokenizer,
-            text_encoder=with_large_embeddings(text_encoder),
-            vae=kl_vae(scaling_factor=0.13025),
-            transformer=attentive(nonzero(transformer)),
+            text_encoder=text_encoder,
+            vae=parts.kl_vae(scaling_factor=0.13025),
+            transformer=attentive(parts.nonzero(transformer)),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
         )
 

@@ -5,7 +5,7 @@ from diffusers import CogView4Pipeline, CogView4Transformer2DModel, FlowMatchEul
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GlmConfig, GlmModel, PreTrainedTokenizerFast
 
-from tiny_pipelines.parts import TEXT_WIDTH, byte_letters, kl_vae, nonzero, seeded, with_large_embeddings
+from tiny_pipelines import parts
 
 RESOLUTION = 32
 CALL = {"guidance_scale": 1.0}
@@ -13,7 +13,7 @@ PADDING, MASK, START = "<|endoftext|>", "[gMASK]", "<sop>"
 
 
 def build(seed: int = 0) -> CogView4Pipeline:
-    with seeded(seed):
+    with parts.seeded(seed):
         tokenizer = glm_tokenizer()
         transformer = CogView4Transformer2DModel(
             patch_size=2,
@@ -22,7 +22,7 @@ def build(seed: int = 0) -> CogView4Pipeline:
             num_layers=2,
             attention_head_dim=8,
             num_attention_heads=4,
-            text_embed_dim=TEXT_WIDTH,
+            text_embed_dim=parts.TEXT_WIDTH,
             time_embed_dim=16,
             condition_dim=8,
             pos_embed_max_size=16,
@@ -32,8 +32,8 @@ def build(seed: int = 0) -> CogView4Pipeline:
         return CogView4Pipeline(
             tokenizer=tokenizer,
             text_encoder=glm_encoder(tokenizer),
-            vae=kl_vae(latent_channels=16, scaling_factor=1.0, shift_factor=0.0),
-            transformer=nonzero(transformer),
+            vae=parts.kl_vae(latent_channels=16, scaling_factor=1.0, shift_factor=0.0),
+            transformer=parts.nonzero(transformer),
             scheduler=FlowMatchEulerDiscreteScheduler(
                 base_image_seq_len=256,
                 max_image_seq_len=4096,
@@ -47,7 +47,7 @@ def build(seed: int = 0) -> CogView4Pipeline:
 
 def glm_tokenizer() -> PreTrainedTokenizerFast:
     """Every byte is a token; two marks begin a text, and padding comes before them."""
-    vocab = {token: index for index, token in enumerate([*byte_letters(), PADDING, MASK, START])}
+    vocab = {token: index for index, token in enumerate([*parts.byte_letters(), PADDING, MASK, START])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -67,8 +67,8 @@ def glm_tokenizer() -> PreTrainedTokenizerFast:
 def glm_encoder(tokenizer: PreTrainedTokenizerFast) -> GlmModel:
     config = GlmConfig(
         vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=2 * TEXT_WIDTH,
+        hidden_size=parts.TEXT_WIDTH,
+        intermediate_size=2 * parts.TEXT_WIDTH,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -76,4 +76,4 @@ def glm_encoder(tokenizer: PreTrainedTokenizerFast) -> GlmModel:
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return with_large_embeddings(GlmModel(config))
+    return parts.with_large_embeddings(GlmModel(config))

@@ -4,14 +4,13 @@ made without torchvision."""
 
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
-from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
+from transformers import Mistral3ForConditionalGeneration
 
-from tiny_pipelines.parts import nonzero, qwen2_tokenizer, seeded, with_large_embeddings
+from tiny_pipelines import parts
 
 RESOLUTION = 16
 CALL = {"guidance_scale": 1.0}
 
-SIDE = RESOLUTION // 4
 LATENT_CHANNELS = 4
 TEXT_WIDTH = 16
 N_TEXT_LAYERS = 31
@@ -24,23 +23,20 @@ CHAT_TEMPLATE = (
 
 
 def build(seed: int = 0) -> Flux2Pipeline:
-    tokenizer = qwen2_tokenizer(MARKS, CHAT_TEMPLATE)
-    with seeded(seed):
+    tokenizer = parts.qwen2_tokenizer(MARKS, CHAT_TEMPLATE)
+    with parts.seeded(seed):
         return Flux2Pipeline(
             scheduler=scheduler(),
             vae=vae(),
-            text_encoder=_text_encoder(len(tokenizer), tokenizer.convert_tokens_to_ids("[IMG]")),
+            text_encoder=parts.mistral3_encoder(
+                tokenizer,
+                Mistral3ForConditionalGeneration,
+                num_hidden_layers=N_TEXT_LAYERS,
+                initializer_range=0.5,  # so that words change the padding after them, most of the 512 tokens
+            ),
             tokenizer=tokenizer,
             transformer=transformer(joint_attention_dim=3 * TEXT_WIDTH, guidance_embeds=True),
         )
-
-
-def to_pipeline(latents: torch.Tensor) -> torch.Tensor:
-    return latents.flatten(2).transpose(1, 2)
-
-
-def from_pipeline(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.transpose(1, 2).unflatten(2, (SIDE, SIDE))
 
 
 def scheduler() -> FlowMatchEulerDiscreteScheduler:
@@ -62,7 +58,7 @@ def transformer(**overrides) -> Flux2Transformer2DModel:
     transformer = Flux2Transformer2DModel(**{**settings, **overrides})
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         torch.nn.init.constant_(block.attn.norm_q.weight, 4.0)
-    return nonzero(transformer)
+    return parts.nonzero(transformer)
 
 
 def vae() -> AutoencoderKLFlux2:
@@ -81,21 +77,5 @@ def vae() -> AutoencoderKLFlux2:
     return vae.eval()
 
 
-def _text_encoder(vocab_size: int, image_token: int) -> Mistral3ForConditionalGeneration:
-    text = MistralConfig(
-        vocab_size=vocab_size,
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=2 * TEXT_WIDTH,
-        num_hidden_layers=N_TEXT_LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        initializer_range=0.5,  # so that words change the padding after them, most of the 512 tokens
-        max_position_embeddings=1024,
-        sliding_window=None,
-    )
-    vision = PixtralVisionConfig(
-        hidden_size=TEXT_WIDTH, intermediate_size=TEXT_WIDTH, num_hidden_layers=1, num_attention_heads=2, image_size=28
-    )
-    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=image_token)
-    return with_large_embeddings(Mistral3ForConditionalGeneration(config))
+to_pipeline = parts.flatten_tokens
+from_pipeline = parts.unflatten_tokens

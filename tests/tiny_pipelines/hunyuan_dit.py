@@ -6,7 +6,7 @@ import string
 from diffusers import DDPMScheduler, HunyuanDiT2DModel, HunyuanDiTPipeline
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from tiny_pipelines.parts import TEXT_WIDTH, kl_vae, nonzero, seeded, t5_encoder, t5_tokenizer, with_large_embeddings
+from tiny_pipelines import parts
 
 RESOLUTION = 32
 # The pipeline would draw only the sizes it lists, and say that the image was 1024 by 1024 before.
@@ -14,11 +14,11 @@ CALL = {"guidance_scale": 1.0, "use_resolution_binning": False, "original_size":
 TEXT_LENGTH, TEXT_LENGTH_2 = 77, 256  # fixed in the pipeline's call
 
 
-def build(seed: int = 0, **overrides) -> HunyuanDiTPipeline:
-    with seeded(seed):
-        tokenizer, tokenizer_2 = bert_tokenizer(), t5_tokenizer(TEXT_LENGTH_2)
+def build(seed: int = 0) -> HunyuanDiTPipeline:
+    with parts.seeded(seed):
+        tokenizer, tokenizer_2 = bert_tokenizer(), parts.t5_tokenizer(TEXT_LENGTH_2)
         return HunyuanDiTPipeline(
-            vae=kl_vae(
+            vae=parts.kl_vae(
                 down_block_types=("DownEncoderBlock2D",) * 4,
                 up_block_types=("UpDecoderBlock2D",) * 4,
                 block_out_channels=(8, 8, 16, 16),
@@ -26,7 +26,7 @@ def build(seed: int = 0, **overrides) -> HunyuanDiTPipeline:
             ),
             text_encoder=bert(tokenizer),
             tokenizer=tokenizer,
-            transformer=transformer(**overrides),
+            transformer=transformer(),
             scheduler=DDPMScheduler(
                 beta_start=0.00085,
                 beta_end=0.03,
@@ -39,28 +39,28 @@ def build(seed: int = 0, **overrides) -> HunyuanDiTPipeline:
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
-            text_encoder_2=t5_encoder(tokenizer_2),
+            text_encoder_2=parts.t5_encoder(tokenizer_2),
             tokenizer_2=tokenizer_2,
         )
 
 
-def transformer(**overrides) -> HunyuanDiT2DModel:
-    settings = {
-        "num_attention_heads": 4,
-        "attention_head_dim": 8,
-        "hidden_size": 32,
-        "in_channels": 4,
-        "patch_size": 2,
-        "sample_size": 4,
-        "num_layers": 4,  # fewest with a skip: from the first to the last
-        "mlp_ratio": 2.0,
-        "cross_attention_dim": TEXT_WIDTH,
-        "cross_attention_dim_t5": TEXT_WIDTH,
-        "pooled_projection_dim": 16,
-        "text_len": TEXT_LENGTH,
-        "text_len_t5": TEXT_LENGTH_2,
-    }
-    return nonzero(HunyuanDiT2DModel(**{**settings, **overrides}))
+def transformer() -> HunyuanDiT2DModel:
+    model = HunyuanDiT2DModel(
+        num_attention_heads=4,
+        attention_head_dim=8,
+        hidden_size=32,
+        in_channels=4,
+        patch_size=2,
+        sample_size=4,
+        num_layers=4,  # fewest with a skip: from the first to the last
+        mlp_ratio=2.0,
+        cross_attention_dim=parts.TEXT_WIDTH,
+        cross_attention_dim_t5=parts.TEXT_WIDTH,
+        pooled_projection_dim=16,
+        text_len=TEXT_LENGTH,
+        text_len_t5=TEXT_LENGTH_2,
+    )
+    return parts.nonzero(model)
 
 
 def bert_tokenizer() -> BertTokenizer:
@@ -73,11 +73,11 @@ def bert_tokenizer() -> BertTokenizer:
 def bert(tokenizer: BertTokenizer) -> BertModel:
     config = BertConfig(
         vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=2 * TEXT_WIDTH,
+        hidden_size=parts.TEXT_WIDTH,
+        intermediate_size=2 * parts.TEXT_WIDTH,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=TEXT_LENGTH,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return with_large_embeddings(BertModel(config))
+    return parts.with_large_embeddings(BertModel(config))

@@ -2,8 +2,8 @@
 
 from diffusers import FlowMatchEulerDiscreteScheduler, Ideogram4Pipeline, Ideogram4Transformer2DModel
 
+from tiny_pipelines import parts
 from tiny_pipelines.flux2 import LATENT_CHANNELS, vae
-from tiny_pipelines.parts import enlarged, qwen2_tokenizer, qwen3_vl_model, seeded
 
 RESOLUTION = 16
 CALL = {"guidance_scale": 1.0, "guidance_schedule": None}
@@ -12,13 +12,13 @@ TEXT_WIDTH = 16
 
 
 def build(seed: int = 0) -> Ideogram4Pipeline:
-    tokenizer = qwen2_tokenizer(chat_template=TEMPLATE)
+    tokenizer = parts.qwen2_tokenizer(chat_template=TEMPLATE)
     text_encoder = {"num_hidden_layers": 36, "hidden_size": TEXT_WIDTH, "intermediate_size": 2 * TEXT_WIDTH}
-    with seeded(seed):
+    with parts.seeded(seed):
         return Ideogram4Pipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(),
             vae=vae(),
-            text_encoder=qwen3_vl_model(tokenizer, **text_encoder),
+            text_encoder=parts.qwen3_vl_model(tokenizer, **text_encoder),
             tokenizer=tokenizer,
             transformer=transformer(),
             unconditional_transformer=transformer(),
@@ -36,13 +36,8 @@ def transformer() -> Ideogram4Transformer2DModel:
         llm_features_dim=13 * TEXT_WIDTH,
         mrope_section=(4, 2, 2),
     )
-    return enlarged(made)
+    return parts.enlarged(made)
 
 
-def to_pipeline(latents):
-    return latents.flatten(2).transpose(1, 2)
-
-
-def from_pipeline(tokens):
-    side = round(tokens.shape[1] ** 0.5)
-    return tokens.transpose(1, 2).unflatten(2, (side, side))
+to_pipeline = parts.flatten_tokens
+from_pipeline = parts.unflatten_tokens

@@ -2,24 +2,15 @@
 
 from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
 
-from tiny_pipelines.parts import (
-    TEXT_WIDTH,
-    enlarged,
-    pack_squares,
-    qwen2_tokenizer,
-    qwen3_vl_model,
-    qwen_image_vae,
-    seeded,
-    unpack_squares,
-)
+from tiny_pipelines import parts
 
 RESOLUTION = 32
 CALL = {"guidance_scale": 0.0}  # this pipeline adds the scaled difference to the conditional prediction: 0 is off
 
 
 def build(seed: int = 0, is_distilled: bool = False) -> Krea2Pipeline:
-    tokenizer = qwen2_tokenizer()
-    with seeded(seed):
+    tokenizer = parts.qwen2_tokenizer()
+    with parts.seeded(seed):
         transformer = Krea2Transformer2DModel(
             in_channels=16,
             num_layers=2,
@@ -28,7 +19,7 @@ def build(seed: int = 0, is_distilled: bool = False) -> Krea2Pipeline:
             num_key_value_heads=1,
             intermediate_size=64,
             timestep_embed_dim=16,
-            text_hidden_dim=TEXT_WIDTH,
+            text_hidden_dim=parts.TEXT_WIDTH,
             num_text_layers=3,
             text_num_attention_heads=2,
             text_num_key_value_heads=2,
@@ -45,14 +36,14 @@ def build(seed: int = 0, is_distilled: bool = False) -> Krea2Pipeline:
                 base_image_seq_len=256,
                 max_image_seq_len=6400,
             ),
-            vae=qwen_image_vae(),
-            text_encoder=qwen3_vl_model(tokenizer),
+            vae=parts.qwen_image_vae(),
+            text_encoder=parts.qwen3_vl_model(tokenizer),
             tokenizer=tokenizer,
-            transformer=enlarged(transformer),
+            transformer=parts.enlarged(transformer),
             text_encoder_select_layers=(0, 1, 2),
             is_distilled=is_distilled,
         )
 
 
-to_pipeline = pack_squares
-from_pipeline = unpack_squares
+to_pipeline = parts.pack_squares
+from_pipeline = parts.unpack_squares

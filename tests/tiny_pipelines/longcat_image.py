@@ -3,8 +3,7 @@ without torchvision."""
 
 from diffusers import FlowMatchEulerDiscreteScheduler, LongCatImagePipeline, LongCatImageTransformer2DModel
 
-from tiny_pipelines.flux import DEV_SCHEDULER
-from tiny_pipelines.parts import TEXT_WIDTH, enlarged, kl_vae, pack_squares, qwen2_tokenizer, seeded, unpack_squares
+from tiny_pipelines import parts
 from tiny_pipelines.qwen_image import VISION_MARKS, text_encoder
 
 RESOLUTION = 16
@@ -12,33 +11,27 @@ CALL = {"guidance_scale": 1.0, "enable_prompt_rewrite": False, "enable_cfg_renor
 
 
 def build(seed: int = 0) -> LongCatImagePipeline:
-    tokenizer = qwen2_tokenizer(special_tokens=VISION_MARKS)
-    with seeded(seed):
+    tokenizer = parts.qwen2_tokenizer(special_tokens=VISION_MARKS)
+    with parts.seeded(seed):
         transformer = LongCatImageTransformer2DModel(
             in_channels=64,  # the call draws 16 channels of noise, whatever the VAE
             num_layers=1,
             num_single_layers=1,
             attention_head_dim=16,
             num_attention_heads=2,
-            joint_attention_dim=TEXT_WIDTH,
-            pooled_projection_dim=TEXT_WIDTH,
+            joint_attention_dim=parts.TEXT_WIDTH,
+            pooled_projection_dim=parts.TEXT_WIDTH,
             axes_dims_rope=(4, 6, 6),
         )
         return LongCatImagePipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(**DEV_SCHEDULER),
-            vae=kl_vae(
-                latent_channels=16,
-                scaling_factor=0.3611,
-                shift_factor=0.1159,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(**parts.DEV_SCHEDULER),
+            vae=parts.flux_vae(latent_channels=16),
             text_encoder=text_encoder(tokenizer),
             tokenizer=tokenizer,
             text_processor=tokenizer,
-            transformer=enlarged(transformer),
+            transformer=parts.enlarged(transformer),
         )
 
 
-to_pipeline = pack_squares
-from_pipeline = unpack_squares
+to_pipeline = parts.pack_squares
+from_pipeline = parts.unpack_squares

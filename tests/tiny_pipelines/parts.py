@@ -12,6 +12,10 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Mistral3Config,
+    Mistral3Model,
+    MistralConfig,
+    PixtralVisionConfig,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
@@ -20,11 +24,28 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 TEXT_LENGTH = 16
 TEXT_WIDTH = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
+# The scheduler of FLUX.1 [dev], which shifts by image size.
+DEV_SCHEDULER = {
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+# Has the form of Qwen3's template: a turn for each message, and an empty thought if thinking is off.
+THINKING_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
 
 
 @contextmanager
@@ -107,6 +128,17 @@ def kl_vae(**overrides) -> AutoencoderKL:
     return AutoencoderKL(**{**settings, **overrides}).eval()
 
 
+def flux_vae(**overrides) -> AutoencoderKL:
+    """A VAE of FLUX's kind, which also shifts latents."""
+    settings = {
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+    return kl_vae(**{**settings, **overrides})
+
+
 def t5_tokenizer(model_max_length: int = TEXT_LENGTH) -> T5Tokenizer:
     """A T5 tokenizer whose pieces are single letters."""
     letters = [(chr(code), -3.0) for code in range(33, 127)]
@@ -125,6 +157,45 @@ def t5_encoder(tokenizer: T5Tokenizer, **overrides) -> T5EncoderModel:
         "feed_forward_proj": "gated-gelu",
     }
     return with_large_embeddings(T5EncoderModel(T5Config(**{**settings, **overrides})))
+
+
+def umt5_encoder(tokenizer: T5Tokenizer) -> UMT5EncoderModel:
+    config = UMT5Config(
+        vocab_size=len(tokenizer),
+        d_model=TEXT_WIDTH,
+        d_kv=8,
+        d_ff=2 * TEXT_WIDTH,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    return with_large_embeddings(UMT5EncoderModel(config))
+
+
+def mistral3_encoder(
+    tokenizer: Qwen2Tokenizer, model_class: type[torch.nn.Module] = Mistral3Model, **overrides
+) -> torch.nn.Module:
+    """A vision-language model of width 16. Pipelines for text use its language half."""
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 1024,
+        "sliding_window": None,
+    }
+    vision = PixtralVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28
+    )
+    config = Mistral3Config(
+        text_config=MistralConfig(**{**settings, **overrides}),
+        vision_config=vision,
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+    )
+    return with_large_embeddings(model_class(config))
 
 
 def qwen2_tokenizer(special_tokens: tuple[str, ...] = (), chat_template: str | None = None) -> Qwen2Tokenizer:
@@ -177,21 +248,34 @@ def unpack_squares(tokens: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (side, side)), 2)
 
 
-def qwen_image_vae(**overrides) -> AutoencoderKLQwenImage:
+def flatten_tokens(latents: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) -> (N, H * W, C)."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def unflatten_tokens(tokens: torch.Tensor) -> torch.Tensor:
+    """Undo `flatten_tokens` for square images."""
+    side = round(tokens.shape[1] ** 0.5)
+    return tokens.transpose(1, 2).unflatten(2, (side, side))
+
+
+def qwen_image_vae() -> AutoencoderKLQwenImage:
     """A VAE of videos that quarters the image's sides: 4 latent channels, each with its mean and deviation."""
-    settings = {
-        "base_dim": 8,
-        "z_dim": 4,
-        "dim_mult": [1, 2, 2],
-        "num_res_blocks": 1,
-        "temperal_downsample": [False, True],
-        "latents_mean": [-0.7571, -0.7089, -0.9113, 0.1075],
-        "latents_std": [2.8184, 1.4541, 2.3275, 2.6558],
-    }
-    return AutoencoderKLQwenImage(**{**settings, **overrides}).eval()
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[-0.7571, -0.7089, -0.9113, 0.1075],
+        latents_std=[2.8184, 1.4541, 2.3275, 2.6558],
+    )
+    return vae.eval()
 
 
-def qwen3_encoder(tokenizer: Qwen2Tokenizer, **overrides) -> Qwen3Model:
+def qwen3_encoder(
+    tokenizer: Qwen2Tokenizer, model_class: type[torch.nn.Module] = Qwen3Model, **overrides
+) -> torch.nn.Module:
     settings = {
         "vocab_size": len(tokenizer),
         "hidden_size": TEXT_WIDTH,
@@ -204,7 +288,7 @@ def qwen3_encoder(tokenizer: Qwen2Tokenizer, **overrides) -> Qwen3Model:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return with_large_embeddings(Qwen3Model(Qwen3Config(**{**settings, **overrides})))
+    return with_large_embeddings(model_class(Qwen3Config(**{**settings, **overrides})))
 
 
 def qwen3_vl_model(

@@ -3,16 +3,7 @@
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from tiny_pipelines.parts import (
-    TEXT_WIDTH,
-    enlarged,
-    pack_squares,
-    qwen2_tokenizer,
-    qwen_image_vae,
-    seeded,
-    unpack_squares,
-    with_large_embeddings,
-)
+from tiny_pipelines import parts
 
 RESOLUTION = 32
 CALL = {"true_cfg_scale": 1.0}
@@ -20,15 +11,15 @@ VISION_MARKS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image
 
 
 def build(seed: int = 0) -> QwenImagePipeline:
-    tokenizer = qwen2_tokenizer(special_tokens=VISION_MARKS)
-    with seeded(seed):
+    tokenizer = parts.qwen2_tokenizer(special_tokens=VISION_MARKS)
+    with parts.seeded(seed):
         transformer = QwenImageTransformer2DModel(
             in_channels=16,
             out_channels=4,
             num_layers=2,
             attention_head_dim=16,
             num_attention_heads=2,
-            joint_attention_dim=TEXT_WIDTH,
+            joint_attention_dim=parts.TEXT_WIDTH,
             axes_dims_rope=(4, 6, 6),
         )
         return QwenImagePipeline(
@@ -41,10 +32,10 @@ def build(seed: int = 0) -> QwenImagePipeline:
                 max_image_seq_len=8192,
                 shift_terminal=0.02,
             ),
-            vae=qwen_image_vae(),
+            vae=parts.qwen_image_vae(),
             text_encoder=text_encoder(tokenizer),
             tokenizer=tokenizer,
-            transformer=enlarged(transformer),
+            transformer=parts.enlarged(transformer),
         )
 
 
@@ -52,8 +43,8 @@ def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneratio
     """A vision-language model, of which the pipeline uses the language half."""
     text_config = {
         "vocab_size": len(tokenizer),
-        "hidden_size": TEXT_WIDTH,
-        "intermediate_size": 2 * TEXT_WIDTH,
+        "hidden_size": parts.TEXT_WIDTH,
+        "intermediate_size": 2 * parts.TEXT_WIDTH,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -67,7 +58,7 @@ def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneratio
         "hidden_size": 16,
         "intermediate_size": 16,
         "num_heads": 2,
-        "out_hidden_size": TEXT_WIDTH,
+        "out_hidden_size": parts.TEXT_WIDTH,
         "fullatt_block_indexes": [0],
     }
     marks = dict(zip(VISION_MARKS, tokenizer.convert_tokens_to_ids(list(VISION_MARKS)), strict=True))
@@ -79,8 +70,8 @@ def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneratio
         vision_start_token_id=marks["<|vision_start|>"],
         vision_end_token_id=marks["<|vision_end|>"],
     )
-    return with_large_embeddings(Qwen2_5_VLForConditionalGeneration(config))
+    return parts.with_large_embeddings(Qwen2_5_VLForConditionalGeneration(config))
 
 
-to_pipeline = pack_squares
-from_pipeline = unpack_squares
+to_pipeline = parts.pack_squares
+from_pipeline = parts.unpack_squares

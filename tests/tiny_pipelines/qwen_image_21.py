@@ -10,7 +10,7 @@ from diffusers import (
 )
 from transformers import CLIPImageProcessorPil, LlavaProcessor, Qwen3VLForConditionalGeneration
 
-from tiny_pipelines.parts import TEXT_WIDTH, enlarged, qwen2_tokenizer, qwen3_vl_model, seeded
+from tiny_pipelines import parts
 from tiny_pipelines.qwen_image import VISION_MARKS
 
 RESOLUTION = 64
@@ -22,15 +22,15 @@ TEMPLATE = (
 
 
 def build(seed: int = 0) -> QwenImage21Pipeline:
-    tokenizer = qwen2_tokenizer(special_tokens=VISION_MARKS)
-    with seeded(seed):
+    tokenizer = parts.qwen2_tokenizer(special_tokens=VISION_MARKS)
+    with parts.seeded(seed):
         transformer = QwenImage21Transformer2DModel(
             in_channels=4,
             out_channels=4,
             num_layers=2,
             attention_head_dim=16,
             num_attention_heads=2,
-            context_in_dim=TEXT_WIDTH,
+            context_in_dim=parts.TEXT_WIDTH,
             axes_dims_rope=(4, 6, 6),
         )
         return QwenImage21Pipeline(
@@ -50,16 +50,11 @@ def build(seed: int = 0) -> QwenImage21Pipeline:
                 latents_mean=[-0.7571, -0.7089, -0.9113, 0.1075],
                 latents_std=[2.8184, 1.4541, 2.3275, 2.6558],
             ).eval(),
-            text_encoder=qwen3_vl_model(tokenizer, Qwen3VLForConditionalGeneration),
+            text_encoder=parts.qwen3_vl_model(tokenizer, Qwen3VLForConditionalGeneration),
             processor=LlavaProcessor(CLIPImageProcessorPil(), tokenizer, chat_template=TEMPLATE),
-            transformer=enlarged(transformer),
+            transformer=parts.enlarged(transformer),
         )
 
 
-def to_pipeline(latents):
-    return latents.flatten(2).transpose(1, 2)
-
-
-def from_pipeline(tokens):
-    side = round(tokens.shape[1] ** 0.5)
-    return tokens.transpose(1, 2).unflatten(2, (side, side))
+to_pipeline = parts.flatten_tokens
+from_pipeline = parts.unflatten_tokens

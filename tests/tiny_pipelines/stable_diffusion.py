@@ -2,8 +2,7 @@
 
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from tiny_pipelines import quiet
-from tiny_pipelines.parts import TEXT_WIDTH, clip_text_model, clip_tokenizer, kl_vae, seeded
+from tiny_pipelines import parts, quiet
 
 RESOLUTION = 16
 CALL = {"guidance_scale": 1.0}
@@ -11,11 +10,11 @@ SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 
 
 def build(seed: int = 0, prediction_type: str = "epsilon", **unet_overrides) -> StableDiffusionPipeline:
-    tokenizer = clip_tokenizer()
-    with seeded(seed):
-        vae = kl_vae(scaling_factor=0.18215)
-        text_encoder = clip_text_model(tokenizer)
-        unet = small_unet(**{"cross_attention_dim": TEXT_WIDTH, **unet_overrides})
+    tokenizer = parts.clip_tokenizer()
+    with parts.seeded(seed):
+        vae = parts.kl_vae(scaling_factor=0.18215)
+        text_encoder = parts.clip_text_model(tokenizer)
+        unet = small_unet(**{"cross_attention_dim": parts.TEXT_WIDTH, **unet_overrides})
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

@@ -1,4 +1,4 @@
-"""The same tiny Stable Diffusion with a scheduler that says v_prediction, as Stable Diffusion 2.1 has it."""
+"""Tiny Stable Diffusion whose scheduler says v_prediction, like that of Stable Diffusion 2.1."""
 
 from tiny_pipelines import stable_diffusion
 

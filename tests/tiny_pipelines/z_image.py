@@ -3,7 +3,7 @@ Images of 16x16 pixels have 8x8 latents of 4 channels, in sixteen tokens that th
 
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 
-from tiny_pipelines.parts import TEXT_WIDTH, kl_vae, nonzero, qwen2_tokenizer, qwen3_encoder, seeded
+from tiny_pipelines import parts
 
 RESOLUTION = 16
 CALL = {"guidance_scale": 0.0}  # this pipeline adds the scaled difference to the conditional prediction: 0 is off
@@ -14,31 +14,28 @@ CHAT_TEMPLATE = (
 
 
 def build(seed: int = 0) -> ZImagePipeline:
-    tokenizer = qwen2_tokenizer(chat_template=CHAT_TEMPLATE)
-    with seeded(seed):
-        vae = kl_vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
-        text_encoder = qwen3_encoder(tokenizer)
-        transformer = nonzero(denoiser())
-    pipeline = ZImagePipeline(
+    tokenizer = parts.qwen2_tokenizer(chat_template=CHAT_TEMPLATE)
+    with parts.seeded(seed):
+        vae = parts.flux_vae()
+        text_encoder = parts.qwen3_encoder(tokenizer)
+        transformer = parts.nonzero(denoiser())
+    return ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         transformer=transformer,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
-def denoiser(**overrides) -> ZImageTransformer2DModel:
-    settings = {
-        "in_channels": 4,
-        "dim": 32,
-        "n_layers": 2,
-        "n_refiner_layers": 1,
-        "n_heads": 2,
-        "n_kv_heads": 2,
-        "cap_feat_dim": TEXT_WIDTH,
-        "axes_dims": [4, 6, 6],
-    }
-    return ZImageTransformer2DModel(**{**settings, **overrides})
+def denoiser() -> ZImageTransformer2DModel:
+    return ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=parts.TEXT_WIDTH,
+        axes_dims=[4, 6, 6],
+    )

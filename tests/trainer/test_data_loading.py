@@ -1,5 +1,4 @@
-"""The way of the data into the trainer: bytes on the host until their turn comes, workers where they pay, evaluations
-that leave nothing open, and batches that the data can fill."""
+"""How data reach the trainer: batches are loaded in turn and in order, and wrong batch sizes are refused."""
 
 from functools import partial
 
@@ -11,10 +10,7 @@ import torch
 from PIL import Image
 from transformers import Trainer
 
-from trl_diffusion_sdpo.data import PairOptions, PairTransform, PreferenceCollator, prepare_dataset
-from trl_diffusion_sdpo.engines import batch_loaders as loaders
-from trl_diffusion_sdpo.engines.batch_loaders import choose_workers
-from trl_diffusion_sdpo.trainer.data_preparation import check_batches
+from trl_diffusion_sdpo.data import PreferenceCollator
 
 
 def losses(trainer):
@@ -23,7 +19,7 @@ def losses(trainer):
 
 
 class FloatCollator(PreferenceCollator):
-    """As somebody may have written it for pixels that were floats."""
+    """A user's collator that makes floats of the bytes."""
 
     def __call__(self, items):
         batch = super().__call__(items)
@@ -40,127 +36,34 @@ class CountingCollator(PreferenceCollator):
         return super().__call__(items)
 
 
-def watch_micro_batches(trainer, monkeypatch):
-    """A list that training fills: before each micro-batch the batches loaded, its share and the random state."""
-    step, seen = trainer.training_step, []
-
-    def watched(*inputs):
-        share = trainer.current_gradient_accumulation_steps
-        seen.append((trainer.data_collator.loaded, share, torch.get_rng_state().sum().item()))
-        return step(*inputs)
-
-    monkeypatch.setattr(trainer, "training_step", watched)
-    return seen
-
-
-@pytest.mark.parametrize("safeguard", ["output", "parameter"])
-def test_micro_batches_are_loaded_in_their_turn_and_train_as_if_loaded_at_once(
-    make_trainer, make_pairs, monkeypatch, safeguard
-):
-    def train(**settings):
-        settings = {"safeguard": safeguard, "gradient_accumulation_steps": 4, "logging_steps": 1, **settings}
+def test_micro_batches_are_loaded_in_their_turn_and_train_as_if_loaded_at_once(make_trainer, make_pairs, monkeypatch):
+    def build():
         trainer = make_trainer(
             train=make_pairs(5),
             data_collator=CountingCollator(),
             per_device_train_batch_size=1,
+            gradient_accumulation_steps=4,
             max_steps=-1,
             num_train_epochs=2,
-            **settings,
         )
-        return trainer, watch_micro_batches(trainer, monkeypatch)
+        step, loaded = trainer.training_step, []
+        monkeypatch.setattr(
+            trainer, "training_step", lambda *inputs: loaded.append(trainer.data_collator.loaded) or step(*inputs)
+        )
+        return trainer, loaded
 
-    lazy, seen = train()
+    lazy, in_turn = build()
     logged = losses(lazy)
     # accelerate loads one batch ahead; an epoch ends with a step of one micro-batch
-    assert [loaded for loaded, *_ in seen] == [2, 3, 4, 5, 5, 7, 8, 9, 10, 10]
-    assert [share for _, share, _ in seen] == [4, 4, 4, 4, 1] * 2
-    assert len(logged) == 4
-    eager, at_once = train()
+    assert in_turn == [2, 3, 4, 5, 5, 7, 8, 9, 10, 10] and len(logged) == 4
+    eager, at_once = build()
     monkeypatch.setattr(eager, "get_batch_samples", partial(Trainer.get_batch_samples, eager))
-    assert losses(eager) == logged
-    assert [loaded for loaded, *_ in at_once] == [5] * 5 + [10] * 5
+    assert losses(eager) == logged and at_once == [5] * 5 + [10] * 5
     assert all(map(torch.equal, lazy.denoiser.parameters(), eager.denoiser.parameters()))
-
-
-def test_a_resumed_epoch_has_the_random_state_of_the_run_that_was_not_interrupted(
-    make_trainer, make_pairs, monkeypatch, tmp_path
-):
-    def trainer():
-        made = make_trainer(
-            output_dir=str(tmp_path / "run"),
-            train=make_pairs(4),
-            data_collator=CountingCollator(),
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=2,
-            max_steps=2,
-            save_strategy="steps",
-            save_steps=1,
-        )
-        return made, watch_micro_batches(made, monkeypatch)
-
-    whole, states = trainer()
-    whole.train()
-    resumed, resumed_states = trainer()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
-    assert [state for *_, state in resumed_states] == [state for *_, state in states[2:]]
 
 
 def test_floats_of_a_collator_of_ones_own_train_as_the_bytes_do(make_trainer):
     assert losses(make_trainer()) == losses(make_trainer(data_collator=FloatCollator()))
-
-
-def test_an_evaluation_set_is_prepared_once_and_another_ones_own_is_not_kept(make_trainer, make_pairs):
-    trainer = make_trainer(eval_dataset={"a": make_pairs(2, seed=1), "b": make_pairs(2, seed=2)})
-    first = trainer.get_eval_dataloader("a")
-    assert trainer.get_eval_dataloader("a") is trainer.get_eval_dataloader(trainer.eval_dataset["a"]) is first
-    assert trainer.get_eval_dataloader("b") is not first
-    other = make_pairs(2, seed=3)
-    assert trainer.get_eval_dataloader(other) is not trainer.get_eval_dataloader(other)
-
-
-class Args:
-    """What `choose_workers` reads, without the seconds that a configuration takes."""
-
-    def __init__(self, **changes):
-        self.dataloader_num_workers = self.dataloader_prefetch_factor = self.dataloader_multiprocessing_context = None
-        self.dataloader_persistent_workers, self.world_size = False, 1
-        self.train_batch_size, self.eval_batch_size = 4, 8
-        vars(self).update(changes)
-
-
-@pytest.fixture(scope="module")
-def many():
-    """600 pairs of one image each way."""
-    picture, other = (Image.fromarray(np.full((16, 16, 3), level, dtype=np.uint8)) for level in (1, 2))
-    rows = [{"prompt": "p", "chosen": picture, "rejected": other}] * 600
-    return datasets.Dataset.from_list(rows)
-
-
-def chosen(data, *, evaluates=False, **changes):
-    args = Args(**changes)
-    return choose_workers(args, data, resolution=(512, 512), evaluates=evaluates), args.dataloader_num_workers
-
-
-def test_workers_are_chosen_by_data_cores_and_memory(many, monkeypatch):
-    arrow, few, stream = (
-        prepare_dataset(data, PairOptions(PairTransform(16), verify_images="none"))
-        for data in (many, many.select(range(500)), many.to_iterable_dataset())
-    )
-    cores, room = 16, 10**12
-    monkeypatch.setattr(loaders, "usable_cores", lambda processes: cores // processes)
-    monkeypatch.setattr(loaders.shutil, "disk_usage", lambda _: type("Usage", (), {"free": room}))
-    assert chosen(arrow)[1] == 4
-    assert chosen(arrow, world_size=8)[1] == 1  # two cores each, one of which trains
-    assert chosen(stream)[1] == 1
-    assert chosen(few) == ("", 0) and chosen(None) == ("", 0)
-    assert chosen(arrow, dataloader_num_workers=7) == ("", 7)
-    assert chosen(few, dataloader_persistent_workers=True)[1] == 1
-    # A batch is 2 * 4 * 3 * 512 * 512 bytes, 6 MiB; of 64 MiB half is for batches, three of which a worker takes.
-    room = 64 * 2**20
-    assert chosen(arrow)[1] == 1
-    cores = 1
-    reason, workers = chosen(arrow)
-    assert workers == 0 and "0 cores" in reason
 
 
 def test_a_stream_that_is_split_already_is_taken_whole(make_trainer, make_pairs):
@@ -172,35 +75,17 @@ def test_a_stream_that_is_split_already_is_taken_whole(make_trainer, make_pairs)
     assert batch["prompts"] == ["prompt 2", "prompt 3", "prompt 6", "prompt 7"]  # the second and the fourth shard
 
 
-def batch_args(**changes):
-    return Args(
-        **{
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 1,
-            "dataloader_drop_last": False,
-            **changes,
-        }
-    )
-
-
-def test_a_batch_larger_than_the_data_is_said_or_refused_with_the_numbers(many, caplog):
-    three = prepare_dataset(many.select(range(3)), PairOptions(PairTransform(16)))
-    caplog.clear()
-    check_batches(three, batch_args())
+def test_a_batch_larger_than_the_data_is_said_or_refused_with_the_numbers(make_trainer, make_pairs, caplog):
+    make_trainer(train=make_pairs(3))  # in batches of 4
     assert "takes 4 pairs" in caplog.text and "only 3" in caplog.text
     with pytest.raises(ValueError, match="`dataloader_drop_last=True`.* 4 pairs, .* 3"):
-        check_batches(three, batch_args(dataloader_drop_last=True))
+        make_trainer(train=make_pairs(3), dataloader_drop_last=True)
     caplog.clear()
-    check_batches(three, batch_args(world_size=2))
-    assert "takes 8 pairs" in caplog.text
-    caplog.clear()
-    eight = prepare_dataset(many.select(range(8)), PairOptions(PairTransform(16)))
-    check_batches(eight, batch_args(gradient_accumulation_steps=8))
+    make_trainer(train=make_pairs(8), gradient_accumulation_steps=8)
     assert "takes 32 pairs" in caplog.text and "only 8" in caplog.text
     caplog.clear()
-    check_batches(eight, batch_args(gradient_accumulation_steps=2))
-    check_batches(None, batch_args())
-    assert not caplog.records
+    make_trainer(train=make_pairs(8), gradient_accumulation_steps=2)
+    assert "An optimizer step takes" not in caplog.text
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(make_trainer, make_pairs):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.step.pair_forward import region_of
 
@@ -156,24 +155,6 @@ def test_the_anchor_pulls_to_the_reference_outside_only(make_trainer):
     plain = outputs.pair_losses.mean()
     distance = (predictions.policy - predictions.reference)[outside].square().mean()
     assert float(outputs.loss.detach()) == pytest.approx(float((plain + 3 * distance).detach()), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"safeguard": "output", "precompute_latents": True, "winner_budget": 0.1, "n_timesteps_per_pair": 2},
-        {"safeguard": "parameter", "safeguard_diagnostics_steps": 1, "mask_anchor": 0.1},
-        {"precompute_ref_errors": True},
-    ],
-)
-def test_masked_runs_train_and_evaluate(make_trainer, settings):
-    rows = masked_rows()
-    trainer: DiffusionSDPOTrainer = make_trainer(train=rows, eval_dataset=rows, max_steps=2, **settings)
-    trainer.train()
-    metrics = trainer.evaluate()
-    assert 0 < metrics["eval_mask/share"] <= 1
-    logged = {name for entry in trainer.state.log_history for name in entry}
-    assert "mask/empty" in logged
 
 
 def test_encoded_pairs_have_the_masks_of_their_flips(make_trainer):

@@ -10,7 +10,7 @@ from trl_diffusion_sdpo.data.checking import SWAPPED
 
 
 def exchanged(pairs):
-    """The same pairs with the images, and the scores with another sign, in the other columns."""
+    """Exchange the images of all pairs. Scores are exchanged too and change their signs."""
     names = {"chosen": "rejected", "rejected": "chosen"}
     images = pairs.select_columns(["prompt", *names]).rename_columns({"chosen": "x"})
     images = images.rename_columns({"rejected": "chosen"}).rename_columns({"x": "rejected"})

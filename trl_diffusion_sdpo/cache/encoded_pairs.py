@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.images import PairDraws, UndecodableImageError
-from ..data.pairs import PreferenceDataset
+from ..data.dataset import PreferenceDataset
+from ..data.images import UndecodableImageError
 from ..data.sources import digest_of
+from ..data.transforms import PairDraws
 from .shards import ShardStore
 
 MOMENTS, SIZES = "moments", "sizes"  # columns
-FEW_EPOCHS = 4  # with more, nearly every image is needed with and without its flip
+UNREADABLE = "unreadable"  # name of the tensor of an edit whose sources cannot be decoded
+Edit = tuple[int, bool, str]  # row of the sources, whether they are mirrored, and prompt
 PLAIN, MIRRORED = PairDraws(0.0, 0.0, 1.0, 1.0, 0), PairDraws(0.0, 0.0, 0.0, 1.0, 0)  # for crops at the center
 
 
@@ -23,9 +25,9 @@ PLAIN, MIRRORED = PairDraws(0.0, 0.0, 1.0, 1.0, 0), PairDraws(0.0, 0.0, 0.0, 1.0
 class ImageRows:
     """Numbers of encoded images in their store: `variant * number of images + image`.
 
-    With crops at the center, variant 0 of an image is plain and variant 1 is mirrored, and an image may be in several
-    pairs. With random crops, variant e has the crop and flip of epoch e, an image belongs to one pair, and epoch e
-    takes variant `e % crops`.
+    With crops at the center, variant 0 of an image is plain and variant 1 is mirrored, if images are mirrored. An image
+    may be in several pairs. With random crops, variant e has the crop and flip of epoch e, an image belongs to one
+    pair, and epoch e takes variant `e % crops`.
 
     Args:
         seed (`int`): Seed of the draws.
@@ -34,7 +36,6 @@ class ImageRows:
             loser (1).
         flips (`bool`): Whether images may be mirrored.
         crops (`int`, *optional*): Number of random crops; `None` for crops at the center.
-        permuted (`bool`): Whether losers are images of other pairs, which differ between epochs.
     """
 
     seed: int
@@ -42,7 +43,6 @@ class ImageRows:
     sources: np.ndarray
     flips: bool
     crops: int | None
-    permuted: bool = False
 
     @classmethod
     def of(cls, dataset: PreferenceDataset, crops: int) -> ImageRows:
@@ -53,30 +53,21 @@ class ImageRows:
             return cls(dataset.seed, np.arange(2 * len(dataset)).reshape(-1, 2), sources, flips, crops)
         _, first, numbers = np.unique(dataset.image_numbers().ravel(), return_index=True, return_inverse=True)
         sources = np.stack(np.divmod(first, 2), axis=1)
-        return cls(dataset.seed, numbers.reshape(-1, 2), sources, flips, None, dataset.is_permuted)
+        return cls(dataset.seed, numbers.reshape(-1, 2), sources, flips, None)
+
+    @property
+    def variants(self) -> int:
+        """Number of variants of each image."""
+        if self.crops is not None:
+            return self.crops
+        return 2 if self.flips else 1
 
     def __len__(self) -> int:
-        """Return the number of all rows, needed or not."""
-        return len(self.sources) * (2 if self.crops is None else self.crops)
+        return self.variants * len(self.sources)
 
-    def needed(self, epochs: int | None) -> np.ndarray:
-        """Return the sorted rows that training reads in its first epochs.
-
-        Args:
-            epochs (`int`, *optional*): Number of epochs; 0 for an evaluation, `None` if it is not known.
-        """
-        if self.crops is not None:
-            return np.arange(len(self))
-        count = len(self.sources)
-        if not self.flips or epochs == 0:
-            return np.arange(count)
-        if self.permuted or epochs is None or epochs > FEW_EPOCHS:
-            return np.arange(2 * count)
-        is_needed = np.zeros(len(self), dtype=bool)
-        for epoch in range(epochs):
-            for pair in range(len(self.images)):
-                is_needed[self.of_pair(pair, PairDraws.from_key(self.seed, epoch, pair), epoch)] = True
-        return np.flatnonzero(is_needed)
+    def of_image(self, image: int) -> list[int]:
+        """Return the rows of all variants of an image."""
+        return list(range(image, len(self), len(self.sources)))
 
     def draws_of(self, row: int) -> PairDraws:
         """Return the draws by which an image is flipped and cropped in a row."""
@@ -110,44 +101,28 @@ class ImageRows:
         return [variant * len(self.sources) + int(image) for image in images]
 
     def is_mirrored(self, draws: PairDraws | None, epoch: int, pair: int) -> bool:
-        """Whether the rows of a pair in an epoch have mirrored images. The arguments are those of `of_pair`."""
+        """Return whether the rows of a pair in an epoch have mirrored images. The arguments are those of `of_pair`."""
         if self.crops is not None:
             draws = PairDraws.from_key(self.seed, epoch % self.crops, pair)
         return self.flips and draws is not None and draws.flip < 0.5
 
 
-class EncodedPrompts:
-    """Conditioning of distinct prompts, including the empty one.
-
-    Args:
-        store ([`ShardStore`]): Rows of the prompts, in the order of `digests`.
-        digests (`np.ndarray`): Sorted digests of the prompts, by `distinct_prompts`.
-        on_host (`Sequence[str]`): Tensors that are read on the host.
-    """
-
-    def __init__(self, store: ShardStore, digests: np.ndarray, on_host: Sequence[str] = ()) -> None:
-        self.store, self._digests, self._on_host = store, digests, on_host
-
-    def read(self, prompt: str) -> dict[str, dict[str, Any]]:
-        """Return `conditioning` of a prompt without a batch axis, and `host_conditioning` as Python numbers.
-
-        Raises:
-            ValueError: If the prompt is not in the cache.
-        """
-        digest = digest_of(prompt)
-        row = int(np.searchsorted(self._digests, digest))
-        if row == len(self._digests) or self._digests[row] != digest:
-            raise ValueError(
-                f"The cache was made from other prompts, and lacks {prompt!r}. Start again to rebuild it."
-            )
-        tensors = self.store.read(row)
-        host = {name: tensors.pop(name).tolist() for name in self._on_host}
-        return {"conditioning": tensors} | ({"host_conditioning": host} if host else {})
-
-
 def distinct_prompts(prompts: Iterable[str]) -> tuple[list[str], np.ndarray]:
     """Return distinct prompts, including the empty one, and their digests (int64). Both are sorted by the digests."""
-    digests = {prompt: digest_of(prompt) for prompt in {*prompts, ""}}
+    return _by_digest({prompt: digest_of(prompt) for prompt in {*prompts, ""}})
+
+
+def distinct_edits(edits: Iterable[Edit]) -> tuple[list[Edit], np.ndarray]:
+    """Return distinct edits and their digests (int64). Both are sorted by the digests."""
+    return _by_digest({edit: digest_of_edit(*edit) for edit in set(edits)})
+
+
+def digest_of_edit(row: int, is_mirrored: bool, prompt: str) -> int:
+    """Return 64 bits of the hash of a prompt with the sources of a row."""
+    return digest_of(f"{row} {'mirrored' if is_mirrored else 'plain'} {prompt}")
+
+
+def _by_digest(digests: dict[Any, int]) -> tuple[list[Any], np.ndarray]:
     ordered = sorted(digests, key=digests.__getitem__)
     array = np.array([digests[prompt] for prompt in ordered], dtype=np.int64)
     assert (array[1:] != array[:-1]).all(), "two prompts with one digest: odds of 1 to 30 million in a million prompts"
@@ -162,11 +137,24 @@ class EncodedPairs:
             empty if an image could not be decoded. Column `sizes`, int32 of shape `(3, 2)`, has height and width before
             resizing, top and left of the crop, and height and width of the pixels.
         rows ([`ImageRows`]): Numbers of the images in the store.
-        prompts ([`EncodedPrompts`] or [`EncodedEdits`]): Conditioning of the prompts, or of prompts with sources.
+        prompts ([`ShardStore`]): Conditioning of the distinct prompts or edits, in the order of `digests`.
+        digests (`np.ndarray`): Sorted digests by [`distinct_prompts`], or by [`distinct_edits`] if there are sources.
+        on_host (`Sequence[str]`): Tensors of the conditioning that are read on the host.
     """
 
-    def __init__(self, images: ShardStore, rows: ImageRows, prompts: Any) -> None:
-        self.images, self.rows, self.prompts = images, rows, prompts
+    def __init__(
+        self,
+        images: ShardStore,
+        rows: ImageRows,
+        prompts: ShardStore,
+        digests: np.ndarray,
+        on_host: Sequence[str] = (),
+    ) -> None:
+        self.images = images
+        self.rows = rows
+        self.prompts = prompts
+        self._digests = digests
+        self._on_host = on_host
 
     def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
         """Return the entries of an item that depend on a pair's images. The arguments are those of
@@ -174,15 +162,8 @@ class EncodedPairs:
 
         Raises:
             UndecodableImageError: If an image could not be decoded when the cache was made.
-            ValueError: If the epoch is not one of those that the run was started for.
         """
-        try:
-            read = [self.images.read(row) for row in self.rows.of_pair(pair, draws, epoch, loser)]
-        except KeyError as error:
-            raise ValueError(
-                "The cache has the flips that are drawn in the epochs of `num_train_epochs` or `max_steps`, and epoch "
-                f"{epoch} draws another flip of pair {pair}. Make a new trainer: it encodes the missing images."
-            ) from error
+        read = [self.images.read(row) for row in self.rows.of_pair(pair, draws, epoch, loser)]
         if not all(image[MOMENTS].numel() for image in read):
             raise UndecodableImageError("an image could not be decoded when the cache was made")
         original, corner, target = zip(*(image[SIZES].tolist() for image in read), strict=True)
@@ -194,10 +175,25 @@ class EncodedPairs:
             "is_mirrored": self.rows.is_mirrored(draws, epoch, pair),
         }
 
-    def conditioning(self, prompt: str) -> dict[str, dict[str, Any]]:
-        """Return the entries of an item that depend on its prompt."""
-        return self.prompts.read(prompt)
+    def conditioning(self, prompt: str, edited: tuple[int, bool] | None = None) -> dict[str, dict[str, Any]]:
+        """Return `conditioning` of a prompt without a batch axis, and `host_conditioning` as Python numbers.
 
-    def edit(self, pair: int, is_mirrored: bool, prompt: str) -> dict[str, dict[str, Any]]:
-        """Return the entries of an item that depend on its prompt and sources, see [`EncodedEdits.read`]."""
-        return self.prompts.read(pair, is_mirrored, prompt)
+        Args:
+            edited (`tuple[int, bool]`, *optional*): Row of the sources that the prompt edits, and whether they are
+                mirrored.
+
+        Raises:
+            UndecodableImageError: If a source could not be decoded when the cache was made.
+            ValueError: If the prompt is not in the cache.
+        """
+        digest = digest_of(prompt) if edited is None else digest_of_edit(*edited, prompt)
+        row = int(np.searchsorted(self._digests, digest))
+        if row == len(self._digests) or self._digests[row] != digest:
+            raise ValueError(
+                f"The cache was made from other prompts, and lacks {prompt!r}. Start again to rebuild it."
+            )
+        tensors = self.prompts.read(row)
+        if UNREADABLE in tensors:
+            raise UndecodableImageError("a source could not be decoded when the cache was made")
+        host = {name: tensors.pop(name).tolist() for name in self._on_host}
+        return {"conditioning": tensors} | ({"host_conditioning": host} if host else {})

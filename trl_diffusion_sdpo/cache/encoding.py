@@ -1,5 +1,5 @@
-"""Encoding of images and prompts before training. All processes encode together what a cache lacks, and data sets then
-read the cache."""
+"""Encodes images and prompts before training. All processes encode the missing rows of a cache together, and data sets
+then read the cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -21,16 +21,25 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..data.checking import HOW_TO_DROP, evenly_spaced
-from ..data.images import UndecodableImageError, pixels_as_floats
-from ..data.pairs import PreferenceDataset
+from ..data.dataset import PreferenceDataset
+from ..data.images import UndecodableImageError
+from ..data.transforms import pixels_as_floats
 from ..engines.processes import failing_together
 from ..families import Family
 from ..families.base import PIXELS_AT_ONCE
 from ..models.frozen_components import FrozenComponents
 from ..utils.disk import DiskFullError, free_bytes, readable_size
 from ..utils.processes import Peers
-from .encoded_edits import UNREADABLE, DecodedEdits, EditRows, EncodedEdits, encode_edit
-from .encoded_pairs import MOMENTS, SIZES, EncodedPairs, EncodedPrompts, ImageRows, distinct_prompts
+from .encoded_pairs import (
+    MOMENTS,
+    SIZES,
+    UNREADABLE,
+    Edit,
+    EncodedPairs,
+    ImageRows,
+    distinct_edits,
+    distinct_prompts,
+)
 from .key import EncoderKey
 from .shards import ShardStore, writing_into
 
@@ -41,7 +50,7 @@ SHARD_PIXELS = 256 * 512 * 512  # pixels of a shard; a killed process repeats at
 SHARD_PROMPTS = 64
 IMAGES_AT_ONCE = range(2, 9)  # limits of the VAE's batches, whose size follows from `PIXELS_AT_ONCE`
 PROMPTS_AT_ONCE = range(4, 17)  # limits of batches; CPUs round matrix products of smaller ones differently
-SAMPLED_PROMPTS = 8  # whose size is measured before all are encoded
+SAMPLED_PROMPTS = 8  # prompts whose size is measured before all are encoded
 SHOWN_EXAMPLES = 5
 
 Item = list[tuple[torch.Tensor, torch.Tensor]] | UndecodableImageError
@@ -54,71 +63,46 @@ def default_folder() -> Path:
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """Settings by which pairs are encoded.
+    """Settings by which pairs are encoded."""
 
-    Args:
-        folder (`Path`): Folder of all caches.
-        device (`torch.device`): Device that encodes images.
-        size (`tuple[int, int]`): Height and width of the images.
-        crops (`int`): Variants of each image, if images are cropped at random.
-        largest_batch (`int`): Pairs of the largest batch in training and evaluation.
-        pin_memory (`bool`): Whether pixels are copied to the device from pinned memory.
-        check_sample (`bool`): Whether to decode a sample of the pairs before anything is encoded.
-        load (`Callable`): Makes a loader of a data set's items in their order, from the data set, the pairs that it
-            reads and the bytes of an item.
-        peers (`Peers`): The processes of this training.
-    """
-
-    folder: Path
-    device: torch.device
-    size: tuple[int, int]
-    crops: int
-    largest_batch: int
-    pin_memory: bool
-    check_sample: bool
+    folder: Path  # folder of all caches
+    device: torch.device  # encodes images
+    size: tuple[int, int]  # height and width of the images
+    crops: int  # variants of each image, if images are cropped at random
+    largest_batch: int  # pairs of the largest batch in training and evaluation
+    pin_memory: bool  # whether pixels are copied to the device from pinned memory
+    check_sample: bool  # whether to decode a sample of the pairs before anything is encoded
+    # Makes a loader of a data set's items in their order, from the data set, the pairs that it reads and the bytes of
+    # an item.
     load: Callable[[Dataset, PreferenceDataset, int], Iterable[Any]]
     peers: Peers
 
 
 @dataclass
 class EncodingReport:
-    """Counts of rows that a run reads from caches and of rows that it has encoded, in all processes.
+    """Counts of all processes: rows that a run reads from caches, and rows that it has encoded."""
 
-    Attributes:
-        images, prompts (`int`): Images with all their variants, and distinct prompts.
-        bytes (`int`): Size of the caches.
-        encoded_images, encoded_prompts (`int`): Images and prompts that were encoded in this run.
-    """
-
-    images: int = 0
-    prompts: int = 0
-    bytes: int = 0
+    images: int = 0  # with all their variants
+    prompts: int = 0  # distinct prompts
+    bytes: int = 0  # size of the caches
     encoded_images: int = 0
     encoded_prompts: int = 0
 
 
 @dataclass(frozen=True)
 class _Cache:
-    """Stores of a data set. `prompts` has rows of `edits`, if there are source images, else of `texts`."""
+    """Stores of a data set."""
 
     rows: ImageRows
-    edits: EditRows | None
-    texts: list[str]
+    texts: list[Any]  # distinct prompts, or distinct edits if there are source images
     digests: np.ndarray
     images: ShardStore
     prompts: ShardStore
-    statistics: ShardStore  # of the VAE's weights
+    statistics: ShardStore  # statistics of the VAE's weights
 
-    def missing(self, needed: np.ndarray, edits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the missing rows of each store, as this process sees the folders. Of images and edits, only the rows
-        `needed` and `edits` count."""
-        for store in (self.images, self.prompts, self.statistics):
-            store.refresh()
-        return (
-            self.images.missing(needed),
-            self.prompts.missing(np.arange(len(self.texts)) if self.edits is None else edits),
-            self.statistics.missing(np.arange(len(self.statistics))),
-        )
+    def missing(self) -> list[np.ndarray]:
+        """Return the missing rows of images, prompts and statistics, as this process sees the folders."""
+        return [store.missing() for store in (self.images, self.prompts, self.statistics)]
 
 
 class PairEncoding:
@@ -133,20 +117,18 @@ class PairEncoding:
     def __init__(self, frozen: FrozenComponents, key: EncoderKey, settings: EncodingSettings) -> None:
         self._frozen, self._key, self._settings, self._peers = frozen, key, settings, settings.peers
         self.report = EncodingReport()
-        self._caches: WeakKeyDictionary[PreferenceDataset, _Cache] = WeakKeyDictionary()
+        self._encoded: WeakSet[PreferenceDataset] = WeakSet()
 
     @property
     def folder(self) -> Path:
         """Return the folder of all caches."""
         return self._settings.folder
 
-    def add_to(self, dataset: Any, name: str, *, epochs: int | None, compare: bool = True) -> None:
+    def add_to(self, dataset: Any, name: str, *, compare: bool = True) -> None:
         """Make a data set read encoded pairs. All processes must call it together.
 
         Args:
             name (`str`): Name of the data set in messages.
-            epochs (`int`, *optional*): Number of epochs of training. Only the flips that they draw are encoded. 0 for
-                an evaluation, `None` if the number is not known.
             compare (`bool`): Whether to refuse data whose checked pairs have identical images.
 
         Raises:
@@ -160,19 +142,14 @@ class PairEncoding:
                 "Load them without `streaming=True`, or leave it off."
             )
         check_prompt_padding("precompute_latents", self._frozen.family, self._settings.largest_batch)
-        is_new = dataset not in self._caches
-        cache = self._cache_of(dataset, name) if is_new else self._caches[dataset]
-        needed = cache.rows.needed(epochs)
-        edits = np.arange(0) if cache.edits is None else cache.edits.needed(epochs)
-        if not is_new and not len(cache.images.missing(needed)) and not len(cache.prompts.missing(edits)):
+        if dataset in self._encoded:
             return
-        missing = self._peers.gather_results(partial(cache.missing, needed, edits))
+        cache = self._cache_of(dataset, name)
+        missing = self._peers.gather_results(cache.missing)
         if any(len(rows) for of_process in missing for rows in of_process):  # a complete cache may be read-only
             with writing_into(self.folder):
-                self._complete(dataset, name, cache, needed, edits, compare)
-        if is_new:
-            self._use(dataset, cache)
-        self.report.images += len(needed)
+                self._complete(dataset, name, cache, compare)
+        self._use(dataset, cache)
 
     # ---- Which cache ----------------------------------------------------------------------------------------------
 
@@ -184,29 +161,31 @@ class PairEncoding:
                 f"and attends to the padding: the two prompts of each pair of the {name} data depend on each other. "
                 "Leave it off."
             )
+        texts: list[Any]
         with failing_together(RuntimeError):  # it reads rows
-            texts, digests = distinct_prompts(dataset.prompts())
+            if dataset.has_sources:
+                texts, digests = distinct_edits(dataset.edits())
+            else:
+                texts, digests = distinct_prompts(dataset.prompts())
         data = dataset.fingerprint(thorough=True, peers=self._peers)
         images = {
             "vae": self._key.facts["vae"],
-            "pixels": dataset.pixel_settings() | {"random_flip": None},
+            "pixels": dataset.pixel_settings() | {"random_flip": rows.flips},
             "data": {name: value for name, value in data.items() if name != "prompts"},
-            "seed of crops": None if rows.crops is None else [rows.seed, rows.flips],
+            "seed of crops": None if rows.crops is None else rows.seed,
         }
         prompts: dict[str, Any] = {
             "text": self._key.facts["text"],
             "prompts": hashlib.sha256(np.ascontiguousarray(digests, dtype="<i8").data).hexdigest(),
         }
-        edits = EditRows.of(dataset) if dataset.has_sources else None
-        if edits is not None:
-            prompts |= {"vae": images["vae"], "data": data, "edits": edits.kinds}
+        if dataset.has_sources:
+            prompts |= {"vae": images["vae"], "data": images["data"]}
         return _Cache(
             rows,
-            edits,
             texts,
             digests,
             images=ShardStore(self.folder / LATENTS, images, len(rows)),
-            prompts=ShardStore(self.folder / PROMPTS, prompts, len(texts) if edits is None else len(edits)),
+            prompts=ShardStore(self.folder / PROMPTS, prompts, len(texts)),
             statistics=ShardStore(
                 self.folder / LATENTS,
                 {"vae": images["vae"], "kind": "statistics"},
@@ -220,25 +199,16 @@ class PairEncoding:
             with failing_together(RuntimeError):
                 stored = cache.statistics.read(0)
                 family.keep_statistics({name: value.to(self._settings.device) for name, value in stored.items()})
-        prompts: Any = EncodedPrompts(cache.prompts, cache.digests, family.host_conditioning)
-        if cache.edits is not None:
-            prompts = EncodedEdits(cache.prompts, cache.edits, family.host_conditioning)
-        dataset.use_encoded(EncodedPairs(cache.images, cache.rows, prompts))
-        self._caches[dataset] = cache
-        self.report.prompts += len(cache.texts) if cache.edits is None else len(cache.edits)
+        encoded = EncodedPairs(cache.images, cache.rows, cache.prompts, cache.digests, family.host_conditioning)
+        dataset.use_encoded(encoded)
+        self._encoded.add(dataset)
+        self.report.images += len(cache.rows)
+        self.report.prompts += len(cache.texts)
         self.report.bytes += cache.images.nbytes + cache.prompts.nbytes
 
     # ---- Encoding -------------------------------------------------------------------------------------------------
 
-    def _complete(
-        self,
-        dataset: PreferenceDataset,
-        name: str,
-        cache: _Cache,
-        needed: np.ndarray,
-        edits: np.ndarray,
-        compare: bool,
-    ) -> None:
+    def _complete(self, dataset: PreferenceDataset, name: str, cache: _Cache, compare: bool) -> None:
         """Encode the missing rows. The first process holds the locks of the stores."""
         peers = self._peers
         with contextlib.ExitStack() as stack:
@@ -248,16 +218,20 @@ class PairEncoding:
                     stack.enter_context(store.locked())
 
             peers.gather_results(lock)
-            missing = peers.gather_results(partial(cache.missing, needed, edits))[0]  # another run may have written it
+            missing = peers.gather_results(cache.missing)[0]  # another run may have written it
             if any(len(rows) for rows in missing):
                 if self._settings.check_sample:
                     dataset.check_sample(peers, compare=compare)
                 with failing_together(RuntimeError):  # a device may have too little memory
                     family = stack.enter_context(self._frozen.in_use())
-                peers.gather_results(lambda: self._check_disk(name, cache, missing, family))
+                peers.gather_results(lambda: self._check_disk(dataset, name, cache, missing, family))
                 encoded = peers.gather_results(lambda: self._encode(dataset, cache, missing, family))
                 self._count(name, encoded)
-            peers.gather_results(lambda: self._check_complete(cache, needed, edits))
+            if any(len(rows) for of_process in peers.gather_results(cache.missing) for rows in of_process):
+                raise ValueError(
+                    "All processes must see the cache that they write together, and some do not see all of "
+                    f"{cache.images.path}. Choose a `precompute_dir` on storage that all of them share."
+                )
 
     def _encode(
         self, dataset: PreferenceDataset, cache: _Cache, missing: Sequence[np.ndarray], family: Family
@@ -265,11 +239,11 @@ class PairEncoding:
         """Write this process's shards. Return the numbers of images and prompts, and the pairs whose images cannot be
         decoded."""
         images, undecodable = self._encode_images(dataset, cache, missing[0], family)
-        if cache.edits is None:
-            prompts = self._encode_prompts(cache, missing[1], family)
+        if dataset.has_sources:
+            prompts, unreadable = self._encode_edits(dataset, cache, missing[1], family)
+            undecodable += unreadable
         else:
-            prompts, bad = self._encode_edits(dataset, cache.edits, cache.prompts, missing[1], family)
-            undecodable += bad
+            prompts = self._encode_prompts(cache, missing[1], family)
         if len(missing[2]) and self._peers.index == 0:
             cache.statistics.write(0, {0: family.latent_statistics()})
         return images, prompts, undecodable
@@ -277,77 +251,81 @@ class PairEncoding:
     def _encode_images(
         self, dataset: PreferenceDataset, cache: _Cache, missing: np.ndarray, family: Family
     ) -> tuple[int, list[tuple[int, str]]]:
-        """Encode this process's share of the images. An image is decoded once for all its missing rows."""
-        height, width = self._settings.size
-        count = len(cache.rows.sources)
-        by_image = missing[np.argsort(missing % count, kind="stable")]
-        variants = len(cache.rows) // count
+        """Encode this process's share of the images. An image is decoded once for all its variants, and all of them are
+        in one shard."""
+        rows, (height, width) = cache.rows, self._settings.size
+        count, variants = len(rows.sources), rows.variants
         size = max(1, SHARD_PIXELS // (height * width) // variants)  # images of a shard
-        shards = _own_shards(by_image, by_image % count // size, self._peers)
-        images = [np.split(rows, np.flatnonzero(np.diff(rows % count)) + 1) for _, rows in shards]
-        decoded = _Decoded(dataset, cache.rows, [rows for shard in images for rows in shard])
-        loaded = iter(self._settings.load(decoded, dataset, variants * 3 * height * width) if len(decoded) else ())
+        numbers = _own_share(missing % count // size, self._peers)
+        shards = [range(count)[number * size : (number + 1) * size] for number in numbers]
+        images = [image for shard in shards for image in shard]
+        load = partial(self._settings.load, _Decoded(dataset, rows, images), dataset, variants * 3 * height * width)
+        loaded = iter(load() if images else ())
         undecodable: list[tuple[int, str]] = []
-        with _progress("Encoding images", sum(len(rows) for _, rows in shards), self._peers) as bar:
-            for (number, rows), shard in zip(shards, images, strict=True):
+        with _progress("Encoding images", variants * len(images), self._peers) as bar:
+            for number, shard in zip(numbers, shards, strict=True):
                 waiting = _ImageBatches(partial(self._moments, family), bar)
-                for rows_of_image in shard:
+                for image in shard:
                     item: Item = next(loaded)
                     if isinstance(item, UndecodableImageError):
-                        pair = int(cache.rows.sources[rows_of_image[0] % count, 0])
-                        _check_may_be_left_out(item, pair, dataset)
-                        undecodable.append((pair, str(item)))
-                        bar.update(len(rows_of_image))
+                        pair = int(rows.sources[image, 0])
+                        if dataset.strict:
+                            raise ValueError(f"Pair {pair}: {item}. {HOW_TO_DROP}")
+                        undecodable.append((pair, f"pair {pair}: {item}"))
+                        waiting.leave_out(rows.of_image(image))
                         continue
-                    for row, (pixels, sizes) in zip(rows_of_image.tolist(), item, strict=True):
+                    for row, (pixels, sizes) in zip(rows.of_image(image), item, strict=True):
                         waiting.add(row, pixels, sizes)
-                cache.images.write(number, waiting.finished(rows.tolist()))
-        return sum(len(rows) for _, rows in shards), undecodable
+                cache.images.write(number, waiting.finished())
+        return variants * len(images), undecodable
 
     def _encode_prompts(self, cache: _Cache, missing: np.ndarray, family: Family) -> int:
         """Encode this process's share of the prompts. Each is encoded alone if other prompts would change its
         padding."""
-        shards = _own_shards(missing, missing // SHARD_PROMPTS, self._peers)
+        numbers = _own_share(missing // SHARD_PROMPTS, self._peers)
+        shards = [range(len(cache.texts))[number * SHARD_PROMPTS :][:SHARD_PROMPTS] for number in numbers]
         alone = family.prompt_padding != "fixed"
-        count = sum(len(rows) for _, rows in shards)
+        size = 1 if alone else PROMPTS_AT_ONCE[-1]
+        count = sum(map(len, shards))
         with _progress("Encoding prompts", count, self._peers) as bar:
-            for number, rows in shards:
+            for number, shard in zip(numbers, shards, strict=True):
                 encoded = {}
-                for batch in np.split(rows, range(0, len(rows), 1 if alone else PROMPTS_AT_ONCE[-1])[1:]):
+                for batch in (shard[start : start + size] for start in range(0, len(shard), size)):
                     texts = [cache.texts[row] for row in batch]
                     values = conditioning_of(family, texts, 2 if alone else PROMPTS_AT_ONCE[0])
-                    for index, row in enumerate(batch.tolist()):
+                    for index, row in enumerate(batch):
                         encoded[row] = {name: value[index] for name, value in values.items()}
                     bar.update(len(batch))
                 cache.prompts.write(number, encoded)
         return count
 
     def _encode_edits(
-        self, dataset: PreferenceDataset, edits: EditRows, store: ShardStore, missing: np.ndarray, family: Family
+        self, dataset: PreferenceDataset, cache: _Cache, missing: np.ndarray, family: Family
     ) -> tuple[int, list[tuple[int, str]]]:
         """Encode this process's share of the prompts with sources, one at a time."""
-        shards = _own_shards(missing, missing // SHARD_PROMPTS, self._peers)
-        numbers = [row for _, rows in shards for row in rows.tolist()]
+        numbers = _own_share(missing // SHARD_PROMPTS, self._peers)
+        shards = [range(len(cache.texts))[number * SHARD_PROMPTS :][:SHARD_PROMPTS] for number in numbers]
+        edits = [cache.texts[row] for shard in shards for row in shard]
         height, width = self._settings.size
-        decoded = DecodedEdits(dataset, edits, numbers)
-        loaded = iter(self._settings.load(decoded, dataset, 3 * height * width) if numbers else ())
+        loaded = iter(self._settings.load(_Edits(dataset, edits), dataset, 3 * height * width) if edits else ())
         copies = min(2, self._settings.largest_batch)
         undecodable: list[tuple[int, str]] = []
-        with _progress("Encoding edits", len(numbers), self._peers) as bar:
-            for number, rows in shards:
+        with _progress("Encoding edits", len(edits), self._peers) as bar:
+            for number, shard in zip(numbers, shards, strict=True):
                 encoded = {}
-                for row in rows.tolist():
+                for row in shard:
+                    source_row, _, prompt = cache.texts[row]
                     item = next(loaded)
                     if isinstance(item, UndecodableImageError):
-                        _check_may_be_left_out(item, row % len(dataset), dataset)
-                        undecodable.append((row % len(dataset), str(item)))
+                        if dataset.strict:
+                            raise ValueError(f"Row {source_row}: {item}. {HOW_TO_DROP}")
+                        undecodable.append((source_row, f"row {source_row} {item}"))
                         encoded[row] = {UNREADABLE: torch.empty(0)}
                     else:
-                        prompt, sources = item
-                        encoded[row] = encode_edit(family, prompt, sources, copies)
+                        encoded[row] = encode_edit(family, prompt, item, copies)
                     bar.update()
-                store.write(number, encoded)
-        return len(numbers), undecodable
+                cache.prompts.write(number, encoded)
+        return len(edits), undecodable
 
     def _moments(self, family: Family, pixels: torch.Tensor) -> torch.Tensor:
         """Encode pixels `(N, 3, H, W)`, uint8 on the host. As in training, the device turns them into floats."""
@@ -357,18 +335,20 @@ class PairEncoding:
         pixels = pixels.pin_memory() if self._settings.pin_memory else pixels
         return family.image_moments(pixels_as_floats(pixels.to(device, non_blocking=True)))
 
-    def _check_disk(self, name: str, cache: _Cache, missing: Sequence[np.ndarray], family: Family) -> None:
+    def _check_disk(
+        self, dataset: PreferenceDataset, name: str, cache: _Cache, missing: Sequence[np.ndarray], family: Family
+    ) -> None:
         """Log how much the processes will write, and raise if the disk has too little room."""
         if self._peers.index != 0:
             return
         blank = torch.zeros(3, *self._settings.size, dtype=torch.uint8)
         image = moments_of(partial(self._moments, family), [blank]).nbytes
         sample = [cache.texts[i] for i in evenly_spaced(len(cache.texts), SAMPLED_PROMPTS)]
-        if cache.edits is None:
-            encoded = [conditioning_of(family, [text]) for text in sample]
-        else:
+        if dataset.has_sources:
             source = Image.new("RGB", self._settings.size[::-1])
-            encoded = [encode_edit(family, sample[0], [source], 1)]
+            encoded = [encode_edit(family, prompt, [source], 1) for _, _, prompt in sample[:1]]
+        else:
+            encoded = [conditioning_of(family, [text]) for text in sample]
         sizes = [sum(value.nbytes for value in values.values()) for values in encoded]
         needed = len(missing[0]) * image + len(missing[1]) * sum(sizes) // len(sizes)
         free = free_bytes(self.folder)
@@ -377,21 +357,14 @@ class PairEncoding:
         if needed > free:
             raise DiskFullError(f"The {name} data would take {room}. Free some, or choose another `precompute_dir`.")
 
-    def _check_complete(self, cache: _Cache, needed: np.ndarray, edits: np.ndarray) -> None:
-        if any(len(rows) for rows in cache.missing(needed, edits)):
-            raise ValueError(
-                f"All processes must see the cache that they write together, and process {self._peers.index} does not "
-                f"see all of {cache.images.path}. Choose a `precompute_dir` on storage that all of them share."
-            )
-
     def _count(self, name: str, encoded: list[tuple[int, int, list[tuple[int, str]]]]) -> None:
         """Add to the report, and warn of images that cannot be decoded."""
         images, prompts, undecodable = zip(*encoded, strict=True)
         self.report.encoded_images += sum(images)
         self.report.encoded_prompts += sum(prompts)
-        bad = sorted(pair for pairs in undecodable for pair in pairs)
+        bad = sorted({image for images_of_process in undecodable for image in images_of_process})
         if bad:
-            listed = "".join(f"\n  pair {pair}: {reason}" for pair, reason in bad[:SHOWN_EXAMPLES])
+            listed = "".join(f"\n  {reason}" for _, reason in bad[:SHOWN_EXAMPLES])
             logger.warning(
                 "%s data: %d images cannot be decoded; their pairs are replaced by the next good ones:%s",
                 *(name, len(bad), listed),
@@ -418,6 +391,14 @@ def conditioning_of(family: Family, prompts: Sequence[str], at_least: int = 1) -
     return {name: value[: len(prompts)].cpu() for name, value in encoded.items()}
 
 
+def encode_edit(family: Family, prompt: str, sources: list[Image.Image], copies: int) -> dict[str, torch.Tensor]:
+    """Return conditioning of one edit on the CPU. It is encoded `copies` times in one batch, because CPUs round
+    batches of one differently."""
+    with torch.no_grad():
+        encoded = family.encode_edits([prompt] * copies, [sources] * copies)
+    return {name: value[0].cpu() for name, value in encoded.items()}
+
+
 def moments_of(encode: Callable[[torch.Tensor], torch.Tensor], pixels: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return moments on the CPU of pixels `(3, H, W)`, uint8. A single image is encoded twice in one batch, because
     CPUs round convolutions of one image differently."""
@@ -442,12 +423,16 @@ class _ImageBatches:
         if len(waiting) >= min(max(PIXELS_AT_ONCE // pixels[0].numel(), IMAGES_AT_ONCE[0]), IMAGES_AT_ONCE[-1]):
             self._flush(pixels.shape)
 
-    def finished(self, rows: Sequence[int]) -> dict[int, dict[str, torch.Tensor]]:
-        """Return the rows of the shard. Rows that were not added have empty moments."""
+    def leave_out(self, rows: Sequence[int]) -> None:
+        """Give the rows of an image that cannot be decoded empty moments."""
+        for row in rows:
+            self._rows[row] = {MOMENTS: torch.empty(0), SIZES: torch.zeros(3, 2, dtype=torch.int32)}
+        self._bar.update(len(rows))
+
+    def finished(self) -> dict[int, dict[str, torch.Tensor]]:
+        """Return the rows of the shard."""
         for shape in list(self._waiting):
             self._flush(shape)
-        for row in rows:
-            self._rows.setdefault(row, {MOMENTS: torch.empty(0), SIZES: torch.zeros(3, 2, dtype=torch.int32)})
         return self._rows
 
     def _flush(self, shape: torch.Size) -> None:
@@ -458,37 +443,45 @@ class _ImageBatches:
 
 
 class _Decoded(Dataset):
-    """Pixels and sizes of images in all their rows, or the error of an image, for DataLoader workers."""
+    """Pixels and sizes of images in all their variants, or the error of an image, for DataLoader workers."""
 
-    def __init__(self, dataset: PreferenceDataset, rows: ImageRows, images: Sequence[np.ndarray]) -> None:
+    def __init__(self, dataset: PreferenceDataset, rows: ImageRows, images: Sequence[int]) -> None:
         self._dataset, self._rows, self._images = dataset, rows, images
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> Item:
+        image = self._images[index]
+        pair, side = self._rows.sources[image].tolist()
+        draws = [self._rows.draws_of(row) for row in self._rows.of_image(image)]
         try:
-            return self._variants(self._images[index].tolist())
+            variants = self._dataset.image_variants(pair, side, draws)
         except UndecodableImageError as error:
-            return type(error)(str(error))  # without what it holds of the image
-
-    def _variants(self, rows: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        pair, side = self._rows.sources[rows[0] % len(self._rows.sources)].tolist()
-        variants = self._dataset.image_variants(pair, side, [self._rows.draws_of(row) for row in rows])
+            return type(error)(str(error))  # without references to the image
         return [(pixels, torch.tensor([*sizes, pixels.shape[1:]], dtype=torch.int32)) for pixels, *sizes in variants]
 
 
-def _own_shards(rows: np.ndarray, numbers: np.ndarray, peers: Peers) -> list[tuple[int, np.ndarray]]:
-    """Group rows by the ascending numbers of their shards, and return this process's share of the shards."""
-    first = np.flatnonzero(np.diff(numbers, prepend=-1))
-    shards = zip(numbers[first].tolist(), np.split(rows, first[1:]), strict=True) if len(rows) else ()
-    return list(shards)[peers.index :: peers.count]
+class _Edits(Dataset):
+    """The source images of edits, or the error of an image, for DataLoader workers."""
+
+    def __init__(self, dataset: PreferenceDataset, edits: Sequence[Edit]) -> None:
+        self._dataset, self._edits = dataset, edits
+
+    def __len__(self) -> int:
+        return len(self._edits)
+
+    def __getitem__(self, index: int) -> list[Image.Image] | UndecodableImageError:
+        row, is_mirrored, _ = self._edits[index]
+        try:
+            return self._dataset.sources_of_row(row, is_mirrored)
+        except UndecodableImageError as error:
+            return type(error)(str(error))  # without references to the image
 
 
-def _check_may_be_left_out(error: UndecodableImageError, pair: int, dataset: PreferenceDataset) -> None:
-    """Raise `ValueError` if bad rows stop the run."""
-    if dataset.strict:
-        raise ValueError(f"Pair {pair}: {error}. {HOW_TO_DROP}")
+def _own_share(shards: np.ndarray, peers: Peers) -> list[int]:
+    """Return this process's share of the distinct numbers of shards."""
+    return np.unique(shards)[peers.index :: peers.count].tolist()
 
 
 def _progress(name: str, total: int, peers: Peers) -> Any:

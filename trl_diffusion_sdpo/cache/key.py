@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from ..models.frozen_components import VAE, FrozenComponents
 from ..models.loading import LoadedModel
 from ..utils.files import file_facts
-from ..utils.processes import ALONE, Peers, usable_cores
+from ..utils.processes import ALONE, Peers
 
 VERSION = 3  # increase it if the same settings give other moments, embeddings or errors
 WHERE = ("cache_dir", "revision", "token")  # options that say where files are, not how they are loaded
-MAX_THREADS = 8  # that hash tensors, each of them a copy on the host of one on the device
 
 
 class EncoderKey:
@@ -105,16 +103,12 @@ class EncoderKey:
 
 def hash_of_tensors(tensors: Mapping[str, torch.Tensor], more: str = "") -> str:
     """Return the SHA-256 of names, dtypes, shapes and every byte of tensors on any device, and of further text."""
-    names = sorted(tensors)
-    with ThreadPoolExecutor(min(MAX_THREADS, usable_cores())) as pool:
-        digests = pool.map(lambda name: _digest(name, tensors[name]), names)
-        return hashlib.sha256(b"".join(digests) + more.encode()).hexdigest()
-
-
-def _digest(name: str, tensor: torch.Tensor) -> bytes:
-    digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.digest()
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(more.encode())
+    return digest.hexdigest()
 
 
 def _is_tokenizer(part: Any) -> bool:

@@ -1,25 +1,23 @@
-"""Errors of the reference, computed before training for all pairs in all epochs with different draws. Training steps
+"""Computes errors of the reference before training, for all pairs in all epochs with different draws. Training steps
 then need no forward pass of the reference. Each process computes its share of the missing shards."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
-from ..data.pairs import PreferenceDataset
+from ..data.dataset import PreferenceDataset
 from ..engines.engine import Engine
 from ..engines.processes import failing_together
 from ..models.reference import PrecomputedReference
@@ -39,85 +37,27 @@ Items = list[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class ErrorSettings:
-    """Settings by which errors are computed.
+    """Settings by which errors are computed."""
 
-    Args:
-        folder (`Path`): Folder of all caches.
-        facts (`Mapping`): Facts besides data and noise that errors depend on: reference, encoders, precision.
-        epochs (`int`): Number E of epochs after which the draws of training pairs repeat.
-        batch_size, eval_batch_size (`int`): Pairs of a forward pass. They equal the batches in training and
-            evaluation, so that errors equal those of a live reference bit by bit.
-        to_inputs (`Callable`): Collates items and moves them to the device.
-        load (`Callable`): Makes a loader of lists of items from a data set, batches of its keys and the pairs that it
-            reads.
-        show_progress (`bool`): Whether this process shows a progress bar.
-        peers (`Peers`): The processes of this training.
-    """
-
-    folder: Path
-    facts: Mapping[str, Any]
-    epochs: int
+    folder: Path  # folder of all caches
+    facts: Mapping[str, Any]  # everything besides data and noise that errors depend on: reference, encoders, precision
+    epochs: int  # number of epochs after which the draws of training pairs repeat
+    # Pairs of a forward pass. They equal the batches in training and evaluation, so that errors equal those of a live
+    # reference bit by bit.
     batch_size: int
     eval_batch_size: int
-    to_inputs: Callable[[Items], dict[str, Any]]
+    to_inputs: Callable[[Items], dict[str, Any]]  # collates items and moves them to the device
+    # Makes a loader of lists of items from a data set, batches of its keys and the pairs that it reads.
     load: Callable[[Dataset, Sequence[Sequence[Any]], PreferenceDataset], Iterable[list[Any]]]
-    show_progress: bool
+    show_progress: bool  # whether this process shows a progress bar
     peers: Peers = ALONE
-
-
-@dataclasses.dataclass(frozen=True)
-class ErrorShard:
-    """Shard of errors: those of the rows `pairs` of a data set in one epoch."""
-
-    number: int
-    epoch: int
-    pairs: range
-
-
-class ReferenceErrorStore:
-    """Float32 errors of shape `(E, P, T, 2)`: E epochs, P pairs, T timesteps of a pair, winner and loser. Errors of a
-    pair that could not be read are NaN.
-
-    Args:
-        folder (`Path`): Folder of the stores of any key.
-        key (`Mapping`): Everything that errors depend on, as values of JSON.
-        epochs, pairs, timesteps (`int`): E, P and T.
-    """
-
-    def __init__(self, folder: Path, key: Mapping[str, Any], *, epochs: int, pairs: int, timesteps: int):
-        self.epochs = epochs
-        self.pairs = pairs
-        self.timesteps = timesteps
-        self.key = {**key, "version": VERSION, "epochs": epochs, "pairs": pairs, "timesteps": timesteps}
-        self._per_epoch = -(-pairs // SHARD_PAIRS)
-        self.shards = ShardStore(folder, self.key, epochs * self._per_epoch)
-
-    def missing(self) -> list[ErrorShard]:
-        """Return the shards that are missing or damaged."""
-        self.shards.refresh()
-        return [self._shard(number) for number in self.shards.missing(np.arange(len(self.shards))).tolist()]
-
-    def write(self, shard: ErrorShard, errors: torch.Tensor) -> None:
-        """Write the errors `(pairs of the shard, T, 2)`."""
-        assert errors.shape == (len(shard.pairs), self.timesteps, 2), errors.shape
-        self.shards.write(shard.number, {shard.number: {COLUMN: errors}})
-
-    def read(self) -> np.ndarray:
-        """Return all errors, `(E, P, T, 2)`. Raise `KeyError` if a shard is missing."""
-        self.shards.refresh()
-        errors = np.empty((self.epochs, self.pairs, self.timesteps, 2), dtype=np.float32)
-        for number in range(len(self.shards)):
-            shard = self._shard(number)
-            errors[shard.epoch, shard.pairs.start : shard.pairs.stop] = self.shards.read(number)[COLUMN].numpy()
-        return errors
-
-    def _shard(self, number: int) -> ErrorShard:
-        epoch, index = divmod(number, self._per_epoch)
-        return ErrorShard(number, epoch, range(self.pairs)[index * SHARD_PAIRS : (index + 1) * SHARD_PAIRS])
 
 
 class ReferenceErrors:
     """Errors of the reference on data sets: read from a store, after all processes have computed the missing ones.
+
+    A store has float32 errors of shape `(E, P, T, 2)`: E epochs, P pairs, T timesteps of a pair, winner and loser. Each
+    of its rows holds up to [`SHARD_PAIRS`] pairs in one epoch. Errors of a pair that could not be read are NaN.
 
     Args:
         denoiser (`nn.Module`): The policy, not prepared by the engine.
@@ -142,53 +82,67 @@ class ReferenceErrors:
             FloatingPointError: If an error is not finite.
         """
         store, peers = self.store_of(dataset), self._settings.peers
-        if any(peers.gather_results(store.missing)):
+        if any(len(rows) for rows in peers.gather_results(store.missing)):
             with writing_into(self._settings.folder), contextlib.ExitStack() as stack:
 
                 def lock() -> None:
                     if peers.index == 0:
-                        stack.enter_context(store.shards.locked())
+                        stack.enter_context(store.locked())
 
                 with failing_together(RuntimeError):
                     self._check_can_predict(dataset, store)
                 peers.gather_results(lock)
-                missing = peers.gather_results(store.missing)[0]  # another run may have written them meanwhile
+                missing = peers.gather_results(store.missing)[0].tolist()  # another run may have written some
                 with failing_together(RuntimeError):
                     if share := missing[peers.index :: peers.count]:
                         with self._predicting(store):
                             self._compute(dataset, store, share)
-        dataset.set_reference_errors(store.read())
+            store.missing()
+        errors = torch.cat([store.read(row)[COLUMN] for row in range(len(store))]).numpy()
+        dataset.set_reference_errors(errors.reshape(self._epochs(dataset), len(dataset), *errors.shape[1:]))
 
     def release(self) -> None:
         """Free the reference, before the policy trains."""
         self._reference.release()
 
-    def store_of(self, dataset: PreferenceDataset) -> ReferenceErrorStore:
+    def store_of(self, dataset: PreferenceDataset) -> ShardStore:
         """Return the store of the errors of a data set. All processes must call it together."""
-        draws, training = dataset.draw_settings(), _is_for_training(dataset)
-        data = dataset.fingerprint(thorough=True, peers=self._settings.peers)
         noise = dataclasses.asdict(self._forward.noise_settings)
-        timesteps = noise.pop("timesteps_per_pair")  # an evaluation has one
         del noise["inversion"]  # inverted noise depends on the policy, so its errors are never stored
-        facts = {**self._settings.facts, "data": data, "draw_settings": draws, "noise": noise}
-        facts["crops"] = facts.get("crops") if training else None
-        return ReferenceErrorStore(
-            self._settings.folder / ERRORS,
-            json.loads(json.dumps(facts, default=str)),
-            epochs=self._settings.epochs if training else 1,
-            pairs=len(dataset),
-            timesteps=timesteps if training else 1,
-        )
+        noise["timesteps_per_pair"] = self._timesteps(dataset)
+        facts = {
+            **self._settings.facts,
+            "data": dataset.fingerprint(thorough=True, peers=self._settings.peers),
+            "draw_settings": dataset.draw_settings(),
+            "noise": noise,
+            "version": VERSION,
+            "epochs": self._epochs(dataset),
+        }
+        if not _is_for_training(dataset):
+            facts["crops"] = None
+        return ShardStore(self._settings.folder / ERRORS, facts, len(self._shards(dataset)))
 
-    def _check_can_predict(self, dataset: PreferenceDataset, store: ReferenceErrorStore) -> None:
+    def _epochs(self, dataset: PreferenceDataset) -> int:
+        return self._settings.epochs if _is_for_training(dataset) else 1
+
+    def _timesteps(self, dataset: PreferenceDataset) -> int:
+        return self._forward.noise_settings.timesteps_per_pair if _is_for_training(dataset) else 1
+
+    def _shards(self, dataset: PreferenceDataset) -> list[tuple[int, range]]:
+        """Return the epoch and the pairs of each row of the store."""
+        pairs = range(len(dataset))
+        shards = [pairs[start : start + SHARD_PAIRS] for start in pairs[::SHARD_PAIRS]]
+        return [(epoch, shard) for epoch in range(self._epochs(dataset)) for shard in shards]
+
+    def _check_can_predict(self, dataset: PreferenceDataset, store: ShardStore) -> None:
         if not self._reference.can_predict:
             raise ValueError(
                 f"The errors of the reference on the {dataset.report.name} data must be computed before training. "
-                f"{store.shards.path} does not have them. Pass these data as `eval_dataset` when the trainer is made."
+                f"{store.path} does not have them. Pass these data as `eval_dataset` when the trainer is made."
             )
 
     @contextlib.contextmanager
-    def _predicting(self, store: ReferenceErrorStore) -> Iterator[None]:
+    def _predicting(self, store: ShardStore) -> Iterator[None]:
         family = self._forward.family
         try:
             with self._reference.predicting(self._denoiser, self._engine):
@@ -198,14 +152,15 @@ class ReferenceErrors:
             raise RuntimeError(
                 "Each process computes the errors of the reference with the whole denoiser, which does not fit into "
                 "the device's memory. Compute them on a larger device, with the same settings in one process, into "
-                f"{self._settings.folder}. Training then reads {store.shards.path} with every engine."
+                f"{self._settings.folder}. Training then reads {store.path} with every engine."
             ) from error
         finally:
             family.settle_dtype()
 
-    def _compute(self, dataset: PreferenceDataset, store: ReferenceErrorStore, missing: list[ErrorShard]) -> None:
-        """Compute and write shards, each in batches of one size and shape."""
-        numbers = [[(shard.epoch, pair) for pair in shard.pairs] for shard in missing]
+    def _compute(self, dataset: PreferenceDataset, store: ShardStore, missing: list[int]) -> None:
+        """Compute and write rows of a store, each in batches of one size and shape."""
+        shards = self._shards(dataset)
+        numbers = [[(shards[row][0], pair) for pair in shards[row][1]] for row in missing]
         training = _is_for_training(dataset)
         size = self._settings.batch_size if training else self._settings.eval_batch_size
         batches = [shard[start : start + size] for shard in numbers for start in range(0, len(shard), size)]
@@ -217,22 +172,21 @@ class ReferenceErrors:
             disable=not self._settings.show_progress,
         )
         with bar, torch.no_grad(), eval_mode([self._denoiser]):
-            for shard in missing:
+            for row in missing:
+                pairs = shards[row][1]
                 waiting = _Waiting(size)
-                errors = torch.full((len(shard.pairs), store.timesteps, 2), torch.nan)
-                for _ in range(0, len(shard.pairs), size):
+                errors = torch.full((len(pairs), self._timesteps(dataset), 2), torch.nan)
+                for _ in range(0, len(pairs), size):
                     for pair, item in next(loader):
                         bar.update()
                         if item["row"] == pair:  # otherwise the pair cannot be read, and this is another
-                            self._fill(errors, shard, waiting.add(item), training)
+                            self._fill(errors, pairs, waiting.add(item), training)
                 for items in waiting.left():
                     # Batches of other sizes may round differently. Only the last batch of an evaluation is smaller.
-                    self._fill(errors, shard, items, training, at_least=size if training else 0)
-                store.write(shard, errors)
+                    self._fill(errors, pairs, items, training, at_least=size if training else 0)
+                store.write(row, {row: {COLUMN: errors}})
 
-    def _fill(
-        self, errors: torch.Tensor, shard: ErrorShard, items: Items, training: bool, *, at_least: int = 0
-    ) -> None:
+    def _fill(self, errors: torch.Tensor, pairs: range, items: Items, training: bool, *, at_least: int = 0) -> None:
         """Compute errors of items by a forward pass of at least `at_least` pairs, and write them into `errors`."""
         if not items:
             return
@@ -246,7 +200,7 @@ class ReferenceErrors:
                 f"Errors of the reference must be finite. The errors of the pairs {bad[:8]} are not. Check these "
                 "pairs, or use bf16 instead of fp16."
             )
-        errors[[row - shard.pairs.start for row in rows]] = computed
+        errors[[row - pairs.start for row in rows]] = computed
 
 
 def repeating_pairs(dataset: Any, epochs: int, *, name: str, training: bool) -> PreferenceDataset:

@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import logging
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ from ..utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # of the files; another number is another key
-OPEN_FILES = 512  # memory maps of a process
+FORMAT = 3  # version of the files, part of the key
 KEY_FILE, LOCK_FILE, PARTIAL = "key.json", ".lock", ".partial"
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 NONE = -1
@@ -34,12 +32,12 @@ class ShardStore:
     """Numbered rows of named tensors, in the folder `folder / <hash of the key>`.
 
     A shard is a safetensors file with some of the rows. It is written under another name and then renamed, so a kill
-    leaves whole shards only. Shards are never changed: rows that are needed later go into further shards.
+    leaves whole shards only.
 
     Args:
         folder (`Path`): Folder of the stores of any key.
         key (`Mapping`): Everything that the rows depend on, as values of JSON.
-        rows (`int`): Number of rows. Rows need not all be written.
+        rows (`int`): Number of rows.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any], rows: int) -> None:
@@ -47,17 +45,17 @@ class ShardStore:
         self.path = Path(folder) / hashlib.sha256(self._key.encode()).hexdigest()[:16]
         self._files: list[Path] = []
         self._file_of = np.full(rows, NONE, dtype=np.int32)  # index into `_files`
-        self._open: OrderedDict[int, Any] = OrderedDict()
+        self._open: dict[int, _Shard] = {}
 
     def __len__(self) -> int:
-        """Number of rows, whether they are written or not."""
         return len(self._file_of)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}  # memory maps cannot be pickled
+        return {**self.__dict__, "_open": {}}  # memory maps cannot be pickled
 
-    def refresh(self) -> None:
-        """Index the shards of the folder. Damaged shards are named in a warning, and their rows are missing."""
+    def missing(self) -> np.ndarray:
+        """Index the shards of the folder, and return the rows that none of them has. Damaged shards are named in a
+        warning, and their rows are missing."""
         self._files = sorted(self.path.glob("*.safetensors"))
         self._file_of.fill(NONE)
         self._open.clear()
@@ -69,10 +67,7 @@ class ShardStore:
                 logger.warning("The shard %s is damaged (%s). Its rows are computed again.", file, error)
                 continue
             self._file_of[[row for row in rows if row < len(self._file_of)]] = number
-
-    def missing(self, rows: np.ndarray) -> np.ndarray:
-        """Return the rows that no shard had at the last `refresh`."""
-        return rows[self._file_of[rows] == NONE]
+        return np.flatnonzero(self._file_of == NONE)
 
     @property
     def nbytes(self) -> int:
@@ -82,10 +77,7 @@ class ShardStore:
     def write(self, number: int, rows: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
         """Write a shard. No other process may write one of the same number at the same time."""
         tensors = {f"{row}.{name}": tensor.contiguous() for row, of in rows.items() for name, tensor in of.items()}
-        taken = {file.name for file in self.path.glob(f"{number:06d}-*.safetensors") if _is_whole(file)}
-        names = (f"{number:06d}-{part}.safetensors" for part in range(len(taken) + 1))
-        file = self.path / next(name for name in names if name not in taken)
-        write_atomically(file, save(tensors), ending=PARTIAL)
+        write_atomically(self.path / f"{number:06d}.safetensors", save(tensors), ending=PARTIAL)
 
     def read(self, row: int) -> dict[str, torch.Tensor]:
         """Return the tensors of a row. Raise `KeyError` if no shard has it, `SafetensorError` if its shard is
@@ -95,9 +87,6 @@ class ShardStore:
             raise KeyError(row)
         if number not in self._open:
             self._open[number] = _Shard(self._files[number])
-            if len(self._open) > OPEN_FILES:
-                self._open.popitem(last=False)
-        self._open.move_to_end(number)
         shard = self._open[number]
         return {name: shard.file.get_tensor(f"{row}.{name}") for name in shard.names[row]}
 
@@ -130,14 +119,6 @@ class _Shard:
         for key in self.file.keys():  # noqa: SIM118
             row, _, name = key.partition(".")
             self.names.setdefault(int(row), []).append(name)
-
-
-def _is_whole(file: Path) -> bool:
-    try:
-        with safe_open(file, "pt"):
-            return True
-    except SafetensorError:
-        return False
 
 
 @contextlib.contextmanager

@@ -40,9 +40,6 @@ def reading_data(name: str | None) -> Iterator[None]:
 
     Args:
         name (`str`, *optional*): Folder, file or Hub id of the data.
-
-    Raises:
-        ValueError: If a library cannot read the data.
     """
     from datasets.exceptions import DatasetsError
     from pyarrow import ArrowException

@@ -34,11 +34,7 @@ def config_names() -> list[str]:
 
 
 def config_path(name: str) -> Path:
-    """Return the file of a configuration of accelerate, by its name or by its path.
-
-    Raises:
-        ValueError: If there is neither.
-    """
+    """Return the file of a configuration of accelerate, by its name or by its path."""
     if name in config_names():
         return CONFIGS / f"{name}.yaml"
     path = Path(name).expanduser()
@@ -63,10 +59,6 @@ def launch_words(config: str, in_file: dict[str, Any], typed: list[str], options
         in_file (`dict[str, Any]`): Options of the launcher in the file of `--config`.
         typed (`list[str]`): Options of the launcher on the command line, which win.
         options (`Iterable[str]`): Options of the command, for the hint at a misspelt name.
-
-    Raises:
-        ValueError: If there is no such configuration or option, or another launcher started this process.
-        MissingExtraError: If the configuration needs DeepSpeed, which is not installed.
     """
     if "LOCAL_RANK" in os.environ:
         raise ValueError(

@@ -40,9 +40,6 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         `int`: The exit code: 0 on success and for help, 2 for a user error, 130 after an interruption.
-
-    Raises:
-        Exception: If this package did not raise the error itself. Python then prints the traceback and exits with 1.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):

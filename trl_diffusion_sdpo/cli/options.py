@@ -58,13 +58,9 @@ class OneLineParser(argparse.ArgumentParser):
 
         Returns:
             `tuple[list[str], dict[str, Any]]`: The words, and the settings that are no options of this parser.
-
-        Raises:
-            ValueError: If an option does not take a value of that kind.
         """
-        actions = {
-            action.dest: action for action in reversed(self._actions)
-        }  # the first of an option and its opposite
+        # Reversed, so that an option wins over its opposite, which comes after it.
+        actions = {action.dest: action for action in reversed(self._actions)}
         words: list[str] = []
         others: dict[str, Any] = {}
         for key, value in settings.items():
@@ -131,26 +127,13 @@ def refuse_unknown(words: Iterable[str], options: Iterable[str]) -> None:
     """Raise `ValueError` on words that a parser did not recognize, with the nearest valid options."""
     words = list(words)
     names = [name for word in words if (name := option_name(word))]
+    known = {option.replace("-", "_") for option in options}
     if names:
-        listed = (f"`--{name}` is no option of this command.{nearest_option(name, options)}" for name in names)
+        hints = [other_tools_option(name, known) or did_you_mean(name, known, prefix="--") for name in names]
+        listed = (f"`--{name}` is no option of this command.{hint}" for name, hint in zip(names, hints, strict=True))
         raise ValueError(f"{' '.join(listed)} `--help` lists all.")
     if words:
         raise ValueError(f"These words belong to no option: {' '.join(words)}. Options begin with `--`.")
-
-
-def refuse_unknown_keys(keys: Iterable[str], options: Iterable[str]) -> None:
-    """Raise `ValueError` on keys of a file of settings that are no options."""
-    listed = " ".join(f"Unknown option `{key}`.{nearest_option(key, options)}" for key in keys)
-    if listed:
-        raise ValueError(
-            f"The file of `--config` must hold options of the command or of `accelerate launch`: {listed}"
-        )
-
-
-def nearest_option(name: str, options: Iterable[str]) -> str:
-    """Return a sentence that names the option that may be meant, or nothing."""
-    names = {option.replace("-", "_") for option in options}
-    return other_tools_option(name, names) or did_you_mean(name, names, prefix="--")
 
 
 def option_name(word: str) -> str | None:
@@ -168,11 +151,7 @@ def take_options(arguments: list[str], *names: str) -> tuple[dict[str, str | Non
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file of settings.
-
-    Raises:
-        ValueError: If the file cannot be read or is no mapping.
-    """
+    """Read a YAML file of settings."""
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -183,11 +162,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def set_environment(variables: Any) -> None:
-    """Set the environment variables that a file of settings has under `env`.
-
-    Raises:
-        ValueError: If `env` is no mapping.
-    """
+    """Set the environment variables that a file of settings has under `env`."""
     if not isinstance(variables, dict):
         raise ValueError(f"`env` of the file must map names to values, got {variables!r}.")
     os.environ.update({str(name): str(value) for name, value in variables.items()})

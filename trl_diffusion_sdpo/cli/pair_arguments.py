@@ -12,7 +12,7 @@ from datasets import Dataset
 from trl import ScriptArguments
 from trl.scripts.utils import DatasetConfig
 
-from ..data.holdout import hold_out, hold_out_of_several
+from ..data.holdout import hold_out
 from ..data.loading import (
     ALL_SPLITS,
     ONLY_SPLIT,
@@ -54,11 +54,7 @@ class PairSet(DatasetConfig):
 
     @classmethod
     def read(cls, entry: Any) -> PairSet:
-        """Read an entry of `datasets`.
-
-        Raises:
-            ValueError: If the entry is no mapping, has unknown keys or no path.
-        """
+        """Read an entry of `datasets`."""
         keys = [field.name for field in fields(cls)]
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise ValueError(f"Each of `datasets` must be a mapping with a `path`, got {entry!r}.")
@@ -75,21 +71,7 @@ class PairSet(DatasetConfig):
 
 @dataclass
 class PairArguments(ScriptArguments):
-    r"""
-    [`~trl.ScriptArguments`] with several data sets, and two ways to name the pairs for evaluation.
-
-    Parameters:
-        datasets (`list` of `dict`, *optional*):
-            Several data sets to train on together, instead of `dataset_name`, in YAML or as JSON. Each entry is a
-            mapping with `path` and, as needed, `name`, `split`, `data_dir`, `data_files`, `columns`, `weight` and
-            `dataset_format`.
-        eval_dataset_name (`str`, *optional*):
-            Pairs for evaluation, named like `dataset_name`. Their split `dataset_test_split` is used. Defaults to
-            `dataset_name`.
-        test_size (`float`, *optional*):
-            Holds pairs out of the training split for evaluation: a share in `(0, 1)`, or a whole number of rows. All
-            rows of a prompt go to one side; the run's `seed` decides which. Several data sets are split together.
-    """
+    """[`~trl.ScriptArguments`] with several data sets, and two ways to name the pairs for evaluation."""
 
     datasets: list[Any] | str | None = field(
         default=None,
@@ -150,79 +132,54 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
     Args:
         script_args (`PairArguments`): The data. [`~trl_diffusion_sdpo.load_pairs`] says what `dataset_name` may be.
         training_args (`DiffusionSDPOConfig`): `eval_strategy`, seed and format.
-
-    Raises:
-        ValueError: If there is no such data set or split, or the evaluation would be on training pairs.
     """
-    if script_args.sets:
-        return _load_mixture(script_args, training_args)
-    name = _name_of(script_args)
-    split = script_args.dataset_train_split
-    on_bad_row = training_args.on_bad_row
-    if training_args.eval_strategy == "no":
-        return load_split(script_args, split, on_bad_row), None
-    if script_args.test_size is not None:
-        _refuse_streaming(script_args)
-        pairs = load_split(script_args, split, on_bad_row)
-        return hold_out(
-            pairs, script_args.test_size, dataset_format=training_args.dataset_format, seed=training_args.seed
-        )
-    _refuse_training_pairs(script_args, name, split)
-    train = load_split(script_args, _split_of(name, split), on_bad_row)
-    evaluation = _load_evaluation(script_args, on_bad_row)
-    _refuse_training_pairs(script_args, name, split, train)
-    return train, evaluation
-
-
-def _load_mixture(script_args: PairArguments, training_args: DiffusionSDPOConfig) -> tuple[PairMixture, Any]:
-    """Load all of `datasets`, and the pairs for evaluation: another data set, or rows that are held out."""
-    sets = script_args.sets
+    sets = script_args.sets or [_only_set(script_args)]
+    size = script_args.test_size
     evaluates = training_args.eval_strategy != "no"
-    names_others = evaluates and script_args.eval_dataset_name is not None
-    if evaluates and not names_others and script_args.test_size is None:
+    if evaluates and script_args.sets and size is None and script_args.eval_dataset_name is None:
         raise ValueError(f"`eval_strategy` needs pairs that are not among `datasets`. {_HOW_TO_EVALUATE}")
-    if names_others:
-        for entry in sets:
-            is_whole = entry.data_dir or entry.data_files
-            _refuse_training_pairs(script_args, entry.path, ALL_SPLITS if is_whole else entry.split)
+    if evaluates and size is not None and script_args.dataset_streaming:
+        raise ValueError(
+            f"`test_size={size}` cannot act on a stream, whose length and prompts are unknown. Name pairs with "
+            "`eval_dataset_name`, or leave `dataset_streaming` out."
+        )
     parts = [_load_set(entry, script_args, training_args.on_bad_row) for entry in sets]
-    names = [f"{number}: {entry.path}" for number, entry in enumerate(sets)]
-    weights = [entry.weight for entry in sets if entry.weight is not None] or None  # all have one, or none has
     formats = [entry.dataset_format or training_args.dataset_format for entry in sets]
+    held_out: list[Any] = []
     evaluation: Any = None
-    if names_others:
+    if evaluates and size is not None:
+        split = hold_out(parts, size, seed=training_args.seed, formats=formats)
+        parts, held_out = [train for train, _ in split], [test for _, test in split]
+    elif evaluates:
         evaluation = _load_evaluation(script_args, training_args.on_bad_row)
         for entry, part in zip(sets, parts, strict=True):
-            if not entry.data_dir and not entry.data_files:
-                _refuse_training_pairs(script_args, entry.path, entry.split, part)
-    elif evaluates and script_args.test_size is not None:
-        _refuse_streaming(script_args)
-        split = hold_out_of_several(parts, script_args.test_size, seed=training_args.seed, formats=formats)
-        parts = [train for train, _ in split]
-        held = [i for i, (_, test) in enumerate(split) if len(test)]
-        evaluation = PairMixture({names[i]: split[i][1] for i in held}, None, [formats[i] for i in held])
+            _refuse_training_pairs(script_args, entry, part)
+    if not script_args.sets:
+        return parts[0], held_out[0] if held_out else evaluation
+    names = [f"{number}: {entry.path}" for number, entry in enumerate(sets)]
+    weights = [entry.weight for entry in sets if entry.weight is not None] or None  # all have one, or none has
+    if held_out:
+        filled = [i for i, rows in enumerate(held_out) if len(rows)]
+        evaluation = PairMixture({names[i]: held_out[i] for i in filled}, None, [formats[i] for i in filled])
     return PairMixture(dict(zip(names, parts, strict=True)), weights, formats), evaluation
 
 
-def _load_set(entry: PairSet, script_args: PairArguments, on_bad_row: str) -> Any:
+def _only_set(script_args: ScriptArguments) -> PairSet:
+    name = script_args.dataset_name
+    if name is None:
+        raise ValueError("`dataset_name` must be the Hub id, folder or file of a preference data set, got none.")
+    return PairSet(name, script_args.dataset_config, split=script_args.dataset_train_split)
+
+
+def _load_set(entry: PairSet, script_args: ScriptArguments, on_bad_row: str) -> Any:
     streaming = script_args.dataset_streaming
     if entry.data_dir is None and entry.data_files is None:
-        named = ScriptArguments(dataset_name=entry.path, dataset_config=entry.name, dataset_streaming=streaming)
-        loaded = load_split(named, entry.split, on_bad_row)
+        split = _split_of(entry.path, entry.split)
+        loaded = load_pairs(entry.path, split, config=entry.name, streaming=streaming, on_bad_row=on_bad_row)
     else:
         files: dict[str, Any] = {"data_dir": entry.data_dir, "data_files": entry.data_files}
         loaded = load_pairs_from_files(entry.path, entry.split, streaming, entry.name, **files)
     return loaded if entry.columns is None else loaded.select_columns(entry.columns)
-
-
-def load_split(script_args: ScriptArguments, split: str, on_bad_row: str = "drop") -> Any:
-    """Load one split of `dataset_name`. A single file has one split, so any name of a split loads it.
-
-    Raises:
-        ValueError: If there is no such data set or split, or a folder has images and no pairs.
-    """
-    name, config = _name_of(script_args), script_args.dataset_config
-    return load_pairs(name, split, config=config, streaming=script_args.dataset_streaming, on_bad_row=on_bad_row)
 
 
 def public_name(script_args: ScriptArguments) -> str | None:
@@ -231,23 +188,14 @@ def public_name(script_args: ScriptArguments) -> str | None:
     return None if name is None or Path(name).expanduser().exists() else name
 
 
-def _name_of(script_args: ScriptArguments) -> str:
-    if script_args.dataset_name is None:
-        raise ValueError("`dataset_name` must be the Hub id, folder or file of a preference data set, got none.")
-    return script_args.dataset_name
-
-
 def _load_evaluation(script_args: PairArguments, on_bad_row: str) -> Any:
-    """Load the split for evaluation, of `eval_dataset_name` or else of the training data set."""
-    name = script_args.eval_dataset_name or _name_of(script_args)
-    is_local_other = script_args.eval_dataset_name is not None and Path(name).expanduser().exists()
-    named = ScriptArguments(
-        dataset_name=name,
-        dataset_config=None if is_local_other else script_args.dataset_config,
-        dataset_streaming=script_args.dataset_streaming,
-    )
+    """Load the test split of `eval_dataset_name`, or else of the training data set."""
+    other = script_args.eval_dataset_name
+    is_local_other = other is not None and Path(other).expanduser().exists()
+    config = None if is_local_other else script_args.dataset_config
+    entry = PairSet(other or _only_set(script_args).path, config, split=script_args.dataset_test_split)
     try:
-        return load_split(named, _split_of(name, script_args.dataset_test_split), on_bad_row)
+        return _load_set(entry, script_args, on_bad_row)
     except ValueError as error:
         if _NO_SPLIT.search(str(error)) is None:
             raise
@@ -259,32 +207,27 @@ def _split_of(name: str, split: str) -> str:
     return rename_split(split, ONLY_SPLIT) if is_one_split(Path(name).expanduser()) else split
 
 
-def _refuse_training_pairs(script_args: PairArguments, name: str, split: str, loaded: Any = None) -> None:
-    """Raise `ValueError` if evaluation pairs are also training pairs.
-
-    Args:
-        name (`str`): Data set that is trained on.
-        split (`str`): Its split that is trained on.
-        loaded (*optional*): The loaded split. Without it, only the names of the splits are compared.
-    """
-    evaluated = script_args.eval_dataset_name or name
+def _refuse_training_pairs(script_args: PairArguments, trained: PairSet, loaded: Any) -> None:
+    """Raise `ValueError` if evaluation pairs are also among the loaded training pairs of a data set."""
+    evaluated = script_args.eval_dataset_name or trained.path
     test_split = script_args.dataset_test_split
-    here, there = Path(name).expanduser(), Path(evaluated).expanduser()
+    here, there = Path(trained.path).expanduser(), Path(evaluated).expanduser()
     is_same = here.resolve() == there.resolve() if here.exists() else str(here) == str(there)
     if not is_same:
         return
-    splits = _split_of(name, split), _split_of(evaluated, test_split)
-    lengths = None if loaded is None else _lengths(here, loaded)
+    is_whole = bool(trained.data_dir or trained.data_files)  # its rows may be those of any split
+    splits = ALL_SPLITS if is_whole else _split_of(trained.path, trained.split), _split_of(evaluated, test_split)
+    lengths = None if is_whole else _lengths(here, loaded)
     if not (surely_share_rows(*splits) if lengths is None else share_rows(*splits, lengths)):
         return
     if script_args.eval_dataset_name is not None:
         raise ValueError(
-            f"`eval_dataset_name` must name other pairs than those that are trained on, got {name} for both, "
-            f"{test_split} beside {split}. Hold pairs out of them with `test_size`."
+            f"`eval_dataset_name` must name other pairs than those that are trained on, got {trained.path} for both, "
+            f"{test_split} beside {trained.split}. Hold pairs out of them with `test_size`."
         )
     raise ValueError(
-        f"`dataset_test_split` must have other rows than `dataset_train_split`, got {test_split} beside {split} of "
-        f"{name}: the evaluation would be on training pairs. {_HOW_TO_EVALUATE}"
+        f"`dataset_test_split` must have other rows than `dataset_train_split`, got {test_split} beside "
+        f"{trained.split} of {trained.path}: the evaluation would be on training pairs. {_HOW_TO_EVALUATE}"
     )
 
 
@@ -295,11 +238,3 @@ def _lengths(path: Path, loaded: Any) -> dict[str, int] | None:
     if not isinstance(loaded, Dataset) or loaded.info.splits is None:
         return None
     return {name: part.num_examples for name, part in loaded.info.splits.items()}
-
-
-def _refuse_streaming(script_args: PairArguments) -> None:
-    if script_args.dataset_streaming:
-        raise ValueError(
-            f"`test_size={script_args.test_size}` cannot act on a stream, whose length and prompts are not known. Name "
-            "pairs with `eval_dataset_name`, or leave `dataset_streaming` out."
-        )

@@ -57,9 +57,6 @@ def planned_settings(words: list[str], prog: str | None, device: str) -> Planned
 
     Args:
         device (`str`): Device to plan for. Plans for accelerators use bf16 if neither `bf16` nor `fp16` is set.
-
-    Raises:
-        ValueError: If a word is unknown, or the engine cannot be planned.
     """
     from ..planning.prepare import PlannedSettings  # takes seconds
     from ..planning.sharding import engine_of

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ..utils.import_utils import require
 from . import EXIT_INTERRUPTED, EXIT_OK, launch
 from .errors import reading_arguments, reading_data
-from .options import option_name, refuse_unknown, refuse_unknown_keys
-from .scorers import import_from_working_directory
+from .images import import_from_working_directory
+from .options import option_name, refuse_unknown
 from .train_parser import check_adapter_options, check_together, is_first_process, make_parser, read_given
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
     from .pair_arguments import PairArguments
 
+
+logger = logging.getLogger(__name__)
 
 # Options of TRL's dataclasses that apply to language models only.
 _WITHOUT_EFFECT = {"attn_implementation": None, "ignore_bias_buffers": False, "lora_task_type": "CAUSAL_LM"}
@@ -55,11 +57,7 @@ def run(arguments: list[str], prog: str, *, command: str = "train", act: Callabl
 
 
 def parse(arguments: list[str], prog: str | None = None) -> tuple[PairArguments, DiffusionSDPOConfig, ModelConfig]:
-    """Parse the arguments into dataclasses.
-
-    Raises:
-        ValueError: If an argument or the YAML file is invalid.
-    """
+    """Parse the arguments into dataclasses."""
     settings, accelerate_config, typed = read_given(arguments)
     parser = make_parser(prog)
     in_file, others = parser.words_of(settings)
@@ -87,8 +85,7 @@ def _refuse_others(words: list[str], keys: dict[str, Any], options: list[str]) -
     if launchers:
         listed = ", ".join(f"`--{name}`" for name in sorted(launchers))
         raise ValueError(f"Options of `accelerate launch` need `--accelerate_config`; got {listed} without it.")
-    refuse_unknown(words, options)
-    refuse_unknown_keys(keys, options)
+    refuse_unknown([*words, *(f"--{key}" for key in keys)], options)
 
 
 def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> int:
@@ -97,7 +94,7 @@ def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_
     Returns:
         `int`: The exit code: 0, or 130 if the run was interrupted and has written a checkpoint.
     """
-    from ..saving.interrupts import CheckpointOnInterrupt
+    from ..saving.interrupts import CheckpointOnInterrupt, resume_hint  # takes seconds
 
     interrupt = CheckpointOnInterrupt()
     trainer = build_trainer(script_args, training_args, model_args, interrupt)
@@ -107,9 +104,16 @@ def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_
         finally:
             interrupt.restore_handlers()
         if interrupt.interrupted:
-            _say_how_to_resume(trainer)
+            how = "To resume, run the same command with\n  --resume_from_checkpoint true"
+            hint = resume_hint(trainer.args, trainer.state.global_step, how)
+            trainer.accelerator.print(f"\nInterrupted; {hint}")
+        elif training_args.push_to_hub:
+            trainer.push_to_hub()  # saves first
+            trainer.accelerator.print(f"Published as {trainer.hub_model_id}.")
         else:
-            _finish(trainer, training_args)
+            trainer.save_model(training_args.output_dir)
+        if not interrupt.interrupted:
+            trainer.accelerator.print(f"The tuned weights are in {training_args.output_dir}.")
     trainer.accelerator.wait_for_everyone()  # a launcher may end the other processes when the first has exited
     trainer.accelerator.end_training()
     return EXIT_INTERRUPTED if interrupt.interrupted else EXIT_OK
@@ -148,9 +152,23 @@ def load_data(script_args: PairArguments, training_args: DiffusionSDPOConfig, mo
     """Return the pairs for training and for evaluation. Also complete `training_args.model_init_kwargs`."""
     from .pair_arguments import load_datasets  # takes seconds
 
-    _show_progress(training_args)
-    _warn_of_ignored(script_args, model_args)
-    training_args.model_init_kwargs = _init_kwargs(training_args, model_args)
+    # Log the trainer's choices and the dropped pairs on the main process.
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    package = __package__.partition(".")[0]
+    logging.getLogger(package).setLevel(logging.INFO if training_args.should_log else logging.WARNING)
+    settings = {**vars(script_args), **vars(model_args)}
+    for name, default in _WITHOUT_EFFECT.items():
+        if settings[name] != default:
+            logger.warning("`%s=%s` has no effect on a diffusers pipeline.", name, settings[name])
+    init_kwargs = training_args.model_init_kwargs or {}
+    if not isinstance(init_kwargs, dict):
+        raise ValueError(f"`model_init_kwargs` must be a JSON object, got {init_kwargs!r}.")
+    # `model_init_kwargs` override TRL's model arguments.
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "dtype": model_args.dtype,
+        **init_kwargs,
+    }
     with reading_data(script_args.dataset_name):
         return load_datasets(script_args, training_args)
 
@@ -158,9 +176,6 @@ def load_data(script_args: PairArguments, training_args: DiffusionSDPOConfig, mo
 def resume_point(value: str | bool | None) -> str | bool | None:
     """Return `resume_from_checkpoint` for `Trainer.train`. The setting is a folder, `True` for the newest checkpoint,
     `"latest"` for the newest checkpoint if there is one, or `None` for a new start.
-
-    Raises:
-        ValueError: If the folder does not exist.
     """
     from ..saving.checkpoints import LATEST, meaning  # takes seconds
 
@@ -171,42 +186,3 @@ def resume_point(value: str | bool | None) -> str | bool | None:
             f"{point}."
         )
     return point
-
-
-def _warn_of_ignored(script_args: PairArguments, model_args: ModelConfig) -> None:
-    settings = {**vars(script_args), **vars(model_args)}
-    for name, default in _WITHOUT_EFFECT.items():
-        if settings[name] != default:
-            logging.getLogger(__name__).warning("`%s=%s` has no effect on a diffusers pipeline.", name, settings[name])
-
-
-def _init_kwargs(training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> dict[str, Any]:
-    """Return the arguments for loading the pipeline. `model_init_kwargs` override TRL's model arguments."""
-    own = training_args.model_init_kwargs or {}
-    if not isinstance(own, dict):
-        raise ValueError(f"`model_init_kwargs` must be a JSON object, got {own!r}.")
-    return {"revision": model_args.model_revision, "dtype": model_args.dtype, **own}
-
-
-def _finish(trainer: DiffusionSDPOTrainer, training_args: DiffusionSDPOConfig) -> None:
-    if not training_args.push_to_hub:
-        trainer.save_model(training_args.output_dir)
-    else:
-        trainer.push_to_hub()  # saves first
-        trainer.accelerator.print(f"Published as {trainer.hub_model_id}.")
-    trainer.accelerator.print(f"The tuned weights are in {training_args.output_dir}.")
-
-
-def _say_how_to_resume(trainer: DiffusionSDPOTrainer) -> None:
-    from ..saving.interrupts import resume_hint  # takes seconds
-
-    how = "To resume, run the same command with\n  --resume_from_checkpoint true"
-    hint = resume_hint(trainer.args, trainer.state.global_step, how)
-    trainer.accelerator.print(f"\nInterrupted; {hint}")
-
-
-def _show_progress(training_args: DiffusionSDPOConfig) -> None:
-    """Log the trainer's choices and the dropped pairs on the main process."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    package = __package__.partition(".")[0]
-    logging.getLogger(package).setLevel(logging.INFO if training_args.should_log else logging.WARNING)

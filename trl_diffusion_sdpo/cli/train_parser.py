@@ -110,11 +110,7 @@ def example_configs() -> dict[str, Path]:
 
 
 def config_file(name: str) -> Path:
-    """Return a file of settings, by its path or by the name of an example configuration.
-
-    Raises:
-        ValueError: If there is neither.
-    """
+    """Return a file of settings, by its path or by the name of an example configuration."""
     path = Path(name).expanduser()
     examples = example_configs()
     if path.is_file():
@@ -129,12 +125,7 @@ def config_file(name: str) -> Path:
 
 
 def check_together(values: dict[str, Any], names: Iterable[str]) -> None:
-    """Check that a model and data are set, and that the options fit together.
-
-    Raises:
-        ValueError: If an option is missing or options contradict each other. Options of an evaluation that is off only
-            warn.
-    """
+    """Check that a model and data are set, and that the options fit together."""
     for name, what in _REQUIRED.items():
         if not values[name] and not (name == "dataset_name" and values["datasets"]):
             raise ValueError(f"`--{name}` must be {what}, got none.")

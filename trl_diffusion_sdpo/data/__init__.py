@@ -2,13 +2,14 @@
 
 from .buckets import AspectRatioBuckets
 from .checking import DataReport
+from .dataset import PairOptions, PreferenceCollator, PreferenceDataset
 from .formats import FORMATS, PreferenceFormat, detect_format
-from .images import PairDraws, PairTransform, UndecodableImageError, decode_image, pixels_as_floats
+from .images import UndecodableImageError, decode_image
 from .loading import load_pairs
-from .pairs import PairOptions, PreferenceCollator, PreferenceDataset
 from .preparing import prepare_dataset
 from .sources import PairMixture
 from .streaming import PreferenceIterableDataset
+from .transforms import PairDraws, PairTransform, pixels_as_floats
 
 __all__ = [
     "FORMATS",

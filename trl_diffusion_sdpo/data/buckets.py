@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import pairwise
 from math import isqrt
 
 import numpy as np
@@ -111,57 +111,34 @@ class PairSizes:
     sizes: tuple[Size, ...]
     numbers: np.ndarray
 
-    def of(self, pair: int) -> Size:
-        """Return `(height, width)` of a pair."""
-        return self.sizes[self.numbers[pair]]
-
     def fingerprint(self) -> str:
         """Return a hash of all sizes, equal on every machine."""
         digest = hashlib.sha256(repr(self.sizes).encode())
         digest.update(np.ascontiguousarray(self.numbers, dtype="<u2").data)
         return digest.hexdigest()[:16]
 
-    def repeats(self, group: int) -> int:
-        """Return the number of pairs that an epoch repeats to fill the last `group` of each bucket."""
-        return int((-self._counts() % group).sum())
-
     def describe_epoch(self, group: int, *, drop_last: bool, shuffled: bool) -> tuple[str, bool]:
-        """Describe pairs that an epoch repeats or leaves out. Also return whether the sentence is a warning."""
+        """Describe pairs that an epoch repeats or leaves out, in steps of `group` pairs. Also return whether the
+        sentence is a warning."""
         pairs = len(self.numbers)
+        counts = np.bincount(self.numbers, minlength=len(self.sizes))
+        advice = "Use smaller batches or a larger `step` in `bucket_kwargs`"
         if not drop_last:
-            repeats = self.repeats(group)
-            many = repeats > MANY_REPEATS * pairs
+            repeats = int((-counts % group).sum())
             sentence = f"An epoch repeats {repeats} of {pairs} pairs, to fill up the last batch of each size."
-            if many:
-                sentence += (
-                    " Use smaller batches or a larger `step` in `bucket_kwargs` for fewer repeats, or leave incomplete "
-                    "batches out with `dataloader_drop_last`."
-                )
-            return sentence, many
-        counts = self._counts()
+            if repeats <= MANY_REPEATS * pairs:
+                return sentence, False
+            return f"{sentence} {advice}, or leave incomplete batches out with `dataloader_drop_last`.", True
         rests = counts % group
-        never = np.where(counts < group, counts, 0) if shuffled else rests
-        sentence = f"`dataloader_drop_last=True` leaves {rests.sum()} of {pairs} pairs out of an epoch"
-        if not never.any():
-            return f"{sentence}. Each epoch leaves out others.", False
-        listed = ", ".join(f"{never[i]} at {' x '.join(map(str, self.sizes[i]))}" for i in np.flatnonzero(never))
+        never = int((np.where(counts < group, counts, 0) if shuffled else rests).sum())
+        sentence = f"`dataloader_drop_last=True` leaves {rests.sum()} of {pairs} pairs out of an epoch."
+        if not never:
+            return sentence, False
         return (
-            f"{sentence}. {never.sum()} pairs are never trained on ({listed}), because a step needs {group} pairs of "
-            "one size. Use smaller batches or a larger `step` in `bucket_kwargs`, or keep the last batches."
-        ), True
-
-    def _counts(self) -> np.ndarray:
-        """Return the number of pairs of each bucket."""
-        return np.bincount(self.numbers, minlength=len(self.sizes))
-
-
-def candidates(pair: int, pairs: int, sizes: PairSizes | None) -> Iterator[int]:
-    """Yield a pair, then the next pairs of the same size. They replace the pair if it cannot be decoded."""
-    following = chain(range(pair, pairs), range(pair))
-    if sizes is None:
-        yield from following
-    else:
-        yield from (other for other in following if sizes.numbers[other] == sizes.numbers[pair])
+            f"{sentence} {never} of them are never trained on, because a step needs {group} pairs of one size. "
+            f"{advice}, or keep the last batches.",
+            True,
+        )
 
 
 class Repeated(int):

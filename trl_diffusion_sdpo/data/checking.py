@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..utils.hints import did_you_mean
-from ..utils.processes import Peers, forks_by_default, usable_cores
 from ..utils.switch_words import SWITCH_WORDS
-from .images import ImageReader, UndecodableImageError
 
 logger = logging.getLogger(__name__)
 
-SourceImage = tuple[int, int]  # (row of the source, index of the image within the row)
-
 VERIFY_IMAGES = ("sample", "all", "none")
 SAMPLED_PAIRS = 128  # a second or two
-FEW_ROWS = 1000  # with fewer rows, one process is faster than starting several
 
 STRONG_CROP = 0.25  # share of an image's area; pairs that lose more to cropping are counted
-FEW_HEADERS = 20_000  # with fewer headers, one process is faster than starting several
 ENLARGED = "enlarged"
-MISSING = "is missing: the row has fewer images than labels"
 
 COUNTS = ("rows", "pairs", "ties", "undecodable", "bad_prompts", "bad_labels", "too_small")
 MAX_EXAMPLES = 5
@@ -94,96 +87,24 @@ def reject(report: DataReport, strict: bool, kind: str, row: int, reason: str, a
     return report.add(kind, row, reason, amount)
 
 
-def examine_images(
-    source: Any, places: np.ndarray, reader: ImageReader, *, decode: bool, num_proc: int | None, peers: Peers
-) -> tuple[np.ndarray, dict[SourceImage, str]]:
-    """Decode all images of pairs, or read only their headers. Collective: the peers divide the rows.
+def check_identical(name: str, identical: Sequence[bool]) -> None:
+    """Warn if the two images of most pairs are identical, and raise `ValueError` if those of all pairs are.
 
     Args:
-        source ([`PairSource`]): The rows with the images.
-        places (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser in the source.
-        num_proc (`int`, *optional*): Worker processes of each peer. If there are many images, the default is one
-            worker for each core.
-
-    Returns:
-        `tuple`: Height and width of winners and losers, `(P, 2, 2)`, zeros for bad and missing images; and the
-        reason of each bad image.
+        name (`str`): Name of the data in messages.
+        identical (`Sequence[bool]`): For each pair that was checked, whether its images are identical.
     """
-    rows = np.unique(places[:, [0, 2]])
-    images = 1 + int(places[:, [1, 3]].max())  # of the row with the most images
-    share = np.array_split(rows, peers.count)[peers.index]
-    if num_proc is None and forks_by_default() and len(share) >= (FEW_ROWS if decode else FEW_HEADERS):
-        num_proc = usable_cores(peers.count)
-
-    def examine_share() -> tuple[np.ndarray, dict[SourceImage, str]]:
-        sizes = np.zeros((len(share), images, 2), dtype=np.int32)
-        reasons = {}
-        for number, examined in enumerate(source.examine_images(share, reader, decode, num_proc)):
-            for image, (height, width, problem) in enumerate(examined[:images]):
-                sizes[number, image] = height, width
-                if problem:
-                    reasons[int(share[number]), image] = problem
-        return sizes, reasons
-
-    results = peers.gather_results(examine_share)
-    sizes = np.concatenate([of_process for of_process, _ in results])
-    reasons = {image: reason for _, of_process in results for image, reason in of_process.items()}
-    return sizes[np.searchsorted(rows, places[:, [0, 2]]), places[:, [1, 3]]], reasons
-
-
-def check_pairs(
-    source: Any, reader: ImageReader, places: np.ndarray, peers: Peers
-) -> list[tuple[int, int, str] | bool]:
-    """Decode the images of pairs. Collective: the peers divide the pairs.
-
-    Args:
-        places (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser in the source.
-
-    Returns:
-        `list`: For each pair, row, image and problem of its first bad image, or whether its two images are identical.
-    """
-
-    def check(pair: np.ndarray) -> tuple[int, int, str] | bool:
-        images = []
-        for row, image in pair.reshape(2, 2).tolist():
-            try:
-                images.append(reader.decode_at(source.images(row), image))
-            except UndecodableImageError as error:
-                return row, image, str(error)
-        return same_image(*images)
-
-    results = peers.gather_results(lambda: [check(pair) for pair in places[peers.index :: peers.count]])
-    checked: list[Any] = [None] * len(places)
-    for index, of_process in enumerate(results):
-        checked[index :: peers.count] = of_process
-    return checked
-
-
-class IdenticalPairs:
-    """Counter of pairs whose two images are identical. `name` is the name of the data set in messages."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.checked = 0
-        self.identical = 0
-
-    def add(self, identical: bool) -> None:
-        self.checked += 1
-        self.identical += identical
-
-    def verify(self) -> None:
-        """Warn if most of the pairs are identical, and raise `ValueError` if all are."""
-        summary = (
-            f"In {self.identical} of {self.checked} pairs of the {self.name} data that were checked, chosen and "
-            "rejected are the same image"
+    count, checked = sum(identical), len(identical)
+    summary = (
+        f"In {count} of {checked} pairs of the {name} data that were checked, chosen and rejected are the same image"
+    )
+    if 0 < checked == count:
+        raise ValueError(
+            f"{summary}, so no image is better. Check the columns, or use `loss_type='sft'` to train on the winners "
+            "alone."
         )
-        if 0 < self.checked == self.identical:
-            raise ValueError(
-                f"{summary}, so no image is better. Check the columns, or use `loss_type='sft'` to train on the "
-                "winners alone."
-            )
-        if 2 * self.identical > self.checked:
-            logger.warning("%s. Such pairs do not train anything. Check the columns.", summary)
+    if 2 * count > checked:
+        logger.warning("%s. Such pairs do not train anything. Check the columns.", summary)
 
 
 def parse_verify_images(value: Any) -> str:
@@ -207,11 +128,6 @@ def evenly_spaced(size: int, wanted: int) -> np.ndarray:
     """Return at most `wanted` of the indices `0 .. size - 1`, evenly spaced, without repeats, starting at 0."""
     count = min(size, wanted)
     return np.arange(count, dtype=np.int64) * size // max(count, 1)
-
-
-def same_image(first: Image.Image, second: Image.Image) -> bool:
-    """Return whether two RGB images have the same pixels."""
-    return first.size == second.size and first.tobytes() == second.tobytes()
 
 
 def describe_sizes(sizes: np.ndarray, targets: np.ndarray) -> tuple[str, ...]:

@@ -6,21 +6,18 @@ ties. No image is read.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import combinations, groupby
 from typing import Any, NamedTuple
 
-logger = logging.getLogger(__name__)
-
 LARGEST = 1e9  # a larger score or weight would outweigh all other pairs together
 SOURCE_COLUMNS = ("source_image", "source")  # images that prompts edit; the first one present is read
+SEED_COLUMNS = ("chosen_noise_seed", "rejected_noise_seed")  # of `torch.Generator`s on the CPU
+TEXT = ("string", "large_string")
 # (kind of drop, row, reason, amount): counts the drop, or raises
 Reject = Callable[[str, int, str, int], object]
-
-ALONE_IN_GROUP, JUDGED_EQUAL = "one image alone: nothing to compare it with", "images judged equal"
 
 
 class PairReference(NamedTuple):
@@ -78,12 +75,6 @@ class PreferenceFormat:
     is_swapped: bool = False
     mask_columns: tuple[str, ...] = ()
     source_columns: tuple[str, ...] = ()
-    _text_columns: tuple[str, ...] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        names: list[str | None] = [*self.prompt_columns, *(c for columns in self.label_readers for c in columns)]
-        names += [self.group_column, self.validity_column, *(self.score_columns or ())]
-        object.__setattr__(self, "_text_columns", tuple(dict.fromkeys(n for n in names if n is not None)))
 
     def missing(self, column_names: Iterable[str]) -> list[str]:
         """Return the columns that this format needs and `column_names` lacks."""
@@ -101,25 +92,18 @@ class PreferenceFormat:
 
     def text_columns(self, column_names: Iterable[str]) -> list[str]:
         """Return the columns that this format reads besides images."""
+        labels = [column for columns in self.label_readers for column in columns]
+        others = [self.group_column, self.validity_column, *(self.score_columns or ())]
         present = set(column_names)
-        return [column for column in self._text_columns if column in present]
-
-    def prompt_column(self, column_names: Iterable[str]) -> str:
-        """Return the column of prompts. If each image has its own prompt, it is that of the published winners."""
-        present = set(column_names)
-        return next(column for column in self.prompt_columns if column in present)
-
-    def read_prompt_columns(self, column_names: Iterable[str]) -> list[str]:
-        """Return all columns of prompts that are read: one, or one for each image."""
-        return list(self.prompt_columns) if self.prompt_of_each_image else [self.prompt_column(column_names)]
+        return [column for column in dict.fromkeys((*self.prompt_columns, *labels, *others)) if column in present]
 
     def describe(self) -> str:
         """Return the accepted columns in one line, for error messages."""
         labels = " or ".join("+".join(columns) for columns in self.label_readers)
         prompts = self.prompt_columns if self.prompt_of_each_image else [" or ".join(self.prompt_columns)]
         images = [" or ".join((*self.image_columns, *self.other_image_columns))]
-        parts = [*prompts, *(images if self.other_image_columns else self.image_columns), self.group_column, labels]
-        return f"{self.name}: " + ", ".join(part for part in parts if part)
+        columns = [*prompts, *(images if self.other_image_columns else self.image_columns), self.group_column, labels]
+        return f"{self.name}: " + ", ".join(column for column in columns if column)
 
     def prompt(self, row: Mapping[str, Any], image: int = 0) -> str:
         """Return the row's prompt, or the prompt of one of its images.
@@ -127,22 +111,18 @@ class PreferenceFormat:
         Raises:
             ValueError: If the prompt is no valid string.
         """
-        columns = self.prompt_columns[image : image + 1] if self.prompt_of_each_image else self.prompt_columns
-        value = next((row[column] for column in columns if column in row), None)
+        column = self.prompt_columns[image if self.prompt_of_each_image else 0]
+        value = row.get(column)
         if self.text_members:
             value = member_text(value)
         if not isinstance(value, str):
-            name = f"`{columns[0]}`" if self.prompt_of_each_image else "the prompt"
+            name = f"`{column}`" if self.prompt_of_each_image else "the prompt"
             raise ValueError(f"{name} must be a string, got {type(value).__name__}")
         try:
             value.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the prompt has half a character (a lone surrogate) at {error.start}") from error
         return value
-
-    def prompts(self, row: Mapping[str, Any]) -> list[str]:
-        """Return the row's prompt, or the prompts of its images. Raises the errors of `prompt`."""
-        return [self.prompt(row, image) for image in range(2 if self.prompt_of_each_image else 1)]
 
     def image_scores(self, row: Mapping[str, Any]) -> ImageScores:
         """Return the label of a row as one score per image.
@@ -271,12 +251,17 @@ def detect_format(column_names: Iterable[str]) -> PreferenceFormat:
         ValueError: If no format fits, or one of two score columns is missing.
     """
     columns = list(column_names)
+    lone = [column for column in BRANCH_PROMPTS if column in columns]
+    if len(lone) == 1 and {"chosen", "rejected"} <= set(columns):
+        raise ValueError(
+            f"Prompts of chosen and rejected images must come in pairs: found `{lone[0]}`, expected both of "
+            f"{list(BRANCH_PROMPTS)}. Add the other one, or name `dataset_format='canonical'` to read one prompt for "
+            "both images."
+        )
     for candidate in FORMATS.values():
         if not candidate.missing(columns):
             _check_scores(candidate, columns)
-            _check_prompts(candidate, columns)
             return candidate
-    _check_prompts(FORMATS["canonical"], columns)
     raise ValueError(
         f"No known preference format has the columns {columns}. Rename columns (`dataset.rename_columns`) so that "
         "they match one of:\n" + "\n".join(f"  {row_format.describe()}" for row_format in FORMATS.values())
@@ -284,11 +269,21 @@ def detect_format(column_names: Iterable[str]) -> PreferenceFormat:
 
 
 def resolve_format(
-    dataset_format: str | None, column_names: Iterable[str], *, use_scores: bool = True
+    dataset_format: str | None,
+    column_names: Iterable[str],
+    features: Mapping[str, Any] | None = None,
+    *,
+    use_scores: bool = True,
 ) -> PreferenceFormat:
-    """Return the named format, after checking that the columns fit it, or the detected one for `None`.
+    """Return the named format, or the detected one for `None`, with the columns that are read.
 
-    With `use_scores=False`, score columns are not read, and a row without a score is valid.
+    Args:
+        features (`Mapping[str, Any]`, *optional*): Types of the columns. A column `source` of text is ignored, because
+            many data sets name there where a row comes from.
+        use_scores (`bool`): Whether score columns are read. Otherwise, a row without a score is valid.
+
+    Raises:
+        ValueError: If the columns do not fit the format.
     """
     columns = list(column_names)
     if dataset_format is None:
@@ -303,11 +298,23 @@ def resolve_format(
                 f"lacks {lacking}. Rename its columns or leave `dataset_format` out."
             )
         _check_scores(row_format, columns)
-    images = [column for column in (*row_format.image_columns, *row_format.other_image_columns) if column in columns]
-    row_format = replace(row_format, image_columns=tuple(images[:1])) if row_format.other_image_columns else row_format
-    row_format = replace(row_format, mask_columns=_mask_columns(row_format, columns))
-    row_format = replace(row_format, source_columns=tuple(name for name in SOURCE_COLUMNS if name in columns)[:1])
-    return row_format if use_scores else replace(row_format, score_columns=None)
+    image_columns, prompt_columns = row_format.image_columns, row_format.prompt_columns
+    if row_format.other_image_columns:
+        names = (*image_columns, *row_format.other_image_columns)
+        image_columns = tuple(name for name in names if name in columns)[:1]
+    if not row_format.prompt_of_each_image:
+        prompt_columns = tuple(name for name in prompt_columns if name in columns)[:1]
+    source_columns = tuple(name for name in SOURCE_COLUMNS if name in columns)[:1]
+    if source_columns == ("source",) and getattr((features or {}).get("source"), "dtype", None) in TEXT:
+        source_columns = ()
+    return replace(
+        row_format,
+        image_columns=image_columns,
+        prompt_columns=prompt_columns,
+        mask_columns=_mask_columns(row_format, columns),
+        source_columns=source_columns,
+        score_columns=row_format.score_columns if use_scores else None,
+    )
 
 
 def compare(scores: Sequence[float], *, ranked: bool = True) -> tuple[list[tuple[int, int]], int]:
@@ -348,7 +355,8 @@ def pairs_in_group(
     for number, row in group:
         try:
             labels, reward_scores = row_format.image_scores(row), row_format.reward_scores(row)
-            row_format.prompts(row)
+            for image in range(2 if row_format.prompt_of_each_image else 1):
+                row_format.prompt(row, image)
         except ValueError as error:
             reject("bad_labels" if isinstance(error, LabelError) else "bad_prompts", number, str(error), 1)
             continue
@@ -356,27 +364,13 @@ def pairs_in_group(
         scores += labels.values
         ranked = labels.ranked
     if len(scores) == 1:
-        reject("bad_labels", images[0][0], ALONE_IN_GROUP, 1)
+        reject("bad_labels", images[0][0], "one image alone: nothing to compare it with", 1)
     pairs, ties = compare(scores, ranked=ranked)
     if ties:
-        reject("ties", images[0][0], JUDGED_EQUAL, ties)
+        reject("ties", images[0][0], "images judged equal", ties)
     for winner, loser in pairs:
         pair = PairReference(*images[winner], *images[loser], reward_scores)
         yield pair.swapped() if row_format.is_swapped else pair
-
-
-def images_of_row(row: Mapping[str, Any], image_columns: Sequence[str], in_list: bool) -> list[Any]:
-    """Return the row's undecoded images, in the order of `ImageScores.values`."""
-    if not in_list:
-        return [row.get(column) for column in image_columns]
-    images = row.get(image_columns[0])
-    return list(images) if isinstance(images, Iterable) and not isinstance(images, str | bytes | Mapping) else []
-
-
-def mask_of_row(row: Mapping[str, Any], row_format: PreferenceFormat, image: int) -> Any:
-    """Return the undecoded mask of one of the row's images."""
-    columns = row_format.mask_columns
-    return row.get(columns[image if len(columns) > 1 else 0])
 
 
 def _mask_columns(row_format: PreferenceFormat, columns: Sequence[str]) -> tuple[str, ...]:
@@ -405,27 +399,8 @@ def _check_scores(chosen: PreferenceFormat, columns: list[str]) -> None:
         )
 
 
-def _check_prompts(detected: PreferenceFormat, columns: list[str]) -> None:
-    """Refuse data with a prompt column for only one image. Warn if there is also a prompt for both images."""
-    present = [column for column in BRANCH_PROMPTS if column in columns]
-    if detected.prompt_of_each_image:
-        plain = [column for column in _PROMPTS if column in columns]
-        if plain:
-            logger.warning(
-                "`%s` and `%s` are read as the prompts of chosen and rejected images, and `%s` is not read. With "
-                "`dataset_format=canonical` it would be the prompt of both.",
-                *(*BRANCH_PROMPTS, plain[0]),
-            )
-    elif len(present) == 1 and detected.image_columns == ("chosen", "rejected"):
-        raise ValueError(_ALONE.format(present[0]))
-
-
 _PROMPTS = ("prompt", "caption", "original_prompt", "text")
 BRANCH_PROMPTS = ("chosen_prompt", "rejected_prompt")
-_ALONE = (
-    f"Prompts of chosen and rejected images must come in pairs: found `{{}}`, expected both of {list(BRANCH_PROMPTS)}. "
-    "Add the other one, or name `dataset_format='canonical'` to read one prompt for both images."
-)
 
 # If a set fits two formats, the earlier one is taken.
 FORMATS: dict[str, PreferenceFormat] = {

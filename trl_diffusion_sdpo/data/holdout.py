@@ -15,32 +15,20 @@ logger = logging.getLogger(__name__)
 Split = tuple[datasets.Dataset, datasets.Dataset]
 
 
-def hold_out(dataset: datasets.Dataset, size: float, *, seed: int, dataset_format: str | None = None) -> Split:
-    """Split a data set by prompt, so that no prompt of the training rows is evaluated.
-
-    Args:
-        dataset (`datasets.Dataset`): In one of `FORMATS`.
-        size (`float`): Share of the rows in `(0, 1)`, or a whole number of rows, to hold out. It is an upper bound,
-            because all rows of a prompt go to the same side. At least one row is held out.
-        seed (`int`): Seed of the choice.
-        dataset_format (`str`, *optional*): A key of `FORMATS`; detected from the columns by default.
-
-    Returns:
-        `tuple`: The rows to train on and the rows held out, each in the original order.
-
-    Raises:
-        ValueError: If no rows would be left to train on.
-    """
-    return hold_out_of_several([dataset], size, seed=seed, formats=[dataset_format])[0]
-
-
-def hold_out_of_several(
+def hold_out(
     data_sets: Sequence[datasets.Dataset], size: float, *, seed: int, formats: Sequence[str | None]
 ) -> list[Split]:
-    """Split data sets that are trained on together, as if they were one data set.
+    """Split data sets that are trained on together, so that no prompt of the training rows is evaluated.
 
-    `size` counts the rows of all data sets together. If several data sets have the same prompt, all its rows go to the
-    same side. All other rules are those of [`hold_out`].
+    Args:
+        data_sets (`Sequence` of `datasets.Dataset`): Each in one of `FORMATS`.
+        size (`float`): Share of the rows of all data sets in `(0, 1)`, or a whole number of rows, to hold out. It is an
+            upper bound, because all rows of a prompt go to the same side. At least one row is held out.
+        seed (`int`): Seed of the choice.
+        formats (`Sequence` of `str` or `None`): A key of `FORMATS` for each data set; `None` detects it.
+
+    Returns:
+        `list`: For each data set, the rows to train on and the rows held out, each in the original order.
 
     Raises:
         ValueError: If no rows of one of the data sets would be left to train on.
@@ -86,7 +74,7 @@ def hold_out_of_several(
 def _prompts(dataset: datasets.Dataset, dataset_format: str | None) -> list[str | None]:
     """Return the prompt of each row. A bad prompt becomes `None`."""
     row_format = resolve_format(dataset_format, dataset.column_names)
-    column = row_format.prompt_column(dataset.column_names)
+    column = row_format.prompt_columns[0]
     prompts: list[str | None] = []
     for batch in dataset.with_format(None).select_columns([column]).iter(batch_size=1000):
         for value in batch[column]:

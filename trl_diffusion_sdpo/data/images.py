@@ -3,7 +3,7 @@
 Paths and URLs in rows are not trusted. They may name a device, a pipe or another host. A small file may decompress to
 any size.
 
-A bad image raises `UndecodableImageError`, and its row is left out. A storage that fails repeatedly raises
+A bad image raises `UndecodableImageError`, and its pair is left out. A storage that does not answer raises
 `UnreadableImageError`, and the run ends. The run does not continue without the image, because the image may be good and
 leaving it out would change the training.
 """
@@ -12,25 +12,22 @@ import errno
 import io
 import os
 import re
+import stat
 import tarfile
-import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import fsspec
 import numpy as np
 import pyarrow
-import torch
 from fsspec.core import url_to_fs
 from fsspec.utils import infer_compression
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from ..utils.files import check_regular_file
 from ..utils.hints import did_you_mean
 from ..utils.secrets import without_secrets
 
@@ -45,7 +42,6 @@ FILE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # needed because `datasets` names the images of a set that it streams from the Hub by such URLs.
 SCHEMES = ("file", "hf", "zip", "tar")
 
-READ_AGAIN = (1.0, 5.0)  # seconds before an image is read again after an error that may pass
 HOW_TO_GO_ON = (
     "The image may be good, so it is not left out. When the storage answers again, start the run again, with "
     "`resume_from_checkpoint` if it has saved a checkpoint. If it never does, remove the row from the data set."
@@ -55,23 +51,16 @@ PERMANENT_ERRORS = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
     *(errno.EACCES, errno.EPERM),
 )
-PERMANENT_STATUSES = (400, 401, 403, 404, 405, 410, 414, 451)  # HTTP status codes
-DAMAGED_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError)
+ABSENT_OR_DAMAGED = (
+    *(FileNotFoundError, PermissionError, ValueError),
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError),
+)
+INSIDE = 128  # grey value from which a pixel is within a mask
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
-
-FAST = "fast"
-INTERPOLATIONS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-    FAST: Image.Resampling.BILINEAR,
-}
-
 FULL_SIZE: Any = object()  # key in `Image.info`; an object, because files can set string keys
 
 Size = tuple[int, int]
 Covering = Callable[[int, int], Size]  # from `(height, width)` of an image to the size that it is resized to
-Result = TypeVar("Result")
 
 
 class UndecodableImageError(ValueError):
@@ -82,7 +71,7 @@ class UndecodableImageError(ValueError):
 
 
 class UnreadableImageError(ValueError):
-    """Error for a storage that failed repeatedly. The image may be good."""
+    """Error for a storage that does not answer. The image may be good."""
 
     def __init__(self, message: str) -> None:
         super().__init__(without_secrets(message))
@@ -115,7 +104,7 @@ def parse_schemes(value: str | Sequence[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Reader that opens and decodes the images of rows. After a temporary error, it reads the image again.
+    """Reader that opens and decodes the images of rows.
 
     Args:
         schemes (`tuple[str, ...]`): URL schemes that rows may use, also in chains such as `zip://a.png::hf://...`.
@@ -139,43 +128,46 @@ class ImageReader:
         Raises:
             UndecodableImageError: If the image is damaged, missing, too small, too long, too large, or of an unknown
                 type, or if the scheme of its URL is not allowed.
-            UnreadableImageError: If the storage failed repeatedly.
+            UnreadableImageError: If the storage does not answer.
         """
-        return _read_patiently(partial(self._decode, covering=covering), value)
+        with _image_errors(value), self._opened(value) as image:
+            size = None
+            if covering is not None and image is not value and image.format == "JPEG":
+                size = _upright_size(image)
+                wanted = covering(*size)
+                image.draft(None, wanted if _is_turned(image) else wanted[::-1])  # Pillow takes (width, height)
+            image.load()
+            decoded = _to_rgb(_upright(image))
+            _check_sides(*(size or (decoded.height, decoded.width)))
+            if size is not None:
+                decoded.info[FULL_SIZE] = size
+            return decoded
 
-    def size(self, value: Any) -> tuple[int, int]:
+    def size(self, value: Any) -> Size:
         """Return `(height, width)` of the image that `decode` would return, by reading the header only.
 
         Damaged pixels are not detected. If a PNG stores its rotation after the pixels, the rotation is not seen.
-
-        Raises:
-            UndecodableImageError: Like `decode`, if the header shows the problem.
-            UnreadableImageError: If the storage failed repeatedly.
+        Raises the errors of `decode` if the header shows the problem.
         """
-        return _read_patiently(self._size, value)
-
-    def decode_at(self, images: Sequence[Any], index: int, covering: Covering | None = None) -> Image.Image:
-        """Decode one of the images of a row. Errors name the index of the image."""
-        return _at(partial(self.decode, covering=covering), images, index)
-
-    def _decode(self, value: Any, covering: Covering | None = None) -> Image.Image:
-        with self._opened(value) as image:
-            if covering is not None and image is not value and image.format == "JPEG":
-                return _draft(image, covering)
-            image.load()
-            image = _to_rgb(_upright(image))
-            _check_sides(*image.size)
-            return image
-
-    def _size(self, value: Any) -> tuple[int, int]:
-        with self._opened(value) as image:
+        with _image_errors(value), self._opened(value) as image:
             if image.format == "TIFF":  # Pillow itself rotates a TIFF while decoding
                 image.load()
-                width, height = _upright(image).size
+                image = _upright(image)
+                height, width = image.height, image.width
             else:
                 height, width = _upright_size(image)
-            _check_sides(width, height)
-        return height, width
+            _check_sides(height, width)
+            return height, width
+
+    def decode_mask(self, value: Any) -> Image.Image:
+        """Decode a mask in grey. Raises `UndecodableImageError` if no pixel has at least the value `INSIDE`."""
+        try:
+            mask = self.decode(value).convert("L")
+        except UndecodableImageError as error:
+            raise UndecodableImageError(f"has a mask that {error}") from None
+        if not (np.asarray(mask) >= INSIDE).any():
+            raise UndecodableImageError(f"has a mask without a pixel of at least {INSIDE}: white (255) is inside")
+        return mask
 
     @contextmanager
     def _opened(self, value: Any) -> Iterator[Image.Image]:
@@ -188,7 +180,10 @@ class ImageReader:
             return
         if isinstance(value, str | os.PathLike):
             path = os.fspath(value)
-            value = self._download(path) if "://" in path else _check_file(path, MAX_FILE_BYTES)
+            if "://" in path:
+                value = self._download(path)
+            else:
+                check_regular_file(path, MAX_FILE_BYTES)
         elif isinstance(value, bytes | bytearray | memoryview):
             value = pyarrow.BufferReader(value)  # without a copy
         elif value is None:
@@ -217,12 +212,20 @@ class ImageReader:
                     f"is in a compressed archive, all of which would be unpacked to find it: {url}. Pack it as .tar"
                 )
             if scheme in ("", "file"):
-                _check_file(url_to_fs(hop)[1], MAX_FILE_BYTES if len(hops) == 1 else None)
+                check_regular_file(url_to_fs(hop)[1], MAX_FILE_BYTES if len(hops) == 1 else None)
         try:
             with fsspec.open(url, "rb") as file:
                 content = file.read(MAX_FILE_BYTES + 1)
         except Exception as error:
-            raise _storage_error(error) from None  # the traceback of `error` may show the password in the URL
+            # fsspec's HTTP file system raises FileNotFoundError for every failed request, with the answer as its cause.
+            cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
+            status = getattr(cause, "status", None)
+            if status is None:
+                is_bad = isinstance(cause, ABSENT_OR_DAMAGED)
+            else:
+                is_bad = 400 <= status < 500 and status not in (408, 429)  # not a timeout or too many requests
+            kind = UndecodableImageError if is_bad else UnreadableImageError
+            raise kind(f"cannot be read ({type(cause).__name__}: {cause})") from None
         if len(content) > MAX_FILE_BYTES:
             raise UndecodableImageError(f"is too large a file: more than {MAX_FILE_BYTES} bytes")
         return io.BytesIO(content)
@@ -231,50 +234,48 @@ class ImageReader:
 decode_image = ImageReader().decode  # uses the default schemes
 
 
-def as_undecodable(error: Exception, what: str) -> UndecodableImageError | UnreadableImageError:
-    """Convert an error raised while an image was read to an image error. `what` begins the message."""
-    if isinstance(error, UndecodableImageError | UnreadableImageError):
-        return error
-    if isinstance(error, UnidentifiedImageError):
-        return UndecodableImageError("is not an image format that Pillow can read")
-    may_pass = isinstance(error, MemoryError | TimeoutError | ConnectionError)
-    if (
-        isinstance(error, OSError) and error.errno is not None
-    ):  # for damaged images, decoders raise OSError without a number
-        may_pass = error.errno not in PERMANENT_ERRORS
-    if may_pass:
-        return UnreadableImageError(f"cannot be read ({type(error).__name__}: {error})")
-    return UndecodableImageError(f"{what} ({type(error).__name__}: {error})")
+@contextmanager
+def _image_errors(value: Any) -> Iterator[None]:
+    """Convert every error to one of the two errors of this module, and name the file in it.
 
-
-def _read_patiently(read: Callable[[Any], Result], value: Any) -> Result:
-    """Return `read(value)`. Convert any failure to one of the two errors of this module, and name the file in it."""
-    for pause in (*READ_AGAIN, None):
-        try:
-            return read(value)
-        except (
-            Exception
-        ) as error:  # decoders and file systems raise errors of any type, and a bad row must not stop the run
-            failure = as_undecodable(error, "cannot be decoded")
-            reason = str(failure)
-            name = value.get("path") if isinstance(value, Mapping) else value
-            if isinstance(name, str | os.PathLike) and without_secrets(os.fspath(name)) not in reason:
-                reason = f"{reason}: {os.fspath(name)}"
-            if isinstance(failure, UndecodableImageError):
-                raise UndecodableImageError(reason) from (None if failure is error else error)
-            if pause is None:
-                raise UnreadableImageError(f"{reason}, {len(READ_AGAIN) + 1} times. {HOW_TO_GO_ON}") from error
-        time.sleep(pause)
-    raise AssertionError
-
-
-def _at(read: Callable[[Any], Result], images: Sequence[Any], index: int) -> Result:
-    if index >= len(images):
-        raise UndecodableImageError(f"image {index} is missing: the row has {len(images)} images")
+    The traceback of the first error is dropped, because it may show the password in a URL.
+    """
     try:
-        return read(images[index])
-    except (UndecodableImageError, UnreadableImageError) as error:
-        raise type(error)(f"image {index} {error}") from error
+        yield
+    except Exception as error:  # decoders raise errors of any type, and a bad row must not stop the run
+        message = f"cannot be decoded ({type(error).__name__}: {error})"
+        kind: type[Exception] = UndecodableImageError
+        if isinstance(error, UndecodableImageError | UnreadableImageError):
+            kind, message = type(error), str(error)
+        elif isinstance(error, UnidentifiedImageError):
+            message = "is not an image format that Pillow can read"
+        elif isinstance(error, OSError) and error.errno is not None:
+            # For damaged images, decoders raise OSError without a number.
+            kind = UndecodableImageError if error.errno in PERMANENT_ERRORS else UnreadableImageError
+        elif isinstance(error, MemoryError | TimeoutError | ConnectionError):
+            kind = UnreadableImageError
+        name = value.get("path") if isinstance(value, Mapping) else value
+        if isinstance(name, str | os.PathLike) and without_secrets(os.fspath(name)) not in message:
+            message = f"{message}: {os.fspath(name)}"
+        if kind is UnreadableImageError:
+            message = f"{message}. {HOW_TO_GO_ON}"
+        raise kind(message) from None
+
+
+def check_regular_file(path: str | os.PathLike, max_bytes: int | None) -> None:
+    """Check a file before it is opened. Reading a pipe would block, and a device such as `/dev/zero` has no end.
+
+    Raises:
+        UndecodableImageError: If the path is not a regular file, or the file has more than `max_bytes`.
+        OSError: If the file does not exist.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise UndecodableImageError(f"is not a regular file: {os.fspath(path)}")
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise UndecodableImageError(
+            f"is too large a file: {status.st_size} bytes, {max_bytes} at most: {os.fspath(path)}"
+        )
 
 
 def _scheme(hop: str) -> str:
@@ -283,39 +284,13 @@ def _scheme(hop: str) -> str:
     return "" if not separator and re.search("[^a-z]", hop) else scheme
 
 
-def _check_file(path: str, max_bytes: int | None) -> str:
-    """Return a path after checking that it is a regular file. The file is not opened."""
-    try:
-        check_regular_file(path, max_bytes)
-    except ValueError as error:
-        raise UndecodableImageError(str(error)) from None
-    return path
-
-
-def _storage_error(error: Exception) -> UndecodableImageError | UnreadableImageError:
-    """Convert an error of a storage library to an image error.
-
-    The error counts as permanent if the file is missing, forbidden or damaged. All other errors count as temporary.
-    """
-    # The HTTP file system of fsspec raises FileNotFoundError for every failed request. The cause has the real reason.
-    cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
-    status = getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", None)
-    if status is None:
-        permanent = isinstance(cause, (FileNotFoundError, PermissionError, ValueError, *DAMAGED_ARCHIVE))
-    else:
-        permanent = status in PERMANENT_STATUSES
-    kind = UndecodableImageError if permanent else UnreadableImageError
-    answer = "" if status is None else f"HTTP status {status}, "
-    return kind(f"cannot be read ({answer}{type(cause).__name__}: {cause})")
-
-
 def _check_pixels(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise UndecodableImageError(f"{width}x{height} is too large: {MAX_PIXELS} pixels at most")
 
 
-def _check_sides(width: int, height: int) -> None:
+def _check_sides(height: int, width: int) -> None:
     short, long = sorted((width, height))
     if short < MIN_SIDE:
         raise UndecodableImageError(f"{width}x{height} is too small: sides of {MIN_SIDE} pixels at least")
@@ -323,21 +298,14 @@ def _check_sides(width: int, height: int) -> None:
         raise UndecodableImageError(f"{width}x{height} is too long: {MAX_ASPECT_RATIO} to 1 at most")
 
 
-def full_size(image: Image.Image) -> tuple[int, int]:
+def full_size(image: Image.Image) -> Size:
     """Return `(height, width)` of an image in its file. With `covering`, the decoded image may be smaller."""
     return image.info.get(FULL_SIZE, (image.height, image.width))
 
 
-def _draft(image: Image.Image, covering: Covering) -> Image.Image:
-    """Decode a JPEG at the smallest scale of 1, 1/2, 1/4 and 1/8 that is at least as large as `covering` returns."""
-    height, width = _upright_size(image)
-    _check_sides(width, height)
-    wanted = covering(height, width)
-    image.draft(None, wanted if _is_turned(image) else wanted[::-1])  # Pillow takes (width, height)
-    image.load()
-    image = _to_rgb(_upright(image))
-    image.info[FULL_SIZE] = (height, width)
-    return image
+def same_image(first: Image.Image, second: Image.Image) -> bool:
+    """Return whether two RGB images have the same pixels."""
+    return first.size == second.size and first.tobytes() == second.tobytes()
 
 
 def _is_turned(image: Image.Image) -> bool:
@@ -346,7 +314,7 @@ def _is_turned(image: Image.Image) -> bool:
     return Image.Image.getexif(image).get(ExifTags.Base.Orientation) in TURNED
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
+def _upright_size(image: Image.Image) -> Size:
     """Return `(height, width)` after EXIF rotation, from the header alone."""
     return image.size if _is_turned(image) else (image.height, image.width)
 
@@ -359,7 +327,11 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
-        image = _wide_grey(image)
+        # Scale 16 bits to 8. The conversion of Pillow would clip all values above 255 to white.
+        levels = np.asarray(image).astype(np.int64)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise UndecodableImageError("is of mode I with values outside 16 bits: save it in 8 or 16 bits")
+        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     if image.mode == "F":
         raise UndecodableImageError(
             "is of mode F: floating-point images have no agreed range, save it in 8 or 16 bits"
@@ -369,155 +341,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     canvas = Image.new("RGBA", image.size, "white")
     canvas.alpha_composite(image.convert("RGBA"))
     return canvas.convert("RGB")
-
-
-def _wide_grey(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits. The conversion of Pillow would clip all values above 255 to white."""
-    levels = np.asarray(image).astype(np.int64)
-    if levels.min() < 0 or levels.max() > 65535:
-        raise UndecodableImageError("is of mode I with values outside 16 bits: save it in 8 or 16 bits")
-    return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
-
-
-# ---- From decoded images to pixels
-
-
-@dataclass(frozen=True)
-class PairDraws:
-    """All random numbers of one pair in one epoch. They are drawn together: disabling one changes no other.
-
-    Attributes:
-        top, left (`float` in `[0, 1)`): Crop offset as a fraction of the free space. Images of different sizes are
-            therefore cropped at the same relative position.
-        flip (`float` in `[0, 1)`): The pair is mirrored if this is below 0.5.
-        dropout (`float` in `[0, 1)`): The prompt is emptied if this is below the dropout probability.
-        seed (`int` in `[0, 2**63)`): Seed of the pair's noise and timestep.
-    """
-
-    top: float
-    left: float
-    flip: float
-    dropout: float
-    seed: int
-
-    @classmethod
-    def from_key(cls, seed: int, epoch: int, row: int) -> "PairDraws":
-        """Draw the numbers of a pair from a non-negative key. They are equal on every machine and in every process."""
-        generator = np.random.default_rng([seed, epoch, row])
-        top, left, flip, dropout = generator.random(4).tolist()
-        return cls(top, left, flip, dropout, int(generator.integers(0, 2**63 - 1, endpoint=True)))
-
-
-class PairPixels(NamedTuple):
-    """Transformed pair, winner first."""
-
-    pixel_values: torch.Tensor  # (2, 3, H, W), uint8 RGB
-    original_sizes: tuple[Size, Size]  # (height, width) before resizing
-    crop_top_lefts: tuple[Size, Size]  # (top, left) in the resized, possibly mirrored, image
-    is_mirrored: bool
-
-
-def pixels_as_floats(pixels: torch.Tensor) -> torch.Tensor:
-    """Convert pixels to the floats that the VAE takes, `(x / 255 - 0.5) / 0.5`. The result is bit-equal on all devices.
-
-    Args:
-        pixels (`torch.Tensor` of any shape, uint8): On any device. Tensors of another dtype are assumed to be in
-            `[-1, 1]` and returned unchanged.
-
-    Returns:
-        `torch.Tensor` of the same shape, float32 in `[-1, 1]`, on the same device.
-    """
-    if pixels.dtype != torch.uint8:
-        return pixels
-    return pixels.float().div_(white(pixels.device)).sub_(0.5).div_(0.5)
-
-
-@lru_cache(maxsize=16)
-def white(device: torch.device) -> torch.Tensor:
-    """Return 255 as a tensor, because CUDA divides by a Python scalar with a rounded reciprocal."""
-    return torch.full((), 255.0, device=device)
-
-
-class PairTransform:
-    """Transform that resizes, flips and crops both images of a pair with the same random numbers.
-
-    The resized image keeps its aspect ratio and covers the target. For a square target, the shorter side becomes
-    `resolution` and the longer side is rounded down, like torchvision's `Resize(int)` on PIL images.
-
-    Args:
-        resolution (`int` or `tuple[int, int]`): Side of the square target, or `(height, width)`.
-        center_crop (`bool`): Crop at the center instead of at random.
-        random_flip (`bool`): Mirror half of the pairs.
-        interpolation (`str`): `"bilinear"`, `"bicubic"`, `"lanczos"` or `"fast"`. `fast` is bilinear, but resizes
-            the cropped part only. It also decodes JPEG files at a fraction of their size if that covers the target (see
-            [`PairTransform.covering`]).
-    """
-
-    def __init__(
-        self,
-        resolution: int | tuple[int, int],
-        *,
-        center_crop: bool = True,
-        random_flip: bool = False,
-        interpolation: str = "bilinear",
-    ) -> None:
-        size = tuple(resolution) if isinstance(resolution, tuple | list) else (resolution, resolution)
-        if len(size) != 2 or any(not isinstance(side, int) or side < MIN_SIDE for side in size):
-            raise ValueError(
-                f"`resolution` must be one or two (height, width) integers of at least {MIN_SIDE}, got {resolution!r}."
-            )
-        if interpolation not in INTERPOLATIONS:
-            raise ValueError(f"`interpolation` must be one of {sorted(INTERPOLATIONS)}, got {interpolation!r}.")
-        self.height, self.width = size
-        self.center_crop, self.random_flip, self.interpolation = center_crop, random_flip, interpolation
-
-    def __call__(
-        self, winner: Image.Image, loser: Image.Image, draws: PairDraws | None = None, target: Size | None = None
-    ) -> PairPixels:
-        """Transform two RGB images of any sizes into pixels. Without `draws`, crop at the center and do not flip.
-        `target`, as `(height, width)`, replaces `resolution`."""
-        pixels, corners = zip(*(self.image(image, draws, target) for image in (winner, loser)), strict=True)
-        sizes = full_size(winner), full_size(loser)
-        return PairPixels(torch.stack(pixels), sizes, corners, self.mirrors(draws))
-
-    def mirrors(self, draws: PairDraws | None) -> bool:
-        """Whether the images of a pair with these draws are mirrored."""
-        return draws is not None and self.random_flip and draws.flip < 0.5
-
-    def covering(self, target: Size | None = None) -> Covering | None:
-        """Return the argument `covering` of [`ImageReader.decode`], or `None` if images are decoded at full size."""
-        return partial(self.resized_size, target=target) if self.interpolation == FAST else None
-
-    def resized_size(self, height: int, width: int, target: Size | None = None) -> Size:
-        """Return the smallest `(height, width)` that covers the target and has the aspect ratio of the image."""
-        target_height, target_width = (self.height, self.width) if target is None else target
-        if width * target_height <= height * target_width:  # the width determines the scale
-            return target_width * height // width, target_width
-        return target_height, target_height * width // height
-
-    def image(
-        self, image: Image.Image, draws: PairDraws | None = None, target: Size | None = None
-    ) -> tuple[torch.Tensor, Size]:
-        """Return the pixels `(3, H, W)` of an image, and the top left corner of the crop."""
-        height, width = self.resized_size(*full_size(image), target)
-        mirrors = self.mirrors(draws)
-        target_height, target_width = (self.height, self.width) if target is None else target
-        top, left = self._corner(height - target_height, width - target_width, draws)
-        if self.interpolation == FAST:
-            # Find the crop in the decoded image, before it is mirrored.
-            first = width - target_width - left if mirrors else left
-            down, across = image.height / height, image.width / width
-            box = (first * across, top * down, (first + target_width) * across, (top + target_height) * down)
-            image = image.resize((target_width, target_height), INTERPOLATIONS[FAST], box)
-            image = ImageOps.mirror(image) if mirrors else image
-        else:
-            image = image.resize((width, height), INTERPOLATIONS[self.interpolation])
-            image = ImageOps.mirror(image) if mirrors else image
-            image = image.crop((left, top, left + target_width, top + target_height))
-        pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
-        return pixels.contiguous(), (top, left)
-
-    def _corner(self, free_height: int, free_width: int, draws: PairDraws | None) -> Size:
-        if draws is None or self.center_crop:
-            return round(free_height / 2), round(free_width / 2)
-        return int(draws.top * (free_height + 1)), int(draws.left * (free_width + 1))

@@ -70,7 +70,7 @@ def load_pairs(
         message = "`dataset_config=%s` has no effect on %s: configurations belong to data sets of the Hub."
         logger.warning(message, config, name)
     if is_saved(path):
-        loaded = with_found_images(_rows_of_splits(path, saved_splits(path), split), [path])
+        loaded = with_resolved_names(_rows_of_splits(path, saved_splits(path), split), [path])
         return loaded.to_iterable_dataset() if streaming else loaded
     if path.is_file():
         return _load_file(path, split, streaming)
@@ -87,8 +87,7 @@ def load_pairs(
 
 def load_pairs_from_files(path: str, split: str, streaming: bool, config: str | None, **files: Any) -> Any:
     """Load pairs like [`load_pairs`], from `data_files` or a `data_dir` of a data set."""
-    builder = datasets.load_dataset_builder(path, name=config, **files)
-    return with_found_images(_loaded(builder, split, streaming), _folders_of_files(builder, split))
+    return _load(datasets.load_dataset_builder(path, name=config, **files), split, streaming)
 
 
 def is_saved(path: Path) -> bool:
@@ -125,16 +124,14 @@ def _load_file(path: Path, split: str, streaming: bool) -> Any:
         raise ValueError(
             f"A data set in one file must end in {', '.join(FILE_BUILDERS)}; got {path}. Pass its folder instead."
         )
-    builder, options = FILE_BUILDERS[path.suffix.lower()]
-    files, split = {ONLY_SPLIT: str(path)}, rename_split(split, ONLY_SPLIT)
-    loaded = datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming, **options)
-    return with_found_images(loaded, [path.parent])
+    name, options = FILE_BUILDERS[path.suffix.lower()]
+    builder = datasets.load_dataset_builder(name, data_files={ONLY_SPLIT: str(path)}, **options)
+    return _load(builder, rename_split(split, ONLY_SPLIT), streaming)
 
 
 def _load_folder(path: Path, split: str, streaming: bool) -> Any:
-    builder = _builder_of(path)
     try:
-        loaded = _loaded(builder, split, streaming)
+        return _load(_builder_of(path), split, streaming, path)
     except ValueError as error:
         if "_file_name`" not in str(error):
             raise
@@ -143,15 +140,17 @@ def _load_folder(path: Path, split: str, streaming: bool) -> Any:
             f"`rejected_file_name`. If other columns have them, pass the metadata file in place of "
             f"its folder. ({error})"
         ) from error
-    return with_found_images(loaded, [*_folders_of_files(builder, split), path])
 
 
-def _loaded(builder: datasets.DatasetBuilder, split: str, streaming: bool) -> Any:
-    """Load a split like `datasets.load_dataset`."""
+def _load(builder: datasets.DatasetBuilder, split: str, streaming: bool, *folders: Path) -> Any:
+    """Load a split like `datasets.load_dataset`. Names of images are looked up in the folder of the data files, then
+    in `folders`."""
     if streaming:
-        return builder.as_streaming_dataset(split)
-    builder.download_and_prepare()
-    return builder.as_dataset(split)
+        loaded = builder.as_streaming_dataset(split)
+    else:
+        builder.download_and_prepare()
+        loaded = builder.as_dataset(split)
+    return with_resolved_names(loaded, [*_folders_of_files(builder, split), *folders])
 
 
 def _builder_of(path: Path) -> datasets.DatasetBuilder:
@@ -198,7 +197,7 @@ def _folders_of_files(builder: datasets.DatasetBuilder, split: str) -> list[Path
 # ---- Names of images ----------------------------------------------------------------------------------------------
 
 
-def with_found_images(dataset: Any, folders: Sequence[str | os.PathLike]) -> Any:
+def with_resolved_names(dataset: Any, folders: Sequence[str | os.PathLike]) -> Any:
     """Resolve relative names of images. The folders are searched in their order, then the working directory.
 
     A file that is not found is assumed to be in the first folder.
@@ -246,8 +245,8 @@ def _flat_row(most_sources: int, row: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _images(part: Mapping[str, Any] | None) -> list[str]:
-    media = (part or {}).get("media") or []
+def _images(message: Mapping[str, Any] | None) -> list[str]:
+    media = (message or {}).get("media") or []
     return [medium["path"] for medium in media if medium.get("type") == "image"]
 
 
@@ -322,8 +321,8 @@ def surely_share_rows(first: str, second: str) -> bool:
     if ALL_SPLITS in (first, second):
         return True
     return any(
-        _split_name(one) == _split_name(other) and (one == other or _split_name(one) in (one, other))
-        for one in _summands(first)
+        _split_name(summand) == _split_name(other) and (summand == other or _split_name(summand) in (summand, other))
+        for summand in _summands(first)
         for other in _summands(second)
     )
 

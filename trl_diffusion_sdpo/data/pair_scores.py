@@ -15,19 +15,14 @@ import torch
 from ..losses import WEIGHT_FUNCTIONS, calibrated_scores, score_gaps, with_mean_one
 from ..losses.pair_weights import WeightFunction
 from ..utils.processes import ALONE, Peers
+from .dataset import PreferenceDataset
 from .images import ImageReader, UndecodableImageError
-from .pairs import PreferenceDataset
 from .sources import PairSource, numbers_of_rows
 
 logger = logging.getLogger(__name__)
 
 COMPARED_AT_ONCE = 1 << 22  # comparisons in memory at a time
-MOST_OF_ALL = 0.5  # the trainer warns if one pair has a larger share of all weight
 SCORER_COLUMNS = ("chosen_scores", "rejected_scores")  # lists with one number per scorer
-NOT_FOR_STREAMS = (
-    "`{name}` needs the scores or weights of all pairs before the first batch. The {data} data are a stream, so they "
-    "are not known. Load the data without `streaming=True`, or leave `{name}` out."
-)
 
 
 @dataclass(frozen=True)
@@ -61,35 +56,27 @@ class ScoreSettings:
         return SCORER_COLUMNS if self._weighting.several_scorers else ()
 
     @property
-    def reads_gaps(self) -> bool:
-        """Whether the gaps of the score columns are read."""
+    def _reads_gaps(self) -> bool:
+        """Whether weights are computed from the score columns."""
         return self._weighting is not None and not self._weighting.several_scorers
 
     @property
-    def weighed_by(self) -> str | None:
+    def _weighed_by(self) -> str | None:
         """Description of the weights' origin; `None` without weights."""
         if self.pair_weights is None:
             return None
-        return repr(self.pair_weights) + (
-            " of pairs ordered by scores" if self.reads_gaps and self.sorts_by_scores else ""
-        )
+        ordered = " of pairs ordered by scores" if self._reads_gaps and self.sorts_by_scores else ""
+        return repr(self.pair_weights) + ordered
 
     @property
     def needs_scores(self) -> bool:
         """Whether score columns are read."""
-        return self.sorts_by_scores or self.reads_gaps
+        return self.sorts_by_scores or self._reads_gaps
 
     @property
-    def calibrates(self) -> bool:
+    def _calibrates(self) -> bool:
         """Whether there are scores to calibrate."""
         return self.calibrated and self.needs_scores
-
-    @property
-    def needs_all_pairs(self) -> str:
-        """The first setting that needs the scores of all pairs; empty if no setting does."""
-        if self.pair_weights:
-            return "pair_weights"
-        return "calibrated_scores" if self.calibrates else ""
 
     def apply_to(self, dataset: Any, peers: Peers = ALONE) -> None:
         """Compute calibrated scores and weights of pairs, and set them in the data set. All processes must call it.
@@ -97,32 +84,30 @@ class ScoreSettings:
         Raises:
             ValueError: If the data are a stream, all gaps are equal, or weights are negative or all 0.
         """
-        self._warn_of_range(dataset)
-        name = self.needs_all_pairs
-        if not name:
-            return
         if not isinstance(dataset, PreferenceDataset):
-            raise ValueError(NOT_FOR_STREAMS.format(name=name, data=dataset.report.name))
-        calibrated = peers.first(partial(calibrate, dataset)) if self.calibrates else None
-        dataset.use_scores(calibrated=calibrated, weights=None)
-        if self.reads_gaps:
+            self._refuse_stream(dataset.report.name)
+            return
+        self._warn_of_range(dataset)
+        calibrated = peers.first(partial(calibrate, dataset)) if self._calibrates else None
+        if calibrated is not None:
+            dataset.use_scores(calibrated=calibrated, weights=None)
+        if self._reads_gaps:
             self._check_gaps(dataset)
         if self.pair_weights is not None:
-            dataset.use_scores(calibrated=calibrated, weights=self._weights(dataset), by=self.weighed_by)
+            dataset.use_scores(calibrated=calibrated, weights=self._weights(dataset), by=self._weighed_by)
 
     def check_prepared(self, dataset: Any, name: str, *, training: bool) -> None:
         """Raise `ValueError` if prepared data use scores in another way than these settings."""
         if not isinstance(dataset, PreferenceDataset):
-            if self.needs_all_pairs:
-                raise ValueError(NOT_FOR_STREAMS.format(name=self.needs_all_pairs, data=name))
+            self._refuse_stream(name)
             return
         calibrated, weighed_by = dataset.score_uses
         weighed_by = weighed_by if training else None
-        if (calibrated, weighed_by) != (self.calibrates, self.weighed_by):
+        if (calibrated, weighed_by) != (self._calibrates, self._weighed_by):
             raise ValueError(
                 f"Prepared data must use scores like the trainer. The {name} data were prepared with "
                 f"`calibrated_scores={calibrated}` and `pair_weights={weighed_by}`. The trainer has {self.calibrated} "
-                f"and {self.weighed_by}. Pass the data set that they were prepared from."
+                f"and {self._weighed_by}. Pass the data set that they were prepared from."
             )
         if training:  # evaluation data would repeat the warning at every evaluation
             self._warn_of_range(dataset)
@@ -132,11 +117,17 @@ class ScoreSettings:
                 "were prepared from."
             )
 
-    def _warn_of_range(self, dataset: Any) -> None:
-        """Warn of scores outside of [0, 1] if the loss takes scores for shares of wins. Streams are not checked."""
-        if not self.in_unit_range or self.calibrated or not isinstance(dataset, PreferenceDataset):
-            return
-        if dataset.scores is None or not len(dataset):
+    def _refuse_stream(self, name: str) -> None:
+        if self.pair_weights or self._calibrates:
+            setting = "pair_weights" if self.pair_weights else "calibrated_scores"
+            raise ValueError(
+                f"`{setting}` needs the scores or weights of all pairs before the first batch. The {name} data are a "
+                "stream. Load them without `streaming=True`, or leave the setting out."
+            )
+
+    def _warn_of_range(self, dataset: PreferenceDataset) -> None:
+        """Warn of scores outside of [0, 1] if the loss takes scores for shares of wins."""
+        if not self.in_unit_range or self.calibrated or dataset.scores is None or not len(dataset):
             return
         scores = -dataset.scores if dataset.is_swapped else dataset.scores  # the swap changed their signs
         low, high = float(scores.min()), float(scores.max())
@@ -147,47 +138,38 @@ class ScoreSettings:
                 *(dataset.report.name, low, high),
             )
 
-    def gaps(self, dataset: PreferenceDataset) -> torch.Tensor:
-        """Return the difference of each pair's scores, `(P,)`, at least 0."""
-        assert dataset.scores is not None
-        return score_gaps(torch.tensor(dataset.scores), sorts_by_scores=self.sorts_by_scores)
-
     def _check_gaps(self, dataset: PreferenceDataset) -> None:
         assert dataset.scores is not None
-        gaps, pairs = self.gaps(dataset), len(dataset)
+        name, pairs = dataset.report.name, len(dataset)
+        gaps = score_gaps(torch.tensor(dataset.scores), sorts_by_scores=self.sorts_by_scores)
         if gaps.min() == gaps.max():
             raise ValueError(
-                f"`pair_weights` needs pairs with different gaps of scores. All {pairs} pairs of the "
-                f"{dataset.report.name} data have the gap {float(gaps.max()):g}. Use another scorer, or leave it out."
+                f"`pair_weights` needs pairs with different gaps of scores. All {pairs} pairs of the {name} data have "
+                f"the gap {float(gaps.max()):g}. Use another scorer, or leave it out."
             )
         contradicted = int((dataset.scores[:, 0] < dataset.scores[:, 1]).sum())
         if contradicted:
-            what = "the loss exchanges their images" if self.sorts_by_scores else "their gap counts as 0"
-            note = f"in {contradicted} of {pairs} pairs the rejected image has the higher score: {what}"
+            effect = "the loss exchanges their images" if self.sorts_by_scores else "their gap counts as 0"
+            note = f"in {contradicted} of {pairs} pairs the rejected image has the higher score: {effect}"
             dataset.add_note(note)
-            logger.warning("%s data: %s.", dataset.report.name, note)
+            logger.warning("%s data: %s.", name, note)
 
     def _weights(self, dataset: PreferenceDataset) -> np.ndarray:
         """Return the weights of all pairs, `(P,)`."""
         assert self.pair_weights is not None
-        weighting = WEIGHT_FUNCTIONS.get(self.pair_weights)
-        if weighting is None:
+        if self._weighting is None:
             weights = _weights_of_column(dataset, self.pair_weights)
         else:
-            scores = _scores_of_several(dataset) if weighting.several_scorers else _scores_of_one(dataset)
-            weights = weighting.function(scores, sorts_by_scores=self.sorts_by_scores)
+            if self._weighting.several_scorers:
+                scores = _scores_of_several(dataset)
+            else:
+                scores = torch.tensor(dataset.scores)[:, :, None]  # (P, 2, 1)
+            weights = self._weighting.function(scores, sorts_by_scores=self.sorts_by_scores)
         if not weights.any():
             raise ValueError(
                 f"Some pairs must have a weight above 0. `pair_weights={self.pair_weights!r}` is 0 for all "
                 f"{len(weights)} pairs of the {dataset.report.name} data. Choose other weights. For `gain`, scale the "
                 "scores down."
-            )
-        largest = float(weights.max() / weights.sum())
-        if largest > MOST_OF_ALL and len(weights) > 2:
-            logger.warning(
-                "`pair_weights=%r` gives one of the %d pairs of the %s data %.0f %% of all weight, so hardly any other "
-                "pair counts. Check its scores.",
-                *(self.pair_weights, len(weights), dataset.report.name, 100 * largest),
             )
         if weights.min() == weights.max():
             logger.warning("`pair_weights=%r` has no effect: all pairs have the same weight.", self.pair_weights)
@@ -224,12 +206,6 @@ def _weights_of_column(dataset: PreferenceDataset, column: str) -> torch.Tensor:
     return weights[:, 0]
 
 
-def _scores_of_one(dataset: PreferenceDataset) -> torch.Tensor:
-    """Return scores of shape `(P, 2, 1)`."""
-    assert dataset.scores is not None
-    return torch.tensor(dataset.scores)[:, :, None]
-
-
 def _scores_of_several(dataset: PreferenceDataset) -> torch.Tensor:
     """Return scores of shape `(P, 2, K)`."""
     chosen, rejected = (_numbers(dataset, column) for column in SCORER_COLUMNS)
@@ -261,7 +237,9 @@ def calibrate(dataset: PreferenceDataset) -> np.ndarray:
     """
     assert dataset.scores is not None
     source, index = dataset.origins()
-    prompts = np.repeat(_prompt_numbers(source, index[:, 0]), 2)
+    numbers: dict[str, int] = {}
+    codes = [numbers.setdefault(prompt, len(numbers)) for prompt in source.prompts_of_rows(index[:, 0])]
+    prompts = np.repeat(np.array(codes, dtype=np.int64), 2)
     places, flat_scores = index.reshape(-1, 2), dataset.scores.reshape(-1)
     images, prompts, scores = _different_images(source, dataset.reader, places, prompts, flat_scores)
     order = np.argsort(prompts, kind="stable")
@@ -273,14 +251,6 @@ def calibrate(dataset: PreferenceDataset) -> np.ndarray:
         for chunk in np.array_split(groups, -(-groups.size * size // COMPARED_AT_ONCE)):
             calibrated[chunk] = calibrated_scores(torch.from_numpy(scores[chunk])).numpy()
     return calibrated[images].reshape(-1, 2)
-
-
-def _prompt_numbers(source: PairSource, rows: np.ndarray) -> np.ndarray:
-    """Return a number for the prompt of each row. Equal prompts have equal numbers."""
-    distinct, number_of_row = np.unique(rows, return_inverse=True)
-    numbers: dict[str, int] = {}
-    codes = [numbers.setdefault(prompt, len(numbers)) for prompt in source.prompts_of_rows(distinct)]
-    return np.array(codes, dtype=np.int64)[number_of_row.reshape(-1)]
 
 
 def _different_images(
@@ -310,7 +280,7 @@ def _different_images(
 
 def _content(source: PairSource, reader: ImageReader, row: int, image: int) -> str:
     try:
-        decoded = reader.decode_at(source.images(row), image)
+        decoded = source.images([(row, image)])[0].decode(reader)
     except UndecodableImageError:
         return f"unreadable image {image} of row {row}"
     return f"{decoded.size} {hashlib.sha256(decoded.tobytes()).hexdigest()}"

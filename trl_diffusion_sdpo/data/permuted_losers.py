@@ -38,13 +38,12 @@ class PermutedLosers:
         Raises:
             ValueError: If a prompt has more than half of the pairs. Some would then have a loser of their own prompt.
         """
-        rows, number_of_row = np.unique(index[:, 0], return_inverse=True)
-        texts = source.prompts_of_rows(rows)
+        texts = source.prompts_of_rows(index[:, 0])
         digests = {text: digest_of(text) for text in set(texts)}
-        prompts = np.array([digests[text] for text in texts], dtype=np.int64)[number_of_row.reshape(-1)]
+        prompts = np.array([digests[text] for text in texts], dtype=np.int64)
         pair, count = most_common(prompts) if len(index) else (0, 0)
         if 2 * count > len(index):
-            prompt = shorten(source.prompt(int(index[pair, 0])), 60, placeholder="…")
+            prompt = shorten(texts[pair], 60, placeholder="…")
             raise ValueError(
                 "`losers='permute'` takes losers of other prompts, so no prompt may have more than half of the images. "
                 f"In the {name} data, the prompt {prompt!r} has {count} of {len(index)}. Add images of other prompts, "
@@ -67,10 +66,6 @@ class PermutedLosers:
         for loser in chain(range(first, pairs), range(first)):
             if self._prompts[loser] != self._prompts[pair] and not self.bad[loser]:
                 yield loser
-
-    def of_pair(self, pair: int, epoch: int) -> int | None:
-        """Return the first of the [`candidates`], or `None`."""
-        return next(self.candidates(pair, epoch), None)
 
 
 def most_common(values: np.ndarray) -> tuple[int, int]:
@@ -111,9 +106,9 @@ def derangement(values: np.ndarray, key: Sequence[int]) -> np.ndarray:
     image = np.empty(count, dtype=np.int64)
     image[order] = np.roll(order, -int(generator.integers(largest, count - largest, endpoint=True)))
     for _ in range(ROUNDS):
-        one, other = generator.permutation(count)[: count // 2 * 2].reshape(2, -1)
-        differ = (numbers[one] != numbers[image[other]]) & (numbers[other] != numbers[image[one]])
-        taken = differ & (generator.random(len(one)) < 0.5)
-        one, other = one[taken], other[taken]
-        image[one], image[other] = image[other], image[one]
+        first, second = generator.permutation(count)[: count // 2 * 2].reshape(2, -1)
+        differ = (numbers[first] != numbers[image[second]]) & (numbers[second] != numbers[image[first]])
+        is_exchanged = differ & (generator.random(len(first)) < 0.5)
+        first, second = first[is_exchanged], second[is_exchanged]
+        image[first], image[second] = image[second], image[first]
     return image

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import datasets
+import numpy as np
 
 from ..utils.processes import ALONE, Peers
-from .checking import ENLARGED
-from .formats import FORMATS
-from .pairs import PairOptions, PreferenceDataset
-from .sources import SEED_COLUMNS, PairMixture, bad_seeds, make_source, numbers_of_rows
+from . import checking
+from .checking import ENLARGED, DataReport
+from .dataset import PairOptions, PreferenceDataset
+from .formats import FORMATS, SEED_COLUMNS, Reject
+from .permuted_losers import PermutedLosers
+from .sources import PairMixture, PairSource, PairTable, bad_seeds, make_source, numbers_of_rows
 from .streaming import PreferenceIterableDataset, Stream
 
 logger = logging.getLogger(__name__)
 
-WITHOUT_MEAN = (
-    "`pair_weights` reads the columns {columns} of all pairs before the first batch, because weights are divided by "
-    "their mean. The {name} data are a stream. Load them without `streaming=True`, or leave `pair_weights` out."
-)
+MISSING = "is missing: the row has fewer images than labels"
 
 
 def prepare_dataset(
@@ -45,7 +47,8 @@ def prepare_dataset(
             dataset = PairMixture(dataset)
     is_mixture = isinstance(dataset, PairMixture)
     is_stream = dataset.is_stream if is_mixture else isinstance(dataset, datasets.IterableDataset)
-    if options.num_proc is not None and (is_stream or not (options.verify_images == "all" or options.reads_sizes)):
+    checks_all = options.verify_images == "all" or options.reads_sizes
+    if options.num_proc is not None and (is_stream or not checks_all):
         logger.warning(
             "`num_proc=%s` has no effect. It is used only if all images of a map-style set, or their sizes, are "
             "checked.",
@@ -54,26 +57,40 @@ def prepare_dataset(
     if is_stream:
         return _prepare_stream(dataset, options, name)
 
-    number_columns = (*options.number_columns, *(SEED_COLUMNS if options.noise_seeds else ()))
+    # Recognize the columns.
     source = make_source(
         dataset,
         options.dataset_format,
         name,
         use_scores=options.use_scores,
         is_swapped=options.swap_labels,
-        number_columns=number_columns,
+        number_columns=(*options.number_columns, *(SEED_COLUMNS if options.noise_seeds else ())),
     )
     if not options.permutes and not source.has_losers:
         raise ValueError(_without_losers(name))
-    prepared = PreferenceDataset.of(source, options, name)
+    for column, has_it in (("a mask column", source.has_masks), ("a `source` column", source.has_sources)):
+        if options.permutes and has_it:
+            raise ValueError(
+                f"`losers='permute'` cannot act on data with {column}: losers are images of other pairs, and the "
+                "column belongs to the two images of a row. Remove the column, or use `losers='data'`."
+            )
+    # Index the pairs, and drop those that cannot be used.
+    report = DataReport(name, source.format_name, rows=len(source), is_swapped=source.is_swapped)
+    report.is_permuted = options.permutes
+    reject = partial(checking.reject, report, options.on_bad_row == "raise")
+    pairs = source.index_pairs(reject)
+    if options.permutes:  # an index of the winners alone
+        pairs = PairTable(pairs.places[:, [0, 1, 0, 1]], {})
     for column in options.number_columns:
-        prepared.drop_bad_rows(numbers_of_rows(source.values(column), column)[1])
+        pairs = _drop_rows(pairs, numbers_of_rows(source.values(column), column)[1], reject)
     for column in SEED_COLUMNS if options.noise_seeds else ():
-        prepared.drop_bad_rows(bad_seeds(source.values(column), column))
-    if options.verify_images == "all" or options.reads_sizes:
-        prepared.check_images(options.num_proc, peers, decode=options.verify_images == "all")
-    if options.permutes:
-        prepared.permute_losers()
+        pairs = _drop_rows(pairs, bad_seeds(source.values(column), column), reject)
+    if checks_all and len(pairs):
+        pairs = _check_images(source, pairs, options, report, reject, peers)
+
+    # Make the data set, and check a sample of it.
+    losers = PermutedLosers.of(source, pairs.places, options.seed, name) if options.permutes else None
+    prepared = PreferenceDataset(source, pairs, options, report, losers)
     if options.verify_images != "none" and len(prepared):
         prepared.check_sample(peers, compare=options.compare)
     report = prepared.report
@@ -84,31 +101,61 @@ def prepare_dataset(
     return prepared
 
 
-def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> PreferenceIterableDataset:
-    if options.permutes:
-        raise ValueError(
-            f"`losers='permute'` needs all rows at once. The {name} data are a stream. Load them without "
-            "`streaming=True`."
-        )
+def _drop_rows(pairs: PairTable, reasons: Mapping[int, str], reject: Reject) -> PairTable:
+    """Drop and count the pairs of rows whose numbers cannot be used. `reasons` has a reason by row."""
+    rows = pairs.places[:, 0]
+    is_bad = np.isin(rows, list(reasons))
+    for row in np.unique(rows[is_bad]).tolist():
+        reject("bad_labels", row, reasons[row], 1)
+    return pairs.take(~is_bad)
+
+
+def _check_images(
+    source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport, reject: Reject, peers: Peers
+) -> PairTable:
+    """Decode every image, or read only its header. Drop the pairs of bad and of small images, and assign the other
+    pairs to their buckets. The peers divide the images."""
+    decode = options.verify_images == "all"
+    sizes, reasons = source.examine_images(
+        pairs.places, options.reader, decode=decode, num_proc=options.num_proc, peers=peers
+    )
+    is_readable = np.asarray((sizes > 0).all((1, 2)))
+    is_large = np.asarray((sizes >= (options.min_side or 0)).all((1, 2)))
+    for pair in np.flatnonzero(~is_readable).tolist():
+        side = 0 if not sizes[pair, 0].all() else 1  # of the first bad image
+        row, image = pairs.places[pair, 2 * side : 2 * side + 2].tolist()
+        reject("undecodable", row, f"image {image} {reasons.get((row, image), MISSING)}", 1)
+    for pair in np.flatnonzero(is_readable & ~is_large).tolist():
+        reason = f"{sizes[pair].min()} pixels along the shorter side, and `min_side={options.min_side}`"
+        reject("too_small", int(pairs.places[pair, 0]), reason, 1)
+    pairs, sizes = pairs.take(is_readable & is_large), sizes[is_readable & is_large]
+    targets = np.array([[options.transform.height, options.transform.width]])
+    if options.buckets is not None:
+        numbers = options.buckets.assign(sizes.reshape(-1, 4).astype(np.int64))
+        pairs = pairs.with_columns(size=numbers)
+        targets = np.array(options.buckets.sizes)[numbers]
     if options.reads_sizes:
-        raise ValueError(
-            "`aspect_ratio_buckets` and `min_side` need the sizes of all images before the first batch. The "
-            f"{name} data are a stream. Load them without `streaming=True`, or leave both out."
-        )
-    if options.noise_seeds:
-        raise ValueError(
-            f"`noise_source='generated'` needs a map-style data set, and the {name} data are a stream. Load them "
-            "without `streaming=True`."
-        )
-    if options.number_columns:
-        raise ValueError(WITHOUT_MEAN.format(columns=list(options.number_columns), name=name))
-    listed, weights = [(name, dataset, options.dataset_format)], None
+        report.notes = checking.describe_sizes(sizes, targets)
+    return pairs
+
+
+def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> PreferenceIterableDataset:
+    needs_all_rows = {
+        "`losers='permute'`": options.permutes,
+        "`aspect_ratio_buckets` and `min_side`": options.reads_sizes,
+        "`noise_source='generated'`": options.noise_seeds,
+        "`pair_weights`": bool(options.number_columns),
+    }
+    for setting, is_set in needs_all_rows.items():
+        if is_set:
+            raise ValueError(
+                f"{setting} must read all rows before the first batch, and the {name} data are a stream. Load them "
+                "without `streaming=True`, or leave the setting out."
+            )
+    entries, weights = [(name, dataset, options.dataset_format)], None
     if isinstance(dataset, PairMixture):
-        listed, weights = list(dataset.entries(options.dataset_format, name)), dataset.weights
-    streams = [
-        Stream(rows, row_format, label, use_scores=options.use_scores, is_swapped=options.swap_labels)
-        for label, rows, row_format in listed
-    ]
+        entries, weights = list(dataset.entries(options.dataset_format, name)), dataset.weights
+    streams = [Stream(rows, row_format, label, options) for label, rows, row_format in entries]
     if not all(stream.format.has_losers for stream in streams):
         raise ValueError(_without_losers(name))
     return PreferenceIterableDataset(streams, options, weights=weights, name=name)

@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
 import logging
 import math
 import os
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets.fingerprint import Hasher
 from PIL import Image
 
 from ..utils._compat import dataset_fingerprint
 from ..utils.files import file_facts
-from . import formats
+from ..utils.processes import Peers, forks_by_default, usable_cores
 from .checking import DataReport, evenly_spaced
 from .formats import (
+    SEED_COLUMNS,
     LabelError,
     PreferenceFormat,
     Reject,
     finite_number,
     groups,
-    images_of_row,
-    mask_of_row,
+    member_text,
     pairs_in_group,
     resolve_format,
 )
-from .images import ImageReader, Size, UndecodableImageError, decode_image
+from .images import Covering, ImageReader, Size, UndecodableImageError, UnreadableImageError, decode_image
 
 logger = logging.getLogger(__name__)
 
@@ -49,25 +50,9 @@ EXAMINED = datasets.Features(
 )
 FINGERPRINTED_PROMPTS = 16  # pairs whose prompts are hashed
 FINGERPRINTED_IMAGES = 4  # pairs whose images are hashed, undecoded
-Drop = tuple[str, int, str, int]  # arguments of `Reject`
-
-TEXT = ("string", "large_string")
-SEED_COLUMNS = ("chosen_noise_seed", "rejected_noise_seed")  # of `torch.Generator`s on the CPU
-
-PLACES = ("winner_row", "winner_image", "loser_row", "loser_image")
-SCORES = ("winner_score", "loser_score")
-COLUMNS = datasets.Features(
-    {
-        **{name: datasets.Value("int64") for name in PLACES},
-        **{name: datasets.Value("float64") for name in SCORES},
-        # These columns are filled if a row of the index is a drop. `winner_row` is then the row of the source.
-        "dropped": datasets.Value("string"),
-        "reason": datasets.Value("string"),
-        "amount": datasets.Value("int64"),
-    }
-)
 ROWS_AT_ONCE = 1000
-CODE = (__file__, formats.__file__)  # if this code changes, cached indexes are rebuilt
+FEW_ROWS = 1000  # with fewer rows, one process is faster than starting several
+FEW_HEADERS = 20_000  # with fewer headers, one process is faster than starting several
 MAX_GROWTH = 100  # limit of the pairs of a weighted epoch, as a multiple of the pairs of all data sets
 
 
@@ -94,10 +79,6 @@ class PairTable:
         """Return some of the pairs, selected by a slice, a mask or indices."""
         columns = {name: values[pairs] for name, values in self.columns.items()}
         return replace(self, places=self.places[pairs], columns=columns)
-
-    def hash_of(self, name: str) -> str:
-        """Return a hash of a column."""
-        return hashlib.sha256(self.columns[name].tobytes()).hexdigest()[:16]
 
     def with_columns(self, **columns: np.ndarray | None) -> PairTable:
         """Return the pairs with columns added or replaced. `None` removes a column."""
@@ -158,8 +139,64 @@ class PairMixture:
     def entries(self, dataset_format: str | None, name: str) -> Iterator[tuple[str, Any, str | None]]:
         """Yield the name in messages, the rows and the format of each data set."""
         formats = self.formats or [None] * len(self.datasets)
-        for (label, dataset), own_format in zip(self.by_name.items(), formats, strict=True):
-            yield f"{name} ({label})", dataset, own_format or dataset_format
+        for (label, dataset), set_format in zip(self.by_name.items(), formats, strict=True):
+            yield f"{name} ({label})", dataset, set_format or dataset_format
+
+
+class StoredImage(NamedTuple):
+    """An undecoded image of a row.
+
+    Attributes:
+        format (`PreferenceFormat`): Format of the row.
+        row (`Mapping[str, Any]`): Values of the row's columns.
+        number (`int`): Number of the image within the row.
+    """
+
+    format: PreferenceFormat
+    row: Mapping[str, Any]
+    number: int
+
+    def decode(self, reader: ImageReader, covering: Covering | None = None) -> Image.Image:
+        """Decode the image. The arguments and errors are those of [`ImageReader.decode`]."""
+        images = images_of_row(self.row, self.format)
+        if self.number >= len(images):
+            raise UndecodableImageError(f"image {self.number} is missing: the row has {len(images)} images")
+        try:
+            return reader.decode(images[self.number], covering=covering)
+        except (UndecodableImageError, UnreadableImageError) as error:
+            raise type(error)(f"image {self.number} {error}") from None
+
+    @property
+    def prompt(self) -> str:
+        """The prompt of the image."""
+        columns = self.format.prompt_columns
+        text = self.row[columns[self.number if self.format.prompt_of_each_image else 0]]
+        return member_text(text) if self.format.text_members else text
+
+    @property
+    def mask(self) -> Any:
+        """The undecoded mask of the image."""
+        columns = self.format.mask_columns
+        return self.row.get(columns[self.number if len(columns) > 1 else 0])
+
+    def sources(self, reader: ImageReader) -> list[Image.Image]:
+        """Decode the images that the prompt edits.
+
+        Raises:
+            UndecodableImageError: If there is none, or one of them is missing or cannot be decoded.
+        """
+        stored = as_list(self.row[self.format.source_columns[0]])
+        if not stored:
+            raise UndecodableImageError("has no source")
+        try:
+            return [reader.decode(value) for value in stored]
+        except UndecodableImageError as error:
+            raise UndecodableImageError(f"has a source that {error}") from None
+
+    @property
+    def noise_seed(self) -> int:
+        """Seed of the noise from which the image was generated."""
+        return int(self.row[SEED_COLUMNS[self.number]])
 
 
 class TableSource:
@@ -174,60 +211,60 @@ class TableSource:
     ) -> None:
         self.format, self.name = row_format, name
         texts = dict.fromkeys([*row_format.text_columns(dataset.column_names), *number_columns])
+        images = [*row_format.image_columns, *row_format.mask_columns, *row_format.source_columns]
+        seeds = [column for column in number_columns if column in SEED_COLUMNS]
         self.labels = dataset.with_format(None).select_columns(list(texts))
-        columns = [*row_format.image_columns, *row_format.mask_columns, *row_format.source_columns]
-        self._images = dataset.with_format("arrow").select_columns(columns)
+        self._images = dataset.with_format("arrow").select_columns(images)
+        others = [*row_format.prompt_columns, *row_format.mask_columns, *seeds]
+        columns = [*row_format.image_columns, *row_format.source_columns, *others]
+        self._others = dataset.with_format("arrow").select_columns(others)
+        self._rows = dataset.with_format("arrow").select_columns(columns)
 
     def __len__(self) -> int:
         return len(self._images)
 
+    def row(self, number: int, *, with_images: bool = True) -> dict[str, Any]:
+        """Return the undecoded values of a row, with the images of its pairs and their sources, or without them."""
+        return (self._rows if with_images else self._others)[number].to_pylist()[0]
+
     def values(self, column: str) -> Iterator[Any]:
         """Yield each row's value of a column that the format or `number_columns` has."""
-        for batch in self.labels.select_columns([column]).iter(batch_size=1000):
+        for batch in self.labels.select_columns([column]).iter(batch_size=ROWS_AT_ONCE):
             yield from batch[column]
-
-    def prompt(self, row: int, image: int = 0) -> str:
-        return self.format.prompt(self.labels[row], image)
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
         """Return the prompts of rows, whose numbers are sorted. `image` chooses among two prompts of a row."""
-        columns = self.format.read_prompt_columns(self.labels.column_names)
-        column = columns[min(image, len(columns) - 1)]
+        columns = self.format.prompt_columns
+        column = columns[image if self.format.prompt_of_each_image else 0]
         wanted = np.zeros(len(self), dtype=bool)
         wanted[rows] = True
         values = (value for value, is_wanted in zip(self.values(column), wanted, strict=True) if is_wanted)
         return [self.format.prompt({column: value}, image) for value in values]
 
-    def images(self, row: int) -> list[Any]:
-        return images_of_row(self._images[row].to_pylist()[0], self.format.image_columns, self.format.images_in_list)
+    def index_pairs(self, reject: Reject) -> PairTable:
+        """Return the pairs of all rows. Drops go to `reject`, which may raise."""
+        places = array("q")
+        scores = array("d")
+        for group in groups(self.format, self._labelled_rows()):
+            for pair in pairs_in_group(self.format, group, reject):
+                places.extend(pair[:4])
+                scores.extend(pair.scores or ())
+        dtype = np.int32 if len(self) <= np.iinfo(np.int32).max else np.int64
+        index = np.array(places, dtype=dtype).reshape(-1, 4)
+        return PairTable(index, {"scores": np.array(scores).reshape(-1, 2)} if len(scores) else {})
 
-    def mask(self, row: int, image: int) -> Any:
-        return mask_of_row(self._images[row].to_pylist()[0], self.format, image)
-
-    def edited(self, row: int) -> list[Any]:
-        """Return the undecoded images that a row's prompt edits."""
-        value = self._images[row].to_pylist()[0][self.format.source_columns[0]]
-        return value if isinstance(value, list) else [value]
-
-    def sizes_of_edited(self, reader: ImageReader) -> Iterator[tuple[Size, ...]]:
-        """Yield `(height, width)` of the images that each row edits, from their headers. Rows whose sources cannot be
-        read are left out."""
-        for batch in self._images.select_columns(list(self.format.source_columns)).iter(batch_size=1000):
-            for value in map(_value, batch.column(0)):
-                try:
-                    yield tuple(reader.size(image) for image in (value if isinstance(value, list) else [value]))
-                except UndecodableImageError:
-                    continue
-
-    @property
-    def edits_lists(self) -> bool:
-        """Whether rows have lists of images that are edited."""
-        kind = self._images.data.schema.field(self.format.source_columns[0]).type
-        return pa.types.is_list(kind) or pa.types.is_large_list(kind)
-
-    def noise_seed(self, row: int, image: int) -> int:
-        """Return the seed of the noise from which an image was generated."""
-        return int(self.labels[row][SEED_COLUMNS[image]])
+    def _labelled_rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the number and the labels of each row. Rows of a group follow one another."""
+        labels, order = self.labels, np.arange(len(self))
+        if self.format.group_column is not None:
+            first: dict[Any, int] = {}  # group to its position among the groups
+            positions = [first.setdefault(group, len(first)) for group in self.values(self.format.group_column)]
+            order = np.argsort(positions, kind="stable")
+            labels = labels.select(order)
+        numbers = iter(order.tolist())
+        for batch in labels.iter(batch_size=ROWS_AT_ONCE):
+            for values in zip(*batch.values(), strict=True):
+                yield next(numbers), dict(zip(batch, values, strict=True))
 
     def examine_images(
         self, rows: np.ndarray, reader: ImageReader, decode: bool, num_proc: int | None
@@ -240,7 +277,7 @@ class TableSource:
         examined = images.map(
             _examine_table,
             batched=True,
-            batch_size=16 if decode else 1000,
+            batch_size=16 if decode else ROWS_AT_ONCE,
             fn_kwargs={"row_format": self.format, "reader": reader, "decode": decode},
             remove_columns=images.column_names,
             features=EXAMINED,
@@ -248,18 +285,35 @@ class TableSource:
             desc="Checking images" if decode else "Reading image sizes",
             **options,
         )
-        for batch in examined.with_format(None).iter(batch_size=1000):
+        for batch in examined.with_format(None).iter(batch_size=ROWS_AT_ONCE):
             for facts in zip(*(batch[name] for name in EXAMINED), strict=True):
                 yield list(zip(*facts, strict=True))
 
+    @property
+    def lists_sources(self) -> bool:
+        """Whether the source column has lists of images."""
+        kind = self._images.data.schema.field(self.format.source_columns[0]).type
+        return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+    def sizes_of_sources(self, reader: ImageReader) -> Iterator[tuple[Size, ...]]:
+        """Yield `(height, width)` of the images that each row edits. Rows whose images cannot be read are left out."""
+        for batch in self._images.select_columns(list(self.format.source_columns)).iter(batch_size=ROWS_AT_ONCE):
+            for value in map(_value, batch.column(0)):
+                with contextlib.suppress(UndecodableImageError):
+                    yield tuple(reader.size(image) for image in as_list(value))
+
     @functools.cached_property
     def content_key(self) -> dict[str, str]:
-        """Hashes that change when a prompt or an image does: fingerprints of `datasets`, and keys of local files."""
+        """Hashes that change when a prompt or an image does: fingerprints of `datasets`, and facts of local files."""
         digest = hashlib.sha256(dataset_fingerprint(self._images).encode())
-        for batch in self._images.iter(batch_size=1000):
+        for batch in self._images.iter(batch_size=ROWS_AT_ONCE):
             for column in batch.columns:
                 for name in local_names(column):
-                    digest.update(f"{_file_key(name)}\n".encode("utf-8", "surrogatepass"))
+                    try:
+                        facts = repr(file_facts(name))
+                    except (OSError, ValueError):
+                        facts = f"missing {name}"
+                    digest.update(f"{facts}\n".encode("utf-8", "surrogatepass"))
         return {"prompts": dataset_fingerprint(self.labels), "images": _short(digest)}
 
 
@@ -267,186 +321,144 @@ class PairSource:
     """One or several data sets whose rows follow one another.
 
     Args:
-        sources (`Sequence[TableSource]`): The data sets.
+        tables (`Sequence[TableSource]`): The data sets.
         weights (`Sequence[float]`, *optional*): Their shares in an epoch, see [`PairMixture`].
     """
 
-    def __init__(self, sources: Sequence[TableSource], weights: Sequence[float] | None = None) -> None:
-        self.sources, self._weights = list(sources), weights
-        self._starts = [0, *np.cumsum([len(source) for source in sources]).tolist()]
-        formats = [source.format for source in sources]
+    def __init__(self, tables: Sequence[TableSource], weights: Sequence[float] | None = None) -> None:
+        self.tables, self._weights = list(tables), weights
+        self._starts = [0, *np.cumsum([len(table) for table in tables]).tolist()]
+        formats = [table.format for table in tables]
         self.format_name = "+".join(row_format.name for row_format in formats)
         self.is_swapped = any(row_format.is_swapped for row_format in formats)
         self.prompt_of_each_image = any(row_format.prompt_of_each_image for row_format in formats)
         self.has_losers = all(row_format.has_losers for row_format in formats)
         self.has_masks = any(row_format.mask_columns for row_format in formats)
         self.has_sources = any(row_format.source_columns for row_format in formats)
-        check_masks(formats, [source.name for source in sources])
-        without = [source.name for source in sources if not source.format.source_columns]
-        if self.has_sources and without:
-            raise ValueError(
-                f"All data sets of a mixture need a `source` column, or none; {without} do not have one. Train on them "
-                "separately, or remove the column."
-            )
+        check_all_or_none("mask columns", {table.name: bool(table.format.mask_columns) for table in tables})
+        check_all_or_none("a `source` column", {table.name: bool(table.format.source_columns) for table in tables})
 
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def prompt(self, row: int, image: int = 0) -> str:
-        source, number = self._source_of(row)
-        return source.prompt(number, image)
+    def images(self, places: Iterable[tuple[int, int]], *, with_images: bool = True) -> list[StoredImage]:
+        """Return the images at places (row, image). Images of one row share its values.
 
-    def images(self, row: int) -> list[Any]:
-        """The undecoded images of a row."""
-        source, number = self._source_of(row)
-        return source.images(number)
-
-    def mask(self, row: int, image: int) -> Any:
-        """The undecoded mask of one of a row's images."""
-        source, number = self._source_of(row)
-        return source.mask(number, image)
-
-    def edited(self, row: int) -> list[Any]:
-        """Return the undecoded images that a row's prompt edits."""
-        source, number = self._source_of(row)
-        return source.edited(number)
-
-    def noise_seed(self, row: int, image: int) -> int:
-        """Return the seed of the noise from which an image was generated."""
-        source, number = self._source_of(row)
-        return source.noise_seed(number, image)
+        Args:
+            with_images (`bool`): `False` reads prompts, masks and other columns alone. Images and sources then cannot
+                be decoded.
+        """
+        rows: dict[int, dict[str, Any]] = {}
+        images = []
+        for row, image in places:
+            number = bisect_right(self._starts, row) - 1
+            table = self.tables[number]
+            if row not in rows:
+                rows[row] = table.row(row - self._starts[number], with_images=with_images)
+            images.append(StoredImage(table.format, rows[row], image))
+        return images
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
-        """Return the prompts of rows, whose numbers are sorted. `image` chooses among two prompts of a row."""
-        return [prompt for source, own in self._split(rows) for prompt in source.prompts_of_rows(own, image)]
+        """Return the prompt of each row. `image` chooses among two prompts of a row. Only labels are read."""
+        distinct, number_of_row = np.unique(rows, return_inverse=True)
+        prompts = [prompt for table, share in self._split(distinct) for prompt in table.prompts_of_rows(share, image)]
+        return [prompts[number] for number in number_of_row.reshape(-1).tolist()]
 
     def values(self, column: str) -> Iterator[Any]:
         """Yield each row's value of a column."""
-        for source in self.sources:
-            yield from source.values(column)
+        for table in self.tables:
+            yield from table.values(column)
+
+    def examine_images(
+        self, places: np.ndarray, reader: ImageReader, *, decode: bool, num_proc: int | None, peers: Peers
+    ) -> tuple[np.ndarray, dict[tuple[int, int], str]]:
+        """Decode all images of pairs, or read only their headers. Collective: the peers divide the rows.
+
+        Args:
+            places (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser.
+            num_proc (`int`, *optional*): Worker processes of each peer. If there are many images, the default is one
+                for each core.
+
+        Returns:
+            `tuple`: Height and width of winners and losers, `(P, 2, 2)`, zeros for bad and missing images; and the
+            reason of each bad image, by row and image.
+        """
+        rows = np.unique(places[:, [0, 2]])
+        images = 1 + int(places[:, [1, 3]].max())  # of the row with the most images
+        share = np.array_split(rows, peers.count)[peers.index]
+        if num_proc is None and forks_by_default() and len(share) >= (FEW_ROWS if decode else FEW_HEADERS):
+            num_proc = usable_cores(peers.count)
+
+        def examine_share() -> tuple[np.ndarray, dict[tuple[int, int], str]]:
+            tables = [(table, numbers) for table, numbers in self._split(share) if len(numbers)]
+            examined = chain(*(table.examine_images(numbers, reader, decode, num_proc) for table, numbers in tables))
+            sizes = np.zeros((len(share), images, 2), dtype=np.int32)
+            reasons = {}
+            for row, row_sizes, facts in zip(share.tolist(), sizes, examined, strict=True):
+                for image, (height, width, problem) in enumerate(facts[:images]):
+                    row_sizes[image] = height, width
+                    if problem:
+                        reasons[row, image] = problem
+            return sizes, reasons
+
+        shares = peers.gather_results(examine_share)
+        sizes = np.concatenate([share_sizes for share_sizes, _ in shares])
+        reasons = {image: reason for _, share_reasons in shares for image, reason in share_reasons.items()}
+        return sizes[np.searchsorted(rows, places[:, [0, 2]]), places[:, [1, 3]]], reasons
 
     def _split(self, rows: np.ndarray) -> Iterator[tuple[TableSource, np.ndarray]]:
         """Yield each data set with its share of the sorted rows, as numbers within the data set."""
         shares = np.split(rows, np.searchsorted(rows, self._starts[1:-1]))
-        for source, share, start in zip(self.sources, shares, self._starts[:-1], strict=True):
-            yield source, share - start
+        for table, share, start in zip(self.tables, shares, self._starts[:-1], strict=True):
+            yield table, share - start
 
-    def examine_images(
-        self, rows: np.ndarray, reader: ImageReader, decode: bool, num_proc: int | None
-    ) -> Iterator[list[tuple[int, int, str]]]:
-        """Yield height, width and problem of the images of each of the sorted rows."""
-        for source, share in self._split(rows):
-            if len(share):
-                yield from source.examine_images(share, reader, decode, num_proc)
-
-    def pairs(self, reject: Reject) -> PairTable:
+    def index_pairs(self, reject: Reject) -> PairTable:
         """Return the pairs of all data sets, repeated by weight. Drops go to `reject`, which may raise."""
-        several = len(self.sources) > 1
-        tables = []
-        for source, start in zip(self.sources, self._starts[:-1], strict=True):
-            table, drops = find_pairs(source.labels, source.format)
-            for kind, row, reason, amount in drops:
-                reject(kind, row + start, f"{reason} ({source.name}, row {row})" if several else reason, amount)
-            if several and not len(table):
+        if len(self.tables) == 1:
+            return self.tables[0].index_pairs(reject)
+        indexes = []
+        for table, start in zip(self.tables, self._starts[:-1], strict=True):
+
+            def reject_in_mixture(
+                kind: str, row: int, reason: str, amount: int, table: TableSource = table, start: int = start
+            ) -> None:
+                reject(kind, row + start, f"{reason} ({table.name}, row {row})", amount)
+
+            pairs = table.index_pairs(reject_in_mixture)
+            if not len(pairs):
                 raise ValueError(
-                    f"Every data set of a mixture must have a pair. The {source.name} data have {len(source)} rows "
+                    f"Every data set of a mixture must have a pair. The {table.name} data have {len(table)} rows "
                     "and no pair. Check their labels, or leave them out."
                 )
-            places = table.places + np.array([start, 0, start, 0], dtype=table.places.dtype)
-            tables.append(replace(table, places=places))
-        return tables[0] if not several else self._mixed(tables)
-
-    def _mixed(self, tables: Sequence[PairTable]) -> PairTable:
-        without = [s.name for s, table in zip(self.sources, tables, strict=True) if "scores" not in table.columns]
-        if without and len(without) < len(tables):
-            raise ValueError(f"All data sets of a mixture need score columns, or none; {without} do not have them.")
-        counts = np.array([len(table) for table in tables])
-        wanted = counts
-        if self._weights is not None:
-            weights = np.array(self._weights)
-            with np.errstate(over="ignore"):
-                exact = np.rint(weights * (counts / weights).max())
-            if not exact.sum() <= MAX_GROWTH * counts.sum():  # also if it is NaN
-                raise ValueError(
-                    f"With these weights an epoch would have {exact.sum():.3g} pairs of the {counts.sum()} of all "
-                    f"data sets, more than {MAX_GROWTH} times as many. Give larger sets more weight."
-                )
-            wanted = exact.astype(np.int64)
+            indexes.append(replace(pairs, places=pairs.places + np.array([start, 0, start, 0], pairs.places.dtype)))
+        has_scores = ["scores" in pairs.columns for pairs in indexes]
+        names = [table.name for table in self.tables]
+        check_all_or_none("score columns", dict(zip(names, has_scores, strict=True)))
         repeated = []
-        for source, table, taken in zip(self.sources, tables, wanted.tolist(), strict=True):
+        for pairs, taken in zip(indexes, self._repetitions(indexes), strict=True):
+            repeated.append(pairs.take(np.arange(taken) % len(pairs)))
+        columns = (
+            {"scores": np.concatenate([pairs.columns["scores"] for pairs in repeated])} if all(has_scores) else {}
+        )
+        return PairTable(np.concatenate([pairs.places for pairs in repeated]), columns)
+
+    def _repetitions(self, indexes: Sequence[PairTable]) -> list[int]:
+        """Return the number of pairs that an epoch takes from each data set."""
+        counts = np.array([len(pairs) for pairs in indexes])
+        if self._weights is None:
+            return counts.tolist()
+        weights = np.array(self._weights)
+        with np.errstate(over="ignore"):
+            wanted = np.rint(weights * (counts / weights).max())
+        if not wanted.sum() <= MAX_GROWTH * counts.sum():  # also if it is NaN
+            raise ValueError(
+                f"With these weights an epoch would have {wanted.sum():.3g} pairs of the {counts.sum()} of all data "
+                f"sets, more than {MAX_GROWTH} times as many. Give larger sets more weight."
+            )
+        for table, count, taken in zip(self.tables, counts, wanted, strict=True):
             message = "Mixture: the %s data have %d pairs. Each comes %.4g times in an epoch. Their share is %.4g."
-            logger.info(message, source.name, len(table), taken / len(table), taken / wanted.sum())
-            repeated.append(table.take(np.arange(taken) % len(table)))
-        columns = {} if without else {"scores": np.concatenate([table.columns["scores"] for table in repeated])}
-        return PairTable(np.concatenate([table.places for table in repeated]), columns)
-
-    def _source_of(self, row: int) -> tuple[TableSource, int]:
-        """Return the data set of a row, and the number of the row within it."""
-        number = bisect_right(self._starts, row) - 1
-        return self.sources[number], row - self._starts[number]
-
-
-def index_pairs(rows: Iterable[tuple[int, Mapping[str, Any]]], row_format: PreferenceFormat) -> dict[str, list]:
-    """Return the pairs and the drops of numbered rows, as `COLUMNS`. Rows of a group must be consecutive."""
-    entries: list[tuple] = []
-
-    def reject(kind: str, row: int, reason: str, amount: int) -> None:
-        entries.append((row, None, None, None, None, None, kind, reason, amount))
-
-    for group in groups(row_format, rows):
-        for *places, scores in pairs_in_group(row_format, group, reject):
-            entries.append((*places, *(scores or (None, None)), None, None, None))
-    columns = zip(*entries, strict=True) if entries else [()] * len(COLUMNS)
-    return {name: list(values) for name, values in zip(COLUMNS, columns, strict=True)}
-
-
-def find_pairs(labels: datasets.Dataset, row_format: PreferenceFormat) -> tuple[PairTable, list[Drop]]:
-    """Return the pairs and the drops of a data set. If the data are on a disk, `datasets` caches the result there.
-
-    Args:
-        labels (`datasets.Dataset`): The columns of labels and prompts, without the images.
-        row_format (`PreferenceFormat`): Format of the rows.
-    """
-    code = [Path(file).read_bytes() for file in CODE]
-    facts = [dataset_fingerprint(labels), row_format.name, row_format.score_columns, row_format.is_swapped, code]
-    options: dict[str, Any] = {
-        "with_indices": True,
-        "batched": True,
-        # Rows of a group may be far apart. One batch of all rows brings them together.
-        "batch_size": ROWS_AT_ONCE if row_format.group_column is None else None,
-        "remove_columns": labels.column_names,
-        "features": COLUMNS,
-        "fn_kwargs": {"row_format": row_format},
-        "new_fingerprint": Hasher.hash(facts),
-        "desc": "Finding pairs",
-    }
-    try:
-        index = labels.map(_index_batch, keep_in_memory=not labels.cache_files, **options)
-    except OSError as error:
-        logger.warning("The index of the pairs cannot be cached: %s. It is built at every start.", error)
-        index = labels.map(_index_batch, keep_in_memory=True, load_from_cache_file=False, **options)
-    table = index.with_format("arrow")[:]
-    is_pair = table.column("dropped").is_null().to_numpy(zero_copy_only=False)
-    pairs, drops = table.filter(is_pair), table.filter(~is_pair)
-    kind = np.int32 if len(labels) <= np.iinfo(np.int32).max else np.int64
-    places = np.stack([pairs.column(name).to_numpy().astype(kind) for name in PLACES], axis=1)
-    scores = np.stack([pairs.column(name).to_numpy() for name in SCORES], axis=1)
-    has_scores = len(pairs) > 0 and pairs.column(SCORES[0]).null_count == 0
-    listed = [drops.column(name).to_pylist() for name in ("dropped", "winner_row", "reason", "amount")]
-    return PairTable(places, {"scores": scores} if has_scores else {}), list(zip(*listed, strict=True))
-
-
-def _index_batch(batch: Mapping[str, list], numbers: list[int], row_format: PreferenceFormat) -> dict[str, list]:
-    names = list(batch)
-    rows = [
-        (number, dict(zip(names, values, strict=True)))
-        for number, values in zip(numbers, zip(*(batch[name] for name in names), strict=True), strict=True)
-    ]
-    if row_format.group_column is not None:
-        first: dict[Any, int] = {}  # group to its position among the groups
-        order = [first.setdefault(row[row_format.group_column], len(first)) for _, row in rows]
-        rows = [rows[index] for index in np.argsort(order, kind="stable").tolist()]
-    return index_pairs(rows, row_format)
+            logger.info(message, table.name, count, taken / count, taken / wanted.sum())
+        return wanted.astype(np.int64).tolist()
 
 
 def make_source(
@@ -466,27 +478,25 @@ def make_source(
     listed = [(name, dataset, dataset_format)]
     if isinstance(dataset, PairMixture):
         listed = list(dataset.entries(dataset_format, name))
-    sources = []
-    for label, rows, own_format in listed:
-        table = _as_table(rows, own_format, label)
-        check_number_columns(number_columns, table.column_names, label)
-        row_format = resolve_format(own_format, table.column_names, use_scores=use_scores)
-        row_format = without_text_sources(row_format, table.features)
-        sources.append(TableSource(table, replace(row_format, is_swapped=is_swapped), label, number_columns))
-    return PairSource(sources, dataset.weights if isinstance(dataset, PairMixture) else None)
+    tables = []
+    for label, rows, set_format in listed:
+        table = _as_table(rows, set_format, label)
+        if lacking := [column for column in number_columns if column not in table.column_names]:
+            setting = "noise_source='generated'" if set(lacking) <= set(SEED_COLUMNS) else "pair_weights"
+            raise ValueError(
+                f"`{setting}` reads the columns {lacking}. The {label} data have only {table.column_names}. Add the "
+                "columns, or choose another value of the setting."
+            )
+        row_format = resolve_format(set_format, table.column_names, table.features, use_scores=use_scores)
+        tables.append(TableSource(table, replace(row_format, is_swapped=is_swapped), label, number_columns))
+    return PairSource(tables, dataset.weights if isinstance(dataset, PairMixture) else None)
 
 
-def check_masks(formats: Sequence[PreferenceFormat], names: Sequence[str]) -> None:
-    """Raise `ValueError` if only some of the data sets of a mixture have masks."""
-    without = [name for name, each in zip(names, formats, strict=True) if not each.mask_columns]
-    if without and len(without) < len(formats):
-        raise ValueError(f"All data sets of a mixture need mask columns, or none; {without} do not have them.")
-
-
-def without_text_sources(row_format: PreferenceFormat, features: Mapping[str, Any] | None) -> PreferenceFormat:
-    """Ignore a `source` column of text. Many data sets name there where a row comes from."""
-    is_text = getattr((features or {}).get("source"), "dtype", None) in TEXT
-    return replace(row_format, source_columns=()) if is_text and "source" in row_format.source_columns else row_format
+def check_all_or_none(what: str, has_it: Mapping[str, bool]) -> None:
+    """Raise `ValueError` if only some of the data sets of a mixture have what others have."""
+    without = [name for name, has in has_it.items() if not has]
+    if without and len(without) < len(has_it):
+        raise ValueError(f"All data sets of a mixture need {what}, or none; {without} do not have them.")
 
 
 def _as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Dataset:
@@ -557,6 +567,19 @@ def _stored_image(value: Any) -> Any:
     return {"bytes": None, "path": os.fspath(value) if isinstance(value, str | os.PathLike) else None}
 
 
+def images_of_row(row: Mapping[str, Any], row_format: PreferenceFormat) -> list[Any]:
+    """Return the undecoded images of a row, in the order of `ImageScores.values`."""
+    if not row_format.images_in_list:
+        return [row.get(column) for column in row_format.image_columns]
+    images = row.get(row_format.image_columns[0])
+    return list(images) if isinstance(images, Iterable) and not isinstance(images, str | bytes | Mapping) else []
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return the values of a column that has one image, or a list of images, in each row."""
+    return value if isinstance(value, list) else [value]
+
+
 def local_names(column: pa.ChunkedArray | pa.Array) -> list[str]:
     """Return the local files that an Arrow column of images names, in the order of the rows."""
     if isinstance(column, pa.ChunkedArray):
@@ -576,14 +599,6 @@ def local_names(column: pa.ChunkedArray | pa.Array) -> list[str]:
     return [name for name in column.to_pylist() if name and "://" not in name]
 
 
-def _file_key(name: str) -> str:
-    """Return a text that changes when a local file does. The file is not read."""
-    try:
-        return repr(file_facts(name))
-    except (OSError, ValueError):
-        return f"missing {name}"
-
-
 def pairs_fingerprint(source: PairSource, pairs: PairTable, *, thorough: bool = False) -> dict[str, Any]:
     """Identify pairs.
 
@@ -600,14 +615,15 @@ def pairs_fingerprint(source: PairSource, pairs: PairTable, *, thorough: bool = 
         digest.update(np.ascontiguousarray(pairs.columns["scores"], dtype="<f8").data)
     facts: dict[str, Any] = {"format": source.format_name, "pairs": len(pairs), "index": _short(digest)}
     if thorough:
-        keys = [table.content_key for table in source.sources]
+        keys = [table.content_key for table in source.tables]
         return {**facts, **{name: [key[name] for key in keys] for name in ("prompts", "images")}}
     prompts, images = hashlib.sha256(), hashlib.sha256()
     for row in pairs.places[evenly_spaced(len(pairs), FINGERPRINTED_PROMPTS), 0].tolist():
-        for image in range(1 + source.prompt_of_each_image):
-            prompts.update(repr(source.prompt(row, image)).encode() + b"\0")
+        for image in source.images((row, number) for number in range(1 + source.prompt_of_each_image)):
+            prompts.update(repr(image.prompt).encode() + b"\0")
     for row in pairs.places[evenly_spaced(len(pairs), FINGERPRINTED_IMAGES)][:, [0, 2]].flatten().tolist():
-        for value in source.images(row):
+        image = source.images([(row, 0)])[0]
+        for value in images_of_row(image.row, image.format):
             images.update(_content_or_name(value) + b"\0")
     return {**facts, "prompts": _short(prompts), "images": _short(images)}
 
@@ -628,21 +644,17 @@ def _short(digest: Any) -> str:
 def _examine_table(
     table: pa.Table, row_format: PreferenceFormat, reader: ImageReader, decode: bool
 ) -> dict[str, list[list[Any]]]:
-    def examine(image: Any) -> tuple[int, int, str]:
-        try:
-            if decode:
-                width, height = reader.decode(image).size
-            else:
-                height, width = reader.size(image)
-        except UndecodableImageError as error:
-            return 0, 0, str(error)
-        return height, width, ""
-
+    """Return `EXAMINED` of the images of some rows."""
     columns = row_format.image_columns
     examined: dict[str, list[list[Any]]] = {name: [] for name in EXAMINED}
     for values in zip(*(map(_value, table.column(name)) for name in columns), strict=True):
-        images = images_of_row(dict(zip(columns, values, strict=True)), columns, row_format.images_in_list)
-        facts = [examine(image) for image in images]
+        facts = []
+        for image in images_of_row(dict(zip(columns, values, strict=True)), row_format):
+            try:
+                height, width = reader.decode(image).size[::-1] if decode else reader.size(image)
+                facts.append((height, width, ""))
+            except UndecodableImageError as error:
+                facts.append((0, 0, str(error)))
         for number, name in enumerate(EXAMINED):
             examined[name].append([fact[number] for fact in facts])
     return examined
@@ -659,16 +671,6 @@ def _value(scalar: pa.Scalar) -> Any:
     if pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type):
         return memoryview(scalar.as_buffer())
     return scalar.as_py()
-
-
-def check_number_columns(wanted: Sequence[str], columns: Sequence[str], name: str) -> None:
-    """Raise `ValueError` if data lack columns that weights of pairs or seeds of noise are read from."""
-    if lacking := [column for column in wanted if column not in columns]:
-        setting = "noise_source='generated'" if set(lacking) <= set(SEED_COLUMNS) else "pair_weights"
-        raise ValueError(
-            f"`{setting}` reads the columns {lacking}. The {name} data have only {list(columns)}. Add the columns, or "
-            "choose another value of the setting."
-        )
 
 
 def numbers_of_rows(values: Iterable[Any], column: str) -> tuple[np.ndarray, dict[int, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
@@ -13,30 +13,21 @@ import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
-from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..utils._compat import is_split_by_node
-from .checking import COUNTS, SAMPLED_PAIRS, BadDataError, DataReport, IdenticalPairs, reject, same_image
-from .formats import (
-    PairReference,
-    PreferenceFormat,
-    Reject,
-    groups,
-    images_of_row,
-    mask_of_row,
-    pairs_in_group,
-    resolve_format,
-)
-from .images import PairDraws, UndecodableImageError, full_size
-from .masks import check_mask_size, decode_masks, place_masks
-from .pairs import PairOptions
-from .sources import check_masks, without_text_sources
+from .checking import COUNTS, SAMPLED_PAIRS, BadDataError, DataReport, check_identical, reject
+from .dataset import PairOptions, complete_item, new_epoch
+from .formats import PairReference, PreferenceFormat, Reject, groups, pairs_in_group, resolve_format
+from .images import UndecodableImageError, same_image
+from .sources import StoredImage, check_all_or_none
+from .transforms import PairDraws
 
 logger = logging.getLogger(__name__)
 
 MIXING = 2  # last part of the random key that chooses among streams; keys of pairs have three parts
 READERS = 256  # DataLoader workers with separate counters; further workers share counters
+Group = list[tuple[int, Mapping[str, Any]]]  # numbered rows that are compared with one another
 
 
 @dataclass(frozen=True)
@@ -93,41 +84,42 @@ class Stream:
         source (`datasets.IterableDataset`): Rows of the stream.
         dataset_format (`str`, *optional*): A key of `FORMATS`; detected from the columns by default.
         name (`str`): Name of the stream in messages.
-        use_scores (`bool`): Whether to read score columns if there are any.
-        is_swapped (`bool`): Whether the published loser of a pair is its winner.
+        options ([`PairOptions`]): Settings that decide how rows become pairs.
     """
 
     def __init__(
-        self,
-        source: datasets.IterableDataset,
-        dataset_format: str | None,
-        name: str,
-        *,
-        use_scores: bool,
-        is_swapped: bool,
+        self, source: datasets.IterableDataset, dataset_format: str | None, name: str, options: PairOptions
     ) -> None:
-        columns = _stream_columns(source, name)
-        row_format = resolve_format(dataset_format, columns, use_scores=use_scores)
-        self.format = replace(without_text_sources(row_format, source.features), is_swapped=is_swapped)
+        columns = source.column_names
+        if columns is None:
+            first = next(iter(source), None)
+            if first is None:
+                raise ValueError(f"The {name} data set is empty: {DataReport(name, 'unknown format')}")
+            columns = list(first)
+        row_format = resolve_format(dataset_format, columns, source.features, use_scores=options.use_scores)
+        self.name, self.format = name, replace(row_format, is_swapped=options.swap_labels)
         self.has_scores = set(self.format.score_columns or ["no"]) <= set(columns)
         self.source = source.with_format(None)
         if source.features is not None:
             read = [*self.format.text_columns(columns), *self.format.image_columns, *self.format.mask_columns]
             self.source = self.source.decode(False).select_columns(read)
 
-    def groups(self, epoch: int, report: DataReport) -> Iterator[list[tuple[int, Mapping[str, Any]]]]:
+    def groups(self, epoch: int, report: DataReport) -> Iterator[Group]:
         """Yield the groups of rows that are compared with one another in one pass. Count the rows in the report."""
         # Copy the stream, because `datasets` shares its epoch among workers. Workers may be in different passes.
         rows = self.source.with_format(None)
         rows.set_epoch(epoch)
-        yield from groups(self.format, _count_rows(rows, report))
+
+        def numbered() -> Iterator[tuple[int, Mapping[str, Any]]]:
+            for number, row in enumerate(rows):
+                report.rows += 1
+                yield number, row
+
+        yield from groups(self.format, numbered())
 
     def fingerprint(self) -> dict[str, Any]:
-        """Identify the stream by its metadata. No row is read, because a shuffled stream would first fill its buffer.
-
-        Returns:
-            `dict[str, Any]`: `format`, `columns`, `split` and `shards`.
-        """
+        """Return format, columns, split and number of shards. No row is read, because a shuffled stream would first
+        fill its buffer."""
         return {
             "format": self.format.name,
             "columns": None if self.source.column_names is None else sorted(self.source.column_names),
@@ -156,28 +148,27 @@ class PreferenceIterableDataset(IterableDataset):
 
     is_permuted = False  # losers always come from the data
     has_noise_seeds = False
+    has_sources = False
 
     def __init__(
         self, streams: Sequence[Stream], options: PairOptions, *, weights: Sequence[float] | None = None, name: str
     ) -> None:
-        self._streams, self._options, self._name, self._maker = streams, options, name, options.maker
+        self._streams, self._options, self._name, self._epoch = streams, options, name, new_epoch()
         if len({is_split_by_node(stream.source) for stream in streams}) > 1:
             raise ValueError("All streams of a mixture must be split by node, or none. Only some of them are.")
-        self._weights = [1.0] * len(streams) if weights is None else [float(weight) for weight in weights]
-        self._format_name = "+".join(stream.format.name for stream in streams)
-        self.has_scores = all(stream.has_scores for stream in streams)
-        formats = [stream.format for stream in streams]
-        self.has_masks = any(row_format.mask_columns for row_format in formats)
-        check_masks(formats, [name] * len(formats))
-        self.has_sources = False
-        if any(row_format.source_columns for row_format in formats):
+        if any(stream.format.source_columns for stream in streams):
             raise ValueError(
                 f"Streams cannot have a `source` column yet, and the {name} stream has one. Load the data without "
                 "`streaming`, or remove the column."
             )
+        check_all_or_none("mask columns", {stream.name: bool(stream.format.mask_columns) for stream in streams})
+        self._weights = [1.0] * len(streams) if weights is None else [float(weight) for weight in weights]
+        self._format_name = "+".join(stream.format.name for stream in streams)
+        self.has_scores = all(stream.has_scores for stream in streams)
+        self.has_masks = any(stream.format.mask_columns for stream in streams)
         self.has_loser_prompts = any(stream.format.prompt_of_each_image for stream in streams)
         self.is_swapped = options.swap_labels  # whether the published losers are the winners
-        self._repeat, self._compare, self._share = options.repeat, options.compare, Share()
+        self._compare, self._share = options.compare, Share()
         self._start: StreamPosition | None = None
         self._examples: dict[str, list[tuple[int, str]]] = {}
         self._counts = torch.zeros(READERS, len(COUNTS), dtype=torch.long).share_memory_()
@@ -203,12 +194,12 @@ class PreferenceIterableDataset(IterableDataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, also in running workers. Random numbers and the order of a shuffled stream depend on it."""
-        self._maker.epoch.fill_(epoch)
+        self._epoch.fill_(epoch)
 
     def for_evaluation(self) -> PreferenceIterableDataset:
         """Return one pass over this stream without random crops and empty prompts. Its seeds ignore the epoch."""
         view = copy.copy(self)
-        view._maker, view._repeat = self._maker.for_evaluation(), False
+        view._options, view._epoch = self._options.for_evaluation(), new_epoch()
         return view
 
     def for_process(self, share: Share) -> PreferenceIterableDataset:
@@ -222,7 +213,7 @@ class PreferenceIterableDataset(IterableDataset):
     ) -> StreamPosition:
         """Return the position of a process in this stream. The arguments are those of [`StreamPosition`]."""
         sharing = 1 if self.for_process(Share(0, processes))._deals_pairs else processes
-        return StreamPosition(batch, workers, max(1, workers) * sharing, self._maker.seed, readers)
+        return StreamPosition(batch, workers, max(1, workers) * sharing, self._options.seed, readers)
 
     def start_at(self, position: StreamPosition) -> None:
         """Let iterations begin at a position. Each pair before the position is yielded as `None`.
@@ -236,7 +227,7 @@ class PreferenceIterableDataset(IterableDataset):
     def _divides_shards(self) -> bool:
         """Whether this class splits the shards, so that this process reads only its share of them."""
         count = self._share.count
-        if count == 1 or not self._repeat or self.is_split:
+        if count == 1 or not self._options.repeat or self.is_split:
             return False
         return all(stream.source.num_shards % count == 0 for stream in self._streams)
 
@@ -248,16 +239,16 @@ class PreferenceIterableDataset(IterableDataset):
     # ---- Reading --------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[dict[str, Any] | None]:
-        epoch = int(self._maker.epoch) if self._maker.training else 0
-        if self._deals_pairs and not self._repeat:
+        epoch = int(self._epoch) if self._options.training else 0
+        if self._deals_pairs and not self._options.repeat:
             yield from self._equal_share(epoch)
             return
         worker, passed = get_worker_info(), 0
-        if self._start is not None and self._repeat:
+        if self._start is not None and self._options.repeat:
             batches, passes, passed = self._start.readers[0 if worker is None else worker.id]
             epoch += passes
             yield from repeat(None, batches * self._start.batch)
-        while (yield from self._one_pass(epoch, passed)) and self._repeat:
+        while (yield from self._one_pass(epoch, passed)) and self._options.repeat:
             epoch, passed = epoch + 1, 0
 
     def _equal_share(self, epoch: int) -> Iterator[dict[str, Any]]:
@@ -281,74 +272,74 @@ class PreferenceIterableDataset(IterableDataset):
 
         Return the number of labelled pairs, or 0 if no pair could be decoded.
         """
-        worker, share = get_worker_info(), self._share
+        worker, share, deals_pairs = get_worker_info(), self._share, self._deals_pairs
         reader, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         # Number of this reader among all concurrent readers. Their pairs must not have the same random numbers.
         number, numbers = reader, workers
-        if not self._deals_pairs:
+        if not deals_pairs:
             number, numbers = reader + workers * share.index, workers * share.count
         report = DataReport(self._name, self._format_name, examples={}, is_swapped=self.is_swapped)
         self._examples, counts = report.examples, self._counts[reader % READERS]
         if worker is None:
             self._counts.zero_()  # removes the counts of an earlier loader's workers
-        position = -1
-        for position, item in enumerate(self._items(report, epoch, passed)):
-            counts.copy_(torch.tensor([getattr(report, count) for count in COUNTS]))
-            if item is None:
-                continue
-            (winner, loser), masks, prompts, scores = item
-            row = position * numbers + number
-            draws = self._maker.draws_of(row, epoch)
-            pixels = self._maker.transform(winner, loser, self._maker.augmentation(draws))._asdict()
-            made = self._maker.item(pixels, row, prompts, draws)
-            if masks:
-                made["masks"] = place_masks(masks, made, self._maker.transform)
-            yield made if scores is None else made | {"scores": scores}
-        counts.copy_(torch.tensor([getattr(report, count) for count in COUNTS]))
-        if not report.pairs and workers == 1 and (self._repeat or position < 0 or share.count == 1):
-            raise BadDataError(f"The stream has no pair. Check its labels and images.\n{report}")
-        return position + 1 if report.pairs or not self._repeat else 0
-
-    def _items(self, report: DataReport, epoch: int, passed: int) -> Iterator[tuple | None]:
-        """Yield images, masks, prompts and scores of each labelled pair.
-
-        Yield `None` if the pair cannot be decoded, belongs to another process, or is one of the first `passed` pairs.
-        """
-        share, deals_pairs = self._share, self._deals_pairs
 
         def count(kind: str, row: int, reason: str, amount: int) -> None:
             if reject(report, self._options.on_bad_row == "raise", kind, row, reason, amount):
                 logger.warning("%s data: row %d dropped: %s", self._name, row, reason)
 
-        identical, position = IdenticalPairs(self._name), -1
+        position = -1
+        identical: list[bool] = []  # of the pairs so far
         for row_format, group in self._groups(report, epoch):
-            rows = dict(group)
             for pair in pairs_in_group(row_format, group, count):
                 position += 1
                 if deals_pairs and position % share.count != share.index:
-                    yield None
                     continue
                 if position < passed:
                     report.pairs += 1
-                    yield None
                     continue
-                decoded = self._images(row_format, rows, pair, count)
-                if decoded is None:
-                    yield None
-                    continue
-                images, masks = decoded
-                report.pairs += 1
-                if self._compare:
-                    identical.add(same_image(*images))
-                    self._verify_different(identical, at_end=False)
-                texts = [
-                    row_format.prompt(rows[pair.winner_row], image) for image in (pair.winner_image, pair.loser_image)
-                ]
-                yield images, masks, texts if self.has_loser_prompts else texts[:1], pair.scores
+                draws = PairDraws.from_key(self._options.seed, epoch, position * numbers + number)
+                item = self._item(row_format, dict(group), pair, draws, position * numbers + number, identical, count)
+                report.pairs += item is not None
+                counts.copy_(torch.tensor([getattr(report, name) for name in COUNTS]))
+                if item is not None:
+                    yield item
         if self._compare:
             self._verify_different(identical, at_end=True)
+        counts.copy_(torch.tensor([getattr(report, name) for name in COUNTS]))
+        if not report.pairs and workers == 1 and (self._options.repeat or position < 0 or share.count == 1):
+            raise BadDataError(f"The stream has no pair. Check its labels and images.\n{report}")
+        return position + 1 if report.pairs or not self._options.repeat else 0
 
-    def _groups(self, report: DataReport, epoch: int) -> Iterator[tuple[PreferenceFormat, list[tuple[int, Mapping]]]]:
+    def _item(
+        self,
+        row_format: PreferenceFormat,
+        rows: Mapping[int, Mapping[str, Any]],
+        pair: PairReference,
+        draws: PairDraws,
+        number: int,
+        identical: list[bool],
+        count: Reject,
+    ) -> dict[str, Any] | None:
+        """Return the item of a pair. If that is not possible, count the pair and return `None`."""
+        options = self._options
+        winner = StoredImage(row_format, rows[pair.winner_row], pair.winner_image)
+        loser = StoredImage(row_format, rows[pair.loser_row], pair.loser_image)
+        row = pair.winner_row
+        try:
+            winner_image = winner.decode(options.reader, options.transform.covering())
+            row = pair.loser_row
+            loser_image = loser.decode(options.reader, options.transform.covering())
+            item = options.transform(winner_image, loser_image, draws if options.training else None)._asdict()
+            complete_item(item, options, winner, loser, draws, number, two_prompts=self.has_loser_prompts)
+        except UndecodableImageError as error:
+            count("undecodable", row, str(error), 1)
+            return None
+        if self._compare:
+            identical.append(same_image(winner_image, loser_image))
+            self._verify_different(identical, at_end=False)
+        return item if pair.scores is None else item | {"scores": pair.scores}
+
+    def _groups(self, report: DataReport, epoch: int) -> Iterator[tuple[PreferenceFormat, Group]]:
         """Yield groups of rows that are compared with one another. Several streams are drawn by weight.
 
         In training, a stream that ends restarts, until all streams have ended once.
@@ -361,7 +352,7 @@ class PreferenceIterableDataset(IterableDataset):
                 stream.source = split_dataset_by_node(stream.source, share.index, share.count)
         open_ones = [stream.groups(epoch, report) for stream in streams]
         weights, ended = np.array(self._weights), np.zeros(len(streams), dtype=bool)
-        generator = np.random.default_rng([self._maker.seed, epoch, len(streams), MIXING])
+        generator = np.random.default_rng([self._options.seed, epoch, len(streams), MIXING])
         while weights.any():
             number = 0
             if len(streams) > 1:
@@ -371,7 +362,7 @@ class PreferenceIterableDataset(IterableDataset):
                 ended[number] = True
                 if ended.all():
                     return
-                if self._repeat:
+                if self._options.repeat:
                     open_ones[number] = streams[number].groups(epoch, report)
                     group = next(open_ones[number], None)
             if group is None:
@@ -379,48 +370,11 @@ class PreferenceIterableDataset(IterableDataset):
                 continue
             yield streams[number].format, group
 
-    def _images(
-        self, row_format: PreferenceFormat, rows: Mapping[int, Mapping], pair: PairReference, count: Reject
-    ) -> tuple[list[Image.Image], list[Image.Image]] | None:
-        """Decode images and masks of a pair. Return `None` if that is not possible."""
-        images = []
-        row = pair.winner_row
-        try:
-            for row, image in (pair[:2], pair[2:4]):
-                stored = images_of_row(rows[row], row_format.image_columns, row_format.images_in_list)
-                images.append(self._options.reader.decode_at(stored, image, self._maker.transform.covering()))
-            if not self.has_masks:
-                return images, []
-            row = pair.winner_row
-            stored = [mask_of_row(rows[row], row_format, image) for row, image in (pair[:2], pair[2:4])]
-            masks = decode_masks(self._options.reader, stored)
-            for decoded, mask in zip(images, masks, strict=True):
-                check_mask_size(mask, full_size(decoded))
-            return images, masks
-        except UndecodableImageError as error:
-            count("undecodable", row, str(error), 1)
-            return None
-
-    def _verify_different(self, identical: IdenticalPairs, *, at_end: bool) -> None:
+    def _verify_different(self, identical: list[bool], *, at_end: bool) -> None:
         """Verify once, after enough pairs, that the two images of pairs differ. At the end of a short stream, one of
         several workers has seen too few pairs to decide."""
         worker = get_worker_info()
         alone = self._share.count == 1 and (worker is None or worker.num_workers == 1)
-        if identical.checked >= SAMPLED_PAIRS or (at_end and alone):
+        if len(identical) >= SAMPLED_PAIRS or (at_end and alone):
             self._compare = False
-            identical.verify()
-
-
-def _stream_columns(source: datasets.IterableDataset, name: str) -> list[str]:
-    if source.column_names is not None:
-        return source.column_names
-    first = next(iter(source), None)
-    if first is None:
-        raise ValueError(f"The {name} data set is empty: {DataReport(name, 'unknown format')}")
-    return list(first)
-
-
-def _count_rows(source: Iterable[Mapping], report: DataReport) -> Iterator[tuple[int, Mapping]]:
-    for number, row in enumerate(source):
-        report.rows += 1
-        yield number, row
+            check_identical(self._name, identical)

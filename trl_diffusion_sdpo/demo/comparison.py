@@ -1,11 +1,10 @@
 """The demo: trains SFT, Diffusion-DPO, Diffusion-SDPO and a recipe for keeping winners from one small model on the same
 pairs, scores their images, and writes a report."""
 
-import contextlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -72,9 +71,6 @@ def run_demo(
 
     Returns:
         `DemoResult`: The numbers, the images, the files written and a summary.
-
-    Raises:
-        ValueError: If an argument is out of range, or the folder holds something other than a demo.
     """
     steps = STEPS if max_steps is None else max_steps
     if seed < 0 or steps < 1:
@@ -91,7 +87,9 @@ def run_demo(
     }
     folder = claim_folder(Path(output_dir), settings)
     started = time.monotonic()
-    with _few_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads, THREADS))
+    try:
         comparison = Comparison(folder, settings)
         chosen = [*METHODS, *GENTLE_METHODS] if gentle else [*METHODS]
         methods = [comparison.train(method, f"{i}/{len(chosen)}") for i, method in enumerate(chosen, 1)]
@@ -105,6 +103,8 @@ def run_demo(
             guided=comparison.generate(methods),
             seconds=time.monotonic() - started,
         )
+    finally:
+        torch.set_num_threads(threads)
     summary, files = write_report(result)
     return replace(result, summary=summary, files=files)
 
@@ -192,11 +192,7 @@ class BarCallback(TrainerCallback):
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> Path:
-    """Write the settings into the folder and return it. Remove runs and images of an earlier demo in it.
-
-    Raises:
-        ValueError: If the folder holds something other than a demo.
-    """
+    """Write the settings into the folder and return it. Remove runs and images of an earlier demo in it."""
     file = folder / SETTINGS_FILE
     if folder.is_dir() and any(folder.iterdir()) and not file.is_file():
         raise ValueError(
@@ -215,13 +211,3 @@ def demo_pairs(kind: str, seed: int, base: Any) -> tuple[Dataset, Dataset]:
     if kind == "off_policy":
         return off_policy_pairs(seed), eval_pairs(seed)
     return on_policy_pairs(base, seed), on_policy_pairs(base, seed + _HELD_OUT_SEED, per_prompt=2)
-
-
-@contextlib.contextmanager
-def _few_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(before, THREADS))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -50,9 +50,6 @@ def oracle_score(images: Images, prompts: Sequence[str]) -> np.ndarray:
 
     Returns:
         `np.ndarray` of shape `(N,)`: Scores in `[0, 1]`.
-
-    Raises:
-        ValueError: If the images have another size or another number than the prompts, or a prompt is not of the world.
     """
     return oracle_parts(images, prompts).score
 

@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ FEATURES = Features(
     {"prompt": Value("string"), "chosen": Image(), "rejected": Image()}
     | {name: Value("float32") for name in ("chosen_score", "rejected_score")}
 )
-_SIDES = ("chosen", "rejected")
 _TRAIN_KEY, _EVAL_KEY = 1, 2  # keys of the generators, so that training and held-out pairs differ for every seed
 
 
@@ -62,39 +60,26 @@ def write_pairs(splits: Mapping[str, Dataset], folder: str | Path) -> Path:
     """Write pairs as a folder of images that `datasets.load_dataset(folder)` reads, in the layout of an imagefolder.
 
     Args:
-        splits (`Mapping[str, datasets.Dataset]`): Pairs in the columns of [`off_policy_pairs`], by the split's name.
-        folder (`str` or `Path`): New or empty. Each split becomes a folder with `images/0000_chosen.png`,
-            `images/0000_rejected.png` and so on, and `metadata.jsonl`, which names them with their prompts and scores.
+        splits (`Mapping[str, datasets.Dataset]`): Name of a split -> pairs in the columns of [`off_policy_pairs`].
+        folder (`str` or `Path`): A new or empty folder. Each split becomes a folder in it, with `metadata.jsonl`.
 
     Returns:
         `Path`: The folder.
-
-    Raises:
-        ValueError: If there is something in the folder.
     """
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"The pairs must go into a new or an empty folder, got {folder}. Name another one.")
     for split, pairs in splits.items():
         (folder / split / "images").mkdir(parents=True)
-        for side in _SIDES:
-            pairs = pairs.cast_column(side, Image(decode=False))
-        lines = [json.dumps(_write_pair(folder / split, number, row)) for number, row in enumerate(pairs)]
+        lines = []
+        for number, row in enumerate(pairs):
+            for side in ("chosen", "rejected"):
+                name = f"images/{number:04}_{side}.png"
+                row.pop(side).save(folder / split / name)
+                row[f"{side}_file_name"] = name  # `datasets` makes it the column `chosen` or `rejected`
+            lines.append(json.dumps(row))
         (folder / split / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
-
-
-def _write_pair(folder: Path, number: int, row: dict[str, Any]) -> dict[str, Any]:
-    """Write the images of a pair.
-
-    Returns:
-        `dict`: Its line of `metadata.jsonl`, where `chosen_file_name` becomes the column `chosen`.
-    """
-    line = {name: value for name, value in row.items() if name not in _SIDES}
-    for side in _SIDES:
-        line[f"{side}_file_name"] = f"images/{number:04}_{side}.png"
-        (folder / line[f"{side}_file_name"]).write_bytes(row[side]["bytes"])
-    return line
 
 
 def _rendered_pairs(generator: np.random.Generator, per_prompt: int, margin: float) -> Dataset:

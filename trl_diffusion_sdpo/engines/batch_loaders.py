@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
-from ..data.pairs import PreferenceDataset
+from ..data.dataset import PreferenceDataset
 from ..data.streaming import PreferenceIterableDataset, Share
 from ..utils._compat import keeps_order, start_method
 from ..utils.processes import forks_by_default, usable_cores
@@ -39,29 +39,6 @@ class CollateAfterResuming:
 
     def __call__(self, items: list[Any]) -> Any:
         return {} if items[0] is None else self.collate(items)
-
-
-class LazyBatches:
-    """Micro-batches of an optimizer step, which can be iterated once. The first one is loaded by the constructor,
-    because a loader draws the seeds of its epoch then. The others are loaded when they are needed.
-
-    Args:
-        batches (`Iterator`): Batches of an epoch.
-        count (`int`): Micro-batches of the step. At least so many must be left.
-    """
-
-    def __init__(self, batches: Iterator[Any], count: int):
-        self._batches = batches
-        self._count = count
-        self._first = [next(batches)]
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[Any]:
-        yield self._first.pop()
-        for _ in range(self._count - 1):
-            yield next(self._batches)
 
 
 class BatchLoaders:

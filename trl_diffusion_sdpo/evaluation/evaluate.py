@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..engines.processes import gather_objects
 from ..rewards import Scorer
 from ..rewards.scorer import on_device
 from ..rewards.statistics import WinRate, agreement, holm, win_rate
@@ -24,13 +22,20 @@ from ..rewards.vlm_server import VLMServerJudge
 from ..utils.files import write_atomically
 from ..utils.processes import ALONE, Peers
 from .candidate import Candidate
-from .images import SCORES_FOLDER, ImageSettings, diversity, generate_images, image_path, is_black, saturation
+from .images import (
+    SCORES_FOLDER,
+    ImageSettings,
+    diversity,
+    generate_images,
+    image_path,
+    is_black,
+    peers_of_this_run,
+    saturation,
+)
 from .layouts import LAYOUTS, write_layout
 from .prompts import PromptList, distinct
 from .report import write_report
 from .scales import Sweep, recommend_in_cards, sweeps_of
-
-logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.json"
 MANIFEST_FILE = "manifest.jsonl"
@@ -141,8 +146,7 @@ def evaluate_models(
         raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
     files = [] if layout is None else LAYOUTS[layout](listed, settings.seeds)
     folder = Path(output_dir)
-    state = PartialState()
-    peers = Peers(state.process_index, state.num_processes, gather_objects)
+    peers = peers_of_this_run()
     for candidate in candidates:
         generate_images(candidate, listed.prompts, settings, folder, peers, base=candidates[0])
     evaluation = judge_images(candidates, listed, scorers, folder, settings, peers)
@@ -164,19 +168,46 @@ def judge_images(
     The arguments are those of [`evaluate_models`]. Each model has one image for each prompt and seed, and a file with
     the settings of its images. All processes must call this function.
     """
-    looks = {one.name: _looks(folder, one.name, prompts, settings, peers) for one in candidates}
+    base, *others = models = [candidate.name for candidate in candidates]
+    looks = {name: _looks(folder, name, prompts, settings, peers) for name in models}
     scores = {}
     for scorer in scorers:
         with on_device(scorer, settings.device):
             scores[scorer.name] = {
-                one.name: _scores(scorer, folder, one.name, candidates[0].name, prompts, settings, peers)
-                for one in candidates
+                name: _scores(scorer, folder, name, base, prompts, settings, peers) for name in models
             }
-    sweeps = tuple(sweeps_of(candidates, scores))
+    for scorer_name, by_model in scores.items():
+        for name in models:
+            if not np.isfinite(by_model[name] - by_model[base]).any():
+                raise ValueError(
+                    f"{scorer_name} scores no image of {name} whose counterpart of {base} it also scores. Black images "
+                    "have no score. Turn off the safety checker, or look at the images."
+                )
+    rates = [(name, by, win_rate(scores[by][name], scores[by][base])) for name in others for by in scores]
+    adjusted = holm([rate.p_value for _, _, rate in rates])
+    # The change of each scorer's scores against the base, by which pairs of scorers are compared.
+    changes = {name: {by: scores[by][name] - scores[by][base] for by in scores} for name in others}
+    agreements = {
+        name: {
+            f"{first} and {second}": agreement(by_scorer[first], by_scorer[second])
+            for first, second in itertools.combinations(by_scorer, 2)
+        }
+        for name, by_scorer in changes.items()
+    }
     judges = [scorer.name for scorer in scorers if isinstance(scorer, VLMServerJudge)]
-    evaluation = _compare(prompts, settings, [one.name for one in candidates], scores, looks, sweeps, judges)
+    evaluation = Evaluation(
+        prompts=prompts,
+        seeds=settings.seeds,
+        models=tuple(models),
+        scores=scores,
+        comparisons=tuple(Comparison(*rate, p_value) for rate, p_value in zip(rates, adjusted, strict=True)),
+        agreement=agreements,
+        looks=looks,
+        notes=tuple(_notes(prompts, scores, looks, judges)),
+        sweeps=tuple(sweeps_of(candidates, scores)),
+    )
     peers.first(lambda: _write(folder, evaluation, settings))
-    peers.first(lambda: recommend_in_cards(sweeps, candidates, settings.call_kwargs))
+    peers.first(lambda: recommend_in_cards(evaluation.sweeps, candidates, settings.call_kwargs))
     return evaluation
 
 
@@ -279,56 +310,10 @@ def _score_images(
     if visible:
         texts = [prompts.prompts[rows[position][0]] for position in visible]
         ours, *others = ([images[position][model] for position in visible] for model in range(len(models)))
-        found = scorer.compare(ours, others[0], texts) if isinstance(scorer, VLMServerJudge) else scorer(ours, texts)
-        for position, value in zip(visible, found.tolist(), strict=True):
+        values = scorer.compare(ours, others[0], texts) if isinstance(scorer, VLMServerJudge) else scorer(ours, texts)
+        for position, value in zip(visible, values.tolist(), strict=True):
             scores[position] = value if math.isfinite(value) else None
     return scores
-
-
-def _compare(
-    prompts: PromptList,
-    settings: ImageSettings,
-    models: Sequence[str],
-    scores: Mapping[str, Mapping[str, np.ndarray]],
-    looks: dict[str, dict[str, float]],
-    sweeps: tuple[Sweep, ...],
-    judges: Sequence[str],
-) -> Evaluation:
-    base, *others = models
-    for name, by_model in scores.items():
-        for model in models:
-            if not np.isfinite(by_model[model] - by_model[base]).any():
-                raise ValueError(
-                    f"{name} scores no image of {model} whose counterpart of {base} it also scores. Black images have "
-                    "no score. Turn off the safety checker, or look at the images."
-                )
-    results = [(model, name, win_rate(scores[name][model], scores[name][base])) for model in others for name in scores]
-    adjusted = holm([result.p_value for _, _, result in results])
-    comparisons = [
-        Comparison(model, name, result, value) for (model, name, result), value in zip(results, adjusted, strict=True)
-    ]
-    names = list(scores)
-    agreements = {
-        model: {
-            f"{first} and {second}": agreement(
-                scores[first][model] - scores[first][base], scores[second][model] - scores[second][base]
-            )
-            for position, first in enumerate(names)
-            for second in names[position + 1 :]
-        }
-        for model in others
-    }
-    return Evaluation(
-        prompts=prompts,
-        seeds=settings.seeds,
-        models=tuple(models),
-        scores={name: dict(values) for name, values in scores.items()},
-        comparisons=tuple(comparisons),
-        agreement=agreements,
-        looks=looks,
-        notes=tuple(_notes(prompts, scores, looks, judges)),
-        sweeps=sweeps,
-    )
 
 
 def _notes(

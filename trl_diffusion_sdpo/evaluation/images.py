@@ -14,11 +14,13 @@ from typing import Any, Literal
 import diffusers
 import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
+from ..engines.processes import gather_objects
 from ..families import Family
 from ..families.base import refuse_sources
 from ..models.adapters import active_adapter
@@ -78,6 +80,12 @@ class ImageSettings:
     def noise_seed(self, prompt: str, seed: int) -> int:
         """Return the seed of the CPU generator of an image's initial noise."""
         return self.generator(prompt, seed).initial_seed()
+
+
+def peers_of_this_run() -> Peers:
+    """Return the processes that accelerate launched."""
+    state = PartialState()
+    return Peers(state.process_index, state.num_processes, gather_objects)
 
 
 def image_path(folder: Path, candidate: str, prompt_index: int, seed: int) -> Path:

@@ -138,9 +138,6 @@ LAYOUTS: dict[str, Callable[[PromptList, Sequence[int]], list[LayoutFile]]] = {
 def write_layout(folder: Path, layout: str, models: Sequence[str], files: Sequence[LayoutFile]) -> None:
     """Write the files of a layout for each model, into `<folder>/<layout>/<model>`. Images are hard links if the file
     system has them.
-
-    Raises:
-        `ValueError`: If a grid's images are not square.
     """
     for model in models:
         for file in files:

@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..reporting.run_callbacks import plots_of
 from ..saving.model_card import PACKAGES
 from ..saving.starting_point import run_of
-from ..utils.files import VERDICT_FILE, VERDICT_PLOT, write_atomically
+from ..utils.files import VERDICT_FILE, write_atomically
 from .images import image_path, settings_path
 
 if TYPE_CHECKING:
@@ -114,14 +114,7 @@ def html_report(folder: Path, evaluation: Evaluation) -> str:
     swept = {model for sweep in evaluation.sweeps for model in sweep.names.values()}
     single = [model for model in others if model not in swept]
     shows_all = len(single) > 1 or not evaluation.scores
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return templates.get_template("report.html").render(
+    return template(Path(__file__).parent / "report.html").render(
         evaluation=evaluation,
         base=base,
         shown=[f"{sweep.name} at {len(sweep.names) - 1} scales" for sweep in evaluation.sweeps] + single,
@@ -209,7 +202,7 @@ def _rows_of_images(
             evaluation.prompts.prompts[index],
             [
                 {
-                    "url": _data_url(image_path(folder, name, index, evaluation.seeds[0])),
+                    "url": _url_of_file(image_path(folder, name, index, evaluation.seeds[0])),
                     "model": name,
                     "label": label,
                     "score": "" if scores is None else f"{scores[name][index, 0]:.3g}",
@@ -234,8 +227,8 @@ def _examples(folder: Path, evaluation: Evaluation, model: str) -> list[tuple[st
     def pair(index: int) -> dict[str, str]:
         seed = evaluation.seeds[int(np.isfinite(difference[index]).argmax())]
         return {
-            "before": _data_url(image_path(folder, base, index, seed)),
-            "after": _data_url(image_path(folder, model, index, seed)),
+            "before": _url_of_file(image_path(folder, base, index, seed)),
+            "after": _url_of_file(image_path(folder, model, index, seed)),
             "prompt": evaluation.prompts.prompts[index],
             "change": f"{change[index]:+.3g}",
         }
@@ -266,19 +259,35 @@ def _runs(folder: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
                     "plots": [
                         (title, f"data:image/png;base64,{base64.b64encode((run / name).read_bytes()).decode()}")
                         for name, title in plots
-                        if name != VERDICT_PLOT and (run / name).is_file()
+                        if (run / name).is_file()
                     ],
                 }
             )
     return runs
 
 
-def _data_url(path: Path) -> str:
+def _url_of_file(path: Path) -> str:
     with Image.open(path) as image:
-        shown = image.convert("RGB")
-    shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-    if max(shown.size) <= SHOWN_SIDE // 8:  # browsers blur small images
+        return data_url(image, SHOWN_SIDE)
+
+
+def data_url(image: Image.Image, side: int) -> str:
+    """Return an image as a data URL for a page, at most `side` pixels wide and high."""
+    shown = image.convert("RGB")
+    shown.thumbnail((side, side))
+    if max(shown.size) <= side // 8:  # browsers blur small images
         shown = shown.resize((4 * shown.width, 4 * shown.height), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     shown.save(buffer, "JPEG", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def template(path: Path) -> jinja2.Template:
+    """Return the template of a page. Everything that it shows is escaped."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(path.parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    ).get_template(path.name)

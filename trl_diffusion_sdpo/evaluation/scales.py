@@ -44,11 +44,7 @@ class Sweep:
 
 
 def at_scales(candidate: Candidate, scales: Sequence[float]) -> list[Candidate]:
-    """Return copies of a candidate, one at each scale, with names such as `tuned-2` and `tuned-1.5`.
-
-    Raises:
-        `ValueError`: If the candidate already has a scale.
-    """
+    """Return copies of a candidate, one at each scale, with names such as `tuned-2` and `tuned-1.5`."""
     if candidate.scale is not None:
         raise ValueError(
             f"{candidate.name} already has the scale {candidate.scale:g}. Set either `scale` or `scales`."
@@ -136,9 +132,6 @@ def scaled(candidate: Candidate, pipeline: Any, denoiser: nn.Module, base: nn.Mo
 
     Args:
         base (`nn.Module`, *optional*): The base model's denoiser. Not needed if the candidate has a LoRA.
-
-    Raises:
-        `ValueError`: If the candidate has no LoRA and the base has another architecture.
     """
     is_lora = active_adapter(denoiser) is not None
     if candidate.scale is None:

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 
 from .base import Family, check_in_channels
-from .loss_defaults import FLOW_DEFAULTS
-from .noise import FlowMatchingProcess
 
 CALL_RESOLUTION = 1024  # default of the pipeline's call; `sample_size` in the published configurations would give 512
 
@@ -22,15 +20,12 @@ class AuraFlowFamily(Family):
 
     name = "AuraFlow"
     pipeline_classes = ("AuraFlowPipeline",)
-    denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
     # Our choice, because diffusers has no AuraFlow script: the targets of its script for Stable Diffusion 3, which has
     # similar joint blocks. Only the four joint blocks have text projections.
     lora_target_modules = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")
     learning_rate_full = 1e-6  # our choice: no number is published, and the model is large (6.8B)
     learning_rate_lora = 1e-4  # our choice: usual in diffusers' LoRA scripts
-    defaults = FLOW_DEFAULTS
-    noise_process_class = FlowMatchingProcess
     patch_size = 2
 
     def check_pipeline(self) -> None:
@@ -49,10 +44,10 @@ class AuraFlowFamily(Family):
     def check_image_size(self, height: int, width: int) -> None:
         """Raise an error for images with more tokens along a side than positions, which the transformer would silently
         reuse."""
-        known = self._positions_per_side * self.patch_size * self.vae_scale_factor
-        if max(height, width) > known:
+        largest = self._positions_per_side * self.patch_size * self.vae_scale_factor
+        if max(height, width) > largest:
             raise ValueError(
-                f"This AuraFlow transformer has positions for {known} pixels along a side, got images of {height} by "
+                f"This AuraFlow transformer has positions for {largest} pixels along a side, got images of {height} by "
                 f"{width}. Train at a smaller `resolution`."
             )
 

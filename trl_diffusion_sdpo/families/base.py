@@ -15,9 +15,8 @@ from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
-from .loss_defaults import FALLBACK, LossDefaults
-from .noise import NoiseProcess, constant, generators_of, sent, standard_normal
-from .timestep_sampling import WeightingScheme
+from .loss_defaults import FALLBACK, FLOW_DEFAULTS, LossDefaults
+from .noise import FlowMatchingProcess, NoiseProcess, WeightingScheme, constant, generators_of, sent, standard_normal
 
 # The VAE encodes at most this many pixels at once. On a whole micro-batch, its activations would set peak memory.
 PIXELS_AT_ONCE = 8 * 512 * 512
@@ -55,7 +54,7 @@ class Family(ABC):
             pipeline of any of them is loaded as the first one, the text-to-image pipeline.
         pipeline_class (`type[DiffusionPipeline]`, *optional*): The class that `pipeline_classes[0]` names. Needed only
             if diffusers does not export it.
-        denoiser_name (`str`): Name of the pipeline's component that is trained, `"unet"` or `"transformer"`.
+        denoiser_name (`str`): Name of the pipeline's component that is trained, `"transformer"` by default or `"unet"`.
         frozen_components (`tuple[str, ...]`): Names of the components that training uses but does not train, such as
             `"vae"` and `"text_encoder"`.
         lora_target_modules (`tuple[str, ...]`): Default `target_modules` of a LoRA: modules whose name ends with one
@@ -63,9 +62,9 @@ class Family(ABC):
         learning_rate_full, learning_rate_lora (`float`): Default learning rates of full and LoRA training, for AdamW
             and small batches.
         defaults (`Mapping[str, LossDefaults]`): Default settings by loss name. The entry `FALLBACK` serves all other
-            losses.
+            losses. The default is that of flow models.
         noise_process_class (`type[NoiseProcess]`): Class of `noise_process`, which is built from the configuration of
-            the pipeline's scheduler.
+            the pipeline's scheduler. The default is flow matching.
         weighting_scheme (`str`): Default distribution of sampled timesteps, a `scheme` of [`TimestepSampling`].
         patch_size (`int`): Side of a transformer's patch in latents. A token covers `patch_size` by `patch_size`
             latents.
@@ -99,13 +98,13 @@ class Family(ABC):
     name: ClassVar[str]
     pipeline_classes: ClassVar[tuple[str, ...]]
     pipeline_class: ClassVar[type[DiffusionPipeline] | None] = None
-    denoiser_name: ClassVar[str]
+    denoiser_name: ClassVar[str] = "transformer"
     frozen_components: tuple[str, ...]
     lora_target_modules: ClassVar[tuple[str, ...]]
     learning_rate_full: ClassVar[float]
     learning_rate_lora: ClassVar[float]
-    defaults: ClassVar[Mapping[str, LossDefaults]]
-    noise_process_class: ClassVar[type[NoiseProcess]]
+    defaults: ClassVar[Mapping[str, LossDefaults]] = FLOW_DEFAULTS
+    noise_process_class: ClassVar[type[NoiseProcess]] = FlowMatchingProcess
     weighting_scheme: ClassVar[WeightingScheme] = "none"
     patch_size: ClassVar[int] = 1
     guidance_scale: float | None = None

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 
 from .base import Family, check_in_channels
-from .loss_defaults import FLOW_DEFAULTS
-from .noise import FlowMatchingProcess
 from .packing import TWO_STREAM_TARGETS, pack_patches, patch_positions, unpack_patches
 
 
@@ -22,15 +20,12 @@ class ChromaFamily(Family):
 
     name = "Chroma"
     pipeline_classes = ("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline")
-    denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
     # Our choice, because diffusers has no script for Chroma: targets of its LoRA script for FLUX.1, with equal blocks.
     lora_target_modules = TWO_STREAM_TARGETS
     # Our choice: half of Stable Diffusion's rate, because larger models need smaller steps.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # as diffusers' script for FLUX.1
-    defaults = FLOW_DEFAULTS
-    noise_process_class = FlowMatchingProcess
     patch_size = 2
     conditional_rows = "all"
     shared_inputs = ("txt_ids", "img_ids")

@@ -11,9 +11,7 @@ from typing import Any
 import torch
 
 from .base import Family, check_in_channels
-from .loss_defaults import FLOW_DEFAULTS
-from .noise import FlowMatchingProcess, constant
-from .timestep_sampling import TimestepSampling
+from .noise import FlowMatchingProcess, TimestepSampling, constant
 
 PATCH_SIZE = 2
 
@@ -65,13 +63,11 @@ class CogView4Family(Family):
 
     name = "CogView4"
     pipeline_classes = ("CogView4Pipeline",)
-    denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
     # Our choice: the attention targets of diffusers' LoRA scripts. Its script for CogView4 trains all weights.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     learning_rate_full = 1e-6  # our choice: no number is published, and the model is large (6B)
     learning_rate_lora = 1e-4  # from diffusers' control script, which trains all weights
-    defaults = FLOW_DEFAULTS
     noise_process_class = CogView4Process
     patch_size = PATCH_SIZE
     conditional_rows = "all"

@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .base import PromptPadding
 from .flux2 import Flux2LatentsFamily
-from .noise import FlowMatchingProcess
 
 
 class ErnieImageFamily(Flux2LatentsFamily):
@@ -25,7 +24,6 @@ class ErnieImageFamily(Flux2LatentsFamily):
     pipeline_classes = ("ErnieImagePipeline",)
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # our choice: as Qwen-Image's
     learning_rate_lora = 1e-4  # our choice, as for similar transformers
-    noise_process_class = FlowMatchingProcess
     prompt_padding: ClassVar[PromptPadding] = "end"
     batch_norm_eps = 1e-5  # of the pipeline's call; that of the VAE's configuration is another
 

@@ -12,8 +12,6 @@ from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
 
 from .base import Family, check_in_channels
-from .loss_defaults import FLOW_DEFAULTS
-from .noise import FlowMatchingProcess
 from .packing import TWO_STREAM_TARGETS, pack_patches, patch_positions, unpack_patches
 
 
@@ -30,14 +28,11 @@ class FluxFamily(Family):
 
     name = "FLUX.1"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
-    denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
     lora_target_modules = TWO_STREAM_TARGETS  # from diffusers' LoRA script for FLUX
     # Our choice: half of Stable Diffusion's rate, because large and distilled models need smaller steps.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # from diffusers' script
-    defaults = FLOW_DEFAULTS
-    noise_process_class = FlowMatchingProcess
     patch_size = 2
     conditional_rows = "all"
     shared_inputs = ("txt_ids", "img_ids")

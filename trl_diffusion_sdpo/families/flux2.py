@@ -12,7 +12,6 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
 
 from .base import Family, check_in_channels
-from .loss_defaults import FLOW_DEFAULTS
 from .noise import FlowMatchingProcess
 
 # The targets of diffusers' LoRA script for klein. The script for dev leaves out the single-stream blocks, 48 of dev's
@@ -41,10 +40,8 @@ class Flux2Process(FlowMatchingProcess):
 class Flux2LatentsFamily(Family):
     """Base class of families with the VAE of FLUX.2. Each token is a square of two by two latents."""
 
-    denoiser_name = "transformer"
     frozen_components: tuple[str, ...] = ("vae", "text_encoder")
     learning_rate_full = 1e-6  # our choice, as for FLUX.1: nothing is published
-    defaults = FLOW_DEFAULTS
 
     @property
     def vae_scale_factor(self) -> int:
@@ -73,8 +70,8 @@ class Flux2LatentsFamily(Family):
     def latent_statistics(self) -> dict[str, torch.Tensor]:
         """Return mean and variance of the VAE's batch norm, `(4C,)` each in float32."""
         norm = self.pipeline.vae.bn
-        found = {"mean": norm.running_mean.float(), "variance": norm.running_var.float()}
-        return self._kept_statistics or found
+        statistics = {"mean": norm.running_mean.float(), "variance": norm.running_var.float()}
+        return self._kept_statistics or statistics
 
 
 class Flux2Hooks(Flux2LatentsFamily):

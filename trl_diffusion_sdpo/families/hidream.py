@@ -9,8 +9,6 @@ from diffusers import HiDreamImageTransformer2DModel
 from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
 
 from .base import Family, check_in_channels
-from .loss_defaults import FLOW_DEFAULTS
-from .noise import FlowMatchingProcess
 
 
 def route(self: MOEFeedForwardSwiGLU, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -56,14 +54,11 @@ class HiDreamFamily(Family):
 
     name = "HiDream-I1"
     pipeline_classes = ("HiDreamImagePipeline",)
-    denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
     # The attention over image tokens, as in diffusers' train_dreambooth_lora_hidream.py.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out")
     learning_rate_full = 1e-6  # our choice, as for other large transformers
     learning_rate_lora = 1e-4  # our choice, as for similar transformers
-    defaults = FLOW_DEFAULTS
-    noise_process_class = FlowMatchingProcess
     weighting_scheme = "logit_normal"
     patch_size = 2
 

@@ -28,7 +28,6 @@ class HunyuanDiTFamily(Family):
 
     name = "HunyuanDiT"
     pipeline_classes = ("HunyuanDiTPipeline",)
-    denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
     # Our choice, because diffusers has no HunyuanDiT script: all projections of self-attention and cross-attention.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")

@@ -20,8 +20,7 @@ from diffusers.models.transformers.transformer_ideogram4 import (
 from ..utils._compat import keep_in_float32
 from .base import PromptPadding
 from .flux2 import Flux2LatentsFamily
-from .noise import FlowMatchingProcess, generators_of, standard_normal
-from .timestep_sampling import TimestepSampling
+from .noise import FlowMatchingProcess, TimestepSampling, generators_of, standard_normal
 
 keep_in_float32(Ideogram4MRoPE, "inv_freq")
 MOST_TOKENS = 2048  # the pipeline's `max_sequence_length`

@@ -166,17 +166,17 @@ class Inversion(ABC):
         grid = self.grid(settings.steps, clean.device, image_seq_len)
         for ends, moves in _steps(timesteps, grid, settings.end):
             there, moves = level_of(ends), moves.view(columns)
-            noisy, remaining, found = here.mix(clean, noise), self.remaining(here, there), torch.zeros_like(noise)
+            noisy, remaining, following = here.mix(clean, noise), self.remaining(here, there), torch.zeros_like(noise)
             for _ in range(CALLS[settings.kind]):
                 implied = self.noise_of(predict(noisy, ends), noisy, clean, there)
                 stepped = torch.where(moves, implied + remaining * (noise - implied), noise)
                 # A step is affine in its prediction, so the mean of two steps equals one step with the mean
                 # prediction.
-                found, noisy = found + stepped / CALLS[settings.kind], there.mix(clean, stepped)
+                following, noisy = following + stepped / CALLS[settings.kind], there.mix(clean, stepped)
             if settings.eta and draw is not None:
                 added = settings.eta * self.deviation(ends, settings.steps).view(columns) * draw().float()
-                found = torch.where(moves, found + added, found)
-            noise, here = found, there.where(moves, here)
+                following = torch.where(moves, following + added, following)
+            noise, here = following, there.where(moves, here)
         if settings.end == "exact":
             return noise
         level = level_of(timesteps)

@@ -220,9 +220,9 @@ def original_module(denoiser_class: str, module: str) -> OriginalModule:
     if entries is None:
         return OriginalModule(module)
     for name, original in entries.items():
-        found = re.fullmatch(re.escape(name).replace(r"\{\}", r"(\d+)"), module)
-        if found:
-            return original._replace(module=original.module.format(*found.groups()))
+        match = re.fullmatch(re.escape(name).replace(r"\{\}", r"(\d+)"), module)
+        if match:
+            return original._replace(module=original.module.format(*match.groups()))
     raise ValueError(
         f"Other tools cannot read a LoRA on the module {module} of a {denoiser_class}. Train with the default "
         "`target_modules`, or merge the LoRA into the model."

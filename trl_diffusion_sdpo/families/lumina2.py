@@ -9,8 +9,6 @@ from typing import Any
 import torch
 
 from .base import Family, check_in_channels
-from .loss_defaults import FLOW_DEFAULTS
-from .noise import FlowMatchingProcess
 
 
 class Lumina2Family(Family):
@@ -25,14 +23,11 @@ class Lumina2Family(Family):
 
     name = "Lumina Image 2.0"
     pipeline_classes = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")
-    denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # from diffusers' LoRA script for Lumina 2
     # Our choice, because no rate is published: between those of Stable Diffusion (2e-6) and SDXL (2e-7).
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # from diffusers' script
-    defaults = FLOW_DEFAULTS
-    noise_process_class = FlowMatchingProcess
     patch_size = 2
     conditional_rows = "all"
 

@@ -15,20 +15,16 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _AGAIN = "Download it again."
 
 
-def check_parts(name_or_path: str, index: Mapping[str, Any], given: Container[str]) -> None:
+def check_parts(name_or_path: str, index: Mapping[str, Any], passed: Container[str]) -> None:
     """Raise `ValueError` if a folder lacks a component that its index names, such as a tokenizer.
 
     Args:
         name_or_path (`str`): The pipeline. A Hub id is not checked.
         index (`Mapping`): The pipeline's `model_index.json`.
-        given: Names of components that do not come from the folder, so they may be missing.
-
-    Args:
-        index (`Mapping`): The pipeline's `model_index.json`.
-        given: Names of parts that do not come from the folder.
+        passed: Names of components that the caller passes, so they may be missing in the folder.
     """
     for name, entry in index.items() if os.path.isdir(name_or_path) else ():
-        if not isinstance(entry, (list, tuple)) or len(entry) != 2 or None in entry or name in given:
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2 or None in entry or name in passed:
             continue
         folder = Path(name_or_path) / name
         if not folder.is_dir() or not any(folder.iterdir()):
@@ -72,10 +68,10 @@ def _folder_of(name_or_path: str) -> Path | None:
     if os.path.isdir(name_or_path):
         return Path(name_or_path)
     try:
-        found = try_to_load_from_cache(name_or_path, "model_index.json")
+        cached = try_to_load_from_cache(name_or_path, "model_index.json")
     except ValueError:  # not a valid Hub id
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _damage(file: Path) -> str | None:

@@ -1,22 +1,22 @@
-"""Noise processes: how training adds noise to latents, and what the denoiser must predict.
+"""Noise processes: how training adds noise to latents, at which timesteps, and what the denoiser must predict.
 
-A process also samples timesteps and weighs them. It is built from a scheduler's configuration and does not depend on
-the pipeline. The end of this module draws the random numbers.
+A process is built from a scheduler's configuration and does not depend on the pipeline. [`TimestepSampling`] is the
+distribution of its timesteps. The end of this module draws the random numbers.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DDPMScheduler
 
-from .timestep_sampling import TimestepSampling
-
 WITHOUT_PINNED_MEMORY = ("cpu", "mps", "meta")  # types of devices to which a copy from the host is immediate
-UNIFORM = TimestepSampling()
+_BISECTIONS = 50  # enough to reach the precision of float64
+WeightingScheme = Literal["none", "logit_normal", "mode"]
 TimestepWeighting = Literal["none", "one_minus_t_squared"]
 WEIGHTINGS: tuple[str, ...] = get_args(TimestepWeighting)
 # Min-SNR weights, https://huggingface.co/papers/2303.09556. For epsilon, an SNR of 0 gives the weight 1.
@@ -25,6 +25,99 @@ _MIN_SNR_WEIGHTS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "v_prediction": lambda snr, gamma: snr.clamp(max=gamma) / (snr + 1.0),
     "sample": lambda snr, gamma: snr.clamp(max=gamma),
 }
+
+
+@dataclass(frozen=True)
+class TimestepSampling:
+    """The distribution from which training samples noise levels in `[0, 1]`, a quantile function of uniform numbers.
+
+    Under DDPM, a noise level is here the timestep divided by `num_train_timesteps`. Under flow matching, it is sigma
+    before any shift.
+
+    Example:
+
+    ```python
+    sampling = TimestepSampling("logit_normal", logit_mean=0.5)
+    levels = sampling.quantile(torch.rand(4))  # four noise levels in [0, 1]
+    ```
+
+    Args:
+        scheme (`str`): `"none"` is uniform. `"logit_normal"` and `"mode"` sample middle levels more often. The names
+            are those of `weighting_scheme` in diffusers' scripts.
+        logit_mean (`float`): Mean of `"logit_normal"`. Above 0, noisier levels are sampled more often. The sign has
+            the opposite effect in diffusers' scripts, because they index descending timesteps.
+        logit_std (`float`): Standard deviation of `"logit_normal"`, above 0.
+        mode_scale (`float`): Scale of `"mode"`, in `[-1, 1.75]`. 0 is uniform. Larger values sample middle levels more
+            often.
+
+    Raises:
+        ValueError: If the scheme does not exist or a number is out of range.
+
+    Source: https://huggingface.co/papers/2403.03206, section 3.1.
+    """
+
+    scheme: WeightingScheme = "none"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+
+    def __post_init__(self):
+        if self.scheme not in DENSITIES:
+            raise ValueError(f"`weighting_scheme` must be one of {', '.join(DENSITIES)}; got {self.scheme!r}.")
+        if not abs(self.logit_mean) < float("inf"):
+            raise ValueError(f"`logit_mean` must be a finite number, got {self.logit_mean}. Use 0 for the middle.")
+        if not 0 < self.logit_std < float("inf"):
+            raise ValueError(f"`logit_std` must be above 0, got {self.logit_std}. Usual is 1.")
+        if not -1 <= self.mode_scale <= 1.75:
+            raise ValueError(
+                "`mode_scale` must be in [-1, 1.75], because the density would be negative elsewhere. "
+                f"Got {self.mode_scale}. Usual is 1.29."
+            )
+
+    def quantile(self, share: torch.Tensor) -> torch.Tensor:
+        """Map uniform numbers to noise levels. The map is increasing, with 0 at 0 and 1 at 1.
+
+        Args:
+            share (`torch.Tensor`): Numbers in `[0, 1]`, of any shape and float dtype.
+        """
+        return DENSITIES[self.scheme](self, share)
+
+    def share_below(self, level: float) -> float:
+        """Return the probability of sampling a noise level below `level`, the inverse of `quantile`."""
+        return _share_below(self, level)
+
+
+def _logit_normal(sampling: TimestepSampling, share: torch.Tensor) -> torch.Tensor:
+    return torch.sigmoid(sampling.logit_mean + sampling.logit_std * torch.special.ndtri(share))
+
+
+def _mode(sampling: TimestepSampling, share: torch.Tensor) -> torch.Tensor:
+    # Equation 20 of the paper, evaluated at 1 - share because the paper's map decreases.
+    return share - sampling.mode_scale * (torch.sin(torch.pi / 2 * share).square() - share)
+
+
+DENSITIES: dict[WeightingScheme, Callable[[TimestepSampling, torch.Tensor], torch.Tensor]] = {
+    "none": lambda sampling, share: share,
+    "logit_normal": _logit_normal,
+    "mode": _mode,
+}
+
+
+@lru_cache(maxsize=256)
+def _share_below(sampling: TimestepSampling, level: float) -> float:
+    if sampling.scheme == "none" or level in (0.0, 1.0):
+        return level
+    low, high = 0.0, 1.0
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if sampling.quantile(torch.tensor(middle, dtype=torch.float64)) < level:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+UNIFORM = TimestepSampling()
 
 
 @lru_cache(maxsize=256)
@@ -284,8 +377,8 @@ class DDPMProcess(NoiseProcess):
                 f"configuration says {prediction_type!r}. Load the pipeline with the scheduler that its denoiser was "
                 "trained for."
             )
-        known = DDPMScheduler().config.keys() & scheduler_config.keys()
-        self.scheduler = DDPMScheduler.from_config({key: scheduler_config[key] for key in known})
+        shared = DDPMScheduler().config.keys() & scheduler_config.keys()
+        self.scheduler = DDPMScheduler.from_config({key: scheduler_config[key] for key in shared})
         self.prediction_type = prediction_type
         self.num_train_timesteps = self.scheduler.config.num_train_timesteps
         self.set_alpha_to_one = scheduler_config.get("set_alpha_to_one", True)  # DDIM's setting, for inversion

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 
 from .base import Family, check_in_channels
-from .loss_defaults import FLOW_DEFAULTS
-from .noise import FlowMatchingProcess
 from .packing import TWO_STREAM_TARGETS, pack_patches, patch_positions, unpack_patches
 
 
@@ -16,7 +14,6 @@ class OvisImageFamily(Family):
 
     name = "Ovis-Image"
     pipeline_classes = ("OvisImagePipeline",)
-    denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
     # Our choice, because diffusers has no Ovis script: targets of its LoRA script for FLUX.1, which has the same
     # blocks.
@@ -24,8 +21,6 @@ class OvisImageFamily(Family):
     # Our choice: half of Stable Diffusion's rate, because larger models need smaller steps.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # from diffusers' scripts for similar transformers
-    defaults = FLOW_DEFAULTS
-    noise_process_class = FlowMatchingProcess
     patch_size = 2
     conditional_rows = "all"
     shared_inputs = ("txt_ids", "img_ids")

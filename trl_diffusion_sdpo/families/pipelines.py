@@ -249,7 +249,7 @@ def networks_without_weights(
             be read.
     """
     options = {name: access[name] for name in ("revision", "token", *_HUB_OPTIONS) if name in access}
-    found: dict[str, nn.Module] = {}
+    networks: dict[str, nn.Module] = {}
     for name in names:
         if (index.get(name) or (None,))[0] is None:
             continue
@@ -265,8 +265,8 @@ def networks_without_weights(
             raise ValueError(f"The configuration of `{name}` in {name_or_path} could not be read: {error}") from error
         with torch.device("meta"):
             part = part_class(config) if of_transformers else part_class.from_config(config)
-        found[name] = nn.Module.to(part, dtype).eval()  # diffusers' own `to` would warn about rounding
-    return found
+        networks[name] = nn.Module.to(part, dtype).eval()  # diffusers' own `to` would warn about rounding
+    return networks
 
 
 def _component_class(

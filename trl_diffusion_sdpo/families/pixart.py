@@ -17,7 +17,6 @@ from .noise import DDPMProcess, constant
 class PixArtHooks(Family):
     """Base class of both PixArt families."""
 
-    denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
     # As in PixArt's LoRA script (diffusers has none): every linear layer of the blocks, and the embeddings of text,
     # timestep, sizes and patches. `proj` matches the patch embedding and the feed-forward layers.

@@ -14,8 +14,6 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from .base import Family, PromptPadding, channel_statistics, check_in_channels
-from .loss_defaults import FLOW_DEFAULTS
-from .noise import FlowMatchingProcess
 from .packing import pack_patches, unpack_patches
 
 
@@ -25,12 +23,9 @@ class QwenImageLatentsFamily(Family):
     The VAE encodes videos. Images are passed as one frame, and latents have no frame dimension, `(N, C, H, W)`.
     """
 
-    denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
     # Our choice: half of Stable Diffusion's rate, because larger models need smaller steps.
     learning_rate_full = 1e-6
-    defaults = FLOW_DEFAULTS
-    noise_process_class = FlowMatchingProcess
     patch_size = 2
     conditional_rows = "all"
     prompt_padding: ClassVar[PromptPadding] = "end"

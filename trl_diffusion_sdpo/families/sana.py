@@ -10,8 +10,6 @@ from typing import Any
 import torch
 
 from .base import Family
-from .loss_defaults import FLOW_DEFAULTS
-from .noise import FlowMatchingProcess
 
 
 class SanaFamily(Family):
@@ -25,14 +23,11 @@ class SanaFamily(Family):
 
     name = "Sana"
     pipeline_classes = ("SanaPipeline",)
-    denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
     lora_target_modules = ("to_k", "to_q", "to_v")  # from diffusers' LoRA script for Sana
     # Our choice, because no rate is published: between those of Stable Diffusion (2e-6) and SDXL (2e-7).
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # from diffusers' script
-    defaults = FLOW_DEFAULTS
-    noise_process_class = FlowMatchingProcess
     patch_size = 1  # one token per latent: the autoencoder already compresses strongly
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:

@@ -10,8 +10,6 @@ import torch
 from diffusers import DiffusionPipeline
 
 from .base import JOINT_ATTENTION_TARGETS, Family, check_in_channels
-from .loss_defaults import FLOW_DEFAULTS
-from .noise import FlowMatchingProcess
 
 
 class StableDiffusion3Family(Family):
@@ -30,7 +28,6 @@ class StableDiffusion3Family(Family):
         "StableDiffusion3Img2ImgPipeline",
         "StableDiffusion3InpaintPipeline",
     )
-    denoiser_name = "transformer"
     frozen_components: tuple[str, ...] = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     # As in diffusers' train_dreambooth_lora_sd3.py: the joint attention of every block, for image and text. The second
     # attention (`attn2`) in some blocks of 3.5 Medium is left out.
@@ -38,8 +35,6 @@ class StableDiffusion3Family(Family):
     # Our choice, because no rate is published for full training: between those of Stable Diffusion and SDXL.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # from diffusers' script
-    defaults = FLOW_DEFAULTS
-    noise_process_class = FlowMatchingProcess
     weighting_scheme = "logit_normal"  # from the paper and diffusers' script
     patch_size = 2
 

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 
 from .base import Family, channel_statistics, check_in_channels
-from .loss_defaults import FLOW_DEFAULTS
-from .noise import FlowMatchingProcess
 
 MAX_SEQUENCE_LENGTH = 512  # every prompt is padded to this many tokens, as the pipeline's call does by default
 
@@ -25,15 +23,12 @@ class WanFamily(Family):
 
     name = "Wan"
     pipeline_classes = ("WanPipeline",)
-    denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
     # Self-attention and cross-attention, as in finetrainers' examples for Wan. Diffusers has no script.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     # Our choice: half of Stable Diffusion's rate, because larger models need smaller steps.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # our choice, as diffusers' scripts for other transformers
-    defaults = FLOW_DEFAULTS
-    noise_process_class = FlowMatchingProcess
     patch_size = 2
     conditional_rows = "all"
     generated_image = "frames[0][0]"

@@ -10,8 +10,6 @@ import torch
 from torch.nn.functional import pad
 
 from .base import Family
-from .loss_defaults import FLOW_DEFAULTS
-from .noise import FlowMatchingProcess
 
 PROMPT_TOKENS = 512  # the pipeline's `max_sequence_length`
 
@@ -32,14 +30,11 @@ class ZImageFamily(Family):
 
     name = "Z-Image"
     pipeline_classes = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
-    denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # from diffusers' LoRA script for Z-Image
     # Our choice, because no rate is published: between those of Stable Diffusion (2e-6) and SDXL (2e-7).
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # from diffusers' script
-    defaults = FLOW_DEFAULTS
-    noise_process_class = FlowMatchingProcess
     patch_size = 2
     conditional_rows = "first"
     host_conditioning = ("prompt_lengths",)

@@ -5,9 +5,8 @@ The reference is the denoiser with its LoRA switched off, another LoRA on it, or
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import nn
 
 from ..models.adapters import adapter_layers, lora_configs, unwrap_peft_model
 from ..models.reference import architecture_difference
-from ..utils._compat import activate_adapter, adapters_as_they_were, switch_adapters
+from ..models.weight_copies import using_adapter
 from .denoiser_call import DenoiserCall, prediction_in, without_lora_scale
 
 BASE = "__base__"  # PEFT's name for the model without adapters in a mixed batch
@@ -80,16 +79,8 @@ class AdapterReference(TwoPasses):
         self._name = name
 
     def refer(self, denoiser: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-        with self._active():
+        with using_adapter(self._layers, self._name):
             return denoiser(**inputs)
-
-    @contextlib.contextmanager
-    def _active(self) -> Iterator[None]:
-        with adapters_as_they_were(self._layers):
-            switch_adapters(self._layers, on=self._name is not None)
-            if self._name is not None:
-                activate_adapter(self._layers, self._name)
-            yield
 
 
 class DenoiserReference(TwoPasses):

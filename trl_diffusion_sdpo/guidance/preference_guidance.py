@@ -85,8 +85,17 @@ def preference_guidance(
 
     Source of the form `"npo"`: https://huggingface.co/papers/2505.11245.
     """
+    # Check the arguments, and that the model can be guided.
     scale = _checked_scale(scale, form)
-    _check_interval(interval)
+    if interval is not None:
+        are_two = isinstance(interval, (tuple, list)) and len(interval) == 2
+        if not (
+            are_two and all(isinstance(end, Real) for end in interval) and 0.0 <= interval[0] < interval[1] <= 1.0
+        ):
+            raise ValueError(
+                f"`interval` must be two noise levels with `0 <= low < high <= 1`. Got {interval!r}. Level 0 is the "
+                "clean image, level 1 is pure noise."
+            )
     family = _family_of(pipeline)
     denoiser = family.denoiser
     unconditional = None if family.unconditional_name is None else getattr(pipeline, family.unconditional_name, None)
@@ -96,8 +105,16 @@ def preference_guidance(
             f"for this, `{family.unconditional_name}`, which is not tuned. Use the form 'conditional' or 'both'."
         )
     _check_denoiser(denoiser)
-    if not allow_distilled and (scale > 1 or form == "npo"):
-        _check_steps(family)
+    if not allow_distilled and (scale > 1 or form == "npo") and is_distilled(family):
+        scheduler = type(family.pipeline.scheduler).__name__
+        raise ValueError(
+            "Scales above 1 and the form 'npo' are for models of many steps, because few steps leave no room to "
+            f"correct a step that went too far. This {family.name} model generates in few steps ("
+            f"{scheduler if scheduler in FEW_STEP_SCHEDULERS else 'it is distilled'}). Use a scale of at most 1, or "
+            "pass `allow_distilled=True` and compare images."
+        )
+
+    # Guide the denoiser until the context ends.
     with contextlib.closing(predictor_of(denoiser, reference, batched=batched)) as predictor:
         guiding = Guide(family, predictor, form, scale, interval)
         guide(denoiser, guiding)
@@ -110,8 +127,16 @@ def preference_guidance(
             leave(denoiser)
             if handle is not None:
                 handle.remove()
-    if guiding.calls and not guiding.guided_calls and (form == "npo" or scale != 1):
-        _warn_of_no_effect(None if guiding.calls_within else interval)
+    if not guiding.calls or guiding.guided_calls or (form != "npo" and scale == 1):
+        return
+    if not guiding.calls_within:
+        logger.warning("Guidance had no effect: no step had a noise level in the `interval` %s.", interval)
+    else:
+        logger.warning(
+            "Guidance had no effect: the form 'npo' replaces the unconditional branch of classifier-free guidance, "
+            "and the pipeline did not predict that branch. Raise the pipeline's guidance scale, or use the form "
+            "'conditional'."
+        )
 
 
 def _family_of(pipeline: Any) -> Family:
@@ -150,17 +175,6 @@ def _checked_scale(scale: float | None, form: Form) -> float:
     return float(scale)
 
 
-def _check_interval(interval: tuple[float, float] | None) -> None:
-    if interval is None:
-        return
-    are_two = isinstance(interval, (tuple, list)) and len(interval) == 2 and all(isinstance(x, Real) for x in interval)
-    if not are_two or not 0.0 <= interval[0] < interval[1] <= 1.0:
-        raise ValueError(
-            f"`interval` must be two noise levels with `0 <= low < high <= 1`. Got {interval!r}. Level 0 is the clean "
-            "image, level 1 is pure noise."
-        )
-
-
 def _check_denoiser(denoiser: nn.Module) -> None:
     if is_guided(denoiser):
         raise ValueError(
@@ -178,26 +192,3 @@ def _check_denoiser(denoiser: nn.Module) -> None:
 def is_distilled(family: Family) -> bool:
     """Return whether a pipeline's denoiser or scheduler says that it generates in few steps."""
     return family.has_few_steps or type(family.pipeline.scheduler).__name__ in FEW_STEP_SCHEDULERS
-
-
-def _check_steps(family: Family) -> None:
-    if is_distilled(family):
-        scheduler = type(family.pipeline.scheduler).__name__
-        raise ValueError(
-            "Scales above 1 and the form 'npo' are for models of many steps, because few steps leave no room to "
-            f"correct a step that went too far. This {family.name} model generates in few steps ("
-            f"{scheduler if scheduler in FEW_STEP_SCHEDULERS else 'it is distilled'}). Use a scale of at most 1, or "
-            "pass `allow_distilled=True` and compare images."
-        )
-
-
-def _warn_of_no_effect(missed: tuple[float, float] | None) -> None:
-    """Warn that guidance had no effect, because of the interval `missed` or because of the form `"npo"`."""
-    if missed is not None:
-        logger.warning("Guidance had no effect: no step had a noise level in the `interval` %s.", missed)
-    else:
-        logger.warning(
-            "Guidance had no effect: the form 'npo' replaces the unconditional branch of classifier-free guidance, "
-            "and the pipeline did not predict that branch. Raise the pipeline's guidance scale, or use the form "
-            "'conditional'."
-        )

@@ -42,7 +42,9 @@ class BudgetController:
         self.budget = budget
         self.num_noise_bins = num_noise_bins
         self.log_scale = torch.zeros(num_noise_bins, device=device)
-        self.initial_errors: torch.Tensor | None = None  # before training, (num_noise_bins,)
+        self.initial_errors = torch.full(
+            (num_noise_bins,), math.nan, device=device
+        )  # NaN before the first measurement
 
     @property
     def scale(self) -> torch.Tensor:
@@ -66,8 +68,7 @@ class BudgetController:
             (`budget/scale`), the share of bins over the budget (`budget/over`) and the share of bins over the budget
             whose scale was 0 already (`budget/unmet`).
         """
-        if self.initial_errors is None:
-            self.initial_errors = errors
+        self.initial_errors = torch.where(self.initial_errors.isnan().all(), errors, self.initial_errors)
         visited = self.initial_errors > 0  # not NaN
         # An error that is NaN or infinite exceeds every budget.
         change = torch.where(visited, (errors / self.initial_errors - 1).nan_to_num(nan=torch.inf), 0)
@@ -85,9 +86,7 @@ class BudgetController:
 
     def state(self) -> dict[str, Any]:
         """Return the numbers from which [`BudgetController.load_state`] continues bit-exactly, with `None` for NaN."""
-        initial = None if self.initial_errors is None else self.initial_errors.tolist()
-        if initial is not None:
-            initial = [None if math.isnan(error) else error for error in initial]
+        initial = [None if math.isnan(error) else error for error in self.initial_errors.tolist()]
         return {"log_scale": self.log_scale.tolist(), "before": initial}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -102,7 +101,5 @@ class BudgetController:
                 f"{self.num_noise_bins}. Resume with the settings of the saved run."
             )
         self.log_scale = self.log_scale.new_tensor(state["log_scale"])
-        self.initial_errors = None
-        if state["before"] is not None:
-            initial = [math.nan if error is None else error for error in state["before"]]
-            self.initial_errors = self.log_scale.new_tensor(initial)
+        initial = [math.nan if error is None else error for error in state["before"]]
+        self.initial_errors = self.log_scale.new_tensor(initial)

@@ -1,13 +1,12 @@
-"""Adds, finds, copies and switches the LoRA of a denoiser."""
+"""Adds, finds and copies the LoRA of a denoiser."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer, set_adapter
 from torch import nn
 
 from ..losses import lora_scaling
-from ..utils._compat import activate_adapter, switch_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -171,29 +169,6 @@ def cast_adapter_like(denoiser: nn.Module, source: str, target: str) -> None:
             modules = getattr(layer, layer_name)
             if source in modules and isinstance(modules[source], nn.Module):
                 modules[target].to(dtype=next(modules[source].parameters()).dtype)
-
-
-@contextlib.contextmanager
-def adapters_off(layers: Iterable[BaseTunerLayer]) -> Iterator[None]:
-    """Switch off all adapters of `layers` within the context."""
-    layers = list(layers)
-    switch_adapters(layers, on=False)
-    try:
-        yield
-    finally:
-        switch_adapters(layers, on=True)
-
-
-@contextlib.contextmanager
-def adapter_on(layers: Iterable[BaseTunerLayer], name: str, back: str) -> Iterator[None]:
-    """Activate the frozen adapter `name` of `layers` within the context. Afterwards, activate the trained adapter
-    `back` again."""
-    layers = list(layers)
-    activate_adapter(layers, name)
-    try:
-        yield
-    finally:
-        activate_adapter(layers, back)
 
 
 def adapter_state(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:

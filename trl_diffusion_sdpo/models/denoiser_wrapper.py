@@ -11,7 +11,7 @@ from diffusers import ChromaTransformer2DModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..utils._compat import block_names, modules_of
+from ..utils._compat import block_names
 
 
 class DenoiserWrapper(nn.Module):
@@ -34,10 +34,10 @@ class DenoiserWrapper(nn.Module):
     def train(self, mode: bool = True) -> DenoiserWrapper:
         """Put every module into training or evaluation mode.
 
-        The Trainer calls this method before every forward pass. If all modules already have the mode, the method
-        returns at once, because assigning the mode to a thousand modules is slow.
+        The Trainer calls this method before every forward pass. If wrapper and denoiser already have the mode, the
+        method returns at once, because assigning the mode to a thousand modules is slow.
         """
-        if all(module.training is mode for module in modules_of(self)):
+        if self.training is mode and self.denoiser.training is mode:
             return self
         return super().train(mode)
 

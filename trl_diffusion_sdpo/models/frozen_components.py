@@ -11,7 +11,6 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel
 from ..families import Family
 from .loading import is_absent
 from .numerics import CPU_ALIGNMENT, store_channels_last, torch_dtype
-from .text_checks import check_text_encoding, without_truncation_warnings
+from .text_checks import check_text_encoding, hide_truncation_warnings
 
 logger = logging.getLogger(__name__)
 
@@ -90,31 +89,21 @@ class FrozenComponents:
         self.family.vae_encode_batch_size = vae_encode_batch_size
         self.family.settle_dtype()
         self._on_host = self._pinned_tensors() if self.state == "offloaded" else []
-        self._users, self._was_checked, self._was_read = 0, False, False
-        if self.state != "absent":
-            with self.in_use():
-                pass  # the first use checks the text encoders
+        self._is_within, self._was_read = False, False
+        hide_truncation_warnings(self.family)
+        if self.state != "absent":  # absent components are checked when they are read for the first time
+            with self.in_use() as working:
+                check_text_encoding(working)
+
+    def in_use(self) -> contextlib.AbstractContextManager[Family]:
+        """Return a context that yields the family with VAE and text encoders on the device, in the precision in which
+        they run. Contexts may be nested."""
+        if self.state == "on device" or self._is_within:
+            return contextlib.nullcontext(self.family)
+        return self._copied() if self.state == "offloaded" else self._read()
 
     @contextlib.contextmanager
-    def in_use(self) -> Iterator[Family]:
-        """Yield the family with VAE and text encoders on the device, in the precision in which they run. Contexts may
-        be nested."""
-        with contextlib.ExitStack() as stack:
-            if self._users == 0:
-                stack.enter_context({"absent": self._read, "offloaded": self._copied}.get(self.state, nullcontext)())
-                stack.enter_context(without_truncation_warnings(self.family))
-            self._users += 1
-            stack.callback(self._leave)
-            if not self._was_checked:
-                self._was_checked = True
-                check_text_encoding(self.family)
-            yield self.family
-
-    def _leave(self) -> None:
-        self._users -= 1
-
-    @contextlib.contextmanager
-    def _copied(self) -> Iterator[None]:
+    def _copied(self) -> Iterator[Family]:
         """Copy offloaded components to the device within the context."""
         copies: dict[int, torch.Tensor] = {}  # a tensor may be in several modules
         for module, name, tensor in self._on_host:
@@ -122,14 +111,16 @@ class FrozenComponents:
                 copies[id(tensor)] = tensor.to(self._device, non_blocking=True)
             _assign(module, name, copies[id(tensor)])
         del copies
+        self._is_within = True
         try:
-            yield
+            yield self.family
         finally:
+            self._is_within = False
             for module, name, tensor in self._on_host:
                 _assign(module, name, tensor)
 
     @contextlib.contextmanager
-    def _read(self) -> Iterator[None]:
+    def _read(self) -> Iterator[Family]:
         """Load absent components from disk within the context. The CPU's random state is restored after loading."""
         if self._load is None:
             raise ValueError(
@@ -146,15 +137,19 @@ class FrozenComponents:
         del loaded
         pipeline.register_modules(**{name: getattr(working, name) for name in without_weights})
         del working
-        if not self._was_read:
-            self._was_read = True
-            logger.warning(
-                "Loaded VAE and text encoders in %.1f s. They are freed after use and loaded again whenever needed.",
-                time.monotonic() - start,
-            )
+        self._is_within = True
         try:
-            yield
+            if not self._was_read:
+                self._was_read = True
+                logger.warning(
+                    "Loaded VAE and text encoders in %.1f s. They are freed after use and loaded again whenever "
+                    "needed.",
+                    time.monotonic() - start,
+                )
+                check_text_encoding(self.family)
+            yield self.family
         finally:
+            self._is_within = False
             pipeline.register_modules(**without_weights)
             gc.collect()
             if self._device.type != "cpu":
@@ -181,27 +176,19 @@ def pin(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copy tensors into pinned memory.
 
     PyTorch rounds each allocation of pinned memory up to a power of two, so single tensors could take twice their size.
-    Therefore the tensors are packed into a few large buffers.
+    Therefore a few large buffers hold them one after the other.
     """
     sizes = [-(-tensor.nbytes // CPU_ALIGNMENT) * CPU_ALIGNMENT for tensor in tensors]
     capacity = max([PINNED_BUFFER, *(1 << (size - 1).bit_length() for size in sizes if size)])
-    buffers: list[list[int]] = []  # indices of the tensors in each buffer
-    free: list[int] = []
-    for index in sorted(range(len(tensors)), key=lambda index: -sizes[index]):
-        fitting = next((number for number, left in enumerate(free) if left >= sizes[index]), None)
-        if fitting is None:
-            fitting = len(buffers)
-            buffers.append([])
-            free.append(capacity)
-        buffers[fitting].append(index)
-        free[fitting] -= sizes[index]
-    pinned: list[Any] = [None] * len(tensors)
-    for members in buffers:
-        buffer = pinned_bytes(sum(sizes[index] for index in members))
-        for index, piece in zip(members, buffer.split([sizes[index] for index in members]), strict=True):
-            tensor = tensors[index]
+    pinned: list[torch.Tensor] = []
+    while len(pinned) < len(tensors):
+        start = end = len(pinned)
+        while end < len(tensors) and sum(sizes[start : end + 1]) <= capacity:
+            end += 1
+        buffer = pinned_bytes(sum(sizes[start:end]))
+        for tensor, piece in zip(tensors[start:end], buffer.split(sizes[start:end]), strict=True):
             values = piece[: tensor.nbytes].view(tensor.dtype).as_strided(tensor.size(), tensor.stride())
-            pinned[index] = values.copy_(tensor.detach())
+            pinned.append(values.copy_(tensor.detach()))
     return pinned
 
 

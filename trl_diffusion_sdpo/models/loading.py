@@ -169,7 +169,17 @@ def _resolve(
             f"If `{role}` is a UNet or transformer, `processing_class` must be the pipeline with its VAE, text "
             f"encoders and scheduler, got {type(processing_class).__name__}."
         )
-    return _from_denoiser(unwrap_peft_model(model), as_text_to_image(processing_class), role)
+    owner, denoiser = as_text_to_image(processing_class), unwrap_peft_model(model)
+    pipeline = copy.copy(owner)  # do not replace the denoiser in the user's pipeline
+    denoiser_name = find_family(owner).denoiser_name
+    expected = type(getattr(owner, denoiser_name))
+    if not isinstance(denoiser, expected):
+        raise ValueError(
+            f"`{role}` must be the {denoiser_name} of `processing_class`, a {expected.__name__}; got a "
+            f"{type(denoiser).__name__}."
+        )
+    pipeline.register_modules(**{denoiser_name: denoiser})
+    return LoadedModel(find_family(pipeline), _origin(owner))
 
 
 def diffusers_quantization(config: Any) -> Any:
@@ -184,19 +194,6 @@ def diffusers_quantization(config: Any) -> Any:
 def is_absent(part: nn.Module) -> bool:
     """Return whether a component was loaded without its weights."""
     return any(weight.is_meta for weight in part.parameters())
-
-
-def _from_denoiser(denoiser: nn.Module, owner: DiffusionPipeline, role: str) -> LoadedModel:
-    pipeline = copy.copy(owner)  # do not replace the denoiser in the user's pipeline
-    denoiser_name = find_family(owner).denoiser_name
-    expected = type(getattr(owner, denoiser_name))
-    if not isinstance(denoiser, expected):
-        raise ValueError(
-            f"`{role}` must be the {denoiser_name} of `processing_class`, a {expected.__name__}; got a "
-            f"{type(denoiser).__name__}."
-        )
-    pipeline.register_modules(**{denoiser_name: denoiser})
-    return LoadedModel(find_family(pipeline), _origin(owner))
 
 
 def _align_for(denoiser: nn.Module, device: torch.device | None) -> None:

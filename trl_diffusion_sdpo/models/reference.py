@@ -16,10 +16,10 @@ from torch import nn
 
 from ..engines.engine import Engine
 from ..families import Family
-from .adapters import adapter_layers, adapter_parts, adapter_scalings, adapter_state, adapters_off, base_tensors
+from .adapters import adapter_layers, adapter_parts, adapter_scalings, adapter_state, base_tensors
 from .kernels import compile_blocks
 from .numerics import read_contiguous
-from .weight_copies import SecondAdapter, SecondDenoiser, WeightCopy, second_copy
+from .weight_copies import AdaptersOff, SecondAdapter, SecondDenoiser, WeightCopy, second_copy
 
 REFERENCE_FILE = "reference.safetensors"  # in checkpoints
 REFERENCE_ADAPTER = "ref"
@@ -33,7 +33,7 @@ class Reference(WeightCopy):
     # whether batches contain the reference's errors, so that no reference model runs in training
     is_precomputed = False
 
-    def __init__(self, second: SecondAdapter | SecondDenoiser | None = None, *, stored: bool = False):
+    def __init__(self, second: AdaptersOff | SecondAdapter | SecondDenoiser | None = None, *, stored: bool = False):
         super().__init__(second, REFERENCE_FILE, stored=stored)
 
 
@@ -49,13 +49,7 @@ class AdapterOffReference(Reference):
     kind = "adapter_off"
 
     def __init__(self, denoiser: nn.Module):
-        super().__init__()
-        self._layers = adapter_layers(denoiser)  # searched once, because a search takes milliseconds
-
-    @contextlib.contextmanager
-    def active(self, model: nn.Module) -> Iterator[nn.Module]:
-        with adapters_off(self._layers):
-            yield model
+        super().__init__(AdaptersOff(denoiser))
 
 
 class AdapterReference(Reference):
@@ -176,9 +170,7 @@ def build_reference(
     engine: Engine,
     *,
     needed: bool,
-    given: nn.Module | None,
-    may_modify_given: bool,
-    changed_by_engine: bool = False,
+    users_module: nn.Module | None,
     shared: bool = False,
     fresh_adapter: str | None,
     started_adapter: str | None,
@@ -191,10 +183,7 @@ def build_reference(
     Args:
         engine ([`Engine`]): Trains the policy.
         needed (`bool`): Whether the loss uses a reference. If not, a reference passed by the user only serves metrics.
-        given (`nn.Module`, *optional*): The user's reference.
-        may_modify_given (`bool`): Whether the trainer loaded `given` itself and may change it in place. If not,
-            `given` is copied before a change.
-        changed_by_engine (`bool`): Whether an engine will round or shard `given` in place.
+        users_module (`nn.Module`, *optional*): The user's reference. It may be rounded, sharded or updated in place.
         shared (`bool`): See [`second_copy`].
         fresh_adapter (`str`, *optional*): Name of a LoRA that was just added, initialized to zero.
         started_adapter (`str`, *optional*): Name of a LoRA that the policy already had, whose training continues.
@@ -206,21 +195,14 @@ def build_reference(
     Raises:
         `ValueError`: If the user's reference cannot be used.
     """
-    if given is denoiser:
-        raise ValueError(
-            "`model` and `ref_model` must be two objects, because a reference that trains keeps every margin at 0. Got "
-            f"one {type(given).__name__} for both. Leave `ref_model` out, or pass a copy."
-        )
-    if given is not None:
+    if users_module is not None:
         if follows and adapter_layers(denoiser):
             raise ValueError(
                 "`sync_ref_model` with a LoRA needs a second LoRA as the reference, but `ref_model` was passed. Leave "
                 "`ref_model` out."
             )
-        if (half_dtype is not None or follows or changed_by_engine) and not may_modify_given:
-            given = second_copy(given, shared=shared)
-        frozen = FrozenReference(given, denoiser, engine, half_dtype=half_dtype, follows=follows)
-        return PrecomputedReference(frozen, partial(_with_scalings, given)) if precomputed else frozen
+        frozen = FrozenReference(users_module, denoiser, engine, half_dtype=half_dtype, follows=follows)
+        return PrecomputedReference(frozen, partial(_with_scalings, users_module)) if precomputed else frozen
     if not needed:
         return NoReference()
     if precomputed:
@@ -234,15 +216,15 @@ def build_reference(
     return FrozenReference(copied, denoiser, engine, half_dtype=half_dtype, follows=follows)
 
 
-def _with_scalings(given: nn.Module) -> dict[str, torch.Tensor]:
+def _with_scalings(users_module: nn.Module) -> dict[str, torch.Tensor]:
     """Return all tensors of a reference, and the scaling of each active LoRA."""
     scalings = {
         f"{number}.{name}.scaling": torch.tensor(layer.scaling[name])
-        for number, layer in enumerate(adapter_layers(given))
+        for number, layer in enumerate(adapter_layers(users_module))
         for name in ([] if layer.disable_adapters else layer.active_adapters)
         if name in layer.scaling
     }
-    return {**given.state_dict(), **scalings}
+    return {**users_module.state_dict(), **scalings}
 
 
 def _precomputed(denoiser: nn.Module, fresh_adapter: str | None, started_adapter: str | None) -> PrecomputedReference:

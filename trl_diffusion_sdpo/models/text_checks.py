@@ -5,9 +5,8 @@ If a tokenizer's vocabulary is missing, all prompts become equal tokens. Trainin
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import cast
 
 import torch
@@ -124,23 +123,16 @@ def note_on_limits(family: Family) -> str:
 
 def _limited(family: Family) -> dict[str, PreTrainedTokenizerBase]:
     """Return the tokenizers that have a limit, by the names of their text encoders."""
-    found = {name: _tokenizer_of(family, name) for name in family.frozen_components}
-    return {name: each for name, each in found.items() if each is not None and each.model_max_length <= LONGEST}
+    tokenizers = {name: _tokenizer_of(family, name) for name in family.frozen_components}
+    return {name: each for name, each in tokenizers.items() if each is not None and each.model_max_length <= LONGEST}
 
 
-@contextlib.contextmanager
-def without_truncation_warnings(family: Family) -> Iterator[None]:
+def hide_truncation_warnings(family: Family) -> None:
     """Silence the pipeline's warning about each long prompt, because the data report already counts long prompts."""
+    for parent in type(family.pipeline).__mro__:
+        if parent.__module__.startswith("diffusers."):
+            logging.getLogger(parent.__module__).addFilter(_is_no_truncation_warning)  # a second call has no effect
 
-    def keep(record: logging.LogRecord) -> bool:
-        return "input was truncated" not in record.getMessage()
 
-    modules = {parent.__module__ for parent in type(family.pipeline).__mro__}
-    loggers = [logging.getLogger(module) for module in modules if module.startswith("diffusers.")]
-    for logger in loggers:
-        logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(keep)
+def _is_no_truncation_warning(record: logging.LogRecord) -> bool:
+    return "input was truncated" not in record.getMessage()

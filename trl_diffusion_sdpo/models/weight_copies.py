@@ -1,23 +1,26 @@
-"""Second copies of the policy's weights, for a reference or an average.
+"""Second weights of the policy, for a reference or an average.
 
-A copy is a second adapter or a second denoiser. The engine shards and rounds it like the policy.
+They are a second adapter, the base without an adapter, or a second denoiser. The engine shards and rounds them like the
+policy.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..engines.engine import Engine
 from ..engines.sharding import Float32Shards
-from .adapters import adapter_layers, adapter_on, adapter_parts, adapter_state, copy_adapter, lora_configs
+from ..utils._compat import ACTIVE_ADAPTER, ADAPTERS_OFF
+from .adapters import adapter_layers, adapter_parts, adapter_state, copy_adapter, lora_configs
 from .denoiser_wrapper import DenoiserWrapper
 from .kernels import compile_blocks
 from .numerics import halve_autocast_weights, read_contiguous
@@ -34,6 +37,38 @@ def second_copy(module: nn.Module, *, shared: bool) -> nn.Module:
         if type(weight) is nn.Parameter:
             memo[id(weight)] = nn.Parameter(weight.data, requires_grad=weight.requires_grad)
     return copy.deepcopy(module, memo)
+
+
+@contextlib.contextmanager
+def using_adapter(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterator[None]:
+    """Activate one adapter of `layers` within the context, or switch all adapters off if `name` is `None`. No weight's
+    `requires_grad` changes."""
+    before = [(getattr(layer, ACTIVE_ADAPTER), layer.disable_adapters) for layer in layers]
+    for layer in layers:
+        setattr(layer, ADAPTERS_OFF, name is None)
+        if name is not None:
+            setattr(layer, ACTIVE_ADAPTER, [name])
+        used = None if layer.disable_adapters else layer.active_adapters
+        assert used == (None if name is None else [name]), "PEFT no longer reads the attributes that switch adapters."
+    try:
+        yield
+    finally:
+        for layer, (active, off) in zip(layers, before, strict=True):
+            setattr(layer, ACTIVE_ADAPTER, active)
+            setattr(layer, ADAPTERS_OFF, off)
+
+
+class AdaptersOff:
+    """The base under the policy's LoRA. It takes no memory, and has no weights besides the policy's."""
+
+    def __init__(self, denoiser: nn.Module):
+        self._layers = adapter_layers(denoiser)  # searched once, because a search takes milliseconds
+
+    @contextlib.contextmanager
+    def active(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Yield `model` with its adapters off. `model` is the policy as the engine wrapped it."""
+        with using_adapter(self._layers, None):
+            yield model
 
 
 class SecondAdapter:
@@ -57,13 +92,13 @@ class SecondAdapter:
         self.engine = engine
         self._denoiser, self._policy, self._name = denoiser, policy_adapter, name
         copy_adapter(denoiser, policy_adapter, name)
-        self._layers = adapter_layers(denoiser)  # searched once, because a search takes milliseconds
+        self._layers = adapter_layers(denoiser)
         read_contiguous(adapter_parts(denoiser, (policy_adapter, name)))
 
     @contextlib.contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
         """Yield `model` with the second adapter active. `model` is the policy as the engine wrapped it."""
-        with adapter_on(self._layers, self._name, back=self._policy):
+        with using_adapter(self._layers, self._name):
             yield model
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -120,14 +155,14 @@ class WeightCopy:
     engine.
 
     Args:
-        second (`SecondAdapter` or `SecondDenoiser`, *optional*): The second adapter or denoiser with the weights.
-            `None` if there are no second weights.
+        second (`AdaptersOff`, `SecondAdapter` or `SecondDenoiser`, *optional*): The module that predicts with these
+            weights. `None` if the policy itself or nothing predicts.
         file (`str`): Name of the weights' file in checkpoints.
         stored (`bool`): Whether checkpoints contain the weights. They must if the weights are updated or cannot be
             computed again.
     """
 
-    def __init__(self, second: SecondAdapter | SecondDenoiser | None, file: str, *, stored: bool):
+    def __init__(self, second: AdaptersOff | SecondAdapter | SecondDenoiser | None, file: str, *, stored: bool):
         self.second, self.file, self.stored = second, file, stored
         self.float32_shards: Float32Shards | None = None  # float32 copies of stored weights that the engine rounds
         # (weights of this copy, weights of the policy)
@@ -153,9 +188,9 @@ class WeightCopy:
 
     def keep_unrounded(self) -> None:
         """Copy the weights that the engine will round, in float32. Call this before the engine prepares the policy."""
-        weights = self._weights()
-        if self.second is not None and weights and self.float32_shards is None and self.second.engine.rounds_weights:
-            self.float32_shards = self.second.engine.float32_shards(_parameters(weights))
+        second = self._stored_weights()
+        if second is not None and self.float32_shards is None and second.engine.rounds_weights:
+            self.float32_shards = second.engine.float32_shards(_parameters(second.weights()))
 
     def prepare(self) -> None:
         """Shard a second denoiser as the engine has sharded the policy."""
@@ -171,27 +206,29 @@ class WeightCopy:
     @torch.no_grad()
     def update(self, alpha: float) -> None:
         """Move the weights towards the policy: `w = alpha * policy + (1 - alpha) * w`. All processes must call it."""
-        assert self.second is not None and self.stored, "These weights are never updated."
-        self._reshard()
+        second = self._stored_weights()
+        assert second is not None, "These weights are never updated."
+        second.engine.reshard()
         if self._mixed is None:  # cached, because listing all weights takes longer than mixing those of a LoRA
-            weights, policy = _parameters(self._weights()), self.second.policy_weights()
+            weights, policy = _parameters(second.weights()), second.policy_weights()
             self._mixed = weights, {name: policy[name] for name in weights}
         weights, policy = self._mixed
         if self.float32_shards is None:
-            self.second.engine.mix(weights.values(), policy.values(), alpha)
+            second.engine.mix(weights.values(), policy.values(), alpha)
         else:
             self.float32_shards.mix(weights, policy, alpha)
 
     def gather(self, *, keep: bool) -> dict[str, torch.Tensor]:
         """Gather the weights for a checkpoint, under the policy's names. For `keep` see [`Engine.gather`]."""
-        if self.second is None:
+        second = self._stored_weights()
+        if second is None:
             return {}
-        self._reshard()
+        second.engine.reshard()
         if self.float32_shards is None:
-            return self.second.engine.gather(self._weights(), keep=keep)
+            return second.engine.gather(second.weights(), keep=keep)
         exact = {name: self.float32_shards.full(name).cpu() for name in self.float32_shards.names}
-        buffers = {name: weight for name, weight in self._weights().items() if name not in exact}
-        return {**self.second.engine.gather(buffers, keep=keep), **exact}
+        buffers = {name: weight for name, weight in second.weights().items() if name not in exact}
+        return {**second.engine.gather(buffers, keep=keep), **exact}
 
     def save(self, folder: Path, *, write: bool) -> None:
         """Save the weights for a resumed run. All processes must call it; processes with `write` write the file."""
@@ -202,23 +239,20 @@ class WeightCopy:
     def load(self, folder: Path) -> None:
         """Load the weights that [`WeightCopy.save`] wrote. Raise `ValueError` if the file is missing or contains other
         weights."""
-        weights = self._weights()
-        if self.second is None or not weights:
+        second = self._stored_weights()
+        if second is None:
             return
-        self._reshard()
+        second.engine.reshard()
+        weights = second.weights()
         stored = _read(weights, folder / self.file)
-        self.second.engine.scatter(stored, weights)
+        second.engine.scatter(stored, weights)
         if self.float32_shards is not None:
             for name in self.float32_shards.names:
                 self.float32_shards.set(name, stored[name])
 
-    def _weights(self) -> dict[str, torch.Tensor]:
-        """Return the weights that a checkpoint contains, without copying them."""
-        return self.second.weights() if self.second is not None and self.stored else {}
-
-    def _reshard(self) -> None:
-        if self.second is not None:
-            self.second.engine.reshard()
+    def _stored_weights(self) -> SecondAdapter | SecondDenoiser | None:
+        """Return the second weights if checkpoints contain them."""
+        return self.second if self.stored and not isinstance(self.second, AdaptersOff) else None
 
 
 def _parameters(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

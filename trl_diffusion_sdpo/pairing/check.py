@@ -1,11 +1,8 @@
-"""A look at a data set of pairs before training: what training drops, what is doubtful, and a contact sheet."""
+"""Check of a data set of pairs before training: dropped pairs, doubtful pairs, and a contact sheet."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import html
-import io
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,10 +11,12 @@ from PIL import Image
 
 from ..data import PairOptions, PairTransform, PreferenceDataset, UndecodableImageError, prepare_dataset
 from ..data.checking import evenly_spaced
+from ..evaluation.report import data_url, template
 from ..rewards import Scorer
 from ..utils.files import write_atomically
 from .picks import PICKS_FILE, PickLog
 
+SHEET = Path(__file__).parent / "sheet.html"
 SHOWN_SIDE = 256  # pixels of the longer side of images in the contact sheet
 
 
@@ -30,7 +29,7 @@ def check_pairs(
     sheet: Path | None = None,
     folder: Path | None = None,
 ) -> list[str]:
-    """Return what training reads and drops, and what is doubtful, in lines of text. All images are decoded.
+    """Report the pairs that training reads, drops and may better not have, as lines of text. All images are decoded.
 
     Args:
         dataset (`Any`): See [`prepare_dataset`].
@@ -47,19 +46,19 @@ def check_pairs(
     pairs = prepare_dataset(dataset, options, name="pairs")
     if not isinstance(pairs, PreferenceDataset):
         raise ValueError("A stream cannot be checked. Load the data set without `streaming=True`.")
-    source, places = pairs.origins()
-    prompts = [source.prompt(row, image) for row, image in places[:, :2].tolist()]
+    source, origins = pairs.origins()
+    prompts = source.prompts_of_rows(origins[:, 0])
     counts, sizes = Counter(prompts), Counter[str]()
     agreed: list[float] = []
     seen: set[tuple[str, ...]] = set()
     compared = identical = repeated = contradictory = 0
-    figures = []
+    shown = []
     for pair in evenly_spaced(len(pairs), look_at).tolist():
-        winner_row, winner_image, loser_row, loser_image = places[pair].tolist()
         try:
-            winner = pairs.reader.decode_at(source.images(winner_row), winner_image)
-            loser = pairs.reader.decode_at(source.images(loser_row), loser_image)
-        except UndecodableImageError:  # the file has gone since it was checked
+            winner, loser = (
+                image.decode(pairs.reader) for image in source.images(origins[pair].reshape(2, 2).tolist())
+            )
+        except UndecodableImageError:  # the file was deleted after the first check
             continue
         prompt = prompts[pair]
         first, second = _digest(winner), _digest(loser)
@@ -73,7 +72,7 @@ def check_pairs(
             better, worse = scorer([winner, loser], [prompt, prompt]).tolist()
             agreed.append(0.5 if better == worse else float(better > worse))
         if sheet is not None:
-            figures.append(_figure(prompt, winner, loser))
+            shown.append((prompt, *(data_url(image, SHOWN_SIDE) for image in (winner, loser))))
 
     lines = [
         str(pairs.report),
@@ -93,39 +92,9 @@ def check_pairs(
         listed = ", ".join(f"{count} {verdict.replace('_', ' ')}" for verdict, count in verdicts.items())
         lines.append(f"  picks: {listed}. Only `first` and `second` become pairs")
     if sheet is not None:
-        write_atomically(sheet, _page("\n".join(lines), figures).encode())
+        write_atomically(sheet, template(SHEET).render(summary="\n".join(lines), pairs=shown).encode())
     return lines
 
 
 def _digest(image: Image.Image) -> str:
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-
-
-def _figure(prompt: str, winner: Image.Image, loser: Image.Image) -> str:
-    images = ""
-    for kind, image in (("chosen", winner), ("rejected", loser)):
-        image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=85)
-        data = base64.b64encode(buffer.getvalue()).decode()
-        images += f'<img class="{kind}" src="data:image/jpeg;base64,{data}" alt="{kind}">'
-    return f"<figure>{images}<figcaption>{html.escape(prompt)}</figcaption></figure>"
-
-
-def _page(summary: str, figures: list[str]) -> str:
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Pairs</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>'
-        f"<h1>Pairs</h1><pre>{html.escape(summary)}</pre><p>The chosen image is on the left.</p>"
-        f"<main>{''.join(figures)}</main></body></html>\n"
-    )
-
-
-_STYLE = """
-:root{color-scheme:light dark}body{font:16px/1.45 system-ui,sans-serif;margin:16px}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.9rem}
-main{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr));gap:24px 16px}
-figure{margin:0;display:grid;grid-template-columns:1fr 1fr;gap:4px;align-items:start}
-img{width:100%;border-bottom:4px solid #1a7f37}.rejected{border-color:#c62828}
-figcaption{grid-column:1/3;font-size:.85rem;overflow-wrap:anywhere;max-height:5.8em;overflow-y:auto}
-"""

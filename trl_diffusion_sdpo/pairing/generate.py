@@ -9,23 +9,20 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from accelerate import PartialState
 
-from ..engines.processes import gather_objects
 from ..evaluation import Candidate, evaluate_models
 from ..evaluation.evaluate import score_rows
-from ..evaluation.images import ImageSettings, generate_images, image_path
+from ..evaluation.images import ImageSettings, generate_images, image_path, peers_of_this_run
 from ..evaluation.prompts import PromptList, distinct
 from ..rewards import Scorer
 from ..rewards.vlm_server import VLMServerJudge
 from ..utils.files import write_atomically
-from ..utils.processes import Peers
-from .advice import NEGATIVES_ADVICE
 from .manifest import ListedImage, json_lines, write_manifest
 from .picks import PAIRS_FILE, PICKS_FILE
+from .publish import NEGATIVES_ADVICE, write_card
 
 Combination = Literal["weighted", "majority", "pareto"]
-CARD_FILE = "README.md"
+SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -35,10 +32,10 @@ class Pairing:
     Args:
         combination (`str`, *optional*, defaults to `"weighted"`): How several scorers become one reward. `"weighted"`:
             each scorer's z-scores within the prompt, weighted and summed, then divided by the standard deviation over
-            all images (GDPO). `"majority"`: the share of the prompt's other images that more scorers find worse than
-            better, minus the share of which it is the other way round, in `[-1, 1]`. `"pareto"`: as `"weighted"`, but
-            only pairs on which no scorer prefers the rejected image.
-        weights (`Mapping[str, float]`, *optional*): Weight of each scorer by name; 1 for those not in it.
+            all images (GDPO). `"majority"`: an image beats another one if more scorers prefer it. The reward is the
+            share of the prompt's other images that it beats, minus the share that beat it, in `[-1, 1]`. `"pareto"`:
+            like `"weighted"`, but without pairs in which a scorer prefers the rejected image.
+        weights (`Mapping[str, float]`, *optional*): Weight of each scorer by name; 1 for other scorers.
         margin (`float`, *optional*): Pair all images of a prompt whose rewards differ by at least this. If unset, each
             prompt gives one pair: the best and the worst image.
 
@@ -71,19 +68,18 @@ def generate_pairs(
 ) -> int:
     """Generate images of each prompt, score them, and write `pairs.jsonl`, which training reads.
 
-    Images and scores are kept, so an interrupted call continues, and a call with another `pairing` generates nothing
-    anew. If accelerate launches several processes, they share the work. Each row has `prompt`, `chosen`, `rejected`,
-    `chosen_score`, `rejected_score`, `agreement` (the share of scorers that prefer the chosen image, ties half),
-    `chosen_seed` and `rejected_seed`, and the seeds of the generators of the initial noise, `chosen_noise_seed` and
-    `rejected_noise_seed`: training with `noise_source="generated"` draws the noise again.
+    Images and scores are saved in the folder. An interrupted call continues, and a call with another `pairing` reuses
+    them. If accelerate launches several processes, they share the work. Each row has `prompt`, `chosen`, `rejected`,
+    `chosen_score`, `rejected_score`, `agreement` (share of scorers that prefer the chosen image; a tie counts half),
+    `chosen_seed` and `rejected_seed`, and `chosen_noise_seed` and `rejected_noise_seed`, from which training with
+    `noise_source="generated"` draws the initial noise again.
 
     Args:
         model (`Candidate`): The model.
         prompts (`Sequence[str]` or `PromptList`): The prompts.
-        scorers (`Sequence[Scorer]`): The scorers. Without any, there are images and no pairs: `pairs pick` reads the
-            folder. With a judge such as `vlm_judge`, neighbours (the images of the first and second seed, of the third
-            and fourth, and so on) are compared first. Then only images that the judge prefers are chosen, and only
-            images that it does not prefer are rejected.
+        scorers (`Sequence[Scorer]`): The scorers. Without scorers, only images are written, for `pairs pick`. A judge
+            such as `vlm_judge` first compares the images of the first and second seed, of the third and fourth, and so
+            on. Then only images that the judge prefers may be chosen, and only other images may be rejected.
         output_dir (`str` or `Path`): Folder for images, scores, pairs and a card.
         settings (`ImageSettings`): Seeds, one image of each prompt for each, and arguments of the pipeline.
         pairing (`Pairing`, *optional*): How images become pairs.
@@ -92,9 +88,9 @@ def generate_pairs(
         `int`: Number of pairs.
 
     Raises:
-        `ValueError`: If there are fewer than two seeds, a judge and no scorer, or several judges; if a weight is that
-            of no scorer, the folder has images of other settings or pairs that a person picked, or the scorers tell no
-            two images of a prompt apart.
+        `ValueError`: If there are fewer than two seeds, several judges, or a judge without a scorer; if a weight has
+            the name of no scorer; if the folder has images of other settings or pairs that a person picked; or if no
+            two images of a prompt have different scores.
     """
     pairing = pairing or Pairing()
     folder = Path(output_dir)
@@ -117,45 +113,38 @@ def generate_pairs(
     scores = np.stack([evaluation.scores[scorer.name][model.name] for scorer in scorers])
     weights = np.array([pairing.weights.get(scorer.name, 1.0) for scorer in scorers])
     rewards = combine(scores, weights, pairing.combination)
-    judged: list[np.ndarray | None] | np.ndarray = [None] * len(rewards)
-    for judge in judges:
-        judged = _judge_neighbours(judge, folder, model.name, evaluation.prompts, settings)
+    judged = _judge_neighbours(judges[0], folder, model.name, evaluation.prompts, settings) if judges else None
     rows = []
     for index, prompt in enumerate(evaluation.prompts.prompts):
-        for chosen, rejected in _pairs(scores[:, index], rewards[index], judged[index], pairing):
-            difference = scores[:, index, chosen] - scores[:, index, rejected]
-            name = {
-                image: image_path(folder, model.name, index, settings.seeds[image]).relative_to(folder).as_posix()
-                for image in (chosen, rejected)
-            }
+        allowed = None if judged is None else judged[index]
+        for pair in _pairs(scores[:, index], rewards[index], allowed, pairing):
+            difference = scores[:, index, pair[0]] - scores[:, index, pair[1]]
+            seeds = {side: settings.seeds[image] for side, image in zip(SIDES, pair, strict=True)}
+            paths = {side: image_path(folder, model.name, index, seed) for side, seed in seeds.items()}
             rows.append(
                 {
                     "prompt": prompt,
-                    "chosen": name[chosen],
-                    "rejected": name[rejected],
-                    "chosen_score": float(rewards[index, chosen]),
-                    "rejected_score": float(rewards[index, rejected]),
+                    **{side: path.relative_to(folder).as_posix() for side, path in paths.items()},
+                    **{f"{side}_score": float(rewards[index, image]) for side, image in zip(SIDES, pair, strict=True)},
                     "agreement": float(np.mean((np.sign(difference) + 1) / 2)),
-                    "chosen_seed": settings.seeds[chosen],
-                    "rejected_seed": settings.seeds[rejected],
-                    "chosen_noise_seed": settings.noise_seed(prompt, settings.seeds[chosen]),
-                    "rejected_noise_seed": settings.noise_seed(prompt, settings.seeds[rejected]),
+                    **{f"{side}_seed": seed for side, seed in seeds.items()},
+                    **{f"{side}_noise_seed": settings.noise_seed(prompt, seed) for side, seed in seeds.items()},
                 }
             )
     if not rows:
         raise ValueError(
-            f"There are no pairs: as `pairing` asks, the scorers tell no two images of one of the "
-            f"{len(evaluation.prompts.prompts)} prompts apart. Lower the margin, or use more seeds or other scorers."
+            f"A pair needs two images of a prompt with scores that are far enough apart for `pairing`, and none of the "
+            f"{len(evaluation.prompts.prompts)} prompts has any. Lower the margin, or use more seeds or other scorers."
         )
-    if PartialState().is_main_process:
-        write_atomically(folder / PAIRS_FILE, json_lines(rows))
-        facts = {
-            "Model": model.model if isinstance(model.model, str) else type(model.model).__name__,
-            "Images of each prompt": len(settings.seeds),
-            "Scorers": ", ".join(scorer.name for scorer in [*scorers, *judges]),
-            "Reward": pairing.combination,
-        }
-        write_card(folder, "Pairs of a model's own images, chosen by scorers.", facts, len(rows))
+    facts = {
+        "Images of each prompt": len(settings.seeds),
+        "Scorers": ", ".join(scorer.name for scorer in [*scorers, *judges]),
+        "Reward": pairing.combination,
+    }
+    peers = peers_of_this_run()
+    peers.first(lambda: write_atomically(folder / PAIRS_FILE, json_lines(rows)))
+    purpose = "Pairs of a model's own images, chosen by scorers."
+    peers.first(lambda: write_card(folder, purpose, model, facts, len(rows)))
     return len(rows)
 
 
@@ -169,8 +158,8 @@ def pairs_of_negatives(
     """Pair each image of a model with the one that it generates from the same noise with worse settings, and write
     `pairs.jsonl`, which training reads. No scorer is needed.
 
-    By default the worse image is generated without guidance: it shows what the model itself has learned, and what the
-    tuned model, or the negative model of preference guidance, is to avoid or to learn. An interrupted call continues.
+    By default the worse image is generated without guidance, so it shows what the model itself has learned. An
+    interrupted call continues.
 
     Args:
         model (`Candidate`): The model.
@@ -213,14 +202,13 @@ def pairs_of_negatives(
             facts = {"seed": seed, "noise_seed": drawn_from}
             images += [ListedImage(name, prompt, {"model": side, **facts}) for side, name in names.items()]
     listing = {
-        "Model": model.model if isinstance(model.model, str) else type(model.model).__name__,
         "Chosen": f"images with {json.dumps(settings.call_kwargs or {})}",
         "Rejected": f"images of the same noise with {json.dumps(dict(negative_kwargs))} besides",
     }
     peers.first(lambda: write_manifest(folder, images))
     peers.first(lambda: write_atomically(folder / PAIRS_FILE, json_lines(rows)))
     purpose = "A model's images against those that it generates from the same noise with worse settings."
-    peers.first(lambda: write_card(folder, purpose, listing, len(rows), NEGATIVES_ADVICE))
+    peers.first(lambda: write_card(folder, purpose, model, listing, len(rows), NEGATIVES_ADVICE))
     return len(rows)
 
 
@@ -272,12 +260,6 @@ def _judge_neighbours(
     return judged
 
 
-def peers_of_this_run() -> Peers:
-    """Return the processes that accelerate launched."""
-    state = PartialState()
-    return Peers(state.process_index, state.num_processes, gather_objects)
-
-
 def _pairs(
     scores: np.ndarray, rewards: np.ndarray, judged: np.ndarray | None, pairing: Pairing
 ) -> list[tuple[int, int]]:
@@ -296,17 +278,3 @@ def _pairs(
     if pairing.margin is None:
         return ordered[:1]
     return [(better, worse) for better, worse in ordered if rewards[better] - rewards[worse] >= pairing.margin]
-
-
-def write_card(folder: Path, purpose: str, facts: Mapping[str, object], pairs: int, advice: str = "") -> None:
-    """Write the card of a folder's pairs, unless there is one: the Hub shows it, and `load_dataset` reads the files
-    that it names."""
-    path = folder / CARD_FILE
-    if path.exists():
-        return
-    listed = "\n".join(f"- {name}: {value}" for name, value in {**facts, "Pairs": pairs}.items())
-    front = f"---\nconfigs:\n- config_name: default\n  data_files: {PAIRS_FILE}\ntags:\n- preference\n---\n"
-    command = f"trl-diffusion-sdpo train --dataset_name {folder.name} --model_name_or_path MODEL --use_peft"
-    parts = [f"# {folder.name}", purpose, listed, advice, f"Train with `{command}`."]
-    text = front + "".join(f"\n{part}\n" for part in parts if part)
-    write_atomically(path, text.encode())

@@ -11,10 +11,12 @@ from PIL import ExifTags, Image
 
 MAX_METADATA = 4 * 2**20  # characters; a graph of ComfyUI has some 100,000
 MAX_NODES = 1000  # of a graph that are visited
-# Inputs of a ComfyUI node that hold its text, and those that lead to the node that does, in order.
+# Inputs of a ComfyUI node that hold its text, and inputs that link to the node with the text, in order.
 _TEXTS = ("text", "text_g", "t5xxl", "clip_l", "prompt", "positive_prompt", "string", "value")
 _LINKS = ("positive", "guider", "conditioning", "conditioning_1", *_TEXTS)
-_NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")  # selects a network of A1111; it is no text
+_NETWORK = re.compile(
+    r"<(?:lora|lyco|hypernet):[^<>]*>"
+)  # A1111 loads a network by this text; it is no part of the prompt
 _RATING = re.compile(r"""(?:xmp:Rating\s*=\s*["']|<xmp:Rating>\s*)(-1|[1-5])\b""")
 _WINDOWS_RATING = 0x4746  # EXIF tag
 
@@ -46,8 +48,8 @@ def rating_in_metadata(image: Image.Image) -> float | None:
     for key in ("xmp", "XML:com.adobe.xmp"):
         packet = image.info.get(key, "")
         text = packet.decode("utf-8", "replace") if isinstance(packet, bytes) else str(packet)
-        if found := _RATING.search(text[:MAX_METADATA]):
-            return float(found[1])
+        if match := _RATING.search(text[:MAX_METADATA]):
+            return float(match[1])
     stars = image.getexif().get(_WINDOWS_RATING)
     return float(stars) if isinstance(stars, int) and 1 <= stars <= 5 else None
 

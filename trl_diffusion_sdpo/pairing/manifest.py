@@ -1,4 +1,4 @@
-"""The list of a folder's images: `manifest.jsonl` has one line for each image, with its prompt and other columns.
+"""Read and write `manifest.jsonl`, which lists the images of a folder with their prompts and other columns.
 
 `evaluate` writes such a file too, with the column `model`.
 """
@@ -23,7 +23,7 @@ MAX_PROMPT = 20_000  # characters
 
 @dataclass(frozen=True)
 class ListedImage:
-    """An image of a folder. Images of one prompt are compared with one another."""
+    """Image of a folder. Images with the same prompt are compared with each other."""
 
     name: str  # path relative to the folder
     prompt: str
@@ -31,11 +31,7 @@ class ListedImage:
 
 
 def read_manifest(folder: Path) -> tuple[list[ListedImage], Counter[str]]:
-    """Return the images of a folder, and how many lines were left out, by reason.
-
-    Raises:
-        `ValueError`: If there is no such file, or a line is no JSON object with an image.
-    """
+    """Return the images of a folder, and the number of skipped lines by reason."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise ValueError(f"There is no {path}. `pairs from-images {folder}` writes it for a folder of images.")
@@ -68,7 +64,7 @@ def write_manifest(folder: Path, images: Iterable[ListedImage]) -> None:
 
 
 def is_inside(folder: Path, name: str) -> bool:
-    """Return whether a name is that of a file below the folder. A link that leads out of the folder is not."""
+    """Return whether a path is inside the folder after links are resolved."""
     try:
         return (folder / name).resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError, ValueError):  # a circle of links, a name with a zero byte
@@ -86,11 +82,7 @@ def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def read_json_lines(path: Path, content: bytes) -> list[dict[str, Any]]:
-    """Return the rows of a file with one JSON object a line. The path is for messages.
-
-    Raises:
-        `ValueError`: If a line is anything else.
-    """
+    """Return the rows of a file with one JSON object a line. The path is for messages."""
     rows = []
     for number, line in enumerate(content.splitlines(), 1):
         try:

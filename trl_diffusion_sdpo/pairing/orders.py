@@ -1,4 +1,4 @@
-"""Which pair a pick page shows next: to rate the images of each prompt, or to compare models blindly."""
+"""Order in which a pick page shows pairs: to rate the images of each prompt, or to compare models blindly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FEW_PROMPTS = 30  # with fewer, the interval of a win rate is too narrow
 
 
 class RankOrder:
-    """Order of pairs that rates the images of each prompt. Images that were not seen come first, then close ratings."""
+    """Order of pairs that rates the images of each prompt. Unseen images come first, then images with close ratings."""
 
     def __init__(self, images: Mapping[str, ListedImage], log: PickLog) -> None:
         self._log = log
@@ -30,7 +30,7 @@ class RankOrder:
             self.update(prompt, set())
 
     def update(self, prompt: str, gone: set[str]) -> None:
-        """Rate the images of a prompt anew, without those that have gone."""
+        """Rate the images of a prompt again, without the images in `gone`."""
         names = [name for name in self.groups[prompt].names if name not in gone]
         compared: list[tuple[str, str, float | None]] = [
             (pick.first, pick.second, SHARES[pick.verdict])
@@ -79,7 +79,7 @@ class BlindOrder:
         """Do nothing: the order does not depend on picks."""
 
     def offers(self, gone: set[str]) -> list[tuple[str, str]]:
-        """Return the pairs that were not judged."""
+        """Return the pairs without a pick."""
         return [pair for pair in self._pairs if frozenset(pair) not in self._log.picks and not gone.intersection(pair)]
 
     def left(self, gone: set[str]) -> int:
@@ -95,7 +95,7 @@ class BlindOrder:
         base, *others = self.models
         rates = {}
         for other in others:
-            scores = np.full((2, len(self.prompts), len(self.seeds)), np.nan)  # of the other model, and of the base
+            scores = np.full((2, len(self.prompts), len(self.seeds)), np.nan)  # [0]: the other model, [1]: the base
             for (prompt, seed), cell in self._cells.items():
                 pick = self._log.picks.get(frozenset((cell.get(base, ""), cell.get(other, ""))))
                 share = None if pick is None else SHARES[pick.verdict]

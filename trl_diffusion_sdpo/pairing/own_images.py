@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..data.images import FILE_FORMATS, MAX_FILE_BYTES, ImageReader
-from ..utils.files import check_regular_file
+from ..data.images import FILE_FORMATS, MAX_FILE_BYTES, ImageReader, check_regular_file
 from .image_prompts import prompt_in_metadata, rating_in_metadata
 from .manifest import MANIFEST_FILE, MAX_PROMPT, ListedImage, is_image, is_inside, read_manifest, write_manifest
 
@@ -25,7 +24,7 @@ _COUNTER = re.compile(r"(?:[ _-]+\(?\d+\)?)*[ _-]*$")
 
 
 @dataclass
-class _Found:
+class _OwnImage:
     name: str
     prompt: str
     pixels: int
@@ -45,13 +44,14 @@ def list_images(
     disliked: Sequence[str] = DISLIKED,
     from_names: bool = False,
 ) -> list[str]:
-    """Write the manifest of a folder of images, and return what was found in lines of text.
+    """Write the manifest of a folder of images, and return a report as lines of text.
 
-    The prompt of an image is in a text file of its name, or in its metadata, as A1111, Forge, ComfyUI and SwarmUI write
-    them. Images in the subfolders `liked` have the rating 1, those in `disliked` -1, and others 0 if their prompt has
-    images in such a folder. If the prompt has star ratings in metadata, they come first.
+    The prompt of an image is in a text file of the same name, or in its metadata, in the formats of A1111, Forge,
+    ComfyUI and SwarmUI. The rating of an image is 1 in a subfolder `liked`, -1 in a subfolder `disliked`, and 0
+    elsewhere if its prompt has images in such subfolders. If an image of the prompt has a star rating in its metadata,
+    subfolders do not count.
 
-    Of images of one prompt that look equal, the largest is kept, with the highest rating of all.
+    If several images of one prompt look equal, only the largest is listed, with the highest of their ratings.
 
     Args:
         folder (`Path`): The folder. Images in subfolders are read too.
@@ -67,7 +67,7 @@ def list_images(
         raise ValueError(f"{folder} has images that `evaluate` generated, and is ready for `pairs pick`.")
     left_out: Counter[str] = Counter()
     sources: Counter[str] = Counter()
-    by_prompt: dict[str, list[_Found]] = {}
+    by_prompt: dict[str, list[_OwnImage]] = {}
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = {part.lower() for part in Path(parent).relative_to(folder).parts}
@@ -76,24 +76,23 @@ def list_images(
             if path.name.startswith(".") or not is_image(path):
                 continue
             try:
-                found, source = _read(folder, path, like, from_names)
+                image, source = _read(folder, path, like, from_names)
             except _LeftOutError as error:
                 left_out[str(error)] += 1
                 continue
             sources[source] += 1
-            by_prompt.setdefault(found.prompt, []).append(found)
+            by_prompt.setdefault(image.prompt, []).append(image)
     listed: list[ListedImage] = []
     several = 0
     for prompt, images in by_prompt.items():
         if any(image.like for image in images) and all(image.rating is None for image in images):
             for image in images:
                 image.rating = image.like
-        kept = _without_duplicates(images)
-        left_out["that look like another one of their prompt"] += len(images) - len(kept)
-        several += len(kept) > 1
-        listed += [
-            ListedImage(image.name, prompt, {} if image.rating is None else {"rating": image.rating}) for image in kept
-        ]
+        distinct = _without_duplicates(images)
+        left_out["that look like another one of their prompt"] += len(images) - len(distinct)
+        several += len(distinct) > 1
+        for image in distinct:
+            listed.append(ListedImage(image.name, prompt, {} if image.rating is None else {"rating": image.rating}))
     reasons = [f"  left out: {count} images {reason}" for reason, count in left_out.items() if count]
     if not listed:
         raise ValueError(
@@ -106,15 +105,15 @@ def list_images(
         raise ValueError(f"{folder / MANIFEST_FILE} cannot be written: {error}.") from error
     rated = sum("rating" in image.facts for image in listed)
     return [
-        f"{folder / MANIFEST_FILE}: {len(listed)} images of {len(by_prompt)} prompts, of which {several} have two "
-        f"images or more; {rated} images are rated.",
+        f"{folder / MANIFEST_FILE}: {len(listed)} images of {len(by_prompt)} prompts. {several} prompts have two "
+        f"images or more. {rated} images are rated.",
         *(f"  {count} prompts from {source}" for source, count in sources.items()),
         *reasons,
     ]
 
 
-def _read(folder: Path, path: Path, like: int, from_names: bool) -> tuple[_Found, str]:
-    """Return an image, and where its prompt is from."""
+def _read(folder: Path, path: Path, like: int, from_names: bool) -> tuple[_OwnImage, str]:
+    """Return an image, and the source of its prompt."""
     name = path.relative_to(folder).as_posix()
     if not is_inside(folder, name):
         raise _LeftOutError("outside of the folder")
@@ -132,7 +131,7 @@ def _read(folder: Path, path: Path, like: int, from_names: bool) -> tuple[_Found
             raise _LeftOutError(f"with a prompt of more than {MAX_PROMPT} characters")
         if prompt:
             thumbnail = np.asarray(image.resize(THUMBNAIL, Image.Resampling.BOX), dtype=np.int16)
-            return _Found(name, prompt, image.width * image.height, thumbnail, rating, like), source
+            return _OwnImage(name, prompt, image.width * image.height, thumbnail, rating, like), source
     raise _LeftOutError("without a prompt")
 
 
@@ -148,19 +147,19 @@ def _caption(path: Path) -> str:
         raise _LeftOutError(f"with a text file that is not in UTF-8 or has more than {4 * MAX_PROMPT} bytes") from None
 
 
-def _without_duplicates(images: list[_Found]) -> list[_Found]:
+def _without_duplicates(images: list[_OwnImage]) -> list[_OwnImage]:
     """Return images of one prompt without those that look like a larger one.
 
-    Small thumbnails in colour are compared, cell by cell. Usual perceptual hashes (`imagehash`) see no colour, so that
-    they would take a red and a blue version for equal, and average over the image, so that a mended hand would be lost.
+    Small colour thumbnails are compared cell by cell. Usual perceptual hashes (`imagehash`) ignore colour, so a red and
+    a blue version would be equal. They also average over the image, so an image with a mended hand would be dropped.
     """
-    kept: list[_Found] = []
+    distinct: list[_OwnImage] = []
     for image in sorted(images, key=lambda image: (-image.pixels, image.name)):
-        seen = np.array([other.thumbnail for other in kept]).reshape(len(kept), image.thumbnail.size)
+        seen = np.array([other.thumbnail for other in distinct]).reshape(len(distinct), image.thumbnail.size)
         alike = np.abs(seen - image.thumbnail.ravel()).max(1, initial=0) <= NEARLY_EQUAL
         if alike.any():
-            twin = kept[int(alike.argmax())]
+            twin = distinct[int(alike.argmax())]
             twin.rating = max((one.rating for one in (twin, image) if one.rating is not None), default=None)
         else:
-            kept.append(image)
-    return sorted(kept, key=lambda image: image.name)
+            distinct.append(image)
+    return sorted(distinct, key=lambda image: image.name)

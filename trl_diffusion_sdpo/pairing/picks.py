@@ -33,7 +33,7 @@ class ConflictError(ValueError):
 
 @dataclass(frozen=True)
 class Pick:
-    """A judged pair: two images, of which `first` was shown on the left, and a key of `SHARES`."""
+    """A judged pair of images, `first` shown on the left. `verdict` is a key of `SHARES`."""
 
     number: int
     first: str
@@ -46,15 +46,11 @@ class Pick:
 
 
 class PickLog:
-    """The picks of a folder, read from the log and appended to it.
-
-    Raises:
-        `ValueError`: If the log cannot be read, or the folder cannot be written to.
-    """
+    """The picks of a folder, read from the log and appended to it."""
 
     def __init__(self, folder: Path, *, read_only: bool = False) -> None:
         self.path = folder / PICKS_FILE
-        self.picks: dict[frozenset[str], Pick] = {}  # without those that were undone, the oldest first
+        self.picks: dict[frozenset[str], Pick] = {}  # without undone picks, the oldest first
         self.prompts: dict[str, str] = {}  # prompt in the manifest -> the prompt that replaces it
         self._number = 0
         self._file: BinaryIO | None = None
@@ -66,8 +62,8 @@ class PickLog:
         content = self.path.read_bytes()
         complete = content.rfind(b"\n") + 1
         if complete < len(content) and self._file is not None:
-            # A process that was killed while it wrote a pick left a part of a line.
-            logger.warning("%s ends in an incomplete line, which is removed.", self.path)
+            # A process was killed while it wrote a pick.
+            logger.warning("%s ended in an incomplete line. The line was removed.", self.path)
             self._file.truncate(complete)
         for number, entry in enumerate(read_json_lines(self.path, content[:complete]), 1):
             try:
@@ -87,21 +83,13 @@ class PickLog:
         return next(reversed(self.picks.values()), None)
 
     def add(self, first: str, second: str, verdict: str) -> None:
-        """Append a pick, which is on the disk when this returns. If the disk is full, the log is as before.
-
-        Raises:
-            `ConflictError`: If the pair has a pick.
-        """
+        """Append a pick and sync it to the disk. If the disk is full, the log does not change."""
         if frozenset((first, second)) in self.picks:
             raise ConflictError("This pair has been judged already, perhaps in another tab.")
         self._append({"pick": self._number + 1, "first": first, "second": second, "verdict": verdict})
 
     def undo(self, number: int) -> Pick:
-        """Take back the last pick and return it.
-
-        Raises:
-            `ConflictError`: If `number` is not that of the last pick.
-        """
+        """Take back the last pick and return it."""
         last = self.last
         if last is None or last.number != number:
             raise ConflictError("Only the last pick can be undone, and another tab has changed it.")
@@ -109,11 +97,7 @@ class PickLog:
         return last
 
     def edit_prompt(self, prompt: str, edited: str) -> None:
-        """Replace a prompt of the manifest.
-
-        Raises:
-            `ValueError`: If the new prompt is empty or too long.
-        """
+        """Replace a prompt of the manifest."""
         edited = edited.strip()
         if not 0 < len(edited) <= MAX_PROMPT:
             raise ValueError(f"A prompt has 1 to {MAX_PROMPT} characters, got {len(edited)}.")
@@ -149,16 +133,16 @@ class PickLog:
             os.fsync(self._file.fileno())
         except OSError:
             with contextlib.suppress(OSError):
-                self._file.truncate(size)  # a part of a line must not stay
+                self._file.truncate(size)  # remove the incomplete line
             raise
         self._apply(entry)
 
 
 def write_pairs(folder: Path, log: PickLog, images: Mapping[str, ListedImage]) -> int:
-    """Write `pairs.jsonl`: a line for each pair of which one image was preferred. Return their number.
+    """Write `pairs.jsonl` with a line for each pair in which a person prefers one image. Return the number of pairs.
 
-    Images that were rated differently are pairs too, unless a person has judged them. Other columns of the manifest
-    become columns `chosen_*` and `rejected_*`. Pairs of images that are no longer there are left out.
+    Two images of one prompt with different ratings are a pair too, unless a person has judged them. Other columns of
+    the manifest become columns `chosen_*` and `rejected_*`. Pairs are skipped if the file of an image is missing.
     """
     preferred = [
         (pick.first, pick.second) if pick.verdict == "first" else (pick.second, pick.first)
@@ -166,9 +150,9 @@ def write_pairs(folder: Path, log: PickLog, images: Mapping[str, ListedImage]) -
         if pick.verdict in ("first", "second")
     ]
     preferred += [pair for pair in rated_pairs(images) if frozenset(pair) not in log.picks]
-    there = {name for name in images if (folder / name).is_file()}
+    present = {name for name in images if (folder / name).is_file()}
     rows = []
-    for chosen, rejected in ((images[one], images[other]) for one, other in preferred if {one, other} <= there):
+    for chosen, rejected in ((images[one], images[other]) for one, other in preferred if {one, other} <= present):
         row = {"prompt": log.prompts.get(chosen.prompt, chosen.prompt), "chosen": chosen.name}
         row["rejected"] = rejected.name
         for name in sorted(chosen.facts.keys() & rejected.facts.keys() - {"rating"}):

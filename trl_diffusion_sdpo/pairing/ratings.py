@@ -1,5 +1,4 @@
-"""Ratings of the images of one prompt from comparisons, by the model of Bradley and Terry, and which pair to compare
-next."""
+"""Ratings of images from comparisons by the Bradley-Terry model, and the choice of the next pair to compare."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ import numpy as np
 
 PRIOR = 3.0  # standard deviation of a rating before any comparison, in log odds
 CERTAIN = 1.036  # standard deviations of a difference: its sign is right with a probability of 0.85
-OFFERED = 16  # of the best next pairs of a prompt
+OFFERED = 16  # pairs of a prompt that are offered next, at most
 
 
 def bradley_terry(wins: np.ndarray, prior: float = PRIOR) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +78,7 @@ class Group:
         ]
 
     def ranking(self) -> list[tuple[str, float, bool]]:
-        """Return the images from the best to the worst, their ratings, and whether their place is still uncertain."""
+        """Return the images from the best to the worst, their ratings, and whether their rank is still uncertain."""
         order = np.argsort(-self.ratings, kind="stable").tolist()
         doubtful = self.uncertain.any(1)
         return [(self.names[index], float(self.ratings[index]), bool(doubtful[index])) for index in order]

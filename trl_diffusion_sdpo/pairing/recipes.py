@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,13 +13,19 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm.auto import tqdm
 
 from ..evaluation import Candidate
-from ..evaluation.images import ImageSettings, check_settings, facts_of, load_candidate, png_bytes
+from ..evaluation.images import (
+    ImageSettings,
+    check_settings,
+    facts_of,
+    load_candidate,
+    peers_of_this_run,
+    png_bytes,
+)
 from ..reporting.sample_images import call_options
 from ..utils.files import file_facts, write_atomically
-from .advice import ALIGNED_ADVICE
-from .generate import peers_of_this_run, write_card
 from .manifest import ListedImage, json_lines, read_manifest, write_manifest
 from .picks import PAIRS_FILE
+from .publish import ALIGNED_ADVICE, write_card
 
 Recipe = Literal["spin", "partial", "local"]
 SIDES = 16  # sides of images become multiples of this many pixels, which every VAE here takes
@@ -46,7 +51,7 @@ def pairs_from_images(
 
     Args:
         recipe (`str`): `"spin"` (the loser is generated from the prompt alone), `"partial"` (the winner is noised to
-            `strength` and denoised) or `"local"` (a random region of the winner is drawn anew, and its mask kept).
+            `strength` and denoised) or `"local"` (a random region of the winner is drawn anew, and its mask is saved).
         model (`Candidate`): The model that makes the losers.
         images (`str` or `Path`): Folder of good images with `manifest.jsonl`, which `pairs from-images` writes.
         output_dir (`str` or `Path`): Folder for winners, losers, masks, pairs and a card.
@@ -77,71 +82,75 @@ def pairs_from_images(
     files = hashlib.sha256(repr([(image.name, file_facts(source / image.name)) for image in listed]).encode())
     facts |= {"recipe": recipe, "strength": strength, "images": files.hexdigest()}
     peers.first(lambda: check_settings(folder / "images" / "rejected", facts))
-    counted = range(len(listed))
-    for kind in ("chosen", "mask") if recipe == "local" else ("chosen",):
-        _path(folder, kind, 0).parent.mkdir(parents=True, exist_ok=True)
-    missing = peers.first(lambda: [index for index in counted if not _path(folder, "rejected", index).is_file()])
-    share = missing[peers.index :: peers.count]
-    peers.gather_results(lambda: _make(recipe, model, source, listed, folder, settings, strength, share))
-    done = [index for index in counted if _path(folder, "rejected", index).is_file()]
-    if not done:
-        raise ValueError(f"None of the {len(listed)} images of {source} could be read. Look at the files.")
-    peers.first(lambda: _write(recipe, model, listed, done, folder, settings, strength))
-    return len(done)
+    kinds = ("chosen", "rejected", "mask") if recipe == "local" else ("chosen", "rejected")
 
+    def path(kind: str, index: int) -> Path:
+        return folder / "images" / kind / f"{index:05d}.png"
 
-def _path(folder: Path, kind: str, index: int) -> Path:
-    return folder / "images" / kind / f"{index:05d}.png"
+    def numbers(*, done: bool) -> list[int]:
+        return [index for index in range(len(listed)) if path("rejected", index).is_file() is done]
 
-
-def _make(
-    recipe: Recipe,
-    model: Candidate,
-    source: Path,
-    listed: list[ListedImage],
-    folder: Path,
-    settings: ImageSettings,
-    strength: float,
-    share: list[int],
-) -> None:
-    if not share:
-        return
-    family = load_candidate(model, settings)
-    pipeline = _pipeline(recipe, family.pipeline)
-    pipeline.set_progress_bar_config(disable=True)
-    given = {**(settings.call_kwargs or {}), **(model.call_kwargs or {})}
-    size = (given.pop("width", None), given.pop("height", None))
-    options = call_options(family, given, "call_kwargs")
+    # Make the losers that are missing. This process makes its share of them.
+    for kind in kinds:
+        path(kind, 0).parent.mkdir(parents=True, exist_ok=True)
+    share = peers.first(lambda: numbers(done=False))[peers.index :: peers.count]
     seed = settings.seeds[0]
-    for index in tqdm(share, desc=recipe, unit="image"):
-        prompt = listed[index].prompt
-        winner = _winner(source / listed[index].name, size)
-        if winner is None:
-            continue
-        arguments: dict[str, Any] = {"image": winner, "strength": strength}
-        arguments |= {"width": winner.width, "height": winner.height}
-        mask = None
-        if recipe == "local":
-            mask = region(winner.size, np.random.default_rng([index, seed]))
-            arguments["mask_image"] = mask
+
+    def make_losers() -> None:
+        family = load_candidate(model, settings)
+        pipeline = _drawing_pipeline(recipe, family.pipeline)
+        pipeline.set_progress_bar_config(disable=True)
         accepted = inspect.signature(pipeline.__call__).parameters
-        arguments = {name: value for name, value in arguments.items() if name in accepted}
-        generator = settings.generator(f"{index}\n{prompt}", seed)
-        loser = pipeline(prompt=prompt, generator=generator, **arguments, **options).images[0].resize(winner.size)
-        if mask is not None:
-            loser = Image.composite(loser, winner, mask)
-            write_atomically(_path(folder, "mask", index), png_bytes(mask, prompt, seed))
-        write_atomically(_path(folder, "chosen", index), png_bytes(winner, prompt, seed))
-        write_atomically(_path(folder, "rejected", index), png_bytes(loser, prompt, seed))  # last: then all are there
+        call_kwargs = {**(settings.call_kwargs or {}), **(model.call_kwargs or {})}
+        size = (call_kwargs.pop("width", None), call_kwargs.pop("height", None))
+        options = call_options(family, call_kwargs, "call_kwargs")
+        for index in tqdm(share, desc=recipe, unit="image"):
+            prompt = listed[index].prompt
+            winner = _winner(source / listed[index].name, size)
+            if winner is None:
+                continue
+            made = {"chosen": winner}
+            inputs = {"image": winner, "strength": strength, "width": winner.width, "height": winner.height}
+            if recipe == "local":
+                made["mask"] = inputs["mask_image"] = region(winner.size, np.random.default_rng([index, seed]))
+            inputs = {name: value for name, value in inputs.items() if name in accepted}
+            generator = settings.generator(f"{index}\n{prompt}", seed)
+            loser = pipeline(prompt=prompt, generator=generator, **inputs, **options).images[0].resize(winner.size)
+            made["rejected"] = Image.composite(loser, winner, made["mask"]) if recipe == "local" else loser
+            for kind, image in made.items():  # the loser last: when it is there, all are there
+                write_atomically(path(kind, index), png_bytes(image, prompt, seed))
+
+    peers.gather_results(lambda: make_losers() if share else None)
+    pairs = numbers(done=True)
+    if not pairs:
+        raise ValueError(f"None of the {len(listed)} images of {source} could be read. Look at the files.")
+
+    def write() -> None:
+        rows: list[dict[str, Any]] = []
+        shown = []
+        for index in pairs:
+            names = {kind: path(kind, index).relative_to(folder).as_posix() for kind in kinds}
+            rows.append({"prompt": listed[index].prompt, "seed": seed, **names})
+            shown += [ListedImage(names[kind], listed[index].prompt, {}) for kind in ("chosen", "rejected")]
+        write_manifest(folder, shown)
+        write_atomically(folder / PAIRS_FILE, json_lines(rows))
+        facts: dict[str, object] = {"Recipe": recipe, "Images that were left out": len(listed) - len(pairs)}
+        if recipe == "spin":
+            write_card(folder, PURPOSES[recipe], model, facts, len(pairs))
+        else:
+            write_card(folder, PURPOSES[recipe], model, facts | {"Strength": strength}, len(pairs), ALIGNED_ADVICE)
+
+    peers.first(write)
+    return len(pairs)
 
 
-def _pipeline(recipe: Recipe, pipeline: DiffusionPipeline) -> DiffusionPipeline:
+def _drawing_pipeline(recipe: Recipe, pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Return the pipeline by which a recipe makes losers."""
     if recipe == "spin":
         return pipeline
-    kind: Callable[[DiffusionPipeline], DiffusionPipeline]
-    kind = (AutoPipelineForImage2Image if recipe == "partial" else AutoPipelineForInpainting).from_pipe
+    kind: Any = AutoPipelineForImage2Image if recipe == "partial" else AutoPipelineForInpainting
     try:
-        return kind(pipeline)
+        return kind.from_pipe(pipeline)
     except ValueError as error:
         raise ValueError(
             f"The recipe `{recipe}` needs a pipeline that draws over an image, and diffusers has none for "
@@ -156,7 +165,7 @@ def _winner(path: Path, size: tuple[int | None, int | None]) -> Image.Image | No
             image = ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError):
         return None
-    width, height = (given or side // SIDES * SIDES for given, side in zip(size, image.size, strict=True))
+    width, height = (wanted or side // SIDES * SIDES for wanted, side in zip(size, image.size, strict=True))
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS) if min(width, height) > 0 else None
 
 
@@ -171,32 +180,3 @@ def region(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
     mask = Image.new("L", size)
     ImageDraw.Draw(mask).ellipse([*corner, *(corner + axes)], fill=255)
     return mask
-
-
-def _write(
-    recipe: Recipe,
-    model: Candidate,
-    listed: list[ListedImage],
-    done: list[int],
-    folder: Path,
-    settings: ImageSettings,
-    strength: float,
-) -> None:
-    rows, images = [], []
-    for index in done:
-        row: dict[str, Any] = {"prompt": listed[index].prompt, "seed": settings.seeds[0]}
-        for kind in ("chosen", "rejected", *(("mask",) if recipe == "local" else ())):
-            row[kind] = _path(folder, kind, index).relative_to(folder).as_posix()
-        rows.append(row)
-        images += [ListedImage(str(row[kind]), listed[index].prompt, {}) for kind in ("chosen", "rejected")]
-    write_manifest(folder, images)
-    write_atomically(folder / PAIRS_FILE, json_lines(rows))
-    facts: dict[str, object] = {
-        "Recipe": recipe,
-        "Model": model.model if isinstance(model.model, str) else type(model.model).__name__,
-        "Unreadable images that were left out": len(listed) - len(done),
-    }
-    if recipe == "spin":
-        write_card(folder, PURPOSES[recipe], facts, len(rows))
-    else:
-        write_card(folder, PURPOSES[recipe], {**facts, "Strength": strength}, len(rows), ALIGNED_ADVICE)

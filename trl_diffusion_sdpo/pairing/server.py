@@ -1,7 +1,7 @@
 """The local server of the pick page. It serves one page, the listed images and one JSON interface, and nothing else.
 
-A request must name this server in `Host` (a page of another site that rebinds its name to this machine does not), carry
-the token in its path, and, if it changes anything, come from the page itself (`Origin`).
+A request must name this server in `Host`, which stops pages of other sites that rebind their name to this machine. It
+must have the token in its path. If it changes anything, it must come from the page itself (`Origin`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..data.images import MAX_FILE_BYTES, ImageReader
-from ..utils.files import check_regular_file
+from ..data.images import MAX_FILE_BYTES, ImageReader, check_regular_file
 from .picks import ConflictError
 from .session import PickSession
 
@@ -36,11 +35,8 @@ POLICY = (
 
 
 class PickServer(ThreadingHTTPServer):
-    """Server of a pick page, at port 8765 or a free one if that is in use. Any host but `127.0.0.1` opens the page to
-    the network.
-
-    Raises:
-        `ValueError`: If the port is in use or the address is none of this machine.
+    """Server of a pick page, at port 8765 or, if this port is in use, at a free one. Any host but `127.0.0.1` opens the
+    page to the network.
     """
 
     daemon_threads = True
@@ -51,7 +47,7 @@ class PickServer(ThreadingHTTPServer):
         self.host = host
         try:
             super().__init__((host, USUAL_PORT if port is None else port), PickHandler)
-        except (OSError, OverflowError) as error:  # the latter for a number that is no port
+        except (OSError, OverflowError) as error:  # `OverflowError` if the number is no port
             if port is not None or host != LOCAL_HOST:
                 taken = USUAL_PORT if port is None else port
                 raise ValueError(
@@ -66,8 +62,9 @@ class PickServer(ThreadingHTTPServer):
         return f"http://{host}:{self.server_address[1]}/{self.token}/"
 
     def is_own_name(self, name: str) -> bool:
-        """Return whether the `Host` of a request names this server. If it listens at all addresses of the machine, any
-        IP address does: a rebound name is never one. The port may be another one, such as of a tunnel."""
+        """Return whether the `Host` of a request names this server. If the server listens at all addresses of the
+        machine, any IP address is accepted, because a rebound name is never an IP address. Any port is accepted,
+        because a tunnel may have another one."""
         try:
             host = urlsplit(f"//{name}").hostname or ""
             if host == "localhost":

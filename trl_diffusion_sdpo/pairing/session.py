@@ -1,4 +1,4 @@
-"""The state of a pick page, shared by its tabs: what they show, what was picked, and what is known by now."""
+"""State of a pick page: the pair that each tab shows, the picks and the progress."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ LOCK_FILE = ".picks.lock"
 
 
 class PickSession:
-    """Picks of a folder with `manifest.jsonl`. If its images have more than one `model`, the models are compared
-    blindly; otherwise the images of each prompt are rated. Tabs name images by codes that tell nothing of the model.
+    """Picks of a folder with `manifest.jsonl`. All tabs of the page share it.
 
-    Raises:
-        `ValueError`: If the folder has no pair to judge, or another process has it open.
+    If the images have more than one `model`, the models are compared blindly. Otherwise the images of each prompt are
+    rated. Tabs name images by random codes, so that they do not reveal the model.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,9 +40,9 @@ class PickSession:
         models = {image.facts.get("model") for image in listed}
         self.is_blind = len(models) > 1 and None not in models
         self.order: RankOrder | BlindOrder = (BlindOrder if self.is_blind else RankOrder)(self.images, self.log)
-        self.gone: set[str] = set()  # images whose files have gone since
-        self.pairs = 0  # in the file for training
-        self.problem = ""  # with writing that file
+        self.gone: set[str] = set()  # images whose files were deleted meanwhile
+        self.pairs = 0  # number of pairs in the file for training
+        self.problem = ""  # error of writing this file
         self._shown: dict[str, frozenset[str]] = {}  # tab -> the pair that it shows
         self.codes = {secrets.token_urlsafe(12): name for name in self.images}
         self._code_of = {name: code for code, name in self.codes.items()}
@@ -54,7 +53,7 @@ class PickSession:
                 f"{folder} has no two images of one prompt to compare: {len(listed)} images of {prompts} prompts."
                 + reasons
             )
-        if self.log.picks or not (folder / PAIRS_FILE).is_file():  # pairs by scorers stay until the first pick
+        if self.log.picks or not (folder / PAIRS_FILE).is_file():  # the first pick replaces pairs by scorers
             self._write_pairs()
 
     def close(self) -> None:
@@ -63,7 +62,7 @@ class PickSession:
         self._file_lock.release()
 
     def state(self, tab: str, wanted: frozenset[str] | None = None) -> dict[str, Any]:
-        """Return the next pair of a tab, or the wanted one, and the progress."""
+        """Return the pair that a tab shows next, and the progress. `wanted` names this pair, if given."""
         with self._lock:
             last = self.log.last
             return {
@@ -81,13 +80,7 @@ class PickSession:
             }
 
     def pick(self, tab: str, first: str, second: str, verdict: str) -> dict[str, Any]:
-        """Save a pick of two codes, and return the next state.
-
-        Raises:
-            `ConflictError`: If the pair has a pick.
-            `ValueError`: If there is no such pair or verdict.
-            `OSError`: If the disk is full.
-        """
+        """Save a pick of two codes, and return the next state."""
         with self._lock:
             names = [self.codes.get(code, "") for code in (first, second)]
             if verdict not in SHARES or "" in names or len({self.images[name].prompt for name in names}) > 1:
@@ -96,13 +89,13 @@ class PickSession:
             return self._changed(tab, names[0])
 
     def undo(self, tab: str, number: int) -> dict[str, Any]:
-        """Take back the last pick, and return the state with its pair as the next one. Raises the errors of `pick`."""
+        """Undo the last pick, and return the state, which shows its pair again."""
         with self._lock:
             pick = self.log.undo(number)
             return self._changed(tab, pick.first, pick.pair)
 
     def edit_prompt(self, tab: str, code: str, prompt: str) -> dict[str, Any]:
-        """Replace the prompt of an image and of all others of its prompt. Raises the errors of `pick`."""
+        """Replace the prompt of an image and of all images with the same prompt."""
         with self._lock:
             name = self.codes[code]
             self.log.edit_prompt(self.images[name].prompt, prompt)
@@ -134,13 +127,13 @@ class PickSession:
             return sentences
 
     def file(self, name: str) -> Path | None:
-        """Return the file of an image, or `None` if it has gone or leads out of the folder."""
+        """Return the file of an image, or `None` if it is missing or a link out of the folder."""
         path = self.folder / name
         return path if path.is_file() and is_inside(self.folder, name) else None
 
     def _changed(self, tab: str, name: str, wanted: frozenset[str] | None = None) -> dict[str, Any]:
-        """Bring everything up to date after an event at an image, and return the state."""
-        if name in self.images:  # undone picks may be of images that have gone
+        """Update ratings and pairs after an event at an image, and return the state."""
+        if name in self.images:  # an undone pick may be of an image that the manifest no longer lists
             self.order.update(self.images[name].prompt, self.gone)
         self._write_pairs()
         return self.state(tab, wanted)
@@ -153,7 +146,7 @@ class PickSession:
             self.problem = f"{PAIRS_FILE} could not be written ({error.strerror}). Your picks are safe."
 
     def _next(self, tab: str, wanted: frozenset[str] | None) -> dict[str, Any] | None:
-        """Return the pair that a tab shows next: the wanted one, or one that no other tab shows if there is one."""
+        """Return the pair that a tab shows next: the wanted pair, else one that no other tab shows, else any pair."""
         self._shown.pop(tab, None)
         while True:
             offers = self.order.offers(self.gone)
@@ -161,23 +154,19 @@ class PickSession:
             pairs = [*([tuple(wanted)] if wanted else []), *free, *offers]
             if not pairs:
                 return None
-            lost = {name for name in pairs[0] if name not in self.images or not self.file(name)}
-            if not lost:
+            missing = {name for name in pairs[0] if name not in self.images or not self.file(name)}
+            if not missing:
                 break
             wanted = None
-            self.gone |= lost
-            for name in lost & self.images.keys():
+            self.gone |= missing
+            for name in missing & self.images.keys():
                 self.order.update(self.images[name].prompt, self.gone)
         self._shown[tab] = frozenset(pairs[0])
-        left, right = random_sides(pairs[0])
+        # In random order, so that no side is favoured.
+        left, right = pairs[0] if secrets.randbelow(2) else pairs[0][::-1]
         prompt = self.images[left].prompt
         return {
             "first": self._code_of[left],
             "second": self._code_of[right],
             "prompt": self.log.prompts.get(prompt, prompt),
         }
-
-
-def random_sides(pair: tuple[str, ...]) -> tuple[str, ...]:
-    """Return two images in random order, so that no side is favoured."""
-    return pair if secrets.randbelow(2) else pair[::-1]

@@ -1,10 +1,12 @@
-"""Bytes of the tensors that operations allocate and free, counted without data, under PyTorch's fake tensors."""
+"""Counts the bytes of fake tensors that operations allocate and free. Fake tensors are on the CPU, so the differences
+of a planned GPU are added here."""
 
 from __future__ import annotations
 
 import contextlib
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from ..utils._compat import CPU_ATTENTION, CPU_ATTENTION_BACKWARD
+from ..utils._compat import CPU_ATTENTION, CPU_ATTENTION_BACKWARD, autocast_rules
 
 CUDA_BLOCK = 512  # bytes, to which CUDA's caching allocator rounds
+CUDA_FUSED_ATTENTION_GRADIENT = 4  # bytes an element: FlashAttention 2 sums the gradient of the queries in float32
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
@@ -53,7 +56,7 @@ class Allocations(TorchDispatchMode):
         self.block, self.hidden = block, hidden or {}
         self.live = 0
         self.peaks: dict[str, int] = {}  # by moment
-        self.flops = 0  # of matrix products, convolutions and attention
+        self.flops = 0  # operations of matrix products, convolutions and attention
         self._moment = "start"
         self._storages: dict[int, Any] = {}
         self._known: set[int] = set()
@@ -113,3 +116,53 @@ def rounded(size: int, block: int) -> int:
 
 def _first_tensor(args: Any) -> torch.Tensor:
     return next(leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
+
+
+# ---- The planned device ----------------------------------------------------------------------------------------------
+
+# Operations of denoisers that run in float32 under CUDA's autocast, but not under the CPU's.
+# Source: https://docs.pytorch.org/docs/stable/amp.html
+_FLOAT32 = (
+    *("layer_norm", "native_layer_norm", "group_norm", "rms_norm", "cosine_similarity", "linalg_vector_norm"),
+    *("exp", "log", "rsqrt", "reciprocal", "softplus", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar"),
+    *("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"),
+)
+_FLOAT32_RESULT = ("softmax.int", "log_softmax.int", "sum", "sum.dim_IntList", "cumsum", "cumprod")
+
+
+@dataclass(frozen=True)
+class FakeDevice:
+    """Properties of a device that a plan needs."""
+
+    type: str  # "cuda" or "cpu"
+    block: int  # see `Allocations`
+    hidden: dict[Any, int] = field(default_factory=dict)  # see `Allocations`
+
+    def autocast_rules(self) -> contextlib.AbstractContextManager[None]:
+        """Make autocast round as on this device within the context."""
+        return autocast_rules(_CUDA_RULES) if self.type == "cuda" else contextlib.nullcontext()
+
+
+def fake_device(kind: str) -> FakeDevice:
+    """Return the properties of a device, `"cuda"` or `"cpu"`."""
+    if kind == "cpu":
+        return FakeDevice("cpu", 1)
+    # The CPU's fused attention stands for the GPU's. Both save the result and one float32 number for each query.
+    return FakeDevice("cuda", CUDA_BLOCK, {CPU_ATTENTION_BACKWARD: CUDA_FUSED_ATTENTION_GRADIENT})
+
+
+def _in_float32(operation: Any, *args: Any, **kwargs: Any) -> Any:
+    return operation(*(_float32(value) for value in args), **{name: _float32(value) for name, value in kwargs.items()})
+
+
+def _to_float32(operation: Any, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+    if dtype is None and args[0].is_floating_point():
+        dtype = torch.float32
+    return operation(*args, dtype=dtype, **kwargs)
+
+
+def _float32(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+_CUDA_RULES = dict.fromkeys(_FLOAT32, _in_float32) | dict.fromkeys(_FLOAT32_RESULT, _to_float32)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from ..data.images import pixels_as_floats, white
+from ..data.transforms import pixels_as_floats, white
 from ..engines.gradient_backends import ReplicatedBackend
 from ..families import Family
 from ..families.base import SOURCE
@@ -25,56 +25,37 @@ from ..step.branch_gradients import BranchGradients
 from ..step.meters import MetricMeter
 from ..step.pair_forward import LossSettings, NoiseSettings, NoisyBatch, PairForward
 from ..step.parameter_safeguard import ParameterSafeguard
-from .allocations import Allocations
-from .fake_device import FakeDevice
+from .allocations import Allocations, FakeDevice
+from .sharding import Engine
 from .skeleton import needs_values
 
+FrozenState = Literal["on device", "while encoding", "absent"]
 ENCODE, REFERENCE, FORWARD, BACKWARD, OPTIMIZER = "encode", "reference", "forward", "backward", "optimizer"
 
 
 @dataclass(frozen=True)
-class StepSettings:
-    """Settings of a simulated step.
+class PlannedRun:
+    """Networks of a run on the meta device, made as the trainer makes them, and settings that its memory depends on."""
 
-    Attributes:
-        resolution (`tuple[int, int]`): (height, width) of the images in pixels.
-        source (`tuple[int, int]`, *optional*): (height, width) of an edit model's sources, as the VAE encodes
-            them. They are made from images of the size `resolution`.
-        pairs (`int`): Pairs of a micro-batch.
-        autocast (`torch.dtype`, *optional*): The dtype of autocast.
-        checkpointing (`dict`, *optional*): Arguments of activation checkpointing; `None` without.
-        anchor (`str`, *optional*): Anchor of the safeguard in parameter space. `None` in output space, or without
-            a safeguard.
-        low_memory (`bool`): Whether this safeguard holds the activations of one branch at a time.
-        accumulates (`bool`): Whether gradients of earlier micro-batches are in memory.
-        divides_gradients (`bool`): Whether the engine shards each gradient over processes when it is computed.
-        rounds_weights (`bool`): Whether the engine computes with weights in the dtype of autocast.
-        two_prompts (`bool`): Whether each image of a pair has its own prompt.
-    """
-
-    noise: NoiseSettings
-    loss: LossSettings
-    resolution: tuple[int, int]
-    pairs: int
-    autocast: torch.dtype | None
-    checkpointing: dict[str, Any] | None
-    anchor: Anchor | None
-    low_memory: bool
-    accumulates: bool
-    divides_gradients: bool = False
-    rounds_weights: bool = False
-    two_prompts: bool = False
-    source: tuple[int, int] | None = None
-
-
-@dataclass
-class Networks:
-    """Networks of a step, made as the trainer makes them. The denoiser's trained weights require gradients. VAE and
-    text encoders have the precision in which they run."""
-
-    family: Family
+    family: Family  # VAE and text encoders have the precision in which they run
     reference: Reference
     average: EMAWeights | None
+    noise: NoiseSettings
+    loss: LossSettings
+    resolution: tuple[int, int]  # height and width of the images in pixels
+    source: tuple[int, int] | None  # height and width of a pair's source image as the VAE encodes it
+    pairs: int  # pairs of a micro-batch
+    autocast: torch.dtype | None
+    checkpointing: dict[str, Any] | None  # arguments of activation checkpointing; `None` without
+    anchor: Anchor | None  # anchor of the safeguard in parameter space; otherwise `None`
+    low_memory: bool  # whether this safeguard holds the activations of one branch at a time
+    accumulates: bool  # whether gradients of earlier micro-batches are in memory
+    two_prompts: bool  # whether each image of a pair has its own prompt
+    optimizer: str  # a value of `optim`
+    max_norm: float | None  # norm to which gradients are clipped
+    engine: Engine
+    frozen: FrozenState  # where VAE and text encoders are
+    stored: str | None  # format of a quantized base, a key of `STORED`
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -83,17 +64,11 @@ class Networks:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Memory of a step besides the weights that stay, in bytes.
+    """Memory of a step besides the weights that stay, in bytes."""
 
-    Attributes:
-        peaks (`dict[str, int]`): Peak of each moment: activations, gradients, temporaries and the batch.
-        gradient_bytes (`int`): Memory in use when the optimizer steps.
-        flops (`int`): Floating point operations of matrix products, convolutions and attention.
-    """
-
-    peaks: dict[str, int]
-    gradient_bytes: int
-    flops: int
+    peaks: dict[str, int]  # peak of each moment: activations, gradients, temporaries and the batch
+    gradient_bytes: int  # bytes in use when the optimizer steps
+    flops: int  # floating point operations of matrix products, convolutions and attention
 
 
 class OneProcess:
@@ -149,47 +124,48 @@ class MeasuredForward(PairForward):
             return super().predict_reference(model, batches)
 
 
-def measure_step(networks: Networks, settings: StepSettings, device: FakeDevice, mode: FakeTensorMode) -> StepMemory:
+def measure_step(run: PlannedRun, device: FakeDevice, mode: FakeTensorMode) -> StepMemory:
     """Run the forward and backward passes of a step as the trainer does."""
-    denoiser = networks.family.denoiser
+    denoiser = run.family.denoiser
     model = DenoiserWrapper(denoiser).train()
-    if settings.checkpointing is not None:
-        model.activation_checkpointing_enable(settings.checkpointing)
-    if settings.rounds_weights and settings.autocast is not None:
-        _round_weights(networks, settings.autocast, mode)
+    if run.checkpointing is not None:
+        model.activation_checkpointing_enable(run.checkpointing)
+    if run.engine.rounds_weights and run.autocast is not None:
+        _round_weights(run, run.autocast, mode)
     try:
-        with mode, device.active():
-            return _measure(model, networks, settings, device)
+        with mode, device.autocast_rules():
+            return _measure(model, run, device)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise needs_values(networks.family.name) from error
+        raise needs_values(run.family.name) from error
     finally:
         for cached in (constant, white):  # a later step must not get fake tensors
             cached.cache_clear()
-        if settings.checkpointing is not None:
+        if run.checkpointing is not None:
             denoiser.disable_gradient_checkpointing()
-        for weight in networks.trained:
+        for weight in run.trained:
             weight.grad = None
 
 
-def _measure(model: nn.Module, networks: Networks, settings: StepSettings, device: FakeDevice) -> StepMemory:
+def _measure(model: nn.Module, run: PlannedRun, device: FakeDevice) -> StepMemory:
     allocations = Allocations(device.block, device.hidden)
-    allocations.ignore(_existing(networks))
-    components: Any = HeldComponents(networks.family)
-    process: Any = OneProcess(settings.autocast)
-    forward = MeasuredForward(
-        components, networks.reference, noise=settings.noise, loss=settings.loss, autocast=process.autocast
-    )
+    modules = all_modules(run)
+    allocations.ignore([tensor for module in modules for tensor in (*module.parameters(), *module.buffers())])
+    components: Any = HeldComponents(run.family)
+    process: Any = OneProcess(run.autocast)
+    forward = MeasuredForward(components, run.reference, noise=run.noise, loss=run.loss, autocast=process.autocast)
     forward.allocations = allocations
     with allocations:
-        inputs = _batch(settings, with_errors=networks.reference.is_precomputed)
-        if settings.anchor is not None:
-            _by_branch(model, forward, inputs, settings, ReplicatedBackend(model, process))
+        inputs = _batch(run)
+        if run.anchor is not None:
+            backend = ReplicatedBackend(model, process)
+            gradients = BranchGradients(backend, mu=run.loss.safeguard_mu, anchor=run.anchor)
+            _by_branch(model, forward, inputs, run, gradients)
         else:
             hooks = []
-            for weight in networks.trained:
-                if settings.divides_gradients:
+            for weight in run.trained:
+                if run.engine.divides_gradients:
                     hooks.append(weight.register_post_accumulate_grad_hook(_drop_gradient))
-                elif settings.accumulates:
+                elif run.accumulates:
                     weight.grad = torch.empty_like(weight)
             with allocations.moment(FORWARD):
                 loss = forward.loss(forward.predict_pairs(model, inputs)).loss
@@ -207,9 +183,9 @@ def _drop_gradient(weight: torch.Tensor) -> None:
     weight.grad = None
 
 
-def _round_weights(networks: Networks, dtype: torch.dtype, mode: FakeTensorMode) -> None:
+def _round_weights(run: PlannedRun, dtype: torch.dtype, mode: FakeTensorMode) -> None:
     with mode:
-        for module in (networks.family.denoiser, *_second_denoisers(networks)):
+        for module in (run.family.denoiser, *_second_denoisers(run)):
             for submodule in module.modules():
                 for name, weight in submodule.named_parameters(recurse=False):
                     rounded = torch.empty(weight.shape, dtype=dtype, device="cpu")
@@ -220,22 +196,20 @@ def _by_branch(
     model: nn.Module,
     forward: MeasuredForward,
     inputs: dict[str, Any],
-    settings: StepSettings,
-    backend: ReplicatedBackend,
+    run: PlannedRun,
+    gradients: BranchGradients,
 ) -> None:
     """Run the step with the safeguard in parameter space. If gradients accumulate, run two micro-batches."""
-    assert settings.anchor is not None
     allocations = forward.allocations
-    gradients = BranchGradients(backend, mu=settings.loss.safeguard_mu, anchor=settings.anchor)
     safeguard = ParameterSafeguard(
         forward,
         gradients,
         MetricMeter(),
-        sorts_by_scores=settings.loss.spec.needs_scores,
-        low_memory=settings.low_memory,
+        sorts_by_scores=run.loss.spec.needs_scores,
+        low_memory=run.low_memory,
         diagnostics=None,
     )
-    for _ in range(2 if settings.accumulates else 1):
+    for _ in range(2 if run.accumulates else 1):
         allocations.flops = 0  # report one micro-batch only
         with allocations.moment(FORWARD):
             loss = forward.loss(safeguard.predict_pairs(model, inputs)).loss
@@ -246,39 +220,33 @@ def _by_branch(
         gradients.combine()
 
 
-def _existing(networks: Networks) -> list[torch.Tensor]:
-    """Return the tensors that stay between steps."""
-    return [tensor for module in all_modules(networks) for tensor in (*module.parameters(), *module.buffers())]
-
-
-def all_modules(networks: Networks) -> list[nn.Module]:
+def all_modules(run: PlannedRun) -> list[nn.Module]:
     """Return the policy, VAE and text encoders, and second denoisers."""
-    family = networks.family
-    frozen = [getattr(family.pipeline, name) for name in family.frozen_components]
-    return [family.denoiser, *frozen, *_second_denoisers(networks)]
+    frozen = [getattr(run.family.pipeline, name) for name in run.family.frozen_components]
+    return [run.family.denoiser, *frozen, *_second_denoisers(run)]
 
 
-def _second_denoisers(networks: Networks) -> list[nn.Module]:
-    seconds = [weights.second for weights in (networks.reference, networks.average) if weights is not None]
+def _second_denoisers(run: PlannedRun) -> list[nn.Module]:
+    seconds = [weights.second for weights in (run.reference, run.average) if weights is not None]
     return [second.module for second in seconds if isinstance(second, SecondDenoiser)]
 
 
-def _batch(settings: StepSettings, *, with_errors: bool) -> dict[str, Any]:
+def _batch(run: PlannedRun) -> dict[str, Any]:
     """Return a collated batch on the device, in the form of `PreferenceCollator`."""
-    images, (height, width) = 2 * settings.pairs, settings.resolution
+    images = 2 * run.pairs
     sizes = torch.ones(images, 2, dtype=torch.long)
     batch = {
-        "pixel_values": torch.empty(images, 3, height, width, dtype=torch.uint8),
-        "prompts": ["a prompt"] * settings.pairs * (1 + settings.two_prompts),
+        "pixel_values": torch.empty(images, 3, *run.resolution, dtype=torch.uint8),
+        "prompts": ["a prompt"] * run.pairs * (1 + run.two_prompts),
         "original_sizes": sizes,
         "crop_top_lefts": sizes,
-        "seeds": list(range(settings.pairs)),
-        "rows": list(range(settings.pairs)),
+        "seeds": list(range(run.pairs)),
+        "rows": list(range(run.pairs)),
     }
-    if settings.source is not None:
-        batch["source_pixels"] = torch.empty(settings.pairs, 3, *settings.source, dtype=torch.uint8)
-    if settings.loss.spec.needs_scores:
+    if run.source is not None:
+        batch["source_pixels"] = torch.empty(run.pairs, 3, *run.source, dtype=torch.uint8)
+    if run.loss.spec.needs_scores:
         batch["scores"] = torch.ones(images)
-    if with_errors:
-        batch["ref_errors"] = torch.ones(images * settings.noise.timesteps_per_pair)
+    if run.reference.is_precomputed:
+        batch["ref_errors"] = torch.ones(images * run.noise.timesteps_per_pair)
     return batch

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .allocations import Allocations, rounded
-from .fake_device import FakeDevice
+from .allocations import Allocations, FakeDevice, rounded
 
 _QUANTIZED = 1 + 4 / 256  # bytes a state: one, and a float32 scale for each block of 256
 # Optimizers of bitsandbytes -> bytes of the states for each weight.

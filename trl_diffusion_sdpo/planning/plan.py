@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
@@ -11,24 +10,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..models.adapters import adapter_layers
 from ..models.weight_copies import SecondAdapter, SecondDenoiser, WeightCopy
-from .allocations import rounded
-from .fake_device import fake_device
+from .allocations import fake_device, rounded
 from .fake_step import (
     BACKWARD,
     ENCODE,
     FORWARD,
     OPTIMIZER,
     REFERENCE,
-    Networks,
-    StepSettings,
+    PlannedRun,
     all_modules,
     measure_step,
 )
 from .optimizers import optimizer_memory
-from .sharding import ZERO_BUCKET, Engine, largest_block
+from .sharding import ZERO_BUCKET, largest_block
 from .skeleton import fake_weights
 
-FrozenState = Literal["on device", "while encoding", "absent"]
 SETUP = "set-up"
 CARDS = (8, 16, 24, 40, 80, 141)  # GB as vendors count, 1e9 bytes, of usual GPUs
 # Share of a card that PyTorch can give to tensors: the rest is CUDA's context, kernels' workspaces and fragmentation.
@@ -43,44 +39,15 @@ STORED: dict[str, float] = {
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """Networks and settings of a run, on the meta device.
-
-    Attributes:
-        networks ([`Networks`]): Policy with its trained weights, reference, average, VAE and text encoders.
-        optimizer (`str`): A value of `optim`.
-        max_norm (`float`, *optional*): Norm to which gradients are clipped.
-        frozen (`str`): Where VAE and text encoders are.
-        stored (`str`, *optional*): Format of a quantized base, a key of [`STORED`].
-    """
-
-    networks: Networks
-    step: StepSettings
-    optimizer: str
-    max_norm: float | None
-    engine: Engine
-    frozen: FrozenState = "on device"
-    stored: str | None = None
-
-
-@dataclass(frozen=True)
 class Plan:
-    """Computed memory of a run on one device.
+    """Computed memory of a run on one device, in bytes."""
 
-    Attributes:
-        components (`dict[str, int]`): Tensors that stay between steps, by name.
-        moments (`dict[str, int]`): Peak of each moment, including the tensors that stay.
-        parameters, trained (`int`): Number of the denoiser's weights, and of its trained weights.
-        flops (`int`): Floating point operations of a micro-batch on one device.
-        pairs (`int`): Pairs of a micro-batch.
-    """
-
-    components: dict[str, int]
-    moments: dict[str, int]
-    parameters: int
-    trained: int
-    flops: int
-    pairs: int
+    components: dict[str, int]  # tensors that stay between steps, by name
+    moments: dict[str, int]  # peak of each moment, including the tensors that stay
+    parameters: int  # number of the denoiser's weights
+    trained: int  # number of its trained weights
+    flops: int  # floating point operations of a micro-batch on one device
+    pairs: int  # pairs of a micro-batch
 
     @property
     def peak(self) -> int:
@@ -95,7 +62,7 @@ class Plan:
         return self.peak <= USABLE * gigabytes * 1e9
 
 
-def make_plan(prepared: Prepared, device: str) -> Plan:
+def make_plan(run: PlannedRun, device: str) -> Plan:
     """Simulate one step on fake tensors. Add the tensors that stay to the peak of each moment.
 
     Args:
@@ -103,37 +70,37 @@ def make_plan(prepared: Prepared, device: str) -> Plan:
     """
     fake = fake_device(device)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    networks, engine = prepared.networks, prepared.engine
-    family = networks.family
-    denoiser = family.denoiser
-    trained = sum(weight.numel() for weight in networks.trained)
-    parameters = sum(weight.numel() for weight in denoiser.parameters())
+    engine, family = run.engine, run.family
+    trained = sum(weight.numel() for weight in run.trained)
+    parameters = sum(weight.numel() for weight in family.denoiser.parameters())
 
     # What stays between steps.
-    states, temporary = optimizer_memory(prepared.optimizer, networks.trained, prepared.max_norm, fake, mode)
-    components = _weights(prepared, fake.block)
+    states, temporary = optimizer_memory(run.optimizer, run.trained, run.max_norm, fake, mode)
+    components = _weights(run, fake.block)
     frozen = sum(size for name, size in components.items() if name in family.frozen_components)
-    setup = _setup(prepared, components) - (0 if prepared.frozen == "on device" else frozen)
+    setup = sum(components.values()) - (0 if run.frozen == "on device" else frozen)
+    if engine.divides_weights:  # a whole block is in memory until it is sharded
+        setup += largest_block(family.denoiser, None)[0]
     components["optimizer"] = engine.share("optimizer", states)
     if engine.name == "ddp":
         components["DDP's buckets"] = 4 * trained
     if engine.is_zero:
         components["float32 weights"] = engine.share("optimizer", 4 * trained)
-        components["DeepSpeed's bucket"] = ZERO_BUCKET * (2 if prepared.step.autocast else 4)
+        components["DeepSpeed's bucket"] = ZERO_BUCKET * (2 if run.autocast else 4)
     if engine.divides_gradients:
         components["gradients"] = engine.share("gradients", 4 * trained)
 
     # One step on fake tensors, as if on one device.
-    passes = _in_passes(prepared)
-    fake_weights(all_modules(networks), mode)
-    measured = measure_step(networks, prepared.step, fake, mode)
+    passes = _in_passes(run)
+    fake_weights(all_modules(run), mode)
+    measured = measure_step(run, fake, mode)
     moments = {name: measured.peaks.get(name, 0) for name in (ENCODE, REFERENCE, FORWARD, BACKWARD)}
     for name in (REFERENCE, FORWARD, BACKWARD):
         moments[name] += passes
     left = engine.share("gradients", measured.gradient_bytes)
     step = left + engine.share("optimizer", temporary)
     moments[OPTIMIZER] = max(measured.peaks.get(OPTIMIZER, 0), step)
-    if engine.divides_gradients and prepared.step.anchor is not None:
+    if engine.divides_gradients and run.anchor is not None:
         # The simulation held whole gradients of both branches. The engine holds one of them whole at a time.
         spared = (measured.gradient_bytes - left) // 2
         moments[BACKWARD] -= spared
@@ -142,22 +109,22 @@ def make_plan(prepared: Prepared, device: str) -> Plan:
     # Both together.
     stays = sum(components.values())
     for name in moments:
-        moments[name] += stays - (frozen if prepared.frozen != "on device" and name != ENCODE else 0)
+        moments[name] += stays - (frozen if run.frozen != "on device" and name != ENCODE else 0)
     moments = {SETUP: setup, **moments}
-    if prepared.frozen == "absent":
+    if run.frozen == "absent":
         del moments[ENCODE]
         components = {name: size for name, size in components.items() if name not in family.frozen_components}
-    if networks.reference.is_precomputed or networks.reference.kind == "none":
+    if run.reference.is_precomputed or run.reference.kind == "none":
         del moments[REFERENCE]
     components = {name: size for name, size in components.items() if size}
-    return Plan(components, moments, parameters, trained, measured.flops, prepared.step.pairs)
+    return Plan(components, moments, parameters, trained, measured.flops, run.pairs)
 
 
-def _weights(prepared: Prepared, block: int) -> dict[str, int]:
+def _weights(run: PlannedRun, block: int) -> dict[str, int]:
     """Return the bytes of the weights that stay, by name. VAE and text encoders have their names in the pipeline."""
-    networks, engine = prepared.networks, prepared.engine
-    family = networks.family
-    half = prepared.step.autocast is not None and engine.is_zero
+    engine, family = run.engine, run.family
+    half = run.autocast is not None and engine.is_zero
+    copies: dict[str, WeightCopy | None] = {"reference": run.reference, "average": run.average}
 
     def stored_bytes(tensors: list[torch.Tensor]) -> int:
         total = 0
@@ -167,18 +134,18 @@ def _weights(prepared: Prepared, block: int) -> dict[str, int]:
             total += engine.share("weights", size) if isinstance(tensor, nn.Parameter) else size
         return total
 
-    adapters = {name: _adapter(copy) for name, copy in _copies(networks).items()}
+    adapters = {name: _adapter(copy) for name, copy in copies.items()}
     others = {id(weight) for weights in adapters.values() for weight in weights}
     policy = stored_bytes([tensor for tensor in _tensors(family.denoiser) if id(tensor) not in others])
-    if prepared.stored is not None:
+    if run.stored is not None:
         adapted = adapter_layers(family.denoiser)
         of_adapters = {module for layer in adapted for module in layer.modules()}
         of_adapters -= {layer.get_base_layer() for layer in adapted}
         for layer in family.denoiser.modules():
             if isinstance(layer, nn.Linear) and layer not in of_adapters and not layer.weight.requires_grad:
-                policy -= round(layer.weight.numel() * (layer.weight.element_size() - STORED[prepared.stored]))
+                policy -= round(layer.weight.numel() * (layer.weight.element_size() - STORED[run.stored]))
     sizes = {"policy": policy}
-    for name, copy in _copies(networks).items():
+    for name, copy in copies.items():
         second = None if copy is None else copy.second
         sizes[name] = stored_bytes(adapters[name])
         if isinstance(second, SecondDenoiser):
@@ -189,30 +156,20 @@ def _weights(prepared: Prepared, block: int) -> dict[str, int]:
     return sizes
 
 
-def _setup(prepared: Prepared, weights: dict[str, int]) -> int:
-    """Return the peak bytes of set-up: the weights, and a whole block if the engine shards weights."""
-    block, _ = largest_block(prepared.networks.family.denoiser, None)
-    return sum(weights.values()) + (block if prepared.engine.divides_weights else 0)
-
-
-def _in_passes(prepared: Prepared) -> int:
+def _in_passes(run: PlannedRun) -> int:
     """Return the bytes of whole weights that a pass needs besides the weights that stay.
 
     A quantized base needs one layer in half precision. An engine that shards weights gathers the running block, the
     next block, and all weights outside of blocks.
     """
-    denoiser, engine = prepared.networks.family.denoiser, prepared.engine
+    denoiser = run.family.denoiser
     extra = 0
-    if prepared.stored is not None:
+    if run.stored is not None:
         extra += max((2 * weight.numel() for weight in denoiser.parameters()), default=0)
-    if engine.divides_weights:
-        block, outside = largest_block(denoiser, 2 if prepared.step.autocast else None)
+    if run.engine.divides_weights:
+        block, outside = largest_block(denoiser, 2 if run.autocast else None)
         extra += 2 * block + outside
     return extra
-
-
-def _copies(networks: Networks) -> dict[str, WeightCopy | None]:
-    return {"reference": networks.reference, "average": networks.average}
 
 
 def _adapter(weights: WeightCopy | None) -> list[torch.Tensor]:

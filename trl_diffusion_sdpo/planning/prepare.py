@@ -22,8 +22,8 @@ from ..saving.starting_point import StartingPoint, attach_adapter, starting_poin
 from ..trainer.components import choose_trained_weights, make_reference
 from ..trainer.config.complete import check_and_complete, image_sizes, loss_settings
 from ..utils._compat import CHECKPOINTING, activation_checkpointing
-from .fake_step import Networks, StepSettings
-from .plan import FrozenState, Plan, Prepared, make_plan
+from .fake_step import FrozenState, PlannedRun
+from .plan import Plan, make_plan
 from .sharding import Engine
 from .skeleton import pipeline_of_folder
 
@@ -75,7 +75,7 @@ class PlannedSettings:
         }
 
 
-def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) -> Prepared:
+def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) -> PlannedRun:
     """Make the networks of a run and the settings of its simulated step."""
     from trl import get_peft_config
 
@@ -101,7 +101,15 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) 
     if not reads_sources and (family.takes_source or (family.may_take_source and args.sample_sources)):
         pixels = family.source_pixels(Image.new("RGB", (width, height)))
         source = (pixels.shape[-2], pixels.shape[-1])
-    step = StepSettings(
+    frozen: FrozenState = "on device"
+    if args.precompute_latents:
+        frozen = "absent"
+    elif args.offload_frozen_components:
+        frozen = "while encoding"
+    return PlannedRun(
+        _working(loaded.family, args, half),
+        reference,
+        average,
         noise=noise,
         loss=loss_settings(args),
         resolution=(height, width),
@@ -112,18 +120,11 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) 
         anchor=(args.safeguard_anchor or spec.anchor) if args.safeguard == "parameter" else None,
         low_memory=args.safeguard_low_memory,
         accumulates=args.gradient_accumulation_steps > 1,
-        rounds_weights=engine.rounds_weights,
-        divides_gradients=engine.divides_gradients,
         two_prompts=args.dataset_format == "branch_prompts" and args.losers == "data",
-    )
-    frozen: FrozenState = "while encoding" if args.offload_frozen_components else "on device"
-    return Prepared(
-        Networks(_working(loaded.family, args, half), reference, average),
-        step,
-        OptimizerNames(args.optim).value,
-        args.max_grad_norm,
-        engine,
-        frozen="absent" if args.precompute_latents else frozen,
+        optimizer=OptimizerNames(args.optim).value,
+        max_norm=args.max_grad_norm,
+        engine=engine,
+        frozen=frozen,
         stored=stored,
     )
 

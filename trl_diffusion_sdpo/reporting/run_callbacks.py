@@ -15,12 +15,18 @@ from ..engines.processes import in_any_process
 from ..saving.interrupts import resume_hint, was_interrupted
 from ..saving.model_card import CARD_FILE, forget_recommended_scales
 from ..saving.setup import output_folder
-from ..utils.files import VERDICT_FILE, VERDICT_PLOT
+from ..utils.files import VERDICT_FILE
 from .console import say
-from .noise_bin_plot import changes_by_noise_bin, noise_bin_file, plot_noise_bins
+from .plots import (
+    CURVES_FILE,
+    changes_by_noise_bin,
+    has_curves,
+    noise_bin_file,
+    plot_curves,
+    plot_noise_bins,
+)
 from .sample_images import GRIDS, SAMPLES_FOLDER, SampleImagesCallback, final_step
 from .tracked_images import TrackedImages
-from .training_curves import CURVES_FILE, has_curves, plot_curves
 from .verdict import RunFacts, is_evaluation, rise_in_training, rise_of, verdict_of, words_of_rise
 from .verdict_report import write_verdict
 
@@ -57,7 +63,6 @@ class VerdictCallback(TrainerCallback):
         callbacks (`Sequence[TrainerCallback]`): The trainer's list of callbacks, which may still change. A callback in
             it says whether a signal has ended the training.
         samples ([`SampleImagesCallback`], *optional*): Generates the images before and after training.
-        images ([`TrackedImages`]): Sends the picture to trackers.
         on_rise (`str`): The setting `on_winner_rise`: `"ignore"`, `"warn"` or `"stop"`.
     """
 
@@ -67,18 +72,19 @@ class VerdictCallback(TrainerCallback):
         evaluate: Callable[[], Any],
         callbacks: Sequence[TrainerCallback],
         samples: SampleImagesCallback | None,
-        images: TrackedImages,
         on_rise: str = "warn",
     ):
-        self._run, self._evaluate, self._samples, self._tracked = run, evaluate, samples, images
-        self._callbacks, self._on_rise = callbacks, on_rise
+        self._run = run
+        self._evaluate = evaluate
+        self._callbacks = callbacks
+        self._samples = samples
+        self._on_rise = on_rise
         self._training = self._stops = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._training, self._stops = True, False
         if state.is_world_process_zero:  # later weights must not be published with an earlier verdict
-            for name in (VERDICT_FILE, VERDICT_PLOT):
-                (output_folder(args) / name).unlink(missing_ok=True)
+            (output_folder(args) / VERDICT_FILE).unlink(missing_ok=True)
             forget_recommended_scales(output_folder(args))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -123,9 +129,7 @@ class VerdictCallback(TrainerCallback):
             folder = output_folder(args)
             images = [] if self._samples is None else self._samples.comparison(folder, step or state.global_step)
             facts = {} if scores is None else scores.facts(step or state.global_step)
-            picture = write_verdict(folder, verdict, self._run, images, facts)
-            if picture is not None:
-                self._tracked.add("verdict", picture, state.global_step)
+            write_verdict(folder, verdict, self._run, images, facts)
         if verdict is not None and not args.disable_tqdm:
             say(str(verdict))
         elif verdict is not None:
@@ -182,7 +186,7 @@ def plots_of(state: TrainerState) -> list[tuple[str, str]]:
     prefixes = changes_by_noise_bin(state.log_history)
     by_noise = [(noise_bin_file(prefix), f"Change of the errors by noise level, {prefix}") for prefix in prefixes]
     curves = [(CURVES_FILE, "Curves of the training")] if has_curves(state.log_history) else []
-    return [(VERDICT_PLOT, "The verdict"), *curves, *by_noise]
+    return [*curves, *by_noise]
 
 
 def run_lines(folder: Path, state: TrainerState, loading_code: str | None, *, samples: bool, card: bool) -> list[str]:

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import hashlib
 import inspect
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image, ImageDraw, ImageFont
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -31,6 +31,7 @@ from .sample_scores import SampleScores
 from .tracked_images import TrackedImages
 
 SAMPLES_FOLDER = "samples"
+GRIDS = "step-??????.png"  # pattern of the grids' file names
 INFERENCE_STEPS = 30  # default number of steps
 
 
@@ -67,31 +68,27 @@ class SamplePair:
 class SampleImagesCallback(TrainerCallback):
     """Generates an image of every prompt with fixed seeds before, during and after training.
 
-    It writes `samples/step-000050.png`, a labelled grid with a row for each prompt, and for each prompt a file such as
+    For step 50 it writes `samples/step-000050.png`, all images in one column, and for each prompt a file such as
     `samples/step-000050-0.png` with its prompt and seed as PNG text. Training is not affected, because modes and random
-    states are restored, and the pipeline's scheduler is copied. Only the first process generates.
+    states are restored, and the pipeline's scheduler is copied.
 
     Args:
         pipeline (`DiffusionPipeline`): Pipeline with the trained denoiser; every component is on one device.
         prompts (`Sequence[str]`): Prompt `i` always starts from the noise of `seed + i`.
-        sources (`Sequence[PIL.Image.Image]`): The image that each prompt edits; empty if prompts edit none. Grids have
-            it to the left of the generated image, and `samples/source-0.png` and so on are copies.
+        sources (`Sequence[PIL.Image.Image]`): The image that each prompt edits; empty if prompts edit none. Grids show
+            it to the left of the generated image. It is copied to `samples/source-0.png` for the first prompt, and so
+            on.
         every_n_steps (`int`, *optional*): Optimizer steps between two generations; only first and last if unset.
-        resolution (`int` or `tuple[int, int]`, *optional*): Side of the square images, or height and width, in pixels;
-            the model's own if unset.
-        call_options (`dict`, *optional*): Further arguments of the pipeline's call, such as its guidance scale.
-        denoiser_name (`str`, *optional*, defaults to `"unet"`): The pipeline's attribute that is trained. It runs under
-            the autocast of training. Frozen components run in their stored precision.
-        every_process (`bool`, *optional*, defaults to `False`): Whether all processes must generate, because each holds
-            a shard of the denoiser. The denoiser is then called through the Trainer's `model`.
-        frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`], *optional*): Puts the pipeline's VAE
-            and text encoders on the device while images are generated.
-        images ([`~trl_diffusion_sdpo.reporting.tracked_images.TrackedImages`], *optional*): Sends each prompt's image
-            to trackers, as `samples/0` and so on.
-        scores ([`~trl_diffusion_sdpo.reporting.sample_scores.SampleScores`], *optional*): Scores the images of each
-            generation.
-        log (`Callable`, *optional*): Logs these scores as metrics; all processes call it.
-        at_evaluations (`bool`, *optional*, defaults to `False`): Whether to generate before each evaluation too.
+        call_options (`dict`, *optional*): Further arguments of the pipeline's call, such as the images' size.
+        denoiser_name (`str`): The pipeline's attribute that is trained. It runs under the autocast of training. Frozen
+            components run in their stored precision.
+        every_process (`bool`): Whether all processes must generate, because each holds a shard of the denoiser. The
+            Trainer's `model` is then called in place of the denoiser. Otherwise only the first process generates.
+        frozen ([`FrozenComponents`], *optional*): Puts VAE and text encoders on the device while images are generated.
+        images ([`TrackedImages`], *optional*): Sends each prompt's image to trackers, as `samples/0` and so on.
+        scores ([`SampleScores`], *optional*): Scores the images of each generation.
+        log (`Callable`): Logs these scores as metrics; all processes call it.
+        at_evaluations (`bool`): Whether to generate before each evaluation too.
     """
 
     def __init__(
@@ -102,7 +99,6 @@ class SampleImagesCallback(TrainerCallback):
         sources: Sequence[Image.Image] = (),
         every_n_steps: int | None,
         seed: int,
-        resolution: int | tuple[int, int] | None,
         call_options: dict[str, Any] | None = None,
         denoiser_name: str = "unet",
         every_process: bool = False,
@@ -119,17 +115,14 @@ class SampleImagesCallback(TrainerCallback):
         self.prompts, self.every_n_steps, self.seed = list(prompts), every_n_steps, seed
         self.sources = list(sources)
         self.call_kwargs = {**(call_options or {})}
-        if resolution is not None:
-            height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-            self.call_kwargs |= {"height": height, "width": width}
-        self._last_step: int | None = None
+        self.last_step: int | None = None  # step of the newest images; `None` before the first
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         resumed = state.global_step > 0
-        self._last_step = self._untracked = None
+        self.last_step = self._untracked = None
         exists = resumed and self._are_written(output_folder(args), state.global_step)
         if in_any_process(exists, args.device):
-            self._last_step = state.global_step  # the run that wrote the checkpoint generated them
+            self.last_step = state.global_step  # the run that wrote the checkpoint generated them
         if self.scores is not None:
             self.scores.step = None
         self._generate_once(args, state, state.global_step, kwargs.get("model"))
@@ -143,18 +136,20 @@ class SampleImagesCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         is_due = self.every_n_steps is not None and state.global_step % self.every_n_steps == 0
         if is_due or (self._at_evaluations and control.should_evaluate):
-            self._generate_once(args, state, state.global_step, kwargs.get("model"))
-            self._track(args)
-            self._log_scores(state, control)
+            self._report(args, state, control, state.global_step, kwargs.get("model"))
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self._at_evaluations and control.should_evaluate:
-            self._generate_once(args, state, state.global_step, kwargs.get("model"))
-            self._track(args)
-            self._log_scores(state, control)
+            self._report(args, state, control, state.global_step, kwargs.get("model"))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._generate_once(args, state, final_step(args, state) or state.global_step, kwargs.get("model"))
+        self._report(args, state, control, final_step(args, state) or state.global_step, kwargs.get("model"))
+
+    def _report(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, step: int, model: nn.Module | None
+    ) -> None:
+        """Generate the images of a step, send them to trackers, and log their scores."""
+        self._generate_once(args, state, step, model)
         self._track(args)
         self._log_scores(state, control)
 
@@ -176,20 +171,11 @@ class SampleImagesCallback(TrainerCallback):
         if not step:
             return []
         galleries = zip(self.gallery(0), self.gallery(step), strict=True)
-        pairs = [
-            SamplePair(prompt, self.seed + i, before, after)
-            for i, ((before, prompt), (after, _)) in enumerate(galleries)
-        ]
-        return [
-            pair
-            for pair in pairs
-            if all(_notes(folder / path) == self._note(pair.seed - self.seed) for path in (pair.before, pair.after))
-        ]
-
-    @property
-    def last_step(self) -> int | None:
-        """Step of the newest images; `None` before the first."""
-        return self._last_step
+        pairs = []
+        for i, ((before, prompt), (after, _)) in enumerate(galleries):
+            if all(_notes(folder / path) == self._note(i) for path in (before, after)):
+                pairs.append(SamplePair(prompt, self.seed + i, before, after))
+        return pairs
 
     def _are_written(self, folder: Path, step: int) -> bool:
         """Return whether the images of a step exist, with these prompts, seeds and sources."""
@@ -204,9 +190,9 @@ class SampleImagesCallback(TrainerCallback):
         return note
 
     def _generate_once(self, args: TrainingArguments, state: TrainerState, step: int, model: nn.Module | None) -> None:
-        if step == self._last_step:
+        if step == self.last_step:
             return
-        self._last_step = step
+        self.last_step = step
         if self.every_process or state.is_world_process_zero:
             images = self.generate(training_autocast(args), through=model if self.every_process else None)
             if state.is_world_process_zero:
@@ -221,11 +207,11 @@ class SampleImagesCallback(TrainerCallback):
             for name, value in self._note(i).items():
                 note.add_itxt(name, value)
             image.save(folder / path, pnginfo=note)
-        shown = list(images)
         for i, source in enumerate(self.sources):
             source.save(folder / _source_path(i))
-            shown[i] = _beside(source, images[i])
-        labelled_grid(shown, self.prompts).save(grid_path(folder, step))
+        rows = zip(self.sources, images, strict=True) if self.sources else zip(images)
+        cells = [ImageOps.pad(cell, images[0].size) for row in rows for cell in row]
+        make_image_grid(cells, rows=len(images), cols=len(cells) // len(images)).save(grid_path(folder, step))
         self._untracked = step
 
     def _score(self, args: TrainingArguments, state: TrainerState, step: int) -> None:
@@ -292,10 +278,10 @@ class SampleImagesCallback(TrainerCallback):
             pipeline.safety_checker = None  # it is not on the device, and would replace images by black ones
         networks = [network for network in pipeline.components.values() if isinstance(network, nn.Module)]
         denoiser = pipeline.components[self.denoiser_name]
-        if through is not None:
-            pipeline.register_modules(**{self.denoiser_name: DenoiserView(denoiser, through)})
+        view = _InTrainingPrecision(denoiser, denoiser if through is None else through, autocast)
         with torch.no_grad(), eval_mode(networks), _restored_random_state(pipeline.device):
-            with _in_training_precision(denoiser, autocast), _in_own_precision(pipeline.vae):
+            pipeline.register_modules(**{self.denoiser_name: view})
+            with _in_own_precision(pipeline.vae):
                 yield pipeline
 
     def _generate_one(self, pipeline: DiffusionPipeline, index: int) -> Image.Image:
@@ -323,25 +309,6 @@ def grid_path(output_dir: str | Path, step: int) -> Path:
     return Path(output_dir) / SAMPLES_FOLDER / f"{_stem(step)}.png"
 
 
-def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], gap: int = 4) -> Image.Image:
-    """Return an RGB image of all images below one another, each with its label to the right. Labels are wrapped and cut
-    at the end of the row."""
-    font, line_height, text_width = ImageFont.load_default(12), 15, 256
-    rows = [max(image.height, 3 * line_height) for image in images]
-    left = max(image.width for image in images) + 2 * gap
-    grid = Image.new("RGB", (left + text_width + gap, sum(rows) + gap * (len(rows) + 1)), "white")
-    pen, top = ImageDraw.Draw(grid), gap
-    for image, label, height in zip(images, labels, rows, strict=True):
-        grid.paste(image.convert("RGB"), (gap, top))
-        lines = textwrap.wrap(label, text_width // 8)[: height // line_height]
-        pen.multiline_text((left, top), "\n".join(lines), fill="black", font=font, spacing=line_height - 12)
-        top += height + gap
-    return grid
-
-
-GRIDS = "step-??????.png"  # pattern of the grids' file names
-
-
 def _stem(step: int) -> str:
     return f"step-{step:06d}"
 
@@ -349,15 +316,6 @@ def _stem(step: int) -> str:
 def _source_path(index: int) -> str:
     """Return the path of the copy of a prompt's source, relative to the output folder."""
     return f"{SAMPLES_FOLDER}/source-{index}.png"
-
-
-def _beside(source: Image.Image, image: Image.Image) -> Image.Image:
-    """Return the image with its source to the left, scaled to the same height."""
-    width = max(1, round(source.width * image.height / source.height))
-    both = Image.new("RGB", (width + image.width, image.height))
-    both.paste(source.resize((width, image.height)))
-    both.paste(image.convert("RGB"), (width, 0))
-    return both
 
 
 def _notes(file: Path) -> dict[str, str]:
@@ -385,33 +343,19 @@ def _in_own_precision(vae: Any) -> Iterator[None]:
             handle.remove()
 
 
-@contextlib.contextmanager
-def _in_training_precision(denoiser: nn.Module, autocast: contextlib.AbstractContextManager) -> Iterator[None]:
-    """Run the denoiser under autocast within the context. Inputs are cast to its dtype and outputs are cast back, so
-    that frozen components may have another precision."""
-    calls: list[tuple[contextlib.ExitStack, torch.dtype]] = []
+class _InTrainingPrecision(DenoiserView):
+    """Denoiser that runs under autocast. Inputs are cast to its dtype and outputs are cast back, because frozen
+    components may have another precision."""
 
-    def enter(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        dtype = next(value.dtype for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        stack = contextlib.ExitStack()
-        stack.enter_context(autocast)
-        calls.append((stack, dtype))
-        return _cast(args, module.dtype), _cast(kwargs, module.dtype)
+    def __init__(self, denoiser: nn.Module, model: nn.Module, autocast: contextlib.AbstractContextManager):
+        super().__init__(denoiser, model)
+        self.__dict__["_autocast"] = autocast  # attributes of this object are the denoiser's
 
-    def leave(module: nn.Module, args: tuple, output: Any) -> Any:
-        stack, dtype = calls.pop()
-        stack.close()
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        dtype = next(value.dtype for value in (*args, *inputs.values()) if isinstance(value, torch.Tensor))
+        with self._autocast:
+            output = super().forward(*_cast(args, self.dtype), **_cast(inputs, self.dtype))
         return _cast(output, dtype)
-
-    handles = [
-        denoiser.register_forward_pre_hook(enter, with_kwargs=True),
-        denoiser.register_forward_hook(leave, always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:

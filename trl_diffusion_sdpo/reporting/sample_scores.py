@@ -47,7 +47,7 @@ class SampleScores:
         self._scorers: dict[str, Scorer] = {}
         self._before: dict[str, np.ndarray] = {}
         self._failures: Counter[str] = Counter()
-        self.step: int | None = None  # of the newest scores
+        self.step: int | None = None  # step of the newest scores
         self.metrics: dict[str, float] = {}
         self.win_rates: dict[str, WinRate | None] = {}
         processes.first(lambda: self._load(names))
@@ -85,11 +85,11 @@ class SampleScores:
 
     def measure(self, step: int, images: Sequence[Path]) -> None:
         """Score the images of a step, one for each prompt. All processes must call it."""
-        found = self._processes.first(lambda: {name: self._compare(name, step, images) for name in self._scorers})
+        results = self._processes.first(lambda: {name: self._compare(name, step, images) for name in self._scorers})
         self.step = step
-        self.win_rates = {name: result for name, (_, result) in found.items()}
+        self.win_rates = {name: result for name, (_, result) in results.items()}
         self.metrics = {}
-        for name, (mean, result) in found.items():
+        for name, (mean, result) in results.items():
             self.metrics[f"{PREFIX}{name}"] = mean
             if self._before:
                 self.metrics[f"{PREFIX}{name}{WIN_RATE}"] = math.nan if result is None else result.rate
@@ -117,10 +117,10 @@ class SampleScores:
 
     def facts(self, step: int) -> dict[str, dict[str, float | str | None]]:
         """Return the win rates of a step and their verdicts, by scorer, as numbers and words of a JSON file."""
-        known = {name: result for name, result in self.win_rates.items() if result is not None}
-        if self.step != step or not known:
+        rates = {name: result for name, result in self.win_rates.items() if result is not None}
+        if self.step != step or not rates:
             return {}
-        adjusted = holm([result.p_value for result in known.values()])
+        adjusted = holm([result.p_value for result in rates.values()])
         return {
             name: {
                 "win_rate": result.rate,
@@ -129,7 +129,7 @@ class SampleScores:
                 "adjusted_p_value": p_value,
                 "verdict": result.verdict(p_value),
             }
-            for (name, result), p_value in zip(known.items(), adjusted, strict=True)
+            for (name, result), p_value in zip(rates.items(), adjusted, strict=True)
         }
 
     def sentence(self, step: int) -> str:

@@ -87,14 +87,14 @@ class Measurement:
     error: float  # mean squared error of the denoiser on the winners
     before: float  # the earlier error to compare with; irrelevant if `error` is not finite
     since: str  # description of the earlier error, such as "before training"
-    stderr: float | None = None  # of the relative change
+    stderr: float | None = None  # standard error of the relative change
     bins: Mapping[int, Estimate] = field(default_factory=dict)  # relative changes of the winners' error, by noise bin
     loser_bins: Mapping[int, float] = field(default_factory=dict)
     accuracy: Estimate | None = None  # share of the pairs whose loser's error rose more than the winner's
     margin: Estimate | None = None  # how much more it rose, as a share of the winners' earlier error
     scale: float | None = None  # mean lambda of the last logs of training
     pairs: float | None = None  # number of pairs
-    name: str = ""  # of the evaluation set, if it has one
+    name: str = ""  # name of the evaluation set, if it has one
 
     @property
     def change(self) -> float:
@@ -103,15 +103,15 @@ class Measurement:
 
     @property
     def worst(self) -> tuple[int, Estimate] | None:
-        """The noise bin with the largest increase."""
-        return max(self.bins.items(), key=lambda item: item[1].value, default=None)
+        """The noise bin with the largest increase. If standard errors are known, bins of one pair have none and are
+        ignored."""
+        counted = [item for item in self.bins.items() if self.stderr is None or item[1].stderr is not None]
+        return max(counted, key=lambda item: item[1].value, default=None)
 
     @property
     def winners(self) -> str:
-        """The word on the winners. If standard errors are known, bins of one pair have none and are ignored."""
-        counted = [change for change in self.bins.values() if self.stderr is None or change.stderr is not None]
-        worst = max(counted, key=lambda change: change.value, default=None)
-        return judge_winners(self.change, self.stderr, worst, self.pairs)
+        """The word on the winners."""
+        return judge_winners(self.change, self.stderr, None if self.worst is None else self.worst[1], self.pairs)
 
     @property
     def preference(self) -> str:
@@ -233,18 +233,17 @@ def verdict_of(history: History, run: RunFacts, step: int | None = None, images:
     Returns:
         `Verdict` or `None`: `None` if no error was logged that can be compared.
     """
-    evaluations = _evaluations(history, run)
-    of_policy = [steps for prefix, steps in evaluations.items() if not prefix.endswith(run.average_suffix)]
-    if of_policy:
-        judged = max(of_policy, key=lambda steps: _badness(_at(steps, step)))
-        averages = [_at(steps, step) for prefix, steps in evaluations.items() if prefix.endswith(run.average_suffix)]
+    evaluations = _evaluations(history, run, averaged=False)
+    if evaluations:
+        judged = max(evaluations.values(), key=lambda steps: _badness(_at(steps, step)))
+        averages = [_at(steps, step) for steps in _evaluations(history, run, averaged=True).values()]
         return _worded(_at(judged, step), "evaluation", run, judged, averages, images)
     mean = _last_training(history, run)
     return None if mean is None else _worded(mean, "training", run, images=images)
 
 
 def is_evaluation(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry of a log history is an evaluation of pairs."""
+    """Return whether an entry of a log history is an evaluation of pairs."""
     return any(map(_WINNER.match, entry))
 
 
@@ -252,14 +251,11 @@ def rise_of(history: History, run: RunFacts) -> tuple[Measurement, bool] | None:
     """Return the newest evaluation of a log history if its winners are worse, and whether their word is worse than in
     the evaluation before. With fewer than 30 pairs only `"ruined"` counts."""
     newest = next(filter(is_evaluation, reversed(history)), {})
-    rises = [
-        steps
-        for prefix, steps in _evaluations(history, run).items()
-        if f"{prefix}_errors/winner" in newest
-        and not prefix.endswith(run.average_suffix)
-        and steps[-1].step == newest["step"]
-        and _rise(steps[-1])
-    ]
+    rises = []
+    for prefix, steps in _evaluations(history, run, averaged=False).items():
+        is_new = f"{prefix}_errors/winner" in newest and steps[-1].step == newest["step"]
+        if is_new and _rise(steps[-1]):
+            rises.append(steps)
     if not rises:
         return None
     worst = max(rises, key=lambda steps: (_rise(steps[-1]), steps[-1].change))
@@ -291,8 +287,8 @@ def noise_levels_of(noise_bin: int, run: RunFacts) -> tuple[float, float]:
 # ---- Reading the log history -----------------------------------------------------------------------------------------
 
 
-def _evaluations(history: History, run: RunFacts) -> dict[str, list[Measurement]]:
-    """Return measurements in order, by the prefix of their metrics, such as `eval` or `eval_ema`.
+def _evaluations(history: History, run: RunFacts, *, averaged: bool) -> dict[str, list[Measurement]]:
+    """Return measurements of the weights, or of their average, in order, by the prefix of their metrics.
 
     An error is compared with the evaluation before the first step. If there is none, it is compared with the reference,
     or with the first evaluation if the reference moves.
@@ -301,6 +297,8 @@ def _evaluations(history: History, run: RunFacts) -> dict[str, list[Measurement]
     first: dict[str, Mapping[str, Any]] = {}
     for entry in history:
         for prefix in (match["prefix"] for match in map(_WINNER.match, entry) if match):
+            if prefix.endswith(run.average_suffix) != averaged:
+                continue
             measured = _measured(entry, first.setdefault(prefix, entry), prefix, run, _mean_scale(history))
             if measured is not None and _is_comparable(measured):
                 measurements.setdefault(prefix, []).append(measured)

@@ -10,19 +10,14 @@ from torch import nn
 from transformers import CLIPModel
 
 from .clip import CLIPScorer, load_processors
-from .heads import linear_head
 from .scorer import BatchedScorer, hub_file
+
+HIDDEN = (1024, 128, 64, 16)  # widths of the hidden layers
 
 
 class AestheticScorer(BatchedScorer):
     """Score how pleasing an image looks, without its prompt: linear layers on a CLIP embedding. Usual scores are 4 to
-    7.
-
-    Args:
-        clip (`CLIPScorer`): Computes the image embeddings. The head runs on its device.
-        head (`torch.nn.ModuleDict`): The linear layers, from [`~trl_diffusion_sdpo.rewards.heads.linear_head`].
-        batch_size (`int`, *optional*, defaults to `16`): Images per batch.
-    """
+    7. The head runs on the device of `clip`, which computes the embeddings."""
 
     def __init__(self, clip: CLIPScorer, head: nn.ModuleDict, *, batch_size: int = 16):
         super().__init__("aesthetic", device=clip.device, batch_size=batch_size)
@@ -61,3 +56,17 @@ def aesthetic(
     layers.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     settings: dict[str, Any] = load_processors(model, revision)
     return AestheticScorer(CLIPScorer("clip", network, **settings, device=device), layers, batch_size=batch_size)
+
+
+def linear_head(width: int) -> nn.ModuleDict:
+    """Return linear layers from `width` features to one score, without activations. ImageReward has the same head.
+
+    The published files also number their dropout layers, so the linear layers are `layers.{0,2,4,6,7}`.
+    """
+    sizes = (width, *HIDDEN, 1)
+    layers = nn.Sequential()
+    for index, (size, next_size) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        layers.append(nn.Linear(size, next_size))
+        if index < 3:
+            layers.append(nn.Identity())
+    return nn.ModuleDict({"layers": layers})

@@ -19,21 +19,15 @@ Preprocess = Literal["crop", "pad"]
 class CLIPScorer(BatchedScorer):
     """Score images by the cosine similarity between the embeddings of image and prompt.
 
-    The score is `scale * cos`. If `clamp` is set, negative scores become 0.
+    The score is `scale * cos`.
 
     Args:
-        name (`str`): Name of the scorer in tables and files.
-        model (`transformers.CLIPModel`): The model. It is put in evaluation mode and frozen.
-        tokenizer (`transformers.PreTrainedTokenizerBase`): The model's tokenizer. Prompts are padded or truncated to
-            the model's length, 77 tokens in published models.
-        image_processor (`transformers.CLIPImageProcessorPil`): Its size, crop, mean and standard deviation are used.
         scale (`float`, *optional*): Factor of the cosine. `None` uses the model's `exp(logit_scale)`.
         clamp (`bool`, *optional*, defaults to `False`): Whether negative scores become 0.
         prefix (`str`, *optional*, defaults to `""`): Text put before each prompt.
         preprocess (`"crop"` or `"pad"`, *optional*, defaults to `"crop"`): `"crop"` resizes the shorter side and crops
-            the centre. `"pad"` resizes the longer side and pads the rest with black, as the package `hpsv2` does.
-            Square images give nearly equal scores either way.
-        device, batch_size: See [`BatchedScorer`].
+            the centre. `"pad"` resizes the longer side and pads the rest with black, like the package `hpsv2`. Square
+            images give nearly equal scores either way.
     """
 
     def __init__(
@@ -47,10 +41,9 @@ class CLIPScorer(BatchedScorer):
         clamp: bool = False,
         prefix: str = "",
         preprocess: Preprocess = "crop",
-        device: str | torch.device = "cpu",
-        batch_size: int = 16,
+        **settings: Any,
     ):
-        super().__init__(name, device=device, batch_size=batch_size)
+        super().__init__(name, **settings)
         if preprocess not in ("crop", "pad"):
             raise ValueError(f"`preprocess` must be `crop` or `pad`, got {preprocess!r}.")
         self.model = model.eval().requires_grad_(False).to(self.device)

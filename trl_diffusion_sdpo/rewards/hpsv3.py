@@ -22,17 +22,9 @@ PIXELS = 256 * 28 * 28  # images are resized to about this many pixels
 class HPSv3Scorer(BatchedScorer):
     """Score images by HPSv3's predicted mean of human votes. The predicted spread is not used.
 
-    Images are scored one at a time, so that a score does not depend on the padding of other prompts.
-
-    Args:
-        model (`transformers.Qwen2VLModel`): The network without its language head.
-        head (`torch.nn.Sequential`): From [`reward_head`], in float32.
-        tokenizer (`transformers.PreTrainedTokenizerBase`): Tokenizer with Qwen2-VL's chat template and the token
-            `<|Reward|>`.
-        image_processor (`transformers.Qwen2VLImageProcessorPil`): Resizes images and splits them into patches.
-        instruction (`str`): Text after the image. It must contain `{text_prompt}`, which the prompt replaces, and
-            `<|Reward|>`, the token from which the head computes the score.
-        device: See [`BatchedScorer`].
+    Images are scored one at a time, so that a score does not depend on the padding of other prompts. `instruction` is
+    the text after the image. In it, the prompt replaces `{text_prompt}`, and the head computes the score from
+    `<|Reward|>`.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from transformers import (
     CLIPImageProcessorPil,
 )
 
-from .heads import linear_head
+from .aesthetic import linear_head
 from .scorer import BatchedScorer, hub_file
 
 # Mean and standard deviation of the raw scores on the authors' data.
@@ -36,16 +36,8 @@ _VISION_BLOCK = {
 
 
 class ImageRewardScorer(BatchedScorer):
-    """Score how well images fit their prompts. The average is about 0, with a standard deviation of about 1.
-
-    Args:
-        vision (`transformers.BlipVisionModel`): Encodes images.
-        text (`transformers.BlipTextModel`): Encodes prompts, with cross-attention to the image.
-        head (`torch.nn.ModuleDict`): Linear layers that compute the score from the first token.
-        tokenizer (`transformers.PreTrainedTokenizerBase`): BERT's tokenizer, without BLIP's extra tokens.
-        image_processor (`transformers.CLIPImageProcessorPil`): Resizes and crops like CLIP.
-        device, batch_size: See [`BatchedScorer`].
-    """
+    """Score how well images fit their prompts by a head on the first token of a prompt encoder with cross-attention to
+    the image. The average score is about 0, with a standard deviation of about 1."""
 
     def __init__(
         self,
@@ -54,11 +46,9 @@ class ImageRewardScorer(BatchedScorer):
         head: nn.ModuleDict,
         tokenizer: Any,
         image_processor: CLIPImageProcessorPil,
-        *,
-        device: str | torch.device = "cpu",
-        batch_size: int = 16,
+        **settings: Any,
     ):
-        super().__init__("image_reward", device=device, batch_size=batch_size)
+        super().__init__("image_reward", **settings)
         self.vision = vision.eval().requires_grad_(False).to(self.device)
         self.text = text.eval().requires_grad_(False).to(self.device)
         self.head = head.eval().requires_grad_(False).to(self.device)

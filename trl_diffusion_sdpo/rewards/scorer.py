@@ -7,7 +7,6 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,8 +49,7 @@ class BatchedScorer(ABC):
     ```
 
     Args:
-        name (`str`): Name of the scorer in tables and files. Scorers whose scores cannot be compared, such as two
-            variants of one formula, need different names.
+        name (`str`): Name of the scorer in tables and files. Two variants of one formula need different names.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Device of the scorer's model.
         batch_size (`int`, *optional*, defaults to `16`): Images per batch.
 
@@ -111,7 +109,7 @@ class FunctionScorer:
 def on_device(scorer: Scorer, device: str | torch.device) -> Iterator[None]:
     """Move a scorer from the CPU to a device within the context, so that it takes no memory there otherwise.
 
-    A scorer that is on another device stays there, and so does one that is not a [`BatchedScorer`].
+    A scorer stays where it is if it is on another device or is no [`BatchedScorer`].
     """
     device = torch.device(device)
     if not isinstance(scorer, BatchedScorer) or scorer.device.type != "cpu" or device.type == "cpu":
@@ -150,7 +148,7 @@ def checked_scores(scores: Any, prompts: Sequence[str], name: str) -> torch.Tens
     return scores
 
 
-# settings that do not change scores
+# Settings that do not change scores.
 _SPEED = ("device", "batch_size", "url", "timeout", "max_unreadable", "api_key_variable")
 _LONGEST_WORD = 40  # longer settings appear in a scorer's name as a hash
 
@@ -231,12 +229,8 @@ def load_scorer(name: str, **settings: Any) -> Scorer:
         builder = getattr(import_module(f".{module}", __package__), attribute)
     if builder is not None:
         try:
-            signature(builder).bind(**settings)
-        except TypeError as error:
-            raise ValueError(f"The settings of the scorer {name!r} are wrong, got {settings}: {error}.") from error
-        try:
             scorer = builder(**settings)
-        except (ImportError, OSError) as error:  # no download, or a library that is not installed
+        except (TypeError, ImportError, OSError) as error:  # wrong settings, a missing library, no download
             raise ValueError(f"The scorer {name!r} cannot be loaded: {error}") from error
         scorer.name += _variant(scorer.name, settings)
         return scorer

@@ -20,14 +20,6 @@ class VQAScorer(BatchedScorer):
     Images are scored one at a time, so that a score does not depend on the padding of other prompts. Scores of
     different models cannot be compared, so the scorer's name contains the model's name.
 
-    Args:
-        name (`str`): Name of the scorer in tables and files.
-        model (`transformers.PreTrainedModel`): A vision-language model with a `logits` output.
-        processor (`transformers.ProcessorMixin`): The model's processor, with a chat template.
-        question (`str`, *optional*): The question, in which the prompt replaces `{prompt}`.
-        answer (`str`, *optional*, defaults to `"Yes"`): The answer whose first token is scored.
-        device: See [`BatchedScorer`].
-
     Source: https://huggingface.co/papers/2404.01291.
     """
 
@@ -73,7 +65,7 @@ def vqa_score(
         model (`str`): Hub id or folder of the model and its processor.
         revision (`str`, *optional*): Revision on the Hub.
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Type of the weights.
-        settings: `question`, `answer`, `device`.
+        settings: `question`, in which the prompt replaces `{prompt}`; `answer`, whose first token is scored; `device`.
     """
     network = AutoModelForImageTextToText.from_pretrained(model, revision=revision, dtype=dtype)
     processor = AutoProcessor.from_pretrained(model, revision=revision)

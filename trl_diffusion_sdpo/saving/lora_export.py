@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from ..families.lora_keys import OriginalModule, original_module
 from ..models.ema import EMA_FOLDER
 from ..utils.disk import naming_the_disk
-from .model_card import RECOMMENDED, recommended_scales
 from .setup import SETUP_FILE, read_setup
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE, PEFT_PREFIX, folded, ranks
 
@@ -42,7 +41,7 @@ def export_kohya(run: str | Path, output: str | Path, *, average: bool = False) 
     converted = to_kohya(weights, config, denoiser_class)
     with naming_the_disk(output.parent, sum(tensor.nbytes for tensor in converted.values())):
         output.parent.mkdir(parents=True, exist_ok=True)
-        save_file(converted, output, {"format": "pt", **_usage_hint(Path(run), average)})
+        save_file(converted, output, {"format": "pt"})
     return converted
 
 
@@ -65,12 +64,6 @@ def to_kohya(weights: dict[str, torch.Tensor], config: LoraConfig, denoiser_clas
         originals[original.module] = original
         factors[original.module][original.position] = (weights[f"{module}.{_A}"], weights[f"{module}.{_B}"])
     return _named({name: _stacked(originals[name], factors[name]) for name in factors})
-
-
-def _usage_hint(run: Path, average: bool) -> dict[str, str]:
-    """Return the recommended scale of these weights, under the key that tools show to users."""
-    scale = recommended_scales(run).get(RECOMMENDED[average], {}).get("weights")
-    return {} if scale in (None, 1.0) else {"modelspec.usage_hint": f"Recommended weight: {scale:g}"}
 
 
 def _read(run: Path, average: bool) -> tuple[str, LoraConfig, dict[str, torch.Tensor]]:

@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -39,6 +40,7 @@ SETTINGS = (
     "num_train_epochs",
 )
 PACKAGES = ("trl-diffusion-sdpo", "torch", "diffusers", "transformers", "peft", "trl")
+DROPS = [kind for kind in COUNTS if kind not in ("rows", "pairs")]
 PROMPT = "a photo of an astronaut riding a horse"
 RECOMMENDED = {False: "recommended_scale", True: "recommended_scale_of_average"}  # by whether weights are the average
 _SCALES = ("weights", "prediction", "guidance_scale")
@@ -46,32 +48,19 @@ _SCALES = ("weights", "prediction", "guidance_scale")
 
 @dataclass(frozen=True)
 class TunedModel:
-    """The trained model, and how code loads it.
+    """The trained model, and how code loads it."""
 
-    Args:
-        base_model (`str`, *optional*): Hub id or folder of the pipeline that was tuned.
-        pipeline_class (`str`): diffusers class of that pipeline.
-        denoiser_name (`str`): Attribute of the denoiser, `"unet"` or `"transformer"`.
-        tuning (`str`): `"lora"` or `"full"`.
-        dtype (`str`): Name of the dtype to load in. Without one, diffusers and transformers load a pipeline that is
-            stored in bf16 in two dtypes, which cannot be multiplied.
-        loads_lora (`bool`): Whether the pipeline has `load_lora_weights`. Otherwise PEFT loads the LoRA.
-        full_pipeline (`bool`): Whether a fully tuned model was saved with the pipeline's other components.
-        generation_kwargs (`dict[str, Any]`): Arguments of the pipeline's call besides the prompt.
-        generated_image (`str`): Expression for one image in the result of the call.
-        takes_source (`bool`): Whether the pipeline edits an image.
-    """
-
-    base_model: str | None
-    pipeline_class: str
-    denoiser_name: str
-    tuning: str
+    base_model: str | None  # Hub id or folder of the pipeline that was tuned
+    pipeline_class: str  # diffusers class of that pipeline
+    denoiser_name: str  # attribute of the denoiser, "unet" or "transformer"
+    tuning: str  # "lora" or "full"
+    # Without a dtype, diffusers and transformers load a pipeline that is stored in bf16 in two dtypes.
     dtype: str = "float32"
-    loads_lora: bool = True
-    full_pipeline: bool = False
-    generation_kwargs: dict[str, Any] = field(default_factory=dict)
-    generated_image: str = "images[0]"
-    takes_source: bool = False
+    loads_lora: bool = True  # whether the pipeline has `load_lora_weights`. Otherwise PEFT loads the LoRA
+    full_pipeline: bool = False  # whether a fully tuned model was saved with the pipeline's other components
+    generation_kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of the pipeline's call
+    generated_image: str = "images[0]"  # expression for one image in the result of the call
+    takes_source: bool = False  # whether the pipeline edits an image
 
     @property
     def base_for_loading(self) -> str:
@@ -92,25 +81,11 @@ class TunedModel:
             return f"pipeline = DiffusionPipeline.from_pretrained({source}, dtype=torch.{self.dtype})"
         return f'{name} = AutoModel.from_pretrained({source}, subfolder="{name}", dtype=torch.{self.dtype})'
 
-    def example(self, repository: str, prompt: str) -> str:
-        """Return code that loads the base with the tuned weights and generates one image."""
-        base = f"{_quoted(self.base_for_loading)}, dtype=torch.{self.dtype}"
-        lines = [self.loading_code(repository)]
-        imports = ["import torch", "from diffusers import DiffusionPipeline"]
-        if self.tuning == "lora":
-            lines.insert(0, f"pipeline = DiffusionPipeline.from_pretrained({base})")
-            imports += [] if self.loads_lora else ["from peft import PeftModel"]
-        elif not self.full_pipeline:
-            name = self.denoiser_name
-            lines.append(f"pipeline = DiffusionPipeline.from_pretrained({base}, {name}={name})")
-            imports[1] = "from diffusers import AutoModel, DiffusionPipeline"
+    def call(self, prompt: str) -> str:
+        """Return the arguments of the pipeline's call as code."""
         arguments = {"prompt": prompt, **self.generation_kwargs}
-        call = ", ".join(f"{key}={_quoted(value)}" for key, value in arguments.items())
-        if self.takes_source:
-            imports.append("from diffusers.utils import load_image")
-            call = f'image=load_image("source.png"), {call}'
-        lines += ['pipeline.to("cuda")', f"image = pipeline({call}).{self.generated_image}"]
-        return "\n".join([*imports, "", *lines])
+        words = [f"{key}={_quoted(value)}" for key, value in arguments.items()]
+        return ", ".join(['image=load_image("source.png")'] * self.takes_source + words)
 
 
 def generate_model_card(
@@ -124,26 +99,21 @@ def generate_model_card(
     trainer_name: str = "Diffusion-SDPO",
     settings: Mapping[str, Any] | None = None,
     run: Mapping[str, str] | None = None,
-    metrics: Mapping[str, float] | None = None,
-    verdict: str | None = None,
     recommended: Mapping[str, Mapping[str, float]] | None = None,
-    plots: Sequence[tuple[str, str]] = (),
     gallery: Sequence[tuple[str, str]] = (),
-    comparison: Sequence[tuple[str, str, str]] = (),
+    **shown: Any,
 ) -> ModelCard:
     """Return the card, to be saved as `README.md`.
 
     Args:
-        model ([`TunedModel`]): The trained model.
         hub_model_id (`str`, *optional*): Repository of the model. A placeholder is written if unset.
         dataset_name (`str`, *optional*): Hub id or folder of the preference data. Only the name of a folder is written.
         settings (`Mapping[str, Any]`, *optional*): Settings that differ from their defaults.
         run (`Mapping[str, str]`, *optional*): Facts of the run, such as its hardware.
-        metrics (`Mapping[str, float]`, *optional*): Final values.
-        verdict (`str`, *optional*): Sentences on the error on preferred images.
         recommended (`Mapping[str, Mapping]`, *optional*): See [`recommended_scales`].
-        plots, gallery (`Sequence[tuple[str, str]]`): Paths relative to the repository, with titles or prompts.
-        comparison (`Sequence[tuple[str, str, str]]`): Prompts, each with its images before and after training.
+        gallery (`Sequence[tuple[str, str]]`): Paths of images relative to the repository, with their prompts.
+        shown: Variables of the template: `metrics`, `verdict`, `plots` (paths and titles), `comparison` (prompts with
+            two paths).
     """
     settings = settings or {}
     recommended = recommended or {}
@@ -162,33 +132,25 @@ def generate_model_card(
         tags=list(dict.fromkeys((*TAGS, *lora_tags, *tags))),
         **metadata,
     )
-    average_folder = None
-    if settings.get("ema_decay") is not None:
-        average_folder = "ema" if model.tuning == "lora" else f"ema/{model.denoiser_name}"
+    name = _leaf(model_name)
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         model=model,
-        model_name=_leaf(model_name) or "Tuned model",
+        model_name=name or "Tuned model",
         base=_link(model.base_model, "https://huggingface.co/") or "a text-to-image pipeline",
         data=_link(dataset_name, "https://huggingface.co/datasets/") or "preference pairs",
         trainer_name=trainer_name,
-        safeguard=settings.get("safeguard"),
-        swapped_labels=settings.get("swap_labels", False),
-        verdict=verdict,
-        recommended=recommended,
-        plots=plots,
-        metrics=metrics or {},
-        gallery=gallery,
-        comparison=comparison,
-        code=model.example(
-            hub_model_id or f"path/to/{_leaf(model_name) or 'tuned-model'}", gallery[0][1] if gallery else PROMPT
-        ),
-        placeholder=None if _is_hub_id(model.base_model) else model.base_for_loading,
-        average_folder=average_folder,
         run=run or {},
+        recommended=recommended,
+        gallery=gallery,
+        loading_code=model.loading_code(hub_model_id or f"path/to/{name or 'tuned-model'}"),
+        call=model.call(gallery[0][1] if gallery else PROMPT),
+        quoted_base=_quoted(model.base_for_loading),
+        placeholder=None if _is_hub_id(model.base_model) else model.base_for_loading,
         settings=_public(settings),
         cell=_cell,
+        **shown,
     )
 
 
@@ -196,12 +158,8 @@ class RunCard:
     """Writes the card of a run into its output folder.
 
     Args:
-        args (`TrainingArguments`): Settings of the run.
-        family ([`~trl_diffusion_sdpo.families.Family`]): Family of the pipeline that is tuned.
         lora (`dict[str, Any]`, *optional*): `r`, `lora_alpha` and `target_modules` of the LoRA, if one is tuned.
         full_pipeline (`bool`): Whether fully tuned weights are saved with the pipeline's other components.
-        base_model (`str`, *optional*): Hub id or folder of the pipeline.
-        trainer_name (`str`): Name of the method.
         settings (`Sequence[str]`): Names of the settings that the card shows, besides [`SETTINGS`].
         edits (`bool`): Whether the pipeline was trained to edit source images.
     """
@@ -248,9 +206,7 @@ class RunCard:
         """Write the card, with the scales that the previous card recommends.
 
         Args:
-            state (`TrainerState`): State of the run.
             first_step (`int`): Step at which this process began or resumed.
-            data ([`~trl_diffusion_sdpo.data.checking.DataReport`], *optional*): Report of the training pairs.
             is_stream (`bool`): Whether the pairs are streamed, so that the report covers one epoch and one process.
             plots, gallery (`Sequence[tuple[str, str]]`): Images with titles or prompts. Missing files are left out.
             keep_edited (`bool`): Whether to leave a `README.md` alone that a user wrote or edited.
@@ -269,7 +225,7 @@ class RunCard:
             "Pairs": "" if data is None else pairs_text(data, of_stream=is_stream),
             "Optimizer steps": f"{state.global_step:,} of {state.max_steps:,}",
             "Hardware": hardware(self._args),
-            "Time": duration(state.log_history, first_step),
+            "Time, h:mm:ss": duration(state.log_history, first_step),
             "Versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
         }
         card = generate_model_card(
@@ -369,9 +325,8 @@ def changed_settings(args: Any, names: Iterable[str]) -> dict[str, Any]:
 
 def pairs_text(data: DataReport, *, of_stream: bool) -> str:
     """Return how many pairs were trained on and dropped. For a stream, return only the number of dropped pairs."""
-    drops = [(kind, getattr(data, kind)) for kind in COUNTS if kind not in ("rows", "pairs")]
-    kinds = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in drops if count)
-    dropped = f"{data.dropped:,} dropped" + (f" ({kinds})" if kinds else "")
+    kinds = [f"{getattr(data, kind):,} {kind.replace('_', ' ')}" for kind in DROPS if getattr(data, kind)]
+    dropped = f"{data.dropped:,} dropped" + (f" ({', '.join(kinds)})" if kinds else "")
     text = f"a stream, {dropped} by the first process in its last epoch" if of_stream else f"{data.pairs:,}, {dropped}"
     return "; ".join([text, *[SWAPPED] * data.is_swapped, *[PERMUTED] * data.is_permuted])
 
@@ -379,8 +334,7 @@ def pairs_text(data: DataReport, *, of_stream: bool) -> str:
 def lora_text(lora: Mapping[str, Any]) -> str:
     """Return rank, alpha and targets of a LoRA."""
     targets = lora["target_modules"]
-    names = [targets] if isinstance(targets, str) else list(targets)
-    listed = ", ".join(f"`{name}`" for name in names[:12]) + (f" and {len(names) - 12} more" if names[12:] else "")
+    listed = ", ".join(f"`{name}`" for name in ([targets] if isinstance(targets, str) else targets))
     return f"rank {lora['r']}, alpha {lora['lora_alpha']}, targets {listed}"
 
 
@@ -396,8 +350,7 @@ def duration(history: Sequence[Mapping[str, Any]], first_step: int) -> str:
     seconds = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), None)
     if seconds is None:
         return ""
-    hours, minutes = divmod(round(seconds / 60), 60)
-    text = f"{hours} h {minutes} min" if hours else f"{minutes} min" if seconds >= 600 else f"{seconds:.0f} s"
+    text = str(timedelta(seconds=round(seconds)))
     return f"{text}, from step {first_step:,} on" if first_step else text
 
 

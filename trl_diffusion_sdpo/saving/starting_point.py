@@ -37,19 +37,12 @@ _OF_TEXT = ("text_encoder", "lora_te")
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """Where to load the parts of a policy from.
+    """Where to load the parts of a policy from."""
 
-    Args:
-        pipeline (`str`): Hub id, folder or file of a pipeline.
-        options (`Mapping[str, Any]`): Options with which an earlier run loaded the pipeline.
-        denoiser (`str`, *optional*): Folder of a run that tuned all weights of the denoiser.
-        adapter (`str`, *optional*): Folder, file or Hub id of a LoRA on the denoiser.
-    """
-
-    pipeline: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    denoiser: str | None = None
-    adapter: str | None = None
+    pipeline: str  # Hub id, folder or file
+    options: Mapping[str, Any] = field(default_factory=dict)  # options with which an earlier run loaded the pipeline
+    denoiser: str | None = None  # folder of a run that tuned all weights of the denoiser
+    adapter: str | None = None  # folder, file or Hub id of a LoRA on the denoiser
 
     def with_recorded(self, options: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return the options for loading the pipeline. A user's options replace recorded ones, unless they are the
@@ -60,21 +53,13 @@ class StartingPoint:
 
 @dataclass(frozen=True)
 class Origin:
-    """The start of a run, as its files record it.
+    """The start of a run, as its files record it."""
 
-    Args:
-        name_or_path (`str`, *optional*): Hub id, folder or file of the pipeline; `None` for a pipeline object.
-        base (`dict[str, Any]`, *optional*): See [`recorded_base`].
-        fingerprint (`str`): Hash of the denoiser's weights before training.
-        reference (`str`): Kind of the reference.
-        gave_reference (`bool`): Whether the user passed the reference.
-    """
-
-    name_or_path: str | None
-    base: dict[str, Any] | None
-    fingerprint: str
-    reference: str
-    gave_reference: bool
+    name_or_path: str | None  # Hub id, folder or file of the pipeline; `None` for a pipeline object
+    base: dict[str, Any] | None  # see `recorded_base`
+    fingerprint: str  # hash of the denoiser's weights before training
+    reference: str  # kind of the reference
+    gave_reference: bool  # whether the user passed the reference
 
 
 def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike | None = None) -> StartingPoint:

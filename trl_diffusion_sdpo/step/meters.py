@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -58,7 +58,36 @@ def _on_device(weight: float | torch.Tensor, device: torch.device) -> torch.Tens
     return torch.full((), float(weight), dtype=torch.float32, device=device)
 
 
-class AutoBeta:
+class StoredController:
+    """A controller that adjusts the loss while training. Checkpoints contain its state.
+
+    Attributes:
+        setting (`str`): The setting that turns it on.
+        file (`str`): Name of its file in a checkpoint.
+    """
+
+    setting: ClassVar[str]
+    file: ClassVar[str]
+
+    def __init__(self, controller: Any):
+        self.controller = controller
+
+    def save(self, folder: Path) -> None:
+        """Write the controller's state."""
+        (folder / self.file).write_text(json.dumps(self.controller.state()) + "\n", encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Read the file that `save` wrote. Raises `ValueError` if it is missing or does not fit the settings."""
+        file = folder / self.file
+        if not file.is_file():
+            raise ValueError(
+                f"A checkpoint with `{self.setting}` must contain {self.file}. {folder} does not. Resume from a "
+                f"complete checkpoint of such a run, or leave `{self.setting}` out."
+            )
+        self.controller.load_state(json.loads(file.read_text(encoding="utf-8")))
+
+
+class AutoBeta(StoredController):
     """Sums the sizes of an optimizer step's margins, and adjusts beta by their mean after the step.
 
     Args:
@@ -66,8 +95,12 @@ class AutoBeta:
         meter ([`MetricMeter`]): Meter of training.
     """
 
+    setting, file = "auto_beta", BETA_FILE
+    controller: BetaController
+
     def __init__(self, controller: BetaController, meter: MetricMeter):
-        self.controller, self._meter = controller, meter
+        super().__init__(controller)
+        self._meter = meter
         self._sums: torch.Tensor | None = None  # sum of the sizes and number of pairs, (2,)
 
     def begin(self) -> None:
@@ -87,20 +120,6 @@ class AutoBeta:
         sums, self._sums = reduce(self._sums, "sum"), None
         self.controller.steer(sums[0] / sums[1])
 
-    def save(self, folder: Path) -> None:
-        """Write the controller's state."""
-        (folder / BETA_FILE).write_text(json.dumps(self.controller.state()) + "\n", encoding="utf-8")
-
-    def load(self, folder: Path) -> None:
-        """Read the file that [`AutoBeta.save`] wrote. Raises `ValueError` if it is missing."""
-        file = folder / BETA_FILE
-        if not file.is_file():
-            raise ValueError(
-                f"A checkpoint with `auto_beta=True` must contain {BETA_FILE}. {folder} does not. Resume from a "
-                "complete checkpoint of such a run, or leave `auto_beta` out."
-            )
-        self.controller.load_state(json.loads(file.read_text(encoding="utf-8")))
-
 
 class FiniteCheck:
     """Check that stops a run whose loss or gradient is not finite.
@@ -116,9 +135,18 @@ class FiniteCheck:
         exchange ([`StepExchange`]): Exchange of the flag between processes.
         networks (`Callable`): Returns the networks that computed the losses, by name. Their weights are checked only if
             a loss is not finite.
+        before_backward (`bool`): Whether [`FiniteCheck.verify`] must be called before the last backward pass of a step,
+            because the engine changes the weights within this pass.
     """
 
-    def __init__(self, exchange: StepExchange, networks: Callable[[], Mapping[str, nn.Module]]):
+    def __init__(
+        self,
+        exchange: StepExchange,
+        networks: Callable[[], Mapping[str, nn.Module]],
+        *,
+        before_backward: bool = False,
+    ):
+        self.before_backward = before_backward
         self._exchange = exchange
         self._networks = networks
         self._gradient: HostCopy | None = None
@@ -209,6 +237,7 @@ class StepExchange:
 
     def reset(self) -> None:
         """Forget all flags. Training calls this method when it begins."""
+        self._several = several_processes()
         self._requested = False
         self._stops = False
         self._messages: list[HostCopy] = []
@@ -218,13 +247,13 @@ class StepExchange:
         self._requested = True
 
     def send(self, bad_loss: torch.Tensor) -> None:
-        """Queue this step's all-reduce. All processes must call this.
+        """Queue this step's all-reduce, if there are several processes. All of them must call this.
 
         Args:
             bad_loss (`torch.Tensor` of shape `()`): Whether a loss of this process was not finite, on the device.
         """
         flags = torch.stack([bad_loss, torch.full_like(bad_loss, self._requested)]).to(torch.int32)
-        self._messages = [HostCopy(max_over_processes(flags))]
+        self._messages = [HostCopy(max_over_processes(flags) if self._several else flags)]
 
     def receive(self) -> bool:
         """Return whether a loss of any process was not finite. `False` if nothing was sent since the last call."""
@@ -240,7 +269,7 @@ class StepExchange:
 
         One process stops if a stop was requested. Several processes stop if any of them has sent a request.
         """
-        return self._stops if several_processes() else self._requested
+        return self._stops if self._several else self._requested
 
 
 class HostCopy:

@@ -13,6 +13,7 @@ from accelerate.state import GradientState
 
 from ..engines.gradients import exact_dtype
 from ..losses import PreferenceLossOutput, noise_bin_changes, noise_bin_of
+from ..models.ema import EMAWeights
 from .meters import MetricMeter
 from .pair_forward import PairForward, PairPredictions
 
@@ -35,11 +36,21 @@ class PairEvaluation:
         self._start_errors: list[torch.Tensor] | None = None  # errors of this data set before training, per batch
         self._batch: int | None = None  # index of the next batch; `None` in an evaluation before training
         self.draws = 1  # draws of noise for each pair
+        self.weights: EMAWeights | None = None  # weights that predict instead of the policy's
 
-    def begin(self, dataset: Any, prefix: str, *, before_training: bool, draws: int = 1) -> None:
-        """Begin an evaluation of a data set at `draws` draws of noise for each pair. `prefix` is the prefix of its
-        metrics."""
-        self.draws = draws
+    def begin(
+        self, dataset: Any, prefix: str, *, before_training: bool, draws: int = 1, weights: EMAWeights | None = None
+    ) -> None:
+        """Begin an evaluation of a data set.
+
+        Args:
+            prefix (`str`): Prefix of its metrics.
+            before_training (`bool`): Whether later evaluations are compared with this one.
+            draws (`int`): Draws of noise for each pair.
+            weights ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Weights that predict instead of the
+                policy's.
+        """
+        self.draws, self.weights = draws, weights
         errors_by_prefix = self._start.setdefault(dataset, {})
         if before_training:
             errors_by_prefix[prefix] = []

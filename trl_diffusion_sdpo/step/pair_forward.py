@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.images import pixels_as_floats
+from ..data.transforms import pixels_as_floats
 from ..families.inversion import InversionSettings, inversion_of
 from ..families.noise import generators_of, sent, standard_normal, uniform
 from ..losses import (
@@ -240,6 +240,9 @@ class PairForward:
             safeguard = "none" if settings.safeguard == "parameter" else settings.safeguard
         batch, reference = predictions.batch, predictions.reference
         noise_levels = batch.noise_levels.chunk(2)[0]
+        noise_bins = None
+        if settings.safeguard_granularity == "noise_bin":
+            noise_bins = noise_bin_of(noise_levels, settings.num_noise_bins)
         outputs = diffusion_preference_loss(
             batch.within(predictions.policy),
             batch.within(batch.target),
@@ -256,7 +259,7 @@ class PairForward:
             pair_weights=predictions.pair_weights,
             timestep_weights=self.timestep_weights(batch),
             loser_weights=self.loser_weights(noise_levels),
-            noise_bins=noise_bin_of(noise_levels, settings.num_noise_bins),
+            noise_bins=noise_bins,
             num_noise_bins=settings.num_noise_bins,
             scores=predictions.scores,
             **cast(dict[str, Any], settings.loss_kwargs),
@@ -301,17 +304,17 @@ class PairForward:
                 while the generated images get worse.
         """
         latents, conditioning = self.encode(inputs)
-        own = None if "noise_seeds" not in inputs else self.family.noise_of(inputs["noise_seeds"], latents)
+        generated_noise = None if "noise_seeds" not in inputs else self.family.noise_of(inputs["noise_seeds"], latents)
         if draws > 1:
             latents = repeat_pairs(latents, draws)
             conditioning = {name: repeat_pairs(value, draws) for name, value in conditioning.items()}
         inverts = self._inversion is not None and policy is not None and policy.training
         draw = partial(self.invert, policy, conditioning) if inverts else self.draw_noise
         seeds = seeds_of_draws(inputs["seeds"], draws)
-        if own is None:
+        if generated_noise is None:
             timesteps, noise = draw(seeds, latents)
         else:
-            timesteps, noise = self.draw_timesteps(generators_of(seeds), latents), repeat_pairs(own, draws)
+            timesteps, noise = self.draw_timesteps(generators_of(seeds), latents), repeat_pairs(generated_noise, draws)
         batch = self.add_noise(latents, noise, timesteps, conditioning)
         if "masks" not in inputs:
             return batch
@@ -326,7 +329,10 @@ class PairForward:
             conditioning, size = inputs["conditioning"] | host, inputs["target_size"]
         else:
             pixels = pixels_as_floats(inputs["pixel_values"])
-            with self._frozen.in_use() as family:
+            stays = (
+                self._frozen.state == "on device"
+            )  # other VAEs and text encoders are copied or loaded for this call
+            with contextlib.nullcontext(self.family) if stays else self._frozen.in_use() as family:
                 latents = family.encode_images(pixels, [*generators, *generators])
                 # One row per pair or per image. Sources are encoded once for both branches.
                 if "sources" in inputs:

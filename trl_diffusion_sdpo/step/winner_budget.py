@@ -4,12 +4,10 @@ controller adjusts the scales of the losers' gradients."""
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +15,11 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import nn
 
-from ..data.pairs import PreferenceDataset
+from ..data.dataset import PreferenceDataset
 from ..families.noise import generators_of, sent, standard_normal, uniform
 from ..losses import BudgetController, mean_error, noise_bin_of, order_by_scores
 from ..models.ema import EMAWeights
-from .meters import MetricMeter
+from .meters import MetricMeter, StoredController
 from .pair_forward import NoisyBatch, PairForward, eval_mode, region_of, take_rows
 
 logger = logging.getLogger(__name__)
@@ -60,29 +58,16 @@ class ProbeInputs:
     counts: list[bool]  # whether each pair counts; a process with fewer pairs than others repeats one
 
 
-@dataclass
-class BudgetProbe:
-    """Winners of this process at fixed noise in every noise bin, and the policy that predicts them."""
+@dataclass(frozen=True)
+class ProbeBatch:
+    """Winners of this process at fixed noise in one noise bin, B rows."""
 
-    model: nn.Module  # as the engine wrapped it
-    num_noise_bins: int
-    batches: list[NoisyBatch] = field(default_factory=list)
-    noise_bins: list[torch.Tensor] = field(default_factory=list)  # per batch, noise bins of the rows, int64 `(N,)`
-    counts: list[torch.Tensor] = field(default_factory=list)  # per batch, 1 for rows that count, else 0, `(N,)`
-
-    @torch.no_grad()
-    def errors(self, predict: Callable[[NoisyBatch], torch.Tensor]) -> torch.Tensor:
-        """Return the mean error in each noise bin over all processes, `(num_noise_bins,)`. Bins without a timestep of
-        training are NaN."""
-        sums = torch.zeros(2, self.num_noise_bins, device=PartialState().device)
-        for batch, noise_bins, count in zip(self.batches, self.noise_bins, self.counts, strict=True):
-            error = mean_error(batch.residual(predict(batch)))  # (N,)
-            sums.index_add_(1, noise_bins, torch.stack([error * count, count]))
-        sums = reduce(sums, "sum")
-        return sums[0] / sums[1]
+    batch: NoisyBatch
+    noise_bins: torch.Tensor  # index of the noise bin, repeated, int64 (B,)
+    counts: torch.Tensor  # 1 for rows that count, else 0, (B,)
 
 
-class WinnerBudget:
+class WinnerBudget(StoredController):
     """Limits the rise of the winners' error during training.
 
     Args:
@@ -93,6 +78,9 @@ class WinnerBudget:
             policy. They are the result of the run, and vary less between steps at low noise.
     """
 
+    setting, file = "winner_budget", BUDGET_FILE
+    controller: BudgetController
+
     def __init__(
         self,
         controller: BudgetController,
@@ -102,42 +90,47 @@ class WinnerBudget:
         sorts_by_scores: bool,
         average: EMAWeights | None,
     ):
-        self.controller = controller
-        self.probe: BudgetProbe | None = None  # set while training
+        super().__init__(controller)
+        self.probe: list[ProbeBatch] = []  # empty outside of training
         self._forward, self._meter, self._average = forward, meter, average
         self._sorts_by_scores = sorts_by_scores
-        self._unmet: torch.Tensor | None = None
+        self._unmet = torch.zeros(())  # share of noise bins over the budget whose losers' scale is 0
         self._has_warned = False
 
-    def begin(self, model: nn.Module, pairs: Sequence[ProbeInputs]) -> None:
-        """Build the probe and measure it before the first step. `model` is the policy as the engine wrapped it. A
-        resumed run reads this measurement from its checkpoint instead."""
+    def begin(self, policy: nn.Module, pairs: Sequence[ProbeInputs]) -> None:
+        """Build the probe and measure it before the first step. A resumed run reads this measurement from its
+        checkpoint instead. `policy` is the policy as the engine wrapped it."""
         self._has_warned = False
-        self._unmet = None
-        self.probe = self.make_probe(model, pairs)
-        if self.controller.initial_errors is None:
-            self.controller.initial_errors = self.measure()
+        self._unmet = torch.zeros(())
+        self.probe = self.make_probe(pairs)
+        if self.controller.initial_errors.isnan().all():
+            self.controller.initial_errors = self.measure(policy)
 
-    def update(self) -> None:
+    def update(self, policy: nn.Module) -> None:
         """Measure, and adjust the scales."""
-        metrics = self.controller.steer(self.measure())
+        metrics = self.controller.steer(self.measure(policy))
         self._unmet = metrics["budget/unmet"]
         self._meter.add(metrics, 1)
 
     def end(self) -> None:
         """Warn if the last measurement, which may not have been logged, exceeds the budget, and free the probe."""
-        if self._unmet is not None:
-            self.warn_if_unmet(float(self._unmet))
-        self.probe = None
+        self.warn_if_unmet(float(self._unmet))
+        self.probe = []
 
-    def measure(self) -> torch.Tensor:
-        """Return the probe's mean error in each noise bin over all processes."""
-        assert self.probe is not None, "The probe exists only while training."
-        policy = self.probe.model
+    @torch.no_grad()
+    def measure(self, policy: nn.Module) -> torch.Tensor:
+        """Return the probe's mean error in each noise bin over all processes, `(num_noise_bins,)`. Bins without a
+        timestep of training are NaN."""
+        sums = torch.zeros(2, self.controller.num_noise_bins, device=PartialState().device)
         weights = contextlib.nullcontext(policy) if self._average is None else self._average.active(policy)
         with eval_mode([policy]), weights as model:
             assert model is not None
-            return self.probe.errors(lambda batch: self._forward.predict(model, batch))
+            for winners in self.probe:
+                batch = winners.batch
+                error = mean_error(batch.residual(self._forward.predict(model, batch)))  # (B,)
+                sums.index_add_(1, winners.noise_bins, torch.stack([error * winners.counts, winners.counts]))
+        sums = reduce(sums, "sum")
+        return sums[0] / sums[1]
 
     def warn_if_unmet(self, unmet: float) -> None:
         """Warn once if noise bins exceed the budget although their losers' scale is 0. `unmet` is the share of these
@@ -152,9 +145,9 @@ class WinnerBudget:
             )
 
     @torch.no_grad()
-    def make_probe(self, model: nn.Module, pairs: Sequence[ProbeInputs]) -> BudgetProbe:
+    def make_probe(self, pairs: Sequence[ProbeInputs]) -> list[ProbeBatch]:
         """Return the winners of the pairs, each at one timestep in every noise bin."""
-        probe = BudgetProbe(model, self._forward.loss_settings.num_noise_bins)
+        probe = []
         for batch_of_pairs in pairs:
             inputs = batch_of_pairs.inputs
             latents, conditioning = self._forward.encode(inputs)
@@ -166,13 +159,12 @@ class WinnerBudget:
             # Clone, because a view would keep the losers in memory.
             winners = latents.chunk(2)[0], {name: value.chunk(2)[0].clone() for name, value in conditioning.items()}
             counts = torch.tensor(batch_of_pairs.counts, device=latents.device).float()
-            for noise_bin in range(probe.num_noise_bins):
+            for noise_bin in range(self.controller.num_noise_bins):
                 batch = self._at_noise_bin(noise_bin, *winners, inputs["seeds"])
                 if batch is not None:
                     batch = batch if region is None else replace(batch, region=region.chunk(2)[0].clone())
-                    probe.batches.append(batch)
-                    probe.noise_bins.append(torch.full_like(batch.timesteps, noise_bin, dtype=torch.long))
-                    probe.counts.append(counts)
+                    bins = torch.full_like(batch.timesteps, noise_bin, dtype=torch.long)
+                    probe.append(ProbeBatch(batch, bins, counts))
         return probe
 
     def _at_noise_bin(
@@ -184,7 +176,7 @@ class WinnerBudget:
         process, length = forward.family.noise_process, forward.family.image_seq_len(clean)
         every = process.candidate_timesteps(torch.device("cpu"), **forward.noise_settings.timesteps)
         noise_levels = process.noise_level(every, length)
-        within = every[noise_bin_of(noise_levels, forward.loss_settings.num_noise_bins) == noise_bin]
+        within = every[noise_bin_of(noise_levels, self.controller.num_noise_bins) == noise_bin]
         if not len(within):
             return None
         generators = generators_of([seed + 1 + noise_bin for seed in seeds])
@@ -192,23 +184,6 @@ class WinnerBudget:
         timesteps = sent(within[chosen], clean.device)
         noise = standard_normal(clean.shape, generators, clean.device, clean.dtype)
         return forward.add_noise(clean, noise, timesteps, conditioning)
-
-    # ---- In checkpoints -------------------------------------------------------------------------------------------
-
-    def save(self, folder: Path) -> None:
-        """Write the controller's state."""
-        (folder / BUDGET_FILE).write_text(json.dumps(self.controller.state()) + "\n", encoding="utf-8")
-
-    def load(self, folder: Path) -> None:
-        """Read the file that [`WinnerBudget.save`] wrote. Raises `ValueError` if it is missing or has another number of
-        noise bins."""
-        file = folder / BUDGET_FILE
-        if not file.is_file():
-            raise ValueError(
-                f"A checkpoint with a `winner_budget` must contain {BUDGET_FILE}. {folder} does not. Resume from a "
-                "complete checkpoint of such a run, or leave `winner_budget` out."
-            )
-        self.controller.load_state(json.loads(file.read_text(encoding="utf-8")))
 
 
 def probe_items(dataset: Any, wanted: int) -> list[Any]:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ProgressCallback
 
-from ..data.pairs import PreferenceDataset
+from ..data.dataset import PreferenceDataset
 from ..data.streaming import PreferenceIterableDataset
 from ..engines.engine_settings import by_engine
 from ..engines.processes import peers
@@ -65,30 +65,32 @@ def add_callbacks(
         end (`Callable`): Reports the files that a run wrote, in the first process.
     """
     images = TrackedImages(handler.callbacks)
-    own: list[TrainerCallback] = [NothingToTrainCallback()]
+    callbacks: list[TrainerCallback] = [NothingToTrainCallback()]
     if isinstance(train_dataset, PreferenceDataset):
-        own.append(EpochCallback(train_dataset))
+        callbacks.append(EpochCallback(train_dataset))
     if isinstance(train_dataset, PREPARED):
-        own.append(DataReportCallback(train_dataset))
+        callbacks.append(DataReportCallback(train_dataset))
     if args.safeguard_diagnostics_steps is not None:
-        own.append(AfterStepCallback(lambda step: measure_step()))
+        callbacks.append(AfterStepCallback(lambda step: measure_step()))
     if components.average is not None:
-        own.append(AfterStepCallback(components.average.after_step))
+        callbacks.append(AfterStepCallback(components.average.after_step))
     if components.winner_budget is not None:
         probe = ProbeSettings(**args.winner_budget_kwargs)
-        own.append(WinnerBudgetCallback(components.winner_budget, probe.steps, load_probe, policy))
+        callbacks.append(WinnerBudgetCallback(components.winner_budget, probe.steps, load_probe, policy))
     if components.auto_beta is not None:
-        own.append(AutoBetaCallback(components.auto_beta))
+        callbacks.append(AutoBetaCallback(components.auto_beta))
     if args.sync_ref_model:
-        own.append(SyncReferenceCallback(components.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
+        callbacks.append(
+            SyncReferenceCallback(components.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps)
+        )
     samples = _sample_images(args, components.frozen, images, sample_scores, log) if args.sample_prompts else None
     if samples is not None:
-        own.append(samples)
+        callbacks.append(samples)
     if args.eval_strategy != "no":
-        own.append(NoiseBinPlotCallback(images, args.num_noise_bins))
-    own.append(VerdictCallback(run_facts, evaluate, handler.callbacks, samples, images, args.on_winner_rise))
-    own.append(RunReportCallback(end))
-    handler.callbacks[1:1] = own  # the first decides when to log, evaluate and save
+        callbacks.append(NoiseBinPlotCallback(images, args.num_noise_bins))
+    callbacks.append(VerdictCallback(run_facts, evaluate, handler.callbacks, samples, args.on_winner_rise))
+    callbacks.append(RunReportCallback(end))
+    handler.callbacks[1:1] = callbacks  # the first decides when to log, evaluate and save
     if type(handler.callbacks[-1]) is ProgressCallback:
         handler.callbacks[-1] = ShortLogCallback()
 
@@ -119,7 +121,6 @@ def _sample_images(
             **family.size_kwargs(*image_size(args)),
         },
         seed=args.seed,
-        resolution=None,
         denoiser_name=family.denoiser_name,
         every_process=by_engine(args),
         frozen=frozen,
@@ -223,7 +224,7 @@ class WinnerBudgetCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if state.global_step % self._every == 0:
-            self._budget.update()
+            self._budget.update(self._policy())
 
 
 class DataReportCallback(TrainerCallback):

@@ -6,10 +6,10 @@ import contextlib
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -38,7 +38,7 @@ from ..models.kernels import compile_blocks, compile_encoder, set_attention
 from ..models.loading import LoadedModel, load_model, load_reference
 from ..models.numerics import autocast_dtype
 from ..models.reference import PrecomputedReference, Reference, build_reference
-from ..models.weight_copies import WeightCopy
+from ..models.weight_copies import WeightCopy, second_copy
 from ..saving.setup import fingerprint
 from ..saving.starting_point import (
     Origin,
@@ -48,7 +48,7 @@ from ..saving.starting_point import (
     starting_point,
 )
 from ..saving.weights import WeightFiles
-from ..step.meters import AutoBeta, MetricMeter
+from ..step.meters import AutoBeta, MetricMeter, StoredController
 from ..step.pair_evaluation import PairEvaluation
 from ..step.pair_forward import PairForward
 from ..step.winner_budget import WinnerBudget
@@ -98,7 +98,7 @@ class Components:
         return [self.reference] if self.average is None else [self.reference, self.average]
 
     @property
-    def controllers(self) -> list[WinnerBudget | AutoBeta]:
+    def controllers(self) -> list[StoredController]:
         """Controllers that adjust the loss while training. Their state is part of checkpoints."""
         return [each for each in (self.winner_budget, self.auto_beta) if each is not None]
 
@@ -148,7 +148,12 @@ def build_components(
         reference=reference.kind,
         gave_reference=ref_model is not None,
     )
-    weight_files = make_weight_files(loaded, adapter, args)
+
+    def whole_pipeline() -> DiffusionPipeline:
+        with loading_unsharded(args):  # only the first process calls it
+            return loaded.whole_pipeline()
+
+    weight_files = WeightFiles(loaded.pipeline, loaded.family.denoiser_name, adapter, whole_pipeline)
 
     # The settings that were left to family and loss, and how noise and timesteps are drawn.
     noise = check_and_complete(args, loaded, loss, adapter=adapter)
@@ -159,9 +164,7 @@ def build_components(
     encoding = pair_encoding(frozen, encoder_key, args) if args.precompute_latents else None
 
     # Kernels.
-    weight_copies = [reference] if average is None else [reference, average]
-    choose_attention(denoiser, reference, args)
-    compile_models(denoiser, weight_copies, frozen, args)
+    choose_kernels(denoiser, reference, average, frozen, args)
 
     # A step, its controllers and its measurements.
     meter = MetricMeter()
@@ -272,7 +275,16 @@ def choose_trained_weights(
                     "target modules.",
                     loaded.adapter_source,
                 )
-    check_precision(denoiser, adapter, args)
+    halves = sorted({str(p.dtype) for p in denoiser.parameters() if p.is_floating_point() and p.itemsize < 4})
+    if halves and adapter is None:
+        raise ValueError(
+            f"Full tuning needs float32 weights, because small updates would be rounded away. Got {', '.join(halves)}. "
+            "Load with `dtype='float32'` and set `bf16=True` for autocast."
+        )
+    if halves and autocast_dtype(args.mixed_precision) is None:
+        raise ValueError(
+            f"A LoRA in float32 on a base in {', '.join(halves)} needs autocast. Set `bf16=True` or `fp16=True`."
+        )
     if args.save_full_pipeline and adapter is not None:
         raise ValueError(
             "`save_full_pipeline=True` needs full tuning, because it would save the base without the LoRA. Got a LoRA. "
@@ -285,20 +297,6 @@ def choose_trained_weights(
     else:
         train_only_adapter(denoiser, adapter)
     return adapter, added
-
-
-def check_precision(denoiser: nn.Module, adapter: str | None, args: DiffusionSDPOConfig) -> None:
-    """Raise `ValueError` if the weights' dtype and the training precision cannot work together."""
-    halves = sorted({str(p.dtype) for p in denoiser.parameters() if p.is_floating_point() and p.itemsize < 4})
-    if halves and adapter is None:
-        raise ValueError(
-            f"Full tuning needs float32 weights, because small updates would be rounded away. Got {', '.join(halves)}. "
-            "Load with `dtype='float32'` and set `bf16=True` for autocast."
-        )
-    if halves and autocast_dtype(args.mixed_precision) is None:
-        raise ValueError(
-            f"A LoRA in float32 on a base in {', '.join(halves)} needs autocast. Set `bf16=True` or `fp16=True`."
-        )
 
 
 def disable_dropout(module: nn.Module) -> None:
@@ -322,9 +320,18 @@ def make_reference(
     added: bool,
 ) -> Reference:
     """Build the reference. `adapter` is the name of the trained LoRA, and `added` says whether it starts at zero."""
+    half_dtype = None if by_engine(args) else autocast_dtype(args.mixed_precision)
     users_reference = None
     if ref_model is not None:
         users_reference = load_ref_model(ref_model, loaded, args)
+        if users_reference is loaded.denoiser:
+            raise ValueError(
+                "`model` and `ref_model` must be two objects, because a reference that trains keeps every margin at 0. "
+                f"Got one {type(users_reference).__name__} for both. Leave `ref_model` out, or pass a copy."
+            )
+        is_changed = half_dtype is not None or args.sync_ref_model or by_engine(args)
+        if is_changed and not isinstance(ref_model, (str, Path)):
+            users_reference = second_copy(users_reference, shared=shards_weights(args))
         if args.disable_dropout:
             disable_dropout(users_reference)
         if not loss.needs_reference:
@@ -332,19 +339,16 @@ def make_reference(
                 "The loss %r has no reference. `ref_model` is used only for the metrics `errors/*_change`.",
                 args.loss_type,
             )
-    changed_by_engine = by_engine(args)
     return build_reference(
         loaded.denoiser,
         engine,
         needed=loss.needs_reference,
-        given=users_reference,
-        may_modify_given=isinstance(ref_model, (str, Path)),
-        changed_by_engine=changed_by_engine,
+        users_module=users_reference,
         shared=shards_weights(args),
         fresh_adapter=adapter if added else None,
         started_adapter=None if added else adapter,
         follows=args.sync_ref_model,
-        half_dtype=autocast_dtype(args.mixed_precision) if not changed_by_engine else None,
+        half_dtype=half_dtype,
         precomputed=args.precompute_ref_errors,
     )
 
@@ -370,16 +374,6 @@ def load_ref_model(ref_model: Any, loaded: LoadedModel, args: DiffusionSDPOConfi
         owner.register_modules(**{loaded.family.denoiser_name: denoiser})
         attach_adapter(owner, loaded.family.denoiser_name, start.adapter)
     return denoiser
-
-
-def make_weight_files(loaded: LoadedModel, adapter: str | None, args: DiffusionSDPOConfig) -> WeightFiles:
-    """Make the reader and writer of the tuned weights, before an engine shards them."""
-
-    def whole_pipeline() -> DiffusionPipeline:
-        with loading_unsharded(args):  # the first process alone calls it
-            return loaded.whole_pipeline()
-
-    return WeightFiles(loaded.pipeline, loaded.family.denoiser_name, adapter, whole_pipeline)
 
 
 # ---- Before training ------------------------------------------------------------------------------------------------
@@ -475,35 +469,36 @@ def reference_facts(
 # ---- Kernels --------------------------------------------------------------------------------------------------------
 
 
-def choose_attention(denoiser: Any, reference: Reference, args: DiffusionSDPOConfig) -> None:
-    """Choose the attention back end of policy and reference."""
-    if args.attention_backend is not None:
-        for module in (denoiser, *([] if reference.module is None else [reference.module])):
-            set_attention(module, args.attention_backend)
-
-
-def compile_models(
-    denoiser: Any, weight_copies: Sequence[WeightCopy], frozen: FrozenComponents, args: DiffusionSDPOConfig
+def choose_kernels(
+    denoiser: Any,
+    reference: Reference,
+    average: EMAWeights | None,
+    frozen: FrozenComponents,
+    args: DiffusionSDPOConfig,
 ) -> None:
-    """Compile models that transformers' Trainer does not compile: the VAE's encoder and second denoisers.
+    """Choose the attention back end, and compile models that transformers' Trainer does not compile: the VAE's encoder
+    and second denoisers.
 
     With `torch_compile_regional`, compile the blocks of all denoisers. Then reset the settings in `args`, so that
     transformers does not compile the model again.
     """
+    if args.attention_backend is not None:
+        set_attention(denoiser, args.attention_backend)
+        if reference.module is not None:
+            set_attention(cast(Any, reference.module), args.attention_backend)
     if not args.torch_compile:
         return
+    backend, mode = args.torch_compile_backend, args.torch_compile_mode
     compile_with_eager_rounding()
     if frozen.state == "on device":  # components that are offloaded encode once before training, or move at each use
-        compile_encoder(
-            frozen.family.pipeline.components.get(VAE), args.torch_compile_backend, args.torch_compile_mode
-        )
-    for weights in weight_copies:
-        weights.compile(args.torch_compile_backend, args.torch_compile_mode, regional=args.torch_compile_regional)
+        compile_encoder(frozen.family.pipeline.components.get(VAE), backend, mode)
+    for weights in (reference,) if average is None else (reference, average):
+        weights.compile(backend, mode, regional=args.torch_compile_regional)
     if args.torch_compile_regional:
         if by_engine(args):
             raise ValueError(
                 "`torch_compile_regional` needs one process or DDP, because DeepSpeed and FSDP wrap the blocks that it "
                 "compiles. Leave it off. `torch_compile` then compiles the whole model."
             )
-        compile_blocks(denoiser, args.torch_compile_backend, args.torch_compile_mode)
+        compile_blocks(denoiser, backend, mode)
         args.torch_compile_backend = args.torch_compile_mode = None  # accelerate would compile with these

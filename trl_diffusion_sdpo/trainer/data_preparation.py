@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ from PIL import Image
 from ..cache.encoding import PairEncoding
 from ..cache.reference_errors import repeating_pairs
 from ..data.buckets import BucketSampler
-from ..data.images import PairTransform
+from ..data.dataset import PairOptions, PreferenceDataset
 from ..data.pair_scores import ScoreSettings
-from ..data.pairs import PairOptions, PreferenceDataset
 from ..data.preparing import prepare_dataset
 from ..data.sources import PairMixture
 from ..data.streaming import PreferenceIterableDataset, StreamPosition
+from ..data.transforms import PairTransform
 from ..engines.processes import peers
 from ..families import Family
 from ..losses import LossSpec
@@ -80,8 +79,7 @@ class PairPreparation:
         if self._args.precompute_ref_errors:
             prepared = repeating_pairs(prepared, self._args.precompute_epochs, name=name, training=training)
         if self._encoding is not None:
-            epochs = epochs_of_training(self._args, prepared) if training else 0
-            self._encoding.add_to(prepared, name, epochs=epochs, compare=self._loss.uses_loser)
+            self._encoding.add_to(prepared, name, compare=self._loss.uses_loser)
         self._own.add(prepared)
         if was_prepared and not training:
             self._copies[dataset] = prepared
@@ -120,7 +118,7 @@ def check_source_column(
     batch = args.train_batch_size if training else args.eval_batch_size
     if training and args.winner_budget is not None:  # its probe measures training pairs as an evaluation does
         batch = max(batch, args.eval_batch_size)
-    if batch == 1 and not (pairs.edits_lists and not family.takes_several_sources):
+    if batch == 1 and not (pairs.lists_sources and not family.takes_several_sources):
         return
     first, seen = None, set()
     for sizes in pairs.sizes_of_sources():
@@ -177,21 +175,6 @@ def load_position(
     return beginning
 
 
-def epochs_of_training(args: DiffusionSDPOConfig, dataset: Any) -> int | None:
-    """Return an upper bound of the epochs whose draws training reads; `None` if there is none. The winner budget may
-    also read images without their flips, so it has none."""
-    if args.winner_budget is not None or not isinstance(dataset, PreferenceDataset):
-        return None
-    if args.precompute_ref_errors:
-        return args.precompute_epochs
-    if args.max_steps <= 0:
-        return math.ceil(args.num_train_epochs)
-    if dataset.sizes is not None:  # buckets may leave out pairs of an epoch
-        return None
-    batches = len(dataset) // pairs_of_a_step(args, args.train_batch_size)
-    return math.ceil(args.max_steps / max(1, batches // args.gradient_accumulation_steps))
-
-
 def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Any:
     """Return a user's data as a torch data set of pairs. Pairs that are prepared already, and `None`, are returned as
     they are. All processes prepare all of the data, but share the check of the images.
@@ -232,7 +215,12 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
     prepared = prepare_dataset(dataset, options, name=name, peers=peers(args))
     if not training:
         _refuse_parts(prepared, args, name)
-    _check_scores(prepared, scores, args, name)
+    if scores.needs_scores and not prepared.has_scores:
+        what = f"The loss {args.loss_type!r}" if scores.sorts_by_scores else "`pair_weights`"
+        raise ValueError(
+            f"{what} needs the columns `chosen_score` and `rejected_score`. The {name} data have none. Score the "
+            "images first, or choose another loss or setting."
+        )
     if args.mask_anchor and not prepared.has_masks:
         raise ValueError(
             f"`mask_anchor={args.mask_anchor}` needs a mask column, and the {name} data has none. Add one, or "
@@ -240,15 +228,6 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         )
     scores.apply_to(prepared, peers(args))
     return prepared
-
-
-def _check_scores(dataset: Any, scores: ScoreSettings, args: DiffusionSDPOConfig, name: str) -> None:
-    if scores.needs_scores and not dataset.has_scores:
-        what = f"The loss {args.loss_type!r}" if scores.sorts_by_scores else "`pair_weights`"
-        raise ValueError(
-            f"{what} needs the columns `chosen_score` and `rejected_score`. The {name} data have none. Score the "
-            "images first, or choose another loss or setting."
-        )
 
 
 def score_settings(args: DiffusionSDPOConfig, loss: LossSpec, *, training: bool) -> ScoreSettings:

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -25,9 +25,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Ev
 from ..cache.encoding import check_prompt_padding
 from ..cache.reference_errors import warn_of_repeated_draws
 from ..data.buckets import BucketSampler
-from ..data.pairs import PreferenceCollator, PreferenceDataset
+from ..data.dataset import PreferenceCollator, PreferenceDataset
 from ..data.streaming import PreferenceIterableDataset, StreamPosition
-from ..engines.batch_loaders import BatchLoaders, LazyBatches, choose_workers
+from ..engines.batch_loaders import BatchLoaders, choose_workers
 from ..engines.engine import Engine
 from ..engines.engine_settings import by_engine, shards_weights
 from ..engines.processes import check_agreement, failing_together
@@ -37,9 +37,9 @@ from ..models.denoiser_wrapper import DenoiserWrapper
 from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.reference import networks
 from ..reporting.console import say
+from ..reporting.plots import CURVES_FILE
 from ..reporting.run_callbacks import plots_of, run_lines
 from ..reporting.sample_images import SAMPLES_FOLDER, final_step, find_sample_images
-from ..reporting.training_curves import CURVES_FILE
 from ..reporting.verdict import RunFacts, Verdict, verdict_of
 from ..saving.interrupts import step_exchange, stopping_on_interrupt, was_interrupted
 from ..saving.model_card import RunCard, mean_loss
@@ -56,12 +56,18 @@ from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import ProbeInputs, ProbeSettings, probe_inputs, probe_items
 from ..utils._compat import keeps_order
 from ..utils.disk import naming_the_disk
-from ..utils.files import VERDICT_FILE, VERDICT_PLOT
+from ..utils.files import VERDICT_FILE
 from .callbacks import add_callbacks, load_sample_scores
 from .components import build_components, load_policy, make_reference_errors
 from .config.all_arguments import temporarily
-from .config.complete import copy_and_check_args, image_size, largest_batch, pairs_of_a_step, stored_crops
-from .config.model_checks import refuse_dropout
+from .config.complete import (
+    copy_and_check_args,
+    image_size,
+    largest_batch,
+    pairs_of_a_step,
+    refuse_dropout,
+    stored_crops,
+)
 from .data_preparation import (
     PREPARED,
     PairPreparation,
@@ -81,7 +87,7 @@ SAME_IN_ALL_PROCESSES = (
     *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "logging_strategy", "logging_steps"),
     *("precompute_latents", "push_to_hub", "sample_prompts", "sample_sources", "sample_steps", "sample_scorers"),
 )
-REPORTS = (SAMPLES_FOLDER, "noise_bins*.png", CURVES_FILE, VERDICT_FILE, VERDICT_PLOT, TRAINER_STATE_NAME)
+REPORTS = (SAMPLES_FOLDER, "noise_bins*.png", CURVES_FILE, VERDICT_FILE, TRAINER_STATE_NAME)
 # Files that stay local. The state contains paths of local folders.
 NOT_PUBLISHED = (f"{PREFIX_CHECKPOINT_DIR}-*", f"{PREVIOUS_RUN}-*", TRAINER_STATE_NAME)
 
@@ -119,7 +125,7 @@ class DiffusionSDPOTrainer(Trainer):
             noise and timesteps.
         processing_class (`DiffusionPipeline`, *optional*): Pipeline with the VAE, text encoders and scheduler of a
             `model` that is a bare denoiser.
-        data_collator (`Callable`, *optional*): [`~trl_diffusion_sdpo.data.pairs.PreferenceCollator`] if unset.
+        data_collator (`Callable`, *optional*): [`~trl_diffusion_sdpo.data.dataset.PreferenceCollator`] if unset.
         compute_metrics (`Callable`, *optional*): Function of an `EvalPrediction` that returns a dictionary of metrics.
             `predictions` has shape `(pairs, 2)` and holds the rewards of chosen and rejected; `label_ids` are zeros.
         callbacks (`list[TrainerCallback]`, *optional*): Callbacks in addition to the trainer's.
@@ -140,7 +146,6 @@ class DiffusionSDPOTrainer(Trainer):
     hub_model_id: Any
     gather_function: Any
     dataset_name: str | None = None  # Hub id of the training data, for the model card
-    _counted: torch.Tensor  # mask of the real pairs in an evaluation's batch; the others only fill it up
     _tag_names = ["trl-diffusion-sdpo", "diffusion-sdpo"]
     _name = "Diffusion-SDPO"
     _paper = {
@@ -204,17 +209,14 @@ class DiffusionSDPOTrainer(Trainer):
         self._meter = components.meter
         self._evaluation = components.evaluation
         self._weight_copies = components.weight_copies
-        self._controllers = components.controllers
 
         # Initialize the state that training and evaluation change.
-        self._finite = self._new_finite_check(callbacks or [])
         self._engine_ready = False
-        self._evaluated_weights: EMAWeights | None = None  # weights that predict instead of the policy's
         self._first_step = 0  # step at which `train` began or resumed
         self._saved_step = -1  # step of the last checkpoint of this training
-        self._position: StreamPosition | None = None  # position of this process in a stream
         self._began = 0.0  # monotonic time at which training began
-        self._partial_dir: str | None = None  # temporary folder of the checkpoint that is being written
+        self._counted = torch.zeros(0)  # 1 for each real pair of the last evaluation batch, 0 for those that fill it
+        self._checkpoints_dir = args.output_dir  # while a checkpoint is being written, a temporary folder
 
         # Turn the data into pairs, and encode them if the settings say so. Encoding needs the device's memory, so the
         # second copies of the weights move to the device afterwards. Engines move copies that they shard or round.
@@ -223,6 +225,9 @@ class DiffusionSDPOTrainer(Trainer):
         if not by_engine(args):
             for weights in self._weight_copies:
                 weights.to(args.device)
+        self._position: StreamPosition | None = None  # only streams have one
+        if isinstance(train_dataset, PreferenceIterableDataset):
+            self._position = load_position(train_dataset, args, 0, None)
 
         # Call transformers' constructor. It sets up accelerator, device, callbacks and repository.
         self.publisher = Publisher(args, NOT_PUBLISHED)
@@ -241,6 +246,7 @@ class DiffusionSDPOTrainer(Trainer):
 
         # Set up the components that need the accelerator.
         self.engine.check()
+        self._finite = self._new_finite_check()
         for weights in self._weight_copies:
             if shards_weights(args) and not self.engine.shards_weights:  # accelerate ignores FSDP with one process
                 weights.stop_sharing()
@@ -261,7 +267,7 @@ class DiffusionSDPOTrainer(Trainer):
             self.weight_files,
             weight_copies=self._weight_copies,
             average=self.average,
-            controllers=self._controllers,
+            controllers=components.controllers,
             full_pipeline=args.save_full_pipeline,
             unpublished={BASE: self.origin.base},
         )
@@ -323,7 +329,7 @@ class DiffusionSDPOTrainer(Trainer):
         `None`, because losses are means over pairs.
         """
         if isinstance(self.train_dataset, PreferenceDataset):
-            return LazyBatches(epoch_iterator, num_batches), None
+            return _LazyBatches(epoch_iterator, num_batches), None
         batches = list(islice(epoch_iterator, num_batches))
         if self._position is not None:
             for batch in batches:
@@ -477,7 +483,7 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
         """Prepare as transformers does, then set up the components that need the model as the engine wrapped it."""
-        self._finite = self._new_finite_check(self.callback_handler.callbacks)
+        self._finite = self._new_finite_check()
         self.engine.complete_settings(exact_gradients=self.args.safeguard == "parameter")
         unrounded = self.engine.unrounded(self.denoiser)
         for weights in self._weight_copies:
@@ -505,8 +511,12 @@ class DiffusionSDPOTrainer(Trainer):
         )  # build it, so that an engine that cannot have it is refused before the first step
         return prepared
 
-    def _new_finite_check(self, callbacks: Sequence[TrainerCallback]) -> FiniteCheck:
-        return FiniteCheck(step_exchange(callbacks), lambda: networks(self.family, self.reference.module))
+    def _new_finite_check(self) -> FiniteCheck:
+        return FiniteCheck(
+            step_exchange(self.callback_handler.callbacks),
+            lambda: networks(self.family, self.reference.module),
+            before_backward=self.engine.steps_in_backward and self.args.safeguard != "parameter",
+        )
 
     @functools.cached_property
     def parameter_safeguard(self) -> ParameterSafeguard | None:
@@ -563,9 +573,8 @@ class DiffusionSDPOTrainer(Trainer):
             return
         if isinstance(self.train_dataset, PreferenceIterableDataset):
             batches, checkpoint = kwargs["steps_trained_in_current_epoch"], kwargs["resume_from_checkpoint"]
-            position = load_position(self.train_dataset, self.args, batches, checkpoint)
-            kwargs["train_dataloader"].dataset.start_at(position)
-            self._position = position
+            self._position = load_position(self.train_dataset, self.args, batches, checkpoint)
+            kwargs["train_dataloader"].dataset.start_at(self._position)
         super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
@@ -612,7 +621,7 @@ class DiffusionSDPOTrainer(Trainer):
             self._meter.add(self.pair_forward.logged_metrics(outputs), len(inputs["seeds"]))
             if self.auto_beta is not None:
                 self.auto_beta.add(outputs)
-            if self.engine.steps_in_backward and safeguard is None:
+            if self._finite.before_backward:
                 self._finite.verify(self.state.global_step + 1)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
@@ -667,14 +676,14 @@ class DiffusionSDPOTrainer(Trainer):
             seeds = seeds_of_draws(inputs["seeds"], self._evaluation.draws)
             draws = [
                 self.pair_forward.predict_pairs(
-                    model, {**inputs, "seeds": seeds[start : start + pairs]}, self._evaluated_weights
+                    model, {**inputs, "seeds": seeds[start : start + pairs]}, self._evaluation.weights
                 )
                 for start in range(0, len(seeds), pairs)
             ]
             real = inputs.get("counted", real_pairs(self.accelerator.gradient_state, pairs, self.args.process_index))
             outputs = self._evaluation.add(draws, real)
         loss = torch.stack([output.loss.detach() for output in outputs]).mean()
-        self._counted = torch.arange(pairs, device=loss.device) < real
+        self._counted = (torch.arange(pairs, device=loss.device) < real).float()
         if prediction_loss_only:
             return loss, None, None
         rewards = torch.stack([output.pair_rewards for output in outputs]).mean(0)
@@ -697,11 +706,8 @@ class DiffusionSDPOTrainer(Trainer):
         settings = (description, prediction_loss_only, ignore_keys)
         output = self._measured_loop(dataloader, *settings, metric_key_prefix)
         if self.average is not None:
-            self._evaluated_weights = self.average
-            try:
-                averaged = self._measured_loop(dataloader, *settings, f"{metric_key_prefix}_{EMA_FOLDER}")
-            finally:
-                self._evaluated_weights = None
+            prefix = f"{metric_key_prefix}_{EMA_FOLDER}"
+            averaged = self._measured_loop(dataloader, *settings, prefix, weights=self.average)
             assert output.metrics is not None and averaged.metrics is not None
             output.metrics.update(averaged.metrics)
         scores = self.sample_scores
@@ -710,12 +716,18 @@ class DiffusionSDPOTrainer(Trainer):
             output.metrics.update({f"eval_{name}": value for name, value in scores.metrics.items()})
         return output
 
-    def _measured_loop(self, dataloader: DataLoader, *settings: Any) -> EvalLoopOutput:
-        """Pass over the data once, and add the metrics of its pairs."""
+    def _measured_loop(
+        self, dataloader: DataLoader, *settings: Any, weights: EMAWeights | None = None
+    ) -> EvalLoopOutput:
+        """Pass over the data once, and add the metrics of its pairs. If `weights` is `None`, the policy predicts."""
         self._evaluation.drain(self.accelerator)
         draws = 1 if self.reference.is_precomputed else draws_of_noise(dataloader.dataset)
         self._evaluation.begin(
-            dataloader.dataset, settings[-1], before_training=self.state.global_step == 0, draws=draws
+            dataloader.dataset,
+            settings[-1],
+            before_training=self.state.global_step == 0,
+            draws=draws,
+            weights=weights,
         )
         if _marks_real_pairs(dataloader.dataset):
             self.gather_function = self._gather_counted  # transformers resets it after the pass
@@ -728,7 +740,7 @@ class DiffusionSDPOTrainer(Trainer):
     def _gather_counted(self, values: torch.Tensor) -> torch.Tensor:
         """Gather the values of the pairs from all processes, without pairs that only fill up a batch. accelerate does
         not recognize them in the last batch of an image size or of a stream."""
-        gathered, counted = self.accelerator.gather(values), self.accelerator.gather(self._counted.float())
+        gathered, counted = self.accelerator.gather(values), self.accelerator.gather(self._counted)
         return gathered[counted > 0] if len(gathered) == len(counted) else gathered
 
     def verdict(self) -> Verdict | None:
@@ -805,15 +817,11 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self._finite.verify_gradient()
-        run_dir = Path(self._get_output_dir(trial))
+        run_dir = Path(self._checkpoints_dir)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with self.run_files.writing_checkpoint(run_dir / name) as partial:
-            self._partial_dir = str(partial.parent)
-            try:
-                with temporarily(self.args, push_to_hub=False):
-                    super()._save_checkpoint(model, trial)
-            finally:
-                self._partial_dir = None
+            with temporarily(self, _checkpoints_dir=str(partial.parent)), temporarily(self.args, push_to_hub=False):
+                super()._save_checkpoint(model, trial)
             if self.state.best_model_checkpoint == str(partial):  # transformers stores the temporary path
                 self.state.best_model_checkpoint = str(run_dir / name)
                 if self.args.should_save:
@@ -824,8 +832,7 @@ class DiffusionSDPOTrainer(Trainer):
         self.run_files.checkpoints.rotate(run_dir, self.state.best_model_checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Return the folder of checkpoints. While one is being written, this is a temporary folder on the same disk."""
-        return self._partial_dir or super()._get_output_dir(trial)
+        return self._checkpoints_dir
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.engine.holds_shards:
@@ -989,6 +996,29 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _finish_current_push(self) -> None:
         self.publisher.wait()
+
+
+class _LazyBatches:
+    """Micro-batches of an optimizer step, which can be iterated once. The first one is loaded by the constructor,
+    because a loader draws the seeds of its epoch then. The others are loaded when they are needed.
+
+    Args:
+        batches (`Iterator`): Batches of an epoch.
+        count (`int`): Micro-batches of the step. At least so many must be left.
+    """
+
+    def __init__(self, batches: Iterator[Any], count: int):
+        self._batches = batches
+        self._count = count
+        self._first = [next(batches)]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self._first.pop()
+        for _ in range(self._count - 1):
+            yield next(self._batches)
 
 
 def _marks_real_pairs(dataset: Any) -> bool:

@@ -1,8 +1,9 @@
-"""All private upstream names that this package uses. Each says why it is needed and when it can go."""
+"""All private upstream names that this package uses, and why. A name can go when its library has a public one, unless
+its comment says otherwise."""
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
@@ -10,19 +11,17 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 # The common base class of all mixins with `load_lora_weights` and `save_lora_weights`, and the metadata key of a LoRA
-# file's settings. Only their module exports them. Can go when `diffusers.loaders` exports them.
+# file's settings.
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 
-# For checkpoints in a single file. Only their module exports them. Can go when `diffusers.loaders` exports them.
+# For checkpoints in a single file.
 from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
 
 # A lost connection to the Hub raises an error of httpx or httpx2, depending on the version of huggingface_hub. This is
-# the common base class of both errors. Can go when huggingface_hub has its own error class for a lost connection.
+# the common base class of both errors.
 from huggingface_hub.errors import HTTPError as HubConnectionError
-from peft.tuners.tuners_utils import BaseTunerLayer
 
-# Finds the rank or alpha of a module in the patterns of a LoRA's configuration. Can go when `peft.utils` exports it, or
-# when PEFT's configuration has a method for it.
+# Finds the rank or alpha of a module in the patterns of a LoRA's configuration.
 from peft.utils.other import get_pattern_key as pattern_key
 from transformers import TrainingArguments
 
@@ -30,8 +29,7 @@ from transformers import TrainingArguments
 # `transformers.integrations` also contains DeepSpeed and FSDP, and only `engines` may import those.
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-# Lets `torch.load(weights_only=True)` read numpy's random states in a checkpoint. Only its module exports it. Can go
-# when transformers exports it.
+# Lets `torch.load(weights_only=True)` read numpy's random states in a checkpoint.
 from transformers.trainer_pt_utils import safe_globals as numpy_safe_globals
 
 # transformers 5.23 renamed these arguments. Can go when the lowest supported transformers has the new names.
@@ -48,56 +46,48 @@ __all__ = [  # re-exported
 __all__ += ["TensorBoardCallback", "TrackioCallback", "WandbCallback"]
 
 
-# Fused attention of the CPU, forward and backward. Torch's FLOP counter has no formula for these operations. Can go
-# when torch adds the formulas.
+# Fused attention of the CPU, forward and backward. Can go when torch's FLOP counter has formulas for them.
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+# Attributes of PEFT's layers: whether their adapters are off, and the names of the active adapters. PEFT's
+# `enable_adapters` and `set_adapter` also change `requires_grad` of every weight. This is slow: it takes as long as the
+# Python code of hundreds of layers' forward passes. It also misleads FSDP2, because FSDP2 reads `requires_grad` in the
+# first forward pass only, to choose the precision of gradients.
+ADAPTERS_OFF = "_disable_adapters"
+ACTIVE_ADAPTER = "_active_adapter"
+
 
 def block_names(denoiser: ModelMixin) -> list[str]:
-    """Return the class names of a diffusers model's blocks. FSDP wraps each block as a unit.
-
-    accelerate reads `_no_split_modules`, but not in submodules. The attribute has no public spelling. Can go when there
-    is one, or when accelerate also reads it in submodules.
-    """
+    """Return the class names of a diffusers model's blocks. FSDP wraps each block as a unit. accelerate reads them too,
+    but not in submodules."""
     return list(denoiser._no_split_modules or ())
 
 
 def activation_checkpointing(args: TrainingArguments) -> tuple[bool, dict[str, Any]]:
-    """Return whether activation checkpointing is on, and its arguments. The function reads the name that the installed
-    transformers uses."""
+    """Return whether activation checkpointing is on, and its arguments."""
     return bool(getattr(args, CHECKPOINTING)), getattr(args, f"{CHECKPOINTING}_kwargs") or {}
 
 
 def checkpoints_activations(denoiser: ModelMixin) -> bool:
-    """Return whether a diffusers model supports activation checkpointing.
-
-    `_supports_gradient_checkpointing` has no public spelling. Can go when there is one.
-    """
+    """Return whether a diffusers model supports activation checkpointing."""
     return denoiser._supports_gradient_checkpointing
 
 
 def repeated_blocks(denoiser: ModelMixin) -> list[str]:
-    """Return the class names of the blocks that `compile_repeated_blocks` compiles.
-
-    `_repeated_blocks` has no public spelling. Can go when there is one.
-    """
+    """Return the class names of the blocks that `compile_repeated_blocks` compiles."""
     return list(denoiser._repeated_blocks or ())
 
 
 def attention_backends() -> tuple[str, ...]:
-    """Return the names of diffusers' attention back ends. Only their module exports them. Can go when diffusers
-    does."""
+    """Return the names of diffusers' attention back ends."""
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     return tuple(sorted(backend.value for backend in AttentionBackendName))
 
 
 def has_attention_backends(denoiser: torch.nn.Module) -> bool:
-    """Return whether a denoiser's attention uses diffusers' back ends. Older models have attention without back ends.
-
-    `_attention_backend` of attention processors has no public spelling. Can go when there is one.
-    """
+    """Return whether a denoiser's attention uses diffusers' back ends. The attention of older models does not."""
     processors = (vars(module).get("processor") for module in denoiser.modules())
     return any("_attention_backend" in dir(processor) for processor in processors)
 
@@ -107,62 +97,8 @@ def loads_lora(pipeline_class: type[DiffusionPipeline]) -> bool:
     return issubclass(pipeline_class, LoraBaseMixin)
 
 
-def switch_adapters(layers: Iterable[BaseTunerLayer], *, on: bool) -> None:
-    """Switch the adapters of PEFT's layers on or off, and leave `requires_grad` of their weights as it is.
-
-    PEFT's `enable_adapters` changes `requires_grad` of every weight. This is slow: it takes as long as the Python code
-    of hundreds of layers' forward passes. It also misleads FSDP2, because FSDP2 reads `requires_grad` in the first
-    forward pass only, to choose the precision of gradients. `_disable_adapters` has no public spelling. Can go when
-    there is one.
-    """
-    for layer in layers:
-        layer._disable_adapters = not on
-        assert layer.disable_adapters is not on, f"PEFT's {type(layer).__name__} no longer reads `_disable_adapters`."
-
-
-def activate_adapter(layers: Iterable[BaseTunerLayer], name: str) -> None:
-    """Make an adapter the active one of PEFT's layers, and leave `requires_grad` of all weights as it is.
-
-    PEFT's `set_adapter` changes `requires_grad` of every weight of every adapter. [`switch_adapters`] says what this
-    costs. `_active_adapter` has no public spelling. Can go when there is one.
-    """
-    for layer in layers:
-        layer._active_adapter = [name]
-        assert layer.active_adapters == [name], f"PEFT's {type(layer).__name__} no longer reads `_active_adapter`."
-
-
-@contextlib.contextmanager
-def adapters_as_they_were(layers: Iterable[BaseTunerLayer]) -> Iterator[None]:
-    """Restore the active adapters at the end of the context, and whether adapters are switched on.
-
-    `_active_adapter` and `_disable_adapters` have no public spelling. Can go when both have one.
-    """
-    states = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
-    try:
-        yield
-    finally:
-        for layer, active, disabled in states:
-            layer._active_adapter, layer._disable_adapters = active, disabled
-
-
-def modules_of(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yield a module and all its submodules, in any order. A shared submodule is repeated.
-
-    torch's `modules()` takes several times as long, because it also builds the names. `_modules` has no public
-    spelling. Can go when `modules()` is as fast.
-    """
-    pending = [module]
-    while pending:
-        current = pending.pop()
-        yield current
-        pending += [child for child in current._modules.values() if child is not None]
-
-
 def forward_pre_hooks(module: torch.nn.Module) -> list[Any]:
-    """Return a module's forward pre-hooks. Callers use them to avoid registering a hook twice.
-
-    `_forward_pre_hooks` has no public spelling. Can go when there is one.
-    """
+    """Return a module's forward pre-hooks. Callers use them to avoid registering a hook twice."""
     return list(module._forward_pre_hooks.values())
 
 
@@ -178,18 +114,12 @@ def keeps_order(args: TrainingArguments) -> bool:
 
 
 def dataset_fingerprint(dataset: datasets.Dataset) -> str:
-    """Return the hash by which `datasets` names cached results of a data set.
-
-    `_fingerprint` has no public spelling. Can go when there is one.
-    """
+    """Return the hash by which `datasets` names cached results of a data set."""
     return dataset._fingerprint
 
 
 def is_split_by_node(stream: datasets.IterableDataset) -> bool:
-    """Return whether `datasets.distributed.split_dataset_by_node` has split a stream over the processes.
-
-    `_distributed` has no public spelling. Can go when there is one.
-    """
+    """Return whether `datasets.distributed.split_dataset_by_node` has split a stream over the processes."""
     return stream._distributed is not None
 
 
@@ -197,8 +127,7 @@ def compile_with_eager_rounding() -> None:
     """Make inductor round where eager PyTorch rounds, in the whole process.
 
     Fused kernels leave intermediate values in float32, and the policy's kernels fuse other operations than the
-    reference's. Under bf16, policy and reference would therefore differ before the first step. The inductor setting
-    `emulate_precision_casts` has no public spelling. Can go when `torch.compile` has one.
+    reference's. Under bf16, policy and reference would therefore differ before the first step.
     """
     from torch._inductor import config  # takes seconds
 
@@ -227,10 +156,7 @@ def zero_weights(optimizer: Any) -> list[torch.Tensor]:
 
 
 def set_last_rates(schedule: Any, rates: list[Any]) -> None:
-    """Set the learning rates that a schedule's `get_last_lr` returns. Loading a checkpoint overwrites them.
-
-    Can go when torch's schedules have a setter.
-    """
+    """Set the learning rates that a schedule's `get_last_lr` returns. Loading a checkpoint overwrites them."""
     if "_last_lr" in vars(schedule):
         schedule._last_lr = rates
 
@@ -238,11 +164,8 @@ def set_last_rates(schedule: Any, rates: list[Any]) -> None:
 @contextlib.contextmanager
 def autocast_rules(rules: dict[str, Callable[..., Any]]) -> Iterator[None]:
     """Add rules to the CPU's autocast within the context. The keys are names of operations in `aten`. A rule is called
-    with the operation and its arguments, and runs outside autocast.
-
-    torch has a public way to add kernels, but no public way to remove them or to leave autocast. Can go when torch has
-    both, or when autograd supports fake tensors of an accelerator that this build of torch lacks.
-    """
+    with the operation and its arguments, and runs outside autocast. torch has no public way to remove kernels or to
+    leave autocast."""
     library = torch.library.Library("aten", "IMPL")
     autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
@@ -264,9 +187,8 @@ def autocast_rules(rules: dict[str, Callable[..., Any]]) -> Iterator[None]:
 
 
 def default_configuration(tensors: dict[str, torch.Tensor]) -> str:
-    """Return the Hub id of the configuration that diffusers uses for a single-file checkpoint. Only diffusers' loader
-    exports the lookup. `from_single_file` is no substitute, because its error does not name the id when it is
-    offline."""
+    """Return the Hub id of the configuration that diffusers uses for a single-file checkpoint. The error of
+    `from_single_file` does not name it offline."""
     return str(fetch_diffusers_config(tensors)["pretrained_model_name_or_path"])
 
 
@@ -274,8 +196,7 @@ def keep_in_float32(module_class: type[torch.nn.Module], buffer: str) -> None:
     """Let the modules of a class keep a float32 buffer that is not saved when they are cast, as `from_pretrained` does.
 
     DeepSpeed casts buffers, and so does `pipeline.to(torch.bfloat16)`. If frequencies of positions or timesteps are
-    rounded, large positions get wrong angles. `_apply` has no public spelling. Can go when the denoisers of diffusers
-    compute these frequencies in their forward pass.
+    rounded, large positions get wrong angles. Can go when diffusers' denoisers compute them in their forward pass.
     """
     cast: Any = module_class._apply
 

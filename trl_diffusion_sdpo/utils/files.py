@@ -1,15 +1,14 @@
-"""Atomic writing of files, and checks of files before they are opened."""
+"""Atomic writing of files, and facts that change when a file is replaced."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-VERDICT_FILE, VERDICT_PLOT = "verdict.json", "verdict.png"  # in the folder of a run
+VERDICT_FILE = "verdict.json"  # in the folder of a run
 
 
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], *, ending: str = ".partial") -> None:
@@ -55,17 +54,3 @@ def file_facts(path: str | os.PathLike) -> list[str | int]:
     """
     status = os.stat(path)
     return [os.path.abspath(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-
-
-def check_regular_file(path: str | os.PathLike, max_bytes: int | None) -> None:
-    """Check a file before it is opened. Reading a pipe would block, and a device such as `/dev/zero` has no end.
-
-    Raises:
-        ValueError: If the path is not a regular file, or the file has more than `max_bytes`.
-        OSError: If the file does not exist.
-    """
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"is not a regular file: {os.fspath(path)}")
-    if max_bytes is not None and status.st_size > max_bytes:
-        raise ValueError(f"is too large a file: {status.st_size} bytes, {max_bytes} at most: {os.fspath(path)}")

@@ -14,28 +14,19 @@ if TYPE_CHECKING:
 # Extra of this package -> the module that it installs.
 EXTRAS: dict[str, str] = {"deepspeed": "deepspeed", "quantization": "bitsandbytes"}
 
-# Tracker of `report_to` -> the modules of which one must be installed, and the package that has it.
-TRACKERS = {
-    "wandb": (("wandb",), "wandb"),
-    "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
-    "trackio": (("trackio",), "trackio"),
-    "mlflow": (("mlflow",), "mlflow"),
-    "comet_ml": (("comet_ml",), "comet_ml"),
-    "clearml": (("clearml",), "clearml"),
-    "swanlab": (("swanlab",), "swanlab"),
-    "dvclive": (("dvclive",), "dvclive"),
-}
+# Trackers of `report_to` whose module and package have the same name.
+TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow", "comet_ml", "clearml", "swanlab", "dvclive")
 
-# Pattern of the name in `optim` -> the module that it needs, and the package that has it.
+# Pattern of the name in `optim` -> the package that it needs.
 OPTIMIZERS = {
-    r"adamw_torch_[48]bit": ("torchao", "torchao"),
-    r"galore_.*": ("galore_torch", "galore-torch"),
-    r"apollo_.*": ("apollo_torch", "apollo-torch"),
-    r"(ada)?lomo": ("lomo_optim", "lomo-optim"),
-    r"grokadamw": ("grokadamw", "grokadamw"),
-    r"schedule_free_.*": ("schedulefree", "schedulefree"),
-    r"stable_adamw": ("optimi", "torch-optimi"),
-    r"(paged_)?(ademamix|lion|adamw)(_bnb)?(_8bit|_32bit)|ademamix|rmsprop_bnb.*": ("bitsandbytes", "bitsandbytes"),
+    r"adamw_torch_[48]bit": "torchao",
+    r"galore_.*": "galore-torch",
+    r"apollo_.*": "apollo-torch",
+    r"(ada)?lomo": "lomo-optim",
+    r"grokadamw": "grokadamw",
+    r"schedule_free_.*": "schedulefree",
+    r"stable_adamw": "torch-optimi",
+    r"(paged_)?(ademamix|lion|adamw)(_bnb)?(_8bit|_32bit)|ademamix|rmsprop_bnb.*": "bitsandbytes",
 }
 
 # Logger -> the beginning of notes about which a user of this package can do nothing.
@@ -68,7 +59,7 @@ def require(extra: str, purpose: str) -> None:
     Raises:
         MissingExtraError: If it is not installed. The message has the command that installs it.
     """
-    if not _is_installed(extra):
+    if find_spec(EXTRAS[extra]) is None:
         raise MissingExtraError(
             f"{purpose} needs {EXTRAS[extra]}, which is not installed. Run `pip install {EXTRAS[extra]}`."
         )
@@ -77,20 +68,20 @@ def require(extra: str, purpose: str) -> None:
 def require_trackers(names: Iterable[str]) -> None:
     """Raise a `MissingExtraError` unless the trackers of `report_to` are installed. Unknown names pass."""
     for name in names:
-        modules, package = TRACKERS.get(name, ((), ""))
-        if modules and not any(find_spec(module) for module in modules):
+        has_writer = name == "tensorboard" and find_spec("tensorboardX")
+        if name in TRACKERS and not (find_spec(name) or has_writer):
             raise MissingExtraError(
-                f"`report_to={name}` needs {modules[0]}, which is not installed. Run `pip install {package}`, or set "
+                f"`report_to={name}` needs {name}, which is not installed. Run `pip install {name}`, or set "
                 "`report_to` to `none`."
             )
 
 
 def require_optimizer(name: str) -> None:
     """Raise a `MissingExtraError` unless the package of an optimizer of `optim` is installed. Unknown names pass."""
-    for pattern, (module, package) in OPTIMIZERS.items():
-        if re.fullmatch(pattern, name) and not find_spec(module):
+    for pattern, package in OPTIMIZERS.items():
+        if re.fullmatch(pattern, name) and not find_spec(package.removeprefix("torch-").replace("-", "_")):
             raise MissingExtraError(
-                f"`optim={name}` needs {module}, which is not installed. Run `pip install {package}`, or set `optim` "
+                f"`optim={name}` needs {package}, which is not installed. Run `pip install {package}`, or set `optim` "
                 "to `adamw_torch`."
             )
 
@@ -130,7 +121,3 @@ def hide_idle_notes() -> None:
 
 def _says_something(record: LogRecord) -> bool:
     return re.match(_IDLE_NOTES[record.name], record.getMessage()) is None
-
-
-def _is_installed(extra: str) -> bool:
-    return find_spec(EXTRAS[extra]) is not None

@@ -12,7 +12,7 @@ from .pipeline import OutsidePipeline
 
 class OutsideFamily(Family):
     name = "Outside"
-    pipeline_classes = ("OutsidePipeline",)
+    pipeline_classes = ("OutsidePipeline", "StableDiffusionPipeline")
     pipeline_class = OutsidePipeline
     denoiser_name = "unet"
     frozen_components = ("vae", "text_encoder")

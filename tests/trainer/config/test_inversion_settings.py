@@ -1,8 +1,7 @@
-"""What can be set of noise by inversion, and what is refused; the named scale of scores."""
+"""Settings of noise by inversion and their refusals, and the named scale of scores."""
 
 import pytest
 
-from trl_diffusion_sdpo.families import inversion
 from trl_diffusion_sdpo.families.inversion import InversionSettings
 
 INVERSION = {"noise_source": "inversion"}
@@ -84,20 +83,12 @@ def test_the_published_end_needs_a_level_of_the_grid_below_some_timesteps(make_t
 
 
 def test_a_flow_has_levels_of_its_own_and_no_variance(make_trainer, family_folder, caplog):
-    """Of 5 steps the first level is shifted to 3/7, below which uniform draws are a fifth."""
+    """The first of 5 levels is shifted to 3/7. A fifth of uniform draws is below it."""
     folder = family_folder("stable_diffusion_3")
     make_trainer(folder, **INVERSION, inversion_kwargs={"steps": 5, "end": "grid"}, weighting_scheme="none")
     assert "20%" in caplog.text and "428.571" in caplog.text
     with pytest.raises(ValueError, match="`eta` of `inversion_kwargs`"):
         make_trainer(folder, **INVERSION, inversion_kwargs={"eta": 0.1})
-
-
-def test_a_noise_process_without_inversion_is_refused(make_trainer, monkeypatch):
-    monkeypatch.setattr(inversion, "INVERSIONS", {})
-    with pytest.raises(
-        ValueError, match="the noise process of this model is a DDPMProcess. Use `noise_source='shared'`"
-    ):
-        make_trainer(**INVERSION)
 
 
 @pytest.mark.parametrize(("given", "scale"), [("pickscore", 0.166581), ("0.5", 0.5), (2, 2)])

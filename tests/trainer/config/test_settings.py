@@ -86,14 +86,6 @@ def test_every_range_and_every_choice_is_checked(make_args):
     assert checked > 20
 
 
-@pytest.mark.parametrize("name", ["adamw_bnb_8bit", "galore_adamw", "lomo"])
-def test_an_optimizer_whose_package_is_missing_is_told(name, monkeypatch):
-    monkeypatch.setattr(import_utils, "find_spec", lambda module: None)
-    import_utils.require_optimizer("adafactor")  # transformers' own
-    with pytest.raises(import_utils.MissingExtraError, match=f"`optim={name}`"):
-        import_utils.require_optimizer(name)
-
-
 def test_optimizers_and_schedules_are_checked_with_the_settings(make_args, monkeypatch):
     with pytest.raises(ValueError, match=r"`lr_scheduler_type=cosine_with_min_lr`, got .*min_lr"):
         make_args(lr_scheduler_type="cosine_with_min_lr")

@@ -147,13 +147,13 @@ def settled_resolution(value: Any) -> list[int] | None:
 
 
 @contextlib.contextmanager
-def temporarily(args: TrainingArguments, **settings: Any) -> Iterator[None]:
-    """Change settings within the context, because transformers would act on the user's values."""
-    before = {name: getattr(args, name) for name in settings}
-    for name, value in settings.items():
-        setattr(args, name, value)
+def temporarily(target: Any, **values: Any) -> Iterator[None]:
+    """Set attributes of an object within the context."""
+    before = {name: getattr(target, name) for name in values}
+    for name, value in values.items():
+        setattr(target, name, value)
     try:
         yield
     finally:
         for name, value in before.items():
-            setattr(args, name, value)
+            setattr(target, name, value)

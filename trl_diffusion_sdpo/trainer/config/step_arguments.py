@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
 from ...families.inversion import InversionSettings
-from ...families.noise import TimestepWeighting
-from ...families.timestep_sampling import TimestepSampling, WeightingScheme
+from ...families.noise import TimestepSampling, TimestepWeighting, WeightingScheme
 from ...losses import Anchor, Granularity, LossSpec, LossType, Safeguard, loss_spec
 from ...step.winner_budget import ProbeSettings
 from .declaring import RESUME, Choices, Keys, Range, documented

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,29 +18,14 @@ from torch.utils.data import Dataset
 
 from ..utils.processes import ALONE, Peers
 from . import checking
-from .buckets import AspectRatioBuckets, PairSizes, Repeated, candidates
+from .buckets import AspectRatioBuckets, PairSizes, Repeated
 from .checking import HOW_TO_DROP, BadDataError, DataReport, evenly_spaced
-from .images import (
-    SCHEMES,
-    ImageReader,
-    PairDraws,
-    PairTransform,
-    Size,
-    UndecodableImageError,
-    full_size,
-    parse_schemes,
-)
-from .masks import decode_masks, place_masks
+from .images import SCHEMES, ImageReader, Size, UndecodableImageError, full_size, parse_schemes, same_image
 from .permuted_losers import PermutedLosers
-from .sources import PairSource, PairTable, pairs_fingerprint
+from .sources import PairSource, PairTable, StoredImage, pairs_fingerprint
+from .transforms import PairDraws, PairTransform, place_masks
 
 logger = logging.getLogger(__name__)
-
-NOISE_OF_ANOTHER_SIZE = (
-    "`noise_source='generated'` needs images at the size at which they were generated. Row {row} has an image of {} x "
-    "{} pixels (height x width), and training has {} x {}. Set `resolution` to the images' size."
-)
-ONE_PAIR = "Set `per_device_train_batch_size=1` and `per_device_eval_batch_size=1`."
 
 
 @dataclass(frozen=True)
@@ -116,15 +103,14 @@ class PairOptions:
         """Whether the size of every image is read before the first batch."""
         return self.buckets is not None or self.min_side is not None
 
+    def for_evaluation(self) -> PairOptions:
+        """Return the options of an evaluation on the same pairs."""
+        return replace(self, prompt_dropout=0.0, training=False, repeat=False)
+
     @cached_property
     def reader(self) -> ImageReader:
         """Opens and decodes images."""
         return ImageReader((*SCHEMES, *(self.image_schemes or ())))
-
-    @property
-    def maker(self) -> ItemMaker:
-        """Makes items of decoded images."""
-        return ItemMaker(self.transform, self.prompt_dropout, self.seed, self.training)
 
 
 class Encoded(Protocol):
@@ -133,78 +119,9 @@ class Encoded(Protocol):
     def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
         """Return the entries that replace pixels in an item. `loser` is another pair whose loser the item has."""
 
-    def conditioning(self, prompt: str) -> dict[str, Any]:
-        """Return the entries of an item that depend on its prompt."""
-
-    def edit(self, pair: int, is_mirrored: bool, prompt: str) -> dict[str, Any]:
-        """Return the entries of an item that depend on its prompt and source images. The prompt is the pair's `own`,
-        the `losers` own, or the `empty` one."""
-
-
-@dataclass
-class ItemMaker:
-    """Maker of items.
-
-    Attributes:
-        training (`bool`): `False` never crops at random, never flips, keeps prompts and ignores the epoch.
-        repeat_after (`int`, *optional*): Number of epochs after which random numbers repeat.
-        epoch (`torch.Tensor` of shape `(1,)`): Epoch that random numbers depend on.
-    """
-
-    transform: PairTransform
-    prompt_dropout: float
-    seed: int
-    training: bool
-    repeat_after: int | None = None
-    epoch: torch.Tensor = field(
-        default_factory=lambda: torch.zeros(1, dtype=torch.long).share_memory_()
-    )  # for workers
-
-    @property
-    def drawn_epoch(self) -> int:
-        """The epoch that random numbers are drawn for: 0 in an evaluation, else the epoch modulo `repeat_after`."""
-        if not self.training:
-            return 0
-        return int(self.epoch) if self.repeat_after is None else int(self.epoch) % self.repeat_after
-
-    def repeating(self, epochs: int) -> ItemMaker:
-        """Return a maker whose random numbers repeat after so many epochs."""
-        return ItemMaker(self.transform, self.prompt_dropout, self.seed, self.training, epochs)
-
-    def in_epoch(self, epoch: int) -> ItemMaker:
-        """Return a maker with a fixed epoch. Other processes cannot change this epoch."""
-        return replace(self, epoch=torch.tensor([epoch]))
-
-    def for_evaluation(self) -> ItemMaker:
-        """Return a maker without augmentation. Its seeds do not depend on the epoch."""
-        # Evaluation loaders count epochs of their own, so the tensor must not be shared with training.
-        return replace(
-            self, prompt_dropout=0.0, training=False, repeat_after=None, epoch=torch.zeros(1, dtype=torch.long)
-        )
-
-    def draws_of(self, row: int, epoch: int | None = None) -> PairDraws:
-        """Return the random numbers of a pair in the current epoch, or in `epoch`."""
-        return PairDraws.from_key(self.seed, self.drawn_epoch if epoch is None else epoch, row)
-
-    def augmentation(self, draws: PairDraws) -> PairDraws | None:
-        """Return the numbers that crop and flip images; `None` in an evaluation."""
-        return draws if self.training else None
-
-    def empties(self, draws: PairDraws) -> bool:
-        """Whether the prompt of a pair is emptied."""
-        return self.training and draws.dropout < self.prompt_dropout
-
-    def item(self, images: dict[str, Any], row: int, prompts: Sequence[str], draws: PairDraws) -> dict[str, Any]:
-        """Return an item.
-
-        Args:
-            images (`dict`): Entries that depend on the images.
-            row (`int`): Number of the pair.
-            prompts (`Sequence[str]`): The prompt, or those of winner and loser. Both are emptied or neither.
-        """
-        named = zip(("prompt", "loser_prompt"), prompts, strict=False)
-        texts = {name: "" if self.empties(draws) else prompt for name, prompt in named}
-        return {**images, **texts, "seed": draws.seed, "row": row}
+    def conditioning(self, prompt: str, edited: tuple[int, bool] | None = None) -> dict[str, Any]:
+        """Return the entries of an item that depend on its prompt and source images. `edited` is the row of the
+        sources, and whether they are mirrored; `None` without sources."""
 
 
 class PreferenceDataset(Dataset):
@@ -233,12 +150,21 @@ class PreferenceDataset(Dataset):
         pairs ([`PairTable`]): Index and columns of the pairs.
         options ([`PairOptions`]): Settings by which the pairs were made.
         report ([`DataReport`]): Counts of what was dropped so far.
+        losers ([`PermutedLosers`], *optional*): Which pair's winner is the loser of each pair.
     """
 
-    def __init__(self, source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport) -> None:
+    def __init__(
+        self,
+        source: PairSource,
+        pairs: PairTable,
+        options: PairOptions,
+        report: DataReport,
+        losers: PermutedLosers | None = None,
+    ) -> None:
         self._source, self._pairs, self._options, self._report = source, pairs, options, report
-        self._maker, self._reader = options.maker, options.reader
-        self._losers: PermutedLosers | None = None  # which pair's winner is the loser of each pair
+        self._epoch = new_epoch()
+        self._repeat_after: int | None = None  # number of epochs after which random numbers repeat
+        self._losers = losers
         self._encoded: Encoded | None = None  # moments and conditioning, in place of images
         self._forget_undecodable()
         self.strict = options.on_bad_row == "raise"  # whether bad rows stop the run
@@ -246,36 +172,8 @@ class PreferenceDataset(Dataset):
         self.is_permuted = options.permutes  # whether losers are the winners of other pairs
         self.has_loser_prompts = source.prompt_of_each_image and not options.permutes
         self.has_masks = source.has_masks
-        if options.permutes and source.has_masks:
-            raise ValueError(
-                "`losers='permute'` cannot act: a mask belongs to the two images of a pair, and losers are images of "
-                "other pairs. Remove the mask column."
-            )
         self.has_noise_seeds = options.noise_seeds
         self.has_sources = source.has_sources
-        if options.permutes and source.has_sources:
-            raise ValueError(
-                "`losers='permute'` cannot act on data with a `source` column: a loser must be an edit of its pair's "
-                "source. Use `losers='data'`."
-            )
-
-    @classmethod
-    def of(cls, source: PairSource, options: PairOptions, name: str) -> PreferenceDataset:
-        """Return all pairs of a source. Its labels are read, and no image."""
-        report = DataReport(name, source.format_name, rows=len(source), is_swapped=source.is_swapped)
-        report.is_permuted = options.permutes
-        strict = options.on_bad_row == "raise"
-        pairs = source.pairs(lambda *drop: checking.reject(report, strict, *drop))
-        if options.permutes:  # an index of the winners alone
-            pairs = PairTable(pairs.places[:, [0, 1, 0, 1]], {})
-        return cls(source, pairs, options, report)
-
-    def _view(self, *, pairs: PairTable | None = None, maker: ItemMaker | None = None) -> PreferenceDataset:
-        """Return a data set of the same source with other pairs, or another maker of items."""
-        view = copy.copy(self)
-        view._pairs = self._pairs if pairs is None else pairs
-        view._maker = self._maker if maker is None else maker
-        return view
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -283,129 +181,99 @@ class PreferenceDataset(Dataset):
     # ---- Reading --------------------------------------------------------------------------------------------------
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        first = range(len(self))[index]
-        for row in candidates(first, len(self), self.sizes):
-            if self._undecodable[row]:
+        wanted = range(len(self))[index]
+        buckets = self._pairs.columns.get("size")
+        for pair in chain(range(wanted, len(self)), range(wanted)):  # the next good pair replaces a bad one
+            if self._undecodable[pair] or (buckets is not None and buckets[pair] != buckets[wanted]):
                 continue
             try:
-                item = self._read(row)
+                item = self._item(pair) if self._losers is None else self._item_with_drawn_loser(pair, self._losers)
             except UndecodableImageError as error:
-                self._reject_at_read(row, error)
+                self._reject_at_read(pair, error)
                 continue
-            return item if self.sizes is None else item | {"repeated": isinstance(index, Repeated)}
-        size = "" if self.sizes is None else " of {} x {} pixels".format(*self.target_size(first))
+            return item if buckets is None else item | {"repeated": isinstance(index, Repeated)}
+        size = "" if buckets is None else " of {} x {} pixels".format(*self.target_size(wanted))
         advice = "`verify_images='all'` leaves such pairs out before training."
         raise BadDataError(f"No pair{size} of the data set can be decoded. {advice}\n{self.report}")
 
-    def _read(self, row: int) -> dict[str, Any]:
-        if self._losers is None:
-            return self._item(row, None)
-        for loser in self._losers.candidates(row, self._maker.drawn_epoch):
-            try:
-                return self._item(row, loser)
-            except UndecodableImageError as error:
-                self._item(row, None)  # raises if it is the pair's own image
-                self._reject_at_read(loser, error, as_loser=True)
-        raise UndecodableImageError("has no loser: no image of another prompt can be decoded")
-
-    def _item(self, row: int, loser: int | None) -> dict[str, Any]:
-        """Return a pair with its own loser, or with the winner of the pair `loser` as its loser."""
-        (winner_row, winner_image), (loser_row, loser_image) = self._places(row, loser).tolist()
-        prompts = [self._source.prompt(winner_row, winner_image)]
-        if self.has_loser_prompts:
-            prompts.append(self._source.prompt(loser_row, loser_image))
-        draws = self._maker.draws_of(row)
-        augmentation = self._maker.augmentation(draws)
-        if self._encoded is not None:
-            entries = self._encoded.pair(row, augmentation, self._maker.drawn_epoch, loser=loser)
+    def _item(self, pair: int, loser_pair: int | None = None) -> dict[str, Any]:
+        """Return a pair. The winner of `loser_pair`, if it is passed, takes the place of its loser."""
+        options, epoch = self._options, self._drawn_epoch
+        draws = PairDraws.from_key(options.seed, epoch, pair)
+        augmentation = draws if options.training else None  # crop and flip
+        places = self._pairs.places[pair].reshape(2, 2).tolist()
+        if loser_pair is not None:
+            places[1] = self._pairs.places[loser_pair, :2].tolist()
+        winner, loser = self._source.images(places, with_images=self._encoded is None)
+        if self._encoded is None:
+            target = self.target_size(pair)
+            covering = options.transform.covering(target)
+            winner_image = winner.decode(options.reader, covering)
+            loser_image = loser.decode(options.reader, covering)
+            item = options.transform(winner_image, loser_image, augmentation, target)._asdict()
         else:
-            transform = self._maker.transform
-            target = self.target_size(row)
-            covering = transform.covering(target)
-            images = self._source.images(winner_row)
-            winner_pixels = self._reader.decode_at(images, winner_image, covering)
-            images = images if loser_row == winner_row else self._source.images(loser_row)
-            loser_pixels = self._reader.decode_at(images, loser_image, covering)
-            entries = transform(winner_pixels, loser_pixels, augmentation, target)._asdict()
-        item = self._maker.item(entries, row, prompts, draws) | self._numbers(row)
-        if self.has_masks:
-            masks = [self._source.mask(winner_row, winner_image), self._source.mask(loser_row, loser_image)]
-            item["masks"] = place_masks(decode_masks(self._reader, masks), item, self._maker.transform)
-        if self.has_sources and self._encoded is None:
-            _, item["sources"] = self.edit(row, item["is_mirrored"])
-        if self.has_noise_seeds and self._maker.training:
-            target = self.target_size(row)
-            for size in item["original_sizes"]:
-                if tuple(size) != tuple(target):
-                    raise BadDataError(NOISE_OF_ANOTHER_SIZE.format(*size, *target, row=winner_row))
-            item["noise_seeds"] = tuple(
-                self._source.noise_seed(*place) for place in ((winner_row, winner_image), (loser_row, loser_image))
-            )
-        if self._encoded is not None and self.has_sources:
-            own, losers = ("empty", "empty") if self._maker.empties(draws) else ("own", "losers")
-            item |= self._encoded.edit(row, item["is_mirrored"], own)
+            item = self._encoded.pair(pair, augmentation, epoch, loser=loser_pair)
+        complete_item(item, options, winner, loser, draws, pair, two_prompts=self.has_loser_prompts)
+        item |= self._numbers(pair, epoch)
+        if self.has_noise_seeds and options.training:
+            item["noise_seeds"] = self._noise_seeds(item, pair, winner, loser)
+        if self._encoded is not None:
+            edited = (places[0][0], item["is_mirrored"]) if self.has_sources else None
+            item |= self._encoded.conditioning(item["prompt"], edited)
             if self.has_loser_prompts:
-                item["loser_conditioning"] = self._encoded.edit(row, item["is_mirrored"], losers)
-        elif self._encoded is not None:
-            item |= self._encoded.conditioning(item["prompt"])
-            if self.has_loser_prompts:
-                item["loser_conditioning"] = self._encoded.conditioning(item["loser_prompt"])
+                item["loser_conditioning"] = self._encoded.conditioning(item["loser_prompt"], edited)
+        elif self.has_sources:
+            item["sources"] = mirrored_if(item["is_mirrored"], winner.sources(options.reader))
         return item
 
-    def edit(self, pair: int, is_mirrored: bool) -> tuple[list[str], list[Image.Image]]:
-        """Return the prompts of winner and loser, and the images that they edit, mirrored if the pair's images are.
-
-        Raises:
-            UndecodableImageError: If a source cannot be decoded.
-        """
-        winner, loser = self._pairs.places[pair].reshape(2, 2).tolist()
-        prompts = [self._source.prompt(*place) for place in (winner, loser)]
-        return prompts, decode_sources(self._reader, self._source.edited(winner[0]), is_mirrored)
-
-    @property
-    def edits_lists(self) -> bool:
-        """Whether the source column has lists of images."""
-        return any(table.edits_lists for table in self._source.sources)
-
-    def sizes_of_sources(self) -> Iterator[tuple[Size, ...]]:
-        """Yield `(height, width)` of each row's source images, from their headers."""
-        for table in self._source.sources:
-            yield from table.sizes_of_edited(self._reader)
-
-    def _numbers(self, row: int) -> dict[str, Any]:
+    def _numbers(self, pair: int, epoch: int) -> dict[str, Any]:
         """Return the entries of an item that are columns of the table of pairs."""
         columns = self._pairs.columns
         numbers: dict[str, Any] = {}
         if self.scores is not None:
-            numbers["scores"] = tuple(self.scores[row].tolist())
+            numbers["scores"] = tuple(self.scores[pair].tolist())
         if "weight" in columns:
-            numbers["pair_weight"] = float(columns["weight"][row])
+            numbers["pair_weight"] = float(columns["weight"][pair])
         if "ref_errors" in columns:
-            errors = torch.from_numpy(columns["ref_errors"][row, self._maker.drawn_epoch])  # (T, 2)
+            errors = torch.from_numpy(columns["ref_errors"][pair, epoch])  # (T, 2)
             if errors.isnan().any():
                 raise UndecodableImageError("has no errors of the reference: it could not be read when they were made")
             numbers["ref_errors"] = errors
         return numbers
 
-    def _places(self, pair: int, loser: int | None) -> np.ndarray:
-        """Return row and image of a pair's winner and loser, `(2, 2)`. The loser is the winner of the pair `loser`, if
-        one is named."""
-        places = self._pairs.places[pair].reshape(2, 2)
-        if loser is None:
-            return places
-        assert self._losers is not None
-        return np.stack([places[0], self._losers.images[loser]])
+    def _noise_seeds(
+        self, item: dict[str, Any], pair: int, winner: StoredImage, loser: StoredImage
+    ) -> tuple[int, int]:
+        """Return the seeds of the noise from which winner and loser were generated."""
+        target = self.target_size(pair)
+        for size in item["original_sizes"]:
+            if tuple(size) != tuple(target):
+                raise BadDataError(
+                    "`noise_source='generated'` needs images at the size at which they were generated. Row "
+                    f"{self._pairs.places[pair, 0]} has an image of {size[0]} x {size[1]} pixels (height x width), and "
+                    f"training has {target[0]} x {target[1]}. Set `resolution` to the images' size."
+                )
+        return winner.noise_seed, loser.noise_seed
 
-    def _reject_at_read(self, row: int, error: UndecodableImageError, *, as_loser: bool = False) -> None:
-        rows = sorted(set(self._pairs.places[row, [0, 0 if as_loser else 2]].tolist()))
-        where = f"{self._report.name} data, pair {row} (rows {rows} of the source)"
+    def _item_with_drawn_loser(self, pair: int, losers: PermutedLosers) -> dict[str, Any]:
+        for loser_pair in losers.candidates(pair, self._drawn_epoch):
+            try:
+                return self._item(pair, loser_pair)
+            except UndecodableImageError as error:
+                self._item(pair)  # raises if it is the pair's own image
+                self._reject_at_read(loser_pair, error, as_loser=True)
+        raise UndecodableImageError("has no loser: no image of another prompt can be decoded")
+
+    def _reject_at_read(self, pair: int, error: UndecodableImageError, *, as_loser: bool = False) -> None:
+        rows = sorted(set(self._pairs.places[pair, [0, 0 if as_loser else 2]].tolist()))
+        where = f"{self._report.name} data, pair {pair} (rows {rows} of the source)"
         if self.strict:
             raise BadDataError(f"{where}: {error}. {HOW_TO_DROP}") from error
         if as_loser:
             assert self._losers is not None
-            self._losers.bad[row] = 1
+            self._losers.bad[pair] = 1
         else:
-            self._undecodable[row] = 1
+            self._undecodable[pair] = 1
         logger.warning("%s: %s; the next good pair is used instead.", where, error)
 
     # ---- Columns of the pairs -------------------------------------------------------------------------------------
@@ -437,31 +305,36 @@ class PreferenceDataset(Dataset):
     @property
     def reader(self) -> ImageReader:
         """The reader of the images, with the schemes that rows may use."""
-        return self._reader
+        return self._options.reader
 
     @property
     def sizes(self) -> PairSizes | None:
         """The sizes of the pairs' buckets; `None` if all pairs have the transform's."""
-        if "size" not in self._pairs.columns or self._options.buckets is None:
-            return None
-        return PairSizes(self._options.buckets.sizes, self._pairs.columns["size"])
+        buckets, numbers = self._options.buckets, self._pairs.columns.get("size")
+        return None if buckets is None or numbers is None else PairSizes(buckets.sizes, numbers)
 
     def target_size(self, row: int) -> Size:
         """Return `(height, width)` of a pair's pixels."""
-        transform = self._maker.transform
-        return (transform.height, transform.width) if self.sizes is None else self.sizes.of(row)
+        transform = self._options.transform
+        if "size" not in self._pairs.columns or self._options.buckets is None:
+            return transform.height, transform.width
+        return self._options.buckets.sizes[self._pairs.columns["size"][row]]
 
     def prompts(self) -> set[str]:
         """Return the distinct prompts of all pairs, with the losers' own prompts, if they have some."""
+        return {prompt for _, prompts in self._prompts_by_row() for prompt in prompts}
+
+    def _prompts_by_row(self) -> Iterator[tuple[int, tuple[str, ...]]]:
         images = np.unique(self._pairs.places[:, [1, 3]].clip(max=1)).tolist() if self.has_loser_prompts else [0]
         rows = np.unique(self._pairs.places[:, 0])
-        return {prompt for image in images for prompt in self._source.prompts_of_rows(rows, image)}
+        prompts = zip(*(self._source.prompts_of_rows(rows, image) for image in images), strict=True)
+        yield from zip(rows.tolist(), prompts, strict=True)
 
     def fingerprint(self, *, thorough: bool = False, peers: Peers = ALONE) -> dict[str, Any]:
         """Identify these pairs by [`pairs_fingerprint`]. `thorough` is for caches, which do not depend on weights."""
         facts = peers.first(lambda: pairs_fingerprint(self._source, self._pairs, thorough=thorough))
         if not thorough and "weight" in self._pairs.columns:
-            facts["pair_weights"] = self._pairs.hash_of("weight")
+            facts["pair_weights"] = hashlib.sha256(self._pairs.columns["weight"].tobytes()).hexdigest()[:16]
         return facts if self.sizes is None else facts | {"sizes": self.sizes.fingerprint()}
 
     # ---- Checks and counts ----------------------------------------------------------------------------------------
@@ -485,49 +358,8 @@ class PreferenceDataset(Dataset):
         """Add a line to the report."""
         self._report.notes += (note,)
 
-    def drop_bad_rows(self, reasons: Mapping[int, str]) -> None:
-        """Drop and count the pairs of rows whose labels cannot be used. `reasons` has a reason by row."""
-        rows = self._pairs.places[:, 0]
-        bad = np.isin(rows, list(reasons))
-        for row in np.unique(rows[bad]).tolist():
-            self._reject("bad_labels", row, reasons[row], 1)
-        self._keep(~bad)
-
-    def check_images(self, num_proc: int | None = None, peers: Peers = ALONE, *, decode: bool = True) -> None:
-        """Decode every image, or read only its header. Drop the pairs of bad and of small images, and assign the other
-        pairs to their buckets. The arguments are those of [`examine_images`](checking.py)."""
-        if not len(self):
-            return
-        places, buckets, min_side = self._pairs.places, self._options.buckets, self._options.min_side
-        sizes, reasons = checking.examine_images(
-            self._source, places, self._reader, decode=decode, num_proc=num_proc, peers=peers
-        )
-        is_readable = np.asarray((sizes > 0).all((1, 2)))
-        is_large = np.asarray((sizes >= (min_side or 0)).all((1, 2)))
-        for pair in np.flatnonzero(~is_readable).tolist():
-            side = 0 if not sizes[pair, 0].all() else 1  # of the first bad image
-            row, image = places[pair, 2 * side : 2 * side + 2].tolist()
-            self._reject("undecodable", row, f"image {image} {reasons.get((row, image), checking.MISSING)}", 1)
-        for pair in np.flatnonzero(is_readable & ~is_large).tolist():
-            reason = f"{sizes[pair].min()} pixels along the shorter side, and `min_side={min_side}`"
-            self._reject("too_small", int(places[pair, 0]), reason, 1)
-        self._keep(is_readable & is_large)
-        if not self._options.reads_sizes:
-            return
-        sizes = sizes[is_readable & is_large]
-        targets = np.array([self.target_size(0)])
-        if buckets is not None:
-            numbers = buckets.assign(sizes.reshape(-1, 4).astype(np.int64))
-            self._pairs = self._pairs.with_columns(size=numbers)
-            targets = np.array(buckets.sizes)[numbers]
-        self._report.notes = checking.describe_sizes(sizes, targets)
-
-    def permute_losers(self) -> None:
-        """Draw losers by [`PermutedLosers`] from now on, anew in every epoch. Evaluations have those of epoch 0."""
-        self._losers = PermutedLosers.of(self._source, self._pairs.places, self._maker.seed, self._report.name)
-
     def check_sample(self, peers: Peers = ALONE, *, compare: bool = True) -> None:
-        """Decode a sample of evenly spaced pairs, divided among the peers.
+        """Decode a sample of evenly spaced pairs. The first of the peers decodes it for all.
 
         Bad pairs stay in the index and are replaced by the next good pair. A run resumes by position in the index, so
         the index must not depend on files that cannot be read for a moment.
@@ -536,34 +368,24 @@ class PreferenceDataset(Dataset):
             ValueError: If no pair can be decoded or, with `compare`, all pairs have identical images.
         """
         sample = evenly_spaced(len(self), checking.SAMPLED_PAIRS)
-        checked = checking.check_pairs(self._source, self._reader, self._pairs.places[sample], peers)
-        identical_pairs = checking.IdenticalPairs(self._report.name)
-        bad = 0
-        for pair, result in zip(sample.tolist(), checked, strict=True):
-            if isinstance(result, bool):
-                identical_pairs.add(result)
-                continue
-            bad += 1
+        places, reader = self._pairs.places[sample], self._options.reader
+        checked = peers.first(lambda: [_check_pair(self._source, reader, each) for each in places])
+        bad = {
+            pair: result for pair, result in zip(sample.tolist(), checked, strict=True) if isinstance(result, tuple)
+        }
+        for pair, (row, reason) in bad.items():
             self._undecodable[pair] = 1  # the report counts these
-            row, _, reason = result
-            self._reject("undecodable", row, reason, 0)
+            checking.reject(self._report, self.strict, "undecodable", row, reason, 0)
         if bad and len(sample) < len(self):
             logger.warning(
                 "%s data: %d of %d checked pairs cannot be decoded. The data have %d pairs. `verify_images='all'` "
                 "checks all of them before training. Otherwise, bad pairs are replaced when they are read.",
-                *(self._report.name, bad, len(sample), len(self)),
+                *(self._report.name, len(bad), len(sample), len(self)),
             )
-            if bad == len(sample):
-                raise ValueError(f"None of the {bad} pairs that were checked can be decoded.\n{self._report}")
+            if len(bad) == len(sample):
+                raise ValueError(f"None of the {len(bad)} pairs that were checked can be decoded.\n{self._report}")
         if compare and not self.is_permuted:
-            identical_pairs.verify()
-
-    def _keep(self, mask: np.ndarray) -> None:
-        self._pairs = self._pairs.take(mask)
-        self._forget_undecodable()
-
-    def _reject(self, kind: str, row: int, reason: str, amount: int) -> None:
-        checking.reject(self._report, self.strict, kind, row, reason, amount)
+            checking.check_identical(self._report.name, [result for result in checked if isinstance(result, bool)])
 
     def _forget_undecodable(self) -> None:
         """Let all pairs be tried again. The mask is shared with DataLoader workers."""
@@ -575,32 +397,49 @@ class PreferenceDataset(Dataset):
     @property
     def epoch(self) -> int:
         """The epoch that was set."""
-        return int(self._maker.epoch)
+        return int(self._epoch)
+
+    @property
+    def _drawn_epoch(self) -> int:
+        """The epoch that random numbers depend on: 0 in an evaluation."""
+        if not self._options.training:
+            return 0
+        return int(self._epoch) if self._repeat_after is None else int(self._epoch) % self._repeat_after
 
     @property
     def seed(self) -> int:
         """Seed of all random draws."""
-        return self._maker.seed
+        return self._options.seed
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that random numbers depend on, also in running DataLoader workers."""
-        self._maker.epoch.fill_(epoch)
+        self._epoch.fill_(epoch)
+
+    def _view(self, **changes: Any) -> PreferenceDataset:
+        """Return a data set of the same source with some attributes changed."""
+        view = copy.copy(self)
+        vars(view).update(changes)
+        return view
 
     def for_evaluation(self) -> PreferenceDataset:
         """Return these pairs center-cropped, with all prompts, without weights, and with seeds that do not depend on
         the epoch. So numbers of evaluations compare."""
         pairs = replace(self._pairs.with_columns(weight=None), weighed_by=None)
-        if self._maker.training:
+        if self._options.training:
             pairs = pairs.with_columns(ref_errors=None)  # they are those of other draws
-        return self._view(pairs=pairs, maker=self._maker.for_evaluation())
+        # Evaluation loaders count epochs of their own, so the epoch is not shared with training.
+        return self._view(
+            _pairs=pairs, _options=self._options.for_evaluation(), _epoch=new_epoch(), _repeat_after=None
+        )
 
     def repeating(self, epochs: int) -> PreferenceDataset:
         """Return these pairs with random numbers that repeat after so many epochs."""
-        return self._view(pairs=self._pairs.with_columns(ref_errors=None), maker=self._maker.repeating(epochs))
+        pairs = self._pairs.with_columns(ref_errors=None)
+        return self._view(_pairs=pairs, _epoch=new_epoch(), _repeat_after=epochs)
 
     def in_epoch(self, epoch: int) -> PreferenceDataset:
         """Return these pairs in a fixed epoch, without errors of a reference."""
-        return self._view(pairs=self._pairs.with_columns(ref_errors=None), maker=self._maker.in_epoch(epoch))
+        return self._view(_pairs=self._pairs.with_columns(ref_errors=None), _epoch=torch.tensor([epoch]))
 
     def for_storing(self) -> PreferenceDataset:
         """Return these pairs, all of which are tried again, for results that are stored."""
@@ -610,16 +449,14 @@ class PreferenceDataset(Dataset):
 
     def from_source(self) -> PreferenceDataset:
         """Return these pairs without encodings and errors of a reference, which may belong to another model."""
-        view = self._view(pairs=self._pairs.with_columns(ref_errors=None))
-        view._encoded = None
+        view = self._view(_pairs=self._pairs.with_columns(ref_errors=None), _encoded=None)
         view._forget_undecodable()
         return view
 
     def first(self, count: int) -> PreferenceDataset:
         """Return the first pairs, at most `count`, with their random numbers."""
-        view = self._view(pairs=self._pairs.take(slice(count)))
-        view._undecodable = self._undecodable[:count].clone().share_memory_()
-        return view
+        undecodable = self._undecodable[:count].clone().share_memory_()
+        return self._view(_pairs=self._pairs.take(slice(count)), _undecodable=undecodable)
 
     # ---- Encoded pairs and errors of a reference ------------------------------------------------------------------
 
@@ -636,7 +473,7 @@ class PreferenceDataset(Dataset):
     def set_reference_errors(self, errors: np.ndarray) -> None:
         """Set the errors of a reference: float32 `(E, P, T, 2)`, for E epochs that repeat, P pairs, T timesteps of a
         pair, and winner and loser. A pair with NaN is treated like one that cannot be decoded."""
-        epochs = self._maker.repeat_after if self._maker.training else 1
+        epochs = self._repeat_after if self._options.training else 1
         assert epochs is not None, "draws must repeat if errors of a reference are stored"
         if errors.shape[:2] != (epochs, len(self)) or errors.shape[3:] != (2,):
             raise ValueError(
@@ -649,24 +486,46 @@ class PreferenceDataset(Dataset):
 
     def draw_settings(self) -> dict[str, Any]:
         """Return the settings that items depend on: seed, size, crop and so on."""
-        maker = self._maker
-        drawn = {"seed": maker.seed, "prompt_dropout": maker.prompt_dropout, "training": maker.training}
+        options = self._options
+        drawn = {"seed": options.seed, "prompt_dropout": options.prompt_dropout, "training": options.training}
         return {**drawn, **self.pixel_settings(), **({"losers": "permute"} if self.is_permuted else {})}
 
     def pixel_settings(self) -> dict[str, Any]:
         """Return the settings that pixels depend on, as values of JSON."""
-        return {"transform": type(self._maker.transform).__name__, **vars(self._maker.transform)}
+        return {"transform": type(self._options.transform).__name__, **vars(self._options.transform)}
 
     @property
     def augmentations(self) -> tuple[bool, bool]:
         """Whether images may be mirrored, and whether they are cropped at random."""
-        transform, training = self._maker.transform, self._maker.training
+        transform, training = self._options.transform, self._options.training
         return training and transform.random_flip, training and not transform.center_crop
 
+    def edits(self) -> Iterator[tuple[int, bool, str]]:
+        """Yield row of the sources, whether they are mirrored, and prompt of all edits that items can have."""
+        flips, _ = self.augmentations
+        empty = ("",) if self._options.training and self._options.prompt_dropout else ()
+        for row, prompts in self._prompts_by_row():
+            for is_mirrored in (False, True) if flips else (False,):
+                for prompt in prompts + empty:
+                    yield row, is_mirrored, prompt
+
+    def sources_of_row(self, row: int, is_mirrored: bool) -> list[Image.Image]:
+        """Return the images that the prompt of a row edits.
+
+        Raises:
+            UndecodableImageError: If there is none, or one of them cannot be decoded.
+        """
+        return mirrored_if(is_mirrored, self._source.images([(row, 0)])[0].sources(self._options.reader))
+
     @property
-    def prompt_dropout(self) -> float:
-        """Probability that a prompt is emptied."""
-        return self._maker.prompt_dropout if self._maker.training else 0.0
+    def lists_sources(self) -> bool:
+        """Whether the source column has lists of images."""
+        return any(table.lists_sources for table in self._source.tables)
+
+    def sizes_of_sources(self) -> Iterator[tuple[Size, ...]]:
+        """Yield `(height, width)` of each row's source images. Rows whose images cannot be read are left out."""
+        for table in self._source.tables:
+            yield from table.sizes_of_sources(self._options.reader)
 
     def image_numbers(self) -> np.ndarray:
         """Return a number for each pair's two images, int64 of shape `(P, 2)`. Images with equal numbers have equal
@@ -684,11 +543,57 @@ class PreferenceDataset(Dataset):
         Raises:
             UndecodableImageError: If it cannot be decoded.
         """
-        row, image = self._pairs.places[pair, 2 * side : 2 * side + 2].tolist()
-        transform, target = self._maker.transform, self.target_size(pair)
-        decoded = self._reader.decode_at(self._source.images(row), image, transform.covering(target))
+        place = self._pairs.places[pair, 2 * side : 2 * side + 2].tolist()
+        transform, target = self._options.transform, self.target_size(pair)
+        decoded = self._source.images([place])[0].decode(self._options.reader, transform.covering(target))
         made = (transform.image(decoded, draw, target) for draw in draws)
         return [(pixels, full_size(decoded), corner) for pixels, corner in made]
+
+
+def new_epoch() -> torch.Tensor:
+    """Return the number of an epoch, which DataLoader workers share."""
+    return torch.zeros(1, dtype=torch.long).share_memory_()
+
+
+def complete_item(
+    item: dict[str, Any],
+    options: PairOptions,
+    winner: StoredImage,
+    loser: StoredImage,
+    draws: PairDraws,
+    row: int,
+    *,
+    two_prompts: bool,
+) -> None:
+    """Add prompts, seed, number and masks to an item that has its images.
+
+    Raises:
+        UndecodableImageError: If a mask cannot be decoded, or has another size than its image.
+    """
+    is_emptied = options.training and draws.dropout < options.prompt_dropout
+    item |= {"prompt": "" if is_emptied else winner.prompt, "seed": draws.seed, "row": row}
+    if two_prompts:
+        item["loser_prompt"] = "" if is_emptied else loser.prompt
+    if winner.format.mask_columns:
+        first = options.reader.decode_mask(winner.mask)
+        second = first if loser.mask == winner.mask else options.reader.decode_mask(loser.mask)
+        item["masks"] = place_masks([first, second], item, options.transform)
+
+
+def mirrored_if(is_mirrored: bool, images: list[Image.Image]) -> list[Image.Image]:
+    """Return images mirrored, or unchanged."""
+    return [ImageOps.mirror(image) for image in images] if is_mirrored else images
+
+
+def _check_pair(source: PairSource, reader: ImageReader, places: np.ndarray) -> tuple[int, str] | bool:
+    """Decode the images of a pair. Return row and problem of its first bad image, or whether they are identical."""
+    images = []
+    for row, image in places.reshape(2, 2).tolist():
+        try:
+            images.append(source.images([(row, image)])[0].decode(reader))
+        except UndecodableImageError as error:
+            return row, str(error)
+    return same_image(*images)
 
 
 @dataclass
@@ -724,11 +629,14 @@ class PreferenceCollator:
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         if not items:
             raise ValueError("A batch needs at least one pair, got none.")
+        for name in ("scores", "loser_prompt"):
+            count = sum(name in item for item in items)
+            if count not in (0, len(items)):
+                raise ValueError(f"All pairs of a batch must have `{name}`, or none; got {count} of {len(items)}.")
         batch = {
             "rows": torch.tensor([item["row"] for item in items], dtype=torch.long),
             **_images(items),
-            "prompts": [item["prompt"] for item in items]
-            + [item["loser_prompt"] for item in _with_two_prompts(items)],
+            "prompts": [item[name] for name in ("prompt", "loser_prompt") if name in items[0] for item in items],
             "original_sizes": torch.tensor(_winners_first(items, "original_sizes"), dtype=torch.long),
             "crop_top_lefts": torch.tensor(_winners_first(items, "crop_top_lefts"), dtype=torch.long),
             "seeds": [item["seed"] for item in items],
@@ -741,10 +649,7 @@ class PreferenceCollator:
             batch["sources"] = [item["sources"] for item in items]
         if "repeated" in items[0]:
             batch["counted"] = sum(not item["repeated"] for item in items)
-        scored = sum("scores" in item for item in items)
-        if scored not in (0, len(items)):
-            raise ValueError(f"Either all pairs of a batch have scores or none has, got {scored} of {len(items)}.")
-        if scored:
+        if "scores" in items[0]:
             batch["scores"] = torch.tensor(_winners_first(items, "scores"), dtype=torch.float32)
         if "pair_weight" in items[0]:
             batch["pair_weights"] = torch.tensor([item["pair_weight"] for item in items], dtype=torch.float32)
@@ -760,46 +665,17 @@ def _images(items: list[dict[str, Any]]) -> dict[str, Any]:
     batch: dict[str, Any] = {name: torch.cat(torch.stack([item[name] for item in items], dim=1).unbind())}
     if name == "moments":
         batch["target_size"] = items[0]["target_size"]
-        prompts = [*items, *(item["loser_conditioning"] for item in _with_two_prompts(items))]
+        prompts = [*items, *(item["loser_conditioning"] for item in items if "loser_conditioning" in item)]
         for kind, join in (("conditioning", padded), ("host_conditioning", list)):
             if kind in items[0]:
-                if any(prompt[kind].keys() != items[0][kind].keys() for prompt in prompts):
-                    raise ValueError(f"All pairs of a batch must have equally many source images. {ONE_PAIR}")
                 batch[kind] = {key: join([prompt[kind][key] for prompt in prompts]) for key in items[0][kind]}
     return batch
-
-
-def _with_two_prompts(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return all items if losers have their own prompts, and an empty list if they share the winners' prompts."""
-    with_two = [item for item in items if "loser_prompt" in item]
-    if len(with_two) not in (0, len(items)):
-        raise ValueError(
-            f"All losers of a batch have their own prompt or none has, got {len(with_two)} of {len(items)}."
-        )
-    return with_two
-
-
-def decode_sources(reader: ImageReader, stored: Sequence[Any], is_mirrored: bool) -> list[Image.Image]:
-    """Decode the images that a prompt edits, mirrored if the pair's images are.
-
-    Raises:
-        UndecodableImageError: If there is none, or one of them is missing or cannot be decoded.
-    """
-    if not stored:
-        raise UndecodableImageError("has no source")
-    try:
-        sources = [reader.decode(value).convert("RGB") for value in stored]
-    except UndecodableImageError as error:
-        raise UndecodableImageError(f"has a source that {error}") from error
-    return [ImageOps.mirror(source) for source in sources] if is_mirrored else sources
 
 
 def padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     """Stack tensors `(T, ...)` of different lengths into one tensor `(B, longest T, ...)`, padded with zeros."""
     if len({row.shape for row in rows}) == 1:
         return torch.stack(list(rows))
-    if len({row.shape[1:] for row in rows}) > 1:
-        raise ValueError(f"The source images of a batch must be resized to one size. {ONE_PAIR}")
     joined = rows[0].new_zeros(len(rows), max(map(len, rows)), *rows[0].shape[1:])
     for padded_row, row in zip(joined, rows, strict=True):
         padded_row[: len(row)] = row

@@ -1,0 +1,13 @@
+"""Settings of the losses with which no loss is saturated on residuals of order one."""
+
+BETA = 0.7
+SETTINGS = {
+    "robust": {"label_smoothing": 0.2},
+    "dspo_sdxl": {"dspo_threshold": 0.0},
+    "dmpo": {"dmpo_alpha": 0.05},
+    "mapo": {"mapo_scale": 0.5, "mapo_temperature": 3.0},
+    "simpo": {"simpo_gamma": 0.3},
+    "dpop": {"dpop_lambda": 2.0},
+    "linear": {"linear_eta": 0.05},
+    "smpo": {"smpo_coefficient": 3.0, "smpo_score_scale": 0.3},
+}

@@ -1,0 +1,193 @@
+"""Transforms from decoded images to pixels, with the same random numbers for both images of a pair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from .images import INSIDE, MIN_SIDE, Covering, Size, UndecodableImageError, full_size
+
+FAST = "fast"
+INTERPOLATIONS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    FAST: Image.Resampling.BILINEAR,
+}
+
+
+@dataclass(frozen=True)
+class PairDraws:
+    """All random numbers of one pair in one epoch. They are drawn together: disabling one changes no other.
+
+    Attributes:
+        top, left (`float` in `[0, 1)`): Crop offset as a fraction of the free space. Images of different sizes are
+            therefore cropped at the same relative position.
+        flip (`float` in `[0, 1)`): The pair is mirrored if this is below 0.5.
+        dropout (`float` in `[0, 1)`): The prompt is emptied if this is below the dropout probability.
+        seed (`int` in `[0, 2**63)`): Seed of the pair's noise and timestep.
+    """
+
+    top: float
+    left: float
+    flip: float
+    dropout: float
+    seed: int
+
+    @classmethod
+    def from_key(cls, seed: int, epoch: int, row: int) -> PairDraws:
+        """Draw the numbers of a pair from a non-negative key. They are equal on every machine and in every process."""
+        generator = np.random.default_rng([seed, epoch, row])
+        top, left, flip, dropout = generator.random(4).tolist()
+        return cls(top, left, flip, dropout, int(generator.integers(0, 2**63 - 1, endpoint=True)))
+
+
+class PairPixels(NamedTuple):
+    """Transformed pair, winner first."""
+
+    pixel_values: torch.Tensor  # (2, 3, H, W), uint8 RGB
+    original_sizes: tuple[Size, Size]  # (height, width) before resizing
+    crop_top_lefts: tuple[Size, Size]  # (top, left) in the resized, possibly mirrored, image
+    is_mirrored: bool
+
+
+def pixels_as_floats(pixels: torch.Tensor) -> torch.Tensor:
+    """Convert pixels to the floats that the VAE takes, `(x / 255 - 0.5) / 0.5`. The result is bit-equal on all devices.
+
+    Args:
+        pixels (`torch.Tensor` of any shape, uint8): On any device. Tensors of another dtype are assumed to be in
+            `[-1, 1]` and returned unchanged.
+
+    Returns:
+        `torch.Tensor` of the same shape, float32 in `[-1, 1]`, on the same device.
+    """
+    if pixels.dtype != torch.uint8:
+        return pixels
+    return pixels.float().div_(white(pixels.device)).sub_(0.5).div_(0.5)
+
+
+@lru_cache(maxsize=16)
+def white(device: torch.device) -> torch.Tensor:
+    """Return 255 as a tensor, because CUDA divides by a Python scalar with a rounded reciprocal."""
+    return torch.full((), 255.0, device=device)
+
+
+class PairTransform:
+    """Transform that resizes, flips and crops both images of a pair with the same random numbers.
+
+    The resized image keeps its aspect ratio and covers the target. For a square target, the shorter side becomes
+    `resolution` and the longer side is rounded down, like torchvision's `Resize(int)` on PIL images.
+
+    Args:
+        resolution (`int` or `tuple[int, int]`): Side of the square target, or `(height, width)`.
+        center_crop (`bool`): Crop at the center instead of at random.
+        random_flip (`bool`): Mirror half of the pairs.
+        interpolation (`str`): `"bilinear"`, `"bicubic"`, `"lanczos"` or `"fast"`. `fast` is bilinear, but resizes
+            the cropped part only. It also decodes JPEG files at a fraction of their size if that covers the target (see
+            [`PairTransform.covering`]).
+    """
+
+    def __init__(
+        self,
+        resolution: int | tuple[int, int],
+        *,
+        center_crop: bool = True,
+        random_flip: bool = False,
+        interpolation: str = "bilinear",
+    ) -> None:
+        size = tuple(resolution) if isinstance(resolution, tuple | list) else (resolution, resolution)
+        if len(size) != 2 or any(not isinstance(side, int) or side < MIN_SIDE for side in size):
+            raise ValueError(
+                f"`resolution` must be one or two (height, width) integers of at least {MIN_SIDE}, got {resolution!r}."
+            )
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(f"`interpolation` must be one of {sorted(INTERPOLATIONS)}, got {interpolation!r}.")
+        self.height, self.width = size
+        self.center_crop, self.random_flip, self.interpolation = center_crop, random_flip, interpolation
+
+    def __call__(
+        self, winner: Image.Image, loser: Image.Image, draws: PairDraws | None = None, target: Size | None = None
+    ) -> PairPixels:
+        """Transform two RGB images of any sizes into pixels. Without `draws`, crop at the center and do not flip.
+        `target`, as `(height, width)`, replaces `resolution`."""
+        pixels, corners = zip(*(self.image(image, draws, target) for image in (winner, loser)), strict=True)
+        sizes = full_size(winner), full_size(loser)
+        return PairPixels(torch.stack(pixels), sizes, corners, self.mirrors(draws))
+
+    def mirrors(self, draws: PairDraws | None) -> bool:
+        """Whether the images of a pair with these draws are mirrored."""
+        return draws is not None and self.random_flip and draws.flip < 0.5
+
+    def covering(self, target: Size | None = None) -> Covering | None:
+        """Return the argument `covering` of [`ImageReader.decode`], or `None` if images are decoded at full size."""
+        return partial(self.resized_size, target=target) if self.interpolation == FAST else None
+
+    def resized_size(self, height: int, width: int, target: Size | None = None) -> Size:
+        """Return the smallest `(height, width)` that covers the target and has the aspect ratio of the image."""
+        target_height, target_width = (self.height, self.width) if target is None else target
+        if width * target_height <= height * target_width:  # the width determines the scale
+            return target_width * height // width, target_width
+        return target_height, target_height * width // height
+
+    def image(
+        self, image: Image.Image, draws: PairDraws | None = None, target: Size | None = None
+    ) -> tuple[torch.Tensor, Size]:
+        """Return the pixels `(3, H, W)` of an image, and the top left corner of the crop."""
+        height, width = self.resized_size(*full_size(image), target)
+        mirrors = self.mirrors(draws)
+        target_height, target_width = (self.height, self.width) if target is None else target
+        top, left = self._corner(height - target_height, width - target_width, draws)
+        if self.interpolation == FAST:
+            # Find the crop in the decoded image, before it is mirrored.
+            first = width - target_width - left if mirrors else left
+            down, across = image.height / height, image.width / width
+            box = (first * across, top * down, (first + target_width) * across, (top + target_height) * down)
+            image = image.resize((target_width, target_height), INTERPOLATIONS[FAST], box)
+            image = ImageOps.mirror(image) if mirrors else image
+        else:
+            image = image.resize((width, height), INTERPOLATIONS[self.interpolation])
+            image = ImageOps.mirror(image) if mirrors else image
+            image = image.crop((left, top, left + target_width, top + target_height))
+        pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+        return pixels.contiguous(), (top, left)
+
+    def _corner(self, free_height: int, free_width: int, draws: PairDraws | None) -> Size:
+        if draws is None or self.center_crop:
+            return round(free_height / 2), round(free_width / 2)
+        return int(draws.top * (free_height + 1)), int(draws.left * (free_width + 1))
+
+
+def place_masks(masks: Sequence[Image.Image], item: dict[str, Any], transform: PairTransform) -> torch.Tensor:
+    """Resize, mirror and crop masks as the images of an item were.
+
+    Args:
+        masks (`Sequence` of two `PIL.Image.Image`): Masks of winner and loser, of their images' sizes, in grey.
+        item (`dict`): Item with `original_sizes`, `crop_top_lefts`, `is_mirrored`, and `target_size` or `pixel_values`.
+        transform (`PairTransform`): Transform of the images.
+
+    Returns:
+        `torch.Tensor` of shape `(2, 1, H, W)`, uint8: 1 inside the masks and 0 outside.
+
+    Raises:
+        UndecodableImageError: If a mask and its image have different sizes.
+    """
+    height, width = item["target_size"] if "target_size" in item else item["pixel_values"].shape[-2:]
+    placed = []
+    for mask, size, (top, left) in zip(masks, item["original_sizes"], item["crop_top_lefts"], strict=True):
+        if (mask.height, mask.width) != tuple(size):
+            raise UndecodableImageError(
+                f"has a mask of {mask.height} x {mask.width} pixels, and its image has {size[0]} x {size[1]}: they "
+                "must be equal"
+            )
+        resized_height, resized_width = transform.resized_size(size[0], size[1], (height, width))
+        mask = mask.resize((resized_width, resized_height), Image.Resampling.NEAREST)
+        mask = ImageOps.mirror(mask) if item["is_mirrored"] else mask
+        is_inside = np.asarray(mask)[top : top + height, left : left + width] >= INSIDE
+        placed.append(is_inside.astype(np.uint8))
+    return torch.from_numpy(np.stack(placed)[:, None])

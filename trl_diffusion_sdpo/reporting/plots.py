@@ -1,0 +1,152 @@
+"""Plots of a run's log history: curves over the steps, and the change of the errors in each noise bin."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .sample_scores import PREFIX, WIN_RATE
+
+History = Sequence[Mapping[str, Any]]
+Points = list[tuple[int, float]]
+
+# ---- Curves ----------------------------------------------------------------------------------------------------------
+
+CURVES_FILE = "curves.png"
+_CHANGE = "change of the error, % of the reference's"
+# Panel -> its curves, each a label and a metric. The second panel shows the metrics' changes.
+_PANELS = {
+    "loss": [("loss", "loss")],
+    _CHANGE: [("winners", "errors/winner"), ("losers", "errors/loser")],
+    "accuracy": [("accuracy", "rewards/accuracies")],
+    "lambda": [("lambda", "safeguard/scale")],
+}
+_IMAGES = "win rate of the sample images"
+_SHARES = ("accuracy", "lambda", _IMAGES)
+_EVALUATION = re.compile(r"(eval.*_)loss")
+
+
+def has_curves(history: History) -> bool:
+    """Return whether training was logged at two steps or more."""
+    return sum("loss" in entry for entry in history) > 1
+
+
+def curves_of(history: History) -> dict[str, dict[str, Points]]:
+    """Return the curves in a trainer's log history.
+
+    Args:
+        history (`Sequence[Mapping]`): `TrainerState.log_history`.
+
+    Returns:
+        `dict[str, dict[str, list]]`: Curves of each panel by label, as points of step and value. The label is "winners"
+        in training and "winners, eval" in evaluations of that prefix. Changes are in per cent of the reference's error.
+        Without a reference, the panel has the errors themselves.
+    """
+    prefixes = [match[1] for entry in history for match in map(_EVALUATION.fullmatch, entry) if match]
+    relative = any(f"{prefix}errors/winner_change" in entry for entry in history for prefix in ("", *prefixes))
+    panels: dict[str, dict[str, Points]] = {}
+    for panel, curves in _PANELS.items():
+        title = "error" if panel == _CHANGE and not relative else panel
+        for prefix in ("", *dict.fromkeys(prefixes)):
+            for label, metric in curves:
+                points = _points(history, f"{prefix}{metric}", change=panel == _CHANGE and relative)
+                if points:
+                    panels.setdefault(title, {})[f"{label}, {prefix[:-1]}" if prefix else label] = points
+    rates = [name for entry in history for name in entry if name.startswith(PREFIX) and name.endswith(WIN_RATE)]
+    for name in dict.fromkeys(rates):
+        points = [point for point in _points(history, name, change=False) if math.isfinite(point[1])]
+        if points:
+            panels.setdefault(_IMAGES, {})[name.removeprefix(PREFIX).removesuffix(WIN_RATE)] = points
+    return panels
+
+
+def plot_curves(history: History, file: str | Path) -> None:
+    """Plot the curves of a run into an image file. Curves of evaluations have markers."""
+    from matplotlib.figure import Figure
+
+    panels = curves_of(history)
+    rows, columns = -(-len(panels) // 2), min(2, len(panels))
+    figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
+        for label, points in curves.items():
+            marker = "o" if ", " in label or title == _IMAGES else None
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=3, linewidth=1)
+        axes.set(title=title, xlabel="optimizer step")
+        axes.grid(alpha=0.25)
+        if title in _SHARES:
+            axes.set_ylim(-0.04, 1.04)
+        for label in axes.legend(frameon=False, fontsize=8).get_texts():
+            label.set_parse_math(False)  # a set's name may have a dollar sign
+    figure.savefig(file, dpi=120)
+
+
+def _points(history: History, metric: str, *, change: bool) -> Points:
+    """Return step and value of each log of a metric, or of its change in per cent of the reference's."""
+    if not change:
+        return [(entry["step"], entry[metric]) for entry in history if metric in entry]
+    entries = [entry for entry in history if f"{metric}_change" in entry]
+    changes = [(entry["step"], entry[f"{metric}_change"], entry[metric]) for entry in entries]
+    return [(step, 100 * change / (error - change)) for step, change, error in changes if error != change]
+
+
+# ---- Noise bins ------------------------------------------------------------------------------------------------------
+
+_BIN = re.compile(r"^(?P<prefix>.*)_errors/(?P<half>winner|loser)_change_relative@(?P<noise_bin>\d+)$")
+
+
+def changes_by_noise_bin(history: History) -> dict[str, list[dict[str, Any]]]:
+    """Return the changes in a trainer's log history.
+
+    Returns:
+        `dict[str, list[dict]]`: For each evaluation's prefix (such as `eval` or `eval_ema`) its evaluations in order,
+        each with `step`, and under `winner` and `loser` the change relative to the reference, by noise bin.
+    """
+    evaluations: dict[str, list[dict[str, Any]]] = {}
+    for entry in history:
+        records: dict[str, dict[str, Any]] = {}
+        for name, value in entry.items():
+            if match := _BIN.match(name):
+                record = records.setdefault(match["prefix"], {"step": entry["step"], "winner": {}, "loser": {}})
+                record[match["half"]][int(match["noise_bin"])] = value
+        for prefix, record in records.items():
+            evaluations.setdefault(prefix, []).append(record)
+    return evaluations
+
+
+def noise_bin_file(prefix: str) -> str:
+    """Return the plot's file name: `noise_bins.png` for the prefix `eval`, `noise_bins_ema.png` for `eval_ema`."""
+    # Characters that file systems refuse in names, or that end a link on the model card.
+    name = re.sub(r'[<>:"/\\|?*\s()#%]', "_", prefix.removeprefix("eval"))
+    return f"noise_bins{name}.png"
+
+
+def plot_noise_bins(records: Sequence[Mapping[str, Any]], num_noise_bins: int, file: str | Path) -> None:
+    """Plot the change of the errors over the noise level. Earlier evaluations are more transparent.
+
+    Args:
+        records (`Sequence[Mapping]`): Evaluations of one prefix, from [`changes_by_noise_bin`]; at least one.
+        num_noise_bins (`int`): Number of noise bins.
+        file (`str` or `Path`): Image file to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    for axes, half in zip(figure.subplots(1, 2, sharex=True), ("winner", "loser"), strict=True):
+        for age, record in enumerate(reversed(records)):
+            bins = sorted(record[half])
+            look = {"color": "C0" if half == "winner" else "C3", "alpha": max(0.1, 0.75**age), "linewidth": 1}
+            if age == 0:
+                look |= {"linewidth": 2, "marker": "o", "label": f"step {record['step']}"}
+            middles = [(noise_bin + 0.5) / num_noise_bins for noise_bin in bins]
+            axes.plot(middles, [100 * record[half][noise_bin] for noise_bin in bins], **look)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_title(f"{half}s' error")
+        axes.set(xlabel="noise level (share of noise)", ylabel="change, % of the reference's")
+        axes.legend(frameon=False)
+    figure.savefig(file, dpi=120)
