@@ -501,7 +501,7 @@ class PreferenceDataset(Dataset):
         return training and transform.random_flip, training and not transform.center_crop
 
     def edits(self) -> Iterator[tuple[int, bool, str]]:
-        """Yield row of the sources, whether they are mirrored, and prompt of all edits that items can have."""
+        """Yield each edit that items can have: row of its sources, whether they are mirrored, and prompt."""
         flips, _ = self.augmentations
         empty = ("",) if self._options.training and self._options.prompt_dropout else ()
         for row, prompts in self._prompts_by_row():
