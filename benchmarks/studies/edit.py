@@ -145,7 +145,7 @@ def train_base(pipeline: FluxKontextPipeline, steps: int, batch: int, seed: int)
         conditioning = {
             name: torch.cat([prompts[colour][name] for _, colour in wanted]) for name in prompts[wanted[0][1]]
         }
-        conditioning["source_latents"] = torch.cat([sources[source] for source, _ in wanted])
+        conditioning["source_0"] = torch.cat([sources[source] for source, _ in wanted])
         levels = torch.sigmoid(torch.randn(batch, generator=drawn))
         noise = torch.randn(clean.shape, generator=drawn)
         shares = levels.view(-1, 1, 1, 1)

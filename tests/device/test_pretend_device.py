@@ -28,7 +28,7 @@ def run(family: str, tuning: str, safeguard: str, kind: str = "", args: dict | N
     name = "-".join(filter(None, (family, tuning, safeguard, kind)))
     settings = {"safeguard": safeguard, "resolution": case(family).RESOLUTION, "beta": 100.0}
     facts = {"name": name, "family": family, "tuning": tuning, "fault": None, "resumes": None}
-    return {**facts, "evaluates": False, "saves": False, **given, "args": {**settings, **(args or {})}}
+    return {**facts, "evaluates": False, "saves": False, "edits": False, **given, "args": {**settings, **(args or {})}}
 
 
 def each(*runs: dict, **marks):
@@ -103,6 +103,14 @@ def test_a_step_synchronizes_as_listed(found, cases):
 @each(*OTHERS)
 def test_a_step_of_every_family_synchronizes_as_listed(found, cases):
     check_waits(found[0], listed(cases[0]))
+
+
+@each(
+    run("flux2", "lora", "parameter", "edits", edits=True),
+    run("flux2", "full", "output", "edits", {"precompute_latents": True}, edits=True),
+)
+def test_edit_pairs_train_without_a_wait_of_our_own(found):
+    assert not [place for place in found[0]["waits"] if place.startswith("trl_diffusion_sdpo")]
 
 
 @each(sd("full", "parameter", "everything", EMA_AND_BUDGET | EVERYTHING))

@@ -79,6 +79,8 @@ def build(case: dict, pipeline, folder: Path, watch: BetweenSteps) -> Watched:
     if "precompute_latents" in case["args"] or "precompute_ref_errors" in case["args"]:
         settings["precompute_dir"] = str(folder / "cache")
     data = datasets.load_from_disk(case["data"])
+    if case["edits"]:
+        data = datasets.Dataset.from_list([{**row, "source": row["chosen"]} for row in data])
     return Watched(
         pipeline,
         None,

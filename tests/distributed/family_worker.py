@@ -20,6 +20,8 @@ def train(case: dict, folder: Path) -> None:
     )
     lora = LoraConfig(r=2) if case["tuning"] == "lora" else None
     pairs = datasets.load_from_disk(case["data"])
+    if case["edits"]:
+        pairs = datasets.Dataset.from_list([{**row, "source": row["chosen"]} for row in pairs])
     trainer = RecordingTrainer(case["model"], None, args, pairs, peft_config=lora)
     trainer.train()
     check_engine(trainer, case["engine"])

@@ -26,13 +26,14 @@ def logged(request, start, family_folder, tmp_path_factory):
     return lambda run: json.loads((folder_of_done(run, folder, outputs) / "log.json").read_text())
 
 
-def build_run(family: str, engine: str, tuning: str, safeguard: str) -> dict:
+def build_run(family: str, engine: str, tuning: str, safeguard: str, *, edits: bool = False) -> dict:
     args = {**ARGS, "safeguard": safeguard, "resolution": case(family).RESOLUTION}
-    name = f"{family}-{engine}-{tuning}-{safeguard}"
-    return {"name": name, "family": family, "engine": engine, "tuning": tuning, "args": args}
+    name = f"{family}-{engine}-{tuning}-{safeguard}{'-edits' if edits else ''}"
+    return {"name": name, "family": family, "engine": engine, "tuning": tuning, "args": args, "edits": edits}
 
 
 RUNS = [build_run(family, *way) for family in CASES for way in WAYS]
+RUNS += [build_run("flux2", *way, edits=True) for way in WAYS]
 
 
 @pytest.mark.matrix

@@ -1,6 +1,4 @@
-"""Edit models, which take a source image beside the prompt."""
-
-import functools
+"""Edit models: source images beside the prompt."""
 
 import datasets
 import numpy as np
@@ -15,6 +13,7 @@ from diffusers import (
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from diffusers.pipelines.qwenimage21 import pipeline_qwenimage21
 from peft import LoraConfig
 from PIL import Image
 from tiny_pipelines import case, quiet
@@ -23,18 +22,144 @@ from transformers import BatchFeature
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
+from trl_diffusion_sdpo.cli.plan import planned_settings
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data.images import ImageReader
+from trl_diffusion_sdpo.data.transforms import PairDraws
 from trl_diffusion_sdpo.families import find_family
-from trl_diffusion_sdpo.families.packing import pack_patches, unpack_patches
+from trl_diffusion_sdpo.families.packing import unpack_patches
 from trl_diffusion_sdpo.guidance import preference_guidance
 from trl_diffusion_sdpo.models.adapters import add_lora
+
+LORA = LoraConfig(r=4, lora_alpha=8)
+MODULES = (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus, pipeline_qwenimage21, pipeline_longcat_image_edit)
+DIMENSIONS = {module: module.calculate_dimensions for module in MODULES}  # as published
+
+
+class VisionProcessor:
+    """The real image processor and tokenizer of a Qwen model with vision, joined as its processor joins them. That one
+    cannot be made without torchvision, for its video half."""
+
+    def __init__(self, tokenizer, patch_size=14):
+        self.tokenizer = tokenizer
+        self.image_processor = Qwen2VLImageProcessorPil(min_pixels=28 * 28, patch_size=patch_size)
+
+    def __call__(self, text, return_tensors, images=None, **options):
+        if images is None:
+            return BatchFeature(dict(self.tokenizer(text, return_tensors=return_tensors, **options)))
+        seen = self.image_processor(images=images, return_tensors=return_tensors)
+        counts = iter(seen["image_grid_thw"].prod(1).tolist())
+        first, *others = text[0].split("<|image_pad|>")
+        slots = ["<|image_pad|>" * (next(counts) // self.image_processor.merge_size**2) + other for other in others]
+        tokens = self.tokenizer([first + "".join(slots)], return_tensors=return_tensors, **options)
+        is_image = tokens["input_ids"] == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        kinds = {"mm_token_type_ids": is_image.long()} if "padding_side" in options else {}  # of Qwen3-VL
+        return BatchFeature({**tokens, **seen, **kinds})
+
+
+class EditModel:
+    """A tiny edit pipeline, with the arguments of its call and the size of its images."""
+
+    def __init__(self, name, monkeypatch):
+        self.number = 2 if name in SEVERAL else 1  # of sources
+        self.is_packed = True  # whether a token has two by two latents
+        self.size, self.resolution = (16, 16), 16
+        self.call = {"height": 16, "width": 16}
+        if name == "kontext":
+            monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(16, 32), (24, 24), (32, 16)])
+            self.pipeline = FluxKontextPipeline(**case("flux").build().components)
+            self.call |= {"guidance_scale": 1.0, "max_area": 256}
+        elif name.startswith("flux2"):
+            self.is_packed = False
+            self.pipeline = case(name).build()
+            self.call |= case(name).CALL
+        elif name.startswith("qwen_image_21"):
+            _shrink(pipeline_qwenimage21, monkeypatch)
+            self.is_packed = False
+            self.size, self.resolution = (64, 96), 64
+            self.call = {"height": 64, "width": 96, "true_cfg_scale": 1.0, "use_kv_cache": "cached" in name}
+            self.pipeline = case("qwen_image_21").build()
+            tokenizer = self.pipeline.processor.tokenizer
+            self.pipeline.text_encoder.config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+            self.pipeline.processor = VisionProcessor(tokenizer, patch_size=16)
+        elif name == "longcat":
+            _shrink(pipeline_longcat_image_edit, monkeypatch)
+            self.size, self.resolution = (64, 80), 32
+            self.call = {"guidance_scale": 1.0}  # the size is that of the source
+            parts = case("longcat_image").build().components
+            processor = VisionProcessor(parts["tokenizer"])
+            self.pipeline = LongCatImageEditPipeline(**parts | {"text_processor": processor})
+        else:
+            self.size, self.resolution = (32, 48), 32
+            self.call = {"height": 32, "width": 48, "true_cfg_scale": 1.0}
+            parts = dict(case("qwen_image").build().components)
+            if name == "qwen_edit_2511":
+                config = {key: value for key, value in parts["transformer"].config.items() if key[0] != "_"}
+                parts["transformer"] = enlarged(type(parts["transformer"])(**config | {"zero_cond_t": True}))
+            module, kind = pipeline_qwenimage_edit_plus, QwenImageEditPlusPipeline
+            if name == "qwen_edit":
+                module, kind = pipeline_qwenimage_edit, QwenImageEditPipeline
+            _shrink(module, monkeypatch)
+            self.pipeline = kind(**parts, processor=None)
+            self.pipeline.processor = VisionProcessor(self.pipeline.tokenizer)
+        self.pipeline = quiet(self.pipeline)
+        self.sources = [image(0, 69, 93), image(1, 93, 69)][: self.number]
+        self._monkeypatch = monkeypatch
+
+    def steps(self, **call):
+        """The prediction, timestep and sample of each step of the pipeline's own call."""
+        recorded = []
+        step = self.pipeline.scheduler.step
+
+        def record(prediction, timestep, sample, **options):
+            recorded.append((prediction, timestep, sample))
+            return step(prediction, timestep, sample, **options)
+
+        with self._monkeypatch.context() as patched, torch.no_grad():
+            patched.setattr(self.pipeline.scheduler, "step", record)
+            source = self.sources if self.number > 1 else self.sources[0]
+            call = {"image": source, "prompt": "make it red", "output_type": "latent", **self.call, **call}
+            self.pipeline(num_inference_steps=2, **call)
+        assert len(recorded) == 2
+        return recorded
+
+    def latents(self, tokens):
+        family = find_family(self.pipeline)
+        height, width = (side // family.vae_scale_factor for side in self.size)
+        if self.is_packed:
+            return unpack_patches(tokens, height, width)
+        return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+    def rows(self, count=4, **columns):
+        """Pairs whose sources have one size, but not that of the images."""
+        seeds = [range(100 + row, 1000, 100)[: self.number] for row in range(count)]
+        sources = [[image(seed, 20 + 5 * i, 44) for i, seed in enumerate(of_row)] for of_row in seeds]
+        column = [of_row if self.number > 1 else of_row[0] for of_row in sources]
+        return [{**row, "source": source, **columns} for row, source in zip(rows(count), column, strict=True)]
+
+
+def _shrink(module, monkeypatch):
+    """Make a pipeline resize sources to a 256th of their published area."""
+    dimensions = DIMENSIONS[module]
+    monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: dimensions(area // 256, ratio))
+
+
+SEVERAL = ("flux2", "flux2_klein", "qwen_edit_plus", "qwen_edit_2511", "qwen_image_21", "qwen_image_21_cached")
+MODELS = ("kontext", "longcat", "qwen_edit", *SEVERAL)
+
+
+@pytest.fixture
+def model(request, monkeypatch):
+    return EditModel(request.param, monkeypatch)
+
+
+each_model = pytest.mark.parametrize("model", MODELS, indirect=True)
 
 
 @pytest.fixture
 def kontext(monkeypatch):
     """A tiny Kontext pipeline whose preferred resolutions are as small."""
-    monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(16, 32), (24, 24), (32, 16)])
-    return quiet(FluxKontextPipeline(**case("flux").build().components))
+    return EditModel("kontext", monkeypatch).pipeline
 
 
 def image(seed, height=20, width=26):
@@ -60,115 +185,61 @@ def edit_args(make_args, **settings):
     return make_args(**{"resolution": 16, "max_steps": 2, **batch, **settings})
 
 
-@pytest.fixture
-def recorded(monkeypatch):
-    """`recorded(pipeline)`: a list of what its scheduler is given at each step: prediction, timestep, noisy latents."""
-
-    def record(pipeline):
-        steps, step = [], pipeline.scheduler.step
-
-        def noted(prediction, timestep, sample, **options):
-            steps.append((prediction, timestep, sample))
-            return step(prediction, timestep, sample, **options)
-
-        monkeypatch.setattr(pipeline.scheduler, "step", noted)
-        return steps
-
-    return record
+@each_model
+def test_predict_reproduces_what_the_pipeline_hands_to_its_scheduler(model):
+    family = find_family(model.pipeline)
+    with torch.no_grad():
+        conditioning = family.encode_edits(["make it red"], [model.sources])
+        for prediction, timestep, sample in model.steps():
+            ours = family.predict(family.denoiser, model.latents(sample), timestep.expand(1), conditioning)
+            torch.testing.assert_close(ours, model.latents(prediction), rtol=1e-5, atol=1e-5)
 
 
-@torch.no_grad()
-def assert_predicted_alike(pipeline, steps, source, from_pipeline, to_pipeline, prompt="make it red"):
-    """The family predicts what the pipeline handed to its scheduler."""
-    family = find_family(pipeline)
-    conditioning = family.encode_prompts([prompt]) | family.encode_sources([source], [prompt])
-    assert len(steps) == 2
-    for prediction, timestep, sample in steps:
-        ours = family.predict(family.denoiser, from_pipeline(sample), timestep.expand(1), conditioning)
-        torch.testing.assert_close(to_pipeline(ours), prediction, rtol=1e-5, atol=1e-5)
-
-
-def assert_trains(trainer):
-    """Its first step is neutral and has a gradient."""
+@each_model
+def test_every_edit_model_trains_from_the_reference_on(model, make_args):
+    lora = None if isinstance(model.pipeline, FluxKontextPipeline) else LORA
+    args = edit_args(make_args, resolution=model.resolution, safeguard="parameter")
+    trainer = DiffusionSDPOTrainer(model.pipeline, None, args, model.rows(), peft_config=lora)
     trainer.train()
     assert trainer.state.log_history[0]["rewards/margins"] == 0 and trainer.state.log_history[0]["grad_norm"] > 0
 
 
-def test_kontext_edits(kontext, recorded, make_args):
-    steps, source = recorded(kontext), image(0, 21, 45)
-    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16, "max_area": 256}
-    with torch.no_grad():
-        kontext(image=source, prompt="make it red", output_type="latent", **call)
-    assert_predicted_alike(kontext, steps, source, case("flux").from_pipeline, case("flux").to_pipeline)
-    trainer = DiffusionSDPOTrainer(kontext, None, edit_args(make_args, safeguard="parameter"), rows())
-    assert_trains(trainer)
-    assert "image=load_image(" in trainer.model_card._model.example("me/edit", "make it red")
+@pytest.mark.parametrize("name", ["kontext", "qwen_image_21"])
+def test_a_run_from_the_cache_is_that_without_and_reads_no_source(name, make_args, monkeypatch):
+    """With flips and dropped prompts, to the bit."""
+
+    def logs(**settings):
+        model = EditModel(name, monkeypatch)
+        settings |= {"max_steps": -1, "num_train_epochs": 2, "proportion_empty_prompts": 0.4}
+        args = edit_args(make_args, resolution=model.resolution, **settings)
+        trainer = DiffusionSDPOTrainer(model.pipeline, None, args, model.rows(3), peft_config=LORA)
+        trainer.train()
+        ignored = ("runtime", "per_second", "flos")
+        return [
+            {k: v for k, v in row.items() if not any(i in k for i in ignored)} for row in trainer.state.log_history
+        ]
+
+    expected = logs()
+    draws = [PairDraws.from_key(42, epoch, pair) for epoch in range(2) for pair in range(3)]
+    assert any(draw.flip < 0.5 for draw in draws) and any(draw.dropout < 0.4 for draw in draws)
+    assert logs(precompute_latents=True) == expected
+    monkeypatch.setattr(ImageReader, "decode", None)
+    assert logs(precompute_latents=True) == expected
 
 
-@pytest.mark.parametrize("name", ["flux2", "flux2_klein"])
-def test_flux2_edits_if_there_is_a_source(name, recorded, make_args):
-    module = case(name)
-    pipeline = quiet(module.build())
-    steps, source = recorded(pipeline), image(0, 69, 93)
-    call = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "latent", **module.CALL}
-    with torch.no_grad():
-        pipeline(image=source, prompt="make it red", **call)
-    assert_predicted_alike(pipeline, steps, source, module.from_pipeline, module.to_pipeline)
-    assert_trains(DiffusionSDPOTrainer(pipeline, None, edit_args(make_args), rows(), peft_config=LoraConfig(r=4)))
-    with pytest.raises(ValueError, match="precompute_latents"):
-        DiffusionSDPOTrainer(module.build(), None, edit_args(make_args, precompute_latents=True), rows())
+def test_a_source_that_cannot_be_encoded_is_counted_and_its_pair_replaced(kontext, make_args, caplog):
+    data = rows(3)
+    data[1]["source"] = b"no image"
+    args = edit_args(make_args, precompute_latents=True)
+    trainer = DiffusionSDPOTrainer(kontext, None, args, data, peft_config=LORA)
+    assert trainer.train_dataset[1]["row"] == 2
+    assert trainer.train_dataset.report.undecodable == 1 and "row 1 has a source" in caplog.text
 
 
-class VisionProcessor:
-    """The real image processor and tokenizer of Qwen2.5-VL, joined as its processor joins them. That one cannot be made
-    without torchvision, for its video half."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.image_processor = tokenizer, Qwen2VLImageProcessorPil(min_pixels=28 * 28)
-
-    def __call__(self, text, images, padding, return_tensors):
-        seen = self.image_processor(images=images, return_tensors=return_tensors)
-        count = int(seen["image_grid_thw"][0].prod()) // self.image_processor.merge_size**2
-        text = [one.replace("<|image_pad|>", "<|image_pad|>" * count) for one in text]
-        return BatchFeature({**self.tokenizer(text, padding=padding, return_tensors=return_tensors), **seen})
-
-
-@pytest.mark.parametrize(
-    ("pipeline_class", "module", "options"),
-    [
-        (QwenImageEditPipeline, pipeline_qwenimage_edit, {}),
-        (QwenImageEditPlusPipeline, pipeline_qwenimage_edit_plus, {}),
-        (QwenImageEditPlusPipeline, pipeline_qwenimage_edit_plus, {"zero_cond_t": True}),  # as in the version of 2511
-        (LongCatImageEditPipeline, pipeline_longcat_image_edit, {}),
-    ],
-)
-def test_models_edit_with_a_text_encoder_that_sees_the_source(
-    pipeline_class, module, options, make_args, recorded, monkeypatch
-):
-    dimensions = module.calculate_dimensions
-    monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: dimensions(area // 256, ratio))
-    is_longcat = pipeline_class is LongCatImageEditPipeline
-    parts = dict(case("longcat_image" if is_longcat else "qwen_image").build().components)
-    if options:
-        config = {name: value for name, value in parts["transformer"].config.items() if not name.startswith("_")}
-        parts["transformer"] = enlarged(type(parts["transformer"])(**{**config, **options}))
-    if is_longcat:
-        pipeline = quiet(pipeline_class(**parts | {"text_processor": VisionProcessor(parts["tokenizer"])}))
-    else:
-        pipeline = quiet(pipeline_class(**parts, processor=None))
-        pipeline.processor = VisionProcessor(pipeline.tokenizer)
-    steps, source, prompt = recorded(pipeline), image(0, 50, 93), "make it red"
-    call, height, width = {"height": 32, "width": 48, "true_cfg_scale": 1.0}, 32, 48
-    if is_longcat:  # its call takes no size
-        call = {"guidance_scale": 1.0}
-        width, height = module.calculate_dimensions(1024 * 1024, source.width / source.height)
-    with torch.no_grad():
-        pipeline(image=source, prompt=prompt, num_inference_steps=2, output_type="latent", **call)
-    scale = find_family(pipeline).vae_scale_factor
-    unpack = functools.partial(unpack_patches, height=height // scale, width=width // scale)
-    assert_predicted_alike(pipeline, steps, source, unpack, pack_patches)
-    args = edit_args(make_args, resolution=32, safeguard="parameter")
-    assert_trains(DiffusionSDPOTrainer(pipeline, None, args, rows(), peft_config=LoraConfig(r=4)))
+@pytest.mark.parametrize("model", ["kontext", "longcat", "qwen_edit"], indirect=True)
+def test_models_of_one_source_refuse_two(model):
+    with pytest.raises(ValueError, match="one source image"):
+        find_family(model.pipeline).encode_edits(["make it red"], [[image(0), image(1)]])
 
 
 def test_reference_errors_computed_before_training_are_those_of_the_step(kontext, make_args, tmp_path):
@@ -185,7 +256,8 @@ def test_the_source_is_mirrored_with_its_pair():
     mirrored = 0
     for number, item in enumerate(prepare_dataset(data, options)):
         pixels = np.asarray(data[number]["source"])
-        assert np.array_equal(np.asarray(item["source"]), pixels[:, ::-1] if item["is_mirrored"] else pixels)
+        (source,) = map(np.asarray, item["sources"])
+        assert np.array_equal(source, pixels[:, ::-1] if item["is_mirrored"] else pixels)
         mirrored += item["is_mirrored"]
     assert 0 < mirrored < 8
 
@@ -207,21 +279,82 @@ def test_a_text_column_named_source_is_no_image():
     assert not prepare_dataset(data, options).has_sources
 
 
-def test_preference_guidance_combines_predictions_of_edits(kontext, recorded):
-    add_lora(kontext.transformer, LoraConfig(r=4, target_modules=["to_q", "to_v"]), (), seed=0)
+@each_model
+def test_preference_guidance_combines_predictions_of_edits(model):
+    denoiser = model.pipeline.transformer
+    add_lora(denoiser, LoraConfig(r=4, target_modules=["to_q", "to_v"]), (), seed=0)
     with torch.no_grad():
-        for name, weight in kontext.transformer.named_parameters():
+        for name, weight in denoiser.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
-    steps = recorded(kontext)
-    call = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16, "max_area": 256}
+    predictions = []
     for scale in (0.0, 1.0, 2.0):
-        with torch.no_grad(), preference_guidance(kontext, scale=scale):
-            generator = torch.Generator().manual_seed(0)
-            kontext(image=image(0, 21, 45), prompt="red", generator=generator, output_type="latent", **call)
-    base, tuned, guided = (prediction for prediction, *_ in steps)
+        with preference_guidance(model.pipeline, scale=scale):
+            step, _ = model.steps(generator=torch.Generator().manual_seed(0))
+        predictions.append(step[0])
+    base, tuned, guided = predictions
     assert not torch.allclose(base, tuned)
     torch.testing.assert_close(guided, base + 2 * (tuned - base))
+
+
+@pytest.mark.parametrize("model", ["kontext", "flux2", "qwen_edit", "longcat", "qwen_image_21"], indirect=True)
+def test_sample_images_edit_their_sources_and_the_card_shows_how(model, make_args, tmp_path):
+    model.sources[0].save(tmp_path / "source.png")
+    samples = {"sample_prompts": ["make it red"], "sample_sources": [str(tmp_path / "source.png")]}
+    samples["sample_kwargs"] = {"num_inference_steps": 2}
+    args = edit_args(make_args, resolution=model.resolution, max_steps=1, **samples)
+    trainer = DiffusionSDPOTrainer(model.pipeline, None, args, model.rows(2), peft_config=LORA)
+    trainer.train()
+    folder = tmp_path / "run"
+    before, after, grid = (Image.open(folder / "samples" / f"step-00000{name}.png") for name in ("0-0", "1-0", "1"))
+    side = (80, 64) if "LongCat" in type(model.pipeline).__name__ else (model.resolution, model.resolution)
+    assert before.size == after.size == side and np.any(np.asarray(before) != np.asarray(after))
+    assert Image.open(folder / "samples" / "source-0.png").size == model.sources[0].size
+    assert grid.size == (2 * side[0], side[1])  # the source is beside the image
+    card = (folder / "README.md").read_text()
+    assert "image=load_image(" in card and "samples/source-0.png" in card
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({}, "sample_sources"),
+        ({"sample_sources": ["a.png", "b.png"]}, "one image for each"),
+        ({"sample_sources": ["missing.png"]}, "missing.png"),
+    ],
+)
+def test_bad_sources_of_sample_images_are_refused(settings, match, kontext, make_args):
+    with pytest.raises(ValueError, match=match):
+        DiffusionSDPOTrainer(kontext, None, edit_args(make_args, sample_prompts=["a"], **settings), rows())
+
+
+def test_sources_of_one_size_train_in_larger_batches_and_others_are_refused_before_training(kontext, make_args):
+    args = edit_args(make_args, per_device_train_batch_size=2, max_steps=1)
+    different = [*rows(3), *rows(1, source_size=(44, 20))]
+    with pytest.raises(ValueError, match="per_device_train_batch_size"):
+        DiffusionSDPOTrainer(kontext, None, args, different)
+    near = [*rows(3), *rows(1, source_size=(22, 44))]  # the nearest preferred resolution is the same
+    trainer = DiffusionSDPOTrainer(kontext, None, args, near, peft_config=LORA)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == 0
+
+
+def test_lists_of_sources_are_checked_before_training(kontext, make_args):
+    data = [{**row, "source": [row["source"], image(9)]} for row in rows(2)]
+    with pytest.raises(ValueError, match="one source image"):
+        DiffusionSDPOTrainer(kontext, None, edit_args(make_args), data)
+
+
+@pytest.mark.matrix
+def test_a_plan_counts_the_source(monkeypatch, tmp_path):
+    """Of Kontext against FLUX.1 itself, whose step is the same without the source's tokens."""
+    flops = []
+    for pipeline in (case("flux").build(), EditModel("kontext", monkeypatch).pipeline):
+        folder = tmp_path / type(pipeline).__name__
+        pipeline.save_pretrained(folder)
+        words = ["--model_name_or_path", str(folder), "--output_dir", str(tmp_path / "run"), "--resolution", "16"]
+        flops.append(planned_settings(words, "plan", "cuda").plan().flops)
+    assert flops[1] > flops[0]
 
 
 def test_bad_combinations_are_refused(kontext, make_args, make_trainer, make_pairs):
@@ -229,11 +362,10 @@ def test_bad_combinations_are_refused(kontext, make_args, make_trainer, make_pai
         make_trainer(train=rows())  # a text-to-image model
     with pytest.raises(ValueError, match="source"):
         DiffusionSDPOTrainer(kontext, None, edit_args(make_args), make_pairs())
-    for setting in ({"precompute_latents": True}, {"sample_prompts": ["a"]}, {"random_crop": True}):
-        with pytest.raises(ValueError, match=next(iter(setting))):
-            DiffusionSDPOTrainer(kontext, None, edit_args(make_args, **setting), rows())
-    with pytest.raises(ValueError, match="per_device_train_batch_size"):
-        DiffusionSDPOTrainer(kontext, None, edit_args(make_args, per_device_train_batch_size=2), rows())
+    with pytest.raises(ValueError, match="random_crop"):
+        DiffusionSDPOTrainer(kontext, None, edit_args(make_args, random_crop=True), rows())
+    with pytest.raises(ValueError, match="sample_sources"):
+        make_trainer(sample_prompts=["a"], sample_sources=["a.png"])
     stream = datasets.Dataset.from_list(rows(2)).to_iterable_dataset()
     with pytest.raises(ValueError, match="source"):
         prepare_dataset(stream, PairOptions(PairTransform(16), compare=False))

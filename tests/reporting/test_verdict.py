@@ -293,7 +293,7 @@ def test_images_of_another_prompt_or_seed_are_not_shown(make_args, tmp_path):
         draw(step, 1, "b" if step else "another", 8)
         draw(step, 2, "c", 9 if step else 8)
         draw(step, 3, "another", 10)
-    options = {"every_n_steps": None, "seed": 7, "resolution": None}
+    options = {"every_n_steps": None, "seed": 7}
     samples = SampleImagesCallback(None, ["a", "b", "c", "d", "e"], **options)
     callback = VerdictCallback(run_facts(), lambda: None, (), samples)
     callback.on_train_end(make_args(), TrainerState(global_step=9, max_steps=9), TrainerControl())

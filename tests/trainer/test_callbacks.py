@@ -31,8 +31,8 @@ def sampler(sd_pipeline):
 
 
 def make_sampler(pipeline, **changes):
-    guidance = {"guidance_scale": 5.0}
-    given = {"every_n_steps": 2, "call_options": {"num_inference_steps": 2, **guidance}, "seed": 7, "resolution": 16}
+    call = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 16, "width": 16}
+    given = {"every_n_steps": 2, "call_options": call, "seed": 7}
     return SampleImagesCallback(pipeline, PROMPTS, **{**given, **changes})
 
 
@@ -179,12 +179,11 @@ def test_text_encoders_keep_their_precision_beside_components_in_fp16(family_fol
     pipeline.vae.float()
     dtypes = []
     hook = pipeline.text_encoder_2.register_forward_hook(lambda module, args, output: dtypes.append(output[0].dtype))
-    sizes = {
-        "call_options": {"num_inference_steps": 1},
-        "resolution": case("flux").RESOLUTION,
-        "denoiser_name": "transformer",
-    }
-    sampler = SampleImagesCallback(pipeline, ["a dog"], every_n_steps=None, seed=0, **sizes)
+    side = case("flux").RESOLUTION
+    call = {"num_inference_steps": 1, "height": side, "width": side}
+    sampler = SampleImagesCallback(
+        pipeline, ["a dog"], every_n_steps=None, seed=0, call_options=call, denoiser_name="transformer"
+    )
     assert len(sampler.generate()) == 1
     hook.remove()
     assert set(dtypes) == {torch.float32}

@@ -16,6 +16,8 @@ from ..data.transforms import PairDraws
 from .shards import ShardStore
 
 MOMENTS, SIZES = "moments", "sizes"  # columns
+UNREADABLE = "unreadable"  # name of the tensor of an edit whose sources cannot be decoded
+Edit = tuple[int, bool, str]  # row of the sources, whether they are mirrored, and prompt
 PLAIN, MIRRORED = PairDraws(0.0, 0.0, 1.0, 1.0, 0), PairDraws(0.0, 0.0, 0.0, 1.0, 0)  # for crops at the center
 
 
@@ -107,7 +109,20 @@ class ImageRows:
 
 def distinct_prompts(prompts: Iterable[str]) -> tuple[list[str], np.ndarray]:
     """Return distinct prompts, including the empty one, and their digests (int64). Both are sorted by the digests."""
-    digests = {prompt: digest_of(prompt) for prompt in {*prompts, ""}}
+    return _by_digest({prompt: digest_of(prompt) for prompt in {*prompts, ""}})
+
+
+def distinct_edits(edits: Iterable[Edit]) -> tuple[list[Edit], np.ndarray]:
+    """Return distinct edits and their digests (int64). Both are sorted by the digests."""
+    return _by_digest({edit: digest_of_edit(*edit) for edit in set(edits)})
+
+
+def digest_of_edit(row: int, is_mirrored: bool, prompt: str) -> int:
+    """Return 64 bits of the hash of a prompt with the sources of a row."""
+    return digest_of(f"{row} {'mirrored' if is_mirrored else 'plain'} {prompt}")
+
+
+def _by_digest(digests: dict[Any, int]) -> tuple[list[Any], np.ndarray]:
     ordered = sorted(digests, key=digests.__getitem__)
     array = np.array([digests[prompt] for prompt in ordered], dtype=np.int64)
     assert (array[1:] != array[:-1]).all(), "two prompts with one digest: odds of 1 to 30 million in a million prompts"
@@ -122,8 +137,8 @@ class EncodedPairs:
             empty if an image could not be decoded. Column `sizes`, int32 of shape `(3, 2)`, has height and width before
             resizing, top and left of the crop, and height and width of the pixels.
         rows ([`ImageRows`]): Numbers of the images in the store.
-        prompts ([`ShardStore`]): Conditioning of the distinct prompts, in the order of `digests`.
-        digests (`np.ndarray`): Sorted digests of the prompts, by [`distinct_prompts`].
+        prompts ([`ShardStore`]): Conditioning of the distinct prompts or edits, in the order of `digests`.
+        digests (`np.ndarray`): Sorted digests by [`distinct_prompts`], or by [`distinct_edits`] if there are sources.
         on_host (`Sequence[str]`): Tensors of the conditioning that are read on the host.
     """
 
@@ -160,18 +175,25 @@ class EncodedPairs:
             "is_mirrored": self.rows.is_mirrored(draws, epoch, pair),
         }
 
-    def conditioning(self, prompt: str) -> dict[str, dict[str, Any]]:
+    def conditioning(self, prompt: str, edited: tuple[int, bool] | None = None) -> dict[str, dict[str, Any]]:
         """Return `conditioning` of a prompt without a batch axis, and `host_conditioning` as Python numbers.
 
+        Args:
+            edited (`tuple[int, bool]`, *optional*): Row of the sources that the prompt edits, and whether they are
+                mirrored.
+
         Raises:
+            UndecodableImageError: If a source could not be decoded when the cache was made.
             ValueError: If the prompt is not in the cache.
         """
-        digest = digest_of(prompt)
+        digest = digest_of(prompt) if edited is None else digest_of_edit(*edited, prompt)
         row = int(np.searchsorted(self._digests, digest))
         if row == len(self._digests) or self._digests[row] != digest:
             raise ValueError(
                 f"The cache was made from other prompts, and lacks {prompt!r}. Start again to rebuild it."
             )
         tensors = self.prompts.read(row)
+        if UNREADABLE in tensors:
+            raise UndecodableImageError("a source could not be decoded when the cache was made")
         host = {name: tensors.pop(name).tolist() for name in self._on_host}
         return {"conditioning": tensors} | ({"host_conditioning": host} if host else {})

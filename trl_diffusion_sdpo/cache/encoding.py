@@ -16,6 +16,7 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -29,7 +30,16 @@ from ..families.base import PIXELS_AT_ONCE
 from ..models.frozen_components import FrozenComponents
 from ..utils.disk import DiskFullError, free_bytes, readable_size
 from ..utils.processes import Peers
-from .encoded_pairs import MOMENTS, SIZES, EncodedPairs, ImageRows, distinct_prompts
+from .encoded_pairs import (
+    MOMENTS,
+    SIZES,
+    UNREADABLE,
+    Edit,
+    EncodedPairs,
+    ImageRows,
+    distinct_edits,
+    distinct_prompts,
+)
 from .key import EncoderKey
 from .shards import ShardStore, writing_into
 
@@ -84,7 +94,7 @@ class _Cache:
     """Stores of a data set."""
 
     rows: ImageRows
-    texts: list[str]
+    texts: list[Any]  # distinct prompts, or distinct edits if there are source images
     digests: np.ndarray
     images: ShardStore
     prompts: ShardStore
@@ -151,8 +161,12 @@ class PairEncoding:
                 f"and attends to the padding: the two prompts of each pair of the {name} data depend on each other. "
                 "Leave it off."
             )
+        texts: list[Any]
         with failing_together(RuntimeError):  # it reads rows
-            texts, digests = distinct_prompts(dataset.prompts())
+            if dataset.has_sources:
+                texts, digests = distinct_edits(dataset.edits())
+            else:
+                texts, digests = distinct_prompts(dataset.prompts())
         data = dataset.fingerprint(thorough=True, peers=self._peers)
         images = {
             "vae": self._key.facts["vae"],
@@ -160,10 +174,12 @@ class PairEncoding:
             "data": {name: value for name, value in data.items() if name != "prompts"},
             "seed of crops": None if rows.crops is None else rows.seed,
         }
-        prompts = {
+        prompts: dict[str, Any] = {
             "text": self._key.facts["text"],
             "prompts": hashlib.sha256(np.ascontiguousarray(digests, dtype="<i8").data).hexdigest(),
         }
+        if dataset.has_sources:
+            prompts |= {"vae": images["vae"], "data": images["data"]}
         return _Cache(
             rows,
             texts,
@@ -208,7 +224,7 @@ class PairEncoding:
                     dataset.check_sample(peers, compare=compare)
                 with failing_together(RuntimeError):  # a device may have too little memory
                     family = stack.enter_context(self._frozen.in_use())
-                peers.gather_results(lambda: self._check_disk(name, cache, missing, family))
+                peers.gather_results(lambda: self._check_disk(dataset, name, cache, missing, family))
                 encoded = peers.gather_results(lambda: self._encode(dataset, cache, missing, family))
                 self._count(name, encoded)
             if any(len(rows) for of_process in peers.gather_results(cache.missing) for rows in of_process):
@@ -223,7 +239,11 @@ class PairEncoding:
         """Write this process's shards. Return the numbers of images and prompts, and the pairs whose images cannot be
         decoded."""
         images, undecodable = self._encode_images(dataset, cache, missing[0], family)
-        prompts = self._encode_prompts(cache, missing[1], family)
+        if dataset.has_sources:
+            prompts, unreadable = self._encode_edits(dataset, cache, missing[1], family)
+            undecodable += unreadable
+        else:
+            prompts = self._encode_prompts(cache, missing[1], family)
         if len(missing[2]) and self._peers.index == 0:
             cache.statistics.write(0, {0: family.latent_statistics()})
         return images, prompts, undecodable
@@ -251,7 +271,7 @@ class PairEncoding:
                         pair = int(rows.sources[image, 0])
                         if dataset.strict:
                             raise ValueError(f"Pair {pair}: {item}. {HOW_TO_DROP}")
-                        undecodable.append((pair, str(item)))
+                        undecodable.append((pair, f"pair {pair}: {item}"))
                         waiting.leave_out(rows.of_image(image))
                         continue
                     for row, (pixels, sizes) in zip(rows.of_image(image), item, strict=True):
@@ -279,6 +299,34 @@ class PairEncoding:
                 cache.prompts.write(number, encoded)
         return count
 
+    def _encode_edits(
+        self, dataset: PreferenceDataset, cache: _Cache, missing: np.ndarray, family: Family
+    ) -> tuple[int, list[tuple[int, str]]]:
+        """Encode this process's share of the prompts with sources, one at a time."""
+        numbers = _own_share(missing // SHARD_PROMPTS, self._peers)
+        shards = [range(len(cache.texts))[number * SHARD_PROMPTS :][:SHARD_PROMPTS] for number in numbers]
+        edits = [cache.texts[row] for shard in shards for row in shard]
+        height, width = self._settings.size
+        loaded = iter(self._settings.load(_Edits(dataset, edits), dataset, 3 * height * width) if edits else ())
+        copies = min(2, self._settings.largest_batch)
+        undecodable: list[tuple[int, str]] = []
+        with _progress("Encoding edits", len(edits), self._peers) as bar:
+            for number, shard in zip(numbers, shards, strict=True):
+                encoded = {}
+                for row in shard:
+                    source_row, _, prompt = cache.texts[row]
+                    item = next(loaded)
+                    if isinstance(item, UndecodableImageError):
+                        if dataset.strict:
+                            raise ValueError(f"Row {source_row}: {item}. {HOW_TO_DROP}")
+                        undecodable.append((source_row, f"row {source_row} {item}"))
+                        encoded[row] = {UNREADABLE: torch.empty(0)}
+                    else:
+                        encoded[row] = encode_edit(family, prompt, item, copies)
+                    bar.update()
+                cache.prompts.write(number, encoded)
+        return len(edits), undecodable
+
     def _moments(self, family: Family, pixels: torch.Tensor) -> torch.Tensor:
         """Encode pixels `(N, 3, H, W)`, uint8 on the host. As in training, the device turns them into floats."""
         device = self._settings.device
@@ -287,14 +335,21 @@ class PairEncoding:
         pixels = pixels.pin_memory() if self._settings.pin_memory else pixels
         return family.image_moments(pixels_as_floats(pixels.to(device, non_blocking=True)))
 
-    def _check_disk(self, name: str, cache: _Cache, missing: Sequence[np.ndarray], family: Family) -> None:
+    def _check_disk(
+        self, dataset: PreferenceDataset, name: str, cache: _Cache, missing: Sequence[np.ndarray], family: Family
+    ) -> None:
         """Log how much the processes will write, and raise if the disk has too little room."""
         if self._peers.index != 0:
             return
         blank = torch.zeros(3, *self._settings.size, dtype=torch.uint8)
         image = moments_of(partial(self._moments, family), [blank]).nbytes
         sample = [cache.texts[i] for i in evenly_spaced(len(cache.texts), SAMPLED_PROMPTS)]
-        sizes = [sum(value.nbytes for value in conditioning_of(family, [text]).values()) for text in sample]
+        if dataset.has_sources:
+            source = Image.new("RGB", self._settings.size[::-1])
+            encoded = [encode_edit(family, prompt, [source], 1) for _, _, prompt in sample[:1]]
+        else:
+            encoded = [conditioning_of(family, [text]) for text in sample]
+        sizes = [sum(value.nbytes for value in values.values()) for values in encoded]
         needed = len(missing[0]) * image + len(missing[1]) * sum(sizes) // len(sizes)
         free = free_bytes(self.folder)
         room = f"about {readable_size(needed)} in {self.folder}, of {readable_size(free)} that are free"
@@ -307,9 +362,9 @@ class PairEncoding:
         images, prompts, undecodable = zip(*encoded, strict=True)
         self.report.encoded_images += sum(images)
         self.report.encoded_prompts += sum(prompts)
-        bad = sorted(pair for pairs in undecodable for pair in pairs)
+        bad = sorted({image for images_of_process in undecodable for image in images_of_process})
         if bad:
-            listed = "".join(f"\n  pair {pair}: {reason}" for pair, reason in bad[:SHOWN_EXAMPLES])
+            listed = "".join(f"\n  {reason}" for _, reason in bad[:SHOWN_EXAMPLES])
             logger.warning(
                 "%s data: %d images cannot be decoded; their pairs are replaced by the next good ones:%s",
                 *(name, len(bad), listed),
@@ -334,6 +389,14 @@ def conditioning_of(family: Family, prompts: Sequence[str], at_least: int = 1) -
     with torch.no_grad():
         encoded = family.encode_prompts(repeated[: max(at_least, len(prompts))])
     return {name: value[: len(prompts)].cpu() for name, value in encoded.items()}
+
+
+def encode_edit(family: Family, prompt: str, sources: list[Image.Image], copies: int) -> dict[str, torch.Tensor]:
+    """Return conditioning of one edit on the CPU. It is encoded `copies` times in one batch, because CPUs round
+    batches of one differently."""
+    with torch.no_grad():
+        encoded = family.encode_edits([prompt] * copies, [sources] * copies)
+    return {name: value[0].cpu() for name, value in encoded.items()}
 
 
 def moments_of(encode: Callable[[torch.Tensor], torch.Tensor], pixels: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -397,6 +460,23 @@ class _Decoded(Dataset):
         except UndecodableImageError as error:
             return type(error)(str(error))  # without references to the image
         return [(pixels, torch.tensor([*sizes, pixels.shape[1:]], dtype=torch.int32)) for pixels, *sizes in variants]
+
+
+class _Edits(Dataset):
+    """The source images of edits, or the error of an image, for DataLoader workers."""
+
+    def __init__(self, dataset: PreferenceDataset, edits: Sequence[Edit]) -> None:
+        self._dataset, self._edits = dataset, edits
+
+    def __len__(self) -> int:
+        return len(self._edits)
+
+    def __getitem__(self, index: int) -> list[Image.Image] | UndecodableImageError:
+        row, is_mirrored, _ = self._edits[index]
+        try:
+            return self._dataset.sources_of_row(row, is_mirrored)
+        except UndecodableImageError as error:
+            return type(error)(str(error))  # without references to the image
 
 
 def _own_share(shards: np.ndarray, peers: Peers) -> list[int]:

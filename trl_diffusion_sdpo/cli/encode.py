@@ -55,7 +55,7 @@ def _encode_alone(
     from ..saving.starting_point import starting_point
     from ..trainer.components import load_policy, pair_encoding, place_frozen_components  # takes seconds
     from ..trainer.config.complete import check_resolution, complete_args, copy_and_check_args
-    from ..trainer.data_preparation import prepare_pairs
+    from ..trainer.data_preparation import check_source_column, prepare_pairs
 
     train_dataset, eval_dataset = training.load_data(script_args, training_args, model_args)
     model, lora = model_args.model_name_or_path, get_peft_config(model_args)
@@ -71,6 +71,7 @@ def _encode_alone(
     for name, dataset in {"train": train_dataset, **evaluated}.items():
         if dataset is not None:
             pairs = prepare_pairs(dataset, args, loss, name=name, training=dataset is train_dataset)
+            check_source_column(pairs, loaded.family, args, name=name, training=dataset is train_dataset)
             encoding.add_to(pairs, name, compare=loss.uses_loser)
     return encoding
 

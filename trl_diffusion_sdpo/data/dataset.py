@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -119,8 +119,9 @@ class Encoded(Protocol):
     def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
         """Return the entries that replace pixels in an item. `loser` is another pair whose loser the item has."""
 
-    def conditioning(self, prompt: str) -> dict[str, Any]:
-        """Return the entries of an item that depend on its prompt."""
+    def conditioning(self, prompt: str, edited: tuple[int, bool] | None = None) -> dict[str, Any]:
+        """Return the entries of an item that depend on its prompt and source images. `edited` is the row of the
+        sources, and whether they are mirrored; `None` without sources."""
 
 
 class PreferenceDataset(Dataset):
@@ -134,7 +135,8 @@ class PreferenceDataset(Dataset):
     - `seed` (of noise and timestep) and `row` (number of the pair);
     - `scores`, `pair_weight` and `ref_errors` (`(T, 2)`, at T draws, of winner and loser), if the pairs have them;
     - `masks` (`torch.Tensor` of shape `(2, 1, H, W)`, uint8), if there is a mask column: 1 inside, 0 outside;
-    - `source` (`PIL.Image.Image`), if there is a source column: the image that the prompt edits, in its own size;
+    - `sources` (`list[PIL.Image.Image]`), if there is a source column: the images that the prompt edits, in their own
+      sizes;
     - `noise_seeds` (`tuple[int, int]`), of winner and loser, if training reads them;
     - `repeated`, with aspect-ratio buckets: whether the pair fills up a batch.
 
@@ -213,14 +215,15 @@ class PreferenceDataset(Dataset):
             item = self._encoded.pair(pair, augmentation, epoch, loser=loser_pair)
         complete_item(item, options, winner, loser, draws, pair, two_prompts=self.has_loser_prompts)
         item |= self._numbers(pair, epoch)
-        if self.has_sources:
-            item["source"] = _decode_source(options.reader, winner.source, item["is_mirrored"])
         if self.has_noise_seeds and options.training:
             item["noise_seeds"] = self._noise_seeds(item, pair, winner, loser)
         if self._encoded is not None:
-            item |= self._encoded.conditioning(item["prompt"])
+            edited = (places[0][0], item["is_mirrored"]) if self.has_sources else None
+            item |= self._encoded.conditioning(item["prompt"], edited)
             if self.has_loser_prompts:
-                item["loser_conditioning"] = self._encoded.conditioning(item["loser_prompt"])
+                item["loser_conditioning"] = self._encoded.conditioning(item["loser_prompt"], edited)
+        elif self.has_sources:
+            item["sources"] = mirrored_if(item["is_mirrored"], winner.sources(options.reader))
         return item
 
     def _numbers(self, pair: int, epoch: int) -> dict[str, Any]:
@@ -319,9 +322,13 @@ class PreferenceDataset(Dataset):
 
     def prompts(self) -> set[str]:
         """Return the distinct prompts of all pairs, with the losers' own prompts, if they have some."""
+        return {prompt for _, prompts in self._prompts_by_row() for prompt in prompts}
+
+    def _prompts_by_row(self) -> Iterator[tuple[int, tuple[str, ...]]]:
         images = np.unique(self._pairs.places[:, [1, 3]].clip(max=1)).tolist() if self.has_loser_prompts else [0]
         rows = np.unique(self._pairs.places[:, 0])
-        return {prompt for image in images for prompt in self._source.prompts_of_rows(rows, image)}
+        prompts = zip(*(self._source.prompts_of_rows(rows, image) for image in images), strict=True)
+        yield from zip(rows.tolist(), prompts, strict=True)
 
     def fingerprint(self, *, thorough: bool = False, peers: Peers = ALONE) -> dict[str, Any]:
         """Identify these pairs by [`pairs_fingerprint`]. `thorough` is for caches, which do not depend on weights."""
@@ -493,6 +500,33 @@ class PreferenceDataset(Dataset):
         transform, training = self._options.transform, self._options.training
         return training and transform.random_flip, training and not transform.center_crop
 
+    def edits(self) -> Iterator[tuple[int, bool, str]]:
+        """Yield each edit that items can have: row of its sources, whether they are mirrored, and prompt."""
+        flips, _ = self.augmentations
+        empty = ("",) if self._options.training and self._options.prompt_dropout else ()
+        for row, prompts in self._prompts_by_row():
+            for is_mirrored in (False, True) if flips else (False,):
+                for prompt in prompts + empty:
+                    yield row, is_mirrored, prompt
+
+    def sources_of_row(self, row: int, is_mirrored: bool) -> list[Image.Image]:
+        """Return the images that the prompt of a row edits.
+
+        Raises:
+            UndecodableImageError: If there is none, or one of them cannot be decoded.
+        """
+        return mirrored_if(is_mirrored, self._source.images([(row, 0)])[0].sources(self._options.reader))
+
+    @property
+    def lists_sources(self) -> bool:
+        """Whether the source column has lists of images."""
+        return any(table.lists_sources for table in self._source.tables)
+
+    def sizes_of_sources(self) -> Iterator[tuple[Size, ...]]:
+        """Yield `(height, width)` of each row's source images. Rows whose images cannot be read are left out."""
+        for table in self._source.tables:
+            yield from table.sizes_of_sources(self._options.reader)
+
     def image_numbers(self) -> np.ndarray:
         """Return a number for each pair's two images, int64 of shape `(P, 2)`. Images with equal numbers have equal
         pixels, apart from flips and random crops."""
@@ -546,6 +580,11 @@ def complete_item(
         item["masks"] = place_masks([first, second], item, options.transform)
 
 
+def mirrored_if(is_mirrored: bool, images: list[Image.Image]) -> list[Image.Image]:
+    """Return images mirrored, or unchanged."""
+    return [ImageOps.mirror(image) for image in images] if is_mirrored else images
+
+
 def _check_pair(source: PairSource, reader: ImageReader, places: np.ndarray) -> tuple[int, str] | bool:
     """Decode the images of a pair. Return row and problem of its first bad image, or whether they are identical."""
     images = []
@@ -555,14 +594,6 @@ def _check_pair(source: PairSource, reader: ImageReader, places: np.ndarray) -> 
         except UndecodableImageError as error:
             return row, str(error)
     return same_image(*images)
-
-
-def _decode_source(reader: ImageReader, value: Any, is_mirrored: bool) -> Image.Image:
-    try:
-        source = reader.decode(value)
-    except UndecodableImageError as error:
-        raise UndecodableImageError(f"has a source that {error}") from None
-    return ImageOps.mirror(source) if is_mirrored else source
 
 
 @dataclass
@@ -582,7 +613,7 @@ class PreferenceCollator:
     - `scores` (`torch.FloatTensor` of shape `(2B,)`), if the data set has score columns;
     - `masks` (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8), if the data set has a mask column;
     - `noise_seeds` (`list[int]` of length 2B), winners first, if training draws the images' own noise;
-    - `sources` (`list[PIL.Image.Image]` of length B), if the data set has a source column;
+    - `sources` (`list[list[PIL.Image.Image]]` of length B), if the data set has a source column;
     - `pair_weights` (`torch.FloatTensor` of shape `(B,)`), if training pairs have weights;
     - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), if reference errors were computed before training.
       First come the winners at the first of T draws of timestep and noise, then at the second and so on, then losers.
@@ -614,8 +645,8 @@ class PreferenceCollator:
             batch["masks"] = torch.cat(torch.stack([item["masks"] for item in items], dim=1).unbind())
         if "noise_seeds" in items[0]:
             batch["noise_seeds"] = _winners_first(items, "noise_seeds")
-        if "source" in items[0]:
-            batch["sources"] = [item["source"] for item in items]
+        if "sources" in items[0]:
+            batch["sources"] = [item["sources"] for item in items]
         if "repeated" in items[0]:
             batch["counted"] = sum(not item["repeated"] for item in items)
         if "scores" in items[0]:

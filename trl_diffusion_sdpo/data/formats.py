@@ -56,7 +56,8 @@ class PreferenceFormat:
         is_swapped (`bool`): Whether the published loser is the winner of a pair.
         mask_columns (`tuple[str, ...]`): The mask column of the row, or one for each of two image columns; empty
             without masks.
-        source_columns (`tuple[str, ...]`): The column of the image that is edited; empty without sources.
+        source_columns (`tuple[str, ...]`): The column of the image, or of the list of images, that is edited; empty
+            without sources.
     """
 
     name: str

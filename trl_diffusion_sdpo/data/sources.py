@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -36,7 +37,7 @@ from .formats import (
     pairs_in_group,
     resolve_format,
 )
-from .images import Covering, ImageReader, UndecodableImageError, UnreadableImageError, decode_image
+from .images import Covering, ImageReader, Size, UndecodableImageError, UnreadableImageError, decode_image
 
 logger = logging.getLogger(__name__)
 
@@ -178,10 +179,19 @@ class StoredImage(NamedTuple):
         columns = self.format.mask_columns
         return self.row.get(columns[self.number if len(columns) > 1 else 0])
 
-    @property
-    def source(self) -> Any:
-        """The undecoded image that the prompt edits."""
-        return self.row[self.format.source_columns[0]]
+    def sources(self, reader: ImageReader) -> list[Image.Image]:
+        """Decode the images that the prompt edits.
+
+        Raises:
+            UndecodableImageError: If there is none, or one of them is missing or cannot be decoded.
+        """
+        stored = as_list(self.row[self.format.source_columns[0]])
+        if not stored:
+            raise UndecodableImageError("has no source")
+        try:
+            return [reader.decode(value) for value in stored]
+        except UndecodableImageError as error:
+            raise UndecodableImageError(f"has a source that {error}") from None
 
     @property
     def noise_seed(self) -> int:
@@ -205,15 +215,16 @@ class TableSource:
         seeds = [column for column in number_columns if column in SEED_COLUMNS]
         self.labels = dataset.with_format(None).select_columns(list(texts))
         self._images = dataset.with_format("arrow").select_columns(images)
-        others = [*row_format.prompt_columns, *row_format.mask_columns, *row_format.source_columns, *seeds]
+        others = [*row_format.prompt_columns, *row_format.mask_columns, *seeds]
+        columns = [*row_format.image_columns, *row_format.source_columns, *others]
         self._others = dataset.with_format("arrow").select_columns(others)
-        self._rows = dataset.with_format("arrow").select_columns([*row_format.image_columns, *others])
+        self._rows = dataset.with_format("arrow").select_columns(columns)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def row(self, number: int, *, with_images: bool = True) -> dict[str, Any]:
-        """Return the undecoded values of a row, with the images of its pairs or without them."""
+        """Return the undecoded values of a row, with the images of its pairs and their sources, or without them."""
         return (self._rows if with_images else self._others)[number].to_pylist()[0]
 
     def values(self, column: str) -> Iterator[Any]:
@@ -278,6 +289,19 @@ class TableSource:
             for facts in zip(*(batch[name] for name in EXAMINED), strict=True):
                 yield list(zip(*facts, strict=True))
 
+    @property
+    def lists_sources(self) -> bool:
+        """Whether the source column has lists of images."""
+        kind = self._images.data.schema.field(self.format.source_columns[0]).type
+        return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+    def sizes_of_sources(self, reader: ImageReader) -> Iterator[tuple[Size, ...]]:
+        """Yield `(height, width)` of the images that each row edits. Rows whose images cannot be read are left out."""
+        for batch in self._images.select_columns(list(self.format.source_columns)).iter(batch_size=ROWS_AT_ONCE):
+            for value in map(_value, batch.column(0)):
+                with contextlib.suppress(UndecodableImageError):
+                    yield tuple(reader.size(image) for image in as_list(value))
+
     @functools.cached_property
     def content_key(self) -> dict[str, str]:
         """Hashes that change when a prompt or an image does: fingerprints of `datasets`, and facts of local files."""
@@ -321,8 +345,8 @@ class PairSource:
         """Return the images at places (row, image). Images of one row share its values.
 
         Args:
-            with_images (`bool`): `False` reads prompts, masks and other columns alone. The images then cannot be
-                decoded.
+            with_images (`bool`): `False` reads prompts, masks and other columns alone. Images and sources then cannot
+                be decoded.
         """
         rows: dict[int, dict[str, Any]] = {}
         images = []
@@ -511,6 +535,9 @@ def _table_of_rows(rows: Sequence[Any], dataset_format: str | None, name: str) -
     values = {column: [row.get(column) for row in rows] for column in columns}
     row_format = resolve_format(dataset_format, columns)
     sources = [name for name in row_format.source_columns if not all(isinstance(value, str) for value in values[name])]
+    for column in sources:
+        if any(isinstance(value, list | tuple) for value in values[column]):  # then a list in every row
+            values[column] = [value if isinstance(value, list | tuple) else [value] for value in values[column]]
     for column in (*row_format.image_columns, *row_format.mask_columns, *sources):
         values[column] = [_stored_image(value) for value in values[column]]
     try:
@@ -546,6 +573,11 @@ def images_of_row(row: Mapping[str, Any], row_format: PreferenceFormat) -> list[
         return [row.get(column) for column in row_format.image_columns]
     images = row.get(row_format.image_columns[0])
     return list(images) if isinstance(images, Iterable) and not isinstance(images, str | bytes | Mapping) else []
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return the values of a column that has one image, or a list of images, in each row."""
+    return value if isinstance(value, list) else [value]
 
 
 def local_names(column: pa.ChunkedArray | pa.Array) -> list[str]:

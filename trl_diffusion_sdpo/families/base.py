@@ -16,7 +16,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
 from .loss_defaults import FALLBACK, FLOW_DEFAULTS, LossDefaults
-from .noise import FlowMatchingProcess, NoiseProcess, WeightingScheme, constant, generators_of, standard_normal
+from .noise import FlowMatchingProcess, NoiseProcess, WeightingScheme, constant, generators_of, sent, standard_normal
 
 # The VAE encodes at most this many pixels at once. On a whole micro-batch, its activations would set peak memory.
 PIXELS_AT_ONCE = 8 * 512 * 512
@@ -34,6 +34,8 @@ JOINT_ATTENTION_TARGETS = (
     "attn.to_add_out",
 )
 
+
+SOURCE = "source_"  # prefix of the names of sources' latents in conditioning
 
 PromptPadding = Literal["fixed", "end", "end, shifting the image", "start"]
 
@@ -87,6 +89,7 @@ class Family(ABC):
         takes_source (`bool`): Whether the pipeline edits an image, so that training data need a `source` column.
         may_take_source (`bool`): Whether the pipeline also edits an image if it is given one, so that training data may
             have a `source` column.
+        takes_several_sources (`bool`): Whether the pipeline can edit several images together.
 
     Raises:
         ValueError: If `check_pipeline` refuses the pipeline, or `noise_process_class` refuses its scheduler.
@@ -114,6 +117,7 @@ class Family(ABC):
     shared_inputs: ClassVar[tuple[str, ...]] = ()
     takes_source: ClassVar[bool] = False
     may_take_source: ClassVar[bool] = False
+    takes_several_sources: ClassVar[bool] = False
 
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline = pipeline
@@ -215,6 +219,10 @@ class Family(ABC):
         """
         return {} if scale is None else {"guidance_scale": scale}
 
+    def size_kwargs(self, height: int, width: int) -> dict[str, Any]:
+        """Return the arguments with which the pipeline's call generates images of this size in pixels."""
+        return {"height": height, "width": width}
+
     def check_image_size(self, height: int, width: int) -> None:
         """Raise an error if the denoiser cannot train on images of this size in pixels.
 
@@ -250,19 +258,64 @@ class Family(ABC):
             Tensors named in `host_conditioning` are on the CPU.
         """
 
-    def encode_sources(self, sources: list[Image.Image], prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Encode the images that prompts edit, resized as the pipeline resizes them. Latents are modes of the
-        posterior.
+    def encode_edits(self, prompts: list[str], sources: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
+        """Encode prompts together with the source images that they edit.
+
+        The default joins `encode_prompts` and `encode_sources`. Families whose text encoder also reads the sources
+        override it.
 
         Args:
-            sources (`list[PIL.Image.Image]` of length N): RGB images that the pipeline resizes to one size.
-            prompts (`list[str]` of length N, or 2N for winners and losers): For models whose text encoder reads prompts
-                and sources together.
+            prompts (`list[str]` of length N, or 2N for winners and losers): The prompts.
+            sources (`list[list[PIL.Image.Image]]` of length N): The RGB images of each pair.
 
         Returns:
-            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, which join those of `encode_prompts`.
+            `dict[str, torch.Tensor]`: Tensors with a row for each prompt, or for each pair.
         """
+        return self.encode_prompts(prompts) | self.encode_sources(sources)
+
+    def encode_sources(self, sources: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
+        """Encode source images to modes of the VAE's posterior.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `source_0` has the latents of each pair's first source, `(N, C, H, W)`,
+            `source_1` those of the second source, and so on.
+        """
+        device = self.pipeline.vae.device
+        pixels = [sent(images, device) for images in self.pixels_of_sources(sources)]
+        return {f"{SOURCE}{number}": self.encode_images(images) for number, images in enumerate(pixels)}
+
+    def pixels_of_sources(self, sources: list[list[Image.Image]]) -> list[torch.Tensor]:
+        """Return the pixels of the first sources, of the second sources and so on, `(N, 3, H, W)` each, resized as the
+        pipeline does.
+
+        Raises:
+            ValueError: If a pair has several sources and the pipeline takes one, or pairs have sources of different
+                numbers or sizes.
+        """
+        most = max(map(len, sources))
+        if most > 1 and not self.takes_several_sources:
+            raise ValueError(
+                f"{self.name} edits one source image for each prompt, and a pair has {most}. Keep one of them, or use "
+                "a model that takes several."
+            )
+        pixels = [[self.source_pixels(source) for source in of_pair] for of_pair in sources]
+        sizes = {tuple(tuple(image.shape[-2:]) for image in of_pair) for of_pair in pixels}
+        if len(sizes) > 1:
+            raise ValueError(
+                "All pairs of a batch must have equally many source images, of equal sizes after the pipeline's "
+                f"resizing. Got the sizes {sorted(sizes)} (height, width). Set `per_device_train_batch_size=1` and "
+                "`per_device_eval_batch_size=1`, and raise `gradient_accumulation_steps`."
+            )
+        return [torch.cat(images) for images in zip(*pixels, strict=True)]
+
+    def source_pixels(self, source: Image.Image) -> torch.Tensor:
+        """Return a source image as the pipeline passes it to the VAE: resized, `(1, 3, H, W)` in `[-1, 1]`."""
         raise NotImplementedError(f"{self.name} takes no source images.")
+
+    def latents_of_sources(self, conditioning: Mapping[str, torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        """Return the latents of the first sources, of the second sources and so on, `(N, C, H, W)` each."""
+        count = sum(name.startswith(SOURCE) for name in conditioning)
+        return [conditioning[f"{SOURCE}{number}"].to(dtype) for number in range(count)]
 
     def call_encode_prompt(
         self, prompts: list[str], *, text_encoder: str = "text_encoder", **arguments: Any
@@ -462,16 +515,6 @@ def channel_statistics(vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, t
     shape, stated = (1, -1, *[1] * (latents.ndim - 2)), (vae.config.latents_mean, vae.config.latents_std)
     mean, std = (constant(tuple(values), latents.dtype, latents.device).view(shape) for values in stated)
     return mean, std
-
-
-def only_size(sizes: set[tuple[int, int]]) -> tuple[int, int]:
-    """Return the one size of a batch's source images. Raises `ValueError` if there are several."""
-    if len(sizes) > 1:
-        raise ValueError(
-            f"All sources of a batch must be resized to one size, and these have {sorted(sizes)} pixels. Use batches "
-            "of one pair."
-        )
-    return next(iter(sizes))
 
 
 def no_autocast(device: torch.device) -> torch.autocast:

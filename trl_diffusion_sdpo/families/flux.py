@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
 
-from .base import Family, check_in_channels, only_size
+from .base import Family, check_in_channels
 from .packing import TWO_STREAM_TARGETS, pack_patches, patch_positions, unpack_patches
 
 
@@ -115,17 +115,15 @@ class FluxKontextFamily(FluxFamily):
         """Leave out the prompt length, whose default is right: all Kontext models take guidance."""
         return Family.generation_kwargs(self, scale)
 
-    def encode_sources(self, sources: list[Image.Image], prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Resize each source to the one of Kontext's resolutions with the nearest aspect ratio, and encode it.
+    def size_kwargs(self, height: int, width: int) -> dict[str, Any]:
+        """Add the area, to which the pipeline's call scales every size."""
+        return {"height": height, "width": width, "max_area": height * width}
 
-        Raises:
-            ValueError: If the sources have several of these resolutions.
-        """
-        sizes = {self.source_size(source) for source in sources}
-        height, width = only_size(sizes)
+    def source_pixels(self, source: Image.Image) -> torch.Tensor:
+        """Resize a source to the one of Kontext's resolutions with the nearest aspect ratio."""
+        height, width = self.source_size(source)
         processor = self.pipeline.image_processor
-        resized = [processor.resize(source, height, width) for source in sources]
-        return {"source_latents": self.encode_images(processor.preprocess(resized, height, width))}
+        return processor.preprocess(processor.resize(source, height, width), height, width)
 
     def source_size(self, source: Image.Image) -> tuple[int, int]:
         """Return the `(height, width)` to which the pipeline resizes a source."""
@@ -140,7 +138,7 @@ class FluxKontextFamily(FluxFamily):
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
         inputs = super().denoiser_inputs(latents, timesteps, conditioning)
-        source = conditioning["source_latents"].to(latents.dtype)
+        (source,) = self.latents_of_sources(conditioning, latents.dtype)
         positions = patch_positions(source.shape[-2], source.shape[-1], latents.device)
         positions[:, 0] = 1
         tokens = [inputs["hidden_states"], pack_patches(source)]  # of the edit and of the source

@@ -11,7 +11,7 @@ import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
 
-from .base import Family, check_in_channels, only_size
+from .base import Family, check_in_channels
 from .noise import FlowMatchingProcess
 
 # The targets of diffusers' LoRA script for klein. The script for dev leaves out the single-stream blocks, 48 of dev's
@@ -23,7 +23,7 @@ LORA_TARGETS = (
 
 
 MOST_SOURCE_PIXELS = 1024 * 1024  # larger sources are resized, as in the pipeline
-SOURCE_POSITION = 10  # first position id of the source's tokens; that of the noisy latents is 0
+SOURCE_POSITION = 10  # first position ids of sources' tokens: 10, 20, ...; that of the noisy latents is 0
 
 
 class Flux2Process(FlowMatchingProcess):
@@ -82,6 +82,7 @@ class Flux2Hooks(Flux2LatentsFamily):
     noise_process_class = Flux2Process
     conditional_rows = "all"
     may_take_source = True
+    takes_several_sources = True
 
     @property
     def default_resolution(self) -> int:
@@ -92,21 +93,13 @@ class Flux2Hooks(Flux2LatentsFamily):
         prompt_embeds, _ = self.call_encode_prompt(prompts, num_images_per_prompt=1)
         return {"prompt_embeds": prompt_embeds}  # (N, tokens, width of three layers)
 
-    def encode_sources(self, sources: list[Image.Image], prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Encode each source in its own size, cut down to about 1 megapixel, as the pipeline does.
-
-        Raises:
-            ValueError: If the sources have several sizes.
-        """
+    def source_pixels(self, source: Image.Image) -> torch.Tensor:
+        """Cut a source down to about 1 megapixel, and crop its sides to whole tokens."""
         processor = self.pipeline.image_processor
-        pixels = []
-        for source in sources:
-            if source.width * source.height > MOST_SOURCE_PIXELS:
-                source = processor._resize_to_target_area(source, MOST_SOURCE_PIXELS)
-            width, height = (side // self.vae_scale_factor * self.vae_scale_factor for side in source.size)
-            pixels.append(processor.preprocess(source, height=height, width=width, resize_mode="crop"))
-        only_size({(image.shape[-1], image.shape[-2]) for image in pixels})
-        return {"source_latents": self.encode_images(torch.cat(pixels))}
+        if source.width * source.height > MOST_SOURCE_PIXELS:
+            source = processor._resize_to_target_area(source, MOST_SOURCE_PIXELS)
+        width, height = (side // self.vae_scale_factor * self.vae_scale_factor for side in source.size)
+        return processor.preprocess(source, height=height, width=width, resize_mode="crop")
 
     def denoiser_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
@@ -114,15 +107,15 @@ class Flux2Hooks(Flux2LatentsFamily):
         inputs = token_inputs(latents, timesteps, conditioning["prompt_embeds"].to(latents.dtype))
         if self.guidance_scale is not None:
             inputs["guidance"] = torch.full_like(timesteps, self.guidance_scale, dtype=torch.float32)  # (N,)
-        if "source_latents" in conditioning:
-            source = token_inputs(conditioning["source_latents"].to(latents.dtype), timesteps, inputs["txt_ids"][None])
-            source["img_ids"][:, 0] = SOURCE_POSITION
+        for number, latents_of_source in enumerate(self.latents_of_sources(conditioning, latents.dtype), 1):
+            source = token_inputs(latents_of_source, timesteps, inputs["encoder_hidden_states"])
+            source["img_ids"][:, 0] = SOURCE_POSITION * number
             inputs["hidden_states"] = torch.cat([inputs["hidden_states"], source["hidden_states"]], dim=1)
             inputs["img_ids"] = torch.cat([inputs["img_ids"], source["img_ids"]])
         return inputs
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """Return the part of the output that belongs to the noisy latents. That of a source comes after it."""
+        """Return the part of the output that belongs to the noisy latents. Those of sources come after it."""
         tokens = self.image_seq_len(latents)
         return output[:, :tokens].transpose(1, 2).unflatten(2, latents.shape[2:])
 

@@ -9,7 +9,7 @@ import torch
 from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit
 from PIL import Image
 
-from .base import no_autocast, only_size
+from .base import no_autocast
 from .ovis_image import OvisImageFamily
 from .packing import pack_patches, patch_positions
 
@@ -68,24 +68,15 @@ class LongCatImageEditFamily(LongCatImageFamily):
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         return OvisImageFamily.generation_kwargs(self, scale)
 
-    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Return nothing: `encode_sources` encodes the prompts."""
+    def size_kwargs(self, height: int, width: int) -> dict[str, Any]:
+        """Return nothing: the size follows from the source."""
         return {}
 
-    def encode_sources(self, sources: list[Image.Image], prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Encode prompts with their sources, and the sources' latents.
-
-        Raises:
-            ValueError: If the sources are resized to several sizes.
-        """
-        sizes = {
-            pipeline_longcat_image_edit.calculate_dimensions(SOURCE_AREA, source.width / source.height)
-            for source in sources
-        }
-        width, height = only_size(sizes)
+    def encode_edits(self, prompts: list[str], sources: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
+        """Encode each prompt with its source, and the source's latents."""
         pipeline, processor = self.pipeline, self.pipeline.image_processor
-        resized = [processor.resize(source, height, width) for source in sources]
-        latents = self.encode_images(torch.cat([processor.preprocess(image, height, width) for image in resized]))
+        latents = self.encode_sources(sources)
+        resized = [self.resized(source) for (source,) in sources]
         device = pipeline.text_encoder.device
         here = SimpleNamespace(
             device=device,
@@ -99,16 +90,28 @@ class LongCatImageEditFamily(LongCatImageFamily):
         )
         with no_autocast(device):
             rows = [
-                type(pipeline)._encode_prompt(here, [prompt], processor.resize(image, height // 2, width // 2))
+                type(pipeline)._encode_prompt(
+                    here, [prompt], processor.resize(image, image.height // 2, image.width // 2)
+                )
                 for prompt, image in zip(prompts, cycle(resized), strict=False)
             ]
-        return {"source_latents": latents, "prompt_embeds": torch.cat(rows)}  # (N, tokens of source and text, width)
+        return {**latents, "prompt_embeds": torch.cat(rows)}  # (N, tokens of source and text, width)
+
+    def source_pixels(self, source: Image.Image) -> torch.Tensor:
+        resized = self.resized(source)
+        return self.pipeline.image_processor.preprocess(resized, resized.height, resized.width)
+
+    def resized(self, source: Image.Image) -> Image.Image:
+        """Resize a source as the pipeline does."""
+        ratio = source.width / source.height
+        width, height = pipeline_longcat_image_edit.calculate_dimensions(SOURCE_AREA, ratio)
+        return self.pipeline.image_processor.resize(source, height, width)
 
     def denoiser_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
         inputs = OvisImageFamily.denoiser_inputs(self, latents, timesteps, conditioning)
-        source = conditioning["source_latents"].to(latents.dtype)
+        (source,) = self.latents_of_sources(conditioning, latents.dtype)
         positions = [patch_positions(part.shape[-2], part.shape[-1], latents.device) for part in (latents, source)]
         for image, ids in enumerate(positions, 1):
             ids[:, 0] = image

@@ -545,7 +545,7 @@ def standard_normal(
 
 
 def sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a small CPU tensor to a device without waiting for the device."""
+    """Copy a CPU tensor to a device without waiting for the device."""
     if device.type in WITHOUT_PINNED_MEMORY:
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)

@@ -13,7 +13,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from .base import Family, PromptPadding, channel_statistics, check_in_channels, only_size
+from .base import Family, PromptPadding, channel_statistics, check_in_channels
 from .packing import pack_patches, unpack_patches
 
 
@@ -139,32 +139,29 @@ class QwenImageEditFamily(QwenImageFamily):
     source_area: ClassVar[int] = 1024 * 1024  # pixels of a source, for the VAE
     read_area: ClassVar[int] = 1024 * 1024  # pixels of a source, for the text encoder
 
-    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Return nothing: `encode_sources` encodes the prompts."""
-        return {}
-
-    def encode_sources(self, sources: list[Image.Image], prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Encode prompts with their sources, and the sources' latents.
-
-        Raises:
-            ValueError: If the sources are resized to several sizes.
-        """
-        processor = self.pipeline.image_processor
-        sizes = {self.resized(source, self.source_area) for source in sources}
-        width, height = only_size(sizes)
-        latents = self.encode_images(torch.cat([processor.preprocess(source, height, width) for source in sources]))
+    def encode_edits(self, prompts: list[str], sources: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
+        """Encode each prompt with its sources, and the sources' latents."""
+        latents = self.encode_sources(sources)
         rows, masks = [], []
-        for prompt, source in zip(prompts, cycle(sources), strict=False):
-            width, height = self.resized(source, self.read_area)
-            read = processor.resize(source, height, width)
-            embeds, _ = self.call_encode_prompt([prompt], image=[read], num_images_per_prompt=1)
+        for prompt, of_pair in zip(prompts, cycle(sources), strict=False):
+            embeds, _ = self.call_encode_prompt([prompt], image=self.read_images(of_pair), num_images_per_prompt=1)
             rows.append(embeds[0])
             masks.append(embeds.new_ones(embeds.shape[1], dtype=torch.bool))
-        return {
-            "source_latents": latents,
-            "prompt_embeds": pad_sequence(rows, batch_first=True),  # (N, tokens of the longest prompt, width)
-            "prompt_mask": pad_sequence(masks, batch_first=True),  # (N, tokens)
+        # (N, tokens of the longest prompt with its sources, width) and (N, tokens)
+        return latents | {
+            "prompt_embeds": pad_sequence(rows, batch_first=True),
+            "prompt_mask": pad_sequence(masks, batch_first=True),
         }
+
+    def source_pixels(self, source: Image.Image) -> torch.Tensor:
+        width, height = self.resized(source, self.source_area)
+        return self.pipeline.image_processor.preprocess(source, height, width)
+
+    def read_images(self, sources: list[Image.Image]) -> list[Image.Image]:
+        """Return the images that the text encoder reads, resized as the pipeline does."""
+        sizes = [self.resized(source, self.read_area) for source in sources]
+        resize = self.pipeline.image_processor.resize
+        return [resize(source, height, width) for source, (width, height) in zip(sources, sizes, strict=True)]
 
     def resized(self, source: Image.Image, area: int) -> tuple[int, int]:
         """Return the width and height to which the pipeline resizes a source."""
@@ -175,10 +172,10 @@ class QwenImageEditFamily(QwenImageFamily):
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
         inputs = super().denoiser_inputs(latents, timesteps, conditioning)
-        source = conditioning["source_latents"].to(latents.dtype)
-        rows, columns = (side // 2 for side in source.shape[-2:])
-        inputs["hidden_states"] = torch.cat([inputs["hidden_states"], pack_patches(source)], dim=1)
-        inputs["img_shapes"] = [[*shapes, (1, rows, columns)] for shapes in inputs["img_shapes"]]
+        for source in self.latents_of_sources(conditioning, latents.dtype):
+            rows, columns = (side // 2 for side in source.shape[-2:])
+            inputs["hidden_states"] = torch.cat([inputs["hidden_states"], pack_patches(source)], dim=1)
+            inputs["img_shapes"] = [[*shapes, (1, rows, columns)] for shapes in inputs["img_shapes"]]
         return inputs
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
@@ -186,9 +183,10 @@ class QwenImageEditFamily(QwenImageFamily):
 
 
 class QwenImageEditPlusFamily(QwenImageEditFamily):
-    """Trains `QwenImageEditPlusPipeline`, with one source image for each prompt."""
+    """Trains `QwenImageEditPlusPipeline`, which edits one or several source images."""
 
     name = "Qwen-Image-Edit-Plus"
+    takes_several_sources = True
     pipeline_classes = ("QwenImageEditPlusPipeline",)
     pipeline_module = pipeline_qwenimage_edit_plus
     read_area = 384 * 384

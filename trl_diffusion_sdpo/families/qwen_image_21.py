@@ -4,10 +4,14 @@ Its VAE has an alpha channel and compresses 16 times, and each of its latents is
 """
 
 from collections.abc import Mapping
+from itertools import cycle
 from typing import Any, ClassVar
 
 import torch
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21TemporalTimesteps
+from diffusers.pipelines.qwenimage21 import pipeline_qwenimage21
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 from ..utils._compat import keep_in_float32
 from .base import PromptPadding
@@ -15,10 +19,11 @@ from .qwen_image import QwenImageLatentsFamily
 
 keep_in_float32(QwenImage21TemporalTimesteps, "freqs")
 SLOT = 2  # side of a square of latents that is one slot in the text encoder's sequence
+SOURCE_AREA = 1024 * 1024  # pixels of a resized source
 
 
 class QwenImage21Family(QwenImageLatentsFamily):
-    """Trains `QwenImage21Pipeline` on prompts, without condition images.
+    """Trains `QwenImage21Pipeline`, on prompts alone or with source images.
 
     The positions of image tokens start after the padded prompt. As in the pipeline, a prediction therefore depends on
     the longest prompt of its batch.
@@ -32,6 +37,8 @@ class QwenImage21Family(QwenImageLatentsFamily):
     learning_rate_lora = 1e-4  # our choice: as Qwen-Image's
     patch_size = 1
     prompt_padding: ClassVar[PromptPadding] = "end, shifting the image"
+    may_take_source = True
+    takes_several_sources = True
 
     @property
     def default_resolution(self) -> int:
@@ -62,6 +69,31 @@ class QwenImage21Family(QwenImageLatentsFamily):
         # (N, tokens of the longest prompt, width) and (N, tokens)
         return {"prompt_embeds": prompt_embeds, "prompt_mask": mask.bool()}
 
+    def encode_edits(self, prompts: list[str], sources: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
+        """Encode each prompt with its sources, and the sources' latents."""
+        latents = self.encode_sources(sources)
+        rows, masks, slots = [], [], []
+        for prompt, of_pair in zip(prompts, cycle(sources), strict=False):
+            embeds, _, is_image = self.call_encode_prompt([prompt], image=[self.resized(source) for source in of_pair])
+            rows.append(embeds[0])
+            masks.append(embeds.new_ones(embeds.shape[1], dtype=torch.bool))
+            slots.append(is_image[0])
+        # (N, tokens of the longest prompt with its sources, width), and twice (N, tokens)
+        return latents | {
+            "prompt_embeds": pad_sequence(rows, batch_first=True),
+            "prompt_mask": pad_sequence(masks, batch_first=True),
+            "image_slots": pad_sequence(slots, batch_first=True),
+        }
+
+    def source_pixels(self, source: Image.Image) -> torch.Tensor:
+        resized = self.resized(source)
+        return self.pipeline.image_processor.preprocess(resized, resized.height, resized.width)
+
+    def resized(self, source: Image.Image) -> Image.Image:
+        """Resize a source as the pipeline does, for text encoder and VAE."""
+        width, height, _ = pipeline_qwenimage21.calculate_dimensions(SOURCE_AREA, source.width / source.height)
+        return self.pipeline.image_processor.resize(source, height, width)
+
     def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
         opaque = torch.ones_like(pixel_values[:, :1])
         return super().vae_moments(torch.cat([pixel_values, opaque], dim=1))  # RGBA
@@ -71,14 +103,15 @@ class QwenImage21Family(QwenImageLatentsFamily):
     ) -> dict[str, Any]:
         height, width = latents.shape[-2:]
         mask = conditioning["prompt_mask"]
-        slots = mask.new_ones(len(latents), height * width // SLOT**2)
+        slots = conditioning.get("image_slots", torch.zeros_like(mask))
+        images = [*self.latents_of_sources(conditioning, latents.dtype), latents]  # the edit comes last
         return {
-            "hidden_states": latents.flatten(2).transpose(1, 2),  # (N, H * W, C)
+            "hidden_states": torch.cat([image.flatten(2).transpose(1, 2) for image in images], dim=1),  # (N, H * W, C)
             "timestep": timesteps / 1000,
             "encoder_hidden_states": conditioning["prompt_embeds"].to(latents.dtype),
             "encoder_hidden_states_mask": mask,
-            "img_shapes": [[(1, height, width)]] * len(latents),  # frames, rows and columns of tokens
-            "img_mask": torch.cat([torch.zeros_like(mask), slots], dim=1),
+            "img_shapes": [[(1, *image.shape[-2:]) for image in images]] * len(latents),  # frames, rows and columns
+            "img_mask": torch.cat([slots, mask.new_ones(len(latents), height * width // SLOT**2)], dim=1),
         }
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import cast
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -78,7 +79,10 @@ def _check_tokens(name: str, text_encoder: PreTrainedModel, tokenizer: PreTraine
 
 
 def _check_conditioning(family: Family) -> None:
-    encoded = family.encode_prompts(list(PROMPTS))
+    if family.takes_source:
+        encoded = family.encode_edits(list(PROMPTS), [[Image.new("RGB", (256, 256))]] * len(PROMPTS))
+    else:
+        encoded = family.encode_prompts(list(PROMPTS))
     encoded = {name: value for name, value in encoded.items() if value.is_floating_point()}
     broken = [name for name, value in encoded.items() if not value.isfinite().all()]
     if broken:

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from ..data.transforms import pixels_as_floats, white
 from ..engines.gradient_backends import ReplicatedBackend
 from ..families import Family
+from ..families.base import SOURCE
 from ..families.noise import constant
 from ..losses import Anchor
 from ..models.denoiser_wrapper import DenoiserWrapper
@@ -42,6 +43,7 @@ class PlannedRun:
     noise: NoiseSettings
     loss: LossSettings
     resolution: tuple[int, int]  # height and width of the images in pixels
+    source: tuple[int, int] | None  # height and width of a pair's source image as the VAE encodes it
     pairs: int  # pairs of a micro-batch
     autocast: torch.dtype | None
     checkpointing: dict[str, Any] | None  # arguments of activation checkpointing; `None` without
@@ -111,6 +113,9 @@ class MeasuredForward(PairForward):
                     conditioning = family.encode_prompts(inputs["prompts"])
                 except Exception as error:  # fake tensors and tokenizers have no values
                     raise needs_values(family.name) from error
+                if "source_pixels" in inputs:
+                    source = family.encode_images(pixels_as_floats(inputs["source_pixels"]))
+                    conditioning[f"{SOURCE}0"] = source
             size = tuple(inputs["pixel_values"].shape[-2:])
             return super().encode({**inputs, "moments": moments, "conditioning": conditioning, "target_size": size})
 
@@ -238,6 +243,8 @@ def _batch(run: PlannedRun) -> dict[str, Any]:
         "seeds": list(range(run.pairs)),
         "rows": list(range(run.pairs)),
     }
+    if run.source is not None:
+        batch["source_pixels"] = torch.empty(run.pairs, 3, *run.source, dtype=torch.uint8)
     if run.loss.spec.needs_scores:
         batch["scores"] = torch.ones(images)
     if run.reference.is_precomputed:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from transformers.training_args import OptimizerNames
 
 from ..engines.engine import Engine as TrainingEngine
@@ -80,7 +81,10 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) 
 
     stored = _stored(model_args)
     loaded = _loaded(model_args, args)
-    refuse_sources(loaded.family, "A plan")
+    family = loaded.family
+    reads_sources = type(family).encode_edits is not Family.encode_edits  # the text encoder, beside the prompt
+    if reads_sources:
+        refuse_sources(family, "A plan")
     spec = args.loss_spec
     other = None if args.ref_model_name_or_path is None else copy.deepcopy(loaded.denoiser)
     lora = get_peft_config(model_args) if loaded.adapter_source is None else None
@@ -92,6 +96,11 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) 
 
     half = autocast_dtype(args.mixed_precision)
     checkpoints, arguments = activation_checkpointing(args)
+    height, width = max(image_sizes(args), key=lambda size: size[0] * size[1])  # the largest bucket needs most
+    source = None
+    if not reads_sources and (family.takes_source or (family.may_take_source and args.sample_sources)):
+        pixels = family.source_pixels(Image.new("RGB", (width, height)))
+        source = (pixels.shape[-2], pixels.shape[-1])
     frozen: FrozenState = "on device"
     if args.precompute_latents:
         frozen = "absent"
@@ -103,7 +112,8 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) 
         average,
         noise=noise,
         loss=loss_settings(args),
-        resolution=max(image_sizes(args), key=lambda size: size[0] * size[1]),  # the largest bucket needs most
+        resolution=(height, width),
+        source=source,
         pairs=args.per_device_train_batch_size,
         autocast=half,
         checkpointing=arguments if checkpoints else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -74,9 +75,11 @@ class SampleImagesCallback(TrainerCallback):
     Args:
         pipeline (`DiffusionPipeline`): Pipeline with the trained denoiser; every component is on one device.
         prompts (`Sequence[str]`): Prompt `i` always starts from the noise of `seed + i`.
+        sources (`Sequence[PIL.Image.Image]`): The image that each prompt edits; empty if prompts edit none. Grids show
+            it to the left of the generated image. It is copied to `samples/source-0.png` for the first prompt, and so
+            on.
         every_n_steps (`int`, *optional*): Optimizer steps between two generations; only first and last if unset.
-        resolution (`int` or `tuple[int, int]`, *optional*): Side of square images, or height and width, in pixels.
-        call_options (`dict`, *optional*): Further arguments of the pipeline's call.
+        call_options (`dict`, *optional*): Further arguments of the pipeline's call, such as the images' size.
         denoiser_name (`str`): The pipeline's attribute that is trained. It runs under the autocast of training. Frozen
             components run in their stored precision.
         every_process (`bool`): Whether all processes must generate, because each holds a shard of the denoiser. The
@@ -93,9 +96,9 @@ class SampleImagesCallback(TrainerCallback):
         pipeline: DiffusionPipeline,
         prompts: Sequence[str],
         *,
+        sources: Sequence[Image.Image] = (),
         every_n_steps: int | None,
         seed: int,
-        resolution: int | tuple[int, int] | None,
         call_options: dict[str, Any] | None = None,
         denoiser_name: str = "unet",
         every_process: bool = False,
@@ -110,10 +113,8 @@ class SampleImagesCallback(TrainerCallback):
         self._frozen, self._images = frozen, images or TrackedImages(())
         self._untracked: int | None = None  # step of images that were not sent to trackers yet
         self.prompts, self.every_n_steps, self.seed = list(prompts), every_n_steps, seed
+        self.sources = list(sources)
         self.call_kwargs = {**(call_options or {})}
-        if resolution is not None:
-            height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-            self.call_kwargs |= {"height": height, "width": width}
         self.last_step: int | None = None  # step of the newest images; `None` before the first
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -157,8 +158,11 @@ class SampleImagesCallback(TrainerCallback):
         return [(f"{SAMPLES_FOLDER}/{_stem(step)}-{i}.png", prompt) for i, prompt in enumerate(self.prompts)]
 
     def newest_gallery(self) -> list[tuple[str, str]]:
-        """Return the gallery of the newest images; nothing before the first."""
-        return [] if self.last_step is None else self.gallery(self.last_step)
+        """Return the gallery of the newest images, with their sources; nothing before the first."""
+        if self.last_step is None:
+            return []
+        sources = [(_source_path(i), f"Source of: {self.prompts[i]}") for i in range(len(self.sources))]
+        return [*self.gallery(self.last_step), *sources]
 
     def comparison(self, folder: Path, step: int | None = None) -> list[SamplePair]:
         """Return the images of before training beside those of a step, by default the newest ones, if both are in the
@@ -168,16 +172,22 @@ class SampleImagesCallback(TrainerCallback):
             return []
         galleries = zip(self.gallery(0), self.gallery(step), strict=True)
         pairs = []
-        for seed, ((before, prompt), (after, _)) in enumerate(galleries, self.seed):
-            if all(_states(folder / path, prompt, seed) for path in (before, after)):
-                pairs.append(SamplePair(prompt, seed, before, after))
+        for i, ((before, prompt), (after, _)) in enumerate(galleries):
+            if all(_notes(folder / path) == self._note(i) for path in (before, after)):
+                pairs.append(SamplePair(prompt, self.seed + i, before, after))
         return pairs
 
     def _are_written(self, folder: Path, step: int) -> bool:
-        """Return whether the images of a step exist, with these prompts and seeds."""
-        files = enumerate(self.gallery(step))
-        noted = all(_states(folder / path, prompt, self.seed + i) for i, (path, prompt) in files)
+        """Return whether the images of a step exist, with these prompts, seeds and sources."""
+        noted = all(_notes(folder / path) == self._note(i) for i, (path, _) in enumerate(self.gallery(step)))
         return noted and grid_path(folder, step).exists()
+
+    def _note(self, index: int) -> dict[str, str]:
+        """Return the text fields of the PNG of a prompt."""
+        note = {"prompt": self.prompts[index], "seed": str(self.seed + index)}
+        if self.sources:
+            note["source"] = hashlib.sha256(self.sources[index].tobytes()).hexdigest()[:16]
+        return note
 
     def _generate_once(self, args: TrainingArguments, state: TrainerState, step: int, model: nn.Module | None) -> None:
         if step == self.last_step:
@@ -192,12 +202,16 @@ class SampleImagesCallback(TrainerCallback):
 
     def _write(self, folder: Path, step: int, images: Sequence[Image.Image]) -> None:
         grid_path(folder, step).parent.mkdir(parents=True, exist_ok=True)
-        for i, (image, (path, prompt)) in enumerate(zip(images, self.gallery(step), strict=True)):
+        for i, (image, (path, _)) in enumerate(zip(images, self.gallery(step), strict=True)):
             note = PngInfo()
-            note.add_itxt("prompt", prompt)
-            note.add_itxt("seed", str(self.seed + i))
+            for name, value in self._note(i).items():
+                note.add_itxt(name, value)
             image.save(folder / path, pnginfo=note)
-        make_image_grid(list(images), rows=len(images), cols=1).save(grid_path(folder, step))
+        for i, source in enumerate(self.sources):
+            source.save(folder / _source_path(i))
+        rows = zip(self.sources, images, strict=True) if self.sources else zip(images)
+        cells = [ImageOps.pad(cell, images[0].size) for row in rows for cell in row]
+        make_image_grid(cells, rows=len(images), cols=len(cells) // len(images)).save(grid_path(folder, step))
         self._untracked = step
 
     def _score(self, args: TrainingArguments, state: TrainerState, step: int) -> None:
@@ -272,7 +286,8 @@ class SampleImagesCallback(TrainerCallback):
 
     def _generate_one(self, pipeline: DiffusionPipeline, index: int) -> Image.Image:
         generator = torch.Generator().manual_seed(self.seed + index)  # on the CPU: equal noise on every device
-        image = pipeline(prompt=self.prompts[index], generator=generator, return_dict=False, **self.call_kwargs)[0][0]
+        options = {"image": self.sources[index], **self.call_kwargs} if self.sources else self.call_kwargs
+        image = pipeline(prompt=self.prompts[index], generator=generator, return_dict=False, **options)[0][0]
         return image[0] if isinstance(image, list) else image  # a clip is shown by its first frame
 
 
@@ -298,13 +313,18 @@ def _stem(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _states(file: Path, prompt: str, seed: int) -> bool:
-    """Return whether the text fields of a PNG have this prompt and seed."""
+def _source_path(index: int) -> str:
+    """Return the path of the copy of a prompt's source, relative to the output folder."""
+    return f"{SAMPLES_FOLDER}/source-{index}.png"
+
+
+def _notes(file: Path) -> dict[str, str]:
+    """Return prompt, seed and source in the text fields of a PNG, or nothing if it cannot be read."""
     try:
         with Image.open(file) as image:
-            return (image.info.get("prompt"), image.info.get("seed")) == (prompt, str(seed))
+            return {name: image.info[name] for name in ("prompt", "seed", "source") if name in image.info}
     except OSError:
-        return False
+        return {}
 
 
 @contextlib.contextmanager

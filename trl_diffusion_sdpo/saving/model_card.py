@@ -161,6 +161,7 @@ class RunCard:
         lora (`dict[str, Any]`, *optional*): `r`, `lora_alpha` and `target_modules` of the LoRA, if one is tuned.
         full_pipeline (`bool`): Whether fully tuned weights are saved with the pipeline's other components.
         settings (`Sequence[str]`): Names of the settings that the card shows, besides [`SETTINGS`].
+        edits (`bool`): Whether the pipeline was trained to edit source images.
     """
 
     def __init__(
@@ -173,6 +174,7 @@ class RunCard:
         base_model: str | None,
         trainer_name: str,
         settings: Sequence[str],
+        edits: bool = False,
     ):
         self._args, self._lora, self._trainer_name = args, lora, trainer_name
         self._settings = (*settings, *SETTINGS)
@@ -186,7 +188,7 @@ class RunCard:
             full_pipeline=full_pipeline,
             generation_kwargs=family.generation_kwargs(None),
             generated_image=family.generated_image,
-            takes_source=family.takes_source,
+            takes_source=family.takes_source or edits,
         )
 
     def write(

@@ -334,9 +334,11 @@ class PairForward:
             )  # other VAEs and text encoders are copied or loaded for this call
             with contextlib.nullcontext(self.family) if stays else self._frozen.in_use() as family:
                 latents = family.encode_images(pixels, [*generators, *generators])
-                conditioning = family.encode_prompts(inputs["prompts"])  # one row per pair or per image
-                if "sources" in inputs:  # encoded once for both branches
-                    conditioning |= family.encode_sources(inputs["sources"], inputs["prompts"])
+                # One row per pair or per image. Sources are encoded once for both branches.
+                if "sources" in inputs:
+                    conditioning = family.encode_edits(inputs["prompts"], inputs["sources"])
+                else:
+                    conditioning = family.encode_prompts(inputs["prompts"])
             size = (pixels.shape[-2], pixels.shape[-1])
         conditioning = {name: of_both_halves(value, len(latents)) for name, value in conditioning.items()}
         sizes = self.family.size_conditioning(inputs["original_sizes"], inputs["crop_top_lefts"], size)

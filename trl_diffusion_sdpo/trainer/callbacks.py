@@ -27,7 +27,7 @@ from ..reporting.verdict import RunFacts
 from ..step.winner_budget import ProbeInputs, ProbeSettings, WinnerBudget
 from .components import Components
 from .config.checks import best_sample_metric
-from .config.complete import image_size
+from .config.complete import image_size, sample_sources
 from .data_preparation import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
@@ -113,9 +113,13 @@ def _sample_images(
         family.pipeline,
         args.sample_prompts or [],
         every_n_steps=args.sample_steps,
-        call_options={"num_inference_steps": INFERENCE_STEPS, **call_options(family, args.sample_kwargs)},
+        sources=sample_sources(args, family),
+        call_options={
+            "num_inference_steps": INFERENCE_STEPS,
+            **call_options(family, args.sample_kwargs),
+            **family.size_kwargs(*image_size(args)),
+        },
         seed=args.seed,
-        resolution=image_size(args),
         denoiser_name=family.denoiser_name,
         every_process=by_engine(args),
         frozen=frozen,

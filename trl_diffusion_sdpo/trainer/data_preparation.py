@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
+from PIL import Image
+
 from ..cache.encoding import PairEncoding
 from ..cache.reference_errors import repeating_pairs
 from ..data.buckets import BucketSampler
@@ -64,16 +66,9 @@ class PairPreparation:
         prepared = prepare_pairs(dataset, self._args, self._loss, name=name, training=training)
         if prepared is None:
             return None
-        if prepared.has_sources and self._family.may_take_source:
-            check_sources(self._args, self._family.name)
-        elif prepared.has_sources != self._family.takes_source:
-            has = "has" if prepared.has_sources else "does not have"
-            advice = "Use an edit model, or remove the column." if prepared.has_sources else "Add the column."
-            raise ValueError(
-                f"A `source` column is needed by edit models and allowed for no others. {self._family.name} "
-                f"{'is' if self._family.takes_source else 'is not'} one, and the {name} data {has} the column. {advice}"
-            )
         is_new = prepared not in self._own
+        if is_new:
+            check_source_column(prepared, self._family, self._args, name=name, training=training)
         was_prepared = prepared is dataset and isinstance(prepared, PreferenceDataset) and is_new
         if isinstance(prepared, PreferenceDataset) and is_new:
             self._count_long_prompts(prepared, name)
@@ -97,6 +92,41 @@ class PairPreparation:
         if note:
             pairs.add_note(note)
             logger.warning("%s data: %s", name, note)
+
+
+def check_source_column(
+    pairs: PreferenceDataset | PreferenceIterableDataset,
+    family: Family,
+    args: DiffusionSDPOConfig,
+    *,
+    name: str,
+    training: bool,
+) -> None:
+    """Raise `ValueError` if the model needs source images and the data have none, or the other way round, or if pairs
+    have more sources than the model takes, or batches would have sources of several sizes."""
+    if not pairs.has_sources and not family.takes_source:
+        return
+    if not pairs.has_sources or not (family.takes_source or family.may_take_source):
+        has = "has" if pairs.has_sources else "does not have"
+        advice = "Use an edit model, or remove the column." if pairs.has_sources else "Add the column."
+        raise ValueError(
+            f"A `source` column is needed by edit models and allowed for no others. {family.name} "
+            f"{'is' if family.takes_source else 'is not'} one, and the {name} data {has} the column. {advice}"
+        )
+    check_sources(args, family.name)
+    assert isinstance(pairs, PreferenceDataset), "Streams with sources are refused."
+    batch = args.train_batch_size if training else args.eval_batch_size
+    if training and args.winner_budget is not None:  # its probe measures training pairs as an evaluation does
+        batch = max(batch, args.eval_batch_size)
+    if batch == 1 and not (pairs.lists_sources and not family.takes_several_sources):
+        return
+    first, seen = None, set()
+    for sizes in pairs.sizes_of_sources():
+        if sizes and sizes not in seen:
+            seen.add(sizes)
+            blank = [Image.new("RGB", (width, height)) for height, width in sizes]
+            first = first or blank
+            family.pixels_of_sources([first, blank] if batch > 1 else [blank])
 
 
 def outline(dataset: Any) -> Any:

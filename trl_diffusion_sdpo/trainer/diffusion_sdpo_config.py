@@ -124,6 +124,8 @@ class DiffusionSDPOConfig(AllArguments):
             self.ddp_find_unused_parameters = False  # each forward pass uses every trainable weight
         if isinstance(self.sample_prompts, str):
             self.sample_prompts = [self.sample_prompts]
+        if isinstance(self.sample_sources, str):
+            self.sample_sources = [self.sample_sources]
         if isinstance(self.sample_scorers, str):
             self.sample_scorers = [self.sample_scorers]
         self.loss_type = settled_loss_type(self.loss_type)

@@ -85,7 +85,7 @@ logger = logging.getLogger(__name__)
 SAME_IN_ALL_PROCESSES = (
     *("max_steps", "num_train_epochs", "learning_rate", "optim", "per_device_eval_batch_size"),
     *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "logging_strategy", "logging_steps"),
-    *("precompute_latents", "push_to_hub", "sample_prompts", "sample_steps", "sample_scorers"),
+    *("precompute_latents", "push_to_hub", "sample_prompts", "sample_sources", "sample_steps", "sample_scorers"),
 )
 REPORTS = (SAMPLES_FOLDER, "noise_bins*.png", CURVES_FILE, VERDICT_FILE, TRAINER_STATE_NAME)
 # Files that stay local. The state contains paths of local folders.
@@ -279,6 +279,7 @@ class DiffusionSDPOTrainer(Trainer):
             base_model=self.origin.name_or_path,
             trainer_name=self._name,
             settings=resume_settings(),
+            edits=isinstance(train_dataset, PREPARED) and train_dataset.has_sources,
         )
         self.run_facts = RunFacts(
             has_reference=self.loss_spec.needs_reference,

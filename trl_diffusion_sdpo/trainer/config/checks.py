@@ -334,7 +334,11 @@ def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
             "`precompute_latents` or `precompute_ref_errors`",
         ),
         (("bucket_kwargs",), args.aspect_ratio_buckets, "`aspect_ratio_buckets`"),
-        (("sample_steps", "sample_kwargs", "sample_scorers"), args.sample_prompts, "`sample_prompts`"),
+        (
+            ("sample_sources", "sample_steps", "sample_kwargs", "sample_scorers"),
+            args.sample_prompts,
+            "`sample_prompts`",
+        ),
         (("calibrated_scores",), reads_scores, "a loss or `pair_weights` that read scores"),
         (("torch_compile_regional",), args.torch_compile, "`torch_compile`"),
         (("offload_frozen_components",), args.device.type != "cpu", "an accelerator"),

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ...cache.encoding import default_folder
 from ...data.buckets import AspectRatioBuckets
+from ...data.images import ImageReader, UndecodableImageError, UnreadableImageError
 from ...engines.engine_settings import check_deepspeed_precision, set_deepspeed_learning_rate
 from ...families import Family
 from ...families.inversion import InversionSettings, inversion_of
@@ -110,6 +112,7 @@ def check_and_complete(
         )
     if family.takes_source:
         check_sources(args, family.name)
+    sample_sources(args, family)
     complete_args(args, family, loss, full=adapter is None)
     check_resolution(args, family)
     timesteps = checked_timesteps(args, family)
@@ -144,17 +147,36 @@ def refuse_dropout(denoiser: nn.Module, what: str) -> None:
 
 def check_sources(args: DiffusionSDPOConfig, model: str) -> None:
     """Raise `ValueError` if a setting does not work with the source images of edit pairs."""
-    for name in ("precompute_latents", "sample_prompts", "random_crop"):
-        if getattr(args, name):
-            raise ValueError(
-                f"`{name}` cannot handle source images yet, and {model} trains on edit pairs. Leave it out."
-            )
-    if largest_batch(args) > 1:
+    if args.random_crop:
         raise ValueError(
-            f"{model} needs batches of one pair, because source images may have different sizes; got batches of "
-            f"{largest_batch(args)}. Set `per_device_train_batch_size=1` and `per_device_eval_batch_size=1`, and raise "
-            "`gradient_accumulation_steps`."
+            f"`random_crop` cannot handle source images yet, and {model} trains on edit pairs. Leave it out."
         )
+
+
+def sample_sources(args: DiffusionSDPOConfig, family: Family) -> list[Image.Image]:
+    """Return the images that `sample_prompts` edit.
+
+    Raises:
+        `ValueError`: If the model needs them and they are not set, or it takes none, or their number is not that of the
+            prompts, or one cannot be read.
+    """
+    if not args.sample_prompts or (args.sample_sources is None and not family.takes_source):
+        return []
+    prompts, paths = args.sample_prompts, args.sample_sources or []
+    if not (family.takes_source or family.may_take_source):
+        raise ValueError(f"`sample_sources` needs an edit model, and {family.name} is not one. Leave it out.")
+    if len(paths) != len(prompts):
+        raise ValueError(
+            f"`sample_sources` must have one image for each of the {len(prompts)} `sample_prompts`, got {len(paths)}. "
+            f"{family.name} edits one image for each prompt."
+        )
+    sources = []
+    for path in paths:
+        try:
+            sources.append(ImageReader().decode(path))
+        except (UndecodableImageError, UnreadableImageError) as error:
+            raise ValueError(f"`sample_sources` must be paths of images, got {path!r}: {error}.") from error
+    return sources
 
 
 def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, full: bool) -> None:

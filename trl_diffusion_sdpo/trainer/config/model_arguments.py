@@ -107,6 +107,9 @@ class SampleArguments:
         sample_prompts (`list[str]`, *optional*):
             Prompts of sample images, which are generated with fixed seeds before, during and after training. They are
             saved in `samples/` of the output folder and shown in the model card.
+        sample_sources (`list[str]`, *optional*):
+            Paths of the images that `sample_prompts` edit, one for each prompt. Models that always edit need them, and
+            other edit models may have them.
         sample_steps (`int`, *optional*):
             Optimizer steps between two generations of sample images. If unset, they are generated only before and after
             training.
@@ -119,6 +122,7 @@ class SampleArguments:
     """
 
     sample_prompts: list[str] | None = None
+    sample_sources: list[str] | None = None
     sample_steps: Annotated[int | None, Range("[1, inf)", "Leave it unset for none.")] = None
     sample_kwargs: dict[str, Any] | str | None = None
     sample_scorers: list[str] | None = None
