@@ -83,3 +83,11 @@ def test_a_changed_prompt_of_either_image_is_another_data_set(pairs, column):
     assert {name for name in before if before[name] != after[name]} == {"prompts"}
     before, after = (prepare(data, verify_images="none").fingerprint(thorough=True) for data in (pairs, changed))
     assert before["prompts"] != after["prompts"]
+
+
+@pytest.mark.parametrize("losers", ["data", "permute"])
+@pytest.mark.parametrize("swap", [False, True])
+def test_all_prompts_that_items_have_are_listed_for_the_cache(pairs, swap, losers):
+    prepared = prepare(pairs, swap_labels=swap, losers=losers)
+    items = [prepared[index] for index in range(6)]
+    assert {item[name] for item in items for name in ("prompt", "loser_prompt") if name in item} <= prepared.prompts()

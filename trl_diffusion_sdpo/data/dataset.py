@@ -325,7 +325,10 @@ class PreferenceDataset(Dataset):
         return {prompt for _, prompts in self._prompts_by_row() for prompt in prompts}
 
     def _prompts_by_row(self) -> Iterator[tuple[int, tuple[str, ...]]]:
-        images = np.unique(self._pairs.places[:, [1, 3]].clip(max=1)).tolist() if self.has_loser_prompts else [0]
+        images = [0]
+        if self._source.prompt_of_each_image:
+            columns = [1, 3] if self.has_loser_prompts else [1]
+            images = np.unique(self._pairs.places[:, columns].clip(max=1)).tolist()
         rows = np.unique(self._pairs.places[:, 0])
         prompts = zip(*(self._source.prompts_of_rows(rows, image) for image in images), strict=True)
         yield from zip(rows.tolist(), prompts, strict=True)
