@@ -1,32 +1,21 @@
 """HiDream-I1: experts are routed as diffusers does it, with gradients in every mode; images that are not square."""
 
-import importlib.util
+import copy
 
 import pytest
 import torch
-from diffusers.models.transformers import transformer_hidream_image
+from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
 from tiny_pipelines import case
 
 from trl_diffusion_sdpo.families import find_family
-
-
-@pytest.fixture(scope="module")
-def original():
-    """diffusers' own class, loaded anew from its file."""
-    spec = importlib.util.spec_from_file_location(
-        "diffusers.models.transformers.original", transformer_hidream_image.__file__
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.MOEFeedForwardSwiGLU
+from trl_diffusion_sdpo.families.hidream import mend
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_tokens_are_routed_as_by_diffusers(original, mode):
-    find_family(case("hidream").build())  # its module replaces the forward pass
-    settings = {"dim": 32, "hidden_dim": 48, "num_routed_experts": 4, "num_activated_experts": 2}
-    ours, theirs = transformer_hidream_image.MOEFeedForwardSwiGLU(**settings), original(**settings)
-    theirs.load_state_dict(ours.state_dict())
+def test_tokens_are_routed_as_by_diffusers(mode):
+    theirs = MOEFeedForwardSwiGLU(dim=32, hidden_dim=48, num_routed_experts=4, num_activated_experts=2)
+    ours = copy.deepcopy(theirs)
+    mend(ours)
     tokens = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
     assert len(set(ours.gate(tokens)[0].flatten().tolist())) > 1
     given, expected = (tokens.clone().requires_grad_() for _ in range(2))
@@ -44,11 +33,7 @@ def test_tokens_are_routed_as_by_diffusers(original, mode):
 def test_a_layer_gives_the_same_bits_in_both_modes_also_with_an_expert_without_tokens():
     pipeline = case("hidream").build()
     find_family(pipeline)
-    layer = next(
-        module
-        for module in pipeline.transformer.modules()
-        if isinstance(module, transformer_hidream_image.MOEFeedForwardSwiGLU)
-    )
+    layer = next(module for module in pipeline.transformer.modules() if isinstance(module, MOEFeedForwardSwiGLU))
     tokens = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(2))
     output = layer.train()(tokens)
     assert torch.equal(output, layer.eval()(tokens))

@@ -2,10 +2,11 @@
 trained by flow matching."""
 
 from collections.abc import Mapping
+from types import MethodType
 from typing import Any
 
 import torch
-from diffusers import HiDreamImageTransformer2DModel
+from diffusers import DiffusionPipeline, HiDreamImageTransformer2DModel
 from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
 
 from .base import Family, check_in_channels
@@ -30,19 +31,21 @@ def route(self: MOEFeedForwardSwiGLU, hidden_states: torch.Tensor) -> torch.Tens
     return routed.view_as(hidden_states).to(hidden_states.dtype) + self.shared_experts(hidden_states)
 
 
-diffusers_patchify = HiDreamImageTransformer2DModel.patchify
-
-
 def patchify(self: HiDreamImageTransformer2DModel, hidden_states: torch.Tensor) -> tuple[Any, ...]:
-    """Make patches as diffusers does, and give the number of rows and columns as numbers. In diffusers they are a
-    tensor, so that reading them waits for the device, several times for each image."""
-    tokens, masks, _, ids = diffusers_patchify(self, hidden_states)
+    """Make patches as diffusers does, and return the numbers of rows and columns as Python numbers. diffusers returns a
+    tensor, and the transformer waits for the device several times for each image to read it."""
+    tokens, masks, _, ids = type(self).patchify(self, hidden_states)
     rows, columns = (side // self.config.patch_size for side in hidden_states.shape[-2:])
     return tokens, masks, [(rows, columns)] * len(hidden_states), ids
 
 
-MOEFeedForwardSwiGLU.forward = route
-HiDreamImageTransformer2DModel.patchify = patchify
+def mend(denoiser: torch.nn.Module) -> None:
+    """Give this transformer the two methods above. Other transformers of the process stay as they are."""
+    for module in denoiser.modules():
+        if isinstance(module, MOEFeedForwardSwiGLU):
+            module.forward = MethodType(route, module)  # type: ignore[method-assign]
+        elif isinstance(module, HiDreamImageTransformer2DModel):
+            module.patchify = MethodType(patchify, module)  # type: ignore[method-assign]
 
 
 class HiDreamFamily(Family):
@@ -61,6 +64,10 @@ class HiDreamFamily(Family):
     learning_rate_lora = 1e-4  # our choice, as for similar transformers
     weighting_scheme = "logit_normal"
     patch_size = 2
+
+    def __init__(self, pipeline: DiffusionPipeline):
+        super().__init__(pipeline)
+        mend(self.denoiser)
 
     @property
     def default_resolution(self) -> int:
