@@ -14,7 +14,7 @@ Anchor = Literal["branch", "error"]
 def loser_scale(
     winner_gain: torch.Tensor, dot: torch.Tensor, mu: float, eps: float | torch.Tensor = 0.0
 ) -> torch.Tensor:
-    r"""Return lambda, the largest factor of the loser's gradient that does not raise the winner's error (to first order).
+    r"""Return lambda: the largest factor of the loser's gradient that does not raise the winner's error to first order.
 
     Let `a` be the gradient of the winner's error, `W` the winner's part of the loss gradient, and `-L` the loser's
     part. A step along `-(W - lambda L)` changes the winner's error by
