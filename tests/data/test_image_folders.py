@@ -69,7 +69,7 @@ def test_equal_names_in_two_folders_are_pairs_with_the_caption_of_either_folder_
 
 def left_out(caplog):
     """Number and names of what the log says was left out."""
-    lines = caplog.text.partition("Left out:\n")[2].splitlines()
+    lines = caplog.text.partition("Skipped files:\n")[2].splitlines()
     return {(int(line.split()[0]), line.rpartition(": ")[2]) for line in lines if line.startswith("  ")}
 
 
@@ -113,8 +113,8 @@ def test_a_caption_that_is_no_small_file_leaves_its_images_out(kind, write, capl
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["chosen/a.png", "chosen/a.txt: x"], "two folders, chosen"),
-        (["chosen/a.png", "rejected/b.png"], "2 without a partner"),
+        (["chosen/a.png", "chosen/a.txt: x"], "only chosen"),
+        (["chosen/a.png", "rejected/b.png"], "2 without a second image"),
         (both("a"), "2 without a caption"),
         (["a.png", "b.png"], "folders chosen and rejected"),
         (["images/a.png", "images/b.png", "c.png", "a.csv: x", "b.json: {}"], "Of its files a.csv, b.json, pass one"),
