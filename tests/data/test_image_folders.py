@@ -93,7 +93,7 @@ def test_all_that_is_left_out_is_counted_by_its_reason(write, caplog):
         (2, "chosen/uncaptioned.png, rejected/uncaptioned.png"),
         (1, "chosen/unused.txt"),
     }
-    with pytest.raises(ValueError, match='images that are in no pair. Add what is missing, or pass on_bad_row="drop"'):
+    with pytest.raises(ValueError, match='in no pair. Add the missing files, or pass on_bad_row="drop"'):
         load_pairs(folder, on_bad_row="raise")
 
 

@@ -137,7 +137,7 @@ class PreferenceDataset(Dataset):
     - `scores`, `pair_weight` and `ref_errors` (`(T, 2)`, for T timesteps and winner and loser), if pairs have them;
     - `masks` (`torch.Tensor` of shape `(2, 1, H, W)`, uint8), if there is a mask column: 1 inside, 0 outside;
     - `source` (`PIL.Image.Image`), if there is a source column: the image that the prompt edits, in its own size;
-    - `noise_seeds` (`tuple[int, int]`, of winner and loser), if training uses the noise of the images;
+    - `noise_seeds` (`tuple[int, int]`), of winner and loser, if training reads them;
     - `repeated`, with aspect-ratio buckets: whether the pair fills up a batch.
 
     If latents were computed before training, `moments`, `target_size`, `conditioning` and `loser_conditioning` replace
@@ -321,7 +321,7 @@ class PreferenceDataset(Dataset):
         return self._options.buckets.sizes[self._pairs.columns["size"][row]]
 
     def prompts(self) -> set[str]:
-        """Return all distinct prompts of the pairs. If losers have prompts of their own, these are included."""
+        """Return the distinct prompts of all pairs, with the losers' own prompts, if they have some."""
         images = np.unique(self._pairs.places[:, [1, 3]].clip(max=1)).tolist() if self.has_loser_prompts else [0]
         rows = np.unique(self._pairs.places[:, 0])
         return {prompt for image in images for prompt in self._source.prompts_of_rows(rows, image)}
@@ -585,7 +585,7 @@ class PreferenceCollator:
     - `counted` (`int`), if repeated pairs may fill up the batch: the number of pairs before the repeated ones;
     - `scores` (`torch.FloatTensor` of shape `(2B,)`), if the data set has score columns;
     - `masks` (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8), if the data set has a mask column;
-    - `noise_seeds` (`list[int]` of length 2B), winners first, if training uses the noise of the images;
+    - `noise_seeds` (`list[int]` of length 2B), winners first, if training draws the images' own noise;
     - `sources` (`list[PIL.Image.Image]` of length B), if the data set has a source column;
     - `pair_weights` (`torch.FloatTensor` of shape `(B,)`), if training pairs have weights;
     - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), if reference errors were computed before training.

@@ -59,9 +59,9 @@ class PreferenceFormat:
         prompt_of_each_image (`bool`): Whether `prompt_columns` are two columns, one for the prompt of each image.
         has_losers (`bool`): Whether rows have a loser. If not, the loser of a pair is the winner of another pair.
         is_swapped (`bool`): Whether the winner of a pair is the image that the data set calls the loser.
-        mask_columns (`tuple[str, ...]`): The mask column of the row, or one mask column for each of two image columns.
-            Empty without masks.
-        source_columns (`tuple[str, ...]`): The column of the image to edit. Empty without such a column.
+        mask_columns (`tuple[str, ...]`): The mask column of the row, or one for each of two image columns; empty
+            without masks.
+        source_columns (`tuple[str, ...]`): The column of the image that is edited; empty without sources.
     """
 
     name: str

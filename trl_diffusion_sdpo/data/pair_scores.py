@@ -138,8 +138,8 @@ class ScoreSettings:
         low, high = float(scores.min()), float(scores.max())
         if low < 0 or high > 1:
             logger.warning(
-                "%s data: the loss expects scores in [0, 1]: the share of wins of an image. The scores of the data are "
-                "between %.4g and %.4g. Set `calibrated_scores` to convert the scores.",
+                "%s data: the loss expects scores in [0, 1]: the share of wins of an image. The scores range "
+                "from %.4g to %.4g. Set `calibrated_scores` to convert the scores.",
                 *(dataset.report.name, low, high),
             )
 
@@ -225,8 +225,8 @@ def _scores_of_several(dataset: PreferenceDataset) -> torch.Tensor:
     if constant:
         raise ValueError(
             "`pair_weights='agreement'` needs scorers that distinguish images. The scorers "
-            f"{constant} (numbered from 0) give both images of all {len(scores)} pairs the same score. Remove them from "
-            f"`{SCORER_COLUMNS[0]}` and `{SCORER_COLUMNS[1]}`."
+            f"{constant} (numbered from 0) give both images of all {len(scores)} pairs the same score. Remove them "
+            f"from `{SCORER_COLUMNS[0]}` and `{SCORER_COLUMNS[1]}`."
         )
     return scores
 
