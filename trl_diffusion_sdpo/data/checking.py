@@ -55,7 +55,7 @@ class DataReport:
         return self.ties + self.undecodable + self.bad_prompts + self.bad_labels + self.too_small
 
     def add(self, kind: str, row: int, reason: str, amount: int = 1) -> bool:
-        """Count `amount` drops of a kind. Return whether the row was added to the examples."""
+        """Count `amount` drops of a kind. Return whether the row is now one of the report's examples."""
         setattr(self, kind, getattr(self, kind) + amount)
         examples = self.examples.setdefault(kind, [])
         if len(examples) == MAX_EXAMPLES:
@@ -77,7 +77,7 @@ class DataReport:
 
 
 def reject(report: DataReport, strict: bool, kind: str, row: int, reason: str, amount: int) -> bool:
-    """Count `amount` drops of a kind in the report. Return whether the row was added to the examples.
+    """Count `amount` drops of a kind in the report. Return whether the row is now one of the report's examples.
 
     Raises:
         BadDataError: If `strict` and the row is bad. Rows with ties or small images are not bad, because their labels

@@ -189,7 +189,7 @@ class ImageReader:
         elif isinstance(value, bytes | bytearray | memoryview):
             value = pyarrow.BufferReader(value)  # without a copy
         elif value is None:
-            raise UndecodableImageError("is missing: neither bytes nor a path")
+            raise UndecodableImageError("is missing: the row has neither bytes nor a path")
         else:
             raise UndecodableImageError(
                 f"is of unknown kind {type(value).__name__}: expected a PIL image, bytes, a path or a dict of both"
@@ -205,7 +205,7 @@ class ImageReader:
             scheme = _scheme(hop)
             if scheme not in self.schemes and not (scheme == "" and depth == len(hops) - 1):
                 raise UndecodableImageError(
-                    f"is at {scheme or hop}://, which rows may not have opened (`image_schemes` allows more): {url}"
+                    f"has the URL scheme {scheme or hop}, which rows may not use unless `image_schemes` names it: {url}"
                 )
             if depth > 1:
                 raise UndecodableImageError(f"is in an archive within an archive: {url}")

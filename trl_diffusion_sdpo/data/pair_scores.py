@@ -110,7 +110,7 @@ class ScoreSettings:
         weighed_by = weighed_by if training else None
         if (calibrated, weighed_by) != (self._calibrates, self._weighed_by):
             raise ValueError(
-                f"Prepared data must have the trainer's score settings. The {name} data were prepared with "
+                f"Data must be prepared with the trainer's score settings. The {name} data were prepared with "
                 f"`calibrated_scores={calibrated}` and `pair_weights={weighed_by}`. The trainer has {self.calibrated} "
                 f"and {self._weighed_by}. Pass the data set from which they were prepared."
             )
@@ -149,7 +149,7 @@ class ScoreSettings:
         gaps = score_gaps(torch.tensor(dataset.scores), sorts_by_scores=self.sorts_by_scores)
         if gaps.min() == gaps.max():
             raise ValueError(
-                f"`pair_weights` needs pairs with different gaps of scores. All {pairs} pairs of the {name} data have "
+                f"`pair_weights` needs pairs with different score gaps (winner minus loser). All {pairs} pairs of the {name} data have "
                 f"the gap {float(gaps.max()):g}. Use another scorer, or remove `pair_weights`."
             )
         contradicted = int((dataset.scores[:, 0] < dataset.scores[:, 1]).sum())
@@ -173,8 +173,8 @@ class ScoreSettings:
         if not weights.any():
             raise ValueError(
                 f"Some pairs must have a weight above 0. `pair_weights={self.pair_weights!r}` is 0 for all "
-                f"{len(weights)} pairs of the {dataset.report.name} data. Choose other weights. For the weights "
-                "`gain`, scale the scores down."
+                f"{len(weights)} pairs of the {dataset.report.name} data. Choose other weights. For "
+                "`pair_weights='gain'`, scale the scores down."
             )
         if weights.min() == weights.max():
             logger.warning("`pair_weights=%r` has no effect: all pairs have the same weight.", self.pair_weights)

@@ -325,8 +325,8 @@ def capo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     calibrated score is an image's expected share of wins against the other images of its prompt, in `[0, 1]`. The
     caller exchanges winner and loser if the loser has the higher score, so the target is in `[0, 1]`.
 
-    Source: https://huggingface.co/papers/2502.02588. We used only the paper's abstract and this formula. In the logit
-    `u`, the paper's factor of the margin is `beta / 2`.
+    Source: https://huggingface.co/papers/2502.02588. We used only the paper's abstract and this formula. The
+    paper multiplies the margin by a factor that is `beta / 2` here.
     """
     assert terms.scores is not None
     winner_score, loser_score = terms.scores
@@ -583,8 +583,8 @@ def loss_spec(
         margin_clamp (`float`, *optional*): Largest value of the logit, greater than 0.
 
     Raises:
-        `ValueError`: If [`loss_weights_by_name`] refuses the names or weights. If `margin_clamp` is set, also if it is
-            not above 0, if no loss reads the loser, or if a loss that reads the loser depends on more than the logit.
+        `ValueError`: If [`loss_weights_by_name`] refuses the names or weights. Also if `margin_clamp` is not above 0, or
+            if it is set although no loss reads the loser or a loss that reads the loser depends on more than the logit.
     """
     weights = loss_weights_by_name(loss_type, loss_weights)
     spec = LOSSES[next(iter(weights))] if list(weights.values()) == [1.0] else _sum_spec(weights)

@@ -197,8 +197,8 @@ def default_configuration(tensors: dict[str, torch.Tensor]) -> str:
 def keep_in_float32(module_class: type[torch.nn.Module], buffer: str) -> None:
     """Patch a module class, so that casting a module leaves the buffer named `buffer` in float32.
 
-    Use it for buffers that are not saved. `from_pretrained` leaves them in float32 too, but DeepSpeed and
-    `pipeline.to(torch.bfloat16)` cast them. If the frequencies of positions or timesteps are rounded, large positions
+    Use this function for buffers that are not saved. `from_pretrained` leaves these buffers in float32 too, but
+    DeepSpeed and `pipeline.to(torch.bfloat16)` cast them. If the frequencies of positions or timesteps are rounded, large positions
     get wrong angles. Remove this function when diffusers' denoisers compute these frequencies in their forward pass.
     """
     cast: Any = module_class._apply

@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Peers:
-    """All processes that prepare the same data together. By default, this is a single process.
+    """The group of processes that prepare the same data together. By default, this is a single process.
 
     Args:
         index (`int`): Rank of this process, from 0.
