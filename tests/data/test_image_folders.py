@@ -117,7 +117,7 @@ def test_a_caption_that_is_no_small_file_leaves_its_images_out(kind, write, capl
         (["chosen/a.png", "rejected/b.png"], "2 without a second image"),
         (both("a"), "2 without a caption"),
         (["a.png", "b.png"], "folders chosen and rejected"),
-        (["images/a.png", "images/b.png", "c.png", "a.csv: x", "b.json: {}"], "Of its files a.csv, b.json, pass one"),
+        (["images/a.png", "images/b.png", "c.png", "a.csv: x", "b.json: {}"], "Pass one of its files a.csv, b.json"),
         (["IMG_1.png", "IMG_2.png", "IMG_1.txt: one", "IMG_2.txt: two"], "2 with captions that differ"),
     ],
 )

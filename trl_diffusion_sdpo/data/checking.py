@@ -128,7 +128,7 @@ def parse_verify_images(value: Any) -> str:
 
 
 def evenly_spaced(size: int, wanted: int) -> np.ndarray:
-    """Return up to `wanted` evenly spaced indices below `size`. They start at 0 and do not repeat."""
+    """Return up to `wanted` different, evenly spaced indices from 0 to `size - 1`, starting at 0."""
     count = min(size, wanted)
     return np.arange(count, dtype=np.int64) * size // max(count, 1)
 

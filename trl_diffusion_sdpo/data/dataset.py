@@ -358,7 +358,7 @@ class PreferenceDataset(Dataset):
         """Decode a sample of evenly spaced pairs, in the first process only.
 
         Bad pairs stay in the index. In training, the next good pair replaces a bad pair. The index must not depend on
-        files that are unreadable for a moment, because resumed runs find their position in it.
+        files that are unreadable for a moment, because resumed runs find their position in the index.
 
         Raises:
             ValueError: If no pair can be decoded. With `compare`, also if all pairs have two identical images.
@@ -397,7 +397,7 @@ class PreferenceDataset(Dataset):
 
     @property
     def _drawn_epoch(self) -> int:
-        """Epoch that random numbers depend on. It is always 0 in an evaluation."""
+        """Epoch that random numbers depend on. In an evaluation, this epoch is always 0."""
         if not self._options.training:
             return 0
         return int(self._epoch) if self._repeat_after is None else int(self._epoch) % self._repeat_after
@@ -487,7 +487,7 @@ class PreferenceDataset(Dataset):
         return {**drawn, **self.pixel_settings(), **({"losers": "permute"} if self.is_permuted else {})}
 
     def pixel_settings(self) -> dict[str, Any]:
-        """Return the settings on which pixels depend. Their values can be written to JSON."""
+        """Return the settings on which pixels depend, with values that can be written to JSON."""
         return {"transform": type(self._options.transform).__name__, **vars(self._options.transform)}
 
     @property
@@ -572,7 +572,7 @@ def _decode_source(reader: ImageReader, value: Any, is_mirrored: bool) -> Image.
 class PreferenceCollator:
     """Collator that makes a batch from items of `PreferenceDataset` or `PreferenceIterableDataset`.
 
-    It returns a `dict` with
+    The collator returns a `dict` with
 
     - `rows` (`torch.LongTensor` of shape `(B,)`): numbers of the pairs. This entry comes first, because accelerate and
       transformers read the batch size from the first entry;

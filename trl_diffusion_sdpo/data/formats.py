@@ -55,7 +55,8 @@ class PreferenceFormat:
         validity_column (`str`, *optional*): Column of booleans. If its value is false, the row has no label.
         score_columns (`tuple[str, str]`, *optional*): Columns with the reward scores of winner and loser, if they
             exist.
-        text_members (`bool`): Whether prompts are members of an archive. They may then be bytes, or end in a newline.
+        text_members (`bool`): Whether prompts are members of an archive. Such prompts may be bytes, or end in a
+            newline.
         prompt_of_each_image (`bool`): Whether `prompt_columns` are two columns, one for the prompt of each image.
         has_losers (`bool`): Whether rows have a loser. If not, the loser of a pair is the winner of another pair.
         is_swapped (`bool`): Whether the winner of a pair is the image that the data set calls the loser.

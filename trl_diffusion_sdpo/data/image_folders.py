@@ -98,7 +98,7 @@ def read_image_folder(path: Path) -> dict[str, FolderSplit] | None:
 
 
 def make_datasets(splits: dict[str, FolderSplit]) -> dict[str, datasets.Dataset]:
-    """Return one data set per split. Its `info.splits` has the number of rows of every split."""
+    """Return one data set per split. `info.splits` of each data set has the number of rows of every split."""
     made = {name: datasets.Dataset.from_list(split.rows) for name, split in splits.items()}
     lengths = {name: datasets.SplitInfo(name, num_examples=len(dataset)) for name, dataset in made.items()}
     for dataset in made.values():

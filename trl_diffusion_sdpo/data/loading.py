@@ -51,8 +51,9 @@ def load_pairs(
         name (`str` or `os.PathLike`): Id on the Hub, or path of a file or folder. Files may be parquet, arrow, JSON,
             JSONL (also Flow-Factory's `schema_version` 2), CSV or TSV. A folder may contain these files, or images with
             `metadata.jsonl` or `metadata.csv`, or images in the folders `chosen` and `rejected`, or images with ranks
-            at the end of their names. It may also be the output of `pairs pick`, `pairs generate` or `save_to_disk`.
-            Relative names of images in a local file are looked up in its folder, then in the working directory.
+            at the end of their names. A folder may also be the output of `pairs pick`, `pairs generate` or
+            `save_to_disk`. Relative names of images in a local file are looked up in its folder, then in the working
+            directory.
         split (`str`): Split expression, such as `"train"` or `"train[:90%]"`. A single file is accepted under any split
             name.
         config (`str`, *optional*): Configuration of a data set of the Hub.

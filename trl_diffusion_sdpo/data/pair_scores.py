@@ -149,8 +149,8 @@ class ScoreSettings:
         gaps = score_gaps(torch.tensor(dataset.scores), sorts_by_scores=self.sorts_by_scores)
         if gaps.min() == gaps.max():
             raise ValueError(
-                f"`pair_weights` needs pairs with different score gaps (winner minus loser). All {pairs} pairs of the {name} data have "
-                f"the gap {float(gaps.max()):g}. Use another scorer, or remove `pair_weights`."
+                f"`pair_weights` needs pairs with different score gaps (winner minus loser). All {pairs} pairs of the "
+                f"{name} data have the gap {float(gaps.max()):g}. Use another scorer, or remove `pair_weights`."
             )
         contradicted = int((dataset.scores[:, 0] < dataset.scores[:, 1]).sum())
         if contradicted:

@@ -16,7 +16,7 @@ LOSERS = 3  # last of four parts of the random key of permutations; random keys 
 
 
 class PermutedLosers:
-    """Random permutation of all pairs in each epoch. It maps each pair to the pair whose winner becomes the loser.
+    """Random permutation of all pairs in each epoch. A pair is mapped to the pair whose winner becomes its loser.
 
     The loser of a pair never has the prompt of the pair. The permutation depends only on the seed and the epoch.
 
@@ -88,7 +88,7 @@ def derangement(values: np.ndarray, key: Sequence[int]) -> np.ndarray:
 
     Args:
         values (`np.ndarray` of shape `(P,)`): Value of each index. Values must be sortable.
-        key (`Sequence[int]`): Key of the random numbers. Its numbers must not be negative.
+        key (`Sequence[int]`): Key of the random numbers, of non-negative integers.
 
     Returns:
         `np.ndarray` of shape `(P,)`, int64: Index to which each index is mapped.

@@ -34,7 +34,7 @@ def prepare_dataset(
             or [`PairMixture`] of several data sets.
         options ([`PairOptions`]): Settings for making pairs from the rows.
         name (`str`): Name of the data in messages.
-        peers (`Peers`): The processes that prepare the same data together. They divide the checks among themselves.
+        peers (`Peers`): The processes that prepare the same data together and divide the checks among themselves.
 
     Returns:
         [`PreferenceDataset`] or, for a `datasets.IterableDataset`, [`PreferenceIterableDataset`].

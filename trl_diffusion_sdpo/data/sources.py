@@ -283,7 +283,7 @@ class TableSource:
 
     @functools.cached_property
     def content_key(self) -> dict[str, str]:
-        """Hashes of prompts and images for cache keys. They also change if a local image file changes."""
+        """Hashes of prompts and images for cache keys. The hashes also change if a local image file changes."""
         digest = hashlib.sha256(dataset_fingerprint(self._images).encode())
         for batch in self._images.iter(batch_size=ROWS_AT_ONCE):
             for column in batch.columns:
@@ -353,7 +353,7 @@ class PairSource:
     ) -> tuple[np.ndarray, dict[tuple[int, int], str]]:
         """Decode all images of pairs, or read only their headers.
 
-        All processes must call this function. They divide the rows among themselves.
+        All processes must call this function, and divide the rows among themselves.
 
         Args:
             places (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser.
@@ -692,5 +692,5 @@ def bad_seeds(values: Iterable[Any], column: str) -> dict[int, str]:
 
 
 def digest_of(text: str) -> int:
-    """Return a 64-bit hash of a text. It is equal on every machine."""
+    """Return a 64-bit hash of a text that is equal on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big", signed=True)

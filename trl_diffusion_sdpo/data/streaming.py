@@ -48,7 +48,7 @@ class StreamPosition:
 
     Args:
         batch (`int`): Number of pairs in a batch.
-        workers (`int`): Number of DataLoader workers. They make batches in turn.
+        workers (`int`): Number of DataLoader workers, which make batches in turn.
         numbers (`int`): Difference between the numbers of two consecutive pairs of a worker.
         seed (`int`): Seed of the stream's draws.
         readers (`Sequence[Sequence[int]]`, *optional*): For each worker, the number of its batches, the number of its
@@ -275,7 +275,7 @@ class PreferenceIterableDataset(IterableDataset):
     def _one_pass(self, epoch: int, passed: int = 0) -> Generator[dict[str, Any], None, int]:
         """Yield the items of this process in one pass over the stream, without the first `passed` labelled pairs.
 
-        The generator returns the number of labelled pairs. It returns 0 if no pair could be decoded.
+        The generator returns the number of labelled pairs. The number is 0 if no pair could be decoded.
         """
         worker, share, deals_pairs = get_worker_info(), self._share, self._deals_pairs
         reader, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)

@@ -24,7 +24,7 @@ INTERPOLATIONS = {
 
 @dataclass(frozen=True)
 class PairDraws:
-    """All random numbers of one pair in one epoch. They are always drawn together, so that switching off flips, for
+    """All random numbers of one pair in one epoch. All numbers are always drawn, so that switching off flips, for
     example, changes no other random number.
 
     Attributes:
@@ -44,7 +44,7 @@ class PairDraws:
 
     @classmethod
     def from_key(cls, seed: int, epoch: int, row: int) -> PairDraws:
-        """Draw a pair's random numbers from `seed`, `epoch` and `row`. They are equal in every process and machine."""
+        """Draw a pair's random numbers from `seed`, `epoch` and `row`. The numbers are equal everywhere."""
         generator = np.random.default_rng([seed, epoch, row])
         top, left, flip, dropout = generator.random(4).tolist()
         return cls(top, left, flip, dropout, int(generator.integers(0, 2**63 - 1, endpoint=True)))

@@ -20,7 +20,8 @@ class PreferenceLossOutput:
     """Result of [`diffusion_preference_loss`].
 
     Args:
-        loss (`torch.Tensor` of shape `()`): Mean loss. Its backward pass computes the safeguarded gradient.
+        loss (`torch.Tensor` of shape `()`): Mean loss, whose backward pass computes the safeguarded
+            gradient.
         scale (`torch.Tensor` of shape `()`, or `(B,)` with `"pair"` and `"noise_bin"`): Lambda, the factor of
             the losers' gradients, detached.
         metrics (`dict[str, torch.Tensor]`): Metrics of the batch by name, as detached scalars.

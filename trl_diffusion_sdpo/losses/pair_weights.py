@@ -44,9 +44,10 @@ def gain_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor
     """Return weights `(P,)` proportional to the gap of the gains `2^score`, from scores `(P, 2, 1)`.
 
     After division by their mean ([`with_mean_one`]), the weights do not change if a constant is added to all scores.
-    They change if all scores are multiplied by a factor.
+    The weights change if all scores are multiplied by a factor.
 
-    Source: the gains of RankDPO (https://huggingface.co/papers/2410.18013). Its discounts by rank are left out.
+    Source: the gains of RankDPO (https://huggingface.co/papers/2410.18013). The discounts by rank of RankDPO are left
+        out.
     """
     gains = torch.exp2(scores - scores.max())  # the largest gain is 1, so no gain overflows
     return score_gaps(gains, sorts_by_scores=sorts_by_scores)[:, 0]
@@ -83,7 +84,7 @@ class WeightFunction:
     """Function that computes weights of pairs, an entry of [`WEIGHT_FUNCTIONS`].
 
     Args:
-        function (`Callable`): Function from scores `(P, 2, K)` in float64 to weights `(P,)`. Their mean need not be 1.
+        function (`Callable`): Function from scores `(P, 2, K)` in float64 to weights `(P,)` of any mean.
         several_scorers (`bool`): Whether the function compares several scorers. If not, K is 1.
     """
 

@@ -111,7 +111,7 @@ def pair_terms(
     Args:
         model_pred (`torch.Tensor` of shape `(2B, ...)`): Predictions of the policy, the B winners first.
         target (`torch.Tensor` of shape `(2B, ...)`): Training target of each prediction.
-        ref_pred (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the reference. They are detached.
+        ref_pred (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the reference, to be detached.
         ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): [`mean_error`] of the reference's predictions, without
             timestep weights. Pass either these errors or `ref_pred`. With `ref_errors`, `winner_shift` is `None`.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factor of each pair's errors, such as min-SNR
@@ -236,7 +236,8 @@ def dmpo_loss(terms: PairTerms, *, beta: float, dmpo_alpha: float = 0.01) -> tor
     """Return the DMPO loss of each pair, `(B,)`.
 
     The loss is the reverse KL divergence of the policy's probability of preferring the winner from the target
-    probability `1 - dmpo_alpha`. It is smallest at the finite logit `log((1 - dmpo_alpha) / dmpo_alpha)`. The loss
+    probability `1 - dmpo_alpha`. The loss is smallest at the finite logit
+    `log((1 - dmpo_alpha) / dmpo_alpha)`. The loss
     equals TRL's `exo_pair` with `label_smoothing = dmpo_alpha`.
 
     Source: https://huggingface.co/papers/2507.07510.
@@ -380,7 +381,7 @@ class LossSpec:
     """Loss function and its properties. The table [`LOSSES`] has one `LossSpec` per loss.
 
     Args:
-        function (`Callable`): Function that takes [`PairTerms`] and, as keyword arguments, settings. It returns the
+        function (`Callable`): Function that takes [`PairTerms`] and, as keyword arguments, settings, and returns the
             loss of each pair, `(B,)`.
         needs_reference (`bool`): Whether the loss reads the reference's errors.
         reads_reference_prediction (`bool`): Whether the loss also reads the reference's prediction. If so, callers
@@ -583,8 +584,9 @@ def loss_spec(
         margin_clamp (`float`, *optional*): Largest value of the logit, greater than 0.
 
     Raises:
-        `ValueError`: If [`loss_weights_by_name`] refuses the names or weights. Also if `margin_clamp` is not above 0, or
-            if it is set although no loss reads the loser or a loss that reads the loser depends on more than the logit.
+        `ValueError`: If [`loss_weights_by_name`] refuses the names or weights. Also if `margin_clamp` is not above 0,
+            if `margin_clamp` is set but no loss reads the loser, or if it is set but a loss that reads the loser
+            depends on more than the logit.
     """
     weights = loss_weights_by_name(loss_type, loss_weights)
     spec = LOSSES[next(iter(weights))] if list(weights.values()) == [1.0] else _sum_spec(weights)
@@ -677,7 +679,7 @@ def _sum_spec(weights: dict[str, float]) -> LossSpec:
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
 
     def target_logit(terms: PairTerms, **settings: float) -> torch.Tensor:
-        """Return the smallest target logit of all losses. Above it, at least one loss raises the winner's error."""
+        """Return the smallest target logit of all losses. Above this logit, a loss raises the winner's error."""
         logits = [target(terms, **settings_of(row, settings)) for row, target in targets]
         zeros = torch.zeros_like(terms.winner_error)  # broadcasts numbers to tensors without a copy from the host
         return torch.stack([zeros + logit for logit in logits]).amin(0)
@@ -707,9 +709,9 @@ def register_loss(name: str, function: Callable[..., torch.Tensor], **facts: Any
     """Add a custom loss to [`LOSSES`], so that `loss_type` and [`diffusion_preference_loss`] accept its name.
 
     Args:
-        name (`str`): Name of the loss. It must differ from the names of this package's losses.
-        function (`Callable`): Function that takes [`PairTerms`] and returns the loss of each pair, `(B,)`. It may take
-            `beta` as a keyword argument. All other keyword arguments keep their defaults in training.
+        name (`str`): Name of the loss, which no loss of this package may have.
+        function (`Callable`): Function that takes [`PairTerms`] and returns the loss of each pair, `(B,)`. The
+            function may take `beta` as a keyword argument. All other keyword arguments keep their defaults in training.
         facts (`Any`): Fields of [`LossSpec`] to set. By default, the loss reads the loser
             and the reference's errors, and lambda is computed from the gradients of the loss.
 

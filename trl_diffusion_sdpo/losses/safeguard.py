@@ -106,8 +106,8 @@ def output_products(
         winner_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the winner.
         loser_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the loser.
         branch_gradients (`tuple` of two `torch.Tensor` of shape `(B, ...)`, *optional*): Gradients of the loss at
-            the predictions for winner and loser. By default, the gradients of the mean errors replace them. This is
-            exact if the derivatives of a pair's loss by its two errors have equal absolute values.
+            the predictions for winner and loser. By default, the gradients of the mean errors are used. This choice
+            gives the exact lambda if the derivatives of a pair's loss by its two errors have equal absolute values.
 
     Returns:
         `<a, W>` and `<a, L>`, each `(B,)`. `a = 2 r_w / N` is the gradient of the batch's mean winner error, for `N`

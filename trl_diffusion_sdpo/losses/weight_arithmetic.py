@@ -19,8 +19,8 @@ def ema_decay(step: int, max_decay: float) -> float:
 def interpolate(base: torch.Tensor, tuned: torch.Tensor, scale: float) -> torch.Tensor:
     """Return `base + scale (tuned - base)` in the dtype of `base`.
 
-    The sum is computed in float32. It is exactly `base` at scale 0 and exactly `tuned` at scale 1. Integer tensors are
-    not interpolated: the result is `base` if the scale is below 0.5, else `tuned`.
+    The sum is computed in float32. At scale 0 the result is exactly `base`, and at scale 1 exactly `tuned`. Integer
+    tensors are not interpolated: the result is `base` if the scale is below 0.5, else `tuned`.
     """
     if not base.is_floating_point():
         return base if scale < 0.5 else tuned

@@ -60,7 +60,7 @@ class BudgetController:
         """Update the scales from measured errors. The first call stores the errors as `initial_errors`.
 
         Args:
-            errors (`torch.Tensor` of shape `(num_noise_bins,)`): Mean error of the winners in each bin. It is NaN
+            errors (`torch.Tensor` of shape `(num_noise_bins,)`): Mean error of the winners in each bin, NaN
                 for bins without timesteps.
 
         Returns:

@@ -1,5 +1,5 @@
-"""All private names of other libraries that this package uses, with the reasons. A name can be removed when its library
-offers a public one, unless its comment says otherwise."""
+"""All private names of other libraries that this package uses, with the reasons. A private name can be removed when its
+library offers a public one, unless the comment on the private name says otherwise."""
 
 import contextlib
 import dataclasses
@@ -198,8 +198,9 @@ def keep_in_float32(module_class: type[torch.nn.Module], buffer: str) -> None:
     """Patch a module class, so that casting a module leaves the buffer named `buffer` in float32.
 
     Use this function for buffers that are not saved. `from_pretrained` leaves these buffers in float32 too, but
-    DeepSpeed and `pipeline.to(torch.bfloat16)` cast them. If the frequencies of positions or timesteps are rounded, large positions
-    get wrong angles. Remove this function when diffusers' denoisers compute these frequencies in their forward pass.
+    DeepSpeed and `pipeline.to(torch.bfloat16)` cast them. If the frequencies of positions or timesteps are rounded,
+    large positions get wrong angles. Remove this function when diffusers' denoisers compute these frequencies in their
+    forward pass.
     """
     cast: Any = module_class._apply
 

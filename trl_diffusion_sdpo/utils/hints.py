@@ -85,7 +85,7 @@ def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> str:
         prefix (`str`): Text before each suggested name, such as `--`.
 
     Returns:
-        `str`: A question such as " Did you mean `beta`?" with one or two names. It is empty if no name is similar.
+        `str`: A question such as " Did you mean `beta`?" with one or two names, or an empty string.
     """
     names = list(names)
     ours, reason = _CHOICES_ELSEWHERE.get(word, ("", ""))

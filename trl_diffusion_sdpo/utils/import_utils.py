@@ -95,7 +95,7 @@ def lazy_attributes(
     Args:
         package (`str`): Name of the package.
         homes (`Mapping[str, str]`): Public name -> the module that defines it, relative to the package.
-        others (`Iterable[str]`): Public names that the package defines itself. They are added to `dir()`.
+        others (`Iterable[str]`): Public names that the package defines itself. `dir()` lists these names too.
     """
     public = sorted([*homes, *others])
 

@@ -30,8 +30,8 @@ class Peers:
         """Call `work` in every process, and return the results of all processes by rank. All processes must call this.
 
         Raises:
-            Exception: If `work` raises in any process. This process raises the error itself, and the other processes
-                raise `RuntimeError`.
+            Exception: If `work` raises in any process. The process in which `work` fails raises the error itself. The
+                other processes raise `RuntimeError`.
         """
         failure: Exception | None = None
         result = None
