@@ -59,7 +59,7 @@ class PairOptions:
         swap_labels (`bool`): Whether to exchange winner and loser of every pair.
         number_columns (`Sequence[str]`): Columns of a map-style data set that must have finite numbers in every row.
         noise_seeds (`bool`): Whether to read the seeds of the noise from which the images were generated, in the
-            columns `SEED_COLUMNS`. Only items for training have these seeds.
+            columns `SEED_COLUMNS`. Only items for training have noise seeds.
         losers (`str`): `"data"` uses the losers of the data. `"permute"` uses winners of pairs with other prompts as
             losers, by a random permutation that depends only on the seed and the epoch.
     """
@@ -438,7 +438,7 @@ class PreferenceDataset(Dataset):
         return self._view(_pairs=self._pairs.with_columns(ref_errors=None), _epoch=torch.tensor([epoch]))
 
     def for_storing(self) -> PreferenceDataset:
-        """Return these pairs for computing a cache. Reading of all pairs is tried again, also of undecodable pairs."""
+        """Return these pairs for computing a cache. Pairs that could not be decoded are tried again."""
         view = self._view()
         view._forget_undecodable()
         return view
@@ -457,7 +457,7 @@ class PreferenceDataset(Dataset):
     # ---- Encoded pairs and errors of a reference ------------------------------------------------------------------
 
     def use_encoded(self, encoded: Encoded) -> None:
-        """Replace images by latents and embeddings that were computed before. Reading of all pairs is tried again."""
+        """Replace images by latents and embeddings that were computed before. Undecodable pairs are tried again."""
         self._encoded = encoded
         self._forget_undecodable()
 

@@ -338,11 +338,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         # Scale 16 bits to 8 bits. Pillow's conversion would turn all values above 255 into white.
         levels = np.asarray(image).astype(np.int64)
         if levels.min() < 0 or levels.max() > 65535:
-            raise UndecodableImageError("is of mode I with values outside 16 bits: save the image in 8 or 16 bits")
+            raise UndecodableImageError("has pixels beyond 16 bits (mode I): save the image in 8 or 16 bits")
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     if image.mode == "F":
         raise UndecodableImageError(
-            "is of mode F: floating-point images have no common range of values, so save the image in 8 or 16 bits"
+            "has floating-point pixels (mode F), which have no common range of values: save the image in 8 or 16 bits"
         )
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")  # `convert` would make a copy

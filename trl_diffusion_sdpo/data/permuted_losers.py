@@ -37,7 +37,7 @@ class PermutedLosers:
         """Return permuted losers for the pairs `index` `(P, 4)` of a source. `name` is the data's name in messages.
 
         Raises:
-            ValueError: If a prompt has more than half of the pairs. Some pairs would then have a loser of their prompt.
+            ValueError: If a prompt has more than half of the pairs. Some pairs would get a loser of their own prompt.
         """
         texts = source.prompts_of_rows(index[:, 0])
         digests = {text: digest_of(text) for text in set(texts)}
@@ -80,11 +80,11 @@ def derangement(values: np.ndarray, key: Sequence[int]) -> np.ndarray:
     """Return a random permutation of indices that maps each index to an index with another value.
 
     First, indices are grouped by value. The groups, and the indices within a group, are in random order. Each index is
-    then mapped to the index a fixed distance further. The distance is at least the size of the largest group, and no
-    group has more than half of the indices, so this index has another value. Neighbours would still be mapped to
-    neighbours. Random pairs of indices therefore exchange the indices to which they are mapped, unless an index would
-    then be mapped to its own value. A random half of these exchanges is left out, because otherwise the number of
-    exchanges would decide whether the permutation is even or odd.
+    then mapped to the index that follows at a fixed distance. This distance is at least the size of the largest group,
+    and no group has more than half of the indices. Each index is therefore mapped to an index with another value. But
+    neighbours would still be mapped to neighbours. Random pairs of indices therefore exchange the indices to which they
+    are mapped, unless an index would then be mapped to its own value. A random half of these exchanges is left out,
+    because otherwise the number of exchanges would decide whether the permutation is even or odd.
 
     Args:
         values (`np.ndarray` of shape `(P,)`): Value of each index. Values must be sortable.

@@ -91,8 +91,8 @@ class PairMixture:
     """Several data sets of pairs that are trained on together. Each has its own format.
 
     Args:
-        datasets (`Sequence` or `Mapping`): The data sets, all map-style or all streams. The keys of a mapping are their
-            names in messages.
+        datasets (`Sequence` or `Mapping`): The data sets, all map-style or all streams. The keys of a mapping are the
+            names of the data sets in messages.
         weights (`Sequence` of `float`, positive, *optional*): Shares of the data sets in an epoch. Pairs of map-style
             data sets are repeated until an epoch has these shares and every pair. Repeated pairs get other random
             numbers. A stream restarts when it ends, until all streams have ended once. By default, an epoch has every
@@ -503,7 +503,7 @@ def _as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Data
     if rows.format["type"] == "custom":
         raise ValueError(
             f"Rows must not change between reads. The {name} data have a transform (`set_transform` or "
-            "`with_transform`), which could change them. Apply it once with `map`, or remove it with "
+            "`with_transform`), which could change the rows. Apply the transform once with `map`, or remove it with "
             "`with_format(None)`."
         )
     return rows
@@ -682,7 +682,7 @@ def numbers_of_rows(values: Iterable[Any], column: str) -> tuple[np.ndarray, dic
 
 
 def bad_seeds(values: Iterable[Any], column: str) -> dict[int, str]:
-    """Return the bad rows, whose value is no whole number in `[0, 2**63)`: the reason by the row's number."""
+    """Return the reason for each row whose value is not a whole number in `[0, 2**63)`, by row number."""
     reasons = {}
     for row, value in enumerate(values):
         is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())

@@ -325,7 +325,7 @@ class PreferenceIterableDataset(IterableDataset):
         identical: list[bool],
         count: Reject,
     ) -> dict[str, Any] | None:
-        """Return the item of a pair. If an image of the pair cannot be decoded, count the pair and return `None`."""
+        """Return the item of a pair. If an image cannot be decoded, count the pair as dropped and return `None`."""
         options = self._options
         winner = StoredImage(row_format, rows[pair.winner_row], pair.winner_image)
         loser = StoredImage(row_format, rows[pair.loser_row], pair.loser_image)

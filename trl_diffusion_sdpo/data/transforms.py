@@ -106,7 +106,7 @@ class PairTransform:
         size = tuple(resolution) if isinstance(resolution, tuple | list) else (resolution, resolution)
         if len(size) != 2 or any(not isinstance(side, int) or side < MIN_SIDE for side in size):
             raise ValueError(
-                f"`resolution` must be one or two (height, width) integers of at least {MIN_SIDE}, got {resolution!r}."
+                f"`resolution` must be one integer, or two (height, width), of at least {MIN_SIDE}. Got {resolution!r}."
             )
         if interpolation not in INTERPOLATIONS:
             raise ValueError(f"`interpolation` must be one of {sorted(INTERPOLATIONS)}, got {interpolation!r}.")

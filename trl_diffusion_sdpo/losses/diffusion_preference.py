@@ -95,8 +95,8 @@ def diffusion_preference_loss(
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' errors, such as min-SNR
             weights.
         loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients in addition to
-            lambda, in `[0, 1]`. The value of the loss does not change. A pair with the weight 0 trains only its
-            winner.
+            lambda, in `[0, 1]`. These factors do not change the value of the loss. A pair with the weight 0 trains only
+            its winner.
         noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Number of each pair's range of noise
             levels, in `[0, num_noise_bins)`. The granularity `"noise_bin"` needs it.
         num_noise_bins (`int`, *optional*, defaults to 1): Number of ranges of noise levels.
@@ -289,7 +289,7 @@ def check_safeguard(safeguard: str, mu: float, granularity: str, eps: float) -> 
     if granularity not in GRANULARITIES:
         raise ValueError(f"`safeguard_granularity` must be one of {', '.join(GRANULARITIES)}; got {granularity!r}.")
     if not 0 <= eps < float("inf"):
-        raise ValueError(f"`safeguard_eps` must be at least 0, got {eps}. The authors' code adds 1e-9; 0 is exact.")
+        raise ValueError(f"`safeguard_eps` must be at least 0, got {eps}. Use 0, or 1e-9 as in the authors' code.")
 
 
 def _check_output_space(

@@ -559,7 +559,7 @@ def loss_weights_by_name(
             raise ValueError(f"`loss_type` must be one of {', '.join(LOSSES)}; got {name!r}.")
     if not names or len(set(names)) < len(names) or {"dspo", "dspo_sdxl"} <= set(names):
         raise ValueError(
-            f"`loss_type` must name one loss or several different ones, and only one of `dspo` and `dspo_sdxl`. Got "
+            f"`loss_type` must name one loss or several different ones, and at most one of `dspo` and `dspo_sdxl`. Got "
             f"{names}. To give a loss more weight, set `loss_weights`."
         )
     weights = [1.0] * len(names) if loss_weights is None else list(loss_weights)
@@ -739,7 +739,7 @@ def register_loss(name: str, function: Callable[..., torch.Tensor], **facts: Any
     if terms.kind is terms.KEYWORD_ONLY or any(each.kind is not each.KEYWORD_ONLY for each in settings):
         raise ValueError(
             f"The loss {name!r} must take the terms of the pairs first, and its settings as keyword-only arguments. "
-            f"Got the arguments {inspect.signature(function)}. Define it as `def {name}(terms, *, beta)`."
+            f"Got the arguments {inspect.signature(function)}. Define the loss as `def {name}(terms, *, beta)`."
         )
     safe = {"equal_weights": False, "positive_weights": False, "anchor": "error"}
     LOSSES[name] = LossSpec(function, **{**safe, **facts})
