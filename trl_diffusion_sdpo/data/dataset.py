@@ -91,7 +91,7 @@ class PairOptions:
         object.__setattr__(self, "verify_images", checking.parse_verify_images(self.verify_images))
         object.__setattr__(self, "image_schemes", parse_schemes(self.image_schemes))
         if not 0.0 <= self.prompt_dropout <= 1.0:
-            raise ValueError(f"`prompt_dropout` must be in [0, 1], got {self.prompt_dropout}. It is a probability.")
+            raise ValueError(f"`prompt_dropout` is a probability, so it must be in [0, 1], got {self.prompt_dropout}.")
         if self.seed < 0:
             raise ValueError(f"`seed` must not be negative, got {self.seed}.")
 
@@ -473,7 +473,7 @@ class PreferenceDataset(Dataset):
         assert epochs is not None, "draws must repeat if errors of a reference are stored"
         if errors.shape[:2] != (epochs, len(self)) or errors.shape[3:] != (2,):
             raise ValueError(
-                f"Errors of a reference must have the shape ({epochs}, {len(self)}, T, 2) of epochs and pairs; got "
+                f"Errors of a reference must have the shape ({epochs}, {len(self)}, T, 2), for epochs and pairs; got "
                 f"{errors.shape}."
             )
         self._pairs = self._pairs.with_columns(ref_errors=errors.swapaxes(0, 1))

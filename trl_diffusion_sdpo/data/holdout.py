@@ -54,7 +54,7 @@ def hold_out(
     masks = [np.array([prompt in held_out for prompt in texts], dtype=bool) for texts in prompts]
     if not held_out:
         logger.warning(
-            "Every prompt has more rows than the %d of `test_size`, so training and evaluation share prompts.",
+            "Every prompt has more than the %d rows of `test_size`, so training and evaluation share prompts.",
             wanted,
         )
         mask = np.zeros(total, dtype=bool)
@@ -63,7 +63,7 @@ def hold_out(
 
     if empty := [number for number, mask in enumerate(masks) if mask.all()]:
         raise ValueError(
-            f"`test_size={size:g}` leaves no rows to train on in the data sets number {empty} (from 0). Hold out "
+            f"`test_size={size:g}` leaves no rows to train on in the data sets {empty} (numbered from 0). Hold out "
             "fewer rows, choose another `seed`, or remove these data sets."
         )
     logger.info("Held out for evaluation: %d of %d rows.", sum(mask.sum() for mask in masks), total)

@@ -168,7 +168,7 @@ class ImageReader:
         except UndecodableImageError as error:
             raise UndecodableImageError(f"has a mask that {error}") from None
         if not (np.asarray(mask) >= INSIDE).any():
-            raise UndecodableImageError(f"has a mask without a pixel of at least {INSIDE}: white (255) is inside")
+            raise UndecodableImageError(f"has a mask without a pixel of at least {INSIDE}: paint the inside white")
         return mask
 
     @contextmanager
@@ -301,9 +301,11 @@ def _check_pixels(image: Image.Image) -> None:
 def _check_sides(height: int, width: int) -> None:
     short, long = sorted((width, height))
     if short < MIN_SIDE:
-        raise UndecodableImageError(f"{width}x{height} is too small: sides of {MIN_SIDE} pixels at least")
+        raise UndecodableImageError(f"{width}x{height} is too small: both sides must have at least {MIN_SIDE} pixels")
     if long > MAX_ASPECT_RATIO * short:
-        raise UndecodableImageError(f"{width}x{height} is too long: {MAX_ASPECT_RATIO} to 1 at most")
+        raise UndecodableImageError(
+            f"{width}x{height} is too long: aspect ratios may be {MAX_ASPECT_RATIO} to 1 at most"
+        )
 
 
 def full_size(image: Image.Image) -> Size:

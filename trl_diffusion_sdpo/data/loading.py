@@ -123,7 +123,8 @@ def _rows_of_splits(path: Path, splits: Mapping[str, datasets.Dataset], split: s
 def _load_file(path: Path, split: str, streaming: bool) -> Any:
     if path.suffix.lower() not in FILE_BUILDERS:
         raise ValueError(
-            f"A data set in one file must end in {', '.join(FILE_BUILDERS)}; got {path}. Pass its folder instead."
+            f"A data set in one file must end in {', '.join(FILE_BUILDERS)}; got {path}. Pass the folder of the "
+            "file instead."
         )
     name, options = FILE_BUILDERS[path.suffix.lower()]
     builder = datasets.load_dataset_builder(name, data_files={ONLY_SPLIT: str(path)}, **options)

@@ -111,15 +111,16 @@ class ScoreSettings:
         if (calibrated, weighed_by) != (self._calibrates, self._weighed_by):
             raise ValueError(
                 f"Data must be prepared with the trainer's score settings. The {name} data were prepared with "
-                f"`calibrated_scores={calibrated}` and `pair_weights={weighed_by}`. The trainer has {self.calibrated} "
-                f"and {self._weighed_by}. Pass the data set from which they were prepared."
+                f"`calibrated_scores={calibrated}` and `pair_weights={weighed_by}`. The trainer has "
+                f"`calibrated_scores={self.calibrated}` and `pair_weights={self._weighed_by}`. Pass the original data "
+                "instead of the prepared data."
             )
         if training:  # evaluation data would give the warning again in every evaluation
             self._warn_of_range(dataset)
         if self.sorts_by_scores and not dataset.has_scores:
             raise ValueError(
-                f"The loss needs scores. The {name} data were prepared without scores. Pass the data set "
-                "from which they were prepared."
+                f"The loss needs scores. The {name} data were prepared without scores. Pass the original "
+                "data instead of the prepared data."
             )
 
     def _refuse_stream(self, name: str) -> None:
@@ -201,11 +202,13 @@ def _numbers(dataset: PreferenceDataset, column: str) -> torch.Tensor:
 def _weights_of_column(dataset: PreferenceDataset, column: str) -> torch.Tensor:
     weights, what = _numbers(dataset, column), f"`pair_weights={column!r}`"
     if weights.shape[1] != 1:
-        raise ValueError(f"{what} must name a column with one number in each row. Its rows have {weights.shape[1]}.")
+        raise ValueError(
+            f"{what} must name a column with one number in each row. The rows have {weights.shape[1]} numbers."
+        )
     if negative := int((weights < 0).sum()):
         raise ValueError(
-            f"{what} must not be negative, because a negative weight would exchange winner and loser. It is negative "
-            f"for {negative} of {len(weights)} pairs of the {dataset.report.name} data, down to "
+            f"{what} must not be negative, because a negative weight would exchange winner and loser. The weight is "
+            f"negative for {negative} of {len(weights)} pairs of the {dataset.report.name} data, down to "
             f"{float(weights.min()):g}. Remove these pairs, or give them the weight 0."
         )
     return weights[:, 0]

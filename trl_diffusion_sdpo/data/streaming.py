@@ -312,7 +312,7 @@ class PreferenceIterableDataset(IterableDataset):
             self._verify_different(identical, at_end=True)
         counts.copy_(torch.tensor([getattr(report, name) for name in COUNTS]))
         if not report.pairs and workers == 1 and (self._options.repeat or position < 0 or share.count == 1):
-            raise BadDataError(f"The stream has no pair. Check its labels and images.\n{report}")
+            raise BadDataError(f"The stream has no pair. Check the labels and images of the data.\n{report}")
         return position + 1 if report.pairs or not self._options.repeat else 0
 
     def _item(

@@ -314,7 +314,7 @@ def _check_predictions(
     if model_pred.shape != target.shape or model_pred.dim() < 2 or len(model_pred) % 2 or not len(model_pred):
         raise ValueError(
             "`model_pred` and `target` must have the same shape (2B, ...), with the B winners first. Got "
-            f"{tuple(model_pred.shape)} and {tuple(target.shape)}. Stack them with torch.cat([winners, losers])."
+            f"{tuple(model_pred.shape)} and {tuple(target.shape)}. Use torch.cat([winners, losers])."
         )
     if ref_pred is not None and ref_errors is not None:
         raise ValueError("The reference must be either `ref_pred` or `ref_errors`. Got both. Pass one of the two.")
@@ -348,7 +348,7 @@ def _check_needs(
     if spec.reads_reference_prediction and ref_errors is not None:
         raise ValueError(f"The loss {name} reads the reference's prediction. Got `ref_errors`. Pass `ref_pred`.")
     if spec.uses_beta and beta is None:
-        raise ValueError(f"The loss {name} needs `beta`. Got None. Its usual value is {spec.default_beta}.")
+        raise ValueError(f"The loss {name} needs `beta`. Got None. A usual value is {spec.default_beta}.")
     if spec.needs_scores and (scores is None or scores.shape != (rows,)):
         got = "None" if scores is None else f"shape {tuple(scores.shape)}"
         raise ValueError(

@@ -566,8 +566,9 @@ def loss_weights_by_name(
     valid = all(weight >= 0 and math.isfinite(weight) for weight in weights)
     if len(weights) != len(names) or not valid or not any(weights):
         raise ValueError(
-            "`loss_weights` must have one finite number of at least 0 for each loss of `loss_type`, and one of them "
-            f"must be above 0. Got {weights} for {', '.join(names)}. Leave `loss_weights` unset for equal weights."
+            "`loss_weights` must have one finite number of at least 0 for each loss of `loss_type`, and at least "
+            f"one weight must be above 0. Got {weights} for {', '.join(names)}. Leave `loss_weights` unset for equal "
+            "weights."
         )
     return dict(zip(names, weights, strict=True))
 

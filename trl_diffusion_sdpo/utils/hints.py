@@ -72,7 +72,7 @@ def other_tools_option(name: str, options: Iterable[str]) -> str:
     word = name.lower().replace("-", "_")
     ours = OTHER_TOOLS.get(word)
     if ours is not None and ours in options:
-        return f" Here it is `--{ours}`.{_MORE.get(ours, '')}"
+        return f" The name of this option here is `--{ours}`.{_MORE.get(ours, '')}"
     return next((f" {reason}" for pattern, reason in _ABSENT if re.search(pattern, word)), "")
 
 
