@@ -105,7 +105,7 @@ def check_identical(name: str, identical: Sequence[bool]) -> None:
             "alone."
         )
     if 2 * count > checked:
-        logger.warning("%s. Pairs of identical images do not change the model. Check the columns.", summary)
+        logger.warning("%s. Pairs of identical images teach no preference. Check the columns.", summary)
 
 
 def parse_verify_images(value: Any) -> str:

@@ -347,7 +347,7 @@ class PreferenceDataset(Dataset):
         return self._undecodable.clone()
 
     def mark_undecodable(self, mask: torch.Tensor) -> None:
-        """Mark pairs as undecodable that other processes could not decode. `mask` is their `undecodable`."""
+        """Mark the pairs that other processes could not decode. `mask` has the shape and type of `undecodable`."""
         self._undecodable |= mask
 
     def add_note(self, note: str) -> None:
@@ -434,7 +434,7 @@ class PreferenceDataset(Dataset):
         return self._view(_pairs=pairs, _epoch=new_epoch(), _repeat_after=epochs)
 
     def in_epoch(self, epoch: int) -> PreferenceDataset:
-        """Return these pairs with the random numbers of one epoch, without errors of a reference."""
+        """Return these pairs with the random numbers of the epoch `epoch`, without errors of a reference."""
         return self._view(_pairs=self._pairs.with_columns(ref_errors=None), _epoch=torch.tensor([epoch]))
 
     def for_storing(self) -> PreferenceDataset:
@@ -550,7 +550,7 @@ def complete_item(
 
 
 def _check_pair(source: PairSource, reader: ImageReader, places: np.ndarray) -> tuple[int, str] | bool:
-    """Decode both images of a pair. Return whether they are identical, or row and problem of the first bad image."""
+    """Decode a pair. Return whether its two images are identical, or row and problem of the first bad image."""
     images = []
     for row, image in places.reshape(2, 2).tolist():
         try:

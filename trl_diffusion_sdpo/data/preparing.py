@@ -80,7 +80,7 @@ def prepare_dataset(
     report.is_permuted = options.permutes
     reject = partial(checking.reject, report, options.on_bad_row == "raise")
     pairs = source.index_pairs(reject)
-    if options.permutes:  # enter the winner in place of the loser, too
+    if options.permutes:  # training draws the losers, so index only the winners
         pairs = PairTable(pairs.places[:, [0, 1, 0, 1]], {})
     for column in options.number_columns:
         pairs = _drop_rows(pairs, numbers_of_rows(source.values(column), column)[1], reject)

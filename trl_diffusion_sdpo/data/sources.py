@@ -478,7 +478,7 @@ def make_source(
 
 
 def check_all_or_none(what: str, has_it: Mapping[str, bool]) -> None:
-    """Raise `ValueError` if some data sets of a mixture have something, named by `what`, and others do not."""
+    """Raise `ValueError` if some data sets of a mixture have `what`, such as masks, but others do not."""
     without = [name for name, has in has_it.items() if not has]
     if without and len(without) < len(has_it):
         raise ValueError(f"All data sets of a mixture must have {what}, or none. Data sets without {what}: {without}.")

@@ -1,4 +1,4 @@
-"""Streams of pairs. Pairs are checked and transformed while they are read. Each process trains on its share."""
+"""Streams of pairs. Pairs are checked and transformed while they are read. Each process reads a share of the pairs."""
 
 from __future__ import annotations
 

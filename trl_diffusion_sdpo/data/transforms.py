@@ -76,7 +76,7 @@ def pixels_as_floats(pixels: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=16)
 def white(device: torch.device) -> torch.Tensor:
-    """Return 255 as a tensor. Divided by the number 255, CUDA would multiply by a rounded reciprocal instead."""
+    """Return 255 as a tensor. CUDA would replace a division by the number 255 by a less exact multiplication."""
     return torch.full((), 255.0, device=device)
 
 

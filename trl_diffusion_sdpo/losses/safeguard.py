@@ -90,7 +90,7 @@ def winner_error_gradient(winner_residual: torch.Tensor) -> torch.Tensor:
 
 
 def scale_gradient(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the tensor with unchanged values. The backward pass multiplies its gradient by the detached `scale`."""
+    """Return the tensor with unchanged values. The backward pass multiplies the gradient by the detached `scale`."""
     constant = tensor.detach()
     return constant + scale.detach() * (tensor - constant)  # the difference is 0, so the values do not change
 
