@@ -36,8 +36,8 @@ class ScoreSettings:
             the other images of its prompt.
         sorts_by_scores (`bool`): Whether the loss reads scores, and takes the image with the higher score as the
             winner.
-        in_unit_range (`bool`): Whether the loss expects each score to be an image's expected share of wins, in `[0,
-            1]`.
+        in_unit_range (`bool`): Whether the loss expects each score to be an image's expected share of wins, in
+            `[0, 1]`.
     """
 
     pair_weights: str | None = None

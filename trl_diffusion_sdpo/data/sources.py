@@ -1,4 +1,4 @@
-"""Rows of preference data sets, and the index of the pairs in these rows. Images are not decoded here."""
+"""Rows of preference data sets, and the index of the pairs in these rows. Images are returned undecoded."""
 
 from __future__ import annotations
 
@@ -361,8 +361,7 @@ class PairSource:
                 one worker for each core.
 
         Returns:
-            `tuple`: Height and width of winners and losers, `(P, 2, 2)`, with zeros for bad and missing images. Also
-                the
+            `tuple`: Height and width of winners and losers, `(P, 2, 2)`, with zeros for bad and missing images, and the
             reason of each bad image, by row number and image number.
         """
         rows = np.unique(places[:, [0, 2]])
@@ -660,8 +659,7 @@ def numbers_of_rows(values: Iterable[Any], column: str) -> tuple[np.ndarray, dic
         column (`str`): Name of the column, for the reasons.
 
     Returns:
-        `tuple`: Numbers as float64 of shape `(rows, K)`, with NaN in bad rows, and the reason of each bad row by the
-            row's
+        `tuple`: Numbers as float64 of shape `(rows, K)`, with NaN in bad rows, and the reason of each bad row by its
         number.
     """
     rows: list[list[float]] = []
