@@ -25,9 +25,10 @@ ORDER = 1  # last of four parts of the random key of an order; random keys of pa
 class AspectRatioBuckets:
     """Image sizes with at most the area of `resolution` and aspect ratios up to `max_aspect_ratio`.
 
-    For every shorter side that is a multiple of `step`, the longer side is the largest multiple of `step` that keeps
-    the area and the aspect ratio within these limits. Sizes with less than nine tenths of the area of `resolution` are
-    left out. Every size exists in portrait and in landscape format. `resolution` is always one of the sizes.
+    For every shorter side that is a multiple of `step`, the longer side is the largest multiple of `step` at
+    which neither the area nor the aspect ratio is too large. Sizes with less than nine tenths of the area of
+    `resolution` are left out. Every size exists in portrait and in landscape format. `resolution` is always one of the
+    sizes.
 
     At 1024 pixels in steps of 64, all sizes are in the list of SDXL (https://huggingface.co/papers/2307.01952,
     appendix I).
@@ -158,7 +159,7 @@ class BucketSampler(Sampler[int]):
         pairs ([`PairSizes`]): Sizes of the pairs.
         group (`int`): Number of pairs in one step, summed over all processes.
         seed (`int`): Seed of the order.
-        epoch (`Callable[[], int]`, *optional*): Function that returns the epoch. Without this function, pairs are not
+        epoch (`Callable[[], int]`, *optional*): Function that returns the epoch. Without `epoch`, pairs are not
             shuffled.
         drop_last (`bool`): Whether to leave out an incomplete last group of a bucket instead of filling it.
 

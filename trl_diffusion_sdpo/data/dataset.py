@@ -51,11 +51,12 @@ class PairOptions:
             To choose them, the header of every image is read.
         min_side (`int`, *optional*): Pairs with an image whose shorter side has fewer pixels are dropped and counted.
         compare (`bool`): Whether to raise an error if all checked pairs have two identical images.
-        training (`bool`): Whether the pairs are for training. If not, images are cropped at the center and never
-            flipped, prompts are never emptied, and random numbers do not depend on the epoch.
+        training (`bool`): Whether the pairs are for training. In evaluations, images are cropped at the center and
+            never flipped, prompts are never emptied, and random numbers do not depend on the epoch.
         repeat (`bool`): Whether a stream restarts when it ends, with new random numbers and, if it is shuffled, in a
             new order. `repeat` has no effect on map-style data sets.
-        use_scores (`bool`): Whether to read score columns if they exist. Rows without a score are then bad rows.
+        use_scores (`bool`): Whether to read score columns if they exist. If score columns are read, rows without a
+            score are bad.
         swap_labels (`bool`): Whether to exchange winner and loser of every pair.
         number_columns (`Sequence[str]`): Columns of a map-style data set that must have finite numbers in every row.
         noise_seeds (`bool`): Whether to read the seeds of the noise from which the images were generated, in the
@@ -143,8 +144,8 @@ class PreferenceDataset(Dataset):
     If latents were computed before training, `moments`, `target_size`, `conditioning` and `loser_conditioning` replace
     `pixel_values`.
 
-    An item is a pure function of (seed, epoch, row). If losers are permuted, it also depends on all prompts. If a pair
-    cannot be decoded, its item is that of the next decodable pair of the same size, in every process.
+    An item is a pure function of (seed, epoch, row). If losers are permuted, items also depend on all prompts. If a
+    pair cannot be decoded, its item is that of the next decodable pair of the same size, in every process.
 
     Args:
         source ([`PairSource`]): Prompts and images.
@@ -576,7 +577,7 @@ class PreferenceCollator:
 
     - `rows` (`torch.LongTensor` of shape `(B,)`): numbers of the pairs. This entry comes first, because accelerate and
       transformers read the batch size from the first entry;
-    - `pixel_values` (`torch.Tensor` of shape `(2B, 3, H, W)`, uint8): winners, then losers. The trainer converts them
+    - `pixel_values` (`torch.Tensor` of shape `(2B, 3, H, W)`, uint8): winners, then losers. The trainer converts pixels
       to floats in `[-1, 1]` on the device, one micro-batch at a time. A custom collator may return these floats
       instead;
     - `prompts` (`list[str]` of length B, or 2B if losers have prompts of their own, winners first);
@@ -593,7 +594,7 @@ class PreferenceCollator:
 
     If latents were computed before training, `moments` (`torch.Tensor` of shape `(2B, ...)`) and `target_size`
     (`(height, width)` of the pixels) replace `pixel_values`. `conditioning` (tensors of shape `(B, ...)`, padded at the
-    end with zeros) and `host_conditioning` (lists of length B) are then added. For 2B prompts, their length is 2B.
+    end with zeros) and `host_conditioning` (lists of length B) are added. For 2B prompts, their length is 2B.
 
     Raises:
         ValueError: If there are no items, or if only some items have scores or prompts of losers.

@@ -58,7 +58,7 @@ class PreferenceFormat:
         text_members (`bool`): Whether prompts are members of an archive. Such prompts may be bytes, or end in a
             newline.
         prompt_of_each_image (`bool`): Whether `prompt_columns` are two columns, one for the prompt of each image.
-        has_losers (`bool`): Whether rows have a loser. If not, the loser of a pair is the winner of another pair.
+        has_losers (`bool`): Whether rows have a loser. Without losers in the data, winners of other pairs are losers.
         is_swapped (`bool`): Whether the winner of a pair is the image that the data set calls the loser.
         mask_columns (`tuple[str, ...]`): The mask column of the row, or one for each of two image columns; empty
             without masks.
@@ -285,7 +285,7 @@ def resolve_format(
     Args:
         features (`Mapping[str, Any]`, *optional*): Types of the columns. A column `source` with text is not read as an
             image to edit, because in many data sets it names the origin of a row.
-        use_scores (`bool`): Whether to read score columns. If not, rows need no scores.
+        use_scores (`bool`): Whether to read score columns. Rows need scores only if score columns are read.
 
     Raises:
         ValueError: If the columns do not fit the format.
@@ -327,8 +327,8 @@ def compare(scores: Sequence[float], *, ranked: bool = True) -> tuple[list[tuple
 
     Args:
         scores (`Sequence[float]`): One number per image; larger is better.
-        ranked (`bool`): Whether two equal scores always count as a tie. If not, they count only if all scores are
-            equal.
+        ranked (`bool`): Whether two equal scores always count as a tie. If false, equal scores count as ties only if
+            all scores are equal.
 
     Returns:
         `tuple`: Pairs `(winner, loser)` of indices into `scores`, and the number of ties.

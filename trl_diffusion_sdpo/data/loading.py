@@ -188,7 +188,7 @@ def _data_files(path: Path) -> dict[str, list[str]]:
 
 
 def _folders_of_files(builder: datasets.DatasetBuilder, split: str) -> list[Path]:
-    """Return the folder of a split's local data files. The list is empty if they are in several folders."""
+    """Return the folder of a split's local data files. The list is empty if the files are in several folders."""
     of_splits = builder.config.data_files or {}
     wanted = {_split_name(summand) for summand in _summands(split)}
     names = [name for each in of_splits if wanted & {each, ALL_SPLITS} for name in of_splits[each]]
@@ -202,7 +202,7 @@ def _folders_of_files(builder: datasets.DatasetBuilder, split: str) -> list[Path
 def with_resolved_names(dataset: Any, folders: Sequence[str | os.PathLike]) -> Any:
     """Replace relative names of images by absolute paths. Search `folders` in order, then the working directory.
 
-    If a file is not found, its path is that in the first folder.
+    If no folder has the file, the path is that of the file in the first folder.
     """
     dataset = with_flat_rows(dataset)
     features = refuse_mixed_types(dataset).features or {}

@@ -82,9 +82,10 @@ def derangement(values: np.ndarray, key: Sequence[int]) -> np.ndarray:
     First, indices are grouped by value. The groups, and the indices within a group, are in random order. Each index is
     then mapped to the index that follows at a fixed distance. This distance is at least the size of the largest group,
     and no group has more than half of the indices. Each index is therefore mapped to an index with another value. But
-    neighbours would still be mapped to neighbours. Random pairs of indices therefore exchange the indices to which they
-    are mapped, unless an index would then be mapped to its own value. A random half of these exchanges is left out,
-    because otherwise the number of exchanges would decide whether the permutation is even or odd.
+    neighbouring indices would still be mapped to neighbouring indices. Random pairs of indices therefore exchange the
+    indices to which they are mapped, unless an index would then be mapped to its own value. A random half of these
+    exchanges is left out, because otherwise the number of exchanges would decide whether the permutation is even or
+    odd.
 
     Args:
         values (`np.ndarray` of shape `(P,)`): Value of each index. Values must be sortable.
@@ -94,7 +95,7 @@ def derangement(values: np.ndarray, key: Sequence[int]) -> np.ndarray:
         `np.ndarray` of shape `(P,)`, int64: Index to which each index is mapped.
 
     Raises:
-        ValueError: If more than half of the indices have the same value. There is then no such permutation.
+        ValueError: If more than half of the indices have the same value. In this case, there is no such permutation.
     """
     count = len(values)
     if not count:

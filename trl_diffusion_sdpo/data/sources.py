@@ -579,9 +579,9 @@ def pairs_fingerprint(source: PairSource, pairs: PairTable, *, thorough: bool = 
     """Return hashes that identify the pairs of a source.
 
     Args:
-        thorough (`bool`): Whether to hash every prompt and image, for caches. The hashes are then valid only for the
-            image files on this machine. If false, hash prompts and images of a few pairs, and the names of image files,
-            to compare data on any machine when a run resumes.
+        thorough (`bool`): Whether to hash every prompt and image, for caches. If true, the hashes are valid only for
+            the image files on this machine. If false, hash prompts and images of a few pairs, and the names of image
+            files, to compare data on any machine when a run resumes.
 
     Returns:
         `dict[str, Any]`: `format`, `pairs` (number of pairs), `index` (hash of the index and the scores), and hashes

@@ -196,7 +196,8 @@ class PreferenceIterableDataset(IterableDataset):
         return {"format": self._format_name, "streams": facts, "weights": self._weights}
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, also in running workers. Random numbers and the order of a shuffled stream depend on it."""
+        """Set the epoch, also in running workers. Random numbers and the order of a shuffled stream depend on the
+        epoch."""
         self._epoch.fill_(epoch)
 
     def for_evaluation(self) -> PreferenceIterableDataset:

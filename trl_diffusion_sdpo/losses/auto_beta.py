@@ -56,7 +56,7 @@ class BetaController:
         self.beta = (self._logit() / self.margin).clamp(lowest, highest)
 
     def state(self) -> dict[str, Any]:
-        """Return the state for [`BetaController.load_state`]. A resumed run then continues bit-exactly."""
+        """Return the state for [`BetaController.load_state`], so that a resumed run continues bit-exactly."""
         return {"beta": self.beta.tolist(), "margin": self.margin.tolist()}
 
     def load_state(self, state: dict[str, Any]) -> None:

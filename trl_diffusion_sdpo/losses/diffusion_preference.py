@@ -198,7 +198,7 @@ def pair_metrics(terms: PairTerms, *, beta: float | torch.Tensor | None) -> dict
 
     Args:
         terms ([`PairTerms`]): Terms of the pairs.
-        beta (`float`, *optional*): Factor of the rewards. If it is `None`, the metrics contain no rewards.
+        beta (`float`, *optional*): Factor of the rewards. Without `beta`, the metrics contain no rewards.
 
     Returns:
         `dict[str, torch.Tensor]`: `rewards/chosen` and `rewards/rejected` (`-(beta / 2)(err - ref_err)`, with the

@@ -1,4 +1,4 @@
-"""Guidance that moves the policy's prediction further away from the reference's prediction."""
+"""Guidance along the line from the reference's prediction to the policy's prediction."""
 
 from __future__ import annotations
 

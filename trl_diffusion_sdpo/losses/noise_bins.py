@@ -80,7 +80,7 @@ def preference_learned(errors: torch.Tensor) -> dict[str, float]:
           winners before training or under the reference.
 
     The standard error of the accuracy is computed as if the data had two more right and two more wrong pairs. Without
-    these pairs, it would be 0 for a few pairs that are all right.
+    these added pairs, the standard error would be 0 for a few pairs that are all right.
 
     Source of the added pairs: Agresti and Coull, Approximate is better than "exact" for interval estimation of
     binomial proportions, 1998.

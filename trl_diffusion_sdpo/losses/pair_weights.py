@@ -19,9 +19,9 @@ def score_gaps(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
 
     Args:
         scores (`torch.Tensor` of shape `(P, 2, ...)`): Scores of winner and loser.
-        sorts_by_scores (`bool`): Whether the loss exchanges winner and loser if the loser has the higher score. If so,
-            the gap is the absolute difference of the two scores. If not, the gap of a pair whose loser has the higher
-            score is 0, because the label contradicts the scores.
+        sorts_by_scores (`bool`): Whether the loss exchanges winner and loser if the loser has the higher score. If
+            true, the gap is the absolute difference of the two scores. If false, the gap of a pair whose loser has the
+            higher score is 0, because the label contradicts the scores.
 
     Returns:
         `torch.Tensor` of shape `(P, ...)`.
@@ -85,7 +85,7 @@ class WeightFunction:
 
     Args:
         function (`Callable`): Function from scores `(P, 2, K)` in float64 to weights `(P,)` of any mean.
-        several_scorers (`bool`): Whether the function compares several scorers. If not, K is 1.
+        several_scorers (`bool`): Whether the function compares several scorers. For other functions, K is 1.
     """
 
     function: Callable[..., torch.Tensor]

@@ -38,8 +38,8 @@ class PairTerms:
             reference's errors instead of its predictions.
         scores (`torch.Tensor` of shape `(2, B)`, *optional*): Reward scores, the winners' before the losers'.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Weight of each pair at its timestep. The errors
-            contain this weight as a factor. `winner_residual` and `winner_shift` contain its square root, so that their
-            mean squares contain the weight too.
+            contain this timestep weight as a factor. `winner_residual` and `winner_shift` contain the square root of
+            the weight, so that their mean squares contain the weight too.
         margin_clamp (`float`, *optional*): Largest value of the logit. A larger logit is cut to this value and then
             passes no gradient.
 
@@ -384,26 +384,27 @@ class LossSpec:
         function (`Callable`): Function that takes [`PairTerms`] and, as keyword arguments, settings, and returns the
             loss of each pair, `(B,)`.
         needs_reference (`bool`): Whether the loss reads the reference's errors.
-        reads_reference_prediction (`bool`): Whether the loss also reads the reference's prediction. If so, callers
-            cannot pass the reference's errors instead of its predictions.
-        uses_loser (`bool`): Whether the loss reads the loser's error. If not, the safeguard has no effect.
+        reads_reference_prediction (`bool`): Whether the loss also reads the reference's prediction. To such a loss,
+            callers cannot pass the reference's errors instead of the predictions.
+        uses_loser (`bool`): Whether the loss reads the loser's error. The safeguard has no effect on losses that do
+            not.
         needs_scores (`bool`): Whether the loss reads reward scores.
         reads_shares (`bool`): Whether each score must be an image's expected share of wins, in `[0, 1]`.
         equal_weights (`bool`): Whether the derivatives of a pair's loss by the winner's and by the loser's error have
-            equal absolute values, or the safeguard's authors assume this. If so, the safeguard computes lambda for a
-            batch or a noise bin from residuals alone.
+            equal absolute values, or the safeguard's authors assume this. With equal absolute values, the
+            safeguard computes lambda for a batch or a noise bin from residuals alone.
         positive_weights (`bool`): Whether, in addition, the derivative by the winner's error is positive for every
-            pair. If so, the safeguard computes lambda for a single pair from residuals alone.
+            pair. With positive derivatives, the safeguard computes lambda for a single pair from residuals alone.
         target_logit (`Callable`, *optional*): Function that takes [`PairTerms`] and `loss_kwargs` and returns the
             finite logit at which the loss is smallest, a number or `(B,)`. At larger logits the loss raises the
             winner's error, at any lambda.
         anchor (`str`): Default of `safeguard_anchor`: `"branch"` if the winner's part of the gradient is a
             non-negative multiple of the gradient of each winner's error, else `"error"`.
-        default_beta (`float`): Value of `beta` if neither the user nor the model family sets one.
-        reads_logit_only (`bool`): Whether a pair's loss depends on nothing but its logit and its scores. If so, a pair
-            whose logit is cut at `margin_clamp` has no gradient.
-        beta_scales_logit (`bool`): Whether `beta` is a factor of a logit and of nothing else. If so, `auto_beta` can
-            adapt beta to the absolute margins.
+        default_beta (`float`): Value of `beta` if neither the user nor the model family sets `beta`.
+        reads_logit_only (`bool`): Whether a pair's loss depends on nothing but its logit and its scores. Only then does
+            a pair whose logit is cut at `margin_clamp` have no gradient.
+        beta_scales_logit (`bool`): Whether `beta` is a factor of a logit and of nothing else. The setting
+            `auto_beta` works only with such losses.
         margin_clamp (`float`, *optional*): Largest value of the logit. Larger logits are cut to this value.
 
     Example:
@@ -550,8 +551,8 @@ def loss_weights_by_name(
         loss_weights (`list[float]`, *optional*): A weight for each name. Every weight is 1 if this is unset.
 
     Raises:
-        `ValueError`: If a name is unknown or repeated, if there is no name, or if both DSPO losses are named. Also if
-            `loss_weights` is not one finite number of at least 0 for each name, or if all weights are 0.
+        `ValueError`: If a name is unknown or repeated, if there is no name, or if both DSPO losses are named.
+            `loss_weights` must have one finite number of at least 0 for each name, and not only zeros.
     """
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     for name in names:
@@ -713,7 +714,7 @@ def register_loss(name: str, function: Callable[..., torch.Tensor], **facts: Any
         name (`str`): Name of the loss, which no loss of this package may have.
         function (`Callable`): Function that takes [`PairTerms`] and returns the loss of each pair, `(B,)`. The
             function may take `beta` as a keyword argument. All other keyword arguments keep their defaults in training.
-        facts (`Any`): Fields of [`LossSpec`] to set. By default, the loss reads the loser
+        facts (`Any`): Values of fields of [`LossSpec`]. By default, the loss reads the loser
             and the reference's errors, and lambda is computed from the gradients of the loss.
 
     Raises:

@@ -20,8 +20,9 @@ class BudgetController:
     Let `c` be the relative change of the winners' error in a bin since the start of training, and `b` the budget. Each
     measurement multiplies the bin's scale by `exp(GAIN (b - c) / b)`, within bounds. A scale below `MIN_SCALE` acts
     as 0: the bin's pairs train only their winners until the winners' error is within the budget again. If a bin with
-    the scale 0 still exceeds the budget, losers of other bins may raise its errors, because all bins share the model's
-    weights. In this case, the scales of all other bins fall at least as fast as the scale of the bin above the budget.
+    the scale 0 still exceeds the budget, losers of other bins may raise the errors of this bin, because all bins share
+    the model's weights. In this case, the scales of all other bins fall at least as fast as the scale of the bin above
+    the budget.
 
     Args:
         budget (`float`): Largest relative change of the winners' error, greater than 0.
@@ -85,7 +86,7 @@ class BudgetController:
         }
 
     def state(self) -> dict[str, Any]:
-        """Return the state for [`BudgetController.load_state`]. A resumed run then continues bit-exactly."""
+        """Return the state for [`BudgetController.load_state`], so that a resumed run continues bit-exactly."""
         initial = [None if math.isnan(error) else error for error in self.initial_errors.tolist()]
         return {"log_scale": self.log_scale.tolist(), "before": initial}
 

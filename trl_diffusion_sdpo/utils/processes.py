@@ -48,7 +48,7 @@ class Peers:
         return [value for value, _ in gathered]
 
     def first(self, compute: Callable[[], Result]) -> Result:
-        """Call `compute` in the first process only, and return its result in all. All processes must call this."""
+        """Call `compute` in the first process, and return its result in every process. All processes must call this."""
         return self.gather_results(lambda: compute() if self.index == 0 else None)[0]
 
 
@@ -57,7 +57,7 @@ ALONE = Peers()
 
 def usable_cores(processes: int = 1) -> int:
     """Return the number of CPU cores that each of `processes` processes can use. If a launcher sets
-    `LOCAL_WORLD_SIZE`, this is the number of processes that share the cores of this machine."""
+    `LOCAL_WORLD_SIZE`, only so many of the processes share the cores of this machine."""
     affinity = getattr(os, "sched_getaffinity", None)  # macOS and Windows do not have it
     cores = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
     return max(1, cores // min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes))))
