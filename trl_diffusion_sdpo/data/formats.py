@@ -177,7 +177,7 @@ def member_text(value: Any) -> Any:
 
 
 def is_valid(value: Any, what: str) -> bool:
-    """Convert a value of a validity column to a boolean, also from text. A missing value counts as true."""
+    """Convert a value of the `validity_column` to a boolean, also from text. A missing value counts as true."""
     if value is None or value != value:  # NaN, which pandas reads from an empty cell
         return True
     word = str(member_text(value)).lower()

@@ -78,7 +78,7 @@ def diffusion_preference_loss(
         margin_clamp (`float`, *optional*): Largest logit, greater than 0. A pair with a larger logit has no
             gradient.
         beta (`float` or `torch.Tensor` of shape `()`, *optional*, defaults to 5000): Factor in the logit
-            `u = -(beta / 2) (winner_change - loser_change)`, greater than 0. The value of a tensor is not checked.
+            `u = -(beta / 2) (winner_change - loser_change)`, greater than 0. The range of a tensor is not checked.
             `sft` ignores beta.
         safeguard (`str`, *optional*, defaults to `"output"`): `"output"` multiplies the losers' gradients by
             a factor lambda that is computed at the predictions. `"none"` leaves the gradients unchanged.
@@ -95,7 +95,7 @@ def diffusion_preference_loss(
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' errors, such as min-SNR
             weights.
         loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients in addition to
-            lambda, in `[0, 1]`. These factors do not change the value of the loss. A pair with the weight 0 trains only
+            lambda, in `[0, 1]`. Loser weights do not change the value of the loss. A pair with the weight 0 trains only
             its winner.
         noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Number of each pair's range of noise
             levels, in `[0, num_noise_bins)`. The granularity `"noise_bin"` needs it.
