@@ -125,10 +125,10 @@ def test_pairs_that_are_never_trained_on_are_counted():
     """3, 2 and 1 pairs in groups of 3: shuffled, 2 and 1 of them never come; in their order, the same."""
     sizes = PairSizes(((16, 20), (16, 16), (20, 16)), np.array([0, 1, 0, 1, 0, 2]))
     sentence, warns = sizes.describe_epoch(3, drop_last=True, shuffled=True)
-    assert warns and "leaves 3 of 6 pairs out of an epoch. 3 of them are never" in sentence
+    assert warns and "leaves 3 of 6 pairs out of an epoch. 3 of the pairs are never" in sentence
     two = PairSizes(sizes.sizes, np.array([0, 0, 0, 2, 2]))
     sentence, warns = two.describe_epoch(2, drop_last=True, shuffled=True)
     assert not warns and "leaves 1 of 5 pairs out of an epoch" in sentence
-    assert "1 of them are never" in two.describe_epoch(2, drop_last=True, shuffled=False)[0]
+    assert "1 of the pairs are never" in two.describe_epoch(2, drop_last=True, shuffled=False)[0]
     assert two.describe_epoch(2, drop_last=False, shuffled=True)[1]
     assert not two.describe_epoch(1, drop_last=False, shuffled=True)[1]

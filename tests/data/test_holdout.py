@@ -39,7 +39,7 @@ def test_rows_of_a_single_prompt_are_split_with_a_warning(caplog):
     train, test = hold_out(pairs(["the same"] * 10), 0.3, seed=0)
     assert (len(train), len(test)) == (7, 3)
     assert sorted(numbers(train) + numbers(test)) == list(range(10))
-    assert "both sides have its rows" in caplog.text
+    assert "training and evaluation share prompts" in caplog.text
 
 
 @pytest.mark.parametrize("size", [60, 0.999])

@@ -69,7 +69,7 @@ def test_equal_names_in_two_folders_are_pairs_with_the_caption_of_either_folder_
 
 def left_out(caplog):
     """Number and names of what the log says was left out."""
-    lines = caplog.text.partition("Left out:\n")[2].splitlines()
+    lines = caplog.text.partition("Skipped files:\n")[2].splitlines()
     return {(int(line.split()[0]), line.rpartition(": ")[2]) for line in lines if line.startswith("  ")}
 
 
@@ -93,7 +93,7 @@ def test_all_that_is_left_out_is_counted_by_its_reason(write, caplog):
         (2, "chosen/uncaptioned.png, rejected/uncaptioned.png"),
         (1, "chosen/unused.txt"),
     }
-    with pytest.raises(ValueError, match='images that are in no pair. Add what is missing, or pass on_bad_row="drop"'):
+    with pytest.raises(ValueError, match='in no pair. Add the missing files, or pass on_bad_row="drop"'):
         load_pairs(folder, on_bad_row="raise")
 
 
@@ -113,11 +113,11 @@ def test_a_caption_that_is_no_small_file_leaves_its_images_out(kind, write, capl
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["chosen/a.png", "chosen/a.txt: x"], "two folders, chosen"),
-        (["chosen/a.png", "rejected/b.png"], "2 without a partner"),
+        (["chosen/a.png", "chosen/a.txt: x"], "only chosen"),
+        (["chosen/a.png", "rejected/b.png"], "2 without a second image"),
         (both("a"), "2 without a caption"),
         (["a.png", "b.png"], "folders chosen and rejected"),
-        (["images/a.png", "images/b.png", "c.png", "a.csv: x", "b.json: {}"], "Of its files a.csv, b.json, pass one"),
+        (["images/a.png", "images/b.png", "c.png", "a.csv: x", "b.json: {}"], "Pass one of its files a.csv, b.json"),
         (["IMG_1.png", "IMG_2.png", "IMG_1.txt: one", "IMG_2.txt: two"], "2 with captions that differ"),
     ],
 )

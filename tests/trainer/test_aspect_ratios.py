@@ -146,7 +146,7 @@ def test_batches_have_one_size_and_epochs_their_number(bucketed, caplog):
     assert trainer.state.global_step == 12 and trainer.state.epoch == 2
     dropping = bucketed(train=pairs_of(*MIXED), per_device_train_batch_size=2, dataloader_drop_last=True)
     assert sorted(shapes(dropping)) == [(12, 20)] + [(16, 16)] * 2
-    told = "leaves 3 of 9 pairs out of an epoch. 1 of them are never trained on"
+    told = "leaves 3 of 9 pairs out of an epoch. 1 of the pairs are never trained on"
     assert caplog.text.count(told) == 1 and caplog.text.count("An epoch repeats") == 1
     with pytest.raises(ValueError, match="`dataloader_drop_last=True`.* 6 pairs"):
         bucketed(train=pairs_of(*MIXED), per_device_train_batch_size=6, dataloader_drop_last=True)

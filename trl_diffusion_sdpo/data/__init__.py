@@ -1,4 +1,4 @@
-"""Preference data. This package turns the columns of published data sets into batches of pairs."""
+"""Preference data. This subpackage turns rows of published preference data sets into batches of image pairs."""
 
 from .buckets import AspectRatioBuckets
 from .checking import DataReport

@@ -1,5 +1,5 @@
-"""Aspect-ratio buckets. This module lists image sizes of about equal area, assigns each pair to a size, and orders
-pairs so that all images of a batch have the same size."""
+"""Aspect-ratio buckets. This module lists image sizes (buckets) of about equal area, assigns each pair to a bucket, and
+orders pairs so that all images of a batch have the same size."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from torch.utils.data import Sampler
 
 from .images import Size
 
-MIN_AREA = 0.9  # share of the target's area; yields SDXL's list at 1024 pixels in steps of 64
-MANY_REPEATS = 0.05  # share of the pairs; the trainer warns above it
-ORDER = 1  # last part of the random key of an order; keys of pairs have three parts
+MIN_AREA = 0.9  # smallest share of the area of `resolution`; gives SDXL's list for 1024 pixels and steps of 64
+MANY_REPEATS = 0.05  # if a larger share of the pairs is repeated, the trainer warns
+ORDER = 1  # last of four parts of the random key of an order; random keys of pairs have three parts
 
 
 @dataclass(frozen=True)
 class AspectRatioBuckets:
-    """Sizes with about the area of `resolution`, never more, and with aspect ratios up to `max_aspect_ratio`.
+    """Image sizes with at most the area of `resolution` and aspect ratios up to `max_aspect_ratio`.
 
-    For every shorter side that is a multiple of `step`, the longer side is the largest multiple of `step` that keeps
-    the area and the aspect ratio within their bounds. Sizes with less than nine tenths of the area are left out. Every
-    size exists in portrait and in landscape format. `resolution` is always one of the sizes.
+    For every shorter side that is a multiple of `step`, the longer side is the largest multiple of `step` at
+    which neither the area nor the aspect ratio is too large. Sizes with less than nine tenths of the area of
+    `resolution` are left out. Every size exists in portrait and in landscape format. `resolution` is always one of the
+    sizes.
 
     At 1024 pixels in steps of 64, all sizes are in the list of SDXL (https://huggingface.co/papers/2307.01952,
     appendix I).
@@ -38,7 +39,8 @@ class AspectRatioBuckets:
         max_aspect_ratio (`float`): Largest ratio of the longer side to the shorter one.
 
     Raises:
-        ValueError: If a number is out of range, or `resolution` exceeds `max_aspect_ratio` or is the only size.
+        ValueError: If an argument is out of range, if the aspect ratio of `resolution` exceeds `max_aspect_ratio`, or
+            if `resolution` is the only size.
     """
 
     resolution: Size
@@ -55,13 +57,14 @@ class AspectRatioBuckets:
         if long > self.max_aspect_ratio * short:
             raise ValueError(
                 "`max_aspect_ratio` of `bucket_kwargs` must allow the aspect ratio of `resolution`, "
-                f"{long / short:.3g}; got {self.max_aspect_ratio}. Raise it, or choose a squarer `resolution`."
+                f"{long / short:.3g}; got {self.max_aspect_ratio}. Raise `max_aspect_ratio`, or choose a squarer "
+                "`resolution`."
             )
         if len(self.sizes) == 1:
             raise ValueError(
                 f"`aspect_ratio_buckets` needs several sizes. With `step={self.step}` and "
                 f"`max_aspect_ratio={self.max_aspect_ratio}` in `bucket_kwargs`, {self.resolution} is the only size. "
-                "Use a smaller step or a larger ratio, or leave the buckets off."
+                "Use a smaller `step` or a larger `max_aspect_ratio`, or leave `aspect_ratio_buckets` off."
             )
 
     @cached_property
@@ -78,10 +81,11 @@ class AspectRatioBuckets:
         return tuple(size for _, size in sorted(by_ratio.items()))
 
     def assign(self, sizes: np.ndarray) -> np.ndarray:
-        """Return the bucket of each pair. Its log aspect ratio is nearest to the mean of the two images.
+        """Return the bucket of each pair: the one whose log aspect ratio is nearest to the mean of the two images.
 
-        This choice minimises the sum of the two distances, and therefore the cropping. If two buckets are equally near,
-        the squarer bucket is taken. The computation uses integers, so that all machines agree.
+        This choice minimises the sum of the bucket's distances to both images, and therefore the cropping. If two
+        buckets are equally near, the pair goes to the squarer bucket. The computation uses integers, so that all
+        machines choose the same buckets.
 
         Args:
             sizes (`np.ndarray` of shape `(P, 4)`, int64): Height and width of the winner and of the loser, in pixels.
@@ -101,65 +105,66 @@ class AspectRatioBuckets:
 
 @dataclass(frozen=True)
 class PairSizes:
-    """Training size of each pair.
+    """Bucket, and so the training size, of each pair.
 
     Args:
         sizes (`tuple[Size, ...]`): `(height, width)` of each bucket.
-        numbers (`np.ndarray` of shape `(P,)`): Bucket of each pair.
+        numbers (`np.ndarray` of shape `(P,)`): Number of each pair's bucket, an index into `sizes`.
     """
 
     sizes: tuple[Size, ...]
     numbers: np.ndarray
 
     def fingerprint(self) -> str:
-        """Return a hash of all sizes, equal on every machine."""
+        """Return a hash of the sizes and of each pair's bucket. The hash is equal on every machine."""
         digest = hashlib.sha256(repr(self.sizes).encode())
         digest.update(np.ascontiguousarray(self.numbers, dtype="<u2").data)
         return digest.hexdigest()[:16]
 
     def describe_epoch(self, group: int, *, drop_last: bool, shuffled: bool) -> tuple[str, bool]:
-        """Describe pairs that an epoch repeats or leaves out, in steps of `group` pairs. Also return whether the
-        sentence is a warning."""
+        """Return a sentence about pairs that an epoch repeats or leaves out if a step has `group` pairs. Also return
+        whether the sentence is a warning."""
         pairs = len(self.numbers)
         counts = np.bincount(self.numbers, minlength=len(self.sizes))
-        advice = "Use smaller batches or a larger `step` in `bucket_kwargs`"
+        advice = "Use smaller batches, or a larger `step` in `bucket_kwargs`"
         if not drop_last:
             repeats = int((-counts % group).sum())
-            sentence = f"An epoch repeats {repeats} of {pairs} pairs, to fill up the last batch of each size."
+            sentence = f"An epoch repeats {repeats} of {pairs} pairs, to fill up the last batch of each image size."
             if repeats <= MANY_REPEATS * pairs:
                 return sentence, False
-            return f"{sentence} {advice}, or leave incomplete batches out with `dataloader_drop_last`.", True
+            return f"{sentence} {advice}, or set `dataloader_drop_last` to leave out incomplete batches.", True
         rests = counts % group
         never = int((np.where(counts < group, counts, 0) if shuffled else rests).sum())
         sentence = f"`dataloader_drop_last=True` leaves {rests.sum()} of {pairs} pairs out of an epoch."
         if not never:
             return sentence, False
         return (
-            f"{sentence} {never} of them are never trained on, because a step needs {group} pairs of one size. "
-            f"{advice}, or keep the last batches.",
+            f"{sentence} {never} of the pairs are never trained on, because a step needs {group} pairs of one size. "
+            f"{advice}, or set `dataloader_drop_last=False`.",
             True,
         )
 
 
 class Repeated(int):
-    """Index of a pair that fills up a batch. An evaluation does not count it."""
+    """Index of a pair that is repeated to fill up a batch. Evaluations do not count this repetition."""
 
 
 class BucketSampler(Sampler[int]):
-    """Order of pairs in which every `group` consecutive pairs have one size.
+    """Sampler that orders pairs so that every `group` consecutive pairs have the same size.
 
-    Pairs are shuffled and sorted into their buckets in this order. The position of a group is that of its first pair.
-    The last group of a bucket is filled with the bucket's first pairs.
+    The sampler shuffles the pairs, and then cuts each bucket's pairs into groups. Groups are ordered by the position of
+    their first pair in the shuffled order. The last group of a bucket is filled up with the first pairs of the bucket.
 
     Args:
         pairs ([`PairSizes`]): Sizes of the pairs.
-        group (`int`): Number of pairs in one step, over the batches of all processes.
+        group (`int`): Number of pairs in one step, summed over all processes.
         seed (`int`): Seed of the order.
-        epoch (`Callable[[], int]`, *optional*): Returns the epoch. Without it, pairs are not shuffled.
+        epoch (`Callable[[], int]`, *optional*): Function that returns the epoch. Without `epoch`, pairs are not
+            shuffled.
         drop_last (`bool`): Whether to leave out an incomplete last group of a bucket instead of filling it.
 
     Raises:
-        ValueError: If no group is left.
+        ValueError: If `drop_last` leaves no group.
     """
 
     def __init__(
@@ -176,8 +181,9 @@ class BucketSampler(Sampler[int]):
         self._length = int((counts // group if drop_last else -(-counts // group)).sum()) * group
         if not self._length:
             raise ValueError(
-                f"`dataloader_drop_last=True` leaves no batch, because a step needs {group} pairs of one size and no "
-                "bucket has so many. Use a smaller `per_device_train_batch_size`, or keep the last batches."
+                f"`dataloader_drop_last=True` leaves no batch, because a step needs {group} pairs of one size, and no "
+                "bucket has so many pairs. Use a smaller `per_device_train_batch_size`, or set "
+                "`dataloader_drop_last=False`."
             )
 
     def __len__(self) -> int:
@@ -199,7 +205,7 @@ class BucketSampler(Sampler[int]):
         positions, repeated = [], []
         for members in np.split(by_bucket, np.cumsum(np.bincount(numbers))[:-1]):
             count = len(members) // self._group if self._drop_last else -(-len(members) // self._group)
-            filled = np.resize(members, count * self._group)  # starts again with the first pairs
+            filled = np.resize(members, count * self._group)  # continues with the first pairs of the bucket
             positions.append(filled)
             repeated.append(np.arange(len(filled)) >= len(members))
         groups = np.concatenate(positions).reshape(-1, self._group)

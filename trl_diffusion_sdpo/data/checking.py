@@ -1,4 +1,4 @@
-"""Report of rows, pairs and drops, and checks of images before the first batch."""
+"""Report of how many rows and pairs a data set has and how many were dropped, and checks before the first batch."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ from ..utils.switch_words import SWITCH_WORDS
 logger = logging.getLogger(__name__)
 
 VERIFY_IMAGES = ("sample", "all", "none")
-SAMPLED_PAIRS = 128  # a second or two
+SAMPLED_PAIRS = 128  # decoding them takes a second or two
 
-STRONG_CROP = 0.25  # share of an image's area; pairs that lose more to cropping are counted
+STRONG_CROP = 0.25  # share of an image's area; the report counts pairs with an image that loses more to cropping
 ENLARGED = "enlarged"
 
 COUNTS = ("rows", "pairs", "ties", "undecodable", "bad_prompts", "bad_labels", "too_small")
 MAX_EXAMPLES = 5
-PERMUTED = "losers are the winners of other pairs, drawn in every epoch"
-SWAPPED = "labels are swapped: the winner of a pair is the published loser"
-HOW_TO_DROP = 'Fix the row, or pass on_bad_row="drop" to leave such rows out.'
+PERMUTED = "losers are winners of other pairs, drawn anew in every epoch"
+SWAPPED = "labels are swapped: the winner of each pair is the image that the data set calls the loser"
+HOW_TO_DROP = 'Fix the row, or pass on_bad_row="drop" to drop bad rows.'
 
 
 class BadDataError(ValueError):
-    """Error for data that stop a run."""
+    """Error for bad data that stop the run."""
 
 
 @dataclass
 class DataReport:
-    """Counts of the rows, pairs and drops of a preference set, with examples of what was dropped."""
+    """Numbers of rows, pairs and dropped rows and pairs of a data set, with examples of dropped rows."""
 
-    name: str  # in messages
-    format: str  # key in `FORMATS`
-    rows: int = 0  # of the source
-    pairs: int = 0  # to train on
-    ties: int = 0  # pairs whose images were judged equal
+    name: str  # name of the data in messages
+    format: str  # a key of `FORMATS`
+    rows: int = 0  # rows of the data set
+    pairs: int = 0  # pairs to train on
+    ties: int = 0  # pairs whose two images have equal labels
     undecodable: int = 0  # pairs with an image that cannot be decoded
     bad_prompts: int = 0  # rows whose prompt is no string
     bad_labels: int = 0  # rows whose label or score is missing or unreadable
     too_small: int = 0  # pairs with an image whose shorter side is below `min_side`
     notes: tuple[str, ...] = ()  # notes on the sizes of the images
-    is_swapped: bool = False  # whether the published losers are the winners of the pairs
+    is_swapped: bool = False  # whether winners are the images that the data set calls losers
     is_permuted: bool = False  # whether losers are the winners of other pairs
-    examples: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # first row numbers and reasons, by kind
+    examples: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # first rows and reasons, by kind
 
     @property
     def dropped(self) -> int:
-        """Number of all drops."""
+        """Number of all dropped rows and pairs."""
         return self.ties + self.undecodable + self.bad_prompts + self.bad_labels + self.too_small
 
     def add(self, kind: str, row: int, reason: str, amount: int = 1) -> bool:
-        """Count drops. Return whether the row was added to the examples."""
+        """Count `amount` drops of a kind. Return whether the row is now one of the report's examples."""
         setattr(self, kind, getattr(self, kind) + amount)
         examples = self.examples.setdefault(kind, [])
         if len(examples) == MAX_EXAMPLES:
@@ -64,7 +64,7 @@ class DataReport:
         return True
 
     def __str__(self) -> str:
-        listed = [count for count in COUNTS if count != "too_small" or self.too_small]  # which depends on a setting
+        listed = [count for count in COUNTS if count != "too_small" or self.too_small]  # 0 without `min_side`
         counts = ", ".join(f"{getattr(self, count)} {count.replace('_', ' ')}" for count in listed)
         lines = [f"{self.name} data ({self.format}): {counts}"]
         if self.is_swapped:
@@ -77,10 +77,11 @@ class DataReport:
 
 
 def reject(report: DataReport, strict: bool, kind: str, row: int, reason: str, amount: int) -> bool:
-    """Count a drop. Return whether the row was added to the examples.
+    """Count `amount` drops of a kind in the report. Return whether the row is now one of the report's examples.
 
     Raises:
-        BadDataError: If `strict` and the row is bad. Ties and small images are not bad rows: their labels are valid.
+        BadDataError: If `strict` and the row is bad. Rows with ties or small images are not bad, because their labels
+            are valid.
     """
     if strict and kind not in ("ties", "too_small"):
         raise BadDataError(f"{report.name} data, row {row}: {reason}. {HOW_TO_DROP}")
@@ -88,11 +89,11 @@ def reject(report: DataReport, strict: bool, kind: str, row: int, reason: str, a
 
 
 def check_identical(name: str, identical: Sequence[bool]) -> None:
-    """Warn if the two images of most pairs are identical, and raise `ValueError` if those of all pairs are.
+    """Warn if most pairs have two identical images. Raise `ValueError` if all pairs have two identical images.
 
     Args:
         name (`str`): Name of the data in messages.
-        identical (`Sequence[bool]`): For each pair that was checked, whether its images are identical.
+        identical (`Sequence[bool]`): For each checked pair, whether its two images are identical.
     """
     count, checked = sum(identical), len(identical)
     summary = (
@@ -104,14 +105,16 @@ def check_identical(name: str, identical: Sequence[bool]) -> None:
             "alone."
         )
     if 2 * count > checked:
-        logger.warning("%s. Such pairs do not train anything. Check the columns.", summary)
+        logger.warning("%s. Pairs of identical images teach no preference. Check the columns.", summary)
 
 
 def parse_verify_images(value: Any) -> str:
-    """Return one of `VERIFY_IMAGES`. Booleans, also as text, mean `"all"` and `"none"`.
+    """Return the value of `verify_images` as one of `VERIFY_IMAGES`. True means `"all"`, and false means `"none"`.
+
+    Booleans may also be text, such as `"yes"`.
 
     Raises:
-        ValueError: If the value is anything else.
+        ValueError: If the value is neither a boolean nor one of `VERIFY_IMAGES`.
     """
     word = str(value).lower()
     if word in SWITCH_WORDS:
@@ -119,23 +122,23 @@ def parse_verify_images(value: Any) -> str:
     if word not in VERIFY_IMAGES:
         raise ValueError(
             f"`verify_images` must be one of {', '.join(VERIFY_IMAGES)}; got {value!r}."
-            f"{did_you_mean(word, VERIFY_IMAGES)} Leave it unset for a sample."
+            f"{did_you_mean(word, VERIFY_IMAGES)} Leave `verify_images` unset to check a sample."
         )
     return word
 
 
 def evenly_spaced(size: int, wanted: int) -> np.ndarray:
-    """Return at most `wanted` of the indices `0 .. size - 1`, evenly spaced, without repeats, starting at 0."""
+    """Return up to `wanted` different, evenly spaced indices from 0 to `size - 1`, starting at 0."""
     count = min(size, wanted)
     return np.arange(count, dtype=np.int64) * size // max(count, 1)
 
 
 def describe_sizes(sizes: np.ndarray, targets: np.ndarray) -> tuple[str, ...]:
-    """Return sentences about how images are resized and cropped.
+    """Return sentences about how strongly images are cropped and enlarged, for the report.
 
     Args:
         sizes (`np.ndarray` of shape `(P, 2, 2)`): Height and width of winners and losers.
-        targets (`np.ndarray` of shape `(P, 2)` or `(1, 2)`): Height and width at which they are trained.
+        targets (`np.ndarray` of shape `(P, 2)` or `(1, 2)`): Height and width of each pair in training.
     """
     if not len(sizes):
         return ()
@@ -145,8 +148,9 @@ def describe_sizes(sizes: np.ndarray, targets: np.ndarray) -> tuple[str, ...]:
     strongly = int((cropped > STRONG_CROP).any(axis=1).sum())
     used = len(np.unique(targets, axis=0))
     notes = [
-        f"image sizes: pairs are trained at {used} size{'s' if used > 1 else ''}; of an image {cropped.mean():.1%} is "
-        f"cropped on average and {cropped.max():.1%} at most, and in {strongly} pairs more than {STRONG_CROP:.0%}"
+        f"image sizes: pairs are trained at {used} size{'s' if used > 1 else ''}; of an image's area, "
+        f"{cropped.mean():.1%} is cropped on average and {cropped.max():.1%} at most, and in {strongly} pairs an image "
+        f"loses more than {STRONG_CROP:.0%}"
     ]
     enlarged = int((scales > 1).any(axis=1).sum())
     if enlarged:

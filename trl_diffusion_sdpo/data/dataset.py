@@ -1,4 +1,4 @@
-"""Torch data set of pairs: it reads and transforms images, makes items, and collates items to batches."""
+"""Torch data set of pairs, which reads and transforms images and makes items, and the collator that makes batches."""
 
 from __future__ import annotations
 
@@ -30,36 +30,39 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PairOptions:
-    """Settings by which a preference set becomes pairs.
+    """Settings for making pairs from a preference data set.
 
     Args:
-        transform (`PairTransform`): Turns images into pixels.
+        transform (`PairTransform`): Transform of images into pixels.
         prompt_dropout (`float` in `[0, 1]`): Probability of an empty prompt.
         seed (`int`, not negative): Seed of all random draws.
-        dataset_format (`str`, *optional*): A key of `FORMATS`; detected from the columns by default.
-        on_bad_row (`str`): `"drop"` leaves out and counts bad prompts, bad labels and undecodable images. `"raise"`
-            stops at the first one. Ties are not bad rows: they are always left out and counted.
-        verify_images (`str`): Images of a map-style set to decode beforehand. `"sample"` decodes those of
-            `SAMPLED_PAIRS` evenly spaced pairs. `"all"` decodes all, drops the pairs of bad ones, and is cached by
-            `datasets`. With `"sample"` and `"none"`, a bad image is found when it is read, and its pair is replaced by
-            the next good one. `True` means all, `False` none.
-        num_proc (`int`, *optional*): Processes that check all images. By default one for each core.
+        dataset_format (`str`, *optional*): A key of `FORMATS`. By default, the columns determine the format.
+        on_bad_row (`str`): `"drop"` drops and counts rows with a bad prompt, a bad label or an undecodable image.
+            `"raise"` raises an error at the first bad row. Rows with ties are not bad, and are always dropped and
+            counted.
+        verify_images (`str`): Images of a map-style data set to decode before training. `"sample"` decodes the images
+            of `SAMPLED_PAIRS` evenly spaced pairs. `"all"` decodes all images and drops pairs with bad images;
+            `datasets` caches the result. With `"sample"` and `"none"`, pairs with bad images are replaced by the next
+            good pair during training. `True` means `"all"`, and `False` means `"none"`.
+        num_proc (`int`, *optional*): Number of processes that check all images. The default is the number of cores.
         image_schemes (`str` or `Sequence[str]`, *optional*): URL schemes that rows may use besides `SCHEMES`, such as
             `"s3"`.
-        buckets ([`AspectRatioBuckets`], *optional*): Sizes of the pairs by their aspect ratios. They replace the size
-            of the transform. The header of every image is read for them.
-        min_side (`int`, *optional*): Pairs with an image whose shorter side has fewer pixels are left out and counted.
-        compare (`bool`): Whether to refuse data whose checked pairs have identical images.
-        training (`bool`): `False` center-crops, never flips, keeps prompts and ignores the epoch.
-        repeat (`bool`): Whether a stream restarts when it ends, with new draws and, if it is shuffled, in a new order.
-            It has no effect on map-style sets.
-        use_scores (`bool`): Whether to read score columns if there are any. A row without a score is then a bad row.
+        buckets ([`AspectRatioBuckets`], *optional*): Training sizes by aspect ratio, in place of the transform's size.
+            To choose them, the header of every image is read.
+        min_side (`int`, *optional*): Pairs with an image whose shorter side has fewer pixels are dropped and counted.
+        compare (`bool`): Whether to raise an error if all checked pairs have two identical images.
+        training (`bool`): Whether the pairs are for training. In evaluations, images are cropped at the center and
+            never flipped, prompts are never emptied, and random numbers do not depend on the epoch.
+        repeat (`bool`): Whether a stream restarts when it ends, with new random numbers and, if it is shuffled, in a
+            new order. `repeat` has no effect on map-style data sets.
+        use_scores (`bool`): Whether to read score columns if they exist. If score columns are read, rows without a
+            score are bad.
         swap_labels (`bool`): Whether to exchange winner and loser of every pair.
-        number_columns (`Sequence[str]`): Columns of a map-style set that must have finite numbers in every row.
+        number_columns (`Sequence[str]`): Columns of a map-style data set that must have finite numbers in every row.
         noise_seeds (`bool`): Whether to read the seeds of the noise from which the images were generated, in the
-            columns `SEED_COLUMNS`. Only pairs for training have them.
-        losers (`str`): `"data"` takes the losers of the data. `"permute"` takes the winners of pairs of other prompts,
-            by a permutation that depends on the seed and the epoch alone.
+            columns `SEED_COLUMNS`. Only items for training have noise seeds.
+        losers (`str`): `"data"` uses the losers of the data. `"permute"` uses winners of pairs with other prompts as
+            losers, by a random permutation that depends only on the seed and the epoch.
     """
 
     transform: PairTransform
@@ -89,7 +92,7 @@ class PairOptions:
         object.__setattr__(self, "verify_images", checking.parse_verify_images(self.verify_images))
         object.__setattr__(self, "image_schemes", parse_schemes(self.image_schemes))
         if not 0.0 <= self.prompt_dropout <= 1.0:
-            raise ValueError(f"`prompt_dropout` must be in [0, 1], got {self.prompt_dropout}. It is a probability.")
+            raise ValueError(f"`prompt_dropout` is a probability, so it must be in [0, 1], got {self.prompt_dropout}.")
         if self.seed < 0:
             raise ValueError(f"`seed` must not be negative, got {self.seed}.")
 
@@ -109,15 +112,15 @@ class PairOptions:
 
     @cached_property
     def reader(self) -> ImageReader:
-        """Opens and decodes images."""
+        """Reader that opens and decodes images."""
         return ImageReader((*SCHEMES, *(self.image_schemes or ())))
 
 
 class Encoded(Protocol):
-    """Pairs and prompts that were encoded before training."""
+    """Latents of pairs and embeddings of prompts that were computed before training."""
 
     def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
-        """Return the entries that replace pixels in an item. `loser` is another pair whose loser the item has."""
+        """Return the entries of an item that replace its pixels. The loser comes from the pair `loser`, if set."""
 
     def conditioning(self, prompt: str, edited: tuple[int, bool] | None = None) -> dict[str, Any]:
         """Return the entries of an item that depend on its prompt and source images. `edited` is the row of the
@@ -125,32 +128,33 @@ class Encoded(Protocol):
 
 
 class PreferenceDataset(Dataset):
-    """Map-style pairs: a view on a source data set, made by [`prepare_dataset`].
+    """Map-style data set of pairs, made by [`prepare_dataset`] from a source data set.
 
     Items are dicts with these entries:
 
     - `pixel_values` (`torch.Tensor` of shape `(2, 3, H, W)`, uint8): winner and loser;
-    - `prompt` (`str`, `""` if dropped), and `loser_prompt` if losers have their own;
+    - `prompt` (`str`, `""` if it was dropped), and `loser_prompt` if losers have prompts of their own;
     - `original_sizes` and `crop_top_lefts`: `(height, width)` and `(top, left)` of both images;
     - `seed` (of noise and timestep) and `row` (number of the pair);
-    - `scores`, `pair_weight` and `ref_errors` (`(T, 2)`, at T draws, of winner and loser), if the pairs have them;
+    - `scores`, `pair_weight` and `ref_errors` (`(T, 2)`, for T timesteps and winner and loser), if pairs have them;
     - `masks` (`torch.Tensor` of shape `(2, 1, H, W)`, uint8), if there is a mask column: 1 inside, 0 outside;
     - `sources` (`list[PIL.Image.Image]`), if there is a source column: the images that the prompt edits, in their own
       sizes;
     - `noise_seeds` (`tuple[int, int]`), of winner and loser, if training reads them;
     - `repeated`, with aspect-ratio buckets: whether the pair fills up a batch.
 
-    Encoded pairs have `moments`, `target_size`, `conditioning` and `loser_conditioning` in place of `pixel_values`.
+    If latents were computed before training, `moments`, `target_size`, `conditioning` and `loser_conditioning` replace
+    `pixel_values`.
 
-    An item is a pure function of (seed, epoch, row). If losers are permuted, it also depends on all prompts. A pair
-    that cannot be decoded is replaced by the next one of its size that can, whichever process reads it first.
+    An item is a pure function of (seed, epoch, row). If losers are permuted, items also depend on all prompts. If a
+    pair cannot be decoded, its item is that of the next decodable pair of the same size, in every process.
 
     Args:
         source ([`PairSource`]): Prompts and images.
         pairs ([`PairTable`]): Index and columns of the pairs.
-        options ([`PairOptions`]): Settings by which the pairs were made.
-        report ([`DataReport`]): Counts of what was dropped so far.
-        losers ([`PermutedLosers`], *optional*): Which pair's winner is the loser of each pair.
+        options ([`PairOptions`]): Settings with which the pairs were made.
+        report ([`DataReport`]): Counts of the rows and pairs that were dropped so far.
+        losers ([`PermutedLosers`], *optional*): Random losers from other pairs.
     """
 
     def __init__(
@@ -165,10 +169,10 @@ class PreferenceDataset(Dataset):
         self._epoch = new_epoch()
         self._repeat_after: int | None = None  # number of epochs after which random numbers repeat
         self._losers = losers
-        self._encoded: Encoded | None = None  # moments and conditioning, in place of images
+        self._encoded: Encoded | None = None  # latents and embeddings that replace images
         self._forget_undecodable()
         self.strict = options.on_bad_row == "raise"  # whether bad rows stop the run
-        self.is_swapped = source.is_swapped  # whether the published losers are the winners
+        self.is_swapped = source.is_swapped  # whether winners are the images that the data set calls losers
         self.is_permuted = options.permutes  # whether losers are the winners of other pairs
         self.has_loser_prompts = source.prompt_of_each_image and not options.permutes
         self.has_masks = source.has_masks
@@ -193,11 +197,11 @@ class PreferenceDataset(Dataset):
                 continue
             return item if buckets is None else item | {"repeated": isinstance(index, Repeated)}
         size = "" if buckets is None else " of {} x {} pixels".format(*self.target_size(wanted))
-        advice = "`verify_images='all'` leaves such pairs out before training."
+        advice = "`verify_images='all'` drops undecodable pairs before training."
         raise BadDataError(f"No pair{size} of the data set can be decoded. {advice}\n{self.report}")
 
     def _item(self, pair: int, loser_pair: int | None = None) -> dict[str, Any]:
-        """Return a pair. The winner of `loser_pair`, if it is passed, takes the place of its loser."""
+        """Return the item of a pair. If `loser_pair` is passed, its winner is the loser of the item."""
         options, epoch = self._options, self._drawn_epoch
         draws = PairDraws.from_key(options.seed, epoch, pair)
         augmentation = draws if options.training else None  # crop and flip
@@ -227,7 +231,7 @@ class PreferenceDataset(Dataset):
         return item
 
     def _numbers(self, pair: int, epoch: int) -> dict[str, Any]:
-        """Return the entries of an item that are columns of the table of pairs."""
+        """Return the entries of an item that come from columns of the table of pairs: scores, weight and so on."""
         columns = self._pairs.columns
         numbers: dict[str, Any] = {}
         if self.scores is not None:
@@ -237,7 +241,7 @@ class PreferenceDataset(Dataset):
         if "ref_errors" in columns:
             errors = torch.from_numpy(columns["ref_errors"][pair, epoch])  # (T, 2)
             if errors.isnan().any():
-                raise UndecodableImageError("has no errors of the reference: it could not be read when they were made")
+                raise UndecodableImageError("could not be read when the errors of the reference were computed")
             numbers["ref_errors"] = errors
         return numbers
 
@@ -250,8 +254,8 @@ class PreferenceDataset(Dataset):
             if tuple(size) != tuple(target):
                 raise BadDataError(
                     "`noise_source='generated'` needs images at the size at which they were generated. Row "
-                    f"{self._pairs.places[pair, 0]} has an image of {size[0]} x {size[1]} pixels (height x width), and "
-                    f"training has {target[0]} x {target[1]}. Set `resolution` to the images' size."
+                    f"{self._pairs.places[pair, 0]} has an image of {size[0]} x {size[1]} pixels (height x width), but "
+                    f"training uses {target[0]} x {target[1]}. Set `resolution` to the images' size."
                 )
         return winner.noise_seed, loser.noise_seed
 
@@ -260,7 +264,7 @@ class PreferenceDataset(Dataset):
             try:
                 return self._item(pair, loser_pair)
             except UndecodableImageError as error:
-                self._item(pair)  # raises if it is the pair's own image
+                self._item(pair)  # raises an error if the bad image is the pair's own winner
                 self._reject_at_read(loser_pair, error, as_loser=True)
         raise UndecodableImageError("has no loser: no image of another prompt can be decoded")
 
@@ -274,47 +278,47 @@ class PreferenceDataset(Dataset):
             self._losers.bad[pair] = 1
         else:
             self._undecodable[pair] = 1
-        logger.warning("%s: %s; the next good pair is used instead.", where, error)
+        logger.warning("%s: %s. The next good pair is used instead.", where, error)
 
     # ---- Columns of the pairs -------------------------------------------------------------------------------------
 
     @property
     def has_scores(self) -> bool:
-        """Whether items carry scores."""
+        """Whether items have scores."""
         return self.scores is not None
 
     @property
     def scores(self) -> np.ndarray | None:
-        """Scores of winner and loser as items carry them, `(P, 2)`; `None` without score columns."""
+        """Scores of winner and loser for items, `(P, 2)`, or `None` without score columns."""
         return self._pairs.columns.get("calibrated", self._pairs.columns.get("scores"))
 
     @property
     def score_uses(self) -> tuple[bool, str | None]:
-        """Whether scores are calibrated, and the origin of the pairs' weights; `None` without weights."""
+        """Whether scores are calibrated, and how pair weights were computed (`None` without weights)."""
         return "calibrated" in self._pairs.columns, self._pairs.weighed_by
 
     def use_scores(self, *, calibrated: np.ndarray | None, weights: np.ndarray | None, by: str | None = None) -> None:
-        """Set scores `(P, 2)` that replace those of the source, and weights `(P,)` of the pairs."""
+        """Set pair weights `(P,)`, and calibrated scores `(P, 2)` that replace the scores of the source."""
         weights = None if weights is None else weights.astype(np.float32)
         self._pairs = replace(self._pairs.with_columns(calibrated=calibrated, weight=weights), weighed_by=by)
 
     def origins(self) -> tuple[PairSource, np.ndarray]:
-        """Return the source, and row and image of each pair's winner and loser, `(P, 4)`."""
+        """Return the source, and the row and image number of each pair's winner and loser, `(P, 4)`."""
         return self._source, self._pairs.places
 
     @property
     def reader(self) -> ImageReader:
-        """The reader of the images, with the schemes that rows may use."""
+        """Reader that opens and decodes images of the URL schemes that rows may use."""
         return self._options.reader
 
     @property
     def sizes(self) -> PairSizes | None:
-        """The sizes of the pairs' buckets; `None` if all pairs have the transform's."""
+        """Bucket of each pair, or `None` if all pairs are trained at the size of the transform."""
         buckets, numbers = self._options.buckets, self._pairs.columns.get("size")
         return None if buckets is None or numbers is None else PairSizes(buckets.sizes, numbers)
 
     def target_size(self, row: int) -> Size:
-        """Return `(height, width)` of a pair's pixels."""
+        """Return `(height, width)` at which a pair is trained."""
         transform = self._options.transform
         if "size" not in self._pairs.columns or self._options.buckets is None:
             return transform.height, transform.width
@@ -334,7 +338,7 @@ class PreferenceDataset(Dataset):
         yield from zip(rows.tolist(), prompts, strict=True)
 
     def fingerprint(self, *, thorough: bool = False, peers: Peers = ALONE) -> dict[str, Any]:
-        """Identify these pairs by [`pairs_fingerprint`]. `thorough` is for caches, which do not depend on weights."""
+        """Return the [`pairs_fingerprint`] of these pairs. `thorough=True` is for caches, and leaves out weights."""
         facts = peers.first(lambda: pairs_fingerprint(self._source, self._pairs, thorough=thorough))
         if not thorough and "weight" in self._pairs.columns:
             facts["pair_weights"] = hashlib.sha256(self._pairs.columns["weight"].tobytes()).hexdigest()[:16]
@@ -344,17 +348,17 @@ class PreferenceDataset(Dataset):
 
     @property
     def report(self) -> DataReport:
-        """The counts so far, including those of all DataLoader workers."""
+        """Counts of rows, pairs and drops so far, including those of all DataLoader workers."""
         count = int(self._undecodable.sum())
         return replace(self._report, pairs=len(self) - count, undecodable=self._report.undecodable + count)
 
     @property
     def undecodable(self) -> torch.Tensor:
-        """Mask of the pairs that are in the index but could not be decoded: uint8 of shape `(P,)`, a copy."""
+        """Copy of the mask of pairs that could not be decoded when they were read, uint8 of shape `(P,)`."""
         return self._undecodable.clone()
 
     def mark_undecodable(self, mask: torch.Tensor) -> None:
-        """Add the pairs that other processes could not decode, as a mask like `undecodable`."""
+        """Mark the pairs that other processes could not decode. `mask` has the shape and type of `undecodable`."""
         self._undecodable |= mask
 
     def add_note(self, note: str) -> None:
@@ -362,13 +366,13 @@ class PreferenceDataset(Dataset):
         self._report.notes += (note,)
 
     def check_sample(self, peers: Peers = ALONE, *, compare: bool = True) -> None:
-        """Decode a sample of evenly spaced pairs. The first of the peers decodes it for all.
+        """Decode a sample of evenly spaced pairs, in the first process only.
 
-        Bad pairs stay in the index and are replaced by the next good pair. A run resumes by position in the index, so
-        the index must not depend on files that cannot be read for a moment.
+        Bad pairs stay in the index. In training, the next good pair replaces a bad pair. The index must not depend on
+        files that are unreadable for a moment, because resumed runs find their position in the index.
 
         Raises:
-            ValueError: If no pair can be decoded or, with `compare`, all pairs have identical images.
+            ValueError: If no pair can be decoded. With `compare`, also if all pairs have two identical images.
         """
         sample = evenly_spaced(len(self), checking.SAMPLED_PAIRS)
         places, reader = self._pairs.places[sample], self._options.reader
@@ -377,12 +381,12 @@ class PreferenceDataset(Dataset):
             pair: result for pair, result in zip(sample.tolist(), checked, strict=True) if isinstance(result, tuple)
         }
         for pair, (row, reason) in bad.items():
-            self._undecodable[pair] = 1  # the report counts these
+            self._undecodable[pair] = 1  # `report` counts these pairs
             checking.reject(self._report, self.strict, "undecodable", row, reason, 0)
         if bad and len(sample) < len(self):
             logger.warning(
                 "%s data: %d of %d checked pairs cannot be decoded. The data have %d pairs. `verify_images='all'` "
-                "checks all of them before training. Otherwise, bad pairs are replaced when they are read.",
+                "checks all pairs before training. Otherwise, the next good pair replaces a bad pair in training.",
                 *(self._report.name, len(bad), len(sample), len(self)),
             )
             if len(bad) == len(sample):
@@ -391,7 +395,7 @@ class PreferenceDataset(Dataset):
             checking.check_identical(self._report.name, [result for result in checked if isinstance(result, bool)])
 
     def _forget_undecodable(self) -> None:
-        """Let all pairs be tried again. The mask is shared with DataLoader workers."""
+        """Clear the mask of undecodable pairs, which DataLoader workers share, so that all pairs are tried again."""
         self._undecodable = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
         self._losers = None if self._losers is None else self._losers.afresh()
 
@@ -399,12 +403,12 @@ class PreferenceDataset(Dataset):
 
     @property
     def epoch(self) -> int:
-        """The epoch that was set."""
+        """Epoch that was set by `set_epoch`."""
         return int(self._epoch)
 
     @property
     def _drawn_epoch(self) -> int:
-        """The epoch that random numbers depend on: 0 in an evaluation."""
+        """Epoch that random numbers depend on. In an evaluation, this epoch is always 0."""
         if not self._options.training:
             return 0
         return int(self._epoch) if self._repeat_after is None else int(self._epoch) % self._repeat_after
@@ -419,68 +423,68 @@ class PreferenceDataset(Dataset):
         self._epoch.fill_(epoch)
 
     def _view(self, **changes: Any) -> PreferenceDataset:
-        """Return a data set of the same source with some attributes changed."""
+        """Return a shallow copy of this data set with some attributes changed."""
         view = copy.copy(self)
         vars(view).update(changes)
         return view
 
     def for_evaluation(self) -> PreferenceDataset:
-        """Return these pairs center-cropped, with all prompts, without weights, and with seeds that do not depend on
-        the epoch. So numbers of evaluations compare."""
+        """Return these pairs for evaluation: cropped at the center, with all prompts, without weights, and with the
+        same seeds in every epoch, so that the results of evaluations can be compared."""
         pairs = replace(self._pairs.with_columns(weight=None), weighed_by=None)
         if self._options.training:
-            pairs = pairs.with_columns(ref_errors=None)  # they are those of other draws
-        # Evaluation loaders count epochs of their own, so the epoch is not shared with training.
+            pairs = pairs.with_columns(ref_errors=None)  # computed for the random numbers of training
+        # The epoch is not shared with training, because evaluations set the epoch independently.
         return self._view(
             _pairs=pairs, _options=self._options.for_evaluation(), _epoch=new_epoch(), _repeat_after=None
         )
 
     def repeating(self, epochs: int) -> PreferenceDataset:
-        """Return these pairs with random numbers that repeat after so many epochs."""
+        """Return these pairs with random numbers that repeat after `epochs` epochs."""
         pairs = self._pairs.with_columns(ref_errors=None)
         return self._view(_pairs=pairs, _epoch=new_epoch(), _repeat_after=epochs)
 
     def in_epoch(self, epoch: int) -> PreferenceDataset:
-        """Return these pairs in a fixed epoch, without errors of a reference."""
+        """Return these pairs with the random numbers of the epoch `epoch`, without errors of a reference."""
         return self._view(_pairs=self._pairs.with_columns(ref_errors=None), _epoch=torch.tensor([epoch]))
 
     def for_storing(self) -> PreferenceDataset:
-        """Return these pairs, all of which are tried again, for results that are stored."""
+        """Return these pairs for computing a cache. Pairs that could not be decoded are tried again."""
         view = self._view()
         view._forget_undecodable()
         return view
 
     def from_source(self) -> PreferenceDataset:
-        """Return these pairs without encodings and errors of a reference, which may belong to another model."""
+        """Return these pairs without latents, embeddings and errors, which another model may have computed."""
         view = self._view(_pairs=self._pairs.with_columns(ref_errors=None), _encoded=None)
         view._forget_undecodable()
         return view
 
     def first(self, count: int) -> PreferenceDataset:
-        """Return the first pairs, at most `count`, with their random numbers."""
+        """Return the first `count` pairs, or all pairs if there are fewer, with unchanged random numbers."""
         undecodable = self._undecodable[:count].clone().share_memory_()
         return self._view(_pairs=self._pairs.take(slice(count)), _undecodable=undecodable)
 
     # ---- Encoded pairs and errors of a reference ------------------------------------------------------------------
 
     def use_encoded(self, encoded: Encoded) -> None:
-        """Read moments and conditioning in place of images from now on. All pairs are tried again."""
+        """Replace images by latents and embeddings that were computed before. Undecodable pairs are tried again."""
         self._encoded = encoded
         self._forget_undecodable()
 
     @property
     def has_reference_errors(self) -> bool:
-        """Whether items carry errors of a reference."""
+        """Whether items have errors of a reference that were computed before training."""
         return "ref_errors" in self._pairs.columns
 
     def set_reference_errors(self, errors: np.ndarray) -> None:
-        """Set the errors of a reference: float32 `(E, P, T, 2)`, for E epochs that repeat, P pairs, T timesteps of a
-        pair, and winner and loser. A pair with NaN is treated like one that cannot be decoded."""
+        """Set the errors of a reference: float32 `(E, P, T, 2)`, for E epochs, P pairs, T timesteps of each pair, and
+        winner and loser. Pairs with NaN are treated as undecodable."""
         epochs = self._repeat_after if self._options.training else 1
         assert epochs is not None, "draws must repeat if errors of a reference are stored"
         if errors.shape[:2] != (epochs, len(self)) or errors.shape[3:] != (2,):
             raise ValueError(
-                f"Errors of a reference must have the shape ({epochs}, {len(self)}, T, 2) of epochs and pairs; got "
+                f"Errors of a reference must have the shape ({epochs}, {len(self)}, T, 2), for epochs and pairs; got "
                 f"{errors.shape}."
             )
         self._pairs = self._pairs.with_columns(ref_errors=errors.swapaxes(0, 1))
@@ -488,13 +492,13 @@ class PreferenceDataset(Dataset):
             self._losers.bad |= torch.from_numpy(np.isnan(errors).any((0, 2, 3)))
 
     def draw_settings(self) -> dict[str, Any]:
-        """Return the settings that items depend on: seed, size, crop and so on."""
+        """Return the settings on which items depend: seed, size, crop and so on."""
         options = self._options
         drawn = {"seed": options.seed, "prompt_dropout": options.prompt_dropout, "training": options.training}
         return {**drawn, **self.pixel_settings(), **({"losers": "permute"} if self.is_permuted else {})}
 
     def pixel_settings(self) -> dict[str, Any]:
-        """Return the settings that pixels depend on, as values of JSON."""
+        """Return the settings on which pixels depend, with values that can be written to JSON."""
         return {"transform": type(self._options.transform).__name__, **vars(self._options.transform)}
 
     @property
@@ -540,11 +544,11 @@ class PreferenceDataset(Dataset):
     def image_variants(
         self, pair: int, side: int, draws: Sequence[PairDraws]
     ) -> list[tuple[torch.Tensor, Size, Size]]:
-        """Return the pixels `(3, H, W)` of the winner (`side` 0) or the loser (1) of a pair for each of `draws`, the
-        size of the image, and the corner of the crop.
+        """Return pixels `(3, H, W)`, image size and crop corner of a pair's winner (`side` 0) or loser (`side` 1), for
+        each of `draws`.
 
         Raises:
-            UndecodableImageError: If it cannot be decoded.
+            UndecodableImageError: If the image cannot be decoded.
         """
         place = self._pairs.places[pair, 2 * side : 2 * side + 2].tolist()
         transform, target = self._options.transform, self.target_size(pair)
@@ -554,7 +558,7 @@ class PreferenceDataset(Dataset):
 
 
 def new_epoch() -> torch.Tensor:
-    """Return the number of an epoch, which DataLoader workers share."""
+    """Return a tensor with the epoch 0, in memory that DataLoader workers share."""
     return torch.zeros(1, dtype=torch.long).share_memory_()
 
 
@@ -568,10 +572,10 @@ def complete_item(
     *,
     two_prompts: bool,
 ) -> None:
-    """Add prompts, seed, number and masks to an item that has its images.
+    """Add prompts, seed, pair number and masks to an item that already contains the images.
 
     Raises:
-        UndecodableImageError: If a mask cannot be decoded, or has another size than its image.
+        UndecodableImageError: If a mask cannot be decoded, or if its size differs from that of its image.
     """
     is_emptied = options.training and draws.dropout < options.prompt_dropout
     item |= {"prompt": "" if is_emptied else winner.prompt, "seed": draws.seed, "row": row}
@@ -589,7 +593,7 @@ def mirrored_if(is_mirrored: bool, images: list[Image.Image]) -> list[Image.Imag
 
 
 def _check_pair(source: PairSource, reader: ImageReader, places: np.ndarray) -> tuple[int, str] | bool:
-    """Decode the images of a pair. Return row and problem of its first bad image, or whether they are identical."""
+    """Decode a pair. Return whether its two images are identical, or row and problem of the first bad image."""
     images = []
     for row, image in places.reshape(2, 2).tolist():
         try:
@@ -601,17 +605,18 @@ def _check_pair(source: PairSource, reader: ImageReader, places: np.ndarray) -> 
 
 @dataclass
 class PreferenceCollator:
-    """Collator of items of `PreferenceDataset` and `PreferenceIterableDataset`.
+    """Collator that makes a batch from items of `PreferenceDataset` or `PreferenceIterableDataset`.
 
-    Returns a `dict` with
+    The collator returns a `dict` with
 
-    - `rows` (`torch.LongTensor` of shape `(B,)`): the first entry, because accelerate and transformers read the batch
-      size from it; here this is the number of pairs;
-    - `pixel_values` (`torch.Tensor` of shape `(2B, 3, H, W)`, uint8): winners, then losers. The trainer converts them
-      to floats in `[-1, 1]` on the device, one micro-batch at a time; another collator may return such floats;
-    - `prompts` (`list[str]` of length B; of length 2B, winners first, if losers have their own prompts);
+    - `rows` (`torch.LongTensor` of shape `(B,)`): numbers of the pairs. This entry comes first, because accelerate and
+      transformers read the batch size from the first entry;
+    - `pixel_values` (`torch.Tensor` of shape `(2B, 3, H, W)`, uint8): winners, then losers. The trainer converts pixels
+      to floats in `[-1, 1]` on the device, one micro-batch at a time. A custom collator may return these floats
+      instead;
+    - `prompts` (`list[str]` of length B, or 2B if losers have prompts of their own, winners first);
     - `original_sizes`, `crop_top_lefts` (`torch.LongTensor` of shape `(2B, 2)`): `(height, width)` and `(top, left)`;
-    - `seeds` (`list[int]` of length B): on the host, where generators are seeded;
+    - `seeds` (`list[int]` of length B): seeds of noise and timestep, on the CPU;
     - `counted` (`int`), if repeated pairs may fill up the batch: the number of pairs before the repeated ones;
     - `scores` (`torch.FloatTensor` of shape `(2B,)`), if the data set has score columns;
     - `masks` (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8), if the data set has a mask column;
@@ -619,14 +624,14 @@ class PreferenceCollator:
     - `sources` (`list[list[PIL.Image.Image]]` of length B), if the data set has a source column;
     - `pair_weights` (`torch.FloatTensor` of shape `(B,)`), if training pairs have weights;
     - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), if reference errors were computed before training.
-      First come the winners at the first of T draws of timestep and noise, then at the second and so on, then losers.
+      The winners come first, sorted by their T timesteps and then by pair, then the losers in the same order.
 
-    Encoded pairs have `moments` (`torch.Tensor` of shape `(2B, ...)`) and `target_size` (`(height, width)` of the
-    pixels) in place of `pixel_values`, `conditioning` (tensors of shape `(B, ...)`, padded at the end by zeros) and
-    `host_conditioning` (lists of length B). For 2B prompts, the last two have length 2B.
+    If latents were computed before training, `moments` (`torch.Tensor` of shape `(2B, ...)`) and `target_size`
+    (`(height, width)` of the pixels) replace `pixel_values`. `conditioning` (tensors of shape `(B, ...)`, padded at the
+    end with zeros) and `host_conditioning` (lists of length B) are added. For 2B prompts, their length is 2B.
 
     Raises:
-        ValueError: If there are no items, or only some of them have scores.
+        ValueError: If there are no items, or if only some items have scores or prompts of losers.
     """
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -663,7 +668,7 @@ class PreferenceCollator:
 
 
 def _images(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack the pixels, or moments and conditioning, of a batch. All images of a batch have the same size."""
+    """Stack the pixels of a batch, or its latents and embeddings. All images of a batch must have the same size."""
     name = "moments" if "moments" in items[0] else "pixel_values"
     batch: dict[str, Any] = {name: torch.cat(torch.stack([item[name] for item in items], dim=1).unbind())}
     if name == "moments":
@@ -676,7 +681,7 @@ def _images(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Stack tensors `(T, ...)` of different lengths into one tensor `(B, longest T, ...)`, padded with zeros."""
+    """Stack B tensors `(T, ...)` of different lengths T into a tensor `(B, longest T, ...)`, padded with zeros."""
     if len({row.shape for row in rows}) == 1:
         return torch.stack(list(rows))
     joined = rows[0].new_zeros(len(rows), max(map(len, rows)), *rows[0].shape[1:])

@@ -1,7 +1,7 @@
-"""Formats of published preference sets, and the pairs that their labels describe. `FORMATS` has one entry per format.
+"""Column formats of published preference data sets, and the pairs that follow from their labels.
 
-A format reads one score per image from a row; larger is better. One function turns scores into winners, losers and
-ties. No image is read.
+`FORMATS` has one entry per format. A format turns the label of a row into one score per image. A larger score is
+better. [`compare`] turns scores into winners, losers and ties. This module reads no images.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from itertools import combinations, groupby
 from typing import Any, NamedTuple
 
-LARGEST = 1e9  # a larger score or weight would outweigh all other pairs together
-SOURCE_COLUMNS = ("source_image", "source")  # images that prompts edit; the first one present is read
-SEED_COLUMNS = ("chosen_noise_seed", "rejected_noise_seed")  # of `torch.Generator`s on the CPU
+LARGEST = 1e9  # a larger score or weight would outweigh those of all other pairs together
+SOURCE_COLUMNS = ("source_image", "source")  # columns of images to edit; the first one that exists is read
+SEED_COLUMNS = ("chosen_noise_seed", "rejected_noise_seed")  # seeds of a `torch.Generator` on the CPU
 TEXT = ("string", "large_string")
-# (kind of drop, row, reason, amount): counts the drop, or raises
+# Function of (kind of drop, row, reason, amount). It counts the dropped rows or pairs, or raises an error.
 Reject = Callable[[str, int, str, int], object]
 
 
 class PairReference(NamedTuple):
-    """Images of a pair. Each is given by its row in the source and its index within the row."""
+    """The two images of a pair. Each image has the number of its row and the number within this row."""
 
     winner_row: int
     winner_image: int
@@ -30,30 +30,36 @@ class PairReference(NamedTuple):
     scores: tuple[float, float] | None
 
     def swapped(self) -> PairReference:
-        """Return the pair with winner and loser swapped. Scores change sign, so that larger scores are still better."""
+        """Return the pair with winner and loser exchanged. Scores change sign, so that larger scores are still
+        better."""
         scores = None if self.scores is None else (-self.scores[1], -self.scores[0])
         return PairReference(self.loser_row, self.loser_image, self.winner_row, self.winner_image, scores)
 
 
 @dataclass(frozen=True)
 class PreferenceFormat:
-    """Columns of prompts, images and labels in one kind of preference set.
+    """Columns of prompts, images and labels in one kind of preference data set.
 
     Attributes:
         name (`str`): Key in `FORMATS`.
-        prompt_columns (`tuple[str, ...]`): Accepted names of the prompt column; the first one present is read.
-        image_columns (`tuple[str, ...]`): The two image columns, or the single one.
-        other_image_columns (`tuple[str, ...]`): Other accepted names of the single one; the first one present is read.
-        label_readers (`Mapping`): Label columns to the function that turns their values into `ImageScores`, in order
-            of preference. A row uses the first one whose columns are all present and filled.
-        images_in_list (`bool`): The single image column holds a list of images.
-        group_column (`str`, *optional*): Rows of one image each are compared within equal values of this column.
-        validity_column (`str`, *optional*): If present and false, the row has no label.
-        score_columns (`tuple[str, str]`, *optional*): Reward scores of winner and loser, read if present.
-        text_members (`bool`): Prompts are members of an archive. They may be bytes, or end in a newline.
-        prompt_of_each_image (`bool`): `prompt_columns` are the prompts of the two images, in place of one prompt.
-        has_losers (`bool`): Whether rows have a loser. Otherwise a pair's loser is the winner of another.
-        is_swapped (`bool`): Whether the published loser is the winner of a pair.
+        prompt_columns (`tuple[str, ...]`): Accepted names of the prompt column. The first column that exists is
+            read.
+        image_columns (`tuple[str, ...]`): The two image columns, or the single image column.
+        other_image_columns (`tuple[str, ...]`): Other accepted names of a single image column. The first column that
+            exists is read.
+        label_readers (`Mapping`): Maps label columns to the function that turns their values into `ImageScores`, in
+            order of preference. A row uses the first entry whose columns all exist and have a value.
+        images_in_list (`bool`): Whether the single image column contains lists of images.
+        group_column (`str`, *optional*): Column that groups rows with one image each. Rows with equal values in this
+            column are compared with one another.
+        validity_column (`str`, *optional*): Column of booleans. If its value is false, the row has no label.
+        score_columns (`tuple[str, str]`, *optional*): Columns with the reward scores of winner and loser, if they
+            exist.
+        text_members (`bool`): Whether prompts are members of an archive. Such prompts may be bytes, or end in a
+            newline.
+        prompt_of_each_image (`bool`): Whether `prompt_columns` are two columns, one for the prompt of each image.
+        has_losers (`bool`): Whether rows have a loser. Without losers in the data, winners of other pairs are losers.
+        is_swapped (`bool`): Whether the winner of a pair is the image that the data set calls the loser.
         mask_columns (`tuple[str, ...]`): The mask column of the row, or one for each of two image columns; empty
             without masks.
         source_columns (`tuple[str, ...]`): The column of the image, or of the list of images, that is edited; empty
@@ -77,7 +83,7 @@ class PreferenceFormat:
     source_columns: tuple[str, ...] = ()
 
     def missing(self, column_names: Iterable[str]) -> list[str]:
-        """Return the columns that this format needs and `column_names` lacks."""
+        """Return the columns that this format needs but that are missing in `column_names`."""
         present = set(column_names)
         lacking = [column for column in (*self.image_columns, self.group_column) if column and column not in present]
         if present.intersection(self.other_image_columns):
@@ -91,14 +97,14 @@ class PreferenceFormat:
         return lacking
 
     def text_columns(self, column_names: Iterable[str]) -> list[str]:
-        """Return the columns that this format reads besides images."""
+        """Return the columns of `column_names` that this format reads, without image columns."""
         labels = [column for columns in self.label_readers for column in columns]
         others = [self.group_column, self.validity_column, *(self.score_columns or ())]
         present = set(column_names)
         return [column for column in dict.fromkeys((*self.prompt_columns, *labels, *others)) if column in present]
 
     def describe(self) -> str:
-        """Return the accepted columns in one line, for error messages."""
+        """Return one line that lists the columns of this format, for error messages."""
         labels = " or ".join("+".join(columns) for columns in self.label_readers)
         prompts = self.prompt_columns if self.prompt_of_each_image else [" or ".join(self.prompt_columns)]
         images = [" or ".join((*self.image_columns, *self.other_image_columns))]
@@ -106,10 +112,10 @@ class PreferenceFormat:
         return f"{self.name}: " + ", ".join(column for column in columns if column)
 
     def prompt(self, row: Mapping[str, Any], image: int = 0) -> str:
-        """Return the row's prompt, or the prompt of one of its images.
+        """Return the prompt of a row, or of one image if the images of the row have different prompts.
 
         Raises:
-            ValueError: If the prompt is no valid string.
+            ValueError: If the prompt is not a valid string.
         """
         column = self.prompt_columns[image if self.prompt_of_each_image else 0]
         value = row.get(column)
@@ -121,11 +127,11 @@ class PreferenceFormat:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"the prompt has half a character (a lone surrogate) at {error.start}") from error
+            raise ValueError(f"the prompt has an invalid character (lone surrogate) at index {error.start}") from error
         return value
 
     def image_scores(self, row: Mapping[str, Any]) -> ImageScores:
-        """Return the label of a row as one score per image.
+        """Return one score per image, computed from the label of a row.
 
         Raises:
             LabelError: If the label is missing or unreadable.
@@ -141,7 +147,7 @@ class PreferenceFormat:
         raise LabelError("no label: " + " or ".join("+".join(columns) for columns in self.label_readers) + " is empty")
 
     def reward_scores(self, row: Mapping[str, Any]) -> tuple[float, float] | None:
-        """Return reward scores of winner and loser, or `None` if there are no score columns.
+        """Return the reward scores of winner and loser, or `None` if the row has no score columns.
 
         Raises:
             LabelError: If the row's scores are not numbers.
@@ -160,10 +166,10 @@ class LabelError(ValueError):
 
 
 class ImageScores(NamedTuple):
-    """Scores of the images of a row, from its label."""
+    """Scores of the images of a row, computed from the label of the row."""
 
     values: tuple[float, ...]  # one number per image; larger is better
-    ranked: bool = True  # whether equal numbers are a tie; false if nobody compared the images that were not picked
+    ranked: bool = True  # whether equal numbers are a tie; false if only the best image was picked
 
 
 def member_text(value: Any) -> Any:
@@ -172,8 +178,8 @@ def member_text(value: Any) -> Any:
 
 
 def is_valid(value: Any, what: str) -> bool:
-    """Convert a value to a boolean. A missing value is true. CSV and JSON files may contain booleans as text."""
-    if value is None or value != value:  # NaN, as pandas reads an empty cell
+    """Convert a value of the `validity_column` to a boolean, also from text. A missing value counts as true."""
+    if value is None or value != value:  # NaN, which pandas reads from an empty cell
         return True
     word = str(member_text(value)).lower()
     if word in ("true", "1", "1.0", "yes"):
@@ -184,10 +190,10 @@ def is_valid(value: Any, what: str) -> bool:
 
 
 def finite_number(value: Any, what: str = "label") -> float:
-    """Convert a number to a float. The number may be text, or bytes from a member of an archive.
+    """Convert a number, or text or bytes with a number, to a float.
 
     Raises:
-        LabelError: If the value is no number, not finite or larger than `LARGEST`.
+        LabelError: If the value is not a number, not finite, or beyond `LARGEST` in absolute value.
     """
     try:
         number = float(value)
@@ -235,7 +241,7 @@ def rank_of_row(values: Sequence[Any]) -> ImageScores:
 
 
 def left_or_right(values: Sequence[Any]) -> ImageScores:
-    """Read the vote of EditReward-Data and GenAI-Bench: `leftvote`, `rightvote`, `tie`, `tievote` or `bothbad_vote`."""
+    """Return scores for a vote of EditReward-Data or GenAI-Bench: `leftvote`, `rightvote`, `tie...` or `both...`."""
     vote = member_text(values[0])
     if vote in ("leftvote", "rightvote"):
         return ImageScores((1.0, 0.0) if vote == "leftvote" else (0.0, 1.0))
@@ -245,17 +251,17 @@ def left_or_right(values: Sequence[Any]) -> ImageScores:
 
 
 def detect_format(column_names: Iterable[str]) -> PreferenceFormat:
-    """Return the first of `FORMATS` that fits the columns of a set.
+    """Return the first format in `FORMATS` whose columns all exist in a data set.
 
     Raises:
-        ValueError: If no format fits, or one of two score columns is missing.
+        ValueError: If no format fits, or if only one of two score columns exists.
     """
     columns = list(column_names)
     lone = [column for column in BRANCH_PROMPTS if column in columns]
     if len(lone) == 1 and {"chosen", "rejected"} <= set(columns):
         raise ValueError(
             f"Prompts of chosen and rejected images must come in pairs: found `{lone[0]}`, expected both of "
-            f"{list(BRANCH_PROMPTS)}. Add the other one, or name `dataset_format='canonical'` to read one prompt for "
+            f"{list(BRANCH_PROMPTS)}. Add the other column, or set `dataset_format='canonical'` to read one prompt for "
             "both images."
         )
     for candidate in FORMATS.values():
@@ -263,8 +269,8 @@ def detect_format(column_names: Iterable[str]) -> PreferenceFormat:
             _check_scores(candidate, columns)
             return candidate
     raise ValueError(
-        f"No known preference format has the columns {columns}. Rename columns (`dataset.rename_columns`) so that "
-        "they match one of:\n" + "\n".join(f"  {row_format.describe()}" for row_format in FORMATS.values())
+        f"No known preference format has the columns {columns}. Rename columns (`dataset.rename_columns`) to "
+        "match one of these formats:\n" + "\n".join(f"  {row_format.describe()}" for row_format in FORMATS.values())
     )
 
 
@@ -275,12 +281,12 @@ def resolve_format(
     *,
     use_scores: bool = True,
 ) -> PreferenceFormat:
-    """Return the named format, or the detected one for `None`, with the columns that are read.
+    """Return a format with the columns that exist in a data set. If `dataset_format` is `None`, detect the format.
 
     Args:
-        features (`Mapping[str, Any]`, *optional*): Types of the columns. A column `source` of text is ignored, because
-            many data sets name there where a row comes from.
-        use_scores (`bool`): Whether score columns are read. Otherwise, a row without a score is valid.
+        features (`Mapping[str, Any]`, *optional*): Types of the columns. A column `source` with text is not read as an
+            image to edit, because in many data sets it names the origin of a row.
+        use_scores (`bool`): Whether to read score columns. Rows need scores only if score columns are read.
 
     Raises:
         ValueError: If the columns do not fit the format.
@@ -295,7 +301,7 @@ def resolve_format(
         if lacking := row_format.missing(columns):
             raise ValueError(
                 f"`dataset_format={dataset_format!r}` needs {row_format.describe()}; the data set has {columns} and "
-                f"lacks {lacking}. Rename its columns or leave `dataset_format` out."
+                f"lacks {lacking}. Rename columns, or leave `dataset_format` unset."
             )
         _check_scores(row_format, columns)
     image_columns, prompt_columns = row_format.image_columns, row_format.prompt_columns
@@ -318,11 +324,12 @@ def resolve_format(
 
 
 def compare(scores: Sequence[float], *, ranked: bool = True) -> tuple[list[tuple[int, int]], int]:
-    """Return all pairs that a list of image scores implies.
+    """Return all pairs of winner and loser that follow from the scores of some images.
 
     Args:
         scores (`Sequence[float]`): One number per image; larger is better.
-        ranked (`bool`): Whether equal images are ties even if other images of the list differ.
+        ranked (`bool`): Whether two equal scores always count as a tie. If false, equal scores count as ties only if
+            all scores are equal.
 
     Returns:
         `tuple`: Pairs `(winner, loser)` of indices into `scores`, and the number of ties.
@@ -337,7 +344,7 @@ def compare(scores: Sequence[float], *, ranked: bool = True) -> tuple[list[tuple
 
 
 def groups(row_format: PreferenceFormat, rows: Iterable[tuple[int, Mapping]]) -> Iterator[list[tuple[int, Mapping]]]:
-    """Yield rows whose images are compared with one another: single rows, or consecutive rows of one group."""
+    """Yield lists of rows whose images are compared: a single row, or consecutive rows of the same group."""
     if row_format.group_column is None:
         yield from ([numbered] for numbered in rows)
         return
@@ -348,7 +355,7 @@ def groups(row_format: PreferenceFormat, rows: Iterable[tuple[int, Mapping]]) ->
 def pairs_in_group(
     row_format: PreferenceFormat, group: list[tuple[int, Mapping]], reject: Reject
 ) -> Iterator[PairReference]:
-    """Yield the pairs of a group. Bad prompts, bad labels and ties go to `reject`."""
+    """Yield the pairs of a group of rows. Bad prompts, bad labels and ties are passed to the function `reject`."""
     images: list[tuple[int, int]] = []
     scores: list[Any] = []
     ranked, reward_scores = True, None
@@ -364,7 +371,7 @@ def pairs_in_group(
         scores += labels.values
         ranked = labels.ranked
     if len(scores) == 1:
-        reject("bad_labels", images[0][0], "one image alone: nothing to compare it with", 1)
+        reject("bad_labels", images[0][0], "the group has a single image, so there is no image to compare it with", 1)
     pairs, ties = compare(scores, ranked=ranked)
     if ties:
         reject("ties", images[0][0], "images judged equal", ties)
@@ -374,7 +381,7 @@ def pairs_in_group(
 
 
 def _mask_columns(row_format: PreferenceFormat, columns: Sequence[str]) -> tuple[str, ...]:
-    """Return `mask`, or the mask columns of two image columns, such as `chosen_mask` and `rejected_mask`."""
+    """Return the mask columns that exist: `mask`, or one for each of two image columns, such as `chosen_mask`."""
     of_row = ("mask",) if "mask" in columns else ()
     of_images: tuple[str, ...] = ()
     if len(row_format.image_columns) == 2:
@@ -383,7 +390,7 @@ def _mask_columns(row_format: PreferenceFormat, columns: Sequence[str]) -> tuple
     if present and (of_row or present != of_images):
         raise ValueError(
             f"Masks must be in one column `mask` or in both of {list(of_images)}; got {[*of_row, *present]}. Rename or "
-            "remove columns."
+            "remove mask columns."
         )
     return of_row or present
 
@@ -395,14 +402,14 @@ def _check_scores(chosen: PreferenceFormat, columns: list[str]) -> None:
     if len(present) == 1:
         raise ValueError(
             f"Score columns must come in pairs: found `{present[0]}`, expected both of {list(chosen.score_columns)}. "
-            "Add the other one or remove it."
+            "Add the other score column, or remove the one that exists."
         )
 
 
 _PROMPTS = ("prompt", "caption", "original_prompt", "text")
 BRANCH_PROMPTS = ("chosen_prompt", "rejected_prompt")
 
-# If a set fits two formats, the earlier one is taken.
+# If a data set fits two formats, the earlier format is used.
 FORMATS: dict[str, PreferenceFormat] = {
     row_format.name: row_format
     for row_format in (

@@ -1,4 +1,4 @@
-"""Splits of data sets by prompt, so that no prompt of the training rows is evaluated."""
+"""Hold-out of rows for evaluation. Data sets are split by prompt, so that no prompt is in both parts."""
 
 import logging
 from collections import Counter
@@ -18,29 +18,31 @@ Split = tuple[datasets.Dataset, datasets.Dataset]
 def hold_out(
     data_sets: Sequence[datasets.Dataset], size: float, *, seed: int, formats: Sequence[str | None]
 ) -> list[Split]:
-    """Split data sets that are trained on together, so that no prompt of the training rows is evaluated.
+    """Split data sets that are trained on together into training rows and evaluation rows without common prompts.
 
     Args:
-        data_sets (`Sequence` of `datasets.Dataset`): Each in one of `FORMATS`.
-        size (`float`): Share of the rows of all data sets in `(0, 1)`, or a whole number of rows, to hold out. It is an
-            upper bound, because all rows of a prompt go to the same side. At least one row is held out.
-        seed (`int`): Seed of the choice.
-        formats (`Sequence` of `str` or `None`): A key of `FORMATS` for each data set; `None` detects it.
+        data_sets (`Sequence` of `datasets.Dataset`): Data sets, each in one of `FORMATS`.
+        size (`float`): Share of all rows in `(0, 1)`, or number of rows, to hold out. This size is an upper bound,
+            because all rows of a prompt go to the same part. At least one row is held out.
+        seed (`int`): Seed of the random choice of prompts.
+        formats (`Sequence` of `str` or `None`): A key of `FORMATS` for each data set. `None` detects the format.
 
     Returns:
-        `list`: For each data set, the rows to train on and the rows held out, each in the original order.
+        `list`: For each data set, the training rows and the held-out rows, both in the original order.
 
     Raises:
-        ValueError: If no rows of one of the data sets would be left to train on.
+        ValueError: If a data set would have no training rows left.
     """
     prompts = [_prompts(rows, name) for rows, name in zip(data_sets, formats, strict=True)]
     counts = Counter(chain(*prompts))  # prompt to its number of rows, ordered by the first row
     total = counts.total()
     wanted = max(1, round(size * total)) if size < 1 else int(size)
     if wanted >= total:
-        raise ValueError(f"`test_size={size:g}` must leave rows to train on; the data set has {total}.")
+        raise ValueError(
+            f"`test_size={size:g}` must leave rows to train on; the data set has {total} rows. Choose a smaller size."
+        )
 
-    # Take prompts in a random order while they fit.
+    # Hold out prompts in a random order. Skip prompts whose rows would exceed the size.
     shuffled = np.random.default_rng(seed).permutation(len(counts)).tolist()
     distinct = list(counts)
     held_out: set[str | None] = set()
@@ -52,7 +54,7 @@ def hold_out(
     masks = [np.array([prompt in held_out for prompt in texts], dtype=bool) for texts in prompts]
     if not held_out:
         logger.warning(
-            "Every prompt has more than the %d rows of `test_size`, so both sides have its rows.",
+            "Every prompt has more than the %d rows of `test_size`, so training and evaluation share prompts.",
             wanted,
         )
         mask = np.zeros(total, dtype=bool)
@@ -61,8 +63,8 @@ def hold_out(
 
     if empty := [number for number, mask in enumerate(masks) if mask.all()]:
         raise ValueError(
-            f"`test_size={size:g}` leaves no row to train on of the data sets {empty}. Hold fewer rows out, choose "
-            "another `seed`, or leave these data sets out."
+            f"`test_size={size:g}` leaves no rows to train on in the data sets {empty} (numbered from 0). Hold out "
+            "fewer rows, choose another `seed`, or remove these data sets."
         )
     logger.info("Held out for evaluation: %d of %d rows.", sum(mask.sum() for mask in masks), total)
     return [
@@ -72,7 +74,7 @@ def hold_out(
 
 
 def _prompts(dataset: datasets.Dataset, dataset_format: str | None) -> list[str | None]:
-    """Return the prompt of each row. A bad prompt becomes `None`."""
+    """Return the prompt of each row. A prompt that is no valid string becomes `None`."""
     row_format = resolve_format(dataset_format, dataset.column_names)
     column = row_format.prompt_columns[0]
     prompts: list[str | None] = []

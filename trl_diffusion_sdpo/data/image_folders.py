@@ -1,5 +1,5 @@
-"""Pairs from folders of images without a table. Two images form a pair if they have equal names in the folders `chosen`
-and `rejected`, or ranks at the end of their names. Prompts are in text files beside the images."""
+"""Pairs from folders of images without a table of pairs. Two images form a pair if they have equal names in the folders
+`chosen` and `rejected`, or if their names differ only in a rank at the end. Prompts are in text files."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ logger = logging.getLogger(__name__)
 
 SIDES = ("chosen", "rejected")
 DATA_FILES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".tar", ".zip")
-MAX_RANKED = 8  # images of one prompt; more numbered images are a photo series, so the numbers are no ranks
+MAX_RANKED = 8  # images of one prompt; numbers of more images are not ranks, but probably number a photo series
 MAX_CAPTION_BYTES = 2**20
 LAYOUTS = (
-    "Put the two images of a pair under one name into the folders chosen and rejected, and the prompt into a text file "
-    "of that name (a.txt). Or rank at most "
-    f"{MAX_RANKED} images of a prompt by one or two digits at the end of their names (a_0.png is better than a_1.png). "
-    "Or name the images in a table (pairs.csv with the columns prompt, chosen, rejected)."
+    "Give the two images of a pair the same name in the folders chosen and rejected, and write the prompt into a text "
+    "file of this name (a.txt). Or give at most "
+    f"{MAX_RANKED} images of a prompt ranks of one or two digits at the end of their names (a_0.png is better than "
+    "a_1.png). Or list the images in a table (pairs.csv with the columns prompt, chosen, rejected)."
 )
 _RANKED = re.compile(r"(.+)_(\d\d?)")
-_CLUTTER = ("thumbs.db", "desktop.ini")  # written by file managers; clutter of other programs begins with a dot
-NOTES = ("captions without images", "files of other kinds")  # these are not bad rows
+_CLUTTER = ("thumbs.db", "desktop.ini")  # files of file managers to ignore, besides files whose names begin with a dot
+NOTES = ("captions without images", "files of other kinds")  # reasons for skipping a file that are no errors
 
 
 @dataclass
 class FolderSplit:
-    """Pairs of one split, and the names of files that were left out, by reason."""
+    """Pairs of one split, and the names of the skipped files by reason."""
 
     folder: Path
     rows: list[dict[str, Any]]
     left_out: dict[str, list[str]]
 
     def report(self, *, strict: bool) -> None:
-        """Log the order of ranked names and the files that were left out.
+        """Log an example of the ranking by names, and the skipped files.
 
         Raises:
-            ValueError: If no pair is left. If `strict`, also if an image is in no pair.
+            ValueError: If the split has no pair, or if `strict` and an image is in no pair.
         """
         lines = []
         for reason, names in self.left_out.items():
@@ -56,44 +56,49 @@ class FolderSplit:
             raise ValueError(f"{self.folder} has no pair of images with a prompt. {LAYOUTS}{''.join(lines)}")
         if strict and set(self.left_out) - set(NOTES):
             raise ValueError(
-                f'{self.folder} has images that are in no pair. Add what is missing, or pass on_bad_row="drop" to '
-                f"leave them out.{''.join(lines)}"
+                f'{self.folder} has images that are in no pair. Add the missing files, or pass on_bad_row="drop" '
+                f"to skip these images.{''.join(lines)}"
             )
         if "rank" in self.rows[0]:
             names = [Path(name).name for name in self.rows[0]["image_path"]]
-            logger.warning("%s: numbers in names are ranks. %s is the best of %s.", self.folder, names[0], names)
+            message = "%s: numbers at the end of names are ranks. %s is the best image of %s."
+            logger.warning(message, self.folder, names[0], names)
         if lines:
-            logger.warning("%s: %d prompts with images. Left out:%s", self.folder, len(self.rows), "".join(lines))
+            logger.warning("%s: %d prompts with images. Skipped files:%s", self.folder, len(self.rows), "".join(lines))
 
 
 def read_image_folder(path: Path) -> dict[str, FolderSplit] | None:
-    """Return the pairs of a folder by split, or `None` if its files are in neither layout.
+    """Return the pairs of a folder by split.
+
+    Return `None` if a table lists the images, or if images are neither in `chosen` and `rejected` nor ranked by name.
 
     Raises:
-        ValueError: If one of the two folders is missing.
+        ValueError: If there is only one of the folders `chosen` and `rejected`.
     """
     splits = [path] if _sides(path) else [folder for folder in _folders(path) if _sides(folder)]
     has_sides = bool(splits)
     for folder in splits:
         if len(_sides(folder)) == 1 and not _has_table(folder, path):
-            raise ValueError(f"{folder} has only one of the two folders, {_sides(folder)[0]}. {LAYOUTS}")
+            raise ValueError(
+                f"{folder} must have both folders, chosen and rejected. It has only {_sides(folder)[0]}. {LAYOUTS}"
+            )
     if not has_sides:
         stems = [_stem(file, path) for file in _files(path) if _is_image(file)]
         ranked = [match[1] for stem in stems if (match := _RANKED.fullmatch(stem))]
         if len(ranked) == len(set(ranked)):
-            return None  # no two images have the same name
+            return None  # no two images have names that differ only in a rank
         splits = _folders(path) if (path / "train").is_dir() else [path]
     if _has_table(path, *splits):
         return None  # a table may name the images
     if splits == [path]:
         return {"train": _read(path, has_sides)}
     if others := sorted(entry.name for entry in path.iterdir() if entry not in splits and not _is_clutter(entry)):
-        logger.warning("%s: these entries are in no split and are not read: %s", path, ", ".join(others))
+        logger.warning("%s: these files and folders belong to no split and are ignored: %s", path, ", ".join(others))
     return {folder.name: _read(folder, has_sides) for folder in splits}
 
 
 def make_datasets(splits: dict[str, FolderSplit]) -> dict[str, datasets.Dataset]:
-    """Return one data set per split. The info of each data set contains the lengths of all splits."""
+    """Return one data set per split. `info.splits` of each data set has the number of rows of every split."""
     made = {name: datasets.Dataset.from_list(split.rows) for name, split in splits.items()}
     lengths = {name: datasets.SplitInfo(name, num_examples=len(dataset)) for name, dataset in made.items()}
     for dataset in made.values():
@@ -102,7 +107,7 @@ def make_datasets(splits: dict[str, FolderSplit]) -> dict[str, datasets.Dataset]
 
 
 def _read(folder: Path, has_sides: bool) -> FolderSplit:
-    """Read one split. Sort the files by the name of their group, then turn each group into a row."""
+    """Read one split. Images whose names differ only in folder or rank form a group. Each group becomes a row."""
     groups: dict[str, list[tuple[int, Path]]] = defaultdict(list)  # ranks and images; a lower rank is better
     captions: dict[str, list[Path]] = defaultdict(list)
     left_out: dict[str, list[str]] = defaultdict(list)
@@ -134,11 +139,11 @@ def _read(folder: Path, has_sides: bool) -> FolderSplit:
         names = [stem] if has_sides else [stem, *(_stem(file, folder) for file in files)]
         reason, prompt = _prompt([text for name in names for text in captions.pop(name, [])])
         if has_sides and len(set(ranks)) < len(ranks):
-            reason = "of one name in one folder"
+            reason = "with the same name in the same folder"
         elif len(files) == 1:
-            reason = "without a partner"
+            reason = "without a second image"
         elif len(files) > MAX_RANKED:
-            reason = f"of more than {MAX_RANKED} images of one name, whose numbers are no ranks"
+            reason = f"of more than {MAX_RANKED} images of one name, so that the numbers are not ranks"
         paths = [str(file.absolute()) for file in files]
         if reason:
             leave_out(reason, files)
@@ -151,7 +156,7 @@ def _read(folder: Path, has_sides: bool) -> FolderSplit:
 
 
 def _prompt(captions: list[Path]) -> tuple[str, str]:
-    """Return the reason why the captions of a group cannot be used, or `""`, and the text of the captions."""
+    """Return why the caption files of a group cannot be used (`""` if they can), and the text of the caption."""
     if not all(file.is_file() and file.stat().st_size <= MAX_CAPTION_BYTES for file in captions):
         return "with a caption that is a broken link, no regular file or larger than 1 MiB", ""
     try:
@@ -164,7 +169,7 @@ def _prompt(captions: list[Path]) -> tuple[str, str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return all files below a folder. A link to another folder is followed only at the top level."""
+    """Return all files in a folder and its subfolders. Links to other folders are followed only at the top level."""
     entries = [entry for entry in folder.iterdir() if not _is_clutter(entry)]
     files = [file for entry in entries for file in (entry.rglob("*") if entry.is_dir() else [entry])]
     return [file for file in files if not file.is_dir() and not _is_clutter(file)]
@@ -185,7 +190,7 @@ def _has_table(*folders: Path) -> bool:
 
 
 def _stem(file: Path, folder: Path) -> str:
-    """Return the path of a file relative to a folder, without its suffix."""
+    """Return the path of a file relative to a folder, without the suffix of the file name."""
     return file.relative_to(folder).with_suffix("").as_posix()
 
 

@@ -1,11 +1,11 @@
 """Decoding of images from the values of image columns.
 
-Paths and URLs in rows are not trusted. They may name a device, a pipe or another host. A small file may decompress to
-any size.
+This module does not trust the paths and URLs of rows. A path or URL may name a device, a pipe or another host. A small
+file may decompress to any size.
 
-A bad image raises `UndecodableImageError`, and its pair is left out. A storage that does not answer raises
-`UnreadableImageError`, and the run ends. The run does not continue without the image, because the image may be good and
-leaving it out would change the training.
+A bad image raises `UndecodableImageError`, and its pair is skipped. If the storage of an image does not answer, the
+error is `UnreadableImageError`, and the run ends. The run does not skip such an image, because the image may be good,
+and skipping a good image would change the training.
 """
 
 import errno
@@ -31,22 +31,23 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from ..utils.hints import did_you_mean
 from ..utils.secrets import without_secrets
 
-MIN_SIDE = 8  # because a VAE encodes 8 x 8 pixels to one latent
-MAX_ASPECT_RATIO = 64  # images are resized by the shorter side, so the longer side of a strip would not fit in memory
+MIN_SIDE = 8  # a VAE encodes 8 x 8 pixels to one latent
+MAX_ASPECT_RATIO = 64  # resizing the shorter side of a longer strip would make an image that does not fit in memory
 MAX_FILE_BYTES = 256 * 2**20
-MAX_PIXELS = 178_956_970  # default limit of Pillow; half a gigabyte as RGB
+MAX_PIXELS = 178_956_970  # default limit of Pillow; half a gigabyte of RGB pixels
 
-# Formats such as EPS are missing, because Pillow decodes them by running other programs.
+# Formats that Pillow may decode. Formats such as EPS are missing, because Pillow runs other programs to decode them.
 FILE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# Schemes that rows may use by default: local files, members of archives, and files of the Hub. The scheme `hf` is
-# needed because `datasets` names the images of a set that it streams from the Hub by such URLs.
+# URL schemes that rows may use by default: local files, members of archives, and files of the Hub. If `datasets`
+# streams a data set from the Hub, its images have URLs of the scheme `hf`.
 SCHEMES = ("file", "hf", "zip", "tar")
 
 HOW_TO_GO_ON = (
-    "The image may be good, so it is not left out. When the storage answers again, start the run again, with "
-    "`resume_from_checkpoint` if it has saved a checkpoint. If it never does, remove the row from the data set."
+    "The image may be good, so it is not skipped. When the storage answers again, restart the run, with "
+    "`resume_from_checkpoint` if the run has saved a checkpoint. If the storage never answers, remove the row from the "
+    "data set."
 )
-# Errors caused by the path or by missing permission. Other errors with a number may be temporary.
+# Error numbers of a wrong path or a missing permission. Errors with other numbers may be temporary.
 PERMANENT_ERRORS = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
     *(errno.EACCES, errno.EPERM),
@@ -55,35 +56,35 @@ ABSENT_OR_DAMAGED = (
     *(FileNotFoundError, PermissionError, ValueError),
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError),
 )
-INSIDE = 128  # grey value from which a pixel is within a mask
+INSIDE = 128  # pixels of a mask with at least this grey value are inside the mask
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
-FULL_SIZE: Any = object()  # key in `Image.info`; an object, because files can set string keys
+FULL_SIZE: Any = object()  # key in `Image.info`; not a string, because image files can set string keys
 
 Size = tuple[int, int]
-Covering = Callable[[int, int], Size]  # from `(height, width)` of an image to the size that it is resized to
+Covering = Callable[[int, int], Size]  # from `(height, width)` of an image to its size after resizing
 
 
 class UndecodableImageError(ValueError):
-    """Error for an image that cannot be used. Passwords in URLs are removed from the message."""
+    """Error for an image that cannot be decoded or used. Passwords in URLs are removed from the message."""
 
     def __init__(self, message: str) -> None:
         super().__init__(without_secrets(message))
 
 
 class UnreadableImageError(ValueError):
-    """Error for a storage that does not answer. The image may be good."""
+    """Error for an image whose storage does not answer. The image may be good."""
 
     def __init__(self, message: str) -> None:
         super().__init__(without_secrets(message))
 
 
 def parse_schemes(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Parse `image_schemes` and return the names that fsspec uses, without repeats.
+    """Return the URL schemes of `image_schemes` under the names that fsspec uses, without repeats.
 
     `"s3"`, `"S3"` and `"s3://"` all become `"s3"`.
 
     Raises:
-        ValueError: If fsspec knows no such scheme, or a package that it needs is not installed.
+        ValueError: If fsspec does not know a scheme, or if the package for a scheme is not installed.
     """
     words = [value] if isinstance(value, str) else list(value or ())
     schemes: dict[str, None] = {}
@@ -104,10 +105,11 @@ def parse_schemes(value: str | Sequence[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Reader that opens and decodes the images of rows.
+    """Opens and decodes the images of rows.
 
     Args:
-        schemes (`tuple[str, ...]`): URL schemes that rows may use, also in chains such as `zip://a.png::hf://...`.
+        schemes (`tuple[str, ...]`): URL schemes that rows may use, also in chained URLs such as
+            `zip://a.png::hf://...`.
     """
 
     schemes: tuple[str, ...] = SCHEMES
@@ -115,20 +117,20 @@ class ImageReader:
     def decode(self, value: Any, covering: Covering | None = None) -> Image.Image:
         """Decode the value of an image column into an upright RGB image.
 
-        Transparent images are composited on white. 16-bit grey is scaled to 8 bits. EXIF rotation is applied.
+        Transparent images get a white background. 16-bit grey is scaled to 8 bits. EXIF rotation is applied.
 
         Args:
-            value (`PIL.Image.Image`, `bytes`, `str`, `os.PathLike` or `dict`): A `str` is a local path or a URL of one
-                of `schemes`. A `dict` has the keys `"bytes"` and `"path"`, like an undecoded `datasets.Image`; bytes
-                take precedence.
-            covering (`Callable`, *optional*): Function that returns the size that the image will be resized to. To
-                save time, a JPEG at least twice as large is then decoded at a half, a quarter or an eighth of its
-                size. [`full_size`] returns its size in the file.
+            value (`PIL.Image.Image`, `bytes`, `str`, `os.PathLike` or `dict`): A `str` is a local path, or a URL with
+                one of `schemes`. A `dict` has the keys `"bytes"` and `"path"`, like an undecoded `datasets.Image`.
+                Bytes take precedence over the path.
+            covering (`Callable`, *optional*): Function that returns the size to which the caller will resize the image.
+                If a JPEG is at least twice as large, it is decoded at a half, a quarter or an eighth of its size, to
+                save time. [`full_size`] returns the size in the file.
 
         Raises:
-            UndecodableImageError: If the image is damaged, missing, too small, too long, too large, or of an unknown
-                type, or if the scheme of its URL is not allowed.
-            UnreadableImageError: If the storage does not answer.
+            UndecodableImageError: If the image is damaged, missing, too small, too elongated, too large or of an
+                unknown type, or if the scheme of its URL is not allowed.
+            UnreadableImageError: If the storage of the image does not answer.
         """
         with _image_errors(value), self._opened(value) as image:
             size = None
@@ -144,10 +146,10 @@ class ImageReader:
             return decoded
 
     def size(self, value: Any) -> Size:
-        """Return `(height, width)` of the image that `decode` would return, by reading the header only.
+        """Return `(height, width)` of the image that `decode` would return. Only the header of the file is read.
 
-        Damaged pixels are not detected. If a PNG stores its rotation after the pixels, the rotation is not seen.
-        Raises the errors of `decode` if the header shows the problem.
+        This function does not detect damaged pixels, or the rotation of a PNG that is stored after the pixels. It
+        raises the errors of `decode` if the header shows the problem.
         """
         with _image_errors(value), self._opened(value) as image:
             if image.format == "TIFF":  # Pillow itself rotates a TIFF while decoding
@@ -160,18 +162,18 @@ class ImageReader:
             return height, width
 
     def decode_mask(self, value: Any) -> Image.Image:
-        """Decode a mask in grey. Raises `UndecodableImageError` if no pixel has at least the value `INSIDE`."""
+        """Decode a mask into a grey image. Raises `UndecodableImageError` if no pixel is at least `INSIDE`."""
         try:
             mask = self.decode(value).convert("L")
         except UndecodableImageError as error:
             raise UndecodableImageError(f"has a mask that {error}") from None
         if not (np.asarray(mask) >= INSIDE).any():
-            raise UndecodableImageError(f"has a mask without a pixel of at least {INSIDE}: white (255) is inside")
+            raise UndecodableImageError(f"has a mask without a pixel of at least {INSIDE}: paint the inside white")
         return mask
 
     @contextmanager
     def _opened(self, value: Any) -> Iterator[Image.Image]:
-        """Open an image, and check its number of pixels before they are decoded."""
+        """Open an image. Check the number of pixels before the pixels are decoded."""
         if isinstance(value, Mapping):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, Image.Image):
@@ -187,7 +189,7 @@ class ImageReader:
         elif isinstance(value, bytes | bytearray | memoryview):
             value = pyarrow.BufferReader(value)  # without a copy
         elif value is None:
-            raise UndecodableImageError("is missing: neither bytes nor a path")
+            raise UndecodableImageError("is missing: the row has neither bytes nor a path")
         else:
             raise UndecodableImageError(
                 f"is of unknown kind {type(value).__name__}: expected a PIL image, bytes, a path or a dict of both"
@@ -197,19 +199,19 @@ class ImageReader:
             yield image
 
     def _download(self, url: str) -> io.BytesIO:
-        """Read the bytes at a URL, or of a member of an archive. The URL is checked before it is opened."""
+        """Read the file at a URL, which may be a member of an archive. The URL is checked before it is opened."""
         hops = url.split("::")
         for depth, hop in enumerate(hops):
             scheme = _scheme(hop)
             if scheme not in self.schemes and not (scheme == "" and depth == len(hops) - 1):
                 raise UndecodableImageError(
-                    f"is at {scheme or hop}://, which rows may not have opened (`image_schemes` allows more): {url}"
+                    f"has the URL scheme {scheme or hop}, which rows may not use unless `image_schemes` names it: {url}"
                 )
             if depth > 1:
                 raise UndecodableImageError(f"is in an archive within an archive: {url}")
             if depth and _scheme(hops[depth - 1]) == "tar" and infer_compression(hop) is not None:
                 raise UndecodableImageError(
-                    f"is in a compressed archive, all of which would be unpacked to find it: {url}. Pack it as .tar"
+                    f"is in a compressed archive, all of which would have to be unpacked: {url}. Use a plain .tar"
                 )
             if scheme in ("", "file"):
                 check_regular_file(url_to_fs(hop)[1], MAX_FILE_BYTES if len(hops) == 1 else None)
@@ -217,7 +219,7 @@ class ImageReader:
             with fsspec.open(url, "rb") as file:
                 content = file.read(MAX_FILE_BYTES + 1)
         except Exception as error:
-            # fsspec's HTTP file system raises FileNotFoundError for every failed request, with the answer as its cause.
+            # fsspec's HTTP file system raises FileNotFoundError for every failed request. The cause has the status.
             cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
             status = getattr(cause, "status", None)
             if status is None:
@@ -227,7 +229,7 @@ class ImageReader:
             kind = UndecodableImageError if is_bad else UnreadableImageError
             raise kind(f"cannot be read ({type(cause).__name__}: {cause})") from None
         if len(content) > MAX_FILE_BYTES:
-            raise UndecodableImageError(f"is too large a file: more than {MAX_FILE_BYTES} bytes")
+            raise UndecodableImageError(f"is in too large a file: more than {MAX_FILE_BYTES} bytes")
         return io.BytesIO(content)
 
 
@@ -236,13 +238,13 @@ decode_image = ImageReader().decode  # uses the default schemes
 
 @contextmanager
 def _image_errors(value: Any) -> Iterator[None]:
-    """Convert every error to one of the two errors of this module, and name the file in it.
+    """Convert every error to `UndecodableImageError` or `UnreadableImageError`, with the name of the file.
 
-    The traceback of the first error is dropped, because it may show the password in a URL.
+    The traceback of the original error is dropped, because the traceback may show the password in a URL.
     """
     try:
         yield
-    except Exception as error:  # decoders raise errors of any type, and a bad row must not stop the run
+    except Exception as error:  # decoders raise errors of any type, and a bad image must not stop the run
         kind: type[Exception] = UndecodableImageError
         message = f"cannot be decoded ({type(error).__name__}: {error})"
         if isinstance(error, UndecodableImageError | UnreadableImageError):
@@ -260,14 +262,16 @@ def _image_errors(value: Any) -> Iterator[None]:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Return whether another attempt to read the image may succeed."""
-    if isinstance(error, OSError) and error.errno is not None:  # decoders raise OSError without it for damaged images
+    """Return whether a second attempt to read the image may succeed after this error."""
+    if isinstance(error, OSError) and error.errno is not None:  # damaged images raise OSError without errno
         return error.errno not in PERMANENT_ERRORS
     return isinstance(error, MemoryError | TimeoutError | ConnectionError)
 
 
 def check_regular_file(path: str | os.PathLike, max_bytes: int | None) -> None:
-    """Check a file before it is opened. Reading a pipe would block, and a device such as `/dev/zero` has no end.
+    """Check that a path is a regular file of at most `max_bytes`, before the file is opened.
+
+    Reading a pipe would block, and reading a device such as `/dev/zero` would never end.
 
     Raises:
         UndecodableImageError: If the path is not a regular file, or the file has more than `max_bytes`.
@@ -283,7 +287,7 @@ def check_regular_file(path: str | os.PathLike, max_bytes: int | None) -> None:
 
 
 def _scheme(hop: str) -> str:
-    """Return the scheme of one part of a chained URL; empty for a plain path. A single word is a scheme for fsspec."""
+    """Return the scheme of a part of a chained URL, or `""` for a plain path. fsspec reads a single word as scheme."""
     scheme, separator, _ = hop.partition("://")
     return "" if not separator and re.search("[^a-z]", hop) else scheme
 
@@ -297,13 +301,15 @@ def _check_pixels(image: Image.Image) -> None:
 def _check_sides(height: int, width: int) -> None:
     short, long = sorted((width, height))
     if short < MIN_SIDE:
-        raise UndecodableImageError(f"{width}x{height} is too small: sides of {MIN_SIDE} pixels at least")
+        raise UndecodableImageError(f"{width}x{height} is too small: both sides must have at least {MIN_SIDE} pixels")
     if long > MAX_ASPECT_RATIO * short:
-        raise UndecodableImageError(f"{width}x{height} is too long: {MAX_ASPECT_RATIO} to 1 at most")
+        raise UndecodableImageError(
+            f"{width}x{height} is too long: aspect ratios may be {MAX_ASPECT_RATIO} to 1 at most"
+        )
 
 
 def full_size(image: Image.Image) -> Size:
-    """Return `(height, width)` of an image in its file. With `covering`, the decoded image may be smaller."""
+    """Return `(height, width)` of an image in its file. If `covering` was passed, the decoded image may be smaller."""
     return image.info.get(FULL_SIZE, (image.height, image.width))
 
 
@@ -319,29 +325,29 @@ def _is_turned(image: Image.Image) -> bool:
 
 
 def _upright_size(image: Image.Image) -> Size:
-    """Return `(height, width)` after EXIF rotation, from the header alone."""
+    """Return `(height, width)` after EXIF rotation. Only the header is read."""
     return image.size if _is_turned(image) else (image.height, image.width)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF rotation. An image without rotation is returned itself, because Pillow would copy it."""
+    """Apply the EXIF rotation. An image without rotation is returned as it is, because Pillow would copy the image."""
     turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
     return ImageOps.exif_transpose(image) if turned else image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # Scale 16 bits to 8. The conversion of Pillow would clip all values above 255 to white.
+        # Scale 16 bits to 8 bits. Pillow's conversion would turn all values above 255 into white.
         levels = np.asarray(image).astype(np.int64)
         if levels.min() < 0 or levels.max() > 65535:
-            raise UndecodableImageError("is of mode I with values outside 16 bits: save it in 8 or 16 bits")
+            raise UndecodableImageError("has pixels beyond 16 bits (mode I): save the image in 8 or 16 bits")
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     if image.mode == "F":
         raise UndecodableImageError(
-            "is of mode F: floating-point images have no agreed range, save it in 8 or 16 bits"
+            "has floating-point pixels (mode F), which have no common range of values: save the image in 8 or 16 bits"
         )
     if not image.has_transparency_data:
-        return image if image.mode == "RGB" else image.convert("RGB")  # `convert` would copy an RGB image
+        return image if image.mode == "RGB" else image.convert("RGB")  # `convert` would make a copy
     canvas = Image.new("RGBA", image.size, "white")
     canvas.alpha_composite(image.convert("RGBA"))
     return canvas.convert("RGB")

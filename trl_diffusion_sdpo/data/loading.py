@@ -1,5 +1,5 @@
-"""Loading of pairs from a data set on the Hub, a file or a folder. Splits are expressions of `datasets`, such as
-`train[:90%]` or `train+test`."""
+"""Loading of pairs from a data set on the Hub, a file or a folder. Splits are named by split expressions of `datasets`,
+such as `train[:90%]` or `train+test`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .image_folders import LAYOUTS, make_datasets, read_image_folder
 
 logger = logging.getLogger(__name__)
 
-ALL_SPLITS = "all"  # the Datasets library's name for the concatenation of all splits
-ONLY_SPLIT = "train"  # the library's name for the split of data without splits
+ALL_SPLITS = "all"  # the name in `datasets` for the concatenation of all splits
+ONLY_SPLIT = "train"  # the name in `datasets` for the single split of data without splits
 
 # Files of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`.
 _SAVED_DATASET, _SAVED_DATASET_DICT = "state.json", "dataset_dict.json"
-FILE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {  # with their arguments
+FILE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {  # file suffix -> builder of `datasets` and its arguments
     ".parquet": ("parquet", {}),
     ".arrow": ("arrow", {}),
     ".json": ("json", {}),
@@ -45,29 +45,30 @@ def load_pairs(
     streaming: bool = False,
     on_bad_row: str = "drop",
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Load pairs by the name of a data set, as the command `train` does.
+    """Load the rows of a data set by its name, as the command `train` does.
 
     Args:
-        name (`str` or `os.PathLike`): An id of the Hub; a file (parquet, arrow, JSON, CSV, TSV; also the JSONL of
-            Flow-Factory, `schema_version` 2); a folder of such
-            files, of images with `metadata.jsonl` or `metadata.csv`, of images in the folders `chosen` and `rejected`,
-            or of images with ranks at the end of their names; a folder of `pairs pick` or `pairs generate`; or a folder
-            that `save_to_disk` wrote. Relative names of images in a local file are looked up in its folder, then in the
-            working directory.
-        split (`str`): Split expression, such as `"train"` or `"train[:90%]"`. A file is one split under any name.
+        name (`str` or `os.PathLike`): Id on the Hub, or path of a file or folder. Files may be parquet, arrow, JSON,
+            JSONL (also Flow-Factory's `schema_version` 2), CSV or TSV. A folder may contain these files, or images with
+            `metadata.jsonl` or `metadata.csv`, or images in the folders `chosen` and `rejected`, or images with ranks
+            at the end of their names. A folder may also be the output of `pairs pick`, `pairs generate` or
+            `save_to_disk`. Relative names of images in a local file are looked up in its folder, then in the working
+            directory.
+        split (`str`): Split expression, such as `"train"` or `"train[:90%]"`. A single file is accepted under any split
+            name.
         config (`str`, *optional*): Configuration of a data set of the Hub.
         streaming (`bool`): Whether to load a stream.
-        on_bad_row (`str`): `"drop"` leaves out and counts images of a folder that are in no pair. `"raise"` raises an
+        on_bad_row (`str`): `"drop"` skips images of a folder that are in no pair, and counts them. `"raise"` raises an
             error.
 
     Raises:
-        ValueError: If there is no such data set or split, or a folder has images and no pairs.
+        ValueError: If the data set or split does not exist, or if a folder has images but no pairs.
     """
     path = Path(name).expanduser()
     if (path / "manifest.jsonl").is_file() and (path / "pairs.jsonl").is_file():
-        path /= "pairs.jsonl"  # a folder of `pairs pick` or `pairs generate`, which have other files for themselves
+        path /= "pairs.jsonl"  # ignore the other files that `pairs pick` and `pairs generate` write
     if path.exists() and config is not None:
-        message = "`dataset_config=%s` has no effect on %s: configurations belong to data sets of the Hub."
+        message = "`dataset_config=%s` has no effect on %s, because only data sets on the Hub have configurations."
         logger.warning(message, config, name)
     if is_saved(path):
         loaded = with_resolved_names(_rows_of_splits(path, saved_splits(path), split), [path])
@@ -86,7 +87,7 @@ def load_pairs(
 
 
 def load_pairs_from_files(path: str, split: str, streaming: bool, config: str | None, **files: Any) -> Any:
-    """Load pairs like [`load_pairs`], from `data_files` or a `data_dir` of a data set."""
+    """Load rows like [`load_pairs`], but from `data_files` or a `data_dir` of a data set."""
     return _load(datasets.load_dataset_builder(path, name=config, **files), split, streaming)
 
 
@@ -96,18 +97,18 @@ def is_saved(path: Path) -> bool:
 
 
 def is_one_split(path: Path) -> bool:
-    """Return whether data have only one split, under any name."""
+    """Return whether a path has only one split, so that any split name is accepted for it."""
     return path.is_file() or ((path / _SAVED_DATASET).is_file() and not (path / _SAVED_DATASET_DICT).is_file())
 
 
 def saved_splits(path: Path) -> dict[str, datasets.Dataset]:
-    """Return data written by `save_to_disk`, by split. A single `Dataset` is the split `train`."""
+    """Return the data sets that `save_to_disk` wrote, by split. A single `Dataset` is the split `train`."""
     saved = datasets.load_from_disk(str(path))
     return saved if isinstance(saved, datasets.DatasetDict) else {ONLY_SPLIT: saved}
 
 
 def _rows_of_splits(path: Path, splits: Mapping[str, datasets.Dataset], split: str) -> datasets.Dataset:
-    """Return a split, or slices of splits."""
+    """Return the rows of a split expression."""
     if split in splits:
         return splits[split]
     try:
@@ -122,7 +123,8 @@ def _rows_of_splits(path: Path, splits: Mapping[str, datasets.Dataset], split: s
 def _load_file(path: Path, split: str, streaming: bool) -> Any:
     if path.suffix.lower() not in FILE_BUILDERS:
         raise ValueError(
-            f"A data set in one file must end in {', '.join(FILE_BUILDERS)}; got {path}. Pass its folder instead."
+            f"A data set in one file must end in {', '.join(FILE_BUILDERS)}; got {path}. Pass the folder of the "
+            "file instead."
         )
     name, options = FILE_BUILDERS[path.suffix.lower()]
     builder = datasets.load_dataset_builder(name, data_files={ONLY_SPLIT: str(path)}, **options)
@@ -137,14 +139,14 @@ def _load_folder(path: Path, split: str, streaming: bool) -> Any:
             raise
         raise ValueError(
             f"The folder {path} needs columns with the names of its images, such as `chosen_file_name` and "
-            f"`rejected_file_name`. If other columns have them, pass the metadata file in place of "
+            f"`rejected_file_name`. If other columns have these names, pass the metadata file instead of "
             f"its folder. ({error})"
         ) from error
 
 
 def _load(builder: datasets.DatasetBuilder, split: str, streaming: bool, *folders: Path) -> Any:
-    """Load a split like `datasets.load_dataset`. Names of images are looked up in the folder of the data files, then
-    in `folders`."""
+    """Load a split like `datasets.load_dataset`. Relative names of images are looked up in the folder of the data
+    files, then in `folders`."""
     if streaming:
         loaded = builder.as_streaming_dataset(split)
     else:
@@ -154,10 +156,10 @@ def _load(builder: datasets.DatasetBuilder, split: str, streaming: bool, *folder
 
 
 def _builder_of(path: Path) -> datasets.DatasetBuilder:
-    """Return the builder that `datasets` chooses by the most common file type, or a builder of the data files."""
+    """Return the builder that `datasets` chooses for a folder, or that of the data files if `datasets` ignores them."""
     try:
         builder = datasets.load_dataset_builder(str(path))
-    except ValueError:  # the splits have files of different kinds
+    except ValueError:  # the splits have files of different types
         pass
     else:
         names = [name for files in (builder.config.data_files or {}).values() for name in files]
@@ -172,21 +174,21 @@ def _is_metadata(name: str) -> bool:
 
 
 def _data_files(path: Path) -> dict[str, list[str]]:
-    """Return the data files beside images in a folder, by split.
+    """Return the data files, such as CSV files, of a folder that also has images, by split.
 
     Raises:
-        ValueError: If there are no data files, or if there are several kinds of them.
+        ValueError: If there are no data files, or data files of several types.
     """
     files = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in FILE_BUILDERS)
     if len({file.suffix.lower() for file in files}) != 1:
-        listed = f" Of its files {', '.join(file.name for file in files)}, pass one." if files else ""
-        raise ValueError(f"{path} has images and no pairs.{listed} {LAYOUTS}")
+        listed = f" Pass one of its files {', '.join(file.name for file in files)}." if files else ""
+        raise ValueError(f"{path} has images but no pairs.{listed} {LAYOUTS}")
     by_split = {file.stem: [file.name] for file in files if file.stem in _SPLIT_NAMES}
     return by_split if ONLY_SPLIT in by_split else {ONLY_SPLIT: [file.name for file in files]}
 
 
 def _folders_of_files(builder: datasets.DatasetBuilder, split: str) -> list[Path]:
-    """Return the local folder of the data files of a split, if all are in one folder."""
+    """Return the folder of a split's local data files. The list is empty if the files are in several folders."""
     of_splits = builder.config.data_files or {}
     wanted = {_split_name(summand) for summand in _summands(split)}
     names = [name for each in of_splits if wanted & {each, ALL_SPLITS} for name in of_splits[each]]
@@ -198,9 +200,9 @@ def _folders_of_files(builder: datasets.DatasetBuilder, split: str) -> list[Path
 
 
 def with_resolved_names(dataset: Any, folders: Sequence[str | os.PathLike]) -> Any:
-    """Resolve relative names of images. The folders are searched in their order, then the working directory.
+    """Replace relative names of images by absolute paths. Search `folders` in order, then the working directory.
 
-    A file that is not found is assumed to be in the first folder.
+    If no folder has the file, the path is that of the file in the first folder.
     """
     dataset = with_flat_rows(dataset)
     features = refuse_mixed_types(dataset).features or {}
@@ -223,7 +225,7 @@ def with_resolved_names(dataset: Any, folders: Sequence[str | os.PathLike]) -> A
 
 def with_flat_rows(dataset: Any) -> Any:
     """Turn rows of Flow-Factory's JSONL (`schema_version` 2) into rows with `prompt`, `chosen`, `rejected` and, if some
-    have media in their input, `source_image`. Other data sets are returned as they are."""
+    have media in their input, `source_image`. Return data sets in other formats unchanged."""
     names = dataset.column_names or list(next(iter(dataset), {}))
     if not {"schema_version", "input", "supervision"} <= set(names):
         return dataset
@@ -251,14 +253,14 @@ def _images(message: Mapping[str, Any] | None) -> list[str]:
 
 
 def refuse_mixed_types(dataset: Any) -> Any:
-    """Return the data set, unless a prompt or an image is text in one row of a JSON file and something else in another.
-    `datasets` stores such a column as JSON, so that text would be read with its quotation marks."""
+    """Return the data set. Raise `ValueError` if prompts or images are text in some rows of a JSON file, and not in
+    others. `datasets` reads a column of mixed types as JSON, so that texts would have quotation marks."""
     json_feature = getattr(datasets, "Json", ())  # older versions do not have it
     mixed = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, json_feature)]
     if wrong := [name for name in mixed if name in _IMAGE_COLUMNS or name in _PROMPT_COLUMNS]:
         raise ValueError(
             f"Prompts and images must be text in all rows; the columns {wrong} have values of several types. Write "
-            "them as text, or remove these rows."
+            "all values of these columns as text, or remove rows with other types."
         )
     return dataset
 
@@ -276,13 +278,13 @@ def _find(value: Any, roots: Sequence[str]) -> Any:
         return [_find(entry, roots) for entry in value]
     if not isinstance(value, str) or not value or "://" in value or os.path.isabs(value) or ntpath.isabs(value):
         return value
-    names = [value, value.replace("\\", "/")]  # names with Windows separators, read on other systems
+    names = [value, value.replace("\\", "/")]  # names with Windows separators are also accepted on other systems
     tried = [os.path.join(folder, name) for folder in roots for name in names]
     return next(filter(os.path.exists, tried), tried[0])
 
 
 def _is_image_feature(feature: Any) -> bool:
-    """Return whether `datasets` decodes a column, or the entries of its lists."""
+    """Return whether a column has the type `datasets.Image`, or is a list of this type."""
     return isinstance(getattr(feature, "feature", feature), datasets.Image)
 
 
@@ -295,11 +297,11 @@ def rename_split(split: str, name: str) -> str:
 
 
 def rows_of(split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
-    """Return name and rows of each summand of a split expression, such as `train[:100]+test`. `lengths` are the splits'
-    numbers of rows.
+    """Return split name and rows for each part of a split expression, such as `train[:100]+test`. `lengths` are the
+    numbers of rows of the splits.
 
     Raises:
-        ValueError: If there is no such split, or the expression is invalid.
+        ValueError: If a split does not exist, or if the expression is invalid.
     """
     if split == ALL_SPLITS:
         return [(name, range(length)) for name, length in lengths.items()]
@@ -308,7 +310,7 @@ def rows_of(split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
 
 
 def share_rows(first: str, second: str, lengths: dict[str, int]) -> bool:
-    """Return whether two splits of one data set share a row, given the lengths of its splits."""
+    """Return whether two split expressions have a common row. `lengths` are the numbers of rows of the splits."""
     return any(
         name == other and max(rows.start, others.start) < min(rows.stop, others.stop)
         for name, rows in rows_of(first, lengths)
@@ -317,7 +319,10 @@ def share_rows(first: str, second: str, lengths: dict[str, int]) -> bool:
 
 
 def surely_share_rows(first: str, second: str) -> bool:
-    """Return whether two splits share a row for any lengths. Lengths are unknown before the data are loaded."""
+    """Return whether two split expressions have a common row whatever the numbers of rows of the splits are.
+
+    The numbers of rows are unknown before the data are loaded.
+    """
     if ALL_SPLITS in (first, second):
         return True
     return any(
@@ -332,5 +337,5 @@ def _summands(split: str) -> list[str]:
 
 
 def _split_name(summand: str) -> str:
-    """Return the name without slices: `train` for `train[:90%]`."""
+    """Return the split name without slices: `train` for `train[:90%]`."""
     return summand.partition("[")[0]

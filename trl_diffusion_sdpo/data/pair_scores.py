@@ -1,4 +1,4 @@
-"""Weights of pairs, from score columns or another column. Their mean over the training data is 1."""
+"""Loss weights of pairs, computed from scores or read from a column, and calibrated scores of images."""
 
 from __future__ import annotations
 
@@ -21,19 +21,23 @@ from .sources import PairSource, numbers_of_rows
 
 logger = logging.getLogger(__name__)
 
-COMPARED_AT_ONCE = 1 << 22  # comparisons in memory at a time
-SCORER_COLUMNS = ("chosen_scores", "rejected_scores")  # lists with one number per scorer
+COMPARED_AT_ONCE = 1 << 22  # number of comparisons of two images that are in memory at a time
+SCORER_COLUMNS = ("chosen_scores", "rejected_scores")  # columns of lists with one number per scorer
 
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """Settings for the use of scores.
+    """Settings that say how the loss and the pair weights use the scores of images.
 
     Args:
-        pair_weights (`str`, *optional*): A key of [`~trl_diffusion_sdpo.losses.WEIGHT_FUNCTIONS`], or a column.
-        calibrated (`bool`): Whether calibrated scores take the place of those of the score columns.
-        sorts_by_scores (`bool`): Whether the loss reads scores, and takes the image with the higher one as the winner.
-        in_unit_range (`bool`): Whether the loss takes scores for shares of wins, in `[0, 1]`.
+        pair_weights (`str`, *optional*): A key of [`~trl_diffusion_sdpo.losses.WEIGHT_FUNCTIONS`], or the name of a
+            column with weights.
+        calibrated (`bool`): Whether to replace scores by calibrated scores: each image's expected share of wins against
+            the other images of its prompt.
+        sorts_by_scores (`bool`): Whether the loss reads scores, and takes the image with the higher score as the
+            winner.
+        in_unit_range (`bool`): Whether the loss expects each score to be an image's expected share of wins, in
+            `[0, 1]`.
     """
 
     pair_weights: str | None = None
@@ -43,12 +47,12 @@ class ScoreSettings:
 
     @property
     def _weighting(self) -> WeightFunction | None:
-        """The function of `pair_weights`; `None` without weights, or if it names a column."""
+        """The function that `pair_weights` names, or `None` if `pair_weights` is unset or names a column."""
         return WEIGHT_FUNCTIONS.get(self.pair_weights or "")
 
     @property
     def number_columns(self) -> tuple[str, ...]:
-        """Columns that are read in addition to those of the format."""
+        """Columns with numbers that these settings read in addition to the columns of the format."""
         if self.pair_weights is None:
             return ()
         if self._weighting is None:
@@ -57,12 +61,12 @@ class ScoreSettings:
 
     @property
     def _reads_gaps(self) -> bool:
-        """Whether weights are computed from the score columns."""
+        """Whether weights are computed from the two score columns of the format."""
         return self._weighting is not None and not self._weighting.several_scorers
 
     @property
     def _weighed_by(self) -> str | None:
-        """Description of the weights' origin; `None` without weights."""
+        """Description of how weights were computed, or `None` without weights."""
         if self.pair_weights is None:
             return None
         ordered = " of pairs ordered by scores" if self._reads_gaps and self.sorts_by_scores else ""
@@ -70,19 +74,20 @@ class ScoreSettings:
 
     @property
     def needs_scores(self) -> bool:
-        """Whether score columns are read."""
+        """Whether these settings read the score columns."""
         return self.sorts_by_scores or self._reads_gaps
 
     @property
     def _calibrates(self) -> bool:
-        """Whether there are scores to calibrate."""
+        """Whether scores are read and must be calibrated."""
         return self.calibrated and self.needs_scores
 
     def apply_to(self, dataset: Any, peers: Peers = ALONE) -> None:
-        """Compute calibrated scores and weights of pairs, and set them in the data set. All processes must call it.
+        """Compute calibrated scores and pair weights, and store them in the data set. All processes must call this.
 
         Raises:
-            ValueError: If the data are a stream, all gaps are equal, or weights are negative or all 0.
+            ValueError: If the data are a stream, if all pairs have the same score gap, or if weights are negative or
+                all 0.
         """
         if not isinstance(dataset, PreferenceDataset):
             self._refuse_stream(dataset.report.name)
@@ -97,7 +102,7 @@ class ScoreSettings:
             dataset.use_scores(calibrated=calibrated, weights=self._weights(dataset), by=self._weighed_by)
 
     def check_prepared(self, dataset: Any, name: str, *, training: bool) -> None:
-        """Raise `ValueError` if prepared data use scores in another way than these settings."""
+        """Raise `ValueError` if a prepared data set was made with other score settings than these."""
         if not isinstance(dataset, PreferenceDataset):
             self._refuse_stream(name)
             return
@@ -105,16 +110,17 @@ class ScoreSettings:
         weighed_by = weighed_by if training else None
         if (calibrated, weighed_by) != (self._calibrates, self._weighed_by):
             raise ValueError(
-                f"Prepared data must use scores like the trainer. The {name} data were prepared with "
-                f"`calibrated_scores={calibrated}` and `pair_weights={weighed_by}`. The trainer has {self.calibrated} "
-                f"and {self._weighed_by}. Pass the data set that they were prepared from."
+                f"Data must be prepared with the trainer's score settings. The {name} data were prepared with "
+                f"`calibrated_scores={calibrated}` and `pair_weights={weighed_by}`. The trainer has "
+                f"`calibrated_scores={self.calibrated}` and `pair_weights={self._weighed_by}`. Pass the original data "
+                "instead of the prepared data."
             )
-        if training:  # evaluation data would repeat the warning at every evaluation
+        if training:  # evaluation data would give the warning again in every evaluation
             self._warn_of_range(dataset)
         if self.sorts_by_scores and not dataset.has_scores:
             raise ValueError(
-                f"The loss needs scores. The {name} data were prepared without scores. Pass the data set that they "
-                "were prepared from."
+                f"The loss needs scores. The {name} data were prepared without scores. Pass the original "
+                "data instead of the prepared data."
             )
 
     def _refuse_stream(self, name: str) -> None:
@@ -122,19 +128,19 @@ class ScoreSettings:
             setting = "pair_weights" if self.pair_weights else "calibrated_scores"
             raise ValueError(
                 f"`{setting}` needs the scores or weights of all pairs before the first batch. The {name} data are a "
-                "stream. Load them without `streaming=True`, or leave the setting out."
+                "stream. Load the data without `streaming=True`, or remove the setting."
             )
 
     def _warn_of_range(self, dataset: PreferenceDataset) -> None:
-        """Warn of scores outside of [0, 1] if the loss takes scores for shares of wins."""
+        """Warn of scores outside [0, 1] if the loss expects each score to be an expected share of wins."""
         if not self.in_unit_range or self.calibrated or dataset.scores is None or not len(dataset):
             return
         scores = -dataset.scores if dataset.is_swapped else dataset.scores  # the swap changed their signs
         low, high = float(scores.min()), float(scores.max())
         if low < 0 or high > 1:
             logger.warning(
-                "%s data: the loss expects scores in [0, 1], an image's expected share of wins. The scores of the data "
-                "are from %.4g to %.4g. Use `calibrated_scores` to convert them.",
+                "%s data: the loss expects scores in [0, 1]: the share of wins of an image. The scores range "
+                "from %.4g to %.4g. Set `calibrated_scores` to convert the scores.",
                 *(dataset.report.name, low, high),
             )
 
@@ -144,8 +150,8 @@ class ScoreSettings:
         gaps = score_gaps(torch.tensor(dataset.scores), sorts_by_scores=self.sorts_by_scores)
         if gaps.min() == gaps.max():
             raise ValueError(
-                f"`pair_weights` needs pairs with different gaps of scores. All {pairs} pairs of the {name} data have "
-                f"the gap {float(gaps.max()):g}. Use another scorer, or leave it out."
+                f"`pair_weights` needs pairs with different score gaps (winner minus loser). All {pairs} pairs of the "
+                f"{name} data have the gap {float(gaps.max()):g}. Use another scorer, or remove `pair_weights`."
             )
         contradicted = int((dataset.scores[:, 0] < dataset.scores[:, 1]).sum())
         if contradicted:
@@ -168,14 +174,14 @@ class ScoreSettings:
         if not weights.any():
             raise ValueError(
                 f"Some pairs must have a weight above 0. `pair_weights={self.pair_weights!r}` is 0 for all "
-                f"{len(weights)} pairs of the {dataset.report.name} data. Choose other weights. For `gain`, scale the "
-                "scores down."
+                f"{len(weights)} pairs of the {dataset.report.name} data. Choose other weights. For "
+                "`pair_weights='gain'`, scale the scores down."
             )
         if weights.min() == weights.max():
             logger.warning("`pair_weights=%r` has no effect: all pairs have the same weight.", self.pair_weights)
         weights = with_mean_one(weights)
         logger.info(
-            "%s data: the weights of pairs by %r are from %.3g to %.3g, with mean 1. %d of %d weights are 0.",
+            "%s data: weights of pairs by %r are between %.3g and %.3g, with a mean of 1. %d of %d weights are 0.",
             *(dataset.report.name, self.pair_weights, float(weights.min()), float(weights.max())),
             *(int((weights == 0).sum()), len(weights)),
         )
@@ -183,7 +189,7 @@ class ScoreSettings:
 
 
 def _numbers(dataset: PreferenceDataset, column: str) -> torch.Tensor:
-    """Return the numbers of a column for each pair, `(P, K)` in float64. Pairs of bad rows were dropped before."""
+    """Return the numbers of a column for each pair, `(P, K)` in float64. Pairs of bad rows are already dropped."""
     source, index = dataset.origins()
     if (index[:, 0] != index[:, 2]).any():
         raise ValueError(
@@ -196,18 +202,20 @@ def _numbers(dataset: PreferenceDataset, column: str) -> torch.Tensor:
 def _weights_of_column(dataset: PreferenceDataset, column: str) -> torch.Tensor:
     weights, what = _numbers(dataset, column), f"`pair_weights={column!r}`"
     if weights.shape[1] != 1:
-        raise ValueError(f"{what} must name a column with one number in each row. Its rows have {weights.shape[1]}.")
+        raise ValueError(
+            f"{what} must name a column with one number in each row. The rows have {weights.shape[1]} numbers."
+        )
     if negative := int((weights < 0).sum()):
         raise ValueError(
-            f"{what} must not be negative, because a negative weight would exchange winner and loser. It is negative "
-            f"for {negative} of {len(weights)} pairs of the {dataset.report.name} data, down to "
-            f"{float(weights.min()):g}. Leave these pairs out, or use 0."
+            f"{what} must not be negative, because a negative weight would exchange winner and loser. The weight is "
+            f"negative for {negative} of {len(weights)} pairs of the {dataset.report.name} data, down to "
+            f"{float(weights.min()):g}. Remove these pairs, or give them the weight 0."
         )
     return weights[:, 0]
 
 
 def _scores_of_several(dataset: PreferenceDataset) -> torch.Tensor:
-    """Return scores of shape `(P, 2, K)`."""
+    """Return the scores of K scorers for winners and losers, `(P, 2, K)`."""
     chosen, rejected = (_numbers(dataset, column) for column in SCORER_COLUMNS)
     if chosen.shape != rejected.shape or chosen.shape[1] < 2:
         raise ValueError(
@@ -220,8 +228,8 @@ def _scores_of_several(dataset: PreferenceDataset) -> torch.Tensor:
     if constant:
         raise ValueError(
             "`pair_weights='agreement'` needs scorers that distinguish images. The scorers "
-            f"{constant} (counted from 0) give both images of all {len(scores)} pairs the same score. Remove them from "
-            f"`{SCORER_COLUMNS[0]}` and `{SCORER_COLUMNS[1]}`."
+            f"{constant} (numbered from 0) give both images of all {len(scores)} pairs the same score. Remove them "
+            f"from `{SCORER_COLUMNS[0]}` and `{SCORER_COLUMNS[1]}`."
         )
     return scores
 
@@ -230,10 +238,11 @@ def _scores_of_several(dataset: PreferenceDataset) -> torch.Tensor:
 
 
 def calibrate(dataset: PreferenceDataset) -> np.ndarray:
-    """Return the calibrated scores of winners and losers, `(P, 2)` in float64.
+    """Return each image's expected share of wins against the other images of its prompt (its calibrated score).
 
-    An image is compared with all distinct images of its prompt. Two images of a prompt count as one image if they have
-    equal scores and equal content. An image is read only if another image of its prompt has the same score.
+    The result has the shape `(P, 2)`, for winners and losers, in float64. Each image is compared with the other
+    distinct images of its prompt. Two images of a prompt count as one image if they have equal scores and equal pixels.
+    An image is decoded only if another image of its prompt has the same score.
     """
     assert dataset.scores is not None
     source, index = dataset.origins()
@@ -256,10 +265,10 @@ def calibrate(dataset: PreferenceDataset) -> np.ndarray:
 def _different_images(
     source: PairSource, reader: ImageReader, places: np.ndarray, prompts: np.ndarray, scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Find the distinct images. Return the number of the distinct image for each image, and their prompts and scores.
+    """Return the number of each image among the distinct images, and the prompts and scores of the distinct images.
 
     Args:
-        places (`np.ndarray` of shape `(N, 2)`): Row of each image, and its number within the row.
+        places (`np.ndarray` of shape `(N, 2)`): Row of each image, and the image's number within the row.
     """
     rows = list(zip(prompts.tolist(), scores.tolist(), map(tuple, places.tolist()), strict=True))
     alike = Counter((prompt, score) for prompt, score, _ in set(rows))

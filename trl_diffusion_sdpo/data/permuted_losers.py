@@ -1,4 +1,4 @@
-"""Losers drawn among the winners of other pairs, by random permutations that never map a value to an equal one."""
+"""Losers drawn from the winners of other pairs, by random permutations that never pair images of the same prompt."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ import torch
 
 from .sources import PairSource, digest_of
 
-ROUNDS = 6  # rounds of exchanges
-LOSERS = 3  # fourth and last part of the random key of permutations; keys of pairs have three parts
+ROUNDS = 6  # rounds of random exchanges in a permutation
+LOSERS = 3  # last of four parts of the random key of permutations; random keys of pairs have three parts
 
 
 class PermutedLosers:
-    """Random permutation of all pairs in each epoch. It maps a pair to the pair whose winner becomes its loser.
+    """Random permutation of all pairs in each epoch. A pair is mapped to the pair whose winner becomes its loser.
 
-    No pair gets an image of its own prompt. The permutation depends on the seed and the epoch alone.
+    The loser of a pair never has the prompt of the pair. The permutation depends only on the seed and the epoch.
 
     Args:
-        prompts (`np.ndarray` of shape `(P,)`): Number of each pair's prompt. No prompt has more than half of the pairs.
-        images (`np.ndarray` of shape `(P, 2)`): Row and image of each pair's winner in the source.
+        prompts (`np.ndarray` of shape `(P,)`): Number of each pair's prompt. No prompt may have more than half of
+            the pairs.
+        images (`np.ndarray` of shape `(P, 2)`): Row of each pair's winner, and number of the image within the row.
         seed (`int`): Seed of the permutations.
     """
 
     def __init__(self, prompts: np.ndarray, images: np.ndarray, seed: int) -> None:
         self.images, self._prompts, self._seed = images, prompts, seed
-        self._latest = (-1, prompts)  # epoch and permutation
-        self.bad = torch.zeros(len(prompts), dtype=torch.uint8).share_memory_()  # winners that cannot be read
+        self._latest = (-1, prompts)  # epoch of the latest permutation, and the permutation
+        self.bad = torch.zeros(len(prompts), dtype=torch.uint8).share_memory_()  # mask of undecodable winners
 
     @classmethod
     def of(cls, source: PairSource, index: np.ndarray, seed: int, name: str) -> PermutedLosers:
-        """Return the losers of an index `(P, 4)` of a source. `name` is that of the data in messages.
+        """Return permuted losers for the pairs `index` `(P, 4)` of a source. `name` is the data's name in messages.
 
         Raises:
-            ValueError: If a prompt has more than half of the pairs. Some would then have a loser of their own prompt.
+            ValueError: If a prompt has more than half of the pairs. Some pairs would get a loser of their own prompt.
         """
         texts = source.prompts_of_rows(index[:, 0])
         digests = {text: digest_of(text) for text in set(texts)}
@@ -46,18 +47,18 @@ class PermutedLosers:
             prompt = shorten(texts[pair], 60, placeholder="…")
             raise ValueError(
                 "`losers='permute'` takes losers of other prompts, so no prompt may have more than half of the images. "
-                f"In the {name} data, the prompt {prompt!r} has {count} of {len(index)}. Add images of other prompts, "
-                "or leave some of its images out."
+                f"In the {name} data, the prompt {prompt!r} has {count} of {len(index)} images. Add images of other "
+                "prompts, or remove some images of this prompt."
             )
         return cls(prompts, index[:, :2], seed)
 
     def afresh(self) -> PermutedLosers:
-        """Return these losers without the marks of bad images, so that all images are tried again."""
+        """Return a copy in which no image is marked as bad, so that reading all images is tried again."""
         return PermutedLosers(self._prompts, self.images, self._seed)
 
     def candidates(self, pair: int, epoch: int) -> Iterator[int]:
-        """Yield the pair whose winner becomes the loser of `pair`, then the next pairs of other prompts. They replace
-        it if it cannot be read."""
+        """Yield the pair whose winner becomes the loser of `pair`. If this winner cannot be decoded, callers take the
+        following candidates, which are the next pairs with other prompts."""
         latest_epoch, losers = self._latest
         if latest_epoch != epoch:
             losers = derangement(self._prompts, [self._seed, epoch, 0, LOSERS])
@@ -76,30 +77,32 @@ def most_common(values: np.ndarray) -> tuple[int, int]:
 
 
 def derangement(values: np.ndarray, key: Sequence[int]) -> np.ndarray:
-    """Return a random permutation of indices that maps no index to one with an equal value.
+    """Return a random permutation of indices that maps each index to an index with another value.
 
-    Indices are sorted by value, with values and indices of one value in random order, and shifted by at least the count
-    of the most common value. A shifted index has another value, because no value has more than half of the indices.
-    Then random pairs of indices exchange their images if both still differ from their own values, so that indices of
-    one value do not get neighbours. Half of the exchanges are left out: otherwise their number would decide whether the
-    permutation is even or odd.
+    First, indices are grouped by value. The groups, and the indices within a group, are in random order. Each index is
+    then mapped to the index that follows at a fixed distance. This distance is at least the size of the largest group,
+    and no group has more than half of the indices. Each index is therefore mapped to an index with another value. But
+    neighbouring indices would still be mapped to neighbouring indices. Random pairs of indices therefore exchange the
+    indices to which they are mapped, unless an index would then be mapped to its own value. A random half of these
+    exchanges is left out, because otherwise the number of exchanges would decide whether the permutation is even or
+    odd.
 
     Args:
-        values (`np.ndarray` of shape `(P,)`): Values that can be sorted.
-        key (`Sequence[int]`): Key of the random numbers, not negative.
+        values (`np.ndarray` of shape `(P,)`): Value of each index. Values must be sortable.
+        key (`Sequence[int]`): Key of the random numbers, of non-negative integers.
 
     Returns:
-        `np.ndarray` of shape `(P,)`, int64: Image of each index.
+        `np.ndarray` of shape `(P,)`, int64: Index to which each index is mapped.
 
     Raises:
-        ValueError: If a value has more than half of the indices. Then there is no such permutation.
+        ValueError: If more than half of the indices have the same value. In this case, there is no such permutation.
     """
     count = len(values)
     if not count:
         return np.zeros(0, dtype=np.int64)
     _, largest = most_common(values)
     if 2 * largest > count:
-        raise ValueError(f"No value may have more than half of the indices; one has {largest} of {count}.")
+        raise ValueError(f"No value may have more than half of the indices; one value has {largest} of {count}.")
     numbers, generator = np.unique(values, return_inverse=True)[1].reshape(-1), np.random.default_rng(key)
     in_random_order = generator.permutation(int(numbers.max()) + 1)[numbers]
     order = np.lexsort((generator.random(count), in_random_order))

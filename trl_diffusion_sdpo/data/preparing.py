@@ -1,4 +1,4 @@
-"""Preparation of pairs for training from any preference set: rows become pairs, and bad rows and images are dropped."""
+"""Preparation of any preference data set for training: make pairs from rows, and drop bad rows and images."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ MISSING = "is missing: the row has fewer images than labels"
 def prepare_dataset(
     dataset: Any, options: PairOptions, *, name: str = "train", peers: Peers = ALONE
 ) -> PreferenceDataset | PreferenceIterableDataset:
-    """Return a torch data set of pairs from any preference set.
+    """Return a torch data set of pairs made from any preference data set.
 
     Args:
-        dataset (`datasets.Dataset`, `datasets.IterableDataset` or list of dicts): Rows in one of `FORMATS`; or several
-            data sets as a list or a [`PairMixture`].
-        options ([`PairOptions`]): Settings by which the data set becomes pairs.
-        name (`str`): Name of the set in messages.
-        peers (`Peers`): The processes that prepare the same data at the same time, and divide the checks.
+        dataset (`datasets.Dataset`, `datasets.IterableDataset` or list of dicts): Rows in one of `FORMATS`, or a list
+            or [`PairMixture`] of several data sets.
+        options ([`PairOptions`]): Settings for making pairs from the rows.
+        name (`str`): Name of the data in messages.
+        peers (`Peers`): The processes that prepare the same data together and divide the checks among themselves.
 
     Returns:
         [`PreferenceDataset`] or, for a `datasets.IterableDataset`, [`PreferenceIterableDataset`].
 
     Raises:
-        ValueError: If an argument, the kind of data set or its columns are not accepted, or if no pair remains.
+        ValueError: If an argument is invalid, if the type of the data set or its columns are not supported, or if no
+            pair remains.
     """
     if isinstance(dataset, list | tuple) and dataset:
         if isinstance(dataset[0], datasets.Dataset | datasets.IterableDataset):
@@ -50,8 +51,8 @@ def prepare_dataset(
     checks_all = options.verify_images == "all" or options.reads_sizes
     if options.num_proc is not None and (is_stream or not checks_all):
         logger.warning(
-            "`num_proc=%s` has no effect. It is used only if all images of a map-style set, or their sizes, are "
-            "checked.",
+            "`num_proc=%s` has no effect. `num_proc` is used only if all images of a map-style data set are decoded or "
+            "measured before training.",
             options.num_proc,
         )
     if is_stream:
@@ -71,15 +72,15 @@ def prepare_dataset(
     for column, has_it in (("a mask column", source.has_masks), ("a `source` column", source.has_sources)):
         if options.permutes and has_it:
             raise ValueError(
-                f"`losers='permute'` cannot act on data with {column}: losers are images of other pairs, and the "
-                "column belongs to the two images of a row. Remove the column, or use `losers='data'`."
+                f"`losers='permute'` cannot be used on data with {column}: it takes losers from other pairs, but the "
+                "column belongs to the two images of one row. Remove the column, or use `losers='data'`."
             )
-    # Index the pairs, and drop those that cannot be used.
+    # Index the pairs, and drop unusable pairs.
     report = DataReport(name, source.format_name, rows=len(source), is_swapped=source.is_swapped)
     report.is_permuted = options.permutes
     reject = partial(checking.reject, report, options.on_bad_row == "raise")
     pairs = source.index_pairs(reject)
-    if options.permutes:  # an index of the winners alone
+    if options.permutes:  # training draws the losers, so index only the winners
         pairs = PairTable(pairs.places[:, [0, 1, 0, 1]], {})
     for column in options.number_columns:
         pairs = _drop_rows(pairs, numbers_of_rows(source.values(column), column)[1], reject)
@@ -88,7 +89,7 @@ def prepare_dataset(
     if checks_all and len(pairs):
         pairs = _check_images(source, pairs, options, report, reject, peers)
 
-    # Make the data set, and check a sample of it.
+    # Make the data set, and check a sample of its pairs.
     losers = PermutedLosers.of(source, pairs.places, options.seed, name) if options.permutes else None
     prepared = PreferenceDataset(source, pairs, options, report, losers)
     if options.verify_images != "none" and len(prepared):
@@ -102,7 +103,7 @@ def prepare_dataset(
 
 
 def _drop_rows(pairs: PairTable, reasons: Mapping[int, str], reject: Reject) -> PairTable:
-    """Drop and count the pairs of rows whose numbers cannot be used. `reasons` has a reason by row."""
+    """Drop and count the pairs of bad rows. `reasons` maps the number of each bad row to the reason."""
     rows = pairs.places[:, 0]
     is_bad = np.isin(rows, list(reasons))
     for row in np.unique(rows[is_bad]).tolist():
@@ -113,8 +114,10 @@ def _drop_rows(pairs: PairTable, reasons: Mapping[int, str], reject: Reject) -> 
 def _check_images(
     source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport, reject: Reject, peers: Peers
 ) -> PairTable:
-    """Decode every image, or read only its header. Drop the pairs of bad and of small images, and assign the other
-    pairs to their buckets. The peers divide the images."""
+    """Check every image, and drop pairs with a bad or small image. Assign the other pairs to their buckets.
+
+    Images are decoded, or only their headers are read. The peers divide the images among themselves.
+    """
     decode = options.verify_images == "all"
     sizes, reasons = source.examine_images(
         pairs.places, options.reader, decode=decode, num_proc=options.num_proc, peers=peers
@@ -122,7 +125,7 @@ def _check_images(
     is_readable = np.asarray((sizes > 0).all((1, 2)))
     is_large = np.asarray((sizes >= (options.min_side or 0)).all((1, 2)))
     for pair in np.flatnonzero(~is_readable).tolist():
-        side = 0 if not sizes[pair, 0].all() else 1  # of the first bad image
+        side = 0 if not sizes[pair, 0].all() else 1  # winner or loser, whichever is the first bad image
         row, image = pairs.places[pair, 2 * side : 2 * side + 2].tolist()
         reject("undecodable", row, f"image {image} {reasons.get((row, image), MISSING)}", 1)
     for pair in np.flatnonzero(is_readable & ~is_large).tolist():
@@ -149,8 +152,8 @@ def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> Preference
     for setting, is_set in needs_all_rows.items():
         if is_set:
             raise ValueError(
-                f"{setting} must read all rows before the first batch, and the {name} data are a stream. Load them "
-                "without `streaming=True`, or leave the setting out."
+                f"{setting} must read all rows before the first batch, but the {name} data are a stream. Load the data "
+                "without `streaming=True`, or remove the setting."
             )
     entries, weights = [(name, dataset, options.dataset_format)], None
     if isinstance(dataset, PairMixture):
@@ -165,5 +168,5 @@ def _without_losers(name: str) -> str:
     others = "\n".join(f"  {each.describe()}" for each in FORMATS.values() if each.has_losers)
     return (
         f"Pairs need losers. The {name} data have only captions (format `captioned`). Use `losers='permute'` to take "
-        "images of other captions as losers, or rename columns so that they match one of:\n" + others
+        "images with other captions as losers, or rename columns to match one of these formats:\n" + others
     )

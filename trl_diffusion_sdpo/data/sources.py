@@ -1,4 +1,4 @@
-"""Rows of preference data, and the index of their pairs. Images stay undecoded."""
+"""Rows of preference data sets, and the index of the pairs in these rows. Images are returned undecoded."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ EXAMINED = datasets.Features(
         "problems": datasets.List(datasets.Value("string")),
     }
 )
-FINGERPRINTED_PROMPTS = 16  # pairs whose prompts are hashed
-FINGERPRINTED_IMAGES = 4  # pairs whose images are hashed, undecoded
+FINGERPRINTED_PROMPTS = 16  # number of pairs whose prompts are hashed
+FINGERPRINTED_IMAGES = 4  # number of pairs whose undecoded images are hashed
 ROWS_AT_ONCE = 1000
 FEW_ROWS = 1000  # with fewer rows, one process is faster than starting several
 FEW_HEADERS = 20_000  # with fewer headers, one process is faster than starting several
@@ -58,14 +58,15 @@ MAX_GROWTH = 100  # limit of the pairs of a weighted epoch, as a multiple of the
 
 @dataclass(frozen=True)
 class PairTable:
-    """Index and columns of P pairs.
+    """Table of P pairs: the positions of their images, and further columns.
 
     Attributes:
-        places (`np.ndarray` of shape `(P, 4)`): Winner row, winner image, loser row, loser image.
+        places (`np.ndarray` of shape `(P, 4)`): Row number of the winner, number of the winner within its row, then
+            both numbers of the loser.
         columns (`dict[str, np.ndarray]`): Further columns of P entries by name. `scores` are reward scores of winner
             and loser. `calibrated` replaces `scores`. `weight` is the factor of a pair's loss. `size` is the number of
-            its bucket. `ref_errors` are the errors of a reference.
-        weighed_by (`str`, *optional*): Setting that the weights were computed from.
+            a pair's bucket. `ref_errors` are the reference's errors of winner and loser.
+        weighed_by (`str`, *optional*): Setting from which the weights were computed.
     """
 
     places: np.ndarray
@@ -76,12 +77,12 @@ class PairTable:
         return len(self.places)
 
     def take(self, pairs: slice | np.ndarray) -> PairTable:
-        """Return some of the pairs, selected by a slice, a mask or indices."""
+        """Return a table of the pairs that a slice, a mask or indices select."""
         columns = {name: values[pairs] for name, values in self.columns.items()}
         return replace(self, places=self.places[pairs], columns=columns)
 
     def with_columns(self, **columns: np.ndarray | None) -> PairTable:
-        """Return the pairs with columns added or replaced. `None` removes a column."""
+        """Return the table with columns added or replaced. The value `None` removes a column."""
         joined = {**self.columns, **columns}
         return replace(self, columns={name: values for name, values in joined.items() if values is not None})
 
@@ -91,16 +92,17 @@ class PairMixture:
     """Several data sets of pairs that are trained on together. Each has its own format.
 
     Args:
-        datasets (`Sequence` or `Mapping`): The data sets, all map-style or all streams. The keys of a mapping are their
-            names in messages.
-        weights (`Sequence` of `float`, positive, *optional*): Shares of the data sets in an epoch. Map-style sets are
-            repeated until an epoch has these shares and all pairs of every set. Repeated pairs have other random
-            numbers. A stream restarts when it ends, until all have ended once. By default every pair comes once, and
-            streams have equal weights.
-        formats (`Sequence` of `str` or `None`, *optional*): A key of `FORMATS` for each; detected by default.
+        datasets (`Sequence` or `Mapping`): The data sets, all map-style or all streams. The keys of a mapping are the
+            names of the data sets in messages.
+        weights (`Sequence` of `float`, positive, *optional*): Shares of the data sets in an epoch. Pairs of map-style
+            data sets are repeated until an epoch has these shares and every pair. Repeated pairs get other random
+            numbers. A stream restarts when it ends, until all streams have ended once. By default, an epoch has every
+            pair of map-style data sets once, and streams have equal weights.
+        formats (`Sequence` of `str` or `None`, *optional*): A key of `FORMATS` for each data set. By default, the
+            columns determine each format.
 
     Raises:
-        ValueError: If there are no data sets, or weights or formats are wrong.
+        ValueError: If there are no data sets, or if weights or formats are invalid.
     """
 
     datasets: Sequence[Any] | Mapping[str, Any]
@@ -113,16 +115,17 @@ class PairMixture:
             raise ValueError("A mixture needs at least one data set, got none.")
         for name, values in (("weights", self.weights), ("formats", self.formats)):
             if values is not None and (isinstance(values, str) or len(values) != count):
-                raise ValueError(f"`{name}` must be one for each of the {count} data sets, got {values!r}.")
+                raise ValueError(f"`{name}` must have one entry for each of the {count} data sets, got {values!r}.")
         for weight in self.weights or ():
             if not (isinstance(weight, int | float) and math.isfinite(weight) and weight > 0):
                 raise ValueError(
-                    f"`weights` must be finite numbers above 0, got {weight!r}. Leave out data sets without weight."
+                    f"`weights` must be finite numbers above 0, got {weight!r}. Remove data sets without weight."
                 )
         kinds = {isinstance(dataset, datasets.IterableDataset) for dataset in self.by_name.values()}
         if len(kinds) > 1:
             raise ValueError(
-                "A mixture must be of streams or of map-style data sets, got both. Load all with the same `streaming`."
+                "A mixture must have only streams or only map-style data sets, got both. Load all data sets with "
+                "the same `streaming`."
             )
 
     @property
@@ -137,7 +140,7 @@ class PairMixture:
         return isinstance(next(iter(self.by_name.values())), datasets.IterableDataset)
 
     def entries(self, dataset_format: str | None, name: str) -> Iterator[tuple[str, Any, str | None]]:
-        """Yield the name in messages, the rows and the format of each data set."""
+        """Yield the name, the rows and the format of each data set. The name is for messages."""
         formats = self.formats or [None] * len(self.datasets)
         for (label, dataset), set_format in zip(self.by_name.items(), formats, strict=True):
             yield f"{name} ({label})", dataset, set_format or dataset_format
@@ -200,7 +203,7 @@ class StoredImage(NamedTuple):
 
 
 class TableSource:
-    """Rows of one `datasets.Dataset`. Images are read as Arrow values, without decoding.
+    """Rows of one `datasets.Dataset`. Images are read from Arrow without decoding.
 
     Attributes:
         labels (`datasets.Dataset`): The columns of labels and prompts.
@@ -228,12 +231,12 @@ class TableSource:
         return (self._rows if with_images else self._others)[number].to_pylist()[0]
 
     def values(self, column: str) -> Iterator[Any]:
-        """Yield each row's value of a column that the format or `number_columns` has."""
+        """Yield the value of a column in each row. Only columns of the format and of `number_columns` are available."""
         for batch in self.labels.select_columns([column]).iter(batch_size=ROWS_AT_ONCE):
             yield from batch[column]
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
-        """Return the prompts of rows, whose numbers are sorted. `image` chooses among two prompts of a row."""
+        """Return the prompts of `rows`, which are sorted. `image` is 0 or 1 if a row has a prompt for each image."""
         columns = self.format.prompt_columns
         column = columns[image if self.format.prompt_of_each_image else 0]
         wanted = np.zeros(len(self), dtype=bool)
@@ -242,7 +245,7 @@ class TableSource:
         return [self.format.prompt({column: value}, image) for value in values]
 
     def index_pairs(self, reject: Reject) -> PairTable:
-        """Return the pairs of all rows. Drops go to `reject`, which may raise."""
+        """Return the pairs of all rows. Dropped rows and pairs are passed to `reject`, which may raise an error."""
         places = array("q")
         scores = array("d")
         for group in groups(self.format, self._labelled_rows()):
@@ -254,7 +257,7 @@ class TableSource:
         return PairTable(index, {"scores": np.array(scores).reshape(-1, 2)} if len(scores) else {})
 
     def _labelled_rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the number and the labels of each row. Rows of a group follow one another."""
+        """Yield the number and the labels of each row. Rows of the same group are consecutive."""
         labels, order = self.labels, np.arange(len(self))
         if self.format.group_column is not None:
             first: dict[Any, int] = {}  # group to its position among the groups
@@ -269,7 +272,7 @@ class TableSource:
     def examine_images(
         self, rows: np.ndarray, reader: ImageReader, decode: bool, num_proc: int | None
     ) -> Iterator[list[tuple[int, int, str]]]:
-        """Yield height, width and problem of the images of each row. Cached by `datasets`."""
+        """Yield height, width and problem of each image, in one list per row. `datasets` caches the result."""
         images = self._images if len(rows) == len(self) else self._images.select(rows)
         options: dict[str, Any] = {}
         if any(local_names(images[0].column(name)) for name in self.format.image_columns):
@@ -304,7 +307,7 @@ class TableSource:
 
     @functools.cached_property
     def content_key(self) -> dict[str, str]:
-        """Hashes that change when a prompt or an image does: fingerprints of `datasets`, and facts of local files."""
+        """Hashes of prompts and images for cache keys. The hashes also change if a local image file changes."""
         digest = hashlib.sha256(dataset_fingerprint(self._images).encode())
         for batch in self._images.iter(batch_size=ROWS_AT_ONCE):
             for column in batch.columns:
@@ -318,11 +321,11 @@ class TableSource:
 
 
 class PairSource:
-    """One or several data sets whose rows follow one another.
+    """Concatenated rows of one or several data sets.
 
     Args:
         tables (`Sequence[TableSource]`): The data sets.
-        weights (`Sequence[float]`, *optional*): Their shares in an epoch, see [`PairMixture`].
+        weights (`Sequence[float]`, *optional*): Shares of the data sets in an epoch. See [`PairMixture`].
     """
 
     def __init__(self, tables: Sequence[TableSource], weights: Sequence[float] | None = None) -> None:
@@ -342,7 +345,7 @@ class PairSource:
         return self._starts[-1]
 
     def images(self, places: Iterable[tuple[int, int]], *, with_images: bool = True) -> list[StoredImage]:
-        """Return the images at places (row, image). Images of one row share its values.
+        """Return the undecoded images at `places`, which are pairs of row number and image number.
 
         Args:
             with_images (`bool`): `False` reads prompts, masks and other columns alone. Images and sources then cannot
@@ -359,32 +362,34 @@ class PairSource:
         return images
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
-        """Return the prompt of each row. `image` chooses among two prompts of a row. Only labels are read."""
+        """Return the prompts of `rows`. `image` is 0 or 1 if a row has a prompt for each image. No image is read."""
         distinct, number_of_row = np.unique(rows, return_inverse=True)
         prompts = [prompt for table, share in self._split(distinct) for prompt in table.prompts_of_rows(share, image)]
         return [prompts[number] for number in number_of_row.reshape(-1).tolist()]
 
     def values(self, column: str) -> Iterator[Any]:
-        """Yield each row's value of a column."""
+        """Yield the value of a column in each row."""
         for table in self.tables:
             yield from table.values(column)
 
     def examine_images(
         self, places: np.ndarray, reader: ImageReader, *, decode: bool, num_proc: int | None, peers: Peers
     ) -> tuple[np.ndarray, dict[tuple[int, int], str]]:
-        """Decode all images of pairs, or read only their headers. Collective: the peers divide the rows.
+        """Decode all images of pairs, or read only their headers.
+
+        All processes must call this function, and divide the rows among themselves.
 
         Args:
             places (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser.
-            num_proc (`int`, *optional*): Worker processes of each peer. If there are many images, the default is one
-                for each core.
+            num_proc (`int`, *optional*): Number of workers of each process. If there are many images, the default is
+                one worker for each core.
 
         Returns:
-            `tuple`: Height and width of winners and losers, `(P, 2, 2)`, zeros for bad and missing images; and the
-            reason of each bad image, by row and image.
+            `tuple`: Height and width of winners and losers, `(P, 2, 2)`, with zeros for bad and missing images, and the
+            reason of each bad image, by row number and image number.
         """
         rows = np.unique(places[:, [0, 2]])
-        images = 1 + int(places[:, [1, 3]].max())  # of the row with the most images
+        images = 1 + int(places[:, [1, 3]].max())  # number of images in a row, at most
         share = np.array_split(rows, peers.count)[peers.index]
         if num_proc is None and forks_by_default() and len(share) >= (FEW_ROWS if decode else FEW_HEADERS):
             num_proc = usable_cores(peers.count)
@@ -407,13 +412,16 @@ class PairSource:
         return sizes[np.searchsorted(rows, places[:, [0, 2]]), places[:, [1, 3]]], reasons
 
     def _split(self, rows: np.ndarray) -> Iterator[tuple[TableSource, np.ndarray]]:
-        """Yield each data set with its share of the sorted rows, as numbers within the data set."""
+        """Split sorted row numbers by data set. Yield each data set and the row numbers within it."""
         shares = np.split(rows, np.searchsorted(rows, self._starts[1:-1]))
         for table, share, start in zip(self.tables, shares, self._starts[:-1], strict=True):
             yield table, share - start
 
     def index_pairs(self, reject: Reject) -> PairTable:
-        """Return the pairs of all data sets, repeated by weight. Drops go to `reject`, which may raise."""
+        """Return the pairs of all data sets, repeated according to the weights.
+
+        Dropped rows and pairs are passed to the function `reject`, which may raise an error.
+        """
         if len(self.tables) == 1:
             return self.tables[0].index_pairs(reject)
         indexes = []
@@ -428,7 +436,7 @@ class PairSource:
             if not len(pairs):
                 raise ValueError(
                     f"Every data set of a mixture must have a pair. The {table.name} data have {len(table)} rows "
-                    "and no pair. Check their labels, or leave them out."
+                    "and no pair. Check the labels of these data, or remove the data from the mixture."
                 )
             indexes.append(replace(pairs, places=pairs.places + np.array([start, 0, start, 0], pairs.places.dtype)))
         has_scores = ["scores" in pairs.columns for pairs in indexes]
@@ -450,13 +458,13 @@ class PairSource:
         weights = np.array(self._weights)
         with np.errstate(over="ignore"):
             wanted = np.rint(weights * (counts / weights).max())
-        if not wanted.sum() <= MAX_GROWTH * counts.sum():  # also if it is NaN
+        if not wanted.sum() <= MAX_GROWTH * counts.sum():  # true also for NaN
             raise ValueError(
-                f"With these weights an epoch would have {wanted.sum():.3g} pairs of the {counts.sum()} of all data "
-                f"sets, more than {MAX_GROWTH} times as many. Give larger sets more weight."
+                f"With these weights, an epoch would have {wanted.sum():.3g} pairs, more than {MAX_GROWTH} times the "
+                f"{counts.sum()} pairs of all data sets. Give more weight to larger data sets."
             )
         for table, count, taken in zip(self.tables, counts, wanted, strict=True):
-            message = "Mixture: the %s data have %d pairs. Each comes %.4g times in an epoch. Their share is %.4g."
+            message = "Mixture: the %s data have %d pairs, each %.4g times in an epoch: a share of %.4g of the epoch."
             logger.info(message, table.name, count, taken / count, taken / wanted.sum())
         return wanted.astype(np.int64).tolist()
 
@@ -470,10 +478,10 @@ def make_source(
     is_swapped: bool = False,
     number_columns: Sequence[str] = (),
 ) -> PairSource:
-    """Return a data set, a list of dicts or a mixture as a source.
+    """Return the rows of a data set, a list of dicts or a mixture as a `PairSource`.
 
     Raises:
-        ValueError: If the data are of another kind, have no rows, or lack one of `number_columns`.
+        ValueError: If the data have another type or no rows, or if a column of `number_columns` is missing.
     """
     listed = [(name, dataset, dataset_format)]
     if isinstance(dataset, PairMixture):
@@ -493,16 +501,16 @@ def make_source(
 
 
 def check_all_or_none(what: str, has_it: Mapping[str, bool]) -> None:
-    """Raise `ValueError` if only some of the data sets of a mixture have what others have."""
+    """Raise `ValueError` if some data sets of a mixture have `what`, such as masks, but others do not."""
     without = [name for name, has in has_it.items() if not has]
     if without and len(without) < len(has_it):
-        raise ValueError(f"All data sets of a mixture need {what}, or none; {without} do not have them.")
+        raise ValueError(f"All data sets of a mixture must have {what}, or none. Data sets without {what}: {without}.")
 
 
 def _as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Dataset:
     if isinstance(rows, dict):
         raise ValueError(
-            f"The {name} data must be one split, got a {type(rows).__name__} of the splits {list(rows)}. "
+            f"The {name} data must be one split, got a {type(rows).__name__} with the splits {list(rows)}. "
             "Pass one of these splits."
         )
     if not isinstance(rows, datasets.Dataset | list | tuple):
@@ -518,14 +526,14 @@ def _as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Data
     if rows.format["type"] == "custom":
         raise ValueError(
             f"Rows must not change between reads. The {name} data have a transform (`set_transform` or "
-            "`with_transform`), which could change them. Apply it once with `map`, or remove it with "
+            "`with_transform`), which could change the rows. Apply the transform once with `map`, or remove it with "
             "`with_format(None)`."
         )
     return rows
 
 
 def _table_of_rows(rows: Sequence[Any], dataset_format: str | None, name: str) -> datasets.Dataset:
-    """Return a list of dicts as a table."""
+    """Convert a list of dicts to a `datasets.Dataset`."""
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(
@@ -544,8 +552,8 @@ def _table_of_rows(rows: Sequence[Any], dataset_format: str | None, name: str) -
         return datasets.Dataset.from_dict(values)
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise ValueError(
-            f"Each column of the {name} data must have one kind of values in all rows. A list of dicts has several: "
-            f"{error}"
+            f"Each column of the {name} data must have values of one type in all rows. Got a list of dicts with values "
+            f"of several types in a column: {error}"
         ) from error
 
 
@@ -559,7 +567,7 @@ def _stored_image(value: Any) -> Any:
             decode_image(value).save(content, "PNG", compress_level=1)
             value = content.getvalue()
         except UndecodableImageError as error:
-            value = str(error).encode()  # decoding it fails as well
+            value = str(error).encode()  # decoding these bytes fails as well
     if isinstance(value, Mapping):
         return {"bytes": value.get("bytes"), "path": value.get("path")}
     if isinstance(value, bytes):
@@ -581,7 +589,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def local_names(column: pa.ChunkedArray | pa.Array) -> list[str]:
-    """Return the local files that an Arrow column of images names, in the order of the rows."""
+    """Return the names of the local files in an Arrow column of images, in the order of the rows."""
     if isinstance(column, pa.ChunkedArray):
         return [name for chunk in column.chunks for name in local_names(chunk)]
     if isinstance(column, pa.ExtensionArray):
@@ -600,15 +608,16 @@ def local_names(column: pa.ChunkedArray | pa.Array) -> list[str]:
 
 
 def pairs_fingerprint(source: PairSource, pairs: PairTable, *, thorough: bool = False) -> dict[str, Any]:
-    """Identify pairs.
+    """Return hashes that identify the pairs of a source.
 
     Args:
-        thorough (`bool`): Whether every prompt and image counts. This is for caches, and belongs to this machine and
-            these files. Otherwise the fingerprint is for resuming on any machine: prompts and images of a few pairs
-            count, and files by their names.
+        thorough (`bool`): Whether to hash every prompt and image, for caches. If true, the hashes are valid only for
+            the image files on this machine. If false, hash prompts and images of a few pairs, and the names of image
+            files, to compare data on any machine when a run resumes.
 
     Returns:
-        `dict[str, Any]`: `format`, `pairs` (their number), `index` (a hash of index and scores), `prompts`, `images`.
+        `dict[str, Any]`: `format`, `pairs` (number of pairs), `index` (hash of the index and the scores), and hashes
+        of `prompts` and `images`.
     """
     digest = hashlib.sha256(np.ascontiguousarray(pairs.places, dtype="<i8").data)
     if "scores" in pairs.columns:
@@ -644,7 +653,7 @@ def _short(digest: Any) -> str:
 def _examine_table(
     table: pa.Table, row_format: PreferenceFormat, reader: ImageReader, decode: bool
 ) -> dict[str, list[list[Any]]]:
-    """Return `EXAMINED` of the images of some rows."""
+    """Return heights, widths and problems of the images in some rows, in the columns of `EXAMINED`."""
     columns = row_format.image_columns
     examined: dict[str, list[list[Any]]] = {name: [] for name in EXAMINED}
     for values in zip(*(map(_value, table.column(name)) for name in columns), strict=True):
@@ -661,7 +670,7 @@ def _examine_table(
 
 
 def _value(scalar: pa.Scalar) -> Any:
-    """Convert an Arrow value to Python. Bytes become a view, because `as_py` would read a whole mapped file."""
+    """Convert an Arrow value to Python. Bytes become a view, because `as_py` would read a whole memory-mapped file."""
     if not scalar.is_valid:
         return None
     if pa.types.is_struct(scalar.type):
@@ -674,15 +683,16 @@ def _value(scalar: pa.Scalar) -> Any:
 
 
 def numbers_of_rows(values: Iterable[Any], column: str) -> tuple[np.ndarray, dict[int, str]]:
-    """Return the finite numbers of a column, one or a list of them for each row.
+    """Return the finite numbers in a column that has a number, or a list of numbers, in each row.
 
     Args:
-        values (`Iterable`): Values of the column, in the order of the rows. All lists must have as many numbers as the
-            first good one. Numbers may be text, as in CSV files.
-        column (`str`): Name of the column in reasons.
+        values (`Iterable`): Values of the column, in the order of the rows. All lists must be as long as the first
+            valid list. Numbers may be text, as in CSV files.
+        column (`str`): Name of the column, for the reasons.
 
     Returns:
-        `tuple`: Numbers as float64 of shape `(rows, K)`, NaN in bad rows, and the reason of each bad row by its number.
+        `tuple`: Numbers as float64 of shape `(rows, K)`, with NaN in bad rows, and the reason of each bad row by its
+        number.
     """
     rows: list[list[float]] = []
     reasons: dict[int, str] = {}
@@ -702,7 +712,7 @@ def numbers_of_rows(values: Iterable[Any], column: str) -> tuple[np.ndarray, dic
 
 
 def bad_seeds(values: Iterable[Any], column: str) -> dict[int, str]:
-    """Return the reason of each row whose value is no whole number in `[0, 2**63)`, by the row's number."""
+    """Return the reason for each row whose value is not a whole number in `[0, 2**63)`, by row number."""
     reasons = {}
     for row, value in enumerate(values):
         is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
@@ -712,5 +722,5 @@ def bad_seeds(values: Iterable[Any], column: str) -> dict[int, str]:
 
 
 def digest_of(text: str) -> int:
-    """Return 64 bits of a text's hash, equal on every machine."""
+    """Return a 64-bit hash of a text that is equal on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big", signed=True)

@@ -1,4 +1,4 @@
-"""Streams of pairs. Pairs are checked and transformed while they are read. Each process trains on its share of them."""
+"""Streams of pairs. Pairs are checked and transformed while they are read. Each process reads a share of the pairs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from .transforms import PairDraws
 
 logger = logging.getLogger(__name__)
 
-MIXING = 2  # last part of the random key that chooses among streams; keys of pairs have three parts
-READERS = 256  # DataLoader workers with separate counters; further workers share counters
-Group = list[tuple[int, Mapping[str, Any]]]  # numbered rows that are compared with one another
+MIXING = 2  # last of four parts of the random key that chooses a stream; random keys of pairs have three parts
+READERS = 256  # number of counters; if there are more DataLoader workers, some share a counter
+Group = list[tuple[int, Mapping[str, Any]]]  # rows, with their numbers, whose images are compared with one another
 
 
 @dataclass(frozen=True)
 class Share:
-    """Share of a stream that one of several processes reads.
+    """Share of a stream that one of several training processes reads.
 
     Args:
         index (`int`): Rank of the process, from 0.
@@ -44,15 +44,16 @@ class Share:
 
 
 class StreamPosition:
-    """Position of a process in a repeating stream. It advances with the rows of each batch that the process trains on.
+    """Position of a process in a repeating stream. [`add`] advances the position by a batch.
 
     Args:
-        batch (`int`): Pairs in a batch.
-        workers (`int`): DataLoader workers that make batches in turn.
+        batch (`int`): Number of pairs in a batch.
+        workers (`int`): Number of DataLoader workers, which make batches in turn.
         numbers (`int`): Difference between the numbers of two consecutive pairs of a worker.
         seed (`int`): Seed of the stream's draws.
-        readers (`Sequence[Sequence[int]]`, *optional*): For each worker, the number of its batches, its current pass,
-            and the pairs of that pass up to the end of its last batch. The beginning of the stream by default.
+        readers (`Sequence[Sequence[int]]`, *optional*): For each worker, the number of its batches, the number of its
+            current pass over the stream, and the number of pairs that it has read in this pass. By default, the
+            position is the beginning of the stream.
     """
 
     def __init__(
@@ -63,12 +64,12 @@ class StreamPosition:
 
     @property
     def batches(self) -> int:
-        """Number of batches that were trained on."""
+        """Number of batches that the process has trained on."""
         return sum(batches for batches, _, _ in self.readers)
 
     def add(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
-        """Advance by a batch, given the numbers and seeds of its pairs. The seed of a pair shows whether the pair
-        belongs to the current pass or to the next one."""
+        """Advance by a batch. `rows` and `seeds` are the numbers and seeds of its pairs. The seed of a pair shows
+        whether the pair belongs to the current pass over the stream or to the next one."""
         reader = self.readers[rows[0] % len(self.readers)]
         reader[0] += 1
         for row, seed in zip(rows, seeds, strict=True):
@@ -82,9 +83,9 @@ class Stream:
 
     Args:
         source (`datasets.IterableDataset`): Rows of the stream.
-        dataset_format (`str`, *optional*): A key of `FORMATS`; detected from the columns by default.
+        dataset_format (`str`, *optional*): A key of `FORMATS`. By default, the columns determine the format.
         name (`str`): Name of the stream in messages.
-        options ([`PairOptions`]): Settings that decide how rows become pairs.
+        options ([`PairOptions`]): Settings for making pairs from rows.
     """
 
     def __init__(
@@ -105,8 +106,9 @@ class Stream:
             self.source = self.source.decode(False).select_columns(read)
 
     def groups(self, epoch: int, report: DataReport) -> Iterator[Group]:
-        """Yield the groups of rows that are compared with one another in one pass. Count the rows in the report."""
-        # Copy the stream, because `datasets` shares its epoch among workers. Workers may be in different passes.
+        """Yield the groups of rows whose images are compared, in one pass over the stream. Count rows in `report`."""
+        # Copy the stream, because `datasets` shares a stream's epoch among workers, and workers may be in different
+        # passes.
         rows = self.source.with_format(None)
         rows.set_epoch(epoch)
 
@@ -118,8 +120,8 @@ class Stream:
         yield from groups(self.format, numbered())
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return format, columns, split and number of shards. No row is read, because a shuffled stream would first
-        fill its buffer."""
+        """Return format, columns, split and number of shards of the stream, to compare streams when a run resumes. No
+        row is read, because a shuffled stream would first have to fill its buffer."""
         return {
             "format": self.format.name,
             "columns": None if self.source.column_names is None else sorted(self.source.column_names),
@@ -129,24 +131,25 @@ class Stream:
 
 
 class PreferenceIterableDataset(IterableDataset):
-    """Streamed pairs, made by [`prepare_dataset`]. Items are those of [`PreferenceDataset`].
+    """Streamed pairs, made by [`prepare_dataset`]. Items have the entries that [`PreferenceDataset`] describes.
 
-    Training processes divide the shards of a stream by `split_dataset_by_node` of `datasets`. The DataLoader workers of
-    a process divide the shards of this process. If the number of shards is no multiple of the number of processes,
-    each process reads all labels and decodes its share of the pairs. Evaluations always read in this way, because all
-    processes need the same number of pairs and rows that are compared with one another must stay together.
+    Training processes divide the shards of a stream with the function `split_dataset_by_node` of `datasets`. The
+    DataLoader workers of a process divide the shards of this process. If the number of shards is no multiple of the
+    number of processes, each process reads all labels, but decodes only its share of the pairs. Every evaluation reads
+    all labels in each process, because all processes need the same number of pairs, and rows that are compared with one
+    another must stay together.
 
-    `row` is a running number that differs among workers, so no two pairs of an epoch have the same random numbers. Bad
-    pairs are skipped and counted. Formats that compare rows expect the rows of a group to be consecutive.
+    Different workers never give two pairs the same `row`, so no two pairs of an epoch have the same random numbers. Bad
+    pairs are skipped and counted. In formats that compare rows, the rows of a group must be consecutive.
 
     Args:
         streams (`Sequence[Stream]`): One stream, or several streams to mix.
-        options ([`PairOptions`]): Settings that decide how rows become pairs.
-        weights (`Sequence[float]`, *optional*): Shares of the streams in the groups of rows; equal by default.
+        options ([`PairOptions`]): Settings for making pairs from rows.
+        weights (`Sequence[float]`, *optional*): Shares of the streams in the mixture. By default, all shares are equal.
         name (`str`): Name of the data in messages.
     """
 
-    is_permuted = False  # losers always come from the data
+    is_permuted = False  # streams use the losers of the data
     has_noise_seeds = False
     has_sources = False
 
@@ -155,7 +158,7 @@ class PreferenceIterableDataset(IterableDataset):
     ) -> None:
         self._streams, self._options, self._name, self._epoch = streams, options, name, new_epoch()
         if len({is_split_by_node(stream.source) for stream in streams}) > 1:
-            raise ValueError("All streams of a mixture must be split by node, or none. Only some of them are.")
+            raise ValueError("All streams of a mixture must be split by node, or none. Only some streams are split.")
         if any(stream.format.source_columns for stream in streams):
             raise ValueError(
                 f"Streams cannot have a `source` column yet, and the {name} stream has one. Load the data without "
@@ -180,30 +183,31 @@ class PreferenceIterableDataset(IterableDataset):
 
     @property
     def report(self) -> DataReport:
-        """Counts of the current epoch in all workers so far. Examples come from this process alone. Pairs are counted
-        in its share only."""
+        """Counts of the current epoch so far, summed over the workers of this process. Pairs of other processes are not
+        counted. Examples of bad rows come from the main process of the DataLoader, not from its workers."""
         counts = dict(zip(COUNTS, self._counts.sum(dim=0).tolist(), strict=True))
         return DataReport(self._name, self._format_name, **counts, examples=self._examples, is_swapped=self.is_swapped)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Identify this stream; see [`Stream.fingerprint`]."""
+        """Return facts that identify the streams and their weights. See [`Stream.fingerprint`]."""
         facts = [stream.fingerprint() for stream in self._streams]
         if len(facts) == 1:
             return facts[0]
         return {"format": self._format_name, "streams": facts, "weights": self._weights}
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, also in running workers. Random numbers and the order of a shuffled stream depend on it."""
+        """Set the epoch, also in running workers. Random numbers and the order of a shuffled stream depend on the
+        epoch."""
         self._epoch.fill_(epoch)
 
     def for_evaluation(self) -> PreferenceIterableDataset:
-        """Return one pass over this stream without random crops and empty prompts. Its seeds ignore the epoch."""
+        """Return this stream for evaluation: one pass without random crops or emptied prompts, with constant seeds."""
         view = copy.copy(self)
         view._options, view._epoch = self._options.for_evaluation(), new_epoch()
         return view
 
     def for_process(self, share: Share) -> PreferenceIterableDataset:
-        """Return this stream, limited to the share of one of several processes."""
+        """Return a view of this stream that reads only the share of one process."""
         view = copy.copy(self)
         view._share = share
         return view
@@ -211,12 +215,13 @@ class PreferenceIterableDataset(IterableDataset):
     def position(
         self, batch: int, workers: int, processes: int, readers: Sequence[Sequence[int]] | None = None
     ) -> StreamPosition:
-        """Return the position of a process in this stream. The arguments are those of [`StreamPosition`]."""
+        """Return the position of a process in this stream. `processes` is the number of processes. For the other
+        arguments, see [`StreamPosition`]."""
         sharing = 1 if self.for_process(Share(0, processes))._deals_pairs else processes
         return StreamPosition(batch, workers, max(1, workers) * sharing, self._options.seed, readers)
 
     def start_at(self, position: StreamPosition) -> None:
-        """Let iterations begin at a position. Each pair before the position is yielded as `None`.
+        """Set the position at which iterations begin. Iterations yield `None` for each earlier pair.
 
         Earlier passes are not read. Earlier rows of the current pass are read, so that a shuffled stream has the same
         order, but their images are not decoded.
@@ -225,7 +230,7 @@ class PreferenceIterableDataset(IterableDataset):
 
     @property
     def _divides_shards(self) -> bool:
-        """Whether this class splits the shards, so that this process reads only its share of them."""
+        """Whether this object divides the shards, so that this process reads only its share of the shards."""
         count = self._share.count
         if count == 1 or not self._options.repeat or self.is_split:
             return False
@@ -233,7 +238,7 @@ class PreferenceIterableDataset(IterableDataset):
 
     @property
     def _deals_pairs(self) -> bool:
-        """Whether all processes read the same rows and take turns in decoding the pairs."""
+        """Whether all processes read the same rows and decode the pairs in turn."""
         return self._share.count > 1 and not self.is_split and not self._divides_shards
 
     # ---- Reading --------------------------------------------------------------------------------------------------
@@ -252,7 +257,8 @@ class PreferenceIterableDataset(IterableDataset):
             epoch, passed = epoch + 1, 0
 
     def _equal_share(self, epoch: int) -> Iterator[dict[str, Any]]:
-        """Yield the pairs of this process in one pass. Repeat one pair until all processes have equally many."""
+        """Yield the pairs of this process in one pass. Then repeat one pair until all processes have
+        yielded equally many pairs."""
         items, filling, yielded = self._one_pass(epoch), None, 0
         while True:
             try:
@@ -268,13 +274,13 @@ class PreferenceIterableDataset(IterableDataset):
             yield {**filling, "repeated": True}
 
     def _one_pass(self, epoch: int, passed: int = 0) -> Generator[dict[str, Any], None, int]:
-        """Yield the items of this process in one pass, after the first `passed` labelled pairs.
+        """Yield the items of this process in one pass over the stream, without the first `passed` labelled pairs.
 
-        Return the number of labelled pairs, or 0 if no pair could be decoded.
+        The generator returns the number of labelled pairs. The number is 0 if no pair could be decoded.
         """
         worker, share, deals_pairs = get_worker_info(), self._share, self._deals_pairs
         reader, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        # Number of this reader among all concurrent readers. Their pairs must not have the same random numbers.
+        # Number of this worker among the workers of all processes, so that their pairs get different random numbers.
         number, numbers = reader, workers
         if not deals_pairs:
             number, numbers = reader + workers * share.index, workers * share.count
@@ -288,7 +294,7 @@ class PreferenceIterableDataset(IterableDataset):
                 logger.warning("%s data: row %d dropped: %s", self._name, row, reason)
 
         position = -1
-        identical: list[bool] = []  # of the pairs so far
+        identical: list[bool] = []  # for each pair so far, whether its two images are identical
         for row_format, group in self._groups(report, epoch):
             for pair in pairs_in_group(row_format, group, count):
                 position += 1
@@ -307,7 +313,7 @@ class PreferenceIterableDataset(IterableDataset):
             self._verify_different(identical, at_end=True)
         counts.copy_(torch.tensor([getattr(report, name) for name in COUNTS]))
         if not report.pairs and workers == 1 and (self._options.repeat or position < 0 or share.count == 1):
-            raise BadDataError(f"The stream has no pair. Check its labels and images.\n{report}")
+            raise BadDataError(f"The stream has no pair. Check the labels and images of the data.\n{report}")
         return position + 1 if report.pairs or not self._options.repeat else 0
 
     def _item(
@@ -320,7 +326,7 @@ class PreferenceIterableDataset(IterableDataset):
         identical: list[bool],
         count: Reject,
     ) -> dict[str, Any] | None:
-        """Return the item of a pair. If that is not possible, count the pair and return `None`."""
+        """Return the item of a pair. If an image cannot be decoded, count the pair as dropped and return `None`."""
         options = self._options
         winner = StoredImage(row_format, rows[pair.winner_row], pair.winner_image)
         loser = StoredImage(row_format, rows[pair.loser_row], pair.loser_image)
@@ -340,11 +346,12 @@ class PreferenceIterableDataset(IterableDataset):
         return item if pair.scores is None else item | {"scores": pair.scores}
 
     def _groups(self, report: DataReport, epoch: int) -> Iterator[tuple[PreferenceFormat, Group]]:
-        """Yield groups of rows that are compared with one another. Several streams are drawn by weight.
+        """Yield groups of rows whose images are compared. In a mixture, each group comes from a randomly drawn stream.
 
-        In training, a stream that ends restarts, until all streams have ended once.
+        Streams are drawn in proportion to their weights. In training, a stream that ends restarts, until all streams
+        have ended at least once.
         """
-        # `interleave_datasets` draws single rows. It would split the groups of formats that compare rows.
+        # `interleave_datasets` draws single rows. This would split the groups of formats that compare rows.
         streams, share = list(self._streams), self._share
         if self._divides_shards:
             streams = [copy.copy(stream) for stream in streams]
@@ -366,13 +373,13 @@ class PreferenceIterableDataset(IterableDataset):
                     open_ones[number] = streams[number].groups(epoch, report)
                     group = next(open_ones[number], None)
             if group is None:
-                weights[number] = 0.0  # ended in an evaluation, or empty because this worker has no shard of it
+                weights[number] = 0.0  # the stream ended in an evaluation, or this worker has no shard of the stream
                 continue
             yield streams[number].format, group
 
     def _verify_different(self, identical: list[bool], *, at_end: bool) -> None:
-        """Verify once, after enough pairs, that the two images of pairs differ. At the end of a short stream, one of
-        several workers has seen too few pairs to decide."""
+        """After enough pairs, check once that the two images of the pairs differ. At the end of a short stream, this is
+        checked only if there is a single worker, because one of several workers has seen too few pairs."""
         worker = get_worker_info()
         alone = self._share.count == 1 and (worker is None or worker.num_workers == 1)
         if len(identical) >= SAMPLED_PAIRS or (at_end and alone):

@@ -1,4 +1,4 @@
-"""Transforms from decoded images to pixels, with the same random numbers for both images of a pair."""
+"""Transforms that resize, crop and flip decoded images, with the same random numbers for both images of a pair."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ INTERPOLATIONS = {
 
 @dataclass(frozen=True)
 class PairDraws:
-    """All random numbers of one pair in one epoch. They are drawn together: disabling one changes no other.
+    """All random numbers of one pair in one epoch. All numbers are always drawn, so that switching off flips, for
+    example, changes no other random number.
 
     Attributes:
-        top, left (`float` in `[0, 1)`): Crop offset as a fraction of the free space. Images of different sizes are
-            therefore cropped at the same relative position.
-        flip (`float` in `[0, 1)`): The pair is mirrored if this is below 0.5.
-        dropout (`float` in `[0, 1)`): The prompt is emptied if this is below the dropout probability.
+        top, left (`float` in `[0, 1)`): Offset of the crop, as a fraction of the largest possible offset. Images
+            of different sizes are therefore cropped at the same relative position.
+        flip (`float` in `[0, 1)`): Both images of the pair are mirrored if this number is below 0.5.
+        dropout (`float` in `[0, 1)`): The prompt is replaced by an empty one if this number is below
+            `prompt_dropout`.
         seed (`int` in `[0, 2**63)`): Seed of the pair's noise and timestep.
     """
 
@@ -42,27 +44,27 @@ class PairDraws:
 
     @classmethod
     def from_key(cls, seed: int, epoch: int, row: int) -> PairDraws:
-        """Draw the numbers of a pair from a non-negative key. They are equal on every machine and in every process."""
+        """Draw a pair's random numbers from `seed`, `epoch` and `row`. The numbers are equal everywhere."""
         generator = np.random.default_rng([seed, epoch, row])
         top, left, flip, dropout = generator.random(4).tolist()
         return cls(top, left, flip, dropout, int(generator.integers(0, 2**63 - 1, endpoint=True)))
 
 
 class PairPixels(NamedTuple):
-    """Transformed pair, winner first."""
+    """Transformed images of a pair, the winner first."""
 
     pixel_values: torch.Tensor  # (2, 3, H, W), uint8 RGB
     original_sizes: tuple[Size, Size]  # (height, width) before resizing
-    crop_top_lefts: tuple[Size, Size]  # (top, left) in the resized, possibly mirrored, image
+    crop_top_lefts: tuple[Size, Size]  # (top, left) in the resized image, after mirroring
     is_mirrored: bool
 
 
 def pixels_as_floats(pixels: torch.Tensor) -> torch.Tensor:
-    """Convert pixels to the floats that the VAE takes, `(x / 255 - 0.5) / 0.5`. The result is bit-equal on all devices.
+    """Convert pixels to the VAE's input, `(x / 255 - 0.5) / 0.5`. The result is bit-equal on all devices.
 
     Args:
-        pixels (`torch.Tensor` of any shape, uint8): On any device. Tensors of another dtype are assumed to be in
-            `[-1, 1]` and returned unchanged.
+        pixels (`torch.Tensor` of any shape, uint8): Pixels on any device. Tensors of another dtype are assumed to
+            be in `[-1, 1]` already, and are returned unchanged.
 
     Returns:
         `torch.Tensor` of the same shape, float32 in `[-1, 1]`, on the same device.
@@ -74,23 +76,23 @@ def pixels_as_floats(pixels: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=16)
 def white(device: torch.device) -> torch.Tensor:
-    """Return 255 as a tensor, because CUDA divides by a Python scalar with a rounded reciprocal."""
+    """Return 255 as a tensor. CUDA would replace a division by the number 255 by a less exact multiplication."""
     return torch.full((), 255.0, device=device)
 
 
 class PairTransform:
     """Transform that resizes, flips and crops both images of a pair with the same random numbers.
 
-    The resized image keeps its aspect ratio and covers the target. For a square target, the shorter side becomes
-    `resolution` and the longer side is rounded down, like torchvision's `Resize(int)` on PIL images.
+    An image keeps its aspect ratio when it is resized, and covers the target. For a square target, the shorter side
+    becomes `resolution` and the longer side is rounded down, like in torchvision's `Resize(int)` on PIL images.
 
     Args:
         resolution (`int` or `tuple[int, int]`): Side of the square target, or `(height, width)`.
-        center_crop (`bool`): Crop at the center instead of at random.
-        random_flip (`bool`): Mirror half of the pairs.
-        interpolation (`str`): `"bilinear"`, `"bicubic"`, `"lanczos"` or `"fast"`. `fast` is bilinear, but resizes
-            the cropped part only. It also decodes JPEG files at a fraction of their size if that covers the target (see
-            [`PairTransform.covering`]).
+        center_crop (`bool`): Whether to crop at the center instead of at random.
+        random_flip (`bool`): Whether to mirror half of the pairs.
+        interpolation (`str`): `"bilinear"`, `"bicubic"`, `"lanczos"` or `"fast"`. `"fast"` is bilinear, but resizes
+            only the cropped part of the image. With `"fast"`, large JPEG files are also decoded at a fraction of their
+            size (see [`PairTransform.covering`]).
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class PairTransform:
         size = tuple(resolution) if isinstance(resolution, tuple | list) else (resolution, resolution)
         if len(size) != 2 or any(not isinstance(side, int) or side < MIN_SIDE for side in size):
             raise ValueError(
-                f"`resolution` must be one or two (height, width) integers of at least {MIN_SIDE}, got {resolution!r}."
+                f"`resolution` must be one integer, or two (height, width), of at least {MIN_SIDE}. Got {resolution!r}."
             )
         if interpolation not in INTERPOLATIONS:
             raise ValueError(f"`interpolation` must be one of {sorted(INTERPOLATIONS)}, got {interpolation!r}.")
@@ -114,18 +116,18 @@ class PairTransform:
     def __call__(
         self, winner: Image.Image, loser: Image.Image, draws: PairDraws | None = None, target: Size | None = None
     ) -> PairPixels:
-        """Transform two RGB images of any sizes into pixels. Without `draws`, crop at the center and do not flip.
-        `target`, as `(height, width)`, replaces `resolution`."""
+        """Transform the two RGB images of a pair, of any sizes, into pixels. Without `draws`, images are cropped at the
+        center and not mirrored. `target`, as `(height, width)`, replaces `resolution`."""
         pixels, corners = zip(*(self.image(image, draws, target) for image in (winner, loser)), strict=True)
         sizes = full_size(winner), full_size(loser)
         return PairPixels(torch.stack(pixels), sizes, corners, self.mirrors(draws))
 
     def mirrors(self, draws: PairDraws | None) -> bool:
-        """Whether the images of a pair with these draws are mirrored."""
+        """Return whether both images of a pair with the random numbers `draws` are mirrored."""
         return draws is not None and self.random_flip and draws.flip < 0.5
 
     def covering(self, target: Size | None = None) -> Covering | None:
-        """Return the argument `covering` of [`ImageReader.decode`], or `None` if images are decoded at full size."""
+        """Return the argument `covering` of [`ImageReader.decode`], or `None` if `interpolation` is not `"fast"`."""
         return partial(self.resized_size, target=target) if self.interpolation == FAST else None
 
     def resized_size(self, height: int, width: int, target: Size | None = None) -> Size:
@@ -138,13 +140,13 @@ class PairTransform:
     def image(
         self, image: Image.Image, draws: PairDraws | None = None, target: Size | None = None
     ) -> tuple[torch.Tensor, Size]:
-        """Return the pixels `(3, H, W)` of an image, and the top left corner of the crop."""
+        """Return the transformed pixels `(3, H, W)` of an image, and the top left corner of the crop."""
         height, width = self.resized_size(*full_size(image), target)
         mirrors = self.mirrors(draws)
         target_height, target_width = (self.height, self.width) if target is None else target
         top, left = self._corner(height - target_height, width - target_width, draws)
         if self.interpolation == FAST:
-            # Find the crop in the decoded image, before it is mirrored.
+            # Compute the crop in the coordinates of the decoded image, which is not mirrored yet.
             first = width - target_width - left if mirrors else left
             down, across = image.height / height, image.width / width
             box = (first * across, top * down, (first + target_width) * across, (top + target_height) * down)
@@ -164,10 +166,11 @@ class PairTransform:
 
 
 def place_masks(masks: Sequence[Image.Image], item: dict[str, Any], transform: PairTransform) -> torch.Tensor:
-    """Resize, mirror and crop masks as the images of an item were.
+    """Resize, mirror and crop the masks of an item in the same way as its images.
 
     Args:
-        masks (`Sequence` of two `PIL.Image.Image`): Masks of winner and loser, of their images' sizes, in grey.
+        masks (`Sequence` of two `PIL.Image.Image`): Grey masks of winner and loser. A mask must have the size
+            of its image.
         item (`dict`): Item with `original_sizes`, `crop_top_lefts`, `is_mirrored`, and `target_size` or `pixel_values`.
         transform (`PairTransform`): Transform of the images.
 
@@ -175,15 +178,15 @@ def place_masks(masks: Sequence[Image.Image], item: dict[str, Any], transform: P
         `torch.Tensor` of shape `(2, 1, H, W)`, uint8: 1 inside the masks and 0 outside.
 
     Raises:
-        UndecodableImageError: If a mask and its image have different sizes.
+        UndecodableImageError: If a mask has another size than its image.
     """
     height, width = item["target_size"] if "target_size" in item else item["pixel_values"].shape[-2:]
     placed = []
     for mask, size, (top, left) in zip(masks, item["original_sizes"], item["crop_top_lefts"], strict=True):
         if (mask.height, mask.width) != tuple(size):
             raise UndecodableImageError(
-                f"has a mask of {mask.height} x {mask.width} pixels, and its image has {size[0]} x {size[1]}: they "
-                "must be equal"
+                f"has a mask of {mask.height} x {mask.width} pixels and an image of {size[0]} x {size[1]} pixels: both "
+                "must have the same size"
             )
         resized_height, resized_width = transform.resized_size(size[0], size[1], (height, width))
         mask = mask.resize((resized_width, resized_height), Image.Resampling.NEAREST)

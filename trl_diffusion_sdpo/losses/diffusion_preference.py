@@ -1,4 +1,4 @@
-"""Safeguarded loss of a batch as one function of predictions, for the trainer and for custom training loops."""
+"""Loss of a batch with the safeguard, as one function of predictions for the trainer and for custom training loops."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ class PreferenceLossOutput:
     """Result of [`diffusion_preference_loss`].
 
     Args:
-        loss (`torch.Tensor` of shape `()`): Mean loss; its backward pass gives the safeguarded gradient.
-        scale (`torch.Tensor` of shape `()`, or `(B,)` with `"pair"` and `"noise_bin"`): Lambda, detached.
-        metrics (`dict[str, torch.Tensor]`): Detached scalars.
-        pair_losses (`torch.Tensor` of shape `(B,)`): Detached loss of each pair, before weights.
+        loss (`torch.Tensor` of shape `()`): Mean loss, whose backward pass computes the safeguarded
+            gradient.
+        scale (`torch.Tensor` of shape `()`, or `(B,)` with `"pair"` and `"noise_bin"`): Lambda, the factor of
+            the losers' gradients, detached.
+        metrics (`dict[str, torch.Tensor]`): Metrics of the batch by name, as detached scalars.
+        pair_losses (`torch.Tensor` of shape `(B,)`): Detached loss of each pair, not multiplied by the pair's weight.
         pair_rewards (`torch.Tensor` of shape `(B, 2)`): Detached rewards of winner and loser.
         pair_errors (`torch.Tensor` of shape `(B, 2)` or `(B, 4)`): Detached mean squared errors of winner and loser,
             without timestep weights. With a reference, the last two columns are the errors of its predictions.
@@ -65,33 +67,39 @@ def diffusion_preference_loss(
         model_pred (`torch.Tensor` of shape `(2B, ...)`): Predictions of the policy, the B winners first, then their B
             losers. Winner and loser of a pair share prompt, timestep and noise.
         target (`torch.Tensor` of shape `(2B, ...)`): Target of the predictions: noise, velocity or sample.
-        ref_pred (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the frozen reference. Needed by all
-            losses but `sft`, `mapo` and `simpo`.
+        ref_pred (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the frozen reference. All losses
+            except `sft`, `mapo` and `simpo` need either `ref_pred` or `ref_errors`.
         ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): Mean squared errors of the reference's predictions in
-            float32, without timestep weights. They replace `ref_pred`. `dspo` and `dspo_sdxl` refuse them because
-            these losses read the prediction itself.
-        loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`): One name of `LOSSES`, or several. The
-            losses of several names are summed.
-        loss_weights (`list[float]`, *optional*): Weights of the summed losses, 1 each if unset.
-        margin_clamp (`float`, *optional*): Largest logit, greater than 0. A pair above it has no gradient.
-        beta (`float` or `torch.Tensor` of shape `()`, *optional*, defaults to 5000): Factor of the margin in the logit
-            `u = -(beta / 2) margin`, greater than 0. The range is not checked if beta is a tensor. `sft` ignores beta.
-        safeguard (`str`, *optional*, defaults to `"output"`): `"output"` scales the loser's gradient by a lambda
-            computed at the predictions; `"none"` does not.
-        safeguard_mu (`float`, *optional*, defaults to 0.9): Margin in `[0, 1]`; larger is stricter.
-        safeguard_granularity (`str`, *optional*, defaults to `"batch"`): `"batch"` (the authors' rule), `"pair"`,
-            `"weighted"` or `"noise_bin"`.
-        safeguard_eps (`float`, *optional*, defaults to 0): Added to the inner product of the gradients of the mean
-            errors at the predictions, which contain the factor `2 / N`. The authors' code adds 1e-9.
+            float32, without timestep weights. Pass either these errors or `ref_pred`. `dspo` and `dspo_sdxl`
+            need `ref_pred`, because these two losses read the prediction itself.
+        loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`): One name of `LOSSES`, or several
+            names. Several losses are summed.
+        loss_weights (`list[float]`, *optional*): Weights of the summed losses. Every weight is 1 if this is unset.
+        margin_clamp (`float`, *optional*): Largest logit, greater than 0. A pair with a larger logit has no
+            gradient.
+        beta (`float` or `torch.Tensor` of shape `()`, *optional*, defaults to 5000): Factor in the logit
+            `u = -(beta / 2) (winner_change - loser_change)`, greater than 0. The range of a tensor is not checked.
+            `sft` ignores beta.
+        safeguard (`str`, *optional*, defaults to `"output"`): `"output"` multiplies the losers' gradients by
+            a factor lambda that is computed at the predictions. `"none"` leaves the gradients unchanged.
+        safeguard_mu (`float`, *optional*, defaults to 0.9): Strictness of the safeguard in `[0, 1]`. A larger value
+            makes lambda smaller.
+        safeguard_granularity (`str`, *optional*, defaults to `"batch"`): Pairs that share a lambda. `"batch"` (the
+            authors' rule) and `"weighted"` compute one lambda for the batch, `"pair"` one for each pair, `"noise_bin"`
+            one for each noise bin. See [`output_scale`].
+        safeguard_eps (`float`, *optional*, defaults to 0): Number that is added to the inner product of the winners'
+            and losers' error gradients, before lambda is computed. The gradients are those of mean errors, so they
+            contain the factor `2 / N`. The authors' code adds 1e-9.
         pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' losses before the mean over all
             pairs, at least 0. A weight of 0 drops a pair from the loss and from lambda.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' errors, such as min-SNR
             weights.
         loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients in addition to
-            lambda, in `[0, 1]`. The value of the loss does not change. A pair of weight 0 trains its winner only.
-        noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Noise bin of each pair, in
-            `[0, num_noise_bins)`, for `"noise_bin"`.
-        num_noise_bins (`int`, *optional*, defaults to 1): Number of noise bins.
+            lambda, in `[0, 1]`. Loser weights do not change the value of the loss. A pair with the weight 0 trains only
+            its winner.
+        noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Number of each pair's range of noise
+            levels, in `[0, num_noise_bins)`. The granularity `"noise_bin"` needs it.
+        num_noise_bins (`int`, *optional*, defaults to 1): Number of ranges of noise levels.
         scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first. `smpo` and `capo` read them.
         loss_kwargs (`float`): Settings of the loss, such as `dmpo_alpha`, `label_smoothing` or `mapo_scale`.
 
@@ -140,8 +148,8 @@ def diffusion_preference_loss(
         losses = spec.pair_losses(terms, beta=beta, **loss_kwargs)
         return losses, (losses if pair_weights is None else losses * pair_weights.to(losses)).mean()
 
-    # Measure lambda at the predictions. If the residuals are proportional to the branches' gradients, they are enough.
-    # Otherwise compute the gradients of the loss in a graph that starts at the predictions.
+    # Compute lambda at the predictions. Residuals are enough if the loss gradients of winners and losers are
+    # proportional to them. Otherwise compute the loss gradients in a graph that starts at the predictions.
     residuals = (model_pred.detach().float() - target.float()).chunk(2)  # (2B, ...) -> two of (B, ...)
     scale = torch.ones((), device=model_pred.device)
     if safeguard == "output" and spec.uses_loser:
@@ -171,7 +179,7 @@ def diffusion_preference_loss(
     terms = terms_of(model_pred)
     losses, loss = losses_of(terms)
 
-    # Compute metrics. The safeguard has metrics only if the loss reads the loser.
+    # Compute metrics. There are metrics of the safeguard only if the loss reads losers.
     used_beta = beta if spec.uses_beta else None
     metrics = pair_metrics(terms, beta=used_beta)
     if spec.uses_loser:
@@ -182,20 +190,21 @@ def diffusion_preference_loss(
     return PreferenceLossOutput(loss, scale, metrics, losses.detach(), rewards, errors)
 
 
-# ---- Metrics. Rewards have TRL's names, errors and the safeguard have the paper's -----------------------------------
+# ---- Metrics. Metrics of rewards have TRL's names, those of errors and the safeguard the paper's --------------------
 
 
 def pair_metrics(terms: PairTerms, *, beta: float | torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """Return the metrics of a batch of pairs: detached means, scalars on the device.
+    """Return the mean rewards and errors of a batch of pairs, by name, as detached scalars on the device.
 
     Args:
-        terms ([`PairTerms`]): The batch.
-        beta (`float`, *optional*): Scale of the rewards. Without it there are no rewards.
+        terms ([`PairTerms`]): Terms of the pairs.
+        beta (`float`, *optional*): Factor of the rewards. Without `beta`, the metrics contain no rewards.
 
     Returns:
-        `dict[str, torch.Tensor]`: `rewards/chosen`, `rewards/rejected` (`-(beta / 2)(err - ref_err)`, timestep weights
-        included as in the loss), `rewards/margins`, `rewards/accuracies`; `errors/winner`, `errors/loser` (plain mean
-        squared errors), and with a reference `errors/winner_change`, `errors/loser_change` (policy minus reference).
+        `dict[str, torch.Tensor]`: `rewards/chosen` and `rewards/rejected` (`-(beta / 2)(err - ref_err)`, with the
+        timestep weights of the loss), `rewards/margins`, `rewards/accuracies`, `errors/winner` and `errors/loser`
+        (mean squared errors without timestep weights). With a reference, also `errors/winner_change` and
+        `errors/loser_change` (policy minus reference).
     """
     metrics: dict[str, torch.Tensor] = {}
     if beta is not None:
@@ -226,18 +235,20 @@ def safeguard_metrics(
     past: torch.Tensor | None = None,
     loser_weights: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return the metrics of the safeguard: detached scalars.
+    """Return the metrics of the safeguard by name, as detached scalars.
 
     Args:
-        scale (`torch.Tensor` of shape `()` or `(B,)`): Lambda.
-        cosine (`torch.Tensor` of shape `()`, *optional*): Cosine of the two branches' gradients.
-        past (`torch.Tensor` of shape `(B,)`, *optional*): Pairs whose logit exceeds their loss's target.
-        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients besides lambda.
+        scale (`torch.Tensor` of shape `()` or `(B,)`): Lambda, the safeguard's factor of the losers' gradients.
+        cosine (`torch.Tensor` of shape `()`, *optional*): Cosine between the winners' and the losers' residuals.
+        past (`torch.Tensor` of shape `(B,)`, *optional*): Mask of the pairs whose logit exceeds the loss's
+            `target_logit`.
+        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients in addition
+            to lambda.
 
     Returns:
-        `dict[str, torch.Tensor]`: `safeguard/scale`, `safeguard/active` (share of lambdas below 1), and of the
-        optional arguments `safeguard/cosine`, `safeguard/past_target` (share of pairs whose loss raises the winner's
-        error) and `safeguard/loser_weight` (mean).
+        `dict[str, torch.Tensor]`: `safeguard/scale` (mean lambda) and `safeguard/active` (share of lambdas below 1).
+        Each optional argument adds a metric: `safeguard/cosine`, `safeguard/past_target` (share of pairs whose loss
+        raises the winner's error) and `safeguard/loser_weight` (mean).
     """
     metrics = {"safeguard/scale": scale.mean(), "safeguard/active": (scale < 1).float().mean()}
     if cosine is not None:
@@ -252,14 +263,14 @@ def safeguard_metrics(
 def plain_errors(terms: PairTerms) -> list[torch.Tensor]:
     """Return the detached errors of winner and loser, each `(B,)`, without timestep weights.
 
-    With a reference, the list continues with the errors of winner and loser under the reference.
+    If the terms have a reference, the list also contains the errors of winner and loser under the reference.
     """
     errors = [terms.winner_error, terms.loser_error, terms.ref_winner_error, terms.ref_loser_error]
     return [_plain(error, terms).detach() for error in errors if error is not None]
 
 
 def _plain(errors: torch.Tensor, terms: PairTerms) -> torch.Tensor:
-    """Divide errors by their timestep weights. The result is 0 if the weight is 0."""
+    """Divide errors by their timestep weights. An error with the weight 0 becomes 0."""
     weights = terms.timestep_weights
     if weights is None:
         return errors
@@ -278,7 +289,7 @@ def check_safeguard(safeguard: str, mu: float, granularity: str, eps: float) -> 
     if granularity not in GRANULARITIES:
         raise ValueError(f"`safeguard_granularity` must be one of {', '.join(GRANULARITIES)}; got {granularity!r}.")
     if not 0 <= eps < float("inf"):
-        raise ValueError(f"`safeguard_eps` must be at least 0, got {eps}. The authors' code adds 1e-9; 0 is exact.")
+        raise ValueError(f"`safeguard_eps` must be at least 0, got {eps}. Use 0, or 1e-9 as in the authors' code.")
 
 
 def _check_output_space(
@@ -287,12 +298,13 @@ def _check_output_space(
     check_safeguard(safeguard, mu, granularity, eps)
     if safeguard == "parameter":
         raise ValueError(
-            "`safeguard='parameter'` needs the gradients of the model's weights. Use the trainer, or `parameter_scale` "
-            "on gradients of your own; this function takes 'output' or 'none'."
+            "`safeguard='parameter'` needs the gradients of the model's weights. `diffusion_preference_loss` takes "
+            "only 'output' or 'none'. Use the trainer, or compute lambda with `parameter_scale`."
         )
     if safeguard == "output" and granularity == "noise_bin" and noise_bins is None:
         raise ValueError(
-            "`safeguard_granularity='noise_bin'` needs `noise_bins`, one per pair, and `num_noise_bins`; got None."
+            "`safeguard_granularity='noise_bin'` needs `noise_bins`, got None. Pass the noise bin of each pair, and "
+            "`num_noise_bins`."
         )
 
 
@@ -302,19 +314,19 @@ def _check_predictions(
     if model_pred.shape != target.shape or model_pred.dim() < 2 or len(model_pred) % 2 or not len(model_pred):
         raise ValueError(
             "`model_pred` and `target` must have the same shape (2B, ...), with the B winners first. Got "
-            f"{tuple(model_pred.shape)} and {tuple(target.shape)}. Stack them with torch.cat([winners, losers])."
+            f"{tuple(model_pred.shape)} and {tuple(target.shape)}. Use torch.cat([winners, losers])."
         )
     if ref_pred is not None and ref_errors is not None:
-        raise ValueError("The reference must be either `ref_pred` or `ref_errors`. Got both. Remove one of them.")
+        raise ValueError("The reference must be either `ref_pred` or `ref_errors`. Got both. Pass one of the two.")
     if ref_pred is not None and ref_pred.shape != model_pred.shape:
         raise ValueError(
             f"`ref_pred` must have the shape of `model_pred`, {tuple(model_pred.shape)}. Got {tuple(ref_pred.shape)}. "
-            "Pass the reference's predictions of the same rows."
+            "Pass the reference's predictions for the same images."
         )
     if ref_errors is not None and ref_errors.shape != model_pred.shape[:1]:
         raise ValueError(
             f"`ref_errors` must have shape ({len(model_pred)},). Got {tuple(ref_errors.shape)}. Pass one mean squared "
-            "error for each row, winners first."
+            "error for each image, winners first."
         )
 
 
@@ -336,11 +348,11 @@ def _check_needs(
     if spec.reads_reference_prediction and ref_errors is not None:
         raise ValueError(f"The loss {name} reads the reference's prediction. Got `ref_errors`. Pass `ref_pred`.")
     if spec.uses_beta and beta is None:
-        raise ValueError(f"The loss {name} needs `beta`. Got None. Its usual value is {spec.default_beta}.")
+        raise ValueError(f"The loss {name} needs `beta`. Got None. A usual value is {spec.default_beta}.")
     if spec.needs_scores and (scores is None or scores.shape != (rows,)):
         got = "None" if scores is None else f"shape {tuple(scores.shape)}"
         raise ValueError(
-            f"The loss {name} needs `scores` of shape ({rows},). Got {got}. Pass a score for each row, winners first."
+            f"The loss {name} needs `scores` of shape ({rows},). Got {got}. Pass a score for each image, winners first."
         )
 
 
@@ -354,7 +366,7 @@ def _check_weights(pairs: int, *weights: torch.Tensor | None) -> None:
 
 
 def _scale_loser(model_pred: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the predictions in float32. The backward pass multiplies the losers' gradients by `scale`.
+    """Return unchanged predictions in float32, whose backward pass multiplies the losers' gradients by `scale`.
 
     Args:
         model_pred (`torch.Tensor` of shape `(2B, ...)`): Predictions, winners first.
@@ -365,10 +377,11 @@ def _scale_loser(model_pred: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def order_by_scores(scores: torch.Tensor) -> torch.Tensor:
-    """Return the row indices `(2B,)` that swap winner and loser of each pair whose loser has the higher score.
+    """Return indices `(2B,)` that exchange winner and loser of each pair whose loser has the higher score.
 
     Args:
-        scores (`torch.Tensor` of shape `(2B,)`): Scores of the winners, then of their losers. Equal scores do not swap.
+        scores (`torch.Tensor` of shape `(2B,)`): Scores of the winners, then of the losers. A pair with equal scores
+            is not exchanged.
     """
     winner_score, loser_score = scores.chunk(2)
     pairs = len(winner_score)

@@ -1,4 +1,4 @@
-"""Guidance along the line from a reference's prediction to the policy's."""
+"""Guidance along the line from the reference's prediction to the policy's prediction."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 def guidance_shift(reference: torch.Tensor, policy: torch.Tensor, scale: float) -> torch.Tensor:
     """Return the tensor that guidance adds to the policy's prediction: `(scale - 1) (policy - reference)`, float32.
 
-    Add it to both the conditional and the unconditional prediction. The result of classifier-free guidance then
-    contains it exactly once at any guidance scale, because the weights of the two predictions sum to 1.
+    Callers add this tensor to both the conditional and the unconditional prediction. The result of classifier-free
+    guidance then contains this tensor exactly once, because classifier-free guidance weights the two predictions with
+    weights that sum to 1.
     """
     return (scale - 1.0) * (policy.float() - reference.float())
 

@@ -1,4 +1,4 @@
-"""Bins of noise levels: the bin of a level, weights by level, and the changes of errors in each bin."""
+"""Noise bins (ranges of noise levels): number of the bin, weights by noise level, and changes of errors by bin."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def noise_bin_of(noise_levels: torch.Tensor, num_noise_bins: int) -> torch.Tensor:
-    """Return the bin of each noise level in `[0, 1]`, int64, of the same shape. All bins are equally wide."""
+    """Return the number of the noise bin of each noise level in `[0, 1]`, int64. All bins are equally wide."""
     return (noise_levels * num_noise_bins).long().clamp(0, num_noise_bins - 1)
 
 
@@ -16,25 +16,27 @@ def noise_range_weights(noise_levels: torch.Tensor, low: float, high: float) -> 
 
 
 def noise_bin_changes(noise_bins: torch.Tensor, errors: torch.Tensor) -> dict[str, float]:
-    """Return metrics of how much the errors of policy and reference differ, in each noise bin and over all pairs.
+    """Return metrics of how much the policy's errors differ from the reference's, in each noise bin and over all pairs.
 
     Args:
-        noise_bins (`torch.Tensor` of shape `(P,)` or `(P, D)`, int64): Noise bin of each pair at each of D draws of
-            noise. Both tensors are on the host.
-        errors (`torch.Tensor` of shape `(P, 4)` or `(P, D, 4)`): Errors of winner and loser, followed by their errors
-            before training or under the reference.
+        noise_bins (`torch.Tensor` of shape `(P,)` or `(P, D)`, int64): Noise bin of each pair at each of its D draws
+            of noise. `noise_bins` and `errors` must be on the CPU.
+        errors (`torch.Tensor` of shape `(P, 4)` or `(P, D, 4)`): Errors of winner and loser, then the errors of
+            winner and loser before training or under the reference.
 
     Returns:
-        `dict[str, float]`: Metrics of each bin that has a pair (here of bin 0) and of all pairs.
+        `dict[str, float]`: Metrics of all pairs, and metrics of each bin that has a pair (here named for bin 0).
 
-        - `errors/winner_change@0` and `errors/loser_change@0`: means of policy minus reference.
-        - `errors/winner_change_relative@0` and `errors/loser_change_relative@0`: changes as shares of the reference's
-          error, 0 if that error is 0.
-        - `errors/winner_change_relative_stderr@0`: standard error of the winner's share ([`share_stderr`]), if at
-          least two pairs have an error.
-        - `errors/winner_change_relative` and `errors/winner_change_relative_stderr`: the shares over all pairs.
+        - `errors/winner_change@0` and `errors/loser_change@0`: mean error of the policy minus that of the
+          reference.
+        - `errors/winner_change_relative@0` and `errors/loser_change_relative@0`: the same changes divided by the
+          reference's error, or 0 if the reference's error is 0.
+        - `errors/winner_change_relative_stderr@0`: standard error of `errors/winner_change_relative@0`
+          ([`share_stderr`]), if at least two pairs of the bin have a reference's error above 0.
+        - `errors/winner_change_relative` and `errors/winner_change_relative_stderr`: the same two metrics
+          over all pairs.
         - `errors/pairs`: number of pairs.
-        - the metrics of [`preference_learned`].
+        - The metrics of [`preference_learned`].
     """
     if errors.ndim == 2:
         noise_bins, errors = noise_bins.unsqueeze(1), errors.unsqueeze(1)
@@ -64,7 +66,7 @@ def noise_bin_changes(noise_bins: torch.Tensor, errors: torch.Tensor) -> dict[st
 
 
 def preference_learned(errors: torch.Tensor) -> dict[str, float]:
-    """Return metrics of whether the loser's error rose against the winner's, with standard errors over the pairs.
+    """Return metrics of how often and how far the loser's error rose more than the winner's, with standard errors.
 
     Args:
         errors (`torch.Tensor` of shape `(P, D, 4)`): Errors of at least two pairs, as in [`noise_bin_changes`].
@@ -72,13 +74,15 @@ def preference_learned(errors: torch.Tensor) -> dict[str, float]:
     Returns:
         `dict[str, float]`: Two metrics and their standard errors (suffix `_stderr`).
 
-        - `errors/accuracy`: share of pairs whose loser's error rose more than the winner's. Ties count half.
-        - `errors/margin_relative`: mean difference of the two rises, as a share of the winners' earlier error.
+        - `errors/accuracy`: share of pairs whose loser's error rose more than the winner's. A pair with
+          equal rises counts half.
+        - `errors/margin_relative`: mean of the loser's rise minus the winner's rise, divided by the mean error of the
+          winners before training or under the reference.
 
-    The standard error of the accuracy adds two right and two wrong pairs to the data. Without them it would be 0 for a
-    few pairs that are all right.
+    The standard error of the accuracy is computed as if the data had two more right and two more wrong pairs. Without
+    these added pairs, the standard error would be 0 for a few pairs that are all right.
 
-    Source of that standard error: Agresti and Coull, Approximate is better than "exact" for interval estimation of
+    Source of the added pairs: Agresti and Coull, Approximate is better than "exact" for interval estimation of
     binomial proportions, 1998.
     """
     margins = (errors[..., 1] - errors[..., 3]) - (errors[..., 0] - errors[..., 2])
@@ -95,19 +99,20 @@ def preference_learned(errors: torch.Tensor) -> dict[str, float]:
 
 
 def share_stderr(changes: torch.Tensor, before: torch.Tensor) -> float | None:
-    """Return the standard error over the pairs of the share `changes.sum() / before.sum()`.
+    """Return the standard error of the ratio `changes.sum() / before.sum()`, estimated from the pairs.
 
-    The jackknife computes it from the shares without each pair in turn. The distances of the pairs from the share would
-    be too small, because the share lies closest to the pairs with the largest errors. The result is widened by the
-    quantile of Student's distribution at one standard deviation, because the scatter of few pairs, or of few large
-    ones, is itself uncertain. The degrees of freedom assume that changes scatter in proportion to the error.
+    The jackknife computes the standard error from the ratios that result if one pair at a time is left out. The
+    distances of single pairs from the ratio would give too small an estimate, because pairs with large errors pull the
+    ratio towards themselves. The result is multiplied by the quantile of Student's distribution at one standard
+    deviation, because an estimate from few pairs, or from few pairs with large errors, is itself uncertain. The degrees
+    of freedom assume that changes scatter in proportion to the error.
 
     Args:
         changes (`torch.Tensor` of shape `(P,)`): Change of each pair's error.
-        before (`torch.Tensor` of shape `(P,)`): Earlier error of each pair.
+        before (`torch.Tensor` of shape `(P,)`): Error of each pair before training or under the reference.
 
     Returns:
-        `float`, or `None` if fewer than two pairs have an earlier error.
+        `float`, or `None` if fewer than two pairs have an error above 0 in `before`.
 
     Sources: Miller, The jackknife - a review, 1974. Satterthwaite, An approximate distribution of estimates of variance
     components, 1946. Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, equation 26.7.5.

@@ -1,6 +1,6 @@
-"""Formulas on the scores of a pair's images: gaps, factors of the pair's loss, and calibrated scores.
+"""Formulas that compute score gaps, loss weights of pairs, and calibrated scores from the scores of images.
 
-`data/pair_scores.py` reads the columns with the scores.
+The module `data/pair_scores.py` reads the columns with the scores.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-ROWS_AT_ONCE = 1024  # images that are compared with their group at once, to bound memory
+ROWS_AT_ONCE = 1024  # images of a prompt that are compared with all others at once, to bound memory
 
 
 def score_gaps(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
@@ -19,9 +19,9 @@ def score_gaps(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
 
     Args:
         scores (`torch.Tensor` of shape `(P, 2, ...)`): Scores of winner and loser.
-        sorts_by_scores (`bool`): Whether the loss swaps the images of a pair whose loser has the higher score. The gap
-            of such a pair is then the distance of its scores. Otherwise it is 0, because the label contradicts the
-            scores.
+        sorts_by_scores (`bool`): Whether the loss exchanges winner and loser if the loser has the higher score. If
+            true, the gap is the absolute difference of the two scores. If false, the gap of a pair whose loser has the
+            higher score is 0, because the label contradicts the scores.
 
     Returns:
         `torch.Tensor` of shape `(P, ...)`.
@@ -31,41 +31,48 @@ def score_gaps(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
 
 
 def gap_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
-    """Return the gap of the scores `(P, 2, 1)`, `(P,)`. With a mean of 1, it does not depend on the scores' scale.
+    """Return weights `(P,)` equal to the score gaps of pairs, from scores `(P, 2, 1)`.
 
-    Source: VideoDPO (https://huggingface.co/papers/2412.14167) has weights that grow with the gap. This form is ours.
+    After division by their mean ([`with_mean_one`]), the weights do not depend on the scale of the scores.
+
+    Source: the weights of VideoDPO (https://huggingface.co/papers/2412.14167) grow with the gap. This formula is ours.
     """
     return score_gaps(scores, sorts_by_scores=sorts_by_scores)[:, 0]
 
 
 def gain_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
-    """Return the gap of the gains `2^score` of scores `(P, 2, 1)`, `(P,)`, up to a factor that all pairs share.
+    """Return weights `(P,)` proportional to the gap of the gains `2^score`, from scores `(P, 2, 1)`.
 
-    With a mean of 1, a constant added to all scores changes nothing. Their scale changes the weights.
+    After division by their mean ([`with_mean_one`]), the weights do not change if a constant is added to all scores.
+    The weights change if all scores are multiplied by a factor.
 
-    Source: the gains of RankDPO (https://huggingface.co/papers/2410.18013), without its discounts by rank.
+    Source: the gains of RankDPO (https://huggingface.co/papers/2410.18013). The discounts by rank of RankDPO are left
+        out.
     """
-    gains = torch.exp2(scores - scores.max())  # the largest gain is 1, so none overflows
+    gains = torch.exp2(scores - scores.max())  # the largest gain is 1, so no gain overflows
     return score_gaps(gains, sorts_by_scores=sorts_by_scores)[:, 0]
 
 
 def inverse_gap_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
-    """Return `1 / (1 + gap / mean gap)` of scores `(P, 2, 1)`, `(P,)`. It is 1 at a gap of 0, and 1/2 at the mean gap.
+    """Return weights `1 / (1 + gap / mean gap)`, `(P,)`, from scores `(P, 2, 1)`.
 
-    Source: MADPO (https://huggingface.co/papers/2510.05342) has larger weights for small gaps. This form is ours.
+    The weight is 1 for a gap of 0, and 1/2 for the mean gap.
+
+    Source: the weights of MADPO (https://huggingface.co/papers/2510.05342) are larger for small gaps. This formula is
+    ours.
     """
     gaps = gap_weights(scores, sorts_by_scores=sorts_by_scores)
     return 1 / (1 + gaps / _mean(gaps))
 
 
 def agreement_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
-    """Return `1 / (1 + s)` of scores `(P, 2, K)` from K scorers, `(P,)`.
+    """Return weights `1 / (1 + s)`, `(P,)`, from scores `(P, 2, K)` of K scorers that disagree by `s`.
 
-    `s` is the standard deviation over the scorers of the signed differences `winner - loser`. Each difference is
-    divided by its scorer's mean distance. `sorts_by_scores` has no effect, because a swap changes the signs of all
-    differences.
+    `s` is the standard deviation over the scorers of the score differences `winner - loser`. Each scorer's differences
+    are divided by their mean absolute value. `sorts_by_scores` has no effect: if winner and loser are exchanged, all
+    differences change sign and `s` stays the same.
 
-    Source: uncertainty-penalised DPO has a penalty on disagreement. This form is ours.
+    Source: uncertainty-penalised DPO penalises disagreement of scorers. This formula is ours.
     """
     differences = scores[:, 0] - scores[:, 1]  # (P, K)
     scales = torch.stack([_mean(distances) for distances in differences.abs().unbind(1)])
@@ -74,11 +81,11 @@ def agreement_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.T
 
 @dataclass(frozen=True)
 class WeightFunction:
-    """Row of [`WEIGHT_FUNCTIONS`].
+    """Function that computes weights of pairs, an entry of [`WEIGHT_FUNCTIONS`].
 
     Args:
         function (`Callable`): Function from scores `(P, 2, K)` in float64 to weights `(P,)` of any mean.
-        several_scorers (`bool`): Whether the function reads the scores of several scorers. Otherwise K is 1.
+        several_scorers (`bool`): Whether the function compares several scorers. For other functions, K is 1.
     """
 
     function: Callable[..., torch.Tensor]
@@ -99,28 +106,29 @@ def with_mean_one(weights: torch.Tensor) -> torch.Tensor:
 
 
 def calibrated_scores(rewards: torch.Tensor) -> torch.Tensor:
-    """Return each image's expected share of wins in its group: the mean of `sigma(r_i - r_j)` over all others `j`.
+    """Return each image's expected share of wins against the other images of its prompt (its calibrated score).
 
-    An image is not compared with itself. Of two images, one has `sigma(r_1 - r_2)` and the other its complement. A
-    single image has 1/2.
+    The calibrated score of image `i` is the mean of `sigma(r_i - r_j)` over all other images `j` of the prompt. If a
+    prompt has a single image, the calibrated score of this image is 1/2.
 
     Args:
-        rewards (`torch.Tensor` of shape `(..., N)`): Scores of the N different images of a prompt, for any number of
-            prompts.
+        rewards (`torch.Tensor` of shape `(..., N)`): Scores of the N different images of a prompt. The dimensions
+            before the last one index prompts.
 
     Returns:
         `torch.Tensor` of the same shape: Shares in `[0, 1]`.
 
-    Source: CaPO (https://huggingface.co/papers/2502.02588). The paper leaves open whether `j` may be `i`.
+    Source: CaPO (https://huggingface.co/papers/2502.02588). The paper does not say whether an image is also
+    compared with itself. Here, it is not.
     """
     images = rewards.shape[-1]
     if images < 2:
         return torch.full_like(rewards, 0.5)
     chunks = rewards.split(ROWS_AT_ONCE, dim=-1)
     wins = [torch.sigmoid(chunk[..., :, None] - rewards[..., None, :]).sum(dim=-1) for chunk in chunks]
-    return (torch.cat(wins, dim=-1) - 0.5) / (images - 1)  # subtract each image's 1/2 against itself
+    return (torch.cat(wins, dim=-1) - 0.5) / (images - 1)  # subtract the comparison of each image with itself, 1/2
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:
-    """Return the mean of values `(P,)`. It is exact up to its last rounding, so it is equal on every machine."""
+    """Return the mean of values `(P,)`. The sum is rounded only once, so it is equal on every machine."""
     return values.new_tensor(math.fsum(values.tolist()) / len(values))

@@ -1,6 +1,6 @@
-"""Losses of preference pairs. Each loss is a pure function from [`PairTerms`] and settings to the loss of each pair.
+"""Losses of preference pairs. Each loss is a pure function that returns the loss of each pair from [`PairTerms`].
 
-First come the terms of a pair, then the loss functions, their table [`LOSSES`], and sums of losses.
+This module defines [`PairTerms`], the loss functions, their table [`LOSSES`], and weighted sums of losses.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .safeguard import Anchor, Granularity
 
 @dataclass(frozen=True)
 class PairTerms:
-    r"""Errors of `B` preference pairs, in float32.
+    r"""Everything that the loss functions read of `B` preference pairs, in float32.
 
-    An error is the mean squared residual of one sample over its non-batch dimensions, times the pair's timestep weight
-    if there is one.
+    An error is the mean square of one sample's residual (`prediction - target`), times the pair's timestep weight if
+    there is one.
 
     Args:
         winner_error (`torch.Tensor` of shape `(B,)`): Error of the preferred image under the policy.
@@ -33,12 +33,15 @@ class PairTerms:
         ref_winner_error (`torch.Tensor` of shape `(B,)`, *optional*): Error of the preferred image under the reference.
         ref_loser_error (`torch.Tensor` of shape `(B,)`, *optional*): Error of the rejected image under the reference.
         winner_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the winner.
-        winner_shift (`torch.Tensor` of shape `(B, ...)`, *optional*): `prediction - reference prediction` of the
-            winner, for DSPO. `None` if only the errors of the reference were passed.
-        scores (`torch.Tensor` of shape `(2, B)`, *optional*): Reward scores of winner and loser.
-        timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): The weights that are factors of the errors.
-            Residual and shift are multiplied by their square roots, so that their mean squares are weighted alike.
-        margin_clamp (`float`, *optional*): Largest value of the logit. A pair above it has no gradient through it.
+        winner_shift (`torch.Tensor` of shape `(B, ...)`, *optional*): Policy's prediction minus the
+            reference's prediction, for the winner. Only the DSPO losses read it. `None` if the caller passed the
+            reference's errors instead of its predictions.
+        scores (`torch.Tensor` of shape `(2, B)`, *optional*): Reward scores, the winners' before the losers'.
+        timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Weight of each pair at its timestep. The errors
+            contain this timestep weight as a factor. `winner_residual` and `winner_shift` contain the square root of
+            the weight, so that their mean squares contain the weight too.
+        margin_clamp (`float`, *optional*): Largest value of the logit. A larger logit is cut to this value and then
+            passes no gradient.
 
     Example:
 
@@ -61,24 +64,24 @@ class PairTerms:
 
     @property
     def winner_change(self) -> torch.Tensor:
-        """Error of the winner minus its error under the reference, `(B,)`; without a reference, the error."""
+        """Winner's error minus its error under the reference, `(B,)`. Without a reference, just the winner's error."""
         return self.winner_error if self.ref_winner_error is None else self.winner_error - self.ref_winner_error
 
     @property
     def loser_change(self) -> torch.Tensor:
-        """Error of the loser minus its error under the reference, `(B,)`; without a reference, the error."""
+        """Loser's error minus its error under the reference, `(B,)`. Without a reference, just the loser's error."""
         return self.loser_error if self.ref_loser_error is None else self.loser_error - self.ref_loser_error
 
     def rewards(self, beta: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the rewards `-(beta / 2) change` of winner and loser, each `(B,)`."""
+        """Return the implicit rewards of winner and loser, each `(B,)`: `-(beta / 2)` times the change of the error."""
         return -0.5 * beta * self.winner_change, -0.5 * beta * self.loser_change
 
     def logit(self, beta: float | torch.Tensor) -> torch.Tensor:
-        """Return `u = -(beta / 2) (winner_change - loser_change)`, `(B,)`, at most `margin_clamp`.
+        """Return each pair's logit `u = -(beta / 2) (winner_change - loser_change)`, `(B,)`, cut at `margin_clamp`.
 
-        It is the log-odds that the policy ranks the pair correctly.
+        The logit is the log-odds with which the policy prefers the winner to the loser.
 
-        Source: https://huggingface.co/papers/2311.12908, equation 14, with beta in the half form.
+        Source: https://huggingface.co/papers/2311.12908, equation 14. The factor in front is `beta / 2` here.
         """
         logit = -0.5 * beta * (self.winner_change - self.loser_change)
         return logit if self.margin_clamp is None else logit.clamp(max=self.margin_clamp)
@@ -87,8 +90,8 @@ class PairTerms:
 def mean_error(residual: torch.Tensor, *, over_batch: bool = False) -> torch.Tensor:
     """Return the mean square over all non-batch dimensions, in float32: `(N, ...) -> (N,)`.
 
-    With `over_batch`, the mean is over all dimensions: `(N, ...) -> ()`. It rounds differently from the mean of the `N`
-    errors.
+    If `over_batch` is true, take the mean over all dimensions: `(N, ...) -> ()`. This mean may differ by rounding from
+    the mean of the `N` separate errors.
     """
     squares = residual.float().square()
     return squares.mean() if over_batch else squares.flatten(1).mean(1)
@@ -103,20 +106,20 @@ def pair_terms(
     timestep_weights: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
 ) -> PairTerms:
-    """Split stacked predictions into the terms of their pairs.
+    """Compute the [`PairTerms`] of a batch from predictions in which the winners come before the losers.
 
     Args:
         model_pred (`torch.Tensor` of shape `(2B, ...)`): Predictions of the policy, the B winners first.
-        target (`torch.Tensor` of shape `(2B, ...)`): Target of the predictions.
-        ref_pred (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the reference. They are detached.
+        target (`torch.Tensor` of shape `(2B, ...)`): Training target of each prediction.
+        ref_pred (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the reference, to be detached.
         ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): [`mean_error`] of the reference's predictions, without
-            timestep weights. They replace `ref_pred`, and `winner_shift` is then `None`.
+            timestep weights. Pass either these errors or `ref_pred`. With `ref_errors`, `winner_shift` is `None`.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factor of each pair's errors, such as min-SNR
             weights (the omega of Diffusion-DPO's equation 14).
         scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first.
 
     Returns:
-        [`PairTerms`]: Everything in float32.
+        [`PairTerms`]: Errors, residuals and scores of the pairs, in float32.
     """
     target = target.float().detach()
     residual = model_pred.float() - target
@@ -142,7 +145,7 @@ def pair_terms(
 
 
 def _weighted(errors: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split errors `(2B,)` into those of winner and loser, each `(B,)`, and multiply them by the pairs' weights."""
+    """Split errors `(2B,)` into winners' and losers' errors, each `(B,)`, and multiply both by the pairs' weights."""
     winner, loser = errors.chunk(2)
     return (winner, loser) if weights is None else (winner * weights, loser * weights)
 
@@ -153,7 +156,7 @@ def _root_weighted(tensor: torch.Tensor, weights: torch.Tensor | None) -> torch.
 
 
 def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Reshape values `(B,)` or `()` so that they multiply a `(B, ...)` tensor."""
+    """Reshape values `(B,)` or `()` so that they broadcast over a `(B, ...)` tensor."""
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
@@ -161,17 +164,25 @@ def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def sigmoid_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
-    """Diffusion-DPO, `-logsigmoid(u)`, `(B,)`. Source: https://huggingface.co/papers/2311.12908, equation 14."""
+    """Return the Diffusion-DPO loss of each pair, `-logsigmoid(u)` of its logit `u`, `(B,)`.
+
+    Source: https://huggingface.co/papers/2311.12908, equation 14.
+    """
     return -F.logsigmoid(terms.logit(beta))
 
 
 def hinge_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
-    """Hinge on the logit, `relu(1 - u)`, `(B,)`. Source: https://huggingface.co/papers/2305.10425 (SLiC)."""
+    """Return the hinge loss of each pair, `relu(1 - u)` of its logit `u`, `(B,)`.
+
+    Source: https://huggingface.co/papers/2305.10425 (SLiC).
+    """
     return torch.relu(1 - terms.logit(beta))
 
 
 def ipo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
-    """IPO on the log-ratio `u / beta`, with its minimum at `u = 1/2`, `(B,)`.
+    """Return the IPO loss of each pair, `(u / beta - 1 / (2 beta))^2` of its logit `u`, `(B,)`.
+
+    The loss is smallest at `u = 1/2`.
 
     Source: https://huggingface.co/papers/2310.12036, equation 17.
     """
@@ -179,7 +190,9 @@ def ipo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 
 
 def robust_loss(terms: PairTerms, *, beta: float, label_smoothing: float = 0.1) -> torch.Tensor:
-    """Unbiased DPO when a share `label_smoothing` in `[0, 0.5)` of the labels is flipped, `(B,)`.
+    """Return the robust DPO loss of each pair, `(B,)`.
+
+    This loss stays unbiased if the labels of a share `label_smoothing`, in `[0, 0.5)`, of the pairs are wrong.
 
     Source: https://huggingface.co/papers/2403.00409, equation 12.
     """
@@ -189,13 +202,14 @@ def robust_loss(terms: PairTerms, *, beta: float, label_smoothing: float = 0.1) 
 
 
 def dspo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
-    """DSPO as published for SD1.5, `mean((r_w - beta (1 - sigmoid(u)) D_w)^2)`, `(B,)`.
+    """Return the DSPO loss as published for SD1.5, `mean((r_w - beta (1 - sigmoid(u)) D_w)^2)`, `(B,)`.
 
-    Only the reference is detached, so the gradient also passes through `sigmoid(u)`. At the published beta of 0.001 the
-    loser's gradient has a factor of order `beta^2`, so lambda has almost no effect. If `beta (1 - sigmoid(u))` exceeds
-    1, the winner's branch itself raises the winner's error, at any lambda.
+    `u` is the logit, `r_w` is `winner_residual` and `D_w` is `winner_shift`. Only the reference is detached, so the
+    gradient also passes through `sigmoid(u)`. At the published beta of 0.001, the loser's gradient has a factor of
+    order `beta^2`, so the safeguard's factor lambda has almost no effect. If `beta (1 - sigmoid(u))` exceeds 1, the
+    winner's part of the gradient itself raises the winner's error, at any lambda.
 
-    Source: Direct Score Preference Optimization (ICLR 2025) and its code.
+    Source: the paper Direct Score Preference Optimization (ICLR 2025) and its code.
     """
     assert terms.winner_shift is not None
     weight = beta * torch.sigmoid(-terms.logit(beta))
@@ -203,11 +217,12 @@ def dspo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 
 
 def dspo_sdxl_loss(terms: PairTerms, *, beta: float, dspo_threshold: float = 0.1) -> torch.Tensor:
-    """DSPO as published for SDXL, `(B,)`.
+    """Return the DSPO loss as published for SDXL, `(B,)`.
 
     The loss is `mean(((1 - sigmoid(u)) D_w)^2)` if the batch's mean `D_w^2` is at least `dspo_threshold`, else
-    `(1 - sigmoid(u))^2`. The comparison stays on the device. The first form pulls the winner towards the reference and
-    may raise the winner's error. The safeguard bounds only the loser's gradient.
+    `(1 - sigmoid(u))^2`. `u` is the logit and `D_w` is `winner_shift`. The first form pulls the policy's prediction for
+    the winner towards the reference's, and may thereby raise the winner's error. The safeguard does not prevent this
+    rise, because the safeguard scales only the loser's gradient.
 
     Source: the SDXL training code of Direct Score Preference Optimization (ICLR 2025).
     """
@@ -218,10 +233,12 @@ def dspo_sdxl_loss(terms: PairTerms, *, beta: float, dspo_threshold: float = 0.1
 
 
 def dmpo_loss(terms: PairTerms, *, beta: float, dmpo_alpha: float = 0.01) -> torch.Tensor:
-    """DMPO, the reverse KL divergence of the policy's preference from a target of `1 - dmpo_alpha`, `(B,)`.
+    """Return the DMPO loss of each pair, `(B,)`.
 
-    Its minimum is at the finite logit `log((1 - alpha) / alpha)`. The loss equals TRL's `exo_pair` with
-    `label_smoothing = dmpo_alpha`.
+    The loss is the reverse KL divergence of the policy's probability of preferring the winner from the target
+    probability `1 - dmpo_alpha`. The loss is smallest at the finite logit
+    `log((1 - dmpo_alpha) / dmpo_alpha)`. The loss
+    equals TRL's `exo_pair` with `label_smoothing = dmpo_alpha`.
 
     Source: https://huggingface.co/papers/2507.07510.
     """
@@ -232,17 +249,18 @@ def dmpo_loss(terms: PairTerms, *, beta: float, dmpo_alpha: float = 0.01) -> tor
 
 
 def sft_loss(terms: PairTerms) -> torch.Tensor:
-    """Supervised fine-tuning on the winners: their errors, `(B,)`. It needs neither loser nor reference."""
+    """Return the winners' errors, `(B,)`, for supervised fine-tuning without losers and without a reference."""
     return terms.winner_error
 
 
 def mapo_loss(
     terms: PairTerms, *, beta: float, mapo_temperature: float = 1000.0, mapo_scale: float = 0.5
 ) -> torch.Tensor:
-    """MaPO, `err_w - beta logsigmoid(T (f(err_w) - f(err_l)))` with `f(x) = s x / expm1(s x)`, `(B,)`.
+    """Return the MaPO loss of each pair, `err_w - beta logsigmoid(T (f(err_w) - f(err_l)))`, `(B,)`.
 
-    `f` is 1 at `x = 0` and falls, so the margin is positive if the loser's error exceeds the winner's. The loss needs
-    no reference.
+    The function is `f(x) = s x / expm1(s x)` with `s = mapo_scale`, and the temperature is `T = mapo_temperature`. `f`
+    falls from 1 at `x = 0`, so `f(err_w) - f(err_l)` is positive if the loser's error exceeds the winner's. The loss
+    needs no reference.
 
     Source: https://huggingface.co/papers/2406.06424 and its code.
     """
@@ -251,17 +269,20 @@ def mapo_loss(
 
 
 def simpo_loss(terms: PairTerms, *, beta: float, simpo_gamma: float = 0.5) -> torch.Tensor:
-    """SimPO, `-logsigmoid(-(beta / 2)(err_w - err_l) - gamma)`, `(B,)`. It needs no reference.
+    """Return the SimPO loss of each pair, `-logsigmoid(-(beta / 2)(err_w - err_l) - simpo_gamma)`, `(B,)`.
 
-    Source: https://huggingface.co/papers/2405.14734, equation 6, on the mean errors.
+    The loss needs no reference.
+
+    Source: https://huggingface.co/papers/2405.14734, equation 6, with errors in place of log-likelihoods.
     """
     return -F.logsigmoid(-0.5 * beta * (terms.winner_error - terms.loser_error) - simpo_gamma)
 
 
 def dpop_loss(terms: PairTerms, *, beta: float, dpop_lambda: float = 5.0) -> torch.Tensor:
-    """DPO-Positive, `-logsigmoid(u - lambda (beta / 2) relu(err_w - ref_err_w))`, `(B,)`.
+    """Return the DPO-Positive loss of each pair, `(B,)`: `-logsigmoid(u - l (beta / 2) relu(err_w - ref_err_w))`.
 
-    A rise of the winner's error lowers the logit.
+    `u` is the logit and `l` is `dpop_lambda`. If the winner's error exceeds its error under the reference, the last
+    term raises the loss.
 
     Source: https://huggingface.co/papers/2402.13228, equation 3.
     """
@@ -269,10 +290,11 @@ def dpop_loss(terms: PairTerms, *, beta: float, dpop_lambda: float = 5.0) -> tor
 
 
 def linear_loss(terms: PairTerms, *, beta: float, linear_eta: float = 1e-3) -> torch.Tensor:
-    """Linear-DPO, `w (err_w - err_l)` with the detached weight `w = clamp(0.2 beta m + 0.5, eta, 1 - eta)`, `(B,)`.
+    """Return the Linear-DPO loss of each pair, `w (err_w - err_l)`, `(B,)`.
 
-    The margin is `m = winner_change - loser_change`. The loss works well with a reference that is synchronised with the
-    policy.
+    The detached weight is `w = clamp(0.2 beta m + 0.5, eta, 1 - eta)`, with `m = winner_change - loser_change` and
+    `eta = linear_eta`. The loss works well with a reference that follows the policy during training
+    (`sync_ref_model`).
     """
     margin = (terms.winner_change - terms.loser_change).detach()
     weight = (0.2 * beta * margin + 0.5).clamp(linear_eta, 1 - linear_eta)
@@ -282,13 +304,14 @@ def linear_loss(terms: PairTerms, *, beta: float, linear_eta: float = 1e-3) -> t
 def smpo_loss(
     terms: PairTerms, *, beta: float, smpo_coefficient: float = 10.0, smpo_score_scale: float = 1.0
 ) -> torch.Tensor:
-    """Smoothed preference optimization (SmPO), `-logsigmoid(c (2p - 1) u)`, `(B,)`.
+    """Return the loss of smoothed preference optimization (SmPO) for each pair, `-logsigmoid(c (2p - 1) u)`, `(B,)`.
 
-    `p = sigmoid((score_w - score_l) / smpo_score_scale)` is the softmax of the pair's normalised scores. The caller
-    swaps pairs whose loser has the higher score, so `p >= 0.5`.
+    `u` is the logit and `c` is `smpo_coefficient`. `p = sigmoid((score_w - score_l) / smpo_score_scale)` is the
+    probability that the winner is preferred. The caller exchanges winner and loser if the loser has the higher score,
+    so `p` is at least 0.5.
 
-    Source: https://huggingface.co/papers/2506.02698, smoothed preference modeling. `families.inversion` implements the
-    noise of the same paper.
+    Source: https://huggingface.co/papers/2506.02698, smoothed preference modeling. The module `families.inversion`
+    implements the noise inversion of the same paper.
     """
     assert terms.scores is not None
     winner_score, loser_score = terms.scores
@@ -297,13 +320,14 @@ def smpo_loss(
 
 
 def capo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
-    """CaPO, `(u - (c_w - c_l))^2` with the calibrated scores `c` of the pair, `(B,)`: IPO with a target for each pair.
+    """Return the CaPO loss of each pair, `(u - (c_w - c_l))^2`, `(B,)`.
 
-    A calibrated score is the expected share of a prompt's images that an image wins against, in `[0, 1]`. The caller
-    swaps pairs whose loser has the higher score, so the target is in `[0, 1]`. The paper's factor of the margin is
-    `beta / 2` here.
+    The loss is IPO with a target for each pair: the winner's calibrated score minus the loser's, `c_w - c_l`. A
+    calibrated score is an image's expected share of wins against the other images of its prompt, in `[0, 1]`. The
+    caller exchanges winner and loser if the loser has the higher score, so the target is in `[0, 1]`.
 
-    Source: https://huggingface.co/papers/2502.02588. Only its abstract and this formula were used.
+    Source: https://huggingface.co/papers/2502.02588. We used only the paper's abstract and this formula. The
+    paper multiplies the margin by a factor that is `beta / 2` here.
     """
     assert terms.scores is not None
     winner_score, loser_score = terms.scores
@@ -311,21 +335,25 @@ def capo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 
 
 def apo_zero_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
-    """APO-zero, `sigmoid(-r_w) + sigmoid(r_l)` with the rewards `r = -(beta / 2) change`, `(B,)`.
+    """Return the APO-zero loss of each pair, `sigmoid(-r_w) + sigmoid(r_l)`, `(B,)`.
 
-    It lowers the winner's error and raises the loser's, each without regard to the other. Source:
-    https://huggingface.co/papers/2408.06266, equation 7.
+    `r_w` and `r_l` are the rewards of [`PairTerms.rewards`]. Minimising the first term lowers the winner's
+    error. Minimising the second term raises the loser's error.
+
+    Source: https://huggingface.co/papers/2408.06266, equation 7.
     """
     winner_reward, loser_reward = terms.rewards(beta)
     return torch.sigmoid(-winner_reward) + torch.sigmoid(loser_reward)
 
 
 def apo_down_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
-    """APO-down, `sigmoid(r_w) + sigmoid(-u)` with the winner's reward `r_w = -(beta / 2) winner_change`, `(B,)`.
+    """Return the APO-down loss of each pair, `sigmoid(r_w) + sigmoid(-u)`, `(B,)`.
 
-    It raises the winner's error, and the loser's more. Use it if the model is better than the winners. Lambda scales
-    the loser's gradient only, so no safeguard keeps the winner's error here. Source:
-    https://huggingface.co/papers/2408.06266, equation 8.
+    `u` is the logit and `r_w = -(beta / 2) winner_change` is the winner's reward. This loss raises the winner's error,
+    and raises the loser's error more. Use this loss if the model generates better images than the winners. The
+    safeguard does not prevent the rise of the winner's error, because it scales only the loser's gradient.
+
+    Source: https://huggingface.co/papers/2408.06266, equation 8.
     """
     winner_reward, _ = terms.rewards(beta)
     return torch.sigmoid(winner_reward) + torch.sigmoid(-terms.logit(beta))
@@ -336,10 +364,10 @@ def _dmpo_target(alpha: float) -> float:
 
 
 def _exponential_decay(error: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return `s x / expm1(s x)`. At 0 it is exactly 1, and its gradient is finite (-s/2)."""
+    """Return `s x / expm1(s x)` for the error `x`. At `x = 0`, the value is exactly 1 and the gradient is -s/2."""
     x = scale * error
     small = x < 1e-4
-    series = 1 - x / 2 + x.square() / 12  # Taylor expansion, exact to float32 rounding here
+    series = 1 - x / 2 + x.square() / 12  # Taylor expansion, exact to float32 rounding for small `x`
     safe = torch.where(small, torch.ones_like(x), x)
     # Equals x / expm1(x), in a form whose gradient does not overflow at large errors.
     return torch.where(small, series, safe * torch.exp(-safe) / -torch.expm1(-safe))
@@ -350,32 +378,34 @@ def _exponential_decay(error: torch.Tensor, scale: float) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """Row of [`LOSSES`]: a loss function and its properties.
+    """Loss function and its properties. The table [`LOSSES`] has one `LossSpec` per loss.
 
     Args:
-        function (`Callable`): Function that takes [`PairTerms`], and settings as keyword arguments, and returns the
+        function (`Callable`): Function that takes [`PairTerms`] and, as keyword arguments, settings, and returns the
             loss of each pair, `(B,)`.
         needs_reference (`bool`): Whether the loss reads the reference's errors.
-        reads_reference_prediction (`bool`): Whether the loss also reads the reference's prediction. If so, the
-            reference's errors are not enough.
-        uses_loser (`bool`): Whether the loss reads the loser's error. If not, no safeguard applies.
+        reads_reference_prediction (`bool`): Whether the loss also reads the reference's prediction. To such a loss,
+            callers cannot pass the reference's errors instead of the predictions.
+        uses_loser (`bool`): Whether the loss reads the loser's error. The safeguard has no effect on losses that do
+            not.
         needs_scores (`bool`): Whether the loss reads reward scores.
-        reads_shares (`bool`): Whether these scores are expected shares of wins, in `[0, 1]`.
-        equal_weights (`bool`): Whether the gradients of each pair's loss by its two errors have equal sizes, or the
-            authors of the safeguard treat them so. If so, residuals determine the lambda of a batch or a noise bin.
-        positive_weights (`bool`): Whether the gradient by the winner's error is also positive for every pair. If so,
-            residuals determine the lambda of a pair.
+        reads_shares (`bool`): Whether each score must be an image's expected share of wins, in `[0, 1]`.
+        equal_weights (`bool`): Whether the derivatives of a pair's loss by the winner's and by the loser's error have
+            equal absolute values, or the safeguard's authors assume this. With equal absolute values, the
+            safeguard computes lambda for a batch or a noise bin from residuals alone.
+        positive_weights (`bool`): Whether, in addition, the derivative by the winner's error is positive for every
+            pair. With positive derivatives, the safeguard computes lambda for a single pair from residuals alone.
         target_logit (`Callable`, *optional*): Function that takes [`PairTerms`] and `loss_kwargs` and returns the
-            finite logit of the smallest loss, a number or `(B,)`. At larger logits the loss raises the winner's error,
-            at any lambda.
-        anchor (`str`): Default of `safeguard_anchor`: `"branch"` if the gradient of the winner's branch is a
+            finite logit at which the loss is smallest, a number or `(B,)`. At larger logits the loss raises the
+            winner's error, at any lambda.
+        anchor (`str`): Default of `safeguard_anchor`: `"branch"` if the winner's part of the gradient is a
             non-negative multiple of the gradient of each winner's error, else `"error"`.
-        default_beta (`float`): Value of `beta` if neither the user nor the model family sets one.
-        reads_logit_only (`bool`): Whether a pair's loss is a function of its logit and its scores alone. If so, a pair
-            whose logit is capped has no gradient.
-        beta_scales_logit (`bool`): Whether `beta` is a factor of a logit and of nothing else. If so, `auto_beta` can
-            adapt it to the size of the margins.
-        margin_clamp (`float`, *optional*): Cap of the logit.
+        default_beta (`float`): Value of `beta` if neither the user nor the model family sets `beta`.
+        reads_logit_only (`bool`): Whether a pair's loss depends on nothing but its logit and its scores. Only then does
+            a pair whose logit is cut at `margin_clamp` have no gradient.
+        beta_scales_logit (`bool`): Whether `beta` is a factor of a logit and of nothing else. The setting
+            `auto_beta` works only with such losses.
+        margin_clamp (`float`, *optional*): Largest value of the logit. Larger logits are cut to this value.
 
     Example:
 
@@ -402,13 +432,13 @@ class LossSpec:
 
     @cached_property
     def uses_beta(self) -> bool:
-        """Whether the function takes `beta`."""
+        """Whether the loss function takes the argument `beta`."""
         return "beta" in inspect.signature(self.function).parameters
 
     def pair_losses(
         self, terms: PairTerms, *, beta: float | torch.Tensor | None, **loss_kwargs: float
     ) -> torch.Tensor:
-        """Return the loss of each pair, `(B,)`, at logits of at most `margin_clamp`."""
+        """Return the loss of each pair, `(B,)`. Logits above `margin_clamp` are cut to `margin_clamp` first."""
         if self.margin_clamp is not None:
             terms = replace(terms, margin_clamp=self.margin_clamp)
         return self.function(terms, **({"beta": beta} if self.uses_beta else {}), **loss_kwargs)
@@ -416,9 +446,9 @@ class LossSpec:
     def past_target(
         self, terms: PairTerms, *, beta: float | torch.Tensor | None, **loss_kwargs: float
     ) -> torch.Tensor | None:
-        """Return whether each pair's logit exceeds `target_logit` and is not capped, bool `(B,)`.
+        """Return for each pair whether its logit is above `target_logit` and below `margin_clamp`, bool `(B,)`.
 
-        Without a target, the result is `None`.
+        Return `None` if the loss has no `target_logit`.
         """
         if self.target_logit is None:
             return None
@@ -429,14 +459,14 @@ class LossSpec:
 
     @cached_property
     def loss_kwargs(self) -> dict[str, float]:
-        """Settings of the function besides `beta`, with their defaults."""
+        """Names and defaults of the loss function's settings, without `beta`."""
         parameters = inspect.signature(self.function).parameters.values()
         return {
             each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY and each.name != "beta"
         }
 
     def uses_residuals(self, granularity: Granularity) -> bool:
-        """Return whether residuals determine lambda in output space, without gradients of the loss."""
+        """Return whether lambda of the output-space safeguard needs only residuals, and no gradients of the loss."""
         if granularity == "weighted":
             return False
         return self.positive_weights if granularity == "pair" else self.equal_weights
@@ -490,7 +520,7 @@ LOSSES: dict[str, LossSpec] = {
     "apo_down": LossSpec(apo_down_loss, anchor="error", **_UNEQUAL),
 }
 
-_Range = tuple[str, Callable[[float], bool]]  # a range in words, and a check that a finite number lies in it
+_Range = tuple[str, Callable[[float], bool]]  # a range in words, and a check whether a finite number lies in the range
 _BELOW_HALF: _Range = ("in [0, 0.5)", lambda value: 0 <= value < 0.5)
 _AT_LEAST_0: _Range = ("at least 0", lambda value: value >= 0)
 _ABOVE_0: _Range = ("greater than 0", lambda value: value > 0)
@@ -514,15 +544,15 @@ LOSS_KWARG_RANGES: dict[str, _Range] = {
 def loss_weights_by_name(
     loss_type: str | Sequence[str], loss_weights: Sequence[float] | None = None
 ) -> dict[str, float]:
-    """Return the weight of each loss in a sum, in order. A single loss has the weight 1.
+    """Return the weight of each loss of a weighted sum, in the order of `loss_type`.
 
     Args:
-        loss_type (`str` or `list[str]`): One name of [`LOSSES`], or several.
-        loss_weights (`list[float]`, *optional*): A weight for each name, 1 each if unset.
+        loss_type (`str` or `list[str]`): One name of [`LOSSES`], or several names.
+        loss_weights (`list[float]`, *optional*): A weight for each name. Every weight is 1 if this is unset.
 
     Raises:
-        `ValueError`: If a name is unknown or repeated, if there is no name, or if the weights are not one finite number
-            of at least 0 for each name. At least one weight must be above 0.
+        `ValueError`: If a name is unknown or repeated, if there is no name, or if both DSPO losses are named.
+            `loss_weights` must have one finite number of at least 0 for each name, and not only zeros.
     """
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     for name in names:
@@ -530,15 +560,16 @@ def loss_weights_by_name(
             raise ValueError(f"`loss_type` must be one of {', '.join(LOSSES)}; got {name!r}.")
     if not names or len(set(names)) < len(names) or {"dspo", "dspo_sdxl"} <= set(names):
         raise ValueError(
-            f"`loss_type` must name one loss or several different ones, and only one of `dspo` and `dspo_sdxl`. Got "
-            f"{names}. Set `loss_weights` to weight a loss."
+            f"`loss_type` must name one loss or several different ones, and at most one of `dspo` and `dspo_sdxl`. Got "
+            f"{names}. To give a loss more weight, set `loss_weights`."
         )
     weights = [1.0] * len(names) if loss_weights is None else list(loss_weights)
     valid = all(weight >= 0 and math.isfinite(weight) for weight in weights)
     if len(weights) != len(names) or not valid or not any(weights):
         raise ValueError(
-            "`loss_weights` must have one finite number of at least 0 for each loss of `loss_type`, and one of them "
-            f"must be above 0. Got {weights} for {', '.join(names)}. Leave it unset for equal weights."
+            "`loss_weights` must have one finite number of at least 0 for each loss of `loss_type`, and at least "
+            f"one weight must be above 0. Got {weights} for {', '.join(names)}. Leave `loss_weights` unset for equal "
+            "weights."
         )
     return dict(zip(names, weights, strict=True))
 
@@ -552,11 +583,12 @@ def loss_spec(
 
     Args:
         loss_type, loss_weights: See [`loss_weights_by_name`].
-        margin_clamp (`float`, *optional*): Cap of the logit, greater than 0.
+        margin_clamp (`float`, *optional*): Largest value of the logit, greater than 0.
 
     Raises:
-        `ValueError`: If [`loss_weights_by_name`] refuses the names or weights, or if `margin_clamp` is set and no
-            loss reads the loser, or one that does is not a function of the logit alone.
+        `ValueError`: If [`loss_weights_by_name`] refuses the names or weights. Also if `margin_clamp` is not above 0,
+            if `margin_clamp` is set but no loss reads the loser, or if it is set but a loss that reads the loser
+            depends on more than the logit.
     """
     weights = loss_weights_by_name(loss_type, loss_weights)
     spec = LOSSES[next(iter(weights))] if list(weights.values()) == [1.0] else _sum_spec(weights)
@@ -564,7 +596,8 @@ def loss_spec(
         return spec
     if not (margin_clamp > 0 and math.isfinite(margin_clamp)):
         raise ValueError(
-            f"`margin_clamp` must be finite and greater than 0. Got {margin_clamp}. Leave it unset for no cap."
+            f"`margin_clamp` must be finite and greater than 0. Got {margin_clamp}. Leave `margin_clamp` unset to use "
+            "logits without a limit."
         )
     _refuse_losses(
         [name for name in weights if LOSSES[name].uses_loser and not LOSSES[name].reads_logit_only]
@@ -576,9 +609,10 @@ def loss_spec(
 
 
 def check_auto_beta(loss_type: str | Sequence[str], loss_weights: Sequence[float] | None = None) -> None:
-    """Raise `ValueError` if `auto_beta` cannot steer the beta of a loss, or if no loss has a beta.
+    """Raise `ValueError` if `auto_beta` cannot adapt the beta of a loss, or if no loss has a beta.
 
-    A loss qualifies if its beta is a factor of a logit and of nothing else. Losses of weight 0 are ignored.
+    `auto_beta` can adapt the beta of a loss if this beta is a factor of a logit and of nothing else. Losses of weight 0
+    are ignored.
     """
     rows = {name: LOSSES[name] for name, weight in loss_weights_by_name(loss_type, loss_weights).items() if weight}
     _refuse_losses(
@@ -593,7 +627,7 @@ def _refuse_losses(refused: Sequence[str], rule: str, accepted: Collection[str])
     """Raise `ValueError` if `refused` is not empty. The message lists the `accepted` losses."""
     if refused:
         listed = ", ".join(name for name in LOSSES if name in accepted)
-        raise ValueError(f"{rule}: {listed}. Got {', '.join(refused)}. Leave it unset, or choose another loss.")
+        raise ValueError(f"{rule}: {listed}. Got {', '.join(refused)}. Remove the setting, or choose another loss.")
 
 
 def check_loss_kwargs(
@@ -601,7 +635,7 @@ def check_loss_kwargs(
 ) -> None:
     """Raise `ValueError` if a setting of a loss is out of range or belongs to another loss.
 
-    The value of a tensor `beta` is not checked because reading it would wait for its device.
+    If `beta` is a tensor, its value is not checked, because reading the value would wait for the device.
     """
     spec = loss_spec(loss_type)
     if spec.uses_beta and beta is not None and not isinstance(beta, torch.Tensor):
@@ -609,23 +643,27 @@ def check_loss_kwargs(
             raise ValueError(f"`beta` must be a finite number greater than 0. Got {beta}. Diffusion-DPO uses 5000.")
     for name, value in loss_kwargs.items():
         if name not in spec.loss_kwargs:
-            accepted = f"it takes {', '.join(spec.loss_kwargs)}" if spec.loss_kwargs else "it takes none"
-            raise ValueError(f"`{name}` is not a setting of the loss {loss_type!r}: {accepted}. Leave it unset.")
+            accepted = ", ".join(spec.loss_kwargs) or "none"
+            raise ValueError(
+                f"`{name}` is not a setting of the loss {loss_type!r}. Settings of this loss: {accepted}. Remove "
+                f"`{name}`."
+            )
         if name not in LOSS_KWARG_RANGES:
-            continue  # a setting of a registered loss
+            continue  # users' losses have no ranges
         rule, holds = LOSS_KWARG_RANGES[name]
         if not (math.isfinite(value) and holds(value)):
             raise ValueError(f"`{name}` must be {rule}, got {value}.")
 
 
 def _sum_spec(weights: dict[str, float]) -> LossSpec:
-    """Return the [`LossSpec`] of a weighted sum.
+    """Return the [`LossSpec`] of a weighted sum of losses.
 
-    Let `a_i` and `b_i` be the gradients of loss `i` by the winner's and by the loser's error, and `k_i > 0` its weight.
-    The sum has the gradients `a = sum k_i a_i` and `b = sum k_i b_i`. They have equal sizes if those of every loss do.
-    A loss without a loser does not qualify. DSPO does not qualify either, because its two gradients count as equal only
-    if it is the only loss. The gradients are positive if those of every loss are. The gradient of the winner's branch
-    is a non-negative multiple of the gradient of the winner's error if this holds for every loss.
+    Let `a_i` and `b_i` be the derivatives of loss `i` by the winner's and by the loser's error, and `k_i` the weight of
+    the loss. The sum has the derivatives `a = sum k_i a_i` and `b = sum k_i b_i`. The absolute values of `a` and `b`
+    are equal if those of `a_i` and `b_i` are equal for every loss. A loss that does not read the loser breaks this
+    equality. DSPO breaks this equality too, because its two derivatives are treated as equal only if DSPO is the only
+    loss. `a` is positive if every `a_i` is positive. The winner's part of the gradient is a non-negative multiple of
+    the gradient of the winner's error if this holds for every loss.
 
     Losses of weight 0 are dropped, so they need neither beta nor a reference.
     """
@@ -643,7 +681,7 @@ def _sum_spec(weights: dict[str, float]) -> LossSpec:
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
 
     def target_logit(terms: PairTerms, **settings: float) -> torch.Tensor:
-        """Return the smallest target logit of all losses. Past it, at least one loss raises the winner's error."""
+        """Return the smallest target logit of all losses. Above this logit, a loss raises the winner's error."""
         logits = [target(terms, **settings_of(row, settings)) for row, target in targets]
         zeros = torch.zeros_like(terms.winner_error)  # broadcasts numbers to tensors without a copy from the host
         return torch.stack([zeros + logit for logit in logits]).amin(0)
@@ -670,13 +708,13 @@ def _sum_spec(weights: dict[str, float]) -> LossSpec:
 
 
 def register_loss(name: str, function: Callable[..., torch.Tensor], **facts: Any) -> None:
-    """Add a custom loss to [`LOSSES`], for `loss_type` and [`diffusion_preference_loss`].
+    """Add a custom loss to [`LOSSES`], so that `loss_type` and [`diffusion_preference_loss`] accept its name.
 
     Args:
-        name (`str`): Name of the loss. It must differ from the names of this package's losses.
-        function (`Callable`): Function that takes [`PairTerms`], and `beta` as a keyword argument if it uses one, and
-            returns the loss of each pair, `(B,)`. Other keyword arguments keep their defaults in training.
-        facts (`Any`): Fields of [`LossSpec`] that differ from the safe defaults. By default, the loss reads the loser
+        name (`str`): Name of the loss, which no loss of this package may have.
+        function (`Callable`): Function that takes [`PairTerms`] and returns the loss of each pair, `(B,)`. The
+            function may take `beta` as a keyword argument. All other keyword arguments keep their defaults in training.
+        facts (`Any`): Values of fields of [`LossSpec`]. By default, the loss reads the loser
             and the reference's errors, and lambda is computed from the gradients of the loss.
 
     Raises:
@@ -703,7 +741,7 @@ def register_loss(name: str, function: Callable[..., torch.Tensor], **facts: Any
     if terms.kind is terms.KEYWORD_ONLY or any(each.kind is not each.KEYWORD_ONLY for each in settings):
         raise ValueError(
             f"The loss {name!r} must take the terms of the pairs first, and its settings as keyword-only arguments. "
-            f"Got the arguments {inspect.signature(function)}. Define it as `def {name}(terms, *, beta)`."
+            f"Got the arguments {inspect.signature(function)}. Define the loss as `def {name}(terms, *, beta)`."
         )
     safe = {"equal_weights": False, "positive_weights": False, "anchor": "error"}
     LOSSES[name] = LossSpec(function, **{**safe, **facts})

@@ -1,4 +1,4 @@
-"""Safeguard: largest factor of the loser's gradient under which the winner's error does not rise, to first order."""
+"""Safeguard: computes lambda, the largest factor of the loser's gradient that does not raise the winner's error."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ Anchor = Literal["branch", "error"]
 def loser_scale(
     winner_gain: torch.Tensor, dot: torch.Tensor, mu: float, eps: float | torch.Tensor = 0.0
 ) -> torch.Tensor:
-    r"""Largest loser scale under which the winner's error cannot rise, to first order.
+    r"""Return lambda: the largest factor of the loser's gradient that does not raise the winner's error to first order.
 
-    Let `a` be the gradient of the winner's error. A step along `-(W - lambda L)` changes the winner's error by
+    Let `a` be the gradient of the winner's error, `W` the winner's part of the loss gradient, and `-L` the loser's
+    part. A step along `-(W - lambda L)` changes the winner's error by
     `-(<a, W> - lambda <a, L>)`. The error falls by at least `mu <a, W>` if lambda is at most
-    `(1 - mu) <a, W> / <a, L>`. This bound applies if `<a, L>` is positive. Otherwise the loser's gradient lowers the
-    winner's error too, and lambda is 1.
+    `(1 - mu) <a, W> / <a, L>`. This bound on lambda applies if `<a, L>` is positive. Otherwise the loser's part lowers
+    the winner's error too, and lambda is 1.
 
     Args:
-        winner_gain (`torch.Tensor` of shape `()` or `(B,)`): `<a, W>`. If `a = W`, it is the squared norm of `W`.
-        dot (`torch.Tensor` of the same shape): `<a, L>`, inner product with the loser's gradient.
-        mu (`float`): Margin in `[0, 1]`; larger is stricter. At 1 every aligned loser gradient is dropped.
-        eps (`float`, *optional*, defaults to 0): Added to `dot`, as in the authors' code. It changes lambda if
-            residuals are small and latents large. Use it only to reproduce the authors' numbers.
+        winner_gain (`torch.Tensor` of shape `()` or `(B,)`): Inner product `<a, W>`.
+        dot (`torch.Tensor` of the same shape): Inner product `<a, L>`.
+        mu (`float`): Strictness in `[0, 1]`. At 1, lambda is 0 for every positive `<a, L>`.
+        eps (`float`, *optional*, defaults to 0): Number that is added to `dot`, as in the authors' code. A value
+            above 0 changes lambda if residuals are small and latents are large. Set `eps` only to reproduce the
+            authors' numbers.
 
     Returns:
-        `torch.Tensor`: Scale in `[0, 1]`, detached. It is 0 if both branches raise the winner's error.
+        `torch.Tensor`: Lambda in `[0, 1]`, detached. Lambda is 0 if both parts of the gradient raise the winner's
+        error.
 
     Example:
 
@@ -48,21 +51,21 @@ def loser_scale(
 def parameter_scale(
     products: torch.Tensor, mu: float, *, anchor: Anchor = "branch"
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    r"""Return lambda from the gradients of the weights in one optimizer step.
+    r"""Return lambda, the factor of the losers' gradient, from the gradients of the weights in one optimizer step.
 
     Args:
         products (`torch.Tensor` of shape `(2, 2)` or `(3, 3)`): Inner products of two or three gradients, over all
-            trained weights, the whole batch and all processes. The first gradient, `W`, is that of the winner's branch.
-            The second, `L`, is the negative gradient of the loser's branch, so the gradient of the loss is `W - L`. The
-            third, `a`, is that of the mean winner error.
-        mu (`float`): Margin in `[0, 1]`.
-        anchor (`str`, *optional*, defaults to `"branch"`): `"branch"` bounds the change of the winner's branch, with
-            `a = W`. `"error"` bounds the change of the mean winner error and needs the third gradient.
+            trained weights, the whole batch and all processes. The first gradient, `W`, is the winners' part of the
+            loss gradient. The second, `L`, is the negative of the losers' part, so the loss gradient is `W - L`. The
+            third, `a`, is the gradient of the mean winner error.
+        mu (`float`): Strictness in `[0, 1]`. A larger value makes lambda smaller.
+        anchor (`str`, *optional*, defaults to `"branch"`): `"branch"` computes lambda with `a = W`. `"error"` protects
+            the mean winner error itself and needs the third gradient.
 
     Returns:
         Detached lambda in `[0, 1]`, of shape `()`, and the detached metrics `safeguard/scale`, `safeguard/active`,
-        `safeguard/cosine` (of `W` and `L`) and `safeguard/opposed`. The last one is 1 if `<a, W> <= 0`: the winner's
-        branch does not lower the anchored error, and lambda is 0.
+        `safeguard/cosine` (of `W` and `L`) and `safeguard/opposed`. The metric `safeguard/opposed` is 1 if
+        `<a, W> <= 0`: the winners' part of the gradient then does not lower the winners' error, and lambda is 0.
 
     Source: https://huggingface.co/papers/2511.03317, closed form.
     """
@@ -82,12 +85,12 @@ def parameter_scale(
 
 
 def winner_error_gradient(winner_residual: torch.Tensor) -> torch.Tensor:
-    """Return the detached gradient of a batch's mean winner error at the model's output: `2 r / N` for `N` elements."""
+    """Return the detached gradient of the mean winner error at the model's output: `2 r / N` for `N` residuals `r`."""
     return 2 / winner_residual.numel() * winner_residual.detach().float()
 
 
 def scale_gradient(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the same values bit-exactly. The backward pass multiplies the gradient by the detached `scale`."""
+    """Return the tensor with unchanged values. The backward pass multiplies the gradient by the detached `scale`."""
     constant = tensor.detach()
     return constant + scale.detach() * (tensor - constant)  # the difference is 0, so the values do not change
 
@@ -102,13 +105,15 @@ def output_products(
     Args:
         winner_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the winner.
         loser_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the loser.
-        branch_gradients (`tuple` of two `torch.Tensor` of shape `(B, ...)`, *optional*): `dL/d prediction` of winner
-            and loser. Without them, the gradients of the mean errors are used. They are exact if a pair's loss gives
-            both errors weights of equal size.
+        branch_gradients (`tuple` of two `torch.Tensor` of shape `(B, ...)`, *optional*): Gradients of the loss at
+            the predictions for winner and loser. By default, the gradients of the mean errors are used. These
+            gradients give the exact lambda if the derivatives of a pair's loss by its two errors have equal absolute
+            values.
 
     Returns:
-        `<a, W>` and `<a, L>`, each `(B,)`. `a = 2 r_w / N` is the gradient of the batch's mean winner error; `N` is the
-        number of elements of all winners. `L` is the negative gradient of the loser's branch.
+        `<a, W>` and `<a, L>`, each `(B,)`. `a = 2 r_w / N` is the gradient of the batch's mean winner error, for `N`
+        elements of all winners. `W` is the loss gradient at the winner, and `L` the negative loss gradient at the
+        loser.
     """
     anchor = winner_error_gradient(winner_residual).flatten(1)  # (B, N)
     if branch_gradients is None:
@@ -119,7 +124,7 @@ def output_products(
 
 
 def output_cosine(winner_residual: torch.Tensor, loser_residual: torch.Tensor) -> torch.Tensor:
-    """Return the cosine between the residuals of all winners and of all losers, a detached scalar in `[-1, 1]`."""
+    """Return the cosine between the winners' and the losers' residuals of a batch, a detached scalar in `[-1, 1]`."""
     winner = winner_residual.detach().float().flatten()
     loser = loser_residual.detach().float().flatten()
     return torch.nn.functional.cosine_similarity(winner, loser, dim=0)
@@ -138,25 +143,28 @@ def output_scale(
     noise_bins: torch.Tensor | None = None,
     num_noise_bins: int = 1,
 ) -> torch.Tensor:
-    """Return lambda from gradients at the model's output.
+    """Return lambda, the factor of the losers' gradients, from gradients at the model's output.
 
     Args:
         winner_residual, loser_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target`.
         branch_gradients (`tuple` of two `torch.Tensor` of shape `(B, ...)`, *optional*): See [`output_products`].
-        mu (`float`): Margin in `[0, 1]`.
-        granularity (`str`): `"batch"` computes one lambda from sums over all pairs. `"pair"` computes one lambda per
-            pair. `"weighted"` equals `"batch"`, but callers pass branch gradients for every loss. `"noise_bin"`
-            computes one lambda per noise bin, from sums over its pairs.
-        eps (`float`): Added to the inner product.
-        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Further factors of the losers' gradients, in
-            `[0, 1]`. Branch gradients must contain them. Pairs of weight 0 are left out of the sums.
-        pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' losses. Branch gradients must
-            contain them. Pairs of weight 0 are left out of the sums. Other weights do not change sums of residuals.
-        noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Bin of each pair, in `[0, num_noise_bins)`.
+        mu (`float`): Strictness in `[0, 1]`. A larger value makes lambda smaller.
+        granularity (`str`): `"batch"` computes one lambda from sums over all pairs. `"pair"` computes one lambda for
+            each pair. `"weighted"` computes one lambda like `"batch"`, but callers must pass `branch_gradients` for
+            every loss. `"noise_bin"` computes one lambda for each noise bin, from sums over the bin's pairs.
+        eps (`float`): Number that is added to the inner product `<a, L>`.
+        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients in addition
+            to lambda, in `[0, 1]`. `branch_gradients` must contain these factors. Pairs with the weight 0 are left out
+            of the sums.
+        pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' losses. `branch_gradients`
+            must contain these factors. Pairs with the weight 0 are left out of the sums. Without `branch_gradients`,
+            weights above 0 have no effect.
+        noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Noise bin of each pair, in
+            `[0, num_noise_bins)`.
         num_noise_bins (`int`): Number of noise bins.
 
     Returns:
-        `torch.Tensor`: Detached scale in `[0, 1]`, of shape `()`, or `(B,)` for `"pair"` and `"noise_bin"`.
+        `torch.Tensor`: Detached lambda in `[0, 1]`, of shape `()`, or `(B,)` for `"pair"` and `"noise_bin"`.
     """
     winner_gain, dot = output_products(winner_residual, loser_residual, branch_gradients)
     shift: float | torch.Tensor = eps

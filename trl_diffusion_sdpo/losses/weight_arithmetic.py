@@ -1,4 +1,4 @@
-"""Arithmetic on weights: decay of a moving average, interpolation, scale of a LoRA."""
+"""Arithmetic on model weights: decay of the moving average, interpolation, and the scaling factor of a LoRA."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 def ema_decay(step: int, max_decay: float) -> float:
-    """Return the weight of the old average in the update after optimizer step `step`. Steps count from 1.
+    """Return the decay of the moving average after optimizer step `step`: the weight of the old average.
 
-    The weight is `min(max_decay, (1 + step) / (10 + step))`, the ramp of diffusers' `EMAModel`. With a constant decay
-    near 1, the average of a short run would consist mostly of the initial weights.
+    The decay is `min(max_decay, (1 + step) / (10 + step))`, as in diffusers' `EMAModel`. Steps count from 1. With a
+    constant decay near 1, the average of a short run would consist mostly of the initial weights.
     """
     return min(max_decay, (1 + step) / (10 + step))
 
@@ -19,8 +19,8 @@ def ema_decay(step: int, max_decay: float) -> float:
 def interpolate(base: torch.Tensor, tuned: torch.Tensor, scale: float) -> torch.Tensor:
     """Return `base + scale (tuned - base)` in the dtype of `base`.
 
-    The sum is computed in float32. It is exactly `base` at scale 0 and `tuned` at scale 1. For integer tensors, the
-    result is the tensor that is nearer to the scale.
+    The sum is computed in float32. At scale 0 the result is exactly `base`, and at scale 1 exactly `tuned`. Integer
+    tensors are not interpolated: the result is `base` if the scale is below 0.5, else `tuned`.
     """
     if not base.is_floating_point():
         return base if scale < 0.5 else tuned
@@ -28,5 +28,5 @@ def interpolate(base: torch.Tensor, tuned: torch.Tensor, scale: float) -> torch.
 
 
 def lora_scaling(alpha: float, rank: int, *, rank_stabilized: bool) -> float:
-    """Return PEFT's factor of a LoRA's product: alpha divided by the rank, or by the rank's square root (rsLoRA)."""
+    """Return PEFT's scaling factor of a LoRA: alpha divided by the rank, or by the rank's square root (rsLoRA)."""
     return alpha / (math.sqrt(rank) if rank_stabilized else rank)

@@ -1,4 +1,4 @@
-"""Controller of the winner budget. It turns measured winner errors into weights of the losers' gradients."""
+"""Controller that keeps the rise of the winners' errors within a budget by scaling down the losers' gradients."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ import torch
 
 from .noise_bins import noise_bin_of
 
-GAIN = 0.5  # a measurement adds GAIN (1 - change / budget) to the logarithm of a scale
-MAX_MOVE = 1.5  # bound of that addition
-MIN_SCALE = 1e-2  # smaller scales act as 0; log scales are at least log(MIN_SCALE / 2), so that they can recover
+GAIN = 0.5  # each measurement adds GAIN (1 - change / budget) to the logarithm of a scale
+MAX_MOVE = 1.5  # largest absolute value that a measurement adds
+MIN_SCALE = 1e-2  # smaller scales act as 0; they stay at least MIN_SCALE / 2, so that they can rise again
 
 
 class BudgetController:
-    """Proportional controller of the winners' errors. It scales the losers' gradients in each noise bin.
+    """Proportional controller that scales the losers' gradients in each noise bin, to limit the winners' errors.
 
-    Let `c` be the relative change of the winners' error in a bin since the start of training, and `b` the budget. A
+    Let `c` be the relative change of the winners' error in a bin since the start of training, and `b` the budget. Each
     measurement multiplies the bin's scale by `exp(GAIN (b - c) / b)`, within bounds. A scale below `MIN_SCALE` acts
-    as 0: pairs in that bin train only their winners until the change is within the budget again. All bins share the
-    model's weights. If a bin with scale 0 still exceeds the budget, the scales of all other bins therefore fall at
-    least as fast as the scale of that bin.
+    as 0: the bin's pairs train only their winners until the winners' error is within the budget again. If a bin with
+    the scale 0 still exceeds the budget, losers of other bins may raise the errors of this bin, because all bins share
+    the model's weights. In this case, the scales of all other bins fall at least as fast as the scale of the bin above
+    the budget.
 
     Args:
-        budget (`float`): Largest relative change, greater than 0.
+        budget (`float`): Largest relative change of the winners' error, greater than 0.
         num_noise_bins (`int`): Number of noise bins.
-        device (`torch.device`): Device of the scales. Only `state` copies from it to the host.
+        device (`torch.device`): Device of the scales. Only `state` copies tensors from this device to the CPU.
 
     Example:
 
@@ -48,25 +49,25 @@ class BudgetController:
 
     @property
     def scale(self) -> torch.Tensor:
-        """Multipliers of the losers' gradients, `(num_noise_bins,)` in `[0, 1]`."""
+        """Factor of the losers' gradients in each noise bin, `(num_noise_bins,)`, in `[0, 1]`."""
         scale = self.log_scale.exp()
         return torch.where(scale < MIN_SCALE, 0, scale)
 
     def weights(self, noise_levels: torch.Tensor) -> torch.Tensor:
-        """Return the scale of each pair, `(B,)`, from the pairs' noise levels `(B,)`."""
+        """Return the factor of each loser's gradient, `(B,)`, from the pairs' noise levels `(B,)`."""
         return self.scale[noise_bin_of(noise_levels, self.num_noise_bins)]
 
     def steer(self, errors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Update the scales from a measurement. The first measurement sets `initial_errors`.
+        """Update the scales from measured errors. The first call stores the errors as `initial_errors`.
 
         Args:
-            errors (`torch.Tensor` of shape `(num_noise_bins,)`): Mean error of the winners in each bin. It is NaN in
-                bins without timesteps.
+            errors (`torch.Tensor` of shape `(num_noise_bins,)`): Mean error of the winners in each bin, NaN
+                for bins without timesteps.
 
         Returns:
-            `dict[str, torch.Tensor]`: Scalars: the largest relative change (`budget/winner_change`), the mean scale
-            (`budget/scale`), the share of bins over the budget (`budget/over`) and the share of bins over the budget
-            whose scale was 0 already (`budget/unmet`).
+            `dict[str, torch.Tensor]`: Scalar metrics: the largest relative change of a bin (`budget/winner_change`),
+            the mean scale (`budget/scale`), the share of bins above the budget (`budget/over`), and the share of bins
+            that are above the budget although their scale was 0 already (`budget/unmet`).
         """
         self.initial_errors = torch.where(self.initial_errors.isnan().all(), errors, self.initial_errors)
         visited = self.initial_errors > 0  # not NaN
@@ -74,7 +75,7 @@ class BudgetController:
         change = torch.where(visited, (errors / self.initial_errors - 1).nan_to_num(nan=torch.inf), 0)
         unmet = (change > self.budget) & (self.scale == 0)
         move = (GAIN * (1 - change / self.budget)).clamp(-MAX_MOVE, MAX_MOVE)
-        largest = torch.where(unmet, move, torch.inf).min()  # negative if any bin is unmet, else infinite
+        largest = torch.where(unmet, move, torch.inf).min()  # negative if a bin is unmet, else infinite
         self.log_scale = (self.log_scale + torch.minimum(move, largest)).clamp(min=math.log(MIN_SCALE / 2), max=0.0)
         count = visited.sum()
         return {
@@ -85,19 +86,19 @@ class BudgetController:
         }
 
     def state(self) -> dict[str, Any]:
-        """Return the numbers from which [`BudgetController.load_state`] continues bit-exactly, with `None` for NaN."""
+        """Return the state for [`BudgetController.load_state`], so that a resumed run continues bit-exactly."""
         initial = [None if math.isnan(error) else error for error in self.initial_errors.tolist()]
         return {"log_scale": self.log_scale.tolist(), "before": initial}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore the numbers that [`BudgetController.state`] returned.
+        """Restore a state that [`BudgetController.state`] returned.
 
         Raises:
             `ValueError`: If the state has another number of noise bins.
         """
         if len(state["log_scale"]) != self.num_noise_bins:
             raise ValueError(
-                f"`num_noise_bins` must be that of the saved run, {len(state['log_scale'])}. Got "
+                f"`num_noise_bins` must be equal to that of the saved run, {len(state['log_scale'])}. Got "
                 f"{self.num_noise_bins}. Resume with the settings of the saved run."
             )
         self.log_scale = self.log_scale.new_tensor(state["log_scale"])

@@ -1,1 +1,1 @@
-"""Small helpers that several packages share."""
+"""Small helper functions that several subpackages use."""

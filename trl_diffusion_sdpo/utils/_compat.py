@@ -1,5 +1,5 @@
-"""All private upstream names that this package uses, and why. A name can go when its library has a public one, unless
-its comment says otherwise."""
+"""All private names of other libraries that this package uses, with the reasons. A private name can be removed when its
+library offers a public one, unless the comment on the private name says otherwise."""
 
 import contextlib
 import dataclasses
@@ -10,29 +10,30 @@ import datasets
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
-# The common base class of all mixins with `load_lora_weights` and `save_lora_weights`, and the metadata key of a LoRA
-# file's settings.
+# `LoraBaseMixin` is the base class of all pipelines with `load_lora_weights` and `save_lora_weights`. The key names the
+# settings of a LoRA in its file's metadata.
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 
-# For checkpoints in a single file.
+# Used to load checkpoints that are a single file.
 from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
 
-# A lost connection to the Hub raises an error of httpx or httpx2, depending on the version of huggingface_hub. This is
-# the common base class of both errors.
+# A lost connection to the Hub raises an error of httpx or httpx2, depending on the version of huggingface_hub.
+# `HTTPError` is the common base class of both errors.
 from huggingface_hub.errors import HTTPError as HubConnectionError
 
-# Finds the rank or alpha of a module in the patterns of a LoRA's configuration.
+# Finds the key of a LoRA's `rank_pattern` or `alpha_pattern` that matches a module.
 from peft.utils.other import get_pattern_key as pattern_key
 from transformers import TrainingArguments
 
-# Callbacks of the trackers that accept images. They are public. They are imported here because
-# `transformers.integrations` also contains DeepSpeed and FSDP, and only `engines` may import those.
+# Callbacks of the trackers that accept images. These names are public. They are imported here because
+# `transformers.integrations` also contains DeepSpeed and FSDP, and only the package `engines` may import DeepSpeed and
+# FSDP.
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 # Lets `torch.load(weights_only=True)` read numpy's random states in a checkpoint.
 from transformers.trainer_pt_utils import safe_globals as numpy_safe_globals
 
-# transformers 5.23 renamed these arguments. Can go when the lowest supported transformers has the new names.
+# transformers 5.23 renamed these arguments. Remove this when the lowest supported transformers has the new names.
 _RENAMED = "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if _RENAMED else "gradient_checkpointing"
 
@@ -46,26 +47,26 @@ __all__ = [  # re-exported
 __all__ += ["TensorBoardCallback", "TrackioCallback", "WandbCallback"]
 
 
-# Fused attention of the CPU, forward and backward. Can go when torch's FLOP counter has formulas for them.
+# Fused attention on the CPU, forward and backward. Remove both when torch's FLOP counter has formulas for them.
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 # Attributes of PEFT's layers: whether their adapters are off, and the names of the active adapters. PEFT's
-# `enable_adapters` and `set_adapter` also change `requires_grad` of every weight. This is slow: it takes as long as the
-# Python code of hundreds of layers' forward passes. It also misleads FSDP2, because FSDP2 reads `requires_grad` in the
-# first forward pass only, to choose the precision of gradients.
+# `enable_adapters` and `set_adapter` also change `requires_grad` of every weight. Changing `requires_grad` is as slow
+# as the Python code of hundreds of layers' forward passes. The change also misleads FSDP2, because FSDP2 reads
+# `requires_grad` only in the first forward pass, to choose the precision of gradients.
 ADAPTERS_OFF = "_disable_adapters"
 ACTIVE_ADAPTER = "_active_adapter"
 
 
 def block_names(denoiser: ModelMixin) -> list[str]:
-    """Return the class names of a diffusers model's blocks. FSDP wraps each block as a unit. accelerate reads them too,
-    but not in submodules."""
+    """Return the class names of a diffusers model's blocks, which FSDP wraps as units. accelerate reads these names
+    too, but not those of submodules."""
     return list(denoiser._no_split_modules or ())
 
 
 def activation_checkpointing(args: TrainingArguments) -> tuple[bool, dict[str, Any]]:
-    """Return whether activation checkpointing is on, and its arguments."""
+    """Return whether activation checkpointing is on, and the arguments of activation checkpointing."""
     return bool(getattr(args, CHECKPOINTING)), getattr(args, f"{CHECKPOINTING}_kwargs") or {}
 
 
@@ -80,14 +81,14 @@ def repeated_blocks(denoiser: ModelMixin) -> list[str]:
 
 
 def attention_backends() -> tuple[str, ...]:
-    """Return the names of diffusers' attention back ends."""
+    """Return the names of all attention back ends of diffusers."""
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     return tuple(sorted(backend.value for backend in AttentionBackendName))
 
 
 def has_attention_backends(denoiser: torch.nn.Module) -> bool:
-    """Return whether a denoiser's attention uses diffusers' back ends. The attention of older models does not."""
+    """Return whether a denoiser's attention uses diffusers' back ends. Older models do not use them."""
     processors = (vars(module).get("processor") for module in denoiser.modules())
     return any("_attention_backend" in dir(processor) for processor in processors)
 
@@ -103,18 +104,18 @@ def forward_pre_hooks(module: torch.nn.Module) -> list[Any]:
 
 
 def start_method(args: TrainingArguments) -> str | None:
-    """Return the start method of DataLoader workers. transformers 5.14 does not have this argument. Can go when the
-    lowest supported transformers has it."""
+    """Return the start method of DataLoader workers. transformers 5.14 does not have this argument. Remove this
+    function when the lowest supported transformers has the argument."""
     return getattr(args, "dataloader_multiprocessing_context", None)
 
 
 def keeps_order(args: TrainingArguments) -> bool:
-    """Return the DataLoader's argument `in_order`. Can go together with [`start_method`]."""
+    """Return the DataLoader's argument `in_order`. Remove this function together with [`start_method`]."""
     return getattr(args, "dataloader_in_order", True)
 
 
 def dataset_fingerprint(dataset: datasets.Dataset) -> str:
-    """Return the hash by which `datasets` names cached results of a data set."""
+    """Return the hash from which `datasets` builds the names of a data set's cache files."""
     return dataset._fingerprint
 
 
@@ -126,8 +127,9 @@ def is_split_by_node(stream: datasets.IterableDataset) -> bool:
 def compile_with_eager_rounding() -> None:
     """Make inductor round where eager PyTorch rounds, in the whole process.
 
-    Fused kernels leave intermediate values in float32, and the policy's kernels fuse other operations than the
-    reference's. Under bf16, policy and reference would therefore differ before the first step.
+    Fused kernels do not round intermediate values to bf16. The policy's kernels fuse other operations than the
+    reference's kernels. Under bf16, the predictions of policy and reference would therefore differ before the first
+    step.
     """
     from torch._inductor import config  # takes seconds
 
@@ -135,11 +137,11 @@ def compile_with_eager_rounding() -> None:
 
 
 # Under ZeRO-1 and 2, DeepSpeed's public functions return full gradients, not shards. The next three functions therefore
-# use the optimizer's lists directly. They can go when `deepspeed.utils.safe_get_local_grad` supports these stages.
+# read private lists of the optimizer. Remove them when `deepspeed.utils.safe_get_local_grad` supports these stages.
 
 
 def keeps_zero_gradients(optimizer: Any) -> bool:
-    """Return whether an optimizer is DeepSpeed's for ZeRO-1 and 2. The next two functions need this class."""
+    """Return whether an optimizer is DeepSpeed's for ZeRO-1 and 2. `zero_gradients` and `zero_weights` need it."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     return isinstance(optimizer, DeepSpeedZeroOptimizer)
@@ -156,16 +158,16 @@ def zero_weights(optimizer: Any) -> list[torch.Tensor]:
 
 
 def set_last_rates(schedule: Any, rates: list[Any]) -> None:
-    """Set the learning rates that a schedule's `get_last_lr` returns. Loading a checkpoint overwrites them."""
+    """Set the learning rates that a schedule's `get_last_lr` returns. Loading a checkpoint overwrites these rates."""
     if "_last_lr" in vars(schedule):
         schedule._last_lr = rates
 
 
 @contextlib.contextmanager
 def autocast_rules(rules: dict[str, Callable[..., Any]]) -> Iterator[None]:
-    """Add rules to the CPU's autocast within the context. The keys are names of operations in `aten`. A rule is called
-    with the operation and its arguments, and runs outside autocast. torch has no public way to remove kernels or to
-    leave autocast."""
+    """Add rules to the CPU's autocast within the context. The keys of `rules` are names of operations in `aten`. A rule
+    is called with the operation and its arguments, and runs outside autocast. This function uses private names, because
+    torch has no public way to remove kernels or to leave autocast."""
     library = torch.library.Library("aten", "IMPL")
     autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
@@ -187,16 +189,18 @@ def autocast_rules(rules: dict[str, Callable[..., Any]]) -> Iterator[None]:
 
 
 def default_configuration(tensors: dict[str, torch.Tensor]) -> str:
-    """Return the Hub id of the configuration that diffusers uses for a single-file checkpoint. The error of
-    `from_single_file` does not name it offline."""
+    """Return the Hub id of the configuration that diffusers uses for a single-file checkpoint. Error messages need it,
+    because the error that `from_single_file` raises offline does not name the configuration."""
     return str(fetch_diffusers_config(tensors)["pretrained_model_name_or_path"])
 
 
 def keep_in_float32(module_class: type[torch.nn.Module], buffer: str) -> None:
-    """Let the modules of a class keep a float32 buffer that is not saved when they are cast, as `from_pretrained` does.
+    """Patch a module class, so that casting a module leaves the buffer named `buffer` in float32.
 
-    DeepSpeed casts buffers, and so does `pipeline.to(torch.bfloat16)`. If frequencies of positions or timesteps are
-    rounded, large positions get wrong angles. Can go when diffusers' denoisers compute them in their forward pass.
+    Use this function for buffers that are not saved. `from_pretrained` leaves these buffers in float32 too, but
+    DeepSpeed and `pipeline.to(torch.bfloat16)` cast them. If the frequencies of positions or timesteps are rounded,
+    large positions get wrong angles. Remove this function when diffusers' denoisers compute these frequencies in their
+    forward pass.
     """
     cast: Any = module_class._apply
 

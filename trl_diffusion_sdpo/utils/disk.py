@@ -1,4 +1,4 @@
-"""A single error class for a full disk, for all libraries that write files."""
+"""Error for a full disk, in place of the different errors that libraries raise, and checks of the free space."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LITTLE = 64 * 2**20  # bytes
 
 
 class DiskFullError(OSError):
-    """Error of a file that could not be written completely. The message names the folder and its free space."""
+    """Error for files that do not fit on the disk. The message names their folder and the disk's free space."""
 
     def __init__(self, message: str):
         super().__init__(message)
@@ -27,12 +27,12 @@ class DiskFullError(OSError):
 def naming_the_disk(
     folder: str | os.PathLike, needed: int | None = None, *, setting: str = "output_dir"
 ) -> Iterator[None]:
-    """Turn errors of a full disk within the context into a `DiskFullError`.
+    """Context that replaces every error of a full disk by a `DiskFullError`.
 
     Args:
-        folder (`str` or `os.PathLike`): Folder of the files. It need not exist yet.
-        needed (`int`, *optional*): Lower bound of the files' bytes.
-        setting (`str`): Name of the setting that chooses the folder.
+        folder (`str` or `os.PathLike`): Folder of the files. This folder need not exist yet.
+        needed (`int`, *optional*): Number of bytes that the files need at least, for the message.
+        setting (`str`): Name of the setting that chooses the folder, for the message.
     """
     try:
         yield
@@ -43,13 +43,13 @@ def naming_the_disk(
             raise
         needs = "" if needed is None else f" The files need at least {readable_size(needed)}."
         raise DiskFullError(
-            f"A disk is full or its quota is used up: {error}. The disk of {folder} has "
+            f"A disk is full, or the disk quota is used up: {error}. The disk of {folder} has "
             f"{readable_size(free_bytes(Path(folder)))} free.{needs} Free some space, or choose another `{setting}`."
         ) from error
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Raise a `DiskFullError` before writing if the disk of a folder has fewer than `needed` bytes free."""
+    """Raise a `DiskFullError` if the disk of a folder has fewer than `needed` free bytes. Call this before writing."""
     free = free_bytes(folder)
     if free < needed:
         raise DiskFullError(
@@ -59,8 +59,7 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the free bytes on the disk of a folder. If the folder does not exist, its nearest existing parent
-    counts."""
+    """Return the number of free bytes on the disk of a folder. The folder need not exist yet."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
 
@@ -74,7 +73,7 @@ def _is_of_a_full_disk(error: Exception, folder: Path) -> bool:
 
 
 def readable_size(size: float) -> str:
-    """Return a size in words, such as "1.2 GB"."""
+    """Return a number of bytes as text with a unit, such as "1.2 GB"."""
     for unit in ("bytes", "KB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

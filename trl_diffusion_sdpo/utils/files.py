@@ -1,4 +1,4 @@
-"""Atomic writing of files, and facts that change when a file is replaced."""
+"""Atomic writing of files, and detection of replaced files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ VERDICT_FILE = "verdict.json"  # in the folder of a run
 
 
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], *, ending: str = ".partial") -> None:
-    """Write a file under a temporary name, and then rename it. After a crash, the file is either unchanged or complete.
+    """Write a file under a temporary name, and then rename it.
+
+    After a crash, the file at `path` is either unchanged or complete.
 
     Args:
-        content (`bytes` or `Callable`): The bytes, or a function that writes them into an open file.
+        content (`bytes` or `Callable`): Content of the file, or a function that writes the content into an open file.
         ending (`str`): Ending of the temporary name. Processes that write the same file at the same time need different
             endings.
     """
@@ -36,7 +38,7 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], *,
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync a folder to the disk, so that renamed files survive a loss of power."""
+    """Write a folder's entries to the disk, so that a renamed file keeps its new name after a loss of power."""
     with contextlib.suppress(OSError):  # some systems cannot sync folders
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -46,8 +48,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def file_facts(path: str | os.PathLike) -> list[str | int]:
-    """Return absolute path, size, modification time and change time of a file. The change time cannot be set back, so
-    the facts change whenever the file is replaced.
+    """Return absolute path, size, modification time and change time of a file.
+
+    The result differs whenever the file was replaced, because programs cannot set the change time back.
 
     Raises:
         OSError: If the file does not exist.

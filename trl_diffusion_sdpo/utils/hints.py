@@ -1,10 +1,10 @@
-"""Suggestions for misspelt names in error messages."""
+"""Suggestions for error messages about misspelt names, and about options of other trainers."""
 
 import difflib
 import re
 from collections.abc import Iterable
 
-# Our options -> their names in other trainers (diffusers' scripts, kohya, SimpleTuner, OneTrainer).
+# Options of this package -> their names in other trainers (diffusers' scripts, kohya, SimpleTuner, OneTrainer).
 _NAMES_ELSEWHERE = {
     "model_name_or_path": "base_model pretrained_model pretrained_model_name pretrained_model_name_or_path",
     "dataset_name": "train_data_dir instance_data_dir dataset_dir",
@@ -38,9 +38,9 @@ _NAMES_ELSEWHERE = {
     "report_to": "log_with",
 }
 OTHER_TOOLS = {name: ours for ours, names in _NAMES_ELSEWHERE.items() for name in names.split()}
-# Other names of choices.
+# Other names of values that a setting accepts.
 CHOICE_ALIASES = {"dpo": "sigmoid"}
-# Choices of other trainers that have another name and another constant here.
+# Values of settings of other trainers. Here, these values and their constants have other names.
 _CHOICES_ELSEWHERE = {"exo_pair": ("dmpo", "TRL's `exo_pair` is `dmpo`, and its `label_smoothing` is `dmpo_alpha`.")}
 _MORE = {
     "warmup_steps": " A value below 1 is a share of all steps.",
@@ -50,40 +50,42 @@ _MORE = {
 _ABSENT = (
     (
         "^(label_smoothing|dspo_threshold|dmpo_alpha|mapo_temperature|mapo_scale|simpo_gamma|dpop_lambda|linear_eta|smpo_.*)$",
-        "Constants of single losses are keys of `loss_kwargs`.",
+        "Set the constants of a loss in `loss_kwargs`.",
     ),
     ("text_encoder|(^|_)te[123]?_lr|textual_inversion", "Text encoders are not trained."),
     (
         "lycoris|loha|lokr|lora_type|lora_algo|peft_type|network_(module|args)",
-        "The only adapters are LoRAs (`use_peft`), also as DoRA and rsLoRA: `load_lora_weights` reads no others.",
+        "The only adapters are LoRA, DoRA and rsLoRA (`use_peft`), because `load_lora_weights` reads no others.",
     ),
 )
 
 
 def other_tools_option(name: str, options: Iterable[str]) -> str:
-    """Return a sentence for the end of an error message on another trainer's option, or an empty string.
+    """Return a sentence that explains another trainer's option, for the end of an error message.
+
+    The result is an empty string if the option is not known.
 
     Args:
-        name (`str`): The unknown name, without dashes before it.
+        name (`str`): Name of the option, without leading dashes.
         options (`Iterable[str]`): Names of this command's options.
     """
     word = name.lower().replace("-", "_")
     ours = OTHER_TOOLS.get(word)
     if ours is not None and ours in options:
-        return f" Here it is `--{ours}`.{_MORE.get(ours, '')}"
+        return f" The name of this option here is `--{ours}`.{_MORE.get(ours, '')}"
     return next((f" {reason}" for pattern, reason in _ABSENT if re.search(pattern, word)), "")
 
 
 def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> str:
-    """Return a sentence with the nearest valid names, for the end of an error message.
+    """Return a sentence that suggests the valid names most similar to an unknown name, for the end of an error message.
 
     Args:
-        word (`str`): The unknown name; dashes count as underscores.
+        word (`str`): The unknown name. Dashes are read as underscores.
         names (`Iterable[str]`): The valid names.
-        prefix (`str`): Written before each name, such as `--`.
+        prefix (`str`): Text before each suggested name, such as `--`.
 
     Returns:
-        `str`: Such as " Did you mean `beta`?", with up to two names, or an empty string if none is near.
+        `str`: A question such as " Did you mean `beta`?" with one or two names, or an empty string.
     """
     names = list(names)
     ours, reason = _CHOICES_ELSEWHERE.get(word, ("", ""))

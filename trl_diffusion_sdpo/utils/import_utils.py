@@ -1,4 +1,4 @@
-"""Checks of optional dependencies, lazy import of public names, and filters for notes of libraries."""
+"""Checks of optional dependencies, lazy import of public names, and filters that hide messages of libraries."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from logging import LogRecord
 
-# Extra of this package -> the module that it installs.
+# Name of this package's extra -> the module that the extra installs.
 EXTRAS: dict[str, str] = {"deepspeed": "deepspeed", "quantization": "bitsandbytes"}
 
 # Trackers of `report_to` whose module and package have the same name.
 TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow", "comet_ml", "clearml", "swanlab", "dvclive")
 
-# Pattern of the name in `optim` -> the package that it needs.
+# Pattern for values of `optim` -> the package that these optimizers need.
 OPTIMIZERS = {
     r"adamw_torch_[48]bit": "torchao",
     r"galore_.*": "galore-torch",
@@ -29,7 +29,7 @@ OPTIMIZERS = {
     r"(paged_)?(ademamix|lion|adamw)(_bnb)?(_8bit|_32bit)|ademamix|rmsprop_bnb.*": "bitsandbytes",
 }
 
-# Logger -> the beginning of notes about which a user of this package can do nothing.
+# Name of the logger -> beginning of log messages that need no action by users of this package.
 _IDLE_NOTES = {
     "transformers.utils.import_utils": r"`\w+ImageProcessor` requires torchvision \(not installed\); falling back",
     "DeepSpeed": r"Setting (ds_)?accelerator to ",
@@ -37,8 +37,8 @@ _IDLE_NOTES = {
 }
 
 
-# Beginnings of warnings that need no action: a second stage adds the reference's adapter to the policy on purpose, and
-# memory is not pinned on a CPU.
+# Beginnings of warnings that need no action. If a second training stage continues from an adapter, this package adds
+# the adapter of the reference to the policy on purpose. Without an accelerator, pinned memory is of no use.
 _IDLE_WARNINGS = (
     r"Already found a `peft_config` attribute in the model",
     r"'pin_memory' argument is set as true but no accelerator is found",
@@ -46,18 +46,18 @@ _IDLE_WARNINGS = (
 
 
 class MissingExtraError(ImportError):
-    """Error of a missing optional dependency. The message names the extra or package to install."""
+    """Error for an optional dependency that is not installed. The message has the command that installs it."""
 
 
 def require(extra: str, purpose: str) -> None:
-    """Raise an error unless an extra of this package is installed.
+    """Raise a `MissingExtraError` if the module of one of this package's extras is not installed.
 
     Args:
         extra (`str`): A key of `EXTRAS`.
-        purpose (`str`): The subject of the message's sentence, such as "A quantized base".
+        purpose (`str`): Subject of the error message, such as "A quantized base".
 
     Raises:
-        MissingExtraError: If it is not installed. The message has the command that installs it.
+        MissingExtraError: If the module is not installed.
     """
     if find_spec(EXTRAS[extra]) is None:
         raise MissingExtraError(
@@ -66,7 +66,7 @@ def require(extra: str, purpose: str) -> None:
 
 
 def require_trackers(names: Iterable[str]) -> None:
-    """Raise a `MissingExtraError` unless the trackers of `report_to` are installed. Unknown names pass."""
+    """Raise a `MissingExtraError` if a tracker of `report_to` is not installed. Unknown names are ignored."""
     for name in names:
         has_writer = name == "tensorboard" and find_spec("tensorboardX")
         if name in TRACKERS and not (find_spec(name) or has_writer):
@@ -77,7 +77,8 @@ def require_trackers(names: Iterable[str]) -> None:
 
 
 def require_optimizer(name: str) -> None:
-    """Raise a `MissingExtraError` unless the package of an optimizer of `optim` is installed. Unknown names pass."""
+    """Raise a `MissingExtraError` if the optimizer of `optim` needs a package that is not installed. Unknown names are
+    ignored."""
     for pattern, package in OPTIMIZERS.items():
         if re.fullmatch(pattern, name) and not find_spec(package.removeprefix("torch-").replace("-", "_")):
             raise MissingExtraError(
@@ -89,26 +90,26 @@ def require_optimizer(name: str) -> None:
 def lazy_attributes(
     package: str, homes: Mapping[str, str], others: Iterable[str] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return a package's `__getattr__` and `__dir__`. They import public names at their first use.
+    """Return `__getattr__` and `__dir__` for a package that imports each public name when it is first used.
 
     Args:
         package (`str`): Name of the package.
         homes (`Mapping[str, str]`): Public name -> the module that defines it, relative to the package.
-        others (`Iterable[str]`): Public names that the package defines itself, for `dir()`.
+        others (`Iterable[str]`): Public names that the package defines itself. `dir()` lists these names too.
     """
     public = sorted([*homes, *others])
 
     def get_attribute(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        hide_idle_notes()  # the next line imports libraries that log
+        hide_idle_notes()  # before the next line imports libraries that log
         return getattr(import_module(homes[name], package), name)
 
     return get_attribute, lambda: public
 
 
 def hide_idle_notes() -> None:
-    """Hide the notes and warnings that libraries print in every run and that need no action."""
+    """Hide log messages and warnings that libraries print in every run and that need no action by the user."""
     import logging  # a third of this package's import time
     import warnings
 

@@ -1,4 +1,4 @@
-"""Test whether this package raised an error. Messages of such errors are written for users."""
+"""Test whether an error was raised by this package. This package writes its error messages for users."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _PACKAGE = __package__.partition(".")[0]
 def is_own(error: Exception) -> bool:
     """Return whether this package raised an error.
 
-    The answer is yes if the error's class is defined in this package, or if a `raise` statement of this package raised
-    it. An error that a library or Python raised in a call from this package does not count.
+    The result is true if this package defines the error's class, or if a `raise` statement of this package raised the
+    error. The result is false if this package called a library or Python, and the called code raised the error.
     """
     if type(error).__module__.partition(".")[0] == _PACKAGE:
         return True

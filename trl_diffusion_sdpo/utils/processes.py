@@ -1,4 +1,4 @@
-"""Collective work of several processes, and the number of CPU cores for each."""
+"""Work that several processes share, and the number of CPU cores for each process."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Peers:
-    """Processes that prepare the same data together. The default is a single process.
+    """The group of processes that prepare the same data together. By default, this is a single process.
 
     Args:
         index (`int`): Rank of this process, from 0.
         count (`int`): Number of processes.
-        gather (`Callable`): Collective function. It gets a value of each process and returns all values by rank.
+        gather (`Callable`): Collective function. Each process passes a value, and each process gets the list of all
+            values by rank.
     """
 
     index: int = 0
@@ -26,10 +27,11 @@ class Peers:
     gather: Callable[[Any], list[Any]] = lambda value: [value]
 
     def gather_results(self, work: Callable[[], Any]) -> list[Any]:
-        """Run this process's share of the work and return the results of all processes by rank. Collective.
+        """Call `work` in every process, and return the results of all processes by rank. All processes must call this.
 
         Raises:
-            Exception: If `work` raises in any process. That process raises its error, the others `RuntimeError`.
+            Exception: If `work` raises in any process. The process in which `work` fails raises the error itself. The
+                other processes raise `RuntimeError`.
         """
         failure: Exception | None = None
         result = None
@@ -46,7 +48,7 @@ class Peers:
         return [value for value, _ in gathered]
 
     def first(self, compute: Callable[[], Result]) -> Result:
-        """Return the result of `compute`, which only the first process runs. Collective."""
+        """Call `compute` in the first process, and return its result in every process. All processes must call this."""
         return self.gather_results(lambda: compute() if self.index == 0 else None)[0]
 
 
@@ -54,14 +56,14 @@ ALONE = Peers()
 
 
 def usable_cores(processes: int = 1) -> int:
-    """Return the CPU cores for each of `processes` processes. If a launcher sets `LOCAL_WORLD_SIZE`, only that
-    many processes share this machine."""
+    """Return the number of CPU cores that each of `processes` processes can use. If a launcher sets
+    `LOCAL_WORLD_SIZE`, only so many of the processes share the cores of this machine."""
     affinity = getattr(os, "sched_getaffinity", None)  # macOS and Windows do not have it
     cores = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
     return max(1, cores // min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes))))
 
 
 def forks_by_default() -> bool:
-    """Return whether new processes are forked. Spawned ones need an importable main module."""
+    """Return whether new processes are forked. Spawned processes would need an importable main module."""
     method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     return method == "fork" and not multiprocessing.current_process().daemon

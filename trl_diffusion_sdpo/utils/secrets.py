@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any
 
-# Ends and substrings of names that hold secrets. Names are compared in lower case and without separators.
+# Ends and substrings of the names of secret settings. Names are compared in lower case and without separators.
 _SECRET_ENDS = ("token", "passwd", "passphrase", "passphrases", "auth", "authorization", "cookie", "cookies")
 _SECRET_PARTS = (
     *("secret", "password", "apikey", "accesskey", "accountkey", "privatekey", "credential", "connectionstring"),
@@ -14,9 +14,9 @@ _SECRET_PARTS = (
 _TOKENS = re.compile(
     r"(?<!max)(?<!min)(?<!num)(?<!new)(?<!special)tokens$"
 )  # access tokens, not counts of text tokens
-# Query parameters of signed URLs.
+# Query parameters whose values sign a URL.
 _SIGNED = r"[\w.-]*(?:token|secret|password|signature|credential|api[_-]?key|access[_-]?key|key[_-]?id)[\w.-]*|sig|key"
-# Names before an equals sign. Only the end of a name counts, because `token_length=77` is no secret.
+# Names of secrets before an equals sign. Only the end of a name counts, because `token_length=77` is no secret.
 _GIVEN = r"[\w.-]*(?:token|secret|password|passwd|signature|credential|(?:api|access|account|private)[_-]?key)"
 _IN_TEXT = (
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_..."),
@@ -29,10 +29,13 @@ _IN_TEXT = (
 
 
 def masked(value: Any, name: str = "") -> Any:
-    """Return a copy of nested settings without secrets. A secret setting becomes its name, a secret in a text dots.
+    """Return a copy of nested settings without secrets.
+
+    The value of a secret setting is replaced by the setting's name. A secret within a text is replaced by dots.
 
     Args:
-        value: Dictionaries, lists, tuples, sets, strings and paths are searched. Other values are returned unchanged.
+        value: Settings to copy. Dictionaries, lists, tuples, sets, strings and paths are searched. Others are
+            returned unchanged.
         name (`str`): Name of the setting. The value of `hub_token` becomes `<HUB_TOKEN>`.
     """
     if names_secret(name) and not (value is None or isinstance(value, bool)):
@@ -47,14 +50,14 @@ def masked(value: Any, name: str = "") -> Any:
 
 
 def names_secret(name: str) -> bool:
-    """Return whether a setting of this name holds a secret: `hub_token` does, `token_length` does not."""
+    """Return whether the setting `name` holds a secret: true for `hub_token`, false for `token_length`."""
     plain = re.sub(r"[\W_]", "", name.lower())
     ends = plain.endswith(_SECRET_ENDS) or _TOKENS.search(plain) is not None
     return ends or any(word in plain for word in _SECRET_PARTS)
 
 
 def without_secrets(text: str) -> str:
-    """Return a text with dots instead of tokens, passwords and the signatures of URLs."""
+    """Return a text in which dots replace tokens, passwords and the signatures of URLs."""
     for pattern, replacement in _IN_TEXT:
         text = pattern.sub(replacement, text)
     return text

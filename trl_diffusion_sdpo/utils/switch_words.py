@@ -10,6 +10,6 @@ SWITCH_WORDS = {
 
 def choice_of_switch(value: bool, choices: Collection[str]) -> str | None:
     """Return the choice that means the same as a boolean, such as `"none"` or `"no"` for false. Return `None` if no
-    choice does."""
+    choice has this meaning."""
     words = [word for word, meant in SWITCH_WORDS.items() if meant is value]
     return next((word for word in (words if value else ["none", *words]) if word in choices), None)
