@@ -117,7 +117,7 @@ def test_what_cannot_be_published_is_safe_and_a_second_call_goes_on(make_trainer
     with pytest.raises(PublishingError) as caught:
         trainer.push_to_hub()
     message = str(caught.value)
-    assert f"The weights are safe in {tmp_path / 'run'}" in message and "`push_to_hub()`" in message
+    assert f"The weights are saved in {tmp_path / 'run'}" in message and "push_to_hub()`" in message
     assert "\n" not in message and "tester/run" in message
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
 
