@@ -167,7 +167,9 @@ class Publisher:
         return job
 
     def _advice(self) -> str:
-        return f"The weights are saved in {self._args.output_dir}. Call `trainer.push_to_hub()` to continue the upload."
+        return (
+            f"The weights are saved in {self._args.output_dir}. Call `trainer.push_to_hub()` to continue the upload."
+        )
 
 
 @contextlib.contextmanager
