@@ -105,7 +105,7 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) 
         average,
         noise=noise,
         loss=loss_settings(args),
-        resolution=max(image_sizes(args), key=lambda size: size[0] * size[1]),  # the largest size needs most memory
+        resolution=max(image_sizes(args), key=lambda size: size[0] * size[1]),  # the largest bucket needs most
         pairs=args.per_device_train_batch_size,
         autocast=half,
         checkpointing=arguments if checkpoints else None,

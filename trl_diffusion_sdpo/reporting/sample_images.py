@@ -74,10 +74,10 @@ class SampleImagesCallback(TrainerCallback):
     Args:
         pipeline (`DiffusionPipeline`): Pipeline with the trained denoiser; every component is on one device.
         prompts (`Sequence[str]`): Prompt `i` always starts from the noise of `seed + i`.
-        every_n_steps (`int`, *optional*): Steps between two generations. By default, only before and after training.
+        every_n_steps (`int`, *optional*): Optimizer steps between two generations; only first and last if unset.
         resolution (`int` or `tuple[int, int]`, *optional*): Side of square images, or height and width, in pixels.
         call_options (`dict`, *optional*): Further arguments of the pipeline's call.
-        denoiser_name (`str`): Attribute of the pipeline that is trained. It runs under the autocast of training. Frozen
+        denoiser_name (`str`): The pipeline's attribute that is trained. It runs under the autocast of training. Frozen
             components run in their stored precision.
         every_process (`bool`): Whether all processes must generate, because each holds a shard of the denoiser. The
             Trainer's `model` is then called in place of the denoiser. Otherwise only the first process generates.
@@ -157,7 +157,7 @@ class SampleImagesCallback(TrainerCallback):
         return [(f"{SAMPLES_FOLDER}/{_stem(step)}-{i}.png", prompt) for i, prompt in enumerate(self.prompts)]
 
     def newest_gallery(self) -> list[tuple[str, str]]:
-        """Return paths and prompts of the newest images. Before the first images, return an empty list."""
+        """Return the gallery of the newest images; nothing before the first."""
         return [] if self.last_step is None else self.gallery(self.last_step)
 
     def comparison(self, folder: Path, step: int | None = None) -> list[SamplePair]:
@@ -174,7 +174,7 @@ class SampleImagesCallback(TrainerCallback):
         return pairs
 
     def _are_written(self, folder: Path, step: int) -> bool:
-        """Return whether the images of a step exist and were made with this callback's prompts and seeds."""
+        """Return whether the images of a step exist, with these prompts and seeds."""
         files = enumerate(self.gallery(step))
         noted = all(_states(folder / path, prompt, self.seed + i) for i, (path, prompt) in files)
         return noted and grid_path(folder, step).exists()
@@ -273,7 +273,7 @@ class SampleImagesCallback(TrainerCallback):
     def _generate_one(self, pipeline: DiffusionPipeline, index: int) -> Image.Image:
         generator = torch.Generator().manual_seed(self.seed + index)  # on the CPU: equal noise on every device
         image = pipeline(prompt=self.prompts[index], generator=generator, return_dict=False, **self.call_kwargs)[0][0]
-        return image[0] if isinstance(image, list) else image  # of a video clip, only the first frame is shown
+        return image[0] if isinstance(image, list) else image  # a clip is shown by its first frame
 
 
 def final_step(args: TrainingArguments, state: TrainerState) -> int | None:
