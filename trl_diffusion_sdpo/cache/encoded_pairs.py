@@ -16,7 +16,7 @@ from ..data.transforms import PairDraws
 from .shards import ShardStore
 
 MOMENTS, SIZES = "moments", "sizes"  # columns
-PLAIN, MIRRORED = PairDraws(0.0, 0.0, 1.0, 1.0, 0), PairDraws(0.0, 0.0, 0.0, 1.0, 0)  # used if crops are centered
+PLAIN, MIRRORED = PairDraws(0.0, 0.0, 1.0, 1.0, 0), PairDraws(0.0, 0.0, 0.0, 1.0, 0)  # for crops at the center
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class EncodedPairs:
         rows ([`ImageRows`]): Numbers of the images in the store.
         prompts ([`ShardStore`]): Conditioning of the distinct prompts, in the order of `digests`.
         digests (`np.ndarray`): Sorted digests of the prompts, by [`distinct_prompts`].
-        on_host (`Sequence[str]`): Names of conditioning tensors that the model reads on the CPU.
+        on_host (`Sequence[str]`): Tensors of the conditioning that are read on the host.
     """
 
     def __init__(

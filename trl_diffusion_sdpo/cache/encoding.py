@@ -152,7 +152,7 @@ class PairEncoding:
                 f"and attends to the padding: the two prompts of each pair of the {name} data depend on each other. "
                 "Set `precompute_latents=False`."
             )
-        with failing_together(RuntimeError):  # reading the prompts may fail
+        with failing_together(RuntimeError):  # it reads rows
             texts, digests = distinct_prompts(dataset.prompts())
         data = dataset.fingerprint(thorough=True, peers=self._peers)
         images = {
@@ -289,7 +289,7 @@ class PairEncoding:
         return family.image_moments(pixels_as_floats(pixels.to(device, non_blocking=True)))
 
     def _check_disk(self, name: str, cache: _Cache, missing: Sequence[np.ndarray], family: Family) -> None:
-        """Log how much the processes will write, and raise `DiskFullError` if the disk has too little room."""
+        """Log how much the processes will write, and raise if the disk has too little room."""
         if self._peers.index != 0:
             return
         blank = torch.zeros(3, *self._settings.size, dtype=torch.uint8)
