@@ -106,7 +106,8 @@ class ImageRows:
 
 
 def distinct_prompts(prompts: Iterable[str]) -> tuple[list[str], np.ndarray]:
-    """Return distinct prompts, including the empty one, and their digests (int64). Both are sorted by the digests."""
+    """Return distinct prompts, including the empty one, and their digests (int64). Prompts and digests are sorted by
+    the digests."""
     digests = {prompt: digest_of(prompt) for prompt in {*prompts, ""}}
     ordered = sorted(digests, key=digests.__getitem__)
     array = np.array([digests[prompt] for prompt in ordered], dtype=np.int64)

@@ -100,8 +100,8 @@ class PairEncoding:
     """Encodes the pairs of data sets if their cache lacks them, and makes the data sets read from the cache.
 
     Args:
-        frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders. They are
-            loaded only if images or prompts must be encoded.
+        frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders. These
+            components are loaded only if images or prompts must be encoded.
         key ([`EncoderKey`]): Cache key of VAE and text encoders.
     """
 
@@ -298,11 +298,13 @@ class PairEncoding:
         sizes = [sum(value.nbytes for value in conditioning_of(family, [text]).values()) for text in sample]
         needed = len(missing[0]) * image + len(missing[1]) * sum(sizes) // len(sizes)
         free = free_bytes(self.folder)
-        room = f"about {readable_size(needed)} in {self.folder}, where {readable_size(free)} are free"
-        logger.warning("%s data: encoding %d images and %d prompts, %s.", name, len(missing[0]), len(missing[1]), room)
+        room = f"{self.folder}, about {readable_size(needed)} of the {readable_size(free)} that are free"
+        logger.warning(
+            "%s data: %d images and %d prompts are encoded to %s.", name, len(missing[0]), len(missing[1]), room
+        )
         if needed > free:
             raise DiskFullError(
-                f"The {name} data would take {room}. Delete files, or choose another `precompute_dir`."
+                f"The {name} data do not fit into {room}. Delete files, or choose another `precompute_dir`."
             )
 
     def _count(self, name: str, encoded: list[tuple[int, int, list[tuple[int, str]]]]) -> None:

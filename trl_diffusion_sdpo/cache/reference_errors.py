@@ -183,9 +183,7 @@ class ReferenceErrors:
                 for _ in range(0, len(pairs), size):
                     for pair, item in next(loader):
                         bar.update()
-                        if (
-                            item["row"] == pair
-                        ):  # otherwise the pair cannot be read, and the data set has replaced it by another
+                        if item["row"] == pair:  # otherwise the pair cannot be read, and the item is another pair
                             self._fill(errors, pairs, waiting.add(item), training)
                 for items in waiting.left():
                     # A batch of another size may round differently. Batches of training are full, so fill up this

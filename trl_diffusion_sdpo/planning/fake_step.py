@@ -86,8 +86,8 @@ class OneProcess:
 
 
 class HeldComponents:
-    """Substitute for [`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`] in the simulation. It keeps all
-    components on the device. The plan later subtracts the components that the run offloads."""
+    """Substitute for [`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`] in the simulation. This
+    class keeps all components on the device. The plan later subtracts the components that the run offloads."""
 
     def __init__(self, family: Family):
         self.family = family

@@ -46,8 +46,8 @@ class Engine:
 
     @property
     def rounds_weights(self) -> bool:
-        """Whether the engine keeps half precision weights for the passes. Otherwise autocast makes half precision
-        copies."""
+        """Whether the forward pass reads half precision weights of the engine, instead of copies that autocast
+        makes."""
         return self.name not in ("single", "ddp")
 
     @property

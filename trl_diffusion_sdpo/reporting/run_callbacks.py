@@ -36,7 +36,7 @@ SHOWN_EVALUATIONS = 12  # largest number of evaluations in one noise bin plot
 
 
 class NoiseBinPlotCallback(TrainerCallback):
-    """Plots after every evaluation how the errors in each noise bin have changed. It writes the plot into the output
+    """Plots after every evaluation how the errors in each noise bin have changed. The plot is written into the output
     folder: `noise_bins.png` for evaluations with the prefix `eval`, `noise_bins_ema.png` for `eval_ema`."""
 
     def __init__(self, images: TrackedImages, num_noise_bins: int):

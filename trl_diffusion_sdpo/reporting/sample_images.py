@@ -39,7 +39,7 @@ def call_options(family: Family, options: dict[str, Any], setting: str = "sample
 
     Args:
         options (`dict`): Arguments that the user passed.
-        setting (`str`): Name of the setting by which the user passed `options`. It is named in the error message.
+        setting (`str`): Name of the setting by which the user passed `options`, for the error message.
 
     Raises:
         `ValueError`: If the pipeline's call does not take one of the options.
@@ -84,7 +84,7 @@ class SampleImagesCallback(TrainerCallback):
         frozen ([`FrozenComponents`], *optional*): Puts VAE and text encoders on the device while images are generated.
         images ([`TrackedImages`], *optional*): Sends each prompt's image to trackers, as `samples/0` and so on.
         scores ([`SampleScores`], *optional*): Scores the images of each generation.
-        log (`Callable`): Function that logs the scores as metrics. All processes call it.
+        log (`Callable`): Function that logs the scores as metrics. All processes must call this function.
         at_evaluations (`bool`): Whether to generate images before each evaluation too.
     """
 
@@ -242,7 +242,7 @@ class SampleImagesCallback(TrainerCallback):
         """Generate one image for each prompt, in the order of the prompts, with the current weights.
 
         Args:
-            autocast (context manager, *optional*): Context of each call of the denoiser. It is entered many times.
+            autocast (context manager, *optional*): Context of each call of the denoiser. The context must be reusable.
             through (`nn.Module`, *optional*): The denoiser as the engine wrapped it. Called in place of the denoiser.
         """
         none = contextlib.nullcontext()

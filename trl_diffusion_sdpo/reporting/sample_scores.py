@@ -24,8 +24,8 @@ WIN_RATE = "_win_rate"
 
 
 class SampleScores:
-    """Scores the sample images of a step, and compares them with the images from before training. Both are generated
-    from the same noise.
+    """Scores the sample images of a step, and compares them with the images that were generated from
+    the same noise before training.
 
     The first process computes the scores, and the other processes wait for the results. This package's scorers are on
     the device only while they compute. If a scorer fails before training starts or resumes, the run ends with an error.
@@ -35,7 +35,7 @@ class SampleScores:
         names (`Sequence[str]`): Names of the scorers. The first process loads the scorers on the CPU.
         prompts (`Sequence[str]`): Prompts of the sample images.
         device (`torch.device`): Device on which scorers compute.
-        processes (`Peers`): All processes of the training. Each of them must construct this object.
+        processes (`Peers`): All processes of the training. Each process must construct this object.
 
     Raises:
         `ValueError`: In the first process, if a scorer cannot be loaded. The other processes then raise `RuntimeError`.

@@ -182,7 +182,8 @@ def judge_winners(
 ) -> str:
     """Return the verdict on the winners' error.
 
-    The uncertainty is two standard errors, but at least 1%. It is 5% if the standard error is unknown.
+    The uncertainty is two standard errors, but at least 1%. If the standard error is unknown, the
+    uncertainty is 5%.
 
     Args:
         change (`float`): Relative change of the winners' mean error.
@@ -248,7 +249,7 @@ def verdict_of(history: History, run: RunFacts, step: int | None = None, images:
         history (`Sequence[Mapping]`): The trainer's log history.
         run ([`RunFacts`]): Facts of the run.
         step (`int`, *optional*): Optimizer step of the weights to judge. The default is the last step.
-        images (`str`, *optional*): A sentence on the scores of sample images. It is added to the finding.
+        images (`str`, *optional*): A sentence on the scores of sample images. The sentence is added to the finding.
 
     Returns:
         `Verdict` or `None`: `None` if the log history has no error that can be compared with an earlier error.
@@ -295,8 +296,8 @@ def rise_in_training(history: History, run: RunFacts) -> Measurement | None:
 
 
 def words_of_rise(measured: Measurement, run: RunFacts) -> str:
-    """Return the text of a warning that the winners' error rises. It names the noise level of the largest rise and what
-    to do."""
+    """Return the text of a warning that the winners' error rises. The text names the noise level of the largest rise
+    and what to do."""
     what = "The model is being ruined" if measured.winners == "ruined" else "The preferred images are getting worse"
     return f"{what}: at step {measured.step}, {_of_winners(measured, run)} {_advice(measured, run)}"
 
@@ -386,7 +387,8 @@ def _mean_scale(history: History) -> float | None:
 
 
 def _is_comparable(measured: Measurement) -> bool:
-    """Return whether there is an earlier error to compare with. An error that is not finite needs none."""
+    """Return whether there is an earlier error to compare with. An error that is not finite needs no earlier
+    error."""
     return not math.isfinite(measured.error) or 0 < measured.before < math.inf
 
 

@@ -155,7 +155,8 @@ def resume_hint(args: TrainingArguments, step: int, how: str) -> str:
     """Return a sentence that says where the checkpoint of an interrupted run is, and whether and how to resume from it.
 
     Args:
-        how (`str`): Sentence on how to resume. It is left out if the checkpoint cannot be resumed from.
+        how (`str`): Sentence on how to resume. The result leaves it out if the checkpoint has no optimizer
+            state.
     """
     folder = output_folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     if args.save_only_model:

@@ -122,7 +122,7 @@ def _row_counts(original: OriginalModule, factors: dict[int, Factors]) -> list[i
         elif relative is None or unit is None:
             raise ValueError(
                 f"The original model stacks {len(original.rows)} matrices in {original.module}, and the LoRA tunes "
-                f"only {len(row_counts)} of them. The sizes of the others are unknown, so the LoRA cannot be exported. "
+                f"only {len(row_counts)} of them. The sizes of the other matrices are unknown, so export fails. "
                 "Tune queries, keys and values together."
             )
         else:

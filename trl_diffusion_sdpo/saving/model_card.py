@@ -163,8 +163,8 @@ class RunCard:
     """Writes the card of a run into its output folder.
 
     Args:
-        lora (`dict[str, Any]`, *optional*): `r`, `lora_alpha` and `target_modules` of the LoRA that the run tunes. If
-            it is `None`, the run tunes all weights of the denoiser.
+        lora (`dict[str, Any]`, *optional*): `r`, `lora_alpha` and `target_modules` of the LoRA that the run tunes;
+            `None` if the run tunes all weights of the denoiser.
         full_pipeline (`bool`): Whether the run saves the pipeline's other components with a fully tuned denoiser.
         settings (`Mapping[str, Any]`): Settings that the user changed, from [`changed_settings`].
     """
@@ -211,7 +211,8 @@ class RunCard:
         Args:
             first_step (`int`): Optimizer step at which the latest training started or resumed.
             data ([`DataReport`], *optional*): Numbers of the pairs that were used and dropped.
-            is_stream (`bool`): Whether the pairs are streamed. `data` then covers only the last epoch of one process.
+            is_stream (`bool`): Whether the pairs are streamed. If they are, `data` covers only the last epoch of one
+                process.
             plots (`Sequence[tuple[str, str]]`): Paths of plots with their titles. Missing files are left out.
             gallery (`Sequence[tuple[str, str]]`): Paths of sample images with their prompts. Missing files are left
                 out.
@@ -338,8 +339,8 @@ def mean_loss(history: Iterable[Mapping[str, float]]) -> float | None:
 def changed_settings(args: TrainingArguments, names: Iterable[str]) -> dict[str, Any]:
     """Return the settings whose values differ from the defaults of their dataclass.
 
-    Call it before the trainer replaces unset settings by the defaults of model and loss. The result then has only
-    values that the user passed.
+    Call this function before the trainer replaces unset settings by the defaults of model and loss, so that the result
+    contains only values that the user passed.
 
     Args:
         names (`Iterable[str]`): Names of the settings to compare, besides [`SETTINGS`].

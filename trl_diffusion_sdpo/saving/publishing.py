@@ -80,7 +80,7 @@ class Publisher:
         blocking: bool = True,
         training: bool = False,
     ) -> Any:
-        """Upload the output folder. Call this in the first process only.
+        """Upload the output folder. Call this method in the first process only.
 
         Args:
             message (`str`, *optional*): Message of the commit.
@@ -88,7 +88,8 @@ class Publisher:
                 `hub_revision` of the settings.
             blocking (`bool`): Whether to wait and return the result of [`~huggingface_hub.HfApi.upload_folder`].
                 If not, the method returns a `Future` of this result, and logs an error of the upload.
-            training (`bool`): Whether training continues during the upload. It only changes the logged message.
+            training (`bool`): Whether training continues during the upload. This argument only changes the log message
+                of a failed upload.
         """
         arguments = {
             "folder_path": self._args.output_dir,
@@ -136,8 +137,8 @@ class Publisher:
         return all(job.done() for job in self._jobs)
 
     def wait(self) -> None:
-        """Wait until no upload is in progress. All processes must call this method. It raises no errors of uploads,
-        because they were logged when they happened."""
+        """Wait until no upload is in progress. All processes must call this method. Errors of uploads are not raised,
+        because the upload's thread has already logged them."""
         if self.repository is None:
             return
         if not self.is_done():

@@ -57,7 +57,7 @@ class RunFolder:
 
         Args:
             all_processes (`bool`): Whether all processes of the run enter the context together. If another run has
-                locked the folder, all of them raise.
+                locked the folder, all processes raise.
 
         Raises:
             `ValueError`: If another run has locked the folder.
@@ -76,7 +76,8 @@ class RunFolder:
         """Move files of earlier runs away before a run starts or resumes. All processes must call this method.
 
         Args:
-            checkpoint (`str` or `Path`, *optional*): Checkpoint to resume from. It may be in this folder or in another.
+            checkpoint (`str` or `Path`, *optional*): Checkpoint to resume from. The checkpoint may be in another
+                folder.
             overwrite (`bool`): Whether to move the files of another run into a subfolder, instead of raising an error.
 
         Raises:

@@ -42,8 +42,8 @@ _METADATA_CLASSES = {
 
 @contextlib.contextmanager
 def tensors_only(allowed: Sequence[type]) -> Iterator[None]:
-    """Make every `torch.load` within the context refuse pickles that could run code. This includes the calls of
-    `torch.load` by other libraries.
+    """Make every `torch.load` within the context refuse pickles that could run code. Calls of `torch.load` by other
+    libraries are included.
 
     Args:
         allowed (`Sequence[type]`): Classes that pickles may contain, because the engine saves objects of them.

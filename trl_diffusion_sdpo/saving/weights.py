@@ -184,9 +184,9 @@ def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, 
     if shapes != stored:
         differing = sorted(set(shapes.items()) ^ set(stored.items()))[:4]
         raise ValueError(
-            f"A LoRA must fit the model, and {file} contains a LoRA for another architecture or configuration. It has "
-            f"{len(stored)} tensors instead of {len(shapes)}. Names and shapes that differ: {differing}. Use the base "
-            "model and the `peft_config` of the run that wrote this file."
+            f"A LoRA must fit the model, and {file} contains a LoRA for another architecture or configuration. The "
+            f"file has {len(stored)} tensors instead of {len(shapes)}. Names and shapes that differ: {differing}. Use "
+            "the base model and the `peft_config` of the run that wrote this file."
         )
     return state
 
