@@ -191,7 +191,7 @@ def test_card_curves_and_state_are_of_the_whole_run_after_a_resume(make_trainer,
     losses, whole = card_of(learning_rate=1e-2)
     assert [len(history) for history, _ in plotted] == [3, 4, 5], "at both saves and, with the means, at the end"
     assert plotted[-1][1] == tmp_path / "run" / "curves.png"
-    assert whole == pytest.approx(sum(losses) / 4, abs=5e-4)  # the card has three digits
+    assert whole == pytest.approx(sum(losses) / 4, rel=5e-3)  # the card has three digits
     again, resumed = card_of(learning_rate=1e-2, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert again == losses and abs(losses[-1] - whole) > 1e-3  # of the last step alone it was that
     assert resumed == whole

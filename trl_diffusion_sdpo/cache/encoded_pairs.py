@@ -106,8 +106,7 @@ class ImageRows:
 
 
 def distinct_prompts(prompts: Iterable[str]) -> tuple[list[str], np.ndarray]:
-    """Return distinct prompts, including the empty one, and their digests (int64). Prompts and digests are sorted by
-    the digests."""
+    """Return distinct prompts, including the empty one, and their digests (int64). Both are sorted by the digests."""
     digests = {prompt: digest_of(prompt) for prompt in {*prompts, ""}}
     ordered = sorted(digests, key=digests.__getitem__)
     array = np.array([digests[prompt] for prompt in ordered], dtype=np.int64)
@@ -171,7 +170,7 @@ class EncodedPairs:
         row = int(np.searchsorted(self._digests, digest))
         if row == len(self._digests) or self._digests[row] != digest:
             raise ValueError(
-                f"The cache was made from other prompts, and lacks {prompt!r}. Start the run again to encode it."
+                f"The cache was made from other prompts, and lacks {prompt!r}. Start the run again to encode this prompt."
             )
         tensors = self.prompts.read(row)
         host = {name: tensors.pop(name).tolist() for name in self._on_host}

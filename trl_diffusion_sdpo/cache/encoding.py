@@ -281,7 +281,7 @@ class PairEncoding:
         return count
 
     def _moments(self, family: Family, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode pixels `(N, 3, H, W)`, uint8 on the host. As in training, the device turns them into floats."""
+        """Encode pixels `(N, 3, H, W)`, uint8 on the host. As in training, the device makes floats of the pixels."""
         device = self._settings.device
         if device.type in ("cpu", "mps"):  # these devices do not use pinned memory
             return family.image_moments(pixels_as_floats(pixels.to(device)))

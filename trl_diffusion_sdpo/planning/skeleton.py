@@ -137,6 +137,6 @@ def _family(class_name: str, parts: dict[str, Any], lengths: dict[str, int]) -> 
 def needs_values(name: str) -> ValueError:
     """Return the error to raise for a model whose memory cannot be planned."""
     return ValueError(
-        f"A plan simulates a step on tensors without values. {name} cannot be planned, because its tensor shapes depend "
-        "on values. Train with `--max_steps 2` instead, and read the peak of memory from your GPU."
+        f"A plan simulates a step on tensors without values. {name} cannot be planned, because its tensor shapes "
+        "depend on values. Train with `--max_steps 2` instead, and read the peak of memory from your GPU."
     )

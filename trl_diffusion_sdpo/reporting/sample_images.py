@@ -243,7 +243,7 @@ class SampleImagesCallback(TrainerCallback):
 
         Args:
             autocast (context manager, *optional*): Context of each call of the denoiser. The context must be reusable.
-            through (`nn.Module`, *optional*): The denoiser as the engine wrapped it. Called in place of the denoiser.
+            through (`nn.Module`, *optional*): The denoiser as the engine wrapped it. If passed, it is called instead.
         """
         none = contextlib.nullcontext()
         with (
