@@ -170,7 +170,7 @@ class EncodedPairs:
         row = int(np.searchsorted(self._digests, digest))
         if row == len(self._digests) or self._digests[row] != digest:
             raise ValueError(
-                f"The cache was made from other prompts, and lacks {prompt!r}. Start the run again to encode this prompt."
+                f"The cache was made from other prompts, and lacks {prompt!r}. Start the run again to add this prompt."
             )
         tensors = self.prompts.read(row)
         host = {name: tensors.pop(name).tolist() for name in self._on_host}

@@ -33,8 +33,7 @@ class EncoderKey:
     Args:
         frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders.
         loaded ([`~trl_diffusion_sdpo.models.loading.LoadedModel`]): The model that they belong to.
-        peers (`Peers`): The processes of this training. All processes must read
-            `facts` together.
+        peers (`Peers`): The processes of this training. All processes must read `facts` together.
     """
 
     def __init__(self, frozen: FrozenComponents, loaded: LoadedModel, peers: Peers = ALONE) -> None:

@@ -275,8 +275,8 @@ def recommend_scale(folder: Path, scales: Mapping[str, Any], *, average: bool) -
 
 
 def forget_recommended_scales(folder: Path) -> None:
-    """Remove recommended scales from the card in a folder. Training calls this function, because it will
-    change the weights in the folder."""
+    """Remove recommended scales from the card in a folder. Training calls this function, because it will change
+    the weights in the folder."""
     metadata = _read_metadata(folder)
     others = {key: value for key, value in metadata.items() if key not in RECOMMENDED.values()}
     if others != metadata:
