@@ -64,7 +64,7 @@ def engine_of(config: str | None, processes: int | str | None) -> Engine:
             process.
 
     Raises:
-        ValueError: If the name is unknown, or the number of processes is missing.
+        ValueError: If this package has no configuration with the name `config`, or `processes` is missing.
     """
     if config is None and processes is None:
         return Engine()

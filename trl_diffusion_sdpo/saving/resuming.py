@@ -101,7 +101,7 @@ def _compare(stored: dict[str, Any], args: TrainingArguments, setup: dict[str, A
     if broken:
         raise ValueError(
             f"A run must resume with the set-up of its checkpoint, and these entries differ: {'; '.join(broken)}. "
-            f"Restore their earlier values, or start anew without resuming from {checkpoint}."
+            f"Restore the earlier values, or start anew without resuming from {checkpoint}."
         )
     for name, (before, now) in differing.items():
         reason = _why_not(name, before, now)
@@ -192,7 +192,7 @@ class OptimizerSettings:
 
     def _factor(self, now: float | None, before: float | None) -> float:
         """Return the ratio of this run's learning rate to the checkpoint's. Schedules that compute a rate from the last
-        rate need it."""
+        rate need this ratio."""
         if now is None or before is None:
             now, before = self._rate, self._rate_before
         return 1.0 if math.isclose(now, before, rel_tol=1e-12) else now / before

@@ -176,7 +176,7 @@ def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, 
     file = folder / PEFT_FILE
     if not file.is_file():
         raise ValueError(
-            f"A checkpoint of a LoRA must contain {PEFT_FILE}, and {folder} does not. If its run tuned all weights, "
+            f"A checkpoint of a LoRA must contain {PEFT_FILE}, and {folder} does not. If the run tuned all weights, "
             "resume without `peft_config`."
         )
     state = {key.removeprefix(PEFT_PREFIX): value for key, value in load_file(file).items()}
