@@ -232,7 +232,7 @@ def _attach_by_pipeline(pipeline: Any, file: Path) -> None:
     kind = next((kind for mark, kind in _OTHER_KINDS.items() if any(mark in key for key in keys)), None)
     if kind is not None:
         raise ValueError(
-            f"Only a LoRA can be trained further, and {file} is {kind}. Fuse this file into the base, then train a LoRA."
+            f"Only a LoRA can be trained further, and {file} is {kind}. Fuse the file into the base, and train a LoRA."
         )
     of_text = next((key for key in keys if key.startswith(_OF_TEXT)), None)
     if of_text is not None:
