@@ -277,7 +277,7 @@ class Saves(TrainerCallback):
 
 def test_an_interrupted_run_that_keeps_weights_alone_promises_no_resuming(build, own_handlers, tmp_path):
     trainer = build(2, save_strategy="no", save_only_model=True, callbacks=[SignalAt(1, signal.SIGTERM)])
-    with pytest.raises(KeyboardInterrupt, match="checkpoint-1. It cannot be resumed") as caught:
+    with pytest.raises(KeyboardInterrupt, match="checkpoint-1. The run cannot be resumed") as caught:
         trainer.train()
     assert "resume_from_checkpoint" not in str(caught.value) and kept(tmp_path / "run") == ["checkpoint-1"]
 

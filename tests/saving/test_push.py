@@ -41,7 +41,7 @@ def test_a_lora_is_published_with_its_card_and_loads_back(make_trainer, hub_serv
     assert {"mine", "trl-diffusion-sdpo", "lora"} <= set(card.data.tags)
     assert card.data.datasets in ("tester/pairs", ["tester/pairs"])
     assert "2511.03317" in card.text and "safeguard_mu" in card.text and "load_lora_weights" in card.text
-    assert "errors/winner_change" in card.text
+    assert "| `train_loss` | 0." in card.text
     shown = re.findall(r"!\[[^]]*\]\((.*?)\)", card.text)
     assert shown == ["samples/step-000000-0.png", "samples/step-000002-0.png"] and set(shown) <= set(files)
 
@@ -117,7 +117,7 @@ def test_what_cannot_be_published_is_safe_and_a_second_call_goes_on(make_trainer
     with pytest.raises(PublishingError) as caught:
         trainer.push_to_hub()
     message = str(caught.value)
-    assert f"The weights are safe in {tmp_path / 'run'}" in message and "`push_to_hub()`" in message
+    assert f"The weights are saved in {tmp_path / 'run'}" in message and "push_to_hub()`" in message
     assert "\n" not in message and "tester/run" in message
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
 
@@ -147,7 +147,7 @@ def test_an_upload_that_fails_during_training_is_logged_and_ends_nothing(make_tr
     ]  # not single attempts
     messages = [message for message in warnings if "Uploading to tester/run failed" in message]
     assert len(messages) == 4  # the weights and the checkpoint, twice
-    assert all(f"safe in {tmp_path / 'run'}" in message for message in messages)
+    assert all(f"saved in {tmp_path / 'run'}" in message for message in messages)
     assert any("503" in line for line in messages)  # on a busy machine the server here may also answer too late
 
 
@@ -186,15 +186,15 @@ def test_card_curves_and_state_are_of_the_whole_run_after_a_resume(make_trainer,
         assert state["log_history"] == trainer.state.log_history == plotted[-1][0] and state["global_step"] == 4
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         text = (tmp_path / "run" / "README.md").read_text()
-        return losses, float(re.search(r"\| `train_loss` \| `(.*)` \|", text)[1])
+        return losses, float(re.search(r"\| `train_loss` \| (.*) \|", text)[1])
 
     losses, whole = card_of(learning_rate=1e-2)
     assert [len(history) for history, _ in plotted] == [3, 4, 5], "at both saves and, with the means, at the end"
     assert plotted[-1][1] == tmp_path / "run" / "curves.png"
-    assert whole == pytest.approx(sum(losses) / 4, rel=1e-5)
+    assert whole == pytest.approx(sum(losses) / 4, rel=5e-3)  # the card has three digits
     again, resumed = card_of(learning_rate=1e-2, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert again == losses and abs(losses[-1] - whole) > 1e-3  # of the last step alone it was that
-    assert resumed == pytest.approx(whole, rel=1e-5)
+    assert resumed == whole
     assert [entry["step"] for entry in plotted[-1][0] if "loss" in entry] == [1, 2, 3, 4]
 
 

@@ -50,6 +50,7 @@ def test_a_run_ends_with_a_card_of_what_it_did_and_names_nothing_of_the_machine(
         "| `beta` | `100.0` |",
     ):
         assert line in card.splitlines()
+    assert not re.search(r"`(safeguard_mu|vae_dtype|resolution|\w+_kwargs)` \|", card), "the user did not set them"
     assert f"trl-diffusion-sdpo {version('trl-diffusion-sdpo')}" in card
     assert re.search(r"\| Hardware \| cpu \(\w+\) \|\n\| Time, h:mm:ss \| 0:0\d:\d\d \|", card)
     shown = images_of(card)

@@ -1,4 +1,4 @@
-"""Pairs whose images and prompts were encoded before training, and the rows of a cache that hold them."""
+"""Reads pairs whose images and prompts were encoded before training, and numbers the rows of their cache."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ PLAIN, MIRRORED = PairDraws(0.0, 0.0, 1.0, 1.0, 0), PairDraws(0.0, 0.0, 0.0, 1.0
 
 @dataclass(frozen=True)
 class ImageRows:
-    """Numbers of encoded images in their store: `variant * number of images + image`.
+    """Row numbers of encoded images in their store. The row of a variant is `variant * number of images + image`.
 
-    With crops at the center, variant 0 of an image is plain and variant 1 is mirrored, if images are mirrored. An image
-    may be in several pairs. With random crops, variant e has the crop and flip of epoch e, an image belongs to one
-    pair, and epoch e takes variant `e % crops`.
+    If crops are centered, variant 0 of an image is plain and variant 1 is mirrored. There is no variant 1 if images are
+    never mirrored. Pairs may share an image. If crops are random, variant e has the crop and flip of epoch e, and later
+    epochs use variant `epoch % crops`. Pairs then do not share images, even if they have the same file.
 
     Args:
-        seed (`int`): Seed of the draws.
+        seed (`int`): Seed of the random crops and flips.
         images (`np.ndarray` of shape `(P, 2)`): Numbers of the images of each pair's winner and loser.
-        sources (`np.ndarray` of shape `(I, 2)`): A pair with each image, and whether the image is its winner (0) or
-            loser (1).
+        sources (`np.ndarray` of shape `(I, 2)`): For each image, a pair that contains the image, and whether the image
+            is the winner (0) or the loser (1) of this pair.
         flips (`bool`): Whether images may be mirrored.
-        crops (`int`, *optional*): Number of random crops; `None` for crops at the center.
+        crops (`int`, *optional*): Number of random crops of each image; `None` for centered crops.
     """
 
     seed: int
@@ -46,7 +46,7 @@ class ImageRows:
 
     @classmethod
     def of(cls, dataset: PreferenceDataset, crops: int) -> ImageRows:
-        """Number a data set's images, with `crops` variants of each if it crops at random."""
+        """Number the images of a data set. If the data set crops at random, each image gets `crops` variants."""
         flips, random_crops = dataset.augmentations
         if random_crops:
             sources = np.stack(np.divmod(np.arange(2 * len(dataset)), 2), axis=1)
@@ -70,28 +70,28 @@ class ImageRows:
         return list(range(image, len(self), len(self.sources)))
 
     def draws_of(self, row: int) -> PairDraws:
-        """Return the draws by which an image is flipped and cropped in a row."""
+        """Return the draws that decide how the image of a row is flipped and cropped."""
         variant, image = divmod(row, len(self.sources))
         if self.crops is None:
             return MIRRORED if variant else PLAIN
         return PairDraws.from_key(self.seed, variant, int(self.sources[image, 0]))
 
     def of_pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> list[int]:
-        """Return the rows of winner and loser of a pair in an epoch.
+        """Return the rows of a pair's winner and loser in an epoch.
 
         Args:
-            draws (`PairDraws`, *optional*): Draws of the pair; `None` for no flip and a crop at the center.
-            loser (`int`, *optional*): Another pair, whose loser this pair has.
+            draws (`PairDraws`, *optional*): Draws of the pair; `None` for a centered crop without a flip.
+            loser (`int`, *optional*): Another pair whose loser replaces this pair's loser.
 
         Raises:
-            ValueError: If there are no draws and the cache has random crops only.
+            ValueError: If `draws` is `None` and the cache contains only random crops.
         """
         if self.crops is not None and draws is None:
             raise ValueError(
-                "The cache has random crops of these pairs, and an evaluation needs their centers. Pass an "
-                "`eval_dataset`, or set `random_crop=False` or `precompute_latents=False`."
+                "An evaluation needs centered crops, and the cache has only random crops of these pairs. Pass other "
+                "pairs as `eval_dataset`, or set `random_crop=False` or `precompute_latents=False`."
             )
-        assert loser is None or self.crops is None, "crops are those of an image's own pair"
+        assert loser is None or self.crops is None, "a random crop is drawn for the pair of its image"
         variant = 0
         if self.crops is not None:
             variant = epoch % self.crops
@@ -101,7 +101,7 @@ class ImageRows:
         return [variant * len(self.sources) + int(image) for image in images]
 
     def is_mirrored(self, draws: PairDraws | None, epoch: int, pair: int) -> bool:
-        """Return whether the rows of a pair in an epoch have mirrored images. The arguments are those of `of_pair`."""
+        """Return whether a pair's images are mirrored in an epoch. The arguments are those of `of_pair`."""
         if self.crops is not None:
             draws = PairDraws.from_key(self.seed, epoch % self.crops, pair)
         return self.flips and draws is not None and draws.flip < 0.5
@@ -133,9 +133,9 @@ class EncodedPairs:
     """Encoded images and prompts, which a [`~trl_diffusion_sdpo.data.PreferenceDataset`] reads.
 
     Args:
-        images ([`ShardStore`]): Rows of [`ImageRows`]. Column `moments` has the result of the family's `image_moments`,
-            empty if an image could not be decoded. Column `sizes`, int32 of shape `(3, 2)`, has height and width before
-            resizing, top and left of the crop, and height and width of the pixels.
+        images ([`ShardStore`]): Encoded images, in the rows of [`ImageRows`]. Column `moments` has the result of the
+            family's `image_moments`, empty if an image could not be decoded. Column `sizes`, int32 of shape `(3, 2)`,
+            has height and width before resizing, top and left of the crop, and height and width of the pixels.
         rows ([`ImageRows`]): Numbers of the images in the store.
         prompts ([`ShardStore`]): Conditioning of the distinct prompts or edits, in the order of `digests`.
         digests (`np.ndarray`): Sorted digests by [`distinct_prompts`], or by [`distinct_edits`] if there are sources.
@@ -157,7 +157,7 @@ class EncodedPairs:
         self._on_host = on_host
 
     def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
-        """Return the entries of an item that depend on a pair's images. The arguments are those of
+        """Return the entries of a data set's item that depend on the images of a pair. The arguments are those of
         [`ImageRows.of_pair`].
 
         Raises:
@@ -190,7 +190,7 @@ class EncodedPairs:
         row = int(np.searchsorted(self._digests, digest))
         if row == len(self._digests) or self._digests[row] != digest:
             raise ValueError(
-                f"The cache was made from other prompts, and lacks {prompt!r}. Start again to rebuild it."
+                f"The cache was made from other prompts, and lacks {prompt!r}. Start the run again to add this prompt."
             )
         tensors = self.prompts.read(row)
         if UNREADABLE in tensors:

@@ -46,43 +46,43 @@ from .shards import ShardStore, writing_into
 logger = logging.getLogger(__name__)
 
 LATENTS, PROMPTS = "latents", "prompts"  # subfolders
-SHARD_PIXELS = 256 * 512 * 512  # pixels of a shard; a killed process repeats at most these
+SHARD_PIXELS = 256 * 512 * 512  # pixels per shard. A killed process loses at most one shard
 SHARD_PROMPTS = 64
-IMAGES_AT_ONCE = range(2, 9)  # limits of the VAE's batches, whose size follows from `PIXELS_AT_ONCE`
-PROMPTS_AT_ONCE = range(4, 17)  # limits of batches; CPUs round matrix products of smaller ones differently
-SAMPLED_PROMPTS = 8  # prompts whose size is measured before all are encoded
+IMAGES_AT_ONCE = range(2, 9)  # smallest and largest VAE batch. `PIXELS_AT_ONCE` determines the size in between
+PROMPTS_AT_ONCE = range(4, 17)  # limits of text batches. In smaller batches, CPUs round matrix products differently
+SAMPLED_PROMPTS = 8  # prompts that are encoded first, to estimate the cache's size
 SHOWN_EXAMPLES = 5
 
 Item = list[tuple[torch.Tensor, torch.Tensor]] | UndecodableImageError
 
 
 def default_folder() -> Path:
-    """Return `trl-diffusion-sdpo` in the user's folder of caches."""
+    """Return the default folder of all caches: `trl-diffusion-sdpo` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl-diffusion-sdpo"
 
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """Settings by which pairs are encoded."""
+    """Settings of the encoding of pairs."""
 
     folder: Path  # folder of all caches
-    device: torch.device  # encodes images
+    device: torch.device  # device that encodes the images
     size: tuple[int, int]  # height and width of the images
-    crops: int  # variants of each image, if images are cropped at random
+    crops: int  # number of random crops of each image; unused if crops are centered
     largest_batch: int  # pairs of the largest batch in training and evaluation
     pin_memory: bool  # whether pixels are copied to the device from pinned memory
     check_sample: bool  # whether to decode a sample of the pairs before anything is encoded
-    # Makes a loader of a data set's items in their order, from the data set, the pairs that it reads and the bytes of
-    # an item.
+    # Function that returns a loader of a data set's items in order. Its arguments are the data set, the preference
+    # pairs from which the data set reads, and the bytes of an item.
     load: Callable[[Dataset, PreferenceDataset, int], Iterable[Any]]
     peers: Peers
 
 
 @dataclass
 class EncodingReport:
-    """Counts of all processes: rows that a run reads from caches, and rows that it has encoded."""
+    """Numbers of images and prompts that a run reads from caches, and how many of them its processes have encoded."""
 
-    images: int = 0  # with all their variants
+    images: int = 0  # each variant of an image counts
     prompts: int = 0  # distinct prompts
     bytes: int = 0  # size of the caches
     encoded_images: int = 0
@@ -91,7 +91,7 @@ class EncodingReport:
 
 @dataclass(frozen=True)
 class _Cache:
-    """Stores of a data set."""
+    """Cache of one data set: its three stores, and the numbers of their rows."""
 
     rows: ImageRows
     texts: list[Any]  # distinct prompts, or distinct edits if there are source images
@@ -101,17 +101,18 @@ class _Cache:
     statistics: ShardStore  # statistics of the VAE's weights
 
     def missing(self) -> list[np.ndarray]:
-        """Return the missing rows of images, prompts and statistics, as this process sees the folders."""
+        """Return the rows of images, prompts and statistics that are missing in the folders, as this process sees
+        them."""
         return [store.missing() for store in (self.images, self.prompts, self.statistics)]
 
 
 class PairEncoding:
-    """Encoder of missing rows, and reader of encoded pairs for data sets.
+    """Encodes the pairs of data sets if their cache lacks them, and makes the data sets read from the cache.
 
     Args:
-        frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders, loaded only
-            if something is to be encoded.
-        key ([`EncoderKey`]): Their cache key.
+        frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders. These
+            components are loaded only if images or prompts must be encoded.
+        key ([`EncoderKey`]): Cache key of VAE and text encoders.
     """
 
     def __init__(self, frozen: FrozenComponents, key: EncoderKey, settings: EncodingSettings) -> None:
@@ -121,25 +122,25 @@ class PairEncoding:
 
     @property
     def folder(self) -> Path:
-        """Return the folder of all caches."""
+        """Folder of all caches."""
         return self._settings.folder
 
     def add_to(self, dataset: Any, name: str, *, compare: bool = True) -> None:
-        """Make a data set read encoded pairs. All processes must call it together.
+        """Make a data set read encoded pairs from a cache. All processes must call this method together.
 
         Args:
-            name (`str`): Name of the data set in messages.
-            compare (`bool`): Whether to refuse data whose checked pairs have identical images.
+            name (`str`): Name of the data set in error messages and logs.
+            compare (`bool`): Whether to raise an error if a checked pair has two identical images.
 
         Raises:
-            ValueError: If the data are a stream, prompts depend on others in their batch, nothing can be written, or
-                processes do not see one another's files.
-            DiskFullError: If there is too little room. Finished shards stay.
+            ValueError: If the data are a stream, a prompt's encoding depends on the other prompts of its batch, the
+                cache cannot be written, or processes do not see the files of other processes.
+            DiskFullError: If the disk has too little room. Finished shards stay in the cache.
         """
         if not isinstance(dataset, PreferenceDataset):
             raise ValueError(
                 f"`precompute_latents=True` needs data whose rows can be read again, and the {name} data are a stream. "
-                "Load them without `streaming=True`, or leave it off."
+                "Load the data without `streaming=True`, or set `precompute_latents=False`."
             )
         check_prompt_padding("precompute_latents", self._frozen.family, self._settings.largest_batch)
         if dataset in self._encoded:
@@ -159,7 +160,7 @@ class PairEncoding:
             raise ValueError(
                 f"`precompute_latents=True` encodes every prompt alone, and {family.name} pads prompts at the start "
                 f"and attends to the padding: the two prompts of each pair of the {name} data depend on each other. "
-                "Leave it off."
+                "Set `precompute_latents=False`."
             )
         texts: list[Any]
         with failing_together(RuntimeError):  # it reads rows
@@ -209,7 +210,7 @@ class PairEncoding:
     # ---- Encoding -------------------------------------------------------------------------------------------------
 
     def _complete(self, dataset: PreferenceDataset, name: str, cache: _Cache, compare: bool) -> None:
-        """Encode the missing rows. The first process holds the locks of the stores."""
+        """Encode the missing rows of a cache. The first process locks the stores against other runs."""
         peers = self._peers
         with contextlib.ExitStack() as stack:
 
@@ -218,19 +219,19 @@ class PairEncoding:
                     stack.enter_context(store.locked())
 
             peers.gather_results(lock)
-            missing = peers.gather_results(cache.missing)[0]  # another run may have written it
+            missing = peers.gather_results(cache.missing)[0]  # another run may have written rows
             if any(len(rows) for rows in missing):
                 if self._settings.check_sample:
                     dataset.check_sample(peers, compare=compare)
-                with failing_together(RuntimeError):  # a device may have too little memory
+                with failing_together(RuntimeError):  # the device may have too little memory
                     family = stack.enter_context(self._frozen.in_use())
                 peers.gather_results(lambda: self._check_disk(dataset, name, cache, missing, family))
                 encoded = peers.gather_results(lambda: self._encode(dataset, cache, missing, family))
                 self._count(name, encoded)
             if any(len(rows) for of_process in peers.gather_results(cache.missing) for rows in of_process):
                 raise ValueError(
-                    "All processes must see the cache that they write together, and some do not see all of "
-                    f"{cache.images.path}. Choose a `precompute_dir` on storage that all of them share."
+                    "All processes must see the whole cache that they write together, and some do not see all files in "
+                    f"{cache.images.path}. Choose a `precompute_dir` on storage that all processes share."
                 )
 
     def _encode(
@@ -251,8 +252,8 @@ class PairEncoding:
     def _encode_images(
         self, dataset: PreferenceDataset, cache: _Cache, missing: np.ndarray, family: Family
     ) -> tuple[int, list[tuple[int, str]]]:
-        """Encode this process's share of the images. An image is decoded once for all its variants, and all of them are
-        in one shard."""
+        """Encode this process's share of the images. Each image is decoded once for all its variants, and all variants
+        of an image are in one shard."""
         rows, (height, width) = cache.rows, self._settings.size
         count, variants = len(rows.sources), rows.variants
         size = max(1, SHARD_PIXELS // (height * width) // variants)  # images of a shard
@@ -280,8 +281,8 @@ class PairEncoding:
         return variants * len(images), undecodable
 
     def _encode_prompts(self, cache: _Cache, missing: np.ndarray, family: Family) -> int:
-        """Encode this process's share of the prompts. Each is encoded alone if other prompts would change its
-        padding."""
+        """Encode this process's share of the prompts. If other prompts in a batch would change a prompt's padding, each
+        prompt is encoded alone."""
         numbers = _own_share(missing // SHARD_PROMPTS, self._peers)
         shards = [range(len(cache.texts))[number * SHARD_PROMPTS :][:SHARD_PROMPTS] for number in numbers]
         alone = family.prompt_padding != "fixed"
@@ -328,9 +329,9 @@ class PairEncoding:
         return len(edits), undecodable
 
     def _moments(self, family: Family, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode pixels `(N, 3, H, W)`, uint8 on the host. As in training, the device turns them into floats."""
+        """Encode pixels `(N, 3, H, W)`, uint8 on the host. As in training, the device makes floats of the pixels."""
         device = self._settings.device
-        if device.type in ("cpu", "mps"):  # to which nothing is copied from pinned memory
+        if device.type in ("cpu", "mps"):  # these devices do not use pinned memory
             return family.image_moments(pixels_as_floats(pixels.to(device)))
         pixels = pixels.pin_memory() if self._settings.pin_memory else pixels
         return family.image_moments(pixels_as_floats(pixels.to(device, non_blocking=True)))
@@ -352,13 +353,17 @@ class PairEncoding:
         sizes = [sum(value.nbytes for value in values.values()) for values in encoded]
         needed = len(missing[0]) * image + len(missing[1]) * sum(sizes) // len(sizes)
         free = free_bytes(self.folder)
-        room = f"about {readable_size(needed)} in {self.folder}, of {readable_size(free)} that are free"
-        logger.warning("%s data: encoding %d images and %d prompts, %s.", name, len(missing[0]), len(missing[1]), room)
+        room = f"{self.folder}, about {readable_size(needed)} of the {readable_size(free)} that are free"
+        logger.warning(
+            "%s data: %d images and %d prompts are encoded to %s.", name, len(missing[0]), len(missing[1]), room
+        )
         if needed > free:
-            raise DiskFullError(f"The {name} data would take {room}. Free some, or choose another `precompute_dir`.")
+            raise DiskFullError(
+                f"The {name} data do not fit into {room}. Delete files, or choose another `precompute_dir`."
+            )
 
     def _count(self, name: str, encoded: list[tuple[int, int, list[tuple[int, str]]]]) -> None:
-        """Add to the report, and warn of images that cannot be decoded."""
+        """Add the numbers of encoded rows to the report, and log a warning on images that cannot be decoded."""
         images, prompts, undecodable = zip(*encoded, strict=True)
         self.report.encoded_images += sum(images)
         self.report.encoded_prompts += sum(prompts)
@@ -366,25 +371,27 @@ class PairEncoding:
         if bad:
             listed = "".join(f"\n  {reason}" for _, reason in bad[:SHOWN_EXAMPLES])
             logger.warning(
-                "%s data: %d images cannot be decoded; their pairs are replaced by the next good ones:%s",
+                "%s data: %d images cannot be decoded. Each of their pairs is replaced by the next readable pair:%s",
                 *(name, len(bad), listed),
             )
 
 
 def check_prompt_padding(setting: str, family: Family, largest_batch: int) -> None:
-    """Raise `ValueError` if prompts depend on the others in their batch, and `setting` meets them in others."""
+    """Raise `ValueError` if a prompt's encoding depends on the other prompts of its batch, and `setting` encodes the
+    prompt in another batch than training does."""
     depends = {"start"} if setting == "precompute_latents" else {"start", "end, shifting the image"}
     if family.prompt_padding in depends and largest_batch > 1:
         raise ValueError(
-            f"`{setting}=True` puts prompts into other batches than training, and {family.name} pads prompts so that "
+            f"`{setting}=True` encodes prompts in other batches than training, and {family.name} pads prompts so that "
             "a prediction depends on the longest prompt of its batch. Use batches of one pair "
             "(`per_device_train_batch_size=1`, `per_device_eval_batch_size=1`) with `gradient_accumulation_steps`, "
-            f"got {largest_batch}, or leave it off."
+            f"got {largest_batch}, or set `{setting}=False`."
         )
 
 
 def conditioning_of(family: Family, prompts: Sequence[str], at_least: int = 1) -> dict[str, torch.Tensor]:
-    """Return conditioning of prompts on the CPU. Fewer than `at_least` prompts are repeated."""
+    """Return the conditioning of prompts on the CPU. If there are fewer than `at_least` prompts, the batch repeats
+    them."""
     repeated = list(prompts) * -(-at_least // len(prompts))
     with torch.no_grad():
         encoded = family.encode_prompts(repeated[: max(at_least, len(prompts))])
@@ -400,15 +407,15 @@ def encode_edit(family: Family, prompt: str, sources: list[Image.Image], copies:
 
 
 def moments_of(encode: Callable[[torch.Tensor], torch.Tensor], pixels: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return moments on the CPU of pixels `(3, H, W)`, uint8. A single image is encoded twice in one batch, because
-    CPUs round convolutions of one image differently."""
+    """Return the moments of images on the CPU, from their pixels `(3, H, W)`, uint8. A single image is encoded in a
+    batch of two copies, because CPUs round convolutions of a single image differently."""
     batch = torch.stack([*pixels, *pixels] if len(pixels) == 1 else list(pixels))
     with torch.no_grad():
         return encode(batch)[: len(pixels)].cpu()
 
 
 class _ImageBatches:
-    """Encodes images of one size together, and collects the rows of a shard."""
+    """Encodes the images of a shard in batches of one image size, and collects their rows."""
 
     def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], bar: Any) -> None:
         self._encode, self._bar = encode, bar
@@ -416,7 +423,7 @@ class _ImageBatches:
         self._rows: dict[int, dict[str, torch.Tensor]] = {}
 
     def add(self, row: int, pixels: torch.Tensor, sizes: torch.Tensor) -> None:
-        """Add a row's pixels `(3, H, W)`, uint8, and its sizes."""
+        """Add a row by its pixels `(3, H, W)`, uint8, and the sizes to store with it."""
         self._rows[row] = {SIZES: sizes}
         waiting = self._waiting.setdefault(pixels.shape, [])
         waiting.append((row, pixels))
@@ -424,13 +431,13 @@ class _ImageBatches:
             self._flush(pixels.shape)
 
     def leave_out(self, rows: Sequence[int]) -> None:
-        """Give the rows of an image that cannot be decoded empty moments."""
+        """Add the rows of an image that cannot be decoded. Their moments are empty tensors."""
         for row in rows:
             self._rows[row] = {MOMENTS: torch.empty(0), SIZES: torch.zeros(3, 2, dtype=torch.int32)}
         self._bar.update(len(rows))
 
     def finished(self) -> dict[int, dict[str, torch.Tensor]]:
-        """Return the rows of the shard."""
+        """Encode the remaining images, and return all rows of the shard."""
         for shape in list(self._waiting):
             self._flush(shape)
         return self._rows
@@ -443,7 +450,8 @@ class _ImageBatches:
 
 
 class _Decoded(Dataset):
-    """Pixels and sizes of images in all their variants, or the error of an image, for DataLoader workers."""
+    """Data set for DataLoader workers: pixels and sizes of all variants of an image, or the error if it cannot be
+    decoded."""
 
     def __init__(self, dataset: PreferenceDataset, rows: ImageRows, images: Sequence[int]) -> None:
         self._dataset, self._rows, self._images = dataset, rows, images
@@ -480,7 +488,7 @@ class _Edits(Dataset):
 
 
 def _own_share(shards: np.ndarray, peers: Peers) -> list[int]:
-    """Return this process's share of the distinct numbers of shards."""
+    """Return the numbers of the shards that this process encodes. Each shard belongs to one process."""
     return np.unique(shards)[peers.index :: peers.count].tolist()
 
 

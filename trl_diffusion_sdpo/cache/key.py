@@ -1,4 +1,5 @@
-"""Cache keys of VAE and text encoders: facts about the model's files, or hashes of weights that are only in memory."""
+"""Computes cache keys of VAE and text encoders: from facts about the model's files, or from hashes of the weights if
+the model was not loaded from files."""
 
 from __future__ import annotations
 
@@ -22,17 +23,17 @@ from ..models.loading import LoadedModel
 from ..utils.files import file_facts
 from ..utils.processes import ALONE, Peers
 
-VERSION = 3  # increase it if the same settings give other moments, embeddings or errors
-WHERE = ("cache_dir", "revision", "token")  # options that say where files are, not how they are loaded
+VERSION = 3  # increase this if a code change gives other moments, embeddings or errors for the same settings
+WHERE = ("cache_dir", "revision", "token")  # arguments that only say where the files are. The key leaves them out
 
 
 class EncoderKey:
-    """Cache key of VAE and text encoders.
+    """Cache key of VAE and text encoders. Caches of other models or settings have other keys.
 
     Args:
         frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders.
         loaded ([`~trl_diffusion_sdpo.models.loading.LoadedModel`]): The model that they belong to.
-        peers (`Peers`): The processes of this training. All must ask for facts together.
+        peers (`Peers`): The processes of this training. All processes must read `facts` together.
     """
 
     def __init__(self, frozen: FrozenComponents, loaded: LoadedModel, peers: Peers = ALONE) -> None:
@@ -40,13 +41,14 @@ class EncoderKey:
 
     @functools.cached_property
     def facts(self) -> dict[str, dict[str, Any]]:
-        """Everything that moments (`vae`) and conditioning (`text`) depend on, as values of JSON. Collective."""
+        """Everything that encoded images (`vae`) and encoded prompts (`text`) depend on, as values for JSON. All
+        processes must read this property together."""
         return self._peers.first(self._facts)
 
     def _facts(self) -> dict[str, dict[str, Any]]:
         family, options = self._frozen.family, self._loaded.options
         dtypes = {name: str(getattr(family.pipeline, name).dtype) for name in family.frozen_components}
-        configuration: Any = self._loaded.denoiser.config  # FLUX.1 has its number of tokens from it
+        configuration: Any = self._loaded.denoiser.config  # FLUX.1 reads the number of prompt tokens from it
         common = {
             "version": VERSION,
             "family": family.name,
@@ -66,7 +68,8 @@ class EncoderKey:
         }
 
     def _files(self) -> dict[str, Any] | None:
-        """Return the commit on the Hub, or facts about local files; `None` if weights came from elsewhere."""
+        """Return the model's commit on the Hub, or facts about its local files, such as sizes. Return `None` if the
+        model was not loaded from files."""
         origin, options = self._loaded.name_or_path, self._loaded.options
         if origin is None or not options or any(isinstance(value, nn.Module) for value in options.values()):
             return None
@@ -85,7 +88,7 @@ class EncoderKey:
         return dict.fromkeys(("vae", "text"), [origin, Path(index).parent.name]) if isinstance(index, str) else None
 
     def _hashes(self) -> dict[str, str]:
-        """Return hashes of all weights, and of the vocabularies."""
+        """Return hashes of all weights of VAE and text encoders, and of the tokenizers' vocabularies."""
         with self._frozen.in_use() as family:
             texts = {
                 f"{part}.{name}": value
@@ -102,7 +105,8 @@ class EncoderKey:
 
 
 def hash_of_tensors(tensors: Mapping[str, torch.Tensor], more: str = "") -> str:
-    """Return the SHA-256 of names, dtypes, shapes and every byte of tensors on any device, and of further text."""
+    """Return one SHA-256 of the names, dtypes, shapes and all bytes of tensors. `more` is text to include in the
+    hash."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

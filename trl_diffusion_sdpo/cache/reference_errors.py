@@ -1,5 +1,5 @@
-"""Computes errors of the reference before training, for all pairs in all epochs with different draws. Training steps
-then need no forward pass of the reference. Each process computes its share of the missing shards."""
+"""Computes the errors of the reference before training, for every pair in every epoch whose random draws differ.
+Training steps then need no forward pass of the reference. Each process computes its share of the missing shards."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .shards import ShardStore, writing_into
 logger = logging.getLogger(__name__)
 
 ERRORS = "reference_errors"  # subfolder
-SHARD_PAIRS = 256  # a killed process computes at most so many again
+SHARD_PAIRS = 256  # pairs per shard. A killed process loses at most one shard
 COLUMN = "errors"
 
 Items = list[dict[str, Any]]
@@ -37,30 +37,32 @@ Items = list[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class ErrorSettings:
-    """Settings by which errors are computed."""
+    """Settings of the computation of the reference's errors."""
 
     folder: Path  # folder of all caches
-    facts: Mapping[str, Any]  # everything besides data and noise that errors depend on: reference, encoders, precision
+    facts: Mapping[str, Any]  # further parts of the cache key, besides data and noise: reference, encoders, precision
     epochs: int  # number of epochs after which the draws of training pairs repeat
-    # Pairs of a forward pass. They equal the batches in training and evaluation, so that errors equal those of a live
-    # reference bit by bit.
+    # Number of pairs in a forward pass, as in the batches of training and evaluation. The errors are then equal, bit by
+    # bit, to those that a reference would compute during training.
     batch_size: int
     eval_batch_size: int
-    to_inputs: Callable[[Items], dict[str, Any]]  # collates items and moves them to the device
-    # Makes a loader of lists of items from a data set, batches of its keys and the pairs that it reads.
+    to_inputs: Callable[[Items], dict[str, Any]]  # function that collates items and moves the batch to the device
+    # Function that returns a loader of lists of items. Its arguments are a data set, batches of the data set's keys,
+    # and the preference pairs from which the data set reads.
     load: Callable[[Dataset, Sequence[Sequence[Any]], PreferenceDataset], Iterable[list[Any]]]
     show_progress: bool  # whether this process shows a progress bar
     peers: Peers = ALONE
 
 
 class ReferenceErrors:
-    """Errors of the reference on data sets: read from a store, after all processes have computed the missing ones.
+    """Gives data sets the errors of the reference on their pairs. The errors are read from a store on disk, after all
+    processes have computed the missing errors.
 
     A store has float32 errors of shape `(E, P, T, 2)`: E epochs, P pairs, T timesteps of a pair, winner and loser. Each
-    of its rows holds up to [`SHARD_PAIRS`] pairs in one epoch. Errors of a pair that could not be read are NaN.
+    row of the store has up to [`SHARD_PAIRS`] pairs in one epoch. If a pair could not be read, its errors are NaN.
 
     Args:
-        denoiser (`nn.Module`): The policy, not prepared by the engine.
+        denoiser (`nn.Module`): The policy's denoiser, before the engine wraps it.
     """
 
     def __init__(
@@ -75,11 +77,11 @@ class ReferenceErrors:
         self._settings = settings
 
     def add_to(self, dataset: PreferenceDataset) -> None:
-        """Set the errors of a data set's pairs. All processes must call it.
+        """Give a data set the errors of the reference on its pairs. All processes must call this method.
 
         Raises:
-            ValueError: If errors are missing and the reference has been released.
-            FloatingPointError: If an error is not finite.
+            ValueError: If errors are missing in the store, and the reference was already released.
+            FloatingPointError: If an error of the reference is not finite.
         """
         store, peers = self.store_of(dataset), self._settings.peers
         if any(len(rows) for rows in peers.gather_results(store.missing)):
@@ -102,11 +104,11 @@ class ReferenceErrors:
         dataset.set_reference_errors(errors.reshape(self._epochs(dataset), len(dataset), *errors.shape[1:]))
 
     def release(self) -> None:
-        """Free the reference, before the policy trains."""
+        """Free the memory of the reference before training."""
         self._reference.release()
 
     def store_of(self, dataset: PreferenceDataset) -> ShardStore:
-        """Return the store of the errors of a data set. All processes must call it together."""
+        """Return the store with the errors of a data set. All processes must call this method together."""
         noise = dataclasses.asdict(self._forward.noise_settings)
         del noise["inversion"]  # inverted noise depends on the policy, so its errors are never stored
         noise["timesteps_per_pair"] = self._timesteps(dataset)
@@ -137,8 +139,9 @@ class ReferenceErrors:
     def _check_can_predict(self, dataset: PreferenceDataset, store: ShardStore) -> None:
         if not self._reference.can_predict:
             raise ValueError(
-                f"The errors of the reference on the {dataset.report.name} data must be computed before training. "
-                f"{store.path} does not have them. Pass these data as `eval_dataset` when the trainer is made."
+                f"The errors of the reference on the {dataset.report.name} data must be computed before training, and "
+                f"{store.path} does not have these errors. Pass the data as `eval_dataset` when you construct the "
+                "trainer."
             )
 
     @contextlib.contextmanager
@@ -151,14 +154,15 @@ class ReferenceErrors:
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
                 "Each process computes the errors of the reference with the whole denoiser, which does not fit into "
-                "the device's memory. Compute them on a larger device, with the same settings in one process, into "
-                f"{self._settings.folder}. Training then reads {store.path} with every engine."
+                "the device's memory. Start the run once in one process on a device with more memory, with the same "
+                f"settings and the same `precompute_dir` ({self._settings.folder}). Training then reads the errors "
+                f"from {store.path}, with any distributed engine."
             ) from error
         finally:
             family.settle_dtype()
 
     def _compute(self, dataset: PreferenceDataset, store: ShardStore, missing: list[int]) -> None:
-        """Compute and write rows of a store, each in batches of one size and shape."""
+        """Compute and write the missing rows of a store. All pairs of a forward pass have images of one size."""
         shards = self._shards(dataset)
         numbers = [[(shards[row][0], pair) for pair in shards[row][1]] for row in missing]
         training = _is_for_training(dataset)
@@ -179,15 +183,17 @@ class ReferenceErrors:
                 for _ in range(0, len(pairs), size):
                     for pair, item in next(loader):
                         bar.update()
-                        if item["row"] == pair:  # otherwise the pair cannot be read, and this is another
+                        if item["row"] == pair:  # otherwise the pair cannot be read, and the item is another pair
                             self._fill(errors, pairs, waiting.add(item), training)
                 for items in waiting.left():
-                    # Batches of other sizes may round differently. Only the last batch of an evaluation is smaller.
+                    # A batch of another size may round differently. Batches of training are full, so fill up this
+                    # batch. The last batch of an evaluation is smaller, so leave it as it is.
                     self._fill(errors, pairs, items, training, at_least=size if training else 0)
                 store.write(row, {row: {COLUMN: errors}})
 
     def _fill(self, errors: torch.Tensor, pairs: range, items: Items, training: bool, *, at_least: int = 0) -> None:
-        """Compute errors of items by a forward pass of at least `at_least` pairs, and write them into `errors`."""
+        """Compute the errors of items in one forward pass, and write them into `errors`. If there are fewer items than
+        `at_least`, the batch repeats the first one."""
         if not items:
             return
         rows = [item["row"] for item in items]
@@ -197,22 +203,23 @@ class ReferenceErrors:
         bad = [row for row, error in zip(rows, computed, strict=True) if not error.isfinite().all()]
         if bad:
             raise FloatingPointError(
-                f"Errors of the reference must be finite. The errors of the pairs {bad[:8]} are not. Check these "
-                "pairs, or use bf16 instead of fp16."
+                f"Errors of the reference must be finite, and those of the pairs {bad[:8]} are not. Check the images "
+                "of these pairs, or use bf16 instead of fp16."
             )
         errors[[row - pairs.start for row in rows]] = computed
 
 
 def repeating_pairs(dataset: Any, epochs: int, *, name: str, training: bool) -> PreferenceDataset:
-    """Return prepared pairs whose draws repeat after so many epochs, so that all errors of a reference can be computed.
+    """Return the data set with random draws that repeat after `epochs` epochs. The reference then has a finite number
+    of errors, which can be computed before training. Pairs of an evaluation have the same draws in every epoch.
 
     Raises:
         ValueError: If the data are a stream.
     """
     if not isinstance(dataset, PreferenceDataset):
         raise ValueError(
-            f"`precompute_ref_errors=True` needs a map-style data set. The {name} data are a stream. Load them without "
-            "`streaming=True`, or leave `precompute_ref_errors` off."
+            f"`precompute_ref_errors=True` needs a map-style data set, and the {name} data are a stream. Load the data "
+            "without `streaming=True`, or set `precompute_ref_errors=False`."
         )
     if not training:
         return dataset.for_evaluation() if dataset.draw_settings()["training"] else dataset
@@ -220,13 +227,13 @@ def repeating_pairs(dataset: Any, epochs: int, *, name: str, training: bool) -> 
 
 
 def warn_of_repeated_draws(args: TrainingArguments, precomputed: int, steps_of_epoch: int) -> None:
-    """Warn if a run has more epochs than errors of the reference were computed for."""
+    """Log a warning if training has more epochs than there are precomputed errors of the reference."""
     epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps / steps_of_epoch
     if epochs > precomputed:
         logger.warning(
-            "Training has %.3g epochs, and `precompute_epochs=%d`. The draws of timestep, noise, flip and crop of each "
-            "pair therefore repeat after %d epochs. Use `precompute_epochs=%d` for new draws in every epoch. The "
-            "reference then has one forward pass for each pair and epoch.",
+            "Training has %.3g epochs, and `precompute_epochs=%d`. Therefore each pair's random timestep, noise, flip "
+            "and crop repeat after %d epochs. Set `precompute_epochs=%d` for new draws in every epoch. Before "
+            "training, the reference then needs one forward pass for each pair and epoch.",
             *(epochs, precomputed, precomputed, math.ceil(epochs)),
         )
 
@@ -236,7 +243,7 @@ def _is_for_training(dataset: PreferenceDataset) -> bool:
 
 
 class _PairsInEpochs(Dataset):
-    """Row numbers and items, by epoch and row."""
+    """Data set whose key is an epoch and a pair, and whose value is the pair's number and its item in this epoch."""
 
     def __init__(self, pairs: PreferenceDataset):
         self._pairs = pairs
@@ -247,19 +254,19 @@ class _PairsInEpochs(Dataset):
 
 
 class _Waiting:
-    """Items by the shapes of their tensors, collected until there are enough of one shape for a batch."""
+    """Collects items until there are enough items with equal tensor shapes for a batch."""
 
     def __init__(self, size: int):
         self._size = size
         self._items: dict[Any, Items] = {}
 
     def add(self, item: dict[str, Any]) -> Items:
-        """Add an item. Return a whole batch of its shape if there is one now."""
+        """Add an item. If the items of its shape are now enough for a batch, return them, otherwise an empty list."""
         shape = tuple(tuple(value.shape) for value in item.values() if isinstance(value, torch.Tensor))
         waiting = self._items.setdefault(shape, [])
         waiting.append(item)
         return self._items.pop(shape) if len(waiting) == self._size else []
 
     def left(self) -> list[Items]:
-        """Return the remaining items, in batches of one shape."""
+        """Return the remaining items in smaller batches, one for each shape."""
         return list(self._items.values())

@@ -1,4 +1,5 @@
-"""Rows of tensors in safetensors files, in a folder named by a hash of everything that they depend on."""
+"""Stores numbered rows of tensors in safetensors files. The folder's name is a hash of everything that the tensors
+depend on."""
 
 from __future__ import annotations
 
@@ -22,22 +23,22 @@ from ..utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3  # version of the files, part of the key
+FORMAT = 3  # version of the file format. It is a part of every key
 KEY_FILE, LOCK_FILE, PARTIAL = "key.json", ".lock", ".partial"
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 NONE = -1
 
 
 class ShardStore:
-    """Numbered rows of named tensors, in the folder `folder / <hash of the key>`.
+    """Store of numbered rows of named tensors, in the folder `folder / <hash of the key>`.
 
-    A shard is a safetensors file with some of the rows. It is written under another name and then renamed, so a kill
-    leaves whole shards only.
+    A shard is a safetensors file with some of the rows. A shard is written under a temporary name and then renamed, so
+    a killed process never leaves an incomplete shard.
 
     Args:
-        folder (`Path`): Folder of the stores of any key.
-        key (`Mapping`): Everything that the rows depend on, as values of JSON.
-        rows (`int`): Number of rows.
+        folder (`Path`): Folder that contains the stores of all keys.
+        key (`Mapping`): Everything that the rows depend on, as values for JSON.
+        rows (`int`): Number of rows of the complete store.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any], rows: int) -> None:
@@ -54,8 +55,8 @@ class ShardStore:
         return {**self.__dict__, "_open": {}}  # memory maps cannot be pickled
 
     def missing(self) -> np.ndarray:
-        """Index the shards of the folder, and return the rows that none of them has. Damaged shards are named in a
-        warning, and their rows are missing."""
+        """Index the shards in the folder, and return the numbers of the rows that no shard contains. For a damaged
+        shard, log a warning and return its rows as missing."""
         self._files = sorted(self.path.glob("*.safetensors"))
         self._file_of.fill(NONE)
         self._open.clear()
@@ -64,24 +65,24 @@ class ShardStore:
                 with safe_open(file, "pt") as shard:
                     rows = {int(name.partition(".")[0]) for name in shard.keys()}  # noqa: SIM118
             except (SafetensorError, ValueError) as error:
-                logger.warning("The shard %s is damaged (%s). Its rows are computed again.", file, error)
+                logger.warning("The cache file %s is damaged (%s). Its rows will be computed again.", file, error)
                 continue
             self._file_of[[row for row in rows if row < len(self._file_of)]] = number
         return np.flatnonzero(self._file_of == NONE)
 
     @property
     def nbytes(self) -> int:
-        """Size of the shards on the disk."""
+        """Bytes of all shards on the disk."""
         return sum(file.stat().st_size for file in self._files)
 
     def write(self, number: int, rows: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
-        """Write a shard. No other process may write one of the same number at the same time."""
+        """Write a shard. Two processes must not write shards of the same number at the same time."""
         tensors = {f"{row}.{name}": tensor.contiguous() for row, of in rows.items() for name, tensor in of.items()}
         write_atomically(self.path / f"{number:06d}.safetensors", save(tensors), ending=PARTIAL)
 
     def read(self, row: int) -> dict[str, torch.Tensor]:
-        """Return the tensors of a row. Raise `KeyError` if no shard has it, `SafetensorError` if its shard is
-        damaged."""
+        """Return the tensors of a row by name. Raise `KeyError` if no shard contains the row, and `SafetensorError` if
+        the row's shard is damaged."""
         number = int(self._file_of[row])
         if number == NONE:
             raise KeyError(row)
@@ -92,13 +93,14 @@ class ShardStore:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder, wait until no other run writes into it, and delete what a killed run left unfinished."""
+        """Create the store's folder and lock it against other runs within the context. If another run has locked the
+        folder, wait. Delete the unfinished files of killed runs."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / LOCK_FILE)
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            logger.warning("Another run writes into %s. Waiting for it to end.", self.path)
+            logger.warning("Another run is writing into %s. Waiting until that run has finished writing.", self.path)
             lock.acquire()
         try:
             for left in self.path.glob(f"*{PARTIAL}"):
@@ -111,7 +113,7 @@ class ShardStore:
 
 
 class _Shard:
-    """Open file with the names of the tensors of each row."""
+    """Open file of a shard, and the names of each row's tensors."""
 
     def __init__(self, path: Path) -> None:
         self.file = safe_open(path, "pt")
@@ -123,11 +125,11 @@ class _Shard:
 
 @contextlib.contextmanager
 def writing_into(folder: Path) -> Iterator[None]:
-    """Turn errors of writing into messages that name the folder, the cause and the setting.
+    """Turn an error of writing into an error whose message names the folder, the cause and the setting to change.
 
     Raises:
-        DiskFullError: If the disk is full. Finished shards stay.
-        ValueError: If nothing can be written into the folder.
+        DiskFullError: If the disk is full. Finished shards stay on the disk.
+        ValueError: If the folder is not writable.
     """
     try:
         with naming_the_disk(folder, setting="precompute_dir"):
@@ -136,6 +138,6 @@ def writing_into(folder: Path) -> Iterator[None]:
         if error.errno not in NOT_WRITABLE:
             raise
         raise ValueError(
-            f"Not everything that this run reads is in {folder}, and the rest cannot be written there: {error}. Make "
-            "the folder writable, or choose another `precompute_dir`. A complete one may be read-only."
+            f"A cache must be complete or writable. The cache in {folder} lacks some results of this run, and they "
+            f"cannot be written: {error}. Make the folder writable, or choose another `precompute_dir`."
         ) from error

@@ -1,5 +1,5 @@
-"""Counts the bytes of fake tensors that operations allocate and free. Fake tensors are on the CPU, so the differences
-of a planned GPU are added here."""
+"""Counts the bytes of fake tensors that operations allocate and free. Fake tensors pretend to be on the CPU, so this
+module adds what differs on a GPU."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from ..utils._compat import CPU_ATTENTION, CPU_ATTENTION_BACKWARD, autocast_rules
 
-CUDA_BLOCK = 512  # bytes, to which CUDA's caching allocator rounds
-CUDA_FUSED_ATTENTION_GRADIENT = 4  # bytes an element: FlashAttention 2 sums the gradient of the queries in float32
+CUDA_BLOCK = 512  # PyTorch's caching allocator for CUDA rounds sizes up to multiples of this many bytes
+# Bytes per element of the queries that FlashAttention 2 needs in its backward pass, to sum their gradient in float32.
+CUDA_FUSED_ATTENTION_GRADIENT = 4
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
@@ -30,8 +31,8 @@ def _attention_backward_flops(
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 
 
-# FLOP formulas by operation. torch has none for the CPU's fused attention. torch's own counting mode is not used,
-# because it holds tensors that activation checkpointing would free.
+# Operation -> function that computes its number of FLOP. torch has no such function for the CPU's fused attention.
+# `FlopCounterMode` of torch is not used, because it keeps tensors alive that activation checkpointing would free.
 FLOP_FORMULAS: dict[Any, Any] = {
     **flop_registry,
     CPU_ATTENTION: _attention_flops,
@@ -40,23 +41,23 @@ FLOP_FORMULAS: dict[Any, Any] = {
 
 
 class Allocations(TorchDispatchMode):
-    """Counter of the bytes of live storages, with a peak for each moment of a step.
+    """Counter of the bytes of all tensor storages in use, with the peak in each moment of a step.
 
-    Enter it within a `FakeTensorMode`. A storage counts once, even if it has several views. It counts until autograd,
-    modules and Python have all released it. Weak references report the release.
+    Enter this context within a `FakeTensorMode`. A storage counts once, even if it has several views. A storage counts
+    until autograd, modules and Python have all released it.
 
     Args:
         block (`int`): Bytes to which an allocation is rounded up.
-        hidden (`dict[Any, int]`): Operation -> bytes for each element of its first input that its kernel allocates and
-            frees by itself.
+        hidden (`dict[Any, int]`): Operations whose kernel on the GPU allocates temporary memory, with the number of its
+            bytes for each element of the operation's first input.
     """
 
     def __init__(self, block: int = 1, hidden: dict[Any, int] | None = None):
         super().__init__()
         self.block, self.hidden = block, hidden or {}
         self.live = 0
-        self.peaks: dict[str, int] = {}  # by moment
-        self.flops = 0  # operations of matrix products, convolutions and attention
+        self.peaks: dict[str, int] = {}  # peak of the bytes in use, by the name of the moment
+        self.flops = 0  # floating point operations of matrix products, convolutions and attention
         self._moment = "start"
         self._storages: dict[int, Any] = {}
         self._known: set[int] = set()
@@ -76,7 +77,7 @@ class Allocations(TorchDispatchMode):
 
     @contextlib.contextmanager
     def moment(self, name: str) -> Iterator[None]:
-        """Record peaks under this name within the context."""
+        """Record the peak within the context as the peak of the moment `name`."""
         before, self._moment = self._moment, name
         self._note(self.live)
         try:
@@ -85,7 +86,7 @@ class Allocations(TorchDispatchMode):
             self._moment = before
 
     def ignore(self, tensors: Any) -> None:
-        """Leave tensors and their views out of the count from now on. The caller counts them elsewhere."""
+        """Do not count these tensors and their views from now on, because the caller adds their bytes itself."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if id(storage) in self._storages:
@@ -110,7 +111,7 @@ class Allocations(TorchDispatchMode):
 
 
 def rounded(size: int, block: int) -> int:
-    """Return the bytes that an allocator reserves for `size` bytes."""
+    """Return `size` rounded up to a multiple of `block`. An allocator reserves this many bytes for `size` bytes."""
     return -(-size // block) * block
 
 
@@ -120,7 +121,7 @@ def _first_tensor(args: Any) -> torch.Tensor:
 
 # ---- The planned device ----------------------------------------------------------------------------------------------
 
-# Operations of denoisers that run in float32 under CUDA's autocast, but not under the CPU's.
+# Operations that run in float32 under autocast on CUDA, but not on the CPU. Only operations in denoisers are listed.
 # Source: https://docs.pytorch.org/docs/stable/amp.html
 _FLOAT32 = (
     *("layer_norm", "native_layer_norm", "group_norm", "rms_norm", "cosine_similarity", "linalg_vector_norm"),
@@ -132,22 +133,23 @@ _FLOAT32_RESULT = ("softmax.int", "log_softmax.int", "sum", "sum.dim_IntList", "
 
 @dataclass(frozen=True)
 class FakeDevice:
-    """Properties of a device that a plan needs."""
+    """Properties of the planned device that its memory use depends on."""
 
     type: str  # "cuda" or "cpu"
-    block: int  # see `Allocations`
-    hidden: dict[Any, int] = field(default_factory=dict)  # see `Allocations`
+    block: int  # bytes to which an allocation is rounded up
+    hidden: dict[Any, int] = field(default_factory=dict)  # argument of `Allocations`
 
     def autocast_rules(self) -> contextlib.AbstractContextManager[None]:
-        """Make autocast round as on this device within the context."""
+        """Make autocast on the CPU use this device's dtypes within the context."""
         return autocast_rules(_CUDA_RULES) if self.type == "cuda" else contextlib.nullcontext()
 
 
 def fake_device(kind: str) -> FakeDevice:
-    """Return the properties of a device, `"cuda"` or `"cpu"`."""
+    """Return the properties of a device. `kind` is `"cuda"` or `"cpu"`."""
     if kind == "cpu":
         return FakeDevice("cpu", 1)
-    # The CPU's fused attention stands for the GPU's. Both save the result and one float32 number for each query.
+    # The simulation runs the CPU's fused attention in place of the GPU's. Both save the same for the backward pass: the
+    # result, and one float32 number for each query.
     return FakeDevice("cuda", CUDA_BLOCK, {CPU_ATTENTION_BACKWARD: CUDA_FUSED_ATTENTION_GRADIENT})
 
 

@@ -35,9 +35,9 @@ ENCODE, REFERENCE, FORWARD, BACKWARD, OPTIMIZER = "encode", "reference", "forwar
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """Networks of a run on the meta device, made as the trainer makes them, and settings that its memory depends on."""
+    """Networks of a planned run on the meta device, and the settings on which the run's memory depends."""
 
-    family: Family  # VAE and text encoders have the precision in which they run
+    family: Family  # its VAE and text encoders have the dtypes that they have in training
     reference: Reference
     average: EMAWeights | None
     noise: NoiseSettings
@@ -45,17 +45,17 @@ class PlannedRun:
     resolution: tuple[int, int]  # height and width of the images in pixels
     source: tuple[int, int] | None  # height and width of a pair's source image as the VAE encodes it
     pairs: int  # pairs of a micro-batch
-    autocast: torch.dtype | None
-    checkpointing: dict[str, Any] | None  # arguments of activation checkpointing; `None` without
-    anchor: Anchor | None  # anchor of the safeguard in parameter space; otherwise `None`
-    low_memory: bool  # whether this safeguard holds the activations of one branch at a time
-    accumulates: bool  # whether gradients of earlier micro-batches are in memory
+    autocast: torch.dtype | None  # dtype of autocast; `None` without autocast
+    checkpointing: dict[str, Any] | None  # arguments of activation checkpointing; `None` if it is off
+    anchor: Anchor | None  # anchor of the safeguard in parameter space; `None` without this safeguard
+    low_memory: bool  # whether the safeguard in parameter space holds only one branch's activations at a time
+    accumulates: bool  # whether an optimizer step has several micro-batches
     two_prompts: bool  # whether each image of a pair has its own prompt
     optimizer: str  # a value of `optim`
     max_norm: float | None  # norm to which gradients are clipped
     engine: Engine
-    frozen: FrozenState  # where VAE and text encoders are
-    stored: str | None  # format of a quantized base, a key of `STORED`
+    frozen: FrozenState  # when VAE and text encoders are on the device
+    stored: str | None  # storage format of a quantized base model, a key of `plan.STORED`
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -64,15 +64,15 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Memory of a step besides the weights that stay, in bytes."""
+    """Memory in bytes that one simulated step needs in addition to the weights, and the step's FLOP."""
 
-    peaks: dict[str, int]  # peak of each moment: activations, gradients, temporaries and the batch
+    peaks: dict[str, int]  # peak of each moment: activations, gradients, temporary tensors and the batch
     gradient_bytes: int  # bytes in use when the optimizer steps
     flops: int  # floating point operations of matrix products, convolutions and attention
 
 
 class OneProcess:
-    """Stand-in for accelerate's `Accelerator`, with one process and no gradient scaler."""
+    """Substitute for accelerate's `Accelerator` in the simulation, with one process and no gradient scaler."""
 
     scaler = None
     num_processes = 1
@@ -88,8 +88,8 @@ class OneProcess:
 
 
 class HeldComponents:
-    """Stand-in for [`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]. All components are on the device.
-    The plan subtracts components that are offloaded."""
+    """Substitute for [`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`] in the simulation. This
+    class keeps all components on the device. The plan later subtracts the components that the run offloads."""
 
     def __init__(self, family: Family):
         self.family = family
@@ -100,18 +100,19 @@ class HeldComponents:
 
 
 class MeasuredForward(PairForward):
-    """Forward passes of a pair. Encoding and the reference's pass are separate moments."""
+    """Forward passes of the simulated step. The memory of encoding and of the reference's forward pass is measured
+    separately."""
 
     allocations: Allocations
 
     def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Simulate precomputed latents by encoding here, so that their memory is counted apart."""
+        """Encode images and prompts as a separate moment, and pass the results on like precomputed latents."""
         with self.allocations.moment(ENCODE), torch.no_grad():
             with self._frozen.in_use() as family:
                 moments = family.image_moments(pixels_as_floats(inputs["pixel_values"]))
                 try:
                     conditioning = family.encode_prompts(inputs["prompts"])
-                except Exception as error:  # fake tensors and tokenizers have no values
+                except Exception as error:  # the substitutes of tensors and tokenizers have no values
                     raise needs_values(family.name) from error
                 if "source_pixels" in inputs:
                     source = family.encode_images(pixels_as_floats(inputs["source_pixels"]))
@@ -125,7 +126,7 @@ class MeasuredForward(PairForward):
 
 
 def measure_step(run: PlannedRun, device: FakeDevice, mode: FakeTensorMode) -> StepMemory:
-    """Run the forward and backward passes of a step as the trainer does."""
+    """Run the trainer's forward and backward passes of a step on fake tensors, and return the memory that they need."""
     denoiser = run.family.denoiser
     model = DenoiserWrapper(denoiser).train()
     if run.checkpointing is not None:
@@ -138,7 +139,7 @@ def measure_step(run: PlannedRun, device: FakeDevice, mode: FakeTensorMode) -> S
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise needs_values(run.family.name) from error
     finally:
-        for cached in (constant, white):  # a later step must not get fake tensors
+        for cached in (constant, white):  # later code must not get fake tensors from these caches
             cached.cache_clear()
         if run.checkpointing is not None:
             denoiser.disable_gradient_checkpointing()
@@ -179,7 +180,7 @@ def _measure(model: nn.Module, run: PlannedRun, device: FakeDevice) -> StepMemor
 
 
 def _drop_gradient(weight: torch.Tensor) -> None:
-    """Drop a gradient. The plan counts its shard with the tensors that stay."""
+    """Delete a gradient as soon as it is complete. The plan adds the gradient's shard to the memory between steps."""
     weight.grad = None
 
 
@@ -199,7 +200,8 @@ def _by_branch(
     run: PlannedRun,
     gradients: BranchGradients,
 ) -> None:
-    """Run the step with the safeguard in parameter space. If gradients accumulate, run two micro-batches."""
+    """Run the forward and backward passes with the safeguard in parameter space. If gradients accumulate, run two
+    micro-batches."""
     allocations = forward.allocations
     safeguard = ParameterSafeguard(
         forward,
@@ -210,7 +212,7 @@ def _by_branch(
         diagnostics=None,
     )
     for _ in range(2 if run.accumulates else 1):
-        allocations.flops = 0  # report one micro-batch only
+        allocations.flops = 0  # the plan reports the FLOP of one micro-batch
         with allocations.moment(FORWARD):
             loss = forward.loss(safeguard.predict_pairs(model, inputs)).loss
         with allocations.moment(BACKWARD):
@@ -221,7 +223,8 @@ def _by_branch(
 
 
 def all_modules(run: PlannedRun) -> list[nn.Module]:
-    """Return the policy, VAE and text encoders, and second denoisers."""
+    """Return the policy's denoiser, VAE and text encoders, and the denoisers of reference and averaged weights if they
+    have their own."""
     frozen = [getattr(run.family.pipeline, name) for name in run.family.frozen_components]
     return [run.family.denoiser, *frozen, *_second_denoisers(run)]
 
@@ -232,7 +235,7 @@ def _second_denoisers(run: PlannedRun) -> list[nn.Module]:
 
 
 def _batch(run: PlannedRun) -> dict[str, Any]:
-    """Return a collated batch on the device, in the form of `PreferenceCollator`."""
+    """Return a batch of fake tensors in the form in which `PreferenceCollator` makes it."""
     images = 2 * run.pairs
     sizes = torch.ones(images, 2, dtype=torch.long)
     batch = {

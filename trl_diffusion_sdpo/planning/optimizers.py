@@ -1,4 +1,4 @@
-"""Memory of an optimizer: its states, and the temporary tensors of its step."""
+"""Computes the memory of an optimizer: its states, and the temporary tensors of its step."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .allocations import Allocations, FakeDevice, rounded
 
-_QUANTIZED = 1 + 4 / 256  # bytes a state: one, and a float32 scale for each block of 256
-# Optimizers of bitsandbytes -> bytes of the states for each weight.
+_QUANTIZED = 1 + 4 / 256  # bytes per 8-bit value: one byte, and a float32 scale for each block of 256 values
+# Optimizer of bitsandbytes -> bytes of its states per weight.
 _STATES: dict[str, float] = {
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "ademamix_8bit"), 2 * _QUANTIZED),
     **dict.fromkeys(("lion_8bit", "rmsprop_bnb_8bit"), _QUANTIZED),
     **dict.fromkeys(("lion_32bit", "rmsprop_bnb"), 4.0),
-    # Paged states move to the CPU if the device has no room.
+    # Paged states count as 0, because they move to the CPU if the device has no room for them.
     **dict.fromkeys(("paged_adamw_8bit", "paged_adamw_32bit", "paged_lion_8bit", "paged_lion_32bit"), 0.0),
 }
 _TORCH: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
@@ -33,10 +33,11 @@ OPTIMIZERS = (*_TORCH, *_STATES, "adafactor")
 def optimizer_memory(
     name: str, trained: list[nn.Parameter], max_norm: float | None, device: FakeDevice, mode: FakeTensorMode
 ) -> tuple[int, int]:
-    """Return the bytes of an optimizer's states, and the peak above states and gradients when it clips and steps.
+    """Return two numbers of bytes: of the optimizer's states, and of the temporary tensors at the peak of clipping and
+    stepping.
 
     Raises:
-        `ValueError`: If plans do not know the optimizer.
+        `ValueError`: If a plan cannot compute the memory of this optimizer.
     """
     if name in _STATES:
         return sum(round(weight.numel() * _STATES[name]) for weight in trained), 0
@@ -44,13 +45,14 @@ def optimizer_memory(
         return sum(_factored(weight) for weight in trained), max((4 * weight.numel() for weight in trained), default=0)
     if name not in _TORCH:
         raise ValueError(
-            f"A plan knows the optimizers {', '.join(OPTIMIZERS)}; got `optim={name}`. Plan with one of them."
+            f"A plan can only compute the memory of these optimizers: {', '.join(OPTIMIZERS)}. Got `optim={name}`. Set "
+            "`optim` to an optimizer of this list."
         )
     optimizer_class, settings = _TORCH[name]
-    with mode:  # in float32, even if an engine rounds the module's weights
+    with mode:  # the optimizer has float32 weights, even if the engine rounds the module's weights
         trained = [nn.Parameter(torch.empty(weight.shape, device="cpu")) for weight in trained]
     if device.type != "cpu" and "fused" not in settings:
-        settings = {**settings, "foreach": True}  # torch's choice on an accelerator
+        settings = {**settings, "foreach": True}  # torch's default on a GPU
     with mode:
         optimizer = optimizer_class(trained, **settings)
         for weight in trained:
@@ -68,8 +70,8 @@ def optimizer_memory(
 
 
 def _factored(weight: torch.Tensor) -> int:
-    """Return the bytes of Adafactor's states: a row and a column of each matrix, and full vectors. There is no
-    momentum."""
+    """Return the bytes of Adafactor's states for a weight: one number for each row and each column of a matrix, or one
+    for each element of a vector. There is no momentum."""
     if weight.dim() < 2:
         return 4 * weight.numel()
     rows, columns = weight.shape[-2:]

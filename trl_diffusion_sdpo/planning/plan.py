@@ -1,4 +1,5 @@
-"""Memory that a run needs: tensors that stay on the device, and the peak of each moment."""
+"""Computes the memory that a run needs on a device: tensors that stay between steps, and the peak in each phase of a
+step. A phase is called a moment, such as the backward pass."""
 
 from __future__ import annotations
 
@@ -26,11 +27,12 @@ from .sharding import ZERO_BUCKET, largest_block
 from .skeleton import fake_weights
 
 SETUP = "set-up"
-CARDS = (8, 16, 24, 40, 80, 141)  # GB as vendors count, 1e9 bytes, of usual GPUs
-# Share of a card that PyTorch can give to tensors: the rest is CUDA's context, kernels' workspaces and fragmentation.
+CARDS = (8, 16, 24, 40, 80, 141)  # memory of common GPUs in GB (1e9 bytes)
+# Share of a GPU's memory that tensors can use. The rest is for CUDA's context, workspaces of kernels, and
+# fragmentation.
 USABLE = 0.92
 
-# Bytes a weight of a quantized linear layer: the weight, and a float32 scale for each block of 64 or each row.
+# Bytes per weight of a quantized linear layer. In 4 bits, each block of 64 weights also has a float32 scale.
 STORED: dict[str, float] = {
     "4bit": 0.5 + 4 / 64,
     "4bit nested": 0.5 + 1 / 64 + 4 / (64 * 256),
@@ -42,10 +44,10 @@ STORED: dict[str, float] = {
 class Plan:
     """Computed memory of a run on one device, in bytes."""
 
-    components: dict[str, int]  # tensors that stay between steps, by name
-    moments: dict[str, int]  # peak of each moment, including the tensors that stay
-    parameters: int  # number of the denoiser's weights
-    trained: int  # number of its trained weights
+    components: dict[str, int]  # bytes of the tensors that stay between steps, by name
+    moments: dict[str, int]  # peak in each moment, including the tensors that stay between steps
+    parameters: int  # number of weights of the denoiser
+    trained: int  # number of weights that are trained
     flops: int  # floating point operations of a micro-batch on one device
     pairs: int  # pairs of a micro-batch
 
@@ -58,15 +60,16 @@ class Plan:
         return max(self.moments, key=lambda name: self.moments[name])
 
     def fits(self, gigabytes: float) -> bool:
-        """Return whether the run fits on a card, with a margin for memory that PyTorch does not count."""
+        """Return whether the run fits on a GPU with so many GB, with a margin for memory besides tensors."""
         return self.peak <= USABLE * gigabytes * 1e9
 
 
 def make_plan(run: PlannedRun, device: str) -> Plan:
-    """Simulate one step on fake tensors. Add the tensors that stay to the peak of each moment.
+    """Simulate one step on fake tensors, and return the memory of the run.
 
     Args:
-        device (`str`): `"cuda"` or `"cpu"`.
+        run ([`PlannedRun`]): Networks and settings of the run.
+        device (`str`): Type of the planned device, `"cuda"` or `"cpu"`.
     """
     fake = fake_device(device)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -74,12 +77,12 @@ def make_plan(run: PlannedRun, device: str) -> Plan:
     trained = sum(weight.numel() for weight in run.trained)
     parameters = sum(weight.numel() for weight in family.denoiser.parameters())
 
-    # What stays between steps.
+    # Compute the tensors that stay between steps.
     states, temporary = optimizer_memory(run.optimizer, run.trained, run.max_norm, fake, mode)
     components = _weights(run, fake.block)
     frozen = sum(size for name, size in components.items() if name in family.frozen_components)
     setup = sum(components.values()) - (0 if run.frozen == "on device" else frozen)
-    if engine.divides_weights:  # a whole block is in memory until it is sharded
+    if engine.divides_weights:  # while the weights are sharded, one block is in memory whole
         setup += largest_block(family.denoiser, None)[0]
     components["optimizer"] = engine.share("optimizer", states)
     if engine.name == "ddp":
@@ -90,7 +93,7 @@ def make_plan(run: PlannedRun, device: str) -> Plan:
     if engine.divides_gradients:
         components["gradients"] = engine.share("gradients", 4 * trained)
 
-    # One step on fake tensors, as if on one device.
+    # Simulate one step on fake tensors, as if on one device.
     passes = _in_passes(run)
     fake_weights(all_modules(run), mode)
     measured = measure_step(run, fake, mode)
@@ -101,12 +104,12 @@ def make_plan(run: PlannedRun, device: str) -> Plan:
     step = left + engine.share("optimizer", temporary)
     moments[OPTIMIZER] = max(measured.peaks.get(OPTIMIZER, 0), step)
     if engine.divides_gradients and run.anchor is not None:
-        # The simulation held whole gradients of both branches. The engine holds one of them whole at a time.
+        # The simulation holds the unsharded gradients of both branches. The engine holds those of one branch at a time.
         spared = (measured.gradient_bytes - left) // 2
         moments[BACKWARD] -= spared
         moments[OPTIMIZER] -= spared
 
-    # Both together.
+    # Add the tensors that stay to the peak in each moment.
     stays = sum(components.values())
     for name in moments:
         moments[name] += stays - (frozen if run.frozen != "on device" and name != ENCODE else 0)
@@ -121,7 +124,8 @@ def make_plan(run: PlannedRun, device: str) -> Plan:
 
 
 def _weights(run: PlannedRun, block: int) -> dict[str, int]:
-    """Return the bytes of the weights that stay, by name. VAE and text encoders have their names in the pipeline."""
+    """Return the bytes of the weights that stay between steps: of the policy, the reference, the averaged weights, and
+    each frozen component of the pipeline."""
     engine, family = run.engine, run.family
     half = run.autocast is not None and engine.is_zero
     copies: dict[str, WeightCopy | None] = {"reference": run.reference, "average": run.average}
@@ -157,10 +161,10 @@ def _weights(run: PlannedRun, block: int) -> dict[str, int]:
 
 
 def _in_passes(run: PlannedRun) -> int:
-    """Return the bytes of whole weights that a pass needs besides the weights that stay.
+    """Return the bytes of the temporary weights of a forward or backward pass.
 
-    A quantized base needs one layer in half precision. An engine that shards weights gathers the running block, the
-    next block, and all weights outside of blocks.
+    A quantized base model needs one layer at a time in half precision. If the engine shards weights, it gathers the
+    current block, the next block, and all weights outside of blocks.
     """
     denoiser = run.family.denoiser
     extra = 0
@@ -179,5 +183,5 @@ def _adapter(weights: WeightCopy | None) -> list[torch.Tensor]:
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    """Return parameters and buffers. Shared tensors appear once."""
+    """Return the parameters and buffers of a module. A tensor that several submodules share appears once."""
     return [*module.parameters(), *module.buffers()]

@@ -1,4 +1,4 @@
-"""Networks of a planned run on the meta device, made by the trainer's functions from the run's settings."""
+"""Makes the networks of a planned run on the meta device, by the trainer's own functions."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 
 class PlannedSettings:
-    """Settings of a run. A plan can change some of them.
+    """Settings of a run, from which plans are made. Each plan may change some settings.
 
     Args:
         training (`DiffusionSDPOConfig`): The trainer's settings.
-        model (`trl.ModelConfig`): Model, LoRA and quantization.
+        model (`trl.ModelConfig`): Settings of model, LoRA and quantization.
         engine ([`Engine`]): The engine and its number of processes.
         device (`str`): `"cuda"` or `"cpu"`.
     """
@@ -49,10 +49,11 @@ class PlannedSettings:
         self.engine = engine
         self._device = device
         if starting_point(str(model.model_name_or_path), training.adapter_name_or_path).adapter:
-            model.use_peft = True  # the LoRA continues training
+            model.use_peft = True  # the run trains an existing LoRA further
 
     def plan(self, **changes: Any) -> Plan:
-        """Return the plan with some settings changed. Raise `ValueError` if the settings contradict each other."""
+        """Return the plan of the run with these settings changed. Raise `ValueError` if settings contradict each
+        other."""
         training = copy.copy(self._training)
         model = copy.copy(self._model)
         for name, value in changes.items():
@@ -60,7 +61,8 @@ class PlannedSettings:
         return make_plan(prepare(training, model, self.engine), self._device)
 
     def tunings(self) -> dict[str, dict[str, Any]]:
-        """Return the changes for LoRA, QLoRA and full tuning, each without and with activation checkpointing."""
+        """Return the settings to change for LoRA, QLoRA and full tuning, each without and with activation
+        checkpointing."""
         half = "bfloat16" if self._training.bf16 or self._training.fp16 else "float32"
         whole = {"load_in_4bit": False, "load_in_8bit": False}
         kinds: dict[str, dict[str, Any]] = {
@@ -130,22 +132,25 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) 
 
 
 def _no_accelerator() -> Accelerator:
-    raise AssertionError("A plan trains nothing.")
+    raise AssertionError("A plan does not train, so it has no accelerator.")
 
 
 def _stored(model_args: ModelConfig) -> str | None:
-    """Return the format of a quantized base, or `None`. Raise `ValueError` for a quantized base without a LoRA."""
+    """Return the storage format of a quantized base model, or `None` if it is not quantized. Raise `ValueError` if a
+    quantized base model is tuned without a LoRA."""
     if not (model_args.load_in_4bit or model_args.load_in_8bit):
         return None
     if not model_args.use_peft:
-        raise ValueError("A quantized base needs a LoRA: quantized weights cannot be trained. Add `--use_peft`.")
+        raise ValueError(
+            "A quantized base needs a LoRA, because quantized weights cannot be trained. Add `--use_peft`."
+        )
     if model_args.load_in_8bit:
         return "8bit"
     return "4bit nested" if model_args.use_bnb_nested_quant else "4bit"
 
 
 def _loaded(model_args: ModelConfig, args: DiffusionSDPOConfig) -> LoadedModel:
-    """Return the model. If a LoRA trains, attach the LoRA from which the run continues."""
+    """Return the model on the meta device. If the run trains an existing LoRA further, attach this LoRA."""
     start = starting_point(str(model_args.model_name_or_path), args.adapter_name_or_path)
     family = _family(model_args, args, start)
     if start.adapter is None or not model_args.use_peft:
@@ -163,7 +168,7 @@ def _family(model_args: ModelConfig, args: DiffusionSDPOConfig, start: StartingP
 
 
 def _working(family: Any, args: DiffusionSDPOConfig, half: torch.dtype | None) -> Family:
-    """Return the family with VAE and text encoders in the precision in which they run."""
+    """Return the family with VAE and text encoders in the dtypes that they have in training."""
     meta = torch.device("meta")
     working = type(family)(working_pipeline(family, device=meta, half_dtype=half, vae_dtype=args.vae_dtype))
     working.guidance_scale, working.vae_encode_batch_size = args.guidance_scale, args.vae_encode_batch_size

@@ -1,4 +1,4 @@
-"""Tables of a plan in Markdown, and its numbers for JSON."""
+"""Formats a plan: as tables in Markdown, and as numbers for JSON."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from .plan import CARDS, USABLE, Plan
 
 GIB = 2**30
-# TFLOP/s of the fastest published trainings. Diffusion-DPO's launchers on an A100: 26 (SD 1.5) and 15 (SDXL).
-# SimpleTuner's LoRAs on an H100: 9 (SD 1.5) and 22 (SDXL). The cards' peaks are 312 and 989.
+# TFLOP/s that fast published trainings reach. Diffusion-DPO's launchers on an A100: 26 (SD 1.5) and 15 (SDXL).
+# SimpleTuner's LoRAs on an H100: 9 (SD 1.5) and 22 (SDXL). An A100 can reach 312 at most, an H100 989.
 PUBLISHED_TFLOPS = 25.0
 
 
@@ -17,10 +17,11 @@ def report(plan: Plan, *, tflops: float, pairs: int, processes: int) -> str:
     """Return the tables of a plan, in Markdown.
 
     Args:
-        tflops (`float`): TFLOP/s that training reaches on one device.
-        pairs (`int`): Number of pairs for the hours.
+        tflops (`float`): TFLOP/s that training is assumed to reach on one device.
+        pairs (`int`): Number of training pairs, for the estimate of the hours.
+        processes (`int`): Number of processes, each on one device.
     """
-    lines = ["All numbers are computed, none is measured.", "", "| stays on the device | GiB |", "|---|---:|"]
+    lines = ["All numbers are computed. None is measured.", "", "| stays on the device | GiB |", "|---|---:|"]
     lines += [f"| {name} | {size / GIB:.2f} |" for name, size in plan.components.items()]
     lines += ["", "| moment | peak, GiB |", "|---|---:|"]
     for name, size in plan.moments.items():
@@ -31,17 +32,18 @@ def report(plan: Plan, *, tflops: float, pairs: int, processes: int) -> str:
     lines += [
         "",
         f"Trained: {plan.trained:,} of {plan.parameters:,} weights of the denoiser.",
-        f"Fits ({USABLE:.0%} of a card are for tensors): {fitting}.",
+        f"Fits on a GPU with this memory (tensors can use {USABLE:.0%} of it): {fitting}.",
         f"A pair takes {plan.flops / plan.pairs / 1e12:.2f} TFLOP. {pairs:,} pairs take at least {hours:.1f} hours on "
-        f"{processes} device(s) at {tflops:g} TFLOP/s each: published trainings of this kind reach 9 to 26, far below "
-        "a card's peak, because few images a step leave it waiting. Loading and evaluation come on top; `--tflops` "
-        "takes the rate that you measured.",
+        f"{processes} device(s), if each reaches {tflops:g} TFLOP/s. Published trainings of this kind reach 9 to 26 "
+        "TFLOP/s. This is far below a GPU's peak, because steps with few images do not keep a GPU busy. Loading and "
+        "evaluation take additional time. If you have measured the rate of your GPU, pass it as `--tflops`.",
     ]
     return "\n".join(lines)
 
 
 def side_by_side(plans: Mapping[str, Plan]) -> str:
-    """Return the table of what fits: peaks of several tunings, and the smallest card of each."""
+    """Return a table of several tunings in Markdown, each with its peak memory and the smallest GPU on which it
+    fits."""
     lines = ["| tuning | peak, GiB | at | smallest card |", "|---|---:|---|---|"]
     for name, plan in plans.items():
         card = next((f"{card} GB" for card in CARDS if plan.fits(card)), "none of these")
@@ -50,7 +52,7 @@ def side_by_side(plans: Mapping[str, Plan]) -> str:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Return a plan's numbers, in bytes."""
+    """Return a plan's numbers as a dictionary for JSON. Memory is in bytes."""
     return {
         "kind": "computed",
         "peak": plan.peak,

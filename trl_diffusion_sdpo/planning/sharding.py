@@ -1,4 +1,4 @@
-"""Tensors that each engine shards over its processes."""
+"""Describes which tensors each distributed engine shards over its processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from ..utils._compat import block_names
 from ..utils.hints import did_you_mean
 
-# Engine -> what it shards: weights, gradients, and the optimizer's states.
+# Engine -> the kinds of tensors that it shards.
 DIVIDED: dict[str, tuple[str, ...]] = {
     "single": (),
     "ddp": (),
@@ -19,20 +19,21 @@ DIVIDED: dict[str, tuple[str, ...]] = {
     "zero3": ("optimizer", "gradients", "weights"),
     "fsdp2": ("optimizer", "gradients", "weights"),
 }
-# The packaged configurations of accelerate.
+# Name of a configuration of accelerate in this package -> its engine.
 CONFIGS = {"single_gpu": "single", "multi_gpu": "ddp", **{name: name for name in ("zero1", "zero2", "zero3", "fsdp2")}}
-ZERO_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once by default
+ZERO_BUCKET = 500_000_000  # number of gradient elements that DeepSpeed reduces at once by default
 
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine and its number of processes."""
+    """Distributed engine of a planned run, with its number of processes."""
 
     name: str = "single"
     processes: int = 1
 
     def share(self, kind: str, size: int) -> int:
-        """Return the bytes on one process of `"weights"`, `"gradients"` or states of the `"optimizer"`."""
+        """Return how many of `size` bytes one process holds. `kind` is `"weights"`, `"gradients"` or `"optimizer"` (its
+        states)."""
         return -(-size // self.processes) if kind in DIVIDED[self.name] else size
 
     @property
@@ -45,7 +46,8 @@ class Engine:
 
     @property
     def rounds_weights(self) -> bool:
-        """Whether the passes read weights in half precision, instead of copies that autocast makes."""
+        """Whether the forward pass reads half precision weights of the engine, instead of copies that autocast
+        makes."""
         return self.name not in ("single", "ddp")
 
     @property
@@ -54,14 +56,15 @@ class Engine:
 
 
 def engine_of(config: str | None, processes: int | str | None) -> Engine:
-    """Return the engine of a packaged configuration of accelerate.
+    """Return the engine that a configuration of accelerate uses.
 
     Args:
-        config (`str`, *optional*): Its name.
-        processes (`int` or `str`, *optional*): Number of processes; one without a configuration.
+        config (`str`, *optional*): Name of one of this package's configurations of accelerate, such as `"zero2"`.
+        processes (`int` or `str`, *optional*): Number of processes. If both arguments are `None`, the plan is for one
+            process.
 
     Raises:
-        ValueError: If the name is unknown, or the number of processes is missing.
+        ValueError: If this package has no configuration with the name `config`, or `processes` is missing.
     """
     if config is None and processes is None:
         return Engine()
@@ -69,8 +72,8 @@ def engine_of(config: str | None, processes: int | str | None) -> Engine:
     if name is None:
         near = did_you_mean(str(config), CONFIGS)
         raise ValueError(
-            f"A plan needs a packaged `--accelerate_config`: {', '.join(CONFIGS)}; got {config!r}. Use the one that "
-            f"shards the same.{near}"
+            f"A plan needs an `--accelerate_config` of this package: {', '.join(CONFIGS)}. Got {config!r}. Use the "
+            f"packaged configuration with the same sharding as yours.{near}"
         )
     if name == "single":
         return Engine()
@@ -83,10 +86,10 @@ def engine_of(config: str | None, processes: int | str | None) -> Engine:
 
 
 def largest_block(denoiser: nn.Module, element: int | None) -> tuple[int, int]:
-    """Return the bytes of the largest block, and of the weights outside of blocks.
+    """Return the bytes of the denoiser's largest block, and the bytes of all weights outside of blocks.
 
     Args:
-        element (`int`, *optional*): Bytes of a weight in a pass; `None` for those of its dtype.
+        element (`int`, *optional*): Bytes of each weight in a forward pass. By default, those of the weight's dtype.
     """
 
     def size(weights: Any) -> int:

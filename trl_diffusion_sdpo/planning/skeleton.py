@@ -1,5 +1,5 @@
-"""Pipelines without weights. Networks are made from their configurations on the meta device, and then get fake tensors.
-Fake tensors have a shape, a dtype and a device, but no data."""
+"""Makes pipelines without weights. Networks are made from their configurations on the meta device. Fake tensors, which
+have a shape, a dtype and a device but no data, then replace the weights."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ from ..families import Family, find_family
 from ..families.pipelines import CLASS, networks_without_weights, read_index
 from ..families.registry import family_for_class_name
 
-PROMPT_TOKENS = 77  # CLIP's length, if a tokenizer's configuration has none
+PROMPT_TOKENS = 77  # tokens of a prompt, as for CLIP, if a tokenizer's configuration has no number
 
 
 def pipeline_of_folder(name_or_path: str, dtype: torch.dtype, **access: Any) -> Family:
-    """Return the family of a pipeline, from JSON files in a folder or on the Hub. Weights and tokenizers are not read.
+    """Return the family of a pipeline whose networks have no weights. Only JSON files of the folder or the Hub are
+    read.
 
     Args:
-        access: Arguments of diffusers for the Hub, such as `revision`, `token` and `cache_dir`.
+        dtype (`torch.dtype`): Dtype of the networks.
+        access: Arguments of `from_pretrained` for the Hub, such as `revision`, `token` and `cache_dir`.
 
     Raises:
-        `ValueError`: If there is no pipeline that a family can train, or a component has no configuration.
+        `ValueError`: If there is no pipeline, no family supports it, or a component has no configuration.
     """
     index = read_index(name_or_path, **access)
     family = family_for_class_name(index[CLASS])
@@ -47,7 +49,7 @@ def pipeline_of_folder(name_or_path: str, dtype: torch.dtype, **access: Any) -> 
 
 
 def fake_weights(modules: Iterable[nn.Module], mode: FakeTensorMode) -> None:
-    """Replace the modules' meta tensors by fake tensors on the CPU. Shared tensors stay shared."""
+    """Replace the modules' meta tensors by fake tensors on the CPU. Tensors that modules share stay shared."""
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for submodule in (submodule for module in modules for submodule in module.modules()):
         for name, tensor in (*submodule.named_parameters(recurse=False), *submodule.named_buffers(recurse=False)):
@@ -63,10 +65,10 @@ def fake_weights(modules: Iterable[nn.Module], mode: FakeTensorMode) -> None:
 
 
 class TokensOnly:
-    """Stand-in for a tokenizer. Every prompt has the largest number of tokens, and all tokens are equal.
+    """Substitute for a tokenizer. Every prompt gets the largest number of tokens, and all tokens are equal.
 
     Args:
-        model_max_length (`int`): Length of a prompt if the pipeline does not pass one.
+        model_max_length (`int`): Number of tokens of a prompt if the pipeline does not pass `max_length`.
     """
 
     padding_side = "right"
@@ -79,7 +81,7 @@ class TokensOnly:
 
     def __call__(self, text: Any, padding: Any = False, max_length: int | None = None, **settings: Any) -> Any:
         rows = 1 if isinstance(text, str) else len(text)
-        # If a call neither pads nor truncates, the pipeline only tests whether the prompt was truncated.
+        # If a call neither pads nor truncates, the pipeline only tests whether an earlier call truncated the prompt.
         bounded = padding == "max_length" or settings.get("truncation")
         length = (max_length or self.model_max_length) if bounded else 2
         ids = torch.ones(rows, length, dtype=torch.long)
@@ -100,14 +102,14 @@ def _scheduler(entry: Any, name_or_path: str, access: dict[str, Any]) -> Any:
     scheduler_class = getattr(diffusers, str(class_name), None)
     if library != "diffusers" or scheduler_class is None:
         raise ValueError(
-            f"The scheduler of a pipeline must be one of diffusers; the model_index.json of {name_or_path} says "
-            f"{class_name!r} of {library!r}."
+            f"The scheduler of a pipeline must be a class of diffusers. The model_index.json of {name_or_path} names "
+            f"{class_name!r} of {library!r}. Use a pipeline with a scheduler of diffusers."
         )
     return scheduler_class.from_config(scheduler_class.load_config(name_or_path, subfolder="scheduler", **access))
 
 
 def _tokens(name_or_path: str, name: str) -> int:
-    """Return the number of a prompt's tokens, from the tokenizer's configuration in a folder."""
+    """Return the largest number of tokens of a prompt, from the tokenizer's configuration in a folder."""
     file = Path(name_or_path) / name / "tokenizer_config.json"
     if not file.is_file():
         return PROMPT_TOKENS
@@ -128,13 +130,13 @@ def _family(class_name: str, parts: dict[str, Any], lengths: dict[str, int]) -> 
         components |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
         return find_family(pipeline_class(**components))
-    except (KeyError, TypeError) as error:  # the pipeline asks the stand-in of a tokenizer
+    except (KeyError, TypeError) as error:  # the substitute of the tokenizer lacks what the pipeline asks for
         raise needs_values(class_name) from error
 
 
 def needs_values(name: str) -> ValueError:
-    """Return the error for a model that cannot be planned."""
+    """Return the error to raise for a model whose memory cannot be planned."""
     return ValueError(
-        f"A plan simulates a step without values, and {name} computes shapes from values, so it cannot be planned. "
-        "Train with `--max_steps 2`, and read the peak of memory from your GPU."
+        f"A plan simulates a step on tensors without values. {name} cannot be planned, because its tensor shapes "
+        "depend on values. Train with `--max_steps 2` instead, and read the peak of memory from your GPU."
     )

@@ -1,4 +1,4 @@
-"""Console output of training: a short line for each log, and the same metrics on the progress bar."""
+"""Console output of training: one line with the main metrics for each log, and the same metrics on the progress bar."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-# Metric -> its word on the console
+# Metric -> the word for this metric on the console
 WORDS = {
     "loss": "loss",
     "errors/winner": "winner",
@@ -19,7 +19,8 @@ WORDS = {
     "safeguard/scale": "lambda",
     "learning_rate": "lr",
 }
-# The trainer's other metrics, the speed of an evaluation, and values on the bar are not shown.
+# Names of metrics that are not printed: the trainer's other metrics, the speed of an evaluation, and values that the
+# progress bar already shows.
 _HIDDEN = re.compile(
     r"(.*_)?(errors|rewards|safeguard|budget)/.*|eval_(samples/.*|.*(runtime|per_second))"
     r"|grad_norm|epoch|total_flos|num_input_tokens_seen"
@@ -28,10 +29,10 @@ _EVALUATED = re.compile(r"(?P<prefix>eval.*_)errors/winner$")
 
 
 class ShortLogCallback(ProgressCallback):
-    """Progress bar that prints a line with the main metrics for each log, and shows training metrics on the bar.
+    """Progress bar that prints one line with the main metrics for each log, and shows training metrics on the bar.
 
-    It replaces transformers' own callback, because that callback prints every metric. State and trackers have all
-    metrics.
+    This callback replaces transformers' `ProgressCallback`, which prints every metric. The trainer's state and the
+    trackers still get all metrics.
     """
 
     def on_log(
@@ -47,15 +48,16 @@ class ShortLogCallback(ProgressCallback):
 
 
 def say(line: str) -> None:
-    """Write a line to the standard output, above progress bars."""
+    """Print a line to the standard output without breaking a progress bar."""
     tqdm.write(line)
 
 
 def shown_metrics(logs: Mapping[str, Any]) -> Iterator[tuple[list[str], dict[str, str]]]:
-    """Yield a title and the metrics to show, by their words, for a log of training or for each evaluation in a log.
+    """Yield what to print of a log: for a log of training one title and its metrics, and for a log of evaluations a
+    title and metrics of each evaluation.
 
-    Behind an error is its change as a share of the reference's error. Metrics that are not the trainer's own, such as
-    those of `compute_metrics`, are shown with their names.
+    The metrics are texts by the words in `WORDS`. The text of an error contains the error's change in per cent of the
+    reference's error. Other metrics, such as those of `compute_metrics`, are shown under their own names.
     """
     prefixes = [match["prefix"] for match in map(_EVALUATED.match, logs) if match] or [""]
     own_names = {f"{prefix}{name}" for prefix in prefixes for name in WORDS}

@@ -1,4 +1,4 @@
-"""Plots of a run's log history: curves over the steps, and the change of the errors in each noise bin."""
+"""Plots metrics of a run's log history: curves over the steps, and the change of the errors in each noise bin."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ Points = list[tuple[int, float]]
 
 CURVES_FILE = "curves.png"
 _CHANGE = "change of the error, % of the reference's"
-# Panel -> its curves, each a label and a metric. The second panel shows the metrics' changes.
+# Title of a panel -> its curves, each as (label, metric). The second panel shows how the metrics have changed relative
+# to the reference.
 _PANELS = {
     "loss": [("loss", "loss")],
     _CHANGE: [("winners", "errors/winner"), ("losers", "errors/loser")],
@@ -30,20 +31,21 @@ _EVALUATION = re.compile(r"(eval.*_)loss")
 
 
 def has_curves(history: History) -> bool:
-    """Return whether training was logged at two steps or more."""
+    """Return whether the training loss was logged at least twice."""
     return sum("loss" in entry for entry in history) > 1
 
 
 def curves_of(history: History) -> dict[str, dict[str, Points]]:
-    """Return the curves in a trainer's log history.
+    """Return the points of all curves to plot from a trainer's log history.
 
     Args:
         history (`Sequence[Mapping]`): `TrainerState.log_history`.
 
     Returns:
-        `dict[str, dict[str, list]]`: Curves of each panel by label, as points of step and value. The label is "winners"
-        in training and "winners, eval" in evaluations of that prefix. Changes are in per cent of the reference's error.
-        Without a reference, the panel has the errors themselves.
+        `dict[str, dict[str, list]]`: For each panel, its curves by label, as lists of (step, value). A curve of
+            training has a label such as "winners". A curve of evaluations whose metrics have the prefix `eval_` has the
+            label "winners, eval". Changes of errors are in per cent of the reference's error. If the run has no
+            reference, the panel shows the errors instead of their changes.
     """
     prefixes = [match[1] for entry in history for match in map(_EVALUATION.fullmatch, entry) if match]
     relative = any(f"{prefix}errors/winner_change" in entry for entry in history for prefix in ("", *prefixes))
@@ -64,7 +66,7 @@ def curves_of(history: History) -> dict[str, dict[str, Points]]:
 
 
 def plot_curves(history: History, file: str | Path) -> None:
-    """Plot the curves of a run into an image file. Curves of evaluations have markers."""
+    """Plot the curves of a run into an image file. Curves of evaluations have a marker at each evaluation."""
     from matplotlib.figure import Figure
 
     panels = curves_of(history)
@@ -82,12 +84,16 @@ def plot_curves(history: History, file: str | Path) -> None:
         if title in _SHARES:
             axes.set_ylim(-0.04, 1.04)
         for label in axes.legend(frameon=False, fontsize=8).get_texts():
-            label.set_parse_math(False)  # a set's name may have a dollar sign
+            label.set_parse_math(False)  # names of evaluation sets may contain "$", which starts a formula
     figure.savefig(file, dpi=120)
 
 
 def _points(history: History, metric: str, *, change: bool) -> Points:
-    """Return step and value of each log of a metric, or of its change in per cent of the reference's."""
+    """Return a list of (step, value) of a metric.
+
+    Args:
+        change (`bool`): Whether the values are the metric's changes in per cent of the reference's metric.
+    """
     if not change:
         return [(entry["step"], entry[metric]) for entry in history if metric in entry]
     entries = [entry for entry in history if f"{metric}_change" in entry]
@@ -101,11 +107,12 @@ _BIN = re.compile(r"^(?P<prefix>.*)_errors/(?P<half>winner|loser)_change_relativ
 
 
 def changes_by_noise_bin(history: History) -> dict[str, list[dict[str, Any]]]:
-    """Return the changes in a trainer's log history.
+    """Return how the errors in each noise bin have changed, from the evaluations in a trainer's log history.
 
     Returns:
-        `dict[str, list[dict]]`: For each evaluation's prefix (such as `eval` or `eval_ema`) its evaluations in order,
-        each with `step`, and under `winner` and `loser` the change relative to the reference, by noise bin.
+        `dict[str, list[dict]]`: Evaluations in order, by the prefix of their metrics, such as `eval` or `eval_ema`.
+            Each evaluation has the optimizer `step`, and under `winner` and `loser` the changes relative to the
+            reference's error, by noise bin.
     """
     evaluations: dict[str, list[dict[str, Any]]] = {}
     for entry in history:
@@ -120,17 +127,19 @@ def changes_by_noise_bin(history: History) -> dict[str, list[dict[str, Any]]]:
 
 
 def noise_bin_file(prefix: str) -> str:
-    """Return the plot's file name: `noise_bins.png` for the prefix `eval`, `noise_bins_ema.png` for `eval_ema`."""
-    # Characters that file systems refuse in names, or that end a link on the model card.
+    """Return the file name of a noise bin plot: `noise_bins.png` for evaluations with the prefix `eval`,
+    `noise_bins_ema.png` for `eval_ema`."""
+    # Replace characters that file systems refuse in names, or that end a Markdown link on the model card.
     name = re.sub(r'[<>:"/\\|?*\s()#%]', "_", prefix.removeprefix("eval"))
     return f"noise_bins{name}.png"
 
 
 def plot_noise_bins(records: Sequence[Mapping[str, Any]], num_noise_bins: int, file: str | Path) -> None:
-    """Plot the change of the errors over the noise level. Earlier evaluations are more transparent.
+    """Plot over the noise level how the errors have changed relative to the reference. Curves of earlier evaluations
+    are more transparent.
 
     Args:
-        records (`Sequence[Mapping]`): Evaluations of one prefix, from [`changes_by_noise_bin`]; at least one.
+        records (`Sequence[Mapping]`): Evaluations with one prefix, from [`changes_by_noise_bin`]; at least one.
         num_noise_bins (`int`): Number of noise bins.
         file (`str` or `Path`): Image file to write.
     """

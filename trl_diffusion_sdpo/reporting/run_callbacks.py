@@ -1,4 +1,4 @@
-"""Callbacks that report on a run: plots, the verdict, and the files at the end."""
+"""Callbacks that report on a run: they plot metrics, judge the training in a verdict, and write files at the end."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from .verdict_report import write_verdict
 
 logger = logging.getLogger(__name__)
 
-SHOWN_EVALUATIONS = 12  # in the plot of noise bins
+SHOWN_EVALUATIONS = 12  # largest number of evaluations in one noise bin plot
 
 
 class NoiseBinPlotCallback(TrainerCallback):
-    """Plots the change of the errors at each noise bin, after every evaluation, into the output folder:
-    `noise_bins.png` for the prefix `eval`, `noise_bins_ema.png` for `eval_ema`."""
+    """Plots after every evaluation how the errors in each noise bin have changed. The plot is written into the output
+    folder: `noise_bins.png` for evaluations with the prefix `eval`, `noise_bins_ema.png` for `eval_ema`."""
 
     def __init__(self, images: TrackedImages, num_noise_bins: int):
         self._images, self._num_noise_bins = images, num_noise_bins
@@ -54,15 +54,15 @@ class NoiseBinPlotCallback(TrainerCallback):
 
 
 class VerdictCallback(TrainerCallback):
-    """Warns or stops when the preferred images get worse during training. At the end it logs the verdict and writes it
-    into the output folder.
+    """Logs a warning or stops training when the error on the preferred images rises. At the end of training, it logs
+    the verdict and writes it into the output folder.
 
     Args:
-        run ([`RunFacts`]): Facts of the run.
-        evaluate (`Callable`): Evaluates the current weights; called by all processes.
-        callbacks (`Sequence[TrainerCallback]`): The trainer's list of callbacks, which may still change. A callback in
-            it says whether a signal has ended the training.
-        samples ([`SampleImagesCallback`], *optional*): Generates the images before and after training.
+        run ([`RunFacts`]): Facts of the run that the verdict needs.
+        evaluate (`Callable`): Function that evaluates the current weights. All processes call it.
+        callbacks (`Sequence[TrainerCallback]`): The trainer's list of callbacks. A [`CheckpointOnInterrupt`] in this
+            list says whether a signal has ended the training.
+        samples ([`SampleImagesCallback`], *optional*): Callback that generates the images before and after training.
         on_rise (`str`): The setting `on_winner_rise`: `"ignore"`, `"warn"` or `"stop"`.
     """
 
@@ -83,7 +83,7 @@ class VerdictCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._training, self._stops = True, False
-        if state.is_world_process_zero:  # later weights must not be published with an earlier verdict
+        if state.is_world_process_zero:  # the verdict on earlier weights must not be published with the new weights
             (output_folder(args) / VERDICT_FILE).unlink(missing_ok=True)
             forget_recommended_scales(output_folder(args))
 
@@ -96,10 +96,10 @@ class VerdictCallback(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self._on_rise == "ignore" or not self._training or state.global_step >= state.max_steps:
-            return  # the verdict at the end reports it
+            return  # at the last step, the verdict will report a rise
         rise = rise_of(state.log_history, self._run)
         stops = self._on_rise == "stop" and in_any_process(rise is not None, args.device)
-        if stops:  # every process
+        if stops:  # all processes stop
             self._stops = control.should_save = control.should_training_stop = True
         if rise is not None and (rise[1] or stops) and state.is_world_process_zero:
             hint = resume_hint(args, state.global_step, "Pass `resume_from_checkpoint=True` to continue.")
@@ -110,7 +110,7 @@ class VerdictCallback(TrainerCallback):
         self._stops = False
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if self._stops:  # `save_strategy="best"` has cancelled the save
+        if self._stops:  # the checkpoint was not saved, because `save_strategy="best"` has cancelled it
             control.should_save = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -136,7 +136,8 @@ class VerdictCallback(TrainerCallback):
             logger.log(logging.INFO if verdict.label in ("better", "unchanged") else logging.WARNING, "%s", verdict)
 
     def _is_unmeasured(self, args: TrainingArguments, state: TrainerState) -> bool:
-        """Whether the weights have changed since the last evaluation, and no signal asks for an early end."""
+        """Return whether the weights must be evaluated: they have changed since the last evaluation, and no signal has
+        stopped the training early."""
         asked = was_interrupted(self._callbacks) or args.enable_jit_checkpoint
         if asked and state.global_step < state.max_steps:
             return False
@@ -146,19 +147,17 @@ class VerdictCallback(TrainerCallback):
 
 @contextlib.contextmanager
 def warning_of_unwritten_files() -> Iterator[None]:
-    """Turn an error within the context into a warning, because a report that cannot be written must not end a run. No
-    process may wait for another one within the context."""
+    """Log an error within the context as a warning, because a run must not end if its report cannot be written. The
+    code within the context must not wait for other processes."""
     try:
         yield
     except Exception as error:
-        logger.warning(
-            "The report of the run could not be written: %s", error, exc_info=not isinstance(error, OSError)
-        )
+        logger.warning("A report on the run could not be written: %s", error, exc_info=not isinstance(error, OSError))
 
 
 class RunReportCallback(TrainerCallback):
-    """Writes the trainer's state and the curves into the output folder at every save and at the end, and calls `end` at
-    the end. If a file cannot be written, it logs a warning."""
+    """Writes the trainer's state and a plot of the curves into the output folder, at every save and at the end of
+    training. At the end, it also calls `end`. If a file cannot be written, it logs a warning."""
 
     def __init__(self, end: Callable[[], None]):
         self._end = end
@@ -182,7 +181,7 @@ class RunReportCallback(TrainerCallback):
 
 
 def plots_of(state: TrainerState) -> list[tuple[str, str]]:
-    """Return the plots that a run may have written, as files in its folder, each with its title."""
+    """Return the file names and titles of the plots that a run may have written into its output folder."""
     prefixes = changes_by_noise_bin(state.log_history)
     by_noise = [(noise_bin_file(prefix), f"Change of the errors by noise level, {prefix}") for prefix in prefixes]
     curves = [(CURVES_FILE, "Curves of the training")] if has_curves(state.log_history) else []
@@ -190,8 +189,14 @@ def plots_of(state: TrainerState) -> list[tuple[str, str]]:
 
 
 def run_lines(folder: Path, state: TrainerState, loading_code: str | None, *, samples: bool, card: bool) -> list[str]:
-    """Return a line for each file of a training in its folder, and how to load the weights. Without `loading_code`,
-    weights were not saved there."""
+    """Return the lines to print at the end of training: one for each written file, and code that loads the weights.
+
+    Args:
+        loading_code (`str`, *optional*): Code that loads the weights from the output folder; `None` if they are not
+            saved there.
+        samples (`bool`): Whether the run has generated sample images.
+        card (`bool`): Whether the run has written a model card.
+    """
     steps = sorted((folder / SAMPLES_FOLDER).glob(GRIDS)) if samples else []
     curves: str | Path | None = folder / CURVES_FILE
     if not has_curves(state.log_history):

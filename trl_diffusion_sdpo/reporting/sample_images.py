@@ -36,14 +36,14 @@ INFERENCE_STEPS = 30  # default number of steps
 
 
 def call_options(family: Family, options: dict[str, Any], setting: str = "sample_kwargs") -> dict[str, Any]:
-    """Return the arguments of the pipeline's call, besides prompt and noise.
+    """Return all arguments of the pipeline's call for sample images, except prompt and random generator.
 
     Args:
-        options (`dict`): The user's arguments.
-        setting (`str`): Name of the user's setting.
+        options (`dict`): Arguments that the user passed.
+        setting (`str`): Name of the setting by which the user passed `options`, for the error message.
 
     Raises:
-        `ValueError`: If the pipeline does not take one of them.
+        `ValueError`: If the pipeline's call does not take one of the options.
     """
     guidance = family.generation_kwargs(options.get("guidance_scale"))
     others = {name: value for name, value in options.items() if name != "guidance_scale"}
@@ -51,13 +51,13 @@ def call_options(family: Family, options: dict[str, Any], setting: str = "sample
     unknown = [name for name in others if name not in accepted]
     if unknown:
         near = did_you_mean(unknown[0], accepted)
-        raise ValueError(f"`{setting}` are arguments of {type(family.pipeline).__name__}; got {unknown[0]!r}.{near}")
+        raise ValueError(f"`{setting}` takes arguments of {type(family.pipeline).__name__}; got {unknown[0]!r}.{near}")
     return {**guidance, **others}
 
 
 @dataclass(frozen=True)
 class SamplePair:
-    """Two images of one prompt from equal noise. Paths are relative to the output folder."""
+    """Two images of one prompt from equal noise, before and after training. Paths are relative to the output folder."""
 
     prompt: str
     seed: int
@@ -68,9 +68,9 @@ class SamplePair:
 class SampleImagesCallback(TrainerCallback):
     """Generates an image of every prompt with fixed seeds before, during and after training.
 
-    For step 50 it writes `samples/step-000050.png`, all images in one column, and for each prompt a file such as
-    `samples/step-000050-0.png` with its prompt and seed as PNG text. Training is not affected, because modes and random
-    states are restored, and the pipeline's scheduler is copied.
+    At step 50, for example, it writes `samples/step-000050.png` with all images in one column, and for each prompt a
+    file such as `samples/step-000050-0.png` with prompt and seed as PNG text. Training is not affected, because the
+    networks' modes and all random states are restored, and the pipeline's scheduler is copied.
 
     Args:
         pipeline (`DiffusionPipeline`): Pipeline with the trained denoiser; every component is on one device.
@@ -87,8 +87,8 @@ class SampleImagesCallback(TrainerCallback):
         frozen ([`FrozenComponents`], *optional*): Puts VAE and text encoders on the device while images are generated.
         images ([`TrackedImages`], *optional*): Sends each prompt's image to trackers, as `samples/0` and so on.
         scores ([`SampleScores`], *optional*): Scores the images of each generation.
-        log (`Callable`): Logs these scores as metrics; all processes call it.
-        at_evaluations (`bool`): Whether to generate before each evaluation too.
+        log (`Callable`): Function that logs the scores as metrics. All processes must call this function.
+        at_evaluations (`bool`): Whether to generate images before each evaluation too.
     """
 
     def __init__(
@@ -165,8 +165,8 @@ class SampleImagesCallback(TrainerCallback):
         return [*self.gallery(self.last_step), *sources]
 
     def comparison(self, folder: Path, step: int | None = None) -> list[SamplePair]:
-        """Return the images of before training beside those of a step, by default the newest ones, if both are in the
-        output folder and have the same prompt and seed."""
+        """Return pairs of an image from before training and the image of the same prompt and seed at `step`, by default
+        the newest step. A pair is left out if one of its files is missing or was made with another prompt or seed."""
         step = step or self.last_step
         if not step:
             return []
@@ -215,7 +215,7 @@ class SampleImagesCallback(TrainerCallback):
         self._untracked = step
 
     def _score(self, args: TrainingArguments, state: TrainerState, step: int) -> None:
-        """Score the images of a step. All processes call it."""
+        """Score the images of a step. All processes must call this method."""
         assert self.scores is not None, "The callers check it."
         folder = output_folder(args)
         with _restored_random_state(args.device):
@@ -225,14 +225,14 @@ class SampleImagesCallback(TrainerCallback):
                 if is_missing and self._at_evaluations:
                     raise ValueError(
                         f"`metric_for_best_model={args.metric_for_best_model!r}` needs the sample images before "
-                        f"training, and {folder / SAMPLES_FOLDER} has none of these prompts. Copy them from the folder "
-                        "of the earlier run, or choose another metric."
+                        f"training, and {folder / SAMPLES_FOLDER} has no such images of these prompts. Copy the images "
+                        "from the folder of the earlier run, or choose another metric."
                     )
                 self.scores.begin([] if is_missing else [folder / path for path, _ in self.gallery(0)])
             self.scores.measure(step, [folder / path for path, _ in self.gallery(step)])
 
     def _log_scores(self, state: TrainerState, control: TrainerControl) -> None:
-        """Log the newest scores, unless they are logged, or belong to weights of an earlier step."""
+        """Log the newest scores, unless the scores are already logged or belong to an earlier step."""
         if self.scores is None or self.scores.step != state.global_step:
             return
         logged = (entry for entry in state.log_history if entry["step"] == state.global_step)
@@ -242,7 +242,7 @@ class SampleImagesCallback(TrainerCallback):
             control.should_log = trainer_logs
 
     def _track(self, args: TrainingArguments) -> None:
-        """Send the newest images to the trackers, unless they were sent before."""
+        """Send the newest images to the trackers, unless these images were sent before."""
         if self._untracked is not None:
             for i, (path, prompt) in enumerate(self.gallery(self._untracked)):
                 self._images.add(f"{SAMPLES_FOLDER}/{i}", output_folder(args) / path, self._untracked, prompt)
@@ -253,11 +253,11 @@ class SampleImagesCallback(TrainerCallback):
         autocast: contextlib.AbstractContextManager | None = None,
         through: nn.Module | None = None,
     ) -> list[Image.Image]:
-        """Generate one image for each prompt, in their order, with the current weights.
+        """Generate one image for each prompt, in the order of the prompts, with the current weights.
 
         Args:
-            autocast (context manager, *optional*): Entered around each call of the denoiser; must be reusable.
-            through (`nn.Module`, *optional*): The denoiser as the engine wrapped it, to be called in its place.
+            autocast (context manager, *optional*): Context of each call of the denoiser. The context must be reusable.
+            through (`nn.Module`, *optional*): The denoiser as the engine wrapped it. If passed, it is called instead.
         """
         none = contextlib.nullcontext()
         with (
@@ -270,12 +270,12 @@ class SampleImagesCallback(TrainerCallback):
     def _prepared(
         self, autocast: contextlib.AbstractContextManager, through: nn.Module | None
     ) -> Iterator[DiffusionPipeline]:
-        """Yield a copy of the pipeline whose calls do not affect training."""
+        """Yield a copy of the pipeline. Calls of this copy do not affect training."""
         pipeline = copy.copy(self.pipeline)  # shares the networks, but not scheduler, progress bar and guidance
         pipeline.scheduler = copy.deepcopy(self.pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         if "safety_checker" in pipeline.components:
-            pipeline.safety_checker = None  # it is not on the device, and would replace images by black ones
+            pipeline.safety_checker = None  # the checker is not on the device, and would replace images by black ones
         networks = [network for network in pipeline.components.values() if isinstance(network, nn.Module)]
         denoiser = pipeline.components[self.denoiser_name]
         view = _InTrainingPrecision(denoiser, denoiser if through is None else through, autocast)
@@ -292,8 +292,8 @@ class SampleImagesCallback(TrainerCallback):
 
 
 def final_step(args: TrainingArguments, state: TrainerState) -> int | None:
-    """Return the step of the checkpoint that was loaded when training ended, or `None`. It may be earlier than
-    `best_global_step`, which need not have been saved."""
+    """Return the step of the best checkpoint if its weights are loaded at the end of training, otherwise `None`. This
+    step may be earlier than `best_global_step`, because the best step is not always saved."""
     if not args.load_best_model_at_end or state.best_model_checkpoint is None:
         return None
     return int(Path(state.best_model_checkpoint).name.rpartition("-")[2])
@@ -305,7 +305,7 @@ def find_sample_images(callbacks: Iterable[TrainerCallback]) -> SampleImagesCall
 
 
 def grid_path(output_dir: str | Path, step: int) -> Path:
-    """Return the path of a step's grid."""
+    """Return the path of the file that shows all images of a step in one column."""
     return Path(output_dir) / SAMPLES_FOLDER / f"{_stem(step)}.png"
 
 
@@ -329,8 +329,8 @@ def _notes(file: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _in_own_precision(vae: Any) -> Iterator[None]:
-    """Cast inputs of the VAE to its dtype: some pipelines pass it latents in the denoiser's. Decoding calls the VAE's
-    submodules, never the VAE itself."""
+    """Cast inputs of the VAE to the VAE's dtype, because some pipelines pass latents in the denoiser's dtype. The hooks
+    are on the VAE's submodules, because decoding does not call the VAE itself."""
 
     def enter(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return _cast(inputs, vae.dtype)
@@ -344,8 +344,8 @@ def _in_own_precision(vae: Any) -> Iterator[None]:
 
 
 class _InTrainingPrecision(DenoiserView):
-    """Denoiser that runs under autocast. Inputs are cast to its dtype and outputs are cast back, because frozen
-    components may have another precision."""
+    """Denoiser that runs under autocast. Inputs are cast to the denoiser's dtype, and outputs are cast back to the
+    inputs' dtype, because the frozen components may have another precision."""
 
     def __init__(self, denoiser: nn.Module, model: nn.Module, autocast: contextlib.AbstractContextManager):
         super().__init__(denoiser, model)

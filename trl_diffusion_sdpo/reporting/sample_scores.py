@@ -1,4 +1,4 @@
-"""Scores of sample images while training, compared with the images of equal noise from before training."""
+"""Scores the sample images of a run with reward models, and compares them with the images from before training."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ WIN_RATE = "_win_rate"
 
 
 class SampleScores:
-    """Scores the sample images of a step, and compares them with the images before training.
+    """Scores the sample images of a step, and compares them with the images that were generated from
+    the same noise before training.
 
-    The first process scores, and the others wait for its results. Scorers of this package are on the device only while
-    they score. A scorer that fails before training begins or resumes ends the run. After that, failures are counted and
-    logged, and the scores of that step are NaN.
+    The first process computes the scores, and the other processes wait for the results. This package's scorers are on
+    the device only while they compute. If a scorer fails before training starts or resumes, the run ends with an error.
+    If a scorer fails later, the failure is counted and logged, and the scores of that step are NaN.
 
     Args:
-        names (`Sequence[str]`): Names of the scorers. The first process loads them on the CPU.
-        prompts (`Sequence[str]`): Prompts of the images.
+        names (`Sequence[str]`): Names of the scorers. The first process loads the scorers on the CPU.
+        prompts (`Sequence[str]`): Prompts of the sample images.
         device (`torch.device`): Device on which scorers compute.
-        processes (`Peers`): The processes of the training. All of them must create this object.
+        processes (`Peers`): All processes of the training. Each process must construct this object.
 
     Raises:
-        `ValueError`: If a scorer cannot be loaded. Processes other than the first raise `RuntimeError`.
+        `ValueError`: In the first process, if a scorer cannot be loaded. The other processes then raise `RuntimeError`.
     """
 
     def __init__(self, names: Sequence[str], prompts: Sequence[str], device: torch.device, processes: Peers = ALONE):
@@ -55,22 +56,25 @@ class SampleScores:
     def _load(self, names: Sequence[str]) -> None:
         for name in names:
             try:
-                self._scorers[name] = load_scorer(name)  # on the CPU
+                self._scorers[name] = load_scorer(name)
             except Exception as error:
-                raise ValueError(f"`sample_scorers` has {name!r}, which cannot be loaded: {error}") from error
+                raise ValueError(f"The scorer {name!r} of `sample_scorers` cannot be loaded: {error}") from error
 
     def begin(self, before: Sequence[Path]) -> None:
-        """Score the images before training. All processes must call it when a training begins or resumes.
+        """Score the images from before training. All processes must call this method when training starts or resumes.
 
         Args:
-            before (`Sequence[Path]`): One image for each prompt. If it is empty, there are no win rates.
+            before (`Sequence[Path]`): Image files from before training, one for each prompt. If there are none, no win
+                rates are computed.
 
         Raises:
-            `ValueError`: If a scorer fails. Processes other than the first raise `RuntimeError`.
+            `ValueError`: In the first process, if a scorer fails. The other processes then raise `RuntimeError`.
         """
         self._failures = Counter()
         if not before and self._processes.index == 0:
-            logger.warning("Sample images get no win rates, because those before training are not in `output_dir`.")
+            logger.warning(
+                "Sample images get no win rates, because images from before training are not in `output_dir`."
+            )
 
         def score() -> dict[str, np.ndarray]:
             scores = {}
@@ -78,13 +82,20 @@ class SampleScores:
                 try:
                     scores[name] = self._score(name, before)
                 except Exception as error:
-                    raise ValueError(f"`sample_scorers` has {name!r}, which fails on {before[0]}: {error}") from error
+                    raise ValueError(
+                        f"The scorer {name!r} of `sample_scorers` fails on images such as {before[0]}: {error}"
+                    ) from error
             return scores
 
         self._before = self._processes.first(score) if before else {}
 
     def measure(self, step: int, images: Sequence[Path]) -> None:
-        """Score the images of a step, one for each prompt. All processes must call it."""
+        """Score the sample images of a step. All processes must call this method.
+
+        Args:
+            step (`int`): Optimizer step at which the images were generated.
+            images (`Sequence[Path]`): Image files, one for each prompt.
+        """
         results = self._processes.first(lambda: {name: self._compare(name, step, images) for name in self._scorers})
         self.step = step
         self.win_rates = {name: result for name, (_, result) in results.items()}
@@ -95,28 +106,28 @@ class SampleScores:
                 self.metrics[f"{PREFIX}{name}{WIN_RATE}"] = math.nan if result is None else result.rate
 
     def _compare(self, name: str, step: int, images: Sequence[Path]) -> tuple[float, WinRate | None]:
-        """Return the mean score, and the win rate against the images before training."""
+        """Return the mean score of the images, and their win rate against the images from before training."""
         try:
             scores = self._before[name] if step == 0 and self._before else self._score(name, images)
             return float(np.nanmean(scores)), win_rate(scores, self._before[name]) if self._before else None
         except Exception as error:
             self._failures[name] += 1
             logger.warning(
-                "The scorer %r could not score the sample images of step %s (failure %s of this run). Training goes "
-                "on without these scores. %s: %s",
+                "The scorer %r failed on the sample images of step %s (failure %s of this scorer). Training continues "
+                "without the scores of this step. %s: %s",
                 *(name, step, self._failures[name], type(error).__name__, error),
             )
             return math.nan, None
 
     def _score(self, name: str, files: Sequence[Path]) -> np.ndarray:
-        """Return the scores, `(prompts, 1)`."""
+        """Return the scores of image files, one for each prompt, as an array of shape `(prompts, 1)`."""
         images = [_read(file) for file in files]
         scorer = self._scorers[name]
         with on_device(scorer, self._device):
             return scorer(images, self._prompts).numpy().astype(np.float64)[:, None]
 
     def facts(self, step: int) -> dict[str, dict[str, float | str | None]]:
-        """Return the win rates of a step and their verdicts, by scorer, as numbers and words of a JSON file."""
+        """Return the win rates of a step by scorer, with confidence limits, p-values and verdicts, for a JSON file."""
         rates = {name: result for name, result in self.win_rates.items() if result is not None}
         if self.step != step or not rates:
             return {}
@@ -133,7 +144,7 @@ class SampleScores:
         }
 
     def sentence(self, step: int) -> str:
-        """Return the win rates of a step in words; empty if there are none."""
+        """Return a sentence with the win rates of a step. If there are none, return an empty string."""
         words = [
             f"{name} {fact['win_rate']:.0%} (95 % interval {fact['low']:.0%} to {fact['high']:.0%}: {fact['verdict']})"
             for name, fact in self.facts(step).items()
@@ -141,7 +152,8 @@ class SampleScores:
         words += [f"failures of {name}: {count}" for name, count in self._failures.items()]
         if not words:
             return ""
-        return f"Win rate of the {len(self._prompts)} sample images against those before training: {', '.join(words)}."
+        compared = f"the {len(self._prompts)} sample images against those from before training"
+        return f"Win rate of {compared}: {', '.join(words)}."
 
 
 def _read(file: Path) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Sends images of a run to its trackers."""
+"""Sends images of a run to its experiment trackers."""
 
 from __future__ import annotations
 
@@ -14,22 +14,26 @@ from ..utils._compat import TensorBoardCallback, TrackioCallback, WandbCallback
 
 
 class TrackedImages:
-    """Sends images to TensorBoard, Weights & Biases and Trackio, if they are among a trainer's callbacks (`report_to`).
+    """Sends images to TensorBoard, Weights & Biases and Trackio, if `report_to` has added their callbacks to the
+    trainer.
 
-    Call it in the process that tracks, between `on_train_begin` and `on_train_end` of these callbacks. The list of
-    callbacks may still change.
+    Call [`TrackedImages.add`] only in the first process, and only between `on_train_begin` and `on_train_end` of the
+    trackers' callbacks.
+
+    Args:
+        callbacks (`Sequence[TrainerCallback]`): The trainer's list of callbacks. It may change later.
     """
 
     def __init__(self, callbacks: Sequence[TrainerCallback]):
         self._callbacks = callbacks
 
     def add(self, name: str, file: Path, step: int, caption: str | None = None) -> None:
-        """Send an image file. In trackers, images of one name are a series over the steps."""
+        """Send an image file to the trackers, which show the images of one name as a series over the steps."""
         for callback in self._callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 _to_tensorboard(callback.tb_writer, name, file, step, caption)
             elif isinstance(callback, WandbCallback):
-                import wandb  # the callback needs it
+                import wandb  # installed, because its callback is used
 
                 if wandb.run is not None:
                     wandb.log({name: wandb.Image(str(file), caption=caption), "train/global_step": step})

@@ -1,4 +1,5 @@
-"""Judges a training: whether preferred images got worse, whether the preference was learned, and what to do."""
+"""Judges a training: whether the error on the preferred images rose, whether the preference was learned, and what to
+do."""
 
 from __future__ import annotations
 
@@ -10,21 +11,27 @@ from typing import Any
 
 from ..step.pair_evaluation import FEWEST_PAIRS
 
-STANDARD_ERRORS = 2.0  # expected difference of another set of pairs
-SMALLEST = 0.01  # smaller changes of the winners' error do not count, however many pairs show them
-UNMEASURED = 0.05  # uncertainty of a change, or of an accuracy, whose standard error is unknown
-COARSE = 0.2  # if the uncertainty is larger than this, a change within it is unknown
-RUINED = 1.0  # above this change, the error has more than doubled
-FEWEST_AT_ALL = 4  # pairs; with fewer there is no verdict, except "ruined"
-BIN_WORSE = 1.0  # a noise bin whose error has more than doubled is worse, whatever the mean says
-BIN_STANDARD_ERRORS = 3.0  # more than for the mean, because the largest of several bins is judged
+STANDARD_ERRORS = 2.0  # a change counts if it is larger than this many standard errors
+SMALLEST = (
+    0.01  # relative changes of the winners' error below this do not count, even if the standard error is smaller
+)
+UNMEASURED = 0.05  # uncertainty that is assumed for a change or an accuracy if its standard error is unknown
+COARSE = 0.2  # if the uncertainty is larger, the verdict on a change within the uncertainty is "unknown"
+RUINED = 1.0  # above this relative change, the error has more than doubled, and the verdict is "ruined"
+FEWEST_AT_ALL = 4  # with fewer pairs, the verdict is "unknown" or "ruined"
+BIN_WORSE = (
+    1.0  # if the error in a noise bin rises by more than this share, the verdict is "worse", whatever the mean is
+)
+# The rise in a noise bin must also exceed this many standard errors. The limit is higher than for the mean, because the
+# largest rise of several bins is judged.
+BIN_STANDARD_ERRORS = 3.0
 CHANCE = 0.5  # accuracy of a model that has learned nothing
-SMALL_LAMBDA = 0.5  # below this mean lambda, the safeguard takes most of the losers' gradient
-AVERAGED_LOGS = 10  # logs of training that count if there is no evaluation
-LOGS_TO_WARN = 3  # fewest logs for a warning during training
+SMALL_LAMBDA = 0.5  # below this mean lambda, the safeguard removes most of the losers' gradient
+AVERAGED_LOGS = 10  # number of the last training logs to average if there is no evaluation
+LOGS_TO_WARN = 3  # smallest number of training logs for a warning during training
 
 BEFORE_TRAINING = "before training"
-# Words of a verdict with their labels, from good to bad. The worst word of several evaluation sets counts.
+# Word of a verdict -> its label, from good to bad. If there are several evaluation sets, the worst word is the verdict.
 LABELS = {
     "unknown": "unknown",
     "better": "better",
@@ -34,7 +41,7 @@ LABELS = {
     "worse": "worse",
     "ruined": "worse",
 }
-_RISES = {"worse": 1, "ruined": 2}  # words of winners whose error rose, by how bad they are
+_RISES = {"worse": 1, "ruined": 2}  # words that say that the winners' error rose -> how bad this is
 _WINNER = re.compile(r"^(?P<prefix>eval.*)_errors/winner$")
 _CHANGE = "errors/winner_change_relative"
 
@@ -46,19 +53,19 @@ class RunFacts:
     """Facts of a run that a verdict needs besides the log history."""
 
     has_reference: bool  # whether the loss has a reference
-    reference_moves: bool  # whether the reference follows the policy. Errors relative to it do not count then
-    reference_was_given: bool  # whether the user passed it. Otherwise it is the policy before training
-    uses_loser: bool  # whether the loss has a loser's branch
+    reference_moves: bool  # whether the reference is updated towards the policy. It is then useless for comparison
+    reference_was_given: bool  # whether the user passed a reference; if not, it is the policy before training
+    uses_loser: bool  # whether the loss depends on the rejected images
     safeguard: str  # the setting `safeguard`
     decays: bool  # whether the learning rate decays
     num_noise_bins: int
-    average_suffix: str  # ends the metrics' prefixes of averaged weights, such as "_ema"
-    swapped_labels: bool = False  # whether the preferred images were published as rejected
+    average_suffix: str  # end of the metric prefix in evaluations of the averaged weights, such as "_ema"
+    swapped_labels: bool = False  # whether the images that training prefers were published as rejected
     safeguard_mu: float | None = None  # the setting `safeguard_mu`
 
     @property
     def reference(self) -> str:
-        """Name of the error that `errors/winner_change` is relative to; empty if the reference moves."""
+        """Words for the error with which `errors/winner_change` compares. Empty if the reference moves."""
         if self.reference_moves:
             return ""
         return "of the reference" if self.reference_was_given else BEFORE_TRAINING
@@ -66,14 +73,15 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured value, and its standard error over the pairs if that is known."""
+    """A measured value, with its standard error over the pairs, or `None` if the standard error is unknown."""
 
     value: float
     stderr: float | None = None
 
     @property
     def noise(self) -> float:
-        """Largest difference from no change that another set of pairs may show; infinite if unknown."""
+        """Uncertainty of the value: a smaller difference may be chance. Infinite if the standard error is not
+        finite."""
         if self.stderr is None:
             return UNMEASURED
         return STANDARD_ERRORS * self.stderr if math.isfinite(self.stderr) else math.inf
@@ -81,19 +89,22 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The errors at one step."""
+    """The errors on the pairs at one optimizer step, and how they have changed."""
 
-    step: int  # optimizer steps done
+    step: int  # number of optimizer steps before the measurement
     error: float  # mean squared error of the denoiser on the winners
-    before: float  # the earlier error to compare with; irrelevant if `error` is not finite
-    since: str  # description of the earlier error, such as "before training"
+    before: float  # earlier error with which `error` is compared; unused if `error` is not finite
+    since: str  # words for the earlier error, such as "before training"
     stderr: float | None = None  # standard error of the relative change
     bins: Mapping[int, Estimate] = field(default_factory=dict)  # relative changes of the winners' error, by noise bin
-    loser_bins: Mapping[int, float] = field(default_factory=dict)
+    loser_bins: Mapping[int, float] = field(
+        default_factory=dict
+    )  # relative changes of the losers' error, by noise bin
     accuracy: Estimate | None = None  # share of the pairs whose loser's error rose more than the winner's
-    margin: Estimate | None = None  # how much more it rose, as a share of the winners' earlier error
-    scale: float | None = None  # mean lambda of the last logs of training
-    pairs: float | None = None  # number of pairs
+    # How much more the losers' error rose than the winners' error, as a share of the winners' earlier error.
+    margin: Estimate | None = None
+    scale: float | None = None  # mean of the safeguard's lambda over the last training logs
+    pairs: float | None = None  # number of evaluated pairs
     name: str = ""  # name of the evaluation set, if it has one
 
     @property
@@ -103,25 +114,26 @@ class Measurement:
 
     @property
     def worst(self) -> tuple[int, Estimate] | None:
-        """The noise bin with the largest increase. If standard errors are known, bins of one pair have none and are
-        ignored."""
+        """The noise bin with the largest rise of the winners' error, and the rise. If standard errors are known, bins
+        with a single pair are ignored, because they have no standard error."""
         counted = [item for item in self.bins.items() if self.stderr is None or item[1].stderr is not None]
         return max(counted, key=lambda item: item[1].value, default=None)
 
     @property
     def winners(self) -> str:
-        """The word on the winners."""
+        """Verdict on the winners' error, such as `"worse"`; see [`judge_winners`]."""
         return judge_winners(self.change, self.stderr, None if self.worst is None else self.worst[1], self.pairs)
 
     @property
     def preference(self) -> str:
-        """The word on the preference."""
+        """Verdict on the preference, such as `"learned"`; see [`judge_preference`]."""
         few = self.pairs is not None and self.pairs < FEWEST_AT_ALL
         return "unknown" if few else judge_preference(self.accuracy, self.margin)
 
     @property
     def word(self) -> str:
-        """The word on both. `"better"` means that the winners were kept and the preference was learned."""
+        """Verdict on winners and preference together. `"better"` means that the winners' error did not rise and that
+        the preference was learned."""
         if self.winners not in ("better", "unchanged") or self.preference == "unknown":
             return self.winners
         return "better" if self.preference == "learned" else self.preference
@@ -141,22 +153,22 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A verdict in words."""
+    """A verdict on a training, in words."""
 
     word: str  # a key of `LABELS`
-    finding: str  # sentences with the numbers
-    advice: str  # what to do; empty if nothing
+    finding: str  # sentences with the measured numbers
+    advice: str  # sentences that say what to do; empty if nothing needs to be done
     measured: Measurement | None = None
-    pairs: str | None = None  # "evaluation" or "training"
+    pairs: str | None = None  # kind of the measured pairs: "evaluation" or "training"
 
     @property
     def label(self) -> str:
-        """`"better"`, `"unchanged"`, `"worse"` or `"unknown"`."""
+        """Short form of the verdict: `"better"`, `"unchanged"`, `"worse"` or `"unknown"`."""
         return LABELS[self.word]
 
     @property
     def headline(self) -> str:
-        """The word, with "probably" and the number of pairs if there are few."""
+        """The verdict's word. If it was measured on few pairs, with "probably" and the number of pairs."""
         if self.measured is None or self.measured.is_sure:
             return self.word
         return f"probably {self.word}, {self.measured.pairs:.0f} pairs"
@@ -168,18 +180,22 @@ class Verdict:
 def judge_winners(
     change: float, stderr: float | None = None, worst_bin: Estimate | None = None, pairs: float | None = None
 ) -> str:
-    """Return the word on the winners.
+    """Return the verdict on the winners' error.
+
+    The uncertainty is two standard errors, but at least 1%. If the standard error is unknown, the
+    uncertainty is 5%.
 
     Args:
         change (`float`): Relative change of the winners' mean error.
-        stderr (`float`, *optional*): Its standard error over the pairs.
-        worst_bin ([`Estimate`], *optional*): The largest change in a noise bin.
+        stderr (`float`, *optional*): Standard error of `change` over the pairs.
+        worst_bin ([`Estimate`], *optional*): The largest relative change in a noise bin.
         pairs (`float`, *optional*): The number of pairs.
 
     Returns:
-        `str`: `"ruined"` above +100%, or if the error is not finite; otherwise `"unknown"` with fewer than 4 pairs;
-        `"worse"` above the noise, or if a noise bin has doubled; `"better"` below it; otherwise `"unchanged"`, or
-        `"unknown"` if the noise is above 20%. The noise is two standard errors, at least 1%, or 5% if none is known.
+        `str`: The first of these words whose condition holds. `"ruined"`: the error is not finite, or has more than
+        doubled. `"unknown"`: there are fewer than 4 pairs. `"worse"`: the error rose by more than the uncertainty, or
+        the error in a noise bin has more than doubled. `"better"`: the error fell by more than the uncertainty.
+        `"unchanged"`: the uncertainty is at most 20%. Otherwise `"unknown"`.
     """
     noise = max(SMALLEST, Estimate(change, stderr).noise)
     if not change <= RUINED:
@@ -195,16 +211,19 @@ def judge_winners(
 
 
 def judge_preference(accuracy: Estimate | None, margin: Estimate | None = None) -> str:
-    """Return the word on the preference.
+    """Return the verdict on the preference.
+
+    A value is clearly above or below chance if it differs from chance by more than its uncertainty. Chance is an
+    accuracy of 0.5 and a margin of 0.
 
     Args:
         accuracy ([`Estimate`], *optional*): Share of the pairs whose loser's error rose more than the winner's.
-        margin ([`Estimate`], *optional*): How much more it rose. A margin without a standard error does not count.
+        margin ([`Estimate`], *optional*): How much more the losers' error rose than the winners' error. A margin
+            without a standard error is ignored.
 
     Returns:
-        `str`: `"learned"` if accuracy or margin is above chance by more than its noise and neither is below by as much;
-        `"reversed"` if the accuracy is below by more than its noise; otherwise `"not learned"`, or `"unknown"` if
-        nothing was measured.
+        `str`: `"learned"` if accuracy or margin is clearly above chance, and neither is clearly below; `"reversed"` if
+        the accuracy is clearly below chance; `"unknown"` if nothing was measured; otherwise `"not learned"`.
     """
     distances = [] if accuracy is None else [(accuracy.value - CHANCE, accuracy.noise)]
     if margin is not None and margin.stderr is not None:
@@ -215,23 +234,25 @@ def judge_preference(accuracy: Estimate | None, margin: Estimate | None = None) 
     below = any(distance < -noise for distance, noise in distances)
     if above and not below:
         return "learned"
-    # Training logs have no standard error, and the first one an accuracy of 0, because no pair differs yet.
+    # An accuracy without a standard error is from training logs. It never counts as reversed, because it is 0 in the
+    # first log, when policy and reference are still equal.
     if accuracy is not None and accuracy.stderr is not None and accuracy.value < CHANCE - accuracy.noise:
         return "reversed"
     return "not learned"
 
 
 def verdict_of(history: History, run: RunFacts, step: int | None = None, images: str = "") -> Verdict | None:
-    """Return the verdict by the last evaluation, or by the last logs of training if there is none.
+    """Return the verdict on a training, from the last evaluation, or from the last training logs if there is no
+    evaluation.
 
     Args:
         history (`Sequence[Mapping]`): The trainer's log history.
         run ([`RunFacts`]): Facts of the run.
-        step (`int`, *optional*): Step of the weights to judge, if not the last ones.
-        images (`str`, *optional*): A sentence on the scores of sample images. It ends the finding.
+        step (`int`, *optional*): Optimizer step of the weights to judge. The default is the last step.
+        images (`str`, *optional*): A sentence on the scores of sample images. The sentence is added to the finding.
 
     Returns:
-        `Verdict` or `None`: `None` if no error was logged that can be compared.
+        `Verdict` or `None`: `None` if the log history has no error that can be compared with an earlier error.
     """
     evaluations = _evaluations(history, run, averaged=False)
     if evaluations:
@@ -243,13 +264,13 @@ def verdict_of(history: History, run: RunFacts, step: int | None = None, images:
 
 
 def is_evaluation(entry: Mapping[str, Any]) -> bool:
-    """Return whether an entry of a log history is an evaluation of pairs."""
+    """Return whether an entry of a log history is from an evaluation on preference pairs."""
     return any(map(_WINNER.match, entry))
 
 
 def rise_of(history: History, run: RunFacts) -> tuple[Measurement, bool] | None:
-    """Return the newest evaluation of a log history if its winners are worse, and whether their word is worse than in
-    the evaluation before. With fewer than 30 pairs only `"ruined"` counts."""
+    """Return the newest evaluation if the winners' error rose, and whether its verdict is worse than in the previous
+    evaluation. Return `None` if the error did not rise. With fewer than 30 pairs, only `"ruined"` counts as a rise."""
     newest = next(filter(is_evaluation, reversed(history)), {})
     rises = []
     for prefix, steps in _evaluations(history, run, averaged=False).items():
@@ -264,7 +285,8 @@ def rise_of(history: History, run: RunFacts) -> tuple[Measurement, bool] | None:
 
 
 def rise_in_training(history: History, run: RunFacts) -> Measurement | None:
-    """Return the mean over the last logs of training if it says `"ruined"` for the first time with the newest entry."""
+    """Return the mean over the last training logs if its verdict is `"ruined"` and was not before the newest log.
+    Otherwise return `None`."""
     if "errors/winner_change" not in history[-1]:
         return None
     measured, previous = (_last_training(logs, run, at_least=LOGS_TO_WARN) for logs in (history, history[:-1]))
@@ -274,13 +296,14 @@ def rise_in_training(history: History, run: RunFacts) -> Measurement | None:
 
 
 def words_of_rise(measured: Measurement, run: RunFacts) -> str:
-    """Return a warning that the winners get worse, with the noise level of the largest rise and what to do."""
+    """Return the text of a warning that the winners' error rises. The text names the noise level of the largest rise
+    and what to do."""
     what = "The model is being ruined" if measured.winners == "ruined" else "The preferred images are getting worse"
     return f"{what}: at step {measured.step}, {_of_winners(measured, run)} {_advice(measured, run)}"
 
 
 def noise_levels_of(noise_bin: int, run: RunFacts) -> tuple[float, float]:
-    """Return the lowest and the highest noise level of a bin."""
+    """Return the lowest and the highest noise level of a noise bin, between 0 (no noise) and 1."""
     return noise_bin / run.num_noise_bins, (noise_bin + 1) / run.num_noise_bins
 
 
@@ -288,10 +311,13 @@ def noise_levels_of(noise_bin: int, run: RunFacts) -> tuple[float, float]:
 
 
 def _evaluations(history: History, run: RunFacts, *, averaged: bool) -> dict[str, list[Measurement]]:
-    """Return measurements of the weights, or of their average, in order, by the prefix of their metrics.
+    """Return the measurements of all evaluations in order, by the prefix of their metrics.
 
-    An error is compared with the evaluation before the first step. If there is none, it is compared with the reference,
-    or with the first evaluation if the reference moves.
+    Each error is compared with the evaluation before the first step. If there is no such evaluation, the error is
+    compared with the reference's error, or with the first evaluation if the reference moves.
+
+    Args:
+        averaged (`bool`): Whether to return the evaluations of the averaged weights, instead of those of the weights.
     """
     measurements: dict[str, list[Measurement]] = {}
     first: dict[str, Mapping[str, Any]] = {}
@@ -317,7 +343,8 @@ def _measured(
     from_start = first["step"] == 0
     name = prefix.removesuffix(run.average_suffix).removeprefix("eval").removeprefix("_")
     facts: dict[str, Any] = {"name": name, "pairs": entry.get(f"{prefix}_errors/pairs"), "scale": scale}
-    # Changes of single pairs are logged relative to the reference. They count if the mean is compared with it too.
+    # Standard errors and changes in noise bins are logged relative to the reference. They are used only if the mean
+    # error is compared with the reference too.
     same = not run.has_reference or run.reference == BEFORE_TRAINING
     if math.isfinite(error) and (same or (not from_start and run.reference)):
         start = f"{prefix}_{_CHANGE}@"
@@ -341,7 +368,8 @@ def _measured(
 
 
 def _last_training(history: History, run: RunFacts, at_least: int = 1) -> Measurement | None:
-    """Return the mean over the last logs of training; `None` with fewer than `at_least`, or if the reference moves."""
+    """Return the mean over the last training logs. Return `None` if there are fewer than `at_least` logs, or if the
+    reference moves."""
     logs = [entry for entry in history if "errors/winner_change" in entry][-AVERAGED_LOGS:]
     if not run.reference or len(logs) < at_least:
         return None
@@ -359,12 +387,14 @@ def _mean_scale(history: History) -> float | None:
 
 
 def _is_comparable(measured: Measurement) -> bool:
-    """Return whether there is an earlier error, if one is needed."""
+    """Return whether there is an earlier error to compare with. An error that is not finite needs no earlier
+    error."""
     return not math.isfinite(measured.error) or 0 < measured.before < math.inf
 
 
 def _badness(measured: Measurement) -> tuple[int, bool, float]:
-    """Return a key that orders the measurements of several sets by the word, its certainty and the change."""
+    """Return a sort key for the measurements of several evaluation sets: by the verdict, its certainty and the
+    change."""
     return list(LABELS).index(measured.word), measured.is_sure, measured.change
 
 
@@ -374,7 +404,7 @@ def _rise(measured: Measurement) -> int:
 
 
 def _at(measurements: Sequence[Measurement], step: int | None) -> Measurement:
-    """Return the measurement at a step, or the last one."""
+    """Return the measurement at a step. If there is none, return the last measurement."""
     return next((measured for measured in reversed(measurements) if measured.step == step), measurements[-1])
 
 
@@ -439,11 +469,11 @@ def _of_set(measured: Measurement) -> str:
 
 
 def _advice(measured: Measurement, run: RunFacts) -> str:
-    """Return what to do, in the order of docs/safeguard.md#when-it-got-worse."""
+    """Return sentences that say what to do. The order of the changes is that of docs/safeguard.md#when-it-got-worse."""
     word, enough = measured.word, measured.pairs is None or measured.pairs >= FEWEST_PAIRS
     more = "Evaluate on more pairs" if enough else f"Evaluate on {FEWEST_PAIRS} pairs or more"
     if word == "unknown":
-        return f"{more}: the uncertainty is too large."
+        return f"{more}, because the uncertainty of this verdict is too large."
     sentences = []
     if measured.winners in _RISES:
         ways = ["a lower `learning_rate`" if run.decays else "`lr_scheduler_type: cosine`"]
@@ -451,21 +481,24 @@ def _advice(measured: Measurement, run: RunFacts) -> str:
             ways += [] if run.safeguard == "none" else ["a larger `safeguard_mu`"]
             ways += [] if run.safeguard == "parameter" else ["`safeguard: parameter`"]
             ways += ["a `winner_budget`"]
-        unless = "" if word == "ruined" else " unless their images are better"
-        sentences.append(f"Do not use these weights{unless}; try, one change at a time: {', '.join(ways)}.")
+        unless = "" if word == "ruined" else ", unless their images look better"
+        sentences.append(
+            f"Do not use these weights{unless}. Train again with one of these changes at a time: {', '.join(ways)}."
+        )
     elif word in ("not learned", "reversed"):
         sentences.append(_advice_to_learn(measured, run))
     return " ".join(sentences if measured.is_sure else [*sentences, f"{more} to be sure."])
 
 
 def _advice_to_learn(measured: Measurement, run: RunFacts) -> str:
-    """Return what to change if the winners were kept and the preference was not learned."""
+    """Return a sentence that says what to change if the winners' error did not rise but the preference was not
+    learned."""
     if measured.scale is not None and measured.scale < SMALL_LAMBDA and run.safeguard != "none":
         now = "" if run.safeguard_mu is None else f" than {run.safeguard_mu:g}"
         return (
-            f"Losers hardly trained, because lambda was {measured.scale:.2f} on average: try a smaller "
-            f"`safeguard_mu`{now}."
+            f"The safeguard removed most of the rejected images' gradient: its lambda was {measured.scale:.2f} on "
+            f"average. Try a smaller `safeguard_mu`{now}."
         )
     if measured.word == "reversed":
-        return "Check that the labels are not swapped; else try a lower `learning_rate`."
-    return "Train for more steps, with more pairs a step, or with a higher `learning_rate`."
+        return "Check that the labels are not swapped. If they are right, try a lower `learning_rate`."
+    return "Train for more steps, with more pairs per step, or with a higher `learning_rate`."

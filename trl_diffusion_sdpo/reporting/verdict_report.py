@@ -1,4 +1,4 @@
-"""Writes a verdict as `verdict.json`."""
+"""Writes the verdict on a training into the file `verdict.json`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .verdict import Estimate, Measurement, RunFacts, Verdict, noise_levels_of
 
 UNKNOWN = Verdict(
     "unknown",
-    "Verdict: unknown. No error on preferred images was measured that can be compared.",
-    "Give held-out pairs as `eval_dataset` and set `eval_strategy: steps` and `eval_on_start: true`.",
+    "Verdict: unknown. The error on preferred images was not measured, or there is no earlier error to compare with.",
+    "Pass held-out pairs as `eval_dataset`, and set `eval_strategy: steps` and `eval_on_start: true`.",
 )
 
 
@@ -27,11 +27,12 @@ def write_verdict(
     images: Sequence[SamplePair],
     scores: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `verdict.json` into a run's folder.
+    """Write the verdict into `verdict.json` in a run's output folder.
 
     Args:
+        verdict ([`Verdict`], *optional*): The verdict. `None` is written as "unknown".
         images (`Sequence[SamplePair]`): Sample images before and after training.
-        scores (`Mapping`, *optional*): Win rates of these images, by scorer.
+        scores (`Mapping`, *optional*): Win rates of the images after training, by scorer.
     """
     facts = verdict_facts(verdict or UNKNOWN, run, images) | {"sample_scores": scores or {}}
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +40,8 @@ def write_verdict(
 
 
 def verdict_facts(verdict: Verdict, run: RunFacts, images: Sequence[SamplePair]) -> dict[str, Any]:
-    """Return the content of `verdict.json`. Numbers that are not finite are `None`, and changes are in per cent."""
+    """Return the content of `verdict.json` as a dictionary. Changes are in per cent. A number that is not finite
+    becomes `None`."""
     facts: dict[str, Any] = {
         "label": verdict.label,
         "word": verdict.word,

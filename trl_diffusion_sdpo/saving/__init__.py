@@ -1,1 +1,1 @@
-"""Everything on disk: checkpoints and resuming, weights and LoRA formats, the model card, the Hub."""
+"""Files of a run: checkpoints and resuming from them, weights and LoRA formats, the model card, uploads to the Hub."""

@@ -1,4 +1,4 @@
-"""Writes, finds and rotates the checkpoints in a run's output folder. A kill never leaves an incomplete one."""
+"""Writes, finds and rotates the checkpoints in a run's output folder. A kill leaves no incomplete checkpoint."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .setup import read_setup
 
 logger = logging.getLogger(__name__)
 
-LATEST = "latest"  # the word of diffusers' scripts
-PARTIAL = "_partial"  # folder of a checkpoint that is being written; names with an underscore are not uploaded
-# Optimizer states of one process or DDP, FSDP2 (full or sharded), DeepSpeed.
+LATEST = "latest"  # value of `resume_from_checkpoint` in the scripts of diffusers
+PARTIAL = "_partial"  # folder of checkpoints that are being written; the underscore excludes it from uploads
+# Patterns of the optimizer's files: of one process or DDP, of FSDP2 (full and sharded), and of DeepSpeed.
 OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _REPLACED = ".replaced"
@@ -33,15 +33,19 @@ _WORDS: dict[str, str | bool | None] = {"true": True, "false": None, "none": Non
 
 
 def meaning(value: str | os.PathLike | bool | None) -> str | bool | None:
-    """Parse `resume_from_checkpoint`, also from the words of a command line: `True` for the newest checkpoint,
-    `"latest"` for the newest if there is one, `None` for a new start, or a folder."""
+    """Parse a value of `resume_from_checkpoint`. A command line passes `True`, `False` and `None` as words.
+
+    Returns:
+        `True` to resume from the newest checkpoint, which must exist; `"latest"` to resume from the newest checkpoint
+        if there is one; `None` to start anew; otherwise the folder of a checkpoint.
+    """
     if value is None or isinstance(value, bool):
         return value or None
     return _WORDS.get(str(value).lower(), str(value))
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """Return the step in a checkpoint's name; `None` for other names."""
+    """Return the step in the name of a checkpoint's folder, or `None` if the name is not that of a checkpoint."""
     match = _NAME.fullmatch(checkpoint.name)
     return int(match[1]) if match else None
 
@@ -53,7 +57,7 @@ def checkpoints_in(folder: Path) -> dict[Path, int]:
 
 
 class Checkpoints:
-    """The checkpoints in a run's output folder. All processes must call every method."""
+    """The checkpoints in a run's output folder. All processes must call each method together."""
 
     def __init__(self, args: TrainingArguments):
         self._args = args
@@ -66,14 +70,14 @@ class Checkpoints:
     @contextlib.contextmanager
     def writing(self, folder: Path, needed: int) -> Iterator[Path]:
         """Yield a temporary folder on the same disk, and rename it to `folder` when all processes have written their
-        files. A kill at any moment leaves either no folder of this name, or a complete one.
+        files. If the process is killed at any moment, `folder` either does not exist or is a complete checkpoint.
 
         Args:
-            folder (`Path`): The checkpoint. An earlier one of the same step is replaced.
-            needed (`int`): Bytes that the checkpoint needs at least.
+            folder (`Path`): Folder of the checkpoint. An earlier checkpoint of the same step is replaced.
+            needed (`int`): Smallest number of bytes that the checkpoint can take.
 
         Raises:
-            `DiskFullError`: In all processes, if the disk has too little room. Nothing is written then.
+            `DiskFullError`: In all processes, if the disk has too little room. The checkpoint is then not written.
         """
         partial = folder.parent / PARTIAL / folder.name
         with failing_together(DiskFullError):
@@ -92,19 +96,19 @@ class Checkpoints:
             self._last_bytes = _finish(partial, folder)
         self._processes.wait_for_everyone()
         if self._processes.is_local_main_process and not self._args.should_save and partial.is_dir():
-            _finish(partial, folder)  # this machine's files, on a disk of its own
+            _finish(partial, folder)  # this machine has its own disk, so rename its files too
             logger.warning(
-                "%s is not shared: each machine holds only the files of its own processes. To resume on all machines, "
-                "use an `output_dir` that they share, or set `save_on_each_node=True`.",
+                "%s is not on a shared disk, so each machine has only the files of its own processes. To resume on all "
+                "machines, use an `output_dir` on a disk that the machines share, or set `save_on_each_node=True`.",
                 folder,
             )
 
     def is_being_written(self, folder: Path) -> bool:
-        """Return whether a folder is the temporary one of [`Checkpoints.writing`]."""
+        """Return whether a folder is the temporary one that [`Checkpoints.writing`] has yielded."""
         return folder == self._partial
 
     def rotate(self, output_dir: str | os.PathLike, best: str | None) -> None:
-        """Delete the oldest checkpoints beyond `save_total_limit`, but never the best one or the newest."""
+        """Delete the oldest checkpoints beyond `save_total_limit`, but never the best or the newest checkpoint."""
         if self._args.should_save:
             best = None if best is None else str(Path(output_dir) / Path(best).name)
             rotate_checkpoints(str(output_dir), self._args.save_total_limit, best)
@@ -112,13 +116,15 @@ class Checkpoints:
     # ---- Reading --------------------------------------------------------------------------------------------------
 
     def resume_point(self, value: str | os.PathLike | bool | None, output_dir: str) -> str | None:
-        """Return the checkpoint to resume from; `None` for a new start.
+        """Return the folder of the checkpoint to resume from, or `None` to start anew.
 
         Args:
-            value: Value of `resume_from_checkpoint`, see [`meaning`].
+            value: Value of `resume_from_checkpoint`; see [`meaning`].
+            output_dir (`str`): Folder in which to look for the newest checkpoint.
 
         Raises:
-            `ValueError`: If `output_dir` has no checkpoint, or files are missing in the one that was found or named.
+            `ValueError`: If `value` asks for the newest checkpoint and `output_dir` has none, or if a file of the
+                checkpoint is missing.
         """
         point = meaning(value)
         if point is None:
@@ -126,23 +132,23 @@ class Checkpoints:
         folder: str | None = point if isinstance(point, str) and point != LATEST else self.newest(output_dir)
         if folder is None and point is True:
             raise ValueError(
-                f"To resume, `output_dir` must hold a checkpoint, and {output_dir} has none. Start without "
-                f"`resume_from_checkpoint`, or with {LATEST!r}, which starts anew if there is none."
+                f"To resume, `output_dir` must contain a checkpoint, but {output_dir} contains none. Start without "
+                f"`resume_from_checkpoint`, or set it to {LATEST!r} to start anew if there is no checkpoint."
             )
         if folder is None:
             if self._processes.is_main_process:
-                logger.info("%s holds no checkpoint, so the run starts anew.", output_dir)
+                logger.info("%s contains no checkpoint, so the run starts anew.", output_dir)
             return None
         missing = next((words for words in gather_objects(self._missing(Path(folder))) if words), None)
         if missing is not None:
             raise ValueError(
-                f"A checkpoint to resume from must be complete, but in {folder} {missing}. If it is a copy, copy "
-                "it again, or set `resume_from_checkpoint` to another checkpoint's folder."
+                f"A checkpoint to resume from must be complete, but in {folder} {missing}. If this folder is a copy, "
+                "copy it again. Otherwise set `resume_from_checkpoint` to the folder of another checkpoint."
             )
         return folder
 
     def newest(self, output_dir: str | os.PathLike) -> str | None:
-        """Return the checkpoint of the highest step, or `None`."""
+        """Return the checkpoint with the highest step, or `None` if the folder contains no checkpoint."""
         newest = None
         if self._processes.is_main_process and os.path.isdir(output_dir):
             restore_replaced(Path(output_dir))
@@ -150,12 +156,12 @@ class Checkpoints:
         return gather_objects(newest)[0]
 
     def _missing(self, folder: Path) -> str | None:
-        """Describe a file of a checkpoint that this process needs and that is missing. Return `None` if there is none.
+        """Return words on the first missing file that this process needs to resume, or `None` if no file is missing.
 
-        transformers would resume without schedule and random state.
+        transformers does not check the files of the schedule and the random state. It would resume without them.
         """
         if not folder.is_dir():
-            return "nothing was found, because there is no such folder"
+            return "there are no files, because the folder does not exist"
         try:
             json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -170,12 +176,12 @@ class Checkpoints:
 
 
 def holds_optimizer(folder: Path) -> bool:
-    """Return whether a checkpoint has the optimizer's state."""
+    """Return whether a checkpoint contains the optimizer's state."""
     return any(True for pattern in OPTIMIZER_STATES for _ in folder.glob(pattern))
 
 
 def restore_replaced(output_dir: Path) -> None:
-    """Undo the first rename of [`_finish`] if the process was killed before the second one."""
+    """Undo the first of the two renames of [`_finish`] if the process was killed between them."""
     for replaced in (output_dir / PARTIAL).glob(f"*{_REPLACED}"):
         folder = output_dir / replaced.name.removesuffix(_REPLACED)
         if not folder.exists():
@@ -183,14 +189,14 @@ def restore_replaced(output_dir: Path) -> None:
 
 
 def _finish(partial: Path, folder: Path) -> int:
-    """Store a checkpoint's files durably, give it its name, and return its size in bytes."""
+    """Flush a checkpoint's files to the disk, rename its temporary folder to `folder`, and return its size in bytes."""
     files = [path for path in partial.rglob("*") if path.is_file()]
     for path in files:
-        with open(path, "r+b") as stream:  # some systems sync only files that are open for writing
+        with open(path, "r+b") as stream:  # some systems flush only files that are open for writing
             os.fsync(stream.fileno())
     for parent in {path.parent for path in files}:
         sync_folder(parent)
-    if folder.exists():  # a folder cannot be renamed to one with files in it
+    if folder.exists():  # a folder cannot be renamed to the name of a folder that contains files
         os.rename(folder, partial.with_name(folder.name + _REPLACED))
     os.rename(partial, folder)
     sync_folder(folder.parent)

@@ -1,4 +1,4 @@
-"""Ends an interrupted run with a checkpoint and a `KeyboardInterrupt` that says how to resume."""
+"""Ends a run after Ctrl-C or SIGTERM: saves a checkpoint, and raises a `KeyboardInterrupt` that says how to resume."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ class CheckpointOnInterrupt(TrainerCallback):
     """Saves a checkpoint and ends training after the current step at the first Ctrl-C (SIGINT) or SIGTERM. A second
     signal raises `KeyboardInterrupt` at once.
 
-    It acts between begin and end of training, and only in the main thread, because Python allows no signal handlers
-    elsewhere. If training ends by an exception, call [`~CheckpointOnInterrupt.restore_handlers`]. Several processes
-    stop together, at most one step after the step in which any of them was interrupted.
+    The callback handles signals only during training. If training runs in another thread than the main thread, the
+    callback does nothing, because Python does not allow signal handlers there. If training ends by an exception, call
+    [`~CheckpointOnInterrupt.restore_handlers`]. If there are several processes, all of them stop after the same step,
+    at most one step after the step in which one of them got the signal.
 
     Attributes:
-        interrupted (`signal.Signals` or `None`): The signal that ended the latest training, if one did.
+        interrupted (`signal.Signals` or `None`): The signal that ended the latest training; `None` if no signal ended
+            it.
     """
 
     def __init__(self):
@@ -53,33 +55,33 @@ class CheckpointOnInterrupt(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self.exchange.stops:
             self._agreed = True
-            self.interrupted = self.interrupted or signal.SIGINT  # all processes end alike
+            self.interrupted = self.interrupted or signal.SIGINT  # also in processes that got no signal
             control.should_save = True
             control.should_training_stop = True
-            control.should_evaluate = False  # a machine that is shut down leaves only seconds
+            control.should_evaluate = False  # a machine that is shutting down leaves a process only seconds
         return control
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if self._agreed:  # the checkpoint of this cut epoch is written already
+        if self._agreed:  # the checkpoint was already written at the end of the step
             control.should_evaluate = False
             control.should_save = False
         return control
 
     @property
     def stops(self) -> bool:
-        """Whether all processes have agreed that a signal ends this training."""
+        """Whether a signal ends this training. The value is the same in all processes."""
         return self._agreed
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self.restore_handlers()
-        if not self._agreed:  # training ended before the other processes received the signal
+        if not self._agreed:  # training reached its end before the signal could stop it
             self.interrupted = None
 
     def restore_handlers(self) -> None:
-        """Restore the previous signal handlers. Further calls have no effect."""
+        """Restore the signal handlers from before training. A second call has no effect."""
         while self._previous:
             number, handler = self._previous.popitem()
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set outside Python
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # `None`: set outside Python
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
@@ -90,28 +92,33 @@ class CheckpointOnInterrupt(TrainerCallback):
         self.interrupted = signal.Signals(number)
         self.exchange.request_stop()
         logger.warning(
-            "%s: training stops with a checkpoint after this step. A second signal stops it at once, without one.",
+            "%s: training saves a checkpoint and stops after this step. A second signal stops it at once, without a "
+            "checkpoint.",
             self.interrupted.name,
         )
 
     def _on_signal_in_worker(self, number: int) -> None:
-        """Handle a signal in a forked data loader worker, which inherits the handler. Ctrl-C is ignored because the
-        step needs the worker's batch. SIGTERM ends the worker, because the loader stops workers by it."""
+        """Handle a signal in a data loader worker. A forked worker inherits the handler of the training process.
+
+        Ctrl-C is ignored, because the current step may need the worker's next batch. SIGTERM ends the worker, because
+        the data loader sends SIGTERM to stop its workers.
+        """
         if number == signal.SIGTERM:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
 
 def was_interrupted(callbacks: Iterable[TrainerCallback]) -> bool:
-    """Return whether a [`CheckpointOnInterrupt`] among the callbacks ends the training. All processes get the same
-    answer."""
+    """Return whether a signal ends the training, according to a [`CheckpointOnInterrupt`] among the callbacks. The
+    result is the same in all processes."""
     return any(isinstance(callback, CheckpointOnInterrupt) and callback.stops for callback in callbacks)
 
 
 def step_exchange(callbacks: Iterable[TrainerCallback]) -> StepExchange:
-    """Return the [`StepExchange`] of the [`CheckpointOnInterrupt`] among the callbacks, or a new one if there is none.
+    """Return the [`StepExchange`] of the [`CheckpointOnInterrupt`] among the callbacks. If there is no such callback,
+    return a new `StepExchange`.
 
-    The training step sends its flags, and the callback stops all processes after the same step.
+    Through this object, the training step tells all processes that one of them got a signal.
     """
     exchanges = [callback.exchange for callback in callbacks if isinstance(callback, CheckpointOnInterrupt)]
     return exchanges[-1] if exchanges else StepExchange()  # the last callback receives the signals
@@ -121,11 +128,11 @@ def step_exchange(callbacks: Iterable[TrainerCallback]) -> StepExchange:
 def stopping_on_interrupt(
     args: TrainingArguments, callbacks: CallbackHandler, global_step: Callable[[], int]
 ) -> Iterator[None]:
-    """End the training with a checkpoint at the first Ctrl-C or SIGTERM within the context. Then raise
+    """Save a checkpoint and stop training at the first Ctrl-C or SIGTERM within the context. Then raise
     `KeyboardInterrupt` in all processes, because the code after `train()` in a script expects a finished run.
 
-    Nothing happens if a [`CheckpointOnInterrupt`] among the callbacks or transformers' `enable_jit_checkpoint` handles
-    signals already.
+    The context does nothing if signals are already handled, by a [`CheckpointOnInterrupt`] among the callbacks or by
+    the setting `enable_jit_checkpoint` of transformers.
     """
     handled = any(isinstance(callback, CheckpointOnInterrupt) for callback in callbacks.callbacks)
     if handled or args.enable_jit_checkpoint:
@@ -145,11 +152,16 @@ def stopping_on_interrupt(
 
 
 def resume_hint(args: TrainingArguments, step: int, how: str) -> str:
-    """Return a sentence on where an interrupted run's checkpoint is, and how to resume from it if that is possible."""
+    """Return a sentence that says where the checkpoint of an interrupted run is, and whether and how to resume from it.
+
+    Args:
+        how (`str`): Sentence on how to resume. The result leaves it out if the checkpoint has no optimizer
+            state.
+    """
     folder = output_folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     if args.save_only_model:
         return (
-            f"its weights are in {folder}. It cannot be resumed, because `save_only_model=True` saves no state of the "
-            "optimizer."
+            f"its weights are in {folder}. The run cannot be resumed, because checkpoints have no optimizer state with "
+            "`save_only_model=True`."
         )
     return f"its checkpoint is {folder}. {how}"

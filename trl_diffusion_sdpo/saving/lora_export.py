@@ -1,4 +1,4 @@
-"""Writes a run's LoRA in the file format of kohya's scripts. ComfyUI, AUTOMATIC1111's web UI and Forge read it."""
+"""Exports a run's LoRA to the file format of kohya's scripts, which ComfyUI, AUTOMATIC1111's web UI and Forge read."""
 
 from __future__ import annotations
 
@@ -15,28 +15,30 @@ from ..utils.disk import naming_the_disk
 from .setup import SETUP_FILE, read_setup
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE, PEFT_PREFIX, folded, ranks
 
-PREFIX = "lora_unet_"  # for transformers too
+PREFIX = "lora_unet_"  # kohya's scripts use this prefix also if the denoiser is a transformer
 _A, _B = "lora_A.weight", "lora_B.weight"
-Factors = tuple[torch.Tensor, torch.Tensor]  # (r, in, ...) and (out, r, ...)
+Factors = tuple[torch.Tensor, torch.Tensor]  # factors A `(r, in, ...)` and B `(out, r, ...)` of a LoRA of rank r
 
 
 def export_kohya(run: str | Path, output: str | Path, *, average: bool = False) -> dict[str, torch.Tensor]:
-    """Write a run's LoRA in kohya's format.
+    """Write a run's LoRA into a file in the format of kohya's scripts.
 
     Args:
         run (`str` or `Path`): Output folder of a run, or a checkpoint.
         output (`str` or `Path`): New file whose name ends in `.safetensors`.
-        average (`bool`): Whether to export the averaged weights of `ema_decay`.
+        average (`bool`): Whether to export the averaged weights that a run with `ema_decay` saves.
 
     Returns:
         `dict[str, torch.Tensor]`: The tensors that were written.
 
     Raises:
-        `ValueError`: If the folder holds no LoRA, the format cannot hold it, or the file exists.
+        `ValueError`: If `run` contains no LoRA, kohya's format cannot express the LoRA, or `output` exists already.
     """
     output = Path(output)
     if output.suffix != ".safetensors" or output.exists():
-        raise ValueError(f"The output must be a new file whose name ends in .safetensors, got {output}.")
+        raise ValueError(
+            f"The output must be a new file whose name ends in .safetensors, got {output}. Choose another name."
+        )
     denoiser_class, config, weights = _read(Path(run), average)
     converted = to_kohya(weights, config, denoiser_class)
     with naming_the_disk(output.parent, sum(tensor.nbytes for tensor in converted.values())):
@@ -46,18 +48,28 @@ def export_kohya(run: str | Path, output: str | Path, *, average: bool = False) 
 
 
 def to_kohya(weights: dict[str, torch.Tensor], config: LoraConfig, denoiser_class: str) -> dict[str, torch.Tensor]:
-    """Convert a LoRA's tensors from PEFT's names to kohya's keys: `lora_unet_...` with `.lora_down.weight`,
-    `.lora_up.weight` and `.alpha`. Raise `ValueError` if the format cannot hold the LoRA of this class of diffusers."""
+    """Convert a LoRA's tensors from PEFT's names to kohya's: `lora_unet_...` with `.lora_down.weight`,
+    `.lora_up.weight` and `.alpha`. Raise `ValueError` if kohya's format cannot express the LoRA.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): Tensors of the LoRA under their names in PEFT.
+        denoiser_class (`str`): Name of the denoiser's class in diffusers.
+    """
     if config.use_dora:
         raise ValueError(
-            "A DoRA cannot be exported, because tools disagree on the norm that its magnitudes multiply. Merge it into "
-            "the model."
+            "Only a plain LoRA can be exported, and this one is a DoRA. Tools normalize a DoRA's weights in different "
+            "ways, so its images would differ. Merge the DoRA into the base model instead."
         )
     others = [key for key in weights if not key.endswith((_A, _B))]
     if others:
-        raise ValueError(f"The format knows two factors of a module; this LoRA also holds {others[0]}. Merge it.")
+        raise ValueError(
+            f"kohya's format stores only the factors A and B of each module, and this LoRA also has {others[0]}. Merge "
+            "the LoRA into the base model instead."
+        )
     weights, _ = folded(weights, config)
-    factors: dict[str, dict[int, Factors]] = defaultdict(dict)  # by original module, and by position in it
+    factors: dict[str, dict[int, Factors]] = defaultdict(
+        dict
+    )  # by module of the original model, and by position within its stacked matrix
     originals: dict[str, OriginalModule] = {}
     for module in ranks(weights):
         original = original_module(denoiser_class, module)
@@ -72,16 +84,18 @@ def _read(run: Path, average: bool) -> tuple[str, LoraConfig, dict[str, torch.Te
     missing = [file for file in needed if not file.is_file()]
     if missing:
         raise ValueError(
-            f"The run must be a folder in which the trainer saved a LoRA; there is no {missing[0]}. Other tools load "
-            "fully tuned weights in place of the base."
+            f"The run must be a folder in which the trainer saved a LoRA, and {missing[0]} does not exist. Pass the "
+            "output folder of a LoRA run. Fully tuned weights need no export: other tools load them in place of the "
+            "base model."
         )
     weights = {key.removeprefix(PEFT_PREFIX): value for key, value in load_file(folder / PEFT_FILE).items()}
     return read_setup(run)["denoiser_class"], LoraConfig.from_pretrained(str(folder)), weights
 
 
 def _stacked(original: OriginalModule, factors: dict[int, Factors]) -> Factors:
-    """Return one pair of factors, `(sum r, in)` and `(sum out, sum r)`, for matrices that the original model stores
-    stacked. The second factor is block-diagonal. Rows of matrices without a LoRA are zero."""
+    """Return one pair of factors for matrices that the original model stores as one stacked matrix, such as queries,
+    keys and values. The factors have the shapes `(sum r, in)` and `(sum out, sum r)`. The second factor is
+    block-diagonal. If a matrix has no LoRA, its rows in the second factor are zero."""
     if len(original.rows) == 1:
         return factors[0]
     rows = _row_counts(original, factors)
@@ -97,7 +111,7 @@ def _stacked(original: OriginalModule, factors: dict[int, Factors]) -> Factors:
 
 
 def _row_counts(original: OriginalModule, factors: dict[int, Factors]) -> list[int]:
-    """Return the number of rows of each matrix, from the matrices with a LoRA."""
+    """Return the number of rows of each matrix in a stacked matrix, computed from the matrices that have a LoRA."""
     row_counts = {position: pair[1].shape[0] for position, pair in factors.items()}
     first, rows = next(iter(row_counts.items()))
     unit = original.rows[first]
@@ -107,8 +121,9 @@ def _row_counts(original: OriginalModule, factors: dict[int, Factors]) -> list[i
             counts.append(row_counts[position])
         elif relative is None or unit is None:
             raise ValueError(
-                f"{original.module} of the original model holds {len(original.rows)} matrices of unlike sizes, and the "
-                f"LoRA covers {len(row_counts)} of them. Train queries, keys and values together to export it."
+                f"The original model stacks {len(original.rows)} matrices in {original.module}, and the LoRA tunes "
+                f"only {len(row_counts)} of them. The sizes of the other matrices are unknown, so export fails. "
+                "Tune queries, keys and values together."
             )
         else:
             counts.append(rows * relative // unit)
@@ -116,10 +131,10 @@ def _row_counts(original: OriginalModule, factors: dict[int, Factors]) -> list[i
 
 
 def _named(modules: dict[str, Factors]) -> dict[str, torch.Tensor]:
-    """Return factors under their keys, with the alpha for scale 1.
+    """Return the tensors of the file. Each module has two factors, and an alpha equal to the rank, so its scale is 1.
 
-    If ranks differ, all modules get the same alpha, and the second factors are multiplied by the remaining scale,
-    because diffusers ignores alphas that differ between modules of a UNet's LoRA.
+    If the modules' ranks differ, all modules get the smallest rank as alpha, because diffusers ignores alphas that
+    differ between modules of a UNet's LoRA. The second factors are then multiplied by rank / alpha.
     """
     rank_of = {name: down.shape[0] for name, (down, _) in modules.items()}
     common = min(rank_of.values()) if len(set(rank_of.values())) > 1 else None

@@ -1,4 +1,4 @@
-"""Uploads a run to the Hub, during and after training."""
+"""Uploads the output folder of a run to the Hub, during and after training."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from .setup import ARGS_FILE, output_folder
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_STRATEGIES = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
-# Pickles, logs, and the arguments, which name local folders. The model card has the settings.
+# Pickles and logs are not uploaded, nor is the file of all arguments, because it names local folders.
 NOT_UPLOADED = ("_*", "*.pt", "*.pth", "*.bin", "runs/*", ARGS_FILE)
 
 
 class PublishingError(OSError):
-    """A repository was not created, or a folder was not uploaded. The message says why."""
+    """Raised if a repository cannot be created or a folder cannot be uploaded. The message says why."""
 
 
 class Publisher:
-    """Uploads a run's output folder to its repository on the Hub. `huggingface_hub` repeats requests that fail.
+    """Uploads a run's output folder to its repository on the Hub. `huggingface_hub` retries requests that fail.
 
     Args:
-        args (`TrainingArguments`): Settings with the names of folder and repository.
+        args (`TrainingArguments`): Settings that name the output folder and the repository.
         ignore (`Sequence[str]`): Patterns of files that are not uploaded, besides [`NOT_UPLOADED`].
     """
 
@@ -45,12 +45,12 @@ class Publisher:
         self.repository: str | None = None  # id of the repository, once it exists
 
     def create_repository(self, token: str | None = None, private: bool | None = None) -> str:
-        """Create the repository that the arguments name, unless it exists, and return its id, `owner/name`. All
-        processes must call it, and all raise `PublishingError` if one does."""
+        """Create the repository that the settings name if it does not exist, and return its id, `owner/name`. All
+        processes must call this method. If the repository cannot be created, all raise `PublishingError`."""
         name = self._args.hub_model_id or output_folder(self._args).absolute().name
         with failing_together(PublishingError, during_upload=True):
             if self._args.process_index == 0:
-                with explained_hub_errors(f"Making the repository {name}"):
+                with explained_hub_errors(f"Creating the repository {name}"):
                     created = self._api.create_repo(
                         name,
                         token=token or self._args.hub_token,
@@ -63,7 +63,8 @@ class Publisher:
 
     @contextlib.contextmanager
     def failing_after_save(self) -> Iterator[None]:
-        """Raise an error within the context in all processes. An error of the Hub says where the saved weights are."""
+        """If one process raises an error within the context, raise an error in all processes. The message of an error
+        of the Hub then says where the saved weights are."""
         with failing_together(PublishingError, during_upload=True):
             try:
                 yield
@@ -79,14 +80,16 @@ class Publisher:
         blocking: bool = True,
         training: bool = False,
     ) -> Any:
-        """Upload the output folder. Call this in the first process only.
+        """Upload the output folder. Call this method in the first process only.
 
         Args:
             message (`str`, *optional*): Message of the commit.
-            token, revision (`str`, *optional*): Token and revision on the Hub. By default, those of the arguments.
+            token, revision (`str`, *optional*): Token and revision for the Hub. The defaults are `hub_token` and
+                `hub_revision` of the settings.
             blocking (`bool`): Whether to wait and return the result of [`~huggingface_hub.HfApi.upload_folder`].
-                Otherwise its `Future` is returned, and a failure is logged.
-            training (`bool`): Whether training continues during the upload.
+                If not, the method returns a `Future` of this result, and logs an error of the upload.
+            training (`bool`): Whether training continues during the upload. This argument only changes the log message
+                of a failed upload.
         """
         arguments = {
             "folder_path": self._args.output_dir,
@@ -98,22 +101,22 @@ class Publisher:
         return self._upload(**arguments) if blocking else self._upload_later(training=training, **arguments)
 
     def is_ready_for_progress(self) -> bool:
-        """Return whether to upload now, during training. All processes must call it.
+        """Return whether to upload now, during training. All processes must call this method.
 
-        If an upload follows or old checkpoints will be deleted, wait for uploads in progress, because their files are
-        about to change.
+        The method first waits for the previous upload to end if a new upload follows or if old checkpoints will be
+        deleted, because files of the previous upload will then change.
         """
         if self._args.hub_strategy == HubStrategy.END:
             return False
         skips = not self._args.hub_always_push and in_any_process(not self.is_done(), self._args.device)
         uploads_checkpoints = self._args.hub_strategy in CHECKPOINT_STRATEGIES
-        if not skips or (uploads_checkpoints and self._args.save_total_limit is not None):  # old ones will be deleted
+        if not skips or (uploads_checkpoints and self._args.save_total_limit is not None):
             self.wait()
         return not skips
 
     def upload_progress(self, checkpoint: Path, state: TrainerState) -> None:
-        """Upload the output folder while training continues. Upload the checkpoint too if `hub_strategy` says so. Call
-        this in the first process only."""
+        """Upload the output folder while training continues, and the new checkpoint too if `hub_strategy` asks for
+        checkpoints. Call this method in the first process only."""
         by_step = self._args.save_strategy == SaveStrategy.STEPS
         message = f"Training in progress, {f'step {state.global_step}' if by_step else f'epoch {int(state.epoch)}'}"
         self.upload(message, blocking=False, training=True)
@@ -134,11 +137,12 @@ class Publisher:
         return all(job.done() for job in self._jobs)
 
     def wait(self) -> None:
-        """Wait for uploads in progress. All processes must call it. Failures were already logged and are not raised."""
+        """Wait until no upload is in progress. All processes must call this method. Errors of uploads are not raised,
+        because the upload's thread has already logged them."""
         if self.repository is None:
             return
         if not self.is_done():
-            logger.info("Waiting for the upload in progress.")
+            logger.info("Waiting for the upload in progress to end.")
         for job in self._jobs:
             job.exception()
         self._jobs = []
@@ -150,7 +154,7 @@ class Publisher:
             return self._api.upload_folder(repo_id=self.repository, **arguments)
 
     def _upload_later(self, *, training: bool, **arguments: Any) -> Future:
-        """Upload in a thread. A failure is logged at once."""
+        """Upload in a thread. An error is logged when it happens, and raised by the `Future`."""
 
         def upload() -> Any:
             try:
@@ -164,13 +168,18 @@ class Publisher:
         return job
 
     def _advice(self) -> str:
-        return f"The weights are safe in {self._args.output_dir}. Call `push_to_hub()` again to continue the upload."
+        return (
+            f"The weights are saved in {self._args.output_dir}. Call `trainer.push_to_hub()` to continue the upload."
+        )
 
 
 @contextlib.contextmanager
 def explained_hub_errors(what: str) -> Iterator[None]:
-    """Turn errors of the Hub and its client into a `PublishingError` in one line, without secrets such as signatures of
-    URLs."""
+    """Turn an error of the Hub or of its client into a `PublishingError`, whose message is one line without secrets.
+
+    Args:
+        what (`str`): Name of the action in the message, such as "Uploading to owner/name".
+    """
     try:
         yield
     except (HubConnectionError, OSError, ValueError, RuntimeError) as error:

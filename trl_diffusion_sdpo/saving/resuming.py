@@ -1,4 +1,5 @@
-"""Compares a run with the checkpoint that it resumes from, and applies the run's own optimizer settings."""
+"""Compares a run with the checkpoint that it resumes from. After the checkpoint is loaded, the run's own optimizer
+settings are set again."""
 
 from __future__ import annotations
 
@@ -19,9 +20,11 @@ from .setup import ARGS_FILE, SETUP_FILE, read_setup
 
 logger = logging.getLogger(__name__)
 
-# If these differ, a checkpoint's weights cannot be loaded or mean something else.
+# Entries of the set-up that must be equal. Otherwise the checkpoint's weights would not fit the model, or mean
+# something else.
 STRUCTURE = ("pipeline_class", "denoiser_class", "tuning", "reference", "lora", "weights_before_training", "engine")
-# Paths, logging, the Hub and loader processes do not change the training. The data are compared below.
+# Settings that may differ without a warning, because paths, logging, the Hub and the number of data loader workers do
+# not change the weights. The data are compared by `_compare_data`.
 NOT_COMPARED = (
     *("output_dir", "logging_dir", "run_name", "project", "report_to", "disable_tqdm", "_n_gpu", "local_rank"),
     *("log_level", "log_level_replica", "log_on_each_node", "trackio_space_id", "trackio_bucket_id"),
@@ -32,54 +35,56 @@ NOT_COMPARED = (
     *("dataloader_multiprocessing_context", "train_data", "eval_data", "base_model"),
     "adapter_name_or_path",
 )
-REFERENCE = "ref_model_name_or_path"  # compared by its absolute path
-# Optimizers that can load each other's state.
+REFERENCE = "ref_model_name_or_path"  # two paths are equal if their absolute paths are
+# A run may resume with the other optimizer of these two, because each can load the state of the other.
 ADAMW = ("adamw_torch", "adamw_torch_fused")
-# Schedules whose rate does not depend on the step alone.
+# Learning rate schedules that need their saved state, because their rate does not depend on the step alone.
 SCHEDULES_WITH_STATE = ("reduce_lr_on_plateau", "greedy")
-# Settings in an optimizer's parameter groups, where some optimizers keep state as well.
+# Settings in the parameter groups of an optimizer. Other entries of the groups may be state, which is not overwritten.
 GROUP_SETTINGS = ("weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha")
 
 
 def stored_settings(checkpoint: Path) -> dict[str, Any]:
-    """Return all arguments of the run that wrote a checkpoint. Published checkpoints have none. Raise `ValueError` if
-    the file cannot be read."""
+    """Return all arguments of the run that wrote a checkpoint. Return an empty dictionary if their file is missing, as
+    it is in checkpoints on the Hub. Raise `ValueError` if the file cannot be read."""
     file = checkpoint / ARGS_FILE
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{file} must hold a run's arguments in JSON, and cannot be read: {error}. Copy it again, or take it from "
-            "another checkpoint of the run."
+            f"{file} must contain a run's arguments as JSON, and cannot be read: {error}. Copy it again, or copy it "
+            "from another checkpoint of the run."
         ) from error
 
 
 def check_resumable(
     checkpoint: Path, setup: dict[str, Any], stored_args: dict[str, Any], args: TrainingArguments
 ) -> None:
-    """Compare a checkpoint with the run that resumes from it, before anything is loaded. Settings that differ are
-    logged.
+    """Compare a checkpoint with the run that resumes from it, before the checkpoint is loaded. Log the settings that
+    differ.
 
     Args:
-        setup (`dict[str, Any]`): Set-up of this run.
+        checkpoint (`Path`): Folder of the checkpoint.
+        setup (`dict[str, Any]`): Model, engine, data and settings of this run, as in the set-up file.
         stored_args (`dict[str, Any]`): Arguments of the run that wrote the checkpoint, see [`stored_settings`].
         args (`TrainingArguments`): Arguments of this run.
 
     Raises:
-        `ValueError`: If the checkpoint is of another model, optimizer or data.
+        `ValueError`: If the checkpoint was written with another model, optimizer, schedule or data set.
     """
     stored = read_setup(checkpoint)
     if not stored:
         raise ValueError(
-            f"A checkpoint to resume from must hold {SETUP_FILE}; {checkpoint} does not. Pass a `checkpoint-*` folder "
-            "that this trainer wrote."
+            f"A checkpoint to resume from must contain the file {SETUP_FILE}, and {checkpoint} does not. Pass a "
+            "`checkpoint-*` folder that this trainer wrote."
         )
     _compare({**stored_args, **stored}, args, json.loads(json.dumps(setup)), checkpoint)
     _compare_data(stored.get("train_data"), setup["train_data"], starts_anew=args.ignore_data_skip)
     before, now = stored.get("eval_data"), json.loads(json.dumps(setup["eval_data"]))
     if before is not None and now is not None and before != now:
         logger.warning(
-            "Resuming with other evaluation pairs: metrics before and after cannot be compared. They were %s, are %s.",
+            "The evaluation pairs differ from those of the checkpoint, so metrics before and after resuming cannot be "
+            "compared. The pairs were %s. Now they are %s.",
             *(before, now),
         )
 
@@ -95,15 +100,16 @@ def _compare(stored: dict[str, Any], args: TrainingArguments, setup: dict[str, A
     broken = [f"{name} was {before!r}, is {now!r}" for name, (before, now) in structure.items()]
     if broken:
         raise ValueError(
-            f"A run resumes with the set-up that wrote its checkpoint; differing: {'; '.join(broken)}. Restore these, "
-            f"or start anew instead of resuming from {checkpoint}."
+            f"A run must resume with the set-up of its checkpoint, and these entries differ: {'; '.join(broken)}. "
+            f"Restore the earlier values, or start anew without resuming from {checkpoint}."
         )
     for name, (before, now) in differing.items():
         reason = _why_not(name, before, now)
         if reason:
             raise ValueError(
-                f"A run cannot resume with another `{name}`, because {reason}: it was {before!r}, is {now!r}. "
-                "Restore it, or pass the checkpoint's weights as `model` to start anew from them."
+                f"A run cannot resume with another `{name}`, because {reason}: `{name}` was {before!r}, is "
+                f"{now!r}. Restore the earlier value, or pass the checkpoint's folder as `model` to start anew from "
+                "its weights."
             )
     for name, (before, now) in differing.items():
         logger.warning("Resuming with another `%s`: it was %r, is %r.", name, before, now)
@@ -111,15 +117,15 @@ def _compare(stored: dict[str, Any], args: TrainingArguments, setup: dict[str, A
 
 def _why_not(name: str, before: Any, now: Any) -> str:
     if name == "optim" and not {before, now} <= set(ADAMW):
-        return "one optimizer cannot read another's state"
+        return "an optimizer cannot load the state of another optimizer"
     if name == "lr_scheduler_type" and {before, now} & set(SCHEDULES_WITH_STATE):
-        return "such a schedule cannot read another's state"
+        return "a schedule of this kind cannot load the state of another schedule"
     return ""
 
 
 def _compare_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, starts_anew: bool) -> None:
-    """Compare fingerprints of the training data, `None` if unknown. Raise `ValueError` if they differ, unless the run
-    starts at the beginning of its data."""
+    """Compare the fingerprints of the training data in the checkpoint and in this run. An unknown fingerprint (`None`)
+    is not compared. Raise `ValueError` if the data differ, unless the run starts at the beginning of its data."""
     if before is None or now is None:
         return
     both = [name for name in now if before.get(name) is not None and now[name] is not None]
@@ -128,23 +134,28 @@ def _compare_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, 
         return
     listed = "; ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in differing)
     if differing == ["images"]:
-        logger.warning("Resuming with other bytes in the images of the training data: %s.", listed)
+        logger.warning("The files of the training images differ from those of the checkpoint: %s.", listed)
     elif starts_anew:
-        logger.warning("Resuming with other training data, from their start: %s.", listed)
+        logger.warning(
+            "The training data differ from those of the checkpoint, and are read from the start: %s.", listed
+        )
     else:
         raise ValueError(
-            f"A run resumes at its position in the training data, so the data must be the checkpoint's: {listed}. Pass "
-            "the same data in the same order, or set `ignore_data_skip=True` to start at the beginning of these data."
+            "A run resumes at its position in the training data, so the data must be those of the checkpoint, and they "
+            f"differ: {listed}. Pass the same data in the same order, or set `ignore_data_skip=True` to read the new "
+            "data from the start."
         )
 
 
 class OptimizerSettings:
-    """Optimizer settings from the arguments, such as learning rate and betas. Loading a checkpoint overwrites them.
+    """Optimizer settings of this run, such as learning rate and betas, which must be set again after a checkpoint is
+    loaded, because loading overwrites them.
 
     Args:
-        optimizer, scheduler: Optimizer and schedule as the engine wrapped them, before a checkpoint is loaded.
+        optimizer, scheduler: Optimizer and learning rate schedule as the engine wrapped them. The object must be
+            constructed before the checkpoint is loaded.
         rate (`float`): The run's learning rate.
-        rate_before (`float`, *optional*): Learning rate of the checkpoint's run; `None` if unknown.
+        rate_before (`float`, *optional*): Learning rate of the run that wrote the checkpoint; `None` if unknown.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any, rate: float, rate_before: float | None):
@@ -154,7 +165,7 @@ class OptimizerSettings:
         self._rate, self._rate_before = rate, rate if rate_before is None else rate_before
 
     def restore(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-        """Set the settings again. The schedule stays at the checkpoint's step."""
+        """Set this run's settings again, after a checkpoint was loaded. The schedule stays at the checkpoint's step."""
         groups, schedule = optimizer.param_groups, _unwrapped(scheduler)
         factors = []
         for group, settings in zip(groups, self._groups, strict=True):
@@ -180,7 +191,8 @@ class OptimizerSettings:
         return [group["lr"] * factor for group, factor in zip(groups, factors, strict=True)]
 
     def _factor(self, now: float | None, before: float | None) -> float:
-        """Return the ratio of the rates, for schedules that compute a rate from the last one."""
+        """Return the ratio of this run's learning rate to the checkpoint's. Schedules that compute a rate from the last
+        rate need this ratio."""
         if now is None or before is None:
             now, before = self._rate, self._rate_before
         return 1.0 if math.isclose(now, before, rel_tol=1e-12) else now / before

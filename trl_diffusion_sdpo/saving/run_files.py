@@ -1,4 +1,5 @@
-"""Writes and reads the files of a run: weights, reference, averaged weights, controllers, set-up, optimizer state."""
+"""Writes and reads the files of a run: the set-up, the weights, the averaged weights, the reference, and the states of
+the optimizer, of the winner budget and of the automatic beta."""
 
 from __future__ import annotations
 
@@ -26,18 +27,18 @@ from .weights import WeightFiles
 
 
 class RunFiles:
-    """Writes a run's results and checkpoints, and reads checkpoints. All processes must call its methods.
+    """Writes a run's results and checkpoints, and reads checkpoints. All processes must call each method.
 
-    The results are the weights, their average, the set-up and the arguments. A checkpoint holds the weights and
-    everything that changes during training; [`~transformers.Trainer`] adds its own files.
+    The results in the output folder are the weights, their average over training, the set-up and the arguments. A
+    checkpoint contains the weights and all other states that change during training.
 
     Args:
         weights ([`WeightFiles`]): Files of the policy's weights.
-        weight_copies (`Sequence[WeightCopy]`): The reference, and the average if there is one.
-        average ([`EMAWeights`], *optional*): The average, which is one of the results.
+        weight_copies (`Sequence[WeightCopy]`): The reference, and the averaged weights if the run has them.
+        average ([`EMAWeights`], *optional*): The averaged weights, if the run has them.
         controllers (`Sequence`): The winner budget and the automatic beta, if the run has them.
-        full_pipeline (`bool`): Whether the results include the pipeline's other components.
-        unpublished (`dict[str, Any]`): Facts to write beside the arguments.
+        full_pipeline (`bool`): Whether to save the pipeline's other components with a fully tuned denoiser.
+        unpublished (`dict[str, Any]`): Further entries for the file of the arguments, which is never uploaded.
     """
 
     def __init__(
@@ -61,14 +62,15 @@ class RunFiles:
     # ---- Writing --------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, model: nn.Module, setup: dict[str, Any]) -> None:
-        """Write a checkpoint if the folder is the one of [`RunFiles.writing_checkpoint`], otherwise results.
+        """Write the files of a checkpoint if [`RunFiles.writing_checkpoint`] yielded `folder`. Otherwise write the
+        run's results.
 
         Args:
             model (`nn.Module`): The policy as the engine wrapped it.
             setup (`dict[str, Any]`): Content of the set-up file.
 
         Raises:
-            `FloatingPointError`: In all processes, if weights are not finite. Nothing is written.
+            `FloatingPointError`: In all processes, if a weight is not finite. No file is written then.
         """
         writes = self._args.should_save
         is_checkpoint = self.checkpoints.is_being_written(folder)
@@ -101,8 +103,11 @@ class RunFiles:
     def _check_finite(
         self, weights: Mapping[str, torch.Tensor], average: Mapping[str, torch.Tensor] | None, *, together: bool
     ) -> None:
-        """Check the weights in the processes that write them. With `together`, all processes must call it, and all
-        raise if one of them does."""
+        """Raise `FloatingPointError` if a weight is not finite. Only processes that write the weights check them.
+
+        Args:
+            together (`bool`): Whether all processes call this method, and all must raise if one of them does.
+        """
         spoiled: list[str] = []
         if self._args.should_save:
             spoiled = [name for name, tensor in weights.items() if not _is_finite(tensor)]
@@ -111,9 +116,9 @@ class RunFiles:
             spoiled = next((names for names in gather_objects(spoiled) if names), [])
         if spoiled:
             raise FloatingPointError(
-                f"Weights must be finite, and {len(spoiled)} tensors are not: {', '.join(spoiled[:3])}. Nothing was "
-                "written, and files of earlier saves are unchanged. Resume from the last checkpoint with a lower "
-                "`learning_rate`, or use bf16 instead of fp16."
+                f"Weights must be finite, and {len(spoiled)} tensors are not, such as {', '.join(spoiled[:3])}. No "
+                "file was written or changed. Resume from the last checkpoint with a lower `learning_rate`, or use "
+                "bf16 instead of fp16."
             )
 
     def _gather(self, model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor] | None:
@@ -123,13 +128,14 @@ class RunFiles:
         return self._engine.gather(self._weights.tensors(), keep=keep)
 
     def _write_args(self, folder: Path) -> None:
-        """Write the arguments as JSON without tokens. transformers' `training_args.bin` is a pickle with tokens."""
+        """Write the arguments as JSON without tokens. The `training_args.bin` of transformers would be a pickle, with
+        tokens."""
         content = {**json.loads(self._args.to_json_string()), **self._unpublished}
         (folder / ARGS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @contextlib.contextmanager
     def writing_checkpoint(self, folder: Path) -> Iterator[Path]:
-        """Yield a temporary folder for a checkpoint's files. It is renamed to `folder` at the end of the context; see
+        """Yield a temporary folder for a checkpoint's files, and rename it to `folder` at the end of the context. See
         [`Checkpoints.writing`]."""
         with self.checkpoints.writing(folder, self._weights.bytes_needed) as partial:
             yield partial
@@ -139,7 +145,7 @@ class RunFiles:
     def save_sharded_optimizer(
         self, folder: str, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any
     ) -> None:
-        """Write the optimizer's state as the engine shards it, without frozen weights, and the schedule's state."""
+        """Write the state of the optimizer, sharded over the processes, and the state of the learning rate schedule."""
         self._engine.save_state(model, optimizer, folder)
         if self._args.should_save:
             torch.save(scheduler.state_dict(), os.path.join(folder, SCHEDULER_NAME))
@@ -147,15 +153,15 @@ class RunFiles:
     # ---- Reading --------------------------------------------------------------------------------------------------
 
     def resume_point(self, value: str | bool | None, setup: Callable[[], dict[str, Any]]) -> str | None:
-        """Return the checkpoint to resume from, after all checks; `None` for a new start.
+        """Check the checkpoint to resume from, and return its folder. Return `None` to start anew.
 
         Args:
             value: `resume_from_checkpoint` of [`~transformers.Trainer.train`], or `"latest"`.
             setup (`Callable`): Returns this run's set-up.
 
         Raises:
-            `ValueError`: If there is no such checkpoint, or it is incomplete, damaged, of another set-up, without an
-                optimizer state, or holds pickles that could run code.
+            `ValueError`: If the checkpoint does not exist, is incomplete or damaged, was written with another set-up,
+                has no optimizer state, or contains pickles that could run code.
         """
         point = self.checkpoints.resume_point(value, str(output_folder(self._args)))
         self._resumed_args = {}
@@ -164,20 +170,23 @@ class RunFiles:
         return point
 
     def check_resumable(self, folder: Path, setup: dict[str, Any]) -> None:
-        """Run the checks of [`RunFiles.resume_point`] on one checkpoint, except the search for missing files."""
+        """Check a checkpoint as [`RunFiles.resume_point`] does, except for missing files."""
         self._resumed_args = stored_settings(folder)
         check_resumable(folder, setup, self._resumed_args, self._args)
         if not holds_optimizer(folder):
             raise ValueError(
-                f"A checkpoint to resume from must hold the optimizer's state. {folder} was saved without it "
-                "(`save_only_model=True`). Pass its weights as `model` to start anew from them."
+                f"A checkpoint to resume from must contain the optimizer's state. {folder} was saved without it "
+                "(`save_only_model=True`). Pass this folder as `model` to start anew from its weights."
             )
         refuse_code_in_metadata(folder)
 
     @contextlib.contextmanager
     def loading_optimizer(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[None]:
-        """Load a checkpoint's optimizer and schedule within the context, from tensors only. At its end, this run's
-        settings apply again. Contexts must not be nested: a schedule's last rate would be scaled twice."""
+        """Return a context in which the caller loads a checkpoint's optimizer and schedule. Within the context, pickles
+        that could run code are refused. At its end, this run's own optimizer settings are set again.
+
+        Do not nest these contexts: the last learning rate of a schedule would be scaled twice.
+        """
         rate, rate_before = self._args.learning_rate, self._resumed_args.get("learning_rate")
         settings = OptimizerSettings(optimizer, scheduler, rate, rate_before)
         with self.reading():
@@ -185,7 +194,7 @@ class RunFiles:
         settings.restore(optimizer, scheduler)
 
     def load(self, folder: Path, model: nn.Module) -> None:
-        """Load everything that [`RunFiles.save`] wrote into a checkpoint."""
+        """Load all states that [`RunFiles.save`] wrote into a checkpoint."""
         with self.reading():
             self._load_weights(folder, model)
             for weight_copy in self._weight_copies:
@@ -194,7 +203,7 @@ class RunFiles:
                 controller.load(folder)
 
     def load_best(self, folder: Path, model: nn.Module) -> None:
-        """Load the weights of the best checkpoint, and their average, on which the metric may have been measured."""
+        """Load the weights and the averaged weights of the best checkpoint."""
         with self.reading():
             self._load_weights(folder, model)
             if self._average is not None:
@@ -209,7 +218,7 @@ class RunFiles:
         self._engine.scatter(weights, self._weights.tensors())
 
     def reading(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context for reading a checkpoint's files; see [`~.unpickling.tensors_only`]."""
+        """Return a context in which pickles that could run code are refused; see [`~.unpickling.tensors_only`]."""
         return tensors_only(self._engine.pickled_types)
 
 

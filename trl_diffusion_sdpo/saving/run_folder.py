@@ -1,4 +1,5 @@
-"""The output folder of a run. One run uses it at a time, and files of other runs are moved into a subfolder."""
+"""Protects the output folder of a run: only one run uses a folder at a time, and files of earlier runs are moved into a
+subfolder."""
 
 from __future__ import annotations
 
@@ -20,20 +21,22 @@ from .weights import PEFT_CONFIG_FILE, PEFT_FILE
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = "_run.lock"  # files with an underscore are not published
-LOCK_SECONDS = 10.0  # workers of a killed run hold its lock until they notice
+LOCK_FILE = "_run.lock"  # the underscore excludes the file from uploads
+LOCK_SECONDS = 10.0  # time to wait for a lock, because data loader workers of a killed run hold it for some seconds
 PREVIOUS_RUN = "previous-run"
-# Files of `save_model`, besides folders of the pipeline's components. No wider patterns: users have files there too.
+# Patterns of the files that `save_model` writes, besides folders of the pipeline's components. They are narrow, so that
+# files of the user in the same folder are never moved.
 WEIGHTS = ("pytorch_lora_weights*.safetensors", PEFT_FILE, PEFT_CONFIG_FILE, "model_index.json", EMA_FOLDER)
 RESULTS = (*WEIGHTS, SETUP_FILE, ARGS_FILE, "README.md")
 
 
 class RunFolder:
-    """The output folder of one trainer's run.
+    """Lock of a run's output folder, which also moves the files of earlier runs away.
 
     Args:
-        components (`Sequence[str]`): Names of the pipeline's components, which are saved in folders of these names.
-        reports (`Sequence[str]`): Patterns of the files that are written during training besides checkpoints.
+        components (`Sequence[str]`): Names of the pipeline's components. The folders of saved components have these
+            names.
+        reports (`Sequence[str]`): Patterns of the files that training writes besides checkpoints and weights.
     """
 
     def __init__(self, args: TrainingArguments, components: Sequence[str], reports: Sequence[str]):
@@ -44,18 +47,20 @@ class RunFolder:
 
     @property
     def path(self) -> Path:
-        """The output folder."""
+        """Path of the output folder."""
         return output_folder(self._args)
 
     @contextlib.contextmanager
     def locked(self, *, all_processes: bool = False) -> Iterator[None]:
-        """Lock the folder against other runs. Contexts may be nested. The first process owns the lock.
+        """Lock the folder against other runs within the context. Contexts may be nested. The first process of the run
+        holds the lock.
 
         Args:
-            all_processes (`bool`): Whether all processes enter. They all raise if the folder is in use.
+            all_processes (`bool`): Whether all processes of the run enter the context together. If another run has
+                locked the folder, all processes raise.
 
         Raises:
-            `ValueError`: If another running process has locked the folder.
+            `ValueError`: If another run has locked the folder.
         """
         is_first = self._processes.is_main_process
         with failing_together(ValueError) if all_processes else contextlib.nullcontext():
@@ -68,14 +73,15 @@ class RunFolder:
                 self._release()
 
     def begin(self, checkpoint: str | Path | None, *, overwrite: bool) -> None:
-        """Prepare the folder for a run that starts, or resumes from a checkpoint. All processes must call it.
+        """Move files of earlier runs away before a run starts or resumes. All processes must call this method.
 
         Args:
-            checkpoint (`str` or `Path`, *optional*): Checkpoint to resume from, in this folder or elsewhere.
-            overwrite (`bool`): Whether another run's files may be moved into [`PREVIOUS_RUN`].
+            checkpoint (`str` or `Path`, *optional*): Checkpoint to resume from. The checkpoint may be in another
+                folder.
+            overwrite (`bool`): Whether to move the files of another run into a subfolder, instead of raising an error.
 
         Raises:
-            `ValueError`: If the folder holds another run and `overwrite` is not set.
+            `ValueError`: If the folder contains files of another run and `overwrite` is not set.
         """
         with failing_together(ValueError):
             if self._processes.is_main_process:
@@ -91,18 +97,19 @@ class RunFolder:
             self._lock.acquire()
         except Timeout as error:
             raise ValueError(
-                f"A folder takes one run at a time, and another process writes into {self.path}. Choose another "
-                "`output_dir`, or wait until that run has ended."
+                f"Only one run can use an output folder at a time, and another run is using {self.path}. Choose "
+                "another `output_dir`, or wait until that run has ended."
             ) from error
 
     def _release(self) -> None:
         if self._lock.lock_counter == 1:
-            with contextlib.suppress(OSError):  # Windows removes no open file
-                Path(self._lock.lock_file).unlink()  # a process that waits for the removed file opens a new one
+            with contextlib.suppress(OSError):  # Windows does not remove open files
+                Path(self._lock.lock_file).unlink()  # a process that waits for the lock then makes a new file
         self._lock.release()
 
     def _move_other_run(self, overwrite: bool) -> None:
-        """Move another run's files away. Raise `ValueError` if there are some and `overwrite` is not set."""
+        """Move files of another run into a subfolder. If there are such files, raise `ValueError` unless `overwrite` is
+        set."""
         restore_replaced(self.path)
         checkpoints = list(checkpoints_in(self.path))
         has_weights = not self._has_begun and (self.path / SETUP_FILE).is_file()
@@ -110,15 +117,16 @@ class RunFolder:
         files += ["tuned weights"] if has_weights else []
         if files and not overwrite:
             raise ValueError(
-                f"A new run needs a folder without another run, and `output_dir` {self.path} holds one "
-                f"({', '.join(files)}). Continue that run with `resume_from_checkpoint=True`, choose another folder, "
-                f"or set `overwrite_output_dir=True`, which moves its files into {self._previous_run().name}."
+                f"A new run needs an output folder without files of another run, and {self.path} contains "
+                f"{' and '.join(files)}. Continue the other run with `resume_from_checkpoint=True`, choose another "
+                "`output_dir`, or set `overwrite_output_dir=True` to move the other run's files into the subfolder "
+                f"{self._previous_run().name}."
             )
         if files:
             self._move_away([*checkpoints, *self._results(), *self._matching(self._reports)], "files of another run")
 
     def _move_later_checkpoints(self, checkpoint: Path) -> None:
-        """Move the checkpoints and results that were written after the one that the run resumes from."""
+        """Move the checkpoints and results that were written after `checkpoint`, from which the run resumes."""
         step = step_of(checkpoint)
         later = [path for path, other in checkpoints_in(self.path).items() if step is not None and other > step]
         if later:
@@ -140,19 +148,20 @@ class RunFolder:
         logger.warning("Moved %s to %s: %s.", what, folder, ", ".join(path.name for path in paths))
 
     def _previous_run(self) -> Path:
-        """Return a new folder for the files of an earlier run."""
+        """Return the path of a new subfolder for the files of an earlier run."""
         numbers = [path.name.rpartition("-")[2] for path in self.path.glob(f"{PREVIOUS_RUN}-*")]
         number = 1 + max((int(number) for number in numbers if number.isdigit()), default=0)
         return self.path / f"{PREVIOUS_RUN}-{number}"
 
 
 def refuse_own_start(output_dir: str, names: Iterable[Any]) -> None:
-    """Raise `ValueError` if a run starts from its own output folder, or from a checkpoint or weights in it.
+    """Raise `ValueError` if a run starts from its own output folder, or from a checkpoint or weights in that folder.
 
-    Saving would overwrite these files, or `overwrite_output_dir` would move them.
+    Saving would overwrite these files, and `overwrite_output_dir` would move them.
 
     Args:
-        names (`Iterable`): Folders, files or Hub ids of model, LoRA and reference. Objects and `None` are ignored.
+        names (`Iterable`): Folders, files or Hub ids of the model, the LoRA and the reference from which the run
+            starts. Other objects and `None` are ignored.
     """
     folder = Path(output_dir).resolve()
     for name in names:
@@ -162,7 +171,7 @@ def refuse_own_start(output_dir: str, names: Iterable[Any]) -> None:
         first = Path(*path.relative_to(folder).parts[:1])
         if path == folder or step_of(first) is not None or any(first.match(pattern) for pattern in WEIGHTS):
             raise ValueError(
-                "`output_dir` must be another folder than the model's, the LoRA's and the reference's: saving would "
-                f"overwrite or move what the run starts from; got {output_dir!r}, and {str(name)!r} is in it. To "
-                "continue an interrupted run, use `resume_from_checkpoint`."
+                "`output_dir` must not contain the model, the LoRA or the reference from which the run starts, because "
+                f"the run would overwrite or move them. Got the folder {output_dir!r}, and {str(name)!r} is in this "
+                "folder. Choose another `output_dir`, or use `resume_from_checkpoint` to continue an interrupted run."
             )

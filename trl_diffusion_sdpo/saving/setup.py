@@ -1,4 +1,5 @@
-"""The set-up file, saved with the weights: model, engine, data and settings of the run that wrote them."""
+"""Reads and writes the set-up file, which is saved with a run's weights and records the run's model, engine, data and
+settings."""
 
 from __future__ import annotations
 
@@ -17,13 +18,14 @@ ARGS_FILE = "training_args.json"  # all arguments; never uploaded, because they 
 
 
 def output_folder(args: TrainingArguments) -> Path:
-    """Return the output folder. transformers types `output_dir` as optional, but always sets it."""
+    """Return the path of a run's output folder. transformers types `output_dir` as optional, but always sets it."""
     assert args.output_dir is not None
     return Path(args.output_dir)
 
 
 def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
-    """Return a short hash of the names, shapes and up to 16 values of each tensor. It is equal on every machine."""
+    """Return a short hash of the name, the shape and about 16 values of each tensor. The hash does not depend on the
+    machine."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         flat = tensors[name].detach().flatten()

@@ -1,4 +1,5 @@
-"""The pipeline, denoiser and LoRA that a run starts from. An earlier run's output folder names all three."""
+"""Finds the pipeline, the denoiser and the LoRA from which a run starts. A user may name all three by the output folder
+of an earlier run."""
 
 from __future__ import annotations
 
@@ -26,51 +27,55 @@ from .weights import PEFT_CONFIG_FILE, PEFT_FILE, read_adapter
 
 logger = logging.getLogger(__name__)
 
-BASE = "base_model"  # key of `recorded_base` beside the arguments, and in the set-up file if it names no local folder
+# Key under which files record the result of `recorded_base`: always in the file of the arguments, and also in the
+# set-up file unless a local folder is named.
+BASE = "base_model"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 INDEX_FILE = "model_index.json"
-_OPTIONS = ("revision", "variant", "config")  # options of loading that change the weights
-_DEFAULTS = {"revision": (None, "main")}  # values of a user that do not replace recorded ones
+_OPTIONS = ("revision", "variant", "config")  # arguments of `from_pretrained` that change which weights are loaded
+_DEFAULTS = {"revision": (None, "main")}  # if the user passes one of these values, the recorded value is used
 _OTHER_KINDS = {"lokr_": "a LoKr", "hada_": "a LoHa", "oft_": "an OFT"}
 _OF_TEXT = ("text_encoder", "lora_te")
 
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """Where to load the parts of a policy from."""
+    """Folders, files or Hub ids from which to load the parts of a policy."""
 
-    pipeline: str  # Hub id, folder or file
-    options: Mapping[str, Any] = field(default_factory=dict)  # options with which an earlier run loaded the pipeline
-    denoiser: str | None = None  # folder of a run that tuned all weights of the denoiser
+    pipeline: str  # Hub id, folder or file of the pipeline
+    options: Mapping[str, Any] = field(default_factory=dict)  # arguments with which an earlier run loaded the pipeline
+    denoiser: str | None = None  # folder of an earlier run that tuned all weights of the denoiser
     adapter: str | None = None  # folder, file or Hub id of a LoRA on the denoiser
 
     def with_recorded(self, options: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return the options for loading the pipeline. A user's options replace recorded ones, unless they are the
-        defaults."""
+        """Return the arguments with which to load the pipeline. The user's arguments replace those that the earlier run
+        recorded, unless the user's are the defaults."""
         chosen = {key: value for key, value in (options or {}).items() if value not in _DEFAULTS.get(key, (None,))}
         return {**(options or {}), **self.options, **chosen}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The start of a run, as its files record it."""
+    """Record of the model from which a run started."""
 
     name_or_path: str | None  # Hub id, folder or file of the pipeline; `None` for a pipeline object
-    base: dict[str, Any] | None  # see `recorded_base`
+    base: dict[str, Any] | None  # result of `recorded_base`
     fingerprint: str  # hash of the denoiser's weights before training
-    reference: str  # kind of the reference
+    reference: str  # kind of the reference, such as a second adapter
     gave_reference: bool  # whether the user passed the reference
 
 
 def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike | None = None) -> StartingPoint:
-    """Return the parts of a policy by the name of a pipeline or of a run. A run is named by its output folder, one of
-    its checkpoints, or its folder of averaged weights.
+    """Return where to load the parts of a policy from.
 
     Args:
-        adapter (`str` or `os.PathLike`, *optional*): A LoRA that continues training.
+        name_or_path (`str` or `os.PathLike`): A pipeline, or the weights of an earlier run: its output folder, one of
+            its checkpoints, or its folder of averaged weights.
+        adapter (`str` or `os.PathLike`, *optional*): A LoRA to train further.
 
     Raises:
-        `ValueError`: If the run's pipeline is unknown or no longer there, or there would be two LoRAs.
+        `ValueError`: If the earlier run did not record its pipeline, if that pipeline's folder no longer exists, or if
+            both arguments name a LoRA.
     """
     folder = Path(name_or_path)
     run = run_of(folder)
@@ -83,8 +88,8 @@ def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike |
         return StartingPoint(base["pipeline"], base["options"], denoiser=str(folder), adapter=chosen)
     if adapter is not None:
         raise ValueError(
-            f"A policy has one LoRA. {folder} is the run of a LoRA, and `adapter_name_or_path` is {chosen}. Pass the "
-            "run's base as the model, or only one of the two."
+            f"A policy can have only one LoRA. The run in {folder} trained a LoRA, and `adapter_name_or_path` names "
+            f"another: {chosen}. Leave out `adapter_name_or_path`, or pass the base pipeline of that run as the model."
         )
     base = _read_base(run, needs_denoiser=True, advice=f"pass `adapter_name_or_path` {run}")
     return StartingPoint(base["pipeline"], base["options"], denoiser=base["denoiser"], adapter=str(folder))
@@ -93,7 +98,8 @@ def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike |
 def recorded_base(
     name_or_path: str | None, options: Mapping[str, Any], denoiser_folder: str | None
 ) -> dict[str, Any] | None:
-    """Return the start of a run for its files, with absolute paths; `None` for a pipeline object."""
+    """Return the model from which a run starts, as the run's files record it. Paths are absolute. Return `None` if the
+    user passed a pipeline object."""
     if name_or_path is None:
         return None
     recorded = {key: options[key] for key in _OPTIONS if options.get(key) is not None}
@@ -104,7 +110,7 @@ def recorded_base(
 
 
 def public_base(base: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return a recorded base unchanged if it names no folder of this machine, otherwise `None`."""
+    """Return the result of [`recorded_base`] if it contains no path of this machine, otherwise `None`."""
     if base is None:
         return None
     names = [base["pipeline"], base["denoiser"], *base["options"].values()]
@@ -112,24 +118,26 @@ def public_base(base: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def attach_adapter(pipeline: DiffusionPipeline, denoiser_name: str, source: str, *, seed: int = 0) -> str:
-    """Load a trained LoRA into a pipeline's denoiser, which must have no adapter. Warn if the LoRA's run recorded other
-    base weights.
+    """Load a trained LoRA into a pipeline's denoiser. Log a warning if the LoRA was trained on other base weights.
 
     Args:
         source (`str`): Folder in PEFT's or diffusers' format, a `.safetensors` file that the pipeline's
-            `load_lora_weights` reads, or a Hub id. If a folder has both formats, PEFT's is read, because it has the
-            weights as they were trained.
-        seed (`int`): Seed of the initialization that the weights replace.
+            `load_lora_weights` reads, or a Hub id. If a folder has both formats, PEFT's is read, because its weights
+            are exactly the trained weights.
+        seed (`int`): Seed of the LoRA's random initialization, before the trained weights replace it.
 
     Returns:
-        `str`: The adapter's name.
+        `str`: Name of the adapter in the denoiser.
 
     Raises:
-        `ValueError`: If there is no LoRA, or it is of another kind, or it does not fit the denoiser.
+        `ValueError`: If `source` contains no LoRA or another kind of adapter, if the LoRA does not fit the denoiser, or
+            if the denoiser already has an adapter.
     """
     denoiser = getattr(pipeline, denoiser_name)
     if active_adapter(denoiser) is not None:
-        raise ValueError(f"A policy has one LoRA. The model has one already, and {source} is another. Pass only one.")
+        raise ValueError(
+            f"A policy can have only one LoRA, and the model already has one. Leave out the LoRA {source}."
+        )
     path = _download_if_remote(source)
     _warn_of_another_base(denoiser, path)
     try:
@@ -141,22 +149,30 @@ def attach_adapter(pipeline: DiffusionPipeline, denoiser_name: str, source: str,
     except (RuntimeError, KeyError, SafetensorError, OSError, ValueError, TypeError) as error:
         if is_own(error):
             raise
-        raise ValueError(f"The LoRA {source} cannot be put onto a {type(denoiser).__name__}: {error}") from error
+        raise ValueError(f"The LoRA {source} cannot be loaded into a {type(denoiser).__name__}: {error}") from error
     if name is None:
         raise ValueError(
-            f"A LoRA that continues training must be of the pipeline's {denoiser_name}, a {type(denoiser).__name__}. "
-            f"{source} has no weights for it. Check that it is a LoRA of this model."
+            f"A LoRA to train further must have weights for the pipeline's {denoiser_name}, a "
+            f"{type(denoiser).__name__}. {source} has none. Check that it is a LoRA for this model."
         )
     return name
 
 
 def _read_base(run: Path, *, needs_denoiser: bool, advice: str) -> Any:
-    """Return the recorded base of a run. Raise `ValueError` if it is unknown, or if a folder in it no longer exists."""
+    """Return the model from which an earlier run started.
+
+    Args:
+        needs_denoiser (`bool`): Whether the recorded folder of the denoiser must exist too.
+        advice (`str`): End of the error message.
+
+    Raises:
+        `ValueError`: If the run did not record its model, or if a recorded folder no longer exists.
+    """
     base = stored_settings(run).get(BASE) or read_setup(run).get(BASE)
     if not isinstance(base, Mapping):
         raise ValueError(
-            f"The run in {run} does not say which pipeline it started from. Pass that pipeline as the model, and "
-            f"{advice}."
+            f"The files of the run in {run} do not say from which pipeline it started. Pass that pipeline as the "
+            f"model, and {advice}."
         )
     for path in (base["pipeline"], base["denoiser"] if needs_denoiser else None):
         if path is not None and os.path.isabs(path) and not os.path.exists(path):
@@ -168,7 +184,8 @@ def _read_base(run: Path, *, needs_denoiser: bool, advice: str) -> Any:
 
 
 def run_of(folder: Path) -> Path:
-    """Return the folder with the set-up file of weights. Averaged weights are in a subfolder of it."""
+    """Return the folder with the set-up file of a run. For the folder of averaged weights, this is the parent
+    folder."""
     return folder.parent if folder.name == EMA_FOLDER and not (folder / SETUP_FILE).is_file() else folder
 
 
@@ -181,8 +198,8 @@ def _warn_of_another_base(denoiser: nn.Module, path: Path) -> None:
     current = fingerprint(tensors)
     if current != trained_on:
         logger.warning(
-            "The LoRA of %s was trained on weights of the fingerprint %s, and these have %s: another base, "
-            "revision, `dtype` or quantization.",
+            "The LoRA of %s was trained on base weights with the fingerprint %s, and the model's weights have the "
+            "fingerprint %s. The model, its revision, its `dtype` or its quantization differs.",
             *(path, trained_on, current),
         )
 
@@ -192,7 +209,7 @@ def _attach_peft(denoiser: nn.Module, folder: Path, seed: int) -> None:
         raise ValueError(_no_lora(folder / PEFT_FILE))
     config = PeftConfig.from_pretrained(str(folder))
     if isinstance(config, LoraConfig):
-        config.init_lora_weights = True  # overwritten below
+        config.init_lora_weights = True  # the trained weights replace the initialization below
         config.inference_mode = False
     name = add_lora(denoiser, config, (), seed)
     shapes = {key: tuple(value.shape) for key, value in adapter_state(denoiser, name).items()}
@@ -202,11 +219,11 @@ def _attach_peft(denoiser: nn.Module, folder: Path, seed: int) -> None:
 
 
 def _attach_by_pipeline(pipeline: Any, file: Path) -> None:
-    """Load a file in a format that diffusers converts."""
+    """Load a LoRA from a file by the pipeline's `load_lora_weights`."""
     if not loads_lora(type(pipeline)):
         raise ValueError(
-            f"diffusers has no reader of LoRA files for {type(pipeline).__name__}, got {file}. Use a folder in PEFT's "
-            f"format, with {PEFT_CONFIG_FILE}."
+            f"A {type(pipeline).__name__} has no `load_lora_weights`, so it cannot load {file}. Use a folder in PEFT's "
+            f"format, with the file {PEFT_CONFIG_FILE}."
         )
     if not file.is_file() or file.suffix != ".safetensors":
         raise ValueError(_no_lora(file))
@@ -215,13 +232,14 @@ def _attach_by_pipeline(pipeline: Any, file: Path) -> None:
     kind = next((kind for mark, kind in _OTHER_KINDS.items() if any(mark in key for key in keys)), None)
     if kind is not None:
         raise ValueError(
-            f"Only a LoRA continues training, and {file} is {kind}. Fuse it into the base, and train a LoRA on that."
+            f"Only a LoRA can be trained further, and {file} is {kind}. Fuse the file into the base, and train a LoRA."
         )
     of_text = next((key for key in keys if key.startswith(_OF_TEXT)), None)
     if of_text is not None:
         raise ValueError(
-            f"Text encoders do not train, and {file} has a LoRA for them, such as {of_text}. The saved LoRA would lack "
-            "it. Fuse it into the base, or remove these tensors from the file."
+            f"The trainer does not tune text encoders, and {file} contains LoRA weights for them, such as {of_text}. "
+            "The saved LoRA would not contain these weights. Fuse the LoRA into the base model, or remove the weights "
+            "of text encoders from the file."
         )
     pipeline.load_lora_weights(
         file.parent, weight_name=file.name, adapter_name=POLICY_ADAPTER, use_safetensors=True, local_files_only=True
@@ -230,21 +248,21 @@ def _attach_by_pipeline(pipeline: Any, file: Path) -> None:
 
 def _no_lora(file: Path) -> str:
     return (
-        f"A LoRA is a folder with {PEFT_CONFIG_FILE} and {PEFT_FILE}, or with {LORA_FILE}, or a .safetensors file. "
-        f"There is none at {file}. Pickled files (.bin, .pt, .ckpt) are never read."
+        f"A LoRA must be a folder with {PEFT_CONFIG_FILE} and {PEFT_FILE}, a folder with {LORA_FILE}, or a "
+        f".safetensors file. There is no LoRA at {file}. Pickles (.bin, .pt, .ckpt) are never read."
     )
 
 
 def _download_if_remote(source: str) -> Path:
-    """Return the local folder or file of a LoRA. A Hub id is downloaded."""
+    """Return the local folder or file of a LoRA. If `source` is a Hub id, download the LoRA first."""
     if os.path.exists(source):
         return Path(source)
     try:
         return Path(snapshot_download(source, allow_patterns=[PEFT_CONFIG_FILE, PEFT_FILE, LORA_FILE, SETUP_FILE]))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ValueError(
-            f"A LoRA is a folder, a .safetensors file or a Hub id. There is no folder or file {source}, and the Hub "
-            f"gave none: {error}"
+            f"A LoRA must be a folder, a .safetensors file or a Hub id. No folder or file is named {source}, and it "
+            f"cannot be downloaded from the Hub: {error}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's files so that none of them can run code."""
+"""Refuses pickles in a checkpoint that could run code when they are loaded."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from ..engines.sharding import unwrapping_refused_pickles
 DISTRIBUTED_METADATA = "optimizer_*/*.metadata"  # `torch.distributed.checkpoint` writes it for FSDP2's shards
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _REFUSED = (
-    "A checkpoint must hold tensors, numbers and settings only. One of its files can run code when it is read, or is "
-    "damaged: {}. Resume from another checkpoint, or pass this one's weights as `model` to start anew from them."
+    "The files of a checkpoint must contain tensors, numbers and settings only. One of the files is damaged or could "
+    "run code when it is loaded: {}. Resume from another checkpoint, or pass this checkpoint's folder as `model` to "
+    "start anew from its weights."
 )
 _DAMAGED = (
-    "A file of the checkpoint cannot be read: {}. Copy it again if it is a copy, or resume from another checkpoint."
+    "A file of the checkpoint cannot be read: {}. If the checkpoint is a copy, copy it again. Otherwise resume from "
+    "another checkpoint."
 )
 _METADATA_CLASSES = {
     "pathlib": ("PosixPath",),
@@ -40,25 +42,28 @@ _METADATA_CLASSES = {
 
 @contextlib.contextmanager
 def tensors_only(allowed: Sequence[type]) -> Iterator[None]:
-    """Make every `torch.load` within the context refuse pickles that could run code, even calls by other libraries.
+    """Make every `torch.load` within the context refuse pickles that could run code. Calls of `torch.load` by other
+    libraries are included.
 
     Args:
-        allowed (`Sequence[type]`): Classes of the engine that pickles may contain.
+        allowed (`Sequence[type]`): Classes that pickles may contain, because the engine saves objects of them.
 
     Raises:
-        `ValueError`: If a pickle was refused, or a file is damaged.
+        `ValueError`: If a pickle could run code, or a file is damaged.
     """
     with _forced_weights_only(), safe_globals(list(allowed)):
         try:
             with unwrapping_refused_pickles():
                 yield
         except pickle.UnpicklingError as error:
-            asked = re.search(r"GLOBAL (\S+)", str(error))  # torch's message advises to load without a check
+            asked = re.search(
+                r"GLOBAL (\S+)", str(error)
+            )  # torch's message would advise the user to load without a check
             raise ValueError(_REFUSED.format(f"it asks for {asked[1]}" if asked else "no plain pickle")) from error
         except (SafetensorError, EOFError, FileNotFoundError) as error:
             raise ValueError(_DAMAGED.format(error)) from error
         except RuntimeError as error:
-            if "PytorchStreamReader" not in str(error):  # torch has no class for a damaged file
+            if "PytorchStreamReader" not in str(error):  # torch has no error class for a damaged file
                 raise
             raise ValueError(_DAMAGED.format(str(error).partition("\n")[0])) from error
 
@@ -75,7 +80,8 @@ def _forced_weights_only() -> Iterator[None]:
 
 
 def refuse_code_in_metadata(folder: Path) -> None:
-    """Raise `ValueError` if the metadata of FSDP2's shards could run code. torch unpickles them without a check."""
+    """Raise `ValueError` if loading the metadata of FSDP2's shards could run code. torch unpickles them without a
+    check."""
     for file in sorted(folder.glob(DISTRIBUTED_METADATA)):
         try:
             with open(file, "rb") as stream:
@@ -85,7 +91,7 @@ def refuse_code_in_metadata(folder: Path) -> None:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles only the classes that FSDP2's metadata contain."""
+    """Unpickler that refuses all classes except those that FSDP2's metadata contain."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)

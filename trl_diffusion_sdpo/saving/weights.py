@@ -1,4 +1,4 @@
-"""Writes tuned weights in the formats of diffusers and PEFT, and reads them without loss."""
+"""Writes the tuned weights in the formats of diffusers and PEFT, and reads exactly the same weights again."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ LORA_A, LORA_B = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")
 class WeightFiles:
     """Reads and writes the weights that a run tunes: a LoRA, or all weights of the denoiser.
 
-    Construct it before an engine shards the weights, because the constructor records their shapes.
+    Construct this object before an engine shards the weights, because the constructor records the weights' shapes.
 
     Args:
         pipeline (`DiffusionPipeline`): Pipeline whose denoiser is tuned.
-        denoiser_name (`str`): The pipeline's attribute, `"unet"` or `"transformer"`.
-        adapter (`str`, *optional*): Name of the LoRA; all weights are tuned if unset.
-        whole_pipeline (`Callable`, *optional*): Returns the pipeline with its encoders, if it was loaded without.
+        denoiser_name (`str`): Attribute of the pipeline that is the denoiser: `"unet"` or `"transformer"`.
+        adapter (`str`, *optional*): Name of the LoRA. If it is `None`, all weights of the denoiser are tuned.
+        whole_pipeline (`Callable`, *optional*): Returns the pipeline with its text encoders and VAE. Needed if
+            `pipeline` was loaded without these components.
     """
 
     def __init__(
@@ -49,20 +50,22 @@ class WeightFiles:
         tensors = self.tensors()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         copies = 1 if adapter is None else 2  # a LoRA is written in two formats
-        self.bytes_needed = sum(tensor.nbytes for tensor in tensors.values()) * copies  # on disk
+        self.bytes_needed = sum(tensor.nbytes for tensor in tensors.values()) * copies  # smallest size of the files
 
     @property
     def _denoiser(self) -> ModelMixin:
         return self._pipeline.components[self._denoiser_name]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the adapter's parameters, or all parameters and buffers of the denoiser, without copying them."""
+        """Return the LoRA's parameters, or for full tuning all parameters and buffers of the denoiser, without a
+        copy."""
         if self._adapter is None:
             return self._denoiser.state_dict(keep_vars=True)
         return adapter_state(self._denoiser, self._adapter)
 
     def describe(self) -> dict[str, Any]:
-        """Describe the tuned model for the set-up file: `pipeline_class`, `denoiser_class`, `tuning` and `lora`."""
+        """Return facts about the tuned model for the set-up file: `pipeline_class`, `denoiser_class`, `tuning` and
+        `lora`."""
         lora = None
         if self._adapter is not None:
             config = self._denoiser.peft_config[self._adapter]
@@ -80,13 +83,14 @@ class WeightFiles:
     def save(
         self, folder: Path, weights: dict[str, torch.Tensor] | None = None, *, full_pipeline: bool = False
     ) -> None:
-        """Write the LoRA in the formats of diffusers and PEFT, or the whole denoiser into a folder of its name.
+        """Write the LoRA in the formats of diffusers and PEFT. For full tuning, write the denoiser into a subfolder
+        with the denoiser's name.
 
         Args:
-            folder (`Path`): Folder to write into; created if it is missing.
-            weights (`dict[str, torch.Tensor]`, *optional*): Unsharded tensors to write in place of
-                [`WeightFiles.tensors`], under the same names.
-            full_pipeline (`bool`): Whether to write the pipeline's other components too. Has no effect for a LoRA.
+            folder (`Path`): Folder to write into. If it does not exist, it is created.
+            weights (`dict[str, torch.Tensor]`, *optional*): Unsharded tensors to write, with the names of
+                [`WeightFiles.tensors`]. By default, the model's current tensors are written.
+            full_pipeline (`bool`): For full tuning, whether to write the pipeline's other components too.
         """
         folder.mkdir(parents=True, exist_ok=True)
         if self._adapter is not None:
@@ -109,20 +113,26 @@ class WeightFiles:
         _remove_local_paths([folder / "model_index.json", *configs])
 
     def read(self, folder: Path) -> dict[str, torch.Tensor]:
-        """Read the weights that [`WeightFiles.save`] wrote. Raise `ValueError` if the folder does not contain them."""
+        """Read the weights that [`WeightFiles.save`] wrote. Raise `ValueError` if the folder does not contain such
+        weights."""
         if self._adapter is not None:
             return read_adapter(self.shapes, folder)
         source = folder / self._denoiser_name
         if not source.is_dir():
-            hint = " It holds a LoRA: resume with `peft_config`." if (folder / PEFT_FILE).is_file() else ""
+            hint = (
+                " This checkpoint contains a LoRA. Pass its `peft_config` to resume."
+                if (folder / PEFT_FILE).is_file()
+                else ""
+            )
             raise ValueError(
-                f"A checkpoint of full tuning must hold the folder {self._denoiser_name}; {folder} does not.{hint}"
+                "To resume full tuning, the checkpoint must contain the folder "
+                f"{self._denoiser_name}. {folder} does not.{hint}"
             )
         return type(self._denoiser).from_pretrained(source, use_safetensors=True).state_dict()
 
 
 def _with_weights(denoiser: ModelMixin, weights: dict[str, torch.Tensor]) -> ModelMixin:
-    """Return a denoiser of the same architecture that holds these tensors, without copying them."""
+    """Return a second denoiser of the same architecture whose weights are these tensors. The tensors are not copied."""
     with init_empty_weights():
         twin = type(denoiser).from_config(denoiser.config)
     twin.load_state_dict(weights, strict=True, assign=True)
@@ -136,13 +146,13 @@ def save_adapter(
     denoiser_name: str,
     folder: Path,
 ) -> None:
-    """Write an adapter's weights for [`~peft.PeftModel.from_pretrained`] and for `pipeline.load_lora_weights`, if the
-    pipeline has it.
+    """Write a LoRA in two formats: a file for [`~peft.PeftModel.from_pretrained`], and a file for
+    `pipeline.load_lora_weights` if the pipeline has this method.
 
-    PEFT's file has the weights as they were trained; their scale is in its configuration. In the other file the scale
-    is multiplied into the weights, because tools that read neither diffusers' metadata nor PEFT's configuration assume
-    scale 1. Both files have PEFT's names, because diffusers' conversion to older formats drops all layers but
-    attention.
+    PEFT's file contains the weights as they were trained, and the LoRA's scale is in PEFT's configuration. In
+    diffusers' file, the scale is multiplied into the weights, because some tools read neither diffusers' metadata nor
+    PEFT's configuration and assume scale 1. Both files use PEFT's names of tensors, because diffusers' conversion to
+    older names drops all layers except attention.
     """
     weights = {key: value.detach().contiguous().cpu() for key, value in weights.items()}
     if loads_lora(pipeline_class):
@@ -150,7 +160,8 @@ def save_adapter(
         settings = {f"{denoiser_name}.{name}": value for name, value in public_settings(plain).items()}
 
         def write(tensors: dict[str, torch.Tensor], file: str) -> None:
-            # One entry: safetensors writes several in a random order, and equal files would be uploaded again.
+            # All settings are one metadata entry. safetensors writes several entries in a random order, so unchanged
+            # files would have other bytes and would be uploaded again.
             save_file(tensors, file, {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)})
 
         layers = {f"{denoiser_name}_lora_layers": scaled}
@@ -165,21 +176,23 @@ def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, 
     file = folder / PEFT_FILE
     if not file.is_file():
         raise ValueError(
-            f"A checkpoint of a LoRA must hold {PEFT_FILE}; {folder} does not. Check whether it was tuned in full."
+            f"A checkpoint of a LoRA must contain {PEFT_FILE}, and {folder} does not. If the run tuned all weights, "
+            "resume without `peft_config`."
         )
     state = {key.removeprefix(PEFT_PREFIX): value for key, value in load_file(file).items()}
     stored = {key: tuple(value.shape) for key, value in state.items()}
     if shapes != stored:
         differing = sorted(set(shapes.items()) ^ set(stored.items()))[:4]
         raise ValueError(
-            f"{file} holds a LoRA of another architecture or configuration: {len(stored)} tensors for {len(shapes)}, "
-            f"such as {differing}. Use the base and the `peft_config` of the run that wrote it."
+            f"A LoRA must fit the model, and {file} contains a LoRA for another architecture or configuration. The "
+            f"file has {len(stored)} tensors instead of {len(shapes)}. Names and shapes that differ: {differing}. Use "
+            "the base model and the `peft_config` of the run that wrote this file."
         )
     return state
 
 
 def _remove_local_paths(configs: Iterable[Path]) -> None:
-    """Delete `_name_or_path` from saved configurations if it is a local path."""
+    """Delete the entry `_name_or_path` from saved configurations if it is a local path, because it may be private."""
     for file in configs:
         if not file.is_file():
             continue
@@ -199,28 +212,30 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def ranks(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Return the LoRA's rank in each module, from tensors under their PEFT names."""
+    """Return the LoRA's rank in each module. The keys of `weights` are PEFT's names of tensors."""
     first = {split_key(key)[0]: value for key, value in weights.items() if factor_of(key) in LORA_A}
     return {module: value.shape[0] for module, value in first.items()}
 
 
 def scaling(config: LoraConfig, module: str, rank: int) -> float:
-    """Return the factor that PEFT applies to the LoRA of a module, with the module's own alpha if it has one."""
+    """Return the factor by which PEFT multiplies the LoRA of a module. Uses the module's alpha in `alpha_pattern` if
+    there is one."""
     alpha = config.alpha_pattern.get(pattern_key(config.alpha_pattern, module), config.lora_alpha)
     return lora_scaling(alpha, rank, rank_stabilized=config.use_rslora)
 
 
 def folded(weights: Mapping[str, torch.Tensor], config: LoraConfig) -> tuple[dict[str, torch.Tensor], LoraConfig]:
-    """Multiply the scales of a LoRA into its factors B.
+    """Multiply the scale of each module's LoRA into its factor B.
 
-    This is exact if a scale is a power of two, as with `r=16, lora_alpha=32`. Otherwise each value is rounded once.
+    The product is exact if the scale is a power of two, as with `r=16, lora_alpha=32`. Otherwise each value of factor B
+    is rounded once.
 
     Args:
-        weights (`Mapping[str, torch.Tensor]`): Tensors under their PEFT names.
-        config ([`~peft.LoraConfig`]): Configuration with the alphas, their patterns and `use_rslora`.
+        weights (`Mapping[str, torch.Tensor]`): Tensors by PEFT's names.
+        config ([`~peft.LoraConfig`]): The LoRA's configuration, from which the scales are computed.
 
     Returns:
-        `tuple`: New weights, and a configuration in which every alpha is the rank, so that PEFT applies scale 1.
+        `tuple`: New weights, and a configuration in which every alpha equals the rank, so that PEFT applies scale 1.
     """
     scales = {module: scaling(config, module, rank) for module, rank in ranks(weights).items()}
     scaled = {
@@ -232,7 +247,7 @@ def folded(weights: Mapping[str, torch.Tensor], config: LoraConfig) -> tuple[dic
 
 
 def public_settings(config: LoraConfig) -> dict[str, Any]:
-    """Return a LoRA's settings for a published file, in a fixed order and without local folders."""
+    """Return a LoRA's configuration for a published file: in a fixed order, and without paths of this machine."""
     settings: dict[str, Any] = {
         name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()
     }

@@ -42,7 +42,7 @@ from ..reporting.run_callbacks import plots_of, run_lines
 from ..reporting.sample_images import SAMPLES_FOLDER, final_step, find_sample_images
 from ..reporting.verdict import RunFacts, Verdict, verdict_of
 from ..saving.interrupts import step_exchange, stopping_on_interrupt, was_interrupted
-from ..saving.model_card import RunCard, mean_loss
+from ..saving.model_card import RunCard, changed_settings, mean_loss
 from ..saving.publishing import Publisher, PublishingError
 from ..saving.run_files import RunFiles
 from ..saving.run_folder import PREVIOUS_RUN, RunFolder
@@ -175,6 +175,7 @@ class DiffusionSDPOTrainer(Trainer):
     ):
         # Copy the user's settings, and check that all processes have the same.
         args = copy_and_check_args(model, ref_model, args)
+        settings_of_user = changed_settings(args, resume_settings())
         check_agreement({name: getattr(args, name) for name in (*resume_settings(), *SAME_IN_ALL_PROCESSES)})
         self.sample_scores = load_sample_scores(args)  # first: hours of encoding must not precede a failed download
         ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
@@ -278,7 +279,7 @@ class DiffusionSDPOTrainer(Trainer):
             full_pipeline=args.save_full_pipeline,
             base_model=self.origin.name_or_path,
             trainer_name=self._name,
-            settings=resume_settings(),
+            settings=settings_of_user,
             edits=isinstance(train_dataset, PREPARED) and train_dataset.has_sources,
         )
         self.run_facts = RunFacts(
