@@ -1,4 +1,4 @@
-"""Builds the components of a run: policy, LoRA, reference, VAE and text encoders, and the objects that compute a step."""
+"""Builds the components of a run: policy, LoRA, reference, VAE, text encoders, and the objects that compute a step."""
 
 from __future__ import annotations
 

@@ -262,9 +262,7 @@ def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None,
         )
     if dataset.sizes is not None:
         group = pairs_of_a_step(args, batch)
-        BucketSampler(
-            dataset.sizes, group, seed=0, drop_last=args.dataloader_drop_last
-        )  # raises now the errors that data loaders would raise later
+        BucketSampler(dataset.sizes, group, seed=0, drop_last=args.dataloader_drop_last)  # raises its errors now
         description, warns = dataset.sizes.describe_epoch(
             group,
             drop_last=args.dataloader_drop_last,
