@@ -1,4 +1,4 @@
-"""`DiffusionSDPOTrainer`, a subclass of transformers' Trainer. Its methods are in the order in which a run uses them."""
+"""`DiffusionSDPOTrainer`, a subclass of transformers' Trainer, with methods in the order of a run."""
 
 from __future__ import annotations
 
@@ -384,7 +384,7 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _prepare_data(self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig) -> tuple[Any, Any]:
         """Return both data sets as data sets of pairs. Set `args.dataloader_num_workers` if it is `None`."""
-        # Processes exchange results while they prepare data. With different data, they would wait for each other forever.
+        # Processes exchange results while they prepare data. With different data, one would wait for others forever.
         check_agreement({"train_dataset": outline(train_dataset), "eval_dataset": outline(eval_dataset)})
         prepare = self._preparation.prepare
         train_dataset = prepare(train_dataset, name="train", training=True)
