@@ -69,7 +69,7 @@ class BranchGradients:
         products = self.backend.sum_over_shards(inner_products(ordered))
         scale, metrics = parameter_scale(products, self.mu, anchor=self.anchor)
         finite = products.isfinite().all()
-        # If any of the gradients is not finite, even only that of the anchor, NaN makes the gradient scaler skip the step.
+        # If any gradient is not finite, even only that of the anchor, NaN makes the gradient scaler skip the step.
         subtract_scaled(ordered[0], ordered[1], torch.where(finite, scale, torch.nan))
         self.backend.set_gradient(ordered[0])
         return {name: torch.where(finite, value, 0) for name, value in metrics.items()}, finite, gradients.get(ANCHOR)

@@ -37,7 +37,7 @@ from ..models.reference import Reference
 
 VAE_SEED_MASK = 0x5DEECE66D  # makes the seed of a pair's VAE encoding differ from the seed of its noise
 
-# Metrics of lambda from `diffusion_preference_loss`. With `safeguard="parameter"`, `ParameterSafeguard` logs them instead.
+# Metrics of lambda from `diffusion_preference_loss`. With `safeguard="parameter"`, other code logs these names.
 OUTPUT_SPACE_METRICS = ("safeguard/scale", "safeguard/active", "safeguard/cosine")
 
 
