@@ -341,9 +341,7 @@ class PairForward:
             conditioning, size = inputs["conditioning"] | host, inputs["target_size"]
         else:
             pixels = pixels_as_floats(inputs["pixel_values"])
-            stays = (
-                self._frozen.state == "on device"
-            )  # otherwise `in_use` copies or loads the components for this call
+            stays = self._frozen.state == "on device"  # otherwise `in_use` copies or loads the components now
             with contextlib.nullcontext(self.family) if stays else self._frozen.in_use() as family:
                 latents = family.encode_images(pixels, [*generators, *generators])
                 conditioning = family.encode_prompts(inputs["prompts"])  # one row per pair or per image

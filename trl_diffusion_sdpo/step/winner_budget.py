@@ -100,9 +100,7 @@ class WinnerBudget(StoredController):
         self.probe: list[ProbeBatch] = []  # empty outside of training
         self._forward, self._meter, self._average = forward, meter, average
         self._sorts_by_scores = sorts_by_scores
-        self._unmet = torch.zeros(
-            ()
-        )  # share of noise bins that exceed the budget although the scale of their losers is 0
+        self._unmet = torch.zeros(())  # share of noise bins over the budget in which losers no longer train
         self._has_warned = False
 
     def begin(self, policy: nn.Module, pairs: Sequence[ProbeInputs]) -> None:

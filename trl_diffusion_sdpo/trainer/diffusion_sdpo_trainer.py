@@ -223,9 +223,7 @@ class DiffusionSDPOTrainer(Trainer):
         self._first_step = 0  # step at which `train` began or resumed
         self._saved_step = -1  # step of the last checkpoint of this training
         self._began = 0.0  # monotonic time at which training began
-        self._counted = torch.zeros(
-            0
-        )  # for the pairs of the last evaluation batch: 0 for repetitions that fill it, else 1
+        self._counted = torch.zeros(0)  # for pairs of the last evaluation batch: 1, or 0 for repetitions that fill it
         self._checkpoints_dir = args.output_dir  # a temporary folder while a checkpoint is being written
 
         # Turn the data into pairs, and encode them if `precompute_latents` is set. Encoding needs the device's memory.
@@ -522,12 +520,10 @@ class DiffusionSDPOTrainer(Trainer):
             self._load_engine_checkpoint(resume_from_checkpoint)
         if self.engine.casts_weights:
             self.family.settle_dtype()
-        vars(self).pop(
-            "parameter_safeguard", None
-        )  # an earlier training has built it for another wrapper of the model
-        _ = (
-            self.parameter_safeguard
-        )  # build it, so that an engine that cannot have it is refused before the first step
+        # Build the safeguard anew, because an earlier training built it for another wrapper of the model. Build it now,
+        # so that engines with which it does not work are refused before the first step.
+        vars(self).pop("parameter_safeguard", None)
+        _ = self.parameter_safeguard
         return prepared
 
     def _new_finite_check(self) -> FiniteCheck:
@@ -604,9 +600,7 @@ class DiffusionSDPOTrainer(Trainer):
         if self.state.global_step not in (self._first_step, self._saved_step):
             self.run_files.verify_weights(self.model_wrapped)
         began = time.time() - (time.monotonic() - self._began)  # right even if the system clock was changed
-        settings: dict[str, Any] = {
-            "save_total_limit": None
-        }  # with 1, transformers would keep only the best checkpoint
+        settings: dict[str, Any] = {"save_total_limit": None}  # with 1, transformers would delete other checkpoints
         if was_interrupted(self.callback_handler.callbacks):
             settings["load_best_model_at_end"] = False
         with temporarily(self.args, **settings):
