@@ -35,7 +35,7 @@ class Branches:
 
 
 class Guide:
-    """The call of a guided denoiser, which replaces its normal call.
+    """Function that a guided denoiser runs instead of its normal `__call__`.
 
     Args:
         family ([`Family`]): Family of the pipeline.
@@ -63,7 +63,7 @@ class Guide:
         self.calls += 1
         if self._is_plain:
             return denoiser(*args, **kwargs)
-        # Qwen-Image 2.1 caches the prompt's keys and values at the first step. Policy and reference must not share them.
+        # At the first step, Qwen-Image 2.1 caches the prompt's keys. Policy and reference must not share the cache.
         kwargs = {name: value for name, value in kwargs.items() if name not in ("kv_cache", "kv_cache_mode")}
         call = DenoiserCall(self._signature, args, kwargs, self._family.shared_inputs)
         if not self._is_within(call):

@@ -93,8 +93,8 @@ class _WithMask:
         self._mask: torch.Tensor | None = None
 
     def __call__(self, block: nn.Module, *args: Any) -> Any:
-        # Blocks with two streams come first, with the arguments image, text, modulation, positions, mask. Later blocks get
-        # no text and no mask.
+        # Blocks with two streams come first and get image, text, modulation, positions and mask. Later blocks get
+        # neither text nor mask.
         if len(args) == 5:
             self._mask = args[-1]
         elif len(args) == 3:
