@@ -129,7 +129,7 @@ def load_one_by_one(args: TrainingArguments, items: Dataset, pairs: PreferenceDa
 
     Args:
         items (`Dataset`): Data set whose items are read from `pairs`.
-        item_bytes (`int`): Size of an item's tensors in bytes. It limits the number of workers, because workers hold
+        item_bytes (`int`): Size of an item's tensors in bytes. Larger items allow fewer workers, because workers hold
             items in shared memory.
     """
     workers = args.dataloader_num_workers
@@ -169,8 +169,8 @@ def choose_workers(
             in memory meanwhile.
 
     Returns:
-        `str`: Reason for the chosen number, for the log. It is empty if the user has set the number, or if the data are
-            small.
+        `str`: Reason for the chosen number, for the log. The text is empty if the user has set the number, or if the
+            data are small.
     """
     if args.dataloader_num_workers is not None:
         return ""

@@ -23,8 +23,8 @@ class Engine:
     """What trains the model: a single process or DDP (both called `"plain"`), FSDP2, or DeepSpeed ZeRO.
 
     Args:
-        accelerator (`Callable`): Function that returns the trainer's accelerator. It is called at each use, because
-            transformers creates the accelerator after the engine and changes its plugins until training begins.
+        accelerator (`Callable`): Function that returns the trainer's accelerator. The function is called at each use,
+            because transformers creates the accelerator after the engine and changes its plugins until training begins.
         policy (`Callable`): Function that returns the policy as accelerate wrapped it for the engine.
     """
 

@@ -60,8 +60,8 @@ def set_deepspeed_learning_rate(args: TrainingArguments) -> None:
 def loading_unsharded(args: TrainingArguments) -> Iterator[None]:
     """Within the context, make models load with complete weights in every process.
 
-    Otherwise, under ZeRO-3, transformers would load text encoders as shards, which only DeepSpeed's engine can run.
-    Under FSDP, transformers would load weights only in the first process.
+    Outside of this context, transformers would load text encoders as shards under ZeRO-3, and only DeepSpeed's engine
+    can run shards. Under FSDP, transformers would load weights only in the first process.
     """
     first_process_only = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
     if first_process_only:

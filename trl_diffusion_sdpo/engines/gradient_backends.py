@@ -47,7 +47,7 @@ class GradientBackend(ABC):
         Args:
             objective (`torch.Tensor` of shape `()`): Scalar to differentiate, already divided by the number of
                 micro-batches in the optimizer step.
-            into (`list`, *optional*): Accumulated gradient of earlier micro-batches. It may be changed in place.
+            into (`list`, *optional*): Accumulated gradient of earlier micro-batches, which may be changed in place.
             retain_graph (`bool`): Whether another backward pass through the same graph follows.
         """
 

@@ -67,7 +67,8 @@ def gather_objects(value: Any, *, during_upload: bool = False) -> list[Any]:
 
 @lru_cache(maxsize=1)
 def _upload_group(world: Any) -> Any:
-    """Return a process group of all processes in `world` that waits up to a day. It is created at the first call.
+    """Return a process group of all processes in `world` that waits up to a day. The group is created at the first
+    call.
 
     The group uses gloo, because collectives on an accelerator cannot wait so long.
     """

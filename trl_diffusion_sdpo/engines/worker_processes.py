@@ -1,7 +1,7 @@
 """DataLoader workers that ignore SIGINT and SIGTERM.
 
 When a job is interrupted, all its processes get these signals. The training process then still finishes its step and
-saves a checkpoint. It may need another batch for the step, so the workers must stay alive.
+saves a checkpoint. The training process may need another batch for this step, so the workers must stay alive.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ class DenoiserCall:
     """The arguments that a pipeline passes in one call of its denoiser.
 
     Args:
-        signature (`inspect.Signature`): Signature of the denoiser's `forward`. Its arguments must begin with `self` and
-            the latents.
+        signature (`inspect.Signature`): Signature of the denoiser's `forward`. The first arguments of `forward` must be
+            `self` and the latents.
         args, kwargs: Arguments that the pipeline passed.
         shared (`tuple[str, ...]`): Names of inputs that have no batch dimension.
     """

@@ -1,4 +1,4 @@
-"""Preference guidance: extrapolate the tuned model's predictions from a reference, in pipelines of any family."""
+"""Preference guidance: let a pipeline generate with predictions that go beyond the tuned model, away from a reference."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def preference_guidance(
     callbacks work as usual.
 
     Args:
-        pipeline (`DiffusionPipeline`): Pipeline with the tuned model, for example after `load_lora_weights`. Its class
-            must be one that this package supports (one with a [`Family`]). Modular pipelines of the same models work
-            too.
+        pipeline (`DiffusionPipeline`): Pipeline with the tuned model, for example after `load_lora_weights`. The
+            pipeline's class must be one that this package supports (one with a [`Family`]). Modular pipelines of the
+            same models work too.
         scale (`float`, *optional*, defaults to 3): Strength of the guidance, at least 0. At 1, images are those of the
             tuned model, and the reference need not predict. At 0, images are those of the reference if classifier-free
             guidance is off or the form is `"both"`. The form `"npo"` takes no scale.
@@ -56,12 +56,12 @@ def preference_guidance(
             guidance. Let g be the scale of classifier-free guidance. The policy predicts c for the prompt and u for the
             negative prompt; the reference predicts c_r and u_r.
 
-            - `"conditional"`: `u + g (c - u) + (scale - 1) (c - c_r)`. This form needs three predictions per step,
-              whatever g is.
+            - `"conditional"`: `u + g (c - u) + (scale - 1) (c - c_r)`. The form `"conditional"` needs three predictions
+              per step, whatever g is.
             - `"both"`: `u_s + g (c_s - u_s)`. Both predictions are extrapolated: `c_s = c_r + scale (c - c_r)`, and u_s
-              in the same way. This form needs four predictions per step.
-            - `"npo"`: `u_r + g (c - u_r)`, from Diffusion-NPO. This form needs two predictions per step, as many as the
-              pipeline without this guidance.
+              in the same way. The form `"both"` needs four predictions per step.
+            - `"npo"`: `u_r + g (c - u_r)`, from Diffusion-NPO. The form `"npo"` needs two predictions per step, as many
+              as the pipeline without this guidance.
 
             Without classifier-free guidance, `"conditional"` and `"both"` are equal, and `"npo"` has no effect.
         interval (`tuple[float, float]`, *optional*): Lowest and highest noise level at which to guide, from 0 (clean

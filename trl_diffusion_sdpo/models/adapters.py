@@ -115,9 +115,10 @@ def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tupl
 
     Args:
         denoiser (`nn.Module`): Denoiser without adapters.
-        peft_config ([`~peft.LoraConfig`]): Configuration of the LoRA. It is copied. Its `target_modules` may be `None`.
+        peft_config ([`~peft.LoraConfig`]): Configuration of the LoRA, in which `target_modules` may be `None`. The
+            object is copied, not changed.
         default_targets (`tuple[str, ...]`): `target_modules` to use if the configuration has none.
-        seed (`int`): Seed of the random initialization. It must be equal in all processes.
+        seed (`int`): Seed of the random initialization. The seed must be equal in all processes.
 
     Returns:
         `str`: The adapter's name.

@@ -16,8 +16,8 @@ EMA_ADAPTER = "ema"
 class EMAWeights(WeightCopy):
     """Exponential moving average of the policy's trained weights.
 
-    If a LoRA (`adapter`) trains, the averaged weights are a second LoRA on the same denoiser. Otherwise they are a
-    second denoiser.
+    If a LoRA (`adapter`) trains, the averaged weights are a second LoRA on the same denoiser. In full tuning, the
+    averaged weights are a second denoiser.
 
     Args:
         decay (`float`): Decay in `average = decay * average + (1 - decay) * weights`, in `(0, 1)`.

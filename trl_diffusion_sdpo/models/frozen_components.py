@@ -1,6 +1,6 @@
 """VAE and text encoders of a pipeline, which are never trained.
 
-They stay on the accelerator, or are copied or loaded there only while they encode.
+VAE and text encoders stay on the accelerator, or are copied or loaded there only while they encode.
 """
 
 from __future__ import annotations
@@ -267,8 +267,8 @@ def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> ModelMixin:
-    """Return the VAE in the dtype `wanted`, or in a suitable one for `"auto"`. It is copied if the dtype changes. A VAE
-    can overflow only in float16, because bfloat16 has the range of float32."""
+    """Return the VAE in the dtype `wanted`, or in a suitable one for `"auto"`. The VAE is copied if its dtype changes.
+    A VAE can overflow only in float16, because bfloat16 has the range of float32."""
     overflows = vae.config.get(OVERFLOWS, False)
     dtype = vae.dtype
     if wanted != "auto":

@@ -77,7 +77,7 @@ def load_model(
         model (`str`, `Path`, `DiffusionPipeline` or `nn.Module`): A Hub id or folder, a pipeline, or a denoiser. The
             denoiser may be inside a [`~peft.PeftModel`].
         processing_class (`DiffusionPipeline`, *optional*): Pipeline whose VAE, text encoders and scheduler are used if
-            `model` is a denoiser. This pipeline itself is not changed.
+            `model` is a denoiser. The `processing_class` itself is not changed.
         model_init_kwargs (`dict`, *optional*): Arguments of `from_pretrained` for a Hub id or folder. `dtype` may be a
             string.
         quantization_config (*optional*): Quantization of the denoiser's frozen weights, for a Hub id or folder.
@@ -110,13 +110,13 @@ def load_reference(
     """Return the denoiser of `ref_model`. If `ref_model` is a Hub id or folder, only the denoiser is loaded from it.
 
     Args:
-        policy ([`LoadedModel`]): The policy. Its dtype is the default for the reference, and its pipeline is used if
-            `ref_model` is a denoiser.
+        policy ([`LoadedModel`]): The policy. The policy's dtype is the default for the reference, and the policy's
+            pipeline is used if `ref_model` is a denoiser.
         model_init_kwargs (`dict`, *optional*): Arguments with which the policy was loaded. If `ref_model` is a Hub id
             or folder, those in [`SHARED_OPTIONS`] apply to it too, and `config` applies if both models are single
             files. `revision` never applies, because it belongs to the policy's repository.
-        ref_model_init_kwargs (`dict`, *optional*): Arguments with which a Hub id or folder is loaded. They override
-            `model_init_kwargs`.
+        ref_model_init_kwargs (`dict`, *optional*): Arguments with which a Hub id or folder is loaded. These arguments
+            override `model_init_kwargs`.
         denoiser_folder (`str`, *optional*): Folder of a denoiser that is loaded instead of the one in the Hub id or
             folder.
 

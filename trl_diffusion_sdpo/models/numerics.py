@@ -43,7 +43,7 @@ def autocast_dtype(mixed_precision: str) -> torch.dtype | None:
 def halve_autocast_weights(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast the weights of linear and convolution layers to autocast's dtype.
 
-    This saves memory and does not change results, because autocast would cast these weights at every use. Norms and
+    The cast saves memory and does not change results, because autocast would cast these weights at every use. Norms and
     embeddings are not cast, because autocast does not cast them either.
     """
     for layer in module.modules():

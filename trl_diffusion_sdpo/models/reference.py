@@ -45,8 +45,8 @@ class NoReference(Reference):
 
 
 class AdapterOffReference(Reference):
-    """The policy with its LoRA switched off. It is the policy before training if the LoRA started without effect on the
-    output, and takes no memory."""
+    """The policy with its LoRA switched off. If the LoRA is new, the denoiser without it is exactly the policy before
+    training. This reference takes no memory."""
 
     kind = "adapter_off"
 
@@ -55,8 +55,8 @@ class AdapterOffReference(Reference):
 
 
 class AdapterReference(Reference):
-    """A second LoRA on the policy's denoiser. Its weights are those of the policy's LoRA at the start of training, or
-    those of the last update of the reference (`sync_ref_model`).
+    """A second LoRA on the policy's denoiser. The second LoRA has the weights that the policy's LoRA had at the start
+    of training, or those after the last update of the reference (`sync_ref_model`).
 
     Checkpoints contain the second LoRA even if it never changes, because the initial LoRA may be stored nowhere else.
     """
@@ -97,7 +97,7 @@ class FrozenReference(Reference):
 
 
 class PolicyReference(Reference):
-    """The policy itself, as a reference that predicts only before training. It takes no memory."""
+    """The policy itself, as a reference that predicts only before training. This reference takes no memory."""
 
     kind = "policy"
 
@@ -197,8 +197,8 @@ def build_reference(
         started_adapter (`str`, *optional*): Name of a LoRA that the policy already had, whose training continues.
         follows (`bool`): Whether the reference is updated during training (`sync_ref_model`).
         half_dtype (`torch.dtype`, *optional*): Dtype of autocast; see [`SecondDenoiser`].
-        precomputed (`bool`): Whether the reference's errors are computed before training. Then no copy of the policy is
-            needed.
+        precomputed (`bool`): Whether the reference's errors are computed before training. If so, no copy of the policy
+            is needed.
 
     Raises:
         `ValueError`: If the user's reference cannot be used.

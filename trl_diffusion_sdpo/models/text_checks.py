@@ -92,9 +92,9 @@ def _check_conditioning(family: Family) -> None:
         )
     if encoded and all(torch.equal(*value) for value in encoded.values()):
         raise ValueError(
-            f"Different prompts must have different encodings. {PROMPTS[0]!r} and {PROMPTS[1]!r} have the same one. "
-            "The tokenizer's vocabulary or the text encoder's weights are missing. Download tokenizer and text "
-            "encoder again."
+            f"Different prompts must have different encodings. {PROMPTS[0]!r} and {PROMPTS[1]!r} have the same "
+            "encoding. The tokenizer's vocabulary or the text encoder's weights are missing. Download tokenizer and "
+            "text encoder again."
         )
 
 
@@ -102,7 +102,7 @@ def note_on_long_prompts(family: Family, prompts: Collection[str]) -> str:
     """Return a note for the data report on the number of prompts that are longer than a tokenizer's limit.
 
     Returns:
-        `str`: The note, one sentence. It is empty if all prompts are short enough.
+        `str`: The note, one sentence. The note is empty if all prompts are short enough.
     """
     notes = []
     for name, tokenizer in _limited(family).items():

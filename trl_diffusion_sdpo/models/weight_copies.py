@@ -29,7 +29,7 @@ from .numerics import halve_autocast_weights, read_contiguous
 def second_copy(module: nn.Module, *, shared: bool) -> nn.Module:
     """Return a copy of a module. Buffers are always copied.
 
-    If `shared`, the parameters of the copy use the memory of the original parameters. This saves memory with engines
+    If `shared`, the parameters of the copy use the memory of the original parameters. Sharing saves memory with engines
     that shard both modules later, because sharding moves each module to its own memory.
     """
     memo: dict[int, Any] = {}
@@ -59,8 +59,8 @@ def using_adapter(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterato
 
 
 class AdaptersOff:
-    """The policy's denoiser with its LoRA switched off. It takes no memory, because it has no weights besides the
-    policy's."""
+    """The policy's denoiser with its LoRA switched off. The object takes no memory, because it has no weights besides
+    the policy's."""
 
     def __init__(self, denoiser: nn.Module):
         self._layers = adapter_layers(denoiser)  # searched only once, because a search takes milliseconds
@@ -74,7 +74,8 @@ class AdaptersOff:
 
 
 class SecondAdapter:
-    """A second, frozen LoRA on the policy's denoiser. It starts with the current weights of the LoRA that trains.
+    """A second, frozen LoRA on the policy's denoiser. The second LoRA starts with the current weights of the LoRA that
+    trains.
 
     Args:
         policy_adapter (`str`): Name of the LoRA that trains.
@@ -121,7 +122,7 @@ class SecondDenoiser:
         module (`nn.Module`): The second denoiser. The constructor freezes it and puts it into evaluation mode.
         engine ([`Engine`]): Engine that trains the policy.
         half_dtype (`torch.dtype`, *optional*): The dtype of autocast. Weights that autocast would cast at every use are
-            cast once to this dtype. This saves memory and does not change results.
+            cast once to this dtype. Casting once saves memory and does not change results.
     """
 
     def __init__(self, module: nn.Module, policy: nn.Module, engine: Engine, *, half_dtype: torch.dtype | None = None):
@@ -162,8 +163,8 @@ class WeightCopy:
         second (`AdaptersOff`, `SecondAdapter` or `SecondDenoiser`, *optional*): The object that predicts with these
             weights, or `None` if the policy itself predicts or nothing does.
         file (`str`): Name of the file with these weights in checkpoints.
-        stored (`bool`): Whether checkpoints contain these weights. This must be so if the weights are updated during
-            training, or cannot be loaded again otherwise.
+        stored (`bool`): Whether checkpoints contain these weights. `stored` must be `True` if the weights are updated
+            during training, or if they cannot be loaded again from elsewhere.
     """
 
     def __init__(self, second: AdaptersOff | SecondAdapter | SecondDenoiser | None, file: str, *, stored: bool):

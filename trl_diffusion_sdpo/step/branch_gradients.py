@@ -3,8 +3,8 @@
 Winners and losers are called the two branches of the loss. The autograd graph of the loss ends at the predictions, so
 the backward pass of a branch starts from the scalar `(prediction * gradient of the loss at the prediction).sum()`. The
 gradients of a branch are added up over the micro-batches of an optimizer step, to W for winners and L for losers. After
-the last micro-batch, lambda is computed from the inner products of W and L. The gradient `W - lambda L` is then passed
-to the back end, and the engine clips it and steps.
+the last micro-batch, lambda is computed from the inner products of the accumulated gradients W and L. The gradient `W -
+lambda L` is then passed to the back end, and the engine clips it and steps.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 for losses that are not finite.
 
 The CPU reads metrics at each log, and the flags before each optimizer step. Processes exchange the flags by one small
-all-reduce per optimizer step. It is queued before the last backward pass, so the accelerator does not wait for it.
+all-reduce per optimizer step. This all-reduce is queued before the last backward pass, so the accelerator does not wait
+for it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ BETA_FILE = "auto_beta.json"
 
 
 class MetricMeter:
-    """Weighted means of named scalars. Each log costs one transfer to the host and one reduction over processes."""
+    """Weighted means of named scalars. Reading the means costs one transfer from the device to the CPU and one
+    reduction over processes."""
 
     def __init__(self):
         self._sums: dict[str, torch.Tensor] = {}
@@ -116,7 +118,8 @@ class AutoBeta(StoredController):
         self._sums = None
 
     def add(self, outputs: PreferenceLossOutput) -> None:
-        """Add the margins of a micro-batch. Its loss must have been computed with the controller's beta."""
+        """Add the margins of a micro-batch. The loss of the micro-batch must have been computed with the controller's
+        beta."""
         margins = self.controller.margins(outputs.pair_rewards)
         sums = torch.stack([margins.sum(), torch.ones_like(margins).sum()])
         self._sums = sums if self._sums is None else self._sums + sums
@@ -138,13 +141,13 @@ class FiniteCheck:
     copied to the CPU while the last backward pass is being queued, and read afterwards. So the CPU waits only until the
     forward pass is computed.
 
-    In rare cases, a gradient is infinite or NaN although the loss is finite. This is detected one step later, but
-    always before anything is saved.
+    In rare cases, a gradient is infinite or NaN although the loss is finite. A gradient that is not finite is detected
+    one step later, but always before anything is saved.
 
     Args:
         exchange ([`StepExchange`]): Object that exchanges the flag between processes.
-        networks (`Callable`): Function that returns, by name, the networks that computed the losses. Their weights are
-            checked only if a loss is not finite.
+        networks (`Callable`): Function that returns, by name, the networks that computed the losses. The weights of
+            these networks are checked only if a loss is not finite.
         before_backward (`bool`): Whether [`FiniteCheck.verify`] must be called before the last backward pass of a step,
             because the engine (DeepSpeed) already changes the weights in this pass.
     """

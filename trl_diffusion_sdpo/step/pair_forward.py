@@ -94,8 +94,8 @@ class NoisyBatch:
         return tensor if self.region is None else tensor * self.region
 
     def residual(self, prediction: torch.Tensor) -> torch.Tensor:
-        """Return `prediction - target`, `(2B, ...)` in float32, multiplied by `region` if the pairs have masks. Its
-        mean square is the error."""
+        """Return `prediction - target`, `(2B, ...)` in float32, multiplied by `region` if the pairs have masks. The
+        mean square of this residual is the error."""
         return self.within(prediction.float() - self.target.float())
 
     def halves(self) -> tuple[NoisyBatch, NoisyBatch]:

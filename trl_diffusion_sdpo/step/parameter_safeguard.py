@@ -131,7 +131,7 @@ class ParameterSafeguard:
 
 def _check_depends_on_predictions_only(loss: torch.Tensor, predictions: list[torch.Tensor]) -> None:
     """Raise `ValueError` if the loss does not depend on the predictions, or depends directly on other trained tensors
-    too. Such tensors would get no gradient, because the backward passes start from the predictions."""
+    too. Other trained tensors would get no gradient, because the backward passes start from the predictions."""
     leaves = {id(variable) for variable in _leaves_of(loss)}
     if not predictions or leaves != {id(leaf) for leaf in predictions}:
         raise ValueError(

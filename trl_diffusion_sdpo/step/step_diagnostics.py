@@ -1,7 +1,7 @@
 """Measurements of single optimizer steps with `safeguard="parameter"` (`safeguard_diagnostics_steps`).
 
-A measurement logs, for comparison, the lambda that `safeguard="output"` would use. It also logs how the step changes
-the winners' error on its own batch: as predicted from the gradient, and as measured after the step.
+A measurement logs, for comparison, the lambda that `safeguard="output"` would use. A measurement also logs how the step
+changes the winners' error on the step's batch: as predicted from the gradient, and as measured after the step.
 """
 
 from __future__ import annotations

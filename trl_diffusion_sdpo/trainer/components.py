@@ -99,7 +99,7 @@ class Components:
 
     @property
     def controllers(self) -> list[StoredController]:
-        """Controllers that adjust the loss while training. Their state is part of checkpoints."""
+        """Controllers that adjust the loss while training. Checkpoints contain the state of these controllers."""
         return [each for each in (self.winner_budget, self.auto_beta) if each is not None]
 
 
@@ -120,7 +120,7 @@ def build_components(
         loaded ([`LoadedModel`]): The policy, from [`load_policy`].
         ref_model (`str`, `DiffusionPipeline` or `nn.Module`, *optional*): The reference.
         args ([`DiffusionSDPOConfig`]): The trainer's own copy of the settings.
-        engine ([`Engine`]): Engine that will train the policy. Its accelerator does not exist yet.
+        engine ([`Engine`]): Engine that will train the policy. The engine's accelerator does not exist yet.
         autocast (`Callable`): Function that returns the autocast context in which denoisers predict.
 
     Raises:
@@ -454,8 +454,8 @@ def make_reference_errors(
 def reference_facts(
     reference: PrecomputedReference, components: Components, engine: Engine, args: DiffusionSDPOConfig
 ) -> dict[str, Any]:
-    """Return everything besides the data and the noise on which the reference's errors depend. It becomes part of the
-    cache key of the errors."""
+    """Return everything besides the data and the noise on which the reference's errors depend. These facts become part
+    of the cache key of the errors."""
     family = components.frozen.family
     frozen = {name: getattr(family.pipeline, name) for name in family.frozen_components}
     denoiser: Any = family.denoiser if reference.module is None else reference.module

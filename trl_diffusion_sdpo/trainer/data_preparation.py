@@ -43,8 +43,8 @@ class PairPreparation:
     Args:
         args ([`DiffusionSDPOConfig`]): The trainer's settings, after `check_and_complete`.
         loss ([`LossSpec`]): Properties of the loss.
-        family ([`~trl_diffusion_sdpo.families.Family`]): The model family. Its tokenizers find the prompts that are too
-            long.
+        family ([`~trl_diffusion_sdpo.families.Family`]): The model family, whose tokenizers find the prompts that are
+            too long.
         encoding ([`PairEncoding`], *optional*): Encodes images and prompts before training.
     """
 
@@ -208,7 +208,8 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
 
 
 def score_settings(args: DiffusionSDPOConfig, loss: LossSpec, *, training: bool) -> ScoreSettings:
-    """Return the settings for the scores in the data. For evaluation (`training=False`) they have no `pair_weights`."""
+    """Return the settings for the scores in the data. The settings for evaluation (`training=False`) have no
+    `pair_weights`."""
     return ScoreSettings(
         pair_weights=args.pair_weights if training else None,
         calibrated=args.calibrated_scores,
@@ -257,7 +258,7 @@ def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None,
     if args.dataloader_drop_last and pairs < batch * processes:
         raise ValueError(
             f"`dataloader_drop_last=True` leaves no batch. One batch for each process takes {batch * processes} pairs "
-            f"in total, but the training data have {pairs}. Lower `per_device_train_batch_size`, or set "
+            f"in total, but the training data have {pairs} pairs. Lower `per_device_train_batch_size`, or set "
             "`dataloader_drop_last=False`."
         )
     if dataset.sizes is not None:

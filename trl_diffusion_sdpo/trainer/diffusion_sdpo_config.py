@@ -31,7 +31,7 @@ class DiffusionSDPOConfig(AllArguments):
     r"""
     Configuration of [`DiffusionSDPOTrainer`].
 
-    It has the settings of [`~transformers.TrainingArguments`], [`PipelineArguments`], [`MemoryArguments`],
+    The class has the settings of [`~transformers.TrainingArguments`], [`PipelineArguments`], [`MemoryArguments`],
     [`NoiseArguments`], [`LossArguments`], [`DataArguments`], [`WinnerArguments`], [`SampleArguments`] and
     [`RunArguments`]. If a setting such as `beta` or `learning_rate` is `None`, the trainer uses the default of the
     model's family and the loss, and logs the value.

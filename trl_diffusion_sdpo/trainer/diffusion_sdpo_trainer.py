@@ -118,8 +118,8 @@ class DiffusionSDPOTrainer(Trainer):
             transformer, or a [`~peft.PeftModel`] that contains a UNet or a transformer. A denoiser needs
             `processing_class`.
         ref_model (`str`, `DiffusionPipeline` or `nn.Module`, *optional*): Reference model, of any type that `model` may
-            have. If `None`, the reference is the policy before training. The trainer then gets its predictions by
-            switching the LoRA off, or from a frozen copy of the LoRA or of the denoiser.
+            have. If `None`, the reference is the policy before training. The trainer then gets the reference's
+            predictions by switching the LoRA off, or from a frozen copy of the LoRA or of the denoiser.
         args ([`DiffusionSDPOConfig`], *optional*): Settings. The trainer copies them, and sets unset settings in the
             copy (`trainer.args`) to defaults.
         train_dataset (`datasets.Dataset`, `datasets.IterableDataset`, a torch `Dataset` or `list`, *optional*):
@@ -140,10 +140,10 @@ class DiffusionSDPOTrainer(Trainer):
             `target_modules` are unset, the LoRA is added to the modules that diffusers' training script for this model
             family uses.
         quantization_config (*optional*): Quantization of the base model's weights, which are frozen under a LoRA, such
-            as `diffusers.BitsAndBytesConfig(load_in_4bit=True)`. It needs `peft_config`.
+            as `diffusers.BitsAndBytesConfig(load_in_4bit=True)`. `quantization_config` needs `peft_config`.
 
     Raises:
-        `ValueError`: If models, data and settings cannot be used together. The message says what to change.
+        `ValueError`: If models, data and settings cannot be used together. The error message says what to change.
     """
 
     args: DiffusionSDPOConfig
@@ -535,8 +535,8 @@ class DiffusionSDPOTrainer(Trainer):
 
     @functools.cached_property
     def parameter_safeguard(self) -> ParameterSafeguard | None:
-        """Object that computes steps with `safeguard="parameter"`, or `None` with another safeguard. It is built again
-        in every training, after the engine has wrapped policy and optimizer."""
+        """Object that computes steps with `safeguard="parameter"`, or `None` with another safeguard. The object is
+        built again in every training, after the engine has wrapped policy and optimizer."""
         args = self.args
         if args.safeguard != "parameter":
             return None
@@ -766,7 +766,8 @@ class DiffusionSDPOTrainer(Trainer):
 
     def verdict(self) -> Verdict | None:
         """Return a judgement of how the error on preferred images has changed since before training, or `None` if
-        nothing was measured. It is based on the last evaluation or, without evaluations, on the last training logs."""
+        nothing was measured. The verdict is based on the last evaluation or, without evaluations, on the last training
+        logs."""
         step = final_step(self.args, self.state)
         images = "" if self.sample_scores is None else self.sample_scores.sentence(step or self.state.global_step)
         return verdict_of(self.state.log_history, self.run_facts, step, images)

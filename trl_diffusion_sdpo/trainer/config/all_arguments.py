@@ -34,7 +34,8 @@ class AllArguments(  # type: ignore[misc]  # `dataloader_num_workers` may be `No
     RunArguments,
     TrainingArguments,
 ):
-    """All settings as plain fields. The subclass [`DiffusionSDPOConfig`] parses and checks their values."""
+    """All settings as plain fields. The subclass [`DiffusionSDPOConfig`] parses and checks the values of the
+    settings."""
 
 
 @dataclass(frozen=True)

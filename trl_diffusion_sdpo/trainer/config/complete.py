@@ -152,8 +152,8 @@ def check_sources(args: DiffusionSDPOConfig, model: str) -> None:
     for name in ("precompute_latents", "sample_prompts", "random_crop"):
         if getattr(args, name):
             raise ValueError(
-                f"`{name}` does not work with source images yet, and {model} trains on edit pairs, which have them. "
-                f"Leave `{name}` out."
+                f"`{name}` does not work with source images yet, and {model} trains on edit pairs, which have source "
+                f"images. Leave `{name}` out."
             )
     if largest_batch(args) > 1:
         raise ValueError(

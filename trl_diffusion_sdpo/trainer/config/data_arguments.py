@@ -32,14 +32,14 @@ class DataArguments:
             batches with any number of workers. Evaluation uses the same number of workers as training, except that a
             number chosen by the trainer is lowered to one for a stream.
         swap_labels (`bool`, *optional*, defaults to `False`):
-            Whether to swap winner and loser of every pair, in training and evaluation data. This trains a model that
-            prefers the worse images. Such a model can be the `reference` of
+            Whether to swap winner and loser of every pair, in training and evaluation data. Training on swapped pairs
+            gives a model that prefers the worse images. A model that prefers the worse images can be the `reference` of
             [`~trl_diffusion_sdpo.preference_guidance`].
         losers (`str`, *optional*, defaults to `"data"`):
             Source of the losers. `"data"` uses the losers in the data set. `"permute"` replaces each loser by the
-            winner of a random pair with another prompt. In training, these pairs are drawn again in every epoch; for
-            evaluation, they are drawn once. Use `"permute"` for images with captions, because such data have no losers.
-            It needs map-style data.
+            winner of a random pair with another prompt. In training, the pairs that supply the losers are drawn again
+            in every epoch; for evaluation, they are drawn only once. Use `"permute"` for images with captions, because
+            such data have no losers. `"permute"` needs map-style data.
         pair_weights (`str`, *optional*):
             Source of the weights by which the losses of training pairs are multiplied: the name of a numeric column, or
             a function of the winner's and loser's scores. The functions are `"gap"` (difference of the scores),
@@ -48,7 +48,7 @@ class DataArguments:
             uses no weights. `pair_weights` cannot be used with streams.
         calibrated_scores (`bool`, *optional*, defaults to `False`):
             Whether to replace each image's score by the share of wins expected for it against the other images of its
-            prompt, before the loss and `pair_weights` read the score. It cannot be used with streams.
+            prompt, before the loss and `pair_weights` read the score. `calibrated_scores` cannot be used with streams.
         on_bad_row (`str`, *optional*, defaults to `"drop"`):
             What to do with a row that has an undecodable image, an unreadable label or a prompt that is no text.
             `"drop"` skips such rows and reports their number; `"raise"` raises an error at the first one. Rows whose
@@ -69,7 +69,7 @@ class DataArguments:
             Whether to train each pair at an image size that fits the aspect ratios of its images, instead of at
             `resolution`. The size is chosen from a list of sizes (buckets) that all have about the area of
             `resolution`. All pairs of a batch have the same size. Before the first batch, the header of every image is
-            read, and `datasets` caches the image sizes. It cannot be used with streams.
+            read, and `datasets` caches the image sizes. `aspect_ratio_buckets` cannot be used with streams.
         bucket_kwargs (`dict` or `str`, *optional*):
             Constants of the image sizes of `aspect_ratio_buckets`, by name, in YAML or as JSON. All heights and widths
             are multiples of `step` pixels (default 64). `max_aspect_ratio` (default 2) is the largest allowed ratio of
@@ -84,16 +84,16 @@ class DataArguments:
         random_flip (`bool`, *optional*, defaults to `True`):
             Whether to flip a random half of the pairs horizontally. Both images of a pair are flipped together.
         image_interpolation (`str`, *optional*, defaults to `"bilinear"`):
-            Interpolation for resizing: `"bilinear"`, `"bicubic"`, `"lanczos"` or `"fast"`. `"fast"` is bilinear, but
-            decodes JPEG files directly at a half, a quarter or an eighth of their size if they have at least twice the
-            training size. Use `"fast"` if the DataLoader workers decode images more slowly than the model trains.
-            Images are then about as sharp as with `"lanczos"`.
+            Interpolation for resizing: `"bilinear"`, `"bicubic"`, `"lanczos"` or `"fast"`. `"fast"` is like
+            `"bilinear"`, but JPEG files of at least twice the training size are decoded directly at a half, a quarter
+            or an eighth of their size. Use `"fast"` if the DataLoader workers decode images more slowly than the model
+            trains. Images are then about as sharp as with `"lanczos"`.
         proportion_empty_prompts (`float`, *optional*, defaults to `0.0`):
             Share of training pairs whose prompt is replaced by an empty one, in `[0, 1]`. The paper uses 0.2.
         precompute_latents (`bool`, *optional*, defaults to `False`):
             Whether to encode all images and prompts before training, into files that later runs reuse. VAE and text
-            encoders then take no memory of the training device. They are not even loaded if the model is a Hub id or
-            folder and all pairs are in these files already. `precompute_latents` needs map-style data.
+            encoders then take no memory of the training device. If the model is a Hub id or folder and all pairs are
+            encoded already, VAE and text encoders are not even loaded. `precompute_latents` needs map-style data.
         precompute_dir (`str`, *optional*):
             Folder for the files that `precompute_latents` and `precompute_ref_errors` write. All processes of a run
             must be able to read it, and several runs may share it. If unset, the folder `trl-diffusion-sdpo` in the

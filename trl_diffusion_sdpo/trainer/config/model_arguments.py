@@ -22,8 +22,8 @@ class PipelineArguments:
             output folder of a run), a `.safetensors` file or a Hub id. The reference is then the model with this LoRA
             as it was before training.
         ref_model_name_or_path (`str`, *optional*):
-            Reference model: a Hub id, the folder of a pipeline or the output folder of a run. It has the same effect as
-            the trainer's argument `ref_model`. If both are unset, the reference is the model before training.
+            Reference model: a Hub id, the folder of a pipeline or the output folder of a run. The setting has the same
+            effect as the trainer's argument `ref_model`. If both are unset, the reference is the model before training.
         model_init_kwargs (`dict` or `str`, *optional*):
             Keyword arguments of `DiffusionPipeline.from_pretrained`, with which the model is loaded if `model` is a
             string.
@@ -37,10 +37,10 @@ class PipelineArguments:
             reference differ even before the first step.
         sync_ref_model (`bool`, *optional*, defaults to `False`):
             Whether to move the reference towards the policy every `ref_model_sync_steps` optimizer steps, as in
-            [TR-DPO](https://huggingface.co/papers/2404.09656). It works with LoRA, too.
+            [TR-DPO](https://huggingface.co/papers/2404.09656). `sync_ref_model` also works if a LoRA trains.
         ref_model_mixup_alpha (`float`, *optional*, defaults to `0.6`):
             Alpha of the reference's update `ref = alpha * policy + (1 - alpha) * ref` under `sync_ref_model`, in `(0,
-            1]`. At 1, the policy replaces the reference.
+            1]`. With `ref_model_mixup_alpha=1`, the policy's weights replace those of the reference.
         ref_model_sync_steps (`int`, *optional*, defaults to `512`):
             Number of optimizer steps between two updates of the reference under `sync_ref_model`.
         precompute_ref_errors (`bool`, *optional*, defaults to `False`):
@@ -88,10 +88,10 @@ class MemoryArguments:
     Parameters:
         offload_frozen_components (`bool`, *optional*, defaults to `False`):
             Whether VAE and text encoders stay in pinned CPU memory and are copied to the accelerator only while they
-            encode a micro-batch. This saves memory of the accelerator and does not change results.
+            encode a micro-batch. Offloading saves memory of the accelerator and does not change results.
         torch_compile_regional (`bool`, *optional*, defaults to `False`):
             Whether `torch_compile` compiles only the denoiser's repeated blocks, one after the other, instead of the
-            whole denoiser. Compilation is then faster, because each kind of block is compiled only once.
+            whole denoiser. Regional compilation takes less time, because each kind of block is compiled only once.
         attention_backend (`str`, *optional*):
             Name of an attention backend of diffusers, such as `"flash"`, `"flash_hub"` or `"xformers"`. If unset,
             PyTorch's attention is used.

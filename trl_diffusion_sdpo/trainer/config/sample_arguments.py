@@ -17,8 +17,8 @@ class SampleArguments:
     Parameters:
         sample_prompts (`list[str]`, *optional*):
             Prompts of the sample images. The images are generated with fixed seeds before and after training, and also
-            during training if `sample_steps` is set. They are saved in the subfolder `samples` of the output folder and
-            shown in the model card.
+            during training if `sample_steps` is set. Sample images are saved in the subfolder `samples` of the output
+            folder, and shown in the model card.
         sample_steps (`int`, *optional*):
             Number of optimizer steps between two generations of sample images. If unset, sample images are generated
             only before and after training.

@@ -26,9 +26,9 @@ class NoiseArguments:
             Range of timesteps to train at, as two whole numbers: the lowest timestep, and the highest timestep plus 1,
             such as `500 1000`. If unset, the model trains at all timesteps.
         timesteps (`list[float]`, *optional*):
-            List of the only timesteps to train at, such as `999 749 499 249`. Each is drawn equally often. For a model
-            that is distilled to few sampling steps, list the timesteps that its sampler visits. If unset, timesteps are
-            drawn at random from `timestep_range` with the density `weighting_scheme`.
+            List of the only timesteps to train at, such as `999 749 499 249`. Each timestep in the list is drawn
+            equally often. For a model that is distilled to few sampling steps, list the timesteps that its sampler
+            visits. If unset, timesteps are drawn at random from `timestep_range` with the density `weighting_scheme`.
         weighting_scheme (`str`, *optional*):
             Density from which timesteps are drawn, before the pipeline's scheduler shifts them: `"none"` (uniform),
             `"logit_normal"` or `"mode"`. If unset, the default of the model's family is used.
@@ -49,7 +49,8 @@ class NoiseArguments:
         n_timesteps_per_pair (`int`, *optional*, defaults to `1`):
             Number of timesteps (each with new noise) at which a training pair is predicted in one step. The pair is
             encoded once, and its loss is the mean over these timesteps. Raise `n_timesteps_per_pair` for less noisy
-            gradients. Activations then take this many times the memory. Evaluation is not affected.
+            gradients. With `n_timesteps_per_pair=4`, for example, activations take four times the memory. Evaluation is
+            not affected.
         noise_source (`str`, *optional*, defaults to `"shared"`):
             Source of the noise in training. `"shared"` draws random noise, equal for both images of a pair.
             `"inversion"` inverts each image with the current policy (DDIM inversion) up to the pair's timestep, and
@@ -122,8 +123,8 @@ class LossArguments:
             backward pass for winners and one for losers. `"none"` turns the safeguard off.
         safeguard_mu (`float`, *optional*):
             Strictness of the safeguard, in `[0, 1]`: the share of the first-order decrease of the winner's error that
-            losers must not undo. Raise it for a stricter safeguard. If unset, the default of the loss and the model's
-            family is used.
+            losers must not undo. Raise `safeguard_mu` for a stricter safeguard. If unset, the default of the loss and
+            the model's family is used.
         safeguard_granularity (`str`, *optional*, defaults to `"batch"`):
             Pairs that share one lambda under `safeguard="output"`. `"batch"` computes one lambda for each micro-batch
             of a process, as published. `"pair"` computes one lambda for each pair, so lambda does not depend on the
@@ -141,12 +142,13 @@ class LossArguments:
             itself raise the winner's error. `"branch"` is used for all other losses.
         safeguard_low_memory (`bool`, *optional*, defaults to `False`):
             Whether `safeguard="parameter"` holds the activations of winners and losers one after the other instead of
-            together. This saves memory and costs one more forward pass of the losers. It cannot be used with dropout.
+            together. `safeguard_low_memory=True` saves memory and costs one more forward pass of the losers. It cannot
+            be used with dropout.
         safeguard_diagnostics_steps (`int`, *optional*):
             Number of optimizer steps between two measurements of how well `safeguard="parameter"` works. A measurement
-            logs the lambda that `safeguard="output"` would use. It also logs how the optimizer step changes the
-            winners' error on its own batch, as predicted from the gradient and as measured after the step. If unset,
-            nothing is measured.
+            logs the lambda that `safeguard="output"` would use. Each measurement also logs how the optimizer step
+            changes the winners' error on the step's batch, as predicted from the gradient and as measured after the
+            step. If unset, nothing is measured.
         mask_anchor (`float`, *optional*, defaults to `0.0`):
             Weight of an additional loss term for data with a mask column. The term is the mean squared distance between
             the predictions of the policy and the reference outside of the masks. Raise `mask_anchor` to change the
@@ -204,15 +206,16 @@ class WinnerArguments:
         winner_budget (`float`, *optional*):
             Largest rise of the winners' error that is allowed in each noise bin, as a share of the error before
             training; 0.05 is five per cent. The error is measured during training on a probe, a small fixed set of
-            pairs. In noise bins where the rise exceeds the budget, the losers' gradients are scaled down; in the other
-            bins, they are scaled up again. If the rise in a bin still exceeds the budget after the losers' gradients
-            there are scaled to 0, the losers' gradients are scaled down in all bins. With `ema_decay`, the errors of
-            the averaged weights are measured, so the trained weights themselves may exceed the budget. If unset, there
-            is no budget.
+            pairs. In noise bins where the rise of the winners' error exceeds the budget, the losers' gradients are
+            scaled down; in the other bins, the losers' gradients are scaled up again. If the rise in a bin still
+            exceeds the budget after the losers' gradients there are scaled to 0, the losers' gradients are scaled down
+            in all bins. With `ema_decay`, the errors of the averaged weights are measured, so the trained weights
+            themselves may exceed the budget. If `winner_budget` is unset, the winners' error is not limited.
         winner_budget_kwargs (`dict` or `str`, *optional*):
             Constants of `winner_budget` by name, in YAML or as JSON. `pairs` (default 32) is the number of pairs in the
-            probe. They are evenly spaced in the evaluation data or, if there are no evaluation data, in the training
-            data. `steps` (default 10) is the number of optimizer steps between two measurements on the probe.
+            probe. The pairs of the probe are evenly spaced in the evaluation data or, if there are no evaluation data,
+            in the training data. `steps` (default 10) is the number of optimizer steps between two measurements on the
+            probe.
         ema_decay (`float`, *optional*):
             Decay of the exponential moving average (EMA) of the trained weights, in `(0, 1)`: `average = decay *
             average + (1 - decay) * weights` after every step. Early steps use `(1 + step) / (10 + step)` instead if
