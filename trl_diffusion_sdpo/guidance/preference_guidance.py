@@ -1,4 +1,4 @@
-"""Preference guidance: let a pipeline generate with predictions that go beyond the tuned model, away from a reference."""
+"""Preference guidance: a pipeline generates with predictions that go beyond the tuned model, away from a reference."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def preference_guidance(
     else:
         logger.warning(
             "`preference_guidance` had no effect. The form 'npo' replaces the unconditional predictions of "
-            "classifier-free guidance, and the pipeline made no such predictions. Raise the pipeline's "
+            "classifier-free guidance, but the pipeline made no unconditional predictions. Raise the pipeline's "
             "`guidance_scale`, or use the form 'conditional'."
         )
 

@@ -71,7 +71,8 @@ def load_model(
     denoiser: bool = True,
     denoiser_folder: str | None = None,
 ) -> LoadedModel:
-    """Return the user's `model` as a pipeline with its model family. Load it if it is a Hub id or folder.
+    """Return the user's `model` as a pipeline with its model family. If `model` is a Hub id or folder, load the
+    pipeline from there.
 
     Args:
         model (`str`, `Path`, `DiffusionPipeline` or `nn.Module`): A Hub id or folder, a pipeline, or a denoiser. The

@@ -68,7 +68,7 @@ class AdapterReference(Reference):
 
 
 class FrozenReference(Reference):
-    """A separate frozen denoiser as the reference.
+    """Reference that is a separate, frozen denoiser.
 
     Args:
         half_dtype (`torch.dtype`, *optional*): Dtype of autocast, to which most weights are cast once; see

@@ -97,7 +97,8 @@ class PairEvaluation:
         return outputs, errors, comparable
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the metrics of all processes since the last call. All processes must call this method together."""
+        """Return the metrics over the pairs that all processes have added since the last call. All processes must call
+        this method together."""
         return {**self._metrics.drain(accelerator), **self._noise_bins.drain(accelerator)}
 
     def _earlier(self, errors: torch.Tensor) -> torch.Tensor | None:

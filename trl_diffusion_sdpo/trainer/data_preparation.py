@@ -106,7 +106,7 @@ class PairPreparation:
 
 def outline(dataset: Any) -> Any:
     """Return a data set's type, number of rows and column names, without reading rows. For several data sets, return a
-    dictionary of these by name."""
+    dictionary with these three values for each data set."""
     if isinstance(dataset, PairMixture):
         dataset = dataset.by_name
     if isinstance(dataset, Mapping):

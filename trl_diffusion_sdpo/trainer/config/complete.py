@@ -335,7 +335,7 @@ def checked_inversion(
     if settings.steps > process.num_train_timesteps:
         raise ValueError(
             f"`steps` of `inversion_kwargs` must be at most {process.num_train_timesteps}, the scheduler's number of "
-            f"timesteps. Got {settings.steps}. Published values are 5 and 10."
+            f"timesteps. Got {settings.steps}. Published values of `steps` are 5 and 10."
         )
     if settings.eta and not inversion.has_variance:
         raise ValueError(

@@ -102,7 +102,7 @@ class DataArguments:
             Number of epochs with different random choices if results are computed before training; later epochs repeat
             these choices. With `precompute_latents`, the choices are the positions of `random_crop`. With
             `precompute_ref_errors`, they are crop, flip, dropped prompt, noise and timestep of each pair. The time of
-            the computation before training is proportional to this number.
+            the computation before training is proportional to `precompute_epochs`.
     """
 
     dataset_format: str | None = None
