@@ -69,7 +69,7 @@ def _check_tokens(name: str, text_encoder: PreTrainedModel, tokenizer: PreTraine
     if highest >= embedded:
         raise ValueError(
             f"A text encoder must have an embedding for every token. The tokenizer of `{name}` gives the token "
-            f"{highest}, and there are only {embedded} embeddings. The tokenizer belongs to another model. Download "
+            f"{highest}, and there are {embedded} embeddings. The tokenizer belongs to another model. Download "
             "the pipeline again."
         )
     if first == second:

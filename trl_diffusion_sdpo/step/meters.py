@@ -218,10 +218,10 @@ class FiniteCheck:
         self._gradient = None
         if gradient is not None and not gradient.read():
             raise FloatingPointError(
-                f"Every gradient must be finite. At step {self._gradient_step}, the norm of the gradient was not "
-                "finite, although the loss was. This step has ruined the weights, unless DeepSpeed skipped the step. "
-                "Nothing was saved since then. Resume from the last checkpoint with a lower learning rate, or use "
-                "bf16 instead of fp16."
+                f"Every gradient must be finite. The norm of the gradient at step {self._gradient_step} was not "
+                "finite, although the loss was finite. This step has ruined the weights, unless DeepSpeed skipped the "
+                "step. Nothing was saved since then. Resume from the last checkpoint with a lower learning rate, or "
+                "use bf16 instead of fp16."
             )
 
     def _report(self, step: int) -> None:

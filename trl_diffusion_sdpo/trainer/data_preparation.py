@@ -257,9 +257,9 @@ def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None,
     processes = args.world_size
     if args.dataloader_drop_last and pairs < batch * processes:
         raise ValueError(
-            f"`dataloader_drop_last=True` leaves no batch. One batch for each process takes {batch * processes} pairs "
-            f"in total, but the training data have {pairs} pairs. Lower `per_device_train_batch_size`, or set "
-            "`dataloader_drop_last=False`."
+            "`dataloader_drop_last=True` leaves no batch. Together, one batch of each process takes "
+            f"{batch * processes} pairs, but the training data have {pairs} pairs. Lower "
+            "`per_device_train_batch_size`, or set `dataloader_drop_last=False`."
         )
     if dataset.sizes is not None:
         group = pairs_of_a_step(args, batch)
