@@ -156,7 +156,8 @@ class Engine:
             )
 
     def complete_settings(self, *, exact_gradients: bool) -> None:
-        """Set options of accelerate's plugins for this kind of training. Call this method before the model is prepared.
+        """Set options of accelerate's plugins that this package's trainer needs. Call this method before the model is
+        prepared.
 
         With `exact_gradients`, processes average gradients in float32, not in half precision. The parameter-space
         safeguard needs this, because it subtracts gradients of similar size, and rounding errors would be large

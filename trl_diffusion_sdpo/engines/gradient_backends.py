@@ -86,7 +86,7 @@ class GradientBackend(ABC):
 
 class ReplicatedBackend(GradientBackend):
     """Back end for one process or DDP. Every process accumulates full gradients of its own pairs. Processes average
-    them once per optimizer step, in `all_reduced`."""
+    these gradients once per optimizer step, in `all_reduced`."""
 
     def __init__(self, model: nn.Module, accelerator: Accelerator):
         self._model: Any = model

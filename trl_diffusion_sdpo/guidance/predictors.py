@@ -98,8 +98,8 @@ class DenoiserReference(TwoPasses):
 
 
 class OnePass(Predictor):
-    """Predicts with policy and reference in one batch. PEFT's mixed-batch inference uses for each row the adapter that
-    is named for it."""
+    """Predicts with policy and reference in one batch. PEFT's mixed-batch inference uses a different adapter for each
+    row."""
 
     def __init__(self, layers: list[Any], policy: str, reference: str | None):
         self._policy = policy

@@ -467,8 +467,8 @@ class PairForward:
         return inputs["ref_errors"]
 
     def draws_of_a_pair(self, model: nn.Module) -> int:
-        """Return the number of random timesteps, each with new noise, for each pair in a batch: the one in the settings
-        in training, and 1 in evaluation."""
+        """Return the number of random timesteps, each with new noise, for each pair in a batch. In training, this is
+        `n_timesteps_per_pair`; in evaluation, it is 1."""
         return self.noise_settings.timesteps_per_pair if model.training else 1
 
     def scores(self, inputs: dict[str, Any], draws: int) -> torch.Tensor | None:

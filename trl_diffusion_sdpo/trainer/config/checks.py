@@ -1,4 +1,4 @@
-"""Checks of the settings that are possible before the model is loaded. (`complete.py` has the checks that need it.)"""
+"""Checks of the settings that need no model. (`complete.py` has the checks that need the model.)"""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class DataArguments:
         verify_images (`str`, *optional*, defaults to `"sample"`):
             Images of a map-style data set that are decoded before training, to find damaged ones. `"sample"` decodes
             the images of 128 pairs, evenly spaced in the data. `"all"` decodes all images and drops pairs with damaged
-            ones. The training processes divide this work among themselves, and `datasets` caches the result. `"none"`
+            ones. The training processes divide the images among themselves, and `datasets` caches the result. `"none"`
             decodes no image. If training later meets a damaged image, the next good pair replaces its pair. `True`
             means `"all"`, and `False` means `"none"`.
         image_schemes (`list[str]`, *optional*):
