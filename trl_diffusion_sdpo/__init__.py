@@ -1,5 +1,8 @@
-"""Preference tuning of text-to-image diffusers pipelines in the manner of TRL, with a safeguard for the preferred
-images. The public names are imported at their first use."""
+"""Preference tuning of text-to-image diffusers pipelines with a trainer like those of TRL.
+
+Diffusion-SDPO adds a safeguard to Diffusion-DPO, so that the error on preferred images does not rise. Importing this
+package is fast, because each public name is imported at its first use.
+"""
 
 from typing import TYPE_CHECKING
 

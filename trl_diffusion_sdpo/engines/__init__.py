@@ -1,4 +1,5 @@
-"""Distribution of training: gradient back ends, sharded weights, processes and data loaders.
+"""Distributed training: engines (one process, DDP, FSDP2, DeepSpeed), gradients, sharded weights, communication between
+processes, and data loaders.
 
-Only this package asks which engine runs.
+Code outside of this package does not need to know which engine runs.
 """

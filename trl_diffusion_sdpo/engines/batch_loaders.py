@@ -1,4 +1,4 @@
-"""Data loaders of the trainer, whose batches stay on the host, and the number of their workers."""
+"""Data loaders of the trainer, which leave batches on the CPU, and the choice of their number of workers."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from ..utils._compat import keeps_order, start_method
 from ..utils.processes import forks_by_default, usable_cores
 from .worker_processes import CollateIntoSharedMemory, WorkerStart, worker_context
 
-MAX_WORKERS = 4  # four workers decode some hundred pairs a second, more than a denoiser trains on
-MAX_READERS = 8  # workers of passes before training, when items are only encoded
-FEW_PAIRS = 512  # the main process decodes fewer pairs than this in seconds
-PREFETCH_FACTOR = 2  # torch's default
+MAX_WORKERS = 4  # four workers decode a few hundred pairs per second, more than a denoiser trains on
+MAX_READERS = 8  # largest number of workers while pairs are encoded before training
+FEW_PAIRS = 512  # if there are fewer pairs, the main process decodes them all in seconds
+PREFETCH_FACTOR = 2  # batches that each worker prepares in advance, torch's default
 SHARED_MEMORY = Path("/dev/shm")
 
 Pairs = PreferenceDataset | PreferenceIterableDataset
@@ -33,7 +33,8 @@ Pairs = PreferenceDataset | PreferenceIterableDataset
 
 @dataclass
 class CollateAfterResuming:
-    """Collator of a stream that starts at a position. Batches before the position are empty. accelerate skips them."""
+    """Collator for a stream that resumes at a position. Batches before the position are returned as empty dictionaries,
+    which accelerate skips."""
 
     collate: Callable[[list[Any]], Any]
 
@@ -42,8 +43,8 @@ class CollateAfterResuming:
 
 
 class BatchLoaders:
-    """Maker of a trainer's data loaders. If [`choose_workers`] set the number of workers (`workers_are_chosen`),
-    loaders of other data may have fewer workers."""
+    """Makes the data loaders of a trainer. `workers_are_chosen` says that [`choose_workers`] has chosen the number of
+    workers for the training data. Loaders of other data may then get fewer workers."""
 
     def __init__(self, args: TrainingArguments, accelerator: Accelerator, *, workers_are_chosen: bool = False):
         self._args = args
@@ -52,7 +53,7 @@ class BatchLoaders:
         self._evaluation: dict[tuple[int, int], tuple[Pairs, DataLoader]] = {}
 
     def training(self, dataset: Pairs, batch_size: int, sampler: Sampler | None, collate: Callable) -> DataLoader:
-        """Return a loader of this process's batches, in the order of `sampler`."""
+        """Return a loader of this process's training batches, with pairs in the order of `sampler`."""
         workers = self._workers(dataset)
         seed = partial(seed_worker, num_workers=workers, rank=self._args.process_index)
         if isinstance(dataset, PreferenceIterableDataset):
@@ -62,17 +63,19 @@ class BatchLoaders:
     def evaluation(
         self, dataset: Pairs, sampler: Sampler | None, collate: Callable, *, keep: bool = False
     ) -> DataLoader:
-        """Return a loader for evaluation. With `keep`, later calls with this data set return it again."""
+        """Return a loader for evaluation. With `keep`, the loader is cached, and later calls with this data set return
+        it again."""
         key = (id(dataset), self._args.eval_batch_size)
         if key in self._evaluation:
             return self._evaluation[key][1]
         loader = self._make(dataset.for_evaluation(), self._args.eval_batch_size, sampler, collate, WorkerStart())
         if keep:
-            self._evaluation[key] = dataset, loader  # the data set as well, because its id must not be reused
+            self._evaluation[key] = dataset, loader  # also store the data set, so that no other object gets its id
         return loader
 
     def in_batches(self, items: Dataset, batches: Sequence[Sequence[Any]], pairs: Pairs) -> DataLoader:
-        """Return a loader of lists of items in this process alone, by batches of keys. `items` reads `pairs`."""
+        """Return a loader that does not distribute items over processes. For each list of keys in `batches` it returns
+        the list of these `items`, which are read from `pairs`."""
         options: dict[str, Any] = {"batch_sampler": batches, "collate_fn": list}
         return _plain_loader(self._args, items, self._workers(pairs), **options)
 
@@ -83,7 +86,7 @@ class BatchLoaders:
         workers = self._workers(dataset)
         options: dict[str, Any] = {"sampler": sampler}
         processes: dict[str, Any] = {"torch_device_mesh": accelerator.torch_device_mesh}
-        if isinstance(dataset, PreferenceIterableDataset):  # takes this process's share of the pairs itself
+        if isinstance(dataset, PreferenceIterableDataset):  # a stream itself selects this process's share of the pairs
             dataset, options = dataset.for_process(Share(args.process_index, args.world_size)), {}
             processes = {"num_processes": 1, "process_index": 0}
         loader = _plain_loader(
@@ -99,8 +102,8 @@ class BatchLoaders:
             in_order=keeps_order(args),
             **options,
         )
-        # Not `Accelerator.prepare`: it keeps a reference to every loader, and its loaders move a batch to the device
-        # when it is fetched, while the batch before it still trains.
+        # Not `Accelerator.prepare`, because it keeps a reference to every loader, and its loaders move a batch to the
+        # device while the previous batch still trains.
         return prepare_data_loader(
             loader,
             put_on_device=False,
@@ -122,11 +125,12 @@ class BatchLoaders:
 
 
 def load_one_by_one(args: TrainingArguments, items: Dataset, pairs: PreferenceDataset, item_bytes: int) -> DataLoader:
-    """Return a loader of single items in their order, in this process alone.
+    """Return a loader that returns all `items` one by one and in order, without distributing them over processes.
 
     Args:
-        items (`Dataset`): Reads `pairs`.
-        item_bytes (`int`): Size of an item's tensors. Workers hold some items in shared memory.
+        items (`Dataset`): Data set whose items are read from `pairs`.
+        item_bytes (`int`): Size of an item's tensors in bytes. Larger items allow fewer workers, because workers hold
+            items in shared memory.
     """
     workers = args.dataloader_num_workers
     if workers is None:
@@ -157,14 +161,16 @@ def choose_workers(
     resolution: tuple[int, int],
     evaluates: bool = False,
 ) -> str:
-    """Set `args.dataloader_num_workers` by the training data if it is `None`.
+    """Choose `args.dataloader_num_workers` for the training data if it is `None`.
 
     Args:
         resolution (`tuple[int, int]`): Height and width of the images in a batch.
-        evaluates (`bool`): Whether evaluations interrupt training, while its prefetched batches stay in memory.
+        evaluates (`bool`): Whether there are evaluations during training. The prefetched batches of training then stay
+            in memory meanwhile.
 
     Returns:
-        `str`: The reason, for the log. It is empty if the user has set the number, or for small data.
+        `str`: Reason for the chosen number, for the log. The text is empty if the user has set the number, or if the
+            data are small.
     """
     if args.dataloader_num_workers is not None:
         return ""
@@ -172,24 +178,30 @@ def choose_workers(
     batch_bytes = 2 * pairs * 3 * resolution[0] * resolution[1]
     args.dataloader_num_workers, reason = _workers_and_reason(args, dataset, batch_bytes)
     if args.dataloader_num_workers < _min_workers(args):
-        args.dataloader_num_workers, reason = _min_workers(args), "other settings of workers are set"
+        args.dataloader_num_workers, reason = (
+            _min_workers(args),
+            "a setting such as `dataloader_prefetch_factor` needs workers",
+        )
     return reason
 
 
 def _min_workers(args: TrainingArguments) -> int:
-    """Return 1 if there are settings that torch refuses without workers."""
+    """Return the smallest allowed number of workers: 1 if there are settings that torch refuses without workers, else
+    0."""
     return int(args.dataloader_persistent_workers or args.dataloader_prefetch_factor is not None)
 
 
 def _max_workers(dataset: Pairs, most: int = MAX_WORKERS) -> int:
-    """Return one for a stream, because its order depends on their number."""
+    """Return the largest allowed number of workers: 1 for a stream, because the order of its pairs depends on the
+    number of workers, else `most`."""
     return 1 if isinstance(dataset, PreferenceIterableDataset) else most
 
 
 def _workers_and_reason(
     args: TrainingArguments, dataset: Pairs | None, batch_bytes: int, most: int = MAX_WORKERS
 ) -> tuple[int, str]:
-    """Return a number of workers that the data need and the machine has room for, and the reason."""
+    """Return a number of workers that suits the data, the CPU cores and the shared memory of the machine, and the
+    reason for it."""
     if dataset is None or (isinstance(dataset, PreferenceDataset) and len(dataset) < FEW_PAIRS):
         return 0, ""
     if start_method(args) is None and not forks_by_default():
@@ -203,12 +215,12 @@ def _workers_and_reason(
     room = _workers_in_shared_memory(args, processes, batch_bytes)
     if isinstance(dataset, PreferenceIterableDataset):
         return min(most, spare, room), "the order of a stream depends on the number of workers"
-    return min(most, spare, room), f"{spare} cores and shared memory for {room} workers are free"
+    return min(most, spare, room), f"{spare} free cores, and shared memory for {room} workers"
 
 
 def _workers_in_shared_memory(args: TrainingArguments, processes: int, batch_bytes: int) -> int:
-    """Return the number of workers whose prefetched batches fit into half of the free shared memory, for each process
-    of this machine. Containers often have little of it."""
+    """Return how many workers each process of this machine can have so that all their prefetched batches fit into half
+    of the free shared memory. Containers often have little shared memory."""
     if not SHARED_MEMORY.is_dir():
         return MAX_READERS
     prefetched = args.dataloader_prefetch_factor

@@ -1,4 +1,4 @@
-"""One interface for all ways to train: one process, DDP, FSDP2 and DeepSpeed ZeRO."""
+"""The interface through which the trainer uses an engine: one process, DDP, FSDP2 or DeepSpeed ZeRO."""
 
 from __future__ import annotations
 
@@ -20,38 +20,41 @@ from .sharding import Float32Shards
 
 
 class Engine:
-    """Training engine of the process group: one process or DDP ("plain"), FSDP2, or DeepSpeed ZeRO.
+    """What trains the model: a single process or DDP (both called `"plain"`), FSDP2, or DeepSpeed ZeRO.
 
     Args:
-        accelerator (`Callable`): Returns the accelerator. It is called at each use, because transformers makes the
-            accelerator after the model, and completes its plugins until training begins.
-        policy (`Callable`): Returns the policy as the engine wrapped it.
+        accelerator (`Callable`): Function that returns the trainer's accelerator. The function is called at each use,
+            because transformers creates the accelerator after the engine and changes its plugins until training begins.
+        policy (`Callable`): Function that returns the policy as accelerate wrapped it for the engine.
     """
 
     def __init__(self, accelerator: Callable[[], Accelerator], policy: Callable[[], nn.Module]):
         self._accelerator = accelerator
         self._policy = policy
-        self._second_models: list[nn.Module] = []  # frozen modules that are sharded like the policy
+        self._second_models: list[
+            nn.Module
+        ] = []  # frozen denoisers (reference, average) that are sharded like the policy
 
     @property
     def accelerator(self) -> Accelerator:
-        """The accelerator of the trainer."""
+        """accelerate's `Accelerator` of the trainer."""
         return self._accelerator()
 
     # ---- What runs ------------------------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
-        """Name of the engine that must resume a checkpoint: `"plain"`, `"fsdp"`, `"zero1, 8 processes"`, ..."""
+        """Name of the engine, such as `"plain"`, `"fsdp"` or `"zero1, 8 processes"`. A checkpoint can be resumed only
+        under an engine of the same name."""
         if self._is_deepspeed:
             return f"zero{self._zero_stage}, {self.accelerator.num_processes} processes"
         return "fsdp" if self._is_fsdp else "plain"
 
     @property
     def holds_shards(self) -> bool:
-        """Whether weights, or their float32 copies, are sharded.
+        """Whether the engine shards the weights or the optimizer's float32 copies of them: FSDP2 and DeepSpeed.
 
-        Such an engine trains a model only once. It evaluates the model only after training has prepared it.
+        With such an engine, a trainer can train only once, and can evaluate only after training has prepared the model.
         """
         return self._is_deepspeed or self._is_fsdp
 
@@ -62,29 +65,31 @@ class Engine:
 
     @property
     def steps_in_backward(self) -> bool:
-        """Whether accelerate's backward pass ends with the optimizer's step."""
+        """Whether `accelerator.backward` also steps the optimizer: DeepSpeed."""
         return self._is_deepspeed
 
     @property
     def loads_weights_with_optimizer(self) -> bool:
-        """Whether [`Engine.load_state`] reads weights and optimizer state together, after the model is prepared."""
+        """Whether weights and optimizer state are read together by [`Engine.load_state`], after the model is prepared:
+        DeepSpeed."""
         return self._is_deepspeed
 
     @property
     def casts_weights(self) -> bool:
-        """Whether preparing the model changes the dtype of its weights."""
+        """Whether `accelerator.prepare` changes the dtype of the model's weights: DeepSpeed."""
         return self._is_deepspeed
 
     @property
     def rounds_weights(self) -> bool:
-        """Whether the engine rounds the module's weights themselves to half precision, and not copies of them."""
+        """Whether the engine rounds the weights of the model itself to half precision (DeepSpeed), not only copies of
+        them."""
         return self._is_deepspeed and self.rounding is not None
 
     @property
     def rounding(self) -> torch.dtype | None:
-        """Half precision to which the engine rounds all weights, or copies of them at each use.
+        """Half-precision dtype to which the engine rounds all weights, or copies of them in each forward pass.
 
-        `None` if autocast decides.
+        `None` if the engine does not round; autocast then decides about precision.
         """
         if self.accelerator.is_fsdp2:
             policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
@@ -99,7 +104,8 @@ class Engine:
 
     @property
     def pickled_types(self) -> list[type]:
-        """Classes of the engine that its checkpoints contain. Reading them runs no code."""
+        """Classes of DeepSpeed whose pickled objects are in its checkpoints. Loading them is safe, because it runs no
+        code."""
         if not self._is_deepspeed:
             return []
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -124,7 +130,8 @@ class Engine:
     # ---- Set-up ---------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise `ValueError` if the engine would split an image over processes, or round gradients on the way."""
+        """Raise `ValueError` if the engine would split an image among processes, round gradients while exchanging them,
+        or is not supported."""
         parallel = self.accelerator.parallelism_config
         split = parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled)
         if self._is_deepspeed:
@@ -133,73 +140,83 @@ class Engine:
             _refuse_zero_plus_plus(config.get("zero_optimization", {}))
         if split:
             raise ValueError(
-                "Each image must be on one process, because errors are means over whole images. The settings have "
-                "tensor, context or sequence parallelism, which splits images. Use DDP, FSDP2 or ZeRO."
+                "Each image must be in one process, because errors are means over whole images. The settings turn on "
+                "tensor, context or sequence parallelism, which splits images. Use DDP, FSDP2 or ZeRO instead."
             )
         if self._is_fsdp and parallel is not None and parallel.dp_replicate_enabled:
             raise ValueError(
-                "FSDP must shard over all processes, because inner products of gradients would be summed over the "
-                "copies of each shard. Got `parallelism_config` with `dp_replicate_size="
-                f"{parallel.dp_replicate_size}` (HSDP). Leave `dp_replicate_size` out."
+                "FSDP must shard weights over all processes. If processes had copies of a shard, inner products of "
+                "gradients would count the shard several times. Got `parallelism_config` with "
+                f"`dp_replicate_size={parallel.dp_replicate_size}` (HSDP). Leave `dp_replicate_size` out."
             )
         if self._is_fsdp and not self.accelerator.is_fsdp2:
-            raise ValueError("FSDP must be version 2, got 1. Set `fsdp_version: 2` (`fsdp_config={'version': 2}`).")
+            raise ValueError(
+                "FSDP must be version 2, got 1. Set `fsdp_version: 2` in accelerate's configuration, or "
+                "`fsdp_config={'version': 2}`."
+            )
 
     def complete_settings(self, *, exact_gradients: bool) -> None:
-        """Complete the settings of accelerate's plugins, before the model is prepared.
+        """Set options of accelerate's plugins that this package's trainer needs. Call this method before the model is
+        prepared.
 
-        With `exact_gradients`, gradients are averaged in float32. The difference of two branches loses digits that
-        their sum would not lose.
+        With `exact_gradients`, processes average gradients in float32, not in half precision. The parameter-space
+        safeguard needs this, because it subtracts gradients of similar size, and rounding errors would be large
+        relative to the difference.
         """
         compiling = self.accelerator.state.dynamo_plugin
         if compiling.dynamic is False:
-            # This is the default of `accelerate launch`. torch would compile every image size, until it gives up.
+            # `accelerate launch` sets this by default. torch would compile for every image size and give up after some.
             compiling.dynamic = None
         if self.accelerator.is_fsdp2:
             plugin = self.accelerator.state.fsdp_plugin
-            plugin.cpu_ram_efficient_loading = False  # not needed, as all processes load weights; fails on buffers
+            plugin.cpu_ram_efficient_loading = (
+                False  # not needed, because all processes load weights; and it fails on buffers
+            )
             policy = plugin.mixed_precision_policy
             if policy is not None and policy.param_dtype is not None:
                 # FSDP would round every input, including timesteps. Autocast rounds only inputs of matrix products
                 # and convolutions.
                 settings = {"reduce_dtype": torch.float32} if exact_gradients else {}
                 plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False, **settings)
-            # Otherwise every process holds full-size gradients until the last micro-batch.
+            # Otherwise every process would hold full gradients until the last micro-batch.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
-        elif self._zero_stage >= 2 and exact_gradients:  # with these settings, ZeRO-1 uses another optimizer class
+        elif self._zero_stage >= 2 and exact_gradients:  # not ZeRO-1, which would use another optimizer class
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
             config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
             config.setdefault("communication_data_type", "fp32")
 
     def unrounded(self, module: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
-        """Return the trained weights before the model is prepared, for [`Engine.restore_unrounded`].
+        """Return the exact values of the trained weights, by parameter, before the engine rounds them. Pass them to
+        [`Engine.restore_unrounded`] afterwards.
 
-        The dictionary is empty if the engine does not round weights.
+        If the engine does not round weights, the dictionary is empty.
         """
         if not self.rounds_weights:
             return {}
         return {weight: weight.data for weight in module.parameters() if weight.requires_grad}
 
     def shard_before_preparing(self, module: nn.Module, unrounded: dict[nn.Parameter, torch.Tensor]) -> None:
-        """Shard a module from the CPU under ZeRO-3, one weight at a time. Other engines do nothing here.
+        """Under ZeRO-3, move a module from the CPU to the device in shards, one weight at a time. Other engines do
+        nothing here.
 
-        `accelerator.prepare` would first move the whole module to the device. The values of [`Engine.unrounded`] become
-        shards.
+        `accelerator.prepare` would first move the whole module to the device. The values in `unrounded` (from
+        [`Engine.unrounded`]) are replaced by their shards.
         """
         if self._zero_stage == 3:
             sharding.zero3_partition(module, self.accelerator, self.rounding, unrounded)
 
     def restore_unrounded(self, weights: dict[nn.Parameter, torch.Tensor]) -> None:
-        """Copy these weights into the optimizer's float32 weights after the model is prepared. Empties the dictionary.
+        """Copy exact weights (from [`Engine.unrounded`]) into the optimizer's float32 weights, after the model is
+        prepared. The dictionary is then empty.
 
-        DeepSpeed initializes the optimizer's weights from rounded ones. The rounding error exceeds many steps of
-        training.
+        DeepSpeed initializes the optimizer's float32 weights from the rounded weights, and the rounding error is larger
+        than the change by many training steps.
         """
         sharding.restore_unrounded(weights)
 
     def gradient_backend(self) -> GradientBackend:
-        """Return the back end that accumulates the gradients of two branches separately. The engine must have wrapped
-        the policy.
+        """Return the back end that accumulates the gradients of winners and losers separately. The engine must have
+        wrapped the policy before.
 
         Raises:
             `ValueError`: If the engine's settings do not allow separate gradients.
@@ -209,24 +226,26 @@ class Engine:
     # ---- Weights --------------------------------------------------------------------------------------------------
 
     def reshard(self) -> None:
-        """Free the weights that FSDP2 leaves gathered after a forward pass without gradients.
+        """Under FSDP2, turn gathered weights into shards again. FSDP2 leaves weights gathered after a forward pass
+        without gradients.
 
-        Call this before weights are read or written, so that parameters are shards again.
+        Call this method before reading or writing weights.
         """
         if self._is_fsdp:
             for model in (self._policy(), *self._second_models):
                 sharding.reshard(model)
 
     def gather(self, tensors: dict[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
-        """Gather named weights on the CPU, one at a time. All processes must call this.
+        """Gather the full values of named weights on the CPU, one weight at a time. All processes must call this
+        method.
 
         Args:
-            tensors (`dict[str, torch.Tensor]`): Parameters and buffers of a module, not detached.
-            keep (`bool`): Whether this process gets the weights. Other processes only send their shards and get an
-                empty dictionary.
+            tensors (`dict[str, torch.Tensor]`): Parameters and buffers of a module by name, not detached.
+            keep (`bool`): Whether this process gets the weights. A process with `keep=False` only sends its shards, and
+                gets an empty dictionary.
 
         Returns:
-            `dict[str, torch.Tensor]`: Copies. Trained weights are the optimizer's float32 weights.
+            `dict[str, torch.Tensor]`: Copies by name. For trained weights, these are the optimizer's float32 values.
         """
         gathered = {}
         for name, tensor in tensors.items():
@@ -237,37 +256,41 @@ class Engine:
 
     @torch.no_grad()
     def scatter(self, values: dict[str, torch.Tensor], into: dict[str, torch.Tensor]) -> None:
-        """Copy full tensors into named weights, sharded or not. All processes must call this."""
+        """Copy full tensors into the weights of the same names in `into`, which may be sharded. All processes must call
+        this method."""
         for name, tensor in into.items():
             sharding.scatter(values[name], tensor, self._zero_stage)
 
     @torch.no_grad()
     def mix(self, references: Iterable[torch.Tensor], policies: Iterable[torch.Tensor], alpha: float) -> None:
-        """Set `ref = alpha * policy + (1 - alpha) * ref` in place, weight by weight. All processes must call this."""
+        """Update reference weights in place: `ref = alpha * policy + (1 - alpha) * ref`. All processes must call this
+        method."""
         for reference, policy in zip(references, policies, strict=True):
             with sharding.gathered([reference, policy] if self._zero_stage == 3 else [], write=True):
                 reference.lerp_(policy.to(reference.dtype), alpha)
 
     def float32_shards(self, weights: dict[str, torch.Tensor]) -> Float32Shards:
-        """Return sharded float32 copies of weights that the engine will round. Call this before preparing the model."""
+        """Return sharded float32 copies of weights that the engine will round. Call this method before the model is
+        prepared."""
         return Float32Shards(weights, self.accelerator, self._zero_stage)
 
     def shard_like_policy(self, module: nn.Module, *, moves: bool) -> nn.Module:
-        """Move a frozen module from the CPU to the device, in place, with the sharding and precision of the policy.
+        """Move a frozen module from the CPU to the device, with the same sharding and precision as the policy.
 
-        Each weight is cast before it is moved, and weights are sharded one after the other.
+        The module is changed in place. Each weight is cast before it is moved, and weights are sharded one after the
+        other, to save memory.
 
         Args:
-            moves (`bool`): Whether the module's weights are updated during training. FSDP2 then shards them without
-                casting, because the updates are too small for half precision.
+            moves (`bool`): Whether the module's weights are updated during training. FSDP2 then keeps them in float32,
+                because half precision would lose the small updates.
 
         Returns:
-            `nn.Module`: The module to call instead.
+            `nn.Module`: Module to call instead of `module`.
         """
         dtype = self.rounding
         if self.accelerator.is_fsdp2:
             for weight in module.parameters() if dtype is not None and not moves else ():
-                weight.data = weight.data.to(dtype)  # FSDP rounds them to it at every use
+                weight.data = weight.data.to(dtype)  # FSDP would round them to this dtype at every use anyway
             self._second_models.append(fsdp2_prepare_model(self.accelerator, module).eval())
             return self._second_models[-1]
         if not self._is_deepspeed:
@@ -279,10 +302,11 @@ class Engine:
 
     @contextlib.contextmanager
     def computing(self, module: nn.Module, *, is_policy: bool) -> Iterator[nn.Module]:
-        """Yield an unsharded module on the device, rounded like the policy under this engine.
+        """Within the context, yield a complete (unsharded) module on the device, rounded as the engine will round the
+        policy.
 
-        If the engine rounds, the module is a copy. A policy without a sharding engine is already on its device, so it
-        is not moved.
+        If the engine rounds weights, the yielded module is a rounded copy. Under one process or DDP, the policy is not
+        moved, because it is already on its device.
         """
         dtype, before = self.rounding, next(module.parameters()).device
         moves = before != self.accelerator.device and (self.holds_shards or not is_policy)
@@ -303,19 +327,21 @@ class Engine:
     # ---- Checkpoints ----------------------------------------------------------------------------------------------
 
     def check_resumable(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise `ValueError` if the state of a prepared optimizer could not be read from a checkpoint."""
+        """Raise `ValueError` if a checkpoint of this prepared optimizer could not be resumed."""
         plain = unwrapped(optimizer)
         stateless = isinstance(plain, torch.optim.SGD) and not any(group["momentum"] for group in plain.param_groups)
-        if self._is_fsdp and stateless:  # torch takes the device of a sharded state from one of its tensors
+        if self._is_fsdp and stateless:  # torch reads the device of a sharded state from the state's tensors
             raise ValueError(
-                "Under FSDP, SGD without momentum cannot be resumed, because torch reads no optimizer state without "
-                "tensors. Set `save_strategy='no'` or `save_only_model=True`, use momentum, or train with DDP or ZeRO."
+                "Under FSDP, SGD without momentum cannot be resumed, because torch cannot load an optimizer state "
+                "that has no tensors. Set `save_strategy='no'` or `save_only_model=True`, use momentum, or train with "
+                "DDP or ZeRO."
             )
 
     def save_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> None:
-        """Write the sharded optimizer state of an engine that holds shards. All processes must call this.
+        """Write the sharded optimizer state under FSDP2 or DeepSpeed into `folder`. All processes must call this
+        method.
 
-        Model and optimizer must be those that `accelerator.prepare` returned.
+        `model` and `optimizer` must be those that `accelerator.prepare` returned.
         """
         if self._is_deepspeed:
             cast(Any, model).save_checkpoint(folder, exclude_frozen_parameters=True)
@@ -323,17 +349,18 @@ class Engine:
             save_fsdp_optimizer(self.accelerator.state.fsdp_plugin, self.accelerator, optimizer, model, folder)
 
     def load_state(self, model: nn.Module, folder: str) -> None:
-        """Read the weights and optimizer state that DeepSpeed wrote in [`Engine.save_state`]."""
+        """Load the weights and the optimizer state that [`Engine.save_state`] wrote under DeepSpeed."""
         # Not strict: the checkpoint lacks the frozen weights.
         deepspeed_load_checkpoint(model, folder, load_module_strict=False)
 
 
 def _refuse_zero_plus_plus(config: dict[str, Any]) -> None:
-    """Raise `ValueError` for settings of ZeRO++. It rounds gradients and keeps second shards of the weights."""
+    """Raise `ValueError` if settings turn on DeepSpeed's ZeRO++, which rounds gradients and weights for
+    communication."""
     defaults = {"zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_gradients": False}
     active = {name: config[name] for name, off in defaults.items() if config.get(name, off) != off}
     if active:
         raise ValueError(
-            "DeepSpeed's ZeRO++ must be off, because it rounds gradients, and rounds policy and reference differently. "
-            f"Got {active}. Leave these settings out."
+            "DeepSpeed's ZeRO++ must be off, because it rounds gradients, and rounds policy and reference "
+            f"differently. Got {active}. Leave these settings out of DeepSpeed's configuration."
         )

@@ -1,4 +1,4 @@
-"""Settings of DeepSpeed and FSDP in the training arguments, read before there is an accelerator."""
+"""Functions that read settings of DeepSpeed and FSDP from the training arguments, before there is an `Accelerator`."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 
 def runs_deepspeed(args: TrainingArguments) -> bool:
-    """Return whether the arguments or the launcher select DeepSpeed."""
+    """Return whether DeepSpeed will train, because the training arguments or the launcher select it."""
     return args.deepspeed_plugin is not None
 
 
 def by_engine(args: TrainingArguments) -> bool:
-    """Return whether DeepSpeed or FSDP will train. Both shard or round the weights."""
+    """Return whether DeepSpeed or FSDP will train, which shard or round weights, and not one process or DDP."""
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return runs_deepspeed(args) or args.fsdp_plugin_args is not None or launched
 
 
 def shards_weights(args: TrainingArguments) -> bool:
-    """Return whether the settings select an engine that shards weights: ZeRO-3 or FSDP."""
+    """Return whether ZeRO-3 or FSDP will train, which shard the weights themselves."""
     return by_engine(args) and (args.deepspeed_plugin is None or args.deepspeed_plugin.zero_stage == 3)
 
 
 def check_deepspeed_precision(args: TrainingArguments) -> None:
-    """Raise `ValueError` if DeepSpeed or the launcher has a half precision that the training arguments lack."""
+    """Raise `ValueError` if DeepSpeed's configuration turns on bf16 or fp16 and the training arguments do not."""
     plugin = args.deepspeed_plugin
     if plugin is None:
         return
@@ -44,7 +44,8 @@ def check_deepspeed_precision(args: TrainingArguments) -> None:
 
 
 def set_deepspeed_learning_rate(args: TrainingArguments) -> None:
-    """Set the learning rate in DeepSpeed's configuration if transformers resolved `"auto"` to `None`."""
+    """Write the learning rate into DeepSpeed's configuration if it is `"auto"` there and was unset when transformers
+    filled it in."""
     plugin = args.deepspeed_plugin
     if plugin is None:
         return
@@ -57,10 +58,10 @@ def set_deepspeed_learning_rate(args: TrainingArguments) -> None:
 
 @contextlib.contextmanager
 def loading_unsharded(args: TrainingArguments) -> Iterator[None]:
-    """Load complete weights in every process within the context.
+    """Within the context, make models load with complete weights in every process.
 
-    Under ZeRO-3, transformers would create text encoders as shards, and only the engine that owns the shards can run
-    them. Under FSDP, transformers would read weights in the first process only.
+    Outside of this context, transformers would load text encoders as shards under ZeRO-3, and only DeepSpeed's engine
+    can run shards. Under FSDP, transformers would load weights only in the first process.
     """
     first_process_only = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
     if first_process_only:
@@ -78,16 +79,18 @@ def loading_unsharded(args: TrainingArguments) -> Iterator[None]:
 
 
 def check_unsharded(module: nn.Module, name: str) -> None:
-    """Raise `ValueError` if a module was loaded as shards of ZeRO-3."""
+    """Raise `ValueError` if a module was loaded in shards, as transformers does under ZeRO-3. `name` is the module's
+    name for the message."""
     if any(weight.numel() == 0 for weight in module.parameters()):
         raise ValueError(
-            f"The pipeline's {name} must be unsharded. It was loaded as shards of ZeRO-3. Pass the Hub id or folder, "
-            "or load the pipeline before you create the configuration with `deepspeed`."
+            f"The pipeline's {name} must have complete weights, but was loaded in shards of ZeRO-3. Pass the "
+            "pipeline's Hub id or folder, or load the pipeline before you create the configuration with `deepspeed`."
         )
 
 
 def training_autocast(args: TrainingArguments) -> contextlib.AbstractContextManager:
-    """Return the autocast context of training. Under DeepSpeed it does nothing, because DeepSpeed rounds weights."""
+    """Return the autocast context in which training predicts. Under DeepSpeed the context does nothing, because
+    DeepSpeed rounds the weights instead."""
     if runs_deepspeed(args) or not (args.bf16 or args.fp16):
         return contextlib.nullcontext()
     return torch.autocast(args.device.type, dtype=torch.bfloat16 if args.bf16 else torch.float16)

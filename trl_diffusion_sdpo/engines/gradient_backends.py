@@ -1,6 +1,9 @@
-"""Gradient back ends: each engine's way to accumulate gradients of several backward passes separately.
+"""Gradient back ends, one for each engine: compute the gradients of winners and losers separately, average them over
+processes, and set the gradient with which the optimizer steps. (`gradients.py` does arithmetic on these gradients.)
 
-A back end also averages gradients and steps with one of them. If the engine shards gradients, accumulators are shards.
+Gradients are averaged over processes, never summed. With one process or DDP, `backward` returns the process's own
+gradient, and `all_reduced` averages it once per optimizer step. With FSDP2 and DeepSpeed, `backward` already returns
+averaged gradients, as this process's shards.
 """
 
 from __future__ import annotations
@@ -23,60 +26,67 @@ from .gradients import Gradient, add
 from .sharding import local_tensor
 
 REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_HPU")
-REDUCE_BUCKET = 1 << 25  # elements per all-reduce
+REDUCE_BUCKET = 1 << 25  # number of elements in one all-reduce
 
 
 class GradientBackend(ABC):
-    """Interface to compute, average and step with gradients under one engine.
+    """Interface for the gradients of one engine: compute them, average them over processes, and pass one to the
+    optimizer.
 
-    A gradient is a list with a tensor for each trained weight (or shard), always in the same order. Weights that are
-    not in the graph have `None`.
+    A gradient is a list with one tensor for each trained weight (or for this process's shard of it), always in the same
+    order. The entry is `None` if the objective does not depend on the weight.
     """
 
-    retains_graph = True  # whether two backward passes may follow one forward pass
+    retains_graph = True  # whether the engine allows two backward passes after one forward pass
 
     @abstractmethod
     def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
-        """Backpropagate a scalar and return its gradient added to `into`.
+        """Run the backward pass of a scalar, and return the sum of `into` and its gradient. Under FSDP2 and DeepSpeed,
+        the gradient is already averaged over processes.
 
         Args:
-            objective (`torch.Tensor` of shape `()`): Scalar, already divided by the accumulation steps.
-            into (`list`, *optional*): Gradient of earlier micro-batches. It may be changed in place.
-            retain_graph (`bool`): Whether another backward pass follows.
+            objective (`torch.Tensor` of shape `()`): Scalar to differentiate, already divided by the number of
+                micro-batches in the optimizer step.
+            into (`list`, *optional*): Accumulated gradient of earlier micro-batches, which may be changed in place.
+            retain_graph (`bool`): Whether another backward pass through the same graph follows.
         """
 
     @abstractmethod
     def set_gradient(self, gradient: Gradient) -> None:
-        """Set the gradient that is clipped and used by the optimizer's step."""
+        """Set the gradient that the Trainer or the engine clips, and with which the optimizer then steps."""
 
     def all_reduced(self, gradient: Gradient) -> Gradient:
-        """Return the gradient averaged over the processes. If `backward` averages, return it unchanged."""
+        """Return the gradient averaged over the processes. If `backward` has averaged it already (FSDP2, DeepSpeed),
+        return it unchanged."""
         return gradient
 
     def sum_over_shards(self, products: torch.Tensor) -> torch.Tensor:
-        """Return inner products over all shards, from those over this process's shards. May change them in place."""
+        """Return inner products of whole gradients, given those of this process's shards. If gradients are not sharded,
+        return `products` unchanged. `products` may be changed in place."""
         return products
 
     def step(self) -> None:
-        """Take the optimizer's step if the engine owns it."""
+        """Step the optimizer if the engine does this itself (DeepSpeed). Otherwise do nothing, because the Trainer
+        steps it."""
         return None
 
     def accumulating(self) -> contextlib.AbstractContextManager:
-        """Return the context of the forward and backward passes of each micro-batch."""
+        """Return the context in which to run the forward and backward passes of each micro-batch."""
         return contextlib.nullcontext()
 
     @abstractmethod
     def weights(self) -> list[torch.Tensor]:
-        """Return the float32 weights, or shards, in a gradient's order."""
+        """Return the float32 weights (or this process's shards of them), in the order of a gradient's tensors."""
 
     @property
     def loss_scale(self) -> float:
-        """Factor of gradients that prevents underflow in fp16 training."""
+        """Factor by which fp16 training multiplies gradients against underflow; 1 in other training."""
         return 1.0
 
 
 class ReplicatedBackend(GradientBackend):
-    """Back end for one process or DDP. Every process holds full gradients and averages them once per optimizer step."""
+    """Back end for one process or DDP. Every process accumulates full gradients of its own pairs. Processes average
+    these gradients once per optimizer step, in `all_reduced`."""
 
     def __init__(self, model: nn.Module, accelerator: Accelerator):
         self._model: Any = model
@@ -84,7 +94,7 @@ class ReplicatedBackend(GradientBackend):
         self._weights = [weight for weight in model.parameters() if weight.requires_grad]
 
     def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
-        # Autograd accumulates in place.
+        # Autograd adds to `.grad` in place.
         for weight, gradient in zip(self._weights, into or [None] * len(self._weights), strict=True):
             weight.grad = gradient
         scaler = self._accelerator.scaler
@@ -100,7 +110,7 @@ class ReplicatedBackend(GradientBackend):
     def all_reduced(self, gradient: Gradient) -> Gradient:
         if self._accelerator.num_processes == 1:
             return gradient
-        # A weight may have a gradient in some processes only, but the all-reduce must have the same size in all.
+        # A weight may have a gradient in some processes only, but all processes must all-reduce equally many elements.
         pairs = zip(gradient, self._weights, strict=True)
         full = [torch.zeros_like(weight) if tensor is None else tensor for tensor, weight in pairs]
         all_reduce_mean(full)
@@ -111,7 +121,7 @@ class ReplicatedBackend(GradientBackend):
             weight.grad = tensor
 
     def accumulating(self) -> contextlib.AbstractContextManager:
-        # DDP's reducer runs once per forward pass, so the second backward pass would never be all-reduced.
+        # DDP exchanges gradients once per forward pass, so it would leave out the second backward pass.
         return self._accelerator.no_sync(self._model)
 
     def weights(self) -> list[torch.Tensor]:
@@ -123,10 +133,11 @@ class ReplicatedBackend(GradientBackend):
 
 
 class Fsdp2Backend(ReplicatedBackend):
-    """Back end for FSDP2. The backward pass reduce-scatters gradients."""
+    """Back end for FSDP2. The backward pass itself averages gradients over processes and leaves each process its
+    shard."""
 
     def accumulating(self) -> contextlib.AbstractContextManager:
-        # Otherwise FSDP2 adds up the branches' gradients outside of `.grad`, unsharded, until the last micro-batch.
+        # Otherwise FSDP2 adds up the gradients of winners and losers itself, unsharded, until the last micro-batch.
         cast(Any, self._model).set_requires_gradient_sync(True)
         return contextlib.nullcontext()
 
@@ -141,13 +152,14 @@ class Fsdp2Backend(ReplicatedBackend):
 
 
 class ZeroBackend(GradientBackend):
-    """Back end for DeepSpeed. The backward pass reduce-scatters gradients into the engine's optimizer."""
+    """Back end for DeepSpeed. The backward pass itself averages gradients over processes and puts this process's shards
+    into DeepSpeed's optimizer."""
 
     def __init__(self, engine: Any):
         self._engine = engine
 
     def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
-        # Otherwise the engine adds up the branches' unsharded gradients until the last micro-batch, and it counts each
+        # Otherwise DeepSpeed adds up the gradients of winners and losers until the last micro-batch, and it counts each
         # backward pass as a micro-batch.
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.backward(objective, retain_graph=retain_graph, scale_wrt_gas=False)
@@ -156,12 +168,13 @@ class ZeroBackend(GradientBackend):
         return gradient
 
     def clear(self) -> None:
-        """Drop the engine's gradients, so that the next branch starts from zero."""
+        """Delete the gradients in DeepSpeed's optimizer, so that the next backward pass starts from zero."""
         self._engine.optimizer.zero_grad()
 
     @abstractmethod
     def take(self, into: Gradient | None) -> Gradient:
-        """Take the gradient shards of the latest backward pass from the engine, added to `into` if it is set."""
+        """Return this process's gradient shards of the latest backward pass, read from DeepSpeed's optimizer and added
+        to `into` if `into` is set."""
 
     def sum_over_shards(self, products: torch.Tensor) -> torch.Tensor:
         return sum_over_processes(products)
@@ -176,11 +189,14 @@ class ZeroBackend(GradientBackend):
 
 
 class Zero12Backend(ZeroBackend):
-    """Back end for ZeRO-1 and ZeRO-2. Gradients are flat shards of parameter groups in `averaged_gradients`."""
+    """Back end for ZeRO-1 and ZeRO-2. DeepSpeed stores the gradients as flat shards of parameter groups, in
+    `averaged_gradients` of its optimizer."""
 
     def __init__(self, engine: Any):
         super().__init__(engine)
-        self._groups: dict[int, list[torch.Tensor]] = {}  # DeepSpeed's lists of the latest backward pass
+        self._groups: dict[
+            int, list[torch.Tensor]
+        ] = {}  # DeepSpeed's gradient shards of the latest backward pass, by parameter group
         self._sizes: dict[int, list[int]] = {}
 
     def take(self, into: Gradient | None) -> Gradient:
@@ -194,8 +210,8 @@ class Zero12Backend(ZeroBackend):
         return [*taken] if into is None else add(into, taken)
 
     def set_gradient(self, gradient: Gradient) -> None:
-        # Fill DeepSpeed's tensors and do not replace them, because they may be views of a flat tensor. They contain the
-        # gradient of the latest pass, the loser's. It is no longer needed.
+        # Copy into DeepSpeed's tensors instead of replacing them, because they may be views of a flat tensor. They
+        # contain the losers' gradient from the latest pass, which is no longer needed.
         tensors: Iterator[Any] = iter(gradient)
         for group, shards in self._groups.items():
             for shard in shards:
@@ -212,9 +228,9 @@ class Zero12Backend(ZeroBackend):
 
 
 class Zero3Backend(ZeroBackend):
-    """Back end for ZeRO-3. Gradients are a shard of each parameter."""
+    """Back end for ZeRO-3. A gradient has this process's shard of each parameter's gradient."""
 
-    retains_graph = False  # ZeRO-3 gathers weights for only one backward pass per forward pass
+    retains_graph = False  # ZeRO-3 allows only one backward pass per forward pass
 
     def __init__(self, engine: Any):
         super().__init__(engine)
@@ -240,14 +256,15 @@ class Zero3Backend(ZeroBackend):
 
 
 def gradient_backend(model: nn.Module, accelerator: Accelerator) -> GradientBackend:
-    """Return the back end of the engine that trains. See [`Engine.gradient_backend`]."""
+    """Return the gradient back end for the engine that trains `model`. See [`Engine.gradient_backend`] for the
+    errors."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return _deepspeed_backend(model)
     if accelerator.is_fsdp2:
         if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
             raise ValueError(
-                "`safeguard='parameter'` needs gradients on the device. FSDP's `offload_params` moves each gradient to "
-                "the CPU during the backward pass. Leave it off, or use `safeguard='output'`."
+                "`safeguard='parameter'` needs gradients on the device. FSDP's `offload_params` moves each gradient "
+                "to the CPU during the backward pass. Leave `offload_params` off, or use `safeguard='output'`."
             )
         return Fsdp2Backend(model, accelerator)
     if accelerator.distributed_type.value not in REPLICATED:
@@ -262,13 +279,13 @@ def _deepspeed_backend(engine: Any) -> GradientBackend:
     stage = engine.zero_optimization_stage()
     if stage not in (1, 2, 3):
         raise ValueError(
-            f"`safeguard='parameter'` needs DeepSpeed's ZeRO stage 1, 2 or 3. Got {stage}. Set `zero_stage` to 1, or "
-            "train without DeepSpeed in the same memory."
+            f"`safeguard='parameter'` needs DeepSpeed's ZeRO stage 1, 2 or 3. Got stage {stage}. Set `zero_stage` to "
+            "1, or train without DeepSpeed, which takes as much memory as stage 0."
         )
     if engine.zero_use_cpu_optimizer():
         raise ValueError(
-            "`safeguard='parameter'` needs gradients on the device. With an offloaded optimizer, DeepSpeed moves each "
-            "gradient away during the backward pass, before the branches can be separated. Set "
+            "`safeguard='parameter'` needs gradients on the device. With an offloaded optimizer, DeepSpeed moves "
+            "gradients to the CPU during the backward pass, before those of winners and losers can be separated. Set "
             "`offload_optimizer_device: none`, or use `safeguard='output'`."
         )
     if stage == 3:
@@ -276,20 +293,21 @@ def _deepspeed_backend(engine: Any) -> GradientBackend:
     if not keeps_zero_gradients(engine.optimizer):
         raise ValueError(
             "`safeguard='parameter'` needs DeepSpeed's usual ZeRO optimizer. ZeRO-1 with bf16 and "
-            f"`data_types.grad_accum_dtype: fp32` uses {type(engine.optimizer).__name__}. Leave that setting out, or "
-            "use ZeRO-2."
+            f"`data_types.grad_accum_dtype: fp32` uses {type(engine.optimizer).__name__}. Leave `grad_accum_dtype` "
+            "out, or use ZeRO-2."
         )
     if "Muon" in type(engine.optimizer.optimizer).__name__:
         raise ValueError(
-            "`safeguard='parameter'` needs an optimizer that steps after both branches. Under ZeRO-1 and ZeRO-2, "
-            "DeepSpeed applies Muon to each branch's gradient while it averages the gradient. Use ZeRO-3, another "
-            "optimizer, or `safeguard='output'`."
+            "`safeguard='parameter'` needs an optimizer that acts after both backward passes. Under ZeRO-1 and "
+            "ZeRO-2, DeepSpeed applies Muon to the gradients of winners and losers separately, while it averages "
+            "them. Use ZeRO-3, another optimizer, or `safeguard='output'`."
         )
     return Zero12Backend(engine)
 
 
 def all_reduce_mean(tensors: list[torch.Tensor]) -> None:
-    """Average tensors over all processes, in place, in buckets."""
+    """Average tensors over all processes, in place. Several tensors share one all-reduce of up to `REDUCE_BUCKET`
+    elements."""
     world = dist.get_world_size()
     bucket: list[torch.Tensor] = []
     size = 0
@@ -306,13 +324,14 @@ def all_reduce_mean(tensors: list[torch.Tensor]) -> None:
 
 
 def sum_over_processes(products: torch.Tensor) -> torch.Tensor:
-    """Return the sum of a small tensor over all processes, in place."""
+    """Sum a small tensor over all processes, in place, and return it."""
     dist.all_reduce(products)
     return products
 
 
 def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """Return the optimizer without the wrappers of accelerate and DeepSpeed. All wrappers call it `optimizer`."""
+    """Return the torch optimizer inside the wrappers of accelerate and DeepSpeed. Each wrapper has the wrapped
+    optimizer in the attribute `optimizer`."""
     while not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer

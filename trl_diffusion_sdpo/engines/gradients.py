@@ -1,4 +1,5 @@
-"""Arithmetic on gradients that are lists of tensors: inner products and sums of this process's shards."""
+"""Arithmetic on gradients: inner products and sums. A gradient is a list with one tensor for each weight; if it is
+sharded, only this process's shards are used. (`gradient_backends.py` computes the gradients.)"""
 
 from __future__ import annotations
 
@@ -8,20 +9,21 @@ import torch
 
 from .sharding import local_tensor
 
-CHUNK = 1 << 22  # elements of each gradient converted to float64 at once; large, so that few kernels run
-CPU_CHUNK = 1 << 16  # the same number on a CPU; small, so that the elements fit into its cache
+CHUNK = 1 << 22  # number of elements converted to float64 at once on an accelerator; large, so that few kernels run
+CPU_CHUNK = 1 << 16  # number of elements converted to float64 at once on a CPU; small, so that they fit into its cache
 
 Gradient = list[torch.Tensor | None]
 
 
 def inner_products(gradients: list[Gradient]) -> torch.Tensor:
-    """Return all inner products of `n` gradients over this process's shards, `(n, n)`, in float64."""
+    """Return the inner products of each two of `n` gradients, `(n, n)` in float64. If gradients are sharded, the
+    products cover this process's shards only."""
     first = next(tensor for tensor in gradients[0] if tensor is not None)
     dtype = exact_dtype(first.device)
     products = torch.zeros(len(gradients), len(gradients), dtype=dtype, device=first.device)
     for pieces in _chunks(gradients, CPU_CHUNK if first.device.type == "cpu" else CHUNK):
         rows = [(row[0] if len(row) == 1 else torch.cat(row)).to(dtype) for row in pieces]
-        # Row by row, because a matrix product of so long and thin matrices is slower and needs them stacked.
+        # Not one matrix product, because it is slower for so long rows and needs a copy that stacks them.
         for i, row in enumerate(rows):
             for j in range(i, len(rows)):
                 products[i, j] += row @ rows[j]
@@ -29,7 +31,8 @@ def inner_products(gradients: list[Gradient]) -> torch.Tensor:
 
 
 def _chunks(gradients: list[Gradient], limit: int) -> Iterator[list[list[torch.Tensor]]]:
-    """Yield corresponding pieces of the gradients, at most `limit` elements at a time. `None` counts as zeros."""
+    """Yield corresponding pieces of all gradients, with at most `limit` elements of each gradient at a time. A tensor
+    that is `None` counts as zeros."""
     pieces: list[list[torch.Tensor]] = [[] for _ in gradients]
     size = 0
     for tensors in zip(*gradients, strict=True):
@@ -50,7 +53,7 @@ def _chunks(gradients: list[Gradient], limit: int) -> Iterator[list[list[torch.T
 
 
 def subtract_scaled(winner: Gradient, loser: Gradient, scale: torch.Tensor) -> None:
-    """Set `W = W - lambda L` in place."""
+    """Subtract `scale` times the losers' gradient from the winners' gradient, in place: `W = W - lambda L`."""
     for i, (w, loser_tensor) in enumerate(zip(winner, loser, strict=True)):
         if loser_tensor is None:
             continue
@@ -60,7 +63,7 @@ def subtract_scaled(winner: Gradient, loser: Gradient, scale: torch.Tensor) -> N
 
 
 def add(into: Gradient, gradient: Iterable[torch.Tensor]) -> Gradient:
-    """Add a gradient to `into`, in place."""
+    """Add a gradient to the gradient `into`, in place, and return `into`."""
     for total, tensor in zip(into, gradient, strict=True):
         assert total is not None  # under ZeRO every weight has a gradient
         total.add_(tensor)
@@ -68,5 +71,5 @@ def add(into: Gradient, gradient: Iterable[torch.Tensor]) -> Gradient:
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 on Apple's GPUs because they have no float64."""
+    """Return the dtype for exact sums: float64, or float32 on Apple's GPUs, which have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64

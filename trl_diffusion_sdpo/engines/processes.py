@@ -1,4 +1,4 @@
-"""Communication between processes outside of the engines' own collectives."""
+"""Communication between training processes, besides what the engines (DDP, FSDP2, DeepSpeed) do themselves."""
 
 from __future__ import annotations
 
@@ -19,35 +19,38 @@ UPLOAD_TIMEOUT = timedelta(days=1)  # one process may upload for hours while the
 
 
 def several_processes() -> bool:
-    """Return whether this process trains together with others."""
+    """Return whether more than one process trains."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def max_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """Replace values in place by their largest over all processes, and return them. All processes must call this."""
+    """Replace each value by its maximum over all processes, in place, and return the tensor. All processes must call
+    this function."""
     if several_processes():
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
 
 
 def in_any_process(flag: bool, device: torch.device) -> bool:
-    """Return whether the flag is set in any process. All processes must call this.
+    """Return whether `flag` is true in any process. All processes must call this function.
 
-    The call blocks the host, so do not call it in every step.
+    The call waits for the device, so do not call it in every step.
     """
     return bool(max_over_processes(torch.tensor(int(flag), device=device))) if several_processes() else flag
 
 
 def gather_objects(value: Any, *, during_upload: bool = False) -> list[Any]:
-    """Gather a small picklable object from every process, in order of rank. All processes must call this.
+    """Return a list of the `value` of every process, in order of rank. Values must be small and picklable. All
+    processes must call this function.
 
-    Processes wait for each other up to `ddp_timeout`, half an hour by default.
+    A process waits for the others up to `ddp_timeout`, half an hour by default.
 
     Args:
-        during_upload (`bool`): Whether a process may be uploading. The other processes then wait for up to a day.
+        during_upload (`bool`): Whether one process may be uploading to the Hub meanwhile. The other processes then wait
+            up to a day.
 
     Raises:
-        `RuntimeError`: If another process has ended, or does not answer in time.
+        `RuntimeError`: If another process has ended or does not respond in time.
     """
     if not several_processes():
         return [value]
@@ -56,31 +59,32 @@ def gather_objects(value: Any, *, during_upload: bool = False) -> list[Any]:
         dist.all_gather_object(values, value, group=_upload_group(dist.group.WORLD) if during_upload else None)
     except RuntimeError as error:
         raise RuntimeError(
-            f"Process {dist.get_rank()} has lost another process, which has ended or does not answer. The cause is the "
-            f"first error in the output of all processes. ({error})"
+            f"Process {dist.get_rank()} has lost another process, which has ended or does not respond. To find the "
+            f"cause, look for the first error in the output of all processes. ({error})"
         ) from error
     return values
 
 
 @lru_cache(maxsize=1)
 def _upload_group(world: Any) -> Any:
-    """Create the group of all processes of `world` that waits for uploads, once.
+    """Return a process group of all processes in `world` that waits up to a day. The group is created at the first
+    call.
 
-    The group uses gloo because collectives on a device cannot wait so long.
+    The group uses gloo, because collectives on an accelerator cannot wait so long.
     """
     return dist.new_group(backend="gloo", timeout=UPLOAD_TIMEOUT)
 
 
 def peers(args: TrainingArguments) -> Peers:
-    """Return the processes of this training."""
+    """Return an object with which this training's processes can exchange Python objects."""
     return ALONE if args.world_size == 1 else Peers(args.process_index, args.world_size, gather_objects)
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:
-    """Raise `ValueError` in all processes if a fact, such as a setting, differs between them.
+    """Raise `ValueError` in all processes if a value in `facts`, such as a setting, differs between processes.
 
-    All processes must call this. Processes that disagree would wait for each other forever, or average gradients of
-    different runs.
+    All processes must call this function. Without this check, processes with different settings would wait for each
+    other forever, or average the gradients of different runs.
     """
     everyone = gather_objects({name: repr(value) for name, value in facts.items()})
     for name, ours in everyone[0].items():
@@ -100,10 +104,10 @@ def _short(text: str | None) -> str:
 
 @contextlib.contextmanager
 def failing_together(error_type: type[Exception], *, during_upload: bool = False) -> Iterator[None]:
-    """Raise in all processes if one of them raises within the context. All processes must enter it.
+    """Make all processes raise an error if one of them raises within the context. All processes must enter the context.
 
-    A process without an error raises `error_type` with the message of the failed process. See [`gather_objects`] for
-    `during_upload`.
+    The failed process raises its own error. The other processes raise `error_type` with the message of the failed
+    process. For `during_upload` see [`gather_objects`].
     """
     local_error: Exception | None = None
     try:

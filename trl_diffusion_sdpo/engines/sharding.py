@@ -1,4 +1,5 @@
-"""Weights that are sharded over processes, and float32 copies of weights that DeepSpeed rounds."""
+"""Functions that read, write and shard weights that are distributed over processes, and `Float32Shards`, float32 copies
+of weights that DeepSpeed rounds."""
 
 from __future__ import annotations
 
@@ -17,21 +18,23 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def full_tensor(value: Any) -> Any:
-    """Gather a DTensor as a plain tensor, and return anything else unchanged. All processes must call this."""
+    """Return the full value of a DTensor as a plain tensor. Anything else is returned unchanged. All processes must
+    call this function."""
     from torch.distributed.tensor import DTensor
 
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this process's shard of a DTensor, and any other tensor unchanged."""
+    """Return this process's shard of a DTensor. Any other tensor is returned unchanged."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def spoiled_weights(networks: Mapping[str, nn.Module]) -> list[str]:
-    """Return the names of weights that are not finite in this process's shards. Waits for the device."""
+    """Return the names of the weights whose values (in this process's shards) are not all finite. The call waits for
+    the device."""
     return [
         f"`{name}` {weight}"
         for name, network in networks.items()
@@ -42,14 +45,14 @@ def spoiled_weights(networks: Mapping[str, nn.Module]) -> list[str]:
 
 @torch.no_grad()
 def _is_finite(values: torch.Tensor) -> bool:
-    shard = getattr(values, "ds_tensor", values)  # under ZeRO-3 the weight itself is empty
+    shard = getattr(values, "ds_tensor", values)  # under ZeRO-3, the parameter itself is empty
     return bool(torch.isfinite(local_tensor(shard).float()).all())
 
 
 def shard_of(full: torch.Tensor, size: int) -> torch.Tensor:
-    """Return this process's `size` elements of a tensor.
+    """Return this process's shard, `size` elements, of a full tensor.
 
-    The tensor is flattened, and padded with zeros so that it divides evenly.
+    The full tensor is flattened, and padded with zeros so that all processes get equally many elements.
     """
     flat = full.flatten()
     padded = torch.nn.functional.pad(flat, (0, size * dist.get_world_size() - flat.numel()))
@@ -58,7 +61,8 @@ def shard_of(full: torch.Tensor, size: int) -> torch.Tensor:
 
 @contextlib.contextmanager
 def gathered(tensors: list[torch.Tensor], *, write: bool = False) -> Iterator[None]:
-    """Gather ZeRO-3 weights within the context. With `write`, the first process's changes are broadcast."""
+    """Make ZeRO-3 weights complete in all processes within the context. With `write`, changes that the first process
+    makes are sent to all processes at the end."""
     if not tensors:
         yield
         return
@@ -76,7 +80,8 @@ def reshard(model: nn.Module) -> None:
 
 
 def gather_float32(tensor: Any, zero_stage: int) -> torch.Tensor:
-    """Gather a weight, in float32 if DeepSpeed trains it. A weight that is not sharded is not copied."""
+    """Return the full value of a weight. For weights that DeepSpeed trains, this is the optimizer's float32 value. A
+    weight that is not sharded is returned without copying it."""
     if zero_stage == 0:
         return full_tensor(tensor)
     from deepspeed.utils import safe_get_full_fp32_param
@@ -89,7 +94,7 @@ def gather_float32(tensor: Any, zero_stage: int) -> torch.Tensor:
 
 
 def scatter(value: torch.Tensor, into: torch.Tensor, zero_stage: int) -> None:
-    """Copy a full tensor into a weight, sharded or not."""
+    """Copy a full tensor into the weight `into`, which may be sharded."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if isinstance(into, DTensor):
@@ -105,20 +110,21 @@ def zero3_partition(
     dtype: torch.dtype | None,
     unrounded: dict[nn.Parameter, torch.Tensor],
 ) -> None:
-    """Shard a module's weights under ZeRO-3, in place and one after the other.
+    """Shard the weights of a module under ZeRO-3, in place and one weight after the other.
 
-    Each weight is cast, moved to the device and replaced by this process's shard. DeepSpeed's engine would move the
-    whole module first. Buffers are moved without sharding.
+    Each weight is cast, moved to the device, and replaced by this process's shard. (DeepSpeed's own engine would first
+    move the whole module to the device.) Buffers are moved to the device but not sharded.
 
     Args:
-        dtype (`torch.dtype`, *optional*): Data type of the cast weights.
-        unrounded (`dict[nn.Parameter, torch.Tensor]`): Weights before they are cast. This process's shards replace
-            them.
+        dtype (`torch.dtype`, *optional*): Dtype to which weights are cast. If `None`, they are not cast.
+        unrounded (`dict[nn.Parameter, torch.Tensor]`): Values of weights before they are cast. The function replaces
+            each value by this process's shard of it.
     """
     import deepspeed  # takes seconds
 
     class OneByOne(nn.Module):
-        """Module whose weights `zero.Init` takes one by one. It shards each weight before it takes the next one."""
+        """Stand-in for `module` from which `zero.Init` gets one weight at a time, and shards it before it gets the next
+        one."""
 
         def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
             for weight in module.parameters():
@@ -132,14 +138,15 @@ def zero3_partition(
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
     for name in ("optimizer", "scheduler", "train_batch_size", "gradient_accumulation_steps"):
         config.pop(name, None)
-    config["train_micro_batch_size_per_gpu"] = 1  # no effect here, but it may be "auto" until the model is prepared
+    config["train_micro_batch_size_per_gpu"] = 1  # has no effect here, but must be a number
     deepspeed.zero.Init(module=OneByOne(), config_dict_or_path=config)
     for buffer in module.buffers():
         buffer.data = buffer.data.to(accelerator.device)
 
 
 def zero3_engine(module: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Return a frozen module in a ZeRO-3 engine without optimizer, with the configuration of the policy's engine."""
+    """Wrap a frozen module in a ZeRO-3 engine that has no optimizer but otherwise the same configuration as the
+    policy's engine."""
     import deepspeed  # takes seconds
 
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
@@ -168,12 +175,14 @@ def restore_unrounded(weights: dict[nn.Parameter, torch.Tensor]) -> None:
 
 
 class Float32Shards:
-    """Float32 copies of weights that DeepSpeed rounds and no optimizer holds. The copies are sharded over processes.
+    """Float32 copies, sharded over processes, of weights that DeepSpeed rounds and for which no optimizer has float32
+    values.
 
-    A reference that follows the policy needs them, because half precision would lose its small updates.
+    A reference or average that is updated during training needs these copies, because half precision would lose the
+    small updates.
 
     Args:
-        weights (`dict[str, torch.Tensor]`): Full tensors before they are rounded.
+        weights (`dict[str, torch.Tensor]`): Full weights by name, before they are rounded.
     """
 
     def __init__(self, weights: dict[str, torch.Tensor], accelerator: Accelerator, zero_stage: int):
@@ -191,7 +200,7 @@ class Float32Shards:
         return list(self._shards)
 
     def full(self, name: str) -> torch.Tensor:
-        """Gather one weight. All processes must call this."""
+        """Return the full float32 value of the weight `name`. All processes must call this method."""
         shard = self._shards[name]
         shape = self._shapes[name]
         flat = shard.new_empty(len(shard) * dist.get_world_size())
@@ -199,13 +208,14 @@ class Float32Shards:
         return flat[: shape.numel()].view(shape)
 
     def set(self, name: str, value: torch.Tensor) -> None:
-        """Replace one weight by a full tensor on any device."""
+        """Replace the copy of the weight `name` by a full tensor, which may be on any device."""
         shard = self._shards[name]
         shard.copy_(shard_of(value.to(shard.device).float(), len(shard)))
 
     @torch.no_grad()
     def mix(self, references: dict[str, torch.Tensor], policies: dict[str, torch.Tensor], alpha: float) -> None:
-        """Move the shards towards the optimizer's float32 weights by `alpha`. Round the result into `references`."""
+        """Update the copies with the optimizer's float32 weights of the policy: `copy = alpha * policy + (1 - alpha) *
+        copy`. Write the rounded results into `references`."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, shard in self._shards.items():
@@ -215,14 +225,16 @@ class Float32Shards:
 
 
 class DenoiserView(nn.Module):
-    """Denoiser for a pipeline that generates during training.
+    """Denoiser to put into a pipeline that generates images during training under an engine.
 
-    Calls go through the engine's module, because that module gathers shards. All other attributes are the denoiser's.
+    Calls go to the engine's wrapped module, because only this module gathers sharded weights. All other attributes are
+    read from the plain denoiser.
     """
 
     def __init__(self, denoiser: nn.Module, engine_model: nn.Module):
         super().__init__()
-        self.__dict__["_pair"] = (denoiser, engine_model)  # not submodules: `.to` and `state_dict` must not see them
+        # Not submodules, because `.to` and `state_dict` must not see them.
+        self.__dict__["_pair"] = (denoiser, engine_model)
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
         return self._pair[1](*args, **inputs)
@@ -233,9 +245,10 @@ class DenoiserView(nn.Module):
 
 @contextlib.contextmanager
 def unwrapping_refused_pickles() -> Iterator[None]:
-    """Raise the `pickle.UnpicklingError` of a process that could not read a sharded checkpoint within the context.
+    """Within the context, raise the original `pickle.UnpicklingError` if a process refuses to read a sharded
+    checkpoint.
 
-    torch wraps this error in a `CheckpointException`, and that class is no `Exception`.
+    Otherwise torch would raise a `CheckpointException`, which `except Exception` does not catch.
     """
     try:
         yield

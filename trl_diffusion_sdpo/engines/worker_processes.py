@@ -1,7 +1,7 @@
 """DataLoader workers that ignore SIGINT and SIGTERM.
 
-All processes of a job get these signals. The training process then saves a checkpoint after the current step, and it
-may need another batch to finish this step.
+When a job is interrupted, all its processes get these signals. The training process then still finishes its step and
+saves a checkpoint. The training process may need another batch for this step, so the workers must stay alive.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ INHERITS_SIGNAL_MASK = sys.platform != "win32"
 
 
 def share(batch: Any) -> Any:
-    """Move a batch's tensors into shared memory, in place. Raise `RuntimeError` if shared memory is full."""
+    """Move the tensors of a batch into shared memory, in place, and return the batch. Raise `RuntimeError` if shared
+    memory is full."""
     if isinstance(batch, torch.Tensor):
         try:
             return batch.share_memory_()
         except (RuntimeError, OSError) as error:
             raise RuntimeError(
-                "Data loader workers pass batches through shared memory (/dev/shm), which has no room for another one. "
-                "Set a smaller `dataloader_num_workers` (0 needs none) or `dataloader_prefetch_factor`, or enlarge it "
-                f"(`docker run --shm-size=8g`). ({error})"
+                "DataLoader workers pass batches through shared memory (/dev/shm), which has no room for another "
+                "batch. Set a smaller `dataloader_num_workers` (0 needs no shared memory) or "
+                f"`dataloader_prefetch_factor`, or enlarge shared memory (`docker run --shm-size=8g`). ({error})"
             ) from error
     for value in batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ():
         share(value)
@@ -46,9 +47,9 @@ def share(batch: Any) -> Any:
 
 @dataclass
 class CollateIntoSharedMemory:
-    """Collator that puts batches into shared memory if it runs in a worker.
+    """Collator that puts batches into shared memory if it runs in a DataLoader worker.
 
-    torch would move them in a thread of the worker, and errors of this thread would stay hidden.
+    Otherwise torch would move the batches in a thread of the worker, and errors of this thread would stay hidden.
     """
 
     collate: Callable[[Any], Any]
@@ -60,10 +61,10 @@ class CollateIntoSharedMemory:
 
 @lru_cache(maxsize=1)
 def _exit_flag() -> torch.Tensor:
-    """Return a flag in shared memory that is set when this process exits.
+    """Return a tensor in shared memory that is set to 1 when this process exits, so that its workers exit too.
 
-    Workers need it, because multiprocessing ends them with SIGTERM after an exception and waits for them. They ignore
-    SIGTERM.
+    Workers need this flag, because they ignore SIGTERM. After an exception, multiprocessing would send SIGTERM to the
+    workers and wait for them forever.
     """
     flag = share(torch.zeros(1, dtype=torch.uint8))
     atexit.register(flag.fill_, 1)
@@ -72,9 +73,10 @@ def _exit_flag() -> torch.Tensor:
 
 @dataclass
 class WorkerStart:
-    """`worker_init_fn` of a worker that ignores signals. The worker exits when its parent process exits or dies."""
+    """`worker_init_fn` that makes a DataLoader worker ignore SIGINT and SIGTERM, and exit when its parent process exits
+    or dies."""
 
-    seed: Callable[[int], None] | None = None  # called with the worker's number
+    seed: Callable[[int], None] | None = None  # function to call with the worker's number, which seeds the worker
     parent_exits: torch.Tensor = field(default_factory=_exit_flag)
 
     def __call__(self, worker_id: int) -> None:
@@ -88,7 +90,7 @@ class WorkerStart:
 
 
 def _exit_with_parent(parent_exits: torch.Tensor) -> None:
-    """Exit this process when its parent exits or dies."""
+    """Wait until the parent process exits or dies, then exit this process."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     while not parent_exits[0]:
@@ -98,10 +100,11 @@ def _exit_with_parent(parent_exits: torch.Tensor) -> None:
 
 
 def worker_context(method: str | None) -> BaseContext | str | None:
-    """Return the `multiprocessing_context` of a DataLoader whose workers start with blocked signals.
+    """Return the `multiprocessing_context` with which a DataLoader starts workers that block SIGINT and SIGTERM from
+    their first moment.
 
-    `"forkserver"` is returned unchanged, and so is every method on Windows. The default is the start method of this
-    process.
+    `method` is the start method of processes; `None` means the one of this process. `"forkserver"`, and every method on
+    Windows, is returned unchanged.
     """
     if not INHERITS_SIGNAL_MASK:
         return method
@@ -113,10 +116,11 @@ if INHERITS_SIGNAL_MASK:
     from multiprocessing.context import ForkContext, ForkProcess, SpawnContext, SpawnProcess
 
     class _StartsBlocked(BaseProcess):
-        """Process that starts with blocked signals. [`WorkerStart`] unblocks them."""
+        """Process that starts with SIGINT and SIGTERM blocked. [`WorkerStart`] unblocks them after it has made the
+        worker ignore them."""
 
         def start(self) -> None:
-            resource_tracker.ensure_running()  # if `super().start()` started it, that would unblock the signals
+            resource_tracker.ensure_running()  # otherwise `super().start()` would start it and so unblock the signals
             before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
             try:
                 super().start()

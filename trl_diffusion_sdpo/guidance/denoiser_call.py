@@ -1,4 +1,4 @@
-"""One call of a denoiser by a pipeline: read its inputs by name, select rows, and read or replace its output."""
+"""A pipeline's call of its denoiser: read the inputs by name, select rows of them, and read or replace the output."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ LORA_SCALE = "scale"  # key in a pipeline's `cross_attention_kwargs`, `joint_att
 
 
 class DenoiserCall:
-    """The arguments of one call of a denoiser.
+    """The arguments that a pipeline passes in one call of its denoiser.
 
     Args:
-        signature (`inspect.Signature`): Signature of the denoiser's `forward`, with `self`. The argument after `self`
-            must be the latents.
+        signature (`inspect.Signature`): Signature of the denoiser's `forward`. The first arguments of `forward` must be
+            `self` and the latents.
         args, kwargs: Arguments that the pipeline passed.
-        shared (`tuple[str, ...]`): Names of inputs without a batch dimension.
+        shared (`tuple[str, ...]`): Names of inputs that have no batch dimension.
     """
 
     def __init__(
@@ -29,13 +29,13 @@ class DenoiserCall:
         self._shared = shared
         bound = list(signature.bind(None, *args, **kwargs).arguments.items())
         self.inputs: dict[str, Any] = dict(bound[1:])
-        self.latents: Any = bound[1][1]  # one tensor, or a list with a tensor for each row
+        self.latents: Any = bound[1][1]  # a tensor, or a list with one tensor for each row of the batch
         self.rows = len(self.latents)
         self.everything = slice(0, self.rows)
 
     @property
     def is_doubled(self) -> bool:
-        """Whether the first and second half of the batch have the same latents, as under classifier-free guidance."""
+        """Whether the two halves of the batch have the same latents, as under classifier-free guidance."""
         half = self.rows // 2
         if self.rows % 2:
             return False
@@ -44,7 +44,7 @@ class DenoiserCall:
         return torch.equal(self.latents[:half], self.latents[half:])
 
     def take(self, *slices: slice) -> dict[str, Any]:
-        """Return the inputs of the selected rows, concatenated in the order of `slices`."""
+        """Return the inputs for the rows of the batch in `slices`, concatenated in this order."""
         return {
             name: value if name in self._shared else self._select(value, slices, is_input=True)
             for name, value in self.inputs.items()
@@ -56,7 +56,7 @@ class DenoiserCall:
             return torch.cat([value[rows] for rows in slices]) if has_rows else value
         if isinstance(value, dict):
             return {name: self._select(entry, slices) for name, entry in value.items()}
-        if isinstance(value, list) and is_input:  # an entry for each row
+        if isinstance(value, list) and is_input:  # a list with one entry for each row
             return [entry for rows in slices for entry in value[rows]] if len(value) == self.rows else value
         if isinstance(value, (list, tuple)):
             return type(value)(self._select(entry, slices) for entry in value)
@@ -64,7 +64,8 @@ class DenoiserCall:
 
 
 def without_lora_scale(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return the inputs without the scale that a pipeline's call passes to the active LoRA."""
+    """Return the inputs without the LoRA scale that a pipeline may pass in its attention arguments, so that it does not
+    act on the reference."""
     return {
         name: {key: entry for key, entry in value.items() if key != LORA_SCALE}
         if name.endswith("attention_kwargs") and isinstance(value, dict)
@@ -74,13 +75,14 @@ def without_lora_scale(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def prediction_in(output: Any) -> torch.Tensor:
-    """Return the prediction `(N, ...)` from a denoiser's output. Some denoisers return a list of rows."""
+    """Return the prediction `(N, ...)` from a denoiser's output. If the output has a list with one tensor per row, they
+    are stacked."""
     prediction = output[0]
     return torch.stack(prediction) if isinstance(prediction, list) else prediction
 
 
 def with_prediction(output: Any, prediction: torch.Tensor) -> Any:
-    """Return a copy of a denoiser's output in which the prediction is replaced."""
+    """Return a copy of a denoiser's output with another prediction in it."""
     new = list(prediction.unbind()) if isinstance(output[0], list) else prediction
     if isinstance(output, tuple):
         return (new, *output[1:])

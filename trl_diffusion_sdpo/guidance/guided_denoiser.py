@@ -1,4 +1,4 @@
-"""Replace a denoiser's predictions by a combination of the policy's and the reference's, while a pipeline runs."""
+"""Functions that make a pipeline's denoiser return a combination of the predictions of policy and reference."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _ATTRIBUTE = "_preference_guidance"
 
 @dataclass(frozen=True)
 class Branches:
-    """The conditional and the unconditional rows of a denoiser call.
+    """Which rows of a denoiser call are conditional and which are unconditional.
 
-    Conditional rows have the prompts. Unconditional rows have the negative prompts of classifier-free guidance. A call
-    for another purpose has neither.
+    Conditional rows are predicted for the prompts. Unconditional rows are predicted for the negative prompts of
+    classifier-free guidance. A call that serves another purpose has no such rows.
     """
 
     conditional: slice | None
@@ -35,11 +35,11 @@ class Branches:
 
 
 class Guide:
-    """The call of a guided denoiser, which replaces its normal call.
+    """Function that a guided denoiser runs instead of its normal `__call__`.
 
     Args:
         family ([`Family`]): Family of the pipeline.
-        predictor ([`Predictor`]): Computes the predictions of policy and reference.
+        predictor ([`Predictor`]): Object that computes the predictions of policy and reference.
         form, scale, interval: See [`preference_guidance`]. `scale` must be 1 if `form` is `"npo"`.
     """
 
@@ -55,15 +55,15 @@ class Guide:
         self._is_plain = form != "npo" and scale == 1
         plain = unwrap_peft_model(unwrap_module(family.denoiser))
         self._signature = inspect.signature(type(plain).forward)
-        self._latents: Any = None  # latents of the last call
-        self._schedule: Any = None  # the scheduler's timesteps at the last call
-        self._shift: torch.Tensor | None = None  # shift of the last conditional prediction
+        self._latents: Any = None  # latents of the previous call
+        self._schedule: Any = None  # timesteps of the scheduler at the previous call
+        self._shift: torch.Tensor | None = None  # shift that guidance added to the last conditional prediction
 
     def __call__(self, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.calls += 1
         if self._is_plain:
             return denoiser(*args, **kwargs)
-        # Qwen-Image 2.1 stores keys and values of the prompt at the first step. Policy and reference would share them.
+        # At the first step, Qwen-Image 2.1 caches the prompt's keys. Policy and reference must not share the cache.
         kwargs = {name: value for name, value in kwargs.items() if name not in ("kv_cache", "kv_cache_mode")}
         call = DenoiserCall(self._signature, args, kwargs, self._family.shared_inputs)
         if not self._is_within(call):
@@ -73,7 +73,7 @@ class Guide:
         return self._mix(denoiser, call, self._branches(call))
 
     def _is_within(self, call: DenoiserCall) -> bool:
-        """Whether the call's noise level is in the interval."""
+        """Return whether the noise level of the call is in the interval in which to guide."""
         if self._interval is None:
             return True
         low, high = self._interval
@@ -84,7 +84,7 @@ class Guide:
             return Branches(None, None)
         if self._family.conditional_rows == "all":
             return self._branches_of_calls(call)
-        # Pipelines without `do_classifier_free_guidance` are recognised by their doubled batch.
+        # If a pipeline has no `do_classifier_free_guidance`, a doubled batch shows that it uses this guidance.
         pipeline: Any = self._family.pipeline
         if not (getattr(pipeline, "do_classifier_free_guidance", True) and call.is_doubled):
             return Branches(call.everything, None)
@@ -92,11 +92,12 @@ class Guide:
         return Branches(last, first) if self._family.conditional_rows == "last" else Branches(first, last)
 
     def _branches_of_calls(self, call: DenoiserCall) -> Branches:
-        """Return the branches for pipelines that call the denoiser once per branch, the conditional one first.
+        """Return the branches for pipelines that call the denoiser twice per step: first for the prompts, then for the
+        negative prompts.
 
-        A second call with the same latents is unconditional.
+        A call with the same latents as the call before it is the second one, and so unconditional.
         """
-        schedule = self._family.pipeline.scheduler.timesteps  # a new tensor in every call of the pipeline
+        schedule = self._family.pipeline.scheduler.timesteps  # a new tensor each time the pipeline is called
         follows = call.latents is self._latents and schedule is self._schedule
         self._latents, self._schedule = call.latents, schedule
         return Branches(None, call.everything) if follows else Branches(call.everything, None)
@@ -123,7 +124,8 @@ class Guide:
         return with_prediction(output, shifted(policy, torch.cat([self._shift, self._shift])))
 
     def shift_unconditional(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Shift the output of a second network that predicts the unconditional branch, as a forward hook on it."""
+        """Forward hook for a second network that predicts the unconditional branch: add the shift of the last
+        conditional prediction to its output."""
         if self._shift is None:  # outside the interval
             return output
         prediction = prediction_in(output)
@@ -144,8 +146,9 @@ class Guide:
 
 
 def _fitted(shift: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
-    """Return a shift in the shape of a prediction. If the denoiser also returns the prompt's tokens, they come before
-    the image's, and the two prompts differ in their number."""
+    """Return a shift in the shape of a prediction. The shapes differ if a denoiser returns the prompt's tokens before
+    those of the image, and prompt and negative prompt have different lengths. The shift of prompt tokens is then cut
+    off or filled with zeros."""
     if shift.shape == prediction.shape:
         return shift
     tokens = min(shift.shape[1], prediction.shape[1])
@@ -155,23 +158,23 @@ def _fitted(shift: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
 
 
 def is_guided(denoiser: nn.Module) -> bool:
-    """Return whether a denoiser's calls are guided."""
+    """Return whether a denoiser is currently guided."""
     return _ATTRIBUTE in vars(denoiser)
 
 
 def guide(denoiser: nn.Module, guide: Guide) -> None:
-    """Guide the calls of a denoiser.
+    """Make all calls of a denoiser run `guide`, until [`leave`] is called.
 
-    The denoiser's class becomes a subclass with another `__call__`. Replacing `forward` does not work, because
-    accelerate's hooks replace `forward` in every call of an offloaded pipeline, and compiled modules have no `forward`
-    to replace.
+    The denoiser's class is replaced by a subclass with another `__call__`. Replacing `forward` would not work:
+    accelerate's hooks replace `forward` themselves in every call of an offloaded pipeline, and compiled modules have no
+    `forward` to replace.
     """
     vars(denoiser)[_ATTRIBUTE] = guide
     _set_class(denoiser, _guided_class(cast(Any, type(denoiser))))
 
 
 def leave(denoiser: nn.Module) -> None:
-    """Undo [`guide`]."""
+    """End the guidance of a denoiser, by undoing what [`guide`] did."""
     _set_class(denoiser, type(denoiser).__base__)
     del vars(denoiser)[_ATTRIBUTE]
 
@@ -180,7 +183,7 @@ def _set_class(denoiser: nn.Module, new: Any) -> None:
     object.__setattr__(denoiser, "__class__", new)  # `setattr` on a compiled module would change the inner module
 
 
-@functools.cache  # one class for all contexts, so that torch.compile recompiles a denoiser only once
+@functools.cache  # always the same class, so that torch.compile recompiles a denoiser only once
 def _guided_class(original: Any) -> Any:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         guide: Guide = vars(self)[_ATTRIBUTE]

@@ -1,6 +1,7 @@
-"""Compute the predictions of policy and reference, in two passes or in one batch.
+"""Objects that compute the predictions of policy and reference, in two forward passes or in one batch.
 
-The reference is the denoiser with its LoRA switched off, another LoRA on it, or another denoiser.
+The reference is the pipeline's denoiser with its LoRA switched off, the same denoiser with another LoRA, or another
+denoiser.
 """
 
 from __future__ import annotations
@@ -26,29 +27,32 @@ Predictions = tuple[torch.Tensor | None, torch.Tensor | None, Any]
 
 
 class Predictor(ABC):
-    """Computes the policy's prediction for some rows of a call and the reference's prediction for others."""
+    """Computes the policy's prediction for some rows of a denoiser call, and the reference's prediction for some
+    rows."""
 
     @abstractmethod
     def predict(
         self, denoiser: Callable[..., Any], call: DenoiserCall, policy: slice | None, reference: slice | None
     ) -> Predictions:
-        """Return the policy's prediction, the reference's prediction and an output of the denoiser.
+        """Return the policy's prediction, the reference's prediction, and one complete output of a denoiser (into which
+        the caller puts the combined prediction).
 
         Args:
             denoiser (`Callable`): The unguided denoiser.
-            call (`DenoiserCall`): The pipeline's call.
-            policy, reference (`slice`, *optional*): Rows that each predicts. If `None`, its prediction is `None`.
+            call (`DenoiserCall`): Arguments with which the pipeline called the denoiser.
+            policy, reference (`slice`, *optional*): Rows of the batch that policy and reference predict. With `None`,
+                nothing is predicted, and `None` is returned instead of the prediction.
         """
 
     def close(self) -> None:
-        """Remove the hooks from the denoiser."""
+        """Remove all hooks that the object has put on the denoiser."""
         return None
 
 
 class TwoPasses(Predictor):
-    """Runs the reference and the policy one after the other.
+    """Predicts with the reference and the policy one after the other.
 
-    If the policy predicts all rows, it gets the pipeline's arguments unchanged.
+    If the policy predicts all rows, it is called with exactly the pipeline's arguments.
     """
 
     def predict(
@@ -68,11 +72,11 @@ class TwoPasses(Predictor):
 
     @abstractmethod
     def refer(self, denoiser: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-        """Return the reference's output."""
+        """Run the reference on `inputs`, and return its output."""
 
 
 class AdapterReference(TwoPasses):
-    """Uses the same denoiser as the reference, with its adapters off or with another adapter active."""
+    """Uses the policy's denoiser as the reference, with its adapters switched off or with another adapter active."""
 
     def __init__(self, layers: list[Any], name: str | None):
         self._layers = layers
@@ -94,7 +98,8 @@ class DenoiserReference(TwoPasses):
 
 
 class OnePass(Predictor):
-    """Predicts with policy and reference in one batch. PEFT's mixed-batch inference selects the adapter of each row."""
+    """Predicts with policy and reference in one batch. PEFT's mixed-batch inference uses a different adapter for each
+    row."""
 
     def __init__(self, layers: list[Any], policy: str, reference: str | None):
         self._policy = policy
@@ -134,17 +139,18 @@ class OnePass(Predictor):
 
 
 def predictor_of(denoiser: nn.Module, reference: nn.Module | str | None, *, batched: bool) -> Predictor:
-    """Return the predictor for a denoiser and a reference of [`preference_guidance`].
+    """Return the predictor for a denoiser and the argument `reference` of [`preference_guidance`].
 
     Raises:
-        `ValueError`: If the reference cannot be used, or `batched` is set and it cannot be used in one batch.
+        `ValueError`: If the reference cannot be used with this denoiser, or if `batched` is set and both cannot predict
+            in one batch.
     """
     if isinstance(reference, nn.Module):
         _check_denoiser(denoiser, reference)
         if batched:
             raise ValueError(
-                "`batched` needs a reference that is an adapter of the same denoiser. Got another denoiser as "
-                "`reference`. Leave `batched` out."
+                "`batched` needs a reference that uses the same denoiser: an adapter, or the LoRA switched off. Got "
+                "another denoiser as `reference`. Leave `batched` out."
             )
         return DenoiserReference(reference)
     if reference is not None and not isinstance(reference, str):
@@ -162,12 +168,12 @@ def predictor_of(denoiser: nn.Module, reference: nn.Module | str | None, *, batc
 
 
 def _plain(denoiser: nn.Module) -> nn.Module:
-    """Return the denoiser without the wrappers of torch.compile and PEFT."""
+    """Return the denoiser inside the wrappers of torch.compile and PEFT."""
     return unwrap_peft_model(unwrap_module(denoiser))
 
 
 def _acting(layers: list[Any]) -> list[str]:
-    """Return the names of the adapters that change the denoiser's prediction."""
+    """Return the names of the adapters that are active and not switched off."""
     return sorted({name for layer in layers if not layer.disable_adapters for name in layer.active_adapters})
 
 
@@ -214,7 +220,7 @@ def _check_denoiser(denoiser: nn.Module, reference: nn.Module) -> None:
     if policy is other:
         raise ValueError(
             "`reference` must not be the pipeline's denoiser itself. Got the same module. Leave `reference` out to "
-            "compare with the LoRA switched off."
+            "use the denoiser with its LoRA switched off."
         )
     difference = architecture_difference(policy, other)
     if difference is not None:

@@ -1,4 +1,4 @@
-"""Preference guidance: extrapolate the tuned model's predictions from a reference, in pipelines of any family."""
+"""Preference guidance: a pipeline generates with predictions that go beyond the tuned model, away from a reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .predictors import predictor_of
 logger = logging.getLogger(__name__)
 
 DEFAULT_SCALE = 3.0
-TRIED_SCALES = 6.0  # largest scale that was measured
+TRIED_SCALES = 6.0  # largest scale that we have measured
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 
 
@@ -36,56 +36,68 @@ def preference_guidance(
     batched: bool = False,
     allow_distilled: bool = False,
 ) -> Iterator[DiffusionPipeline]:
-    """Guide all calls of a pipeline within the context by the difference between the tuned model and a reference.
+    """Within the context, guide a pipeline by the difference between the tuned model and a reference model.
 
-    In every denoising step the denoiser's prediction becomes `reference + scale (policy - reference)`. The pipeline's
-    scheduler, classifier-free guidance, rescaling and callbacks do not change.
+    In every denoising step, the denoiser's prediction is replaced by `reference + scale (policy - reference)`, where
+    `policy` is the tuned model's prediction. The pipeline's scheduler, classifier-free guidance, rescaling and
+    callbacks work as usual.
 
     Args:
-        pipeline (`DiffusionPipeline`): Pipeline with the tuned model, for example after `load_lora_weights`. Its class
-            must have a [`Family`]. Modular pipelines of the same models work too.
-        scale (`float`, *optional*, defaults to 3): Strength of the guidance, at least 0. 1 is the tuned model and needs
-            no second pass. 0 is the reference, without classifier-free guidance or in the form `"both"`. The form
-            `"npo"` takes no scale.
-        reference (`nn.Module` or `str`, *optional*): A denoiser of the same architecture, dtype and device, or the name
-            of an adapter, for example one that was tuned on swapped labels. The default is the denoiser with its LoRA
-            switched off.
-        form (`str`, *optional*, defaults to `"conditional"`): Combination of the predictions under classifier-free
-            guidance of scale g. The policy predicts c for the prompt and u for the negative prompt. The reference
-            predicts c_r and u_r.
+        pipeline (`DiffusionPipeline`): Pipeline with the tuned model, for example after `load_lora_weights`. The
+            pipeline's class must be one that this package supports (one with a [`Family`]). Modular pipelines of the
+            same models work too.
+        scale (`float`, *optional*, defaults to 3): Strength of the guidance, at least 0. At 1, images are those of the
+            tuned model, and the reference need not predict. At 0, images are those of the reference if classifier-free
+            guidance is off or the form is `"both"`. The form `"npo"` takes no scale.
+        reference (`nn.Module` or `str`, *optional*): The reference: a denoiser of the same architecture, dtype and
+            device, or the name of an adapter on the pipeline's denoiser, for example of a LoRA that was trained with
+            `swap_labels=True`. By default, the reference is the pipeline's denoiser with its LoRA switched off.
+        form (`str`, *optional*, defaults to `"conditional"`): How predictions are combined under classifier-free
+            guidance. Let g be the scale of classifier-free guidance. The policy predicts c for the prompt and u for the
+            negative prompt; the reference predicts c_r and u_r.
 
-            - `"conditional"`: `u + g (c - u) + (scale - 1) (c - c_r)`. It needs three predictions at any g.
-            - `"both"`: `u_s + g (c_s - u_s)`. Both branches are extrapolated, `c_s = c_r + scale (c - c_r)`. It needs
-              four predictions.
-            - `"npo"`: `u_r + g (c - u_r)`, from Diffusion-NPO. It needs two predictions, like the pipeline itself.
+            - `"conditional"`: `u + g (c - u) + (scale - 1) (c - c_r)`. The form `"conditional"` needs three predictions
+              per step, whatever g is.
+            - `"both"`: `u_s + g (c_s - u_s)`. Both predictions are extrapolated: `c_s = c_r + scale (c - c_r)`, and u_s
+              in the same way. The form `"both"` needs four predictions per step.
+            - `"npo"`: `u_r + g (c - u_r)`, from Diffusion-NPO. The form `"npo"` needs two predictions per step, as many
+              as the pipeline without this guidance.
 
-            Without classifier-free guidance, the first two forms are equal and the third has no effect.
-        interval (`tuple[float, float]`, *optional*): Lowest and highest noise level at which to guide, in `[0, 1]`. The
-            noise level is the sigma of flow matching. For DDPM it is the sigma of the flow with the same
-            signal-to-noise ratio.
-        batched (`bool`, *optional*, defaults to `False`): Predict with policy and reference in one batch. This needs
-            more memory. The policy must be one LoRA, and the reference another LoRA of the same denoiser or the
-            denoiser without LoRA.
+            Without classifier-free guidance, `"conditional"` and `"both"` are equal, and `"npo"` has no effect.
+        interval (`tuple[float, float]`, *optional*): Lowest and highest noise level at which to guide, from 0 (clean
+            image) to 1 (pure noise). For flow matching, the noise level is sigma. For DDPM, it is the flow-matching
+            sigma with the same signal-to-noise ratio. By default, every step is guided.
+        batched (`bool`, *optional*, defaults to `False`): Whether policy and reference predict in one batch, which
+            needs more memory, instead of one after the other. The policy must then be a single LoRA, and the reference
+            another LoRA on the same denoiser, or the denoiser with its LoRA switched off.
         allow_distilled (`bool`, *optional*, defaults to `False`): Whether to allow scales above 1 and the form `"npo"`
-            for a model that is distilled to few steps. Such models were not measured.
+            for a model that is distilled to few steps. We have not measured how guidance works with such models.
 
     Returns:
-        A context manager that yields the pipeline. It restores the pipeline when it exits.
+        A context manager that yields the pipeline. When the context ends, the pipeline works as before.
 
     Raises:
-        `ValueError`: If an argument is invalid, the reference does not fit, or the pipeline is already guided.
+        `ValueError`: If an argument is invalid, the reference cannot be used with the pipeline, or the pipeline is
+            already guided.
 
     Example:
 
     ```python
-    pipeline.load_lora_weights("my-tuned-lora")
+    import torch
+    from diffusers import DiffusionPipeline
+    from trl_diffusion_sdpo import preference_guidance
+
+    pipeline = DiffusionPipeline.from_pretrained(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", torch_dtype=torch.float16
+    ).to("cuda")
+    pipeline.load_lora_weights("path/to/run")  # output folder of a run that trained a LoRA
     with preference_guidance(pipeline, scale=3.0):
         image = pipeline("a photo of a fox").images[0]
     ```
 
     Source of the form `"npo"`: https://huggingface.co/papers/2505.11245.
     """
-    # Check the arguments, and that the model can be guided.
+    # Check the arguments, and whether the model can be guided.
     scale = _checked_scale(scale, form)
     if interval is not None:
         are_two = isinstance(interval, (tuple, list)) and len(interval) == 2
@@ -93,24 +105,25 @@ def preference_guidance(
             are_two and all(isinstance(end, Real) for end in interval) and 0.0 <= interval[0] < interval[1] <= 1.0
         ):
             raise ValueError(
-                f"`interval` must be two noise levels with `0 <= low < high <= 1`. Got {interval!r}. Level 0 is the "
-                "clean image, level 1 is pure noise."
+                f"`interval` must be two noise levels with `0 <= low < high <= 1`. Got {interval!r}. Noise level 0 is "
+                "the clean image, and 1 is pure noise."
             )
     family = _family_of(pipeline)
     denoiser = family.denoiser
     unconditional = None if family.unconditional_name is None else getattr(pipeline, family.unconditional_name, None)
     if unconditional is not None and form == "npo":
         raise ValueError(
-            f"The form 'npo' needs a denoiser that also predicts without prompts. {family.name} has another network "
-            f"for this, `{family.unconditional_name}`, which is not tuned. Use the form 'conditional' or 'both'."
+            f"The form 'npo' needs a denoiser that also makes the unconditional predictions. {family.name} has another "
+            f"network for these, `{family.unconditional_name}`, which is not tuned. Use the form 'conditional' or "
+            "'both'."
         )
     _check_denoiser(denoiser)
     if not allow_distilled and (scale > 1 or form == "npo") and is_distilled(family):
         scheduler = type(family.pipeline.scheduler).__name__
         raise ValueError(
-            "Scales above 1 and the form 'npo' are for models of many steps, because few steps leave no room to "
-            f"correct a step that went too far. This {family.name} model generates in few steps ("
-            f"{scheduler if scheduler in FEW_STEP_SCHEDULERS else 'it is distilled'}). Use a scale of at most 1, or "
+            "Scales above 1 and the form 'npo' are for models that generate in many steps, because later steps must "
+            f"correct a step that went too far. This {family.name} model generates in few steps "
+            f"({scheduler if scheduler in FEW_STEP_SCHEDULERS else 'it is distilled'}). Use a scale of at most 1, or "
             "pass `allow_distilled=True` and compare images."
         )
 
@@ -130,12 +143,14 @@ def preference_guidance(
     if not guiding.calls or guiding.guided_calls or (form != "npo" and scale == 1):
         return
     if not guiding.calls_within:
-        logger.warning("Guidance had no effect: no step had a noise level in the `interval` %s.", interval)
+        logger.warning(
+            "`preference_guidance` had no effect, because no step had a noise level in the `interval` %s.", interval
+        )
     else:
         logger.warning(
-            "Guidance had no effect: the form 'npo' replaces the unconditional branch of classifier-free guidance, "
-            "and the pipeline did not predict that branch. Raise the pipeline's guidance scale, or use the form "
-            "'conditional'."
+            "`preference_guidance` had no effect. The form 'npo' replaces the unconditional predictions of "
+            "classifier-free guidance, but the pipeline made no unconditional predictions. Raise the pipeline's "
+            "`guidance_scale`, or use the form 'conditional'."
         )
 
 
@@ -145,7 +160,9 @@ def _family_of(pipeline: Any) -> Family:
     if not isinstance(pipeline, ModularPipeline):
         return family_for_class_name(name).for_generation(pipeline)
     family = family_for_class_name(name.replace("ModularPipeline", "Pipeline")).for_generation(pipeline)
-    family.conditional_rows = "all"  # diffusers' guiders make a call for each branch, the conditional one first
+    family.conditional_rows = (
+        "all"  # diffusers' guiders make two calls, first for the prompts, then for the negative prompts
+    )
     return family
 
 
@@ -168,7 +185,8 @@ def _checked_scale(scale: float | None, form: Form) -> float:
         )
     if scale > TRIED_SCALES:
         logger.warning(
-            "`scale` is %g, and scales above %g were never measured. Larger scales cost diversity and realism.",
+            "`scale` is %g, but we have measured no scale above %g. At larger scales, images become less diverse and "
+            "less realistic.",
             scale,
             TRIED_SCALES,
         )
@@ -178,8 +196,8 @@ def _checked_scale(scale: float | None, form: Form) -> float:
 def _check_denoiser(denoiser: nn.Module) -> None:
     if is_guided(denoiser):
         raise ValueError(
-            "A denoiser can be guided by one `preference_guidance` at a time. This denoiser is already guided, by an "
-            "outer context or through another pipeline that shares it. Use one context at a time."
+            "A denoiser can be guided by only one `preference_guidance` at a time. This denoiser is already guided, "
+            "by an outer context or through another pipeline that has the same denoiser. Use one context at a time."
         )
     plain: Any = unwrap_module(denoiser)
     if isinstance(plain, CacheMixin) and plain.is_cache_enabled:
@@ -190,5 +208,5 @@ def _check_denoiser(denoiser: nn.Module) -> None:
 
 
 def is_distilled(family: Family) -> bool:
-    """Return whether a pipeline's denoiser or scheduler says that it generates in few steps."""
+    """Return whether a pipeline generates in few steps, judged by its denoiser or its scheduler."""
     return family.has_few_steps or type(family.pipeline.scheduler).__name__ in FEW_STEP_SCHEDULERS

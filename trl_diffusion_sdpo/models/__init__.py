@@ -1,1 +1,1 @@
-"""Load, wrap and freeze networks, and manage second copies of the weights: the reference and the average."""
+"""Functions that load, wrap and freeze networks, and second copies of the weights: reference and average."""

@@ -1,4 +1,4 @@
-"""Adds, finds and copies the LoRA of a denoiser."""
+"""Functions that add, find, copy and check the LoRA of a denoiser."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from ..losses import lora_scaling
 logger = logging.getLogger(__name__)
 
 POLICY_ADAPTER = "default"
-TEXT_ENCODERS_ARE_FROZEN = "Only the denoiser is trained: prompts are encoded without gradients."
+TEXT_ENCODERS_ARE_FROZEN = "Text encoders cannot be trained, only the denoiser."
 _IN_TEXT_ENCODERS = re.compile(r"text_encoder|text_model|(lora_)?te[123]?_")
-# values of `init_lora_weights` with which a new LoRA does not change the model's output
+# Values of `init_lora_weights` with which a new LoRA does not change the model's output.
 ZERO_STARTS = (True, "gaussian")
 
 
 def unwrap_peft_model(model: nn.Module) -> nn.Module:
-    """Return the denoiser within a [`~peft.PeftModel`], with its adapters. Return any other module unchanged."""
+    """Return the denoiser inside a [`~peft.PeftModel`], with its adapters. Return any other module unchanged."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def adapter_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
-    """Return the layers that have adapters."""
+    """Return the layers of a denoiser that have adapters, as PEFT layers."""
     return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def lora_configs(denoiser: nn.Module) -> dict[str, LoraConfig]:
-    """Return the configuration of each adapter, by name."""
+    """Return the configuration of each adapter of a denoiser, by the adapter's name."""
     configs: Any = denoiser.peft_config
     return configs
 
@@ -58,7 +58,8 @@ def adapter_parts(denoiser: nn.Module, names: Iterable[str]) -> list[nn.Module]:
 
 
 def base_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a denoiser's tensors without those of its adapters. Names are those of a denoiser without adapters."""
+    """Return the weights and buffers of a denoiser without those of its adapters, under the names that they have in a
+    denoiser without adapters."""
     adapted = {name for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
     tensors = {}
     for name, tensor in module.state_dict().items():
@@ -79,7 +80,10 @@ def active_adapter(denoiser: Any) -> str | None:
     layers = adapter_layers(denoiser)
     names = sorted({name for layer in layers for name in layer.active_adapters})
     if len(names) > 1:
-        raise ValueError(f"One adapter can be trained, got {len(names)} active ones: {', '.join(names)}. Choose one.")
+        raise ValueError(
+            f"Only one adapter can be trained, but {len(names)} adapters are active: {', '.join(names)}. Activate only "
+            "one."
+        )
     if not names:
         return None
     _check_lora(lora_configs(denoiser)[names[0]])
@@ -87,7 +91,8 @@ def active_adapter(denoiser: Any) -> str | None:
 
 
 def check_adapter_weight(denoiser: Any, name: str) -> None:
-    """Raise `ValueError` if an adapter is scaled or switched off, because a saved LoRA cannot store that."""
+    """Raise `ValueError` if the adapter `name` is switched off or has another weight than 1, because a LoRA file cannot
+    store this."""
     rank_stabilized = lora_configs(denoiser)[name].use_rslora
     for layer in adapter_layers(denoiser):
         if not isinstance(layer, LoraLayer) or name not in layer.scaling:
@@ -95,39 +100,44 @@ def check_adapter_weight(denoiser: Any, name: str) -> None:
         scaling = lora_scaling(layer.lora_alpha[name], layer.r[name], rank_stabilized=rank_stabilized)
         if not math.isclose(layer.scaling[name], scaling):
             raise ValueError(
-                f"The adapter {name!r} must have weight 1, got {layer.scaling[name] / scaling:g}. A saved LoRA cannot "
+                f"The adapter {name!r} must have weight 1, got {layer.scaling[name] / scaling:g}. A LoRA file cannot "
                 f"store another weight. Call `set_adapters([{name!r}], [1.0])` first."
             )
         if layer.disable_adapters:
-            raise ValueError(f"The adapter {name!r} must be on, but adapters are off. Call `enable_adapters()` first.")
+            raise ValueError(
+                f"The adapter {name!r} must be switched on to train, but adapters are off. Call `enable_adapters()` "
+                "first."
+            )
 
 
 def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tuple[str, ...], seed: int) -> str:
-    """Add a LoRA in float32 and freeze the base. The base may have any dtype.
+    """Add a LoRA in float32 to a denoiser, and freeze the denoiser's own weights, which may have any dtype.
 
     Args:
         denoiser (`nn.Module`): Denoiser without adapters.
-        peft_config ([`~peft.LoraConfig`]): Configuration of the LoRA. It is copied. Its `target_modules` may be `None`.
+        peft_config ([`~peft.LoraConfig`]): Configuration of the LoRA, in which `target_modules` may be `None`. The
+            object is copied, not changed.
         default_targets (`tuple[str, ...]`): `target_modules` to use if the configuration has none.
-        seed (`int`): Seed of the random initialization. It must be equal in all processes.
+        seed (`int`): Seed of the random initialization. The seed must be equal in all processes.
 
     Returns:
         `str`: The adapter's name.
 
     Raises:
-        `ValueError`: If the denoiser already has an adapter, if the configuration is not a supported LoRA, or if its
-            targets match no layer.
+        `ValueError`: If the denoiser already has an adapter, if the configuration is not that of a supported LoRA, or
+            if its `target_modules` match no layer.
     """
     if active_adapter(denoiser) is not None:
         raise ValueError(
             "`peft_config` adds a LoRA to a model without one, but the model already has the adapter "
-            f"{active_adapter(denoiser)!r}. Leave `peft_config` out to continue training it, or fuse it first."
+            f"{active_adapter(denoiser)!r}. Leave `peft_config` out to train this adapter further, or fuse the adapter "
+            "into the model first."
         )
     config = copy.deepcopy(_check_lora(peft_config))
     if config.init_lora_weights not in ZERO_STARTS:
         raise ValueError(
             f"`init_lora_weights` must be True or 'gaussian', got {config.init_lora_weights!r}. The reference is the "
-            "model without its LoRA, so a new LoRA must not change the model's output. Use True."
+            "model without its LoRA, so a new LoRA must not yet change the model's output. Use True."
         )
     config.task_type = None  # `task_type` is for language models
     if config.target_modules is None:
@@ -145,7 +155,7 @@ def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tupl
 
 
 def train_only_adapter(denoiser: nn.Module, name: str) -> None:
-    """Freeze everything except one adapter, and cast this adapter to float32."""
+    """Freeze all weights of a denoiser except those of the adapter `name`, and cast this adapter to float32."""
     denoiser.requires_grad_(False)
     set_adapter(denoiser, name)
     cast_training_params(denoiser, dtype=torch.float32)
@@ -163,7 +173,7 @@ def copy_adapter(denoiser: Any, source: str, target: str) -> None:
 
 
 def cast_adapter_like(denoiser: nn.Module, source: str, target: str) -> None:
-    """Cast the adapter `target` to the dtypes of the adapter `source`, so that both round equally."""
+    """Cast the adapter `target` to the dtypes of the adapter `source`, so that both compute with equal rounding."""
     for layer in adapter_layers(denoiser):
         for layer_name in layer.adapter_layer_names:
             modules = getattr(layer, layer_name)
@@ -172,13 +182,13 @@ def cast_adapter_like(denoiser: nn.Module, source: str, target: str) -> None:
 
 
 def adapter_state(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """Return an adapter's parameters under their PEFT names. PEFT names do not contain the adapter's name."""
+    """Return an adapter's parameters by their PEFT names, which do not contain the adapter's name."""
     state = denoiser.state_dict(keep_vars=True)  # parameters, not copies: an engine may have sharded them
     return get_peft_model_state_dict(denoiser, state_dict=state, adapter_name=name)
 
 
 def adapter_scalings(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """Return the factor by which each layer multiplies the product of an adapter's weights."""
+    """Return, for each layer, the factor by which it multiplies the product of the two matrices of the LoRA `name`."""
     layers = {path: layer for path, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)}
     return {
         f"{path}.scaling": torch.tensor(layer.scaling[name]) for path, layer in layers.items() if name in layer.scaling
@@ -189,13 +199,13 @@ def _check_lora(config: PeftConfig) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         raise ValueError(
             f"`peft_config` must be a `peft.LoraConfig`, got {type(config).__name__}. Diffusers' `load_lora_weights` "
-            "cannot read LoHa, LoKr (LyCORIS) or other adapters. Use a `LoraConfig`. If a LoRA is too small, increase "
-            "`r` or set `use_dora=True`."
+            "cannot read LoHa, LoKr (LyCORIS) or other adapters. Use a `LoraConfig`. If a LoRA is not expressive "
+            "enough, increase `r` or set `use_dora=True`."
         )
     if config.modules_to_save:
         raise ValueError(
             f"`modules_to_save={config.modules_to_save}` cannot be stored in a file that `load_lora_weights` reads. "
-            "Target these modules with LoRA, or tune in full."
+            "List these modules in `target_modules` instead, or train without `peft_config` (full tuning)."
         )
     if config.bias != "none":
         raise ValueError(f"`bias` of the LoRA must be 'none', got {config.bias!r}. A LoRA file cannot store biases.")
@@ -203,9 +213,10 @@ def _check_lora(config: PeftConfig) -> LoraConfig:
 
 
 def _check_targets(denoiser: nn.Module, targets: str | Iterable[str]) -> None:
-    """Check that a LoRA's targets are layers of the denoiser.
+    """Check that the `target_modules` of a LoRA are layers of the denoiser.
 
-    Raise `ValueError` if no target is, or if a missing target is in a text encoder. Warn about other missing targets.
+    Raise `ValueError` if none of the targets is a layer of the denoiser, or if a target is a layer of a text encoder.
+    Warn about other targets that the denoiser does not have.
     """
     if targets == "all-linear":
         return
@@ -222,11 +233,12 @@ def _check_targets(denoiser: nn.Module, targets: str | Iterable[str]) -> None:
     )
     if targets is missing[0] or len(missing) == len(set(targets)) or any(map(_IN_TEXT_ENCODERS.match, missing)):
         raise ValueError(f"{rule} Leave `target_modules` out to use the model family's defaults.")
-    logger.warning("%s The other targets get a LoRA.", rule)
+    logger.warning("%s Only the other targets get a LoRA.", rule)
 
 
 def freeze(name: str, component: nn.Module) -> None:
-    """Freeze a component of a pipeline. Raise `ValueError` if the component has an adapter with trainable weights."""
+    """Freeze a component of a pipeline and put it into evaluation mode. Raise `ValueError` if the component has an
+    adapter with trainable weights."""
     parts = [getattr(layer, kind) for layer in adapter_layers(component) for kind in layer.adapter_layer_names]
     if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
         raise ValueError(

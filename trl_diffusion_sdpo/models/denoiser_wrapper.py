@@ -1,4 +1,4 @@
-"""Wraps a diffusers denoiser so that transformers' Trainer can train it."""
+"""The module that wraps a diffusers denoiser so that transformers' Trainer can train it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DenoiserWrapper(nn.Module):
     the Trainer's calls for activation checkpointing to `enable_gradient_checkpointing` of diffusers.
     """
 
-    accepts_loss_kwargs = False  # makes the Trainer divide the loss, a mean over pairs, by the accumulation steps
+    accepts_loss_kwargs = False  # then the Trainer divides the loss, a mean over pairs, by the accumulation steps
 
     def __init__(self, denoiser: nn.Module):
         super().__init__()
@@ -43,8 +43,8 @@ class DenoiserWrapper(nn.Module):
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """Class names of the blocks that FSDP shards as units. accelerate reads this attribute. It accepts only classes
-        that occur in the model."""
+        """Class names of the blocks that FSDP shards as units. accelerate reads this attribute, and accepts only
+        classes that occur in the model."""
         present = {type(module).__name__ for module in self.denoiser.modules()}
         return [name for name in block_names(self.denoiser) if name in present]
 
@@ -58,7 +58,7 @@ class DenoiserWrapper(nn.Module):
 
         Args:
             activation_checkpointing_kwargs (`dict`, *optional*): Arguments of `torch.utils.checkpoint.checkpoint`. If
-                unset, diffusers' defaults apply.
+                unset, the defaults of diffusers are used.
 
         Raises:
             `ValueError`: If `every_n_layers` or `offload` is set, because diffusers models support neither.
@@ -66,7 +66,7 @@ class DenoiserWrapper(nn.Module):
         if every_n_layers != 1 or offload:
             raise ValueError(
                 "`activation_checkpointing_kwargs` of a diffusers model must leave `every_n_layers` at 1 and "
-                f"`offload` off, got every_n_layers={every_n_layers}, offload={offload}."
+                f"`offload` off, got every_n_layers={every_n_layers}, offload={offload}. Leave both out."
             )
         function: Any = None
         if activation_checkpointing_kwargs:
@@ -81,10 +81,11 @@ class DenoiserWrapper(nn.Module):
 
 
 class _WithMask:
-    """Checkpointing function that passes the mask to all blocks of Chroma.
+    """Checkpointing function that passes the attention mask to all blocks of a Chroma denoiser.
 
-    Under activation checkpointing, diffusers passes the attention mask to the blocks with two streams only, so that
-    predictions differ from those without it. Can go when diffusers passes the mask to all blocks.
+    Under activation checkpointing, diffusers passes the attention mask only to the blocks that process image and text
+    in two streams, so predictions differ from those without checkpointing. This class can be removed when diffusers
+    passes the mask to all blocks.
     """
 
     def __init__(self, function: Callable[..., Any]):
@@ -92,8 +93,8 @@ class _WithMask:
         self._mask: torch.Tensor | None = None
 
     def __call__(self, block: nn.Module, *args: Any) -> Any:
-        # Blocks with two streams come first: image, text, modulation, positions and mask. Others have neither text nor
-        # mask.
+        # Blocks with two streams come first and get image, text, modulation, positions and mask. Later blocks get
+        # neither text nor mask.
         if len(args) == 5:
             self._mask = args[-1]
         elif len(args) == 3:

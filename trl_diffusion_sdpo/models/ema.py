@@ -8,20 +8,21 @@ from ..engines.engine import Engine
 from ..losses import ema_decay
 from .weight_copies import SecondAdapter, SecondDenoiser, WeightCopy, second_copy
 
-EMA_FOLDER = "ema"  # within the output folder
-EMA_FILE = "ema.safetensors"  # in checkpoints
+EMA_FOLDER = "ema"  # subfolder of the output folder
+EMA_FILE = "ema.safetensors"  # name of the file in checkpoints
 EMA_ADAPTER = "ema"
 
 
 class EMAWeights(WeightCopy):
-    """Average of the policy's trained weights.
+    """Exponential moving average of the policy's trained weights.
 
-    The average is a second adapter if an `adapter` trains. Otherwise it is a second denoiser.
+    If a LoRA (`adapter`) trains, the averaged weights are a second LoRA on the same denoiser. In full tuning, the
+    averaged weights are a second denoiser.
 
     Args:
-        decay (`float`): Share of the average that a step retains, in `(0, 1)`.
+        decay (`float`): Decay in `average = decay * average + (1 - decay) * weights`, in `(0, 1)`.
         engine ([`~trl_diffusion_sdpo.engines.engine.Engine`]): Engine that trains the policy.
-        shared (`bool`): See [`second_copy`].
+        shared (`bool`): Whether a second denoiser first shares the memory of the policy's weights; see [`second_copy`].
     """
 
     def __init__(
@@ -35,5 +36,5 @@ class EMAWeights(WeightCopy):
         super().__init__(second, EMA_FILE, stored=True)
 
     def after_step(self, step: int) -> None:
-        """Update the average after optimizer step `step`, counted from 1. All processes must call it."""
+        """Update the average after optimizer step `step`, counted from 1. All processes must call this method."""
         self.update(1 - ema_decay(step, self.decay))

@@ -1,6 +1,6 @@
 """VAE and text encoders of a pipeline, which are never trained.
 
-They stay on the device, or are moved or loaded there only while in use.
+VAE and text encoders stay on the accelerator, or are copied or loaded there only while they encode.
 """
 
 from __future__ import annotations
@@ -30,37 +30,40 @@ VAE = "vae"
 UNPINNED = ("cpu", "mps")  # device types that share the CPU's memory and need no pinned memory
 PINNED_BUFFER = 1 << 28  # bytes
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-OVERFLOWS = "force_upcast"  # entry of a VAE's configuration. If true, the VAE overflows in float16
+OVERFLOWS = "force_upcast"  # entry of a VAE's configuration; if true, the VAE overflows in float16
 
 
 class FrozenComponents:
-    """A working copy of the pipeline with frozen VAE and text encoders, and the family of this copy.
+    """Holds a copy of the pipeline whose VAE and text encoders have the dtype and the device of training, and the
+    family object of this copy.
 
-    The components are in one of three states. Within `in_use`, they always have weights and are on the device:
+    VAE and text encoders are in one of three states. Within the context `in_use`, they always have weights and are on
+    the device:
 
     | state | outside `in_use` | on entering `in_use` | on leaving |
     |---|---|---|---|
     | `"on device"` | on the device | - | - |
-    | `"offloaded"` | on the CPU, in pinned memory | copied to the device, without waiting | the copies are dropped |
-    | `"absent"` | on the meta device, without weights | loaded from disk | freed |
+    | `"offloaded"` | on the CPU, in pinned memory | copied to the device asynchronously | the copies are deleted |
+    | `"absent"` | on the meta device, without weights | loaded from disk | freed from memory |
 
-    A component that does not change precision is shared with the user's pipeline. Moving it to `device`, or offloading
-    it to the CPU, therefore also moves it in the user's pipeline. All other components are copied.
+    Components whose dtype does not change are shared with the user's pipeline. If such a component is moved to `device`
+    or to the CPU, it is therefore also moved in the user's pipeline. Components whose dtype changes are copied.
 
     Args:
         family ([`~trl_diffusion_sdpo.families.Family`]): Family of the user's pipeline. VAE and text encoders may be on
             the meta device.
         device (`torch.device`): Device on which the components run.
-        half_dtype (`torch.dtype`, *optional*): The dtype of autocast; `None` without autocast.
+        half_dtype (`torch.dtype`, *optional*): Dtype of autocast; `None` without autocast.
         vae_dtype (`str`): Dtype of the VAE. `"auto"` is the dtype of autocast, unless the VAE overflows in it.
-        vae_encode_batch_size (`int`, *optional*): Images per call of the VAE.
+        vae_encode_batch_size (`int`, *optional*): Number of images in one call of the VAE.
         guidance_scale (`float`, *optional*): Guidance scale that the denoiser receives, if it has such an input.
-        offload (`bool`): Whether to offload the components if they are not absent.
-        load (`Callable`, *optional*): Returns a pipeline whose VAE and text encoders have weights.
+        offload (`bool`): Whether to use the state `"offloaded"` for components that have weights.
+        load (`Callable`, *optional*): Function that loads a pipeline with the weights of VAE and text encoders, for the
+            state `"absent"`.
 
     Raises:
-        `ValueError`: If two different prompts are encoded to equal tensors, or if quantized components are to be
-            offloaded.
+        `ValueError`: If two different prompts give equal encodings, or if components are quantized and `offload` is
+            set.
     """
 
     state: Literal["on device", "offloaded", "absent"]
@@ -91,13 +94,13 @@ class FrozenComponents:
         self._on_host = self._pinned_tensors() if self.state == "offloaded" else []
         self._is_within, self._was_read = False, False
         hide_truncation_warnings(self.family)
-        if self.state != "absent":  # absent components are checked when they are read for the first time
+        if self.state != "absent":  # absent components are checked after they are loaded for the first time
             with self.in_use() as working:
                 check_text_encoding(working)
 
     def in_use(self) -> contextlib.AbstractContextManager[Family]:
-        """Return a context that yields the family with VAE and text encoders on the device, in the precision in which
-        they run. Contexts may be nested."""
+        """Return a context in which VAE and text encoders are on the device. The context yields the family object that
+        calls them. Contexts may be nested."""
         if self.state == "on device" or self._is_within:
             return contextlib.nullcontext(self.family)
         return self._copied() if self.state == "offloaded" else self._read()
@@ -121,11 +124,12 @@ class FrozenComponents:
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[Family]:
-        """Load absent components from disk within the context. The CPU's random state is restored after loading."""
+        """Load absent components from disk for the time of the context. Loading does not change the CPU's random
+        state."""
         if self._load is None:
             raise ValueError(
-                "Training needs the pipeline's VAE and text encoders, and they are on the meta device, without "
-                "weights. Pass the Hub id or folder of the pipeline, or load the whole pipeline."
+                "Training needs the weights of the pipeline's VAE and text encoders, but these components are on the "
+                "meta device, without weights. Pass the Hub id or folder of the pipeline, or load the whole pipeline."
             )
         start, pipeline = time.monotonic(), self.family.pipeline
         without_weights = {name: getattr(pipeline, name) for name in self.family.frozen_components}
@@ -142,8 +146,8 @@ class FrozenComponents:
             if not self._was_read:
                 self._was_read = True
                 logger.warning(
-                    "Loaded VAE and text encoders in %.1f s. They are freed after use and loaded again whenever "
-                    "needed.",
+                    "Loaded VAE and text encoders in %.1f s. They are freed after use, and loaded again each time "
+                    "they are needed.",
                     time.monotonic() - start,
                 )
                 check_text_encoding(self.family)
@@ -159,7 +163,7 @@ class FrozenComponents:
         return working_pipeline(family, device=device, half_dtype=self._half_dtype, vae_dtype=self._vae_dtype)
 
     def _pinned_tensors(self) -> list[tuple[nn.Module, str, torch.Tensor]]:
-        """Return every tensor of the components, with its module and name, in pinned memory.
+        """Return every tensor of the components in pinned memory, with the module and the name to which it belongs.
 
         Tensors are not pinned if the device shares the CPU's memory.
         """
@@ -173,10 +177,10 @@ class FrozenComponents:
 
 
 def pin(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Copy tensors into pinned memory.
+    """Return copies of tensors in pinned CPU memory.
 
-    PyTorch rounds each allocation of pinned memory up to a power of two, so single tensors could take twice their size.
-    Therefore a few large buffers hold them one after the other.
+    PyTorch rounds each allocation of pinned memory up to a power of two, so a tensor that is allocated alone can take
+    twice its size. Therefore the copies are placed one after the other in a few large buffers.
     """
     sizes = [-(-tensor.nbytes // CPU_ALIGNMENT) * CPU_ALIGNMENT for tensor in tensors]
     capacity = max([PINNED_BUFFER, *(1 << (size - 1).bit_length() for size in sizes if size)])
@@ -193,19 +197,18 @@ def pin(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def pinned_bytes(size: int) -> torch.Tensor:
-    """Allocate pinned memory. Tests replace this function."""
+    """Return an empty tensor of `size` bytes in pinned memory. Tests replace this function."""
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def working_pipeline(
     family: Family, *, device: torch.device, half_dtype: torch.dtype | None, vae_dtype: str
 ) -> DiffusionPipeline:
-    """Return a copy of the family's pipeline with VAE and text encoders in the precision and on the device of
-    training.
+    """Return a copy of the family's pipeline whose VAE and text encoders have the dtype and the device of training.
 
-    The denoiser and components that do not change precision are shared with the family's pipeline. Other components
-    are copied, so that the user's pipeline is not rounded. Components on the meta device stay there. The VAE's
-    convolutions are stored in the channels-last layout, even if the VAE is shared.
+    The copy shares the denoiser, and components whose dtype does not change, with the family's pipeline. Components
+    whose dtype changes are copied, so that the user's pipeline is not rounded. Components on the meta device stay
+    there. The weights of the VAE's convolutions are stored in the channels-last layout, even if the VAE is shared.
     """
     working = copy.copy(family.pipeline)
     for name in family.frozen_components:
@@ -216,15 +219,15 @@ def working_pipeline(
         elif half_dtype is not None and part.dtype.itemsize > half_dtype.itemsize and not _is_quantized(part):
             part = part if _text_overflows(part, half_dtype) else cast_copy(part, half_dtype)
         there = {tensor.device for tensor in (*part.parameters(), *part.buffers())} <= {device}
-        # Do not call `to` on components that are already on the device, because it raises for 8-bit networks.
+        # Do not call `to` on components that are already on the device, because `to` raises for 8-bit networks.
         working.register_modules(**{name: part if there or is_absent(part) else part.to(device)})
     return working
 
 
 def cast_copy(module: ModuleT, dtype: torch.dtype) -> ModuleT:
-    """Copy a module and cast the copy to another dtype.
+    """Return a copy of a module in another dtype.
 
-    Weights are cast one by one, so the copy never takes more memory than it has in the new dtype.
+    Weights are cast one by one, so the copy never takes more memory than its size in the new dtype.
     """
     memo: dict[int, Any] = {}
     for weight in module.parameters():
@@ -235,7 +238,8 @@ def cast_copy(module: ModuleT, dtype: torch.dtype) -> ModuleT:
 
 
 def _is_quantized(part: ModelMixin | PreTrainedModel) -> bool:
-    """Return whether a network is quantized, judged by its configuration and by weights that are not floating point."""
+    """Return whether a network is quantized: its configuration says so, or some of its weights are not floating-point
+    numbers."""
     stated = getattr(part.config, "quantization_config", None) is not None
     return stated or not all(weight.is_floating_point() for weight in part.parameters())
 
@@ -244,13 +248,14 @@ def _check_movable(name: str, part: ModelMixin | PreTrainedModel) -> None:
     if _is_quantized(part):
         raise ValueError(
             "`offload_frozen_components` and `precompute_latents` cannot move quantized components, because quantized "
-            f"weights must stay with their scales. `{name}` is quantized. Leave the option out, or use "
-            "`precompute_latents` with a Hub id or folder as the model: its components are freed instead of moved."
+            f"weights must stay together with their scales. `{name}` is quantized. Leave both settings out. With "
+            "`precompute_latents`, you can also pass the model as a Hub id or folder, because its components are then "
+            "freed instead of moved."
         )
 
 
 def _own(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Return a module's tensors without those of its submodules."""
+    """Return the names and tensors of a module's own parameters and buffers, without those of its submodules."""
     return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
 
 
@@ -262,7 +267,8 @@ def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> ModelMixin:
-    """Return the VAE in the wanted precision. Only float16 can overflow, because bfloat16 has the range of float32."""
+    """Return the VAE in the dtype `wanted`, or in a suitable one for `"auto"`. The VAE is copied if its dtype changes.
+    A VAE can overflow only in float16, because bfloat16 has the range of float32."""
     overflows = vae.config.get(OVERFLOWS, False)
     dtype = vae.dtype
     if wanted != "auto":
@@ -277,8 +283,8 @@ def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> Mode
     vae = cast_copy(vae, dtype)
     if forced:
         logger.warning(
-            "`vae_dtype='float16'` may overflow, because the VAE's configuration has `%s`. Training stops with an "
-            "error if latents are not finite.",
+            "The VAE may overflow with `vae_dtype='float16'`, because its configuration has `%s`. Training stops "
+            "with an error if latents are not finite.",
             OVERFLOWS,
         )
         vae.register_to_config(**{OVERFLOWS: False})  # otherwise diffusers would encode in float32
@@ -286,5 +292,6 @@ def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> Mode
 
 
 def _text_overflows(text_encoder: nn.Module, half: torch.dtype) -> bool:
-    """Return whether a text encoder may overflow in `half`. In float16, T5 and language models may; CLIP does not."""
+    """Return whether a text encoder may overflow in the dtype `half`. In float16, T5 and language models may overflow,
+    but CLIP does not."""
     return half == torch.float16 and not type(text_encoder).__name__.startswith("CLIP")

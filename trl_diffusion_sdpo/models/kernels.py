@@ -1,4 +1,4 @@
-"""Chooses a denoiser's kernels: compiled blocks and diffusers' attention back ends."""
+"""Functions that make a model faster: they compile blocks with torch.compile or set diffusers' attention back end."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ def compile_blocks(denoiser: ModelMixin, backend: str | None, mode: str | None) 
     """Compile the repeated blocks of a denoiser in place. Each kind of block is compiled once.
 
     Raises:
-        `ValueError`: If diffusers lists no repeated blocks for this denoiser.
+        `ValueError`: If the denoiser's class in diffusers does not list its repeated blocks.
     """
     if not repeated_blocks(denoiser):
         raise ValueError(
-            f"`torch_compile_regional` needs a model whose repeated blocks diffusers lists. It lists none for "
-            f"{type(denoiser).__name__}. Leave it off, and `torch_compile` compiles the whole model."
+            "`torch_compile_regional` needs a model for which diffusers lists the repeated blocks, and it lists none "
+            f"for {type(denoiser).__name__}. Leave `torch_compile_regional` off; `torch_compile` then compiles the "
+            "whole model."
         )
     denoiser.compile_repeated_blocks(backend=backend, mode=mode)
 
 
 def compile_encoder(vae: ModelMixin | None, backend: str | None, mode: str | None) -> None:
-    """Compile the encoder of a VAE in place, if the pipeline has a VAE.
+    """Compile the encoder of a VAE in place. Do nothing if `vae` is `None`, because the pipeline has no VAE.
 
-    The encoder is compiled without CUDA graphs. With CUDA graphs, each call of the encoder would overwrite the latents
+    The encoder is compiled without CUDA graphs, because with them each call of the encoder would overwrite the latents
     of the previous call.
     """
     if vae is not None:
@@ -36,7 +37,8 @@ def compile_encoder(vae: ModelMixin | None, backend: str | None, mode: str | Non
 
 
 def set_attention(denoiser: ModelMixin, backend: str) -> None:
-    """Set the attention back end of a denoiser by its name in diffusers. This also affects other models of the process.
+    """Set the attention back end of a denoiser, by the back end's name in diffusers. Other diffusers models in the same
+    process may then use this back end too.
 
     Raises:
         `ValueError`: If diffusers has no such back end, if the back end's package is missing, if the back end has no
@@ -55,8 +57,9 @@ def set_attention(denoiser: ModelMixin, backend: str) -> None:
         )
     if not has_attention_backends(denoiser):
         raise ValueError(
-            f"`attention_backend` has no effect on {type(denoiser).__name__}. It calls PyTorch's own attention, which "
-            "chooses a kernel by itself (FlashAttention on most GPUs). Leave `attention_backend` unset."
+            f"`attention_backend` has no effect on {type(denoiser).__name__}, because this model calls PyTorch's "
+            "attention directly. PyTorch chooses a kernel itself (FlashAttention on most GPUs). Leave "
+            "`attention_backend` unset."
         )
     try:
         denoiser.set_attention_backend(name)

@@ -1,4 +1,4 @@
-"""Turn the user's `model` and `ref_model` into a pipeline, its family and denoisers."""
+"""Functions that load the user's `model` as a pipeline with its model family, and `ref_model` as a denoiser."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ..utils.import_utils import require
 from .adapters import unwrap_peft_model
 from .numerics import align_weights, torch_dtype
 
-# Entries of `model_init_kwargs` that also apply to the reference, because they concern the machine, access to the Hub
-# or the kind of files.
+# Entries of `model_init_kwargs` that also apply to the reference, because they are about dtype, access to the Hub, kind
+# of files or memory, and not about one particular model.
 SHARED_OPTIONS = (
     *("dtype", "variant", "token", "cache_dir", "force_download", "local_files_only", "proxies"),
     *("low_cpu_mem_usage", "disable_mmap"),
@@ -31,13 +31,14 @@ SHARED_OPTIONS = (
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A pipeline, wrapped in its model family, and where it was loaded from. Its denoiser is the model to train."""
+    """The pipeline whose denoiser is trained, inside its model family object, and the place from which it was
+    loaded."""
 
     family: Family
     name_or_path: str | None  # Hub id or folder of the pipeline; `None` for a pipeline object without one
     options: dict[str, Any] = field(default_factory=dict)  # arguments of `from_pretrained`
-    denoiser_folder: str | None = None  # folder of the denoiser if it is not the pipeline's
-    adapter_source: str | None = None  # folder, file or Hub id of a LoRA that continues training
+    denoiser_folder: str | None = None  # folder from which the denoiser was loaded, if it is not that of the pipeline
+    adapter_source: str | None = None  # folder, file or Hub id of a loaded LoRA that is trained further
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -48,12 +49,13 @@ class LoadedModel:
         return self.family.denoiser
 
     def load_encoders(self) -> DiffusionPipeline:
-        """Return the pipeline with VAE and text encoders from disk. `name_or_path` must be set."""
+        """Load VAE and text encoders from disk, and return a pipeline that contains them. `name_or_path` must be
+        set."""
         assert self.name_or_path is not None
         return load_encoders(self.family, self.name_or_path, **self.options)
 
     def whole_pipeline(self) -> DiffusionPipeline:
-        """Return the pipeline, and load VAE and text encoders from disk if they are missing."""
+        """Return the pipeline with all weights. If VAE and text encoders have no weights yet, load them from disk."""
         components = (getattr(self.pipeline, name) for name in self.family.frozen_components)
         return self.load_encoders() if any(is_absent(component) for component in components) else self.pipeline
 
@@ -69,25 +71,27 @@ def load_model(
     denoiser: bool = True,
     denoiser_folder: str | None = None,
 ) -> LoadedModel:
-    """Resolve `model` to a pipeline and its family.
+    """Return the user's `model` as a pipeline with its model family. If `model` is a Hub id or folder, load the
+    pipeline from there.
 
     Args:
         model (`str`, `Path`, `DiffusionPipeline` or `nn.Module`): A Hub id or folder, a pipeline, or a denoiser. The
-            denoiser may be within a [`~peft.PeftModel`].
-        processing_class (`DiffusionPipeline`, *optional*): Pipeline that supplies VAE, text encoders and scheduler if
-            `model` is a denoiser. It is copied, not changed.
+            denoiser may be inside a [`~peft.PeftModel`].
+        processing_class (`DiffusionPipeline`, *optional*): Pipeline whose VAE, text encoders and scheduler are used if
+            `model` is a denoiser. The `processing_class` itself is not changed.
         model_init_kwargs (`dict`, *optional*): Arguments of `from_pretrained` for a Hub id or folder. `dtype` may be a
             string.
         quantization_config (*optional*): Quantization of the denoiser's frozen weights, for a Hub id or folder.
-        device (`torch.device`, *optional*): Device on which the denoiser will run. If it is a CPU, the weights are
-            aligned.
-        encoders (`bool`): Whether to load the weights of VAE and text encoders of a Hub id or folder. See
+        device (`torch.device`, *optional*): Device on which the denoiser will run. On a CPU, weights are copied if
+            their memory is not aligned; see [`align_weights`].
+        encoders (`bool`): Whether to load the weights of VAE and text encoders if `model` is a Hub id or folder. See
             [`~trl_diffusion_sdpo.families.load_pipeline`].
-        denoiser (`bool`): Whether to load the weights of the denoiser of a Hub id or folder.
-        denoiser_folder (`str`, *optional*): Folder of a denoiser that replaces the one of the Hub id or folder.
+        denoiser (`bool`): Whether to load the weights of the denoiser if `model` is a Hub id or folder.
+        denoiser_folder (`str`, *optional*): Folder of a denoiser that is loaded instead of the one in the Hub id or
+            folder.
 
     Raises:
-        `ValueError`: If `model` is none of these, or if an argument does not apply to this kind of `model`.
+        `ValueError`: If `model` is of another type, or if an argument does not apply to this type.
     """
     parts: dict[str, Any] = {"encoders": encoders, "denoiser": denoiser, "denoiser_folder": denoiser_folder}
     loaded = _resolve(model, processing_class, model_init_kwargs, quantization_config, "model", **parts)
@@ -104,23 +108,25 @@ def load_reference(
     denoiser_folder: str | None = None,
     device: torch.device | None = None,
 ) -> nn.Module:
-    """Return the denoiser of `ref_model`. From a Hub id or folder, only the denoiser is loaded.
+    """Return the denoiser of `ref_model`. If `ref_model` is a Hub id or folder, only the denoiser is loaded from it.
 
     Args:
-        policy ([`LoadedModel`]): The policy. It supplies the default dtype and a bare denoiser's other components.
-        model_init_kwargs (`dict`, *optional*): Options of the policy. If `ref_model` is a Hub id or folder,
-            [`SHARED_OPTIONS`] apply to it too. `config` applies if both models are single files. `revision` does not
-            apply, because it is a revision of the policy's repository.
-        ref_model_init_kwargs (`dict`, *optional*): Options for a Hub id or folder. They override those of the policy.
-        denoiser_folder (`str`, *optional*): Folder of a denoiser that replaces the one of the Hub id or folder.
+        policy ([`LoadedModel`]): The policy. The policy's dtype is the default for the reference, and the policy's
+            pipeline is used if `ref_model` is a denoiser.
+        model_init_kwargs (`dict`, *optional*): Arguments with which the policy was loaded. If `ref_model` is a Hub id
+            or folder, those in [`SHARED_OPTIONS`] apply to it too, and `config` applies if both models are single
+            files. `revision` never applies, because it belongs to the policy's repository.
+        ref_model_init_kwargs (`dict`, *optional*): Arguments with which a Hub id or folder is loaded. These arguments
+            override `model_init_kwargs`.
+        denoiser_folder (`str`, *optional*): Folder of a denoiser that is loaded instead of the one in the Hub id or
+            folder.
 
     Raises:
-        `ValueError`: If `ref_model` is none of the types above, or if an option belongs to another component of the
-            pipeline.
+        `ValueError`: If `ref_model` is of another type, or if an argument is not one for a denoiser.
     """
     if isinstance(ref_model, (str, Path)):
         shared = {key: value for key, value in (model_init_kwargs or {}).items() if key in SHARED_OPTIONS}
-        config = policy.options.get("config")  # only a policy in one file has it
+        config = policy.options.get("config")  # only a policy in a single file has a `config`
         if config is not None and is_single_file(os.fspath(ref_model)):
             shared["config"] = config
         options = {**shared, **(ref_model_init_kwargs or {})}
@@ -157,7 +163,10 @@ def _resolve(
         return LoadedModel(find_family(pipeline), str(model), options, parts.get("denoiser_folder"))
     for name, value in (("model_init_kwargs", model_init_kwargs), ("quantization_config", quantization_config)):
         if value is not None and role == "model":
-            raise ValueError(f"`{name}` only applies if `{role}` is a Hub id or folder, got a {type(model).__name__}.")
+            raise ValueError(
+                f"`{name}` only applies if `{role}` is a Hub id or folder, got a {type(model).__name__}. Leave "
+                f"`{name}` out."
+            )
     if isinstance(model, DiffusionPipeline):
         return LoadedModel(find_family(as_text_to_image(model)), _origin(model))
     if not isinstance(model, (ModelMixin, PeftModel)):
@@ -170,7 +179,7 @@ def _resolve(
             f"encoders and scheduler, got {type(processing_class).__name__}."
         )
     owner, denoiser = as_text_to_image(processing_class), unwrap_peft_model(model)
-    pipeline = copy.copy(owner)  # do not replace the denoiser in the user's pipeline
+    pipeline = copy.copy(owner)  # a copy, so that the denoiser in the user's pipeline is not replaced
     denoiser_name = find_family(owner).denoiser_name
     expected = type(getattr(owner, denoiser_name))
     if not isinstance(denoiser, expected):
@@ -183,8 +192,8 @@ def _resolve(
 
 
 def diffusers_quantization(config: Any) -> Any:
-    """Convert a quantization configuration of transformers to the one of diffusers. TRL's `get_quantization_config`
-    returns one of transformers. Other values are returned unchanged."""
+    """Return the `BitsAndBytesConfig` of diffusers for one of transformers, such as TRL's `get_quantization_config`
+    returns. Other values are returned unchanged."""
     counterpart = {"BitsAndBytesConfig": diffusers.BitsAndBytesConfig}.get(type(config).__name__)
     if counterpart is None or isinstance(config, counterpart):
         return config
@@ -192,16 +201,17 @@ def diffusers_quantization(config: Any) -> Any:
 
 
 def is_absent(part: nn.Module) -> bool:
-    """Return whether a component was loaded without its weights."""
+    """Return whether a component has no weights, because it was loaded on the meta device."""
     return any(weight.is_meta for weight in part.parameters())
 
 
 def _align_for(denoiser: nn.Module, device: torch.device | None) -> None:
-    """Align the weights in memory if the denoiser runs on a CPU. On an accelerator, copying aligns them anyway."""
+    """If the denoiser runs on a CPU, align its weights in memory; see [`align_weights`]. On an accelerator, copying the
+    weights there aligns them anyway."""
     if device is not None and device.type == "cpu":
         align_weights(denoiser)
 
 
 def _origin(pipeline: DiffusionPipeline) -> str | None:
     path = pipeline.config.get("_name_or_path")
-    return os.fspath(path) if path else None  # `from_pretrained` stores a `Path` unchanged
+    return os.fspath(path) if path else None  # `from_pretrained` may have stored a `Path`

@@ -1,4 +1,4 @@
-"""Precision and memory layout of weights and inputs, on which rounding depends."""
+"""Dtypes and memory layouts of weights and inputs. Equal layouts make policy and reference round equally."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ CPU_ALIGNMENT = 64  # bytes; alignment of PyTorch's CPU allocator
 
 
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype:
-    """Return the dtype of a name: float32, bfloat16 or float16. `None` gives float32.
+    """Return the dtype that has the name `name`: float32, bfloat16 or float16. `None` gives float32, and a dtype is
+    returned unchanged.
 
     Raises:
         `ValueError`: For any other dtype.
@@ -42,8 +43,8 @@ def autocast_dtype(mixed_precision: str) -> torch.dtype | None:
 def halve_autocast_weights(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast the weights of linear and convolution layers to autocast's dtype.
 
-    Autocast would cast these weights at every use, so results are equal. Norms and embeddings are not cast, because
-    autocast does not cast them either.
+    The cast saves memory and does not change results, because autocast would cast these weights at every use. Norms and
+    embeddings are not cast, because autocast does not cast them either.
     """
     for layer in module.modules():
         if isinstance(layer, AUTOCAST_LAYERS):
@@ -52,11 +53,11 @@ def halve_autocast_weights(module: nn.Module, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def align_weights(module: nn.Module) -> None:
-    """Align a module's CPU tensors as PyTorch allocates them.
+    """Copy those CPU tensors of a module whose memory address is not aligned as in memory that PyTorch allocates.
 
-    Weights that are mapped from a safetensors file start at any offset. On a CPU, the rounding of matrix products
-    depends on the alignment. Without this function, a policy mapped from a file and a copy of it would differ in the
-    last bit.
+    Weights that are memory-mapped from a safetensors file may start at any address. On a CPU, the rounding of matrix
+    products depends on the alignment of the address. Without this function, predictions of a policy mapped from a file
+    and of its copy would differ in the last bit.
     """
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % CPU_ALIGNMENT:
@@ -64,10 +65,11 @@ def align_weights(module: nn.Module) -> None:
 
 
 def store_channels_last(module: nn.Module) -> None:
-    """Store the kernels of a module's 2D convolutions in the channels-last layout, in place.
+    """Store the weights of a module's 2D convolutions in the channels-last layout, in place.
 
-    Convolutions then compute in this layout, which is faster for a VAE. Values and shapes stay the same. UNets are not
-    converted, because their training steps did not get faster (0.97 to 1.05 of the time on a CPU).
+    Convolutions then compute in this layout, which makes a VAE faster. Values and shapes stay the same. The trainer
+    does not convert UNets, because their training steps did not get faster (they took 0.97 to 1.05 times as long on a
+    CPU).
     """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
@@ -75,12 +77,12 @@ def store_channels_last(module: nn.Module) -> None:
 
 
 def read_contiguous(modules: Iterable[nn.Module]) -> None:
-    """Make the linear layers among `modules` copy inputs that are not contiguous.
+    """Make the linear layers among `modules` copy each input that is not contiguous in memory before they use it.
 
-    PyTorch computes a linear layer in two ways that round differently. If the layer's weight trains, it computes one
-    large matrix product. If the weight is frozen or gradients are off, and the rows of the input are not adjacent, it
-    computes a batch of smaller products to avoid a copy. Without this function, a policy and its frozen reference
-    would differ before the first step.
+    PyTorch computes a linear layer in one of two ways, which round differently. If the layer's weight trains, PyTorch
+    computes one large matrix product. If the weight is frozen or gradients are off, and the rows of the input are not
+    adjacent in memory, PyTorch computes a batch of smaller products to avoid a copy. Without this function, a policy
+    and its frozen reference would differ before the first step.
     """
     for layer in modules:
         if isinstance(layer, nn.Linear) and _contiguous not in forward_pre_hooks(layer):

@@ -1,7 +1,7 @@
-"""Reference models of a loss.
+"""The reference model, with which the loss compares the policy.
 
-A reference is a frozen copy of the model, the policy with its LoRA off, a second LoRA, errors computed before
-training, or absent.
+A reference can be a frozen copy of the denoiser, the policy with its LoRA switched off, a second LoRA on the policy's
+denoiser, or the errors that a reference had before training. Some losses have no reference.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from .kernels import compile_blocks
 from .numerics import read_contiguous
 from .weight_copies import AdaptersOff, SecondAdapter, SecondDenoiser, WeightCopy, second_copy
 
-REFERENCE_FILE = "reference.safetensors"  # in checkpoints
+REFERENCE_FILE = "reference.safetensors"  # name of the file in checkpoints
 REFERENCE_ADAPTER = "ref"
 
 
 class Reference(WeightCopy):
-    """The policy as it was before training, with arithmetic identical to the policy's."""
+    """Base class of references. By default, a reference is the policy as it was before training, and its predictions
+    are rounded exactly as the policy's."""
 
-    kind: str  # name in checkpoints
+    kind: str  # name of the kind of reference in checkpoints
     module: nn.Module | None = None  # separate denoiser of the reference, if it has one
-    # whether batches contain the reference's errors, so that no reference model runs in training
+    # Whether batches contain the reference's errors, so that the reference does not predict during training.
     is_precomputed = False
 
     def __init__(self, second: AdaptersOff | SecondAdapter | SecondDenoiser | None = None, *, stored: bool = False):
@@ -38,13 +39,14 @@ class Reference(WeightCopy):
 
 
 class NoReference(Reference):
-    """Placeholder for losses without a reference. `active` yields `None`."""
+    """Placeholder for losses that have no reference. The context `active` yields `None`."""
 
     kind = "none"
 
 
 class AdapterOffReference(Reference):
-    """The base model under a LoRA that was initialized to zero. Takes no memory."""
+    """The policy with its LoRA switched off. If the LoRA is new, the denoiser without it is exactly the policy before
+    training. This reference takes no memory."""
 
     kind = "adapter_off"
 
@@ -53,9 +55,10 @@ class AdapterOffReference(Reference):
 
 
 class AdapterReference(Reference):
-    """A second LoRA with the weights from the start of training or from the last synchronisation with the policy.
+    """A second LoRA on the policy's denoiser. The second LoRA has the weights that the policy's LoRA had at the start
+    of training, or those after the last update of the reference (`sync_ref_model`).
 
-    Checkpoints contain it even if it never changes, because the initial LoRA may be stored nowhere else.
+    Checkpoints contain the second LoRA even if it never changes, because the initial LoRA may be stored nowhere else.
     """
 
     kind = "ref_adapter"
@@ -65,14 +68,15 @@ class AdapterReference(Reference):
 
 
 class FrozenReference(Reference):
-    """A separate frozen denoiser as the reference.
+    """Reference that is a separate, frozen denoiser.
 
     Args:
-        half_dtype (`torch.dtype`, *optional*): See [`SecondDenoiser`]. Ignored if `follows` is set.
-        follows (`bool`): Whether the reference is synchronised with the policy.
+        half_dtype (`torch.dtype`, *optional*): Dtype of autocast, to which most weights are cast once; see
+            [`SecondDenoiser`]. Ignored if `follows` is set.
+        follows (`bool`): Whether the reference is updated during training (`sync_ref_model`).
 
     Raises:
-        `ValueError`: If the reference has another architecture.
+        `ValueError`: If the reference has another architecture than the policy.
     """
 
     kind = "frozen"
@@ -93,7 +97,7 @@ class FrozenReference(Reference):
 
 
 class PolicyReference(Reference):
-    """The policy itself, before it trains. Takes no memory."""
+    """The policy itself, as a reference that predicts only before training. This reference takes no memory."""
 
     kind = "policy"
 
@@ -107,12 +111,13 @@ class PolicyReference(Reference):
 
 
 class PrecomputedReference(Reference):
-    """A reference that predicts only before training, within `predicting`. During training, batches contain its
-    errors.
+    """A reference that predicts only before training, within the context `predicting`. During training, batches contain
+    the errors of these predictions.
 
     Args:
-        source ([`Reference`]): Reference that predicts: the user's model, the base under a new LoRA, or the policy.
-        tensors (`Callable`): Function that returns all weights that the predictions depend on, by name.
+        source ([`Reference`]): Reference that makes the predictions: the user's model, the base model without a new
+            LoRA, or the policy.
+        tensors (`Callable`): Function that returns, by name, all weights on which the predictions depend.
     """
 
     kind = "errors"
@@ -126,18 +131,19 @@ class PrecomputedReference(Reference):
         self._tensors: Callable[[], dict[str, torch.Tensor]] | None = tensors
 
     def compile(self, backend: str | None, mode: str | None, *, regional: bool) -> None:
-        """Compile the blocks of a separate reference. Other sources are compiled with the policy."""
-        assert regional, "the policy is compiled after its errors are computed"
+        """Compile the blocks of a reference that is a separate denoiser. A reference that shares the policy's denoiser
+        is compiled with the policy."""
+        assert regional, "`torch_compile` without regions would compile the policy only after the errors are computed."
         if self.module is not None:
             compile_blocks(cast(Any, self.module), backend, mode)
 
     @property
     def can_predict(self) -> bool:
-        """Whether training has not begun."""
+        """Whether the reference can still predict, because it has not been released for training."""
         return self._source is not None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return all weights that the predictions depend on, by name. The reference must not be released yet."""
+        """Return, by name, all weights on which the predictions depend. The reference must not be released yet."""
         assert self._tensors is not None, "A released reference has no weights."
         return self._tensors()
 
@@ -146,14 +152,14 @@ class PrecomputedReference(Reference):
 
     @contextlib.contextmanager
     def predicting(self, denoiser: nn.Module, engine: Engine) -> Iterator[None]:
-        """Let the reference predict on the device within the context.
+        """Make the reference predict on the device within the context.
 
-        The engine must not have prepared the policy `denoiser` yet. Weights are rounded in the way in which the engine
+        The engine must not have prepared the policy `denoiser` yet. The reference's weights are rounded as the engine
         will round the policy.
         """
         assert self._source is not None, "A released reference cannot predict."
         with self._source.active(denoiser) as module:
-            assert module is not None, "A source predicts."
+            assert module is not None, "The source of precomputed errors always predicts."
             try:
                 with engine.computing(module, is_policy=module is denoiser) as self._module:
                     yield
@@ -161,7 +167,7 @@ class PrecomputedReference(Reference):
                 self._module = None
 
     def release(self) -> None:
-        """Free the model. In training, batches contain its errors."""
+        """Free the reference model before training. From then on, its errors are read from the batches."""
         self._source = self._tensors = self.module = None
 
 
@@ -178,19 +184,21 @@ def build_reference(
     half_dtype: torch.dtype | None,
     precomputed: bool = False,
 ) -> Reference:
-    """Choose the kind of reference.
+    """Return the reference, of the kind that the arguments require.
 
     Args:
-        engine ([`Engine`]): Trains the policy.
-        needed (`bool`): Whether the loss uses a reference. If not, a reference passed by the user only serves metrics.
-        users_module (`nn.Module`, *optional*): The user's reference. It may be rounded, sharded or updated in place.
-        shared (`bool`): See [`second_copy`].
-        fresh_adapter (`str`, *optional*): Name of a LoRA that was just added, initialized to zero.
+        engine ([`Engine`]): Engine that trains the policy.
+        needed (`bool`): Whether the loss uses a reference. If it does not, a reference that the user passes is used for
+            metrics only.
+        users_module (`nn.Module`, *optional*): Reference that the user passed. The function may round, shard or update
+            it in place.
+        shared (`bool`): Whether a copy of the policy first shares the policy's memory; see [`second_copy`].
+        fresh_adapter (`str`, *optional*): Name of a new LoRA, which does not change the model's output yet.
         started_adapter (`str`, *optional*): Name of a LoRA that the policy already had, whose training continues.
-        follows (`bool`): Whether the reference will be synchronised with the policy.
-        half_dtype (`torch.dtype`, *optional*): See [`SecondDenoiser`].
-        precomputed (`bool`): Whether the reference's errors are computed before training. Training then needs no copy
-            of the policy.
+        follows (`bool`): Whether the reference is updated during training (`sync_ref_model`).
+        half_dtype (`torch.dtype`, *optional*): Dtype of autocast; see [`SecondDenoiser`].
+        precomputed (`bool`): Whether the reference's errors are computed before training. If so, no copy of the policy
+            is needed.
 
     Raises:
         `ValueError`: If the user's reference cannot be used.
@@ -198,8 +206,8 @@ def build_reference(
     if users_module is not None:
         if follows and adapter_layers(denoiser):
             raise ValueError(
-                "`sync_ref_model` with a LoRA needs a second LoRA as the reference, but `ref_model` was passed. Leave "
-                "`ref_model` out."
+                "If a LoRA trains, `sync_ref_model` updates a second LoRA, which the trainer makes itself as the "
+                "reference. `ref_model` was passed too. Leave `ref_model` out."
             )
         frozen = FrozenReference(users_module, denoiser, engine, half_dtype=half_dtype, follows=follows)
         return PrecomputedReference(frozen, partial(_with_scalings, users_module)) if precomputed else frozen
@@ -217,7 +225,7 @@ def build_reference(
 
 
 def _with_scalings(users_module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return all tensors of a reference, and the scaling of each active LoRA."""
+    """Return all tensors of a reference by name, and the scaling factors of its active LoRAs."""
     scalings = {
         f"{number}.{name}.scaling": torch.tensor(layer.scaling[name])
         for number, layer in enumerate(adapter_layers(users_module))
@@ -228,7 +236,7 @@ def _with_scalings(users_module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _precomputed(denoiser: nn.Module, fresh_adapter: str | None, started_adapter: str | None) -> PrecomputedReference:
-    """Return the policy before training as a reference with precomputed errors."""
+    """Return a reference whose errors are computed with the policy before training."""
 
     def tensors() -> dict[str, torch.Tensor]:
         if started_adapter is None:
@@ -245,7 +253,7 @@ def _precomputed(denoiser: nn.Module, fresh_adapter: str | None, started_adapter
 
 
 def check_same_architecture(policy: nn.Module, reference: nn.Module) -> None:
-    """Raise `ValueError` if a reference has another architecture than the policy."""
+    """Raise `ValueError` if the reference has another architecture than the policy."""
     difference = architecture_difference(policy, reference)
     if difference is not None:
         raise ValueError(
@@ -255,8 +263,8 @@ def check_same_architecture(policy: nn.Module, reference: nn.Module) -> None:
 
 
 def architecture_difference(policy: nn.Module, reference: nn.Module) -> str | None:
-    """Describe how a reference differs from the policy in its class or in tensor names and shapes. Return `None` if
-    there is no difference. Adapters are ignored."""
+    """Return a description of how a reference differs from the policy in its class, or in the names and shapes of
+    tensors. Return `None` if there is no difference. Adapters are ignored."""
     ours, theirs = (
         {name: tuple(tensor.shape) for name, tensor in base_tensors(module).items()} for module in (policy, reference)
     )
@@ -270,7 +278,8 @@ def architecture_difference(policy: nn.Module, reference: nn.Module) -> str | No
 
 
 def networks(family: Family, reference: nn.Module | None) -> dict[str, nn.Module]:
-    """Return the networks of a training step by name: denoiser, frozen components and, if any, a separate reference."""
+    """Return all networks of a training step by name: the denoiser, VAE and text encoders, and the reference if it is a
+    separate denoiser."""
     names = (family.denoiser_name, *family.frozen_components)
     modules = {name: getattr(family.pipeline, name) for name in names}
     return modules if reference is None else {**modules, "reference": reference}

@@ -1,6 +1,7 @@
-"""Check that the text of prompts reaches the model.
+"""Checks that tokenizers and text encoders fit together, so that the text of prompts reaches the model.
 
-If a tokenizer's vocabulary is missing, all prompts become equal tokens. Training would then continue without an error.
+If a tokenizer's vocabulary is missing, all prompts are turned into the same tokens. Training would then run without an
+error but ignore the prompts.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from ..families import Family
 
-# Allowed ratios of the tokenizer's tokens to the text encoder's embeddings. Published models have 0.99 to 1. A
-# tokenizer without its vocabulary has only a few special tokens. The tokenizer of another model is usually outside
-# these bounds.
+# Smallest and largest allowed ratio of the tokenizer's number of tokens to the text encoder's number of embeddings.
+# Published models have 0.99 to 1. A tokenizer without its vocabulary has only a few special tokens. The tokenizer of
+# another model usually has a ratio outside of these bounds.
 SIZE_RATIOS = (0.75, 1.25)
 LONGEST = 1_000_000  # tokenizers without a limit report a larger number
 PROMPTS = ("a red circle", "a big square")  # equal word lengths, so that both give equally many unknown tokens
@@ -26,7 +27,8 @@ PROMPTS = ("a red circle", "a big square")  # equal word lengths, so that both g
 
 @torch.no_grad()
 def check_text_encoding(family: Family) -> None:
-    """Raise `ValueError` if a tokenizer does not fit its text encoder, or if two prompts are encoded to equal tensors.
+    """Raise `ValueError` if a tokenizer does not fit its text encoder, or if two different prompts give equal
+    encodings.
 
     The text encoders must be on the device and in the dtype of training.
     """
@@ -40,7 +42,8 @@ def check_text_encoding(family: Family) -> None:
 
 
 def _tokenizer_of(family: Family, text_encoder: str) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer of a text encoder, such as `tokenizer_2` for `text_encoder_2`. It may be in a processor."""
+    """Return the tokenizer of a text encoder, such as `tokenizer_2` for `text_encoder_2`, or `None` if there is none.
+    The tokenizer may be inside a processor."""
     parts = family.pipeline.components
     other = parts.get("processor") if text_encoder == "text_encoder" else None
     tokenizer = parts.get(text_encoder.replace("text_encoder", "tokenizer"), other)
@@ -54,9 +57,9 @@ def _check_vocabulary(name: str, text_encoder: PreTrainedModel, tokenizer: PreTr
     low, high = SIZE_RATIOS
     if not low * embedded <= tokens <= high * embedded:
         raise ValueError(
-            "A tokenizer must have about as many tokens as its text encoder has embeddings. The tokenizer of "
-            f"`{name}` has {tokens} tokens, and there are {embedded} embeddings. Its vocabulary is missing or belongs "
-            "to another model. Download the tokenizer's folder again."
+            f"A tokenizer must have about as many tokens as its text encoder has embeddings. The tokenizer of `{name}` "
+            f"has {tokens} tokens, and there are {embedded} embeddings. The tokenizer's vocabulary is missing or "
+            "belongs to another model. Download the tokenizer's folder again."
         )
 
 
@@ -66,15 +69,15 @@ def _check_tokens(name: str, text_encoder: PreTrainedModel, tokenizer: PreTraine
     highest = max([*first, *second], default=0)
     if highest >= embedded:
         raise ValueError(
-            "A tokenizer must give tokens that its text encoder has embeddings for. The tokenizer of "
-            f"`{name}` gives the token {highest}, and there are {embedded} embeddings. It belongs to another model. "
-            "Download the pipeline again."
+            f"A text encoder must have an embedding for every token. The tokenizer of `{name}` gives the token "
+            f"{highest}, and there are {embedded} embeddings. The tokenizer belongs to another model. Download "
+            "the pipeline again."
         )
     if first == second:
         raise ValueError(
             f"A tokenizer must turn different prompts into different tokens. The tokenizer of `{name}` turns both "
-            f"{PROMPTS[0]!r} and {PROMPTS[1]!r} into {first}. Its vocabulary is missing. Download the tokenizer's "
-            "folder again."
+            f"{PROMPTS[0]!r} and {PROMPTS[1]!r} into {first}. The tokenizer's vocabulary is missing. Download the "
+            "tokenizer's folder again."
         )
 
 
@@ -87,21 +90,23 @@ def _check_conditioning(family: Family) -> None:
     broken = [name for name, value in encoded.items() if not value.isfinite().all()]
     if broken:
         raise ValueError(
-            f"Encoded prompts must be finite. `{broken[0]}` of {PROMPTS[0]!r} is not. The text encoder overflows in "
-            "its dtype, or its weights are damaged. Load it in float32, or download it again."
+            f"Encoded prompts must be finite. `{broken[0]}` of {PROMPTS[0]!r} is not finite. Either the text encoder "
+            "overflows in its dtype, or its weights are damaged. Load the text encoder in float32, or download it "
+            "again."
         )
     if encoded and all(torch.equal(*value) for value in encoded.values()):
         raise ValueError(
-            f"Different prompts must have different encodings. {PROMPTS[0]!r} and {PROMPTS[1]!r} have the same one. "
-            "The tokenizer's vocabulary or the text encoder's weights are missing. Download them again."
+            f"Different prompts must have different encodings. {PROMPTS[0]!r} and {PROMPTS[1]!r} have the same "
+            "encoding. The tokenizer's vocabulary or the text encoder's weights are missing. Download tokenizer and "
+            "text encoder again."
         )
 
 
 def note_on_long_prompts(family: Family, prompts: Collection[str]) -> str:
-    """Count the prompts that are longer than a tokenizer's limit.
+    """Return a note for the data report on the number of prompts that are longer than a tokenizer's limit.
 
     Returns:
-        `str`: A sentence for the data report. It is empty if all prompts are short enough.
+        `str`: The note, one sentence. The note is empty if all prompts are short enough.
     """
     notes = []
     for name, tokenizer in _limited(family).items():
@@ -115,7 +120,7 @@ def note_on_long_prompts(family: Family, prompts: Collection[str]) -> str:
 
 
 def note_on_limits(family: Family) -> str:
-    """Return a sentence with the tokenizers' length limits, for data whose prompts cannot be counted.
+    """Return a sentence on the length limits of the tokenizers, for data whose prompts cannot be checked in advance.
 
     The sentence is empty if no tokenizer has a limit.
     """
@@ -124,7 +129,7 @@ def note_on_limits(family: Family) -> str:
 
 
 def _limited(family: Family) -> dict[str, PreTrainedTokenizerBase]:
-    """Return the tokenizers that have a limit, by the names of their text encoders."""
+    """Return the tokenizers that limit the length of prompts, by the names of their text encoders."""
     tokenizers = {name: _tokenizer_of(family, name) for name in family.frozen_components}
     return {name: each for name, each in tokenizers.items() if each is not None and each.model_max_length <= LONGEST}
 

@@ -1,7 +1,7 @@
-"""Second weights of the policy, for a reference or an average.
+"""Second copies of the policy's weights, for the reference or the moving average.
 
-They are a second adapter, the base without an adapter, or a second denoiser. The engine shards and rounds them like the
-policy.
+A second copy is a second LoRA, a second denoiser, or simply the base weights under the policy's LoRA. The engine shards
+and rounds second copies as it does the policy.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from .numerics import halve_autocast_weights, read_contiguous
 
 
 def second_copy(module: nn.Module, *, shared: bool) -> nn.Module:
-    """Copy a module. Buffers are always copied.
+    """Return a copy of a module. Buffers are always copied.
 
-    If `shared`, the copy's parameters use the memory of the original ones. This is for engines that shard both
-    modules, because sharding gives each its own memory.
+    If `shared`, the parameters of the copy use the memory of the original parameters. Sharing saves memory with engines
+    that shard both modules later, because sharding moves each module to its own memory.
     """
     memo: dict[int, Any] = {}
     for weight in module.parameters() if shared else ():
@@ -41,8 +41,8 @@ def second_copy(module: nn.Module, *, shared: bool) -> nn.Module:
 
 @contextlib.contextmanager
 def using_adapter(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterator[None]:
-    """Activate one adapter of `layers` within the context, or switch all adapters off if `name` is `None`. No weight's
-    `requires_grad` changes."""
+    """Within the context, activate only the adapter `name` in `layers`, or switch all adapters off if `name` is `None`.
+    Unlike PEFT's own functions, this does not change `requires_grad` of weights."""
     before = [(getattr(layer, ACTIVE_ADAPTER), layer.disable_adapters) for layer in layers]
     for layer in layers:
         setattr(layer, ADAPTERS_OFF, name is None)
@@ -59,23 +59,26 @@ def using_adapter(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterato
 
 
 class AdaptersOff:
-    """The base under the policy's LoRA. It takes no memory, and has no weights besides the policy's."""
+    """The policy's denoiser with its LoRA switched off. The object takes no memory, because it has no weights besides
+    the policy's."""
 
     def __init__(self, denoiser: nn.Module):
-        self._layers = adapter_layers(denoiser)  # searched once, because a search takes milliseconds
+        self._layers = adapter_layers(denoiser)  # searched only once, because a search takes milliseconds
 
     @contextlib.contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Yield `model` with its adapters off. `model` is the policy as the engine wrapped it."""
+        """Within the context, switch the adapters off and yield `model`, which is the policy as the engine wrapped
+        it."""
         with using_adapter(self._layers, None):
             yield model
 
 
 class SecondAdapter:
-    """Second, frozen LoRA on the policy's denoiser. It starts with the current weights of the trained LoRA.
+    """A second, frozen LoRA on the policy's denoiser. The second LoRA starts with the current weights of the LoRA that
+    trains.
 
     Args:
-        policy_adapter (`str`): Name of the trained LoRA.
+        policy_adapter (`str`): Name of the LoRA that trains.
         name (`str`): Name of the second LoRA.
         engine ([`Engine`]): Engine that trains the policy.
 
@@ -86,8 +89,8 @@ class SecondAdapter:
     def __init__(self, denoiser: nn.Module, policy_adapter: str, name: str, engine: Engine):
         if name in lora_configs(denoiser):
             raise ValueError(
-                f"The adapter name {name!r} is reserved for the trainer's reference or average, but the model already "
-                "has an adapter of this name. Rename or delete it."
+                f"The trainer uses the adapter name {name!r} for its reference or average, but the model already has "
+                "an adapter of this name. Rename or delete this adapter."
             )
         self.engine = engine
         self._denoiser, self._policy, self._name = denoiser, policy_adapter, name
@@ -97,17 +100,18 @@ class SecondAdapter:
 
     @contextlib.contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Yield `model` with the second adapter active. `model` is the policy as the engine wrapped it."""
+        """Within the context, activate the second LoRA and yield `model`, which is the policy as the engine wrapped
+        it."""
         with using_adapter(self._layers, self._name):
             yield model
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return the parameters of the second adapter without copying them."""
+        """Return the parameters of the second LoRA by name, not copied."""
         return adapter_state(self._denoiser, self._name)
 
     def policy_weights(self) -> dict[str, torch.Tensor]:
-        """Return the parameters of the trained LoRA under equal names. Updates mix the two LoRAs factor by factor,
-        because a mixture of their products would have a higher rank."""
+        """Return the parameters of the LoRA that trains, by the same names. Updates mix each matrix of the two LoRAs
+        separately. (A mixture of the products of the matrices would have a higher rank than a LoRA can store.)"""
         return adapter_state(self._denoiser, self._policy)
 
 
@@ -118,7 +122,7 @@ class SecondDenoiser:
         module (`nn.Module`): The second denoiser. The constructor freezes it and puts it into evaluation mode.
         engine ([`Engine`]): Engine that trains the policy.
         half_dtype (`torch.dtype`, *optional*): The dtype of autocast. Weights that autocast would cast at every use are
-            cast once to this dtype. This saves memory, and results are equal.
+            cast once to this dtype. Casting once saves memory and does not change results.
     """
 
     def __init__(self, module: nn.Module, policy: nn.Module, engine: Engine, *, half_dtype: torch.dtype | None = None):
@@ -133,48 +137,49 @@ class SecondDenoiser:
 
     @contextlib.contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Yield the second denoiser as the engine wrapped it, instead of `model`."""
+        """Yield the second denoiser as the engine wrapped it. `model` is not used."""
         yield self.engine_model
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return the second denoiser's parameters and buffers without copying them."""
+        """Return the parameters and buffers of the second denoiser by name, not copied."""
         return self.module.state_dict(keep_vars=True)
 
     def policy_weights(self) -> dict[str, torch.Tensor]:
-        """Return the policy's parameters and buffers under equal names."""
+        """Return the parameters and buffers of the policy, by the same names."""
         return self._policy.state_dict(keep_vars=True)
 
     def shard(self, *, moves: bool) -> None:
-        """Shard the second denoiser like the policy."""
+        """Shard the second denoiser as the engine shards the policy. `moves` says whether it is updated during
+        training."""
         if self.engine_model is self.module:
             self.engine_model = self.engine.shard_like_policy(DenoiserWrapper(self.module).eval(), moves=moves)
 
 
 class WeightCopy:
-    """A second copy of the policy's weights. It can be prepared, updated, gathered, saved and loaded under every
-    engine.
+    """Base class of the reference and the moving average: a second copy of the policy's weights, with methods to
+    prepare, update, save and load it under every engine.
 
     Args:
-        second (`AdaptersOff`, `SecondAdapter` or `SecondDenoiser`, *optional*): The module that predicts with these
-            weights. `None` if the policy itself or nothing predicts.
-        file (`str`): Name of the weights' file in checkpoints.
-        stored (`bool`): Whether checkpoints contain the weights. They must if the weights are updated or cannot be
-            computed again.
+        second (`AdaptersOff`, `SecondAdapter` or `SecondDenoiser`, *optional*): The object that predicts with these
+            weights, or `None` if the policy itself predicts or nothing does.
+        file (`str`): Name of the file with these weights in checkpoints.
+        stored (`bool`): Whether checkpoints contain these weights. `stored` must be `True` if the weights are updated
+            during training, or if they cannot be loaded again from elsewhere.
     """
 
     def __init__(self, second: AdaptersOff | SecondAdapter | SecondDenoiser | None, file: str, *, stored: bool):
         self.second, self.file, self.stored = second, file, stored
-        self.float32_shards: Float32Shards | None = None  # float32 copies of stored weights that the engine rounds
-        # (weights of this copy, weights of the policy)
+        self.float32_shards: Float32Shards | None = None  # float32 copies if the engine rounds these weights
+        # Parameters that `update` mixes, by name: those of this copy, and those of the policy.
         self._mixed: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
 
     def to(self, device: torch.device) -> None:
-        """Move a second denoiser to the device. An adapter moves with the policy."""
+        """Move a second denoiser to the device. (A second LoRA moves with the policy.)"""
         if isinstance(self.second, SecondDenoiser):
             self.second.module.to(device)
 
     def compile(self, backend: str | None, mode: str | None, *, regional: bool) -> None:
-        """Compile a second denoiser or, if `regional`, its blocks. An adapter is compiled with the policy."""
+        """Compile a second denoiser or, if `regional`, only its blocks. (A second LoRA is compiled with the policy.)"""
         if isinstance(self.second, SecondDenoiser):
             if regional:
                 compile_blocks(cast(Any, self.second.module), backend, mode)
@@ -182,30 +187,34 @@ class WeightCopy:
                 self.second.module.compile(backend=backend, mode=mode)
 
     def stop_sharing(self) -> None:
-        """Copy the weights of a shared [`second_copy`] into their own memory, if the engine does not shard them."""
+        """Give a second denoiser its own memory if [`second_copy`] has let it share the policy's memory. Call this
+        method if the engine does not shard weights after all."""
         for weight in self.second.module.parameters() if isinstance(self.second, SecondDenoiser) else ():
             weight.data = weight.data.clone()
 
     def keep_unrounded(self) -> None:
-        """Copy the weights that the engine will round, in float32. Call this before the engine prepares the policy."""
+        """Make float32 copies of these weights if the engine will round them. Call this method before the engine
+        prepares the policy."""
         second = self._stored_weights()
         if second is not None and self.float32_shards is None and second.engine.rounds_weights:
             self.float32_shards = second.engine.float32_shards(_parameters(second.weights()))
 
     def prepare(self) -> None:
-        """Shard a second denoiser as the engine has sharded the policy."""
+        """Shard a second denoiser as the engine has sharded the policy. Call this method after the engine has prepared
+        the policy."""
         self._mixed = None
         if isinstance(self.second, SecondDenoiser):
             self.second.shard(moves=self.stored)
 
     def active(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module | None]:
-        """Return a context that yields the module that predicts with these weights. `model` is the policy as the engine
-        wrapped it."""
+        """Return a context that yields the module with which to predict with these weights, or `None` if there is none.
+        `model` is the policy as the engine wrapped it."""
         return contextlib.nullcontext() if self.second is None else self.second.active(model)
 
     @torch.no_grad()
     def update(self, alpha: float) -> None:
-        """Move the weights towards the policy: `w = alpha * policy + (1 - alpha) * w`. All processes must call it."""
+        """Update these weights: `weights = alpha * policy + (1 - alpha) * weights`. All processes must call this
+        method."""
         second = self._stored_weights()
         assert second is not None, "These weights are never updated."
         second.engine.reshard()
@@ -219,7 +228,8 @@ class WeightCopy:
             self.float32_shards.mix(weights, policy, alpha)
 
     def gather(self, *, keep: bool) -> dict[str, torch.Tensor]:
-        """Gather the weights for a checkpoint, under the policy's names. For `keep` see [`Engine.gather`]."""
+        """Return the full weights for a checkpoint, by the names that they have in the policy. For `keep` see
+        [`Engine.gather`]."""
         second = self._stored_weights()
         if second is None:
             return {}
@@ -231,14 +241,15 @@ class WeightCopy:
         return {**second.engine.gather(buffers, keep=keep), **exact}
 
     def save(self, folder: Path, *, write: bool) -> None:
-        """Save the weights for a resumed run. All processes must call it; processes with `write` write the file."""
+        """Save the weights in the folder of a checkpoint. All processes must call this method, and a process with
+        `write=True` writes the file."""
         weights = self.gather(keep=write)
         if write and weights:
             save_file(weights, folder / self.file)
 
     def load(self, folder: Path) -> None:
-        """Load the weights that [`WeightCopy.save`] wrote. Raise `ValueError` if the file is missing or contains other
-        weights."""
+        """Load the weights that [`WeightCopy.save`] wrote. Raise `ValueError` if the file is missing or its weights
+        have other names."""
         second = self._stored_weights()
         if second is None:
             return
@@ -251,24 +262,26 @@ class WeightCopy:
                 self.float32_shards.set(name, stored[name])
 
     def _stored_weights(self) -> SecondAdapter | SecondDenoiser | None:
-        """Return the second weights if checkpoints contain them."""
+        """Return the second LoRA or denoiser if checkpoints contain its weights, and `None` otherwise."""
         return self.second if self.stored and not isinstance(self.second, AdaptersOff) else None
 
 
 def _parameters(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the parameters among the weights, without buffers."""
+    """Return the weights without buffers."""
     return {name: weight for name, weight in weights.items() if isinstance(weight, nn.Parameter)}
 
 
 def _read(weights: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
     if not file.is_file():
         raise ValueError(
-            f"A checkpoint of a run with an average or a synchronised reference must contain {file.name}, and "
-            f"{file.parent} does not. Resume with the settings that wrote the checkpoint."
+            "A run with averaged weights (`ema_decay`) or a stored reference (`sync_ref_model`, or a LoRA that was "
+            f"trained before) can resume only from a checkpoint that contains {file.name}. {file.parent} does not "
+            "contain this file. Resume with the settings with which the checkpoint was written."
         )
     stored = load_file(file)
     if stored.keys() != weights.keys():
         raise ValueError(
-            f"{file} contains other weights than this run trains. Resume with the settings that wrote the checkpoint."
+            f"{file} does not contain the weights that this run trains. Resume with the settings with which the "
+            "checkpoint was written."
         )
     return stored

@@ -1,1 +1,1 @@
-"""One optimizer step: forward passes of policy and reference, parameter-space safeguard, winner budget and meters."""
+"""What an optimizer step consists of: forward passes, the parameter-space safeguard, winner budget and metrics."""

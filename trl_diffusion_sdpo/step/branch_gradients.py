@@ -1,8 +1,10 @@
-"""One backward pass per branch, and the safeguard that combines them.
+"""One backward pass for winners and one for losers, and the safeguard that combines the two gradients.
 
-The graph is cut at the predictions, so each branch is a separate scalar `(prediction * gradient).sum()`. Every backward
-pass adds to the accumulator of its branch. After the last micro-batch of an optimizer step, inner products of the
-accumulators give lambda. The backend then gets the gradient `W - lambda L`, before the engine clips it and steps.
+Winners and losers are called the two branches of the loss. The autograd graph of the loss ends at the predictions, so
+the backward pass of a branch starts from the scalar `(prediction * gradient of the loss at the prediction).sum()`. The
+gradients of a branch are added up over the micro-batches of an optimizer step, to W for winners and L for losers. After
+the last micro-batch, lambda is computed from the inner products of the accumulated gradients W and L. The gradient `W -
+lambda L` is then passed to the back end, and the engine clips it and steps.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ WINNER, LOSER, ANCHOR = "winner", "loser", "anchor"
 
 
 class BranchGradients:
-    """The gradients of an optimizer step by branch, and the lambda that combines them.
+    """Accumulates the gradients of an optimizer step separately for winners and losers, and combines them with lambda.
 
     Args:
-        mu (`float`): Margin in `[0, 1]`.
-        anchor (`str`): What lambda protects, `"branch"` or `"error"`. See
-            [`~trl_diffusion_sdpo.losses.parameter_scale`].
+        mu (`float`): Strictness of the safeguard, in `[0, 1]`.
+        anchor (`str`): Quantity that lambda keeps from rising: `"branch"` (winners' errors as the loss weighs them) or
+            `"error"` (their plain mean). See [`~trl_diffusion_sdpo.losses.parameter_scale`].
     """
 
     def __init__(self, backend: GradientBackend, *, mu: float, anchor: Anchor):
@@ -32,41 +34,42 @@ class BranchGradients:
         self.gradients: dict[str, Gradient] = {}
 
     def backward(self, branch: str, objective: torch.Tensor, *, retain_graph: bool = False) -> None:
-        """Add a micro-batch's gradient to `"winner"`, `"loser"` or `"anchor"`. See [`GradientBackend.backward`].
+        """Run a backward pass from `objective`, and add the gradient to those of `branch`, which is `"winner"`,
+        `"loser"` or `"anchor"`. See [`GradientBackend.backward`].
 
-        The loser's objective must have the opposite sign of its term in the loss, so that the gradient of the loss is
-        winner minus loser.
+        The objective of the losers must have the opposite sign of their term in the loss, so that the gradient of the
+        loss is the winners' gradient minus the losers'.
         """
         accumulated = self.gradients.get(branch)
         self.gradients[branch] = self.backend.backward(objective, accumulated, retain_graph=retain_graph)
 
     @torch.no_grad()
     def combine(self) -> tuple[dict[str, torch.Tensor], torch.Tensor, Gradient | None]:
-        """Set `W - lambda L` as the gradient of the step.
+        """Set `W - lambda L` as the gradient with which the optimizer steps.
 
         Returns:
             `tuple` of three values:
             - Metrics of [`~trl_diffusion_sdpo.losses.parameter_scale`].
-            - Whether all gradients are finite, a boolean scalar on the device. With fp16, some steps overflow, and the
-              scaler skips them.
-            - Gradient of the anchor, or `None` if no micro-batch had one.
+            - Whether all gradients are finite, as a boolean scalar on the device. With fp16, gradients sometimes
+              overflow, and the gradient scaler then skips the step.
+            - Gradient of the mean winner error (the anchor), or `None` if it was not computed.
 
         Raises:
-            `RuntimeError`: If the backward pass of a branch reached no trained weight.
+            `RuntimeError`: If the backward pass of a branch gave no trained weight a gradient.
         """
         gradients, self.gradients = self.gradients, {}
         for name, gradient in gradients.items():
             if all(tensor is None for tensor in gradient):
                 raise RuntimeError(
-                    f"Backward passes must reach trained weights. That of the {name} reached none. Check that the "
-                    "denoiser uses its trained weights."
+                    f"Each backward pass must give trained weights a gradient. The pass of the {name} gave no weight a "
+                    "gradient. Check that the denoiser uses its trained weights."
                 )
             gradients[name] = self.backend.all_reduced(gradient)
         ordered = [gradients[name] for name in (WINNER, LOSER, ANCHOR) if name in gradients]
         products = self.backend.sum_over_shards(inner_products(ordered))
         scale, metrics = parameter_scale(products, self.mu, anchor=self.anchor)
         finite = products.isfinite().all()
-        # If any branch is not finite, even only the anchor, NaN in the gradient makes the scaler skip the step.
+        # If any gradient is not finite, even only that of the anchor, NaN makes the gradient scaler skip the step.
         subtract_scaled(ordered[0], ordered[1], torch.where(finite, scale, torch.nan))
         self.backend.set_gradient(ordered[0])
         return {name: torch.where(finite, value, 0) for name, value in metrics.items()}, finite, gradients.get(ANCHOR)

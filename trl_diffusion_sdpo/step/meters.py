@@ -1,7 +1,9 @@
-"""Values that a step leaves on the device until they are read: metrics, sizes of margins, and flags of bad losses.
+"""Collects values of a training step on the device without waiting for the device: metrics, absolute margins, and flags
+for losses that are not finite.
 
-Metrics are read at each log. The flags of a step are read before the weights change. For them, every optimizer step has
-one small all-reduce, which is queued before the last backward pass, so the accelerator does not wait.
+The CPU reads metrics at each log, and the flags before each optimizer step. Processes exchange the flags by one small
+all-reduce per optimizer step. This all-reduce is queued before the last backward pass, so the accelerator does not wait
+for it.
 """
 
 from __future__ import annotations
@@ -24,22 +26,24 @@ BETA_FILE = "auto_beta.json"
 
 
 class MetricMeter:
-    """Weighted means of named scalars. Each log costs one transfer to the host and one reduction over processes."""
+    """Weighted means of named scalars. Reading the means costs one transfer from the device to the CPU and one
+    reduction over processes."""
 
     def __init__(self):
         self._sums: dict[str, torch.Tensor] = {}
         self._weights: dict[str, float | torch.Tensor] = {}
 
     def add(self, metrics: dict[str, torch.Tensor], weight: float | torch.Tensor) -> None:
-        """Add the means of a batch. `weight` is the number of pairs, or the weight of a value measured once a step."""
+        """Add the metrics of a batch, which are means over its pairs. `weight` is the number of pairs; for values that
+        are measured once per step, it is usually 1."""
         for name, value in metrics.items():
             weighted = value.detach().float() * weight
             self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
             self._weights[name] = self._weights.get(name, 0.0) + weight
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the means over all processes since the last call. Values of weight 0 are left out. All processes must
-        call it together."""
+        """Return the weighted means over all processes since the last call. Metrics with a total weight of 0 are left
+        out. All processes must call this method together."""
         if not self._sums:
             return {}
         names = sorted(self._sums)
@@ -47,23 +51,26 @@ class MetricMeter:
         weights = torch.stack([_on_device(self._weights[name], sums.device) for name in names])
         totals = accelerator.reduce(torch.stack([sums, weights]), reduction="sum")
         self._sums, self._weights = {}, {}
-        means, weighed = torch.stack([totals[0] / totals[1], totals[1]]).tolist()  # the only wait for the device
+        means, weighed = torch.stack(
+            [totals[0] / totals[1], totals[1]]
+        ).tolist()  # the only place where the CPU waits for the device
         return {name: mean for name, mean, weight in zip(names, means, weighed, strict=True) if weight > 0}
 
 
 def _on_device(weight: float | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a weight as a float32 scalar. A number is filled in on the device, because a copy would wait."""
+    """Return a weight as a float32 scalar on the device. A Python number is not copied to the device but filled in
+    there, because a copy would make the CPU wait."""
     if isinstance(weight, torch.Tensor):
         return weight.to(device).float()
     return torch.full((), float(weight), dtype=torch.float32, device=device)
 
 
 class StoredController:
-    """A controller that adjusts the loss while training. Checkpoints contain its state.
+    """A controller that adjusts the loss during training: `AutoBeta` or `WinnerBudget`. Checkpoints contain its state.
 
     Attributes:
-        setting (`str`): The setting that turns it on.
-        file (`str`): Name of its file in a checkpoint.
+        setting (`str`): Name of the setting that turns the controller on.
+        file (`str`): Name of the file with the controller's state in a checkpoint.
     """
 
     setting: ClassVar[str]
@@ -73,26 +80,28 @@ class StoredController:
         self.controller = controller
 
     def save(self, folder: Path) -> None:
-        """Write the controller's state."""
+        """Write the controller's state into the folder of a checkpoint."""
         (folder / self.file).write_text(json.dumps(self.controller.state()) + "\n", encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Read the file that `save` wrote. Raises `ValueError` if it is missing or does not fit the settings."""
+        """Load the state that `save` wrote. Raises `ValueError` if the file is missing or was written with other
+        settings."""
         file = folder / self.file
         if not file.is_file():
             raise ValueError(
-                f"A checkpoint with `{self.setting}` must contain {self.file}. {folder} does not. Resume from a "
-                f"complete checkpoint of such a run, or leave `{self.setting}` out."
+                f"A run with `{self.setting}` can resume only from a checkpoint that contains {self.file}. {folder} "
+                f"does not contain this file. Resume from a complete checkpoint of a run with `{self.setting}`, or "
+                "leave the setting out."
             )
         self.controller.load_state(json.loads(file.read_text(encoding="utf-8")))
 
 
 class AutoBeta(StoredController):
-    """Sums the sizes of an optimizer step's margins, and adjusts beta by their mean after the step.
+    """Adapts beta after each optimizer step, from the mean absolute margin of the step's pairs.
 
     Args:
-        controller ([`~trl_diffusion_sdpo.losses.BetaController`]): Controller of beta.
-        meter ([`MetricMeter`]): Meter of training.
+        controller ([`~trl_diffusion_sdpo.losses.BetaController`]): Object that computes the next beta.
+        meter ([`MetricMeter`]): Collector of the training metrics.
     """
 
     setting, file = "auto_beta", BETA_FILE
@@ -101,20 +110,23 @@ class AutoBeta(StoredController):
     def __init__(self, controller: BetaController, meter: MetricMeter):
         super().__init__(controller)
         self._meter = meter
-        self._sums: torch.Tensor | None = None  # sum of the sizes and number of pairs, (2,)
+        self._sums: torch.Tensor | None = None  # sum of absolute margins, and number of pairs, (2,)
 
     def begin(self) -> None:
-        """Reset the sums. An earlier training may have stopped within an optimizer step."""
+        """Reset the sums at the start of training, because an earlier training may have stopped within an optimizer
+        step."""
         self._sums = None
 
     def add(self, outputs: PreferenceLossOutput) -> None:
-        """Add a micro-batch. Its loss must have used the controller's beta."""
+        """Add the margins of a micro-batch. The loss of the micro-batch must have been computed with the controller's
+        beta."""
         margins = self.controller.margins(outputs.pair_rewards)
         sums = torch.stack([margins.sum(), torch.ones_like(margins).sum()])
         self._sums = sums if self._sums is None else self._sums + sums
 
     def after_step(self, step: int) -> None:
-        """Log the beta of optimizer step `step`, then adjust it. All processes must call it together."""
+        """Log the beta that optimizer step `step` has used, then adapt beta for the next step. All processes must call
+        this method together."""
         assert self._sums is not None
         self._meter.add({"rewards/beta": self.controller.beta}, 1)
         sums, self._sums = reduce(self._sums, "sum"), None
@@ -122,21 +134,22 @@ class AutoBeta(StoredController):
 
 
 class FiniteCheck:
-    """Check that stops a run whose loss or gradient is not finite.
+    """Stops a run if a loss or a gradient is not finite.
 
-    The check detects a loss that is not finite before the optimizer's step. One flag per step covers all micro-batches
-    and processes, because gradients are averaged over them. The flag is copied to the host while the last backward
-    pass is being queued, and read afterwards. So the host waits for the forward pass only.
+    A loss that is not finite is detected before the optimizer changes the weights. There is one flag per step for all
+    micro-batches and processes, because a single loss that is not finite spoils the averaged gradient. The flag is
+    copied to the CPU while the last backward pass is being queued, and read afterwards. So the CPU waits only until the
+    forward pass is computed.
 
-    A gradient may be infinite or NaN although the loss is finite. This is rare. The check detects it one step later,
-    before anything is saved.
+    In rare cases, a gradient is infinite or NaN although the loss is finite. A gradient that is not finite is detected
+    one step later, but always before anything is saved.
 
     Args:
-        exchange ([`StepExchange`]): Exchange of the flag between processes.
-        networks (`Callable`): Returns the networks that computed the losses, by name. Their weights are checked only if
-            a loss is not finite.
+        exchange ([`StepExchange`]): Object that exchanges the flag between processes.
+        networks (`Callable`): Function that returns, by name, the networks that computed the losses. The weights of
+            these networks are checked only if a loss is not finite.
         before_backward (`bool`): Whether [`FiniteCheck.verify`] must be called before the last backward pass of a step,
-            because the engine changes the weights within this pass.
+            because the engine (DeepSpeed) already changes the weights in this pass.
     """
 
     def __init__(
@@ -151,7 +164,9 @@ class FiniteCheck:
         self._networks = networks
         self._gradient: HostCopy | None = None
         self._gradient_step = 0
-        self._watched: list[tuple[torch.Tensor, torch.Tensor]] = []  # losses and rows of this step
+        self._watched: list[
+            tuple[torch.Tensor, torch.Tensor]
+        ] = []  # losses of this step's micro-batches, and rows of the data set
         self._bad: torch.Tensor | None = None
         self._sent = False
 
@@ -161,7 +176,8 @@ class FiniteCheck:
         Args:
             pair_losses (`torch.Tensor` of shape `(B,)`): Loss of each pair.
             rows (`torch.Tensor` of shape `(B,)`): Row of each pair in the data set.
-            last (`bool`): Whether this is the last micro-batch before an optimizer step. It sends the flag.
+            last (`bool`): Whether this is the last micro-batch before an optimizer step. If so, the flag is sent to the
+                other processes.
         """
         if self._sent:
             self._watched = []
@@ -175,35 +191,37 @@ class FiniteCheck:
             self._sent = True
 
     def watch_gradient(self, norm: torch.Tensor, step: int) -> None:
-        """Record the gradient's norm before the optimizer takes `step`.
+        """Record the norm of the gradient with which the optimizer takes step number `step`.
 
-        `norm` must be a plain tensor that is equal on all processes.
+        `norm` must be equal in all processes, and no DTensor.
         """
         self._gradient = HostCopy(torch.isfinite(norm))
         self._gradient_step = step
 
     def verify(self, step: int) -> None:
-        """Raise if a loss of this step, or the gradient of the previous step, is not finite.
+        """Raise `FloatingPointError` if a loss of this step, or the gradient of the previous step, is not finite.
 
-        Call this after all micro-batches of the step were watched.
+        Call this method after `watch` was called for all micro-batches of the step.
 
         Raises:
-            `FloatingPointError`: The message names the optimizer step. For a loss it also names the rows, and the
-                step has not changed the weights.
+            `FloatingPointError`: The message contains the number of the optimizer step. If a loss is not finite, the
+                message also names rows of the data set, and the weights are still as before this step.
         """
         self.verify_gradient()
         if self._exchange.receive():
             self._report(step)
 
     def verify_gradient(self) -> None:
-        """Raise if the gradient of the last step was not finite. The trainer calls this before it saves anything."""
+        """Raise `FloatingPointError` if the gradient of the last step was not finite. The trainer calls this method
+        before it saves anything."""
         gradient = self._gradient
         self._gradient = None
         if gradient is not None and not gradient.read():
             raise FloatingPointError(
-                f"Every gradient must be finite. Its norm at step {self._gradient_step} was not, but the loss was. "
-                "This step has ruined the weights unless DeepSpeed skipped it. Nothing was saved since. Resume from "
-                "the last checkpoint with a lower learning rate, or use bf16 instead of fp16."
+                f"Every gradient must be finite. The norm of the gradient at step {self._gradient_step} was not "
+                "finite, although the loss was finite. This step has ruined the weights, unless DeepSpeed skipped the "
+                "step. Nothing was saved since then. Resume from the last checkpoint with a lower learning rate, or "
+                "use bf16 instead of fp16."
             )
 
     def _report(self, step: int) -> None:
@@ -213,41 +231,46 @@ class FiniteCheck:
         listed = ", ".join(f"row {row}: {value}" for row, value in bad[:8]) or "in another process"
         spoiled = spoiled_weights(self._networks())
         if spoiled:
-            advice = "Download the model again, or use another revision or precision of it."
+            advice = "Download the model again, or load another revision or dtype of the model."
             if step > 1:
                 advice = "Resume from the last checkpoint with a lower learning rate, or use bf16 instead of fp16."
             raise FloatingPointError(
-                f"Every pair's loss must be finite. At step {step}, {len(bad)} of {len(losses)} were not, because "
-                f"{len(spoiled)} weights were not finite before the step: {', '.join(spoiled[:3])}. {advice}"
+                f"Every pair's loss must be finite. At step {step}, {len(bad)} of {len(losses)} losses were not, "
+                f"because {len(spoiled)} weights were not finite before the step: {', '.join(spoiled[:3])}. {advice}"
             )
         raise FloatingPointError(
-            f"Every pair's loss must be finite. At step {step}, {len(bad)} of {len(losses)} were not ({listed}). The "
-            "weights were not changed. Look at these rows, lower the learning rate, or use bf16 instead of fp16."
+            f"Every pair's loss must be finite. At step {step}, {len(bad)} of {len(losses)} losses were not "
+            f"({listed}). This step has not changed the weights. Look at these rows of the data set, lower the "
+            "learning rate, or use bf16 instead of fp16."
         )
 
 
 class StepExchange:
-    """Exchange of two flags between all processes in every step: a loss is not finite, and training shall stop.
+    """Exchanges two flags between all processes in every step: whether a loss is not finite, and whether training shall
+    stop.
 
-    All processes read equal flags at the same step. The host waits for the step's forward passes only.
+    All processes read the same flags at the same step. To read them, the CPU waits only until the step's forward passes
+    are computed.
     """
 
     def __init__(self):
         self.reset()
 
     def reset(self) -> None:
-        """Forget all flags. Training calls this method when it begins."""
+        """Forget all flags. The trainer calls this method when training begins."""
         self._several = several_processes()
         self._requested = False
         self._stops = False
         self._messages: list[HostCopy] = []
 
     def request_stop(self) -> None:
-        """Ask all processes to stop. A request after [`StepExchange.send`] is sent in the next step."""
+        """Ask all processes to stop training. If this step's [`StepExchange.send`] was already called, the request is
+        sent in the next step."""
         self._requested = True
 
     def send(self, bad_loss: torch.Tensor) -> None:
-        """Queue this step's all-reduce, if there are several processes. All of them must call this.
+        """Send this step's flags to the other processes, by queueing an all-reduce. All processes must call this
+        method.
 
         Args:
             bad_loss (`torch.Tensor` of shape `()`): Whether a loss of this process was not finite, on the device.
@@ -256,7 +279,8 @@ class StepExchange:
         self._messages = [HostCopy(max_over_processes(flags) if self._several else flags)]
 
     def receive(self) -> bool:
-        """Return whether a loss of any process was not finite. `False` if nothing was sent since the last call."""
+        """Return whether a loss of any process was not finite. Return `False` if `send` was not called since the last
+        call."""
         if not self._messages:
             return False
         bad_loss, stops = self._messages.pop().read()
@@ -267,15 +291,17 @@ class StepExchange:
     def stops(self) -> bool:
         """Whether training stops after this step.
 
-        One process stops if a stop was requested. Several processes stop if any of them has sent a request.
+        A single process stops if a stop was requested. Several processes stop if one of them has sent a request.
         """
         return self._stops if self._several else self._requested
 
 
 class HostCopy:
-    """Asynchronous copy of a small tensor (no DTensor) from a device to pinned memory. On the CPU, it does nothing.
+    """Asynchronous copy of a small tensor (no DTensor) from a device to pinned CPU memory. A tensor that is already on
+    the CPU is not copied.
 
-    `read` waits for the work that computes the values, and not for work that was queued after the copy.
+    `read` waits until the device has computed the values. It does not wait for work that was queued on the device after
+    the copy.
     """
 
     def __init__(self, values: torch.Tensor):
@@ -288,25 +314,26 @@ class HostCopy:
             self._arrived.record()
 
     def read(self) -> Any:
-        """Wait for the values and return them as a number or nested lists."""
+        """Wait for the values, and return them as a number or as nested lists."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._values.tolist()
 
 
-# Functions, so that a test can replace them and take the branch of accelerators on a CPU.
+# These are functions so that tests on a CPU can replace them and run the code for accelerators.
 
 
 def is_on_host(values: torch.Tensor) -> bool:
-    """Return whether the values can be read without waiting."""
+    """Return whether the tensor is on the CPU, so that it can be read without waiting."""
     return values.device.type == "cpu"
 
 
 def pinned_like(values: torch.Tensor) -> torch.Tensor:
-    """Return host memory of the same shape and dtype. It is pinned, except on Apple's GPUs: they share host memory."""
+    """Return an empty CPU tensor of the same shape and dtype, in pinned memory. For Apple's GPUs it is not pinned,
+    because they share the CPU's memory."""
     return torch.empty(values.shape, dtype=values.dtype, pin_memory=values.device.type != "mps")
 
 
 def event_on(device: torch.device) -> torch.Event:
-    """Return an event for the device's current stream."""
+    """Return a new event, which can be recorded on the current stream of the device."""
     return torch.Event(device=device)

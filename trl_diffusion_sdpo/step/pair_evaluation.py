@@ -1,4 +1,4 @@
-"""Metrics of the pairs of an evaluation."""
+"""Metrics of an evaluation on pairs: those of training, and the change of errors in each noise bin."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from ..models.ema import EMAWeights
 from .meters import MetricMeter
 from .pair_forward import PairForward, PairPredictions
 
-FEWEST_PAIRS = 30  # smaller evaluations use several draws of noise for each pair
-MOST_DRAWS = 8
+FEWEST_PAIRS = 30  # evaluations of fewer pairs use several noises and timesteps for each pair
+MOST_DRAWS = 8  # largest number of noises and timesteps for each pair
 
 
 class PairEvaluation:
-    """Metrics of training and change of errors in each noise bin, over the pairs of an evaluation.
+    """Computes the metrics of an evaluation: the metrics of training, and the change of winners' and losers' errors in
+    each noise bin.
 
-    The change is relative to the reference. Without a reference, it is relative to an evaluation of the same pairs
-    before the first step, if there was one. This process stores the errors of its pairs from then, in the order of the
-    evaluation.
+    The change of an error is its difference from the reference's error. If the loss has no reference, the change is the
+    difference from the error before the first step, if the same pairs were evaluated then. For this, each process
+    stores the errors that its pairs had before the first step, in the order of the evaluation.
     """
 
     def __init__(self, forward: PairForward, num_noise_bins: int):
         self._forward = forward
         self._metrics, self._noise_bins = MetricMeter(), NoiseBinMeter(num_noise_bins)
         self._start: WeakKeyDictionary[Any, dict[str, list[torch.Tensor]]] = WeakKeyDictionary()
-        self._start_errors: list[torch.Tensor] | None = None  # errors of this data set before training, per batch
+        self._start_errors: list[torch.Tensor] | None = None  # errors of this data set before training, for each batch
         self._batch: int | None = None  # index of the next batch; `None` in an evaluation before training
-        self.draws = 1  # draws of noise for each pair
-        self.weights: EMAWeights | None = None  # weights that predict instead of the policy's
+        self.draws = 1  # number of noises and timesteps for each pair
+        self.weights: EMAWeights | None = None  # averaged weights that predict instead of the policy's
 
     def begin(
         self, dataset: Any, prefix: str, *, before_training: bool, draws: int = 1, weights: EMAWeights | None = None
@@ -44,11 +45,11 @@ class PairEvaluation:
         """Begin an evaluation of a data set.
 
         Args:
-            prefix (`str`): Prefix of its metrics.
+            prefix (`str`): Prefix of the names of the evaluation's metrics.
             before_training (`bool`): Whether later evaluations are compared with this one.
-            draws (`int`): Draws of noise for each pair.
-            weights ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Weights that predict instead of the
-                policy's.
+            draws (`int`): Number of noises and timesteps at which each pair is predicted.
+            weights ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights that predict instead
+                of the policy's weights.
         """
         self.draws, self.weights = draws, weights
         errors_by_prefix = self._start.setdefault(dataset, {})
@@ -58,14 +59,15 @@ class PairEvaluation:
         self._batch = None if before_training else 0
 
     def add(self, draws: Sequence[PairPredictions], real: int) -> list[PreferenceLossOutput]:
-        """Add B pairs. Only the first `real` pairs count; the others are repetitions that fill up the last batch.
+        """Add a batch of B pairs to the evaluation. Only the first `real` pairs are counted; the others are repetitions
+        that fill up the last batch.
 
         Args:
-            draws (`Sequence[PairPredictions]`): Predictions of the pairs at each draw of noise.
-            real (`int`): Number of pairs that count.
+            draws (`Sequence[PairPredictions]`): Predictions of the B pairs, once for each noise and timestep.
+            real (`int`): Number of pairs that are counted.
 
         Returns:
-            `list[PreferenceLossOutput]`: Loss of all B pairs for each draw.
+            `list[PreferenceLossOutput]`: Loss of all B pairs for each element of `draws`.
         """
         measured = [self._measure(predictions, real) for predictions in draws]
         errors = [errors_of_draw for _, errors_of_draw, _ in measured]
@@ -76,11 +78,13 @@ class PairEvaluation:
         return [outputs for outputs, *_ in measured]
 
     def _measure(self, predictions: PairPredictions, real: int) -> tuple[PreferenceLossOutput, torch.Tensor, bool]:
-        """Add one draw to the metrics. Return the loss of all pairs, the errors of the pairs that count, and whether
-        these errors can be compared with those before training."""
+        """Add the predictions at one noise and timestep to the metrics. Return the loss of all pairs, the errors of the
+        first `real` pairs, and whether errors of the same pairs from before training are known."""
         outputs = measured = self._forward.loss(predictions)
         pairs = len(outputs.pair_losses)
-        if 0 < real < pairs:  # reuse the predictions, because a new forward pass may need all processes
+        if (
+            0 < real < pairs
+        ):  # compute the loss again from the same predictions, because a new forward pass would need all processes
             first = torch.arange(real, device=predictions.policy.device)
             measured = self._forward.loss(predictions.take(torch.cat([first, first + pairs])))
         # Add metrics even if no pair of this process is real, because all processes must reduce the same names.
@@ -93,12 +97,13 @@ class PairEvaluation:
         return outputs, errors, comparable
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the means over all processes since the last call. All processes must call it together."""
+        """Return the metrics over the pairs that all processes have added since the last call. All processes must call
+        this method together."""
         return {**self._metrics.drain(accelerator), **self._noise_bins.drain(accelerator)}
 
     def _earlier(self, errors: torch.Tensor) -> torch.Tensor | None:
-        """Return the errors `(B, 2)` of a batch's pairs before the first step, or `None` if that evaluation had other
-        batches."""
+        """Return the errors `(B, 2)` that the pairs of this batch had before the first step, or `None` if the batches
+        were different then."""
         assert self._start_errors is not None
         if self._batch is None:
             self._start_errors.append(errors)
@@ -109,20 +114,22 @@ class PairEvaluation:
 
 
 class NoiseBinMeter:
-    """Collects the errors and noise bins of an evaluation's pairs. Processes exchange them once, in `drain`."""
+    """Collects the errors and noise bins of the pairs in an evaluation. Processes exchange them only once, in
+    `drain`."""
 
     def __init__(self, num_noise_bins: int):
         self._bins = num_noise_bins
         self._rows: list[torch.Tensor] = []
 
     def add(self, noise_levels: torch.Tensor, errors: torch.Tensor, counts: bool) -> None:
-        """Add B pairs at D draws of noise.
+        """Add the errors of B pairs, each at D noises and timesteps.
 
         Args:
             noise_levels (`torch.Tensor` of shape `(B, D)`): Noise levels.
-            errors (`torch.Tensor` of shape `(B, D, 4)`): Errors of winner and loser, first the policy's, then the
-                reference's.
-            counts (`bool`): Whether the pairs count. If not, no row is added, but the process must still call `add`.
+            errors (`torch.Tensor` of shape `(B, D, 4)`): Errors of the policy for winner and loser, then errors of the
+                reference for winner and loser.
+            counts (`bool`): Whether to add the pairs. If `False`, nothing is added. The process must call `add` even
+                then, because `drain` needs all processes.
         """
         exact = errors.to(exact_dtype(errors.device))
         bins = noise_bin_of(noise_levels, self._bins).unsqueeze(2).to(exact.dtype)
@@ -130,8 +137,8 @@ class NoiseBinMeter:
         self._rows.append(rows if counts else rows[:0])
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the metrics of [`~trl_diffusion_sdpo.losses.noise_bin_changes`], and clear the meter. All processes
-        must call it together."""
+        """Return the metrics of [`~trl_diffusion_sdpo.losses.noise_bin_changes`] over all processes, and remove the
+        collected errors. All processes must call this method together."""
         if not self._rows:
             return {}
         rows, self._rows = torch.cat(self._rows), []
@@ -141,10 +148,10 @@ class NoiseBinMeter:
 
 
 def draws_of_noise(dataset: Any) -> int:
-    """Return the number of draws of noise for each pair of an evaluation.
+    """Return at how many noises and timesteps each pair of a data set is evaluated.
 
-    It is 1 for streams and for `FEWEST_PAIRS` pairs or more. Fewer pairs get up to `MOST_DRAWS` draws, because errors
-    differ more by noise than by pair.
+    The number is 1 for streams and for data sets of `FEWEST_PAIRS` pairs or more. For smaller data sets, it is up to
+    `MOST_DRAWS`, because errors differ more between noises than between pairs.
     """
     if not isinstance(dataset, Sized) or not 0 < len(dataset) < FEWEST_PAIRS:
         return 1
@@ -152,8 +159,9 @@ def draws_of_noise(dataset: Any) -> int:
 
 
 def real_pairs(state: GradientState, pairs: int, rank: int) -> int:
-    """Return how many of the `pairs` in this process's batch are real. The others are repetitions that fill up the last
-    batch of several processes. `state` holds the number of real rows in that last batch."""
+    """Return how many of the `pairs` pairs in this process's batch are no repetitions. accelerate repeats pairs to fill
+    up the last batch of all processes together, and stores in `state` how many pairs of this last batch are no
+    repetitions."""
     if not state.end_of_dataloader or state.remainder <= 0:
         return pairs
     return max(0, min(pairs, state.remainder - rank * pairs))

@@ -1,6 +1,6 @@
-"""Forward passes of a batch of pairs: encode, draw noise, predict with policy and reference, compute the loss.
+"""Forward passes of a batch of pairs: encode, add noise, predict with policy and reference, compute the loss.
 
-Training under both safeguards, evaluation and the winner budget's probe all use [`PairForward`].
+Training, evaluation and the measurements of the winner budget all use [`PairForward`].
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from ..models.ema import EMAWeights
 from ..models.frozen_components import FrozenComponents
 from ..models.reference import Reference
 
-VAE_SEED_MASK = 0x5DEECE66D  # gives a pair's encoding another seed than its noise
+VAE_SEED_MASK = 0x5DEECE66D  # makes the seed of a pair's VAE encoding differ from the seed of its noise
 
-# Metrics of the output-space safeguard. The parameter-space safeguard logs its own lambda under these names.
+# Metrics of lambda from `diffusion_preference_loss`. With `safeguard="parameter"`, other code logs these names.
 OUTPUT_SPACE_METRICS = ("safeguard/scale", "safeguard/active", "safeguard/cosine")
 
 
@@ -47,10 +47,10 @@ class NoiseSettings:
 
     Args:
         timesteps (`dict[str, Any]`): Keyword arguments of [`~trl_diffusion_sdpo.families.NoiseProcess.timesteps`].
-        noise_offset (`float`): Scale of the per-channel constant noise.
-        timesteps_per_pair (`int`): Draws of timestep and noise for each encoded pair in training.
+        noise_offset (`float`): Scale of an additional noise that has one value per channel for the whole image.
+        timesteps_per_pair (`int`): Number of random timesteps, each with new noise, for each encoded pair in training.
         inversion ([`~trl_diffusion_sdpo.families.inversion.InversionSettings`], *optional*): Settings of the inversion
-            that gives each image its noise. If `None`, noise is drawn.
+            that computes the noise of each image. If `None`, noise is random.
     """
 
     timesteps: dict[str, Any] = field(default_factory=dict)
@@ -61,16 +61,18 @@ class NoiseSettings:
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """B pairs at their timesteps, the winners first.
+    """Noisy latents of B pairs and what the model needs to predict them. In all tensors, the B winners come first, then
+    their losers.
 
     Args:
         noisy (`torch.Tensor` of shape `(2B, ...)`): Noisy latents.
-        target (`torch.Tensor` of shape `(2B, ...)`): Target of the prediction.
+        target (`torch.Tensor` of shape `(2B, ...)`): Target of the predictions: noise, velocity or clean latents.
         timesteps (`torch.Tensor` of shape `(2B,)`): Timesteps, equal for the two images of a pair.
-        conditioning (`dict[str, torch.Tensor]`): Tensors of shape `(2B, ...)`. Some may be on the CPU.
+        conditioning (`dict[str, torch.Tensor]`): Further inputs of the denoiser, such as prompt embeddings, of shape
+            `(2B, ...)`. Some may be on the CPU.
         noise_levels (`torch.Tensor` of shape `(2B,)`): Noise levels of the timesteps, in `[0, 1]`.
-        region (`torch.Tensor` of shape `(2B, 1, h, w)`, *optional*): Factors of the residuals, from [`region_of`], if
-            the pairs have masks.
+        region (`torch.Tensor` of shape `(2B, 1, h, w)`, *optional*): Factors by which the residuals are multiplied so
+            that only the area within the masks counts; see [`region_of`]. `None` if the pairs have no masks.
     """
 
     noisy: torch.Tensor
@@ -81,40 +83,41 @@ class NoisyBatch:
     region: torch.Tensor | None = None
 
     def take(self, index: torch.Tensor | slice) -> NoisyBatch:
-        """Return the rows of `index` in its order."""
+        """Return a batch of the rows that `index` selects, in the order of `index`."""
         noisy, target, timesteps = self.noisy[index], self.target[index], self.timesteps[index]
         conditioning = take_rows(self.conditioning, index)
         region = None if self.region is None else self.region[index]
         return NoisyBatch(noisy, target, timesteps, conditioning, self.noise_levels[index], region)
 
     def within(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Multiply a tensor `(2B, ...)` by the region's factors, if there is a region."""
+        """Multiply a tensor `(2B, ...)` by `region`. Return it unchanged if the pairs have no masks."""
         return tensor if self.region is None else tensor * self.region
 
     def residual(self, prediction: torch.Tensor) -> torch.Tensor:
-        """Return `prediction - target` within the region, `(2B, ...)` in float32. Its mean square is the error."""
+        """Return `prediction - target`, `(2B, ...)` in float32, multiplied by `region` if the pairs have masks. The
+        mean square of this residual is the error."""
         return self.within(prediction.float() - self.target.float())
 
     def halves(self) -> tuple[NoisyBatch, NoisyBatch]:
-        """Return the winners and the losers."""
+        """Return two batches of B rows each: the winners and the losers."""
         pairs = len(self.noisy) // 2
         return self.take(slice(None, pairs)), self.take(slice(pairs, None))
 
 
 @dataclass(frozen=True)
 class PairPredictions:
-    """Predictions of policy and reference for B pairs, winners first.
+    """Predictions of policy and reference for B pairs. In tensors with 2B rows, the winners come first.
 
     Args:
-        batch ([`NoisyBatch`]): Inputs and targets.
+        batch ([`NoisyBatch`]): Inputs and targets of the predictions.
         policy (`torch.Tensor` of shape `(2B, ...)`): Predictions of the policy in float32.
-        reference (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the reference in float32, without a
-            graph.
-        scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores.
+        reference (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the reference in float32, without an
+            autograd graph.
+        scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores of the images.
         reference_errors (`torch.Tensor` of shape `(2B,)`, *optional*): Errors of the reference that were computed
-            before training. They replace its predictions.
+            before training. If set, they are used instead of `reference`.
         pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Weights of the pairs' losses.
-        beta (`torch.Tensor` of shape `()`, *optional*): Beta that replaces the one of the settings.
+        beta (`torch.Tensor` of shape `()`, *optional*): Beta to use instead of the one in the settings.
     """
 
     batch: NoisyBatch
@@ -127,11 +130,12 @@ class PairPredictions:
 
     @property
     def has_reference(self) -> bool:
-        """Whether there are predictions or errors of a reference."""
+        """Whether the predictions or the errors of a reference are available."""
         return self.reference is not None or self.reference_errors is not None
 
     def take(self, rows: torch.Tensor) -> PairPredictions:
-        """Return the given rows in the order of `rows`, winners first."""
+        """Return the predictions of the selected pairs. `rows` has the indices of the winners first, then those of
+        their losers."""
         optional = (self.reference, self.scores, self.reference_errors)
         reference, scores, errors = (None if tensor is None else tensor[rows] for tensor in optional)
         pairs = rows.chunk(2)[0] % (len(self.policy) // 2)
@@ -142,14 +146,16 @@ class PairPredictions:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Arguments of [`~trl_diffusion_sdpo.diffusion_preference_loss`], and settings that weigh timesteps and losers.
+    """Arguments of [`~trl_diffusion_sdpo.diffusion_preference_loss`], and settings for the weights of timesteps and
+    losers.
 
     Args:
         loss_kwargs (`dict[str, float]`): Constants of the loss that the user set.
         snr_gamma, timestep_weighting: Arguments of [`~trl_diffusion_sdpo.families.NoiseProcess.weights`].
-        num_noise_bins (`int`): Number of equal bins of the noise levels in `[0, 1]`.
-        loser_noise_range (`tuple[float, float]`, *optional*): Noise levels within which losers train.
-        mask_anchor (`float`): Weight of the squared distance from the reference outside of the masks.
+        num_noise_bins (`int`): Number of equal intervals (bins) that divide the noise levels from 0 to 1.
+        loser_noise_range (`tuple[float, float]`, *optional*): Lowest and highest noise level at which losers train.
+        mask_anchor (`float`): Weight of the squared distance between the predictions of policy and reference outside of
+            the masks.
     """
 
     loss_type: str | Sequence[str]
@@ -169,7 +175,7 @@ class LossSettings:
 
     @property
     def spec(self) -> LossSpec:
-        """Facts of the loss."""
+        """Properties of the loss."""
         return loss_spec(self.loss_type, self.loss_weights, self.margin_clamp)
 
 
@@ -177,12 +183,13 @@ class PairForward:
     """Forward passes of a batch of pairs.
 
     Args:
-        frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders, with their
-            family.
+        frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders, with the
+            family object that calls the model.
         autocast (`Callable`): Function that returns the context in which denoisers predict.
-        budget ([`~trl_diffusion_sdpo.losses.BudgetController`], *optional*): Scales of the losers' gradients by noise
-            bin.
-        auto_beta ([`~trl_diffusion_sdpo.losses.BetaController`], *optional*): Controller of beta in training.
+        budget ([`~trl_diffusion_sdpo.losses.BudgetController`], *optional*): Controller that scales the losers'
+            gradients in each noise bin (`winner_budget`).
+        auto_beta ([`~trl_diffusion_sdpo.losses.BetaController`], *optional*): Controller that adapts beta in training
+            (`auto_beta`).
     """
 
     def __init__(
@@ -209,19 +216,20 @@ class PairForward:
     def predict_pairs(
         self, model: nn.Module, inputs: dict[str, Any], weights: EMAWeights | None = None
     ) -> PairPredictions:
-        """Return the noisy latents of a collated batch on the device, and the predictions of policy and reference.
+        """Add noise to a batch of pairs, and return it with the predictions of policy and reference.
 
         Args:
-            model (`nn.Module`): Policy as the engine wrapped it.
-            weights ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Weights that predict instead of the
-                policy's.
+            model (`nn.Module`): Policy as the engine (DDP, FSDP2, DeepSpeed) wrapped it.
+            inputs (`dict`): Batch of the collator, on the device.
+            weights ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights, with which to predict
+                instead of the policy's weights.
         """
         draws = self.draws_of_a_pair(model)
         batch = self.noisy_batch(inputs, draws, model)
         scores = self.scores(inputs, draws)
         pair_weights = self.pair_weights(inputs, draws)
         beta = self.beta_of(model)
-        # The reference predicts first, so its activations are freed before the policy's are stored.
+        # The reference predicts first, so that its activations are freed before those of the policy take memory.
         references = self.predict_reference(model, [batch])
         reference = None if references is None else references[0]
         with contextlib.nullcontext(model) if weights is None else weights.active(model) as policy:
@@ -233,8 +241,8 @@ class PairForward:
     def loss(
         self, predictions: PairPredictions, safeguard: Literal["none", "output"] | None = None
     ) -> PreferenceLossOutput:
-        """Return the loss of predictions. If `safeguard` is `None`, it is the safeguard of the settings, or `"none"` if
-        the settings have the parameter-space safeguard."""
+        """Return the loss of predictions. If `safeguard` is `None`, the safeguard in the settings is used;
+        `"parameter"` there counts as `"none"`, because that safeguard acts in the backward pass."""
         settings = self.loss_settings
         if safeguard is None:
             safeguard = "none" if settings.safeguard == "parameter" else settings.safeguard
@@ -269,7 +277,8 @@ class PairForward:
     def _with_mask_metrics(
         self, outputs: PreferenceLossOutput, predictions: PairPredictions, region: torch.Tensor
     ) -> PreferenceLossOutput:
-        """Add the metrics of masks, and with `mask_anchor` the term that keeps the prediction outside of the masks."""
+        """Add the metrics of masks to `outputs`. With `mask_anchor`, also add to the loss the squared distance to the
+        reference's prediction outside of the masks."""
         is_inside = region > 0
         metrics = {
             "mask/share": is_inside.float().mean(),
@@ -285,7 +294,8 @@ class PairForward:
         return replace(outputs, loss=loss, metrics={**outputs.metrics, **metrics})
 
     def logged_metrics(self, outputs: PreferenceLossOutput) -> dict[str, torch.Tensor]:
-        """Return a batch's metrics without the ones that the parameter-space safeguard logs under the same names."""
+        """Return the metrics of a batch. With `safeguard="parameter"`, leave out those that this safeguard logs itself
+        under the same names."""
         if self.loss_settings.safeguard != "parameter":
             return outputs.metrics
         return {name: value for name, value in outputs.metrics.items() if name not in OUTPUT_SPACE_METRICS}
@@ -297,11 +307,12 @@ class PairForward:
         """Encode the images and prompts of a collated batch, and add each pair's noise at its timestep.
 
         Args:
-            draws (`int`, *optional*, defaults to 1): Draws of timestep and noise for each pair. Pairs are encoded once.
-                The first draws of all pairs come first, then the second draws, and so on: `(2 * draws * B)` rows.
-            policy (`nn.Module`, *optional*): Policy that inverts the images if the settings have an inversion and the
-                policy is in training mode. Evaluation draws noise instead, because errors at inverted noise can fall
-                while the generated images get worse.
+            draws (`int`, *optional*, defaults to 1): Number of random timesteps, each with new noise, for each pair.
+                Pairs are encoded once. The returned batch has `2 * draws * B` rows: the winners at their first
+                timesteps, the winners at their second timesteps, and so on, then the losers in the same order.
+            policy (`nn.Module`, *optional*): Policy with which images are inverted to noise, if the settings have an
+                inversion and the policy is in training mode. Evaluation uses random noise, because errors at noise from
+                inversion can fall while generated images get worse.
         """
         latents, conditioning = self.encode(inputs)
         generated_noise = None if "noise_seeds" not in inputs else self.family.noise_of(inputs["noise_seeds"], latents)
@@ -321,7 +332,8 @@ class PairForward:
         return replace(batch, region=repeat_pairs(region_of(inputs["masks"], latents), draws))
 
     def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the latents `(2B, ...)` and the conditioning of a batch, winners first."""
+        """Return the latents `(2B, ...)` of a batch and the other inputs of the denoiser, such as prompt embeddings;
+        winners first."""
         generators = generators_of([seed ^ VAE_SEED_MASK for seed in inputs["seeds"]])
         if "moments" in inputs:
             latents = self.family.latents_of(inputs["moments"], [*generators, *generators])
@@ -329,9 +341,7 @@ class PairForward:
             conditioning, size = inputs["conditioning"] | host, inputs["target_size"]
         else:
             pixels = pixels_as_floats(inputs["pixel_values"])
-            stays = (
-                self._frozen.state == "on device"
-            )  # other VAEs and text encoders are copied or loaded for this call
+            stays = self._frozen.state == "on device"  # otherwise `in_use` copies or loads the components now
             with contextlib.nullcontext(self.family) if stays else self._frozen.in_use() as family:
                 latents = family.encode_images(pixels, [*generators, *generators])
                 # One row per pair or per image. Sources are encoded once for both branches.
@@ -347,8 +357,8 @@ class PairForward:
         return latents.contiguous(), conditioning | sizes
 
     def draw_noise(self, seeds: Sequence[int], latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw one timestep and one noise per pair from the pair's seed, and return them for both halves: `(2B,)` and
-        `(2B, ...)`."""
+        """Draw one timestep and one noise for each pair from the pair's seed. Return both for winners and losers:
+        `(2B,)` and `(2B, ...)`."""
         settings = self.noise_settings
         generators = generators_of(seeds)
         drawn = partial(standard_normal, generators=generators, device=latents.device, dtype=latents.dtype)
@@ -356,12 +366,13 @@ class PairForward:
         timesteps = self.draw_timesteps(generators, latents)
         noise = drawn(shape)
         if settings.noise_offset:
-            constant = (*shape[:2], *[1] * (len(shape) - 2))  # one value a channel
+            constant = (*shape[:2], *[1] * (len(shape) - 2))  # one value per channel
             noise = noise + settings.noise_offset * drawn(constant)
         return timesteps, torch.cat([noise, noise])
 
     def draw_timesteps(self, generators: Sequence[torch.Generator], latents: torch.Tensor) -> torch.Tensor:
-        """Draw a timestep for each pair from its generator, and return it for both halves: `(2B,)`."""
+        """Draw a timestep for each pair from the pair's generator. Return the timesteps for winners and losers:
+        `(2B,)`."""
         process, length = self.family.noise_process, self.family.image_seq_len(latents)
         timesteps = process.timesteps(uniform(generators), image_seq_len=length, **self.noise_settings.timesteps)
         return sent(torch.cat([timesteps, timesteps]), latents.device)
@@ -373,10 +384,11 @@ class PairForward:
         seeds: Sequence[int],
         latents: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Invert each image with the policy. The result has the shapes of `draw_noise` and the same timesteps.
+        """Invert each image to noise with the policy. Return timesteps `(2B,)` and noise `(2B, ...)`. The timesteps are
+        those that `draw_noise` would draw.
 
-        The policy predicts in its current mode and without guidance. Noise that the inversion adds differs between
-        the two images of a pair.
+        The policy predicts in its current mode (training or evaluation) and without classifier-free guidance. If the
+        inversion adds random noise, this noise differs between the two images of a pair.
         """
         assert policy is not None and self._inversion is not None and self.noise_settings.inversion is not None
         generators = generators_of(seeds)
@@ -398,7 +410,7 @@ class PairForward:
         timesteps: torch.Tensor,
         conditioning: dict[str, torch.Tensor],
     ) -> NoisyBatch:
-        """Add noise to clean latents `(N, ...)` at their timesteps `(N,)`."""
+        """Return the batch of clean latents `(N, ...)` with noise added to the amount of their timesteps `(N,)`."""
         process = self.family.noise_process
         return NoisyBatch(
             process.add_noise(latents, noise, timesteps),
@@ -409,7 +421,8 @@ class PairForward:
         )
 
     def predict(self, denoiser: nn.Module, batch: NoisyBatch) -> torch.Tensor:
-        """Return a denoiser's prediction `(N, ...)` in float32, computed under the autocast of training."""
+        """Return a denoiser's prediction for a batch, `(N, ...)` in float32, computed under the autocast context of
+        training."""
         return self.predict_at(denoiser, batch.noisy, batch.timesteps, batch.conditioning)
 
     def predict_at(
@@ -419,31 +432,32 @@ class PairForward:
         timesteps: torch.Tensor,
         conditioning: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        """Predict as `predict` does, for noisy latents without a target."""
+        """Return a denoiser's prediction like `predict`, but from single tensors instead of a [`NoisyBatch`]."""
         with self._autocast():
             return self.family.predict(denoiser, noisy, timesteps, conditioning).float()
 
     def predict_reference(self, model: nn.Module, batches: Sequence[NoisyBatch]) -> list[torch.Tensor] | None:
-        """Return the reference's prediction of each batch, without a graph, or `None` if there is no reference."""
+        """Return the reference's prediction for each batch, without an autograd graph, or `None` if there is no
+        reference."""
         with torch.no_grad(), self.reference.active(model) as reference:
             return None if reference is None else [self.predict(reference, batch) for batch in batches]
 
     @torch.no_grad()
     def reference_errors(self, model: nn.Module, inputs: dict[str, Any], *, training: bool) -> torch.Tensor:
-        """Return the reference's mean squared errors on a collated batch, `(2 * draws * B,)` in float32.
+        """Return the reference's mean squared errors on a batch of the collator, `(2 * draws * B,)` in float32.
 
-        The forward passes are those of training or of evaluation, so that they round equally. Training under the
-        parameter-space safeguard has one forward pass for winners and one for losers.
+        The forward passes have the same batches as in training or evaluation, so that the errors round equally.
+        Training with `safeguard="parameter"` has one forward pass for winners and one for losers.
         """
         batch = self.noisy_batch(inputs, self.noise_settings.timesteps_per_pair if training else 1)
         by_branch = training and self.loss_settings.safeguard == "parameter"
         batches = batch.halves() if by_branch else (batch,)
         predicted = self.predict_reference(model, batches)
-        assert predicted is not None, "There must be a reference before training."
+        assert predicted is not None, "A reference with precomputed errors can predict before training."
         return mean_error(batch.residual(torch.cat(predicted)))
 
     def stored_errors(self, inputs: dict[str, Any]) -> torch.Tensor | None:
-        """Return the stored reference errors of a collated batch, or `None` if they are not computed before
+        """Return the reference errors in a batch of the collator, or `None` if reference errors are not computed before
         training."""
         if not self.reference.is_precomputed:
             return None
@@ -455,24 +469,28 @@ class PairForward:
         return inputs["ref_errors"]
 
     def draws_of_a_pair(self, model: nn.Module) -> int:
-        """Return the number of draws of timestep and noise for each pair. In evaluation it is 1."""
+        """Return the number of random timesteps, each with new noise, for each pair in a batch. In training, this is
+        `n_timesteps_per_pair`; in evaluation, it is 1."""
         return self.noise_settings.timesteps_per_pair if model.training else 1
 
     def scores(self, inputs: dict[str, Any], draws: int) -> torch.Tensor | None:
-        """Return the scores of a collated batch, repeated for each draw, or `None` if it has no scores."""
+        """Return the scores in a batch of the collator, repeated for each of the `draws` timesteps of a pair, or `None`
+        if the batch has no scores."""
         return repeat_pairs(inputs["scores"], draws) if "scores" in inputs else None
 
     def pair_weights(self, inputs: dict[str, Any], draws: int) -> torch.Tensor | None:
-        """Return the weights of the pairs' losses in a collated batch, `(draws * B,)`, or `None` if it has none."""
+        """Return the weights of the pairs' losses in a batch of the collator, `(draws * B,)`, or `None` if the batch
+        has no weights."""
         return inputs["pair_weights"].repeat(draws) if "pair_weights" in inputs else None
 
     def beta_of(self, model: nn.Module) -> torch.Tensor | None:
-        """Return the adapted beta in training with `auto_beta`, or `None` if the loss uses the beta of the settings."""
+        """Return the adapted beta in training with `auto_beta`. Otherwise return `None`: the loss then uses the beta in
+        the settings."""
         return self.auto_beta.beta if model.training and self.auto_beta is not None else None
 
     def loser_weights(self, noise_levels: torch.Tensor) -> torch.Tensor | None:
-        """Return the factors of the losers' gradients besides lambda, `(B,)`, from the pairs' noise levels `(B,)`. It
-        is `None` without `loser_noise_range` and `winner_budget`."""
+        """Return the factors by which the losers' gradients are multiplied in addition to lambda, `(B,)`, from the
+        pairs' noise levels `(B,)`. Return `None` if neither `loser_noise_range` nor `winner_budget` is set."""
         weights: torch.Tensor | None = None
         if self.loss_settings.loser_noise_range is not None:
             weights = noise_range_weights(noise_levels, *self.loss_settings.loser_noise_range)
@@ -482,7 +500,8 @@ class PairForward:
         return weights
 
     def timestep_weights(self, batch: NoisyBatch) -> torch.Tensor | None:
-        """Return the weights of the pairs' errors by timestep, `(B,)`, or `None` without weighting."""
+        """Return the weights of the pairs' errors, `(B,)`, which depend on the timesteps. Return `None` if timesteps
+        are not weighted."""
         settings = self.loss_settings
         length = self.family.image_seq_len(batch.noisy)
         weighting: dict[str, Any] = {"snr_gamma": settings.snr_gamma, "weighting": settings.timestep_weighting}
@@ -491,7 +510,8 @@ class PairForward:
 
 @contextlib.contextmanager
 def eval_mode(networks: Sequence[nn.Module]) -> Iterator[None]:
-    """Put networks into evaluation mode within the context. Afterwards, each module returns to its previous mode."""
+    """Put networks into evaluation mode within the context. When the context ends, restore the mode that each module
+    had."""
     modes = [(module, module.training) for network in networks for module in network.modules()]
     for network in networks:
         network.eval()
@@ -503,27 +523,30 @@ def eval_mode(networks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def of_both_halves(conditioning: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return the conditioning of each of `rows` images, winners first. If `conditioning` has one row per pair, both
-    images of the pair get this row. If it has one row per image, it is returned as it is.
+    """Return an input of the denoiser, such as prompt embeddings, with one row for each of `rows` images, winners
+    first. If `conditioning` has one row per pair, both images of the pair get this row. If it already has one row per
+    image, it is returned unchanged.
 
     Raises:
-        `ValueError`: If it has another number of rows.
+        `ValueError`: If `conditioning` has neither one row per pair nor one row per image.
     """
     prompts = len(conditioning)
     if prompts not in (rows // 2, rows):
         raise ValueError(
-            f"A batch must have one prompt per pair or per image, which is {rows // 2} or {rows}. Got {prompts}. "
-            "Change the `data_collator`."
+            f"A batch must have one prompt per pair or one per image, here {rows // 2} or {rows} prompts. Got "
+            f"{prompts}. Change the `data_collator`."
         )
     return torch.cat([conditioning] * (rows // prompts))
 
 
 def region_of(masks: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Return factors of residuals whose mean square is then the mean square within the masks.
+    """Return factors with which to multiply residuals, so that the mean square of the products is the mean square of
+    the residuals within the masks.
 
-    A latent is within a mask if the mask has a pixel there or at a neighbour. Its factor is the square root of the
-    number of latents over the number of them within the mask; outside, it is 0. With a mask of ones, all factors are
-    exactly 1. An image whose mask has no pixel left after cropping has factors of 0.
+    A position of the latent is within a mask if the mask covers a pixel of this position or of a neighbouring one.
+    Factors within the mask are `sqrt(number of positions / number of positions within the mask)`; factors outside are
+    0. If a mask covers the whole image, all factors are exactly 1. If cropping has removed the whole mask of an image,
+    all its factors are 0.
 
     Args:
         masks (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8): 1 within the mask and 0 outside, in pixels.
@@ -533,7 +556,7 @@ def region_of(masks: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         `torch.Tensor` of shape `(2B, 1, h, w)`, float32, on the device of the latents.
 
     Raises:
-        `ValueError`: If the latents are not images.
+        `ValueError`: If the latents do not have the four dimensions of images.
 
     Source: https://huggingface.co/papers/2601.23222, the error within a region divided by the region's size.
     """
@@ -546,15 +569,15 @@ def region_of(masks: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
 
 
 def repeat_pairs(tensor: torch.Tensor, times: int) -> torch.Tensor:
-    """Repeat all pairs of `(2B, ...)`, winners first, in their order. The result is `(2 * times * B, ...)`, winners
-    first."""
+    """Return the rows `(2B, ...)` of B pairs repeated, `(2 * times * B, ...)`: `times` copies of all winners, then
+    `times` copies of all losers."""
     winners, losers = tensor.chunk(2)
     return torch.cat([*[winners] * times, *[losers] * times])
 
 
 def seeds_of_draws(seeds: Sequence[int], draws: int) -> list[int]:
-    """Return the seeds of the first draws of all pairs, then of their second draws, and so on. The seed of a first draw
-    is the pair's seed."""
+    """Return the seeds for the `draws` random timesteps of each pair: first the seeds for the first timestep of every
+    pair, then those for the second timestep, and so on. For the first timestep, the seed is the pair's own seed."""
     later = [
         int(np.random.SeedSequence([seed, draw]).generate_state(1, np.uint64)[0] >> 1)
         for draw in range(1, draws)
@@ -564,7 +587,8 @@ def seeds_of_draws(seeds: Sequence[int], draws: int) -> list[int]:
 
 
 def take_rows(conditioning: dict[str, torch.Tensor], index: torch.Tensor | slice) -> dict[str, torch.Tensor]:
-    """Return rows of a conditioning. Some of its tensors may be on the CPU, others on the device of the index."""
+    """Return rows of the denoiser's inputs in `conditioning`. Some of the tensors may be on the CPU, others on the
+    device of `index`."""
     if isinstance(index, slice):
         return {name: value[index] for name, value in conditioning.items()}
     return {name: value[index.to(value.device)] for name, value in conditioning.items()}

@@ -1,4 +1,4 @@
-"""Training under the parameter-space safeguard. Winners and losers have separate forward and backward passes."""
+"""Training with `safeguard="parameter"`: separate forward and backward passes for winners and losers."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ from .step_diagnostics import StepDiagnostics
 
 @dataclass(frozen=True)
 class _Branches:
-    """Inputs of a micro-batch's backward passes: the graphs of both branches, and the leaf where the graph of the loss
-    ends."""
+    """What the backward passes of a micro-batch need: the predictions of winners and losers with their autograd graphs,
+    and a detached copy of the predictions (a leaf) from which the loss is computed."""
 
     model: nn.Module
     winners: NoisyBatch
     losers: NoisyBatch
     winner_pred: torch.Tensor
     loser_pred: torch.Tensor
-    predictions: PairPredictions  # its `policy` is the leaf
+    predictions: PairPredictions  # its `policy` is the detached copy
 
 
 class ParameterSafeguard:
-    """Safeguard in parameter space: one backward pass per branch, and one lambda per optimizer step from the gradients.
+    """Safeguard in parameter space: one backward pass for winners and one for losers (the branches), and one lambda per
+    optimizer step from their gradients.
 
     For each micro-batch, call [`~ParameterSafeguard.predict_pairs`], compute the loss of the predictions, and call
     [`~ParameterSafeguard.backward_branches`]. After the last micro-batch of an optimizer step, call
     [`~ParameterSafeguard.step`].
 
     Args:
-        meter ([`MetricMeter`]): Meter of training.
+        meter ([`MetricMeter`]): Collector of the training metrics.
         sorts_by_scores (`bool`): Whether the scores decide which image of a pair is the winner.
-        low_memory (`bool`): Whether to hold the activations of one branch at a time, at the cost of one more forward
-            pass.
+        low_memory (`bool`): Whether to hold the activations of winners and losers one after the other instead of
+            together, at the cost of one more forward pass of the losers.
     """
 
     def __init__(
@@ -59,18 +60,18 @@ class ParameterSafeguard:
         self._predicted: list[_Branches] = []  # the micro-batch that was predicted, until its backward pass
 
     def accumulating(self) -> contextlib.AbstractContextManager:
-        """Return the context for the forward and backward passes of a micro-batch."""
+        """Return the context in which to run the forward and backward passes of a micro-batch."""
         return self.gradients.backend.accumulating()
 
     def predict_pairs(self, model: nn.Module, inputs: dict) -> PairPredictions:
-        """Predict a batch as [`PairForward.predict_pairs`] does. The returned `policy` is a leaf, so the graph of the
-        loss ends there."""
+        """Return the predictions for a batch, as [`PairForward.predict_pairs`] does. The returned `policy` is a
+        detached copy (a leaf), so the autograd graph of the loss ends at it."""
         draws = self._forward.draws_of_a_pair(model)
         batch = self._forward.noisy_batch(inputs, draws, model)
         scores = self._forward.scores(inputs, draws)
         errors = self._forward.stored_errors(inputs)
         if self._sorts_by_scores:
-            assert scores is not None, "The data were checked for scores."
+            assert scores is not None, "The trainer has checked that the data have scores."
             order = order_by_scores(scores)
             batch, scores, errors = batch.take(order), scores[order], None if errors is None else errors[order]
         winners, losers = batch.halves()
@@ -86,12 +87,12 @@ class ParameterSafeguard:
         return predictions
 
     def backward_branches(self, loss: torch.Tensor, *, step: int, share: float) -> None:
-        """Run one backward pass per branch, from the gradient of the loss at the predictions.
+        """Run the backward passes of winners and losers, from the gradient of the loss at the predictions.
 
         Args:
-            loss (`torch.Tensor` of shape `()`): Loss of the latest predictions.
-            step (`int`): Optimizer step of this micro-batch, counted from 1.
-            share (`float`): Weight of the micro-batch in the optimizer step.
+            loss (`torch.Tensor` of shape `()`): Loss of the predictions that `predict_pairs` returned last.
+            step (`int`): Number of the optimizer step to which the micro-batch belongs, counted from 1.
+            share (`float`): Weight of the micro-batch in the optimizer step: 1 divided by the number of micro-batches.
 
         Raises:
             `ValueError`: If the loss does not depend on the predictions, or also depends on other trained tensors.
@@ -103,7 +104,7 @@ class ParameterSafeguard:
         if self.diagnostics is not None and self.diagnostics.is_due(step):
             measures = True
             self.diagnostics.record(branches.winners, branches.predictions)
-        # To save memory, free the winners' graph before the losers' backward pass or, with `low_memory`, forward pass.
+        # To save memory, free the winners' graph before the losers' next pass (backward, or forward with `low_memory`).
         winners, winner_pred, anchored = branches.winners, branches.winner_pred, self.gradients.anchor == "error"
         retains = (anchored or measures) and self.gradients.backend.retains_graph
         self.gradients.backward(WINNER, share * (winner_pred * grad_winner).sum(), retain_graph=retains)
@@ -118,8 +119,8 @@ class ParameterSafeguard:
         self.gradients.backward(LOSER, -share * (loser_pred * grad_loser).sum())
 
     def step(self) -> None:
-        """Combine the branches after the last micro-batch of an optimizer step. If the engine steps by itself, it steps
-        now."""
+        """Combine the gradients of winners and losers after the last micro-batch of an optimizer step. DeepSpeed also
+        steps its optimizer here; otherwise the Trainer does so later."""
         metrics, finite, anchor = self.gradients.combine()
         self._meter.add(metrics, finite)
         self._meter.add({"safeguard/skipped": 1 - finite.float()}, 1)
@@ -129,20 +130,21 @@ class ParameterSafeguard:
 
 
 def _check_depends_on_predictions_only(loss: torch.Tensor, predictions: list[torch.Tensor]) -> None:
-    """Raise `ValueError` unless the predictions are the only leaf of the loss. Other tensors would get no gradient,
-    because the branches' backward passes start at the predictions."""
+    """Raise `ValueError` if the loss does not depend on the predictions, or depends directly on other trained tensors
+    too. Other trained tensors would get no gradient, because the backward passes start from the predictions."""
     leaves = {id(variable) for variable in _leaves_of(loss)}
     if not predictions or leaves != {id(leaf) for leaf in predictions}:
         raise ValueError(
-            "With `safeguard='parameter'`, the loss must depend on the model only through the predictions that "
-            "`super().compute_loss(..., return_outputs=True)` makes. Got a loss that "
+            "With `safeguard='parameter'`, the loss must depend on the model only through the outputs of "
+            "`super().compute_loss(..., return_outputs=True)`. Got a loss that "
             + ("also depends on other trained tensors." if len(leaves) > 1 else "does not depend on the predictions.")
             + " Change `compute_loss`, or use `safeguard='output'`."
         )
 
 
 def _leaves_of(loss: torch.Tensor) -> list[torch.Tensor]:
-    """Return the leaves of a loss's graph. The graph has few nodes, because it ends at the predictions."""
+    """Return the leaves (tensors that get gradients) of a loss's autograd graph. The graph is small, because it ends at
+    the predictions."""
     leaves = []
     seen = set()
     open_nodes = [loss.grad_fn]

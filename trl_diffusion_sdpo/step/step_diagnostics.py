@@ -1,7 +1,7 @@
-"""Measurements of single optimizer steps under the parameter-space safeguard.
+"""Measurements of single optimizer steps with `safeguard="parameter"` (`safeguard_diagnostics_steps`).
 
-A measurement logs lambda of the output space for comparison. It also logs the change of the winners' error, both
-predicted from the gradient and realised by the optimizer.
+A measurement logs, for comparison, the lambda that `safeguard="output"` would use. A measurement also logs how the step
+changes the winners' error on the step's batch: as predicted from the gradient, and as measured after the step.
 """
 
 from __future__ import annotations
@@ -23,31 +23,32 @@ from .pair_forward import NoisyBatch, PairForward, PairPredictions
 class _BeforeStep:
     """State of a measured optimizer step before its weights change."""
 
-    winners: list[tuple[NoisyBatch, torch.Tensor]]  # per micro-batch, the winners and their mean error `()`
+    winners: list[tuple[NoisyBatch, torch.Tensor]]  # for each micro-batch, the winners and their mean error `()`
     weights: list[torch.Tensor]  # trained weights, or this process's shards of them
     gradient: Gradient  # gradient of the mean winner error over the step's batch
-    finite: torch.Tensor  # whether the gradient is finite; otherwise the optimizer skips the step
-    loss_scale: float  # factor that `gradient` contains
+    finite: torch.Tensor  # whether the gradient is finite; if not, the optimizer skips the step
+    loss_scale: float  # factor by which fp16 training has multiplied `gradient`
 
 
 class StepDiagnostics:
-    """Measures every `every`-th optimizer step and adds the result to the meter of training. `model` is the policy as
-    the engine wrapped it."""
+    """Measures every `every`-th optimizer step, and adds the results to the training metrics in `meter`. `model` is the
+    policy as the engine (DDP, FSDP2, DeepSpeed) wrapped it."""
 
     def __init__(
         self, model: nn.Module, backend: GradientBackend, forward: PairForward, meter: MetricMeter, every: int
     ):
         self._model, self._backend, self._forward = model, backend, forward
         self._meter, self._every = meter, every
-        self._winners: list[tuple[NoisyBatch, torch.Tensor]] = []  # of the step's micro-batches
-        self._steps: list[_BeforeStep] = []  # the step that the optimizer takes next, if it is measured
+        self._winners: list[tuple[NoisyBatch, torch.Tensor]] = []  # the step's micro-batches with their mean errors
+        self._steps: list[_BeforeStep] = []  # at most one: the step that the optimizer takes next, if it is measured
 
     def is_due(self, step: int) -> bool:
-        """Whether optimizer step `step`, counted from 1, is measured."""
+        """Return whether optimizer step `step`, counted from 1, is measured."""
         return step % self._every == 0
 
     def record(self, winners: NoisyBatch, predictions: PairPredictions) -> None:
-        """Record a micro-batch's winners and their error, and log lambda of the output space."""
+        """Record the winners of a micro-batch and their error, and log the lambda that `safeguard="output"` would
+        use."""
         winner_pred = predictions.policy.detach().chunk(2)[0]
         self._winners.append((winners, mean_error(winners.residual(winner_pred), over_batch=True)))
         metrics = self._forward.loss(predictions, safeguard="output").metrics
@@ -55,10 +56,11 @@ class StepDiagnostics:
         self._meter.add(logged, len(winners.noisy))
 
     def before_step(self, gradient: Gradient | None, finite: torch.Tensor) -> None:
-        """Copy the weights and store the gradient of the mean winner error if the step is measured."""
+        """If the step is measured, copy the weights and store the gradient of the mean winner error. Call this method
+        just before the optimizer steps."""
         if not self._winners:
             return
-        assert gradient is not None, "A measured step computes the anchor's gradient."
+        assert gradient is not None, "A measured step computes the gradient of the mean winner error."
         weights = [weight.clone() for weight in self._backend.weights()]
         loss_scale = self._backend.loss_scale  # the scaler's next step may change it
         self._steps = [_BeforeStep(self._winners, weights, gradient, finite, loss_scale)]
@@ -66,7 +68,8 @@ class StepDiagnostics:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Log the change of the winners' error by the optimizer's step, and the change that its gradient predicts."""
+        """Log by how much the optimizer's step has changed the winners' error, and by how much it should have changed
+        according to the gradient."""
         if not self._steps:
             return
         step = self._steps.pop()
@@ -82,7 +85,8 @@ class StepDiagnostics:
 
 
 def _shaped_like(gradient: Gradient, moves: list[torch.Tensor]) -> Gradient:
-    """Return a gradient in float32 and in the shapes of the weights. Weights without a gradient get zeros."""
+    """Return a gradient in float32, with each tensor in the shape of its weight. Weights without a gradient get
+    zeros."""
     return [
         torch.zeros_like(move) if tensor is None else tensor.float().reshape(move.shape)
         for tensor, move in zip(gradient, moves, strict=True)

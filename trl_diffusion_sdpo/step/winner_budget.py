@@ -1,5 +1,6 @@
-"""Winner budget during training. Every few steps, a probe measures the winners' error in each noise bin, and a
-controller adjusts the scales of the losers' gradients."""
+"""The winner budget during training: every few steps, measure the winners' error in each noise bin on a fixed set of
+pairs (the probe), and adapt the scales of the losers' gradients. `losses/winner_budget.py` has the formulas for the
+scales."""
 
 from __future__ import annotations
 
@@ -29,11 +30,11 @@ BUDGET_FILE = "winner_budget.json"
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """Size of the probe, and interval of its measurements.
+    """Size of the probe (the pairs on which errors are measured), and interval of the measurements.
 
     Args:
-        pairs (`int`): Number of pairs.
-        steps (`int`): Optimizer steps between two measurements.
+        pairs (`int`): Number of pairs in the probe.
+        steps (`int`): Number of optimizer steps between two measurements.
 
     Raises:
         `ValueError`: If `pairs` or `steps` is below 1.
@@ -45,37 +46,42 @@ class ProbeSettings:
     def __post_init__(self) -> None:
         if min(self.pairs, self.steps) < 1:
             raise ValueError(
-                "`winner_budget_kwargs` must have `pairs` and `steps` of at least 1, got "
-                f"{self.pairs} and {self.steps}. Leave them out for the defaults."
+                f"`winner_budget_kwargs` must have `pairs` and `steps` of at least 1, got {self.pairs} and "
+                f"{self.steps}. Leave them out to use the defaults."
             )
 
 
 @dataclass(frozen=True)
 class ProbeInputs:
-    """Pairs of the probe, without noise."""
+    """Pairs of the probe before they are encoded."""
 
-    inputs: dict[str, Any]  # a batch of the collator, on the device
-    counts: list[bool]  # whether each pair counts; a process with fewer pairs than others repeats one
+    inputs: dict[str, Any]  # batch of the collator, on the device
+    counts: list[
+        bool
+    ]  # whether each pair is counted; a process with fewer pairs than others repeats a pair, which is not counted
 
 
 @dataclass(frozen=True)
 class ProbeBatch:
-    """Winners of this process at fixed noise in one noise bin, B rows."""
+    """Noisy latents of B winners of the probe, all in the same noise bin. Noise and timesteps stay the same during
+    training."""
 
     batch: NoisyBatch
-    noise_bins: torch.Tensor  # index of the noise bin, repeated, int64 (B,)
-    counts: torch.Tensor  # 1 for rows that count, else 0, (B,)
+    noise_bins: torch.Tensor  # index of the noise bin, the same in all rows, int64 (B,)
+    counts: torch.Tensor  # 1 for rows that are counted, 0 for repetitions, (B,)
 
 
 class WinnerBudget(StoredController):
     """Limits the rise of the winners' error during training.
 
     Args:
-        controller ([`~trl_diffusion_sdpo.losses.BudgetController`]): Controller of the losers' gradient scales.
-        meter ([`MetricMeter`]): Meter of training.
+        controller ([`~trl_diffusion_sdpo.losses.BudgetController`]): Object that computes the scales of the losers'
+            gradients.
+        meter ([`MetricMeter`]): Collector of the training metrics.
         sorts_by_scores (`bool`): Whether the scores decide which image of a pair is the winner.
-        average ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights to measure instead of the
-            policy. They are the result of the run, and vary less between steps at low noise.
+        average ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights whose errors are measured
+            instead of the policy's. With `ema_decay`, these weights are the result of the run. The errors of averaged
+            weights at low noise levels also vary less between steps.
     """
 
     setting, file = "winner_budget", BUDGET_FILE
@@ -94,12 +100,12 @@ class WinnerBudget(StoredController):
         self.probe: list[ProbeBatch] = []  # empty outside of training
         self._forward, self._meter, self._average = forward, meter, average
         self._sorts_by_scores = sorts_by_scores
-        self._unmet = torch.zeros(())  # share of noise bins over the budget whose losers' scale is 0
+        self._unmet = torch.zeros(())  # share of noise bins over the budget in which losers no longer train
         self._has_warned = False
 
     def begin(self, policy: nn.Module, pairs: Sequence[ProbeInputs]) -> None:
-        """Build the probe and measure it before the first step. A resumed run reads this measurement from its
-        checkpoint instead. `policy` is the policy as the engine wrapped it."""
+        """Build the probe from `pairs`, and measure its errors before the first step. A resumed run reads these first
+        errors from its checkpoint instead. `policy` is the policy as the engine (DDP, FSDP2, DeepSpeed) wrapped it."""
         self._has_warned = False
         self._unmet = torch.zeros(())
         self.probe = self.make_probe(pairs)
@@ -107,20 +113,21 @@ class WinnerBudget(StoredController):
             self.controller.initial_errors = self.measure(policy)
 
     def update(self, policy: nn.Module) -> None:
-        """Measure, and adjust the scales."""
+        """Measure the errors on the probe, and adapt the scales of the losers' gradients."""
         metrics = self.controller.steer(self.measure(policy))
         self._unmet = metrics["budget/unmet"]
         self._meter.add(metrics, 1)
 
     def end(self) -> None:
-        """Warn if the last measurement, which may not have been logged, exceeds the budget, and free the probe."""
+        """Free the probe at the end of training. Warn if the last measurement exceeds the budget, because it may not
+        have been logged."""
         self.warn_if_unmet(float(self._unmet))
         self.probe = []
 
     @torch.no_grad()
     def measure(self, policy: nn.Module) -> torch.Tensor:
-        """Return the probe's mean error in each noise bin over all processes, `(num_noise_bins,)`. Bins without a
-        timestep of training are NaN."""
+        """Return the winners' mean error on the probe in each noise bin, over all processes: `(num_noise_bins,)`. The
+        error is NaN in bins in which training uses no timestep."""
         sums = torch.zeros(2, self.controller.num_noise_bins, device=PartialState().device)
         weights = contextlib.nullcontext(policy) if self._average is None else self._average.active(policy)
         with eval_mode([policy]), weights as model:
@@ -133,20 +140,20 @@ class WinnerBudget(StoredController):
         return sums[0] / sums[1]
 
     def warn_if_unmet(self, unmet: float) -> None:
-        """Warn once if noise bins exceed the budget although their losers' scale is 0. `unmet` is the share of these
-        bins."""
+        """Warn once if noise bins exceed the budget although the scale of their losers is 0. `unmet` is the share of
+        such bins among all bins."""
         if unmet and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "`winner_budget=%s` is exceeded in a noise bin although its losers no longer train. If the winners' "
-                "error there does not recover, losers stop training in all bins. Set a larger budget or a lower or "
-                "decaying learning rate, or train on more pairs.",
+                "`winner_budget=%s` is exceeded in a noise bin although losers no longer train there. If the "
+                "winners' error in this bin does not fall again, losers stop training in all noise bins. Set a "
+                "larger `winner_budget`, set a lower or decaying learning rate, or train on more pairs.",
                 self.controller.budget,
             )
 
     @torch.no_grad()
     def make_probe(self, pairs: Sequence[ProbeInputs]) -> list[ProbeBatch]:
-        """Return the winners of the pairs, each at one timestep in every noise bin."""
+        """Return the noisy latents of the probe: each winner of `pairs` at one timestep in every noise bin."""
         probe = []
         for batch_of_pairs in pairs:
             inputs = batch_of_pairs.inputs
@@ -170,8 +177,8 @@ class WinnerBudget(StoredController):
     def _at_noise_bin(
         self, noise_bin: int, clean: torch.Tensor, conditioning: dict[str, torch.Tensor], seeds: list[int]
     ) -> NoisyBatch | None:
-        """Return latents with noise and timesteps from the pairs' seeds, or `None` if training draws no timestep in the
-        bin."""
+        """Return latents with noise and timesteps that are drawn from the pairs' seeds. Return `None` if training uses
+        no timestep in the noise bin."""
         forward = self._forward
         process, length = forward.family.noise_process, forward.family.image_seq_len(clean)
         every = process.candidate_timesteps(torch.device("cpu"), **forward.noise_settings.timesteps)
@@ -187,8 +194,8 @@ class WinnerBudget(StoredController):
 
 
 def probe_items(dataset: Any, wanted: int) -> list[Any]:
-    """Return the pairs of the winner budget's probe as inputs of the collator. They are spread over a data set, or are
-    the first pairs of a stream. Raises `ValueError` if there are no pairs."""
+    """Return the pairs of the probe as items for the collator: `wanted` evenly spaced pairs of a map-style data set, or
+    the first `wanted` pairs of a stream. Raises `ValueError` if there are no pairs."""
     dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
     view = dataset.for_evaluation()
     if isinstance(view, PreferenceDataset):
@@ -204,8 +211,8 @@ def probe_items(dataset: Any, wanted: int) -> list[Any]:
 def probe_inputs(
     items: Sequence[Any], batch_size: int, to_inputs: Callable[[list[Any]], dict[str, Any]], *, rank: int, world: int
 ) -> list[ProbeInputs]:
-    """Return this process's share of the probe's pairs in batches. `to_inputs` collates pairs and moves them to the
-    device."""
+    """Return this process's share of the probe in batches. `to_inputs` is a function that collates pairs and moves the
+    batch to the device."""
     by_size: dict[Any, list[Any]] = {}
     for item in items:
         by_size.setdefault(item.get("pixel_values", item.get("moments")).shape, []).append(item)
@@ -213,7 +220,7 @@ def probe_inputs(
     for same in by_size.values():
         rows = same[rank::world]
         share = len(rows)
-        # Under engines, all processes must run each forward pass. So all get as many rows as the one with most rows.
+        # With FSDP2 and DeepSpeed, all processes must run each forward pass together, so all get equally many rows.
         rows += same[:1] * (-(-len(same) // world) - share)
         batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
         probe += [ProbeInputs(to_inputs([rows[i] for i in batch]), [i < share for i in batch]) for batch in batches]

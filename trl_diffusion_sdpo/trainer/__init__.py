@@ -1,4 +1,4 @@
-"""The trainer and its arguments, imported when they are asked for."""
+"""`DiffusionSDPOTrainer` and its settings, `DiffusionSDPOConfig`. Each is imported at its first use."""
 
 from typing import TYPE_CHECKING
 

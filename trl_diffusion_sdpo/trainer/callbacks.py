@@ -1,4 +1,6 @@
-"""Adds the callbacks that the settings need, and defines those that update a run's components."""
+"""Adds the callbacks that the settings need, and defines the callbacks that act on training: they update the reference,
+beta, the averaged weights and the winner budget. (Callbacks that report on a run are in `reporting/run_callbacks.py`.)
+"""
 
 from __future__ import annotations
 
@@ -49,19 +51,22 @@ def add_callbacks(
     log: Callable[[dict[str, float]], None],
     end: Callable[[], None],
 ) -> None:
-    """Add the callbacks that the settings need, in the order of their calls.
+    """Add the callbacks that the settings need to `handler`, in the order in which they are called.
 
-    They come before the callbacks of trackers, because trackers take no image after their `on_train_end`. A shorter
-    progress bar replaces the one of transformers.
+    The callbacks are inserted before those of trackers (such as TensorBoard), because trackers accept no image after
+    their own `on_train_end`. The progress bar of transformers is replaced by a shorter one.
 
     Args:
-        sample_scores ([`SampleScores`], *optional*): Scores the sample images.
-        load_probe (`Callable`): Returns this process's pairs of the winner budget's probe.
-        policy (`Callable`): Returns the policy as the engine wrapped it.
-        measure_step (`Callable`): Completes the measurement of an optimizer step.
-        evaluate (`Callable`): Evaluates the current weights.
-        log (`Callable`): Logs metrics.
-        end (`Callable`): Reports the files that a run wrote, in the first process.
+        sample_scores ([`SampleScores`], *optional*): Object that scores the sample images.
+        load_probe (`Callable`): Function that returns this process's share of the pairs on which the winner budget
+            measures errors (the probe).
+        policy (`Callable`): Function that returns the policy as the engine (DDP, FSDP2, DeepSpeed) wrapped it.
+        measure_step (`Callable`): Function that completes a measurement of `safeguard_diagnostics_steps` after the
+            optimizer step.
+        evaluate (`Callable`): Function that evaluates the current weights.
+        log (`Callable`): Function that logs metrics.
+        end (`Callable`): Function that prints at the end of training which files the run wrote. Only the first process
+            calls it.
     """
     images = TrackedImages(handler.callbacks)
     callbacks: list[TrainerCallback] = [NothingToTrainCallback()]
@@ -89,13 +94,14 @@ def add_callbacks(
         callbacks.append(NoiseBinPlotCallback(images, args.num_noise_bins))
     callbacks.append(VerdictCallback(run_facts, evaluate, handler.callbacks, samples, args.on_winner_rise))
     callbacks.append(RunReportCallback(end))
-    handler.callbacks[1:1] = callbacks  # the first decides when to log, evaluate and save
+    handler.callbacks[1:1] = callbacks  # the first callback decides when to log, evaluate and save
     if type(handler.callbacks[-1]) is ProgressCallback:
         handler.callbacks[-1] = ShortLogCallback()
 
 
 def load_sample_scores(args: DiffusionSDPOConfig) -> SampleScores | None:
-    """Load `sample_scorers`, if they are set. All processes must call it."""
+    """Load the scorers in `sample_scorers`. Return `None` if there are no sample images to score. All processes must
+    call this function."""
     if not args.sample_scorers or not args.sample_prompts:
         return None
     return SampleScores(args.sample_scorers, args.sample_prompts, args.device, peers(args))
@@ -133,8 +139,8 @@ def _sample_images(
 class EpochCallback(TrainerCallback):
     """Calls `set_epoch` of a data set at the beginning of each epoch, counted from 0.
 
-    A resumed run continues at the checkpoint's epoch. This callback counts epochs itself, because the Trainer's number
-    is too low for data without a length.
+    In a resumed run, the first number is the checkpoint's epoch. The callback counts the following epochs itself,
+    because `state.epoch` of the Trainer is too low for data without a length.
     """
 
     def __init__(self, dataset: PreferenceDataset):
@@ -151,7 +157,7 @@ class EpochCallback(TrainerCallback):
 
 
 class SyncReferenceCallback(TrainerCallback):
-    """Moves the reference towards the policy, by the share `alpha`, every `steps` optimizer steps.
+    """Updates the reference every `steps` optimizer steps: `ref = alpha * policy + (1 - alpha) * ref`.
 
     Source: https://huggingface.co/papers/2404.09656, the soft update.
     """
@@ -175,12 +181,14 @@ class AfterStepCallback(TrainerCallback):
 
 
 class WinnerBudgetCallback(TrainerCallback):
-    """Measures the winner budget's probe before the first step and after every few steps.
+    """Measures the winners' errors for `winner_budget` before the first step and then after every `every` steps, and
+    adapts the losers' gradients.
 
     Args:
         every (`int`): Optimizer steps between two measurements.
-        load_pairs (`Callable`): Returns this process's pairs of the probe.
-        policy (`Callable`): Returns the policy as the engine wrapped it.
+        load_pairs (`Callable`): Function that returns this process's share of the pairs on which errors are measured
+            (the probe).
+        policy (`Callable`): Function that returns the policy as the engine (DDP, FSDP2, DeepSpeed) wrapped it.
     """
 
     def __init__(
@@ -214,7 +222,7 @@ class WinnerBudgetCallback(TrainerCallback):
 
 
 class DataReportCallback(TrainerCallback):
-    """Logs the report of the data at the end of training if more bad pairs were found during training."""
+    """Logs the data report again at the end of training if training skipped pairs with unreadable images."""
 
     def __init__(self, dataset: PreferenceDataset | PreferenceIterableDataset):
         self._dataset = dataset
@@ -234,7 +242,7 @@ class DataReportCallback(TrainerCallback):
 
 
 class NothingToTrainCallback(TrainerCallback):
-    """Warns if a run resumes from a checkpoint at or after its last step."""
+    """Warns at the start of a resumed run if the checkpoint is already at or after the run's last step."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if 0 < state.max_steps <= state.global_step and state.is_world_process_zero:

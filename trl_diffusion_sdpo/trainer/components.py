@@ -1,4 +1,4 @@
-"""Builds a run's components: policy, adapter, reference, frozen components, and the objects of a step."""
+"""Builds the components of a run: policy, LoRA, reference, VAE, text encoders, and the objects that compute a step."""
 
 from __future__ import annotations
 
@@ -75,16 +75,16 @@ VAE_DTYPES: dict[torch.dtype, VaeDtype] = {
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """Components of a trainer that need no accelerator."""
+    """Components of a trainer that can be built before there is an `Accelerator`."""
 
     loaded: LoadedModel  # pipeline as the user passed it, with the denoiser that trains
     adapter: str | None  # name of the LoRA that trains; `None` in full tuning
-    reference: Reference  # policy before training
-    average: EMAWeights | None
-    origin: Origin  # what the run started from
+    reference: Reference  # reference model; by default, the policy before training
+    average: EMAWeights | None  # moving average of the trained weights
+    origin: Origin  # model and reference from which the run started
     weight_files: WeightFiles  # formats of the tuned weights
-    frozen: FrozenComponents  # VAE and text encoders, and the family with which training calls them
-    encoder_key: EncoderKey  # cache key of VAE and text encoders
+    frozen: FrozenComponents  # VAE and text encoders, and the family object with which training calls the model
+    encoder_key: EncoderKey  # identifies VAE and text encoders in cache keys
     encoding: PairEncoding | None  # encodes pairs before training
     meter: MetricMeter  # metrics of training
     pair_forward: PairForward
@@ -99,7 +99,7 @@ class Components:
 
     @property
     def controllers(self) -> list[StoredController]:
-        """Controllers that adjust the loss while training. Their state is part of checkpoints."""
+        """Controllers that adjust the loss while training. Checkpoints contain the state of these controllers."""
         return [each for each in (self.winner_budget, self.auto_beta) if each is not None]
 
 
@@ -113,14 +113,15 @@ def build_components(
     pair_forward_class: type[PairForward],
     autocast: Callable[[], contextlib.AbstractContextManager],
 ) -> Components:
-    """Build everything that needs no accelerator, and complete `args` by the defaults of family and loss.
+    """Build all components that need no `Accelerator`. Set unset settings in `args` to the defaults of the model family
+    and the loss.
 
     Args:
         loaded ([`LoadedModel`]): The policy, from [`load_policy`].
         ref_model (`str`, `DiffusionPipeline` or `nn.Module`, *optional*): The reference.
         args ([`DiffusionSDPOConfig`]): The trainer's own copy of the settings.
-        engine ([`Engine`]): Engine that trains the policy. It has no accelerator yet.
-        autocast (`Callable`): Returns the context under which denoisers predict.
+        engine ([`Engine`]): Engine that will train the policy. The engine's accelerator does not exist yet.
+        autocast (`Callable`): Function that returns the autocast context in which denoisers predict.
 
     Raises:
         `ValueError`: If model, reference and settings cannot be combined.
@@ -128,19 +129,19 @@ def build_components(
     loss = args.loss_spec
     denoiser = loaded.denoiser
 
-    # The weights that train. The fingerprint comes before an adapter or training changes them.
+    # Choose the weights that train. Compute the fingerprint first, while the weights are unchanged.
     for name in (*loaded.family.frozen_components, loaded.family.denoiser_name):
         check_unsharded(getattr(loaded.pipeline, name), name)
     weights_before = fingerprint(base_tensors(denoiser))
     adapter, added = choose_trained_weights(loaded, peft_config, args)
 
-    # Second copies of these weights, while they are as before training.
+    # Copy these weights for the reference and the average, before training changes them.
     reference = make_reference(loaded, ref_model, args, loss, engine, adapter=adapter, added=added)
     average = None
     if args.ema_decay is not None:
         average = EMAWeights(denoiser, adapter, args.ema_decay, engine, shared=shards_weights(args))
 
-    # The start of the run for its files, and the formats in which it saves.
+    # Record what the run started from, and choose the formats in which it saves weights.
     origin = Origin(
         loaded.name_or_path,
         recorded_base(loaded.name_or_path, loaded.options, loaded.denoiser_folder),
@@ -155,25 +156,25 @@ def build_components(
 
     weight_files = WeightFiles(loaded.pipeline, loaded.family.denoiser_name, adapter, whole_pipeline)
 
-    # The settings that were left to family and loss, and how noise and timesteps are drawn.
+    # Set unset settings to the defaults of family and loss, and get the settings of noise and timesteps.
     noise = check_and_complete(args, loaded, loss, adapter=adapter)
 
-    # VAE and text encoders: they run on the device, or encode all pairs before training.
+    # Place VAE and text encoders. With `precompute_latents`, they encode all pairs before training.
     frozen = place_frozen_components(loaded, args)
     encoder_key = EncoderKey(frozen, loaded, peers(args))
     encoding = pair_encoding(frozen, encoder_key, args) if args.precompute_latents else None
 
-    # Kernels.
+    # Compile models and choose the attention back end.
     choose_kernels(denoiser, reference, average, frozen, args)
 
-    # A step, its controllers and its measurements.
+    # Build the objects that compute, adjust and measure a step.
     meter = MetricMeter()
     budget = None
     if args.winner_budget is not None:
         budget = BudgetController(args.winner_budget, args.num_noise_bins, args.device)
     betas = None
     if args.auto_beta:
-        assert args.beta is not None, "Completed above."
+        assert args.beta is not None, "`check_and_complete` sets it."
         betas = BetaController(args.beta, args.device)
     pair_forward = pair_forward_class(
         frozen,
@@ -218,7 +219,8 @@ def load_policy(
     *,
     denoiser: bool = True,
 ) -> LoadedModel:
-    """Load the pipeline whose denoiser trains, unsharded under every engine. For `denoiser` see [`load_model`]."""
+    """Load the pipeline whose denoiser trains, with complete (unsharded) weights in every process. If `denoiser` is
+    `False`, load it without the denoiser's weights."""
     start = StartingPoint("", adapter=args.adapter_name_or_path)
     options = args.model_init_kwargs
     if isinstance(model, (str, Path)):
@@ -226,8 +228,8 @@ def load_policy(
         model, options = start.pipeline, start.with_recorded(options)
     if quantization_config is not None and peft_config is None and start.adapter is None:
         raise ValueError(
-            "`quantization_config` needs `peft_config`, because quantized weights cannot be trained. No `peft_config` "
-            "was passed. Pass a `LoraConfig`, or leave `quantization_config` out."
+            "`quantization_config` needs `peft_config`, because quantized weights cannot be trained themselves. No "
+            "`peft_config` was passed. Pass a `LoraConfig`, or leave `quantization_config` out."
         )
     with loading_unsharded(args):
         loaded = load_model(
@@ -249,10 +251,10 @@ def load_policy(
 def choose_trained_weights(
     loaded: LoadedModel, peft_config: PeftConfig | None, args: DiffusionSDPOConfig
 ) -> tuple[str | None, bool]:
-    """Add a LoRA if `peft_config` is set, and freeze all weights that do not train.
+    """Add a LoRA if `peft_config` is set and no LoRA was loaded, and freeze all weights that do not train.
 
     Returns:
-        The trained adapter's name (`None` in full tuning), and whether it was added here.
+        The name of the LoRA that trains (`None` in full tuning), and whether this call added it.
     """
     denoiser = loaded.denoiser
     if args.disable_dropout:
@@ -271,24 +273,27 @@ def choose_trained_weights(
             check_adapter_weight(denoiser, adapter)
             if peft_config is not None:
                 logger.warning(
-                    "`peft_config` has no effect. The LoRA from %s continues training with its own rank, alpha and "
-                    "target modules.",
+                    "`peft_config` has no effect, because the LoRA from %s is trained further, with its own rank, "
+                    "alpha and target modules.",
                     loaded.adapter_source,
                 )
     halves = sorted({str(p.dtype) for p in denoiser.parameters() if p.is_floating_point() and p.itemsize < 4})
     if halves and adapter is None:
         raise ValueError(
-            f"Full tuning needs float32 weights, because small updates would be rounded away. Got {', '.join(halves)}. "
-            "Load with `dtype='float32'` and set `bf16=True` for autocast."
+            "Full tuning needs float32 weights, because small updates would be lost in half precision. Got "
+            f"{', '.join(halves)}. Load the model with `dtype='float32'`, and set `bf16=True` to compute in half "
+            "precision."
         )
     if halves and autocast_dtype(args.mixed_precision) is None:
         raise ValueError(
-            f"A LoRA in float32 on a base in {', '.join(halves)} needs autocast. Set `bf16=True` or `fp16=True`."
+            f"A LoRA trains in float32, and a base model in {', '.join(halves)} can be combined with it only under "
+            "autocast. Autocast is off. Set `bf16=True` or `fp16=True`."
         )
     if args.save_full_pipeline and adapter is not None:
         raise ValueError(
-            "`save_full_pipeline=True` needs full tuning, because it would save the base without the LoRA. Got a LoRA. "
-            "Leave it off, and load the LoRA with `load_lora_weights`."
+            "`save_full_pipeline=True` needs full tuning, because the saved pipeline would not contain a LoRA. Got a "
+            "LoRA. Leave `save_full_pipeline` off, and load the saved LoRA into the base model with "
+            "`load_lora_weights`."
         )
     if adapter is None:
         denoiser.requires_grad_(True)
@@ -300,7 +305,7 @@ def choose_trained_weights(
 
 
 def disable_dropout(module: nn.Module) -> None:
-    """Set the rate of every dropout layer to 0."""
+    """Turn dropout off: set the probability of every dropout layer to 0."""
     for layer in module.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
@@ -319,15 +324,17 @@ def make_reference(
     adapter: str | None,
     added: bool,
 ) -> Reference:
-    """Build the reference. `adapter` is the name of the trained LoRA, and `added` says whether it starts at zero."""
+    """Build the reference model. `adapter` is the name of the LoRA that trains, and `added` says whether this LoRA is
+    new and so does not change the model yet."""
     half_dtype = None if by_engine(args) else autocast_dtype(args.mixed_precision)
     users_reference = None
     if ref_model is not None:
         users_reference = load_ref_model(ref_model, loaded, args)
         if users_reference is loaded.denoiser:
             raise ValueError(
-                "`model` and `ref_model` must be two objects, because a reference that trains keeps every margin at 0. "
-                f"Got one {type(users_reference).__name__} for both. Leave `ref_model` out, or pass a copy."
+                "`model` and `ref_model` must be two objects. If they were one, the reference would train too, and "
+                f"all margins would stay 0. Got one {type(users_reference).__name__} for both. Leave `ref_model` out, "
+                "or pass a copy of the model."
             )
         is_changed = half_dtype is not None or args.sync_ref_model or by_engine(args)
         if is_changed and not isinstance(ref_model, (str, Path)):
@@ -336,7 +343,7 @@ def make_reference(
             disable_dropout(users_reference)
         if not loss.needs_reference:
             logger.warning(
-                "The loss %r has no reference. `ref_model` is used only for the metrics `errors/*_change`.",
+                "The loss %r needs no reference, so `ref_model` is used only for the metrics `errors/*_change`.",
                 args.loss_type,
             )
     return build_reference(
@@ -354,7 +361,8 @@ def make_reference(
 
 
 def load_ref_model(ref_model: Any, loaded: LoadedModel, args: DiffusionSDPOConfig) -> nn.Module:
-    """Load the reference's denoiser. If `ref_model` names a run with a LoRA, attach that LoRA."""
+    """Load the reference's denoiser. If `ref_model` is the output folder of a run that trained a LoRA, add that LoRA to
+    the denoiser."""
     start = StartingPoint("")
     options = args.ref_model_init_kwargs
     if isinstance(ref_model, (str, Path)):
@@ -380,7 +388,7 @@ def load_ref_model(ref_model: Any, loaded: LoadedModel, args: DiffusionSDPOConfi
 
 
 def place_frozen_components(loaded: LoadedModel, args: DiffusionSDPOConfig) -> FrozenComponents:
-    """Place VAE and text encoders on their device, and set `args.vae_dtype` to the precision of the VAE."""
+    """Move VAE and text encoders to their device, and set `args.vae_dtype` to the dtype that the VAE now has."""
 
     def load() -> DiffusionPipeline:
         with loading_unsharded(args):
@@ -401,7 +409,7 @@ def place_frozen_components(loaded: LoadedModel, args: DiffusionSDPOConfig) -> F
 
 
 def pair_encoding(frozen: FrozenComponents, key: EncoderKey, args: DiffusionSDPOConfig) -> PairEncoding:
-    """Make the [`PairEncoding`] that encodes images and prompts before training."""
+    """Return the [`PairEncoding`] that encodes images and prompts before training."""
     settings = EncodingSettings(
         folder=precompute_folder(args),
         device=args.device,
@@ -419,12 +427,12 @@ def pair_encoding(frozen: FrozenComponents, key: EncoderKey, args: DiffusionSDPO
 def make_reference_errors(
     components: Components, engine: Engine, args: DiffusionSDPOConfig, loaders: BatchLoaders, to_inputs: Callable
 ) -> ReferenceErrors | None:
-    """Make the object that computes the reference's errors before training, or return `None` if they are not needed.
-    All processes must call it together, before an engine shards the weights.
+    """Return the object that computes the reference's errors before training, or `None` without
+    `precompute_ref_errors`. All processes must call this function together, before an engine shards the weights.
 
     Args:
-        loaders ([`BatchLoaders`]): Loaders of this process.
-        to_inputs (`Callable`): Collates items and moves them to the device.
+        loaders ([`BatchLoaders`]): Object that makes this process's data loaders.
+        to_inputs (`Callable`): Function that collates items into a batch and moves the batch to the device.
     """
     reference = components.reference
     if not isinstance(reference, PrecomputedReference):
@@ -446,7 +454,8 @@ def make_reference_errors(
 def reference_facts(
     reference: PrecomputedReference, components: Components, engine: Engine, args: DiffusionSDPOConfig
 ) -> dict[str, Any]:
-    """Return the facts that change a reference's errors, besides the data and the noise. They are the cache key."""
+    """Return everything besides the data and the noise on which the reference's errors depend. These facts become part
+    of the cache key of the errors."""
     family = components.frozen.family
     frozen = {name: getattr(family.pipeline, name) for name in family.frozen_components}
     denoiser: Any = family.denoiser if reference.module is None else reference.module
@@ -476,11 +485,11 @@ def choose_kernels(
     frozen: FrozenComponents,
     args: DiffusionSDPOConfig,
 ) -> None:
-    """Choose the attention back end, and compile models that transformers' Trainer does not compile: the VAE's encoder
-    and second denoisers.
+    """Set the attention back end, and compile the models that transformers' Trainer does not compile: the encoder of
+    the VAE, and the separate denoisers of reference and average.
 
-    With `torch_compile_regional`, compile the blocks of all denoisers. Then reset the settings in `args`, so that
-    transformers does not compile the model again.
+    With `torch_compile_regional`, compile the blocks of all denoisers, including the one that trains. Then unset
+    `torch_compile_backend` and `torch_compile_mode` in `args`, so that accelerate does not compile the model again.
     """
     if args.attention_backend is not None:
         set_attention(denoiser, args.attention_backend)
@@ -490,15 +499,15 @@ def choose_kernels(
         return
     backend, mode = args.torch_compile_backend, args.torch_compile_mode
     compile_with_eager_rounding()
-    if frozen.state == "on device":  # components that are offloaded encode once before training, or move at each use
+    if frozen.state == "on device":  # others encode only before training, or move at each use
         compile_encoder(frozen.family.pipeline.components.get(VAE), backend, mode)
     for weights in (reference,) if average is None else (reference, average):
         weights.compile(backend, mode, regional=args.torch_compile_regional)
     if args.torch_compile_regional:
         if by_engine(args):
             raise ValueError(
-                "`torch_compile_regional` needs one process or DDP, because DeepSpeed and FSDP wrap the blocks that it "
-                "compiles. Leave it off. `torch_compile` then compiles the whole model."
+                "`torch_compile_regional` needs one process or DDP, because DeepSpeed and FSDP wrap the blocks that "
+                "would be compiled. Leave `torch_compile_regional` off; `torch_compile` then compiles the whole model."
             )
         compile_blocks(denoiser, backend, mode)
-        args.torch_compile_backend = args.torch_compile_mode = None  # accelerate would compile with these
+        args.torch_compile_backend = args.torch_compile_mode = None  # otherwise accelerate would compile again

@@ -1,4 +1,7 @@
-"""Prepares a user's data as pairs, and checks their number against the batch size."""
+"""Prepares a user's data as the trainer's settings say, and checks that the data have enough pairs for a batch.
+
+`data/preparing.py` turns rows into pairs and does not know the trainer's settings.
+"""
 
 from __future__ import annotations
 
@@ -30,18 +33,20 @@ from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
 
-POSITION_FILE = "stream_position_{}.json"  # one file a process, in a checkpoint
-CHECKED_PROMPTS = 10_000  # pairs whose prompts are counted by their lengths
+POSITION_FILE = "stream_position_{}.json"  # in a checkpoint, one file for each process
+CHECKED_PROMPTS = 10_000  # number of first pairs whose prompts are checked for length
 PREPARED = (PreferenceDataset, PreferenceIterableDataset)
 
 
 class PairPreparation:
-    """Prepares the data of one trainer. Rows become pairs, and moments and reference errors are computed if required.
+    """Prepares the data of one trainer: rows become pairs, and images and prompts are encoded if `precompute_latents`
+    is set.
 
     Args:
-        args ([`DiffusionSDPOConfig`]): The trainer's own settings, completed.
-        loss ([`LossSpec`]): Facts of the loss.
-        family ([`~trl_diffusion_sdpo.families.Family`]): Its tokenizers count the prompts that are too long.
+        args ([`DiffusionSDPOConfig`]): The trainer's settings, after `check_and_complete`.
+        loss ([`LossSpec`]): Properties of the loss.
+        family ([`~trl_diffusion_sdpo.families.Family`]): The model family, whose tokenizers find the prompts that are
+            too long.
         encoding ([`PairEncoding`], *optional*): Encodes images and prompts before training.
     """
 
@@ -50,13 +55,13 @@ class PairPreparation:
         self._loss = loss
         self._family = family
         self._encoding = encoding
-        self._own: WeakSet[Any] = WeakSet()  # pairs whose moments and errors of the reference are this trainer's
-        # This trainer's copies of pairs that a user had prepared, for evaluation.
+        self._own: WeakSet[Any] = WeakSet()  # data sets whose encodings and reference errors this trainer computed
+        # Copies for evaluation of data sets that the user had already prepared as pairs, by the user's data set.
         self._copies: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     def prepare(self, dataset: Any, *, name: str, training: bool) -> Any:
-        """Return a user's data as pairs, encoded if the settings say so. `None` is returned unchanged. All processes
-        must call it together.
+        """Return a user's data as a data set of pairs, encoded if `precompute_latents` is set. `None` is returned
+        unchanged. All processes must call this method together.
 
         Args:
             name (`str`): Name of the data in messages.
@@ -73,9 +78,9 @@ class PairPreparation:
         if isinstance(prepared, PreferenceDataset) and is_new:
             self._count_long_prompts(prepared, name)
         elif prepared is not dataset and (limits := note_on_limits(self._family)):
-            logger.info("%s data: a stream's long prompts are not counted. %s", name, limits)
+            logger.info("%s data: prompts of a stream are not checked for length. %s", name, limits)
         if was_prepared:
-            prepared = prepared.from_source()  # drop results that were computed for another trainer
+            prepared = prepared.from_source()  # drop encodings and errors that another trainer computed
         if self._args.precompute_ref_errors:
             prepared = repeating_pairs(prepared, self._args.precompute_epochs, name=name, training=training)
         if self._encoding is not None:
@@ -86,7 +91,7 @@ class PairPreparation:
         return prepared
 
     def _count_long_prompts(self, pairs: PreferenceDataset, name: str) -> None:
-        """Add the number of prompts that a tokenizer truncates to the report of the data, and log it."""
+        """Count the prompts that a tokenizer truncates, add their number to the data report, and log it."""
         few = pairs if len(pairs) <= CHECKED_PROMPTS else pairs.first(CHECKED_PROMPTS)
         note = note_on_long_prompts(self._family, few.prompts())
         if note:
@@ -130,7 +135,8 @@ def check_source_column(
 
 
 def outline(dataset: Any) -> Any:
-    """Return type, number of rows and column names of data without reading rows. Several sets are described by name."""
+    """Return a data set's type, number of rows and column names, without reading rows. For several data sets, return a
+    dictionary with these three values for each data set."""
     if isinstance(dataset, PairMixture):
         dataset = dataset.by_name
     if isinstance(dataset, Mapping):
@@ -140,12 +146,12 @@ def outline(dataset: Any) -> Any:
 
 
 def _reading(args: DiffusionSDPOConfig) -> tuple[int, int, int]:
-    """Return the settings on which a position in a stream depends: pairs in a batch, workers, processes."""
+    """Return the numbers on which a position in a stream depends: batch size, DataLoader workers and processes."""
     return args.train_batch_size, args.dataloader_num_workers or 0, args.world_size
 
 
 def save_position(position: StreamPosition, args: DiffusionSDPOConfig, folder: Path) -> None:
-    """Write this process's position in a stream into a checkpoint."""
+    """Write how far this process has read a stream into the checkpoint `folder`."""
     content = {"reading": _reading(args), "readers": position.readers}
     (folder / POSITION_FILE.format(args.process_index)).write_text(json.dumps(content))
 
@@ -153,10 +159,10 @@ def save_position(position: StreamPosition, args: DiffusionSDPOConfig, folder: P
 def load_position(
     stream: PreferenceIterableDataset, args: DiffusionSDPOConfig, batches: int, checkpoint: str | None
 ) -> StreamPosition:
-    """Return the position in the stream after `batches` batches, from a checkpoint.
+    """Read from a checkpoint the position in the stream after `batches` batches.
 
-    Return the beginning of the stream if the number of processes, workers or pairs in a batch has changed. The earlier
-    batches are then decoded and discarded.
+    If the number of processes, the number of workers or the batch size has changed, the position is the beginning of
+    the stream. Training then decodes and discards the first `batches` batches.
     """
     beginning = stream.position(*_reading(args))
     if checkpoint is None or not batches:
@@ -168,16 +174,17 @@ def load_position(
         if position.batches == batches:
             return position
     logger.warning(
-        "The checkpoint has no position in the stream for %d batches of %d pairs, %d workers and %d processes. The "
-        "earlier batches are decoded again and discarded.",
+        "The checkpoint does not say where in the stream to continue after %d batches with %d pairs per batch, %d "
+        "workers and %d processes. These batches are decoded again and discarded.",
         *(batches, *_reading(args)),
     )
     return beginning
 
 
 def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Any:
-    """Return a user's data as a torch data set of pairs. Pairs that are prepared already, and `None`, are returned as
-    they are. All processes prepare all of the data, but share the check of the images.
+    """Return a user's data as a torch data set of pairs. A data set of pairs that is already prepared is returned
+    unchanged, and so is `None`. Every process prepares all rows, but the processes divide the check of the images among
+    themselves.
 
     Raises:
         `ValueError`: If the columns match no format, no pair is usable, the loss needs scores that the data do not
@@ -223,15 +230,16 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         )
     if args.mask_anchor and not prepared.has_masks:
         raise ValueError(
-            f"`mask_anchor={args.mask_anchor}` needs a mask column, and the {name} data has none. Add one, or "
-            "leave it out."
+            f"`mask_anchor={args.mask_anchor}` needs data with a mask column, and the {name} data have none. Add the "
+            "column, or leave `mask_anchor` out."
         )
     scores.apply_to(prepared, peers(args))
     return prepared
 
 
 def score_settings(args: DiffusionSDPOConfig, loss: LossSpec, *, training: bool) -> ScoreSettings:
-    """Return how scores are used. Pairs are weighted in training only."""
+    """Return the settings for the scores in the data. The settings for evaluation (`training=False`) have no
+    `pair_weights`."""
     return ScoreSettings(
         pair_weights=args.pair_weights if training else None,
         calibrated=args.calibrated_scores,
@@ -253,24 +261,25 @@ def _check_prepared(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, nam
     for setting, of_data in prepared.items():
         if of_data != (getattr(args, setting) in (True, "permute", "generated")):
             raise ValueError(
-                f"The {name} data were prepared with another `{setting}` than {getattr(args, setting)!r}. Pass the "
-                "data set that they were prepared from."
+                f"The {name} data are already prepared as pairs, but with a value of `{setting}` other than "
+                f"{getattr(args, setting)!r}. Pass the original data set instead."
             )
 
 
 def _refuse_parts(dataset: Any, args: DiffusionSDPOConfig, name: str) -> None:
-    """Raise `ValueError` if processes would evaluate on parts of a stream, because a process with more batches than
-    another would wait forever in a collective."""
+    """Raise `ValueError` if each process would evaluate on its own part of a stream that the user has split. A process
+    with more batches than another would then wait for it forever."""
     if isinstance(dataset, PreferenceIterableDataset) and dataset.is_split and args.world_size > 1:
         raise ValueError(
-            f"Every process must evaluate on equally many batches. `split_dataset_by_node` has split the {name} stream "
-            f"among {args.world_size} processes, and their shares may differ. Pass the stream without the split: the "
-            "trainer splits it evenly."
+            f"Every process must evaluate on the same number of batches. `split_dataset_by_node` has split the {name} "
+            f"stream among {args.world_size} processes, and the parts may have different lengths. Pass the stream "
+            "without this split, because the trainer splits it evenly itself."
         )
 
 
 def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None, args: DiffusionSDPOConfig) -> None:
-    """Warn if a batch or a step is larger than the training data; raise `ValueError` if an epoch has no batch."""
+    """Warn if an optimizer step takes more pairs than the training data have. Raise `ValueError` if an epoch has no
+    complete batch although incomplete batches are dropped."""
     if not isinstance(dataset, PreferenceDataset):
         return
     pairs = len(dataset)
@@ -278,12 +287,13 @@ def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None,
     processes = args.world_size
     if args.dataloader_drop_last and pairs < batch * processes:
         raise ValueError(
-            f"`dataloader_drop_last=True` leaves no batch. The batches of all processes take {batch * processes} "
-            f"pairs, but the training data have {pairs}. Lower `per_device_train_batch_size`, or keep the last batch."
+            "`dataloader_drop_last=True` leaves no batch. Together, one batch of each process takes "
+            f"{batch * processes} pairs, but the training data have {pairs} pairs. Lower "
+            "`per_device_train_batch_size`, or set `dataloader_drop_last=False`."
         )
     if dataset.sizes is not None:
         group = pairs_of_a_step(args, batch)
-        BucketSampler(dataset.sizes, group, seed=0, drop_last=args.dataloader_drop_last)  # raises what loaders would
+        BucketSampler(dataset.sizes, group, seed=0, drop_last=args.dataloader_drop_last)  # raises its errors now
         description, warns = dataset.sizes.describe_epoch(
             group,
             drop_last=args.dataloader_drop_last,
@@ -294,8 +304,8 @@ def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None,
     step = batch * processes * args.gradient_accumulation_steps
     if pairs < step:
         logger.warning(
-            "An optimizer step takes %d pairs (batch size %d, processes: %d, accumulation steps: %d), but the training "
-            "data have only %d. Every step is one epoch.",
+            "An optimizer step takes %d pairs (batch size %d, processes: %d, accumulation steps: %d), but the "
+            "training data have only %d pairs. Every epoch has only one step.",
             step,
             batch,
             processes,

@@ -1,4 +1,4 @@
-"""Arguments of [`DiffusionSDPOTrainer`]."""
+"""`DiffusionSDPOConfig`, the settings of `DiffusionSDPOTrainer`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .config.all_arguments import (
 from .config.checks import check_settings
 from .config.declaring import RESUME
 
-# Settings of transformers that change the trajectory.
+# Settings of transformers that change the trained weights. A resumed run must have the same values.
 INHERITED = ("per_device_train_batch_size", "gradient_accumulation_steps", "mixed_precision", "seed", "data_seed")
 
 
@@ -31,23 +31,33 @@ class DiffusionSDPOConfig(AllArguments):
     r"""
     Configuration of [`DiffusionSDPOTrainer`].
 
-    It has the settings of [`~transformers.TrainingArguments`], [`PipelineArguments`], [`MemoryArguments`],
+    The class has the settings of [`~transformers.TrainingArguments`], [`PipelineArguments`], [`MemoryArguments`],
     [`NoiseArguments`], [`LossArguments`], [`DataArguments`], [`WinnerArguments`], [`SampleArguments`] and
-    [`RunArguments`]. If a setting is `None`, the trainer uses the default of the model's family and the loss, and logs
-    its choice.
+    [`RunArguments`]. If a setting such as `beta` or `learning_rate` is `None`, the trainer uses the default of the
+    model's family and the loss, and logs the value.
 
     [`~transformers.HfArgumentParser`] can turn this class into command line arguments.
+
+    Example:
+
+    ```python
+    from trl_diffusion_sdpo import DiffusionSDPOConfig
+
+    args = DiffusionSDPOConfig(output_dir="sd15-sdpo", max_steps=2000, per_device_train_batch_size=4)
+    args.safeguard  # "output"
+    args.beta  # None: the trainer sets the default of the model's family and the loss
+    ```
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
     > - `learning_rate`: if unset, the default of the model's family for LoRA or full tuning.
     > - `weight_decay`: `0.01`, as in diffusers' scripts.
-    > - `lr_scheduler_type`: `"constant_with_warmup"`, as published.
+    > - `lr_scheduler_type`: `"constant_with_warmup"`, as in the paper.
     > - `logging_steps`: `10`.
-    > - `dataloader_num_workers`: if unset, the trainer chooses it by data and cores.
-    > - `bf16`: `True` on an accelerator that supports it, unless `fp16` is set.
+    > - `dataloader_num_workers`: if unset, the trainer chooses it from the size of the data and the number of cores.
+    > - `bf16`: `True` if the accelerator supports bf16 and `fp16` is not set.
     > - `remove_unused_columns`: `False`, because the format of the data set selects its columns.
-    > - `logging_nan_inf_filter`: `False`, because a loss that is not finite stops the run before the weights change.
+    > - `logging_nan_inf_filter`: `False`, because the trainer stops before the optimizer step if a loss is not finite.
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
@@ -61,7 +71,7 @@ class DiffusionSDPOConfig(AllArguments):
         "sample_kwargs",
     ]
 
-    if TYPE_CHECKING:  # types after `__post_init__`
+    if TYPE_CHECKING:  # types that these fields have after `__post_init__`
         output_dir: str
         model_init_kwargs: dict[str, Any] | None = None
         ref_model_init_kwargs: dict[str, Any] | None = None
@@ -78,31 +88,35 @@ class DiffusionSDPOConfig(AllArguments):
     )
     lr_scheduler_type: str = field(
         default="constant_with_warmup",
-        metadata={"help": "Schedule of the learning rate. The default is constant after warm-up, as published."},
+        metadata={
+            "help": "Schedule of the learning rate. By default, it is constant after the warm-up, as in the paper."
+        },
     )
     logging_steps: float = field(
         default=10,
         metadata={
-            "help": "Optimizer steps between two logs, as an integer. A number below 1 is a share of all training "
-            "steps."
+            "help": "Number of optimizer steps between two logs. A number below 1 means a share of all training steps."
         },
     )
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Whether to use bf16 autocast. If unset, it is used if the accelerator supports it and `fp16` is "
-            "not set."
+            "help": "Whether to train under bf16 autocast. If unset, bf16 is used if the accelerator supports it and "
+            "`fp16` is not set."
         },
     )
     remove_unused_columns: bool = field(
         default=False,
-        metadata={"help": "Setting of transformers without effect. The format of the data set selects its columns."},
+        metadata={
+            "help": "This setting of transformers has no effect here. The format of the data set decides which columns "
+            "are read."
+        },
     )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={
-            "help": "Setting of transformers without effect. A loss that is not finite stops the run before the "
-            "weights change."
+            "help": "This setting of transformers has no effect here. The trainer stops before the optimizer step if a "
+            "loss is not finite."
         },
     )
 
@@ -111,7 +125,7 @@ class DiffusionSDPOConfig(AllArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
         workers = self.dataloader_num_workers
-        if workers is None:  # the trainer chooses later, from the data, but the checks of transformers need a number
+        if workers is None:  # the trainer chooses the number later, from the data, but transformers checks it now
             self.dataloader_num_workers = 0 if self.dataloader_prefetch_factor is None else 1
         super().__post_init__()
         if workers is None:
@@ -139,7 +153,7 @@ class DiffusionSDPOConfig(AllArguments):
         check_settings(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all settings without secrets. Saved files and trackers get this dictionary."""
+        """Return all settings, with secrets such as tokens masked. Saved files and trackers get this dictionary."""
         return masked(super().to_dict())
 
     def __str__(self) -> str:
@@ -150,7 +164,7 @@ class DiffusionSDPOConfig(AllArguments):
 
 
 def resume_settings() -> tuple[str, ...]:
-    """Return the names of the settings that change the trajectory."""
+    """Return the names of the settings that change the trained weights. A resumed run must have the same values."""
     names = (name for name, setting in settings_of(DiffusionSDPOConfig).items() if RESUME in setting.facts)
     return (*names, *INHERITED)
 

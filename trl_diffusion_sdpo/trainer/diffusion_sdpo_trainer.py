@@ -1,4 +1,4 @@
-"""Trainer of Diffusion-SDPO. It overrides methods of transformers' Trainer, in the order of a run."""
+"""`DiffusionSDPOTrainer`, a subclass of transformers' Trainer, with methods in the order of a run."""
 
 from __future__ import annotations
 
@@ -80,63 +80,70 @@ from .diffusion_sdpo_config import DiffusionSDPOConfig, resume_settings
 
 logger = logging.getLogger(__name__)
 
-# Settings that must be equal in all processes, besides those that change the trajectory. Otherwise, one process would
-# wait for the others while it evaluates or saves.
+# Settings that must be equal in all processes, in addition to `resume_settings()`. If they differed, one process would
+# evaluate or save alone and wait forever for the others.
 SAME_IN_ALL_PROCESSES = (
     *("max_steps", "num_train_epochs", "learning_rate", "optim", "per_device_eval_batch_size"),
     *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "logging_strategy", "logging_steps"),
     *("precompute_latents", "push_to_hub", "sample_prompts", "sample_sources", "sample_steps", "sample_scorers"),
 )
 REPORTS = (SAMPLES_FOLDER, "noise_bins*.png", CURVES_FILE, VERDICT_FILE, TRAINER_STATE_NAME)
-# Files that stay local. The state contains paths of local folders.
+# Files that are not uploaded. The Trainer's state contains paths of local folders.
 NOT_PUBLISHED = (f"{PREFIX_CHECKPOINT_DIR}-*", f"{PREVIOUS_RUN}-*", TRAINER_STATE_NAME)
 
 
 class DiffusionSDPOTrainer(Trainer):
     r"""
-    Trainer for preference tuning of text-to-image diffusion models with Diffusion-SDPO and its relatives.
+    Trainer that tunes text-to-image diffusion models on preference pairs, with Diffusion-SDPO or a related method.
 
     Example:
 
     ```python
-    from datasets import load_dataset
     from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+    from trl_diffusion_sdpo.demo.pairs import off_policy_pairs
+    from trl_diffusion_sdpo.demo.pipeline import base_pipeline_folder
 
     trainer = DiffusionSDPOTrainer(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        None,
-        DiffusionSDPOConfig(output_dir="sd15-sdpo", max_steps=2000),
-        load_dataset("my/preferences", split="train"),
+        str(base_pipeline_folder()),  # a tiny model; or a Hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        args=DiffusionSDPOConfig(output_dir="shapes", max_steps=10),
+        train_dataset=off_policy_pairs(),  # a `datasets.Dataset` with the columns `prompt`, `chosen` and `rejected`
     )
     trainer.train()
-    trainer.push_to_hub()
+    trainer.save_model()
     ```
 
     Args:
-        model (`str`, `DiffusionPipeline` or `nn.Module`): Policy: the Hub id, folder or file of a pipeline, the folder
-            of a run, a pipeline, or a denoiser. A denoiser is a UNet, a transformer, or a [`~peft.PeftModel`] around
-            one, and needs `processing_class`.
-        ref_model (`str`, `DiffusionPipeline` or `nn.Module`, *optional*): Reference, in one of the forms of `model`. If
-            `None`, it is the policy before training: a switched-off adapter, a second adapter or a frozen copy.
-        args ([`DiffusionSDPOConfig`], *optional*): Settings. The trainer completes a copy of them.
+        model (`str`, `DiffusionPipeline` or `nn.Module`): Model to train (the policy): the Hub id, folder or file of a
+            pipeline, the output folder of a run, a pipeline object, or a denoiser. A denoiser is a UNet or a
+            transformer, or a [`~peft.PeftModel`] that contains a UNet or a transformer. A denoiser needs
+            `processing_class`.
+        ref_model (`str`, `DiffusionPipeline` or `nn.Module`, *optional*): Reference model, of any type that `model` may
+            have. If `None`, the reference is the policy before training. The trainer then gets the reference's
+            predictions by switching the LoRA off, or from a frozen copy of the LoRA or of the denoiser.
+        args ([`DiffusionSDPOConfig`], *optional*): Settings. The trainer copies them, and sets unset settings in the
+            copy (`trainer.args`) to defaults.
         train_dataset (`datasets.Dataset`, `datasets.IterableDataset`, a torch `Dataset` or `list`, *optional*):
             Preference pairs in a supported format.
-        eval_dataset (a type of `train_dataset`, or a `dict` of data sets, *optional*): Pairs for evaluation, at fixed
-            noise and timesteps.
+        eval_dataset (a type of `train_dataset`, or a `dict` of data sets, *optional*): Pairs for evaluation. Every
+            evaluation uses the same noise and timesteps.
         processing_class (`DiffusionPipeline`, *optional*): Pipeline with the VAE, text encoders and scheduler of a
             `model` that is a bare denoiser.
-        data_collator (`Callable`, *optional*): [`~trl_diffusion_sdpo.data.dataset.PreferenceCollator`] if unset.
+        data_collator (`Callable`, *optional*): Function that makes a batch from a list of items. If unset,
+            [`~trl_diffusion_sdpo.data.dataset.PreferenceCollator`] is used.
         compute_metrics (`Callable`, *optional*): Function of an `EvalPrediction` that returns a dictionary of metrics.
-            `predictions` has shape `(pairs, 2)` and holds the rewards of chosen and rejected; `label_ids` are zeros.
-        callbacks (`list[TrainerCallback]`, *optional*): Callbacks in addition to the trainer's.
-        optimizers (`tuple`, *optional*): Optimizer and scheduler. They replace those that `args` describe.
-        peft_config ([`~peft.LoraConfig`], *optional*): LoRA to tune instead of all weights. Without `target_modules`,
-            it tunes the modules of diffusers' training script for the family.
-        quantization_config (*optional*): Quantization of the frozen base's weights, such as
-            `diffusers.BitsAndBytesConfig(load_in_4bit=True)`. It needs `peft_config`.
+            The `predictions` have shape `(pairs, 2)` and are the implicit rewards of chosen and rejected images; the
+            `label_ids` are zeros.
+        callbacks (`list[TrainerCallback]`, *optional*): Callbacks in addition to those of the trainer.
+        optimizers (`tuple`, *optional*): Optimizer and learning-rate scheduler, instead of those that the settings in
+            `args` describe.
+        peft_config ([`~peft.LoraConfig`], *optional*): Configuration of a LoRA to train instead of all weights. If its
+            `target_modules` are unset, the LoRA is added to the modules that diffusers' training script for this model
+            family uses.
+        quantization_config (*optional*): Quantization of the base model's weights, which are frozen under a LoRA, such
+            as `diffusers.BitsAndBytesConfig(load_in_4bit=True)`. `quantization_config` needs `peft_config`.
 
     Raises:
-        `ValueError`: If models, data and settings do not fit together. The message says what to change.
+        `ValueError`: If models, data and settings cannot be used together. The error message says what to change.
     """
 
     args: DiffusionSDPOConfig
@@ -153,7 +160,7 @@ class DiffusionSDPOTrainer(Trainer):
         "id": "2511.03317",
     }
 
-    # Subclasses set these to change the forward passes of a pair, or the step under the parameter-space safeguard.
+    # A subclass may set other classes here, to change the forward passes or the step with `safeguard="parameter"`.
     pair_forward_class = PairForward
     parameter_safeguard_class = ParameterSafeguard
 
@@ -177,13 +184,14 @@ class DiffusionSDPOTrainer(Trainer):
         args = copy_and_check_args(model, ref_model, args)
         settings_of_user = changed_settings(args, resume_settings())
         check_agreement({name: getattr(args, name) for name in (*resume_settings(), *SAME_IN_ALL_PROCESSES)})
-        self.sample_scores = load_sample_scores(args)  # first: hours of encoding must not precede a failed download
+        # Load the scorers first, so that a failed download does not come after hours of encoding.
+        self.sample_scores = load_sample_scores(args)
         ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
         workers_are_chosen = args.dataloader_num_workers is None
 
         # Load the model, and build all components that need no accelerator.
         loaded = load_policy(model, args, processing_class, peft_config, quantization_config)
-        # transformers' constructor makes the accelerator later.
+        # The accelerator is created later, in the constructor of transformers' Trainer.
         self.engine = Engine(lambda: self.accelerator, lambda: self.model_wrapped)
         components = build_components(
             loaded,
@@ -216,21 +224,21 @@ class DiffusionSDPOTrainer(Trainer):
         self._first_step = 0  # step at which `train` began or resumed
         self._saved_step = -1  # step of the last checkpoint of this training
         self._began = 0.0  # monotonic time at which training began
-        self._counted = torch.zeros(0)  # 1 for each real pair of the last evaluation batch, 0 for those that fill it
-        self._checkpoints_dir = args.output_dir  # while a checkpoint is being written, a temporary folder
+        self._counted = torch.zeros(0)  # for pairs of the last evaluation batch: 1, or 0 for repetitions that fill it
+        self._checkpoints_dir = args.output_dir  # a temporary folder while a checkpoint is being written
 
-        # Turn the data into pairs, and encode them if the settings say so. Encoding needs the device's memory, so the
-        # second copies of the weights move to the device afterwards. Engines move copies that they shard or round.
+        # Turn the data into pairs, and encode them if `precompute_latents` is set. Encoding needs the device's memory.
+        # Therefore the reference and the average move to the device only now. DeepSpeed and FSDP move them later.
         self._preparation = PairPreparation(args, self.loss_spec, self.family, self.encoding)
         train_dataset, eval_dataset = self._prepare_data(train_dataset, eval_dataset, args)
         if not by_engine(args):
             for weights in self._weight_copies:
                 weights.to(args.device)
-        self._position: StreamPosition | None = None  # only streams have one
+        self._position: StreamPosition | None = None  # position in a stream; `None` for map-style data
         if isinstance(train_dataset, PreferenceIterableDataset):
             self._position = load_position(train_dataset, args, 0, None)
 
-        # Call transformers' constructor. It sets up accelerator, device, callbacks and repository.
+        # Call the constructor of transformers' Trainer. It sets up accelerator, device, callbacks and Hub repository.
         self.publisher = Publisher(args, NOT_PUBLISHED)
         super().__init__(
             model=DenoiserWrapper(loaded.denoiser),
@@ -243,7 +251,7 @@ class DiffusionSDPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.loss_is_scaled_for_ga = False  # transformers divides our mean over pairs by the accumulation steps
+        self.loss_is_scaled_for_ga = False  # transformers then divides our mean over pairs by the accumulation steps
 
         # Set up the components that need the accelerator.
         self.engine.check()
@@ -304,14 +312,14 @@ class DiffusionSDPOTrainer(Trainer):
             load_probe=self._load_probe,
             policy=lambda: self.model_wrapped,
             measure_step=self._measure_step,
-            evaluate=lambda: self.evaluate(),  # a user may replace it
+            evaluate=lambda: self.evaluate(),  # not `self.evaluate`, because a user may replace the method later
             log=lambda metrics: self.log(metrics),
             end=self._end_report,
         )
 
     @property
     def denoiser(self) -> nn.Module:
-        """UNet or transformer that trains, including its adapters."""
+        """UNet or transformer that trains, including its LoRA."""
         return self.family.denoiser
 
     # ---- Data -------------------------------------------------------------------------------------------------------
@@ -323,11 +331,11 @@ class DiffusionSDPOTrainer(Trainer):
         return self._loaders.training(self.train_dataset, self._train_batch_size, sampler, self.data_collator)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[Any, None]:
-        """Return the micro-batches of an optimizer step, and `None` for the number of items.
+        """Return the micro-batches of an optimizer step, and `None` instead of the number of items in them.
 
-        Micro-batches of a map-style data set are loaded one at a time; transformers would load all of them first.
-        Those of a stream are loaded first, because the end of a stream is not known in advance. The number of items is
-        `None`, because losses are means over pairs.
+        Micro-batches of a map-style data set are loaded one at a time, while transformers would load all of them before
+        the step. Micro-batches of a stream are all loaded before the step, because a stream may end within it.
+        transformers needs the number of items only for losses that are sums; here, losses are means over pairs.
         """
         if isinstance(self.train_dataset, PreferenceDataset):
             return _LazyBatches(epoch_iterator, num_batches), None
@@ -338,8 +346,8 @@ class DiffusionSDPOTrainer(Trainer):
         return batches, None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return the loader of an evaluation's data. A data set of the trainer, passed by name or as an object, has one
-        loader for all calls."""
+        """Return the data loader for an evaluation. For `eval_dataset`, or a data set in it, of this trainer, every
+        call returns the same loader."""
         trainer_sets = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if eval_dataset is None:
@@ -375,8 +383,8 @@ class DiffusionSDPOTrainer(Trainer):
         return BucketSampler(eval_dataset.sizes, group, seed=eval_dataset.seed)
 
     def _prepare_data(self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig) -> tuple[Any, Any]:
-        """Return both data sets as pairs. Sets `args.dataloader_num_workers` if it is `None`."""
-        # Processes prepare data together. A process with different data would wait forever for the others.
+        """Return both data sets as data sets of pairs. Set `args.dataloader_num_workers` if it is `None`."""
+        # Processes exchange results while they prepare data. With different data, one would wait for others forever.
         check_agreement({"train_dataset": outline(train_dataset), "eval_dataset": outline(eval_dataset)})
         prepare = self._preparation.prepare
         train_dataset = prepare(train_dataset, name="train", training=True)
@@ -390,14 +398,17 @@ class DiffusionSDPOTrainer(Trainer):
             warn_of_repeated_draws(args, args.precompute_epochs, -(-len(train_dataset) // step))
         evaluates = eval_dataset is not None
         if reason := choose_workers(args, train_dataset, resolution=image_size(args), evaluates=evaluates):
-            logger.warning("Default: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason)
+            logger.warning(
+                "Chosen by the trainer: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason
+            )
         return train_dataset, eval_dataset
 
     def precompute_reference_errors(self) -> None:
-        """Compute the reference's errors on the training and evaluation data unless they are stored already, and free
-        the reference.
+        """Compute the reference's errors on the training and evaluation data, or read them from the cache, and free the
+        reference's memory.
 
-        It does nothing without `precompute_ref_errors=True`. `train` calls it. All processes must call it together.
+        Without `precompute_ref_errors=True`, this method does nothing. `train` calls it. All processes must call it
+        together.
         """
         if self._reference_errors is None:
             return
@@ -408,20 +419,21 @@ class DiffusionSDPOTrainer(Trainer):
         self._reference_errors.release()
 
     def _with_reference_errors(self, dataset: Any) -> Any:
-        """Add the reference's errors to the items of a data set if they are computed before training."""
+        """Add the reference's errors to the items of a data set if `precompute_ref_errors` is set. Return the data
+        set."""
         if self._reference_errors is not None and not dataset.has_reference_errors:
             check_prompt_padding("precompute_ref_errors", self.family, largest_batch(self.args))
             self._reference_errors.add_to(dataset)
         return dataset
 
     def _load_probe(self) -> list[ProbeInputs]:
-        """Collate this process's pairs of the winner budget's probe."""
+        """Return this process's share of the pairs on which `winner_budget` measures errors (the probe), in batches."""
         if self.eval_dataset is None:
-            logger.warning("`winner_budget` is measured on training pairs, because there is no `eval_dataset`.")
+            logger.warning("`winner_budget` measures errors on training pairs, because there is no `eval_dataset`.")
         if self.loss_spec.anchor == "error":
             logger.warning(
-                "The loss %r can raise a winner's error through the winner's gradient. Noise bins over the budget may "
-                "stay over it although their losers' gradients are scaled to 0.",
+                "With the loss %r, the gradient of a winner can itself raise the winner's error. Noise bins may "
+                "therefore exceed `winner_budget` even if the losers' gradients there are scaled to 0.",
                 self.args.loss_type,
             )
         data = self.train_dataset if self.eval_dataset is None else self.eval_dataset
@@ -439,26 +451,28 @@ class DiffusionSDPOTrainer(Trainer):
     # ---- Training ---------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        """Train; see [`~transformers.Trainer.train`].
+        """Train the model. See [`~transformers.Trainer.train`] for other arguments and the result.
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): A `checkpoint-*` folder, or `True` for the newest
-                checkpoint in `output_dir`. `"latest"` also takes the newest one, but starts anew if there is none.
+            resume_from_checkpoint (`str` or `bool`, *optional*): Path of a `checkpoint-*` folder, or `True` for the
+                newest checkpoint in `output_dir`. `"latest"` also means the newest checkpoint, but training starts from
+                step 0 if there is no checkpoint.
 
         Raises:
-            `ValueError`: If there are no training data, or the checkpoint is damaged, belongs to other settings, or
-                could run code.
-            `FloatingPointError`: If a loss or, at a save or the end, a weight is not finite.
+            `ValueError`: If there are no training data, or if the checkpoint is damaged, was written with other
+                settings, or contains files that could run code.
+            `FloatingPointError`: If a loss or a gradient is not finite, or if a weight is not finite when weights are
+                saved or training ends.
             `KeyboardInterrupt`: After Ctrl-C or SIGTERM, once the checkpoint is written (`checkpoint_on_interrupt`).
-            `DiskFullError`: If a checkpoint or an image does not fit on the disk.
+            `DiskFullError`: If the disk has too little space for a checkpoint or an image.
         """
         if self.train_dataset is None:
             raise ValueError("Training needs a `train_dataset`, got None. Pass preference pairs to the trainer.")
         if self._engine_ready and self.engine.holds_shards:
             raise ValueError(
-                "Under DeepSpeed and FSDP a trainer trains only once, because the engine keeps the weights in its own "
-                "form. `train` was called a second time. Make a new trainer and pass `resume_from_checkpoint` to "
-                "continue."
+                "Under DeepSpeed and FSDP, `train` can be called only once per trainer, because the engine has "
+                "converted the weights. `train` was called a second time. To continue, make a new trainer and pass "
+                "`resume_from_checkpoint`."
             )
         check_agreement(self._facts_of_all_processes())
         if resume_from_checkpoint is None:
@@ -475,15 +489,16 @@ class DiffusionSDPOTrainer(Trainer):
                 return super().train(point, *args, **kwargs)
 
     def _facts_of_all_processes(self) -> dict[str, Any]:
-        """Return the facts besides settings that must be equal in all processes. Training streams are left out, because
-        each process may read another part of a stream."""
+        """Return fingerprints of model and data, which must be equal in all processes. A training stream has no
+        fingerprint here, because each process may read another part of it."""
         facts: dict[str, Any] = {"model": self.origin.fingerprint, "eval_dataset": self._eval_fingerprint}
         if not isinstance(self.train_dataset, PreferenceIterableDataset):
             facts["train_dataset"] = self._data_fingerprint
         return facts
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
-        """Prepare as transformers does, then set up the components that need the model as the engine wrapped it."""
+        """Prepare the model as transformers does, then set up the components that need the model in the form in which
+        the engine wrapped it."""
         # Forget the flags and sums of an earlier training, which may have stopped within an optimizer step.
         self._finite = self._new_finite_check()
         if self.auto_beta is not None:
@@ -493,7 +508,7 @@ class DiffusionSDPOTrainer(Trainer):
         for weights in self._weight_copies:
             weights.keep_unrounded()
         self.engine.shard_before_preparing(self.denoiser, unrounded)
-        # An engine that shards reads a checkpoint later, when the second copies of the weights are sharded as well.
+        # If the engine shards weights, the checkpoint is read later, after reference and average are sharded too.
         read_later = self.engine.holds_shards and resume_from_checkpoint is not None
         checkpoint = None if read_later else resume_from_checkpoint
         prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
@@ -507,12 +522,10 @@ class DiffusionSDPOTrainer(Trainer):
             self._load_engine_checkpoint(resume_from_checkpoint)
         if self.engine.casts_weights:
             self.family.settle_dtype()
-        vars(self).pop(
-            "parameter_safeguard", None
-        )  # an earlier training has built it for another wrapper of the model
-        _ = (
-            self.parameter_safeguard
-        )  # build it, so that an engine that cannot have it is refused before the first step
+        # Build the safeguard anew, because an earlier training built it for another wrapper of the model. Build it now,
+        # so that engines with which it does not work are refused before the first step.
+        vars(self).pop("parameter_safeguard", None)
+        _ = self.parameter_safeguard
         return prepared
 
     def _new_finite_check(self) -> FiniteCheck:
@@ -524,8 +537,8 @@ class DiffusionSDPOTrainer(Trainer):
 
     @functools.cached_property
     def parameter_safeguard(self) -> ParameterSafeguard | None:
-        """Safeguard in parameter space, or `None` if `args.safeguard` is another one. Every training builds it when the
-        engine has wrapped policy and optimizer."""
+        """Object that computes steps with `safeguard="parameter"`, or `None` with another safeguard. The object is
+        built again in every training, after the engine has wrapped policy and optimizer."""
         args = self.args
         if args.safeguard != "parameter":
             return None
@@ -533,7 +546,7 @@ class DiffusionSDPOTrainer(Trainer):
         backend = self.engine.gradient_backend()
         anchor = args.safeguard_anchor or self.loss_spec.anchor
         if anchor == "error" and not backend.retains_graph:
-            refuse_dropout(self.denoiser, "The anchor 'error' under ZeRO-3")
+            refuse_dropout(self.denoiser, "`safeguard_anchor='error'` under ZeRO-3")
         diagnostics = None
         if args.safeguard_diagnostics_steps is not None:
             every = args.safeguard_diagnostics_steps
@@ -548,7 +561,8 @@ class DiffusionSDPOTrainer(Trainer):
         )
 
     def _measure_step(self) -> None:
-        """Complete the measurement of an optimizer step."""
+        """Complete the measurement of `safeguard_diagnostics_steps` after an optimizer step, if the step is
+        measured."""
         if self.parameter_safeguard is not None and self.parameter_safeguard.diagnostics is not None:
             self.parameter_safeguard.diagnostics.after_step()
 
@@ -560,7 +574,8 @@ class DiffusionSDPOTrainer(Trainer):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
-        """Use the logging, saving and evaluation steps of this run instead of the checkpoint's."""
+        """Initialize the state of the run. In a resumed run, use the logging, saving and evaluation steps of `args`
+        instead of those in the checkpoint."""
         epochs, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
@@ -571,7 +586,8 @@ class DiffusionSDPOTrainer(Trainer):
         return epochs, batches
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train an epoch unless the run has ended. transformers checks for the end only after a step."""
+        """Train for one epoch. Do nothing if the run has reached `max_steps`, because transformers checks this only
+        after a step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -585,8 +601,8 @@ class DiffusionSDPOTrainer(Trainer):
         self._finite.verify_gradient()
         if self.state.global_step not in (self._first_step, self._saved_step):
             self.run_files.verify_weights(self.model_wrapped)
-        began = time.time() - (time.monotonic() - self._began)  # correct even if the system clock changed
-        settings: dict[str, Any] = {"save_total_limit": None}  # with 1, transformers would delete all but the best
+        began = time.time() - (time.monotonic() - self._began)  # right even if the system clock was changed
+        settings: dict[str, Any] = {"save_total_limit": None}  # with 1, transformers would delete other checkpoints
         if was_interrupted(self.callback_handler.callbacks):
             settings["load_best_model_at_end"] = False
         with temporarily(self.args, **settings):
@@ -598,9 +614,9 @@ class DiffusionSDPOTrainer(Trainer):
     # ---- A step -----------------------------------------------------------------------------------------------------
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Move a batch to the device. Loaders leave batches on the host, so only the current micro-batch takes memory
-        on the device. transformers' method is not used, because under DeepSpeed it would round scores, errors and
-        moments to the dtype of the weights."""
+        """Move a batch to the device. Data loaders leave batches on the CPU, so only the current micro-batch takes
+        memory on the device. The method of transformers is not called, because under DeepSpeed it would round scores,
+        errors and encoded images to the dtype of the weights."""
         return _on_device(inputs, self.args.device)
 
     def compute_loss(
@@ -613,8 +629,9 @@ class DiffusionSDPOTrainer(Trainer):
         """Return the scalar loss of a batch of B pairs. With `return_outputs`, also return its
         [`PreferenceLossOutput`].
 
-        A subclass may change the loss under every safeguard. With `safeguard="parameter"` the graph ends at the
-        predictions, so terms that the subclass adds must depend on the model through the predictions only.
+        A subclass may override this method to change the loss, with every safeguard. With `safeguard="parameter"`, the
+        autograd graph ends at the predictions, so terms that the subclass adds may depend on the model only through the
+        predictions.
         """
         safeguard = self.parameter_safeguard if model.training else None
         predictions = (self.pair_forward if safeguard is None else safeguard).predict_pairs(model, inputs)
@@ -641,7 +658,8 @@ class DiffusionSDPOTrainer(Trainer):
     def _training_step_by_branch(
         self, safeguard: ParameterSafeguard, model: nn.Module, inputs: dict[str, Any]
     ) -> torch.Tensor:
-        """Train on one micro-batch. After the last one of an optimizer step, the safeguard combines the branches."""
+        """Train on one micro-batch, with one backward pass for winners and one for losers. After the last micro-batch
+        of an optimizer step, the safeguard combines the two gradients."""
         model.train()
         self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
@@ -660,7 +678,7 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
         norm = full_tensor(super()._get_grad_norm(model, grad_norm))
-        # Overflows are normal with fp16, and the scaler skips these steps.
+        # With fp16, infinite gradients are normal, and the gradient scaler skips their steps.
         if norm is not None and not self.args.fp16:
             self._finite.watch_gradient(torch.as_tensor(norm), self.state.global_step + 1)
         return norm
@@ -703,9 +721,9 @@ class DiffusionSDPOTrainer(Trainer):
     ) -> EvalLoopOutput:
         if self.engine.holds_shards and not self._engine_ready:
             raise ValueError(
-                "Under DeepSpeed and FSDP, evaluation needs the engine that training sets up. `evaluate` was called "
-                "before `train`. Set `eval_on_start=True`, call it after `train()`, or evaluate in a trainer without "
-                "them."
+                "Under DeepSpeed and FSDP, a model can be evaluated only after `train` has set up the engine. "
+                "`evaluate` was called before `train`. Set `eval_on_start=True`, call `evaluate` after `train`, or "
+                "evaluate without DeepSpeed and FSDP."
             )
         settings = (description, prediction_loss_only, ignore_keys)
         output = self._measured_loop(dataloader, *settings, metric_key_prefix)
@@ -723,7 +741,8 @@ class DiffusionSDPOTrainer(Trainer):
     def _measured_loop(
         self, dataloader: DataLoader, *settings: Any, weights: EMAWeights | None = None
     ) -> EvalLoopOutput:
-        """Pass over the data once, and add the metrics of its pairs. If `weights` is `None`, the policy predicts."""
+        """Evaluate once on all data, and return the output with the metrics of the pairs. If `weights` is `None`, the
+        policy predicts; otherwise these averaged weights predict."""
         self._evaluation.drain(self.accelerator)
         draws = 1 if self.reference.is_precomputed else draws_of_noise(dataloader.dataset)
         self._evaluation.begin(
@@ -734,7 +753,7 @@ class DiffusionSDPOTrainer(Trainer):
             weights=weights,
         )
         if _marks_real_pairs(dataloader.dataset):
-            self.gather_function = self._gather_counted  # transformers resets it after the pass
+            self.gather_function = self._gather_counted  # transformers resets it after the evaluation
         output = super().evaluation_loop(dataloader, *settings)
         measured = self._evaluation.drain(self.accelerator)
         assert output.metrics is not None
@@ -742,14 +761,15 @@ class DiffusionSDPOTrainer(Trainer):
         return output
 
     def _gather_counted(self, values: torch.Tensor) -> torch.Tensor:
-        """Gather the values of the pairs from all processes, without pairs that only fill up a batch. accelerate does
-        not recognize them in the last batch of an image size or of a stream."""
+        """Gather the values of the pairs from all processes, without repeated pairs that only fill up a batch.
+        accelerate cannot find the repeated pairs itself in the last batch of a stream or of an image size."""
         gathered, counted = self.accelerator.gather(values), self.accelerator.gather(self._counted)
         return gathered[counted > 0] if len(gathered) == len(counted) else gathered
 
     def verdict(self) -> Verdict | None:
-        """Return how the error on preferred images has changed, or `None` if nothing was measured. The verdict reads
-        the last evaluation or, if there was none, the last training logs."""
+        """Return a judgement of how the error on preferred images has changed since before training, or `None` if
+        nothing was measured. The verdict is based on the last evaluation or, without evaluations, on the last training
+        logs."""
         step = final_step(self.args, self.state)
         images = "" if self.sample_scores is None else self.sample_scores.sentence(step or self.state.global_step)
         return verdict_of(self.state.log_history, self.run_facts, step, images)
@@ -776,7 +796,7 @@ class DiffusionSDPOTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_engine_checkpoint(self, checkpoint: str) -> None:
-        """Load a checkpoint into weights and an optimizer that an engine has sharded."""
+        """Load a checkpoint into weights and optimizer after the engine (DeepSpeed or FSDP) has sharded them."""
         self.engine.check_resumable(self.optimizer)
         with self.run_files.loading_optimizer(self.optimizer, self.lr_scheduler):
             self.run_files.load(Path(checkpoint), self.model_wrapped)
@@ -801,12 +821,12 @@ class DiffusionSDPOTrainer(Trainer):
         """Write the tuned weights in the formats of diffusers and PEFT. All processes must call it.
 
         Args:
-            output_dir (`str`, *optional*): Folder of the files; `args.output_dir` if unset.
+            output_dir (`str`, *optional*): Folder for the files. If unset, `args.output_dir` is used.
         """
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         is_output_dir = folder.resolve() == self.run_folder.path.resolve()
         pushes = self.args.push_to_hub and not _internal_call
-        if not (is_output_dir and pushes):  # `push_to_hub` also saves there, after uploads in progress
+        if not (is_output_dir and pushes):  # otherwise `push_to_hub` saves the files, after uploads in progress
             lock: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if is_output_dir:
                 lock = self.run_folder.locked(all_processes=self.engine.holds_shards)
@@ -826,7 +846,7 @@ class DiffusionSDPOTrainer(Trainer):
         with self.run_files.writing_checkpoint(run_dir / name) as partial:
             with temporarily(self, _checkpoints_dir=str(partial.parent)), temporarily(self.args, push_to_hub=False):
                 super()._save_checkpoint(model, trial)
-            if self.state.best_model_checkpoint == str(partial):  # transformers stores the temporary path
+            if self.state.best_model_checkpoint == str(partial):  # transformers has stored the temporary path
                 self.state.best_model_checkpoint = str(run_dir / name)
                 if self.args.should_save:
                     self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
@@ -850,7 +870,8 @@ class DiffusionSDPOTrainer(Trainer):
             save_position(self._position, self.args, Path(output_dir))
 
     def _setup(self) -> dict[str, Any]:
-        """Return the content of the set-up file."""
+        """Return what the file that describes the run contains: model, data, engine and settings. Resuming compares it
+        with the current run."""
         return {
             **self.weight_files.describe(),
             "reference": self.origin.reference,
@@ -886,9 +907,10 @@ class DiffusionSDPOTrainer(Trainer):
         """Write the model card, `README.md` in the output folder.
 
         Args:
-            model_name (`str`, *optional*): Name of the model; the name of the output folder if unset.
-            dataset_name (`str`, *optional*): Hub id of the training data; the attribute `dataset_name` if unset.
-            tags (`str` or `list[str]`, *optional*): Tags in addition to the trainer's.
+            model_name (`str`, *optional*): Name of the model. If unset, the name of the output folder is used.
+            dataset_name (`str`, *optional*): Hub id of the training data. If unset, the trainer's attribute
+                `dataset_name` is used.
+            tags (`str` or `list[str]`, *optional*): Tags in addition to those of the trainer.
             license (`str`, *optional*): Identifier of the licence. If unset, the base model's licence applies.
         """
         if self.is_world_process_zero():
@@ -932,11 +954,12 @@ class DiffusionSDPOTrainer(Trainer):
         )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository `args.hub_model_id` unless it exists. All processes must call it.
+        """Create the Hub repository `args.hub_model_id` if it does not exist. All processes must call this method.
 
         Args:
-            token (`str`, *optional*): `args.hub_token` if unset.
-            private (`bool`, *optional*): `args.hub_private_repo` if unset.
+            token (`str`, *optional*): Token for the Hub. If unset, `args.hub_token` is used.
+            private (`bool`, *optional*): Whether a new repository is private. If unset, `args.hub_private_repo` is
+                used.
 
         Raises:
             `PublishingError`: In all processes, if the Hub refuses or does not answer.
@@ -952,16 +975,18 @@ class DiffusionSDPOTrainer(Trainer):
     def push_to_hub(  # type: ignore[override]
         self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs: Any
     ) -> Any:
-        """Upload the tuned weights and the model card to `args.hub_model_id`, without checkpoints, pickles and logs.
+        """Upload the tuned weights and the model card to the Hub repository `args.hub_model_id`. Checkpoints, pickle
+        files and logs are not uploaded.
 
-        The trainer saves the files in `args.output_dir` first. If the upload fails, the files stay there, and a second
-        call continues the upload. It does not send large files again that have arrived.
+        The trainer saves the files in `args.output_dir` first. If the upload fails, the files stay in this folder, and
+        a second call continues the upload without sending large files again that have arrived.
 
         Args:
             commit_message (`str`, *optional*): Message of the commit.
             blocking (`bool`, *optional*, defaults to `True`): Whether to wait for the upload. If `False`, a failure is
                 only logged.
-            kwargs: `token`, `revision`, `private`, and arguments of [`~DiffusionSDPOTrainer.create_model_card`].
+            kwargs: `token`, `revision` and `private` of the repository, and arguments of
+            [`~DiffusionSDPOTrainer.create_model_card`].
 
         Returns:
             Result of [`~huggingface_hub.HfApi.upload_folder`] in the first process, or its `Future` if `blocking` is
@@ -989,7 +1014,8 @@ class DiffusionSDPOTrainer(Trainer):
         return uploaded
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Publish during training. transformers' method would look for its own file names and upload pickles."""
+        """Upload the current weights during training. The method of transformers is not called, because it would expect
+        other file names and upload pickle files."""
         if not self.publisher.is_ready_for_progress():
             return
         with failing_together(PublishingError, during_upload=True):
@@ -1003,12 +1029,13 @@ class DiffusionSDPOTrainer(Trainer):
 
 
 class _LazyBatches:
-    """Micro-batches of an optimizer step, which can be iterated once. The first one is loaded by the constructor,
-    because a loader draws the seeds of its epoch then. The others are loaded when they are needed.
+    """Iterable over the micro-batches of an optimizer step, for a single loop. The constructor already loads the first
+    micro-batch, because a data loader draws the random seeds of an epoch when it loads the first batch. Each other
+    micro-batch is loaded when the loop reaches it.
 
     Args:
-        batches (`Iterator`): Batches of an epoch.
-        count (`int`): Micro-batches of the step. At least so many must be left.
+        batches (`Iterator`): Remaining batches of the epoch.
+        count (`int`): Number of micro-batches in the step. `batches` must still have at least this many.
     """
 
     def __init__(self, batches: Iterator[Any], count: int):
@@ -1026,12 +1053,13 @@ class _LazyBatches:
 
 
 def _marks_real_pairs(dataset: Any) -> bool:
-    """Whether batches mark the pairs that only fill them up, because accelerate cannot recognize these pairs."""
+    """Return whether batches contain `counted`, the number of pairs before the repeated pairs that only fill up the
+    batch. accelerate cannot find the repeated pairs itself in streams and in batches by image size."""
     return isinstance(dataset, PreferenceIterableDataset) or getattr(dataset, "sizes", None) is not None
 
 
 def _on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the tensors of a batch to the device. Copies from pinned memory are asynchronous."""
+    """Return a batch with its tensors on the device. Tensors in pinned memory are copied asynchronously."""
     waits = device.type == "mps"  # MPS has no pinned memory
     return {
         name: value.to(device, non_blocking=not waits)

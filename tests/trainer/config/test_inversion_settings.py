@@ -77,7 +77,7 @@ def test_the_published_end_needs_a_level_of_the_grid_below_some_timesteps(make_t
         make_trainer(**INVERSION, **low, inversion_kwargs=exact).pair_forward.noise_settings.inversion.end == "exact"
     )
     make_trainer(**INVERSION, inversion_kwargs=grid)
-    assert "are not above the grid's first" not in caplog.text  # two of a thousand
+    assert "are not above the inversion's first timestep" not in caplog.text  # two of a thousand
     make_trainer(**INVERSION, timestep_range=[0, 4], inversion_kwargs={"end": "grid"})
     assert "50%" in caplog.text
 

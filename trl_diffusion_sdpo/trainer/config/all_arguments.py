@@ -1,4 +1,4 @@
-"""All settings in one class, and the parsing of text into their values."""
+"""The class of all settings, and functions that parse text from YAML or a command line into values of settings."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from ...losses.score_statistics import score_scale
 from ...utils.hints import CHOICE_ALIASES
 from ...utils.switch_words import SWITCH_WORDS, choice_of_switch
 from .data_arguments import DataArguments, RunArguments
-from .model_arguments import MemoryArguments, PipelineArguments, SampleArguments
+from .model_arguments import MemoryArguments, PipelineArguments
+from .sample_arguments import SampleArguments
 from .step_arguments import LossArguments, NoiseArguments, WinnerArguments
 
 _CHOICES_OF_TRANSFORMERS = dict.fromkeys(("eval_strategy", "logging_strategy", "save_strategy"), ("no",))
 
 
 @dataclass
-class AllArguments(  # type: ignore[misc]  # the trainer chooses an unset `dataloader_num_workers`
+class AllArguments(  # type: ignore[misc]  # `dataloader_num_workers` may be `None` here
     PipelineArguments,
     MemoryArguments,
     NoiseArguments,
@@ -33,21 +34,22 @@ class AllArguments(  # type: ignore[misc]  # the trainer chooses an unset `datal
     RunArguments,
     TrainingArguments,
 ):
-    """All settings. [`DiffusionSDPOConfig`] completes and checks them."""
+    """All settings as plain fields. The subclass [`DiffusionSDPOConfig`] parses and checks the values of the
+    settings."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Annotation of a setting."""
+    """Parsed type annotation of a setting."""
 
     types: frozenset[Any]  # without `None`
     is_optional: bool  # whether the setting may be `None`
     choices: tuple[str, ...]  # words of the `Literal`
-    facts: tuple[Any, ...]  # metadata of the `Annotated`
+    facts: tuple[Any, ...]  # metadata of the `Annotated`, such as a `Range`
 
 
 def settings_of(config: type) -> dict[str, Setting]:
-    """Return the annotations of all settings of a configuration, by name."""
+    """Return the parsed type annotation of each setting of a configuration class, by the setting's name."""
     hints = get_type_hints(config, include_extras=True)
     return {field.name: _setting(hints[field.name]) for field in fields(config)}
 
@@ -63,11 +65,11 @@ def _setting(hint: Any) -> Setting:
 
 
 def read_words(args: AllArguments) -> None:
-    """Convert text to switches and numbers, and a switch to a choice if the setting has choices: `"yes"` to `True`,
-    `"2e3"` to 2000.0, `False` to `"none"`.
+    """Convert values of the settings in place: text to booleans (`"yes"` to `True`), text to numbers (`"2e3"` to
+    2000.0), and booleans to words if the setting has choices (`False` to `"none"`).
 
     Raises:
-        `ValueError`: If the text is not a switch or not a number.
+        `ValueError`: If text cannot be read as the boolean or number that the setting needs.
     """
     for name, setting in settings_of(type(args)).items():
         value = getattr(args, name)
@@ -91,15 +93,15 @@ def _number_or_name(value: str) -> float | str:
 
 
 def settled_loss_type(value: Any) -> str | list[str]:
-    """Return `loss_type` as one name, or as a list of several names. A command line and YAML pass a single name as a
-    list. `"dpo"` becomes `"sigmoid"`, the loss of Diffusion-DPO."""
+    """Return `loss_type` as a string if it has one name, and as a list if it has several. (A command line passes a
+    single name as a list.) `"dpo"` becomes `"sigmoid"`, the loss of Diffusion-DPO."""
     names = [CHOICE_ALIASES.get(name) or name for name in (value if isinstance(value, (list, tuple)) else [value])]
     return names[0] if len(names) == 1 else names
 
 
 def settled_mapping(name: str, value: Any) -> dict[str, Any]:
-    """Return a mapping of names to values, with text that is a number converted to a number. (YAML reads `1e-3` as
-    text.)
+    """Return the value of the setting `name` as a dictionary, and convert text such as `"1e-3"` in it to numbers. (YAML
+    reads `1e-3` as text.) `None` becomes an empty dictionary.
 
     Raises:
         `ValueError`: If `value` is not a mapping.
@@ -110,7 +112,7 @@ def settled_mapping(name: str, value: Any) -> dict[str, Any]:
 
 
 def settled_loss_kwargs(value: Any) -> dict[str, float]:
-    """Return the constants of losses as numbers.
+    """Return the constants in `loss_kwargs` as numbers.
 
     Raises:
         `ValueError`: If `value` is not a mapping, or one of its values is not a number.
@@ -120,19 +122,21 @@ def settled_loss_kwargs(value: Any) -> dict[str, float]:
         numbers["smpo_score_scale"] = score_scale(numbers["smpo_score_scale"])
     for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise ValueError(f"`{name}` of `loss_kwargs` must be a number, got {number!r}. Leave it out or set one.")
+            raise ValueError(
+                f"`{name}` of `loss_kwargs` must be a number, got {number!r}. Set a number, or leave `{name}` out."
+            )
     return numbers
 
 
 def settled_resolution(value: Any) -> list[int] | None:
-    """Return the size of training images as `[height, width]`.
+    """Return `resolution`, the size of training images, as `[height, width]`.
 
     Args:
         value (`int`, `list[int]` or `tuple[int, int]`, *optional*): Size from Python, YAML or a command line. A
             command line passes a single number as a list.
 
     Raises:
-        `ValueError`: If `value` is not a size, or a side is shorter than 8 pixels.
+        `ValueError`: If `value` is not one or two whole numbers of at least 8 pixels.
     """
     if value is None:
         return None
@@ -148,7 +152,7 @@ def settled_resolution(value: Any) -> list[int] | None:
 
 @contextlib.contextmanager
 def temporarily(target: Any, **values: Any) -> Iterator[None]:
-    """Set attributes of an object within the context."""
+    """Set attributes of an object within the context, and restore their values afterwards."""
     before = {name: getattr(target, name) for name in values}
     for name, value in values.items():
         setattr(target, name, value)

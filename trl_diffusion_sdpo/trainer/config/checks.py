@@ -1,4 +1,4 @@
-"""Checks of the settings that need no model."""
+"""Checks of the settings that need no model. (`complete.py` has the checks that need the model.)"""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from .declaring import Choices, Keys, Range
 if TYPE_CHECKING:
     from ..diffusion_sdpo_config import DiffusionSDPOConfig
 
-# Optimizers that step within the backward pass, before the other branch's gradient is computed.
+# Optimizers that update weights during the backward pass of the winners, before the losers' gradient is computed.
 FUSED_OPTIMIZERS = ("lomo", "adalomo")
 LAYERWISE = "layerwise"
-MEASUREMENTS_OF_LAG = 10  # largest lag of the averaged weights, in measurements of the winner budget
+MEASUREMENTS_OF_LAG = 10  # warn if the averaged weights lag behind by more measurements of the winner budget
 
 
 def check_settings(args: DiffusionSDPOConfig) -> None:
-    """Raise `ValueError` if a value is out of its range, or if settings cannot be used, alone or together. Warn about
-    settings without effect."""
+    """Raise `ValueError` if a setting has a value that is not allowed, or if two settings exclude each other. Warn
+    about settings that have no effect."""
     for name, setting in settings_of(type(args)).items():
         _check_value(name, setting, getattr(args, name))
     loss = args.loss_spec
@@ -66,7 +66,7 @@ def check_settings(args: DiffusionSDPOConfig) -> None:
     for message in (*_conflicts_of_losses(args, loss), *_conflicts(args, loss)):
         raise ValueError(message)
     for message in (*_without_effect(args, loss), *_doubtful(args, loss)):
-        # Frames up to the line that makes the configuration: this function, `__post_init__`, `__init__`.
+        # The warning shows the user's line, which calls `__init__`, `__post_init__` and this function.
         warnings.warn(message, stacklevel=4)
     args.remove_unused_columns = False
 
@@ -83,7 +83,7 @@ def _check_value(name: str, setting: Setting, value: Any) -> None:
         if isinstance(allowed, Range) and value not in allowed:
             raise ValueError(f"`{name}` must be {allowed}, got {value!r}. {allowed.advice}".rstrip())
         if isinstance(allowed, Choices):
-            choices = tuple(LOSSES) if name == "loss_type" else allowed.words  # `LOSSES` has the user's losses, too
+            choices = tuple(LOSSES) if name == "loss_type" else allowed.words  # `LOSSES` also has the user's losses
             _check_words(name, choices, value if isinstance(value, list) else [value])
         if isinstance(allowed, Keys):
             _check_mapping(name, allowed, value)
@@ -111,9 +111,9 @@ def _check_words(name: str, choices: tuple[str, ...], words: list[Any]) -> None:
 
 
 def _check_schedule(args: DiffusionSDPOConfig) -> None:
-    """Check the arguments of the schedule on a single weight. transformers would check them only after data and model
-    are loaded."""
-    rate = 1.0 if args.learning_rate is None else max(0.0, args.learning_rate)  # unset: the family sets it later
+    """Check `lr_scheduler_kwargs` by building the schedule for a single weight. transformers would check them only
+    after data and model are loaded."""
+    rate = 1.0 if args.learning_rate is None else max(0.0, args.learning_rate)  # if unset, the family sets it later
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
     kwargs: Any = args.lr_scheduler_kwargs
     try:
@@ -127,30 +127,36 @@ def _check_schedule(args: DiffusionSDPOConfig) -> None:
 
 
 def _check_inherited(args: DiffusionSDPOConfig) -> None:
-    """Refuse values of transformers' settings that would spoil the weights, train nothing, or cannot act on a diffusion
-    model."""
+    """Raise `ValueError` for values of transformers' settings that would make weights infinite, train no step, or do
+    not apply to diffusion models."""
     for name in ("learning_rate", "weight_decay", "adam_epsilon"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"`{name}` must be a finite number of at least 0, got {value}. Set one, or leave it out.")
+            raise ValueError(
+                f"`{name}` must be a finite number of at least 0, got {value}. Change `{name}`, or leave it out."
+            )
     if args.max_steps == 0 or (args.max_steps < 0 and not args.num_train_epochs > 0):
         raise ValueError(
             f"A run needs at least one step, got `max_steps={args.max_steps}` and "
-            f"`num_train_epochs={args.num_train_epochs}`. Set one of the two; `max_steps=-1` trains for the epochs."
+            f"`num_train_epochs={args.num_train_epochs}`. Set a positive `max_steps`, or `max_steps=-1` and a positive "
+            "`num_train_epochs`."
         )
     assert isinstance(args.accelerator_config, AcceleratorConfig), "transformers parses it."
     _, checkpointing = activation_checkpointing(args)
     in_order = args.train_sampling_strategy in ("random", "sequential")
     counts_tokens = args.include_num_input_tokens_seen not in ("no", False)
     refused = {
-        "neftune_noise_alpha": (args.neftune_noise_alpha is not None, "It perturbs token embeddings. Leave it unset"),
+        "neftune_noise_alpha": (
+            args.neftune_noise_alpha is not None,
+            "It adds noise to token embeddings of language models. Leave it unset",
+        ),
         "use_liger_kernel": (args.use_liger_kernel, "Its kernels are for language models. Leave it off"),
         "label_smoothing_factor": (args.label_smoothing_factor, "Use `loss_type='robust'`"),
         "train_sampling_strategy": (not in_order, "Images have no length to group by. Use 'random'"),
         "include_for_metrics": (args.include_for_metrics, "`compute_metrics` receives only rewards. Leave it empty"),
         "include_num_input_tokens_seen": (counts_tokens, "Images have no tokens. Leave it off"),
-        "bf16_full_eval": (args.bf16_full_eval, "It would round the policy and not the reference. Use `bf16`"),
-        "fp16_full_eval": (args.fp16_full_eval, "It would round the policy and not the reference. Use `fp16`"),
+        "bf16_full_eval": (args.bf16_full_eval, "It would round the policy but not the reference. Use `bf16`"),
+        "fp16_full_eval": (args.fp16_full_eval, "It would round the policy but not the reference. Use `fp16`"),
         "fp16": (args.fp16 and args.device.type == "cpu", "A CPU has no fp16 autocast. Use `bf16`"),
         "accelerator_config": (
             args.accelerator_config.dispatch_batches,
@@ -170,15 +176,15 @@ def _check_inherited(args: DiffusionSDPOConfig) -> None:
 
 
 def _conflicts_of_losses(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
-    """Yield a message for each setting that the loss or the safeguard excludes."""
+    """Yield an error message for each setting that cannot be used with the loss or the safeguard in `args`."""
     if not loss.uses_loser:
         for name in ("loser_noise_range", "winner_budget"):
             if getattr(args, name) is not None:
-                yield f"`{name}` needs a loss with a loser, got {args.loss_type!r}. Leave it unset."
+                yield f"`{name}` needs a loss that trains losers, got {args.loss_type!r}. Leave `{name}` unset."
         if args.safeguard == "parameter":
             yield (
-                f"`safeguard='parameter'` needs a loss with a loser, got {args.loss_type!r}. Use `safeguard='none'`, "
-                "which gives the same result here and costs less."
+                f"`safeguard='parameter'` needs a loss that trains losers, got {args.loss_type!r}. Use "
+                "`safeguard='none'`: without losers, the result is the same and costs less."
             )
     if args.sync_ref_model and not loss.needs_reference:
         yield (
@@ -188,37 +194,40 @@ def _conflicts_of_losses(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[
     if args.mask_anchor and (args.precompute_ref_errors or not loss.needs_reference):
         reason = "`precompute_ref_errors=True`" if args.precompute_ref_errors else f"the loss {args.loss_type!r}"
         yield (
-            f"`mask_anchor={args.mask_anchor}` needs the reference's prediction at every step, and {reason} has none. "
-            "Leave one of the two out."
+            f"`mask_anchor={args.mask_anchor}` needs the reference's prediction at every step, but with {reason} the "
+            "reference does not predict during training. Leave one of the two out."
         )
     optimizer = str(args.optim).rsplit(".", 1)[-1].lower()
     if args.safeguard == "parameter" and (optimizer in FUSED_OPTIMIZERS or LAYERWISE in optimizer):
         yield (
-            "`safeguard='parameter'` needs an optimizer that steps after both branches' backward passes. Got "
-            f"{optimizer!r}, which steps within a backward pass. Use another optimizer, or `safeguard='output'`."
+            "`safeguard='parameter'` needs an optimizer that updates weights after the backward passes of winners and "
+            f"losers. Got {optimizer!r}, which updates them during a backward pass. Use another optimizer, or "
+            "`safeguard='output'`."
         )
     if args.safeguard == "parameter" and args.ddp_static_graph:
         yield (
-            "`safeguard='parameter'` needs one backward pass per branch, so `ddp_static_graph` must be off. Got "
-            "`ddp_static_graph=True`. Leave it out."
+            "`safeguard='parameter'` runs one backward pass for winners and one for losers, so `ddp_static_graph` "
+            "must be off. Got `ddp_static_graph=True`. Leave `ddp_static_graph` out."
         )
     precomputed = {
         f"The loss {args.loss_type!r} reads the reference's prediction itself": loss.reads_reference_prediction,
         f"The loss {args.loss_type!r} has no reference": not loss.needs_reference,
-        "`sync_ref_model` changes the reference and its errors": args.sync_ref_model,
-        "The noise of `noise_source='inversion'` changes with the policy": args.noise_source == "inversion",
-        "`torch_compile` compiles the policy after the reference's errors are computed, so the two would be rounded "
-        "differently (`torch_compile_regional` compiles before)": args.torch_compile
+        "`sync_ref_model` changes the reference, and so its errors, during training": args.sync_ref_model,
+        "With `noise_source='inversion'`, the noise depends on the policy, which changes during training": (
+            args.noise_source == "inversion"
+        ),
+        "`torch_compile` compiles the policy after the reference's errors are computed, so policy and reference would "
+        "round differently (`torch_compile_regional` compiles earlier)": args.torch_compile
         and not args.torch_compile_regional,
     }
     permuted = {
         f"The loss {args.loss_type!r} reads the scores of the data set's losers": loss.needs_scores,
-        f"`pair_weights={args.pair_weights!r}` reads the scores of the data set's losers (a column of weights is "
-        "possible)": args.pair_weights in WEIGHT_FUNCTIONS,
+        f"`pair_weights={args.pair_weights!r}` reads the scores of the data set's losers (use the name of a column of "
+        "weights instead)": args.pair_weights in WEIGHT_FUNCTIONS,
         "`calibrated_scores` reads the scores of the data set's losers": args.calibrated_scores,
         "`swap_labels` would make the image of another prompt the winner": args.swap_labels,
-        "`aspect_ratio_buckets` trains a pair at the winner's size. Losers of another aspect ratio would be cropped "
-        "more than any winner": args.aspect_ratio_buckets,
+        "`aspect_ratio_buckets` trains a pair at the size that fits its winner, so a loser from another pair could be "
+        "cropped much more than winners are": args.aspect_ratio_buckets,
         "`precompute_latents` with `random_crop` stores each image with the crop of its own pair, but both images of a "
         "pair need one crop": args.precompute_latents and args.random_crop,
     }
@@ -232,14 +241,14 @@ def _conflicts_of_losses(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[
 
 
 def _conflicts(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
-    """Yield a message for all other values that cannot be used together."""
+    """Yield an error message for each other combination of settings that is not allowed."""
     span = args.timestep_range
     if span is not None:
         is_span = len(span) == 2 and all(isinstance(end, int) for end in span) and 0 <= span[0] < span[1]
         if not is_span:
             yield (
-                "`timestep_range` must be two whole numbers, the lowest timestep and the one above the highest, got "
-                f"{list(span)}. For example, 500 1000 is the noisier half of 1000 timesteps."
+                "`timestep_range` must be two whole numbers: the lowest timestep, and the highest timestep plus 1. "
+                f"Got {list(span)}. For example, 500 1000 is the noisier half of 1000 timesteps."
             )
     if args.timesteps is not None and (span is not None or args.weighting_scheme is not None):
         yield (
@@ -256,7 +265,7 @@ def _conflicts(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
     if args.snr_gamma is not None and args.timestep_weighting != "none":
         yield (
             "Only one of `snr_gamma` (for DDPM) and `timestep_weighting` (for flow matching) may weigh the timesteps. "
-            f"Got {args.snr_gamma} and {args.timestep_weighting!r}. Set one."
+            f"Got {args.snr_gamma} and {args.timestep_weighting!r}. Leave one of the two out."
         )
     if args.noise_offset and args.noise_source != "shared":
         yield (
@@ -266,8 +275,8 @@ def _conflicts(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
     for name in ("random_flip", "random_crop"):
         if args.noise_source == "generated" and getattr(args, name):
             yield (
-                f"`noise_source='generated'` needs images as they were generated, got `{name}=True`. Set it to "
-                "False: the noise of an image does not fit its mirror image or a part of it."
+                "`noise_source='generated'` needs unchanged images, because the noise from which an image was "
+                f"generated does not fit its mirror image or a part of it. Got `{name}=True`. Set `{name}=False`."
             )
     if args.ema_decay is not None and args.sync_ref_model:
         yield (
@@ -284,13 +293,14 @@ def _conflicts(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
     metrics = [f"{PREFIX}{name}{ending}" for name in scorers for ending in (WIN_RATE, "")]
     if best is not None and best not in metrics:
         yield (
-            f"`metric_for_best_model` must be a metric of `sample_prompts` and `sample_scorers`, got {best!r}. Use one "
-            f"of {metrics}."
+            "`metric_for_best_model` starts like a score of sample images, but `sample_prompts` and `sample_scorers` "
+            f"give no metric {best!r}. Use one of {metrics}."
         )
 
 
 def best_sample_metric(args: DiffusionSDPOConfig) -> str | None:
-    """Return `metric_for_best_model` without the prefix of evaluations if it is a score of sample images."""
+    """Return `metric_for_best_model` without the prefix `eval_` if it is a score of sample images, and `None`
+    otherwise."""
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
     return metric if metric.startswith(PREFIX) else None
 
@@ -299,7 +309,7 @@ def best_sample_metric(args: DiffusionSDPOConfig) -> str | None:
 
 
 def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
-    """Yield a message for each setting that has no effect without another one, or with this loss."""
+    """Yield a warning for each setting that has no effect with this loss, or because another setting is off."""
     if args.remove_unused_columns:
         yield "`remove_unused_columns=True` has no effect, because the format of the data set selects its columns."
     if not loss.uses_beta and args.beta is not None:
@@ -310,8 +320,8 @@ def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
     of_output_space = args.safeguard_granularity != "batch" or args.safeguard_eps
     if args.safeguard == "parameter" and of_output_space:
         yield (
-            "`safeguard_granularity` and `safeguard_eps` have no effect with `safeguard='parameter'`. It has one "
-            "lambda per optimizer step, and no division that needs an epsilon."
+            "`safeguard_granularity` and `safeguard_eps` have no effect with `safeguard='parameter'`. This safeguard "
+            "always computes one lambda per optimizer step and adds no epsilon."
         )
     elif (args.safeguard == "none" or not loss.uses_loser) and (args.safeguard_mu is not None or of_output_space):
         reason = "`safeguard='none'`" if loss.uses_loser else f"the loss {args.loss_type!r}, which has no loser"
@@ -319,7 +329,7 @@ def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
     crops = args.precompute_latents and args.random_crop
     weights = None if args.pair_weights is None else WEIGHT_FUNCTIONS.get(args.pair_weights)
     reads_scores = loss.needs_scores or (weights is not None and not weights.several_scorers)
-    # Settings, whether the setting that they need is on, and its name.
+    # Rows of: settings, whether the condition that they need holds, and the name of this condition.
     needs = (
         (
             ("safeguard_anchor", "safeguard_low_memory", "safeguard_diagnostics_steps"),
@@ -349,32 +359,32 @@ def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
                 yield f"`{name}` has no effect without {needed}."
     if args.precompute_epochs != 1 and not (crops or args.precompute_ref_errors):
         yield (
-            "`precompute_epochs` has no effect without `precompute_ref_errors`, or both `precompute_latents` and "
-            "`random_crop`."
+            "`precompute_epochs` only has an effect with `precompute_ref_errors`, or with both `precompute_latents` "
+            "and `random_crop`."
         )
 
 
 def _doubtful(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
-    """Yield a message for values that rarely do what a user wants."""
+    """Yield a warning for each value that is allowed but rarely does what a user wants."""
     names = loss_weights_by_name(args.loss_type, args.loss_weights)
     if "dspo" in names and args.beta is not None and args.beta > 1:
         yield (
-            f"`beta={args.beta}` is large for the loss 'dspo'. It multiplies the distance to the reference, and the "
-            "published value is 0.001. Use 'dspo_sdxl' for a beta in the thousands."
+            f"`beta={args.beta}` is large for the loss 'dspo'. In this loss, beta multiplies the distance to the "
+            "reference, and the published value is 0.001. Use 'dspo_sdxl' for a beta in the thousands."
         )
     if args.noise_source == "inversion" and args.eval_strategy == "no" and args.winner_budget is None:
         yield (
             "With `noise_source='inversion'`, training errors are measured at noise from the policy's own inversion. "
-            "They can fall while errors at drawn noise rise. Set `eval_strategy` and pass an `eval_dataset` to measure "
-            "errors at drawn noise."
+            "These errors can fall while errors at random noise rise. Set `eval_strategy` and pass an `eval_dataset`, "
+            "because evaluation measures errors at random noise."
         )
     if args.ema_decay is not None and args.winner_budget is not None:
         steps = ProbeSettings(**args.winner_budget_kwargs).steps
         lag = 1 / (1 - args.ema_decay)  # number of steps that the average covers
         if lag > MEASUREMENTS_OF_LAG * steps:
             yield (
-                f"`winner_budget` measures the averaged weights every {steps} steps. With "
-                f"`ema_decay={args.ema_decay}` they lag by about {lag:.0f} steps, so the budget will react late and "
-                f"too strongly. Set `steps` of `winner_budget_kwargs` to {lag / MEASUREMENTS_OF_LAG:.0f} or more, or a "
-                "smaller `ema_decay`."
+                f"`winner_budget` measures the averaged weights every {steps} steps. With `ema_decay={args.ema_decay}` "
+                f"these weights lag about {lag:.0f} steps behind the trained weights, so the budget will react late "
+                f"and too strongly. Set `steps` of `winner_budget_kwargs` to {lag / MEASUREMENTS_OF_LAG:.0f} or more, "
+                "or a smaller `ema_decay`."
             )

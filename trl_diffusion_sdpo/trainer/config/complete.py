@@ -1,6 +1,7 @@
-"""Completes the settings by the defaults of family and loss, and checks them against the model and this process.
+"""Sets unset settings to the defaults of the model family and the loss, and checks all settings against the model and
+the machine.
 
-At the end are values that follow from several settings.
+The functions at the end compute values from several settings.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ from .all_arguments import settled_resolution
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-QUANTILES = 10_001  # number of quantiles of the drawn timesteps that are checked
-NEGLIGIBLE = 0.01  # share of drawn timesteps below which there is no warning
-FAR = 100  # factor between `beta` and its default from which there is a warning
-HIGH_RATE = 0.1  # learning rate above which there is a warning
+QUANTILES = 10_001  # number of timesteps that are compared with the inversion's grid
+NEGLIGIBLE = 0.01  # share of timesteps below the inversion's grid up to which there is no warning
+FAR = 100  # warn if `beta` differs from its default by this factor or more
+HIGH_RATE = 0.1  # warn if the learning rate is larger
 
 
 # ---- Before the model is loaded -------------------------------------------------------------------------------------
@@ -50,17 +51,19 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
     """Check the settings as far as possible without a model, and return a copy of them for the trainer.
 
     Raises:
-        `ValueError`: If `args` has another class, the process sees several GPUs, the reference is named twice, or the
-            output folder is not writable.
+        `ValueError`: If `args` is no `DiffusionSDPOConfig`, the process sees several GPUs, two arguments name a
+            reference, or the output folder is not writable.
     """
     if args is None:
         name = Path(model).name if isinstance(model, (str, Path)) else type(model).__name__
         args = DiffusionSDPOConfig(f"{name}-DiffusionSDPO")
     if not isinstance(args, DiffusionSDPOConfig):
-        raise ValueError(f"`args` must be a DiffusionSDPOConfig, got {type(args).__name__}. Pass one.")
+        raise ValueError(
+            f"`args` must be a DiffusionSDPOConfig, got {type(args).__name__}. Pass a DiffusionSDPOConfig."
+        )
     if args.n_gpu > 1:  # transformers would wrap the model in `nn.DataParallel`, which replicates no reference
         raise ValueError(
-            f"Each process trains on one GPU. This process sees {args.n_gpu}. Start one process per GPU with "
+            f"Each process trains on one GPU, but this process sees {args.n_gpu} GPUs. Start one process per GPU with "
             "`trl-diffusion-sdpo train --accelerate_config multi_gpu ...` or `accelerate launch`, or set "
             "CUDA_VISIBLE_DEVICES=0 to use one GPU."
         )
@@ -68,14 +71,14 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
     if ref_model is not None and args.ref_model_name_or_path is not None:
         raise ValueError(
             "Only one of `ref_model` and `ref_model_name_or_path` may name the reference. Got a "
-            f"{type(ref_model).__name__} and {args.ref_model_name_or_path!r}. Leave one out."
+            f"{type(ref_model).__name__} and {args.ref_model_name_or_path!r}. Leave one of the two out."
         )
     ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
     refuse_own_start(args.output_dir, (model, args.adapter_name_or_path, ref_model))
     if args.ref_model_init_kwargs is not None and not isinstance(ref_model, (str, Path)):
         raise ValueError(
-            "`ref_model_init_kwargs` need a `ref_model` that is a Hub id or a folder, got "
-            f"{'none' if ref_model is None else f'a {type(ref_model).__name__}'}. Leave them out."
+            "`ref_model_init_kwargs` only apply if `ref_model` is a Hub id or a folder, got "
+            f"{'none' if ref_model is None else f'a {type(ref_model).__name__}'}. Leave `ref_model_init_kwargs` out."
         )
     if args.should_save:
         try:
@@ -84,7 +87,7 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
                 pass
         except OSError as error:
             raise ValueError(
-                f"`output_dir` must be a writable folder, got {args.output_dir!r} ({error}). Choose another."
+                f"`output_dir` must be a writable folder, got {args.output_dir!r} ({error}). Choose another folder."
             ) from error
     args = copy.copy(args)
     if args.ddp_broadcast_buffers is None:
@@ -98,8 +101,8 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
 def check_and_complete(
     args: DiffusionSDPOConfig, loaded: LoadedModel, loss: LossSpec, *, adapter: str | None
 ) -> NoiseSettings:
-    """Check the settings against the model, set unset settings to the defaults of family and loss, and return the
-    settings of noise and timesteps.
+    """Check the settings against the model, and set unset settings in `args` to the defaults of the model family and
+    the loss. Return the settings of noise and timesteps.
 
     Raises:
         `ValueError`: If the model cannot train with the settings.
@@ -107,8 +110,9 @@ def check_and_complete(
     family, denoiser = loaded.family, loaded.denoiser
     if args.guidance_scale is not None and family.guidance_scale is None:
         raise ValueError(
-            f"`guidance_scale` needs a denoiser that takes it as an input; the denoiser of {family.name} does not. Got "
-            f"{args.guidance_scale}. Leave it unset, and set the guidance of sample images in `sample_kwargs`."
+            "`guidance_scale` needs a denoiser that takes the guidance scale as an input, and the denoiser of "
+            f"{family.name} does not. Got {args.guidance_scale}. Leave it unset. To set the guidance of sample images, "
+            "use `sample_kwargs`."
         )
     if family.takes_source:
         check_sources(args, family.name)
@@ -118,7 +122,7 @@ def check_and_complete(
     timesteps = checked_timesteps(args, family)
     check_noise_range(args, family, timesteps)
 
-    # Settings that need two equal predictions of one input do not work with dropout.
+    # Settings under which the model predicts an input twice, and must give equal predictions, do not work with dropout.
     for name in ("safeguard_low_memory", "safeguard_diagnostics_steps"):
         if args.safeguard == "parameter" and getattr(args, name):
             refuse_dropout(denoiser, f"`{name}`")
@@ -128,7 +132,7 @@ def check_and_complete(
     if checkpoints and not checkpoints_activations(denoiser):
         raise ValueError(
             "`activation_checkpointing` (`gradient_checkpointing`) needs a denoiser that supports it. diffusers' "
-            f"{type(denoiser).__name__} does not. Leave it off, and use smaller micro-batches or "
+            f"{type(denoiser).__name__} does not. Leave it off. To save memory, use smaller micro-batches or "
             "`safeguard_low_memory`."
         )
     inversion = checked_inversion(args, family, timesteps, image_sizes(args))
@@ -136,20 +140,22 @@ def check_and_complete(
 
 
 def refuse_dropout(denoiser: nn.Module, what: str) -> None:
-    """Raise `ValueError` if a denoiser has active dropout. `what` names the setting that predicts the same images
-    twice."""
+    """Raise `ValueError` if a denoiser has active dropout. `what` names the setting under which the denoiser predicts
+    the same images twice; the error message begins with it."""
     if any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in denoiser.modules()):
         raise ValueError(
-            f"{what} needs two equal predictions of the same images. The denoiser has dropout, which makes the two "
-            "differ. Set `disable_dropout=True`, or change the setting."
+            f"{what} needs two equal predictions of the same images. The denoiser has dropout, which makes predictions "
+            "random. Set `disable_dropout=True`, or leave the setting out."
         )
 
 
 def check_sources(args: DiffusionSDPOConfig, model: str) -> None:
-    """Raise `ValueError` if a setting does not work with the source images of edit pairs."""
+    """Raise `ValueError` if a setting does not work with edit pairs (pairs with a source image, for models that edit
+    images). `model` is the model's name for the message."""
     if args.random_crop:
         raise ValueError(
-            f"`random_crop` cannot handle source images yet, and {model} trains on edit pairs. Leave it out."
+            f"`random_crop` does not work with source images yet, and {model} trains on edit pairs, which have source "
+            "images. Leave `random_crop` out."
         )
 
 
@@ -157,8 +163,8 @@ def sample_sources(args: DiffusionSDPOConfig, family: Family) -> list[Image.Imag
     """Return the images that `sample_prompts` edit.
 
     Raises:
-        `ValueError`: If the model needs them and they are not set, or it takes none, or their number is not that of the
-            prompts, or one cannot be read.
+        `ValueError`: If the model always edits images and `sample_sources` is unset, if the model edits no images, if
+            `sample_sources` and `sample_prompts` differ in number, or if an image cannot be read.
     """
     if not args.sample_prompts or (args.sample_sources is None and not family.takes_source):
         return []
@@ -180,7 +186,7 @@ def sample_sources(args: DiffusionSDPOConfig, family: Family) -> list[Image.Imag
 
 
 def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, full: bool) -> None:
-    """Set unset settings to the defaults of the family and the loss, and log them."""
+    """Set unset settings in `args` to the defaults of the model family and the loss, and log these values."""
     mu, beta = loss_defaults(args, family, full=full)
     warn_of_far_settings(args, family, full=full)
     defaults_by_name = {
@@ -205,10 +211,10 @@ def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, 
 
 
 def loss_defaults(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> tuple[float, float | None]:
-    """Return a family's defaults of `safeguard_mu` and `beta` for the loss of the settings.
+    """Return the defaults of `safeguard_mu` and `beta` for the model family and the loss in `args`.
 
-    For a sum of losses, mu is the strictest one of the losses that read the loser, and beta is the common beta of all
-    losses. The returned beta is `None` if the loss has none, or if `beta` is set.
+    For a sum of losses, mu is the largest default of the losses that read the loser, and beta is the default that all
+    losses share. The returned beta is `None` if the loss has no beta, or if `beta` is set.
 
     Raises:
         `ValueError`: If `beta` is not set and the losses of a sum have different defaults.
@@ -227,7 +233,8 @@ def loss_defaults(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> t
 
 
 def warn_of_far_settings(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> None:
-    """Warn if `beta` is far from the family's default, or if the learning rate is so high that it ruins the model."""
+    """Warn if `beta` differs from the family's default by a factor of `FAR` or more, or if the learning rate is above
+    `HIGH_RATE`."""
     weights = loss_weights_by_name(args.loss_type, args.loss_weights)
     betas = [family.loss_defaults(name).beta_for(full=full) for name in weights if LOSSES[name].uses_beta]
     if args.beta and betas and all(not 1 / FAR < args.beta / usual < FAR for usual in betas):
@@ -248,8 +255,8 @@ def warn_of_far_settings(args: DiffusionSDPOConfig, family: Family, *, full: boo
 
 
 def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
-    """Raise `ValueError` if the VAE would crop the images, the denoiser has no position embeddings for their size, or
-    the pipeline cannot generate images of this size."""
+    """Raise `ValueError` if an image size does not fit the model: the VAE would crop the images, the denoiser has no
+    position embeddings for this size, or the pipeline cannot generate sample images of this size."""
     size = image_size(args)
     unit = family.vae_scale_factor * family.patch_size
     step = args.bucket_kwargs.get("step", AspectRatioBuckets.step)
@@ -274,10 +281,10 @@ def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
 
 
 def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, Any]:
-    """Return the arguments of the noise process that draw timesteps.
+    """Return the keyword arguments with which the noise process draws timesteps.
 
     Raises:
-        `ValueError`: If the noise process cannot draw timesteps with the settings.
+        `ValueError`: If the model's noise process does not support the settings of timesteps.
     """
     process = family.noise_process
     last = process.num_train_timesteps
@@ -287,14 +294,14 @@ def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, An
             f"{list(args.timestep_range)}. Lower its second number."
         )
     weighting: dict[str, Any] = {"snr_gamma": args.snr_gamma, "weighting": args.timestep_weighting}
-    process.weights(torch.ones(1, dtype=torch.long), image_seq_len=1, **weighting)  # raises its errors now
+    process.weights(torch.ones(1, dtype=torch.long), image_seq_len=1, **weighting)  # raises errors of settings now
     weighting_kwargs = args.weighting_kwargs
     for name in weighting_kwargs:
         if args.weighting_scheme != {"mode_scale": "mode"}.get(name, "logit_normal"):
             logger.warning("`%s` has no effect with `weighting_scheme=%r`.", name, args.weighting_scheme)
     if args.timesteps is not None:
         only: dict[str, Any] = {"only": tuple(args.timesteps)}
-        process.timesteps(torch.zeros(1), **only)  # raises its errors now
+        process.timesteps(torch.zeros(1), **only)  # raises errors of settings now
         return only
     sampling = TimestepSampling(args.weighting_scheme or "none", **weighting_kwargs)
     timestep_range = None if args.timestep_range is None else tuple(args.timestep_range)
@@ -302,7 +309,8 @@ def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, An
 
 
 def check_noise_range(args: DiffusionSDPOConfig, family: Family, timesteps: dict[str, Any]) -> None:
-    """Log the timesteps within `loser_noise_range`. Raises `ValueError` if the range contains no drawn timestep."""
+    """Log which timesteps have noise levels in `loser_noise_range`. Raises `ValueError` if none of the timesteps that
+    training draws is in the range."""
     if args.loser_noise_range is None:
         return
     low, high = args.loser_noise_range
@@ -320,7 +328,7 @@ def check_noise_range(args: DiffusionSDPOConfig, family: Family, timesteps: dict
             f"{list(args.loser_noise_range)}. Change the range, or use `loss_type='sft'` to train winners only."
         )
     logger.warning(
-        "Losers train at the noise levels %g to %g: timesteps %g to %g of %d.",
+        "Losers train only at noise levels from %g to %g, which are the timesteps from %g to %g of %d.",
         low,
         high,
         *within,
@@ -331,14 +339,15 @@ def check_noise_range(args: DiffusionSDPOConfig, family: Family, timesteps: dict
 def checked_inversion(
     args: DiffusionSDPOConfig, family: Family, timesteps: dict[str, Any], sizes: Iterable[tuple[int, int]]
 ) -> InversionSettings | None:
-    """Return the settings of the inversion of images to noise, or `None` if noise is drawn.
+    """Return the settings of the inversion that gives each image its noise, or `None` if noise is random
+    (`noise_source` is not `"inversion"`).
 
     Args:
         timesteps (`dict`): Result of [`checked_timesteps`].
         sizes (`Iterable[tuple[int, int]]`): (height, width) of the training images.
 
     Raises:
-        `ValueError`: If the model's noise process cannot invert with the settings.
+        `ValueError`: If the model's noise process does not support the settings of the inversion.
     """
     if args.noise_source != "inversion":
         return None
@@ -348,7 +357,7 @@ def checked_inversion(
     if settings.steps > process.num_train_timesteps:
         raise ValueError(
             f"`steps` of `inversion_kwargs` must be at most {process.num_train_timesteps}, the scheduler's number of "
-            f"timesteps. Got {settings.steps}. Published values are 5 and 10."
+            f"timesteps. Got {settings.steps}. Published values of `steps` are 5 and 10."
         )
     if settings.eta and not inversion.has_variance:
         raise ValueError(
@@ -362,21 +371,22 @@ def checked_inversion(
 
 
 def _check_inversion_grid(process: NoiseProcess, grid: torch.Tensor, length: int, timesteps: dict[str, Any]) -> None:
-    """Warn if some drawn timesteps are not above the grid, because inversion leaves their latents clean. Raises
-    `ValueError` if no drawn timestep is above the grid."""
+    """Warn if training draws timesteps at or below the first timestep of the inversion's grid, because the inversion
+    then takes no step and the latents stay clean. Raises `ValueError` if this is so for all timesteps."""
     drawn = process.timesteps(torch.linspace(0, 1, QUANTILES), image_seq_len=length, **timesteps)
     clean = (drawn <= grid.min()).float().mean() if len(grid) else torch.ones(())
     advice = "Use `end: exact`, or more `steps`."
     if clean == 1:
         raise ValueError(
-            "With `end: grid` of `inversion_kwargs`, the grid must have a timestep below some drawn timesteps, which "
-            f"are {float(drawn.min()):g} to {float(drawn.max()):g}. Got the grid "
-            f"{[round(each, 3) for each in grid.tolist()]}. {advice}"
+            "With `end: grid` of `inversion_kwargs`, the inversion's first timestep must be below some of the "
+            f"timesteps at which the model trains, {float(drawn.min()):g} to {float(drawn.max()):g}. Got the inversion "
+            f"timesteps {[round(each, 3) for each in grid.tolist()]}. {advice}"
         )
     if clean > NEGLIGIBLE:
         logger.warning(
-            "With `end: grid` of `inversion_kwargs`, %.0f%% of the drawn timesteps are not above the grid's first, "
-            "%g. Their pairs train on clean latents as if they were noisy. %s",
+            "With `end: grid` of `inversion_kwargs`, %.0f%% of the timesteps at which the model trains are not above "
+            "the inversion's first timestep, %g. At these timesteps, pairs train on clean latents as if the latents "
+            "were noisy. %s",
             100 * clean,
             grid.min(),
             advice,
@@ -387,7 +397,7 @@ def _check_inversion_grid(process: NoiseProcess, grid: torch.Tensor, length: int
 
 
 def loss_settings(args: DiffusionSDPOConfig) -> LossSettings:
-    """Return the settings of the loss. Every field of [`LossSettings`] is a setting of the same name."""
+    """Return the settings of the loss as [`LossSettings`], whose fields have the names of the settings."""
     settings = {setting.name: getattr(args, setting.name) for setting in fields(LossSettings)}
     if settings["loser_noise_range"] is not None:
         settings["loser_noise_range"] = tuple(settings["loser_noise_range"])
@@ -395,43 +405,45 @@ def loss_settings(args: DiffusionSDPOConfig) -> LossSettings:
 
 
 def image_sizes(args: DiffusionSDPOConfig) -> tuple[tuple[int, int], ...]:
-    """Return the sizes `(height, width)` of training images. `args.resolution` must be set."""
+    """Return all sizes `(height, width)` at which pairs train: one size, or those of the aspect-ratio buckets.
+    `args.resolution` must be set."""
     buckets = aspect_ratio_buckets(args)
     return (image_size(args),) if buckets is None else buckets.sizes
 
 
 def image_size(args: DiffusionSDPOConfig) -> tuple[int, int]:
-    """Return `resolution` as height and width. `args.resolution` must be set."""
+    """Return `args.resolution` as `(height, width)`. `args.resolution` must be set."""
     assert args.resolution is not None, "`complete_args` sets `resolution`."
     height, width = args.resolution
     return height, width
 
 
 def aspect_ratio_buckets(args: DiffusionSDPOConfig) -> AspectRatioBuckets | None:
-    """Return the sizes at which pairs train, or `None` if all pairs train at `args.resolution`. `args.resolution` must
-    be set."""
+    """Return the aspect-ratio buckets (the image sizes from which each pair gets the best fitting one), or `None` if
+    all pairs train at `args.resolution`. `args.resolution` must be set."""
     if not args.aspect_ratio_buckets:
         return None
     return AspectRatioBuckets(image_size(args), **args.bucket_kwargs)
 
 
 def largest_batch(args: DiffusionSDPOConfig) -> int:
-    """Return the number of pairs of the largest batch in training and evaluation."""
+    """Return the batch size per device of training or evaluation, whichever is larger."""
     return max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
 
 
 def pairs_of_a_step(args: DiffusionSDPOConfig, batch_size: int) -> int:
-    """Return the number of pairs in one batch of all processes together."""
+    """Return the number of pairs that all processes together read at once, if the batch size per device is
+    `batch_size`."""
     assert isinstance(args.accelerator_config, AcceleratorConfig), "`__post_init__` parses it."
     return batch_size * (1 if args.accelerator_config.split_batches else args.world_size)
 
 
 def precompute_folder(args: DiffusionSDPOConfig) -> Path:
-    """Return the folder of latents, prompt embeddings and errors that are computed before training."""
+    """Return the folder for latents, prompt embeddings and reference errors that are computed before training."""
     return default_folder() if args.precompute_dir is None else Path(args.precompute_dir).expanduser()
 
 
 def stored_crops(args: DiffusionSDPOConfig) -> int | None:
-    """Return the number of stored random crops per image, or `None` if crops are not random or are drawn while
-    training."""
+    """Return the number of random crops of each image that `precompute_latents` stores, or `None` if it stores no
+    random crops."""
     return args.precompute_epochs if args.precompute_latents and args.random_crop else None

@@ -21,83 +21,92 @@ class DataArguments:
 
     Parameters:
         dataset_format (`str`, *optional*):
-            Name of the preference format, such as `"pickapic"`. It is detected from the columns if unset.
+            Name of the data set's format, such as `"pickapic"`. If unset, the format is detected from the column names.
         dataset_num_proc (`int`, *optional*):
-            Number of processes that read images for `verify_images="all"` and for image sizes, per training process. It
-            is the number of cores if unset.
+            Number of processes, for each training process, that read images before training to verify them
+            (`verify_images="all"`) and to find their sizes. If unset, one process per CPU core is used.
         dataloader_num_workers (`int`, *optional*):
-            Number of worker processes that decode images, per training process. If unset, the trainer chooses and logs
-            the number: none for data that decode in seconds, one for a stream, and else up to four, as cores, shared
-            memory and the start method allow. Map-style data give the same batches with any number. Evaluation uses the
-            same number. If the number is unset, evaluation uses at most one worker for a stream and none for a data set
-            of another class.
+            Number of DataLoader workers that decode images, for each training process. If unset, the trainer chooses
+            the number and logs it: no worker for fewer than 512 pairs, at most one for a stream, and otherwise up to
+            four, depending on cores, shared memory and the start method of processes. Map-style data give the same
+            batches with any number of workers. Evaluation uses the same number of workers as training, except that a
+            number chosen by the trainer is lowered to one for a stream.
         swap_labels (`bool`, *optional*, defaults to `False`):
-            Whether to swap winner and loser of every pair, in training and evaluation data. Set it to train a negative
-            model, a reference of [`~trl_diffusion_sdpo.preference_guidance`].
+            Whether to swap winner and loser of every pair, in training and evaluation data. Training on swapped pairs
+            gives a model that prefers the worse images. A model that prefers the worse images can be the `reference` of
+            [`~trl_diffusion_sdpo.preference_guidance`].
         losers (`str`, *optional*, defaults to `"data"`):
-            Source of the losers. `"data"` takes them from the data set. `"permute"` replaces each loser by the winner
-            of a pair of another prompt, drawn anew in every epoch and once for evaluation. Use `"permute"` for images
-            with captions, which have no losers; it needs map-style data.
+            Source of the losers. `"data"` uses the losers in the data set. `"permute"` replaces each loser by the
+            winner of a random pair with another prompt. In training, the pairs that supply the losers are drawn again
+            in every epoch; for evaluation, they are drawn only once. Use `"permute"` for images with captions, because
+            such data have no losers. `"permute"` needs map-style data.
         pair_weights (`str`, *optional*):
-            Weights of the pairs' losses in training, divided by their mean over the training data. It is the name of a
-            numeric column, or a function of the scores: `"gap"` (their gap), `"gain"` (the gap of `2^score`),
-            `"inverse_gap"` (larger for small gaps) or `"agreement"` (smaller if several scorers disagree). Evaluation
-            uses no weights. It cannot be used with streams.
+            Source of the weights by which the losses of training pairs are multiplied: the name of a numeric column, or
+            a function of the winner's and loser's scores. The functions are `"gap"` (difference of the scores),
+            `"gain"` (difference of `2^score`), `"inverse_gap"` (larger if the scores are closer) and `"agreement"`
+            (smaller if several scorers disagree). Weights are divided by their mean over the training data. Evaluation
+            uses no weights. `pair_weights` cannot be used with streams.
         calibrated_scores (`bool`, *optional*, defaults to `False`):
-            Whether to replace each image's score by its expected share of wins among the images of its prompt, for the
-            loss and the weights. It cannot be used with streams.
+            Whether to replace each image's score by the share of wins expected for it against the other images of its
+            prompt, before the loss and `pair_weights` read the score. `calibrated_scores` cannot be used with streams.
         on_bad_row (`str`, *optional*, defaults to `"drop"`):
-            What to do with undecodable images, unreadable labels and prompts that are no text. `"drop"` skips, counts
-            and reports them; `"raise"` stops at the first. Ties are skipped and counted with both.
+            What to do with a row that has an undecodable image, an unreadable label or a prompt that is no text.
+            `"drop"` skips such rows and reports their number; `"raise"` raises an error at the first one. Rows whose
+            label is a tie are always skipped and counted.
         verify_images (`str`, *optional*, defaults to `"sample"`):
-            Images of a map-style data set that are decoded before training. `"sample"` decodes the images of 128 pairs
-            spread over the data. `"all"` decodes all images, shared among the processes and cached by `datasets`, and
-            drops bad pairs. `"none"` decodes none. If a bad image is found later, during loading, the next good pair
-            replaces its pair. `True` means `"all"`, and `False` means `"none"`.
+            Images of a map-style data set that are decoded before training, to find damaged ones. `"sample"` decodes
+            the images of 128 pairs, evenly spaced in the data. `"all"` decodes all images and drops pairs with damaged
+            ones. The training processes divide the images among themselves, and `datasets` caches the result. `"none"`
+            decodes no image. If training later meets a damaged image, the next good pair replaces its pair. `True`
+            means `"all"`, and `False` means `"none"`.
         image_schemes (`list[str]`, *optional*):
-            URL schemes that rows may use besides `file`, `hf`, `zip` and `tar`, such as `s3`. Add one only if you trust
-            the data: this machine opens the URLs that rows name.
+            URL schemes, such as `s3`, that image URLs in the data may have in addition to `file`, `hf`, `zip` and
+            `tar`. Add a scheme only if you trust the data, because your machine opens every URL in the data.
         resolution (`int` or `list[int]`, *optional*):
             Side of the square training images in pixels, or their height and width. Write `1024` or `768 1344` on the
-            command line, and `1024` or `[768, 1344]` in YAML. If unset, it is the model's default.
+            command line, and `1024` or `[768, 1344]` in YAML. If unset, the model's default resolution is used.
         aspect_ratio_buckets (`bool`, *optional*, defaults to `False`):
-            Whether each pair is trained at the size nearest to its images' aspect ratios, from a list of sizes of about
-            the area of `resolution`. Every batch has one size. The header of every image is read before the first batch
-            and cached by `datasets`. It cannot be used with streams.
+            Whether to train each pair at an image size that fits the aspect ratios of its images, instead of at
+            `resolution`. The size is chosen from a list of sizes (buckets) that all have about the area of
+            `resolution`. All pairs of a batch have the same size. Before the first batch, the header of every image is
+            read, and `datasets` caches the image sizes. `aspect_ratio_buckets` cannot be used with streams.
         bucket_kwargs (`dict` or `str`, *optional*):
-            Constants of the list of sizes of `aspect_ratio_buckets`, in YAML or as JSON. Sides are multiples of `step`
-            pixels (default 64), and `max_aspect_ratio` (default 2) is the largest ratio of the longer to the shorter
-            side.
+            Constants of the image sizes of `aspect_ratio_buckets`, by name, in YAML or as JSON. All heights and widths
+            are multiples of `step` pixels (default 64). `max_aspect_ratio` (default 2) is the largest allowed ratio of
+            the longer to the shorter side.
         min_side (`int`, *optional*):
-            Shortest side in pixels that an image may have. Pairs with a smaller image are skipped and counted; set it
-            to avoid enlarging images much. It reads image headers as `aspect_ratio_buckets` does. No pair is skipped if
-            unset.
+            Smallest allowed length in pixels of an image's shorter side. Pairs with a smaller image are skipped and
+            counted. Set `min_side` so that small images are not enlarged much. The header of every image is then read
+            before the first batch. If unset, no pair is skipped for its size.
         random_crop (`bool`, *optional*, defaults to `False`):
-            Whether to crop images at random instead of at the center. Both images of a pair use one draw.
+            Whether to crop images at a random position instead of at the center. Both images of a pair are cropped at
+            the same position.
         random_flip (`bool`, *optional*, defaults to `True`):
-            Whether to flip half of the pairs horizontally. Both images of a pair use one draw.
+            Whether to flip a random half of the pairs horizontally. Both images of a pair are flipped together.
         image_interpolation (`str`, *optional*, defaults to `"bilinear"`):
-            Interpolation for resizing: `"bilinear"`, `"bicubic"`, `"lanczos"` or `"fast"`. `"fast"` is bilinear, but
-            decodes JPEG files of at least twice the training size at a half, a quarter or an eighth of their size. Use
-            it if the workers that decode images cannot keep up; the images are about as sharp as with `"lanczos"`.
+            Interpolation for resizing: `"bilinear"`, `"bicubic"`, `"lanczos"` or `"fast"`. `"fast"` is like
+            `"bilinear"`, but JPEG files of at least twice the training size are decoded directly at a half, a quarter
+            or an eighth of their size. Use `"fast"` if the DataLoader workers decode images more slowly than the model
+            trains. Images are then about as sharp as with `"lanczos"`.
         proportion_empty_prompts (`float`, *optional*, defaults to `0.0`):
-            Share of pairs that are trained with an empty prompt, in `[0, 1]`. The paper uses 0.2.
+            Share of training pairs whose prompt is replaced by an empty one, in `[0, 1]`. The paper uses 0.2.
         precompute_latents (`bool`, *optional*, defaults to `False`):
-            Whether to encode images and prompts once before training, into files that later runs reuse. VAE and text
-            encoders are then not on the training device. If the model is a name or folder and everything is encoded
-            already, they are not loaded at all. It needs map-style data.
+            Whether to encode all images and prompts before training, into files that later runs reuse. VAE and text
+            encoders then take no memory of the training device. If the model is a Hub id or folder and all pairs are
+            encoded already, VAE and text encoders are not even loaded. `precompute_latents` needs map-style data.
         precompute_dir (`str`, *optional*):
-            Folder of the files that `precompute_latents` and `precompute_ref_errors` write, shared by all processes and
-            runs. If unset, it is `trl-diffusion-sdpo` in the user's cache folder (`$XDG_CACHE_HOME`, or `~/.cache`).
+            Folder for the files that `precompute_latents` and `precompute_ref_errors` write. All processes of a run
+            must be able to read it, and several runs may share it. If unset, the folder `trl-diffusion-sdpo` in the
+            user's cache folder (`$XDG_CACHE_HOME` or `~/.cache`) is used.
         precompute_epochs (`int`, *optional*, defaults to `1`):
-            Number of epochs whose random draws are computed before training; later epochs repeat them. With
-            `precompute_latents` the draws are the crops of `random_crop`. With `precompute_ref_errors` they are all
-            draws of a pair (crop, flip, dropped prompt, noise and timestep). Each epoch costs its encoding or forward
-            passes again.
+            Number of epochs with different random choices if results are computed before training; later epochs repeat
+            these choices. With `precompute_latents`, the choices are the positions of `random_crop`. With
+            `precompute_ref_errors`, they are crop, flip, dropped prompt, noise and timestep of each pair. The time of
+            the computation before training is proportional to `precompute_epochs`.
     """
 
     dataset_format: str | None = None
-    dataset_num_proc: Annotated[int | None, Range("[1, inf)", "Leave it unset.")] = None
+    dataset_num_proc: Annotated[int | None, Range("[1, inf)", "Leave it unset to use all cores.")] = None
     dataloader_num_workers: int | None = None
     swap_labels: Annotated[bool, RESUME] = False
     losers: Annotated[Losers, RESUME] = "data"
@@ -111,11 +120,11 @@ class DataArguments:
     bucket_kwargs: Annotated[
         dict[str, Any] | str | None, Keys(AspectRatioBuckets, ("step", "max_aspect_ratio")), RESUME
     ] = None
-    min_side: Annotated[int | None, Range("[1, inf)", "Leave it unset."), RESUME] = None
+    min_side: Annotated[int | None, Range("[1, inf)", "Leave it unset to skip no pair."), RESUME] = None
     random_crop: Annotated[bool, RESUME] = False
     random_flip: Annotated[bool, RESUME] = True
     image_interpolation: Annotated[Interpolation, RESUME] = "bilinear"
-    proportion_empty_prompts: Annotated[float, Range("[0, 1]", "Published: 0.2."), RESUME] = 0.0
+    proportion_empty_prompts: Annotated[float, Range("[0, 1]", "The paper uses 0.2."), RESUME] = 0.0
     precompute_latents: bool = False
     precompute_dir: str | None = None
     precompute_epochs: Annotated[int, Range("[1, inf)"), RESUME] = 1
@@ -129,14 +138,14 @@ class RunArguments:
 
     Parameters:
         checkpoint_on_interrupt (`bool`, *optional*, defaults to `True`):
-            Whether the first Ctrl-C (SIGINT) or SIGTERM finishes the current step and writes a checkpoint before
-            [`~DiffusionSDPOTrainer.train`] raises `KeyboardInterrupt`. If `False`, the trainer does not handle these
-            signals.
+            Whether training reacts to the first Ctrl-C (SIGINT) or SIGTERM by finishing the current step and writing a
+            checkpoint, before [`~DiffusionSDPOTrainer.train`] raises `KeyboardInterrupt`. If `False`, these signals end
+            the program as usual, without a checkpoint.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
-            Whether a new run may start in an `output_dir` that holds another run. The other run's files are then moved
-            into the subfolder `previous-run-1` (or `-2` and so on if that exists). If `False`, such a start is refused.
-            Resuming from a checkpoint in the folder is always allowed and moves only files written after that
-            checkpoint.
+            Whether a new run may start in an `output_dir` that holds another run. The files of the other run are then
+            moved into the subfolder `previous-run-1` (or `previous-run-2` and so on if it exists). If `False`, the
+            trainer raises an error instead. Resuming from a checkpoint in the folder is always allowed; only files that
+            are newer than this checkpoint are then moved.
     """
 
     checkpoint_on_interrupt: bool = True

@@ -1,9 +1,9 @@
-"""Declaration of a setting.
+"""Where the default, the allowed values and the help text of a setting are declared.
 
 - The field holds the default.
-- The annotation holds the choices as a `Literal`, the allowed numbers as a [`Range`], and the lists of settings that
-  the setting belongs to. (They cannot be in the field's metadata, because the parser of transformers passes all
-  metadata to `argparse`.)
+- The annotation holds the choices as a `Literal`, the allowed numbers as a [`Range`], and [`RESUME`] if a resumed run
+  must have the same value. (These facts cannot be in the field's metadata, because the parser of transformers passes
+  all metadata to `argparse`.)
 - The setting's paragraph in the docstring of the class is its help text.
 """
 
@@ -15,16 +15,16 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
 
-RESUME = "resume"  # settings that change the trajectory: resuming compares them, and the model card shows them
+RESUME = "resume"  # marks settings that change the trained weights; a resumed run must have the same values
 
 
 @dataclass(frozen=True)
 class Range:
-    """Interval of the numbers that a setting accepts.
+    """Interval of the numbers that are allowed as the value of a setting.
 
     Args:
-        interval (`str`): Interval such as `"(0, 1]"`. `"[1, inf)"` has no upper end.
-        advice (`str`): Last sentence of the error message.
+        interval (`str`): Interval such as `"(0, 1]"`, or `"[1, inf)"` if there is no largest number.
+        advice (`str`): Last sentence of the error message for a number outside of the interval.
     """
 
     interval: str
@@ -46,7 +46,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Choices:
-    """Words that a list may contain. A command line may also pass a single word.
+    """Words that are allowed in a setting whose value is a list of words or a single word.
 
     Args:
         words (`tuple[str, ...]`): All allowed words.
@@ -57,7 +57,8 @@ class Choices:
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys that a mapping may have. The mapping becomes the keyword arguments of a dataclass.
+    """Keys that are allowed in a setting whose value is a mapping. The mapping becomes the keyword arguments of a
+    dataclass.
 
     Args:
         of (`type`): Dataclass that declares the defaults and checks the values.
@@ -72,13 +73,13 @@ Group = TypeVar("Group", bound=type)
 
 
 def documented(group: Group) -> Group:
-    """Use the paragraphs of a dataclass's docstring as the help texts of its fields.
+    """Return a dataclass of settings, with the paragraphs of its docstring as the help texts of its fields.
 
-    A field with [`Choices`] also passes its words and its default to the parser, because the parser of transformers
-    reads the default of a list only from a factory.
+    The metadata of a field with [`Choices`] also contain the words and the default, because the parser of transformers
+    reads the default of a list only from a `default_factory`.
 
     Raises:
-        `ValueError`: If a field has no paragraph.
+        `ValueError`: If the docstring has no paragraph for a field.
     """
     text = inspect.getdoc(group) or ""
     paragraphs = dict(re.findall(r"^    (\w+) \(.*?\):\s+(.*?)(?=^    \w|\Z)", text, re.DOTALL | re.MULTILINE))
@@ -87,7 +88,7 @@ def documented(group: Group) -> Group:
         if setting.name not in group.__annotations__:
             continue
         if setting.name not in paragraphs:
-            raise ValueError(f"Each setting needs a paragraph in the docstring of {group.__name__}: {setting.name}.")
+            raise ValueError(f"`{setting.name}` has no paragraph in the docstring of {group.__name__}. Add one.")
         paragraph = " ".join(paragraphs[setting.name].split())
         facts = get_args(hints[setting.name]) if get_origin(hints[setting.name]) is Annotated else ()
         words = [fact.words for fact in facts if isinstance(fact, Choices)]

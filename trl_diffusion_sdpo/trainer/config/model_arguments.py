@@ -1,4 +1,4 @@
-"""Settings of the model, the reference, memory and the sample images."""
+"""Settings of the model, the reference and memory. (Sample images: `sample_arguments.py`.)"""
 
 from __future__ import annotations
 
@@ -18,44 +18,49 @@ class PipelineArguments:
 
     Parameters:
         adapter_name_or_path (`str`, *optional*):
-            LoRA that training continues, on top of the model: a folder in the format of PEFT or diffusers (such as a
-            run's), a `.safetensors` file or a Hub id. The reference is then this LoRA before training.
+            LoRA to load into the model and train further: a folder in the format of PEFT or diffusers (for example the
+            output folder of a run), a `.safetensors` file or a Hub id. The reference is then the model with this LoRA
+            as it was before training.
         ref_model_name_or_path (`str`, *optional*):
-            Reference, if it is not the model before training: a Hub id, a pipeline's folder or a run's folder. It has
-            the same effect as `ref_model`.
+            Reference model: a Hub id, the folder of a pipeline or the output folder of a run. The setting has the same
+            effect as the trainer's argument `ref_model`. If both are unset, the reference is the model before training.
         model_init_kwargs (`dict` or `str`, *optional*):
-            Keyword arguments of `DiffusionPipeline.from_pretrained`. They are used if `model` is a string.
+            Keyword arguments of `DiffusionPipeline.from_pretrained`, with which the model is loaded if `model` is a
+            string.
         ref_model_init_kwargs (`dict` or `str`, *optional*):
-            Keyword arguments of `from_pretrained` of the reference's denoiser, used if `ref_model` is a string. Nothing
-            else of the reference's pipeline is loaded. From `model_init_kwargs`, the reference also takes `dtype`,
-            `variant` and the settings for access to the Hub unless they are set here; it never takes the policy's
-            `revision`.
+            Keyword arguments of `from_pretrained`, with which the reference's denoiser is loaded if `ref_model` is a
+            string. No other component of the reference's pipeline is loaded. If `dtype`, `variant` or settings for
+            access to the Hub are not set here, their values in `model_init_kwargs` apply to the reference too. The
+            `revision` in `model_init_kwargs` never applies to the reference.
         disable_dropout (`bool`, *optional*, defaults to `True`):
-            Whether to disable dropout in the model and the reference. With dropout, policy and reference differ from
-            the first step.
+            Whether to disable dropout in the model and the reference. With active dropout, the predictions of model and
+            reference differ even before the first step.
         sync_ref_model (`bool`, *optional*, defaults to `False`):
             Whether to move the reference towards the policy every `ref_model_sync_steps` optimizer steps, as in
-            [TR-DPO](https://huggingface.co/papers/2404.09656). It also works with adapters.
+            [TR-DPO](https://huggingface.co/papers/2404.09656). `sync_ref_model` also works if a LoRA trains.
         ref_model_mixup_alpha (`float`, *optional*, defaults to `0.6`):
-            Share of the policy in the new reference, in `(0, 1]`: `ref = alpha * policy + (1 - alpha) * ref`. It is
-            used with `sync_ref_model`.
+            Alpha of the reference's update `ref = alpha * policy + (1 - alpha) * ref` under `sync_ref_model`, in `(0,
+            1]`. With `ref_model_mixup_alpha=1`, the policy's weights replace those of the reference.
         ref_model_sync_steps (`int`, *optional*, defaults to `512`):
-            Optimizer steps between two moves of the reference. It is used with `sync_ref_model`.
+            Number of optimizer steps between two updates of the reference under `sync_ref_model`.
         precompute_ref_errors (`bool`, *optional*, defaults to `False`):
-            Whether to compute the reference's errors on all pairs before training. A step then needs no forward pass of
-            the reference, and the reference is freed from memory. The errors are stored and reused by runs with the
-            same reference, data and noise. It cannot be used with losses that read the reference's prediction (`dspo`,
-            `dspo_sdxl`), `sync_ref_model`, active dropout or streams.
+            Whether to compute the reference's errors on all pairs before training. Training steps then need no forward
+            pass of the reference, and the reference is freed from memory. The errors are cached on disk, and runs with
+            the same reference, data and noise reuse them. `precompute_ref_errors` cannot be used with `dspo` and
+            `dspo_sdxl` (these losses read the reference's prediction), with `sync_ref_model`, with active dropout or
+            with streamed data.
         save_full_pipeline (`bool`, *optional*, defaults to `False`):
             Whether [`~DiffusionSDPOTrainer.save_model`] also writes the whole pipeline beside the tuned weights.
-            Intermediate checkpoints never hold it.
+            Checkpoints during training never contain the whole pipeline.
         vae_dtype (`str`, *optional*, defaults to `"auto"`):
             Precision in which the VAE encodes images: `"float32"`, `"bfloat16"`, `"float16"` or `"auto"`. `"auto"` uses
-            the precision of autocast, or the VAE's own dtype without autocast. Under fp16, `"auto"` uses float32 if the
-            VAE's configuration says that it overflows (`force_upcast`).
+            the dtype of autocast (`bf16` or `fp16`), or the dtype in which the VAE was loaded if autocast is off. Under
+            `fp16`, `"auto"` uses float32 if the VAE's configuration has `force_upcast`, because such a VAE overflows in
+            float16.
         vae_encode_batch_size (`int`, *optional*):
-            Number of images that the VAE encodes at once. Lower it to save memory; the latents are equal up to
-            rounding. If unset, it is 8 images of 512 x 512 pixels, 2 of 1024 x 1024, and as many pixels of other sizes.
+            Number of images that the VAE encodes in one call. A lower number saves memory and gives the same latents up
+            to rounding. If unset, the VAE encodes about two million pixels per call: 8 images of 512 x 512 pixels, or 2
+            images of 1024 x 1024.
     """
 
     adapter_name_or_path: str | None = None
@@ -70,7 +75,7 @@ class PipelineArguments:
     save_full_pipeline: bool = False
     vae_dtype: Annotated[VaeDtype, RESUME] = "auto"
     vae_encode_batch_size: Annotated[
-        int | None, Range("[1, inf)", "Leave it unset for about two million pixels at once.")
+        int | None, Range("[1, inf)", "Leave it unset to encode about two million pixels at once.")
     ] = None
 
 
@@ -82,47 +87,16 @@ class MemoryArguments:
 
     Parameters:
         offload_frozen_components (`bool`, *optional*, defaults to `False`):
-            Whether VAE and text encoders stay in pinned CPU memory and move to the device only to encode a micro-batch.
-            Set it to save device memory; the results are equal.
+            Whether VAE and text encoders stay in pinned CPU memory and are copied to the accelerator only while they
+            encode a micro-batch. Offloading saves memory of the accelerator and does not change results.
         torch_compile_regional (`bool`, *optional*, defaults to `False`):
-            Whether `torch_compile` compiles the denoiser's repeated blocks instead of the whole denoiser. Each kind of
-            block is compiled once.
+            Whether `torch_compile` compiles only the denoiser's repeated blocks, one after the other, instead of the
+            whole denoiser. Regional compilation takes less time, because each kind of block is compiled only once.
         attention_backend (`str`, *optional*):
-            Name of an attention backend of diffusers, such as `"flash"`, `"flash_hub"` or `"xformers"`. It is PyTorch's
-            attention if unset.
+            Name of an attention backend of diffusers, such as `"flash"`, `"flash_hub"` or `"xformers"`. If unset,
+            PyTorch's attention is used.
     """
 
     offload_frozen_components: bool = False
     torch_compile_regional: bool = False
     attention_backend: str | None = None
-
-
-@documented
-@dataclass
-class SampleArguments:
-    r"""
-    Settings of [`DiffusionSDPOConfig`] for sample images.
-
-    Parameters:
-        sample_prompts (`list[str]`, *optional*):
-            Prompts of sample images, which are generated with fixed seeds before, during and after training. They are
-            saved in `samples/` of the output folder and shown in the model card.
-        sample_sources (`list[str]`, *optional*):
-            Paths of the images that `sample_prompts` edit, one for each prompt. Models that always edit need them, and
-            other edit models may have them.
-        sample_steps (`int`, *optional*):
-            Optimizer steps between two generations of sample images. If unset, they are generated only before and after
-            training.
-        sample_kwargs (`dict` or `str`, *optional*):
-            Further arguments of the pipeline's call for sample images, in YAML or as JSON, such as
-            `num_inference_steps` (default 30) and `guidance_scale` (default: the pipeline's).
-        sample_scorers (`list[str]`, *optional*):
-            Scorers of the sample images, such as `pickscore`, or your own `module:function`. Each generation is scored
-            and compared with the images before training.
-    """
-
-    sample_prompts: list[str] | None = None
-    sample_sources: list[str] | None = None
-    sample_steps: Annotated[int | None, Range("[1, inf)", "Leave it unset for none.")] = None
-    sample_kwargs: dict[str, Any] | str | None = None
-    sample_scorers: list[str] | None = None

@@ -23,46 +23,51 @@ class NoiseArguments:
 
     Parameters:
         timestep_range (`list[int]`, *optional*):
-            Two whole numbers: the lowest timestep and the one above the highest, such as `0 1000`. Set it to train at
-            some timesteps only; all are drawn if unset.
+            Range of timesteps to train at, as two whole numbers: the lowest timestep, and the highest timestep plus 1,
+            such as `500 1000`. If unset, the model trains at all timesteps.
         timesteps (`list[float]`, *optional*):
-            The only timesteps to train at, drawn equally often, such as `999 749 499 249`. Set it for a distilled
-            model, to the timesteps that its few steps visit. If unset, timesteps are drawn from a density over all.
+            List of the only timesteps to train at, such as `999 749 499 249`. Each timestep in the list is drawn
+            equally often. For a model that is distilled to few sampling steps, list the timesteps that its sampler
+            visits. If unset, timesteps are drawn at random from `timestep_range` with the density `weighting_scheme`.
         weighting_scheme (`str`, *optional*):
-            Density of the timesteps before the shift of the pipeline's scheduler: `"none"` (uniform), `"logit_normal"`
-            or `"mode"`. If unset, it is the default of the model's family.
+            Density from which timesteps are drawn, before the pipeline's scheduler shifts them: `"none"` (uniform),
+            `"logit_normal"` or `"mode"`. If unset, the default of the model's family is used.
         weighting_kwargs (`dict` or `str`, *optional*):
             Constants of `weighting_scheme` by name, in YAML or as JSON. `"logit_normal"` takes `logit_mean` (default
             0.0; above 0 samples more noise) and `logit_std` (default 1.0); `"mode"` takes `mode_scale` (default 1.29; 0
             is uniform).
         timestep_weighting (`str`, *optional*, defaults to `"none"`):
-            Weights of a flow model's errors by timestep. `"one_minus_t_squared"` multiplies an error by `(1 - t)^2`,
-            and `t` is the share of noise; `"none"` weighs all timesteps equally.
+            Weighting of errors by timestep, for flow-matching models. `"one_minus_t_squared"` multiplies the error at
+            timestep t by `(1 - t)^2`, so low noise counts most; here t runs from 0 (clean) to 1 (pure noise). `"none"`
+            weighs all timesteps equally.
         snr_gamma (`float`, *optional*):
-            Gamma of [min-SNR](https://huggingface.co/papers/2303.09556) weights, which weigh errors by timestep. A
-            usual value is 5.0; errors are not weighed if unset.
+            Gamma of [min-SNR](https://huggingface.co/papers/2303.09556), a weighting of errors by timestep. A usual
+            value is 5.0. If unset, min-SNR is not used.
         noise_offset (`float`, *optional*, defaults to `0.0`):
-            Scale of an extra noise that is constant over the image in each channel. It is added to the noise; 0 adds
-            none.
+            Scale of an extra noise that is added to the usual noise and has one value per channel for the whole image.
+            0 adds no extra noise.
         n_timesteps_per_pair (`int`, *optional*, defaults to `1`):
-            Number of draws of timestep and noise for each training pair, all in one batch. The pair is encoded once,
-            and its loss is the mean over the draws. Raise it for less noisy gradients; activations take this many times
-            the memory. Evaluation is not affected.
+            Number of timesteps (each with new noise) at which a training pair is predicted in one step. The pair is
+            encoded once, and its loss is the mean over these timesteps. Raise `n_timesteps_per_pair` for less noisy
+            gradients. With `n_timesteps_per_pair=4`, for example, activations take four times the memory. Evaluation is
+            not affected.
         noise_source (`str`, *optional*, defaults to `"shared"`):
-            Source of the noise in training. `"shared"` draws one noise for both images of a pair. `"inversion"` inverts
-            each image with the current policy up to the pair's timestep and uses the noise that this gives.
-            `"generated"` takes the noise from which each image was generated, drawn again from the columns
-            `chosen_noise_seed` and `rejected_noise_seed` of `pairs generate`, as in
-            [PNAPO](https://huggingface.co/papers/2605.09433). Evaluation always draws shared noise.
+            Source of the noise in training. `"shared"` draws random noise, equal for both images of a pair.
+            `"inversion"` inverts each image with the current policy (DDIM inversion) up to the pair's timestep, and
+            uses the resulting noise. `"generated"` uses the noise from which each image was generated. Data from the
+            command `pairs generate` contain the seeds of this noise in the columns `chosen_noise_seed` and
+            `rejected_noise_seed`. The method is [PNAPO](https://huggingface.co/papers/2605.09433). Evaluation always
+            uses `"shared"` noise.
         inversion_kwargs (`dict` or `str`, *optional*):
-            Constants of the inversion by name, in YAML or as JSON. `kind` is `"ddim"` (one prediction a step, as in
-            DDIM-InPO) or `"renoise"` (the mean of two predictions, as in SmPO-Diffusion). `steps` (default 10) counts
-            the steps over the whole schedule. `end` is `"exact"` (a last, shorter step reaches the timestep itself) or
-            `"grid"` (stop at the last step below the timestep, as published). `eta` (default 0) scales the noise that
-            is added after each step, for DDPM; DDIM-InPO uses 0.1.
+            Constants of `noise_source="inversion"` by name, in YAML or as JSON. `kind` is `"ddim"` (one prediction per
+            inversion step, as in DDIM-InPO) or `"renoise"` (the mean of two predictions, as in SmPO-Diffusion). `steps`
+            (default 10) is the number of inversion steps from the clean image to pure noise. `end` is `"exact"` (a
+            last, shorter step reaches the pair's timestep) or `"grid"` (inversion stops at the last full step below the
+            pair's timestep, as published). `eta` (default 0) is the scale of the random noise added after each
+            inversion step. Only DDPM models allow an `eta` above 0; DDIM-InPO uses 0.1.
         guidance_scale (`float`, *optional*):
-            Guidance that a distilled denoiser takes as an input, such as that of FLUX.1-dev. If unset, it is the
-            default of the model's family.
+            Guidance scale passed to a denoiser that is distilled for guidance and takes the scale as an input, such as
+            FLUX.1-dev. If unset, the default of the model's family is used.
     """
 
     timestep_range: Annotated[list[int] | None, RESUME] = None
@@ -74,8 +79,8 @@ class NoiseArguments:
         RESUME,
     ] = None
     timestep_weighting: Annotated[TimestepWeighting, RESUME] = "none"
-    snr_gamma: Annotated[float | None, Range("(0, inf)", "Leave it unset for none."), RESUME] = None
-    noise_offset: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME] = 0.0
+    snr_gamma: Annotated[float | None, Range("(0, inf)", "Leave it unset to turn min-SNR off."), RESUME] = None
+    noise_offset: Annotated[float, Range("[0, inf)", "Use 0 for no extra noise."), RESUME] = 0.0
     n_timesteps_per_pair: Annotated[int, Range("[1, inf)"), RESUME] = 1
     noise_source: Annotated[NoiseSource, RESUME] = "shared"
     inversion_kwargs: Annotated[
@@ -92,66 +97,77 @@ class LossArguments:
 
     Parameters:
         loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`):
-            Loss of a pair: `"sigmoid"`, `"hinge"`, `"ipo"`, `"robust"`, `"dspo"`, `"dspo_sdxl"`, `"dmpo"`, `"sft"`,
-            `"mapo"`, `"simpo"`, `"dpop"`, `"linear"`, `"smpo"`, `"capo"`, `"apo_zero"` or `"apo_down"`. Several losses
-            are summed: write `sigmoid sft` on the command line and `[sigmoid, sft]` in YAML.
+            Name of the loss: `"sigmoid"` (Diffusion-DPO), `"hinge"`, `"ipo"`, `"robust"`, `"dspo"`, `"dspo_sdxl"`,
+            `"dmpo"`, `"sft"`, `"mapo"`, `"simpo"`, `"dpop"`, `"linear"`, `"smpo"`, `"capo"`, `"apo_zero"` or
+            `"apo_down"`. If you name several losses, they are summed: write `sigmoid sft` on the command line and
+            `[sigmoid, sft]` in YAML.
         loss_weights (`list[float]`, *optional*):
             Weights of the losses in `loss_type`, in the same order. All weights are 1 if unset.
         margin_clamp (`float`, *optional*):
-            Largest logit of a pair. A pair above it counts as won and has no gradient. It applies to `sigmoid`,
-            `hinge`, `ipo`, `robust`, `dmpo`, `smpo` and `capo`; there is no limit if unset.
+            Largest logit of a pair. A pair with a larger logit has no gradient, because the policy already prefers its
+            winner clearly. `margin_clamp` works with `sigmoid`, `hinge`, `ipo`, `robust`, `dmpo`, `smpo` and `capo`. If
+            unset, logits are not limited.
         beta (`float`, *optional*):
-            Strength of the tie to the reference; raise it to stay closer to the reference. The logit is `-(beta / 2)`
-            times the margin of the mean squared errors. If unset, it is the default of the loss and the model's family.
+            Strength of the tie to the reference. Raise `beta` to stay closer to the reference. The logit of a pair is
+            `-(beta / 2)` times the margin, which is the winner's change of mean squared error against the reference
+            minus the loser's. If unset, the default of the loss and the model's family is used.
         auto_beta (`bool`, *optional*, defaults to `False`):
-            Whether `beta` adapts to the margins during training. A pair that is won by a margin of average size then
-            gets the factor 0.2 in the gradient of `sigmoid`. Adaptation starts at `beta` and stays between a tenth and
-            ten times of it. Evaluation uses `beta` itself. It applies to `sigmoid`, `hinge`, `robust`, `dspo_sdxl`,
-            `dmpo`, `simpo`, `dpop` and `smpo`.
+            Whether `beta` adapts to the size of the margins during training. With `sigmoid`, beta is chosen so that the
+            gradient of a pair with a margin of average size has the factor 0.2. Adaptation starts at `beta` and stays
+            between `beta / 10` and `10 * beta`. Evaluation always uses `beta`. `auto_beta` works with `sigmoid`,
+            `hinge`, `robust`, `dspo_sdxl`, `dmpo`, `simpo`, `dpop` and `smpo`.
         safeguard (`str`, *optional*, defaults to `"output"`):
-            How the loser's gradient is scaled so that the winner's error does not rise, to first order. `"output"`
-            computes the scale from the residuals at the model's output, at no cost. `"parameter"` computes it from the
-            true gradients, with one backward pass per branch and one lambda per optimizer step. `"none"` is the plain
-            loss.
+            How the safeguard computes lambda, the factor of the loser's gradient that keeps the winner's error from
+            rising, to first order. `"output"` computes lambda from the residuals (prediction minus target), at no extra
+            cost. `"parameter"` computes one lambda per optimizer step from the gradients of the weights, with one
+            backward pass for winners and one for losers. `"none"` turns the safeguard off.
         safeguard_mu (`float`, *optional*):
-            Share of the winner's descent that the safeguard preserves, in `[0, 1]`. Raise it for a stricter safeguard.
-            If unset, it is the default of the loss and the model's family.
+            Strictness of the safeguard, in `[0, 1]`: the share of the first-order decrease of the winner's error that
+            losers must not undo. Raise `safeguard_mu` for a stricter safeguard. If unset, the default of the loss and
+            the model's family is used.
         safeguard_granularity (`str`, *optional*, defaults to `"batch"`):
-            What shares one lambda of the safeguard at the output. `"batch"` has one per micro-batch and process, as
-            published. `"pair"` has one per pair, so it does not depend on how pairs are batched. `"weighted"` has one
-            per micro-batch, computed under the true weights of the pairs. `"noise_bin"` has one per noise bin of the
-            micro-batch.
+            Pairs that share one lambda under `safeguard="output"`. `"batch"` computes one lambda for each micro-batch
+            of a process, as published. `"pair"` computes one lambda for each pair, so lambda does not depend on the
+            batch. `"weighted"` computes one lambda for each micro-batch and takes into account the weight that the loss
+            gives to each pair. `"noise_bin"` computes one lambda for each noise bin in the micro-batch (see
+            `num_noise_bins`).
         safeguard_eps (`float`, *optional*, defaults to `0.0`):
-            Number added to the dot product of the safeguard. Use 1e-9 to reproduce the authors' code.
+            Small number added to the divisor of lambda under `safeguard="output"`, the dot product of the winners' and
+            losers' gradients. Use 1e-9 to reproduce the authors' code.
         safeguard_anchor (`str`, *optional*):
-            What the parameter-space safeguard protects. `"branch"` protects the winners' errors as the loss weighs
-            them. `"error"` protects the plain mean of the winners' errors and costs one more backward pass of the
-            winners. If unset, `"error"` is used for `ipo`, `dspo`, `dspo_sdxl`, `dmpo`, `capo`, `apo_down` and
-            sums with them, because their winner branch can raise the winner's error; `"branch"` is used for all other
-            losses.
+            Quantity that `safeguard="parameter"` keeps from rising. `"branch"` is the mean of the winners' errors with
+            the weights that the loss gives to the pairs. `"error"` is their unweighted mean, and costs one more
+            backward pass of the winners. If unset, `"error"` is used for `ipo`, `dspo`, `dspo_sdxl`, `dmpo`, `capo`,
+            `apo_down` and for sums that contain one of these losses, because the gradient of their winner term can
+            itself raise the winner's error. `"branch"` is used for all other losses.
         safeguard_low_memory (`bool`, *optional*, defaults to `False`):
-            Whether the parameter-space safeguard holds the activations of one branch at a time. Set it to save memory
-            at the cost of one more forward pass of the losers. It cannot be used with dropout.
+            Whether `safeguard="parameter"` holds the activations of winners and losers one after the other instead of
+            together. `safeguard_low_memory=True` saves memory and costs one more forward pass of the losers. It cannot
+            be used with dropout.
         safeguard_diagnostics_steps (`int`, *optional*):
-            Optimizer steps between two measurements of the parameter-space safeguard. A measurement logs lambda of the
-            output space beside its own. It also logs the change of the winners' error on the same batch, noise and
-            timesteps, both predicted from the gradient and realised by the optimizer. Nothing is measured if unset.
+            Number of optimizer steps between two measurements of how well `safeguard="parameter"` works. A measurement
+            logs the lambda that `safeguard="output"` would use. Each measurement also logs how the optimizer step
+            changes the winners' error on the step's batch, as predicted from the gradient and as measured after the
+            step. If unset, nothing is measured.
         mask_anchor (`float`, *optional*, defaults to `0.0`):
-            Weight of an additional term for data with a mask column: the mean squared distance of the prediction from
-            the reference's prediction outside of the masks. Raise it to keep what is outside as it was.
+            Weight of an additional loss term for data with a mask column. The term is the mean squared distance between
+            the predictions of the policy and the reference outside of the masks. Raise `mask_anchor` to change the
+            image less outside of the masks.
         loss_kwargs (`dict` or `str`, *optional*):
-            Constants of single losses by name, in YAML or as JSON: `label_smoothing` (share of flipped labels that
-            `robust` assumes; default 0.1), `dspo_threshold` (squared shift above which `dspo_sdxl` weighs it; default
-            0.1), `dmpo_alpha` (distance of the target preference of `dmpo` from 1; default 0.01), `mapo_temperature`
-            (default 1000), `mapo_scale` (default 0.5), `simpo_gamma` (target margin; default 0.5), `dpop_lambda`
-            (penalty on a rise of the winner's error; default 5), `linear_eta` (lowest weight; default 1e-3),
-            `smpo_coefficient` (default 10) and `smpo_score_scale` (divisor of score differences; default 1;
-            `"pickscore"` is the published 0.166581 for cosines of PickScore).
+            Constants of the losses by name, in YAML or as JSON: `label_smoothing` (share of swapped labels that
+            `robust` assumes; default 0.1), `dspo_threshold` (mean squared distance of the winners' predictions from the
+            reference's; at or above it, `dspo_sdxl` weighs the distance by the preference; default 0.1), `dmpo_alpha`
+            (1 minus the preference probability at which `dmpo` aims; default 0.01), `mapo_temperature` (default 1000),
+            `mapo_scale` (default 0.5), `simpo_gamma` (margin at which `simpo` aims; default 0.5), `dpop_lambda` (weight
+            of the penalty of `dpop` on a rise of the winner's error; default 5), `linear_eta` (lowest weight that
+            `linear` gives to a pair; default 1e-3), `smpo_coefficient` (default 10) and `smpo_score_scale` (number by
+            which `smpo` divides score differences; default 1; `"pickscore"` means 0.166581, the published value for
+            PickScore's cosines).
     """
 
     loss_type: Annotated[list[str] | str, Choices(get_args(LossType)), RESUME] = "sigmoid"
     loss_weights: Annotated[list[float] | None, RESUME] = None
-    margin_clamp: Annotated[float | None, Range("(0, inf)", "Leave it unset for none."), RESUME] = None
+    margin_clamp: Annotated[float | None, Range("(0, inf)", "Leave it unset for no limit."), RESUME] = None
     beta: Annotated[float | None, RESUME] = None
     auto_beta: Annotated[bool, RESUME] = False
     safeguard: Annotated[Safeguard, RESUME] = "output"
@@ -160,13 +176,14 @@ class LossArguments:
     safeguard_eps: Annotated[float, RESUME] = 0.0
     safeguard_anchor: Annotated[Anchor | None, RESUME] = None
     safeguard_low_memory: bool = False
-    safeguard_diagnostics_steps: Annotated[int | None, Range("[1, inf)", "Leave it unset for none.")] = None
-    mask_anchor: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME] = 0.0
+    safeguard_diagnostics_steps: Annotated[int | None, Range("[1, inf)", "Leave it unset to measure nothing.")] = None
+    mask_anchor: Annotated[float, Range("[0, inf)", "Use 0 to leave the term out."), RESUME] = 0.0
     loss_kwargs: Annotated[dict[str, Any] | str | None, RESUME] = None
 
     @property
     def loss_spec(self) -> LossSpec:
-        """Facts of the loss. Raises `ValueError` if `loss_type` and its settings name no loss."""
+        """Properties of the loss, such as whether it needs a reference. Raises `ValueError` if `loss_type`,
+        `loss_weights` and `margin_clamp` do not describe a valid loss."""
         return loss_spec(self.loss_type, self.loss_weights, self.margin_clamp)
 
 
@@ -174,44 +191,50 @@ class LossArguments:
 @dataclass
 class WinnerArguments:
     r"""
-    Settings of [`DiffusionSDPOConfig`] that measure and limit what training does to the preferred images. A noise level
-    is the share of noise in a noisy latent, from 0 (clean) to 1. For flow matching it is sigma; for DDPM it is the
-    sigma with the same signal-to-noise ratio. It means the same for every model.
+    Settings of [`DiffusionSDPOConfig`] that measure and limit what training does to the preferred images. Noise levels
+    run from 0 (clean latent) to 1 (pure noise) and mean the same for every model. For flow matching, the noise level is
+    sigma. For DDPM, it is the flow-matching sigma with the same signal-to-noise ratio.
 
     Parameters:
         num_noise_bins (`int`, *optional*, defaults to `8`):
-            Number of equal bins that divide the noise levels from 0 to 1. Evaluation reports the change of errors in
-            each bin, `safeguard_granularity="noise_bin"` has a lambda for each bin, and `winner_budget` controls each
-            bin.
+            Number of noise bins: equal intervals that divide the noise levels from 0 to 1. Evaluation reports how
+            errors changed in each bin. `safeguard_granularity="noise_bin"` computes one lambda per bin, and
+            `winner_budget` is controlled separately in each bin.
         loser_noise_range (`list[float]`, *optional*):
-            Two noise levels, lowest and highest, such as `0.6 1`. Losers train only between them; outside, a pair
-            trains its winner only. Losers train at all levels if unset.
+            Lowest and highest noise level at which losers train, such as `0.6 1`. At other noise levels, only the
+            winner of a pair trains. If unset, losers train at all noise levels.
         winner_budget (`float`, *optional*):
             Largest rise of the winners' error that is allowed in each noise bin, as a share of the error before
-            training; 0.05 is five per cent. The error is measured on a probe. In a noise bin above the budget, the
-            losers' gradients are scaled down; below it, they are scaled up again. If a bin stays above the budget with
-            its losers at 0, losers are scaled down in all bins. With `ema_decay`, the averaged weights are measured, so
-            the last weights may exceed the budget. Nothing is measured if unset.
+            training; 0.05 is five per cent. The error is measured during training on a probe, a small fixed set of
+            pairs. In noise bins where the rise of the winners' error exceeds the budget, the losers' gradients are
+            scaled down; in the other bins, the losers' gradients are scaled up again. If the rise in a bin still
+            exceeds the budget after the losers' gradients there are scaled to 0, the losers' gradients are scaled down
+            in all bins. With `ema_decay`, the errors of the averaged weights are measured, so the trained weights
+            themselves may exceed the budget. If `winner_budget` is unset, the winners' error is not limited.
         winner_budget_kwargs (`dict` or `str`, *optional*):
-            Size and interval of the probe of `winner_budget`, in YAML or as JSON. `pairs` (default 32) is the number of
-            pairs, spread over the evaluation data or, without these, over the training data. `steps` (default 10) is
-            the number of optimizer steps between two measurements.
+            Constants of `winner_budget` by name, in YAML or as JSON. `pairs` (default 32) is the number of pairs in the
+            probe. The pairs of the probe are evenly spaced in the evaluation data or, if there are no evaluation data,
+            in the training data. `steps` (default 10) is the number of optimizer steps between two measurements on the
+            probe.
         ema_decay (`float`, *optional*):
-            Decay of an average of the trained weights, in `(0, 1)`: `average = decay * average + (1 - decay) * weights`
-            after every step. Early steps use `(1 + step) / (10 + step)` if that is smaller. The average is evaluated,
-            saved and pushed beside the weights, in the folder `ema`. No average is computed if unset.
+            Decay of the exponential moving average (EMA) of the trained weights, in `(0, 1)`: `average = decay *
+            average + (1 - decay) * weights` after every step. Early steps use `(1 + step) / (10 + step)` instead if
+            this is smaller than `ema_decay`. The averaged weights are evaluated too, and are saved and pushed in the
+            subfolder `ema`. If unset, no average is computed.
         on_winner_rise (`str`, *optional*, defaults to `"warn"`):
-            What to do if an evaluation shows that the winners' error has risen above its value before training by more
-            than the uncertainty. `"warn"` logs each rise once, with the noise level and what to change. `"stop"` also
-            writes a checkpoint and ends training. `"ignore"` does nothing. Without evaluation data, `"warn"` checks the
-            training logs for an error that has doubled.
+            What to do if an evaluation shows that the winners' error is significantly higher than before training.
+            `"warn"` logs a warning with the noise level and with what to change, once for each rise. `"stop"` also
+            writes a checkpoint and ends training. `"ignore"` does nothing. Without evaluation data, `"warn"` warns if
+            the winners' error in the training logs has doubled.
     """
 
     num_noise_bins: Annotated[int, Range("[1, inf)"), RESUME] = 8
     loser_noise_range: Annotated[list[float] | None, RESUME] = None
-    winner_budget: Annotated[float | None, Range("(0, inf)", "0.01 is one per cent."), RESUME] = None
+    winner_budget: Annotated[
+        float | None, Range("(0, inf)", "For example, 0.05 allows a rise of five per cent."), RESUME
+    ] = None
     winner_budget_kwargs: Annotated[dict[str, Any] | str | None, Keys(ProbeSettings, ("pairs", "steps")), RESUME] = (
         None
     )
-    ema_decay: Annotated[float | None, Range("(0, 1)", "Usual: 0.98 to 0.9999."), RESUME] = None
+    ema_decay: Annotated[float | None, Range("(0, 1)", "Usual values are 0.98 to 0.9999."), RESUME] = None
     on_winner_rise: OnWinnerRise = "warn"

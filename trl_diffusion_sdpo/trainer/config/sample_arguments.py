@@ -1,0 +1,43 @@
+"""Settings of the sample images that are generated before, during and after training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from .declaring import Range, documented
+
+
+@documented
+@dataclass
+class SampleArguments:
+    r"""
+    Settings of [`DiffusionSDPOConfig`] for sample images.
+
+    Parameters:
+        sample_prompts (`list[str]`, *optional*):
+            Prompts of the sample images. The images are generated with fixed seeds before and after training, and also
+            during training if `sample_steps` is set. Sample images are saved in the subfolder `samples` of the output
+            folder, and shown in the model card.
+        sample_sources (`list[str]`, *optional*):
+            Paths of the images that `sample_prompts` edit, one image for each prompt. Models that always edit an image
+            need `sample_sources`. Models that can also generate without a source may have them.
+        sample_steps (`int`, *optional*):
+            Number of optimizer steps between two generations of sample images. If unset, sample images are generated
+            only before and after training.
+        sample_kwargs (`dict` or `str`, *optional*):
+            Arguments of the pipeline's `__call__` that generates sample images, in YAML or as JSON, such as
+            `num_inference_steps` (default 30) and `guidance_scale` (default: that of the pipeline).
+        sample_scorers (`list[str]`, *optional*):
+            Names of scorers that rate the sample images, such as `pickscore`, or your own function as
+            `module:function`. Scores of each generation are compared with the scores of the images from before
+            training.
+    """
+
+    sample_prompts: list[str] | None = None
+    sample_sources: list[str] | None = None
+    sample_steps: Annotated[
+        int | None, Range("[1, inf)", "Leave it unset to sample only before and after training.")
+    ] = None
+    sample_kwargs: dict[str, Any] | str | None = None
+    sample_scorers: list[str] | None = None
