@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -11,8 +11,10 @@ import numpy as np
 
 from .manifest import ListedImage
 from .picks import SHARES, PickLog, rated_pairs
-from .ratings import Group
+from .ratings import PRIOR, bradley_terry
 
+CERTAIN = 1.036  # standard deviations of a difference: its sign is right with a probability of 0.85
+OFFERED = 16  # pairs of a prompt that are offered next, at most
 FEW_PROMPTS = 30  # with fewer, the interval of a win rate is too narrow
 
 
@@ -48,6 +50,51 @@ class RankOrder:
     def left(self, gone: set[str]) -> int:
         """Return how many pairs are left at most."""
         return sum(group.open for group in self.groups.values())
+
+
+class Group:
+    """Images of one prompt, their ratings, and the best next pairs.
+
+    Args:
+        names (`Iterable[str]`): The images.
+        compared (`Iterable`): Comparisons: two images, and the share of the win that the first one gets: 1, 0.5, 0, or
+            `None` for a skipped pair, which says nothing.
+    """
+
+    def __init__(self, names: Iterable[str], compared: Iterable[tuple[str, str, float | None]] = ()) -> None:
+        self.names = list(names)
+        count = len(self.names)
+        index = {name: position for position, name in enumerate(self.names)}
+        wins = np.zeros((count, count))
+        judged = np.eye(count, dtype=bool)
+        for first, second, share in compared:
+            one, other = index[first], index[second]
+            judged[one, other] = judged[other, one] = True
+            if share is not None:
+                wins[one, other] += share
+                wins[other, one] += 1 - share
+        self.ratings, covariance = bradley_terry(wins)
+        difference = np.abs(self.ratings[:, None] - self.ratings[None, :])
+        variance = np.diag(covariance)[:, None] + np.diag(covariance)[None, :] - 2 * covariance
+        self.uncertain = ~judged & (difference < CERTAIN * np.sqrt(np.maximum(variance, 0)))
+        chance = 1 / (1 + np.exp(-difference))
+        # Information that a comparison brings, to first order. Images that were never shown come first.
+        gain = chance * (1 - chance) * variance
+        unseen = judged.sum(1) == 1
+        gain += PRIOR**2 * (unseen[:, None].astype(float) + unseen[None, :])
+        rows, columns = np.nonzero(np.triu(self.uncertain))
+        order = np.argsort(-gain[rows, columns], kind="stable")[:OFFERED]
+        self.open = len(rows)  # pairs whose order is still uncertain
+        self.offers = [
+            (float(gain[one, other]), self.names[one], self.names[other])
+            for one, other in zip(rows[order].tolist(), columns[order].tolist(), strict=True)
+        ]
+
+    def ranking(self) -> list[tuple[str, float, bool]]:
+        """Return the images from the best to the worst, their ratings, and whether their rank is still uncertain."""
+        order = np.argsort(-self.ratings, kind="stable").tolist()
+        doubtful = self.uncertain.any(1)
+        return [(self.names[index], float(self.ratings[index]), bool(doubtful[index])) for index in order]
 
 
 class BlindOrder:
