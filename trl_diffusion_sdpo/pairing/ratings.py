@@ -8,22 +8,22 @@ PRIOR = 3.0  # standard deviation of a rating before any comparison, in log odds
 
 
 def bradley_terry(wins: np.ndarray, prior: float = PRIOR) -> tuple[np.ndarray, np.ndarray]:
-    """Return the most probable ratings, and their covariance by Laplace's method.
+    """Return the most probable ratings of K images, and the covariance of these ratings by Laplace's method.
 
-    The probability that image i is preferred to image j is `sigmoid(rating[i] - rating[j])`. Before any comparison,
-    ratings are normal with mean 0.
+    The model: image i is preferred to image j with the probability `sigmoid(rating[i] - rating[j])`. The prior of each
+    rating is a normal distribution with mean 0.
 
     Args:
-        wins (`np.ndarray` of shape `(K, K)`): How often image i was preferred to image j. A tie counts one half for
-            both.
-        prior (`float`): Standard deviation of a rating before any comparison.
+        wins (`np.ndarray` of shape `(K, K)`): `wins[i, j]` is the number of times that image i was preferred to image
+            j. A tie adds one half to `wins[i, j]` and to `wins[j, i]`.
+        prior (`float`): Standard deviation of the prior.
 
     Returns:
         `tuple`: Ratings of shape `(K,)`, and their covariance of shape `(K, K)`.
     """
     games = wins + wins.T
     ratings = np.zeros(len(wins))
-    for _ in range(100):  # Newton's method; the probability is concave, so few steps are needed
+    for _ in range(100):  # Newton's method; the log-probability is concave, so few steps are needed
         chance = 1 / (1 + np.exp(ratings[None, :] - ratings[:, None]))
         gradient = wins.sum(1) - (games * chance).sum(1) - ratings / prior**2
         information = games * chance * (1 - chance)
