@@ -148,9 +148,7 @@ class PickSession:
             self.pairs = write_pairs(self.folder, self.log, self.images)
             self.problem = ""
         except OSError as error:  # the picks are safe in `picks.jsonl`
-            self.problem = (
-                f"{PAIRS_FILE} could not be written ({error.strerror}). Your picks are saved in picks.jsonl."
-            )
+            self.problem = f"{PAIRS_FILE} could not be written ({error.strerror}). Your picks are safe in picks.jsonl."
 
     def _next(self, tab: str, wanted: frozenset[str] | None) -> dict[str, Any] | None:
         """Return the pair that a tab shows next: the wanted pair, or else a pair that no other tab shows, or else any
