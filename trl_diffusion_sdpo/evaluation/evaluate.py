@@ -140,7 +140,7 @@ def evaluate_models(
         raise ValueError(f"`prompts` must be a list, got {prompts!r}. Pass `read_prompts(...)` to read a file.")
     listed = prompts if isinstance(prompts, PromptList) else distinct(prompts)
     if not candidates:
-        raise ValueError("An evaluation needs at least one model, got none. Pass `candidates`.")
+        raise ValueError("An evaluation needs one or more models, got none. Pass `candidates`.")
     _check_names("models", [candidate.name for candidate in candidates])
     _check_names("scorers", [_file_name(scorer.name) for scorer in scorers])
     if layout is not None and layout not in LAYOUTS:

@@ -170,8 +170,8 @@ class Family(ABC):
     def settle_dtype(self, dtype: torch.dtype | None = None) -> None:
         """Fix `dtype` from now on, to its current value or to another one.
 
-        Sharding engines change the dtype of the weights between passes. A rounded copy of the denoiser needs another
-        dtype.
+        Call it because sharding engines (FSDP, DeepSpeed) change the dtype of the weights between passes, and because a
+        rounded copy of the denoiser needs inputs of another dtype.
         """
         self._settled_dtype = dtype
         self._settled_dtype = self.dtype
@@ -298,7 +298,7 @@ class Family(ABC):
         """
         if generator is not None and len(generator) != len(pixel_values):
             raise ValueError(
-                f"One generator per image is needed, got {len(generator)} for {len(pixel_values)} images. "
+                f"One generator per image is needed, got {len(generator)} generators for {len(pixel_values)} images. "
                 "Pass as many generators as images, or None."
             )
         return self.latents_of(self.image_moments(pixel_values), generator)
@@ -356,7 +356,7 @@ class Family(ABC):
         return {}
 
     def keep_statistics(self, statistics: Mapping[str, torch.Tensor]) -> None:
-        """Use stored results of `latent_statistics` in place of the VAE's weights."""
+        """Store results of `latent_statistics`, which are then used in place of the VAE's weights."""
         self._kept_statistics = dict(statistics)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -367,7 +367,7 @@ class Family(ABC):
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """Return conditioning on image sizes, as SDXL has it. The default is empty.
+        """Return inputs of the denoiser that tell it the image sizes, as for SDXL. By default, there are none.
 
         Args:
             original_sizes (`torch.Tensor` of shape `(N, 2)`, int64): (height, width) of the images before resizing.
@@ -429,7 +429,8 @@ class Family(ABC):
 
 
 def refuse_sources(family: Family | type[Family], feature: str) -> None:
-    """Raise `ValueError` if a feature that handles no source images is used with a model that needs them."""
+    """Raise `ValueError` if `family` needs a source image for each prompt. Call it in features without source
+    images."""
     if family.takes_source:
         raise ValueError(
             f"{feature} cannot handle source images yet, and {family.name} needs one for each prompt. Leave it out, or "
@@ -465,7 +466,7 @@ def channel_statistics(vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def only_size(sizes: set[tuple[int, int]]) -> tuple[int, int]:
-    """Return the one size of a batch's source images. Raises `ValueError` if there are several."""
+    """Return the common size of a batch's source images. Raise `ValueError` if they have several sizes."""
     if len(sizes) > 1:
         raise ValueError(
             f"All sources of a batch must be resized to one size, and these have {sorted(sizes)} pixels. Use batches "

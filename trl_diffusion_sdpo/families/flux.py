@@ -1,6 +1,7 @@
 """FLUX.1: a transformer over packed latents, trained by flow matching.
 
-It is conditioned on T5 tokens, the pooled CLIP text embedding and, in guidance-distilled models, a guidance scale.
+The transformer is conditioned on T5 tokens, the pooled CLIP text embedding and, in guidance-distilled models, a
+guidance scale.
 """
 
 from collections.abc import Mapping
@@ -60,7 +61,7 @@ class FluxFamily(Family):
         return 512 if self.denoiser.config.guidance_embeds else 256
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Add the prompt length of training, because the pipeline's call always defaults to that of dev."""
+        """Return arguments with the prompt length of training, because the pipeline's default is always that of dev."""
         return {**super().generation_kwargs(scale), "max_sequence_length": self.max_sequence_length}
 
     def check_pipeline(self) -> None:
@@ -112,7 +113,8 @@ class FluxKontextFamily(FluxFamily):
     takes_source = True
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Leave out the prompt length, whose default is right: all Kontext models take guidance."""
+        """Return arguments without a prompt length, because the pipeline's default length is right for all Kontext
+        models."""
         return Family.generation_kwargs(self, scale)
 
     def encode_sources(self, sources: list[Image.Image], prompts: list[str]) -> dict[str, torch.Tensor]:

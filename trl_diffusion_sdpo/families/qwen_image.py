@@ -1,6 +1,6 @@
 """Qwen-Image: a transformer over packed latents, conditioned on a vision-language model and trained by flow matching.
 
-Its VAE is a video VAE, used with one frame.
+The VAE is a video VAE, which gets an image as a video of one frame.
 """
 
 from collections.abc import Mapping
@@ -55,8 +55,8 @@ class QwenImageLatentsFamily(Family):
 class QwenImageFamily(QwenImageLatentsFamily):
     """Trains `QwenImagePipeline`.
 
-    A model folder saved as its image-to-image or inpainting class works too: the transformer is the same.
-    Qwen-Image-Layered has another pipeline and no family.
+    Model folders that were saved as the image-to-image or inpainting pipeline can be trained too, because their
+    transformer is the same. Qwen-Image-Layered cannot be trained: it has another pipeline.
     """
 
     name = "Qwen-Image"
@@ -86,7 +86,7 @@ class QwenImageFamily(QwenImageLatentsFamily):
         return f"{last}.attn.to_add_out", f"{last}.txt_mlp"
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Pass the guidance scale as `true_cfg_scale`, with the model card's negative prompt, a space.
+        """Return the guidance scale as the argument `true_cfg_scale`, with the model card's negative prompt, a space.
 
         Without a negative prompt, the pipeline does not apply guidance.
         """
