@@ -33,8 +33,8 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--gentle",
         action="store_true",
-        help="Also train DPO and SDPO with a lower learning rate and a higher beta. With these settings, the two "
-        "methods score about the same. This takes one to two minutes more.",
+        help="Also train DPO and SDPO with a lower learning rate and a higher beta. With these settings, DPO and SDPO "
+        "score about the same. This takes one to two minutes more.",
     )
     parser.add_argument(
         "--write_pairs",

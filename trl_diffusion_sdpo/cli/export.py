@@ -18,7 +18,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--run", required=True, metavar="FOLDER", help="Output folder of the training run, or one of its checkpoints.")
-    add("--output", required=True, metavar="FILE", help="File to write. Its name must end in .safetensors.")
+    add("--output", required=True, metavar="FILE", help="Name of the file to write, which must end in .safetensors.")
     add("--format", choices=FORMATS, default=FORMATS[0], help="File format (default: kohya).")
     add("--average", action="store_true", help="Export the averaged weights that the setting `ema_decay` saves.")
     return parser

@@ -18,9 +18,8 @@ from .options import option_name, read_yaml, refuse_unknown
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 MODULE = f"{__package__}.main"
-LAUNCHED_VARIABLE = (
-    "TRL_DIFFUSION_SDPO_LAUNCHED"  # environment variable that is set in the processes that this module starts
-)
+# Environment variable that is set in the processes that this module starts.
+LAUNCHED_VARIABLE = "TRL_DIFFUSION_SDPO_LAUNCHED"
 
 # Seconds that torch's launcher waits between Ctrl-C and killing its processes. Its default of 30 is too short for a
 # large model to end its step and write a checkpoint.
@@ -60,7 +59,8 @@ def launch_words(config: str, in_file: dict[str, Any], typed: list[str], options
     Args:
         config (`str`): Name or path of a configuration of accelerate.
         in_file (`dict[str, Any]`): Options of `accelerate launch` in the YAML file of `--config`.
-        typed (`list[str]`): Options of `accelerate launch` on the command line. They override those in the file.
+        typed (`list[str]`): Options of `accelerate launch` on the command line. Typed options override options in the
+            file.
         options (`Iterable[str]`): Names of this command's options. An error message for a misspelt option suggests
             one of these.
     """
@@ -102,8 +102,8 @@ def start(words: list[str], command: str, arguments: list[str]) -> int:
 
     Args:
         words (`list[str]`): Arguments of `accelerate launch`, from [`launch_words`].
-        arguments (`list[str]`): Arguments of the command, as the user typed them. The started processes ignore the
-            options of `accelerate launch` among them.
+        arguments (`list[str]`): Arguments of the command, as the user typed them. If these
+            include options of `accelerate launch`, the started processes ignore those options.
 
     Returns:
         `int`: The exit code. 0 after success, 130 after an interruption, or else the exit code of the first process

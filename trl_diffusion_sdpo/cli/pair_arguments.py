@@ -136,7 +136,7 @@ def _read_sets(value: Any) -> list[PairSet]:
 
 
 def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig) -> tuple[Any, Any]:
-    """Return the training pairs and the evaluation pairs. The latter are `None` if `eval_strategy` is `"no"`.
+    """Return the training pairs and the evaluation pairs. The evaluation pairs are `None` if `eval_strategy` is `"no"`.
 
     Args:
         script_args (`PairArguments`): Options that name the data. [`~trl_diffusion_sdpo.load_pairs`] describes the
@@ -205,7 +205,8 @@ def public_name(script_args: ScriptArguments) -> str | None:
 
 
 def _load_evaluation(script_args: PairArguments, on_bad_row: str) -> Any:
-    """Return the test split of `eval_dataset_name`. If this option is unset, return that of the training data set."""
+    """Return the test split of `eval_dataset_name`. If this option is unset, return the test split of the training data
+    set."""
     other = script_args.eval_dataset_name
     is_local_other = other is not None and Path(other).expanduser().exists()
     config = None if is_local_other else script_args.dataset_config
@@ -238,9 +239,9 @@ def _refuse_training_pairs(script_args: PairArguments, trained: PairSet, loaded:
         return
     if script_args.eval_dataset_name is not None:
         raise ValueError(
-            f"Evaluation pairs must not be training pairs. Both come from {trained.path}, and its split {test_split} "
-            f"for evaluation shares rows with its split {trained.split} for training. Hold out training pairs with "
-            "`test_size`, and leave out `eval_dataset_name`."
+            f"Evaluation pairs must not be training pairs. Training and evaluation pairs come from {trained.path}, and "
+            f"its split {test_split} for evaluation shares rows with its split {trained.split} for training. Hold out "
+            "training pairs with `test_size`, and leave out `eval_dataset_name`."
         )
     raise ValueError(
         f"`dataset_test_split` must not share rows with `dataset_train_split`, because evaluation pairs must not be "

@@ -201,7 +201,10 @@ def _add_pick_options(parser: argparse.ArgumentParser) -> None:
         "devices in your network can open the page, for example your phone.",
     )
     parser.add_argument(
-        "--port", type=int, metavar="N", help="Port of the page. If unset, 8765, or a free port if 8765 is in use."
+        "--port",
+        type=int,
+        metavar="N",
+        help="Port of the page. If unset, the page uses port 8765, or a free port if 8765 is in use.",
     )
 
 

@@ -35,8 +35,8 @@ def run(arguments: list[str], prog: str, *, command: str = "train", act: Callabl
 
     Args:
         command (`str`): Name of the command, which accelerate runs again in the processes that it starts.
-        act (`Callable`, *optional*): Function that runs the command. It gets the parsed options and returns the exit
-            code. If unset, [`train`].
+        act (`Callable`, *optional*): Function that runs the command: it takes the parsed options and returns the
+            exit code. If unset, [`train`].
     """
     launched = launch.LAUNCHED_VARIABLE in os.environ
     settings, accelerate_config, typed = read_given(arguments)

@@ -92,7 +92,8 @@ def render(
 
 
 def imperfect_render(caption: Caption, generator: np.random.Generator) -> np.ndarray:
-    """Return a drawing of a caption with random flaws. The base model was trained on such drawings.
+    """Return a drawing of a caption with random flaws. The base model was trained on drawings from this
+    function.
 
     On each axis, the shape is off centre by a normal random number with a standard deviation of 3 pixels, clipped at 6
     pixels. 60% of the drawings are blurred, 10% have a wrong colour and 10% a wrong shape, independently of each other.

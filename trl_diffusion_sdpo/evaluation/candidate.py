@@ -18,8 +18,8 @@ class Candidate:
     """A model that takes part in an evaluation.
 
     Args:
-        name (`str`): Name of the model in tables and file names. It may contain letters, digits, dots, dashes and
-            underscores.
+        name (`str`): Name of the model in tables and file names. A name may contain letters, digits, dots, dashes
+            and underscores.
         model (`str` or `DiffusionPipeline`): Hub id, folder of a pipeline, output folder of a training run, or loaded
             pipeline.
         lora (`str`, *optional*): Folder, file or Hub id of a LoRA for the model. Cannot be used with a loaded pipeline:
@@ -31,7 +31,7 @@ class Candidate:
             scales: the change of predictions, with [`preference_guidance`], or the change of weights.
         interval (`tuple[float, float]`, *optional*): Lowest and highest noise level at which preference guidance
             acts, from 0 (clean image) to 1 (pure noise).
-        call_kwargs (`dict`, *optional*): Arguments of the pipeline's call for this model. They override the
+        call_kwargs (`dict`, *optional*): Arguments of the pipeline's call for this model. These arguments override the
             `call_kwargs` of [`ImageSettings`].
 
     Raises:

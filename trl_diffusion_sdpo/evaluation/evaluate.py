@@ -105,8 +105,8 @@ def evaluate_models(
 
     Args:
         candidates (`Sequence[Candidate]`): The models. The first is the base model.
-        prompts (`Sequence[str]` or `PromptList`): The prompts. [`~evaluation.prompts.read_prompts`] reads them from a
-            file.
+        prompts (`Sequence[str]` or `PromptList`): The prompts. [`~evaluation.prompts.read_prompts`] reads prompts
+            from a file.
         scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`]. A scorer that was loaded on the CPU is
             moved to the device of `settings` while it scores. Without scorers, the report only shows images.
         output_dir (`str` or `Path`): Folder for images, scores, `results.json` and `report.html`.
@@ -137,7 +137,9 @@ def evaluate_models(
     """
     settings = settings or ImageSettings()
     if isinstance(prompts, str):
-        raise ValueError(f"`prompts` must be a list, got {prompts!r}. Pass `read_prompts(...)` to read a file.")
+        raise ValueError(
+            f"`prompts` must be a list, got {prompts!r}. To read a file, pass the result of `read_prompts`."
+        )
     listed = prompts if isinstance(prompts, PromptList) else distinct(prompts)
     if not candidates:
         raise ValueError("An evaluation needs one or more models, got none. Pass `candidates`.")

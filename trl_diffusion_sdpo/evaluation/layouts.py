@@ -1,7 +1,7 @@
 """Save the images of an evaluation in the folders and with the file names that benchmarks expect.
 
-A layout is a function that takes prompts and seeds, and returns the files of one model. It is called before any image
-is generated, and raises `ValueError` if the prompts lack information that the benchmark needs.
+A layout is a function that takes prompts and seeds, and returns the files of one model. A layout is called before any
+image is generated, and raises `ValueError` if the prompts lack information that the benchmark needs.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def distinct(prompts: Sequence[str], source: Any = "the list", entries: Sequence
             themselves.
 
     Raises:
-        `ValueError`: If no prompt is left.
+        `ValueError`: If all prompts are empty.
     """
     stripped = [prompt.strip() for prompt in prompts]
     filled = [prompt for prompt in stripped if prompt]

@@ -8,9 +8,8 @@ import torch
 
 from .base import Family, check_in_channels
 
-CALL_RESOLUTION = (
-    1024  # default of the pipeline's call; with `sample_size` of the published configurations it would be 512
-)
+# Default image size of the pipeline's call. `sample_size` in the published configurations would give 512.
+CALL_RESOLUTION = 1024
 
 
 class AuraFlowFamily(Family):
@@ -49,8 +48,8 @@ class AuraFlowFamily(Family):
         largest = self._positions_per_side * self.patch_size * self.vae_scale_factor
         if max(height, width) > largest:
             raise ValueError(
-                f"This AuraFlow transformer has positions for {largest} pixels along a side, got images of {height} by "
-                f"{width}. Train at a smaller `resolution`."
+                f"This AuraFlow transformer has position embeddings for at most {largest} pixels along a side, got "
+                f"images of {height} by {width}. Train at a smaller `resolution`."
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:

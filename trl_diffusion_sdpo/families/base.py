@@ -1,7 +1,7 @@
 """The base class of model families.
 
-A family wraps one diffusers pipeline and knows how to encode its prompts and images and how to call its denoiser. It
-knows nothing about preference pairs or the reference model.
+A family wraps one diffusers pipeline and knows how to encode its prompts and images and how to call its denoiser. A
+family knows nothing about preference pairs or the reference model.
 """
 
 import math
@@ -146,8 +146,8 @@ class Family(ABC):
 
     @property
     def idle_modules(self) -> tuple[str, ...]:
-        """Names of denoiser modules whose output does not reach the prediction. They get no gradient, so training
-        freezes them."""
+        """Names of denoiser modules whose output does not reach the prediction. These modules get no gradient, so
+        training freezes them."""
         return ()
 
     @property
@@ -298,7 +298,7 @@ class Family(ABC):
         """
         if generator is not None and len(generator) != len(pixel_values):
             raise ValueError(
-                f"One generator per image is needed, got {len(generator)} generators for {len(pixel_values)} images. "
+                f"Each image needs one generator, got {len(generator)} generators for {len(pixel_values)} images. "
                 "Pass as many generators as images, or None."
             )
         return self.latents_of(self.image_moments(pixel_values), generator)
@@ -322,7 +322,7 @@ class Family(ABC):
     def latents_of(self, moments: torch.Tensor, generator: list[torch.Generator] | None = None) -> torch.Tensor:
         """Sample latents from the output of `image_moments` and scale them, the second half of `encode_images`.
 
-        This gives the latents of `encode_images` with the same generators, `(N, ...)`. The VAE's weights are not used.
+        With the same generators, the result equals that of `encode_images`, `(N, ...)`. The VAE's weights are not used.
         """
         with no_autocast(moments.device):
             latents = self.sample_moments(moments, generator).float()
@@ -331,8 +331,8 @@ class Family(ABC):
     def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the output of the VAE's encoder for images that already have the VAE's dtype and device.
 
-        It holds means and log-variances of a Gaussian posterior, `(N, 2C, ...)`. A deterministic VAE returns the
-        latents.
+        The output contains means and log-variances of a Gaussian posterior, `(N, 2C, ...)`. The output of a
+        deterministic VAE is the latents.
         """
         return self.pipeline.vae.encode(pixel_values).latent_dist.parameters
 
@@ -351,7 +351,7 @@ class Family(ABC):
     def latent_statistics(self) -> dict[str, torch.Tensor]:
         """Return the VAE weights that `scale_latents` needs, by name. Most families need none.
 
-        If the VAE is not loaded, `keep_statistics` supplies them.
+        If the VAE is not loaded, `keep_statistics` supplies these weights.
         """
         return {}
 

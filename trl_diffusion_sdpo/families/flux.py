@@ -23,8 +23,8 @@ class FluxFamily(Family):
     same. Fill, Canny and Depth are refused, because they take additional images.
 
     FLUX.1 dev takes the guidance scale as an input. Training sets it to `guidance_scale`. Afterwards, images can be
-    generated at any scale, as with models from diffusers' training script. FLUX.1 schnell has no such input. It was
-    distilled to generate in few steps, and training gradually undoes that: prefer dev if you can.
+    generated at any scale, as with models from diffusers' training script. FLUX.1 schnell has no such input. FLUX.1
+    schnell was distilled to generate in few steps, and training gradually undoes the distillation. Prefer dev.
     """
 
     name = "FLUX.1"

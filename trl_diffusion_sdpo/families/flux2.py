@@ -122,7 +122,8 @@ class Flux2Hooks(Flux2LatentsFamily):
         return inputs
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """Return the part of the output that belongs to the noisy latents. That of a source comes after it."""
+        """Return the part of the output that belongs to the noisy latents. The part of a source comes
+        after it."""
         tokens = self.image_seq_len(latents)
         return output[:, :tokens].transpose(1, 2).unflatten(2, latents.shape[2:])
 

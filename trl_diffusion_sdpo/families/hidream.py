@@ -12,8 +12,8 @@ from .base import Family, check_in_channels
 
 
 def route(self: MOEFeedForwardSwiGLU, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Return the output of a layer of experts for tokens `(N, tokens, width)`. The result does not depend on whether
-    the layer is in training or evaluation mode.
+    """Return the output of a mixture-of-experts layer for tokens `(N, tokens, width)`. The result does not depend on
+    whether the layer is in training or evaluation mode.
 
     In diffusers' own forward pass, evaluation mode computes no gradient, and training mode adds numbers in another
     order, so policy and reference model would round differently. This function calls every expert, even one without

@@ -60,7 +60,8 @@ class Ideogram4Family(Flux2LatentsFamily):
     """Trains the conditional transformer of `Ideogram4Pipeline`.
 
     Only sample images need the unconditional transformer. To save memory, load the pipeline without it
-    (`unconditional_transformer=None`). It takes as much memory as the weights of the trained transformer.
+    (`unconditional_transformer=None`). The unconditional transformer takes as much memory as the weights of the trained
+    transformer.
 
     The authors trained the model on captions in JSON. Training raises an error for prompts of more than 2048 tokens,
     because the pipeline raises this error.

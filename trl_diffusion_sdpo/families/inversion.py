@@ -36,9 +36,9 @@ class InversionSettings:
         steps (`int`): Number of steps from a clean image to the schedule's last timestep. An image at a lower timestep
             takes only the steps below its timestep.
         end (`str`): `"exact"`: the last step is shorter and ends at the image's own timestep. `"grid"`: the inversion
-            stops at the last timestep of the grid below the image's timestep, as in the published code, so the noise
-            belongs to a lower noise level. An image whose timestep is below all timesteps of the grid then takes no
-            step, and its noisy latents equal its clean latents.
+            stops at the last of the schedule's evenly spaced timesteps (the grid) below the image's timestep, as in the
+            published code, so the noise belongs to a lower noise level. An image whose timestep is below the whole grid
+            takes no step, and its noisy latents equal its clean latents.
         eta (`float`): Amount of random noise that is added after each step, in units of the standard deviation of
             DDIM's next sampling step, as in the code of DDIM-InPO. 0 adds no noise.
 
@@ -84,8 +84,8 @@ class Level(NamedTuple):
 class Inversion(ABC):
     """Base class of inversions, which run the sampler backwards: from an image's clean latents up to a timestep.
 
-    One step goes from level `s` to a noisier level `t`. The step calls the denoiser with the latents of `s` and the
-    timestep `t`. (Sampling from `t` down to `s` would call the denoiser with the latents of `t`.) Latents are
+    A step goes from noise level `s` to a higher noise level `t`. The step calls the denoiser with the latents of `s`
+    and the timestep `t`. (Sampling from `t` down to `s` would call the denoiser with the latents of `t`.) Latents are
     `x = a clean + b n`. The code computes the noise `n` of each level, not `x`: a step is `n_t = e + r (n_s - e)`. Here
     `e` is the noise that the denoiser's prediction implies, and `r` is the fraction of the difference `n_s - e` that
     remains. This form never divides by a noise factor close to 0.
@@ -133,7 +133,7 @@ class Inversion(ABC):
         """Return the standard deviation `(N,)` of the random noise that is added at `eta = 1`, divided by the noise
         factor of the level.
 
-        `timesteps` are the timesteps at which steps end. Only inversions with `has_variance` implement this method.
+        Each of `timesteps` is the end of a step. Only inversions with `has_variance` implement this method.
         """
         raise ValueError(
             "Only DDPM models can have `eta` above 0, because the sampler of flow matching adds no noise. Use `eta=0`."
@@ -160,8 +160,8 @@ class Inversion(ABC):
                 float32, in the form of the noise process's target.
             latents (`torch.Tensor` of shape `(N, ...)`): Clean latents.
             timesteps (`torch.Tensor` of shape `(N,)`): Timestep up to which each row is inverted.
-            draw (`Callable`, *optional*): Function that returns standard normal noise `(N, ...)`. It is called once per
-                step if `eta` is above 0.
+            draw (`Callable`, *optional*): Function that returns standard normal noise `(N, ...)`. The function is
+                called once per step if `eta` is above 0.
 
         Returns:
             `torch.Tensor` of shape `(N, ...)`, float32.

@@ -22,7 +22,7 @@ def check_parts(name_or_path: str, index: Mapping[str, Any], passed: Container[s
     Args:
         name_or_path (`str`): Folder or Hub id of the pipeline. A Hub id is not checked.
         index (`Mapping`): The pipeline's `model_index.json`.
-        passed: Names of components that the caller passes as objects. These may be missing in the folder.
+        passed: Names of components that the caller passes as objects. The folder may lack these components.
     """
     for name, entry in index.items() if os.path.isdir(name_or_path) else ():
         if not isinstance(entry, (list, tuple)) or len(entry) != 2 or None in entry or name in passed:
@@ -50,9 +50,8 @@ def what_is_wrong(name_or_path: str) -> str:
         missing = _missing_shards(listing)
         if missing:
             return f"{listing.parent} lacks {len(missing)} of its weight files, such as {missing[0]}. {_AGAIN}"
-    read = {
-        file.parent for file in files
-    }  # folders whose safetensors files are read; pickles in the same folder are ignored
+    # Pickles do no harm in a folder whose safetensors files are read.
+    read = {file.parent for file in files}
     pickled = [file for file in folder.glob("*/*") if file.suffix in _PICKLES] if folder is not None else []
     pickled = [file for file in pickled if file.parent not in read]
     if pickled:

@@ -202,7 +202,8 @@ class NoiseProcess(ABC):
         return self._timesteps_between(uniform, low, high, sampling, image_seq_len)
 
     def _table(self, only: tuple[float, ...], device: torch.device) -> torch.Tensor:
-        """Return the timesteps in `only` as a tensor. Raise `ValueError` if the process does not have one of them."""
+        """Return the timesteps in `only` as a tensor. Raise `ValueError` if one of the numbers is not a timestep of
+        this process."""
         wrong = [timestep for timestep in only if not self.knows(timestep)]
         if wrong or not only:
             raise ValueError(
@@ -267,7 +268,7 @@ class NoiseProcess(ABC):
         )
 
     def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-        """Return Min-SNR weights. With them, the squared error of the predicted clean latents has the weight
+        """Return Min-SNR weights. With these weights, the squared error of the predicted clean latents has the weight
         `min(snr, gamma)`.
 
         Args:
@@ -309,7 +310,8 @@ class NoiseProcess(ABC):
         """Return the target of the prediction for the noisy latents that `add_noise` returns, float32, `(N, ...)`."""
 
     def noise_level(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
-        """Return the noise level of each timestep, `1 / (1 + sqrt(snr))`. It can be compared between schedules.
+        """Return the noise level of each timestep, `1 / (1 + sqrt(snr))`. Noise levels can be compared between
+        schedules.
 
         For flow matching, the noise level is sigma. For DDPM, it is the sigma at which flow matching has the same
         signal-to-noise ratio.

@@ -86,7 +86,8 @@ def load_pipeline(
             weights later. Components that are passed in `from_pretrained` are used unchanged.
         denoiser (`bool`): Whether to load the denoiser's weights. If `False`, the denoiser is on the meta device.
         denoiser_folder (`str` or `os.PathLike`, *optional*): Folder with a subfolder `unet` or `transformer`. The
-            denoiser in this subfolder replaces the pipeline's own denoiser. Both must have the same class.
+            denoiser in this subfolder replaces the pipeline's own denoiser. The two
+            denoisers must have the same class.
         from_pretrained (*optional*): Further arguments of `DiffusionPipeline.from_pretrained`, such as components and
             `cache_dir`.
 

@@ -16,8 +16,8 @@ class StableDiffusion3Family(Family):
     """Trains `StableDiffusion3Pipeline`.
 
     Pipelines that were saved as the image-to-image or inpainting class can be trained too, if their transformer is that
-    of a text-to-image model. The pipeline may be loaded without T5 (`text_encoder_3=None, tokenizer_3=None`). It then
-    uses zeros in place of T5's embeddings.
+    of a text-to-image model. The pipeline may be loaded without T5 (`text_encoder_3=None, tokenizer_3=None`). Without
+    T5, the pipeline uses zeros in place of T5's embeddings.
 
     Source of the architecture and the noise process: https://huggingface.co/papers/2403.03206.
     """

@@ -23,6 +23,6 @@ def check_text_to_image_unet(pipeline: DiffusionPipeline) -> None:
     if unet.time_cond_proj_dim is not None:
         raise ValueError(
             f"A UNet must not take the guidance scale as an input, and this one does (`time_cond_proj_dim` is "
-            f"{unet.time_cond_proj_dim}). It was distilled, and preference training would undo the distillation. Use "
-            "the checkpoint from which it was distilled."
+            f"{unet.time_cond_proj_dim}). This UNet was distilled, and preference training would undo the "
+            "distillation. Use the checkpoint from which it was distilled."
         )

@@ -52,9 +52,9 @@ class WanFamily(Family):
     def check_pipeline(self) -> None:
         if self.pipeline.transformer_2 is not None or self.pipeline.config.boundary_ratio is not None:
             raise ValueError(
-                "A Wan pipeline must have only one transformer for training. This one has two, for two timestep ranges "
-                f"(`boundary_ratio` is {self.pipeline.config.boundary_ratio}). Train the two transformers one after "
-                "the other. Load the pipeline with `transformer_2=None, boundary_ratio=None`, and set "
+                "A Wan pipeline must have only one transformer for training. This pipeline has two, for two timestep "
+                f"ranges (`boundary_ratio` is {self.pipeline.config.boundary_ratio}). Train the two transformers one "
+                "after the other. Load the pipeline with `transformer_2=None, boundary_ratio=None`, and set "
                 "`timestep_range` to the range of the transformer. The first transformer has the timesteps above `1000 "
                 "* boundary_ratio`. To train the second one, pass it as `transformer`."
             )

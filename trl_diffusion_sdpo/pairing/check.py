@@ -37,7 +37,8 @@ def check_pairs(
         dataset (`Any`): See [`prepare_dataset`].
         options (`PairOptions`, *optional*): Settings with which training would read the data set.
         look_at (`int`): Number of evenly spaced pairs to examine. In these pairs, the check looks for identical images,
-            repeated pairs and contradictions. The scorer scores them, and the contact sheet shows them.
+            repeated pairs and contradictions. The scorer scores these pairs, and the contact sheet shows
+            these pairs.
         scorer (`Scorer`, *optional*): Scorer for the images. The report says in which share of the pairs it scores the
             chosen image higher.
         sheet (`Path`, *optional*): HTML file for the contact sheet, which shows the examined pairs with their prompts.

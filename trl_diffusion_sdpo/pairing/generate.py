@@ -181,8 +181,8 @@ def pairs_of_negatives(
         prompts (`Sequence[str]` or `PromptList`): The prompts.
         output_dir (`str` or `Path`): Folder for images, pairs and a card.
         settings (`ImageSettings`): Seeds and arguments of the pipeline. Each prompt gets one pair per seed.
-        negative_kwargs (`Mapping[str, Any]`): Arguments of the pipeline for the worse images. They override the
-            arguments in `settings`.
+        negative_kwargs (`Mapping[str, Any]`): Arguments of the pipeline for the worse images. These override
+            the arguments in `settings`.
 
     Returns:
         `int`: Number of pairs.

@@ -49,7 +49,7 @@ def list_images(
     The prompt of `a.png` is read from the text file `a.txt`, or from metadata that A1111, Forge, ComfyUI or SwarmUI
     wrote into the image. Ratings are star ratings in the metadata. If no image of a prompt has a star rating, images
     in a subfolder `liked` are rated 1, those in a subfolder `disliked` -1, and all other images of the prompt 0. If
-    none of them is in such a subfolder either, the images of the prompt have no rating.
+    no image of the prompt is in one of these subfolders either, the images of the prompt have no rating.
 
     If several images of one prompt look equal, the manifest lists only the largest one, with the highest rating among
     these images.
@@ -159,8 +159,8 @@ def _without_duplicates(images: list[_OwnImage]) -> list[_OwnImage]:
     """Return the images of one prompt without those that look like a larger image of the prompt.
 
     Colour thumbnails of 16 x 16 pixels are compared pixel by pixel. Perceptual hashes such as those of `imagehash`
-    would not do: they ignore colour, so a red and a blue version of an image would be equal. They also average over the
-    image, so an image that differs only in a repaired hand would be dropped.
+    would not do: they ignore colour, so a red and a blue version of an image would be equal. Perceptual hashes also
+    average over the image, so an image that differs only in a repaired hand would be dropped.
     """
     distinct: list[_OwnImage] = []
     for image in sorted(images, key=lambda image: (-image.pixels, image.name)):

@@ -19,7 +19,7 @@ class AestheticScorer(BatchedScorer):
     """Score how pleasing images look, without regard to their prompts. Usual scores are 4 to 7.
 
     `clip` computes the CLIP embedding of an image, and `head`, a stack of linear layers, computes the score from this
-    embedding. Both run on the device of `clip`.
+    embedding. `clip` and `head` run on the same device.
     """
 
     def __init__(self, clip: CLIPScorer, head: nn.ModuleDict, *, batch_size: int = 16):
@@ -65,8 +65,8 @@ def linear_head(width: int) -> nn.ModuleDict:
     """Return linear layers that compute one score from `width` features, without activations. ImageReward uses the same
     layers.
 
-    The published files also count dropout layers, so their linear layers are named `layers.{0,2,4,6,7}`. Identity
-    layers in place of dropout layers give the same names here.
+    The published files also count dropout layers, so their linear layers are named `layers.{0,2,4,6,7}`. Here,
+    identity layers take the place of dropout layers, so that the names match.
     """
     sizes = (width, *HIDDEN, 1)
     layers = nn.Sequential()
