@@ -251,7 +251,7 @@ def png_bytes(image: Image.Image, prompt: str, seed: int) -> bytes:
 
 
 def is_black(image: Image.Image) -> bool:
-    """Return whether every pixel is black. Safety checkers replace images by black ones."""
+    """Return whether every pixel is black. Safety checkers replace images by black images."""
     return image.convert("L").getextrema() == (0, 0)
 
 

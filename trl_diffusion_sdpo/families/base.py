@@ -49,7 +49,7 @@ class Family(ABC):
     Attributes:
         name (`str`): Name in messages.
         pipeline_classes (`tuple[str, ...]`): Names of the pipeline classes that this family can train. A saved
-            pipeline of any of them is loaded as the first one, the text-to-image pipeline.
+            pipeline of any of these classes is loaded as the first class, the text-to-image pipeline.
         pipeline_class (`type[DiffusionPipeline]`, *optional*): The class that `pipeline_classes[0]` names. Needed only
             if diffusers does not export it.
         denoiser_name (`str`): Name of the pipeline's component that is trained, `"transformer"` by default or `"unet"`.
@@ -367,7 +367,8 @@ class Family(ABC):
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """Return inputs of the denoiser that tell it the image sizes, as for SDXL. By default, there are none.
+        """Return inputs of the denoiser that tell it the image sizes, as for SDXL. The default is an empty
+        dictionary.
 
         Args:
             original_sizes (`torch.Tensor` of shape `(N, 2)`, int64): (height, width) of the images before resizing.

@@ -29,8 +29,8 @@ SOURCE_POSITION = 10  # first position id of the source's tokens; that of the no
 class Flux2Process(FlowMatchingProcess):
     """Flow matching with the shift of FLUX.2, which depends on the number of image tokens and of sampling steps.
 
-    Training assumes 50 sampling steps, the default of both pipelines. At 1024 pixels `mu` is 2.3 for 10 steps, 2.0 for
-    50 and 1.7 for 100.
+    Training assumes 50 sampling steps, the default of the pipelines of dev and klein. At 1024 pixels `mu` is 2.3 for 10
+    steps, 2.0 for 50 and 1.7 for 100.
     """
 
     def shift_of(self, image_seq_len: int) -> float:

@@ -25,8 +25,9 @@ def is_single_file(name_or_path: str) -> bool:
 def configuration_of(name_or_path: str, config: str | None = None) -> str:
     """Return the folder or Hub id of the diffusers pipeline from which a model's configuration is read.
 
-    If the model is a folder or a Hub id, this is the model itself. If it is a single file, this is `config`. If
-    `config` is unset too, it is the model that diffusers recognises by the names and shapes of the file's tensors.
+    If the model is a folder or a Hub id, the result is the model itself. If the model is a single file, the result is
+    `config`. If `config` is unset, the result is the model that diffusers recognises by the names and shapes of the
+    file's tensors.
 
     Raises:
         `ValueError`: If the file is not a safetensors file, `config` was passed for a model that is not a single file,
