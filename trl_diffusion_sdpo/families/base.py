@@ -430,8 +430,8 @@ class Family(ABC):
 
 
 def refuse_sources(family: Family | type[Family], feature: str) -> None:
-    """Raise `ValueError` if `family` needs a source image for each prompt. Call it in features without source
-    images."""
+    """Raise `ValueError` if `family` needs a source image for each prompt. Features that cannot handle
+    source images call this function."""
     if family.takes_source:
         raise ValueError(
             f"{feature} cannot handle source images yet, and {family.name} needs one for each prompt. Leave it out, or "
