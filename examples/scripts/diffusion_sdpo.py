@@ -2,9 +2,9 @@
 # requires-python = ">=3.11"
 # dependencies = ["trl-diffusion-sdpo"]
 # ///
-"""Tune a text-to-image pipeline on preference pairs: a LoRA with `--use_peft`, all weights without it.
+"""Tune a text-to-image pipeline on preference pairs. With `--use_peft`, train a LoRA; otherwise, train all weights.
 
-Train a LoRA of Stable Diffusion 1.5. For other pipelines, replace `sd15` by `sdxl`, `sd35` or `flux`:
+Train a LoRA of Stable Diffusion 1.5. To train one of another model, replace `sd15` by `sdxl`, `sd35` or `flux`:
 
 ```bash
 python examples/scripts/diffusion_sdpo.py --config sd15_lora --dataset_name OWNER/PREFERENCES
@@ -18,9 +18,9 @@ accelerate launch --num_processes 8 examples/scripts/diffusion_sdpo.py --config 
 ```
 
 The script takes every option of `trl-diffusion-sdpo train` except those that launch processes. Options can be on the
-command line or in the YAML file of `--config`, which may be the name of a file in `examples/configs`. The command line
-overrides the file, and `--help` lists all options. `--load_in_4bit true` quantizes the frozen base of a LoRA and needs
-the extra `quantization`.
+command line or in a YAML file that `--config` names: by its path, or by the name of a file in `examples/configs`. The
+command line overrides the file. `--help` lists all options. `--load_in_4bit true` quantizes the frozen base model of a
+LoRA; this needs `pip install "trl-diffusion-sdpo[quantization]"`.
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""Write your own loss and model family. The example is complete and trains the package's built-in model, so it
+"""Show how to write your own loss and your own model family. The script trains the package's tiny model, so it
 downloads nothing.
 
     python examples/scripts/own_loss_and_family.py --max_steps 20
 
-The loss is a squared hinge on the logit. The family trains `OwnPipeline`, whose UNet predicts noise. Copy it as the
-start of a family for your pipeline. In a package, register it by a name that can be imported, such as
-"my_package.my_family:OwnFamily".
+The loss is a squared hinge on the logit. The family trains `OwnPipeline`, whose UNet predicts noise. To support your
+own pipeline, copy and change `OwnFamily`. If you put your family into a package, register it by its import path, such
+as "my_package.my_family:OwnFamily".
 """
 
 import argparse
@@ -28,11 +28,12 @@ def squared_hinge(terms: PairTerms, *, beta: float) -> torch.Tensor:
 
 
 class OwnPipeline(StableDiffusionPipeline):
-    """A pipeline class that the package has no family for."""
+    """A pipeline class for which the package has no family."""
 
 
 class OwnFamily(Family):
-    """How to train `OwnPipeline`: how to encode prompts and what its denoiser takes."""
+    """Tells the trainer how to encode prompts for `OwnPipeline`, and which inputs the denoiser of this pipeline
+    takes."""
 
     name = "Own"
     pipeline_classes = ("OwnPipeline",)
@@ -58,7 +59,7 @@ class OwnFamily(Family):
 def main(words: list[str] | None = None) -> DiffusionSDPOTrainer:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max_steps", type=int, default=20)
-    parser.add_argument("--pairs_per_prompt", type=int, default=2, help="of 72 prompts")
+    parser.add_argument("--pairs_per_prompt", type=int, default=2, help="number of pairs for each of 72 prompts")
     parser.add_argument("--output_dir", default="own-loss-and-family")
     options = parser.parse_args(words)
 

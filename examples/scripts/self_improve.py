@@ -2,17 +2,19 @@
 # requires-python = ">=3.11"
 # dependencies = ["trl-diffusion-sdpo"]
 # ///
-"""Let a model improve on its own images: generate, score, pair, train, and again from the tuned model.
+"""Improve a model by training on its own images, in rounds.
 
-Each round pairs new images of the current model and trains a LoRA on them. At the end, the base and the model of each
-round are compared on other prompts, by other scorers if you name some. An interrupted call continues where it stopped.
+Each round generates images with the current model, scores them, makes pairs of good and bad images, and trains a LoRA
+on these pairs. The next round starts from the tuned model. At the end, the base model and the tuned model of each round
+are compared on test prompts, by the scorers of `--judges`. If a call was interrupted, the same call continues where it
+stopped.
 
 ```bash
 python examples/scripts/self_improve.py --model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
     --prompts prompts.txt --test_prompts test.txt --scorers pickscore --judges hpsv2.1 --learning_rate 1e-4
 ```
 
-Without a model, it runs on the small model and the drawings that the package contains, on the CPU:
+Without `--model_name_or_path`, the script trains the tiny model that is part of the package, on the CPU:
 
 ```bash
 python examples/scripts/self_improve.py --output_dir self-improve
@@ -45,25 +47,31 @@ EMBEDDED_SCORER = "trl_diffusion_sdpo.demo.oracle:oracle"
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model_name_or_path", help="Hub id or folder of the base pipeline; the embedded model if unset")
-    add("--prompts", help="file of prompts to train on; half of the embedded world's if unset")
-    add("--test_prompts", help="file of prompts to compare the models on; the other half if unset")
-    add("--scorers", nargs="+", default=[EMBEDDED_SCORER], help="they choose the pairs")
-    add("--judges", nargs="+", help="they compare the models; the scorers if unset")
+    add("--model_name_or_path", help="Hub id or folder of the base pipeline; the package's tiny model if unset")
+    add("--prompts", help="file of prompts to train on; half of the tiny model's prompts if unset")
+    add(
+        "--test_prompts",
+        help="file of prompts to compare the models on; the other half of the tiny model's prompts if unset",
+    )
+    add("--scorers", nargs="+", default=[EMBEDDED_SCORER], help="scorers that choose the pairs")
+    add("--judges", nargs="+", help="scorers that compare the models; `--scorers` if unset")
     add("--rounds", type=int, default=2)
-    add("--images", type=int, default=16, help="for each prompt in each round")
-    add("--margin", type=float, default=1.0, help="smallest difference of a pair's rewards, in standard deviations")
-    add("--max_steps", type=int, default=100, help="for each round")
+    add("--images", type=int, default=16, help="number of images for each prompt in each round")
+    add("--margin", type=float, default=1.0, help="smallest difference in reward of a pair, in standard deviations")
+    add("--max_steps", type=int, default=100, help="optimizer steps per round")
     add("--learning_rate", type=float, default=1e-3)
-    add("--beta", type=float, default=None, help="strength of the tie to the round's first model")
+    add("--beta", type=float, default=None, help="strength of the pull towards the model at the start of the round")
     add("--lora_rank", type=int, default=16)
     add(
-        "--noise_source", default="shared", choices=["shared", "generated"], help="`generated`: each image's own noise"
+        "--noise_source",
+        default="shared",
+        choices=["shared", "generated"],
+        help="`generated`: train each image with its initial noise",
     )
     add("--safeguard", default="parameter", choices=["none", "output", "parameter"])
     add("--safeguard_mu", type=float, default=0.8)
     add("--batch_size", type=int, default=16)
-    add("--guidance_scale", type=float, default=3.0, help="of all images, as users of the model sample")
+    add("--guidance_scale", type=float, default=3.0, help="classifier-free guidance of all images")
     add("--num_inference_steps", type=int, default=12)
     add("--resolution", type=int, default=IMAGE_SIZE)
     add("--seed", type=int, default=0)
@@ -86,7 +94,8 @@ def image_settings(options, first_seed, images):
 
 
 def train_round(options, model, folder, run, is_first):
-    """Train a LoRA on the pairs of a folder, or continue, or return at once if the run has ended."""
+    """Train a LoRA on the pairs of a folder. Continue from a checkpoint if there is one. Do nothing if `run` is
+    complete."""
     if (run / "README.md").is_file():
         return
     args = DiffusionSDPOConfig(
@@ -106,7 +115,7 @@ def train_round(options, model, folder, run, is_first):
         report_to="none",
         seed=options.seed,
     )
-    # The second round continues the LoRA of the first. The reference is the model at the start of the round.
+    # Later rounds continue the LoRA of the round before. The reference is the model at the start of the round.
     adapter = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank) if is_first else None
     trainer = DiffusionSDPOTrainer(model, None, args, load_pairs(folder), peft_config=adapter)
     trainer.train(resume_from_checkpoint=any(run.glob("checkpoint-*")) or None)

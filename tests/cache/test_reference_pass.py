@@ -316,7 +316,8 @@ def test_the_command_encode_computes_errors_that_training_reads(sd_folder, make_
     assert main(["encode", *options]) == 0
     assert counted == [4, 4]
     assert (
-        f"The errors of the reference are in {tmp_path / 'computed' / 'reference_errors'}." in capsys.readouterr().out
+        f"errors of the reference model are in {tmp_path / 'computed' / 'reference_errors'}."
+        in capsys.readouterr().out
     )
     assert main(["train", *options]) == 0
     assert counted == [4, 4]

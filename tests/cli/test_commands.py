@@ -62,7 +62,7 @@ def test_every_command_explains_itself(command, capsys):
         (["--betta", "5"], "Did you mean `--beta`?"),
         (["--lr", "5"], "`--learning_rate`"),
         (["--lora_type", "lokr"], "lora_type"),
-        (["--safeguard_m", "0.5"], "`--safeguard_m` is no option"),
+        (["--safeguard_m", "0.5"], "`--safeguard_m`"),
         (["--safeguard", "paramter"], "got 'paramter'. Did you mean `parameter`?"),
         (["--loss_type", "exo_pair"], "`dmpo`, and its `label_smoothing` is `dmpo_alpha`"),
         (["--beta", "five"], "--beta: invalid float value: 'five'"),

@@ -121,7 +121,7 @@ def test_processes_show_tracebacks_of_libraries_only(sd_folder, pairs, tmp_path,
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("empty.jsonl", "", "empty.jsonl has 0 bytes"),
+        ("empty.jsonl", "", "empty.jsonl is empty"),
         ("header.csv", "prompt,chosen,rejected\n", "header.csv has no rows"),
         ("torn.json", '[{"prompt": ', "torn.json could not be read: "),
         ("nothing.json", None, "nothing.json could not be read: "),

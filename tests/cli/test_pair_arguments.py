@@ -153,7 +153,7 @@ def test_pairs_are_held_out_of_the_training_split(load, name):
 
 
 def test_a_stream_is_not_split(load):
-    with pytest.raises(ValueError, match="cannot act on a stream"):
+    with pytest.raises(ValueError, match="`test_size=.*stream"):
         load("file.parquet", test_size=0.25, dataset_streaming=True)
 
 
@@ -164,7 +164,7 @@ def test_a_size_out_of_range_is_refused(size):
 
 
 def test_the_two_ways_to_name_pairs_exclude_one_another():
-    with pytest.raises(ValueError, match="got both. Leave one out"):
+    with pytest.raises(ValueError, match="`test_size` and `eval_dataset_name`"):
         PairArguments(test_size=0.5, eval_dataset_name="other")
 
 
@@ -222,15 +222,15 @@ def test_other_pairs_than_those_of_several_data_sets_are_evaluated(make_args, se
         words = {"eval_dataset_name": places[name], "dataset_test_split": split}
         _, other = load_sets(make_args, sets, evaluates=True, **words)
         assert other["prompt"][:] == prompts(rows)
-    with pytest.raises(ValueError, match="pairs that are not among `datasets`"):
+    with pytest.raises(ValueError, match="`eval_strategy`.*`datasets`"):
         load_sets(make_args, sets, evaluates=True)
     for split in ("test", "test[:1]", "train+test"):
-        with pytest.raises(ValueError, match="must name other pairs than those that are trained on"):
+        with pytest.raises(ValueError, match="`eval_dataset_name`"):
             load_sets(make_args, sets, evaluates=True, eval_dataset_name=places["two"], dataset_test_split=split)
     sliced = [{**sets[0], "split": "test[:2]"}, sets[1]]
     words = {"eval_dataset_name": places["two"]}
     assert len(load_sets(make_args, sliced, evaluates=True, dataset_test_split="test[2:]", **words)[1]) == 2
-    with pytest.raises(ValueError, match="must name other pairs"):
+    with pytest.raises(ValueError, match="`eval_dataset_name`"):
         load_sets(make_args, sliced, evaluates=True, dataset_test_split="test[1:]", **words)
     assert load_sets(make_args, sets, **words)[1] is None  # nothing is evaluated
 
@@ -239,11 +239,11 @@ def test_other_pairs_than_those_of_several_data_sets_are_evaluated(make_args, se
     ("given", "message"),
     [
         ("[{", "must be a list of mappings, in YAML or as JSON"),
-        ([], "at least one mapping"),
-        ([{"weight": 1}], "Each of `datasets` must be a mapping with a `path`"),
-        ([{"path": "a", "wieght": 1}], "`wieght` is no key of a data set. Did you mean `?weight"),
+        ([], "one or more mappings"),
+        ([{"weight": 1}], "Each entry of `datasets` must be a mapping with a `path`"),
+        ([{"path": "a", "wieght": 1}], "`wieght` is not a key .* Did you mean `?weight"),
         ([{"path": "a", "fraction": 0.5}], "Use `weight`"),
-        ([{"path": "a", "weight": 1}, {"path": "b"}], "for all of `datasets` or for none"),
+        ([{"path": "a", "weight": 1}, {"path": "b"}], "`weight` must be set for all"),
     ],
 )
 def test_bad_entries_of_datasets_are_refused(given, message):
@@ -252,7 +252,7 @@ def test_bad_entries_of_datasets_are_refused(given, message):
 
 
 def test_datasets_take_the_place_of_dataset_name(sets):
-    with pytest.raises(ValueError, match="in place of `dataset_name`, got both"):
+    with pytest.raises(ValueError, match="`datasets` and `dataset_name`"):
         PairArguments(datasets=sets, dataset_name="a")
 
 

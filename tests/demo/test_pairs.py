@@ -67,5 +67,5 @@ def test_on_policy_pairs_are_ranked_images_of_the_model():
 def test_no_pairs_at_all_is_an_error_that_names_the_cause():
     with pytest.raises(ValueError, match="`per_prompt` must be at least 1, got 0"):
         off_policy_pairs(per_prompt=0)
-    with pytest.raises(ValueError, match="`margin` must leave some pairs"):
+    with pytest.raises(ValueError, match="`margin`"):
         eval_pairs(margin=1.0)

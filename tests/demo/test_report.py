@@ -97,7 +97,7 @@ def test_the_table_has_each_model_without_and_with_guidance(make_result):
 def test_the_summary_says_so_if_the_safeguard_is_behind_or_nothing_is_clear(make_result):
     finals = {"sft": 0.5, "dpo": 0.6, "sdpo": 0.5, "sdpo_recipe": 0.5, "dpo_gentle": 0.6, "sdpo_gentle": 0.61}
     text = summary(make_result(finals, wiggles=("sdpo_gentle",)))
-    assert "Diffusion-SDPO is worse than Diffusion-DPO by oracle: it wins only 0%" in text
+    assert "Diffusion-SDPO is worse than Diffusion-DPO by oracle: its win rate is 0%" in text
     assert "oracle shows no difference between Diffusion-SDPO, gentle and Diffusion-DPO, gentle" in text
 
 

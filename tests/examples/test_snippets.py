@@ -109,11 +109,11 @@ def test_the_command_writes_pairs_that_a_run_reads(beside, monkeypatch, capsys):
         monkeypatch.setattr(comparison, name, partial(getattr(comparison, name), per_prompt=1))
     assert main(["demo", "--write_pairs", "written"]) == 0
     printed = capsys.readouterr().out
-    assert re.match(r"54 pairs in written/train and 57 pairs in written/test\. ", printed)
+    assert re.match(r"Wrote 54 pairs in written/train and 57 pairs in written/test\. ", printed)
     command = shlex.split(printed.partition("\n\n")[2].replace("\\\n", " "))
     assert main([*command[1:], "--max_steps", "1", "--per_device_train_batch_size", "2", "--use_cpu"]) == 0
     assert main(["demo", "--write_pairs", "written"]) == 2
-    assert "must go into a new or an empty folder" in capsys.readouterr().err
+    assert "must be new or empty" in capsys.readouterr().err
 
 
 def test_the_commands_for_each_card_are_understood(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ def test_check_counts_what_training_drops_and_what_is_doubtful(pairs, capsys, mo
     )
     said = capsys.readouterr().out
     assert "7 rows, 5 pairs" in said and "2 undecodable" in said and "9.png" in said
-    assert "of 5 pairs compared, 1 have two identical images, 1 repeat" in said and "and 1 prefer" in said
+    assert "of 5 examined pairs, 1 have two identical images, 1 repeat" in said and "1 contradict" in said
     assert "32x24 (8 times), 32x32 (2 times)" in said and "70%" in said  # three agree, one is a tie
     page = sheet.read_text()
     assert page.count("<figure>") == 5 and "<b>0" not in page and "&lt;b&gt;0" in page and "http" not in page

@@ -1,4 +1,4 @@
-"""The command line. Each command has a file."""
+"""The commands of `trl-diffusion-sdpo`, one module per command."""
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 2  # as in argparse

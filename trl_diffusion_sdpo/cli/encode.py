@@ -1,5 +1,5 @@
-"""`trl-diffusion-sdpo encode`: encodes images and prompts for a run with the same options, without training. With
-`precompute_ref_errors`, the command also computes the errors of the reference."""
+"""`trl-diffusion-sdpo encode`: encode the images and prompts of a later training run with the same options. With
+`precompute_ref_errors`, also compute the denoising errors of the reference model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def run(arguments: list[str], prog: str) -> int:
-    # Set it first, because the checks of other settings depend on it.
+    # Set the option before parsing, because checks of other options depend on it.
     arguments = [*arguments, "--precompute_latents", "true"]
     return training.run(arguments, prog, command="encode", act=encode)
 
 
 def encode(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> int:
-    """Encode the rows that the cache lacks, and print the folder of the cache.
+    """Encode all images and prompts that are not in the cache yet, and print the folder of the cache.
 
     Returns:
         `int`: The exit code.
@@ -33,12 +33,12 @@ def encode(script_args: PairArguments, training_args: DiffusionSDPOConfig, model
     if not training_args.precompute_ref_errors:
         processes.print(_summary(_encode_alone(script_args, training_args, model_args)))
     else:
-        from ..cache.reference_errors import ERRORS  # takes seconds
+        from ..cache.reference_errors import ERRORS  # imported late because it takes seconds
 
         trainer: Any = training.build_trainer(script_args, training_args, model_args)
         processes.print(_summary(trainer.encoding))
         trainer.precompute_reference_errors()
-        processes.print(f"The errors of the reference are in {trainer.encoding.folder / ERRORS}.")
+        processes.print(f"The denoising errors of the reference model are in {trainer.encoding.folder / ERRORS}.")
     processes.wait_for_everyone()
     processes.destroy_process_group()
     return EXIT_OK
@@ -47,13 +47,13 @@ def encode(script_args: PairArguments, training_args: DiffusionSDPOConfig, model
 def _encode_alone(
     script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig
 ) -> PairEncoding:
-    """Encode as a trainer's constructor does, without loading the denoiser's weights."""
+    """Encode the data as the trainer's constructor would, but without loading the denoiser's weights."""
     from trl import get_peft_config, get_quantization_config
 
     from ..cache.key import EncoderKey
     from ..engines.processes import peers
     from ..saving.starting_point import starting_point
-    from ..trainer.components import load_policy, pair_encoding, place_frozen_components  # takes seconds
+    from ..trainer.components import load_policy, pair_encoding, place_frozen_components  # slow import
     from ..trainer.config.complete import check_resolution, complete_args, copy_and_check_args
     from ..trainer.data_preparation import check_source_column, prepare_pairs
 
@@ -79,6 +79,7 @@ def _encode_alone(
 def _summary(encoding: PairEncoding) -> str:
     done = encoding.report
     return (
-        f"{done.images} images, with their variants, and {done.prompts} prompts are encoded in {encoding.folder}: "
-        f"{done.bytes / 2**30:.3g} GiB. Encoded now: {done.encoded_images} images and {done.encoded_prompts} prompts."
+        f"The cache {encoding.folder} has {done.images} images (random crops and flips counted separately) and "
+        f"{done.prompts} prompts, {done.bytes / 2**30:.3g} GiB. This command encoded {done.encoded_images} of these "
+        f"images and {done.encoded_prompts} of these prompts."
     )

@@ -1,4 +1,4 @@
-"""`trl-diffusion-sdpo env`: prints the versions for a bug report."""
+"""`trl-diffusion-sdpo env`: print the versions of all relevant packages for a bug report."""
 
 import argparse
 import platform
@@ -15,7 +15,9 @@ PACKAGES = (
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    return OneLineParser(prog=prog, description="Print the versions that a bug report needs.")
+    return OneLineParser(
+        prog=prog, description="Print the versions of Python, this package and its dependencies for a bug report."
+    )
 
 
 def run(arguments: list[str], prog: str) -> int:
@@ -27,7 +29,7 @@ def run(arguments: list[str], prog: str) -> int:
 
 
 def environment() -> dict[str, str]:
-    """Return versions, platform and accelerators, by name."""
+    """Return the platform, the accelerators and the version of each package, by name."""
     return {
         "trl-diffusion-sdpo": __version__,
         "Platform": platform.platform(),
@@ -45,11 +47,11 @@ def _installed_version(package: str) -> str:
 
 
 def _accelerators() -> list[str]:
-    import torch  # takes seconds
+    import torch  # imported late because it takes seconds
 
     if torch.cuda.is_available():
         return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    if not torch.accelerator.is_available():  # without one, `current_accelerator` raises in torch 2.6
+    if not torch.accelerator.is_available():  # `current_accelerator` would raise an error in torch 2.6
         return []
     accelerator = torch.accelerator.current_accelerator()
     return [] if accelerator is None else [accelerator.type]

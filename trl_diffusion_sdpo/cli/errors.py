@@ -1,4 +1,4 @@
-"""Short messages for users: errors of this package, and errors of libraries that read a user's arguments or data."""
+"""Turn errors into short messages for users, also errors of libraries that parse arguments or read data."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ _NO_ROWS = "corresponds to no data"  # message of `datasets` for files without r
 
 
 def sentence(error: Exception) -> str:
-    """Return the message of an error of this package. torch prepends a traceback to errors of DataLoader workers, and
-    this traceback is removed."""
+    """Return the message of an error that this package raised.
+
+    torch puts a traceback before the message of an error in a DataLoader worker. This traceback is removed.
+    """
     text, kind = str(error), type(error)
     if _IN_WORKER.match(text) is None:
         return text
@@ -25,7 +27,8 @@ def sentence(error: Exception) -> str:
 
 @contextlib.contextmanager
 def reading_arguments() -> Iterator[None]:
-    """Raise a library's `ValueError` within the context as an error of this package, for the user."""
+    """Return a context manager that turns a library's `ValueError` into an error of this package, so that users see
+    only its message."""
     try:
         yield
     except ValueError as error:
@@ -36,7 +39,7 @@ def reading_arguments() -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading_data(name: str | None) -> Iterator[None]:
-    """Turn errors of libraries within the context into a `ValueError` that names the user's data.
+    """Return a context manager that turns errors of libraries into a `ValueError` that names the data set.
 
     Args:
         name (`str`, *optional*): Folder, file or Hub id of the data.
@@ -58,7 +61,8 @@ def _about_data(name: str | None, error: Exception) -> str:
     said = " ".join(str(cause).split()) or type(cause).__name__
     path = Path(name or "").expanduser()
     if path.is_file() and path.stat().st_size == 0:
-        return f"A data set has at least one pair, and {name} has 0 bytes. Write it again."
+        return f"A data set must have at least one pair, and the file {name} is empty. Write the file again."
     if _NO_ROWS in str(error):
-        return f"A data set has at least one pair, and {name} has no rows. Was only its header written?"
+        return f"A data set must have at least one pair, and {name} has no rows. Check whether only its header was "
+        "written."
     return f"{data} could not be read: {said}"

@@ -1,4 +1,4 @@
-"""`trl-diffusion-sdpo evaluate`: images of several models, their scores, win rates and a report."""
+"""`trl-diffusion-sdpo evaluate`: generate images with several models, score them, and write win rates and a report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from ..evaluation.images import ImageSettings
 
 LAYOUTS = ("geneval", "dpg", "t2i-compbench", "hpsv2")
-# The protocol of the Diffusion-SDPO authors. Their guidance of 7.5 counts from 0, and that of diffusers from 1.
+# The settings of the Diffusion-SDPO authors. Their guidance scale 7.5 means no guidance at 0. In diffusers, no guidance
+# is 1, so the same strength is 8.5.
 AUTHORS = {"num_inference_steps": 50, "guidance_scale": 8.5}
 
 
@@ -25,10 +26,10 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog=prog,
         description=(
-            "Compare models: generate images of the same prompts from the same noise, score them, and write win rates "
-            "against the first model and a report. Without scorers, the report only shows images. A second call goes "
-            "on where the first ended. Under `accelerate launch -m trl_diffusion_sdpo evaluate` all processes share "
-            "the work."
+            "Compare models: generate images for the same prompts from the same noise, score them, and write a report "
+            "with the win rate of each model against the first model. Without scorers, the report only shows images. "
+            "If a call was interrupted, the same call continues where it stopped. To use several GPUs, start the "
+            "command as `accelerate launch -m trl_diffusion_sdpo evaluate`."
         ),
     )
     add = parser.add_argument
@@ -37,8 +38,9 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="NAME=MODEL",
-        help="Models, the base first: a Hub id, a folder of a pipeline or a run's output folder. `NAME=MODEL+LORA` "
-        "puts a LoRA on it, and `NAME=MODEL@SCALE` scales what training changed.",
+        help="Models, the base model first. MODEL is a Hub id, the folder of a pipeline or the output folder of a "
+        "training run. `NAME=MODEL+LORA` adds a LoRA to the model. `NAME=MODEL@SCALE` multiplies the difference "
+        "between the tuned model and the base model by SCALE.",
     )
     add(
         "--scales",
@@ -46,25 +48,28 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="SCALE",
-        help="Evaluate each model after the base at these scales: 1 is the tuned model, larger scales go further. The "
-        "report recommends one, and a run's model card gets it.",
+        help="Evaluate each tuned model at several scales. Scale 1 is the tuned model, and larger scales move further "
+        "away from the base model. The report recommends one of the scales. If the model is a training run, the "
+        "recommendation is also written into its model card.",
     )
-    form = "Scale the predictions by preference guidance, or the weights (default: guidance)."
+    form = (
+        "What a scale multiplies: the change of predictions (preference guidance) or of weights (default: guidance)."
+    )
     add("--form", choices=["guidance", "weights"], default="guidance", help=form)
-    interval = "Noise levels at which guidance acts, such as 0 0.62; all if unset."
+    interval = "Lowest and highest noise level at which preference guidance acts, such as 0 0.62; all levels if unset."
     add("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=interval)
-    seeds = "One image of each prompt for each (default: 0)."
+    seeds = "Seeds. Each prompt gets one image per seed (default: 0)."
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help=seeds)
-    protocol = "`authors`: 50 steps, guidance 8.5, the noise of a seed for all prompts."
+    protocol = "`authors`: the Diffusion-SDPO authors' settings: 50 steps, guidance 8.5, equal noise for all prompts."
     add("--protocol", choices=["authors"], help=protocol)
     add(
         "--layout",
         choices=LAYOUTS,
-        help="Also arrange the images as this benchmark reads them, in a folder of its name. `--prompts` is then the "
-        "benchmark's own file.",
+        help="Also save the images in the folders and file names that this benchmark expects. `--prompts` must then be "
+        "the benchmark's prompt file.",
     )
     add_image_options(parser, prompt_split="test", is_prompts_required=True)
-    output = "Folder of images, scores, results.json and report.html."
+    output = "Folder for images, scores, results.json and report.html."
     add("--output_dir", required=True, metavar="FOLDER", help=output)
     return parser
 
@@ -77,7 +82,7 @@ def run(arguments: list[str], prog: str) -> int:
     from ..evaluation import evaluate_models
     from ..evaluation.report import REPORT_FILE, scale_sentence, verdict_sentence
 
-    # Processes that are done wait for the slowest one. The default of ten minutes is too short for that.
+    # Processes wait for the slowest one. The default timeout of ten minutes is too short for that.
     state = PartialState(cpu=options.device == "cpu", timeout=timedelta(days=1))
     candidates = _candidates(options)
     prompts = listed_prompts(options)
@@ -92,9 +97,9 @@ def run(arguments: list[str], prog: str) -> int:
                 print(scale_sentence(sweep, scorer))
         for note in evaluation.notes:
             print(note)
-        print(f"The report is {options.output_dir}/{REPORT_FILE}.")
+        print(f"The report is in {options.output_dir}/{REPORT_FILE}.")
         if options.layout:
-            print(f"The images for {options.layout} are in {options.output_dir}/{options.layout}.")
+            print(f"The images for the benchmark {options.layout} are in {options.output_dir}/{options.layout}.")
     finish(state)
     return EXIT_OK
 

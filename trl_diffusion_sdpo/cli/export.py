@@ -1,4 +1,4 @@
-"""`trl-diffusion-sdpo export`: the LoRA of a run in a file format of other tools."""
+"""`trl-diffusion-sdpo export`: convert the LoRA of a training run to a file format of other tools."""
 
 import argparse
 
@@ -12,23 +12,23 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog=prog,
         description=(
-            "Write the LoRA of a run in the file format of other tools: kohya's scripts, ComfyUI, AUTOMATIC1111's web "
-            "UI, Forge."
+            "Convert the LoRA of a training run to the file format of other tools: kohya's scripts, ComfyUI, "
+            "AUTOMATIC1111's web UI and Forge."
         ),
     )
     add = parser.add_argument
-    add("--run", required=True, metavar="FOLDER", help="Output folder of the run, or one of its checkpoints.")
-    add("--output", required=True, metavar="FILE", help="The new file; its name ends in .safetensors.")
-    add("--format", choices=FORMATS, default=FORMATS[0], help="The format (default: kohya).")
-    add("--average", action="store_true", help="Export the averaged weights of `ema_decay`.")
+    add("--run", required=True, metavar="FOLDER", help="Output folder of the training run, or one of its checkpoints.")
+    add("--output", required=True, metavar="FILE", help="Name of the file to write, which must end in .safetensors.")
+    add("--format", choices=FORMATS, default=FORMATS[0], help="File format (default: kohya).")
+    add("--average", action="store_true", help="Export the averaged weights that the setting `ema_decay` saves.")
     return parser
 
 
 def run(arguments: list[str], prog: str) -> int:
     options = make_parser(prog).parse_args(arguments)
-    from ..saving.lora_export import export_kohya  # takes seconds: after the arguments are checked
+    from ..saving.lora_export import export_kohya  # imported late because it takes seconds
 
     tensors = export_kohya(options.run, options.output, average=options.average)
     count = sum(key.endswith(".alpha") for key in tensors)
-    print(f"The LoRA of {count} modules is in {options.output}.")
+    print(f"Wrote a LoRA of {count} modules to {options.output}.")
     return EXIT_OK

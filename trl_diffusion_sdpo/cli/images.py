@@ -1,4 +1,4 @@
-"""Options of the commands that generate and score images, and what these commands read from them."""
+"""Options that are shared by the commands that generate and score images, and functions that read these options."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_image_options(parser: argparse.ArgumentParser, *, prompt_split: str, is_prompts_required: bool) -> None:
-    """Add the options of prompts, scorers and generated images."""
+    """Add the options for prompts, scorers and generated images to a parser."""
     add = parser.add_argument
-    prompts = "Prompts: a .txt, .json, .jsonl or .csv file, or a data set."
+    prompts = "Prompts: a .txt, .json, .jsonl or .csv file, or the Hub id of a data set."
     add("--prompts", required=is_prompts_required, metavar="FILE", help=prompts)
-    add("--prompt_column", metavar="NAME", help="Column of the prompts; `prompt`, `caption` or `text` if unset.")
-    split = f"Split of a data set of prompts (default: {prompt_split})."
+    add("--prompt_column", metavar="NAME", help="Column with the prompts. If unset, `prompt`, `caption` or `text`.")
+    split = f"Split to read if the prompts are a data set (default: {prompt_split})."
     add("--prompt_split", default=prompt_split, metavar="NAME", help=split)
     add("--max_prompts", type=int, metavar="N", help="Use the first N prompts only.")
-    scorers = "Scorers, such as pickscore hpsv2.1 image_reward, or your own `module:function`."
+    scorers = "Scorers, such as `pickscore hpsv2.1 image_reward`, or your own function as `module:function`."
     add("--scorers", nargs="+", default=[], metavar="NAME", help=scorers)
-    settings = 'Settings of scorers by name, such as {"hpsv2.1": {"batch_size": 4}}.'
+    settings = 'Settings of each scorer by its name, such as {"hpsv2.1": {"batch_size": 4}}.'
     add("--scorer_settings", type=mapping_option, default={}, metavar="JSON", help=settings)
-    add("--call_kwargs", type=mapping_option, default={}, metavar="JSON", help="Arguments of the pipelines' calls.")
-    add("--batch_size", type=int, default=4, metavar="N", help="Images generated at once (default: 4).")
-    add("--dtype", choices=DTYPES, default="float32", help="Dtype of the pipelines (default: float32).")
-    add("--device", metavar="NAME", help="Device of pipelines and scorers; the fastest there is if unset.")
+    add("--call_kwargs", type=mapping_option, default={}, metavar="JSON", help="Arguments for calling the pipelines.")
+    add("--batch_size", type=int, default=4, metavar="N", help="Images per call of the pipeline (default: 4).")
+    add("--dtype", choices=DTYPES, default="float32", help="Dtype in which pipelines are loaded (default: float32).")
+    add("--device", metavar="NAME", help="Device for pipelines and scorers. If unset, an accelerator if there is one.")
 
 
 def mapping_option(text: str) -> dict[str, Any]:
-    """Read an option that is a mapping in JSON."""
+    """Return the value of an option that is a JSON object."""
     try:
         mapping = json.loads(text)
     except json.JSONDecodeError:
         mapping = None
     if not isinstance(mapping, dict):
-        raise argparse.ArgumentTypeError(f"must be a mapping in JSON, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
     return mapping
 
 
 def listed_prompts(options: argparse.Namespace) -> PromptList:
-    """Read the prompts that the options name."""
+    """Return the prompts in the file or data set of `--prompts`."""
     from ..evaluation.prompts import read_prompts
 
     with reading_data(options.prompts):
@@ -62,7 +62,7 @@ def listed_prompts(options: argparse.Namespace) -> PromptList:
 
 
 def image_settings(options: argparse.Namespace, device: str, seeds: Sequence[int], **more: Any) -> ImageSettings:
-    """Return how images are generated. `more` overrides the options."""
+    """Return the settings for generating images from the command line's options. `more` overrides options."""
     import torch
 
     from ..evaluation.images import ImageSettings
@@ -77,23 +77,25 @@ def image_settings(options: argparse.Namespace, device: str, seeds: Sequence[int
 
 
 def candidate_of(text: str) -> Candidate:
-    """Read `NAME=MODEL`, `NAME=MODEL+LORA` or either with `@SCALE` at its end."""
+    """Return the model that `NAME=MODEL` or `NAME=MODEL+LORA` describes. Both may end with `@SCALE`."""
     from ..evaluation import Candidate
 
     name, _, model = text.partition("=")
     if not model:
-        raise ValueError(f"`--models` must be NAME=MODEL, got {text!r}.")
+        raise ValueError(
+            f"Each entry of `--models` must be NAME=MODEL, got {text!r}. Put a name and `=` before the model."
+        )
     model, _, scale = model.partition("@")
     model, _, lora = model.partition("+")
     try:
         number = float(scale) if scale else None
     except ValueError as error:
-        raise ValueError(f"The scale after @ must be a number, got {scale!r} in {text!r}.") from error
+        raise ValueError(f"The scale after `@` must be a number, got {scale!r} in {text!r}. Correct it.") from error
     return Candidate(name, model, lora or None, number)
 
 
 def scorer_named(name: str, **settings: Any) -> Scorer:
-    """Load a scorer by its name or as `module:function`. Modules in the working directory are importable."""
+    """Load a scorer by its name or as `module:function`. The module may be in the working directory."""
     from ..rewards import load_scorer
 
     import_from_working_directory()
@@ -101,7 +103,7 @@ def scorer_named(name: str, **settings: Any) -> Scorer:
 
 
 def import_from_working_directory() -> None:
-    """Make modules in the working directory importable."""
+    """Put the working directory at the start of `sys.path`, so that its modules can be imported."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
 
@@ -111,13 +113,13 @@ def load_scorers(names: Sequence[str], settings: Mapping[str, Any]) -> list[Scor
     for name, values in settings.items():
         if name not in names or not isinstance(values, dict):
             raise ValueError(
-                f"`--scorer_settings` must map names of `--scorers` to their settings, got {name!r}: {values!r}. "
-                'Write it such as {"hpsv2.1": {"batch_size": 4}}.'
+                f"`--scorer_settings` must map names of `--scorers` to settings, got {name!r}: {values!r}. "
+                'Example: {"hpsv2.1": {"batch_size": 4}}.'
             )
     return [scorer_named(name, **settings.get(name, {})) for name in names]
 
 
 def finish(state: PartialState) -> None:
-    """End all processes together."""
-    state.wait_for_everyone()  # a launcher ends the other processes when the first has exited
-    state.destroy_process_group()  # otherwise its threads can abort the process while Python exits
+    """Wait for all processes, and end their process group."""
+    state.wait_for_everyone()  # a launcher kills the other processes when the first one has exited
+    state.destroy_process_group()  # otherwise the group's threads can crash the process while Python exits

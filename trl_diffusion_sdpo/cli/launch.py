@@ -1,4 +1,4 @@
-"""`trl-diffusion-sdpo train --accelerate_config NAME`: runs the same command under `accelerate launch`."""
+"""Run the same command again under `accelerate launch`, for `trl-diffusion-sdpo train --accelerate_config NAME`."""
 
 from __future__ import annotations
 
@@ -18,52 +18,57 @@ from .options import option_name, read_yaml, refuse_unknown
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 MODULE = f"{__package__}.main"
-LAUNCHED_VARIABLE = "TRL_DIFFUSION_SDPO_LAUNCHED"  # set in the processes that this module has started
+# Environment variable that is set in the processes that this module starts.
+LAUNCHED_VARIABLE = "TRL_DIFFUSION_SDPO_LAUNCHED"
 
 # Seconds that torch's launcher waits between Ctrl-C and killing its processes. Its default of 30 is too short for a
 # large model to end its step and write a checkpoint.
 SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 SHUTDOWN_SECONDS = "600"
 
-_RESERVED = {"config_file", "module", "no_python", "help"}  # options of `accelerate launch` that are set here
+_RESERVED = {"config_file", "module", "no_python", "help"}  # options of `accelerate launch` that this module sets
 
 
 def config_names() -> list[str]:
-    """Return the names of the packaged configurations."""
+    """Return the names of the accelerate configurations in this package."""
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 def config_path(name: str) -> Path:
-    """Return the file of a configuration of accelerate, by its name or by its path."""
+    """Return the path of an accelerate configuration. `name` is the name of a packaged configuration, or a path."""
     if name in config_names():
         return CONFIGS / f"{name}.yaml"
     path = Path(name).expanduser()
     if not path.is_file():
         raise ValueError(
-            f"`--accelerate_config` must be one of {', '.join(config_names())}, or the path of a file, got {name!r}."
+            f"`--accelerate_config` must be one of {', '.join(config_names())}, or the path of an "
+            f"accelerate configuration, got {name!r}."
         )
     return path
 
 
 def launch_options() -> dict[str, bool]:
-    """Return the options of `accelerate launch` that users can give, and whether each takes a value."""
+    """Return the options of `accelerate launch` that users can set: name -> whether the option takes a value."""
     actions = [action for action in _launch_parser()._actions if action.option_strings]
     return {action.dest: action.nargs != 0 for action in actions if action.dest not in _RESERVED}
 
 
 def launch_words(config: str, in_file: dict[str, Any], typed: list[str], options: Iterable[str]) -> list[str]:
-    """Return the words for `accelerate launch` before the name of the script.
+    """Return the arguments of `accelerate launch` that come before the name of the script.
 
     Args:
         config (`str`): Name or path of a configuration of accelerate.
-        in_file (`dict[str, Any]`): Options of the launcher in the file of `--config`.
-        typed (`list[str]`): Options of the launcher on the command line, which win.
-        options (`Iterable[str]`): Options of the command, for the hint at a misspelt name.
+        in_file (`dict[str, Any]`): Options of `accelerate launch` in the YAML file of `--config`.
+        typed (`list[str]`): Options of `accelerate launch` on the command line. Typed options override options in the
+            file.
+        options (`Iterable[str]`): Names of this command's options. An error message for a misspelt option suggests
+            one of these.
     """
     if "LOCAL_RANK" in os.environ:
         raise ValueError(
-            "`accelerate_config` starts the processes itself, and this one was started by torchrun or `accelerate "
-            "launch` already. Leave out one of the two: with `accelerate launch`, pass the file as `--config_file`."
+            "`accelerate_config` makes this command start the training processes, but torchrun or `accelerate launch` "
+            "has already started them. Use only one of the two. With `accelerate launch`, pass the configuration as "
+            "`--config_file`."
         )
     file = config_path(config)
     settings = read_yaml(file)
@@ -81,7 +86,7 @@ def launch_words(config: str, in_file: dict[str, Any], typed: list[str], options
     try:
         parsed, _ = launcher.parse_known_args([*words, MODULE])
     except argparse.ArgumentError as error:
-        raise ValueError(f"`accelerate launch` cannot take {' '.join(words)}: {error}") from error
+        raise ValueError(f"`accelerate launch` does not accept {' '.join(words)}: {error}") from error
     if parsed.training_script != MODULE:
         refuse_unknown([parsed.training_script], ())
     if settings.get("distributed_type") == "DEEPSPEED":
@@ -93,15 +98,17 @@ def launch_words(config: str, in_file: dict[str, Any], typed: list[str], options
 
 
 def start(words: list[str], command: str, arguments: list[str]) -> int:
-    """Start a command under accelerate and wait for its end.
+    """Run a command in processes that accelerate launches, and wait until it ends.
 
     Args:
-        words (`list[str]`): Those of [`launch_words`].
-        arguments (`list[str]`): Those of the command, as the user gave them. The processes ignore the launcher's.
+        words (`list[str]`): Arguments of `accelerate launch`, from [`launch_words`].
+        arguments (`list[str]`): Arguments of the command, as the user typed them. If these
+            include options of `accelerate launch`, the started processes ignore those options.
 
     Returns:
-        `int`: The exit code: 0; that of the first process that failed, 128 plus the signal's number if it was killed
-        by one; 130 after an interruption.
+        `int`: The exit code. 0 after success, 130 after an interruption, or else the exit code of the first process
+            that
+        failed. If a signal killed that process, 128 plus the signal's number.
     """
     from accelerate.commands.launch import launch_command
     from accelerate.utils import patch_environment
@@ -129,30 +136,33 @@ def start(words: list[str], command: str, arguments: list[str]) -> int:
 
 
 def _launch_parser() -> argparse.ArgumentParser:
-    from accelerate.commands.launch import launch_command_parser  # configures logging when imported
+    from accelerate.commands.launch import launch_command_parser  # imported late because it configures logging
 
     return launch_command_parser()
 
 
 def _devices() -> int:
-    import torch  # takes seconds
+    import torch  # imported late because it takes seconds
 
     devices = torch.accelerator.device_count()
     if devices == 0:
         raise ValueError(
-            "`--num_processes` must be the number of processes to start where there is no accelerator, and got nothing."
+            "This machine has no accelerator, so the number of processes is not known. Set `--num_processes`."
         )
     return devices
 
 
 @contextlib.contextmanager
 def _ignore_interrupts_with_one_process(config_file: str) -> Iterator[None]:
-    """Ignore SIGINT while a single child process runs: the terminal sends it Ctrl-C too, and it writes a checkpoint
-    before it ends. For several processes, torch's launcher has its own handlers."""
+    """Return a context manager that ignores SIGINT in this process while a single child process trains.
+
+    The terminal also sends Ctrl-C to the child process, which writes a checkpoint before it ends. If accelerate starts
+    several processes, torch's launcher handles signals.
+    """
     if read_yaml(Path(config_file)).get("distributed_type") != "NO":
         yield
         return
-    previous = signal.signal(signal.SIGINT, lambda number, frame: None)  # unlike SIG_IGN, not inherited by the child
+    previous = signal.signal(signal.SIGINT, lambda number, frame: None)  # unlike SIG_IGN, not inherited by children
     try:
         yield
     finally:
@@ -160,5 +170,6 @@ def _ignore_interrupts_with_one_process(config_file: str) -> Iterator[None]:
 
 
 def _exit_code(code: int) -> int:
-    """Return 128 plus the number of a signal, as shells do; Python reports signals as negative codes."""
+    """Return the exit code that a shell would report. If a signal ended the process, `code` is its negative number, and
+    the result is 128 plus the number."""
     return 128 - code if code < 0 else code

@@ -1,4 +1,4 @@
-"""The entry point `trl-diffusion-sdpo`: its commands and exit codes."""
+"""Entry point of the program `trl-diffusion-sdpo`: find the command, run it, and report errors."""
 
 import os
 import sys
@@ -14,26 +14,26 @@ from .errors import sentence
 PROGRAM = "trl-diffusion-sdpo"
 TRACEBACK_VARIABLE = "TRL_DIFFUSION_SDPO_TRACEBACK"
 
-# Command -> help. Each is a module of this folder, with underscores for dashes, and has `run(arguments, prog) -> int`,
-# which returns the exit code.
+# Name of a command -> its help. Each command is a module in this folder with a function `run(arguments, prog)`, which
+# returns the exit code.
 COMMANDS = {
     "train": "Tune a pipeline on preference pairs.",
-    "encode": "Encode images and prompts once, for later runs with the same options.",
-    "plan": "Compute the memory and time that a run needs.",
-    "evaluate": "Compare models by scorers: images, win rates and a report.",
-    "pairs": "Make pairs from your own images and your own picks, and check them.",
-    "export": "Write the LoRA of a run for ComfyUI, AUTOMATIC1111 and others.",
-    "demo": "Train on the embedded world and plot the results.",
-    "env": "Print the versions that a bug report needs.",
+    "encode": "Encode images and prompts once, for later training runs with the same options.",
+    "plan": "Compute the memory and time that a training run needs, without starting it.",
+    "evaluate": "Compare models: generate images, score them, and write win rates and a report.",
+    "pairs": "Make preference pairs from images, by scorers or by your own picks, and check pairs.",
+    "export": "Convert the LoRA of a training run for ComfyUI, AUTOMATIC1111 and other tools.",
+    "demo": "Compare training methods on a tiny model that is part of the package.",
+    "env": "Print the package versions for a bug report.",
 }
 
 
-# If this package raised one of these errors, only its message is shown. Other errors need their traceback.
+# If this package raised an error of these types, only its message is printed. Other errors keep their traceback.
 _EXPLAINED = (ValueError, OSError, FloatingPointError, MissingExtraError)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command.
+    """Run a command of the program and return the exit code.
 
     Args:
         argv (`list[str]`, *optional*): The command and its arguments; `sys.argv[1:]` if unset.
@@ -51,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         near = did_you_mean(name, COMMANDS)
-        print(f"{PROGRAM}: there is no command {name!r}; there are {', '.join(COMMANDS)}.{near}", file=sys.stderr)
+        print(
+            f"{PROGRAM}: there is no command {name!r}. The commands are {', '.join(COMMANDS)}.{near}", file=sys.stderr
+        )
         return EXIT_USER_ERROR
     return _run(name, rest)
 
@@ -60,7 +62,7 @@ def _run(name: str, arguments: list[str]) -> int:
     prog = f"{PROGRAM} {name}"
     hide_idle_notes()
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # a log file would get a line for each update of a bar
+        os.environ.setdefault("TQDM_DISABLE", "1")  # each update of a progress bar would be a line of the log file
     try:
         module = import_module(f".{name.replace('-', '_')}", __package__)
         return module.run(arguments, prog)
@@ -81,8 +83,8 @@ def _help() -> str:
         f"usage: {PROGRAM} COMMAND [--OPTION VALUE ...]\n\n"
         "Preference tuning of text-to-image diffusers pipelines.\n\n"
         f"commands:\n{commands}\n\n"
-        f"`{PROGRAM} COMMAND --help` lists a command's options. Errors of this package are one line; set "
-        f"{TRACEBACK_VARIABLE}=1 to see where they come from. Errors of libraries have a traceback."
+        f"`{PROGRAM} COMMAND --help` lists the options of a command. Errors that this package reports have no "
+        f"traceback. Set {TRACEBACK_VARIABLE}=1 to see it."
     )
 
 

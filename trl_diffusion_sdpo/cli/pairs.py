@@ -1,4 +1,4 @@
-"""`trl-diffusion-sdpo pairs`: sub-commands that make, check and publish pairs."""
+"""`trl-diffusion-sdpo pairs`: sub-commands that make, check and upload preference pairs."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .options import OneLineParser
 
 
 class SubCommand(NamedTuple):
-    """A sub-command: its help, its options, and the function that acts on them."""
+    """A sub-command: its help texts, its options, and the function that runs it."""
 
     help: str
-    description: str  # what its own help says besides
+    description: str  # further sentences for `SUBCOMMAND --help`
     add_options: Callable[[argparse.ArgumentParser], None]
     act: Callable[[argparse.Namespace], None]
 
@@ -39,8 +39,9 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog=prog,
         usage=f"{prog} SUBCOMMAND ...",
-        description=f"Make pairs of images from your own taste, and check them.\n\nsub-commands:\n{listed}",
-        epilog=f"`{prog} SUBCOMMAND --help` lists its options.",
+        description=f"Make preference pairs of images by scorers or by your own picks, and check "
+        f"pairs.\n\nsub-commands:\n{listed}",
+        epilog=f"`{prog} SUBCOMMAND --help` lists the options of a sub-command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("subcommand", choices=list(SUBCOMMANDS), help=argparse.SUPPRESS)
@@ -68,37 +69,70 @@ def run(arguments: list[str], prog: str) -> int:
 
 def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="MODEL", help="A Hub id, a folder of a pipeline or a run; MODEL+LORA too.")
+    add(
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help="Model that generates images: a Hub id, the folder of a pipeline or the output folder of a training run. "
+        "`MODEL+LORA` adds a LoRA.",
+    )
     add(
         "--recipe",
         choices=["scored", "negatives", "spin", "partial", "local"],
         default="scored",
-        help="`scored`: as said above (default). `negatives` pairs each image with one of the same noise, generated "
-        "with `--negative_kwargs`. The others pair each image of `--from_images` with a loser that the model makes: "
-        "`spin` from its prompt alone, `partial` by noising the image and denoising it, `local` by drawing a region of "
-        "it anew, whose mask is kept for training.",
+        help="How pairs are made. `scored` (default): scorers choose the best and the worst image of each prompt. "
+        "`negatives`: each image is paired with an image that is generated from the same noise with "
+        "`--negative_kwargs`. The other recipes pair each image of `--from_images` with an image that the model makes: "
+        "`spin` generates it from the prompt alone, `partial` noises the image and denoises it, and `local` redraws a "
+        "region of the image and saves the region's mask for training.",
     )
     add(
         "--negative_kwargs",
         type=mapping_option,
         default={"guidance_scale": 1.0},
         metavar="JSON",
-        help="Arguments of the pipeline's call for the losers of `negatives` (default: no guidance).",
+        help="Arguments of the pipeline's call for the rejected images of the recipe `negatives` (default: no "
+        "guidance).",
     )
-    add("--from_images", metavar="FOLDER", help="Good images, a folder of `pairs from-images`.")
-    add("--strength", type=float, default=0.6, metavar="X", help="Noise of `partial` and `local` (default: 0.6).")
-    add("--images", type=int, default=4, metavar="K", help="Images of each prompt (default: 4).")
-    add("--first_seed", type=int, default=0, metavar="N", help="Seeds are N, N + 1, ... (default: 0).")
-    add("--weights", type=mapping_option, default={}, metavar="JSON", help='Weights, such as {"pickscore": 2}.')
+    add("--from_images", metavar="FOLDER", help="Folder of good images that `pairs from-images` has listed.")
+    add(
+        "--strength",
+        type=float,
+        default=0.6,
+        metavar="X",
+        help="Noise level that the recipes `partial` and `local` add, in (0, 1] (default: 0.6).",
+    )
+    add("--images", type=int, default=4, metavar="K", help="Number of images for each prompt (default: 4).")
+    add(
+        "--first_seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Seed of a prompt's first image. The next images have N + 1, N + 2, ... (default: 0).",
+    )
+    add(
+        "--weights",
+        type=mapping_option,
+        default={},
+        metavar="JSON",
+        help='Weight of each scorer by its name, such as {"pickscore": 2}; 1 if unset.',
+    )
     add(
         "--combination",
         choices=["weighted", "majority", "pareto"],
         default="weighted",
-        help="How several scorers choose: by their weighted z-scores, by majority, or only where none disagrees.",
+        help="How several scorers are combined: sum of weighted z-scores (default), majority vote, or `pareto`: like "
+        "`weighted`, but without pairs in which a scorer prefers the rejected image.",
     )
-    add("--margin", type=float, metavar="X", help="All pairs whose rewards differ by X; best and worst if unset.")
+    add(
+        "--margin",
+        type=float,
+        metavar="X",
+        help="Make a pair of any two images whose rewards differ by at least X. If unset, pair only the best and the "
+        "worst image of each prompt.",
+    )
     add_image_options(parser, prompt_split="train", is_prompts_required=False)
-    add("--output_dir", required=True, metavar="FOLDER", help="Folder of images, scores and pairs.jsonl.")
+    add("--output_dir", required=True, metavar="FOLDER", help="Folder for images, scores and pairs.jsonl.")
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -113,11 +147,14 @@ def _generate(options: argparse.Namespace) -> None:
         needed, excluded = excluded, needed
     if needed is None or excluded is not None:
         raise ValueError(
-            f"The recipe `{options.recipe}` reads {'`--prompts`' if reads_prompts else '`--from_images`'} alone, got "
-            f"prompts {options.prompts} and images {options.from_images}."
+            f"The recipe `{options.recipe}` needs {'`--prompts`' if reads_prompts else '`--from_images`'} and not "
+            f"{'`--from_images`' if reads_prompts else '`--prompts`'}. Got `--prompts {options.prompts}` and "
+            f"`--from_images {options.from_images}`."
         )
     if options.recipe != "scored" and options.scorers:
-        raise ValueError(f"`--scorers` belong to the recipe `scored`, got {options.recipe}. Leave them out.")
+        raise ValueError(
+            f"Only the recipe `scored` uses `--scorers`, got the recipe `{options.recipe}`. Leave out `--scorers`."
+        )
     pairing = Pairing(options.combination, options.weights, options.margin)
     state = PartialState(cpu=options.device == "cpu")
     seeds = range(options.first_seed, options.first_seed + options.images)
@@ -126,7 +163,7 @@ def _generate(options: argparse.Namespace) -> None:
     folder = options.output_dir
     if not reads_prompts:
         pairs = pairs_from_images(options.recipe, model, options.from_images, folder, settings, options.strength)
-        lines = [f"{pairs} pairs are in {folder}/pairs.jsonl. Its README.md says how to train on them."]
+        lines = [f"Wrote {pairs} pairs to {folder}/pairs.jsonl. {folder}/README.md says how to train on these pairs."]
     else:
         prompts = listed_prompts(options)
         scorers = load_scorers(options.scorers, options.scorer_settings)
@@ -134,15 +171,18 @@ def _generate(options: argparse.Namespace) -> None:
             pairs = generate_pairs(model, prompts, scorers, folder, settings, pairing)
         else:
             pairs = pairs_of_negatives(model, prompts, folder, settings, options.negative_kwargs)
-        skipped = f" ({prompts.empty} empty and {prompts.duplicates} repeated prompts were skipped)"
+        skipped = f" ({prompts.empty} empty and {prompts.duplicates} repeated prompts skipped)"
         listed = f"{len(prompts.prompts)} prompts{skipped if prompts.empty or prompts.duplicates else ''}"
         if pairs:
             lines = [
-                f"{pairs} pairs of {listed} are in {folder}/pairs.jsonl.",
-                f"Look at them with: trl-diffusion-sdpo pairs check {folder} --sheet pairs.html",
+                f"Wrote {pairs} pairs of {listed} to {folder}/pairs.jsonl.",
+                f"Look at the pairs with: trl-diffusion-sdpo pairs check {folder} --sheet pairs.html",
             ]
         else:
-            lines = [f"Images of {listed} are in {folder}.", f"Go on with: trl-diffusion-sdpo pairs pick {folder}"]
+            lines = [
+                f"The images of {listed} are in {folder}.",
+                f"To judge them: trl-diffusion-sdpo pairs pick {folder}",
+            ]
     if state.is_main_process:
         print("\n".join(lines))
     finish(state)
@@ -152,15 +192,20 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _add_pick_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="Folder of images.")
+    parser.add_argument("folder", metavar="FOLDER", help="Folder of images, or output folder of `evaluate`.")
     parser.add_argument(
         "--host",
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="Address to serve the page at (default: 127.0.0.1, this machine only). 0.0.0.0 opens it to the network, "
-        "such as for a phone.",
+        help="Address at which the page is served (default: 127.0.0.1, for this machine only). With 0.0.0.0, other "
+        "devices in your network can open the page, for example your phone.",
     )
-    parser.add_argument("--port", type=int, metavar="N", help="Port of the page; 8765, or a free one, if unset.")
+    parser.add_argument(
+        "--port",
+        type=int,
+        metavar="N",
+        help="Port of the page. If unset, the page uses port 8765, or a free port if 8765 is in use.",
+    )
 
 
 def _pick(options: argparse.Namespace) -> None:
@@ -172,7 +217,7 @@ def _pick(options: argparse.Namespace) -> None:
 
     folder = Path(options.folder)
     if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder}.")
+        raise ValueError(f"There is no folder {folder}. Check the path.")
     if not (folder / MANIFEST_FILE).is_file():
         print("\n".join(list_images(folder)))
     session = PickSession(folder)
@@ -182,18 +227,18 @@ def _pick(options: argparse.Namespace) -> None:
             print(f"Left out: {count} images {reason}.")
         if options.host != LOCAL_HOST:
             print(
-                "Anyone in the network who learns this address can see these images and pick. The connection is not "
-                "encrypted. Use it at home only.",
+                "Anyone in your network who knows the address below can see the images and pick. The connection is not "
+                "encrypted, so use this only in a network that you trust.",
                 file=sys.stderr,
             )
-        print(f"Pick at {server.address}\nEach pick is saved at once. Press Ctrl-C to end.", flush=True)
+        print(f"Open {server.address} in a browser.\nEach pick is saved at once. Press Ctrl-C to end.", flush=True)
         with server:
             server.serve_forever()
     except KeyboardInterrupt:
         pass
     finally:
         session.close()
-    print(f"\n{len(session.log.picks)} picks so far, {session.pairs} pairs in {folder / PAIRS_FILE}.")
+    print(f"\n{len(session.log.picks)} picks so far. {folder / PAIRS_FILE} has {session.pairs} pairs.")
     for sentence in session.result():
         print(sentence)
 
@@ -203,10 +248,20 @@ def _pick(options: argparse.Namespace) -> None:
 
 def _add_from_images_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("folder", metavar="FOLDER", help="Folder of images, with subfolders.")
-    add("--liked", nargs="+", metavar="NAME", help="Names of subfolders of images that you like; `liked` and others.")
-    add("--disliked", nargs="+", metavar="NAME", help="Names of subfolders of images that you do not like.")
-    add("--from_names", action="store_true", help="Use the name of an image as its prompt if it has no other.")
+    add("folder", metavar="FOLDER", help="Folder of images. Subfolders are read too.")
+    add(
+        "--liked",
+        nargs="+",
+        metavar="NAME",
+        help="Names of the subfolders with images that you like; `liked` and similar names if unset.",
+    )
+    add(
+        "--disliked",
+        nargs="+",
+        metavar="NAME",
+        help="Names of the subfolders with images that you do not like; `disliked` and similar names if unset.",
+    )
+    add("--from_names", action="store_true", help="If an image has no other prompt, use its file name.")
 
 
 def _from_images(options: argparse.Namespace) -> None:
@@ -216,23 +271,23 @@ def _from_images(options: argparse.Namespace) -> None:
     disliked = [name.lower() for name in options.disliked or DISLIKED]
     lines = list_images(Path(options.folder), liked=liked, disliked=disliked, from_names=options.from_names)
     print("\n".join(lines))
-    print(f"Go on with: trl-diffusion-sdpo pairs pick {options.folder}")
+    print(f"To judge the images: trl-diffusion-sdpo pairs pick {options.folder}")
 
 
 # ---- pairs push -----------------------------------------------------------------------------------------------------
 
 
 def _add_push_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="Folder of `pairs pick` or `pairs generate`.")
-    parser.add_argument("repo", metavar="REPO", help="Name on the Hub, such as me/my-taste.")
-    parser.add_argument("--private", action="store_true", help="Make a new data set private.")
+    parser.add_argument("folder", metavar="FOLDER", help="Output folder of `pairs pick` or `pairs generate`.")
+    parser.add_argument("repo", metavar="REPO", help="Hub id of the data set, such as me/my-taste.")
+    parser.add_argument("--private", action="store_true", help="If this call creates the data set, make it private.")
 
 
 def _push(options: argparse.Namespace) -> None:
     from ..pairing.publish import push_pairs
 
     pairs = push_pairs(options.folder, options.repo, private=options.private)
-    print(f"{pairs} pairs are at https://huggingface.co/datasets/{options.repo}.")
+    print(f"Uploaded {pairs} pairs to https://huggingface.co/datasets/{options.repo}.")
 
 
 # ---- pairs check ----------------------------------------------------------------------------------------------------
@@ -240,15 +295,37 @@ def _push(options: argparse.Namespace) -> None:
 
 def _add_check_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("data", metavar="PATH", help="Data set: a folder, a file or an id of the Hub, as for `--dataset_name`.")
-    add("--split", default="train", metavar="NAME", help="Split of the data set (default: train).")
-    add("--dataset_format", metavar="NAME", help="Format of the columns; detected if unset.")
-    add("--resolution", type=int, default=512, metavar="N", help="Side of the images in training (default: 512).")
-    add("--min_side", type=int, metavar="N", help="Drop pairs with an image whose shorter side is smaller.")
-    add("--look_at", type=int, default=500, metavar="N", help="Pairs to compare, score and show (default: 500).")
-    add("--scorer", metavar="NAME", help="Scorer, such as pickscore, or your own `module:function`.")
-    add("--scorer_settings", type=mapping_option, default={}, metavar="JSON", help='Such as {"device": "cuda"}.')
-    add("--sheet", metavar="FILE", help="Write a contact sheet of the pairs to this HTML file.")
+    add("data", metavar="PATH", help="Folder, file or Hub id of the data set, as for `train --dataset_name`.")
+    add("--split", default="train", metavar="NAME", help="Split to check (default: train).")
+    add("--dataset_format", metavar="NAME", help="Format of the columns. If unset, it is detected.")
+    add(
+        "--resolution",
+        type=int,
+        default=512,
+        metavar="N",
+        help="Resolution of the training, in pixels (default: 512).",
+    )
+    add("--min_side", type=int, metavar="N", help="Drop a pair if the shorter side of an image is below N pixels.")
+    add(
+        "--look_at",
+        type=int,
+        default=500,
+        metavar="N",
+        help="Number of pairs to examine for duplicates, to score and to show (default: 500).",
+    )
+    add(
+        "--scorer",
+        metavar="NAME",
+        help="Scorer for the images, such as pickscore, or your own function as `module:function`.",
+    )
+    add(
+        "--scorer_settings",
+        type=mapping_option,
+        default={},
+        metavar="JSON",
+        help='Settings of the scorer, such as {"device": "cuda"}.',
+    )
+    add("--sheet", metavar="FILE", help="Write a contact sheet of the examined pairs to this HTML file.")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -257,7 +334,7 @@ def _check(options: argparse.Namespace) -> None:
 
     sheet = None if options.sheet is None else Path(options.sheet)
     if sheet is not None and not sheet.absolute().parent.is_dir():
-        raise ValueError(f"`--sheet` must be a file in a folder that exists, got {sheet}.")
+        raise ValueError(f"`--sheet` must be a file in an existing folder, got {sheet}. Create the folder first.")
     scorer = None if options.scorer is None else scorer_named(options.scorer, **options.scorer_settings)
     reading = PairOptions(
         PairTransform(options.resolution),
@@ -273,42 +350,44 @@ def _check(options: argparse.Namespace) -> None:
         lines = check_pairs(dataset, reading, look_at=options.look_at, scorer=scorer, sheet=sheet, folder=folder)
     print("\n".join(lines))
     if sheet is not None:
-        print(f"The contact sheet is {sheet}.")
+        print(f"Wrote the contact sheet to {sheet}.")
 
 
 SUBCOMMANDS = {
     "generate": SubCommand(
         "Generate several images of each prompt, score them, and pair the best with the worst.",
-        "Without scorers, the folder is for `pairs pick`. A second call goes on where the first ended. Under "
-        "`accelerate launch -m trl_diffusion_sdpo pairs generate` all processes share the work.",
+        "Without scorers, only images are generated, and you can judge them with `pairs pick`. If a call was "
+        "interrupted, the same call continues where it stopped. To use several GPUs, start the command as "
+        "`accelerate launch -m trl_diffusion_sdpo pairs generate`.",
         _add_generate_options,
         _generate,
     ),
     "pick": SubCommand(
-        "Open a page that shows two images of a prompt, and save which one you prefer.",
-        "Each pick is saved at once in picks.jsonl, and pairs.jsonl is what training reads. The folder is one of own "
-        "images, or the output folder of `evaluate`, whose models are then compared without telling which is which. A "
-        "second call goes on where the first ended. Ctrl-C ends the page.",
+        "Open a web page that shows you two images of a prompt at a time, and save which image you prefer.",
+        "Each pick is saved at once in picks.jsonl, and the pairs for training are in pairs.jsonl. FOLDER is a folder "
+        "of your images or the output folder of `evaluate`. In the latter case, you compare the models without seeing "
+        "which model made an image. Call the command again to continue with earlier picks. Ctrl-C ends the command.",
         _add_pick_options,
         _pick,
     ),
     "from-images": SubCommand(
-        "List the images of a folder with their prompts, without duplicates, in manifest.jsonl for `pairs pick`.",
-        "A prompt is in a text file beside the image, or in its metadata, as A1111, Forge, ComfyUI and SwarmUI write "
-        "them. Images are never changed. Call it again when you have added images: your picks stay.",
+        "Find the prompts of the images in a folder, and list the images in manifest.jsonl for `pairs pick`.",
+        "The prompt of a.png is read from a.txt, or from metadata that A1111, Forge, ComfyUI or SwarmUI wrote into the "
+        "image. Duplicates are left out. Images are never changed. After you have added images, call the command "
+        "again: your picks are kept.",
         _add_from_images_options,
         _from_images,
     ),
     "push": SubCommand(
-        "Upload the pairs of a folder to the Hub as a data set, images included.",
-        "The folder's README.md becomes its page. Log in before, with `hf auth login`. `train --dataset_name REPO` "
-        "then reads it.",
+        "Upload the pairs of a folder and their images to the Hub as a data set.",
+        "The folder's README.md becomes the page of the data set. Log in first with `hf auth login`. Afterwards, "
+        "`train --dataset_name REPO` trains on the data set.",
         _add_push_options,
         _push,
     ),
     "check": SubCommand(
-        "Say what training would read of a data set of pairs, what it would drop, and what looks wrong.",
-        "Nothing is trained.",
+        "Report which pairs of a data set training would read, which it would drop, and which look doubtful.",
+        "The command does not train.",
         _add_check_options,
         _check,
     ),

@@ -1,4 +1,4 @@
-"""`trl-diffusion-sdpo plan`: computes the memory and FLOPs of a run without loading weights."""
+"""`trl-diffusion-sdpo plan`: compute the memory and FLOPs of a training run without loading weights."""
 
 from __future__ import annotations
 
@@ -18,26 +18,34 @@ if TYPE_CHECKING:
 
 
 def make_parser(prog: str | None = None) -> OneLineParser:
-    """Return the parser of the options that only `plan` has. The other options are those of `train`."""
+    """Return a parser for the options that only `plan` has. All other options of `plan` are those of `train`."""
     parser = OneLineParser(
         prog=prog,
         usage="%(prog)s --model_name_or_path ID [--config FILE.yaml] [--OPTION VALUE ...]",
-        description="Compute the memory and the FLOPs of a run without loading its weights. The options are those of "
-        "`train`, and these. Nothing is measured, and no device is needed.",
+        description="Compute the memory and the FLOPs of a training run without loading weights. The command takes all "
+        "options of `train` and those below. It measures nothing and needs no GPU.",
     )
-    parser.add_argument("--plan_device", choices=["cuda", "cpu"], default="cuda", help="device to plan for")
-    parser.add_argument("--only_this", action="store_true", help="plan these settings only, no table of what fits")
-    parser.add_argument("--plan_pairs", type=int, default=100_000, help="number of pairs for the hours")
     parser.add_argument(
-        "--tflops", type=float, help="TFLOP/s that training reaches (default: 25, the most of published trainings)"
+        "--plan_device", choices=["cuda", "cpu"], default="cuda", help="type of device to plan for (default: cuda)"
     )
-    parser.add_argument("--json", type=Path, help="file for all numbers")
+    parser.add_argument(
+        "--only_this", action="store_true", help="plan only these settings, without the table of other settings"
+    )
+    parser.add_argument(
+        "--plan_pairs", type=int, default=100_000, help="number of training pairs for which hours are computed"
+    )
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        help="TFLOP/s that training reaches, for computing hours (default: 25, the highest in published trainings)",
+    )
+    parser.add_argument("--json", type=Path, help="JSON file to write all numbers to")
     return parser
 
 
 def run(arguments: list[str], prog: str) -> int:
     own, words = make_parser(prog).parse_known_args(arguments)
-    with _without_warnings():  # the trainer would repeat them for each plan
+    with _without_warnings():  # the trainer would repeat its warnings for each plan
         planned = planned_settings(words, prog, own.plan_device)
         plan = planned.plan()
         from ..planning import report
@@ -53,28 +61,31 @@ def run(arguments: list[str], prog: str) -> int:
 
 
 def planned_settings(words: list[str], prog: str | None, device: str) -> PlannedSettings:
-    """Read the words of `train` into settings to plan.
+    """Parse options of `train` into the settings of a plan.
 
     Args:
-        device (`str`): Device to plan for. Plans for accelerators use bf16 if neither `bf16` nor `fp16` is set.
+        device (`str`): Type of device to plan for. Unless it is `"cpu"`, plans use bf16 if neither `bf16` nor `fp16` is
+            set.
     """
-    from ..planning.prepare import PlannedSettings  # takes seconds
+    from ..planning.prepare import PlannedSettings  # imported late because it takes seconds
     from ..planning.sharding import engine_of
     from .train import parse
 
     file, accelerate_config, _ = read_given(words)
     taken, words = take_options(words, "accelerate_config", "num_processes")
     names = {option_name(word) for word in words} | set(file)
-    words = [*words, "--use_cpu", "true"]  # nothing is put onto a device
+    words = [*words, "--use_cpu", "true"]  # a plan puts nothing onto a device
     if device != "cpu" and not names & {"bf16", "fp16", "no_bf16"}:
         words += ["--bf16", "true"]
     _, training, model = parse(words, prog)
     if not model.model_name_or_path:
-        raise ValueError("`--model_name_or_path` must be the Hub id or folder of a diffusers pipeline, got none.")
+        raise ValueError(
+            "`--model_name_or_path` must be the Hub id or folder of a diffusers pipeline, got none. Set it."
+        )
     if training.deepspeed or training.fsdp:
         raise ValueError(
-            "A plan takes the engine from `--accelerate_config` and `--num_processes`, got `--deepspeed` or `--fsdp`. "
-            "Name the packaged configuration that shards the same."
+            "A plan reads sharding settings from `--accelerate_config` and `--num_processes`, got `--deepspeed` or "
+            "`--fsdp`. Use the packaged accelerate configuration with the same sharding."
         )
     count = taken["num_processes"] or file.get("num_processes")
     return PlannedSettings(training, model, engine_of(accelerate_config, count), device)

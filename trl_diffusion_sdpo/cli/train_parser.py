@@ -1,4 +1,4 @@
-"""Parser of the options of `train`, and checks of options that depend on each other."""
+"""Parse the options of the command `train`, and check options that depend on each other."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from .options import OneLineParser, read_yaml, set_environment, take_options, wi
 
 logger = logging.getLogger(__name__)
 
-# Folders of the example configurations, in an installed package and in a clone.
+# Folders of the example configurations, in an installed package and in a clone of the repository.
 EXAMPLES = (Path(__file__).parent / "example_configs", Path(__file__).parents[2] / "examples" / "configs")
 
-# Options of transformers and TRL that are read, or refused with the reason, and that the help does not list.
+# Options of transformers and TRL that `--help` does not list. Parsers accept them, and some raise an error later.
 HIDDEN = frozenset(
-    # refused
+    # raise an error
     "bf16_full_eval fp16_full_eval include_for_metrics include_num_input_tokens_seen label_smoothing_factor "
     "lora_modules_to_save neftune_noise_alpha use_liger_kernel "
-    # of language models
+    # for language models
     "attn_implementation average_tokens_across_devices ignore_bias_buffers length_column_name liger_kernel_config "
     "lora_task_type use_cache "
-    # without effect, because the trainer or the format of the data decides
+    # without effect, because the trainer sets them or the data format determines them
     "do_eval do_predict do_train label_names local_rank logging_nan_inf_filter remove_unused_columns".split()
 )
 # Prefixes of the options of TRL's `ModelConfig` that need `use_peft`.
 ADAPTER_PREFIXES = ("lora_", "use_rslora", "use_dora", "load_in_", "bnb_", "use_bnb_")
 # Options that need `eval_strategy`.
 _EVALUATION_OPTIONS = ("eval_dataset_name", "test_size", "eval_steps")
-# Titles of the help.
+# Titles of the groups of options in `--help`.
 MODEL = "Model and data"
 OWN = "Diffusion-SDPO"
 INHERITED = "Training, from transformers"
@@ -44,7 +44,7 @@ _REQUIRED = {
 
 
 def make_parser(prog: str | None = None) -> Any:
-    """Return the parser of the command, with the arguments of TRL's scripts and [`DiffusionSDPOConfig`]."""
+    """Return the parser of `train`, with the options of TRL's scripts and of [`DiffusionSDPOConfig`]."""
     from transformers import TrainingArguments
     from trl import ModelConfig, TrlParser
 
@@ -56,7 +56,7 @@ def make_parser(prog: str | None = None) -> Any:
     own = {field.name for field in fields(DiffusionSDPOConfig)} - inherited
 
     class TrainParser(OneLineParser, TrlParser):
-        """TRL's parser with another help. The help has this package's options before those of transformers."""
+        """TRL's parser, whose help lists this package's options before those of transformers."""
 
         def __init__(self, *arguments: Any, **settings: Any):
             self._titled: dict[str, argparse._ArgumentGroup] = {}
@@ -79,23 +79,27 @@ def make_parser(prog: str | None = None) -> Any:
         prog=prog,
         usage="%(prog)s [--config FILE.yaml | EXAMPLE] [--accelerate_config NAME] --model_name_or_path ID "
         "--dataset_name ID [--OPTION VALUE ...]",
-        description="Tune a pipeline on preference pairs. The command line overrides the YAML file of --config, "
-        f"which may be the name of an example: {', '.join(example_configs())}.",
-        epilog="Dashes may stand for underscores. Options of transformers and TRL that are for language models, or do "
-        "nothing here, are not listed. "
-        f"--accelerate_config starts the training under accelerate: {', '.join(config_names())}, or the path of a "
-        "file; options of `accelerate launch`, such as --num_processes, may follow.",
+        description="Tune a pipeline on preference pairs. Options on the command line override those in the YAML file "
+        "of --config. The value of --config can also be the name of an example configuration: "
+        f"{', '.join(example_configs())}.",
+        epilog="Names of options may be written with dashes in place of underscores. Options of transformers and TRL "
+        "that are for language models or have no effect here are not listed. --accelerate_config starts the training "
+        f"in processes of accelerate. Its value is one of {', '.join(config_names())}, or the path of an accelerate "
+        "configuration. Options of `accelerate launch`, such as --num_processes, can then be added.",
     )
-    parser.set_defaults(lora_dropout=0.0)  # with dropout, policy and reference would differ before the first step
+    # With dropout, policy and reference model would differ before the first step.
+    parser.set_defaults(lora_dropout=0.0)
     return parser
 
 
 def read_given(arguments: list[str]) -> tuple[dict[str, Any], str | None, list[str]]:
-    """Read the file of `--config` and set its environment variables, before libraries that read them are imported.
+    """Read the YAML file of `--config`, and set the environment variables that it lists under `env`.
+
+    Call this function before importing libraries that read environment variables.
 
     Returns:
-        `tuple[dict[str, Any], str | None, list[str]]`: The settings of the file, `accelerate_config` of the command
-        line or else of the file, and the other words.
+        `tuple[dict[str, Any], str | None, list[str]]`: The settings in the file; the value of `accelerate_config` on
+        the command line, or else in the file; and the other words of the command line.
     """
     taken, words = take_options(arguments, "config", "accelerate_config")
     settings = {} if taken["config"] is None else read_yaml(config_file(taken["config"]))
@@ -105,12 +109,12 @@ def read_given(arguments: list[str]) -> tuple[dict[str, Any], str | None, list[s
 
 
 def example_configs() -> dict[str, Path]:
-    """Return the example configurations by name."""
+    """Return the path of each example configuration by its name."""
     return {path.stem: path for folder in reversed(EXAMPLES) for path in sorted(folder.glob("*.yaml"))}
 
 
 def config_file(name: str) -> Path:
-    """Return a file of settings, by its path or by the name of an example configuration."""
+    """Return the path of a YAML file of settings. `name` is this path, or the name of an example configuration."""
     path = Path(name).expanduser()
     examples = example_configs()
     if path.is_file():
@@ -118,34 +122,34 @@ def config_file(name: str) -> Path:
     if name not in examples:
         near = did_you_mean(path.stem, examples)
         raise ValueError(
-            f"`--config` must be a YAML file, or one of the example configurations {', '.join(examples)}; got "
-            f"{name}, and there is no such file.{near}"
+            f"`--config` must be a YAML file, or one of the example configurations {', '.join(examples)}. "
+            f"There is no file {name}.{near}"
         )
     return examples[name]
 
 
 def check_together(values: dict[str, Any], names: Iterable[str]) -> None:
-    """Check that a model and data are set, and that the options fit together."""
+    """Check that options for a model and for data are set, and that the options fit together."""
     for name, what in _REQUIRED.items():
         if not values[name] and not (name == "dataset_name" and values["datasets"]):
-            raise ValueError(f"`--{name}` must be {what}, got none.")
+            raise ValueError(f"`--{name}` must be {what}, got none. Set it.")
     check_adapter_options(values, names)
     if values["eval_strategy"] == "no" and not values["do_eval"] and is_first_process():
         for name in sorted(set(_EVALUATION_OPTIONS) & set(names)):
-            logger.warning("`%s=%s` has no effect without `eval_strategy`.", name, values[name])
+            logger.warning("The option `%s=%s` has no effect without `eval_strategy`.", name, values[name])
 
 
 def check_adapter_options(values: dict[str, Any], names: Iterable[str]) -> None:
-    """Refuse options of a LoRA without `use_peft`."""
+    """Raise `ValueError` if options for a LoRA are set without `use_peft`."""
     idle = [name for name in sorted(names) if name.startswith(ADAPTER_PREFIXES) and values[name]]
     if idle and not values["use_peft"]:
         raise ValueError(
-            "Without `use_peft` all weights are trained, in full precision, and "
-            f"{', '.join(f'`{name}`' for name in idle)} would do nothing. Add `--use_peft` for a LoRA, or leave the "
-            "others out."
+            "Options for a LoRA or for quantization need `use_peft`, because without it all weights are trained in "
+            f"full precision. Got {', '.join(f'`{name}`' for name in idle)} without `use_peft`. Add `--use_peft` to "
+            "train a LoRA, or leave out the other options."
         )
 
 
 def is_first_process() -> bool:
-    """Return whether this is the process that prints."""
+    """Return whether this is the main process, which prints."""
     return os.environ.get("RANK", "0") == "0"

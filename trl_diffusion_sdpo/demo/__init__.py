@@ -1,6 +1,8 @@
-"""The embedded world: captioned shapes, an oracle that scores them, ranked pairs, and a tiny pipeline to tune.
+"""A toy world for demos and tests: images of coloured shapes with captions, an oracle that scores images by their
+pixels, preference pairs, and a tiny pipeline to tune.
 
-The world and the oracle need numpy only and are imported here. The modules `pairs` and `pipeline` need more.
+This package imports the modules `world` and `oracle`. The modules `pairs` and `pipeline` must be imported by name,
+because they import `datasets` and `diffusers`.
 """
 
 from ..utils.import_utils import hide_idle_notes
@@ -18,4 +20,4 @@ __all__ = [
     "render",
 ]
 
-hide_idle_notes()  # the pipeline's module imports the libraries
+hide_idle_notes()  # before the module `pipeline` imports transformers and diffusers

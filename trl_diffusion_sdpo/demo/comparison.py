@@ -1,5 +1,5 @@
-"""The demo: trains SFT, Diffusion-DPO, Diffusion-SDPO and a recipe for keeping winners from one small model on the same
-pairs, scores their images, and writes a report."""
+"""Run the demo: tune one tiny model with SFT, Diffusion-DPO, Diffusion-SDPO and a stricter Diffusion-SDPO ("recipe") on
+the same pairs, score the images of the tuned models, and write a report."""
 
 import json
 import shutil
@@ -26,10 +26,10 @@ from .scoring import GUIDANCE_SCALES, GuidedScorer, ImageScorer, OracleCallback
 from .world import IMAGE_SIZE
 
 STEPS = 240
-LOGS = 30  # points of the curve of lambda
-THREADS = 4  # upper limit. Networks this small do not get faster with more
+LOGS = 30  # number of points in the plot of lambda
+THREADS = 4  # largest number of CPU threads; such a small network is not faster with more
 SETTINGS_FILE = "settings.json"
-# Offsets of the seed, so that held-out pairs and scored latents differ from those of training.
+# Added to the seed, so that held-out pairs and the latents of scored images differ from those in training.
 _HELD_OUT_SEED, _SCORE_SEED = 10_000, 20_000
 
 SHARED = {
@@ -55,22 +55,24 @@ def run_demo(
     evaluations: int = 4,
     guidance_scales: Sequence[float] = GUIDANCE_SCALES,
 ) -> DemoResult:
-    """Train every method from the packaged base model on the same pairs, on the CPU, and write a report.
+    """Tune the packaged base model with every method on the same pairs, on the CPU, and write a report.
 
     Args:
-        output_dir (`str` or `Path`): Folder of the report, and of each tuned pipeline in `runs/<method>`. The results
-            of an earlier demo in it are replaced.
+        output_dir (`str` or `Path`): Folder for the report, and for each tuned pipeline in `runs/<method>`. Results of
+            an earlier demo in this folder are replaced.
         seed (`int`): Seed of the pairs, the noise and the generated images.
         max_steps (`int`, *optional*): Optimizer steps of each method; 240 if unset.
-        pairs (`str`): `"off_policy"`, two rendered images, or `"on_policy"`, two images of the base model.
-        gentle (`bool`): Whether to train Diffusion-DPO and Diffusion-SDPO with the gentle settings too.
-        samples_per_prompt (`int`): Images for each of the 72 prompts that the oracle scores.
-        evaluations (`int`): Number of evaluations of each method.
-        guidance_scales (`Sequence[float]`): Scales of classifier-free guidance from which each model's best is chosen.
-            Scale 1, no guidance, is always among them.
+        pairs (`str`): `"off_policy"`: a pair has two rendered drawings. `"on_policy"`: a pair has two images that the
+            base model generated.
+        gentle (`bool`): Whether to also train Diffusion-DPO and Diffusion-SDPO with gentle settings: a lower learning
+            rate, a higher beta and half the steps.
+        samples_per_prompt (`int`): Number of images for each of the 72 prompts. The oracle scores these images.
+        evaluations (`int`): Number of evaluations during the training of each method.
+        guidance_scales (`Sequence[float]`): Scales of classifier-free guidance. For each model, the scale with the
+            best score is chosen. Scale 1 (no guidance) is always tried too.
 
     Returns:
-        `DemoResult`: The numbers, the images, the files written and a summary.
+        `DemoResult`: The numbers, the images, the paths of the written files, and a summary.
     """
     steps = STEPS if max_steps is None else max_steps
     if seed < 0 or steps < 1:
@@ -110,7 +112,7 @@ def run_demo(
 
 
 class Comparison:
-    """Trains methods on the same pairs, and scores them with the same prompts and latents."""
+    """Trains several methods on the same pairs, and scores their images of the same prompts from the same latents."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder, self.settings = folder, settings
@@ -123,7 +125,7 @@ class Comparison:
             bar.update()
 
     def train(self, method: Method, number: str) -> MethodResult:
-        """Train a method and save its pipeline."""
+        """Train with one method, save the tuned pipeline, and return the curves and images."""
         pipeline = load_base_pipeline()
         oracle = OracleCallback(pipeline, self.scorer, Score.of(self.base_scores))
         trainer = DiffusionSDPOTrainer(
@@ -140,7 +142,8 @@ class Comparison:
         return MethodResult(method, seconds, Curves.of(history), *oracle.latest)
 
     def generate(self, methods: list[MethodResult]) -> dict[str, Guided]:
-        """Generate images of every model with classifier-free guidance, and of the recipe with preference guidance."""
+        """Generate images with every model under classifier-free guidance, and with the recipe's model also under
+        preference guidance."""
         scorer = GuidedScorer(self.scorer, self.settings["guidance_scales"])
         base = load_base_pipeline()
         guided = {BASE: scorer(base, (self.base_samples, self.base_scores))}
@@ -173,13 +176,13 @@ class Comparison:
             checkpoint_on_interrupt=False,
             logging_steps=max(1, steps // LOGS),
             report_to="none",
-            disable_tqdm=True,  # `BarCallback` has one bar for each method
+            disable_tqdm=True,  # `BarCallback` shows one bar for each method
             **{**SHARED, **method.settings},
         )
 
 
 class BarCallback(TrainerCallback):
-    """Moves the progress bar of a method, with the newest score. Evaluations have no bars."""
+    """Updates a method's progress bar after each step, and shows the newest oracle score beside the bar."""
 
     def __init__(self, bar: tqdm):
         self._bar = bar
@@ -192,11 +195,12 @@ class BarCallback(TrainerCallback):
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> Path:
-    """Write the settings into the folder and return it. Remove runs and images of an earlier demo in it."""
+    """Prepare the folder of a demo and return it: write the settings, and delete runs and images of an earlier demo."""
     file = folder / SETTINGS_FILE
     if folder.is_dir() and any(folder.iterdir()) and not file.is_file():
         raise ValueError(
-            f"`output_dir` must be a new or empty folder, or hold an earlier demo; {folder} holds other files."
+            f"`output_dir` must be a new or empty folder, or the folder of an earlier demo, and {folder} has other "
+            "files. Use another folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -206,8 +210,8 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> Path:
 
 
 def demo_pairs(kind: str, seed: int, base: Any) -> tuple[Dataset, Dataset]:
-    """Return training and held-out pairs of the same kind, `"off_policy"` or `"on_policy"`. The latter are images of
-    `base`."""
+    """Return training pairs and held-out pairs of the kind `"off_policy"` or `"on_policy"`. Images of on-policy pairs
+    are generated by `base`."""
     if kind == "off_policy":
         return off_policy_pairs(seed), eval_pairs(seed)
     return on_policy_pairs(base, seed), on_policy_pairs(base, seed + _HELD_OUT_SEED, per_prompt=2)

@@ -1,26 +1,26 @@
-"""The methods that the demo compares, with their settings."""
+"""Define the training methods that the demo compares, with their settings."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-RUNS_FOLDER = "runs"  # in the demo's folder; has a folder for each method
+RUNS_FOLDER = "runs"  # subfolder of the demo's output folder; it has one folder per method
 
 HARD = {"learning_rate": 2e-4, "beta": 100.0}
 GENTLE = {"learning_rate": 1e-4, "beta": 500.0}
 UNSAFE = {"loss_type": "sigmoid", "safeguard": "none"}
 SAFE = {"loss_type": "sigmoid", "safeguard": "output", "safeguard_mu": 0.6}
-# A lower error on the winners for slightly less reward.
+# Stricter settings, which protect the chosen images more: a lower error on them for slightly less reward.
 RECIPE = {"loss_type": "sigmoid", "safeguard": "parameter", "safeguard_mu": 0.8, "lr_scheduler_type": "cosine"}
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train."""
+    """A training method of the demo."""
 
-    key: str  # name of its folder
-    label: str  # name to display
+    key: str  # name of the method's folder
+    label: str  # name in plots and tables
     settings: dict[str, Any] = field(default_factory=dict)  # fields of `DiffusionSDPOConfig`
-    gentle: bool = False  # whether it trains for half as many steps
+    gentle: bool = False  # whether the method trains for half as many steps as the others
 
 
 METHODS = (
@@ -33,6 +33,7 @@ GENTLE_METHODS = (
     Method("dpo_gentle", "Diffusion-DPO, gentle", UNSAFE | GENTLE, gentle=True),
     Method("sdpo_gentle", "Diffusion-SDPO, gentle", SAFE | GENTLE, gentle=True),
 )
-# The recipe's images with preference guidance from the base model. `settings` are those of `preference_guidance`.
+# Not trained: the recipe's model generates with preference guidance, and the base model is the reference. `settings`
+# are the arguments of `preference_guidance`.
 GUIDED_METHOD = Method("sdpo_recipe_guided", "Diffusion-SDPO, recipe, guided", {"scale": 4.0, "interval": [0.0, 0.62]})
-GUIDED_FROM = "sdpo_recipe"  # the trained model of this method
+GUIDED_FROM = "sdpo_recipe"  # key of the method whose model `GUIDED_METHOD` uses

@@ -1,7 +1,7 @@
-"""The reward of the embedded world: scores an image against its caption in [0, 1], from its pixels.
+"""Score an image of the toy world against its caption, from the pixels alone. Scores are in [0, 1].
 
-The background is the median of the border, and the object is what differs from it; colour, shape, position and
-sharpness are measured independently of one another.
+The background colour is the median colour of the image's border. The object is the set of pixels that differ from the
+background. Colour, shape, position and sharpness of the object are scored separately.
 """
 
 from collections.abc import Sequence
@@ -13,21 +13,21 @@ from PIL import Image
 from ..rewards import FunctionScorer
 from .world import BACKGROUNDS, COLOURS, IMAGE_SIZE, SHAPE_AREA, SHAPES, inside, parse_caption
 
-COLOUR_REACH = 0.6  # RGB distance at which a colour scores 0
-CENTRE_REACH = 8.0  # pixels off the centre at which the position scores 0
-CRISP_EDGE, SOFT_EDGE = 1.0, 4.0  # edge widths in pixels that score 1 and 0
-MIN_CONTRAST = 0.15  # RGB distance below which there is no object
-AREA_RANGE = (SHAPE_AREA / 4, SHAPE_AREA * 3)  # pixels; outside of this range there is no object
+COLOUR_REACH = 0.6  # RGB distance from the captioned colour at which a colour scores 0
+CENTRE_REACH = 8.0  # distance from the centre in pixels at which the position scores 0
+CRISP_EDGE, SOFT_EDGE = 1.0, 4.0  # widths of the object's edge in pixels that score 1 and 0
+MIN_CONTRAST = 0.15  # smallest RGB distance between object and background
+AREA_RANGE = (SHAPE_AREA / 4, SHAPE_AREA * 3)  # smallest and largest area of an object in pixels
 
 Images = np.ndarray | Sequence[np.ndarray] | Sequence[Image.Image]
 
-# Perimeter of each shape of area 1, from its definition in `world`.
+# Perimeter of each shape at an area of 1.
 PERIMETERS = {"circle": 2 * np.pi**0.5, "square": 4.0, "triangle": 6 * 3**-0.25, "cross": 12 * 5**-0.5}
 
 
 @dataclass(frozen=True)
 class OracleParts:
-    """The four parts of the score, each of shape `(N,)` and in `[0, 1]`."""
+    """The four parts of the oracle's score, each of shape `(N,)` and in `[0, 1]`."""
 
     colour: np.ndarray
     shape: np.ndarray
@@ -41,12 +41,12 @@ class OracleParts:
 
 
 def oracle_score(images: Images, prompts: Sequence[str]) -> np.ndarray:
-    """Score images against their prompts; 1 is the ideal render.
+    """Return the oracle's scores of images for their prompts. A perfect drawing scores 1.
 
     Args:
-        images (`np.ndarray` of shape `(N, 32, 32, 3)`, uint8 or float in `[0, 1]`, N such arrays or N PIL images): The
-            images.
-        prompts (`Sequence[str]` of length N): Prompts of the world.
+        images (`np.ndarray` of shape `(N, 32, 32, 3)`, or a sequence of N arrays or N PIL images): The images. Arrays
+            are uint8, or float in `[0, 1]`.
+        prompts (`Sequence[str]` of length N): Captions of the toy world, such as `"a red circle on white"`.
 
     Returns:
         `np.ndarray` of shape `(N,)`: Scores in `[0, 1]`.
@@ -54,7 +54,7 @@ def oracle_score(images: Images, prompts: Sequence[str]) -> np.ndarray:
     return oracle_parts(images, prompts).score
 
 
-# The oracle as a scorer. Its scores are float32.
+# The oracle as a scorer for evaluations. Its scores are float32.
 oracle = FunctionScorer("oracle", oracle_score)
 
 
@@ -62,14 +62,17 @@ def oracle_parts(images: Images, prompts: Sequence[str]) -> OracleParts:
     """Return the four parts of [`oracle_score`], with the same arguments and errors.
 
     Returns:
-        `OracleParts`: `colour`, the worse of object and background; `shape`, the overlap with the captioned shape of
-        equal area and centre, or 0 if another shape overlaps more; `centred`; `sharp`, the width of the edge. All are 0
-        if there is no object.
+        `OracleParts`: `colour` is the lower one of the scores of object colour and background colour. `shape` is the
+        object's overlap with the captioned shape of the same area and centre, or 0 if the object overlaps more with
+        another shape. `centred` scores the object's position, and `sharp` the width of its edge. All parts are 0 if the
+        image has no object.
     """
     pixels = _as_float(images)
     wanted = [parse_caption(prompt) for prompt in prompts]
     if len(wanted) != len(pixels):
-        raise ValueError(f"Each image needs its prompt, got {len(pixels)} images and {len(wanted)} prompts.")
+        raise ValueError(
+            f"Each image needs one prompt, got {len(pixels)} images and {len(wanted)} prompts. Pass equally many."
+        )
     background, colour, alpha = _separate(pixels)
     mask = alpha > 0.5
     area = mask.sum(axis=(1, 2))
@@ -110,11 +113,13 @@ def _as_float(images: Images) -> np.ndarray:
 
 
 def _separate(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return background and object colour, `(N, 3)` each, and the object's share of each pixel, `(N, 32, 32)`."""
+    """Return the colours of background and object, `(N, 3)` each, and the share of each pixel that the object covers,
+    `(N, 32, 32)`."""
     rim = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=1)
     background = np.median(rim, axis=1)
     distance = np.linalg.norm(pixels - background[:, None, None], axis=-1)  # (N, 32, 32)
-    # An object covers about 15% of the image, so the 95th percentile is inside it and robust to single pixels.
+    # An object covers about 15% of the image, so the pixel at the 95th percentile of the distance is inside the
+    # object. Single outlier pixels do not affect this percentile.
     core = distance >= 0.8 * np.quantile(distance, 0.95, axis=(1, 2), keepdims=True)
     colour = (pixels * core[..., None]).sum(axis=(1, 2)) / core.sum(axis=(1, 2))[:, None]
     contrast = np.maximum(np.linalg.norm(colour - background, axis=-1), MIN_CONTRAST)
@@ -122,7 +127,7 @@ def _separate(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _centroid(mask: np.ndarray, area: np.ndarray) -> np.ndarray:
-    """Return the mean position of the mask's pixels relative to the image's centre, right and down, `(N, 2)`."""
+    """Return the mean position of each mask's pixels, `(N, 2)`: pixels to the right of and below the image's centre."""
     position = np.arange(IMAGE_SIZE) + 0.5 - IMAGE_SIZE / 2
     right = (mask * position[None, None, :]).sum(axis=(1, 2)) / area
     down = (mask * position[None, :, None]).sum(axis=(1, 2)) / area
@@ -130,7 +135,7 @@ def _centroid(mask: np.ndarray, area: np.ndarray) -> np.ndarray:
 
 
 def _overlaps(mask: np.ndarray, area: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Return intersection over union of each mask with every shape of its area and centre, `(N, shapes)`."""
+    """Return the intersection over union of each mask with every shape of the same area and centre, `(N, shapes)`."""
     position = np.arange(IMAGE_SIZE) + 0.5 - IMAGE_SIZE / 2
     scale = np.sqrt(area)[:, None, None]
     x = (position[None, None, :] - centre[:, 0, None, None]) / scale
@@ -142,5 +147,5 @@ def _overlaps(mask: np.ndarray, area: np.ndarray, centre: np.ndarray) -> np.ndar
 
 
 def _fade(value: np.ndarray, full: float, zero: float) -> np.ndarray:
-    """Return 1 up to `full`, 0 from `zero` on, and a linear value between."""
+    """Return 1 for values up to `full`, 0 for values from `zero` on, and a linear interpolation in between."""
     return np.clip((zero - value) / (zero - full), 0, 1)

@@ -1,4 +1,4 @@
-"""The embedded world's tiny `StableDiffusionPipeline`: loading it and generating images."""
+"""Load the tiny `StableDiffusionPipeline` that is part of this package, and generate images with it."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -17,20 +17,19 @@ _CHUNK = 256  # images per forward pass
 
 
 def load_base_pipeline() -> StableDiffusionPipeline:
-    """Load the packaged base model in float32 on the CPU, without progress bar and safety checker."""
+    """Return the packaged base model in float32 on the CPU, without a progress bar and a safety checker."""
     return load_pipeline(base_pipeline_folder())
 
 
 def load_pipeline(folder: Path) -> StableDiffusionPipeline:
-    """Load a model of the demo, like [`load_base_pipeline`]."""
+    """Return the pipeline in a folder, such as a tuned model of the demo, loaded like [`load_base_pipeline`]."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def base_pipeline_folder() -> Path:
-    """Return the folder of the packaged base model: weights rounded to bfloat16, stored in float32. The script
-    `benchmarks/build_demo_base.py` made it."""
+    """Return the folder of the packaged base model, which the script `benchmarks/build_demo_base.py` wrote."""
     return Path(__file__).parent / "base"
 
 
@@ -43,15 +42,16 @@ def generate_images(
     guidance_scale: float = 1.0,
     context: Callable[[StableDiffusionPipeline], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> np.ndarray:
-    """Generate one image per prompt from given latents by deterministic DDIM.
+    """Generate one image per prompt from initial latents, with deterministic DDIM sampling.
 
     Args:
-        pipeline (`StableDiffusionPipeline`): The pipeline. Neither it nor its scheduler changes.
+        pipeline (`StableDiffusionPipeline`): The pipeline. Neither the pipeline nor its scheduler is modified.
         prompts (`Sequence[str]` of length N): The prompts.
-        latents (`torch.Tensor` of shape `(N, 4, 8, 8)`): Initial latents, standard normal.
+        latents (`torch.Tensor` of shape `(N, 4, 8, 8)`): Initial latents, drawn from a standard normal distribution.
         steps (`int`): Number of denoising steps.
-        guidance_scale (`float`): Scale of classifier-free guidance; 1 is no guidance.
-        context (`Callable`): Returns a context manager for the pipeline that generates, such as `preference_guidance`.
+        guidance_scale (`float`): Scale of classifier-free guidance; 1 turns guidance off.
+        context (`Callable`): Function that returns a context manager for a pipeline, such as `preference_guidance`.
+            Images are generated within this context.
 
     Returns:
         `np.ndarray` of shape `(N, 32, 32, 3)`, uint8.
@@ -82,18 +82,21 @@ def generate_images(
 
 
 def score_prompts(n_per_prompt: int = 3) -> list[str]:
-    """Return every prompt of the world, `n_per_prompt` times in a row, for the latents of [`score_latents`]."""
+    """Return the 72 prompts of the toy world, each `n_per_prompt` times in a row, in the order of [`score_latents`]."""
     return [caption.text for caption in captions() for _ in range(n_per_prompt)]
 
 
 def reported_captions() -> list[bool]:
-    """Return which of the 72 captions are reported. The others choose each model's scale of classifier-free guidance.
-    Half of each colour's captions are reported, every shape and background among them."""
+    """Return, for each of the 72 captions, whether the demo reports scores of its images.
+
+    The images of the other captions are used to choose each model's scale of classifier-free guidance. Of each colour,
+    half of the captions are reported, with every shape and every background.
+    """
     return [sum(divmod(index, len(SHAPES) * len(BACKGROUNDS))) % 2 == 0 for index in range(len(captions()))]
 
 
 def score_latents(n_per_prompt: int = 3, seed: int = 0) -> torch.Tensor:
-    """Return fixed initial latents for [`score_prompts`], `(72 * n_per_prompt, 4, 8, 8)` in float32, so that models are
-    compared on equal noise."""
+    """Return initial latents for the prompts of [`score_prompts`], `(72 * n_per_prompt, 4, 8, 8)` in float32. Models
+    are compared on images from these latents."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(len(captions()) * n_per_prompt, *LATENT_SHAPE, generator=generator)

@@ -1,4 +1,4 @@
-"""The demo's report: curves, the pages of two evaluations, a table, the numbers and a summary."""
+"""Write the demo's report: plots, two evaluation pages with images, a table, all numbers and a summary."""
 
 import json
 import math
@@ -23,12 +23,12 @@ from .world import captions
 
 CURVES_FILE = "curves.png"
 TABLE_FILE, NUMBERS_FILE, SUMMARY_FILE = "table.md", "results.json", "summary.txt"
-# Folder of an evaluation -> which images of each model it shows: a field of `Guided`.
+# Folder of an evaluation page -> the field of `Guided` whose images the page shows.
 PAGES = {"without_guidance": "plain", "with_guidance": "best"}
 
 BASE = "base"
 
-# Okabe and Ito's palette for colour-blind readers, and the marker of each line.
+# Method -> colour of Okabe and Ito's palette for colour-blind readers, and marker of its line in plots.
 STYLES = {
     "sft": ("#0072B2", "s"),
     "dpo": ("#D55E00", "v"),
@@ -38,12 +38,12 @@ STYLES = {
     "sdpo_gentle": ("#56B4E9", "D"),
 }
 PANELS = (
-    ("Error on held-out winners, change", "up = preferred images become less likely"),
-    ("Error on held-out losers, change", "up = rejected images become less likely"),
-    ("Oracle score of generated images", "up = images fit their prompts better; band: ± 1 standard error"),
-    ("Scale of the loser's gradient, λ", "1 = unchanged"),
+    ("Error on held-out winners, change", "higher = chosen images become less likely"),
+    ("Error on held-out losers, change", "higher = rejected images become less likely"),
+    ("Oracle score of generated images", "higher = images fit their prompts better; band: ± 1 standard error"),
+    ("Scale of the loser's gradient, λ", "1 = the safeguard does not reduce the gradient"),
 )
-# Models that the summary compares: without classifier-free guidance, and with it.
+# Pairs of models that the summary compares, without classifier-free guidance (`plain`) and with it (`best`).
 COMPARED = {
     "plain": (("sdpo", "dpo"), ("sdpo_recipe", "sdpo"), ("sdpo_gentle", "dpo_gentle")),
     "best": (
@@ -56,7 +56,7 @@ COMPARED = {
 
 
 def write_report(result: DemoResult) -> tuple[str, tuple[Path, ...]]:
-    """Write the report into the result's folder. Return the summary and the files."""
+    """Write the report into the demo's folder. Return the summary and the paths of the written files."""
     folder, text = result.folder, summary(result)
     plot_curves(result, folder / CURVES_FILE)
     (folder / TABLE_FILE).write_text(table(result), encoding="utf-8")
@@ -69,7 +69,7 @@ def write_report(result: DemoResult) -> tuple[str, tuple[Path, ...]]:
 
 
 def evaluate_images(result: DemoResult, page: str) -> None:
-    """Write the models' images of a page in the layout of `trl-diffusion-sdpo evaluate`, and its report."""
+    """Write the images of a page, and a report like that of the command `evaluate`."""
     folder, samples = result.folder / page, result.settings["samples_per_prompt"]
     prompts = distinct([caption.text for caption, is_in in zip(captions(), reported_captions(), strict=True) if is_in])
     candidates = []
@@ -91,7 +91,8 @@ def evaluate_images(result: DemoResult, page: str) -> None:
 
 
 def plot_curves(result: DemoResult, path: Path) -> None:
-    """Plot winner and loser error change, lambda and the oracle's score over the steps, a line for each method."""
+    """Plot four quantities over the training steps, one line per method: change of the winner error, change of the
+    loser error, oracle score, and lambda."""
     from matplotlib.figure import Figure  # takes seconds
 
     figure = Figure(figsize=(12, 8.2), dpi=100, layout="constrained")
@@ -120,29 +121,29 @@ def plot_curves(result: DemoResult, path: Path) -> None:
         panel.axhline(0, color="black", linestyle=":")
     limits = [panel.get_ylim() for panel in panels[0]]
     for panel in panels[0]:
-        panel.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))  # one scale for both
+        panel.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))  # same y axis in both
     panels[1, 1].set_ylim(0, 1.05)
     handles, labels = panels[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=12, frameon=False)
-    title = f"Pushing hard on {result.train_pairs} {_kind(result)} pairs: one seed of a toy world"
+    title = f"Training hard on {result.train_pairs} {_kind(result)} pairs: one seed, toy world"
     figure.suptitle(title, fontsize=15, fontweight="bold")
     figure.savefig(path)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A model in the pictures and tables. Its errors are those of its saved weights."""
+    """One model's row in the tables. The changes of its errors are those at the end of training."""
 
     key: str
     label: str
     guided: Guided
     winner_change: str
     loser_change: str
-    seconds: float  # of training
+    seconds: float  # duration of the training
 
 
 def rows_of(result: DemoResult) -> list[Row]:
-    """Return the base model, the methods, and after the recipe its images with preference guidance."""
+    """Return one row for the base model, one for each method, and one for the recipe with preference guidance."""
     rows = [Row(BASE, "base model", result.guided[BASE], "0", "0", 0.0)]
     for trained in result.methods:
         changes = _change(trained.curves.winner_change), _change(trained.curves.loser_change)
@@ -153,7 +154,7 @@ def rows_of(result: DemoResult) -> list[Row]:
 
 
 def table(result: DemoResult) -> str:
-    """Return the final numbers as a Markdown table."""
+    """Return the final numbers of all models as a Markdown table."""
     rows = rows_of(result)
     lines = [
         "| method | score | with guidance (scale) | diversity | Frechet distance | winner error | loser error | s |",
@@ -171,13 +172,14 @@ def table(result: DemoResult) -> str:
     s, images = result.settings, len(rows[0].guided.plain.scores)
     lines += [
         "",
-        f"Oracle score in [0, 1], mean ± standard error over {images} images of 36 prompts from equal latents, without "
-        "classifier-free guidance and with it, at the scale that is best on the other 36 prompts. Diversity, the "
-        "distance of two images of one prompt, and the Frechet distance to the world's preferred drawings: without / "
-        f"with guidance. Errors: changes on {result.eval_pairs} held-out pairs under fixed noise, against the base; "
-        f"preference guidance ({_settings_text(GUIDED_METHOD)}, from the base) changes no weights. "
-        f"{result.train_pairs} {_kind(result)} training pairs, steps of "
-        f"{s['per_device_train_batch_size']} pairs, seed {s['seed']}: one seed of a toy world.",
+        f"Score: the oracle's score in [0, 1], mean ± standard error over {images} images of 36 prompts. All models "
+        "start from the same latents. The second score is with classifier-free guidance, at the scale with the best "
+        "score on the other 36 prompts. Diversity is the mean distance between two images of one prompt. The Frechet "
+        "distance compares images with the toy world's preferred drawings. Both are given without / with guidance. "
+        f"Winner error and loser error are changes against the base model on {result.eval_pairs} held-out pairs under "
+        f"fixed noise. Preference guidance ({_settings_text(GUIDED_METHOD)}, with the base model as the reference) "
+        f"changes no weights. Training used {result.train_pairs} {_kind(result)} pairs, "
+        f"{s['per_device_train_batch_size']} pairs per step, and seed {s['seed']}. This is one seed of a toy world.",
         "",
     ]
     for trained in result.methods:
@@ -186,11 +188,11 @@ def table(result: DemoResult) -> str:
 
 
 def summary(result: DemoResult) -> str:
-    """Return the numbers and their interpretation as text for a terminal."""
+    """Return the main numbers and what they mean, as text for a terminal."""
     rows = rows_of(result)
     width = max(len(row.label) for row in rows)
     lines = [
-        f"What happens when one pushes hard: {result.settings['max_steps']} steps on {result.train_pairs} "
+        f"Training with a high learning rate: {result.settings['max_steps']} steps on {result.train_pairs} "
         f"{_kind(result)} pairs (seed {result.settings['seed']})",
         "",
         f"  {'':{width}}  score            with guidance (scale)  Frechet with  winner error",
@@ -201,27 +203,28 @@ def summary(result: DemoResult) -> str:
         lines.append(f"  {row.label:{width}}  {shown:35}  {_measure(best, 'frechet'):12.3f}  {row.winner_change:>12}")
     lines += [
         "",
-        "Score: mean ± standard error of the oracle's scores, the ideal is 1. Winner error: change on held-out pairs",
-        "against the base model. Images of 36 prompts, compared without classifier-free guidance:",
+        "Score: mean ± standard error of the oracle's scores; the best score is 1. Winner error: change of the error "
+        "on",
+        "held-out chosen images against the base model. Images of 36 prompts without classifier-free guidance:",
         *_verdicts(result, "plain"),
-        "Compared with classifier-free guidance, each model at the best of its scales:",
+        "Images of the same prompts with classifier-free guidance, each model at its best scale:",
         *_verdicts(result, "best"),
-        "This is one seed of a toy world. The safeguard acts to first order, so the winner's error can still rise.",
-        "With other pairs or settings, such as those of `--gentle`, plain Diffusion-DPO can be level or ahead.",
+        "This is one seed of a toy world. The safeguard is a first-order rule, so the winner error can still rise.",
+        "With other pairs or settings, such as `--gentle`, plain Diffusion-DPO can score as well or better.",
         "",
-        f"Written to {result.folder}: {', '.join(f'{page}/{REPORT_FILE}' for page in PAGES)}, {CURVES_FILE}, "
+        f"Files in {result.folder}: {', '.join(f'{page}/{REPORT_FILE}' for page in PAGES)}, {CURVES_FILE}, "
         f"{TABLE_FILE}, {NUMBERS_FILE}.",
     ]
     return "\n".join(lines)
 
 
 def _measure(part: Generated, name: str) -> float:
-    """Return a measure of images; not a number if there is only one image of a prompt."""
+    """Return one of the measures of images, or NaN if there is only one image per prompt."""
     return math.nan if part.measures is None else getattr(part.measures, name)
 
 
 def _verdicts(result: DemoResult, images: str) -> list[str]:
-    """Return a sentence for each pair of models in `COMPARED`, by the win rate over prompts."""
+    """Return a sentence about the win rate for each pair of models in `COMPARED`."""
     samples, labels = result.settings["samples_per_prompt"], {row.key: row.label for row in rows_of(result)}
     scores = {key: getattr(guided, images).scores.reshape(-1, samples) for key, guided in result.guided.items()}
     pairs = [pair for pair in COMPARED[images] if pair[0] in scores]
@@ -233,7 +236,7 @@ def _verdicts(result: DemoResult, images: str) -> list[str]:
 
 
 def _change(curve: list[float]) -> str:
-    """Return the last value with its sign; zero is +0.000."""
+    """Return the last value of a curve as text with a sign; zero is +0.000."""
     return f"{round(curve[-1], 3) + 0.0:+.3f}"
 
 

@@ -1,4 +1,4 @@
-"""Results of the demo: scores, curves and generated images."""
+"""Hold the results of the demo: scores, curves and generated images."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +15,11 @@ class Score:
     """The oracle's mean score of a set of images."""
 
     mean: float  # in [0, 1]
-    stderr: float  # standard error of that mean over the images
+    stderr: float  # standard error of the mean over the images
 
     @classmethod
     def of(cls, scores: np.ndarray) -> "Score":
-        """Return the mean of scores of shape `(N,)`. The standard error of a single score is 0."""
+        """Return the mean and standard error of scores `(N,)`. The standard error of a single score is 0."""
         spread = float(scores.std(ddof=1)) if len(scores) > 1 else 0.0
         return cls(mean=float(scores.mean()), stderr=spread / len(scores) ** 0.5)
 
@@ -29,16 +29,17 @@ class Score:
 
 @dataclass(frozen=True)
 class Generated:
-    """Generated images, `(36 * n, 32, 32, 3)`, uint8: n images of each of the 36 reported prompts, prompt by prompt."""
+    """Generated images of the 36 reported prompts, `(36 * n, 32, 32, 3)`, uint8, with n images of each prompt in a
+    row."""
 
-    guidance_scale: float  # of classifier-free guidance; 1 is none
+    guidance_scale: float  # scale of classifier-free guidance; 1 is no guidance
     images: np.ndarray
     scores: np.ndarray  # (36 * n,)
-    measures: ImageMeasures | None  # `None` with one image of a prompt
+    measures: ImageMeasures | None  # `None` if there is only one image per prompt
 
     @property
     def score(self) -> Score:
-        """The oracle's score."""
+        """The oracle's mean score of these images."""
         return Score.of(self.scores)
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,12 +50,12 @@ class Generated:
 
 @dataclass(frozen=True)
 class Guided:
-    """A model's images without classifier-free guidance and at its best scale, from equal latents."""
+    """A model's images without classifier-free guidance, and at the best scale of guidance, from the same latents."""
 
     plain: Generated
     best: Generated
-    chosen_from: dict[float, float]  # score on the other prompts by scale; `best` has the highest one's
-    seconds: float  # of generating
+    chosen_from: dict[float, float]  # guidance scale -> mean score on the other 36 prompts; `best` uses the best scale
+    seconds: float  # time to generate and score the images
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but images and scores, for JSON."""
@@ -65,25 +66,25 @@ class Guided:
 
 @dataclass(frozen=True)
 class Curves:
-    """A method over its training steps. The first four lists have equal lengths, and so have the last two.
+    """Curves of one method over its training. The first four lists have equal lengths, and the last two lists too.
 
-    The changes are errors on the chosen and rejected images of the held-out pairs, minus those before training, under
-    the same noise and timesteps.
+    The changes are the errors on the chosen and rejected images of held-out pairs minus the errors before training,
+    under the same noise and timesteps.
     """
 
-    steps: list[int]  # optimizer steps of the evaluations, from 0
+    steps: list[int]  # optimizer steps at which evaluations ran, from 0
     winner_change: list[float]
     loser_change: list[float]
-    oracle: list[Score]  # over one image of each prompt; after the last step, over all images
+    oracle: list[Score]  # score of one image per prompt; after the last step, of all images
     scale_steps: list[int]  # optimizer steps at which lambda was logged
     scale: list[float]  # mean lambda since the previous log; empty without a safeguard
 
     @classmethod
     def of(cls, history: list[dict[str, Any]]) -> "Curves":
-        """Return the curves of a training from the trainer's log history.
+        """Return the curves of a method from the trainer's log history.
 
-        The changes are differences to the first evaluation, because losses without a reference log no changes. Both
-        are equal: all methods start from the base model, and all evaluations have the same noise.
+        The changes are computed here as differences from the first evaluation, which is that of the base model, because
+        losses without a reference model log no changes.
         """
         evaluated = {entry["step"]: entry for entry in history if "eval_errors/winner" in entry}
         scored = {entry["step"]: entry for entry in history if "oracle" in entry}
@@ -101,13 +102,13 @@ class Curves:
 
 @dataclass(frozen=True)
 class MethodResult:
-    """One trained method."""
+    """The results of training with one method."""
 
     method: Method
-    seconds: float  # of training and evaluations
+    seconds: float  # duration of training and evaluations
     curves: Curves
-    samples: np.ndarray  # images after training, prompt by prompt: (72 * n, 32, 32, 3), uint8
-    scores: np.ndarray  # of these images, (72 * n,)
+    samples: np.ndarray  # images after training, n in a row per prompt: (72 * n, 32, 32, 3), uint8
+    scores: np.ndarray  # scores of these images, (72 * n,)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but images and scores, for JSON."""
@@ -118,16 +119,16 @@ class MethodResult:
 class DemoResult:
     """All results of the demo."""
 
-    folder: Path  # of the plots, the table and the numbers
+    folder: Path  # folder of the plots, the table and the numbers
     settings: dict[str, Any]  # seed, kind of pairs, steps, and the settings of all methods
-    train_pairs: int  # number of pairs
-    eval_pairs: int
-    base: Score  # of the model that every method starts from
-    methods: list[MethodResult]  # in the order of training
-    guided: dict[str, Guided]  # of the base, of each method by its key, and of the recipe with preference guidance
+    train_pairs: int  # number of training pairs
+    eval_pairs: int  # number of held-out pairs
+    base: Score  # score of the base model, from which every method starts
+    methods: list[MethodResult]  # in the order in which they were trained
+    guided: dict[str, Guided]  # key of a model -> its images: base, each method, and the guided recipe
     seconds: float
     summary: str = ""
-    files: tuple[Path, ...] = ()  # written to `folder`
+    files: tuple[Path, ...] = ()  # files that were written to `folder`
 
     def to_dict(self) -> dict[str, Any]:
         """Return all measurements, for JSON."""

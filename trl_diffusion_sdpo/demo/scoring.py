@@ -1,4 +1,4 @@
-"""Scores a model by the oracle on images from fixed prompts and latents."""
+"""Score a model: generate images of fixed prompts from fixed latents, and let the oracle score them."""
 
 import time
 from collections.abc import Sequence
@@ -14,26 +14,26 @@ from .oracle import oracle
 from .pipeline import generate_images, reported_captions, score_latents, score_prompts
 from .results import Generated, Guided, Score
 
-GUIDANCE_SCALES = (2.0, 3.0, 5.0)  # of classifier-free guidance
-CHOOSING_SAMPLES = 2  # images of a prompt at each scale, from which the scale is chosen
+GUIDANCE_SCALES = (2.0, 3.0, 5.0)  # scales of classifier-free guidance that are tried
+CHOOSING_SAMPLES = 2  # number of images per prompt and scale from which the best scale is chosen
 
 
 class ImageScorer:
-    """Generates `samples_per_prompt` images for each of the 72 prompts, and scores them by the oracle."""
+    """Generates `samples_per_prompt` images for each of the 72 prompts, and scores the images with the oracle."""
 
     def __init__(self, samples_per_prompt: int, seed: int):
-        self.one_of_each = slice(None, None, samples_per_prompt)  # one image for each prompt
+        self.one_of_each = slice(None, None, samples_per_prompt)  # selects one image of each prompt
         self.prompts = score_prompts(samples_per_prompt)
         self.latents = score_latents(samples_per_prompt, seed)
 
     def __call__(
         self, pipeline: StableDiffusionPipeline, only: np.ndarray | slice = slice(None), **options: Any
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return images `(N, 32, 32, 3)` and their scores `(N,)`. The UNet's training mode does not change.
+        """Return N generated images `(N, 32, 32, 3)` and their scores `(N,)`. The UNet returns to its training mode.
 
         Args:
-            only (`np.ndarray` or `slice`): Indices of the images; all by default.
-            options: Options of [`generate_images`].
+            only (`np.ndarray` or `slice`): Indices of the images to generate; all by default.
+            options: Further arguments of [`generate_images`].
         """
         training = pipeline.unet.training
         prompts = np.array(self.prompts)[only].tolist()
@@ -47,12 +47,12 @@ class ImageScorer:
 
 
 class GuidedScorer:
-    """Chooses a model's scale of classifier-free guidance on half of the prompts. On the other half, it scores and
-    measures the model's images without guidance and at this scale.
+    """Chooses a model's best scale of classifier-free guidance on half of the prompts. On the other half of the
+    prompts, scores and measures the model's images without guidance and at the best scale.
 
     Args:
         scorer ([`ImageScorer`]): Generates the images.
-        guidance_scales (`Sequence[float]`): Scales to choose from. Scale 1, no guidance, is always among them.
+        guidance_scales (`Sequence[float]`): Scales to choose from. Scale 1 (no guidance) is always tried too.
     """
 
     def __init__(self, scorer: ImageScorer, guidance_scales: Sequence[float]):
@@ -61,13 +61,17 @@ class GuidedScorer:
         self._reported = np.repeat(reported_captions(), samples)
         self._choosing = ~self._reported & (np.arange(len(scorer.prompts)) % samples < CHOOSING_SAMPLES)
         prompts = np.array(scorer.prompts)[self._reported].tolist()
-        self._meter = ImageMeter(prompts) if samples > 1 else None  # diversity needs two images of a prompt
+        self._meter = ImageMeter(prompts) if samples > 1 else None  # diversity needs at least two images per prompt
 
     def __call__(
         self, pipeline: StableDiffusionPipeline, plain: tuple[np.ndarray, np.ndarray] | None = None, **options: Any
     ) -> Guided:
-        """Generate with the options of [`generate_images`]. `plain` may be all images without guidance and their
-        scores, if they were already generated."""
+        """Return a model's images and scores, without guidance and at the best scale.
+
+        Args:
+            plain (`tuple`, *optional*): All images without guidance and their scores, if they were already generated.
+            options: Further arguments of [`generate_images`].
+        """
         started = time.monotonic()
         images, scores = self._scorer(pipeline, **options) if plain is None else plain
         chosen_from = {1.0: float(scores[self._choosing].mean())}
@@ -85,12 +89,12 @@ class GuidedScorer:
 
 
 class OracleCallback(TrainerCallback):
-    """Adds the oracle's score and the training time so far to the log history at every evaluation, and evaluates after
-    the last step. `base` is the score before training."""
+    """Adds the oracle's score and the training time so far to the log history at every evaluation. Also requests an
+    evaluation after the last step. `base` is the base model's score, which is logged before the first step."""
 
     def __init__(self, pipeline: StableDiffusionPipeline, scorer: ImageScorer, base: Score):
         self.pipeline, self.scorer, self.base = pipeline, scorer, base
-        self.latest = (np.empty(0), np.empty(0))  # newest images and their scores
+        self.latest = (np.empty(0), np.empty(0))  # images of the newest evaluation and their scores
         self._start = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):

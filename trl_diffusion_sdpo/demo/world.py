@@ -1,6 +1,6 @@
-"""The embedded world: 72 captions of coloured shapes, their ideal images, and the flawed images of the base model.
+"""Define a toy world: 72 captions of coloured shapes, perfect drawings of the captions, and drawings with random flaws.
 
-Everything is numpy, so that a generator's state gives the same image on every machine.
+Drawings are rendered with numpy, so that the same state of a random generator gives the same image on every machine.
 """
 
 import itertools
@@ -23,8 +23,8 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
 }
 
 IMAGE_SIZE = 32
-SHAPE_AREA = 150.0  # pixels, the same for every shape
-MAX_OFFSET = 6.0  # pixels; further out a triangle would leave the image
+SHAPE_AREA = 150.0  # area in pixels, the same for every shape
+MAX_OFFSET = 6.0  # pixels; with a larger offset, a triangle would cross the image's border
 
 OFFSET_SD = 3.0
 BLUR_CHANCE = 0.6
@@ -37,7 +37,7 @@ _SUPERSAMPLE = 8
 
 @dataclass(frozen=True)
 class Caption:
-    """The content of an image. `text` is the prompt."""
+    """The content of a drawing. The property `text` is its prompt."""
 
     colour: str
     shape: str
@@ -49,12 +49,13 @@ class Caption:
 
 
 def captions() -> list[Caption]:
-    """Return all 72 captions in a fixed order (colour slowest, background fastest)."""
+    """Return all 72 captions, ordered by colour, then by shape, then by background."""
     return [Caption(*words) for words in itertools.product(COLOURS, SHAPES, BACKGROUNDS)]
 
 
 def parse_caption(text: str) -> Caption:
-    """Parse a prompt of this world, such as `"a red circle on white"`. Raise `ValueError` for any other text."""
+    """Return the caption of a prompt such as `"a red circle on white"`. Raise `ValueError` if the
+    text is not a prompt of the toy world."""
     words = text.split()
     if len(words) == 5:
         caption = Caption(words[1], words[2], words[4])
@@ -62,20 +63,21 @@ def parse_caption(text: str) -> Caption:
         if is_of_world and caption.text == text:
             return caption
     raise ValueError(
-        f"A prompt of the demo world reads 'a <colour> <shape> on <background>', got {text!r}. "
-        f"Use one of {list(COLOURS)}, {list(SHAPES)} and {list(BACKGROUNDS)}."
+        f"A prompt of the toy world must be 'a <colour> <shape> on <background>', got {text!r}. Use a colour of "
+        f"{list(COLOURS)}, a shape of {list(SHAPES)} and a background of {list(BACKGROUNDS)}."
     )
 
 
 def render(
     caption: Caption, *, offset: tuple[float, float] = (0.0, 0.0), blur: float = 0.0, area: float = SHAPE_AREA
 ) -> np.ndarray:
-    """Render a caption; by default its ideal image: centred, sharp, the right shape in the right colour.
+    """Return a drawing of a caption. By default, the drawing is perfect: the shape is centred and sharp.
 
     Args:
         caption (`Caption`): The caption.
-        offset (`tuple[float, float]`): Offset of the shape's centroid to the right and down, in pixels.
-        blur (`float`): Standard deviation in pixels of a Gaussian blur; 0 for none.
+        offset (`tuple[float, float]`): Distance of the shape's centroid from the image's centre, to the right
+            and down, in pixels.
+        blur (`float`): Standard deviation of a Gaussian blur in pixels; 0 for no blur.
         area (`float`): Area of the shape in pixels.
 
     Returns:
@@ -90,12 +92,13 @@ def render(
 
 
 def imperfect_render(caption: Caption, generator: np.random.Generator) -> np.ndarray:
-    """Render a caption with the flaws of the base model's training data.
+    """Return a drawing of a caption with random flaws. The base model was trained on drawings from this
+    function.
 
-    The centroid is off by a normal of 3 pixels on each axis (at most 6), 60% are blurred, 10% show a wrong colour and
-    10% a wrong shape, each independently of the others.
+    On each axis, the shape is off centre by a normal random number with a standard deviation of 3 pixels, clipped at 6
+    pixels. 60% of the drawings are blurred, 10% have a wrong colour and 10% a wrong shape, independently of each other.
 
-    Every call takes equally many numbers from the generator.
+    Every call draws the same number of random numbers from the generator.
     """
     offset = np.clip(generator.normal(0.0, OFFSET_SD, size=2), -MAX_OFFSET, MAX_OFFSET)
     blurred, wrong_colour, wrong_shape = generator.random(3) < (BLUR_CHANCE, WRONG_COLOUR_CHANCE, WRONG_SHAPE_CHANCE)
@@ -111,8 +114,8 @@ def imperfect_render(caption: Caption, generator: np.random.Generator) -> np.nda
 
 
 def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return which points are inside a shape of area 1 whose centroid is the origin. `x` goes to the right and `y`
-    downwards; the result is bool and has the shape of both."""
+    """Return whether each point is inside a shape of area 1 whose centroid is the origin. The x axis points to the
+    right and the y axis down. The result is a bool array with the shape of `x` and `y`."""
     return SHAPES[shape](x, y)
 
 
@@ -125,13 +128,13 @@ def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    inradius = 27**-0.25  # an equilateral triangle's area is 3 sqrt(3) r^2
+    inradius = 27**-0.25  # with inradius r, an equilateral triangle has the area 3 sqrt(3) r^2
     left_and_right = np.sqrt(3) / 2 * np.abs(x) - y / 2 <= inradius
     return left_and_right & (y <= inradius)
 
 
 def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    width = 5**-0.5  # five squares
+    width = 5**-0.5  # the cross consists of five squares of this width
     x, y = np.abs(x), np.abs(y)
     return (np.minimum(x, y) <= width / 2) & (np.maximum(x, y) <= 1.5 * width)
 
@@ -140,7 +143,8 @@ SHAPES = {"circle": _circle, "square": _square, "triangle": _triangle, "cross": 
 
 
 def _coverage(shape: str, offset: tuple[float, float], area: float) -> np.ndarray:
-    """Return the share of each pixel that the shape covers, `(32, 32)` in `[0, 1]`, from 8 x 8 points in a pixel."""
+    """Return the share of each pixel that the shape covers, `(32, 32)` in `[0, 1]`, estimated from 8 x 8 points per
+    pixel."""
     fine = IMAGE_SIZE * _SUPERSAMPLE
     points = (np.arange(fine) + 0.5) / _SUPERSAMPLE - IMAGE_SIZE / 2
     x, y = points[None, :] - offset[0], points[:, None] - offset[1]
@@ -162,6 +166,6 @@ def _gaussian_blur(plane: np.ndarray, sd: float) -> np.ndarray:
 
 
 def _other(name: str, names: dict, uniform: float) -> str:
-    """Return one of the other names, chosen by a number in `[0, 1)`."""
+    """Return one of `names` that is not `name`, chosen by a uniform random number in `[0, 1)`."""
     others = [candidate for candidate in names if candidate != name]
     return others[int(uniform * len(others))]

@@ -1,4 +1,4 @@
-"""A model in an evaluation."""
+"""Describe a model that takes part in an evaluation."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model in an evaluation.
+    """A model that takes part in an evaluation.
 
     Args:
-        name (`str`): Name of the model in tables and file names. It may contain letters, digits, dots, dashes and
-            underscores.
+        name (`str`): Name of the model in tables and file names. A name may contain letters, digits, dots, dashes
+            and underscores.
         model (`str` or `DiffusionPipeline`): Hub id, folder of a pipeline, output folder of a training run, or loaded
             pipeline.
-        lora (`str`, *optional*): Folder, file or Hub id of a LoRA for the model. Load the LoRA of a loaded pipeline
-            yourself.
-        scale (`float`, *optional*): How far to go from the base model to the tuned model. 0 is the base, 1 the tuned
-            model, and larger scales extrapolate. The base is the model without its LoRA. If it has no LoRA, the base
-            is the first model of the evaluation.
-        form (`"guidance"` or `"weights"`, *optional*, defaults to `"guidance"`): What `scale` applies to: the
-            predictions, with [`preference_guidance`], or the weights.
-        interval (`tuple[float, float]`, *optional*): Lowest and highest noise level at which guidance acts, from 0
-            (clean image) to 1 (pure noise).
-        call_kwargs (`dict`, *optional*): Arguments of the pipeline's call for this model. They override those of
-            [`ImageSettings`].
+        lora (`str`, *optional*): Folder, file or Hub id of a LoRA for the model. Cannot be used with a loaded pipeline:
+            load the LoRA into the pipeline yourself.
+        scale (`float`, *optional*): How far to go from the base model (scale 0) to the tuned model (scale 1). Scales
+            above 1 extrapolate. The base model is this model without its LoRA. If it has no LoRA, the base model is the
+            first model of the evaluation.
+        form (`"guidance"` or `"weights"`, *optional*, defaults to `"guidance"`): What `scale`
+            scales: the change of predictions, with [`preference_guidance`], or the change of weights.
+        interval (`tuple[float, float]`, *optional*): Lowest and highest noise level at which preference guidance
+            acts, from 0 (clean image) to 1 (pure noise).
+        call_kwargs (`dict`, *optional*): Arguments of the pipeline's call for this model. These arguments override the
+            `call_kwargs` of [`ImageSettings`].
 
     Raises:
-        `ValueError`: If the name cannot be part of a file name, `lora` is set for a loaded pipeline, or scale or
-            interval is out of range.
+        `ValueError`: If the name cannot be part of a file name, `lora` is set for a loaded pipeline, or `scale`
+            or `interval` is out of range.
     """
 
     name: str
@@ -49,16 +49,20 @@ class Candidate:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise ValueError(f"A model's name becomes part of file names, got {self.name!r}. Use letters and digits.")
+            raise ValueError(
+                f"A model's name is used in file names, so it must consist of letters, digits, dots, dashes and "
+                f"underscores, got {self.name!r}. Choose another name."
+            )
         if self.lora is not None and not isinstance(self.model, str):
             raise ValueError(
-                f"`lora` cannot be used with a loaded pipeline, as in {self.name}. Load {self.lora} into the pipeline."
+                f"`lora` cannot be used with a loaded pipeline, got {self.lora} for the model {self.name}. Load the "
+                "LoRA into the pipeline yourself."
             )
         if self.form not in get_args(Form):
             raise ValueError(f"`form` must be one of {', '.join(get_args(Form))}, got {self.form!r}.")
         if self.scale is not None and not (math.isfinite(self.scale) and self.scale > 0):
             raise ValueError(
-                f"`scale` must be a finite number above 0, got {self.scale}. For scale 0, use the base model."
+                f"`scale` must be a finite number above 0, got {self.scale}. For scale 0, evaluate the base model."
             )
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1] <= 1:
             raise ValueError(f"`interval` must be (low, high) with 0 <= low < high <= 1, got {self.interval}.")

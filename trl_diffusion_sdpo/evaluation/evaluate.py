@@ -39,15 +39,15 @@ from .scales import Sweep, recommend_in_cards, sweeps_of
 
 RESULTS_FILE = "results.json"
 MANIFEST_FILE = "manifest.jsonl"
-_SCORED_AT_ONCE = 64  # images of a process between two saves
+_SCORED_AT_ONCE = 64  # number of images that a process scores before scores are saved
 _FEW_PROMPTS = 30  # with fewer prompts, bootstrap intervals are too narrow
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One model compared with the base model by one scorer.
+    """The comparison of one model with the base model by one scorer.
 
-    `adjusted` is the p-value after Holm's correction for all comparisons.
+    `adjusted` is the p-value of `result` after Holm's correction over all comparisons of the evaluation.
     """
 
     model: str
@@ -66,16 +66,17 @@ class Evaluation:
 
     Args:
         prompts (`PromptList`): The prompts.
-        seeds (`tuple[int, ...]`): The seeds of each prompt's images.
+        seeds (`tuple[int, ...]`): The seeds. Each prompt has one image per model and seed.
         models (`tuple[str, ...]`): Names of the models. The first is the base model.
-        scores (`dict[str, dict[str, np.ndarray]]`): Scorer -> model -> scores `(prompts, seeds)`. NaN if an image has
-            no score.
-        comparisons (`tuple[Comparison, ...]`): One comparison with the base for each other model and each scorer.
-        agreement (`dict[str, dict[str, float]]`): Model -> names of two scorers -> share of prompts on which both
-            prefer the same model.
-        looks (`dict[str, dict[str, float]]`): Model -> `saturation`, `diversity` and number of `black` images.
+        scores (`dict[str, dict[str, np.ndarray]]`): Scorer -> model -> scores `(prompts, seeds)`. The score is NaN for
+            an image without a score.
+        comparisons (`tuple[Comparison, ...]`): For each scorer, one comparison of each other model with the base model.
+        agreement (`dict[str, dict[str, float]]`): Model -> names of two scorers -> share of prompts on which
+            both scorers prefer the same one of this model and the base model.
+        looks (`dict[str, dict[str, float]]`): Model -> `saturation`, `diversity` and number of `black` images,
+            which a safety checker has probably hidden.
         notes (`tuple[str, ...]`): Warnings for the reader, for example about skipped prompts.
-        sweeps (`tuple[Sweep, ...]`): The models that were evaluated at several scales.
+        sweeps (`tuple[Sweep, ...]`): One entry for each model that was evaluated at several scales.
     """
 
     prompts: PromptList
@@ -97,28 +98,28 @@ def evaluate_models(
     settings: ImageSettings | None = None,
     layout: str | None = None,
 ) -> Evaluation:
-    """Generate images with all models, score them, and compare each model with the first one.
+    """Generate images with all models, score the images, and compare each model with the first model.
 
     Images and scores are saved in `output_dir`. If a call is interrupted, the same call continues where it stopped. If
     accelerate launches several processes, they share the work.
 
     Args:
         candidates (`Sequence[Candidate]`): The models. The first is the base model.
-        prompts (`Sequence[str]` or `PromptList`): The prompts. [`~evaluation.prompts.read_prompts`] reads them from a
-            file.
-        scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`]. Those on the CPU are on the device
-            of the settings while they score. If there are no scorers, the report only shows images.
+        prompts (`Sequence[str]` or `PromptList`): The prompts. [`~evaluation.prompts.read_prompts`] reads prompts
+            from a file.
+        scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`]. A scorer that was loaded on the CPU is
+            moved to the device of `settings` while it scores. Without scorers, the report only shows images.
         output_dir (`str` or `Path`): Folder for images, scores, `results.json` and `report.html`.
         settings (`ImageSettings`, *optional*): Seeds, initial noise and arguments of the pipelines.
-        layout (`str`, *optional*): `"geneval"`, `"dpg"`, `"t2i-compbench"` or `"hpsv2"`. Also arrange the images in a
-            folder of this name as that benchmark reads them.
+        layout (`str`, *optional*): `"geneval"`, `"dpg"`, `"t2i-compbench"` or `"hpsv2"`. Also save the images
+            in a folder of this name, with the file names that this benchmark expects.
 
     Returns:
-        `Evaluation`: The result. Every process gets it.
+        `Evaluation`: The result, in every process.
 
     Raises:
         `ValueError`: If there are no models, two models or scorers have the same name, the folder has images that were
-            generated with other settings, or the prompts lack what the layout needs.
+            generated with other settings, or the prompts lack information that `layout` needs.
 
     Example:
 
@@ -136,10 +137,12 @@ def evaluate_models(
     """
     settings = settings or ImageSettings()
     if isinstance(prompts, str):
-        raise ValueError(f"`prompts` must be a list, got {prompts!r}. Pass `read_prompts(...)` to read a file.")
+        raise ValueError(
+            f"`prompts` must be a list, got {prompts!r}. To read a file, pass the result of `read_prompts`."
+        )
     listed = prompts if isinstance(prompts, PromptList) else distinct(prompts)
     if not candidates:
-        raise ValueError("An evaluation needs models, got none.")
+        raise ValueError("An evaluation needs one or more models, got none. Pass `candidates`.")
     _check_names("models", [candidate.name for candidate in candidates])
     _check_names("scorers", [_file_name(scorer.name) for scorer in scorers])
     if layout is not None and layout not in LAYOUTS:
@@ -165,8 +168,8 @@ def judge_images(
 ) -> Evaluation:
     """Score the images in the folder of an evaluation, compare the models, and write the report.
 
-    The arguments are those of [`evaluate_models`]. Each model has one image for each prompt and seed, and a file with
-    the settings of its images. All processes must call this function.
+    The arguments are those of [`evaluate_models`]. In the folder, each model must have one image for each prompt and
+    seed, and a file with the settings of its images. All processes must call this function.
     """
     base, *others = models = [candidate.name for candidate in candidates]
     looks = {name: _looks(folder, name, prompts, settings, peers) for name in models}
@@ -180,12 +183,12 @@ def judge_images(
         for name in models:
             if not np.isfinite(by_model[name] - by_model[base]).any():
                 raise ValueError(
-                    f"{scorer_name} scores no image of {name} whose counterpart of {base} it also scores. Black images "
-                    "have no score. Turn off the safety checker, or look at the images."
+                    f"{scorer_name} cannot compare {name} with {base}: for no prompt and seed does it score the images "
+                    "of both models. Black images have no score. Turn off the safety checker, or look at the images."
                 )
     rates = [(name, by, win_rate(scores[by][name], scores[by][base])) for name in others for by in scores]
     adjusted = holm([rate.p_value for _, _, rate in rates])
-    # The change of each scorer's scores against the base, by which pairs of scorers are compared.
+    # Scores of a model minus those of the base model, by scorer. The agreement of two scorers is computed from these.
     changes = {name: {by: scores[by][name] - scores[by][base] for by in scores} for name in others}
     agreements = {
         name: {
@@ -213,11 +216,11 @@ def judge_images(
 
 def _check_names(kind: str, names: Sequence[str]) -> None:
     if len(set(names)) < len(names):
-        raise ValueError(f"The {kind} of an evaluation must have different names, got {list(names)}. Rename {kind}.")
+        raise ValueError(f"All {kind} of an evaluation must have different names, got {list(names)}. Rename some.")
 
 
 def _looks(folder: Path, name: str, prompts: PromptList, settings: ImageSettings, peers: Peers) -> dict[str, float]:
-    """Return saturation, diversity and the number of black images for one model."""
+    """Return the mean saturation, the mean diversity and the number of black images of one model."""
 
     def measure() -> list[tuple[float, float, int]]:
         measured = []
@@ -238,7 +241,8 @@ def _looks(folder: Path, name: str, prompts: PromptList, settings: ImageSettings
 
 
 def _in_order(shares: Sequence[Sequence[Any]]) -> list[Any]:
-    """Merge the processes' results. Process i has the items i, i + count, i + 2 count, ..."""
+    """Merge the results of all processes into one list. Process i has computed the items i, i + count, i + 2 count,
+    ..."""
     items: list[Any] = [None] * sum(map(len, shares))
     for index, share in enumerate(shares):
         items[index :: len(shares)] = share
@@ -253,8 +257,8 @@ def _mean(values: Sequence[float]) -> float:
 def _scores(
     scorer: Scorer, folder: Path, name: str, base: str, prompts: PromptList, settings: ImageSettings, peers: Peers
 ) -> np.ndarray:
-    """Return a model's scores, `(prompts, seeds)`, NaN if an image has none. Those in the folder are not computed
-    again."""
+    """Return a model's scores, `(prompts, seeds)`, with NaN for images without a score. Scores that are already saved
+    in the folder are not computed again."""
     models = [name]
     if isinstance(scorer, VLMServerJudge):
         if name == base:
@@ -272,15 +276,16 @@ def score_rows(
     prompts: PromptList,
     peers: Peers,
 ) -> np.ndarray:
-    """Return the scores of images, or a judge's comparisons of two images. Those in the folder are not computed again.
-    All processes must call this function.
+    """Return the scores of images, or a judge's verdicts on pairs of images. Results that are already saved in the
+    folder are not computed again. All processes must call this function.
 
     Args:
-        models (`Sequence[str]`): The model of each compared image: one model for a scorer, two for a judge.
-        rows (`Sequence[tuple[int, tuple[int, ...]]]`): The number of the prompt, and the seed of each compared image.
+        models (`Sequence[str]`): Names of the models whose images are scored: one model for a scorer, two for a judge.
+        rows (`Sequence[tuple[int, tuple[int, ...]]]`): Each row has the index of a prompt and the seed of each
+            model's image.
 
     Returns:
-        `np.ndarray` of the length of `rows`: NaN if an image has no score.
+        `np.ndarray`: One score or verdict per row; NaN for rows without one.
     """
     path = folder / SCORES_FOLDER / _file_name(scorer.name) / f"{'+'.join(models)}.json"
     scores = peers.first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else [])
@@ -288,7 +293,7 @@ def score_rows(
     for start in tqdm(range(len(scores), len(rows), at_once), desc=f"{scorer.name} of {models[0]}", unit="batch"):
         share = rows[start : start + at_once][peers.index :: peers.count]
         scores += _in_order(peers.gather_results(partial(_score_images, scorer, folder, models, share, prompts)))
-        peers.first(partial(_write_json, path, scores))  # an interrupted evaluation continues here
+        peers.first(partial(_write_json, path, scores))  # an interrupted evaluation continues from this file
     return np.array([math.nan if value is None else value for value in scores], dtype=np.float64)
 
 
@@ -299,8 +304,8 @@ def _score_images(
     rows: Sequence[tuple[int, tuple[int, ...]]],
     prompts: PromptList,
 ) -> list[float | None]:
-    """Return the scores of the first model's images, or a judge's comparisons with the second's. Black images have
-    none."""
+    """Return the scores of the first model's images, or a judge's verdicts on these against the second model's images.
+    Rows with a black image get `None`."""
     images = [
         [_read(image_path(folder, name, index, seed)) for name, seed in zip(models, seeds, strict=True)]
         for index, seeds in rows
@@ -324,13 +329,16 @@ def _notes(
 ) -> list[str]:
     base = next(iter(looks))
     notes = [
-        f"{judge} compares images with those of {base}, in both orders: 1 is preferred, -1 is not, 0 is a tie."
+        f"{judge} compares each image with that of {base}, in both orders. Its score is 1 if it prefers the image, -1 "
+        f"if it prefers that of {base}, and 0 for a tie."
         for judge in judges
     ]
     if prompts.empty or prompts.duplicates:
         notes.append(f"{prompts.empty} empty and {prompts.duplicates} repeated prompts were skipped.")
     if scores and len(prompts.prompts) < _FEW_PROMPTS:
-        notes.append(f"With only {len(prompts.prompts)} prompts, the intervals are too narrow. Use more prompts.")
+        notes.append(
+            f"With only {len(prompts.prompts)} prompts, the confidence intervals are too narrow. Use more prompts."
+        )
     for model, values in looks.items():
         if values["black"]:
             notes.append(
@@ -344,9 +352,9 @@ def _notes(
             present = scored[np.isfinite(scored)]
             missing = scored.size - present.size - int(looks[model]["black"])
             if missing:
-                notes.append(f"{scorer} gives no score to {missing} images of {model}. They are left out.")
+                notes.append(f"{scorer} gave no score to {missing} images of {model}. These images are left out.")
             if present.size > 1 and np.ptp(present) == 0:
-                notes.append(f"{scorer} gives all images of {model} the same score, so it says nothing about them.")
+                notes.append(f"{scorer} gave all images of {model} the same score, so its results are useless.")
     return notes
 
 

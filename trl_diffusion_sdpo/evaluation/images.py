@@ -1,5 +1,5 @@
-"""Generate the images of an evaluation: one for each model, prompt and seed, with equal initial noise for all
-models."""
+"""Generate the images of an evaluation: one image for each model, prompt and seed. All models start from the same
+noise."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ SCORES_FOLDER = "scores"
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How all models generate their images.
+    """Settings with which all models generate their images.
 
     Args:
-        seeds (`tuple[int, ...]`, *optional*, defaults to `(0,)`): Seeds. Each prompt gets one image per seed.
+        seeds (`tuple[int, ...]`, *optional*, defaults to `(0,)`): Seeds of the initial noise. Each prompt gets one
+            image per seed.
         noise (`"prompt"` or `"shared"`, *optional*, defaults to `"prompt"`): What the initial noise depends on.
-            `"prompt"`: the prompt and the seed. `"shared"`: the seed alone, as in the Diffusion-SDPO authors'
-            evaluation.
+            `"prompt"`: on the prompt and the seed. `"shared"`: on the seed alone, as in the evaluation of the
+            Diffusion-SDPO authors.
         call_kwargs (`dict`, *optional*): Arguments of the pipelines' calls, such as `guidance_scale`,
             `num_inference_steps`, `height` and `width`.
         batch_size (`int`, *optional*, defaults to `4`): Images per call of the pipeline.
@@ -66,35 +67,37 @@ class ImageSettings:
             raise ValueError(f"`noise` must be `prompt` or `shared`, got {self.noise!r}.")
         if self.batch_size < 1 or not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(
-                f"`batch_size` must be at least 1 and `seeds` distinct, got {self.batch_size} and {self.seeds}."
+                f"`batch_size` must be at least 1, and `seeds` must be one or more different numbers, got "
+                f"{self.batch_size} and {self.seeds}."
             )
 
     def generator(self, prompt: str, seed: int) -> torch.Generator:
-        """Return the generator of an image's initial noise. It is on the CPU, so that every device draws the same
-        noise."""
+        """Return the random generator for an image's initial noise. The generator is on the CPU, so that the noise does
+        not depend on the device."""
         if self.noise == "shared":
             return torch.Generator("cpu").manual_seed(seed)
         digest = hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()
         return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "big"))
 
     def noise_seed(self, prompt: str, seed: int) -> int:
-        """Return the seed of the CPU generator of an image's initial noise."""
+        """Return the seed of the generator that [`generator`] returns."""
         return self.generator(prompt, seed).initial_seed()
 
 
 def peers_of_this_run() -> Peers:
-    """Return the processes that accelerate launched."""
+    """Return an object for sharing work among the processes that accelerate launched."""
     state = PartialState()
     return Peers(state.process_index, state.num_processes, gather_objects)
 
 
 def image_path(folder: Path, candidate: str, prompt_index: int, seed: int) -> Path:
-    """Return the path of the image of a model, prompt and seed."""
+    """Return the path of the image of a model for a prompt and seed."""
     return folder / "images" / candidate / f"{prompt_index:05d}-{seed}.png"
 
 
 def save_image(folder: Path, candidate: str, row: tuple[int, int], image: Image.Image, prompt: str) -> None:
-    """Save a model's image of the prompt index and seed in `row`, with prompt and seed as PNG text."""
+    """Save a model's image as PNG, with prompt and seed in its metadata. `row` is the index of the prompt and the
+    seed."""
     write_atomically(image_path(folder, candidate, *row), png_bytes(image, prompt, row[1]))
 
 
@@ -111,17 +114,16 @@ def generate_images(
     peers: Peers = ALONE,
     base: Candidate | None = None,
 ) -> None:
-    """Generate a model's missing images. All processes must call this function.
+    """Generate those of a model's images that are not in the folder yet. All processes must call this function.
 
-    Batches are always the same, so a resumed call writes the same bytes as an uninterrupted one.
+    Images are always grouped into the same batches, so a resumed call writes the same bytes as an uninterrupted call.
 
     Args:
-        base (`Candidate`, *optional*): The base model of a candidate with a `scale`. Not needed if the candidate has a
-            LoRA.
+        base (`Candidate`, *optional*): The base model. Only needed if the candidate has a `scale` and no LoRA.
 
     Raises:
-        `ValueError`: If the folder has this model's images with other settings or prompts, or the model cannot be
-            loaded.
+        `ValueError`: If the folder has images of this model that were generated with other settings or prompts, or the
+            model cannot be loaded.
     """
     target = folder / "images" / candidate.name
     peers.first(lambda: check_settings(target, facts_of(candidate, base, prompts, settings)))
@@ -150,7 +152,9 @@ def _generate(
     pipeline.set_progress_bar_config(disable=True)
     needs_base = candidate.scale is not None and active_adapter(family.denoiser) is None
     if needs_base and (base is None or base is candidate):
-        raise ValueError(f"A scale of {candidate.name} needs its base. List the base model first.")
+        raise ValueError(
+            f"A model with a scale and without a LoRA needs a base model, got {candidate.name}. List the base first."
+        )
     reference = load_candidate(base, settings).denoiser if needs_base and base is not None else None
     call_kwargs = {**(settings.call_kwargs or {}), **(candidate.call_kwargs or {})}
     options = call_options(family, call_kwargs, "call_kwargs")
@@ -166,7 +170,7 @@ def _generate(
 
 
 def load_candidate(candidate: Candidate, settings: ImageSettings) -> Family:
-    """Load a model with its LoRA, on the device of the settings."""
+    """Load a model and its LoRA onto the device of the settings, and return its family."""
     if isinstance(candidate.model, DiffusionPipeline):
         family = load_model(candidate.model).family
     else:
@@ -182,7 +186,7 @@ def load_candidate(candidate: Candidate, settings: ImageSettings) -> Family:
 def facts_of(
     candidate: Candidate, base: Candidate | None, prompts: Sequence[str], settings: ImageSettings
 ) -> dict[str, Any]:
-    """Return what a model's images depend on."""
+    """Return everything on which a model's images depend, for comparison with the settings file of earlier images."""
     model = candidate.model if isinstance(candidate.model, str) else type(candidate.model).__name__
     return {
         **asdict(replace(candidate, model="")),
@@ -200,8 +204,8 @@ def facts_of(
 
 
 def _weights(candidate: Candidate) -> Any:
-    """Identify a model's weights: a hash for a loaded pipeline, or facts about the local weight files of model and
-    LoRA."""
+    """Return values that change when a model's weights change: a hash for a loaded pipeline, or else names, sizes and
+    times of the local weight files of model and LoRA."""
     if isinstance(candidate.model, DiffusionPipeline):
         return fingerprint(load_model(candidate.model).family.denoiser.state_dict())
     facts = []
@@ -213,27 +217,28 @@ def _weights(candidate: Candidate) -> Any:
 
 
 def check_settings(target: Path, facts: dict[str, Any]) -> None:
-    """Record the settings of a model's images. If the folder has images, compare its settings with these."""
+    """Write the settings of a model's images into the folder. If the folder already has images, raise `ValueError` if
+    these were generated with other settings."""
     path = target / SETTINGS_FILE
     written = json.dumps(facts, indent=1, default=str)
     if not any(target.glob("*.png")):
         for scores in (target.parents[1] / SCORES_FOLDER).glob("*/*.json"):
-            if target.name in scores.stem.split("+"):  # a judge's scores are those of two models
-                scores.unlink()  # they are those of images that were deleted
+            if target.name in scores.stem.split("+"):  # the names of a judge's two models are joined by +
+                scores.unlink()  # the images that were scored no longer exist
     elif path.is_file() and path.read_text(encoding="utf-8") != written:
         before = json.loads(path.read_text(encoding="utf-8"))
         now = json.loads(written)
         changed = sorted(name for name in now if before.get(name) != now[name])
         raise ValueError(
             f"{target} has images that were generated with other settings ({', '.join(changed)}). Use another output "
-            "folder, or delete that one."
+            "folder, or delete that folder."
         )
     target.mkdir(parents=True, exist_ok=True)
     write_atomically(path, written.encode())
 
 
 def png_bytes(image: Image.Image, prompt: str, seed: int) -> bytes:
-    """Return an image as PNG with its prompt and seed in the metadata."""
+    """Return an image as the bytes of a PNG file, with prompt and seed in the metadata."""
     text = PngInfo()
     text.add_itxt("prompt", prompt)
     text.add_text("seed", str(seed))
@@ -246,16 +251,16 @@ def png_bytes(image: Image.Image, prompt: str, seed: int) -> bytes:
 
 
 def is_black(image: Image.Image) -> bool:
-    """Return whether every pixel is black. A safety checker hides images this way."""
+    """Return whether every pixel is black. Safety checkers replace images by black images."""
     return image.convert("L").getextrema() == (0, 0)
 
 
 def saturation(images: np.ndarray) -> float:
-    """Return the mean difference between the largest and the smallest channel of a pixel, in `[0, 1]`. Grey images
-    have 0.
+    """Return how colourful images are, in `[0, 1]`: the difference between the largest and the smallest channel of a
+    pixel, averaged over all pixels. Grey images have 0.
 
-    This is called chroma in HSV. The saturation of HSV also divides by the largest channel, which makes it mere
-    rounding noise for dark pixels.
+    In HSV this difference is called chroma. HSV's saturation also divides by the largest channel, so it is dominated by
+    rounding errors in dark pixels.
 
     Args:
         images (`np.ndarray` of shape `(..., 3)`, uint8): The images.
@@ -264,8 +269,8 @@ def saturation(images: np.ndarray) -> float:
 
 
 def diversity(images: np.ndarray) -> float:
-    """Return the mean distance between two images of one prompt: the root mean squared difference of pixels in
-    `[0, 1]`.
+    """Return the mean distance between two images of one prompt. The distance is the root mean squared difference of
+    pixel values in `[0, 1]`.
 
     Args:
         images (`np.ndarray` of shape `(N, H, W, 3)`, uint8): Images of one prompt.

@@ -1,7 +1,7 @@
-"""Arrange the images of an evaluation in the folders that benchmarks read.
+"""Save the images of an evaluation in the folders and with the file names that benchmarks expect.
 
-A layout is a function of the prompts and seeds that returns the files of one model. It raises `ValueError` if the
-prompts lack what the benchmark needs, before any image is generated.
+A layout is a function that takes prompts and seeds, and returns the files of one model. A layout is called before any
+image is generated, and raises `ValueError` if the prompts lack information that the benchmark needs.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class LayoutFile:
     """A file of a layout: an image, a grid of two to four images, or text.
 
     Args:
-        path (`str`): Path relative to the model's folder.
-        images (`tuple[tuple[int, int], ...]`): Prompt index and seed of each image.
+        path (`str`): Path of the file relative to the model's folder.
+        images (`tuple[tuple[int, int], ...]`): Index of the prompt and seed of each image in the file.
         text (`str`): Contents of a text file.
     """
 
@@ -39,9 +39,9 @@ class LayoutFile:
 
 
 def geneval(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]:
-    """Return the files of GenEval, for the folder that `evaluation/evaluate_images.py` takes.
+    """Return the files for GenEval. Pass the model's folder to its script `evaluation/evaluate_images.py`.
 
-    The prompts are those of its `evaluation_metadata.jsonl`. Its authors use four seeds.
+    The prompts must be those of GenEval's `evaluation_metadata.jsonl`. GenEval's authors use four seeds.
 
     Source: https://github.com/djghosh13/geneval
     """
@@ -49,8 +49,8 @@ def geneval(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]:
     for number, (index, entry) in enumerate(prompts.rows):
         if not isinstance(entry, dict) or "tag" not in entry or not isinstance(entry.get("include"), list):
             raise ValueError(
-                f"The layout `geneval` needs the keys `tag` and `include` of each prompt, got {entry!r}. Use GenEval's "
-                "evaluation_metadata.jsonl."
+                f"The layout `geneval` needs prompts with the keys `tag` and `include`, got {entry!r}. Use the prompts "
+                "in GenEval's evaluation_metadata.jsonl."
             )
         metadata = {"prompt": prompts.prompts[index], **entry}
         files.append(LayoutFile(f"{number:05d}/metadata.jsonl", text=json.dumps(metadata)))
@@ -60,32 +60,36 @@ def geneval(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]:
 
 
 def dpg(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]:
-    """Return the files of DPG-Bench: one image or grid of each prompt, for `--image-root-path`.
+    """Return the files for DPG-Bench: one image per prompt, or one grid of up to four images. Pass the model's folder
+    as `--image-root-path`.
 
-    The prompts are those of its `dpg_bench.csv`, which has one row for each question. Its authors use four seeds in a
-    grid of two by two.
+    The prompts must be those of `dpg_bench.csv`, which has one row for each question. The authors of DPG-Bench use four
+    seeds, in a grid of two by two images.
 
     Source: https://github.com/TencentQQGYLab/ELLA
     """
     if len(seeds) > 4:
-        raise ValueError(f"The layout `dpg` has up to four images for each prompt, got {len(seeds)} seeds.")
+        raise ValueError(
+            f"The layout `dpg` can have at most four images per prompt, got {len(seeds)} seeds. Use at most four seeds."
+        )
     items: dict[str, int] = {}
     for index, entry in prompts.rows:
         item = str(entry.get("item_id") or "") if isinstance(entry, dict) else ""
-        is_name = item and "." not in item and PurePath(item).name == item  # the benchmark cuts it at the first dot
+        # The benchmark cuts file names at the first dot.
+        is_name = item and "." not in item and PurePath(item).name == item
         if not is_name or items.get(item, index) != index:
             raise ValueError(
-                f"The layout `dpg` needs a key `item_id` that names the file of each prompt, got {entry!r}. Use "
-                "DPG-Bench's dpg_bench.csv."
+                f"The layout `dpg` needs prompts with a key `item_id`, which must be a unique file name without a dot, "
+                f"got {entry!r}. Use the prompts in DPG-Bench's dpg_bench.csv."
             )
         items[item] = index
     return [LayoutFile(f"{item}.png", tuple((index, seed) for seed in seeds)) for item, index in items.items()]
 
 
 def t2i_compbench(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]:
-    """Return the files of T2I-CompBench, for the folder that its `--out_dir` and `--outpath` take.
+    """Return the files for T2I-CompBench. Pass the model's folder as its options `--out_dir` and `--outpath`.
 
-    The file's name is the prompt. The authors use ten seeds.
+    File names contain the prompts. The authors of T2I-CompBench use ten seeds.
 
     Source: https://github.com/Karine-Huang/T2I-CompBench
     """
@@ -103,24 +107,27 @@ def t2i_compbench(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]
 
 
 def hpsv2(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]:
-    """Return the files of HPSv2's benchmark, for the folder that `hpsv2.evaluate` takes.
+    """Return the files for the benchmark of HPSv2. Pass the model's folder to its function `hpsv2.evaluate`.
 
-    The prompts are those of its `anime.json`, `concept-art.json`, `paintings.json` or `photo.json`, or have a key
-    `style` with such a name. A file's number is the position of its prompt within its style. The benchmark reads one
-    image of each prompt, that of the first seed.
+    The prompts must be those of `anime.json`, `concept-art.json`, `paintings.json` or `photo.json`, or each must have a
+    key `style` with the name of one of these files. A file's number is the position of its prompt among the prompts of
+    the same style. The benchmark reads one image of each prompt, so only the first seed is used.
 
     Source: https://github.com/tgxs002/HPSv2
     """
     if prompts.empty:
-        raise ValueError(f"The layout `hpsv2` numbers prompts, and {prompts.empty} of them are empty. Remove these.")
+        raise ValueError(
+            f"The layout `hpsv2` numbers the prompts, so none may be empty, got {prompts.empty} empty prompts. Use "
+            "the benchmark's prompts unchanged."
+        )
     files: list[LayoutFile] = []
     numbers: Counter[str] = Counter()
     for index, entry in prompts.rows:
         style = entry["style"] if isinstance(entry, dict) and "style" in entry else prompts.name
         if style not in STYLES:
             raise ValueError(
-                f"The layout `hpsv2` needs a style of each prompt, which is one of {', '.join(STYLES)}, got {style!r}. "
-                "Name the file of prompts by its style, or add a key `style`."
+                f"The layout `hpsv2` needs a style for each prompt: one of {', '.join(STYLES)}. Got {style!r}. Name "
+                "the file of prompts by its style, or add a key `style` to each prompt."
             )
         files.append(LayoutFile(f"{style}/{numbers[style]:05d}.jpg", ((index, seeds[0]),)))
         numbers[style] += 1
@@ -136,14 +143,14 @@ LAYOUTS: dict[str, Callable[[PromptList, Sequence[int]], list[LayoutFile]]] = {
 
 
 def write_layout(folder: Path, layout: str, models: Sequence[str], files: Sequence[LayoutFile]) -> None:
-    """Write the files of a layout for each model, into `<folder>/<layout>/<model>`. Images are hard links if the file
-    system has them.
+    """Write the files of a layout for each model into `<folder>/<layout>/<model>`. PNG images are hard links if the
+    file system supports hard links, and copies otherwise.
     """
     for model in models:
         for file in files:
             target = folder / layout / model / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)  # never write into a file that an image is linked to
+            target.unlink(missing_ok=True)  # writing into a hard link would change the original image
             sources = [image_path(folder, model, *image) for image in file.images]
             if not sources:
                 target.write_text(file.text, encoding="utf-8")
@@ -164,11 +171,14 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _grid(sources: Sequence[Path]) -> Image.Image:
-    """Return up to four square images, row by row, on a canvas of two by two."""
+    """Return a grid of two by two images, filled row by row with up to four square images."""
     tiles: list[Any] = [Image.open(source) for source in sources]
     side = tiles[0].width
     if any(tile.size != (side, side) for tile in tiles):
-        raise ValueError(f"The layout `dpg` needs square images of one size, got {[tile.size for tile in tiles]}.")
+        raise ValueError(
+            f"The layout `dpg` needs square images of equal size, got {[tile.size for tile in tiles]}. Set `height` "
+            "and `width` to the same number."
+        )
     grid = Image.new("RGB", (2 * side, 2 * side))
     for number, tile in enumerate(tiles):
         grid.paste(tile, (number % 2 * side, number // 2 * side))

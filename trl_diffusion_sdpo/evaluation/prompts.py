@@ -15,15 +15,15 @@ PROMPT_COLUMNS = ("prompt", "caption", "text", "Prompt", "caption_text")
 
 @dataclass(frozen=True)
 class PromptList:
-    """Distinct prompts in their order.
+    """Prompts without repetitions, in their original order.
 
     Args:
         prompts (`tuple[str, ...]`): The prompts.
         empty (`int`): Number of empty prompts that were skipped.
         duplicates (`int`): Number of repeated prompts that were skipped.
-        rows (`tuple[tuple[int, Any], ...]`): Position in `prompts` and entry of the source, for each entry that is not
-            empty. A repeated prompt has one row each time.
-        name (`str`): Name of the file without its ending, or id of the dataset.
+        rows (`tuple[tuple[int, Any], ...]`): For each entry of the file whose prompt is not empty: the prompt's
+            position in `prompts`, and the whole entry. A repeated prompt has one row per repetition.
+        name (`str`): Name of the file without its extension, or Hub id of the dataset.
     """
 
     prompts: tuple[str, ...]
@@ -33,30 +33,32 @@ class PromptList:
     name: str = ""
 
     def first(self, count: int) -> PromptList:
-        """Return the list without the prompts after the first `count`.
+        """Return a list of the first `count` prompts.
 
         Raises:
             `ValueError`: If `count` is below 1.
         """
         if count < 1:
-            raise ValueError(f"An evaluation needs at least one prompt, got {count}.")
+            raise ValueError(
+                f"An evaluation needs at least one prompt, got a limit of {count} prompts. Raise the limit."
+            )
         rows = tuple((position, entry) for position, entry in self.rows if position < count)
         return replace(self, prompts=self.prompts[:count], rows=rows)
 
 
 def read_prompts(source: str | Path, *, column: str | None = None, split: str = "test") -> PromptList:
-    """Read prompts from a `.txt`, `.json`, `.jsonl` or `.csv` file, or from a dataset on the Hub.
+    """Return the prompts in a `.txt`, `.json`, `.jsonl` or `.csv` file, or in a dataset on the Hub.
 
     Empty and repeated prompts are skipped and counted.
 
     Args:
         source (`str` or `Path`): Path of a file, or Hub id of a dataset.
-        column (`str`, *optional*): Column or key of the prompts. If unset, the first of `prompt`, `caption` and `text`
-            that exists.
+        column (`str`, *optional*): Column or key with the prompts. If unset, the first existing column of `prompt`,
+            `caption`, `text` and similar names.
         split (`str`, *optional*, defaults to `"test"`): Split of the dataset.
 
     Raises:
-        `ValueError`: If the file is missing, not UTF-8 or malformed, or has no such column or no prompts.
+        `ValueError`: If the file is missing, not UTF-8 or malformed, or has no column of prompts or no prompts.
     """
     path = Path(source)
     if path.suffix in _READERS:
@@ -80,19 +82,20 @@ def read_prompts(source: str | Path, *, column: str | None = None, split: str = 
 
 
 def distinct(prompts: Sequence[str], source: Any = "the list", entries: Sequence[Any] | None = None) -> PromptList:
-    """Remove empty and repeated prompts, and count them.
+    """Return the prompts without empty and repeated ones, whose numbers are counted.
 
     Args:
-        entries (`Sequence`, *optional*): The source's entry of each prompt; the prompts themselves if unset.
+        entries (`Sequence`, *optional*): The entry of the file from which each prompt comes. If unset, the prompts
+            themselves.
 
     Raises:
-        `ValueError`: If no prompt is left.
+        `ValueError`: If all prompts are empty.
     """
     stripped = [prompt.strip() for prompt in prompts]
     filled = [prompt for prompt in stripped if prompt]
     position = {prompt: index for index, prompt in enumerate(dict.fromkeys(filled))}
     if not position:
-        raise ValueError(f"An evaluation needs prompts, and {source} has none.")
+        raise ValueError(f"An evaluation needs at least one prompt, and {source} has none. Add prompts.")
     rows = tuple(
         (position[prompt], entry) for prompt, entry in zip(stripped, entries or prompts, strict=True) if prompt
     )
@@ -109,7 +112,7 @@ def _prompt(entry: Any, column: str | None, source: Any) -> str:
     if name is None:
         raise ValueError(
             f"The prompts of {source} must be in a column {' or '.join(f'`{name}`' for name in columns)}, got the "
-            f"columns {sorted(entry)}. Name it with `prompt_column`."
+            f"columns {sorted(entry)}. Set `prompt_column` to the right column."
         )
     return entry[name]
 
@@ -122,7 +125,7 @@ def _read_json(text: str) -> list[Any]:
 
 
 _READERS: dict[str, Callable[[str], list[Any]]] = {
-    # `str.splitlines` would also split at characters within a prompt, such as U+2028.
+    # `str.splitlines` would also split at some characters inside a prompt, such as U+2028.
     ".txt": lambda text: text.removesuffix("\n").split("\n"),
     ".json": _read_json,
     ".jsonl": lambda text: [json.loads(line) for line in text.split("\n") if line.strip()],

@@ -1,4 +1,4 @@
-"""Write an evaluation's report: one HTML file that works offline, and the same results in Markdown."""
+"""Write the report of an evaluation: an HTML page that works offline, and the same results as Markdown."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 REPORT_FILE = "report.html"
 MARKDOWN_FILE = "report.md"
-SHOWN_PROMPTS = 6  # number of best and of worst prompts shown per model
+SHOWN_PROMPTS = 6  # how many of the best and of the worst prompts are shown per model
 SHOWN_SIDE = 512  # longer side of the images on the page, in pixels
 LIMITS = (
     "A scorer is a model of taste, not a person. If the same scorer also chose the training pairs, it favours the "
     "tuned model. A win rate says how often an image is preferred, not by how much. The intervals show how much the "
-    "rate could change with other prompts of the same kind. They say nothing about other kinds of prompts."
+    "win rate could change with other prompts of the same kind. The intervals say nothing about other kinds of prompts."
 )
 
 
@@ -43,28 +43,28 @@ def write_report(folder: Path, evaluation: Evaluation) -> None:
 
 
 def verdict_sentence(one: Comparison, base: str) -> str:
-    """Return the result of a comparison as a sentence."""
+    """Return a sentence that says whether a model is better than the base model by a scorer."""
     result = one.result
     rate = f"{result.rate:.0%} (95 % interval {result.low:.0%} to {result.high:.0%}, {result.prompts} prompts)"
     if one.verdict == "better":
-        return f"{one.model} is better than {base} by {one.scorer}: it wins {rate}."
+        return f"{one.model} is better than {base} by {one.scorer}: its win rate is {rate}."
     if one.verdict == "worse":
-        return f"{one.model} is worse than {base} by {one.scorer}: it wins only {rate}."
+        return f"{one.model} is worse than {base} by {one.scorer}: its win rate is {rate}."
     return f"{one.scorer} shows no difference between {one.model} and {base}: a win rate of {rate}."
 
 
 def scale_sentence(sweep: Sweep, scorer: str) -> str:
-    """Return the recommended scale as a sentence."""
+    """Return a sentence that names the scale that a scorer recommends."""
     scale = sweep.recommended[scorer]
     kind = "of the weights" if sweep.form == "weights" else "of preference guidance"
     if scale is None:
         return f"{sweep.name}: {scorer} recommends no scale {kind}, because there are too few prompts."
-    as_good = ", so the base is as good" if scale == 0 else ""
+    as_good = ", the base model" if scale == 0 else ""
     return f"{sweep.name}: the recommended scale {kind} by {scorer} is {scale:g}{as_good}."
 
 
 def markdown_report(evaluation: Evaluation) -> str:
-    """Return the results as Markdown, for example for a model card."""
+    """Return the results of an evaluation as Markdown, for example for a model card."""
     base = evaluation.models[0]
     lines = ["# Evaluation", ""]
     lines += [f"- {verdict_sentence(one, base)}" for one in evaluation.comparisons]
@@ -109,7 +109,7 @@ def _means_table(evaluation: Evaluation) -> list[list[str]]:
 
 
 def html_report(folder: Path, evaluation: Evaluation) -> str:
-    """Return the HTML page. It contains its images and uses neither the network nor other files."""
+    """Return the report as an HTML page, which contains its images and needs no network."""
     base, *others = evaluation.models
     swept = {model for sweep in evaluation.sweeps for model in sweep.names.values()}
     single = [model for model in others if model not in swept]
@@ -148,7 +148,7 @@ def html_report(folder: Path, evaluation: Evaluation) -> str:
 
 
 def _scale_plots(evaluation: Evaluation, sweep: Sweep, scorer: str) -> list[dict[str, Any]]:
-    """Return the plots of win rate and mean score by scale."""
+    """Return two plots for a scorer: the win rate and the mean score at each scale."""
     base = float(np.nanmean(evaluation.scores[scorer][evaluation.models[0]]))
     results = {one.model: one.result for one in evaluation.comparisons if one.scorer == scorer}
     rates = {0.0: (0.5, 0.5, 0.5)}
@@ -162,7 +162,12 @@ def _scale_plots(evaluation: Evaluation, sweep: Sweep, scorer: str) -> list[dict
 
 
 def _curve(title: str, points: dict[float, tuple[float, float, float]], number: str) -> dict[str, Any]:
-    """Return a plot of values with intervals against scales, in the units of the page's drawing."""
+    """Return the coordinates of a plot of values and their intervals against scales, in the units of the SVG drawing.
+
+    Args:
+        points (`dict`): Scale -> value, lower end and upper end of its interval.
+        number (`str`): Format of the labels on the y axis.
+    """
     left, right, top, bottom = 66, 338, 34, 180
     low = min(ends[1] for ends in points.values())
     high = max(ends[2] for ends in points.values())
@@ -190,7 +195,7 @@ def _curve(title: str, points: dict[float, tuple[float, float, float]], number: 
 def _rows_of_images(
     folder: Path, evaluation: Evaluation, models: dict[str, str]
 ) -> list[tuple[str, list[dict[str, str]]]]:
-    """Return images of some prompts, one for each model, from the noise of the first seed.
+    """Return one image per model for some evenly spaced prompts, all from the noise of the first seed.
 
     Args:
         models (`dict[str, str]`): Label below an image -> name of the model.
@@ -215,7 +220,8 @@ def _rows_of_images(
 
 
 def _examples(folder: Path, evaluation: Evaluation, model: str) -> list[tuple[str, list[dict[str, str]]]]:
-    """Return a model's best and worst prompts by the first scorer, each with the images of the base and the model."""
+    """Return the prompts whose scores the model changes most, up and down, by the first scorer. Each comes with the
+    images of the base model and of the model."""
     base = evaluation.models[0]
     by_model = next(iter(evaluation.scores.values()))
     difference = by_model[model] - by_model[base]
@@ -234,13 +240,13 @@ def _examples(folder: Path, evaluation: Evaluation, model: str) -> list[tuple[st
         }
 
     return [
-        ("gains most", [pair(index) for index in gains[:SHOWN_PROMPTS]]),
-        ("loses most", [pair(index) for index in losses[:SHOWN_PROMPTS]]),
+        ("scores most above the base model on", [pair(index) for index in gains[:SHOWN_PROMPTS]]),
+        ("scores most below the base model on", [pair(index) for index in losses[:SHOWN_PROMPTS]]),
     ]
 
 
 def _runs(folder: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Return name, verdict and plots of each training run among the models."""
+    """Return the name, the verdict and the plots of each training run that made one of the models."""
     sources = []
     for model in evaluation.models:
         settings = json.loads(settings_path(folder, model).read_text(encoding="utf-8"))
@@ -272,10 +278,10 @@ def _url_of_file(path: Path) -> str:
 
 
 def data_url(image: Image.Image, side: int) -> str:
-    """Return an image as a data URL for a page, at most `side` pixels wide and high."""
+    """Return an image as a data URL for an HTML page. The image is shrunk to at most `side` pixels on each side."""
     shown = image.convert("RGB")
     shown.thumbnail((side, side))
-    if max(shown.size) <= side // 8:  # browsers blur small images
+    if max(shown.size) <= side // 8:  # browsers blur small images when they enlarge them
         shown = shown.resize((4 * shown.width, 4 * shown.height), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     shown.save(buffer, "JPEG", quality=88)
@@ -283,7 +289,7 @@ def data_url(image: Image.Image, side: int) -> str:
 
 
 def template(path: Path) -> jinja2.Template:
-    """Return the template of a page. Everything that it shows is escaped."""
+    """Return the Jinja template in a file. The template escapes all values for HTML."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(path.parent),
         autoescape=True,

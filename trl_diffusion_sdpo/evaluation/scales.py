@@ -1,4 +1,5 @@
-"""Evaluate a tuned model at several scales. 0 is the base, 1 the tuned model, and larger scales extrapolate."""
+"""Evaluate a tuned model at several scales. Scale 0 is the base model, 1 the tuned model, and larger scales
+extrapolate."""
 
 from __future__ import annotations
 
@@ -23,18 +24,20 @@ from ..saving.starting_point import run_of
 from .candidate import Candidate
 
 FEWEST_PROMPTS = 8  # with fewer prompts, standard errors are unreliable and often too small
-CARD_KEYS = {"weights": "weights", "guidance": "prediction"}  # names of the forms in a model card
+CARD_KEYS = {"weights": "weights", "guidance": "prediction"}  # form of a scale -> its key in a model card
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A tuned model at several scales.
+    """The results of a tuned model at several scales.
 
     Args:
         name (`str`): Name of the tuned model.
-        form (`str`): `"weights"` or `"guidance"`.
-        names (`dict[float, str]`): Scale -> name of the candidate, in rising order. Scale 0 is the base.
-        recommended (`dict[str, float | None]`): Scorer -> recommended scale, `None` if there are too few prompts.
+        form (`str`): What was scaled: `"weights"`, or predictions by preference `"guidance"`.
+        names (`dict[float, str]`): Scale -> name of the candidate, in ascending order of scale. Scale 0 is the base
+            model.
+        recommended (`dict[str, float | None]`): Scorer -> recommended scale, or `None` if there are too few
+            prompts.
     """
 
     name: str
@@ -47,7 +50,8 @@ def at_scales(candidate: Candidate, scales: Sequence[float]) -> list[Candidate]:
     """Return copies of a candidate, one at each scale, with names such as `tuned-2` and `tuned-1.5`."""
     if candidate.scale is not None:
         raise ValueError(
-            f"{candidate.name} already has the scale {candidate.scale:g}. Set either `scale` or `scales`."
+            f"{candidate.name} already has the scale {candidate.scale:g}, so it cannot get others. Set either the "
+            "scale of the model or `scales`."
         )
     return [replace(candidate, name=f"{candidate.name}-{scale:g}", scale=scale) for scale in sorted({*scales})]
 
@@ -55,7 +59,7 @@ def at_scales(candidate: Candidate, scales: Sequence[float]) -> list[Candidate]:
 def sweeps_of(candidates: Sequence[Candidate], scores: Mapping[str, Mapping[str, np.ndarray]]) -> list[Sweep]:
     """Group the candidates that differ only in their scale, and recommend a scale for each group.
 
-    The first candidate is the base. A single candidate is no group.
+    The first candidate is the base model. Groups of a single candidate are left out.
     """
     groups: dict[str, list[Candidate]] = defaultdict(list)
     base, *others = candidates
@@ -78,13 +82,15 @@ def sweeps_of(candidates: Sequence[Candidate], scores: Mapping[str, Mapping[str,
 
 
 def recommended_scale(scores: Mapping[float, np.ndarray]) -> float | None:
-    """Return the smallest scale whose scores are about as good as the best.
+    """Return the smallest scale that is about as good as the best scale.
 
-    The best scale has the highest mean score. Another scale is about as good if its mean is lower by at most the
-    standard error of the difference, over prompts with equal noise.
+    The best scale has the highest mean score. Another scale is about as good if its mean score is lower by at most one
+    standard error of the difference. The standard error is computed over prompts, whose images have the same noise at
+    all scales.
 
     Args:
-        scores (`Mapping[float, np.ndarray]`): Scale -> scores `(prompts, seeds)`. NaN if an image has no score.
+        scores (`Mapping[float, np.ndarray]`): Scale -> scores `(prompts, seeds)`, with NaN for images without a
+            score.
 
     Returns:
         `float` or `None`: The scale, or `None` if fewer than eight prompts have scores at every scale.
@@ -110,7 +116,7 @@ def recommended_scale(scores: Mapping[float, np.ndarray]) -> float | None:
 def recommend_in_cards(
     sweeps: Sequence[Sweep], candidates: Sequence[Candidate], call_kwargs: Mapping[str, Any] | None
 ) -> None:
-    """Write the scale recommended by the first scorer into the model card of each training run."""
+    """Write the scale that the first scorer recommends into the model card of each evaluated training run."""
     by_name = {one.name: one for one in candidates}
     for sweep in sweeps:
         one = by_name[sweep.names[max(sweep.names)]]
@@ -128,10 +134,10 @@ def recommend_in_cards(
 
 @contextlib.contextmanager
 def scaled(candidate: Candidate, pipeline: Any, denoiser: nn.Module, base: nn.Module | None) -> Iterator[None]:
-    """Scale a candidate's weights or predictions within this context.
+    """Return a context manager within which a candidate's weights or predictions are scaled.
 
     Args:
-        base (`nn.Module`, *optional*): The base model's denoiser. Not needed if the candidate has a LoRA.
+        base (`nn.Module`, *optional*): The base model's denoiser. Only needed if the candidate has no LoRA.
     """
     is_lora = active_adapter(denoiser) is not None
     if candidate.scale is None:
@@ -139,7 +145,7 @@ def scaled(candidate: Candidate, pipeline: Any, denoiser: nn.Module, base: nn.Mo
     elif candidate.form == "guidance":
         reference = None if is_lora else base
         options: dict[str, Any] = {"reference": reference, "interval": candidate.interval}
-        # Distilled models are allowed, because an evaluation is how a user finds out whether guidance helps them.
+        # Few-step models are allowed, because an evaluation shows whether guidance improves them.
         with preference_guidance(pipeline, candidate.scale, allow_distilled=True, **options):
             yield
     elif is_lora:
@@ -156,7 +162,8 @@ def _interpolated(denoiser: nn.Module, base: nn.Module, candidate: Candidate) ->
     different = architecture_difference(denoiser, base)
     if different is not None:
         raise ValueError(
-            f"A scale of {candidate.name} needs its base as the first model. The first model differs: {different}."
+            f"To scale the weights of {candidate.name}, the first model must be its base model, with the same "
+            f"architecture. The first model differs: {different}. List the right base model first."
         )
     tuned = {name: tensor.detach().clone() for name, tensor in base_tensors(denoiser).items()}
     start = base_tensors(base)

@@ -1,4 +1,5 @@
-"""Model families: how to train each kind of diffusers pipeline. The name of a pipeline's class selects its family."""
+"""Model families: how to train each kind of diffusers pipeline. The family is chosen by the name of the
+pipeline's class."""
 
 from .base import Family, check_in_channels, no_autocast
 from .loss_defaults import DDPM_DEFAULTS, FALLBACK, FLOW_DEFAULTS, LossDefaults

@@ -8,23 +8,24 @@ import torch
 
 from .base import Family, check_in_channels
 
-CALL_RESOLUTION = 1024  # default of the pipeline's call; `sample_size` in the published configurations would give 512
+# Default image size of the pipeline's call. `sample_size` in the published configurations would give 512.
+CALL_RESOLUTION = 1024
 
 
 class AuraFlowFamily(Family):
-    """Trains `AuraFlowPipeline`, all versions.
+    """Trains `AuraFlowPipeline` with any version of AuraFlow.
 
-    The pipeline pads every prompt to 256 tokens and sets the embeddings of padding to zero. There is no mask: the
-    transformer attends to the padding.
+    The pipeline pads every prompt to 256 tokens and sets the embeddings of padding to zero. The transformer gets no
+    mask, so it attends to the padding.
     """
 
     name = "AuraFlow"
     pipeline_classes = ("AuraFlowPipeline",)
     frozen_components = ("vae", "text_encoder")
-    # Our choice, because diffusers has no AuraFlow script: the targets of its script for Stable Diffusion 3, which has
-    # similar joint blocks. Only the four joint blocks have text projections.
+    # Our choice, because diffusers has no LoRA script for AuraFlow: the targets of its script for Stable Diffusion 3,
+    # which has similar joint blocks. Only AuraFlow's four joint blocks have text projections.
     lora_target_modules = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")
-    learning_rate_full = 1e-6  # our choice: no number is published, and the model is large (6.8B)
+    learning_rate_full = 1e-6  # our choice: no rate is published, and the model is large (6.8B parameters)
     learning_rate_lora = 1e-4  # our choice: usual in diffusers' LoRA scripts
     patch_size = 2
 
@@ -34,7 +35,7 @@ class AuraFlowFamily(Family):
 
     @property
     def default_resolution(self) -> int:
-        """The default of the pipeline's call, or less if the transformer has fewer positions."""
+        """The default image size of the pipeline's call, or less if the transformer has too few position embeddings."""
         return min(CALL_RESOLUTION, self._positions_per_side * self.patch_size * self.vae_scale_factor)
 
     @property
@@ -42,13 +43,13 @@ class AuraFlowFamily(Family):
         return math.isqrt(self.denoiser.config.pos_embed_max_size)
 
     def check_image_size(self, height: int, width: int) -> None:
-        """Raise an error for images with more tokens along a side than positions, which the transformer would silently
-        reuse."""
+        """Raise `ValueError` if images have more tokens along a side than the transformer has position embeddings. The
+        transformer itself would silently reuse embeddings."""
         largest = self._positions_per_side * self.patch_size * self.vae_scale_factor
         if max(height, width) > largest:
             raise ValueError(
-                f"This AuraFlow transformer has positions for {largest} pixels along a side, got images of {height} by "
-                f"{width}. Train at a smaller `resolution`."
+                f"This AuraFlow transformer has position embeddings for at most {largest} pixels along a side, got "
+                f"images of {height} by {width}. Train at a smaller `resolution`."
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:

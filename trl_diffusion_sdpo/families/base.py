@@ -1,7 +1,7 @@
 """The base class of model families.
 
-A family wraps one diffusers pipeline and knows how to encode its prompts and images and how to call its denoiser. It
-knows nothing about preference pairs or the reference model.
+A family wraps one diffusers pipeline and knows how to encode its prompts and images and how to call its denoiser. A
+family knows nothing about preference pairs or the reference model.
 """
 
 import math
@@ -51,7 +51,7 @@ class Family(ABC):
     Attributes:
         name (`str`): Name in messages.
         pipeline_classes (`tuple[str, ...]`): Names of the pipeline classes that this family can train. A saved
-            pipeline of any of them is loaded as the first one, the text-to-image pipeline.
+            pipeline of any of these classes is loaded as the first class, the text-to-image pipeline.
         pipeline_class (`type[DiffusionPipeline]`, *optional*): The class that `pipeline_classes[0]` names. Needed only
             if diffusers does not export it.
         denoiser_name (`str`): Name of the pipeline's component that is trained, `"transformer"` by default or `"unet"`.
@@ -150,8 +150,8 @@ class Family(ABC):
 
     @property
     def idle_modules(self) -> tuple[str, ...]:
-        """Names of denoiser modules whose output does not reach the prediction. They get no gradient, so training
-        freezes them."""
+        """Names of denoiser modules whose output does not reach the prediction. These modules get no gradient, so
+        training freezes them."""
         return ()
 
     @property
@@ -174,8 +174,8 @@ class Family(ABC):
     def settle_dtype(self, dtype: torch.dtype | None = None) -> None:
         """Fix `dtype` from now on, to its current value or to another one.
 
-        Sharding engines change the dtype of the weights between passes. A rounded copy of the denoiser needs another
-        dtype.
+        Call it because sharding engines (FSDP, DeepSpeed) change the dtype of the weights between passes, and because a
+        rounded copy of the denoiser needs inputs of another dtype.
         """
         self._settled_dtype = dtype
         self._settled_dtype = self.dtype
@@ -351,7 +351,7 @@ class Family(ABC):
         """
         if generator is not None and len(generator) != len(pixel_values):
             raise ValueError(
-                f"One generator per image is needed, got {len(generator)} for {len(pixel_values)} images. "
+                f"Each image needs one generator, got {len(generator)} generators for {len(pixel_values)} images. "
                 "Pass as many generators as images, or None."
             )
         return self.latents_of(self.image_moments(pixel_values), generator)
@@ -375,7 +375,7 @@ class Family(ABC):
     def latents_of(self, moments: torch.Tensor, generator: list[torch.Generator] | None = None) -> torch.Tensor:
         """Sample latents from the output of `image_moments` and scale them, the second half of `encode_images`.
 
-        This gives the latents of `encode_images` with the same generators, `(N, ...)`. The VAE's weights are not used.
+        With the same generators, the result equals that of `encode_images`, `(N, ...)`. The VAE's weights are not used.
         """
         with no_autocast(moments.device):
             latents = self.sample_moments(moments, generator).float()
@@ -384,8 +384,8 @@ class Family(ABC):
     def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the output of the VAE's encoder for images that already have the VAE's dtype and device.
 
-        It holds means and log-variances of a Gaussian posterior, `(N, 2C, ...)`. A deterministic VAE returns the
-        latents.
+        The output contains means and log-variances of a Gaussian posterior, `(N, 2C, ...)`. The output of a
+        deterministic VAE is the latents.
         """
         return self.pipeline.vae.encode(pixel_values).latent_dist.parameters
 
@@ -404,12 +404,12 @@ class Family(ABC):
     def latent_statistics(self) -> dict[str, torch.Tensor]:
         """Return the VAE weights that `scale_latents` needs, by name. Most families need none.
 
-        If the VAE is not loaded, `keep_statistics` supplies them.
+        If the VAE is not loaded, `keep_statistics` supplies these weights.
         """
         return {}
 
     def keep_statistics(self, statistics: Mapping[str, torch.Tensor]) -> None:
-        """Use stored results of `latent_statistics` in place of the VAE's weights."""
+        """Store results of `latent_statistics`, which are then used in place of the VAE's weights."""
         self._kept_statistics = dict(statistics)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -420,7 +420,8 @@ class Family(ABC):
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """Return conditioning on image sizes, as SDXL has it. The default is empty.
+        """Return inputs of the denoiser that tell it the image sizes, as for SDXL. The default is an empty
+        dictionary.
 
         Args:
             original_sizes (`torch.Tensor` of shape `(N, 2)`, int64): (height, width) of the images before resizing.
@@ -482,7 +483,8 @@ class Family(ABC):
 
 
 def refuse_sources(family: Family | type[Family], feature: str) -> None:
-    """Raise `ValueError` if a feature that handles no source images is used with a model that needs them."""
+    """Raise `ValueError` if `family` needs a source image for each prompt. Features that cannot handle
+    source images call this function."""
     if family.takes_source:
         raise ValueError(
             f"{feature} cannot handle source images yet, and {family.name} needs one for each prompt. Leave it out, or "

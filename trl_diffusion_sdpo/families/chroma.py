@@ -1,4 +1,5 @@
-"""Chroma: FLUX.1's transformer without pooled text and guidance, conditioned on T5 tokens, over flow matching."""
+"""Chroma: FLUX.1's transformer without inputs for pooled text and guidance, conditioned on T5 tokens and trained by
+flow matching."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,20 +13,22 @@ from .packing import TWO_STREAM_TARGETS, pack_patches, patch_positions, unpack_p
 class ChromaFamily(Family):
     """Trains `ChromaPipeline`.
 
-    A model folder saved as its image-to-image or inpainting class works too: the transformer is the same.
+    Model folders that were saved as the image-to-image or inpainting pipeline can be trained too, because their
+    transformer is the same.
 
-    Prompts are padded to 512 tokens. The pipeline adds its mask to the attention's logits: 1 for tokens, 0 for padding.
-    Training does what the pipeline does.
+    Prompts are padded to 512 tokens. The pipeline adds the mask (1 for tokens, 0 for padding) to the attention logits,
+    so padding is not fully masked. Training does the same.
     """
 
     name = "Chroma"
     pipeline_classes = ("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline")
     frozen_components = ("vae", "text_encoder")
-    # Our choice, because diffusers has no script for Chroma: targets of its LoRA script for FLUX.1, with equal blocks.
+    # Our choice, because diffusers has no LoRA script for Chroma: the targets of its script for FLUX.1, whose blocks
+    # are the same.
     lora_target_modules = TWO_STREAM_TARGETS
     # Our choice: half of Stable Diffusion's rate, because larger models need smaller steps.
     learning_rate_full = 1e-6
-    learning_rate_lora = 1e-4  # as diffusers' script for FLUX.1
+    learning_rate_lora = 1e-4  # from diffusers' script for FLUX.1
     patch_size = 2
     conditional_rows = "all"
     shared_inputs = ("txt_ids", "img_ids")

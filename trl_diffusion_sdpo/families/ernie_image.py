@@ -1,6 +1,6 @@
 """ERNIE-Image: a transformer over one sequence of image and prompt tokens, trained by flow matching.
 
-Its VAE is that of FLUX.2, and a square of two by two latents is a token.
+The VAE is that of FLUX.2. Each image token is a square of two by two latents.
 """
 
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ from .flux2 import Flux2LatentsFamily
 class ErnieImageFamily(Flux2LatentsFamily):
     """Trains `ErnieImagePipeline`.
 
-    The pipeline's call lets a language model rewrite each prompt if the pipeline has one. Training takes prompts as
-    they are, and so do sample images.
+    If the pipeline has a language model for rewriting prompts, its call rewrites each prompt. Training and sample
+    images use the prompts unchanged.
     """
 
     name = "ERNIE-Image"
     pipeline_classes = ("ErnieImagePipeline",)
-    lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # our choice: as Qwen-Image's
-    learning_rate_lora = 1e-4  # our choice, as for similar transformers
+    lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # our choice: the same as for Qwen-Image
+    learning_rate_lora = 1e-4  # our choice: the same as for similar transformers
     prompt_padding: ClassVar[PromptPadding] = "end"
-    batch_norm_eps = 1e-5  # the epsilon that the pipeline uses; the VAE's configuration has another
+    batch_norm_eps = 1e-5  # the pipeline uses this epsilon, although the VAE's configuration has another
 
     @property
     def vae_scale_factor(self) -> int:
@@ -33,7 +33,7 @@ class ErnieImageFamily(Flux2LatentsFamily):
 
     @property
     def default_resolution(self) -> int:
-        """The default of the pipeline's call, because the denoiser's configuration has no image size."""
+        """The default image size of the pipeline's call, because the denoiser's configuration has no image size."""
         return 1024
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """FLUX.1: a transformer over packed latents, trained by flow matching.
 
-It is conditioned on T5 tokens, the pooled CLIP text embedding and, in guidance-distilled models, a guidance scale.
+The transformer is conditioned on T5 tokens, the pooled CLIP text embedding and, in guidance-distilled models, a
+guidance scale.
 """
 
 from collections.abc import Mapping
@@ -22,8 +23,8 @@ class FluxFamily(Family):
     same. Fill, Canny and Depth are refused, because they take additional images.
 
     FLUX.1 dev takes the guidance scale as an input. Training sets it to `guidance_scale`. Afterwards, images can be
-    generated at any scale, as with models from diffusers' training script. FLUX.1 schnell has no such input. It was
-    distilled to generate in few steps, and training gradually undoes that: prefer dev if you can.
+    generated at any scale, as with models from diffusers' training script. FLUX.1 schnell has no such input. FLUX.1
+    schnell was distilled to generate in few steps, and training gradually undoes the distillation. Prefer dev.
     """
 
     name = "FLUX.1"
@@ -60,7 +61,7 @@ class FluxFamily(Family):
         return 512 if self.denoiser.config.guidance_embeds else 256
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Add the prompt length of training, because the pipeline's call always defaults to that of dev."""
+        """Return arguments with the prompt length of training, because the pipeline's default is always that of dev."""
         return {**super().generation_kwargs(scale), "max_sequence_length": self.max_sequence_length}
 
     def check_pipeline(self) -> None:
@@ -112,7 +113,8 @@ class FluxKontextFamily(FluxFamily):
     takes_source = True
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Leave out the prompt length, whose default is right: all Kontext models take guidance."""
+        """Return arguments without a prompt length, because the pipeline's default length is right for all Kontext
+        models."""
         return Family.generation_kwargs(self, scale)
 
     def size_kwargs(self, height: int, width: int) -> dict[str, Any]:

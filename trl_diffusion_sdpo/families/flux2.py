@@ -29,8 +29,8 @@ SOURCE_POSITION = 10  # first position ids of sources' tokens: 10, 20, ...; that
 class Flux2Process(FlowMatchingProcess):
     """Flow matching with the shift of FLUX.2, which depends on the number of image tokens and of sampling steps.
 
-    Training assumes 50 sampling steps, the default of both pipelines. At 1024 pixels `mu` is 2.3 for 10 steps, 2.0 for
-    50 and 1.7 for 100.
+    Training assumes 50 sampling steps, the default of the pipelines of dev and klein. At 1024 pixels `mu` is 2.3 for 10
+    steps, 2.0 for 50 and 1.7 for 100.
     """
 
     def shift_of(self, image_seq_len: int) -> float:
@@ -115,7 +115,7 @@ class Flux2Hooks(Flux2LatentsFamily):
         return inputs
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """Return the part of the output that belongs to the noisy latents. Those of sources come after it."""
+        """Return the part of the output that belongs to the noisy latents. The parts of sources follow."""
         tokens = self.image_seq_len(latents)
         return output[:, :tokens].transpose(1, 2).unflatten(2, latents.shape[2:])
 

@@ -13,17 +13,18 @@ from .base import Family, check_in_channels
 
 
 def route(self: MOEFeedForwardSwiGLU, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Send each token of `(N, tokens, width)` to its experts, in the same way in every mode of the module.
+    """Return the output of a mixture-of-experts layer for tokens `(N, tokens, width)`. The result does not depend on
+    whether the layer is in training or evaluation mode.
 
-    diffusers' own forward pass has no gradient in evaluation mode, and sums in another order in training mode. Policy
-    and reference would then round differently. Every expert is called, also without tokens, because engines that
-    gather its weights need all processes to call it.
+    In diffusers' own forward pass, evaluation mode computes no gradient, and training mode adds numbers in another
+    order, so policy and reference model would round differently. This function calls every expert, even one without
+    tokens, because FSDP and DeepSpeed gather an expert's weights only if all processes call the expert.
     """
     experts, weights, _ = self.gate(hidden_states)  # (N * tokens, experts of a token)
     tokens = hidden_states.flatten(0, -2)
     order = experts.flatten().argsort(stable=True)  # the tokens of the first expert, then those of the second, ...
     numbers = torch.arange(len(self.experts), device=experts.device)
-    counts = (experts.flatten().unsqueeze(-1) == numbers).sum(dim=0).tolist()  # waits for the device
+    counts = (experts.flatten().unsqueeze(-1) == numbers).sum(dim=0).tolist()  # this line waits for the device
     parts = tokens[order // experts.shape[1]].split(counts)
     sorted_outputs = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
     outputs = torch.empty_like(sorted_outputs).index_copy(0, order, sorted_outputs)
@@ -32,8 +33,8 @@ def route(self: MOEFeedForwardSwiGLU, hidden_states: torch.Tensor) -> torch.Tens
 
 
 def patchify(self: HiDreamImageTransformer2DModel, hidden_states: torch.Tensor) -> tuple[Any, ...]:
-    """Make patches as diffusers does, and return the numbers of rows and columns as Python numbers. diffusers returns a
-    tensor, and the transformer waits for the device several times for each image to read it."""
+    """Return what diffusers' `patchify` returns, but with the numbers of rows and columns as Python integers. diffusers
+    returns a tensor, and reading its values would wait for the device several times per image."""
     tokens, masks, _, ids = type(self).patchify(self, hidden_states)
     rows, columns = (side // self.config.patch_size for side in hidden_states.shape[-2:])
     return tokens, masks, [(rows, columns)] * len(hidden_states), ids
@@ -51,17 +52,17 @@ def mend(denoiser: torch.nn.Module) -> None:
 class HiDreamFamily(Family):
     """Trains `HiDreamImagePipeline`.
 
-    Prompts are padded to 128 tokens, and the padding is not masked. The pipeline's call generates images of about
-    1024 x 1024 pixels, whatever size it is given.
+    Prompts are padded to 128 tokens, and the padding is not masked. The pipeline's call always generates images with
+    about as many pixels as 1024 x 1024, whatever size it is asked for.
     """
 
     name = "HiDream-I1"
     pipeline_classes = ("HiDreamImagePipeline",)
     frozen_components = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
-    # The attention over image tokens, as in diffusers' train_dreambooth_lora_hidream.py.
+    # The attention projections of image tokens, as in diffusers' train_dreambooth_lora_hidream.py.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out")
-    learning_rate_full = 1e-6  # our choice, as for other large transformers
-    learning_rate_lora = 1e-4  # our choice, as for similar transformers
+    learning_rate_full = 1e-6  # our choice: the same as for other large transformers
+    learning_rate_lora = 1e-4  # our choice: the same as for similar transformers
     weighting_scheme = "logit_normal"
     patch_size = 2
 
@@ -82,8 +83,8 @@ class HiDreamFamily(Family):
         tokens, most = self.tokens_of_image(height, width), self.denoiser.max_seq
         if height != width and tokens > most:
             raise ValueError(
-                f"{self.name} has at most {most} tokens for an image that is not square. An image of {width} x "
-                f"{height} pixels has {tokens}. Lower `resolution`."
+                f"For {self.name}, an image that is not square can have at most {most} tokens, and an image of {width} "
+                f"x {height} pixels has {tokens} tokens. Lower `resolution`."
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -106,7 +107,8 @@ class HiDreamFamily(Family):
         }
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """Return the negative output, as the pipeline does. In training mode the transformer leaves it in patches."""
+        """Return the prediction: the negative of the transformer's output, as in the pipeline. In training mode, the
+        output consists of patches, which this function puts together."""
         if output.shape[2:] != latents.shape[2:]:
             patch = self.denoiser.config.patch_size
             rows, columns = (side // patch for side in latents.shape[2:])

@@ -14,22 +14,23 @@ from .base import Family
 from .loss_defaults import DDPM_DEFAULTS
 from .noise import DDPMProcess, constant
 
-BASE_LATENTS = 512 // 8  # side in latents; rotary positions of every image size are scaled to this grid
+BASE_LATENTS = 512 // 8  # side of a grid in latents, to which the rotary positions of every image size are scaled
 BERT, MT5 = 0, 1  # the pipeline's indices of its text encoders
 
 
 class HunyuanDiTFamily(Family):
-    """Trains `HunyuanDiTPipeline`, versions 1.0 to 1.2. Since 1.2, the transformer accepts sizes and style and ignores
-    them.
+    """Trains `HunyuanDiTPipeline`, versions 1.0 to 1.2. Version 1.2 accepts inputs for image sizes and style, but
+    ignores these inputs.
 
-    To generate images of any size, call the pipeline with `use_resolution_binning=False`; it otherwise rounds to a
-    fixed list of sizes.
+    To generate images of any size, call the pipeline with `use_resolution_binning=False`. Otherwise, the pipeline
+    rounds image sizes to a fixed list.
     """
 
     name = "HunyuanDiT"
     pipeline_classes = ("HunyuanDiTPipeline",)
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
-    # Our choice, because diffusers has no HunyuanDiT script: all projections of self-attention and cross-attention.
+    # Our choice, because diffusers has no LoRA script for HunyuanDiT: all projections of self-attention and
+    # cross-attention.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     learning_rate_full = 1e-6  # our choice: no rate is published for preference tuning of this model (1.5B)
     learning_rate_lora = 1e-4  # from HunyuanDiT's LoRA script
@@ -39,7 +40,7 @@ class HunyuanDiTFamily(Family):
     shared_inputs = ("image_rotary_emb",)
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Turn off the rounding of image sizes to the pipeline's fixed list."""
+        """Return arguments that also turn off the rounding of image sizes to the pipeline's fixed list."""
         return {**super().generation_kwargs(scale), "use_resolution_binning": False}
 
     def check_pipeline(self) -> None:
@@ -47,7 +48,7 @@ class HunyuanDiTFamily(Family):
         transformer, channels = self.denoiser.config, self.pipeline.vae.config.latent_channels
         if transformer.in_channels != channels or not transformer.learn_sigma:
             raise ValueError(
-                f"A HunyuanDiT transformer has {channels} input channels, the latent channels of its VAE, and "
+                f"A HunyuanDiT transformer must have {channels} input channels, the latent channels of its VAE, and "
                 f"`learn_sigma=True`. This one has {transformer.in_channels} input channels and "
                 f"`learn_sigma={transformer.learn_sigma}`. Use a text-to-image checkpoint."
             )
@@ -76,9 +77,9 @@ class HunyuanDiTFamily(Family):
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """Return `image_meta_size`, `(N, 6)`, float32: original size, target size, crop, in the pipeline's order.
+        """Return `image_meta_size`, `(N, 6)`, float32: original size, target size and crop, as in the pipeline.
 
-        Half precision would round sizes.
+        The dtype is float32, because half precision would round the sizes.
         """
         target = constant(tuple(target_size), original_sizes.dtype, original_sizes.device)
         target_sizes = target.expand(len(original_sizes), 2)
@@ -98,7 +99,7 @@ class HunyuanDiTFamily(Family):
             "encoder_hidden_states_t5": conditioning["prompt_embeds_2"].to(dtype).contiguous(),
             "image_meta_size": conditioning["image_meta_size"].contiguous(),
             "text_embedding_mask_t5": conditioning["prompt_attention_mask_2"],
-            "style": torch.zeros_like(timesteps, dtype=torch.long),  # the only style
+            "style": torch.zeros_like(timesteps, dtype=torch.long),  # style 0, the only one that exists
             "image_rotary_emb": self._rotary_embedding(latents),
         }
 
@@ -106,7 +107,8 @@ class HunyuanDiTFamily(Family):
         return output.chunk(2, dim=1)[0]  # (N, 2C, H, W) -> (N, C, H, W): drop the learned variance
 
     def _rotary_embedding(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the cosines and sines of the rotary positions, each `(tokens, width of a head)`."""
+        """Return the cosines and the sines of the rotary position embeddings, `(tokens, width of an attention head)`
+        each."""
         grid = tuple(side // self.patch_size for side in latents.shape[-2:])
         region = get_resize_crop_region_for_grid(grid, BASE_LATENTS // self.patch_size)
         width = self.denoiser.config.attention_head_dim

@@ -1,6 +1,7 @@
 """Ideogram 4: a transformer over one sequence of prompt and image tokens, trained by flow matching.
 
-Its time runs from noise to image. A second transformer predicts without a prompt, for guidance.
+The transformer's time runs from 0 (noise) to 1 (image). A second transformer predicts without a prompt, for
+classifier-free guidance.
 """
 
 import math
@@ -27,16 +28,17 @@ MOST_TOKENS = 2048  # the pipeline's `max_sequence_length`
 
 
 class Ideogram4Process(FlowMatchingProcess):
-    """Flow matching with the schedule of Ideogram 4, which is not in the scheduler's configuration.
+    """Flow matching with the noise schedule of Ideogram 4, which the scheduler's configuration does not contain.
 
-    The noise levels of the pipeline's steps are quantiles of a logit-normal density. Its mean grows with the image.
-    Without a `weighting_scheme`, training draws from this density.
+    The noise levels of the pipeline's steps are quantiles of a logit-normal distribution, whose mean grows with the
+    image size. If no `weighting_scheme` is set, training samples noise levels from this distribution.
     """
 
-    std = 1.5  # default of the pipeline's call, as is the mean of 0 at 512 by 512 pixels
+    std = 1.5  # of the logit-normal distribution; the default of the pipeline's call
 
     def shift_of(self, image_seq_len: int) -> float:
-        """Return the mean: half the logarithm of the image's size relative to 512 by 512 pixels."""
+        """Return the mean of the logit-normal distribution: half the logarithm of the number of pixels divided by 512 x
+        512, plus the logarithm of the scheduler's shift."""
         return 0.5 * math.log(image_seq_len * 16**2 / 512**2) + math.log(self.fixed_shift)
 
     def _timesteps_between(
@@ -57,11 +59,12 @@ class Ideogram4Process(FlowMatchingProcess):
 class Ideogram4Family(Flux2LatentsFamily):
     """Trains the conditional transformer of `Ideogram4Pipeline`.
 
-    The unconditional transformer is needed for sample images only. It may be left out
-    (`unconditional_transformer=None`), which saves as much memory as the weights of the trained transformer take.
+    Only sample images need the unconditional transformer. To save memory, load the pipeline without it
+    (`unconditional_transformer=None`). The unconditional transformer takes as much memory as the weights of the trained
+    transformer.
 
-    The model was trained on captions in JSON. The pipeline raises an error for prompts of more than 2048 tokens, so
-    training does too.
+    The authors trained the model on captions in JSON. Training raises an error for prompts of more than 2048 tokens,
+    because the pipeline raises this error.
     """
 
     name = "Ideogram 4"
@@ -76,7 +79,7 @@ class Ideogram4Family(Flux2LatentsFamily):
 
     def noise_of(self, seeds: Sequence[int], latents: torch.Tensor) -> torch.Tensor:
         count, channels, *grid = latents.shape
-        shape = (count, math.prod(grid), channels)  # the pipeline draws noise in the order of its tokens
+        shape = (count, math.prod(grid), channels)  # the pipeline draws noise with one row per token
         noise = standard_normal(shape, generators_of(seeds), latents.device, latents.dtype)
         return noise.transpose(1, 2).unflatten(2, grid).contiguous()
 
@@ -87,24 +90,25 @@ class Ideogram4Family(Flux2LatentsFamily):
 
     @property
     def default_resolution(self) -> int:
-        """The size in the README of diffusers' script. The pipeline's call defaults to 2048."""
+        """The image size in the README of diffusers' script. The default of the pipeline's call is 2048."""
         return 1024
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Replace the pipeline's schedule of guidance scales, which is made for 48 steps, by its main scale."""
+        """Return a constant guidance scale. The pipeline's default, one scale for each of 48 steps, needs exactly 48
+        steps."""
         return {"guidance_scale": 7.0 if scale is None else scale, "guidance_schedule": None}
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Encode prompts as the states of thirteen layers of the text encoder, concatenated."""
+        """Return the hidden states of thirteen layers of the text encoder, concatenated, and the mask of the tokens."""
         # The pipeline pads to 2048 tokens, which would take 208 MiB in bfloat16. The denoiser masks the padding.
         longest = min(max(map(self._token_count, prompts)), MOST_TOKENS)
         prompt_embeds, _, _, indicator = self.call_encode_prompt(
             prompts, grid_h=0, grid_w=0, max_sequence_length=longest
         )
         mask = indicator == LLM_TOKEN_INDICATOR
-        # The pipeline pads at the start. Tokens have explicit positions, so the padding may come last.
+        # The pipeline pads at the start. Tokens have explicit position ids, so the padding can be moved to the end.
         order = (~mask).int().argsort(dim=1, stable=True)
-        prompt_embeds = prompt_embeds.to(self.pipeline.text_encoder.dtype)  # it was computed in this dtype
+        prompt_embeds = prompt_embeds.to(self.pipeline.text_encoder.dtype)  # the text encoder's own dtype
         prompt_embeds = prompt_embeds[torch.arange(len(order), device=order.device)[:, None], order]
         return {
             "prompt_embeds": prompt_embeds,
@@ -118,7 +122,7 @@ class Ideogram4Family(Flux2LatentsFamily):
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def as_squares(self, latents: torch.Tensor) -> torch.Tensor:
-        """Reshape latents `(N, C, H, W)` to `(N, 4C, H/2, W/2)`, with the channels of a latent next to one another."""
+        """Reshape latents `(N, C, H, W)` to `(N, 4C, H/2, W/2)`. The C channels of each latent stay consecutive."""
         squares = super().as_squares(latents)
         return squares.unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, 2)
 
@@ -149,7 +153,7 @@ class Ideogram4Family(Flux2LatentsFamily):
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         height, width = latents.shape[-2:]
-        image = output[:, -height * width :]  # text comes first
+        image = output[:, -height * width :]  # the output of text tokens comes first
         return -image.transpose(1, 2).unflatten(2, (height, width))  # from image minus noise to noise minus image
 
     def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:

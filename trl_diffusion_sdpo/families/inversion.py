@@ -1,11 +1,9 @@
 """Noise inversion: find the noise from which the model's own sampler would generate a given image.
 
-Losses can use this noise in place of random noise. Sources for DDPM: https://huggingface.co/papers/2506.02698
-(SmPO-Diffusion, with ReNoise) and DDIM-InPO, both following their training code. The version for flow matching is this
-package's own; none is published.
+Losses can use this noise in place of random noise.
 
-Sources: https://huggingface.co/papers/2506.02698 (SmPO-Diffusion, with ReNoise) and DDIM-InPO, both as their training
-code has them for DDPM. The form for flow matching is this package's: none is published.
+Sources for DDPM: the training code of https://huggingface.co/papers/2506.02698 (SmPO-Diffusion, with ReNoise) and of
+DDIM-InPO. No inversion for flow matching is published: the one here is this package's own.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ KINDS: tuple[str, ...] = get_args(InversionKind)
 ENDS: tuple[str, ...] = get_args(InversionEnd)
 CALLS: dict[InversionKind, int] = {"ddim": 1, "renoise": 2}  # calls of the denoiser per step
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (noisy latents, timesteps) -> prediction
-_TINY = 1e-20  # replaces a divisor of 0; the dividend is then 0 too
+_TINY = 1e-20  # replaces a divisor of 0; in these cases the dividend is 0 too
 
 
 @dataclass(frozen=True)
@@ -33,13 +31,16 @@ class InversionSettings:
     """Settings of noise inversion.
 
     Args:
-        kind (`str`): `"ddim"` calls the denoiser once per step. `"renoise"` calls it twice and averages the two steps.
-        steps (`int`): Number of steps over the whole schedule. An image at a lower timestep takes fewer of them.
-        end (`str`): `"exact"` ends with a shorter step to the image's own timestep. `"grid"` stops at the last grid
-            timestep below it, as published; the noise then belongs to a lower noise level. An image below the whole
-            grid takes no step, and its noisy latents are its clean latents.
-        eta (`float`): Amount of random noise added after each step, in units of the standard deviation of DDIM's next
-            step, as in the code of DDIM-InPO. 0 adds none.
+        kind (`str`): `"ddim"` calls the denoiser once per step. `"renoise"` calls the denoiser twice per step and
+            averages the two resulting steps.
+        steps (`int`): Number of steps from a clean image to the schedule's last timestep. An image at a lower timestep
+            takes only the steps below its timestep.
+        end (`str`): `"exact"`: the last step is shorter and ends at the image's own timestep. `"grid"`: the inversion
+            stops at the last of the schedule's evenly spaced timesteps (the grid) below the image's timestep, as in the
+            published code, so the noise belongs to a lower noise level. An image whose timestep is below the whole grid
+            takes no step, and its noisy latents equal its clean latents.
+        eta (`float`): Amount of random noise that is added after each step, in units of the standard deviation of
+            DDIM's next sampling step, as in the code of DDIM-InPO. 0 adds no noise.
 
     Raises:
         ValueError: If `steps` is below 1 or `eta` is negative.
@@ -52,43 +53,48 @@ class InversionSettings:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"`steps` of an inversion must be at least 1, got {self.steps}. Published: 5 and 10.")
+            raise ValueError(
+                f"`steps` of an inversion must be at least 1, got {self.steps}. Published values are 5 and 10."
+            )
         if not 0 <= self.eta < float("inf"):
-            raise ValueError(f"`eta` of an inversion must be at least 0, got {self.eta}. Use 0 for none.")
+            raise ValueError(
+                f"`eta` of an inversion must be a number of at least 0, got {self.eta}. 0 adds no random noise."
+            )
 
 
 class Level(NamedTuple):
-    """A noise level, given by the factors of clean latents and noise in `x = signal * clean + noise * n`.
+    """A noise level: the two factors in the formula `x = signal * clean + noise * n` for noisy latents `x`.
 
-    Both factors have shape `(N, 1, ...)`.
+    Here `clean` are clean latents and `n` is standard normal noise. Both factors have shape `(N, 1, ...)`.
     """
 
     signal: torch.Tensor
     noise: torch.Tensor
 
     def mix(self, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Return noisy latents of this level."""
+        """Return noisy latents of this noise level."""
         return self.signal * clean + self.noise * noise
 
     def where(self, rows: torch.Tensor, other: Level) -> Level:
-        """Return this level for the rows selected by a mask, and another level for all other rows."""
+        """Return a level that is this level in the rows where the mask `rows` is true, and `other` in all other
+        rows."""
         return Level(torch.where(rows, self.signal, other.signal), torch.where(rows, self.noise, other.noise))
 
 
 class Inversion(ABC):
-    """Follow images from their clean latents up to their timesteps, along the model's own predictions.
+    """Base class of inversions, which run the sampler backwards: from an image's clean latents up to a timestep.
 
-    One step goes from level `s` to a noisier level `t`. It calls the denoiser with the latents of `s` and the timestep
-    `t`; sampling from `t` down to `s` would call it with the latents of `t`. Instead of latents `x = a clean + b n`,
-    the code follows the noise `n`: a step is `n_t = e + r (n_s - e)`. Here `e` is the noise that the prediction
-    implies, and `r` is the fraction of the previous difference that remains. This form never divides by a noise factor
-    close to 0.
+    A step goes from noise level `s` to a higher noise level `t`. The step calls the denoiser with the latents of `s`
+    and the timestep `t`. (Sampling from `t` down to `s` would call the denoiser with the latents of `t`.) Latents are
+    `x = a clean + b n`. The code computes the noise `n` of each level, not `x`: a step is `n_t = e + r (n_s - e)`. Here
+    `e` is the noise that the denoiser's prediction implies, and `r` is the fraction of the difference `n_s - e` that
+    remains. This form never divides by a noise factor close to 0.
 
     Args:
         process ([`NoiseProcess`]): The model's noise process.
 
     Attributes:
-        has_variance (`bool`): Whether `eta` may be above 0.
+        has_variance (`bool`): Whether the sampler can add random noise, so that `eta` may be above 0.
     """
 
     has_variance: ClassVar[bool]
@@ -98,9 +104,9 @@ class Inversion(ABC):
 
     @abstractmethod
     def grid(self, steps: int, device: torch.device, image_seq_len: int | None = None) -> torch.Tensor:
-        """Return the timesteps at which steps end, in increasing order: `(K,)` with K <= `steps`.
+        """Return the timesteps at which steps end (the grid), in increasing order: `(K,)` with K <= `steps`.
 
-        The schedule's last timestep is left out, because no image is noisier.
+        The schedule's last timestep is left out, because no image has a higher timestep.
         """
 
     @abstractmethod
@@ -109,26 +115,29 @@ class Inversion(ABC):
 
     @abstractmethod
     def first_level(self, timesteps: torch.Tensor) -> Level:
-        """Return the level that the published code assigns to clean latents. Both factors have the shape of
-        `timesteps`."""
+        """Return the noise level that the published code assigns to clean latents, for `end="grid"`. Both factors have
+        the shape of `timesteps`."""
 
     @abstractmethod
     def noise_of(
         self, prediction: torch.Tensor, noisy: torch.Tensor, clean: torch.Tensor, level: Level
     ) -> torch.Tensor:
-        """Return the noise `e`, `(N, ...)`, that a prediction for noisy latents of this level implies."""
+        """Return the noise `e`, `(N, ...)`, that the denoiser's prediction for noisy latents of a level implies."""
 
     @abstractmethod
     def remaining(self, start: Level, end: Level) -> torch.Tensor:
-        """Return the fraction `r` of the previous difference from the implied noise that a step keeps."""
+        """Return the fraction `r` of the difference `n_s - e` that remains after a step from level `start` to level
+        `end`."""
 
     def deviation(self, timesteps: torch.Tensor, steps: int) -> torch.Tensor:
-        """Return the standard deviation `(N,)` of the noise that `eta` scales, relative to the noise at these
-        timesteps.
+        """Return the standard deviation `(N,)` of the random noise that is added at `eta = 1`, divided by the noise
+        factor of the level.
 
-        A step ends at each of the timesteps. Only inversions with `has_variance` implement this.
+        Each of `timesteps` is the end of a step. Only inversions with `has_variance` implement this method.
         """
-        raise ValueError("This inversion has no variance. Use `eta=0`.")
+        raise ValueError(
+            "Only DDPM models can have `eta` above 0, because the sampler of flow matching adds no noise. Use `eta=0`."
+        )
 
     @torch.no_grad()
     def noise(
@@ -143,15 +152,16 @@ class Inversion(ABC):
     ) -> torch.Tensor:
         """Return the noise of each image at its timestep.
 
-        Every call of `predict` gets all rows, and the settings alone decide the number of calls. A row that has
-        reached its timestep no longer changes. Rows do not affect each other.
+        Every call of `predict` gets all rows of the batch. The number of calls depends only on the settings. A row that
+        has reached its timestep no longer changes. Rows do not affect each other.
 
         Args:
-            predict (`Callable`): Returns the denoiser's prediction in float32, comparable to the target of the noise
-                process.
+            predict (`Callable`): Function of noisy latents and timesteps that returns the denoiser's prediction in
+                float32, in the form of the noise process's target.
             latents (`torch.Tensor` of shape `(N, ...)`): Clean latents.
-            timesteps (`torch.Tensor` of shape `(N,)`): Timestep that each row is inverted to.
-            draw (`Callable`, *optional*): Returns standard normal noise `(N, ...)` for `eta`. Called once per step.
+            timesteps (`torch.Tensor` of shape `(N,)`): Timestep up to which each row is inverted.
+            draw (`Callable`, *optional*): Function that returns standard normal noise `(N, ...)`. The function is
+                called once per step if `eta` is above 0.
 
         Returns:
             `torch.Tensor` of shape `(N, ...)`, float32.
@@ -170,8 +180,8 @@ class Inversion(ABC):
             for _ in range(CALLS[settings.kind]):
                 implied = self.noise_of(predict(noisy, ends), noisy, clean, there)
                 stepped = torch.where(moves, implied + remaining * (noise - implied), noise)
-                # A step is affine in its prediction, so the mean of two steps equals one step with the mean
-                # prediction.
+                # A step is an affine function of the prediction, so the mean of two steps equals one step with the
+                # mean of their predictions.
                 following, noisy = following + stepped / CALLS[settings.kind], there.mix(clean, stepped)
             if settings.eta and draw is not None:
                 added = settings.eta * self.deviation(ends, settings.steps).view(columns) * draw().float()
@@ -190,12 +200,13 @@ class Inversion(ABC):
 
 
 class DDIMInversion(Inversion):
-    """The deterministic DDIM step run backwards, between the timesteps of DDIM's grid.
+    """Inversion of deterministic DDIM sampling, between the timesteps of DDIM's schedule.
 
     In latents, a step is `x_t = a_t (x_s - b_s e) / a_s + b_t e`, where `e` is epsilon
     (https://huggingface.co/papers/2010.02502, equation 12). A velocity or sample prediction is converted to epsilon at
-    the level of the timestep that the denoiser received, so the path does not depend on the prediction type.
-    Diffusers' `DDIMInverseScheduler` converts at the level below, but clean latents have no epsilon.
+    the noise level of the timestep that the denoiser received, so the result does not depend on the prediction type.
+    Diffusers' `DDIMInverseScheduler` converts at the level where the step starts. This is not possible for the first
+    step, because clean latents have no epsilon.
     """
 
     process: DDPMProcess
@@ -211,7 +222,7 @@ class DDIMInversion(Inversion):
         return Level(alphas.sqrt(), (1.0 - alphas).sqrt())
 
     def first_level(self, timesteps: torch.Tensor) -> Level:
-        """Return the level of clean latents, or that of timestep 0 if the scheduler has `set_alpha_to_one=False`."""
+        """Return the noise level of clean latents, or of timestep 0 if the scheduler has `set_alpha_to_one=False`."""
         first = self.level(torch.zeros_like(timesteps))
         if not self.process.set_alpha_to_one:
             return first
@@ -226,10 +237,10 @@ class DDIMInversion(Inversion):
         return end.signal * start.noise / (start.signal * end.noise)
 
     def deviation(self, timesteps: torch.Tensor, steps: int) -> torch.Tensor:
-        """Return DDIM's standard deviation (equation 16 with `eta = 1`) of the sampling step that ends at each
-        timestep.
+        """Return DDIM's standard deviation (equation 16 of the paper with `eta = 1`) of the sampling step that ends at
+        each timestep, divided by the noise factor of that timestep.
 
-        That sampling step starts one grid step above, or at the last timestep if the grid ends before.
+        The sampling step starts `num_train_timesteps // steps` above its end, or at the last timestep.
         """
         total = self.process.num_train_timesteps
         here = self.level(timesteps)
@@ -239,9 +250,10 @@ class DDIMInversion(Inversion):
 
 
 class EulerInversion(Inversion):
-    """The Euler step of flow matching run backwards, `x_t = x_s + (b_t - b_s) v`.
+    """Inversion of Euler sampling for flow matching. A step is `x_t = x_s + (b_t - b_s) v`.
 
-    Steps run between evenly spaced levels, shifted as in the pipeline. The implied noise `e` is `v + clean`.
+    Here `b` is a noise level and `v` the predicted velocity. Noise levels are evenly spaced and then shifted, as in the
+    pipeline. The noise that a prediction implies is `v + clean`.
     """
 
     process: FlowMatchingProcess
@@ -275,25 +287,27 @@ INVERSIONS: dict[type[NoiseProcess], type[Inversion]] = {
 
 
 def inversion_of(process: NoiseProcess) -> Inversion:
-    """Return the inversion for a noise process, by its class or the nearest base class in [`INVERSIONS`].
+    """Return the inversion for a noise process. [`INVERSIONS`] is searched for the class of the process, then for its
+    base classes.
 
     Raises:
-        ValueError: If no class in [`INVERSIONS`] fits.
+        ValueError: If [`INVERSIONS`] has none of these classes.
     """
     for kind in type(process).__mro__:
         if kind in INVERSIONS:
             return INVERSIONS[kind](process)
     raise ValueError(
-        f"Inversion is known for {', '.join(kind.__name__ for kind in INVERSIONS)}, and the noise process of this "
-        f"model is a {type(process).__name__}. Use `noise_source='shared'`, or add a row to "
-        "`trl_diffusion_sdpo.families.inversion.INVERSIONS`."
+        f"Noise inversion needs a noise process of the class {' or '.join(kind.__name__ for kind in INVERSIONS)}, and "
+        f"this model has a {type(process).__name__}. Use `noise_source='shared'`, or add an inversion for this class "
+        "to the dictionary `trl_diffusion_sdpo.families.inversion.INVERSIONS`."
     )
 
 
 def _steps(
     timesteps: torch.Tensor, grid: torch.Tensor, end: InversionEnd
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the timesteps at which each step ends and which rows take the step, both `(N,)`."""
+    """Yield, for each step, the timestep at which it ends in each row, and whether the row takes the step, both
+    `(N,)`."""
     if end == "grid":
         for timestep in grid:
             yield timestep.expand_as(timesteps), timesteps > timestep

@@ -1,6 +1,7 @@
 """Krea 2: a transformer over one sequence of prompt and image tokens, trained by flow matching.
 
-It is conditioned on several layers of a vision-language model. Its VAE is a video VAE, used with one frame.
+The transformer is conditioned on hidden states of several layers of a vision-language model. The VAE is a video VAE,
+which gets an image as a video of one frame.
 """
 
 from collections.abc import Mapping
@@ -15,13 +16,13 @@ from .qwen_image import QwenImageLatentsFamily
 
 
 class Krea2Family(QwenImageLatentsFamily):
-    """Trains `Krea2Pipeline`: Krea 2 Raw and Krea 2 Turbo, which share one class.
+    """Trains `Krea2Pipeline` with the models Krea 2 Raw or Krea 2 Turbo.
 
-    Turbo is distilled from Raw to generate in about eight steps without guidance. Its authors advise to train a LoRA
-    of Raw and to load it into Turbo. In this pipeline guidance is off at `guidance_scale=0`, not at 1, because the
-    scaled difference is added to the prompt's prediction.
+    Turbo is distilled from Raw to generate in about eight steps without guidance. The model's authors
+    advise to train a LoRA on Raw and to load this LoRA into Turbo. In this pipeline, `guidance_scale=0` turns guidance
+    off, not 1, because the scaled difference is added to the prediction with the prompt.
 
-    VAE and packed latents are those of Qwen-Image.
+    The VAE and the packing of latents into tokens are those of Qwen-Image.
     """
 
     name = "Krea 2"
@@ -29,7 +30,8 @@ class Krea2Family(QwenImageLatentsFamily):
     # Attention only, as the model's authors advise for long trainings. Diffusers' LoRA script also trains other
     # layers.
     lora_target_modules = ("to_q", "to_k", "to_v", "to_gate", "to_out.0")
-    learning_rate_lora = 1e-4  # our choice, as for similar transformers; diffusers' script has 3e-4 for a few images
+    # Our choice: the same as for similar transformers. Diffusers' script has 3e-4, for training on a few images.
+    learning_rate_lora = 1e-4
     shared_inputs = ("position_ids",)
 
     def __init__(self, pipeline: DiffusionPipeline):
@@ -44,7 +46,7 @@ class Krea2Family(QwenImageLatentsFamily):
 
     @property
     def default_resolution(self) -> int:
-        """The default of the pipeline's call, because the denoiser's configuration has no image size."""
+        """The default image size of the pipeline's call, because the denoiser's configuration has no image size."""
         return 1024
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -58,7 +60,8 @@ class Krea2Family(QwenImageLatentsFamily):
         prompt_embeds, mask = self.call_encode_prompt(
             prompts, max_sequence_length=max(map(len, rows)) - before + after
         )
-        # The pipeline pads before its suffix. Text tokens have no positions, so the padding may come last.
+        # The pipeline puts the padding before the template's suffix. Text tokens have no positions, so the padding can
+        # be moved to the end.
         order = (~mask).int().argsort(dim=1, stable=True)  # (N, tokens of the longest prompt)
         mask = mask.gather(1, order)
         prompt_embeds = prompt_embeds[torch.arange(len(order), device=order.device)[:, None], order]
@@ -75,6 +78,6 @@ class Krea2Family(QwenImageLatentsFamily):
             "hidden_states": pack_patches(latents),  # (N, H/2 * W/2, 4C)
             "encoder_hidden_states": text,
             "timestep": timesteps / 1000,
-            "position_ids": torch.cat([positions.new_zeros(text.shape[1], 3), positions]),  # text has none
+            "position_ids": torch.cat([positions.new_zeros(text.shape[1], 3), positions]),  # 0 for text
             "encoder_attention_mask": conditioning["prompt_mask"],
         }

@@ -1,19 +1,18 @@
 """Translate module names of diffusers' denoisers into the names of the models' original code.
 
-Kohya's scripts, ComfyUI and related tools name a LoRA's tensors by the original modules: `lora_unet_`, followed by the
-name of the original weight. For UNets they use diffusers' names.
+Kohya's scripts, ComfyUI and related tools name the tensors of a LoRA `lora_unet_`, followed by the name of a module in
+the model's original code. For UNets, the name of the module in diffusers follows instead.
 
-Sources: `networks/lora.py`, `lora_sd3.py` and `lora_flux.py` of kohya-ss/sd-scripts, and `model_lora_keys_unet` of
-ComfyUI's `comfy/lora.py` with the tables `*_to_diffusers` of `comfy/utils.py`. These read `lora_unet_` followed by the
-name of a weight of the original model, or for UNets by the name in diffusers.
+Sources: `networks/lora.py`, `lora_sd3.py` and `lora_flux.py` of kohya-ss/sd-scripts; the function
+`model_lora_keys_unet` in ComfyUI's `comfy/lora.py`; and the tables `*_to_diffusers` in `comfy/utils.py`.
 """
 
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-# The original code concatenates several matrices into one. These tuples are the relative numbers of rows of the
-# concatenated matrices, `None` if they differ between checkpoints.
+# The original code often concatenates several matrices of diffusers into one matrix. These tuples have the relative
+# number of rows of each concatenated matrix, or `None` if the numbers differ between checkpoints.
 EQUAL_2, EQUAL_3, QKV_MLP, UNKNOWN_3 = (1, 1), (1, 1, 1), (1, 1, 1, 4), (None, None, None)
 
 
@@ -21,8 +20,8 @@ class OriginalModule(NamedTuple):
     """The name of a diffusers module in the original model.
 
     Attributes:
-        module: Name of the original module, with `{}` for the block number.
-        position: Index of the diffusers module among those that are concatenated into the original module.
+        module: Name of the module in the original code, with `{}` in place of the block number.
+        position: Index of the diffusers module among the modules that the original code concatenates into `module`.
         rows: Relative numbers of rows of the concatenated modules.
     """
 
@@ -32,12 +31,13 @@ class OriginalModule(NamedTuple):
 
 
 def fused(module: str, rows: tuple[int | None, ...], prefix: str, *names: str) -> dict[str, OriginalModule]:
-    """Return entries for diffusers modules whose matrices the original model concatenates, in the order of `names`."""
+    """Return table entries for diffusers modules whose matrices the original code concatenates, in the order of
+    `names`."""
     return {f"{prefix}.{name}": OriginalModule(module, position, rows) for position, name in enumerate(names)}
 
 
 def renamed(inside: str, prefix: str, names: Mapping[str, str]) -> dict[str, OriginalModule]:
-    """Return entries for modules that the original model only renames.
+    """Return table entries for diffusers modules that only have another name in the original code.
 
     Args:
         inside (`str`): Name of the parent module in the original model.
@@ -50,7 +50,8 @@ def renamed(inside: str, prefix: str, names: Mapping[str, str]) -> dict[str, Ori
 def per_block(
     blocks: tuple[str, ...], attention: str, rows: tuple[int | None, ...], names: Mapping[str, str]
 ) -> dict[str, OriginalModule]:
-    """Return entries for several lists of identical blocks, each with a fused attention and renamed modules."""
+    """Return table entries for lists of blocks. In each block, queries, keys and values are concatenated, and the
+    modules in `names` have other names."""
     return {
         name: original
         for block in blocks
@@ -91,7 +92,7 @@ STABLE_DIFFUSION_3 = {
     **fused("joint_blocks.{}.x_block.attn.qkv", EQUAL_3, f"{_FLUX}.attn", *_TO),
     **fused("joint_blocks.{}.context_block.attn.qkv", EQUAL_3, f"{_FLUX}.attn", *_ADD),
     **fused("joint_blocks.{}.x_block.attn2.qkv", EQUAL_3, f"{_FLUX}.attn2", *_TO),
-    # `norm1_context` is left out, because its two halves are swapped in the last block.
+    # `norm1_context` has no entry, because its two halves are swapped in the last block.
     **renamed(
         "joint_blocks.{}",
         _FLUX,
@@ -183,7 +184,7 @@ Z_IMAGE = per_block(_REFINED, "attention", EQUAL_3, _Z_IMAGE_NAMES)
 _LUMINA_FEED_FORWARD = {f"feed_forward.linear_{number}": f"feed_forward.w{number}" for number in (1, 2, 3)}
 LUMINA_2 = per_block(_REFINED, "attn", UNKNOWN_3, {"attn.to_out.0": "attention.out", **_LUMINA_FEED_FORWARD})
 
-# Denoiser class -> its entries, or `None` if the tools use diffusers' names.
+# Denoiser class -> table of its modules, or `None` if the other tools use diffusers' names.
 ORIGINAL_MODULES: dict[str, dict[str, OriginalModule] | None] = {
     "UNet2DConditionModel": None,
     "QwenImageTransformer2DModel": None,
@@ -205,16 +206,16 @@ ORIGINAL_MODULES: dict[str, dict[str, OriginalModule] | None] = {
 
 
 def original_module(denoiser_class: str, module: str) -> OriginalModule:
-    """Return the original module of a diffusers module, with the block number filled in.
+    """Return the module of the original code that corresponds to a diffusers module, with its block number.
 
     Raises:
         ValueError: If the table has no entry for the denoiser's class or the module.
     """
     if denoiser_class not in ORIGINAL_MODULES:
         raise ValueError(
-            f"A LoRA can be exported for other tools if it was trained on one of "
-            f"{', '.join(sorted(ORIGINAL_MODULES))}; got {denoiser_class}. Load it with diffusers' "
-            "`load_lora_weights`, or merge it into the model."
+            f"Only a LoRA of one of the denoisers {', '.join(sorted(ORIGINAL_MODULES))} can be exported for other "
+            f"tools. Got a LoRA of {denoiser_class}. Load the LoRA with diffusers' `load_lora_weights`, or merge the "
+            "LoRA into the model."
         )
     entries = ORIGINAL_MODULES[denoiser_class]
     if entries is None:
@@ -224,6 +225,6 @@ def original_module(denoiser_class: str, module: str) -> OriginalModule:
         if match:
             return original._replace(module=original.module.format(*match.groups()))
     raise ValueError(
-        f"Other tools cannot read a LoRA on the module {module} of a {denoiser_class}. Train with the default "
+        f"Other tools cannot read a LoRA of the module {module} in a {denoiser_class}. Train with the default "
         "`target_modules`, or merge the LoRA into the model."
     )

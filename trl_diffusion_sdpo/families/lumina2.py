@@ -12,13 +12,14 @@ from .base import Family, check_in_channels
 
 
 class Lumina2Family(Family):
-    """Trains `Lumina2Pipeline`, and checkpoints saved under the class's older name `Lumina2Text2ImgPipeline`.
+    """Trains `Lumina2Pipeline`, also if the checkpoint names the class `Lumina2Text2ImgPipeline`, its older name.
 
-    The transformer's time runs from noise to image, and it predicts image minus noise. This class reverses both, so
-    the noise process is the usual one. The pipeline's system prompt is put before each prompt, as in the pipeline's
-    call.
+    The transformer's time runs from noise to image, and the transformer predicts image minus noise. This class reverses
+    the time and the sign of the prediction, so that the usual noise process applies. The pipeline's system prompt is
+    put before each prompt, as in the pipeline's call.
 
-    Sources: https://huggingface.co/papers/2503.21758 for the model; LoRA targets and rate as diffusers' script.
+    Sources: https://huggingface.co/papers/2503.21758 for the model; diffusers' script for the LoRA's target
+    modules and learning rate.
     """
 
     name = "Lumina Image 2.0"

@@ -1,4 +1,4 @@
-"""Explain why diffusers could not load a pipeline's files."""
+"""Find out why diffusers could not load a pipeline's files, and say so in a message."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ _AGAIN = "Download it again."
 
 
 def check_parts(name_or_path: str, index: Mapping[str, Any], passed: Container[str]) -> None:
-    """Raise `ValueError` if a folder lacks a component that its index names, such as a tokenizer.
+    """Raise `ValueError` if a pipeline's folder lacks a component that its `model_index.json` names, such as a
+    tokenizer.
 
     Args:
-        name_or_path (`str`): The pipeline. A Hub id is not checked.
+        name_or_path (`str`): Folder or Hub id of the pipeline. A Hub id is not checked.
         index (`Mapping`): The pipeline's `model_index.json`.
-        passed: Names of components that the caller passes, so they may be missing in the folder.
+        passed: Names of components that the caller passes as objects. The folder may lack these components.
     """
     for name, entry in index.items() if os.path.isdir(name_or_path) else ():
         if not isinstance(entry, (list, tuple)) or len(entry) != 2 or None in entry or name in passed:
@@ -35,9 +36,9 @@ def check_parts(name_or_path: str, index: Mapping[str, Any], passed: Container[s
 
 
 def what_is_wrong(name_or_path: str) -> str:
-    """Return a message that says what is wrong with a pipeline's weight files and what to do.
+    """Return a message that says what is wrong with a pipeline's weight files and what to do about it.
 
-    It looks at a folder, or at the Hub's cache for a Hub id.
+    For a Hub id, the files in the Hub's cache are examined.
     """
     folder = _folder_of(name_or_path)
     files = sorted(folder.glob("*/*.safetensors")) if folder is not None else []
@@ -49,7 +50,8 @@ def what_is_wrong(name_or_path: str) -> str:
         missing = _missing_shards(listing)
         if missing:
             return f"{listing.parent} lacks {len(missing)} of its weight files, such as {missing[0]}. {_AGAIN}"
-    read = {file.parent for file in files}  # pickles next to safetensors files do no harm
+    # Pickles do no harm in a folder whose safetensors files are read.
+    read = {file.parent for file in files}
     pickled = [file for file in folder.glob("*/*") if file.suffix in _PICKLES] if folder is not None else []
     pickled = [file for file in pickled if file.parent not in read]
     if pickled:
@@ -80,7 +82,7 @@ def _damage(file: Path) -> str | None:
         with safe_open(file, "pt"):
             return None
     except (SafetensorError, OSError) as error:
-        return f"it has {file.stat().st_size} bytes, and {error}" if file.exists() else "its link leads nowhere"
+        return f"it has {file.stat().st_size} bytes, and {error}" if file.exists() else "it is a broken symbolic link"
 
 
 def _missing_shards(listing: Path) -> list[str]:

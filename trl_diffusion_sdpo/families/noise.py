@@ -1,7 +1,7 @@
-"""Noise processes: how training adds noise to latents, at which timesteps, and what the denoiser must predict.
+"""Define noise processes: how training adds noise to latents, at which timesteps, and what the denoiser must predict.
 
-A process is built from a scheduler's configuration and does not depend on the pipeline. [`TimestepSampling`] is the
-distribution of its timesteps. The end of this module draws the random numbers.
+A noise process is built from the configuration of a scheduler. [`TimestepSampling`] is the distribution of the
+timesteps. The functions at the end of this module draw random numbers.
 """
 
 import math
@@ -14,12 +14,12 @@ from typing import Any, Literal, get_args
 import torch
 from diffusers import DDPMScheduler
 
-WITHOUT_PINNED_MEMORY = ("cpu", "mps", "meta")  # types of devices to which a copy from the host is immediate
-_BISECTIONS = 50  # enough to reach the precision of float64
+WITHOUT_PINNED_MEMORY = ("cpu", "mps", "meta")  # devices for which pinned host memory has no use
+_BISECTIONS = 50  # enough bisections for the precision of float64
 WeightingScheme = Literal["none", "logit_normal", "mode"]
 TimestepWeighting = Literal["none", "one_minus_t_squared"]
 WEIGHTINGS: tuple[str, ...] = get_args(TimestepWeighting)
-# Min-SNR weights, https://huggingface.co/papers/2303.09556. For epsilon, an SNR of 0 gives the weight 1.
+# Prediction type -> Min-SNR weights, https://huggingface.co/papers/2303.09556. For epsilon, an SNR of 0 gives weight 1.
 _MIN_SNR_WEIGHTS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "epsilon": lambda snr, gamma: (gamma / snr).clamp(max=1.0),
     "v_prediction": lambda snr, gamma: snr.clamp(max=gamma) / (snr + 1.0),
@@ -29,9 +29,9 @@ _MIN_SNR_WEIGHTS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class TimestepSampling:
-    """The distribution from which training samples noise levels in `[0, 1]`, a quantile function of uniform numbers.
+    """The distribution from which training samples noise levels in `[0, 1]`, given by its quantile function.
 
-    Under DDPM, a noise level is here the timestep divided by `num_train_timesteps`. Under flow matching, it is sigma
+    For DDPM, "noise level" here means the timestep divided by `num_train_timesteps`. For flow matching, it means sigma
     before any shift.
 
     Example:
@@ -42,13 +42,13 @@ class TimestepSampling:
     ```
 
     Args:
-        scheme (`str`): `"none"` is uniform. `"logit_normal"` and `"mode"` sample middle levels more often. The names
-            are those of `weighting_scheme` in diffusers' scripts.
-        logit_mean (`float`): Mean of `"logit_normal"`. Above 0, noisier levels are sampled more often. The sign has
-            the opposite effect in diffusers' scripts, because they index descending timesteps.
+        scheme (`str`): `"none"` is the uniform distribution. `"logit_normal"` and `"mode"` sample middle noise levels
+            more often. Diffusers' scripts have the same names in their option `weighting_scheme`.
+        logit_mean (`float`): Mean of `"logit_normal"`. With a mean above 0, higher noise levels are sampled more
+            often. In diffusers' scripts the sign has the opposite effect, because these index descending timesteps.
         logit_std (`float`): Standard deviation of `"logit_normal"`, above 0.
-        mode_scale (`float`): Scale of `"mode"`, in `[-1, 1.75]`. 0 is uniform. Larger values sample middle levels more
-            often.
+        mode_scale (`float`): Scale of `"mode"`, in `[-1, 1.75]`. 0 gives the uniform distribution. With larger values,
+            middle noise levels are sampled more often.
 
     Raises:
         ValueError: If the scheme does not exist or a number is out of range.
@@ -65,17 +65,19 @@ class TimestepSampling:
         if self.scheme not in DENSITIES:
             raise ValueError(f"`weighting_scheme` must be one of {', '.join(DENSITIES)}; got {self.scheme!r}.")
         if not abs(self.logit_mean) < float("inf"):
-            raise ValueError(f"`logit_mean` must be a finite number, got {self.logit_mean}. Use 0 for the middle.")
+            raise ValueError(
+                f"`logit_mean` must be a finite number, got {self.logit_mean}. 0 gives a symmetric density."
+            )
         if not 0 < self.logit_std < float("inf"):
-            raise ValueError(f"`logit_std` must be above 0, got {self.logit_std}. Usual is 1.")
+            raise ValueError(f"`logit_std` must be above 0, got {self.logit_std}. The usual value is 1.")
         if not -1 <= self.mode_scale <= 1.75:
             raise ValueError(
                 "`mode_scale` must be in [-1, 1.75], because the density would be negative elsewhere. "
-                f"Got {self.mode_scale}. Usual is 1.29."
+                f"Got {self.mode_scale}. The usual value is 1.29."
             )
 
     def quantile(self, share: torch.Tensor) -> torch.Tensor:
-        """Map uniform numbers to noise levels. The map is increasing, with 0 at 0 and 1 at 1.
+        """Return the noise levels for uniform random numbers. The function is increasing and maps 0 to 0 and 1 to 1.
 
         Args:
             share (`torch.Tensor`): Numbers in `[0, 1]`, of any shape and float dtype.
@@ -122,15 +124,15 @@ UNIFORM = TimestepSampling()
 
 @lru_cache(maxsize=256)
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return a cached tensor of constants. Do not modify it.
+    """Return a tensor with these values from a cache. Do not modify the tensor.
 
-    Without the cache, every step would copy the constants from the CPU and wait for the device.
+    Without the cache, every training step would copy the values from the CPU and wait for the device.
     """
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 class NoiseProcess(ABC):
-    """A diffusion or flow process for training.
+    """Base class of the diffusion and flow processes with which models are trained.
 
     Example:
 
@@ -142,8 +144,8 @@ class NoiseProcess(ABC):
     ```
 
     Attributes:
-        prediction_type (`str`): What the denoiser predicts, by diffusers' name, such as `"epsilon"`.
-        num_train_timesteps (`int`): Number of timesteps that the denoiser was trained on.
+        prediction_type (`str`): What the denoiser predicts, with the name that diffusers uses, such as `"epsilon"`.
+        num_train_timesteps (`int`): Number of timesteps of the denoiser's original training.
         known_timesteps (`str`): Description of the allowed timesteps, for error messages.
         timestep_dtype (`torch.dtype`): Dtype of timesteps.
     """
@@ -167,26 +169,26 @@ class NoiseProcess(ABC):
         only: tuple[float, ...] | None = None,
         image_seq_len: int | None = None,
     ) -> torch.Tensor:
-        """Turn uniform random numbers into timesteps of a given distribution.
+        """Return timesteps of a given distribution, computed from uniform random numbers.
 
         Args:
-            uniform (`torch.Tensor` of shape `(N,)`): Uniform numbers in `[0, 1)`. A 1 that results from rounding is
-                allowed.
+            uniform (`torch.Tensor` of shape `(N,)`): Uniform random numbers in `[0, 1)`. A 1 is also allowed, because
+                rounding may produce it.
             timestep_range (`tuple[int, int]`, *optional*): Range `(low, high)` to sample from. If `None`, all
-                timesteps. Integer timesteps exclude `high`, like Python's `range`.
+                timesteps are possible. Integer timesteps are below `high`, as in Python's `range`.
             sampling (`TimestepSampling`): Distribution of noise levels. The default is uniform.
-            only (`tuple[float, ...]`, *optional*): Sample from these timesteps with equal probability.
-                `timestep_range` and `sampling` are then ignored.
-            image_seq_len (`int`, *optional*): Number of tokens per image. Needed by schedules that depend on the image
-                size.
+            only (`tuple[float, ...]`, *optional*): Sample only these timesteps, with equal probability. Then
+                `timestep_range` and `sampling` are ignored.
+            image_seq_len (`int`, *optional*): Number of tokens per image. Only needed by schedules that depend on the
+                image size.
 
         Returns:
-            `torch.Tensor` of shape `(N,)`: Timesteps, int64 under DDPM and float32 under flow matching. A larger
-            number gives a larger timestep, and 0 gives `low`.
+            `torch.Tensor` of shape `(N,)`: Timesteps, int64 for DDPM and float32 for flow matching. A larger
+            uniform number gives a larger timestep, and 0 gives `low`.
 
         Raises:
             ValueError: If `0 <= low < high <= num_train_timesteps` does not hold, `only` contains a number that is no
-                timestep, or the schedule needs `image_seq_len` and it is `None`.
+                timestep, or the schedule needs `image_seq_len`, which is `None`.
         """
         if only is not None:
             index = (uniform * len(only)).long().clamp(max=len(only) - 1)
@@ -195,12 +197,13 @@ class NoiseProcess(ABC):
         if not 0 <= low < high <= self.num_train_timesteps:
             raise ValueError(
                 f"`timestep_range` must be (low, high) with 0 <= low < high <= {self.num_train_timesteps}, got "
-                f"{(low, high)}. Use (0, {self.num_train_timesteps}) for every timestep of this model."
+                f"{(low, high)}. (0, {self.num_train_timesteps}) allows all timesteps of this model."
             )
         return self._timesteps_between(uniform, low, high, sampling, image_seq_len)
 
     def _table(self, only: tuple[float, ...], device: torch.device) -> torch.Tensor:
-        """Return the timesteps in `only` as a tensor, cached per device."""
+        """Return the timesteps in `only` as a tensor. Raise `ValueError` if one of the numbers is not a timestep of
+        this process."""
         wrong = [timestep for timestep in only if not self.knows(timestep)]
         if wrong or not only:
             raise ValueError(
@@ -211,12 +214,12 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def knows(self, timestep: float) -> bool:
-        """Whether a number is a timestep of this process."""
+        """Return whether a number is a timestep of this process."""
 
     def nearest(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the nearest timesteps of this process, in its dtype.
+        """Return, for each number, the nearest timestep of this process, in the dtype of its timesteps.
 
-        Samplers use timesteps in between, and half precision rounds them.
+        Samplers may use numbers between two timesteps, and half precision rounds timesteps.
         """
         return timesteps.float()
 
@@ -224,7 +227,7 @@ class NoiseProcess(ABC):
     def _timesteps_between(
         self, uniform: torch.Tensor, low: int, high: int, sampling: TimestepSampling, image_seq_len: int | None
     ) -> torch.Tensor:
-        """Return `timesteps` for a valid range `(low, high)`."""
+        """Return the result of `timesteps` for a range `(low, high)` that was already checked."""
 
     def weights(
         self,
@@ -234,20 +237,21 @@ class NoiseProcess(ABC):
         weighting: TimestepWeighting = "none",
         image_seq_len: int | None = None,
     ) -> torch.Tensor | None:
-        """Return the weights of the squared error at the timesteps, or `None` if all weights are 1.
+        """Return the factors by which the squared errors at these timesteps are weighted, or `None` if all are 1.
 
         Args:
             timesteps (`torch.Tensor` of shape `(N,)`): Timesteps of this process.
-            snr_gamma (`float`, *optional*): Gamma of `min_snr_weights`.
-            weighting (`str`): `"none"`, or `"one_minus_t_squared"` for `(1 - sigma)^2` under flow matching. In its
-                paper (https://huggingface.co/papers/2501.13918), this factor scales beta.
+            snr_gamma (`float`, *optional*): Gamma of the Min-SNR weights, see `min_snr_weights`. If `None`, these are
+                off.
+            weighting (`str`): `"none"`, or `"one_minus_t_squared"` for the factor `(1 - sigma)^2` with flow matching.
+                In https://huggingface.co/papers/2501.13918, this factor scales beta.
             image_seq_len (`int`, *optional*): Number of tokens per image, for schedules that depend on it.
 
         Returns:
             `torch.Tensor` of shape `(N,)`, float32, or `None`.
 
         Raises:
-            ValueError: If the weighting does not exist or does not apply to this process.
+            ValueError: If the weighting does not exist or is not possible for this process.
         """
         if weighting not in WEIGHTINGS:
             raise ValueError(f"`timestep_weighting` must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}.")
@@ -258,20 +262,22 @@ class NoiseProcess(ABC):
     def one_minus_t_squared(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
         """Return `(1 - sigma)^2`, shape `(N,)`, float32. Raise `ValueError` if the process has no sigma."""
         raise ValueError(
-            "`timestep_weighting='one_minus_t_squared'` is only for flow matching, and this model predicts "
-            f"{self.prediction_type} under DDPM. Leave it at 'none', and set `snr_gamma` to weigh timesteps of DDPM."
+            "`timestep_weighting='one_minus_t_squared'` is only for flow matching, and this is a DDPM model that "
+            f"predicts {self.prediction_type}. Use `timestep_weighting='none'`. To weight timesteps of a DDPM model, "
+            "set `snr_gamma`."
         )
 
     def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-        """Return Min-SNR weights, which give the squared error of clean latents the weight `min(snr, gamma)`.
+        """Return Min-SNR weights. With these weights, the squared error of the predicted clean latents has the weight
+        `min(snr, gamma)`.
 
         Args:
             timesteps (`torch.Tensor` of shape `(N,)`, int64): Timesteps in `[0, num_train_timesteps)`.
-            gamma (`float`): Largest weight, above 0. The paper uses 5.
+            gamma (`float`): Upper limit of the signal-to-noise ratio, above 0. The paper uses 5.
 
         Returns:
-            `torch.Tensor` of shape `(N,)`, float32: `min(snr, gamma)` divided by `snr` (epsilon), `snr + 1`
-            (v_prediction) or 1 (sample).
+            `torch.Tensor` of shape `(N,)`, float32: `min(snr, gamma)`, divided by `snr` for the prediction type
+            epsilon and by `snr + 1` for v_prediction.
 
         Raises:
             ValueError: If `gamma` is not above 0, or this prediction type has no Min-SNR weights.
@@ -279,7 +285,9 @@ class NoiseProcess(ABC):
         Source: https://huggingface.co/papers/2303.09556.
         """
         if not gamma > 0:
-            raise ValueError(f"`snr_gamma` must be above 0, got {gamma}. The paper uses 5, and None turns it off.")
+            raise ValueError(
+                f"`snr_gamma` must be above 0, got {gamma}. The paper uses 5. `None` turns the weights off."
+            )
         if self.prediction_type not in _MIN_SNR_WEIGHTS:
             raise ValueError(
                 f"`snr_gamma` needs a model that predicts {', '.join(_MIN_SNR_WEIGHTS)}, and this model predicts "
@@ -292,26 +300,28 @@ class NoiseProcess(ABC):
         """Return noisy latents, float32.
 
         Args:
-            latents (`torch.Tensor` of shape `(N, ...)`): Clean latents, scaled for the denoiser.
+            latents (`torch.Tensor` of shape `(N, ...)`): Clean latents in the denoiser's scale.
             noise (`torch.Tensor` of shape `(N, ...)`): Standard normal noise.
             timesteps (`torch.Tensor` of shape `(N,)`): Timesteps in `[0, num_train_timesteps)`.
         """
 
     @abstractmethod
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return what the denoiser should predict after `add_noise` with the same arguments, float32, `(N, ...)`."""
+        """Return the target of the prediction for the noisy latents that `add_noise` returns, float32, `(N, ...)`."""
 
     def noise_level(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
-        """Return the noise level of each timestep, `1 / (1 + sqrt(snr))`, so that schedules can be compared.
+        """Return the noise level of each timestep, `1 / (1 + sqrt(snr))`. Noise levels can be compared between
+        schedules.
 
-        Under flow matching this is sigma. Under DDPM it is the sigma of the flow with the same signal-to-noise ratio.
+        For flow matching, the noise level is sigma. For DDPM, it is the sigma at which flow matching has the same
+        signal-to-noise ratio.
 
         Args:
             timesteps (`torch.Tensor` of shape `(N,)`): Timesteps of this process.
             image_seq_len (`int`, *optional*): Number of tokens per image, for schedules that depend on it.
 
         Returns:
-            `torch.Tensor` of shape `(N,)`, float32 in `[0, 1]`, increasing in the timesteps.
+            `torch.Tensor` of shape `(N,)`, float32 in `[0, 1]`. A larger timestep has a higher noise level.
         """
         return 1.0 / (1.0 + self.snr(timesteps).sqrt())
 
@@ -323,7 +333,7 @@ class NoiseProcess(ABC):
         only: tuple[float, ...] | None = None,
         sampling: TimestepSampling = UNIFORM,
     ) -> torch.Tensor:
-        """Return all whole-numbered timesteps that `timesteps` can return with these arguments."""
+        """Return all whole numbers among the timesteps that the method `timesteps` can return with these arguments."""
         if only is not None:
             return self._table(only, device)
         low, high = (0, self.num_train_timesteps) if timestep_range is None else timestep_range
@@ -332,8 +342,8 @@ class NoiseProcess(ABC):
     def timestep_bounds(
         self, low: float, high: float, image_seq_len: int | None = None, **settings: Any
     ) -> tuple[float, float] | None:
-        """Return the lowest and highest of the `candidate_timesteps` with a noise level in `[low, high]`, or `None` if
-        none has."""
+        """Return the lowest and the highest of the `candidate_timesteps` whose noise level is in `[low, high]`, or
+        `None` if there is no such timestep."""
         timesteps = self.candidate_timesteps(torch.device("cpu"), **settings).sort().values
         levels = self.noise_level(timesteps, image_seq_len)
         inside = timesteps[(levels >= low) & (levels <= high)].tolist()
@@ -341,21 +351,21 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the signal-to-noise ratio of variances at the timesteps, `(N,)`, float32."""
+        """Return the signal-to-noise ratio at the timesteps, as a ratio of variances, `(N,)`, float32."""
 
 
 class DDPMProcess(NoiseProcess):
     """The variance-preserving process of DDPM with discrete timesteps: `x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise`.
 
-    Diffusers' `DDPMScheduler` computes everything in float32, whichever scheduler the pipeline has.
+    All computations are done by diffusers' `DDPMScheduler` in float32, also if the pipeline has another scheduler.
 
     Args:
         scheduler_config (`Mapping[str, Any]`): Configuration of any DDPM scheduler (DDIM, PNDM, Euler, DPM-Solver,
-            ...). The process uses its betas and prediction type.
+            ...). Only its betas and its prediction type matter.
 
     Raises:
-        ValueError: If the configuration has no beta schedule, is one for flow matching, or has a prediction type other
-            than `epsilon`, `v_prediction` and `sample`.
+        ValueError: If the configuration has no beta schedule, is for flow matching, or has a prediction type that is
+            not `epsilon`, `v_prediction` or `sample`.
 
     Source: https://huggingface.co/papers/2006.11239 and, for v_prediction, https://huggingface.co/papers/2202.00512.
     """
@@ -381,7 +391,8 @@ class DDPMProcess(NoiseProcess):
         self.scheduler = DDPMScheduler.from_config({key: scheduler_config[key] for key in shared})
         self.prediction_type = prediction_type
         self.num_train_timesteps = self.scheduler.config.num_train_timesteps
-        self.set_alpha_to_one = scheduler_config.get("set_alpha_to_one", True)  # DDIM's setting, for inversion
+        # Setting of the DDIM scheduler, which noise inversion uses.
+        self.set_alpha_to_one = scheduler_config.get("set_alpha_to_one", True)
 
     def knows(self, timestep: float) -> bool:
         return 0 <= timestep < self.num_train_timesteps and timestep == int(timestep)
@@ -414,18 +425,19 @@ class DDPMProcess(NoiseProcess):
 class FlowMatchingProcess(NoiseProcess):
     """The linear process of flow matching: `x_t = (1 - sigma) x_0 + sigma noise`.
 
-    The target is the velocity `noise - x_0`. Timesteps are `num_train_timesteps * sigma`, in float32 and not rounded.
-    Sampled noise levels are shifted as in the pipeline: by a constant factor, or by one that grows with the number of
-    image tokens.
+    The target is the velocity `noise - x_0`. A timestep is `num_train_timesteps * sigma`, in float32 and not rounded.
+    Sampled noise levels are shifted as in the pipeline: with a constant shift, or with a shift that grows with the
+        number
+    of image tokens.
 
     Args:
         scheduler_config (`Mapping[str, Any]`): Configuration of a scheduler such as `FlowMatchEulerDiscreteScheduler`
             (with `shift` or `use_dynamic_shifting`), or of another scheduler with `use_flow_sigmas` and `flow_shift`.
 
     Raises:
-        ValueError: If the configuration is not for flow matching, or its shift is not above 0.
+        ValueError: If the configuration is not for flow matching, or if its shift is 0 or negative.
 
-    Source: https://huggingface.co/papers/2403.03206, section 3 and, for the shift, equation 23.
+    Source: https://huggingface.co/papers/2403.03206, section 3; equation 23 for the shift.
     """
 
     prediction_type = "flow_prediction"
@@ -435,7 +447,7 @@ class FlowMatchingProcess(NoiseProcess):
     def __init__(self, scheduler_config: Mapping[str, Any]):
         if not ("shift" in scheduler_config or scheduler_config.get("use_flow_sigmas", False)):
             raise ValueError(
-                "Flow matching needs a scheduler that has a `shift` or says `use_flow_sigmas`, got the configuration "
+                "Flow matching needs a scheduler with a `shift` or with `use_flow_sigmas`, got the configuration "
                 f"{dict(scheduler_config)}. Load the pipeline with the scheduler that its denoiser was trained for."
             )
         predicted = scheduler_config.get("prediction_type", self.prediction_type)
@@ -461,7 +473,7 @@ class FlowMatchingProcess(NoiseProcess):
     def shift_of(self, image_seq_len: int) -> float:
         """Return `mu`, which pipelines with dynamic shifting pass to their scheduler.
 
-        It is linear in the number of image tokens, through two points of the configuration.
+        `mu` is a linear function of the number of image tokens. The configuration gives two points of this function.
         """
         slope = (self.shifts[1] - self.shifts[0]) / (self.lengths[1] - self.lengths[0])
         return self.shifts[0] + slope * (image_seq_len - self.lengths[0])
@@ -476,7 +488,7 @@ class FlowMatchingProcess(NoiseProcess):
     def sigmas(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
         """Return the noise levels sigma at the timesteps, `(N,)`, float32 in `[0, 1]`.
 
-        Only subclasses that shift after the timesteps use `image_seq_len`.
+        Only subclasses in which the shift is applied after the timesteps use `image_seq_len`.
         """
         return timesteps.float() / self.num_train_timesteps
 
@@ -494,7 +506,7 @@ class FlowMatchingProcess(NoiseProcess):
         self, uniform: torch.Tensor, low: int, high: int, sampling: TimestepSampling, image_seq_len: int | None
     ) -> torch.Tensor:
         total, factor = self.num_train_timesteps, self._shift_factor(image_seq_len)
-        # `low` and `high` are shifted timesteps. Undo the shift, which the last line applies again.
+        # `low` and `high` are timesteps after the shift. Undo the shift here; the last line applies the shift again.
         ends = [end / total / (factor - (factor - 1.0) * end / total) for end in (low, high)]
         first, last = (sampling.share_below(end) for end in ends)
         levels = sampling.quantile(first + uniform.float() * (last - first))
@@ -506,8 +518,8 @@ class FlowMatchingProcess(NoiseProcess):
             return self.fixed_shift
         if image_seq_len is None:
             raise ValueError(
-                "A scheduler with `use_dynamic_shifting` needs `image_seq_len`, and it is None. Pass the number of "
-                "tokens per image."
+                "A scheduler with `use_dynamic_shifting` needs `image_seq_len`, got None. Pass the number of tokens "
+                "per image."
             )
         mu = self.shift_of(image_seq_len)
         return math.exp(mu) if self.exponential else mu
@@ -515,24 +527,25 @@ class FlowMatchingProcess(NoiseProcess):
 
 # ---- Random numbers of pairs ----------------------------------------------------------------------------------------
 #
-# They are drawn on the CPU, so that a seed gives equal noise on every machine. CUDA's own numbers depend on the number
-# of the card's multiprocessors.
+# Random numbers are drawn on the CPU, so that a seed gives the same noise on every machine. Random numbers of a GPU
+# depend on its number of multiprocessors.
 
 
 def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
-    """Return one CPU generator for each seed. A pair's draws depend only on its own seed, not on its batch."""
+    """Return one random generator on the CPU for each seed. With its own generator, a pair's random numbers do not
+    depend on the other pairs of its batch."""
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
 def uniform(generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Draw one number in `[0, 1)` from each of N generators, `(N,)`, on the CPU."""
+    """Return one uniform random number in `[0, 1)` from each of N generators, `(N,)`, on the CPU."""
     return torch.cat([torch.rand(1, generator=generator) for generator in generators])
 
 
 def standard_normal(
     shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Draw standard normal noise on the CPU and copy it to a device without waiting for the device.
+    """Return standard normal noise that is drawn on the CPU and copied to a device, without waiting for the device.
 
     Args:
         shape: `(N, ...)`.
@@ -545,7 +558,7 @@ def standard_normal(
 
 
 def sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a CPU tensor to a device without waiting for the device."""
+    """Return a copy of a small CPU tensor on a device, without waiting for the device."""
     if device.type in WITHOUT_PINNED_MEMORY:
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)

@@ -10,13 +10,14 @@ from .packing import TWO_STREAM_TARGETS, pack_patches, patch_positions, unpack_p
 
 
 class OvisImageFamily(Family):
-    """Trains `OvisImagePipeline`. Prompts are padded with zeros to one length, and the padding is not masked."""
+    """Trains `OvisImagePipeline`. Prompts are padded with zeros to a fixed length, and the padding is not
+    masked."""
 
     name = "Ovis-Image"
     pipeline_classes = ("OvisImagePipeline",)
     frozen_components = ("vae", "text_encoder")
-    # Our choice, because diffusers has no Ovis script: targets of its LoRA script for FLUX.1, which has the same
-    # blocks.
+    # Our choice, because diffusers has no LoRA script for Ovis-Image: the targets of its script for FLUX.1, which has
+    # the same blocks.
     lora_target_modules = TWO_STREAM_TARGETS
     # Our choice: half of Stable Diffusion's rate, because larger models need smaller steps.
     learning_rate_full = 1e-6
@@ -58,7 +59,7 @@ class OvisImageFamily(Family):
 
 
 def _text_positions(length: int, device: torch.device) -> torch.Tensor:
-    """Return position ids `(length, 3)` of the text, float32: zero, then the token's index twice, as row and as
-    column."""
+    """Return the position ids of text tokens, `(length, 3)`, float32. The three numbers of a token are 0, its index and
+    again its index."""
     numbers = torch.arange(length, device=device, dtype=torch.float32)
     return torch.stack([torch.zeros_like(numbers), numbers, numbers], dim=1)

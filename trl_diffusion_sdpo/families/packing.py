@@ -16,7 +16,8 @@ TWO_STREAM_TARGETS = (
 
 
 def pack_patches(latents: torch.Tensor) -> torch.Tensor:
-    """Pack latents into tokens of two by two latents, row by row. The values of a token are ordered by channel.
+    """Return latents as a sequence of tokens, row by row. A token is a square of two by two latents, and its 4C values
+    are ordered by channel.
 
     Args:
         latents (`torch.Tensor` of shape `(N, C, H, W)`): Latents with even height and width.
@@ -30,7 +31,7 @@ def pack_patches(latents: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_patches(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Undo `pack_patches`.
+    """Return latents from tokens: the inverse of `pack_patches`.
 
     Args:
         tokens (`torch.Tensor` of shape `(N, H/2 * W/2, 4C)`): Tokens from `pack_patches`.
@@ -45,7 +46,8 @@ def unpack_patches(tokens: torch.Tensor, height: int, width: int) -> torch.Tenso
 
 
 def patch_positions(height: int, width: int, device: torch.device) -> torch.Tensor:
-    """Return position ids `(H/2 * W/2, 3)` of packed latents: zero, row, column. They are float32, as FLUX expects."""
+    """Return the position ids of packed latents, `(H/2 * W/2, 3)`, in float32 as FLUX expects. The three numbers of a
+    token are 0, its row and its column."""
     ids = torch.zeros(height // 2, width // 2, 3, device=device)
     ids[..., 1] = torch.arange(height // 2, device=device)[:, None]
     ids[..., 2] = torch.arange(width // 2, device=device)

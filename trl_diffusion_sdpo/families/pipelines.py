@@ -23,16 +23,17 @@ from .model_files import check_parts, what_is_wrong
 from .registry import family_for_class_name, known_pipeline_classes
 from .single_file import CONFIG_OPTION, configuration_of, is_single_file, reading_single_file
 
-CLASS = "_class_name"  # key of the pipeline's class name in model_index.json
+CLASS = "_class_name"  # key in model_index.json whose value is the name of the pipeline's class
 
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies")  # options of diffusers' `load_config`
+# Options for downloads that diffusers' `load_config` accepts.
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies")
 _REFUSED_OPTIONS = {
     "trust_remote_code": "Code from a model repository is never run.",
     "custom_pipeline": "Code from a model repository is never run.",
     "use_safetensors": "Weights are always read from safetensors files.",
     "torch_dtype": "The argument is called `dtype`.",
 }
-# Options of a denoiser's `from_pretrained` that say where its files are and how to read them.
+# Options of a denoiser's `from_pretrained` that say where the files are and how diffusers reads them.
 DENOISER_OPTIONS = (
     *("revision", "variant", "token", *_HUB_OPTIONS),
     *("low_cpu_mem_usage", "disable_mmap", "use_flashpack", "offload_folder", "offload_state_dict"),
@@ -40,12 +41,12 @@ DENOISER_OPTIONS = (
 
 
 def as_text_to_image(pipeline: diffusers.DiffusionPipeline) -> diffusers.DiffusionPipeline:
-    """Return a pipeline with the same networks in the family's text-to-image class.
+    """Return a pipeline of the family's text-to-image class that has the networks of the given pipeline.
 
-    A pipeline of that class is returned unchanged.
+    If the given pipeline already has this class, it is returned unchanged.
 
     Raises:
-        `ValueError`: If no family serves the pipeline's class.
+        `ValueError`: If the pipeline's class has no family.
     """
     family = family_for_class_name(type(pipeline).__name__)
     if type(pipeline).__name__ == family.pipeline_classes[0]:
@@ -70,22 +71,23 @@ def load_pipeline(
 ) -> diffusers.DiffusionPipeline:
     """Load a pipeline that a model family can train.
 
-    Weights come from safetensors files, and code from the model's repository is never run. The pipeline's class is
-    checked before any weights are read. A pipeline saved as another class of the same family, such as image-to-image,
-    is loaded as the family's text-to-image class.
+    Only safetensors files are read for weights, and code from the model's repository is never run. The pipeline's class
+    is checked before any weights are read. If the pipeline was saved as another class of the family, such as
+    image-to-image, it is loaded as the family's text-to-image class.
 
     Args:
         name_or_path (`str` or `os.PathLike`): Folder saved by diffusers, single safetensors file, or Hub id.
         dtype (`torch.dtype`): Dtype of all components.
-        revision, variant, token (*optional*): Passed to diffusers.
+        revision, variant, token (*optional*): Arguments of diffusers' `from_pretrained`.
         denoiser_quantization (*optional*): A quantization configuration of diffusers for the denoiser. Weights are
             quantized while they are read, so they are never in memory in full precision.
-        encoders (`bool`): Whether to load the weights of VAE and text encoders. If not, only their configurations are
-            read or downloaded, and the components are on the meta device until [`load_encoders`] loads them.
-            Components passed in `from_pretrained` are used unchanged.
-        denoiser (`bool`): Whether to load the denoiser's weights. If not, the denoiser is on the meta device.
-        denoiser_folder (`str` or `os.PathLike`, *optional*): Folder with a subfolder `unet` or `transformer`. That
-            denoiser is loaded in place of the pipeline's own. It must have the same class.
+        encoders (`bool`): Whether to load the weights of VAE and text encoders. If `False`, only the configurations of
+            these components are read, and the components are on the meta device. [`load_encoders`] can load their
+            weights later. Components that are passed in `from_pretrained` are used unchanged.
+        denoiser (`bool`): Whether to load the denoiser's weights. If `False`, the denoiser is on the meta device.
+        denoiser_folder (`str` or `os.PathLike`, *optional*): Folder with a subfolder `unet` or `transformer`. The
+            denoiser in this subfolder replaces the pipeline's own denoiser. The two
+            denoisers must have the same class.
         from_pretrained (*optional*): Further arguments of `DiffusionPipeline.from_pretrained`, such as components and
             `cache_dir`.
 
@@ -93,8 +95,8 @@ def load_pipeline(
         `DiffusionPipeline`: The pipeline, in its family's text-to-image class.
 
     Raises:
-        ValueError: If `name_or_path` is no diffusers pipeline, no family can train it, weights are not in safetensors
-            files, an option is not allowed, or the denoiser has two quantization configurations.
+        ValueError: If `name_or_path` is not a diffusers pipeline, no family can train the pipeline, weights are not in
+            safetensors files, an option is not allowed, or two quantization configurations are set for the denoiser.
     """
     name_or_path = os.fspath(name_or_path)
     _refuse_options(from_pretrained)
@@ -117,18 +119,18 @@ def load_pipeline(
     names = [name for name in absent if name not in from_pretrained]
     options |= networks_without_weights(family, index, base, names, **options)
     pipeline = _read_pipeline(_text_to_image_class(family), name_or_path, base, options)
-    family(pipeline)  # raises if the family can't train it
+    family(pipeline)  # raises an error if the family can't train the pipeline
     return pipeline
 
 
 def load_encoders(
     family: Family, name_or_path: str | os.PathLike, **from_pretrained: Any
 ) -> diffusers.DiffusionPipeline:
-    """Load the VAE and text encoders of a pipeline that was loaded without them.
+    """Return a pipeline with VAE and text encoders, for a family whose pipeline was loaded without these.
 
     Args:
-        family (`Family`): Family whose denoiser the new pipeline uses. No denoiser is read from disk.
-        name_or_path, from_pretrained: As passed to [`load_pipeline`].
+        family (`Family`): Family whose denoiser the returned pipeline uses. No denoiser is read from disk.
+        name_or_path, from_pretrained: The arguments with which [`load_pipeline`] was called.
     """
     options = {"dtype": torch.float32, **from_pretrained, family.denoiser_name: family.denoiser}
     base = configuration_of(os.fspath(name_or_path), options.pop("config", None))
@@ -138,13 +140,15 @@ def load_encoders(
 def _read_pipeline(
     pipeline_class: Any, name_or_path: str, base: str, options: dict[str, Any]
 ) -> diffusers.DiffusionPipeline:
-    """Read a pipeline from a folder, the Hub, or one file together with the configuration in `base`."""
+    """Load a pipeline from a folder or the Hub. If `name_or_path` is a single file, its configuration comes from
+    `base`."""
     if not is_single_file(name_or_path):
         with _safetensors_only(name_or_path):
             return pipeline_class.from_pretrained(name_or_path, use_safetensors=True, **options)
     if not issubclass(pipeline_class, FromSingleFileMixin):
         raise ValueError(
-            f"diffusers does not read {pipeline_class.__name__} from one file, got {name_or_path}. Use a folder."
+            f"Diffusers cannot load a {pipeline_class.__name__} from a single file, got {name_or_path}. Use a folder "
+            "saved by diffusers."
         )
     options = {key: value for key, value in options.items() if key != "variant"}  # a single file has no variants
     with reading_single_file(name_or_path, base):
@@ -164,7 +168,8 @@ def load_denoiser(
     Args:
         name_or_path (`str` or `os.PathLike`): The pipeline's folder or Hub id.
         dtype (`torch.dtype`): Dtype of the weights.
-        folder (`str` or `os.PathLike`, *optional*): Folder to read the weights from, in place of the pipeline's.
+        folder (`str` or `os.PathLike`, *optional*): Folder from which the weights are read, in place of the pipeline's
+            folder.
         quantization_config (*optional*): A quantization configuration of diffusers. Weights are quantized while they
             are read.
         from_pretrained (*optional*): Options listed in `DENOISER_OPTIONS`.
@@ -182,14 +187,14 @@ def load_denoiser(
     unknown = sorted(from_pretrained.keys() - set(DENOISER_OPTIONS))
     if unknown:
         raise ValueError(
-            f"Only these options can load a denoiser: {', '.join(DENOISER_OPTIONS)}, dtype. Got also "
-            f"{', '.join(unknown)}. Leave these out, or pass a loaded pipeline."
+            f"A denoiser can be loaded with the options {', '.join(DENOISER_OPTIONS)} and dtype. Got also "
+            f"{', '.join(unknown)}. Leave out these options, or pass a loaded pipeline."
         )
     index = _index_of(name_or_path, base, **from_pretrained)
     family = family_for_class_name(index[CLASS])
     denoiser_class = _component_class(family, index, family.denoiser_name, name_or_path, (diffusers.ModelMixin,))
     options = from_pretrained
-    if folder is not None:  # `revision` and `variant` refer to the pipeline
+    if folder is not None:  # `revision` and `variant` are those of the pipeline, not of this folder
         options = {key: value for key, value in options.items() if key not in ("revision", "variant")}
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
@@ -205,25 +210,27 @@ def load_denoiser(
 
 
 def _quantizing(family: type[Family], quantization: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the option that makes diffusers quantize the denoiser while it reads a pipeline."""
+    """Return the argument of `from_pretrained` that makes diffusers quantize the denoiser while it loads a pipeline."""
     taken = options.keys() & {"quantization_config", family.denoiser_name}
     if taken:
         raise ValueError(
-            f"Only one quantization configuration can apply to the denoiser. The pipeline's options also have "
-            f"`{min(taken)}`. Pass only one of them."
+            f"Only one quantization configuration can apply to the denoiser. Got one for the denoiser and the option "
+            f"`{min(taken)}` of the pipeline. Pass only one of the two."
         )
     mapping = {family.denoiser_name: quantization}
     return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}
 
 
 def _text_to_image_class(family: type[Family]) -> type[diffusers.DiffusionPipeline]:
-    """Return the class that a family's `pipeline_classes[0]` names, from the family or from diffusers."""
+    """Return the class whose name is the family's `pipeline_classes[0]`: the family's `pipeline_class`, or else the
+    class of this name in diffusers."""
     name = family.pipeline_classes[0]
     pipeline_class = family.pipeline_class or getattr(diffusers, name, None)
     if pipeline_class is None or pipeline_class.__name__ != name:
         raise ValueError(
             f"Pipelines of the family {family.name} are loaded as {name}, its `pipeline_classes[0]`. Diffusers has no "
-            f"such class, and the family's `pipeline_class` is {family.pipeline_class}. Set it to the class {name}."
+            f"such class, and the family's `pipeline_class` is {family.pipeline_class}. Set `pipeline_class` to the "
+            f"class {name}."
         )
     return pipeline_class
 
@@ -237,16 +244,16 @@ def networks_without_weights(
     dtype: torch.dtype,
     **access: Any,
 ) -> dict[str, nn.Module]:
-    """Build networks of a pipeline on the meta device from their configurations. No weights are read.
+    """Return networks of a pipeline by name, built on the meta device from their configurations. No weights are read.
 
     Args:
         index (`dict`): The pipeline's `model_index.json`, as `read_index` returns it.
         names (`Iterable[str]`): Names of components. Names that the pipeline does not have are ignored.
-        access: Options of `load_pipeline`. Only those that the Hub needs are used.
+        access: Options of `load_pipeline`. Only those for downloads from the Hub are used.
 
     Raises:
-        ValueError: If a class is not from diffusers, transformers or the family's package, or its configuration cannot
-            be read.
+        ValueError: If the class of a network is not from diffusers, transformers or the family's package, or its
+            configuration cannot be read.
     """
     options = {name: access[name] for name in ("revision", "token", *_HUB_OPTIONS) if name in access}
     networks: dict[str, nn.Module] = {}
@@ -272,10 +279,10 @@ def networks_without_weights(
 def _component_class(
     family: type[Family], index: dict[str, Any], component: str, name_or_path: str, bases: tuple[type, ...]
 ) -> type[Any]:
-    """Return the class that a pipeline's index names for a component.
+    """Return the class that a pipeline's `model_index.json` names for a component.
 
-    It must come from the library of one of the `bases` (diffusers or transformers) or from the family's package. No
-    other import may happen, because the index may come from a stranger's repository.
+    The class must come from the library of one of the `bases` (diffusers or transformers) or from the family's package.
+    Nothing else is imported, because the file may come from an untrusted repository.
     """
     library, class_name = index.get(component) or (None, None)
     libraries = {base.__module__.partition(".")[0] for base in bases}
@@ -298,14 +305,16 @@ def _component_class(
 
 def _refuse_options(options: dict[str, Any]) -> None:
     for option in _REFUSED_OPTIONS.keys() & options.keys():
-        raise ValueError(f"`{option}` can't be passed on to the pipeline. {_REFUSED_OPTIONS[option]} Leave it out.")
+        raise ValueError(
+            f"The option `{option}` is not allowed for loading a pipeline. {_REFUSED_OPTIONS[option]} Leave it out."
+        )
 
 
 @contextmanager
 def _safetensors_only(name_or_path: str) -> Iterator[None]:
     try:
         yield
-    # diffusers raises a ValueError for a wrong variant or JSON
+    # diffusers raises a ValueError for a missing variant or invalid JSON
     except (OSError, SafetensorError, ValueError) as error:
         if is_own(error):
             raise
@@ -313,20 +322,21 @@ def _safetensors_only(name_or_path: str) -> Iterator[None]:
 
 
 def _index_of(name_or_path: str, base: str, **options: Any) -> dict[str, Any]:
-    """Return the `model_index.json` of a pipeline, or of the configuration that belongs to a single file."""
+    """Return the `model_index.json` of a pipeline. For a single file, it is that of the pipeline `base`, whose
+    configuration the file uses."""
     try:
         return read_index(base, **options)
     except ValueError as error:
         if not is_single_file(name_or_path):
             raise
         raise ValueError(
-            f"A model in one file needs the configuration of a diffusers pipeline. For {name_or_path} this is {base}, "
-            f"which could not be read. Name another folder or Hub id with {CONFIG_OPTION}. {error}"
+            f"A model in one file needs the configuration of a diffusers pipeline. For {name_or_path}, the pipeline is "
+            f"{base}, which could not be read. Name another folder or Hub id with {CONFIG_OPTION}. {error}"
         ) from error
 
 
 def read_index(name_or_path: str, **options: Any) -> dict[str, Any]:
-    """Return the `model_index.json` of a pipeline, after checking that it names a pipeline class.
+    """Return the `model_index.json` of a pipeline. Raise `ValueError` if it does not name a pipeline class.
 
     Only the options `revision`, `token` and those in `_HUB_OPTIONS` are used.
     """

@@ -1,6 +1,6 @@
 """PixArt-alpha and PixArt-Sigma: transformers with a T5 text encoder, trained by DDPM.
 
-They differ in prompt length and VAE. Only PixArt-alpha can be conditioned on image sizes.
+The two models differ in prompt length and VAE. Only PixArt-alpha can be conditioned on image sizes.
 """
 
 from collections.abc import Mapping
@@ -25,27 +25,27 @@ class PixArtHooks(Family):
     )
     # Our choice: a tenth of the 2e-5 in the published configurations, which start from less trained weights.
     learning_rate_full = 2e-6
-    learning_rate_lora = 1e-4  # our choice, as in other families; PixArt's script has 1e-6
+    learning_rate_lora = 1e-4  # our choice: the same as for other models; PixArt's script has 1e-6
     defaults = DDPM_DEFAULTS
     noise_process_class = DDPMProcess
     patch_size = 2
 
     @property
     def takes_sizes(self) -> bool:
-        """Whether the transformer is conditioned on image sizes. If its configuration does not say, models for 1024
-        pixels are."""
+        """Whether the transformer is conditioned on image sizes. If the configuration does not say so, this is true for
+        models with a resolution of 1024 pixels."""
         config = self.denoiser.config
         stated = config.use_additional_conditions
         return config.sample_size == 128 if stated is None else stated
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Turn off the rounding of image sizes to the pipeline's fixed list."""
+        """Return arguments that also turn off the rounding of image sizes to the pipeline's fixed list."""
         return {**super().generation_kwargs(scale), "use_resolution_binning": False}
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Return embeddings `(N, tokens, width)` and their mask `(N, tokens)`, bool.
+        """Return the embeddings of prompts, `(N, tokens, width)`, and their mask, `(N, tokens)`, bool.
 
-        Captions are cleaned as in the pipeline's call if `bs4` and `ftfy` are installed.
+        If the packages `bs4` and `ftfy` are installed, prompts are cleaned as in the pipeline's call.
         """
         clean = is_bs4_available() and is_ftfy_available()
         prompt_embeds, mask, _, _ = self.call_encode_prompt(
@@ -56,7 +56,7 @@ class PixArtHooks(Family):
     def denoiser_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
-        """Return the denoiser's inputs. Sizes are `None` if the transformer is not conditioned on them."""
+        """Return the denoiser's inputs. If the transformer is not conditioned on image sizes, these are `None`."""
         return {
             "hidden_states": latents,
             "encoder_hidden_states": conditioning["prompt_embeds"].to(latents.dtype),
@@ -81,10 +81,10 @@ class PixArtAlphaFamily(PixArtHooks):
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """Return the size of the training images `(N, 2)` and their height divided by width `(N, 1)`, float32.
+        """Return height and width of the training images, `(N, 2)`, and height divided by width, `(N, 1)`, in float32.
 
-        The result is empty if the transformer is not conditioned on sizes. The pipeline and PixArt's LoRA script also
-        use the size of the image itself, not its original size.
+        If the transformer is not conditioned on image sizes, the result is empty. The size is that after resizing and
+        cropping, not the original size, as in the pipeline and in PixArt's LoRA script.
         """
         if not self.takes_sizes:
             return {}
@@ -109,5 +109,6 @@ class PixArtSigmaFamily(PixArtHooks):
         if self.takes_sizes:
             raise ValueError(
                 "A PixArt-Sigma transformer is not conditioned on image sizes (`use_additional_conditions=False`), "
-                "and this one is, like PixArt-alpha for 1024 pixels. Load it as PixArtAlphaPipeline."
+                "but this transformer is, like that of PixArt-alpha for 1024 pixels. Load the model as a "
+                "PixArtAlphaPipeline."
             )

@@ -1,6 +1,6 @@
 """Qwen-Image: a transformer over packed latents, conditioned on a vision-language model and trained by flow matching.
 
-Its VAE is a video VAE, used with one frame.
+The VAE is a video VAE, which gets an image as a video of one frame.
 """
 
 from collections.abc import Mapping
@@ -55,8 +55,8 @@ class QwenImageLatentsFamily(Family):
 class QwenImageFamily(QwenImageLatentsFamily):
     """Trains `QwenImagePipeline`.
 
-    A model folder saved as its image-to-image or inpainting class works too: the transformer is the same.
-    Qwen-Image-Layered has another pipeline and no family.
+    Model folders that were saved as the image-to-image or inpainting pipeline can be trained too, because their
+    transformer is the same. Qwen-Image-Layered cannot be trained: it has another pipeline.
     """
 
     name = "Qwen-Image"
@@ -86,7 +86,7 @@ class QwenImageFamily(QwenImageLatentsFamily):
         return f"{last}.attn.to_add_out", f"{last}.txt_mlp"
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Pass the guidance scale as `true_cfg_scale`, with the model card's negative prompt, a space.
+        """Return the guidance scale as the argument `true_cfg_scale`, with the model card's negative prompt, a space.
 
         Without a negative prompt, the pipeline does not apply guidance.
         """
@@ -98,8 +98,9 @@ class QwenImageFamily(QwenImageLatentsFamily):
         others = [name for name in self.other_inputs if self.denoiser.config[name]]
         if others:
             raise ValueError(
-                f"A transformer of {self.name} does not set {', '.join(others)}, as this one does. It was made for "
-                "another pipeline, such as those for editing or for layers."
+                f"A transformer of {self.name} must not set {', '.join(others)}, and this one does. This transformer "
+                "was made for another pipeline, such as those for editing or for layers. Use a text-to-image "
+                "checkpoint."
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """Qwen-Image 2.1: a transformer over one causal sequence of prompt and image tokens, trained by flow matching.
 
-Its VAE has an alpha channel and compresses 16 times, and each of its latents is a token.
+The VAE has an alpha channel and compresses 16 times along each side. Each of its latents is a token.
 """
 
 from collections.abc import Mapping
@@ -18,23 +18,23 @@ from .base import PromptPadding
 from .qwen_image import QwenImageLatentsFamily
 
 keep_in_float32(QwenImage21TemporalTimesteps, "freqs")
-SLOT = 2  # side of a square of latents that is one slot in the text encoder's sequence
-SOURCE_AREA = 1024 * 1024  # pixels of a resized source
+SLOT = 2  # one slot in the text encoder's sequence is a square of latents with this side
+SOURCE_AREA = 1024 * 1024  # number of pixels of a resized source
 
 
 class QwenImage21Family(QwenImageLatentsFamily):
     """Trains `QwenImage21Pipeline`, on prompts alone or with source images.
 
-    The positions of image tokens start after the padded prompt. As in the pipeline, a prediction therefore depends on
-    the longest prompt of its batch.
+    The position ids of image tokens start after those of the padded prompt. As in the pipeline, a prediction therefore
+    depends on the length of the longest prompt of its batch.
 
-    The model is made to be sampled without guidance.
+    The model is made for sampling without classifier-free guidance.
     """
 
     name = "Qwen-Image 2.1"
     pipeline_classes = ("QwenImage21Pipeline",)
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # our choice: as Qwen-Image's
-    learning_rate_lora = 1e-4  # our choice: as Qwen-Image's
+    learning_rate_lora = 1e-4  # our choice: the same as for Qwen-Image
     patch_size = 1
     prompt_padding: ClassVar[PromptPadding] = "end, shifting the image"
     may_take_source = True
@@ -42,19 +42,19 @@ class QwenImage21Family(QwenImageLatentsFamily):
 
     @property
     def default_resolution(self) -> int:
-        """The default of the pipeline's call, because the denoiser's configuration has no image size."""
+        """The default image size of the pipeline's call, because the denoiser's configuration has no image size."""
         return 1024
 
     def check_image_size(self, height: int, width: int) -> None:
         multiple = SLOT * self.vae_scale_factor
         if height % multiple or width % multiple:
             raise ValueError(
-                f"Sides of images for {self.name} must be multiples of {multiple} pixels, got {height} x {width}. "
+                f"The sides of images for {self.name} must be multiples of {multiple} pixels, got {height} x {width}. "
                 "Change `resolution`, or `step` of `bucket_kwargs`."
             )
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Pass the guidance scale as `true_cfg_scale`, with a space as the negative prompt.
+        """Return the guidance scale as the argument `true_cfg_scale`, with a space as the negative prompt.
 
         Without a negative prompt, the pipeline does not apply guidance.
         """
@@ -116,5 +116,5 @@ class QwenImage21Family(QwenImageLatentsFamily):
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         height, width = latents.shape[-2:]
-        image = output[:, -height * width :]  # text comes first
+        image = output[:, -height * width :]  # the output of text tokens comes first
         return image.transpose(1, 2).unflatten(2, (height, width))

@@ -1,7 +1,7 @@
 """Find the model family of a pipeline class.
 
-Families come from this package, from `register_family`, and from entry points of installed packages. A family's module
-is imported when one of its pipelines is first used.
+Families come from this package, from `register_family`, and from entry points of installed packages. The module of
+a family is imported when one of the family's pipelines is first used.
 """
 
 import re
@@ -15,7 +15,7 @@ from .base import Family
 ENTRY_POINT_GROUP = "trl_diffusion_sdpo.families"
 HOW_TO_ADD = "docs/extending.md"
 
-# "module:Class" of a family -> names of the pipeline classes that it can train.
+# "module:Class" of a family in this package -> names of the pipeline classes that the family can train.
 _SERVED = {
     "stable_diffusion:StableDiffusionFamily": (
         "StableDiffusionPipeline",
@@ -64,12 +64,13 @@ def register_family(pipeline_class: str, family: str, *, replace: bool = False) 
 
     Args:
         pipeline_class (`str`): Name of the pipeline's class, as in the `_class_name` of its `model_index.json`.
-        family (`str`): The [`Family`] as `"package.module:Class"`. It is imported when such a pipeline is first used,
-            and its `pipeline_classes` must contain `pipeline_class`.
-        replace (`bool`, *optional*, defaults to `False`): Whether to replace the family that the class already has.
+        family (`str`): The [`Family`] as `"package.module:Class"`. The family is imported when such a pipeline is
+            first used. Its attribute `pipeline_classes` must contain `pipeline_class`.
+        replace (`bool`, *optional*, defaults to `False`): Whether to replace the family that the pipeline class
+            already has.
 
     Raises:
-        `ValueError`: If a name is malformed, or the class has another family and `replace` is `False`.
+        `ValueError`: If a name is malformed, or if the pipeline class has another family and `replace` is `False`.
 
     Example:
 
@@ -80,7 +81,7 @@ def register_family(pipeline_class: str, family: str, *, replace: bool = False) 
     """
     if not pipeline_class.isidentifier() or not re.fullmatch(r"\w+(\.\w+)*:\w+", family):
         raise ValueError(
-            "register_family takes the name of a pipeline class and a family as 'package.module:Class', got "
+            "`register_family` needs the name of a pipeline class and a family as 'package.module:Class', got "
             f"{pipeline_class!r} and {family!r}. Example: register_family('MyPipeline', 'my_package:MyFamily')."
         )
     others = {path for path, _ in _sources(pipeline_class)} - {family}
@@ -100,11 +101,11 @@ def known_pipeline_classes() -> list[str]:
 def family_for_class_name(name: str) -> type[Family]:
     """Return the family of a pipeline class.
 
-    A registered family comes before the families of this package and of entry points.
+    A family from `register_family` takes precedence over the families of this package and those of entry points.
 
     Raises:
-        `ValueError`: If the class has no family, or several and none is registered, or if the family cannot be
-            imported, is not a [`Family`], or does not list the class.
+        `ValueError`: If the pipeline class has no family, or has several families of which none comes from
+            `register_family`. Also if the family cannot be imported, is not a [`Family`], or does not list the class.
     """
     sources = _sources(name)
     if not sources:
@@ -124,10 +125,10 @@ def family_for_class_name(name: str) -> type[Family]:
 
 
 def find_family(pipeline: DiffusionPipeline) -> Family:
-    """Return the family of a loaded pipeline, wrapped around this pipeline.
+    """Return an instance of the family of a loaded pipeline, for training this pipeline.
 
     Raises:
-        `ValueError`: If no family serves the pipeline's class, or its family cannot train it.
+        `ValueError`: If the pipeline's class has no family, or the family cannot train this pipeline.
     """
     return family_for_class_name(type(pipeline).__name__)(pipeline)
 
@@ -137,7 +138,8 @@ def _entry_points() -> EntryPoints:
 
 
 def _sources(name: str) -> list[tuple[str, str]]:
-    """Return all families of a pipeline class as `("module:Class", source)`, with the registered family first."""
+    """Return all families of a pipeline class as tuples of `"module:Class"` and a description of where the family comes
+    from. A family from `register_family` comes first."""
     sources = [(_registered[name], "register_family")] if name in _registered else []
     if name in FAMILIES:
         sources.append((FAMILIES[name], "built in"))

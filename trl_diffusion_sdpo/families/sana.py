@@ -1,6 +1,6 @@
 """Sana: a linear-attention transformer over strongly compressed latents, trained by flow matching.
 
-Its autoencoder is deep and deterministic, and prompts are encoded by Gemma 2.
+The autoencoder is deterministic. Prompts are encoded by Gemma 2.
 """
 
 import inspect
@@ -15,10 +15,11 @@ from .base import Family
 class SanaFamily(Family):
     """Trains `SanaPipeline`: Sana and Sana 1.5.
 
-    Sana-Sprint is refused, because it was distilled to few steps with another objective. The pipeline's default
-    instruction is put before each prompt. The autoencoder samples nothing, so its latents do not depend on generators.
+    Sana-Sprint raises an error, because it was distilled to few steps with another objective. The pipeline's default
+    instruction is put before each prompt. The autoencoder draws no random numbers, so latents do not depend on a seed.
 
-    Sources: https://huggingface.co/papers/2410.10629 for the model; LoRA targets and rate as diffusers' script.
+    Sources: https://huggingface.co/papers/2410.10629 for the model; diffusers' script for the LoRA's target
+    modules and learning rate.
     """
 
     name = "Sana"
@@ -28,19 +29,19 @@ class SanaFamily(Family):
     # Our choice, because no rate is published: between those of Stable Diffusion (2e-6) and SDXL (2e-7).
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # from diffusers' script
-    patch_size = 1  # one token per latent: the autoencoder already compresses strongly
+    patch_size = 1  # one token per latent, because the autoencoder already compresses strongly
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Turn off the rounding of image sizes to the pipeline's fixed list."""
+        """Return arguments that also turn off the rounding of image sizes to the pipeline's fixed list."""
         return {**super().generation_kwargs(scale), "use_resolution_binning": False}
 
     def check_pipeline(self) -> None:
         super().check_pipeline()
         if self.denoiser.config.guidance_embeds:
             raise ValueError(
-                "A Sana transformer must have `guidance_embeds=False`, and this one has True. It belongs to "
-                "Sana-Sprint, which was distilled with another objective. Use the Sana checkpoint that it was "
-                "distilled from."
+                "A Sana transformer must have `guidance_embeds=False`, and this one has True. This transformer belongs "
+                "to Sana-Sprint, which was distilled with another objective. Use the Sana checkpoint from which it was "
+                "distilled."
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -50,7 +51,7 @@ class SanaFamily(Family):
         return {"prompt_embeds": prompt_embeds, "prompt_mask": mask.bool()}  # (N, tokens, width) and (N, tokens)
 
     def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the latents themselves, because this VAE is deterministic."""
+        """Return the latents of images, because this VAE is deterministic and has no posterior."""
         return self.pipeline.vae.encode(pixel_values).latent
 
     def sample_moments(self, moments: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
@@ -73,6 +74,6 @@ class SanaFamily(Family):
         return inputs["timestep"] / self.denoiser.config.timestep_scale
 
     def _instruction(self) -> list[str]:
-        """Return the default instruction that the pipeline's call puts before prompts. `encode_prompt` alone adds
-        none."""
+        """Return the default instruction that the pipeline's call puts before prompts. `encode_prompt` has no such
+        default."""
         return inspect.signature(type(self.pipeline).__call__).parameters["complex_human_instruction"].default

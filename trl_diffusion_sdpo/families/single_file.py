@@ -1,4 +1,4 @@
-"""Models in a single `.safetensors` file, in the format of the original code. Diffusers converts them."""
+"""Load models from a single `.safetensors` file in the format of the original code, which diffusers converts."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ _PICKLES = (".bin", ".pt", ".ckpt")
 
 
 def is_single_file(name_or_path: str) -> bool:
-    """Whether a model name is the path of a file."""
+    """Return whether the name of a model is the path of a file."""
     return os.path.isfile(name_or_path)
 
 
 def configuration_of(name_or_path: str, config: str | None = None) -> str:
-    """Return the folder or Hub id of a diffusers pipeline that has the configuration of a model.
+    """Return the folder or Hub id of the diffusers pipeline from which a model's configuration is read.
 
-    For a folder or Hub id, this is the model itself. For a single file, it is `config`, or else the model that
-    diffusers recognises by the file's tensors.
+    If the model is a folder or a Hub id, the result is the model itself. If the model is a single file, the result is
+    `config`. If `config` is unset, the result is the model that diffusers recognises by the names and shapes of the
+    file's tensors.
 
     Raises:
         `ValueError`: If the file is not a safetensors file, `config` was passed for a model that is not a single file,
@@ -36,28 +37,28 @@ def configuration_of(name_or_path: str, config: str | None = None) -> str:
         if config is not None:
             raise ValueError(
                 f"`config` is only for a model in one file, got {config!r} for {name_or_path}, which is not a file. "
-                "Leave it out."
+                "Leave out `config`."
             )
         return name_or_path
     if Path(name_or_path).suffix != SUFFIX:
         raise ValueError(
-            f"A model in one file must be a {SUFFIX} file, got {name_or_path}. Other formats are pickles, which can "
-            "run code when they are read. Download the model as safetensors, or convert it if you trust its source."
+            f"A model in a single file must be a {SUFFIX} file, got {name_or_path}. Other formats are pickles, which "
+            "can run code when they are read. Download the model as safetensors, or convert it if you trust its source."
         )
     if config is None:
         return _inferred(name_or_path)
     for folder in {file.parent for file in Path(config).glob("*/*") if file.suffix in _PICKLES}:
         if not any(folder.glob(f"*{SUFFIX}")):
             raise ValueError(
-                f"Components that the file lacks are read from the folder of `config`, and {folder} has pickled "
-                f"weights, which are never read. Convert them to {SUFFIX}, or remove them."
+                f"Weights in the folder of `config` must be {SUFFIX} files, and {folder} has pickled weights, which "
+                f"are never read. Convert these weights to {SUFFIX} files, or remove them."
             )
     return config
 
 
 @contextmanager
 def reading_single_file(name_or_path: str, config: str) -> Iterator[None]:
-    """Raise `ValueError` for errors of diffusers within this context, such as missing components."""
+    """Return a context manager that turns errors of diffusers, such as missing components, into a `ValueError`."""
     try:
         yield
     except SingleFileComponentError as error:
@@ -73,9 +74,9 @@ def reading_single_file(name_or_path: str, config: str) -> Iterator[None]:
 
 
 def _inferred(file: str) -> str:
-    """Return the Hub id of the model that diffusers recognises by the names and shapes of a file's tensors.
+    """Return the Hub id of the model that diffusers recognises by the names and shapes of the tensors in a file.
 
-    The tensors themselves are not read.
+    The values of the tensors are not read.
     """
     try:
         with safe_open(file, "pt") as opened:

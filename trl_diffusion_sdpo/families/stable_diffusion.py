@@ -14,8 +14,8 @@ from .unet_checks import check_text_to_image_unet
 class StableDiffusionFamily(Family):
     """Trains `StableDiffusionPipeline`.
 
-    Pipelines saved as the image-to-image or inpainting class can be trained too if their UNet is the text-to-image
-    one.
+    Pipelines that were saved as the image-to-image or inpainting class can be trained too, if their UNet is that of a
+    text-to-image model.
     """
 
     name = "Stable Diffusion"
@@ -23,9 +23,10 @@ class StableDiffusionFamily(Family):
     denoiser_name = "unet"
     frozen_components = ("vae", "text_encoder")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # from diffusers' DPO script
-    # Published: 2.05e-5 for AdamW at 2048 pairs per step. The square root rule scales this to about 20 pairs.
+    # Published: 2.05e-5 for AdamW at 2048 pairs per step. The square root rule gives 2e-6 for about 20
+    # pairs per step.
     learning_rate_full = 2e-6
-    learning_rate_lora = 1e-4  # diffusers' DPO script takes 1e-5, over 10000 steps
+    learning_rate_lora = 1e-4  # diffusers' DPO script uses 1e-5, over 10000 steps
     defaults = STABLE_DIFFUSION_DEFAULTS
     noise_process_class = DDPMProcess
 

@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5: a transformer over one sequence of image and text tokens, trained by flow matching.
 
-It is conditioned on two CLIP text encoders and optionally on T5.
+The transformer is conditioned on two CLIP text encoders and optionally on T5.
 """
 
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ from .base import JOINT_ATTENTION_TARGETS, Family, check_in_channels
 class StableDiffusion3Family(Family):
     """Trains `StableDiffusion3Pipeline`.
 
-    Pipelines saved as the image-to-image or inpainting class can be trained too if their transformer is the
-    text-to-image one. T5 may be left out (`text_encoder_3=None, tokenizer_3=None`). The pipeline then uses zeros as
-    its embeddings.
+    Pipelines that were saved as the image-to-image or inpainting class can be trained too, if their transformer is that
+    of a text-to-image model. The pipeline may be loaded without T5 (`text_encoder_3=None, tokenizer_3=None`). Without
+    T5, the pipeline uses zeros in place of T5's embeddings.
 
-    Source of the architecture and the process: https://huggingface.co/papers/2403.03206.
+    Source of the architecture and the noise process: https://huggingface.co/papers/2403.03206.
     """
 
     name = "Stable Diffusion 3"

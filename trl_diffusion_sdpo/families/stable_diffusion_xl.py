@@ -1,6 +1,6 @@
 """Stable Diffusion XL: a UNet with two CLIP text encoders, trained by DDPM.
 
-It is also conditioned on the pooled text embedding and on image sizes.
+The UNet is also conditioned on the pooled text embedding and on image sizes.
 """
 
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ N_TIME_IDS = 6  # original height and width, crop top and left, target height an
 
 
 class StableDiffusionXLFamily(Family):
-    """Trains `StableDiffusionXLPipeline` with a base UNet. Refiner UNets are refused, because they take an aesthetic
-    score.
+    """Trains `StableDiffusionXLPipeline` with a base UNet. Refiner UNets raise an error, because they need an
+    aesthetic score as an input.
 
-    An empty prompt is encoded as text, as in diffusers' training scripts. The pipeline's
-    `force_zeros_for_empty_prompt` only affects negative prompts under guidance.
+    An empty prompt is encoded like any other prompt, as in diffusers' training scripts. The pipeline's option
+    `force_zeros_for_empty_prompt` only affects negative prompts under classifier-free guidance.
 
     Source of the size conditioning: https://huggingface.co/papers/2307.01952, section 2.2.
     """
@@ -31,9 +31,10 @@ class StableDiffusionXLFamily(Family):
     denoiser_name = "unet"
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # from diffusers' DPO script
-    # Published: 2.05e-6 for Adafactor at 2048 pairs per step. The square root rule scales this to about 20 pairs.
+    # Published: 2.05e-6 for Adafactor at 2048 pairs per step. The square root rule gives 2e-7 for about 20
+    # pairs per step.
     learning_rate_full = 2e-7
-    learning_rate_lora = 1e-4  # diffusers' DPO script takes 1e-5
+    learning_rate_lora = 1e-4  # diffusers' DPO script uses 1e-5
     defaults = STABLE_DIFFUSION_XL_DEFAULTS
     noise_process_class = DDPMProcess
 
@@ -43,18 +44,18 @@ class StableDiffusionXLFamily(Family):
         unet = self.pipeline.unet.config
         if unet.addition_embed_type != "text_time" or unet.projection_class_embeddings_input_dim is None:
             raise ValueError(
-                f"An SDXL UNet has `addition_embed_type='text_time'`, got {unet.addition_embed_type!r}. Use a "
+                f"An SDXL UNet must have `addition_embed_type='text_time'`, got {unet.addition_embed_type!r}. Use a "
                 "pipeline with an SDXL UNet."
             )
-        if self.pipeline.text_encoder_2 is None:  # a pipeline that generates from embeddings
+        if self.pipeline.text_encoder_2 is None:  # a pipeline without text encoders, which generates from embeddings
             return
         pooled = self.pipeline.text_encoder_2.config.projection_dim
         expected = N_TIME_IDS * unet.addition_time_embed_dim + pooled
         if unet.projection_class_embeddings_input_dim != expected:
             raise ValueError(
-                f"An SDXL base UNet has `projection_class_embeddings_input_dim` {expected}, for {N_TIME_IDS} sizes "
-                f"and {pooled} numbers of pooled text; got {unet.projection_class_embeddings_input_dim}. The refiner "
-                "has fewer, because it takes an aesthetic score. Use the base model."
+                f"An SDXL base UNet must have `projection_class_embeddings_input_dim` {expected}, for {N_TIME_IDS} "
+                f"sizes and {pooled} numbers of pooled text; got {unet.projection_class_embeddings_input_dim}. The "
+                "refiner's UNet has a smaller number, because it takes an aesthetic score. Use the base model."
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -65,7 +66,8 @@ class StableDiffusionXLFamily(Family):
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Multiply by the scaling factor, and normalise each channel if the VAE's configuration has `latents_mean`."""
+        """Return latents times the scaling factor. If the VAE's configuration has `latents_mean`, also normalise each
+        channel."""
         config = self.pipeline.vae.config
         if config.latents_mean is None or config.latents_std is None:
             return latents * config.scaling_factor
@@ -75,7 +77,8 @@ class StableDiffusionXLFamily(Family):
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """Return `time_ids` of shape `(N, 6)`, float32, in the pipeline's order. Half precision would round sizes."""
+        """Return `time_ids` `(N, 6)`: original size, crop and target size, as in the pipeline. The dtype is float32,
+        because half precision would round the sizes."""
         target = constant(tuple(target_size), original_sizes.dtype, original_sizes.device)
         target_sizes = target.expand(len(original_sizes), 2)
         time_ids = torch.cat([original_sizes, crop_top_lefts.to(original_sizes), target_sizes], dim=1)

@@ -1,4 +1,4 @@
-"""Checks of UNets, for Stable Diffusion and SDXL."""
+"""Check the UNets of Stable Diffusion and SDXL pipelines."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from diffusers import DiffusionPipeline
 
 
 def check_text_to_image_unet(pipeline: DiffusionPipeline) -> None:
-    """Raise an error if a UNet takes more inputs than noisy latents and a prompt.
+    """Raise `ValueError` if a pipeline's UNet takes further inputs than noisy latents, a timestep and a prompt.
 
     Raises:
         ValueError: If the UNet has more input channels than latents have (inpainting, depth, editing), or takes a
@@ -16,13 +16,13 @@ def check_text_to_image_unet(pipeline: DiffusionPipeline) -> None:
     channels = pipeline.vae.config.latent_channels
     if unet.in_channels != channels:
         raise ValueError(
-            f"A text-to-image UNet has {channels} input channels, the latent channels of its VAE. This UNet has "
+            f"A text-to-image UNet must have {channels} input channels, the latent channels of its VAE. This UNet has "
             f"{unet.in_channels}, so it was made for inpainting, depth or editing. Use the text-to-image checkpoint "
             "of the same model."
         )
     if unet.time_cond_proj_dim is not None:
         raise ValueError(
-            f"This UNet takes the guidance scale as an input (`time_cond_proj_dim` is {unet.time_cond_proj_dim}), so "
-            "it was distilled. Preference training would undo the distillation. Use the checkpoint that it was "
-            "distilled from."
+            f"A UNet must not take the guidance scale as an input, and this one does (`time_cond_proj_dim` is "
+            f"{unet.time_cond_proj_dim}). This UNet was distilled, and preference training would undo the "
+            "distillation. Use the checkpoint from which it was distilled."
         )

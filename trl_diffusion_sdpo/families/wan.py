@@ -1,7 +1,7 @@
 """Wan 2.1 and 2.2, text to video: a transformer over latents of clips, with a UMT5 text encoder, trained by flow
 matching.
 
-Latents of clips have five dimensions. A still image is a clip of one frame.
+Latents of clips have the shape `(N, C, frames, H, W)`. A still image is a clip of one frame.
 """
 
 from collections.abc import Mapping
@@ -17,18 +17,20 @@ MAX_SEQUENCE_LENGTH = 512  # every prompt is padded to this many tokens, as the 
 class WanFamily(Family):
     """Trains `WanPipeline` with one text-to-video transformer: Wan 2.1 (1.3B and 14B) and Wan 2.2 TI2V-5B.
 
-    Wan 2.2 A14B has two transformers, one for each of two timestep ranges. A pipeline with both is refused: train each
-    one separately, in a pipeline with one transformer and over its range. Image-to-video transformers are refused.
+    Wan 2.2 A14B has two transformers, one for each of two timestep ranges. A pipeline with both
+    transformers raises an error. Train each transformer separately: load a pipeline with only this transformer, and set
+    `timestep_range` to its range. Image-to-video transformers raise an error too.
     """
 
     name = "Wan"
     pipeline_classes = ("WanPipeline",)
     frozen_components = ("vae", "text_encoder")
-    # Self-attention and cross-attention, as in finetrainers' examples for Wan. Diffusers has no script.
+    # Self-attention and cross-attention, as in finetrainers' examples for Wan. Diffusers has no LoRA script
+    # for Wan.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     # Our choice: half of Stable Diffusion's rate, because larger models need smaller steps.
     learning_rate_full = 1e-6
-    learning_rate_lora = 1e-4  # our choice, as diffusers' scripts for other transformers
+    learning_rate_lora = 1e-4  # our choice: the same as in diffusers' scripts for other transformers
     patch_size = 2
     conditional_rows = "all"
     generated_image = "frames[0][0]"
@@ -39,29 +41,29 @@ class WanFamily(Family):
 
     @property
     def default_resolution(self) -> tuple[int, int]:
-        """The default of the pipeline's call, which every checkpoint supports. Larger checkpoints also support 720
-        lines."""
+        """The default size of the pipeline's call (height, width), which every checkpoint supports. Larger checkpoints
+        also support a height of 720."""
         return 480, 832
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Generate one frame, which is an image."""
+        """Return arguments for generating a video of one frame, which is an image."""
         return {**super().generation_kwargs(scale), "num_frames": 1, "output_type": "pil"}
 
     def check_pipeline(self) -> None:
         if self.pipeline.transformer_2 is not None or self.pipeline.config.boundary_ratio is not None:
             raise ValueError(
-                "A Wan pipeline can be trained if it has one transformer. This one has two, for two timestep ranges "
-                f"(`boundary_ratio` is {self.pipeline.config.boundary_ratio}). Train them one after the other. Load "
-                "the pipeline with `transformer_2=None, boundary_ratio=None`, and set `timestep_range` to the range "
-                "of the transformer. The first transformer has the timesteps above `1000 * boundary_ratio`. To train "
-                "the second one, pass it as `transformer`."
+                "A Wan pipeline must have only one transformer for training. This pipeline has two, for two timestep "
+                f"ranges (`boundary_ratio` is {self.pipeline.config.boundary_ratio}). Train the two transformers one "
+                "after the other. Load the pipeline with `transformer_2=None, boundary_ratio=None`, and set "
+                "`timestep_range` to the range of the transformer. The first transformer has the timesteps above `1000 "
+                "* boundary_ratio`. To train the second one, pass it as `transformer`."
             )
         super().check_pipeline()
         check_in_channels(self, self.pipeline.vae.config.z_dim)
         if self.denoiser.config.image_dim is not None:
             raise ValueError(
-                "A text-to-video transformer has `image_dim` None, got "
-                f"{self.denoiser.config.image_dim}. This one was made to animate images. Use a text-to-video "
+                "A text-to-video transformer must have `image_dim` None, got "
+                f"{self.denoiser.config.image_dim}. This transformer animates images. Use a text-to-video "
                 "checkpoint."
             )
 
@@ -72,12 +74,13 @@ class WanFamily(Family):
         return {"prompt_embeds": prompt_embeds}  # (N, tokens, width), zeros after the end of the prompt
 
     def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Run the VAE's encoder on images `(N, 3, H, W)` or clips `(N, 3, frames, H, W)`.
+        """Return the output of the VAE's encoder for images `(N, 3, H, W)` or clips `(N, 3, frames, H, W)`.
 
         With the VAE of Wan 2.1, the result has shape `(N, 2C, 1 + (frames - 1) / 4, H / 8, W / 8)`.
 
         Raises:
-            ValueError: If the number of frames does not fit the VAE, which would ignore the last frames.
+            ValueError: If the number of frames does not fit the VAE. The VAE itself would silently ignore the last
+                frames.
         """
         clips = pixel_values.unsqueeze(2) if pixel_values.ndim == 4 else pixel_values
         frames, factor = clips.shape[2], self.pipeline.vae_scale_factor_temporal
@@ -97,8 +100,8 @@ class WanFamily(Family):
     ) -> dict[str, Any]:
         """Return the denoiser's inputs, with one timestep per row.
 
-        A pipeline with `expand_timesteps` repeats the timestep for every token. It needs that only for clips that
-        begin with a given image. Equal timesteps give the same result either way.
+        A pipeline with `expand_timesteps` repeats the timestep for every token, because it can also generate clips that
+        begin with a given image. If all timesteps of a row are equal, one timestep per row gives the same result.
         """
         text = conditioning["prompt_embeds"].to(latents.dtype)
         return {"hidden_states": latents, "timestep": timesteps, "encoder_hidden_states": text}

@@ -1,6 +1,7 @@
 """Z-Image: a transformer over one sequence of image and prompt tokens, trained by flow matching.
 
-Prompts are encoded by Qwen 3 and not padded. The transformer's time runs from 0 (noise) to 1 (image).
+Prompts are encoded by Qwen 3, and the transformer gets prompts without padding. The transformer's time runs from 0
+(noise) to 1 (image).
 """
 
 from collections.abc import Mapping
@@ -15,17 +16,19 @@ PROMPT_TOKENS = 512  # the pipeline's `max_sequence_length`
 
 
 class ZImageFamily(Family):
-    """Trains `ZImagePipeline`: Z-Image and Z-Image-Turbo, which share one class. Omni transformers are refused.
+    """Trains `ZImagePipeline` with the models Z-Image or Z-Image-Turbo. Transformers of Z-Image-Omni raise an error.
 
     Turbo is distilled from Z-Image to generate in about eight steps without guidance, but its configuration does not
-    say so. Long training gradually undoes the distillation, because it uses the original objective. If that matters,
-    tune Z-Image.
+    say so. Long training of Turbo gradually undoes the distillation, because training uses the original objective. To
+    avoid this, tune Z-Image.
 
-    The transformer's time runs from noise to image, and it predicts image minus noise. This class reverses both, so
-    the noise process is the usual one. In this pipeline guidance is off at `guidance_scale=0`, not at 1, because the
-    scaled difference is added to the prompt's prediction.
+    The transformer's time runs from noise to image, and the transformer predicts image minus noise. This class reverses
+    the time and the sign of the prediction, so that the usual noise process applies. In this pipeline,
+    `guidance_scale=0` turns guidance off, not 1, because the scaled difference is added to the prediction with the
+    prompt.
 
-    Sources: https://huggingface.co/papers/2511.22699 for the model; LoRA targets and rate as diffusers' script.
+    Sources: https://huggingface.co/papers/2511.22699 for the model; diffusers' script for the LoRA's target
+    modules and learning rate.
     """
 
     name = "Z-Image"
@@ -41,24 +44,24 @@ class ZImageFamily(Family):
 
     @property
     def default_resolution(self) -> int:
-        """The default of the pipeline's call, because the denoiser's configuration has no image size."""
+        """The default image size of the pipeline's call, because the denoiser's configuration has no image size."""
         return 1024
 
     def check_pipeline(self) -> None:
         super().check_pipeline()
         if self.denoiser.config.siglip_feat_dim is not None:
             raise ValueError(
-                "A text-to-image Z-Image transformer has `siglip_feat_dim` None, got "
+                "A text-to-image Z-Image transformer must have `siglip_feat_dim` None, got "
                 f"{self.denoiser.config.siglip_feat_dim}. This one belongs to Z-Image-Omni. Use Z-Image or "
                 "Z-Image-Turbo."
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        # The pipeline writes its chat template into the list, so it gets a copy.
+        # The pipeline writes its chat template into the list of prompts, so pass a copy of the list.
         rows, _ = self.call_encode_prompt(
             list(prompts), do_classifier_free_guidance=False, max_sequence_length=PROMPT_TOKENS
         )
-        # Pad to the maximum length, so that rows of several batches can be joined.
+        # Pad embeddings to the maximum length, so that embeddings of several batches can be joined.
         prompt_embeds = torch.stack([pad(row, (0, 0, 0, PROMPT_TOKENS - len(row))) for row in rows])
         # Lengths stay on the CPU, because every prediction reads them there to remove the padding.
         lengths = torch.tensor([len(row) for row in rows])

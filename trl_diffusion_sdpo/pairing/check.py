@@ -1,4 +1,4 @@
-"""Check of a data set of pairs before training: dropped pairs, doubtful pairs, and a contact sheet."""
+"""Check a data set of pairs before training: report dropped and doubtful pairs, and write a contact sheet."""
 
 from __future__ import annotations
 
@@ -29,18 +29,24 @@ def check_pairs(
     sheet: Path | None = None,
     folder: Path | None = None,
 ) -> list[str]:
-    """Report the pairs that training reads, drops and may better not have, as lines of text. All images are decoded.
+    """Report which pairs training reads, which pairs it drops, and which pairs look doubtful, as lines of text.
+
+    All images are decoded.
 
     Args:
         dataset (`Any`): See [`prepare_dataset`].
-        options (`PairOptions`, *optional*): Settings by which training would read the data set.
-        look_at (`int`): How many pairs, evenly spaced, are compared, scored and shown.
-        scorer (`Scorer`, *optional*): A scorer whose preferences are compared with the pairs.
-        sheet (`Path`, *optional*): HTML file to write these pairs to, with their prompts.
-        folder (`Path`, *optional*): Folder of `pairs pick`, whose ties are reported too.
+        options (`PairOptions`, *optional*): Settings with which training would read the data set.
+        look_at (`int`): Number of evenly spaced pairs to examine. In these pairs, the check looks for identical images,
+            repeated pairs and contradictions. The scorer scores these pairs, and the contact sheet shows
+            these pairs.
+        scorer (`Scorer`, *optional*): Scorer for the images. The report says in which share of the pairs it scores the
+            chosen image higher.
+        sheet (`Path`, *optional*): HTML file for the contact sheet, which shows the examined pairs with their prompts.
+        folder (`Path`, *optional*): Output folder of the command `pairs pick`. If it has picks, the report also gives
+            the number of picks with each verdict.
 
     Raises:
-        `ValueError`: If training would refuse the data set.
+        `ValueError`: If training would raise an error for the data set.
     """
     options = options or PairOptions(PairTransform(512), verify_images="all", min_side=1, compare=False)
     pairs = prepare_dataset(dataset, options, name="pairs")
@@ -58,7 +64,7 @@ def check_pairs(
             winner, loser = (
                 image.decode(pairs.reader) for image in source.images(origins[pair].reshape(2, 2).tolist())
             )
-        except UndecodableImageError:  # the file was deleted after the first check
+        except UndecodableImageError:  # the file was deleted after `prepare_dataset` had read it
             continue
         prompt = prompts[pair]
         first, second = _digest(winner), _digest(loser)
@@ -76,21 +82,24 @@ def check_pairs(
 
     lines = [
         str(pairs.report),
-        f"  {len(counts)} prompts; the most frequent one has {max(counts.values())} pairs",
-        f"  of {compared} pairs compared, {identical} have two identical images, {repeated} repeat an earlier pair, "
-        f"and {contradictory} prefer the image that an earlier pair rejects",
-        f"  {len(sizes)} sizes of images; the most frequent: "
+        f"  {len(counts)} different prompts; the most frequent prompt has {max(counts.values())} pairs",
+        f"  of {compared} examined pairs, {identical} have two identical images, {repeated} repeat an earlier pair, "
+        f"and {contradictory} contradict an earlier pair: the same two images with the other one chosen",
+        f"  {len(sizes)} different image sizes; the most frequent: "
         + ", ".join(f"{size} ({count} times)" for size, count in sizes.most_common(5)),
     ]
     if pairs.scores is not None:
         share = float((pairs.scores[:, 0] > pairs.scores[:, 1]).mean())
         lines.append(f"  the score columns prefer the chosen image in {share:.0%} of the pairs")
     if scorer is not None and agreed:
-        lines.append(f"  {scorer.name} prefers the chosen image in {sum(agreed) / len(agreed):.0%}; a tie counts half")
+        lines.append(
+            f"  {scorer.name} prefers the chosen image in {sum(agreed) / len(agreed):.0%} of these pairs; a tie counts "
+            "half"
+        )
     if folder is not None and (folder / PICKS_FILE).is_file():
         verdicts = PickLog(folder, read_only=True).verdicts
         listed = ", ".join(f"{count} {verdict.replace('_', ' ')}" for verdict, count in verdicts.items())
-        lines.append(f"  picks: {listed}. Only `first` and `second` become pairs")
+        lines.append(f"  picks by verdict: {listed}. Only picks of `first` or `second` become pairs")
     if sheet is not None:
         write_atomically(sheet, template(SHEET).render(summary="\n".join(lines), pairs=shown).encode())
     return lines

@@ -1,4 +1,5 @@
-"""Pairs from a model's own images: generate several images of each prompt, score them, and pair good with bad ones."""
+"""Make pairs from a model's own images: generate several images of each prompt, score them, and pair good images with
+bad ones."""
 
 from __future__ import annotations
 
@@ -30,14 +31,16 @@ class Pairing:
     """How scored images of one prompt become pairs.
 
     Args:
-        combination (`str`, *optional*, defaults to `"weighted"`): How several scorers become one reward. `"weighted"`:
-            each scorer's z-scores within the prompt, weighted and summed, then divided by the standard deviation over
-            all images (GDPO). `"majority"`: an image beats another one if more scorers prefer it. The reward is the
-            share of the prompt's other images that it beats, minus the share that beat it, in `[-1, 1]`. `"pareto"`:
-            like `"weighted"`, but without pairs in which a scorer prefers the rejected image.
-        weights (`Mapping[str, float]`, *optional*): Weight of each scorer by name; 1 for other scorers.
-        margin (`float`, *optional*): Pair all images of a prompt whose rewards differ by at least this. If unset, each
-            prompt gives one pair: the best and the worst image.
+        combination (`str`, *optional*, defaults to `"weighted"`): How the scores of several scorers become one reward.
+            `"weighted"`: each scorer's scores are normalised to z-scores within the prompt. The reward is their
+            weighted sum, divided by its standard deviation over all images (GDPO). `"majority"`: an image beats
+            another image of its prompt if most scorers prefer it. The reward is the share of the
+            other images that the image beats, minus the share that beat it, in `[-1, 1]`. `"pareto"`: like
+            `"weighted"`, but without pairs in which a scorer prefers the rejected image.
+        weights (`Mapping[str, float]`, *optional*): Name of a scorer -> its weight. Scorers without an entry have
+            weight 1.
+        margin (`float`, *optional*): Make a pair of any two images of a prompt whose rewards differ by at least this
+            number. If unset, each prompt gives one pair: its best and its worst image.
 
     Raises:
         `ValueError`: If a value is out of range.
@@ -53,7 +56,10 @@ class Pairing:
                 f"`combination` must be one of {', '.join(get_args(Combination))}, got {self.combination!r}."
             )
         if self.margin is not None and not self.margin > 0:
-            raise ValueError(f"`margin` must be above 0, got {self.margin}. Leave it unset for best against worst.")
+            raise ValueError(
+                f"`margin` must be above 0, got {self.margin}. Leave `margin` unset to pair only the best and the "
+                "worst image of each prompt."
+            )
         if any(not weight >= 0 for weight in self.weights.values()):
             raise ValueError(f"The weights of scorers must be at least 0, got {dict(self.weights)}.")
 
@@ -68,44 +74,52 @@ def generate_pairs(
 ) -> int:
     """Generate images of each prompt, score them, and write `pairs.jsonl`, which training reads.
 
-    Images and scores are saved in the folder. An interrupted call continues, and a call with another `pairing` reuses
-    them. If accelerate launches several processes, they share the work. Each row has `prompt`, `chosen`, `rejected`,
-    `chosen_score`, `rejected_score`, `agreement` (share of scorers that prefer the chosen image; a tie counts half),
-    `chosen_seed` and `rejected_seed`, and `chosen_noise_seed` and `rejected_noise_seed`, from which training with
-    `noise_source="generated"` draws the initial noise again.
+    Images and scores are saved in the folder. If a call was interrupted, the same call continues where it stopped. A
+    call with another `pairing` reuses the images and scores. If accelerate launches several processes, they share the
+    work.
+
+    Each row of the file has `prompt`, `chosen`, `rejected`, `chosen_score`, `rejected_score`, `agreement` (share of
+    scorers that prefer the chosen image; a tie counts half), `chosen_seed` and `rejected_seed`, and
+    `chosen_noise_seed` and `rejected_noise_seed`. From the noise seeds, training with `noise_source="generated"` draws
+    the images' initial noise again.
 
     Args:
         model (`Candidate`): The model.
         prompts (`Sequence[str]` or `PromptList`): The prompts.
-        scorers (`Sequence[Scorer]`): The scorers. Without scorers, only images are written, for `pairs pick`. A judge
-            such as `vlm_judge` first compares the images of the first and second seed, of the third and fourth, and so
-            on. Then only images that the judge prefers may be chosen, and only other images may be rejected.
+        scorers (`Sequence[Scorer]`): The scorers. Without scorers, only images are written, so that a person can judge
+            them with `pairs pick`. A judge such as `vlm_judge` compares two images: that of the first seed with that
+            of the second, that of the third with that of the fourth, and so on. Then only winners of these comparisons
+            can be chosen, and only losers can be rejected.
         output_dir (`str` or `Path`): Folder for images, scores, pairs and a card.
-        settings (`ImageSettings`): Seeds, one image of each prompt for each, and arguments of the pipeline.
+        settings (`ImageSettings`): Seeds and arguments of the pipeline. Each prompt gets one image per seed.
         pairing (`Pairing`, *optional*): How images become pairs.
 
     Returns:
         `int`: Number of pairs.
 
     Raises:
-        `ValueError`: If there are fewer than two seeds, several judges, or a judge without a scorer; if a weight has
-            the name of no scorer; if the folder has images of other settings or pairs that a person picked; or if no
-            two images of a prompt have different scores.
+        `ValueError`: If there are fewer than two seeds, several judges, or a judge without a scorer; if a weight is
+            given for a scorer that is not used; if the folder has images that were generated with other settings, or
+            pairs that a person picked; or if no two images of a prompt have rewards that are far enough apart.
     """
     pairing = pairing or Pairing()
     folder = Path(output_dir)
     if len(settings.seeds) < 2:
-        raise ValueError(f"A pair needs two images of one prompt, so there must be 2 seeds, got {settings.seeds}.")
+        raise ValueError(f"A pair needs two images of one prompt, so pass at least 2 seeds, got {settings.seeds}.")
     judges = [scorer for scorer in scorers if isinstance(scorer, VLMServerJudge)]
     scorers = [scorer for scorer in scorers if not isinstance(scorer, VLMServerJudge)]
     if len(judges) > 1 or (judges and not scorers):
         raise ValueError(
-            f"Pairs need at most one judge, and with it a scorer of single images, got {[j.name for j in judges]} and "
-            f"{[scorer.name for scorer in scorers]}. Add a scorer such as `vlm_server`, or leave judges out."
+            f"At most one judge can choose pairs, together with a scorer of single images. Got the judges "
+            f"{[judge.name for judge in judges]} and the scorers {[scorer.name for scorer in scorers]}. Add a scorer "
+            "such as `vlm_server`, or leave the judges out."
         )
     unknown = sorted(set(pairing.weights) - {scorer.name for scorer in scorers})
     if unknown:
-        raise ValueError(f"`weights` must be those of the scorers {[s.name for s in scorers]}, got {unknown}.")
+        raise ValueError(
+            f"`weights` can have an entry for each of the scorers {[scorer.name for scorer in scorers]}, got "
+            f"{unknown}. Correct these names."
+        )
     _refuse_picks(folder)
     evaluation = evaluate_models([model], prompts, scorers, folder, settings)
     if not scorers:
@@ -133,8 +147,9 @@ def generate_pairs(
             )
     if not rows:
         raise ValueError(
-            f"A pair needs two images of a prompt with scores that are far enough apart for `pairing`, and none of the "
-            f"{len(evaluation.prompts.prompts)} prompts has any. Lower the margin, or use more seeds or other scorers."
+            f"A pair needs two images of one prompt whose rewards are far enough apart for `pairing`. None of the "
+            f"{len(evaluation.prompts.prompts)} prompts has two such images. Lower `margin`, or use more seeds or "
+            "other scorers."
         )
     facts = {
         "Images of each prompt": len(settings.seeds),
@@ -155,32 +170,35 @@ def pairs_of_negatives(
     settings: ImageSettings,
     negative_kwargs: Mapping[str, Any],
 ) -> int:
-    """Pair each image of a model with the one that it generates from the same noise with worse settings, and write
-    `pairs.jsonl`, which training reads. No scorer is needed.
+    """Write `pairs.jsonl` for training: each chosen image of a model is paired with an image that the same model
+    generates from the same noise with worse settings. No scorer is needed.
 
-    By default the worse image is generated without guidance, so it shows what the model itself has learned. An
-    interrupted call continues.
+    The command line generates the worse images without guidance by default. If a call was interrupted, the same call
+    continues where it stopped.
 
     Args:
         model (`Candidate`): The model.
         prompts (`Sequence[str]` or `PromptList`): The prompts.
         output_dir (`str` or `Path`): Folder for images, pairs and a card.
-        settings (`ImageSettings`): Seeds, one pair of each prompt for each, and arguments of the pipeline.
-        negative_kwargs (`Mapping[str, Any]`): Arguments of the pipeline for the worse images, which override those of
-            the settings.
+        settings (`ImageSettings`): Seeds and arguments of the pipeline. Each prompt gets one pair per seed.
+        negative_kwargs (`Mapping[str, Any]`): Arguments of the pipeline for the worse images. These override
+            the arguments in `settings`.
 
     Returns:
         `int`: Number of pairs.
 
     Raises:
-        `ValueError`: If the worse images would be generated like the others, or the folder has images of other
-            settings or pairs that a person picked.
+        `ValueError`: If the worse images would be generated with the same arguments as the chosen images, or the folder
+            has images that were generated with other settings, or pairs that a person picked.
 
-    Source: https://huggingface.co/papers/2505.11777 (Self-NPO) takes a model's own images as negatives, in a trainer of
-    its own. Pairs with the guided image of the same noise are ours.
+    Source: https://huggingface.co/papers/2505.11777 (Self-NPO) uses a model's own images as negatives.
+    The pairing with a guided image of the same noise is this package's choice.
     """
     if {**(settings.call_kwargs or {}), **negative_kwargs} == (settings.call_kwargs or {}):
-        raise ValueError(f"The negatives need arguments of their own, got {dict(negative_kwargs)} for both images.")
+        raise ValueError(
+            f"`negative_kwargs` must differ from the arguments of the chosen images, got {dict(negative_kwargs)} for "
+            "both. Pass worse settings, such as a `guidance_scale` of 1."
+        )
     folder = Path(output_dir)
     _refuse_picks(folder)
     listed = prompts if isinstance(prompts, PromptList) else distinct(prompts)
@@ -215,15 +233,18 @@ def pairs_of_negatives(
 def _refuse_picks(folder: Path) -> None:
     picks = folder / PICKS_FILE
     if picks.is_file() and picks.stat().st_size:
-        raise ValueError(f"{folder} has pairs that a person picked, which must not be replaced. Use another folder.")
+        raise ValueError(
+            f"The pairs of {folder} were picked by a person and are never overwritten. Use another output folder."
+        )
 
 
 def combine(scores: np.ndarray, weights: np.ndarray, combination: Combination) -> np.ndarray:
-    """Return one reward for each image; NaN if a scorer gives it no score.
+    """Return one reward for each image, or NaN for an image that a scorer gave no score.
 
     Args:
         scores (`np.ndarray` of shape `(scorers, prompts, images)`): The scores.
-        weights (`np.ndarray` of shape `(scorers,)`): Weights of the scorers. `"majority"` counts only those above 0.
+        weights (`np.ndarray` of shape `(scorers,)`): Weights of the scorers. `"majority"` gives one vote to each
+            scorer with a weight above 0.
 
     Returns:
         `np.ndarray` of shape `(prompts, images)`: The rewards.
@@ -248,12 +269,15 @@ def combine(scores: np.ndarray, weights: np.ndarray, combination: Combination) -
 def _judge_neighbours(
     judge: VLMServerJudge, folder: Path, name: str, prompts: PromptList, settings: ImageSettings
 ) -> np.ndarray:
-    """Return whether the judge prefers each image to its neighbour, `(prompts, seeds)`: 1 or -1, 0 for a tie, and NaN
-    without an answer or a neighbour."""
+    """Return the judge's verdict on each image, `(prompts, seeds)`. The images of two consecutive seeds are compared.
+
+    The verdict is 1 if the judge prefers this image, -1 if it prefers the other one, 0 for a tie, and NaN if the judge
+    gave no answer or the number of seeds is odd and this is the last one.
+    """
     count = len(settings.seeds) // 2
     neighbours = [settings.seeds[2 * pair : 2 * pair + 2] for pair in range(count)]
     rows = [(index, pair) for index in range(len(prompts.prompts)) for pair in neighbours]
-    # "model+model" names the scores after both models, so they go when the model's images are deleted.
+    # Named "model+model", the file of scores is deleted together with the scores of the model's other images.
     compared = score_rows(judge, folder, [name, name], rows, prompts, peers_of_this_run()).reshape(-1, count)
     judged = np.full((len(prompts.prompts), len(settings.seeds)), np.nan)
     judged[:, 0 : 2 * count : 2], judged[:, 1 : 2 * count : 2] = compared, -compared
@@ -263,8 +287,11 @@ def _judge_neighbours(
 def _pairs(
     scores: np.ndarray, rewards: np.ndarray, judged: np.ndarray | None, pairing: Pairing
 ) -> list[tuple[int, int]]:
-    """Return the pairs (chosen, rejected) of one prompt's images, the largest difference first. With `judged`
-    (`(images,)`, values 1, 0, -1 or NaN), images at 1 may be chosen and those at -1 rejected."""
+    """Return the pairs (chosen, rejected) of one prompt's images, in descending order of the difference in reward.
+
+    If `judged` is set, it has the verdict of `_judge_neighbours` on each image. Only images with verdict 1 can be
+    chosen, and only images with verdict -1 can be rejected.
+    """
     images = np.flatnonzero(np.isfinite(rewards))
     allowed = [
         (rewards[better] - rewards[worse], better, worse)

@@ -1,6 +1,6 @@
 """Read and write `manifest.jsonl`, which lists the images of a folder with their prompts and other columns.
 
-`evaluate` writes such a file too, with the column `model`.
+The command `evaluate` also writes this file, with the column `model`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_PROMPT = 20_000  # characters
 
 @dataclass(frozen=True)
 class ListedImage:
-    """Image of a folder. Images with the same prompt are compared with each other."""
+    """An image in a manifest. Images with the same prompt are compared with each other."""
 
     name: str  # path relative to the folder
     prompt: str
@@ -31,17 +31,21 @@ class ListedImage:
 
 
 def read_manifest(folder: Path) -> tuple[list[ListedImage], Counter[str]]:
-    """Return the images of a folder, and the number of skipped lines by reason."""
+    """Return the images in a folder's manifest, and the number of skipped lines for each reason."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
-        raise ValueError(f"There is no {path}. `pairs from-images {folder}` writes it for a folder of images.")
+        raise ValueError(
+            f"There is no {path}. Run `pairs from-images {folder}`, which writes this file for a folder of images."
+        )
     images: dict[str, ListedImage] = {}
     left_out: Counter[str] = Counter()
     for number, row in enumerate(read_json_lines(path, path.read_bytes()), 1):
         name = row.pop("image", None)
         prompt = row.pop("prompt", None)
         if not isinstance(name, str):
-            raise ValueError(f"{path}, line {number}: `image` must be the path of an image, got {name!r}.")
+            raise ValueError(
+                f"{path}, line {number}: `image` must be the path of an image, got {name!r}. Correct the line."
+            )
         if not is_inside(folder, name):
             left_out["outside of the folder"] += 1
         elif not is_image(folder / name):
@@ -58,38 +62,42 @@ def read_manifest(folder: Path) -> tuple[list[ListedImage], Counter[str]]:
 
 
 def write_manifest(folder: Path, images: Iterable[ListedImage]) -> None:
-    """Write the list of a folder's images."""
+    """Write the manifest of a folder."""
     rows = [{"image": image.name, "prompt": image.prompt, **image.facts} for image in images]
     write_atomically(folder / MANIFEST_FILE, json_lines(rows))
 
 
 def is_inside(folder: Path, name: str) -> bool:
-    """Return whether a path is inside the folder after links are resolved."""
+    """Return whether a path is inside a folder after symbolic links are resolved."""
     try:
         return (folder / name).resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError, ValueError):  # a circle of links, a name with a zero byte
+    except (OSError, RuntimeError, ValueError):  # symbolic links in a circle, a name with a zero byte
         return False
 
 
 def is_image(path: Path) -> bool:
-    """Return whether a file has the ending of an image that training reads."""
+    """Return whether the name of a file ends with the extension of an image format that training reads."""
     return Image.registered_extensions().get(path.suffix.lower()) in FILE_FORMATS
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Return rows as lines of JSON."""
+    """Return rows as JSON Lines, one object per line."""
     return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
 
 
 def read_json_lines(path: Path, content: bytes) -> list[dict[str, Any]]:
-    """Return the rows of a file with one JSON object a line. The path is for messages."""
+    """Return the rows in the content of a JSON Lines file. `path` is only used in error messages."""
     rows = []
     for number, line in enumerate(content.splitlines(), 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is no JSON: {error}. Repair or remove the line.") from error
+            raise ValueError(
+                f"{path}, line {number} is not valid JSON: {error}. Correct or remove the line."
+            ) from error
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} must be a JSON object, got {type(row).__name__}.")
+            raise ValueError(
+                f"{path}, line {number} must be a JSON object, got a {type(row).__name__}. Correct or remove the line."
+            )
         rows.append(row)
     return rows

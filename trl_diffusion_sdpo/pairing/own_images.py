@@ -1,4 +1,4 @@
-"""A person's own images: their prompts, ratings and duplicates, as the manifest of a folder."""
+"""Write a manifest for a folder of images that a person has: find prompts and ratings, and leave out duplicates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .manifest import MANIFEST_FILE, MAX_PROMPT, ListedImage, is_image, is_insid
 LIKED = ("liked", "likes", "favorites", "favourites", "good", "best", "winners", "chosen")
 DISLIKED = ("disliked", "dislikes", "bad", "worst", "losers", "rejected")
 THUMBNAIL = (16, 16)
-NEARLY_EQUAL = 8  # levels of 255 by which each cell of two thumbnails may differ
+NEARLY_EQUAL = 8  # largest difference of two equal thumbnails in any pixel and channel, on a scale of 0 to 255
 _COUNTER = re.compile(r"(?:[ _-]+\(?\d+\)?)*[ _-]*$")
 
 
@@ -30,11 +30,11 @@ class _OwnImage:
     pixels: int
     thumbnail: np.ndarray
     rating: float | None
-    like: int  # 1, 0 or -1, by its folder
+    like: int  # 1 in a folder `liked`, -1 in a folder `disliked`, else 0
 
 
 class _LeftOutError(Exception):
-    """Error for an image that is not listed. The message is the reason."""
+    """Error for an image that is left out of the manifest. The message is the reason."""
 
 
 def list_images(
@@ -46,25 +46,31 @@ def list_images(
 ) -> list[str]:
     """Write the manifest of a folder of images, and return a report as lines of text.
 
-    The prompt of an image is in a text file of the same name, or in its metadata, in the formats of A1111, Forge,
-    ComfyUI and SwarmUI. The rating of an image is 1 in a subfolder `liked`, -1 in a subfolder `disliked`, and 0
-    elsewhere if its prompt has images in such subfolders. If an image of the prompt has a star rating in its metadata,
-    subfolders do not count.
+    The prompt of `a.png` is read from the text file `a.txt`, or from metadata that A1111, Forge, ComfyUI or SwarmUI
+    wrote into the image. Ratings are star ratings in the metadata. If no image of a prompt has a star rating, images
+    in a subfolder `liked` are rated 1, those in a subfolder `disliked` -1, and all other images of the prompt 0. If
+    no image of the prompt is in one of these subfolders either, the images of the prompt have no rating.
 
-    If several images of one prompt look equal, only the largest is listed, with the highest of their ratings.
+    If several images of one prompt look equal, the manifest lists only the largest one, with the highest rating among
+    these images.
 
     Args:
         folder (`Path`): The folder. Images in subfolders are read too.
-        liked, disliked (`Sequence[str]`): Names of subfolders, in small letters.
-        from_names (`bool`): Whether an image without another prompt takes its name as its prompt.
+        liked, disliked (`Sequence[str]`): Names of the subfolders of liked and disliked images, in lower
+            case.
+        from_names (`bool`): Whether the file name of an image becomes its prompt if no other prompt is found.
 
     Raises:
-        `ValueError`: If the folder belongs to `evaluate`, cannot be written to, or has no image with a prompt.
+        `ValueError`: If the folder is missing, is the output folder of `evaluate`, cannot be written to, or has no
+            image with a prompt.
     """
     if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder}.")
+        raise ValueError(f"There is no folder {folder}. Check the path.")
     if (folder / MANIFEST_FILE).is_file() and any("model" in image.facts for image in read_manifest(folder)[0]):
-        raise ValueError(f"{folder} has images that `evaluate` generated, and is ready for `pairs pick`.")
+        raise ValueError(
+            f"`pairs from-images` is for your own images, and {folder} has images that `evaluate` generated. Run "
+            "`pairs pick` on this folder without `pairs from-images`."
+        )
     left_out: Counter[str] = Counter()
     sources: Counter[str] = Counter()
     by_prompt: dict[str, list[_OwnImage]] = {}
@@ -89,7 +95,7 @@ def list_images(
             for image in images:
                 image.rating = image.like
         distinct = _without_duplicates(images)
-        left_out["that look like another one of their prompt"] += len(images) - len(distinct)
+        left_out["that look like another image of the same prompt"] += len(images) - len(distinct)
         several += len(distinct) > 1
         for image in distinct:
             listed.append(ListedImage(image.name, prompt, {} if image.rating is None else {"rating": image.rating}))
@@ -97,23 +103,25 @@ def list_images(
     if not listed:
         raise ValueError(
             "\n".join([f"{folder} has no image with a prompt.", *reasons])
-            + "\nPut the prompt of a.png into a.txt, or pass `--from_names`."
+            + "\nWrite the prompt of a.png into a.txt, or pass `--from_names` to use the file names as prompts."
         )
     try:
         write_manifest(folder, listed)
     except OSError as error:
-        raise ValueError(f"{folder / MANIFEST_FILE} cannot be written: {error}.") from error
+        raise ValueError(
+            f"{folder / MANIFEST_FILE} cannot be written: {error}. Use a folder that you can write to."
+        ) from error
     rated = sum("rating" in image.facts for image in listed)
     return [
-        f"{folder / MANIFEST_FILE}: {len(listed)} images of {len(by_prompt)} prompts. {several} prompts have two "
-        f"images or more. {rated} images are rated.",
+        f"{folder / MANIFEST_FILE}: {len(listed)} images of {len(by_prompt)} prompts. {several} of the prompts "
+        f"have at least two images. {rated} images have a rating.",
         *(f"  {count} prompts from {source}" for source, count in sources.items()),
         *reasons,
     ]
 
 
 def _read(folder: Path, path: Path, like: int, from_names: bool) -> tuple[_OwnImage, str]:
-    """Return an image, and the source of its prompt."""
+    """Return an image and a description of where its prompt was found."""
     name = path.relative_to(folder).as_posix()
     if not is_inside(folder, name):
         raise _LeftOutError("outside of the folder")
@@ -144,14 +152,15 @@ def _caption(path: Path) -> str:
     except FileNotFoundError:
         return ""
     except (OSError, ValueError):
-        raise _LeftOutError(f"with a text file that is not in UTF-8 or has more than {4 * MAX_PROMPT} bytes") from None
+        raise _LeftOutError(f"with a text file that is not UTF-8 or has more than {4 * MAX_PROMPT} bytes") from None
 
 
 def _without_duplicates(images: list[_OwnImage]) -> list[_OwnImage]:
-    """Return images of one prompt without those that look like a larger one.
+    """Return the images of one prompt without those that look like a larger image of the prompt.
 
-    Small colour thumbnails are compared cell by cell. Usual perceptual hashes (`imagehash`) ignore colour, so a red and
-    a blue version would be equal. They also average over the image, so an image with a mended hand would be dropped.
+    Colour thumbnails of 16 x 16 pixels are compared pixel by pixel. Perceptual hashes such as those of `imagehash`
+    would not do: they ignore colour, so a red and a blue version of an image would be equal. Perceptual hashes also
+    average over the image, so an image that differs only in a repaired hand would be dropped.
     """
     distinct: list[_OwnImage] = []
     for image in sorted(images, key=lambda image: (-image.pixels, image.name)):

@@ -1,6 +1,7 @@
-"""Picks of a person: a log that survives a crash after any pick, and the pairs that training reads.
+"""Save the picks of a person in a log that survives a crash, and write the pairs that training reads.
 
-`picks.jsonl` has one line for each event and is only ever appended to. `pairs.jsonl` is written anew after each pick.
+`picks.jsonl` gets one line for each pick, undo or change of a prompt, and lines are never changed. `pairs.jsonl` is
+written again after each pick.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ logger = logging.getLogger(__name__)
 
 PICKS_FILE = "picks.jsonl"
 PAIRS_FILE = "pairs.jsonl"
-# Verdict -> share of the win that the first image gets. A skipped pair says nothing.
+# Verdict -> points for the first image; the second image gets the rest of 1. Skipped pairs give no points.
 SHARES = {"first": 1.0, "second": 0.0, "tie": 0.5, "both_bad": 0.5, "skip": None}
 
 
 class ConflictError(ValueError):
-    """Error for a pick or an undo that another tab has already made."""
+    """Raised if a tab of the page repeats a pick or an undo that another tab has already made."""
 
 
 @dataclass(frozen=True)
 class Pick:
-    """A judged pair of images, `first` shown on the left. `verdict` is a key of `SHARES`."""
+    """A person's verdict on a pair of images. `first` was shown on the left. `verdict` is a key of `SHARES`."""
 
     number: int
     first: str
@@ -46,11 +47,13 @@ class Pick:
 
 
 class PickLog:
-    """The picks of a folder, read from the log and appended to it."""
+    """The log of a folder's picks. The constructor reads the log, and `add`, `undo` and `edit_prompt` append to it."""
 
     def __init__(self, folder: Path, *, read_only: bool = False) -> None:
         self.path = folder / PICKS_FILE
-        self.picks: dict[frozenset[str], Pick] = {}  # without undone picks, the oldest first
+        self.picks: dict[
+            frozenset[str], Pick
+        ] = {}  # two images -> their pick; the oldest pick is first, undone picks are left out
         self.prompts: dict[str, str] = {}  # prompt in the manifest -> the prompt that replaces it
         self._number = 0
         self._file: BinaryIO | None = None
@@ -58,22 +61,29 @@ class PickLog:
             try:
                 self._file = open(self.path, "ab", buffering=0)
             except OSError as error:
-                raise ValueError(f"{self.path} cannot be written: {error}. Use a folder of your own.") from error
+                raise ValueError(
+                    f"{self.path} cannot be written: {error}. Use a folder that you can write to."
+                ) from error
         content = self.path.read_bytes()
         complete = content.rfind(b"\n") + 1
         if complete < len(content) and self._file is not None:
-            # A process was killed while it wrote a pick.
-            logger.warning("%s ended in an incomplete line. The line was removed.", self.path)
+            # An earlier process was killed while it wrote a line.
+            logger.warning(
+                "The last line of %s was incomplete, because an earlier process was killed. The line was removed.",
+                self.path,
+            )
             self._file.truncate(complete)
         for number, entry in enumerate(read_json_lines(self.path, content[:complete]), 1):
             try:
                 self._apply(entry)
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{self.path}, line {number} is no pick: {error!r}. Remove the line.") from error
+                raise ValueError(
+                    f"{self.path}, line {number} is not a valid entry: {error!r}. Remove the line."
+                ) from error
 
     @property
     def verdicts(self) -> dict[str, int]:
-        """Number of picks of each verdict."""
+        """Number of picks with each verdict."""
         counts = Counter(pick.verdict for pick in self.picks.values())
         return {verdict: counts[verdict] for verdict in SHARES}
 
@@ -83,24 +93,24 @@ class PickLog:
         return next(reversed(self.picks.values()), None)
 
     def add(self, first: str, second: str, verdict: str) -> None:
-        """Append a pick and sync it to the disk. If the disk is full, the log does not change."""
+        """Append a pick to the log and wait until it is on the disk. If the disk is full, the log does not change."""
         if frozenset((first, second)) in self.picks:
-            raise ConflictError("This pair has been judged already, perhaps in another tab.")
+            raise ConflictError("This pair has already been judged, perhaps in another tab.")
         self._append({"pick": self._number + 1, "first": first, "second": second, "verdict": verdict})
 
     def undo(self, number: int) -> Pick:
         """Take back the last pick and return it."""
         last = self.last
         if last is None or last.number != number:
-            raise ConflictError("Only the last pick can be undone, and another tab has changed it.")
+            raise ConflictError("Only the last pick can be undone, and another tab has added or undone a pick since.")
         self._append({"undo": number})
         return last
 
     def edit_prompt(self, prompt: str, edited: str) -> None:
-        """Replace a prompt of the manifest."""
+        """Replace a prompt of the manifest by an edited prompt. The manifest itself does not change."""
         edited = edited.strip()
         if not 0 < len(edited) <= MAX_PROMPT:
-            raise ValueError(f"A prompt has 1 to {MAX_PROMPT} characters, got {len(edited)}.")
+            raise ValueError(f"A prompt must have 1 to {MAX_PROMPT} characters, got {len(edited)}. Edit it again.")
         self._append({"prompt": prompt, "edited": edited})
 
     def close(self) -> None:
@@ -139,10 +149,11 @@ class PickLog:
 
 
 def write_pairs(folder: Path, log: PickLog, images: Mapping[str, ListedImage]) -> int:
-    """Write `pairs.jsonl` with a line for each pair in which a person prefers one image. Return the number of pairs.
+    """Write `pairs.jsonl`, with one line for each pair in which a person prefers one image. Return the number of pairs.
 
-    Two images of one prompt with different ratings are a pair too, unless a person has judged them. Other columns of
-    the manifest become columns `chosen_*` and `rejected_*`. Pairs are skipped if the file of an image is missing.
+    Two images of one prompt with different ratings are also a pair, unless a person has judged this pair. Other
+    columns of the manifest become columns `chosen_*` and `rejected_*`. A pair is skipped if the file of one of its
+    images is missing.
     """
     preferred = [
         (pick.first, pick.second) if pick.verdict == "first" else (pick.second, pick.first)
@@ -164,7 +175,7 @@ def write_pairs(folder: Path, log: PickLog, images: Mapping[str, ListedImage]) -
 
 
 def rated_pairs(images: Mapping[str, ListedImage]) -> list[tuple[str, str]]:
-    """Return the pairs of one prompt whose images have different ratings, the better image first."""
+    """Return all pairs of images with the same prompt and different ratings, the image with the higher rating first."""
     rated: dict[str, list[tuple[float, str]]] = {}
     for image in images.values():
         rating = image.facts.get("rating")

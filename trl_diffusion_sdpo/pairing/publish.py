@@ -1,4 +1,4 @@
-"""The card of a folder of pairs, and its publication on the Hub."""
+"""Write the dataset card of a folder of pairs, and upload the folder to the Hub."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from .picks import PAIRS_FILE
 CARD_FILE = "README.md"
 IMAGE_COLUMNS = ("chosen", "rejected", "mask")
 
-# Training advice for the cards. The numbers are those of the section "Aligned pairs" in docs/measurements.md.
+# Training advice for the cards. Its numbers come from the section "Aligned pairs" of docs/measurements.md.
 ALIGNED_ADVICE = (
-    "Winner and loser of these pairs share most of their content. Train them with a strict safeguard: "
-    "`safeguard: output` with `safeguard_mu: 0.9`, or `safeguard: parameter` with `safeguard_mu: 0.8`. Do not train "
-    "them without a safeguard: plain Diffusion-DPO raised the error on the winners tenfold to fiftyfold in a small "
-    "world, and its images became worse than the base model's. If the accuracy on held-out pairs stays near 0.5, raise "
-    "the learning rate before you lower mu."
+    "The chosen and the rejected image of these pairs share most of their content. Train on these pairs with a strict "
+    "safeguard: `safeguard: output` with `safeguard_mu: 0.9`, or `safeguard: parameter` with `safeguard_mu: 0.8`. Do "
+    "not train on these pairs without a safeguard: on a small test model, plain Diffusion-DPO raised the denoising "
+    "error on chosen images tenfold to fiftyfold, and the tuned model's images were worse than the base model's. If "
+    "the accuracy on held-out pairs stays near 0.5, raise the learning rate before you lower `safeguard_mu`."
 )
 NEGATIVES_ADVICE = (
-    "Trained as they are, these pairs move the model towards its own guided images, so that it needs less guidance. "
-    "Trained with `swap_labels: true`, they give a model of what not to draw: the negative model of preference "
-    "guidance. They hold no judgement of a person or a scorer, so compare the result with the base model."
+    "Training on these pairs moves the model towards its own guided images, so that it needs less classifier-free "
+    "guidance. Training with `swap_labels: true` gives a negative model for preference guidance, which generates what "
+    "to avoid. No person or scorer has judged these pairs, so compare the tuned model with the base model."
 )
 
 
 def write_card(
     folder: Path, purpose: str, model: Candidate, facts: Mapping[str, object], pairs: int, advice: str = ""
 ) -> None:
-    """Write the card of a folder's pairs, unless there is one. The Hub shows it, and `load_dataset` reads the files
-    that it names."""
+    """Write the dataset card of a folder of pairs, unless the folder has a card. The Hub shows the card as a page.
+    `load_dataset` finds the file of pairs by the card's metadata."""
     path = folder / CARD_FILE
     if path.exists():
         return
@@ -50,20 +50,21 @@ def write_card(
 
 
 def push_pairs(folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> int:
-    """Upload the pairs of a folder as a data set, images included, with the folder's card as its page.
+    """Upload the pairs of a folder and their images as a data set on the Hub. The folder's card becomes the page of the
+    data set.
 
     Args:
-        folder (`str` or `Path`): Folder of `pairs pick` or `pairs generate`.
-        repo_id (`str`): Name on the Hub, such as `me/my-taste`.
-        private (`bool`, *optional*, defaults to `False`): Whether a new data set is private.
-        token (`str`, *optional*): Token of the Hub; that of the login if unset.
+        folder (`str` or `Path`): Output folder of the command `pairs pick` or `pairs generate`.
+        repo_id (`str`): Hub id of the new data set, such as `me/my-taste`.
+        private (`bool`, *optional*, defaults to `False`): Whether the data set is private if this call creates it.
+        token (`str`, *optional*): Hub token. If unset, the token of `hf auth login`.
 
     Returns:
         `int`: Number of pairs.
 
     Raises:
         `ValueError`: If the folder has no pairs.
-        `PublishingError`: If the Hub refuses, or cannot be reached.
+        `PublishingError`: If the Hub refuses the upload or cannot be reached.
     """
     pairs = load_pairs(folder)
     assert isinstance(pairs, Dataset)

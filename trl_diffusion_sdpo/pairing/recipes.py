@@ -1,4 +1,4 @@
-"""Pairs from good images: the images win, and the model makes a loser for each of them."""
+"""Make pairs from good images: each image is chosen, and a model makes the rejected image of its pair."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ from .picks import PAIRS_FILE
 from .publish import ALIGNED_ADVICE, write_card
 
 Recipe = Literal["spin", "partial", "local"]
-SIDES = 16  # sides of images become multiples of this many pixels, which every VAE here takes
+SIDES = 16  # sides of images become multiples of this many pixels, because every supported VAE accepts these
 PURPOSES = {
-    "spin": "Each image against one that the model generates for its prompt (SPIN).",
-    "partial": "Each image against itself after the model has noised it and denoised it again. Pairs are aligned.",
-    "local": "Each image against itself with one region drawn anew by the model (LocalDPO). Pairs are aligned outside "
-    "of the region, which is the column `mask`: with it, training counts errors in the region only.",
+    "spin": "Each chosen image is paired with an image that the model generated from its prompt (SPIN).",
+    "partial": "Each chosen image is paired with a copy that was noised and then denoised by the model. The two images "
+    "of a pair share most of their content.",
+    "local": "Each chosen image is paired with a copy in which the model has redrawn one region (LocalDPO). Outside of "
+    "this region, the two images are equal. The column `mask` marks the region, so that training counts errors only "
+    "there.",
 }
 
 
@@ -45,27 +47,32 @@ def pairs_from_images(
     settings: ImageSettings,
     strength: float = 0.6,
 ) -> int:
-    """Make a loser for each image of a folder, and write `pairs.jsonl`, which training reads.
+    """Make a rejected image (the loser) for each image of a folder (the winner), and write `pairs.jsonl` for training.
 
-    An interrupted call continues. If accelerate launches several processes, they share the work.
+    If a call was interrupted, the same call continues where it stopped. If accelerate launches several processes, they
+    share the work.
 
     Args:
         recipe (`str`): `"spin"` (the loser is generated from the prompt alone), `"partial"` (the winner is noised to
-            `strength` and denoised) or `"local"` (a random region of the winner is drawn anew, and its mask is saved).
+            `strength` and denoised) or `"local"` (the model redraws a random region of the winner, and the mask of this
+            region is saved).
         model (`Candidate`): The model that makes the losers.
-        images (`str` or `Path`): Folder of good images with `manifest.jsonl`, which `pairs from-images` writes.
+        images (`str` or `Path`): Folder of good images with a `manifest.jsonl`, which the command
+            `pairs from-images` writes.
         output_dir (`str` or `Path`): Folder for winners, losers, masks, pairs and a card.
-        settings (`ImageSettings`): The first seed, and arguments of the pipeline. With `height` and `width`, winners
-            are cropped and resized to these; without, their sides are rounded down to multiples of 16.
-        strength (`float`, *optional*, defaults to `0.6`): Noise level to which `"partial"` and `"local"` go back, in
-            `(0, 1]`.
+        settings (`ImageSettings`): Seeds, of which only the first is used, and arguments of the pipeline. With `height`
+            and `width` among these arguments, winners are cropped and resized to this size. Without them, the sides of
+            winners are cropped to multiples of 16 pixels.
+        strength (`float`, *optional*, defaults to `0.6`): Noise level to which `"partial"` and `"local"` noise an image
+            before they denoise it, in `(0, 1]`.
 
     Returns:
-        `int`: Number of pairs. Images that cannot be read or are smaller than 16 pixels are counted in the card.
+        `int`: Number of pairs. The card counts the images that were left out because they cannot be read or have a side
+            below 16 pixels.
 
     Raises:
-        `ValueError`: If a value is out of range, the folder has no images with prompts, or diffusers has no pipeline
-            of this model for the recipe.
+        `ValueError`: If a value is out of range, the folder has no images with prompts, or diffusers has no
+            image-to-image or inpainting pipeline for the model.
     """
     if recipe not in get_args(Recipe):
         raise ValueError(f"`recipe` must be one of {', '.join(get_args(Recipe))}, got {recipe!r}.")
@@ -73,10 +80,12 @@ def pairs_from_images(
         raise ValueError(f"`strength` must be in (0, 1], got {strength}.")
     source, folder = Path(images), Path(output_dir)
     if source.resolve() == folder.resolve():
-        raise ValueError(f"The pairs need a folder of their own, got that of the images, {source}.")
+        raise ValueError(
+            f"`output_dir` must not be the folder of the images, got {source} for both. Use a new folder."
+        )
     listed, left_out = read_manifest(source)
     if not listed:
-        raise ValueError(f"{source} has no images with prompts. Left out: {dict(left_out)}.")
+        raise ValueError(f"{source} must have images with prompts, but all were left out: {dict(left_out)}.")
     peers = peers_of_this_run()
     facts = facts_of(model, None, [image.prompt for image in listed], settings)
     files = hashlib.sha256(repr([(image.name, file_facts(source / image.name)) for image in listed]).encode())
@@ -90,7 +99,7 @@ def pairs_from_images(
     def numbers(*, done: bool) -> list[int]:
         return [index for index in range(len(listed)) if path("rejected", index).is_file() is done]
 
-    # Make the losers that are missing. This process makes its share of them.
+    # Make the missing losers. Each process makes its share of them.
     for kind in kinds:
         path(kind, 0).parent.mkdir(parents=True, exist_ok=True)
     share = peers.first(lambda: numbers(done=False))[peers.index :: peers.count]
@@ -117,13 +126,16 @@ def pairs_from_images(
             generator = settings.generator(f"{index}\n{prompt}", seed)
             loser = pipeline(prompt=prompt, generator=generator, **inputs, **options).images[0].resize(winner.size)
             made["rejected"] = Image.composite(loser, winner, made["mask"]) if recipe == "local" else loser
-            for kind, image in made.items():  # the loser last: when it is there, all are there
+            for kind, image in made.items():  # the loser is last, so if its file exists, the others exist too
                 write_atomically(path(kind, index), png_bytes(image, prompt, seed))
 
     peers.gather_results(lambda: make_losers() if share else None)
     pairs = numbers(done=True)
     if not pairs:
-        raise ValueError(f"None of the {len(listed)} images of {source} could be read. Look at the files.")
+        raise ValueError(
+            f"A pair needs an image that can be read and has at least {SIDES} pixels on each side. None of the "
+            f"{len(listed)} images of {source} is such an image. Look at the files."
+        )
 
     def write() -> None:
         rows: list[dict[str, Any]] = []
@@ -145,7 +157,7 @@ def pairs_from_images(
 
 
 def _drawing_pipeline(recipe: Recipe, pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """Return the pipeline by which a recipe makes losers."""
+    """Return the pipeline with which a recipe makes losers: text-to-image, image-to-image or inpainting."""
     if recipe == "spin":
         return pipeline
     kind: Any = AutoPipelineForImage2Image if recipe == "partial" else AutoPipelineForInpainting
@@ -153,13 +165,13 @@ def _drawing_pipeline(recipe: Recipe, pipeline: DiffusionPipeline) -> DiffusionP
         return kind.from_pipe(pipeline)
     except ValueError as error:
         raise ValueError(
-            f"The recipe `{recipe}` needs a pipeline that draws over an image, and diffusers has none for "
-            f"{type(pipeline).__name__}. Use `spin`, or another model for the losers."
+            f"The recipe `{recipe}` needs an image-to-image or inpainting pipeline, and diffusers has none for "
+            f"{type(pipeline).__name__}. Use the recipe `spin`, or another model for the losers."
         ) from error
 
 
 def _winner(path: Path, size: tuple[int | None, int | None]) -> Image.Image | None:
-    """Return an image with sides that a pipeline takes, or None if it cannot be read or is too small."""
+    """Return an image whose sides are multiples of 16 pixels, or `None` if it cannot be read or is too small."""
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
@@ -170,10 +182,10 @@ def _winner(path: Path, size: tuple[int | None, int | None]) -> Image.Image | No
 
 
 def region(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """Draw a random ellipse whose axes are 0.3 to 0.7 of the image's sides.
+    """Return the mask of a random ellipse whose axes are 0.3 to 0.7 of the image's sides.
 
     Returns:
-        `PIL.Image.Image`: In grey, 255 inside the region and 0 outside.
+        `PIL.Image.Image`: A grey image, 255 inside the ellipse and 0 outside.
     """
     axes = np.array(size) * rng.uniform(0.3, 0.7, size=2)
     corner = rng.uniform(0, np.array(size) - axes)

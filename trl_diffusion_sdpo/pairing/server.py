@@ -1,7 +1,7 @@
-"""The local server of the pick page. It serves one page, the listed images and one JSON interface, and nothing else.
+"""Serve the pick page on this machine: one HTML page, the images of the manifest, and a JSON interface.
 
-A request must name this server in `Host`, which stops pages of other sites that rebind their name to this machine. It
-must have the token in its path. If it changes anything, it must come from the page itself (`Origin`).
+The header `Host` of a request must name this server, as a defence against DNS rebinding by other sites. The path of a
+request must contain the secret token. The header `Origin` of a POST request must be the address of the page.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .session import PickSession
 
 LOCAL_HOST = "127.0.0.1"
 USUAL_PORT = 8765
-MAX_BODY = 200_000  # bytes of a request; a prompt has at most 20,000 characters
+MAX_BODY = 200_000  # largest body of a request in bytes; a prompt has at most 20,000 characters
 PAGE = Path(__file__).parent / "page.html"
-# Image formats that browsers show. Others are converted.
+# Image formats that browsers can show. Images in other formats are converted to PNG.
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".gif": "image/gif"}
 POLICY = (
     "default-src 'none'; img-src 'self' data:; connect-src 'self'; script-src 'nonce-{nonce}'; "
@@ -35,8 +35,8 @@ POLICY = (
 
 
 class PickServer(ThreadingHTTPServer):
-    """Server of a pick page, at port 8765 or, if this port is in use, at a free one. Any host but `127.0.0.1` opens the
-    page to the network.
+    """Server of a pick page. If `port` is unset, it uses port 8765, or a free port if 8765 is in use. With any host but
+    `127.0.0.1`, other machines in the network can open the page.
     """
 
     daemon_threads = True
@@ -62,23 +62,25 @@ class PickServer(ThreadingHTTPServer):
         return f"http://{host}:{self.server_address[1]}/{self.token}/"
 
     def is_own_name(self, name: str) -> bool:
-        """Return whether the `Host` of a request names this server. If the server listens at all addresses of the
-        machine, any IP address is accepted, because a rebound name is never an IP address. Any port is accepted,
-        because a tunnel may have another one."""
+        """Return whether a request's `Host` header names this server.
+
+        If the server listens at `0.0.0.0`, any IP address is accepted, because DNS rebinding needs a host name. Any
+        port is accepted, because an SSH tunnel may use another port than the server.
+        """
         try:
             host = urlsplit(f"//{name}").hostname or ""
             if host == "localhost":
                 return self.host in (LOCAL_HOST, "0.0.0.0")
             return host == self.host or (self.host == "0.0.0.0" and bool(ipaddress.ip_address(host)))
-        except ValueError:  # no address
+        except ValueError:  # not a valid address
             return False
 
 
 class PickHandler(BaseHTTPRequestHandler):
-    """Handler of one request."""
+    """Answers one request."""
 
     server: PickServer
-    protocol_version = "HTTP/1.1"  # keeps connections open, which is faster on a phone
+    protocol_version = "HTTP/1.1"  # keeps connections open, which saves time on a phone
     server_version = "pairs"
     sys_version = ""
     timeout = 60  # seconds that a connection may be idle
@@ -93,7 +95,9 @@ class PickHandler(BaseHTTPRequestHandler):
         elif path is not None and path.startswith("image/"):
             self._send_image(self.server.session.codes.get(path.removeprefix("image/")))
         elif path is not None:
-            self._refuse(HTTPStatus.NOT_FOUND, "There is nothing at this address.")
+            self._refuse(
+                HTTPStatus.NOT_FOUND, "There is no page at this address. Open the address that `pairs pick` printed."
+            )
 
     def do_POST(self) -> None:
         path = self._allowed_path()
@@ -101,7 +105,7 @@ class PickHandler(BaseHTTPRequestHandler):
             return
         length = self.headers.get("Content-Length", "")
         if self.headers.get("Origin") != f"http://{self.headers.get('Host')}":
-            self._refuse(HTTPStatus.FORBIDDEN, "Picks must come from the page itself.")
+            self._refuse(HTTPStatus.FORBIDDEN, "A pick must be sent by the pick page itself, not by another site.")
         elif self.headers.get_content_type() != "application/json" or not length.isdecimal():
             self._refuse(HTTPStatus.BAD_REQUEST, "The request must be JSON.")
         elif int(length) > MAX_BODY:
@@ -116,7 +120,7 @@ class PickHandler(BaseHTTPRequestHandler):
         except ConflictError as error:
             self._send_json(HTTPStatus.CONFLICT, {"error": str(error), **self.server.session.state(asked["tab"])})
         except OSError as error:
-            message = f"Not saved: {error.strerror}. Make room on the disk, then pick again."
+            message = f"The pick was not saved: {error.strerror}. Free some disk space, then pick again."
             self._send_json(HTTPStatus.INSUFFICIENT_STORAGE, {"error": message})
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             self._send_json(HTTPStatus.BAD_REQUEST, {"error": str(error)})
@@ -141,13 +145,19 @@ class PickHandler(BaseHTTPRequestHandler):
         raise ValueError(f"There is no action {action!r}.")
 
     def _allowed_path(self) -> str | None:
-        """Return the path behind the token, or refuse the request and return `None`."""
+        """Return the part of the path after the token. If the request is not allowed, refuse it and return `None`."""
         if not self.server.is_own_name(self.headers.get("Host", "")):
-            self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "This server has another name.")
+            self._refuse(
+                HTTPStatus.MISDIRECTED_REQUEST,
+                "The address does not name this server. Open the address that `pairs pick` printed.",
+            )
             return None
         token, slash, path = urlsplit(self.path).path.removeprefix("/").partition("/")
         if not slash or not hmac.compare_digest(token.encode(), self.server.token.encode()):
-            self._refuse(HTTPStatus.FORBIDDEN, "Open the address that `pairs pick` printed at its last start.")
+            self._refuse(
+                HTTPStatus.FORBIDDEN,
+                "The token in the address is wrong. Open the address that `pairs pick` printed at its last start.",
+            )
             return None
         return path
 
@@ -160,7 +170,7 @@ class PickHandler(BaseHTTPRequestHandler):
             kind = TYPES.get(path.suffix.lower())
             content = _as_png(path) if kind is None else path.read_bytes()
         except (OSError, ValueError):
-            self._refuse(HTTPStatus.NOT_FOUND, "The image has gone or cannot be read.")
+            self._refuse(HTTPStatus.NOT_FOUND, "The file of this image was deleted or cannot be read.")
         else:
             self._send(HTTPStatus.OK, content, kind or "image/png", {"Cache-Control": "private, max-age=3600"})
 
@@ -188,7 +198,7 @@ class PickHandler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *ignored: Any) -> None:
-        """Write nothing: requests contain the token."""
+        """Write no log, because the paths of requests contain the token."""
 
 
 def _as_png(path: Path) -> bytes:
@@ -198,7 +208,7 @@ def _as_png(path: Path) -> bytes:
 
 
 def _own_address() -> str:
-    """Return the address of this machine in its network. Nothing is sent."""
+    """Return the IP address of this machine in its local network. No packet is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))

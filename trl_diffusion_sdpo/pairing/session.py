@@ -1,4 +1,4 @@
-"""State of a pick page: the pair that each tab shows, the picks and the progress."""
+"""Hold the state of a pick page: which pair each browser tab shows, the picks, and the progress."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ LOCK_FILE = ".picks.lock"
 
 
 class PickSession:
-    """Picks of a folder with `manifest.jsonl`. All tabs of the page share it.
+    """One run of the pick page on a folder with `manifest.jsonl`. All browser tabs share the session.
 
-    If the images have more than one `model`, the models are compared blindly. Otherwise the images of each prompt are
-    rated. Tabs name images by random codes, so that they do not reveal the model.
+    If the column `model` names several models, the page compares these models without showing their names. Otherwise
+    it rates the images of each prompt. The page refers to images by random codes, so that file names do not reveal the
+    model.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,14 +36,17 @@ class PickSession:
         try:
             self._file_lock.acquire()
         except Timeout:
-            raise ValueError(f"Another `pairs pick` has {folder} open. Use its page, or end it first.") from None
+            raise ValueError(
+                f"Only one `pairs pick` can use a folder at a time, and another one is using {folder}. Use the page of "
+                "that command, or end it first."
+            ) from None
         self.log = PickLog(folder)
         models = {image.facts.get("model") for image in listed}
         self.is_blind = len(models) > 1 and None not in models
         self.order: RankOrder | BlindOrder = (BlindOrder if self.is_blind else RankOrder)(self.images, self.log)
-        self.gone: set[str] = set()  # images whose files were deleted meanwhile
-        self.pairs = 0  # number of pairs in the file for training
-        self.problem = ""  # error of writing this file
+        self.gone: set[str] = set()  # names of images whose files were deleted while the page was open
+        self.pairs = 0  # number of pairs in `pairs.jsonl`
+        self.problem = ""  # error message if `pairs.jsonl` could not be written
         self._shown: dict[str, frozenset[str]] = {}  # tab -> the pair that it shows
         self.codes = {secrets.token_urlsafe(12): name for name in self.images}
         self._code_of = {name: code for code, name in self.codes.items()}
@@ -50,19 +54,20 @@ class PickSession:
             reasons = "".join(f" {count} were left out: {reason}." for reason, count in self.left_out.items())
             prompts = len({image.prompt for image in listed})
             raise ValueError(
-                f"{folder} has no two images of one prompt to compare: {len(listed)} images of {prompts} prompts."
-                + reasons
+                f"`pairs pick` needs two images of one prompt, and {folder} has {len(listed)} images of {prompts} "
+                f"prompts, none with two images to compare.{reasons}"
             )
-        if self.log.picks or not (folder / PAIRS_FILE).is_file():  # the first pick replaces pairs by scorers
+        # Pairs that scorers chose are only replaced after the first pick.
+        if self.log.picks or not (folder / PAIRS_FILE).is_file():
             self._write_pairs()
 
     def close(self) -> None:
-        """Close the log, so that another process can open the folder."""
+        """Close the log and release the lock of the folder."""
         self.log.close()
         self._file_lock.release()
 
     def state(self, tab: str, wanted: frozenset[str] | None = None) -> dict[str, Any]:
-        """Return the pair that a tab shows next, and the progress. `wanted` names this pair, if given."""
+        """Return the pair that a tab shows next, and the progress. If `wanted` is set, the tab shows this pair."""
         with self._lock:
             last = self.log.last
             return {
@@ -80,29 +85,29 @@ class PickSession:
             }
 
     def pick(self, tab: str, first: str, second: str, verdict: str) -> dict[str, Any]:
-        """Save a pick of two codes, and return the next state."""
+        """Save a verdict on the two images with these codes, and return the new state with the next pair."""
         with self._lock:
             names = [self.codes.get(code, "") for code in (first, second)]
             if verdict not in SHARES or "" in names or len({self.images[name].prompt for name in names}) > 1:
-                raise ValueError("There is no such pair or verdict.")
+                raise ValueError("A pick needs two images of one prompt and a known verdict. Reload the page.")
             self.log.add(names[0], names[1], verdict)
             return self._changed(tab, names[0])
 
     def undo(self, tab: str, number: int) -> dict[str, Any]:
-        """Undo the last pick, and return the state, which shows its pair again."""
+        """Undo the last pick, and return the new state, in which the tab shows the pair of this pick again."""
         with self._lock:
             pick = self.log.undo(number)
             return self._changed(tab, pick.first, pick.pair)
 
     def edit_prompt(self, tab: str, code: str, prompt: str) -> dict[str, Any]:
-        """Replace the prompt of an image and of all images with the same prompt."""
+        """Replace the prompt of an image, and of all other images with this prompt, and return the new state."""
         with self._lock:
             name = self.codes[code]
             self.log.edit_prompt(self.images[name].prompt, prompt)
             return self._changed(tab, name, self._shown.get(tab))
 
     def ranking(self) -> list[dict[str, Any]]:
-        """Return the images of each prompt from the best to the worst."""
+        """Return the images of each prompt, from the best to the worst, with their ratings."""
         if not isinstance(self.order, RankOrder):
             return []
         with self._lock:
@@ -118,7 +123,7 @@ class PickSession:
             ]
 
     def result(self) -> list[str]:
-        """Return the win rates of a blind comparison in words, and write them to `human.json`."""
+        """Return the win rates of a blind comparison as sentences, and write the numbers to `human.json`."""
         if not isinstance(self.order, BlindOrder):
             return []
         with self._lock:
@@ -127,13 +132,13 @@ class PickSession:
             return sentences
 
     def file(self, name: str) -> Path | None:
-        """Return the file of an image, or `None` if it is missing or a link out of the folder."""
+        """Return the path of an image, or `None` if its file is missing or a symbolic link to outside of the folder."""
         path = self.folder / name
         return path if path.is_file() and is_inside(self.folder, name) else None
 
     def _changed(self, tab: str, name: str, wanted: frozenset[str] | None = None) -> dict[str, Any]:
-        """Update ratings and pairs after an event at an image, and return the state."""
-        if name in self.images:  # an undone pick may be of an image that the manifest no longer lists
+        """Update ratings and pairs after a pick, an undo or a changed prompt of an image, and return the new state."""
+        if name in self.images:  # the manifest may no longer list the images of an undone pick
             self.order.update(self.images[name].prompt, self.gone)
         self._write_pairs()
         return self.state(tab, wanted)
@@ -142,11 +147,12 @@ class PickSession:
         try:
             self.pairs = write_pairs(self.folder, self.log, self.images)
             self.problem = ""
-        except OSError as error:  # the picks themselves are in the log
-            self.problem = f"{PAIRS_FILE} could not be written ({error.strerror}). Your picks are safe."
+        except OSError as error:  # the picks are safe in `picks.jsonl`
+            self.problem = f"{PAIRS_FILE} could not be written ({error.strerror}). Your picks are safe in picks.jsonl."
 
     def _next(self, tab: str, wanted: frozenset[str] | None) -> dict[str, Any] | None:
-        """Return the pair that a tab shows next: the wanted pair, else one that no other tab shows, else any pair."""
+        """Return the pair that a tab shows next: the wanted pair, or else a pair that no other tab shows, or else any
+        pair."""
         self._shown.pop(tab, None)
         while True:
             offers = self.order.offers(self.gone)
@@ -162,7 +168,7 @@ class PickSession:
             for name in missing & self.images.keys():
                 self.order.update(self.images[name].prompt, self.gone)
         self._shown[tab] = frozenset(pairs[0])
-        # In random order, so that no side is favoured.
+        # Sides are random, because people may prefer one side.
         left, right = pairs[0] if secrets.randbelow(2) else pairs[0][::-1]
         prompt = self.images[left].prompt
         return {

@@ -1,4 +1,4 @@
-"""The LAION aesthetic predictor, version 2."""
+"""Score images with version 2 of the LAION aesthetic predictor."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ HIDDEN = (1024, 128, 64, 16)  # widths of the hidden layers
 
 
 class AestheticScorer(BatchedScorer):
-    """Score how pleasing an image looks, without its prompt: linear layers on a CLIP embedding. Usual scores are 4 to
-    7. The head runs on the device of `clip`, which computes the embeddings."""
+    """Score how pleasing images look, without regard to their prompts. Usual scores are 4 to 7.
+
+    `clip` computes the CLIP embedding of an image, and `head`, a stack of linear layers, computes the score from this
+    embedding. `clip` and `head` run on the same device.
+    """
 
     def __init__(self, clip: CLIPScorer, head: nn.ModuleDict, *, batch_size: int = 16):
         super().__init__("aesthetic", device=clip.device, batch_size=batch_size)
@@ -39,13 +42,13 @@ def aesthetic(
     device: str | torch.device = "cpu",
     batch_size: int = 16,
 ) -> AestheticScorer:
-    """Load the LAION aesthetic predictor.
+    """Return the LAION aesthetic predictor as a scorer.
 
     Args:
         model (`str`): Hub id or folder of the CLIP model with its image processor.
-        head (`str`): Hub id or folder of the head, a copy of `sac+logos+ava1-l14-linearMSE.pth`.
-        file (`str`): File name of the head's weights. It is read with `weights_only=True`.
-        revision, head_revision (`str`, *optional*): Revisions on the Hub.
+        head (`str`): Hub id or folder of the linear layers, which are a copy of `sac+logos+ava1-l14-linearMSE.pth`.
+        file (`str`): Name of the file with the weights of `head`. The file is read with `weights_only=True`.
+        revision, head_revision (`str`, *optional*): Hub revisions of `model` and `head`.
         device, batch_size: See [`BatchedScorer`].
 
     Source: https://github.com/christophschuhmann/improved-aesthetic-predictor.
@@ -59,9 +62,11 @@ def aesthetic(
 
 
 def linear_head(width: int) -> nn.ModuleDict:
-    """Return linear layers from `width` features to one score, without activations. ImageReward has the same head.
+    """Return linear layers that compute one score from `width` features, without activations. ImageReward uses the same
+    layers.
 
-    The published files also number their dropout layers, so the linear layers are `layers.{0,2,4,6,7}`.
+    The published files also count dropout layers, so their linear layers are named `layers.{0,2,4,6,7}`. Here,
+    identity layers take the place of dropout layers, so that the names match.
     """
     sizes = (width, *HIDDEN, 1)
     layers = nn.Sequential()

@@ -1,4 +1,4 @@
-"""Scorers that compare the CLIP embeddings of image and prompt: PickScore, CLIP score, HPSv2 and HPSv2.1."""
+"""Score images by comparing the CLIP embeddings of image and prompt: PickScore, CLIP score, HPSv2 and HPSv2.1."""
 
 from __future__ import annotations
 
@@ -17,17 +17,15 @@ Preprocess = Literal["crop", "pad"]
 
 
 class CLIPScorer(BatchedScorer):
-    """Score images by the cosine similarity between the embeddings of image and prompt.
-
-    The score is `scale * cos`.
+    """Score an image by the cosine similarity of its CLIP embedding and that of its prompt, times a scale.
 
     Args:
-        scale (`float`, *optional*): Factor of the cosine. `None` uses the model's `exp(logit_scale)`.
-        clamp (`bool`, *optional*, defaults to `False`): Whether negative scores become 0.
-        prefix (`str`, *optional*, defaults to `""`): Text put before each prompt.
-        preprocess (`"crop"` or `"pad"`, *optional*, defaults to `"crop"`): `"crop"` resizes the shorter side and crops
-            the centre. `"pad"` resizes the longer side and pads the rest with black, like the package `hpsv2`. Square
-            images give nearly equal scores either way.
+        scale (`float`, *optional*): Factor of the cosine similarity. If `None`, the model's `exp(logit_scale)` is used.
+        clamp (`bool`, *optional*, defaults to `False`): Whether negative scores are set to 0.
+        prefix (`str`, *optional*, defaults to `""`): Text that is put before each prompt.
+        preprocess (`"crop"` or `"pad"`, *optional*, defaults to `"crop"`): `"crop"` scales the shorter side of an
+            image to the model's input size and crops the centre. `"pad"` scales the longer side and fills the rest with
+            black, like the package `hpsv2`. For square images, the two methods give nearly equal scores.
     """
 
     def __init__(
@@ -62,7 +60,7 @@ class CLIPScorer(BatchedScorer):
         return scores.clamp(min=0) if self.clamp else scores
 
     def embed_images(self, images: list[Image.Image]) -> torch.Tensor:
-        """Return the normalised CLIP embeddings of images, `(N, D)`."""
+        """Return the CLIP embeddings of N images, normalised to length 1, `(N, D)`."""
         if self.preprocess == "pad":
             pixels = torch.stack([padded_pixels(image, self.image_processor) for image in images])
         else:
@@ -71,7 +69,7 @@ class CLIPScorer(BatchedScorer):
         return torch.nn.functional.normalize(embedding.float(), dim=-1)
 
     def embed_prompts(self, prompts: list[str]) -> torch.Tensor:
-        """Return the normalised CLIP embeddings of prompts, `(N, D)`."""
+        """Return the CLIP embeddings of N prompts, normalised to length 1, `(N, D)`."""
         tokens = self.tokenizer(
             [self.prefix + prompt for prompt in prompts],
             padding="max_length",
@@ -84,7 +82,8 @@ class CLIPScorer(BatchedScorer):
 
 
 def padded_pixels(image: Image.Image, image_processor: CLIPImageProcessorPil) -> torch.Tensor:
-    """Resize an image to fit into a square, pad it with black and normalise it, `(3, size, size)`."""
+    """Return an image as the model's input `(3, size, size)`: resized to fit into a square, padded with black, and
+    normalised."""
     size = image_processor.crop_size["height"]
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     pixels = pixels.view(1, image.height, image.width, 3).permute(0, 3, 1, 2).float() / 255
@@ -110,14 +109,14 @@ def load_clip(
     dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> CLIPScorer:
-    """Load a CLIP model as a scorer.
+    """Return a scorer that uses a CLIP model.
 
     Args:
         name (`str`): Name of the scorer in tables and files.
         model (`str`): Hub id or folder of the CLIP model.
-        processor (`str`, *optional*): Hub id or folder of its tokenizer and image processor, if not `model`.
+        processor (`str`, *optional*): Hub id or folder of the tokenizer and the image processor. If unset, `model`.
         revision (`str`, *optional*): Revision of the model on the Hub.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type of the weights.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of the weights.
         settings: Further arguments of [`CLIPScorer`], such as `device`, `batch_size` and `preprocess`.
     """
     network = CLIPModel.from_pretrained(model, revision=revision, dtype=dtype)
@@ -126,9 +125,10 @@ def load_clip(
 
 
 def pickscore(model: str = "yuvalkirstain/PickScore_v1", processor: str = CLIP_H, **settings: Any) -> CLIPScorer:
-    """Load PickScore: `exp(logit_scale) * cos`. Usual scores are 19 to 23. Arguments are those of [`load_clip`].
+    """Return the scorer PickScore: the cosine similarity times `exp(logit_scale)`. Usual scores are 19 to 23.
 
-    PickScore was trained on Pick-a-Pic, like most preference-tuned models. Use a second scorer next to it.
+    Arguments are those of [`load_clip`]. PickScore was trained on the data set Pick-a-Pic, and so are most
+    preference-tuned models. Therefore PickScore may favour such models: use a second scorer too.
 
     Source: https://huggingface.co/papers/2305.01569.
     """
@@ -136,16 +136,16 @@ def pickscore(model: str = "yuvalkirstain/PickScore_v1", processor: str = CLIP_H
 
 
 def clip_score(model: str = CLIP_H, **settings: Any) -> CLIPScorer:
-    """Load the plain cosine similarity of a CLIP model. Arguments are those of [`load_clip`].
+    """Return a scorer by the plain cosine similarity of a CLIP model. Arguments are those of [`load_clip`].
 
-    The Diffusion-SDPO authors use it with ViT-H/14.
+    The Diffusion-SDPO authors use this score with the default model, ViT-H/14.
     """
     return load_clip("clip_score", model, **settings)
 
 
 def clip_score_hessel(model: str = "openai/clip-vit-base-patch32", **settings: Any) -> CLIPScorer:
-    """Load CLIPScore as published: `2.5 * max(cos, 0)` of "A photo depicts PROMPT". Arguments are those of
-    [`load_clip`].
+    """Return the scorer CLIPScore as Hessel et al. published it: `2.5 * max(cos, 0)`, with the text "A photo depicts"
+    before each prompt. Arguments are those of [`load_clip`].
 
     Source: https://huggingface.co/papers/2104.08718.
     """
@@ -154,7 +154,8 @@ def clip_score_hessel(model: str = "openai/clip-vit-base-patch32", **settings: A
 
 
 def hpsv2(**settings: Any) -> CLIPScorer:
-    """Load HPSv2: the cosine similarity of a CLIP ViT-H/14 tuned on human votes. Usual scores are 0.25 to 0.33.
+    """Return the scorer HPSv2: the cosine similarity of a CLIP ViT-H/14 that was tuned on human votes. Usual scores are
+    0.25 to 0.33.
 
     Arguments are those of [`hpsv21`].
 
@@ -173,14 +174,16 @@ def hpsv21(
     dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> CLIPScorer:
-    """Load HPSv2.1. Papers since 2025 mean this model by "HPS" or "HPSv2", and often print its scores times 100.
+    """Return the scorer HPSv2.1. Papers since 2025 call this model "HPS" or "HPSv2", and often print its scores times
+    100.
 
     Args:
         model (`str`): Hub id or folder of the weights.
-        file (`str`): File name of the weights, in open_clip's format. It is read with `weights_only=True`.
+        file (`str`): Name of the file with the weights in open_clip's format. The file is read with
+            `weights_only=True`.
         processor (`str`): Hub id or folder of the tokenizer, the image processor and the network's configuration.
-        name, revision, dtype, settings: See [`load_clip`]. The package `hpsv2` uses autocast and
-            `preprocess="pad"`. The Diffusion-SDPO authors crop.
+        name, revision, dtype, settings: See [`load_clip`]. The package `hpsv2` scores with autocast and
+            `preprocess="pad"`. The Diffusion-SDPO authors use `preprocess="crop"`, the default.
 
     Source: https://github.com/tgxs002/HPSv2.
     """
@@ -192,10 +195,10 @@ def hpsv21(
 
 
 def hps_network(weights: Mapping[str, torch.Tensor], config: CLIPConfig) -> CLIPModel:
-    """Build a CLIP model from weights in open_clip's format.
+    """Return a CLIP model of transformers with weights in open_clip's format.
 
     Raises:
-        `RuntimeError`: If weights are missing, have unknown names, or have the wrong shape.
+        `RuntimeError`: If weights are missing, have unknown names, or have wrong shapes.
     """
     network = CLIPModel(config)
     network.load_state_dict(clip_state_dict(weights))
@@ -203,7 +206,7 @@ def hps_network(weights: Mapping[str, torch.Tensor], config: CLIPConfig) -> CLIP
 
 
 def load_processors(model: str, revision: str | None = None) -> dict[str, Any]:
-    """Load the tokenizer and image processor of a CLIP model, as arguments for [`CLIPScorer`]."""
+    """Return the tokenizer and the image processor of a CLIP model, as keyword arguments of [`CLIPScorer`]."""
     return {
         "tokenizer": AutoTokenizer.from_pretrained(model, revision=revision),
         "image_processor": CLIPImageProcessorPil.from_pretrained(model, revision=revision),

@@ -1,4 +1,5 @@
-"""HPSv3: Qwen2-VL-7B with a head that predicts mean and spread of human votes. It needs a GPU with 24 GB."""
+"""Score images with HPSv3: Qwen2-VL-7B with a head that predicts the mean and the spread of human votes. HPSv3 needs a
+GPU with 24 GB."""
 
 from __future__ import annotations
 
@@ -20,11 +21,11 @@ PIXELS = 256 * 28 * 28  # images are resized to about this many pixels
 
 
 class HPSv3Scorer(BatchedScorer):
-    """Score images by HPSv3's predicted mean of human votes. The predicted spread is not used.
+    """Score images by the mean of human votes that HPSv3 predicts. The predicted spread is not used.
 
-    Images are scored one at a time, so that a score does not depend on the padding of other prompts. `instruction` is
-    the text after the image. In it, the prompt replaces `{text_prompt}`, and the head computes the score from
-    `<|Reward|>`.
+    Images are scored one at a time, so that no prompt is padded and scores do not depend on a batch. `instruction` is
+    the text that follows the image in the model's input. The prompt replaces `{text_prompt}` in this text. The head
+    computes the score from the hidden state of the token `<|Reward|>`.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class HPSv3Scorer(BatchedScorer):
         question = {"type": "text", "text": self.instruction.replace("{text_prompt}", prompts[0])}
         chat = [{"role": "user", "content": [{"type": "image"}, question]}]
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        # The model expects one image token for each merged patch.
+        # The model expects one image token for each group of merged patches.
         patches = int(pixels.image_grid_thw.prod()) // self.image_processor.merge_size**2
         tokens = self.tokenizer(text.replace(IMAGE_TOKEN, IMAGE_TOKEN * patches), return_tensors="pt").to(self.device)
         image_tokens = tokens.input_ids == self.model.config.image_token_id
@@ -79,12 +80,12 @@ def hpsv3(
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
 ) -> HPSv3Scorer:
-    """Load HPSv3.
+    """Return the scorer HPSv3.
 
     Args:
         instruction (`str`): The authors' instruction to the model. Copy `INSTRUCTION` and `prompt_with_special_token`
-            from `hpsv3/dataset/data_collator_qwen.py` in their repository and concatenate them. Any other text changes
-            the scores.
+            from `hpsv3/dataset/data_collator_qwen.py` in the authors' repository, and concatenate the two. Any other
+            text changes the scores.
         model (`str`): Hub id or folder of the weights, 16 GB.
         file (`str`): File name of the weights.
         base (`str`): Hub id or folder of the configuration, tokenizer and image processor.
@@ -112,9 +113,9 @@ def hpsv3(
 
 
 def reward_head(width: int) -> nn.Sequential:
-    """Return the head that computes mean and spread from the hidden state of `<|Reward|>`.
+    """Return the layers that compute mean and spread from the hidden state of the token `<|Reward|>`.
 
-    The identity layer stands for a dropout layer, so that layer numbers match the published file.
+    The identity layer replaces a dropout layer, so that the numbers of the layers match the published file.
     """
     return nn.Sequential(
         nn.Linear(width, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
@@ -122,10 +123,10 @@ def reward_head(width: int) -> nn.Sequential:
 
 
 def split_weights(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Split the published weights into those of `Qwen2VLModel` and those of the head, the latter in float32.
+    """Return the published weights of `Qwen2VLModel`, and those of the head in float32.
 
-    Both naming schemes work: that before transformers 4.52 (`visual.`, `model.layers.`) and the later one
-    (`model.visual.`, `model.language_model.`).
+    Weights may have the names of transformers before 4.52 (`visual.`, `model.layers.`) or later names (`model.visual.`,
+    `model.language_model.`).
     """
     network = {}
     head = {}

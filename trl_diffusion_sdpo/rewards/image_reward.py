@@ -1,4 +1,4 @@
-"""ImageReward 1.0: BLIP with a head that was trained on ranked images."""
+"""Score images with ImageReward 1.0: BLIP with a head that was trained on images ranked by people."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from transformers import (
 from .aesthetic import linear_head
 from .scorer import BatchedScorer, hub_file
 
-# Mean and standard deviation of the raw scores on the authors' data.
+# Mean and standard deviation of the head's output on the authors' data. Scores are normalised with these numbers.
 MEAN = 0.16717362830052426
 STD = 1.0333394966054072
 MAX_TOKENS = 35
@@ -36,8 +36,11 @@ _VISION_BLOCK = {
 
 
 class ImageRewardScorer(BatchedScorer):
-    """Score how well images fit their prompts by a head on the first token of a prompt encoder with cross-attention to
-    the image. The average score is about 0, with a standard deviation of about 1."""
+    """Score how well images fit their prompts. Scores have a mean of about 0 and a standard deviation of about 1.
+
+    `text` encodes the prompt, with cross-attention to the features that `vision` computes from the image. `head`
+    computes the score from the encoding's first token.
+    """
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ def image_reward(
     device: str | torch.device = "cpu",
     batch_size: int = 16,
 ) -> ImageRewardScorer:
-    """Load ImageReward 1.0.
+    """Return the scorer ImageReward 1.0.
 
     Args:
         model (`str`): Hub id or folder with `ImageReward.pt` and `med_config.json`. The weights are read with
@@ -111,7 +114,7 @@ def image_reward(
 
 
 def published_vision() -> BlipVisionConfig:
-    """Build the image encoder's configuration: ViT-L/16 of 224 pixels."""
+    """Return the configuration of the image encoder: ViT-L/16 for images of 224 pixels."""
     return BlipVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
@@ -124,7 +127,7 @@ def published_vision() -> BlipVisionConfig:
 
 
 def text_config(med_config: Mapping[str, Any]) -> BlipTextConfig:
-    """Build the text encoder's configuration from the published `med_config.json`."""
+    """Return the configuration of the text encoder, built from the published `med_config.json`."""
     return BlipTextConfig(
         **{name: value for name, value in med_config.items() if name not in ("architectures", "model_type")},
         encoder_hidden_size=med_config["encoder_width"],
@@ -138,7 +141,7 @@ def load_weights(
     """Load the published weights into the two encoders and the head.
 
     Raises:
-        `RuntimeError`: If weights are missing, have unknown names, or have the wrong shape.
+        `RuntimeError`: If weights are missing, have unknown names, or have wrong shapes.
     """
     towers: dict[str, dict[str, torch.Tensor]] = {"blip.visual_encoder": {}, "blip.text_encoder": {}, "mlp": {}}
     for name, weight in weights.items():
@@ -151,7 +154,7 @@ def load_weights(
 
 
 def vision_name(name: str) -> str:
-    """Translate the name of a weight in BLIP's image encoder to its name in `BlipVisionModel`."""
+    """Return the name in `BlipVisionModel` of a weight of BLIP's original image encoder."""
     fixed = {"cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding"}
     if name in fixed:
         return fixed[name]

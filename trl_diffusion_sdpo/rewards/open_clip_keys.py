@@ -35,9 +35,9 @@ _BUFFERS = ("attn_mask",)
 
 
 def clip_state_dict(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename open_clip's weights to the names in `CLIPModel`.
+    """Return open_clip's weights under the names that `CLIPModel` uses.
 
-    Unknown names are not changed, so that `load_state_dict` reports them.
+    Unknown names are not changed, so that `load_state_dict` raises an error that lists these names.
     """
     renamed = {}
     for name, weight in weights.items():
@@ -48,7 +48,7 @@ def clip_state_dict(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
         if ".attn.in_proj_" not in target:
             renamed[target] = weight.contiguous()
             continue
-        # open_clip has one matrix for queries, keys and values: (3D, D) -> three of (D, D).
+        # open_clip has one matrix for queries, keys and values. Split (3D, D) into three matrices (D, D).
         before, _, kind = target.partition(".attn.in_proj_")
         for letter, third in zip("qkv", weight.chunk(3), strict=True):
             renamed[f"{before}.self_attn.{letter}_proj.{kind}"] = third.contiguous()

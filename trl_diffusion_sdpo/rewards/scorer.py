@@ -1,4 +1,4 @@
-"""The interface of scorers, a base class that scores in batches, and the registry of scorers by name."""
+"""Define the interface of scorers and base classes for scorers, and load scorers by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 
 class Scorer(Protocol):
-    """A callable that scores images for their prompts. Higher is better.
+    """Interface of a scorer: a callable that scores images for their prompts. Higher scores are better.
 
     Args:
         images (`Sequence[PIL.Image.Image]`): N images.
@@ -33,7 +33,7 @@ class Scorer(Protocol):
 
 
 class BatchedScorer(ABC):
-    """Base class of the scorers in this package. A subclass scores one batch in `score_batch`.
+    """Base class of scorers that score images in batches. A subclass implements `score_batch`.
 
     Example:
 
@@ -49,12 +49,14 @@ class BatchedScorer(ABC):
     ```
 
     Args:
-        name (`str`): Name of the scorer in tables and files. Two variants of one formula need different names.
+        name (`str`): Name of the scorer in tables and files. Scorers with different scores need different
+            names.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Device of the scorer's model.
-        batch_size (`int`, *optional*, defaults to `16`): Images per batch.
+        batch_size (`int`, *optional*, defaults to `16`): Number of images per batch.
 
     Raises:
-        `ValueError`: When called, if the numbers of images and prompts differ, or a score is not finite.
+        `ValueError`: If `batch_size` is below 1. A call raises it if the numbers of images and prompts differ, or if a
+            score is not finite.
     """
 
     def __init__(self, name: str, *, device: str | torch.device = "cpu", batch_size: int = 16):
@@ -66,7 +68,7 @@ class BatchedScorer(ABC):
 
     @abstractmethod
     def score_batch(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-        """Return the scores `(N,)` of one batch of RGB images. A batch has at most `batch_size` images."""
+        """Return the scores `(N,)` of one batch of N RGB images, where N is at most `batch_size`."""
 
     def to(self, device: str | torch.device) -> None:
         """Move the scorer's networks to a device."""
@@ -91,10 +93,11 @@ class BatchedScorer(ABC):
 
 
 class FunctionScorer:
-    """A scorer made of a function that takes a list of images and a list of prompts and returns N numbers.
+    """A scorer that calls a function. The function takes a list of N images and a list of N prompts and returns N
+    numbers.
 
     Raises:
-        `ValueError`: When called, if the function does not return one finite score per image.
+        `ValueError`: A call raises it if the function does not return one finite score per image.
     """
 
     def __init__(self, name: str, function: Callable[[list[Image.Image], list[str]], Any]):
@@ -107,9 +110,10 @@ class FunctionScorer:
 
 @contextlib.contextmanager
 def on_device(scorer: Scorer, device: str | torch.device) -> Iterator[None]:
-    """Move a scorer from the CPU to a device within the context, so that it takes no memory there otherwise.
+    """Return a context manager that moves a scorer from the CPU to a device, and back to the CPU at the end. The scorer
+    thus occupies the device's memory only while it scores.
 
-    A scorer stays where it is if it is on another device or is no [`BatchedScorer`].
+    The context does nothing if the scorer is not on the CPU or is not a [`BatchedScorer`].
     """
     device = torch.device(device)
     if not isinstance(scorer, BatchedScorer) or scorer.device.type != "cpu" or device.type == "cpu":
@@ -124,7 +128,7 @@ def on_device(scorer: Scorer, device: str | torch.device) -> Iterator[None]:
 
 
 def checked_scores(scores: Any, prompts: Sequence[str], name: str) -> torch.Tensor:
-    """Return a scorer's output as a float32 tensor `(N,)` on the CPU.
+    """Validate the output of a scorer, and return it as a float32 tensor `(N,)` on the CPU.
 
     Raises:
         `ValueError`: If the scores are not N numbers, or a score is not finite.
@@ -148,11 +152,11 @@ def checked_scores(scores: Any, prompts: Sequence[str], name: str) -> torch.Tens
     return scores
 
 
-# Settings that do not change scores.
+# Settings that do not change scores, so they are not part of a scorer's name.
 _SPEED = ("device", "batch_size", "url", "timeout", "max_unreadable", "api_key_variable")
-_LONGEST_WORD = 40  # longer settings appear in a scorer's name as a hash
+_LONGEST_WORD = 40  # characters; in a scorer's name, the value of a longer setting is replaced by a hash
 
-# Scorer name -> function or class that builds it. Its module is imported on first use.
+# Name of a scorer -> function or class that builds the scorer, or "module:function", imported on first use.
 _BUILDERS: dict[str, str | Callable[..., Scorer]] = {
     "pickscore": "clip:pickscore",
     "clip_score": "clip:clip_score",
@@ -169,10 +173,11 @@ _BUILDERS: dict[str, str | Callable[..., Scorer]] = {
 
 
 def register_scorer(name: str) -> Callable[[Callable[..., Scorer]], Callable[..., Scorer]]:
-    """Register a function or class that builds a [`Scorer`], so that [`load_scorer`] finds it by name.
+    """Return a decorator that registers a function or class under a name. [`load_scorer`] then calls it to build a
+    scorer.
 
     Raises:
-        `ValueError`: If the name is already used or contains a colon.
+        `ValueError`: If the name is already registered or contains a colon.
 
     Example:
 
@@ -189,7 +194,9 @@ def register_scorer(name: str) -> Callable[[Callable[..., Scorer]], Callable[...
     ```
     """
     if ":" in name or name in _BUILDERS:
-        raise ValueError(f"A scorer's name must be unused and contain no colon, got {name!r}. Choose another name.")
+        raise ValueError(
+            f"A scorer's name must not be registered yet and must not contain a colon, got {name!r}. Use another."
+        )
 
     def register(builder: Callable[..., Scorer]) -> Callable[..., Scorer]:
         _BUILDERS[name] = builder
@@ -199,17 +206,17 @@ def register_scorer(name: str) -> Callable[[Callable[..., Scorer]], Callable[...
 
 
 def scorer_names() -> list[str]:
-    """Return the names that [`load_scorer`] knows."""
+    """Return the names of all registered scorers, for [`load_scorer`]."""
     return sorted(_BUILDERS)
 
 
 def load_scorer(name: str, **settings: Any) -> Scorer:
-    """Load a scorer by its name, or import it as `module:function`.
+    """Return a scorer. Load it by its registered name, or import it as `module:function`.
 
     Args:
-        name (`str`): A name of [`scorer_names`], or `package.module:function` for a scorer, or for a function that
-            takes images and prompts and returns numbers.
-        settings: Passed to the builder of the scorer, such as `device`, `batch_size`, `model` and `revision`.
+        name (`str`): A name in [`scorer_names`]. Or `package.module:function`, the import path of a scorer or of a
+            function that takes a list of images and a list of prompts and returns one number per image.
+        settings: Settings of a registered scorer, such as `device`, `batch_size`, `model` and `revision`.
 
     Raises:
         `ValueError`: If there is no such scorer or function, its settings are wrong, or it cannot be loaded.
@@ -236,26 +243,29 @@ def load_scorer(name: str, **settings: Any) -> Scorer:
         return scorer
     if ":" not in name:
         raise ValueError(
-            f"There is no scorer {name!r}. Use one of {', '.join(f'`{known}`' for known in scorer_names())}, or "
-            "`module:function`."
+            f"There is no scorer {name!r}. Use one of {', '.join(f'`{known}`' for known in scorer_names())}, or the "
+            "import path `module:function` of your own function."
         )
     if settings:
         raise ValueError(
-            f"A scorer `module:function` takes no settings, got {sorted(settings)} for {name!r}. Leave them out."
+            f"A scorer that is named as `module:function` takes no settings, got {sorted(settings)} for {name!r}. "
+            "Leave out the settings."
         )
     module, _, attribute = name.partition(":")
     try:
         function = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"The scorer {name!r} cannot be imported as `module:function`: {error}.") from error
+        raise ValueError(
+            f"The scorer {name!r} cannot be imported as `module:function`: {error}. Check the name."
+        ) from error
     if not callable(function):
-        raise ValueError(f"The scorer {name!r} must be a function, got a {type(function).__name__}.")
+        raise ValueError(f"The scorer {name!r} must name a function, got a {type(function).__name__}. Check the name.")
     return function if isinstance(function, (BatchedScorer, FunctionScorer)) else FunctionScorer(name, function)
 
 
 def _variant(name: str, settings: dict[str, Any]) -> str:
-    """Return the settings that change scores, such as `(preprocess=pad)`, so that different scores get different
-    names."""
+    """Return the suffix of a scorer's name that lists the settings that change scores, such as `(preprocess=pad)`.
+    Scorers with different scores thus have different names."""
     words = []
     for key, value in settings.items():
         word = str(value).rstrip("/").split("/")[-1]
@@ -267,6 +277,6 @@ def _variant(name: str, settings: dict[str, Any]) -> str:
 
 
 def hub_file(model: str, name: str, revision: str | None = None) -> Path:
-    """Return the path of a file in a local folder. If there is no such folder, download the file from the Hub."""
+    """Return the path of a model's file. If `model` is not a folder with this file, download the file from the Hub."""
     local = Path(model) / name
     return local if local.is_file() else Path(hf_hub_download(model, name, revision=revision))

@@ -1,6 +1,6 @@
-"""Win rates with confidence intervals and tests.
+"""Compute win rates with confidence intervals and significance tests.
 
-The unit of all statistics is the prompt, because images of one prompt are not independent.
+All statistics treat a prompt, not an image, as one observation, because images of one prompt are not independent.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LEVEL = 0.05  # significance level of the tests; intervals cover 95 %
-RESAMPLES = 10_000
+RESAMPLES = 10_000  # number of bootstrap samples
 BETTER = "better"
 WORSE = "worse"
 NO_DIFFERENCE = "no difference shown"
@@ -24,14 +24,15 @@ class WinRate:
 
     Args:
         rate (`float`): Win rate in `[0, 1]`, averaged over seeds and then over prompts. A tie counts one half.
-        low, high (`float`): Ends of the rate's 95 % interval, from a bootstrap over prompts.
-        p_value (`float`): p-value of a two-sided exact sign test over prompts. Prompts with a rate of one half are
-            ignored.
+        low, high (`float`): Ends of the 95 % confidence interval of `rate`, from a bootstrap over prompts.
+        p_value (`float`): p-value of a two-sided exact sign test over prompts. Prompts with a win rate of one half
+            are ignored.
         prompts (`int`): Number of prompts.
-        ties (`int`): Number of image pairs with equal scores.
-        missing (`int`): Number of image pairs in which an image has no score.
-        mean_change (`float`): Mean difference between the model's and the base's scores, averaged like the rate.
-        change_low, change_high (`float`): Ends of the 95 % interval of `mean_change`.
+        ties (`int`): Number of pairs (the model's image and the base model's image) with equal scores.
+        missing (`int`): Number of such pairs in which an image has no score.
+        mean_change (`float`): Mean of the model's scores minus the base model's scores, averaged over seeds and then
+            over prompts.
+        change_low, change_high (`float`): Ends of the 95 % confidence interval of `mean_change`.
     """
 
     rate: float
@@ -46,9 +47,10 @@ class WinRate:
     change_high: float
 
     def verdict(self, adjusted: float) -> str:
-        """Return "better", "worse" or "no difference shown".
+        """Return whether the model is "better" or "worse" than the base model, or "no difference shown".
 
-        A difference is shown if the adjusted p-value is below 0.05 and the 95 % interval does not contain one half.
+        A difference is shown if `adjusted`, the p-value after correction for several comparisons, is below 0.05 and the
+        95 % interval of the win rate does not contain one half.
         """
         if adjusted >= LEVEL or self.low <= 0.5 <= self.high:
             return NO_DIFFERENCE
@@ -56,22 +58,25 @@ class WinRate:
 
 
 def win_rate(scores: np.ndarray, base: np.ndarray, *, seed: int = 0) -> WinRate:
-    """Compare a model's scores with the base model's.
+    """Return the win rate of a model against the base model, computed from the scores of both.
 
     Args:
-        scores, base (`np.ndarray` of shape `(prompts, seeds)`): Scores of both models. NaN if an image has none.
+        scores, base (`np.ndarray` of shape `(prompts, seeds)`): Scores of both models, with NaN for images
+            without a score.
         seed (`int`, *optional*, defaults to `0`): Seed of the bootstrap.
 
     Raises:
-        `ValueError`: If the shapes differ, or in every image pair a score is missing.
+        `ValueError`: If the shapes differ, or there is no prompt and seed for which both models have a score.
     """
     if scores.shape != base.shape:
-        raise ValueError(f"Both models need scores of the same images, got shapes {scores.shape} and {base.shape}.")
+        raise ValueError(f"Scores of both models must have the same shape, got {scores.shape} and {base.shape}.")
     difference = scores - base
     present = np.isfinite(difference)
     usable = present.any(axis=1)
     if not usable.any():
-        raise ValueError("A win rate needs image pairs in which both images have a score, and there are none.")
+        raise ValueError(
+            "A win rate needs a prompt and seed where the images of both models have scores, and there is none."
+        )
     wins = np.where(difference > 0, 1.0, np.where(difference < 0, 0.0, 0.5))
     count = present.sum(axis=1)[usable]
     rates = np.where(present, wins, 0.0).sum(axis=1)[usable] / count  # (prompts,)
@@ -93,10 +98,10 @@ def win_rate(scores: np.ndarray, base: np.ndarray, *, seed: int = 0) -> WinRate:
 
 
 def bootstrap_interval(values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the mean of `(N,)` values, by resampling them."""
+    """Return the bootstrap's 95 % percentile interval of the mean of values `(N,)`."""
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
-    block = max(1, 5_000_000 // len(values))  # resamples per block, to limit memory
+    block = max(1, 5_000_000 // len(values))  # samples are drawn in blocks of this many, to limit memory
     for start in range(0, resamples, block):
         size = min(block, resamples - start)
         means[start : start + size] = values[generator.integers(0, len(values), (size, len(values)))].mean(axis=1)
@@ -105,14 +110,15 @@ def bootstrap_interval(values: np.ndarray, *, seed: int = 0, resamples: int = RE
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Return the two-sided exact p-value of `wins` against `losses`, if both were equally likely."""
+    """Return the p-value of a two-sided exact sign test, whose null hypothesis is that wins and losses are equally
+    likely."""
     trials = wins + losses
     tail = sum(math.comb(trials, successes) for successes in range(min(wins, losses) + 1))
     return min(1.0, 2 * tail / 2**trials)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for several tests by Holm's method."""
+    """Return p-values adjusted for multiple tests by Holm's method."""
     adjusted = [0.0] * len(p_values)
     largest = 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
@@ -125,11 +131,12 @@ def agreement(first: np.ndarray, second: np.ndarray) -> float:
     """Return the share of prompts on which two scorers prefer the same model.
 
     Args:
-        first, second (`np.ndarray` of shape `(prompts, seeds)`): For each scorer, the model's scores minus the base
-            model's.
+        first, second (`np.ndarray` of shape `(prompts, seeds)`): The scores of one scorer each: the model's scores
+            minus the base model's scores.
 
     Returns:
-        `float`: Share in `[0, 1]`, among prompts on which both scorers have a preference. NaN if there are none.
+        `float`: Share in `[0, 1]`, among prompts on which both scorers prefer one of the models. NaN if there are no
+            such prompts.
     """
     signs = []
     for difference in (first, second):

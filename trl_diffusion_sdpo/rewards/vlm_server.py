@@ -1,4 +1,4 @@
-"""Scores from a vision-language model behind a server with OpenAI's chat API, such as vLLM's."""
+"""Score images with a vision-language model on a server with OpenAI's chat API, such as a vLLM server."""
 
 from __future__ import annotations
 
@@ -33,35 +33,36 @@ Equal"""
 _SCORE = re.compile(r"(Alignment|Coherence|Style) Score\s*\(1-5\)\s*:\s*\**\s*(\d+(?:\.\d+)?)", re.IGNORECASE)
 _CHOICE = re.compile(r"\b(image 1|image 2|equal)\b", re.IGNORECASE)
 _MAX_ANSWER = 1_000_000  # bytes
-_ENOUGH_ANSWERS = 20  # with fewer answers, the share of unreadable ones is too uncertain
+_ENOUGH_ANSWERS = 20  # with fewer answers, the share of unreadable answers is too uncertain
 
 
 class VLMServerError(OSError):
-    """Raised if the server cannot be reached, refuses a request, or returns too many unreadable answers."""
+    """Raised if the server cannot be reached, refuses a request, or gives too many answers that cannot be parsed."""
 
 
 class VLMServerScorer:
-    """Score images by asking a vision-language model on a server. The score is the mean of three ratings, mapped from
-    1-5 to 0-1.
+    """Score images by asking a vision-language model on a server for three ratings from 1 to 5. The score is the mean
+    rating, mapped to `[0, 1]`.
 
-    An unreadable answer gives the score NaN. Evaluations count these and leave them out.
+    If an answer cannot be parsed, the score is NaN. Evaluations leave out images without a score and report how many
+    there are.
 
     Args:
         url (`str`): URL of the API, such as `http://127.0.0.1:8000/v1`.
         model (`str`): Name of the model on the server.
-        question (`str`, *optional*): The question, in which the prompt replaces `{prompt}`. It must make the model
-            answer in lines like `Alignment Score (1-5): 4`.
+        question (`str`, *optional*): The question, in which the prompt replaces `{prompt}`. The question must make the
+            model answer in lines like `Alignment Score (1-5): 4`.
         batch_size (`int`, *optional*, defaults to `8`): Number of parallel requests.
         timeout (`float`, *optional*, defaults to `120.0`): Time limit of a request in seconds.
-        max_unreadable (`float`, *optional*, defaults to `0.05`): Largest allowed share of unreadable answers, checked
-            from the 20th answer on.
+        max_unreadable (`float`, *optional*, defaults to `0.05`): Largest allowed share of answers that cannot be
+            parsed. The share is checked from the 20th answer on.
         max_tokens (`int`, *optional*, defaults to `256`): Largest length of an answer in tokens.
-        api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): Environment variable with the API key. If
-            the variable is set, the key is sent.
+        api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): Environment variable that may contain an
+            API key. If the variable is set, requests contain the key.
 
     Raises:
-        `VLMServerError`: When called, if the server cannot be reached, refuses a request, or returns too many
-            unreadable answers.
+        `VLMServerError`: A call raises it if the server cannot be reached, refuses a request, or gives too many answers
+            that cannot be parsed.
 
     Example:
 
@@ -85,7 +86,7 @@ class VLMServerScorer:
         api_key_variable: str = "OPENAI_API_KEY",
     ):
         if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-            raise ValueError(f"`url` must begin with `http://` or `https://`, got {url!r}.")
+            raise ValueError(f"`url` must begin with `http://` or `https://`, got {url!r}. Correct the address.")
         if "{prompt}" not in question:
             raise ValueError(f"`question` must contain `{{prompt}}`, got {question!r}.")
         self.name = f"vlm_server({model.split('/')[-1]})"
@@ -109,10 +110,11 @@ class VLMServerScorer:
     def compare(
         self, first: Sequence[Image.Image], second: Sequence[Image.Image], prompts: Sequence[str]
     ) -> torch.Tensor:
-        """Ask which of two images the model prefers, `(N,)`: 1 for the first, -1 for the second, 0 for a tie.
+        """Return which image of N pairs the model prefers, `(N,)`: 1 for the first image, -1 for the second, 0 for a
+        tie.
 
-        The model sees each pair in both orders. If its answers contradict each other, the pair is a tie. If an answer
-        is unreadable, the result is NaN.
+        The model sees each pair in both orders. If its two answers contradict each other, the pair is a tie. If an
+        answer cannot be parsed, the result is NaN.
         """
         questions = [COMPARISON.replace("{prompt}", prompt) for _, prompt in _pairs(first, prompts)]
         orders = [list(pair) for pair in zip(first, second, strict=True)]
@@ -152,16 +154,19 @@ class VLMServerScorer:
                 answer = response.read(_MAX_ANSWER)
         except urllib.error.HTTPError as error:
             detail = error.read(300).decode(errors="replace")
-            raise VLMServerError(f"{self.url} answered with status {error.code}: {detail}") from error
+            raise VLMServerError(
+                f"The server {self.url} refused the request with status {error.code}: {detail}"
+            ) from error
         except OSError as error:  # no connection, timeout
             raise VLMServerError(
-                f"{self.url} does not answer: {error}. Start the server, or raise `timeout`."
+                f"The server {self.url} does not answer: {error}. Start the server, or raise `timeout`."
             ) from error
         try:
             return str(json.loads(answer)["choices"][0]["message"]["content"])
         except (ValueError, LookupError, TypeError) as error:
             raise VLMServerError(
-                f"{self.url} must answer in OpenAI's chat format, got {answer[:200]!r}. Check the address."
+                f"The server {self.url} must answer in the format of OpenAI's chat API, got {answer[:200]!r}. Check "
+                "the address."
             ) from error
 
     def _count(self, unreadable: int, answered: int) -> None:
@@ -169,31 +174,35 @@ class VLMServerScorer:
         self.unreadable += unreadable
         if self.answered >= _ENOUGH_ANSWERS and self.unreadable > self.max_unreadable * self.answered:
             raise VLMServerError(
-                f"{self.unreadable} of {self.answered} answers of {self.model} are unreadable, more than "
-                f"`max_unreadable={self.max_unreadable}`. Ask another model, or change `question`."
+                f"At most a share of `max_unreadable={self.max_unreadable}` of the answers may be unreadable, got "
+                f"{self.unreadable} of {self.answered} from {self.model}. Use another model, or change `question`."
             )
 
 
 class VLMServerJudge(VLMServerScorer):
-    """Compare each image of a model with the base model's image of the same prompt and noise, in both orders.
+    """Judge pairs of images by asking a vision-language model on a server which image is better, in both orders.
 
-    Only evaluations use it, because one image alone has no score. The score of a model's image is 1 if the judge
-    prefers it, -1 if the judge prefers the base's, and 0 for a tie. Arguments are those of [`VLMServerScorer`] without
-    `question`.
+    A judge cannot score a single image. Evaluations let it compare each image with the base model's image of the same
+    prompt and noise. The score is 1 if the judge prefers the model's image, -1 if it prefers the base model's image,
+    and 0 for a tie. Arguments are those of [`VLMServerScorer`] without `question`.
     """
 
     def __init__(self, url: str, model: str, **settings: Any):
         if "question" in settings:
-            raise ValueError("The scorer `vlm_judge` has one question, got the setting `question`. Leave it out.")
+            raise ValueError(
+                "The question of the scorer `vlm_judge` cannot be changed, got the setting `question`. Leave it out."
+            )
         super().__init__(url, model, **settings)
         self.name = f"vlm_judge({model.split('/')[-1]})"
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
-        raise ValueError(f"`{self.name}` compares two images and scores none alone. Use it in `evaluate` only.")
+        raise ValueError(
+            f"`{self.name}` compares two images and cannot score one alone. Use it in `evaluate` or `pairs generate`."
+        )
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Refuse redirects, because they would send the API key to another host."""
+    """Refuses redirects, because a redirected request would send the API key to another host."""
 
     def redirect_request(self, *arguments: Any) -> None:
         return None
@@ -203,7 +212,7 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 def read_score(answer: str) -> float | None:
-    """Return the mean rating in an answer, mapped from 1-5 to 0-1, or `None` if the answer is unreadable."""
+    """Return the mean of the ratings in an answer, mapped from 1-5 to 0-1, or `None` if the answer has no rating."""
     scores = {axis.lower(): min(max(float(score), 1.0), 5.0) for axis, score in _SCORE.findall(answer)}
     if not scores:
         return None
@@ -211,7 +220,8 @@ def read_score(answer: str) -> float | None:
 
 
 def read_choice(answer: str) -> int | None:
-    """Return 1 if the answer prefers the first image, -1 for the second, 0 for neither, `None` if it is unreadable."""
+    """Return 1 if an answer prefers the first image, -1 for the second image, 0 for neither, and `None` if the answer
+    names no choice or several."""
     named = {choice.lower() for choice in _CHOICE.findall(answer)}
     if len(named) != 1:
         return None
@@ -219,7 +229,7 @@ def read_choice(answer: str) -> int | None:
 
 
 def data_url(image: Image.Image) -> str:
-    """Return an image as a data URL that contains a PNG."""
+    """Return an image as a data URL in PNG format."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

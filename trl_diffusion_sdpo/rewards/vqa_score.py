@@ -1,5 +1,5 @@
-"""VQAScore: the probability that a vision-language model answers "Yes" when asked whether the image shows the
-prompt."""
+"""Score images with VQAScore: ask a vision-language model whether an image shows the prompt. The score is the
+probability of the answer "Yes"."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUESTION = 'Does this figure show "{prompt}"? Please answer Yes or No.'
 class VQAScorer(BatchedScorer):
     """Score images by the probability in `[0, 1]` that the first token of the model's answer is "Yes".
 
-    Images are scored one at a time, so that a score does not depend on the padding of other prompts. Scores of
+    Images are scored one at a time, so that no prompt is padded and scores do not depend on a batch. Scores of
     different models cannot be compared, so the scorer's name contains the model's name.
 
     Source: https://huggingface.co/papers/2404.01291.
@@ -59,13 +59,14 @@ def vqa_score(
     dtype: torch.dtype = torch.bfloat16,
     **settings: Any,
 ) -> VQAScorer:
-    """Load VQAScore with any vision-language model of transformers.
+    """Return the scorer VQAScore with a vision-language model of transformers.
 
     Args:
         model (`str`): Hub id or folder of the model and its processor.
-        revision (`str`, *optional*): Revision on the Hub.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Type of the weights.
-        settings: `question`, in which the prompt replaces `{prompt}`; `answer`, whose first token is scored; `device`.
+        revision (`str`, *optional*): Hub revision of the model and its processor.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Dtype of the weights.
+        settings: `device`; `question`, a text in which the prompt replaces `{prompt}`; and `answer`, a text whose first
+            token's probability is the score.
     """
     network = AutoModelForImageTextToText.from_pretrained(model, revision=revision, dtype=dtype)
     processor = AutoProcessor.from_pretrained(model, revision=revision)
