@@ -44,9 +44,9 @@ def mend(denoiser: torch.nn.Module) -> None:
     """Give this transformer the two methods above. Other transformers of the process stay as they are."""
     for module in denoiser.modules():
         if isinstance(module, MOEFeedForwardSwiGLU):
-            module.forward = MethodType(route, module)  # type: ignore[method-assign]
+            module.forward = MethodType(route, module)
         elif isinstance(module, HiDreamImageTransformer2DModel):
-            module.patchify = MethodType(patchify, module)  # type: ignore[method-assign]
+            module.patchify = MethodType(patchify, module)
 
 
 class HiDreamFamily(Family):
