@@ -218,6 +218,7 @@ def draw_grid(columns: dict[str, np.ndarray], path: Path, rows: int = 6, side: i
     """Draw the first images of each column side by side, enlarged, under their names."""
     import matplotlib.pyplot as plt
 
+    rows = min(rows, *map(len, columns.values()))
     figure, axes = plt.subplots(rows, len(columns), figsize=(1.5 * len(columns), 1.45 * rows))
     for column, (name, images) in enumerate(columns.items()):
         axes[0, column].set_title(name.replace(", ", "\n"), fontsize=9)

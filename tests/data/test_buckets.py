@@ -6,7 +6,7 @@ import pytest
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN
 
 from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets, BucketSampler, PairSizes, Repeated
-from trl_diffusion_sdpo.data.checking import describe_sizes
+from trl_diffusion_sdpo.data.data_report import describe_sizes
 
 AT_1024 = [
     *[(704, 1408), (768, 1344), (832, 1216), (896, 1152), (960, 1088), (1024, 1024)],

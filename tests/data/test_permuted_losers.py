@@ -8,7 +8,7 @@ import pytest
 from tiny_pairs import JUNK, png
 
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
-from trl_diffusion_sdpo.data.checking import PERMUTED
+from trl_diffusion_sdpo.data.data_report import PERMUTED
 
 PROMPTS = ["a", "b", "a", "c", "a", "b", "a", "d"]  # half of them are "a"
 

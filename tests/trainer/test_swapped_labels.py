@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_diffusion_sdpo.data.checking import SWAPPED
+from trl_diffusion_sdpo.data.data_report import SWAPPED
 
 
 def exchanged(pairs):

@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..data.checking import HOW_TO_DROP, evenly_spaced
+from ..data.data_report import HOW_TO_DROP, evenly_spaced
 from ..data.dataset import PreferenceDataset
 from ..data.images import UndecodableImageError
 from ..data.transforms import pixels_as_floats

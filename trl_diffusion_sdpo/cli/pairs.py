@@ -128,8 +128,8 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
         "--margin",
         type=float,
         metavar="X",
-        help="Make a pair of any two images whose rewards differ by at least X. If unset, pair only the best and the "
-        "worst image of each prompt.",
+        help="Make a pair of every two images of a prompt whose rewards differ by at least X. If unset, pair only the "
+        "best and the worst image of each prompt.",
     )
     add_image_options(parser, prompt_split="train", is_prompts_required=False)
     add("--output_dir", required=True, metavar="FOLDER", help="Folder for images, scores and pairs.jsonl.")

@@ -1,7 +1,7 @@
 """Preference data. This subpackage turns rows of published preference data sets into batches of image pairs."""
 
 from .buckets import AspectRatioBuckets
-from .checking import DataReport
+from .data_report import DataReport
 from .dataset import PairOptions, PreferenceCollator, PreferenceDataset
 from .formats import FORMATS, PreferenceFormat, detect_format
 from .images import UndecodableImageError, decode_image

@@ -17,9 +17,9 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from ..utils.processes import ALONE, Peers
-from . import checking
+from . import data_report
 from .buckets import AspectRatioBuckets, PairSizes, Repeated
-from .checking import HOW_TO_DROP, BadDataError, DataReport, evenly_spaced
+from .data_report import HOW_TO_DROP, BadDataError, DataReport, evenly_spaced
 from .images import SCHEMES, ImageReader, Size, UndecodableImageError, full_size, parse_schemes, same_image
 from .permuted_losers import PermutedLosers
 from .sources import PairSource, PairTable, StoredImage, pairs_fingerprint
@@ -89,7 +89,7 @@ class PairOptions:
             raise ValueError(f'`on_bad_row` must be "drop" or "raise", got {self.on_bad_row!r}.')
         if self.losers not in ("data", "permute"):
             raise ValueError(f'`losers` must be "data" or "permute", got {self.losers!r}.')
-        object.__setattr__(self, "verify_images", checking.parse_verify_images(self.verify_images))
+        object.__setattr__(self, "verify_images", data_report.parse_verify_images(self.verify_images))
         object.__setattr__(self, "image_schemes", parse_schemes(self.image_schemes))
         if not 0.0 <= self.prompt_dropout <= 1.0:
             raise ValueError(f"`prompt_dropout` is a probability, so it must be in [0, 1], got {self.prompt_dropout}.")
@@ -374,7 +374,7 @@ class PreferenceDataset(Dataset):
         Raises:
             ValueError: If no pair can be decoded. With `compare`, also if all pairs have two identical images.
         """
-        sample = evenly_spaced(len(self), checking.SAMPLED_PAIRS)
+        sample = evenly_spaced(len(self), data_report.SAMPLED_PAIRS)
         places, reader = self._pairs.places[sample], self._options.reader
         checked = peers.first(lambda: [_check_pair(self._source, reader, each) for each in places])
         bad = {
@@ -382,7 +382,7 @@ class PreferenceDataset(Dataset):
         }
         for pair, (row, reason) in bad.items():
             self._undecodable[pair] = 1  # `report` counts these pairs
-            checking.reject(self._report, self.strict, "undecodable", row, reason, 0)
+            data_report.reject(self._report, self.strict, "undecodable", row, reason, 0)
         if bad and len(sample) < len(self):
             logger.warning(
                 "%s data: %d of %d checked pairs cannot be decoded. The data have %d pairs. `verify_images='all'` "
@@ -392,7 +392,7 @@ class PreferenceDataset(Dataset):
             if len(bad) == len(sample):
                 raise ValueError(f"None of the {len(bad)} pairs that were checked can be decoded.\n{self._report}")
         if compare and not self.is_permuted:
-            checking.check_identical(self._report.name, [result for result in checked if isinstance(result, bool)])
+            data_report.check_identical(self._report.name, [result for result in checked if isinstance(result, bool)])
 
     def _forget_undecodable(self) -> None:
         """Clear the mask of undecodable pairs, which DataLoader workers share, so that all pairs are tried again."""

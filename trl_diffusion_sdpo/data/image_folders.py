@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from .checking import MAX_EXAMPLES
+from .data_report import MAX_EXAMPLES
 from .images import FILE_FORMATS
 
 logger = logging.getLogger(__name__)

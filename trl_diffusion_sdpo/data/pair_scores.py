@@ -265,7 +265,7 @@ def calibrate(dataset: PreferenceDataset) -> np.ndarray:
 def _different_images(
     source: PairSource, reader: ImageReader, places: np.ndarray, prompts: np.ndarray, scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the number of each image among the distinct images, and the prompts and scores of the distinct images.
+    """Return the index of each image in the list of distinct images, and the prompts and scores of that list.
 
     Args:
         places (`np.ndarray` of shape `(N, 2)`): Row of each image, and the image's number within the row.

@@ -11,8 +11,8 @@ import datasets
 import numpy as np
 
 from ..utils.processes import ALONE, Peers
-from . import checking
-from .checking import ENLARGED, DataReport
+from . import data_report
+from .data_report import ENLARGED, DataReport
 from .dataset import PairOptions, PreferenceDataset
 from .formats import FORMATS, SEED_COLUMNS, Reject
 from .permuted_losers import PermutedLosers
@@ -78,7 +78,7 @@ def prepare_dataset(
     # Index the pairs, and drop unusable pairs.
     report = DataReport(name, source.format_name, rows=len(source), is_swapped=source.is_swapped)
     report.is_permuted = options.permutes
-    reject = partial(checking.reject, report, options.on_bad_row == "raise")
+    reject = partial(data_report.reject, report, options.on_bad_row == "raise")
     pairs = source.index_pairs(reject)
     if options.permutes:  # training draws the losers, so index only the winners
         pairs = PairTable(pairs.places[:, [0, 1, 0, 1]], {})
@@ -87,7 +87,7 @@ def prepare_dataset(
     for column in SEED_COLUMNS if options.noise_seeds else ():
         pairs = _drop_rows(pairs, bad_seeds(source.values(column), column), reject)
     if checks_all and len(pairs):
-        pairs = _check_images(source, pairs, options, report, reject, peers)
+        pairs = _drop_bad_images(source, pairs, options, report, reject, peers)
 
     # Make the data set, and check a sample of its pairs.
     losers = PermutedLosers.of(source, pairs.places, options.seed, name) if options.permutes else None
@@ -111,7 +111,7 @@ def _drop_rows(pairs: PairTable, reasons: Mapping[int, str], reject: Reject) -> 
     return pairs.take(~is_bad)
 
 
-def _check_images(
+def _drop_bad_images(
     source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport, reject: Reject, peers: Peers
 ) -> PairTable:
     """Check every image, and drop pairs with a bad or small image. Assign the other pairs to their buckets.
@@ -138,7 +138,7 @@ def _check_images(
         pairs = pairs.with_columns(size=numbers)
         targets = np.array(options.buckets.sizes)[numbers]
     if options.reads_sizes:
-        report.notes = checking.describe_sizes(sizes, targets)
+        report.notes = data_report.describe_sizes(sizes, targets)
     return pairs
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 from ..utils._compat import dataset_fingerprint
 from ..utils.files import file_facts
 from ..utils.processes import Peers, forks_by_default, usable_cores
-from .checking import DataReport, evenly_spaced
+from .data_report import DataReport, evenly_spaced
 from .formats import (
     SEED_COLUMNS,
     LabelError,

@@ -16,7 +16,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..utils._compat import is_split_by_node
-from .checking import COUNTS, SAMPLED_PAIRS, BadDataError, DataReport, check_identical, reject
+from .data_report import COUNTS, SAMPLED_PAIRS, BadDataError, DataReport, check_identical, reject
 from .dataset import PairOptions, complete_item, new_epoch
 from .formats import PairReference, PreferenceFormat, Reject, groups, pairs_in_group, resolve_format
 from .images import UndecodableImageError, same_image
@@ -139,8 +139,9 @@ class PreferenceIterableDataset(IterableDataset):
     all labels in each process, because all processes need the same number of pairs, and rows that are compared with one
     another must stay together.
 
-    Different workers never give two pairs the same `row`, so no two pairs of an epoch have the same random numbers. Bad
-    pairs are skipped and counted. In formats that compare rows, the rows of a group must be consecutive.
+    The `row` of an item is a number that no other pair of the epoch has, in any worker. The pair's random numbers are
+    seeded with the seed, the epoch and this number, so no two pairs share them. Bad pairs are skipped and counted. In
+    formats that compare rows, the rows of a group must be consecutive.
 
     Args:
         streams (`Sequence[Stream]`): One stream, or several streams to mix.

@@ -65,4 +65,6 @@ class Candidate:
                 f"`scale` must be a finite number above 0, got {self.scale}. For scale 0, evaluate the base model."
             )
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1] <= 1:
-            raise ValueError(f"`interval` must be (low, high) with 0 <= low < high <= 1, got {self.interval}.")
+            raise ValueError(
+                f"`interval` must be two noise levels (low, high) with 0 <= low < high <= 1, got {self.interval}."
+            )

@@ -118,7 +118,7 @@ def family_for_class_name(name: str) -> type[Family]:
         listed = ", ".join(f"{path} ({source})" for path, source in sources)
         raise ValueError(
             f"A pipeline class can have only one family, and {name} has several: {listed}. Choose one with "
-            f"register_family({name!r}, ..., replace=True), or uninstall a package."
+            f"register_family({name!r}, ..., replace=True), or uninstall the packages whose families you do not want."
         )
     path, source = sources[0]
     return _import_family(name, path, source)

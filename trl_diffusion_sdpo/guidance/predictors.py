@@ -173,7 +173,7 @@ def _plain(denoiser: nn.Module) -> nn.Module:
 
 
 def _acting(layers: list[Any]) -> list[str]:
-    """Return the names of the adapters that are active and not switched off."""
+    """Return the names of the active adapters in layers whose adapters PEFT has not disabled."""
     return sorted({name for layer in layers if not layer.disable_adapters for name in layer.active_adapters})
 
 

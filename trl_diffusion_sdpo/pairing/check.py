@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from ..data import PairOptions, PairTransform, PreferenceDataset, UndecodableImageError, prepare_dataset
-from ..data.checking import evenly_spaced
+from ..data.data_report import evenly_spaced
 from ..evaluation.report import data_url, template
 from ..rewards import Scorer
 from ..utils.files import write_atomically

@@ -257,7 +257,8 @@ class SampleImagesCallback(TrainerCallback):
 
         Args:
             autocast (context manager, *optional*): Context of each call of the denoiser. The context must be reusable.
-            through (`nn.Module`, *optional*): The denoiser as the engine wrapped it. If passed, it is called instead.
+            through (`nn.Module`, *optional*): The denoiser as the engine wrapped it. If passed, the wrapped denoiser is
+                called in place of the pipeline's.
         """
         none = contextlib.nullcontext()
         with (

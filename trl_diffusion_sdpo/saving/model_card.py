@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainerState, TrainingArguments
 
-from ..data.checking import COUNTS, PERMUTED, SWAPPED, DataReport
+from ..data.data_report import COUNTS, PERMUTED, SWAPPED, DataReport
 from ..families import Family
 from ..utils._compat import loads_lora
 from ..utils.files import write_atomically

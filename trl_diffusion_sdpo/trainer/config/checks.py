@@ -11,7 +11,7 @@ import torch
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ...data.checking import parse_verify_images
+from ...data.data_report import parse_verify_images
 from ...data.images import parse_schemes
 from ...families.inversion import InversionSettings
 from ...families.noise import TimestepSampling

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_pairs import JUNK, png, prepare
 
-from trl_diffusion_sdpo.data.checking import evenly_spaced, parse_verify_images
+from trl_diffusion_sdpo.data.data_report import evenly_spaced, parse_verify_images
 from trl_diffusion_sdpo.data.images import ImageReader
 from trl_diffusion_sdpo.data.sources import TableSource
 from trl_diffusion_sdpo.utils.processes import Peers, usable_cores

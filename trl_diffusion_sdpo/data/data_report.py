@@ -1,4 +1,4 @@
-"""Report of how many rows and pairs a data set has and how many were dropped, and checks before the first batch."""
+"""Report of how many rows and pairs a data set has, and how many were dropped and why."""
 
 from __future__ import annotations
 
