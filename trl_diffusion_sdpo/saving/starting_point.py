@@ -174,11 +174,11 @@ def _read_base(run: Path, *, needs_denoiser: bool, advice: str) -> Any:
             f"The files of the run in {run} do not say from which pipeline it started. Pass that pipeline as the "
             f"model, and {advice}."
         )
-    for path in (base["pipeline"], base["denoiser"] if needs_denoiser else None):
+    for part, path in (("pipeline", base["pipeline"]), ("denoiser", base["denoiser"] if needs_denoiser else None)):
         if path is not None and os.path.isabs(path) and not os.path.exists(path):
             raise ValueError(
-                f"The run in {run} started from {path}, which no longer exists. Pass the pipeline's new path as the "
-                f"model, and {advice}."
+                f"The run in {run} started from the {part} in {path}, which no longer exists. Pass the new path of the "
+                f"{part}'s folder as the model, and {advice}."
             )
     return base
 

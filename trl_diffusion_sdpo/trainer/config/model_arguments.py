@@ -22,8 +22,9 @@ class PipelineArguments:
             output folder of a run), a `.safetensors` file or a Hub id. The reference is then the model with this LoRA
             as it was before training.
         ref_model_name_or_path (`str`, *optional*):
-            Reference model: a Hub id, the folder of a pipeline or the output folder of a run. The setting has the same
-            effect as the trainer's argument `ref_model`. If both are unset, the reference is the model before training.
+            Reference model: a Hub id, the folder of a pipeline or the output folder of a run.
+            `ref_model_name_or_path` has the same effect as the trainer's argument `ref_model`. If both are unset, the
+            reference is the model before training.
         model_init_kwargs (`dict` or `str`, *optional*):
             Keyword arguments of `DiffusionPipeline.from_pretrained`, with which the model is loaded if `model` is a
             string.
