@@ -303,8 +303,8 @@ class Family(ABC):
         if len(sizes) > 1:
             raise ValueError(
                 "All pairs of a batch must have equally many source images, of equal sizes after the pipeline's "
-                f"resizing. Got pairs with sources of these sizes (height, width): {sorted(sizes)}. Set `per_device_train_batch_size=1` and "
-                "`per_device_eval_batch_size=1`, and raise `gradient_accumulation_steps`."
+                f"resizing. Got pairs with sources of these sizes (height, width): {sorted(sizes)}. Set "
+                "`per_device_train_batch_size=1` and `per_device_eval_batch_size=1`, and raise `gradient_accumulation_steps`."
             )
         return [torch.cat(images) for images in zip(*pixels, strict=True)]
 

@@ -204,8 +204,9 @@ class DDIMInversion(Inversion):
 
     A step turns noisy latents `x_s` at timestep `s` into `x_t` at the next higher timestep `t`:
     `x_t = a_t (x_s - b_s e) / a_s + b_t e`. Here `a` and `b` are the factors of clean latents and noise, and `e` is the
-    predicted noise, epsilon (https://huggingface.co/papers/2010.02502, equation 12). A velocity or sample prediction is converted to epsilon at
-    the noise level of the timestep that the denoiser received, so the result does not depend on the prediction type.
+    predicted noise, epsilon (https://huggingface.co/papers/2010.02502, equation 12). A velocity or sample prediction
+    is converted to epsilon at the noise level of the timestep that the denoiser received, so the result does not depend
+    on the prediction type.
     Diffusers' `DDIMInverseScheduler` converts at the level where the step starts. This is not possible for the first
     step, because clean latents have no epsilon.
     """
