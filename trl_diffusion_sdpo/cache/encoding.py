@@ -163,7 +163,7 @@ class PairEncoding:
                 "Set `precompute_latents=False`."
             )
         texts: list[Any]
-        with failing_together(RuntimeError):  # it reads rows
+        with failing_together(RuntimeError):  # reading the rows may fail in one process
             if dataset.has_sources:
                 texts, digests = distinct_edits(dataset.edits())
             else:
@@ -471,7 +471,7 @@ class _Decoded(Dataset):
 
 
 class _Edits(Dataset):
-    """The source images of edits, or the error of an image, for DataLoader workers."""
+    """Data set for DataLoader workers: the source images of each edit, or the error if one cannot be decoded."""
 
     def __init__(self, dataset: PreferenceDataset, edits: Sequence[Edit]) -> None:
         self._dataset, self._edits = dataset, edits

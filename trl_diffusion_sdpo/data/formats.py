@@ -21,7 +21,7 @@ Reject = Callable[[str, int, str, int], object]
 
 
 class PairReference(NamedTuple):
-    """The two images of a pair. Each image has the number of its row and the number within this row."""
+    """The two images of a pair. Each image is given by the number of its row and by its number within the row."""
 
     winner_row: int
     winner_image: int

@@ -186,7 +186,7 @@ class StoredImage(NamedTuple):
         """Decode the images that the prompt edits.
 
         Raises:
-            UndecodableImageError: If there is none, or one of them is missing or cannot be decoded.
+            UndecodableImageError: If the row has no source image, or a source image is missing or cannot be decoded.
         """
         stored = as_list(self.row[self.format.source_columns[0]])
         if not stored:
@@ -381,8 +381,8 @@ class PairSource:
 
         Args:
             places (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser.
-            num_proc (`int`, *optional*): Number of workers of each process. If there are many images, the default is
-                one worker for each core.
+            num_proc (`int`, *optional*): Number of workers of each process. By default, all processes share the cores
+                if there are many images.
 
         Returns:
             `tuple`: Height and width of winners and losers, `(P, 2, 2)`, with zeros for bad and missing images, and the

@@ -216,8 +216,8 @@ class PreferenceIterableDataset(IterableDataset):
     def position(
         self, batch: int, workers: int, processes: int, readers: Sequence[Sequence[int]] | None = None
     ) -> StreamPosition:
-        """Return the position of a process in this stream. `processes` is the number of processes. For the other
-        arguments, see [`StreamPosition`]."""
+        """Return the position of a process in this stream. For `batch`, `workers` and `readers`, see
+        [`StreamPosition`]."""
         sharing = 1 if self.for_process(Share(0, processes))._deals_pairs else processes
         return StreamPosition(batch, workers, max(1, workers) * sharing, self._options.seed, readers)
 

@@ -25,8 +25,8 @@ class Candidate:
         lora (`str`, *optional*): Folder, file or Hub id of a LoRA for the model. Cannot be used with a loaded pipeline:
             load the LoRA into the pipeline yourself.
         scale (`float`, *optional*): How far to go from the base model (scale 0) to the tuned model (scale 1). Scales
-            above 1 extrapolate. The base model is this model without its LoRA. If it has no LoRA, the base model is the
-            first model of the evaluation.
+            above 1 extrapolate. The base model is this candidate without its LoRA. If the candidate has no LoRA, the
+            base model is the first model of the evaluation.
         form (`"guidance"` or `"weights"`, *optional*, defaults to `"guidance"`): What `scale`
             scales: the change of predictions, with [`preference_guidance`], or the change of weights.
         interval (`tuple[float, float]`, *optional*): Lowest and highest noise level at which preference guidance

@@ -271,8 +271,8 @@ def _judge_neighbours(
 ) -> np.ndarray:
     """Return the judge's verdict on each image, `(prompts, seeds)`. The images of two consecutive seeds are compared.
 
-    The verdict is 1 if the judge prefers this image, -1 if it prefers the other one, 0 for a tie, and NaN if the judge
-    gave no answer or the number of seeds is odd and this is the last one.
+    An image's verdict is 1 if the judge prefers the image, -1 if the judge prefers the image of the other seed, 0 for a
+    tie, and NaN if the judge gave no answer. With an odd number of seeds, images of the last seed have NaN.
     """
     count = len(settings.seeds) // 2
     neighbours = [settings.seeds[2 * pair : 2 * pair + 2] for pair in range(count)]

@@ -22,9 +22,9 @@ LOCK_FILE = ".picks.lock"
 class PickSession:
     """One run of the pick page on a folder with `manifest.jsonl`. All browser tabs share the session.
 
-    If the column `model` names several models, the page compares these models without showing their names. Otherwise
-    it rates the images of each prompt. The page refers to images by random codes, so that file names do not reveal the
-    model.
+    If the column `model` names several models, the page compares these models without showing their names. With at most
+    one model, picks rate the images of each prompt. The page refers to images by random codes, so that file names do
+    not reveal the model.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -53,7 +53,7 @@ class RunFacts:
     """Facts of a run that a verdict needs besides the log history."""
 
     has_reference: bool  # whether the loss has a reference
-    reference_moves: bool  # whether the reference is updated towards the policy. It is then useless for comparison
+    reference_moves: bool  # whether the reference follows the policy, so errors cannot be compared with its errors
     reference_was_given: bool  # whether the user passed a reference; if not, it is the policy before training
     uses_loser: bool  # whether the loss depends on the rejected images
     safeguard: str  # the setting `safeguard`

@@ -156,9 +156,9 @@ class Checkpoints:
         return gather_objects(newest)[0]
 
     def _missing(self, folder: Path) -> str | None:
-        """Return words on the first missing file that this process needs to resume, or `None` if no file is missing.
+        """Return text that names the first missing file this process needs to resume, or `None` if none is missing.
 
-        transformers does not check the files of the schedule and the random state. It would resume without them.
+        transformers would resume even if the files of the schedule and the random state are missing.
         """
         if not folder.is_dir():
             return "there are no files, because the folder does not exist"

@@ -175,7 +175,7 @@ class Publisher:
 
 @contextlib.contextmanager
 def explained_hub_errors(what: str) -> Iterator[None]:
-    """Turn an error of the Hub or of its client into a `PublishingError`, whose message is one line without secrets.
+    """Turn an error of the Hub or of its client into a `PublishingError`, with a one-line message without secrets.
 
     Args:
         what (`str`): Name of the action in the message, such as "Uploading to owner/name".

@@ -36,7 +36,7 @@ NOT_COMPARED = (
     "adapter_name_or_path",
 )
 REFERENCE = "ref_model_name_or_path"  # two paths are equal if their absolute paths are
-# A run may resume with the other optimizer of these two, because each can load the state of the other.
+# A run may switch between these two optimizers when it resumes, because each can load the other's state.
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 # Learning rate schedules that need their saved state, because their rate does not depend on the step alone.
 SCHEDULES_WITH_STATE = ("reduce_lr_on_plateau", "greedy")

@@ -48,8 +48,8 @@ class StartingPoint:
     adapter: str | None = None  # folder, file or Hub id of a LoRA on the denoiser
 
     def with_recorded(self, options: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return the arguments with which to load the pipeline. The user's arguments replace those that the earlier run
-        recorded, unless the user's are the defaults."""
+        """Return the arguments with which to load the pipeline. An argument that the user passed replaces the recorded
+        one, unless the user passed the default value."""
         chosen = {key: value for key, value in (options or {}).items() if value not in _DEFAULTS.get(key, (None,))}
         return {**(options or {}), **self.options, **chosen}
 
