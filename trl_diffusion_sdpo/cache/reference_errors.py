@@ -94,7 +94,7 @@ class ReferenceErrors:
                 with failing_together(RuntimeError):
                     self._check_can_predict(dataset, store)
                 peers.gather_results(lock)
-                missing = peers.gather_results(store.missing)[0].tolist()  # again, as another run may have written rows
+                missing = peers.gather_results(store.missing)[0].tolist()  # another run may have written rows
                 with failing_together(RuntimeError):
                     if share := missing[peers.index :: peers.count]:
                         with self._predicting(store):

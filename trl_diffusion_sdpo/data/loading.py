@@ -156,8 +156,7 @@ def _load(builder: datasets.DatasetBuilder, split: str, streaming: bool, *folder
 
 
 def _builder_of(path: Path) -> datasets.DatasetBuilder:
-    """Return the builder that `datasets` chooses for a folder, or a builder of its data files if `datasets` skips
-    them."""
+    """Return the builder that `datasets` chooses for a folder, or one for its data files if `datasets` skips them."""
     try:
         builder = datasets.load_dataset_builder(str(path))
     except ValueError:  # the splits have files of different types

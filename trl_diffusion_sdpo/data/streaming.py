@@ -379,8 +379,8 @@ class PreferenceIterableDataset(IterableDataset):
             yield streams[number].format, group
 
     def _verify_different(self, identical: list[bool], *, at_end: bool) -> None:
-        """After enough pairs, check once that the two images of the pairs differ. At the end of a short stream, this is
-        checked only if there is a single worker, because one of several workers has seen too few pairs."""
+        """After enough pairs, check once that the two images of the pairs differ. The end of a short stream triggers
+        the check only if a single worker reads the stream, because one of several workers has seen too few pairs."""
         worker = get_worker_info()
         alone = self._share.count == 1 and (worker is None or worker.num_workers == 1)
         if len(identical) >= SAMPLED_PAIRS or (at_end and alone):

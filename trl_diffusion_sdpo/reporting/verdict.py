@@ -182,8 +182,8 @@ def judge_winners(
 ) -> str:
     """Return the verdict on the winners' error.
 
-    The uncertainty is two standard errors, but at least 1%. If the standard error is unknown, the
-    uncertainty is 5%.
+    The uncertainty of `change` is two standard errors, but at least 1%. Without a standard error, the uncertainty is
+    5%.
 
     Args:
         change (`float`): Relative change of the winners' mean error.
@@ -404,7 +404,7 @@ def _rise(measured: Measurement) -> int:
 
 
 def _at(measurements: Sequence[Measurement], step: int | None) -> Measurement:
-    """Return the measurement at a step. If there is none, return the last measurement."""
+    """Return the measurement at a step, or the last measurement if the step has none."""
     return next((measured for measured in reversed(measurements) if measured.step == step), measurements[-1])
 
 

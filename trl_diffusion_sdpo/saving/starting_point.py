@@ -110,7 +110,7 @@ def recorded_base(
 
 
 def public_base(base: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return the result of [`recorded_base`] if it contains no path of this machine, otherwise `None`."""
+    """Return the result of [`recorded_base`], or `None` if the result contains a path of this machine."""
     if base is None:
         return None
     names = [base["pipeline"], base["denoiser"], *base["options"].values()]

@@ -172,7 +172,7 @@ def save_adapter(
 
 
 def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, torch.Tensor]:
-    """Read the weights that [`save_adapter`] wrote. Raise `ValueError` if they do not have these shapes."""
+    """Read the weights that [`save_adapter`] wrote. Raise `ValueError` if the weights' shapes differ from `shapes`."""
     file = folder / PEFT_FILE
     if not file.is_file():
         raise ValueError(
