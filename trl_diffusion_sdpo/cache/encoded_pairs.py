@@ -108,12 +108,12 @@ class ImageRows:
 
 
 def distinct_prompts(prompts: Iterable[str]) -> tuple[list[str], np.ndarray]:
-    """Return distinct prompts, including the empty one, and their digests (int64). Both are sorted by the digests."""
+    """Return distinct prompts, including the empty one, and their digests (int64), both sorted by the digests."""
     return _by_digest({prompt: digest_of(prompt) for prompt in {*prompts, ""}})
 
 
 def distinct_edits(edits: Iterable[Edit]) -> tuple[list[Edit], np.ndarray]:
-    """Return distinct edits and their digests (int64). Both are sorted by the digests."""
+    """Return distinct edits and their digests (int64), both sorted by the digests."""
     return _by_digest({edit: digest_of_edit(*edit) for edit in set(edits)})
 
 

@@ -399,7 +399,7 @@ def conditioning_of(family: Family, prompts: Sequence[str], at_least: int = 1) -
 
 
 def encode_edit(family: Family, prompt: str, sources: list[Image.Image], copies: int) -> dict[str, torch.Tensor]:
-    """Return conditioning of one edit on the CPU. It is encoded `copies` times in one batch, because CPUs round
+    """Return conditioning of one edit on the CPU. The edit is encoded `copies` times in one batch, because CPUs round
     batches of one differently."""
     with torch.no_grad():
         encoded = family.encode_edits([prompt] * copies, [sources] * copies)

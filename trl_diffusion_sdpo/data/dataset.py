@@ -610,8 +610,8 @@ class PreferenceCollator:
 
     The collator returns a `dict` with
 
-    - `rows` (`torch.LongTensor` of shape `(B,)`): numbers of the pairs. This entry comes first, because accelerate and
-      transformers read the batch size from the first entry;
+    - `rows` (`torch.LongTensor` of shape `(B,)`): numbers of the pairs. `rows` is the first entry, because accelerate
+      and transformers read the batch size from the first entry;
     - `pixel_values` (`torch.Tensor` of shape `(2B, 3, H, W)`, uint8): winners, then losers. The trainer converts pixels
       to floats in `[-1, 1]` on the device, one micro-batch at a time. A custom collator may return these floats
       instead;

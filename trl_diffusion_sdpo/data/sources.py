@@ -96,8 +96,8 @@ class PairMixture:
             names of the data sets in messages.
         weights (`Sequence` of `float`, positive, *optional*): Shares of the data sets in an epoch. Pairs of map-style
             data sets are repeated until an epoch has these shares and every pair. Repeated pairs get other random
-            numbers. A stream restarts when it ends, until all streams have ended once. By default, an epoch has every
-            pair of map-style data sets once, and streams have equal weights.
+            numbers. A stream that ends restarts, until all streams have ended once. By default, an epoch has every pair
+            of map-style data sets once, and streams have equal weights.
         formats (`Sequence` of `str` or `None`, *optional*): A key of `FORMATS` for each data set. By default, the
             columns determine each format.
 
@@ -227,7 +227,7 @@ class TableSource:
         return len(self._images)
 
     def row(self, number: int, *, with_images: bool = True) -> dict[str, Any]:
-        """Return the undecoded values of a row, with the images of its pairs and their sources, or without them."""
+        """Return the undecoded values of a row, with or without the images of its pairs and their sources."""
         return (self._rows if with_images else self._others)[number].to_pylist()[0]
 
     def values(self, column: str) -> Iterator[Any]:

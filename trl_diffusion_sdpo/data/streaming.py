@@ -68,8 +68,8 @@ class StreamPosition:
         return sum(batches for batches, _, _ in self.readers)
 
     def add(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
-        """Advance by a batch. `rows` and `seeds` are the numbers and seeds of its pairs. The seed of a pair shows
-        whether the pair belongs to the current pass over the stream or to the next one."""
+        """Advance by a batch. `rows` and `seeds` are the numbers and seeds of the batch's pairs. The seed of a pair
+        shows whether the pair belongs to the current pass over the stream or to the next one."""
         reader = self.readers[rows[0] % len(self.readers)]
         reader[0] += 1
         for row, seed in zip(rows, seeds, strict=True):
@@ -352,7 +352,7 @@ class PreferenceIterableDataset(IterableDataset):
         Streams are drawn in proportion to their weights. In training, a stream that ends restarts, until all streams
         have ended at least once.
         """
-        # `interleave_datasets` draws single rows. This would split the groups of formats that compare rows.
+        # `interleave_datasets` draws single rows. Drawing rows would split the groups of formats that compare rows.
         streams, share = list(self._streams), self._share
         if self._divides_shards:
             streams = [copy.copy(stream) for stream in streams]

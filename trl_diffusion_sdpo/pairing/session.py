@@ -67,7 +67,8 @@ class PickSession:
         self._file_lock.release()
 
     def state(self, tab: str, wanted: frozenset[str] | None = None) -> dict[str, Any]:
-        """Return the pair that a tab shows next, and the progress. If `wanted` is set, the tab shows this pair."""
+        """Return the pair that a tab shows next, and the progress. If `wanted` is set, the tab shows the pair
+        `wanted`."""
         with self._lock:
             last = self.log.last
             return {

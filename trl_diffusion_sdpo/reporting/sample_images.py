@@ -84,7 +84,7 @@ class SampleImagesCallback(TrainerCallback):
         denoiser_name (`str`): Attribute of the pipeline that is the trained denoiser. The denoiser runs under the
             autocast of training. Frozen components run in their stored precision.
         every_process (`bool`): Whether all processes must generate, because each holds a shard of the denoiser. The
-            Trainer's `model` is then called in place of the denoiser. Otherwise only the first process generates.
+            Trainer's `model` is then called in place of the denoiser. If false, only the first process generates.
         frozen ([`FrozenComponents`], *optional*): Puts VAE and text encoders on the device while images are generated.
         images ([`TrackedImages`], *optional*): Sends each prompt's image to trackers, as `samples/0` and so on.
         scores ([`SampleScores`], *optional*): Scores the images of each generation.

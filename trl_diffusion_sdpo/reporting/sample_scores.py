@@ -64,7 +64,7 @@ class SampleScores:
         """Score the images from before training. All processes must call this method when training starts or resumes.
 
         Args:
-            before (`Sequence[Path]`): Image files from before training, one for each prompt. If there are none, no win
+            before (`Sequence[Path]`): Image files from before training, one for each prompt. Without such files, no win
                 rates are computed.
 
         Raises:

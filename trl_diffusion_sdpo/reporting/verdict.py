@@ -168,7 +168,7 @@ class Verdict:
 
     @property
     def headline(self) -> str:
-        """The verdict's word. If it was measured on few pairs, with "probably" and the number of pairs."""
+        """The verdict's word. On few pairs, the text adds "probably" and the number of pairs."""
         if self.measured is None or self.measured.is_sure:
             return self.word
         return f"probably {self.word}, {self.measured.pairs:.0f} pairs"
@@ -469,7 +469,7 @@ def _of_set(measured: Measurement) -> str:
 
 
 def _advice(measured: Measurement, run: RunFacts) -> str:
-    """Return sentences that say what to do. The order of the changes is that of docs/safeguard.md#when-it-got-worse."""
+    """Return sentences that say what to do, in the order of docs/safeguard.md#when-it-got-worse."""
     word, enough = measured.word, measured.pairs is None or measured.pairs >= FEWEST_PAIRS
     more = "Evaluate on more pairs" if enough else f"Evaluate on {FEWEST_PAIRS} pairs or more"
     if word == "unknown":

@@ -77,7 +77,7 @@ class Checkpoints:
             needed (`int`): Smallest number of bytes that the checkpoint can take.
 
         Raises:
-            `DiskFullError`: In all processes, if the disk has too little room. The checkpoint is then not written.
+            `DiskFullError`: In all processes, before the checkpoint is written, if the disk has too little room.
         """
         partial = folder.parent / PARTIAL / folder.name
         with failing_together(DiskFullError):
@@ -181,7 +181,7 @@ def holds_optimizer(folder: Path) -> bool:
 
 
 def restore_replaced(output_dir: Path) -> None:
-    """Undo the first of the two renames of [`_finish`] if the process was killed between them."""
+    """Undo the first rename of [`_finish`] if the process was killed before the second rename."""
     for replaced in (output_dir / PARTIAL).glob(f"*{_REPLACED}"):
         folder = output_dir / replaced.name.removesuffix(_REPLACED)
         if not folder.exists():
