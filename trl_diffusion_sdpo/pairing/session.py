@@ -67,8 +67,7 @@ class PickSession:
         self._file_lock.release()
 
     def state(self, tab: str, wanted: frozenset[str] | None = None) -> dict[str, Any]:
-        """Return the pair that a tab shows next, and the progress. If `wanted` is set, the tab shows the pair
-        `wanted`."""
+        """Return the pair that a tab shows next, which is `wanted` if that is set, and the progress."""
         with self._lock:
             last = self.log.last
             return {
