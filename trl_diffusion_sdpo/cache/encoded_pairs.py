@@ -23,11 +23,11 @@ PLAIN, MIRRORED = PairDraws(0.0, 0.0, 1.0, 1.0, 0), PairDraws(0.0, 0.0, 0.0, 1.0
 
 @dataclass(frozen=True)
 class ImageRows:
-    """Row numbers of encoded images in their store. The row of a variant is `variant * number of images + image`.
+    """Row numbers of encoded images in their store. A variant is an image with one crop and flip.
 
-    If crops are centered, variant 0 of an image is plain and variant 1 is mirrored. There is no variant 1 if images are
-    never mirrored. Pairs may share an image. If crops are random, variant e has the crop and flip of epoch e, and later
-    epochs use variant `epoch % crops`. Pairs then do not share images, even if they have the same file.
+    The row of a variant is `variant * number of images + image`. If crops are centered, only variant 1 is mirrored. If
+    crops are random, variant e has the crop and flip of epoch e, and later epochs use variant `epoch % crops`. Pairs
+    share images only if crops are centered.
 
     Args:
         seed (`int`): Seed of the random crops and flips.
@@ -81,7 +81,7 @@ class ImageRows:
 
         Args:
             draws (`PairDraws`, *optional*): Draws of the pair; `None` for a centered crop without a flip.
-            loser (`int`, *optional*): Another pair whose loser replaces this pair's loser.
+            loser (`int`, *optional*): Another pair, whose winner is used as this pair's loser.
 
         Raises:
             ValueError: If `draws` is `None` and the cache contains only random crops.
@@ -108,12 +108,12 @@ class ImageRows:
 
 
 def distinct_prompts(prompts: Iterable[str]) -> tuple[list[str], np.ndarray]:
-    """Return distinct prompts, including the empty one, and their digests (int64). Both are sorted by the digests."""
+    """Return distinct prompts, including the empty one, and their digests (int64), both sorted by the digests."""
     return _by_digest({prompt: digest_of(prompt) for prompt in {*prompts, ""}})
 
 
 def distinct_edits(edits: Iterable[Edit]) -> tuple[list[Edit], np.ndarray]:
-    """Return distinct edits and their digests (int64). Both are sorted by the digests."""
+    """Return distinct edits and their digests (int64), both sorted by the digests."""
     return _by_digest({edit: digest_of_edit(*edit) for edit in set(edits)})
 
 

@@ -163,7 +163,7 @@ class PairEncoding:
                 "Set `precompute_latents=False`."
             )
         texts: list[Any]
-        with failing_together(RuntimeError):  # it reads rows
+        with failing_together(RuntimeError):  # reading the rows may fail in one process
             if dataset.has_sources:
                 texts, digests = distinct_edits(dataset.edits())
             else:
@@ -399,7 +399,7 @@ def conditioning_of(family: Family, prompts: Sequence[str], at_least: int = 1) -
 
 
 def encode_edit(family: Family, prompt: str, sources: list[Image.Image], copies: int) -> dict[str, torch.Tensor]:
-    """Return conditioning of one edit on the CPU. It is encoded `copies` times in one batch, because CPUs round
+    """Return conditioning of one edit on the CPU. The edit is encoded `copies` times in one batch, because CPUs round
     batches of one differently."""
     with torch.no_grad():
         encoded = family.encode_edits([prompt] * copies, [sources] * copies)
@@ -471,7 +471,7 @@ class _Decoded(Dataset):
 
 
 class _Edits(Dataset):
-    """The source images of edits, or the error of an image, for DataLoader workers."""
+    """Data set for DataLoader workers: the source images of each edit, or the error if one cannot be decoded."""
 
     def __init__(self, dataset: PreferenceDataset, edits: Sequence[Edit]) -> None:
         self._dataset, self._edits = dataset, edits

@@ -32,7 +32,7 @@ class EncoderKey:
 
     Args:
         frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders.
-        loaded ([`~trl_diffusion_sdpo.models.loading.LoadedModel`]): The model that they belong to.
+        loaded ([`~trl_diffusion_sdpo.models.loading.LoadedModel`]): The model to which VAE and text encoders belong.
         peers (`Peers`): The processes of this training. All processes must read `facts` together.
     """
 
@@ -48,7 +48,7 @@ class EncoderKey:
     def _facts(self) -> dict[str, dict[str, Any]]:
         family, options = self._frozen.family, self._loaded.options
         dtypes = {name: str(getattr(family.pipeline, name).dtype) for name in family.frozen_components}
-        configuration: Any = self._loaded.denoiser.config  # FLUX.1 reads the number of prompt tokens from it
+        configuration: Any = self._loaded.denoiser.config  # sets FLUX.1's prompt length
         common = {
             "version": VERSION,
             "family": family.name,

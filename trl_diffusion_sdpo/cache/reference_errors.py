@@ -94,7 +94,7 @@ class ReferenceErrors:
                 with failing_together(RuntimeError):
                     self._check_can_predict(dataset, store)
                 peers.gather_results(lock)
-                missing = peers.gather_results(store.missing)[0].tolist()  # another run may have written some
+                missing = peers.gather_results(store.missing)[0].tolist()  # another run may have written rows
                 with failing_together(RuntimeError):
                     if share := missing[peers.index :: peers.count]:
                         with self._predicting(store):
@@ -261,7 +261,7 @@ class _Waiting:
         self._items: dict[Any, Items] = {}
 
     def add(self, item: dict[str, Any]) -> Items:
-        """Add an item. If the items of its shape are now enough for a batch, return them, otherwise an empty list."""
+        """Add an item. Return a batch of items of its shape if there are now enough of them, or an empty list."""
         shape = tuple(tuple(value.shape) for value in item.values() if isinstance(value, torch.Tensor))
         waiting = self._items.setdefault(shape, [])
         waiting.append(item)

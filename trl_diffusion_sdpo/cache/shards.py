@@ -23,7 +23,7 @@ from ..utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3  # version of the file format. It is a part of every key
+FORMAT = 3  # version of the file format, which is a part of every key
 KEY_FILE, LOCK_FILE, PARTIAL = "key.json", ".lock", ".partial"
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 NONE = -1

@@ -18,7 +18,7 @@ from .images import Size
 
 MIN_AREA = 0.9  # smallest share of the area of `resolution`; gives SDXL's list for 1024 pixels and steps of 64
 MANY_REPEATS = 0.05  # if a larger share of the pairs is repeated, the trainer warns
-ORDER = 1  # last of four parts of the random key of an order; random keys of pairs have three parts
+ORDER = 1  # fourth part of an order's random key, which thus differs from the three-part key of every pair
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class AspectRatioBuckets:
     def assign(self, sizes: np.ndarray) -> np.ndarray:
         """Return the bucket of each pair: the one whose log aspect ratio is nearest to the mean of the two images.
 
-        This choice minimises the sum of the bucket's distances to both images, and therefore the cropping. If two
-        buckets are equally near, the pair goes to the squarer bucket. The computation uses integers, so that all
-        machines choose the same buckets.
+        This choice minimises the sum of the distances between the log aspect ratios of bucket and images, so little is
+        cropped. If two buckets are equally near, the pair goes to the squarer bucket. The computation uses integers, so
+        that all machines choose the same buckets.
 
         Args:
             sizes (`np.ndarray` of shape `(P, 4)`, int64): Height and width of the winner and of the loser, in pixels.

@@ -15,7 +15,7 @@ from ..utils.switch_words import SWITCH_WORDS
 logger = logging.getLogger(__name__)
 
 VERIFY_IMAGES = ("sample", "all", "none")
-SAMPLED_PAIRS = 128  # decoding them takes a second or two
+SAMPLED_PAIRS = 128  # number of pairs to decode before training, which takes a second or two
 
 STRONG_CROP = 0.25  # share of an image's area; the report counts pairs with an image that loses more to cropping
 ENLARGED = "enlarged"

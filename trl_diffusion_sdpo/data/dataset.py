@@ -44,11 +44,11 @@ class PairOptions:
             of `SAMPLED_PAIRS` evenly spaced pairs. `"all"` decodes all images and drops pairs with bad images;
             `datasets` caches the result. With `"sample"` and `"none"`, pairs with bad images are replaced by the next
             good pair during training. `True` means `"all"`, and `False` means `"none"`.
-        num_proc (`int`, *optional*): Number of processes that check all images. The default is the number of cores.
-        image_schemes (`str` or `Sequence[str]`, *optional*): URL schemes that rows may use besides `SCHEMES`, such as
-            `"s3"`.
+        num_proc (`int`, *optional*): Number of workers of each process that check images, by default up to all cores.
+        image_schemes (`str` or `Sequence[str]`, *optional*): URL schemes that rows may use, such as `"s3"`, besides
+            `file`, `hf`, `zip` and `tar`.
         buckets ([`AspectRatioBuckets`], *optional*): Training sizes by aspect ratio, in place of the transform's size.
-            To choose them, the header of every image is read.
+            The header of every image is read to choose each pair's size.
         min_side (`int`, *optional*): Pairs with an image whose shorter side has fewer pixels are dropped and counted.
         compare (`bool`): Whether to raise an error if all checked pairs have two identical images.
         training (`bool`): Whether the pairs are for training. In evaluations, images are cropped at the center and
@@ -120,11 +120,12 @@ class Encoded(Protocol):
     """Latents of pairs and embeddings of prompts that were computed before training."""
 
     def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
-        """Return the entries of an item that replace its pixels. The loser comes from the pair `loser`, if set."""
+        """Return the entries of an item that replace its pixels. The loser is the winner of the pair `loser`, if
+        set."""
 
     def conditioning(self, prompt: str, edited: tuple[int, bool] | None = None) -> dict[str, Any]:
-        """Return the entries of an item that depend on its prompt and source images. `edited` is the row of the
-        sources, and whether they are mirrored; `None` without sources."""
+        """Return the entries of an item that depend on its prompt and source images. `edited` has the number of the
+        row, and whether its source images are mirrored; without source images, `edited` is `None`."""
 
 
 class PreferenceDataset(Dataset):
@@ -201,7 +202,7 @@ class PreferenceDataset(Dataset):
         raise BadDataError(f"No pair{size} of the data set can be decoded. {advice}\n{self.report}")
 
     def _item(self, pair: int, loser_pair: int | None = None) -> dict[str, Any]:
-        """Return the item of a pair. If `loser_pair` is passed, its winner is the loser of the item."""
+        """Return the item of a pair. The item's loser is the winner of `loser_pair`, if passed."""
         options, epoch = self._options, self._drawn_epoch
         draws = PairDraws.from_key(options.seed, epoch, pair)
         augmentation = draws if options.training else None  # crop and flip
@@ -338,7 +339,7 @@ class PreferenceDataset(Dataset):
         yield from zip(rows.tolist(), prompts, strict=True)
 
     def fingerprint(self, *, thorough: bool = False, peers: Peers = ALONE) -> dict[str, Any]:
-        """Return the [`pairs_fingerprint`] of these pairs. `thorough=True` is for caches, and leaves out weights."""
+        """Return hashes of these pairs, and of their weights unless `thorough` is set; see [`pairs_fingerprint`]."""
         facts = peers.first(lambda: pairs_fingerprint(self._source, self._pairs, thorough=thorough))
         if not thorough and "weight" in self._pairs.columns:
             facts["pair_weights"] = hashlib.sha256(self._pairs.columns["weight"].tobytes()).hexdigest()[:16]
@@ -520,7 +521,7 @@ class PreferenceDataset(Dataset):
         """Return the images that the prompt of a row edits.
 
         Raises:
-            UndecodableImageError: If there is none, or one of them cannot be decoded.
+            UndecodableImageError: If the row has no source image, or one of its source images cannot be decoded.
         """
         return mirrored_if(is_mirrored, self._source.images([(row, 0)])[0].sources(self._options.reader))
 
@@ -588,7 +589,7 @@ def complete_item(
 
 
 def mirrored_if(is_mirrored: bool, images: list[Image.Image]) -> list[Image.Image]:
-    """Return images mirrored, or unchanged."""
+    """Return images, mirrored from left to right if `is_mirrored` is true."""
     return [ImageOps.mirror(image) for image in images] if is_mirrored else images
 
 
@@ -609,14 +610,14 @@ class PreferenceCollator:
 
     The collator returns a `dict` with
 
-    - `rows` (`torch.LongTensor` of shape `(B,)`): numbers of the pairs. This entry comes first, because accelerate and
-      transformers read the batch size from the first entry;
+    - `rows` (`torch.LongTensor` of shape `(B,)`): numbers of the pairs. `rows` is the first entry, because accelerate
+      and transformers read the batch size from the first entry;
     - `pixel_values` (`torch.Tensor` of shape `(2B, 3, H, W)`, uint8): winners, then losers. The trainer converts pixels
       to floats in `[-1, 1]` on the device, one micro-batch at a time. A custom collator may return these floats
       instead;
     - `prompts` (`list[str]` of length B, or 2B if losers have prompts of their own, winners first);
     - `original_sizes`, `crop_top_lefts` (`torch.LongTensor` of shape `(2B, 2)`): `(height, width)` and `(top, left)`;
-    - `seeds` (`list[int]` of length B): seeds of noise and timestep, on the CPU;
+    - `seeds` (`list[int]` of length B): seeds of noise and timestep;
     - `counted` (`int`), if repeated pairs may fill up the batch: the number of pairs before the repeated ones;
     - `scores` (`torch.FloatTensor` of shape `(2B,)`), if the data set has score columns;
     - `masks` (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8), if the data set has a mask column;
@@ -628,7 +629,7 @@ class PreferenceCollator:
 
     If latents were computed before training, `moments` (`torch.Tensor` of shape `(2B, ...)`) and `target_size`
     (`(height, width)` of the pixels) replace `pixel_values`. `conditioning` (tensors of shape `(B, ...)`, padded at the
-    end with zeros) and `host_conditioning` (lists of length B) are added. For 2B prompts, their length is 2B.
+    end with zeros) and `host_conditioning` (lists of length B) are added, both with length 2B if there are 2B prompts.
 
     Raises:
         ValueError: If there are no items, or if only some items have scores or prompts of losers.

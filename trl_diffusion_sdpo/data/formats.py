@@ -16,12 +16,12 @@ LARGEST = 1e9  # a larger score or weight would outweigh those of all other pair
 SOURCE_COLUMNS = ("source_image", "source")  # columns of images to edit; the first one that exists is read
 SEED_COLUMNS = ("chosen_noise_seed", "rejected_noise_seed")  # seeds of a `torch.Generator` on the CPU
 TEXT = ("string", "large_string")
-# Function of (kind of drop, row, reason, amount). It counts the dropped rows or pairs, or raises an error.
+# Function of (kind of drop, row, reason, amount). The function counts dropped rows or pairs, or raises an error.
 Reject = Callable[[str, int, str, int], object]
 
 
 class PairReference(NamedTuple):
-    """The two images of a pair. Each image has the number of its row and the number within this row."""
+    """The two images of a pair. Each image is given by the number of its row and by its number within the row."""
 
     winner_row: int
     winner_image: int
@@ -55,8 +55,8 @@ class PreferenceFormat:
         validity_column (`str`, *optional*): Column of booleans. If its value is false, the row has no label.
         score_columns (`tuple[str, str]`, *optional*): Columns with the reward scores of winner and loser, if they
             exist.
-        text_members (`bool`): Whether prompts are members of an archive. Such prompts may be bytes, or end in a
-            newline.
+        text_members (`bool`): Whether prompts are members of an archive. Prompts of an archive may be bytes, or end in
+            a newline.
         prompt_of_each_image (`bool`): Whether `prompt_columns` are two columns, one for the prompt of each image.
         has_losers (`bool`): Whether rows have a loser. Without losers in the data, winners of other pairs are losers.
         is_swapped (`bool`): Whether the winner of a pair is the image that the data set calls the loser.

@@ -22,8 +22,8 @@ def hold_out(
 
     Args:
         data_sets (`Sequence` of `datasets.Dataset`): Data sets, each in one of `FORMATS`.
-        size (`float`): Share of all rows in `(0, 1)`, or number of rows, to hold out. This size is an upper bound,
-            because all rows of a prompt go to the same part. At least one row is held out.
+        size (`float`): Share of all rows in `(0, 1)`, or number of rows, to hold out. `size` is an upper bound, because
+            all rows of a prompt go to the same part. At least one row is held out.
         seed (`int`): Seed of the random choice of prompts.
         formats (`Sequence` of `str` or `None`): A key of `FORMATS` for each data set. `None` detects the format.
 

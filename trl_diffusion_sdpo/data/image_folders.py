@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 SIDES = ("chosen", "rejected")
 DATA_FILES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".tar", ".zip")
-MAX_RANKED = 8  # images of one prompt; numbers of more images are not ranks, but probably number a photo series
+MAX_RANKED = 8  # largest number of ranked images of a prompt; more numbered images are probably a photo series
 MAX_CAPTION_BYTES = 2**20
 LAYOUTS = (
     "Give the two images of a pair the same name in the folders chosen and rejected, and write the prompt into a text "

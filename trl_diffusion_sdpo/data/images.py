@@ -4,8 +4,8 @@ This module does not trust the paths and URLs of rows. A path or URL may name a 
 file may decompress to any size.
 
 A bad image raises `UndecodableImageError`, and its pair is skipped. If the storage of an image does not answer, the
-error is `UnreadableImageError`, and the run ends. The run does not skip such an image, because the image may be good,
-and skipping a good image would change the training.
+error is `UnreadableImageError`, and the run ends. If a storage does not answer, its images are not skipped, because
+they may be good, and skipping good images would change the training.
 """
 
 import errno
@@ -124,7 +124,7 @@ class ImageReader:
                 one of `schemes`. A `dict` has the keys `"bytes"` and `"path"`, like an undecoded `datasets.Image`.
                 Bytes take precedence over the path.
             covering (`Callable`, *optional*): Function that returns the size to which the caller will resize the image.
-                If a JPEG is at least twice as large, it is decoded at a half, a quarter or an eighth of its size, to
+                A JPEG of at least twice the returned size is decoded at a half, a quarter or an eighth of its size, to
                 save time. [`full_size`] returns the size in the file.
 
         Raises:
@@ -148,8 +148,8 @@ class ImageReader:
     def size(self, value: Any) -> Size:
         """Return `(height, width)` of the image that `decode` would return. Only the header of the file is read.
 
-        This function does not detect damaged pixels, or the rotation of a PNG that is stored after the pixels. It
-        raises the errors of `decode` if the header shows the problem.
+        This function does not detect damaged pixels, or the rotation of a PNG that is stored after the pixels. If the
+        header shows a problem, the errors are those of `decode`.
         """
         with _image_errors(value), self._opened(value) as image:
             if image.format == "TIFF":  # Pillow itself rotates a TIFF while decoding

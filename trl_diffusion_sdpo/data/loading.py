@@ -156,7 +156,7 @@ def _load(builder: datasets.DatasetBuilder, split: str, streaming: bool, *folder
 
 
 def _builder_of(path: Path) -> datasets.DatasetBuilder:
-    """Return the builder that `datasets` chooses for a folder, or that of the data files if `datasets` ignores them."""
+    """Return the builder that `datasets` chooses for a folder, or one for its data files if `datasets` skips them."""
     try:
         builder = datasets.load_dataset_builder(str(path))
     except ValueError:  # the splits have files of different types
@@ -202,7 +202,7 @@ def _folders_of_files(builder: datasets.DatasetBuilder, split: str) -> list[Path
 def with_resolved_names(dataset: Any, folders: Sequence[str | os.PathLike]) -> Any:
     """Replace relative names of images by absolute paths. Search `folders` in order, then the working directory.
 
-    If no folder has the file, the path is that of the file in the first folder.
+    If no folder has the file, the result is the path that the file would have in the first folder.
     """
     dataset = with_flat_rows(dataset)
     features = refuse_mixed_types(dataset).features or {}
@@ -235,7 +235,7 @@ def with_flat_rows(dataset: Any) -> Any:
 
 
 def _flat_row(most_sources: int, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row of a pair. A row of another kind has no prompt, so it is counted as a bad one."""
+    """Return the row of a pair. If a row is no pair, the result has no prompt, so the row counts as bad."""
     task = row["supervision"] or {}
     is_pair = task.get("type") == "preference"
     flat = {"prompt": (row["input"] or {}).get("prompt") if is_pair else None}
@@ -255,7 +255,7 @@ def _images(message: Mapping[str, Any] | None) -> list[str]:
 def refuse_mixed_types(dataset: Any) -> Any:
     """Return the data set. Raise `ValueError` if prompts or images are text in some rows of a JSON file, and not in
     others. `datasets` reads a column of mixed types as JSON, so that texts would have quotation marks."""
-    json_feature = getattr(datasets, "Json", ())  # older versions do not have it
+    json_feature = getattr(datasets, "Json", ())  # older versions of `datasets` have no `Json`
     mixed = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, json_feature)]
     if wrong := [name for name in mixed if name in _IMAGE_COLUMNS or name in _PROMPT_COLUMNS]:
         raise ValueError(

@@ -241,8 +241,8 @@ def calibrate(dataset: PreferenceDataset) -> np.ndarray:
     """Return each image's expected share of wins against the other images of its prompt (its calibrated score).
 
     The result has the shape `(P, 2)`, for winners and losers, in float64. Each image is compared with the other
-    distinct images of its prompt. Two images of a prompt count as one image if they have equal scores and equal pixels.
-    An image is decoded only if another image of its prompt has the same score.
+    distinct images of its prompt. Two images of a prompt with equal scores and equal pixels count as one image. An
+    image is decoded only if another image of its prompt has the same score.
     """
     assert dataset.scores is not None
     source, index = dataset.origins()

@@ -57,8 +57,8 @@ class PermutedLosers:
         return PermutedLosers(self._prompts, self.images, self._seed)
 
     def candidates(self, pair: int, epoch: int) -> Iterator[int]:
-        """Yield the pair whose winner becomes the loser of `pair`. If this winner cannot be decoded, callers take the
-        following candidates, which are the next pairs with other prompts."""
+        """Yield pairs whose winners may become the loser of `pair`: first the pair to which the permutation maps
+        `pair`, then the next pairs with other prompts, in case the first winner cannot be decoded."""
         latest_epoch, losers = self._latest
         if latest_epoch != epoch:
             losers = derangement(self._prompts, [self._seed, epoch, 0, LOSERS])

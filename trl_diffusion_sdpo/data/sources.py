@@ -96,8 +96,8 @@ class PairMixture:
             names of the data sets in messages.
         weights (`Sequence` of `float`, positive, *optional*): Shares of the data sets in an epoch. Pairs of map-style
             data sets are repeated until an epoch has these shares and every pair. Repeated pairs get other random
-            numbers. A stream restarts when it ends, until all streams have ended once. By default, an epoch has every
-            pair of map-style data sets once, and streams have equal weights.
+            numbers. A stream that ends restarts, until all streams have ended once. By default, an epoch has every pair
+            of map-style data sets once, and streams have equal weights.
         formats (`Sequence` of `str` or `None`, *optional*): A key of `FORMATS` for each data set. By default, the
             columns determine each format.
 
@@ -186,7 +186,7 @@ class StoredImage(NamedTuple):
         """Decode the images that the prompt edits.
 
         Raises:
-            UndecodableImageError: If there is none, or one of them is missing or cannot be decoded.
+            UndecodableImageError: If the row has no source image, or a source image is missing or cannot be decoded.
         """
         stored = as_list(self.row[self.format.source_columns[0]])
         if not stored:
@@ -227,7 +227,7 @@ class TableSource:
         return len(self._images)
 
     def row(self, number: int, *, with_images: bool = True) -> dict[str, Any]:
-        """Return the undecoded values of a row, with the images of its pairs and their sources, or without them."""
+        """Return the undecoded values of a row, with or without the images of its pairs and their sources."""
         return (self._rows if with_images else self._others)[number].to_pylist()[0]
 
     def values(self, column: str) -> Iterator[Any]:
@@ -381,8 +381,8 @@ class PairSource:
 
         Args:
             places (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser.
-            num_proc (`int`, *optional*): Number of workers of each process. If there are many images, the default is
-                one worker for each core.
+            num_proc (`int`, *optional*): Number of workers of each process. By default, all processes share the cores
+                if there are many images.
 
         Returns:
             `tuple`: Height and width of winners and losers, `(P, 2, 2)`, with zeros for bad and missing images, and the

@@ -68,8 +68,8 @@ class StreamPosition:
         return sum(batches for batches, _, _ in self.readers)
 
     def add(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
-        """Advance by a batch. `rows` and `seeds` are the numbers and seeds of its pairs. The seed of a pair shows
-        whether the pair belongs to the current pass over the stream or to the next one."""
+        """Advance by a batch. `rows` and `seeds` are the numbers and seeds of the batch's pairs. The seed of a pair
+        shows whether the pair belongs to the current pass over the stream or to the next one."""
         reader = self.readers[rows[0] % len(self.readers)]
         reader[0] += 1
         for row, seed in zip(rows, seeds, strict=True):
@@ -216,8 +216,8 @@ class PreferenceIterableDataset(IterableDataset):
     def position(
         self, batch: int, workers: int, processes: int, readers: Sequence[Sequence[int]] | None = None
     ) -> StreamPosition:
-        """Return the position of a process in this stream. `processes` is the number of processes. For the other
-        arguments, see [`StreamPosition`]."""
+        """Return the position of a process in this stream. For `batch`, `workers` and `readers`, see
+        [`StreamPosition`]."""
         sharing = 1 if self.for_process(Share(0, processes))._deals_pairs else processes
         return StreamPosition(batch, workers, max(1, workers) * sharing, self._options.seed, readers)
 
@@ -352,7 +352,7 @@ class PreferenceIterableDataset(IterableDataset):
         Streams are drawn in proportion to their weights. In training, a stream that ends restarts, until all streams
         have ended at least once.
         """
-        # `interleave_datasets` draws single rows. This would split the groups of formats that compare rows.
+        # `interleave_datasets` draws single rows. Drawing rows would split the groups of formats that compare rows.
         streams, share = list(self._streams), self._share
         if self._divides_shards:
             streams = [copy.copy(stream) for stream in streams]
@@ -379,8 +379,8 @@ class PreferenceIterableDataset(IterableDataset):
             yield streams[number].format, group
 
     def _verify_different(self, identical: list[bool], *, at_end: bool) -> None:
-        """After enough pairs, check once that the two images of the pairs differ. At the end of a short stream, this is
-        checked only if there is a single worker, because one of several workers has seen too few pairs."""
+        """After enough pairs, check once that the two images of the pairs differ. The end of a short stream triggers
+        the check only if a single worker reads the stream, because one of several workers has seen too few pairs."""
         worker = get_worker_info()
         alone = self._share.count == 1 and (worker is None or worker.num_workers == 1)
         if len(identical) >= SAMPLED_PAIRS or (at_end and alone):

@@ -28,11 +28,10 @@ class PairDraws:
     example, changes no other random number.
 
     Attributes:
-        top, left (`float` in `[0, 1)`): Offset of the crop, as a fraction of the largest possible offset. Images
-            of different sizes are therefore cropped at the same relative position.
-        flip (`float` in `[0, 1)`): Both images of the pair are mirrored if this number is below 0.5.
-        dropout (`float` in `[0, 1)`): The prompt is replaced by an empty one if this number is below
-            `prompt_dropout`.
+        top, left (`float` in `[0, 1)`): Offset of the crop, as a fraction of the largest possible offset. Two images of
+            different sizes are therefore cropped at the same relative position.
+        flip (`float` in `[0, 1)`): Both images are mirrored if flips are on and `flip` is below 0.5.
+        dropout (`float` in `[0, 1)`): The prompt is replaced by an empty prompt if `dropout` is below `prompt_dropout`.
         seed (`int` in `[0, 2**63)`): Seed of the pair's noise and timestep.
     """
 

@@ -21,7 +21,7 @@ class ImageMeasures:
 
     diversity: float  # mean distance between two images of one prompt, averaged over prompts
     frechet: float  # Frechet distance to the drawings; lower is nearer
-    saturation: float  # divided by the drawings' saturation: 1 is equal, 1.1 is a tenth more
+    saturation: float  # saturation divided by the drawings' saturation; 1 means equally saturated
 
 
 class ImageMeter:

@@ -9,7 +9,7 @@ HARD = {"learning_rate": 2e-4, "beta": 100.0}
 GENTLE = {"learning_rate": 1e-4, "beta": 500.0}
 UNSAFE = {"loss_type": "sigmoid", "safeguard": "none"}
 SAFE = {"loss_type": "sigmoid", "safeguard": "output", "safeguard_mu": 0.6}
-# Stricter settings, which protect the chosen images more: a lower error on them for slightly less reward.
+# Stricter settings: a lower error on the chosen images than with `SAFE`, for a slightly lower oracle score.
 RECIPE = {"loss_type": "sigmoid", "safeguard": "parameter", "safeguard_mu": 0.8, "lr_scheduler_type": "cosine"}
 
 

@@ -132,7 +132,7 @@ def plot_curves(result: DemoResult, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One model's row in the tables. The changes of its errors are those at the end of training."""
+    """One model's row in the tables. Changes of errors are those at the end of training."""
 
     key: str
     label: str

@@ -22,17 +22,17 @@ class Candidate:
             and underscores.
         model (`str` or `DiffusionPipeline`): Hub id, folder of a pipeline, output folder of a training run, or loaded
             pipeline.
-        lora (`str`, *optional*): Folder, file or Hub id of a LoRA for the model. Cannot be used with a loaded pipeline:
-            load the LoRA into the pipeline yourself.
+        lora (`str`, *optional*): Folder, file or Hub id of a LoRA for the model. `lora` cannot be set for a loaded
+            pipeline: load the LoRA into the pipeline yourself.
         scale (`float`, *optional*): How far to go from the base model (scale 0) to the tuned model (scale 1). Scales
-            above 1 extrapolate. The base model is this model without its LoRA. If it has no LoRA, the base model is the
-            first model of the evaluation.
+            above 1 extrapolate. The base model is this candidate without its LoRA. If the candidate has no LoRA, the
+            base model is the first model of the evaluation.
         form (`"guidance"` or `"weights"`, *optional*, defaults to `"guidance"`): What `scale`
             scales: the change of predictions, with [`preference_guidance`], or the change of weights.
         interval (`tuple[float, float]`, *optional*): Lowest and highest noise level at which preference guidance
             acts, from 0 (clean image) to 1 (pure noise).
-        call_kwargs (`dict`, *optional*): Arguments of the pipeline's call for this model. These arguments override the
-            `call_kwargs` of [`ImageSettings`].
+        call_kwargs (`dict`, *optional*): Arguments of the pipeline's call for this model. `call_kwargs` of a candidate
+            override those of [`ImageSettings`].
 
     Raises:
         `ValueError`: If the name cannot be part of a file name, `lora` is set for a loaded pipeline, or `scale`

@@ -218,8 +218,8 @@ def _weights(candidate: Candidate) -> Any:
 
 
 def check_settings(target: Path, facts: dict[str, Any]) -> None:
-    """Write the settings of a model's images into the folder. If the folder already has images, raise `ValueError` if
-    these were generated with other settings."""
+    """Write the settings of a model's images into the folder. Raise `ValueError` if images already in the folder were
+    generated with other settings."""
     path = target / SETTINGS_FILE
     written = json.dumps(facts, indent=1, default=str)
     if not any(target.glob("*.png")):

@@ -39,7 +39,7 @@ class LayoutFile:
 
 
 def geneval(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]:
-    """Return the files for GenEval. Pass the model's folder to its script `evaluation/evaluate_images.py`.
+    """Return the files for GenEval. Pass the model's folder to GenEval's script `evaluation/evaluate_images.py`.
 
     The prompts must be those of GenEval's `evaluation_metadata.jsonl`. GenEval's authors use four seeds.
 
@@ -87,7 +87,7 @@ def dpg(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]:
 
 
 def t2i_compbench(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]:
-    """Return the files for T2I-CompBench. Pass the model's folder as its options `--out_dir` and `--outpath`.
+    """Return the files for T2I-CompBench. Pass the model's folder as T2I-CompBench's `--out_dir` and `--outpath`.
 
     File names contain the prompts. The authors of T2I-CompBench use ten seeds.
 
@@ -107,7 +107,7 @@ def t2i_compbench(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]
 
 
 def hpsv2(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]:
-    """Return the files for the benchmark of HPSv2. Pass the model's folder to its function `hpsv2.evaluate`.
+    """Return the files for the benchmark of HPSv2. Pass the model's folder to the function `hpsv2.evaluate`.
 
     The prompts must be those of `anime.json`, `concept-art.json`, `paintings.json` or `photo.json`, or each must have a
     key `style` with the name of one of these files. A file's number is the position of its prompt among the prompts of

@@ -220,8 +220,8 @@ def _rows_of_images(
 
 
 def _examples(folder: Path, evaluation: Evaluation, model: str) -> list[tuple[str, list[dict[str, str]]]]:
-    """Return the prompts whose scores the model changes most, up and down, by the first scorer. Each comes with the
-    images of the base model and of the model."""
+    """Return the prompts whose scores the model changes most, up and down, by the first scorer. Each prompt comes with
+    the images of the base model and of the model."""
     base = evaluation.models[0]
     by_model = next(iter(evaluation.scores.values()))
     difference = by_model[model] - by_model[base]

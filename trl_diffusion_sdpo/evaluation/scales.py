@@ -85,8 +85,8 @@ def recommended_scale(scores: Mapping[float, np.ndarray]) -> float | None:
     """Return the smallest scale that is about as good as the best scale.
 
     The best scale has the highest mean score. Another scale is about as good if its mean score is lower by at most one
-    standard error of the difference. The standard error is computed over prompts, whose images have the same noise at
-    all scales.
+    standard error of the difference. The standard error is computed over prompts. At all scales, a prompt's images
+    start from the same noise.
 
     Args:
         scores (`Mapping[float, np.ndarray]`): Scale -> scores `(prompts, seeds)`, with NaN for images without a

@@ -39,11 +39,11 @@ def check_pairs(
         look_at (`int`): Number of evenly spaced pairs to examine. In these pairs, the check looks for identical images,
             repeated pairs and contradictions. The scorer scores these pairs, and the contact sheet shows
             these pairs.
-        scorer (`Scorer`, *optional*): Scorer for the images. The report says in which share of the pairs it scores the
-            chosen image higher.
+        scorer (`Scorer`, *optional*): Scorer for the images. The report gives the share of the pairs whose chosen image
+            gets a higher score than the rejected one.
         sheet (`Path`, *optional*): HTML file for the contact sheet, which shows the examined pairs with their prompts.
-        folder (`Path`, *optional*): Output folder of the command `pairs pick`. If it has picks, the report also gives
-            the number of picks with each verdict.
+        folder (`Path`, *optional*): Output folder of the command `pairs pick`. If the folder has picks, the report also
+            gives the number of picks with each verdict.
 
     Raises:
         `ValueError`: If training would raise an error for the data set.

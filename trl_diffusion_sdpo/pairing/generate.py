@@ -88,8 +88,8 @@ def generate_pairs(
         prompts (`Sequence[str]` or `PromptList`): The prompts.
         scorers (`Sequence[Scorer]`): The scorers. Without scorers, only images are written, so that a person can judge
             them with `pairs pick`. A judge such as `vlm_judge` compares two images: that of the first seed with that
-            of the second, that of the third with that of the fourth, and so on. Then only winners of these comparisons
-            can be chosen, and only losers can be rejected.
+            of the second, that of the third with that of the fourth, and so on. With a judge, only winners of its
+            comparisons can be chosen, and only losers can be rejected.
         output_dir (`str` or `Path`): Folder for images, scores, pairs and a card.
         settings (`ImageSettings`): Seeds and arguments of the pipeline. Each prompt gets one image per seed.
         pairing (`Pairing`, *optional*): How images become pairs.
@@ -181,8 +181,8 @@ def pairs_of_negatives(
         prompts (`Sequence[str]` or `PromptList`): The prompts.
         output_dir (`str` or `Path`): Folder for images, pairs and a card.
         settings (`ImageSettings`): Seeds and arguments of the pipeline. Each prompt gets one pair per seed.
-        negative_kwargs (`Mapping[str, Any]`): Arguments of the pipeline for the worse images. These override
-            the arguments in `settings`.
+        negative_kwargs (`Mapping[str, Any]`): Arguments of the pipeline for the worse images. `negative_kwargs`
+            override the arguments in `settings`.
 
     Returns:
         `int`: Number of pairs.
@@ -271,8 +271,8 @@ def _judge_neighbours(
 ) -> np.ndarray:
     """Return the judge's verdict on each image, `(prompts, seeds)`. The images of two consecutive seeds are compared.
 
-    The verdict is 1 if the judge prefers this image, -1 if it prefers the other one, 0 for a tie, and NaN if the judge
-    gave no answer or the number of seeds is odd and this is the last one.
+    An image's verdict is 1 if the judge prefers the image, -1 if the judge prefers the image of the other seed, 0 for a
+    tie, and NaN if the judge gave no answer. With an odd number of seeds, images of the last seed have NaN.
     """
     count = len(settings.seeds) // 2
     neighbours = [settings.seeds[2 * pair : 2 * pair + 2] for pair in range(count)]

@@ -159,8 +159,8 @@ def _without_duplicates(images: list[_OwnImage]) -> list[_OwnImage]:
     """Return the images of one prompt without those that look like a larger image of the prompt.
 
     Colour thumbnails of 16 x 16 pixels are compared pixel by pixel. Perceptual hashes such as those of `imagehash`
-    would not do: they ignore colour, so a red and a blue version of an image would be equal. Perceptual hashes also
-    average over the image, so an image that differs only in a repaired hand would be dropped.
+    ignore colour, so a red and a blue version of an image would be equal. Perceptual hashes also average over the
+    image, so an image that differs only in a repaired hand would be dropped.
     """
     distinct: list[_OwnImage] = []
     for image in sorted(images, key=lambda image: (-image.pixels, image.name)):

@@ -151,7 +151,7 @@ class PickLog:
 def write_pairs(folder: Path, log: PickLog, images: Mapping[str, ListedImage]) -> int:
     """Write `pairs.jsonl`, with one line for each pair in which a person prefers one image. Return the number of pairs.
 
-    Two images of one prompt with different ratings are also a pair, unless a person has judged this pair. Other
+    Two images of one prompt with different ratings are also a pair, unless a person has judged the two images. Other
     columns of the manifest become columns `chosen_*` and `rejected_*`. A pair is skipped if the file of one of its
     images is missing.
     """

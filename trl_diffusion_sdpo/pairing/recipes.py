@@ -60,9 +60,9 @@ def pairs_from_images(
         images (`str` or `Path`): Folder of good images with a `manifest.jsonl`, which the command
             `pairs from-images` writes.
         output_dir (`str` or `Path`): Folder for winners, losers, masks, pairs and a card.
-        settings (`ImageSettings`): Seeds, of which only the first is used, and arguments of the pipeline. With `height`
-            and `width` among these arguments, winners are cropped and resized to this size. Without them, the sides of
-            winners are cropped to multiples of 16 pixels.
+        settings (`ImageSettings`): Seeds, of which only the first is used, and arguments of the pipeline. If the
+            pipeline's arguments include `height` and `width`, winners are cropped and resized to this height and width.
+            Otherwise the sides of winners are cropped to multiples of 16 pixels.
         strength (`float`, *optional*, defaults to `0.6`): Noise level to which `"partial"` and `"local"` noise an image
             before they denoise it, in `(0, 1]`.
 
@@ -171,7 +171,7 @@ def _drawing_pipeline(recipe: Recipe, pipeline: DiffusionPipeline) -> DiffusionP
 
 
 def _winner(path: Path, size: tuple[int | None, int | None]) -> Image.Image | None:
-    """Return an image whose sides are multiples of 16 pixels, or `None` if it cannot be read or is too small."""
+    """Return an image at `size`, or with sides cropped to multiples of 16; `None` if it is unreadable or too small."""
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")

@@ -35,8 +35,8 @@ POLICY = (
 
 
 class PickServer(ThreadingHTTPServer):
-    """Server of a pick page. If `port` is unset, it uses port 8765, or a free port if 8765 is in use. With any host but
-    `127.0.0.1`, other machines in the network can open the page.
+    """Server of a pick page. If `port` is unset, the server uses port 8765, or a free port if 8765 is in use. With any
+    host but `127.0.0.1`, other machines in the network can open the page.
     """
 
     daemon_threads = True

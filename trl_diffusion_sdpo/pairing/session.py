@@ -22,9 +22,9 @@ LOCK_FILE = ".picks.lock"
 class PickSession:
     """One run of the pick page on a folder with `manifest.jsonl`. All browser tabs share the session.
 
-    If the column `model` names several models, the page compares these models without showing their names. Otherwise
-    it rates the images of each prompt. The page refers to images by random codes, so that file names do not reveal the
-    model.
+    If the column `model` names several models, the page compares these models without showing their names. With at most
+    one model, picks rate the images of each prompt. The page refers to images by random codes, so that file names do
+    not reveal the model.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,7 +67,7 @@ class PickSession:
         self._file_lock.release()
 
     def state(self, tab: str, wanted: frozenset[str] | None = None) -> dict[str, Any]:
-        """Return the pair that a tab shows next, and the progress. If `wanted` is set, the tab shows this pair."""
+        """Return the pair that a tab shows next, which is `wanted` if that is set, and the progress."""
         with self._lock:
             last = self.log.last
             return {

@@ -37,7 +37,7 @@ ENCODE, REFERENCE, FORWARD, BACKWARD, OPTIMIZER = "encode", "reference", "forwar
 class PlannedRun:
     """Networks of a planned run on the meta device, and the settings on which the run's memory depends."""
 
-    family: Family  # its VAE and text encoders have the dtypes that they have in training
+    family: Family  # pipeline family, with VAE and text encoders in the dtypes of training
     reference: Reference
     average: EMAWeights | None
     noise: NoiseSettings

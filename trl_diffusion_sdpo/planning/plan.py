@@ -60,7 +60,7 @@ class Plan:
         return max(self.moments, key=lambda name: self.moments[name])
 
     def fits(self, gigabytes: float) -> bool:
-        """Return whether the run fits on a GPU with so many GB, with a margin for memory besides tensors."""
+        """Return whether the run fits on a GPU with `gigabytes` GB, with a margin for memory besides tensors."""
         return self.peak <= USABLE * gigabytes * 1e9
 
 

@@ -89,7 +89,7 @@ def largest_block(denoiser: nn.Module, element: int | None) -> tuple[int, int]:
     """Return the bytes of the denoiser's largest block, and the bytes of all weights outside of blocks.
 
     Args:
-        element (`int`, *optional*): Bytes of each weight in a forward pass. By default, those of the weight's dtype.
+        element (`int`, *optional*): Bytes of each weight in a forward pass, by default the bytes of its dtype.
     """
 
     def size(weights: Any) -> int:

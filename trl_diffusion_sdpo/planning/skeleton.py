@@ -32,7 +32,7 @@ def pipeline_of_folder(name_or_path: str, dtype: torch.dtype, **access: Any) -> 
         access: Arguments of `from_pretrained` for the Hub, such as `revision`, `token` and `cache_dir`.
 
     Raises:
-        `ValueError`: If there is no pipeline, no family supports it, or a component has no configuration.
+        `ValueError`: If there is no pipeline, no family supports the pipeline, or a component has no configuration.
     """
     index = read_index(name_or_path, **access)
     family = family_for_class_name(index[CLASS])

@@ -57,7 +57,7 @@ def shown_metrics(logs: Mapping[str, Any]) -> Iterator[tuple[list[str], dict[str
     title and metrics of each evaluation.
 
     The metrics are texts by the words in `WORDS`. The text of an error contains the error's change in per cent of the
-    reference's error. Other metrics, such as those of `compute_metrics`, are shown under their own names.
+    reference's error. Metrics without a word, such as those of `compute_metrics`, are shown under their own names.
     """
     prefixes = [match["prefix"] for match in map(_EVALUATED.match, logs) if match] or [""]
     own_names = {f"{prefix}{name}" for prefix in prefixes for name in WORDS}

@@ -76,14 +76,15 @@ class SampleImagesCallback(TrainerCallback):
         pipeline (`DiffusionPipeline`): Pipeline with the trained denoiser; every component is on one device.
         prompts (`Sequence[str]`): Prompt `i` always starts from the noise of `seed + i`.
         sources (`Sequence[PIL.Image.Image]`): The image that each prompt edits; empty if prompts edit none. Grids show
-            it to the left of the generated image. It is copied to `samples/source-0.png` for the first prompt, and so
-            on.
-        every_n_steps (`int`, *optional*): Optimizer steps between two generations; only first and last if unset.
+            a source to the left of the generated image. The first prompt's source is copied to `samples/source-0.png`,
+            and so on.
+        every_n_steps (`int`, *optional*): Optimizer steps between two generations. If unset, images are generated only
+            before and after training.
         call_options (`dict`, *optional*): Further arguments of the pipeline's call, such as the images' size.
-        denoiser_name (`str`): The pipeline's attribute that is trained. It runs under the autocast of training. Frozen
-            components run in their stored precision.
+        denoiser_name (`str`): Attribute of the pipeline that is the trained denoiser. The denoiser runs under the
+            autocast of training. Frozen components run in their stored precision.
         every_process (`bool`): Whether all processes must generate, because each holds a shard of the denoiser. The
-            Trainer's `model` is then called in place of the denoiser. Otherwise only the first process generates.
+            Trainer's `model` is then called in place of the denoiser. If false, only the first process generates.
         frozen ([`FrozenComponents`], *optional*): Puts VAE and text encoders on the device while images are generated.
         images ([`TrackedImages`], *optional*): Sends each prompt's image to trackers, as `samples/0` and so on.
         scores ([`SampleScores`], *optional*): Scores the images of each generation.
@@ -158,7 +159,7 @@ class SampleImagesCallback(TrainerCallback):
         return [(f"{SAMPLES_FOLDER}/{_stem(step)}-{i}.png", prompt) for i, prompt in enumerate(self.prompts)]
 
     def newest_gallery(self) -> list[tuple[str, str]]:
-        """Return the gallery of the newest images, with their sources; nothing before the first."""
+        """Return the paths and prompts of the newest images and of their sources, or an empty list before any image."""
         if self.last_step is None:
             return []
         sources = [(_source_path(i), f"Source of: {self.prompts[i]}") for i in range(len(self.sources))]
@@ -178,7 +179,7 @@ class SampleImagesCallback(TrainerCallback):
         return pairs
 
     def _are_written(self, folder: Path, step: int) -> bool:
-        """Return whether the images of a step exist, with these prompts, seeds and sources."""
+        """Return whether the images of a step exist, with this callback's prompts, seeds and sources."""
         noted = all(_notes(folder / path) == self._note(i) for i, (path, _) in enumerate(self.gallery(step)))
         return noted and grid_path(folder, step).exists()
 
@@ -237,7 +238,7 @@ class SampleImagesCallback(TrainerCallback):
             return
         logged = (entry for entry in state.log_history if entry["step"] == state.global_step)
         if not any(self.scores.metrics.keys() <= entry.keys() for entry in logged):
-            trainer_logs = control.should_log  # a log resets it, and the trainer's own log would be left out
+            trainer_logs = control.should_log  # `_log` clears it, but the trainer must still log
             self._log(self.scores.metrics)
             control.should_log = trainer_logs
 
@@ -293,7 +294,7 @@ class SampleImagesCallback(TrainerCallback):
 
 
 def final_step(args: TrainingArguments, state: TrainerState) -> int | None:
-    """Return the step of the best checkpoint if its weights are loaded at the end of training, otherwise `None`. This
+    """If the best checkpoint's weights are loaded at the end of training, return its step, else `None`. The returned
     step may be earlier than `best_global_step`, because the best step is not always saved."""
     if not args.load_best_model_at_end or state.best_model_checkpoint is None:
         return None

@@ -64,7 +64,7 @@ class SampleScores:
         """Score the images from before training. All processes must call this method when training starts or resumes.
 
         Args:
-            before (`Sequence[Path]`): Image files from before training, one for each prompt. If there are none, no win
+            before (`Sequence[Path]`): Image files from before training, one for each prompt. Without such files, no win
                 rates are computed.
 
         Raises:
@@ -144,7 +144,7 @@ class SampleScores:
         }
 
     def sentence(self, step: int) -> str:
-        """Return a sentence with the win rates of a step. If there are none, return an empty string."""
+        """Return a sentence with the win rates of a step. If the step has no win rates, return an empty string."""
         words = [
             f"{name} {fact['win_rate']:.0%} (95 % interval {fact['low']:.0%} to {fact['high']:.0%}: {fact['verdict']})"
             for name, fact in self.facts(step).items()

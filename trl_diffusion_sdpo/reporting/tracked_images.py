@@ -21,7 +21,7 @@ class TrackedImages:
     trackers' callbacks.
 
     Args:
-        callbacks (`Sequence[TrainerCallback]`): The trainer's list of callbacks. It may change later.
+        callbacks (`Sequence[TrainerCallback]`): The trainer's list of callbacks. The list may change later.
     """
 
     def __init__(self, callbacks: Sequence[TrainerCallback]):

@@ -53,7 +53,7 @@ class RunFacts:
     """Facts of a run that a verdict needs besides the log history."""
 
     has_reference: bool  # whether the loss has a reference
-    reference_moves: bool  # whether the reference is updated towards the policy. It is then useless for comparison
+    reference_moves: bool  # whether the reference follows the policy, so errors cannot be compared with its errors
     reference_was_given: bool  # whether the user passed a reference; if not, it is the policy before training
     uses_loser: bool  # whether the loss depends on the rejected images
     safeguard: str  # the setting `safeguard`
@@ -168,7 +168,7 @@ class Verdict:
 
     @property
     def headline(self) -> str:
-        """The verdict's word. If it was measured on few pairs, with "probably" and the number of pairs."""
+        """The verdict's word. On few pairs, the text adds "probably" and the number of pairs."""
         if self.measured is None or self.measured.is_sure:
             return self.word
         return f"probably {self.word}, {self.measured.pairs:.0f} pairs"
@@ -182,8 +182,8 @@ def judge_winners(
 ) -> str:
     """Return the verdict on the winners' error.
 
-    The uncertainty is two standard errors, but at least 1%. If the standard error is unknown, the
-    uncertainty is 5%.
+    The uncertainty of `change` is two standard errors, but at least 1%. Without a standard error, the uncertainty is
+    5%.
 
     Args:
         change (`float`): Relative change of the winners' mean error.
@@ -404,7 +404,7 @@ def _rise(measured: Measurement) -> int:
 
 
 def _at(measurements: Sequence[Measurement], step: int | None) -> Measurement:
-    """Return the measurement at a step. If there is none, return the last measurement."""
+    """Return the measurement at a step, or the last measurement if the step has none."""
     return next((measured for measured in reversed(measurements) if measured.step == step), measurements[-1])
 
 
@@ -469,7 +469,7 @@ def _of_set(measured: Measurement) -> str:
 
 
 def _advice(measured: Measurement, run: RunFacts) -> str:
-    """Return sentences that say what to do. The order of the changes is that of docs/safeguard.md#when-it-got-worse."""
+    """Return sentences that say what to do, in the order of docs/safeguard.md#when-it-got-worse."""
     word, enough = measured.word, measured.pairs is None or measured.pairs >= FEWEST_PAIRS
     more = "Evaluate on more pairs" if enough else f"Evaluate on {FEWEST_PAIRS} pairs or more"
     if word == "unknown":

@@ -128,7 +128,7 @@ def pickscore(model: str = "yuvalkirstain/PickScore_v1", processor: str = CLIP_H
     """Return the scorer PickScore: the cosine similarity times `exp(logit_scale)`. Usual scores are 19 to 23.
 
     Arguments are those of [`load_clip`]. PickScore was trained on the data set Pick-a-Pic, and so are most
-    preference-tuned models. Therefore PickScore may favour such models: use a second scorer too.
+    preference-tuned models. PickScore may favour models that were trained on Pick-a-Pic: use a second scorer too.
 
     Source: https://huggingface.co/papers/2305.01569.
     """
@@ -138,7 +138,7 @@ def pickscore(model: str = "yuvalkirstain/PickScore_v1", processor: str = CLIP_H
 def clip_score(model: str = CLIP_H, **settings: Any) -> CLIPScorer:
     """Return a scorer by the plain cosine similarity of a CLIP model. Arguments are those of [`load_clip`].
 
-    The Diffusion-SDPO authors use this score with the default model, ViT-H/14.
+    The Diffusion-SDPO authors use the cosine similarity of the default model, ViT-H/14.
     """
     return load_clip("clip_score", model, **settings)
 
@@ -174,8 +174,7 @@ def hpsv21(
     dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> CLIPScorer:
-    """Return the scorer HPSv2.1. Papers since 2025 call this model "HPS" or "HPSv2", and often print its scores times
-    100.
+    """Return the scorer HPSv2.1. Papers since 2025 call HPSv2.1 "HPS" or "HPSv2", and often print the scores times 100.
 
     Args:
         model (`str`): Hub id or folder of the weights.

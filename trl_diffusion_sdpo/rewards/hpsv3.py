@@ -24,7 +24,7 @@ class HPSv3Scorer(BatchedScorer):
     """Score images by the mean of human votes that HPSv3 predicts. The predicted spread is not used.
 
     Images are scored one at a time, so that no prompt is padded and scores do not depend on a batch. `instruction` is
-    the text that follows the image in the model's input. The prompt replaces `{text_prompt}` in this text. The head
+    the text that follows the image in the model's input. The prompt replaces `{text_prompt}` in `instruction`. The head
     computes the score from the hidden state of the token `<|Reward|>`.
     """
 

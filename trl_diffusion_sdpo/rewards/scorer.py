@@ -55,8 +55,8 @@ class BatchedScorer(ABC):
         batch_size (`int`, *optional*, defaults to `16`): Number of images per batch.
 
     Raises:
-        `ValueError`: If `batch_size` is below 1. A call raises it if the numbers of images and prompts differ, or if a
-            score is not finite.
+        `ValueError`: If `batch_size` is below 1, or when the scorer is called, if the numbers of images and prompts
+            differ or a score is not finite.
     """
 
     def __init__(self, name: str, *, device: str | torch.device = "cpu", batch_size: int = 16):
@@ -97,7 +97,7 @@ class FunctionScorer:
     numbers.
 
     Raises:
-        `ValueError`: A call raises it if the function does not return one finite score per image.
+        `ValueError`: When the scorer is called, if the function does not return one finite score per image.
     """
 
     def __init__(self, name: str, function: Callable[[list[Image.Image], list[str]], Any]):

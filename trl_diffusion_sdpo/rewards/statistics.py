@@ -29,7 +29,7 @@ class WinRate:
             are ignored.
         prompts (`int`): Number of prompts.
         ties (`int`): Number of pairs (the model's image and the base model's image) with equal scores.
-        missing (`int`): Number of such pairs in which an image has no score.
+        missing (`int`): Number of pairs (the model's image and the base model's image) in which an image has no score.
         mean_change (`float`): Mean of the model's scores minus the base model's scores, averaged over seeds and then
             over prompts.
         change_low, change_high (`float`): Ends of the 95 % confidence interval of `mean_change`.
@@ -135,8 +135,8 @@ def agreement(first: np.ndarray, second: np.ndarray) -> float:
             minus the base model's scores.
 
     Returns:
-        `float`: Share in `[0, 1]`, among prompts on which both scorers prefer one of the models. NaN if there are no
-            such prompts.
+        `float`: Share in `[0, 1]`, among prompts on which both scorers prefer one of the models, or NaN without such
+            prompts.
     """
     signs = []
     for difference in (first, second):

@@ -44,8 +44,8 @@ class VLMServerScorer:
     """Score images by asking a vision-language model on a server for three ratings from 1 to 5. The score is the mean
     rating, mapped to `[0, 1]`.
 
-    If an answer cannot be parsed, the score is NaN. Evaluations leave out images without a score and report how many
-    there are.
+    If an answer cannot be parsed, the score is NaN. Evaluations leave out images without a score and report their
+    number.
 
     Args:
         url (`str`): URL of the API, such as `http://127.0.0.1:8000/v1`.
@@ -61,8 +61,8 @@ class VLMServerScorer:
             API key. If the variable is set, requests contain the key.
 
     Raises:
-        `VLMServerError`: A call raises it if the server cannot be reached, refuses a request, or gives too many answers
-            that cannot be parsed.
+        `VLMServerError`: When the scorer is called, if the server cannot be reached, refuses a request, or gives too
+            many answers that cannot be parsed.
 
     Example:
 

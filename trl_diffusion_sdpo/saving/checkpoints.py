@@ -77,7 +77,7 @@ class Checkpoints:
             needed (`int`): Smallest number of bytes that the checkpoint can take.
 
         Raises:
-            `DiskFullError`: In all processes, if the disk has too little room. The checkpoint is then not written.
+            `DiskFullError`: In all processes, before the checkpoint is written, if the disk has too little room.
         """
         partial = folder.parent / PARTIAL / folder.name
         with failing_together(DiskFullError):
@@ -156,9 +156,9 @@ class Checkpoints:
         return gather_objects(newest)[0]
 
     def _missing(self, folder: Path) -> str | None:
-        """Return words on the first missing file that this process needs to resume, or `None` if no file is missing.
+        """Return text that names the first missing file this process needs to resume, or `None` if none is missing.
 
-        transformers does not check the files of the schedule and the random state. It would resume without them.
+        transformers would resume even if the files of the schedule and the random state are missing.
         """
         if not folder.is_dir():
             return "there are no files, because the folder does not exist"
@@ -181,7 +181,7 @@ def holds_optimizer(folder: Path) -> bool:
 
 
 def restore_replaced(output_dir: Path) -> None:
-    """Undo the first of the two renames of [`_finish`] if the process was killed between them."""
+    """Undo the first rename of [`_finish`] if the process was killed before the second rename."""
     for replaced in (output_dir / PARTIAL).glob(f"*{_REPLACED}"):
         folder = output_dir / replaced.name.removesuffix(_REPLACED)
         if not folder.exists():

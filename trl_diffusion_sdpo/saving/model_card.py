@@ -55,7 +55,7 @@ class TunedModel:
     pipeline_class: str  # diffusers class of that pipeline
     denoiser_name: str  # attribute of the denoiser, "unet" or "transformer"
     tuning: str  # "lora" or "full"
-    # The code on the card passes it: by default, diffusers and transformers would load components in different dtypes.
+    # dtype that the code on the card passes, because diffusers and transformers have different default dtypes.
     dtype: str = "float32"
     loads_lora: bool = True  # whether the pipeline has `load_lora_weights`; if not, PEFT loads the LoRA
     full_pipeline: bool = False  # whether the pipeline's other components were saved with a fully tuned denoiser

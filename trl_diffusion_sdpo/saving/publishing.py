@@ -88,8 +88,8 @@ class Publisher:
                 `hub_revision` of the settings.
             blocking (`bool`): Whether to wait and return the result of [`~huggingface_hub.HfApi.upload_folder`].
                 If not, the method returns a `Future` of this result, and logs an error of the upload.
-            training (`bool`): Whether training continues during the upload. This argument only changes the log message
-                of a failed upload.
+            training (`bool`): Whether training continues during the upload. `training` only changes the log message of
+                a failed upload.
         """
         arguments = {
             "folder_path": self._args.output_dir,
@@ -175,7 +175,7 @@ class Publisher:
 
 @contextlib.contextmanager
 def explained_hub_errors(what: str) -> Iterator[None]:
-    """Turn an error of the Hub or of its client into a `PublishingError`, whose message is one line without secrets.
+    """Turn an error of the Hub or of its client into a `PublishingError`, with a one-line message without secrets.
 
     Args:
         what (`str`): Name of the action in the message, such as "Uploading to owner/name".

@@ -35,8 +35,8 @@ NOT_COMPARED = (
     *("dataloader_multiprocessing_context", "train_data", "eval_data", "base_model"),
     "adapter_name_or_path",
 )
-REFERENCE = "ref_model_name_or_path"  # two paths are equal if their absolute paths are
-# A run may resume with the other optimizer of these two, because each can load the state of the other.
+REFERENCE = "ref_model_name_or_path"  # paths in this setting are compared as absolute paths
+# A run may switch between these two optimizers when it resumes, because each can load the other's state.
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 # Learning rate schedules that need their saved state, because their rate does not depend on the step alone.
 SCHEDULES_WITH_STATE = ("reduce_lr_on_plateau", "greedy")

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 LOCK_FILE = "_run.lock"  # the underscore excludes the file from uploads
 LOCK_SECONDS = 10.0  # time to wait for a lock, because data loader workers of a killed run hold it for some seconds
 PREVIOUS_RUN = "previous-run"
-# Patterns of the files that `save_model` writes, besides folders of the pipeline's components. They are narrow, so that
-# files of the user in the same folder are never moved.
+# Patterns of the files that `save_model` writes, besides folders of the pipeline's components. The patterns are narrow,
+# so that files of the user in the same folder are never moved.
 WEIGHTS = ("pytorch_lora_weights*.safetensors", PEFT_FILE, PEFT_CONFIG_FILE, "model_index.json", EMA_FOLDER)
 RESULTS = (*WEIGHTS, SETUP_FILE, ARGS_FILE, "README.md")
 

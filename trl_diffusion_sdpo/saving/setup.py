@@ -40,7 +40,7 @@ def write_setup(folder: Path, setup: dict[str, Any]) -> None:
 
 
 def read_setup(folder: Path) -> dict[str, Any]:
-    """Read the set-up file of a folder. Return an empty dictionary if the file is missing or is no JSON object."""
+    """Return the content of a folder's set-up file, or an empty dictionary if the file is missing or no JSON object."""
     try:
         setup = json.loads((folder / SETUP_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

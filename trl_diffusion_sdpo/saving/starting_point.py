@@ -48,8 +48,8 @@ class StartingPoint:
     adapter: str | None = None  # folder, file or Hub id of a LoRA on the denoiser
 
     def with_recorded(self, options: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return the arguments with which to load the pipeline. The user's arguments replace those that the earlier run
-        recorded, unless the user's are the defaults."""
+        """Return the arguments with which to load the pipeline. An argument that the user passed replaces the recorded
+        one, unless the user passed the default value."""
         chosen = {key: value for key, value in (options or {}).items() if value not in _DEFAULTS.get(key, (None,))}
         return {**(options or {}), **self.options, **chosen}
 
@@ -110,7 +110,7 @@ def recorded_base(
 
 
 def public_base(base: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return the result of [`recorded_base`] if it contains no path of this machine, otherwise `None`."""
+    """Return the result of [`recorded_base`], or `None` if the result contains a path of this machine."""
     if base is None:
         return None
     names = [base["pipeline"], base["denoiser"], *base["options"].values()]

@@ -172,7 +172,7 @@ def save_adapter(
 
 
 def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, torch.Tensor]:
-    """Read the weights that [`save_adapter`] wrote. Raise `ValueError` if they do not have these shapes."""
+    """Read the weights that [`save_adapter`] wrote. Raise `ValueError` if the weights' shapes differ from `shapes`."""
     file = folder / PEFT_FILE
     if not file.is_file():
         raise ValueError(
@@ -218,8 +218,8 @@ def ranks(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 def scaling(config: LoraConfig, module: str, rank: int) -> float:
-    """Return the factor by which PEFT multiplies the LoRA of a module. Uses the module's alpha in `alpha_pattern` if
-    there is one."""
+    """Return the factor by which PEFT multiplies the LoRA of a module. If `alpha_pattern` has an alpha for the module,
+    this alpha is used."""
     alpha = config.alpha_pattern.get(pattern_key(config.alpha_pattern, module), config.lora_alpha)
     return lora_scaling(alpha, rank, rank_stabilized=config.use_rslora)
 
