@@ -174,8 +174,8 @@ class Family(ABC):
     def settle_dtype(self, dtype: torch.dtype | None = None) -> None:
         """Fix `dtype` from now on, to its current value or to another one.
 
-        Call it because sharding engines (FSDP, DeepSpeed) change the dtype of the weights between passes, and because a
-        rounded copy of the denoiser needs inputs of another dtype.
+        This call is needed because sharding engines (FSDP, DeepSpeed) change the dtype of the weights between passes,
+        and because a rounded copy of the denoiser needs inputs of another dtype.
         """
         self._settled_dtype = dtype
         self._settled_dtype = self.dtype
@@ -195,7 +195,7 @@ class Family(ABC):
         return height * self.vae_scale_factor, width * self.vae_scale_factor
 
     def noise_of(self, seeds: Sequence[int], latents: torch.Tensor) -> torch.Tensor:
-        """Return the noise from which the pipeline's call generates images, given a CPU generator with each one's seed.
+        """Return the noise from which the pipeline's call generates images, given a CPU generator with its seed.
 
         Args:
             seeds (`Sequence[int]` of length N): Seeds of the generators.
@@ -226,7 +226,7 @@ class Family(ABC):
     def check_image_size(self, height: int, width: int) -> None:
         """Raise an error if the denoiser cannot train on images of this size in pixels.
 
-        The default allows every size.
+        The base class allows every size.
 
         Raises:
             ValueError: If the denoiser has too few position embeddings for this size.
@@ -262,7 +262,7 @@ class Family(ABC):
         """Encode prompts together with the source images that they edit.
 
         The default joins `encode_prompts` and `encode_sources`. Families whose text encoder also reads the sources
-        override it.
+        override this method.
 
         Args:
             prompts (`list[str]` of length N, or 2N for winners and losers): The prompts.
@@ -304,7 +304,8 @@ class Family(ABC):
             raise ValueError(
                 "All pairs of a batch must have equally many source images, of equal sizes after the pipeline's "
                 f"resizing. Got pairs with sources of these sizes (height, width): {sorted(sizes)}. Set "
-                "`per_device_train_batch_size=1` and `per_device_eval_batch_size=1`, and raise `gradient_accumulation_steps`."
+                "`per_device_train_batch_size=1` and `per_device_eval_batch_size=1`, and raise "
+                "`gradient_accumulation_steps`."
             )
         return [torch.cat(images) for images in zip(*pixels, strict=True)]
 

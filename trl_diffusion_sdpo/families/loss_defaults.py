@@ -13,7 +13,7 @@ class LossDefaults:
     Attributes:
         beta (`float`): Strength of the pull towards the reference, in Diffusion-DPO's convention, in which the
             loss contains `beta / 2`.
-        safeguard_mu (`float`): Margin of the safeguard in `[0, 1]`; a larger margin is stricter.
+        safeguard_mu (`float`): Strictness of the safeguard, in `[0, 1]`.
         beta_lora (`float`, *optional*): `beta` for LoRA training, if it differs from `beta` for full training.
     """
 

@@ -241,8 +241,8 @@ class NoiseProcess(ABC):
 
         Args:
             timesteps (`torch.Tensor` of shape `(N,)`): Timesteps of this process.
-            snr_gamma (`float`, *optional*): Gamma of the Min-SNR weights, see `min_snr_weights`. If `None`, these are
-                off.
+            snr_gamma (`float`, *optional*): Gamma of the Min-SNR weights, see `min_snr_weights`. If `None`, Min-SNR
+                weights are off.
             weighting (`str`): `"none"`, or `"one_minus_t_squared"` for the factor `(1 - sigma)^2` with flow matching.
                 In https://huggingface.co/papers/2501.13918, this factor scales beta.
             image_seq_len (`int`, *optional*): Number of tokens per image, for schedules that depend on it.
@@ -361,7 +361,7 @@ class DDPMProcess(NoiseProcess):
 
     Args:
         scheduler_config (`Mapping[str, Any]`): Configuration of any DDPM scheduler (DDIM, PNDM, Euler, DPM-Solver,
-            ...). Only its betas and its prediction type matter.
+            ...). Only the betas and the prediction type in it matter.
 
     Raises:
         ValueError: If the configuration has no beta schedule, is for flow matching, or has a prediction type that is
@@ -427,8 +427,7 @@ class FlowMatchingProcess(NoiseProcess):
 
     The target is the velocity `noise - x_0`. A timestep is `num_train_timesteps * sigma`, in float32 and not rounded.
     Sampled noise levels are shifted as in the pipeline: with a constant shift, or with a shift that grows with the
-        number
-    of image tokens.
+    number of image tokens.
 
     Args:
         scheduler_config (`Mapping[str, Any]`): Configuration of a scheduler such as `FlowMatchEulerDiscreteScheduler`

@@ -329,8 +329,8 @@ def is_on_host(values: torch.Tensor) -> bool:
 
 
 def pinned_like(values: torch.Tensor) -> torch.Tensor:
-    """Return an empty CPU tensor of the same shape and dtype, in pinned memory. For Apple's GPUs it is not pinned,
-    because they share the CPU's memory."""
+    """Return an empty CPU tensor of the same shape and dtype, in pinned memory. With Apple's GPUs, which share the
+    CPU's memory, the tensor is not pinned."""
     return torch.empty(values.shape, dtype=values.dtype, pin_memory=values.device.type != "mps")
 
 

@@ -242,7 +242,7 @@ class PairForward:
         self, predictions: PairPredictions, safeguard: Literal["none", "output"] | None = None
     ) -> PreferenceLossOutput:
         """Return the loss of predictions. If `safeguard` is `None`, the safeguard in the settings is used;
-        `"parameter"` there counts as `"none"`, because that safeguard acts in the backward pass."""
+        its value `"parameter"` counts as `"none"`, because that safeguard acts in the backward pass."""
         settings = self.loss_settings
         if safeguard is None:
             safeguard = "none" if settings.safeguard == "parameter" else settings.safeguard
@@ -294,8 +294,8 @@ class PairForward:
         return replace(outputs, loss=loss, metrics={**outputs.metrics, **metrics})
 
     def logged_metrics(self, outputs: PreferenceLossOutput) -> dict[str, torch.Tensor]:
-        """Return the metrics of a batch. With `safeguard="parameter"`, leave out those that this safeguard logs itself
-        under the same names."""
+        """Return the metrics of a batch. With `safeguard="parameter"`, leave out the metrics that the safeguard itself
+        logs."""
         if self.loss_settings.safeguard != "parameter":
             return outputs.metrics
         return {name: value for name, value in outputs.metrics.items() if name not in OUTPUT_SPACE_METRICS}

@@ -119,8 +119,8 @@ class WinnerBudget(StoredController):
         self._meter.add(metrics, 1)
 
     def end(self) -> None:
-        """Free the probe at the end of training. Warn if the last measurement exceeds the budget, because it may not
-        have been logged."""
+        """Free the probe at the end of training. Warn if the last measurement exceeds the budget, because this
+        measurement may not have been logged."""
         self.warn_if_unmet(float(self._unmet))
         self.probe = []
 

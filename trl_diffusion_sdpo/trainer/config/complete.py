@@ -294,7 +294,7 @@ def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, An
             f"{list(args.timestep_range)}. Lower its second number."
         )
     weighting: dict[str, Any] = {"snr_gamma": args.snr_gamma, "weighting": args.timestep_weighting}
-    process.weights(torch.ones(1, dtype=torch.long), image_seq_len=1, **weighting)  # raises errors of settings now
+    process.weights(torch.ones(1, dtype=torch.long), image_seq_len=1, **weighting)  # raises errors in settings now
     weighting_kwargs = args.weighting_kwargs
     for name in weighting_kwargs:
         if args.weighting_scheme != {"mode_scale": "mode"}.get(name, "logit_normal"):
