@@ -46,7 +46,7 @@ class Family(ABC):
     `N` below is the batch size. Latents may have any number of dimensions.
 
     Args:
-        pipeline (`DiffusionPipeline`): A loaded pipeline of one of `pipeline_classes`. It is not modified.
+        pipeline (`DiffusionPipeline`): A loaded pipeline of one of `pipeline_classes`, which is not modified.
 
     Attributes:
         name (`str`): Name in messages.
@@ -150,8 +150,8 @@ class Family(ABC):
 
     @property
     def idle_modules(self) -> tuple[str, ...]:
-        """Names of denoiser modules whose output does not reach the prediction. These modules get no gradient, so
-        training freezes them."""
+        """Names of denoiser modules that training freezes, because their output does not reach the prediction and so
+        gives them no gradient."""
         return ()
 
     @property
@@ -174,8 +174,8 @@ class Family(ABC):
     def settle_dtype(self, dtype: torch.dtype | None = None) -> None:
         """Fix `dtype` from now on, to its current value or to another one.
 
-        This call is needed because sharding engines (FSDP, DeepSpeed) change the dtype of the weights between passes,
-        and because a rounded copy of the denoiser needs inputs of another dtype.
+        `settle_dtype` is needed because sharding engines (FSDP, DeepSpeed) change the dtype of the weights between
+        passes, and because a rounded copy of the denoiser needs inputs of another dtype.
         """
         self._settled_dtype = dtype
         self._settled_dtype = self.dtype
@@ -527,7 +527,7 @@ def no_autocast(device: torch.device) -> torch.autocast:
 
 @contextmanager
 def _without_overflow(vae: Any) -> Iterator[None]:
-    """Cast a float16 VAE with `force_upcast` to float32 within this context. Both casts are exact."""
+    """Cast a float16 VAE with `force_upcast` to float32 within this context; the casts there and back are exact."""
     overflows = vae.config.get("force_upcast", False) and vae.dtype == torch.float16
     if overflows:
         vae.to(torch.float32)

@@ -1,7 +1,7 @@
 """FLUX.2: a transformer over text and image tokens, trained by flow matching.
 
 Each token is a square of two by two VAE latents, normalised by statistics that the VAE stores in a batch norm. The dev
-model takes the guidance scale as an input, klein does not.
+model takes the guidance scale as an input, the klein models take none.
 """
 
 from collections.abc import Mapping

@@ -207,8 +207,8 @@ class DDIMInversion(Inversion):
     predicted noise, epsilon (https://huggingface.co/papers/2010.02502, equation 12). A velocity or sample prediction
     is converted to epsilon at the noise level of the timestep that the denoiser received, so the result does not depend
     on the prediction type.
-    Diffusers' `DDIMInverseScheduler` converts at the level where the step starts. This is not possible for the first
-    step, because clean latents have no epsilon.
+    Diffusers' `DDIMInverseScheduler` converts at the level where the step starts. Conversion at that level is not
+    possible for the first step, because clean latents have no epsilon.
     """
 
     process: DDPMProcess

@@ -177,8 +177,8 @@ class NoiseProcess(ABC):
             timestep_range (`tuple[int, int]`, *optional*): Range `(low, high)` to sample from. If `None`, all
                 timesteps are possible. Integer timesteps are below `high`, as in Python's `range`.
             sampling (`TimestepSampling`): Distribution of noise levels. The default is uniform.
-            only (`tuple[float, ...]`, *optional*): Sample only these timesteps, with equal probability. Then
-                `timestep_range` and `sampling` are ignored.
+            only (`tuple[float, ...]`, *optional*): Sample only these timesteps, with equal probability. If `only` is
+                set, `timestep_range` and `sampling` are ignored.
             image_seq_len (`int`, *optional*): Number of tokens per image. Only needed by schedules that depend on the
                 image size.
 

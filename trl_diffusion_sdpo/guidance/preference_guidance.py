@@ -58,8 +58,8 @@ def preference_guidance(
 
             - `"conditional"`: `u + g (c - u) + (scale - 1) (c - c_r)`. The form `"conditional"` needs three predictions
               per step, whatever g is.
-            - `"both"`: `u_s + g (c_s - u_s)`. Both predictions are extrapolated: `c_s = c_r + scale (c - c_r)`, and u_s
-              in the same way. The form `"both"` needs four predictions per step.
+            - `"both"`: `u_s + g (c_s - u_s)`. Both c and u are extrapolated: `c_s = c_r + scale (c - c_r)`, and u_s in
+              the same way. The form `"both"` needs four predictions per step.
             - `"npo"`: `u_r + g (c - u_r)`, from Diffusion-NPO. The form `"npo"` needs two predictions per step, as many
               as the pipeline without this guidance.
 

@@ -90,8 +90,8 @@ class PairTerms:
 def mean_error(residual: torch.Tensor, *, over_batch: bool = False) -> torch.Tensor:
     """Return the mean square over all non-batch dimensions, in float32: `(N, ...) -> (N,)`.
 
-    If `over_batch` is true, take the mean over all dimensions: `(N, ...) -> ()`. This mean may differ by rounding from
-    the mean of the `N` separate errors.
+    If `over_batch` is true, take the mean over all dimensions: `(N, ...) -> ()`. The single mean may differ by rounding
+    from the mean of the `N` separate errors.
     """
     squares = residual.float().square()
     return squares.mean() if over_batch else squares.flatten(1).mean(1)
@@ -192,7 +192,7 @@ def ipo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 def robust_loss(terms: PairTerms, *, beta: float, label_smoothing: float = 0.1) -> torch.Tensor:
     """Return the robust DPO loss of each pair, `(B,)`.
 
-    This loss stays unbiased if the labels of a share `label_smoothing`, in `[0, 0.5)`, of the pairs are wrong.
+    Robust DPO stays unbiased if the labels of a share `label_smoothing`, in `[0, 0.5)`, of the pairs are wrong.
 
     Source: https://huggingface.co/papers/2403.00409, equation 12.
     """
@@ -236,8 +236,8 @@ def dmpo_loss(terms: PairTerms, *, beta: float, dmpo_alpha: float = 0.01) -> tor
     """Return the DMPO loss of each pair, `(B,)`.
 
     The loss is the reverse KL divergence of the policy's probability of preferring the winner from the target
-    probability `1 - dmpo_alpha`, and is smallest at the finite logit `log((1 - dmpo_alpha) / dmpo_alpha)`. This loss
-    equals TRL's `exo_pair` with `label_smoothing = dmpo_alpha`.
+    probability `1 - dmpo_alpha`, and is smallest at the finite logit `log((1 - dmpo_alpha) / dmpo_alpha)`. The DMPO
+    loss equals TRL's `exo_pair` with `label_smoothing = dmpo_alpha`.
 
     Source: https://huggingface.co/papers/2507.07510.
     """
@@ -348,9 +348,9 @@ def apo_zero_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 def apo_down_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     """Return the APO-down loss of each pair, `sigmoid(r_w) + sigmoid(-u)`, `(B,)`.
 
-    `u` is the logit and `r_w = -(beta / 2) winner_change` is the winner's reward. This loss raises the winner's error,
-    and raises the loser's error more. Use this loss if the model generates better images than the winners. The
-    safeguard does not prevent the rise of the winner's error, because it scales only the loser's gradient.
+    `u` is the logit and `r_w = -(beta / 2) winner_change` is the winner's reward. APO-down raises the winner's error,
+    and raises the loser's error more. Use APO-down if the model generates better images than the winners. The safeguard
+    does not prevent the rise of the winner's error, because it scales only the loser's gradient.
 
     Source: https://huggingface.co/papers/2408.06266, equation 8.
     """
@@ -383,8 +383,8 @@ class LossSpec:
         function (`Callable`): Function that takes [`PairTerms`] and, as keyword arguments, settings, and returns the
             loss of each pair, `(B,)`.
         needs_reference (`bool`): Whether the loss reads the reference's errors.
-        reads_reference_prediction (`bool`): Whether the loss also reads the reference's prediction. To such a loss,
-            callers cannot pass the reference's errors instead of the predictions.
+        reads_reference_prediction (`bool`): Whether the loss also reads the reference's prediction. If `True`, callers
+            cannot pass the reference's errors in place of its predictions.
         uses_loser (`bool`): Whether the loss reads the loser's error. The safeguard has no effect on a loss that does
             not read the loser's error.
         needs_scores (`bool`): Whether the loss reads reward scores.
@@ -400,8 +400,8 @@ class LossSpec:
         anchor (`str`): Default of `safeguard_anchor`: `"branch"` if the winner's part of the gradient is a
             non-negative multiple of the gradient of each winner's error, else `"error"`.
         default_beta (`float`): Value of `beta` if neither the user nor the model family sets `beta`.
-        reads_logit_only (`bool`): Whether a pair's loss depends on nothing but its logit and its scores. Only then does
-            a pair whose logit is cut at `margin_clamp` have no gradient.
+        reads_logit_only (`bool`): Whether a pair's loss depends on nothing but its logit and its scores. If `True`, a
+            pair whose logit is cut at `margin_clamp` has no gradient.
         beta_scales_logit (`bool`): Whether `beta` is a factor of a logit and of nothing else. The setting
             `auto_beta` works only with such losses.
         margin_clamp (`float`, *optional*): Largest value of the logit. Larger logits are cut to this value.

@@ -104,8 +104,8 @@ class WinnerBudget(StoredController):
         self._has_warned = False
 
     def begin(self, policy: nn.Module, pairs: Sequence[ProbeInputs]) -> None:
-        """Build the probe from `pairs`, and measure its errors before the first step. A resumed run reads these first
-        errors from its checkpoint instead. `policy` is the policy as the engine (DDP, FSDP2, DeepSpeed) wrapped it."""
+        """Build the probe from `pairs`, and measure the probe's errors before the first step. In a resumed run, the
+        checkpoint supplies these errors. `policy` is the policy as the engine (DDP, FSDP2, DeepSpeed) wrapped it."""
         self._has_warned = False
         self._unmet = torch.zeros(())
         self.probe = self.make_probe(pairs)

@@ -25,7 +25,7 @@ from huggingface_hub.errors import HTTPError as HubConnectionError
 from peft.utils.other import get_pattern_key as pattern_key
 from transformers import TrainingArguments
 
-# Callbacks of the trackers that accept images. These names are public. They are imported here because
+# Callbacks of the trackers that accept images. The callbacks' names are public, but are imported here because
 # `transformers.integrations` also contains DeepSpeed and FSDP, and only the package `engines` may import DeepSpeed and
 # FSDP.
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback

@@ -54,11 +54,11 @@ class DataArguments:
             `"drop"` skips bad rows and reports their number; `"raise"` raises an error at the first bad row. Rows whose
             label is a tie are always skipped and counted.
         verify_images (`str`, *optional*, defaults to `"sample"`):
-            Images of a map-style data set that are decoded before training, to find damaged ones. `"sample"` decodes
+            Images of a map-style data set that are decoded before training, to find damaged images. `"sample"` decodes
             the images of 128 pairs, evenly spaced in the data. `"all"` decodes all images and drops pairs with damaged
-            ones. The training processes divide the images among themselves, and `datasets` caches the result. `"none"`
-            decodes no image. If training later meets a damaged image, the next good pair replaces the pair with this
-            image. `True` means `"all"`, and `False` means `"none"`.
+            images. The training processes divide the images among themselves, and `datasets` caches the result.
+            `"none"` decodes no image. If training later meets a damaged image, the next good pair replaces the pair
+            with this image. `True` means `"all"`, and `False` means `"none"`.
         image_schemes (`list[str]`, *optional*):
             URL schemes, such as `s3`, that image URLs in the data may have in addition to `file`, `hf`, `zip` and
             `tar`. Add a scheme only if you trust the data, because your machine opens every URL in the data.
