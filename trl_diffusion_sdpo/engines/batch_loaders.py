@@ -44,7 +44,7 @@ class CollateAfterResuming:
 
 class BatchLoaders:
     """Makes the data loaders of a trainer. `workers_are_chosen` says that [`choose_workers`] has chosen the number of
-    workers for the training data. Loaders of other data may then get fewer workers."""
+    workers for the training data. With chosen workers, loaders of other data may get fewer workers."""
 
     def __init__(self, args: TrainingArguments, accelerator: Accelerator, *, workers_are_chosen: bool = False):
         self._args = args

@@ -104,8 +104,8 @@ class Engine:
 
     @property
     def pickled_types(self) -> list[type]:
-        """Classes of DeepSpeed whose pickled objects are in its checkpoints. Loading them is safe, because it runs no
-        code."""
+        """Classes of DeepSpeed whose pickled objects are in its checkpoints. Loading DeepSpeed's objects is safe,
+        because their classes run no code."""
         if not self._is_deepspeed:
             return []
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -170,7 +170,7 @@ class Engine:
         if self.accelerator.is_fsdp2:
             plugin = self.accelerator.state.fsdp_plugin
             plugin.cpu_ram_efficient_loading = (
-                False  # not needed, because all processes load weights; and it fails on buffers
+                False  # sending weights is not needed, because all processes load them; and it fails on buffers
             )
             policy = plugin.mixed_precision_policy
             if policy is not None and policy.param_dtype is not None:
@@ -290,7 +290,7 @@ class Engine:
         dtype = self.rounding
         if self.accelerator.is_fsdp2:
             for weight in module.parameters() if dtype is not None and not moves else ():
-                weight.data = weight.data.to(dtype)  # FSDP would round them to this dtype at every use anyway
+                weight.data = weight.data.to(dtype)  # FSDP would round weights to this dtype at every use anyway
             self._second_models.append(fsdp2_prepare_model(self.accelerator, module).eval())
             return self._second_models[-1]
         if not self._is_deepspeed:

@@ -61,7 +61,8 @@ def loading_unsharded(args: TrainingArguments) -> Iterator[None]:
     """Within the context, make models load with complete weights in every process.
 
     Outside of this context, transformers would load text encoders as shards under ZeRO-3, and only DeepSpeed's engine
-    can run shards. Under FSDP, transformers would load weights only in the first process.
+    can run shards. Under FSDP, transformers would load weights only in the first process if this context did not
+    prevent it.
     """
     first_process_only = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
     if first_process_only:

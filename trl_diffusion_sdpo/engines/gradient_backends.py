@@ -324,7 +324,7 @@ def all_reduce_mean(tensors: list[torch.Tensor]) -> None:
 
 
 def sum_over_processes(products: torch.Tensor) -> torch.Tensor:
-    """Sum a small tensor over all processes, in place, and return it."""
+    """Sum a small tensor over all processes, in place, and return the tensor."""
     dist.all_reduce(products)
     return products
 

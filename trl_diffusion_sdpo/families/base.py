@@ -61,8 +61,8 @@ class Family(ABC):
             of these.
         learning_rate_full, learning_rate_lora (`float`): Default learning rates of full and LoRA training, for AdamW
             and small batches.
-        defaults (`Mapping[str, LossDefaults]`): Default settings by loss name. The entry `FALLBACK` serves all other
-            losses. The default is that of flow models.
+        defaults (`Mapping[str, LossDefaults]`): Default settings by loss name. The entry `FALLBACK` serves all losses
+            that have no entry. The default is that of flow models.
         noise_process_class (`type[NoiseProcess]`): Class of `noise_process`, which is built from the configuration of
             the pipeline's scheduler. The default is flow matching.
         weighting_scheme (`str`): Default distribution of sampled timesteps, a `scheme` of [`TimestepSampling`].
@@ -358,7 +358,7 @@ class Family(ABC):
         return self.latents_of(self.image_moments(pixel_values), generator)
 
     def image_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Run the VAE's encoder on images `(N, 3, H, W)` in `[-1, 1]`, the first half of `encode_images`.
+        """Run the VAE's encoder on images `(N, 3, H, W)` in `[-1, 1]`, the first of two steps of `encode_images`.
 
         `latents_of` samples latents from the result.
 
@@ -367,7 +367,7 @@ class Family(ABC):
         """
         vae = self.pipeline.vae
         at_once = self.vae_encode_batch_size or max(2, PIXELS_AT_ONCE // pixel_values[0, 0].numel())
-        device = vae.device  # read once, because diffusers visits every module to find it
+        device = vae.device  # read once, because diffusers visits every module to find the dtype
         with no_autocast(device), _without_overflow(vae):
             pixel_values = pixel_values.to(device, vae.dtype)
             parts = pixel_values.split(at_once)
@@ -470,8 +470,8 @@ class Family(ABC):
         """
 
     def prediction_of(self, output: Any, latents: torch.Tensor) -> torch.Tensor:
-        """Extract the prediction `(N, ...)` from the denoiser's output for these latents. The default returns the
-        output."""
+        """Extract the prediction `(N, ...)` from the denoiser's output for these latents. By default, the output itself
+        is the prediction."""
         return output
 
     def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:

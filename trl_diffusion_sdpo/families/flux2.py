@@ -142,7 +142,7 @@ class Flux2KleinFamily(Flux2Hooks):
 
     Pipelines saved as the inpainting class can be trained too. A distilled checkpoint (`is_distilled`) generates in
     few steps, and training gradually undoes the distillation. Prefer to tune the base model of the same size, whose
-    LoRA fits both models, or set `timesteps` to those of the few steps.
+    LoRA fits both models, or set `timesteps` to the timesteps of the few steps.
     """
 
     name = "FLUX.2 klein"

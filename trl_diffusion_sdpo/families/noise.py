@@ -202,7 +202,7 @@ class NoiseProcess(ABC):
         return self._timesteps_between(uniform, low, high, sampling, image_seq_len)
 
     def _table(self, only: tuple[float, ...], device: torch.device) -> torch.Tensor:
-        """Return the timesteps in `only` as a tensor. Raise `ValueError` if one of the numbers is not a timestep of
+        """Return the timesteps in `only` as a tensor. Raise `ValueError` if a number in `only` is not a timestep of
         this process."""
         wrong = [timestep for timestep in only if not self.knows(timestep)]
         if wrong or not only:

@@ -660,9 +660,9 @@ def _sum_spec(weights: dict[str, float]) -> LossSpec:
     Let `a_i` and `b_i` be the derivatives of loss `i` by the winner's and by the loser's error, and `k_i` the weight of
     the loss. The sum has the derivatives `a = sum k_i a_i` and `b = sum k_i b_i`. The absolute values of `a` and `b`
     are equal if those of `a_i` and `b_i` are equal for every loss. A loss that does not read the loser breaks this
-    equality. DSPO breaks this equality too, because its two derivatives are treated as equal only if DSPO is the only
-    loss. `a` is positive if every `a_i` is positive. The winner's part of the gradient is a non-negative multiple of
-    the gradient of the winner's error if this holds for every loss.
+    equality of `a` and `b`. DSPO also breaks the equality of `a` and `b`, because its two derivatives are treated as
+    equal only if DSPO is the only loss. `a` is positive if every `a_i` is positive. The winner's part of the gradient
+    is a non-negative multiple of the gradient of the winner's error if this holds for every loss.
 
     Losses of weight 0 are dropped, so they need neither beta nor a reference.
     """

@@ -277,8 +277,8 @@ class PairForward:
     def _with_mask_metrics(
         self, outputs: PreferenceLossOutput, predictions: PairPredictions, region: torch.Tensor
     ) -> PreferenceLossOutput:
-        """Add the metrics of masks to `outputs`. With `mask_anchor`, also add to the loss the squared distance to the
-        reference's prediction outside of the masks."""
+        """Add the metrics of masks to `outputs`. With `mask_anchor`, also add to the loss the squared distance between
+        the policy's and the reference's predictions outside of the masks."""
         is_inside = region > 0
         metrics = {
             "mask/share": is_inside.float().mean(),

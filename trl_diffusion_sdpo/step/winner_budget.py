@@ -80,8 +80,8 @@ class WinnerBudget(StoredController):
         meter ([`MetricMeter`]): Collector of the training metrics.
         sorts_by_scores (`bool`): Whether the scores decide which image of a pair is the winner.
         average ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights whose errors are measured
-            instead of the policy's. With `ema_decay`, these weights are the result of the run. The errors of averaged
-            weights at low noise levels also vary less between steps.
+            instead of the policy's. At low noise levels, the errors of averaged weights vary less between steps than
+            those of the policy.
     """
 
     setting, file = "winner_budget", BUDGET_FILE

@@ -108,7 +108,7 @@ def check_source_column(
     training: bool,
 ) -> None:
     """Raise `ValueError` if the model needs source images and the data have none, if the data have some and the model
-    takes none, if pairs have more than the model takes, or if batches would have sources of several sizes."""
+    takes none, if pairs have more sources than the model takes, or if batches would have sources of several sizes."""
     if not pairs.has_sources and not family.takes_source:
         return
     if not pairs.has_sources or not (family.takes_source or family.may_take_source):

@@ -523,7 +523,7 @@ class DiffusionSDPOTrainer(Trainer):
         if self.engine.casts_weights:
             self.family.settle_dtype()
         # Build the safeguard anew, because an earlier training built it for another wrapper of the model. Build it now,
-        # so that engines with which it does not work are refused before the first step.
+        # so that engines with which the safeguard does not work are refused before the first step.
         vars(self).pop("parameter_safeguard", None)
         _ = self.parameter_safeguard
         return prepared
