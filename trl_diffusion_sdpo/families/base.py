@@ -62,7 +62,7 @@ class Family(ABC):
         learning_rate_full, learning_rate_lora (`float`): Default learning rates of full and LoRA training, for AdamW
             and small batches.
         defaults (`Mapping[str, LossDefaults]`): Default settings by loss name. The entry `FALLBACK` serves all losses
-            that have no entry. The default is that of flow models.
+            that have no entry. By default, the settings are those of flow models.
         noise_process_class (`type[NoiseProcess]`): Class of `noise_process`, which is built from the configuration of
             the pipeline's scheduler. The default is flow matching.
         weighting_scheme (`str`): Default distribution of sampled timesteps, a `scheme` of [`TimestepSampling`].
@@ -430,7 +430,8 @@ class Family(ABC):
             target_size (`tuple[int, int]`): (height, width) of the training images.
 
         Returns:
-            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, which join those of `encode_prompts`.
+            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, which are merged with the tensors of
+            `encode_prompts`.
         """
         return {}
 

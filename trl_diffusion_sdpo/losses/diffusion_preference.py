@@ -65,7 +65,7 @@ def diffusion_preference_loss(
 
     Args:
         model_pred (`torch.Tensor` of shape `(2B, ...)`): Predictions of the policy, the B winners first, then their B
-            losers. Winner and loser of a pair share prompt, timestep and noise.
+            losers. Winner and loser of a pair share prompt and timestep, and usually noise.
         target (`torch.Tensor` of shape `(2B, ...)`): Target of the predictions: noise, velocity or sample.
         ref_pred (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the frozen reference. All losses
             except `sft`, `mapo` and `simpo` need either `ref_pred` or `ref_errors`.

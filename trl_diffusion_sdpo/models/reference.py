@@ -139,7 +139,7 @@ class PrecomputedReference(Reference):
 
     @property
     def can_predict(self) -> bool:
-        """Whether the reference can still predict, because it has not been released for training."""
+        """Whether the reference can still predict, as it can until `release` is called."""
         return self._source is not None
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -216,7 +216,7 @@ class PairForward:
     def predict_pairs(
         self, model: nn.Module, inputs: dict[str, Any], weights: EMAWeights | None = None
     ) -> PairPredictions:
-        """Add noise to a batch of pairs, and return it with the predictions of policy and reference.
+        """Add noise to a batch of pairs, and return the noisy batch with the predictions of policy and reference.
 
         Args:
             model (`nn.Module`): Policy as the engine (DDP, FSDP2, DeepSpeed) wrapped it.
