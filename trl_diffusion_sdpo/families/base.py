@@ -374,7 +374,7 @@ class Family(ABC):
             return torch.cat([self.vae_moments(part) for part in parts])
 
     def latents_of(self, moments: torch.Tensor, generator: list[torch.Generator] | None = None) -> torch.Tensor:
-        """Sample latents from the output of `image_moments` and scale them, the second half of `encode_images`.
+        """Sample latents from the output of `image_moments` and scale them, the second of two steps of `encode_images`.
 
         With the same generators, the result equals that of `encode_images`, `(N, ...)`. The VAE's weights are not used.
         """
@@ -430,8 +430,7 @@ class Family(ABC):
             target_size (`tuple[int, int]`): (height, width) of the training images.
 
         Returns:
-            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, which are merged with the tensors of
-            `encode_prompts`.
+            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, which join the tensors of `encode_prompts`.
         """
         return {}
 

@@ -45,8 +45,7 @@ class TimestepSampling:
         scheme (`str`): `"none"` is the uniform distribution. `"logit_normal"` and `"mode"` sample middle noise levels
             more often. Diffusers' scripts have the same names in their option `weighting_scheme`.
         logit_mean (`float`): Mean of `"logit_normal"`. With a mean above 0, higher noise levels are sampled more
-            often. In diffusers' scripts the sign has the opposite effect, because the scripts index descending
-            timesteps.
+            often. In diffusers' scripts, which index descending timesteps, the sign has the opposite effect.
         logit_std (`float`): Standard deviation of `"logit_normal"`, above 0.
         mode_scale (`float`): Scale of `"mode"`, in `[-1, 1.75]`. 0 gives the uniform distribution. With larger values,
             middle noise levels are sampled more often.
