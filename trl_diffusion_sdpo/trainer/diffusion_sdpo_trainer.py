@@ -121,8 +121,8 @@ class DiffusionSDPOTrainer(Trainer):
             have. If `None`, the reference is the policy before training. The trainer then gets the reference's
             predictions by switching the LoRA off, or from a frozen copy of the LoRA or of the denoiser.
         args ([`DiffusionSDPOConfig`], *optional*): Settings, which the trainer copies. In the copy (`trainer.args`),
-            unset settings are set to defaults. train_dataset (`datasets.Dataset`, `datasets.IterableDataset`, a torch
-            `Dataset` or `list`, *optional*):
+            unset settings are set to defaults.
+        train_dataset (`datasets.Dataset`, `datasets.IterableDataset`, a torch `Dataset` or `list`, *optional*):
             Preference pairs in a supported format.
         eval_dataset (a type of `train_dataset`, or a `dict` of data sets, *optional*): Pairs for evaluation. Every
             evaluation uses the same noise and timesteps.

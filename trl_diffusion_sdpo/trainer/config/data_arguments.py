@@ -91,9 +91,9 @@ class DataArguments:
         proportion_empty_prompts (`float`, *optional*, defaults to `0.0`):
             Share of training pairs whose prompt is replaced by an empty one, in `[0, 1]`. The published value is 0.2.
         precompute_latents (`bool`, *optional*, defaults to `False`):
-            Whether to encode all images and prompts before training, into files that later runs reuse. During training,
-            VAE and text encoders take no device memory. If the model is a Hub id or folder and all pairs are encoded
-            already, VAE and text encoders are not even loaded. `precompute_latents` needs map-style data.
+            Whether to encode all images and prompts before training, into files that later runs reuse. If `True`, VAE
+            and text encoders take no device memory in training. If the model is a Hub id or folder and all pairs are
+            encoded already, VAE and text encoders are not even loaded. `precompute_latents` needs map-style data.
         precompute_dir (`str`, *optional*):
             Folder for the files that `precompute_latents` and `precompute_ref_errors` write. All processes of a run
             must be able to read it, and several runs may share it. If unset, the folder `trl-diffusion-sdpo` in the
