@@ -16,7 +16,7 @@ _NO_ROWS = "corresponds to no data"  # message of `datasets` for files without r
 def sentence(error: Exception) -> str:
     """Return the message of an error that this package raised.
 
-    torch puts a traceback before the message of an error in a DataLoader worker. This traceback is removed.
+    The traceback that torch puts before the message of an error in a DataLoader worker is removed.
     """
     text, kind = str(error), type(error)
     if _IN_WORKER.match(text) is None:

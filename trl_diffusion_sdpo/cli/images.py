@@ -77,7 +77,7 @@ def image_settings(options: argparse.Namespace, device: str, seeds: Sequence[int
 
 
 def candidate_of(text: str) -> Candidate:
-    """Return the model that `NAME=MODEL` or `NAME=MODEL+LORA` describes. Both may end with `@SCALE`."""
+    """Return the model that `NAME=MODEL` or `NAME=MODEL+LORA` describes. Both forms may end with `@SCALE`."""
     from ..evaluation import Candidate
 
     name, _, model = text.partition("=")

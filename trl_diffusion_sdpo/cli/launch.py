@@ -103,12 +103,11 @@ def start(words: list[str], command: str, arguments: list[str]) -> int:
     Args:
         words (`list[str]`): Arguments of `accelerate launch`, from [`launch_words`].
         arguments (`list[str]`): Arguments of the command, as the user typed them. If these
-            include options of `accelerate launch`, the started processes ignore those options.
+            include options of `accelerate launch`, the started processes ignore these options.
 
     Returns:
         `int`: The exit code. 0 after success, 130 after an interruption, or else the exit code of the first process
-            that
-        failed. If a signal killed that process, 128 plus the signal's number.
+            that failed. If a signal killed this process, the exit code is 128 plus the signal's number.
     """
     from accelerate.commands.launch import launch_command
     from accelerate.utils import patch_environment

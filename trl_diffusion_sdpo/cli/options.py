@@ -107,8 +107,8 @@ def _word(action: argparse.Action, value: Any) -> str:
 def with_hints(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of `add_argument`, changed for an option with choices.
 
-    Such an option also accepts aliases of its choices, and words like `on` and `off`. For a wrong value, the error
-    message suggests the most similar choice.
+    An option with choices also accepts aliases of the choices, and words like `on` and `off`. For a wrong value, the
+    error message suggests the most similar choice.
     """
     choices = settings.get("choices")
     return settings if choices is None else {**settings, "type": _choice_reader([str(choice) for choice in choices])}

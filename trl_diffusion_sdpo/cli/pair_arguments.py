@@ -47,7 +47,7 @@ class PairSet(DatasetConfig):
         path (`str`): Hub id, folder or file of the data set, like the option `dataset_name`.
         weight (`float`, *optional*): Share of training pairs from this data set, relative to the sum of all weights.
             Set `weight` for all data sets or for none.
-        dataset_format (`str`, *optional*): Format of this data set's columns. It overrides the option `dataset_format`.
+        dataset_format (`str`, *optional*): Format of this data set. Overrides the option `dataset_format`.
     """
 
     weight: float | None = None

@@ -36,7 +36,7 @@ def run(arguments: list[str], prog: str, *, command: str = "train", act: Callabl
     Args:
         command (`str`): Name of the command, which accelerate runs again in the processes that it starts.
         act (`Callable`, *optional*): Function that runs the command: it takes the parsed options and returns the
-            exit code. If unset, [`train`].
+            exit code. If unset, [`train`] is used.
     """
     launched = launch.LAUNCHED_VARIABLE in os.environ
     settings, accelerate_config, typed = read_given(arguments)
@@ -80,7 +80,7 @@ def _dataclasses(parser: Any, words: list[str]) -> tuple[PairArguments, Diffusio
 
 def _refuse_others(words: list[str], keys: dict[str, Any], options: list[str]) -> None:
     """Raise `ValueError` for unknown options. The message suggests the most similar option. For an option of
-    `accelerate launch`, it says that `--accelerate_config` is missing."""
+    `accelerate launch`, the message says that `--accelerate_config` is missing."""
     if not words and not keys:
         return
     launchers = {*launch.launch_options()} & {*(option_name(word) for word in words), *keys}

@@ -44,7 +44,7 @@ class CollateAfterResuming:
 
 class BatchLoaders:
     """Makes the data loaders of a trainer. `workers_are_chosen` says that [`choose_workers`] has chosen the number of
-    workers for the training data. Loaders of other data may then get fewer workers."""
+    workers for the training data. With chosen workers, loaders of other data may get fewer workers."""
 
     def __init__(self, args: TrainingArguments, accelerator: Accelerator, *, workers_are_chosen: bool = False):
         self._args = args
@@ -74,8 +74,8 @@ class BatchLoaders:
         return loader
 
     def in_batches(self, items: Dataset, batches: Sequence[Sequence[Any]], pairs: Pairs) -> DataLoader:
-        """Return a loader that does not distribute items over processes. For each list of keys in `batches` it returns
-        the list of these `items`, which are read from `pairs`."""
+        """Return a loader that does not distribute items over processes. For each list of keys in `batches`, the loader
+        returns the list of the `items` with these keys."""
         options: dict[str, Any] = {"batch_sampler": batches, "collate_fn": list}
         return _plain_loader(self._args, items, self._workers(pairs), **options)
 
@@ -165,8 +165,8 @@ def choose_workers(
 
     Args:
         resolution (`tuple[int, int]`): Height and width of the images in a batch.
-        evaluates (`bool`): Whether there are evaluations during training. The prefetched batches of training then stay
-            in memory meanwhile.
+        evaluates (`bool`): Whether there are evaluations during training. During an evaluation, the prefetched batches
+            of training stay in memory.
 
     Returns:
         `str`: Reason for the chosen number, for the log. The text is empty if the user has set the number, or if the

@@ -52,31 +52,31 @@ class Engine:
 
     @property
     def holds_shards(self) -> bool:
-        """Whether the engine shards the weights or the optimizer's float32 copies of them: FSDP2 and DeepSpeed.
+        """Whether the engine (FSDP2, DeepSpeed) shards the weights or the optimizer's float32 copies of them.
 
-        With such an engine, a trainer can train only once, and can evaluate only after training has prepared the model.
+        With sharding, a trainer can train only once, and can evaluate only after training has prepared the model.
         """
         return self._is_deepspeed or self._is_fsdp
 
     @property
     def shards_weights(self) -> bool:
-        """Whether the weights themselves are sharded: ZeRO-3 and FSDP2."""
+        """Whether the engine (ZeRO-3, FSDP2) shards the weights themselves."""
         return self._is_fsdp or self._zero_stage == 3
 
     @property
     def steps_in_backward(self) -> bool:
-        """Whether `accelerator.backward` also steps the optimizer: DeepSpeed."""
+        """Whether `accelerator.backward` also steps the optimizer, as under DeepSpeed."""
         return self._is_deepspeed
 
     @property
     def loads_weights_with_optimizer(self) -> bool:
-        """Whether weights and optimizer state are read together by [`Engine.load_state`], after the model is prepared:
-        DeepSpeed."""
+        """Whether weights and optimizer state are read together by [`Engine.load_state`], after the model is prepared,
+        as under DeepSpeed."""
         return self._is_deepspeed
 
     @property
     def casts_weights(self) -> bool:
-        """Whether `accelerator.prepare` changes the dtype of the model's weights: DeepSpeed."""
+        """Whether `accelerator.prepare` changes the dtype of the model's weights, as under DeepSpeed."""
         return self._is_deepspeed
 
     @property
@@ -104,8 +104,8 @@ class Engine:
 
     @property
     def pickled_types(self) -> list[type]:
-        """Classes of DeepSpeed whose pickled objects are in its checkpoints. Loading them is safe, because it runs no
-        code."""
+        """Classes of DeepSpeed whose pickled objects are in its checkpoints. Loading DeepSpeed's objects is safe,
+        because their classes run no code."""
         if not self._is_deepspeed:
             return []
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -170,7 +170,7 @@ class Engine:
         if self.accelerator.is_fsdp2:
             plugin = self.accelerator.state.fsdp_plugin
             plugin.cpu_ram_efficient_loading = (
-                False  # not needed, because all processes load weights; and it fails on buffers
+                False  # sending weights is not needed, because all processes load them; and it fails on buffers
             )
             policy = plugin.mixed_precision_policy
             if policy is not None and policy.param_dtype is not None:
@@ -186,8 +186,8 @@ class Engine:
             config.setdefault("communication_data_type", "fp32")
 
     def unrounded(self, module: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
-        """Return the exact values of the trained weights, by parameter, before the engine rounds them. Pass them to
-        [`Engine.restore_unrounded`] afterwards.
+        """Return the exact values of the trained weights, by parameter, before the engine rounds them, for a later call
+        of [`Engine.restore_unrounded`].
 
         If the engine does not round weights, the dictionary is empty.
         """
@@ -207,7 +207,7 @@ class Engine:
 
     def restore_unrounded(self, weights: dict[nn.Parameter, torch.Tensor]) -> None:
         """Copy exact weights (from [`Engine.unrounded`]) into the optimizer's float32 weights, after the model is
-        prepared. The dictionary is then empty.
+        prepared. This call empties the dictionary `weights`.
 
         DeepSpeed initializes the optimizer's float32 weights from the rounded weights, and the rounding error is larger
         than the change by many training steps.
@@ -290,7 +290,7 @@ class Engine:
         dtype = self.rounding
         if self.accelerator.is_fsdp2:
             for weight in module.parameters() if dtype is not None and not moves else ():
-                weight.data = weight.data.to(dtype)  # FSDP would round them to this dtype at every use anyway
+                weight.data = weight.data.to(dtype)  # FSDP would round weights to this dtype at every use anyway
             self._second_models.append(fsdp2_prepare_model(self.accelerator, module).eval())
             return self._second_models[-1]
         if not self._is_deepspeed:

@@ -19,13 +19,13 @@ def runs_deepspeed(args: TrainingArguments) -> bool:
 
 
 def by_engine(args: TrainingArguments) -> bool:
-    """Return whether DeepSpeed or FSDP will train, which shard or round weights, and not one process or DDP."""
+    """Return whether DeepSpeed or FSDP (which shard or round weights) will train, instead of one process or DDP."""
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return runs_deepspeed(args) or args.fsdp_plugin_args is not None or launched
 
 
 def shards_weights(args: TrainingArguments) -> bool:
-    """Return whether ZeRO-3 or FSDP will train, which shard the weights themselves."""
+    """Return whether ZeRO-3 or FSDP (which shard the weights themselves) will train."""
     return by_engine(args) and (args.deepspeed_plugin is None or args.deepspeed_plugin.zero_stage == 3)
 
 
@@ -61,7 +61,8 @@ def loading_unsharded(args: TrainingArguments) -> Iterator[None]:
     """Within the context, make models load with complete weights in every process.
 
     Outside of this context, transformers would load text encoders as shards under ZeRO-3, and only DeepSpeed's engine
-    can run shards. Under FSDP, transformers would load weights only in the first process.
+    can run shards. Under FSDP, transformers would load weights only in the first process if this context did not
+    prevent it.
     """
     first_process_only = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
     if first_process_only:

@@ -34,7 +34,7 @@ class GradientBackend(ABC):
     optimizer.
 
     A gradient is a list with one tensor for each trained weight (or for this process's shard of it), always in the same
-    order. The entry is `None` if the objective does not depend on the weight.
+    order. The entry of a weight is `None` if the objective does not depend on this weight.
     """
 
     retains_graph = True  # whether the engine allows two backward passes after one forward pass
@@ -324,7 +324,7 @@ def all_reduce_mean(tensors: list[torch.Tensor]) -> None:
 
 
 def sum_over_processes(products: torch.Tensor) -> torch.Tensor:
-    """Sum a small tensor over all processes, in place, and return it."""
+    """Sum a small tensor over all processes, in place, and return the tensor."""
     dist.all_reduce(products)
     return products
 

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def full_tensor(value: Any) -> Any:
-    """Return the full value of a DTensor as a plain tensor. Anything else is returned unchanged. All processes must
+    """Return the full value of a DTensor as a plain tensor. Any other value is returned unchanged. All processes must
     call this function."""
     from torch.distributed.tensor import DTensor
 
@@ -248,7 +248,7 @@ def unwrapping_refused_pickles() -> Iterator[None]:
     """Within the context, raise the original `pickle.UnpicklingError` if a process refuses to read a sharded
     checkpoint.
 
-    Otherwise torch would raise a `CheckpointException`, which `except Exception` does not catch.
+    Without this context, torch would raise a `CheckpointException`, which `except Exception` does not catch.
     """
     try:
         yield

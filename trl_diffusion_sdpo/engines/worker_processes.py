@@ -49,7 +49,7 @@ def share(batch: Any) -> Any:
 class CollateIntoSharedMemory:
     """Collator that puts batches into shared memory if it runs in a DataLoader worker.
 
-    Otherwise torch would move the batches in a thread of the worker, and errors of this thread would stay hidden.
+    Without this collator, torch would move batches in a thread of the worker, whose errors would stay hidden.
     """
 
     collate: Callable[[Any], Any]

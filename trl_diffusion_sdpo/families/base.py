@@ -46,7 +46,7 @@ class Family(ABC):
     `N` below is the batch size. Latents may have any number of dimensions.
 
     Args:
-        pipeline (`DiffusionPipeline`): A loaded pipeline of one of `pipeline_classes`. It is not modified.
+        pipeline (`DiffusionPipeline`): A loaded pipeline of one of `pipeline_classes`, which is not modified.
 
     Attributes:
         name (`str`): Name in messages.
@@ -61,8 +61,8 @@ class Family(ABC):
             of these.
         learning_rate_full, learning_rate_lora (`float`): Default learning rates of full and LoRA training, for AdamW
             and small batches.
-        defaults (`Mapping[str, LossDefaults]`): Default settings by loss name. The entry `FALLBACK` serves all other
-            losses. The default is that of flow models.
+        defaults (`Mapping[str, LossDefaults]`): Default settings by loss name. The entry `FALLBACK` serves all losses
+            that have no entry. By default, the settings are those of flow models.
         noise_process_class (`type[NoiseProcess]`): Class of `noise_process`, which is built from the configuration of
             the pipeline's scheduler. The default is flow matching.
         weighting_scheme (`str`): Default distribution of sampled timesteps, a `scheme` of [`TimestepSampling`].
@@ -150,8 +150,8 @@ class Family(ABC):
 
     @property
     def idle_modules(self) -> tuple[str, ...]:
-        """Names of denoiser modules whose output does not reach the prediction. These modules get no gradient, so
-        training freezes them."""
+        """Names of denoiser modules that training freezes, because their output does not reach the prediction and so
+        gives them no gradient."""
         return ()
 
     @property
@@ -174,8 +174,8 @@ class Family(ABC):
     def settle_dtype(self, dtype: torch.dtype | None = None) -> None:
         """Fix `dtype` from now on, to its current value or to another one.
 
-        Call it because sharding engines (FSDP, DeepSpeed) change the dtype of the weights between passes, and because a
-        rounded copy of the denoiser needs inputs of another dtype.
+        `settle_dtype` is needed because sharding engines (FSDP, DeepSpeed) change the dtype of the weights between
+        passes, and because a rounded copy of the denoiser needs inputs of another dtype.
         """
         self._settled_dtype = dtype
         self._settled_dtype = self.dtype
@@ -195,7 +195,7 @@ class Family(ABC):
         return height * self.vae_scale_factor, width * self.vae_scale_factor
 
     def noise_of(self, seeds: Sequence[int], latents: torch.Tensor) -> torch.Tensor:
-        """Return the noise from which the pipeline's call generates images, given a CPU generator with each one's seed.
+        """Return the noise from which the pipeline's call generates images, given a CPU generator with its seed.
 
         Args:
             seeds (`Sequence[int]` of length N): Seeds of the generators.
@@ -226,7 +226,7 @@ class Family(ABC):
     def check_image_size(self, height: int, width: int) -> None:
         """Raise an error if the denoiser cannot train on images of this size in pixels.
 
-        The default allows every size.
+        The base class allows every size.
 
         Raises:
             ValueError: If the denoiser has too few position embeddings for this size.
@@ -262,7 +262,7 @@ class Family(ABC):
         """Encode prompts together with the source images that they edit.
 
         The default joins `encode_prompts` and `encode_sources`. Families whose text encoder also reads the sources
-        override it.
+        override this method.
 
         Args:
             prompts (`list[str]` of length N, or 2N for winners and losers): The prompts.
@@ -358,7 +358,7 @@ class Family(ABC):
         return self.latents_of(self.image_moments(pixel_values), generator)
 
     def image_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Run the VAE's encoder on images `(N, 3, H, W)` in `[-1, 1]`, the first half of `encode_images`.
+        """Run the VAE's encoder on images `(N, 3, H, W)` in `[-1, 1]`, the first of two steps of `encode_images`.
 
         `latents_of` samples latents from the result.
 
@@ -367,14 +367,14 @@ class Family(ABC):
         """
         vae = self.pipeline.vae
         at_once = self.vae_encode_batch_size or max(2, PIXELS_AT_ONCE // pixel_values[0, 0].numel())
-        device = vae.device  # read once, because diffusers visits every module to find it
+        device = vae.device  # read once, because diffusers visits every module to find the dtype
         with no_autocast(device), _without_overflow(vae):
             pixel_values = pixel_values.to(device, vae.dtype)
             parts = pixel_values.split(at_once)
             return torch.cat([self.vae_moments(part) for part in parts])
 
     def latents_of(self, moments: torch.Tensor, generator: list[torch.Generator] | None = None) -> torch.Tensor:
-        """Sample latents from the output of `image_moments` and scale them, the second half of `encode_images`.
+        """Sample latents from the output of `image_moments` and scale them, the second of two steps of `encode_images`.
 
         With the same generators, the result equals that of `encode_images`, `(N, ...)`. The VAE's weights are not used.
         """
@@ -430,7 +430,7 @@ class Family(ABC):
             target_size (`tuple[int, int]`): (height, width) of the training images.
 
         Returns:
-            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, which join those of `encode_prompts`.
+            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, which join the tensors of `encode_prompts`.
         """
         return {}
 
@@ -470,8 +470,8 @@ class Family(ABC):
         """
 
     def prediction_of(self, output: Any, latents: torch.Tensor) -> torch.Tensor:
-        """Extract the prediction `(N, ...)` from the denoiser's output for these latents. The default returns the
-        output."""
+        """Extract the prediction `(N, ...)` from the denoiser's output for these latents. By default, the output itself
+        is the prediction."""
         return output
 
     def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -527,7 +527,7 @@ def no_autocast(device: torch.device) -> torch.autocast:
 
 @contextmanager
 def _without_overflow(vae: Any) -> Iterator[None]:
-    """Cast a float16 VAE with `force_upcast` to float32 within this context. Both casts are exact."""
+    """Cast a float16 VAE with `force_upcast` to float32 within this context; the casts there and back are exact."""
     overflows = vae.config.get("force_upcast", False) and vae.dtype == torch.float16
     if overflows:
         vae.to(torch.float32)

@@ -17,7 +17,7 @@ class ChromaFamily(Family):
     transformer is the same.
 
     Prompts are padded to 512 tokens. The pipeline adds the mask (1 for tokens, 0 for padding) to the attention logits,
-    so padding is not fully masked. Training does the same.
+    so padding is not fully masked. Training adds the mask in the same way.
     """
 
     name = "Chroma"

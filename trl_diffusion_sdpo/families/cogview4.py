@@ -93,8 +93,8 @@ class CogView4Family(Family):
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """Return the original size, the target size and the crop as three tensors `(N, 2)` in float32. Half precision
-        would round these numbers."""
+        """Return the original size, the target size and the crop as three tensors `(N, 2)` in float32, because half
+        precision would round sizes."""
         target = constant(tuple(target_size), torch.float32, original_sizes.device)
         return {
             "original_size": original_sizes.float(),

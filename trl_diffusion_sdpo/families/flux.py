@@ -22,9 +22,9 @@ class FluxFamily(Family):
     Pipelines saved as the image-to-image or inpainting class can be trained too, because their transformer is the
     same. Fill, Canny and Depth are refused, because they take additional images.
 
-    FLUX.1 dev takes the guidance scale as an input. Training sets it to `guidance_scale`. Afterwards, images can be
-    generated at any scale, as with models from diffusers' training script. FLUX.1 schnell has no such input. FLUX.1
-    schnell was distilled to generate in few steps, and training gradually undoes the distillation. Prefer dev.
+    FLUX.1 dev takes the guidance scale as an input, which training sets to `guidance_scale`. Afterwards, images can be
+    generated at any scale, as with models from diffusers' training script. FLUX.1 schnell has no guidance input. FLUX.1
+    schnell was distilled to generate in few steps, and training gradually undoes the distillation, so prefer dev.
     """
 
     name = "FLUX.1"

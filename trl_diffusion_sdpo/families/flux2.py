@@ -1,7 +1,7 @@
 """FLUX.2: a transformer over text and image tokens, trained by flow matching.
 
 Each token is a square of two by two VAE latents, normalised by statistics that the VAE stores in a batch norm. The dev
-model takes the guidance scale as an input, klein does not.
+model takes the guidance scale as an input, the klein models take none.
 """
 
 from collections.abc import Mapping
@@ -126,7 +126,7 @@ class Flux2Hooks(Flux2LatentsFamily):
 class Flux2Family(Flux2Hooks):
     """Trains `Flux2Pipeline`, FLUX.2 [dev], whose prompts are encoded by Mistral Small.
 
-    The model takes the guidance scale as an input. Training sets it to `guidance_scale`. Afterwards, images can be
+    The model takes the guidance scale as an input, which training sets to `guidance_scale`. Afterwards, images can be
     generated at any scale.
     """
 
@@ -141,8 +141,8 @@ class Flux2KleinFamily(Flux2Hooks):
     """Trains `Flux2KleinPipeline`, FLUX.2 [klein], whose prompts are encoded by Qwen3.
 
     Pipelines saved as the inpainting class can be trained too. A distilled checkpoint (`is_distilled`) generates in
-    few steps, and training gradually undoes that. Tune the base model of the same size instead, whose LoRA fits both,
-    or set `timesteps` to those of the few steps.
+    few steps, and training gradually undoes the distillation. Prefer to tune the base model of the same size, whose
+    LoRA fits both models, or set `timesteps` to the timesteps of the few steps.
     """
 
     name = "FLUX.2 klein"

@@ -41,7 +41,7 @@ def patchify(self: HiDreamImageTransformer2DModel, hidden_states: torch.Tensor) 
 
 
 def mend(denoiser: torch.nn.Module) -> None:
-    """Give this transformer the two methods above. Other transformers of the process stay as they are."""
+    """Replace two methods of this transformer by `route` and `patchify`. Other transformers keep their methods."""
     for module in denoiser.modules():
         if isinstance(module, MOEFeedForwardSwiGLU):
             module.forward = MethodType(route, module)

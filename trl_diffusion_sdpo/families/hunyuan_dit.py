@@ -22,7 +22,7 @@ class HunyuanDiTFamily(Family):
     """Trains `HunyuanDiTPipeline`, versions 1.0 to 1.2. Version 1.2 accepts inputs for image sizes and style, but
     ignores these inputs.
 
-    To generate images of any size, call the pipeline with `use_resolution_binning=False`. Otherwise, the pipeline
+    To generate images of any size, call the pipeline with `use_resolution_binning=False`. By default, the pipeline
     rounds image sizes to a fixed list.
     """
 

@@ -1,9 +1,9 @@
 """Noise inversion: find the noise from which the model's own sampler would generate a given image.
 
-Losses can use this noise in place of random noise.
+Losses can use noise from inversion in place of random noise.
 
 Sources for DDPM: the training code of https://huggingface.co/papers/2506.02698 (SmPO-Diffusion, with ReNoise) and of
-DDIM-InPO. No inversion for flow matching is published: the one here is this package's own.
+DDIM-InPO. No inversion for flow matching is published, so the inversion of flow matching here is this package's own.
 """
 
 from __future__ import annotations
@@ -207,8 +207,8 @@ class DDIMInversion(Inversion):
     predicted noise, epsilon (https://huggingface.co/papers/2010.02502, equation 12). A velocity or sample prediction
     is converted to epsilon at the noise level of the timestep that the denoiser received, so the result does not depend
     on the prediction type.
-    Diffusers' `DDIMInverseScheduler` converts at the level where the step starts. This is not possible for the first
-    step, because clean latents have no epsilon.
+    Diffusers' `DDIMInverseScheduler` converts at the level where the step starts. Conversion at that level is not
+    possible for the first step, because clean latents have no epsilon.
     """
 
     process: DDPMProcess

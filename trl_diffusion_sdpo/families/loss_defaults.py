@@ -13,7 +13,7 @@ class LossDefaults:
     Attributes:
         beta (`float`): Strength of the pull towards the reference, in Diffusion-DPO's convention, in which the
             loss contains `beta / 2`.
-        safeguard_mu (`float`): Margin of the safeguard in `[0, 1]`; a larger margin is stricter.
+        safeguard_mu (`float`): Strictness of the safeguard, in `[0, 1]`.
         beta_lora (`float`, *optional*): `beta` for LoRA training, if it differs from `beta` for full training.
     """
 
@@ -51,7 +51,7 @@ STABLE_DIFFUSION_XL_DEFAULTS: dict[str, LossDefaults] = {
     "mapo": LossDefaults(beta=0.1, safeguard_mu=0.6),
     "simpo": LossDefaults(beta=500.0, safeguard_mu=0.6),
 }
-# No settings are published for other DDPM models. They use the settings of SDXL, whose image sizes are similar.
+# Other DDPM models, for which no settings are published, use those of SDXL, whose image sizes are similar.
 DDPM_DEFAULTS = STABLE_DIFFUSION_XL_DEFAULTS
 # All numbers for flow models are our choice. beta is 2000 for full training and 100 for a LoRA, as is usual for
 # Diffusion-DPO on flow models: velocity errors are larger than noise errors. mu is SDXL's, because

@@ -45,7 +45,7 @@ class TimestepSampling:
         scheme (`str`): `"none"` is the uniform distribution. `"logit_normal"` and `"mode"` sample middle noise levels
             more often. Diffusers' scripts have the same names in their option `weighting_scheme`.
         logit_mean (`float`): Mean of `"logit_normal"`. With a mean above 0, higher noise levels are sampled more
-            often. In diffusers' scripts the sign has the opposite effect, because these index descending timesteps.
+            often. In diffusers' scripts, which index descending timesteps, the sign has the opposite effect.
         logit_std (`float`): Standard deviation of `"logit_normal"`, above 0.
         mode_scale (`float`): Scale of `"mode"`, in `[-1, 1.75]`. 0 gives the uniform distribution. With larger values,
             middle noise levels are sampled more often.
@@ -177,8 +177,8 @@ class NoiseProcess(ABC):
             timestep_range (`tuple[int, int]`, *optional*): Range `(low, high)` to sample from. If `None`, all
                 timesteps are possible. Integer timesteps are below `high`, as in Python's `range`.
             sampling (`TimestepSampling`): Distribution of noise levels. The default is uniform.
-            only (`tuple[float, ...]`, *optional*): Sample only these timesteps, with equal probability. Then
-                `timestep_range` and `sampling` are ignored.
+            only (`tuple[float, ...]`, *optional*): Sample only these timesteps, with equal probability. If `only` is
+                set, `timestep_range` and `sampling` are ignored.
             image_seq_len (`int`, *optional*): Number of tokens per image. Only needed by schedules that depend on the
                 image size.
 
@@ -202,7 +202,7 @@ class NoiseProcess(ABC):
         return self._timesteps_between(uniform, low, high, sampling, image_seq_len)
 
     def _table(self, only: tuple[float, ...], device: torch.device) -> torch.Tensor:
-        """Return the timesteps in `only` as a tensor. Raise `ValueError` if one of the numbers is not a timestep of
+        """Return the timesteps in `only` as a tensor. Raise `ValueError` if a number in `only` is not a timestep of
         this process."""
         wrong = [timestep for timestep in only if not self.knows(timestep)]
         if wrong or not only:
@@ -241,8 +241,8 @@ class NoiseProcess(ABC):
 
         Args:
             timesteps (`torch.Tensor` of shape `(N,)`): Timesteps of this process.
-            snr_gamma (`float`, *optional*): Gamma of the Min-SNR weights, see `min_snr_weights`. If `None`, these are
-                off.
+            snr_gamma (`float`, *optional*): Gamma of the Min-SNR weights, see `min_snr_weights`. If `None`, Min-SNR
+                weights are off.
             weighting (`str`): `"none"`, or `"one_minus_t_squared"` for the factor `(1 - sigma)^2` with flow matching.
                 In https://huggingface.co/papers/2501.13918, this factor scales beta.
             image_seq_len (`int`, *optional*): Number of tokens per image, for schedules that depend on it.
@@ -361,7 +361,7 @@ class DDPMProcess(NoiseProcess):
 
     Args:
         scheduler_config (`Mapping[str, Any]`): Configuration of any DDPM scheduler (DDIM, PNDM, Euler, DPM-Solver,
-            ...). Only its betas and its prediction type matter.
+            ...). Only the betas and the prediction type in it matter.
 
     Raises:
         ValueError: If the configuration has no beta schedule, is for flow matching, or has a prediction type that is
@@ -427,8 +427,7 @@ class FlowMatchingProcess(NoiseProcess):
 
     The target is the velocity `noise - x_0`. A timestep is `num_train_timesteps * sigma`, in float32 and not rounded.
     Sampled noise levels are shifted as in the pipeline: with a constant shift, or with a shift that grows with the
-        number
-    of image tokens.
+    number of image tokens.
 
     Args:
         scheduler_config (`Mapping[str, Any]`): Configuration of a scheduler such as `FlowMatchEulerDiscreteScheduler`

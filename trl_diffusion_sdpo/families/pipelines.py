@@ -86,8 +86,7 @@ def load_pipeline(
             weights later. Components that are passed in `from_pretrained` are used unchanged.
         denoiser (`bool`): Whether to load the denoiser's weights. If `False`, the denoiser is on the meta device.
         denoiser_folder (`str` or `os.PathLike`, *optional*): Folder with a subfolder `unet` or `transformer`. The
-            denoiser in this subfolder replaces the pipeline's own denoiser. The two
-            denoisers must have the same class.
+            denoiser in this subfolder replaces the pipeline's own denoiser, and must have the same class.
         from_pretrained (*optional*): Further arguments of `DiffusionPipeline.from_pretrained`, such as components and
             `cache_dir`.
 
@@ -126,7 +125,7 @@ def load_pipeline(
 def load_encoders(
     family: Family, name_or_path: str | os.PathLike, **from_pretrained: Any
 ) -> diffusers.DiffusionPipeline:
-    """Return a pipeline with VAE and text encoders, for a family whose pipeline was loaded without these.
+    """Return a pipeline with VAE and text encoders, for a family whose pipeline was loaded without these components.
 
     Args:
         family (`Family`): Family whose denoiser the returned pipeline uses. No denoiser is read from disk.

@@ -1,6 +1,6 @@
 """PixArt-alpha and PixArt-Sigma: transformers with a T5 text encoder, trained by DDPM.
 
-The two models differ in prompt length and VAE. Only PixArt-alpha can be conditioned on image sizes.
+PixArt-alpha and PixArt-Sigma differ in prompt length and VAE. Only PixArt-alpha can be conditioned on image sizes.
 """
 
 from collections.abc import Mapping

@@ -64,8 +64,8 @@ def register_family(pipeline_class: str, family: str, *, replace: bool = False) 
 
     Args:
         pipeline_class (`str`): Name of the pipeline's class, as in the `_class_name` of its `model_index.json`.
-        family (`str`): The [`Family`] as `"package.module:Class"`. The family is imported when such a pipeline is
-            first used. Its attribute `pipeline_classes` must contain `pipeline_class`.
+        family (`str`): The [`Family`] as `"package.module:Class"`. The family is imported when a pipeline of this class
+            is first used. The family's attribute `pipeline_classes` must contain `pipeline_class`.
         replace (`bool`, *optional*, defaults to `False`): Whether to replace the family that the pipeline class
             already has.
 

@@ -19,8 +19,8 @@ class ZImageFamily(Family):
     """Trains `ZImagePipeline` with the models Z-Image or Z-Image-Turbo. Transformers of Z-Image-Omni raise an error.
 
     Turbo is distilled from Z-Image to generate in about eight steps without guidance, but its configuration does not
-    say so. Long training of Turbo gradually undoes the distillation, because training uses the original objective. To
-    avoid this, tune Z-Image.
+    say so. Long training of Turbo gradually undoes the distillation, because training uses the original objective; tune
+    Z-Image instead.
 
     The transformer's time runs from noise to image, and the transformer predicts image minus noise. This class reverses
     the time and the sign of the prediction, so that the usual noise process applies. In this pipeline,

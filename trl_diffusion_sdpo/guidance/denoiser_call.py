@@ -64,8 +64,8 @@ class DenoiserCall:
 
 
 def without_lora_scale(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return the inputs without the LoRA scale that a pipeline may pass in its attention arguments, so that it does not
-    act on the reference."""
+    """Return the inputs without the LoRA scale that a pipeline may pass in its attention arguments, so that this scale
+    does not act on the reference."""
     return {
         name: {key: entry for key, entry in value.items() if key != LORA_SCALE}
         if name.endswith("attention_kwargs") and isinstance(value, dict)
@@ -75,8 +75,8 @@ def without_lora_scale(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def prediction_in(output: Any) -> torch.Tensor:
-    """Return the prediction `(N, ...)` from a denoiser's output. If the output has a list with one tensor per row, they
-    are stacked."""
+    """Return the prediction `(N, ...)` from a denoiser's output. If the output has a list with one tensor per row, the
+    tensors are stacked."""
     prediction = output[0]
     return torch.stack(prediction) if isinstance(prediction, list) else prediction
 

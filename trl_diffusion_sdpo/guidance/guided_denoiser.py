@@ -27,7 +27,7 @@ class Branches:
     """Which rows of a denoiser call are conditional and which are unconditional.
 
     Conditional rows are predicted for the prompts. Unconditional rows are predicted for the negative prompts of
-    classifier-free guidance. A call that serves another purpose has no such rows.
+    classifier-free guidance. A call for another purpose has neither kind of rows.
     """
 
     conditional: slice | None

@@ -142,8 +142,8 @@ def predictor_of(denoiser: nn.Module, reference: nn.Module | str | None, *, batc
     """Return the predictor for a denoiser and the argument `reference` of [`preference_guidance`].
 
     Raises:
-        `ValueError`: If the reference cannot be used with this denoiser, or if `batched` is set and both cannot predict
-            in one batch.
+        `ValueError`: If the reference cannot be used with this denoiser, or if `batched` is set and policy and
+            reference cannot predict in one batch.
     """
     if isinstance(reference, nn.Module):
         _check_denoiser(denoiser, reference)

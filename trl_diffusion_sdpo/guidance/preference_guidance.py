@@ -58,8 +58,8 @@ def preference_guidance(
 
             - `"conditional"`: `u + g (c - u) + (scale - 1) (c - c_r)`. The form `"conditional"` needs three predictions
               per step, whatever g is.
-            - `"both"`: `u_s + g (c_s - u_s)`. Both predictions are extrapolated: `c_s = c_r + scale (c - c_r)`, and u_s
-              in the same way. The form `"both"` needs four predictions per step.
+            - `"both"`: `u_s + g (c_s - u_s)`. Both c and u are extrapolated: `c_s = c_r + scale (c - c_r)`, and u_s in
+              the same way. The form `"both"` needs four predictions per step.
             - `"npo"`: `u_r + g (c - u_r)`, from Diffusion-NPO. The form `"npo"` needs two predictions per step, as many
               as the pipeline without this guidance.
 
@@ -68,10 +68,10 @@ def preference_guidance(
             image) to 1 (pure noise). For flow matching, the noise level is sigma. For DDPM, it is the flow-matching
             sigma with the same signal-to-noise ratio. By default, every step is guided.
         batched (`bool`, *optional*, defaults to `False`): Whether policy and reference predict in one batch, which
-            needs more memory, instead of one after the other. The policy must then be a single LoRA, and the reference
-            another LoRA on the same denoiser, or the denoiser with its LoRA switched off.
+            needs more memory, instead of one after the other. With `batched=True`, the policy must be a single LoRA,
+            and the reference another LoRA on the same denoiser, or the denoiser with its LoRA switched off.
         allow_distilled (`bool`, *optional*, defaults to `False`): Whether to allow scales above 1 and the form `"npo"`
-            for a model that is distilled to few steps. We have not measured how guidance works with such models.
+            for a model that is distilled to few steps. We have not measured how guidance works with distilled models.
 
     Returns:
         A context manager that yields the pipeline. When the context ends, the pipeline works as before.

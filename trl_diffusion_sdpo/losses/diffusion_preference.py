@@ -65,16 +65,16 @@ def diffusion_preference_loss(
 
     Args:
         model_pred (`torch.Tensor` of shape `(2B, ...)`): Predictions of the policy, the B winners first, then their B
-            losers. Winner and loser of a pair share prompt, timestep and noise.
+            losers. Winner and loser of a pair share prompt and timestep, and usually noise.
         target (`torch.Tensor` of shape `(2B, ...)`): Target of the predictions: noise, velocity or sample.
         ref_pred (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the frozen reference. All losses
             except `sft`, `mapo` and `simpo` need either `ref_pred` or `ref_errors`.
         ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): Mean squared errors of the reference's predictions in
-            float32, without timestep weights. Pass either these errors or `ref_pred`. `dspo` and `dspo_sdxl`
-            need `ref_pred`, because these two losses read the prediction itself.
+            float32, without timestep weights. Pass either `ref_errors` or `ref_pred`. `dspo` and `dspo_sdxl` need
+            `ref_pred`, because these two losses read the prediction itself.
         loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`): One name of `LOSSES`, or several
             names. Several losses are summed.
-        loss_weights (`list[float]`, *optional*): Weights of the summed losses. Every weight is 1 if this is unset.
+        loss_weights (`list[float]`, *optional*): Weights of the summed losses. By default, every weight is 1.
         margin_clamp (`float`, *optional*): Largest logit, greater than 0. A pair with a larger logit has no
             gradient.
         beta (`float` or `torch.Tensor` of shape `()`, *optional*, defaults to 5000): Factor in the logit
@@ -88,8 +88,8 @@ def diffusion_preference_loss(
             authors' rule) and `"weighted"` compute one lambda for the batch, `"pair"` one for each pair, `"noise_bin"`
             one for each noise bin. See [`output_scale`].
         safeguard_eps (`float`, *optional*, defaults to 0): Number that is added to the inner product of the winners'
-            and losers' error gradients, before lambda is computed. The gradients are those of mean errors, so they
-            contain the factor `2 / N`. The authors' code adds 1e-9.
+            and losers' error gradients, before lambda is computed. These gradients contain the factor `2 / N`, because
+            an error is a mean over `N` elements. The authors' code adds 1e-9.
         pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' losses before the mean over all
             pairs, at least 0. A weight of 0 drops a pair from the loss and from lambda.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' errors, such as min-SNR
@@ -98,9 +98,9 @@ def diffusion_preference_loss(
             lambda, in `[0, 1]`. Loser weights do not change the value of the loss. A pair with the weight 0 trains only
             its winner.
         noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Number of each pair's range of noise
-            levels, in `[0, num_noise_bins)`. The granularity `"noise_bin"` needs it.
+            levels, in `[0, num_noise_bins)`. The granularity `"noise_bin"` needs `noise_bins`.
         num_noise_bins (`int`, *optional*, defaults to 1): Number of ranges of noise levels.
-        scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first. `smpo` and `capo` read them.
+        scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first, for `smpo` and `capo`.
         loss_kwargs (`float`): Settings of the loss, such as `dmpo_alpha`, `label_smoothing` or `mapo_scale`.
 
     Returns:

@@ -29,12 +29,12 @@ def noise_bin_changes(noise_bins: torch.Tensor, errors: torch.Tensor) -> dict[st
 
         - `errors/winner_change@0` and `errors/loser_change@0`: mean error of the policy minus that of the
           reference.
-        - `errors/winner_change_relative@0` and `errors/loser_change_relative@0`: the same changes divided by the
+        - `errors/winner_change_relative@0` and `errors/loser_change_relative@0`: the change of the error divided by the
           reference's error, or 0 if the reference's error is 0.
         - `errors/winner_change_relative_stderr@0`: standard error of `errors/winner_change_relative@0`
           ([`share_stderr`]), if at least two pairs of the bin have a reference's error above 0.
-        - `errors/winner_change_relative` and `errors/winner_change_relative_stderr`: the same two metrics
-          over all pairs.
+        - `errors/winner_change_relative` and `errors/winner_change_relative_stderr`: relative change of the winners'
+          error over all pairs, and its standard error.
         - `errors/pairs`: number of pairs.
         - The metrics of [`preference_learned`].
     """

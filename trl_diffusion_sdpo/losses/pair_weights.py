@@ -35,7 +35,7 @@ def gap_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
 
     After division by their mean ([`with_mean_one`]), the weights do not depend on the scale of the scores.
 
-    Source: the weights of VideoDPO (https://huggingface.co/papers/2412.14167) grow with the gap. This formula is ours.
+    Source: the weights of VideoDPO (https://huggingface.co/papers/2412.14167) grow with the gap. The formula is ours.
     """
     return score_gaps(scores, sorts_by_scores=sorts_by_scores)[:, 0]
 
@@ -58,8 +58,8 @@ def inverse_gap_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch
 
     The weight is 1 for a gap of 0, and 1/2 for the mean gap.
 
-    Source: the weights of MADPO (https://huggingface.co/papers/2510.05342) are larger for small gaps. This formula is
-    ours.
+    Source: the weights of MADPO (https://huggingface.co/papers/2510.05342) are larger for small gaps; the formula here
+    is ours.
     """
     gaps = gap_weights(scores, sorts_by_scores=sorts_by_scores)
     return 1 / (1 + gaps / _mean(gaps))
@@ -72,7 +72,7 @@ def agreement_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.T
     are divided by their mean absolute value. `sorts_by_scores` has no effect: if winner and loser are exchanged, all
     differences change sign and `s` stays the same.
 
-    Source: uncertainty-penalised DPO penalises disagreement of scorers. This formula is ours.
+    Source: uncertainty-penalised DPO penalises disagreement of scorers; the formula here is ours.
     """
     differences = scores[:, 0] - scores[:, 1]  # (P, K)
     scales = torch.stack([_mean(distances) for distances in differences.abs().unbind(1)])
@@ -118,8 +118,8 @@ def calibrated_scores(rewards: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of the same shape: Shares in `[0, 1]`.
 
-    Source: CaPO (https://huggingface.co/papers/2502.02588). The paper does not say whether an image is also
-    compared with itself. Here, it is not.
+    Source: CaPO (https://huggingface.co/papers/2502.02588). The paper does not say whether an image is also compared
+    with itself; in this function, it is not.
     """
     images = rewards.shape[-1]
     if images < 2:

@@ -34,8 +34,8 @@ class PairTerms:
         ref_loser_error (`torch.Tensor` of shape `(B,)`, *optional*): Error of the rejected image under the reference.
         winner_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the winner.
         winner_shift (`torch.Tensor` of shape `(B, ...)`, *optional*): Policy's prediction minus the
-            reference's prediction, for the winner. Only the DSPO losses read it. `None` if the caller passed the
-            reference's errors instead of its predictions.
+            reference's prediction, for the winner. Only the DSPO losses read `winner_shift`. `None` if the caller
+            passed the reference's errors instead of its predictions.
         scores (`torch.Tensor` of shape `(2, B)`, *optional*): Reward scores, the winners' before the losers'.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Weight of each pair at its timestep. The errors
             contain this timestep weight as a factor. `winner_residual` and `winner_shift` contain the square root of
@@ -90,8 +90,8 @@ class PairTerms:
 def mean_error(residual: torch.Tensor, *, over_batch: bool = False) -> torch.Tensor:
     """Return the mean square over all non-batch dimensions, in float32: `(N, ...) -> (N,)`.
 
-    If `over_batch` is true, take the mean over all dimensions: `(N, ...) -> ()`. This mean may differ by rounding from
-    the mean of the `N` separate errors.
+    If `over_batch` is true, take the mean over all dimensions: `(N, ...) -> ()`. The single mean may differ by rounding
+    from the mean of the `N` separate errors.
     """
     squares = residual.float().square()
     return squares.mean() if over_batch else squares.flatten(1).mean(1)
@@ -113,7 +113,7 @@ def pair_terms(
         target (`torch.Tensor` of shape `(2B, ...)`): Training target of each prediction.
         ref_pred (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the reference, to be detached.
         ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): [`mean_error`] of the reference's predictions, without
-            timestep weights. Pass either these errors or `ref_pred`. With `ref_errors`, `winner_shift` is `None`.
+            timestep weights. Pass either `ref_errors` or `ref_pred`. With `ref_errors`, `winner_shift` is `None`.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factor of each pair's errors, such as min-SNR
             weights (the omega of Diffusion-DPO's equation 14).
         scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first.
@@ -192,7 +192,7 @@ def ipo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 def robust_loss(terms: PairTerms, *, beta: float, label_smoothing: float = 0.1) -> torch.Tensor:
     """Return the robust DPO loss of each pair, `(B,)`.
 
-    This loss stays unbiased if the labels of a share `label_smoothing`, in `[0, 0.5)`, of the pairs are wrong.
+    Robust DPO stays unbiased if the labels of a share `label_smoothing`, in `[0, 0.5)`, of the pairs are wrong.
 
     Source: https://huggingface.co/papers/2403.00409, equation 12.
     """
@@ -220,9 +220,9 @@ def dspo_sdxl_loss(terms: PairTerms, *, beta: float, dspo_threshold: float = 0.1
     """Return the DSPO loss as published for SDXL, `(B,)`.
 
     The loss is `mean(((1 - sigmoid(u)) D_w)^2)` if the batch's mean `D_w^2` is at least `dspo_threshold`, else
-    `(1 - sigmoid(u))^2`. `u` is the logit and `D_w` is `winner_shift`. The first form pulls the policy's prediction for
-    the winner towards the reference's, and may thereby raise the winner's error. The safeguard does not prevent this
-    rise, because the safeguard scales only the loser's gradient.
+    `(1 - sigmoid(u))^2`. `u` is the logit and `D_w` is `winner_shift`. The form with `D_w` pulls the policy's
+    prediction for the winner towards the reference's, and may thereby raise the winner's error. The safeguard does not
+    prevent this rise, because the safeguard scales only the loser's gradient.
 
     Source: the SDXL training code of Direct Score Preference Optimization (ICLR 2025).
     """
@@ -236,9 +236,8 @@ def dmpo_loss(terms: PairTerms, *, beta: float, dmpo_alpha: float = 0.01) -> tor
     """Return the DMPO loss of each pair, `(B,)`.
 
     The loss is the reverse KL divergence of the policy's probability of preferring the winner from the target
-    probability `1 - dmpo_alpha`. The loss is smallest at the finite logit
-    `log((1 - dmpo_alpha) / dmpo_alpha)`. The loss
-    equals TRL's `exo_pair` with `label_smoothing = dmpo_alpha`.
+    probability `1 - dmpo_alpha`, and is smallest at the finite logit `log((1 - dmpo_alpha) / dmpo_alpha)`. The DMPO
+    loss equals TRL's `exo_pair` with `label_smoothing = dmpo_alpha`.
 
     Source: https://huggingface.co/papers/2507.07510.
     """
@@ -349,9 +348,9 @@ def apo_zero_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 def apo_down_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     """Return the APO-down loss of each pair, `sigmoid(r_w) + sigmoid(-u)`, `(B,)`.
 
-    `u` is the logit and `r_w = -(beta / 2) winner_change` is the winner's reward. This loss raises the winner's error,
-    and raises the loser's error more. Use this loss if the model generates better images than the winners. The
-    safeguard does not prevent the rise of the winner's error, because it scales only the loser's gradient.
+    `u` is the logit and `r_w = -(beta / 2) winner_change` is the winner's reward. APO-down raises the winner's error,
+    and raises the loser's error more. Use APO-down if the model generates better images than the winners. The safeguard
+    does not prevent the rise of the winner's error, because it scales only the loser's gradient.
 
     Source: https://huggingface.co/papers/2408.06266, equation 8.
     """
@@ -384,25 +383,25 @@ class LossSpec:
         function (`Callable`): Function that takes [`PairTerms`] and, as keyword arguments, settings, and returns the
             loss of each pair, `(B,)`.
         needs_reference (`bool`): Whether the loss reads the reference's errors.
-        reads_reference_prediction (`bool`): Whether the loss also reads the reference's prediction. To such a loss,
-            callers cannot pass the reference's errors instead of the predictions.
-        uses_loser (`bool`): Whether the loss reads the loser's error. The safeguard has no effect on losses that do
-            not.
+        reads_reference_prediction (`bool`): Whether the loss also reads the reference's prediction. If `True`, callers
+            cannot pass the reference's errors in place of its predictions.
+        uses_loser (`bool`): Whether the loss reads the loser's error. The safeguard has no effect on a loss that does
+            not read the loser's error.
         needs_scores (`bool`): Whether the loss reads reward scores.
         reads_shares (`bool`): Whether each score must be an image's expected share of wins, in `[0, 1]`.
         equal_weights (`bool`): Whether the derivatives of a pair's loss by the winner's and by the loser's error have
             equal absolute values, or the safeguard's authors assume this. With equal absolute values, the
             safeguard computes lambda for a batch or a noise bin from residuals alone.
-        positive_weights (`bool`): Whether, in addition, the derivative by the winner's error is positive for every
-            pair. With positive derivatives, the safeguard computes lambda for a single pair from residuals alone.
+        positive_weights (`bool`): Whether `equal_weights` is true and the derivative by the winner's error is positive
+            for every pair. If so, the safeguard computes lambda for a single pair from residuals alone.
         target_logit (`Callable`, *optional*): Function that takes [`PairTerms`] and `loss_kwargs` and returns the
             finite logit at which the loss is smallest, a number or `(B,)`. At larger logits the loss raises the
             winner's error, at any lambda.
         anchor (`str`): Default of `safeguard_anchor`: `"branch"` if the winner's part of the gradient is a
             non-negative multiple of the gradient of each winner's error, else `"error"`.
         default_beta (`float`): Value of `beta` if neither the user nor the model family sets `beta`.
-        reads_logit_only (`bool`): Whether a pair's loss depends on nothing but its logit and its scores. Only then does
-            a pair whose logit is cut at `margin_clamp` have no gradient.
+        reads_logit_only (`bool`): Whether a pair's loss depends on nothing but its logit and its scores. If `True`, a
+            pair whose logit is cut at `margin_clamp` has no gradient.
         beta_scales_logit (`bool`): Whether `beta` is a factor of a logit and of nothing else. The setting
             `auto_beta` works only with such losses.
         margin_clamp (`float`, *optional*): Largest value of the logit. Larger logits are cut to this value.
@@ -548,7 +547,7 @@ def loss_weights_by_name(
 
     Args:
         loss_type (`str` or `list[str]`): One name of [`LOSSES`], or several names.
-        loss_weights (`list[float]`, *optional*): A weight for each name. Every weight is 1 if this is unset.
+        loss_weights (`list[float]`, *optional*): A weight for each name. Every weight is 1 if `loss_weights` is unset.
 
     Raises:
         `ValueError`: If a name is unknown or repeated, if there is no name, or if both DSPO losses are named.
@@ -661,9 +660,9 @@ def _sum_spec(weights: dict[str, float]) -> LossSpec:
     Let `a_i` and `b_i` be the derivatives of loss `i` by the winner's and by the loser's error, and `k_i` the weight of
     the loss. The sum has the derivatives `a = sum k_i a_i` and `b = sum k_i b_i`. The absolute values of `a` and `b`
     are equal if those of `a_i` and `b_i` are equal for every loss. A loss that does not read the loser breaks this
-    equality. DSPO breaks this equality too, because its two derivatives are treated as equal only if DSPO is the only
-    loss. `a` is positive if every `a_i` is positive. The winner's part of the gradient is a non-negative multiple of
-    the gradient of the winner's error if this holds for every loss.
+    equality of `a` and `b`. DSPO also breaks the equality of `a` and `b`, because its two derivatives are treated as
+    equal only if DSPO is the only loss. `a` is positive if every `a_i` is positive. The winner's part of the gradient
+    is a non-negative multiple of the gradient of the winner's error if this holds for every loss.
 
     Losses of weight 0 are dropped, so they need neither beta nor a reference.
     """

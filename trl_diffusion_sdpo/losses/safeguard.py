@@ -19,8 +19,8 @@ def loser_scale(
     Let `a` be the gradient of the winner's error, `W` the winner's part of the loss gradient, and `-L` the loser's
     part. A step along `-(W - lambda L)` changes the winner's error by
     `-(<a, W> - lambda <a, L>)`. The error falls by at least `mu <a, W>` if lambda is at most
-    `(1 - mu) <a, W> / <a, L>`. This bound on lambda applies if `<a, L>` is positive. Otherwise the loser's part lowers
-    the winner's error too, and lambda is 1.
+    `(1 - mu) <a, W> / <a, L>`. This bound on lambda applies if `<a, L>` is positive. If `<a, L>` is 0 or negative, the
+    loser's part does not raise the winner's error, and lambda is 1.
 
     Args:
         winner_gain (`torch.Tensor` of shape `()` or `(B,)`): Inner product `<a, W>`.
@@ -106,9 +106,9 @@ def output_products(
         winner_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the winner.
         loser_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the loser.
         branch_gradients (`tuple` of two `torch.Tensor` of shape `(B, ...)`, *optional*): Gradients of the loss at
-            the predictions for winner and loser. By default, the gradients of the mean errors are used. These
-            gradients give the exact lambda if the derivatives of a pair's loss by its two errors have equal absolute
-            values.
+            the predictions for winner and loser. By default, the gradients of the mean errors are used. The gradients
+            of the mean errors give the exact lambda if the derivatives of a pair's loss by its two errors have equal
+            absolute values.
 
     Returns:
         `<a, W>` and `<a, L>`, each `(B,)`. `a = 2 r_w / N` is the gradient of the batch's mean winner error, for `N`

@@ -21,8 +21,8 @@ class BudgetController:
     measurement multiplies the bin's scale by `exp(GAIN (b - c) / b)`, within bounds. A scale below `MIN_SCALE` acts
     as 0: the bin's pairs train only their winners until the winners' error is within the budget again. If a bin with
     the scale 0 still exceeds the budget, losers of other bins may raise the errors of this bin, because all bins share
-    the model's weights. In this case, the scales of all other bins fall at least as fast as the scale of the bin above
-    the budget.
+    the model's weights. While a bin with the scale 0 exceeds the budget, the scales of all other bins fall at least as
+    fast as the scale of the bin above the budget.
 
     Args:
         budget (`float`): Largest relative change of the winners' error, greater than 0.

@@ -22,7 +22,7 @@ class DenoiserWrapper(nn.Module):
     the Trainer's calls for activation checkpointing to `enable_gradient_checkpointing` of diffusers.
     """
 
-    accepts_loss_kwargs = False  # then the Trainer divides the loss, a mean over pairs, by the accumulation steps
+    accepts_loss_kwargs = False  # so that the Trainer divides the loss, a mean over pairs, by the accumulation steps
 
     def __init__(self, denoiser: nn.Module):
         super().__init__()

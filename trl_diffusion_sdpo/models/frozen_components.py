@@ -46,8 +46,8 @@ class FrozenComponents:
     | `"offloaded"` | on the CPU, in pinned memory | copied to the device asynchronously | the copies are deleted |
     | `"absent"` | on the meta device, without weights | loaded from disk | freed from memory |
 
-    Components whose dtype does not change are shared with the user's pipeline. If such a component is moved to `device`
-    or to the CPU, it is therefore also moved in the user's pipeline. Components whose dtype changes are copied.
+    Components whose dtype does not change are shared with the user's pipeline. Moving a shared component to `device` or
+    to the CPU therefore also moves it in the user's pipeline. Components whose dtype changes are copied.
 
     Args:
         family ([`~trl_diffusion_sdpo.families.Family`]): Family of the user's pipeline. VAE and text encoders may be on

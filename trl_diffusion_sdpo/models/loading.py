@@ -116,8 +116,8 @@ def load_reference(
         model_init_kwargs (`dict`, *optional*): Arguments with which the policy was loaded. If `ref_model` is a Hub id
             or folder, those in [`SHARED_OPTIONS`] apply to it too, and `config` applies if both models are single
             files. `revision` never applies, because it belongs to the policy's repository.
-        ref_model_init_kwargs (`dict`, *optional*): Arguments with which a Hub id or folder is loaded. These arguments
-            override `model_init_kwargs`.
+        ref_model_init_kwargs (`dict`, *optional*): Arguments that override `model_init_kwargs` if `ref_model` is a Hub
+            id or folder.
         denoiser_folder (`str`, *optional*): Folder of a denoiser that is loaded instead of the one in the Hub id or
             folder.
 

@@ -46,7 +46,7 @@ class NoReference(Reference):
 
 class AdapterOffReference(Reference):
     """The policy with its LoRA switched off. If the LoRA is new, the denoiser without it is exactly the policy before
-    training. This reference takes no memory."""
+    training. Switching the LoRA off takes no memory."""
 
     kind = "adapter_off"
 
@@ -97,7 +97,7 @@ class FrozenReference(Reference):
 
 
 class PolicyReference(Reference):
-    """The policy itself, as a reference that predicts only before training. This reference takes no memory."""
+    """The policy itself, as a reference that predicts only before training and so takes no extra memory."""
 
     kind = "policy"
 
@@ -139,7 +139,7 @@ class PrecomputedReference(Reference):
 
     @property
     def can_predict(self) -> bool:
-        """Whether the reference can still predict, because it has not been released for training."""
+        """Whether the reference can still predict, as it can until `release` is called."""
         return self._source is not None
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -188,8 +188,8 @@ def build_reference(
 
     Args:
         engine ([`Engine`]): Engine that trains the policy.
-        needed (`bool`): Whether the loss uses a reference. If it does not, a reference that the user passes is used for
-            metrics only.
+        needed (`bool`): Whether the loss uses a reference. If the loss uses none, a reference that the user passes is
+            used for metrics only.
         users_module (`nn.Module`, *optional*): Reference that the user passed. The function may round, shard or update
             it in place.
         shared (`bool`): Whether a copy of the policy first shares the policy's memory; see [`second_copy`].
@@ -197,7 +197,7 @@ def build_reference(
         started_adapter (`str`, *optional*): Name of a LoRA that the policy already had, whose training continues.
         follows (`bool`): Whether the reference is updated during training (`sync_ref_model`).
         half_dtype (`torch.dtype`, *optional*): Dtype of autocast; see [`SecondDenoiser`].
-        precomputed (`bool`): Whether the reference's errors are computed before training. If so, no copy of the policy
+        precomputed (`bool`): Whether the reference's errors are computed before training, so that no copy of the policy
             is needed.
 
     Raises:

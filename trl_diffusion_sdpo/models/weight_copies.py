@@ -42,7 +42,7 @@ def second_copy(module: nn.Module, *, shared: bool) -> nn.Module:
 @contextlib.contextmanager
 def using_adapter(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterator[None]:
     """Within the context, activate only the adapter `name` in `layers`, or switch all adapters off if `name` is `None`.
-    Unlike PEFT's own functions, this does not change `requires_grad` of weights."""
+    Unlike PEFT's own functions, this function does not change `requires_grad` of weights."""
     before = [(getattr(layer, ACTIVE_ADAPTER), layer.disable_adapters) for layer in layers]
     for layer in layers:
         setattr(layer, ADAPTERS_OFF, name is None)
@@ -161,7 +161,7 @@ class WeightCopy:
 
     Args:
         second (`AdaptersOff`, `SecondAdapter` or `SecondDenoiser`, *optional*): The object that predicts with these
-            weights, or `None` if the policy itself predicts or nothing does.
+            weights, or `None` if the policy itself predicts or if no reference predicts.
         file (`str`): Name of the file with these weights in checkpoints.
         stored (`bool`): Whether checkpoints contain these weights. `stored` must be `True` if the weights are updated
             during training, or if they cannot be loaded again from elsewhere.
@@ -207,7 +207,7 @@ class WeightCopy:
             self.second.shard(moves=self.stored)
 
     def active(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module | None]:
-        """Return a context that yields the module with which to predict with these weights, or `None` if there is none.
+        """Return a context that yields the module that predicts with these weights, or `None` if no module predicts.
         `model` is the policy as the engine wrapped it."""
         return contextlib.nullcontext() if self.second is None else self.second.active(model)
 

@@ -2,7 +2,7 @@
 for losses that are not finite.
 
 The CPU reads metrics at each log, and the flags before each optimizer step. Processes exchange the flags by one small
-all-reduce per optimizer step. This all-reduce is queued before the last backward pass, so the accelerator does not wait
+all-reduce per optimizer step. The all-reduce is queued before the last backward pass, so the accelerator does not wait
 for it.
 """
 
@@ -176,8 +176,8 @@ class FiniteCheck:
         Args:
             pair_losses (`torch.Tensor` of shape `(B,)`): Loss of each pair.
             rows (`torch.Tensor` of shape `(B,)`): Row of each pair in the data set.
-            last (`bool`): Whether this is the last micro-batch before an optimizer step. If so, the flag is sent to the
-                other processes.
+            last (`bool`): Whether this is the last micro-batch before an optimizer step. If `True`, the flag is sent to
+                the other processes.
         """
         if self._sent:
             self._watched = []
@@ -300,8 +300,8 @@ class HostCopy:
     """Asynchronous copy of a small tensor (no DTensor) from a device to pinned CPU memory. A tensor that is already on
     the CPU is not copied.
 
-    `read` waits until the device has computed the values. It does not wait for work that was queued on the device after
-    the copy.
+    `read` waits until the device has computed the values. `read` does not wait for work that was queued on the device
+    after the copy.
     """
 
     def __init__(self, values: torch.Tensor):
@@ -329,8 +329,8 @@ def is_on_host(values: torch.Tensor) -> bool:
 
 
 def pinned_like(values: torch.Tensor) -> torch.Tensor:
-    """Return an empty CPU tensor of the same shape and dtype, in pinned memory. For Apple's GPUs it is not pinned,
-    because they share the CPU's memory."""
+    """Return an empty CPU tensor of the same shape and dtype, in pinned memory. With Apple's GPUs, which share the
+    CPU's memory, the tensor is not pinned."""
     return torch.empty(values.shape, dtype=values.dtype, pin_memory=values.device.type != "mps")
 
 

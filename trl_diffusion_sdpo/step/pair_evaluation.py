@@ -26,8 +26,8 @@ class PairEvaluation:
     each noise bin.
 
     The change of an error is its difference from the reference's error. If the loss has no reference, the change is the
-    difference from the error before the first step, if the same pairs were evaluated then. For this, each process
-    stores the errors that its pairs had before the first step, in the order of the evaluation.
+    difference from the error before the first step, if the same pairs were evaluated before that step. For this
+    comparison, each process stores the errors that its pairs had before the first step, in the order of the evaluation.
     """
 
     def __init__(self, forward: PairForward, num_noise_bins: int):

@@ -216,7 +216,7 @@ class PairForward:
     def predict_pairs(
         self, model: nn.Module, inputs: dict[str, Any], weights: EMAWeights | None = None
     ) -> PairPredictions:
-        """Add noise to a batch of pairs, and return it with the predictions of policy and reference.
+        """Add noise to a batch of pairs, and return the noisy batch with the predictions of policy and reference.
 
         Args:
             model (`nn.Module`): Policy as the engine (DDP, FSDP2, DeepSpeed) wrapped it.
@@ -242,7 +242,7 @@ class PairForward:
         self, predictions: PairPredictions, safeguard: Literal["none", "output"] | None = None
     ) -> PreferenceLossOutput:
         """Return the loss of predictions. If `safeguard` is `None`, the safeguard in the settings is used;
-        `"parameter"` there counts as `"none"`, because that safeguard acts in the backward pass."""
+        its value `"parameter"` counts as `"none"`, because that safeguard acts in the backward pass."""
         settings = self.loss_settings
         if safeguard is None:
             safeguard = "none" if settings.safeguard == "parameter" else settings.safeguard
@@ -277,8 +277,8 @@ class PairForward:
     def _with_mask_metrics(
         self, outputs: PreferenceLossOutput, predictions: PairPredictions, region: torch.Tensor
     ) -> PreferenceLossOutput:
-        """Add the metrics of masks to `outputs`. With `mask_anchor`, also add to the loss the squared distance to the
-        reference's prediction outside of the masks."""
+        """Add the metrics of masks to `outputs`. With `mask_anchor`, also add to the loss the squared distance between
+        the policy's and the reference's predictions outside of the masks."""
         is_inside = region > 0
         metrics = {
             "mask/share": is_inside.float().mean(),
@@ -294,8 +294,8 @@ class PairForward:
         return replace(outputs, loss=loss, metrics={**outputs.metrics, **metrics})
 
     def logged_metrics(self, outputs: PreferenceLossOutput) -> dict[str, torch.Tensor]:
-        """Return the metrics of a batch. With `safeguard="parameter"`, leave out those that this safeguard logs itself
-        under the same names."""
+        """Return the metrics of a batch. With `safeguard="parameter"`, leave out the metrics that the safeguard itself
+        logs."""
         if self.loss_settings.safeguard != "parameter":
             return outputs.metrics
         return {name: value for name, value in outputs.metrics.items() if name not in OUTPUT_SPACE_METRICS}

@@ -119,8 +119,8 @@ class ParameterSafeguard:
         self.gradients.backward(LOSER, -share * (loser_pred * grad_loser).sum())
 
     def step(self) -> None:
-        """Combine the gradients of winners and losers after the last micro-batch of an optimizer step. DeepSpeed also
-        steps its optimizer here; otherwise the Trainer does so later."""
+        """Combine the gradients of winners and losers after the last micro-batch of an optimizer step. Under DeepSpeed,
+        also step the optimizer. (Under other engines, the Trainer steps the optimizer later.)"""
         metrics, finite, anchor = self.gradients.combine()
         self._meter.add(metrics, finite)
         self._meter.add({"safeguard/skipped": 1 - finite.float()}, 1)

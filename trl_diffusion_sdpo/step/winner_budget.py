@@ -80,8 +80,8 @@ class WinnerBudget(StoredController):
         meter ([`MetricMeter`]): Collector of the training metrics.
         sorts_by_scores (`bool`): Whether the scores decide which image of a pair is the winner.
         average ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights whose errors are measured
-            instead of the policy's. With `ema_decay`, these weights are the result of the run. The errors of averaged
-            weights at low noise levels also vary less between steps.
+            instead of the policy's. At low noise levels, the errors of averaged weights vary less between steps than
+            those of the policy.
     """
 
     setting, file = "winner_budget", BUDGET_FILE
@@ -104,8 +104,8 @@ class WinnerBudget(StoredController):
         self._has_warned = False
 
     def begin(self, policy: nn.Module, pairs: Sequence[ProbeInputs]) -> None:
-        """Build the probe from `pairs`, and measure its errors before the first step. A resumed run reads these first
-        errors from its checkpoint instead. `policy` is the policy as the engine (DDP, FSDP2, DeepSpeed) wrapped it."""
+        """Build the probe from `pairs`, and measure the probe's errors before the first step. In a resumed run, the
+        checkpoint supplies these errors. `policy` is the policy as the engine (DDP, FSDP2, DeepSpeed) wrapped it."""
         self._has_warned = False
         self._unmet = torch.zeros(())
         self.probe = self.make_probe(pairs)
@@ -119,8 +119,8 @@ class WinnerBudget(StoredController):
         self._meter.add(metrics, 1)
 
     def end(self) -> None:
-        """Free the probe at the end of training. Warn if the last measurement exceeds the budget, because it may not
-        have been logged."""
+        """Free the probe at the end of training. Warn if the last measurement exceeds the budget, because this
+        measurement may not have been logged."""
         self.warn_if_unmet(float(self._unmet))
         self.probe = []
 

@@ -53,20 +53,20 @@ def add_callbacks(
 ) -> None:
     """Add the callbacks that the settings need to `handler`, in the order in which they are called.
 
-    The callbacks are inserted before those of trackers (such as TensorBoard), because trackers accept no image after
-    their own `on_train_end`. The progress bar of transformers is replaced by a shorter one.
+    The callbacks are inserted before those of trackers (such as TensorBoard), because a tracker accepts no image after
+    its own `on_train_end`. The progress bar of transformers is replaced by a shorter one.
 
     Args:
         sample_scores ([`SampleScores`], *optional*): Object that scores the sample images.
         load_probe (`Callable`): Function that returns this process's share of the pairs on which the winner budget
             measures errors (the probe).
         policy (`Callable`): Function that returns the policy as the engine (DDP, FSDP2, DeepSpeed) wrapped it.
-        measure_step (`Callable`): Function that completes a measurement of `safeguard_diagnostics_steps` after the
-            optimizer step.
+        measure_step (`Callable`): Function that measures how the last optimizer step changed the winners' error (see
+            `safeguard_diagnostics_steps`).
         evaluate (`Callable`): Function that evaluates the current weights.
         log (`Callable`): Function that logs metrics.
-        end (`Callable`): Function that prints at the end of training which files the run wrote. Only the first process
-            calls it.
+        end (`Callable`): Function that prints at the end of training, in the first process only, which files the run
+            wrote.
     """
     images = TrackedImages(handler.callbacks)
     callbacks: list[TrainerCallback] = [NothingToTrainCallback()]
@@ -139,7 +139,7 @@ def _sample_images(
 class EpochCallback(TrainerCallback):
     """Calls `set_epoch` of a data set at the beginning of each epoch, counted from 0.
 
-    In a resumed run, the first number is the checkpoint's epoch. The callback counts the following epochs itself,
+    In a resumed run, the first epoch number is that of the checkpoint. The callback counts the following epochs itself,
     because `state.epoch` of the Trainer is too low for data without a length.
     """
 
@@ -159,7 +159,7 @@ class EpochCallback(TrainerCallback):
 class SyncReferenceCallback(TrainerCallback):
     """Updates the reference every `steps` optimizer steps: `ref = alpha * policy + (1 - alpha) * ref`.
 
-    Source: https://huggingface.co/papers/2404.09656, the soft update.
+    Source: the soft update of TR-DPO, https://huggingface.co/papers/2404.09656.
     """
 
     def __init__(self, reference: Reference, alpha: float, steps: int):

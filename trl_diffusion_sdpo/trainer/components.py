@@ -254,7 +254,7 @@ def choose_trained_weights(
     """Add a LoRA if `peft_config` is set and no LoRA was loaded, and freeze all weights that do not train.
 
     Returns:
-        The name of the LoRA that trains (`None` in full tuning), and whether this call added it.
+        The name of the LoRA that trains (`None` in full tuning), and whether this call added this LoRA.
     """
     denoiser = loaded.denoiser
     if args.disable_dropout:
@@ -324,8 +324,8 @@ def make_reference(
     adapter: str | None,
     added: bool,
 ) -> Reference:
-    """Build the reference model. `adapter` is the name of the LoRA that trains, and `added` says whether this LoRA is
-    new and so does not change the model yet."""
+    """Build the reference model. `adapter` is the name of the LoRA that trains, and `added` says whether this LoRA was
+    just created, so that it does not change the model's output yet."""
     half_dtype = None if by_engine(args) else autocast_dtype(args.mixed_precision)
     users_reference = None
     if ref_model is not None:
@@ -454,8 +454,8 @@ def make_reference_errors(
 def reference_facts(
     reference: PrecomputedReference, components: Components, engine: Engine, args: DiffusionSDPOConfig
 ) -> dict[str, Any]:
-    """Return everything besides the data and the noise on which the reference's errors depend. These facts become part
-    of the cache key of the errors."""
+    """Return everything on which the reference's errors depend, except the data and the noise. The returned facts
+    become part of the cache key of the errors."""
     family = components.frozen.family
     frozen = {name: getattr(family.pipeline, name) for name in family.frozen_components}
     denoiser: Any = family.denoiser if reference.module is None else reference.module
@@ -499,7 +499,7 @@ def choose_kernels(
         return
     backend, mode = args.torch_compile_backend, args.torch_compile_mode
     compile_with_eager_rounding()
-    if frozen.state == "on device":  # others encode only before training, or move at each use
+    if frozen.state == "on device":  # other VAEs encode only before training, or move at each use
         compile_encoder(frozen.family.pipeline.components.get(VAE), backend, mode)
     for weights in (reference,) if average is None else (reference, average):
         weights.compile(backend, mode, regional=args.torch_compile_regional)
@@ -510,4 +510,4 @@ def choose_kernels(
                 "would be compiled. Leave `torch_compile_regional` off; `torch_compile` then compiles the whole model."
             )
         compile_blocks(denoiser, backend, mode)
-        args.torch_compile_backend = args.torch_compile_mode = None  # otherwise accelerate would compile again
+        args.torch_compile_backend = args.torch_compile_mode = None  # so that accelerate does not compile

@@ -47,7 +47,7 @@ class PairPreparation:
         loss ([`LossSpec`]): Properties of the loss.
         family ([`~trl_diffusion_sdpo.families.Family`]): The model family, whose tokenizers find the prompts that are
             too long.
-        encoding ([`PairEncoding`], *optional*): Encodes images and prompts before training.
+        encoding ([`PairEncoding`], *optional*): Object that encodes images and prompts before training.
     """
 
     def __init__(self, args: DiffusionSDPOConfig, loss: LossSpec, family: Family, encoding: PairEncoding | None):
@@ -107,8 +107,8 @@ def check_source_column(
     name: str,
     training: bool,
 ) -> None:
-    """Raise `ValueError` if the model needs source images and the data have none, or the other way round, or if pairs
-    have more sources than the model takes, or batches would have sources of several sizes."""
+    """Raise `ValueError` if the model needs source images and the data have none, if the data have some and the model
+    takes none, if pairs have more sources than the model takes, or if batches would have sources of several sizes."""
     if not pairs.has_sources and not family.takes_source:
         return
     if not pairs.has_sources or not (family.takes_source or family.may_take_source):
@@ -121,7 +121,7 @@ def check_source_column(
     check_sources(args, family.name)
     assert isinstance(pairs, PreferenceDataset), "Streams with sources are refused."
     batch = args.train_batch_size if training else args.eval_batch_size
-    if training and args.winner_budget is not None:  # its probe measures training pairs as an evaluation does
+    if training and args.winner_budget is not None:  # the budget's probe is measured in evaluation batches
         batch = max(batch, args.eval_batch_size)
     if batch == 1 and not (pairs.lists_sources and not family.takes_several_sources):
         return
@@ -267,8 +267,8 @@ def _check_prepared(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, nam
 
 
 def _refuse_parts(dataset: Any, args: DiffusionSDPOConfig, name: str) -> None:
-    """Raise `ValueError` if each process would evaluate on its own part of a stream that the user has split. A process
-    with more batches than another would then wait for it forever."""
+    """Raise `ValueError` if each process would evaluate on its own part of a stream that the user has split. Without
+    this check, a process with more batches than another would wait for the other process forever."""
     if isinstance(dataset, PreferenceIterableDataset) and dataset.is_split and args.world_size > 1:
         raise ValueError(
             f"Every process must evaluate on the same number of batches. `split_dataset_by_node` has split the {name} "
@@ -293,7 +293,7 @@ def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None,
         )
     if dataset.sizes is not None:
         group = pairs_of_a_step(args, batch)
-        BucketSampler(dataset.sizes, group, seed=0, drop_last=args.dataloader_drop_last)  # raises its errors now
+        BucketSampler(dataset.sizes, group, seed=0, drop_last=args.dataloader_drop_last)  # raises errors now
         description, warns = dataset.sizes.describe_epoch(
             group,
             drop_last=args.dataloader_drop_last,

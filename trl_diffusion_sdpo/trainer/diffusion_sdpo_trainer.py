@@ -120,8 +120,8 @@ class DiffusionSDPOTrainer(Trainer):
         ref_model (`str`, `DiffusionPipeline` or `nn.Module`, *optional*): Reference model, of any type that `model` may
             have. If `None`, the reference is the policy before training. The trainer then gets the reference's
             predictions by switching the LoRA off, or from a frozen copy of the LoRA or of the denoiser.
-        args ([`DiffusionSDPOConfig`], *optional*): Settings. The trainer copies them, and sets unset settings in the
-            copy (`trainer.args`) to defaults.
+        args ([`DiffusionSDPOConfig`], *optional*): Settings, which the trainer copies. In the copy (`trainer.args`),
+            unset settings are set to defaults.
         train_dataset (`datasets.Dataset`, `datasets.IterableDataset`, a torch `Dataset` or `list`, *optional*):
             Preference pairs in a supported format.
         eval_dataset (a type of `train_dataset`, or a `dict` of data sets, *optional*): Pairs for evaluation. Every
@@ -180,7 +180,7 @@ class DiffusionSDPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         quantization_config: Any = None,
     ):
-        # Copy the user's settings, and check that all processes have the same.
+        # Copy the user's settings, and check that all processes have the same settings.
         args = copy_and_check_args(model, ref_model, args)
         settings_of_user = changed_settings(args, resume_settings())
         check_agreement({name: getattr(args, name) for name in (*resume_settings(), *SAME_IN_ALL_PROCESSES)})
@@ -238,7 +238,7 @@ class DiffusionSDPOTrainer(Trainer):
         if isinstance(train_dataset, PreferenceIterableDataset):
             self._position = load_position(train_dataset, args, 0, None)
 
-        # Call the constructor of transformers' Trainer. It sets up accelerator, device, callbacks and Hub repository.
+        # Call the constructor of transformers' Trainer, which sets up accelerator, device, callbacks and repository.
         self.publisher = Publisher(args, NOT_PUBLISHED)
         super().__init__(
             model=DenoiserWrapper(loaded.denoiser),
@@ -346,7 +346,7 @@ class DiffusionSDPOTrainer(Trainer):
         return batches, None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return the data loader for an evaluation. For `eval_dataset`, or a data set in it, of this trainer, every
+        """Return the data loader for an evaluation. For the trainer's own `eval_dataset`, or a data set in it, every
         call returns the same loader."""
         trainer_sets = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -407,8 +407,8 @@ class DiffusionSDPOTrainer(Trainer):
         """Compute the reference's errors on the training and evaluation data, or read them from the cache, and free the
         reference's memory.
 
-        Without `precompute_ref_errors=True`, this method does nothing. `train` calls it. All processes must call it
-        together.
+        Without `precompute_ref_errors=True`, this method does nothing. `train` calls this method, and all processes
+        must call it together.
         """
         if self._reference_errors is None:
             return
@@ -523,7 +523,7 @@ class DiffusionSDPOTrainer(Trainer):
         if self.engine.casts_weights:
             self.family.settle_dtype()
         # Build the safeguard anew, because an earlier training built it for another wrapper of the model. Build it now,
-        # so that engines with which it does not work are refused before the first step.
+        # so that engines with which the safeguard does not work are refused before the first step.
         vars(self).pop("parameter_safeguard", None)
         _ = self.parameter_safeguard
         return prepared
@@ -818,7 +818,7 @@ class DiffusionSDPOTrainer(Trainer):
     # ---- Saving -----------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the tuned weights in the formats of diffusers and PEFT. All processes must call it.
+        """Write the tuned weights in the formats of diffusers and PEFT. All processes must call this method.
 
         Args:
             output_dir (`str`, *optional*): Folder for the files. If unset, `args.output_dir` is used.
@@ -870,8 +870,8 @@ class DiffusionSDPOTrainer(Trainer):
             save_position(self._position, self.args, Path(output_dir))
 
     def _setup(self) -> dict[str, Any]:
-        """Return what the file that describes the run contains: model, data, engine and settings. Resuming compares it
-        with the current run."""
+        """Return what the file that describes the run contains: model, data, engine and settings. A resumed run
+        compares this file with its own facts."""
         return {
             **self.weight_files.describe(),
             "reference": self.origin.reference,
@@ -919,7 +919,7 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _end_report(self) -> None:
         """Write the model card, and print which files the run has written and how to load them. Only the first process
-        calls it."""
+        calls this method."""
         has_card = self._write_card(keep_edited=True)
         samples = find_sample_images(self.callback_handler.callbacks)
         has_samples = samples is not None and samples.last_step is not None
@@ -986,7 +986,7 @@ class DiffusionSDPOTrainer(Trainer):
             blocking (`bool`, *optional*, defaults to `True`): Whether to wait for the upload. If `False`, a failure is
                 only logged.
             kwargs: `token`, `revision` and `private` of the repository, and arguments of
-            [`~DiffusionSDPOTrainer.create_model_card`].
+                [`~DiffusionSDPOTrainer.create_model_card`].
 
         Returns:
             Result of [`~huggingface_hub.HfApi.upload_folder`] in the first process, or its `Future` if `blocking` is

@@ -25,7 +25,7 @@ from huggingface_hub.errors import HTTPError as HubConnectionError
 from peft.utils.other import get_pattern_key as pattern_key
 from transformers import TrainingArguments
 
-# Callbacks of the trackers that accept images. These names are public. They are imported here because
+# Callbacks of the trackers that accept images. The callbacks' names are public, but are imported here because
 # `transformers.integrations` also contains DeepSpeed and FSDP, and only the package `engines` may import DeepSpeed and
 # FSDP.
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
@@ -141,7 +141,8 @@ def compile_with_eager_rounding() -> None:
 
 
 def keeps_zero_gradients(optimizer: Any) -> bool:
-    """Return whether an optimizer is DeepSpeed's for ZeRO-1 and 2. `zero_gradients` and `zero_weights` need it."""
+    """Return whether an optimizer is DeepSpeed's for ZeRO-1 and 2. `zero_gradients` and `zero_weights` need this
+    optimizer."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     return isinstance(optimizer, DeepSpeedZeroOptimizer)
@@ -197,10 +198,10 @@ def default_configuration(tensors: dict[str, torch.Tensor]) -> str:
 def keep_in_float32(module_class: type[torch.nn.Module], buffer: str) -> None:
     """Patch a module class, so that casting a module leaves the buffer named `buffer` in float32.
 
-    Use this function for buffers that are not saved. `from_pretrained` leaves these buffers in float32 too, but
-    DeepSpeed and `pipeline.to(torch.bfloat16)` cast them. If the frequencies of positions or timesteps are rounded,
-    large positions get wrong angles. Remove this function when diffusers' denoisers compute these frequencies in their
-    forward pass.
+    Use this function for buffers that model files do not contain. `from_pretrained` leaves these buffers in float32
+    too, but DeepSpeed and `pipeline.to(torch.bfloat16)` cast them. If the frequencies of positions or timesteps are
+    rounded, large positions get wrong angles. Remove this function when diffusers' denoisers compute these frequencies
+    in their forward pass.
     """
     cast: Any = module_class._apply
 

@@ -30,7 +30,7 @@ def naming_the_disk(
     """Context that replaces every error of a full disk by a `DiskFullError`.
 
     Args:
-        folder (`str` or `os.PathLike`): Folder of the files. This folder need not exist yet.
+        folder (`str` or `os.PathLike`): Folder of the files. The folder need not exist yet.
         needed (`int`, *optional*): Number of bytes that the files need at least, for the message.
         setting (`str`): Name of the setting that chooses the folder, for the message.
     """

@@ -27,7 +27,7 @@ class Peers:
     gather: Callable[[Any], list[Any]] = lambda value: [value]
 
     def gather_results(self, work: Callable[[], Any]) -> list[Any]:
-        """Call `work` in every process, and return the results of all processes by rank. All processes must call this.
+        """Call `work`, and return the results of all processes by rank. All processes must call this method.
 
         Raises:
             Exception: If `work` raises in any process. The process in which `work` fails raises the error itself. The
@@ -48,7 +48,8 @@ class Peers:
         return [value for value, _ in gathered]
 
     def first(self, compute: Callable[[], Result]) -> Result:
-        """Call `compute` in the first process, and return its result in every process. All processes must call this."""
+        """Call `compute` in the first process, and return its result in every process. All processes must
+        call this method."""
         return self.gather_results(lambda: compute() if self.index == 0 else None)[0]
 
 

@@ -34,8 +34,8 @@ def masked(value: Any, name: str = "") -> Any:
     The value of a secret setting is replaced by the setting's name. A secret within a text is replaced by dots.
 
     Args:
-        value: Settings to copy. Dictionaries, lists, tuples, sets, strings and paths are searched. Others are
-            returned unchanged.
+        value: Settings to copy. Dictionaries, lists, tuples, sets, strings and paths are searched. Values of other
+            types are returned unchanged.
         name (`str`): Name of the setting. The value of `hub_token` becomes `<HUB_TOKEN>`.
     """
     if names_secret(name) and not (value is None or isinstance(value, bool)):

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # Optimizers that update weights during the backward pass of the winners, before the losers' gradient is computed.
 FUSED_OPTIMIZERS = ("lomo", "adalomo")
 LAYERWISE = "layerwise"
-MEASUREMENTS_OF_LAG = 10  # warn if the averaged weights lag behind by more measurements of the winner budget
+MEASUREMENTS_OF_LAG = 10  # largest lag of the averaged weights without a warning, in winner-budget measurements
 
 
 def check_settings(args: DiffusionSDPOConfig) -> None:
@@ -111,8 +111,8 @@ def _check_words(name: str, choices: tuple[str, ...], words: list[Any]) -> None:
 
 
 def _check_schedule(args: DiffusionSDPOConfig) -> None:
-    """Check `lr_scheduler_kwargs` by building the schedule for a single weight. transformers would check them only
-    after data and model are loaded."""
+    """Check `lr_scheduler_kwargs` by building the schedule for a single weight. transformers would check these
+    arguments only after data and model are loaded."""
     rate = 1.0 if args.learning_rate is None else max(0.0, args.learning_rate)  # if unset, the family sets it later
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
     kwargs: Any = args.lr_scheduler_kwargs
@@ -241,7 +241,7 @@ def _conflicts_of_losses(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[
 
 
 def _conflicts(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
-    """Yield an error message for each other combination of settings that is not allowed."""
+    """Yield an error message for each forbidden combination of settings that `_conflicts_of_losses` does not check."""
     span = args.timestep_range
     if span is not None:
         is_span = len(span) == 2 and all(isinstance(end, int) for end in span) and 0 <= span[0] < span[1]
@@ -329,7 +329,7 @@ def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
     crops = args.precompute_latents and args.random_crop
     weights = None if args.pair_weights is None else WEIGHT_FUNCTIONS.get(args.pair_weights)
     reads_scores = loss.needs_scores or (weights is not None and not weights.several_scorers)
-    # Rows of: settings, whether the condition that they need holds, and the name of this condition.
+    # Each row: settings, whether the condition that these settings need holds, and the condition's name.
     needs = (
         (
             ("safeguard_anchor", "safeguard_low_memory", "safeguard_diagnostics_steps"),

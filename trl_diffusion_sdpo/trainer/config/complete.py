@@ -233,8 +233,8 @@ def loss_defaults(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> t
 
 
 def warn_of_far_settings(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> None:
-    """Warn if `beta` differs from the family's default by a factor of `FAR` or more, or if the learning rate is above
-    `HIGH_RATE`."""
+    """Warn if `beta` differs from the family's default of every loss by a factor of `FAR` or more, or if the learning
+    rate is above `HIGH_RATE`."""
     weights = loss_weights_by_name(args.loss_type, args.loss_weights)
     betas = [family.loss_defaults(name).beta_for(full=full) for name in weights if LOSSES[name].uses_beta]
     if args.beta and betas and all(not 1 / FAR < args.beta / usual < FAR for usual in betas):
@@ -294,14 +294,14 @@ def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, An
             f"{list(args.timestep_range)}. Lower its second number."
         )
     weighting: dict[str, Any] = {"snr_gamma": args.snr_gamma, "weighting": args.timestep_weighting}
-    process.weights(torch.ones(1, dtype=torch.long), image_seq_len=1, **weighting)  # raises errors of settings now
+    process.weights(torch.ones(1, dtype=torch.long), image_seq_len=1, **weighting)  # raises errors in settings now
     weighting_kwargs = args.weighting_kwargs
     for name in weighting_kwargs:
         if args.weighting_scheme != {"mode_scale": "mode"}.get(name, "logit_normal"):
             logger.warning("`%s` has no effect with `weighting_scheme=%r`.", name, args.weighting_scheme)
     if args.timesteps is not None:
         only: dict[str, Any] = {"only": tuple(args.timesteps)}
-        process.timesteps(torch.zeros(1), **only)  # raises errors of settings now
+        process.timesteps(torch.zeros(1), **only)  # raises errors in settings now
         return only
     sampling = TimestepSampling(args.weighting_scheme or "none", **weighting_kwargs)
     timestep_range = None if args.timestep_range is None else tuple(args.timestep_range)

@@ -30,7 +30,7 @@ class DataArguments:
             the number and logs it: no worker for fewer than 512 pairs, at most one for a stream, and otherwise up to
             four, depending on cores, shared memory and the start method of processes. Map-style data give the same
             batches with any number of workers. Evaluation uses the same number of workers as training, except that a
-            number chosen by the trainer is lowered to one for a stream.
+            number chosen by the trainer is lowered to one if the evaluation data are a stream.
         swap_labels (`bool`, *optional*, defaults to `False`):
             Whether to swap winner and loser of every pair, in training and evaluation data. Training on swapped pairs
             gives a model that prefers the worse images. A model that prefers the worse images can be the `reference` of
@@ -51,14 +51,14 @@ class DataArguments:
             prompt, before the loss and `pair_weights` read the score. `calibrated_scores` cannot be used with streams.
         on_bad_row (`str`, *optional*, defaults to `"drop"`):
             What to do with a row that has an undecodable image, an unreadable label or a prompt that is no text.
-            `"drop"` skips such rows and reports their number; `"raise"` raises an error at the first one. Rows whose
+            `"drop"` skips bad rows and reports their number; `"raise"` raises an error at the first bad row. Rows whose
             label is a tie are always skipped and counted.
         verify_images (`str`, *optional*, defaults to `"sample"`):
-            Images of a map-style data set that are decoded before training, to find damaged ones. `"sample"` decodes
+            Images of a map-style data set that are decoded before training, to find damaged images. `"sample"` decodes
             the images of 128 pairs, evenly spaced in the data. `"all"` decodes all images and drops pairs with damaged
-            ones. The training processes divide the images among themselves, and `datasets` caches the result. `"none"`
-            decodes no image. If training later meets a damaged image, the next good pair replaces its pair. `True`
-            means `"all"`, and `False` means `"none"`.
+            images. The training processes divide the images among themselves, and `datasets` caches the result.
+            `"none"` decodes no image. If training later meets a damaged image, the next good pair replaces the pair
+            with this image. `True` means `"all"`, and `False` means `"none"`.
         image_schemes (`list[str]`, *optional*):
             URL schemes, such as `s3`, that image URLs in the data may have in addition to `file`, `hf`, `zip` and
             `tar`. Add a scheme only if you trust the data, because your machine opens every URL in the data.
@@ -76,8 +76,8 @@ class DataArguments:
             the longer to the shorter side.
         min_side (`int`, *optional*):
             Smallest allowed length in pixels of an image's shorter side. Pairs with a smaller image are skipped and
-            counted. Set `min_side` so that small images are not enlarged much. The header of every image is then read
-            before the first batch. If unset, no pair is skipped for its size.
+            counted. Set `min_side` so that small images are not enlarged much. With `min_side`, the header of every
+            image is read before the first batch. If unset, no pair is skipped for its size.
         random_crop (`bool`, *optional*, defaults to `False`):
             Whether to crop images at a random position instead of at the center. Both images of a pair are cropped at
             the same position.
@@ -87,12 +87,12 @@ class DataArguments:
             Interpolation for resizing: `"bilinear"`, `"bicubic"`, `"lanczos"` or `"fast"`. `"fast"` is like
             `"bilinear"`, but JPEG files of at least twice the training size are decoded directly at a half, a quarter
             or an eighth of their size. Use `"fast"` if the DataLoader workers decode images more slowly than the model
-            trains. Images are then about as sharp as with `"lanczos"`.
+            trains. With `"fast"`, images are about as sharp as with `"lanczos"`.
         proportion_empty_prompts (`float`, *optional*, defaults to `0.0`):
-            Share of training pairs whose prompt is replaced by an empty one, in `[0, 1]`. The paper uses 0.2.
+            Share of training pairs whose prompt is replaced by an empty one, in `[0, 1]`. The published value is 0.2.
         precompute_latents (`bool`, *optional*, defaults to `False`):
-            Whether to encode all images and prompts before training, into files that later runs reuse. VAE and text
-            encoders then take no memory of the training device. If the model is a Hub id or folder and all pairs are
+            Whether to encode all images and prompts before training, into files that later runs reuse. If `True`, VAE
+            and text encoders take no device memory in training. If the model is a Hub id or folder and all pairs are
             encoded already, VAE and text encoders are not even loaded. `precompute_latents` needs map-style data.
         precompute_dir (`str`, *optional*):
             Folder for the files that `precompute_latents` and `precompute_ref_errors` write. All processes of a run
@@ -101,8 +101,8 @@ class DataArguments:
         precompute_epochs (`int`, *optional*, defaults to `1`):
             Number of epochs with different random choices if results are computed before training; later epochs repeat
             these choices. With `precompute_latents`, the choices are the positions of `random_crop`. With
-            `precompute_ref_errors`, they are crop, flip, dropped prompt, noise and timestep of each pair. The time of
-            the computation before training is proportional to `precompute_epochs`.
+            `precompute_ref_errors`, the choices are crop, flip, dropped prompt, noise and timestep of each pair. The
+            time of the computation before training is proportional to `precompute_epochs`.
     """
 
     dataset_format: str | None = None
@@ -144,8 +144,8 @@ class RunArguments:
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether a new run may start in an `output_dir` that holds another run. The files of the other run are then
             moved into the subfolder `previous-run-1` (or `previous-run-2` and so on if it exists). If `False`, the
-            trainer raises an error instead. Resuming from a checkpoint in the folder is always allowed; only files that
-            are newer than this checkpoint are then moved.
+            trainer raises an error if `output_dir` holds another run. Resuming from a checkpoint in the folder is
+            always allowed; only files that are newer than this checkpoint are then moved.
     """
 
     checkpoint_on_interrupt: bool = True

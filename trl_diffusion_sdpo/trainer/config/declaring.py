@@ -2,8 +2,8 @@
 
 - The field holds the default.
 - The annotation holds the choices as a `Literal`, the allowed numbers as a [`Range`], and [`RESUME`] if a resumed run
-  must have the same value. (These facts cannot be in the field's metadata, because the parser of transformers passes
-  all metadata to `argparse`.)
+  must have the same value. (Choices, ranges and `RESUME` cannot be in the field's metadata, because the parser of
+  transformers passes all metadata to `argparse`.)
 - The setting's paragraph in the docstring of the class is its help text.
 """
 

@@ -19,12 +19,12 @@ class PipelineArguments:
     Parameters:
         adapter_name_or_path (`str`, *optional*):
             LoRA to load into the model and train further: a folder in the format of PEFT or diffusers (for example the
-            output folder of a run), a `.safetensors` file or a Hub id. The reference is then the model with this LoRA
-            as it was before training.
+            output folder of a run), a `.safetensors` file or a Hub id. If no other reference is set, the reference is
+            the model with this LoRA as it was before training.
         ref_model_name_or_path (`str`, *optional*):
             Reference model: a Hub id, the folder of a pipeline or the output folder of a run.
-            `ref_model_name_or_path` has the same effect as the trainer's argument `ref_model`. If both are unset, the
-            reference is the model before training.
+            `ref_model_name_or_path` has the same effect as the trainer's argument `ref_model`. If neither
+            `ref_model_name_or_path` nor `ref_model` is set, the reference is the model before training.
         model_init_kwargs (`dict` or `str`, *optional*):
             Keyword arguments of `DiffusionPipeline.from_pretrained`, with which the model is loaded if `model` is a
             string.
@@ -45,11 +45,11 @@ class PipelineArguments:
         ref_model_sync_steps (`int`, *optional*, defaults to `512`):
             Number of optimizer steps between two updates of the reference under `sync_ref_model`.
         precompute_ref_errors (`bool`, *optional*, defaults to `False`):
-            Whether to compute the reference's errors on all pairs before training. Training steps then need no forward
-            pass of the reference, and the reference is freed from memory. The errors are cached on disk, and runs with
-            the same reference, data and noise reuse them. `precompute_ref_errors` cannot be used with `dspo` and
-            `dspo_sdxl` (these losses read the reference's prediction), with `sync_ref_model`, with active dropout or
-            with streamed data.
+            Whether to compute the reference's errors on all pairs before training. With `precompute_ref_errors`,
+            training steps need no forward pass of the reference, and the reference is freed from memory. The errors are
+            cached on disk, and runs with the same reference, data and noise reuse them. `precompute_ref_errors` cannot
+            be used with `dspo` and `dspo_sdxl` (these losses read the reference's prediction), with `sync_ref_model`,
+            with active dropout or with streamed data.
         save_full_pipeline (`bool`, *optional*, defaults to `False`):
             Whether [`~DiffusionSDPOTrainer.save_model`] also writes the whole pipeline beside the tuned weights.
             Checkpoints during training never contain the whole pipeline.

@@ -20,8 +20,8 @@ class SampleArguments:
             during training if `sample_steps` is set. Sample images are saved in the subfolder `samples` of the output
             folder, and shown in the model card.
         sample_sources (`list[str]`, *optional*):
-            Paths of the images that `sample_prompts` edit, one image for each prompt. Models that always edit an image
-            need `sample_sources`. Models that can also generate without a source may have them.
+            Paths of the images that `sample_prompts` edit, one image for each prompt. `sample_sources` is required for
+            models that always edit an image, and optional for models that can also generate without a source image.
         sample_steps (`int`, *optional*):
             Number of optimizer steps between two generations of sample images. If unset, sample images are generated
             only before and after training.

@@ -34,8 +34,8 @@ class NoiseArguments:
             `"logit_normal"` or `"mode"`. If unset, the default of the model's family is used.
         weighting_kwargs (`dict` or `str`, *optional*):
             Constants of `weighting_scheme` by name, in YAML or as JSON. `"logit_normal"` takes `logit_mean` (default
-            0.0; above 0 samples more noise) and `logit_std` (default 1.0); `"mode"` takes `mode_scale` (default 1.29; 0
-            is uniform).
+            0.0; a mean above 0 samples higher noise levels more often) and `logit_std` (default 1.0); `"mode"` takes
+            `mode_scale` (default 1.29; 0 is uniform).
         timestep_weighting (`str`, *optional*, defaults to `"none"`):
             Weighting of errors by timestep, for flow-matching models. `"one_minus_t_squared"` multiplies the error at
             timestep t by `(1 - t)^2`, so low noise counts most; here t runs from 0 (clean) to 1 (pure noise). `"none"`
@@ -49,15 +49,15 @@ class NoiseArguments:
         n_timesteps_per_pair (`int`, *optional*, defaults to `1`):
             Number of timesteps (each with new noise) at which a training pair is predicted in one step. The pair is
             encoded once, and its loss is the mean over these timesteps. Raise `n_timesteps_per_pair` for less noisy
-            gradients. With `n_timesteps_per_pair=4`, for example, activations take four times the memory. Evaluation is
-            not affected.
+            gradients. With `n_timesteps_per_pair=4`, for example, activations take four times the memory.
+            `n_timesteps_per_pair` does not affect evaluation.
         noise_source (`str`, *optional*, defaults to `"shared"`):
             Source of the noise in training. `"shared"` draws random noise, equal for both images of a pair.
             `"inversion"` inverts each image with the current policy (DDIM inversion) up to the pair's timestep, and
             uses the resulting noise. `"generated"` uses the noise from which each image was generated. Data from the
             command `pairs generate` contain the seeds of this noise in the columns `chosen_noise_seed` and
-            `rejected_noise_seed`. The method is [PNAPO](https://huggingface.co/papers/2605.09433). Evaluation always
-            uses `"shared"` noise.
+            `rejected_noise_seed`. Training with `"generated"` is the method
+            [PNAPO](https://huggingface.co/papers/2605.09433). Evaluation always uses `"shared"` noise.
         inversion_kwargs (`dict` or `str`, *optional*):
             Constants of `noise_source="inversion"` by name, in YAML or as JSON. `kind` is `"ddim"` (one prediction per
             inversion step, as in DDIM-InPO) or `"renoise"` (the mean of two predictions, as in SmPO-Diffusion). `steps`
@@ -110,7 +110,7 @@ class LossArguments:
         beta (`float`, *optional*):
             Strength of the tie to the reference. Raise `beta` to stay closer to the reference. The logit of a pair is
             `-(beta / 2)` times the margin, which is the winner's change of mean squared error against the reference
-            minus the loser's. If unset, the default of the loss and the model's family is used.
+            minus the loser's change. If unset, the default of the loss and the model's family is used.
         auto_beta (`bool`, *optional*, defaults to `False`):
             Whether `beta` adapts to the size of the margins during training. With `sigmoid`, beta is chosen so that the
             gradient of a pair with a margin of average size has the factor 0.2. Adaptation starts at `beta` and stays
@@ -136,14 +136,14 @@ class LossArguments:
             losers' gradients. Use 1e-9 to reproduce the authors' code.
         safeguard_anchor (`str`, *optional*):
             Quantity that `safeguard="parameter"` keeps from rising. `"branch"` is the mean of the winners' errors with
-            the weights that the loss gives to the pairs. `"error"` is their unweighted mean, and costs one more
-            backward pass of the winners. If unset, `"error"` is used for `ipo`, `dspo`, `dspo_sdxl`, `dmpo`, `capo`,
-            `apo_down` and for sums that contain one of these losses, because the gradient of their winner term can
-            itself raise the winner's error. `"branch"` is used for all other losses.
+            the weights that the loss gives to the pairs. `"error"` is the unweighted mean of the winners' errors, and
+            costs one more backward pass of the winners. If unset, `"error"` is used for `ipo`, `dspo`, `dspo_sdxl`,
+            `dmpo`, `capo`, `apo_down` and for sums that contain one of these losses, because the gradient of their
+            winner term can itself raise the winner's error. `"branch"` is used for all other losses.
         safeguard_low_memory (`bool`, *optional*, defaults to `False`):
             Whether `safeguard="parameter"` holds the activations of winners and losers one after the other instead of
-            together. `safeguard_low_memory=True` saves memory and costs one more forward pass of the losers. It cannot
-            be used with dropout.
+            together. `safeguard_low_memory=True` saves memory and costs one more forward pass of the losers.
+            `safeguard_low_memory` cannot be used with dropout.
         safeguard_diagnostics_steps (`int`, *optional*):
             Number of optimizer steps between two measurements of how well `safeguard="parameter"` works. A measurement
             logs the lambda that `safeguard="output"` would use. Each measurement also logs how the optimizer step
@@ -205,12 +205,12 @@ class WinnerArguments:
             winner of a pair trains. If unset, losers train at all noise levels.
         winner_budget (`float`, *optional*):
             Largest rise of the winners' error that is allowed in each noise bin, as a share of the error before
-            training; 0.05 is five per cent. The error is measured during training on a probe, a small fixed set of
-            pairs. In noise bins where the rise of the winners' error exceeds the budget, the losers' gradients are
-            scaled down; in the other bins, the losers' gradients are scaled up again. If the rise in a bin still
-            exceeds the budget after the losers' gradients there are scaled to 0, the losers' gradients are scaled down
-            in all bins. With `ema_decay`, the errors of the averaged weights are measured, so the trained weights
-            themselves may exceed the budget. If `winner_budget` is unset, the winners' error is not limited.
+            training; 0.05 allows a rise of five per cent. The error is measured during training on a probe, a small
+            fixed set of pairs. In noise bins where the rise of the winners' error exceeds the budget, the losers'
+            gradients are scaled down; in the other bins, the losers' gradients are scaled up again. If the rise in a
+            bin still exceeds the budget after the losers' gradients there are scaled to 0, the losers' gradients are
+            scaled down in all bins. With `ema_decay`, the errors of the averaged weights are measured, so the trained
+            weights themselves may exceed the budget. If `winner_budget` is unset, the winners' error is not limited.
         winner_budget_kwargs (`dict` or `str`, *optional*):
             Constants of `winner_budget` by name, in YAML or as JSON. `pairs` (default 32) is the number of pairs in the
             probe. The pairs of the probe are evenly spaced in the evaluation data or, if there are no evaluation data,
@@ -218,14 +218,14 @@ class WinnerArguments:
             probe.
         ema_decay (`float`, *optional*):
             Decay of the exponential moving average (EMA) of the trained weights, in `(0, 1)`: `average = decay *
-            average + (1 - decay) * weights` after every step. Early steps use `(1 + step) / (10 + step)` instead if
-            this is smaller than `ema_decay`. The averaged weights are evaluated too, and are saved and pushed in the
-            subfolder `ema`. If unset, no average is computed.
+            average + (1 - decay) * weights` after every step. Early steps use the decay `(1 + step) / (10 + step)` if
+            this number is smaller than `ema_decay`. The averaged weights are evaluated too, and are saved and pushed in
+            the subfolder `ema`. If unset, no average is computed.
         on_winner_rise (`str`, *optional*, defaults to `"warn"`):
             What to do if an evaluation shows that the winners' error is significantly higher than before training.
-            `"warn"` logs a warning with the noise level and with what to change, once for each rise. `"stop"` also
-            writes a checkpoint and ends training. `"ignore"` does nothing. Without evaluation data, `"warn"` warns if
-            the winners' error in the training logs has doubled.
+            `"warn"` logs a warning with the noise level and with what to change, once for each rise. `"stop"` logs this
+            warning, writes a checkpoint and ends training. `"ignore"` does nothing. Without evaluation data, `"warn"`
+            warns if the winners' error in the training logs has doubled.
     """
 
     num_noise_bins: Annotated[int, Range("[1, inf)"), RESUME] = 8
