@@ -239,8 +239,8 @@ def _refuse_training_pairs(script_args: PairArguments, trained: PairSet, loaded:
         return
     if script_args.eval_dataset_name is not None:
         raise ValueError(
-            f"Evaluation pairs must not be training pairs. Training and evaluation pairs come from {trained.path}, and "
-            f"its split {test_split} for evaluation shares rows with its split {trained.split} for training. Hold out "
+            f"Evaluation pairs must not be training pairs. In {trained.path}, the split {test_split} for evaluation "
+            f"shares rows with the split {trained.split} for training. Hold out "
             "training pairs with `test_size`, and leave out `eval_dataset_name`."
         )
     raise ValueError(

@@ -140,7 +140,7 @@ class ScoreSettings:
         if low < 0 or high > 1:
             logger.warning(
                 "%s data: the loss expects scores in [0, 1]: the share of wins of an image. The scores range "
-                "from %.4g to %.4g. Set `calibrated_scores` to convert the scores.",
+                "from %.4g to %.4g. Set `calibrated_scores` to replace each score by the image's share of wins.",
                 *(dataset.report.name, low, high),
             )
 

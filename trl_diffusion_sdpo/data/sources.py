@@ -584,7 +584,7 @@ def images_of_row(row: Mapping[str, Any], row_format: PreferenceFormat) -> list[
 
 
 def as_list(value: Any) -> list[Any]:
-    """Return the values of a column that has one image, or a list of images, in each row."""
+    """Return a row's value of an image column as a list. The value is one image, or already a list of images."""
     return value if isinstance(value, list) else [value]
 
 

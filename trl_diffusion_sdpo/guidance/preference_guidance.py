@@ -53,8 +53,8 @@ def preference_guidance(
             device, or the name of an adapter on the pipeline's denoiser, for example of a LoRA that was trained with
             `swap_labels=True`. By default, the reference is the pipeline's denoiser with its LoRA switched off.
         form (`str`, *optional*, defaults to `"conditional"`): How predictions are combined under classifier-free
-            guidance. Let g be the scale of classifier-free guidance. The policy predicts c for the prompt and u for the
-            negative prompt; the reference predicts c_r and u_r.
+            guidance. Let g be the strength of classifier-free guidance; `scale` is the argument above. The policy
+            predicts c for the prompt and u for the negative prompt; the reference predicts c_r and u_r.
 
             - `"conditional"`: `u + g (c - u) + (scale - 1) (c - c_r)`. The form `"conditional"` needs three predictions
               per step, whatever g is.

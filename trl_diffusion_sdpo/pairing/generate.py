@@ -269,9 +269,10 @@ def combine(scores: np.ndarray, weights: np.ndarray, combination: Combination) -
 def _judge_neighbours(
     judge: VLMServerJudge, folder: Path, name: str, prompts: PromptList, settings: ImageSettings
 ) -> np.ndarray:
-    """Return the judge's verdict on each image, `(prompts, seeds)`. The images of two consecutive seeds are compared.
+    """Compare the images of two consecutive seeds, and return the judge's preference for each image,
+    `(prompts, seeds)`.
 
-    An image's verdict is 1 if the judge prefers the image, -1 if the judge prefers the image of the other seed, 0 for a
+    An image's number is 1 if the judge prefers the image, -1 if the judge prefers the image of the other seed, 0 for a
     tie, and NaN if the judge gave no answer. With an odd number of seeds, images of the last seed have NaN.
     """
     count = len(settings.seeds) // 2

@@ -1,9 +1,9 @@
 """Collects values of a training step on the device without waiting for the device: metrics, absolute margins, and flags
 for losses that are not finite.
 
-The CPU reads metrics at each log, and the flags before each optimizer step. Processes exchange the flags by one small
-all-reduce per optimizer step. The all-reduce is queued before the last backward pass, so the accelerator does not wait
-for it.
+The CPU reads the metrics at each log, and the flags for losses that are not finite before each optimizer step.
+Processes exchange the flags by one small all-reduce per optimizer step. The all-reduce is queued before the last
+backward pass, so the accelerator does not wait for it.
 """
 
 from __future__ import annotations
