@@ -20,7 +20,7 @@ from .sharding import Float32Shards
 
 
 class Engine:
-    """What trains the model: a single process or DDP (both called `"plain"`), FSDP2, or DeepSpeed ZeRO.
+    """Engine that trains the model: a single process or DDP (both called `"plain"`), FSDP2, or DeepSpeed ZeRO.
 
     Args:
         accelerator (`Callable`): Function that returns the trainer's accelerator. The function is called at each use,

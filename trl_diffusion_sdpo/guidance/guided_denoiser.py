@@ -24,7 +24,7 @@ _ATTRIBUTE = "_preference_guidance"
 
 @dataclass(frozen=True)
 class Branches:
-    """Which rows of a denoiser call are conditional and which are unconditional.
+    """Record of which rows of a denoiser call are conditional and which are unconditional.
 
     Conditional rows are predicted for the prompts. Unconditional rows are predicted for the negative prompts of
     classifier-free guidance. A call for another purpose has neither kind of rows.

@@ -1,1 +1,1 @@
-"""What an optimizer step consists of: forward passes, the parameter-space safeguard, winner budget and metrics."""
+"""Parts of an optimizer step: forward passes, the parameter-space safeguard, winner budget and metrics."""

@@ -18,7 +18,7 @@ from .step_diagnostics import StepDiagnostics
 
 @dataclass(frozen=True)
 class _Branches:
-    """What the backward passes of a micro-batch need: the predictions of winners and losers with their autograd graphs,
+    """Inputs of the backward passes of a micro-batch: the predictions of winners and losers with their autograd graphs,
     and a detached copy of the predictions (a leaf) from which the loss is computed."""
 
     model: nn.Module
