@@ -30,19 +30,25 @@ class LongCatImageFamily(OvisImageFamily):
         return {**super().generation_kwargs(scale), "enable_prompt_rewrite": False}
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        pipeline = self.pipeline
-        device = pipeline.text_encoder.device
-        # The pipeline encodes on the device of its first component, which may be another than the text encoder's.
-        here = SimpleNamespace(
-            device=device,
-            text_encoder=pipeline.text_encoder,
-            tokenizer=pipeline.tokenizer,
-            tokenizer_max_length=pipeline.tokenizer_max_length,
-            prompt_template_encode_prefix=pipeline.prompt_template_encode_prefix,
-            prompt_template_encode_suffix=pipeline.prompt_template_encode_suffix,
+        here = self.prompt_encoder()
+        with no_autocast(here.device):
+            return {"prompt_embeds": type(self.pipeline)._encode_prompt(here, prompts)}  # (N, 512, width)
+
+    def prompt_encoder(self, *names: str) -> SimpleNamespace:
+        """Return the attributes that the pipeline's `_encode_prompt` reads, with `names`, on the text encoder's device.
+
+        The pipeline itself would encode on the device of its first component, which may be another device.
+        """
+        names = (
+            "text_encoder",
+            "tokenizer",
+            "tokenizer_max_length",
+            "prompt_template_encode_prefix",
+            "prompt_template_encode_suffix",
+            *names,
         )
-        with no_autocast(device):
-            return {"prompt_embeds": type(pipeline)._encode_prompt(here, prompts)}  # (N, 512, width)
+        attributes = {name: getattr(self.pipeline, name) for name in names}
+        return SimpleNamespace(device=self.pipeline.text_encoder.device, **attributes)
 
     def denoiser_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
@@ -77,18 +83,8 @@ class LongCatImageEditFamily(LongCatImageFamily):
         pipeline, processor = self.pipeline, self.pipeline.image_processor
         latents = self.encode_sources(sources)
         resized = [self.resized(source) for (source,) in sources]
-        device = pipeline.text_encoder.device
-        here = SimpleNamespace(
-            device=device,
-            text_encoder=pipeline.text_encoder,
-            tokenizer=pipeline.tokenizer,
-            tokenizer_max_length=pipeline.tokenizer_max_length,
-            image_processor_vl=pipeline.image_processor_vl,
-            image_token=pipeline.image_token,
-            prompt_template_encode_prefix=pipeline.prompt_template_encode_prefix,
-            prompt_template_encode_suffix=pipeline.prompt_template_encode_suffix,
-        )
-        with no_autocast(device):
+        here = self.prompt_encoder("image_processor_vl", "image_token")
+        with no_autocast(here.device):
             rows = [
                 type(pipeline)._encode_prompt(
                     here, [prompt], processor.resize(image, image.height // 2, image.width // 2)
