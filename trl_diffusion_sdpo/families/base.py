@@ -161,8 +161,7 @@ class Family(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the denoiser's inputs: the dtype that `settle_dtype` stored, or else that of the denoiser's
-        weights.
+        """Dtype of the denoiser's inputs: the dtype that `settle_dtype` stored, or else that of the denoiser's weights.
 
         LoRA weights are ignored, because their dtype may differ from that of a quantized base model.
         """
@@ -421,8 +420,7 @@ class Family(ABC):
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """Return inputs of the denoiser that tell it the image sizes, as for SDXL. The default is an empty
-        dictionary.
+        """Return inputs of the denoiser that tell it the image sizes, as for SDXL. The default is an empty dictionary.
 
         Args:
             original_sizes (`torch.Tensor` of shape `(N, 2)`, int64): (height, width) of the images before resizing.

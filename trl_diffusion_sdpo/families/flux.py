@@ -12,11 +12,10 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
 
-from .base import Family, check_in_channels
-from .packing import TWO_STREAM_TARGETS, pack_patches, patch_positions, unpack_patches
+from .packing import PackedLatentsFamily, pack_patches, patch_positions
 
 
-class FluxFamily(Family):
+class FluxFamily(PackedLatentsFamily):
     """Trains `FluxPipeline` with the transformer of FLUX.1 dev or schnell.
 
     Pipelines saved as the image-to-image or inpainting class can be trained too, because their transformer is the
@@ -30,13 +29,6 @@ class FluxFamily(Family):
     name = "FLUX.1"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
-    lora_target_modules = TWO_STREAM_TARGETS  # from diffusers' LoRA script for FLUX
-    # Our choice: half of Stable Diffusion's rate, because large and distilled models need smaller steps.
-    learning_rate_full = 1e-6
-    learning_rate_lora = 1e-4  # from diffusers' script
-    patch_size = 2
-    conditional_rows = "all"
-    shared_inputs = ("txt_ids", "img_ids")
     # As in the README of diffusers' scripts. At 1 the distilled model predicts as if without guidance, and training
     # targets contain no guidance.
     guidance_scale: float | None = 1.0
@@ -51,10 +43,6 @@ class FluxFamily(Family):
         return not self.denoiser.config.guidance_embeds  # schnell
 
     @property
-    def default_resolution(self) -> int:
-        return self.pipeline.default_sample_size * self.vae_scale_factor
-
-    @property
     def max_sequence_length(self) -> int:
         """Number of tokens that every prompt is padded to, without a mask: 512 for dev, 256 for schnell, as in their
         model cards."""
@@ -63,10 +51,6 @@ class FluxFamily(Family):
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """Return arguments with the prompt length of training, because the pipeline's default is always that of dev."""
         return {**super().generation_kwargs(scale), "max_sequence_length": self.max_sequence_length}
-
-    def check_pipeline(self) -> None:
-        super().check_pipeline()
-        check_in_channels(self, 4 * self.pipeline.vae.config.latent_channels)  # two by two latents per token
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         prompt_embeds, pooled_prompt_embeds, _ = self.call_encode_prompt(
@@ -94,12 +78,6 @@ class FluxFamily(Family):
             "img_ids": patch_positions(latents.shape[-2], latents.shape[-1], device),
         }
 
-    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        return unpack_patches(output, *latents.shape[-2:])
-
-    def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        return 1000 * inputs["timestep"]
-
 
 class FluxKontextFamily(FluxFamily):
     """Trains `FluxKontextPipeline`, which edits a source image by the prompt.
@@ -115,7 +93,7 @@ class FluxKontextFamily(FluxFamily):
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """Return arguments without a prompt length, because the pipeline's default length is right for all Kontext
         models."""
-        return Family.generation_kwargs(self, scale)
+        return PackedLatentsFamily.generation_kwargs(self, scale)
 
     def size_kwargs(self, height: int, width: int) -> dict[str, Any]:
         """Add the area, to which the pipeline's call scales every size."""

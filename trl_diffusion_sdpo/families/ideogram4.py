@@ -72,6 +72,7 @@ class Ideogram4Family(Flux2LatentsFamily):
     frozen_components: tuple[str, ...] = ("vae", "text_encoder", "unconditional_transformer")
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")  # from diffusers' LoRA script
     learning_rate_lora = 1e-4  # from the README of diffusers' script
+    default_resolution = 1024  # from the README of diffusers' script; the default of the pipeline's call is 2048
     noise_process_class = Ideogram4Process
     prompt_padding: ClassVar[PromptPadding] = "end"
     conditional_rows = "all"
@@ -87,11 +88,6 @@ class Ideogram4Family(Flux2LatentsFamily):
         if pipeline.unconditional_transformer is None:
             self.frozen_components = ("vae", "text_encoder")
         super().__init__(pipeline)
-
-    @property
-    def default_resolution(self) -> int:
-        """The image size in the README of diffusers' script. The default of the pipeline's call is 2048."""
-        return 1024
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """Return a constant guidance scale. The pipeline's default, one scale for each of 48 steps, needs exactly 48

@@ -20,7 +20,6 @@ from .noise import DDPMProcess, FlowMatchingProcess, NoiseProcess, constant
 InversionKind = Literal["ddim", "renoise"]
 InversionEnd = Literal["exact", "grid"]
 KINDS: tuple[str, ...] = get_args(InversionKind)
-ENDS: tuple[str, ...] = get_args(InversionEnd)
 CALLS: dict[InversionKind, int] = {"ddim": 1, "renoise": 2}  # calls of the denoiser per step
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (noisy latents, timesteps) -> prediction
 _TINY = 1e-20  # replaces a divisor of 0; in these cases the dividend is 0 too
@@ -202,13 +201,12 @@ class Inversion(ABC):
 class DDIMInversion(Inversion):
     """Inversion of deterministic DDIM sampling, between the timesteps of DDIM's schedule.
 
-    A step turns noisy latents `x_s` at timestep `s` into `x_t` at the next higher timestep `t`:
-    `x_t = a_t (x_s - b_s e) / a_s + b_t e`. Here `a` and `b` are the factors of clean latents and noise, and `e` is the
-    predicted noise, epsilon (https://huggingface.co/papers/2010.02502, equation 12). A velocity or sample prediction
-    is converted to epsilon at the noise level of the timestep that the denoiser received, so the result does not depend
-    on the prediction type.
-    Diffusers' `DDIMInverseScheduler` converts at the level where the step starts. Conversion at that level is not
-    possible for the first step, because clean latents have no epsilon.
+    A step turns noisy latents `x_s` at timestep `s` into `x_t` at the next higher timestep `t`: `x_t = a_t (x_s - b_s
+    e) / a_s + b_t e`. Here `a` and `b` are the factors of clean latents and noise, and `e` is the predicted noise,
+    epsilon (https://huggingface.co/papers/2010.02502, equation 12). A velocity or sample prediction is converted to
+    epsilon at the noise level of the timestep that the denoiser received, so the result does not depend on the
+    prediction type. Diffusers' `DDIMInverseScheduler` converts at the level where the step starts. Conversion at that
+    level is not possible for the first step, because clean latents have no epsilon.
     """
 
     process: DDPMProcess

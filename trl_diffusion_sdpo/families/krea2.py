@@ -27,11 +27,11 @@ class Krea2Family(QwenImageLatentsFamily):
 
     name = "Krea 2"
     pipeline_classes = ("Krea2Pipeline",)
-    # Attention only, as the model's authors advise for long trainings. Diffusers' LoRA script also trains other
-    # layers.
+    # Attention only, as the model's authors advise for long trainings. Diffusers' LoRA script also trains other layers.
     lora_target_modules = ("to_q", "to_k", "to_v", "to_gate", "to_out.0")
     # Our choice: the same as for similar transformers. Diffusers' script has 3e-4, for training on a few images.
     learning_rate_lora = 1e-4
+    default_resolution = 1024  # default of the pipeline's call; the denoiser's configuration has no image size
     shared_inputs = ("position_ids",)
 
     def __init__(self, pipeline: DiffusionPipeline):
@@ -43,11 +43,6 @@ class Krea2Family(QwenImageLatentsFamily):
     @property
     def has_few_steps(self) -> bool:
         return self.pipeline.config.is_distilled
-
-    @property
-    def default_resolution(self) -> int:
-        """The default image size of the pipeline's call, because the denoiser's configuration has no image size."""
-        return 1024
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         # The pipeline pads all prompts to 512 tokens, whose 12 layers take 30 MiB in bfloat16. The denoiser masks this

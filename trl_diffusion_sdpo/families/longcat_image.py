@@ -19,8 +19,7 @@ SOURCE_AREA = 1024 * 1024  # pixels of a resized source
 class LongCatImageFamily(OvisImageFamily):
     """Trains `LongCatImagePipeline`. Prompts are padded to 512 tokens, and the padding is not masked.
 
-    The pipeline's call lets the text encoder rewrite each prompt. Training and sample images use the prompts
-    unchanged.
+    The pipeline's call lets the text encoder rewrite each prompt. Training and sample images use the prompts unchanged.
     """
 
     name = "LongCat-Image"

@@ -28,10 +28,9 @@ class LossDefaults:
 
 # Sources of both Stable Diffusion tables: https://huggingface.co/papers/2511.03317 for sigmoid, dspo and dmpo;
 # https://huggingface.co/papers/2406.06424 for MaPO's beta; the published script of
-# https://huggingface.co/papers/2506.02698 for SmPO's. simpo: half of beta equals MaPO's slope at 0, T s / 2 = 250.
-# capo is our choice for every model: half of sigmoid's beta. Take a pair whose images'
-# expected shares of wins differ by 1/2. At margin 0, its slope is beta / 2 in capo and beta / 4 in sigmoid, so the two
-# slopes are then equal.
+# https://huggingface.co/papers/2506.02698 for SmPO's. simpo: half of beta equals MaPO's slope at 0, T s / 2 = 250. capo
+# is our choice for every model: half of sigmoid's beta. Take a pair whose images' expected shares of wins differ by
+# 1/2. At margin 0, its slope is beta / 2 in capo and beta / 4 in sigmoid, so the two slopes are then equal.
 STABLE_DIFFUSION_DEFAULTS: dict[str, LossDefaults] = {
     FALLBACK: LossDefaults(beta=5000.0, safeguard_mu=0.9),  # also the published numbers of sigmoid
     "capo": LossDefaults(beta=2500.0, safeguard_mu=0.9),

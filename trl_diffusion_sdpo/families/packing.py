@@ -1,8 +1,11 @@
 """Helpers for transformers built like FLUX.1: packing latents into tokens, position ids, and LoRA targets."""
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 
-from .base import JOINT_ATTENTION_TARGETS
+from .base import JOINT_ATTENTION_TARGETS, Family, check_in_channels
 
 # Targets of diffusers' LoRA script for FLUX.1: attention and feed-forward layers of the double-stream blocks, and
 # attention of the single-stream blocks.
@@ -13,6 +16,32 @@ TWO_STREAM_TARGETS = (
     "ff_context.net.0.proj",
     "ff_context.net.2",
 )
+
+
+class PackedLatentsFamily(Family):
+    """Base class of families with the transformer blocks of FLUX.1. Each token is a square of two by two latents."""
+
+    lora_target_modules: ClassVar[tuple[str, ...]] = TWO_STREAM_TARGETS
+    # Our choice: half of Stable Diffusion's rate, because large and distilled models need smaller steps.
+    learning_rate_full = 1e-6
+    learning_rate_lora = 1e-4  # from diffusers' LoRA script for FLUX.1
+    patch_size = 2
+    conditional_rows = "all"
+    shared_inputs = ("txt_ids", "img_ids")
+
+    @property
+    def default_resolution(self) -> int:
+        return self.pipeline.default_sample_size * self.vae_scale_factor
+
+    def check_pipeline(self) -> None:
+        super().check_pipeline()
+        check_in_channels(self, 4 * self.pipeline.vae.config.latent_channels)  # two by two latents per token
+
+    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return unpack_patches(output, *latents.shape[-2:])
+
+    def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        return 1000 * inputs["timestep"]
 
 
 def pack_patches(latents: torch.Tensor) -> torch.Tensor:

@@ -36,14 +36,10 @@ class QwenImage21Family(QwenImageLatentsFamily):
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # our choice: as Qwen-Image's
     learning_rate_lora = 1e-4  # our choice: the same as for Qwen-Image
     patch_size = 1
+    default_resolution = 1024  # default of the pipeline's call; the denoiser's configuration has no image size
     prompt_padding: ClassVar[PromptPadding] = "end, shifting the image"
     may_take_source = True
     takes_several_sources = True
-
-    @property
-    def default_resolution(self) -> int:
-        """The default image size of the pipeline's call, because the denoiser's configuration has no image size."""
-        return 1024
 
     def check_image_size(self, height: int, width: int) -> None:
         multiple = SLOT * self.vae_scale_factor

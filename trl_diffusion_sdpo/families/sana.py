@@ -29,7 +29,6 @@ class SanaFamily(Family):
     # Our choice, because no rate is published: between those of Stable Diffusion (2e-6) and SDXL (2e-7).
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # from diffusers' script
-    patch_size = 1  # one token per latent, because the autoencoder already compresses strongly
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """Return arguments that also turn off the rounding of image sizes to the pipeline's fixed list."""

@@ -25,25 +25,20 @@ class WanFamily(Family):
     name = "Wan"
     pipeline_classes = ("WanPipeline",)
     frozen_components = ("vae", "text_encoder")
-    # Self-attention and cross-attention, as in finetrainers' examples for Wan. Diffusers has no LoRA script
-    # for Wan.
+    # Self-attention and cross-attention, as in finetrainers' examples for Wan. Diffusers has no LoRA script for Wan.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     # Our choice: half of Stable Diffusion's rate, because larger models need smaller steps.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # our choice: the same as in diffusers' scripts for other transformers
     patch_size = 2
+    # Default (height, width) of the pipeline's call. Every checkpoint supports this size.
+    default_resolution = (480, 832)
     conditional_rows = "all"
     generated_image = "frames[0][0]"
 
     @property
     def vae_scale_factor(self) -> int:
         return self.pipeline.vae_scale_factor_spatial
-
-    @property
-    def default_resolution(self) -> tuple[int, int]:
-        """The default size of the pipeline's call (height, width), which every checkpoint supports. Larger checkpoints
-        also support a height of 720."""
-        return 480, 832
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """Return arguments for generating a video of one frame, which is an image."""

@@ -39,13 +39,9 @@ class ZImageFamily(Family):
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # from diffusers' script
     patch_size = 2
+    default_resolution = 1024  # default of the pipeline's call; the denoiser's configuration has no image size
     conditional_rows = "first"
     host_conditioning = ("prompt_lengths",)
-
-    @property
-    def default_resolution(self) -> int:
-        """The default image size of the pipeline's call, because the denoiser's configuration has no image size."""
-        return 1024
 
     def check_pipeline(self) -> None:
         super().check_pipeline()
