@@ -1,5 +1,4 @@
-"""Chroma: FLUX.1's transformer without inputs for pooled text and guidance, conditioned on T5 tokens and trained by
-flow matching."""
+"""Chroma: FLUX.1's transformer conditioned on T5 tokens, without pooled text and guidance, trained by flow matching."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +11,8 @@ from .packing import PackedLatentsFamily, pack_patches, patch_positions
 class ChromaFamily(PackedLatentsFamily):
     """Trains `ChromaPipeline`.
 
-    Model folders that were saved as the image-to-image or inpainting pipeline can be trained too, because their
-    transformer is the same.
+    Pipelines that were saved as the image-to-image or inpainting class can be trained too, because their transformer is
+    the same.
 
     Prompts are padded to 512 tokens. The pipeline adds the mask (1 for tokens, 0 for padding) to the attention logits,
     so padding is not fully masked. Training adds the mask in the same way.

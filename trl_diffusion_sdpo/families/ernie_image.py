@@ -22,11 +22,11 @@ class ErnieImageFamily(Flux2LatentsFamily):
 
     name = "ERNIE-Image"
     pipeline_classes = ("ErnieImagePipeline",)
-    lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # our choice: the same as for Qwen-Image
-    learning_rate_lora = 1e-4  # our choice: the same as for similar transformers
+    lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # our choice, as for Qwen-Image
+    learning_rate_lora = 1e-4  # our choice, as for similar transformers
     prompt_padding: ClassVar[PromptPadding] = "end"
     default_resolution = 1024  # default of the pipeline's call; the denoiser's configuration has no image size
-    batch_norm_eps = 1e-5  # the pipeline uses this epsilon, although the VAE's configuration has another
+    batch_norm_eps = 1e-5  # used by the pipeline, although the VAE's configuration has another epsilon
 
     @property
     def vae_scale_factor(self) -> int:

@@ -34,7 +34,6 @@ class OvisImageFamily(PackedLatentsFamily):
 
 
 def _text_positions(length: int, device: torch.device) -> torch.Tensor:
-    """Return the position ids of text tokens, `(length, 3)`, float32. The three numbers of a token are 0, its index and
-    again its index."""
+    """Return the position ids of text tokens, `(length, 3)`, float32: `(0, index, index)` for each token."""
     numbers = torch.arange(length, device=device, dtype=torch.float32)
     return torch.stack([torch.zeros_like(numbers), numbers, numbers], dim=1)

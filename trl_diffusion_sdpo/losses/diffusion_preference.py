@@ -88,7 +88,7 @@ def diffusion_preference_loss(
         safeguard_eps (`float`, *optional*, defaults to 0): Number that is added to the inner product of the winners'
             and losers' error gradients, before lambda is computed. The authors' code adds 1e-9.
         pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' losses before the mean over all
-            pairs, at least 0. A pair with the weight 0 does not contribute to the loss and to lambda.
+            pairs, at least 0. A pair with the weight 0 contributes neither to the loss nor to lambda.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' errors, such as min-SNR
             weights.
         loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients in addition to
@@ -195,7 +195,7 @@ def pair_metrics(terms: PairTerms, *, beta: float | torch.Tensor | None) -> dict
 
     Args:
         terms ([`PairTerms`]): Terms of the pairs.
-        beta (`float`, *optional*): Beta in the rewards. If `None`, the metrics contain no rewards.
+        beta (`float`, *optional*): Factor beta of the rewards. If `None`, the metrics contain no rewards.
 
     Returns:
         `dict[str, torch.Tensor]`: `rewards/chosen` and `rewards/rejected` (`-(beta / 2)(err - ref_err)`, with the

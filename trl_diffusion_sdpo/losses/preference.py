@@ -115,7 +115,7 @@ def pair_terms(
         ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): [`mean_error`] of the reference's predictions, without
             timestep weights. Pass either `ref_errors` or `ref_pred`. With `ref_errors`, `winner_shift` is `None`.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factor of each pair's errors, such as min-SNR
-            weights (the omega of Diffusion-DPO's equation 14).
+            weights. In Diffusion-DPO's equation 14, this factor is omega.
         scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first.
 
     Returns:
@@ -325,7 +325,7 @@ def capo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     caller must exchange winner and loser if the loser has the higher score, so the target is in `[0, 1]`.
 
     Source: https://huggingface.co/papers/2502.02588. From this paper, we used only the abstract and the formula above.
-    The paper's factor of the margin is `beta / 2` here.
+    The paper multiplies the margin by a factor. In this function, the factor is `beta / 2`.
     """
     assert terms.scores is not None
     winner_score, loser_score = terms.scores
@@ -402,7 +402,7 @@ class LossSpec:
         reads_logit_only (`bool`): Whether a pair's loss depends on nothing but its logit and its scores. If `True`, a
             pair whose logit is cut at `margin_clamp` has no gradient.
         beta_scales_logit (`bool`): Whether `beta` is a factor of a logit and of nothing else. The setting `auto_beta`
-            works only if this is `True`.
+            needs a loss for which this is `True`.
         margin_clamp (`float`, *optional*): Largest value of the logit. Larger logits are cut to this value.
 
     Example:
@@ -653,8 +653,8 @@ def _sum_spec(weights: dict[str, float]) -> LossSpec:
     Let `a_i` and `b_i` be the derivatives of loss `i` by the winner's and by the loser's error, and `k_i` the weight of
     the loss. The sum has the derivatives `a = sum k_i a_i` and `b = sum k_i b_i`. The absolute values of `a` and `b`
     are equal if those of `a_i` and `b_i` are equal for every loss. They are not equal if a loss does not read the
-    loser, or if DSPO is one of several losses: for DSPO, the safeguard's authors assume equality only if it is the only
-    loss. `a` is positive if every `a_i` is positive. `anchor` can be `"branch"` if every loss has this anchor.
+    loser, or if DSPO is one of several losses: for DSPO, the safeguard's authors assume equality only without other
+    losses. `a` is positive if every `a_i` is positive. `anchor` is `"branch"` if every loss has this anchor.
 
     Losses of weight 0 are dropped, so they need neither beta nor a reference.
     """
@@ -672,7 +672,7 @@ def _sum_spec(weights: dict[str, float]) -> LossSpec:
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
 
     def target_logit(terms: PairTerms, **settings: float) -> torch.Tensor:
-        """Return the smallest target logit of all losses. Above it, at least one loss raises the winner's error."""
+        """Return the smallest target logit of all losses. Above it, some loss raises the winner's error."""
         logits = [target(terms, **settings_of(row, settings)) for row, target in targets]
         zeros = torch.zeros_like(terms.winner_error)  # turns numbers into tensors without a copy from the CPU
         return torch.stack([zeros + logit for logit in logits]).amin(0)

@@ -174,14 +174,15 @@ def output_scale(
         if branch_gradients is None:
             dot = dot * loser_weights
     if granularity == "pair":
-        # From gradients of the batch's mean error to gradients of each pair's own error, so that the effect of `eps`
-        # does not depend on the batch size.
+        # Rescale the products to gradients of each pair's own error, so that the effect of `eps` does not depend on the
+        # batch size.
         winner_gain, dot = winner_gain * len(winner_gain) ** 2, dot * len(dot) ** 2
     elif granularity == "noise_bin":
         assert noise_bins is not None
         rows = torch.stack([winner_gain, dot, torch.ones_like(dot)])
         sums = torch.zeros(3, num_noise_bins, device=dot.device, dtype=dot.dtype).index_add(1, noise_bins, rows)
-        # From gradients of the batch's mean error to gradients of each bin's mean error, for the same reason.
+        # Rescale the products to gradients of each bin's mean error, so that the effect of `eps` does not depend on the
+        # batch size.
         sums = sums * (len(dot) / sums[2].clamp(min=1)) ** 2
         return loser_scale(sums[0], sums[1], mu, shift)[noise_bins]  # (num_noise_bins,) -> (B,)
     else:

@@ -21,8 +21,8 @@ class BudgetController:
     measurement multiplies the bin's scale by `exp(GAIN (b - c) / b)`, within bounds. A scale below `MIN_SCALE` acts
     as 0: the bin's pairs train only their winners until the winners' error is within the budget again. If a bin with
     the scale 0 still exceeds the budget, losers of other bins may raise the errors of this bin, because all bins share
-    the model's weights. Each measurement then multiplies the scales of all other bins by this bin's factor as well, or
-    by their own factor if it is smaller.
+    the model's weights. Each measurement then multiplies the scales of all other bins by this bin's factor, or by their
+    own factor if that is smaller.
 
     Args:
         budget (`float`): Largest relative change of the winners' error, greater than 0.
@@ -73,7 +73,7 @@ class BudgetController:
         change = torch.where(visited, (errors / self.initial_errors - 1).nan_to_num(nan=torch.inf), 0)
         unmet = (change > self.budget) & (self.scale == 0)  # these bins exceed the budget without any losers
         move = (GAIN * (1 - change / self.budget)).clamp(-MAX_MOVE, MAX_MOVE)
-        largest = torch.where(unmet, move, torch.inf).min()  # infinite if no bin is unmet
+        largest = torch.where(unmet, move, torch.inf).min()  # infinite if there are no such bins
         self.log_scale = (self.log_scale + torch.minimum(move, largest)).clamp(min=math.log(MIN_SCALE / 2), max=0.0)
         count = visited.sum()
         return {
