@@ -15,14 +15,14 @@ from .base import Family, check_in_channels
 
 
 def route(self: MOEFeedForwardSwiGLU, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Return the output of a mixture-of-experts layer for tokens `(N, tokens, width)`, in training mode and in
-    evaluation mode alike.
+    """Return the output of a mixture-of-experts layer for tokens `(N, tokens, width)`. Training mode and
+    evaluation mode give the same output.
 
     In diffusers' own forward pass, evaluation mode computes no gradient, and training mode adds numbers in another
     order, so policy and reference would round differently. This function calls every expert, even one without tokens,
     because FSDP and DeepSpeed gather an expert's weights only if all processes call the expert.
     """
-    experts, weights, _ = self.gate(hidden_states)  # (N * tokens, experts of a token)
+    experts, weights, _ = self.gate(hidden_states)  # both (N * tokens, number of experts per token)
     tokens = hidden_states.flatten(0, -2)
     order = experts.flatten().argsort(stable=True)  # the tokens of the first expert, then those of the second, ...
     numbers = torch.arange(len(self.experts), device=experts.device)

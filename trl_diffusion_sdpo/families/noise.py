@@ -15,7 +15,7 @@ import torch
 from diffusers import DDPMScheduler
 
 WITHOUT_PINNED_MEMORY = ("cpu", "mps", "meta")  # devices for which CPU memory is not pinned
-_BISECTIONS = 50  # halves an interval often enough for the precision of float64
+_BISECTIONS = 50  # number of bisections, enough for the precision of float64
 WeightingScheme = Literal["none", "logit_normal", "mode"]
 TimestepWeighting = Literal["none", "one_minus_t_squared"]
 WEIGHTINGS: tuple[str, ...] = get_args(TimestepWeighting)

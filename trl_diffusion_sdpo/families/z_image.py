@@ -65,13 +65,13 @@ class ZImageFamily(Family):
         lengths = conditioning["prompt_lengths"].tolist()
         prompts = conditioning["prompt_embeds"].to(latents.dtype)
         return {
-            "x": list(latents.unsqueeze(2).unbind()),  # N of (C, 1, H, W): images are videos of one frame
+            "x": list(latents.unsqueeze(2).unbind()),  # N tensors (C, 1, H, W): images are videos of one frame
             "t": (1000 - timesteps) / 1000,  # 0 is noise, 1 the image
             "cap_feats": [row[:length] for row, length in zip(prompts, lengths, strict=True)],
         }
 
     def prediction_of(self, output: Any, latents: torch.Tensor) -> torch.Tensor:
-        return -torch.stack(output).squeeze(2)  # N of (C, 1, H, W) -> (N, C, H, W)
+        return -torch.stack(output).squeeze(2)  # N tensors (C, 1, H, W) -> (N, C, H, W)
 
     def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         return 1000 - 1000 * inputs["t"]

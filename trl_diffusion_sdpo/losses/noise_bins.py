@@ -25,7 +25,7 @@ def noise_bin_changes(noise_bins: torch.Tensor, errors: torch.Tensor) -> dict[st
             winner and loser before training or under the reference.
 
     Returns:
-        `dict[str, float]`: Metrics of all pairs, and metrics of each bin that has a pair (here named for bin 0).
+        `dict[str, float]`: Metrics of all pairs, and metrics of each bin with pairs (the names below are for bin 0).
 
         - `errors/winner_change@0` and `errors/loser_change@0`: mean error of the policy minus that of the reference.
         - `errors/winner_change_relative@0` and `errors/loser_change_relative@0`: the change of the error divided by the
@@ -42,7 +42,7 @@ def noise_bin_changes(noise_bins: torch.Tensor, errors: torch.Tensor) -> dict[st
     metrics = {}
     for noise_bin in noise_bins.unique().tolist():
         in_bin = noise_bins == noise_bin
-        # Sum the draws of each pair, because draws of one pair are not independent.
+        # Sum errors over each pair's draws of noise, because draws of one pair are not independent.
         pair_sums = torch.where(in_bin.unsqueeze(2), errors, 0.0).sum(1)[in_bin.any(1)]
         sums = pair_sums.sum(0).tolist()
         for name, error, before in zip(("winner_change", "loser_change"), sums[:2], sums[2:], strict=True):

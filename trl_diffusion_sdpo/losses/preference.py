@@ -306,7 +306,7 @@ def smpo_loss(
 
     `u` is the logit and `c` is `smpo_coefficient`. `p = sigmoid((score_w - score_l) / smpo_score_scale)` is the
     probability that the winner is preferred. The caller must exchange winner and loser if the loser has the higher
-    score, so `p` is at least 0.5.
+    score, so that `p` is at least 0.5.
 
     Source: https://huggingface.co/papers/2506.02698, smoothed preference modeling. The module `families.inversion`
     implements the noise inversion of the same paper.
@@ -322,7 +322,7 @@ def capo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 
     The loss is IPO with a target for each pair: the winner's calibrated score minus the loser's, `c_w - c_l`. A
     calibrated score is an image's expected share of wins against the other images of its prompt, in `[0, 1]`. The
-    caller must exchange winner and loser if the loser has the higher score, so the target is in `[0, 1]`.
+    caller must exchange winner and loser if the loser has the higher score, so that the target is in `[0, 1]`.
 
     Source: https://huggingface.co/papers/2502.02588. From this paper, we used only the abstract and the formula above.
     The paper multiplies the margin by a factor. In this function, the factor is `beta / 2`.

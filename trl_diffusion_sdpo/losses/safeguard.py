@@ -24,7 +24,7 @@ def loser_scale(
     Args:
         winner_gain (`torch.Tensor` of shape `()` or `(B,)`): Inner product `<a, W>` of the gradients `a` and `W` above.
         dot (`torch.Tensor` of the same shape): Inner product `<a, L>` of the gradients `a` and `L` above.
-        mu (`float`): Strictness in `[0, 1]`. At 1, lambda is 0 for every positive `<a, L>`.
+        mu (`float`): Strictness in `[0, 1]`. At 1, lambda is 0 whenever the loser's part raises the winner's error.
         eps (`float`, *optional*, defaults to 0): Number that is added to `dot`, as in the authors' code. A value above
             0 makes lambda smaller, noticeably so if `dot` is as small as `eps`. Set `eps` only to reproduce the
             authors' numbers.
@@ -109,9 +109,9 @@ def output_products(
             Lambda is then exact if the derivatives of a pair's loss by its two errors have equal absolute values.
 
     Returns:
-        `<a, W>` and `<a, L>`, each `(B,)`. `a` is the gradient of the batch's mean winner error
-        ([`winner_error_gradient`]), `W` the loss gradient at the winner, and `L` the negative loss gradient at the
-        loser.
+        The inner products `<a, W>` and `<a, L>` of three gradients, each `(B,)`. `a` is the gradient of the batch's
+        mean winner error ([`winner_error_gradient`]), `W` the loss gradient at the winner, and `L` the negative loss
+        gradient at the loser.
     """
     anchor = winner_error_gradient(winner_residual).flatten(1)  # (B, N)
     if branch_gradients is None:
