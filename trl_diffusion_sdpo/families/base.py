@@ -393,8 +393,7 @@ class Family(ABC):
             target_size (`tuple[int, int]`): (height, width) of the training images.
 
         Returns:
-            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`. `predict` needs them besides those of
-            `encode_prompts`.
+            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)` for the argument `conditioning` of `predict`.
         """
         return {}
 
