@@ -85,7 +85,8 @@ class Family(ABC):
             the prompts and then with the negative prompts.
         unconditional_name (`str`, *optional*): Name of the component that predicts without prompts under
             classifier-free guidance, if it is not the denoiser.
-        shared_inputs (`tuple[str, ...]`): Names of denoiser inputs without a batch dimension, such as position ids.
+        batch_dimensions (`dict[str, int | None]`): Dimension of the batch for each denoiser input whose first dimension
+            is not the batch. `None` means that the input has no batch dimension, such as position ids.
         takes_source (`bool`): Whether the pipeline edits an image, so that training data need a `source` column.
         may_take_source (`bool`): Whether the pipeline can edit an image but does not need one, so that training data
             may have a `source` column.
@@ -111,7 +112,7 @@ class Family(ABC):
     generated_image: ClassVar[str] = "images[0]"
     conditional_rows: Literal["last", "first", "all"] = "last"
     unconditional_name: ClassVar[str | None] = None
-    shared_inputs: ClassVar[tuple[str, ...]] = ()
+    batch_dimensions: ClassVar[Mapping[str, int | None]] = {}
     takes_source: ClassVar[bool] = False
     may_take_source: ClassVar[bool] = False
     takes_several_sources: ClassVar[bool] = False

@@ -67,7 +67,7 @@ class CogView4Family(Family):
     noise_process_class = CogView4Process
     patch_size = PATCH_SIZE
     conditional_rows = "all"
-    shared_inputs = ("image_rotary_emb",)
+    batch_dimensions = {"image_rotary_emb": None}
     prompt_padding = "start"
 
     def check_pipeline(self) -> None:

@@ -67,6 +67,7 @@ class HiDreamFamily(Family):
     learning_rate_lora = 1e-4  # our choice, as for similar transformers
     weighting_scheme = "logit_normal"
     patch_size = 2
+    batch_dimensions = {"encoder_hidden_states_llama3": 1}  # the first dimension has the layers of Llama
 
     def __init__(self, pipeline: DiffusionPipeline):
         super().__init__(pipeline)

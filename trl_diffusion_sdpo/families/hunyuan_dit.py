@@ -36,7 +36,7 @@ class HunyuanDiTFamily(Family):
     defaults = DDPM_DEFAULTS
     noise_process_class = DDPMProcess
     patch_size = 2
-    shared_inputs = ("image_rotary_emb",)
+    batch_dimensions = {"image_rotary_emb": None}
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """Return arguments that also stop the pipeline from rounding image sizes to those in a fixed list."""

@@ -31,7 +31,7 @@ class Krea2Family(QwenImageLatentsFamily):
     lora_target_modules = ("to_q", "to_k", "to_v", "to_gate", "to_out.0")
     learning_rate_lora = 1e-4  # our choice, as for similar transformers; diffusers' script uses 3e-4
     default_resolution = 1024  # default of the pipeline's call; the denoiser's configuration has no image size
-    shared_inputs = ("position_ids",)
+    batch_dimensions = {"position_ids": None}
 
     def __init__(self, pipeline: DiffusionPipeline):
         super().__init__(pipeline)

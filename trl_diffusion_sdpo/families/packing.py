@@ -27,7 +27,7 @@ class PackedLatentsFamily(Family):
     learning_rate_lora = 1e-4  # from diffusers' LoRA script for FLUX.1; the other families have no such script
     patch_size = 2
     conditional_rows = "all"
-    shared_inputs = ("txt_ids", "img_ids")
+    batch_dimensions = {"txt_ids": None, "img_ids": None}
 
     @property
     def default_resolution(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,15 +19,19 @@ class DenoiserCall:
         signature (`inspect.Signature`): Signature of the denoiser's `forward`. The first arguments of `forward` must be
             `self` and the latents.
         args, kwargs: Arguments that the pipeline passed.
-        shared (`tuple[str, ...]`): Names of inputs that have no batch dimension.
+        batch_dimensions (`dict[str, int | None]`): See [`~trl_diffusion_sdpo.families.Family`].
     """
 
     def __init__(
-        self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], shared: tuple[str, ...]
+        self,
+        signature: inspect.Signature,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        batch_dimensions: Mapping[str, int | None],
     ):
         self.args = args
         self.kwargs = kwargs
-        self._shared = shared
+        self._batch_dimensions = batch_dimensions
         bound = list(signature.bind(None, *args, **kwargs).arguments.items())
         self.inputs: dict[str, Any] = dict(bound[1:])
         self.latents: Any = bound[1][1]  # a tensor, or a list with one tensor for each row of the batch
@@ -45,10 +50,17 @@ class DenoiserCall:
 
     def take(self, *slices: slice) -> dict[str, Any]:
         """Return the inputs of the batch rows in `slices`, concatenated in the order of `slices`."""
-        return {
-            name: value if name in self._shared else self._select(value, slices, is_input=True)
-            for name, value in self.inputs.items()
-        }
+        selected = {}
+        for name, value in self.inputs.items():
+            dimension = self._batch_dimensions.get(name, 0)
+            if dimension is None:
+                selected[name] = value
+            elif dimension == 0:
+                selected[name] = self._select(value, slices, is_input=True)
+            else:
+                parts = [value.narrow(dimension, rows.start, rows.stop - rows.start) for rows in slices]
+                selected[name] = torch.cat(parts, dim=dimension)
+        return selected
 
     def _select(self, value: Any, slices: tuple[slice, ...], *, is_input: bool = False) -> Any:
         if isinstance(value, torch.Tensor):

@@ -63,7 +63,7 @@ class Guide:
             return denoiser(*args, **kwargs)
         # Qwen-Image 2.1 caches the prompt's keys and values. Policy and reference must not share this cache.
         kwargs = {name: value for name, value in kwargs.items() if name not in ("kv_cache", "kv_cache_mode")}
-        call = DenoiserCall(self._signature, args, kwargs, self._family.shared_inputs)
+        call = DenoiserCall(self._signature, args, kwargs, self._family.batch_dimensions)
         if not self._is_within(call):
             self._shift = None
             return denoiser(*args, **kwargs)
