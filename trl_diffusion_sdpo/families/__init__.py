@@ -1,5 +1,4 @@
-"""Model families: how to train each kind of diffusers pipeline. The family is chosen by the name of the
-pipeline's class."""
+"""Model families: how to train each kind of diffusers pipeline."""
 
 from .base import Family, check_in_channels, no_autocast
 from .loss_defaults import DDPM_DEFAULTS, FALLBACK, FLOW_DEFAULTS, LossDefaults

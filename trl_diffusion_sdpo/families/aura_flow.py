@@ -22,11 +22,11 @@ class AuraFlowFamily(Family):
     name = "AuraFlow"
     pipeline_classes = ("AuraFlowPipeline",)
     frozen_components = ("vae", "text_encoder")
-    # Our choice, because diffusers has no LoRA script for AuraFlow: the targets of its script for Stable Diffusion 3,
-    # which has similar joint blocks. Only AuraFlow's four joint blocks have text projections.
+    # Our choice: the targets of diffusers' LoRA script for Stable Diffusion 3, whose joint blocks are similar.
+    # Diffusers has no LoRA script for AuraFlow. Only AuraFlow's four joint blocks have text projections.
     lora_target_modules = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")
-    learning_rate_full = 1e-6  # our choice: no rate is published, and the model is large (6.8B parameters)
-    learning_rate_lora = 1e-4  # our choice: usual in diffusers' LoRA scripts
+    learning_rate_full = 1e-6  # our choice, because no rate is published and the model is large (6.8B parameters)
+    learning_rate_lora = 1e-4  # our choice: the usual rate in diffusers' LoRA scripts
     patch_size = 2
 
     def check_pipeline(self) -> None:
@@ -43,8 +43,8 @@ class AuraFlowFamily(Family):
         return math.isqrt(self.denoiser.config.pos_embed_max_size)
 
     def check_image_size(self, height: int, width: int) -> None:
-        """Raise `ValueError` if images have more tokens along a side than the transformer has position embeddings. The
-        transformer itself would silently reuse embeddings."""
+        """Raise `ValueError` if an image has more tokens along a side than the transformer has position embeddings. The
+        transformer itself would silently give several tokens the same embedding."""
         largest = self._positions_per_side * self.patch_size * self.vae_scale_factor
         if max(height, width) > largest:
             raise ValueError(

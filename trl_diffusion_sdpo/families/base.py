@@ -18,11 +18,11 @@ from PIL import Image
 from .loss_defaults import FALLBACK, FLOW_DEFAULTS, LossDefaults
 from .noise import FlowMatchingProcess, NoiseProcess, WeightingScheme, constant, generators_of, sent, standard_normal
 
-# The VAE encodes at most this many pixels at once. On a whole micro-batch, its activations would set peak memory.
+# The VAE encodes at most this many pixels at once. Its activations for a whole micro-batch would set peak memory.
 PIXELS_AT_ONCE = 8 * 512 * 512
 
 # Query, key, value and output projections of joint attention, for image and text. Diffusers' LoRA script for SD3
-# trains exactly these; its script for FLUX.1 trains these and more.
+# trains exactly these projections.
 JOINT_ATTENTION_TARGETS = (
     "attn.to_k",
     "attn.to_q",
@@ -34,8 +34,7 @@ JOINT_ATTENTION_TARGETS = (
     "attn.to_add_out",
 )
 
-
-SOURCE = "source_"  # prefix of the names of sources' latents in conditioning
+SOURCE = "source_"  # prefix of the keys under which conditioning has the latents of source images
 
 PromptPadding = Literal["fixed", "end", "end, shifting the image", "start"]
 
@@ -49,11 +48,11 @@ class Family(ABC):
         pipeline (`DiffusionPipeline`): A loaded pipeline of one of `pipeline_classes`, which is not modified.
 
     Attributes:
-        name (`str`): Name in messages.
+        name (`str`): Name of the family in messages.
         pipeline_classes (`tuple[str, ...]`): Names of the pipeline classes that this family can train. A saved
             pipeline of any of these classes is loaded as the first class, the text-to-image pipeline.
         pipeline_class (`type[DiffusionPipeline]`, *optional*): The class that `pipeline_classes[0]` names. Needed only
-            if diffusers does not export it.
+            if diffusers does not export this class.
         denoiser_name (`str`): Name of the pipeline's component that is trained, `"transformer"` by default or `"unet"`.
         frozen_components (`tuple[str, ...]`): Names of the components that training uses but does not train, such as
             `"vae"` and `"text_encoder"`.
@@ -65,17 +64,18 @@ class Family(ABC):
             that have no entry. By default, the settings are those of flow models.
         noise_process_class (`type[NoiseProcess]`): Class of `noise_process`, which is built from the configuration of
             the pipeline's scheduler. The default is flow matching.
-        weighting_scheme (`str`): Default distribution of sampled timesteps, a `scheme` of [`TimestepSampling`].
+        weighting_scheme (`str`): Default distribution of training timesteps, a `scheme` of [`TimestepSampling`].
         patch_size (`int`): Side of a transformer's patch in latents. A token covers `patch_size` by `patch_size`
             latents.
         guidance_scale (`float`, *optional*): Guidance scale that a guidance-distilled denoiser gets as an input in
-            training. `None` for all other denoisers. May be set on an instance.
-        vae_encode_batch_size (`int`, *optional*): Images per call of the VAE. If `None`, as many as fit into
-            `PIXELS_AT_ONCE` pixels, and at least two. May be set on an instance.
+            training. `None` for all other denoisers.
+        vae_encode_batch_size (`int`, *optional*): Images per call of the VAE. If `None`, a call encodes as many images
+            as fit into `PIXELS_AT_ONCE` pixels, and at least two.
         prompt_padding (`str`): How `encode_prompts` pads prompts to one length. `"fixed"`: always to the same length.
-            `"end"`: to the longest prompt of the batch, with masked zeros at the end. `"start"`: to the longest prompt
-            of the batch, with unmasked tokens at the start; a prompt's embedding then depends on the other prompts of
-            its batch.
+            `"end"`: to the longest prompt of the batch, with masked zeros at the end. `"end, shifting the image"`: like
+            `"end"`, but the position ids of image tokens depend on the padded length. `"start"`: to the longest prompt
+            of the batch, with unmasked tokens at the start, so that a prompt's embedding depends on the other prompts
+            of its batch.
         host_conditioning (`tuple[str, ...]`): Names of the tensors from `encode_prompts` that stay on the CPU, because
             `denoiser_inputs` reads their values there.
         generated_image (`str`): Python expression that selects the first image from the output of the pipeline's call,
@@ -85,14 +85,12 @@ class Family(ABC):
             the prompts and then with the negative prompts.
         unconditional_name (`str`, *optional*): Name of the component that predicts without prompts under
             classifier-free guidance, if it is not the denoiser.
-        shared_inputs (`tuple[str, ...]`): Names of denoiser inputs without a batch dimension, such as position ids.
+        batch_dimensions (`dict[str, int | None]`): Dimension of the batch for each denoiser input whose first dimension
+            is not the batch. `None` means that the input has no batch dimension, such as position ids.
         takes_source (`bool`): Whether the pipeline edits an image, so that training data need a `source` column.
-        may_take_source (`bool`): Whether the pipeline also edits an image if it is given one, so that training data may
-            have a `source` column.
+        may_take_source (`bool`): Whether the pipeline can edit an image but does not need one, so that training data
+            may have a `source` column.
         takes_several_sources (`bool`): Whether the pipeline can edit several images together.
-
-    Raises:
-        ValueError: If `check_pipeline` refuses the pipeline, or `noise_process_class` refuses its scheduler.
     """
 
     name: ClassVar[str]
@@ -114,7 +112,7 @@ class Family(ABC):
     generated_image: ClassVar[str] = "images[0]"
     conditional_rows: Literal["last", "first", "all"] = "last"
     unconditional_name: ClassVar[str | None] = None
-    shared_inputs: ClassVar[tuple[str, ...]] = ()
+    batch_dimensions: ClassVar[Mapping[str, int | None]] = {}
     takes_source: ClassVar[bool] = False
     may_take_source: ClassVar[bool] = False
     takes_several_sources: ClassVar[bool] = False
@@ -140,7 +138,6 @@ class Family(ABC):
 
     @classmethod
     def loss_defaults(cls, loss_type: str) -> LossDefaults:
-        """Return the default settings of a loss."""
         return cls.defaults.get(loss_type, cls.defaults[FALLBACK])
 
     @property
@@ -150,19 +147,17 @@ class Family(ABC):
 
     @property
     def idle_modules(self) -> tuple[str, ...]:
-        """Names of denoiser modules that training freezes, because their output does not reach the prediction and so
-        gives them no gradient."""
+        """Names of denoiser modules that training freezes, because the prediction does not depend on their output."""
         return ()
 
     @property
     def has_few_steps(self) -> bool:
-        """Whether the configuration says that the model was distilled to generate in few steps."""
+        """Whether the model's configuration says that the model was distilled to generate in few steps."""
         return False
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the denoiser's inputs: the dtype that `settle_dtype` stored, or else that of the denoiser's
-        weights.
+        """Dtype of the denoiser's inputs: the dtype that `settle_dtype` stored, or else that of the denoiser's weights.
 
         LoRA weights are ignored, because their dtype may differ from that of a quantized base model.
         """
@@ -172,10 +167,10 @@ class Family(ABC):
         return next((weight.dtype for weight in weights if weight.is_floating_point()), self.denoiser.dtype)
 
     def settle_dtype(self, dtype: torch.dtype | None = None) -> None:
-        """Fix `dtype` from now on, to its current value or to another one.
+        """Fix the property `dtype`, at its current value or at the argument `dtype`.
 
-        `settle_dtype` is needed because sharding engines (FSDP, DeepSpeed) change the dtype of the weights between
-        passes, and because a rounded copy of the denoiser needs inputs of another dtype.
+        Without a fixed value, the property could change, because sharding engines (FSDP, DeepSpeed) change the dtype of
+        the weights between passes.
         """
         self._settled_dtype = dtype
         self._settled_dtype = self.dtype
@@ -195,28 +190,25 @@ class Family(ABC):
         return height * self.vae_scale_factor, width * self.vae_scale_factor
 
     def noise_of(self, seeds: Sequence[int], latents: torch.Tensor) -> torch.Tensor:
-        """Return the noise from which the pipeline's call generates images, given a CPU generator with its seed.
+        """Return the noise that the pipeline's call would draw from CPU generators with these seeds.
 
         Args:
             seeds (`Sequence[int]` of length N): Seeds of the generators.
-            latents (`torch.Tensor` of shape `(N, ...)`): Latents, whose shape, device and dtype the noise has.
+            latents (`torch.Tensor` of shape `(N, ...)`): Tensor with the shape, device and dtype that the noise gets.
         """
         return standard_normal(latents.shape, generators_of(seeds), latents.device, latents.dtype)
 
     def image_seq_len(self, latents: torch.Tensor) -> int:
-        """Return how many tokens the denoiser makes of one image with latents of this shape, `(N, C, ..., H, W)`."""
+        """Return the denoiser's number of tokens per image, for latents `(N, C, ..., H, W)`."""
         return math.prod(latents.shape[2:]) // self.patch_size**2
 
     def tokens_of_image(self, height: int, width: int) -> int:
-        """Return how many tokens the denoiser makes of an image of this size in pixels."""
+        """Return the denoiser's number of tokens for an image of this size in pixels."""
         return height * width // (self.vae_scale_factor * self.patch_size) ** 2
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Return the arguments with which the trainer calls the pipeline to generate sample images.
-
-        Args:
-            scale (`float`, *optional*): Guidance scale. If `None`, the pipeline uses its default.
-        """
+        """Return the arguments with which the trainer calls the pipeline to generate sample images. If the guidance
+        `scale` is `None`, the pipeline uses its default."""
         return {} if scale is None else {"guidance_scale": scale}
 
     def size_kwargs(self, height: int, width: int) -> dict[str, Any]:
@@ -224,21 +216,13 @@ class Family(ABC):
         return {"height": height, "width": width}
 
     def check_image_size(self, height: int, width: int) -> None:
-        """Raise an error if the denoiser cannot train on images of this size in pixels.
-
-        The base class allows every size.
-
-        Raises:
-            ValueError: If the denoiser has too few position embeddings for this size.
-        """
+        """Raise `ValueError` if the denoiser cannot train on images of this size in pixels. The base class allows every
+        size."""
         return None
 
     def check_pipeline(self) -> None:
-        """Raise an error if this family cannot train the pipeline, although its class is right.
-
-        Raises:
-            ValueError: If the denoiser or a frozen component is missing. Families add further conditions.
-        """
+        """Raise `ValueError` if this family cannot train the pipeline, although its class is right. The base class
+        checks that the denoiser and all frozen components are loaded."""
         for component in (self.denoiser_name, *self.frozen_components):
             if getattr(self.pipeline, component) is None:
                 raise ValueError(
@@ -261,73 +245,60 @@ class Family(ABC):
     def encode_edits(self, prompts: list[str], sources: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
         """Encode prompts together with the source images that they edit.
 
-        The default joins `encode_prompts` and `encode_sources`. Families whose text encoder also reads the sources
-        override this method.
+        By default, the result has the tensors of `encode_prompts` and `encode_sources`. Families whose text encoder
+        also reads the sources override this method.
 
         Args:
             prompts (`list[str]` of length N, or 2N for winners and losers): The prompts.
-            sources (`list[list[PIL.Image.Image]]` of length N): The RGB images of each pair.
+            sources (`list[list[PIL.Image.Image]]` of length N): The RGB source images of each pair.
 
         Returns:
-            `dict[str, torch.Tensor]`: Tensors with a row for each prompt, or for each pair.
+            `dict[str, torch.Tensor]`: Embeddings with a row for each prompt, and latents with a row for each pair.
         """
         return self.encode_prompts(prompts) | self.encode_sources(sources)
 
     def encode_sources(self, sources: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
-        """Encode source images to modes of the VAE's posterior.
-
-        Returns:
-            `dict[str, torch.Tensor]`: `source_0` has the latents of each pair's first source, `(N, C, H, W)`,
-            `source_1` those of the second source, and so on.
-        """
+        """Encode source images with the VAE (modes of the posterior). The result has the latents of each pair's first
+        source as `source_0`, `(N, C, H, W)`, those of the second source as `source_1`, and so on."""
         device = self.pipeline.vae.device
         pixels = [sent(images, device) for images in self.pixels_of_sources(sources)]
         return {f"{SOURCE}{number}": self.encode_images(images) for number, images in enumerate(pixels)}
 
     def pixels_of_sources(self, sources: list[list[Image.Image]]) -> list[torch.Tensor]:
-        """Return the pixels of the first sources, of the second sources and so on, `(N, 3, H, W)` each, resized as the
-        pipeline does.
-
-        Raises:
-            ValueError: If a pair has several sources and the pipeline takes one, or pairs have sources of different
-                numbers or sizes.
-        """
+        """Return one tensor `(N, 3, H, W)` with the first source image of each pair, one with the second, and so on.
+        Images are resized as in the pipeline."""
         most = max(map(len, sources))
         if most > 1 and not self.takes_several_sources:
             raise ValueError(
-                f"{self.name} edits one source image for each prompt, and a pair has {most}. Keep one of them, or use "
-                "a model that takes several."
+                f"{self.name} edits one source image for each prompt, and a pair has {most}. Keep one source image per "
+                "pair, or use a model that edits several images together."
             )
         pixels = [[self.source_pixels(source) for source in of_pair] for of_pair in sources]
         sizes = {tuple(tuple(image.shape[-2:]) for image in of_pair) for of_pair in pixels}
         if len(sizes) > 1:
             raise ValueError(
-                "All pairs of a batch must have equally many source images, of equal sizes after the pipeline's "
-                f"resizing. Got pairs with sources of these sizes (height, width): {sorted(sizes)}. Set "
+                "All pairs of a batch must have the same number of source images, with equal sizes after resizing. Got "
+                f"pairs with source images of these resized sizes (height, width): {sorted(sizes)}. Set "
                 "`per_device_train_batch_size=1` and `per_device_eval_batch_size=1`, and raise "
                 "`gradient_accumulation_steps`."
             )
         return [torch.cat(images) for images in zip(*pixels, strict=True)]
 
     def source_pixels(self, source: Image.Image) -> torch.Tensor:
-        """Return a source image as the pipeline passes it to the VAE: resized, `(1, 3, H, W)` in `[-1, 1]`."""
+        """Resize a source image as the pipeline does before the VAE. Return it as `(1, 3, H, W)` in `[-1, 1]`."""
         raise NotImplementedError(f"{self.name} takes no source images.")
 
     def latents_of_sources(self, conditioning: Mapping[str, torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-        """Return the latents of the first sources, of the second sources and so on, `(N, C, H, W)` each."""
+        """Return one tensor `(N, C, H, W)` with the latents of each pair's first source image, one with the latents of
+        the second, and so on."""
         count = sum(name.startswith(SOURCE) for name in conditioning)
         return [conditioning[f"{SOURCE}{number}"].to(dtype) for number in range(count)]
 
     def call_encode_prompt(
         self, prompts: list[str], *, text_encoder: str = "text_encoder", **arguments: Any
     ) -> tuple[Any, ...]:
-        """Call the pipeline's `encode_prompt` on the device of a text encoder, with autocast off.
-
-        Args:
-            prompts (`list[str]`): As in `encode_prompts`.
-            text_encoder (`str`): Name of the text encoder whose device is used.
-            arguments: Further arguments of `encode_prompt`.
-        """
+        """Call the pipeline's `encode_prompt` with `arguments`, on the device of `text_encoder` and with autocast
+        off."""
         device = getattr(self.pipeline, text_encoder).device
         with no_autocast(device):
             return self.pipeline.encode_prompt(prompts, device=device, **arguments)
@@ -346,9 +317,6 @@ class Family(ABC):
 
         Returns:
             `torch.Tensor` of shape `(N, ...)`, float32, on the VAE's device.
-
-        Raises:
-            ValueError: If the number of generators differs from the number of images.
         """
         if generator is not None and len(generator) != len(pixel_values):
             raise ValueError(
@@ -363,11 +331,11 @@ class Family(ABC):
         `latents_of` samples latents from the result.
 
         Returns:
-            `torch.Tensor` of shape `(N, ...)`, in the dtype in which the VAE ran, on its device.
+            `torch.Tensor` of shape `(N, ...)`, on the VAE's device, in the dtype in which the VAE ran.
         """
         vae = self.pipeline.vae
         at_once = self.vae_encode_batch_size or max(2, PIXELS_AT_ONCE // pixel_values[0, 0].numel())
-        device = vae.device  # read once, because diffusers visits every module to find the dtype
+        device = vae.device  # read only once, because diffusers visits every module to find the device
         with no_autocast(device), _without_overflow(vae):
             pixel_values = pixel_values.to(device, vae.dtype)
             parts = pixel_values.split(at_once)
@@ -376,7 +344,7 @@ class Family(ABC):
     def latents_of(self, moments: torch.Tensor, generator: list[torch.Generator] | None = None) -> torch.Tensor:
         """Sample latents from the output of `image_moments` and scale them, the second of two steps of `encode_images`.
 
-        With the same generators, the result equals that of `encode_images`, `(N, ...)`. The VAE's weights are not used.
+        With the same generators, the result equals that of `encode_images`. This method does not use the VAE's weights.
         """
         with no_autocast(moments.device):
             latents = self.sample_moments(moments, generator).float()
@@ -391,11 +359,8 @@ class Family(ABC):
         return self.pipeline.vae.encode(pixel_values).latent_dist.parameters
 
     def sample_moments(self, moments: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
-        """Sample unscaled latents `(N, ...)` from the output of `vae_moments`, or return the modes if there are no
-        generators.
-
-        The result is bit-equal to that of the VAE's own posterior.
-        """
+        """Sample unscaled latents `(N, ...)` from the output of `vae_moments`, or return the modes if `generator` is
+        `None`. The result is bit-equal to that of the VAE's own posterior."""
         posterior = DiagonalGaussianDistribution(moments)
         if generator is None:
             return posterior.mode()
@@ -421,8 +386,7 @@ class Family(ABC):
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """Return inputs of the denoiser that tell it the image sizes, as for SDXL. The default is an empty
-        dictionary.
+        """Return the inputs that condition the denoiser on image sizes, as in SDXL. By default, there are none.
 
         Args:
             original_sizes (`torch.Tensor` of shape `(N, 2)`, int64): (height, width) of the images before resizing.
@@ -430,7 +394,7 @@ class Family(ABC):
             target_size (`tuple[int, int]`): (height, width) of the training images.
 
         Returns:
-            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, which join the tensors of `encode_prompts`.
+            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)` for the argument `conditioning` of `predict`.
         """
         return {}
 
@@ -446,10 +410,10 @@ class Family(ABC):
         Args:
             denoiser (`torch.nn.Module`): The pipeline's denoiser, a wrapper around it, or another denoiser of the same
                 configuration.
-            noisy_latents (`torch.Tensor` of shape `(N, ...)`): Cast to the dtype of the pipeline's denoiser.
-            timesteps (`torch.Tensor` of shape `(N,)`): One for each row.
-            conditioning (`Mapping[str, torch.Tensor]`): Tensors from `encode_prompts` and `size_conditioning`, N rows
-                each.
+            noisy_latents (`torch.Tensor` of shape `(N, ...)`): Latents, which this method casts to `dtype`.
+            timesteps (`torch.Tensor` of shape `(N,)`): Timestep of each row.
+            conditioning (`Mapping[str, torch.Tensor]`): Tensors from `encode_prompts` and `size_conditioning`, with N
+                rows each.
 
         Returns:
             `torch.Tensor` of shape `(N, ...)`, in the dtype of the denoiser's output.
@@ -484,24 +448,20 @@ class Family(ABC):
 
 
 def refuse_sources(family: Family | type[Family], feature: str) -> None:
-    """Raise `ValueError` if `family` needs a source image for each prompt. Features that cannot handle
-    source images call this function."""
+    """Raise `ValueError` if `family` needs source images. Features without support for source images call it."""
     if family.takes_source:
         raise ValueError(
-            f"{feature} cannot handle source images yet, and {family.name} needs one for each prompt. Leave it out, or "
-            "use a text-to-image model."
+            f"{feature} cannot handle source images yet, and {family.name} needs a source image for each prompt. Use a "
+            "text-to-image model."
         )
 
 
 def check_in_channels(family: Family, expected: int) -> None:
-    """Raise an error if a transformer does not take exactly the channels of noisy latents.
+    """Raise `ValueError` if the transformer of `family` does not take as many channels as noisy latents have.
 
     Args:
         family (`Family`): A family whose denoiser has `in_channels` in its configuration.
-        expected (`int`): Channels of the latents, or channels per token if the family packs latents.
-
-    Raises:
-        ValueError: If the transformer was made for inpainting, control images or editing, or for another VAE.
+        expected (`int`): Number of latent channels, or of channels per token if the family packs latents.
     """
     taken = family.denoiser.config.in_channels
     if taken != expected:
@@ -513,8 +473,7 @@ def check_in_channels(family: Family, expected: int) -> None:
 
 
 def channel_statistics(vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation of each latent channel from a VAE's configuration, in a shape that
-    broadcasts."""
+    """Return the VAE's mean and standard deviation of each latent channel, shaped to broadcast over `latents`."""
     shape, stated = (1, -1, *[1] * (latents.ndim - 2)), (vae.config.latents_mean, vae.config.latents_std)
     mean, std = (constant(tuple(values), latents.dtype, latents.device).view(shape) for values in stated)
     return mean, std
@@ -527,7 +486,7 @@ def no_autocast(device: torch.device) -> torch.autocast:
 
 @contextmanager
 def _without_overflow(vae: Any) -> Iterator[None]:
-    """Cast a float16 VAE with `force_upcast` to float32 within this context; the casts there and back are exact."""
+    """Within this context, run a float16 VAE with `force_upcast` in float32. Both casts are exact."""
     overflows = vae.config.get("force_upcast", False) and vae.dtype == torch.float16
     if overflows:
         vae.to(torch.float32)

@@ -1,6 +1,6 @@
 """CogView4: a transformer conditioned on a GLM language model and on image sizes, trained by flow matching.
 
-The shift of noise levels grows with the image size. The transformer gets the timesteps from before the shift.
+The shift of noise levels grows with the image size. The transformer gets unshifted timesteps.
 """
 
 import math
@@ -17,11 +17,11 @@ PATCH_SIZE = 2
 
 
 class CogView4Process(FlowMatchingProcess):
-    """Flow matching in which the transformer's timesteps are not shifted, but the noise levels are.
+    """Flow matching in which the noise levels are shifted, but the transformer's timesteps are not.
 
-    The CogView4 pipeline passes evenly spaced timesteps to its transformer. Its scheduler uses the noise levels of
-    these timesteps after a shift that depends on the image size. The published training does the same. In this class,
-    timesteps are those of the transformer, and the noise level of a timestep depends on the number of image tokens.
+    The CogView4 pipeline passes evenly spaced timesteps to its transformer. Its scheduler shifts the noise levels of
+    these timesteps, depending on the image size. The published training does the same. In this class, timesteps are
+    those of the transformer, and the noise level of a timestep depends on the number of image tokens.
 
     Source: `CogView4Pipeline` and diffusers' `train_control_cogview4.py`.
     """
@@ -37,11 +37,7 @@ class CogView4Process(FlowMatchingProcess):
 
     def sigmas(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
         """Return the noise levels at the timesteps, `(N,)`, float32 in `[0, 1]`, for images with `image_seq_len`
-        tokens.
-
-        Raises:
-            ValueError: If the shift depends on `image_seq_len`, and `image_seq_len` is `None`.
-        """
+        tokens."""
         levels, factor = timesteps.float() / self.num_train_timesteps, self._shift_factor(image_seq_len)
         return factor * levels / (1.0 + (factor - 1.0) * levels)
 
@@ -54,8 +50,7 @@ class CogView4Process(FlowMatchingProcess):
 
 
 class CogView4Family(Family):
-    """Trains `CogView4Pipeline`. Transformers of the control pipeline raise an error, because they need a
-    control image.
+    """Trains `CogView4Pipeline`. Transformers of the control pipeline are refused, because they need a control image.
 
     Prompts are padded on the left to the length of the batch's longest prompt, rounded up to a multiple of 16 tokens.
     The padding is not masked. As in the pipeline, the embedding of a prompt therefore depends on the longest prompt of
@@ -65,15 +60,14 @@ class CogView4Family(Family):
     name = "CogView4"
     pipeline_classes = ("CogView4Pipeline",)
     frozen_components = ("vae", "text_encoder")
-    # Our choice: the attention layers, as in diffusers' LoRA scripts for other models. The script for CogView4 trains
-    # all weights.
+    # Our choice: the attention layers, as in diffusers' LoRA scripts for other models.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
-    learning_rate_full = 1e-6  # our choice: no rate is published, and the model is large (6B parameters)
-    learning_rate_lora = 1e-4  # from diffusers' control script, although this script trains all weights
+    learning_rate_full = 1e-6  # our choice, because no rate is published and the model is large (6B parameters)
+    learning_rate_lora = 1e-4  # from diffusers' control script for CogView4, which trains all weights
     noise_process_class = CogView4Process
     patch_size = PATCH_SIZE
     conditional_rows = "all"
-    shared_inputs = ("image_rotary_emb",)
+    batch_dimensions = {"image_rotary_emb": None}
     prompt_padding = "start"
 
     def check_pipeline(self) -> None:
@@ -120,11 +114,8 @@ class CogView4Family(Family):
         return self.noise_process.noise_level(self.timesteps_of(inputs), tokens)
 
     def _rotary(self, height: int, width: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Return the rotary position embeddings for this size of latents, from a cache.
-
-        Without the cache, the denoiser would compute the embeddings on the CPU in every prediction and copy the
-        embeddings to the accelerator in every layer.
-        """
+        """Return the rotary position embeddings for this size of latents, from a cache. Without the cache, the denoiser
+        would compute the embeddings on the CPU in every prediction, and copy them to the accelerator in every layer."""
         rope: Any = self.denoiser.rope
         kind = (type(rope), rope.dim, rope.patch_size, tuple(rope.rope_axes_dim), rope.theta)
         return _made_rotary(kind, height, width, device)
@@ -132,10 +123,7 @@ class CogView4Family(Family):
 
 @lru_cache(maxsize=64)
 def _made_rotary(kind: tuple[Any, ...], height: int, width: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Return rotary position embeddings, computed with a new module.
-
-    The denoiser's own module is not used, because DeepSpeed or FSDP may have added hooks to it, and because a reference
-    in the cache would keep it in memory.
-    """
+    """Compute rotary position embeddings with a new module. DeepSpeed or FSDP may have added hooks to the denoiser's
+    own module, and the cache would keep that module in memory."""
     rope_class, *settings = kind
     return tuple(part.to(device) for part in rope_class(*settings)(torch.empty(1, 1, height, width)))

@@ -22,19 +22,15 @@ class ErnieImageFamily(Flux2LatentsFamily):
 
     name = "ERNIE-Image"
     pipeline_classes = ("ErnieImagePipeline",)
-    lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # our choice: the same as for Qwen-Image
-    learning_rate_lora = 1e-4  # our choice: the same as for similar transformers
+    lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # our choice, as for Qwen-Image
+    learning_rate_lora = 1e-4  # our choice, as for similar transformers
     prompt_padding: ClassVar[PromptPadding] = "end"
-    batch_norm_eps = 1e-5  # the pipeline uses this epsilon, although the VAE's configuration has another
+    default_resolution = 1024  # default of the pipeline's call; the denoiser's configuration has no image size
+    batch_norm_eps = 1e-5  # used by the pipeline, although the VAE's configuration has another epsilon
 
     @property
     def vae_scale_factor(self) -> int:
         return self.pipeline.vae_scale_factor  # pixels per token
-
-    @property
-    def default_resolution(self) -> int:
-        """The default image size of the pipeline's call, because the denoiser's configuration has no image size."""
-        return 1024
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         return {**super().generation_kwargs(scale), "use_pe": False}
@@ -56,9 +52,3 @@ class ErnieImageFamily(Flux2LatentsFamily):
             "text_bth": conditioning["prompt_embeds"].to(latents.dtype),
             "text_lens": conditioning["prompt_mask"].sum(dim=1),
         }
-
-    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        return output
-
-    def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        return inputs["timestep"]

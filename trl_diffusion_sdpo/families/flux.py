@@ -12,33 +12,24 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
 
-from .base import Family, check_in_channels
-from .packing import TWO_STREAM_TARGETS, pack_patches, patch_positions, unpack_patches
+from .packing import PackedLatentsFamily, pack_patches, patch_positions
 
 
-class FluxFamily(Family):
+class FluxFamily(PackedLatentsFamily):
     """Trains `FluxPipeline` with the transformer of FLUX.1 dev or schnell.
 
-    Pipelines saved as the image-to-image or inpainting class can be trained too, because their transformer is the
-    same. Fill, Canny and Depth are refused, because they take additional images.
+    Pipelines that were saved as the image-to-image or inpainting class can be trained too, because their transformer is
+    the same. Fill, Canny and Depth are refused, because they take additional images.
 
-    FLUX.1 dev takes the guidance scale as an input, which training sets to `guidance_scale`. Afterwards, images can be
-    generated at any scale, as with models from diffusers' training script. FLUX.1 schnell has no guidance input. FLUX.1
-    schnell was distilled to generate in few steps, and training gradually undoes the distillation, so prefer dev.
+    FLUX.1 dev takes the guidance scale as an input. Training sets this input to `guidance_scale`, and the trained model
+    can generate at any scale. FLUX.1 schnell has no guidance input. FLUX.1 schnell was distilled to generate in few
+    steps, and training gradually undoes the distillation, so prefer dev.
     """
 
     name = "FLUX.1"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
-    lora_target_modules = TWO_STREAM_TARGETS  # from diffusers' LoRA script for FLUX
-    # Our choice: half of Stable Diffusion's rate, because large and distilled models need smaller steps.
-    learning_rate_full = 1e-6
-    learning_rate_lora = 1e-4  # from diffusers' script
-    patch_size = 2
-    conditional_rows = "all"
-    shared_inputs = ("txt_ids", "img_ids")
-    # As in the README of diffusers' scripts. At 1 the distilled model predicts as if without guidance, and training
-    # targets contain no guidance.
+    # As in the README of diffusers' scripts: training targets have no guidance, and 1 means no guidance.
     guidance_scale: float | None = 1.0
 
     def __init__(self, pipeline: DiffusionPipeline):
@@ -51,22 +42,13 @@ class FluxFamily(Family):
         return not self.denoiser.config.guidance_embeds  # schnell
 
     @property
-    def default_resolution(self) -> int:
-        return self.pipeline.default_sample_size * self.vae_scale_factor
-
-    @property
     def max_sequence_length(self) -> int:
-        """Number of tokens that every prompt is padded to, without a mask: 512 for dev, 256 for schnell, as in their
-        model cards."""
+        """Number of tokens to which every prompt is padded, without a mask. The numbers are from the model cards."""
         return 512 if self.denoiser.config.guidance_embeds else 256
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Return arguments with the prompt length of training, because the pipeline's default is always that of dev."""
+        """Return arguments with the prompt length of training, because the pipeline's default is the length of dev."""
         return {**super().generation_kwargs(scale), "max_sequence_length": self.max_sequence_length}
-
-    def check_pipeline(self) -> None:
-        super().check_pipeline()
-        check_in_channels(self, 4 * self.pipeline.vae.config.latent_channels)  # two by two latents per token
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         prompt_embeds, pooled_prompt_embeds, _ = self.call_encode_prompt(
@@ -94,18 +76,12 @@ class FluxFamily(Family):
             "img_ids": patch_positions(latents.shape[-2], latents.shape[-1], device),
         }
 
-    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        return unpack_patches(output, *latents.shape[-2:])
-
-    def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        return 1000 * inputs["timestep"]
-
 
 class FluxKontextFamily(FluxFamily):
     """Trains `FluxKontextPipeline`, which edits a source image by the prompt.
 
-    Tokens of the source follow those of the noisy latents, with 1 as their first position id. Errors count on the
-    tokens of the edited image only.
+    Tokens of the source image follow those of the noisy latents, with 1 as the first number of their position ids. Only
+    the noisy latents have a prediction and an error.
     """
 
     name = "FLUX.1 Kontext"
@@ -113,22 +89,21 @@ class FluxKontextFamily(FluxFamily):
     takes_source = True
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Return arguments without a prompt length, because the pipeline's default length is right for all Kontext
-        models."""
-        return Family.generation_kwargs(self, scale)
+        return PackedLatentsFamily.generation_kwargs(self, scale)  # the pipeline's default prompt length is right
 
     def size_kwargs(self, height: int, width: int) -> dict[str, Any]:
-        """Add the area, to which the pipeline's call scales every size."""
+        """Return the size and the area. Without the area, the pipeline's call scales every size to about 1
+        megapixel."""
         return {"height": height, "width": width, "max_area": height * width}
 
     def source_pixels(self, source: Image.Image) -> torch.Tensor:
-        """Resize a source to the one of Kontext's resolutions with the nearest aspect ratio."""
         height, width = self.source_size(source)
         processor = self.pipeline.image_processor
         return processor.preprocess(processor.resize(source, height, width), height, width)
 
     def source_size(self, source: Image.Image) -> tuple[int, int]:
-        """Return the `(height, width)` to which the pipeline resizes a source."""
+        """Return the `(height, width)` to which the pipeline resizes a source: the Kontext resolution with the nearest
+        aspect ratio."""
         height, width = self.pipeline.image_processor.get_default_height_width(source)
         ratio = width / height
         resolutions = pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
@@ -143,7 +118,7 @@ class FluxKontextFamily(FluxFamily):
         (source,) = self.latents_of_sources(conditioning, latents.dtype)
         positions = patch_positions(source.shape[-2], source.shape[-1], latents.device)
         positions[:, 0] = 1
-        tokens = [inputs["hidden_states"], pack_patches(source)]  # of the edit and of the source
+        tokens = [inputs["hidden_states"], pack_patches(source)]  # tokens of the edited image and of the source
         inputs["hidden_states"] = torch.cat(tokens, dim=1)
         inputs["img_ids"] = torch.cat([inputs["img_ids"], positions])
         return inputs

@@ -1,7 +1,7 @@
 """FLUX.2: a transformer over text and image tokens, trained by flow matching.
 
-Each token is a square of two by two VAE latents, normalised by statistics that the VAE stores in a batch norm. The dev
-model takes the guidance scale as an input, the klein models take none.
+Each token is a square of two by two VAE latents, normalised by statistics that the VAE stores in a batch norm. FLUX.2
+dev takes the guidance scale as an input, FLUX.2 klein does not.
 """
 
 from collections.abc import Mapping
@@ -14,23 +14,22 @@ from PIL import Image
 from .base import Family, check_in_channels
 from .noise import FlowMatchingProcess
 
-# The targets of diffusers' LoRA script for klein. The script for dev leaves out the single-stream blocks, 48 of dev's
-# 56 blocks. In these blocks `to_out` is a layer, in all others a list of layers, so each block is named.
+# The targets of diffusers' LoRA script for klein. (The script for dev leaves out the single-stream blocks, 48 of dev's
+# 56 blocks.) The targets name each single-stream block, because in other blocks `attn.to_out` is a list of layers.
 LORA_TARGETS = (
     *("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj"),
     *(f"single_transformer_blocks.{block}.attn.to_out" for block in range(48)),
 )
 
-
 MOST_SOURCE_PIXELS = 1024 * 1024  # larger sources are resized, as in the pipeline
-SOURCE_POSITION = 10  # first position ids of sources' tokens: 10, 20, ...; that of the noisy latents is 0
+SOURCE_POSITION = 10  # first number in position ids: 0 for noisy latents, 10 for the first source, 20 for the second
 
 
 class Flux2Process(FlowMatchingProcess):
     """Flow matching with the shift of FLUX.2, which depends on the number of image tokens and of sampling steps.
 
-    Training assumes 50 sampling steps, the default of the pipelines of dev and klein. At 1024 pixels `mu` is 2.3 for 10
-    steps, 2.0 for 50 and 1.7 for 100.
+    Training assumes 50 sampling steps, the default of both pipelines. At 1024 x 1024 pixels, the shift parameter `mu`
+    is 2.3 for 10 steps, 2.0 for 50 steps and 1.7 for 100 steps.
     """
 
     def shift_of(self, image_seq_len: int) -> float:
@@ -41,7 +40,7 @@ class Flux2LatentsFamily(Family):
     """Base class of families with the VAE of FLUX.2. Each token is a square of two by two latents."""
 
     frozen_components: tuple[str, ...] = ("vae", "text_encoder")
-    learning_rate_full = 1e-6  # our choice, as for FLUX.1: nothing is published
+    learning_rate_full = 1e-6  # our choice, as for FLUX.1, because no rate is published
 
     @property
     def vae_scale_factor(self) -> int:
@@ -49,7 +48,7 @@ class Flux2LatentsFamily(Family):
 
     @property
     def batch_norm_eps(self) -> float:
-        """The number that the pipeline adds to the variances of the VAE's batch norm."""
+        """Number that the pipeline adds to the variances of the VAE's batch norm."""
         return self.pipeline.vae.config.batch_norm_eps
 
     def check_pipeline(self) -> None:
@@ -57,8 +56,7 @@ class Flux2LatentsFamily(Family):
         check_in_channels(self, 4 * self.pipeline.vae.config.latent_channels)  # two by two latents per token
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Reshape latents `(N, C, H, W)` to `(N, 4C, H/2, W/2)` and normalise them by the statistics of the VAE's
-        batch norm."""
+        """Reshape latents `(N, C, H, W)` to `(N, 4C, H/2, W/2)`, and normalise them as the VAE's batch norm does."""
         statistics = self.latent_statistics()
         mean, variance = (statistics[name].to(latents.device).view(1, -1, 1, 1) for name in ("mean", "variance"))
         return (self.as_squares(latents) - mean) / (variance + self.batch_norm_eps).sqrt()
@@ -75,7 +73,7 @@ class Flux2LatentsFamily(Family):
 
 
 class Flux2Hooks(Flux2LatentsFamily):
-    """Base class of the families for FLUX.2 dev and klein."""
+    """Base class of the families of FLUX.2 dev and klein."""
 
     lora_target_modules = LORA_TARGETS
     learning_rate_lora = 1e-4  # from diffusers' script
@@ -89,12 +87,12 @@ class Flux2Hooks(Flux2LatentsFamily):
         return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Encode prompts as the states of three layers of the text encoder, concatenated and padded to one length."""
+        """Return the hidden states of three layers of the text encoder, concatenated and padded to a fixed length."""
         prompt_embeds, _ = self.call_encode_prompt(prompts, num_images_per_prompt=1)
         return {"prompt_embeds": prompt_embeds}  # (N, tokens, width of three layers)
 
     def source_pixels(self, source: Image.Image) -> torch.Tensor:
-        """Cut a source down to about 1 megapixel, and crop its sides to whole tokens."""
+        """Resize a larger source image to about 1 megapixel, and crop its sides to multiples of a token's side."""
         processor = self.pipeline.image_processor
         if source.width * source.height > MOST_SOURCE_PIXELS:
             source = processor._resize_to_target_area(source, MOST_SOURCE_PIXELS)
@@ -115,7 +113,7 @@ class Flux2Hooks(Flux2LatentsFamily):
         return inputs
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """Return the part of the output that belongs to the noisy latents. The parts of sources follow."""
+        """Return the output for the noisy latents, without the output for source images, which follows."""
         tokens = self.image_seq_len(latents)
         return output[:, :tokens].transpose(1, 2).unflatten(2, latents.shape[2:])
 
@@ -126,14 +124,13 @@ class Flux2Hooks(Flux2LatentsFamily):
 class Flux2Family(Flux2Hooks):
     """Trains `Flux2Pipeline`, FLUX.2 [dev], whose prompts are encoded by Mistral Small.
 
-    The model takes the guidance scale as an input, which training sets to `guidance_scale`. Afterwards, images can be
-    generated at any scale.
+    The model takes the guidance scale as an input. Training sets this input to `guidance_scale`, and the trained model
+    can generate at any scale.
     """
 
     name = "FLUX.2"
     pipeline_classes = ("Flux2Pipeline",)
-    # As in the README of diffusers' script. At 1 the distilled model predicts as if without guidance, and training
-    # targets contain no guidance.
+    # As in the README of diffusers' script: training targets have no guidance, and 1 means no guidance.
     guidance_scale = 1.0
 
 
@@ -141,8 +138,8 @@ class Flux2KleinFamily(Flux2Hooks):
     """Trains `Flux2KleinPipeline`, FLUX.2 [klein], whose prompts are encoded by Qwen3.
 
     Pipelines saved as the inpainting class can be trained too. A distilled checkpoint (`is_distilled`) generates in
-    few steps, and training gradually undoes the distillation. Prefer to tune the base model of the same size, whose
-    LoRA fits both models, or set `timesteps` to the timesteps of the few steps.
+    few steps, and training gradually undoes the distillation. Better train a LoRA of the base model of the same size,
+    and load this LoRA into the distilled model. Or set `timesteps` to the few timesteps at which the model generates.
     """
 
     name = "FLUX.2 klein"

@@ -1,5 +1,7 @@
-"""HiDream-I1: a transformer with routed experts, conditioned on two CLIP encoders, T5 and every layer of Llama 3, and
-trained by flow matching."""
+"""HiDream-I1: a transformer with routed experts, trained by flow matching.
+
+The transformer is conditioned on two CLIP encoders, T5 and every layer of Llama 3.
+"""
 
 from collections.abc import Mapping
 from types import MethodType
@@ -13,18 +15,18 @@ from .base import Family, check_in_channels
 
 
 def route(self: MOEFeedForwardSwiGLU, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Return the output of a mixture-of-experts layer for tokens `(N, tokens, width)`. The result does not depend on
-    whether the layer is in training or evaluation mode.
+    """Return the output of a mixture-of-experts layer for tokens `(N, tokens, width)`. Training mode and
+    evaluation mode give the same output.
 
     In diffusers' own forward pass, evaluation mode computes no gradient, and training mode adds numbers in another
-    order, so policy and reference model would round differently. This function calls every expert, even one without
-    tokens, because FSDP and DeepSpeed gather an expert's weights only if all processes call the expert.
+    order, so policy and reference would round differently. This function calls every expert, even one without tokens,
+    because FSDP and DeepSpeed gather an expert's weights only if all processes call the expert.
     """
-    experts, weights, _ = self.gate(hidden_states)  # (N * tokens, experts of a token)
+    experts, weights, _ = self.gate(hidden_states)  # both (N * tokens, number of experts per token)
     tokens = hidden_states.flatten(0, -2)
     order = experts.flatten().argsort(stable=True)  # the tokens of the first expert, then those of the second, ...
     numbers = torch.arange(len(self.experts), device=experts.device)
-    counts = (experts.flatten().unsqueeze(-1) == numbers).sum(dim=0).tolist()  # this line waits for the device
+    counts = (experts.flatten().unsqueeze(-1) == numbers).sum(dim=0).tolist()  # `tolist` waits for the device
     parts = tokens[order // experts.shape[1]].split(counts)
     sorted_outputs = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
     outputs = torch.empty_like(sorted_outputs).index_copy(0, order, sorted_outputs)
@@ -33,15 +35,15 @@ def route(self: MOEFeedForwardSwiGLU, hidden_states: torch.Tensor) -> torch.Tens
 
 
 def patchify(self: HiDreamImageTransformer2DModel, hidden_states: torch.Tensor) -> tuple[Any, ...]:
-    """Return what diffusers' `patchify` returns, but with the numbers of rows and columns as Python integers. diffusers
-    returns a tensor, and reading its values would wait for the device several times per image."""
+    """Return what diffusers' `patchify` returns, but with the numbers of rows and columns as Python integers instead of
+    a tensor. Reading the tensor would wait for the device several times per image."""
     tokens, masks, _, ids = type(self).patchify(self, hidden_states)
     rows, columns = (side // self.config.patch_size for side in hidden_states.shape[-2:])
     return tokens, masks, [(rows, columns)] * len(hidden_states), ids
 
 
 def mend(denoiser: torch.nn.Module) -> None:
-    """Replace two methods of this transformer by `route` and `patchify`. Other transformers keep their methods."""
+    """Replace two methods of a HiDream transformer by `route` and `patchify`. Other transformers are not changed."""
     for module in denoiser.modules():
         if isinstance(module, MOEFeedForwardSwiGLU):
             module.forward = MethodType(route, module)
@@ -52,8 +54,8 @@ def mend(denoiser: torch.nn.Module) -> None:
 class HiDreamFamily(Family):
     """Trains `HiDreamImagePipeline`.
 
-    Prompts are padded to 128 tokens, and the padding is not masked. The pipeline's call always generates images with
-    about as many pixels as 1024 x 1024, whatever size it is asked for.
+    Prompts are padded to 128 tokens, and the padding is not masked. Whatever size is requested, the pipeline's call
+    generates images of about 1 megapixel.
     """
 
     name = "HiDream-I1"
@@ -61,10 +63,11 @@ class HiDreamFamily(Family):
     frozen_components = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
     # The attention projections of image tokens, as in diffusers' train_dreambooth_lora_hidream.py.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out")
-    learning_rate_full = 1e-6  # our choice: the same as for other large transformers
-    learning_rate_lora = 1e-4  # our choice: the same as for similar transformers
+    learning_rate_full = 1e-6  # our choice, as for other large transformers
+    learning_rate_lora = 1e-4  # our choice, as for similar transformers
     weighting_scheme = "logit_normal"
     patch_size = 2
+    batch_dimensions = {"encoder_hidden_states_llama3": 1}  # the first dimension has the layers of Llama
 
     def __init__(self, pipeline: DiffusionPipeline):
         super().__init__(pipeline)
@@ -72,7 +75,6 @@ class HiDreamFamily(Family):
 
     @property
     def default_resolution(self) -> int:
-        """The size of the images that the pipeline's call generates."""
         return self.pipeline.default_sample_size * self.vae_scale_factor
 
     def check_pipeline(self) -> None:
@@ -107,8 +109,8 @@ class HiDreamFamily(Family):
         }
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """Return the prediction: the negative of the transformer's output, as in the pipeline. In training mode, the
-        output consists of patches, which this function puts together."""
+        """Return the negative of the transformer's output, as the pipeline does. In training mode, the transformer
+        returns patches, which this method first puts together."""
         if output.shape[2:] != latents.shape[2:]:
             patch = self.denoiser.config.patch_size
             rows, columns = (side // patch for side in latents.shape[2:])

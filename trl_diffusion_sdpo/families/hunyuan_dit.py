@@ -14,7 +14,7 @@ from .base import Family
 from .loss_defaults import DDPM_DEFAULTS
 from .noise import DDPMProcess, constant
 
-BASE_LATENTS = 512 // 8  # side of a grid in latents, to which the rotary positions of every image size are scaled
+BASE_LATENTS = 512 // 8  # side in latents to which the rotary positions of all image sizes are scaled
 BERT, MT5 = 0, 1  # the pipeline's indices of its text encoders
 
 
@@ -29,18 +29,17 @@ class HunyuanDiTFamily(Family):
     name = "HunyuanDiT"
     pipeline_classes = ("HunyuanDiTPipeline",)
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
-    # Our choice, because diffusers has no LoRA script for HunyuanDiT: all projections of self-attention and
-    # cross-attention.
+    # Our choice: all projections of self-attention and cross-attention. Diffusers has no LoRA script for HunyuanDiT.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
-    learning_rate_full = 1e-6  # our choice: no rate is published for preference tuning of this model (1.5B)
+    learning_rate_full = 1e-6  # our choice, because no rate is published for preference tuning of this model
     learning_rate_lora = 1e-4  # from HunyuanDiT's LoRA script
     defaults = DDPM_DEFAULTS
     noise_process_class = DDPMProcess
     patch_size = 2
-    shared_inputs = ("image_rotary_emb",)
+    batch_dimensions = {"image_rotary_emb": None}
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Return arguments that also turn off the rounding of image sizes to the pipeline's fixed list."""
+        """Return arguments that also stop the pipeline from rounding image sizes to those in a fixed list."""
         return {**super().generation_kwargs(scale), "use_resolution_binning": False}
 
     def check_pipeline(self) -> None:
@@ -77,10 +76,8 @@ class HunyuanDiTFamily(Family):
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """Return `image_meta_size`, `(N, 6)`, float32: original size, target size and crop, as in the pipeline.
-
-        The dtype is float32, because half precision would round the sizes.
-        """
+        """Return `image_meta_size`, `(N, 6)`: original size, target size and crop, as in the pipeline. The dtype is
+        float32, because half precision would round the sizes."""
         target = constant(tuple(target_size), original_sizes.dtype, original_sizes.device)
         target_sizes = target.expand(len(original_sizes), 2)
         image_meta_size = torch.cat([original_sizes, target_sizes, crop_top_lefts.to(original_sizes)], dim=1)

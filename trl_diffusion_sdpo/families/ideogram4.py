@@ -30,15 +30,14 @@ MOST_TOKENS = 2048  # the pipeline's `max_sequence_length`
 class Ideogram4Process(FlowMatchingProcess):
     """Flow matching with the noise schedule of Ideogram 4, which the scheduler's configuration does not contain.
 
-    The noise levels of the pipeline's steps are quantiles of a logit-normal distribution, whose mean grows with the
-    image size. If no `weighting_scheme` is set, training samples noise levels from this distribution.
+    The pipeline's noise levels are quantiles of a logit-normal distribution, whose mean grows with the image size. By
+    default, training samples noise levels from this distribution.
     """
 
-    std = 1.5  # of the logit-normal distribution; the default of the pipeline's call
+    std = 1.5  # standard deviation of the logit-normal distribution; default of the pipeline's call
 
     def shift_of(self, image_seq_len: int) -> float:
-        """Return the mean of the logit-normal distribution: half the logarithm of the number of pixels divided by 512 x
-        512, plus the logarithm of the scheduler's shift."""
+        """Return the mean of the logit-normal distribution: `log(pixels / 512^2) / 2 + log(shift)`."""
         return 0.5 * math.log(image_seq_len * 16**2 / 512**2) + math.log(self.fixed_shift)
 
     def _timesteps_between(
@@ -59,12 +58,11 @@ class Ideogram4Process(FlowMatchingProcess):
 class Ideogram4Family(Flux2LatentsFamily):
     """Trains the conditional transformer of `Ideogram4Pipeline`.
 
-    Only sample images need the unconditional transformer. To save memory, load the pipeline without it
-    (`unconditional_transformer=None`). The unconditional transformer takes as much memory as the weights of the trained
-    transformer.
+    Only sample images need the unconditional transformer, which takes as much memory as the weights of the trained
+    transformer. To save memory, load the pipeline with `unconditional_transformer=None`.
 
-    The authors trained the model on captions in JSON. Training raises an error for prompts of more than 2048 tokens,
-    because the pipeline raises this error.
+    The authors trained the model on captions in JSON. The pipeline raises an error for prompts of more than 2048
+    tokens.
     """
 
     name = "Ideogram 4"
@@ -72,6 +70,7 @@ class Ideogram4Family(Flux2LatentsFamily):
     frozen_components: tuple[str, ...] = ("vae", "text_encoder", "unconditional_transformer")
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")  # from diffusers' LoRA script
     learning_rate_lora = 1e-4  # from the README of diffusers' script
+    default_resolution = 1024  # from the README of diffusers' script; the default of the pipeline's call is 2048
     noise_process_class = Ideogram4Process
     prompt_padding: ClassVar[PromptPadding] = "end"
     conditional_rows = "all"
@@ -79,7 +78,7 @@ class Ideogram4Family(Flux2LatentsFamily):
 
     def noise_of(self, seeds: Sequence[int], latents: torch.Tensor) -> torch.Tensor:
         count, channels, *grid = latents.shape
-        shape = (count, math.prod(grid), channels)  # the pipeline draws noise with one row per token
+        shape = (count, math.prod(grid), channels)  # the shape in which the pipeline draws noise
         noise = standard_normal(shape, generators_of(seeds), latents.device, latents.dtype)
         return noise.transpose(1, 2).unflatten(2, grid).contiguous()
 
@@ -88,25 +87,20 @@ class Ideogram4Family(Flux2LatentsFamily):
             self.frozen_components = ("vae", "text_encoder")
         super().__init__(pipeline)
 
-    @property
-    def default_resolution(self) -> int:
-        """The image size in the README of diffusers' script. The default of the pipeline's call is 2048."""
-        return 1024
-
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Return a constant guidance scale. The pipeline's default, one scale for each of 48 steps, needs exactly 48
-        steps."""
+        """Return a constant guidance scale. The pipeline's default is a list of scales for exactly 48 steps."""
         return {"guidance_scale": 7.0 if scale is None else scale, "guidance_schedule": None}
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Return the hidden states of thirteen layers of the text encoder, concatenated, and the mask of the tokens."""
-        # The pipeline pads to 2048 tokens, which would take 208 MiB in bfloat16. The denoiser masks the padding.
+        # Pad to the longest prompt. The pipeline pads to 2048 tokens, which would take 208 MiB in bfloat16. The
+        # denoiser masks the padding.
         longest = min(max(map(self._token_count, prompts)), MOST_TOKENS)
         prompt_embeds, _, _, indicator = self.call_encode_prompt(
             prompts, grid_h=0, grid_w=0, max_sequence_length=longest
         )
         mask = indicator == LLM_TOKEN_INDICATOR
-        # The pipeline pads at the start. Tokens have explicit position ids, so the padding can be moved to the end.
+        # Move the padding from the start to the end. Predictions stay the same, because tokens have position ids.
         order = (~mask).int().argsort(dim=1, stable=True)
         prompt_embeds = prompt_embeds.to(self.pipeline.text_encoder.dtype)  # the text encoder's own dtype
         prompt_embeds = prompt_embeds[torch.arange(len(order), device=order.device)[:, None], order]
@@ -143,7 +137,7 @@ class Ideogram4Family(Flux2LatentsFamily):
         padding, one = SEQUENCE_PADDING_INDICATOR, torch.ones_like(mask, dtype=torch.long)
         return {
             "hidden_states": torch.cat([image.new_zeros(rows, words, image.shape[2]), image], dim=1),
-            # Between 0 (noise) and 1 (image), rounded as in the pipeline: the transformer computes in this dtype.
+            # The time runs from 0 (noise) to 1 (image), and is rounded as in the pipeline.
             "timestep": (1 - timesteps / 1000).to(latents.dtype),
             "encoder_hidden_states": torch.cat([text, text.new_zeros(rows, tokens, text.shape[2])], dim=1),
             "position_ids": positions,
@@ -154,7 +148,7 @@ class Ideogram4Family(Flux2LatentsFamily):
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         height, width = latents.shape[-2:]
         image = output[:, -height * width :]  # the output of text tokens comes first
-        return -image.transpose(1, 2).unflatten(2, (height, width))  # from image minus noise to noise minus image
+        return -image.transpose(1, 2).unflatten(2, (height, width))  # the transformer predicts image minus noise
 
     def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         return 1000 * (1 - inputs["timestep"].float())

@@ -3,7 +3,7 @@
 Losses can use noise from inversion in place of random noise.
 
 Sources for DDPM: the training code of https://huggingface.co/papers/2506.02698 (SmPO-Diffusion, with ReNoise) and of
-DDIM-InPO. No inversion for flow matching is published, so the inversion of flow matching here is this package's own.
+DDIM-InPO. For flow matching, no inversion is published. The inversion for flow matching is our own.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from .noise import DDPMProcess, FlowMatchingProcess, NoiseProcess, constant
 InversionKind = Literal["ddim", "renoise"]
 InversionEnd = Literal["exact", "grid"]
 KINDS: tuple[str, ...] = get_args(InversionKind)
-ENDS: tuple[str, ...] = get_args(InversionEnd)
 CALLS: dict[InversionKind, int] = {"ddim": 1, "renoise": 2}  # calls of the denoiser per step
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (noisy latents, timesteps) -> prediction
-_TINY = 1e-20  # replaces a divisor of 0; in these cases the dividend is 0 too
+_TINY = 1e-20  # replaces a divisor of 0 where the dividend is 0 too
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,10 @@ class InversionSettings:
             takes only the steps below its timestep.
         end (`str`): `"exact"`: the last step is shorter and ends at the image's own timestep. `"grid"`: the inversion
             stops at the last of the schedule's evenly spaced timesteps (the grid) below the image's timestep, as in the
-            published code, so the noise belongs to a lower noise level. An image whose timestep is below the whole grid
-            takes no step, and its noisy latents equal its clean latents.
+            published code. The resulting noise then belongs to a lower noise level. If an image's timestep is below the
+            whole grid, the image takes no step, and its noisy latents equal its clean latents.
         eta (`float`): Amount of random noise that is added after each step, in units of the standard deviation of
             DDIM's next sampling step, as in the code of DDIM-InPO. 0 adds no noise.
-
-    Raises:
-        ValueError: If `steps` is below 1 or `eta` is negative.
     """
 
     kind: InversionKind = "ddim"
@@ -72,12 +68,10 @@ class Level(NamedTuple):
     noise: torch.Tensor
 
     def mix(self, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Return noisy latents of this noise level."""
         return self.signal * clean + self.noise * noise
 
     def where(self, rows: torch.Tensor, other: Level) -> Level:
-        """Return a level that is this level in the rows where the mask `rows` is true, and `other` in all other
-        rows."""
+        """Return this level in the rows where the mask `rows` is true, and `other` in all other rows."""
         return Level(torch.where(rows, self.signal, other.signal), torch.where(rows, self.noise, other.noise))
 
 
@@ -86,9 +80,9 @@ class Inversion(ABC):
 
     A step goes from noise level `s` to a higher noise level `t`. The step calls the denoiser with the latents of `s`
     and the timestep `t`. (Sampling from `t` down to `s` would call the denoiser with the latents of `t`.) Latents are
-    `x = a clean + b n`. The code computes the noise `n` of each level, not `x`: a step is `n_t = e + r (n_s - e)`. Here
-    `e` is the noise that the denoiser's prediction implies, and `r` is the fraction of the difference `n_s - e` that
-    remains. This form never divides by a noise factor close to 0.
+    `x = a clean + b n`. The code computes the noise `n` of each level instead of `x`: a step is
+    `n_t = e + r (n_s - e)`. Here `e` is the noise that the denoiser's prediction implies, and `r` is the fraction of
+    the difference `n_s - e` that remains after the step. This form never divides by a noise factor `b` close to 0.
 
     Args:
         process ([`NoiseProcess`]): The model's noise process.
@@ -104,37 +98,31 @@ class Inversion(ABC):
 
     @abstractmethod
     def grid(self, steps: int, device: torch.device, image_seq_len: int | None = None) -> torch.Tensor:
-        """Return the timesteps at which steps end (the grid), in increasing order: `(K,)` with K <= `steps`.
-
-        The schedule's last timestep is left out, because no image has a higher timestep.
-        """
+        """Return the timesteps at which steps end (the grid), in increasing order: `(K,)` with K <= `steps`. The
+        schedule's last timestep is left out, because no image has a higher timestep."""
 
     @abstractmethod
     def level(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> Level:
-        """Return the noise level of timesteps `(N,)`; both factors have shape `(N,)`."""
+        """Return the noise level of timesteps `(N,)`, with two factors of shape `(N,)`."""
 
     @abstractmethod
     def first_level(self, timesteps: torch.Tensor) -> Level:
-        """Return the noise level that the published code assigns to clean latents, for `end="grid"`. Both factors have
-        the shape of `timesteps`."""
+        """Return the noise level that the published code assigns to clean latents, with two factors of the shape of
+        `timesteps`. Inversion with `end="grid"` starts there."""
 
     @abstractmethod
     def noise_of(
         self, prediction: torch.Tensor, noisy: torch.Tensor, clean: torch.Tensor, level: Level
     ) -> torch.Tensor:
-        """Return the noise `e`, `(N, ...)`, that the denoiser's prediction for noisy latents of a level implies."""
+        """Return the noise `e`, `(N, ...)`, that a prediction implies for `noisy` latents of a noise level."""
 
     @abstractmethod
     def remaining(self, start: Level, end: Level) -> torch.Tensor:
-        """Return the fraction `r` of the difference `n_s - e` that remains after a step from level `start` to level
-        `end`."""
+        """Return the fraction `r` of `n_s - e` that remains after a step from level `start` to level `end`."""
 
     def deviation(self, timesteps: torch.Tensor, steps: int) -> torch.Tensor:
-        """Return the standard deviation `(N,)` of the random noise that is added at `eta = 1`, divided by the noise
-        factor of the level.
-
-        Each of `timesteps` is the end of a step. Only inversions with `has_variance` implement this method.
-        """
+        """Return the standard deviation of the random noise that steps add at `eta = 1`, divided by the noise factor,
+        `(N,)`. The steps end at `timesteps`. Only inversions with `has_variance` add noise."""
         raise ValueError(
             "Only DDPM models can have `eta` above 0, because the sampler of flow matching adds no noise. Use `eta=0`."
         )
@@ -150,10 +138,10 @@ class Inversion(ABC):
         image_seq_len: int | None = None,
         draw: Callable[[], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Return the noise of each image at its timestep.
+        """Invert images, and return the noise of each image at its timestep, `(N, ...)`, float32.
 
-        Every call of `predict` gets all rows of the batch. The number of calls depends only on the settings. A row that
-        has reached its timestep no longer changes. Rows do not affect each other.
+        Every call of `predict` gets all rows of the batch, and the number of calls depends only on the settings. A row
+        that has reached its timestep no longer changes. A row's result does not depend on the other rows.
 
         Args:
             predict (`Callable`): Function of noisy latents and timesteps that returns the denoiser's prediction in
@@ -162,9 +150,6 @@ class Inversion(ABC):
             timesteps (`torch.Tensor` of shape `(N,)`): Timestep up to which each row is inverted.
             draw (`Callable`, *optional*): Function that returns standard normal noise `(N, ...)`. The function is
                 called once per step if `eta` is above 0.
-
-        Returns:
-            `torch.Tensor` of shape `(N, ...)`, float32.
         """
         clean, columns = latents.float(), (-1, *[1] * (latents.ndim - 1))
 
@@ -180,8 +165,8 @@ class Inversion(ABC):
             for _ in range(CALLS[settings.kind]):
                 implied = self.noise_of(predict(noisy, ends), noisy, clean, there)
                 stepped = torch.where(moves, implied + remaining * (noise - implied), noise)
-                # A step is an affine function of the prediction, so the mean of two steps equals one step with the
-                # mean of their predictions.
+                # "renoise" averages two steps. Because a step is affine in the prediction, this equals one step with
+                # the mean of the two predictions.
                 following, noisy = following + stepped / CALLS[settings.kind], there.mix(clean, stepped)
             if settings.eta and draw is not None:
                 added = settings.eta * self.deviation(ends, settings.steps).view(columns) * draw().float()
@@ -204,11 +189,10 @@ class DDIMInversion(Inversion):
 
     A step turns noisy latents `x_s` at timestep `s` into `x_t` at the next higher timestep `t`:
     `x_t = a_t (x_s - b_s e) / a_s + b_t e`. Here `a` and `b` are the factors of clean latents and noise, and `e` is the
-    predicted noise, epsilon (https://huggingface.co/papers/2010.02502, equation 12). A velocity or sample prediction
-    is converted to epsilon at the noise level of the timestep that the denoiser received, so the result does not depend
-    on the prediction type.
-    Diffusers' `DDIMInverseScheduler` converts at the level where the step starts. Conversion at that level is not
-    possible for the first step, because clean latents have no epsilon.
+    predicted noise, epsilon (https://huggingface.co/papers/2010.02502, equation 12). A velocity or sample prediction is
+    converted to epsilon at the noise level of the timestep that the denoiser received, so the result does not depend on
+    the prediction type. Diffusers' `DDIMInverseScheduler` converts at the noise level where the step starts. In
+    the first step, which starts at clean latents, this conversion would divide by 0 for a sample prediction.
     """
 
     process: DDPMProcess
@@ -239,11 +223,9 @@ class DDIMInversion(Inversion):
         return end.signal * start.noise / (start.signal * end.noise)
 
     def deviation(self, timesteps: torch.Tensor, steps: int) -> torch.Tensor:
-        """Return DDIM's standard deviation (equation 16 of the paper with `eta = 1`) of the sampling step that ends at
-        each timestep, divided by the noise factor of that timestep.
-
-        The sampling step starts `num_train_timesteps // steps` above its end, or at the last timestep.
-        """
+        """Return DDIM's standard deviation (equation 16 of the paper with `eta = 1`) of the sampling step down to each
+        timestep, divided by the noise factor. The sampling step starts `num_train_timesteps // steps` timesteps higher,
+        but at most at the last timestep."""
         total = self.process.num_train_timesteps
         here = self.level(timesteps)
         above = self.level((timesteps + total // steps).clamp(max=total - 1))
@@ -255,7 +237,7 @@ class EulerInversion(Inversion):
     """Inversion of Euler sampling for flow matching. A step is `x_t = x_s + (b_t - b_s) v`.
 
     Here `b` is a noise level and `v` the predicted velocity. Noise levels are evenly spaced and then shifted, as in the
-    pipeline. The noise that a prediction implies is `v + clean`.
+    pipeline. A predicted velocity `v` implies the noise `v + clean`.
     """
 
     process: FlowMatchingProcess
@@ -289,12 +271,7 @@ INVERSIONS: dict[type[NoiseProcess], type[Inversion]] = {
 
 
 def inversion_of(process: NoiseProcess) -> Inversion:
-    """Return the inversion for a noise process. [`INVERSIONS`] is searched for the class of the process, then for its
-    base classes.
-
-    Raises:
-        ValueError: If [`INVERSIONS`] has none of these classes.
-    """
+    """Return the inversion in [`INVERSIONS`] for the class of a noise process, or for the first of its base classes."""
     for kind in type(process).__mro__:
         if kind in INVERSIONS:
             return INVERSIONS[kind](process)
@@ -308,7 +285,7 @@ def inversion_of(process: NoiseProcess) -> Inversion:
 def _steps(
     timesteps: torch.Tensor, grid: torch.Tensor, end: InversionEnd
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield, for each step, the timestep at which it ends in each row, and whether the row takes the step, both
+    """For each step, yield the timestep at which the step ends in each row, and whether the row takes the step, both
     `(N,)`."""
     if end == "grid":
         for timestep in grid:
@@ -333,14 +310,14 @@ def _linspace(total: int, steps: int, offset: int) -> list[int]:
     return [round(step * (total - 1) / max(steps - 1, 1)) for step in range(steps)]
 
 
-# Diffusers' `timestep_spacing` -> function of (number of timesteps, steps, offset) that returns the timesteps.
+# Diffusers' `timestep_spacing` -> function that returns the timesteps of a schedule.
 _GRIDS: dict[str, Callable[[int, int, int], list[int]]] = {
     "leading": _leading,
     "trailing": _trailing,
     "linspace": _linspace,
 }
 
-# Prediction type -> epsilon from a prediction, with `x = a clean + b epsilon` and `v = a epsilon - b clean`.
+# Prediction type -> function that computes epsilon, from `x = a clean + b epsilon` and `v = a epsilon - b clean`.
 _EPSILON: dict[str, Callable[[torch.Tensor, torch.Tensor, Level], torch.Tensor]] = {
     "epsilon": lambda prediction, noisy, level: prediction,
     "v_prediction": lambda prediction, noisy, level: level.signal * prediction + level.noise * noisy,

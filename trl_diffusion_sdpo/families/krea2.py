@@ -1,7 +1,7 @@
 """Krea 2: a transformer over one sequence of prompt and image tokens, trained by flow matching.
 
-The transformer is conditioned on hidden states of several layers of a vision-language model. The VAE is a video VAE,
-which gets an image as a video of one frame.
+The transformer is conditioned on hidden states of several layers of a vision-language model. The VAE is a video VAE. It
+encodes an image as a video of one frame.
 """
 
 from collections.abc import Mapping
@@ -18,21 +18,20 @@ from .qwen_image import QwenImageLatentsFamily
 class Krea2Family(QwenImageLatentsFamily):
     """Trains `Krea2Pipeline` with the models Krea 2 Raw or Krea 2 Turbo.
 
-    Turbo is distilled from Raw to generate in about eight steps without guidance. The model's authors
-    advise to train a LoRA on Raw and to load this LoRA into Turbo. In this pipeline, `guidance_scale=0` turns guidance
-    off, not 1, because the scaled difference is added to the prediction with the prompt.
+    Turbo is distilled from Raw to generate in about eight steps without guidance. The model's authors advise to train a
+    LoRA on Raw and to load this LoRA into Turbo. In this pipeline, guidance is off at `guidance_scale=0` instead of 1,
+    because the pipeline adds the scaled guidance to the prediction for the prompt.
 
     The VAE and the packing of latents into tokens are those of Qwen-Image.
     """
 
     name = "Krea 2"
     pipeline_classes = ("Krea2Pipeline",)
-    # Attention only, as the model's authors advise for long trainings. Diffusers' LoRA script also trains other
-    # layers.
+    # Attention only, as the model's authors advise for long trainings. Diffusers' LoRA script also trains other layers.
     lora_target_modules = ("to_q", "to_k", "to_v", "to_gate", "to_out.0")
-    # Our choice: the same as for similar transformers. Diffusers' script has 3e-4, for training on a few images.
-    learning_rate_lora = 1e-4
-    shared_inputs = ("position_ids",)
+    learning_rate_lora = 1e-4  # our choice, as for similar transformers; diffusers' script uses 3e-4
+    default_resolution = 1024  # default of the pipeline's call; the denoiser's configuration has no image size
+    batch_dimensions = {"position_ids": None}
 
     def __init__(self, pipeline: DiffusionPipeline):
         super().__init__(pipeline)
@@ -44,14 +43,9 @@ class Krea2Family(QwenImageLatentsFamily):
     def has_few_steps(self) -> bool:
         return self.pipeline.config.is_distilled
 
-    @property
-    def default_resolution(self) -> int:
-        """The default image size of the pipeline's call, because the denoiser's configuration has no image size."""
-        return 1024
-
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        # The pipeline pads all prompts to 512 tokens, whose 12 layers take 30 MiB in bfloat16. The denoiser masks this
-        # padding, so padding to the longest prompt gives the same prediction.
+        # Pad to the longest prompt. The pipeline pads to 512 tokens, which would take 30 MiB in bfloat16. The denoiser
+        # masks the padding.
         pipe = self.pipeline
         before, after = pipe.prompt_template_encode_start_idx, pipe.prompt_template_encode_num_suffix_tokens
         texts = [pipe.prompt_template_encode_prefix + prompt for prompt in prompts]
@@ -60,8 +54,8 @@ class Krea2Family(QwenImageLatentsFamily):
         prompt_embeds, mask = self.call_encode_prompt(
             prompts, max_sequence_length=max(map(len, rows)) - before + after
         )
-        # The pipeline puts the padding before the template's suffix. Text tokens have no positions, so the padding can
-        # be moved to the end.
+        # Move the padding from before the template's suffix to the end. Predictions stay the same, because text
+        # tokens have no positions.
         order = (~mask).int().argsort(dim=1, stable=True)  # (N, tokens of the longest prompt)
         mask = mask.gather(1, order)
         prompt_embeds = prompt_embeds[torch.arange(len(order), device=order.device)[:, None], order]

@@ -13,14 +13,13 @@ from .base import no_autocast
 from .ovis_image import OvisImageFamily
 from .packing import pack_patches, patch_positions
 
-SOURCE_AREA = 1024 * 1024  # pixels of a resized source
+SOURCE_AREA = 1024 * 1024  # number of pixels of a resized source image
 
 
 class LongCatImageFamily(OvisImageFamily):
     """Trains `LongCatImagePipeline`. Prompts are padded to 512 tokens, and the padding is not masked.
 
-    The pipeline's call lets the text encoder rewrite each prompt. Training and sample images use the prompts
-    unchanged.
+    The pipeline's call lets the text encoder rewrite each prompt. Training and sample images use the prompts unchanged.
     """
 
     name = "LongCat-Image"
@@ -35,9 +34,9 @@ class LongCatImageFamily(OvisImageFamily):
             return {"prompt_embeds": type(self.pipeline)._encode_prompt(here, prompts)}  # (N, 512, width)
 
     def prompt_encoder(self, *names: str) -> SimpleNamespace:
-        """Return the attributes that the pipeline's `_encode_prompt` reads, with `names`, on the text encoder's device.
+        """Return an object with the attributes that `_encode_prompt` of the pipeline reads, including `names`.
 
-        The pipeline itself would encode on the device of its first component, which may be another device.
+        Its `device` is that of the text encoder. The pipeline's own `device` is that of its first component.
         """
         names = (
             "text_encoder",
@@ -63,8 +62,9 @@ class LongCatImageFamily(OvisImageFamily):
 class LongCatImageEditFamily(LongCatImageFamily):
     """Trains `LongCatImageEditPipeline`, which edits a source image by the prompt.
 
-    The text encoder reads prompt and source together. Tokens of the source follow those of the edit, and errors count
-    on the edit only. The pipeline's call generates images of about 1024 x 1024 pixels.
+    The text encoder reads prompt and source image together. In the transformer, tokens of the source image follow the
+    noisy latents. Only the noisy latents have a prediction and an error. The pipeline's call generates images of about
+    1024 x 1024 pixels.
     """
 
     name = "LongCat-Image-Edit"
@@ -75,11 +75,11 @@ class LongCatImageEditFamily(LongCatImageFamily):
         return OvisImageFamily.generation_kwargs(self, scale)
 
     def size_kwargs(self, height: int, width: int) -> dict[str, Any]:
-        """Return nothing: the size follows from the source."""
+        """Return no arguments, because the source image determines the size."""
         return {}
 
     def encode_edits(self, prompts: list[str], sources: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
-        """Encode each prompt with its source, and the source's latents."""
+        """Encode each prompt together with its source image, and encode the source images to latents."""
         pipeline, processor = self.pipeline, self.pipeline.image_processor
         latents = self.encode_sources(sources)
         resized = [self.resized(source) for (source,) in sources]
@@ -98,7 +98,6 @@ class LongCatImageEditFamily(LongCatImageFamily):
         return self.pipeline.image_processor.preprocess(resized, resized.height, resized.width)
 
     def resized(self, source: Image.Image) -> Image.Image:
-        """Resize a source as the pipeline does."""
         ratio = source.width / source.height
         width, height = pipeline_longcat_image_edit.calculate_dimensions(SOURCE_AREA, ratio)
         return self.pipeline.image_processor.resize(source, height, width)

@@ -1,7 +1,7 @@
 """Translate module names of diffusers' denoisers into the names of the models' original code.
 
 Kohya's scripts, ComfyUI and related tools name the tensors of a LoRA `lora_unet_`, followed by the name of a module in
-the model's original code. For UNets, the name of the module in diffusers follows instead.
+the model's original code. For UNets, the module's name in diffusers follows instead.
 
 Sources: `networks/lora.py`, `lora_sd3.py` and `lora_flux.py` of kohya-ss/sd-scripts; the function
 `model_lora_keys_unet` in ComfyUI's `comfy/lora.py`; and the tables `*_to_diffusers` in `comfy/utils.py`.
@@ -11,18 +11,18 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-# The original code often concatenates several matrices of diffusers into one matrix. These tuples have the relative
-# number of rows of each concatenated matrix, or `None` if the numbers differ between checkpoints.
+# The original code often has one matrix where diffusers has several, such as queries, keys and values. These tuples
+# have the relative numbers of rows of diffusers' matrices, or `None` if the numbers differ between checkpoints.
 EQUAL_2, EQUAL_3, QKV_MLP, UNKNOWN_3 = (1, 1), (1, 1, 1), (1, 1, 1, 4), (None, None, None)
 
 
 class OriginalModule(NamedTuple):
-    """The name of a diffusers module in the original model.
+    """The place of a diffusers module's matrix in the original code.
 
     Attributes:
         module: Name of the module in the original code, with `{}` in place of the block number.
-        position: Index of the diffusers module among the modules that the original code concatenates into `module`.
-        rows: Relative numbers of rows of the concatenated modules.
+        position: Index of the diffusers module among those that the original code concatenates into `module`.
+        rows: Relative numbers of rows of these concatenated modules.
     """
 
     module: str
@@ -31,27 +31,21 @@ class OriginalModule(NamedTuple):
 
 
 def fused(module: str, rows: tuple[int | None, ...], prefix: str, *names: str) -> dict[str, OriginalModule]:
-    """Return table entries for diffusers modules whose matrices the original code concatenates, in the order of
-    `names`."""
+    """Map the diffusers modules `names` inside `prefix` to the original `module`, which concatenates their matrices."""
     return {f"{prefix}.{name}": OriginalModule(module, position, rows) for position, name in enumerate(names)}
 
 
 def renamed(inside: str, prefix: str, names: Mapping[str, str]) -> dict[str, OriginalModule]:
-    """Return table entries for diffusers modules that only have another name in the original code.
-
-    Args:
-        inside (`str`): Name of the parent module in the original model.
-        prefix (`str`): Name of the parent module in diffusers.
-        names (`Mapping[str, str]`): Diffusers' name below `prefix` -> original name below `inside`.
-    """
+    """Map diffusers modules to original modules that differ only in name. `names` maps names inside diffusers' module
+    `prefix` to names inside the original module `inside`."""
     return {f"{prefix}.{ours}": OriginalModule(f"{inside}.{theirs}") for ours, theirs in names.items()}
 
 
 def per_block(
     blocks: tuple[str, ...], attention: str, rows: tuple[int | None, ...], names: Mapping[str, str]
 ) -> dict[str, OriginalModule]:
-    """Return table entries for lists of blocks. In each block, queries, keys and values are concatenated, and the
-    modules in `names` have other names."""
+    """Map the modules of several kinds of blocks to original modules. In each block, the original code concatenates
+    queries, keys and values, and modules in `names` differ only in name."""
     return {
         name: original
         for block in blocks
@@ -92,7 +86,7 @@ STABLE_DIFFUSION_3 = {
     **fused("joint_blocks.{}.x_block.attn.qkv", EQUAL_3, f"{_FLUX}.attn", *_TO),
     **fused("joint_blocks.{}.context_block.attn.qkv", EQUAL_3, f"{_FLUX}.attn", *_ADD),
     **fused("joint_blocks.{}.x_block.attn2.qkv", EQUAL_3, f"{_FLUX}.attn2", *_TO),
-    # `norm1_context` has no entry, because its two halves are swapped in the last block.
+    # `norm1_context` has no entry, because in the last block its two halves have another order.
     **renamed(
         "joint_blocks.{}",
         _FLUX,
@@ -184,7 +178,7 @@ Z_IMAGE = per_block(_REFINED, "attention", EQUAL_3, _Z_IMAGE_NAMES)
 _LUMINA_FEED_FORWARD = {f"feed_forward.linear_{number}": f"feed_forward.w{number}" for number in (1, 2, 3)}
 LUMINA_2 = per_block(_REFINED, "attn", UNKNOWN_3, {"attn.to_out.0": "attention.out", **_LUMINA_FEED_FORWARD})
 
-# Denoiser class -> table of its modules, or `None` if the other tools use diffusers' names.
+# Denoiser class -> table of its modules, or `None` if other tools use the module names of diffusers.
 ORIGINAL_MODULES: dict[str, dict[str, OriginalModule] | None] = {
     "UNet2DConditionModel": None,
     "QwenImageTransformer2DModel": None,
@@ -206,11 +200,8 @@ ORIGINAL_MODULES: dict[str, dict[str, OriginalModule] | None] = {
 
 
 def original_module(denoiser_class: str, module: str) -> OriginalModule:
-    """Return the module of the original code that corresponds to a diffusers module, with its block number.
-
-    Raises:
-        ValueError: If the table has no entry for the denoiser's class or the module.
-    """
+    """Return the original module for a diffusers module, with its block number. Raise `ValueError` if
+    `ORIGINAL_MODULES` has no entry for the denoiser's class or the module."""
     if denoiser_class not in ORIGINAL_MODULES:
         raise ValueError(
             f"Only a LoRA of one of the denoisers {', '.join(sorted(ORIGINAL_MODULES))} can be exported for other "

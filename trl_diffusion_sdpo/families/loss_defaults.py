@@ -1,9 +1,8 @@
-"""Default settings of all losses, in one table for each kind of model. The attribute `defaults` of a family is one of
-these tables."""
+"""Default settings of all losses, in one table for each kind of model. A family's attribute `defaults` is its table."""
 
 from dataclasses import dataclass
 
-FALLBACK = "default"  # key of a table's settings for all losses without their own entry
+FALLBACK = "default"  # key of the settings for all losses without an entry in a table
 
 
 @dataclass(frozen=True)
@@ -11,8 +10,7 @@ class LossDefaults:
     """Default settings of a loss for one kind of model.
 
     Attributes:
-        beta (`float`): Strength of the pull towards the reference, in Diffusion-DPO's convention, in which the
-            loss contains `beta / 2`.
+        beta (`float`): Strength of the pull towards the reference. As in Diffusion-DPO, the loss contains `beta / 2`.
         safeguard_mu (`float`): Strictness of the safeguard, in `[0, 1]`.
         beta_lora (`float`, *optional*): `beta` for LoRA training, if it differs from `beta` for full training.
     """
@@ -22,16 +20,15 @@ class LossDefaults:
     beta_lora: float | None = None
 
     def beta_for(self, *, full: bool) -> float:
-        """Return `beta` for full training if `full` is `True`, or else for LoRA training."""
+        """Return the default beta for full training if `full` is `True`, or else for LoRA training."""
         return self.beta if full or self.beta_lora is None else self.beta_lora
 
 
-# Sources of both Stable Diffusion tables: https://huggingface.co/papers/2511.03317 for sigmoid, dspo and dmpo;
-# https://huggingface.co/papers/2406.06424 for MaPO's beta; the published script of
-# https://huggingface.co/papers/2506.02698 for SmPO's. simpo: half of beta equals MaPO's slope at 0, T s / 2 = 250.
-# capo is our choice for every model: half of sigmoid's beta. Take a pair whose images'
-# expected shares of wins differ by 1/2. At margin 0, its slope is beta / 2 in capo and beta / 4 in sigmoid, so the two
-# slopes are then equal.
+# Sources of both Stable Diffusion tables: https://huggingface.co/papers/2511.03317 for the losses sigmoid, dspo and
+# dmpo; https://huggingface.co/papers/2406.06424 for MaPO's beta; the script of https://huggingface.co/papers/2506.02698
+# for SmPO's beta. For simpo, we chose beta so that the slope of its logit, beta / 2, equals that of MaPO's logit at
+# error 0, T s / 2 = 250. For capo, we chose half of sigmoid's beta: at margin 0, the slope of capo is then equal to
+# that of sigmoid for a pair whose images' expected shares of wins differ by 1/2.
 STABLE_DIFFUSION_DEFAULTS: dict[str, LossDefaults] = {
     FALLBACK: LossDefaults(beta=5000.0, safeguard_mu=0.9),  # also the published numbers of sigmoid
     "capo": LossDefaults(beta=2500.0, safeguard_mu=0.9),
@@ -51,12 +48,12 @@ STABLE_DIFFUSION_XL_DEFAULTS: dict[str, LossDefaults] = {
     "mapo": LossDefaults(beta=0.1, safeguard_mu=0.6),
     "simpo": LossDefaults(beta=500.0, safeguard_mu=0.6),
 }
-# Other DDPM models, for which no settings are published, use those of SDXL, whose image sizes are similar.
+# For other DDPM models, no settings are published. We use those of SDXL, whose image sizes are similar.
 DDPM_DEFAULTS = STABLE_DIFFUSION_XL_DEFAULTS
 # All numbers for flow models are our choice. beta is 2000 for full training and 100 for a LoRA, as is usual for
-# Diffusion-DPO on flow models: velocity errors are larger than noise errors. mu is SDXL's, because
-# https://huggingface.co/papers/2511.03317 states no mu for a flow model. simpo's beta is a tenth of the fallback's
-# beta, as in the tables above. dspo, mapo and linear have the same settings as in the tables above.
+# Diffusion-DPO on flow models: velocity errors are larger than noise errors. mu is that of SDXL, because
+# https://huggingface.co/papers/2511.03317 states no mu for a flow model. The beta of simpo is a tenth of the fallback's
+# beta, as in the tables above. dspo, mapo and linear have the same beta as in the tables above.
 FLOW_DEFAULTS: dict[str, LossDefaults] = {
     FALLBACK: LossDefaults(beta=2000.0, safeguard_mu=0.6, beta_lora=100.0),
     "capo": LossDefaults(beta=1000.0, safeguard_mu=0.6, beta_lora=50.0),

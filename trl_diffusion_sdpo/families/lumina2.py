@@ -1,6 +1,6 @@
 """Lumina Image 2.0: a transformer with joint attention over image and prompt, trained by flow matching.
 
-Prompts are encoded by Gemma 2. The transformer's time runs from 0 (noise) to 1 (image).
+Prompts are encoded by Gemma 2.
 """
 
 from collections.abc import Mapping
@@ -12,22 +12,20 @@ from .base import Family, check_in_channels
 
 
 class Lumina2Family(Family):
-    """Trains `Lumina2Pipeline`, also if the checkpoint names the class `Lumina2Text2ImgPipeline`, its older name.
+    """Trains `Lumina2Pipeline`, also under its older name `Lumina2Text2ImgPipeline`.
 
-    The transformer's time runs from noise to image, and the transformer predicts image minus noise. This class reverses
-    the time and the sign of the prediction, so that the usual noise process applies. The pipeline's system prompt is
-    put before each prompt, as in the pipeline's call.
+    The transformer's time runs from 0 (noise) to 1 (image), and the transformer predicts image minus noise. This class
+    reverses the time and the sign of the prediction, so that the usual noise process applies. The pipeline's system
+    prompt is put before each prompt, as in the pipeline's call.
 
-    Sources: https://huggingface.co/papers/2503.21758 for the model; diffusers' script for the LoRA's target
-    modules and learning rate.
+    Source: https://huggingface.co/papers/2503.21758.
     """
 
     name = "Lumina Image 2.0"
     pipeline_classes = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")
     frozen_components = ("vae", "text_encoder")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # from diffusers' LoRA script for Lumina 2
-    # Our choice, because no rate is published: between those of Stable Diffusion (2e-6) and SDXL (2e-7).
-    learning_rate_full = 1e-6
+    learning_rate_full = 1e-6  # our choice, between the rates of Stable Diffusion (2e-6) and SDXL (2e-7)
     learning_rate_lora = 1e-4  # from diffusers' script
     patch_size = 2
     conditional_rows = "all"

@@ -1,4 +1,4 @@
-"""Find out why diffusers could not load a pipeline's files, and say so in a message."""
+"""Find out why diffusers could not load a pipeline, and write an error message about it."""
 
 from __future__ import annotations
 
@@ -36,10 +36,8 @@ def check_parts(name_or_path: str, index: Mapping[str, Any], passed: Container[s
 
 
 def what_is_wrong(name_or_path: str) -> str:
-    """Return a message that says what is wrong with a pipeline's weight files and what to do about it.
-
-    For a Hub id, the files in the Hub's cache are examined.
-    """
+    """Return a message that says what is wrong with a pipeline's weight files and what to do about it. For a Hub id,
+    this function examines the files in the local cache of the Hub."""
     folder = _folder_of(name_or_path)
     files = sorted(folder.glob("*/*.safetensors")) if folder is not None else []
     for file in files:
@@ -50,7 +48,7 @@ def what_is_wrong(name_or_path: str) -> str:
         missing = _missing_shards(listing)
         if missing:
             return f"{listing.parent} lacks {len(missing)} of its weight files, such as {missing[0]}. {_AGAIN}"
-    # Pickles do no harm in a folder whose safetensors files are read.
+    # Pickled weights beside safetensors files do no harm, because they are not read.
     read = {file.parent for file in files}
     pickled = [file for file in folder.glob("*/*") if file.suffix in _PICKLES] if folder is not None else []
     pickled = [file for file in pickled if file.parent not in read]
@@ -77,7 +75,7 @@ def _folder_of(name_or_path: str) -> Path | None:
 
 
 def _damage(file: Path) -> str | None:
-    """Return why a file is not a complete safetensors file, or `None` if it is one."""
+    """Return what is wrong with a safetensors file, or `None` if the file is complete."""
     try:
         with safe_open(file, "pt"):
             return None

@@ -1,7 +1,7 @@
-"""Define noise processes: how training adds noise to latents, at which timesteps, and what the denoiser must predict.
+"""Noise processes: how training adds noise to latents, at which timesteps, and what the denoiser must predict.
 
 A noise process is built from the configuration of a scheduler. [`TimestepSampling`] is the distribution of the
-timesteps. The functions at the end of this module draw random numbers.
+timesteps.
 """
 
 import math
@@ -14,12 +14,12 @@ from typing import Any, Literal, get_args
 import torch
 from diffusers import DDPMScheduler
 
-WITHOUT_PINNED_MEMORY = ("cpu", "mps", "meta")  # devices for which pinned host memory has no use
-_BISECTIONS = 50  # enough bisections for the precision of float64
+WITHOUT_PINNED_MEMORY = ("cpu", "mps", "meta")  # devices for which CPU memory is not pinned
+_BISECTIONS = 50  # number of bisections, enough for the precision of float64
 WeightingScheme = Literal["none", "logit_normal", "mode"]
 TimestepWeighting = Literal["none", "one_minus_t_squared"]
 WEIGHTINGS: tuple[str, ...] = get_args(TimestepWeighting)
-# Prediction type -> Min-SNR weights, https://huggingface.co/papers/2303.09556. For epsilon, an SNR of 0 gives weight 1.
+# Prediction type -> Min-SNR weights (https://huggingface.co/papers/2303.09556).
 _MIN_SNR_WEIGHTS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "epsilon": lambda snr, gamma: (gamma / snr).clamp(max=1.0),
     "v_prediction": lambda snr, gamma: snr.clamp(max=gamma) / (snr + 1.0),
@@ -31,8 +31,8 @@ _MIN_SNR_WEIGHTS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
 class TimestepSampling:
     """The distribution from which training samples noise levels in `[0, 1]`, given by its quantile function.
 
-    For DDPM, "noise level" here means the timestep divided by `num_train_timesteps`. For flow matching, it means sigma
-    before any shift.
+    In this class, "noise level" means the timestep divided by `num_train_timesteps` for DDPM, and sigma before any
+    shift for flow matching.
 
     Example:
 
@@ -43,15 +43,12 @@ class TimestepSampling:
 
     Args:
         scheme (`str`): `"none"` is the uniform distribution. `"logit_normal"` and `"mode"` sample middle noise levels
-            more often. Diffusers' scripts have the same names in their option `weighting_scheme`.
+            more often. The names are those of the option `weighting_scheme` in diffusers' scripts.
         logit_mean (`float`): Mean of `"logit_normal"`. With a mean above 0, higher noise levels are sampled more
-            often. In diffusers' scripts, which index descending timesteps, the sign has the opposite effect.
+            often. In diffusers' scripts, a mean above 0 has the opposite effect.
         logit_std (`float`): Standard deviation of `"logit_normal"`, above 0.
         mode_scale (`float`): Scale of `"mode"`, in `[-1, 1.75]`. 0 gives the uniform distribution. With larger values,
             middle noise levels are sampled more often.
-
-    Raises:
-        ValueError: If the scheme does not exist or a number is out of range.
 
     Source: https://huggingface.co/papers/2403.03206, section 3.1.
     """
@@ -77,7 +74,7 @@ class TimestepSampling:
             )
 
     def quantile(self, share: torch.Tensor) -> torch.Tensor:
-        """Return the noise levels for uniform random numbers. The function is increasing and maps 0 to 0 and 1 to 1.
+        """Turn uniform random numbers into noise levels. The function increases from 0 at 0 to 1 at 1.
 
         Args:
             share (`torch.Tensor`): Numbers in `[0, 1]`, of any shape and float dtype.
@@ -94,7 +91,7 @@ def _logit_normal(sampling: TimestepSampling, share: torch.Tensor) -> torch.Tens
 
 
 def _mode(sampling: TimestepSampling, share: torch.Tensor) -> torch.Tensor:
-    # Equation 20 of the paper, evaluated at 1 - share because the paper's map decreases.
+    # Equation 20 of the paper, evaluated at 1 - share, because the function in the paper decreases.
     return share - sampling.mode_scale * (torch.sin(torch.pi / 2 * share).square() - share)
 
 
@@ -124,15 +121,13 @@ UNIFORM = TimestepSampling()
 
 @lru_cache(maxsize=256)
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return a tensor with these values from a cache. Do not modify the tensor.
-
-    Without the cache, every training step would copy the values from the CPU and wait for the device.
-    """
+    """Return a tensor with these values from a cache, so that training steps do not copy the values from the CPU.
+    Do not modify the tensor."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 class NoiseProcess(ABC):
-    """Base class of the diffusion and flow processes with which models are trained.
+    """Base class of noise processes (diffusion and flow matching).
 
     Example:
 
@@ -169,26 +164,21 @@ class NoiseProcess(ABC):
         only: tuple[float, ...] | None = None,
         image_seq_len: int | None = None,
     ) -> torch.Tensor:
-        """Return timesteps of a given distribution, computed from uniform random numbers.
+        """Turn uniform random numbers into timesteps of a given distribution.
 
         Args:
-            uniform (`torch.Tensor` of shape `(N,)`): Uniform random numbers in `[0, 1)`. A 1 is also allowed, because
-                rounding may produce it.
+            uniform (`torch.Tensor` of shape `(N,)`): Uniform random numbers in `[0, 1]`.
             timestep_range (`tuple[int, int]`, *optional*): Range `(low, high)` to sample from. If `None`, all
                 timesteps are possible. Integer timesteps are below `high`, as in Python's `range`.
             sampling (`TimestepSampling`): Distribution of noise levels. The default is uniform.
             only (`tuple[float, ...]`, *optional*): Sample only these timesteps, with equal probability. If `only` is
                 set, `timestep_range` and `sampling` are ignored.
-            image_seq_len (`int`, *optional*): Number of tokens per image. Only needed by schedules that depend on the
-                image size.
+            image_seq_len (`int`, *optional*): Number of tokens per image. Only schedules that depend on the image size
+                need this number.
 
         Returns:
             `torch.Tensor` of shape `(N,)`: Timesteps, int64 for DDPM and float32 for flow matching. A larger
             uniform number gives a larger timestep, and 0 gives `low`.
-
-        Raises:
-            ValueError: If `0 <= low < high <= num_train_timesteps` does not hold, `only` contains a number that is no
-                timestep, or the schedule needs `image_seq_len`, which is `None`.
         """
         if only is not None:
             index = (uniform * len(only)).long().clamp(max=len(only) - 1)
@@ -202,8 +192,6 @@ class NoiseProcess(ABC):
         return self._timesteps_between(uniform, low, high, sampling, image_seq_len)
 
     def _table(self, only: tuple[float, ...], device: torch.device) -> torch.Tensor:
-        """Return the timesteps in `only` as a tensor. Raise `ValueError` if a number in `only` is not a timestep of
-        this process."""
         wrong = [timestep for timestep in only if not self.knows(timestep)]
         if wrong or not only:
             raise ValueError(
@@ -217,17 +205,15 @@ class NoiseProcess(ABC):
         """Return whether a number is a timestep of this process."""
 
     def nearest(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return, for each number, the nearest timestep of this process, in the dtype of its timesteps.
-
-        Samplers may use numbers between two timesteps, and half precision rounds timesteps.
-        """
+        """Round numbers to the nearest timesteps of this process, in the dtype of timesteps. Samplers may use numbers
+        between two timesteps."""
         return timesteps.float()
 
     @abstractmethod
     def _timesteps_between(
         self, uniform: torch.Tensor, low: int, high: int, sampling: TimestepSampling, image_seq_len: int | None
     ) -> torch.Tensor:
-        """Return the result of `timesteps` for a range `(low, high)` that was already checked."""
+        """Return the result of `timesteps` for the range `(low, high)`, without `only`."""
 
     def weights(
         self,
@@ -237,21 +223,18 @@ class NoiseProcess(ABC):
         weighting: TimestepWeighting = "none",
         image_seq_len: int | None = None,
     ) -> torch.Tensor | None:
-        """Return the factors by which the squared errors at these timesteps are weighted, or `None` if all are 1.
+        """Return the weights of squared errors at these timesteps, or `None` if all weights are 1.
 
         Args:
             timesteps (`torch.Tensor` of shape `(N,)`): Timesteps of this process.
             snr_gamma (`float`, *optional*): Gamma of the Min-SNR weights, see `min_snr_weights`. If `None`, Min-SNR
                 weights are off.
             weighting (`str`): `"none"`, or `"one_minus_t_squared"` for the factor `(1 - sigma)^2` with flow matching.
-                In https://huggingface.co/papers/2501.13918, this factor scales beta.
-            image_seq_len (`int`, *optional*): Number of tokens per image, for schedules that depend on it.
+                In https://huggingface.co/papers/2501.13918, beta is multiplied by this factor.
+            image_seq_len (`int`, *optional*): Number of tokens per image, for schedules that depend on this number.
 
         Returns:
             `torch.Tensor` of shape `(N,)`, float32, or `None`.
-
-        Raises:
-            ValueError: If the weighting does not exist or is not possible for this process.
         """
         if weighting not in WEIGHTINGS:
             raise ValueError(f"`timestep_weighting` must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}.")
@@ -263,8 +246,8 @@ class NoiseProcess(ABC):
         """Return `(1 - sigma)^2`, shape `(N,)`, float32. Raise `ValueError` if the process has no sigma."""
         raise ValueError(
             "`timestep_weighting='one_minus_t_squared'` is only for flow matching, and this is a DDPM model that "
-            f"predicts {self.prediction_type}. Use `timestep_weighting='none'`. To weight timesteps of a DDPM model, "
-            "set `snr_gamma`."
+            f"predicts {self.prediction_type}. Use `timestep_weighting='none'`. To weight the timesteps of a DDPM "
+            "model, set `snr_gamma`."
         )
 
     def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -273,14 +256,11 @@ class NoiseProcess(ABC):
 
         Args:
             timesteps (`torch.Tensor` of shape `(N,)`, int64): Timesteps in `[0, num_train_timesteps)`.
-            gamma (`float`): Upper limit of the signal-to-noise ratio, above 0. The paper uses 5.
+            gamma (`float`): Limit to which larger signal-to-noise ratios are cut, above 0. The paper uses 5.
 
         Returns:
             `torch.Tensor` of shape `(N,)`, float32: `min(snr, gamma)`, divided by `snr` for the prediction type
             epsilon and by `snr + 1` for v_prediction.
-
-        Raises:
-            ValueError: If `gamma` is not above 0, or this prediction type has no Min-SNR weights.
 
         Source: https://huggingface.co/papers/2303.09556.
         """
@@ -307,21 +287,17 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the target of the prediction for the noisy latents that `add_noise` returns, float32, `(N, ...)`."""
+        """Return what the denoiser must predict for the noisy latents from `add_noise`, float32, `(N, ...)`."""
 
     def noise_level(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
-        """Return the noise level of each timestep, `1 / (1 + sqrt(snr))`. Noise levels can be compared between
-        schedules.
+        """Return the noise level of each timestep, `1 / (1 + sqrt(snr))`, `(N,)`, float32 in `[0, 1]`.
 
-        For flow matching, the noise level is sigma. For DDPM, it is the sigma at which flow matching has the same
-        signal-to-noise ratio.
+        For flow matching, the noise level is sigma. For DDPM, the noise level is the sigma at which flow matching has
+        the same signal-to-noise ratio, so noise levels of different schedules can be compared.
 
         Args:
             timesteps (`torch.Tensor` of shape `(N,)`): Timesteps of this process.
-            image_seq_len (`int`, *optional*): Number of tokens per image, for schedules that depend on it.
-
-        Returns:
-            `torch.Tensor` of shape `(N,)`, float32 in `[0, 1]`. A larger timestep has a higher noise level.
+            image_seq_len (`int`, *optional*): Number of tokens per image, for schedules that depend on this number.
         """
         return 1.0 / (1.0 + self.snr(timesteps).sqrt())
 
@@ -333,7 +309,7 @@ class NoiseProcess(ABC):
         only: tuple[float, ...] | None = None,
         sampling: TimestepSampling = UNIFORM,
     ) -> torch.Tensor:
-        """Return all whole numbers among the timesteps that the method `timesteps` can return with these arguments."""
+        """Return the timesteps in `only`, or else all whole numbers in the range from which `timesteps` samples."""
         if only is not None:
             return self._table(only, device)
         low, high = (0, self.num_train_timesteps) if timestep_range is None else timestep_range
@@ -361,11 +337,7 @@ class DDPMProcess(NoiseProcess):
 
     Args:
         scheduler_config (`Mapping[str, Any]`): Configuration of any DDPM scheduler (DDIM, PNDM, Euler, DPM-Solver,
-            ...). Only the betas and the prediction type in it matter.
-
-    Raises:
-        ValueError: If the configuration has no beta schedule, is for flow matching, or has a prediction type that is
-            not `epsilon`, `v_prediction` or `sample`.
+            ...). The process uses only its betas and its prediction type.
 
     Source: https://huggingface.co/papers/2006.11239 and, for v_prediction, https://huggingface.co/papers/2202.00512.
     """
@@ -391,8 +363,7 @@ class DDPMProcess(NoiseProcess):
         self.scheduler = DDPMScheduler.from_config({key: scheduler_config[key] for key in shared})
         self.prediction_type = prediction_type
         self.num_train_timesteps = self.scheduler.config.num_train_timesteps
-        # Setting of the DDIM scheduler, which noise inversion uses.
-        self.set_alpha_to_one = scheduler_config.get("set_alpha_to_one", True)
+        self.set_alpha_to_one = scheduler_config.get("set_alpha_to_one", True)  # for DDIM inversion
 
     def knows(self, timestep: float) -> bool:
         return 0 <= timestep < self.num_train_timesteps and timestep == int(timestep)
@@ -433,9 +404,6 @@ class FlowMatchingProcess(NoiseProcess):
         scheduler_config (`Mapping[str, Any]`): Configuration of a scheduler such as `FlowMatchEulerDiscreteScheduler`
             (with `shift` or `use_dynamic_shifting`), or of another scheduler with `use_flow_sigmas` and `flow_shift`.
 
-    Raises:
-        ValueError: If the configuration is not for flow matching, or if its shift is 0 or negative.
-
     Source: https://huggingface.co/papers/2403.03206, section 3; equation 23 for the shift.
     """
 
@@ -470,10 +438,8 @@ class FlowMatchingProcess(NoiseProcess):
         return 0 <= timestep <= self.num_train_timesteps
 
     def shift_of(self, image_seq_len: int) -> float:
-        """Return `mu`, which pipelines with dynamic shifting pass to their scheduler.
-
-        `mu` is a linear function of the number of image tokens. The configuration gives two points of this function.
-        """
+        """Return `mu`, which pipelines with dynamic shifting pass to their scheduler. `mu` is a linear function of the
+        number of image tokens, through two points from the scheduler's configuration."""
         slope = (self.shifts[1] - self.shifts[0]) / (self.lengths[1] - self.lengths[0])
         return self.shifts[0] + slope * (image_seq_len - self.lengths[0])
 
@@ -485,10 +451,8 @@ class FlowMatchingProcess(NoiseProcess):
         return noise.float() - latents.float()
 
     def sigmas(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
-        """Return the noise levels sigma at the timesteps, `(N,)`, float32 in `[0, 1]`.
-
-        Only subclasses in which the shift is applied after the timesteps use `image_seq_len`.
-        """
+        """Return the noise levels sigma at the timesteps, `(N,)`, float32 in `[0, 1]`. Only subclasses whose timesteps
+        do not contain the shift need `image_seq_len`."""
         return timesteps.float() / self.num_train_timesteps
 
     def noise_level(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
@@ -505,7 +469,7 @@ class FlowMatchingProcess(NoiseProcess):
         self, uniform: torch.Tensor, low: int, high: int, sampling: TimestepSampling, image_seq_len: int | None
     ) -> torch.Tensor:
         total, factor = self.num_train_timesteps, self._shift_factor(image_seq_len)
-        # `low` and `high` are timesteps after the shift. Undo the shift here; the last line applies the shift again.
+        # `low` and `high` are timesteps after the shift. Sample before the shift, and apply the shift at the end.
         ends = [end / total / (factor - (factor - 1.0) * end / total) for end in (low, high)]
         first, last = (sampling.share_below(end) for end in ends)
         levels = sampling.quantile(first + uniform.float() * (last - first))
@@ -517,8 +481,8 @@ class FlowMatchingProcess(NoiseProcess):
             return self.fixed_shift
         if image_seq_len is None:
             raise ValueError(
-                "A scheduler with `use_dynamic_shifting` needs `image_seq_len`, got None. Pass the number of tokens "
-                "per image."
+                "A scheduler with `use_dynamic_shifting` needs `image_seq_len`, and it is None. Pass the number of "
+                "tokens per image."
             )
         mu = self.shift_of(image_seq_len)
         return math.exp(mu) if self.exponential else mu
@@ -526,13 +490,13 @@ class FlowMatchingProcess(NoiseProcess):
 
 # ---- Random numbers of pairs ----------------------------------------------------------------------------------------
 #
-# Random numbers are drawn on the CPU, so that a seed gives the same noise on every machine. Random numbers of a GPU
-# depend on its number of multiprocessors.
+# Random numbers are drawn on the CPU, so that a seed gives the same noise on every machine. On a GPU, they would depend
+# on its number of multiprocessors.
 
 
 def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
-    """Return one random generator on the CPU for each seed. With its own generator, a pair's random numbers do not
-    depend on the other pairs of its batch."""
+    """Return one random generator on the CPU for each seed, so that the random numbers of a pair do not depend on the
+    other pairs of its batch."""
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
@@ -544,12 +508,8 @@ def uniform(generators: Sequence[torch.Generator]) -> torch.Tensor:
 def standard_normal(
     shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return standard normal noise that is drawn on the CPU and copied to a device, without waiting for the device.
-
-    Args:
-        shape: `(N, ...)`.
-        generators: N generators on the CPU. Row i is drawn from generator i.
-    """
+    """Return standard normal noise of a shape `(N, ...)` on a device. The i-th of N CPU
+    generators draws row i. The copy to the device is asynchronous."""
     noise = torch.empty(tuple(shape), dtype=dtype, pin_memory=device.type not in WITHOUT_PINNED_MEMORY)
     for row, generator in zip(noise, generators, strict=True):
         row.normal_(generator=generator)

@@ -1,8 +1,11 @@
-"""Helpers for transformers built like FLUX.1: packing latents into tokens, position ids, and LoRA targets."""
+"""Base class and helpers of families whose transformer is built like that of FLUX.1."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from .base import JOINT_ATTENTION_TARGETS
+from .base import JOINT_ATTENTION_TARGETS, Family, check_in_channels
 
 # Targets of diffusers' LoRA script for FLUX.1: attention and feed-forward layers of the double-stream blocks, and
 # attention of the single-stream blocks.
@@ -15,39 +18,50 @@ TWO_STREAM_TARGETS = (
 )
 
 
+class PackedLatentsFamily(Family):
+    """Base class of families with the transformer blocks of FLUX.1. Each token is a square of two by two latents."""
+
+    lora_target_modules = TWO_STREAM_TARGETS
+    # Our choice: half of Stable Diffusion's rate, because large and distilled models need smaller steps.
+    learning_rate_full = 1e-6
+    learning_rate_lora = 1e-4  # from diffusers' LoRA script for FLUX.1; the other families have no such script
+    patch_size = 2
+    conditional_rows = "all"
+    batch_dimensions = {"txt_ids": None, "img_ids": None}
+
+    @property
+    def default_resolution(self) -> int:
+        return self.pipeline.default_sample_size * self.vae_scale_factor
+
+    def check_pipeline(self) -> None:
+        super().check_pipeline()
+        check_in_channels(self, 4 * self.pipeline.vae.config.latent_channels)  # two by two latents per token
+
+    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return unpack_patches(output, *latents.shape[-2:])
+
+    def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        return 1000 * inputs["timestep"]
+
+
 def pack_patches(latents: torch.Tensor) -> torch.Tensor:
-    """Return latents as a sequence of tokens, row by row. A token is a square of two by two latents, and its 4C values
-    are ordered by channel.
-
-    Args:
-        latents (`torch.Tensor` of shape `(N, C, H, W)`): Latents with even height and width.
-
-    Returns:
-        `torch.Tensor` of shape `(N, H/2 * W/2, 4C)`.
-    """
+    """Return latents `(N, C, H, W)` as tokens `(N, H/2 * W/2, 4C)`, row by row. A token is a square of two by two
+    latents, whose 4C numbers are ordered by channel. Height and width must be even."""
     n, channels, height, width = latents.shape
     squares = latents.reshape(n, channels, height // 2, 2, width // 2, 2)
     return squares.permute(0, 2, 4, 1, 3, 5).reshape(n, height * width // 4, 4 * channels)
 
 
 def unpack_patches(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return latents from tokens: the inverse of `pack_patches`.
-
-    Args:
-        tokens (`torch.Tensor` of shape `(N, H/2 * W/2, 4C)`): Tokens from `pack_patches`.
-        height, width (`int`): H and W of the latents.
-
-    Returns:
-        `torch.Tensor` of shape `(N, C, H, W)`.
-    """
+    """Return tokens from `pack_patches` as latents `(N, C, height, width)`."""
     n, _, width_of_token = tokens.shape
     squares = tokens.reshape(n, height // 2, width // 2, width_of_token // 4, 2, 2)
     return squares.permute(0, 3, 1, 4, 2, 5).reshape(n, width_of_token // 4, height, width)
 
 
 def patch_positions(height: int, width: int, device: torch.device) -> torch.Tensor:
-    """Return the position ids of packed latents, `(H/2 * W/2, 3)`, in float32 as FLUX expects. The three numbers of a
-    token are 0, its row and its column."""
+    """Return the position ids of packed latents, `(H/2 * W/2, 3)`, in float32 as FLUX expects. A token's three numbers
+    are 0, its row and its column."""
     ids = torch.zeros(height // 2, width // 2, 3, device=device)
     ids[..., 1] = torch.arange(height // 2, device=device)[:, None]
     ids[..., 2] = torch.arange(width // 2, device=device)

@@ -25,7 +25,7 @@ from .single_file import CONFIG_OPTION, configuration_of, is_single_file, readin
 
 CLASS = "_class_name"  # key in model_index.json whose value is the name of the pipeline's class
 
-# Options for downloads that diffusers' `load_config` accepts.
+# Download options that diffusers' `load_config` accepts, besides `revision` and `token`.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies")
 _REFUSED_OPTIONS = {
     "trust_remote_code": "Code from a model repository is never run.",
@@ -41,13 +41,8 @@ DENOISER_OPTIONS = (
 
 
 def as_text_to_image(pipeline: diffusers.DiffusionPipeline) -> diffusers.DiffusionPipeline:
-    """Return a pipeline of the family's text-to-image class that has the networks of the given pipeline.
-
-    If the given pipeline already has this class, it is returned unchanged.
-
-    Raises:
-        `ValueError`: If the pipeline's class has no family.
-    """
+    """Return a pipeline of the family's text-to-image class with the components of the given pipeline. A pipeline that
+    already has this class is returned unchanged."""
     family = family_for_class_name(type(pipeline).__name__)
     if type(pipeline).__name__ == family.pipeline_classes[0]:
         return pipeline
@@ -81,9 +76,9 @@ def load_pipeline(
         revision, variant, token (*optional*): Arguments of diffusers' `from_pretrained`.
         denoiser_quantization (*optional*): A quantization configuration of diffusers for the denoiser. Weights are
             quantized while they are read, so they are never in memory in full precision.
-        encoders (`bool`): Whether to load the weights of VAE and text encoders. If `False`, only the configurations of
-            these components are read, and the components are on the meta device. [`load_encoders`] can load their
-            weights later. Components that are passed in `from_pretrained` are used unchanged.
+        encoders (`bool`): Whether to load the weights of VAE and text encoders. If `False`, these components are built
+            on the meta device from their configurations, and [`load_encoders`] can load them later. Components that are
+            passed in `from_pretrained` are used unchanged.
         denoiser (`bool`): Whether to load the denoiser's weights. If `False`, the denoiser is on the meta device.
         denoiser_folder (`str` or `os.PathLike`, *optional*): Folder with a subfolder `unet` or `transformer`. The
             denoiser in this subfolder replaces the pipeline's own denoiser, and must have the same class.
@@ -125,7 +120,7 @@ def load_pipeline(
 def load_encoders(
     family: Family, name_or_path: str | os.PathLike, **from_pretrained: Any
 ) -> diffusers.DiffusionPipeline:
-    """Return a pipeline with VAE and text encoders, for a family whose pipeline was loaded without these components.
+    """Load the pipeline of `family` again, with VAE and text encoders, if it was loaded without these components.
 
     Args:
         family (`Family`): Family whose denoiser the returned pipeline uses. No denoiser is read from disk.
@@ -139,8 +134,8 @@ def load_encoders(
 def _read_pipeline(
     pipeline_class: Any, name_or_path: str, base: str, options: dict[str, Any]
 ) -> diffusers.DiffusionPipeline:
-    """Load a pipeline from a folder or the Hub. If `name_or_path` is a single file, its configuration comes from
-    `base`."""
+    """Load a pipeline from a folder, the Hub or a single file. For a single file, the configuration comes from the
+    pipeline `base`."""
     if not is_single_file(name_or_path):
         with _safetensors_only(name_or_path):
             return pipeline_class.from_pretrained(name_or_path, use_safetensors=True, **options)
@@ -167,18 +162,14 @@ def load_denoiser(
     Args:
         name_or_path (`str` or `os.PathLike`): The pipeline's folder or Hub id.
         dtype (`torch.dtype`): Dtype of the weights.
-        folder (`str` or `os.PathLike`, *optional*): Folder from which the weights are read, in place of the pipeline's
-            folder.
+        folder (`str` or `os.PathLike`, *optional*): Folder whose subfolder `unet` or `transformer` has the weights. By
+            default, this is the pipeline's folder.
         quantization_config (*optional*): A quantization configuration of diffusers. Weights are quantized while they
             are read.
         from_pretrained (*optional*): Options listed in `DENOISER_OPTIONS`.
 
     Returns:
         `ModelMixin`: The denoiser, in the class that the pipeline's `model_index.json` names.
-
-    Raises:
-        ValueError: If no family can train the pipeline, the denoiser has no safetensors weights, its class belongs
-            neither to diffusers nor to the family's package, or an option is not allowed.
     """
     name_or_path = os.fspath(name_or_path)
     _refuse_options(from_pretrained)
@@ -193,7 +184,7 @@ def load_denoiser(
     family = family_for_class_name(index[CLASS])
     denoiser_class = _component_class(family, index, family.denoiser_name, name_or_path, (diffusers.ModelMixin,))
     options = from_pretrained
-    if folder is not None:  # `revision` and `variant` are those of the pipeline, not of this folder
+    if folder is not None:  # `revision` and `variant` apply to the pipeline, not to this folder
         options = {key: value for key, value in options.items() if key not in ("revision", "variant")}
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
@@ -209,20 +200,20 @@ def load_denoiser(
 
 
 def _quantizing(family: type[Family], quantization: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the argument of `from_pretrained` that makes diffusers quantize the denoiser while it loads a pipeline."""
+    """Return the argument with which `from_pretrained` quantizes the denoiser while it loads a pipeline."""
     taken = options.keys() & {"quantization_config", family.denoiser_name}
     if taken:
         raise ValueError(
-            f"Only one quantization configuration can apply to the denoiser. Got one for the denoiser and the option "
-            f"`{min(taken)}` of the pipeline. Pass only one of the two."
+            "Only one quantization configuration can apply to the denoiser. Got a quantization configuration for the "
+            f"denoiser, and also the option `{min(taken)}`. Pass only one of the two."
         )
     mapping = {family.denoiser_name: quantization}
     return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}
 
 
 def _text_to_image_class(family: type[Family]) -> type[diffusers.DiffusionPipeline]:
-    """Return the class whose name is the family's `pipeline_classes[0]`: the family's `pipeline_class`, or else the
-    class of this name in diffusers."""
+    """Return the class that `pipeline_classes[0]` names: the family's `pipeline_class`, or else the class in
+    diffusers."""
     name = family.pipeline_classes[0]
     pipeline_class = family.pipeline_class or getattr(diffusers, name, None)
     if pipeline_class is None or pipeline_class.__name__ != name:
@@ -247,12 +238,8 @@ def networks_without_weights(
 
     Args:
         index (`dict`): The pipeline's `model_index.json`, as `read_index` returns it.
-        names (`Iterable[str]`): Names of components. Names that the pipeline does not have are ignored.
-        access: Options of `load_pipeline`. Only those for downloads from the Hub are used.
-
-    Raises:
-        ValueError: If the class of a network is not from diffusers, transformers or the family's package, or its
-            configuration cannot be read.
+        names (`Iterable[str]`): Names of components. Components that the pipeline does not have are ignored.
+        access: Options of `load_pipeline`. Only the download options among them are used.
     """
     options = {name: access[name] for name in ("revision", "token", *_HUB_OPTIONS) if name in access}
     networks: dict[str, nn.Module] = {}
@@ -271,7 +258,7 @@ def networks_without_weights(
             raise ValueError(f"The configuration of `{name}` in {name_or_path} could not be read: {error}") from error
         with torch.device("meta"):
             part = part_class(config) if of_transformers else part_class.from_config(config)
-        networks[name] = nn.Module.to(part, dtype).eval()  # diffusers' own `to` would warn about rounding
+        networks[name] = nn.Module.to(part, dtype).eval()  # the `to` of diffusers' models would warn about rounding
     return networks
 
 
@@ -280,8 +267,8 @@ def _component_class(
 ) -> type[Any]:
     """Return the class that a pipeline's `model_index.json` names for a component.
 
-    The class must come from the library of one of the `bases` (diffusers or transformers) or from the family's package.
-    Nothing else is imported, because the file may come from an untrusted repository.
+    Only classes in the libraries of `bases` (diffusers or transformers) and in the family's package are imported,
+    because the file may come from an untrusted repository.
     """
     library, class_name = index.get(component) or (None, None)
     libraries = {base.__module__.partition(".")[0] for base in bases}
@@ -321,21 +308,21 @@ def _safetensors_only(name_or_path: str) -> Iterator[None]:
 
 
 def _index_of(name_or_path: str, base: str, **options: Any) -> dict[str, Any]:
-    """Return the `model_index.json` of a pipeline. For a single file, it is that of the pipeline `base`, whose
-    configuration the file uses."""
+    """Return the `model_index.json` of the pipeline `base`: the pipeline `name_or_path` itself or, for a single file,
+    the pipeline whose configuration the file uses."""
     try:
         return read_index(base, **options)
     except ValueError as error:
         if not is_single_file(name_or_path):
             raise
         raise ValueError(
-            f"A model in one file needs the configuration of a diffusers pipeline. For {name_or_path}, the pipeline is "
-            f"{base}, which could not be read. Name another folder or Hub id with {CONFIG_OPTION}. {error}"
+            f"A model in one file needs the configuration of a diffusers pipeline. The configuration for "
+            f"{name_or_path} could not be read from {base}. Name another folder or Hub id with {CONFIG_OPTION}. {error}"
         ) from error
 
 
 def read_index(name_or_path: str, **options: Any) -> dict[str, Any]:
-    """Return the `model_index.json` of a pipeline. Raise `ValueError` if it does not name a pipeline class.
+    """Return the `model_index.json` of a pipeline. Raise `ValueError` if this file does not name a pipeline class.
 
     Only the options `revision`, `token` and those in `_HUB_OPTIONS` are used.
     """
@@ -362,7 +349,7 @@ def read_index(name_or_path: str, **options: Any) -> dict[str, Any]:
     class_name = index.get(CLASS)
     if not isinstance(class_name, str):
         raise ValueError(
-            f"The model_index.json of a pipeline must name a class of diffusers. The one of {name_or_path} names "
+            f"The model_index.json of a pipeline must name a pipeline class. The file of {name_or_path} names "
             f"{class_name!r}. Code from a model repository is never run. Use a pipeline of one of these classes: "
             f"{', '.join(known_pipeline_classes())}."
         )

@@ -18,8 +18,8 @@ class PixArtHooks(Family):
     """Base class of both PixArt families."""
 
     frozen_components = ("vae", "text_encoder")
-    # As in PixArt's LoRA script (diffusers has none): every linear layer of the blocks, and the embeddings of text,
-    # timestep, sizes and patches. `proj` matches the patch embedding and the feed-forward layers.
+    # As in PixArt's own LoRA script: every linear layer of the blocks, and the embeddings of text, timestep, sizes and
+    # patches. `proj` matches the patch embedding and the feed-forward layers.
     lora_target_modules = (
         *("to_k", "to_q", "to_v", "to_out.0", "proj", "proj_out", "ff.net.2", "linear", "linear_1", "linear_2"),
     )
@@ -32,14 +32,14 @@ class PixArtHooks(Family):
 
     @property
     def takes_sizes(self) -> bool:
-        """Whether the transformer is conditioned on image sizes. If the configuration does not say so, this is true for
-        models with a resolution of 1024 pixels."""
+        """Whether the transformer is conditioned on image sizes. If the configuration leaves this open, models with a
+        resolution of 1024 pixels are conditioned on sizes."""
         config = self.denoiser.config
         stated = config.use_additional_conditions
         return config.sample_size == 128 if stated is None else stated
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Return arguments that also turn off the rounding of image sizes to the pipeline's fixed list."""
+        """Return arguments that also stop the pipeline from rounding image sizes to those in a fixed list."""
         return {**super().generation_kwargs(scale), "use_resolution_binning": False}
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -56,12 +56,12 @@ class PixArtHooks(Family):
     def denoiser_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
-        """Return the denoiser's inputs. If the transformer is not conditioned on image sizes, these are `None`."""
         return {
             "hidden_states": latents,
             "encoder_hidden_states": conditioning["prompt_embeds"].to(latents.dtype),
             "encoder_attention_mask": conditioning["prompt_attention_mask"],
             "timestep": timesteps,
+            # Both values are `None` if the transformer is not conditioned on sizes.
             "added_cond_kwargs": {name: conditioning.get(name) for name in ("resolution", "aspect_ratio")},
         }
 
@@ -83,8 +83,8 @@ class PixArtAlphaFamily(PixArtHooks):
     ) -> dict[str, torch.Tensor]:
         """Return height and width of the training images, `(N, 2)`, and height divided by width, `(N, 1)`, in float32.
 
-        If the transformer is not conditioned on image sizes, the result is empty. The size is that after resizing and
-        cropping, not the original size, as in the pipeline and in PixArt's LoRA script.
+        If the transformer is not conditioned on image sizes, the result is empty. As in the pipeline and in PixArt's
+        LoRA script, sizes are those after resizing and cropping, not the original ones.
         """
         if not self.takes_sizes:
             return {}

@@ -1,6 +1,6 @@
 """Qwen-Image: a transformer over packed latents, conditioned on a vision-language model and trained by flow matching.
 
-The VAE is a video VAE, which gets an image as a video of one frame.
+The VAE is a video VAE. It encodes an image as a video of one frame.
 """
 
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ from .packing import pack_patches, unpack_patches
 
 
 class QwenImageLatentsFamily(Family):
-    """Base class of families with the VAE of Qwen-Image, or one like it, and by default latents packed two by two.
+    """Base class of families with the VAE of Qwen-Image or a similar video VAE.
 
-    The VAE encodes videos. Images are passed as one frame, and latents have no frame dimension, `(N, C, H, W)`.
+    Latents have no frame dimension, `(N, C, H, W)`. By default, a token is a square of two by two latents.
     """
 
     frozen_components = ("vae", "text_encoder")
@@ -29,7 +29,7 @@ class QwenImageLatentsFamily(Family):
     patch_size = 2
     conditional_rows = "all"
     prompt_padding: ClassVar[PromptPadding] = "end"
-    max_sequence_length = 512  # tokens per prompt, as the pipeline's call defaults to; longer prompts are truncated
+    max_sequence_length = 512  # longer prompts are truncated to this number of tokens, the pipeline's default
 
     def check_pipeline(self) -> None:
         super().check_pipeline()
@@ -55,8 +55,8 @@ class QwenImageLatentsFamily(Family):
 class QwenImageFamily(QwenImageLatentsFamily):
     """Trains `QwenImagePipeline`.
 
-    Model folders that were saved as the image-to-image or inpainting pipeline can be trained too, because their
-    transformer is the same. Qwen-Image-Layered cannot be trained: it has another pipeline.
+    Pipelines that were saved as the image-to-image or inpainting class can be trained too, because their transformer is
+    the same. Qwen-Image-Layered cannot be trained, because it has another pipeline.
     """
 
     name = "Qwen-Image"
@@ -67,7 +67,7 @@ class QwenImageFamily(QwenImageLatentsFamily):
     )
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # from diffusers' LoRA script for Qwen-Image
     learning_rate_lora = 1e-4  # from diffusers' script
-    # Options that only the editing and layered models set, or that no pipeline of diffusers supports.
+    # Options of the transformer that only editing or layered models set, or that no pipeline of diffusers supports.
     other_inputs: ClassVar[tuple[str, ...]] = (
         "guidance_embeds",
         "zero_cond_t",
@@ -81,15 +81,13 @@ class QwenImageFamily(QwenImageLatentsFamily):
 
     @property
     def idle_modules(self) -> tuple[str, ...]:
-        """Modules of the text side in the last block, because only the image side is read after it."""
+        """Names of the last block's modules for text tokens. After this block, only image tokens are used."""
         last = f"transformer_blocks.{self.denoiser.config.num_layers - 1}"
         return f"{last}.attn.to_add_out", f"{last}.txt_mlp"
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Return the guidance scale as the argument `true_cfg_scale`, with the model card's negative prompt, a space.
-
-        Without a negative prompt, the pipeline does not apply guidance.
-        """
+        """Return the guidance scale as `true_cfg_scale`, and the negative prompt of the model card, which is a space.
+        The pipeline applies guidance only if it gets a negative prompt."""
         guidance = {} if scale is None else {"true_cfg_scale": scale}
         return guidance if scale is not None and scale <= 1 else {**guidance, "negative_prompt": " "}
 
@@ -128,8 +126,8 @@ class QwenImageFamily(QwenImageLatentsFamily):
 class QwenImageEditFamily(QwenImageFamily):
     """Trains `QwenImageEditPipeline`, which edits a source image by the prompt.
 
-    The text encoder reads prompt and source together. Latents of the source join those of the edit, and errors count
-    on the edit only.
+    The text encoder reads prompt and source image together. In the transformer, tokens of the source image follow the
+    noisy latents. Only the noisy latents have a prediction and an error.
     """
 
     name = "Qwen-Image-Edit"
@@ -137,11 +135,11 @@ class QwenImageEditFamily(QwenImageFamily):
     takes_source = True
     other_inputs = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
     pipeline_module: ClassVar[ModuleType] = pipeline_qwenimage_edit
-    source_area: ClassVar[int] = 1024 * 1024  # pixels of a source, for the VAE
-    read_area: ClassVar[int] = 1024 * 1024  # pixels of a source, for the text encoder
+    source_area: ClassVar[int] = 1024 * 1024  # number of pixels of a source image for the VAE
+    read_area: ClassVar[int] = 1024 * 1024  # number of pixels of a source image for the text encoder
 
     def encode_edits(self, prompts: list[str], sources: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
-        """Encode each prompt with its sources, and the sources' latents."""
+        """Encode each prompt together with its source images, and encode the source images to latents."""
         latents = self.encode_sources(sources)
         rows, masks = [], []
         for prompt, of_pair in zip(prompts, cycle(sources), strict=False):
@@ -159,13 +157,13 @@ class QwenImageEditFamily(QwenImageFamily):
         return self.pipeline.image_processor.preprocess(source, height, width)
 
     def read_images(self, sources: list[Image.Image]) -> list[Image.Image]:
-        """Return the images that the text encoder reads, resized as the pipeline does."""
+        """Resize source images for the text encoder, as the pipeline does."""
         sizes = [self.resized(source, self.read_area) for source in sources]
         resize = self.pipeline.image_processor.resize
         return [resize(source, height, width) for source, (width, height) in zip(sources, sizes, strict=True)]
 
     def resized(self, source: Image.Image, area: int) -> tuple[int, int]:
-        """Return the width and height to which the pipeline resizes a source."""
+        """Return the width and height of a source image after the pipeline's resizing to `area` pixels."""
         width, height, *_ = self.pipeline_module.calculate_dimensions(area, source.width / source.height)
         return width, height
 

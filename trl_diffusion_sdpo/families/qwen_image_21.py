@@ -1,6 +1,6 @@
 """Qwen-Image 2.1: a transformer over one causal sequence of prompt and image tokens, trained by flow matching.
 
-The VAE has an alpha channel and compresses 16 times along each side. Each of its latents is a token.
+The VAE encodes an alpha channel and compresses 16 times along each side. Each latent is a token.
 """
 
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ from .base import PromptPadding
 from .qwen_image import QwenImageLatentsFamily
 
 keep_in_float32(QwenImage21TemporalTimesteps, "freqs")
-SLOT = 2  # one slot in the text encoder's sequence is a square of latents with this side
-SOURCE_AREA = 1024 * 1024  # number of pixels of a resized source
+SLOT = 2  # in the text encoder's sequence, one token of an image covers a square of latents with this side
+SOURCE_AREA = 1024 * 1024  # number of pixels of a resized source image
 
 
 class QwenImage21Family(QwenImageLatentsFamily):
@@ -33,17 +33,13 @@ class QwenImage21Family(QwenImageLatentsFamily):
 
     name = "Qwen-Image 2.1"
     pipeline_classes = ("QwenImage21Pipeline",)
-    lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # our choice: as Qwen-Image's
-    learning_rate_lora = 1e-4  # our choice: the same as for Qwen-Image
+    lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # our choice, as for Qwen-Image
+    learning_rate_lora = 1e-4  # our choice, as for Qwen-Image
     patch_size = 1
+    default_resolution = 1024  # default of the pipeline's call; the denoiser's configuration has no image size
     prompt_padding: ClassVar[PromptPadding] = "end, shifting the image"
     may_take_source = True
     takes_several_sources = True
-
-    @property
-    def default_resolution(self) -> int:
-        """The default image size of the pipeline's call, because the denoiser's configuration has no image size."""
-        return 1024
 
     def check_image_size(self, height: int, width: int) -> None:
         multiple = SLOT * self.vae_scale_factor
@@ -54,10 +50,8 @@ class QwenImage21Family(QwenImageLatentsFamily):
             )
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Return the guidance scale as the argument `true_cfg_scale`, with a space as the negative prompt.
-
-        Without a negative prompt, the pipeline does not apply guidance.
-        """
+        """Return the guidance scale as `true_cfg_scale`, with a space as the negative prompt. The pipeline applies
+        guidance only if it gets a negative prompt."""
         if scale is None:
             return {}
         return {"true_cfg_scale": scale, **({"negative_prompt": " "} if scale > 1 else {})}
@@ -70,7 +64,7 @@ class QwenImage21Family(QwenImageLatentsFamily):
         return {"prompt_embeds": prompt_embeds, "prompt_mask": mask.bool()}
 
     def encode_edits(self, prompts: list[str], sources: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
-        """Encode each prompt with its sources, and the sources' latents."""
+        """Encode each prompt together with its source images, and encode the source images to latents."""
         latents = self.encode_sources(sources)
         rows, masks, slots = [], [], []
         for prompt, of_pair in zip(prompts, cycle(sources), strict=False):
@@ -90,7 +84,7 @@ class QwenImage21Family(QwenImageLatentsFamily):
         return self.pipeline.image_processor.preprocess(resized, resized.height, resized.width)
 
     def resized(self, source: Image.Image) -> Image.Image:
-        """Resize a source as the pipeline does, for text encoder and VAE."""
+        """Resize a source image for the text encoder and the VAE, as the pipeline does."""
         width, height, _ = pipeline_qwenimage21.calculate_dimensions(SOURCE_AREA, source.width / source.height)
         return self.pipeline.image_processor.resize(source, height, width)
 
@@ -104,7 +98,7 @@ class QwenImage21Family(QwenImageLatentsFamily):
         height, width = latents.shape[-2:]
         mask = conditioning["prompt_mask"]
         slots = conditioning.get("image_slots", torch.zeros_like(mask))
-        images = [*self.latents_of_sources(conditioning, latents.dtype), latents]  # the edit comes last
+        images = [*self.latents_of_sources(conditioning, latents.dtype), latents]  # the edited image comes last
         return {
             "hidden_states": torch.cat([image.flatten(2).transpose(1, 2) for image in images], dim=1),  # (N, H * W, C)
             "timestep": timesteps / 1000,

@@ -15,7 +15,7 @@ from .base import Family
 ENTRY_POINT_GROUP = "trl_diffusion_sdpo.families"
 HOW_TO_ADD = "docs/extending.md"
 
-# "module:Class" of a family in this package -> names of the pipeline classes that the family can train.
+# "module:Class" of a family in this package -> names of the pipeline classes that the family trains.
 _SERVED = {
     "stable_diffusion:StableDiffusionFamily": (
         "StableDiffusionPipeline",
@@ -87,8 +87,8 @@ def register_family(pipeline_class: str, family: str, *, replace: bool = False) 
     others = {path for path, _ in _sources(pipeline_class)} - {family}
     if others and not replace:
         raise ValueError(
-            f"{pipeline_class} already has the family {', '.join(sorted(others))}, got {family}. Pass `replace=True` "
-            "to use the new family."
+            f"{pipeline_class} already has the family {', '.join(sorted(others))}. Got another family, {family}. Pass "
+            "`replace=True` to use the new family."
         )
     _registered[pipeline_class] = family
 
@@ -105,7 +105,7 @@ def family_for_class_name(name: str) -> type[Family]:
 
     Raises:
         `ValueError`: If the pipeline class has no family, or has several families of which none comes from
-            `register_family`. Also if the family cannot be imported, is not a [`Family`], or does not list the class.
+            `register_family`, or if the family cannot be imported, is not a [`Family`] or does not list the class.
     """
     sources = _sources(name)
     if not sources:
@@ -125,11 +125,8 @@ def family_for_class_name(name: str) -> type[Family]:
 
 
 def find_family(pipeline: DiffusionPipeline) -> Family:
-    """Return an instance of the family of a loaded pipeline, for training this pipeline.
-
-    Raises:
-        `ValueError`: If the pipeline's class has no family, or the family cannot train this pipeline.
-    """
+    """Return the family of a loaded pipeline, constructed with this pipeline. Raise `ValueError` if no family can train
+    the pipeline."""
     return family_for_class_name(type(pipeline).__name__)(pipeline)
 
 
@@ -138,8 +135,8 @@ def _entry_points() -> EntryPoints:
 
 
 def _sources(name: str) -> list[tuple[str, str]]:
-    """Return all families of a pipeline class as tuples of `"module:Class"` and a description of where the family comes
-    from. A family from `register_family` comes first."""
+    """Return all families of a pipeline class, as `"module:Class"` and a description of the source. A family from
+    `register_family` comes first."""
     sources = [(_registered[name], "register_family")] if name in _registered else []
     if name in FAMILIES:
         sources.append((FAMILIES[name], "built in"))

@@ -1,6 +1,6 @@
 """Sana: a linear-attention transformer over strongly compressed latents, trained by flow matching.
 
-The autoencoder is deterministic. Prompts are encoded by Gemma 2.
+Prompts are encoded by Gemma 2.
 """
 
 import inspect
@@ -15,24 +15,21 @@ from .base import Family
 class SanaFamily(Family):
     """Trains `SanaPipeline`: Sana and Sana 1.5.
 
-    Sana-Sprint raises an error, because it was distilled to few steps with another objective. The pipeline's default
+    Sana-Sprint is refused, because it was distilled to few steps with another objective. The pipeline's default
     instruction is put before each prompt. The autoencoder draws no random numbers, so latents do not depend on a seed.
 
-    Sources: https://huggingface.co/papers/2410.10629 for the model; diffusers' script for the LoRA's target
-    modules and learning rate.
+    Source: https://huggingface.co/papers/2410.10629.
     """
 
     name = "Sana"
     pipeline_classes = ("SanaPipeline",)
     frozen_components = ("vae", "text_encoder")
     lora_target_modules = ("to_k", "to_q", "to_v")  # from diffusers' LoRA script for Sana
-    # Our choice, because no rate is published: between those of Stable Diffusion (2e-6) and SDXL (2e-7).
-    learning_rate_full = 1e-6
+    learning_rate_full = 1e-6  # our choice, between the rates of Stable Diffusion (2e-6) and SDXL (2e-7)
     learning_rate_lora = 1e-4  # from diffusers' script
-    patch_size = 1  # one token per latent, because the autoencoder already compresses strongly
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Return arguments that also turn off the rounding of image sizes to the pipeline's fixed list."""
+        """Return arguments that also stop the pipeline from rounding image sizes to those in a fixed list."""
         return {**super().generation_kwargs(scale), "use_resolution_binning": False}
 
     def check_pipeline(self) -> None:
@@ -51,7 +48,7 @@ class SanaFamily(Family):
         return {"prompt_embeds": prompt_embeds, "prompt_mask": mask.bool()}  # (N, tokens, width) and (N, tokens)
 
     def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the latents of images, because this VAE is deterministic and has no posterior."""
+        """Return latents, because this autoencoder is deterministic and has no posterior."""
         return self.pipeline.vae.encode(pixel_values).latent
 
     def sample_moments(self, moments: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Load models from a single `.safetensors` file in the format of the original code, which diffusers converts."""
+"""Load models from a single `.safetensors` file in the original code's format. Diffusers converts this format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ _PICKLES = (".bin", ".pt", ".ckpt")
 
 
 def is_single_file(name_or_path: str) -> bool:
-    """Return whether the name of a model is the path of a file."""
     return os.path.isfile(name_or_path)
 
 
@@ -26,12 +25,8 @@ def configuration_of(name_or_path: str, config: str | None = None) -> str:
     """Return the folder or Hub id of the diffusers pipeline from which a model's configuration is read.
 
     If the model is a folder or a Hub id, the result is the model itself. If the model is a single file, the result is
-    `config`. If `config` is unset, the result is the model that diffusers recognises by the names and shapes of the
-    file's tensors.
-
-    Raises:
-        `ValueError`: If the file is not a safetensors file, `config` was passed for a model that is not a single file,
-            or the folder of `config` has pickled weights.
+    `config` or, if `config` is unset, the model that diffusers recognises by the names and shapes of the file's
+    tensors.
     """
     if not is_single_file(name_or_path):
         if config is not None:
@@ -63,8 +58,8 @@ def reading_single_file(name_or_path: str, config: str) -> Iterator[None]:
         yield
     except SingleFileComponentError as error:
         raise ValueError(
-            f"{name_or_path} lacks a component of the pipeline: {' '.join(str(error).split())} Use the model as a "
-            "folder saved by diffusers."
+            f"{name_or_path} lacks a component of the pipeline: {' '.join(str(error).split())} Pass the folder of a "
+            "pipeline saved by diffusers instead of a single file."
         ) from error
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(
@@ -74,10 +69,7 @@ def reading_single_file(name_or_path: str, config: str) -> Iterator[None]:
 
 
 def _inferred(file: str) -> str:
-    """Return the Hub id of the model that diffusers recognises by the names and shapes of the tensors in a file.
-
-    The values of the tensors are not read.
-    """
+    """Return the Hub id of the model that diffusers recognises by the names and shapes of a file's tensors."""
     try:
         with safe_open(file, "pt") as opened:
             shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}

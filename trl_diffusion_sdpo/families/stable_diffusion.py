@@ -23,8 +23,8 @@ class StableDiffusionFamily(Family):
     denoiser_name = "unet"
     frozen_components = ("vae", "text_encoder")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # from diffusers' DPO script
-    # Published: 2.05e-5 for AdamW at 2048 pairs per step. The square root rule gives 2e-6 for about 20
-    # pairs per step.
+    # Published: 2.05e-5 for AdamW at 2048 pairs per step. We assume about 20 pairs per step, and scale the rate with
+    # the square root of the number of pairs.
     learning_rate_full = 2e-6
     learning_rate_lora = 1e-4  # diffusers' DPO script uses 1e-5, over 10000 steps
     defaults = STABLE_DIFFUSION_DEFAULTS

@@ -16,8 +16,8 @@ class StableDiffusion3Family(Family):
     """Trains `StableDiffusion3Pipeline`.
 
     Pipelines that were saved as the image-to-image or inpainting class can be trained too, if their transformer is that
-    of a text-to-image model. The pipeline may be loaded without T5 (`text_encoder_3=None, tokenizer_3=None`). Without
-    T5, the pipeline uses zeros in place of T5's embeddings.
+    of a text-to-image model. The pipeline may be loaded without T5 (`text_encoder_3=None, tokenizer_3=None`). It then
+    uses zeros in place of T5's embeddings.
 
     Source of the architecture and the noise process: https://huggingface.co/papers/2403.03206.
     """
@@ -29,11 +29,10 @@ class StableDiffusion3Family(Family):
         "StableDiffusion3InpaintPipeline",
     )
     frozen_components: tuple[str, ...] = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-    # As in diffusers' train_dreambooth_lora_sd3.py: the joint attention of every block, for image and text. The second
-    # attention (`attn2`) in some blocks of 3.5 Medium is left out.
+    # The joint attention of every block, as in diffusers' train_dreambooth_lora_sd3.py. Some blocks of 3.5 Medium have
+    # a second attention (`attn2`), which is not trained.
     lora_target_modules = JOINT_ATTENTION_TARGETS
-    # Our choice, because no rate is published for full training: between those of Stable Diffusion and SDXL.
-    learning_rate_full = 1e-6
+    learning_rate_full = 1e-6  # our choice, between the rates of Stable Diffusion (2e-6) and SDXL (2e-7)
     learning_rate_lora = 1e-4  # from diffusers' script
     weighting_scheme = "logit_normal"  # from the paper and diffusers' script
     patch_size = 2

@@ -17,8 +17,8 @@ N_TIME_IDS = 6  # original height and width, crop top and left, target height an
 
 
 class StableDiffusionXLFamily(Family):
-    """Trains `StableDiffusionXLPipeline` with a base UNet. Refiner UNets raise an error, because they need an
-    aesthetic score as an input.
+    """Trains `StableDiffusionXLPipeline` with a base UNet. Refiner UNets are refused, because they need an aesthetic
+    score as an input.
 
     An empty prompt is encoded like any other prompt, as in diffusers' training scripts. The pipeline's option
     `force_zeros_for_empty_prompt` only affects negative prompts under classifier-free guidance.
@@ -31,8 +31,8 @@ class StableDiffusionXLFamily(Family):
     denoiser_name = "unet"
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # from diffusers' DPO script
-    # Published: 2.05e-6 for Adafactor at 2048 pairs per step. The square root rule gives 2e-7 for about 20
-    # pairs per step.
+    # Published: 2.05e-6 for Adafactor at 2048 pairs per step. We assume about 20 pairs per step, and scale the rate
+    # with the square root of the number of pairs.
     learning_rate_full = 2e-7
     learning_rate_lora = 1e-4  # diffusers' DPO script uses 1e-5
     defaults = STABLE_DIFFUSION_XL_DEFAULTS
@@ -66,8 +66,8 @@ class StableDiffusionXLFamily(Family):
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return latents times the scaling factor. If the VAE's configuration has `latents_mean`, also normalise each
-        channel."""
+        """Multiply latents by the scaling factor. If the VAE's configuration has `latents_mean` and `latents_std`, also
+        normalise each channel."""
         config = self.pipeline.vae.config
         if config.latents_mean is None or config.latents_std is None:
             return latents * config.scaling_factor

@@ -6,12 +6,8 @@ from diffusers import DiffusionPipeline
 
 
 def check_text_to_image_unet(pipeline: DiffusionPipeline) -> None:
-    """Raise `ValueError` if a pipeline's UNet takes further inputs than noisy latents, a timestep and a prompt.
-
-    Raises:
-        ValueError: If the UNet has more input channels than latents have (inpainting, depth, editing), or takes a
-            guidance scale as an input (distilled).
-    """
+    """Raise `ValueError` if a pipeline's UNet needs other inputs than noisy latents, timesteps and prompts. UNets for
+    inpainting, depth or editing need more input channels, and distilled UNets a guidance scale."""
     unet: Any = pipeline.unet.config
     channels = pipeline.vae.config.latent_channels
     if unet.in_channels != channels:

@@ -1,5 +1,4 @@
-"""Wan 2.1 and 2.2, text to video: a transformer over latents of clips, with a UMT5 text encoder, trained by flow
-matching.
+"""Wan 2.1 and 2.2, text to video: a transformer with a UMT5 text encoder, trained by flow matching.
 
 Latents of clips have the shape `(N, C, frames, H, W)`. A still image is a clip of one frame.
 """
@@ -11,39 +10,34 @@ import torch
 
 from .base import Family, channel_statistics, check_in_channels
 
-MAX_SEQUENCE_LENGTH = 512  # every prompt is padded to this many tokens, as the pipeline's call does by default
+MAX_SEQUENCE_LENGTH = 512  # every prompt is padded to this number of tokens, the pipeline's default
 
 
 class WanFamily(Family):
     """Trains `WanPipeline` with one text-to-video transformer: Wan 2.1 (1.3B and 14B) and Wan 2.2 TI2V-5B.
 
-    Wan 2.2 A14B has two transformers, one for each of two timestep ranges. A pipeline with both
-    transformers raises an error. Train each transformer separately: load a pipeline with only this transformer, and set
-    `timestep_range` to its range. Image-to-video transformers raise an error too.
+    Wan 2.2 A14B has two transformers, one for each of two timestep ranges. A pipeline with both transformers is
+    refused. Train each transformer separately: load a pipeline with only this transformer, and set `timestep_range` to
+    its range. Image-to-video transformers are refused too.
     """
 
     name = "Wan"
     pipeline_classes = ("WanPipeline",)
     frozen_components = ("vae", "text_encoder")
-    # Self-attention and cross-attention, as in finetrainers' examples for Wan. Diffusers has no LoRA script
-    # for Wan.
+    # Self-attention and cross-attention, as in finetrainers' examples for Wan. Diffusers has no LoRA script for Wan.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     # Our choice: half of Stable Diffusion's rate, because larger models need smaller steps.
     learning_rate_full = 1e-6
-    learning_rate_lora = 1e-4  # our choice: the same as in diffusers' scripts for other transformers
+    learning_rate_lora = 1e-4  # our choice, as in diffusers' scripts for other transformers
     patch_size = 2
+    # Default (height, width) of the pipeline's call. Every checkpoint supports this size.
+    default_resolution = (480, 832)
     conditional_rows = "all"
     generated_image = "frames[0][0]"
 
     @property
     def vae_scale_factor(self) -> int:
         return self.pipeline.vae_scale_factor_spatial
-
-    @property
-    def default_resolution(self) -> tuple[int, int]:
-        """The default size of the pipeline's call (height, width), which every checkpoint supports. Larger checkpoints
-        also support a height of 720."""
-        return 480, 832
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """Return arguments for generating a video of one frame, which is an image."""
@@ -56,7 +50,7 @@ class WanFamily(Family):
                 f"ranges (`boundary_ratio` is {self.pipeline.config.boundary_ratio}). Train the two transformers one "
                 "after the other. Load the pipeline with `transformer_2=None, boundary_ratio=None`, and set "
                 "`timestep_range` to the range of the transformer. The first transformer has the timesteps above `1000 "
-                "* boundary_ratio`. To train the second one, pass it as `transformer`."
+                "* boundary_ratio`. To train the second transformer, pass it as `transformer`."
             )
         super().check_pipeline()
         check_in_channels(self, self.pipeline.vae.config.z_dim)
@@ -76,11 +70,8 @@ class WanFamily(Family):
     def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the output of the VAE's encoder for images `(N, 3, H, W)` or clips `(N, 3, frames, H, W)`.
 
-        With the VAE of Wan 2.1, the result has shape `(N, 2C, 1 + (frames - 1) / 4, H / 8, W / 8)`.
-
-        Raises:
-            ValueError: If the number of frames does not fit the VAE. The VAE itself would silently ignore the last
-                frames.
+        With the VAE of Wan 2.1, the result has shape `(N, 2C, 1 + (frames - 1) / 4, H / 8, W / 8)`. Raise
+        `ValueError` if the number of frames does not fit the VAE, which would silently ignore the last frames.
         """
         clips = pixel_values.unsqueeze(2) if pixel_values.ndim == 4 else pixel_values
         frames, factor = clips.shape[2], self.pipeline.vae_scale_factor_temporal
@@ -98,10 +89,7 @@ class WanFamily(Family):
     def denoiser_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
-        """Return the denoiser's inputs, with one timestep per row.
-
-        A pipeline with `expand_timesteps` repeats the timestep for every token, because it can also generate clips that
-        begin with a given image. If all timesteps of a row are equal, one timestep per row gives the same result.
-        """
+        """Return the denoiser's inputs, with one timestep per row. A pipeline with `expand_timesteps` repeats the
+        timestep for every token, which gives the same result."""
         text = conditioning["prompt_embeds"].to(latents.dtype)
         return {"hidden_states": latents, "timestep": timesteps, "encoder_hidden_states": text}

@@ -1,7 +1,6 @@
 """Z-Image: a transformer over one sequence of image and prompt tokens, trained by flow matching.
 
-Prompts are encoded by Qwen 3, and the transformer gets prompts without padding. The transformer's time runs from 0
-(noise) to 1 (image).
+Prompts are encoded by Qwen 3, and the transformer gets prompts without padding.
 """
 
 from collections.abc import Mapping
@@ -16,36 +15,29 @@ PROMPT_TOKENS = 512  # the pipeline's `max_sequence_length`
 
 
 class ZImageFamily(Family):
-    """Trains `ZImagePipeline` with the models Z-Image or Z-Image-Turbo. Transformers of Z-Image-Omni raise an error.
+    """Trains `ZImagePipeline` with the models Z-Image or Z-Image-Turbo. Transformers of Z-Image-Omni are refused.
 
     Turbo is distilled from Z-Image to generate in about eight steps without guidance, but its configuration does not
-    say so. Long training of Turbo gradually undoes the distillation, because training uses the original objective; tune
-    Z-Image instead.
+    say so. Long training of Turbo gradually undoes the distillation, so better train Z-Image.
 
-    The transformer's time runs from noise to image, and the transformer predicts image minus noise. This class reverses
-    the time and the sign of the prediction, so that the usual noise process applies. In this pipeline,
-    `guidance_scale=0` turns guidance off, not 1, because the scaled difference is added to the prediction with the
-    prompt.
+    The transformer's time runs from 0 (noise) to 1 (image), and the transformer predicts image minus noise. This class
+    reverses the time and the sign of the prediction, so that the usual noise process applies. In this pipeline,
+    guidance is off at `guidance_scale=0` instead of 1, because the pipeline adds the scaled guidance to the prediction
+    for the prompt.
 
-    Sources: https://huggingface.co/papers/2511.22699 for the model; diffusers' script for the LoRA's target
-    modules and learning rate.
+    Source: https://huggingface.co/papers/2511.22699.
     """
 
     name = "Z-Image"
     pipeline_classes = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
     frozen_components = ("vae", "text_encoder")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # from diffusers' LoRA script for Z-Image
-    # Our choice, because no rate is published: between those of Stable Diffusion (2e-6) and SDXL (2e-7).
-    learning_rate_full = 1e-6
+    learning_rate_full = 1e-6  # our choice, between the rates of Stable Diffusion (2e-6) and SDXL (2e-7)
     learning_rate_lora = 1e-4  # from diffusers' script
     patch_size = 2
+    default_resolution = 1024  # default of the pipeline's call; the denoiser's configuration has no image size
     conditional_rows = "first"
     host_conditioning = ("prompt_lengths",)
-
-    @property
-    def default_resolution(self) -> int:
-        """The default image size of the pipeline's call, because the denoiser's configuration has no image size."""
-        return 1024
 
     def check_pipeline(self) -> None:
         super().check_pipeline()
@@ -57,13 +49,13 @@ class ZImageFamily(Family):
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        # The pipeline writes its chat template into the list of prompts, so pass a copy of the list.
+        # The pipeline changes the prompts in the list, so pass a copy of the list.
         rows, _ = self.call_encode_prompt(
             list(prompts), do_classifier_free_guidance=False, max_sequence_length=PROMPT_TOKENS
         )
-        # Pad embeddings to the maximum length, so that embeddings of several batches can be joined.
+        # Pad embeddings to a fixed length, so that embeddings of several batches can be put into one batch.
         prompt_embeds = torch.stack([pad(row, (0, 0, 0, PROMPT_TOKENS - len(row))) for row in rows])
-        # Lengths stay on the CPU, because every prediction reads them there to remove the padding.
+        # Lengths stay on the CPU, where every prediction reads them to remove the padding.
         lengths = torch.tensor([len(row) for row in rows])
         return {"prompt_embeds": prompt_embeds, "prompt_lengths": lengths}  # (N, PROMPT_TOKENS, width) and (N,)
 
@@ -73,13 +65,13 @@ class ZImageFamily(Family):
         lengths = conditioning["prompt_lengths"].tolist()
         prompts = conditioning["prompt_embeds"].to(latents.dtype)
         return {
-            "x": list(latents.unsqueeze(2).unbind()),  # N of (C, 1, H, W): images are videos of one frame
+            "x": list(latents.unsqueeze(2).unbind()),  # N tensors (C, 1, H, W): images are videos of one frame
             "t": (1000 - timesteps) / 1000,  # 0 is noise, 1 the image
             "cap_feats": [row[:length] for row, length in zip(prompts, lengths, strict=True)],
         }
 
     def prediction_of(self, output: Any, latents: torch.Tensor) -> torch.Tensor:
-        return -torch.stack(output).squeeze(2)  # N of (C, 1, H, W) -> (N, C, H, W)
+        return -torch.stack(output).squeeze(2)  # N tensors (C, 1, H, W) -> (N, C, H, W)
 
     def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         return 1000 - 1000 * inputs["t"]

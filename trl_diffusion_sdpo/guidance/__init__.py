@@ -1,4 +1,4 @@
-"""Generate images guided by the difference between the tuned model and a reference."""
+"""Generate images with predictions that go beyond the tuned model, away from a reference."""
 
 from .preference_guidance import preference_guidance
 

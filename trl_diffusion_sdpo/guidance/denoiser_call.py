@@ -1,14 +1,15 @@
-"""A pipeline's call of its denoiser: read the inputs by name, select rows of them, and read or replace the output."""
+"""A pipeline's call of its denoiser: read its inputs by name, select rows of the inputs, and replace the prediction."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-LORA_SCALE = "scale"  # key in a pipeline's `cross_attention_kwargs`, `joint_attention_kwargs` or `attention_kwargs`
+LORA_SCALE = "scale"  # key of the LoRA scale in a pipeline's `cross_attention_kwargs` or similar arguments
 
 
 class DenoiserCall:
@@ -18,15 +19,19 @@ class DenoiserCall:
         signature (`inspect.Signature`): Signature of the denoiser's `forward`. The first arguments of `forward` must be
             `self` and the latents.
         args, kwargs: Arguments that the pipeline passed.
-        shared (`tuple[str, ...]`): Names of inputs that have no batch dimension.
+        batch_dimensions (`dict[str, int | None]`): See [`~trl_diffusion_sdpo.families.Family`].
     """
 
     def __init__(
-        self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], shared: tuple[str, ...]
+        self,
+        signature: inspect.Signature,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        batch_dimensions: Mapping[str, int | None],
     ):
         self.args = args
         self.kwargs = kwargs
-        self._shared = shared
+        self._batch_dimensions = batch_dimensions
         bound = list(signature.bind(None, *args, **kwargs).arguments.items())
         self.inputs: dict[str, Any] = dict(bound[1:])
         self.latents: Any = bound[1][1]  # a tensor, or a list with one tensor for each row of the batch
@@ -44,11 +49,18 @@ class DenoiserCall:
         return torch.equal(self.latents[:half], self.latents[half:])
 
     def take(self, *slices: slice) -> dict[str, Any]:
-        """Return the inputs for the rows of the batch in `slices`, concatenated in this order."""
-        return {
-            name: value if name in self._shared else self._select(value, slices, is_input=True)
-            for name, value in self.inputs.items()
-        }
+        """Return the inputs of the batch rows in `slices`, concatenated in the order of `slices`."""
+        selected = {}
+        for name, value in self.inputs.items():
+            dimension = self._batch_dimensions.get(name, 0)
+            if dimension is None:
+                selected[name] = value
+            elif dimension == 0:
+                selected[name] = self._select(value, slices, is_input=True)
+            else:
+                parts = [value.narrow(dimension, rows.start, rows.stop - rows.start) for rows in slices]
+                selected[name] = torch.cat(parts, dim=dimension)
+        return selected
 
     def _select(self, value: Any, slices: tuple[slice, ...], *, is_input: bool = False) -> Any:
         if isinstance(value, torch.Tensor):
@@ -64,8 +76,8 @@ class DenoiserCall:
 
 
 def without_lora_scale(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return the inputs without the LoRA scale that a pipeline may pass in its attention arguments, so that this scale
-    does not act on the reference."""
+    """Return the inputs without the LoRA scale that a pipeline may pass in its attention arguments. The scale of the
+    policy's LoRA must not act on the reference."""
     return {
         name: {key: entry for key, entry in value.items() if key != LORA_SCALE}
         if name.endswith("attention_kwargs") and isinstance(value, dict)
@@ -75,14 +87,13 @@ def without_lora_scale(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def prediction_in(output: Any) -> torch.Tensor:
-    """Return the prediction `(N, ...)` from a denoiser's output. If the output has a list with one tensor per row, the
-    tensors are stacked."""
+    """Return the prediction `(N, ...)` from a denoiser's output. A list with one tensor per row is stacked."""
     prediction = output[0]
     return torch.stack(prediction) if isinstance(prediction, list) else prediction
 
 
 def with_prediction(output: Any, prediction: torch.Tensor) -> Any:
-    """Return a copy of a denoiser's output with another prediction in it."""
+    """Return a copy of a denoiser's output in which `prediction` replaces the denoiser's own prediction."""
     new = list(prediction.unbind()) if isinstance(output[0], list) else prediction
     if isinstance(output, tuple):
         return (new, *output[1:])

@@ -1,4 +1,4 @@
-"""Functions that make a pipeline's denoiser return a combination of the predictions of policy and reference."""
+"""Make a pipeline's denoiser return a combination of the predictions of policy and reference."""
 
 from __future__ import annotations
 
@@ -24,11 +24,9 @@ _ATTRIBUTE = "_preference_guidance"
 
 @dataclass(frozen=True)
 class Branches:
-    """Record of which rows of a denoiser call are conditional and which are unconditional.
-
-    Conditional rows are predicted for the prompts. Unconditional rows are predicted for the negative prompts of
-    classifier-free guidance. A call for another purpose has neither kind of rows.
-    """
+    """The rows of a denoiser call that are predicted for the prompts (conditional), and those that are predicted for
+    the negative prompts of classifier-free guidance (unconditional). A call for another purpose has no rows of either
+    kind."""
 
     conditional: slice | None
     unconditional: slice | None
@@ -63,9 +61,9 @@ class Guide:
         self.calls += 1
         if self._is_plain:
             return denoiser(*args, **kwargs)
-        # At the first step, Qwen-Image 2.1 caches the prompt's keys. Policy and reference must not share the cache.
+        # Qwen-Image 2.1 caches the prompt's keys and values. Policy and reference must not share this cache.
         kwargs = {name: value for name, value in kwargs.items() if name not in ("kv_cache", "kv_cache_mode")}
-        call = DenoiserCall(self._signature, args, kwargs, self._family.shared_inputs)
+        call = DenoiserCall(self._signature, args, kwargs, self._family.batch_dimensions)
         if not self._is_within(call):
             self._shift = None
             return denoiser(*args, **kwargs)
@@ -73,7 +71,6 @@ class Guide:
         return self._mix(denoiser, call, self._branches(call))
 
     def _is_within(self, call: DenoiserCall) -> bool:
-        """Return whether the noise level of the call is in the interval in which to guide."""
         if self._interval is None:
             return True
         low, high = self._interval
@@ -84,7 +81,7 @@ class Guide:
             return Branches(None, None)
         if self._family.conditional_rows == "all":
             return self._branches_of_calls(call)
-        # If a pipeline has no `do_classifier_free_guidance`, a doubled batch shows that it uses this guidance.
+        # A doubled batch means classifier-free guidance, unless the pipeline's `do_classifier_free_guidance` is false.
         pipeline: Any = self._family.pipeline
         if not (getattr(pipeline, "do_classifier_free_guidance", True) and call.is_doubled):
             return Branches(call.everything, None)
@@ -93,10 +90,7 @@ class Guide:
 
     def _branches_of_calls(self, call: DenoiserCall) -> Branches:
         """Return the branches for pipelines that call the denoiser twice per step: first for the prompts, then for the
-        negative prompts.
-
-        A call with the same latents as the call before it is the second one, and so unconditional.
-        """
+        negative prompts. If a call has the same latents as the previous call, this call is the second of its step."""
         schedule = self._family.pipeline.scheduler.timesteps  # a new tensor each time the pipeline is called
         follows = call.latents is self._latents and schedule is self._schedule
         self._latents, self._schedule = call.latents, schedule
@@ -124,7 +118,7 @@ class Guide:
         return with_prediction(output, shifted(policy, torch.cat([self._shift, self._shift])))
 
     def shift_unconditional(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook for a second network that predicts the unconditional branch: add the shift of the last
+        """Forward hook for a separate network that makes the unconditional predictions: add the shift of the last
         conditional prediction to its output."""
         if self._shift is None:  # outside the interval
             return output
@@ -146,9 +140,9 @@ class Guide:
 
 
 def _fitted(shift: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
-    """Return a shift in the shape of a prediction. The shapes differ if a denoiser returns the prompt's tokens before
-    those of the image, and prompt and negative prompt have different lengths. The shift of prompt tokens is then cut
-    off or filled with zeros."""
+    """Return a shift in the shape of a prediction. The shapes differ if a denoiser's output contains prompt tokens
+    before the image tokens, and prompt and negative prompt have different lengths. The shift of prompt tokens is then
+    cut off or filled with zeros."""
     if shift.shape == prediction.shape:
         return shift
     tokens = min(shift.shape[1], prediction.shape[1])
@@ -158,7 +152,6 @@ def _fitted(shift: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
 
 
 def is_guided(denoiser: nn.Module) -> bool:
-    """Return whether a denoiser is currently guided."""
     return _ATTRIBUTE in vars(denoiser)
 
 
@@ -174,7 +167,7 @@ def guide(denoiser: nn.Module, guide: Guide) -> None:
 
 
 def leave(denoiser: nn.Module) -> None:
-    """End the guidance of a denoiser, by undoing what [`guide`] did."""
+    """Undo what [`guide`] did to a denoiser."""
     _set_class(denoiser, type(denoiser).__base__)
     del vars(denoiser)[_ATTRIBUTE]
 
@@ -183,7 +176,7 @@ def _set_class(denoiser: nn.Module, new: Any) -> None:
     object.__setattr__(denoiser, "__class__", new)  # `setattr` on a compiled module would change the inner module
 
 
-@functools.cache  # always the same class, so that torch.compile recompiles a denoiser only once
+@functools.cache  # one class per denoiser class, so that torch.compile recompiles a denoiser only once
 def _guided_class(original: Any) -> Any:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         guide: Guide = vars(self)[_ATTRIBUTE]

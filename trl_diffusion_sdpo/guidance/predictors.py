@@ -1,4 +1,4 @@
-"""Objects that compute the predictions of policy and reference, in two forward passes or in one batch.
+"""Compute the predictions of policy and reference, in two forward passes or in one batch.
 
 The reference is the pipeline's denoiser with its LoRA switched off, the same denoiser with another LoRA, or another
 denoiser.
@@ -27,32 +27,31 @@ Predictions = tuple[torch.Tensor | None, torch.Tensor | None, Any]
 
 
 class Predictor(ABC):
-    """Computes the policy's prediction for some rows of a denoiser call, and the reference's prediction for some
-    rows."""
+    """Computes the predictions of policy and reference for rows of a denoiser call."""
 
     @abstractmethod
     def predict(
         self, denoiser: Callable[..., Any], call: DenoiserCall, policy: slice | None, reference: slice | None
     ) -> Predictions:
-        """Return the policy's prediction, the reference's prediction, and one complete output of a denoiser (into which
-        the caller puts the combined prediction).
+        """Return the policy's prediction, the reference's prediction, and one complete output of a denoiser. In this
+        output, the caller replaces the prediction by the combined prediction.
 
         Args:
             denoiser (`Callable`): The unguided denoiser.
             call (`DenoiserCall`): Arguments with which the pipeline called the denoiser.
-            policy, reference (`slice`, *optional*): Rows of the batch that policy and reference predict. With `None`,
-                nothing is predicted, and `None` is returned instead of the prediction.
+            policy, reference (`slice`, *optional*): Rows of the batch that policy and reference predict. If a slice is
+                `None`, this model does not predict, and `None` is returned as its prediction.
         """
 
     def close(self) -> None:
-        """Remove all hooks that the object has put on the denoiser."""
+        """Remove all hooks that this object has added to the denoiser."""
         return None
 
 
 class TwoPasses(Predictor):
-    """Predicts with the reference and the policy one after the other.
+    """Predicts with the reference, and then with the policy.
 
-    If the policy predicts all rows, it is called with exactly the pipeline's arguments.
+    If the policy predicts all rows, it gets the pipeline's arguments unchanged.
     """
 
     def predict(
@@ -62,7 +61,7 @@ class TwoPasses(Predictor):
         if reference is not None:
             inputs = call.inputs if reference == call.everything else call.take(reference)
             output = self.refer(denoiser, without_lora_scale(inputs))
-            # Clone, because with CUDA graphs the next pass writes to the same memory.
+            # Clone, because with CUDA graphs the next forward pass overwrites this memory.
             referred = prediction_in(output).clone()
         if policy is not None:
             full = policy == call.everything
@@ -98,8 +97,7 @@ class DenoiserReference(TwoPasses):
 
 
 class OnePass(Predictor):
-    """Predicts with policy and reference in one batch. PEFT's mixed-batch inference uses a different adapter for each
-    row."""
+    """Predicts with policy and reference in one batch. PEFT can apply a different adapter to each row."""
 
     def __init__(self, layers: list[Any], policy: str, reference: str | None):
         self._policy = policy
@@ -142,8 +140,8 @@ def predictor_of(denoiser: nn.Module, reference: nn.Module | str | None, *, batc
     """Return the predictor for a denoiser and the argument `reference` of [`preference_guidance`].
 
     Raises:
-        `ValueError`: If the reference cannot be used with this denoiser, or if `batched` is set and policy and
-            reference cannot predict in one batch.
+        `ValueError`: If the reference does not fit this denoiser, or policy and reference cannot predict in one batch
+            although `batched` is set.
     """
     if isinstance(reference, nn.Module):
         _check_denoiser(denoiser, reference)
@@ -156,7 +154,7 @@ def predictor_of(denoiser: nn.Module, reference: nn.Module | str | None, *, batc
     if reference is not None and not isinstance(reference, str):
         raise ValueError(
             "`reference` must be None (the LoRA switched off), the name of an adapter, or a denoiser. Got a "
-            f"{type(reference).__name__}. If it is a pipeline, pass its `unet` or `transformer`."
+            f"{type(reference).__name__}. To use a pipeline's denoiser, pass the pipeline's `unet` or `transformer`."
         )
     layers: list[Any] = adapter_layers(denoiser)
     acting = _acting(layers)
@@ -168,7 +166,7 @@ def predictor_of(denoiser: nn.Module, reference: nn.Module | str | None, *, batc
 
 
 def _plain(denoiser: nn.Module) -> nn.Module:
-    """Return the denoiser inside the wrappers of torch.compile and PEFT."""
+    """Return a denoiser without the wrappers of torch.compile and PEFT."""
     return unwrap_peft_model(unwrap_module(denoiser))
 
 
@@ -187,10 +185,9 @@ def _check_adapters(denoiser: nn.Module, layers: list[Any], acting: list[str], n
     if name is None and not acting:
         raise ValueError(
             "Without `reference`, the reference is the denoiser with its LoRA switched off, so a LoRA must be active. "
-            f"No LoRA is active (loaded: {', '.join(loaded) or 'none'}). Load or "
-            "activate one with `load_lora_weights`, `set_adapters` or `enable_lora`. "
-            "If the LoRA is merged or all weights were tuned, pass the base "
-            "model's denoiser as `reference`."
+            f"No LoRA is active (loaded: {', '.join(loaded) or 'none'}). Load or activate a LoRA with "
+            "`load_lora_weights`, `set_adapters` or `enable_lora`. If the LoRA is merged or all weights were tuned, "
+            "pass the base model's denoiser as `reference`."
         )
     if any(layer.merged for layer in layers):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Preference guidance: a pipeline generates with predictions that go beyond the tuned model, away from a reference."""
+"""Preference guidance: extrapolate from a reference's predictions to and beyond those of the tuned model."""
 
 from __future__ import annotations
 
@@ -47,34 +47,33 @@ def preference_guidance(
             pipeline's class must be one that this package supports (one with a [`Family`]). Modular pipelines of the
             same models work too.
         scale (`float`, *optional*, defaults to 3): Strength of the guidance, at least 0. At 1, images are those of the
-            tuned model, and the reference need not predict. At 0, images are those of the reference if classifier-free
+            tuned model, and the reference is not called. At 0, images are those of the reference if classifier-free
             guidance is off or the form is `"both"`. The form `"npo"` takes no scale.
         reference (`nn.Module` or `str`, *optional*): The reference: a denoiser of the same architecture, dtype and
             device, or the name of an adapter on the pipeline's denoiser, for example of a LoRA that was trained with
             `swap_labels=True`. By default, the reference is the pipeline's denoiser with its LoRA switched off.
         form (`str`, *optional*, defaults to `"conditional"`): How predictions are combined under classifier-free
-            guidance. Let g be the strength of classifier-free guidance; `scale` is the argument above. The policy
-            predicts c for the prompt and u for the negative prompt; the reference predicts c_r and u_r.
+            guidance. In the formulas below, g is the strength of classifier-free guidance. The policy predicts c for
+            the prompt and u for the negative prompt. The reference predicts c_r and u_r.
 
-            - `"conditional"`: `u + g (c - u) + (scale - 1) (c - c_r)`. The form `"conditional"` needs three predictions
-              per step, whatever g is.
-            - `"both"`: `u_s + g (c_s - u_s)`. Both c and u are extrapolated: `c_s = c_r + scale (c - c_r)`, and u_s in
-              the same way. The form `"both"` needs four predictions per step.
+            - `"conditional"`: `u + g (c - u) + (scale - 1) (c - c_r)`, with three predictions per step.
+            - `"both"`: `u_s + g (c_s - u_s)`, with four predictions per step. Both c and u are extrapolated:
+              `c_s = c_r + scale (c - c_r)` and `u_s = u_r + scale (u - u_r)`.
             - `"npo"`: `u_r + g (c - u_r)`, from Diffusion-NPO. The form `"npo"` needs two predictions per step, as many
-              as the pipeline without this guidance.
+              as the pipeline without preference guidance.
 
             Without classifier-free guidance, `"conditional"` and `"both"` are equal, and `"npo"` has no effect.
         interval (`tuple[float, float]`, *optional*): Lowest and highest noise level at which to guide, from 0 (clean
-            image) to 1 (pure noise). For flow matching, the noise level is sigma. For DDPM, it is the flow-matching
-            sigma with the same signal-to-noise ratio. By default, every step is guided.
-        batched (`bool`, *optional*, defaults to `False`): Whether policy and reference predict in one batch, which
-            needs more memory, instead of one after the other. With `batched=True`, the policy must be a single LoRA,
-            and the reference another LoRA on the same denoiser, or the denoiser with its LoRA switched off.
+            image) to 1 (pure noise). For flow matching, the noise level is sigma. For DDPM, the noise level is the
+            flow-matching sigma with the same signal-to-noise ratio. By default, every step is guided.
+        batched (`bool`, *optional*, defaults to `False`): Whether policy and reference predict in one batch instead of
+            one after the other. One batch needs more memory. With `batched=True`, the policy must be a single LoRA, and
+            the reference another LoRA on the same denoiser, or the denoiser with its LoRA switched off.
         allow_distilled (`bool`, *optional*, defaults to `False`): Whether to allow scales above 1 and the form `"npo"`
-            for a model that is distilled to few steps. We have not measured how guidance works with distilled models.
+            for a model that is distilled to few steps. We have not measured preference guidance of distilled models.
 
     Returns:
-        A context manager that yields the pipeline. When the context ends, the pipeline works as before.
+        A context manager that yields the pipeline. After the context, the pipeline is no longer guided.
 
     Raises:
         `ValueError`: If an argument is invalid, the reference cannot be used with the pipeline, or the pipeline is
@@ -97,7 +96,7 @@ def preference_guidance(
 
     Source of the form `"npo"`: https://huggingface.co/papers/2505.11245.
     """
-    # Check the arguments, and whether the model can be guided.
+    # Check the arguments and the model.
     scale = _checked_scale(scale, form)
     if interval is not None:
         are_two = isinstance(interval, (tuple, list)) and len(interval) == 2
@@ -113,15 +112,15 @@ def preference_guidance(
     unconditional = None if family.unconditional_name is None else getattr(pipeline, family.unconditional_name, None)
     if unconditional is not None and form == "npo":
         raise ValueError(
-            f"The form 'npo' needs a denoiser that also makes the unconditional predictions. {family.name} has another "
-            f"network for these, `{family.unconditional_name}`, which is not tuned. Use the form 'conditional' or "
-            "'both'."
+            "The form 'npo' needs a denoiser that also makes the unconditional predictions. For these predictions, "
+            f"{family.name} has another network, `{family.unconditional_name}`, which is not tuned. Use the form "
+            "'conditional' or 'both'."
         )
     _check_denoiser(denoiser)
     if not allow_distilled and (scale > 1 or form == "npo") and is_distilled(family):
         scheduler = type(family.pipeline.scheduler).__name__
         raise ValueError(
-            "Scales above 1 and the form 'npo' are for models that generate in many steps, because later steps must "
+            "Scales above 1 and the form 'npo' are for models that generate in many steps, so that later steps can "
             f"correct a step that went too far. This {family.name} model generates in few steps "
             f"({scheduler if scheduler in FEW_STEP_SCHEDULERS else 'it is distilled'}). Use a scale of at most 1, or "
             "pass `allow_distilled=True` and compare images."
@@ -160,9 +159,7 @@ def _family_of(pipeline: Any) -> Family:
     if not isinstance(pipeline, ModularPipeline):
         return family_for_class_name(name).for_generation(pipeline)
     family = family_for_class_name(name.replace("ModularPipeline", "Pipeline")).for_generation(pipeline)
-    family.conditional_rows = (
-        "all"  # diffusers' guiders make two calls, first for the prompts, then for the negative prompts
-    )
+    family.conditional_rows = "all"  # diffusers' guiders call the denoiser once for each branch, prompts first
     return family
 
 
@@ -196,17 +193,17 @@ def _checked_scale(scale: float | None, form: Form) -> float:
 def _check_denoiser(denoiser: nn.Module) -> None:
     if is_guided(denoiser):
         raise ValueError(
-            "A denoiser can be guided by only one `preference_guidance` at a time. This denoiser is already guided, "
-            "by an outer context or through another pipeline that has the same denoiser. Use one context at a time."
+            "Only one `preference_guidance` can guide a denoiser at a time. This denoiser is already guided, by an "
+            "outer context or through another pipeline that has the same denoiser. End that context first."
         )
     plain: Any = unwrap_module(denoiser)
     if isinstance(plain, CacheMixin) and plain.is_cache_enabled:
         raise ValueError(
-            "The denoiser must not cache results between steps, because it would reuse the policy's results for the "
-            "reference. This denoiser has a cache (`enable_cache`). Call `disable_cache()` first."
+            "The denoiser must not cache results between steps, because the reference would then reuse the policy's "
+            "results. This denoiser has a cache (`enable_cache`). Call `disable_cache()` first."
         )
 
 
 def is_distilled(family: Family) -> bool:
-    """Return whether a pipeline generates in few steps, judged by its denoiser or its scheduler."""
+    """Return whether the denoiser or the scheduler of a pipeline is made for generation in few steps."""
     return family.has_few_steps or type(family.pipeline.scheduler).__name__ in FEW_STEP_SCHEDULERS

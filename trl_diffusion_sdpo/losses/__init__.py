@@ -12,7 +12,6 @@ from .guidance import guidance_shift, shifted
 from .noise_bins import noise_bin_changes, noise_bin_of, noise_range_weights
 from .pair_weights import WEIGHT_FUNCTIONS, calibrated_scores, score_gaps, with_mean_one
 from .preference import (
-    LOSS_KWARG_RANGES,
     LOSSES,
     LossSpec,
     LossType,
@@ -25,23 +24,13 @@ from .preference import (
     pair_terms,
     register_loss,
 )
-from .safeguard import (
-    Anchor,
-    Granularity,
-    loser_scale,
-    output_scale,
-    parameter_scale,
-    scale_gradient,
-    winner_error_gradient,
-)
-from .score_statistics import SCORE_SCALES, score_scale, standard_error
+from .safeguard import Anchor, Granularity, output_scale, parameter_scale, winner_error_gradient
+from .score_statistics import standard_error
 from .weight_arithmetic import ema_decay, interpolate, lora_scaling
 from .winner_budget import BudgetController
 
 __all__ = [
     "LOSSES",
-    "LOSS_KWARG_RANGES",
-    "SCORE_SCALES",
     "WEIGHT_FUNCTIONS",
     "Anchor",
     "BetaController",
@@ -61,7 +50,6 @@ __all__ = [
     "guidance_shift",
     "interpolate",
     "lora_scaling",
-    "loser_scale",
     "loss_spec",
     "loss_weights_by_name",
     "mean_error",
@@ -73,8 +61,6 @@ __all__ = [
     "pair_terms",
     "parameter_scale",
     "register_loss",
-    "scale_gradient",
-    "score_scale",
     "score_gaps",
     "shifted",
     "standard_error",

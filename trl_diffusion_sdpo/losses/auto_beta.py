@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 DECAY = 0.99  # decay of the moving average of the absolute margins
-TYPICAL_FACTOR = 0.2  # factor of the logistic loss's gradient for a pair with the average absolute margin
+TYPICAL_FACTOR = 0.2  # `sigma(-u)` of a pair whose margin is the average absolute margin, see `BetaController`
 BETA_RANGE = 10.0  # beta stays between `initial_beta / BETA_RANGE` and `initial_beta * BETA_RANGE`
 
 
@@ -19,9 +19,8 @@ class BetaController:
     is `u = (beta / 2) m`, and the gradient of the logistic loss has the factor `sigma(-u)`. For a pair with the average
     absolute margin `M`, this factor equals `f = TYPICAL_FACTOR` if `(beta / 2) M = log((1 - f) / f) = log 4`. The rule
     is therefore `beta = 2 log 4 / M = 2.77 / M`. `M` is an exponential moving average over optimizer steps. `M` starts
-    at the value for which the rule gives the initial beta. Beta therefore starts at its initial value, and changes by
-    at most one per cent per optimizer step while all margins are 0. Beta stays within a factor of `BETA_RANGE` of its
-    initial value.
+    at the value for which the rule gives the initial beta. While all margins are 0, beta grows by about one per cent
+    per optimizer step. Beta stays within a factor of `BETA_RANGE` of its initial value.
 
     Source: the rule and its constants 0.99 and 2.77 come from SimpleTuner's documentation of DPO for flow models. The
     initial value of `M` and the bounds of beta are this package's choice.
@@ -66,5 +65,5 @@ class BetaController:
 
     @staticmethod
     def _logit() -> float:
-        """Return twice the logit that the average absolute margin shall have, 2 log 4."""
+        """Return 2 log 4: twice the logit of a pair whose margin is the average absolute margin."""
         return 2 * math.log((1 - TYPICAL_FACTOR) / TYPICAL_FACTOR)

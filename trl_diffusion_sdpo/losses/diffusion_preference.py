@@ -1,4 +1,4 @@
-"""Loss of a batch with the safeguard, as one function of predictions for the trainer and for custom training loops."""
+"""The preference loss of a batch with the safeguard, for the trainer and for custom training loops."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ class PreferenceLossOutput:
     """Result of [`diffusion_preference_loss`].
 
     Args:
-        loss (`torch.Tensor` of shape `()`): Mean loss, whose backward pass computes the safeguarded
-            gradient.
-        scale (`torch.Tensor` of shape `()`, or `(B,)` with `"pair"` and `"noise_bin"`): Lambda, the factor of
-            the losers' gradients, detached.
+        loss (`torch.Tensor` of shape `()`): Mean loss. Its backward pass computes the gradient with the safeguard.
+        scale (`torch.Tensor` of shape `()`, or `(B,)` with the granularities `"pair"` and `"noise_bin"`): Lambda, the
+            factor of the losers' gradients, detached.
         metrics (`dict[str, torch.Tensor]`): Metrics of the batch by name, as detached scalars.
         pair_losses (`torch.Tensor` of shape `(B,)`): Detached loss of each pair, not multiplied by the pair's weight.
         pair_rewards (`torch.Tensor` of shape `(B, 2)`): Detached rewards of winner and loser.
         pair_errors (`torch.Tensor` of shape `(B, 2)` or `(B, 4)`): Detached mean squared errors of winner and loser,
-            without timestep weights. With a reference, the last two columns are the errors of its predictions.
+            without timestep weights. With a reference, columns 3 and 4 are the errors of the reference's predictions.
     """
 
     loss: torch.Tensor
@@ -70,36 +69,34 @@ def diffusion_preference_loss(
         ref_pred (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the frozen reference. All losses
             except `sft`, `mapo` and `simpo` need either `ref_pred` or `ref_errors`.
         ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): Mean squared errors of the reference's predictions in
-            float32, without timestep weights. Pass either `ref_errors` or `ref_pred`. `dspo` and `dspo_sdxl` need
-            `ref_pred`, because these two losses read the prediction itself.
-        loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`): One name of `LOSSES`, or several
-            names. Several losses are summed.
+            float32, without timestep weights. Pass either `ref_errors` or `ref_pred`. The losses `dspo` and
+            `dspo_sdxl` need `ref_pred`.
+        loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`): Name of a loss, or names of several
+            losses to sum.
         loss_weights (`list[float]`, *optional*): Weights of the summed losses. By default, every weight is 1.
-        margin_clamp (`float`, *optional*): Largest logit, greater than 0. A pair with a larger logit has no
-            gradient.
+        margin_clamp (`float`, *optional*): Largest logit, greater than 0. A pair with a larger logit has no gradient.
         beta (`float` or `torch.Tensor` of shape `()`, *optional*, defaults to 5000): Factor in the logit
-            `u = -(beta / 2) (winner_change - loser_change)`, greater than 0. The range of a tensor is not checked.
-            `sft` ignores beta.
+            `u = -(beta / 2) (winner_change - loser_change)`, greater than 0 (not checked if `beta` is a tensor). `sft`
+            ignores beta.
         safeguard (`str`, *optional*, defaults to `"output"`): `"output"` multiplies the losers' gradients by
             a factor lambda that is computed at the predictions. `"none"` leaves the gradients unchanged.
         safeguard_mu (`float`, *optional*, defaults to 0.9): Strictness of the safeguard in `[0, 1]`. A larger value
             makes lambda smaller.
         safeguard_granularity (`str`, *optional*, defaults to `"batch"`): Pairs that share a lambda. `"batch"` (the
-            authors' rule) and `"weighted"` compute one lambda for the batch, `"pair"` one for each pair, `"noise_bin"`
-            one for each noise bin. See [`output_scale`].
+            authors' rule) and `"weighted"` compute one lambda for the batch, `"pair"` one lambda for each pair,
+            `"noise_bin"` one lambda for each noise bin. See [`output_scale`].
         safeguard_eps (`float`, *optional*, defaults to 0): Number that is added to the inner product of the winners'
-            and losers' error gradients, before lambda is computed. These gradients contain the factor `2 / N`, because
-            an error is a mean over `N` elements. The authors' code adds 1e-9.
+            and losers' error gradients, before lambda is computed. The authors' code adds 1e-9.
         pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' losses before the mean over all
-            pairs, at least 0. A weight of 0 drops a pair from the loss and from lambda.
+            pairs, at least 0. A pair with the weight 0 contributes neither to the loss nor to lambda.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' errors, such as min-SNR
             weights.
         loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients in addition to
             lambda, in `[0, 1]`. Loser weights do not change the value of the loss. A pair with the weight 0 trains only
             its winner.
-        noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Number of each pair's range of noise
-            levels, in `[0, num_noise_bins)`. The granularity `"noise_bin"` needs `noise_bins`.
-        num_noise_bins (`int`, *optional*, defaults to 1): Number of ranges of noise levels.
+        noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Index of each pair's noise bin, in
+            `[0, num_noise_bins)`. The granularity `"noise_bin"` needs `noise_bins`.
+        num_noise_bins (`int`, *optional*, defaults to 1): Number of noise bins (ranges of noise levels).
         scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first, for `smpo` and `capo`.
         loss_kwargs (`float`): Settings of the loss, such as `dmpo_alpha`, `label_smoothing` or `mapo_scale`.
 
@@ -107,8 +104,8 @@ def diffusion_preference_loss(
         [`PreferenceLossOutput`]
 
     Raises:
-        `ValueError`: If the loss is unknown, a setting is out of range or belongs to another loss, shapes do not
-            match, the loss needs a reference or scores and got none, or both `ref_pred` and `ref_errors` were passed.
+        `ValueError`: If the loss is unknown, a setting is out of range or belongs to another loss, shapes do not match,
+            a reference or scores are missing, or both `ref_pred` and `ref_errors` were passed.
 
     Source: https://huggingface.co/papers/2511.03317.
 
@@ -129,7 +126,7 @@ def diffusion_preference_loss(
     _check_needs(repr(loss_type), spec, beta, ref_pred, ref_errors, scores, rows=len(model_pred))
     _check_weights(len(model_pred) // 2, pair_weights, timestep_weights, loser_weights, noise_bins)
 
-    # The image with the higher score is the winner.
+    # If the loss reads scores, the image with the higher score is the winner.
     if spec.needs_scores:
         assert scores is not None
         order = order_by_scores(scores).to(model_pred.device)
@@ -148,8 +145,8 @@ def diffusion_preference_loss(
         losses = spec.pair_losses(terms, beta=beta, **loss_kwargs)
         return losses, (losses if pair_weights is None else losses * pair_weights.to(losses)).mean()
 
-    # Compute lambda at the predictions. Residuals are enough if the loss gradients of winners and losers are
-    # proportional to them. Otherwise compute the loss gradients in a graph that starts at the predictions.
+    # Compute lambda at the predictions, from residuals if the loss gradients of winners and losers are proportional to
+    # their residuals. Otherwise compute the loss gradients in a graph that starts at the predictions.
     residuals = (model_pred.detach().float() - target.float()).chunk(2)  # (2B, ...) -> two of (B, ...)
     scale = torch.ones((), device=model_pred.device)
     if safeguard == "output" and spec.uses_loser:
@@ -173,24 +170,24 @@ def diffusion_preference_loss(
             num_noise_bins=num_noise_bins,
         )
 
-    # Scale the losers' gradients. The values of the predictions, and so of the loss, do not change.
+    # Scale the losers' gradients. The values of the predictions and of the loss do not change.
     if spec.uses_loser and (safeguard == "output" or loser_weights is not None):
         model_pred = _scale_loser(model_pred, scale if loser_weights is None else scale * loser_weights.to(scale))
     terms = terms_of(model_pred)
     losses, loss = losses_of(terms)
 
-    # Compute metrics. There are metrics of the safeguard only if the loss reads losers.
+    # Compute metrics. The safeguard has metrics only if the loss reads losers.
     used_beta = beta if spec.uses_beta else None
     metrics = pair_metrics(terms, beta=used_beta)
     if spec.uses_loser:
         past = spec.past_target(terms, beta=beta, **loss_kwargs)
         metrics |= safeguard_metrics(scale, output_cosine(*residuals), past, loser_weights)
-    rewards = torch.stack(pair_rewards(terms, beta=1.0 if used_beta is None else used_beta), 1)
+    rewards = torch.stack(terms.rewards(1.0 if used_beta is None else used_beta), 1).detach()
     errors = torch.stack(plain_errors(terms), 1)
     return PreferenceLossOutput(loss, scale, metrics, losses.detach(), rewards, errors)
 
 
-# ---- Metrics. Metrics of rewards have TRL's names, those of errors and the safeguard the paper's --------------------
+# ---- Metrics. Reward metrics have the names of TRL, the other metrics the names of the paper ------------------------
 
 
 def pair_metrics(terms: PairTerms, *, beta: float | torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -198,17 +195,17 @@ def pair_metrics(terms: PairTerms, *, beta: float | torch.Tensor | None) -> dict
 
     Args:
         terms ([`PairTerms`]): Terms of the pairs.
-        beta (`float`, *optional*): Factor of the rewards. Without `beta`, the metrics contain no rewards.
+        beta (`float`, *optional*): Factor beta of the rewards. If `None`, the metrics contain no rewards.
 
     Returns:
         `dict[str, torch.Tensor]`: `rewards/chosen` and `rewards/rejected` (`-(beta / 2)(err - ref_err)`, with the
         timestep weights of the loss), `rewards/margins`, `rewards/accuracies`, `errors/winner` and `errors/loser`
         (mean squared errors without timestep weights). With a reference, also `errors/winner_change` and
-        `errors/loser_change` (policy minus reference).
+        `errors/loser_change` (error of the policy minus error of the reference).
     """
     metrics: dict[str, torch.Tensor] = {}
     if beta is not None:
-        chosen, rejected = pair_rewards(terms, beta=beta)
+        chosen, rejected = terms.rewards(beta)
         metrics["rewards/chosen"] = chosen
         metrics["rewards/rejected"] = rejected
         metrics["rewards/margins"] = chosen - rejected
@@ -219,14 +216,6 @@ def pair_metrics(terms: PairTerms, *, beta: float | torch.Tensor | None) -> dict
         metrics["errors/winner_change"] = _plain(terms.winner_change, terms)
         metrics["errors/loser_change"] = _plain(terms.loser_change, terms)
     return {name: value.detach().mean() for name, value in metrics.items()}
-
-
-def pair_rewards(terms: PairTerms, *, beta: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the implicit rewards of winner and loser, each `(B,)` and detached.
-
-    A reward is `-(beta / 2)` times the change of the image's error.
-    """
-    return -0.5 * beta * terms.winner_change.detach(), -0.5 * beta * terms.loser_change.detach()
 
 
 def safeguard_metrics(
@@ -240,15 +229,15 @@ def safeguard_metrics(
     Args:
         scale (`torch.Tensor` of shape `()` or `(B,)`): Lambda, the safeguard's factor of the losers' gradients.
         cosine (`torch.Tensor` of shape `()`, *optional*): Cosine between the winners' and the losers' residuals.
-        past (`torch.Tensor` of shape `(B,)`, *optional*): Mask of the pairs whose logit exceeds the loss's
-            `target_logit`.
-        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients in addition
-            to lambda.
+        past (`torch.Tensor` of shape `(B,)`, *optional*): Mask of the pairs whose logit exceeds `target_logit`, so that
+            the loss raises the winner's error.
+        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients in addition to
+            lambda.
 
     Returns:
         `dict[str, torch.Tensor]`: `safeguard/scale` (mean lambda) and `safeguard/active` (share of lambdas below 1).
-        Each optional argument adds a metric: `safeguard/cosine`, `safeguard/past_target` (share of pairs whose loss
-        raises the winner's error) and `safeguard/loser_weight` (mean).
+        Each optional argument that is passed adds a metric: `safeguard/cosine`, `safeguard/past_target` (share of pairs
+        in `past`) and `safeguard/loser_weight` (mean of `loser_weights`).
     """
     metrics = {"safeguard/scale": scale.mean(), "safeguard/active": (scale < 1).float().mean()}
     if cosine is not None:
@@ -366,12 +355,7 @@ def _check_weights(pairs: int, *weights: torch.Tensor | None) -> None:
 
 
 def _scale_loser(model_pred: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return unchanged predictions in float32, whose backward pass multiplies the losers' gradients by `scale`.
-
-    Args:
-        model_pred (`torch.Tensor` of shape `(2B, ...)`): Predictions, winners first.
-        scale (`torch.Tensor` of shape `()` or `(B,)`): Factor of the losers' gradients.
-    """
+    """Return predictions `(2B, ...)` in float32, whose backward pass multiplies the losers' gradients by `scale`."""
     winner, loser = model_pred.float().chunk(2)  # (2B, ...) -> two of (B, ...)
     return torch.cat([winner, scale_gradient(loser, per_sample(scale, loser))])
 

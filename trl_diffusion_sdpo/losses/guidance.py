@@ -8,9 +8,8 @@ import torch
 def guidance_shift(reference: torch.Tensor, policy: torch.Tensor, scale: float) -> torch.Tensor:
     """Return the tensor that guidance adds to the policy's prediction: `(scale - 1) (policy - reference)`, float32.
 
-    Callers add this tensor to both the conditional and the unconditional prediction. The result of classifier-free
-    guidance then contains this tensor exactly once, because classifier-free guidance weights the two predictions with
-    weights that sum to 1.
+    Callers add this tensor to both the conditional and the unconditional prediction. Classifier-free guidance combines
+    these two predictions with weights that sum to 1, so its result contains the tensor exactly once.
     """
     return (scale - 1.0) * (policy.float() - reference.float())
 

@@ -1,4 +1,4 @@
-"""Noise bins (ranges of noise levels): number of the bin, weights by noise level, and changes of errors by bin."""
+"""Assign noise levels to noise bins (ranges of noise levels), and compute how errors change in each bin."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ def noise_bin_changes(noise_bins: torch.Tensor, errors: torch.Tensor) -> dict[st
             winner and loser before training or under the reference.
 
     Returns:
-        `dict[str, float]`: Metrics of all pairs, and metrics of each bin that has a pair (here named for bin 0).
+        `dict[str, float]`: Metrics of all pairs, and metrics of each bin with pairs (the names below are for bin 0).
 
-        - `errors/winner_change@0` and `errors/loser_change@0`: mean error of the policy minus that of the
-          reference.
+        - `errors/winner_change@0` and `errors/loser_change@0`: mean error of the policy minus that of the reference.
         - `errors/winner_change_relative@0` and `errors/loser_change_relative@0`: the change of the error divided by the
           reference's error, or 0 if the reference's error is 0.
         - `errors/winner_change_relative_stderr@0`: standard error of `errors/winner_change_relative@0`
@@ -43,7 +42,7 @@ def noise_bin_changes(noise_bins: torch.Tensor, errors: torch.Tensor) -> dict[st
     metrics = {}
     for noise_bin in noise_bins.unique().tolist():
         in_bin = noise_bins == noise_bin
-        # Sum the draws of each pair, because draws of one pair are not independent.
+        # Sum errors over each pair's draws of noise, because draws of one pair are not independent.
         pair_sums = torch.where(in_bin.unsqueeze(2), errors, 0.0).sum(1)[in_bin.any(1)]
         sums = pair_sums.sum(0).tolist()
         for name, error, before in zip(("winner_change", "loser_change"), sums[:2], sums[2:], strict=True):
@@ -66,7 +65,7 @@ def noise_bin_changes(noise_bins: torch.Tensor, errors: torch.Tensor) -> dict[st
 
 
 def preference_learned(errors: torch.Tensor) -> dict[str, float]:
-    """Return metrics of how often and how far the loser's error rose more than the winner's, with standard errors.
+    """Return metrics of how often, and by how much, the loser's error rose more than the winner's.
 
     Args:
         errors (`torch.Tensor` of shape `(P, D, 4)`): Errors of at least two pairs, as in [`noise_bin_changes`].
@@ -74,13 +73,13 @@ def preference_learned(errors: torch.Tensor) -> dict[str, float]:
     Returns:
         `dict[str, float]`: Two metrics and their standard errors (suffix `_stderr`).
 
-        - `errors/accuracy`: share of pairs whose loser's error rose more than the winner's. A pair with
-          equal rises counts half.
+        - `errors/accuracy`: share of pairs whose loser's error rose more than the winner's, as a mean over the pairs'
+          draws of noise. A draw with equal rises counts half.
         - `errors/margin_relative`: mean of the loser's rise minus the winner's rise, divided by the mean error of the
           winners before training or under the reference.
 
-    The standard error of the accuracy is computed as if the data had two more right and two more wrong pairs. Without
-    these added pairs, the standard error would be 0 for a few pairs that are all right.
+    The standard error of the accuracy is computed with four added pairs: two with the accuracy 1 and two with the
+    accuracy 0. Without the added pairs, the standard error would be 0 if all pairs have the same accuracy.
 
     Source of the added pairs: Agresti and Coull, Approximate is better than "exact" for interval estimation of
     binomial proportions, 1998.
@@ -101,11 +100,11 @@ def preference_learned(errors: torch.Tensor) -> dict[str, float]:
 def share_stderr(changes: torch.Tensor, before: torch.Tensor) -> float | None:
     """Return the standard error of the ratio `changes.sum() / before.sum()`, estimated from the pairs.
 
-    The jackknife computes the standard error from the ratios that result if one pair at a time is left out. The
-    distances of single pairs from the ratio would give too small an estimate, because pairs with large errors pull the
-    ratio towards themselves. The result is multiplied by the quantile of Student's distribution at one standard
-    deviation, because an estimate from few pairs, or from few pairs with large errors, is itself uncertain. The degrees
-    of freedom assume that changes scatter in proportion to the error.
+    We use the jackknife: the standard error is computed from the ratios without the first pair, without the second
+    pair, and so on. A plain standard deviation over pairs would be too small, because pairs with large errors pull the
+    ratio towards themselves. The result is multiplied by the quantile of Student's t-distribution at one standard
+    deviation, because an estimate from few pairs, or from few pairs with large errors, is itself uncertain. For the
+    degrees of freedom, we assume that the standard deviation of a pair's change is proportional to its error.
 
     Args:
         changes (`torch.Tensor` of shape `(P,)`): Change of each pair's error.

@@ -1,7 +1,4 @@
-"""Formulas that compute score gaps, loss weights of pairs, and calibrated scores from the scores of images.
-
-The module `data/pair_scores.py` reads the columns with the scores.
-"""
+"""Compute score gaps, loss weights of pairs, and calibrated scores from the scores of images."""
 
 from __future__ import annotations
 
@@ -11,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-ROWS_AT_ONCE = 1024  # images of a prompt that are compared with all others at once, to bound memory
+ROWS_AT_ONCE = 1024  # to bound memory, this many images are compared with all images of their prompt at once
 
 
 def score_gaps(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
-    """Return by how much the winner's score exceeds the loser's, at least 0.
+    """Return score gaps: by how much the winner's score exceeds the loser's, at least 0.
 
     Args:
         scores (`torch.Tensor` of shape `(P, 2, ...)`): Scores of winner and loser.
@@ -46,8 +43,7 @@ def gain_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor
     After division by their mean ([`with_mean_one`]), the weights do not change if a constant is added to all scores.
     The weights change if all scores are multiplied by a factor.
 
-    Source: the gains of RankDPO (https://huggingface.co/papers/2410.18013). The discounts by rank of RankDPO are left
-        out.
+    Source: the gains of RankDPO (https://huggingface.co/papers/2410.18013), without its discounts by rank.
     """
     gains = torch.exp2(scores - scores.max())  # the largest gain is 1, so no gain overflows
     return score_gaps(gains, sorts_by_scores=sorts_by_scores)[:, 0]
@@ -68,9 +64,9 @@ def inverse_gap_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch
 def agreement_weights(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
     """Return weights `1 / (1 + s)`, `(P,)`, from scores `(P, 2, K)` of K scorers that disagree by `s`.
 
-    `s` is the standard deviation over the scorers of the score differences `winner - loser`. Each scorer's differences
-    are divided by their mean absolute value. `sorts_by_scores` has no effect: if winner and loser are exchanged, all
-    differences change sign and `s` stays the same.
+    To compute `s`, each scorer's score differences `winner - loser` are divided by their mean absolute value. `s` is
+    the standard deviation of a pair's K differences. `sorts_by_scores` has no effect: if winner and loser are
+    exchanged, all differences change sign and `s` stays the same.
 
     Source: uncertainty-penalised DPO penalises disagreement of scorers; the formula here is ours.
     """
@@ -84,8 +80,8 @@ class WeightFunction:
     """Function that computes weights of pairs, an entry of [`WEIGHT_FUNCTIONS`].
 
     Args:
-        function (`Callable`): Function from scores `(P, 2, K)` in float64 to weights `(P,)` of any mean.
-        several_scorers (`bool`): Whether the function compares several scorers. For other functions, K is 1.
+        function (`Callable`): Function that takes scores `(P, 2, K)` in float64 and returns weights `(P,)`.
+        several_scorers (`bool`): Whether the function compares several scorers. If `False`, K is 1.
     """
 
     function: Callable[..., torch.Tensor]
@@ -119,7 +115,7 @@ def calibrated_scores(rewards: torch.Tensor) -> torch.Tensor:
         `torch.Tensor` of the same shape: Shares in `[0, 1]`.
 
     Source: CaPO (https://huggingface.co/papers/2502.02588). The paper does not say whether an image is also compared
-    with itself; in this function, it is not.
+    with itself. In this function, an image is not compared with itself.
     """
     images = rewards.shape[-1]
     if images < 2:
@@ -130,5 +126,5 @@ def calibrated_scores(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:
-    """Return the mean of values `(P,)`. The sum is rounded only once, so it is equal on every machine."""
+    """Return the mean of values `(P,)`. The sum is rounded only once, so the mean is equal on every machine."""
     return values.new_tensor(math.fsum(values.tolist()) / len(values))

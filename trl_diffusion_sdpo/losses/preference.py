@@ -22,7 +22,7 @@ from .safeguard import Anchor, Granularity
 
 @dataclass(frozen=True)
 class PairTerms:
-    r"""Everything that the loss functions read of `B` preference pairs, in float32.
+    r"""Everything that the loss functions need to know about `B` preference pairs, in float32.
 
     An error is the mean square of one sample's residual (`prediction - target`), times the pair's timestep weight if
     there is one.
@@ -38,8 +38,7 @@ class PairTerms:
             passed the reference's errors instead of its predictions.
         scores (`torch.Tensor` of shape `(2, B)`, *optional*): Reward scores, the winners' before the losers'.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Weight of each pair at its timestep. The errors
-            contain this timestep weight as a factor. `winner_residual` and `winner_shift` contain the square root of
-            the weight, so that their mean squares contain the weight too.
+            are already multiplied by the weight, and `winner_residual` and `winner_shift` by its square root.
         margin_clamp (`float`, *optional*): Largest value of the logit. A larger logit is cut to this value and then
             passes no gradient.
 
@@ -81,7 +80,8 @@ class PairTerms:
 
         The logit is the log-odds with which the policy prefers the winner to the loser.
 
-        Source: https://huggingface.co/papers/2311.12908, equation 14. The factor in front is `beta / 2` here.
+        Source: https://huggingface.co/papers/2311.12908, equation 14. The constant factor of that equation is
+        `beta / 2` here.
         """
         logit = -0.5 * beta * (self.winner_change - self.loser_change)
         return logit if self.margin_clamp is None else logit.clamp(max=self.margin_clamp)
@@ -90,8 +90,8 @@ class PairTerms:
 def mean_error(residual: torch.Tensor, *, over_batch: bool = False) -> torch.Tensor:
     """Return the mean square over all non-batch dimensions, in float32: `(N, ...) -> (N,)`.
 
-    If `over_batch` is true, take the mean over all dimensions: `(N, ...) -> ()`. The single mean may differ by rounding
-    from the mean of the `N` separate errors.
+    If `over_batch` is true, take the mean over all dimensions: `(N, ...) -> ()`. This mean may differ by rounding from
+    the mean of the `N` separate errors.
     """
     squares = residual.float().square()
     return squares.mean() if over_batch else squares.flatten(1).mean(1)
@@ -115,7 +115,7 @@ def pair_terms(
         ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): [`mean_error`] of the reference's predictions, without
             timestep weights. Pass either `ref_errors` or `ref_pred`. With `ref_errors`, `winner_shift` is `None`.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factor of each pair's errors, such as min-SNR
-            weights (the omega of Diffusion-DPO's equation 14).
+            weights. In Diffusion-DPO's equation 14, this factor is omega.
         scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first.
 
     Returns:
@@ -207,7 +207,7 @@ def dspo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     `u` is the logit, `r_w` is `winner_residual` and `D_w` is `winner_shift`. Only the reference is detached, so the
     gradient also passes through `sigmoid(u)`. At the published beta of 0.001, the loser's gradient has a factor of
     order `beta^2`, so the safeguard's factor lambda has almost no effect. If `beta (1 - sigmoid(u))` exceeds 1, the
-    winner's part of the gradient itself raises the winner's error, at any lambda.
+    winner's part of the gradient itself raises the winner's error, whatever lambda is.
 
     Source: the paper Direct Score Preference Optimization (ICLR 2025) and its code.
     """
@@ -220,9 +220,9 @@ def dspo_sdxl_loss(terms: PairTerms, *, beta: float, dspo_threshold: float = 0.1
     """Return the DSPO loss as published for SDXL, `(B,)`.
 
     The loss is `mean(((1 - sigmoid(u)) D_w)^2)` if the batch's mean `D_w^2` is at least `dspo_threshold`, else
-    `(1 - sigmoid(u))^2`. `u` is the logit and `D_w` is `winner_shift`. The form with `D_w` pulls the policy's
-    prediction for the winner towards the reference's, and may thereby raise the winner's error. The safeguard does not
-    prevent this rise, because the safeguard scales only the loser's gradient.
+    `(1 - sigmoid(u))^2`. `u` is the logit and `D_w` is `winner_shift`. The first form pulls the policy's
+    prediction for the winner towards the reference's prediction, and may thereby raise the winner's error. The
+    safeguard does not prevent this rise, because the safeguard scales only the loser's gradient.
 
     Source: the SDXL training code of Direct Score Preference Optimization (ICLR 2025).
     """
@@ -235,9 +235,9 @@ def dspo_sdxl_loss(terms: PairTerms, *, beta: float, dspo_threshold: float = 0.1
 def dmpo_loss(terms: PairTerms, *, beta: float, dmpo_alpha: float = 0.01) -> torch.Tensor:
     """Return the DMPO loss of each pair, `(B,)`.
 
-    The loss is the reverse KL divergence of the policy's probability of preferring the winner from the target
-    probability `1 - dmpo_alpha`, and is smallest at the finite logit `log((1 - dmpo_alpha) / dmpo_alpha)`. The DMPO
-    loss equals TRL's `exo_pair` with `label_smoothing = dmpo_alpha`.
+    The loss is the reverse KL divergence between the policy's probability of preferring the winner and the target
+    probability `1 - dmpo_alpha`. It is smallest at the finite logit `log((1 - dmpo_alpha) / dmpo_alpha)`. The DMPO loss
+    equals TRL's `exo_pair` with `label_smoothing = dmpo_alpha`.
 
     Source: https://huggingface.co/papers/2507.07510.
     """
@@ -292,8 +292,7 @@ def linear_loss(terms: PairTerms, *, beta: float, linear_eta: float = 1e-3) -> t
     """Return the Linear-DPO loss of each pair, `w (err_w - err_l)`, `(B,)`.
 
     The detached weight is `w = clamp(0.2 beta m + 0.5, eta, 1 - eta)`, with `m = winner_change - loser_change` and
-    `eta = linear_eta`. The loss works well with a reference that follows the policy during training
-    (`sync_ref_model`).
+    `eta = linear_eta`. The loss works well with a reference that follows the policy during training (`sync_ref_model`).
     """
     margin = (terms.winner_change - terms.loser_change).detach()
     weight = (0.2 * beta * margin + 0.5).clamp(linear_eta, 1 - linear_eta)
@@ -306,8 +305,8 @@ def smpo_loss(
     """Return the loss of smoothed preference optimization (SmPO) for each pair, `-logsigmoid(c (2p - 1) u)`, `(B,)`.
 
     `u` is the logit and `c` is `smpo_coefficient`. `p = sigmoid((score_w - score_l) / smpo_score_scale)` is the
-    probability that the winner is preferred. The caller exchanges winner and loser if the loser has the higher score,
-    so `p` is at least 0.5.
+    probability that the winner is preferred. The caller must exchange winner and loser if the loser has the higher
+    score, so that `p` is at least 0.5.
 
     Source: https://huggingface.co/papers/2506.02698, smoothed preference modeling. The module `families.inversion`
     implements the noise inversion of the same paper.
@@ -323,10 +322,10 @@ def capo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 
     The loss is IPO with a target for each pair: the winner's calibrated score minus the loser's, `c_w - c_l`. A
     calibrated score is an image's expected share of wins against the other images of its prompt, in `[0, 1]`. The
-    caller exchanges winner and loser if the loser has the higher score, so the target is in `[0, 1]`.
+    caller must exchange winner and loser if the loser has the higher score, so that the target is in `[0, 1]`.
 
-    Source: https://huggingface.co/papers/2502.02588. We used only the paper's abstract and this formula. The
-    paper multiplies the margin by a factor that is `beta / 2` here.
+    Source: https://huggingface.co/papers/2502.02588. From this paper, we used only the abstract and the formula above.
+    The paper multiplies the margin by a factor. In this function, the factor is `beta / 2`.
     """
     assert terms.scores is not None
     winner_score, loser_score = terms.scores
@@ -336,8 +335,8 @@ def capo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 def apo_zero_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     """Return the APO-zero loss of each pair, `sigmoid(-r_w) + sigmoid(r_l)`, `(B,)`.
 
-    `r_w` and `r_l` are the rewards of [`PairTerms.rewards`]. Minimising the first term lowers the winner's
-    error. Minimising the second term raises the loser's error.
+    `r_w` and `r_l` are the rewards of winner and loser ([`PairTerms.rewards`]). Minimising the first term lowers the
+    winner's error. Minimising the second term raises the loser's error.
 
     Source: https://huggingface.co/papers/2408.06266, equation 7.
     """
@@ -350,7 +349,7 @@ def apo_down_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 
     `u` is the logit and `r_w = -(beta / 2) winner_change` is the winner's reward. APO-down raises the winner's error,
     and raises the loser's error more. Use APO-down if the model generates better images than the winners. The safeguard
-    does not prevent the rise of the winner's error, because it scales only the loser's gradient.
+    does not prevent the rise of the winner's error, because the safeguard scales only the loser's gradient.
 
     Source: https://huggingface.co/papers/2408.06266, equation 8.
     """
@@ -377,7 +376,7 @@ def _exponential_decay(error: torch.Tensor, scale: float) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """Loss function and its properties. The table [`LOSSES`] has one `LossSpec` per loss.
+    """A loss function and its properties. The table [`LOSSES`] has one `LossSpec` per loss.
 
     Args:
         function (`Callable`): Function that takes [`PairTerms`] and, as keyword arguments, settings, and returns the
@@ -390,20 +389,20 @@ class LossSpec:
         needs_scores (`bool`): Whether the loss reads reward scores.
         reads_shares (`bool`): Whether each score must be an image's expected share of wins, in `[0, 1]`.
         equal_weights (`bool`): Whether the derivatives of a pair's loss by the winner's and by the loser's error have
-            equal absolute values, or the safeguard's authors assume this. With equal absolute values, the
+            equal absolute values, or the safeguard's authors assume equal absolute values for this loss. If `True`, the
             safeguard computes lambda for a batch or a noise bin from residuals alone.
         positive_weights (`bool`): Whether `equal_weights` is true and the derivative by the winner's error is positive
-            for every pair. If so, the safeguard computes lambda for a single pair from residuals alone.
+            for every pair. If `True`, the safeguard computes lambda for a single pair from residuals alone.
         target_logit (`Callable`, *optional*): Function that takes [`PairTerms`] and `loss_kwargs` and returns the
             finite logit at which the loss is smallest, a number or `(B,)`. At larger logits the loss raises the
-            winner's error, at any lambda.
-        anchor (`str`): Default of `safeguard_anchor`: `"branch"` if the winner's part of the gradient is a
-            non-negative multiple of the gradient of each winner's error, else `"error"`.
+            winner's error, whatever lambda is.
+        anchor (`str`): Default of `safeguard_anchor`: `"branch"` if, for every pair, the winner's part of the gradient
+            is the gradient of the winner's error times a number of at least 0, else `"error"`.
         default_beta (`float`): Value of `beta` if neither the user nor the model family sets `beta`.
         reads_logit_only (`bool`): Whether a pair's loss depends on nothing but its logit and its scores. If `True`, a
             pair whose logit is cut at `margin_clamp` has no gradient.
-        beta_scales_logit (`bool`): Whether `beta` is a factor of a logit and of nothing else. The setting
-            `auto_beta` works only with such losses.
+        beta_scales_logit (`bool`): Whether `beta` is a factor of a logit and of nothing else. The setting `auto_beta`
+            needs a loss for which this is `True`.
         margin_clamp (`float`, *optional*): Largest value of the logit. Larger logits are cut to this value.
 
     Example:
@@ -445,7 +444,7 @@ class LossSpec:
     def past_target(
         self, terms: PairTerms, *, beta: float | torch.Tensor | None, **loss_kwargs: float
     ) -> torch.Tensor | None:
-        """Return for each pair whether its logit is above `target_logit` and below `margin_clamp`, bool `(B,)`.
+        """Return whether each pair's logit is above `target_logit` and below `margin_clamp`, bool `(B,)`.
 
         Return `None` if the loss has no `target_logit`.
         """
@@ -465,7 +464,8 @@ class LossSpec:
         }
 
     def uses_residuals(self, granularity: Granularity) -> bool:
-        """Return whether lambda of the output-space safeguard needs only residuals, and no gradients of the loss."""
+        """Return whether the output-space safeguard can compute lambda from residuals, without gradients of the
+        loss."""
         if granularity == "weighted":
             return False
         return self.positive_weights if granularity == "pair" else self.equal_weights
@@ -519,7 +519,7 @@ LOSSES: dict[str, LossSpec] = {
     "apo_down": LossSpec(apo_down_loss, anchor="error", **_UNEQUAL),
 }
 
-_Range = tuple[str, Callable[[float], bool]]  # a range in words, and a check whether a finite number lies in the range
+_Range = tuple[str, Callable[[float], bool]]  # description of a range, and a function that tests a number
 _BELOW_HALF: _Range = ("in [0, 0.5)", lambda value: 0 <= value < 0.5)
 _AT_LEAST_0: _Range = ("at least 0", lambda value: value >= 0)
 _ABOVE_0: _Range = ("greater than 0", lambda value: value > 0)
@@ -548,10 +548,6 @@ def loss_weights_by_name(
     Args:
         loss_type (`str` or `list[str]`): One name of [`LOSSES`], or several names.
         loss_weights (`list[float]`, *optional*): A weight for each name. Every weight is 1 if `loss_weights` is unset.
-
-    Raises:
-        `ValueError`: If a name is unknown or repeated, if there is no name, or if both DSPO losses are named.
-            `loss_weights` must have one finite number of at least 0 for each name, and not only zeros.
     """
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     for name in names:
@@ -585,9 +581,8 @@ def loss_spec(
         margin_clamp (`float`, *optional*): Largest value of the logit, greater than 0.
 
     Raises:
-        `ValueError`: If [`loss_weights_by_name`] refuses the names or weights. Also if `margin_clamp` is not above 0,
-            if `margin_clamp` is set but no loss reads the loser, or if it is set but a loss that reads the loser
-            depends on more than the logit.
+        `ValueError`: If [`loss_weights_by_name`] refuses the names or weights, or if `margin_clamp` is set but not
+            above 0, no loss reads the loser, or a loss that reads the loser depends on more than the logit.
     """
     weights = loss_weights_by_name(loss_type, loss_weights)
     spec = LOSSES[next(iter(weights))] if list(weights.values()) == [1.0] else _sum_spec(weights)
@@ -608,10 +603,9 @@ def loss_spec(
 
 
 def check_auto_beta(loss_type: str | Sequence[str], loss_weights: Sequence[float] | None = None) -> None:
-    """Raise `ValueError` if `auto_beta` cannot adapt the beta of a loss, or if no loss has a beta.
+    """Raise `ValueError` if `auto_beta` cannot adapt the beta of a loss, or if no loss of weight above 0 has a beta.
 
-    `auto_beta` can adapt the beta of a loss if this beta is a factor of a logit and of nothing else. Losses of weight 0
-    are ignored.
+    `auto_beta` can adapt the beta of a loss if this beta is a factor of a logit and of nothing else.
     """
     rows = {name: LOSSES[name] for name, weight in loss_weights_by_name(loss_type, loss_weights).items() if weight}
     _refuse_losses(
@@ -623,7 +617,6 @@ def check_auto_beta(loss_type: str | Sequence[str], loss_weights: Sequence[float
 
 
 def _refuse_losses(refused: Sequence[str], rule: str, accepted: Collection[str]) -> None:
-    """Raise `ValueError` if `refused` is not empty. The message lists the `accepted` losses."""
     if refused:
         listed = ", ".join(name for name in LOSSES if name in accepted)
         raise ValueError(f"{rule}: {listed}. Got {', '.join(refused)}. Remove the setting, or choose another loss.")
@@ -659,10 +652,9 @@ def _sum_spec(weights: dict[str, float]) -> LossSpec:
 
     Let `a_i` and `b_i` be the derivatives of loss `i` by the winner's and by the loser's error, and `k_i` the weight of
     the loss. The sum has the derivatives `a = sum k_i a_i` and `b = sum k_i b_i`. The absolute values of `a` and `b`
-    are equal if those of `a_i` and `b_i` are equal for every loss. A loss that does not read the loser breaks this
-    equality of `a` and `b`. DSPO also breaks the equality of `a` and `b`, because its two derivatives are treated as
-    equal only if DSPO is the only loss. `a` is positive if every `a_i` is positive. The winner's part of the gradient
-    is a non-negative multiple of the gradient of the winner's error if this holds for every loss.
+    are equal if those of `a_i` and `b_i` are equal for every loss. They are not equal if a loss does not read the
+    loser, or if DSPO is one of several losses: for DSPO, the safeguard's authors assume equality only without other
+    losses. `a` is positive if every `a_i` is positive. `anchor` is `"branch"` if every loss has this anchor.
 
     Losses of weight 0 are dropped, so they need neither beta nor a reference.
     """
@@ -680,12 +672,12 @@ def _sum_spec(weights: dict[str, float]) -> LossSpec:
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
 
     def target_logit(terms: PairTerms, **settings: float) -> torch.Tensor:
-        """Return the smallest target logit of all losses. Above this logit, a loss raises the winner's error."""
+        """Return the smallest target logit of all losses. Above it, some loss raises the winner's error."""
         logits = [target(terms, **settings_of(row, settings)) for row, target in targets]
-        zeros = torch.zeros_like(terms.winner_error)  # broadcasts numbers to tensors without a copy from the host
+        zeros = torch.zeros_like(terms.winner_error)  # turns numbers into tensors without a copy from the CPU
         return torch.stack([zeros + logit for logit in logits]).amin(0)
 
-    # `LossSpec` reads the settings of a loss from its function's signature.
+    # `LossSpec` reads a loss's settings from its signature, so give the sum the settings of all losses.
     merged = {name: setting for row in rows for name, setting in inspect.signature(row.function).parameters.items()}
     signature = inspect.Signature(sorted(merged.values(), key=lambda parameter: parameter.kind))
     weighted_sum.__signature__ = signature  # type: ignore[attr-defined]
@@ -710,11 +702,11 @@ def register_loss(name: str, function: Callable[..., torch.Tensor], **facts: Any
     """Add a custom loss to [`LOSSES`], so that `loss_type` and [`diffusion_preference_loss`] accept its name.
 
     Args:
-        name (`str`): Name of the loss, which no loss of this package may have.
+        name (`str`): Name of the loss. No loss of this package may have this name.
         function (`Callable`): Function that takes [`PairTerms`] and returns the loss of each pair, `(B,)`. The
             function may take `beta` as a keyword argument. All other keyword arguments keep their defaults in training.
-        facts (`Any`): Values of fields of [`LossSpec`]. By default, the loss reads the loser
-            and the reference's errors, and lambda is computed from the gradients of the loss.
+        facts (`Any`): Values of fields of [`LossSpec`], such as `needs_reference=False`. By default, the loss reads the
+            loser's and the reference's errors, and lambda is computed from the gradients of the loss.
 
     Raises:
         `ValueError`: If this package has a loss of this name, if the name is not an identifier, or if the function has
@@ -739,7 +731,8 @@ def register_loss(name: str, function: Callable[..., torch.Tensor], **facts: Any
     terms, *settings = inspect.signature(function).parameters.values()
     if terms.kind is terms.KEYWORD_ONLY or any(each.kind is not each.KEYWORD_ONLY for each in settings):
         raise ValueError(
-            f"The loss {name!r} must take the terms of the pairs first, and its settings as keyword-only arguments. "
+            f"The function of the loss {name!r} must take the pairs' terms as its first argument, and settings as "
+            "keyword-only arguments. "
             f"Got the arguments {inspect.signature(function)}. Define the loss as `def {name}(terms, *, beta)`."
         )
     safe = {"equal_weights": False, "positive_weights": False, "anchor": "error"}

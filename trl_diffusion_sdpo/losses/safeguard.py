@@ -17,17 +17,16 @@ def loser_scale(
     r"""Return lambda: the largest factor of the loser's gradient that does not raise the winner's error to first order.
 
     Let `a` be the gradient of the winner's error, `W` the winner's part of the loss gradient, and `-L` the loser's
-    part. A step along `-(W - lambda L)` changes the winner's error by
-    `-(<a, W> - lambda <a, L>)`. The error falls by at least `mu <a, W>` if lambda is at most
-    `(1 - mu) <a, W> / <a, L>`. This bound on lambda applies if `<a, L>` is positive. If `<a, L>` is 0 or negative, the
-    loser's part does not raise the winner's error, and lambda is 1.
+    part. A step along `-(W - lambda L)` changes the winner's error by `-(<a, W> - lambda <a, L>)`. The error falls by
+    at least `mu <a, W>` if lambda is at most `(1 - mu) <a, W> / <a, L>`. This bound on lambda applies if `<a, L>` is
+    positive. If `<a, L>` is 0 or negative, the loser's part does not raise the winner's error, and lambda is 1.
 
     Args:
-        winner_gain (`torch.Tensor` of shape `()` or `(B,)`): Inner product `<a, W>`.
-        dot (`torch.Tensor` of the same shape): Inner product `<a, L>`.
-        mu (`float`): Strictness in `[0, 1]`. At 1, lambda is 0 for every positive `<a, L>`.
-        eps (`float`, *optional*, defaults to 0): Number that is added to `dot`, as in the authors' code. A value
-            above 0 changes lambda if residuals are small and latents are large. Set `eps` only to reproduce the
+        winner_gain (`torch.Tensor` of shape `()` or `(B,)`): Inner product `<a, W>` of the gradients `a` and `W` above.
+        dot (`torch.Tensor` of the same shape): Inner product `<a, L>` of the gradients `a` and `L` above.
+        mu (`float`): Strictness in `[0, 1]`. At 1, lambda is 0 whenever the loser's part raises the winner's error.
+        eps (`float`, *optional*, defaults to 0): Number that is added to `dot`, as in the authors' code. A value above
+            0 makes lambda smaller, noticeably so if `dot` is as small as `eps`. Set `eps` only to reproduce the
             authors' numbers.
 
     Returns:
@@ -106,14 +105,13 @@ def output_products(
         winner_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the winner.
         loser_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the loser.
         branch_gradients (`tuple` of two `torch.Tensor` of shape `(B, ...)`, *optional*): Gradients of the loss at
-            the predictions for winner and loser. By default, the gradients of the mean errors are used. The gradients
-            of the mean errors give the exact lambda if the derivatives of a pair's loss by its two errors have equal
-            absolute values.
+            the predictions for winner and loser. By default, the gradients of the mean errors replace these gradients.
+            Lambda is then exact if the derivatives of a pair's loss by its two errors have equal absolute values.
 
     Returns:
-        `<a, W>` and `<a, L>`, each `(B,)`. `a = 2 r_w / N` is the gradient of the batch's mean winner error, for `N`
-        elements of all winners. `W` is the loss gradient at the winner, and `L` the negative loss gradient at the
-        loser.
+        The inner products `<a, W>` and `<a, L>` of three gradients, each `(B,)`. `a` is the gradient of the batch's
+        mean winner error ([`winner_error_gradient`]), `W` the loss gradient at the winner, and `L` the negative loss
+        gradient at the loser.
     """
     anchor = winner_error_gradient(winner_residual).flatten(1)  # (B, N)
     if branch_gradients is None:
@@ -146,18 +144,17 @@ def output_scale(
     """Return lambda, the factor of the losers' gradients, from gradients at the model's output.
 
     Args:
-        winner_residual, loser_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target`.
-        branch_gradients (`tuple` of two `torch.Tensor` of shape `(B, ...)`, *optional*): See [`output_products`].
+        winner_residual, loser_residual, branch_gradients: See [`output_products`].
         mu (`float`): Strictness in `[0, 1]`. A larger value makes lambda smaller.
         granularity (`str`): `"batch"` computes one lambda from sums over all pairs. `"pair"` computes one lambda for
             each pair. `"weighted"` computes one lambda like `"batch"`, but callers must pass `branch_gradients` for
             every loss. `"noise_bin"` computes one lambda for each noise bin, from sums over the bin's pairs.
-        eps (`float`): Number that is added to the inner product `<a, L>`.
-        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients in addition
-            to lambda, in `[0, 1]`. `branch_gradients` must contain these factors. Pairs with the weight 0 are left out
-            of the sums.
-        pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' losses. `branch_gradients`
-            must contain these factors. Pairs with the weight 0 are left out of the sums. Without `branch_gradients`,
+        eps (`float`): Number that is added to the inner product `<a, L>`, see [`loser_scale`].
+        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients in addition to
+            lambda, in `[0, 1]`. `branch_gradients` must contain these factors. Pairs with the weight 0 do not
+            contribute to lambda.
+        pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' losses. `branch_gradients` must
+            contain these factors. Pairs with the weight 0 do not contribute to lambda. Without `branch_gradients`,
             weights above 0 have no effect.
         noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Noise bin of each pair, in
             `[0, num_noise_bins)`.
@@ -171,18 +168,21 @@ def output_scale(
     if pair_weights is not None:
         winner_gain, dot = winner_gain * (pair_weights > 0), dot * (pair_weights > 0)
     if loser_weights is not None:
-        shift = eps if not eps else eps * (loser_weights > 0).any()  # without losers the product is 0, so lambda is 1
+        # Without losers, `dot` must stay 0, so that lambda is 1.
+        shift = eps if not eps else eps * (loser_weights > 0).any()
         winner_gain = winner_gain * (loser_weights > 0)
         if branch_gradients is None:
             dot = dot * loser_weights
     if granularity == "pair":
-        # Scale to the gradients of each pair's mean error, so that the effect of `eps` does not depend on batch size.
+        # Rescale the products to gradients of each pair's own error, so that the effect of `eps` does not depend on the
+        # batch size.
         winner_gain, dot = winner_gain * len(winner_gain) ** 2, dot * len(dot) ** 2
     elif granularity == "noise_bin":
         assert noise_bins is not None
         rows = torch.stack([winner_gain, dot, torch.ones_like(dot)])
         sums = torch.zeros(3, num_noise_bins, device=dot.device, dtype=dot.dtype).index_add(1, noise_bins, rows)
-        # Scale to the gradients of each bin's mean error, so that the effect of `eps` does not depend on batch size.
+        # Rescale the products to gradients of each bin's mean error, so that the effect of `eps` does not depend on the
+        # batch size.
         sums = sums * (len(dot) / sums[2].clamp(min=1)) ** 2
         return loser_scale(sums[0], sums[1], mu, shift)[noise_bins]  # (num_noise_bins,) -> (B,)
     else:

@@ -1,4 +1,4 @@
-"""Arithmetic on model weights: decay of the moving average, interpolation, and the scaling factor of a LoRA."""
+"""Compute the decay of a moving average of weights, interpolated weights, and the scaling factor of a LoRA."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ import torch
 from .noise_bins import noise_bin_of
 
 GAIN = 0.5  # each measurement adds GAIN (1 - change / budget) to the logarithm of a scale
-MAX_MOVE = 1.5  # largest absolute value that a measurement adds
-MIN_SCALE = 1e-2  # smaller scales act as 0; they stay at least MIN_SCALE / 2, so that they can rise again
+MAX_MOVE = 1.5  # largest absolute change of a scale's logarithm per measurement
+MIN_SCALE = 1e-2  # scales below it act as 0; no scale falls below MIN_SCALE / 2, so that it can rise again
 
 
 class BudgetController:
@@ -21,8 +21,8 @@ class BudgetController:
     measurement multiplies the bin's scale by `exp(GAIN (b - c) / b)`, within bounds. A scale below `MIN_SCALE` acts
     as 0: the bin's pairs train only their winners until the winners' error is within the budget again. If a bin with
     the scale 0 still exceeds the budget, losers of other bins may raise the errors of this bin, because all bins share
-    the model's weights. While a bin with the scale 0 exceeds the budget, the scales of all other bins fall at least as
-    fast as the scale of the bin above the budget.
+    the model's weights. Each measurement then multiplies the scales of all other bins by this bin's factor, or by their
+    own factor if that is smaller.
 
     Args:
         budget (`float`): Largest relative change of the winners' error, greater than 0.
@@ -43,9 +43,7 @@ class BudgetController:
         self.budget = budget
         self.num_noise_bins = num_noise_bins
         self.log_scale = torch.zeros(num_noise_bins, device=device)
-        self.initial_errors = torch.full(
-            (num_noise_bins,), math.nan, device=device
-        )  # NaN before the first measurement
+        self.initial_errors = torch.full((num_noise_bins,), math.nan, device=device)  # NaN until the first measurement
 
     @property
     def scale(self) -> torch.Tensor:
@@ -61,21 +59,21 @@ class BudgetController:
         """Update the scales from measured errors. The first call stores the errors as `initial_errors`.
 
         Args:
-            errors (`torch.Tensor` of shape `(num_noise_bins,)`): Mean error of the winners in each bin, NaN
-                for bins without timesteps.
+            errors (`torch.Tensor` of shape `(num_noise_bins,)`): Mean error of the winners in each bin, NaN for bins
+                without timesteps.
 
         Returns:
             `dict[str, torch.Tensor]`: Scalar metrics: the largest relative change of a bin (`budget/winner_change`),
             the mean scale (`budget/scale`), the share of bins above the budget (`budget/over`), and the share of bins
-            that are above the budget although their scale was 0 already (`budget/unmet`).
+            that exceed the budget although their scale was 0 before this call (`budget/unmet`).
         """
         self.initial_errors = torch.where(self.initial_errors.isnan().all(), errors, self.initial_errors)
         visited = self.initial_errors > 0  # not NaN
         # An error that is NaN or infinite exceeds every budget.
         change = torch.where(visited, (errors / self.initial_errors - 1).nan_to_num(nan=torch.inf), 0)
-        unmet = (change > self.budget) & (self.scale == 0)
+        unmet = (change > self.budget) & (self.scale == 0)  # these bins exceed the budget without any losers
         move = (GAIN * (1 - change / self.budget)).clamp(-MAX_MOVE, MAX_MOVE)
-        largest = torch.where(unmet, move, torch.inf).min()  # negative if a bin is unmet, else infinite
+        largest = torch.where(unmet, move, torch.inf).min()  # infinite if `unmet` is false for every bin
         self.log_scale = (self.log_scale + torch.minimum(move, largest)).clamp(min=math.log(MIN_SCALE / 2), max=0.0)
         count = visited.sum()
         return {
@@ -91,11 +89,7 @@ class BudgetController:
         return {"log_scale": self.log_scale.tolist(), "before": initial}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore a state that [`BudgetController.state`] returned.
-
-        Raises:
-            `ValueError`: If the state has another number of noise bins.
-        """
+        """Restore a state that [`BudgetController.state`] returned."""
         if len(state["log_scale"]) != self.num_noise_bins:
             raise ValueError(
                 f"`num_noise_bins` must be equal to that of the saved run, {len(state['log_scale'])}. Got "
