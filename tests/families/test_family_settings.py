@@ -173,6 +173,14 @@ def test_half_precision_vae_that_overflows_is_lent_float32(sd_pipeline):
     assert all(torch.equal(value, stored[name]) for name, value in vae.state_dict().items())
 
 
+def test_latents_follow_the_means_and_deviations_that_an_sdxl_vae_states(sdxl_pipeline):
+    """The pipeline decodes `latents * std / scaling_factor + mean`."""
+    sdxl_pipeline.vae.register_to_config(latents_mean=[0.5, -1.0, 0.25, 2.0], latents_std=[2.0, 0.5, 1.5, 1.0])
+    scaled = find_family(sdxl_pipeline).scale_latents(torch.ones(1, 4, 1, 1))
+    by_hand = [0.13025 * 0.5 / 2, 0.13025 * 2 / 0.5, 0.13025 * 0.75 / 1.5, 0.13025 * -1]
+    assert scaled.flatten().tolist() == pytest.approx(by_hand)
+
+
 def test_default_resolution_is_the_pipelines_own(make_sd_pipeline):
     assert find_family(make_sd_pipeline()).default_resolution == 16
     assert find_family(make_sd_pipeline(sample_size=(8, 12))).default_resolution == (16, 24)
