@@ -1,6 +1,6 @@
 """Families from outside the package: registered by hand or by an entry point, or refused with a reason.
 
-`tests/examples/test_own_loss_and_family.py` trains one."""
+`tests/examples/test_examples.py` trains one."""
 
 import json
 import sys
