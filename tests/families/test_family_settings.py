@@ -52,12 +52,12 @@ def test_guidance_reaches_the_transformer_of_policy_and_reference(trainer_of, na
 # ---- Where timesteps are drawn ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", [None, "none"])
-def test_stable_diffusion_3_draws_logit_normal_levels_unless_told(trainer_of, scheme):
+@pytest.mark.parametrize(("scheme", "used"), [(None, "logit_normal"), ("none", "none")])
+def test_stable_diffusion_3_draws_logit_normal_levels_by_default(trainer_of, scheme, used):
     trainer = trainer_of("stable_diffusion_3", weighting_scheme=scheme)
-    assert trainer.args.weighting_scheme == (scheme or "logit_normal")
+    assert trainer.args.weighting_scheme == used
     levels = uniform_draws()
-    if scheme is None:
+    if used == "logit_normal":
         levels = torch.distributions.Normal(0.0, 1.0).icdf(levels).sigmoid()
     expected = 1000 * 3 * levels / (1 + 2 * levels)  # its scheduler's shift is 3
     torch.testing.assert_close(drawn_timesteps(trainer, channels=16), expected, rtol=1e-4, atol=1e-2)
@@ -71,6 +71,13 @@ def test_draws_for_flux_follow_the_shift_for_the_images_tokens(trainer_of, side,
     torch.testing.assert_close(drawn_timesteps(trainer_of("flux"), side=side), expected, rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("tokens", [16, 6400])
+def test_krea_2_turbo_has_one_shift_for_all_sizes(tokens):
+    process = find_family(case("krea2").build(is_distilled=True)).noise_process
+    expected = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).time_shift(1.15, 1.0, torch.tensor([0.5]))
+    torch.testing.assert_close(process.timesteps(torch.tensor([0.5]), image_seq_len=tokens), 1000 * expected)
+
+
 def test_draws_for_ideogram_4_follow_the_schedule_of_its_call():
     pipeline = quiet(case("ideogram4").build())
     process = find_family(pipeline).noise_process
@@ -80,15 +87,6 @@ def test_draws_for_ideogram_4_follow_the_schedule_of_its_call():
         tokens = (side // 4) ** 2  # a token is 4 x 4 pixels in this pipeline, and 16 x 16 in the published one
         drawn = process.timesteps(shares, image_seq_len=tokens // 16)
         torch.testing.assert_close(drawn, pipeline.scheduler.timesteps[1:], rtol=1e-4, atol=1e-2)
-
-
-def test_krea_2_turbo_has_one_shift_for_all_sizes():
-    process = find_family(case("krea2").build(is_distilled=True)).noise_process
-    expected = 1000 * FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).time_shift(
-        1.15, 1.0, torch.ones(1) / 2
-    )
-    for tokens in (16, 6400):
-        torch.testing.assert_close(process.timesteps(torch.ones(1) / 2, image_seq_len=tokens), expected)
 
 
 @pytest.mark.parametrize(("name", "only"), [("flux_schnell", [1000.0, 750.0, 500.0]), ("stable_diffusion", [999])])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_pipelines import case
 
-from trl_diffusion_sdpo.families import FAMILIES, find_family, load_pipeline
+from trl_diffusion_sdpo.families import find_family, load_pipeline
 
 # Tiny pipeline -> classes besides the text-to-image one whose folders hold the same networks.
 OTHER_CLASSES = {
@@ -112,25 +112,17 @@ def test_ideogram_4_loads_without_its_second_transformer(family_folder):
     assert find_family(pipeline).frozen_components == ("vae", "text_encoder")
 
 
-@pytest.mark.parametrize("second", [True, False], ids=["second transformer", "boundary alone"])
-def test_wan_with_two_transformers_is_refused_and_each_alone_is_not(second):
+def test_wan_with_two_transformers_is_refused():
     pipeline = case("wan").build()
     pipeline.register_to_config(boundary_ratio=0.875)
-    if second:
-        pipeline.register_modules(transformer_2=case("wan").build().transformer)
     with pytest.raises(ValueError, match="`boundary_ratio`"):
         find_family(pipeline)
-    pipeline.register_to_config(boundary_ratio=None)
-    pipeline.register_modules(transformer_2=None)
-    assert find_family(pipeline).name == "Wan"
 
 
 def test_unsupported_class_is_refused_before_weights_are_read(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "SomeOtherPipeline"}))
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(ValueError, match="FluxPipeline.*got SomeOtherPipeline"):
         load_pipeline(tmp_path)
-    assert "got SomeOtherPipeline" in str(raised.value)
-    assert all(name in str(raised.value) for name in FAMILIES)
 
 
 def test_folder_that_is_no_pipeline_is_refused(sd_folder):
@@ -138,16 +130,12 @@ def test_folder_that_is_no_pipeline_is_refused(sd_folder):
         load_pipeline(Path(sd_folder) / "unet")
 
 
-def test_unreachable_hub_id_is_refused_by_name(tmp_path):
+def test_an_unreachable_hub_id_and_an_empty_file_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="nobody/nothing"):
         load_pipeline("nobody/nothing", local_files_only=True, cache_dir=tmp_path)
-
-
-def test_an_empty_file_is_refused(tmp_path):
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"")
+    (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="model.safetensors is damaged"):
-        load_pipeline(file)
+        load_pipeline(tmp_path / "model.safetensors")
 
 
 def test_pipeline_with_code_of_its_own_is_refused(copied_folder):
