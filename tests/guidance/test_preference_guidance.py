@@ -51,7 +51,7 @@ def pipeline(shared):
 
 @pytest.fixture
 def own(pipeline):
-    """A copy, to be changed."""
+    """A copy that the test may change."""
     return copy.deepcopy(pipeline)
 
 

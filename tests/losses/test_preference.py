@@ -40,10 +40,6 @@ SCORES = torch.tensor([LOG3, 0.0])
 MILD_SCORES = torch.tensor([2.0, 0.5, 1.0, 1.0, 0.0, -3.0])  # winners first, each ahead of its loser
 
 
-def pair_losses(terms, loss_type, *, beta, **loss_kwargs):
-    return LOSSES[loss_type].pair_losses(terms, beta=beta, **loss_kwargs)
-
-
 def terms_of_errors(winner, loser, ref_winner=0.0, ref_loser=0.0) -> PairTerms:
     """Terms of pairs given by their errors alone, in float64; the residual is that of one-element predictions."""
     errors = [torch.as_tensor(error, dtype=torch.float64).view(-1) for error in (winner, loser, ref_winner, ref_loser)]
@@ -51,16 +47,8 @@ def terms_of_errors(winner, loser, ref_winner=0.0, ref_loser=0.0) -> PairTerms:
 
 
 def plain(model_pred, target, ref_pred, loss_type, beta, loss_kwargs=None, scores=None):
-    return diffusion_preference_loss(
-        model_pred,
-        target,
-        ref_pred,
-        loss_type=loss_type,
-        beta=beta,
-        safeguard="none",
-        scores=scores,
-        **(loss_kwargs or {}),
-    )
+    given = {"loss_type": loss_type, "beta": beta, "scores": scores, **(loss_kwargs or {})}
+    return diffusion_preference_loss(model_pred, target, ref_pred, safeguard="none", **given)
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -126,30 +114,13 @@ def test_dspo_sdxl_chooses_its_form_on_the_whole_batch():
         assert out.pair_losses.tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_mapo_of_perfect_predictions_is_exact_and_has_a_finite_gradient():
-    winner, loser = (torch.zeros(1, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    loss = pair_losses(terms_of_errors(winner, loser), "mapo", beta=0.1, mapo_temperature=1000.0, mapo_scale=0.5)
-    loss.sum().backward()
-    assert loss.item() == 0.1 * math.log(2)  # f(0) - f(0) = 0
-    # f'(0) = -s/2 = -1/4; d/d err_w = 1 + beta T s/4 = 1 + 0.1 * 0.5 * 1000 * 0.25, d/d err_l = -12.5
-    assert winner.grad.item() == pytest.approx(13.5)
-    assert loser.grad.item() == pytest.approx(-12.5)
-
-
 @pytest.mark.parametrize("error", [1e-12, 1.9e-4, 2.1e-4, 1.0, 50.0])
 def test_mapo_of_a_perfect_winner_compares_with_exactly_one(error: float):
     # err_w = 0, f(0) = 1: loss = -logsigmoid(T (1 - f(err_l))), f at both sides of where a series takes over
     terms = terms_of_errors(0.0, error)
-    loss = pair_losses(terms, "mapo", beta=1.0, mapo_temperature=1.0, mapo_scale=0.5).item()
+    loss = LOSSES["mapo"].pair_losses(terms, beta=1.0, mapo_temperature=1.0, mapo_scale=0.5).item()
     half = 0.5 * error
     assert loss == pytest.approx(math.log1p(math.exp(half / math.expm1(half) - 1)), rel=1e-13)
-
-
-def test_dpop_charges_a_rise_of_the_winners_error():
-    # d_w = 4 - 1 = 3, d_l = 9 - 0: u = 3 beta; charged lambda (beta / 2) 3 = 1.5 beta at lambda 1. 1.5 beta = log 3.
-    model, reference = torch.tensor([[2.0], [3.0]]), torch.tensor([[1.0], [0.0]])
-    out = plain(model, torch.zeros(2, 1), reference, "dpop", LOG3 / 1.5, {"dpop_lambda": 1.0})
-    assert out.loss.item() == pytest.approx(math.log(4 / 3), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +135,7 @@ def test_dpop_charges_a_rise_of_the_winners_error():
 def test_apo_weighs_each_branch_by_its_own_reward(loss_type: str, winner_gradient: float, loser_gradient: float):
     winner = torch.tensor([5 - LOG3], dtype=torch.float64, requires_grad=True)
     loser = torch.tensor([1 + 2 * LOG3], dtype=torch.float64, requires_grad=True)
-    pair_losses(terms_of_errors(winner, loser, 5.0, 1.0), loss_type, beta=2.0).sum().backward()
+    LOSSES[loss_type].pair_losses(terms_of_errors(winner, loser, 5.0, 1.0), beta=2.0).sum().backward()
     assert (winner.grad.item(), loser.grad.item()) == pytest.approx((winner_gradient, loser_gradient), rel=1e-12)
 
 
@@ -174,7 +145,7 @@ def test_linear_clamps_its_weight_and_does_not_differentiate_it(margin: float, w
     winner = torch.tensor([7.0], dtype=torch.float64, requires_grad=True)
     loser = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
     terms = terms_of_errors(winner, loser, 5 - margin)
-    loss = pair_losses(terms, "linear", beta=0.25, linear_eta=0.4)
+    loss = LOSSES["linear"].pair_losses(terms, beta=0.25, linear_eta=0.4)
     loss.sum().backward()
     assert loss.item() == pytest.approx(5 * weight)
     assert (winner.grad.item(), loser.grad.item()) == pytest.approx((weight, -weight))
@@ -184,16 +155,14 @@ def test_smpo_relabels_pairs_that_the_scores_rank_the_other_way(seeded_pairs):
     model, target, reference = seeded_pairs(pairs=2)
     swap_first = torch.tensor([2, 1, 0, 3])  # the first pair's sides exchanged
     scores = torch.tensor([1.5, 0.2, -0.5, 0.1])
-    loss_kwargs = {"smpo_coefficient": 3.0}
-    leaf, swapped_leaf = model.clone().requires_grad_(), model[swap_first].clone().requires_grad_()
-    ordered = plain(leaf, target, reference, "smpo", 0.8, loss_kwargs, scores)
-    swapped = plain(
-        swapped_leaf, target[swap_first], reference[swap_first], "smpo", 0.8, loss_kwargs, scores[swap_first]
-    )
-    ordered.loss.backward()
-    swapped.loss.backward()
-    assert torch.equal(ordered.pair_losses, swapped.pair_losses)
-    assert torch.equal(leaf.grad[swap_first], swapped_leaf.grad)
+    losses, gradients = [], []
+    for order in (torch.arange(4), swap_first):
+        leaf = model[order].clone().requires_grad_()
+        out = plain(leaf, target[order], reference[order], "smpo", 0.8, {"smpo_coefficient": 3.0}, scores[order])
+        out.loss.backward()
+        losses.append(out.pair_losses)
+        gradients.append(leaf.grad)
+    assert torch.equal(*losses) and torch.equal(gradients[0][swap_first], gradients[1])
 
 
 def test_the_reference_and_the_target_are_constants(seeded_pairs):
@@ -202,6 +171,14 @@ def test_the_reference_and_the_target_are_constants(seeded_pairs):
         diffusion_preference_loss(model, target, reference, loss_type=loss_type, scores=MILD_SCORES).loss.backward()
     assert model.grad is not None
     assert target.grad is None and reference.grad is None
+
+
+def test_mapo_of_perfect_predictions_has_a_finite_gradient():
+    winner, loser = (torch.zeros(1, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    terms, settings = terms_of_errors(winner, loser), {"mapo_temperature": 1000.0, "mapo_scale": 0.5}
+    LOSSES["mapo"].pair_losses(terms, beta=0.1, **settings).sum().backward()
+    # f'(0) = -s/2 = -1/4; d/d err_w = 1 + beta T s/4 = 1 + 0.1 * 0.5 * 1000 * 0.25, d/d err_l = -12.5
+    assert (winner.grad.item(), loser.grad.item()) == pytest.approx((13.5, -12.5))
 
 
 def test_timestep_weights_multiply_errors(seeded_pairs, losses_by_hand):
