@@ -25,7 +25,7 @@ from trl_diffusion_sdpo.families import load_pipeline
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Keep the tests of a file in one process, and all of tests/distributed, whose cases train in one launch."""
+    """Run the tests of a file in one process, and all of tests/distributed, whose cases train in one launch."""
     from xdist.scheduler import LoadScopeScheduling
 
     class LoadFileOrFolder(LoadScopeScheduling):
@@ -97,7 +97,7 @@ def plotted():
 
 @pytest.fixture
 def several_draws():
-    """Lets evaluations of a few pairs take several draws of noise for each, as users' evaluations do."""
+    """Evaluations of a few pairs take several draws of noise for each, like users' evaluations."""
 
 
 @pytest.fixture(autouse=True)
@@ -166,14 +166,8 @@ def build_pairs(count: int = 16, seed: int = 0, size: tuple[int, int] = (20, 24)
     def image() -> Image.Image:
         return Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8))
 
-    rows = [
-        {
-            "prompt": f"prompt {index}",
-            "chosen": image(),
-            "rejected": image(),
-            "chosen_score": float(index % 3),
-            "rejected_score": 1.0,
-        }
-        for index in range(count)
-    ]
-    return datasets.Dataset.from_list(rows)
+    def row(index: int) -> dict:
+        scores = {"chosen_score": float(index % 3), "rejected_score": 1.0}
+        return {"prompt": f"prompt {index}", "chosen": image(), "rejected": image(), **scores}
+
+    return datasets.Dataset.from_list([row(index) for index in range(count)])

@@ -46,24 +46,16 @@ class Request(NamedTuple):
 
 
 class HubServer:
-    """The server, as tests see it.
-
-    Attributes:
-        endpoint, token, user: Its address, the only token that it accepts, and the name of that token's user.
-        repos: Repositories by `owner/name`.
-        requests: All requests in their order.
-        failing: How often each endpoint (a pattern of `METHOD /path`) still answers 503.
-        forbidden: Repositories that may not be created or changed: 403.
-    """
+    """The server, as tests see it."""
 
     def __init__(self):
-        self.token = "hf_localtesttokenlocaltest"
+        self.token = "hf_localtesttokenlocaltest"  # the only one that it accepts
         self.user = "tester"
-        self.repos: dict[str, HubRepo] = {}
+        self.repos: dict[str, HubRepo] = {}  # by `owner/name`
         self.objects: dict[str, bytes] = {}  # LFS objects by SHA-256
-        self.requests: list[Request] = []
-        self.failing: dict[str, float] = {}
-        self.forbidden: set[str] = set()
+        self.requests: list[Request] = []  # all of them, in their order
+        self.failing: dict[str, float] = {}  # pattern of `METHOD /path` -> how often it still answers 503
+        self.forbidden: set[str] = set()  # repositories that may not be created: 403
         self.lock = threading.Lock()
         self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (HubHandler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{self.httpd.server_address[1]}"

@@ -1,21 +1,15 @@
 """A pretend accelerator: tensors that say they are on the device `pretend:0`, with real numbers computed by the CPU.
 
-It shows on any machine what only an accelerator would show: a tensor left on the host (operations on mixed devices are
-errors), every place where the host waits for the device (`WAITS`), and a value that is read before it has arrived.
+It detects on any machine a tensor left on the host (operations on mixed devices are errors), code that makes the host
+wait for the device (`WAITS`), and a value that is read before it has arrived. Load pipelines first, because
+transformers fills buffers while it loads. Then call `install` in a process of its own: torch stays patched.
 
-    pipeline = ...               # load first: transformers fills buffers while it loads, which the patches disturb
-    pretend_device.install()     # once a process and not undone: torch is patched; use a process of its own
-    trainer = DiffusionSDPOTrainer(pipeline, ...)   # under ACCELERATE_TORCH_DEVICE=pretend:0
-    trainer.train()
-    pretend_device.WAITS
+The host waits in the cases that torch's `set_sync_debug_mode` reports on CUDA: Python reads a value (`item`, `tolist`,
+`bool`), the shape of a result depends on values (`nonzero`, a boolean mask as an index), or a copy between host and
+device is not `non_blocking`. A copy into pinned memory that does not wait holds wrong values until somebody waits for
+an event that was recorded after it.
 
-What waits here is what torch's `set_sync_debug_mode` reports on CUDA: a value that Python reads (`item`, `tolist`,
-`bool`), an operation whose answer has a shape that depends on values (`nonzero`, a boolean mask as an index), and a
-copy between host and device that is not `non_blocking`. A copy into pinned memory that does not wait holds wrong
-values until an event that was recorded after it has been waited for.
-
-It proves nothing about kernels, streams and compilers, and has no process group. torch's
-Python back end for new devices, on which it stands, is experimental (torch 2.13).
+torch's Python back end for new devices, which this module uses, is experimental (torch 2.13).
 """
 
 import contextlib
@@ -60,9 +54,6 @@ class PretendTensor(torch.Tensor):
         made.raw = raw
         return made
 
-    def __repr__(self):
-        return f"PretendTensor({self.raw})"
-
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
@@ -81,9 +72,6 @@ class PretendTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol):
         return _restored, (self.raw, self.requires_grad)
-
-    def numpy(self, *args, **kwargs):
-        raise TypeError("can't convert a pretend device's tensor to numpy. Use Tensor.cpu() first.")
 
 
 def _restored(raw, requires_grad):

@@ -56,7 +56,7 @@ def test_arguments_show_no_secret_anywhere(make_args):
         assert "<TOKEN>" in shown and "<CLIENT_SECRET>" in shown and "http://...@proxy.example:8080" in shown
         assert "'revision': 'main'" in shown or '"revision": "main"' in shown
     assert not any(secret in str(args.to_sanitized_dict()) for secret in SECRETS)
-    assert args.hub_token == SECRETS[1] and args.model_init_kwargs == KWARGS  # for use, all is there
+    assert args.hub_token == SECRETS[1] and args.model_init_kwargs == KWARGS
 
 
 def test_neither_files_nor_trackers_of_a_run_hold_a_secret(make_trainer, tmp_path, monkeypatch):
