@@ -29,12 +29,6 @@ SHAPED_BY_VALUES = (
     *("aten::unique_dim", "aten::_unique", "aten::_unique2", "aten::unique_consecutive", "aten::bincount"),
 )
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
-# Autocast runs the first operations in half precision on CUDA, and the second in float32.
-LOWERED = (
-    *("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "conv3d", "conv_transpose2d.input"),
-    "scaled_dot_product_attention",
-)
-RAISED = ("layer_norm", "group_norm", "softmax.int", "log_softmax.int", "mse_loss", "cosine_similarity", "exp", "log")
 # These are kernels on a real device. Their C++ code would look for the device here.
 MADE_ON_DEVICE = ("arange", "linspace", "logspace", "eye", "full", "randperm")
 SENT_TO_DEVICE = ("tensor", "as_tensor")
@@ -277,7 +271,7 @@ def install() -> None:
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), dispatch_key="PrivateUse1")
     library.fallback(torch.library.fallthrough_kernel, dispatch_key="AutocastPrivateUse1")
-    _kept.extend([library, _autocast_library()])
+    _kept.append(library)
     for method in READS:
         setattr(PretendTensor, method, _read(method))
     for name in (*MADE_ON_DEVICE, *SENT_TO_DEVICE):
@@ -290,31 +284,6 @@ def install() -> None:
 
 
 _kept: list = []  # a library acts as long as it lives
-
-
-def _autocast_library() -> torch.library.Library:
-    library, key = torch.library.Library("aten", "IMPL"), "AutocastPrivateUse1"
-    for name in (*LOWERED, *RAISED):
-        function, _, overload = name.partition(".")
-        operation = getattr(getattr(torch.ops.aten, function), overload or "default")
-        library.impl(name, _in_precision(operation, lowers=name in LOWERED), key)
-    return library
-
-
-def _in_precision(operation, *, lowers: bool):
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
-
-    def autocast(*args, **kwargs):
-        dtype = torch.get_autocast_dtype(NAME) if lowers else torch.float32
-
-        def cast(value):
-            floats = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
-            return value.to(dtype) if floats else value
-
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return operation(*tree_map(cast, args), **tree_map(cast, kwargs))
-
-    return autocast
 
 
 def _pinning(make):

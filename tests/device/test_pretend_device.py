@@ -130,7 +130,7 @@ def test_a_cached_step_does_not_wait_and_encoding_has_the_device_for_itself(foun
     assert [place.split("::")[1] for place in found[0]["encoding_waits"]] == ["conditioning_of", "moments_of"]
 
 
-@each(sd("full", "parameter", "bf16", {"bf16": True, "logging_steps": 1}))
+@each(sd("full", "parameter", "logged", {"logging_steps": 1}))
 def test_a_log_waits_once_for_all_metrics_and_the_first_step_is_neutral(found):
     assert waits_of_ours(found[0]) == {METERS: 1}
     assert found[0]["log"][0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
@@ -148,7 +148,6 @@ def test_an_evaluation_waits_once_for_each_kind_of_result(found):
 OF_EVERY_FAMILY = {
     "inverted": ("lora", "output", INVERSION),
     "averaged": ("full", "parameter", EMA_AND_BUDGET),
-    "bf16": ("full", "output", {"bf16": True}),
     "sampled-too": ("lora", "output", SAMPLING),
 }
 

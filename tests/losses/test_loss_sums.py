@@ -9,7 +9,6 @@ from losses.settings import BETA, SETTINGS
 
 from trl_diffusion_sdpo.losses import (
     LOSSES,
-    PairTerms,
     check_auto_beta,
     check_loss_kwargs,
     diffusion_preference_loss,
@@ -74,36 +73,6 @@ def test_capo_has_a_target_for_each_pair():
     assert out.metrics["safeguard/past_target"].item() == 0.5
     # d/d err_w = 2 (u - target)(-beta / 2) = -+0.02, d err_w / d prediction = 2, the mean over two pairs
     assert leaf.grad.flatten().tolist() == pytest.approx([-0.02, 0.02, 0.04, -0.04], rel=1e-4)
-
-
-# ---- What the row of a sum says ------------------------------------------------------------------------------------
-
-ROWS = [
-    # parts, reads the loser, a reference, its prediction, scores; errors weigh alike, positively; anchor
-    (["sigmoid", "sft"], (True, True, False, False), (False, False), "branch"),
-    (["simpo", "sft"], (True, False, False, False), (False, False), "branch"),
-    (["sigmoid", "dpop"], (True, True, False, False), (False, False), "branch"),
-    (["sigmoid", "ipo"], (True, True, False, False), (True, False), "error"),
-    (["dmpo", "sft"], (True, True, False, False), (False, False), "error"),
-    (["smpo", "linear"], (True, True, False, True), (True, True), "branch"),
-    (["capo", "sigmoid"], (True, True, False, True), (True, False), "error"),
-]
-
-
-@pytest.mark.parametrize(("parts", "reads", "weights", "anchor"), ROWS, ids=["-".join(row[0]) for row in ROWS])
-def test_what_a_sum_needs_and_how_it_weighs_errors_follows_from_its_parts(parts, reads, weights, anchor):
-    """The weights of both errors are taken by autograd, from random pairs given by their errors alone."""
-    spec = loss_spec(parts)
-    assert (spec.uses_loser, spec.needs_reference, spec.reads_reference_prediction, spec.needs_scores) == reads
-    assert (spec.equal_weights, spec.positive_weights, spec.anchor) == (*weights, anchor)
-    generator = torch.Generator().manual_seed(1)
-    errors = 2 * torch.rand(4, 200, generator=generator, dtype=torch.float64)
-    winner, loser = errors[0].requires_grad_(), errors[1].requires_grad_()
-    scores = torch.rand(2, 200, generator=generator, dtype=torch.float64).sort(0, descending=True).values
-    terms = PairTerms(winner, loser, errors[2].detach(), errors[3].detach(), winner.view(-1, 1), None, scores)
-    a, b = torch.autograd.grad(spec.pair_losses(terms, beta=1.0).sum(), (winner, loser))
-    assert torch.allclose(a, -b, rtol=1e-9, atol=1e-12) is weights[0]
-    assert bool((a >= 0).all()) or anchor == "error"
 
 
 # ---- Gradients under the safeguard, by loops -----------------------------------------------------------------------
