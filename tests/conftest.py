@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from local_hub import hub_server  # noqa: F401  (a fixture)
 from PIL import Image
-from tiny_pipelines import case, quiet, stable_diffusion, stable_diffusion_xl
+from tiny_pipelines import case, quiet, stable_diffusion
 
 from trl_diffusion_sdpo.families import load_pipeline
 
@@ -76,12 +76,6 @@ def sdxl_pipeline(sdxl_folder):
 def make_sd_pipeline():
     """`make_sd_pipeline(prediction_type="epsilon", seed=0, **unet_overrides)`: a Stable Diffusion pipeline."""
     return stable_diffusion.build
-
-
-@pytest.fixture(scope="session")
-def make_sdxl_pipeline():
-    """`make_sdxl_pipeline(seed=0, **unet_overrides)`: a Stable Diffusion XL pipeline."""
-    return stable_diffusion_xl.build
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 """Sums of losses and the cap of the logit by hand, and lambda and gradients of every loss, sum and weight under every
-safeguard of output space against loops in plain Python."""
+safeguard of output space against a second implementation in float64."""
 
 import math
 
@@ -93,17 +93,15 @@ def parts_of(loss_type, weights):
     return dict(zip(names, weights or [1.0] * len(names), strict=True))
 
 
-def gradient_of(parts, tensors, beta, gradient_by_differences, clamp=None):
-    """Return the gradient of each pair's share of the mean loss, in float64: central differences, part by part. Rows of
+def gradient_of(parts, tensors, beta, gradient_by_hand, clamp=None):
+    """Return the gradient of each pair's share of the mean loss, in float64, part by part. Rows of
     pairs that the cap has won are 0."""
     model, target, ref = tensors
     total = torch.zeros(model.shape, dtype=torch.float64)
     error = (model - target).double().square().flatten(1).mean(1) - (ref - target).double().square().flatten(1).mean(1)
     logit = -beta / 2 * (error[:3] - error[3:])
     for name, weight in parts.items():
-        part = gradient_by_differences(
-            name, *tensors, beta=beta, loss_kwargs=SETTINGS.get(name, {}), scores=SCORES
-        ).clone()
+        part = gradient_by_hand(name, *tensors, beta=beta, loss_kwargs=SETTINGS.get(name, {}), scores=SCORES).clone()
         if clamp is not None and name != "sft":
             part[(logit > clamp).repeat(2)] = 0
         total += weight * part
@@ -132,16 +130,14 @@ def expected_scale(granularity, plain, gradient, residual, mu, pair_weights, los
 @pytest.mark.parametrize("weighted", ["", "pair_weights", "loser_weights"])
 @pytest.mark.parametrize("granularity", ["batch", "pair", "weighted", "noise_bin"])
 @pytest.mark.parametrize("case", CASES, ids=[str(case) for case in CASES])
-def test_lambda_and_the_gradient_are_those_of_a_loop(
-    case, granularity, weighted, seeded_pairs, gradient_by_differences
-):
+def test_lambda_and_the_gradient_are_those_of_a_loop(case, granularity, weighted, seeded_pairs, gradient_by_hand):
     """The values of the losses are those without a safeguard."""
     loss_type, weights, given = case
     tensors, beta, mu, spec = seeded_pairs(seed=1), BETA, 0.5, loss_spec(loss_type, weights)
     pair_weights = PAIR_WEIGHTS if weighted == "pair_weights" else torch.ones(3)
     loser_weights = LOSER_WEIGHTS if weighted == "loser_weights" else torch.ones(3)
     parts = parts_of(loss_type, weights)
-    gradient, logit = gradient_of(parts, tensors, beta, gradient_by_differences, given.get("margin_clamp"))
+    gradient, logit = gradient_of(parts, tensors, beta, gradient_by_hand, given.get("margin_clamp"))
     assert "margin_clamp" not in given or 0 < int((logit > 0.05).sum()) < 3
     gradient *= pair_weights.double().repeat(2).view(-1, 1, 1)
     plain = spec.equal_weights and granularity != "weighted" and (spec.positive_weights or granularity != "pair")

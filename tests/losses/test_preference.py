@@ -1,4 +1,4 @@
-"""The loss table: values derived by hand, a second implementation in plain Python, limits and identities."""
+"""The loss table: values derived by hand, a second implementation in float64, limits and identities."""
 
 import math
 
@@ -60,7 +60,7 @@ def test_the_value_is_the_one_derived_by_hand(loss_type: str):
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_losses_of_a_batch_agree_with_plain_python(loss_type: str, seeded_pairs, losses_by_hand):
+def test_losses_of_a_batch_agree_with_a_second_implementation(loss_type: str, seeded_pairs, losses_by_hand):
     given = {"beta": BETA, "loss_kwargs": SETTINGS.get(loss_type, {}), "scores": MILD_SCORES}
     model, target, reference = seeded_pairs()
     out = plain(model, target, reference, loss_type, **given)
