@@ -73,6 +73,12 @@ def test_lambda_of_one_pair_is_the_bound_clamped(winner, loser, mu, expected, gr
 def test_the_epsilon_is_added_in_units_of_the_mean_errors_gradients():
     # residuals (1, 0) and (2, 1), N = 2: gradients are (2 / N) r, products 1 and 2. With eps 2: 1 / (2 + 2)
     assert lambda_of([[1.0, 0.0]], [[2.0, 1.0]], 0.0, eps=2.0).item() == pytest.approx(0.25)
+    # Each of three such pairs by itself: 1 / (2 + 1). The mean of two pairs in a bin halves gradients: 0.5 / (1 + 1).
+    model, zero = torch.tensor([[1.0, 0.0]] * 3 + [[2.0, 1.0]] * 3), torch.zeros(6, 2)
+    settings = {"noise_bins": torch.tensor([0, 0, 1]), "num_noise_bins": 2, "safeguard_eps": 1.0}
+    for granularity, expected in (("pair", [1 / 3, 1 / 3, 1 / 3]), ("noise_bin", [1 / 4, 1 / 4, 1 / 3])):
+        scale = guarded(model, zero, model, granularity=granularity, **settings).scale
+        assert scale.tolist() == pytest.approx(expected)
     # the published 1e-9 drops the loser of a perfect winner, where the exact rule leaves it
     assert lambda_of([[0.0, 0.0]], [[2.0, 1.0]], 0.0, eps=1e-9).item() == 0.0
 
@@ -220,22 +226,13 @@ def test_the_share_mu_of_the_winners_own_descent_is_kept(mu: float, seeded_pairs
 
 
 # Negative control. The loser's residual is aligned with the winner's and much larger: pushing the loser away takes the
-# winner along, by more than its own descent. (winner, its reference, loser, its reference), each times ones.
-CONTROL = dict.fromkeys(PROMISING, ((0.1, 0.09, 3.0, 3.0), {})) | {
-    # The weight of the loser is steep in the errors only where T f' is; f is flat at large errors.
-    "mapo": ((0.01, 0.01, 0.3, 0.3), {"beta": 1.0, "mapo_temperature": 100.0}),
-    # The loser acts through sigmoid(u) alone: a far reference, d_w = d_l = -8, u = 0.
-    "dspo": ((1.0, 3.0, 3.0, math.sqrt(17)), {"beta": 0.9}),
-}
-
-
-@pytest.mark.parametrize("loss_type", CONTROL)
+# winner along, by more than its own descent. In `mapo` and `dspo`, the loser is weak at these errors.
+@pytest.mark.parametrize("loss_type", sorted(set(PROMISING) - {"mapo", "dspo"}))
 def test_the_plain_loss_raises_the_winner_error_where_the_safeguard_does_not(loss_type: str):
-    (winner, ref_winner, loser, ref_loser), settings = CONTROL[loss_type]
-    model = torch.tensor([winner, loser]).view(2, 1, 1).expand(2, 2, 2)
-    reference = torch.tensor([ref_winner, ref_loser]).view(2, 1, 1).expand(2, 2, 2)
+    model = torch.tensor([0.1, 3.0]).view(2, 1, 1).expand(2, 2, 2)
+    reference = torch.tensor([0.09, 3.0]).view(2, 1, 1).expand(2, 2, 2)
     args = (model, torch.zeros(2, 2, 2), reference, loss_type, 1e-4)
-    settings = {"scores": torch.tensor([1.0, 0.0])} | settings
+    settings = {"scores": torch.tensor([1.0, 0.0])}
     _, plain, plain_second = descend(*args, safeguard="none", **settings)
     assert plain.item() > plain_second.item() + 1e-8
     for granularity in GRANULARITIES[1:]:
