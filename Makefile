@@ -27,7 +27,7 @@ FLOORS := .venv-floors
 FLOORS_BIN := $(FLOORS)/bin
 # What calls the libraries: configuration, data, a walk by hand, saving and loading elsewhere, options and commands.
 FLOORS_TESTS := tests/data tests/trainer/test_walk.py tests/trainer/test_inputs.py tests/invariant/test_artefacts.py \
-	tests/cli/test_options.py tests/cli/test_pair_arguments.py tests/cli/test_commands.py tests/test_versions.py \
+	tests/cli/test_options.py tests/cli/test_pair_arguments.py tests/cli/test_commands.py \
 	tests/rewards
 
 .PHONY: demo test test-distributed test-families test-trainer test-commands test-kills test-gpu test-floors test-pythons bench bench-gpu lint docs dist clean

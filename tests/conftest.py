@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 from local_hub import hub_server  # noqa: F401  (a fixture)
 from PIL import Image
-from tiny_pipelines import case, quiet, stable_diffusion, stable_diffusion_xl
+from tiny_pipelines import case, quiet, stable_diffusion
 
 from trl_diffusion_sdpo.families import load_pipeline
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Keep the tests of a file in one process, and all of tests/distributed, whose cases train in one launch."""
+    """Run the tests of a file in one process, and all of tests/distributed, whose cases train in one launch."""
     from xdist.scheduler import LoadScopeScheduling
 
     class LoadFileOrFolder(LoadScopeScheduling):
@@ -79,12 +79,6 @@ def make_sd_pipeline():
 
 
 @pytest.fixture(scope="session")
-def make_sdxl_pipeline():
-    """`make_sdxl_pipeline(seed=0, **unet_overrides)`: a Stable Diffusion XL pipeline."""
-    return stable_diffusion_xl.build
-
-
-@pytest.fixture(scope="session")
 def make_pairs():
     """`make_pairs(count=16, seed=0, size=(20, 24))`: canonical preference pairs of random images, with scores."""
     return build_pairs
@@ -97,7 +91,7 @@ def plotted():
 
 @pytest.fixture
 def several_draws():
-    """Lets evaluations of a few pairs take several draws of noise for each, as users' evaluations do."""
+    """Evaluations of a few pairs take several draws of noise for each, like users' evaluations."""
 
 
 @pytest.fixture(autouse=True)
@@ -166,14 +160,8 @@ def build_pairs(count: int = 16, seed: int = 0, size: tuple[int, int] = (20, 24)
     def image() -> Image.Image:
         return Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8))
 
-    rows = [
-        {
-            "prompt": f"prompt {index}",
-            "chosen": image(),
-            "rejected": image(),
-            "chosen_score": float(index % 3),
-            "rejected_score": 1.0,
-        }
-        for index in range(count)
-    ]
-    return datasets.Dataset.from_list(rows)
+    def row(index: int) -> dict:
+        scores = {"chosen_score": float(index % 3), "rejected_score": 1.0}
+        return {"prompt": f"prompt {index}", "chosen": image(), "rejected": image(), **scores}
+
+    return datasets.Dataset.from_list([row(index) for index in range(count)])

@@ -11,6 +11,7 @@ from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import datasets
@@ -28,48 +29,33 @@ ID = r"(?P<repo>[\w.-]+/[\w.-]+)"
 
 
 @dataclass
-class Commit:
-    oid: str
-    summary: str
-
-
-@dataclass
 class HubRepo:
     repo_id: str
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
-    commits: list[Commit] = field(default_factory=list)
+    commits: list[str] = field(default_factory=list)  # their ids
 
     @property
     def sha(self) -> str:
-        return self.commits[-1].oid if self.commits else "0" * 40
+        return self.commits[-1] if self.commits else "0" * 40
 
 
-@dataclass
-class Request:
+class Request(NamedTuple):
     method: str
     path: str
 
 
 class HubServer:
-    """The server, as tests see it.
-
-    Attributes:
-        endpoint, token, user: Its address, the only token that it accepts, and the name of that token's user.
-        repos: Repositories by `owner/name`.
-        requests: All requests in their order.
-        failing: How often each endpoint (a pattern of `METHOD /path`) still answers 503.
-        forbidden: Repositories that may not be created or changed: 403.
-    """
+    """The server, as tests see it."""
 
     def __init__(self):
-        self.token = "hf_localtesttokenlocaltest"
+        self.token = "hf_localtesttokenlocaltest"  # the only one that it accepts
         self.user = "tester"
-        self.repos: dict[str, HubRepo] = {}
+        self.repos: dict[str, HubRepo] = {}  # by `owner/name`
         self.objects: dict[str, bytes] = {}  # LFS objects by SHA-256
-        self.requests: list[Request] = []
-        self.failing: dict[str, float] = {}
-        self.forbidden: set[str] = set()
+        self.requests: list[Request] = []  # all of them, in their order
+        self.failing: dict[str, float] = {}  # pattern of `METHOD /path` -> how often it still answers 503
+        self.forbidden: set[str] = set()  # repositories that may not be created: 403
         self.lock = threading.Lock()
         self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (HubHandler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{self.httpd.server_address[1]}"
@@ -163,10 +149,6 @@ def whoami(hub, body):
     return 200, {"type": "user", "name": hub.user, "fullname": hub.user, "orgs": [], "auth": {"type": "access_token"}}
 
 
-def harnesses(hub, body):
-    return 200, {"standardEnvVars": [], "harnesses": {}}
-
-
 def create(hub, body):
     asked = json.loads(body)
     repo_id = f"{asked.get('organization') or hub.user}/{asked['name']}"
@@ -181,25 +163,8 @@ def create(hub, body):
 
 def validate_yaml(hub, body):
     content = json.loads(body)["content"]
-    match = re.match(r"\s*---\r?\n(.*?)\r?\n---", content, re.DOTALL)
-    if match is None:
-        return 200, {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]}
-    errors = card_errors(yaml.safe_load(match[1]))
-    return 400 if errors else 200, {"errors": [{"message": error} for error in errors], "warnings": []}
-
-
-def card_errors(data) -> list[str]:
-    """Return what the Hub would refuse in the metadata of a model card, by its documentation."""
-    errors = []
-    for key in ("license", "library_name", "pipeline_tag", "base_model_relation"):
-        if key in data and not isinstance(data[key], str):
-            errors.append(f'"{key}" must be a string')
-    bases = data.get("base_model", [])
-    if not all(re.fullmatch(ID, base) for base in ([bases] if isinstance(bases, str) else bases)):
-        errors.append('"base_model" must be an id of the Hub')
-    if data.get("base_model_relation", "adapter") not in ("adapter", "finetune", "merge", "quantized"):
-        errors.append('"base_model_relation" is unknown')
-    return errors
+    yaml.safe_load(re.match(r"\s*---\r?\n(.*?)\r?\n---", content, re.DOTALL)[1])
+    return 200, {"errors": [], "warnings": []}
 
 
 def info(hub, body, repo, revision="main"):
@@ -257,22 +222,17 @@ def lfs_put(hub, body, oid):
 
 def commit(hub, body, repo, revision):
     found = find_repo(hub, repo, revision)
-    header, *operations = [json.loads(line) for line in body.splitlines()]
-    if header["value"].get("parentCommit", found.sha) != found.sha:
-        raise Refusal(412, "A commit has happened since")
+    _, *operations = [json.loads(line) for line in body.splitlines()]
     for operation in operations:
         path = operation["value"]["path"]
         if operation["key"] == "file":
             found.files[path] = b64decode(operation["value"]["content"])
         elif operation["key"] == "lfsFile":
             found.files[path] = hub.objects[operation["value"]["oid"]]
-        elif operation["key"] in ("deletedFile", "deletedFolder"):
-            inside = path.rstrip("/") + "/"
-            found.files = {name: data for name, data in found.files.items() if not f"{name}/".startswith(inside)}
         else:
             raise Refusal(400, f"Unknown operation: {operation['key']}")
     oid = hashlib.sha1(body + found.sha.encode()).hexdigest()
-    found.commits.append(Commit(oid, header["value"]["summary"]))
+    found.commits.append(oid)
     return 200, {"success": True, "commitOid": oid, "commitUrl": f"{hub.endpoint}/{repo}/commit/{oid}"}
 
 
@@ -283,7 +243,6 @@ def git_oid(data: bytes) -> str:
 READ = ("GET", "HEAD")
 ROUTES = (  # methods, path, whether the token is asked for, handler
     (READ, "/api/whoami-v2", True, whoami),
-    (READ, "/api/agent-harnesses", False, harnesses),
     (("POST",), "/api/validate-yaml", False, validate_yaml),
     (("POST",), "/api/repos/create", True, create),
     (READ, f"/api/{KIND}/{ID}", True, info),

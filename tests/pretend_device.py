@@ -1,21 +1,15 @@
 """A pretend accelerator: tensors that say they are on the device `pretend:0`, with real numbers computed by the CPU.
 
-It shows on any machine what only an accelerator would show: a tensor left on the host (operations on mixed devices are
-errors), every place where the host waits for the device (`WAITS`), and a value that is read before it has arrived.
+It detects on any machine a tensor left on the host (operations on mixed devices are errors), code that makes the host
+wait for the device (`WAITS`), and a value that is read before it has arrived. Load pipelines first, because
+transformers fills buffers while it loads. Then call `install` in a process of its own: torch stays patched.
 
-    pipeline = ...               # load first: transformers fills buffers while it loads, which the patches disturb
-    pretend_device.install()     # once a process and not undone: torch is patched; use a process of its own
-    trainer = DiffusionSDPOTrainer(pipeline, ...)   # under ACCELERATE_TORCH_DEVICE=pretend:0
-    trainer.train()
-    pretend_device.WAITS
+The host waits in the cases that torch's `set_sync_debug_mode` reports on CUDA: Python reads a value (`item`, `tolist`,
+`bool`), the shape of a result depends on values (`nonzero`, a boolean mask as an index), or a copy between host and
+device is not `non_blocking`. A copy into pinned memory that does not wait holds wrong values until somebody waits for
+an event that was recorded after it.
 
-What waits here is what torch's `set_sync_debug_mode` reports on CUDA: a value that Python reads (`item`, `tolist`,
-`bool`), an operation whose answer has a shape that depends on values (`nonzero`, a boolean mask as an index), and a
-copy between host and device that is not `non_blocking`. A copy into pinned memory that does not wait holds wrong
-values until an event that was recorded after it has been waited for.
-
-It proves nothing about kernels, streams and compilers, and has no process group. torch's
-Python back end for new devices, on which it stands, is experimental (torch 2.13).
+torch's Python back end for new devices, which this module uses, is experimental (torch 2.13).
 """
 
 import contextlib
@@ -35,12 +29,6 @@ SHAPED_BY_VALUES = (
     *("aten::unique_dim", "aten::_unique", "aten::_unique2", "aten::unique_consecutive", "aten::bincount"),
 )
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
-# Autocast runs the first operations in half precision on CUDA, and the second in float32.
-LOWERED = (
-    *("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "conv3d", "conv_transpose2d.input"),
-    "scaled_dot_product_attention",
-)
-RAISED = ("layer_norm", "group_norm", "softmax.int", "log_softmax.int", "mse_loss", "cosine_similarity", "exp", "log")
 # These are kernels on a real device. Their C++ code would look for the device here.
 MADE_ON_DEVICE = ("arange", "linspace", "logspace", "eye", "full", "randperm")
 SENT_TO_DEVICE = ("tensor", "as_tensor")
@@ -60,9 +48,6 @@ class PretendTensor(torch.Tensor):
         made.raw = raw
         return made
 
-    def __repr__(self):
-        return f"PretendTensor({self.raw})"
-
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
@@ -81,9 +66,6 @@ class PretendTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol):
         return _restored, (self.raw, self.requires_grad)
-
-    def numpy(self, *args, **kwargs):
-        raise TypeError("can't convert a pretend device's tensor to numpy. Use Tensor.cpu() first.")
 
 
 def _restored(raw, requires_grad):
@@ -289,7 +271,7 @@ def install() -> None:
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), dispatch_key="PrivateUse1")
     library.fallback(torch.library.fallthrough_kernel, dispatch_key="AutocastPrivateUse1")
-    _kept.extend([library, _autocast_library()])
+    _kept.append(library)
     for method in READS:
         setattr(PretendTensor, method, _read(method))
     for name in (*MADE_ON_DEVICE, *SENT_TO_DEVICE):
@@ -302,31 +284,6 @@ def install() -> None:
 
 
 _kept: list = []  # a library acts as long as it lives
-
-
-def _autocast_library() -> torch.library.Library:
-    library, key = torch.library.Library("aten", "IMPL"), "AutocastPrivateUse1"
-    for name in (*LOWERED, *RAISED):
-        function, _, overload = name.partition(".")
-        operation = getattr(getattr(torch.ops.aten, function), overload or "default")
-        library.impl(name, _in_precision(operation, lowers=name in LOWERED), key)
-    return library
-
-
-def _in_precision(operation, *, lowers: bool):
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
-
-    def autocast(*args, **kwargs):
-        dtype = torch.get_autocast_dtype(NAME) if lowers else torch.float32
-
-        def cast(value):
-            floats = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
-            return value.to(dtype) if floats else value
-
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return operation(*tree_map(cast, args), **tree_map(cast, kwargs))
-
-    return autocast
 
 
 def _pinning(make):

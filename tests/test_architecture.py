@@ -1,5 +1,5 @@
-"""The few rules of the house that are cheap to check: imports go down, formulas stay in `losses`, questions about the
-engine stay in `engines`, and only the command line prints."""
+"""Rules between the folders of the package: imports go down, formulas are in `losses`, questions about the engine
+are in `engines`, and only the command line prints."""
 
 from __future__ import annotations
 
@@ -61,6 +61,14 @@ def upward_imports(sources: Sources) -> list[str]:
     return wrong
 
 
+def calls(sources: Sources) -> Iterator[tuple[str, str, str]]:
+    """Room, place and name of the function of each call."""
+    for path, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call):
+                yield room(path), f"{path}:{node.lineno}", ast.unparse(node.func)
+
+
 def engine_questions(sources: Sources) -> list[str]:
     return [
         f"{path}:{line} imports {name}"
@@ -73,22 +81,14 @@ def engine_questions(sources: Sources) -> list[str]:
 
 def formulas_outside_losses(sources: Sources) -> list[str]:
     return [
-        f"{path}:{node.lineno} calls {node.func.attr}"
-        for path, source in sources.items()
-        if room(path) in WITHOUT_FORMULAS
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LOSS_FUNCTIONS
+        f"{place} calls {name}"
+        for of_room, place, name in calls(sources)
+        if of_room in WITHOUT_FORMULAS and name.rpartition(".")[2] in LOSS_FUNCTIONS
     ]
 
 
 def prints_outside_the_command_line(sources: Sources) -> list[str]:
-    return [
-        f"{path}:{node.lineno} prints"
-        for path, source in sources.items()
-        if room(path) != "cli"
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
-    ]
+    return [f"{place} prints" for of_room, place, name in calls(sources) if of_room != "cli" and name == "print"]
 
 
 RULES = {

@@ -1,4 +1,4 @@
-"""Does a list of runs in two processes on the CPU, which they share for as long as these live."""
+"""Do a list of runs in two processes on the CPU. The runs share the processes until one of them ends."""
 
 import json
 import os
@@ -14,13 +14,21 @@ SECONDS_A_RUN = 30  # a hundred times what one takes
 
 
 def do_in_turn(
-    worker: Path, runs: Sequence[dict], folder: Path, environment: Mapping[str, str] | None = None
+    worker: Path,
+    runs: Sequence[dict],
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    launch: Sequence[str] = LAUNCH,
 ) -> dict[str, str]:
-    """Do runs one after the other, each below `folder` under its name; those that follow one which ended its processes
-    in new ones. What was printed, with the exit status, by the name of a run."""
+    """Do runs one after the other, each below `folder` under its name. If a run ends its processes, the remaining runs
+    start in new processes.
+
+    Returns:
+        `dict[str, str]`: For the name of each run, what its processes printed, and their exit status.
+    """
     pending, outputs = list(runs), {}
     while pending:
-        output = _launch(worker, pending, folder, environment or {})
+        output = _launch([*launch, str(worker)], pending, folder, environment or {})
         reached = [run for run in pending if (folder / run["name"]).is_dir()]
         assert reached, f"The processes did not start:\n{output[-3000:]}"
         outputs.update({run["name"]: output for run in reached})
@@ -44,9 +52,9 @@ def done_of(worker: Path, runs: Sequence[dict], folder: Path) -> Callable[[dict]
     return lambda run: folder_of_done(run, folder, outputs)
 
 
-def _launch(worker: Path, runs: Sequence[dict], folder: Path, environment: Mapping[str, str]) -> str:
+def _launch(words: Sequence[str], runs: Sequence[dict], folder: Path, environment: Mapping[str, str]) -> str:
     (folder / "runs.json").write_text(json.dumps(runs))
-    command = [sys.executable, *LAUNCH, str(worker), str(folder / "runs.json"), str(folder)]
+    command = [sys.executable, *words, str(folder / "runs.json"), str(folder)]
     whole = {**os.environ, **ON_CPU, **environment}
     with open(folder / "output.txt", "w+") as output:
         process = subprocess.Popen(command, env=whole, stdout=output, stderr=output, start_new_session=True)

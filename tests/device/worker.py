@@ -1,5 +1,5 @@
-"""Trains the cases of a JSON file on the pretend device in turn, and writes their results: the synchronizations of a
-step, or the error."""
+"""Trains the runs of a JSON file on the pretend device in turn, and writes the result of each: the waits of a step, or
+the error."""
 
 import json
 import os
@@ -13,23 +13,21 @@ os.environ["ACCELERATE_TORCH_DEVICE"] = "pretend:0"
 import datasets
 import pretend_device
 import torch
-from device.faults import FAULTS
 from peft import LoraConfig
 from tiny_pipelines import quiet
-from transformers import TrainerCallback, training_args
+from transformers import TrainerCallback
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.models.weight_copies import SecondDenoiser
 from trl_diffusion_sdpo.step import pair_evaluation
 
-STEPS = 2
 pair_evaluation.MOST_DRAWS = 1  # as in tests/conftest.py
 
 
 class BetweenSteps(TrainerCallback):
-    """Counts synchronizations from the end of one step to the end of the next; the first step, which allocates state,
-    is left out."""
+    """Counts waits from the end of one step to the end of the next. The first step, which allocates state, is left
+    out."""
 
     def __init__(self):
         self.counts: list[Counter] = []
@@ -67,7 +65,7 @@ class Watched(DiffusionSDPOTrainer):
 
 def build(case: dict, pipeline, folder: Path, watch: BetweenSteps) -> Watched:
     settings = {
-        "max_steps": STEPS,
+        "max_steps": 2,
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 2,
         "logging_steps": 1000,  # another case tests logs
@@ -76,7 +74,7 @@ def build(case: dict, pipeline, folder: Path, watch: BetweenSteps) -> Watched:
         "disable_tqdm": True,
         "optim": "adamw_torch",
     }
-    if "precompute_latents" in case["args"] or "precompute_ref_errors" in case["args"]:
+    if "precompute_latents" in case["args"]:
         settings["precompute_dir"] = str(folder / "cache")
     data = datasets.load_from_disk(case["data"])
     if case["edits"]:
@@ -95,37 +93,48 @@ def build(case: dict, pipeline, folder: Path, watch: BetweenSteps) -> Watched:
 def run(case: dict, pipeline, folder: Path) -> dict:
     watch = BetweenSteps()
     trainer = build(case, pipeline, folder, watch)
-    with FAULTS[case["fault"]](trainer):
-        trainer.train(resume_from_checkpoint=case["resumes"])
-    found = {"waits": watch.most(), "steps": trainer.state.global_step, "log": trainer.state.log_history}
-    on_device = all(weight.device.type == pretend_device.NAME for weight in trainer.denoiser.parameters())
-    with pretend_device.unnoticed():
-        weights = trainer.denoiser.state_dict().values()
-        found["sum"] = sum(float(weight.double().abs().sum()) for weight in weights)
-    parts = (getattr(trainer.family.pipeline, name) for name in trainer.family.frozen_components)
-    found["frozen"] = sorted({weight.device.type for part in parts for weight in part.parameters()})
-    found["copies"] = sorted({weight.device.type for weight in trainer._copies()})
-    found |= {"while_encoding": trainer.while_encoding, "encoding_waits": trainer.encoding_waits}
-    found["pinned"] = sorted(trainer.are_pinned)
+    if case["waits"]:
+        loss_of = trainer.pair_forward.loss
+
+        def with_item(*args, **kwargs):
+            outputs = loss_of(*args, **kwargs)
+            outputs.loss.item()
+            return outputs
+
+        trainer.pair_forward.loss = with_item
+    trainer.train(resume_from_checkpoint=case["resumes"] and str(folder.parent / case["resumes"]))
     if case["saves"]:
         trainer.save_model()
-    return {**found, "on_device": on_device}
+    parts = (getattr(trainer.family.pipeline, name) for name in trainer.family.frozen_components)
+    with pretend_device.unnoticed():
+        weights = sum(float(weight.double().abs().sum()) for weight in trainer.denoiser.state_dict().values())
+    return {
+        "waits": watch.most(),
+        "steps": trainer.state.global_step,
+        "log": trainer.state.log_history,
+        "sum": weights,
+        "on_device": all(weight.device.type == pretend_device.NAME for weight in trainer.denoiser.parameters()),
+        "frozen": sorted({weight.device.type for part in parts for weight in part.parameters()}),
+        "copies": sorted({weight.device.type for weight in trainer._copies()}),
+        "while_encoding": trainer.while_encoding,
+        "encoding_waits": trainer.encoding_waits,
+        "pinned": sorted(trainer.are_pinned),
+    }
 
 
 def main(file: str, folder: str) -> None:
     cases = json.loads(Path(file).read_text())
     pipelines = [quiet(load_pipeline(case["model"])) for case in cases]
     pretend_device.install()
-    training_args.is_torch_bf16_gpu_available = lambda: True  # transformers checks known devices only
     for case, pipeline in zip(cases, pipelines, strict=True):
         pretend_device.WAITS.clear()
-        answer = Path(folder) / f"{case['name']}.json"
-        answer.write_text("{}")  # started
+        place = Path(folder) / case["name"]
+        place.mkdir()  # started
         try:
-            found = run(case, pipeline, Path(folder) / case["name"])
-        except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, FloatingPointError) as error:
-            found = {"error": f"{type(error).__name__}: {error}"[:500], "trace": traceback.format_exc()[-4000:]}
-        answer.write_text(json.dumps(found))
+            found = run(case, pipeline, place)
+        except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, FloatingPointError):
+            found = {"error": traceback.format_exc()[-4000:]}
+        (place / "result.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

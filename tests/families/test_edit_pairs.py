@@ -22,10 +22,8 @@ from transformers import BatchFeature
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
-from trl_diffusion_sdpo.cli.plan import planned_settings
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.images import ImageReader
-from trl_diffusion_sdpo.data.transforms import PairDraws
 from trl_diffusion_sdpo.families import find_family
 from trl_diffusion_sdpo.families.packing import unpack_patches
 from trl_diffusion_sdpo.guidance import preference_guidance
@@ -37,8 +35,7 @@ DIMENSIONS = {module: module.calculate_dimensions for module in MODULES}  # as p
 
 
 class VisionProcessor:
-    """The real image processor and tokenizer of a Qwen model with vision, joined as its processor joins them. That one
-    cannot be made without torchvision, for its video half."""
+    """The image processor and tokenizer of a Qwen model with vision. The joint processor needs torchvision."""
 
     def __init__(self, tokenizer, patch_size=14):
         self.tokenizer = tokenizer
@@ -214,14 +211,10 @@ def test_a_run_from_the_cache_is_that_without_and_reads_no_source(name, make_arg
         args = edit_args(make_args, resolution=model.resolution, **settings)
         trainer = DiffusionSDPOTrainer(model.pipeline, None, args, model.rows(3), peft_config=LORA)
         trainer.train()
-        ignored = ("runtime", "per_second", "flos")
-        return [
-            {k: v for k, v in row.items() if not any(i in k for i in ignored)} for row in trainer.state.log_history
-        ]
+        history = trainer.state.log_history[:-1]  # the last entry has times
+        return [{name: value for name, value in entry.items() if "flos" not in name} for entry in history]
 
     expected = logs()
-    draws = [PairDraws.from_key(42, epoch, pair) for epoch in range(2) for pair in range(3)]
-    assert any(draw.flip < 0.5 for draw in draws) and any(draw.dropout < 0.4 for draw in draws)
     assert logs(precompute_latents=True) == expected
     monkeypatch.setattr(ImageReader, "decode", None)
     assert logs(precompute_latents=True) == expected
@@ -234,49 +227,6 @@ def test_a_source_that_cannot_be_encoded_is_counted_and_its_pair_replaced(kontex
     trainer = DiffusionSDPOTrainer(kontext, None, args, data, peft_config=LORA)
     assert trainer.train_dataset[1]["row"] == 2
     assert trainer.train_dataset.report.undecodable == 1 and "row 1 has a source" in caplog.text
-
-
-@pytest.mark.parametrize("model", ["kontext", "longcat", "qwen_edit"], indirect=True)
-def test_models_of_one_source_refuse_two(model):
-    with pytest.raises(ValueError, match="one source image"):
-        find_family(model.pipeline).encode_edits(["make it red"], [[image(0), image(1)]])
-
-
-def test_reference_errors_computed_before_training_are_those_of_the_step(kontext, make_args, tmp_path):
-    settings = {"precompute_ref_errors": True, "precompute_dir": str(tmp_path), "precompute_epochs": 1}
-    args = edit_args(make_args, max_steps=-1, num_train_epochs=1, **settings)
-    trainer = DiffusionSDPOTrainer(kontext, None, args, rows(2), peft_config=LoraConfig(r=4, lora_alpha=8))
-    trainer.train()
-    assert trainer.state.log_history[0]["rewards/margins"] == 0
-
-
-def test_the_source_is_mirrored_with_its_pair():
-    options = PairOptions(PairTransform(16, center_crop=False, random_flip=True), verify_images="none", compare=False)
-    data = rows(8)
-    mirrored = 0
-    for number, item in enumerate(prepare_dataset(data, options)):
-        pixels = np.asarray(data[number]["source"])
-        (source,) = map(np.asarray, item["sources"])
-        assert np.array_equal(source, pixels[:, ::-1] if item["is_mirrored"] else pixels)
-        mirrored += item["is_mirrored"]
-    assert 0 < mirrored < 8
-
-
-def test_a_missing_source_is_counted_and_its_pair_replaced(caplog):
-    features = datasets.Features({"prompt": datasets.Value("string")})
-    features |= dict.fromkeys(("chosen", "rejected", "source"), datasets.Image())
-    data = rows(3)
-    data[1]["source"] = None
-    table = datasets.Dataset.from_list(data, features=datasets.Features(features))
-    prepared = prepare_dataset(table, PairOptions(PairTransform(16), verify_images="none", compare=False))
-    assert prepared[1]["row"] == 2
-    assert prepared.report.undecodable == 1 and "source" in caplog.text
-
-
-def test_a_text_column_named_source_is_no_image():
-    data = [{**row, "source": "web"} for row in rows(2)]
-    options = PairOptions(PairTransform(16), verify_images="none", compare=False)
-    assert not prepare_dataset(data, options).has_sources
 
 
 @each_model
@@ -297,7 +247,7 @@ def test_preference_guidance_combines_predictions_of_edits(model):
     torch.testing.assert_close(guided, base + 2 * (tuned - base))
 
 
-@pytest.mark.parametrize("model", ["kontext", "flux2", "qwen_edit", "longcat", "qwen_image_21"], indirect=True)
+@pytest.mark.parametrize("model", ["kontext", "longcat"], indirect=True)
 def test_sample_images_edit_their_sources_and_the_card_shows_how(model, make_args, tmp_path):
     model.sources[0].save(tmp_path / "source.png")
     samples = {"sample_prompts": ["make it red"], "sample_sources": [str(tmp_path / "source.png")]}
@@ -315,17 +265,14 @@ def test_sample_images_edit_their_sources_and_the_card_shows_how(model, make_arg
     assert "image=load_image(" in card and "samples/source-0.png" in card
 
 
-@pytest.mark.parametrize(
-    ("settings", "match"),
-    [
-        ({}, "sample_sources"),
-        ({"sample_sources": ["a.png", "b.png"]}, "one image for each"),
-        ({"sample_sources": ["missing.png"]}, "missing.png"),
-    ],
-)
-def test_bad_sources_of_sample_images_are_refused(settings, match, kontext, make_args):
-    with pytest.raises(ValueError, match=match):
-        DiffusionSDPOTrainer(kontext, None, edit_args(make_args, sample_prompts=["a"], **settings), rows())
+def test_the_source_is_mirrored_with_its_pair():
+    options = PairOptions(PairTransform(16, center_crop=False, random_flip=True), verify_images="none", compare=False)
+    data = rows(8)
+    items = list(prepare_dataset(data, options))
+    for row, item in zip(data, items, strict=True):
+        pixels, (source,) = np.asarray(row["source"]), map(np.asarray, item["sources"])
+        assert np.array_equal(source, pixels[:, ::-1] if item["is_mirrored"] else pixels)
+    assert 0 < sum(item["is_mirrored"] for item in items) < 8
 
 
 def test_sources_of_one_size_train_in_larger_batches_and_others_are_refused_before_training(kontext, make_args):
@@ -339,31 +286,25 @@ def test_sources_of_one_size_train_in_larger_batches_and_others_are_refused_befo
     assert trainer.state.log_history[0]["rewards/margins"] == 0
 
 
-def test_lists_of_sources_are_checked_before_training(kontext, make_args):
-    data = [{**row, "source": [row["source"], image(9)]} for row in rows(2)]
-    with pytest.raises(ValueError, match="one source image"):
-        DiffusionSDPOTrainer(kontext, None, edit_args(make_args), data)
+@pytest.mark.parametrize(
+    ("settings", "columns", "match"),
+    [
+        ({"random_crop": True}, {}, "random_crop"),
+        ({"sample_prompts": ["a"]}, {}, "sample_sources"),
+        ({"sample_prompts": ["a"], "sample_sources": ["a.png", "b.png"]}, {}, "one image for each"),
+        ({"sample_prompts": ["a"], "sample_sources": ["missing.png"]}, {}, "missing.png"),
+        ({}, {"source": [image(8), image(9)]}, "one source image"),
+        ({}, {"source": "web"}, "source"),  # a column of text
+    ],
+)
+def test_wrong_settings_and_sources_are_refused(settings, columns, match, kontext, make_args):
+    with pytest.raises(ValueError, match=match):
+        DiffusionSDPOTrainer(kontext, None, edit_args(make_args, **settings), rows(**columns))
 
 
-@pytest.mark.matrix
-def test_a_plan_counts_the_source(monkeypatch, tmp_path):
-    """Of Kontext against FLUX.1 itself, whose step is the same without the source's tokens."""
-    flops = []
-    for pipeline in (case("flux").build(), EditModel("kontext", monkeypatch).pipeline):
-        folder = tmp_path / type(pipeline).__name__
-        pipeline.save_pretrained(folder)
-        words = ["--model_name_or_path", str(folder), "--output_dir", str(tmp_path / "run"), "--resolution", "16"]
-        flops.append(planned_settings(words, "plan", "cuda").plan().flops)
-    assert flops[1] > flops[0]
-
-
-def test_bad_combinations_are_refused(kontext, make_args, make_trainer, make_pairs):
+def test_wrong_models_are_refused(make_trainer):
     with pytest.raises(ValueError, match="source"):
         make_trainer(train=rows())  # a text-to-image model
-    with pytest.raises(ValueError, match="source"):
-        DiffusionSDPOTrainer(kontext, None, edit_args(make_args), make_pairs())
-    with pytest.raises(ValueError, match="random_crop"):
-        DiffusionSDPOTrainer(kontext, None, edit_args(make_args, random_crop=True), rows())
     with pytest.raises(ValueError, match="sample_sources"):
         make_trainer(sample_prompts=["a"], sample_sources=["a.png"])
     stream = datasets.Dataset.from_list(rows(2)).to_iterable_dataset()

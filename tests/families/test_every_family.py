@@ -25,18 +25,12 @@ def model(request, family_folder):
     """One kind of model: its pipeline, loaded as a user's is, its family, and how the pipeline lays out latents."""
     module = case(request.param)
     pipeline = quiet(load_pipeline(family_folder(request.param)))
-    functions = vars(module)
-    return SimpleNamespace(
-        module=module,
-        pipeline=pipeline,
-        family=find_family(pipeline),
-        to_pipeline=functions.get("to_pipeline", unchanged),
-        from_pipeline=functions.get("from_pipeline", unchanged),
-    )
+    layout = {name: vars(module).get(name, unchanged) for name in ("to_pipeline", "from_pipeline")}
+    return SimpleNamespace(module=module, pipeline=pipeline, family=find_family(pipeline), **layout)
 
 
-def recording(scheduler, replace=None):
-    """Return a copy of the scheduler that records its steps. If `replace` is given, every step returns it."""
+def recording(scheduler, replace):
+    """Return a copy of the scheduler that records its steps. Every step returns `replace`, if this is not `None`."""
     steps = []
 
     class Recording(type(scheduler)):

@@ -1,14 +1,13 @@
 """Settings that act by the kind of model, through the real trainer: what reaches the denoiser, where timesteps are
-drawn, how errors are weighed, what is refused before training, and what a run leaves behind."""
+drawn, how errors are weighed, precisions and sizes of Stable Diffusion, defaults, and refusals."""
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
-from PIL import Image
 from tiny_pipelines import case, quiet
 
-from trl_diffusion_sdpo.families import find_family, load_pipeline
+from trl_diffusion_sdpo.families import LossDefaults, family_for_class_name, find_family, load_pipeline
 
 SEEDS = list(range(64))
 
@@ -42,30 +41,23 @@ def drawn_timesteps(trainer, channels=4, side=8):
 def test_guidance_reaches_the_transformer_of_policy_and_reference(trainer_of, name, given, expected):
     trainer, met = trainer_of(name, guidance_scale=given, max_steps=1), []
 
-    def note(module, args, inputs):
-        met.append(inputs["guidance"])
-
-    trainer.denoiser.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.denoiser.register_forward_pre_hook(
+        lambda module, args, inputs: met.append(inputs["guidance"]), with_kwargs=True
+    )
     trainer.train()
     assert len(met) == 2
     assert all(guidance.tolist() == [expected] * 8 for guidance in met)
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion", "flux_schnell"])
-def test_guidance_is_refused_where_the_denoiser_takes_none(trainer_of, name):
-    with pytest.raises(ValueError, match="`guidance_scale`"):
-        trainer_of(name, guidance_scale=3.5)
-
-
 # ---- Where timesteps are drawn ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", [None, "none"])
-def test_stable_diffusion_3_draws_logit_normal_levels_unless_told(trainer_of, scheme):
+@pytest.mark.parametrize(("scheme", "used"), [(None, "logit_normal"), ("none", "none")])
+def test_stable_diffusion_3_draws_logit_normal_levels_by_default(trainer_of, scheme, used):
     trainer = trainer_of("stable_diffusion_3", weighting_scheme=scheme)
-    assert trainer.args.weighting_scheme == (scheme or "logit_normal")
+    assert trainer.args.weighting_scheme == used
     levels = uniform_draws()
-    if scheme is None:
+    if used == "logit_normal":
         levels = torch.distributions.Normal(0.0, 1.0).icdf(levels).sigmoid()
     expected = 1000 * 3 * levels / (1 + 2 * levels)  # its scheduler's shift is 3
     torch.testing.assert_close(drawn_timesteps(trainer, channels=16), expected, rtol=1e-4, atol=1e-2)
@@ -79,9 +71,11 @@ def test_draws_for_flux_follow_the_shift_for_the_images_tokens(trainer_of, side,
     torch.testing.assert_close(drawn_timesteps(trainer_of("flux"), side=side), expected, rtol=1e-4, atol=1e-2)
 
 
-def test_sides_for_qwen_image_2_1_are_multiples_of_32(trainer_of):
-    with pytest.raises(ValueError, match="32 pixels, got 80 x 80"):
-        trainer_of("qwen_image_21", resolution=80)
+@pytest.mark.parametrize("tokens", [16, 6400])
+def test_krea_2_turbo_has_one_shift_for_all_sizes(tokens):
+    process = find_family(case("krea2").build(is_distilled=True)).noise_process
+    expected = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).time_shift(1.15, 1.0, torch.tensor([0.5]))
+    torch.testing.assert_close(process.timesteps(torch.tensor([0.5]), image_seq_len=tokens), 1000 * expected)
 
 
 def test_draws_for_ideogram_4_follow_the_schedule_of_its_call():
@@ -93,15 +87,6 @@ def test_draws_for_ideogram_4_follow_the_schedule_of_its_call():
         tokens = (side // 4) ** 2  # a token is 4 x 4 pixels in this pipeline, and 16 x 16 in the published one
         drawn = process.timesteps(shares, image_seq_len=tokens // 16)
         torch.testing.assert_close(drawn, pipeline.scheduler.timesteps[1:], rtol=1e-4, atol=1e-2)
-
-
-def test_krea_2_turbo_has_one_shift_for_all_sizes():
-    process = find_family(case("krea2").build(is_distilled=True)).noise_process
-    expected = 1000 * FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).time_shift(
-        1.15, 1.0, torch.ones(1) / 2
-    )
-    for tokens in (16, 6400):
-        torch.testing.assert_close(process.timesteps(torch.ones(1) / 2, image_seq_len=tokens), expected)
 
 
 @pytest.mark.parametrize(("name", "only"), [("flux_schnell", [1000.0, 750.0, 500.0]), ("stable_diffusion", [999])])
@@ -132,7 +117,6 @@ def test_timestep_weighting_multiplies_the_errors(trainer_of, family_folder):
     expected = torch.log1p(torch.exp(25 * weights * (winner - loser))).mean()
     assert (winner - loser).abs().min() > 1e-5
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
-    assert float(loss) != pytest.approx(float(torch.log1p(torch.exp(25 * (winner - loser))).mean()), rel=1e-4)
 
 
 # ---- What is refused before training ----------------------------------------------------------------------------
@@ -151,6 +135,9 @@ def test_timestep_weighting_multiplies_the_errors(trainer_of, family_folder):
         # Pixels per latent, times latents per token.
         ("flux", {"resolution": 18}, "multiple of 4 pixels.*18"),
         ("wan", {"resolution": 40}, "multiple of 16 pixels.*40"),
+        ("qwen_image_21", {"resolution": 80}, "32 pixels, got 80 x 80"),
+        ("stable_diffusion", {"guidance_scale": 3.5}, "`guidance_scale`"),
+        ("flux_schnell", {"guidance_scale": 3.5}, "`guidance_scale`"),
     ],
 )
 def test_what_cannot_act_is_refused_at_set_up(trainer_of, name, settings, message):
@@ -158,25 +145,71 @@ def test_what_cannot_act_is_refused_at_set_up(trainer_of, name, settings, messag
         trainer_of(name, **settings)
 
 
+# ---- Precisions and sizes of Stable Diffusion -------------------------------------------------------------------
+
+
+def test_predict_casts_its_inputs_to_the_denoiser_but_keeps_time_ids_exact(sdxl_pipeline):
+    sdxl_pipeline.unet.to(torch.bfloat16)
+    family, seen = find_family(sdxl_pipeline), []
+    sdxl_pipeline.unet.register_forward_pre_hook(lambda module, args, kw: seen.append(kw), with_kwargs=True)
+    time_ids = torch.tensor([[1023.0, 24, 3, 5, 16, 16]])  # bfloat16 would make it 1024
+    with torch.no_grad():
+        conditioning = {**family.encode_prompts(["red"]), "time_ids": time_ids}
+        prediction = family.predict(family.denoiser, torch.ones(1, 4, 8, 8), torch.tensor([420]), conditioning)
+    assert seen[0]["sample"].dtype == seen[0]["encoder_hidden_states"].dtype == prediction.dtype == torch.bfloat16
+    assert torch.equal(seen[0]["added_cond_kwargs"]["time_ids"], time_ids)
+
+
+def test_half_precision_vae_that_overflows_is_lent_float32(sd_pipeline):
+    vae = sd_pipeline.vae.to(torch.float16)
+    stored = {name: value.clone() for name, value in vae.state_dict().items()}
+    dtypes = []
+    vae.encoder.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    with torch.no_grad():
+        latents = find_family(sd_pipeline).encode_images(torch.zeros(1, 3, 16, 16))
+    assert dtypes == [torch.float32] and latents.dtype == torch.float32
+    assert all(torch.equal(value, stored[name]) for name, value in vae.state_dict().items())
+
+
+def test_latents_follow_the_means_and_deviations_that_an_sdxl_vae_states(sdxl_pipeline):
+    """The pipeline decodes `latents * std / scaling_factor + mean`."""
+    sdxl_pipeline.vae.register_to_config(latents_mean=[0.5, -1.0, 0.25, 2.0], latents_std=[2.0, 0.5, 1.5, 1.0])
+    scaled = find_family(sdxl_pipeline).scale_latents(torch.ones(1, 4, 1, 1))
+    by_hand = [0.13025 * 0.5 / 2, 0.13025 * 2 / 0.5, 0.13025 * 0.75 / 1.5, 0.13025 * -1]
+    assert scaled.flatten().tolist() == pytest.approx(by_hand)
+
+
+def test_default_resolution_is_the_pipelines_own(make_sd_pipeline):
+    assert find_family(make_sd_pipeline()).default_resolution == 16
+    assert find_family(make_sd_pipeline(sample_size=(8, 12))).default_resolution == (16, 24)
+
+
+def test_time_ids_are_original_size_then_crop_then_target_size(sdxl_pipeline):
+    family = find_family(sdxl_pipeline)
+    sizes = family.size_conditioning(torch.tensor([[768, 512], [1, 2]]), torch.tensor([[10, 20], [3, 4]]), (64, 96))
+    expected = torch.tensor([[768.0, 512, 10, 20, 64, 96], [1, 2, 3, 4, 64, 96]])
+    assert torch.equal(sizes["time_ids"], expected)
+
+
 # ---- Defaults ---------------------------------------------------------------------------------------------------
+
+# arXiv 2511.03317, training details; the dspo row of SDXL is the SDXL form of the loss.
+PUBLISHED = [
+    ("StableDiffusionPipeline", "sigmoid", 5000.0, 0.9),
+    ("StableDiffusionPipeline", "dmpo", 2000.0, 0.9),
+    ("StableDiffusionPipeline", "dspo", 0.001, 0.2),
+    ("StableDiffusionXLPipeline", "sigmoid", 5000.0, 0.6),
+    ("StableDiffusionXLPipeline", "dmpo", 6000.0, 0.6),
+    ("StableDiffusionXLPipeline", "dspo_sdxl", 5000.0, 0.6),
+]
+
+
+@pytest.mark.parametrize(("class_name", "loss_type", "beta", "mu"), PUBLISHED)
+def test_published_settings_are_the_defaults(class_name, loss_type, beta, mu):
+    assert family_for_class_name(class_name).loss_defaults(loss_type) == LossDefaults(beta, mu)
 
 
 @pytest.mark.parametrize(("lora", "beta", "learning_rate"), [(True, 100.0, 1e-4), (False, 2000.0, 1e-6)])
 def test_beta_and_rate_of_a_flow_model_depend_on_what_is_tuned(trainer_of, lora, beta, learning_rate):
     trainer = trainer_of("flux", lora=lora, learning_rate=None)
     assert (trainer.args.beta, trainer.args.learning_rate) == (beta, learning_rate)
-
-
-# ---- What a run leaves behind -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "bf16"), [("flux", True), ("pixart_sigma", False)])
-def test_images_are_drawn_before_and_after(trainer_of, tmp_path, name, bf16):
-    trainer = trainer_of(
-        name, max_steps=1, bf16=bf16, sample_prompts=["a red circle"], sample_kwargs={"num_inference_steps": 2}
-    )
-    trainer.train()
-    for step in (0, 1):
-        with Image.open(tmp_path / "run" / "samples" / f"step-{step:06d}-0.png") as image:
-            assert image.size == (case(name).RESOLUTION,) * 2
-            assert len(image.convert("L").getcolors()) > 8

@@ -38,9 +38,6 @@ def test_uniform_draws_are_shifted_as_the_scheduler_shifts_its_sigmas():
     assert timesteps[3] == 750.0
     torch.testing.assert_close(timesteps, 1000 * 3 * DRAWS / (1 + 2 * DRAWS))
     assert timesteps.dtype == torch.float32
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)  # its table: the same of 1/1000 to 1
-    table = process(shift=3.0).timesteps(torch.arange(1, 1001) / 1000)
-    torch.testing.assert_close(table.flip(0), scheduler.timesteps.float(), rtol=1e-5, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
@@ -66,14 +63,9 @@ def test_mode_draws_are_the_papers_at_one_minus_the_draw():
     expected = 1 - u - 1.29 * ((math.pi * u / 2).cos() ** 2 - 1 + u)
     ours = process().timesteps(DRAWS, sampling=TimestepSampling("mode", mode_scale=1.29))
     torch.testing.assert_close(ours.double(), 1000 * expected, rtol=1e-4, atol=1e-2)
-    assert (ours.diff() > 0).all()
 
 
-@pytest.mark.parametrize(
-    ("scheme", "config"),
-    [("none", {"shift": 3.0}), ("logit_normal", DYNAMIC), ("mode", {})],
-    ids=["none", "logit_normal", "mode"],
-)
+@pytest.mark.parametrize(("scheme", "config"), [("none", {"shift": 3.0}), ("logit_normal", DYNAMIC), ("mode", {})])
 def test_a_timestep_range_is_the_density_cut_to_it(scheme, config):
     """Draws of the whole density that fall into the range have the quantiles of the cut one."""
     flow, sampling = process(**config), TimestepSampling(scheme)
@@ -84,7 +76,6 @@ def test_a_timestep_range_is_the_density_cut_to_it(scheme, config):
     cut = flow.timesteps(draws, sampling=sampling, image_seq_len=1024, timestep_range=(300, 600))
     expected = inside[(draws * (len(inside) - 1)).long()]
     torch.testing.assert_close(cut, expected, rtol=0, atol=0.1)
-    assert cut.min() >= 300 and cut.max() <= 600
 
 
 @pytest.mark.parametrize("scheme", ["none", "logit_normal", "mode"])
@@ -110,7 +101,5 @@ def test_snr_and_the_weights_of_a_flow():
 def test_given_timesteps_are_drawn_alone_and_equally_often():
     draws = torch.tensor([0.0, 0.24, 0.25, 0.5, 0.75, 1 - 2**-24, 1.0])
     ddpm = DDPMProcess(DDPMScheduler(beta_schedule="scaled_linear").config)
-    drawn = ddpm.timesteps(draws, only=(999, 749, 499, 249))
-    assert drawn.tolist() == [999, 999, 749, 499, 249, 249, 249]
-    assert drawn.dtype == torch.int64
+    assert ddpm.timesteps(draws, only=(999, 749, 499, 249)).tolist() == [999, 999, 749, 499, 249, 249, 249]
     assert process(**DYNAMIC).timesteps(draws[:2], only=(1000.0, 512.5)).tolist() == [1000.0, 1000.0]

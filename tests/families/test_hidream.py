@@ -17,7 +17,6 @@ def test_tokens_are_routed_as_by_diffusers(mode):
     ours = copy.deepcopy(theirs)
     mend(ours)
     tokens = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
-    assert len(set(ours.gate(tokens)[0].flatten().tolist())) > 1
     given, expected = (tokens.clone().requires_grad_() for _ in range(2))
     output = getattr(ours, mode)()(given)
     torch.testing.assert_close(output, getattr(theirs, mode)()(expected))

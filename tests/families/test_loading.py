@@ -9,11 +9,7 @@ import pytest
 import torch
 from tiny_pipelines import case
 
-from trl_diffusion_sdpo.families import (
-    FAMILIES,
-    find_family,
-    load_pipeline,
-)
+from trl_diffusion_sdpo.families import find_family, load_pipeline
 
 # Tiny pipeline -> classes besides the text-to-image one whose folders hold the same networks.
 OTHER_CLASSES = {
@@ -25,7 +21,6 @@ OTHER_CLASSES = {
     "stable_diffusion_3": ("StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
     "z_image": ("ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
 }
-OLDER_NAME = "Lumina2Text2ImgPipeline"
 
 
 @pytest.fixture
@@ -64,7 +59,7 @@ def test_folders_of_other_classes_of_a_model_load_as_text_to_image(name, class_n
 def test_a_folder_with_lumina_2s_older_class_name_loads(tmp_path):
     pipeline = case("lumina2").build()
     pipeline.save_pretrained(tmp_path)
-    rewrite_class(tmp_path, OLDER_NAME)  # as published; diffusers no longer exports it
+    rewrite_class(tmp_path, "Lumina2Text2ImgPipeline")  # as published; diffusers no longer exports it
     assert type(load_pipeline(tmp_path)) is type(pipeline)
 
 
@@ -89,14 +84,26 @@ def test_a_folder_with_lumina_2s_older_class_name_loads(tmp_path):
         ("sana", {"guidance_embeds": True}, "Sana-Sprint"),
         ("wan", {"image_dim": 32}, "`image_dim` None, got 32"),
         ("z_image", {"siglip_feat_dim": 16}, "Omni"),
+        ("stable_diffusion", {"in_channels": 9}, "has 9"),
+        ("stable_diffusion", {"time_cond_proj_dim": 8}, "distilled"),
+        ("stable_diffusion_xl", {"projection_class_embeddings_input_dim": 5 * 8 + 32}, "72"),  # a refiner
     ],
 )
-def test_transformers_made_for_something_else_are_refused(name, changed, message):
+def test_denoisers_made_for_something_else_are_refused(name, changed, message):
     pipeline = case(name).build()
-    config = {key: value for key, value in pipeline.transformer.config.items() if not key.startswith("_")}
-    pipeline.register_modules(transformer=type(pipeline.transformer)(**{**config, **changed}))
+    denoiser = "unet" if "unet" in pipeline.components else "transformer"
+    module = pipeline.components[denoiser]
+    config = {key: value for key, value in module.config.items() if not key.startswith("_")}
+    pipeline.register_modules(**{denoiser: type(module)(**{**config, **changed})})
     with pytest.raises(ValueError, match=message):
         find_family(pipeline)
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_a_pipeline_without_one_of_its_networks_is_refused(component, sd_pipeline):
+    sd_pipeline.register_modules(**{component: None})
+    with pytest.raises(ValueError, match=f"`{component}`"):
+        find_family(sd_pipeline)
 
 
 def test_ideogram_4_loads_without_its_second_transformer(family_folder):
@@ -105,25 +112,17 @@ def test_ideogram_4_loads_without_its_second_transformer(family_folder):
     assert find_family(pipeline).frozen_components == ("vae", "text_encoder")
 
 
-@pytest.mark.parametrize("second", [True, False], ids=["second transformer", "boundary alone"])
-def test_wan_with_two_transformers_is_refused_and_each_alone_is_not(second):
+def test_wan_with_two_transformers_is_refused():
     pipeline = case("wan").build()
     pipeline.register_to_config(boundary_ratio=0.875)
-    if second:
-        pipeline.register_modules(transformer_2=case("wan").build().transformer)
     with pytest.raises(ValueError, match="`boundary_ratio`"):
         find_family(pipeline)
-    pipeline.register_to_config(boundary_ratio=None)
-    pipeline.register_modules(transformer_2=None)
-    assert find_family(pipeline).name == "Wan"
 
 
 def test_unsupported_class_is_refused_before_weights_are_read(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "SomeOtherPipeline"}))
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(ValueError, match="FluxPipeline.*got SomeOtherPipeline"):
         load_pipeline(tmp_path)
-    assert "got SomeOtherPipeline" in str(raised.value)
-    assert all(name in str(raised.value) for name in FAMILIES)
 
 
 def test_folder_that_is_no_pipeline_is_refused(sd_folder):
@@ -131,16 +130,12 @@ def test_folder_that_is_no_pipeline_is_refused(sd_folder):
         load_pipeline(Path(sd_folder) / "unet")
 
 
-def test_unreachable_hub_id_is_refused_by_name(tmp_path):
+def test_an_unreachable_hub_id_and_an_empty_file_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="nobody/nothing"):
         load_pipeline("nobody/nothing", local_files_only=True, cache_dir=tmp_path)
-
-
-def test_an_empty_file_is_refused(tmp_path):
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"")
+    (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="model.safetensors is damaged"):
-        load_pipeline(file)
+        load_pipeline(tmp_path / "model.safetensors")
 
 
 def test_pipeline_with_code_of_its_own_is_refused(copied_folder):
@@ -149,12 +144,9 @@ def test_pipeline_with_code_of_its_own_is_refused(copied_folder):
         load_pipeline(copied_folder)
 
 
-@pytest.mark.parametrize("component", ["unet", "text_encoder"])
-def test_pickled_weights_are_refused(component, copied_folder):
-    for weights in (copied_folder / component).glob("*.safetensors"):
-        pickled = {"unet": "diffusion_pytorch_model.bin", "text_encoder": "pytorch_model.bin"}[component]
-        weights.unlink()
-        torch.save({}, copied_folder / component / pickled)
+def test_pickled_weights_are_refused(copied_folder):
+    (copied_folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({}, copied_folder / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match="safetensors"):
         load_pipeline(copied_folder)
 

@@ -10,9 +10,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from trl_diffusion_sdpo.families import load_denoiser, load_pipeline
-from trl_diffusion_sdpo.families.single_file import configuration_of
 from trl_diffusion_sdpo.models.loading import load_model, load_reference
-from trl_diffusion_sdpo.planning.skeleton import pipeline_of_folder
 from trl_diffusion_sdpo.saving.starting_point import starting_point
 
 # diffusers' prefix -> the original one, of a UNet with two levels of one layer each.
@@ -95,9 +93,7 @@ def sd_file(sd_folder, tmp_path_factory) -> tuple[str, str]:
 
 
 def assert_equal(left: torch.nn.Module, right: torch.nn.Module) -> None:
-    left, right = left.state_dict(), right.state_dict()
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[key], right[key]) for key in left)
+    torch.testing.assert_close(left.state_dict(), right.state_dict(), rtol=0, atol=0)
 
 
 def test_a_file_gives_the_pipeline_of_its_folder(sd_file, sd_folder):
@@ -106,7 +102,6 @@ def test_a_file_gives_the_pipeline_of_its_folder(sd_file, sd_folder):
     for name in ("unet", "vae", "text_encoder"):
         assert_equal(getattr(pipeline, name), getattr(expected, name))
     assert_equal(load_denoiser(file, config=config), expected.unet)
-    assert pipeline_of_folder(configuration_of(file, config), torch.float32).name == "Stable Diffusion"
 
 
 @pytest.mark.matrix
@@ -118,7 +113,6 @@ def test_a_run_starts_from_a_file_and_a_second_stage_from_the_run(sd_file, make_
         file,
         max_steps=1,
         precompute_latents=True,
-        precompute_dir=str(tmp_path / "cache"),
         peft_config=LoraConfig(r=2),
         **kwargs,
     )
@@ -155,9 +149,8 @@ def test_files_that_cannot_be_read_are_refused(sd_file, tmp_path):
     with pytest.raises(ValueError, match="stable-diffusion-v1-5/.*`model_init"):
         load_pipeline(file)  # taken for Stable Diffusion 1.5, whose configuration is not in the cache
     (tmp_path / "cut.safetensors").write_bytes(Path(file).read_bytes()[:-10])
-    for options in ({}, {"config": config}):
-        with pytest.raises(ValueError, match="cut.safetensors (is damaged|could not be read)"):
-            load_pipeline(tmp_path / "cut.safetensors", **options)
+    with pytest.raises(ValueError, match="cut.safetensors could not be read"):
+        load_pipeline(tmp_path / "cut.safetensors", config=config)
     shutil.copytree(config, tmp_path / "config")
     (tmp_path / "config" / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(ValueError, match="vae has pickled weights"):

@@ -1,131 +1,93 @@
-"""Fixtures of the loss tests: seeded pairs, every loss written a second time in plain Python, finite differences."""
+"""Fixtures of the loss tests: seeded pairs, and every loss written a second time in float64."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 
-def log_sigmoid(x: float) -> float:
-    return -math.log1p(math.exp(-x)) if x >= 0 else x - math.log1p(math.exp(x))
+def log_sigmoid(x: torch.Tensor) -> torch.Tensor:
+    return -torch.log1p(torch.exp(-x))
 
 
-def sigmoid(x: float) -> float:
-    return math.exp(log_sigmoid(x))
+def decay(x: torch.Tensor) -> torch.Tensor:
+    return x / torch.expm1(x)
 
 
-def decay(x: float) -> float:
-    return x / math.expm1(x) if x else 1.0
+def dmpo(p: torch.Tensor, alpha: float) -> torch.Tensor:
+    return p * torch.log(p / (1 - alpha)) + (1 - p) * torch.log((1 - p) / alpha)
 
 
-def mean_square(values: Sequence[float]) -> float:
-    return math.fsum(value * value for value in values) / len(values)
+def linear_weight(change: torch.Tensor, eta: float) -> torch.Tensor:
+    return (0.2 * change + 0.5).clamp(eta, 1 - eta).detach()
 
 
-def minus(left: Sequence[float], right: Sequence[float]) -> list[float]:
-    return [a - b for a, b in zip(left, right, strict=True)]
+def mean_square(rows: torch.Tensor) -> torch.Tensor:
+    return rows.square().mean(1)
 
 
-def formula(name: str, w: float, loser: float, u: float, m: float, change: float, beta: float, k: dict) -> float:
-    """Losses that read nothing but the errors: `w`, `loser` of the policy, `u`, `m` and the winner's `change`."""
-    if name == "sigmoid":
-        return -log_sigmoid(u)
-    if name == "hinge":
-        return max(1 - u, 0.0)
-    if name == "ipo":
-        return (u / beta - 1 / (2 * beta)) ** 2
-    if name == "robust":
-        e = k["label_smoothing"]
-        return (-(1 - e) * log_sigmoid(u) + e * log_sigmoid(-u)) / (1 - 2 * e)
-    if name == "dmpo":
-        p, q = sigmoid(u), 1 - k["dmpo_alpha"]
-        return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
-    if name == "sft":
-        return w
-    if name == "mapo":
-        s, t = k["mapo_scale"], k["mapo_temperature"]
-        return w - beta * log_sigmoid(t * (decay(s * w) - decay(s * loser)))
-    if name == "simpo":
-        return -log_sigmoid(-beta / 2 * (w - loser) - k["simpo_gamma"])
-    r_w, r_l = -beta / 2 * change, -beta / 2 * (change - m)
-    if name == "apo_zero":  # TRL's dpo_trainer.py, with `beta * logratios` for these rewards
-        return (1 - sigmoid(r_w)) + sigmoid(r_l)
-    if name == "apo_down":
-        return sigmoid(r_w) + (1 - sigmoid(r_w - r_l))
-    assert name == "dpop"
-    return -log_sigmoid(u - k["dpop_lambda"] * beta / 2 * max(change, 0.0))
+# Functions of `s`, with errors `w` and `l` of winner and loser, their changes `dw` and `dl`, the logit `u`, `p` its
+# sigmoid, rewards `rw` and `rl`, `b` for beta, the winner's `shift` from the reference and `residual`, `gap` of scores;
+# and of the loss's own settings `k`.
+AGAIN = {
+    "sigmoid": lambda s, k: -log_sigmoid(s.u),
+    "hinge": lambda s, k: (1 - s.u).clamp(min=0),
+    "ipo": lambda s, k: (s.u / s.b - 1 / (2 * s.b)) ** 2,
+    "robust": lambda s, k: (
+        (-(1 - k["label_smoothing"]) * log_sigmoid(s.u) + k["label_smoothing"] * log_sigmoid(-s.u))
+        / (1 - 2 * k["label_smoothing"])
+    ),
+    "dspo": lambda s, k: mean_square(s.residual - s.b * (1 - s.p).view(-1, 1) * s.shift),
+    "dspo_sdxl": lambda s, k: (
+        (1 - s.p) ** 2 * (mean_square(s.shift) if s.shift.square().mean() >= k["dspo_threshold"] else 1)
+    ),
+    "dmpo": lambda s, k: dmpo(s.p, k["dmpo_alpha"]),
+    "sft": lambda s, k: s.w,
+    "mapo": lambda s, k: (
+        s.w - s.b * log_sigmoid(k["mapo_temperature"] * (decay(k["mapo_scale"] * s.w) - decay(k["mapo_scale"] * s.l)))
+    ),
+    "simpo": lambda s, k: -log_sigmoid(-s.b / 2 * (s.w - s.l) - k["simpo_gamma"]),
+    "dpop": lambda s, k: -log_sigmoid(s.u - k["dpop_lambda"] * s.b / 2 * s.dw.clamp(min=0)),
+    "linear": lambda s, k: linear_weight(s.b * (s.dw - s.dl), k["linear_eta"]) * (s.w - s.l),
+    "smpo": lambda s, k: (
+        -log_sigmoid(k["smpo_coefficient"] * (2 * torch.sigmoid(s.gap / k["smpo_score_scale"]) - 1) * s.u)
+    ),
+    "capo": lambda s, k: (s.u - s.gap) ** 2,
+    # TRL's dpo_trainer.py, with `beta * logratios` for these rewards
+    "apo_zero": lambda s, k: (1 - torch.sigmoid(s.rw)) + torch.sigmoid(s.rl),
+    "apo_down": lambda s, k: torch.sigmoid(s.rw) + (1 - torch.sigmoid(s.rw - s.rl)),
+}
 
 
-def plain_losses(name: str, pred, target, ref, beta: float, k: dict, scores=None, held=None) -> list[float]:
-    """One loss a pair from rows of floats, winners first. `held` is where detached quantities are taken."""
-    pairs = len(pred) // 2
-    held = pred if held is None else held
-
-    def changes(rows, i):
-        winner, loser = (mean_square(minus(rows[j], target[j])) for j in (i, i + pairs))
-        ref_winner, ref_loser = (mean_square(minus(ref[j], target[j])) for j in (i, i + pairs))
-        return winner, loser, winner - ref_winner, loser - ref_loser
-
-    far = math.fsum(mean_square(minus(held[i], ref[i])) for i in range(pairs)) / pairs >= k.get("dspo_threshold", 0.1)
-    losses = []
-    for i in range(pairs):
-        winner, loser, winner_change, loser_change = changes(pred, i)
-        m = winner_change - loser_change
-        u = -beta / 2 * m
-        shift, residual = minus(pred[i], ref[i]), minus(pred[i], target[i])
-        if name == "dspo":
-            losses.append(mean_square([r - beta * sigmoid(-u) * d for r, d in zip(residual, shift, strict=True)]))
-        elif name == "dspo_sdxl":
-            losses.append(sigmoid(-u) ** 2 * (mean_square(shift) if far else 1.0))
-        elif name == "linear":
-            _, _, held_winner, held_loser = changes(held, i)
-            eta = k["linear_eta"]
-            weight = min(max(0.2 * beta * (held_winner - held_loser) + 0.5, eta), 1 - eta)
-            losses.append(weight * (winner - loser))
-        elif name == "capo":
-            losses.append((u - (scores[i] - scores[i + pairs])) ** 2)
-        elif name == "smpo":
-            p = sigmoid((scores[i] - scores[i + pairs]) / k["smpo_score_scale"])
-            losses.append(-log_sigmoid(k["smpo_coefficient"] * (2 * p - 1) * u))
-        else:
-            losses.append(formula(name, winner, loser, u, m, winner_change, beta, k))
-    return losses
-
-
-def rows_of(tensor: torch.Tensor) -> list[list[float]]:
-    return tensor.detach().double().flatten(1).tolist()
+def losses_again(name, pred, target, ref, *, beta, loss_kwargs=None, scores=None) -> torch.Tensor:
+    """Loss of each pair in float64, without the package's code."""
+    pred, target, ref = (tensor.double().flatten(1) for tensor in (pred, target, ref))
+    winner, loser = mean_square(pred - target).chunk(2)
+    ref_winner, ref_loser = mean_square(ref - target).chunk(2)
+    scores = torch.zeros(len(pred)) if scores is None else scores
+    s = SimpleNamespace(w=winner, l=loser, dw=winner - ref_winner, dl=loser - ref_loser, b=beta)
+    s.rw, s.rl = -beta / 2 * s.dw, -beta / 2 * s.dl
+    s.u = s.rw - s.rl
+    s.p = torch.sigmoid(s.u)
+    s.gap = scores.double()[: len(winner)] - scores.double()[len(winner) :]
+    s.shift, s.residual = (pred - ref)[: len(winner)], (pred - target)[: len(winner)]
+    return AGAIN[name](s, loss_kwargs or {})
 
 
 @pytest.fixture
 def losses_by_hand() -> Callable[..., list[float]]:
-    """Tensors in, a list of Python floats out; every value a double, none of the package's code."""
-
-    def run(name, pred, target, ref, *, beta, loss_kwargs=None, scores=None) -> list[float]:
-        scores = None if scores is None else scores.tolist()
-        return plain_losses(name, rows_of(pred), rows_of(target), rows_of(ref), beta, loss_kwargs or {}, scores)
-
-    return run
+    return lambda *given, **settings: losses_again(*given, **settings).tolist()
 
 
 @pytest.fixture
-def gradient_by_differences() -> Callable[..., torch.Tensor]:
-    """Central differences of the mean loss of `plain_losses` in doubles, shaped as the predictions."""
+def gradient_by_hand() -> Callable[..., torch.Tensor]:
+    """Gradient of the mean of `losses_again` with respect to the predictions, in float64."""
 
-    def run(name, pred, target, ref, *, beta, loss_kwargs=None, scores=None, step=1e-5) -> torch.Tensor:
-        base, scores = rows_of(pred), None if scores is None else scores.tolist()
-        fixed = (rows_of(target), rows_of(ref), beta, loss_kwargs or {}, scores)
-        gradient = torch.zeros(len(base), len(base[0]), dtype=torch.float64)
-        for i, row in enumerate(base):
-            for j, value in enumerate(row):
-                means = []
-                for moved in (value + step, value - step):
-                    rows = [list(other) for other in base]
-                    rows[i][j] = moved
-                    losses = plain_losses(name, rows, *fixed, held=base)
-                    means.append(math.fsum(losses) / len(losses))
-                gradient[i, j] = (means[0] - means[1]) / (2 * step)
-        return gradient.view(pred.shape)
+    def run(name, pred, target, ref, **settings) -> torch.Tensor:
+        leaf = pred.double().requires_grad_()
+        losses_again(name, leaf, target, ref, **settings).mean().backward()
+        return leaf.grad
 
     return run
 

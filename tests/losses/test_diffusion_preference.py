@@ -1,14 +1,12 @@
-"""The one call from predictions to a loss: reductions, precision, and what it refuses."""
+"""The one call from predictions to a loss: shapes, pair weights, half precision, and refusals."""
 
 import pytest
 import torch
 
 from trl_diffusion_sdpo.losses import diffusion_preference_loss
 
-SCORES = torch.tensor([2.0, 0.5, 1.5, 1.0, 0.0, -3.0])
 
-
-def test_the_result_has_the_documented_shapes_and_is_detached_but_for_the_loss(seeded_pairs):
+def test_the_result_has_the_documented_shapes_and_only_the_loss_has_a_gradient(seeded_pairs):
     model, target, reference = seeded_pairs()
     for granularity, shape in (("batch", ()), ("pair", (3,)), ("weighted", ())):
         out = diffusion_preference_loss(model.requires_grad_(), target, reference, safeguard_granularity=granularity)
@@ -56,44 +54,27 @@ def test_lambda_acts_on_bfloat16_predictions_without_being_rounded_itself(granul
         assert ((got * plain).sum() / plain.square().sum()).item() == pytest.approx(factor.item(), rel=3e-4)
 
 
-def test_without_a_batch_axis_of_pairs_nothing_is_computed(seeded_pairs):
+@pytest.mark.parametrize("rows", [5, 0])
+def test_predictions_that_are_not_pairs_are_refused(rows, seeded_pairs):
+    model, target, reference = (tensor[:rows] for tensor in seeded_pairs())
+    with pytest.raises(ValueError, match="`model_pred` and `target`"):
+        diffusion_preference_loss(model, target, reference)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "kto"}, "`loss_type`.*'kto'"),
+        ({"loss_type": "sigmoid", "ref_pred": None}, "'sigmoid' needs `ref_pred`"),
+        ({"loss_type": "dmpo", "beta": None}, "'dmpo' needs `beta`"),
+        ({"beta": 0.0}, "`beta`"),
+        ({"dmpo_alpha": 0.01}, "`dmpo_alpha`"),
+        ({"pair_weights": torch.ones(3, 1)}, r"`pair_weights` must have shape \(3,\)"),
+        ({"timestep_weights": torch.ones(())}, r"`timestep_weights` must have shape \(3,\)"),
+        ({"safeguard_granularity": "noise_bin"}, "`safeguard_granularity='noise_bin'` needs `noise_bins`"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message, seeded_pairs):
     model, target, reference = seeded_pairs()
-    rule = "`model_pred` and `target`"
-    for bad_model, bad_target in (
-        (model[:5], target[:5]),  # odd
-        (model[:0], target[:0]),  # empty
-        (model, target[:4]),
-        (model[:, 0, 0], target[:, 0, 0]),  # no dimension to average over
-    ):
-        with pytest.raises(ValueError, match=rule):
-            diffusion_preference_loss(bad_model, bad_target, reference)
-
-
-@pytest.mark.parametrize("loss_type", ["sigmoid", "dspo"])
-def test_a_missing_reference_is_refused_by_losses_that_read_one(loss_type: str, seeded_pairs):
-    model, target, _ = seeded_pairs()
-    with pytest.raises(ValueError, match=f"The loss '{loss_type}' needs `ref_pred`"):
-        diffusion_preference_loss(model, target, loss_type=loss_type, scores=SCORES)
-
-
-def test_a_missing_beta_is_refused_except_by_sft(seeded_pairs):
-    with pytest.raises(ValueError, match="'dmpo' needs `beta`"):
-        diffusion_preference_loss(*seeded_pairs(), loss_type="dmpo", beta=None)
-    assert diffusion_preference_loss(*seeded_pairs(), loss_type="sft", beta=None).loss.isfinite()
-
-
-@pytest.mark.parametrize("name", ["pair_weights", "timestep_weights"])
-@pytest.mark.parametrize("shape", [(3, 1), ()])
-def test_weights_of_another_shape_are_refused_rather_than_broadcast(name: str, shape, seeded_pairs):
-    with pytest.raises(ValueError, match=rf"`{name}` must have shape \(3,\)"):
-        diffusion_preference_loss(*seeded_pairs(), **{name: torch.ones(shape)})
-
-
-def test_unknown_names_are_refused_with_those_there_are(seeded_pairs):
-    tensors = seeded_pairs()
-    with pytest.raises(ValueError, match="`loss_type`.*'kto'"):
-        diffusion_preference_loss(*tensors, loss_type="kto")
-    with pytest.raises(ValueError, match="`dmpo_alpha`"):
-        diffusion_preference_loss(*tensors, dmpo_alpha=0.01)
-    with pytest.raises(ValueError, match="`beta`"):
-        diffusion_preference_loss(*tensors, beta=0.0)
+    with pytest.raises(ValueError, match=message):
+        diffusion_preference_loss(model, target, **{"ref_pred": reference, **settings})

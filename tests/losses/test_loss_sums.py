@@ -1,5 +1,5 @@
 """Sums of losses and the cap of the logit by hand, and lambda and gradients of every loss, sum and weight under every
-safeguard of output space against loops in plain Python."""
+safeguard of output space against a second implementation in float64."""
 
 import math
 
@@ -9,7 +9,6 @@ from losses.settings import BETA, SETTINGS
 
 from trl_diffusion_sdpo.losses import (
     LOSSES,
-    PairTerms,
     check_auto_beta,
     check_loss_kwargs,
     diffusion_preference_loss,
@@ -37,17 +36,12 @@ def test_a_sum_is_the_weighted_sum_of_its_parts():
     expected = 2 * math.log(4 / 3) + 0.5 * 1
     assert one_pair(loss_type=["sigmoid", "sft"], loss_weights=[2.0, 0.5]).loss.item() == pytest.approx(expected)
     assert one_pair(loss_type=["sft", "sigmoid"]).loss.item() == pytest.approx(math.log(4 / 3) + 1)
-    dmpo = 0.75 * math.log(0.75 / 0.9) + 0.25 * math.log(0.25 / 0.1)
-    out = one_pair(loss_type=["dmpo", "hinge"], loss_weights=[3.0, 1.0], dmpo_alpha=0.1)
-    assert out.loss.item() == pytest.approx(3 * dmpo)  # u = log 3 > 1
     assert one_pair(loss_type="sigmoid", loss_weights=[3.0]).loss.item() == pytest.approx(3 * math.log(4 / 3))
 
 
 def test_a_part_of_weight_zero_is_no_part():
     spec = loss_spec(["sigmoid", "sft"], [0.0, 2.0])
     assert not spec.uses_loser and not spec.needs_reference and not spec.uses_beta and spec.anchor == "branch"
-    out = diffusion_preference_loss(MODEL, ZERO, None, loss_type=["dmpo", "sft"], loss_weights=[0.0, 2.0])
-    assert out.loss.item() == 2.0
     given = {"loss_weights": [0.0, 2.0], "beta": None, "dmpo_alpha": 0.1}
     out = diffusion_preference_loss(MODEL, ZERO, None, loss_type=["dmpo", "sft"], **given)
     assert out.loss.item() == 2.0
@@ -67,13 +61,6 @@ def test_a_clamped_pair_has_the_loss_of_the_clamp_and_no_gradient():
         assert bool(leaf.grad.any()) is not is_won
 
 
-def test_under_the_clamp_only_the_error_of_a_won_winner_pulls():
-    leaf = MODEL.clone().requires_grad_()
-    given = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.25], "margin_clamp": 0.5, "safeguard": "none"}
-    diffusion_preference_loss(leaf, ZERO, REFERENCE, beta=LOG3 / 3, **given).loss.backward()
-    assert leaf.grad.tolist() == [[0.5], [0.0]]  # 0.25 * 2 * 1
-
-
 def test_capo_has_a_target_for_each_pair():
     # u = 3 beta = 0.6 of both pairs; calibrated scores 0.5 and 0.7 apart: one is past its target, one short of it
     model, reference = MODEL.repeat_interleave(2, 0), REFERENCE.repeat_interleave(2, 0)
@@ -88,51 +75,12 @@ def test_capo_has_a_target_for_each_pair():
     assert leaf.grad.flatten().tolist() == pytest.approx([-0.02, 0.02, 0.04, -0.04], rel=1e-4)
 
 
-# ---- What the row of a sum says ------------------------------------------------------------------------------------
-
-ROWS = [
-    # parts, reads the loser, a reference, its prediction, scores; errors weigh alike, positively; anchor
-    (["sigmoid", "hinge"], (True, True, False, False), (True, True), "branch"),
-    (["sigmoid", "sft"], (True, True, False, False), (False, False), "branch"),
-    (["simpo", "sft"], (True, False, False, False), (False, False), "branch"),
-    (["sigmoid", "simpo"], (True, True, False, False), (True, True), "branch"),
-    (["sigmoid", "dpop"], (True, True, False, False), (False, False), "branch"),
-    (["sigmoid", "mapo"], (True, True, False, False), (False, False), "branch"),
-    (["sigmoid", "ipo"], (True, True, False, False), (True, False), "error"),
-    (["dmpo", "sft"], (True, True, False, False), (False, False), "error"),
-    (["dspo", "sigmoid"], (True, True, True, False), (False, False), "error"),
-    (["smpo", "linear"], (True, True, False, True), (True, True), "branch"),
-    (["capo", "sigmoid"], (True, True, False, True), (True, False), "error"),
-    (["mapo", "sft"], (True, False, False, False), (False, False), "branch"),
-]
-
-
-@pytest.mark.parametrize(("parts", "reads", "weights", "anchor"), ROWS, ids=["-".join(row[0]) for row in ROWS])
-def test_what_a_sum_needs_and_how_it_weighs_errors_follows_from_its_parts(parts, reads, weights, anchor):
-    """The weights of both errors are taken by autograd, from random pairs given by their errors alone."""
-    spec = loss_spec(parts)
-    assert (spec.uses_loser, spec.needs_reference, spec.reads_reference_prediction, spec.needs_scores) == reads
-    assert (spec.equal_weights, spec.positive_weights, spec.anchor) == (*weights, anchor)
-    if "dspo" in parts:
-        return  # the winner's part of DSPO is not a function of its error
-    generator = torch.Generator().manual_seed(1)
-    errors = 2 * torch.rand(4, 200, generator=generator, dtype=torch.float64)
-    winner, loser = errors[0].requires_grad_(), errors[1].requires_grad_()
-    scores = torch.rand(2, 200, generator=generator, dtype=torch.float64).sort(0, descending=True).values
-    terms = PairTerms(winner, loser, errors[2].detach(), errors[3].detach(), winner.view(-1, 1), None, scores)
-    a, b = torch.autograd.grad(spec.pair_losses(terms, beta=1.0).sum(), (winner, loser))
-    assert torch.allclose(a, -b, rtol=1e-9, atol=1e-12) is weights[0]
-    assert bool((a >= 0).all()) or anchor == "error"
-
-
 # ---- Gradients under the safeguard, by loops -----------------------------------------------------------------------
 
 CASES = [
     (["sigmoid", "sft"], [1.0, 0.3], {}),
-    (["sigmoid", "hinge"], [1.0, 0.5], {}),
     (["dmpo", "sft"], [1.0, 0.2], {}),
     (["dspo", "sigmoid"], [1.0, 1.0], {}),
-    (["dpop", "ipo"], [0.5, 2.0], {}),
     ("capo", None, {}),
     ("sigmoid", None, {"margin_clamp": 0.05}),
     (["sigmoid", "sft"], [1.0, 0.3], {"margin_clamp": 0.05}),
@@ -145,17 +93,15 @@ def parts_of(loss_type, weights):
     return dict(zip(names, weights or [1.0] * len(names), strict=True))
 
 
-def gradient_of(parts, tensors, beta, gradient_by_differences, clamp=None):
-    """Return the gradient of each pair's share of the mean loss, in float64: central differences, part by part. Rows of
+def gradient_of(parts, tensors, beta, gradient_by_hand, clamp=None):
+    """Return the gradient of each pair's share of the mean loss, in float64, part by part. Rows of
     pairs that the cap has won are 0."""
     model, target, ref = tensors
     total = torch.zeros(model.shape, dtype=torch.float64)
     error = (model - target).double().square().flatten(1).mean(1) - (ref - target).double().square().flatten(1).mean(1)
     logit = -beta / 2 * (error[:3] - error[3:])
     for name, weight in parts.items():
-        part = gradient_by_differences(
-            name, *tensors, beta=beta, loss_kwargs=SETTINGS.get(name, {}), scores=SCORES
-        ).clone()
+        part = gradient_by_hand(name, *tensors, beta=beta, loss_kwargs=SETTINGS.get(name, {}), scores=SCORES).clone()
         if clamp is not None and name != "sft":
             part[(logit > clamp).repeat(2)] = 0
         total += weight * part
@@ -184,16 +130,14 @@ def expected_scale(granularity, plain, gradient, residual, mu, pair_weights, los
 @pytest.mark.parametrize("weighted", ["", "pair_weights", "loser_weights"])
 @pytest.mark.parametrize("granularity", ["batch", "pair", "weighted", "noise_bin"])
 @pytest.mark.parametrize("case", CASES, ids=[str(case) for case in CASES])
-def test_lambda_and_the_gradient_are_those_of_a_loop(
-    case, granularity, weighted, seeded_pairs, gradient_by_differences
-):
+def test_lambda_and_the_gradient_are_those_of_a_loop(case, granularity, weighted, seeded_pairs, gradient_by_hand):
     """The values of the losses are those without a safeguard."""
     loss_type, weights, given = case
     tensors, beta, mu, spec = seeded_pairs(seed=1), BETA, 0.5, loss_spec(loss_type, weights)
     pair_weights = PAIR_WEIGHTS if weighted == "pair_weights" else torch.ones(3)
     loser_weights = LOSER_WEIGHTS if weighted == "loser_weights" else torch.ones(3)
     parts = parts_of(loss_type, weights)
-    gradient, logit = gradient_of(parts, tensors, beta, gradient_by_differences, given.get("margin_clamp"))
+    gradient, logit = gradient_of(parts, tensors, beta, gradient_by_hand, given.get("margin_clamp"))
     assert "margin_clamp" not in given or 0 < int((logit > 0.05).sum()) < 3
     gradient *= pair_weights.double().repeat(2).view(-1, 1, 1)
     plain = spec.equal_weights and granularity != "weighted" and (spec.positive_weights or granularity != "pair")
@@ -229,13 +173,11 @@ def test_lambda_and_the_gradient_are_those_of_a_loop(
 @pytest.mark.parametrize(
     ("loss_type", "weights", "message"),
     [
-        (["sigmoid", "dpo"], None, "`loss_type`.*'dpo'"),
         ([], None, "`loss_type`"),
         (["sigmoid", "sft", "sigmoid"], None, "several different ones"),
         (["dspo", "dspo_sdxl"], None, "`dspo` and `dspo_sdxl`"),
         (["sigmoid", "sft"], [1.0], "`loss_weights`"),
         (["sigmoid", "sft"], [1.0, -0.1], "at least 0"),
-        (["sigmoid", "sft"], [1.0, math.nan], "finite number"),
         (["sigmoid", "sft"], [0.0, 0.0], "`loss_weights`"),
     ],
 )

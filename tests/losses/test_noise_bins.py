@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from trl_diffusion_sdpo.losses import noise_bin_changes, noise_bin_of, noise_range_weights
-from trl_diffusion_sdpo.losses.noise_bins import share_stderr
 
 
 @pytest.mark.parametrize(
@@ -74,8 +73,9 @@ def test_the_standard_error_for_equal_errors_is_that_of_a_mean_by_students_distr
     """A table gives the quantile at 84.13 % for 1, 2, 4 and 9 degrees of freedom."""
     for pairs, quantile in ((2, 1.837), (3, 1.321), (5, 1.142), (10, 1.059)):
         changes = torch.linspace(-1, 2, pairs, dtype=torch.float64) ** 3
+        found = changes_of([(2 + float(change), 1.0, 2.0, 1.0) for change in changes])
         expected = changes.std() / pairs**0.5 * quantile / 2
-        assert share_stderr(changes, torch.full((pairs,), 2.0).double()) == pytest.approx(expected.item(), rel=0.015)
+        assert found["errors/winner_change_relative_stderr"] == pytest.approx(expected.item(), rel=0.015)
 
 
 def test_the_standard_error_is_unknown_if_only_one_pair_has_an_error():

@@ -22,39 +22,27 @@ def steer(made, *errors):
     return {name: float(value) for name, value in made.steer(torch.tensor(errors)).items()}
 
 
-def test_it_begins_open_and_the_first_errors_are_those_before_training():
-    made = BudgetController(0.1, 3, torch.device("cpu"))
-    assert made.scale.tolist() == [1, 1, 1] and made.initial_errors.isnan().all()
-    found = steer(made, 1.0, 2.0, 4.0)
-    assert made.initial_errors.tolist() == [1, 2, 4]
-    assert made.scale.tolist() == [1, 1, 1]
-    assert found == {"budget/winner_change": 0, "budget/scale": 1, "budget/over": 0, "budget/unmet": 0}
-
-
 def test_a_scale_moves_by_half_its_distance_from_the_budget():
-    made = loop(budget=0.25)
+    made = BudgetController(0.25, 3, torch.device("cpu"))
+    # The first errors are those before training.
+    assert steer(made, 1.0, 2.0, 4.0) == {f"budget/{name}": 0 for name in ("winner_change", "over", "unmet")} | {
+        "budget/scale": 1
+    }
     # Changes of 3/8, 1/4 and -1/8 against 1/4: moves of half of -1/2, 0 and 3/2, the last one from the top.
     found = steer(made, 1.375, 2.5, 3.5)
     assert made.log_scale.tolist() == [-0.25, 0, 0]
     assert found["budget/winner_change"] == 0.375
     assert found["budget/scale"] == pytest.approx((math.exp(-0.25) + 2) / 3, rel=1e-6)
     assert found["budget/over"] == pytest.approx(1 / 3) and found["budget/unmet"] == 0
-    # 3/4, 1/2 and 1/4: moves of half of -2, -1 and 0.
-    found = steer(made, 1.75, 3.0, 5.0)
-    assert made.log_scale.tolist() == [-1.25, -0.5, 0]
-    assert found["budget/over"] == pytest.approx(2 / 3)
     # 1/8, 0 and -1: half of 1/2, 1 and 5.
     steer(made, 1.125, 2.0, 0.0)
-    assert made.log_scale.tolist() == [-1.0, 0, 0]
+    assert made.log_scale.tolist() == [0, 0, 0]
 
 
 def test_one_measurement_moves_it_by_one_and_a_half_at_most():
     made = loop()
     steer(made, 100.0, 2.0, 4.0)
     assert made.log_scale.tolist() == pytest.approx([-1.5, 0, 0])
-    steer(made, float("inf"), 2.0, 4.0)
-    assert made.log_scale.tolist() == pytest.approx([-3.0, 0, 0])
-    assert made.scale.tolist() == pytest.approx([math.exp(-3), 1, 1])
     made.log_scale[0] = -4.0
     steer(made, -100.0, 2.0, 4.0)  # as far as a measurement goes upwards
     assert made.log_scale.tolist() == pytest.approx([-2.5, 0, 0])
@@ -69,19 +57,10 @@ def test_below_a_hundredth_a_level_is_shut_and_only_then_the_budget_is_unmet():
     assert scales == pytest.approx([math.exp(-1.5), math.exp(-3), math.exp(-4.5), 0, 0])  # e^-4.5 is 0.011
     assert unmet == pytest.approx([0, 0, 0, 0, 1 / 3])  # over it though shut when it was measured
     assert float(made.log_scale[0]) == pytest.approx(SHUT)
-
-
-def test_a_level_that_keeps_the_budget_again_is_opened_again():
-    made = loop()
-    for _ in range(6):
-        steer(made, 9.0, 2.0, 4.0)
     # Unchanged winners are half a step upwards: e^0.5 * 0.005 = 0.0082 is still shut, e * 0.005 = 0.0136 is not.
     assert steer(made, 1.0, 2.0, 4.0)["budget/unmet"] == 0 and made.scale[0] == 0
     steer(made, 1.0, 2.0, 4.0)
     assert float(made.scale[0]) == pytest.approx(0.005 * math.e, rel=1e-5)
-    for _ in range(10):
-        steer(made, 1.0, 2.0, 4.0)
-    assert made.scale.tolist() == [1, 1, 1]
 
 
 def test_while_a_shut_level_is_over_the_budget_the_others_are_scaled_down_as_fast():
@@ -107,7 +86,6 @@ def test_levels_that_the_schedule_does_not_visit_count_for_nothing():
     assert found["budget/scale"] == pytest.approx((math.exp(-0.5) + 1) / 2, rel=1e-4)
     assert found["budget/over"] == pytest.approx(1 / 2) and found["budget/unmet"] == 0
     assert made.scale[0] == 1
-    assert steer(loop(before=(NAN, 2.0, 4.0)), NAN, 1.0, 3.0)["budget/winner_change"] == pytest.approx(-0.25)
 
 
 def test_each_pair_gets_the_scale_of_its_level():
@@ -118,8 +96,7 @@ def test_each_pair_gets_the_scale_of_its_level():
 
 
 def test_errors_that_are_no_numbers_shut_their_level_and_then_the_others():
-    budget = BudgetController(0.1, 2, torch.device("cpu"))
-    budget.initial_errors = torch.tensor([1.0, 1.0])
+    budget = loop(bins=2, before=(1.0, 1.0))
     scales = []
     for _ in range(8):
         metrics = budget.steer(torch.tensor([float("nan"), 1.0]))

@@ -13,12 +13,7 @@ def build(seed: int = 0) -> ChromaPipeline:
     with parts.seeded(seed):
         transformer = ChromaTransformer2DModel(
             in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=parts.TEXT_WIDTH,
-            axes_dims_rope=(4, 6, 6),
+            **parts.FLUX_BLOCKS,
             approximator_hidden_dim=32,
             approximator_layers=1,
         )

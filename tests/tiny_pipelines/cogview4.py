@@ -65,15 +65,7 @@ def glm_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def glm_encoder(tokenizer: PreTrainedTokenizerFast) -> GlmModel:
-    config = GlmConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=parts.TEXT_WIDTH,
-        intermediate_size=2 * parts.TEXT_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    marks = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = GlmConfig(**parts.language_sizes(tokenizer, **sizes, **marks))
     return parts.with_large_embeddings(GlmModel(config))

@@ -17,13 +17,8 @@ def build_flux(seed: int, scheduler: dict, *, guidance_embeds: bool) -> FluxPipe
     with parts.seeded(seed):
         transformer = FluxTransformer2DModel(
             in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=parts.TEXT_WIDTH,
+            **parts.FLUX_BLOCKS,
             pooled_projection_dim=parts.TEXT_WIDTH,
-            axes_dims_rope=(4, 6, 6),
             guidance_embeds=guidance_embeds,
         )
         return FluxPipeline(

@@ -13,7 +13,6 @@ CALL = {"guidance_scale": 1.0}
 
 LATENT_CHANNELS = 4
 TEXT_WIDTH = 16
-N_TEXT_LAYERS = 31
 MARKS = ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "[IMG]")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% set text = message.content[0].text %}"
@@ -31,7 +30,7 @@ def build(seed: int = 0) -> Flux2Pipeline:
             text_encoder=parts.mistral3_encoder(
                 tokenizer,
                 Mistral3ForConditionalGeneration,
-                num_hidden_layers=N_TEXT_LAYERS,
+                num_hidden_layers=31,
                 initializer_range=0.5,  # so that words change the padding after them, most of the 512 tokens
             ),
             tokenizer=tokenizer,

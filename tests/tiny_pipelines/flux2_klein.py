@@ -13,7 +13,6 @@ RESOLUTION = 16
 CALL = {"guidance_scale": 1.0}
 
 TEXT_WIDTH = 16
-N_TEXT_LAYERS = 28
 
 
 def build(seed: int = 0) -> Flux2KleinPipeline:
@@ -22,20 +21,17 @@ def build(seed: int = 0) -> Flux2KleinPipeline:
         return Flux2KleinPipeline(
             scheduler=scheduler(),
             vae=vae(),
-            text_encoder=_text_encoder(tokenizer),
+            text_encoder=parts.qwen3_encoder(
+                tokenizer,
+                Qwen3ForCausalLM,
+                hidden_size=TEXT_WIDTH,
+                intermediate_size=2 * TEXT_WIDTH,
+                num_hidden_layers=28,
+                head_dim=8,
+                initializer_range=0.5,  # so that words change the padding after them, most of the 512 tokens
+                max_position_embeddings=1024,
+                tie_word_embeddings=True,
+            ),
             tokenizer=tokenizer,
             transformer=transformer(joint_attention_dim=3 * TEXT_WIDTH, guidance_embeds=False),
         )
-
-
-def _text_encoder(tokenizer) -> Qwen3ForCausalLM:
-    overrides = {
-        "hidden_size": TEXT_WIDTH,
-        "intermediate_size": 2 * TEXT_WIDTH,
-        "num_hidden_layers": N_TEXT_LAYERS,
-        "head_dim": 8,
-        "initializer_range": 0.5,  # so that words change the padding after them, most of the 512 tokens
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": True,
-    }
-    return parts.qwen3_encoder(tokenizer, Qwen3ForCausalLM, **overrides)

@@ -26,14 +26,7 @@ def build(seed: int = 0) -> HiDreamImagePipeline:
             axes_dims_rope=(8, 4, 4),
             llama_layers=[0, 1],
         )
-        llama = LlamaConfig(
-            vocab_size=len(tokenizer_4),
-            hidden_size=parts.TEXT_WIDTH,
-            intermediate_size=2 * parts.TEXT_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        )
+        llama = LlamaConfig(**parts.language_sizes(tokenizer_4, num_key_value_heads=2))
         return HiDreamImagePipeline(
             scheduler=UniPCMultistepScheduler(**SCHEDULER),
             vae=parts.flux_vae(latent_channels=16),

@@ -15,13 +15,8 @@ def build(seed: int = 0) -> LongCatImagePipeline:
     with parts.seeded(seed):
         transformer = LongCatImageTransformer2DModel(
             in_channels=64,  # the call draws 16 channels of noise, whatever the VAE
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=parts.TEXT_WIDTH,
+            **parts.FLUX_BLOCKS,
             pooled_projection_dim=parts.TEXT_WIDTH,
-            axes_dims_rope=(4, 6, 6),
         )
         return LongCatImagePipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(**parts.DEV_SCHEDULER),

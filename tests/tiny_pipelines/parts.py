@@ -48,6 +48,31 @@ THINKING_TEMPLATE = (
 )
 
 
+# Blocks of a transformer of FLUX's kind.
+FLUX_BLOCKS = {
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": TEXT_WIDTH,
+    "axes_dims_rope": (4, 6, 6),
+}
+
+
+def language_sizes(tokenizer, width: int = TEXT_WIDTH, **overrides) -> dict:
+    """Sizes of a language model of two layers."""
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": width // 2,
+    }
+    return {**settings, **overrides}
+
+
 @contextmanager
 def seeded(seed: int):
     """Seeds random weights, without changing the global random state."""
@@ -130,13 +155,8 @@ def kl_vae(**overrides) -> AutoencoderKL:
 
 def flux_vae(**overrides) -> AutoencoderKL:
     """A VAE of FLUX's kind, which also shifts latents."""
-    settings = {
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    }
-    return kl_vae(**{**settings, **overrides})
+    settings = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False}
+    return kl_vae(**{**settings, "use_post_quant_conv": False, **overrides})
 
 
 def t5_tokenizer(model_max_length: int = TEXT_LENGTH) -> T5Tokenizer:
@@ -146,47 +166,24 @@ def t5_tokenizer(model_max_length: int = TEXT_LENGTH) -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=model_max_length)
 
 
+def t5_sizes(tokenizer: T5Tokenizer) -> dict:
+    sizes = {"d_model": TEXT_WIDTH, "d_kv": 8, "d_ff": 2 * TEXT_WIDTH, "num_layers": 2, "num_heads": 4}
+    return {"vocab_size": len(tokenizer), **sizes, "feed_forward_proj": "gated-gelu"}
+
+
 def t5_encoder(tokenizer: T5Tokenizer, **overrides) -> T5EncoderModel:
-    settings = {
-        "vocab_size": len(tokenizer),
-        "d_model": TEXT_WIDTH,
-        "d_kv": 8,
-        "d_ff": 2 * TEXT_WIDTH,
-        "num_layers": 2,
-        "num_heads": 4,
-        "feed_forward_proj": "gated-gelu",
-    }
-    return with_large_embeddings(T5EncoderModel(T5Config(**{**settings, **overrides})))
+    return with_large_embeddings(T5EncoderModel(T5Config(**{**t5_sizes(tokenizer), **overrides})))
 
 
 def umt5_encoder(tokenizer: T5Tokenizer) -> UMT5EncoderModel:
-    config = UMT5Config(
-        vocab_size=len(tokenizer),
-        d_model=TEXT_WIDTH,
-        d_kv=8,
-        d_ff=2 * TEXT_WIDTH,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-    )
-    return with_large_embeddings(UMT5EncoderModel(config))
+    return with_large_embeddings(UMT5EncoderModel(UMT5Config(**t5_sizes(tokenizer))))
 
 
 def mistral3_encoder(
     tokenizer: Qwen2Tokenizer, model_class: type[torch.nn.Module] = Mistral3Model, **overrides
 ) -> torch.nn.Module:
     """A vision-language model of width 16. Pipelines for text use its language half."""
-    settings = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "max_position_embeddings": 1024,
-        "sliding_window": None,
-    }
+    settings = language_sizes(tokenizer, 16, max_position_embeddings=1024, sliding_window=None)
     vision = PixtralVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28
     )
@@ -220,21 +217,15 @@ def gemma_tokenizer(words: tuple[str, ...] = ()) -> GemmaTokenizer:
     return GemmaTokenizer(vocab=vocab, merges=merges, add_bos_token=True)
 
 
-def gemma2_encoder(tokenizer: GemmaTokenizer, **overrides) -> Gemma2Model:
-    settings = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": TEXT_WIDTH,
-        "intermediate_size": 2 * TEXT_WIDTH,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "query_pre_attn_scalar": 16,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    return with_large_embeddings(Gemma2Model(Gemma2Config(**{**settings, **overrides})))
+def gemma2_encoder(tokenizer: GemmaTokenizer) -> Gemma2Model:
+    config = Gemma2Config(
+        **language_sizes(tokenizer),
+        query_pre_attn_scalar=16,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return with_large_embeddings(Gemma2Model(config))
 
 
 def pack_squares(latents: torch.Tensor) -> torch.Tensor:
@@ -276,37 +267,18 @@ def qwen_image_vae() -> AutoencoderKLQwenImage:
 def qwen3_encoder(
     tokenizer: Qwen2Tokenizer, model_class: type[torch.nn.Module] = Qwen3Model, **overrides
 ) -> torch.nn.Module:
-    settings = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": TEXT_WIDTH,
-        "intermediate_size": 2 * TEXT_WIDTH,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    return with_large_embeddings(model_class(Qwen3Config(**{**settings, **overrides})))
+    marks = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen3Config(**language_sizes(tokenizer, **{**marks, **overrides}))
+    return with_large_embeddings(model_class(config))
 
 
 def qwen3_vl_model(
     tokenizer: Qwen2Tokenizer, model_class: type[torch.nn.Module] = Qwen3VLModel, **overrides
 ) -> torch.nn.Module:
     """A vision-language model, of which pipelines for text use the language half."""
-    text_config = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": TEXT_WIDTH,
-        "intermediate_size": 2 * TEXT_WIDTH,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "max_position_embeddings": 2048,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2]},
-        **overrides,
-    }
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2]}
+    text_config = language_sizes(tokenizer, max_position_embeddings=2048, rope_parameters=rope)
+    text_config |= overrides
     vision_config = {
         "depth": 1,
         "hidden_size": 16,

@@ -41,18 +41,16 @@ def build(seed: int = 0) -> QwenImagePipeline:
 
 def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     """A vision-language model, of which the pipeline uses the language half."""
-    text_config = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": parts.TEXT_WIDTH,
-        "intermediate_size": 2 * parts.TEXT_WIDTH,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-        "bos_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
-    }
+    text_config = parts.language_sizes(
+        tokenizer,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+    )
     vision_config = {
         "depth": 1,
         "hidden_size": 16,

@@ -1,13 +1,23 @@
-"""The family of `OutsidePipeline`, of names that `trl_diffusion_sdpo.families` exports."""
+"""A module that is no part of this project: a pipeline with its own class of denoiser, and the family that trains it.
+Tests put its folder on `sys.path` instead of installing it."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from trl_diffusion_sdpo.families import DDPM_DEFAULTS, DDPMProcess, Family, check_text_to_image_unet
+# diffusers loads a component's class from a module outside diffusers only if `ModelMixin` is a name of that module.
+from diffusers import ModelMixin, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
 
-from .pipeline import OutsidePipeline
+from trl_diffusion_sdpo.families import DDPM_DEFAULTS, DDPMProcess, Family
+
+
+class OutsideUNet(UNet2DConditionModel):
+    """The UNet under another name."""
+
+
+class OutsidePipeline(StableDiffusionPipeline):
+    """The pipeline under another name."""
 
 
 class OutsideFamily(Family):
@@ -21,10 +31,6 @@ class OutsideFamily(Family):
     learning_rate_lora = 1e-4
     defaults = DDPM_DEFAULTS
     noise_process_class = DDPMProcess
-
-    def check_pipeline(self) -> None:
-        super().check_pipeline()
-        check_text_to_image_unet(self.pipeline)
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         prompt_embeds, _ = self.call_encode_prompt(prompts, num_images_per_prompt=1, do_classifier_free_guidance=False)

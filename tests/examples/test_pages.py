@@ -1,0 +1,140 @@
+"""Run the code of the pages and the notebook in the smallest size.
+
+Models are found under the names that the code gives them: folders of the working directory hold tiny pipelines of the
+same classes, and runs that a page takes for granted. The pairs are those of `demo --write_pairs`, fewer. `SMALLER` is
+all that is changed in a page, and a text that the page does not have is an error.
+"""
+
+import json
+import re
+import shlex
+from functools import partial
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig
+
+from trl_diffusion_sdpo.cli import train
+from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.demo import comparison
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOK = ROOT / "examples" / "notebooks" / "first_lora.ipynb"
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+MODELS = {SD15: "sd_folder", "stabilityai/stable-diffusion-xl-base-1.0": "sdxl_folder"}
+SMALLER = {
+    "README.md": {
+        "max_steps=2000": "max_steps=1",
+        'in the rain")': 'in the rain", num_inference_steps=1)',
+    },
+    "docs/quickstart.md": {
+        "max_steps=60": "max_steps=1",
+        "per_device_train_batch_size=8": "per_device_train_batch_size=1",
+    },
+    "docs/first_lora.md": {
+        "max_steps: 60": "max_steps: 2",
+        "save_steps: 20": "save_steps: 1\nlogging_steps: 1",
+        "eval_steps: 20": "eval_steps: 1",
+        "per_device_train_batch_size: 8": "per_device_train_batch_size: 2\nper_device_eval_batch_size: 64",
+        "num_inference_steps: 10": "num_inference_steps: 1",
+        "num_inference_steps=10": "num_inference_steps=1",
+        "[a red circle on white, a blue square on black, a green cross on gray]": "[a red circle on white]",
+        "--max_steps 80": "--max_steps 3",
+    },
+    "docs/use_elsewhere.md": {'"path/to/run", subfolder': '"full", subfolder'},
+    "docs/guidance.md": {'pipeline.to("cuda")': "", 'of a fox"': 'of a fox", num_inference_steps=1'},
+}
+# Files that exist after the code of a page.
+WRITTEN = {
+    "README.md": ("sd15-lora/diffusion_sdpo_setup.json", "sdxl-sdpo-lora/diffusion_sdpo_setup.json"),
+    "docs/quickstart.md": ("shapes-lora/diffusion_sdpo_setup.json",),
+    "docs/first_lora.md": ("shapes.safetensors", "circle.png", "shapes-lora/verdict.json", "shapes-lora/README.md"),
+    "docs/use_elsewhere.md": ("path/to/merged/model_index.json", "my-lora.safetensors"),
+    "docs/guidance.md": (),
+}
+# Options that make a run of `sdxl_lora` tiny.
+TINY = "--use_cpu true --bf16 false --dtype float32 --resolution 16 --max_steps 1 --gradient_accumulation_steps 1"
+TINY += " --dataloader_num_workers 0 --sample_kwargs '{\"num_inference_steps\": 1}'"
+# The first cell of the notebook sets these.
+SMALLEST = {"PAIRS": 4, "HELD_OUT": 2, "STEPS": 1, "BATCH": 1, "ACCUMULATED": 1, "INFERENCE_STEPS": 1}
+SMALLEST |= {"SHAPES_PER_PROMPT": 1, "SHAPES_STEPS": 1, "SHAPES_BATCH": 2, "SHAPES_IMAGES": 2}
+
+
+@pytest.fixture(autouse=True)
+def beside(request, tmp_path, monkeypatch) -> Path:
+    """A working directory with the models. `demo --write_pairs` writes one pair for each prompt."""
+    for name, fixture in MODELS.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).symlink_to(request.getfixturevalue(fixture), target_is_directory=True)
+    for name in ("off_policy_pairs", "eval_pairs"):
+        monkeypatch.setattr(comparison, name, partial(getattr(comparison, name), per_prompt=1))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_command(text: str, page: str) -> None:
+    """Run the commands of a block, but for those that need the Hub or the whole demo."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] != ["trl-diffusion-sdpo"] or words[1:] == ["demo"] or page == "docs/guidance.md":
+            continue
+        smaller = {"train": "--use_cpu" if page == "docs/first_lora.md" else TINY}.get(words[1], "")
+        assert main([*words[1:], *shlex.split(smaller)]) == 0
+
+
+@pytest.mark.parametrize("page", SMALLER)
+def test_the_code_of_a_page_runs(page, beside, make_trainer):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for size, smaller in SMALLER[page].items():
+        assert size in text, f"{page} has no {size}"
+        text = text.replace(size, smaller)
+    if "path/to/run" in text:
+        for folder in ("path/to/run", "negative"):
+            make_trainer(SD15, peft_config=LoraConfig(r=2), output_dir=folder).save_model()
+        make_trainer(SD15, output_dir="full").save_model()
+    elif page == "README.md":
+        assert main(["demo", "--write_pairs", "pairs"]) == 0
+    names: dict = {"__name__": "reader"}
+    for language, block in re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        if language == "python":
+            exec(compile(block, page, "exec"), names)
+        elif language == "yaml" and page == "docs/first_lora.md":
+            Path("shapes.yaml").write_text(block, encoding="utf-8")
+        elif language == "bash":
+            run_command(block, page)
+    assert [file for file in WRITTEN[page] if not (beside / file).is_file()] == []
+    if page == "docs/first_lora.md":  # it resumes its run, without a step twice
+        history = json.loads((beside / "shapes-lora" / "trainer_state.json").read_text())["log_history"]
+        assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3]
+
+
+def test_the_cells_of_the_notebook_run(beside):
+    assert main(["demo", "--write_pairs", "pairs"]) == 0
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    names: dict = {"__name__": "reader"}
+    for number, cell in enumerate(cell for cell in cells if cell["cell_type"] == "code"):
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+        exec(compile("".join(cell["source"]), f"{NOTEBOOK.name}, cell {number}", "exec"), names)
+        if number == 0:
+            assert set(SMALLEST) == {name for name, value in names.items() if isinstance(value, int)}
+            names |= SMALLEST | {"DATASET": "pairs"}
+    assert 0 <= names["after"] <= 1 and (beside / "sd15-lora" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_the_command_that_the_demo_prints_trains_on_its_pairs(capsys):
+    assert main(["demo", "--write_pairs", "written"]) == 0
+    command = shlex.split(capsys.readouterr().out.partition("\n\n")[2].replace("\\\n", " "))
+    assert main([*command[1:], "--max_steps", "1", "--per_device_train_batch_size", "2", "--use_cpu"]) == 0
+    assert main(["demo", "--write_pairs", "written"]) == 2  # the folder is not empty
+
+
+def test_the_commands_for_each_card_are_understood():
+    text = (ROOT / "docs" / "your_card.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(commands) == 23  # six cards and four models, but FLUX does not fit 8 GB
+    for command in commands:
+        command = command.replace("adamw_bnb_8bit", "adamw_torch")  # bitsandbytes may not be installed
+        words = shlex.split(command.replace("\\\n", " "))
+        _, args, model = train.parse([*words[2:], "--use_cpu", "true"])
+        assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
+        assert model.use_peft == args.output_dir.endswith("-lora")
