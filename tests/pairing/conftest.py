@@ -28,26 +28,22 @@ def session(folder):
 
 
 class Client:
-    """A client that sends what a page would send, unless it is told otherwise."""
+    """A client that sends requests as the page does."""
 
     def __init__(self, server: PickServer) -> None:
         self.server, self.port = server, server.server_address[1]
 
-    def request(self, method="GET", path="", body=None, *, token=None, host=None, **headers):
+    def request(self, method="GET", path="", body=None, *, token=None):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        host = host or f"127.0.0.1:{self.port}"
-        if method == "POST":
-            headers = {"Origin": f"http://{host}", "Content-Type": "application/json", **headers}
         content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        address = f"/{self.server.token if token is None else token}/{path}"
-        connection.request(method, address, content, {"Host": host, **headers})
+        connection.request(method, f"/{self.server.token if token is None else token}/{path}", content)
         answer = connection.getresponse()
         content = answer.read()
         connection.close()
         return answer.status, dict(answer.getheaders()), content
 
-    def ask(self, action, tab="tab", **content):
-        status, _, answer = self.request("POST", action, {"tab": tab, **content})
+    def ask(self, action, **content):
+        status, _, answer = self.request("POST", action, content)
         return status, json.loads(answer)
 
 
