@@ -189,6 +189,66 @@ def test_hpsv2_is_the_cosine_of_open_clips_network(name, file, open_clip, folder
     assert scorer(IMAGES, PROMPTS).tolist() == pytest.approx(expected.tolist(), abs=2e-5)
 
 
+def test_weights_of_vit_h_14_have_the_names_and_shapes_of_transformers():
+    """The names and shapes that open_clip publishes for ViT-H/14, written by hand."""
+
+    def blocks(prefix, count, width):
+        shapes = {
+            "ln_1": (width,),
+            "ln_2": (width,),
+            "attn.out_proj": (width, width),
+            "mlp.c_fc": (4 * width, width),
+            "mlp.c_proj": (width, 4 * width),
+        }
+        for index in range(count):
+            block = f"{prefix}transformer.resblocks.{index}"
+            yield f"{block}.attn.in_proj_weight", (3 * width, width)
+            yield f"{block}.attn.in_proj_bias", (3 * width,)
+            for part, shape in shapes.items():
+                yield f"{block}.{part}.weight", shape
+                yield f"{block}.{part}.bias", shape[:1]
+
+    published = {
+        "visual.class_embedding": (1280,),
+        "visual.positional_embedding": (257, 1280),
+        "visual.proj": (1280, 1024),
+        "visual.conv1.weight": (1280, 3, 14, 14),
+        **{f"visual.{name}.{kind}": (1280,) for name in ("ln_pre", "ln_post") for kind in ("weight", "bias")},
+        **dict(blocks("visual.", 32, 1280)),
+        "positional_embedding": (77, 1024),
+        "text_projection": (1024, 1024),
+        "logit_scale": (),
+        "token_embedding.weight": (49408, 1024),
+        "ln_final.weight": (1024,),
+        "ln_final.bias": (1024,),
+        **dict(blocks("", 24, 1024)),
+        "attn_mask": (77, 77),
+    }
+    config = CLIPConfig(
+        text_config={
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+        },
+        vision_config={
+            "hidden_size": 1280,
+            "intermediate_size": 5120,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 32,
+            "patch_size": 14,
+        },
+        projection_dim=1024,
+    )
+    with torch.device("meta"):
+        weights = {name: torch.empty(shape) for name, shape in published.items()}
+        expected = CLIPModel(config).state_dict()
+    translated = clip_state_dict(weights)
+    assert {name: weight.shape for name, weight in translated.items()} == {
+        name: weight.shape for name, weight in expected.items()
+    }
+
+
 def test_weights_that_are_missing_or_unknown_are_an_error(open_clip):
     weights = open_clip.state_dict()
     with pytest.raises(RuntimeError, match="text_projection"):

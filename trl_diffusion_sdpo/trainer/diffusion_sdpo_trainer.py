@@ -999,8 +999,8 @@ class DiffusionSDPOTrainer(Trainer):
                 if self.is_world_process_zero():
                     model_name = model_name or self.hub_model_id.split("/")[-1]
                     self._write_card(model_name=model_name, keep_edited=True, **kwargs)
-                    options = {"blocking": blocking, "training": self.is_in_train}
-                    uploaded = self.publisher.upload(commit_message, token=token, revision=revision, **options)
+                    options = {"token": token, "revision": revision, "blocking": blocking}
+                    uploaded = self.publisher.upload(commit_message, **options)
         return uploaded
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
