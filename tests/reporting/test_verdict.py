@@ -306,6 +306,16 @@ def test_a_rise_stops_the_training_with_a_checkpoint_that_resumes(ruined, make_p
     assert resumed.state.global_step == 6 and len(warnings_of(caplog)) == 1
 
 
+@pytest.mark.matrix
+def test_a_rise_stops_where_the_best_weights_are_saved_and_loaded(ruined, make_pairs, tmp_path):
+    """`save_strategy="best"` cancels saves of weights that are not the best."""
+    best = {"save_strategy": "best", "load_best_model_at_end": True, "metric_for_best_model": "errors/winner_change"}
+    evaluates = {"eval_dataset": make_pairs(4, seed=1), "eval_strategy": "steps", "eval_steps": 2}
+    trainer = ruined(**best, **evaluates, greater_is_better=False, eval_on_start=True, on_winner_rise="stop")
+    trainer.train()
+    assert trainer.state.global_step == 2 and (tmp_path / "run" / "checkpoint-2").is_dir()
+
+
 # ---- Measured --------------------------------------------------------------------------------------------------------
 
 

@@ -68,11 +68,11 @@ class VerdictCallback(TrainerCallback):
         self._callbacks = callbacks
         self._samples = samples
         self._on_rise = on_rise
-        self._training = False
+        self._training = self._stops = False
         self._rise = 0  # how bad the last evaluation was: 0 if the error did not rise
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._training, self._rise = True, 0
+        self._training, self._stops, self._rise = True, False, 0
         if state.is_world_process_zero:  # the verdict on earlier weights must not be published with the new weights
             (output_folder(args) / VERDICT_FILE).unlink(missing_ok=True)
 
@@ -84,10 +84,17 @@ class VerdictCallback(TrainerCallback):
         before, self._rise = self._rise, 0 if measured is None or not rises else 1 + RISES.index(measured.winners)
         stops = self._on_rise == "stop" and in_any_process(rises, args.device)
         if stops:  # all processes stop
-            control.should_save = control.should_training_stop = True
+            self._stops = control.should_save = control.should_training_stop = True
         if measured is not None and (self._rise > before or (rises and stops)) and state.is_world_process_zero:
             hint = resume_hint(args, state.global_step, "Pass `resume_from_checkpoint=True` to continue.")
             logger.warning("%s%s", words_of_rise(measured, self._run), f" Training stops; {hint}" if stops else "")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._stops = False
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self._stops:  # the checkpoint was not saved, because `save_strategy="best"` has cancelled it
+            control.should_save = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._training = False

@@ -154,4 +154,6 @@ def stopping_on_interrupt(
 def resume_hint(args: TrainingArguments, step: int, how: str) -> str:
     """Return a sentence that says where the checkpoint of an interrupted run is, followed by `how`, a sentence on how
     to resume."""
+    if args.save_only_model:
+        how = "It has no optimizer state (`save_only_model=True`), so the run cannot be resumed."
     return f"its checkpoint is {output_folder(args) / f'{PREFIX_CHECKPOINT_DIR}-{step}'}. {how}"
