@@ -6,7 +6,7 @@ scores to a JSON file. This script scores the same images and compares both.
     python benchmarks/check_scorers.py IMAGES.csv originals.json
 
 `IMAGES.csv` has the columns `image` (a path) and `prompt`. `originals.json` maps each scorer's name to its scores in
-the order of the rows, such as `{"hpsv2.1": [0.271, ...]}`. The package `hpsv2` pads images, so use square images
+the order of the rows, such as `{"hpsv2.1": [0.271, ...]}`. The package `hpsv2` pads images, so use `--preprocess pad`
 to compare with it.
 """
 
@@ -36,6 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, help="CSV file with the columns `image` and `prompt`")
     parser.add_argument("originals", type=Path, help="JSON file of the original scores")
+    parser.add_argument("--preprocess", choices=["crop", "pad"], default="crop", help="of the CLIP scorers")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
     with args.table.open(newline="", encoding="utf-8") as file:
@@ -43,7 +44,8 @@ def main() -> int:
     images = [Image.open(args.table.parent / row["image"]) for row in rows]
     is_close = True
     for name, originals in json.loads(args.originals.read_text(encoding="utf-8")).items():
-        scores = load_scorer(name, device=args.device)(images, [row["prompt"] for row in rows])
+        settings = {"preprocess": args.preprocess} if name.startswith(("hps", "clip", "pick")) else {}
+        scores = load_scorer(name, device=args.device, **settings)(images, [row["prompt"] for row in rows])
         is_close &= compare(name, scores.tolist(), originals)
     return 0 if is_close else 1
 

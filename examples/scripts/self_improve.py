@@ -39,7 +39,7 @@ from trl_diffusion_sdpo.demo.pipeline import base_pipeline_folder
 from trl_diffusion_sdpo.demo.world import IMAGE_SIZE, captions
 from trl_diffusion_sdpo.evaluation.images import ImageSettings
 from trl_diffusion_sdpo.evaluation.prompts import distinct, read_prompts
-from trl_diffusion_sdpo.pairing.generate import generate_pairs
+from trl_diffusion_sdpo.pairing.generate import Pairing, generate_pairs
 
 EMBEDDED_SCORER = "trl_diffusion_sdpo.demo.oracle:oracle"
 
@@ -137,8 +137,9 @@ def main(argv=None):
         pairs = output / f"pairs-{number}"
         run = output / f"round-{number}"
         settings = image_settings(options, 1000 * options.seed + options.images * number, options.images)
-        candidate = Candidate("model", model)
-        count = generate_pairs(candidate, prompts, scorers, pairs, settings, margin=options.margin)
+        count = generate_pairs(
+            Candidate("model", model), prompts, scorers, pairs, settings, Pairing(margin=options.margin)
+        )
         print(f"Round {number}: {count} pairs of {len(prompts.prompts)} prompts")
         train_round(options, model, pairs, run, is_first=number == 1)
         model = str(run)

@@ -1,6 +1,8 @@
 """Whole evaluations of tiny Stable Diffusion pipelines, scored by functions of the pixels."""
 
+import base64
 import hashlib
+import html
 import json
 import multiprocessing
 import os
@@ -15,6 +17,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 
 from trl_diffusion_sdpo import Candidate, evaluate_models
@@ -25,6 +28,7 @@ from trl_diffusion_sdpo.evaluation import evaluate
 from trl_diffusion_sdpo.evaluation.evaluate import MANIFEST_FILE, RESULTS_FILE
 from trl_diffusion_sdpo.evaluation.images import ImageSettings, diversity, generate_images, image_path, saturation
 from trl_diffusion_sdpo.rewards import FunctionScorer
+from trl_diffusion_sdpo.rewards.vlm_server import VLMServerJudge
 
 PROMPTS = ["a red circle", "two squares", "a tree", "a cat <b>&", "a dog", "the sea"]
 SERVER = {"url": "http://127.0.0.1:9/v1", "model": "model"}  # nothing listens there
@@ -163,6 +167,37 @@ def test_the_protocol_of_the_authors():
     found = _image_settings(make_parser().parse_args(words), "cpu")
     assert (found.noise, found.seeds) == ("shared", (0,))
     assert found.call_kwargs == {"num_inference_steps": 50, "guidance_scale": 8.5}
+
+
+class Judge(VLMServerJudge):
+    """Answers itself: the redder image is better, or always the first."""
+
+    asked = 0
+    fair = True
+
+    def _answer(self, images, question):
+        self.asked += 1
+        first, second = redness(images, None)
+        return f"Image {1 if first > second or not self.fair else 2} is better"
+
+
+def test_a_judge_sees_the_images_of_both_models_in_both_orders(evaluated, sd_folder, redder_folder, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(evaluated[0], folder)
+    judge = Judge("http://127.0.0.1:9/v1", "org/model")
+    evaluation = evaluate_models(evaluated[1], PROMPTS, [judge], folder, settings())
+    result = evaluation.comparisons[0].result
+    assert (result.rate, result.ties, judge.asked) == (1.0, 0, 2 * 12)
+    assert any("vlm_judge(model)" in note for note in evaluation.notes)
+    assert not any("same score" in note and "base" in note.split("images of")[1] for note in evaluation.notes[1:])
+    evaluate_models(evaluated[1], PROMPTS, [judge], folder, settings())
+    assert judge.asked == 2 * 12  # the answers were saved
+    shutil.rmtree(folder / "images" / "base")
+    judge.fair = False
+    evaluation = evaluate_models(evaluated[1], PROMPTS, [judge], folder, settings())  # new images, new answers
+    assert (evaluation.comparisons[0].result.rate, evaluation.comparisons[0].result.ties) == (0.5, 12)
+    with pytest.raises(ValueError, match="vlm_judge"):
+        judge([], [])
 
 
 def test_the_noise_is_of_prompt_and_seed_or_of_the_seed_alone():
@@ -364,6 +399,24 @@ def test_a_bad_option_is_one_line(words, match, sd_folder, redder_folder, prompt
     assert main([*command(sd_folder, redder_folder, tmp_path, prompt_file), *words]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1 and match in lines[0]
+
+
+def test_the_report_shows_the_training_of_a_run(plotted, sd_folder, make_trainer, make_pairs, tmp_path):
+    run = tmp_path / "run"
+    evaluations = {"eval_dataset": make_pairs(4, seed=5), "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(peft_config=LoraConfig(r=2), **evaluations)
+    trainer.train()
+    trainer.save_model()
+    candidates = [
+        Candidate("base", sd_folder),
+        *(Candidate(f"tuned-{scale}", str(run), scale=scale) for scale in (1.0, 2.0)),  # one run, shown once
+    ]
+    evaluate_models(candidates, PROMPTS[:1], SCORERS, tmp_path / "evaluation", settings(seeds=(0,)))
+    page = (tmp_path / "evaluation" / "report.html").read_text()
+    for name in ("curves.png", "noise_bins.png"):
+        assert page.count(base64.b64encode((run / name).read_bytes()).decode()) == 1
+    assert html.escape(json.loads((run / "verdict.json").read_text())["sentence"]) in page
+    assert "http" not in page.replace("http://www.w3.org", "")
 
 
 def test_two_processes_write_what_one_does(sd_folder, redder_folder, prompt_file, tmp_path):

@@ -57,6 +57,12 @@ def test_only_a_newline_ends_a_prompt(name, content, tmp_path):
     assert (listed.prompts, listed.empty) == (("a\u2028b", "c"), 0)
 
 
+def test_the_first_prompts_keep_their_rows(tmp_path):
+    (tmp_path / "a.txt").write_text("a\n\nb\na\nc")
+    listed = read_prompts(tmp_path / "a.txt").first(2)
+    assert (listed.prompts, listed.rows, listed.name) == (("a", "b"), ((0, "a"), (1, "b"), (0, "a")), "a")
+
+
 def test_a_file_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"no\.txt"):
         read_prompts(tmp_path / "no.txt")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 from PIL import Image
 
@@ -100,6 +101,10 @@ def test_a_run_at_scales_of_its_weights_is_what_plain_diffusers_draws(sd_folder,
     sweep = json.loads((tmp_path / "out" / "results.json").read_text())["sweeps"][0]
     assert list(sweep["names"].values()) == ["base", "tuned-0.5", "tuned-2"] and sweep["name"] == "tuned"
     recommended = next(iter(sweep["recommended"].values()))
+    assert ModelCard.load(lora_run / "README.md").data.recommended_scale == {
+        "weights": recommended,
+        "guidance_scale": CALL["guidance_scale"],
+    }
     assert f"is {recommended:g}" in capsys.readouterr().out
     page = (tmp_path / "out" / "report.html").read_text()
     assert "tuned by scale of the weights" in page and page.count('class="row"') == 6

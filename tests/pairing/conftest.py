@@ -28,22 +28,26 @@ def session(folder):
 
 
 class Client:
-    """A client that sends requests as the page does."""
+    """A client that sends what a page would send, unless it is told otherwise."""
 
     def __init__(self, server: PickServer) -> None:
         self.server, self.port = server, server.server_address[1]
 
-    def request(self, method="GET", path="", body=None, *, token=None):
+    def request(self, method="GET", path="", body=None, *, token=None, host=None, **headers):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        host = host or f"127.0.0.1:{self.port}"
+        if method == "POST":
+            headers = {"Origin": f"http://{host}", "Content-Type": "application/json", **headers}
         content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request(method, f"/{self.server.token if token is None else token}/{path}", content)
+        address = f"/{self.server.token if token is None else token}/{path}"
+        connection.request(method, address, content, {"Host": host, **headers})
         answer = connection.getresponse()
         content = answer.read()
         connection.close()
         return answer.status, dict(answer.getheaders()), content
 
-    def ask(self, action, **content):
-        status, _, answer = self.request("POST", action, content)
+    def ask(self, action, tab="tab", **content):
+        status, _, answer = self.request("POST", action, {"tab": tab, **content})
         return status, json.loads(answer)
 
 

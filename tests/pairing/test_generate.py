@@ -16,9 +16,10 @@ from PIL import Image
 from trl_diffusion_sdpo import Candidate, load_pairs
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.evaluation.images import ImageSettings
-from trl_diffusion_sdpo.pairing.generate import combine, generate_pairs
+from trl_diffusion_sdpo.pairing.generate import Pairing, combine, generate_pairs
 from trl_diffusion_sdpo.pairing.session import PickSession
-from trl_diffusion_sdpo.rewards import FunctionScorer
+from trl_diffusion_sdpo.rewards import FunctionScorer, load_scorer
+from trl_diffusion_sdpo.rewards.vlm_server import VLMServerJudge
 
 PROMPTS = ["a red circle", "two squares", "the sea"]
 SETTINGS = ImageSettings(seeds=(0, 1, 2, 3), call_kwargs={"num_inference_steps": 2, "guidance_scale": 1.0})
@@ -93,19 +94,25 @@ def test_a_failed_scorer_loses_no_image(sd_folder, tmp_path):
         generate_pairs(model, PROMPTS, [FunctionScorer("red", fail)], tmp_path, SETTINGS)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("images/model/*.png")}
     assert len(times) == 12 and not (tmp_path / "pairs.jsonl").exists()
-    assert generate_pairs(model, PROMPTS, [RED, DARK], tmp_path, SETTINGS, margin=0.01) > 3
+    assert generate_pairs(model, PROMPTS, [RED, DARK], tmp_path, SETTINGS, Pairing(margin=0.01)) > 3
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.glob("images/model/*.png")}
+    every = rows_of(tmp_path)
+    generate_pairs(model, PROMPTS, [RED, DARK], tmp_path, SETTINGS, Pairing("pareto", margin=0.01))
+    agreed = [row for row in every if row["agreement"] == 1]
+    assert rows_of(tmp_path) == agreed and len(agreed) < len(every)
 
 
 def test_rewards_by_hand():
     scores = np.array([[[0.0, 1.0, 2.0]], [[30.0, 10.0, 20.0]]])
     z = np.sqrt(1.5)  # of the outer two of three equally spaced values
-    weighted = combine(scores, np.array([1.0, 0.5]))
+    weighted = combine(scores, np.array([1.0, 0.5]), "weighted")
     expected = np.array([-z + z / 2, -z / 2, z])
     np.testing.assert_allclose(weighted, [expected / np.sqrt(np.mean(expected**2))])
-    missing = combine(np.array([[[0.0, np.nan, 2.0]]]), np.array([1.0]))
+    # Image 2 beats image 1 by both scorers; the other comparisons are one against one.
+    np.testing.assert_allclose(combine(scores, np.array([1.0, 1.0]), "majority"), [[0, -0.5, 0.5]])
+    missing = combine(np.array([[[0.0, np.nan, 2.0]]]), np.array([1.0]), "weighted")
     np.testing.assert_allclose(missing, [[-1, np.nan, 1]])
-    np.testing.assert_array_equal(combine(np.ones((1, 2, 3)), np.array([1.0])), np.zeros((2, 3)))
+    np.testing.assert_array_equal(combine(np.ones((1, 2, 3)), np.array([1.0]), "weighted"), np.zeros((2, 3)))
 
 
 def test_the_command_makes_pairs_with_a_function_of_ones_own(sd_folder, tmp_path, monkeypatch, capsys):
@@ -154,6 +161,38 @@ def test_scorers_that_tell_nothing_apart_are_an_error(generated, sd_folder):
     same = FunctionScorer("same", lambda images, prompts: [1.0] * len(images))
     with pytest.raises(ValueError, match="apart"):
         generate_pairs(Candidate("model", sd_folder), PROMPTS, [same], generated, SETTINGS)
+
+
+class Judge(VLMServerJudge):
+    """Prefers the brighter of two images; its server is never asked."""
+
+    asked = 0
+
+    def compare(self, first, second, prompts):
+        Judge.asked += len(first)
+        return torch.tensor([np.sign(dark_of(b) - dark_of(a)) for a, b in zip(first, second, strict=True)])
+
+
+def test_a_judge_of_neighbours_limits_what_may_win_and_lose(generated, sd_folder):
+    judge = Judge("http://127.0.0.1:9/v1", "org/model")
+    for _ in range(2):  # the answers are kept
+        pairs = generate_pairs(
+            Candidate("model", sd_folder), PROMPTS, [RED, judge], generated, SETTINGS, Pairing(margin=0.001)
+        )
+        assert Judge.asked == 2 * 3
+    rows = rows_of(generated)
+    assert 0 < pairs == len(rows)
+    for row in rows:
+        for side, sign in (("chosen", 1), ("rejected", -1)):
+            stem, seed = row[side][:-4].rsplit("-", 1)
+            neighbour = generated / f"{stem}-{int(seed) ^ 1}.png"
+            assert sign * (dark_of(Image.open(neighbour)) - dark_of(Image.open(generated / row[side]))) > 0
+
+
+def test_a_judge_alone_is_refused_before_images_are_generated(tmp_path):
+    judge = load_scorer("vlm_judge", url="http://127.0.0.1:1/v1", model="judge")
+    with pytest.raises(ValueError, match="vlm_judge"):
+        generate_pairs(Candidate("model", "no such model"), PROMPTS, [judge], tmp_path, SETTINGS)
 
 
 def test_negatives_are_of_the_same_noise_without_guidance(sd_folder, tmp_path, monkeypatch, capsys):

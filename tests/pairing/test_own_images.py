@@ -1,4 +1,4 @@
-"""Prompts and ratings of a folder of own images."""
+"""Prompts, ratings and duplicates of a folder of own images."""
 
 import json
 import struct
@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from trl_diffusion_sdpo.pairing.manifest import read_manifest
 from trl_diffusion_sdpo.pairing.own_images import list_images
-from trl_diffusion_sdpo.pairing.picks import Pick, rated_pairs, write_pairs
+from trl_diffusion_sdpo.pairing.picks import PickLog, rated_pairs, write_pairs
 
 A1111 = "a red fox, <lora:fur:0.8> (snow:1.2)\nsecond line\nNegative prompt: blurry\nSteps: 20, Seed: 1"
 READ = "a red fox, (snow:1.2) second line"
@@ -27,6 +27,7 @@ GUIDED = {
     "2": {"class_type": "BasicGuider", "inputs": {"conditioning": ["3", 0]}},
     "3": {"class_type": "CLIPTextEncodeFlux", "inputs": {"clip_l": "", "t5xxl": "a red fox", "guidance": 3}},
 }
+SWARM = json.dumps({"sui_image_params": {"prompt": "a red fox", "negativeprompt": "blurry"}})
 
 
 def picture(grey=0, side=16):
@@ -59,6 +60,7 @@ def prompts_of(folder, **options):
     ("texts", "prompt"),
     [
         ({"parameters": A1111}, READ),
+        ({"parameters": SWARM}, "a red fox"),
         ({"prompt": json.dumps(COMFY), "workflow": "{}"}, "a red fox"),
         ({"prompt": json.dumps(GUIDED)}, "a red fox"),
         ({"prompt": "a red fox"}, "a red fox"),
@@ -75,6 +77,7 @@ def test_prompts_of_png(tmp_path, texts, prompt):
         (b"UNICODE\0" + A1111.encode("utf-16-be"), READ),
         (b"UNICODE\0" + A1111.encode("utf-16-le"), READ),
         (b"ASCII\0\0\0" + A1111.encode(), READ),
+        (SWARM.encode(), "a red fox"),
     ],
 )
 @pytest.mark.parametrize("ending", ["jpg", "webp"])
@@ -147,6 +150,21 @@ def test_a_folder_without_prompts_is_an_error(tmp_path):
     assert not (tmp_path / "manifest.jsonl").exists()
 
 
+def test_images_that_look_equal_are_listed_once_and_colours_and_details_count(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8).repeat(64, 0).repeat(64, 1)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "a.png")
+    image.resize((400, 400), Image.Resampling.LANCZOS).save(tmp_path / "small.png")
+    image.save(tmp_path / "saved.jpg", quality=85)
+    Image.fromarray(pixels[..., ::-1]).save(tmp_path / "other_colours.png")
+    mended = pixels.copy()
+    mended[:64, :64] ^= 64  # one part in 64
+    Image.fromarray(mended).save(tmp_path / "mended.png")
+    for path in [*tmp_path.glob("*.png"), *tmp_path.glob("*.jpg")]:
+        path.with_suffix(".txt").write_text("one prompt")
+    assert set(prompts_of(tmp_path)) == {"a.png", "other_colours.png", "mended.png"}
+
+
 def test_likes_by_folder_become_pairs(tmp_path):
     for number, name in enumerate(("a", "liked/b", "disliked/c", "liked/d")):
         png(tmp_path / f"{name}.png", 60 * number, parameters="a fox")
@@ -157,13 +175,23 @@ def test_likes_by_folder_become_pairs(tmp_path):
         "a.png": 0, "liked/b.png": 1, "disliked/c.png": -1, "liked/d.png": 1, "e.png": None
     }  # fmt: skip
     assert len(rated_pairs(images)) == 5
-    pick = Pick("a.png", "disliked/c.png", "second")  # a pick counts more than a folder
-    assert write_pairs(tmp_path, {pick.pair: pick}, images) == 5
+    log = PickLog(tmp_path)
+    log.add("a.png", "disliked/c.png", "second")  # a pick counts more than a folder
+    assert write_pairs(tmp_path, log, images) == 5
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert {(row["chosen"], row["rejected"]) for row in rows} == {
         ("disliked/c.png", "a.png"), ("liked/b.png", "a.png"), ("liked/d.png", "a.png"),
         ("liked/b.png", "disliked/c.png"), ("liked/d.png", "disliked/c.png"),
     }  # fmt: skip
+    log.close()
+
+
+def test_a_copy_in_the_folder_of_likes_is_a_like(tmp_path):
+    png(tmp_path / "a.png", parameters="a fox")
+    png(tmp_path / "liked" / "a.png", parameters="a fox")
+    png(tmp_path / "b.png", 90, parameters="a fox")
+    list_images(tmp_path)
+    assert sorted(image.facts["rating"] for image in read_manifest(tmp_path)[0]) == [0, 1]
 
 
 @pytest.mark.parametrize(

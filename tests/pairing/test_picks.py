@@ -1,4 +1,4 @@
-"""Picks survive a kill, count once, and become pairs that training reads."""
+"""Picks survive whatever happens, count once, and become pairs that training reads."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import pytest
 from pairing.folders import write_folder
 
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, load_pairs, prepare_dataset
+from trl_diffusion_sdpo.pairing.picks import ConflictError
 from trl_diffusion_sdpo.pairing.session import PickSession
 
 
@@ -17,17 +18,17 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def judge(session: PickSession, verdict: str) -> dict:
-    pair = session.state()["pair"]
-    return session.pick(pair["first"], pair["second"], verdict)
+def judge(session: PickSession, verdict: str, tab: str = "tab") -> dict:
+    pair = session.state(tab)["pair"]
+    return session.pick(tab, pair["first"], pair["second"], verdict)
 
 
 def test_picks_become_pairs_that_training_reads(session, folder):
     names = []
     for verdict in ("first", "second", "tie", "both_bad", "skip"):
-        pair = session.state()["pair"]
+        pair = session.state("tab")["pair"]
         names.append((session.codes[pair["first"]], session.codes[pair["second"]]))
-        session.pick(pair["first"], pair["second"], verdict)
+        session.pick("tab", pair["first"], pair["second"], verdict)
     rows = rows_of(folder / "pairs.jsonl")
     assert [(row["chosen"], row["rejected"]) for row in rows] == [names[0], names[1][::-1]]
     assert rows[0]["chosen_seed"] == int(names[0][0][1])
@@ -43,53 +44,82 @@ def test_a_killed_process_loses_no_pick(folder):
         session = PickSession(folder)
         for _ in range(3):
             judge(session, "first")
+        os.write(session.log._file.fileno(), b'{"pick": 4, "fir')
         os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
     session = PickSession(folder)
-    assert session.state()["judged"] == 3 and len(rows_of(folder / "pairs.jsonl")) == 3
+    assert session.state("t")["judged"] == 3 and len(rows_of(folder / "pairs.jsonl")) == 3
     judge(session, "second")
     assert len(rows_of(folder / "picks.jsonl")) == 4
     session.close()
 
 
-def test_a_pair_counts_once(session):
-    shown = session.state()["pair"]
-    session.pick(shown["first"], shown["second"], "first")
-    again = session.pick(shown["second"], shown["first"], "first")  # from a second tab
-    assert "error" in again and again["judged"] == 1
+@pytest.mark.parametrize("cut", range(0, 100, 18))
+def test_a_log_cut_anywhere_is_a_shorter_log(session, folder, cut):
+    for _ in range(3):
+        judge(session, "tie")
+    session.close()
+    content = (folder / "picks.jsonl").read_bytes()
+    kept = content[: len(content) * cut // 100]
+    (folder / "picks.jsonl").write_bytes(kept)
+    again = PickSession(folder)
+    assert again.state("tab")["judged"] == kept.count(b"\n")
+    again.close()
 
 
-def test_every_image_is_shown_before_the_first_pair_of_distant_images(session):
-    pairs = []
-    while pair := session.state()["pair"]:
-        pairs.append(sorted(session.codes[pair[side]] for side in ("first", "second")))
-        session.pick(pair["first"], pair["second"], "tie")
-    near = [["a0.png", "a1.png"], ["a1.png", "a2.png"], ["b0.png", "b1.png"], ["b1.png", "b2.png"]]
-    assert pairs == [*near, ["a0.png", "a2.png"], ["b0.png", "b2.png"]]
+def test_two_tabs_show_other_pairs_and_count_once(session):
+    first, second = session.state("one")["pair"], session.state("two")["pair"]
+    assert {first["first"], first["second"]} != {second["first"], second["second"]}
+    session.pick("one", first["first"], first["second"], "first")
+    for tab in ("one", "two"):  # a second click, or a tab that came late; the sides may differ
+        with pytest.raises(ConflictError):
+            session.pick(tab, first["second"], first["first"], "first")
+    assert session.state("one")["judged"] == 1
 
 
-def test_an_undone_pick_is_shown_again(session, folder):
+def test_an_undone_pick_is_shown_again_and_is_undone_once(session, folder):
     judge(session, "first")
-    shown = session.state()["pair"]
-    judge(session, "first")
-    undone = session.undo()
+    shown = session.state("tab")["pair"]
+    after = judge(session, "first")
+    undone = session.undo("tab", after["last"])
     assert {undone["pair"]["first"], undone["pair"]["second"]} == {shown["first"], shown["second"]}
+    with pytest.raises(ConflictError):
+        session.undo("other tab", after["last"])
     assert undone["judged"] == 1 and len(rows_of(folder / "pairs.jsonl")) == 1
     session.close()
     again = PickSession(folder)
-    assert again.state()["judged"] == 1 and again.undo()["judged"] == again.undo()["judged"] == 0
+    assert again.state("tab")["judged"] == 1 and again.undo("tab", 1)["judged"] == 0
     again.close()
 
 
-def test_pairs_of_deleted_images_are_left_out_and_counted(session, folder):
-    while session.state()["pair"]:
+def test_a_deleted_image_is_left_out_and_counted(session, folder):
+    pair = session.state("tab")["pair"]
+    session.pick("tab", pair["first"], pair["second"], "first")
+    judged = {session.codes[pair["first"]], session.codes[pair["second"]]}
+    (unseen,) = {f"{pair['prompt']}{k}.png" for k in range(3)} - judged
+    (folder / unseen).unlink()
+    while session.state("tab")["pair"]:
         judge(session, "first")
-    (folder / "a0.png").unlink()
+    state = session.state("tab")
+    assert state["gone"] == 1 and state["pairs"] == state["judged"]
+    (folder / judged.pop()).unlink()
     session.close()
     again = PickSession(folder)
-    state = again.state()
-    assert state["left_out"] == {"without a file": 1} and state["judged"] == 6 and state["pairs"] == 4
+    after = again.state("tab")
+    assert after["left_out"] == {"without a file": 2}
+    assert after["judged"] == state["judged"] and after["pairs"] == state["pairs"] - 1
     again.close()
+
+
+def test_an_edited_prompt_is_that_of_all_its_pairs(session, folder):
+    judge(session, "first")
+    pair = session.state("tab")["pair"]
+    prompt = pair["prompt"]
+    session.edit_prompt("tab", pair["first"], "new words")
+    while session.state("tab")["pair"]:
+        judge(session, "first")
+    counts = Counter(row["prompt"] for row in rows_of(folder / "pairs.jsonl"))
+    assert counts["new words"] >= 2 and prompt not in counts
 
 
 def test_one_folder_has_one_page(session, folder):
@@ -98,7 +128,7 @@ def test_one_folder_has_one_page(session, folder):
 
 
 def test_left_and_right_are_drawn_at_random(session):
-    first = Counter(session.state()["pair"]["first"] for _ in range(64))
+    first = Counter(session.state("tab")["pair"]["first"] for _ in range(64))
     assert len(first) == 2 and min(first.values()) > 10
 
 
@@ -152,7 +182,7 @@ def blind(tmp_path, prompts=8):
 def test_models_are_compared_blindly_and_every_prompt_before_the_second_seed(tmp_path):
     session = blind(tmp_path)
     seeds = []
-    while pair := session.state()["pair"]:
+    while pair := session.state("tab")["pair"]:
         assert "base" not in json.dumps(pair) and "tuned" not in json.dumps(pair)
         names = [session.codes[pair[side]] for side in ("first", "second")]
         models, cells = zip(*(name.split("/")[1:] for name in names), strict=True)
@@ -160,12 +190,12 @@ def test_models_are_compared_blindly_and_every_prompt_before_the_second_seed(tmp
         seeds.append(int(names[0][-5]))
         # The tuned model wins on prompts 0 to 6, and loses on prompt 7.
         wins = "7-" not in names[0]
-        session.pick(pair["first"], pair["second"], "first" if ("tuned" in names[0]) == wins else "second")
+        session.pick("tab", pair["first"], pair["second"], "first" if ("tuned" in names[0]) == wins else "second")
     assert seeds == [0] * 8 + [1] * 8
     sentences = session.result()
     (numbers,) = json.loads((session.folder / "human.json").read_text())
     assert numbers["rate"] == 7 / 8 and numbers["prompts"] == 8 and numbers["p_value"] == pytest.approx(18 / 256)
-    assert numbers["verdict"] == "no difference shown" and "tuned" in sentences[0]
+    assert numbers["verdict"] == "no difference shown" and "tuned" in sentences[0] and "8 prompts" in sentences[1]
     session.close()
 
 
@@ -173,7 +203,6 @@ def test_ties_count_half_and_skipped_pairs_nothing(tmp_path):
     session = blind(tmp_path, prompts=2)
     for verdict in ("tie", "skip", "both_bad", "skip"):
         judge(session, verdict)
-    session.result()
-    (numbers,) = json.loads((session.folder / "human.json").read_text())
+    _, (numbers,) = session.order.result()
     assert numbers["rate"] == 0.5 and numbers["ties"] == 2 and numbers["missing"] == 2
     session.close()

@@ -8,25 +8,53 @@ import pytest
 from trl_diffusion_sdpo.pairing.server import PickServer
 
 
-def test_without_the_token_there_is_nothing(client, folder):
-    pick = {**client.ask("state")[1]["pair"], "verdict": "first"}
-    for token in ("", "x", client.server.token[:-1], client.server.token + "x", "%C3%BC"):
+def test_a_page_of_another_name_is_refused(client):
+    assert client.request()[0] == 200
+    assert client.request(host="localhost:9000")[0] == 200  # through a tunnel
+    names = ["evil.example", "127.0.0.1.evil.example", "127.0.0.1@evil.example", "192.168.1.7", "[bad", "x y"]
+    for host in [*names, *(f"{name}:{client.port}" for name in names), ":1"]:
+        assert client.request(host=host)[0] == 421, host
+
+
+def test_without_the_token_there_is_nothing(client):
+    for token in ("", "x", client.server.token[:-1], client.server.token + "x", "ü"[:0] + "%C3%BC"):
         status, _, content = client.request(token=token)
         assert status == 403 and client.server.token.encode() not in content
-        assert client.request("POST", "pick", pick, token=token)[0] == 403
-    assert client.request()[0] == 200 and not (folder / "picks.jsonl").exists()
 
 
-def test_only_listed_images_are_served(client, session, folder):
+def test_a_pick_from_another_origin_is_refused(client, folder):
+    state = client.ask("state")[1]
+    pick = {"tab": "tab", **state["pair"], "verdict": "first"}
+    for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Content-Type": "text/plain"}):
+        assert client.request("POST", "pick", pick, **headers)[0] in (400, 403)
+    assert client.request("POST", "pick", b"x" * 300_000)[0] == 413
+    assert (folder / "picks.jsonl").read_bytes() == b""
+
+
+def test_only_listed_images_are_served(client, folder):
     (folder.parent / "secret.png").write_bytes(b"secret")
     code = client.ask("state")[1]["pair"]["first"]
-    status, headers, content = client.request(path=f"image/{code}")
-    assert status == 200 and headers["Content-Type"] == "image/png"
-    assert content == (folder / session.codes[code]).read_bytes()
+    status, headers, _ = client.request(path=f"image/{code}")
+    assert status == 200 and headers["Content-Type"] == "image/png" and headers["X-Content-Type-Options"] == "nosniff"
     for path in ("image/../../secret.png", "image/a0.png", "image/%2e%2e/secret.png", "image/", "../manifest.jsonl"):
         assert client.request(path=path)[0] == 404, path
-    (folder / session.codes[code]).unlink()
+
+
+def test_an_image_that_became_a_link_out_of_the_folder_is_not_served(client, session, folder):
+    (folder.parent / "secret.png").write_bytes(b"secret")
+    code = client.ask("state")[1]["pair"]["first"]
+    path = folder / session.codes[code]
+    path.unlink()
+    path.symlink_to(folder.parent / "secret.png")
     assert client.request(path=f"image/{code}")[0] == 404
+
+
+def test_the_page_allows_no_script_but_its_own(client):
+    _, headers, page = client.request()
+    policy = headers["Content-Security-Policy"]
+    nonce = policy.split("'nonce-")[1].split("'")[0]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and page.count(nonce.encode()) == 2
+    assert b"http://" not in page and b"https://" not in page
 
 
 @pytest.mark.parametrize(
@@ -35,9 +63,9 @@ def test_only_listed_images_are_served(client, session, folder):
         b"no json",
         b"[1]",
         b"[" * 50_000,
-        {},
-        {"first": "..", "second": "..", "verdict": "first"},
-        {"first": {}, "second": [], "verdict": 1},
+        {"tab": "x"},
+        {"tab": "x", "first": "..", "second": "..", "verdict": "first"},
+        {"tab": "x", "first": {}, "second": [], "verdict": 1},
     ],
 )
 def test_nonsense_is_refused_and_the_server_goes_on(client, body):
@@ -45,28 +73,50 @@ def test_nonsense_is_refused_and_the_server_goes_on(client, body):
     assert client.ask("state")[0] == 200
 
 
-def test_a_port_in_use_is_an_error(session):
+def test_a_prompt_with_html_is_sent_as_text_only(client, session):
+    prompt = "<script>alert(1)</script>"
+    state = client.ask("state")[1]
+    status, state = client.ask("prompt", image=state["pair"]["first"], prompt=prompt)
+    assert status == 200 and state["pair"]["prompt"] == prompt
+    assert prompt.encode() not in client.request()[2]
+    assert client.ask("prompt", image=state["pair"]["first"], prompt=" ")[0] == 400
+
+
+def test_a_port_in_use_is_an_error_if_it_was_asked_for(session, monkeypatch):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        for wrong in (port, 99999):
-            with pytest.raises(ValueError, match=str(wrong)):
-                PickServer(session, port=wrong)
+        with pytest.raises(ValueError, match=str(port)):
+            PickServer(session, port=port)
+        with pytest.raises(ValueError, match="99999"):
+            PickServer(session, port=99999)
+        monkeypatch.setattr("trl_diffusion_sdpo.pairing.server.USUAL_PORT", port)
+        with PickServer(session) as server:
+            assert server.server_address[1] != port
 
 
-def test_a_full_disk_is_reported_and_no_pick_is_lost(client, folder, monkeypatch):
-    def judge():
-        pair = client.ask("state")[1]["pair"]
-        return client.ask("pick", first=pair["first"], second=pair["second"], verdict="first")
+def test_a_page_for_the_network_takes_addresses_and_no_names(session):
+    with PickServer(session, "0.0.0.0", 0) as server:
+        port = server.server_address[1]
+        assert server.is_own_name(f"192.168.1.7:{port}") and server.is_own_name(f"localhost:{port}")
+        assert not server.is_own_name(f"evil.example:{port}") and not server.is_own_name("")
+
+
+def test_a_full_disk_is_told_and_nothing_is_half_saved(client, session, folder, monkeypatch):
+    state = client.ask("state")[1]
+    pair = {name: state["pair"][name] for name in ("first", "second")}
 
     def full(*ignored):
         raise OSError(28, "No space left on device")
 
-    judge()
     with monkeypatch.context() as patched:
         patched.setattr("os.fsync", full)
-        status, answer = judge()
+        status, answer = client.ask("pick", **pair, verdict="first")
         assert status == 507 and "No space" in answer["error"]
-    assert client.ask("state")[1]["judged"] == 1
+    assert (folder / "picks.jsonl").read_bytes() == b"" and client.ask("state")[1]["judged"] == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("trl_diffusion_sdpo.pairing.picks.write_atomically", full)
+        status, answer = client.ask("pick", **pair, verdict="first")
+        assert status == 200 and answer["judged"] == 1 and "safe" in answer["problem"]
     assert json.loads((folder / "picks.jsonl").read_text())["verdict"] == "first"

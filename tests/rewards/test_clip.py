@@ -264,6 +264,18 @@ def test_a_pickle_that_runs_code_is_refused(folder, tmp_path):
         load_scorer("hpsv2.1", model=str(tmp_path), processor=folder)
 
 
+def test_padding_keeps_the_whole_image_and_fills_with_black(folder):
+    white = Image.new("RGB", (56, 28), "white")
+    scorer = load_scorer("clip_score", model=folder, preprocess="pad")
+    seen = []
+    scorer.model.get_image_features = lambda pixels: (
+        seen.append(pixels) or CLIPModel.get_image_features(scorer.model, pixels)
+    )
+    scorer([white], ["white"])
+    rows = (seen[0][0] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)).mean(dim=(0, 2))
+    assert rows.tolist() == pytest.approx([0.0] * 7 + [1.0] * 14 + [0.0] * 7, abs=1e-5)
+
+
 def test_the_aesthetic_score_is_its_definition_and_ignores_the_prompt(folder, tmp_path):
     with seeded(5):
         layers = [nn.Linear(*sizes) for sizes in ((24, 1024), (1024, 128), (128, 64), (64, 16), (16, 1))]

@@ -9,6 +9,7 @@ import pytest
 from trl_diffusion_sdpo.rewards import statistics
 from trl_diffusion_sdpo.rewards.statistics import (
     NO_DIFFERENCE,
+    agreement,
     bootstrap_interval,
     holm,
     sign_test,
@@ -46,6 +47,13 @@ def test_sign_test(wins, losses, expected):
 def test_holm():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_agreement_is_over_prompts_on_which_both_scorers_prefer_one():
+    first = np.array([[1.0], [1.0], [-1.0], [0.0]])
+    second = np.array([[2.0], [-2.0], [-2.0], [2.0]])
+    assert agreement(first, second) == pytest.approx(2 / 3)
+    assert math.isnan(agreement(first * 0, second))
 
 
 @pytest.mark.parametrize("effect", [0.0, 0.4])

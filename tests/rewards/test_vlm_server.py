@@ -62,13 +62,38 @@ def reds(body) -> list[int]:
 
 def test_the_mean_of_the_scores_is_mapped_to_0_and_1(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "a-secret-key")
-    answers = {10: GOOD, 20: "alignment score (1-5): 9", 30: "I like it"}
-    server.answer = lambda body: answers[reds(body)[0]]
-    *scores, unreadable = VLMServerScorer(server.url, "org/model")(IMAGES, PROMPTS).tolist()
-    assert scores == [0.75, 1.0] and math.isnan(unreadable)  # (4 + 3 + 5) / 3 = 4 -> 3 / 4; 9 is cut to 5
+    server.answer = lambda body: GOOD if reds(body) == [10] else "alignment score (1-5): 9"
+    scores = VLMServerScorer(server.url, "org/model")(IMAGES, PROMPTS)
+    assert scores.tolist() == [0.75, 1.0, 1.0]  # (4 + 3 + 5) / 3 = 4 -> 3 / 4; 9 is cut to 5
     path, headers, body = server.requests[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer a-secret-key"
     assert body["model"] == "org/model" and body["temperature"] == 0
+
+
+def test_unreadable_answers_are_missing_and_too_many_are_an_error(server):
+    server.answer = lambda body: "I like it" if reds(body) == [20] else GOOD
+    scorer = VLMServerScorer(server.url, "model", max_unreadable=0.2)
+    assert [math.isnan(score) for score in scorer(IMAGES, PROMPTS).tolist()] == [False, True, False]
+    with pytest.raises(VLMServerError, match="max_unreadable"):
+        scorer(IMAGES * 6, PROMPTS * 6)
+
+
+def test_pairs_are_compared_in_both_orders(server):
+    def answer(body):
+        first, second = reds(body)
+        if {first, second} == {10, 20}:
+            return "Image 1 is better" if first > second else "Image 2 is better"  # the redder one, in both orders
+        return "Image 1 is better"  # whichever comes first: a contradiction
+
+    server.answer = answer
+    scorer = VLMServerScorer(server.url, "model")
+    assert scorer.compare([IMAGES[1], IMAGES[0], IMAGES[0]], [IMAGES[0], IMAGES[1], IMAGES[2]], PROMPTS).tolist() == [
+        1.0,
+        -1.0,
+        0.0,
+    ]
+    server.answer = lambda body: "Both are fine"
+    assert all(math.isnan(result) for result in scorer.compare(IMAGES[:1], IMAGES[1:2], PROMPTS[:1]).tolist())
 
 
 @pytest.mark.parametrize(("answer", "match"), [(b"<html>", "format"), (b"{}", "format"), (500, "500"), (302, "302")])

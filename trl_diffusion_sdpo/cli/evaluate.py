@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..evaluation import Candidate
     from ..evaluation.images import ImageSettings
 
+LAYOUTS = ("geneval", "dpg", "t2i-compbench", "hpsv2")
 # The settings of the Diffusion-SDPO authors. They use the guidance scale 7.5, on a scale where 0 is no guidance. In
 # diffusers, 1 is no guidance, so the same strength is 8.5.
 AUTHORS = {"num_inference_steps": 50, "guidance_scale": 8.5}
@@ -48,7 +49,8 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         default=[],
         metavar="SCALE",
         help="Evaluate each tuned model at several scales. Scale 1 is the tuned model, and larger scales move further "
-        "away from the base model. The report recommends one of the scales.",
+        "away from the base model. The report recommends one of the scales. If the model is a training run, the "
+        "recommendation is also written into its model card.",
     )
     form = (
         "What a scale multiplies: the change of predictions (preference guidance) or of weights (default: guidance)."
@@ -60,6 +62,12 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help=seeds)
     protocol = "`authors`: the Diffusion-SDPO authors' settings: 50 steps, guidance 8.5, equal noise for all prompts."
     add("--protocol", choices=["authors"], help=protocol)
+    add(
+        "--layout",
+        choices=LAYOUTS,
+        help="Also save the images in the folders and file names that this benchmark expects. `--prompts` must then be "
+        "the benchmark's prompt file.",
+    )
     add_image_options(parser, prompt_split="test", is_prompts_required=True)
     output = "Folder for images, scores, results.json and report.html."
     add("--output_dir", required=True, metavar="FOLDER", help=output)
@@ -80,7 +88,7 @@ def run(arguments: list[str], prog: str) -> int:
     prompts = listed_prompts(options)
     scorers = load_scorers(options.scorers, options.scorer_settings)
     settings = _image_settings(options, options.device or str(state.device))
-    evaluation = evaluate_models(candidates, prompts, scorers, options.output_dir, settings)
+    evaluation = evaluate_models(candidates, prompts, scorers, options.output_dir, settings, options.layout)
     if state.is_main_process:
         for comparison in evaluation.comparisons:
             print(verdict_sentence(comparison, evaluation.models[0]))
@@ -90,6 +98,8 @@ def run(arguments: list[str], prog: str) -> int:
         for note in evaluation.notes:
             print(note)
         print(f"The report is in {options.output_dir}/{REPORT_FILE}.")
+        if options.layout:
+            print(f"The images for the benchmark {options.layout} are in {options.output_dir}/{options.layout}.")
     finish(state)
     return EXIT_OK
 

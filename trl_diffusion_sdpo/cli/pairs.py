@@ -118,6 +118,13 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
         help='Weight of each scorer by its name, such as {"pickscore": 2}; 1 if unset.',
     )
     add(
+        "--combination",
+        choices=["weighted", "majority", "pareto"],
+        default="weighted",
+        help="How several scorers are combined: sum of weighted z-scores (default), majority vote, or `pareto`: like "
+        "`weighted`, but without pairs in which a scorer prefers the rejected image.",
+    )
+    add(
         "--margin",
         type=float,
         metavar="X",
@@ -131,7 +138,7 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from accelerate import PartialState
 
-    from ..pairing.generate import generate_pairs, pairs_of_negatives
+    from ..pairing.generate import Pairing, generate_pairs, pairs_of_negatives
     from ..pairing.recipes import pairs_from_images
 
     reads_prompts = options.recipe in ("scored", "negatives")
@@ -148,6 +155,7 @@ def _generate(options: argparse.Namespace) -> None:
         raise ValueError(
             f"Only the recipe `scored` uses `--scorers`, got the recipe `{options.recipe}`. Leave out `--scorers`."
         )
+    pairing = Pairing(options.combination, options.weights, options.margin)
     state = PartialState(cpu=options.device == "cpu")
     seeds = range(options.first_seed, options.first_seed + options.images)
     settings = image_settings(options, options.device or str(state.device), seeds)
@@ -160,9 +168,7 @@ def _generate(options: argparse.Namespace) -> None:
         prompts = listed_prompts(options)
         scorers = load_scorers(options.scorers, options.scorer_settings)
         if options.recipe == "scored":
-            pairs = generate_pairs(
-                model, prompts, scorers, folder, settings, weights=options.weights, margin=options.margin
-            )
+            pairs = generate_pairs(model, prompts, scorers, folder, settings, pairing)
         else:
             pairs = pairs_of_negatives(model, prompts, folder, settings, options.negative_kwargs)
         skipped = f" ({prompts.empty} empty and {prompts.duplicates} repeated prompts skipped)"
@@ -194,7 +200,12 @@ def _add_pick_options(parser: argparse.ArgumentParser) -> None:
         help="Address at which the page is served (default: 127.0.0.1, for this machine only). With 0.0.0.0, other "
         "devices in your network can open the page, for example your phone.",
     )
-    parser.add_argument("--port", type=int, default=8765, metavar="N", help="Port of the page (default: 8765).")
+    parser.add_argument(
+        "--port",
+        type=int,
+        metavar="N",
+        help="Port of the page. If unset, the page uses port 8765, or a free port if 8765 is in use.",
+    )
 
 
 def _pick(options: argparse.Namespace) -> None:
@@ -227,7 +238,7 @@ def _pick(options: argparse.Namespace) -> None:
         pass
     finally:
         session.close()
-    print(f"\n{len(session.picks)} picks so far. {folder / PAIRS_FILE} has {session.pairs} pairs.")
+    print(f"\n{len(session.log.picks)} picks so far. {folder / PAIRS_FILE} has {session.pairs} pairs.")
     for sentence in session.result():
         print(sentence)
 
@@ -238,13 +249,28 @@ def _pick(options: argparse.Namespace) -> None:
 def _add_from_images_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="Folder of images. Subfolders are read too.")
+    add(
+        "--liked",
+        nargs="+",
+        metavar="NAME",
+        help="Names of the subfolders with images that you like; `liked` and similar names if unset.",
+    )
+    add(
+        "--disliked",
+        nargs="+",
+        metavar="NAME",
+        help="Names of the subfolders with images that you do not like; `disliked` and similar names if unset.",
+    )
     add("--from_names", action="store_true", help="If an image has no other prompt, use its file name.")
 
 
 def _from_images(options: argparse.Namespace) -> None:
-    from ..pairing.own_images import list_images
+    from ..pairing.own_images import DISLIKED, LIKED, list_images
 
-    print("\n".join(list_images(Path(options.folder), from_names=options.from_names)))
+    liked = [name.lower() for name in options.liked or LIKED]
+    disliked = [name.lower() for name in options.disliked or DISLIKED]
+    lines = list_images(Path(options.folder), liked=liked, disliked=disliked, from_names=options.from_names)
+    print("\n".join(lines))
     print(f"To judge the images: trl-diffusion-sdpo pairs pick {options.folder}")
 
 
@@ -317,9 +343,11 @@ def _check(options: argparse.Namespace) -> None:
         min_side=options.min_side or 1,
         compare=False,
     )
+    path = Path(options.data).expanduser()
+    folder = path if path.is_dir() else path.parent
     with reading_data(options.data):
         dataset = load_pairs(options.data, options.split)
-        lines = check_pairs(dataset, reading, look_at=options.look_at, scorer=scorer, sheet=sheet)
+        lines = check_pairs(dataset, reading, look_at=options.look_at, scorer=scorer, sheet=sheet, folder=folder)
     print("\n".join(lines))
     if sheet is not None:
         print(f"Wrote the contact sheet to {sheet}.")
@@ -344,8 +372,9 @@ SUBCOMMANDS = {
     ),
     "from-images": SubCommand(
         "Find the prompts of the images in a folder, and list the images in manifest.jsonl for `pairs pick`.",
-        "The prompt of a.png is read from a.txt, or from metadata that A1111, Forge or ComfyUI wrote into the image. "
-        "Images are never changed. After you have added images, call the command again: your picks are kept.",
+        "The prompt of a.png is read from a.txt, or from metadata that A1111, Forge, ComfyUI or SwarmUI wrote into the "
+        "image. Duplicates are left out. Images are never changed. After you have added images, call the command "
+        "again: your picks are kept.",
         _add_from_images_options,
         _from_images,
     ),

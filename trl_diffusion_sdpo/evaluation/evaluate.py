@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,8 @@ from tqdm.auto import tqdm
 
 from ..rewards import Scorer
 from ..rewards.scorer import on_device
-from ..rewards.statistics import WinRate, holm, win_rate
+from ..rewards.statistics import WinRate, agreement, holm, win_rate
+from ..rewards.vlm_server import VLMServerJudge
 from ..utils.files import write_atomically
 from ..utils.processes import ALONE, Peers
 from .candidate import Candidate
@@ -30,9 +32,10 @@ from .images import (
     peers_of_this_run,
     saturation,
 )
+from .layouts import LAYOUTS, write_layout
 from .prompts import PromptList, distinct
 from .report import write_report
-from .scales import Sweep, sweeps_of
+from .scales import Sweep, recommend_in_cards, sweeps_of
 
 RESULTS_FILE = "results.json"
 MANIFEST_FILE = "manifest.jsonl"
@@ -68,6 +71,8 @@ class Evaluation:
         scores (`dict[str, dict[str, np.ndarray]]`): Scorer -> model -> scores `(prompts, seeds)`. The score is NaN for
             an image without a score.
         comparisons (`tuple[Comparison, ...]`): For each scorer, one comparison of each other model with the base model.
+        agreement (`dict[str, dict[str, float]]`): Model -> names of two scorers -> share of prompts on which
+            both scorers prefer the same one of this model and the base model.
         looks (`dict[str, dict[str, float]]`): Model -> `saturation`, `diversity` and number of `black` images,
             which a safety checker has probably hidden.
         notes (`tuple[str, ...]`): Warnings for the reader, for example about skipped prompts.
@@ -79,6 +84,7 @@ class Evaluation:
     models: tuple[str, ...]
     scores: dict[str, dict[str, np.ndarray]]
     comparisons: tuple[Comparison, ...]
+    agreement: dict[str, dict[str, float]]
     looks: dict[str, dict[str, float]]
     notes: tuple[str, ...]
     sweeps: tuple[Sweep, ...]
@@ -90,6 +96,7 @@ def evaluate_models(
     scorers: Sequence[Scorer],
     output_dir: str | Path,
     settings: ImageSettings | None = None,
+    layout: str | None = None,
 ) -> Evaluation:
     """Generate images with all models, score the images, and compare each model with the first model.
 
@@ -104,13 +111,15 @@ def evaluate_models(
             moved to the device of `settings` while it scores. Without scorers, the report only shows images.
         output_dir (`str` or `Path`): Folder for images, scores, `results.json` and `report.html`.
         settings (`ImageSettings`, *optional*): Seeds, initial noise and arguments of the pipelines.
+        layout (`str`, *optional*): `"geneval"`, `"dpg"`, `"t2i-compbench"` or `"hpsv2"`. Also save the images
+            in a folder of this name, with the file names that this benchmark expects.
 
     Returns:
         `Evaluation`: The result, in every process.
 
     Raises:
-        `ValueError`: If there are no models, two models or scorers have the same name, or the folder has images that
-            were generated with other settings.
+        `ValueError`: If there are no models, two models or scorers have the same name, the folder has images that were
+            generated with other settings, or the prompts lack information that `layout` needs.
 
     Example:
 
@@ -136,11 +145,17 @@ def evaluate_models(
         raise ValueError("An evaluation needs one or more models, got none. Pass `candidates`.")
     _check_names("models", [candidate.name for candidate in candidates])
     _check_names("scorers", [_file_name(scorer.name) for scorer in scorers])
+    if layout is not None and layout not in LAYOUTS:
+        raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
+    files = [] if layout is None else LAYOUTS[layout](listed, settings.seeds)
     folder = Path(output_dir)
     peers = peers_of_this_run()
     for candidate in candidates:
         generate_images(candidate, listed.prompts, settings, folder, peers, base=candidates[0])
-    return judge_images(candidates, listed, scorers, folder, settings, peers)
+    evaluation = judge_images(candidates, listed, scorers, folder, settings, peers)
+    if layout is not None:
+        peers.first(lambda: write_layout(folder, layout, evaluation.models, files))
+    return evaluation
 
 
 def judge_images(
@@ -161,7 +176,9 @@ def judge_images(
     scores = {}
     for scorer in scorers:
         with on_device(scorer, settings.device):
-            scores[scorer.name] = {name: _scores(scorer, folder, name, prompts, settings, peers) for name in models}
+            scores[scorer.name] = {
+                name: _scores(scorer, folder, name, base, prompts, settings, peers) for name in models
+            }
     for scorer_name, by_model in scores.items():
         for name in models:
             if not np.isfinite(by_model[name] - by_model[base]).any():
@@ -171,17 +188,29 @@ def judge_images(
                 )
     rates = [(name, by, win_rate(scores[by][name], scores[by][base])) for name in others for by in scores]
     adjusted = holm([rate.p_value for _, _, rate in rates])
+    # Scores of a model minus those of the base model, by scorer. The agreement of two scorers is computed from these.
+    changes = {name: {by: scores[by][name] - scores[by][base] for by in scores} for name in others}
+    agreements = {
+        name: {
+            f"{first} and {second}": agreement(by_scorer[first], by_scorer[second])
+            for first, second in itertools.combinations(by_scorer, 2)
+        }
+        for name, by_scorer in changes.items()
+    }
+    judges = [scorer.name for scorer in scorers if isinstance(scorer, VLMServerJudge)]
     evaluation = Evaluation(
         prompts=prompts,
         seeds=settings.seeds,
         models=tuple(models),
         scores=scores,
         comparisons=tuple(Comparison(*rate, p_value) for rate, p_value in zip(rates, adjusted, strict=True)),
+        agreement=agreements,
         looks=looks,
-        notes=tuple(_notes(prompts, scores, looks)),
+        notes=tuple(_notes(prompts, scores, looks, judges)),
         sweeps=tuple(sweeps_of(candidates, scores)),
     )
     peers.first(lambda: _write(folder, evaluation, settings))
+    peers.first(lambda: recommend_in_cards(evaluation.sweeps, candidates, settings.call_kwargs))
     return evaluation
 
 
@@ -226,32 +255,67 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _scores(
-    scorer: Scorer, folder: Path, name: str, prompts: PromptList, settings: ImageSettings, peers: Peers
+    scorer: Scorer, folder: Path, name: str, base: str, prompts: PromptList, settings: ImageSettings, peers: Peers
 ) -> np.ndarray:
     """Return a model's scores, `(prompts, seeds)`, with NaN for images without a score. Scores that are already saved
     in the folder are not computed again."""
-    path = folder / SCORES_FOLDER / _file_name(scorer.name) / f"{name}.json"
-    rows = [(index, seed) for index in range(len(prompts.prompts)) for seed in settings.seeds]
+    models = [name]
+    if isinstance(scorer, VLMServerJudge):
+        if name == base:
+            return np.zeros((len(prompts.prompts), len(settings.seeds)))
+        models.append(base)
+    rows = [(index, (seed,) * len(models)) for index in range(len(prompts.prompts)) for seed in settings.seeds]
+    return score_rows(scorer, folder, models, rows, prompts, peers).reshape(-1, len(settings.seeds))
+
+
+def score_rows(
+    scorer: Scorer,
+    folder: Path,
+    models: Sequence[str],
+    rows: Sequence[tuple[int, tuple[int, ...]]],
+    prompts: PromptList,
+    peers: Peers,
+) -> np.ndarray:
+    """Return the scores of images, or a judge's verdicts on pairs of images. Results that are already saved in the
+    folder are not computed again. All processes must call this function.
+
+    Args:
+        models (`Sequence[str]`): Names of the models whose images are scored: one model for a scorer, two for a judge.
+        rows (`Sequence[tuple[int, tuple[int, ...]]]`): Each row has the index of a prompt and the seed of each
+            model's image.
+
+    Returns:
+        `np.ndarray`: One score or verdict per row; NaN for rows without one.
+    """
+    path = folder / SCORES_FOLDER / _file_name(scorer.name) / f"{'+'.join(models)}.json"
     scores = peers.first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else [])
     at_once = _SCORED_AT_ONCE * peers.count
-    for start in tqdm(range(len(scores), len(rows), at_once), desc=f"{scorer.name} of {name}", unit="batch"):
+    for start in tqdm(range(len(scores), len(rows), at_once), desc=f"{scorer.name} of {models[0]}", unit="batch"):
         share = rows[start : start + at_once][peers.index :: peers.count]
-        scores += _in_order(peers.gather_results(partial(_score_images, scorer, folder, name, share, prompts)))
+        scores += _in_order(peers.gather_results(partial(_score_images, scorer, folder, models, share, prompts)))
         peers.first(partial(_write_json, path, scores))  # an interrupted evaluation continues from this file
-    scored = np.array([math.nan if value is None else value for value in scores], dtype=np.float64)
-    return scored.reshape(-1, len(settings.seeds))
+    return np.array([math.nan if value is None else value for value in scores], dtype=np.float64)
 
 
 def _score_images(
-    scorer: Scorer, folder: Path, name: str, rows: Sequence[tuple[int, int]], prompts: PromptList
+    scorer: Scorer,
+    folder: Path,
+    models: Sequence[str],
+    rows: Sequence[tuple[int, tuple[int, ...]]],
+    prompts: PromptList,
 ) -> list[float | None]:
-    """Return the scores of a model's images. Black images get `None`."""
-    images = [_read(image_path(folder, name, index, seed)) for index, seed in rows]
-    visible = [position for position, image in enumerate(images) if not is_black(image)]
+    """Return the scores of the first model's images, or a judge's verdicts on these against the second model's images.
+    Rows with a black image get `None`."""
+    images = [
+        [_read(image_path(folder, name, index, seed)) for name, seed in zip(models, seeds, strict=True)]
+        for index, seeds in rows
+    ]
+    visible = [position for position, shown in enumerate(images) if not any(map(is_black, shown))]
     scores: list[float | None] = [None] * len(rows)
     if visible:
         texts = [prompts.prompts[rows[position][0]] for position in visible]
-        values = scorer([images[position] for position in visible], texts)
+        ours, *others = ([images[position][model] for position in visible] for model in range(len(models)))
+        values = scorer.compare(ours, others[0], texts) if isinstance(scorer, VLMServerJudge) else scorer(ours, texts)
         for position, value in zip(visible, values.tolist(), strict=True):
             scores[position] = value if math.isfinite(value) else None
     return scores
@@ -261,8 +325,14 @@ def _notes(
     prompts: PromptList,
     scores: Mapping[str, Mapping[str, np.ndarray]],
     looks: dict[str, dict[str, float]],
+    judges: Sequence[str],
 ) -> list[str]:
-    notes = []
+    base = next(iter(looks))
+    notes = [
+        f"{judge} compares each image with that of {base}, in both orders. Its score is 1 if it prefers the image, -1 "
+        f"if it prefers that of {base}, and 0 for a tie."
+        for judge in judges
+    ]
     if prompts.empty or prompts.duplicates:
         notes.append(f"{prompts.empty} empty and {prompts.duplicates} repeated prompts were skipped.")
     if scores and len(prompts.prompts) < _FEW_PROMPTS:
@@ -277,6 +347,8 @@ def _notes(
             )
     for scorer, by_model in scores.items():
         for model, scored in by_model.items():
+            if scorer in judges and model == base:
+                continue
             present = scored[np.isfinite(scored)]
             missing = scored.size - present.size - int(looks[model]["black"])
             if missing:
@@ -311,18 +383,19 @@ def _write(folder: Path, evaluation: Evaluation, settings: ImageSettings) -> Non
             "seeds": evaluation.seeds,
             "comparisons": [
                 {
-                    "model": comparison.model,
-                    "scorer": comparison.scorer,
-                    "verdict": comparison.verdict,
-                    "adjusted_p_value": comparison.adjusted,
-                    **asdict(comparison.result),
+                    "model": one.model,
+                    "scorer": one.scorer,
+                    "verdict": one.verdict,
+                    "adjusted_p_value": one.adjusted,
+                    **asdict(one.result),
                 }
-                for comparison in evaluation.comparisons
+                for one in evaluation.comparisons
             ],
             "means": {
                 scorer: _without_nan({model: float(np.nanmean(values)) for model, values in by_model.items()})
                 for scorer, by_model in evaluation.scores.items()
             },
+            "agreement": {model: _without_nan(pairs) for model, pairs in evaluation.agreement.items()},
             "looks": {model: _without_nan(values) for model, values in evaluation.looks.items()},
             "notes": evaluation.notes,
             "sweeps": [asdict(sweep) for sweep in evaluation.sweeps],

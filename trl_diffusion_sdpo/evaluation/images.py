@@ -224,7 +224,7 @@ def check_settings(target: Path, facts: dict[str, Any]) -> None:
     written = json.dumps(facts, indent=1, default=str)
     if not any(target.glob("*.png")):
         for scores in (target.parents[1] / SCORES_FOLDER).glob("*/*.json"):
-            if target.name == scores.stem:
+            if target.name in scores.stem.split("+"):  # the names of a judge's two models are joined by +
                 scores.unlink()  # the images that were scored no longer exist
     elif path.is_file() and path.read_text(encoding="utf-8") != written:
         before = json.loads(path.read_text(encoding="utf-8"))

@@ -21,11 +21,16 @@ class PromptList:
         prompts (`tuple[str, ...]`): The prompts.
         empty (`int`): Number of empty prompts that were skipped.
         duplicates (`int`): Number of repeated prompts that were skipped.
+        rows (`tuple[tuple[int, Any], ...]`): For each entry of the file whose prompt is not empty: the prompt's
+            position in `prompts`, and the whole entry. A repeated prompt has one row per repetition.
+        name (`str`): Name of the file without its extension, or Hub id of the dataset.
     """
 
     prompts: tuple[str, ...]
     empty: int = 0
     duplicates: int = 0
+    rows: tuple[tuple[int, Any], ...] = ()
+    name: str = ""
 
     def first(self, count: int) -> PromptList:
         """Return a list of the first `count` prompts.
@@ -37,7 +42,8 @@ class PromptList:
             raise ValueError(
                 f"An evaluation needs at least one prompt, got a limit of {count} prompts. Raise the limit."
             )
-        return replace(self, prompts=self.prompts[:count])
+        rows = tuple((position, entry) for position, entry in self.rows if position < count)
+        return replace(self, prompts=self.prompts[:count], rows=rows)
 
 
 def read_prompts(source: str | Path, *, column: str | None = None, split: str = "test") -> PromptList:
@@ -70,17 +76,30 @@ def read_prompts(source: str | Path, *, column: str | None = None, split: str = 
         import datasets
 
         entries = datasets.load_dataset(str(source), split=split)
-    return distinct([_prompt(entry, column, source) for entry in entries], source)
+    entries = list(entries)
+    listed = distinct([_prompt(entry, column, source) for entry in entries], source, entries)
+    return replace(listed, name=path.stem)
 
 
-def distinct(prompts: Sequence[str], source: Any = "the list") -> PromptList:
-    """Return the prompts without empty and repeated ones, whose numbers are counted. Raise `ValueError` if all prompts
-    are empty."""
-    filled = [prompt.strip() for prompt in prompts if prompt.strip()]
-    different = tuple(dict.fromkeys(filled))
-    if not different:
+def distinct(prompts: Sequence[str], source: Any = "the list", entries: Sequence[Any] | None = None) -> PromptList:
+    """Return the prompts without empty and repeated ones, whose numbers are counted.
+
+    Args:
+        entries (`Sequence`, *optional*): The entry of the file from which each prompt comes. If unset, the prompts
+            themselves.
+
+    Raises:
+        `ValueError`: If all prompts are empty.
+    """
+    stripped = [prompt.strip() for prompt in prompts]
+    filled = [prompt for prompt in stripped if prompt]
+    position = {prompt: index for index, prompt in enumerate(dict.fromkeys(filled))}
+    if not position:
         raise ValueError(f"An evaluation needs at least one prompt, and {source} has none. Add prompts.")
-    return PromptList(different, len(prompts) - len(filled), len(filled) - len(different))
+    rows = tuple(
+        (position[prompt], entry) for prompt, entry in zip(stripped, entries or prompts, strict=True) if prompt
+    )
+    return PromptList(tuple(position), len(stripped) - len(filled), len(filled) - len(position), rows)
 
 
 def _prompt(entry: Any, column: str | None, source: Any) -> str:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
 from PIL import Image
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
+from ..reporting.run_callbacks import plots_of
 from ..saving.model_card import PACKAGES
-from ..utils.files import write_atomically
+from ..saving.starting_point import run_of
+from ..utils.files import VERDICT_FILE, write_atomically
 from .images import image_path, settings_path
 
 if TYPE_CHECKING:
@@ -37,15 +42,15 @@ def write_report(folder: Path, evaluation: Evaluation) -> None:
     write_atomically(folder / MARKDOWN_FILE, markdown_report(evaluation).encode())
 
 
-def verdict_sentence(comparison: Comparison, base: str) -> str:
+def verdict_sentence(one: Comparison, base: str) -> str:
     """Return a sentence that says whether a model is better than the base model by a scorer."""
-    result = comparison.result
+    result = one.result
     rate = f"{result.rate:.0%} (95 % interval {result.low:.0%} to {result.high:.0%}, {result.prompts} prompts)"
-    if comparison.verdict == "better":
-        return f"{comparison.model} is better than {base} by {comparison.scorer}: its win rate is {rate}."
-    if comparison.verdict == "worse":
-        return f"{comparison.model} is worse than {base} by {comparison.scorer}: its win rate is {rate}."
-    return f"{comparison.scorer} shows no difference between {comparison.model} and {base}: a win rate of {rate}."
+    if one.verdict == "better":
+        return f"{one.model} is better than {base} by {one.scorer}: its win rate is {rate}."
+    if one.verdict == "worse":
+        return f"{one.model} is worse than {base} by {one.scorer}: its win rate is {rate}."
+    return f"{one.scorer} shows no difference between {one.model} and {base}: a win rate of {rate}."
 
 
 def scale_sentence(sweep: Sweep, scorer: str) -> str:
@@ -62,7 +67,7 @@ def markdown_report(evaluation: Evaluation) -> str:
     """Return the results of an evaluation as Markdown, for example for a model card."""
     base = evaluation.models[0]
     lines = ["# Evaluation", ""]
-    lines += [f"- {verdict_sentence(comparison, base)}" for comparison in evaluation.comparisons]
+    lines += [f"- {verdict_sentence(one, base)}" for one in evaluation.comparisons]
     lines += [f"- {scale_sentence(sweep, scorer)}" for sweep in evaluation.sweeps for scorer in evaluation.scores]
     for table in (_win_rate_table(evaluation), _means_table(evaluation)):
         head, *rows = ["| " + " | ".join(row) + " |" for row in table]
@@ -73,18 +78,18 @@ def markdown_report(evaluation: Evaluation) -> str:
 
 def _win_rate_table(evaluation: Evaluation) -> list[list[str]]:
     rows = [["Model", "Scorer", "Win rate", "95 % interval", "Mean change", "p (Holm)", "Ties", "Verdict"]]
-    for comparison in evaluation.comparisons:
-        result = comparison.result
+    for one in evaluation.comparisons:
+        result = one.result
         rows.append(
             [
-                comparison.model,
-                comparison.scorer,
+                one.model,
+                one.scorer,
                 f"{result.rate:.1%}",
                 f"{result.low:.1%} to {result.high:.1%}",
                 f"{result.mean_change:+.3g} ({result.change_low:+.3g} to {result.change_high:+.3g})",
-                f"{comparison.adjusted:.2g}",
+                f"{one.adjusted:.2g}",
                 str(result.ties),
-                comparison.verdict,
+                one.verdict,
             ]
         )
     return rows
@@ -117,9 +122,16 @@ def html_report(folder: Path, evaluation: Evaluation) -> str:
         scale_sentence=scale_sentence,
         win_rate_table=_win_rate_table(evaluation),
         means_table=_means_table(evaluation),
+        agreements=[
+            (model, pair, f"{share:.0%}")
+            for model, pairs in evaluation.agreement.items()
+            for pair, share in pairs.items()
+            if not np.isnan(share)
+        ],
         sweeps=[
             (
                 sweep,
+                [plot for scorer in evaluation.scores for plot in _scale_plots(evaluation, sweep, scorer)],
                 _rows_of_images(folder, evaluation, {f"{scale:g}": name for scale, name in sweep.names.items()}),
             )
             for sweep in evaluation.sweeps
@@ -128,10 +140,56 @@ def html_report(folder: Path, evaluation: Evaluation) -> str:
         if shows_all
         else [],
         examples=[(model, _examples(folder, evaluation, model)) for model in single if evaluation.scores],
+        runs=_runs(folder, evaluation),
         limits=LIMITS,
         versions=", ".join(f"{name} {version(name)}" for name in PACKAGES),
         settings={model: settings_path(folder, model).read_text(encoding="utf-8") for model in evaluation.models},
     )
+
+
+def _scale_plots(evaluation: Evaluation, sweep: Sweep, scorer: str) -> list[dict[str, Any]]:
+    """Return two plots for a scorer: the win rate and the mean score at each scale."""
+    base = float(np.nanmean(evaluation.scores[scorer][evaluation.models[0]]))
+    results = {one.model: one.result for one in evaluation.comparisons if one.scorer == scorer}
+    rates = {0.0: (0.5, 0.5, 0.5)}
+    means = {0.0: (base, base, base)}
+    for scale, name in sweep.names.items():
+        if scale:
+            one = results[name]
+            rates[scale] = (one.rate, one.low, one.high)
+            means[scale] = (base + one.mean_change, base + one.change_low, base + one.change_high)
+    return [_curve(f"Win rate by {scorer}", rates, "{:.0%}"), _curve(f"Mean {scorer}", means, "{:.3g}")]
+
+
+def _curve(title: str, points: dict[float, tuple[float, float, float]], number: str) -> dict[str, Any]:
+    """Return the coordinates of a plot of values and their intervals against scales, in the units of the SVG drawing.
+
+    Args:
+        points (`dict`): Scale -> value, lower end and upper end of its interval.
+        number (`str`): Format of the labels on the y axis.
+    """
+    left, right, top, bottom = 66, 338, 34, 180
+    low = min(ends[1] for ends in points.values())
+    high = max(ends[2] for ends in points.values())
+    margin = (high - low) * 0.05 or 0.05
+
+    def y(value: float) -> float:
+        return round(bottom - (value - low + margin) / (high - low + 2 * margin) * (bottom - top), 1)
+
+    return {
+        "title": title,
+        "ticks": [(y(value), number.format(value)) for value in np.linspace(low, high, 3)],
+        "points": [
+            {
+                "x": round(left + scale / max(points) * (right - left), 1),
+                "y": y(value),
+                "low": y(start),
+                "high": y(end),
+                "scale": f"{scale:g}",
+            }
+            for scale, (value, start, end) in points.items()
+        ],
+    }
 
 
 def _rows_of_images(
@@ -185,6 +243,33 @@ def _examples(folder: Path, evaluation: Evaluation, model: str) -> list[tuple[st
         ("scores most above the base model on", [pair(index) for index in gains[:SHOWN_PROMPTS]]),
         ("scores most below the base model on", [pair(index) for index in losses[:SHOWN_PROMPTS]]),
     ]
+
+
+def _runs(folder: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return the name, the verdict and the plots of each training run that made one of the models."""
+    sources = []
+    for model in evaluation.models:
+        settings = json.loads(settings_path(folder, model).read_text(encoding="utf-8"))
+        sources.append(run_of(Path(settings["lora"] or settings["model"])))
+    runs = []
+    for run in dict.fromkeys(sources):
+        if (run / TRAINER_STATE_NAME).is_file():
+            verdict = run / VERDICT_FILE
+            plots = plots_of(TrainerState.load_from_json(str(run / TRAINER_STATE_NAME)))
+            runs.append(
+                {
+                    "name": run.name,
+                    "verdict": json.loads(verdict.read_text(encoding="utf-8"))["sentence"]
+                    if verdict.is_file()
+                    else "",
+                    "plots": [
+                        (title, f"data:image/png;base64,{base64.b64encode((run / name).read_bytes()).decode()}")
+                        for name, title in plots
+                        if (run / name).is_file()
+                    ],
+                }
+            )
+    return runs
 
 
 def _url_of_file(path: Path) -> str:

@@ -7,6 +7,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,12 @@ from ..guidance import preference_guidance
 from ..losses import interpolate, standard_error
 from ..models.adapters import active_adapter, base_tensors
 from ..models.reference import architecture_difference
+from ..saving.model_card import recommend_scale
+from ..saving.starting_point import run_of
 from .candidate import Candidate
 
 FEWEST_PROMPTS = 8  # with fewer prompts, standard errors are unreliable and often too small
+CARD_KEYS = {"weights": "weights", "guidance": "prediction"}  # form of a scale -> its key in a model card
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,25 @@ def recommended_scale(scores: Mapping[float, np.ndarray]) -> float | None:
         if means[best] - means[scale] <= standard_error((by_prompt[best] - by_prompt[scale])[usable].tolist())
     ]
     return min(as_good)
+
+
+def recommend_in_cards(
+    sweeps: Sequence[Sweep], candidates: Sequence[Candidate], call_kwargs: Mapping[str, Any] | None
+) -> None:
+    """Write the scale that the first scorer recommends into the model card of each evaluated training run."""
+    by_name = {one.name: one for one in candidates}
+    for sweep in sweeps:
+        one = by_name[sweep.names[max(sweep.names)]]
+        scale = next(iter(sweep.recommended.values()), None)
+        source = one.lora or one.model
+        if scale is None or not isinstance(source, str):
+            continue
+        numbers = {CARD_KEYS[sweep.form]: scale}
+        guidance_scale = {**(call_kwargs or {}), **(one.call_kwargs or {})}.get("guidance_scale")
+        if guidance_scale is not None:
+            numbers["guidance_scale"] = guidance_scale
+        run = run_of(Path(source))
+        recommend_scale(run, numbers, average=run != Path(source))
 
 
 @contextlib.contextmanager

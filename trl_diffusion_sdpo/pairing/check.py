@@ -14,6 +14,7 @@ from ..data.data_report import evenly_spaced
 from ..evaluation.report import data_url, template
 from ..rewards import Scorer
 from ..utils.files import write_atomically
+from .picks import PICKS_FILE, PickLog
 
 SHEET = Path(__file__).parent / "sheet.html"
 SHOWN_SIDE = 256  # pixels of the longer side of images in the contact sheet
@@ -26,6 +27,7 @@ def check_pairs(
     look_at: int = 500,
     scorer: Scorer | None = None,
     sheet: Path | None = None,
+    folder: Path | None = None,
 ) -> list[str]:
     """Report which pairs training reads, which pairs it drops, and which pairs look doubtful, as lines of text.
 
@@ -40,6 +42,8 @@ def check_pairs(
         scorer (`Scorer`, *optional*): Scorer for the images. The report gives the share of the pairs whose chosen image
             gets a higher score than the rejected one.
         sheet (`Path`, *optional*): HTML file for the contact sheet, which shows the examined pairs with their prompts.
+        folder (`Path`, *optional*): Output folder of the command `pairs pick`. If the folder has picks, the report also
+            gives the number of picks with each verdict.
 
     Raises:
         `ValueError`: If training would raise an error for the data set.
@@ -92,6 +96,10 @@ def check_pairs(
             f"  {scorer.name} prefers the chosen image in {sum(agreed) / len(agreed):.0%} of these pairs; a tie counts "
             "half"
         )
+    if folder is not None and (folder / PICKS_FILE).is_file():
+        verdicts = PickLog(folder, read_only=True).verdicts
+        listed = ", ".join(f"{count} {verdict.replace('_', ' ')}" for verdict, count in verdicts.items())
+        lines.append(f"  picks by verdict: {listed}. Only picks of `first` or `second` become pairs")
     if sheet is not None:
         write_atomically(sheet, template(SHEET).render(summary="\n".join(lines), pairs=shown).encode())
     return lines

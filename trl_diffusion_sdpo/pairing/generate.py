@@ -5,22 +5,63 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ..evaluation import Candidate, evaluate_models
+from ..evaluation.evaluate import score_rows
 from ..evaluation.images import ImageSettings, generate_images, image_path, peers_of_this_run
 from ..evaluation.prompts import PromptList, distinct
 from ..rewards import Scorer
+from ..rewards.vlm_server import VLMServerJudge
 from ..utils.files import write_atomically
 from .manifest import ListedImage, json_lines, write_manifest
 from .picks import PAIRS_FILE, PICKS_FILE
 from .publish import NEGATIVES_ADVICE, write_card
 
+Combination = Literal["weighted", "majority", "pareto"]
 SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """How scored images of one prompt become pairs.
+
+    Args:
+        combination (`str`, *optional*, defaults to `"weighted"`): How the scores of several scorers become one reward.
+            `"weighted"`: each scorer's scores are normalised to z-scores within the prompt. The reward is their
+            weighted sum, divided by its standard deviation over all images (GDPO). `"majority"`: an image beats
+            another image of its prompt if most scorers prefer it. The reward is the share of the
+            other images that the image beats, minus the share that beat it, in `[-1, 1]`. `"pareto"`: like
+            `"weighted"`, but without pairs in which a scorer prefers the rejected image.
+        weights (`Mapping[str, float]`, *optional*): Name of a scorer -> its weight. Scorers without an entry have
+            weight 1.
+        margin (`float`, *optional*): Make a pair of any two images of a prompt whose rewards differ by at least this
+            number. If unset, each prompt gives one pair: its best and its worst image.
+
+    Raises:
+        `ValueError`: If a value is out of range.
+    """
+
+    combination: Combination = "weighted"
+    weights: Mapping[str, float] = field(default_factory=dict)
+    margin: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.combination not in get_args(Combination):
+            raise ValueError(
+                f"`combination` must be one of {', '.join(get_args(Combination))}, got {self.combination!r}."
+            )
+        if self.margin is not None and not self.margin > 0:
+            raise ValueError(
+                f"`margin` must be above 0, got {self.margin}. Leave `margin` unset to pair only the best and the "
+                "worst image of each prompt."
+            )
+        if any(not weight >= 0 for weight in self.weights.values()):
+            raise ValueError(f"The weights of scorers must be at least 0, got {dict(self.weights)}.")
 
 
 def generate_pairs(
@@ -29,15 +70,13 @@ def generate_pairs(
     scorers: Sequence[Scorer],
     output_dir: str | Path,
     settings: ImageSettings,
-    *,
-    weights: Mapping[str, float] | None = None,
-    margin: float | None = None,
+    pairing: Pairing | None = None,
 ) -> int:
     """Generate images of each prompt, score them, and write `pairs.jsonl`, which training reads.
 
     Images and scores are saved in the folder. If a call was interrupted, the same call continues where it stopped. A
-    call with other `weights` or another `margin` reuses the images and scores. If accelerate launches several
-    processes, they share the work.
+    call with another `pairing` reuses the images and scores. If accelerate launches several processes, they share the
+    work.
 
     Each row of the file has `prompt`, `chosen`, `rejected`, `chosen_score`, `rejected_score`, `agreement` (share of
     scorers that prefer the chosen image; a tie counts half), `chosen_seed` and `rejected_seed`, and
@@ -48,35 +87,34 @@ def generate_pairs(
         model (`Candidate`): The model.
         prompts (`Sequence[str]` or `PromptList`): The prompts.
         scorers (`Sequence[Scorer]`): The scorers. Without scorers, only images are written, so that a person can judge
-            them with `pairs pick`.
+            them with `pairs pick`. A judge such as `vlm_judge` compares two images: that of the first seed with that
+            of the second, that of the third with that of the fourth, and so on. With a judge, only winners of its
+            comparisons can be chosen, and only losers can be rejected.
         output_dir (`str` or `Path`): Folder for images, scores, pairs and a card.
         settings (`ImageSettings`): Seeds and arguments of the pipeline. Each prompt gets one image per seed.
-        weights (`Mapping[str, float]`, *optional*): Name of a scorer -> its weight. Scorers without an entry have
-            weight 1.
-        margin (`float`, *optional*): Make a pair of any two images of a prompt whose rewards differ by at least this
-            number. If unset, each prompt gives one pair: its best and its worst image.
+        pairing (`Pairing`, *optional*): How images become pairs.
 
     Returns:
         `int`: Number of pairs.
 
     Raises:
-        `ValueError`: If there are fewer than two seeds; if `margin` or a weight is out of range, or `weights` names a
-            scorer that is not used; if the folder has
-            images that were generated with other settings, or pairs that a person picked; or if no two images of a
-            prompt have rewards that are far enough apart.
+        `ValueError`: If there are fewer than two seeds, several judges, or a judge without a scorer; if a weight is
+            given for a scorer that is not used; if the folder has images that were generated with other settings, or
+            pairs that a person picked; or if no two images of a prompt have rewards that are far enough apart.
     """
-    weights = weights or {}
+    pairing = pairing or Pairing()
     folder = Path(output_dir)
     if len(settings.seeds) < 2:
         raise ValueError(f"A pair needs two images of one prompt, so pass at least 2 seeds, got {settings.seeds}.")
-    if margin is not None and not margin > 0:
+    judges = [scorer for scorer in scorers if isinstance(scorer, VLMServerJudge)]
+    scorers = [scorer for scorer in scorers if not isinstance(scorer, VLMServerJudge)]
+    if len(judges) > 1 or (judges and not scorers):
         raise ValueError(
-            f"`margin` must be above 0, got {margin}. Leave `margin` unset to pair only the best and the worst image "
-            "of each prompt."
+            f"At most one judge can choose pairs, together with a scorer of single images. Got the judges "
+            f"{[judge.name for judge in judges]} and the scorers {[scorer.name for scorer in scorers]}. Add a scorer "
+            "such as `vlm_server`, or leave the judges out."
         )
-    if any(not weight >= 0 for weight in weights.values()):
-        raise ValueError(f"The weights of scorers must be at least 0, got {dict(weights)}.")
-    unknown = sorted(set(weights) - {scorer.name for scorer in scorers})
+    unknown = sorted(set(pairing.weights) - {scorer.name for scorer in scorers})
     if unknown:
         raise ValueError(
             f"`weights` can have an entry for each of the scorers {[scorer.name for scorer in scorers]}, got "
@@ -87,10 +125,13 @@ def generate_pairs(
     if not scorers:
         return 0
     scores = np.stack([evaluation.scores[scorer.name][model.name] for scorer in scorers])
-    rewards = combine(scores, np.array([weights.get(scorer.name, 1.0) for scorer in scorers]))
+    weights = np.array([pairing.weights.get(scorer.name, 1.0) for scorer in scorers])
+    rewards = combine(scores, weights, pairing.combination)
+    judged = _judge_neighbours(judges[0], folder, model.name, evaluation.prompts, settings) if judges else None
     rows = []
     for index, prompt in enumerate(evaluation.prompts.prompts):
-        for pair in _pairs(rewards[index], margin):
+        allowed = None if judged is None else judged[index]
+        for pair in _pairs(scores[:, index], rewards[index], allowed, pairing):
             difference = scores[:, index, pair[0]] - scores[:, index, pair[1]]
             seeds = {side: settings.seeds[image] for side, image in zip(SIDES, pair, strict=True)}
             paths = {side: image_path(folder, model.name, index, seed) for side, seed in seeds.items()}
@@ -106,13 +147,14 @@ def generate_pairs(
             )
     if not rows:
         raise ValueError(
-            f"A pair needs two images of one prompt whose rewards are far enough apart. None of the "
+            f"A pair needs two images of one prompt whose rewards are far enough apart for `pairing`. None of the "
             f"{len(evaluation.prompts.prompts)} prompts has two such images. Lower `margin`, or use more seeds or "
             "other scorers."
         )
     facts = {
         "Images of each prompt": len(settings.seeds),
-        "Scorers": ", ".join(scorer.name for scorer in scorers),
+        "Scorers": ", ".join(scorer.name for scorer in [*scorers, *judges]),
+        "Reward": pairing.combination,
     }
     peers = peers_of_this_run()
     peers.first(lambda: write_atomically(folder / PAIRS_FILE, json_lines(rows)))
@@ -196,20 +238,24 @@ def _refuse_picks(folder: Path) -> None:
         )
 
 
-def combine(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def combine(scores: np.ndarray, weights: np.ndarray, combination: Combination) -> np.ndarray:
     """Return one reward for each image, or NaN for an image that a scorer gave no score.
-
-    Each scorer's scores are normalised to z-scores within the prompt. The reward is their weighted sum, divided by its
-    standard deviation over all images (GDPO).
 
     Args:
         scores (`np.ndarray` of shape `(scorers, prompts, images)`): The scores.
-        weights (`np.ndarray` of shape `(scorers,)`): Weights of the scorers.
+        weights (`np.ndarray` of shape `(scorers,)`): Weights of the scorers. `"majority"` gives one vote to each
+            scorer with a weight above 0.
 
     Returns:
         `np.ndarray` of shape `(prompts, images)`: The rewards.
     """
     scores = np.where(np.isfinite(scores).all(axis=0), scores, np.nan)
+    if combination == "majority":
+        signs = np.sign(scores[..., :, None] - scores[..., None, :])  # (scorers, prompts, images, images)
+        wins = np.sign(np.sum(np.sign(weights)[:, None, None, None] * signs, axis=0))
+        others = np.sum(np.isfinite(wins), axis=-1) - 1
+        rewards = np.nansum(wins, axis=-1) / np.maximum(others, 1)
+        return np.where(np.isfinite(scores[0]), rewards, np.nan)
     present = np.isfinite(scores)
     count = np.maximum(present.sum(axis=-1, keepdims=True), 1)
     centred = scores - np.nansum(scores, axis=-1, keepdims=True) / count
@@ -220,11 +266,43 @@ def combine(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return rewards / spread if spread > 0 else rewards
 
 
-def _pairs(rewards: np.ndarray, margin: float | None) -> list[tuple[int, int]]:
-    """Return the pairs (chosen, rejected) of one prompt's images, in descending order of the difference in reward."""
-    images = np.flatnonzero(np.isfinite(rewards)).tolist()
-    pairs = [(better, worse) for better in images for worse in images if rewards[better] > rewards[worse]]
-    ordered = sorted(pairs, key=lambda pair: rewards[pair[1]] - rewards[pair[0]])
-    if margin is None:
+def _judge_neighbours(
+    judge: VLMServerJudge, folder: Path, name: str, prompts: PromptList, settings: ImageSettings
+) -> np.ndarray:
+    """Compare the images of two consecutive seeds, and return the judge's preference for each image,
+    `(prompts, seeds)`.
+
+    An image's number is 1 if the judge prefers the image, -1 if the judge prefers the image of the other seed, 0 for a
+    tie, and NaN if the judge gave no answer. With an odd number of seeds, images of the last seed have NaN.
+    """
+    count = len(settings.seeds) // 2
+    neighbours = [settings.seeds[2 * pair : 2 * pair + 2] for pair in range(count)]
+    rows = [(index, pair) for index in range(len(prompts.prompts)) for pair in neighbours]
+    # Named "model+model", the file of scores is deleted together with the scores of the model's other images.
+    compared = score_rows(judge, folder, [name, name], rows, prompts, peers_of_this_run()).reshape(-1, count)
+    judged = np.full((len(prompts.prompts), len(settings.seeds)), np.nan)
+    judged[:, 0 : 2 * count : 2], judged[:, 1 : 2 * count : 2] = compared, -compared
+    return judged
+
+
+def _pairs(
+    scores: np.ndarray, rewards: np.ndarray, judged: np.ndarray | None, pairing: Pairing
+) -> list[tuple[int, int]]:
+    """Return the pairs (chosen, rejected) of one prompt's images, in descending order of the difference in reward.
+
+    If `judged` is set, it has the verdict of `_judge_neighbours` on each image. Only images with verdict 1 can be
+    chosen, and only images with verdict -1 can be rejected.
+    """
+    images = np.flatnonzero(np.isfinite(rewards))
+    allowed = [
+        (rewards[better] - rewards[worse], better, worse)
+        for better in images
+        for worse in images
+        if rewards[better] > rewards[worse]
+        and (judged is None or judged[better] > 0 > judged[worse])
+        and (pairing.combination != "pareto" or (scores[:, better] >= scores[:, worse]).all())
+    ]
+    ordered = [(int(better), int(worse)) for _, better, worse in sorted(allowed, key=lambda pair: -pair[0])]
+    if pairing.margin is None:
         return ordered[:1]
-    return [(better, worse) for better, worse in ordered if rewards[better] - rewards[worse] >= margin]
+    return [(better, worse) for better, worse in ordered if rewards[better] - rewards[worse] >= pairing.margin]

@@ -19,6 +19,7 @@ _LINKS = ("positive", "guider", "conditioning", "conditioning_1", *_TEXTS)
 # A1111 loads a LoRA or a hypernetwork by this text in a prompt. The text is not part of the description.
 _NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
 _RATING = re.compile(r"""(?:xmp:Rating\s*=\s*["']|<xmp:Rating>\s*)(-1|[1-5])\b""")
+_WINDOWS_RATING = 0x4746  # EXIF tag
 
 
 def prompt_in_metadata(image: Image.Image) -> tuple[str, str]:
@@ -33,7 +34,7 @@ def prompt_in_metadata(image: Image.Image) -> tuple[str, str]:
     texts = {key: value for key, value in image.info.items() if isinstance(value, str)}
     exif = image.getexif()
     comment = _comment(exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment))
-    for text in (texts.get("parameters"), comment):
+    for text in (texts.get("parameters"), texts.get("sui_image_params"), comment):
         if text and len(text) <= MAX_METADATA and (prompt := _prompt_of_parameters(text))[0]:
             return prompt
     graphs = [value for value in exif.values() if isinstance(value, str) and value[:7].lower() == "prompt:"]
@@ -44,19 +45,23 @@ def prompt_in_metadata(image: Image.Image) -> tuple[str, str]:
 
 
 def rating_in_metadata(image: Image.Image) -> float | None:
-    """Return an image's star rating in XMP: 1 to 5, -1 if the image is marked as rejected, or `None`."""
+    """Return an image's star rating in XMP or EXIF: 1 to 5, -1 if the image is marked as rejected, or `None`."""
     for key in ("xmp", "XML:com.adobe.xmp"):
         packet = image.info.get(key, "")
         text = packet.decode("utf-8", "replace") if isinstance(packet, bytes) else str(packet)
         if match := _RATING.search(text[:MAX_METADATA]):
             return float(match[1])
-    return None
+    stars = image.getexif().get(_WINDOWS_RATING)
+    return float(stars) if isinstance(stars, int) and 1 <= stars <= 5 else None
 
 
 def _prompt_of_parameters(text: str) -> tuple[str, str]:
-    """Return prompt and format from the text that A1111 and Forge write."""
+    """Return prompt and format from the text that A1111 and Forge write, or from the JSON of SwarmUI."""
     if text.lstrip().startswith("{"):
-        return "", ""
+        content = _json(text)
+        inner = content.get("sui_image_params", content)
+        prompt = inner.get("prompt") if isinstance(inner, Mapping) else None
+        return (" ".join(prompt.split()), "SwarmUI") if isinstance(prompt, str) else ("", "")
     prompt = re.split(r"(?:^|\n)(?:Negative prompt:|Steps: \d)", text, maxsplit=1)[0]
     return " ".join(_NETWORK.sub("", prompt).split()), "A1111 or Forge"
 

@@ -1,13 +1,15 @@
-"""Write a manifest for a folder of images that a person has, with their prompts and ratings."""
+"""Write a manifest for a folder of images that a person has: find prompts and ratings, and leave out duplicates."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from ..data.images import FILE_FORMATS, MAX_FILE_BYTES, ImageReader, check_regular_file
@@ -16,6 +18,8 @@ from .manifest import MANIFEST_FILE, MAX_PROMPT, ListedImage, is_image, is_insid
 
 LIKED = ("liked", "likes", "favorites", "favourites", "good", "best", "winners", "chosen")
 DISLIKED = ("disliked", "dislikes", "bad", "worst", "losers", "rejected")
+THUMBNAIL = (16, 16)
+NEARLY_EQUAL = 8  # largest difference of two equal thumbnails in any pixel and channel, on a scale of 0 to 255
 _COUNTER = re.compile(r"(?:[ _-]+\(?\d+\)?)*[ _-]*$")
 
 
@@ -23,6 +27,8 @@ _COUNTER = re.compile(r"(?:[ _-]+\(?\d+\)?)*[ _-]*$")
 class _OwnImage:
     name: str
     prompt: str
+    pixels: int
+    thumbnail: np.ndarray
     rating: float | None
     like: int  # 1 in a folder `liked`, -1 in a folder `disliked`, else 0
 
@@ -31,20 +37,32 @@ class _LeftOutError(Exception):
     """Error for an image that is left out of the manifest. The message is the reason."""
 
 
-def list_images(folder: Path, *, from_names: bool = False) -> list[str]:
+def list_images(
+    folder: Path,
+    *,
+    liked: Sequence[str] = LIKED,
+    disliked: Sequence[str] = DISLIKED,
+    from_names: bool = False,
+) -> list[str]:
     """Write the manifest of a folder of images, and return a report as lines of text.
 
-    The prompt of `a.png` is read from the text file `a.txt`, or from metadata that A1111, Forge or ComfyUI wrote into
-    the image. Ratings are star ratings in the metadata. If no image of a prompt has a star rating, images in a
-    subfolder `liked` are rated 1, those in a subfolder `disliked` -1, and all other images of the prompt 0. If no image
-    of the prompt is in one of these subfolders either, the images of the prompt have no rating.
+    The prompt of `a.png` is read from the text file `a.txt`, or from metadata that A1111, Forge, ComfyUI or SwarmUI
+    wrote into the image. Ratings are star ratings in the metadata. If no image of a prompt has a star rating, images
+    in a subfolder `liked` are rated 1, those in a subfolder `disliked` -1, and all other images of the prompt 0. If
+    no image of the prompt is in one of these subfolders either, the images of the prompt have no rating.
+
+    If several images of one prompt look equal, the manifest lists only the largest one, with the highest rating among
+    these images.
 
     Args:
         folder (`Path`): The folder. Images in subfolders are read too.
+        liked, disliked (`Sequence[str]`): Names of the subfolders of liked and disliked images, in lower
+            case.
         from_names (`bool`): Whether the file name of an image becomes its prompt if no other prompt is found.
 
     Raises:
-        `ValueError`: If the folder is missing, is the output folder of `evaluate`, or has no image with a prompt.
+        `ValueError`: If the folder is missing, is the output folder of `evaluate`, cannot be written to, or has no
+            image with a prompt.
     """
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}. Check the path.")
@@ -59,7 +77,7 @@ def list_images(folder: Path, *, from_names: bool = False) -> list[str]:
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = {part.lower() for part in Path(parent).relative_to(folder).parts}
-        like = int(bool(inside.intersection(LIKED))) - int(bool(inside.intersection(DISLIKED)))
+        like = int(bool(inside.intersection(liked))) - int(bool(inside.intersection(disliked)))
         for path in (Path(parent, file) for file in sorted(files)):
             if path.name.startswith(".") or not is_image(path):
                 continue
@@ -76,8 +94,10 @@ def list_images(folder: Path, *, from_names: bool = False) -> list[str]:
         if any(image.like for image in images) and all(image.rating is None for image in images):
             for image in images:
                 image.rating = image.like
-        several += len(images) > 1
-        for image in images:
+        distinct = _without_duplicates(images)
+        left_out["that look like another image of the same prompt"] += len(images) - len(distinct)
+        several += len(distinct) > 1
+        for image in distinct:
             listed.append(ListedImage(image.name, prompt, {} if image.rating is None else {"rating": image.rating}))
     reasons = [f"  left out: {count} images {reason}" for reason, count in left_out.items() if count]
     if not listed:
@@ -85,7 +105,12 @@ def list_images(folder: Path, *, from_names: bool = False) -> list[str]:
             "\n".join([f"{folder} has no image with a prompt.", *reasons])
             + "\nWrite the prompt of a.png into a.txt, or pass `--from_names` to use the file names as prompts."
         )
-    write_manifest(folder, listed)
+    try:
+        write_manifest(folder, listed)
+    except OSError as error:
+        raise ValueError(
+            f"{folder / MANIFEST_FILE} cannot be written: {error}. Use a folder that you can write to."
+        ) from error
     rated = sum("rating" in image.facts for image in listed)
     return [
         f"{folder / MANIFEST_FILE}: {len(listed)} images of {len(by_prompt)} prompts. {several} of the prompts "
@@ -105,7 +130,7 @@ def _read(folder: Path, path: Path, like: int, from_names: bool) -> tuple[_OwnIm
         with Image.open(path, formats=FILE_FORMATS) as opened:
             metadata = prompt_in_metadata(opened)
             rating = rating_in_metadata(opened)
-        ImageReader().decode(path)
+        image = ImageReader().decode(path)
     except Exception:  # Pillow raises errors of many types for damaged files, and one file must not stop the others
         raise _LeftOutError("that cannot be read") from None
     named = " ".join(_COUNTER.sub("", path.stem).replace("_", " ").split()) if from_names else ""
@@ -113,7 +138,8 @@ def _read(folder: Path, path: Path, like: int, from_names: bool) -> tuple[_OwnIm
         if len(prompt) > MAX_PROMPT:
             raise _LeftOutError(f"with a prompt of more than {MAX_PROMPT} characters")
         if prompt:
-            return _OwnImage(name, prompt, rating, like), source
+            thumbnail = np.asarray(image.resize(THUMBNAIL, Image.Resampling.BOX), dtype=np.int16)
+            return _OwnImage(name, prompt, image.width * image.height, thumbnail, rating, like), source
     raise _LeftOutError("without a prompt")
 
 
@@ -127,3 +153,22 @@ def _caption(path: Path) -> str:
         return ""
     except (OSError, ValueError):
         raise _LeftOutError(f"with a text file that is not UTF-8 or has more than {4 * MAX_PROMPT} bytes") from None
+
+
+def _without_duplicates(images: list[_OwnImage]) -> list[_OwnImage]:
+    """Return the images of one prompt without those that look like a larger image of the prompt.
+
+    Colour thumbnails of 16 x 16 pixels are compared pixel by pixel. Perceptual hashes such as those of `imagehash`
+    ignore colour, so a red and a blue version of an image would be equal. Perceptual hashes also average over the
+    image, so an image that differs only in a repaired hand would be dropped.
+    """
+    distinct: list[_OwnImage] = []
+    for image in sorted(images, key=lambda image: (-image.pixels, image.name)):
+        seen = np.array([other.thumbnail for other in distinct]).reshape(len(distinct), image.thumbnail.size)
+        alike = np.abs(seen - image.thumbnail.ravel()).max(1, initial=0) <= NEARLY_EQUAL
+        if alike.any():
+            twin = distinct[int(alike.argmax())]
+            twin.rating = max((one.rating for one in (twin, image) if one.rating is not None), default=None)
+        else:
+            distinct.append(image)
+    return sorted(distinct, key=lambda image: image.name)

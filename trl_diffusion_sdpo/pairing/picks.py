@@ -1,13 +1,26 @@
-"""Save the picks of a person in `picks.jsonl`, and write the pairs that training reads into `pairs.jsonl`."""
+"""Save the picks of a person in a log that survives a crash, and write the pairs that training reads.
+
+`picks.jsonl` gets one line for each pick, undo or change of a prompt, and lines are never changed. `pairs.jsonl` is
+written again after each pick.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
+import os
+import time
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from ..utils.files import write_atomically
-from .manifest import ListedImage, json_lines, read_json_lines
+from .manifest import MAX_PROMPT, ListedImage, json_lines, read_json_lines
+
+logger = logging.getLogger(__name__)
 
 PICKS_FILE = "picks.jsonl"
 PAIRS_FILE = "pairs.jsonl"
@@ -15,10 +28,15 @@ PAIRS_FILE = "pairs.jsonl"
 SHARES = {"first": 1.0, "second": 0.0, "tie": 0.5, "both_bad": 0.5, "skip": None}
 
 
+class ConflictError(ValueError):
+    """Raised if a tab of the page repeats a pick or an undo that another tab has already made."""
+
+
 @dataclass(frozen=True)
 class Pick:
     """A person's verdict on a pair of images. `first` was shown on the left. `verdict` is a key of `SHARES`."""
 
+    number: int
     first: str
     second: str
     verdict: str
@@ -28,39 +46,126 @@ class Pick:
         return frozenset((self.first, self.second))
 
 
-def read_picks(folder: Path) -> dict[frozenset[str], Pick]:
-    """Return the picks in a folder by their two images, the oldest pick first."""
-    path = folder / PICKS_FILE
-    picks = {}
-    for number, row in enumerate(read_json_lines(path, path.read_bytes()) if path.is_file() else [], 1):
-        pick = Pick(*(row.get(name, "") for name in ("first", "second", "verdict")))
-        if pick.verdict not in SHARES:
-            raise ValueError(f"{path}, line {number} is not a pick with a known verdict: {row}. Remove the line.")
-        picks[pick.pair] = pick
-    return picks
+class PickLog:
+    """The log of a folder's picks. The constructor reads the log, and `add`, `undo` and `edit_prompt` append to it."""
+
+    def __init__(self, folder: Path, *, read_only: bool = False) -> None:
+        self.path = folder / PICKS_FILE
+        self.picks: dict[
+            frozenset[str], Pick
+        ] = {}  # two images -> their pick; the oldest pick is first, undone picks are left out
+        self.prompts: dict[str, str] = {}  # prompt in the manifest -> the prompt that replaces it
+        self._number = 0
+        self._file: BinaryIO | None = None
+        if not read_only:
+            try:
+                self._file = open(self.path, "ab", buffering=0)
+            except OSError as error:
+                raise ValueError(
+                    f"{self.path} cannot be written: {error}. Use a folder that you can write to."
+                ) from error
+        content = self.path.read_bytes()
+        complete = content.rfind(b"\n") + 1
+        if complete < len(content) and self._file is not None:
+            # An earlier process was killed while it wrote a line.
+            logger.warning(
+                "The last line of %s was incomplete, because an earlier process was killed. The line was removed.",
+                self.path,
+            )
+            self._file.truncate(complete)
+        for number, entry in enumerate(read_json_lines(self.path, content[:complete]), 1):
+            try:
+                self._apply(entry)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{self.path}, line {number} is not a valid entry: {error!r}. Remove the line."
+                ) from error
+
+    @property
+    def verdicts(self) -> dict[str, int]:
+        """Number of picks with each verdict."""
+        counts = Counter(pick.verdict for pick in self.picks.values())
+        return {verdict: counts[verdict] for verdict in SHARES}
+
+    @property
+    def last(self) -> Pick | None:
+        """The last pick that was not undone."""
+        return next(reversed(self.picks.values()), None)
+
+    def add(self, first: str, second: str, verdict: str) -> None:
+        """Append a pick to the log and wait until it is on the disk. If the disk is full, the log does not change."""
+        if frozenset((first, second)) in self.picks:
+            raise ConflictError("This pair has already been judged, perhaps in another tab.")
+        self._append({"pick": self._number + 1, "first": first, "second": second, "verdict": verdict})
+
+    def undo(self, number: int) -> Pick:
+        """Take back the last pick and return it."""
+        last = self.last
+        if last is None or last.number != number:
+            raise ConflictError("Only the last pick can be undone, and another tab has added or undone a pick since.")
+        self._append({"undo": number})
+        return last
+
+    def edit_prompt(self, prompt: str, edited: str) -> None:
+        """Replace a prompt of the manifest by an edited prompt. The manifest itself does not change."""
+        edited = edited.strip()
+        if not 0 < len(edited) <= MAX_PROMPT:
+            raise ValueError(f"A prompt must have 1 to {MAX_PROMPT} characters, got {len(edited)}. Edit it again.")
+        self._append({"prompt": prompt, "edited": edited})
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _apply(self, entry: Mapping[str, Any]) -> None:
+        if "pick" in entry:
+            pick = Pick(int(entry["pick"]), entry["first"], entry["second"], entry["verdict"])
+            if pick.verdict not in SHARES:
+                raise ValueError(f"verdict {pick.verdict!r}")
+            self.picks[pick.pair] = pick
+            self._number = pick.number
+        elif "undo" in entry:
+            last = self.last
+            if last is None or last.number != entry["undo"]:
+                raise ValueError(f"undo of {entry['undo']}")
+            del self.picks[last.pair]
+        else:
+            self.prompts[entry["prompt"]] = entry["edited"]
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        assert self._file is not None
+        line = json.dumps({**entry, "time": round(time.time(), 1)}).encode() + b"\n"
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
+            os.fsync(self._file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(size)  # remove the incomplete line
+            raise
+        self._apply(entry)
 
 
-def write_picks(folder: Path, picks: Mapping[frozenset[str], Pick]) -> None:
-    """Write all picks into `picks.jsonl`. If the process is killed or the disk is full, the earlier file remains."""
-    write_atomically(folder / PICKS_FILE, json_lines(asdict(pick) for pick in picks.values()))
-
-
-def write_pairs(folder: Path, picks: Mapping[frozenset[str], Pick], images: Mapping[str, ListedImage]) -> int:
+def write_pairs(folder: Path, log: PickLog, images: Mapping[str, ListedImage]) -> int:
     """Write `pairs.jsonl`, with one line for each pair in which a person prefers one image. Return the number of pairs.
 
     Two images of one prompt with different ratings are also a pair, unless a person has judged the two images. Other
-    columns of the manifest become columns `chosen_*` and `rejected_*`. A pair is skipped if the manifest no longer
-    lists one of its images.
+    columns of the manifest become columns `chosen_*` and `rejected_*`. A pair is skipped if the file of one of its
+    images is missing.
     """
     preferred = [
         (pick.first, pick.second) if pick.verdict == "first" else (pick.second, pick.first)
-        for pick in picks.values()
-        if pick.verdict in ("first", "second") and pick.pair <= images.keys()
+        for pick in log.picks.values()
+        if pick.verdict in ("first", "second")
     ]
-    preferred += [pair for pair in rated_pairs(images) if frozenset(pair) not in picks]
+    preferred += [pair for pair in rated_pairs(images) if frozenset(pair) not in log.picks]
+    present = {name for name in images if (folder / name).is_file()}
     rows = []
-    for chosen, rejected in ((images[winner], images[loser]) for winner, loser in preferred):
-        row = {"prompt": chosen.prompt, "chosen": chosen.name, "rejected": rejected.name}
+    for chosen, rejected in ((images[one], images[other]) for one, other in preferred if {one, other} <= present):
+        row = {"prompt": log.prompts.get(chosen.prompt, chosen.prompt), "chosen": chosen.name}
+        row["rejected"] = rejected.name
         for name in sorted(chosen.facts.keys() & rejected.facts.keys() - {"rating"}):
             row[f"chosen_{name}"] = chosen.facts[name]
             row[f"rejected_{name}"] = rejected.facts[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -13,6 +13,7 @@ from .open_clip_keys import clip_state_dict
 from .scorer import BatchedScorer, hub_file
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+Preprocess = Literal["crop", "pad"]
 
 
 class CLIPScorer(BatchedScorer):
@@ -22,6 +23,9 @@ class CLIPScorer(BatchedScorer):
         scale (`float`, *optional*): Factor of the cosine similarity. If `None`, the model's `exp(logit_scale)` is used.
         clamp (`bool`, *optional*, defaults to `False`): Whether negative scores are set to 0.
         prefix (`str`, *optional*, defaults to `""`): Text that is put before each prompt.
+        preprocess (`"crop"` or `"pad"`, *optional*, defaults to `"crop"`): `"crop"` scales the shorter side of an
+            image to the model's input size and crops the centre. `"pad"` scales the longer side and fills the rest with
+            black, like the package `hpsv2`. For square images, the two methods give nearly equal scores.
     """
 
     def __init__(
@@ -34,15 +38,19 @@ class CLIPScorer(BatchedScorer):
         scale: float | None = 1.0,
         clamp: bool = False,
         prefix: str = "",
+        preprocess: Preprocess = "crop",
         **settings: Any,
     ):
         super().__init__(name, **settings)
+        if preprocess not in ("crop", "pad"):
+            raise ValueError(f"`preprocess` must be `crop` or `pad`, got {preprocess!r}.")
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.scale = scale
         self.clamp = clamp
         self.prefix = prefix
+        self.preprocess = preprocess
 
     def score_batch(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         image = self.embed_images(images)
@@ -53,7 +61,10 @@ class CLIPScorer(BatchedScorer):
 
     def embed_images(self, images: list[Image.Image]) -> torch.Tensor:
         """Return the CLIP embeddings of N images, normalised to length 1, `(N, D)`."""
-        pixels = self.image_processor(images, return_tensors="pt").pixel_values
+        if self.preprocess == "pad":
+            pixels = torch.stack([padded_pixels(image, self.image_processor) for image in images])
+        else:
+            pixels = self.image_processor(images, return_tensors="pt").pixel_values
         embedding = self.model.get_image_features(pixels.to(self.device, self.model.dtype)).pooler_output
         return torch.nn.functional.normalize(embedding.float(), dim=-1)
 
@@ -68,6 +79,25 @@ class CLIPScorer(BatchedScorer):
         )
         embedding = self.model.get_text_features(tokens.input_ids.to(self.device)).pooler_output
         return torch.nn.functional.normalize(embedding.float(), dim=-1)
+
+
+def padded_pixels(image: Image.Image, image_processor: CLIPImageProcessorPil) -> torch.Tensor:
+    """Return an image as the model's input `(3, size, size)`: resized to fit into a square, padded with black, and
+    normalised."""
+    size = image_processor.crop_size["height"]
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    pixels = pixels.view(1, image.height, image.width, 3).permute(0, 3, 1, 2).float() / 255
+    ratio = size / max(image.size)
+    height = round(image.height * ratio)
+    width = round(image.width * ratio)
+    if ratio != 1:
+        pixels = torch.nn.functional.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
+    left = (size - width) // 2
+    top = (size - height) // 2
+    pixels = torch.nn.functional.pad(pixels, (left, size - width - left, top, size - height - top))[0]
+    mean = torch.tensor(image_processor.image_mean).view(3, 1, 1)
+    std = torch.tensor(image_processor.image_std).view(3, 1, 1)
+    return (pixels - mean) / std
 
 
 def load_clip(
@@ -87,7 +117,7 @@ def load_clip(
         processor (`str`, *optional*): Hub id or folder of the tokenizer and the image processor. If unset, `model`.
         revision (`str`, *optional*): Revision of the model on the Hub.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of the weights.
-        settings: Further arguments of [`CLIPScorer`], such as `device` and `batch_size`.
+        settings: Further arguments of [`CLIPScorer`], such as `device`, `batch_size` and `preprocess`.
     """
     network = CLIPModel.from_pretrained(model, revision=revision, dtype=dtype)
     processors = load_processors(model, revision) if processor is None else load_processors(processor)
@@ -151,8 +181,8 @@ def hpsv21(
         file (`str`): Name of the file with the weights in open_clip's format. The file is read with
             `weights_only=True`.
         processor (`str`): Hub id or folder of the tokenizer, the image processor and the network's configuration.
-        name, revision, dtype, settings: See [`load_clip`]. The package `hpsv2` pads images that are not square, so it
-            gives them other scores. Here such images are cropped, as by the Diffusion-SDPO authors.
+        name, revision, dtype, settings: See [`load_clip`]. The package `hpsv2` scores with autocast and
+            `preprocess="pad"`. The Diffusion-SDPO authors use `preprocess="crop"`, the default.
 
     Source: https://github.com/tgxs002/HPSv2.
     """

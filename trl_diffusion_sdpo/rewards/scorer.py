@@ -153,7 +153,7 @@ def checked_scores(scores: Any, prompts: Sequence[str], name: str) -> torch.Tens
 
 
 # Settings that do not change scores, so they are not part of a scorer's name.
-_SPEED = ("device", "batch_size", "url", "timeout")
+_SPEED = ("device", "batch_size", "url", "timeout", "max_unreadable", "api_key_variable")
 _LONGEST_WORD = 40  # characters; in a scorer's name, the value of a longer setting is replaced by a hash
 
 # Name of a scorer -> function or class that builds the scorer, or "module:function", imported on first use.
@@ -168,6 +168,7 @@ _BUILDERS: dict[str, str | Callable[..., Scorer]] = {
     "vqa_score": "vqa_score:vqa_score",
     "hpsv3": "hpsv3:hpsv3",
     "vlm_server": "vlm_server:VLMServerScorer",
+    "vlm_judge": "vlm_server:VLMServerJudge",
 }
 
 

@@ -125,3 +125,22 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
+
+
+def agreement(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the share of prompts on which two scorers prefer the same model.
+
+    Args:
+        first, second (`np.ndarray` of shape `(prompts, seeds)`): The scores of one scorer each: the model's scores
+            minus the base model's scores.
+
+    Returns:
+        `float`: Share in `[0, 1]`, among prompts on which both scorers prefer one of the models, or NaN without such
+            prompts.
+    """
+    signs = []
+    for difference in (first, second):
+        present = np.isfinite(difference)
+        signs.append(np.sign(np.where(present, np.sign(difference), 0.0).sum(axis=1)))
+    decided = (signs[0] != 0) & (signs[1] != 0)
+    return float((signs[0] == signs[1])[decided].mean()) if decided.any() else math.nan

@@ -1,0 +1,173 @@
+"""Choose which pair of images a pick page shows next: to rate the images of each prompt, or to compare models
+blindly."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from .manifest import ListedImage
+from .picks import SHARES, PickLog, rated_pairs
+from .ratings import PRIOR, bradley_terry
+
+# If two ratings differ by this many standard deviations, their order is right with a probability of 0.85.
+CERTAIN = 1.036
+OFFERED = 16  # largest number of pairs of a prompt that are proposed as the next one
+FEW_PROMPTS = 30  # with fewer prompts, the interval of a win rate is too narrow
+
+
+class RankOrder:
+    """Order of pairs for rating the images of each prompt. Images that were never shown come first, then pairs with
+    similar ratings."""
+
+    def __init__(self, images: Mapping[str, ListedImage], log: PickLog) -> None:
+        self._log = log
+        self._rated = rated_pairs(images)
+        by_prompt: dict[str, list[str]] = {}
+        for image in images.values():
+            by_prompt.setdefault(image.prompt, []).append(image.name)
+        self.groups = {prompt: Group(names) for prompt, names in by_prompt.items() if len(names) > 1}
+        for prompt in self.groups:
+            self.update(prompt, set())
+
+    def update(self, prompt: str, gone: set[str]) -> None:
+        """Rate the images of a prompt again after a pick, without the deleted images in `gone`."""
+        names = [name for name in self.groups[prompt].names if name not in gone]
+        compared: list[tuple[str, str, float | None]] = [
+            (pick.first, pick.second, SHARES[pick.verdict])
+            for pick in self._log.picks.values()
+            if pick.pair <= set(names)
+        ]
+        rated = [pair for pair in self._rated if set(pair) <= set(names) and frozenset(pair) not in self._log.picks]
+        self.groups[prompt] = Group(names, compared + [(better, worse, 1.0) for better, worse in rated])
+
+    def offers(self, gone: set[str]) -> list[tuple[str, str]]:
+        """Return pairs of images to judge next, the pair first whose pick would tell most about the ratings."""
+        offered = [offer for group in self.groups.values() for offer in group.offers]
+        return [(first, second) for _, first, second in sorted(offered, key=lambda offer: -offer[0])]
+
+    def left(self, gone: set[str]) -> int:
+        """Return the largest number of pairs that may still be shown. A pick often makes other pairs unnecessary."""
+        return sum(group.open for group in self.groups.values())
+
+
+class Group:
+    """The images of one prompt, their ratings, and the pairs to show next.
+
+    Args:
+        names (`Iterable[str]`): Names of the images.
+        compared (`Iterable`): Picks as tuples of two names and a number: 1 if the first image won, 0 if the second one
+            won, 0.5 for a tie, and `None` for a skipped pair, which does not affect the ratings.
+    """
+
+    def __init__(self, names: Iterable[str], compared: Iterable[tuple[str, str, float | None]] = ()) -> None:
+        self.names = list(names)
+        count = len(self.names)
+        index = {name: position for position, name in enumerate(self.names)}
+        wins = np.zeros((count, count))
+        judged = np.eye(count, dtype=bool)
+        for first, second, share in compared:
+            one, other = index[first], index[second]
+            judged[one, other] = judged[other, one] = True
+            if share is not None:
+                wins[one, other] += share
+                wins[other, one] += 1 - share
+        self.ratings, covariance = bradley_terry(wins)
+        difference = np.abs(self.ratings[:, None] - self.ratings[None, :])
+        variance = np.diag(covariance)[:, None] + np.diag(covariance)[None, :] - 2 * covariance
+        self.uncertain = ~judged & (difference < CERTAIN * np.sqrt(np.maximum(variance, 0)))
+        chance = 1 / (1 + np.exp(-difference))
+        # Information that a pick would add, to first order. The pairs of images that were never shown come first.
+        gain = chance * (1 - chance) * variance
+        unseen = judged.sum(1) == 1
+        gain += PRIOR**2 * (unseen[:, None].astype(float) + unseen[None, :])
+        rows, columns = np.nonzero(np.triu(self.uncertain))
+        order = np.argsort(-gain[rows, columns], kind="stable")[:OFFERED]
+        self.open = len(rows)  # pairs whose order is still uncertain
+        self.offers = [
+            (float(gain[one, other]), self.names[one], self.names[other])
+            for one, other in zip(rows[order].tolist(), columns[order].tolist(), strict=True)
+        ]
+
+    def ranking(self) -> list[tuple[str, float, bool]]:
+        """Return the name of each image, its rating and whether its rank is still uncertain, from the best to the
+        worst."""
+        order = np.argsort(-self.ratings, kind="stable").tolist()
+        doubtful = self.uncertain.any(1)
+        return [(self.names[index], float(self.ratings[index]), bool(doubtful[index])) for index in order]
+
+
+class BlindOrder:
+    """Order of pairs for comparing models. A pair has an image of the first model and one of another model, with the
+    same prompt and seed.
+
+    Pairs of the first seed come first, in random order, then those of the next seed. The order does not depend on the
+    picks.
+    """
+
+    def __init__(self, images: Mapping[str, ListedImage], log: PickLog) -> None:
+        self._log = log
+        self._cells: dict[tuple[str, Any], dict[str, str]] = {}  # prompt and seed -> model -> image
+        for image in images.values():
+            cell = self._cells.setdefault((image.prompt, image.facts.get("seed")), {})
+            cell[str(image.facts["model"])] = image.name
+        self.models = list(dict.fromkeys(str(image.facts["model"]) for image in images.values()))
+        self.prompts = list(dict.fromkeys(prompt for prompt, _ in self._cells))
+        self.seeds = list(dict.fromkeys(seed for _, seed in self._cells))
+        base, *others = self.models
+        pairs = [
+            (self.seeds.index(seed), cell[base], cell[other])
+            for (_, seed), cell in self._cells.items()
+            for other in others
+            if base in cell and other in cell
+        ]
+        random.Random(0).shuffle(pairs)
+        self._pairs = [(first, second) for _, first, second in sorted(pairs, key=lambda pair: pair[0])]
+
+    def update(self, prompt: str, gone: set[str]) -> None:
+        """Do nothing: the order does not depend on picks."""
+
+    def offers(self, gone: set[str]) -> list[tuple[str, str]]:
+        """Return the pairs that have no pick yet, without pairs of the deleted images in `gone`."""
+        return [pair for pair in self._pairs if frozenset(pair) not in self._log.picks and not gone.intersection(pair)]
+
+    def left(self, gone: set[str]) -> int:
+        """Return the number of pairs that are not judged yet."""
+        return len(self.offers(gone))
+
+    def result(self) -> tuple[list[str], list[dict[str, Any]]]:
+        """Return the win rate of each other model against the first model, as sentences and as rows for JSON."""
+        from ..evaluation.evaluate import Comparison  # takes seconds, and only a comparison of models needs it
+        from ..evaluation.report import verdict_sentence
+        from ..rewards.statistics import holm, win_rate
+
+        base, *others = self.models
+        rates = {}
+        for other in others:
+            scores = np.full((2, len(self.prompts), len(self.seeds)), np.nan)  # [0]: the other model, [1]: the base
+            for (prompt, seed), cell in self._cells.items():
+                pick = self._log.picks.get(frozenset((cell.get(base, ""), cell.get(other, ""))))
+                share = None if pick is None else SHARES[pick.verdict]
+                if pick is not None and share is not None:
+                    wins = share if pick.first == cell[other] else 1 - share
+                    scores[:, self.prompts.index(prompt), self.seeds.index(seed)] = wins, 1 - wins
+            if np.isfinite(scores).any():
+                rates[other] = win_rate(scores[0], scores[1])
+        adjusted = holm([rate.p_value for rate in rates.values()])
+        sentences, numbers = [], []
+        for (model, rate), p_value in zip(rates.items(), adjusted, strict=True):
+            compared = Comparison(model, "your eye", rate, p_value)
+            sentence = verdict_sentence(compared, base)
+            sentences.append(sentence[0].upper() + sentence[1:])
+            verdict = {"model": model, "base": base, "verdict": compared.verdict, "adjusted_p_value": p_value}
+            numbers.append(verdict | asdict(rate))
+            if rate.prompts < FEW_PROMPTS:
+                sentences.append(
+                    f"With only {rate.prompts} prompts the interval of the win rate is too narrow. Judge images of "
+                    "more prompts."
+                )
+        return sentences, numbers
