@@ -282,6 +282,11 @@ def test_a_model_being_ruined_is_reported_once_and_at_the_end_and_on_the_card(ru
     assert "Verdict: ruined." in (tmp_path / "run" / "README.md").read_text()
 
 
+def test_a_model_being_ruined_is_reported_once_without_an_evaluation(ruined, caplog):
+    ruined(logging_steps=1).train()
+    assert len(warnings_of(caplog)) == 1 and "on training pairs" in warnings_of(caplog)[0]
+
+
 def test_a_training_that_keeps_the_winners_ends_without_a_warning(make_trainer, make_pairs, caplog):
     caplog.set_level(logging.INFO, logger="trl_diffusion_sdpo")
     evaluates = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 15}

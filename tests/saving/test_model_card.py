@@ -11,7 +11,13 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from trl_diffusion_sdpo.saving.model_card import TunedModel, generate_model_card
+from trl_diffusion_sdpo.saving.model_card import (
+    TunedModel,
+    forget_recommended_scales,
+    generate_model_card,
+    recommend_scale,
+    recommended_scales,
+)
 
 TOKEN = "hf_" + "a1B2" * 8
 
@@ -144,3 +150,30 @@ def test_the_code_on_the_card_loads_what_was_tuned(tuning, dtype, sd_folder, mak
         assert lora and all((tuned[name] == 1).all() for name in lora)
     else:
         assert not torch.equal(tuned["conv_in.weight"], untuned["conv_in.weight"])
+
+
+# ---- The recommended scale -------------------------------------------------------------------------------------------
+
+GUIDED = {"weights": 1.0, "prediction": 2.5, "guidance_scale": None, "sentence": "Scale 2.5."}
+NUMBERS = {"weights": 1.0, "prediction": 2.5}
+
+
+def test_a_recommended_scale_is_in_the_metadata_and_in_the_text():
+    card = card_of(recommended={"recommended_scale": NUMBERS})
+    assert metadata(card)["recommended_scale"] == NUMBERS
+    assert "preference guidance: 2.5" in card.text
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_recommendation_changes_the_metadata_of_an_edited_card_and_nothing_else(tmp_path, newline):
+    text = "---\nlicense: mit\nmine: [1, 2]\n---\n# Mine\n\n```python\npipeline(1)\n```\n"
+    file = tmp_path / "README.md"
+    file.write_bytes(text.replace("\n", newline).encode())
+    recommend_scale(tmp_path, GUIDED, average=False)
+    recommend_scale(tmp_path, GUIDED, average=True)
+    scales = {"recommended_scale": NUMBERS, "recommended_scale_of_average": NUMBERS}
+    assert recommended_scales(tmp_path) == scales
+    assert ModelCard.load(file).data.to_dict() == {"license": "mit", "mine": [1, 2], **scales}
+    assert file.read_bytes().decode().endswith(text[text.index("# Mine") :].replace("\n", newline))
+    forget_recommended_scales(tmp_path)
+    assert ModelCard.load(file).data.to_dict() == {"license": "mit", "mine": [1, 2]}

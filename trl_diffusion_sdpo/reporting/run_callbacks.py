@@ -13,13 +13,23 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..engines.processes import in_any_process
 from ..saving.interrupts import resume_hint, was_interrupted
+from ..saving.model_card import forget_recommended_scales
 from ..saving.setup import output_folder
 from ..utils.files import VERDICT_FILE
 from .console import say
 from .plots import CURVES_FILE, changes_by_noise_bin, has_curves, noise_bin_file, plot_curves, plot_noise_bins
 from .sample_images import SampleImagesCallback, final_step
 from .tracked_images import TrackedImages
-from .verdict import RISES, RunFacts, is_evaluation, verdict_of, words_of_rise, worst_of, write_verdict
+from .verdict import (
+    RISES,
+    RunFacts,
+    is_evaluation,
+    ruined_in_training,
+    verdict_of,
+    words_of_rise,
+    worst_of,
+    write_verdict,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +85,15 @@ class VerdictCallback(TrainerCallback):
         self._training, self._stops, self._rise = True, False, 0
         if state.is_world_process_zero:  # the verdict on earlier weights must not be published with the new weights
             (output_folder(args) / VERDICT_FILE).unlink(missing_ok=True)
+            forget_recommended_scales(output_folder(args))
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if args.eval_strategy != "no" or self._on_rise == "ignore" or self._rise or not state.is_world_process_zero:
+            return
+        measured = ruined_in_training(state.log_history, self._run)
+        if measured is not None:
+            self._rise = 1  # warn once
+            logger.warning("%s", words_of_rise(measured, self._run))
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self._on_rise == "ignore" or not self._training or state.global_step >= state.max_steps:

@@ -26,6 +26,7 @@ BIN_WORSE = 1.0  # if the error in a noise bin rises by more than this share, th
 BIN_STANDARD_ERRORS = 3.0
 CHANCE = 0.5  # accuracy of a model that has learned nothing
 AVERAGED_LOGS = 10  # number of the last training logs to average if there is no evaluation
+LOGS_TO_WARN = 3  # smallest number of training logs for a warning during training
 
 BEFORE_TRAINING = "before training"
 RISES = ("worse", "ruined")  # words that say that the winners' error rose
@@ -257,6 +258,15 @@ def worst_of(history: History, run: RunFacts, step: int | None = None) -> Measur
 def is_evaluation(entry: Mapping[str, Any]) -> bool:
     """Return whether an entry of a log history is from an evaluation on preference pairs."""
     return any(map(_WINNER.match, entry))
+
+
+def ruined_in_training(history: History, run: RunFacts) -> Measurement | None:
+    """Return the mean over the last training logs if the winners' error has more than doubled. Otherwise, or if there
+    are fewer than 3 logs, return `None`."""
+    if sum("errors/winner_change" in entry for entry in history) < LOGS_TO_WARN:
+        return None
+    measured = _last_training(history, run)
+    return measured if measured is not None and measured.winners == "ruined" else None
 
 
 def words_of_rise(measured: Measurement, run: RunFacts) -> str:

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, metadata_load, metadata_save
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainerState, TrainingArguments
@@ -38,6 +38,9 @@ SETTINGS = (
 )
 PACKAGES = ("trl-diffusion-sdpo", "torch", "diffusers", "transformers", "peft", "trl")
 PROMPT = "a photo of an astronaut riding a horse"
+# Key in the metadata of a card, by whether the scale is for the averaged weights.
+RECOMMENDED = {False: "recommended_scale", True: "recommended_scale_of_average"}
+_SCALES = ("weights", "prediction", "guidance_scale")
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ def generate_model_card(
     trainer_name: str = "Diffusion-SDPO",
     settings: Mapping[str, Any] | None = None,
     run: Mapping[str, str] | None = None,
+    recommended: Mapping[str, Mapping[str, float]] | None = None,
     gallery: Sequence[tuple[str, str]] = (),
     **shown: Any,
 ) -> ModelCard:
@@ -107,11 +111,13 @@ def generate_model_card(
             a folder's path.
         settings (`Mapping[str, Any]`, *optional*): Settings that differ from their defaults.
         run (`Mapping[str, str]`, *optional*): Texts about the run by title, such as its number of pairs.
+        recommended (`Mapping[str, Mapping]`, *optional*): Recommended scales, from [`recommended_scales`].
         gallery (`Sequence[tuple[str, str]]`): Paths of images relative to the repository, with their prompts.
         shown: Further variables of the template: `verdict` (text), `plots` (paths and titles), `comparison` (prompts,
             each with the paths of the images before and after training).
     """
-    metadata: dict[str, Any] = {}
+    recommended = recommended or {}
+    metadata: dict[str, Any] = dict(recommended)
     if _is_hub_id(model.base_model):
         metadata |= {"base_model": model.base_model, "base_model_relation": RELATIONS[model.tuning]}
     if _is_hub_id(dataset_name):
@@ -136,6 +142,7 @@ def generate_model_card(
         data=_link(dataset_name, "https://huggingface.co/datasets/") or "preference pairs",
         trainer_name=trainer_name,
         run=run or {},
+        recommended=recommended,
         gallery=gallery,
         loading_code=model.loading_code(hub_model_id or f"path/to/{name or 'tuned-model'}"),
         call=model.call(gallery[0][1] if gallery else PROMPT),
@@ -195,7 +202,7 @@ class RunCard:
         keep_edited: bool = False,
         **facts: Any,
     ) -> bool:
-        """Write the card into the output folder.
+        """Write the card into the output folder. Recommended scales in the previous card are copied to the new card.
 
         Args:
             data ([`DataReport`], *optional*): Numbers of the pairs that were used and dropped.
@@ -225,6 +232,7 @@ class RunCard:
             trainer_name=self._trainer_name,
             settings=self._settings,
             run={name: text for name, text in run.items() if text},
+            recommended=recommended_scales(folder),
             plots=[plot for plot in plots if (folder / plot[0]).is_file()],
             gallery=[image for image in gallery if (folder / image[0]).is_file()],
             **facts,
@@ -257,6 +265,47 @@ def changed_settings(args: TrainingArguments, names: Iterable[str]) -> dict[str,
     values = {name: getattr(args, name) for name in (*names, *SETTINGS)}
     # An unset mapping has the default `None`, and the configuration turns it into `{}`.
     return {name: value for name, value in values.items() if value != {} and value != defaults.get(name, value)}
+
+
+# ---- Recommended scales, in the metadata of a card -------------------------------------------------------------------
+
+
+def recommended_scales(folder: Path) -> dict[str, dict[str, float]]:
+    """Return the recommended scales from the metadata of a folder's card, by the keys in [`RECOMMENDED`]."""
+    metadata = _read_metadata(folder)
+    return {key: metadata[key] for key in RECOMMENDED.values() if isinstance(metadata.get(key), dict)}
+
+
+def recommend_scale(folder: Path, scales: Mapping[str, Any], *, average: bool) -> None:
+    """Add recommended scales to the metadata of the card in a folder, if the folder has a card with metadata."""
+    metadata = _read_metadata(folder)
+    if metadata:
+        key = RECOMMENDED[average]
+        numbers = {name: scales[name] for name in _SCALES if scales.get(name) is not None}
+        metadata[key] = {**metadata.get(key, {}), **numbers}
+        metadata_save(folder / CARD_FILE, metadata)
+
+
+def forget_recommended_scales(folder: Path) -> None:
+    """Remove recommended scales from the card in a folder. Training calls this function, because it will change
+    the weights in the folder."""
+    metadata = _read_metadata(folder)
+    others = {key: value for key, value in metadata.items() if key not in RECOMMENDED.values()}
+    if others != metadata:
+        metadata_save(folder / CARD_FILE, others)
+
+
+def _read_metadata(folder: Path) -> dict[str, Any]:
+    """Return the metadata of the card in a folder. Return an empty dictionary if there is no card or no metadata."""
+    file = folder / CARD_FILE
+    try:
+        return (metadata_load(file) if file.is_file() else None) or {}
+    except ValueError as error:
+        logger.warning("The metadata of %s cannot be read, so the file is not changed: %s", file, error)
+        return {}
+
+
+# ---- Facts of a run in words -----------------------------------------------------------------------------------------
 
 
 def pairs_text(data: DataReport, *, is_stream: bool) -> str:
