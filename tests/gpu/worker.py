@@ -134,6 +134,7 @@ def resumed_difference(run: dict, device: str, folder: Path) -> float:
     uninterrupted = saved_weights(folder)
     reset_engine()
     trainer = build(run, device, folder, CountWaits())
+    trainer.args.overwrite_output_dir = True
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     trainer.save_model()
     again = saved_weights(folder)

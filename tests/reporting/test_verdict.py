@@ -15,14 +15,13 @@ from trl_diffusion_sdpo.losses import loss_spec
 from trl_diffusion_sdpo.reporting.run_callbacks import VerdictCallback
 from trl_diffusion_sdpo.reporting.sample_images import SampleImagesCallback, final_step
 from trl_diffusion_sdpo.reporting.verdict import (
-    Estimate,
     RunFacts,
     judge_preference,
     judge_winners,
-    rise_of,
     verdict_of,
+    worst_of,
+    write_verdict,
 )
-from trl_diffusion_sdpo.reporting.verdict_report import verdict_facts, write_verdict
 
 DEMO = json.loads((Path(__file__).parent / "demo_runs.json").read_text(encoding="utf-8"))
 DEMO_WORDS = {"sft": "unchanged", "dpo": "ruined", "sdpo": "worse", "sdpo_recipe": "unchanged"}
@@ -60,64 +59,49 @@ DEMO_WORDS = {"sft": "unchanged", "dpo": "ruined", "sdpo": "worse", "sdpo_recipe
     ],
 )
 def test_the_rule(change, stderr, level, word):
-    assert judge_winners(change, stderr, None if level is None else Estimate(level)) == word
+    assert judge_winners(change, stderr, level) == word
 
 
 def test_a_noise_bin_counts_beyond_three_of_its_standard_errors():
-    assert judge_winners(0.0, 0.01, Estimate(1.5, 0.49)) == "worse"
-    assert judge_winners(0.0, 0.01, Estimate(1.5, 0.51)) == "unchanged"
+    assert judge_winners(0.0, 0.01, 1.5, 0.49) == "worse"
+    assert judge_winners(0.0, 0.01, 1.5, 0.51) == "unchanged"
 
 
 def test_few_pairs_are_judged_with_less_certainty():
     assert judge_winners(0.5, 0.01, pairs=3) == "unknown" and judge_winners(1.01, 0.01, pairs=2) == "ruined"
     assert judge_winners(0.5, 0.01, pairs=4) == judge_winners(0.5, 0.01, pairs=30) == "worse"
-    learned = {"accuracy": (0.9, 0.1), "margin_relative": (0.02, 0.005)}
-    verdict = verdict_on([judged(10, -0.05, 0.01, pairs=8, **learned)])
-    assert (verdict.word, verdict.headline) == ("better", "probably better, 8 pairs")
-    assert verdict_on([judged(10, -0.05, 0.01, pairs=30, **learned)]).headline == "better"
-    few = [judged(10, 0.2, 0.01, pairs=8)]
-    assert verdict_on(few).headline == "probably worse, 8 pairs" and rise_of(few, run_facts()) is None
-    assert rise_of([judged(10, 1.2, 0.01, pairs=8)], run_facts())[0].winners == "ruined"
+    (few, enough) = (worst_of([judged(10, 0.2, 0.01, pairs=pairs)], run_facts()) for pairs in (8, 30))
+    assert few.word == enough.word == "worse" and "8 pairs" in str(few)
+    assert enough.rises and not few.rises
+    assert worst_of([judged(10, 1.2, 0.01, pairs=8)], run_facts()).rises
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "margin", "word"),
+    ("accuracy", "stderr", "word"),
     [
-        ((0.61, 0.05), (0.01, 0.01), "learned"),
-        ((0.59, 0.05), (0.01, 0.01), "not learned"),
-        ((0.55, 0.05), (0.01, 0.004), "learned"),
-        ((0.55, 0.05), None, "not learned"),
-        # The two contradict each other: most pairs are right, and a few are wrong by much.
-        ((0.61, 0.05), (-0.01, 0.004), "not learned"),
-        ((0.5, 0.05), (-0.01, 0.004), "not learned"),
-        ((0.39, 0.05), (-0.01, 0.01), "reversed"),
-        # No step: every pair is a tie.
-        ((0.5, 0.01), (0.0, 0.0), "not learned"),
+        (0.61, 0.05, "learned"),
+        (0.59, 0.05, "not learned"),
+        (0.39, 0.05, "reversed"),
+        (0.5, 0.01, "not learned"),  # no step: every pair is a tie
         # The mean of training logs has no standard error, and the first log an accuracy of 0.
-        ((0.56, None), None, "learned"),
-        ((0.1, None), None, "not learned"),
+        (0.56, None, "learned"),
+        (0.1, None, "not learned"),
         (None, None, "unknown"),
     ],
 )
-def test_the_rule_of_the_preference(accuracy, margin, word):
-    estimates = (None if numbers is None else Estimate(*numbers) for numbers in (accuracy, margin))
-    assert judge_preference(*estimates) == word
+def test_the_rule_of_the_preference(accuracy, stderr, word):
+    assert judge_preference(accuracy, stderr) == word
 
 
 def test_better_needs_kept_winners_and_a_learned_preference():
     """If the winners' error falls and the losers' error falls more, the preference is not learned."""
-    missed = {"accuracy": (0.5, 0.08), "margin_relative": (-0.02, 0.005)}
-    history = [{"step": 9, "loss": 1.68, "safeguard/scale": 0.1}, judged(10, -0.05, 0.01, pairs=40, **missed)]
-    verdict = verdict_on(history, mu=0.8)
-    assert (verdict.word, verdict.label) == ("not learned", "unchanged")
-    facts = verdict_facts(verdict, run_facts(), [])
-    assert (facts["winners"], facts["preference"], facts["reward_accuracy"]) == ("better", "not learned", 0.5)
-    assert (facts["margin_percent"], facts["margin_stderr_percent"]) == (-2.0, 0.5)
-    learned = {"accuracy": (0.98, 0.03), "margin_relative": (0.3, 0.02)}
-    assert verdict_on([judged(10, 0.0, 0.01, **learned)]).word == "better"
-    assert verdict_on([judged(10, 0.4, 0.01, **learned)]).word == "worse"
-    assert verdict_on([judged(10, 0.0, 0.01, accuracy=(0.3, 0.05))]).label == "worse"
-    assert verdict_on([judged(10, 0.0, 0.01, **missed)], loss="sft").word == "unchanged", "it has no losers"
+    history = [{"step": 9, "loss": 1.68, "safeguard/scale": 0.1}, judged(10, -0.05, 0.01, accuracy=(0.5, 0.08))]
+    verdict = verdict_on(history)
+    assert (verdict.word, verdict.measured.winners, verdict.measured.mean_lambda) == ("not learned", "better", 0.1)
+    assert verdict_on([judged(10, 0.0, 0.01, accuracy=(0.98, 0.03))]).word == "better"
+    assert verdict_on([judged(10, 0.4, 0.01, accuracy=(0.98, 0.03))]).word == "worse"
+    assert verdict_on([judged(10, 0.0, 0.01, accuracy=(0.3, 0.05))]).word == "reversed"
+    assert verdict_on([judged(10, 0.0, 0.01, accuracy=(0.5, 0.08))], loss="sft").word == "unchanged"
 
 
 def judged(step, change, stderr, pairs=40, **preference) -> dict:
@@ -130,10 +114,8 @@ def judged(step, change, stderr, pairs=40, **preference) -> dict:
     return entry
 
 
-def run_facts(*, moves=False, given=False, safeguard="output", loss="sigmoid", decays=False, mu=None) -> RunFacts:
-    spec = loss_spec(loss)
-    facts = (spec.needs_reference, moves, given, spec.uses_loser, safeguard, decays, 8, "_ema")
-    return RunFacts(*facts, safeguard_mu=mu)
+def run_facts(*, moves=False, given=False, loss="sigmoid") -> RunFacts:
+    return RunFacts(moves, given, loss_spec(loss).uses_loser, num_noise_bins=8, average_suffix="_ema")
 
 
 def verdict_on(history, *, best=None, **facts):
@@ -171,57 +153,30 @@ def test_a_bin_of_one_pair_does_not_count_where_the_others_are_known():
 def test_the_verdicts_on_the_runs_of_the_demo(method):
     """The last evaluations of the demo's runs were recorded."""
     recorded = DEMO["methods"][method]
-    facts = run_facts(loss=recorded["loss_type"], safeguard=recorded["safeguard"])
+    facts = run_facts(loss=recorded["loss_type"])
     verdict = verdict_of(recorded["evaluations"], facts)
     assert verdict.word == recorded["word"] == DEMO_WORDS[method]
-
-
-def test_a_rise_is_new_once():
-    risen, back = evaluated(20, 0.12, 0.02), evaluated(30, 0.101, 0.001)
-    run, history = run_facts(), [evaluated(10, 0.1, 0.0)]
-    assert rise_of(history, run) is None
-    news = []
-    for entry in (risen, {**risen, "step": 25}, back, {**risen, "step": 40}, evaluated(50, 0.3, 0.2)):
-        history.append(entry)
-        rise = rise_of(history, run)
-        news.append(None if rise is None else rise[1])
-    assert news == [True, False, None, True, True]  # the last one is ruined
-    assert rise_of([*history, {"step": 60, "loss": 0.1}], run)[0].step == 50
-    assert rise_of([{"step": 1, "loss": 0.1}], run) is None
 
 
 def test_an_evaluation_before_the_first_step_is_what_counts():
     """The error is below that of the reference, which is another model, and has doubled since the start."""
     history = [evaluated(0, 0.1, -0.4), evaluated(5, 0.21, -0.29)]
     assert verdict_on(history, given=True).word == "ruined"
-    assert "58.0% below that of the reference" in verdict_on(history[1:], given=True).finding
+    assert "58.0% below that of the reference" in str(verdict_on(history[1:], given=True))
 
 
-def test_a_reference_that_moves_is_no_measure_and_the_first_evaluation_is():
-    history = [evaluated(10, 0.1, 0.0), evaluated(20, 0.11, 0.0)]
-    assert "10.0% above that at step 10" in verdict_on(history, moves=True).finding
-    assert verdict_on(history[:1], moves=True) is None
-    assert verdict_on([evaluated(10, 0.1)], loss="sft") is None  # nor is there one without a reference
+def test_without_a_reference_that_stays_only_an_evaluation_before_training_compares():
+    history = [evaluated(0, 0.1, 0.0), evaluated(20, 0.11, 0.0)]
+    assert "10.0% above that before training" in str(verdict_on(history, moves=True))
+    assert verdict_on(history[1:], moves=True) is None
+    assert verdict_on([evaluated(10, 0.1)], loss="sft") is None
 
 
-def test_of_several_sets_the_worst_counts_and_averages_are_reported_too():
-    history = [
-        evaluated(5, 0.1, 0.0, "eval_a") | evaluated(5, 0.2, 0.1, "eval_b") | evaluated(5, 0.102, 0.002, "eval_b_ema")
-    ]
-    verdict = verdict_on(history)
-    assert verdict.word == "worse" and "of `b` is 100.0% above" in verdict.finding
-    assert "of `b` is 2.0% above that before training" in verdict.finding
-
-
-def test_a_set_that_got_worse_is_not_hidden_by_a_larger_change_within_its_uncertainty():
+def test_the_worst_of_several_sets_counts_and_averages_are_not_judged():
     loud = evaluated(5, 0.11, 0.01, "eval_loud") | {"eval_loud_errors/winner_change_relative_stderr": 0.09}
     sure = evaluated(5, 0.103, 0.003, "eval_sure") | {"eval_sure_errors/winner_change_relative_stderr": 0.01}
-    few = evaluated(5, 0.15, 0.05, "eval_few") | {"eval_few_errors/pairs": 5.0}
-    verdict = verdict_on([few, loud, sure])
-    assert verdict.word == "worse" and "of `sure` is 3.0% above" in verdict.finding
-    assert verdict_on([few, loud]).headline == "probably worse, 5 pairs"
-    together = rise_of([few | loud | sure], run_facts())
-    assert together[0].name == "sure" and together[1]
+    verdict = verdict_on([loud, sure, evaluated(5, 0.3, 0.2, "eval_sure_ema")])
+    assert verdict.word == "worse" and "of `sure` is 3.0% above" in str(verdict)
 
 
 def test_without_evaluation_the_last_ten_logs_of_training_count():
@@ -230,8 +185,8 @@ def test_without_evaluation_the_last_ten_logs_of_training_count():
 
     history = [log(1, 0.9, 0.8), *[log(step, 0.13, 0.03) for step in range(2, 12)], {"step": 11, "train_runtime": 1.0}]
     verdict = verdict_on(history)
-    assert verdict.word == "worse" and "30.0% above" in verdict.finding
-    assert "nothing is known of other pairs" in verdict.finding
+    assert verdict.word == "worse" and "30.0% above" in str(verdict)
+    assert "nothing is known of other pairs" in str(verdict)
     assert verdict_on([]) is None
 
 
@@ -239,10 +194,7 @@ def test_an_error_that_is_no_number_is_ruined():
     assert verdict_on([evaluated(3, math.nan, math.nan)]).word == "ruined"
     assert verdict_on([evaluated(0, 0.1), evaluated(3, math.inf)]).word == "ruined"
     verdict = verdict_on([evaluated(3, math.nan, math.nan, _0=math.nan, _1=0.5)])
-    assert "no number" in verdict.finding
-    facts = verdict_facts(verdict, run_facts(), [])
-    numbers = ("winner_error", "winner_error_before", "winner_change_percent")
-    assert [facts[name] for name in numbers] == [None] * 3 and facts["noise_bins"] == []
+    assert "no number" in str(verdict)
     assert verdict_on([evaluated(3, 0.1, -math.inf)]) is None, "nothing to compare with"
     assert judge_winners(0.05, math.nan) == "unknown"
 
@@ -323,20 +275,16 @@ def test_a_model_being_ruined_is_reported_once_and_at_the_end_and_on_the_card(ru
     trainer = ruined(eval_dataset=make_pairs(4, seed=1), eval_strategy="steps", eval_steps=2)
     trainer.train()
     (warning,) = warnings_of(caplog)
-    assert "at step 2," in warning
+    assert "At step 2," in warning
     said = [record for record in caplog.records if record.getMessage().startswith("Verdict: ruined.")]
-    assert len(said) == 1 and said[0].levelno == logging.WARNING and "t step 6," in said[0].getMessage()
+    assert len(said) == 1 and said[0].levelno == logging.WARNING and "At step 6," in said[0].getMessage()
     trainer.create_model_card()
     assert "Verdict: ruined." in (tmp_path / "run" / "README.md").read_text()
 
 
-@pytest.mark.matrix
-def test_without_evaluation_the_warning_comes_from_three_logs_of_training(ruined, caplog, tmp_path):
-    ruined().train()
-    (warning,) = warnings_of(caplog)
-    assert "at step 3," in warning
-    written = json.loads((tmp_path / "run" / "verdict.json").read_text())
-    assert written["pairs"] == "training" and "nothing is known of other pairs" in written["sentence"]
+def test_a_model_being_ruined_is_reported_once_without_an_evaluation(ruined, caplog):
+    ruined(logging_steps=1).train()
+    assert len(warnings_of(caplog)) == 1 and "on training pairs" in warnings_of(caplog)[0]
 
 
 def test_a_training_that_keeps_the_winners_ends_without_a_warning(make_trainer, make_pairs, caplog):
@@ -357,7 +305,7 @@ def test_a_rise_stops_the_training_with_a_checkpoint_that_resumes(ruined, make_p
     (warning,) = warnings_of(caplog)
     assert "checkpoint-2" in warning
     written = json.loads((tmp_path / "run" / "verdict.json").read_text())
-    assert (written["label"], written["word"], written["step"]) == ("worse", "ruined", 2)
+    assert (written["word"], written["step"]) == ("ruined", 2)
     resumed = ruined(**evaluates, on_winner_rise="ignore")
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6 and len(warnings_of(caplog)) == 1
@@ -405,10 +353,9 @@ def test_the_file_has_the_numbers_and_the_images_of_equal_seeds(make_trainer, ma
     trainer.train()
     assert [entry["step"] for entry in evaluations_of(trainer)] == [2, 3]  # the weights that are saved
     written = json.loads((tmp_path / "run" / "verdict.json").read_text())
-    assert written["pairs"] == "evaluation" and written["step"] == 3
+    assert not written["is_training"] and written["step"] == 3
     change = 100 * (written["winner_error"] / written["winner_error_before"] - 1)
     assert written["winner_change_percent"] == pytest.approx(change) and 0 <= written["reward_accuracy"] <= 1
-    assert all(entry["noise_levels"] == [entry["bin"] / 8, (entry["bin"] + 1) / 8] for entry in written["noise_bins"])
     assert [image["prompt"] for image in written["images"]] == samples["sample_prompts"]
     for image in written["images"]:
         before, after = (Image.open(tmp_path / "run" / image[when]) for when in ("before", "after"))
@@ -416,10 +363,8 @@ def test_the_file_has_the_numbers_and_the_images_of_equal_seeds(make_trainer, ma
 
 
 def test_unknown_values_and_values_that_are_no_number_are_null(tmp_path):
-    write_verdict(tmp_path, None, run_facts(), [])
-    unknown = json.loads((tmp_path / "verdict.json").read_text())
-    assert (unknown["label"], unknown["step"]) == ("unknown", None)
-    write_verdict(tmp_path, verdict_on([evaluated(3, math.nan, math.nan)]), run_facts(), [])
-    assert json.loads((tmp_path / "verdict.json").read_text())["winner_change_percent"] is None
-    few = verdict_facts(verdict_on([{**evaluated(5, 0.1, 0), "eval_errors/pairs": 7.0}]), run_facts(), [])
-    assert few["evaluated_pairs"] == 7
+    write_verdict(tmp_path, None, [])
+    assert json.loads((tmp_path / "verdict.json").read_text())["word"] == "unknown"
+    write_verdict(tmp_path, verdict_on([evaluated(3, math.nan, math.nan)]), [])
+    written = json.loads((tmp_path / "verdict.json").read_text())
+    assert [written[name] for name in ("winner_error", "winner_error_before", "winner_change_percent")] == [None] * 3

@@ -77,11 +77,6 @@ def test_vqa_score_is_the_probability_of_yes(llava):
     assert scorer.name.startswith("vqa_score(")
 
 
-def test_a_question_without_the_prompt_is_refused(llava):
-    with pytest.raises(ValueError, match="question"):
-        load_scorer("vqa_score", model=llava, question="Is it good?")
-
-
 MARKS = ("<|vision_start|>", "<|vision_end|>", IMAGE_TOKEN)
 
 

@@ -26,16 +26,6 @@ def test_an_unknown_scorer_is_an_error(name):
         load_scorer(name)
 
 
-def test_a_scorer_can_be_imported_by_its_module():
-    from trl_diffusion_sdpo.demo.oracle import oracle
-    from trl_diffusion_sdpo.demo.world import captions, render
-
-    scorer = load_scorer("trl_diffusion_sdpo.demo.oracle:oracle")
-    assert scorer is oracle and scorer.name == "oracle"
-    caption = captions()[0]
-    assert scorer([Image.fromarray(render(caption))], [caption.text]).item() > 0.95
-
-
 def test_a_registered_scorer_is_found_by_its_name():
     @register_scorer("redness of a test")
     def build(factor=1):
@@ -78,11 +68,6 @@ def test_a_wrong_score_is_an_error(scores, match):
 def test_a_scorer_that_cannot_be_loaded_is_an_error_with_its_name(name, settings, match):
     with pytest.raises(ValueError, match=match):
         load_scorer(name, **settings)
-
-
-def test_a_server_is_no_part_of_the_name():
-    settings = {"url": "http://user:secret@127.0.0.1:9", "model": "org/model"}
-    assert load_scorer("vlm_server", **settings).name == "vlm_server(model)"
 
 
 class Counting(BatchedScorer):

@@ -13,7 +13,6 @@ from torch import nn
 
 from trl_diffusion_sdpo.saving.model_card import (
     TunedModel,
-    final_metrics,
     forget_recommended_scales,
     generate_model_card,
     recommend_scale,
@@ -37,7 +36,6 @@ def card_of(**changes) -> ModelCard:
         "dataset_name": "yuvalkirstain/pickapic_v2",
         "tags": ["stable-diffusion", "lora"],
         "settings": {"beta": 2000.0, "loss_type": "sigmoid"},
-        "metrics": {"train_loss": "0.693"},
         "gallery": [("samples/step-000050-0.png", "a red cube")],
         "license": "creativeml-openrail-m",
         **changes,
@@ -110,7 +108,7 @@ def test_a_folder_that_looks_like_a_hub_id_is_a_folder(tmp_path, monkeypatch):
 def test_values_cannot_break_the_table():
     text = card_of(settings={"sample_prompts": ["a | b", "c\nd `e`"], "none": None, "empty": ""}).text
     rows = [line for line in text.splitlines() if line.startswith("| `")]
-    assert len(rows) == 3 + 1 and all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
+    assert len(rows) == 3 and all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -152,34 +150,6 @@ def test_the_code_on_the_card_loads_what_was_tuned(tuning, dtype, sd_folder, mak
         assert lora and all((tuned[name] == 1).all() for name in lora)
     else:
         assert not torch.equal(tuned["conv_in.weight"], untuned["conv_in.weight"])
-
-
-def test_final_metrics_are_the_last_evaluation_in_groups_and_the_mean_loss():
-    history = [
-        {"step": 10, "loss": 0.7, "errors/winner": 0.05, "samples/pickscore": 20.0},
-        {"step": 10, "eval_loss": 9.0, "eval_errors/winner": 9.0},
-        {"step": 30, "loss": 0.6, "errors/winner": 0.04},
-        {
-            "step": 30,
-            "eval_loss": 0.6914012,
-            "eval_errors/winner": 9.00056e-05,
-            "eval_rewards/margins": -0.0035455,
-            "eval_errors/pairs": 1180.0,
-            "eval_errors/accuracy": 0.686441,
-            "eval_errors/accuracy_stderr": 0.0422213,
-            "eval_errors/winner_change_relative@0": 0.5,
-            "eval_runtime": 3.0,
-        },
-    ]
-    assert list(final_metrics(history).items()) == [
-        ("train_loss", "0.633"),  # (10 * 0.7 + 20 * 0.6) / 30
-        ("samples/pickscore", "20"),
-        ("eval_loss", "0.691"),
-        ("eval_errors/winner", "9e-05"),
-        ("eval_errors/pairs", "1,180"),
-        ("eval_errors/accuracy", "0.686 ± 0.042"),
-        ("eval_rewards/margins", "-0.00355"),
-    ]
 
 
 # ---- The recommended scale -------------------------------------------------------------------------------------------

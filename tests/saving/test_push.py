@@ -17,7 +17,6 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from trl_diffusion_sdpo.reporting import run_callbacks
-from trl_diffusion_sdpo.saving.model_card import GENERATED, mean_loss, recommend_scale
 from trl_diffusion_sdpo.saving.publishing import Publisher, PublishingError
 
 LORA = {"peft_config": LoraConfig(r=4), "hub_model_id": "tester/run"}
@@ -41,32 +40,12 @@ def test_a_lora_is_published_with_its_card_and_loads_back(make_trainer, hub_serv
     assert {"mine", "trl-diffusion-sdpo", "lora"} <= set(card.data.tags)
     assert card.data.datasets in ("tester/pairs", ["tester/pairs"])
     assert "2511.03317" in card.text and "safeguard_mu" in card.text and "load_lora_weights" in card.text
-    assert "| `train_loss` | 0." in card.text
     shown = re.findall(r"!\[[^]]*\]\((.*?)\)", card.text)
     assert shown == ["samples/step-000000-0.png", "samples/step-000002-0.png"] and set(shown) <= set(files)
 
     (tmp_path / "got").mkdir()
     (tmp_path / "got" / "pytorch_lora_weights.safetensors").write_bytes(files["pytorch_lora_weights.safetensors"])
     DiffusionPipeline.from_pretrained(sd_folder).load_lora_weights(str(tmp_path / "got"))
-
-
-def test_a_recommended_scale_is_published_until_the_weights_change(make_trainer, hub_server, tmp_path):
-    trainer = make_trainer(max_steps=1, **LORA)
-    trainer.train()
-    run = tmp_path / "run"
-    recommend_scale(run, {"weights": 1.0, "prediction": 2.0}, average=False)
-    trainer.push_to_hub()
-    files = files_of(hub_server)
-    card = files["README.md"].decode()
-    assert "guidance: 2.0" in card and ModelCard(card).data.recommended_scale == {"weights": 1.0, "prediction": 2.0}
-    edited = card.replace(GENERATED, "<!-- Mine.")
-    (run / "README.md").write_text(edited)
-    trainer.push_to_hub()
-    assert files_of(hub_server)["README.md"].decode() == edited
-    trainer.train()
-    trainer.push_to_hub()
-    card = files_of(hub_server)["README.md"].decode()
-    assert "<!-- Mine." in card and "recommended_scale" not in ModelCard(card).data
 
 
 def test_neither_token_nor_pickle_nor_checkpoint_nor_local_folder_is_published(
@@ -175,32 +154,22 @@ def test_all_processes_wait_for_an_upload_longer_than_a_collective_may_last(tmp_
     assert [process.exitcode for process in both] == [0, 0]
 
 
-def test_card_curves_and_state_are_of_the_whole_run_after_a_resume(make_trainer, tmp_path, monkeypatch):
+def test_curves_and_state_are_of_the_whole_run_after_a_resume(make_trainer, tmp_path, monkeypatch):
     plotted = []
     monkeypatch.setattr(run_callbacks, "plot_curves", lambda history, file: plotted.append((list(history), file)))
 
-    def card_of(**args):
+    def curves_of(**args):
         trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=3, peft_config=LoraConfig(r=4), **args)
         trainer.train(resume_from_checkpoint=args.get("resume_from_checkpoint"))
         state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
         assert state["log_history"] == trainer.state.log_history == plotted[-1][0] and state["global_step"] == 4
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        text = (tmp_path / "run" / "README.md").read_text()
-        return losses, float(re.search(r"\| `train_loss` \| (.*) \|", text)[1])
+        return losses
 
-    losses, whole = card_of(learning_rate=1e-2)
+    losses = curves_of(learning_rate=1e-2)
     assert [len(history) for history, _ in plotted] == [3, 4, 5], "at both saves and, with the means, at the end"
     assert plotted[-1][1] == tmp_path / "run" / "curves.png"
-    assert whole == pytest.approx(sum(losses) / 4, rel=5e-3)  # the card has three digits
-    again, resumed = card_of(learning_rate=1e-2, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
-    assert again == losses and abs(losses[-1] - whole) > 1e-3  # of the last step alone it was that
-    assert resumed == whole
+    early = str(tmp_path / "run" / "checkpoint-3")
+    again = curves_of(learning_rate=1e-2, resume_from_checkpoint=early, overwrite_output_dir=True)
+    assert again == losses
     assert [entry["step"] for entry in plotted[-1][0] if "loss" in entry] == [1, 2, 3, 4]
-
-
-def test_a_mean_over_a_whole_run_by_hand():
-    """The loss is 3 in five steps, 1 in three steps and 2 in two steps."""
-    history = [{"loss": 3.0, "step": 5}, {"eval_loss": 9.0, "step": 5}, {"loss": 1.0, "step": 8}]
-    history += [{"loss": 2.0, "step": 10}, {"train_loss": 2.0, "step": 10}]
-    assert mean_loss(history) == pytest.approx((3 * 5 + 1 * 3 + 2 * 2) / 10)
-    assert mean_loss([{"train_loss": 2.0, "step": 10}]) is None

@@ -43,7 +43,7 @@ def test_a_run_ends_with_a_card_of_what_it_did_and_names_nothing_of_the_machine(
     card = (tmp_path / "run" / "README.md").read_text()
     verdict = json.loads((tmp_path / "run" / "verdict.json").read_text())
     for line in (
-        " ".join(verdict[name] for name in ("sentence", "advice") if verdict[name]),
+        f"{verdict['sentence']} {verdict['advice']}".strip(),
         "| LoRA | rank 2, alpha 6, targets `to_k`, `to_q` |",
         "| Pairs | 16, 0 dropped |",
         "| Optimizer steps | 2 of 2 |",
@@ -52,7 +52,6 @@ def test_a_run_ends_with_a_card_of_what_it_did_and_names_nothing_of_the_machine(
         assert line in card.splitlines()
     assert not re.search(r"`(safeguard_mu|vae_dtype|resolution|\w+_kwargs)` \|", card), "the user did not set them"
     assert f"trl-diffusion-sdpo {version('trl-diffusion-sdpo')}" in card
-    assert re.search(r"\| Hardware \| cpu \(\w+\) \|\n\| Time, h:mm:ss \| 0:0\d:\d\d \|", card)
     shown = images_of(card)
     assert shown == ["curves.png", "samples/step-000000-0.png", "samples/step-000002-0.png"]
     assert all((tmp_path / "run" / name).is_file() for name in shown)
@@ -70,13 +69,7 @@ def assert_console(out: str, bar: str, trainer, run):
     first = next(line for line in lines if line.startswith("step 1  loss 0.6931  winner "))
     assert "  lambda " in first and "grad_norm" not in out and "loss=" in bar and "accuracy=" in bar
     report = lines[lines.index("Training ended at step 2 of 2.") + 1 :]
-    assert report == [
-        f"  Samples: {run / 'samples' / 'step-000002.png'} (first: step-000000.png)",
-        f"  Curves:  {run / 'curves.png'}",
-        f"  State:   {run / 'trainer_state.json'}",
-        f"  Card:    {run / 'README.md'}",
-        f'  To load: pipeline.load_lora_weights("{run}")  # once saved',
-    ]
+    assert report == [f"  Files:   {run}", f'  To load: pipeline.load_lora_weights("{run}")  # once saved']
     state = json.loads((run / "trainer_state.json").read_text())
     assert {"grad_norm", "rewards/margins", "safeguard/active"} <= state["log_history"][0].keys()
     trainer.save_model()

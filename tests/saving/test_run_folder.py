@@ -1,4 +1,4 @@
-"""A folder takes one run: a used folder is refused or its files are moved, and a second run at a time is refused."""
+"""A folder takes one run: a used folder is refused or overwritten, and a second run at a time is refused."""
 
 import shutil
 import subprocess
@@ -18,10 +18,10 @@ def content(folder) -> dict[str, bytes]:
 
 def test_a_new_start_in_the_folder_of_another_run_is_refused_and_changes_nothing(build, run):
     before = content(run)
-    with pytest.raises(ValueError, match="2 checkpoints up to checkpoint-4 and tuned weights") as caught:
+    with pytest.raises(ValueError, match="checkpoint-2, checkpoint-4, tuned weights") as caught:
         build(4).train()
     assert content(run) == before
-    for way_out in ("resume_from_checkpoint=True", "overwrite_output_dir=True", "previous-run-1"):
+    for way_out in ("resume_from_checkpoint=True", "overwrite_output_dir=True"):
         assert way_out in str(caught.value)
 
 
@@ -39,26 +39,16 @@ def test_a_trainer_trains_on_from_weights_that_it_has_saved(build):
     first.train()
 
 
-def test_another_run_is_moved_aside_if_the_settings_say_so(build, tmp_path, caplog):
-    run, first = tmp_path / "run", build(2, sample_prompts=["a fox"], sample_kwargs={"num_inference_steps": 1})
+def test_another_run_is_overwritten_if_the_settings_say_so(build, tmp_path):
+    run, first = tmp_path / "run", build(4, sample_prompts=["a fox"], sample_kwargs={"num_inference_steps": 1})
     first.train()
     first.save_model()
-    first.create_model_card()
-    (run / "notes.txt").write_text("mine")
-    (run / "pairs.json").write_text("[]")
-    before = content(run)
-
+    for name in ("notes.txt", "pairs.json", "README.md"):
+        (run / name).write_text("mine")
     build(2, overwrite_output_dir=True).train()
-    aside = content(run / "previous-run-1")
-    assert aside == {name: text for name, text in before.items() if name not in ("notes.txt", "pairs.json")}
-    assert {"checkpoint-2/trainer_state.json", "pytorch_lora_weights.safetensors"} <= aside.keys()
-    assert any(name.startswith("samples/") for name in aside) and "README.md" in aside
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2"]
-    assert (run / "notes.txt").is_file() and (run / "pairs.json").is_file()
-    assert "checkpoint-2" in caplog.text
-
-    build(1, overwrite_output_dir=True).train()
-    assert (run / "previous-run-2" / "checkpoint-2").is_dir()
+    assert not (run / "samples").exists() and not (run / "pytorch_lora_weights.safetensors").exists()
+    assert all((run / name).read_text() == "mine" for name in ("notes.txt", "pairs.json", "README.md"))
 
 
 def test_what_a_killed_first_save_left_is_no_other_run(build, run):
@@ -67,16 +57,16 @@ def test_what_a_killed_first_save_left_is_no_other_run(build, run):
     (run / PARTIAL).mkdir()
     (run / "checkpoint-2").rename(run / PARTIAL / "checkpoint-2")
     build().train(resume_from_checkpoint="latest")
-    assert (run / "checkpoint-2").is_dir() and not list(run.glob("previous-run-*"))
+    assert (run / "checkpoint-2").is_dir()
 
 
-def test_from_an_earlier_checkpoint_later_ones_are_moved_out_of_the_way(build, run, caplog):
+def test_from_an_earlier_checkpoint_later_ones_must_be_given_up(build, run):
     """A run that is killed before its first save would otherwise resume from a checkpoint of the earlier trajectory."""
-    build(3, save_steps=9).train(resume_from_checkpoint=str(run / "checkpoint-2"))
-    aside = run / "previous-run-1"
-    assert {"checkpoint-4", "pytorch_lora_weights.safetensors"} <= {path.name for path in aside.iterdir()}
+    early = str(run / "checkpoint-2")
+    with pytest.raises(ValueError, match="contains checkpoint-4"):
+        build(3).train(resume_from_checkpoint=early)
+    build(3, save_steps=9, overwrite_output_dir=True).train(resume_from_checkpoint=early)
     assert (run / "checkpoint-2").is_dir() and not (run / "checkpoint-4").exists()
-    assert "after checkpoint-2" in caplog.text
     again = build(4)
     again.train(resume_from_checkpoint=True)
     assert [entry["step"] for entry in again.state.log_history if "loss" in entry] == [1, 2, 3, 4]
@@ -131,4 +121,3 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_has_gone(build, o
     other.wait()
     trainer.train()
     trainer.save_model()
-    assert not (trainer.run_folder.path / LOCK_FILE).exists()

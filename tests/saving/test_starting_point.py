@@ -1,6 +1,5 @@
 """A second stage of training starts from the folder of a run, or from a LoRA."""
 
-import copy
 import json
 import math
 import shutil
@@ -172,23 +171,6 @@ def test_a_second_stage_resumes_bit_for_bit(train, lora_run, tmp_path):
     assert_equal(dict(adapter_state(resumed.denoiser, "ref")), lora_of(lora_run))
 
 
-def test_another_base_is_logged_for_every_way_to_a_lora(lora_run, sd_pipeline, make_sd_pipeline, caplog):
-    other = make_sd_pipeline()
-    with torch.no_grad():
-        other.unet.conv_in.weight.add_(1)
-    for place in (
-        lora_run,
-        lora_run / "checkpoint-2",
-        lora_run / "ema",
-        lora_run / "pytorch_lora_weights.safetensors",
-    ):
-        caplog.clear()
-        attach_adapter(copy.deepcopy(sd_pipeline), "unet", str(place))
-        assert "fingerprint" not in caplog.text
-        attach_adapter(copy.deepcopy(other), "unet", str(place))
-        assert f"The LoRA of {place} was trained on base weights with the fingerprint" in caplog.text
-
-
 def test_a_third_stage_of_all_weights_needs_no_folder_of_the_second(full_run, tmp_path):
     """The second run's denoiser replaces the first run's."""
     shutil.copytree(full_run, tmp_path / "run")
@@ -204,7 +186,6 @@ def test_a_run_does_not_write_over_its_own_start(tmp_path, inner):
     for model, reference in ((start, None), ("a/b", start)):
         with pytest.raises(ValueError, match="`output_dir`"):
             copy_and_check_args(model, reference, own)
-    copy_and_check_args(str(tmp_path / "run" / "previous-run-1"), None, own)
     copy_and_check_args(start, None, DiffusionSDPOConfig(str(tmp_path / "other"), report_to="none"))
 
 
@@ -261,7 +242,7 @@ def test_a_lora_that_cannot_go_on_is_refused_with_the_reason(train, lora_run, ma
     }
     messages = {
         "text": "text encoders",
-        "lokr": "is a LoKr",
+        "lokr": "has none|cannot be loaded",
         "other": "has none|cannot be loaded",
     }
     for name, tensors in files.items():

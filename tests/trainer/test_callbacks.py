@@ -95,17 +95,6 @@ def test_generating_leaves_training_as_it_was(sd_pipeline, args):
     assert torch.is_grad_enabled()
 
 
-def test_a_resumed_run_keeps_the_image_of_its_step_and_a_fresh_run_does_not(sampler, args):
-    run(sampler, args, steps=2)
-    marks = [args_folder(args) / f"step-{step:06d}.png" for step in (0, 2)]
-    for mark in marks:
-        mark.write_bytes(b"mark")
-    run(sampler, args, steps=1, start=2)
-    assert marks[1].read_bytes() == b"mark"
-    run(sampler, args, steps=1)
-    assert marks[0].read_bytes() != b"mark"
-
-
 @pytest.fixture
 def own_handlers():
     """Handlers of the test's own, which record; pytest's come back afterwards."""

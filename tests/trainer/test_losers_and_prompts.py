@@ -124,7 +124,7 @@ def test_a_resumed_run_has_the_losers_of_an_undisturbed_one(make_trainer, make_p
     settings = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "no"}
     whole = permuted(make_trainer, make_pairs, **settings)
     _, weights = walk(whole)
-    resumed = permuted(make_trainer, make_pairs, **settings)
+    resumed = permuted(make_trainer, make_pairs, **settings, overwrite_output_dir=True)
     _, again = walk(resumed, resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-3"))
     assert torch.equal(weights, again)
 

@@ -106,23 +106,22 @@ def _points(history: History, metric: str, *, change: bool) -> Points:
 _BIN = re.compile(r"^(?P<prefix>.*)_errors/(?P<half>winner|loser)_change_relative@(?P<noise_bin>\d+)$")
 
 
-def changes_by_noise_bin(history: History) -> dict[str, list[dict[str, Any]]]:
-    """Return how the errors in each noise bin have changed, from the evaluations in a trainer's log history.
+def changes_by_noise_bin(history: History) -> dict[str, dict[str, Any]]:
+    """Return how the errors in each noise bin have changed, from the last evaluations in a trainer's log history.
 
     Returns:
-        `dict[str, list[dict]]`: Evaluations in order, by the prefix of their metrics, such as `eval` or `eval_ema`.
-            Each evaluation has the optimizer `step`, and under `winner` and `loser` the changes relative to the
-            reference's error, by noise bin.
+        `dict[str, dict]`: The last evaluation by the prefix of its metrics, such as `eval` or `eval_ema`. It has the
+            optimizer `step`, and under `winner` and `loser` the changes relative to the reference's error, by noise
+            bin.
     """
-    evaluations: dict[str, list[dict[str, Any]]] = {}
+    evaluations: dict[str, dict[str, Any]] = {}
     for entry in history:
         records: dict[str, dict[str, Any]] = {}
         for name, value in entry.items():
             if match := _BIN.match(name):
                 record = records.setdefault(match["prefix"], {"step": entry["step"], "winner": {}, "loser": {}})
                 record[match["half"]][int(match["noise_bin"])] = value
-        for prefix, record in records.items():
-            evaluations.setdefault(prefix, []).append(record)
+        evaluations |= records
     return evaluations
 
 
@@ -134,12 +133,11 @@ def noise_bin_file(prefix: str) -> str:
     return f"noise_bins{name}.png"
 
 
-def plot_noise_bins(records: Sequence[Mapping[str, Any]], num_noise_bins: int, file: str | Path) -> None:
-    """Plot over the noise level how the errors have changed relative to the reference. Curves of earlier evaluations
-    are more transparent.
+def plot_noise_bins(record: Mapping[str, Any], num_noise_bins: int, file: str | Path) -> None:
+    """Plot over the noise level how the errors have changed relative to the reference.
 
     Args:
-        records (`Sequence[Mapping]`): Evaluations with one prefix, from [`changes_by_noise_bin`]; at least one.
+        record (`Mapping`): An evaluation from [`changes_by_noise_bin`].
         num_noise_bins (`int`): Number of noise bins.
         file (`str` or `Path`): Image file to write.
     """
@@ -147,15 +145,11 @@ def plot_noise_bins(records: Sequence[Mapping[str, Any]], num_noise_bins: int, f
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     for axes, half in zip(figure.subplots(1, 2, sharex=True), ("winner", "loser"), strict=True):
-        for age, record in enumerate(reversed(records)):
-            bins = sorted(record[half])
-            look = {"color": "C0" if half == "winner" else "C3", "alpha": max(0.1, 0.75**age), "linewidth": 1}
-            if age == 0:
-                look |= {"linewidth": 2, "marker": "o", "label": f"step {record['step']}"}
-            middles = [(noise_bin + 0.5) / num_noise_bins for noise_bin in bins]
-            axes.plot(middles, [100 * record[half][noise_bin] for noise_bin in bins], **look)
+        bins = sorted(record[half])
+        middles = [(noise_bin + 0.5) / num_noise_bins for noise_bin in bins]
+        changes = [100 * record[half][noise_bin] for noise_bin in bins]
+        axes.plot(middles, changes, color="C0" if half == "winner" else "C3", marker="o")
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_title(f"{half}s' error")
+        axes.set_title(f"{half}s' error at step {record['step']}")
         axes.set(xlabel="noise level (share of noise)", ylabel="change, % of the reference's")
-        axes.legend(frameon=False)
     figure.savefig(file, dpi=120)

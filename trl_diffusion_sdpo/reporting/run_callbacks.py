@@ -13,26 +13,25 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..engines.processes import in_any_process
 from ..saving.interrupts import resume_hint, was_interrupted
-from ..saving.model_card import CARD_FILE, forget_recommended_scales
+from ..saving.model_card import forget_recommended_scales
 from ..saving.setup import output_folder
 from ..utils.files import VERDICT_FILE
 from .console import say
-from .plots import (
-    CURVES_FILE,
-    changes_by_noise_bin,
-    has_curves,
-    noise_bin_file,
-    plot_curves,
-    plot_noise_bins,
-)
-from .sample_images import GRIDS, SAMPLES_FOLDER, SampleImagesCallback, final_step
+from .plots import CURVES_FILE, changes_by_noise_bin, has_curves, noise_bin_file, plot_curves, plot_noise_bins
+from .sample_images import SampleImagesCallback, final_step
 from .tracked_images import TrackedImages
-from .verdict import RunFacts, is_evaluation, rise_in_training, rise_of, verdict_of, words_of_rise
-from .verdict_report import write_verdict
+from .verdict import (
+    RISES,
+    RunFacts,
+    is_evaluation,
+    ruined_in_training,
+    verdict_of,
+    words_of_rise,
+    worst_of,
+    write_verdict,
+)
 
 logger = logging.getLogger(__name__)
-
-SHOWN_EVALUATIONS = 12  # largest number of evaluations in one noise bin plot
 
 
 class NoiseBinPlotCallback(TrainerCallback):
@@ -45,10 +44,10 @@ class NoiseBinPlotCallback(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if not state.is_world_process_zero:
             return
-        for prefix, records in changes_by_noise_bin(state.log_history).items():
+        for prefix, record in changes_by_noise_bin(state.log_history).items():
             file = output_folder(args) / noise_bin_file(prefix)
             file.parent.mkdir(parents=True, exist_ok=True)
-            plot_noise_bins(records[-SHOWN_EVALUATIONS:], self._num_noise_bins, file)
+            plot_noise_bins(record, self._num_noise_bins, file)
             if f"{prefix}_errors/winner" in kwargs["metrics"]:
                 self._images.add(f"{prefix}/noise_bins", file, state.global_step)
 
@@ -80,31 +79,34 @@ class VerdictCallback(TrainerCallback):
         self._samples = samples
         self._on_rise = on_rise
         self._training = self._stops = False
+        self._rise = 0  # how bad the last evaluation was: 0 if the error did not rise
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._training, self._stops = True, False
+        self._training, self._stops, self._rise = True, False, 0
         if state.is_world_process_zero:  # the verdict on earlier weights must not be published with the new weights
             (output_folder(args) / VERDICT_FILE).unlink(missing_ok=True)
             forget_recommended_scales(output_folder(args))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if args.eval_strategy != "no" or self._on_rise == "ignore" or not state.is_world_process_zero:
+        if args.eval_strategy != "no" or self._on_rise == "ignore" or self._rise or not state.is_world_process_zero:
             return
-        measured = rise_in_training(state.log_history, self._run)
+        measured = ruined_in_training(state.log_history, self._run)
         if measured is not None:
+            self._rise = 1  # warn once
             logger.warning("%s", words_of_rise(measured, self._run))
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self._on_rise == "ignore" or not self._training or state.global_step >= state.max_steps:
             return  # at the last step, the verdict will report a rise
-        rise = rise_of(state.log_history, self._run)
-        stops = self._on_rise == "stop" and in_any_process(rise is not None, args.device)
+        measured = worst_of(state.log_history, self._run)
+        rises = measured is not None and measured.step == state.global_step and measured.rises
+        before, self._rise = self._rise, 0 if measured is None or not rises else 1 + RISES.index(measured.winners)
+        stops = self._on_rise == "stop" and in_any_process(rises, args.device)
         if stops:  # all processes stop
             self._stops = control.should_save = control.should_training_stop = True
-        if rise is not None and (rise[1] or stops) and state.is_world_process_zero:
+        if measured is not None and (self._rise > before or (rises and stops)) and state.is_world_process_zero:
             hint = resume_hint(args, state.global_step, "Pass `resume_from_checkpoint=True` to continue.")
-            end = f" Training stops; {hint}" if stops else ""
-            logger.warning("%s%s", words_of_rise(rise[0], self._run), end)
+            logger.warning("%s%s", words_of_rise(measured, self._run), f" Training stops; {hint}" if stops else "")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._stops = False
@@ -129,11 +131,11 @@ class VerdictCallback(TrainerCallback):
             folder = output_folder(args)
             images = [] if self._samples is None else self._samples.comparison(folder, step or state.global_step)
             facts = {} if scores is None else scores.facts(step or state.global_step)
-            write_verdict(folder, verdict, self._run, images, facts)
+            write_verdict(folder, verdict, images, facts)
         if verdict is not None and not args.disable_tqdm:
             say(str(verdict))
         elif verdict is not None:
-            logger.log(logging.INFO if verdict.label in ("better", "unchanged") else logging.WARNING, "%s", verdict)
+            logger.log(logging.WARNING if verdict.word in RISES else logging.INFO, "%s", verdict)
 
     def _is_unmeasured(self, args: TrainingArguments, state: TrainerState) -> bool:
         """Return whether the weights must be evaluated: they have changed since the last evaluation, and no signal has
@@ -188,25 +190,12 @@ def plots_of(state: TrainerState) -> list[tuple[str, str]]:
     return [*curves, *by_noise]
 
 
-def run_lines(folder: Path, state: TrainerState, loading_code: str | None, *, samples: bool, card: bool) -> list[str]:
-    """Return the lines to print at the end of training: one for each written file, and code that loads the weights.
+def run_lines(folder: Path, state: TrainerState, loading_code: str | None) -> list[str]:
+    """Return the lines to print at the end of training: where the files are, and code that loads the weights.
 
     Args:
         loading_code (`str`, *optional*): Code that loads the weights from the output folder; `None` if they are not
             saved there.
-        samples (`bool`): Whether the run has generated sample images.
-        card (`bool`): Whether the run has written a model card.
     """
-    steps = sorted((folder / SAMPLES_FOLDER).glob(GRIDS)) if samples else []
-    curves: str | Path | None = folder / CURVES_FILE
-    if not has_curves(state.log_history):
-        curves = None
-    lines = {
-        "Samples": f"{steps[-1]} (first: {steps[0].name})" if steps else None,
-        "Curves": curves,
-        "State": folder / TRAINER_STATE_NAME,
-        "Card": folder / CARD_FILE if card else None,
-        "To load": None if loading_code is None else f"{loading_code}  # once saved",
-    }
-    title = f"Training ended at step {state.global_step} of {state.max_steps}."
-    return [title, *(f"  {name + ':':<9}{what}" for name, what in lines.items() if what is not None)]
+    lines = [f"Training ended at step {state.global_step} of {state.max_steps}.", f"  Files:   {folder}"]
+    return lines if loading_code is None else [*lines, f"  To load: {loading_code}  # once saved"]

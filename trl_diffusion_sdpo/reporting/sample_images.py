@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import make_image_grid
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -31,7 +30,6 @@ from .sample_scores import SampleScores
 from .tracked_images import TrackedImages
 
 SAMPLES_FOLDER = "samples"
-GRIDS = "step-??????.png"  # pattern of the grids' file names
 INFERENCE_STEPS = 30  # default number of steps
 
 
@@ -68,16 +66,15 @@ class SamplePair:
 class SampleImagesCallback(TrainerCallback):
     """Generates an image of every prompt with fixed seeds before, during and after training.
 
-    At step 50, for example, it writes `samples/step-000050.png` with all images in one column, and for each prompt a
-    file such as `samples/step-000050-0.png` with prompt and seed as PNG text. Training is not affected, because the
-    networks' modes and all random states are restored, and the pipeline's scheduler is copied.
+    At step 50, for example, it writes a file such as `samples/step-000050-0.png` for each prompt, with prompt and seed
+    as PNG text. Training is not affected, because the networks' modes and all random states are restored, and the
+    pipeline's scheduler is copied.
 
     Args:
         pipeline (`DiffusionPipeline`): Pipeline with the trained denoiser; every component is on one device.
         prompts (`Sequence[str]`): Prompt `i` always starts from the noise of `seed + i`.
-        sources (`Sequence[PIL.Image.Image]`): The image that each prompt edits; empty if prompts edit none. Grids show
-            a source to the left of the generated image. The first prompt's source is copied to `samples/source-0.png`,
-            and so on.
+        sources (`Sequence[PIL.Image.Image]`): The image that each prompt edits; empty if prompts edit none. The first
+            prompt's source is copied to `samples/source-0.png`, and so on.
         every_n_steps (`int`, *optional*): Optimizer steps between two generations. If unset, images are generated only
             before and after training.
         call_options (`dict`, *optional*): Further arguments of the pipeline's call, such as the images' size.
@@ -119,16 +116,10 @@ class SampleImagesCallback(TrainerCallback):
         self.last_step: int | None = None  # step of the newest images; `None` before the first
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        resumed = state.global_step > 0
         self.last_step = self._untracked = None
-        exists = resumed and self._are_written(output_folder(args), state.global_step)
-        if in_any_process(exists, args.device):
-            self.last_step = state.global_step  # the run that wrote the checkpoint generated them
         if self.scores is not None:
             self.scores.step = None
         self._generate_once(args, state, state.global_step, kwargs.get("model"))
-        if self.scores is not None and self.scores.step is None:
-            self._score(args, state, state.global_step)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._track(args)  # the first images: trackers have begun by now
@@ -156,7 +147,7 @@ class SampleImagesCallback(TrainerCallback):
 
     def gallery(self, step: int) -> list[tuple[str, str]]:
         """Return the paths of a step's images, relative to the output folder, each with its prompt."""
-        return [(f"{SAMPLES_FOLDER}/{_stem(step)}-{i}.png", prompt) for i, prompt in enumerate(self.prompts)]
+        return [(f"{SAMPLES_FOLDER}/step-{step:06d}-{i}.png", prompt) for i, prompt in enumerate(self.prompts)]
 
     def newest_gallery(self) -> list[tuple[str, str]]:
         """Return the paths and prompts of the newest images and of their sources, or an empty list before any image."""
@@ -180,8 +171,7 @@ class SampleImagesCallback(TrainerCallback):
 
     def _are_written(self, folder: Path, step: int) -> bool:
         """Return whether the images of a step exist, with this callback's prompts, seeds and sources."""
-        noted = all(_notes(folder / path) == self._note(i) for i, (path, _) in enumerate(self.gallery(step)))
-        return noted and grid_path(folder, step).exists()
+        return all(_notes(folder / path) == self._note(i) for i, (path, _) in enumerate(self.gallery(step)))
 
     def _note(self, index: int) -> dict[str, str]:
         """Return the text fields of the PNG of a prompt."""
@@ -202,7 +192,7 @@ class SampleImagesCallback(TrainerCallback):
             self._score(args, state, step)
 
     def _write(self, folder: Path, step: int, images: Sequence[Image.Image]) -> None:
-        grid_path(folder, step).parent.mkdir(parents=True, exist_ok=True)
+        (folder / SAMPLES_FOLDER).mkdir(parents=True, exist_ok=True)
         for i, (image, (path, _)) in enumerate(zip(images, self.gallery(step), strict=True)):
             note = PngInfo()
             for name, value in self._note(i).items():
@@ -210,9 +200,6 @@ class SampleImagesCallback(TrainerCallback):
             image.save(folder / path, pnginfo=note)
         for i, source in enumerate(self.sources):
             source.save(folder / _source_path(i))
-        rows = zip(self.sources, images, strict=True) if self.sources else zip(images)
-        cells = [ImageOps.pad(cell, images[0].size) for row in rows for cell in row]
-        make_image_grid(cells, rows=len(images), cols=len(cells) // len(images)).save(grid_path(folder, step))
         self._untracked = step
 
     def _score(self, args: TrainingArguments, state: TrainerState, step: int) -> None:
@@ -304,15 +291,6 @@ def final_step(args: TrainingArguments, state: TrainerState) -> int | None:
 def find_sample_images(callbacks: Iterable[TrainerCallback]) -> SampleImagesCallback | None:
     """Return the callback that generates sample images, if there is one."""
     return next((callback for callback in callbacks if isinstance(callback, SampleImagesCallback)), None)
-
-
-def grid_path(output_dir: str | Path, step: int) -> Path:
-    """Return the path of the file that shows all images of a step in one column."""
-    return Path(output_dir) / SAMPLES_FOLDER / f"{_stem(step)}.png"
-
-
-def _stem(step: int) -> str:
-    return f"step-{step:06d}"
 
 
 def _source_path(index: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +28,7 @@ class SampleScores:
 
     The first process computes the scores, and the other processes wait for the results. This package's scorers are on
     the device only while they compute. If a scorer fails before training starts or resumes, the run ends with an error.
-    If a scorer fails later, the failure is counted and logged, and the scores of that step are NaN.
+    If a scorer fails later, the failure is logged, and the scores of that step are NaN.
 
     Args:
         names (`Sequence[str]`): Names of the scorers. The first process loads the scorers on the CPU.
@@ -47,47 +46,26 @@ class SampleScores:
         self._processes = processes
         self._scorers: dict[str, Scorer] = {}
         self._before: dict[str, np.ndarray] = {}
-        self._failures: Counter[str] = Counter()
         self.step: int | None = None  # step of the newest scores
         self.metrics: dict[str, float] = {}
         self.win_rates: dict[str, WinRate | None] = {}
-        processes.first(lambda: self._load(names))
-
-    def _load(self, names: Sequence[str]) -> None:
-        for name in names:
-            try:
-                self._scorers[name] = load_scorer(name)
-            except Exception as error:
-                raise ValueError(f"The scorer {name!r} of `sample_scorers` cannot be loaded: {error}") from error
+        processes.first(lambda: self._scorers.update({name: load_scorer(name) for name in names}))
 
     def begin(self, before: Sequence[Path]) -> None:
         """Score the images from before training. All processes must call this method when training starts or resumes.
+        If a scorer fails, the first process raises its error, and the other processes raise `RuntimeError`.
 
         Args:
             before (`Sequence[Path]`): Image files from before training, one for each prompt. Without such files, no win
                 rates are computed.
-
-        Raises:
-            `ValueError`: In the first process, if a scorer fails. The other processes then raise `RuntimeError`.
         """
-        self._failures = Counter()
         if not before and self._processes.index == 0:
             logger.warning(
                 "Sample images get no win rates, because images from before training are not in `output_dir`."
             )
-
-        def score() -> dict[str, np.ndarray]:
-            scores = {}
-            for name in self._scorers:
-                try:
-                    scores[name] = self._score(name, before)
-                except Exception as error:
-                    raise ValueError(
-                        f"The scorer {name!r} of `sample_scorers` fails on images such as {before[0]}: {error}"
-                    ) from error
-            return scores
-
-        self._before = self._processes.first(score) if before else {}
+        self._before = self._processes.first(
+            lambda: {name: self._score(name, before) for name in self._scorers if before}
+        )
 
     def measure(self, step: int, images: Sequence[Path]) -> None:
         """Score the sample images of a step. All processes must call this method.
@@ -111,11 +89,10 @@ class SampleScores:
             scores = self._before[name] if step == 0 and self._before else self._score(name, images)
             return float(np.nanmean(scores)), win_rate(scores, self._before[name]) if self._before else None
         except Exception as error:
-            self._failures[name] += 1
             logger.warning(
-                "The scorer %r failed on the sample images of step %s (failure %s of this scorer). Training continues "
-                "without the scores of this step. %s: %s",
-                *(name, step, self._failures[name], type(error).__name__, error),
+                "The scorer %r failed on the sample images of step %s. Training continues without the scores of this "
+                "step. %s: %s",
+                *(name, step, type(error).__name__, error),
             )
             return math.nan, None
 
@@ -149,7 +126,6 @@ class SampleScores:
             f"{name} {fact['win_rate']:.0%} (95 % interval {fact['low']:.0%} to {fact['high']:.0%}: {fact['verdict']})"
             for name, fact in self.facts(step).items()
         ]
-        words += [f"failures of {name}: {count}" for name, count in self._failures.items()]
         if not words:
             return ""
         compared = f"the {len(self._prompts)} sample images against those from before training"

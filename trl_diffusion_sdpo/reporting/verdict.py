@@ -1,47 +1,51 @@
-"""Judges a training: whether the error on the preferred images rose, whether the preference was learned, and what to
-do."""
+"""Judges a training: whether the error on the preferred images rose, and whether the preference was learned."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from ..step.pair_evaluation import FEWEST_PAIRS
+from ..utils.files import VERDICT_FILE, write_atomically
+from .sample_images import SamplePair
 
 STANDARD_ERRORS = 2.0  # a change counts if it is larger than this many standard errors
-SMALLEST = (
-    0.01  # relative changes of the winners' error below this do not count, even if the standard error is smaller
-)
-UNMEASURED = 0.05  # uncertainty that is assumed for a change or an accuracy if its standard error is unknown
-COARSE = 0.2  # if the uncertainty is larger, the verdict on a change within the uncertainty is "unknown"
+SMALLEST = 0.01  # smaller relative changes of the winners' error do not count
+UNMEASURED = 0.05  # uncertainty of a change or an accuracy whose standard error is unknown
+COARSE = 0.2  # if the uncertainty is larger, a change within it is "unknown" instead of "unchanged"
 RUINED = 1.0  # above this relative change, the error has more than doubled, and the verdict is "ruined"
 FEWEST_AT_ALL = 4  # with fewer pairs, the verdict is "unknown" or "ruined"
-BIN_WORSE = (
-    1.0  # if the error in a noise bin rises by more than this share, the verdict is "worse", whatever the mean is
-)
+BIN_WORSE = 1.0  # if the error in a noise bin rises by more than this share, the verdict is "worse"
 # The rise in a noise bin must also exceed this many standard errors. The limit is higher than for the mean, because the
 # largest rise of several bins is judged.
 BIN_STANDARD_ERRORS = 3.0
 CHANCE = 0.5  # accuracy of a model that has learned nothing
-SMALL_LAMBDA = 0.5  # below this mean lambda, the safeguard removes most of the losers' gradient
 AVERAGED_LOGS = 10  # number of the last training logs to average if there is no evaluation
 LOGS_TO_WARN = 3  # smallest number of training logs for a warning during training
 
 BEFORE_TRAINING = "before training"
-# Word of a verdict -> its label, from good to bad. If there are several evaluation sets, the worst word is the verdict.
-LABELS = {
-    "unknown": "unknown",
-    "better": "better",
-    "unchanged": "unchanged",
-    "not learned": "unchanged",
-    "reversed": "worse",
-    "worse": "worse",
-    "ruined": "worse",
+RISES = ("worse", "ruined")  # words that say that the winners' error rose
+_AGAIN = (
+    "train again with a stricter safeguard or a lower `learning_rate` (see `When it got worse` in docs/safeguard.md)."
+)
+# Word of a verdict -> advice. If there are several evaluation sets, the last of their words in this order is the
+# verdict.
+ADVICE = {
+    "unknown": "Evaluate on more pairs: pass an `eval_dataset`, and set `eval_strategy: steps` and "
+    "`eval_on_start: true`.",
+    "better": "",
+    "unchanged": "",
+    "not learned": "Train for more steps, with more pairs per step or a higher `learning_rate`. If lambda is below "
+    "0.5, try a smaller `safeguard_mu`.",
+    "reversed": "Check that the labels are not swapped. If they are right, try a lower `learning_rate`.",
+    "worse": f"Unless the images look better, {_AGAIN}",
+    "ruined": f"Do not use these weights: {_AGAIN}",
 }
-_RISES = {"worse": 1, "ruined": 2}  # words that say that the winners' error rose -> how bad this is
 _WINNER = re.compile(r"^(?P<prefix>eval.*)_errors/winner$")
 _CHANGE = "errors/winner_change_relative"
 
@@ -52,16 +56,11 @@ History = Sequence[Mapping[str, Any]]
 class RunFacts:
     """Facts of a run that a verdict needs besides the log history."""
 
-    has_reference: bool  # whether the loss has a reference
     reference_moves: bool  # whether the reference follows the policy, so errors cannot be compared with its errors
     reference_was_given: bool  # whether the user passed a reference; if not, it is the policy before training
     uses_loser: bool  # whether the loss depends on the rejected images
-    safeguard: str  # the setting `safeguard`
-    decays: bool  # whether the learning rate decays
     num_noise_bins: int
     average_suffix: str  # end of the metric prefix in evaluations of the averaged weights, such as "_ema"
-    swapped_labels: bool = False  # whether the images that training prefers were published as rejected
-    safeguard_mu: float | None = None  # the setting `safeguard_mu`
 
     @property
     def reference(self) -> str:
@@ -72,63 +71,45 @@ class RunFacts:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A measured value, with its standard error over the pairs, or `None` if the standard error is unknown."""
-
-    value: float
-    stderr: float | None = None
-
-    @property
-    def noise(self) -> float:
-        """Uncertainty of the value: a smaller difference may be chance. Infinite if the standard error is not
-        finite."""
-        if self.stderr is None:
-            return UNMEASURED
-        return STANDARD_ERRORS * self.stderr if math.isfinite(self.stderr) else math.inf
-
-
-@dataclass(frozen=True)
 class Measurement:
     """The errors on the pairs at one optimizer step, and how they have changed."""
 
     step: int  # number of optimizer steps before the measurement
-    error: float  # mean squared error of the denoiser on the winners
-    before: float  # earlier error with which `error` is compared; unused if `error` is not finite
-    since: str  # words for the earlier error, such as "before training"
-    stderr: float | None = None  # standard error of the relative change
-    bins: Mapping[int, Estimate] = field(default_factory=dict)  # relative changes of the winners' error, by noise bin
-    loser_bins: Mapping[int, float] = field(
-        default_factory=dict
-    )  # relative changes of the losers' error, by noise bin
-    accuracy: Estimate | None = None  # share of the pairs whose loser's error rose more than the winner's
-    # How much more the losers' error rose than the winners' error, as a share of the winners' earlier error.
-    margin: Estimate | None = None
-    scale: float | None = None  # mean of the safeguard's lambda over the last training logs
-    pairs: float | None = None  # number of evaluated pairs
-    name: str = ""  # name of the evaluation set, if it has one
+    winner_error: float  # mean squared error of the denoiser on the winners
+    winner_error_before: float  # earlier error with which `winner_error` is compared
+    compared_with: str  # words for the earlier error, such as "before training"
+    winner_change_stderr: float | None = None  # standard error of the relative change
+    worst_noise_bin: int | None = None  # noise bin with the largest rise of the winners' error
+    worst_noise_bin_change: float | None = None  # relative change in this bin
+    worst_noise_bin_stderr: float | None = None
+    reward_accuracy: float | None = None  # share of the pairs whose loser's error rose more than the winner's
+    reward_accuracy_stderr: float | None = None
+    mean_lambda: float | None = None  # mean of the safeguard's lambda over the last training logs
+    evaluated_pairs: float | None = None  # number of evaluated pairs
+    is_training: bool = False  # whether the errors are those of training logs
+    evaluation_set: str = ""  # name of the evaluation set, if it has one
 
     @property
     def change(self) -> float:
         """Relative change of the winners' error; infinite if the error is not finite."""
-        return self.error / self.before - 1 if math.isfinite(self.error) else math.inf
-
-    @property
-    def worst(self) -> tuple[int, Estimate] | None:
-        """The noise bin with the largest rise of the winners' error, and the rise. If standard errors are known, bins
-        with a single pair are ignored, because they have no standard error."""
-        counted = [item for item in self.bins.items() if self.stderr is None or item[1].stderr is not None]
-        return max(counted, key=lambda item: item[1].value, default=None)
+        return self.winner_error / self.winner_error_before - 1 if math.isfinite(self.winner_error) else math.inf
 
     @property
     def winners(self) -> str:
         """Verdict on the winners' error, such as `"worse"`; see [`judge_winners`]."""
-        return judge_winners(self.change, self.stderr, None if self.worst is None else self.worst[1], self.pairs)
+        return judge_winners(
+            self.change,
+            self.winner_change_stderr,
+            self.worst_noise_bin_change,
+            self.worst_noise_bin_stderr,
+            self.evaluated_pairs,
+        )
 
     @property
     def preference(self) -> str:
         """Verdict on the preference, such as `"learned"`; see [`judge_preference`]."""
-        few = self.pairs is not None and self.pairs < FEWEST_AT_ALL
-        return "unknown" if few else judge_preference(self.accuracy, self.margin)
+        few = self.evaluated_pairs is not None and self.evaluated_pairs < FEWEST_AT_ALL
+        return "unknown" if few else judge_preference(self.reward_accuracy, self.reward_accuracy_stderr)
 
     @property
     def word(self) -> str:
@@ -139,46 +120,60 @@ class Measurement:
         return "better" if self.preference == "learned" else self.preference
 
     @property
-    def is_sure(self) -> bool:
-        """Whether there are enough pairs to leave out the word "probably"."""
-        return self.pairs is None or self.pairs >= FEWEST_PAIRS or self.word in ("ruined", "unknown")
+    def rises(self) -> bool:
+        """Whether the winners' error rose. On fewer than 30 pairs, only `"ruined"` counts as a rise."""
+        return self.winners == "ruined" or (self.winners in RISES and not self._is_unsure)
 
     def __str__(self) -> str:
-        if not math.isfinite(self.error):
-            return "no number"
-        side = "above" if self.change >= 0 else "below"
-        error = "" if self.stderr is None else f" (standard error {self.stderr:.1%})"
-        return f"{abs(self.change):.1%} {side} that {self.since}{error}"
+        whose = f" of `{self.evaluation_set}`" if self.evaluation_set else ""
+        start = f"At step {self.step}, the error on the preferred images{whose} is"
+        if math.isfinite(self.winner_error):
+            side = "above" if self.change >= 0 else "below"
+            stderr = _with_error(self.winner_change_stderr)
+            text = f"{start} {abs(self.change):.1%} {side} that {self.compared_with}{stderr}"
+        else:
+            text = f"{start} no number"
+        if self.reward_accuracy is not None:
+            text += f", and the accuracy is {self.reward_accuracy:.0%}{_with_error(self.reward_accuracy_stderr)}"
+        if self.is_training:
+            return f"{text}. This is on training pairs, and nothing is known of other pairs."
+        few = ""
+        if self._is_unsure and self.word not in ("ruined", "unknown"):
+            few = f", but {self.evaluated_pairs:.0f} pairs are too few to be sure"
+        return f"{text}, on held-out pairs{few}."
+
+    @property
+    def _is_unsure(self) -> bool:
+        return self.evaluated_pairs is not None and self.evaluated_pairs < FEWEST_PAIRS
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A verdict on a training, in words."""
+    """A verdict on a training."""
 
-    word: str  # a key of `LABELS`
-    finding: str  # sentences with the measured numbers
-    advice: str  # sentences that say what to do; empty if nothing needs to be done
-    measured: Measurement | None = None
-    pairs: str | None = None  # kind of the measured pairs: "evaluation" or "training"
+    measured: Measurement
+    images: str = ""  # a sentence on the scores of sample images
 
     @property
-    def label(self) -> str:
-        """Short form of the verdict: `"better"`, `"unchanged"`, `"worse"` or `"unknown"`."""
-        return LABELS[self.word]
+    def word(self) -> str:
+        """The verdict in one word, a key of `ADVICE`."""
+        return self.measured.word
 
     @property
-    def headline(self) -> str:
-        """The verdict's word. On few pairs, the text adds "probably" and the number of pairs."""
-        if self.measured is None or self.measured.is_sure:
-            return self.word
-        return f"probably {self.word}, {self.measured.pairs:.0f} pairs"
+    def sentence(self) -> str:
+        """The verdict with its numbers."""
+        return f"Verdict: {self.word}. {self.measured} {self.images}".strip()
 
     def __str__(self) -> str:
-        return f"{self.finding} {self.advice}".strip()
+        return f"{self.sentence} {ADVICE[self.word]}".strip()
 
 
 def judge_winners(
-    change: float, stderr: float | None = None, worst_bin: Estimate | None = None, pairs: float | None = None
+    change: float,
+    stderr: float | None = None,
+    worst_change: float | None = None,
+    worst_stderr: float | None = None,
+    pairs: float | None = None,
 ) -> str:
     """Return the verdict on the winners' error.
 
@@ -188,7 +183,8 @@ def judge_winners(
     Args:
         change (`float`): Relative change of the winners' mean error.
         stderr (`float`, *optional*): Standard error of `change` over the pairs.
-        worst_bin ([`Estimate`], *optional*): The largest relative change in a noise bin.
+        worst_change, worst_stderr (`float`, *optional*): The largest relative change in a noise bin, and its standard
+            error.
         pairs (`float`, *optional*): The number of pairs.
 
     Returns:
@@ -197,48 +193,36 @@ def judge_winners(
         the error in a noise bin has more than doubled. `"better"`: the error fell by more than the uncertainty.
         `"unchanged"`: the uncertainty is at most 20%. Otherwise `"unknown"`.
     """
-    noise = max(SMALLEST, Estimate(change, stderr).noise)
+    noise = max(SMALLEST, _noise(stderr))
     if not change <= RUINED:
         return "ruined"
     if pairs is not None and pairs < FEWEST_AT_ALL:
         return "unknown"
-    limit = BIN_WORSE if worst_bin is None else max(BIN_WORSE, BIN_STANDARD_ERRORS * (worst_bin.stderr or 0.0))
-    if change > noise or (worst_bin is not None and not worst_bin.value <= limit):
+    limit = max(BIN_WORSE, BIN_STANDARD_ERRORS * (worst_stderr or 0.0))
+    if change > noise or (worst_change is not None and not worst_change <= limit):
         return "worse"
     if change < -noise:
         return "better"
     return "unchanged" if noise <= COARSE else "unknown"
 
 
-def judge_preference(accuracy: Estimate | None, margin: Estimate | None = None) -> str:
+def judge_preference(accuracy: float | None, stderr: float | None = None) -> str:
     """Return the verdict on the preference.
 
-    A value is clearly above or below chance if it differs from chance by more than its uncertainty. Chance is an
-    accuracy of 0.5 and a margin of 0.
-
     Args:
-        accuracy ([`Estimate`], *optional*): Share of the pairs whose loser's error rose more than the winner's.
-        margin ([`Estimate`], *optional*): How much more the losers' error rose than the winners' error. A margin
-            without a standard error is ignored.
+        accuracy (`float`, *optional*): Share of the pairs whose loser's error rose more than the winner's.
+        stderr (`float`, *optional*): Standard error of the accuracy. If unset, the accuracy is from training logs.
 
     Returns:
-        `str`: `"learned"` if accuracy or margin is clearly above chance, and neither is clearly below; `"reversed"` if
-        the accuracy is clearly below chance; `"unknown"` if nothing was measured; otherwise `"not learned"`.
+        `str`: `"learned"` or `"reversed"` if the accuracy is above or below one half by more than two standard errors;
+        `"unknown"` if nothing was measured; otherwise `"not learned"`. An accuracy from training logs is never
+        `"reversed"`, because it is 0 in the first log, when policy and reference are still equal.
     """
-    distances = [] if accuracy is None else [(accuracy.value - CHANCE, accuracy.noise)]
-    if margin is not None and margin.stderr is not None:
-        distances.append((margin.value, margin.noise))
-    if not distances:
+    if accuracy is None:
         return "unknown"
-    above = any(distance > noise for distance, noise in distances)
-    below = any(distance < -noise for distance, noise in distances)
-    if above and not below:
+    if accuracy - CHANCE > _noise(stderr):
         return "learned"
-    # An accuracy without a standard error is from training logs. It never counts as reversed, because it is 0 in the
-    # first log, when policy and reference are still equal.
-    if accuracy is not None and accuracy.stderr is not None and accuracy.value < CHANCE - accuracy.noise:
-        return "reversed"
-    return "not learned"
+    return "reversed" if stderr is not None and accuracy < CHANCE - _noise(stderr) else "not learned"
 
 
 def verdict_of(history: History, run: RunFacts, step: int | None = None, images: str = "") -> Verdict | None:
@@ -249,18 +233,26 @@ def verdict_of(history: History, run: RunFacts, step: int | None = None, images:
         history (`Sequence[Mapping]`): The trainer's log history.
         run ([`RunFacts`]): Facts of the run.
         step (`int`, *optional*): Optimizer step of the weights to judge. The default is the last step.
-        images (`str`, *optional*): A sentence on the scores of sample images. The sentence is added to the finding.
+        images (`str`, *optional*): A sentence on the scores of sample images. The sentence is added to the verdict.
 
     Returns:
         `Verdict` or `None`: `None` if the log history has no error that can be compared with an earlier error.
     """
-    evaluations = _evaluations(history, run, averaged=False)
-    if evaluations:
-        judged = max(evaluations.values(), key=lambda steps: _badness(_at(steps, step)))
-        averages = [_at(steps, step) for steps in _evaluations(history, run, averaged=True).values()]
-        return _worded(_at(judged, step), "evaluation", run, judged, averages, images)
-    mean = _last_training(history, run)
-    return None if mean is None else _worded(mean, "training", run, images=images)
+    measured = worst_of(history, run, step) or _last_training(history, run)
+    return None if measured is None else Verdict(measured, images)
+
+
+def worst_of(history: History, run: RunFacts, step: int | None = None) -> Measurement | None:
+    """Return the measurement with the worst verdict among the evaluation sets, at a step or else at the last step."""
+    last: dict[str, Measurement] = {}
+    first: dict[str, Mapping[str, Any]] = {}
+    for entry in history:
+        for prefix in (match["prefix"] for match in map(_WINNER.match, entry) if match):
+            measured = _measured(entry, first.setdefault(prefix, entry), prefix, run, _mean_scale(history))
+            is_later = prefix not in last or last[prefix].step != step
+            if measured is not None and is_later and not prefix.endswith(run.average_suffix):
+                last[prefix] = measured
+    return max(last.values(), key=lambda measured: (list(ADVICE).index(measured.word), measured.change), default=None)
 
 
 def is_evaluation(entry: Mapping[str, Any]) -> bool:
@@ -268,117 +260,123 @@ def is_evaluation(entry: Mapping[str, Any]) -> bool:
     return any(map(_WINNER.match, entry))
 
 
-def rise_of(history: History, run: RunFacts) -> tuple[Measurement, bool] | None:
-    """Return the newest evaluation if the winners' error rose, and whether its verdict is worse than in the previous
-    evaluation. Return `None` if the error did not rise. With fewer than 30 pairs, only `"ruined"` counts as a rise."""
-    newest = next(filter(is_evaluation, reversed(history)), {})
-    rises = []
-    for prefix, steps in _evaluations(history, run, averaged=False).items():
-        is_new = f"{prefix}_errors/winner" in newest and steps[-1].step == newest["step"]
-        if is_new and _rise(steps[-1]):
-            rises.append(steps)
-    if not rises:
+def ruined_in_training(history: History, run: RunFacts) -> Measurement | None:
+    """Return the mean over the last training logs if the winners' error has more than doubled. Otherwise, or if there
+    are fewer than 3 logs, return `None`."""
+    if sum("errors/winner_change" in entry for entry in history) < LOGS_TO_WARN:
         return None
-    worst = max(rises, key=lambda steps: (_rise(steps[-1]), steps[-1].change))
-    previous = _rise(worst[-2]) if len(worst) > 1 else 0
-    return worst[-1], _rise(worst[-1]) > previous
-
-
-def rise_in_training(history: History, run: RunFacts) -> Measurement | None:
-    """Return the mean over the last training logs if its verdict is `"ruined"` and was not before the newest log.
-    Otherwise return `None`."""
-    if "errors/winner_change" not in history[-1]:
-        return None
-    measured, previous = (_last_training(logs, run, at_least=LOGS_TO_WARN) for logs in (history, history[:-1]))
-    if measured is None or measured.winners != "ruined":
-        return None
-    return measured if previous is None or previous.winners != "ruined" else None
+    measured = _last_training(history, run)
+    return measured if measured is not None and measured.winners == "ruined" else None
 
 
 def words_of_rise(measured: Measurement, run: RunFacts) -> str:
-    """Return the text of a warning that the winners' error rises. The text names the noise level of the largest rise
-    and what to do."""
+    """Return the text of a warning that the winners' error rises."""
     what = "The model is being ruined" if measured.winners == "ruined" else "The preferred images are getting worse"
-    return f"{what}: at step {measured.step}, {_of_winners(measured, run)} {_advice(measured, run)}"
+    where = ""
+    if measured.worst_noise_bin is not None:
+        low, high = measured.worst_noise_bin / run.num_noise_bins, (measured.worst_noise_bin + 1) / run.num_noise_bins
+        where = (
+            f" The worst change is {measured.worst_noise_bin_change:+.1%}, at noise levels {low:.3g} to {high:.3g}."
+        )
+    return f"{what}. {measured}{where} {ADVICE[measured.winners]}"
 
 
-def noise_levels_of(noise_bin: int, run: RunFacts) -> tuple[float, float]:
-    """Return the lowest and the highest noise level of a noise bin, between 0 (no noise) and 1."""
-    return noise_bin / run.num_noise_bins, (noise_bin + 1) / run.num_noise_bins
+def write_verdict(
+    folder: Path, verdict: Verdict | None, images: Sequence[SamplePair], scores: Mapping[str, Any] | None = None
+) -> None:
+    """Write the verdict with its numbers into `verdict.json` in a run's output folder. Numbers that are not
+    finite are written as `null`.
+
+    Args:
+        verdict ([`Verdict`], *optional*): The verdict. `None` is written as "unknown".
+        images (`Sequence[SamplePair]`): Sample images before and after training.
+        scores (`Mapping`, *optional*): Win rates of the images after training, by scorer.
+    """
+    facts: dict[str, Any] = {"word": "unknown", "sentence": "Verdict: unknown. There is no error to compare with."}
+    if verdict is not None:
+        measured = verdict.measured
+        facts = {"word": verdict.word, "sentence": verdict.sentence, **asdict(measured)}
+        facts |= {"winners": measured.winners, "preference": measured.preference}
+        stderr = measured.winner_change_stderr
+        facts["winner_change_percent"] = 100 * measured.change
+        facts["winner_change_stderr_percent"] = None if stderr is None else 100 * stderr
+    for name, fact in facts.items():
+        if isinstance(fact, float) and not math.isfinite(fact):
+            facts[name] = None
+    facts["advice"] = ADVICE[facts["word"]]
+    facts["images"] = [asdict(pair) for pair in images]
+    facts["sample_scores"] = scores or {}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / VERDICT_FILE, json.dumps(facts, indent=2, allow_nan=False).encode() + b"\n")
 
 
 # ---- Reading the log history -----------------------------------------------------------------------------------------
 
 
-def _evaluations(history: History, run: RunFacts, *, averaged: bool) -> dict[str, list[Measurement]]:
-    """Return the measurements of all evaluations in order, by the prefix of their metrics.
-
-    Each error is compared with the evaluation before the first step. If there is no such evaluation, the error is
-    compared with the reference's error, or with the first evaluation if the reference moves.
-
-    Args:
-        averaged (`bool`): Whether to return the evaluations of the averaged weights, instead of those of the weights.
-    """
-    measurements: dict[str, list[Measurement]] = {}
-    first: dict[str, Mapping[str, Any]] = {}
-    for entry in history:
-        for prefix in (match["prefix"] for match in map(_WINNER.match, entry) if match):
-            if prefix.endswith(run.average_suffix) != averaged:
-                continue
-            measured = _measured(entry, first.setdefault(prefix, entry), prefix, run, _mean_scale(history))
-            if measured is not None and _is_comparable(measured):
-                measurements.setdefault(prefix, []).append(measured)
-    return measurements
-
-
 def _measured(
     entry: Mapping[str, Any], first: Mapping[str, Any], prefix: str, run: RunFacts, scale: float | None
 ) -> Measurement | None:
-    def estimate(name: str) -> Estimate | None:
-        value, stderr = entry.get(f"{prefix}_errors/{name}"), entry.get(f"{prefix}_errors/{name}_stderr")
-        return None if value is None or stderr is None else Estimate(value, stderr)
-
-    step, error = entry["step"], entry[f"{prefix}_errors/winner"]
-    change, before = entry.get(f"{prefix}_errors/winner_change"), first[f"{prefix}_errors/winner"]
-    from_start = first["step"] == 0
-    name = prefix.removesuffix(run.average_suffix).removeprefix("eval").removeprefix("_")
-    facts: dict[str, Any] = {"name": name, "pairs": entry.get(f"{prefix}_errors/pairs"), "scale": scale}
-    # Standard errors and changes in noise bins are logged relative to the reference. They are used only if the mean
+    """Compare an evaluation with the evaluation before the first step, or else with the reference's error. Return
+    `None` if there is neither."""
+    error = entry[f"{prefix}_errors/winner"]
+    change = entry.get(f"{prefix}_errors/winner_change")
+    if first["step"] == 0:
+        before, since = first[f"{prefix}_errors/winner"], BEFORE_TRAINING
+    elif run.reference and change is not None:
+        before, since = error - change, run.reference
+    else:
+        return None
+    name = prefix.removeprefix("eval").removeprefix("_")
+    facts: dict[str, Any] = {
+        "evaluation_set": name,
+        "evaluated_pairs": entry.get(f"{prefix}_errors/pairs"),
+        "mean_lambda": scale,
+    }
+    # Standard errors, noise bins and accuracies are logged relative to the reference. They are used only if the mean
     # error is compared with the reference too.
-    same = not run.has_reference or run.reference == BEFORE_TRAINING
-    if math.isfinite(error) and (same or (not from_start and run.reference)):
-        start = f"{prefix}_{_CHANGE}@"
-        levels = [int(key.removeprefix(start)) for key in entry if key.startswith(start)]
-        stderrs = f"{prefix}_{_CHANGE}_stderr"
-        losers = f"{prefix}_errors/loser_change_relative@"
-        facts["stderr"] = entry.get(stderrs)
-        facts["bins"] = {
-            level: Estimate(entry[f"{start}{level}"], entry.get(f"{stderrs}@{level}")) for level in levels
-        }
-        facts["loser_bins"] = {level: entry[f"{losers}{level}"] for level in levels if f"{losers}{level}" in entry}
+    if since == run.reference and math.isfinite(error):
+        facts["winner_change_stderr"] = entry.get(f"{prefix}_{_CHANGE}_stderr")
+        facts |= _worst_bin(entry, prefix)
         if run.uses_loser:
-            facts |= {"accuracy": estimate("accuracy"), "margin": estimate("margin_relative")}
-    if from_start:
-        return Measurement(step, error, before, BEFORE_TRAINING, **facts)
-    if run.reference and change is not None:
-        return Measurement(step, error, error - change, run.reference, **facts)
-    if step > first["step"]:
-        return Measurement(step, error, before, f"at step {first['step']}", **facts)
-    return None
+            facts["reward_accuracy"] = entry.get(f"{prefix}_errors/accuracy")
+            facts["reward_accuracy_stderr"] = entry.get(f"{prefix}_errors/accuracy_stderr")
+    return _comparable(Measurement(entry["step"], error, before, since, **facts))
 
 
-def _last_training(history: History, run: RunFacts, at_least: int = 1) -> Measurement | None:
-    """Return the mean over the last training logs. Return `None` if there are fewer than `at_least` logs, or if the
-    reference moves."""
+def _worst_bin(entry: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return the noise bin with the largest rise of the winners' error. If standard errors are known, bins with a
+    single pair are ignored, because they have no standard error."""
+    start = f"{prefix}_{_CHANGE}@"
+    stderrs = f"{prefix}_{_CHANGE}_stderr"
+    bins = [int(key.removeprefix(start)) for key in entry if key.startswith(start)]
+    bins = [noise_bin for noise_bin in bins if stderrs not in entry or f"{stderrs}@{noise_bin}" in entry]
+    if not bins:
+        return {}
+    worst = max(bins, key=lambda noise_bin: entry[f"{start}{noise_bin}"])
+    stderr = entry.get(f"{stderrs}@{worst}")
+    change = entry[f"{start}{worst}"]
+    return {"worst_noise_bin": worst, "worst_noise_bin_change": change, "worst_noise_bin_stderr": stderr}
+
+
+def _last_training(history: History, run: RunFacts) -> Measurement | None:
+    """Return the mean over the last training logs. Return `None` if there are none, or if the reference moves."""
     logs = [entry for entry in history if "errors/winner_change" in entry][-AVERAGED_LOGS:]
-    if not run.reference or len(logs) < at_least:
+    if not run.reference or not logs:
         return None
     names = ("errors/winner", "errors/winner_change", "rewards/accuracies")
     error, change, accuracy = (sum(log.get(name, math.nan) for log in logs) / len(logs) for name in names)
-    estimate = Estimate(accuracy) if run.uses_loser and not math.isnan(accuracy) else None
-    facts: dict[str, Any] = {"accuracy": estimate, "scale": _mean_scale(history)}
-    measured = Measurement(logs[-1]["step"], error, error - change, run.reference, **facts)
-    return measured if _is_comparable(measured) else None
+    facts: dict[str, Any] = {"mean_lambda": _mean_scale(history), "is_training": True}
+    if run.uses_loser and not math.isnan(accuracy):
+        facts["reward_accuracy"] = accuracy
+    return _comparable(Measurement(logs[-1]["step"], error, error - change, run.reference, **facts))
+
+
+def _comparable(measured: Measurement) -> Measurement | None:
+    """Return a measurement if there is an earlier error to compare with. An error that is not finite needs no earlier
+    error."""
+    return (
+        measured if not math.isfinite(measured.winner_error) or 0 < measured.winner_error_before < math.inf else None
+    )
 
 
 def _mean_scale(history: History) -> float | None:
@@ -386,119 +384,12 @@ def _mean_scale(history: History) -> float | None:
     return sum(scales) / len(scales) if scales else None
 
 
-def _is_comparable(measured: Measurement) -> bool:
-    """Return whether there is an earlier error to compare with. An error that is not finite needs no earlier
-    error."""
-    return not math.isfinite(measured.error) or 0 < measured.before < math.inf
+def _noise(stderr: float | None) -> float:
+    """Return the uncertainty of a value: a smaller difference may be chance."""
+    if stderr is None:
+        return UNMEASURED
+    return STANDARD_ERRORS * stderr if math.isfinite(stderr) else math.inf
 
 
-def _badness(measured: Measurement) -> tuple[int, bool, float]:
-    """Return a sort key for the measurements of several evaluation sets: by the verdict, its certainty and the
-    change."""
-    return list(LABELS).index(measured.word), measured.is_sure, measured.change
-
-
-def _rise(measured: Measurement) -> int:
-    is_sure = measured.pairs is None or measured.pairs >= FEWEST_PAIRS or measured.winners == "ruined"
-    return _RISES.get(measured.winners, 0) if is_sure else 0
-
-
-def _at(measurements: Sequence[Measurement], step: int | None) -> Measurement:
-    """Return the measurement at a step, or the last measurement if the step has none."""
-    return next((measured for measured in reversed(measurements) if measured.step == step), measurements[-1])
-
-
-# ---- Words -----------------------------------------------------------------------------------------------------------
-
-
-def _worded(
-    measured: Measurement,
-    pairs: str,
-    run: RunFacts,
-    history: Sequence[Measurement] = (),
-    averages: Iterable[Measurement] = (),
-    images: str = "",
-) -> Verdict:
-    advice = _advice(measured, run)
-    lowest = min(history, key=lambda earlier: earlier.change, default=None)
-    if measured.winners in _RISES and lowest is not None and lowest.step not in (0, measured.step):
-        advice += f" It was lowest at step {lowest.step} ({lowest.change:+.1%})."
-    sentences = [f"At step {measured.step}, {_of_winners(measured, run)}"]
-    if measured.preference != "unknown":
-        sentences.append(_of_preference(measured, pairs))
-    sentences += [f"With averaged weights, the error{_of_set(average)} is {average}." for average in averages]
-    if pairs == "training":
-        sentences.append("Without an evaluation on held-out pairs, nothing is known of other pairs.")
-    sentences += [images] if images else []
-    verdict = Verdict(measured.word, "", advice, measured, pairs)
-    return replace(verdict, finding=f"Verdict: {verdict.headline}. {' '.join(sentences)}")
-
-
-def _of_winners(measured: Measurement, run: RunFacts) -> str:
-    words = f"the error on the preferred images{_of_set(measured)} is {measured}"
-    if math.isfinite(measured.error):
-        words += f": {measured.error:.4g}, before {measured.before:.4g}"
-    if measured.worst is not None:
-        noise_bin, change = measured.worst
-        low, high = noise_levels_of(noise_bin, run)
-        words += (
-            f". The worst change is {change.value:+.1%}, at noise levels {low:.3g} to {high:.3g} (bin {noise_bin})"
-        )
-    swapped = " With `swap_labels`, the preferred images are those that were published as rejected."
-    return f"{words}.{swapped if run.swapped_labels else ''}"
-
-
-def _of_preference(measured: Measurement, pairs: str) -> str:
-    learned = {"learned": "is learned", "reversed": "is reversed"}.get(measured.preference, "is not learned")
-    numbers = []
-    if measured.accuracy is not None:
-        numbers.append(f"accuracy {_with_error(measured.accuracy, '.0%')}")
-    if measured.margin is not None:
-        numbers.append(f"margin {_with_error(measured.margin, '+.2%')} of the error")
-    whose = "held-out" if pairs == "evaluation" else "training"
-    return f"The preference {learned}: {', '.join(numbers)} on {whose} pairs."
-
-
-def _with_error(estimate: Estimate, style: str) -> str:
-    error = "" if estimate.stderr is None else f" ± {estimate.stderr:{style.lstrip('+')}}"
-    return f"{estimate.value:{style}}{error}"
-
-
-def _of_set(measured: Measurement) -> str:
-    return f" of `{measured.name}`" if measured.name else ""
-
-
-def _advice(measured: Measurement, run: RunFacts) -> str:
-    """Return sentences that say what to do, in the order of docs/safeguard.md#when-it-got-worse."""
-    word, enough = measured.word, measured.pairs is None or measured.pairs >= FEWEST_PAIRS
-    more = "Evaluate on more pairs" if enough else f"Evaluate on {FEWEST_PAIRS} pairs or more"
-    if word == "unknown":
-        return f"{more}, because the uncertainty of this verdict is too large."
-    sentences = []
-    if measured.winners in _RISES:
-        ways = ["a lower `learning_rate`" if run.decays else "`lr_scheduler_type: cosine`"]
-        if run.uses_loser:
-            ways += [] if run.safeguard == "none" else ["a larger `safeguard_mu`"]
-            ways += [] if run.safeguard == "parameter" else ["`safeguard: parameter`"]
-            ways += ["a `winner_budget`"]
-        unless = "" if word == "ruined" else ", unless their images look better"
-        sentences.append(
-            f"Do not use these weights{unless}. Train again with one of these changes at a time: {', '.join(ways)}."
-        )
-    elif word in ("not learned", "reversed"):
-        sentences.append(_advice_to_learn(measured, run))
-    return " ".join(sentences if measured.is_sure else [*sentences, f"{more} to be sure."])
-
-
-def _advice_to_learn(measured: Measurement, run: RunFacts) -> str:
-    """Return a sentence that says what to change if the winners' error did not rise but the preference was not
-    learned."""
-    if measured.scale is not None and measured.scale < SMALL_LAMBDA and run.safeguard != "none":
-        now = "" if run.safeguard_mu is None else f" than {run.safeguard_mu:g}"
-        return (
-            f"The safeguard removed most of the rejected images' gradient: its lambda was {measured.scale:.2f} on "
-            f"average. Try a smaller `safeguard_mu`{now}."
-        )
-    if measured.word == "reversed":
-        return "Check that the labels are not swapped. If they are right, try a lower `learning_rate`."
-    return "Train for more steps, with more pairs per step, or with a higher `learning_rate`."
+def _with_error(stderr: float | None) -> str:
+    return "" if stderr is None else f" (standard error {stderr:.1%})"

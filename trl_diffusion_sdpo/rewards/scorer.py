@@ -264,7 +264,7 @@ def load_scorer(name: str, **settings: Any) -> Scorer:
 
 
 def _variant(name: str, settings: dict[str, Any]) -> str:
-    """Return the suffix of a scorer's name that lists the settings that change scores, such as `(preprocess=pad)`.
+    """Return the suffix of a scorer's name that lists the settings that change scores, such as `(revision=v2)`.
     Scorers with different scores thus have different names."""
     words = []
     for key, value in settings.items():

@@ -28,7 +28,6 @@ PARTIAL = "_partial"  # folder of checkpoints that are being written; the unders
 # Patterns of the optimizer's files: of one process or DDP, of FSDP2 (full and sharded), and of DeepSpeed.
 OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-_REPLACED = ".replaced"
 _WORDS: dict[str, str | bool | None] = {"true": True, "false": None, "none": None, LATEST: LATEST}
 
 
@@ -82,7 +81,6 @@ class Checkpoints:
         partial = folder.parent / PARTIAL / folder.name
         with failing_together(DiskFullError):
             if self._args.should_save:
-                restore_replaced(folder.parent)
                 check_room(folder, max(needed, self._last_bytes))
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
@@ -151,7 +149,6 @@ class Checkpoints:
         """Return the checkpoint with the highest step, or `None` if the folder contains no checkpoint."""
         newest = None
         if self._processes.is_main_process and os.path.isdir(output_dir):
-            restore_replaced(Path(output_dir))
             newest = get_last_checkpoint(str(output_dir))
         return gather_objects(newest)[0]
 
@@ -180,14 +177,6 @@ def holds_optimizer(folder: Path) -> bool:
     return any(True for pattern in OPTIMIZER_STATES for _ in folder.glob(pattern))
 
 
-def restore_replaced(output_dir: Path) -> None:
-    """Undo the first rename of [`_finish`] if the process was killed before the second rename."""
-    for replaced in (output_dir / PARTIAL).glob(f"*{_REPLACED}"):
-        folder = output_dir / replaced.name.removesuffix(_REPLACED)
-        if not folder.exists():
-            os.rename(replaced, folder)
-
-
 def _finish(partial: Path, folder: Path) -> int:
     """Flush a checkpoint's files to the disk, rename its temporary folder to `folder`, and return its size in bytes."""
     files = [path for path in partial.rglob("*") if path.is_file()]
@@ -197,7 +186,7 @@ def _finish(partial: Path, folder: Path) -> int:
     for parent in {path.parent for path in files}:
         sync_folder(parent)
     if folder.exists():  # a folder cannot be renamed to the name of a folder that contains files
-        os.rename(folder, partial.with_name(folder.name + _REPLACED))
+        os.rename(folder, partial.with_name(f"{folder.name}.replaced"))
     os.rename(partial, folder)
     sync_folder(folder.parent)
     shutil.rmtree(partial.parent, ignore_errors=True)

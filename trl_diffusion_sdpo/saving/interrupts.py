@@ -152,16 +152,8 @@ def stopping_on_interrupt(
 
 
 def resume_hint(args: TrainingArguments, step: int, how: str) -> str:
-    """Return a sentence that says where the checkpoint of an interrupted run is, and whether and how to resume from it.
-
-    Args:
-        how (`str`): Sentence on how to resume. The result leaves it out if the checkpoint has no optimizer
-            state.
-    """
-    folder = output_folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    """Return a sentence that says where the checkpoint of an interrupted run is, followed by `how`, a sentence on how
+    to resume."""
     if args.save_only_model:
-        return (
-            f"its weights are in {folder}. The run cannot be resumed, because checkpoints have no optimizer state with "
-            "`save_only_model=True`."
-        )
-    return f"its checkpoint is {folder}. {how}"
+        how = "It has no optimizer state (`save_only_model=True`), so the run cannot be resumed."
+    return f"its checkpoint is {output_folder(args) / f'{PREFIX_CHECKPOINT_DIR}-{step}'}. {how}"

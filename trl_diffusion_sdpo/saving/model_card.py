@@ -5,21 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import torch
 from huggingface_hub import ModelCard, ModelCardData, metadata_load, metadata_save
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainerState, TrainingArguments
 
-from ..data.data_report import COUNTS, PERMUTED, SWAPPED, DataReport
+from ..data.data_report import PERMUTED, SWAPPED, DataReport
 from ..families import Family
 from ..utils._compat import loads_lora
 from ..utils.files import write_atomically
@@ -40,7 +37,6 @@ SETTINGS = (
     "num_train_epochs",
 )
 PACKAGES = ("trl-diffusion-sdpo", "torch", "diffusers", "transformers", "peft", "trl")
-DROPS = [kind for kind in COUNTS if kind not in ("rows", "pairs")]
 PROMPT = "a photo of an astronaut riding a horse"
 # Key in the metadata of a card, by whether the scale is for the averaged weights.
 RECOMMENDED = {False: "recommended_scale", True: "recommended_scale_of_average"}
@@ -114,13 +110,12 @@ def generate_model_card(
         dataset_name (`str`, *optional*): Hub id or folder of the preference data. The card shows only the last part of
             a folder's path.
         settings (`Mapping[str, Any]`, *optional*): Settings that differ from their defaults.
-        run (`Mapping[str, str]`, *optional*): Texts about the run by title, such as its hardware.
+        run (`Mapping[str, str]`, *optional*): Texts about the run by title, such as its number of pairs.
         recommended (`Mapping[str, Mapping]`, *optional*): Recommended scales, from [`recommended_scales`].
         gallery (`Sequence[tuple[str, str]]`): Paths of images relative to the repository, with their prompts.
-        shown: Further variables of the template: `verdict` (text), `metrics` (texts by name), `plots` (paths and
-            titles), `comparison` (prompts, each with the paths of the images before and after training).
+        shown: Further variables of the template: `verdict` (text), `plots` (paths and titles), `comparison` (prompts,
+            each with the paths of the images before and after training).
     """
-    settings = settings or {}
     recommended = recommended or {}
     metadata: dict[str, Any] = dict(recommended)
     if _is_hub_id(model.base_model):
@@ -153,7 +148,7 @@ def generate_model_card(
         call=model.call(gallery[0][1] if gallery else PROMPT),
         quoted_base=_quoted(model.base_for_loading),
         placeholder=None if _is_hub_id(model.base_model) else model.base_for_loading,
-        settings=_public(settings),
+        settings=_public(settings or {}),
         cell=_cell,
         **shown,
     )
@@ -200,7 +195,6 @@ class RunCard:
         self,
         state: TrainerState,
         *,
-        first_step: int,
         data: DataReport | None,
         is_stream: bool,
         plots: Sequence[tuple[str, str]],
@@ -211,10 +205,8 @@ class RunCard:
         """Write the card into the output folder. Recommended scales in the previous card are copied to the new card.
 
         Args:
-            first_step (`int`): Optimizer step at which the latest training started or resumed.
             data ([`DataReport`], *optional*): Numbers of the pairs that were used and dropped.
-            is_stream (`bool`): Whether the pairs are streamed. If they are, `data` covers only the last epoch of one
-                process.
+            is_stream (`bool`): Whether the pairs are streamed. The numbers of a stream's pairs are not known.
             plots (`Sequence[tuple[str, str]]`): Paths of plots with their titles. Missing files are left out.
             gallery (`Sequence[tuple[str, str]]`): Paths of sample images with their prompts. Missing files are left
                 out.
@@ -231,10 +223,8 @@ class RunCard:
             return False
         run = {
             "LoRA": "" if self._lora is None else lora_text(self._lora),
-            "Pairs": "" if data is None else pairs_text(data, of_stream=is_stream),
+            "Pairs": "" if data is None else pairs_text(data, is_stream=is_stream),
             "Optimizer steps": f"{state.global_step:,} of {state.max_steps:,}",
-            "Hardware": hardware(self._args),
-            "Time, h:mm:ss": duration(state.log_history, first_step),
             "Versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
         }
         card = generate_model_card(
@@ -242,7 +232,6 @@ class RunCard:
             trainer_name=self._trainer_name,
             settings=self._settings,
             run={name: text for name, text in run.items() if text},
-            metrics=final_metrics(state.log_history),
             recommended=recommended_scales(folder),
             plots=[plot for plot in plots if (folder / plot[0]).is_file()],
             gallery=[image for image in gallery if (folder / image[0]).is_file()],
@@ -255,6 +244,27 @@ class RunCard:
     def loading_code(self) -> str:
         """Return a line of code that loads the tuned weights from the output folder."""
         return self._model.loading_code(str(self._args.output_dir))
+
+
+# ---- Facts of a run in words -----------------------------------------------------------------------------------------
+
+
+def changed_settings(args: TrainingArguments, names: Iterable[str]) -> dict[str, Any]:
+    """Return the settings whose values differ from the defaults of their dataclass.
+
+    Call this function before the trainer replaces unset settings by the defaults of model and loss, so that the result
+    contains only values that the user passed.
+
+    Args:
+        names (`Iterable[str]`): Names of the settings to compare, besides [`SETTINGS`].
+    """
+    defaults = {
+        field.name: field.default_factory() if field.default_factory is not MISSING else field.default
+        for field in fields(args)
+    }
+    values = {name: getattr(args, name) for name in (*names, *SETTINGS)}
+    # An unset mapping has the default `None`, and the configuration turns it into `{}`.
+    return {name: value for name, value in values.items() if value != {} and value != defaults.get(name, value)}
 
 
 # ---- Recommended scales, in the metadata of a card -------------------------------------------------------------------
@@ -298,71 +308,9 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
 # ---- Facts of a run in words -----------------------------------------------------------------------------------------
 
 
-def final_metrics(history: Iterable[Mapping[str, float]]) -> dict[str, str]:
-    """Return the mean training loss of the whole run, and the last evaluation's metrics, as texts with 3 digits.
-
-    Metrics of one group, such as `eval_errors/`, are adjacent. A metric with a standard error is one text, such as
-    "0.686 ± 0.042". Metrics of single noise bins are left out.
-    """
-    history = list(history)
-    last = {name: value for entry in history for name, value in entry.items() if "@" not in name}
-    metrics = {
-        name: value
-        for name, value in last.items()
-        if name.startswith("samples/") or (name.startswith("eval") and ("/" in name or name.endswith("loss")))
-    }
-    groups = list(dict.fromkeys(name.partition("/")[0] for name in metrics))
-    mean = mean_loss(history)
-    texts = {} if mean is None else {"train_loss": _rounded(mean)}
-    for name in sorted(metrics, key=lambda name: groups.index(name.partition("/")[0])):
-        if not name.endswith("_stderr"):
-            error = metrics.get(f"{name}_stderr")
-            texts[name] = _rounded(metrics[name]) + ("" if error is None else f" ± {error:.2g}")
-    return texts
-
-
-def _rounded(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def mean_loss(history: Iterable[Mapping[str, float]]) -> float | None:
-    """Return the mean training loss over all logged steps of the run, or `None` if no step was logged.
-
-    Each logged `loss` is the mean over the steps since the previous log. The `train_loss` of transformers is not used,
-    because it leaves out the steps before the checkpoint that the run resumed from.
-    """
-    total, last = 0.0, 0.0
-    for entry in history:
-        if "loss" in entry:
-            total += entry["loss"] * (entry["step"] - last)
-            last = entry["step"]
-    return total / last if last else None
-
-
-def changed_settings(args: TrainingArguments, names: Iterable[str]) -> dict[str, Any]:
-    """Return the settings whose values differ from the defaults of their dataclass.
-
-    Call this function before the trainer replaces unset settings by the defaults of model and loss, so that the result
-    contains only values that the user passed.
-
-    Args:
-        names (`Iterable[str]`): Names of the settings to compare, besides [`SETTINGS`].
-    """
-    defaults = {
-        field.name: field.default_factory() if field.default_factory is not MISSING else field.default
-        for field in fields(args)
-    }
-    values = {name: getattr(args, name) for name in (*names, *SETTINGS)}
-    # An unset mapping has the default `None`, and the configuration turns it into `{}`.
-    return {name: value for name, value in values.items() if value != {} and value != defaults.get(name, value)}
-
-
-def pairs_text(data: DataReport, *, of_stream: bool) -> str:
-    """Return a text on how many pairs training uses and how many were dropped. For a stream, only dropped pairs are
-    counted."""
-    kinds = [f"{getattr(data, kind):,} {kind.replace('_', ' ')}" for kind in DROPS if getattr(data, kind)]
-    dropped = f"{data.dropped:,} dropped" + (f" ({', '.join(kinds)})" if kinds else "")
-    text = f"a stream, {dropped} by the first process in its last epoch" if of_stream else f"{data.pairs:,}, {dropped}"
+def pairs_text(data: DataReport, *, is_stream: bool) -> str:
+    """Return a text on how many pairs training uses and how many were dropped."""
+    text = "a stream" if is_stream else f"{data.pairs:,}, {data.dropped:,} dropped"
     return "; ".join([text, *[SWAPPED] * data.is_swapped, *[PERMUTED] * data.is_permuted])
 
 
@@ -371,22 +319,6 @@ def lora_text(lora: Mapping[str, Any]) -> str:
     targets = lora["target_modules"]
     listed = ", ".join(f"`{name}`" for name in ([targets] if isinstance(targets, str) else targets))
     return f"rank {lora['r']}, alpha {lora['lora_alpha']}, targets {listed}"
-
-
-def hardware(args: TrainingArguments) -> str:
-    """Return the name of the device, with the number of processes if there are several."""
-    device = args.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
-    return f"{args.world_size} x {name}" if args.world_size > 1 else name
-
-
-def duration(history: Sequence[Mapping[str, Any]], first_step: int) -> str:
-    """Return how long the last training took, as h:mm:ss. Return an empty string if no training has ended."""
-    seconds = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), None)
-    if seconds is None:
-        return ""
-    text = str(timedelta(seconds=round(seconds)))
-    return f"{text}, from step {first_step:,} on" if first_step else text
 
 
 # ---- Text that is safe on a card -------------------------------------------------------------------------------------

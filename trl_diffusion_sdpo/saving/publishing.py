@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from transformers import TrainerState, TrainingArguments
-from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.trainer_utils import HubStrategy
 
 from ..engines.processes import failing_together, gather_objects, in_any_process
 from ..utils._compat import HubConnectionError
@@ -78,7 +78,6 @@ class Publisher:
         token: str | None = None,
         revision: str | None = None,
         blocking: bool = True,
-        training: bool = False,
     ) -> Any:
         """Upload the output folder. Call this method in the first process only.
 
@@ -88,8 +87,6 @@ class Publisher:
                 `hub_revision` of the settings.
             blocking (`bool`): Whether to wait and return the result of [`~huggingface_hub.HfApi.upload_folder`].
                 If not, the method returns a `Future` of this result, and logs an error of the upload.
-            training (`bool`): Whether training continues during the upload. `training` only changes the log message of
-                a failed upload.
         """
         arguments = {
             "folder_path": self._args.output_dir,
@@ -98,7 +95,7 @@ class Publisher:
             "revision": revision or self._args.hub_revision,
             "ignore_patterns": self._ignore,
         }
-        return self._upload(**arguments) if blocking else self._upload_later(training=training, **arguments)
+        return self._upload(**arguments) if blocking else self._upload_later(**arguments)
 
     def is_ready_for_progress(self) -> bool:
         """Return whether to upload now, during training. All processes must call this method.
@@ -117,13 +114,11 @@ class Publisher:
     def upload_progress(self, checkpoint: Path, state: TrainerState) -> None:
         """Upload the output folder while training continues, and the new checkpoint too if `hub_strategy` asks for
         checkpoints. Call this method in the first process only."""
-        by_step = self._args.save_strategy == SaveStrategy.STEPS
-        message = f"Training in progress, {f'step {state.global_step}' if by_step else f'epoch {int(state.epoch)}'}"
-        self.upload(message, blocking=False, training=True)
+        message = f"Training in progress, step {state.global_step}"
+        self.upload(message, blocking=False)
         if self._args.hub_strategy in CHECKPOINT_STRATEGIES:
             last = self._args.hub_strategy == HubStrategy.CHECKPOINT
             self._upload_later(
-                training=True,
                 folder_path=str(checkpoint),
                 path_in_repo="last-checkpoint" if last else checkpoint.name,
                 commit_message=f"{message}, checkpoint",
@@ -153,14 +148,14 @@ class Publisher:
         with explained_hub_errors(f"Uploading to {self.repository}"):
             return self._api.upload_folder(repo_id=self.repository, **arguments)
 
-    def _upload_later(self, *, training: bool, **arguments: Any) -> Future:
+    def _upload_later(self, **arguments: Any) -> Future:
         """Upload in a thread. An error is logged when it happens, and raised by the `Future`."""
 
         def upload() -> Any:
             try:
                 return self._upload(**arguments)
             except PublishingError as error:
-                logger.warning("%s %s%s", error, "Training continues. " if training else "", self._advice())
+                logger.warning("%s %s", error, self._advice())
                 raise
 
         job = self._api.run_as_future(upload)

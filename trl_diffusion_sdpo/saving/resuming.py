@@ -3,16 +3,16 @@ settings are set again."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import math
-import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.scheduler import AcceleratedScheduler
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
 from ..utils._compat import set_last_rates
@@ -35,13 +35,12 @@ NOT_COMPARED = (
     *("dataloader_multiprocessing_context", "train_data", "eval_data", "base_model"),
     "adapter_name_or_path",
 )
-REFERENCE = "ref_model_name_or_path"  # paths in this setting are compared as absolute paths
 # A run may switch between these two optimizers when it resumes, because each can load the other's state.
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 # Learning rate schedules that need their saved state, because their rate does not depend on the step alone.
 SCHEDULES_WITH_STATE = ("reduce_lr_on_plateau", "greedy")
 # Settings in the parameter groups of an optimizer. Other entries of the groups may be state, which is not overwritten.
-GROUP_SETTINGS = ("weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha")
+GROUP_SETTINGS = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha")
 
 
 def stored_settings(checkpoint: Path) -> dict[str, Any]:
@@ -80,22 +79,12 @@ def check_resumable(
         )
     _compare({**stored_args, **stored}, args, json.loads(json.dumps(setup)), checkpoint)
     _compare_data(stored.get("train_data"), setup["train_data"], starts_anew=args.ignore_data_skip)
-    before, now = stored.get("eval_data"), json.loads(json.dumps(setup["eval_data"]))
-    if before is not None and now is not None and before != now:
-        logger.warning(
-            "The evaluation pairs differ from those of the checkpoint, so metrics before and after resuming cannot be "
-            "compared. The pairs were %s. Now they are %s.",
-            *(before, now),
-        )
 
 
 def _compare(stored: dict[str, Any], args: TrainingArguments, setup: dict[str, Any], checkpoint: Path) -> None:
     current = {**json.loads(args.to_json_string()), **setup}
     names = [name for name in current if name not in NOT_COMPARED and (name in stored or name in setup)]
     differing = {name: (stored.get(name), current[name]) for name in names if stored.get(name) != current[name]}
-    before, now = differing.get(REFERENCE, (None, None))
-    if before is not None and now is not None and os.path.abspath(before) == os.path.abspath(now):
-        del differing[REFERENCE]
     structure = {name: differing[name] for name in STRUCTURE if name in differing}
     broken = [f"{name} was {before!r}, is {now!r}" for name, (before, now) in structure.items()]
     if broken:
@@ -103,8 +92,9 @@ def _compare(stored: dict[str, Any], args: TrainingArguments, setup: dict[str, A
             f"A run must resume with the set-up of its checkpoint, and these entries differ: {'; '.join(broken)}. "
             f"Restore the earlier values, or start anew without resuming from {checkpoint}."
         )
+    has_state = stored.get("lr_scheduler_type") in SCHEDULES_WITH_STATE
     for name, (before, now) in differing.items():
-        reason = _why_not(name, before, now)
+        reason = _why_not(name, before, now, has_state)
         if reason:
             raise ValueError(
                 f"A run cannot resume with another `{name}`, because {reason}: `{name}` was {before!r}, is "
@@ -115,11 +105,13 @@ def _compare(stored: dict[str, Any], args: TrainingArguments, setup: dict[str, A
         logger.warning("Resuming with another `%s`: it was %r, is %r.", name, before, now)
 
 
-def _why_not(name: str, before: Any, now: Any) -> str:
+def _why_not(name: str, before: Any, now: Any, has_state: bool) -> str:
     if name == "optim" and not {before, now} <= set(ADAMW):
         return "an optimizer cannot load the state of another optimizer"
     if name == "lr_scheduler_type" and {before, now} & set(SCHEDULES_WITH_STATE):
         return "a schedule of this kind cannot load the state of another schedule"
+    if name == "learning_rate" and has_state:
+        return "the learning rate is part of the schedule's state"
     return ""
 
 
@@ -147,60 +139,29 @@ def _compare_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, 
         )
 
 
-class OptimizerSettings:
-    """Optimizer settings of this run, such as learning rate and betas, which must be set again after a checkpoint is
-    loaded, because loading overwrites them.
+@contextlib.contextmanager
+def keeping_optimizer_settings(optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[None]:
+    """Return a context within which a checkpoint's optimizer and learning rate schedule are loaded. At its end, this
+    run's settings of the optimizer, such as learning rate and betas, are set again. The schedule stays at the
+    checkpoint's step.
 
-    Args:
-        optimizer, scheduler: Optimizer and learning rate schedule as the engine wrapped them. The object must be
-            constructed before the checkpoint is loaded.
-        rate (`float`): The run's learning rate.
-        rate_before (`float`, *optional*): Learning rate of the run that wrote the checkpoint; `None` if unknown.
+    The learning rate is set again only if the schedule computes it from the step alone, like all schedules of
+    transformers but those in [`SCHEDULES_WITH_STATE`].
     """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any, rate: float, rate_before: float | None):
-        names = (*GROUP_SETTINGS, "initial_lr")
-        self._groups = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
-        self._base_rates = list(_unwrapped(scheduler).__dict__.get("base_lrs", ()))
-        self._rate, self._rate_before = rate, rate if rate_before is None else rate_before
-
-    def restore(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-        """Set this run's settings again, after a checkpoint was loaded. The schedule stays at the checkpoint's step."""
-        groups, schedule = optimizer.param_groups, _unwrapped(scheduler)
-        factors = []
-        for group, settings in zip(groups, self._groups, strict=True):
-            factors.append(self._factor(settings.get("initial_lr"), group.get("initial_lr")))
-            for name, value in settings.items():
-                if name in group and _as_list(group[name]) != _as_list(value):
-                    group[name] = value
-        if self._base_rates:
-            schedule.base_lrs = list(self._base_rates)
-        for group, rate in zip(groups, self._next_rates(groups, schedule, factors), strict=True):
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
-        set_last_rates(schedule, [group["lr"] for group in groups])
-
-    def _next_rates(self, groups: list[dict[str, Any]], schedule: Any, factors: list[float]) -> list[Any]:
-        if isinstance(schedule, LambdaLR):
-            step = schedule.last_epoch
-            return [base * of(step) for base, of in zip(self._base_rates, schedule.lr_lambdas, strict=True)]
-        if not isinstance(schedule, LRScheduler):  # DeepSpeed's schedules take their rates from its configuration
-            return list(schedule.get_lr())
-        return [group["lr"] * factor for group, factor in zip(groups, factors, strict=True)]
-
-    def _factor(self, now: float | None, before: float | None) -> float:
-        """Return the ratio of this run's learning rate to the checkpoint's. Schedules that compute a rate from the last
-        rate need this ratio."""
-        if now is None or before is None:
-            now, before = self._rate, self._rate_before
-        return 1.0 if math.isclose(now, before, rel_tol=1e-12) else now / before
-
-
-def _unwrapped(scheduler: Any) -> Any:
-    return scheduler.scheduler if isinstance(scheduler, AcceleratedScheduler) else scheduler
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else value
+    schedule = scheduler.scheduler if isinstance(scheduler, AcceleratedScheduler) else scheduler
+    settings = [{name: group[name] for name in GROUP_SETTINGS if name in group} for group in optimizer.param_groups]
+    base_rates = list(schedule.base_lrs) if isinstance(schedule, LambdaLR) else []
+    yield
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
+    if not isinstance(schedule, LambdaLR):
+        return
+    schedule.base_lrs = base_rates
+    step = schedule.last_epoch
+    rates = [base * factor(step) for base, factor in zip(base_rates, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    set_last_rates(schedule, [group["lr"] for group in optimizer.param_groups])

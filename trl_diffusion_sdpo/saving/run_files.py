@@ -20,7 +20,7 @@ from ..engines.processes import gather_objects
 from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.weight_copies import WeightCopy
 from .checkpoints import Checkpoints, holds_optimizer
-from .resuming import OptimizerSettings, check_resumable, stored_settings
+from .resuming import check_resumable, keeping_optimizer_settings, stored_settings
 from .setup import ARGS_FILE, output_folder, write_setup
 from .unpickling import refuse_code_in_metadata, tensors_only
 from .weights import WeightFiles
@@ -56,7 +56,6 @@ class RunFiles:
         self._args, self._engine, self._weights = args, engine, weights
         self._weight_copies, self._average, self._controllers = weight_copies, average, controllers
         self._full_pipeline, self._unpublished = full_pipeline, unpublished
-        self._resumed_args: dict[str, Any] = {}
         self.checkpoints = Checkpoints(args)
 
     # ---- Writing --------------------------------------------------------------------------------------------------
@@ -164,34 +163,24 @@ class RunFiles:
                 has no optimizer state, or contains pickles that could run code.
         """
         point = self.checkpoints.resume_point(value, str(output_folder(self._args)))
-        self._resumed_args = {}
-        if point is not None:
-            self.check_resumable(Path(point), setup())
-        return point
-
-    def check_resumable(self, folder: Path, setup: dict[str, Any]) -> None:
-        """Check a checkpoint as [`RunFiles.resume_point`] does, except for missing files."""
-        self._resumed_args = stored_settings(folder)
-        check_resumable(folder, setup, self._resumed_args, self._args)
+        if point is None:
+            return None
+        folder = Path(point)
+        check_resumable(folder, setup(), stored_settings(folder), self._args)
         if not holds_optimizer(folder):
             raise ValueError(
                 f"A checkpoint to resume from must contain the optimizer's state. {folder} was saved without it "
                 "(`save_only_model=True`). Pass this folder as `model` to start anew from its weights."
             )
         refuse_code_in_metadata(folder)
+        return point
 
     @contextlib.contextmanager
     def loading_optimizer(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[None]:
         """Return a context in which the caller loads a checkpoint's optimizer and schedule. Within the context, pickles
-        that could run code are refused. At its end, this run's own optimizer settings are set again.
-
-        Do not nest these contexts: the last learning rate of a schedule would be scaled twice.
-        """
-        rate, rate_before = self._args.learning_rate, self._resumed_args.get("learning_rate")
-        settings = OptimizerSettings(optimizer, scheduler, rate, rate_before)
-        with self.reading():
+        that could run code are refused. At its end, this run's own optimizer settings are set again."""
+        with keeping_optimizer_settings(optimizer, scheduler), self.reading():
             yield
-        settings.restore(optimizer, scheduler)
 
     def load(self, folder: Path, model: nn.Module) -> None:
         """Load all states that [`RunFiles.save`] wrote into a checkpoint."""

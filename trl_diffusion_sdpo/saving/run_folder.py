@@ -1,10 +1,9 @@
-"""Protects the output folder of a run: only one run uses a folder at a time, and files of earlier runs are moved into a
-subfolder."""
+"""Protects the output folder of a run: only one run uses a folder at a time, and a new run refuses a used folder."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,20 @@ from transformers import TrainingArguments
 
 from ..engines.processes import failing_together
 from ..models.ema import EMA_FOLDER
-from .checkpoints import checkpoints_in, restore_replaced, step_of
+from .checkpoints import checkpoints_in, step_of
 from .setup import ARGS_FILE, SETUP_FILE, output_folder
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE
 
-logger = logging.getLogger(__name__)
-
 LOCK_FILE = "_run.lock"  # the underscore excludes the file from uploads
 LOCK_SECONDS = 10.0  # time to wait for a lock, because data loader workers of a killed run hold it for some seconds
-PREVIOUS_RUN = "previous-run"
 # Patterns of the files that `save_model` writes, besides folders of the pipeline's components. The patterns are narrow,
-# so that files of the user in the same folder are never moved.
+# so that files of the user in the same folder are never deleted.
 WEIGHTS = ("pytorch_lora_weights*.safetensors", PEFT_FILE, PEFT_CONFIG_FILE, "model_index.json", EMA_FOLDER)
-RESULTS = (*WEIGHTS, SETUP_FILE, ARGS_FILE, "README.md")
+RESULTS = (*WEIGHTS, SETUP_FILE, ARGS_FILE)
 
 
 class RunFolder:
-    """Lock of a run's output folder, which also moves the files of earlier runs away.
+    """The output folder of a run, and its lock.
 
     Args:
         components (`Sequence[str]`): Names of the pipeline's components. The folders of saved components have these
@@ -70,26 +66,45 @@ class RunFolder:
             yield
         finally:
             if is_first:
-                self._release()
+                self._lock.release()
 
     def begin(self, checkpoint: str | Path | None, *, overwrite: bool) -> None:
-        """Move files of earlier runs away before a run starts or resumes. All processes must call this method.
+        """Check that the folder has no checkpoints or weights of another run before a run starts, and no later
+        checkpoints before a run resumes. All processes must call this method.
 
         Args:
             checkpoint (`str` or `Path`, *optional*): Checkpoint to resume from. The checkpoint may be in another
                 folder.
-            overwrite (`bool`): Whether to move the files of another run into a subfolder, instead of raising an error.
+            overwrite (`bool`): Whether to delete such files, instead of raising an error.
 
         Raises:
-            `ValueError`: If the folder contains files of another run and `overwrite` is not set.
+            `ValueError`: If the folder contains such files and `overwrite` is not set.
         """
         with failing_together(ValueError):
             if self._processes.is_main_process:
-                if checkpoint is None or Path(checkpoint).resolve().parent != self.path.resolve():
-                    self._move_other_run(overwrite)
-                else:
-                    self._move_later_checkpoints(Path(checkpoint))
+                self._clear(checkpoint, overwrite)
         self._has_begun = True
+
+    def _clear(self, checkpoint: str | Path | None, overwrite: bool) -> None:
+        others = checkpoints_in(self.path)
+        resumes_here = checkpoint is not None and Path(checkpoint).resolve().parent == self.path.resolve()
+        step = step_of(Path(checkpoint)) if checkpoint is not None and resumes_here else None
+        if step is not None:
+            others = {path: other for path, other in others.items() if other > step}
+        has_weights = not resumes_here and not self._has_begun and (self.path / SETUP_FILE).is_file()
+        if not others and not has_weights:
+            return
+        if not overwrite:
+            names = [path.name for path in others] + ["tuned weights"] * has_weights
+            raise ValueError(
+                f"A run needs an output folder without files of another run, and {self.path} contains "
+                f"{', '.join(names)}. Continue the other run from its newest checkpoint with "
+                "`resume_from_checkpoint=True`, choose another `output_dir`, or set `overwrite_output_dir=True` to "
+                "delete these files."
+            )
+        patterns = [] if resumes_here else [*RESULTS, *self._components, *self._reports]
+        for path in {*others, *(path for pattern in patterns for path in self.path.glob(pattern))}:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _acquire(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -101,63 +116,11 @@ class RunFolder:
                 "another `output_dir`, or wait until that run has ended."
             ) from error
 
-    def _release(self) -> None:
-        if self._lock.lock_counter == 1:
-            with contextlib.suppress(OSError):  # Windows does not remove open files
-                Path(self._lock.lock_file).unlink()  # a process that waits for the lock then makes a new file
-        self._lock.release()
-
-    def _move_other_run(self, overwrite: bool) -> None:
-        """Move files of another run into a subfolder. If there are such files, raise `ValueError` unless `overwrite` is
-        set."""
-        restore_replaced(self.path)
-        checkpoints = list(checkpoints_in(self.path))
-        has_weights = not self._has_begun and (self.path / SETUP_FILE).is_file()
-        files = [f"{len(checkpoints)} checkpoints up to {checkpoints[-1].name}"] if checkpoints else []
-        files += ["tuned weights"] if has_weights else []
-        if files and not overwrite:
-            raise ValueError(
-                f"A new run needs an output folder without files of another run, and {self.path} contains "
-                f"{' and '.join(files)}. Continue the other run with `resume_from_checkpoint=True`, choose another "
-                "`output_dir`, or set `overwrite_output_dir=True` to move the other run's files into the subfolder "
-                f"{self._previous_run().name}."
-            )
-        if files:
-            self._move_away([*checkpoints, *self._results(), *self._matching(self._reports)], "files of another run")
-
-    def _move_later_checkpoints(self, checkpoint: Path) -> None:
-        """Move the checkpoints and results that were written after `checkpoint`, from which the run resumes."""
-        step = step_of(checkpoint)
-        later = [path for path, other in checkpoints_in(self.path).items() if step is not None and other > step]
-        if later:
-            self._move_away([*later, *self._results()], f"files written after {checkpoint.name}")
-
-    def _results(self) -> list[Path]:
-        if not (self.path / SETUP_FILE).is_file():
-            return []
-        return self._matching((*RESULTS, *self._components))
-
-    def _matching(self, patterns: Sequence[str]) -> list[Path]:
-        return sorted({path for pattern in patterns for path in self.path.glob(pattern)})
-
-    def _move_away(self, paths: list[Path], what: str) -> None:
-        folder = self._previous_run()
-        folder.mkdir()
-        for path in paths:
-            path.rename(folder / path.name)
-        logger.warning("Moved %s to %s: %s.", what, folder, ", ".join(path.name for path in paths))
-
-    def _previous_run(self) -> Path:
-        """Return the path of a new subfolder for the files of an earlier run."""
-        numbers = [path.name.rpartition("-")[2] for path in self.path.glob(f"{PREVIOUS_RUN}-*")]
-        number = 1 + max((int(number) for number in numbers if number.isdigit()), default=0)
-        return self.path / f"{PREVIOUS_RUN}-{number}"
-
 
 def refuse_own_start(output_dir: str, names: Iterable[Any]) -> None:
     """Raise `ValueError` if a run starts from its own output folder, or from a checkpoint or weights in that folder.
 
-    Saving would overwrite these files, and `overwrite_output_dir` would move them.
+    Saving would overwrite these files, and `overwrite_output_dir` would delete them.
 
     Args:
         names (`Iterable`): Folders, files or Hub ids of the model, the LoRA and the reference from which the run
@@ -172,6 +135,6 @@ def refuse_own_start(output_dir: str, names: Iterable[Any]) -> None:
         if path == folder or step_of(first) is not None or any(first.match(pattern) for pattern in WEIGHTS):
             raise ValueError(
                 "`output_dir` must not contain the model, the LoRA or the reference from which the run starts, because "
-                f"the run would overwrite or move them. Got the folder {output_dir!r}, and {str(name)!r} is in this "
+                f"the run would overwrite or delete them. Got the folder {output_dir!r}, and {str(name)!r} is in this "
                 "folder. Choose another `output_dir`, or use `resume_from_checkpoint` to continue an interrupted run."
             )

@@ -3,7 +3,6 @@ of an earlier run."""
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,15 +16,13 @@ from peft import LoraConfig, PeftConfig, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..models.adapters import POLICY_ADAPTER, active_adapter, adapter_state, add_lora, base_tensors
+from ..models.adapters import POLICY_ADAPTER, active_adapter, adapter_state, add_lora
 from ..models.ema import EMA_FOLDER
 from ..utils._compat import loads_lora
 from ..utils.own_errors import is_own
 from .resuming import stored_settings
-from .setup import SETUP_FILE, fingerprint, read_setup
+from .setup import SETUP_FILE, read_setup
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE, read_adapter
-
-logger = logging.getLogger(__name__)
 
 # Key under which files record the result of `recorded_base`: always in the file of the arguments, and also in the
 # set-up file unless a local folder is named.
@@ -34,7 +31,6 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 INDEX_FILE = "model_index.json"
 _OPTIONS = ("revision", "variant", "config")  # arguments of `from_pretrained` that change which weights are loaded
 _DEFAULTS = {"revision": (None, "main")}  # if the user passes one of these values, the recorded value is used
-_OTHER_KINDS = {"lokr_": "a LoKr", "hada_": "a LoHa", "oft_": "an OFT"}
 _OF_TEXT = ("text_encoder", "lora_te")
 
 
@@ -84,14 +80,14 @@ def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike |
     if "tuning" not in setup or (folder / INDEX_FILE).is_file():
         return StartingPoint(os.fspath(name_or_path), adapter=chosen)
     if setup["tuning"] == "full":
-        base = _read_base(run, needs_denoiser=False, advice="load its denoiser from this folder in Python")
+        base = _read_base(run, needs_denoiser=False)
         return StartingPoint(base["pipeline"], base["options"], denoiser=str(folder), adapter=chosen)
     if adapter is not None:
         raise ValueError(
             f"A policy can have only one LoRA. The run in {folder} trained a LoRA, and `adapter_name_or_path` names "
             f"another: {chosen}. Leave out `adapter_name_or_path`, or pass the base pipeline of that run as the model."
         )
-    base = _read_base(run, needs_denoiser=True, advice=f"pass `adapter_name_or_path` {run}")
+    base = _read_base(run, needs_denoiser=True)
     return StartingPoint(base["pipeline"], base["options"], denoiser=base["denoiser"], adapter=str(folder))
 
 
@@ -118,7 +114,7 @@ def public_base(base: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def attach_adapter(pipeline: DiffusionPipeline, denoiser_name: str, source: str, *, seed: int = 0) -> str:
-    """Load a trained LoRA into a pipeline's denoiser. Log a warning if the LoRA was trained on other base weights.
+    """Load a trained LoRA into a pipeline's denoiser.
 
     Args:
         source (`str`): Folder in PEFT's or diffusers' format, a `.safetensors` file that the pipeline's
@@ -139,7 +135,6 @@ def attach_adapter(pipeline: DiffusionPipeline, denoiser_name: str, source: str,
             f"A policy can have only one LoRA, and the model already has one. Leave out the LoRA {source}."
         )
     path = _download_if_remote(source)
-    _warn_of_another_base(denoiser, path)
     try:
         if path.is_dir() and (path / PEFT_CONFIG_FILE).is_file():
             _attach_peft(denoiser, path, seed)
@@ -158,12 +153,11 @@ def attach_adapter(pipeline: DiffusionPipeline, denoiser_name: str, source: str,
     return name
 
 
-def _read_base(run: Path, *, needs_denoiser: bool, advice: str) -> Any:
+def _read_base(run: Path, *, needs_denoiser: bool) -> Any:
     """Return the model from which an earlier run started.
 
     Args:
         needs_denoiser (`bool`): Whether the recorded folder of the denoiser must exist too.
-        advice (`str`): End of the error message.
 
     Raises:
         `ValueError`: If the run did not record its model, or if a recorded folder no longer exists.
@@ -172,13 +166,13 @@ def _read_base(run: Path, *, needs_denoiser: bool, advice: str) -> Any:
     if not isinstance(base, Mapping):
         raise ValueError(
             f"The files of the run in {run} do not say from which pipeline it started. Pass that pipeline as the "
-            f"model, and {advice}."
+            f"model. If the run trained a LoRA, pass {run} as `adapter_name_or_path`."
         )
-    for part, path in (("pipeline", base["pipeline"]), ("denoiser", base["denoiser"] if needs_denoiser else None)):
+    for path in (base["pipeline"], base["denoiser"] if needs_denoiser else None):
         if path is not None and os.path.isabs(path) and not os.path.exists(path):
             raise ValueError(
-                f"The run in {run} started from the {part} in {path}, which no longer exists. Pass the new path of the "
-                f"{part}'s folder as the model, and {advice}."
+                f"The run in {run} started from {path}, which no longer exists. Pass its new path as the model. If the "
+                f"run trained a LoRA, pass {run} as `adapter_name_or_path`."
             )
     return base
 
@@ -187,21 +181,6 @@ def run_of(folder: Path) -> Path:
     """Return the folder with the set-up file of a run. For the folder of averaged weights, this is the parent
     folder."""
     return folder.parent if folder.name == EMA_FOLDER and not (folder / SETUP_FILE).is_file() else folder
-
-
-def _warn_of_another_base(denoiser: nn.Module, path: Path) -> None:
-    setup = read_setup(run_of(path.parent if path.name == LORA_FILE else path))
-    trained_on = setup.get("weights_before_training") if setup.get("tuning") == "lora" else None
-    tensors = base_tensors(denoiser)
-    if trained_on is None or any(tensor.is_meta for tensor in tensors.values()):  # a plan has no weights
-        return
-    current = fingerprint(tensors)
-    if current != trained_on:
-        logger.warning(
-            "The LoRA of %s was trained on base weights with the fingerprint %s, and the model's weights have the "
-            "fingerprint %s. The model, its revision, its `dtype` or its quantization differs.",
-            *(path, trained_on, current),
-        )
 
 
 def _attach_peft(denoiser: nn.Module, folder: Path, seed: int) -> None:
@@ -229,11 +208,6 @@ def _attach_by_pipeline(pipeline: Any, file: Path) -> None:
         raise ValueError(_no_lora(file))
     with safe_open(file, "pt") as opened:
         keys = list(opened.keys())
-    kind = next((kind for mark, kind in _OTHER_KINDS.items() if any(mark in key for key in keys)), None)
-    if kind is not None:
-        raise ValueError(
-            f"Only a LoRA can be trained further, and {file} is {kind}. Fuse the file into the base, and train a LoRA."
-        )
     of_text = next((key for key in keys if key.startswith(_OF_TEXT)), None)
     if of_text is not None:
         raise ValueError(

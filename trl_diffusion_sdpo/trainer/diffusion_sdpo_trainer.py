@@ -42,10 +42,10 @@ from ..reporting.run_callbacks import plots_of, run_lines
 from ..reporting.sample_images import SAMPLES_FOLDER, final_step, find_sample_images
 from ..reporting.verdict import RunFacts, Verdict, verdict_of
 from ..saving.interrupts import step_exchange, stopping_on_interrupt, was_interrupted
-from ..saving.model_card import RunCard, changed_settings, mean_loss
+from ..saving.model_card import RunCard, changed_settings
 from ..saving.publishing import Publisher, PublishingError
 from ..saving.run_files import RunFiles
-from ..saving.run_folder import PREVIOUS_RUN, RunFolder
+from ..saving.run_folder import RunFolder
 from ..saving.starting_point import BASE, public_base
 from ..step.branch_gradients import BranchGradients
 from ..step.meters import FiniteCheck
@@ -89,7 +89,7 @@ SAME_IN_ALL_PROCESSES = (
 )
 REPORTS = (SAMPLES_FOLDER, "noise_bins*.png", CURVES_FILE, VERDICT_FILE, TRAINER_STATE_NAME)
 # Files that are not uploaded. The Trainer's state contains paths of local folders.
-NOT_PUBLISHED = (f"{PREFIX_CHECKPOINT_DIR}-*", f"{PREVIOUS_RUN}-*", TRAINER_STATE_NAME)
+NOT_PUBLISHED = (f"{PREFIX_CHECKPOINT_DIR}-*", TRAINER_STATE_NAME)
 
 
 class DiffusionSDPOTrainer(Trainer):
@@ -291,16 +291,11 @@ class DiffusionSDPOTrainer(Trainer):
             edits=isinstance(train_dataset, PREPARED) and train_dataset.has_sources,
         )
         self.run_facts = RunFacts(
-            has_reference=self.loss_spec.needs_reference,
             reference_moves=args.sync_ref_model,
             reference_was_given=self.origin.gave_reference,
             uses_loser=self.loss_spec.uses_loser,
-            safeguard=args.safeguard,
-            decays=not str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)).startswith("constant"),
             num_noise_bins=args.num_noise_bins,
             average_suffix=f"_{EMA_FOLDER}",
-            swapped_labels=args.swap_labels,
-            safeguard_mu=args.safeguard_mu,
         )
         add_callbacks(
             self.callback_handler,
@@ -608,7 +603,7 @@ class DiffusionSDPOTrainer(Trainer):
         with temporarily(self.args, **settings):
             output = super()._finalize_training(trial, num_train_samples, began)
         if self.state.global_step == self._first_step:
-            return output._replace(training_loss=mean_loss(self.state.log_history) or math.nan)
+            return output._replace(training_loss=math.nan)
         return output
 
     # ---- A step -----------------------------------------------------------------------------------------------------
@@ -920,15 +915,11 @@ class DiffusionSDPOTrainer(Trainer):
     def _end_report(self) -> None:
         """Write the model card, and print which files the run has written and how to load them. Only the first process
         calls this method."""
-        has_card = self._write_card(keep_edited=True)
-        samples = find_sample_images(self.callback_handler.callbacks)
-        has_samples = samples is not None and samples.last_step is not None
+        self._write_card(keep_edited=True)
         interrupted = was_interrupted(self.callback_handler.callbacks)
         loading_code = None if interrupted else self.model_card.loading_code()
         report = logger.info if self.args.disable_tqdm else say
-        for line in run_lines(
-            Path(self.args.output_dir), self.state, loading_code, samples=has_samples, card=has_card
-        ):
+        for line in run_lines(Path(self.args.output_dir), self.state, loading_code):
             report(line)
 
     def _write_card(self, *, keep_edited: bool = False, tags: Any = None, **facts: Any) -> bool:
@@ -940,7 +931,6 @@ class DiffusionSDPOTrainer(Trainer):
         facts["dataset_name"] = facts.get("dataset_name") or self.dataset_name
         return self.model_card.write(
             self.state,
-            first_step=self._first_step,
             data=self.train_dataset.report if isinstance(self.train_dataset, PREPARED) else None,
             is_stream=isinstance(self.train_dataset, PreferenceIterableDataset),
             plots=plots_of(self.state),
@@ -1009,8 +999,8 @@ class DiffusionSDPOTrainer(Trainer):
                 if self.is_world_process_zero():
                     model_name = model_name or self.hub_model_id.split("/")[-1]
                     self._write_card(model_name=model_name, keep_edited=True, **kwargs)
-                    options = {"blocking": blocking, "training": self.is_in_train}
-                    uploaded = self.publisher.upload(commit_message, token=token, revision=revision, **options)
+                    options = {"token": token, "revision": revision, "blocking": blocking}
+                    uploaded = self.publisher.upload(commit_message, **options)
         return uploaded
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -142,10 +142,8 @@ class RunArguments:
             checkpoint, before [`~DiffusionSDPOTrainer.train`] raises `KeyboardInterrupt`. If `False`, these signals end
             the program as usual, without a checkpoint.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
-            Whether a new run may start in an `output_dir` that holds another run. The files of the other run are then
-            moved into the subfolder `previous-run-1` (or `previous-run-2` and so on if it exists). If `False`, the
-            trainer raises an error if `output_dir` holds another run. Resuming from a checkpoint in the folder is
-            always allowed; only files that are newer than this checkpoint are then moved.
+            Whether to delete the checkpoints and weights of another run in `output_dir` when a new run starts, and
+            later checkpoints when a run resumes. If `False`, the trainer raises an error if there are such files.
     """
 
     checkpoint_on_interrupt: bool = True
