@@ -98,12 +98,3 @@ def test_every_plan_of_a_study_has_settings_that_exist():
     for file in sorted((ROOT / "benchmarks" / "studies").glob("*.yaml")):
         plan = yaml.safe_load(file.read_text())
         assert not {key for row in (plan["shared"], *plan["rows"].values()) for key in row} - known
-
-
-@pytest.mark.matrix
-def test_the_study_of_edits_runs(tmp_path):
-    sizes = ("--base_steps", "2", "--batch", "2", "--steps", "1", "--edits", "6")
-    run("studies/edit.py", "--output", str(tmp_path), *sizes)
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results) == ["base", "DPO", "output space, mu 0.6", "parameter space, mu 0.8"]
-    assert (tmp_path / "edit_grid.png").stat().st_size > 10_000

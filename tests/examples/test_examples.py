@@ -65,7 +65,7 @@ class PublishingRecorder:
     def __init__(self, *_, **__):
         pass
 
-    def train(self, resume_from_checkpoint):
+    def train(self):
         pass
 
     def save_model(self, folder):

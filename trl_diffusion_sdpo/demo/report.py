@@ -18,11 +18,11 @@ from ..rewards.statistics import holm, win_rate
 from .methods import GUIDED_FROM, GUIDED_METHOD, RUNS_FOLDER, Method
 from .oracle import oracle
 from .pipeline import base_pipeline_folder, reported_captions
-from .results import DemoResult, Generated, Guided
+from .results import DemoResult, Generated, Guided, numbers
 from .world import captions
 
 CURVES_FILE = "curves.png"
-TABLE_FILE, NUMBERS_FILE, SUMMARY_FILE = "table.md", "results.json", "summary.txt"
+TABLE_FILE, NUMBERS_FILE = "table.md", "results.json"
 # Folder of an evaluation page -> the field of `Guided` whose images the page shows.
 PAGES = {"without_guidance": "plain", "with_guidance": "best"}
 
@@ -34,8 +34,6 @@ STYLES = {
     "dpo": ("#D55E00", "v"),
     "sdpo": ("#009E73", "o"),
     "sdpo_recipe": ("#CC79A7", "P"),
-    "dpo_gentle": ("#E69F00", "^"),
-    "sdpo_gentle": ("#56B4E9", "D"),
 }
 PANELS = (
     ("Error on held-out winners, change", "higher = chosen images become less likely"),
@@ -45,7 +43,7 @@ PANELS = (
 )
 # Pairs of models that the summary compares, without classifier-free guidance (`plain`) and with it (`best`).
 COMPARED = {
-    "plain": (("sdpo", "dpo"), ("sdpo_recipe", "sdpo"), ("sdpo_gentle", "dpo_gentle")),
+    "plain": (("sdpo", "dpo"), ("sdpo_recipe", "sdpo")),
     "best": (
         (GUIDED_FROM, BASE),
         (GUIDED_FROM, "sdpo"),
@@ -60,11 +58,10 @@ def write_report(result: DemoResult) -> tuple[str, tuple[Path, ...]]:
     folder, text = result.folder, summary(result)
     plot_curves(result, folder / CURVES_FILE)
     (folder / TABLE_FILE).write_text(table(result), encoding="utf-8")
-    (folder / NUMBERS_FILE).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-    (folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / NUMBERS_FILE).write_text(json.dumps(numbers(result), indent=2) + "\n", encoding="utf-8")
     for page in PAGES:
         evaluate_images(result, page)
-    names = (CURVES_FILE, *(f"{page}/{REPORT_FILE}" for page in PAGES), TABLE_FILE, NUMBERS_FILE, SUMMARY_FILE)
+    names = (CURVES_FILE, *(f"{page}/{REPORT_FILE}" for page in PAGES), TABLE_FILE, NUMBERS_FILE)
     return text, tuple(folder / name for name in names)
 
 
@@ -100,7 +97,6 @@ def plot_curves(result: DemoResult, path: Path) -> None:
     for trained in result.methods:
         curves, (colour, marker) = trained.curves, STYLES[trained.method.key]
         style: dict[str, Any] = {"color": colour, "marker": marker, "label": trained.method.label, "lw": 2.2, "ms": 7}
-        style["linestyle"] = "--" if trained.method.gentle else "-"
         panels[0, 0].plot(curves.steps, curves.winner_change, **style)
         panels[0, 1].plot(curves.steps, curves.loser_change, **style)
         mean = np.array([score.mean for score in curves.oracle])
@@ -125,7 +121,7 @@ def plot_curves(result: DemoResult, path: Path) -> None:
     panels[1, 1].set_ylim(0, 1.05)
     handles, labels = panels[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=12, frameon=False)
-    title = f"Training hard on {result.train_pairs} {_kind(result)} pairs: one seed, toy world"
+    title = f"Training hard on {result.train_pairs} off-policy pairs: one seed, toy world"
     figure.suptitle(title, fontsize=15, fontweight="bold")
     figure.savefig(path)
 
@@ -178,7 +174,7 @@ def table(result: DemoResult) -> str:
         "distance compares images with the toy world's preferred drawings. Both are given without / with guidance. "
         f"Winner error and loser error are changes against the base model on {result.eval_pairs} held-out pairs under "
         f"fixed noise. Preference guidance ({_settings_text(GUIDED_METHOD)}, with the base model as the reference) "
-        f"changes no weights. Training used {result.train_pairs} {_kind(result)} pairs, "
+        f"changes no weights. Training used {result.train_pairs} off-policy pairs, "
         f"{s['per_device_train_batch_size']} pairs per step, and seed {s['seed']}. This is one seed of a toy world.",
         "",
     ]
@@ -193,7 +189,7 @@ def summary(result: DemoResult) -> str:
     width = max(len(row.label) for row in rows)
     lines = [
         f"Training with a high learning rate: {result.settings['max_steps']} steps on {result.train_pairs} "
-        f"{_kind(result)} pairs (seed {result.settings['seed']})",
+        f"off-policy pairs (seed {result.settings['seed']})",
         "",
         f"  {'':{width}}  score            with guidance (scale)  Frechet with  winner error",
     ]
@@ -210,7 +206,7 @@ def summary(result: DemoResult) -> str:
         "Images of the same prompts with classifier-free guidance, each model at its best scale:",
         *_verdicts(result, "best"),
         "This is one seed of a toy world. The safeguard is a first-order rule, so the winner error can still rise.",
-        "With other pairs or settings, such as `--gentle`, plain Diffusion-DPO can score as well or better.",
+        "With other pairs or settings, plain Diffusion-DPO can score as well or better.",
         "",
         f"Files in {result.folder}: {', '.join(f'{page}/{REPORT_FILE}' for page in PAGES)}, {CURVES_FILE}, "
         f"{TABLE_FILE}, {NUMBERS_FILE}.",
@@ -227,7 +223,7 @@ def _verdicts(result: DemoResult, images: str) -> list[str]:
     """Return a sentence about the win rate for each pair of models in `COMPARED`."""
     samples, labels = result.settings["samples_per_prompt"], {row.key: row.label for row in rows_of(result)}
     scores = {key: getattr(guided, images).scores.reshape(-1, samples) for key, guided in result.guided.items()}
-    pairs = [pair for pair in COMPARED[images] if pair[0] in scores]
+    pairs = COMPARED[images]
     rates = [win_rate(scores[first], scores[second]) for first, second in pairs]
     return [
         "  " + verdict_sentence(Comparison(labels[first], oracle.name, rate, adjusted), labels[second])
@@ -238,10 +234,6 @@ def _verdicts(result: DemoResult, images: str) -> list[str]:
 def _change(curve: list[float]) -> str:
     """Return the last value of a curve as text with a sign; zero is +0.000."""
     return f"{round(curve[-1], 3) + 0.0:+.3f}"
-
-
-def _kind(result: DemoResult) -> str:
-    return result.settings["pairs"].replace("_", "-")
 
 
 def _settings_text(method: Method) -> str:

@@ -42,10 +42,6 @@ OTHER_TOOLS = {name: ours for ours, names in _NAMES_ELSEWHERE.items() for name i
 CHOICE_ALIASES = {"dpo": "sigmoid"}
 # Values of settings of other trainers. Here, these values and their constants have other names.
 _CHOICES_ELSEWHERE = {"exo_pair": ("dmpo", "TRL's `exo_pair` is `dmpo`, and its `label_smoothing` is `dmpo_alpha`.")}
-_MORE = {
-    "warmup_steps": " A value below 1 is a share of all steps.",
-    "optim": " `adamw_8bit` is the optimizer in 8 bits.",
-}
 # Patterns of options that do not exist here, with the reason.
 _ABSENT = (
     (
@@ -72,7 +68,7 @@ def other_tools_option(name: str, options: Iterable[str]) -> str:
     word = name.lower().replace("-", "_")
     ours = OTHER_TOOLS.get(word)
     if ours is not None and ours in options:
-        return f" The name of this option here is `--{ours}`.{_MORE.get(ours, '')}"
+        return f" The name of this option here is `--{ours}`."
     return next((f" {reason}" for pattern, reason in _ABSENT if re.search(pattern, word)), "")
 
 

@@ -14,21 +14,6 @@ if TYPE_CHECKING:
 # Name of this package's extra -> the module that the extra installs.
 EXTRAS: dict[str, str] = {"deepspeed": "deepspeed", "quantization": "bitsandbytes"}
 
-# Trackers of `report_to` whose module and package have the same name.
-TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow", "comet_ml", "clearml", "swanlab", "dvclive")
-
-# Pattern for values of `optim` -> the package that these optimizers need.
-OPTIMIZERS = {
-    r"adamw_torch_[48]bit": "torchao",
-    r"galore_.*": "galore-torch",
-    r"apollo_.*": "apollo-torch",
-    r"(ada)?lomo": "lomo-optim",
-    r"grokadamw": "grokadamw",
-    r"schedule_free_.*": "schedulefree",
-    r"stable_adamw": "torch-optimi",
-    r"(paged_)?(ademamix|lion|adamw)(_bnb)?(_8bit|_32bit)|ademamix|rmsprop_bnb.*": "bitsandbytes",
-}
-
 # Name of the logger -> beginning of log messages that need no action by users of this package.
 _IDLE_NOTES = {
     "transformers.utils.import_utils": r"`\w+ImageProcessor` requires torchvision \(not installed\); falling back",
@@ -63,28 +48,6 @@ def require(extra: str, purpose: str) -> None:
         raise MissingExtraError(
             f"{purpose} needs {EXTRAS[extra]}, which is not installed. Run `pip install {EXTRAS[extra]}`."
         )
-
-
-def require_trackers(names: Iterable[str]) -> None:
-    """Raise a `MissingExtraError` if a tracker of `report_to` is not installed. Unknown names are ignored."""
-    for name in names:
-        has_writer = name == "tensorboard" and find_spec("tensorboardX")
-        if name in TRACKERS and not (find_spec(name) or has_writer):
-            raise MissingExtraError(
-                f"`report_to={name}` needs {name}, which is not installed. Run `pip install {name}`, or set "
-                "`report_to` to `none`."
-            )
-
-
-def require_optimizer(name: str) -> None:
-    """Raise a `MissingExtraError` if the optimizer of `optim` needs a package that is not installed. Unknown names are
-    ignored."""
-    for pattern, package in OPTIMIZERS.items():
-        if re.fullmatch(pattern, name) and not find_spec(package.removeprefix("torch-").replace("-", "_")):
-            raise MissingExtraError(
-                f"`optim={name}` needs {package}, which is not installed. Run `pip install {package}`, or set `optim` "
-                "to `adamw_torch`."
-            )
 
 
 def lazy_attributes(
