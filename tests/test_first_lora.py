@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.demo import comparison
+from trl_diffusion_sdpo.demo import pairs as demo_pairs
 
 PAGE = Path(__file__).parents[1] / "docs" / "first_lora.md"
 # All that is changed in the text; each must be there.
@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name in ("off_policy_pairs", "eval_pairs"):
-            patch.setattr(comparison, name, partial(getattr(comparison, name), per_prompt=1))
+            patch.setattr(demo_pairs, name, partial(getattr(demo_pairs, name), per_prompt=1))
         for language, text in code_of_page():
             if language == "yaml":
                 (folder / "shapes.yaml").write_text(text, encoding="utf-8")

@@ -21,7 +21,6 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from trl_diffusion_sdpo.cli import launch, train
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.models.denoiser_wrapper import DenoiserWrapper
-from trl_diffusion_sdpo.utils import import_utils
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["fsdp2", "multi_gpu", "single_gpu", "zero1", "zero2", "zero3"]
@@ -72,15 +71,6 @@ def launched(monkeypatch):
         return caught[0]
 
     return run
-
-
-def test_the_options_of_the_launcher_are_those_that_the_command_does_not_have(parser):
-    """An option of both, such as `gradient_accumulation_steps`, is the command's."""
-    words = ["--num_processes", "4", "--beta", "5", "--main-process-ip=10.0.0.1", "--gradient_accumulation_steps", "8"]
-    words += ["--sample_prompts", "a dog", "a cat", "--enable_cpu_affinity", "--learning_rate", "-1"]
-    values, rest = parser.parse_known_args(words)
-    assert rest == ["--num_processes", "4", "--main-process-ip=10.0.0.1", "--enable_cpu_affinity"]
-    assert (values.gradient_accumulation_steps, values.sample_prompts) == (8, ["a dog", "a cat"])
 
 
 def test_the_file_of_config_may_name_the_configuration_and_the_command_line_wins(launched, tmp_path):
@@ -135,13 +125,6 @@ def test_a_process_of_another_launcher_does_not_launch_again(monkeypatch, capsys
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert main(["train", "--accelerate_config", "multi_gpu"]) == 2
     assert "torchrun" in capsys.readouterr().err
-
-
-def test_without_deepspeed_the_extra_is_named(monkeypatch, capsys):
-    monkeypatch.setitem(import_utils.EXTRAS, "deepspeed", "no_such_module")
-    words = ["--model_name_or_path", "m", "--dataset_name", "d", "--num_processes", "2"]
-    assert main(["train", "--accelerate_config", "zero2", *words]) == 2
-    assert "pip install no_such_module" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", [2, 3])

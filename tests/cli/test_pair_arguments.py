@@ -70,19 +70,6 @@ def test_the_training_split_is_not_evaluated_on(load):
         load("two", dataset_test_split="train")
 
 
-@pytest.mark.parametrize(("name", "streaming"), [("saved", False), ("saved_dict", True)])
-def test_slices_of_what_was_saved_to_disk_are_read(load, name, streaming):
-    found = load(
-        name,
-        dataset_train_split="train[:25%]+train[-2:]",
-        dataset_test_split="train[50%:60%]",
-        dataset_streaming=streaming,
-    )
-    count = COUNT if name == "saved" else 8
-    assert found[0] == prompts([*range(count // 4), count - 2, count - 1])
-    assert found[1] == prompts({12: [6], 8: [4]}[count])  # 60% of 12 is 7.2 rows, of 8 is 4.8
-
-
 @pytest.mark.parametrize(
     ("name", "train", "test"),
     [

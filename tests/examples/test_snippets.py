@@ -15,7 +15,7 @@ import pytest
 
 from trl_diffusion_sdpo.cli import train
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.demo import comparison
+from trl_diffusion_sdpo.demo import pairs as demo_pairs
 from trl_diffusion_sdpo.demo.pairs import eval_pairs, off_policy_pairs, write_pairs
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +106,7 @@ def test_the_cells_of_a_notebook_run(path, beside):
 
 def test_the_command_writes_pairs_that_a_run_reads(beside, monkeypatch, capsys):
     for name in ("off_policy_pairs", "eval_pairs"):
-        monkeypatch.setattr(comparison, name, partial(getattr(comparison, name), per_prompt=1))
+        monkeypatch.setattr(demo_pairs, name, partial(getattr(demo_pairs, name), per_prompt=1))
     assert main(["demo", "--write_pairs", "written"]) == 0
     printed = capsys.readouterr().out
     assert re.match(r"Wrote 54 pairs in written/train and 57 pairs in written/test\. ", printed)

@@ -124,13 +124,3 @@ def test_what_cannot_be_planned_is_said_in_one_line(words, said, sd_folder, caps
     assert main(["plan", *(sd_folder if word == "SD" else word for word in words)]) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
-
-
-def test_a_pipeline_without_the_configuration_of_a_network_is_refused(sd_folder, tmp_path, capsys):
-    import shutil
-
-    folder = tmp_path / "pipeline"
-    shutil.copytree(sd_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    (folder / "unet" / "config.json").unlink()
-    assert main(["plan", "--model_name_or_path", str(folder)]) == 2
-    assert "The configuration of `unet`" in capsys.readouterr().err

@@ -60,11 +60,6 @@ def test_the_moment_of_set_up_holds_a_shard_and_one_block(plan_of):
     assert 0 < block < 4 * plan.components["policy"] and list(plan.moments)[0] == "set-up"
 
 
-def test_set_up_has_no_encoders_if_latents_are_precomputed(plan_of):
-    plan = plan_of("--safeguard output --per_device_train_batch_size 1 --precompute_latents true")
-    assert plan.moments["set-up"] == plan.components["policy"] + plan.components["reference"]
-
-
 def test_an_engine_has_the_name_of_a_packaged_configuration_and_a_number_of_processes():
     assert engine_of("zero3", "4") == Engine("zero3", 4)
     assert engine_of(None, 2) == engine_of("multi_gpu", 2) == Engine("multi_gpu", 2)

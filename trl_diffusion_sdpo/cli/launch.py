@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..utils.import_utils import require
 from . import EXIT_INTERRUPTED, EXIT_OK
 from .options import option_name, read_yaml, refuse_unknown
 
@@ -72,11 +71,14 @@ def launch_words(config: str, words: list[str], options: Iterable[str]) -> list[
     parsed, _ = _launch_parser().parse_known_args([*words, MODULE])
     if parsed.training_script != MODULE:
         refuse_unknown([parsed.training_script], ())
-    if settings.get("distributed_type") == "DEEPSPEED":
-        require("deepspeed", f"The configuration {config}")
     if parsed.num_processes is None and "num_processes" not in settings and settings.get("distributed_type") != "NO":
-        machines = parsed.num_machines or settings.get("num_machines", 1)
-        words = ["--num_processes", str(_devices() * machines), *words]
+        import torch  # imported late because it takes seconds
+
+        devices = torch.accelerator.device_count()
+        if devices == 0:
+            raise ValueError("The number of processes is unknown on a machine without GPUs. Set `--num_processes`.")
+        machines = parsed.num_machines or int(settings.get("num_machines", 1))
+        words = ["--num_processes", str(devices * machines), *words]
     return ["--config_file", str(file), *words]
 
 
@@ -123,17 +125,6 @@ def _launch_parser() -> argparse.ArgumentParser:
     from accelerate.commands.launch import launch_command_parser  # imported late because it configures logging
 
     return launch_command_parser()
-
-
-def _devices() -> int:
-    import torch  # imported late because it takes seconds
-
-    devices = torch.accelerator.device_count()
-    if devices == 0:
-        raise ValueError(
-            "This machine has no accelerator, so the number of processes is not known. Set `--num_processes`."
-        )
-    return devices
 
 
 def _exit_code(code: int) -> int:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
-from ..utils.hints import CHOICE_ALIASES, did_you_mean, other_tools_option
-from ..utils.switch_words import SWITCH_WORDS, choice_of_switch
+from ..utils.hints import did_you_mean, other_tools_option
 
 # Name of an option -> its name in older versions of transformers.
 _FORMER_NAMES = {
@@ -58,45 +56,18 @@ class OneLineParser(argparse.ArgumentParser):
             name = str(key)
             if name not in destinations and _FORMER_NAMES.get(name) in destinations:
                 name = _FORMER_NAMES[name]
-            if name in destinations:
-                words += _words_of_setting(name, value)
-            else:  # possibly an option of `accelerate launch`, where a switch takes no value
-                others += [f"--{name}"] if value is True else _words_of_setting(name, value)
+            if isinstance(value, dict) or (
+                isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
+            ):
+                entries = [f"--{name}={json.dumps(value, default=str)}"]
+            elif isinstance(value, list):
+                entries = [f"--{name}", *map(str, value)]
+            elif name not in destinations and value == "true":  # a switch of `accelerate launch` takes no value
+                entries = [f"--{name}"]
+            else:
+                entries = [f"--{name}={value}"]
+            (words if name in destinations else others).extend(entries)
         return words, others
-
-
-def _words_of_setting(name: str, value: Any) -> list[str]:
-    if value is None:
-        return []
-    if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(entry, dict) for entry in value)):
-        return [f"--{name}={json.dumps(value, default=str)}"]
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}"]
-
-
-def with_hints(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `add_argument`, changed for an option with choices.
-
-    An option with choices also accepts aliases of the choices, and words like `on` and `off`. For a wrong value, the
-    error message suggests the most similar choice.
-    """
-    choices = settings.get("choices")
-    return settings if choices is None else {**settings, "type": _choice_reader([str(choice) for choice in choices])}
-
-
-def _choice_reader(choices: list[str]) -> Callable[[str], str]:
-    def read(word: str) -> str:
-        if CHOICE_ALIASES.get(word) in choices:
-            return CHOICE_ALIASES[word]
-        switch = SWITCH_WORDS.get(word.lower())
-        chosen = word if word in choices or switch is None else choice_of_switch(switch, choices)
-        if chosen not in choices:
-            near = did_you_mean(word, choices)
-            raise argparse.ArgumentTypeError(f"must be one of {', '.join(choices)}, got {word!r}.{near}")
-        return chosen
-
-    return read
 
 
 def refuse_unknown(words: Iterable[str], options: Iterable[str]) -> None:
@@ -126,20 +97,21 @@ def take_options(arguments: list[str], *names: str) -> tuple[dict[str, str | Non
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the settings in a YAML file."""
+    """Return the settings in a YAML file.
+
+    Settings with one value are returned as the text in the file, so that an option can read `no`, `1e-5` and `1.10` as
+    on a command line. Settings without a value are left out.
+    """
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = path.read_text(encoding="utf-8")
+        settings = yaml.safe_load(content)
+        texts = yaml.load(content, Loader=yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(
             f"The file {path} must be valid YAML, and reading it failed: {' '.join(str(error).split())}"
         ) from error
     if not isinstance(settings, dict):
         raise ValueError(f"The file {path} must map names to values in YAML, got {type(settings).__name__}.")
-    return settings
-
-
-def set_environment(variables: Any) -> None:
-    """Set the environment variables in the entry `env` of a YAML file of settings."""
-    if not isinstance(variables, dict):
-        raise ValueError(f"`env` in the file of settings must map names to values, got {variables!r}.")
-    os.environ.update({str(name): str(value) for name, value in variables.items()})
+    values = zip(texts, settings.values(), strict=True)
+    set_ones = {name: value for name, value in values if value is not None}
+    return {name: value if isinstance(value, (dict, list)) else texts[name] for name, value in set_ones.items()}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..utils.hints import did_you_mean
 from .errors import reading_arguments
 from .launch import config_names, launch_options
-from .options import OneLineParser, option_name, read_yaml, refuse_unknown, set_environment, take_options, with_hints
+from .options import OneLineParser, option_name, read_yaml, refuse_unknown, take_options
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -67,7 +67,7 @@ def make_parser(prog: str | None = None) -> Any:
             title = OWN if name in own else INHERITED if name in inherited else MODEL
             if name in HIDDEN:
                 settings["help"] = argparse.SUPPRESS
-            return self._titled[title].add_argument(*flags, **with_hints(settings))
+            return self._titled[title].add_argument(*flags, **settings)
 
     kinds: Any = (PairArguments, DiffusionSDPOConfig, ModelConfig)
     parser = TrainParser(
@@ -99,7 +99,7 @@ def read_given(arguments: list[str]) -> tuple[dict[str, Any], str | None, list[s
     """
     taken, words = take_options(arguments, "config", "accelerate_config")
     settings = {} if taken["config"] is None else read_yaml(config_file(taken["config"]))
-    set_environment(settings.pop("env", {}))
+    os.environ.update({name: str(value) for name, value in settings.pop("env", {}).items()})
     in_file = settings.pop("accelerate_config", None)
     return settings, taken["accelerate_config"] or in_file, words
 

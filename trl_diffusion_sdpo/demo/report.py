@@ -1,4 +1,4 @@
-"""Write the demo's report: plots, two evaluation pages with images, a table, all numbers and a summary."""
+"""Write the demo's report: plots, images, a table, all numbers and a summary."""
 
 import json
 import math
@@ -9,23 +9,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..evaluation.candidate import Candidate
-from ..evaluation.evaluate import Comparison, judge_images
-from ..evaluation.images import ImageSettings, save_image, settings_path
-from ..evaluation.prompts import distinct
-from ..evaluation.report import REPORT_FILE, verdict_sentence
+from ..evaluation.evaluate import Comparison
+from ..evaluation.report import verdict_sentence
 from ..rewards.statistics import holm, win_rate
-from .methods import GUIDED_FROM, GUIDED_METHOD, RUNS_FOLDER, Method
+from .methods import GUIDED_FROM, GUIDED_METHOD, Method
 from .oracle import oracle
-from .pipeline import base_pipeline_folder, reported_captions
 from .results import DemoResult, Generated, Guided, numbers
-from .world import captions
 
-CURVES_FILE = "curves.png"
+CURVES_FILE, IMAGES_FILE = "curves.png", "images.png"
 TABLE_FILE, NUMBERS_FILE = "table.md", "results.json"
-# Folder of an evaluation page -> the field of `Guided` whose images the page shows.
-PAGES = {"without_guidance": "plain", "with_guidance": "best"}
-
 BASE = "base"
 
 # Method -> colour of Okabe and Ito's palette for colour-blind readers, and marker of its line in plots.
@@ -59,32 +51,16 @@ def write_report(result: DemoResult) -> tuple[str, tuple[Path, ...]]:
     plot_curves(result, folder / CURVES_FILE)
     (folder / TABLE_FILE).write_text(table(result), encoding="utf-8")
     (folder / NUMBERS_FILE).write_text(json.dumps(numbers(result), indent=2) + "\n", encoding="utf-8")
-    for page in PAGES:
-        evaluate_images(result, page)
-    names = (CURVES_FILE, *(f"{page}/{REPORT_FILE}" for page in PAGES), TABLE_FILE, NUMBERS_FILE)
-    return text, tuple(folder / name for name in names)
+    write_images(result, folder / IMAGES_FILE)
+    return text, tuple(folder / name for name in (CURVES_FILE, IMAGES_FILE, TABLE_FILE, NUMBERS_FILE))
 
 
-def evaluate_images(result: DemoResult, page: str) -> None:
-    """Write the images of a page, and a report like that of the command `evaluate`."""
-    folder, samples = result.folder / page, result.settings["samples_per_prompt"]
-    prompts = distinct([caption.text for caption, is_in in zip(captions(), reported_captions(), strict=True) if is_in])
-    candidates = []
-    for key, guided in result.guided.items():
-        generated = getattr(guided, PAGES[page])
-        run = GUIDED_FROM if key == GUIDED_METHOD.key else key
-        model = base_pipeline_folder() if key == BASE else folder.parent / RUNS_FOLDER / run
-        facts: dict[str, Any] = {"model": str(model), "lora": None, "guidance_scale": generated.guidance_scale}
-        if key == GUIDED_METHOD.key:
-            facts["preference_guidance"] = GUIDED_METHOD.settings
-        file = settings_path(folder, key)
-        file.parent.mkdir(parents=True)
-        file.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        for number, pixels in enumerate(generated.images):
-            row = divmod(number, samples)
-            save_image(folder, key, row, Image.fromarray(pixels), prompts.prompts[row[0]])
-        candidates.append(Candidate(key, str(model)))
-    judge_images(candidates, prompts, [oracle], folder, ImageSettings(seeds=tuple(range(samples))))
+def write_images(result: DemoResult, path: Path) -> None:
+    """Write one image of each of the 36 prompts, at each model's best scale of guidance. A row has one model's images,
+    in the order of the table."""
+    samples = result.settings["samples_per_prompt"]
+    rows = [np.concatenate(list(guided.best.images[::samples]), axis=1) for guided in result.guided.values()]
+    Image.fromarray(np.concatenate(rows)).save(path)
 
 
 def plot_curves(result: DemoResult, path: Path) -> None:
@@ -208,8 +184,7 @@ def summary(result: DemoResult) -> str:
         "This is one seed of a toy world. The safeguard is a first-order rule, so the winner error can still rise.",
         "With other pairs or settings, plain Diffusion-DPO can score as well or better.",
         "",
-        f"Files in {result.folder}: {', '.join(f'{page}/{REPORT_FILE}' for page in PAGES)}, {CURVES_FILE}, "
-        f"{TABLE_FILE}, {NUMBERS_FILE}.",
+        f"Files in {result.folder}: {CURVES_FILE}, {IMAGES_FILE}, {TABLE_FILE}, {NUMBERS_FILE}.",
     ]
     return "\n".join(lines)
 

@@ -79,7 +79,9 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) 
     family = _family(model_args, args)
     loaded = LoadedModel(family, None)
     if family.takes_source or type(family).encode_edits is not Family.encode_edits:
-        raise ValueError(f"A plan has no source images, and {family.name} edits images. Use a text-to-image model.")
+        raise ValueError(
+            f"{family.name} cannot be planned, because a plan has no source images. Use a text-to-image model."
+        )
     spec = args.loss_spec
     other = None if args.ref_model_name_or_path is None else copy.deepcopy(loaded.denoiser)
     adapter, added = choose_trained_weights(loaded, get_peft_config(model_args), args)
