@@ -6,7 +6,6 @@ import argparse
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -92,7 +91,7 @@ def start(words: list[str], command: str, arguments: list[str]) -> int:
 
     Returns:
         `int`: The exit code. 0 after success, 130 after an interruption, or else the exit code of the first process
-            that failed. If a signal killed this process, the exit code is 128 plus the signal's number.
+            that failed.
     """
     from accelerate.commands.launch import launch_command
     from accelerate.utils import patch_environment
@@ -108,12 +107,9 @@ def start(words: list[str], command: str, arguments: list[str]) -> int:
         with patch_environment(**{LAUNCHED_VARIABLE: "1", SHUTDOWN_VARIABLE: seconds}):
             launch_command(parsed)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode != EXIT_INTERRUPTED:
-            print(f"Process {rank} was the first to fail, with exit code {failure.exitcode}.", file=sys.stderr)
-        return _exit_code(failure.exitcode)
+        return error.get_first_failure()[1].exitcode
     except subprocess.CalledProcessError as error:
-        return _exit_code(error.returncode)
+        return error.returncode
     except SignalException:
         return EXIT_INTERRUPTED
     finally:
@@ -125,9 +121,3 @@ def _launch_parser() -> argparse.ArgumentParser:
     from accelerate.commands.launch import launch_command_parser  # imported late because it configures logging
 
     return launch_command_parser()
-
-
-def _exit_code(code: int) -> int:
-    """Return the exit code that a shell would report. If a signal ended the process, `code` is its negative number, and
-    the result is 128 plus the number."""
-    return 128 - code if code < 0 else code

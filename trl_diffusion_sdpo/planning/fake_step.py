@@ -170,7 +170,8 @@ def _by_branch(
     """Run the forward and backward passes with the safeguard in parameter space. If gradients accumulate, run two
     micro-batches."""
     allocations, args = forward.allocations, run.args
-    gradients = BranchGradients(backend, mu=args.safeguard_mu, anchor=args.safeguard_anchor or args.loss_spec.anchor)
+    anchor = args.safeguard_anchor or args.loss_spec.anchor
+    gradients = BranchGradients(backend, mu=loss_settings(args).safeguard_mu, anchor=anchor)
     safeguard = ParameterSafeguard(
         forward,
         gradients,

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from logging import LogRecord
+from typing import Any
 
 # Name of this package's extra -> the module that the extra installs.
 EXTRAS: dict[str, str] = {"deepspeed": "deepspeed", "quantization": "bitsandbytes"}
-
-# Name of the logger -> beginning of log messages that need no action by users of this package.
-_IDLE_NOTES = {
-    "transformers.utils.import_utils": r"`\w+ImageProcessor` requires torchvision \(not installed\); falling back",
-    "DeepSpeed": r"Setting (ds_)?accelerator to ",
-    "diffusers.models.modeling_utils": r"There are modules in \w+ that should be kept in float32: \[\]\.",
-}
-
 
 # Beginnings of warnings that need no action. If a second training stage continues from an adapter, this package adds
 # the adapter of the reference to the policy on purpose. Without an accelerator, pinned memory is of no use.
@@ -72,16 +60,10 @@ def lazy_attributes(
 
 
 def hide_idle_notes() -> None:
-    """Hide log messages and warnings that libraries print in every run and that need no action by the user."""
+    """Hide messages and warnings that libraries print in every run and that need no action by the user."""
     import logging  # a third of this package's import time
     import warnings
 
+    logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)  # it recommends torchvision
     for beginning in _IDLE_WARNINGS:
         warnings.filterwarnings("ignore", message=beginning)
-
-    for name in _IDLE_NOTES:
-        logging.getLogger(name).addFilter(_says_something)  # a second call has no effect
-
-
-def _says_something(record: LogRecord) -> bool:
-    return re.match(_IDLE_NOTES[record.name], record.getMessage()) is None
