@@ -72,10 +72,6 @@ def test_perimeters_agree_with_counted_boundary_crossings(shape):
     assert np.mean(crossings) * np.pi / 2 == pytest.approx(PERIMETERS[shape], rel=0.02)
 
 
-def test_wrong_sizes_and_counts_are_refused(ideal):
-    with pytest.raises(ValueError, match="32 x 32"):
-        oracle_score(np.zeros((1, 16, 16, 3)), PROMPTS[:1])
-    with pytest.raises(ValueError, match="3 images and 2 prompts"):
-        oracle_score(ideal[:3], PROMPTS[:2])
+def test_another_prompt_is_refused(ideal):
     with pytest.raises(ValueError, match="a <colour> <shape>"):
         oracle_score(ideal[:1], ["a dog"])

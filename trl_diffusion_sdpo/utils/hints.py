@@ -51,7 +51,7 @@ def other_tools_option(name: str, options: Iterable[str]) -> str:
         options (`Iterable[str]`): Names of this command's options.
     """
     ours = OTHER_TOOLS.get(name.lower().replace("-", "_"))
-    return f" The name of this option here is `--{ours}`." if ours in options else ""
+    return f" The name of this option here is `--{ours}`." if ours is not None and ours in options else ""
 
 
 def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> str:
