@@ -21,7 +21,6 @@ from peft import LoraConfig
 from PIL import Image
 
 from trl_diffusion_sdpo import Candidate, evaluate_models
-from trl_diffusion_sdpo.cli.evaluate import _image_settings, make_parser
 from trl_diffusion_sdpo.cli.images import candidate_of
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.evaluation import evaluate
@@ -160,13 +159,6 @@ def test_win_rates_depend_neither_on_the_order_of_prompts_and_seeds_nor_on_batch
         )
         assert (first.rate, first.p_value) == (second.rate, second.p_value)
         assert (first.low, first.high) == pytest.approx((second.low, second.high), abs=0.02)  # other resamples
-
-
-def test_the_protocol_of_the_authors():
-    words = ["--models", "base=model", "--prompts", "prompts.txt", "--output_dir", "out", "--protocol", "authors"]
-    found = _image_settings(make_parser().parse_args(words), "cpu")
-    assert (found.noise, found.seeds) == ("shared", (0,))
-    assert found.call_kwargs == {"num_inference_steps": 50, "guidance_scale": 8.5}
 
 
 class Judge(VLMServerJudge):

@@ -14,12 +14,8 @@ from .options import OneLineParser
 
 if TYPE_CHECKING:
     from ..evaluation import Candidate
-    from ..evaluation.images import ImageSettings
 
 LAYOUTS = ("geneval", "dpg", "t2i-compbench", "hpsv2")
-# The settings of the Diffusion-SDPO authors. They use the guidance scale 7.5, on a scale where 0 is no guidance. In
-# diffusers, 1 is no guidance, so the same strength is 8.5.
-AUTHORS = {"num_inference_steps": 50, "guidance_scale": 8.5}
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -60,8 +56,6 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=interval)
     seeds = "Seeds. Each prompt gets one image per seed (default: 0)."
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help=seeds)
-    protocol = "`authors`: the Diffusion-SDPO authors' settings: 50 steps, guidance 8.5, equal noise for all prompts."
-    add("--protocol", choices=["authors"], help=protocol)
     add(
         "--layout",
         choices=LAYOUTS,
@@ -87,7 +81,7 @@ def run(arguments: list[str], prog: str) -> int:
     candidates = _candidates(options)
     prompts = listed_prompts(options)
     scorers = load_scorers(options.scorers, options.scorer_settings)
-    settings = _image_settings(options, options.device or str(state.device))
+    settings = image_settings(options, options.device or str(state.device), options.seeds)
     evaluation = evaluate_models(candidates, prompts, scorers, options.output_dir, settings, options.layout)
     if state.is_main_process:
         for comparison in evaluation.comparisons:
@@ -113,10 +107,3 @@ def _candidates(options: argparse.Namespace) -> list[Candidate]:
         return candidates
     base, *tuned = candidates
     return [base, *(scaled for candidate in tuned for scaled in at_scales(candidate, options.scales))]
-
-
-def _image_settings(options: argparse.Namespace, device: str) -> ImageSettings:
-    if options.protocol != "authors":
-        return image_settings(options, device, options.seeds)
-    call_kwargs = {**AUTHORS, **options.call_kwargs}
-    return image_settings(options, device, options.seeds, noise="shared", call_kwargs=call_kwargs)
