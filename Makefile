@@ -34,6 +34,7 @@ FLOORS_TESTS := tests/data tests/trainer/test_walk.py tests/trainer/test_inputs.
 
 demo: $(VENV)/installed
 	@echo "The demo takes about five minutes on two CPU cores, longer with fewer. A second call starts anew."
+	rm -rf demo_output
 	$(BIN)/trl-diffusion-sdpo demo --output_dir demo_output
 
 test: $(VENV)/installed-dev

@@ -1,7 +1,7 @@
 """The kinds of pairs that the studies train on. A plan or a row names one as its `pairs`.
 
-`off_policy` and `on_policy` pairs are the demo's. The winners of all aligned kinds (`blurred`, `partial`, `local`) are
-those of the off-policy pairs. Each loser is made from its winner. `corner` and `strange_corner` pairs differ in one
+`off_policy` pairs are the demo's. The winners of all aligned kinds (`blurred`, `partial`, `local`) are those of the
+off-policy pairs. Each loser is made from its winner. `corner` and `strange_corner` pairs differ in one
 corner only, for the study of masks.
 """
 
@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image as PILImage
 from PIL import ImageFilter
 
-from trl_diffusion_sdpo.demo.pairs import off_policy_pairs, on_policy_pairs
+from trl_diffusion_sdpo.demo.pairs import off_policy_pairs
 from trl_diffusion_sdpo.demo.world import BACKGROUNDS, COLOURS, IMAGE_SIZE, captions, imperfect_render
 
 BLUR = 2.0  # standard deviation in pixels
@@ -32,8 +32,6 @@ def pairs_of_kind(kind: str, pipeline: StableDiffusionPipeline, seed: int, per_p
     """Return pairs of a kind, with a `mask` column if they differ in a region."""
     if kind == "off_policy":
         return off_policy_pairs(seed, per_prompt)
-    if kind == "on_policy":
-        return on_policy_pairs(pipeline, seed, per_prompt)
     generator = np.random.default_rng([3, seed])
     if kind in ("corner", "strange_corner"):
         return _corner_pairs(generator, per_prompt, strange=kind == "strange_corner")

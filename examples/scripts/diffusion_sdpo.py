@@ -29,7 +29,7 @@ from trl import get_peft_config, get_quantization_config
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.cli.pair_arguments import load_datasets, public_name
-from trl_diffusion_sdpo.cli.train import parse, resume_point
+from trl_diffusion_sdpo.cli.train import parse
 
 
 def main(argv=None):
@@ -49,7 +49,7 @@ def main(argv=None):
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=resume_point(training_args.resume_from_checkpoint))
+    trainer.train()
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=public_name(script_args))

@@ -37,14 +37,6 @@ def test_an_unknown_command_is_an_error_that_names_the_known_ones(capsys):
     assert "'trian'" in error and "`train`" in error and "Traceback" not in error
 
 
-def test_env_prints_versions(capsys):
-    import torch
-
-    assert main(["env"]) == 0
-    printed = capsys.readouterr().out
-    assert f"torch: {torch.__version__}" in printed and "diffusers: " in printed
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -63,13 +55,9 @@ def test_every_command_explains_itself(command, capsys):
         (["--lr", "5"], "`--learning_rate`"),
         (["--lora_type", "lokr"], "lora_type"),
         (["--safeguard_m", "0.5"], "`--safeguard_m`"),
-        (["--safeguard", "paramter"], "got 'paramter'. Did you mean `parameter`?"),
-        (["--loss_type", "exo_pair"], "`dmpo`, and its `label_smoothing` is `dmpo_alpha`"),
-        (["--beta", "five"], "--beta: invalid float value: 'five'"),
+        (["--safeguard", "paramter"], "invalid choice: 'paramter' (choose from"),
         (["--max_steps", "1.5"], "invalid int value: '1.5'"),
         (["--beta", "5", "stray"], "stray"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["--resume_from_checkpoint"], "--resume_from_checkpoint"),
         (["--lora_r", "16"], "`lora_r`"),  # TRL's own default: given all the same
         (["--load_in_8bit", "true", "--use_peft", "false"], "`load_in_8bit`"),
         (["--num_processes", "2"], "`--accelerate_config`"),
@@ -88,14 +76,3 @@ def test_the_traceback_can_be_asked_for(monkeypatch):
     monkeypatch.setenv("TRL_DIFFUSION_SDPO_TRACEBACK", "1")
     with pytest.raises(ValueError, match="nowhere.yaml"):
         main(["train", "--config", "nowhere.yaml"])
-
-
-@pytest.mark.parametrize(("given", "meant"), [(None, None), ("True", True), (True, True), ("false", None)])
-def test_resuming_is_asked_for_in_words(given, meant):
-    assert train.resume_point(given) is meant
-
-
-def test_resuming_from_a_folder_needs_the_folder(tmp_path):
-    assert train.resume_point(str(tmp_path)) == str(tmp_path)
-    with pytest.raises(ValueError, match="there is no folder"):
-        train.resume_point(str(tmp_path / "checkpoint-7"))

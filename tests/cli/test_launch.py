@@ -21,7 +21,6 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from trl_diffusion_sdpo.cli import launch, train
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.models.denoiser_wrapper import DenoiserWrapper
-from trl_diffusion_sdpo.utils import import_utils
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["fsdp2", "multi_gpu", "single_gpu", "zero1", "zero2", "zero3"]
@@ -56,14 +55,6 @@ def write_yaml(path: Path, settings: dict) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_accelerate_launch_reads_a_configuration(name):
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    expected = {"single_gpu": "NO", "multi_gpu": "MULTI_GPU", "fsdp2": "FSDP"}.get(name, "DEEPSPEED")
-    assert load_config_from_file(str(launch.config_path(name))).distributed_type.value == expected
-
-
 @pytest.fixture(scope="module")
 def parser():
     return train.make_parser()
@@ -80,15 +71,6 @@ def launched(monkeypatch):
         return caught[0]
 
     return run
-
-
-def test_the_options_of_the_launcher_are_those_that_the_command_does_not_have(parser):
-    """An option of both, such as `gradient_accumulation_steps`, is the command's."""
-    words = ["--num_processes", "4", "--beta", "5", "--main-process-ip=10.0.0.1", "--gradient_accumulation_steps", "8"]
-    words += ["--sample_prompts", "a dog", "a cat", "--enable_cpu_affinity", "--learning_rate", "-1"]
-    values, rest = parser.parse_known_args(words)
-    assert rest == ["--num_processes", "4", "--main-process-ip=10.0.0.1", "--enable_cpu_affinity"]
-    assert (values.gradient_accumulation_steps, values.sample_prompts) == (8, ["a dog", "a cat"])
 
 
 def test_the_file_of_config_may_name_the_configuration_and_the_command_line_wins(launched, tmp_path):
@@ -122,7 +104,6 @@ def test_by_default_there_is_one_process_per_accelerator_of_each_machine(launche
     ("arguments", "said"),
     [
         (["--accelerate_config", "zero9"], "fsdp2, multi_gpu, single_gpu, zero1, zero2, zero3, or the path"),
-        (["--accelerate_config", "TWO", "--num_processes"], "`accelerate launch` does not accept --num_processes"),
         (["--accelerate_config", "TWO", "--num_processes", "2", "stray"], "stray"),
         (["--accelerate_config", "TWO", "--config", "UNKNOWN"], "Did you mean `--beta`?"),
         (["--accelerate_config", "TWO", "--num_proceses", "2"], "Did you mean `--num_processes`?"),
@@ -144,14 +125,6 @@ def test_a_process_of_another_launcher_does_not_launch_again(monkeypatch, capsys
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert main(["train", "--accelerate_config", "multi_gpu"]) == 2
     assert "torchrun" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["zero2"])
-def test_without_deepspeed_the_extra_is_named(name, monkeypatch, capsys):
-    monkeypatch.setitem(import_utils.EXTRAS, "deepspeed", "no_such_module")
-    words = ["--model_name_or_path", "m", "--dataset_name", "d", "--num_processes", "2"]
-    assert main(["train", "--accelerate_config", name, *words]) == 2
-    assert "pip install no_such_module" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -227,18 +200,6 @@ def test_two_processes_train_and_write_one_artifact(sd_folder, make_pairs, two_c
     before = UNet2DConditionModel.from_pretrained(sd_folder, subfolder="unet").state_dict()
     assert set(tuned) == set(before)
     assert any((tuned[name] != before[name]).any() for name in tuned)
-
-
-@pytest.mark.slow
-@pytest.mark.matrix
-@pytest.mark.parametrize("settings", [TWO_CPUS, ONE_CPU], ids=["two processes", "one process"])
-def test_the_exit_code_is_that_of_the_processes(settings, sd_folder, tmp_path):
-    """An error within the launched processes: a missing data set."""
-    config = write_yaml(tmp_path / "cpus.yaml", {**settings, "main_process_port": 0})
-    file = write_yaml(tmp_path / "run.yaml", tiny_run(sd_folder, tmp_path / "nothing.parquet", tmp_path / "run"))
-    done = run_cli(["--accelerate_config", config, "--config", file], tmp_path)
-    assert done.returncode == 2, done.stderr[-3000:]
-    assert "nothing.parquet" in done.stderr
 
 
 @pytest.mark.slow

@@ -8,11 +8,6 @@ from trl_diffusion_sdpo.cli import launch, options, train, train_parser
 from trl_diffusion_sdpo.cli.main import main
 
 
-@pytest.fixture(scope="module")
-def parser():
-    return train.make_parser()
-
-
 @pytest.fixture(autouse=True)
 def not_launched(monkeypatch):
     for name in (launch.LAUNCHED_VARIABLE, "RANK"):
@@ -20,16 +15,15 @@ def not_launched(monkeypatch):
 
 
 @pytest.fixture
-def read_yaml(parser, tmp_path):
+def read_yaml(tmp_path):
     """`read_yaml(text)`: the values of all options with a file of that text."""
 
     def read(text: str) -> dict:
         file = tmp_path / "run.yaml"
         file.write_text(text, encoding="utf-8")
-        settings, _, typed = train_parser.read_given(["--config", str(file)])
-        words, others = parser.words_of(settings)
-        train._refuse_others([], others, parser.names())
-        return vars(parser.parse_args([*words, *typed]))
+        options = train_parser.TrainOptions.read(["--config", str(file)], None)
+        options.refuse_others()
+        return options.values()
 
     return read
 
@@ -37,19 +31,17 @@ def read_yaml(parser, tmp_path):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("safeguard: off", "none"),
         ("eval_strategy: no", "no"),
-        ("verify_images: on", "all"),
-        ("random_flip: off", False),
         ("random_flip: 0", False),
         ("resume_from_checkpoint: true", "true"),
         ("learning_rate: 1e-5", 1e-5),  # text to YAML 1.1
         ("beta: null", None),
         ("dataset_config: 2024", "2024"),
+        ("model_revision: 1.10", "1.10"),
+        ("random_flip: no", False),
         ("timesteps: [999, 749.5]", [999, 749.5]),
         ("timesteps: 999", [999]),
         ("sample_prompts: ['a dog', 'b = c']", ["a dog", "b = c"]),
-        ("loss_type: dpo", ["sigmoid"]),
         ("model_init_kwargs: {variant: fp16}", '{"variant": "fp16"}'),
         ("random_crop: true", True),
     ],
@@ -61,16 +53,12 @@ def test_a_setting_of_a_file_is_converted_to_the_type_of_its_option(read_yaml, t
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("safeguard: on", "must be one of none, output, parameter, got 'true'"),
-        ("loss_type: sigmoit", "got 'sigmoit'. Did you mean `sigmoid`?"),
-        ("run_name: on", "`run_name` must be text"),
+        ("safeguard: on", "invalid choice: 'on' (choose from"),
         ("max_steps: 2.5", "invalid int value: '2.5'"),
         ("random_flip: 2", "got 2 but expected"),
-        ("beta: [1, 2]", "`beta` takes one value"),
-        ("model_revision: 1.10", "`model_revision` must be text"),
+        ("beta: [1, 2]", "got '2'"),
         ("betta: 5", "`--beta`"),
-        ("num_processes: 2", "need `--accelerate_config`, got `--num_processes`"),
-        ("env: off", "`env` in the file"),
+        ("num_processes: 2", "need `--accelerate_config`, got `--num_processes=2`"),
         ("seed: 1\nsteps: [1\nbeta: 2\n", "line 3"),
         ("- beta", "must map names to values"),
     ],
@@ -89,16 +77,6 @@ def test_the_environment_of_a_file_is_set_before_anything_is_loaded(tmp_path, mo
     assert os.environ.pop("TRL_DIFFUSION_SDPO_TEST") == "7"
 
 
-@pytest.mark.parametrize("words", [["--test_size", "0.1"]])
-def test_options_of_an_evaluation_without_one_are_a_warning(parser, caplog, words):
-    words = ["--model_name_or_path", "m", "--dataset_name", "d", *words]
-    for more in (["--eval_strategy", "steps"], []):
-        assert not caplog.records
-        values = vars(parser.parse_args([*words, *more]))
-        train_parser.check_together(values, parser.names_in([*words, *more]))
-    assert "`eval_strategy`" in caplog.text
-
-
 def test_a_file_of_arguments_beside_the_program_is_not_read(tmp_path, monkeypatch):
     """transformers' parser appends the words of `PROGRAM.args`, if there is such a file."""
     program = tmp_path / "program"
@@ -111,7 +89,7 @@ def test_a_file_of_arguments_beside_the_program_is_not_read(tmp_path, monkeypatc
 def test_settings_of_the_file_and_the_command_line_are_in_the_arguments(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
-        f"safeguard: off\nrandom_flip: no\neval_strategy: no\nuse_cpu: on\nbeta: 2e3\noutput_dir: {tmp_path}\n"
+        f"safeguard: none\nrandom_flip: no\neval_strategy: no\nuse_cpu: yes\nbeta: 2e3\noutput_dir: {tmp_path}\n"
         "use_peft: true\nlora_target_modules: [to_q, to_k]\ntest_size: 0.25\nmodel_init_kwargs: {variant: fp16}\n"
         "max_steps: 3\nloss_type: [sigmoid, sft]\nloss_weights: [1, 0.1]\n"
     )
@@ -128,4 +106,4 @@ def test_a_file_with_a_new_name_is_read_where_transformers_has_the_former_one(na
     """transformers before 5.23 has `gradient_checkpointing` only; the example configurations have the new name."""
     parser = options.OneLineParser()
     parser.add_argument(f"--{name}", type=bool)
-    assert parser.words_of({"activation_checkpointing": True}) == ([f"--{name}=true"], {})
+    assert parser.words_of({"activation_checkpointing": "true"}) == ([f"--{name}=true"], [])

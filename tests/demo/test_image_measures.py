@@ -7,18 +7,6 @@ from trl_diffusion_sdpo.demo.image_measures import ImageMeter, frechet_distance
 from trl_diffusion_sdpo.demo.world import captions, render
 
 
-def plain(*colours):
-    """An image for each colour."""
-    return np.stack([np.full((32, 32, 3), colour, np.uint8) for colour in colours])
-
-
-def test_diversity_is_the_mean_distance_within_a_prompt_and_not_between_prompts():
-    # Of the first prompt, the distances are 0.2, 0.6 and 0.4; of the second 0.
-    first, second = captions()[0].text, captions()[1].text
-    meter = ImageMeter([first, second, first, second, first], drawings_per_prompt=2)
-    assert meter(plain(0, 255, 51, 255, 153)).diversity == pytest.approx(((0.2 + 0.6 + 0.4) / 3 + 0) / 2)
-
-
 def test_the_frechet_distance_of_normals_by_hand():
     # Means 0 and (3, 4), variances (1, 4) and (9, 16) without covariance: 25 + (1 - 3)^2 + (2 - 4)^2.
     cross = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]]) * (3 / 2) ** 0.5  # sample variance 1 in each direction

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trl_diffusion_sdpo.demo.oracle import PERIMETERS, oracle, oracle_parts, oracle_score
+from trl_diffusion_sdpo.demo.oracle import PERIMETERS, oracle_parts, oracle_score
 from trl_diffusion_sdpo.demo.world import SHAPES, Caption, captions, inside, render
 
 PROMPTS = [caption.text for caption in captions()]
@@ -19,12 +19,6 @@ def test_every_ideal_render_scores_at_least_0_95_in_every_part(ideal):
     for part in (parts.colour, parts.shape, parts.centred, parts.sharp, parts.score):
         assert part.shape == (72,)
         assert part.min() >= 0.95
-
-
-def test_the_score_is_the_mean_of_the_four_parts(ideal):
-    parts = oracle_parts(ideal, PROMPTS[::-1])
-    by_hand = [np.mean(four) for four in zip(parts.colour, parts.shape, parts.centred, parts.sharp, strict=True)]
-    np.testing.assert_allclose(oracle_score(ideal, PROMPTS[::-1]), by_hand, rtol=1e-12)
 
 
 def test_a_wrong_colour_lowers_the_colour_part_and_nothing_else():
@@ -53,14 +47,6 @@ def test_the_centred_part_falls_evenly_with_the_distance():
     assert centred[0] - centred[1] > 0.2
 
 
-def test_more_blur_means_less_sharp():
-    drawings = [render(Caption("cyan", "circle", "black"), blur=blur) for blur in (0.0, 1.0, 1.5, 2.0)]
-    sharp = oracle_parts(np.stack(drawings), ["a cyan circle on black"] * 4).sharp
-    assert sharp[0] >= 0.95
-    assert np.all(np.diff(sharp) < -0.1)
-    assert sharp[3] < 0.25
-
-
 @pytest.mark.parametrize("kind", ["noise", "one colour", "one bright pixel", "half and half"])
 def test_an_image_without_an_object_scores_zero(kind):
     images = {
@@ -86,17 +72,6 @@ def test_perimeters_agree_with_counted_boundary_crossings(shape):
     assert np.mean(crossings) * np.pi / 2 == pytest.approx(PERIMETERS[shape], rel=0.02)
 
 
-def test_wrong_sizes_and_counts_are_refused(ideal):
-    with pytest.raises(ValueError, match="32 x 32"):
-        oracle_score(np.zeros((1, 16, 16, 3)), PROMPTS[:1])
-    with pytest.raises(ValueError, match="3 images and 2 prompts"):
-        oracle_score(ideal[:3], PROMPTS[:2])
+def test_another_prompt_is_refused(ideal):
     with pytest.raises(ValueError, match="a <colour> <shape>"):
         oracle_score(ideal[:1], ["a dog"])
-
-
-def test_the_scorer_takes_an_array_as_the_function_does():
-    shown = captions()[::20]
-    images = np.stack([render(caption, blur=1.0) for caption in shown])
-    prompts = [caption.text for caption in shown]
-    assert oracle(images, prompts).tolist() == pytest.approx(oracle_score(images, prompts), abs=1e-7)

@@ -31,12 +31,6 @@ def test_every_word_of_the_world_is_one_token(base):
     assert len({one[0] for one in ids}) == len(words)
 
 
-def test_the_shipped_pipeline_is_small_and_safetensors_only():
-    stored = [path for path in base_pipeline_folder().rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in stored) < 8e6
-    assert {path.suffix for path in stored} <= {".json", ".safetensors", ".txt"}
-
-
 def test_the_shipped_pipeline_loads_in_one_dtype_if_none_is_asked_for():
     pipeline = StableDiffusionPipeline.from_pretrained(base_pipeline_folder())
     assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float32}
@@ -52,11 +46,6 @@ def test_equal_latents_give_equal_images_and_the_pipeline_is_not_changed(base):
     assert first.shape == (3, 32, 32, 3) and first.dtype == np.uint8
     assert np.array_equal(first, generate_images(pipeline, prompts, latents, steps=3))
     assert pipeline.scheduler is scheduler
-
-
-def test_a_missing_latent_is_refused(base):
-    with pytest.raises(ValueError, match="2 prompts and 1 latents"):
-        generate_images(base, score_prompts(1)[:2], score_latents(1)[:1])
 
 
 def test_the_base_model_follows_prompts_and_can_be_improved(base):

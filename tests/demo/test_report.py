@@ -16,8 +16,6 @@ METHODS = {  # key -> name, level of its images, and change of the winners' erro
     "dpo": ("Diffusion-DPO", 80, 0.25),
     "sdpo": ("Diffusion-SDPO", 120, 0.0625),
     "sdpo_recipe": ("Diffusion-SDPO, recipe", 140, 0.03125),
-    "dpo_gentle": ("Diffusion-DPO, gentle", 160, 0.2),
-    "sdpo_gentle": ("Diffusion-SDPO, gentle", 200, 0.1),
 }
 GIVEN = {"base": 0.4, "sdpo_recipe_guided": 0.7}
 WIGGLE = np.tile([-0.1, 0.1], 36)  # standard error of the mean of 72: 0.1 * sqrt(72 / 71) / sqrt(72) = 0.012
@@ -33,7 +31,6 @@ def make_result(tmp_path):
             settings={
                 "seed": 0,
                 "max_steps": 100,
-                "pairs": "off_policy",
                 "samples_per_prompt": 1,
                 "per_device_train_batch_size": 32,
             },
@@ -51,7 +48,7 @@ def make_result(tmp_path):
 def _method(key, final, wiggle):
     scores = np.full(72, final) + wiggle
     return MethodResult(
-        method=Method(key, METHODS[key][0], {"learning_rate": 2e-4}, gentle="gentle" in key),
+        method=Method(key, METHODS[key][0], {"learning_rate": 2e-4}),
         seconds=12.3,
         curves=Curves(
             steps=[0, 50, 100],
@@ -95,18 +92,19 @@ def test_the_table_has_each_model_without_and_with_guidance(make_result):
 
 
 def test_the_summary_says_so_if_the_safeguard_is_behind_or_nothing_is_clear(make_result):
-    finals = {"sft": 0.5, "dpo": 0.6, "sdpo": 0.5, "sdpo_recipe": 0.5, "dpo_gentle": 0.6, "sdpo_gentle": 0.61}
-    text = summary(make_result(finals, wiggles=("sdpo_gentle",)))
+    finals = {"sft": 0.5, "dpo": 0.6, "sdpo": 0.5, "sdpo_recipe": 0.51}
+    text = summary(make_result(finals, wiggles=("sdpo_recipe",)))
     assert "Diffusion-SDPO is worse than Diffusion-DPO by oracle: its win rate is 0%" in text
-    assert "oracle shows no difference between Diffusion-SDPO, gentle and Diffusion-DPO, gentle" in text
+    assert "oracle shows no difference between Diffusion-SDPO, recipe and Diffusion-SDPO" in text
 
 
 def test_everything_is_written_and_the_curves_are_wide_enough_to_read(make_result):
     result = make_result(dict.fromkeys(METHODS, 0.5))
-    text, files = write_report(result)
-    assert (result.folder / "summary.txt").read_text(encoding="utf-8") == text + "\n"
-    assert json.loads((result.folder / "results.json").read_text(encoding="utf-8")) == result.to_dict()
-    assert "sdpo_recipe_guided" in (result.folder / "with_guidance" / "report.html").read_text(encoding="utf-8")
+    _, files = write_report(result)
+    written = json.loads((result.folder / "results.json").read_text(encoding="utf-8"))
+    assert written["guided"]["sft"]["plain"]["oracle"]["mean"] == 0.5 and len(written["methods"]) == len(METHODS)
+    with Image.open(result.folder / "images.png") as images:
+        assert images.size == (36 * 32, 6 * 32)
     with Image.open(result.folder / "curves.png") as curves:
         assert curves.width == 1200
     assert all(file.stat().st_size < 400_000 for file in files)

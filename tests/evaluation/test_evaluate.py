@@ -164,9 +164,9 @@ def test_win_rates_depend_neither_on_the_order_of_prompts_and_seeds_nor_on_batch
 
 def test_the_protocol_of_the_authors():
     words = ["--models", "base=model", "--prompts", "prompts.txt", "--output_dir", "out", "--protocol", "authors"]
-    found = _image_settings(make_parser().parse_args(words), "cpu")
-    assert (found.noise, found.seeds) == ("shared", (0,))
-    assert found.call_kwargs == {"num_inference_steps": 50, "guidance_scale": 8.5}
+    settings = _image_settings(make_parser().parse_args(words), "cpu")
+    assert (settings.noise, settings.seeds) == ("shared", (0,))
+    assert settings.call_kwargs == {"num_inference_steps": 50, "guidance_scale": 8.5}
 
 
 class Judge(VLMServerJudge):

@@ -43,11 +43,12 @@ def test_what_an_engine_divides_is_a_share_of_one_devices_and_the_rest_stays(pla
     four = plan_of(f"{words} --accelerate_config {engine}")
     for name in ("policy", "reference", "optimizer"):
         assert 4 * four.components[name] == pytest.approx(one.components[name], rel=0.02)
-    assert four.components["gradients"] == pytest.approx(one.trained, abs=1), "4 bytes of a fourth"
+    weights = one.components["policy"] / 4  # float32
+    assert four.components["gradients"] == pytest.approx(weights, rel=0.02), "4 bytes of a fourth"
     assert four.components["vae"] == one.components["vae"]
     copies = plan_of(f"{words} --accelerate_config multi_gpu")
     assert copies.components["policy"] == one.components["policy"]
-    assert copies.components["DDP's buckets"] == 4 * one.trained
+    assert copies.components["DDP's buckets"] == pytest.approx(4 * weights, rel=0.02)
 
 
 def test_the_moment_of_set_up_holds_a_shard_and_one_block(plan_of):
@@ -56,17 +57,12 @@ def test_the_moment_of_set_up_holds_a_shard_and_one_block(plan_of):
     held = ("policy", "reference", "vae", "text_encoder")
     shards = sum(plan.components[name] for name in held)
     block = plan.moments["set-up"] - shards
-    assert 0 < block < 4 * plan.parameters and list(plan.moments)[0] == "set-up"
-
-
-def test_set_up_has_no_encoders_if_latents_are_precomputed(plan_of):
-    plan = plan_of("--safeguard output --per_device_train_batch_size 1 --precompute_latents true")
-    assert plan.moments["set-up"] == plan.components["policy"] + plan.components["reference"]
+    assert 0 < block < 4 * plan.components["policy"] and list(plan.moments)[0] == "set-up"
 
 
 def test_an_engine_has_the_name_of_a_packaged_configuration_and_a_number_of_processes():
     assert engine_of("zero3", "4") == Engine("zero3", 4)
-    assert engine_of(None, 2) == engine_of("multi_gpu", 2) == Engine("ddp", 2)
+    assert engine_of(None, 2) == engine_of("multi_gpu", 2) == Engine("multi_gpu", 2)
     assert engine_of(None, None) == engine_of("single_gpu", None) == Engine()
     for processes in (None, 0, "auto"):
         with pytest.raises(ValueError, match="`--num_processes`"):
@@ -76,35 +72,18 @@ def test_an_engine_has_the_name_of_a_packaged_configuration_and_a_number_of_proc
 
 
 def test_the_table_of_what_fits_has_every_tuning_with_and_without_checkpointing(folder, capsys, tmp_path):
-    words = ["--model_name_or_path", folder, "--output_dir", str(tmp_path), "--plan_device", "cpu"]
+    words = ["--model_name_or_path", folder, "--output_dir", str(tmp_path)]
     assert main(["plan", *words, "--per_device_train_batch_size", "1"]) == 0
-    rows = capsys.readouterr().out.partition("| tuning |")[2].splitlines()[2:]
-    peaks = {row.split("|")[1].strip(): row for row in rows}
-    assert list(peaks) == [
+    rows = capsys.readouterr().out.partition("| training |")[2].splitlines()[2:]
+    names = [row.split("|")[1].strip() for row in rows]
+    assert names[0] == "your settings" and names[1:] == [
         f"{kind}{saves}" for kind in ("LoRA", "QLoRA, 4 bits", "full") for saves in ("", ", checkpointing")
     ]
 
 
-def test_accumulation_adds_no_operations_and_the_combination_of_branches_holds_both_gradients(plan_of):
-    parameter = plan_of(f"{ALL_WEIGHTS} --safeguard parameter")
-    accumulated = plan_of(f"{ALL_WEIGHTS} --safeguard parameter --gradient_accumulation_steps 2")
-    assert accumulated.flops == parameter.flops
-    assert parameter.moments["optimizer"] - sum(parameter.components.values()) >= 2 * 4 * parameter.trained
-
-
-@pytest.mark.matrix
-def test_the_passes_of_an_inversion_are_operations_of_a_step(plan_of, folder):
-    """Five steps of DDIM take 2 calls more than three, and three steps of ReNoise take 4 more. Full tuning calls the
-    reference once and `sft` never, so their difference is one call."""
-    words = f"{ALL_WEIGHTS} --safeguard none --noise_source inversion"
-    three, five, renoise = (
-        plan_of(f"{words} --inversion_kwargs {more}").flops
-        for more in ('{"steps":3}', '{"steps":5}', '{"steps":3,"kind":"renoise"}')
-    )
-    shared = plan_of(f"{ALL_WEIGHTS} --safeguard none").flops
-    a_call = shared - plan_of(f"{ALL_WEIGHTS} --safeguard none --loss_type sft").flops
-    assert a_call > 0
-    assert (three - shared, five - shared, renoise - shared) == (4 * a_call, 6 * a_call, 8 * a_call)
+def test_the_combination_of_branches_holds_both_gradients(plan_of):
+    plan = plan_of(f"{ALL_WEIGHTS} --safeguard parameter")
+    assert plan.moments["optimizer"] - sum(plan.components.values()) >= 1.9 * plan.components["policy"]
 
 
 @pytest.mark.matrix

@@ -20,7 +20,7 @@ def image(value=0, size=(16, 16)):
     ("settings", "message"),
     [
         ({"beta": float("nan")}, "`beta`"),
-        ({"loss_type": "exo_pair"}, "`loss_type`.*`dmpo`"),
+        ({"loss_type": "exo_pair"}, "`loss_type`.*dmpo"),
         ({"loss_type": "sigmoid", "loss_kwargs": [0.1]}, "`loss_kwargs`"),
         ({"loss_type": "dmpo", "loss_kwargs": {"dmpo_alpha": "low"}}, "`dmpo_alpha`"),
         ({"loss_type": "sigmoid", "loss_kwargs": {"dmpo_alpha": 0.1}}, "`dmpo_alpha`"),

@@ -2,7 +2,7 @@
 
 import argparse
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 from .. import __version__
 from . import EXIT_OK
@@ -10,7 +10,7 @@ from .options import OneLineParser
 
 PACKAGES = (
     *("torch", "transformers", "trl", "diffusers", "accelerate", "peft", "datasets", "huggingface_hub"),
-    *("safetensors", "pillow", "numpy", "deepspeed", "bitsandbytes", "matplotlib"),
+    *("safetensors", "numpy", "deepspeed", "bitsandbytes"),
 )
 
 
@@ -22,36 +22,15 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def run(arguments: list[str], prog: str) -> int:
     make_parser(prog).parse_args(arguments)
-    print("Copy this into a bug report:\n")
-    for name, value in environment().items():
-        print(f"- {name}: {value}")
-    return EXIT_OK
+    from importlib.metadata import version
 
-
-def environment() -> dict[str, str]:
-    """Return the platform, the accelerators and the version of each package, by name."""
-    return {
-        "trl-diffusion-sdpo": __version__,
-        "Platform": platform.platform(),
-        "Python": platform.python_version(),
-        "Accelerators": ", ".join(_accelerators()) or "none",
-        **{package: _installed_version(package) for package in PACKAGES},
-    }
-
-
-def _installed_version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _accelerators() -> list[str]:
     import torch  # imported late because it takes seconds
 
-    if torch.cuda.is_available():
-        return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    if not torch.accelerator.is_available():  # `current_accelerator` would raise an error in torch 2.6
-        return []
-    accelerator = torch.accelerator.current_accelerator()
-    return [] if accelerator is None else [accelerator.type]
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    print("Copy this into a bug report:\n")
+    print(f"- trl-diffusion-sdpo: {__version__}")
+    print(f"- Platform: {platform.platform()}, Python {platform.python_version()}")
+    print(f"- GPUs: {', '.join(devices) or 'none'}")
+    for package in PACKAGES:
+        print(f"- {package}: {version(package) if find_spec(package) else 'not installed'}")
+    return EXIT_OK

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from ..utils.own_errors import is_own
 
 _IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker process ")
-_NO_ROWS = "corresponds to no data"  # message of `datasets` for files without rows
 
 
 def sentence(error: Exception) -> str:
@@ -52,17 +50,7 @@ def reading_data(name: str | None) -> Iterator[None]:
     except (ValueError, OSError, StopIteration, ArrowException, DatasetsError) as error:
         if is_own(error):
             raise
-        raise ValueError(_about_data(name, error)) from error
-
-
-def _about_data(name: str | None, error: Exception) -> str:
-    data = "The data" if name is None else f"The data set {name}"
-    cause = error if error.__cause__ is None else error.__cause__
-    said = " ".join(str(cause).split()) or type(cause).__name__
-    path = Path(name or "").expanduser()
-    if path.is_file() and path.stat().st_size == 0:
-        return f"A data set must have at least one pair, and the file {name} is empty. Write the file again."
-    if _NO_ROWS in str(error):
-        return f"A data set must have at least one pair, and {name} has no rows. Check whether only its header was "
-        "written."
-    return f"{data} could not be read: {said}"
+        data = "The data" if name is None else f"The data set {name}"
+        cause = error if error.__cause__ is None else error.__cause__
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise ValueError(f"{data} could not be read: {reason}") from error

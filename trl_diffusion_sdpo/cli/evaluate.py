@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from ..evaluation import Candidate
     from ..evaluation.images import ImageSettings
 
-LAYOUTS = ("geneval", "dpg", "t2i-compbench", "hpsv2")
 # The settings of the Diffusion-SDPO authors. They use the guidance scale 7.5, on a scale where 0 is no guidance. In
 # diffusers, 1 is no guidance, so the same strength is 8.5.
 AUTHORS = {"num_inference_steps": 50, "guidance_scale": 8.5}
+LAYOUTS = ("geneval", "dpg", "t2i-compbench", "hpsv2")
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:

@@ -5,8 +5,6 @@ import argparse
 from . import EXIT_OK
 from .options import OneLineParser
 
-FORMATS = ("kohya",)
-
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = OneLineParser(
@@ -19,7 +17,6 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--run", required=True, metavar="FOLDER", help="Output folder of the training run, or one of its checkpoints.")
     add("--output", required=True, metavar="FILE", help="Name of the file to write, which must end in .safetensors.")
-    add("--format", choices=FORMATS, default=FORMATS[0], help="File format (default: kohya).")
     add("--average", action="store_true", help="Export the averaged weights that the setting `ema_decay` saves.")
     return parser
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from ..utils.import_utils import require
 from . import EXIT_INTERRUPTED, EXIT_OK
 from .options import option_name, read_yaml, refuse_unknown
 
@@ -47,20 +43,17 @@ def config_path(name: str) -> Path:
     return path
 
 
-def launch_options() -> dict[str, bool]:
-    """Return the options of `accelerate launch` that users can set: name -> whether the option takes a value."""
-    actions = [action for action in _launch_parser()._actions if action.option_strings]
-    return {action.dest: action.nargs != 0 for action in actions if action.dest not in _RESERVED}
+def launch_options() -> set[str]:
+    """Return the names of the options of `accelerate launch` that users can set."""
+    return {action.dest for action in _launch_parser()._actions if action.option_strings} - _RESERVED
 
 
-def launch_words(config: str, in_file: dict[str, Any], typed: list[str], options: Iterable[str]) -> list[str]:
+def launch_words(config: str, words: list[str], options: Iterable[str]) -> list[str]:
     """Return the arguments of `accelerate launch` that come before the name of the script.
 
     Args:
         config (`str`): Name or path of a configuration of accelerate.
-        in_file (`dict[str, Any]`): Options of `accelerate launch` in the YAML file of `--config`.
-        typed (`list[str]`): Options of `accelerate launch` on the command line. Typed options override options in the
-            file.
+        words (`list[str]`): Options of `accelerate launch`.
         options (`Iterable[str]`): Names of this command's options. An error message for a misspelt option suggests
             one of these.
     """
@@ -72,28 +65,19 @@ def launch_words(config: str, in_file: dict[str, Any], typed: list[str], options
         )
     file = config_path(config)
     settings = read_yaml(file)
-    takes_value = launch_options()
-    words = []
-    for name, value in in_file.items():
-        if takes_value.get(name, True):
-            words.append(f"--{name}={value}")
-        elif value:
-            words.append(f"--{name}")
-    words += typed
-    refuse_unknown([word for word in words if option_name(word) not in {None, *takes_value}], [*takes_value, *options])
-    launcher = _launch_parser()
-    launcher.exit_on_error = False
-    try:
-        parsed, _ = launcher.parse_known_args([*words, MODULE])
-    except argparse.ArgumentError as error:
-        raise ValueError(f"`accelerate launch` does not accept {' '.join(words)}: {error}") from error
+    names = launch_options()
+    refuse_unknown([word for word in words if option_name(word) not in {None, *names}], [*names, *options])
+    parsed, _ = _launch_parser().parse_known_args([*words, MODULE])
     if parsed.training_script != MODULE:
         refuse_unknown([parsed.training_script], ())
-    if settings.get("distributed_type") == "DEEPSPEED":
-        require("deepspeed", f"The configuration {config}")
     if parsed.num_processes is None and "num_processes" not in settings and settings.get("distributed_type") != "NO":
-        machines = parsed.num_machines or settings.get("num_machines", 1)
-        words = ["--num_processes", str(_devices() * machines), *words]
+        import torch  # imported late because it takes seconds
+
+        devices = torch.accelerator.device_count()
+        if devices == 0:
+            raise ValueError("The number of processes is unknown on a machine without GPUs. Set `--num_processes`.")
+        machines = parsed.num_machines or int(settings.get("num_machines", 1))
+        words = ["--num_processes", str(devices * machines), *words]
     return ["--config_file", str(file), *words]
 
 
@@ -107,7 +91,7 @@ def start(words: list[str], command: str, arguments: list[str]) -> int:
 
     Returns:
         `int`: The exit code. 0 after success, 130 after an interruption, or else the exit code of the first process
-            that failed. If a signal killed this process, the exit code is 128 plus the signal's number.
+            that failed.
     """
     from accelerate.commands.launch import launch_command
     from accelerate.utils import patch_environment
@@ -116,21 +100,20 @@ def start(words: list[str], command: str, arguments: list[str]) -> int:
 
     parsed = _launch_parser().parse_args([*words, "-m", MODULE, command, *arguments])
     seconds = os.environ.get(SHUTDOWN_VARIABLE, SHUTDOWN_SECONDS)
+    # Ctrl-C also reaches the child processes, which write a checkpoint before they end. This process waits for them. If
+    # there are several, torch's launcher replaces this handler.
+    previous = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
-        with (
-            patch_environment(**{LAUNCHED_VARIABLE: "1", SHUTDOWN_VARIABLE: seconds}),
-            _ignore_interrupts_with_one_process(parsed.config_file),
-        ):
+        with patch_environment(**{LAUNCHED_VARIABLE: "1", SHUTDOWN_VARIABLE: seconds}):
             launch_command(parsed)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode != EXIT_INTERRUPTED:
-            print(f"Process {rank} was the first to fail, with exit code {failure.exitcode}.", file=sys.stderr)
-        return _exit_code(failure.exitcode)
+        return error.get_first_failure()[1].exitcode
     except subprocess.CalledProcessError as error:
-        return _exit_code(error.returncode)
+        return error.returncode
     except SignalException:
         return EXIT_INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, previous)
     return EXIT_OK
 
 
@@ -138,37 +121,3 @@ def _launch_parser() -> argparse.ArgumentParser:
     from accelerate.commands.launch import launch_command_parser  # imported late because it configures logging
 
     return launch_command_parser()
-
-
-def _devices() -> int:
-    import torch  # imported late because it takes seconds
-
-    devices = torch.accelerator.device_count()
-    if devices == 0:
-        raise ValueError(
-            "This machine has no accelerator, so the number of processes is not known. Set `--num_processes`."
-        )
-    return devices
-
-
-@contextlib.contextmanager
-def _ignore_interrupts_with_one_process(config_file: str) -> Iterator[None]:
-    """Return a context manager that ignores SIGINT in this process while a single child process trains.
-
-    The terminal also sends Ctrl-C to the child process, which writes a checkpoint before it ends. If accelerate starts
-    several processes, torch's launcher handles signals.
-    """
-    if read_yaml(Path(config_file)).get("distributed_type") != "NO":
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, lambda number, frame: None)  # unlike SIG_IGN, not inherited by children
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _exit_code(code: int) -> int:
-    """Return the exit code that a shell would report. If a signal ended the process, `code` is its negative number, and
-    the result is 128 plus the number."""
-    return 128 - code if code < 0 else code

@@ -19,7 +19,7 @@ TRACEBACK_VARIABLE = "TRL_DIFFUSION_SDPO_TRACEBACK"
 COMMANDS = {
     "train": "Tune a pipeline on preference pairs.",
     "encode": "Encode images and prompts once, for later training runs with the same options.",
-    "plan": "Compute the memory and time that a training run needs, without starting it.",
+    "plan": "Compute the peak memory that a training run needs, without starting it.",
     "evaluate": "Compare models: generate images, score them, and write win rates and a report.",
     "pairs": "Make preference pairs from images, by scorers or by your own picks, and check pairs.",
     "export": "Convert the LoRA of a training run for ComfyUI, AUTOMATIC1111 and other tools.",

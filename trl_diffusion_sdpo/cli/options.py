@@ -1,25 +1,17 @@
-"""Base class of all command-line parsers, and functions that read options from YAML files and check them."""
+"""Base class of all command-line parsers, and functions that read and check options."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
-from ..utils.hints import CHOICE_ALIASES, did_you_mean, other_tools_option
-from ..utils.switch_words import SWITCH_WORDS, choice_of_switch
+from ..utils.hints import did_you_mean, other_tools_option
 
-# YAML 1.1 reads unquoted off, no, on and yes as booleans. For these text options: boolean -> word that is meant.
-_WORDS_OF_BOOLEANS = {
-    "report_to": {False: "none"},
-    "verify_images": {True: "all", False: "none"},
-    "resume_from_checkpoint": {True: "true", False: "false"},
-}
 # Name of an option -> its name in older versions of transformers.
 _FORMER_NAMES = {
     "activation_checkpointing": "gradient_checkpointing",
@@ -33,9 +25,6 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **{"allow_abbrev": False, **settings})
-
-    def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:
-        return super().add_argument(*flags, **with_hints(settings))
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -54,95 +43,42 @@ class OneLineParser(argparse.ArgumentParser):
         fields = {flag: action.dest for action in self._actions for flag in action.option_strings}
         return {fields[flag] for word in words if (flag := word.partition("=")[0]) in fields}
 
-    def words_of(self, settings: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    def words_of(self, settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         """Convert the settings of a YAML file to words of a command line, so that the parser can read both.
 
         Returns:
-            `tuple[list[str], dict[str, Any]]`: The words, and the settings whose names are not options of this
-            parser.
+            `tuple[list[str], list[str]]`: The words of this parser's options, and the words of all other settings.
         """
-        # Reversed, because an option such as `--x` comes before its opposite `--no_x` and must override it here.
-        actions = {action.dest: action for action in reversed(self._actions)}
+        destinations = {action.dest for action in self._actions}
         words: list[str] = []
-        others: dict[str, Any] = {}
+        others: list[str] = []
         for key, value in settings.items():
             name = str(key)
-            if name not in actions and _FORMER_NAMES.get(name) in actions:
+            if name not in destinations and _FORMER_NAMES.get(name) in destinations:
                 name = _FORMER_NAMES[name]
-            if name in actions:
-                words += _words_of_setting(actions[name], value)
+            if isinstance(value, dict) or (
+                isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
+            ):
+                entries = [f"--{name}={json.dumps(value, default=str)}"]
+            elif isinstance(value, list):
+                entries = [f"--{name}", *map(str, value)]
+            elif name not in destinations and value == "true":  # a switch of `accelerate launch` takes no value
+                entries = [f"--{name}"]
             else:
-                others[name] = value
+                entries = [f"--{name}={value}"]
+            (words if name in destinations else others).extend(entries)
         return words, others
-
-
-def _words_of_setting(action: argparse.Action, value: Any) -> list[str]:
-    flag = f"--{action.dest}"
-    if value is None and action.default is None:
-        return []
-    if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(entry, dict) for entry in value)):
-        return [f"{flag}={json.dumps(value, default=str)}"]
-    if isinstance(value, list):
-        if action.nargs != "+":
-            raise ValueError(f"`{action.dest}` takes one value, got the list {value}. Set only one value.")
-        return [flag, *(_word(action, entry) for entry in value)]
-    return [f"{flag}={_word(action, value)}"]
-
-
-def _word(action: argparse.Action, value: Any) -> str:
-    name = action.dest
-    if isinstance(value, bool):
-        word = _WORDS_OF_BOOLEANS.get(name, {}).get(value, str(value).lower())
-        if action.type is str and name not in _WORDS_OF_BOOLEANS:
-            raise ValueError(
-                f"`{name}` must be text, got the boolean {word}. YAML reads on, off, yes and no without quotes as "
-                "booleans. Put the word in quotes."
-            )
-        return word
-    if isinstance(value, float) and action.type is str:
-        raise ValueError(f"`{name}` must be text, got the number {value}. Put the value in quotes.")
-    return "none" if value is None else str(value)
-
-
-def with_hints(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `add_argument`, changed for an option with choices.
-
-    An option with choices also accepts aliases of the choices, and words like `on` and `off`. For a wrong value, the
-    error message suggests the most similar choice.
-    """
-    choices = settings.get("choices")
-    return settings if choices is None else {**settings, "type": _choice_reader([str(choice) for choice in choices])}
-
-
-def _choice_reader(choices: list[str]) -> Callable[[str], str]:
-    def read(word: str) -> str:
-        if CHOICE_ALIASES.get(word) in choices:
-            return CHOICE_ALIASES[word]
-        switch = SWITCH_WORDS.get(word.lower())
-        chosen = word if word in choices or switch is None else choice_of_switch(switch, choices)
-        if chosen not in choices:
-            near = did_you_mean(word, choices)
-            raise argparse.ArgumentTypeError(f"must be one of {', '.join(choices)}, got {word!r}.{near}")
-        return chosen
-
-    return read
 
 
 def refuse_unknown(words: Iterable[str], options: Iterable[str]) -> None:
     """Raise `ValueError` if a parser did not recognize some words. The message suggests the most similar options."""
-    words = list(words)
-    names = [name for word in words if (name := option_name(word))]
     known = {option.replace("-", "_") for option in options}
-    if names:
-        hints = [other_tools_option(name, known) or did_you_mean(name, known, prefix="--") for name in names]
-        listed = (
-            f"`--{name}` is not an option of this command.{hint}" for name, hint in zip(names, hints, strict=True)
-        )
-        raise ValueError(f"{' '.join(listed)} `--help` lists all options.")
-    if words:
-        raise ValueError(
-            f"Each word must belong to an option that begins with `--`, got: {' '.join(words)}. Remove these words."
-        )
+    for word in words:
+        name = option_name(word)
+        if name is None:
+            raise ValueError(f"Each word must belong to an option that begins with `--`, got {word!r}. Remove it.")
+        hint = other_tools_option(name, known) or did_you_mean(name, known, prefix="--")
+        raise ValueError(f"`--{name}` is not an option of this command.{hint} `--help` lists all options.")
 
 
 def option_name(word: str) -> str | None:
@@ -161,20 +97,21 @@ def take_options(arguments: list[str], *names: str) -> tuple[dict[str, str | Non
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the settings in a YAML file."""
+    """Return the settings in a YAML file.
+
+    Settings with one value are returned as the text in the file, so that an option can read `no`, `1e-5` and `1.10` as
+    on a command line. Settings without a value are left out.
+    """
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = path.read_text(encoding="utf-8")
+        settings = yaml.safe_load(content)
+        texts = yaml.load(content, Loader=yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(
             f"The file {path} must be valid YAML, and reading it failed: {' '.join(str(error).split())}"
         ) from error
     if not isinstance(settings, dict):
         raise ValueError(f"The file {path} must map names to values in YAML, got {type(settings).__name__}.")
-    return settings
-
-
-def set_environment(variables: Any) -> None:
-    """Set the environment variables in the entry `env` of a YAML file of settings."""
-    if not isinstance(variables, dict):
-        raise ValueError(f"`env` in the file of settings must map names to values, got {variables!r}.")
-    os.environ.update({str(name): str(value) for name, value in variables.items()})
+    values = zip(texts, settings.values(), strict=True)
+    set_ones = {name: value for name, value in values if value is not None}
+    return {name: value if isinstance(value, (dict, list)) else texts[name] for name, value in set_ones.items()}

@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
 from trl import ScriptArguments
-from trl.scripts.utils import DatasetConfig
 
 from ..data.holdout import hold_out
-from ..data.loading import (
-    ALL_SPLITS,
-    ONLY_SPLIT,
-    is_one_split,
-    is_saved,
-    load_pairs,
-    load_pairs_from_files,
-    rename_split,
-    saved_splits,
-    share_rows,
-    surely_share_rows,
-)
+from ..data.loading import ONLY_SPLIT, is_one_split, load_pairs, rename_split, surely_share_rows
 from ..data.sources import PairMixture
-from ..utils.hints import did_you_mean
 
 if TYPE_CHECKING:
     from ..trainer import DiffusionSDPOConfig
@@ -35,41 +20,26 @@ _HOW_TO_EVALUATE = (
     "Name evaluation pairs with `eval_dataset_name`, hold out training pairs with `test_size`, or leave out "
     "`eval_strategy`."
 )
-# Parts of the messages that `datasets` and `load_pairs` raise for a missing split.
-_NO_SPLIT = re.compile("Unknown split|Bad split|must have the split")
 
 
 @dataclass
-class PairSet(DatasetConfig):
-    """One entry of the option `datasets`: TRL's arguments for a data set, and the weight and format of its pairs.
+class PairSet:
+    """One entry of the option `datasets`.
 
     Parameters:
         path (`str`): Hub id, folder or file of the data set, like the option `dataset_name`.
+        name (`str`, *optional*): Configuration of a data set on the Hub, like the option `dataset_config`.
+        split (`str`, *optional*): Split of the data set, by default `"train"`.
         weight (`float`, *optional*): Share of training pairs from this data set, relative to the sum of all weights.
             Set `weight` for all data sets or for none.
         dataset_format (`str`, *optional*): Format of this data set. Overrides the option `dataset_format`.
     """
 
+    path: str
+    name: str | None = None
+    split: str = ONLY_SPLIT
     weight: float | None = None
     dataset_format: str | None = None
-
-    @classmethod
-    def read(cls, entry: Any) -> PairSet:
-        """Return a validated entry of the option `datasets`."""
-        keys = [field.name for field in fields(cls)]
-        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-            raise ValueError(
-                f"Each entry of `datasets` must be a mapping with a `path`, got {entry!r}. Add the `path`."
-            )
-        if entry.get("fraction") is not None:
-            raise ValueError(
-                "TRL's `fraction` is not supported for a data set, because it would drop pairs of larger data sets. "
-                "Use `weight`, which uses all pairs and repeats the pairs of smaller data sets."
-            )
-        for key in entry:
-            if key not in keys:
-                raise ValueError(f"`{key}` is not a key of a data set in `datasets`.{did_you_mean(str(key), keys)}")
-        return cls(**entry)
 
 
 @dataclass
@@ -80,8 +50,7 @@ class PairArguments(ScriptArguments):
         default=None,
         metadata={
             "help": "Several data sets to train on together, in place of `dataset_name`. A list of mappings, in YAML "
-            "or as JSON. Each mapping has a `path` and optionally `name`, `split`, `data_dir`, `data_files`, "
-            "`columns`, `weight` and `dataset_format`."
+            "or as JSON. Each mapping has a `path` and optionally `name`, `split`, `weight` and `dataset_format`."
         },
     )
     eval_dataset_name: str | None = field(
@@ -124,9 +93,13 @@ def _read_sets(value: Any) -> list[PairSet]:
             value = json.loads(value)
         except json.JSONDecodeError as error:
             raise ValueError(f"`datasets` must be a list of mappings, in YAML or as JSON, got {value!r}.") from error
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"`datasets` must be a list of one or more mappings with a `path`, got {value!r}.")
-    sets = [PairSet.read(entry) for entry in value]
+    try:
+        sets = [PairSet(**entry) for entry in value]
+    except TypeError as error:
+        raise ValueError(
+            "`datasets` must be a list of mappings. Each has a `path`, and optionally `name`, `split`, `weight` and "
+            f"`dataset_format`. Got {value!r}."
+        ) from error
     weighted = [entry.weight is not None for entry in sets]
     if any(weighted) and not all(weighted):
         raise ValueError(
@@ -146,36 +119,30 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
     sets = script_args.sets or [_only_set(script_args)]
     size = script_args.test_size
     evaluates = training_args.eval_strategy != "no"
-    if evaluates and script_args.sets and size is None and script_args.eval_dataset_name is None:
-        raise ValueError(
-            f"`eval_strategy` needs evaluation pairs, and `datasets` has none by default. {_HOW_TO_EVALUATE}"
-        )
     if evaluates and size is not None and script_args.dataset_streaming:
         raise ValueError(
             f"`test_size={size}` cannot hold out pairs of a stream, because its length and prompts are not known. Name "
             "evaluation pairs with `eval_dataset_name`, or leave out `dataset_streaming`."
         )
-    parts = [_load_set(entry, script_args, training_args.on_bad_row) for entry in sets]
+    trained = [_load_set(entry, script_args, training_args.on_bad_row) for entry in sets]
     formats = [entry.dataset_format or training_args.dataset_format for entry in sets]
     held_out: list[Any] = []
     evaluation: Any = None
     if evaluates and size is not None:
-        split = hold_out(parts, size, seed=training_args.seed, formats=formats)
-        parts, held_out = [train for train, _ in split], [test for _, test in split]
+        splits = hold_out(trained, size, seed=training_args.seed, formats=formats)
+        trained, held_out = [train for train, _ in splits], [test for _, test in splits]
     elif evaluates:
         evaluation = _load_evaluation(script_args, training_args.on_bad_row)
-        for entry, part in zip(sets, parts, strict=True):
-            _refuse_training_pairs(script_args, entry, part)
+        for entry in sets:
+            _refuse_training_pairs(script_args, entry)
     if not script_args.sets:
-        return parts[0], held_out[0] if held_out else evaluation
+        return trained[0], held_out[0] if held_out else evaluation
     names = [f"{number}: {entry.path}" for number, entry in enumerate(sets)]
-    weights = [
-        entry.weight for entry in sets if entry.weight is not None
-    ] or None  # all entries have a weight, or none has
+    weights = [entry.weight for entry in sets if entry.weight is not None] or None  # all entries have one, or none
     if held_out:
         filled = [i for i, rows in enumerate(held_out) if len(rows)]
         evaluation = PairMixture({names[i]: held_out[i] for i in filled}, None, [formats[i] for i in filled])
-    return PairMixture(dict(zip(names, parts, strict=True)), weights, formats), evaluation
+    return PairMixture(dict(zip(names, trained, strict=True)), weights, formats), evaluation
 
 
 def _only_set(script_args: ScriptArguments) -> PairSet:
@@ -184,18 +151,13 @@ def _only_set(script_args: ScriptArguments) -> PairSet:
         raise ValueError(
             "`dataset_name` must be the Hub id, folder or file of a preference data set, got none. Set it."
         )
-    return PairSet(name, script_args.dataset_config, split=script_args.dataset_train_split)
+    return PairSet(name, script_args.dataset_config, script_args.dataset_train_split)
 
 
 def _load_set(entry: PairSet, script_args: ScriptArguments, on_bad_row: str) -> Any:
+    split = _split_of(entry.path, entry.split)
     streaming = script_args.dataset_streaming
-    if entry.data_dir is None and entry.data_files is None:
-        split = _split_of(entry.path, entry.split)
-        loaded = load_pairs(entry.path, split, config=entry.name, streaming=streaming, on_bad_row=on_bad_row)
-    else:
-        files: dict[str, Any] = {"data_dir": entry.data_dir, "data_files": entry.data_files}
-        loaded = load_pairs_from_files(entry.path, entry.split, streaming, entry.name, **files)
-    return loaded if entry.columns is None else loaded.select_columns(entry.columns)
+    return load_pairs(entry.path, split, config=entry.name, streaming=streaming, on_bad_row=on_bad_row)
 
 
 def public_name(script_args: ScriptArguments) -> str | None:
@@ -207,15 +169,13 @@ def public_name(script_args: ScriptArguments) -> str | None:
 def _load_evaluation(script_args: PairArguments, on_bad_row: str) -> Any:
     """Return the test split of `eval_dataset_name`. If this option is unset, return the test split of the training data
     set."""
-    other = script_args.eval_dataset_name
-    is_local_other = other is not None and Path(other).expanduser().exists()
-    config = None if is_local_other else script_args.dataset_config
-    entry = PairSet(other or _only_set(script_args).path, config, split=script_args.dataset_test_split)
+    name = script_args.eval_dataset_name or script_args.dataset_name
+    if name is None:
+        raise ValueError(f"`eval_strategy` needs evaluation pairs, and `datasets` has no default. {_HOW_TO_EVALUATE}")
+    config = None if Path(name).expanduser().exists() else script_args.dataset_config
     try:
-        return _load_set(entry, script_args, on_bad_row)
+        return _load_set(PairSet(name, config, script_args.dataset_test_split), script_args, on_bad_row)
     except ValueError as error:
-        if _NO_SPLIT.search(str(error)) is None:
-            raise
         raise ValueError(f"{error} {_HOW_TO_EVALUATE}") from error
 
 
@@ -224,35 +184,14 @@ def _split_of(name: str, split: str) -> str:
     return rename_split(split, ONLY_SPLIT) if is_one_split(Path(name).expanduser()) else split
 
 
-def _refuse_training_pairs(script_args: PairArguments, trained: PairSet, loaded: Any) -> None:
-    """Raise `ValueError` if some evaluation pairs are also training pairs."""
+def _refuse_training_pairs(script_args: PairArguments, trained: PairSet) -> None:
+    """Raise `ValueError` if some evaluation pairs are also training pairs. Slices of one split are not compared."""
     evaluated = script_args.eval_dataset_name or trained.path
-    test_split = script_args.dataset_test_split
     here, there = Path(trained.path).expanduser(), Path(evaluated).expanduser()
     is_same = here.resolve() == there.resolve() if here.exists() else str(here) == str(there)
-    if not is_same:
-        return
-    is_whole = bool(trained.data_dir or trained.data_files)  # its rows may belong to any split
-    splits = ALL_SPLITS if is_whole else _split_of(trained.path, trained.split), _split_of(evaluated, test_split)
-    lengths = None if is_whole else _lengths(here, loaded)
-    if not (surely_share_rows(*splits) if lengths is None else share_rows(*splits, lengths)):
-        return
-    if script_args.eval_dataset_name is not None:
+    test_split = script_args.dataset_test_split
+    if is_same and surely_share_rows(_split_of(trained.path, trained.split), _split_of(evaluated, test_split)):
         raise ValueError(
-            f"Evaluation pairs must not be training pairs. In {trained.path}, the split {test_split} for evaluation "
-            f"shares rows with the split {trained.split} for training. Hold out "
-            "training pairs with `test_size`, and leave out `eval_dataset_name`."
+            "Evaluation pairs must not be training pairs. `dataset_test_split` shares rows with the training split. "
+            f"Got the splits {test_split} and {trained.split} of {trained.path}. {_HOW_TO_EVALUATE}"
         )
-    raise ValueError(
-        f"`dataset_test_split` must not share rows with `dataset_train_split`, because evaluation pairs must not be "
-        f"training pairs. Got the splits {test_split} and {trained.split} of {trained.path}. {_HOW_TO_EVALUATE}"
-    )
-
-
-def _lengths(path: Path, loaded: Any) -> dict[str, int] | None:
-    """Return the number of rows of each split of a data set, or `None` if the numbers are not known, as in a stream."""
-    if is_saved(path):
-        return {name: len(part) for name, part in saved_splits(path).items()}
-    if not isinstance(loaded, Dataset) or loaded.info.splits is None:
-        return None
-    return {name: part.num_examples for name, part in loaded.info.splits.items()}

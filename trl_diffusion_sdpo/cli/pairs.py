@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from . import EXIT_OK
 from .errors import reading_data
@@ -24,23 +22,12 @@ from .images import (
 from .options import OneLineParser
 
 
-class SubCommand(NamedTuple):
-    """A sub-command: its help texts, its options, and the function that runs it."""
-
-    help: str
-    description: str  # further sentences for `SUBCOMMAND --help`
-    add_options: Callable[[argparse.ArgumentParser], None]
-    act: Callable[[argparse.Namespace], None]
-
-
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    width = max(map(len, SUBCOMMANDS))
-    listed = "\n".join(f"  {name:{width}}  {command.help}" for name, command in SUBCOMMANDS.items())
+    listed = "\n".join(f"  {name:12}  {text.partition('. ')[0]}." for name, (text, _, _) in SUBCOMMANDS.items())
     parser = OneLineParser(
         prog=prog,
         usage=f"{prog} SUBCOMMAND ...",
-        description=f"Make preference pairs of images by scorers or by your own picks, and check "
-        f"pairs.\n\nsub-commands:\n{listed}",
+        description=f"Make preference pairs of images, and check pairs.\n\nsub-commands:\n{listed}",
         epilog=f"`{prog} SUBCOMMAND --help` lists the options of a sub-command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -50,9 +37,9 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def subcommand_parser(name: str, prog: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of a sub-command."""
-    command = SUBCOMMANDS[name]
-    parser = OneLineParser(prog=prog, description=f"{command.help} {command.description}")
-    command.add_options(parser)
+    text, add_options, _ = SUBCOMMANDS[name]
+    parser = OneLineParser(prog=prog, description=text)
+    add_options(parser)
     return parser
 
 
@@ -60,7 +47,7 @@ def run(arguments: list[str], prog: str) -> int:
     name = make_parser(prog).parse_args(arguments[:1]).subcommand
     options = subcommand_parser(name, f"{prog} {name}").parse_args(arguments[1:])
     logging.basicConfig(format="%(message)s", level=logging.ERROR if name == "check" else logging.WARNING)
-    SUBCOMMANDS[name].act(options)
+    SUBCOMMANDS[name][2](options)
     return EXIT_OK
 
 
@@ -69,13 +56,8 @@ def run(arguments: list[str], prog: str) -> int:
 
 def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        metavar="MODEL",
-        help="Model that generates images: a Hub id, the folder of a pipeline or the output folder of a training run. "
-        "`MODEL+LORA` adds a LoRA.",
-    )
+    model = "Hub id, folder of a pipeline or output folder of a run, which generates images. `MODEL+LORA` adds a LoRA."
+    add("--model", required=True, help=model)
     add(
         "--recipe",
         choices=["scored", "negatives", "spin", "partial", "local"],
@@ -86,37 +68,15 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
         "`spin` generates it from the prompt alone, `partial` noises the image and denoises it, and `local` redraws a "
         "region of the image and saves the region's mask for training.",
     )
-    add(
-        "--negative_kwargs",
-        type=mapping_option,
-        default={"guidance_scale": 1.0},
-        metavar="JSON",
-        help="Arguments of the pipeline's call for the rejected images of the recipe `negatives` (default: no "
-        "guidance).",
-    )
+    unguided = {"guidance_scale": 1.0}
+    negatives = "Arguments of the pipeline's call for the rejected images of `negatives` (default: no guidance)."
+    add("--negative_kwargs", type=mapping_option, default=unguided, metavar="JSON", help=negatives)
     add("--from_images", metavar="FOLDER", help="Folder of good images that `pairs from-images` has listed.")
-    add(
-        "--strength",
-        type=float,
-        default=0.6,
-        metavar="X",
-        help="Noise level that the recipes `partial` and `local` add, in (0, 1] (default: 0.6).",
-    )
+    strength = "Noise level that the recipes `partial` and `local` add, in (0, 1] (default: 0.6)."
+    add("--strength", type=float, default=0.6, metavar="X", help=strength)
     add("--images", type=int, default=4, metavar="K", help="Number of images for each prompt (default: 4).")
-    add(
-        "--first_seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="Seed of a prompt's first image. The next images have N + 1, N + 2, ... (default: 0).",
-    )
-    add(
-        "--weights",
-        type=mapping_option,
-        default={},
-        metavar="JSON",
-        help='Weight of each scorer by its name, such as {"pickscore": 2}; 1 if unset.',
-    )
+    weights = 'Weight of each scorer by its name, such as {"pickscore": 2}; 1 if unset.'
+    add("--weights", type=mapping_option, default={}, metavar="JSON", help=weights)
     add(
         "--combination",
         choices=["weighted", "majority", "pareto"],
@@ -124,13 +84,8 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
         help="How several scorers are combined: sum of weighted z-scores (default), majority vote, or `pareto`: like "
         "`weighted`, but without pairs in which a scorer prefers the rejected image.",
     )
-    add(
-        "--margin",
-        type=float,
-        metavar="X",
-        help="Make a pair of every two images of a prompt whose rewards differ by at least X. If unset, pair only the "
-        "best and the worst image of each prompt.",
-    )
+    margin = "Make a pair of every two images whose rewards differ by at least X. If unset, pair only best and worst."
+    add("--margin", type=float, metavar="X", help=margin)
     add_image_options(parser, prompt_split="train", is_prompts_required=False)
     add("--output_dir", required=True, metavar="FOLDER", help="Folder for images, scores and pairs.jsonl.")
 
@@ -157,8 +112,7 @@ def _generate(options: argparse.Namespace) -> None:
         )
     pairing = Pairing(options.combination, options.weights, options.margin)
     state = PartialState(cpu=options.device == "cpu")
-    seeds = range(options.first_seed, options.first_seed + options.images)
-    settings = image_settings(options, options.device or str(state.device), seeds)
+    settings = image_settings(options, options.device or str(state.device), range(options.images))
     model = candidate_of(f"model={options.model}")
     folder = options.output_dir
     if not reads_prompts:
@@ -193,19 +147,9 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _add_pick_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="Folder of images, or output folder of `evaluate`.")
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        metavar="ADDRESS",
-        help="Address at which the page is served (default: 127.0.0.1, for this machine only). With 0.0.0.0, other "
-        "devices in your network can open the page, for example your phone.",
-    )
-    parser.add_argument(
-        "--port",
-        type=int,
-        metavar="N",
-        help="Port of the page. If unset, the page uses port 8765, or a free port if 8765 is in use.",
-    )
+    host = "Address of the page (default: 127.0.0.1, for this machine only). With 0.0.0.0, phones can open it."
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help=host)
+    parser.add_argument("--port", type=int, metavar="N", help="Port of the page. If unset, 8765 or a free port.")
 
 
 def _pick(options: argparse.Namespace) -> None:
@@ -249,28 +193,13 @@ def _pick(options: argparse.Namespace) -> None:
 def _add_from_images_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="Folder of images. Subfolders are read too.")
-    add(
-        "--liked",
-        nargs="+",
-        metavar="NAME",
-        help="Names of the subfolders with images that you like; `liked` and similar names if unset.",
-    )
-    add(
-        "--disliked",
-        nargs="+",
-        metavar="NAME",
-        help="Names of the subfolders with images that you do not like; `disliked` and similar names if unset.",
-    )
     add("--from_names", action="store_true", help="If an image has no other prompt, use its file name.")
 
 
 def _from_images(options: argparse.Namespace) -> None:
-    from ..pairing.own_images import DISLIKED, LIKED, list_images
+    from ..pairing.own_images import list_images
 
-    liked = [name.lower() for name in options.liked or LIKED]
-    disliked = [name.lower() for name in options.disliked or DISLIKED]
-    lines = list_images(Path(options.folder), liked=liked, disliked=disliked, from_names=options.from_names)
-    print("\n".join(lines))
+    print("\n".join(list_images(Path(options.folder), from_names=options.from_names)))
     print(f"To judge the images: trl-diffusion-sdpo pairs pick {options.folder}")
 
 
@@ -298,33 +227,12 @@ def _add_check_options(parser: argparse.ArgumentParser) -> None:
     add("data", metavar="PATH", help="Folder, file or Hub id of the data set, as for `train --dataset_name`.")
     add("--split", default="train", metavar="NAME", help="Split to check (default: train).")
     add("--dataset_format", metavar="NAME", help="Format of the columns. If unset, it is detected.")
-    add(
-        "--resolution",
-        type=int,
-        default=512,
-        metavar="N",
-        help="Resolution of the training, in pixels (default: 512).",
-    )
-    add("--min_side", type=int, metavar="N", help="Drop a pair if the shorter side of an image is below N pixels.")
-    add(
-        "--look_at",
-        type=int,
-        default=500,
-        metavar="N",
-        help="Number of pairs to examine for duplicates, to score and to show (default: 500).",
-    )
-    add(
-        "--scorer",
-        metavar="NAME",
-        help="Scorer for the images, such as pickscore, or your own function as `module:function`.",
-    )
-    add(
-        "--scorer_settings",
-        type=mapping_option,
-        default={},
-        metavar="JSON",
-        help='Settings of the scorer, such as {"device": "cuda"}.',
-    )
+    resolution = "Resolution of the training, in pixels (default: 512)."
+    add("--resolution", type=int, default=512, metavar="N", help=resolution)
+    scorer = "Scorer for the images, such as pickscore, or your own function as `module:function`."
+    add("--scorer", metavar="NAME", help=scorer)
+    settings = 'Settings of the scorer, such as {"device": "cuda"}.'
+    add("--scorer_settings", type=mapping_option, default={}, metavar="JSON", help=settings)
     add("--sheet", metavar="FILE", help="Write a contact sheet of the examined pairs to this HTML file.")
 
 
@@ -340,54 +248,55 @@ def _check(options: argparse.Namespace) -> None:
         PairTransform(options.resolution),
         dataset_format=options.dataset_format,
         verify_images="all",
-        min_side=options.min_side or 1,
+        min_side=1,
         compare=False,
     )
     path = Path(options.data).expanduser()
     folder = path if path.is_dir() else path.parent
     with reading_data(options.data):
         dataset = load_pairs(options.data, options.split)
-        lines = check_pairs(dataset, reading, look_at=options.look_at, scorer=scorer, sheet=sheet, folder=folder)
+        lines = check_pairs(dataset, reading, scorer=scorer, sheet=sheet, folder=folder)
     print("\n".join(lines))
     if sheet is not None:
         print(f"Wrote the contact sheet to {sheet}.")
 
 
+# Name of a sub-command -> its description, whose first sentence is its help; its options; and its function.
 SUBCOMMANDS = {
-    "generate": SubCommand(
-        "Generate several images of each prompt, score them, and pair the best with the worst.",
-        "Without scorers, only images are generated, and you can judge them with `pairs pick`. If a call was "
-        "interrupted, the same call continues where it stopped. To use several GPUs, start the command as "
-        "`accelerate launch -m trl_diffusion_sdpo pairs generate`.",
+    "generate": (
+        "Generate several images of each prompt, score them, and pair the best with the worst. Without scorers, only "
+        "images are generated, and you can judge them with `pairs pick`. If a call was interrupted, the same call "
+        "continues where it stopped. To use several GPUs, start the command as `accelerate launch -m "
+        "trl_diffusion_sdpo pairs generate`.",
         _add_generate_options,
         _generate,
     ),
-    "pick": SubCommand(
-        "Open a web page that shows you two images of a prompt at a time, and save which image you prefer.",
-        "Each pick is saved at once in picks.jsonl, and the pairs for training are in pairs.jsonl. FOLDER is a folder "
-        "of your images or the output folder of `evaluate`. In the latter case, you compare the models without seeing "
-        "which model made an image. Call the command again to continue with earlier picks. Ctrl-C ends the command.",
+    "pick": (
+        "Open a web page that shows you two images of a prompt at a time, and save which image you prefer. Each pick "
+        "is saved at once in picks.jsonl, and the pairs for training are in pairs.jsonl. FOLDER is a folder of your "
+        "images or the output folder of `evaluate`. In the latter case, you compare the models without seeing which "
+        "model made an image. Call the command again to continue with earlier picks. Ctrl-C ends the command.",
         _add_pick_options,
         _pick,
     ),
-    "from-images": SubCommand(
-        "Find the prompts of the images in a folder, and list the images in manifest.jsonl for `pairs pick`.",
-        "The prompt of a.png is read from a.txt, or from metadata that A1111, Forge, ComfyUI or SwarmUI wrote into the "
+    "from-images": (
+        "Find the prompts of the images in a folder, and list the images in manifest.jsonl for `pairs pick`. The "
+        "prompt of a.png is read from a.txt, or from metadata that A1111, Forge, ComfyUI or SwarmUI wrote into the "
         "image. Duplicates are left out. Images are never changed. After you have added images, call the command "
         "again: your picks are kept.",
         _add_from_images_options,
         _from_images,
     ),
-    "push": SubCommand(
-        "Upload the pairs of a folder and their images to the Hub as a data set.",
-        "The folder's README.md becomes the page of the data set. Log in first with `hf auth login`. Afterwards, "
-        "`train --dataset_name REPO` trains on the data set.",
+    "push": (
+        "Upload the pairs of a folder and their images to the Hub as a data set. The folder's README.md becomes the "
+        "page of the data set. Log in first with `hf auth login`. Afterwards, `train --dataset_name REPO` trains on "
+        "the data set.",
         _add_push_options,
         _push,
     ),
-    "check": SubCommand(
-        "Report which pairs of a data set training would read, which it would drop, and which look doubtful.",
-        "The command does not train.",
+    "check": (
+        "Report which pairs of a data set training would read, which it would drop, and which look doubtful. The "
+        "command does not train.",
         _add_check_options,
         _check,
     ),

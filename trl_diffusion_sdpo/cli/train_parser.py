@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..utils.hints import did_you_mean
-from .options import OneLineParser, read_yaml, set_environment, take_options, with_hints
+from .errors import reading_arguments
+from .launch import config_names, launch_options
+from .options import OneLineParser, option_name, read_yaml, refuse_unknown, take_options
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+    from ..trainer import DiffusionSDPOConfig
+    from .pair_arguments import PairArguments
 
 # Folders of the example configurations, in an installed package and in a clone of the repository.
 EXAMPLES = (Path(__file__).parent / "example_configs", Path(__file__).parents[2] / "examples" / "configs")
@@ -31,16 +36,10 @@ HIDDEN = frozenset(
 )
 # Prefixes of the options of TRL's `ModelConfig` that need `use_peft`.
 ADAPTER_PREFIXES = ("lora_", "use_rslora", "use_dora", "load_in_", "bnb_", "use_bnb_")
-# Options that need `eval_strategy`.
-_EVALUATION_OPTIONS = ("eval_dataset_name", "test_size", "eval_steps")
 # Titles of the groups of options in `--help`.
 MODEL = "Model and data"
 OWN = "Diffusion-SDPO"
 INHERITED = "Training, from transformers"
-_REQUIRED = {
-    "model_name_or_path": "the Hub id or folder of a diffusers pipeline",
-    "dataset_name": "the Hub id, folder or file of a preference data set",
-}
 
 
 def make_parser(prog: str | None = None) -> Any:
@@ -49,7 +48,6 @@ def make_parser(prog: str | None = None) -> Any:
     from trl import ModelConfig, TrlParser
 
     from ..trainer.diffusion_sdpo_config import DiffusionSDPOConfig
-    from .launch import config_names
     from .pair_arguments import PairArguments
 
     inherited = {field.name for field in fields(TrainingArguments)}
@@ -58,9 +56,7 @@ def make_parser(prog: str | None = None) -> Any:
     class TrainParser(OneLineParser, TrlParser):
         """TRL's parser, whose help lists this package's options before those of transformers."""
 
-        def __init__(self, *arguments: Any, **settings: Any):
-            self._titled: dict[str, argparse._ArgumentGroup] = {}
-            super().__init__(*arguments, **settings)
+        _titled: dict[str, argparse._ArgumentGroup] = {}
 
         def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:
             if "-h" in flags:
@@ -71,7 +67,7 @@ def make_parser(prog: str | None = None) -> Any:
             title = OWN if name in own else INHERITED if name in inherited else MODEL
             if name in HIDDEN:
                 settings["help"] = argparse.SUPPRESS
-            return self._titled[title].add_argument(*flags, **with_hints(settings))
+            return self._titled[title].add_argument(*flags, **settings)
 
     kinds: Any = (PairArguments, DiffusionSDPOConfig, ModelConfig)
     parser = TrainParser(
@@ -103,7 +99,7 @@ def read_given(arguments: list[str]) -> tuple[dict[str, Any], str | None, list[s
     """
     taken, words = take_options(arguments, "config", "accelerate_config")
     settings = {} if taken["config"] is None else read_yaml(config_file(taken["config"]))
-    set_environment(settings.pop("env", {}))
+    os.environ.update({name: str(value) for name, value in settings.pop("env", {}).items()})
     in_file = settings.pop("accelerate_config", None)
     return settings, taken["accelerate_config"] or in_file, words
 
@@ -128,15 +124,48 @@ def config_file(name: str) -> Path:
     return examples[name]
 
 
-def check_together(values: dict[str, Any], names: Iterable[str]) -> None:
-    """Check that options for a model and for data are set, and that the options fit together."""
-    for name, what in _REQUIRED.items():
-        if not values[name] and not (name == "dataset_name" and values["datasets"]):
-            raise ValueError(f"`--{name}` must be {what}, got none. Set it.")
-    check_adapter_options(values, names)
-    if values["eval_strategy"] == "no" and not values["do_eval"] and is_first_process():
-        for name in sorted(set(_EVALUATION_OPTIONS) & set(names)):
-            logger.warning("The option `%s=%s` has no effect without `eval_strategy`.", name, values[name])
+@dataclass
+class TrainOptions:
+    """Options of `train` from the command line and the YAML file."""
+
+    parser: Any
+    words: list[str]  # all options of `train` as words of a command line, those of the file first
+    others: list[str]  # words that are no options of `train`, such as options of `accelerate launch`
+    accelerate_config: str | None
+
+    @classmethod
+    def read(cls, arguments: list[str], prog: str | None) -> TrainOptions:
+        """Read the command line and the YAML file that it names."""
+        settings, accelerate_config, typed = read_given(arguments)
+        parser = make_parser(prog)
+        in_file, others = parser.words_of(settings)
+        words = [*in_file, *typed]
+        _, unknown = parser.parse_known_args(words)
+        return cls(parser, words, [*others, *unknown], accelerate_config)
+
+    def values(self) -> dict[str, Any]:
+        """Return the values of all options by name."""
+        return vars(self.parser.parse_known_args(self.words)[0])
+
+    def dataclasses(self) -> tuple[PairArguments, DiffusionSDPOConfig, ModelConfig]:
+        """Return the options as dataclasses. Raise `ValueError` if the options do not fit together."""
+        check_adapter_options(self.values(), self.parser.names_in(self.words))
+        with reading_arguments():
+            parsed = self.parser.parse_args_into_dataclasses(
+                self.words, look_for_args_file=False, return_remaining_strings=True
+            )
+        return parsed[:3]
+
+    def refuse_others(self) -> None:
+        """Raise `ValueError` for words that are no options. The message suggests the most similar option. For an
+        option of `accelerate launch`, the message says that `--accelerate_config` is missing."""
+        launchers = [word for word in self.others if option_name(word) in launch_options()] if self.others else []
+        if launchers:
+            raise ValueError(
+                f"Options of `accelerate launch` need `--accelerate_config`, got `{launchers[0]}` without it. Add "
+                "`--accelerate_config`, or leave the option out."
+            )
+        refuse_unknown(self.others, self.parser.names())
 
 
 def check_adapter_options(values: dict[str, Any], names: Iterable[str]) -> None:

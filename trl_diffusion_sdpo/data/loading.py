@@ -86,11 +86,6 @@ def load_pairs(
     return made.to_iterable_dataset() if streaming else made
 
 
-def load_pairs_from_files(path: str, split: str, streaming: bool, config: str | None, **files: Any) -> Any:
-    """Load rows like [`load_pairs`], but from `data_files` or a `data_dir` of a data set."""
-    return _load(datasets.load_dataset_builder(path, name=config, **files), split, streaming)
-
-
 def is_saved(path: Path) -> bool:
     """Return whether a folder was written by `save_to_disk`."""
     return (path / _SAVED_DATASET).is_file() or (path / _SAVED_DATASET_DICT).is_file()
@@ -307,15 +302,6 @@ def rows_of(split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
         return [(name, range(length)) for name, length in lengths.items()]
     absolute = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     return [(summand.splitname, range(summand.from_, summand.to)) for summand in absolute]
-
-
-def share_rows(first: str, second: str, lengths: dict[str, int]) -> bool:
-    """Return whether two split expressions have a common row. `lengths` are the numbers of rows of the splits."""
-    return any(
-        name == other and max(rows.start, others.start) < min(rows.stop, others.stop)
-        for name, rows in rows_of(first, lengths)
-        for other, others in rows_of(second, lengths)
-    )
 
 
 def surely_share_rows(first: str, second: str) -> bool:

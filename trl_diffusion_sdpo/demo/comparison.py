@@ -1,8 +1,6 @@
 """Run the demo: tune one tiny model with SFT, Diffusion-DPO, Diffusion-SDPO and a stricter Diffusion-SDPO ("recipe") on
 the same pairs, score the images of the tuned models, and write a report."""
 
-import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..guidance import preference_guidance
 from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from .methods import GENTLE_METHODS, GUIDED_FROM, GUIDED_METHOD, METHODS, RUNS_FOLDER, Method
-from .pairs import eval_pairs, off_policy_pairs, on_policy_pairs
+from .methods import GUIDED_FROM, GUIDED_METHOD, METHODS, RUNS_FOLDER, Method
+from .pairs import eval_pairs, off_policy_pairs
 from .pipeline import load_base_pipeline, load_pipeline
-from .report import BASE, PAGES, write_report
+from .report import BASE, write_report
 from .results import Curves, DemoResult, Guided, MethodResult, Score
 from .scoring import GUIDANCE_SCALES, GuidedScorer, ImageScorer, OracleCallback
 from .world import IMAGE_SIZE
@@ -28,9 +25,7 @@ from .world import IMAGE_SIZE
 STEPS = 240
 LOGS = 30  # number of points in the plot of lambda
 THREADS = 4  # largest number of CPU threads; such a small network is not faster with more
-SETTINGS_FILE = "settings.json"
-# Added to the seed, so that held-out pairs and the latents of scored images differ from those in training.
-_HELD_OUT_SEED, _SCORE_SEED = 10_000, 20_000
+_SCORE_SEED = 20_000  # added to the seed, so that the latents of scored images differ from those in training
 
 SHARED = {
     "per_device_train_batch_size": 32,
@@ -49,8 +44,6 @@ def run_demo(
     *,
     seed: int = 0,
     max_steps: int | None = None,
-    pairs: str = "off_policy",
-    gentle: bool = False,
     samples_per_prompt: int = 3,
     evaluations: int = 4,
     guidance_scales: Sequence[float] = GUIDANCE_SCALES,
@@ -58,14 +51,10 @@ def run_demo(
     """Tune the packaged base model with every method on the same pairs, on the CPU, and write a report.
 
     Args:
-        output_dir (`str` or `Path`): Folder for the report, and for each tuned pipeline in `runs/<method>`. Results of
-            an earlier demo in this folder are replaced.
+        output_dir (`str` or `Path`): New or empty folder for the report, and for each tuned pipeline in
+            `runs/<method>`.
         seed (`int`): Seed of the pairs, the noise and the generated images.
         max_steps (`int`, *optional*): Optimizer steps of each method; 240 if unset.
-        pairs (`str`): `"off_policy"`: a pair has two rendered drawings. `"on_policy"`: a pair has two images that the
-            base model generated.
-        gentle (`bool`): Whether to also train Diffusion-DPO and Diffusion-SDPO with gentle settings: a lower learning
-            rate, a higher beta and half the steps.
         samples_per_prompt (`int`): Number of images for each of the 72 prompts. The oracle scores these images.
         evaluations (`int`): Number of evaluations during the training of each method.
         guidance_scales (`Sequence[float]`): Scales of classifier-free guidance. For each model, the scale with the
@@ -80,21 +69,21 @@ def run_demo(
     settings = {
         "seed": seed,
         "max_steps": steps,
-        "pairs": pairs,
         "samples_per_prompt": samples_per_prompt,
         "evaluations": evaluations,
         "guidance_scales": list(guidance_scales),
         **SHARED,
-        "methods": {method.key: method.settings for method in (*METHODS, *GENTLE_METHODS, GUIDED_METHOD)},
+        "methods": {method.key: method.settings for method in (*METHODS, GUIDED_METHOD)},
     }
-    folder = claim_folder(Path(output_dir), settings)
+    folder = Path(output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"`output_dir` must be a new or empty folder, got {folder}. Use another folder.")
     started = time.monotonic()
     threads = torch.get_num_threads()
     torch.set_num_threads(min(threads, THREADS))
     try:
         comparison = Comparison(folder, settings)
-        chosen = [*METHODS, *GENTLE_METHODS] if gentle else [*METHODS]
-        methods = [comparison.train(method, f"{i}/{len(chosen)}") for i, method in enumerate(chosen, 1)]
+        methods = [comparison.train(method, f"{i}/{len(METHODS)}") for i, method in enumerate(METHODS, 1)]
         result = DemoResult(
             folder=folder,
             settings=settings,
@@ -118,7 +107,7 @@ class Comparison:
         self.folder, self.settings = folder, settings
         with tqdm(total=2, desc="Pairs and base model") as bar:
             base = load_base_pipeline()
-            self.train_pairs, self.eval_pairs = demo_pairs(settings["pairs"], settings["seed"], base)
+            self.train_pairs, self.eval_pairs = off_policy_pairs(settings["seed"]), eval_pairs(settings["seed"])
             bar.update()
             self.scorer = ImageScorer(settings["samples_per_prompt"], settings["seed"] + _SCORE_SEED)
             self.base_samples, self.base_scores = self.scorer(base)
@@ -157,8 +146,6 @@ class Comparison:
 
     def _arguments(self, method: Method) -> DiffusionSDPOConfig:
         steps = self.settings["max_steps"]
-        if method.gentle:
-            steps = -(-steps // 2)
         return DiffusionSDPOConfig(
             output_dir=str(self.folder / RUNS_FOLDER / method.key),
             max_steps=steps,
@@ -192,26 +179,3 @@ class BarCallback(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._bar.set_postfix_str(f"oracle {state.log_history[-1]['oracle']:.3f}")
-
-
-def claim_folder(folder: Path, settings: dict[str, Any]) -> Path:
-    """Prepare the folder of a demo and return it: write the settings, and delete runs and images of an earlier demo."""
-    file = folder / SETTINGS_FILE
-    if folder.is_dir() and any(folder.iterdir()) and not file.is_file():
-        raise ValueError(
-            f"`output_dir` must be a new or empty folder, or the folder of an earlier demo, and {folder} has other "
-            "files. Use another folder."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    for name in (RUNS_FOLDER, *PAGES):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    return folder
-
-
-def demo_pairs(kind: str, seed: int, base: Any) -> tuple[Dataset, Dataset]:
-    """Return training pairs and held-out pairs of the kind `"off_policy"` or `"on_policy"`. Images of on-policy pairs
-    are generated by `base`."""
-    if kind == "off_policy":
-        return off_policy_pairs(seed), eval_pairs(seed)
-    return on_policy_pairs(base, seed), on_policy_pairs(base, seed + _HELD_OUT_SEED, per_prompt=2)

@@ -6,7 +6,6 @@ from typing import Any
 RUNS_FOLDER = "runs"  # subfolder of the demo's output folder; it has one folder per method
 
 HARD = {"learning_rate": 2e-4, "beta": 100.0}
-GENTLE = {"learning_rate": 1e-4, "beta": 500.0}
 UNSAFE = {"loss_type": "sigmoid", "safeguard": "none"}
 SAFE = {"loss_type": "sigmoid", "safeguard": "output", "safeguard_mu": 0.6}
 # Stricter settings: a lower error on the chosen images than with `SAFE`, for a slightly lower oracle score.
@@ -20,7 +19,6 @@ class Method:
     key: str  # name of the method's folder
     label: str  # name in plots and tables
     settings: dict[str, Any] = field(default_factory=dict)  # fields of `DiffusionSDPOConfig`
-    gentle: bool = False  # whether the method trains for half as many steps as the others
 
 
 METHODS = (
@@ -28,10 +26,6 @@ METHODS = (
     Method("dpo", "Diffusion-DPO", UNSAFE | HARD),
     Method("sdpo", "Diffusion-SDPO", SAFE | HARD),
     Method("sdpo_recipe", "Diffusion-SDPO, recipe", RECIPE | HARD),
-)
-GENTLE_METHODS = (
-    Method("dpo_gentle", "Diffusion-DPO, gentle", UNSAFE | GENTLE, gentle=True),
-    Method("sdpo_gentle", "Diffusion-SDPO, gentle", SAFE | GENTLE, gentle=True),
 )
 # Not trained: the recipe's model generates with preference guidance, and the base model is the reference. `settings`
 # are the arguments of `preference_guidance`.

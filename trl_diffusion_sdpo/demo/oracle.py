@@ -69,10 +69,6 @@ def oracle_parts(images: Images, prompts: Sequence[str]) -> OracleParts:
     """
     pixels = _as_float(images)
     wanted = [parse_caption(prompt) for prompt in prompts]
-    if len(wanted) != len(pixels):
-        raise ValueError(
-            f"Each image needs one prompt, got {len(pixels)} images and {len(wanted)} prompts. Pass equally many."
-        )
     background, colour, alpha = _separate(pixels)
     mask = alpha > 0.5
     area = mask.sum(axis=(1, 2))
@@ -103,11 +99,6 @@ def _as_float(images: Images) -> np.ndarray:
     if not isinstance(images, np.ndarray):
         images = np.stack(
             [np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image) for image in images]
-        )
-    if images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
-        raise ValueError(
-            f"The oracle scores RGB images of {IMAGE_SIZE} x {IMAGE_SIZE}, got an array of shape {images.shape}. "
-            f"Pass an array of shape (N, {IMAGE_SIZE}, {IMAGE_SIZE}, 3) or a list of PIL images."
         )
     return images / 255.0 if images.dtype == np.uint8 else images.astype(np.float64)
 

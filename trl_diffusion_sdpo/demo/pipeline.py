@@ -56,11 +56,6 @@ def generate_images(
     Returns:
         `np.ndarray` of shape `(N, 32, 32, 3)`, uint8.
     """
-    if len(prompts) != len(latents) or len(prompts) == 0:
-        raise ValueError(
-            f"Each prompt needs one latent, got {len(prompts)} prompts and {len(latents)} latents. Call "
-            "`score_prompts` and `score_latents` with the same `n_per_prompt`."
-        )
     parts = {**pipeline.components, "scheduler": DDIMScheduler.from_config(pipeline.scheduler.config)}
     sampler = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     sampler.set_progress_bar_config(disable=True)

@@ -1,4 +1,4 @@
-"""Write the demo's report: plots, two evaluation pages with images, a table, all numbers and a summary."""
+"""Write the demo's report: plots, images, a table, all numbers and a summary."""
 
 import json
 import math
@@ -9,23 +9,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..evaluation.candidate import Candidate
-from ..evaluation.evaluate import Comparison, judge_images
-from ..evaluation.images import ImageSettings, save_image, settings_path
-from ..evaluation.prompts import distinct
-from ..evaluation.report import REPORT_FILE, verdict_sentence
+from ..evaluation.evaluate import Comparison
+from ..evaluation.report import verdict_sentence
 from ..rewards.statistics import holm, win_rate
-from .methods import GUIDED_FROM, GUIDED_METHOD, RUNS_FOLDER, Method
+from .methods import GUIDED_FROM, GUIDED_METHOD, Method
 from .oracle import oracle
-from .pipeline import base_pipeline_folder, reported_captions
-from .results import DemoResult, Generated, Guided
-from .world import captions
+from .results import DemoResult, Generated, Guided, numbers
 
-CURVES_FILE = "curves.png"
-TABLE_FILE, NUMBERS_FILE, SUMMARY_FILE = "table.md", "results.json", "summary.txt"
-# Folder of an evaluation page -> the field of `Guided` whose images the page shows.
-PAGES = {"without_guidance": "plain", "with_guidance": "best"}
-
+CURVES_FILE, IMAGES_FILE = "curves.png", "images.png"
+TABLE_FILE, NUMBERS_FILE = "table.md", "results.json"
 BASE = "base"
 
 # Method -> colour of Okabe and Ito's palette for colour-blind readers, and marker of its line in plots.
@@ -34,8 +26,6 @@ STYLES = {
     "dpo": ("#D55E00", "v"),
     "sdpo": ("#009E73", "o"),
     "sdpo_recipe": ("#CC79A7", "P"),
-    "dpo_gentle": ("#E69F00", "^"),
-    "sdpo_gentle": ("#56B4E9", "D"),
 }
 PANELS = (
     ("Error on held-out winners, change", "higher = chosen images become less likely"),
@@ -45,7 +35,7 @@ PANELS = (
 )
 # Pairs of models that the summary compares, without classifier-free guidance (`plain`) and with it (`best`).
 COMPARED = {
-    "plain": (("sdpo", "dpo"), ("sdpo_recipe", "sdpo"), ("sdpo_gentle", "dpo_gentle")),
+    "plain": (("sdpo", "dpo"), ("sdpo_recipe", "sdpo")),
     "best": (
         (GUIDED_FROM, BASE),
         (GUIDED_FROM, "sdpo"),
@@ -60,34 +50,17 @@ def write_report(result: DemoResult) -> tuple[str, tuple[Path, ...]]:
     folder, text = result.folder, summary(result)
     plot_curves(result, folder / CURVES_FILE)
     (folder / TABLE_FILE).write_text(table(result), encoding="utf-8")
-    (folder / NUMBERS_FILE).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-    (folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
-    for page in PAGES:
-        evaluate_images(result, page)
-    names = (CURVES_FILE, *(f"{page}/{REPORT_FILE}" for page in PAGES), TABLE_FILE, NUMBERS_FILE, SUMMARY_FILE)
-    return text, tuple(folder / name for name in names)
+    (folder / NUMBERS_FILE).write_text(json.dumps(numbers(result), indent=2) + "\n", encoding="utf-8")
+    write_images(result, folder / IMAGES_FILE)
+    return text, tuple(folder / name for name in (CURVES_FILE, IMAGES_FILE, TABLE_FILE, NUMBERS_FILE))
 
 
-def evaluate_images(result: DemoResult, page: str) -> None:
-    """Write the images of a page, and a report like that of the command `evaluate`."""
-    folder, samples = result.folder / page, result.settings["samples_per_prompt"]
-    prompts = distinct([caption.text for caption, is_in in zip(captions(), reported_captions(), strict=True) if is_in])
-    candidates = []
-    for key, guided in result.guided.items():
-        generated = getattr(guided, PAGES[page])
-        run = GUIDED_FROM if key == GUIDED_METHOD.key else key
-        model = base_pipeline_folder() if key == BASE else folder.parent / RUNS_FOLDER / run
-        facts: dict[str, Any] = {"model": str(model), "lora": None, "guidance_scale": generated.guidance_scale}
-        if key == GUIDED_METHOD.key:
-            facts["preference_guidance"] = GUIDED_METHOD.settings
-        file = settings_path(folder, key)
-        file.parent.mkdir(parents=True)
-        file.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        for number, pixels in enumerate(generated.images):
-            row = divmod(number, samples)
-            save_image(folder, key, row, Image.fromarray(pixels), prompts.prompts[row[0]])
-        candidates.append(Candidate(key, str(model)))
-    judge_images(candidates, prompts, [oracle], folder, ImageSettings(seeds=tuple(range(samples))))
+def write_images(result: DemoResult, path: Path) -> None:
+    """Write one image of each of the 36 prompts, at each model's best scale of guidance. A row has one model's images,
+    in the order of the table."""
+    samples = result.settings["samples_per_prompt"]
+    rows = [np.concatenate(list(guided.best.images[::samples]), axis=1) for guided in result.guided.values()]
+    Image.fromarray(np.concatenate(rows)).save(path)
 
 
 def plot_curves(result: DemoResult, path: Path) -> None:
@@ -100,7 +73,6 @@ def plot_curves(result: DemoResult, path: Path) -> None:
     for trained in result.methods:
         curves, (colour, marker) = trained.curves, STYLES[trained.method.key]
         style: dict[str, Any] = {"color": colour, "marker": marker, "label": trained.method.label, "lw": 2.2, "ms": 7}
-        style["linestyle"] = "--" if trained.method.gentle else "-"
         panels[0, 0].plot(curves.steps, curves.winner_change, **style)
         panels[0, 1].plot(curves.steps, curves.loser_change, **style)
         mean = np.array([score.mean for score in curves.oracle])
@@ -125,7 +97,7 @@ def plot_curves(result: DemoResult, path: Path) -> None:
     panels[1, 1].set_ylim(0, 1.05)
     handles, labels = panels[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=12, frameon=False)
-    title = f"Training hard on {result.train_pairs} {_kind(result)} pairs: one seed, toy world"
+    title = f"Training hard on {result.train_pairs} off-policy pairs: one seed, toy world"
     figure.suptitle(title, fontsize=15, fontweight="bold")
     figure.savefig(path)
 
@@ -178,7 +150,7 @@ def table(result: DemoResult) -> str:
         "distance compares images with the toy world's preferred drawings. Both are given without / with guidance. "
         f"Winner error and loser error are changes against the base model on {result.eval_pairs} held-out pairs under "
         f"fixed noise. Preference guidance ({_settings_text(GUIDED_METHOD)}, with the base model as the reference) "
-        f"changes no weights. Training used {result.train_pairs} {_kind(result)} pairs, "
+        f"changes no weights. Training used {result.train_pairs} off-policy pairs, "
         f"{s['per_device_train_batch_size']} pairs per step, and seed {s['seed']}. This is one seed of a toy world.",
         "",
     ]
@@ -193,7 +165,7 @@ def summary(result: DemoResult) -> str:
     width = max(len(row.label) for row in rows)
     lines = [
         f"Training with a high learning rate: {result.settings['max_steps']} steps on {result.train_pairs} "
-        f"{_kind(result)} pairs (seed {result.settings['seed']})",
+        f"off-policy pairs (seed {result.settings['seed']})",
         "",
         f"  {'':{width}}  score            with guidance (scale)  Frechet with  winner error",
     ]
@@ -210,10 +182,9 @@ def summary(result: DemoResult) -> str:
         "Images of the same prompts with classifier-free guidance, each model at its best scale:",
         *_verdicts(result, "best"),
         "This is one seed of a toy world. The safeguard is a first-order rule, so the winner error can still rise.",
-        "With other pairs or settings, such as `--gentle`, plain Diffusion-DPO can score as well or better.",
+        "With other pairs or settings, plain Diffusion-DPO can score as well or better.",
         "",
-        f"Files in {result.folder}: {', '.join(f'{page}/{REPORT_FILE}' for page in PAGES)}, {CURVES_FILE}, "
-        f"{TABLE_FILE}, {NUMBERS_FILE}.",
+        f"Files in {result.folder}: {CURVES_FILE}, {IMAGES_FILE}, {TABLE_FILE}, {NUMBERS_FILE}.",
     ]
     return "\n".join(lines)
 
@@ -227,7 +198,7 @@ def _verdicts(result: DemoResult, images: str) -> list[str]:
     """Return a sentence about the win rate for each pair of models in `COMPARED`."""
     samples, labels = result.settings["samples_per_prompt"], {row.key: row.label for row in rows_of(result)}
     scores = {key: getattr(guided, images).scores.reshape(-1, samples) for key, guided in result.guided.items()}
-    pairs = [pair for pair in COMPARED[images] if pair[0] in scores]
+    pairs = COMPARED[images]
     rates = [win_rate(scores[first], scores[second]) for first, second in pairs]
     return [
         "  " + verdict_sentence(Comparison(labels[first], oracle.name, rate, adjusted), labels[second])
@@ -238,10 +209,6 @@ def _verdicts(result: DemoResult, images: str) -> list[str]:
 def _change(curve: list[float]) -> str:
     """Return the last value of a curve as text with a sign; zero is +0.000."""
     return f"{round(curve[-1], 3) + 0.0:+.3f}"
-
-
-def _kind(result: DemoResult) -> str:
-    return result.settings["pairs"].replace("_", "-")
 
 
 def _settings_text(method: Method) -> str:

@@ -1,6 +1,6 @@
 """Hold the results of the demo: scores, curves and generated images."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,6 @@ class Generated:
         """The oracle's mean score of these images."""
         return Score.of(self.scores)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but images and scores, for JSON."""
-        measures = None if self.measures is None else asdict(self.measures)
-        return {"guidance_scale": self.guidance_scale, "oracle": asdict(self.score), "measures": measures}
-
 
 @dataclass(frozen=True)
 class Guided:
@@ -56,12 +51,6 @@ class Guided:
     best: Generated
     chosen_from: dict[float, float]  # guidance scale -> mean score on the other 36 prompts; `best` uses the best scale
     seconds: float  # time to generate and score the images
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but images and scores, for JSON."""
-        chosen_from = [list(item) for item in self.chosen_from.items()]
-        parts = {"plain": self.plain.to_dict(), "best": self.best.to_dict()}
-        return {**parts, "chosen_from": chosen_from, "seconds": self.seconds}
 
 
 @dataclass(frozen=True)
@@ -110,17 +99,13 @@ class MethodResult:
     samples: np.ndarray  # images after training, n in a row per prompt: (72 * n, 32, 32, 3), uint8
     scores: np.ndarray  # scores of these images, (72 * n,)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but images and scores, for JSON."""
-        return {**asdict(self.method), "seconds": self.seconds, "curves": asdict(self.curves)}
-
 
 @dataclass(frozen=True)
 class DemoResult:
     """All results of the demo."""
 
     folder: Path  # folder of the plots, the table and the numbers
-    settings: dict[str, Any]  # seed, kind of pairs, steps, and the settings of all methods
+    settings: dict[str, Any]  # seed, steps, and the settings of all methods
     train_pairs: int  # number of training pairs
     eval_pairs: int  # number of held-out pairs
     base: Score  # score of the base model, from which every method starts
@@ -130,14 +115,17 @@ class DemoResult:
     summary: str = ""
     files: tuple[Path, ...] = ()  # files that were written to `folder`
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return all measurements, for JSON."""
-        return {
-            "settings": self.settings,
-            "train_pairs": self.train_pairs,
-            "eval_pairs": self.eval_pairs,
-            "seconds": self.seconds,
-            "base": {"oracle": self.base.mean, "oracle_stderr": self.base.stderr},
-            "methods": [result.to_dict() for result in self.methods],
-            "guided": {key: guided.to_dict() for key, guided in self.guided.items()},
-        }
+
+def numbers(value: Any) -> Any:
+    """Return the results as dictionaries and lists for JSON, without images and single scores."""
+    if isinstance(value, Generated):
+        measures = {"oracle": numbers(value.score), "measures": numbers(value.measures)}
+        return {"guidance_scale": value.guidance_scale, **measures}
+    if is_dataclass(value):
+        entries = {field.name: getattr(value, field.name) for field in fields(value)}
+        return {name: numbers(entry) for name, entry in entries.items() if not isinstance(entry, np.ndarray)}
+    if isinstance(value, dict):
+        return {key: numbers(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [numbers(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value

@@ -68,9 +68,7 @@ def parse_caption(text: str) -> Caption:
     )
 
 
-def render(
-    caption: Caption, *, offset: tuple[float, float] = (0.0, 0.0), blur: float = 0.0, area: float = SHAPE_AREA
-) -> np.ndarray:
+def render(caption: Caption, *, offset: tuple[float, float] = (0.0, 0.0), blur: float = 0.0) -> np.ndarray:
     """Return a drawing of a caption. By default, the drawing is perfect: the shape is centred and sharp.
 
     Args:
@@ -78,12 +76,11 @@ def render(
         offset (`tuple[float, float]`): Distance of the shape's centroid from the image's centre, to the right
             and down, in pixels.
         blur (`float`): Standard deviation of a Gaussian blur in pixels; 0 for no blur.
-        area (`float`): Area of the shape in pixels.
 
     Returns:
         `np.ndarray` of shape `(32, 32, 3)`, uint8.
     """
-    alpha = _coverage(caption.shape, offset, area)
+    alpha = _coverage(caption.shape, offset)
     if blur > 0:
         alpha = _gaussian_blur(alpha, blur)
     colour, background = np.array(COLOURS[caption.colour]), np.array(BACKGROUNDS[caption.background])
@@ -142,13 +139,13 @@ def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 SHAPES = {"circle": _circle, "square": _square, "triangle": _triangle, "cross": _cross}
 
 
-def _coverage(shape: str, offset: tuple[float, float], area: float) -> np.ndarray:
+def _coverage(shape: str, offset: tuple[float, float]) -> np.ndarray:
     """Return the share of each pixel that the shape covers, `(32, 32)` in `[0, 1]`, estimated from 8 x 8 points per
     pixel."""
     fine = IMAGE_SIZE * _SUPERSAMPLE
     points = (np.arange(fine) + 0.5) / _SUPERSAMPLE - IMAGE_SIZE / 2
     x, y = points[None, :] - offset[0], points[:, None] - offset[1]
-    scale = np.sqrt(area)
+    scale = np.sqrt(SHAPE_AREA)
     x, y = np.broadcast_arrays(x / scale, y / scale)
     blocks = inside(shape, x, y).reshape(IMAGE_SIZE, _SUPERSAMPLE, IMAGE_SIZE, _SUPERSAMPLE)
     return blocks.mean(axis=(1, 3))  # (256, 256) -> (32, 32)

@@ -6,38 +6,15 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from ..utils._compat import CPU_ATTENTION, CPU_ATTENTION_BACKWARD, autocast_rules
+from ..utils._compat import autocast_rules
 
 CUDA_BLOCK = 512  # PyTorch's caching allocator for CUDA rounds sizes up to multiples of this many bytes
-# Bytes per element of the queries that FlashAttention 2 needs in its backward pass, to sum their gradient in float32.
-CUDA_FUSED_ATTENTION_GRADIENT = 4
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
-def _attention_backward_flops(
-    grad: Any, query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any
-) -> int:
-    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
-
-
-# Operation -> function that computes its number of FLOP. torch has no such function for the CPU's fused attention.
-# `FlopCounterMode` of torch is not used, because it keeps tensors alive that activation checkpointing would free.
-FLOP_FORMULAS: dict[Any, Any] = {
-    **flop_registry,
-    CPU_ATTENTION: _attention_flops,
-    CPU_ATTENTION_BACKWARD: _attention_backward_flops,
-}
 
 
 class Allocations(TorchDispatchMode):
@@ -48,31 +25,21 @@ class Allocations(TorchDispatchMode):
 
     Args:
         block (`int`): Bytes to which an allocation is rounded up.
-        hidden (`dict[Any, int]`): Operations whose kernel on the GPU allocates temporary memory, with the number of its
-            bytes for each element of the operation's first input.
     """
 
-    def __init__(self, block: int = 1, hidden: dict[Any, int] | None = None):
+    def __init__(self, block: int = 1):
         super().__init__()
-        self.block, self.hidden = block, hidden or {}
+        self.block = block
         self.live = 0
         self.peaks: dict[str, int] = {}  # peak of the bytes in use, by the name of the moment
-        self.flops = 0  # floating point operations of matrix products, convolutions and attention
         self._moment = "start"
         self._storages: dict[int, Any] = {}
-        self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf)
-        packet = func.overloadpacket
-        if packet in FLOP_FORMULAS:
-            self.flops += FLOP_FORMULAS[packet](*args, **(kwargs or {}), out_val=result)
-        extra = self.hidden.get(packet)
-        if extra is not None:
-            self._note(self.live + extra * _first_tensor(args).numel())
         return result
 
     @contextlib.contextmanager
@@ -115,10 +82,6 @@ def rounded(size: int, block: int) -> int:
     return -(-size // block) * block
 
 
-def _first_tensor(args: Any) -> torch.Tensor:
-    return next(leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
-
-
 # ---- The planned device ----------------------------------------------------------------------------------------------
 
 # Operations that run in float32 under autocast on CUDA, but not on the CPU. Only operations in denoisers are listed.
@@ -131,26 +94,14 @@ _FLOAT32 = (
 _FLOAT32_RESULT = ("softmax.int", "log_softmax.int", "sum", "sum.dim_IntList", "cumsum", "cumprod")
 
 
-@dataclass(frozen=True)
-class FakeDevice:
-    """Properties of the planned device that its memory use depends on."""
-
-    type: str  # "cuda" or "cpu"
-    block: int  # bytes to which an allocation is rounded up
-    hidden: dict[Any, int] = field(default_factory=dict)  # argument of `Allocations`
-
-    def autocast_rules(self) -> contextlib.AbstractContextManager[None]:
-        """Make autocast on the CPU use this device's dtypes within the context."""
-        return autocast_rules(_CUDA_RULES) if self.type == "cuda" else contextlib.nullcontext()
+def block_size(device: str) -> int:
+    """Return the bytes to which an allocation on a `"cuda"` or `"cpu"` device is rounded up."""
+    return CUDA_BLOCK if device == "cuda" else 1
 
 
-def fake_device(kind: str) -> FakeDevice:
-    """Return the properties of a device. `kind` is `"cuda"` or `"cpu"`."""
-    if kind == "cpu":
-        return FakeDevice("cpu", 1)
-    # The simulation runs the CPU's fused attention in place of the GPU's. Both save the same for the backward pass: the
-    # result, and one float32 number for each query.
-    return FakeDevice("cuda", CUDA_BLOCK, {CPU_ATTENTION_BACKWARD: CUDA_FUSED_ATTENTION_GRADIENT})
+def autocast_like(device: str) -> contextlib.AbstractContextManager[None]:
+    """Make autocast on the CPU use the dtypes of a `"cuda"` or `"cpu"` device within the context."""
+    return autocast_rules(_CUDA_RULES) if device == "cuda" else contextlib.nullcontext()
 
 
 def _in_float32(operation: Any, *args: Any, **kwargs: Any) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,21 +16,23 @@ from ..engines.gradient_backends import ReplicatedBackend
 from ..families import Family
 from ..families.base import SOURCE
 from ..families.noise import constant
-from ..losses import Anchor
 from ..models.denoiser_wrapper import DenoiserWrapper
 from ..models.ema import EMAWeights
+from ..models.numerics import autocast_dtype
 from ..models.reference import Reference
 from ..models.weight_copies import SecondDenoiser
 from ..step.branch_gradients import BranchGradients
 from ..step.meters import MetricMeter
-from ..step.pair_forward import LossSettings, NoiseSettings, NoisyBatch, PairForward
+from ..step.pair_forward import NoiseSettings, PairForward
 from ..step.parameter_safeguard import ParameterSafeguard
-from .allocations import Allocations, FakeDevice
+from ..trainer import DiffusionSDPOConfig
+from ..trainer.config.complete import image_sizes, loss_settings
+from ..utils._compat import activation_checkpointing
+from .allocations import Allocations, autocast_like, block_size
 from .sharding import Engine
 from .skeleton import needs_values
 
-FrozenState = Literal["on device", "while encoding", "absent"]
-ENCODE, REFERENCE, FORWARD, BACKWARD, OPTIMIZER = "encode", "reference", "forward", "backward", "optimizer"
+ENCODE, FORWARD, BACKWARD, OPTIMIZER = "encode", "forward", "backward", "optimizer"
 
 
 @dataclass(frozen=True)
@@ -40,35 +42,33 @@ class PlannedRun:
     family: Family  # pipeline family, with VAE and text encoders in the dtypes of training
     reference: Reference
     average: EMAWeights | None
+    args: DiffusionSDPOConfig  # settings of the trainer, complete
     noise: NoiseSettings
-    loss: LossSettings
-    resolution: tuple[int, int]  # height and width of the images in pixels
-    source: tuple[int, int] | None  # height and width of a pair's source image as the VAE encodes it
-    pairs: int  # pairs of a micro-batch
-    autocast: torch.dtype | None  # dtype of autocast; `None` without autocast
-    checkpointing: dict[str, Any] | None  # arguments of activation checkpointing; `None` if it is off
-    anchor: Anchor | None  # anchor of the safeguard in parameter space; `None` without this safeguard
-    low_memory: bool  # whether the safeguard in parameter space holds only one branch's activations at a time
-    accumulates: bool  # whether an optimizer step has several micro-batches
-    two_prompts: bool  # whether each image of a pair has its own prompt
-    optimizer: str  # a value of `optim`
-    max_norm: float | None  # norm to which gradients are clipped
     engine: Engine
-    frozen: FrozenState  # when VAE and text encoders are on the device
+    source: tuple[int, int] | None  # height and width of a pair's source image as the VAE encodes it
     stored: str | None  # storage format of a quantized base model, a key of `plan.STORED`
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Dtype of autocast; `None` without autocast."""
+        return autocast_dtype(self.args.mixed_precision)
 
     @property
     def trained(self) -> list[nn.Parameter]:
         return [weight for weight in self.family.denoiser.parameters() if weight.requires_grad]
 
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """The VAE and the text encoders."""
+        return [getattr(self.family.pipeline, name) for name in self.family.frozen_components]
 
-@dataclass(frozen=True)
-class StepMemory:
-    """Memory in bytes that one simulated step needs in addition to the weights, and the step's FLOP."""
-
-    peaks: dict[str, int]  # peak of each moment: activations, gradients, temporary tensors and the batch
-    gradient_bytes: int  # bytes in use when the optimizer steps
-    flops: int  # floating point operations of matrix products, convolutions and attention
+    @property
+    def denoisers(self) -> dict[str, nn.Module]:
+        """The denoisers of the policy, and of the reference and the averaged weights if they have their own."""
+        copies = {"reference": self.reference, "average": self.average}
+        seconds = {name: copy.second for name, copy in copies.items() if copy is not None}
+        others = {name: second.module for name, second in seconds.items() if isinstance(second, SecondDenoiser)}
+        return {"policy": self.family.denoiser, **others}
 
 
 class OneProcess:
@@ -87,21 +87,8 @@ class OneProcess:
         return contextlib.nullcontext()
 
 
-class HeldComponents:
-    """Substitute for [`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`] in the simulation. This
-    class keeps all components on the device. The plan later subtracts the components that the run offloads."""
-
-    def __init__(self, family: Family):
-        self.family = family
-
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[Family]:
-        yield self.family
-
-
 class MeasuredForward(PairForward):
-    """Forward passes of the simulated step. The memory of encoding and of the reference's forward pass is measured
-    separately."""
+    """Forward passes of the simulated step. The memory of encoding is measured separately."""
 
     allocations: Allocations
 
@@ -120,63 +107,61 @@ class MeasuredForward(PairForward):
             size = tuple(inputs["pixel_values"].shape[-2:])
             return super().encode({**inputs, "moments": moments, "conditioning": conditioning, "target_size": size})
 
-    def predict_reference(self, model: nn.Module, batches: Sequence[NoisyBatch]) -> list[torch.Tensor] | None:
-        with self.allocations.moment(REFERENCE):
-            return super().predict_reference(model, batches)
 
+def measure_step(run: PlannedRun, device: str, mode: FakeTensorMode) -> tuple[dict[str, int], int]:
+    """Run the trainer's forward and backward passes of a step on fake tensors.
 
-def measure_step(run: PlannedRun, device: FakeDevice, mode: FakeTensorMode) -> StepMemory:
-    """Run the trainer's forward and backward passes of a step on fake tensors, and return the memory that they need."""
+    Returns:
+        The peak of each moment in bytes, without the weights, and the bytes in use when the optimizer steps.
+    """
     denoiser = run.family.denoiser
     model = DenoiserWrapper(denoiser).train()
-    if run.checkpointing is not None:
-        model.activation_checkpointing_enable(run.checkpointing)
-    if run.engine.rounds_weights and run.autocast is not None:
-        _round_weights(run, run.autocast, mode)
+    checkpoints, arguments = activation_checkpointing(run.args)
+    if checkpoints:
+        model.activation_checkpointing_enable(arguments)
     try:
-        with mode, device.autocast_rules():
+        with mode, autocast_like(device):
             return _measure(model, run, device)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise needs_values(run.family.name) from error
     finally:
         for cached in (constant, white):  # later code must not get fake tensors from these caches
             cached.cache_clear()
-        if run.checkpointing is not None:
+        if checkpoints:
             denoiser.disable_gradient_checkpointing()
         for weight in run.trained:
             weight.grad = None
 
 
-def _measure(model: nn.Module, run: PlannedRun, device: FakeDevice) -> StepMemory:
-    allocations = Allocations(device.block, device.hidden)
-    modules = all_modules(run)
-    allocations.ignore([tensor for module in modules for tensor in (*module.parameters(), *module.buffers())])
-    components: Any = HeldComponents(run.family)
+def _measure(model: nn.Module, run: PlannedRun, device: str) -> tuple[dict[str, int], int]:
+    allocations = Allocations(block_size(device))
+    for module in (*run.denoisers.values(), *run.frozen):
+        allocations.ignore([*module.parameters(), *module.buffers()])
+    loss = loss_settings(run.args)
+    # All components stay on the device in the simulation. The plan later subtracts those that the run offloads.
+    components: Any = SimpleNamespace(family=run.family, in_use=lambda: contextlib.nullcontext(run.family))
     process: Any = OneProcess(run.autocast)
-    forward = MeasuredForward(components, run.reference, noise=run.noise, loss=run.loss, autocast=process.autocast)
+    forward = MeasuredForward(components, run.reference, noise=run.noise, loss=loss, autocast=process.autocast)
     forward.allocations = allocations
     with allocations:
         inputs = _batch(run)
-        if run.anchor is not None:
-            backend = ReplicatedBackend(model, process)
-            gradients = BranchGradients(backend, mu=run.loss.safeguard_mu, anchor=run.anchor)
-            _by_branch(model, forward, inputs, run, gradients)
+        if run.args.safeguard == "parameter":
+            _by_branch(model, forward, inputs, run, ReplicatedBackend(model, process))
         else:
             hooks = []
             for weight in run.trained:
-                if run.engine.divides_gradients:
+                if run.engine.divides("gradients"):
                     hooks.append(weight.register_post_accumulate_grad_hook(_drop_gradient))
-                elif run.accumulates:
+                elif run.args.gradient_accumulation_steps > 1:
                     weight.grad = torch.empty_like(weight)
             with allocations.moment(FORWARD):
-                loss = forward.loss(forward.predict_pairs(model, inputs)).loss
+                output = forward.loss(forward.predict_pairs(model, inputs)).loss
             with allocations.moment(BACKWARD):
-                loss.backward()
-            del loss
+                output.backward()
+            del output
             for hook in hooks:
                 hook.remove()
-        left = allocations.live
-    return StepMemory(dict(allocations.peaks), left, allocations.flops)
+        return allocations.peaks, allocations.live
 
 
 def _drop_gradient(weight: torch.Tensor) -> None:
@@ -184,35 +169,23 @@ def _drop_gradient(weight: torch.Tensor) -> None:
     weight.grad = None
 
 
-def _round_weights(run: PlannedRun, dtype: torch.dtype, mode: FakeTensorMode) -> None:
-    with mode:
-        for module in (run.family.denoiser, *_second_denoisers(run)):
-            for submodule in module.modules():
-                for name, weight in submodule.named_parameters(recurse=False):
-                    rounded = torch.empty(weight.shape, dtype=dtype, device="cpu")
-                    setattr(submodule, name, nn.Parameter(rounded, requires_grad=weight.requires_grad))
-
-
 def _by_branch(
-    model: nn.Module,
-    forward: MeasuredForward,
-    inputs: dict[str, Any],
-    run: PlannedRun,
-    gradients: BranchGradients,
+    model: nn.Module, forward: MeasuredForward, inputs: dict[str, Any], run: PlannedRun, backend: ReplicatedBackend
 ) -> None:
     """Run the forward and backward passes with the safeguard in parameter space. If gradients accumulate, run two
     micro-batches."""
-    allocations = forward.allocations
+    allocations, args = forward.allocations, run.args
+    anchor = args.safeguard_anchor or args.loss_spec.anchor
+    gradients = BranchGradients(backend, mu=loss_settings(args).safeguard_mu, anchor=anchor)
     safeguard = ParameterSafeguard(
         forward,
         gradients,
         MetricMeter(),
-        sorts_by_scores=run.loss.spec.needs_scores,
-        low_memory=run.low_memory,
+        sorts_by_scores=args.loss_spec.needs_scores,
+        low_memory=args.safeguard_low_memory,
         diagnostics=None,
     )
-    for _ in range(2 if run.accumulates else 1):
-        allocations.flops = 0  # the plan reports the FLOP of one micro-batch
+    for _ in range(2 if args.gradient_accumulation_steps > 1 else 1):
         with allocations.moment(FORWARD):
             loss = forward.loss(safeguard.predict_pairs(model, inputs)).loss
         with allocations.moment(BACKWARD):
@@ -222,33 +195,28 @@ def _by_branch(
         gradients.combine()
 
 
-def all_modules(run: PlannedRun) -> list[nn.Module]:
-    """Return the policy's denoiser, VAE and text encoders, and the denoisers of reference and averaged weights if they
-    have their own."""
-    frozen = [getattr(run.family.pipeline, name) for name in run.family.frozen_components]
-    return [run.family.denoiser, *frozen, *_second_denoisers(run)]
-
-
-def _second_denoisers(run: PlannedRun) -> list[nn.Module]:
-    seconds = [weights.second for weights in (run.reference, run.average) if weights is not None]
-    return [second.module for second in seconds if isinstance(second, SecondDenoiser)]
+def largest_size(args: DiffusionSDPOConfig) -> tuple[int, int]:
+    """Return height and width of the largest bucket, which needs the most memory."""
+    return max(image_sizes(args), key=lambda size: size[0] * size[1])
 
 
 def _batch(run: PlannedRun) -> dict[str, Any]:
     """Return a batch of fake tensors in the form in which `PreferenceCollator` makes it."""
-    images = 2 * run.pairs
+    pairs = run.args.per_device_train_batch_size
+    images = 2 * pairs
     sizes = torch.ones(images, 2, dtype=torch.long)
+    height, width = largest_size(run.args)
     batch = {
-        "pixel_values": torch.empty(images, 3, *run.resolution, dtype=torch.uint8),
-        "prompts": ["a prompt"] * run.pairs * (1 + run.two_prompts),
+        "pixel_values": torch.empty(images, 3, height, width, dtype=torch.uint8),
+        "prompts": ["a prompt"] * pairs,
         "original_sizes": sizes,
         "crop_top_lefts": sizes,
-        "seeds": list(range(run.pairs)),
-        "rows": list(range(run.pairs)),
+        "seeds": list(range(pairs)),
+        "rows": list(range(pairs)),
     }
     if run.source is not None:
-        batch["source_pixels"] = torch.empty(run.pairs, 3, *run.source, dtype=torch.uint8)
-    if run.loss.spec.needs_scores:
+        batch["source_pixels"] = torch.empty(pairs, 3, *run.source, dtype=torch.uint8)
+    if run.args.loss_spec.needs_scores:
         batch["scores"] = torch.ones(images)
     if run.reference.is_precomputed:
         batch["ref_errors"] = torch.ones(images * run.noise.timesteps_per_pair)

@@ -3,26 +3,16 @@ step. A phase is called a moment, such as the backward pass."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.training_args import OptimizerNames
 
-from ..models.adapters import adapter_layers
-from ..models.weight_copies import SecondAdapter, SecondDenoiser, WeightCopy
-from .allocations import fake_device, rounded
-from .fake_step import (
-    BACKWARD,
-    ENCODE,
-    FORWARD,
-    OPTIMIZER,
-    REFERENCE,
-    PlannedRun,
-    all_modules,
-    measure_step,
-)
-from .optimizers import optimizer_memory
+from .allocations import block_size, rounded
+from .fake_step import BACKWARD, ENCODE, FORWARD, OPTIMIZER, PlannedRun, measure_step
 from .sharding import ZERO_BUCKET, largest_block
 from .skeleton import fake_weights
 
@@ -32,12 +22,22 @@ CARDS = (8, 16, 24, 40, 80, 141)  # memory of common GPUs in GB (1e9 bytes)
 # fragmentation.
 USABLE = 0.92
 
-# Bytes per weight of a quantized linear layer. In 4 bits, each block of 64 weights also has a float32 scale.
-STORED: dict[str, float] = {
-    "4bit": 0.5 + 4 / 64,
-    "4bit nested": 0.5 + 1 / 64 + 4 / (64 * 256),
-    "8bit": 1.0,
+_QUANTIZED = 1 + 4 / 256  # bytes per 8-bit value: one byte, and a float32 scale for each block of 256 values
+# Optimizer -> bytes per weight of its states, and of the temporary tensors of its step. Numbers that are small beside
+# the weights count as 0. Paged states count as 0 too, because they move to the CPU if the device has no room for them.
+OPTIMIZERS = {
+    "adamw_torch": (8, 4),
+    "adamw_torch_fused": (8, 0),
+    "sgd": (0, 0),
+    "adafactor": (0, 0),
+    "adamw_bnb_8bit": (2 * _QUANTIZED, 0),
+    "adamw_8bit": (2 * _QUANTIZED, 0),
+    "lion_8bit": (_QUANTIZED, 0),
+    "paged_adamw_8bit": (0, 0),
+    "paged_adamw_32bit": (0, 0),
 }
+# Bytes per weight of a quantized linear layer. In 4 bits, each block of 64 weights also has a float32 scale.
+STORED = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,6 @@ class Plan:
 
     components: dict[str, int]  # bytes of the tensors that stay between steps, by name
     moments: dict[str, int]  # peak in each moment, including the tensors that stay between steps
-    parameters: int  # number of weights of the denoiser
-    trained: int  # number of weights that are trained
-    flops: int  # floating point operations of a micro-batch on one device
-    pairs: int  # pairs of a micro-batch
 
     @property
     def peak(self) -> int:
@@ -71,64 +67,79 @@ def make_plan(run: PlannedRun, device: str) -> Plan:
         run ([`PlannedRun`]): Networks and settings of the run.
         device (`str`): Type of the planned device, `"cuda"` or `"cpu"`.
     """
-    fake = fake_device(device)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     engine, family = run.engine, run.family
     trained = sum(weight.numel() for weight in run.trained)
-    parameters = sum(weight.numel() for weight in family.denoiser.parameters())
+    states, temporary = (round(trained * size) for size in _optimizer_bytes(OptimizerNames(run.args.optim).value))
 
     # Compute the tensors that stay between steps.
-    states, temporary = optimizer_memory(run.optimizer, run.trained, run.max_norm, fake, mode)
-    components = _weights(run, fake.block)
+    components = _weights(run, block_size(device))
     frozen = sum(size for name, size in components.items() if name in family.frozen_components)
-    setup = sum(components.values()) - (0 if run.frozen == "on device" else frozen)
-    if engine.divides_weights:  # while the weights are sharded, one block is in memory whole
+    absent = frozen if run.args.precompute_latents or run.args.offload_frozen_components else 0  # except to encode
+    setup = sum(components.values()) - absent
+    if engine.divides("weights"):  # while the weights are sharded, one block is in memory whole
         setup += largest_block(family.denoiser, None)[0]
     components["optimizer"] = engine.share("optimizer", states)
-    if engine.name == "ddp":
+    if engine.name == "multi_gpu":
         components["DDP's buckets"] = 4 * trained
     if engine.is_zero:
         components["float32 weights"] = engine.share("optimizer", 4 * trained)
         components["DeepSpeed's bucket"] = ZERO_BUCKET * (2 if run.autocast else 4)
-    if engine.divides_gradients:
+    if engine.divides("gradients"):
         components["gradients"] = engine.share("gradients", 4 * trained)
 
     # Simulate one step on fake tensors, as if on one device.
     passes = _in_passes(run)
-    fake_weights(all_modules(run), mode)
-    measured = measure_step(run, fake, mode)
-    moments = {name: measured.peaks.get(name, 0) for name in (ENCODE, REFERENCE, FORWARD, BACKWARD)}
-    for name in (REFERENCE, FORWARD, BACKWARD):
-        moments[name] += passes
-    left = engine.share("gradients", measured.gradient_bytes)
+    fake_weights(run.denoisers.values(), mode, run.autocast if engine.rounds_weights else None)
+    fake_weights(run.frozen, mode)
+    peaks, gradients = measure_step(run, device, mode)
+    moments = {name: peaks.get(name, 0) for name in (ENCODE, FORWARD, BACKWARD)}
+    moments[FORWARD] += passes
+    moments[BACKWARD] += passes
+    left = engine.share("gradients", gradients)
     step = left + engine.share("optimizer", temporary)
-    moments[OPTIMIZER] = max(measured.peaks.get(OPTIMIZER, 0), step)
-    if engine.divides_gradients and run.anchor is not None:
+    moments[OPTIMIZER] = max(peaks.get(OPTIMIZER, 0), step)
+    if engine.divides("gradients") and run.args.safeguard == "parameter":
         # The simulation holds the unsharded gradients of both branches. The engine holds those of one branch at a time.
-        spared = (measured.gradient_bytes - left) // 2
+        spared = (gradients - left) // 2
         moments[BACKWARD] -= spared
         moments[OPTIMIZER] -= spared
 
     # Add the tensors that stay to the peak in each moment.
     stays = sum(components.values())
     for name in moments:
-        moments[name] += stays - (frozen if run.frozen != "on device" and name != ENCODE else 0)
+        moments[name] += stays - (absent if name != ENCODE else 0)
     moments = {SETUP: setup, **moments}
-    if run.frozen == "absent":
+    if run.args.precompute_latents:
         del moments[ENCODE]
         components = {name: size for name, size in components.items() if name not in family.frozen_components}
-    if run.reference.is_precomputed or run.reference.kind == "none":
-        del moments[REFERENCE]
-    components = {name: size for name, size in components.items() if size}
-    return Plan(components, moments, parameters, trained, measured.flops, run.pairs)
+    return Plan({name: size for name, size in components.items() if size}, moments)
+
+
+def table(plans: Mapping[str, Plan]) -> str:
+    """Return a table of plans in Markdown, each with its peak memory, the moment of the peak, and the smallest GPU on
+    which the run fits."""
+    lines = ["| training | peak, GiB | at | smallest card |", "|---|---:|---|---|"]
+    for name, plan in plans.items():
+        card = next((f"{card} GB" for card in CARDS if plan.fits(card)), "none of these")
+        lines.append(f"| {name} | {plan.peak / 2**30:.2f} | {plan.peak_moment} | {card} |")
+    return "\n".join(lines)
+
+
+def _optimizer_bytes(name: str) -> tuple[float, float]:
+    if name not in OPTIMIZERS:
+        raise ValueError(
+            f"A plan can only compute the memory of these optimizers: {', '.join(OPTIMIZERS)}. Got `optim={name}`. Set "
+            "`optim` to an optimizer of this list."
+        )
+    return OPTIMIZERS[name]
 
 
 def _weights(run: PlannedRun, block: int) -> dict[str, int]:
-    """Return the bytes of the weights that stay between steps: of the policy, the reference, the averaged weights, and
-    each frozen component of the pipeline."""
+    """Return the bytes of the weights that stay between steps: of the policy, the reference and the averaged weights if
+    they have their own denoiser, and each frozen component of the pipeline."""
     engine, family = run.engine, run.family
     half = run.autocast is not None and engine.is_zero
-    copies: dict[str, WeightCopy | None] = {"reference": run.reference, "average": run.average}
 
     def stored_bytes(tensors: list[torch.Tensor]) -> int:
         total = 0
@@ -138,22 +149,12 @@ def _weights(run: PlannedRun, block: int) -> dict[str, int]:
             total += engine.share("weights", size) if isinstance(tensor, nn.Parameter) else size
         return total
 
-    adapters = {name: _adapter(copy) for name, copy in copies.items()}
-    others = {id(weight) for weights in adapters.values() for weight in weights}
-    policy = stored_bytes([tensor for tensor in _tensors(family.denoiser) if id(tensor) not in others])
+    sizes = {name: stored_bytes(_tensors(module)) for name, module in run.denoisers.items()}
     if run.stored is not None:
-        adapted = adapter_layers(family.denoiser)
-        of_adapters = {module for layer in adapted for module in layer.modules()}
-        of_adapters -= {layer.get_base_layer() for layer in adapted}
         for layer in family.denoiser.modules():
-            if isinstance(layer, nn.Linear) and layer not in of_adapters and not layer.weight.requires_grad:
-                policy -= round(layer.weight.numel() * (layer.weight.element_size() - STORED[run.stored]))
-    sizes = {"policy": policy}
-    for name, copy in copies.items():
-        second = None if copy is None else copy.second
-        sizes[name] = stored_bytes(adapters[name])
-        if isinstance(second, SecondDenoiser):
-            sizes[name] += stored_bytes(_tensors(second.module))
+            if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
+                saved = layer.weight.element_size() - STORED[run.stored]
+                sizes["policy"] -= round(layer.weight.numel() * saved)
     for name in family.frozen_components:
         tensors = _tensors(getattr(family.pipeline, name))
         sizes[name] = sum(rounded(tensor.numel() * tensor.element_size(), block) for tensor in tensors)
@@ -170,16 +171,10 @@ def _in_passes(run: PlannedRun) -> int:
     extra = 0
     if run.stored is not None:
         extra += max((2 * weight.numel() for weight in denoiser.parameters()), default=0)
-    if run.engine.divides_weights:
+    if run.engine.divides("weights"):
         block, outside = largest_block(denoiser, 2 if run.autocast else None)
         extra += 2 * block + outside
     return extra
-
-
-def _adapter(weights: WeightCopy | None) -> list[torch.Tensor]:
-    if weights is None or not isinstance(weights.second, SecondAdapter):
-        return []
-    return list(weights.second.weights().values())
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:

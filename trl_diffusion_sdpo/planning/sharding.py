@@ -10,17 +10,15 @@ from torch import nn
 from ..utils._compat import block_names
 from ..utils.hints import did_you_mean
 
-# Engine -> the kinds of tensors that it shards.
+# Name of a configuration of accelerate in this package -> the kinds of tensors that its engine shards.
 DIVIDED: dict[str, tuple[str, ...]] = {
-    "single": (),
-    "ddp": (),
+    "single_gpu": (),
+    "multi_gpu": (),
     "zero1": ("optimizer",),
     "zero2": ("optimizer", "gradients"),
     "zero3": ("optimizer", "gradients", "weights"),
     "fsdp2": ("optimizer", "gradients", "weights"),
 }
-# Name of a configuration of accelerate in this package -> its engine.
-CONFIGS = {"single_gpu": "single", "multi_gpu": "ddp", **{name: name for name in ("zero1", "zero2", "zero3", "fsdp2")}}
 ZERO_BUCKET = 500_000_000  # number of gradient elements that DeepSpeed reduces at once by default
 
 
@@ -28,27 +26,23 @@ ZERO_BUCKET = 500_000_000  # number of gradient elements that DeepSpeed reduces 
 class Engine:
     """Distributed engine of a planned run, with its number of processes."""
 
-    name: str = "single"
+    name: str = "single_gpu"
     processes: int = 1
 
     def share(self, kind: str, size: int) -> int:
         """Return how many of `size` bytes one process holds. `kind` is `"weights"`, `"gradients"` or `"optimizer"` (its
         states)."""
-        return -(-size // self.processes) if kind in DIVIDED[self.name] else size
+        return -(-size // self.processes) if self.divides(kind) else size
 
-    @property
-    def divides_weights(self) -> bool:
-        return "weights" in DIVIDED[self.name]
-
-    @property
-    def divides_gradients(self) -> bool:
-        return "gradients" in DIVIDED[self.name]
+    def divides(self, kind: str) -> bool:
+        """Return whether the engine shards the tensors of this kind."""
+        return kind in DIVIDED[self.name]
 
     @property
     def rounds_weights(self) -> bool:
         """Whether the forward pass reads half precision weights of the engine, instead of copies that autocast
         makes."""
-        return self.name not in ("single", "ddp")
+        return self.name not in ("single_gpu", "multi_gpu")
 
     @property
     def is_zero(self) -> bool:
@@ -66,16 +60,13 @@ def engine_of(config: str | None, processes: int | str | None) -> Engine:
     Raises:
         ValueError: If this package has no configuration with the name `config`, or `processes` is missing.
     """
-    if config is None and processes is None:
-        return Engine()
-    name = CONFIGS.get(config or "multi_gpu")
-    if name is None:
-        near = did_you_mean(str(config), CONFIGS)
+    name = config or ("single_gpu" if processes is None else "multi_gpu")
+    if name not in DIVIDED:
         raise ValueError(
-            f"A plan needs an `--accelerate_config` of this package: {', '.join(CONFIGS)}. Got {config!r}. Use the "
-            f"packaged configuration with the same sharding as yours.{near}"
+            f"A plan needs an `--accelerate_config` of this package: {', '.join(DIVIDED)}. Got {config!r}. Use the "
+            f"packaged configuration with the same sharding as yours.{did_you_mean(name, DIVIDED)}"
         )
-    if name == "single":
+    if name == "single_gpu":
         return Engine()
     if not str(processes).isdigit() or int(str(processes)) < 1:
         raise ValueError(

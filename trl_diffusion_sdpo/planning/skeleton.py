@@ -37,28 +37,36 @@ def pipeline_of_folder(name_or_path: str, dtype: torch.dtype, **access: Any) -> 
     index = read_index(name_or_path, **access)
     family = family_for_class_name(index[CLASS])
     parts: dict[str, Any] = {}
-    lengths: dict[str, int] = {}
     names = (family.denoiser_name, *family.frozen_components)
     parts |= networks_without_weights(family, index, name_or_path, names, dtype=dtype, **access)
     for name, entry in index.items():
         if name == "scheduler":
-            parts[name] = _scheduler(entry, name_or_path, access)
+            scheduler_class = getattr(diffusers, str(entry[1]))
+            config = scheduler_class.load_config(name_or_path, subfolder="scheduler", **access)
+            parts[name] = scheduler_class.from_config(config)
         elif name.startswith(("tokenizer", "processor")):
-            lengths[name] = _tokens(name_or_path, name)
-    return _family(family.pipeline_classes[0], parts, lengths)
+            parts[name] = TokensOnly(_tokens(name_or_path, name))
+    return _family(family.pipeline_classes[0], parts)
 
 
-def fake_weights(modules: Iterable[nn.Module], mode: FakeTensorMode) -> None:
-    """Replace the modules' meta tensors by fake tensors on the CPU. Tensors that modules share stay shared."""
+def fake_weights(modules: Iterable[nn.Module], mode: FakeTensorMode, dtype: torch.dtype | None = None) -> None:
+    """Replace the modules' meta tensors by fake tensors on the CPU. Tensors that modules share stay shared.
+
+    Args:
+        dtype (`torch.dtype`, *optional*): Dtype of all parameters. If unset, each parameter keeps its dtype.
+    """
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for submodule in (submodule for module in modules for submodule in module.modules()):
         for name, tensor in (*submodule.named_parameters(recurse=False), *submodule.named_buffers(recurse=False)):
             if not tensor.is_meta:
                 continue
+            is_weight = isinstance(tensor, nn.Parameter)
             if id(tensor) not in made:
                 with mode:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                if isinstance(tensor, nn.Parameter):
+                    fake = torch.empty(
+                        tensor.shape, dtype=dtype if dtype and is_weight else tensor.dtype, device="cpu"
+                    )
+                if is_weight:
                     fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
                 made[id(tensor)] = tensor, fake
             setattr(submodule, name, made[id(tensor)][1])
@@ -97,17 +105,6 @@ class TokensOnly:
         return "" if len(rows) == 1 else ["" for _ in rows]
 
 
-def _scheduler(entry: Any, name_or_path: str, access: dict[str, Any]) -> Any:
-    library, class_name = entry
-    scheduler_class = getattr(diffusers, str(class_name), None)
-    if library != "diffusers" or scheduler_class is None:
-        raise ValueError(
-            f"The scheduler of a pipeline must be a class of diffusers. The model_index.json of {name_or_path} names "
-            f"{class_name!r} of {library!r}. Use a pipeline with a scheduler of diffusers."
-        )
-    return scheduler_class.from_config(scheduler_class.load_config(name_or_path, subfolder="scheduler", **access))
-
-
 def _tokens(name_or_path: str, name: str) -> int:
     """Return the largest number of tokens of a prompt, from the tokenizer's configuration in a folder."""
     file = Path(name_or_path) / name / "tokenizer_config.json"
@@ -117,15 +114,13 @@ def _tokens(name_or_path: str, name: str) -> int:
     return int(min(length, 512))
 
 
-def _family(class_name: str, parts: dict[str, Any], lengths: dict[str, int]) -> Family:
+def _family(class_name: str, parts: dict[str, Any]) -> Family:
     pipeline_class: type[DiffusionPipeline] = getattr(diffusers, class_name)
     taken = inspect.signature(pipeline_class).parameters
-    components = {name: parts.get(name) for name in taken}
-    for name in taken:
-        if name.startswith(("tokenizer", "processor")):
-            components[name] = TokensOnly(lengths.get(name, PROMPT_TOKENS))
-        elif components[name] is None and taken[name].default is not inspect.Parameter.empty:
-            del components[name]
+    components: dict[str, Any] = {}
+    for name, parameter in taken.items():
+        if parts.get(name) is not None or parameter.default is inspect.Parameter.empty:
+            components[name] = parts.get(name)
     if "requires_safety_checker" in taken:
         components |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:

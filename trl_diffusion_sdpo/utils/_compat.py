@@ -47,10 +47,6 @@ __all__ = [  # re-exported
 __all__ += ["TensorBoardCallback", "TrackioCallback", "WandbCallback"]
 
 
-# Fused attention on the CPU, forward and backward. Remove both when torch's FLOP counter has formulas for them.
-CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
 # Attributes of PEFT's layers: whether their adapters are off, and the names of the active adapters. PEFT's
 # `enable_adapters` and `set_adapter` also change `requires_grad` of every weight. Changing `requires_grad` is as slow
 # as the Python code of hundreds of layers' forward passes. The change also misleads FSDP2, because FSDP2 reads

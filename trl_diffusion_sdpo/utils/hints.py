@@ -1,7 +1,6 @@
 """Suggestions for error messages about misspelt names, and about options of other trainers."""
 
 import difflib
-import re
 from collections.abc import Iterable
 
 # Options of this package -> their names in other trainers (diffusers' scripts, kohya, SimpleTuner, OneTrainer).
@@ -40,24 +39,6 @@ _NAMES_ELSEWHERE = {
 OTHER_TOOLS = {name: ours for ours, names in _NAMES_ELSEWHERE.items() for name in names.split()}
 # Other names of values that a setting accepts.
 CHOICE_ALIASES = {"dpo": "sigmoid"}
-# Values of settings of other trainers. Here, these values and their constants have other names.
-_CHOICES_ELSEWHERE = {"exo_pair": ("dmpo", "TRL's `exo_pair` is `dmpo`, and its `label_smoothing` is `dmpo_alpha`.")}
-_MORE = {
-    "warmup_steps": " A value below 1 is a share of all steps.",
-    "optim": " `adamw_8bit` is the optimizer in 8 bits.",
-}
-# Patterns of options that do not exist here, with the reason.
-_ABSENT = (
-    (
-        "^(label_smoothing|dspo_threshold|dmpo_alpha|mapo_temperature|mapo_scale|simpo_gamma|dpop_lambda|linear_eta|smpo_.*)$",
-        "Set the constants of a loss in `loss_kwargs`.",
-    ),
-    ("text_encoder|(^|_)te[123]?_lr|textual_inversion", "Text encoders are not trained."),
-    (
-        "lycoris|loha|lokr|lora_type|lora_algo|peft_type|network_(module|args)",
-        "The only adapters are LoRA, DoRA and rsLoRA (`use_peft`), because `load_lora_weights` reads no others.",
-    ),
-)
 
 
 def other_tools_option(name: str, options: Iterable[str]) -> str:
@@ -69,11 +50,8 @@ def other_tools_option(name: str, options: Iterable[str]) -> str:
         name (`str`): Name of the option, without leading dashes.
         options (`Iterable[str]`): Names of this command's options.
     """
-    word = name.lower().replace("-", "_")
-    ours = OTHER_TOOLS.get(word)
-    if ours is not None and ours in options:
-        return f" The name of this option here is `--{ours}`.{_MORE.get(ours, '')}"
-    return next((f" {reason}" for pattern, reason in _ABSENT if re.search(pattern, word)), "")
+    ours = OTHER_TOOLS.get(name.lower().replace("-", "_"))
+    return f" The name of this option here is `--{ours}`." if ours is not None and ours in options else ""
 
 
 def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> str:
@@ -88,8 +66,5 @@ def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> str:
         `str`: A question such as " Did you mean `beta`?" with one or two names, or an empty string.
     """
     names = list(names)
-    ours, reason = _CHOICES_ELSEWHERE.get(word, ("", ""))
-    if ours in names:
-        return f" {reason}"
     near = difflib.get_close_matches(word.lower().replace("-", "_"), names, n=2, cutoff=0.7)
     return f" Did you mean {' or '.join(f'`{prefix}{name}`' for name in near)}?" if near else ""

@@ -2,40 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from logging import LogRecord
+from typing import Any
 
 # Name of this package's extra -> the module that the extra installs.
 EXTRAS: dict[str, str] = {"deepspeed": "deepspeed", "quantization": "bitsandbytes"}
-
-# Trackers of `report_to` whose module and package have the same name.
-TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow", "comet_ml", "clearml", "swanlab", "dvclive")
-
-# Pattern for values of `optim` -> the package that these optimizers need.
-OPTIMIZERS = {
-    r"adamw_torch_[48]bit": "torchao",
-    r"galore_.*": "galore-torch",
-    r"apollo_.*": "apollo-torch",
-    r"(ada)?lomo": "lomo-optim",
-    r"grokadamw": "grokadamw",
-    r"schedule_free_.*": "schedulefree",
-    r"stable_adamw": "torch-optimi",
-    r"(paged_)?(ademamix|lion|adamw)(_bnb)?(_8bit|_32bit)|ademamix|rmsprop_bnb.*": "bitsandbytes",
-}
-
-# Name of the logger -> beginning of log messages that need no action by users of this package.
-_IDLE_NOTES = {
-    "transformers.utils.import_utils": r"`\w+ImageProcessor` requires torchvision \(not installed\); falling back",
-    "DeepSpeed": r"Setting (ds_)?accelerator to ",
-    "diffusers.models.modeling_utils": r"There are modules in \w+ that should be kept in float32: \[\]\.",
-}
-
 
 # Beginnings of warnings that need no action. If a second training stage continues from an adapter, this package adds
 # the adapter of the reference to the policy on purpose. Without an accelerator, pinned memory is of no use.
@@ -65,28 +38,6 @@ def require(extra: str, purpose: str) -> None:
         )
 
 
-def require_trackers(names: Iterable[str]) -> None:
-    """Raise a `MissingExtraError` if a tracker of `report_to` is not installed. Unknown names are ignored."""
-    for name in names:
-        has_writer = name == "tensorboard" and find_spec("tensorboardX")
-        if name in TRACKERS and not (find_spec(name) or has_writer):
-            raise MissingExtraError(
-                f"`report_to={name}` needs {name}, which is not installed. Run `pip install {name}`, or set "
-                "`report_to` to `none`."
-            )
-
-
-def require_optimizer(name: str) -> None:
-    """Raise a `MissingExtraError` if the optimizer of `optim` needs a package that is not installed. Unknown names are
-    ignored."""
-    for pattern, package in OPTIMIZERS.items():
-        if re.fullmatch(pattern, name) and not find_spec(package.removeprefix("torch-").replace("-", "_")):
-            raise MissingExtraError(
-                f"`optim={name}` needs {package}, which is not installed. Run `pip install {package}`, or set `optim` "
-                "to `adamw_torch`."
-            )
-
-
 def lazy_attributes(
     package: str, homes: Mapping[str, str], others: Iterable[str] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
@@ -109,16 +60,10 @@ def lazy_attributes(
 
 
 def hide_idle_notes() -> None:
-    """Hide log messages and warnings that libraries print in every run and that need no action by the user."""
+    """Hide messages and warnings that libraries print in every run and that need no action by the user."""
     import logging  # a third of this package's import time
     import warnings
 
+    logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)  # it recommends torchvision
     for beginning in _IDLE_WARNINGS:
         warnings.filterwarnings("ignore", message=beginning)
-
-    for name in _IDLE_NOTES:
-        logging.getLogger(name).addFilter(_says_something)  # a second call has no effect
-
-
-def _says_something(record: LogRecord) -> bool:
-    return re.match(_IDLE_NOTES[record.name], record.getMessage()) is None

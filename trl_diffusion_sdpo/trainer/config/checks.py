@@ -28,7 +28,6 @@ from ...reporting.sample_scores import PREFIX, WIN_RATE
 from ...step.winner_budget import ProbeSettings
 from ...utils._compat import CHECKPOINTING, activation_checkpointing
 from ...utils.hints import did_you_mean
-from ...utils.import_utils import require_optimizer, require_trackers
 from .all_arguments import Setting, settings_of
 from .declaring import Choices, Keys, Range
 
@@ -48,8 +47,6 @@ def check_settings(args: DiffusionSDPOConfig) -> None:
         _check_value(name, setting, getattr(args, name))
     loss = args.loss_spec
     assert isinstance(args.report_to, list), "transformers makes a list of one name."
-    require_trackers(args.report_to)
-    require_optimizer(str(getattr(args.optim, "value", args.optim)))
     _check_schedule(args)
     _check_inherited(args)
     check_loss_kwargs(args.loss_type, args.beta, args.loss_kwargs)
