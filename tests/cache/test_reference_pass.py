@@ -47,7 +47,6 @@ CASES = [
     ],
     pytest.param("full", "output", {"loss_type": "smpo", "beta": 50.0}, marks=pytest.mark.matrix),
     pytest.param("full", "parameter", {"loss_type": "smpo", "beta": 50.0}, marks=pytest.mark.matrix),
-    pytest.param("full", "parameter", {"safeguard_diagnostics_steps": 2}, marks=pytest.mark.matrix),
     pytest.param("full", "parameter", {"safeguard_low_memory": True}, marks=pytest.mark.matrix),
     pytest.param("full", "output", {"precompute_latents": True, "random_crop": False}, marks=pytest.mark.matrix),
     pytest.param("lora", "output", {"precompute_latents": True, "precompute_epochs": 2}, marks=pytest.mark.matrix),

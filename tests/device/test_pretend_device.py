@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(MISSING, reason="this torch has no Python back e
 
 EMA_AND_BUDGET = {"ema_decay": 0.9, "winner_budget": 0.01, "winner_budget_kwargs": {"pairs": 2, "steps": 1}}
 SAMPLING = {"sample_prompts": ["a cat"], "sample_steps": 1, "sample_kwargs": {"num_inference_steps": 2}}
-EVERYTHING = {"safeguard_diagnostics_steps": 1, "gradient_accumulation_steps": 2}
+EVERYTHING = {"gradient_accumulation_steps": 2}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
 INVERSION = {"noise_source": "inversion", "inversion_kwargs": {"kind": "renoise", "steps": 2}}
 ADDED = {"noise_source": "inversion", "inversion_kwargs": {"kind": "renoise", "steps": 2, "eta": 0.1}}
@@ -114,7 +114,7 @@ def test_edit_pairs_train_without_a_wait_of_our_own(found):
 
 
 @each(sd("full", "parameter", "everything", EMA_AND_BUDGET | EVERYTHING))
-def test_average_budget_and_diagnostics_do_not_synchronize(found, cases):
+def test_average_and_budget_do_not_synchronize(found, cases):
     micro_batches = cases[0]["args"].get("gradient_accumulation_steps", 1)
     check_waits(found[0], {place: micro_batches * count for place, count in listed(cases[0]).items()})
 

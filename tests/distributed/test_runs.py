@@ -376,7 +376,7 @@ def test_policy_and_reference_begin_as_one_in_every_precision(found):
     assert_neutral(found[0])
 
 
-# ---- Diagnostics, drawings, evaluation -----------------------------------------------------------------------------
+# ---- Drawings, evaluation ------------------------------------------------------------------------------------------
 
 
 @each(lambda engine, tuning: [long_run(engine, tuning)])

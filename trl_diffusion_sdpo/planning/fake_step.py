@@ -209,14 +209,13 @@ def _by_branch(
         MetricMeter(),
         sorts_by_scores=run.loss.spec.needs_scores,
         low_memory=run.low_memory,
-        diagnostics=None,
     )
     for _ in range(2 if run.accumulates else 1):
         allocations.flops = 0  # the plan reports the FLOP of one micro-batch
         with allocations.moment(FORWARD):
             loss = forward.loss(safeguard.predict_pairs(model, inputs)).loss
         with allocations.moment(BACKWARD):
-            safeguard.backward_branches(loss, step=1, share=1.0)
+            safeguard.backward_branches(loss, share=1.0)
         del loss
     with allocations.moment(OPTIMIZER):
         gradients.combine()

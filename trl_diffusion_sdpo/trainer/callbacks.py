@@ -46,7 +46,6 @@ def add_callbacks(
     sample_scores: SampleScores | None,
     load_probe: Callable[[], Sequence[ProbeInputs]],
     policy: Callable[[], nn.Module],
-    measure_step: Callable[[], None],
     evaluate: Callable[[], Any],
     log: Callable[[dict[str, float]], None],
     end: Callable[[], None],
@@ -61,8 +60,6 @@ def add_callbacks(
         load_probe (`Callable`): Function that returns this process's share of the pairs on which the winner budget
             measures errors (the probe).
         policy (`Callable`): Function that returns the policy as the engine (DDP, FSDP2, DeepSpeed) wrapped it.
-        measure_step (`Callable`): Function that measures how the last optimizer step changed the winners' error (see
-            `safeguard_diagnostics_steps`).
         evaluate (`Callable`): Function that evaluates the current weights.
         log (`Callable`): Function that logs metrics.
         end (`Callable`): Function that prints at the end of training, in the first process only, which files the run
@@ -74,8 +71,6 @@ def add_callbacks(
         callbacks.append(EpochCallback(train_dataset))
     if isinstance(train_dataset, PREPARED):
         callbacks.append(DataReportCallback(train_dataset))
-    if args.safeguard_diagnostics_steps is not None:
-        callbacks.append(AfterStepCallback(lambda step: measure_step()))
     if components.average is not None:
         callbacks.append(AfterStepCallback(components.average.after_step))
     if components.winner_budget is not None:

@@ -35,7 +35,6 @@ from ..engines.sharding import full_tensor
 from ..losses import PreferenceLossOutput
 from ..models.denoiser_wrapper import DenoiserWrapper
 from ..models.ema import EMA_FOLDER, EMAWeights
-from ..models.reference import networks
 from ..reporting.console import say
 from ..reporting.plots import CURVES_FILE
 from ..reporting.run_callbacks import plots_of, run_lines
@@ -52,7 +51,6 @@ from ..step.meters import FiniteCheck
 from ..step.pair_evaluation import draws_of_noise, real_pairs
 from ..step.pair_forward import PairForward, seeds_of_draws
 from ..step.parameter_safeguard import ParameterSafeguard
-from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import ProbeInputs, ProbeSettings, probe_inputs, probe_items
 from ..utils._compat import keeps_order
 from ..utils.disk import naming_the_disk
@@ -311,7 +309,6 @@ class DiffusionSDPOTrainer(Trainer):
             sample_scores=self.sample_scores,
             load_probe=self._load_probe,
             policy=lambda: self.model_wrapped,
-            measure_step=self._measure_step,
             evaluate=lambda: self.evaluate(),  # not `self.evaluate`, because a user may replace the method later
             log=lambda metrics: self.log(metrics),
             end=self._end_report,
@@ -531,7 +528,6 @@ class DiffusionSDPOTrainer(Trainer):
     def _new_finite_check(self) -> FiniteCheck:
         return FiniteCheck(
             step_exchange(self.callback_handler.callbacks),
-            lambda: networks(self.family, self.reference.module),
             before_backward=self.engine.steps_in_backward and self.args.safeguard != "parameter",
         )
 
@@ -547,24 +543,13 @@ class DiffusionSDPOTrainer(Trainer):
         anchor = args.safeguard_anchor or self.loss_spec.anchor
         if anchor == "error" and not backend.retains_graph:
             refuse_dropout(self.denoiser, "`safeguard_anchor='error'` under ZeRO-3")
-        diagnostics = None
-        if args.safeguard_diagnostics_steps is not None:
-            every = args.safeguard_diagnostics_steps
-            diagnostics = StepDiagnostics(self.model_wrapped, backend, self.pair_forward, self._meter, every)
         return self.parameter_safeguard_class(
             self.pair_forward,
             BranchGradients(backend, mu=args.safeguard_mu, anchor=anchor),
             self._meter,
             sorts_by_scores=self.loss_spec.needs_scores,
             low_memory=args.safeguard_low_memory,
-            diagnostics=diagnostics,
         )
-
-    def _measure_step(self) -> None:
-        """Complete the measurement of `safeguard_diagnostics_steps` after an optimizer step, if the step is
-        measured."""
-        if self.parameter_safeguard is not None and self.parameter_safeguard.diagnostics is not None:
-            self.parameter_safeguard.diagnostics.after_step()
 
     def _init_training_state(
         self,
@@ -598,7 +583,6 @@ class DiffusionSDPOTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
-        self._finite.verify_gradient()
         if self.state.global_step not in (self._first_step, self._saved_step):
             self.run_files.verify_weights(self.model_wrapped)
         began = time.time() - (time.monotonic() - self._began)  # right even if the system clock was changed
@@ -667,7 +651,7 @@ class DiffusionSDPOTrainer(Trainer):
         share = 1 / self.current_gradient_accumulation_steps
         with self.compute_loss_context_manager(), safeguard.accumulating():
             loss = cast(torch.Tensor, self.compute_loss(model, inputs))
-            safeguard.backward_branches(loss, step=step, share=share)
+            safeguard.backward_branches(loss, share=share)
         self._finite.verify(step)
         if self.accelerator.sync_gradients:
             safeguard.step()
@@ -677,11 +661,7 @@ class DiffusionSDPOTrainer(Trainer):
         return loss.detach() / self.current_gradient_accumulation_steps
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
-        norm = full_tensor(super()._get_grad_norm(model, grad_norm))
-        # With fp16, infinite gradients are normal, and the gradient scaler skips their steps.
-        if norm is not None and not self.args.fp16:
-            self._finite.watch_gradient(torch.as_tensor(norm), self.state.global_step + 1)
-        return norm
+        return full_tensor(super()._get_grad_norm(model, grad_norm))  # under FSDP2, the norm is a DTensor
 
     # ---- Evaluation -------------------------------------------------------------------------------------------------
 
@@ -840,7 +820,6 @@ class DiffusionSDPOTrainer(Trainer):
         self.run_files.save(folder, self.model_wrapped, self._setup())
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self._finite.verify_gradient()
         run_dir = Path(self._checkpoints_dir)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with self.run_files.writing_checkpoint(run_dir / name) as partial:

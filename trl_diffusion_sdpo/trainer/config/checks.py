@@ -332,7 +332,7 @@ def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
     # Each row: settings, whether the condition that these settings need holds, and the condition's name.
     needs = (
         (
-            ("safeguard_anchor", "safeguard_low_memory", "safeguard_diagnostics_steps"),
+            ("safeguard_anchor", "safeguard_low_memory"),
             args.safeguard == "parameter",
             "`safeguard='parameter'`",
         ),

@@ -123,9 +123,8 @@ def check_and_complete(
     check_noise_range(args, family, timesteps)
 
     # Settings under which the model predicts an input twice, and must give equal predictions, do not work with dropout.
-    for name in ("safeguard_low_memory", "safeguard_diagnostics_steps"):
-        if args.safeguard == "parameter" and getattr(args, name):
-            refuse_dropout(denoiser, f"`{name}`")
+    if args.safeguard == "parameter" and args.safeguard_low_memory:
+        refuse_dropout(denoiser, "`safeguard_low_memory`")
     if args.precompute_ref_errors:
         refuse_dropout(denoiser, "`precompute_ref_errors`, whose policy must start exactly as its reference,")
     checkpoints, _ = activation_checkpointing(args)

@@ -144,11 +144,6 @@ class LossArguments:
             Whether `safeguard="parameter"` holds the activations of winners and losers one after the other instead of
             together. `safeguard_low_memory=True` saves memory and costs one more forward pass of the losers.
             `safeguard_low_memory` cannot be used with dropout.
-        safeguard_diagnostics_steps (`int`, *optional*):
-            Number of optimizer steps between two measurements of how well `safeguard="parameter"` works. A measurement
-            logs the lambda that `safeguard="output"` would use. Each measurement also logs how the optimizer step
-            changes the winners' error on the step's batch, as predicted from the gradient and as measured after the
-            step. If unset, nothing is measured.
         mask_anchor (`float`, *optional*, defaults to `0.0`):
             Weight of an additional loss term for data with a mask column. The term is the mean squared distance between
             the predictions of the policy and the reference outside of the masks. Raise `mask_anchor` to change the
@@ -176,7 +171,6 @@ class LossArguments:
     safeguard_eps: Annotated[float, RESUME] = 0.0
     safeguard_anchor: Annotated[Anchor | None, RESUME] = None
     safeguard_low_memory: bool = False
-    safeguard_diagnostics_steps: Annotated[int | None, Range("[1, inf)", "Leave it unset to measure nothing.")] = None
     mask_anchor: Annotated[float, Range("[0, inf)", "Use 0 to leave the term out."), RESUME] = 0.0
     loss_kwargs: Annotated[dict[str, Any] | str | None, RESUME] = None
 
