@@ -147,20 +147,5 @@ def test_the_noise_level_of_cogview4_is_that_after_the_shift():
     )
     # mu = 0.25 + 0.75 sqrt(1024 / 256) = 1.75, and a half becomes 1.75 * 0.5 / (1 + 0.75 * 0.5).
     assert float(cogview.noise_level(torch.tensor([500.0]), 1024)) == pytest.approx(0.875 / 1.375, rel=1e-6)
-    # Level 0.7 is t = 0.7 / (1.75 - 0.75 * 0.7) = 0.5714..., and 572 is the first timestep above it.
-    low, high = cogview.timestep_bounds(0.7, 1.0, 1024)
-    assert (low, high) == (572.0, 999.0)
     with pytest.raises(ValueError, match="`image_seq_len`"):
         cogview.noise_level(torch.tensor([500.0]))
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.62, 1.0), (0.3, 0.4)])
-def test_timesteps_within_levels_are_found_by_hand(low, high):
-    inside = [step for step in range(1000) if low <= LEVELS[step] <= high]
-    assert process().timestep_bounds(low, high) == (inside[0], inside[-1])
-
-
-def test_no_timestep_is_within_levels_that_the_schedule_does_not_visit():
-    assert LEVELS.max() < 0.94
-    assert process().timestep_bounds(0.95, 1.0) is None
-    assert process().timestep_bounds(0.0, 0.02) is None

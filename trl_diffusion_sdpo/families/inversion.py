@@ -52,6 +52,11 @@ class InversionSettings:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS or self.end not in ENDS:
+            raise ValueError(
+                f"`kind` of an inversion must be one of {', '.join(KINDS)}, and `end` one of {', '.join(ENDS)}. Got "
+                f"{self.kind!r} and {self.end!r}."
+            )
         if self.steps < 1:
             raise ValueError(
                 f"`steps` of an inversion must be at least 1, got {self.steps}. Published values are 5 and 10."

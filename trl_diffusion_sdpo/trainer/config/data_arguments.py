@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from ...data.buckets import AspectRatioBuckets
-from .declaring import RESUME, Keys, Range, documented
+from .declaring import RESUME, Range, documented
 
 OnBadRow = Literal["drop", "raise"]
 Losers = Literal["data", "permute"]
@@ -117,9 +116,7 @@ class DataArguments:
     image_schemes: list[str] | None = None
     resolution: Annotated[list[int] | None, RESUME] = None
     aspect_ratio_buckets: Annotated[bool, RESUME] = False
-    bucket_kwargs: Annotated[
-        dict[str, Any] | str | None, Keys(AspectRatioBuckets, ("step", "max_aspect_ratio")), RESUME
-    ] = None
+    bucket_kwargs: Annotated[dict[str, Any] | str | None, RESUME] = None
     min_side: Annotated[int | None, Range("[1, inf)", "Leave it unset to skip no pair."), RESUME] = None
     random_crop: Annotated[bool, RESUME] = False
     random_flip: Annotated[bool, RESUME] = True

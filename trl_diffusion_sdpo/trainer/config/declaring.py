@@ -13,8 +13,10 @@ import inspect
 import re
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
+Built = TypeVar("Built")
+Group = TypeVar("Group", bound=type)
 RESUME = "resume"  # marks settings that change the trained weights; a resumed run must have the same values
 
 
@@ -55,21 +57,18 @@ class Choices:
     words: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Keys:
-    """Keys that are allowed in a setting whose value is a mapping. The mapping becomes the keyword arguments of a
-    dataclass.
+def from_kwargs(kind: type[Built], setting: str, values: dict[str, Any], *arguments: Any) -> Built:
+    """Return `kind(*arguments, **values)`, where `values` is the value of a setting such as `inversion_kwargs`.
 
-    Args:
-        of (`type`): Dataclass that declares the defaults and checks the values.
-        names (`tuple[str, ...]`): Fields of the dataclass that the mapping may set.
+    Raises:
+        `ValueError`: If `kind` has no argument with one of the names, or if a value has the wrong type.
     """
-
-    of: type
-    names: tuple[str, ...]
-
-
-Group = TypeVar("Group", bound=type)
+    try:
+        return kind(*arguments, **values)
+    except TypeError as error:
+        raise ValueError(
+            f"`{setting}` must be keyword arguments of {kind.__name__}, got {values}. {error}."
+        ) from error
 
 
 def documented(group: Group) -> Group:

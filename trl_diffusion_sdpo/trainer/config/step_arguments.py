@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from ...families.inversion import InversionSettings
-from ...families.noise import TimestepSampling, TimestepWeighting, WeightingScheme
+from ...families.noise import TimestepWeighting, WeightingScheme
 from ...losses import Anchor, Granularity, LossSpec, LossType, Safeguard, loss_spec
-from ...step.winner_budget import ProbeSettings
-from .declaring import RESUME, Choices, Keys, Range, documented
+from .declaring import RESUME, Choices, Range, documented
 
 NoiseSource = Literal["shared", "inversion", "generated"]
 OnWinnerRise = Literal["ignore", "warn", "stop"]
@@ -73,19 +71,13 @@ class NoiseArguments:
     timestep_range: Annotated[list[int] | None, RESUME] = None
     timesteps: Annotated[list[float] | None, RESUME] = None
     weighting_scheme: Annotated[WeightingScheme | None, RESUME] = None
-    weighting_kwargs: Annotated[
-        dict[str, Any] | str | None,
-        Keys(TimestepSampling, ("logit_mean", "logit_std", "mode_scale")),
-        RESUME,
-    ] = None
+    weighting_kwargs: Annotated[dict[str, Any] | str | None, RESUME] = None
     timestep_weighting: Annotated[TimestepWeighting, RESUME] = "none"
     snr_gamma: Annotated[float | None, Range("(0, inf)", "Leave it unset to turn min-SNR off."), RESUME] = None
     noise_offset: Annotated[float, Range("[0, inf)", "Use 0 for no extra noise."), RESUME] = 0.0
     n_timesteps_per_pair: Annotated[int, Range("[1, inf)"), RESUME] = 1
     noise_source: Annotated[NoiseSource, RESUME] = "shared"
-    inversion_kwargs: Annotated[
-        dict[str, Any] | str | None, Keys(InversionSettings, ("kind", "steps", "end", "eta")), RESUME
-    ] = None
+    inversion_kwargs: Annotated[dict[str, Any] | str | None, RESUME] = None
     guidance_scale: Annotated[float | None, RESUME] = None
 
 
@@ -227,8 +219,6 @@ class WinnerArguments:
     winner_budget: Annotated[
         float | None, Range("(0, inf)", "For example, 0.05 allows a rise of five per cent."), RESUME
     ] = None
-    winner_budget_kwargs: Annotated[dict[str, Any] | str | None, Keys(ProbeSettings, ("pairs", "steps")), RESUME] = (
-        None
-    )
+    winner_budget_kwargs: Annotated[dict[str, Any] | str | None, RESUME] = None
     ema_decay: Annotated[float | None, Range("(0, 1)", "Usual values are 0.98 to 0.9999."), RESUME] = None
     on_winner_rise: OnWinnerRise = "warn"
