@@ -2,7 +2,6 @@
 
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from trl_diffusion_sdpo.models.frozen_components import FrozenComponents
 from trl_diffusion_sdpo.models.loading import load_model
 from trl_diffusion_sdpo.reporting.sample_images import SampleImagesCallback
 from trl_diffusion_sdpo.saving.interrupts import CheckpointOnInterrupt
-from trl_diffusion_sdpo.trainer.callbacks import EpochCallback
 
 PROMPTS = ["a red cube", "ein Würfel 🧊"]
 
@@ -141,17 +139,6 @@ def test_the_second_signal_stops_at_once_and_gives_the_handlers_back(own_handler
         signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)
     assert own_handlers == [signal.SIGINT]
-
-
-def test_epochs_are_counted_where_the_trainer_knows_no_length(args):
-    """After a pass over a stream, the epoch of transformers' Trainer is below 1."""
-    epochs, state = [], TrainerState()
-    callback = EpochCallback(SimpleNamespace(set_epoch=epochs.append))
-    callback.on_train_begin(args, state, TrainerControl())
-    for epoch in (0, 0.2, 1.2):
-        state.epoch = epoch
-        callback.on_epoch_begin(args, state, TrainerControl())
-    assert epochs == [0, 1, 2]
 
 
 @pytest.mark.parametrize("where", ["absent", "offloaded"])

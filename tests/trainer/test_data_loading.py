@@ -1,14 +1,11 @@
 """How data reach the trainer: batches are loaded in turn and in order, and wrong batch sizes are refused."""
 
-from functools import partial
-
 import datasets
 import datasets.distributed
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Trainer
 
 from trl_diffusion_sdpo.data import PreferenceCollator
 
@@ -24,42 +21,6 @@ class FloatCollator(PreferenceCollator):
     def __call__(self, items):
         batch = super().__call__(items)
         return {**batch, "pixel_values": (batch["pixel_values"].float() / 255 - 0.5) / 0.5}
-
-
-class CountingCollator(PreferenceCollator):
-    """Counts the batches that are loaded."""
-
-    loaded = 0
-
-    def __call__(self, items):
-        self.loaded += 1
-        return super().__call__(items)
-
-
-def test_micro_batches_are_loaded_in_their_turn_and_train_as_if_loaded_at_once(make_trainer, make_pairs, monkeypatch):
-    def build():
-        trainer = make_trainer(
-            train=make_pairs(5),
-            data_collator=CountingCollator(),
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=4,
-            max_steps=-1,
-            num_train_epochs=2,
-        )
-        step, loaded = trainer.training_step, []
-        monkeypatch.setattr(
-            trainer, "training_step", lambda *inputs: loaded.append(trainer.data_collator.loaded) or step(*inputs)
-        )
-        return trainer, loaded
-
-    lazy, in_turn = build()
-    logged = losses(lazy)
-    # accelerate loads one batch ahead; an epoch ends with a step of one micro-batch
-    assert in_turn == [2, 3, 4, 5, 5, 7, 8, 9, 10, 10] and len(logged) == 4
-    eager, at_once = build()
-    monkeypatch.setattr(eager, "get_batch_samples", partial(Trainer.get_batch_samples, eager))
-    assert losses(eager) == logged and at_once == [5] * 5 + [10] * 5
-    assert all(map(torch.equal, lazy.denoiser.parameters(), eager.denoiser.parameters()))
 
 
 def test_floats_of_a_collator_of_ones_own_train_as_the_bytes_do(make_trainer):
