@@ -187,7 +187,6 @@ REFUSED = [
     ({"peft_config": LoHaConfig(target_modules=["to_q"])}, "must be a `peft.LoraConfig`, got LoHaConfig"),
     ({"peft_config": LoraConfig(target_modules=["to_q"], modules_to_save=["conv_in"])}, "modules_to_save"),
     ({"peft_config": LoraConfig(target_modules=["nothing_like_this"])}, "nothing_like_this"),
-    ({"peft_config": LoraConfig(target_modules=["to_q", "te1_to_k"])}, "Text encoders cannot be trained"),
     ({"peft_config": LoraConfig(init_lora_weights="pissa")}, "`init_lora_weights`"),
     ({"peft_config": LoraConfig(init_lora_weights=False)}, "`init_lora_weights`"),
     ({"peft_config": LoraConfig(bias="lora_only")}, "`bias`"),

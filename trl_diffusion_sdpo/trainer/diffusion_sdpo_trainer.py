@@ -85,7 +85,6 @@ from .data_preparation import (
     PairPreparation,
     check_batches,
     load_position,
-    outline,
     save_position,
 )
 from .diffusion_sdpo_config import DiffusionSDPOConfig, resume_settings
@@ -199,7 +198,6 @@ class DiffusionSDPOTrainer(Trainer):
         # Load the scorers first, so that a failed download does not come after hours of encoding.
         self.sample_scores = load_sample_scores(args)
         ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
-        workers_are_chosen = args.dataloader_num_workers is None
 
         # Load the model, and build all components that need no accelerator.
         loaded = load_policy(model, args, processing_class, peft_config, quantization_config)
@@ -246,7 +244,7 @@ class DiffusionSDPOTrainer(Trainer):
         for weights in self._weight_copies:
             if shards_weights(args) and not self.engine.shards_weights:  # accelerate ignores FSDP with one process
                 weights.stop_sharing()
-        self._loaders = BatchLoaders(args, self.accelerator, workers_are_chosen=workers_are_chosen)
+        self._loaders = BatchLoaders(args, self.accelerator)
         self._reference_errors = make_reference_errors(
             self.pair_forward,
             self.frozen_components,
@@ -449,8 +447,6 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _prepare_data(self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig) -> tuple[Any, Any]:
         """Return both data sets as data sets of pairs. Set `args.dataloader_num_workers` if it is `None`."""
-        # Processes exchange results while they prepare data. With different data, one would wait for others forever.
-        check_agreement({"train_dataset": outline(train_dataset), "eval_dataset": outline(eval_dataset)})
         prepare = self._preparation.prepare
         train_dataset = prepare(train_dataset, name="train", training=True)
         if isinstance(eval_dataset, dict):
@@ -461,11 +457,9 @@ class DiffusionSDPOTrainer(Trainer):
         if isinstance(train_dataset, PreferenceDataset) and args.precompute_ref_errors:
             step = pairs_of_a_step(args, args.train_batch_size) * args.gradient_accumulation_steps
             warn_of_repeated_draws(args, args.precompute_epochs, -(-len(train_dataset) // step))
-        evaluates = eval_dataset is not None
-        if reason := choose_workers(args, train_dataset, resolution=image_size(args), evaluates=evaluates):
-            logger.warning(
-                "Chosen by the trainer: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason
-            )
+        if args.dataloader_num_workers is None:
+            evaluates = eval_dataset is not None
+            choose_workers(args, train_dataset, resolution=image_size(args), evaluates=evaluates)
         return train_dataset, eval_dataset
 
     def precompute_reference_errors(self) -> None:

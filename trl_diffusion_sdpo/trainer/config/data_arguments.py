@@ -28,8 +28,7 @@ class DataArguments:
             Number of DataLoader workers that decode images, for each training process. If unset, the trainer chooses
             the number and logs it: no worker for fewer than 512 pairs, at most one for a stream, and otherwise up to
             four, depending on cores, shared memory and the start method of processes. Map-style data give the same
-            batches with any number of workers. Evaluation uses the same number of workers as training, except that a
-            number chosen by the trainer is lowered to one if the evaluation data are a stream.
+            batches with any number of workers. Evaluation uses the same number of workers as training.
         swap_labels (`bool`, *optional*, defaults to `False`):
             Whether to swap winner and loser of every pair, in training and evaluation data. Training on swapped pairs
             gives a model that prefers the worse images. A model that prefers the worse images can be the `reference` of
