@@ -175,18 +175,13 @@ class FiniteCheck:
             self._sent = True
 
     def verify(self, step: int) -> None:
-        """Raise `FloatingPointError` if a loss of this step is not finite.
+        """Raise `FloatingPointError` if a loss of this optimizer step is not finite. The message contains the step's
+        number and rows of the data set. The weights are still as before this step.
 
         Call this method after `watch` was called for all micro-batches of the step.
-
-        Raises:
-            `FloatingPointError`: The message contains the number of the optimizer step and rows of the data set. The
-                weights are still as before this step.
         """
-        if self._exchange.receive():
-            self._report(step)
-
-    def _report(self, step: int) -> None:
+        if not self._exchange.receive():
+            return
         losses, rows = (torch.cat(batches) for batches in zip(*self._watched, strict=True))
         values = zip(rows.tolist(), losses.float().tolist(), strict=True)
         bad = [(row, value) for row, value in values if not abs(value) < float("inf")]

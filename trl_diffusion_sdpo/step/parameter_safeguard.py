@@ -65,12 +65,14 @@ class ParameterSafeguard:
         detached copy (a leaf), so the autograd graph of the loss ends at it."""
         draws = self._forward.draws_of_a_pair(model)
         batch = self._forward.noisy_batch(inputs, draws, model)
-        scores = self._forward.scores(inputs, draws)
-        errors = self._forward.stored_errors(inputs)
+        facts = self._forward.facts_of_pairs(model, inputs)
         if self._sorts_by_scores:
+            scores, errors = facts["scores"], facts["reference_errors"]
             assert scores is not None, "The trainer has checked that the data have scores."
             order = order_by_scores(scores)
-            batch, scores, errors = batch.take(order), scores[order], None if errors is None else errors[order]
+            batch = batch.take(order)
+            facts["scores"] = scores[order]
+            facts["reference_errors"] = None if errors is None else errors[order]
         winners, losers = batch.halves()
         references = self._forward.predict_reference(model, [winners, losers])
         with torch.set_grad_enabled(not self._low_memory):
@@ -78,8 +80,7 @@ class ParameterSafeguard:
         winner_pred = self._forward.predict(model, winners)
         leaf = torch.cat([winner_pred.detach(), loser_pred.detach()]).requires_grad_()
         reference = None if references is None else torch.cat(references)
-        weights, beta = self._forward.pair_weights(inputs, draws), self._forward.beta_of(model)
-        predictions = PairPredictions(batch, leaf, reference, scores, errors, weights, beta)
+        predictions = PairPredictions(batch, leaf, reference, **facts)
         self._predicted = [_Branches(model, winners, losers, winner_pred, loser_pred, predictions)]
         return predictions
 

@@ -168,17 +168,13 @@ class WinnerBudget(StoredController):
 
 def probe_items(dataset: Any, wanted: int) -> list[Any]:
     """Return the pairs of the probe as items for the collator: `wanted` evenly spaced pairs of a map-style data set, or
-    the first `wanted` pairs of a stream. Raises `ValueError` if there are no pairs."""
+    the first `wanted` pairs of a stream."""
     dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
     view = dataset.for_evaluation()
-    if isinstance(view, PreferenceDataset):
-        wanted = min(wanted, len(view))
-        items = [view[i * len(view) // wanted] for i in range(wanted)]
-    else:
-        items = list(islice(iter(view), wanted))
-    if not items:
-        raise ValueError("`winner_budget` needs pairs for its probe, got none. Pass pairs as `eval_dataset`.")
-    return items
+    if not isinstance(view, PreferenceDataset):
+        return list(islice(iter(view), wanted))
+    wanted = min(wanted, len(view))
+    return [view[i * len(view) // wanted] for i in range(wanted)]
 
 
 def probe_inputs(
