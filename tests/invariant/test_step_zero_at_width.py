@@ -3,7 +3,6 @@ show what large ones do. Denoisers of one or two layers, a few tokens each."""
 
 import contextlib
 import copy
-import math
 
 import pytest
 import torch
@@ -18,67 +17,11 @@ from trl_diffusion_sdpo.models.weight_copies import using_adapter
 
 ROWS = 4
 # Tiny pipeline -> its denoiser's published widths and as few layers as there can be, and its conditioning's widths.
-UNET = {
-    "layers_per_block": 1,
-    "block_out_channels": (64, 1280),
-    "use_linear_projection": True,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-}
-JOINT = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 128, "num_attention_heads": 24}
 WIDE = {
-    "chroma": (
-        {**JOINT, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 4096, "approximator_hidden_dim": 5120},
-        {"prompt_embeds": 4096},
-    ),
-    "ernie_image": (
-        {"num_layers": 1, "hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 12288}
-        | {"text_in_dim": 3072, "rope_axes_dim": (32, 48, 48)},
-        {"prompt_embeds": 3072},
-    ),
     "flux": (
-        {**JOINT, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 4096, "pooled_projection_dim": 768},
+        {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 128, "num_attention_heads": 24}
+        | {"axes_dims_rope": (16, 56, 56), "joint_attention_dim": 4096, "pooled_projection_dim": 768},
         {"prompt_embeds": 4096, "pooled_prompt_embeds": 768},
-    ),
-    "hidream": (
-        {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 128, "num_attention_heads": 20}
-        | {"caption_channels": [4096, 4096], "text_emb_dim": 2048, "axes_dims_rope": (64, 32, 32)},
-        {"t5_embeds": 4096, "llama_embeds": 4096, "pooled_prompt_embeds": 2048},
-    ),
-    "ideogram4": (
-        {"num_layers": 1, "attention_head_dim": 256, "num_attention_heads": 18, "intermediate_size": 12288}
-        | {"adaln_dim": 512, "mrope_section": (24, 20, 20)},
-        {},
-    ),
-    "krea2": (
-        {
-            "num_layers": 1,
-            "attention_head_dim": 128,
-            "num_attention_heads": 48,
-            "num_key_value_heads": 12,
-            "intermediate_size": 16384,
-            "timestep_embed_dim": 256,
-            "text_hidden_dim": 2560,
-            "text_num_attention_heads": 20,
-            "text_num_key_value_heads": 20,
-            "text_intermediate_size": 6912,
-            "axes_dims_rope": (32, 48, 48),
-        },
-        {"prompt_embeds": 2560},
-    ),
-    "longcat_image": (
-        {**JOINT, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 3584, "pooled_projection_dim": 3584},
-        {"prompt_embeds": 3584},
-    ),
-    "qwen_image": (
-        {"num_layers": 1, "attention_head_dim": 128, "num_attention_heads": 24, "axes_dims_rope": (16, 56, 56)}
-        | {"joint_attention_dim": 3584},
-        {"prompt_embeds": 3584},
-    ),
-    "qwen_image_21": (
-        {"num_layers": 1, "attention_head_dim": 128, "num_attention_heads": 32, "axes_dims_rope": (16, 56, 56)}
-        | {"context_in_dim": 4096},
-        {"prompt_embeds": 4096},
     ),
     "sana": (
         {
@@ -92,12 +35,17 @@ WIDE = {
         {},
     ),
     "stable_diffusion_xl": (
-        {**UNET, "attention_head_dim": (1, 20), "transformer_layers_per_block": 1, "cross_attention_dim": 2048},
+        {
+            "layers_per_block": 1,
+            "block_out_channels": (64, 1280),
+            "use_linear_projection": True,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": (1, 20),
+            "transformer_layers_per_block": 1,
+            "cross_attention_dim": 2048,
+        },
         {"prompt_embeds": 2048},
-    ),
-    "wan": (
-        {"num_layers": 1, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "text_dim": 4096},
-        {"prompt_embeds": 4096},
     ),
 }
 IN_CI = ("sana",)  # where the difference was found; a width of 2240 takes seconds
@@ -200,18 +148,6 @@ def fill_adapter(denoiser) -> None:
     for name, weight in denoiser.named_parameters():
         if "lora_B" in name:
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
-
-
-@pytest.mark.matrix
-def test_training_of_all_weights_starts_neutral_at_sanas_width(make_trainer):
-    """It began at 0.38 in place of log 2."""
-    pipeline = wide_family("sana").pipeline
-    trainer = make_trainer(pipeline, bf16=True, max_steps=1, resolution=32, optim="sgd", beta=5000.0)
-    trainer.train()
-    first = trainer.state.log_history[0]
-    assert first["rewards/margins"] == 0
-    assert first["errors/winner_change"] == first["errors/loser_change"] == 0
-    assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)
 
 
 class Reads(torch.nn.Module):

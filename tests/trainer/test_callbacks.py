@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler
 from PIL import Image
-from tiny_pipelines import case
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from trl_diffusion_sdpo.models.frozen_components import FrozenComponents
@@ -157,20 +156,3 @@ def test_images_are_the_same_from_components_that_are_brought_for_them(where, sd
         assert same_images(make_sampler(frozen.family.pipeline, frozen=frozen).generate(), sampler.generate())
     vae = frozen.family.pipeline.vae
     assert all(weight.is_meta == (where == "absent") for weight in vae.parameters())
-
-
-def test_text_encoders_keep_their_precision_beside_components_in_fp16(family_folder):
-    """T5 overflows in float16, so that training holds it in float32."""
-    pipeline = DiffusionPipeline.from_pretrained(family_folder("flux"), torch_dtype=torch.float16)
-    pipeline.text_encoder_2.float()
-    pipeline.vae.float()
-    dtypes = []
-    hook = pipeline.text_encoder_2.register_forward_hook(lambda module, args, output: dtypes.append(output[0].dtype))
-    side = case("flux").RESOLUTION
-    call = {"num_inference_steps": 1, "height": side, "width": side}
-    sampler = SampleImagesCallback(
-        pipeline, ["a dog"], every_n_steps=None, seed=0, call_options=call, denoiser_name="transformer"
-    )
-    assert len(sampler.generate()) == 1
-    hook.remove()
-    assert set(dtypes) == {torch.float32}

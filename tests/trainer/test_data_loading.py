@@ -36,11 +36,6 @@ def test_a_stream_that_is_split_already_is_taken_whole(make_trainer, make_pairs)
     assert batch["prompts"] == ["prompt 2", "prompt 3", "prompt 6", "prompt 7"]  # the second and the fourth shard
 
 
-def test_an_epoch_without_a_whole_batch_is_refused(make_trainer, make_pairs):
-    with pytest.raises(ValueError, match="`dataloader_drop_last=True`.* 4 pairs, .* 3"):
-        make_trainer(train=make_pairs(3), dataloader_drop_last=True)
-
-
 def test_the_order_depends_on_seed_and_epoch_alone(make_trainer, make_pairs):
     trainer = make_trainer(train=make_pairs(9), per_device_train_batch_size=2)
     loader, torch_random = trainer.get_train_dataloader(), torch.Generator()

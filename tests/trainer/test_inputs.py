@@ -41,8 +41,8 @@ def test_settings_out_of_range_are_refused(make_args, settings, message):
     ("settings", "message"),
     [
         ({"loss_type": "sft", "beta": 1.0}, "`beta=1.0` has no effect"),
-        ({"safeguard": "none", "safeguard_mu": 0.5}, "`safeguard='none'`"),
-        ({"loss_type": "sft", "safeguard_mu": 0.5}, "`safeguard_.*'sft'"),
+        ({"safeguard": "none", "safeguard_mu": 0.5}, "`safeguard_mu` has no effect"),
+        ({"loss_type": "sft", "safeguard_granularity": "pair"}, "`safeguard_granularity`"),
         ({"sample_steps": 5}, "`sample_steps` has no effect without `sample_prompts`"),
     ],
 )

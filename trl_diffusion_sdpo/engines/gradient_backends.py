@@ -144,12 +144,8 @@ class ZeroBackend(GradientBackend):
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.backward(objective, retain_graph=retain_graph, scale_wrt_gas=False)
         gradient = self.take(into)
-        self.clear()
+        self._engine.optimizer.zero_grad()  # so that the next backward pass starts from zero
         return gradient
-
-    def clear(self) -> None:
-        """Delete the gradients in DeepSpeed's optimizer, so that the next backward pass starts from zero."""
-        self._engine.optimizer.zero_grad()
 
     @abstractmethod
     def take(self, into: Gradient | None) -> Gradient:

@@ -181,11 +181,6 @@ def make_reference(
             users_reference = second_copy(users_reference, shared=shards_weights(args))
         if args.disable_dropout:
             disable_dropout(users_reference)
-        if not loss.needs_reference:
-            logger.warning(
-                "The loss %r needs no reference, so `ref_model` is used only for the metrics `errors/*_change`.",
-                args.loss_type,
-            )
     return build_reference(
         loaded.denoiser,
         engine,

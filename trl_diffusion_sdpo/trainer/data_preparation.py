@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from ..cache.encoding import PairEncoding
 from ..cache.reference_errors import repeating_pairs
-from ..data.buckets import BucketSampler
 from ..data.dataset import PairOptions, PreferenceDataset
 from ..data.pair_scores import ScoreSettings
 from ..data.preparing import prepare_dataset
@@ -24,7 +23,7 @@ from ..families import Family
 from ..losses import LossSpec
 from ..models.text_checks import note_on_long_prompts
 from ..utils._compat import keeps_order
-from .config.complete import aspect_ratio_buckets, check_sources, image_size, pairs_of_a_step
+from .config.complete import aspect_ratio_buckets, image_size
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
@@ -96,8 +95,8 @@ class PairPreparation:
 def check_source_column(
     pairs: PreferenceDataset | PreferenceIterableDataset, family: Family, args: DiffusionSDPOConfig, *, name: str
 ) -> None:
-    """Raise `ValueError` if the model needs source images and the data have none, or if the data have some and the
-    model takes none."""
+    """Raise `ValueError` if the model needs source images and the data have none, if the data have some and the model
+    takes none, or if `random_crop` is on, which does not support source images."""
     if not pairs.has_sources and not family.takes_source:
         return
     if not pairs.has_sources or not (family.takes_source or family.may_take_source):
@@ -107,7 +106,11 @@ def check_source_column(
             f"A `source` column is needed by edit models and allowed for no others. {family.name} "
             f"{'is' if family.takes_source else 'is not'} one, and the {name} data {has} the column. {advice}"
         )
-    check_sources(args, family.name)
+    if args.random_crop:
+        raise ValueError(
+            f"`random_crop` does not work with source images yet, and the {name} data have some. Leave `random_crop` "
+            "out."
+        )
 
 
 def _reading(args: DiffusionSDPOConfig) -> tuple[int, int, int]:
@@ -240,28 +243,3 @@ def _refuse_parts(dataset: Any, args: DiffusionSDPOConfig, name: str) -> None:
             f"stream among {args.world_size} processes, and the parts may have different lengths. Pass the stream "
             "without this split, because the trainer splits it evenly itself."
         )
-
-
-def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None, args: DiffusionSDPOConfig) -> None:
-    """Log how many batches an epoch has at each image size. Raise `ValueError` if an epoch has no complete batch
-    although incomplete batches are dropped."""
-    if not isinstance(dataset, PreferenceDataset):
-        return
-    pairs = len(dataset)
-    batch = args.train_batch_size
-    processes = args.world_size
-    if args.dataloader_drop_last and pairs < batch * processes:
-        raise ValueError(
-            "`dataloader_drop_last=True` leaves no batch. Together, one batch of each process takes "
-            f"{batch * processes} pairs, but the training data have {pairs} pairs. Lower "
-            "`per_device_train_batch_size`, or set `dataloader_drop_last=False`."
-        )
-    if dataset.sizes is not None:
-        group = pairs_of_a_step(args, batch)
-        BucketSampler(dataset.sizes, group, seed=0, drop_last=args.dataloader_drop_last)  # raises errors now
-        description, warns = dataset.sizes.describe_epoch(
-            group,
-            drop_last=args.dataloader_drop_last,
-            shuffled=args.train_sampling_strategy == "random",
-        )
-        logger.log(logging.WARNING if warns else logging.INFO, description)

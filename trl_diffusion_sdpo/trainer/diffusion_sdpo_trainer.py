@@ -83,7 +83,6 @@ from .config.complete import (
 from .data_preparation import (
     PREPARED,
     PairPreparation,
-    check_batches,
     load_position,
     save_position,
 )
@@ -453,7 +452,6 @@ class DiffusionSDPOTrainer(Trainer):
             eval_dataset = {name: prepare(data, name=name, training=False) for name, data in eval_dataset.items()}
         else:
             eval_dataset = prepare(eval_dataset, name="eval", training=False)
-        check_batches(train_dataset, args)
         if isinstance(train_dataset, PreferenceDataset) and args.precompute_ref_errors:
             step = pairs_of_a_step(args, args.train_batch_size) * args.gradient_accumulation_steps
             warn_of_repeated_draws(args, args.precompute_epochs, -(-len(train_dataset) // step))
@@ -525,7 +523,10 @@ class DiffusionSDPOTrainer(Trainer):
                 "converted the weights. `train` was called a second time. To continue, make a new trainer and pass "
                 "`resume_from_checkpoint`."
             )
-        check_agreement(self._facts_of_all_processes())
+        facts: dict[str, Any] = {"model": self.origin.fingerprint, "eval_dataset": self._eval_fingerprint}
+        if not isinstance(self.train_dataset, PreferenceIterableDataset):  # processes may read parts of a stream
+            facts["train_dataset"] = self._data_fingerprint
+        check_agreement(facts)
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint  # transformers ignores this setting
         disk = naming_the_disk(self.args.output_dir, self.weight_files.bytes_needed)
@@ -538,14 +539,6 @@ class DiffusionSDPOTrainer(Trainer):
             with interruptible:
                 self.precompute_reference_errors()
                 return super().train(point, *args, **kwargs)
-
-    def _facts_of_all_processes(self) -> dict[str, Any]:
-        """Return fingerprints of model and data, which must be equal in all processes. A training stream has no
-        fingerprint here, because each process may read another part of it."""
-        facts: dict[str, Any] = {"model": self.origin.fingerprint, "eval_dataset": self._eval_fingerprint}
-        if not isinstance(self.train_dataset, PreferenceIterableDataset):
-            facts["train_dataset"] = self._data_fingerprint
-        return facts
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
         """Prepare the model as transformers does, then set up the components that need the model in the form in which

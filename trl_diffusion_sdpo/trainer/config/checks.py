@@ -217,15 +217,14 @@ def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
     """Yield a warning for each setting that has no effect with this loss, or because another setting is off."""
     if not loss.uses_beta and args.beta is not None:
         yield f"`beta={args.beta}` has no effect, because the loss {args.loss_type!r} has no beta."
-    of_output_space = args.safeguard_granularity != "batch" or args.safeguard_eps
-    if args.safeguard == "parameter" and of_output_space:
+    safeguard = args.safeguard if loss.uses_loser else "none"
+    if safeguard != "output" and (args.safeguard_granularity != "batch" or args.safeguard_eps):
         yield (
-            "`safeguard_granularity` and `safeguard_eps` have no effect with `safeguard='parameter'`. This safeguard "
-            "always computes one lambda per optimizer step and adds no epsilon."
+            "`safeguard_granularity` and `safeguard_eps` have no effect without `safeguard='output'` and a loss that "
+            "trains losers."
         )
-    elif (args.safeguard == "none" or not loss.uses_loser) and (args.safeguard_mu is not None or of_output_space):
-        reason = "`safeguard='none'`" if loss.uses_loser else f"the loss {args.loss_type!r}, which has no loser"
-        yield f"The `safeguard_*` settings have no effect, because of {reason}."
+    if safeguard == "none" and args.safeguard_mu is not None:
+        yield "`safeguard_mu` has no effect without a safeguard and a loss that trains losers."
     crops = args.precompute_latents and args.random_crop
     weights = None if args.pair_weights is None else WEIGHT_FUNCTIONS.get(args.pair_weights)
     reads_scores = loss.needs_scores or (weights is not None and not weights.several_scorers)

@@ -97,8 +97,6 @@ def check_and_complete(
             f"{family.name} does not. Got {args.guidance_scale}. Leave it unset. To set the guidance of sample images, "
             "use `sample_kwargs`."
         )
-    if family.takes_source:
-        check_sources(args, family.name)
     sample_sources(args, family)
     complete_args(args, family, loss, full=adapter is None)
     check_resolution(args, family)
@@ -127,16 +125,6 @@ def refuse_dropout(denoiser: nn.Module, what: str) -> None:
         raise ValueError(
             f"{what} needs two equal predictions of the same images. The denoiser has dropout, which makes predictions "
             "random. Set `disable_dropout=True`, or leave the setting out."
-        )
-
-
-def check_sources(args: DiffusionSDPOConfig, model: str) -> None:
-    """Raise `ValueError` if a setting does not work with edit pairs (pairs with a source image, for models that edit
-    images). `model` is the model's name for the message."""
-    if args.random_crop:
-        raise ValueError(
-            f"`random_crop` does not work with source images yet, and {model} trains on edit pairs, which have source "
-            "images. Leave `random_crop` out."
         )
 
 
@@ -181,13 +169,8 @@ def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, 
     for name, value in chosen.items():
         setattr(args, name, value)
     set_deepspeed_learning_rate(args)
-    safeguarded = args.safeguard != "none" and loss.uses_loser
-    logged = {name: value for name, value in chosen.items() if value is not None}
-    if not safeguarded:
-        logged.pop("safeguard_mu", None)
-    if logged:
-        listed = ", ".join(f"{name}={value}" for name, value in logged.items())
-        logger.warning("Defaults for %s and the loss %r: %s.", family.name, args.loss_type, listed)
+    listed = ", ".join(f"{name}={value}" for name, value in chosen.items() if value is not None)
+    logger.warning("Defaults for %s and the loss %r: %s.", family.name, args.loss_type, listed)
 
 
 def loss_defaults(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> tuple[float, float | None]:
@@ -224,7 +207,7 @@ def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
         unit = math.lcm(unit, 8)
     if any(side % unit for side in size):
         raise ValueError(f"`resolution` must be a multiple of {unit} pixels for this model, got {args.resolution}.")
-    for height, width in (size, *image_sizes(args)):
+    for height, width in image_sizes(args):
         family.check_image_size(height, width)
 
 

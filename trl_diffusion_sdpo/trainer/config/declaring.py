@@ -1,10 +1,8 @@
-"""Where the default, the allowed values and the help text of a setting are declared.
+"""How a setting is declared: its field holds the default, its annotation the choices (a `Literal`), a [`Range`] and
+[`RESUME`], and its paragraph in the docstring of the class is its help text.
 
-- The field holds the default.
-- The annotation holds the choices as a `Literal`, the allowed numbers as a [`Range`], and [`RESUME`] if a resumed run
-  must have the same value. (Choices, ranges and `RESUME` cannot be in the field's metadata, because the parser of
-  transformers passes all metadata to `argparse`.)
-- The setting's paragraph in the docstring of the class is its help text.
+Choices and ranges cannot be in the field's metadata, because the parser of transformers passes all metadata to
+`argparse`.
 """
 
 from __future__ import annotations
