@@ -31,13 +31,10 @@ def kept(run: Path) -> list[str]:
 # ---- A run that is done ----------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_done_takes_no_step_and_logs_no_loss(build, finished, run, caplog):
+def test_a_run_that_is_done_takes_no_step_and_says_so(build, finished, run, caplog):
     again = build(4)
-    output = again.train(resume_from_checkpoint=True)
+    again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 4 and "Training is complete" in caplog.text
-    assert "train_loss" not in again.state.log_history[-1] and "train_loss" not in output.metrics
-    losses = [entry["loss"] for entry in again.state.log_history if "loss" in entry]
-    assert output.training_loss == pytest.approx(sum(losses) / 4)
     again.save_model()
     name = "pytorch_lora_weights.safetensors"
     assert not unequal(load_file(run / name), load_file(finished / "checkpoint-4" / name))

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
@@ -39,13 +38,6 @@ from .config.model_arguments import VaeDtype
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
-
-VAE_DTYPES: dict[torch.dtype, VaeDtype] = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
-
 
 # ---- The policy -----------------------------------------------------------------------------------------------------
 
@@ -239,7 +231,7 @@ def place_frozen_components(loaded: LoadedModel, args: DiffusionSDPOConfig) -> F
         offload=args.offload_frozen_components or args.precompute_latents,
         load=load,
     )
-    args.vae_dtype = VAE_DTYPES[frozen.family.pipeline.vae.dtype]
+    args.vae_dtype = cast(VaeDtype, str(frozen.family.pipeline.vae.dtype).removeprefix("torch."))
     return frozen
 
 

@@ -74,9 +74,6 @@ def documented(group: Group) -> Group:
 
     The metadata of a field with [`Choices`] also contain the words and the default, because the parser of transformers
     reads the default of a list only from a `default_factory`.
-
-    Raises:
-        `ValueError`: If the docstring has no paragraph for a field.
     """
     text = inspect.getdoc(group) or ""
     paragraphs = dict(re.findall(r"^    (\w+) \(.*?\):\s+(.*?)(?=^    \w|\Z)", text, re.DOTALL | re.MULTILINE))
@@ -84,8 +81,6 @@ def documented(group: Group) -> Group:
     for setting in fields(group):
         if setting.name not in group.__annotations__:
             continue
-        if setting.name not in paragraphs:
-            raise ValueError(f"`{setting.name}` has no paragraph in the docstring of {group.__name__}. Add one.")
         paragraph = " ".join(paragraphs[setting.name].split())
         facts = get_args(hints[setting.name]) if get_origin(hints[setting.name]) is Annotated else ()
         words = [fact.words for fact in facts if isinstance(fact, Choices)]
