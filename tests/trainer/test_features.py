@@ -85,34 +85,6 @@ def test_activation_checkpointing_changes_nothing_but_memory(make_trainer):
     assert any(getattr(m, "gradient_checkpointing", False) for m in trainer.denoiser.modules())
 
 
-def test_optimizer_schedule_and_clipping_act_as_their_settings_say(make_trainer):
-    """An update of plain SGD has the length of rate times limit, because every gradient is longer than the limit."""
-    trainer = make_trainer(
-        optim="sgd",
-        learning_rate=0.1,
-        lr_scheduler_type="polynomial",
-        lr_scheduler_kwargs={"power": 2.0, "lr_end": 0.0},
-        max_grad_norm=0.5,
-        max_steps=4,
-        weight_decay=0.0,
-        warmup_steps=1,
-    )
-    moved = []
-
-    class Lengths(TrainerCallback):
-        def on_step_begin(self, *_, model, **others):
-            self.before = [weight.detach().clone() for weight in model.parameters()]
-
-        def on_step_end(self, *_, model, **others):
-            steps = [new - old for new, old in zip(model.parameters(), self.before, strict=True)]
-            moved.append(torch.stack([step.norm() for step in steps]).norm().item())
-
-    trainer.add_callback(Lengths())
-    trainer.train()
-    rates = [0.0, 0.1, 0.1 * (2 / 3) ** 2, 0.1 * (1 / 3) ** 2]
-    assert moved == pytest.approx([rate * 0.5 for rate in rates], rel=1e-3)
-
-
 def test_evaluating_the_training_data_leaves_the_epoch_and_its_draws_alone(make_trainer, make_pairs):
     pairs = make_pairs(8)
 

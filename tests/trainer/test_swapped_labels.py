@@ -1,12 +1,7 @@
-"""A run on swapped labels is the run on data whose columns were exchanged, and all that it writes says so."""
-
-import json
-from pathlib import Path
+"""A run on swapped labels is the run on data whose columns were exchanged."""
 
 import pytest
 import torch
-
-from trl_diffusion_sdpo.data.data_report import SWAPPED
 
 
 def exchanged(pairs):
@@ -38,15 +33,3 @@ def test_a_swapped_run_is_the_run_on_exchanged_columns(make_trainer, make_pairs)
     swapped, by_hand = runs
     assert torch.equal(swapped[0], by_hand[0])
     assert swapped[1] == by_hand[1]
-
-
-def test_the_card_the_set_up_and_the_report_say_it(make_trainer, make_pairs, tmp_path):
-    trainer = make_trainer(swap_labels=True, max_steps=1, eval_dataset=make_pairs(4, seed=1), eval_strategy="epoch")
-    trainer.train()
-    trainer.save_model()
-    trainer.create_model_card()
-    folder = Path(trainer.args.output_dir)
-    card = (folder / "README.md").read_text()
-    assert "This is a negative model" in card and SWAPPED in card and "| `swap_labels` | `True` |" in card
-    assert json.loads((folder / "diffusion_sdpo_setup.json").read_text())["swap_labels"] is True
-    assert "published as rejected" in card.split("## Result")[1].split("## Samples")[0]  # the verdict
