@@ -100,8 +100,6 @@ def test_every_group_has_one_size_and_every_pair_comes_once():
         assert all(len(set(numbers[order[start : start + group]])) == 1 for start in range(0, len(order), group))
         real = [pair for pair in order if not isinstance(pair, Repeated)]
         assert sorted(real) == list(range(501))
-        repeats = len(order) - 501
-        assert f"repeats {repeats} of 501" in sampled._pairs.describe_epoch(group, drop_last=False, shuffled=True)[0]
         dropping = sampler(numbers, group, epoch=lambda: 5, drop_last=True)
         complete = list(dropping)
         assert len(complete) == len(dropping) == sum(count // group * group for count in np.bincount(numbers))
@@ -119,16 +117,3 @@ def test_the_order_depends_on_seed_and_epoch_and_mixes_the_buckets():
 def test_an_order_without_a_batch_is_refused():
     with pytest.raises(ValueError, match="a step needs 4 pairs"):
         sampler([0, 0, 0, 1], 4, drop_last=True)
-
-
-def test_pairs_that_are_never_trained_on_are_counted():
-    """3, 2 and 1 pairs in groups of 3: shuffled, 2 and 1 of them never come; in their order, the same."""
-    sizes = PairSizes(((16, 20), (16, 16), (20, 16)), np.array([0, 1, 0, 1, 0, 2]))
-    sentence, warns = sizes.describe_epoch(3, drop_last=True, shuffled=True)
-    assert warns and "leaves 3 of 6 pairs out of an epoch. 3 of the pairs are never" in sentence
-    two = PairSizes(sizes.sizes, np.array([0, 0, 0, 2, 2]))
-    sentence, warns = two.describe_epoch(2, drop_last=True, shuffled=True)
-    assert not warns and "leaves 1 of 5 pairs out of an epoch" in sentence
-    assert "1 of the pairs are never" in two.describe_epoch(2, drop_last=True, shuffled=False)[0]
-    assert two.describe_epoch(2, drop_last=False, shuffled=True)[1]
-    assert not two.describe_epoch(1, drop_last=False, shuffled=True)[1]

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(MISSING, reason="this torch has no Python back e
 WORKER = Path(__file__).with_name("worker.py")
 EMA_AND_BUDGET = {"ema_decay": 0.9, "winner_budget": 0.01, "winner_budget_kwargs": {"pairs": 2, "steps": 1}}
 SAMPLING = {"sample_prompts": ["a cat"], "sample_steps": 1, "sample_kwargs": {"num_inference_steps": 2}}
-EVERYTHING = {"safeguard_diagnostics_steps": 1, "gradient_accumulation_steps": 2}
+EVERYTHING = {"gradient_accumulation_steps": 2}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
 INVERSION = {"noise_source": "inversion", "inversion_kwargs": {"kind": "renoise", "steps": 2}}
 ADDED = {"noise_source": "inversion", "inversion_kwargs": {"kind": "renoise", "steps": 2, "eta": 0.1}}

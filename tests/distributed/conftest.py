@@ -96,7 +96,7 @@ def compared(trained, start, encoded):
     def compare(case: dict) -> dict:
         folder = trained(case)
         steps = optimizer_steps(folder, case["args"].get("gradient_accumulation_steps", 1))
-        settings = {name: value for name, value in case.items() if name not in ("name", "engine", "fault")}
+        settings = {name: value for name, value in case.items() if name not in ("name", "engine")}
         seeds = [batch["seeds"] for step in steps for batch in step]
         key = json.dumps([settings, seeds], sort_keys=True)
         if key not in walks:

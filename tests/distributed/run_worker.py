@@ -55,8 +55,6 @@ class Watch(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.facts["share"] = self._share()
-        groups = self.trainer.optimizer.param_groups
-        self.facts["groups"] = [[group["lr"], *group.get("betas", ()), group["weight_decay"]] for group in groups]
         self.walk.append(self._weights())
 
     def _weights(self) -> dict[str, dict[str, torch.Tensor]]:

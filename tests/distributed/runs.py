@@ -18,7 +18,6 @@ def build_run(engine: str, tuning: str, kind: str, args: dict, **given) -> dict:
         "engine_settings": {},
         "tuning": tuning,
         "moved": False,  # whether the policy is not its reference before training
-        "goes_on_from": None,  # output of an earlier run
         "evaluated": 0,
         "every_step": False,
         "killed_after": None,
@@ -29,14 +28,13 @@ def build_run(engine: str, tuning: str, kind: str, args: dict, **given) -> dict:
     return {**run, **given, "args": args}
 
 
-def with_places(run: dict, start: dict[str, str], folder: Path) -> dict:
+def with_places(run: dict, start: dict[str, str]) -> dict:
     """Add what the worker needs to build its trainer."""
-    before = run["goes_on_from"]
     return {
         **run,
-        "model": start["policy" if run["moved"] else "base"] if before is None else str(folder / before),
+        "model": start["policy" if run["moved"] else "base"],
         "ref_model": start["base"] if run["moved"] else None,
-        "peft": LORA if run["tuning"] == "lora" and before is None else None,
+        "peft": LORA if run["tuning"] == "lora" else None,
         "data": start["pairs"],
     }
 
@@ -45,7 +43,7 @@ def train_alone(run: dict, start: dict[str, str], folder: Path):
     """Train a run in this process, with the batches of two processes. Return the trainer."""
     from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 
-    run = with_places(run, start, folder)
+    run = with_places(run, start)
     settings = {**run["args"], "per_device_train_batch_size": 2 * run["args"]["per_device_train_batch_size"]}
     fixed = {"logging_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
     data = datasets.load_from_disk(run["data"])

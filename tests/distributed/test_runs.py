@@ -3,7 +3,6 @@ reference stands still or follows, and drawings, evaluation and uploads are thos
 
 import functools
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -122,7 +121,7 @@ def finished(request, start, hub, tmp_path_factory):
     needed = {run["name"]: run for item in selected for run in item.callspec.params["needs"]}
     # Engine by engine; who ends with a kill goes last, directly before the one that resumes.
     ordered = sorted(needed.values(), key=lambda run: (ends_killed(run), run["engine"]))
-    outputs = do_in_turn(WORKER, [with_places(run, start, folder) for run in ordered], folder, to_hub(hub, folder))
+    outputs = do_in_turn(WORKER, [with_places(run, start) for run in ordered], folder, to_hub(hub, folder))
 
     def result(run: dict) -> Path:
         place = folder / run["name"]
@@ -292,16 +291,6 @@ def test_what_an_engine_saves_loads_in_diffusers_and_is_what_ddp_saves(found, ne
     torch.testing.assert_close(drawn, by_ddp, rtol=0, atol=1e-4)
 
 
-@each(lambda engine, tuning: [long_run(engine, tuning)], tunings=["lora"])
-def test_checkpoints_of_a_lora_hold_no_copy_of_the_base(found, start):
-    base_size = (Path(start["base"]) / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
-    for step in (2, 4):
-        files = [file for file in (found[0] / "saved" / f"checkpoint-{step}").rglob("*") if file.is_file()]
-        assert len(files) > 5
-        # The two processes' halves of the base would each be larger.
-        assert max(file.stat().st_size for file in files) < base_size / 2
-
-
 # ---- The reference -------------------------------------------------------------------------------------------------
 
 
@@ -316,23 +305,6 @@ def test_a_reference_is_held_as_the_policy_is_and_never_changes(found, needs, ba
     assert_equal(walk[0]["reference"], base)
     assert_equal(walk[-1]["reference"], base)
     assert moved(walk[-1]["policy"], walk[0]["policy"]).norm() > 0
-
-
-def stages(engine: str, tuning: str) -> list[dict]:
-    first = build_run(engine, tuning, "first", {"max_steps": 2})
-    return [first, build_run(engine, tuning, "second", {"max_steps": 2}, goes_on_from=first["output"])]
-
-
-@each(stages, engines=["ddp", *SHARDING, "zero2"])
-def test_a_second_stage_starts_from_the_first_which_is_its_reference(found, needs):
-    facts, (before, after) = facts_of(found[1]), walk_of(found[1])
-    assert facts["reference"] == {"full": "frozen", "lora": "ref_adapter"}[needs[0]["tuning"]]
-    assert_equal(before["policy"], walk_of(found[0])[-1]["policy"])
-    assert_equal(before["reference"], before["policy"])
-    assert_equal(after["reference"], before["reference"])
-    assert moved(after["policy"], before["policy"]).norm() > 0
-    assert logged(found[1], "rewards/margins")[0] == 0
-    assert logged(found[1], "loss")[0] == pytest.approx(math.log(2), rel=1e-6)
 
 
 def following(engine: str, tuning: str, alpha: float) -> dict:
@@ -376,7 +348,7 @@ def test_policy_and_reference_begin_as_one_in_every_precision(found):
     assert_neutral(found[0])
 
 
-# ---- Diagnostics, drawings, evaluation -----------------------------------------------------------------------------
+# ---- Drawings, evaluation ------------------------------------------------------------------------------------------
 
 
 @each(lambda engine, tuning: [long_run(engine, tuning)])
@@ -476,40 +448,6 @@ def test_a_repository_that_cannot_be_made_ends_all_processes_before_training(fou
     assert "tester/forbidden" in first and "403" in first
     assert "Process 0" in second and "403" in second
     assert not list((found[0] / "saved").glob("checkpoint-*"))
-
-
-# ---- Resumed with other settings ------------------------------------------------------------------------------------
-
-ADAMW = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3}
-
-
-def changed_runs(engine: str) -> list[dict]:
-    """A step, and a second one with another rate, weight decay and betas."""
-    before = build_run(engine, "lora", "rate-before", {**ADAMW, "max_steps": 1})
-    args = {
-        **ADAMW,
-        "max_steps": 2,
-        "learning_rate": 1e-5,
-        "weight_decay": 0.25,
-        "adam_beta1": 0.5,
-        "adam_beta2": 0.75,
-    }
-    after = build_run(engine, "lora", "rate-after", args, output=before["output"], resumes=True)
-    return [before, after]
-
-
-@needing(
-    *[changed_runs(engine) for engine in EVERY_ENGINE],
-)
-def test_another_rate_and_other_betas_act_from_the_next_step_on(found):
-    before, after = found
-    assert facts_of(after)["began_at"] == 1
-    assert logged(after, "learning_rate")[-1] == pytest.approx(1e-5)
-    groups = facts_of(after)["groups"]
-    assert groups[0] == pytest.approx([1e-5, 0.5, 0.75, 0.25]) and facts_of(before)["groups"][0][0] == 1e-3
-    states = [torch.cat([weight.flatten() for weight in walk["policy"].values()]) for walk in walk_of(after)]
-    # AdamW's step is at most about the rate an element: a hundredth of what the old rate would have made.
-    assert 0 < (states[-1] - states[0]).abs().max() < 5e-5
 
 
 # ---- Bad input -----------------------------------------------------------------------------------------------------

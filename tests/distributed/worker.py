@@ -2,7 +2,6 @@
 slow to start and quick to run at this size. What a case leaves behind is written below its own folder."""
 
 import gc
-import itertools
 import json
 import os
 import sys
@@ -28,10 +27,7 @@ SECONDS = 60  # a process that waits longer for the other has lost it
 
 
 class RecordingTrainer(DiffusionSDPOTrainer):
-    """Notes which batches this process was given, makes accelerate's FSDP2 path available on CPUs, and carries the
-    fault of a negative control."""
-
-    fault: str | None = None
+    """Notes which batches this process was given, and makes accelerate's FSDP2 path available on CPUs."""
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -59,35 +55,9 @@ class RecordingTrainer(DiffusionSDPOTrainer):
         self.pair_forward.reference_errors = counted
         super().precompute_reference_errors()
 
-    def _prepare_for_training(self, *args, **kwargs):
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.fault is not None:
-            FAULTS[self.fault](self.parameter_safeguard.gradients.backend)
-        return prepared
-
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.batches.append(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
-
-
-def reduce_only_the_first_branch(engine) -> None:
-    all_reduced, branches = engine.all_reduced, itertools.cycle([True, False])
-    engine.all_reduced = lambda gradient: all_reduced(gradient) if next(branches) else gradient
-
-
-def leave_gradients_between_branches(engine) -> None:
-    engine.clear = lambda: None
-
-
-def measure_lambda_on_the_own_shard(engine) -> None:
-    engine.sum_over_shards = lambda products: products
-
-
-FAULTS = {
-    "unreduced": reduce_only_the_first_branch,
-    "uncleared": leave_gradients_between_branches,
-    "untotalled": measure_lambda_on_the_own_shard,
-}
 
 
 def engine_args(engine: str) -> dict:
@@ -136,9 +106,7 @@ def build_trainer(case: dict, folder: Path) -> RecordingTrainer:
     )
     peft_config = None if case["peft"] is None else LoraConfig(**case["peft"])
     data = datasets.load_from_disk(case["data"])
-    trainer = RecordingTrainer(model, case["ref_model"], args, data, peft_config=peft_config)
-    trainer.fault = case.get("fault")
-    return trainer
+    return RecordingTrainer(model, case["ref_model"], args, data, peft_config=peft_config)
 
 
 def check_engine(trainer: RecordingTrainer, engine: str) -> None:

@@ -27,7 +27,7 @@ def one_step(scaler, winner: list[float], loser: list[float], error: list[float]
     branches.backward(LOSER, line(torch.tensor([loser])).sum())
     if error is not None:
         branches.backward(ANCHOR, line(torch.tensor([error])).sum())
-    metrics, finite, _ = branches.combine()
+    metrics, finite = branches.combine()
     if scaler is None:
         optimizer.step()
     else:

@@ -1,6 +1,5 @@
 """Settings of engines: what is rounded, what is refused, and the default of DDP."""
 
-import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -12,7 +11,6 @@ from accelerate.utils import DistributedType, HfDeepSpeedConfig
 
 from trl_diffusion_sdpo.engines.engine import Engine
 from trl_diffusion_sdpo.engines.engine_settings import check_deepspeed_precision
-from trl_diffusion_sdpo.engines.sharding import spoiled_weights
 from trl_diffusion_sdpo.trainer.config.complete import copy_and_check_args
 
 
@@ -65,13 +63,6 @@ def test_a_precision_of_deepspeed_that_the_arguments_lack_is_refused_with_the_op
     args = SimpleNamespace(deepspeed_plugin=plugin, bf16=bf16, fp16=False)
     with pytest.raises(ValueError, match="--bf16 true") if config and not bf16 else nullcontext():
         check_deepspeed_precision(args)
-
-
-def test_weights_that_are_not_finite_are_found_in_the_shards_of_zero_3():
-    module = torch.nn.Linear(2, 1)
-    module.weight.ds_tensor = torch.tensor([1.0, math.nan])
-    module.weight.data = torch.empty(0)
-    assert spoiled_weights({"policy": module}) == ["`policy` weight"]
 
 
 def test_ddp_sends_no_buffers_unless_told_to(make_args):

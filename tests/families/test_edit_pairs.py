@@ -274,13 +274,13 @@ def test_the_source_is_mirrored_with_its_pair():
     assert 0 < sum(item["is_mirrored"] for item in items) < 8
 
 
-def test_sources_of_one_size_train_in_larger_batches_and_others_are_refused_before_training(kontext, make_args):
-    args = edit_args(make_args, per_device_train_batch_size=2, max_steps=1)
+def test_sources_of_one_size_train_in_larger_batches_and_others_are_refused(kontext, make_args):
+    args = edit_args(make_args, per_device_train_batch_size=2, max_steps=2)
     different = [*rows(3), *rows(1, source_size=(44, 20))]
     with pytest.raises(ValueError, match="per_device_train_batch_size"):
-        DiffusionSDPOTrainer(kontext, None, args, different)
+        DiffusionSDPOTrainer(kontext, None, args, different, peft_config=LORA).train()
     near = [*rows(3), *rows(1, source_size=(22, 44))]  # the nearest preferred resolution is the same
-    trainer = DiffusionSDPOTrainer(kontext, None, args, near, peft_config=LORA)
+    trainer = DiffusionSDPOTrainer(kontext, None, args, near)  # trains the LoRA of the first trainer further
     trainer.train()
     assert trainer.state.log_history[0]["rewards/margins"] == 0
 

@@ -97,17 +97,8 @@ def test_the_noise_level_of_cogview4_is_that_after_the_shift():
     cogview = CogView4Process(FlowMatchEulerDiscreteScheduler(**config).config)
     # mu = 0.25 + 0.75 sqrt(1024 / 256) = 1.75, and a half becomes 1.75 * 0.5 / (1 + 0.75 * 0.5).
     assert float(cogview.noise_level(torch.tensor([500.0]), 1024)) == pytest.approx(0.875 / 1.375, rel=1e-6)
-    # Level 0.7 is t = 0.7 / (1.75 - 0.75 * 0.7) = 0.5714..., and 572 is the first timestep above it.
-    low, high = cogview.timestep_bounds(0.7, 1.0, 1024)
-    assert (low, high) == (572.0, 999.0)
     with pytest.raises(ValueError, match="`image_seq_len`"):
         cogview.noise_level(torch.tensor([500.0]))
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.62, 1.0), (0.3, 0.4), (0.95, 1.0)])
-def test_timesteps_within_levels_are_found_by_hand(low, high):
-    inside = [step for step in range(1000) if low <= LEVELS[step] <= high]
-    assert process().timestep_bounds(low, high) == ((inside[0], inside[-1]) if inside else None)
 
 
 def test_a_scheduler_of_another_process_is_refused():

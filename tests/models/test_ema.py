@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -103,29 +103,6 @@ def test_the_average_is_the_recurrence_over_the_weights_of_every_step(build, tmp
     assert any(not torch.equal(raw[name], stored[name]) for name in raw)
 
 
-def test_a_policy_that_comes_with_a_lora_has_reference_and_average_beside_it(make_trainer, sd_folder, tmp_path):
-    pipeline = StableDiffusionPipeline.from_pretrained(sd_folder)
-    pipeline.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))
-    start = {
-        f"unet.{name.replace('.default.', '.')}": weight.detach().clone()
-        for name, weight in pipeline.unet.named_parameters()
-        if "lora_" in name
-    }
-    keep = KeepWeights()
-    trainer = make_trainer(pipeline, ema_decay=0.5, learning_rate=1e-2, callbacks=[keep])
-    assert set(trainer.denoiser.peft_config) == {"default", "ref", "ema"}
-    trainer.train()
-    trainer.save_model()
-    stored = saved(tmp_path / "run" / "ema", "lora")
-    expected = averaged_by_hand([start, *keep.weights[1:]], 0.5)
-    assert stored.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(stored[name].double(), value, rtol=1e-6, atol=1e-7)
-    for name, weight in trainer.denoiser.named_parameters():
-        if ".ref." in name:
-            assert torch.equal(weight, start[f"unet.{name.replace('.ref.', '.')}"]), name
-
-
 # ---- Evaluated, saved, resumed, published --------------------------------------------------------------------------
 
 
@@ -170,15 +147,3 @@ def test_a_resumed_run_has_the_same_average_to_the_bit(build, tmp_path):
 
 
 # ---- The start, and bad input --------------------------------------------------------------------------------------
-
-
-def test_policy_average_and_reference_begin_as_one(build, make_pairs):
-    trainer, _ = build("full", bf16=True, max_steps=1, eval_dataset=make_pairs(2, seed=3))
-    before = trainer.evaluate()
-    for prefix in ("eval_", "eval_ema_"):
-        for name in ("rewards/margins", "errors/winner_change", "errors/loser_change"):
-            assert before[prefix + name] == 0, prefix + name
-    assert before["eval_loss"] == before["eval_ema_loss"]
-    trainer.train()
-    first = trainer.state.log_history[-2 if "train_loss" in trainer.state.log_history[-1] else -1]
-    assert first["rewards/margins"] == first["errors/winner_change"] == first["errors/loser_change"] == 0

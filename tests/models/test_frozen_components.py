@@ -4,7 +4,6 @@ import functools
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny_pipelines import CASES, case
 from tiny_pipelines.parts import kl_vae
 
@@ -53,17 +52,6 @@ def test_the_vae_runs_in_the_precision_of_autocast_unless_it_overflows_there(
     vae = working_vae(sd_pipeline, wanted, precision)
     assert vae.dtype == (expected[overflows] if isinstance(expected, dict) else expected)
     assert sd_pipeline.vae.dtype == loaded and sd_pipeline.vae.config.force_upcast == overflows
-
-
-@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"offload_frozen_components": True}])
-def test_convolutions_of_the_vae_have_channels_last_and_saved_ones_do_not(make_trainer, tmp_path, settings):
-    trainer = make_trainer(**settings)
-    with trainer.frozen_components.in_use() as family:
-        kernel = family.pipeline.vae.encoder.conv_in.weight
-        assert kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.is_contiguous()
-    trainer.pipeline.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")["encoder.conv_in.weight"]
-    assert torch.equal(saved, trainer.pipeline.vae.encoder.conv_in.weight)
 
 
 @pytest.mark.parametrize(

@@ -53,21 +53,6 @@ def test_compiled_blocks_walk_like_plain_ones_and_are_compiled_once_for_each_kin
     assert operations < more
 
 
-@pytest.mark.matrix
-def test_a_compiled_encoder_encodes_what_a_plain_one_does(make_trainer):
-    torch._dynamo.reset()
-    counters.clear()
-    pixels = torch.rand(5, 3, 16, 16) * 2 - 1
-    moments = []
-    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
-        family = make_trainer(vae_encode_batch_size=2, **settings).frozen_components.family
-        with torch.no_grad():
-            moments.append(family.image_moments(pixels))
-    assert torch.equal(*moments)
-    assert 0 < counters["stats"]["unique_graphs"] <= 2  # the last part is smaller
-    assert not counters["graph_break"]
-
-
 @pytest.fixture
 def native_attention():
     """The choice of an attention back end holds for the process."""

@@ -6,7 +6,6 @@ import functools
 import shutil
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -21,7 +20,7 @@ from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.families import find_family, load_pipeline
 from trl_diffusion_sdpo.models.frozen_components import FrozenComponents
 from trl_diffusion_sdpo.models.loading import load_model
-from trl_diffusion_sdpo.models.numerics import CPU_ALIGNMENT, store_channels_last
+from trl_diffusion_sdpo.models.numerics import store_channels_last
 
 GRID = 1 / 64
 ACCESS = {
@@ -164,18 +163,6 @@ def test_a_reference_of_another_class_or_in_pickles_is_refused(make_trainer, sdx
         make_trainer(ref_model=bare_folder)
 
 
-def unaligned(module: torch.nn.Module) -> int:
-    return sum(bool(weight.data_ptr() % CPU_ALIGNMENT) for weight in module.parameters())
-
-
-def test_weights_are_copied_to_be_aligned_only_where_they_train_on_a_cpu(sd_folder):
-    """A denoiser that moves to an accelerator is copied there; a second copy in host memory would serve nobody."""
-    mapped = unaligned(load_pipeline(sd_folder).unet)
-    assert mapped > 0
-    assert unaligned(load_model(sd_folder, device=torch.device("cpu")).denoiser) == 0
-    assert unaligned(load_model(sd_folder, device=torch.device("cuda")).denoiser) == mapped
-
-
 # ---- Without VAE and text encoders -----------------------------------------------------------------------------------
 
 FEW = ("stable_diffusion_3", "flux2")  # a list of encoders that depends on the folder; statistics in the VAE's weights
@@ -231,21 +218,3 @@ def encode(family, side):
 
 def shapes(module):
     return {name: (value.shape, value.dtype) for name, value in module.state_dict().items()}
-
-
-def test_the_weights_of_encoders_are_not_downloaded_until_they_are_used(sd_folder, hub_server):
-    api = huggingface_hub.HfApi()
-    api.create_repo(f"{hub_server.user}/base")
-    api.upload_folder(repo_id=f"{hub_server.user}/base", folder_path=sd_folder)
-
-    def fetched() -> set[str]:
-        """Components of which weights were asked for."""
-        found = {
-            request.path.partition("/resolve/")[2] for request in hub_server.requests if "/resolve/" in request.path
-        }
-        return {path.split("/")[1] for path in found if path.endswith(".safetensors")}
-
-    loaded = load_model(f"{hub_server.user}/base", encoders=False)
-    assert fetched() == {"unet"}
-    loaded.load_encoders()
-    assert fetched() == set(NETWORKS)

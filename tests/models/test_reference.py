@@ -9,7 +9,6 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from trl_diffusion_sdpo.models.adapters import adapter_state
-from trl_diffusion_sdpo.models.weight_copies import SecondDenoiser, WeightCopy, second_copy
 
 
 def test_each_set_up_recovers_the_old_policy_in_its_own_way(make_trainer, sd_folder):
@@ -82,16 +81,3 @@ def test_a_reference_with_an_adapter_stands_for_a_policy_with_another(make_train
 def test_a_synchronised_reference_cannot_be_a_given_model_under_lora(make_trainer, sd_folder):
     with pytest.raises(ValueError, match="Leave `ref_model` out"):
         make_trainer(ref_model=sd_folder, peft_config=LoraConfig(r=4), sync_ref_model=True)
-
-
-def test_a_shared_copy_uses_the_memory_of_the_policy_until_it_stops(sd_pipeline):
-    """Engines that shard give each module its own memory; a copy on the host would be one too many."""
-    policy = sd_pipeline.unet
-    policy.register_buffer("offset", torch.zeros(1))
-    copied = second_copy(policy, shared=True)
-    both = list(zip(policy.parameters(), copied.parameters(), strict=True))
-    assert all(ours is not theirs and ours.data_ptr() == theirs.data_ptr() for ours, theirs in both)
-    assert copied.offset.data_ptr() != policy.offset.data_ptr()
-    weights = WeightCopy(SecondDenoiser(copied, policy, engine=None), "file", stored=True)
-    weights.stop_sharing()
-    assert all(torch.equal(*pair) and pair[0].data_ptr() != pair[1].data_ptr() for pair in both)

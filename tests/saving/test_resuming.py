@@ -170,13 +170,6 @@ def test_a_checkpoint_named_in_the_arguments_is_gone_on_from(build, run):
         build(6, resume_from_checkpoint="true").train(resume_from_checkpoint=False)
 
 
-@pytest.mark.parametrize("settings", [{"max_steps": 0}, {"max_steps": -1, "num_train_epochs": 0}])
-def test_a_run_of_no_steps_is_refused(make_args, settings):
-    """`max_steps=0` would train one step."""
-    with pytest.raises(ValueError, match="at least one step"):
-        make_args(**settings)
-
-
 # ---- A stream --------------------------------------------------------------------------------------------------------
 
 

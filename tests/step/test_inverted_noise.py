@@ -5,7 +5,6 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig
 from step.walks import ALPHAS, gradient, moved
 
 from trl_diffusion_sdpo.families import load_pipeline
@@ -188,15 +187,3 @@ def test_an_evaluation_has_the_drawn_noise_of_any_other_run(make_trainer, policy
         trainer = make_trainer(copy.deepcopy(policy), eval_dataset=make_pairs(4), num_noise_bins=2, **settings)
         found.append({name: value for name, value in trainer.evaluate().items() if "errors/" in name})
     assert found[0] == found[1] and {"eval_errors/winner", "eval_errors/winner_change@0"} <= found[0].keys()
-
-
-def test_the_probe_of_a_budget_keeps_drawn_noise(make_trainer):
-    """Its errors are compared with those before training: the noise must not move with the policy."""
-    probes = []
-    for settings in ({}, INVERSION):
-        budget = {"winner_budget": 0.1, "winner_budget_kwargs": {"pairs": 2}, "num_noise_bins": 2}
-        trainer = make_trainer(peft_config=LoraConfig(r=2), **budget, **settings)
-        probe = trainer.winner_budget.make_probe(trainer._load_probe())
-        probes.append([winners.batch for winners in probe])
-    for drawn, inverted in zip(*probes, strict=True):
-        assert torch.equal(drawn.noisy, inverted.noisy) and torch.equal(drawn.target, inverted.target)

@@ -53,7 +53,7 @@ def steps_of_a_process(rank, folder, asked_at, ruined_at, answers):
     messages, plain = [], dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: (messages.append(1), plain(*args, **kwargs))[1]
     interrupt, control = CheckpointOnInterrupt(), TrainerControl()
-    check, ended = FiniteCheck(interrupt.exchange, dict), "regularly"
+    check, ended = FiniteCheck(interrupt.exchange), "regularly"
     for step in range(1, 5):
         for index in range(MICRO_BATCHES):
             last = index == MICRO_BATCHES - 1

@@ -132,7 +132,7 @@ def test_scales_are_those_of_the_pairs_levels_and_multiply_the_range(build):
     assert trainer.pair_forward.loser_weights(levels).tolist() == pytest.approx([0, 0, 0.25, 0.125, 0])
 
 
-def test_a_budget_that_cannot_be_met_shuts_the_losers_is_reported_and_training_goes_on(build, caplog):
+def test_a_budget_that_cannot_be_met_shuts_the_losers_training_goes_on(build):
     trainer = build(winner_budget=1e-9, learning_rate=0.05, optim="adamw_torch", max_steps=8, beta=500.0)
     _, logs = walked(trainer)
     assert len(logs) == 8 and all(math.isfinite(log["loss"]) for log in logs)
@@ -140,7 +140,6 @@ def test_a_budget_that_cannot_be_met_shuts_the_losers_is_reported_and_training_g
     assert logs[-1]["budget/winner_change"] > 1e-9
     assert (trainer.winner_budget.controller.scale == 0).any()
     assert logs[-1]["safeguard/loser_weight"] < logs[0]["safeguard/loser_weight"] == 1
-    assert caplog.text.count("`winner_budget=1e-09` is exceeded") == 1
 
 
 def test_a_resumed_run_steers_on_as_if_undisturbed_to_the_bit(build, tmp_path):

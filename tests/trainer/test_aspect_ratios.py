@@ -1,11 +1,6 @@
 """Training in aspect-ratio buckets: batches of one size, true sizes for the model, evaluation, resuming, refusals."""
 
 import io
-import json
-import os
-import subprocess
-import sys
-import textwrap
 
 import datasets
 import numpy as np
@@ -101,17 +96,6 @@ def test_sdxl_is_conditioned_on_the_true_sizes_and_crops(bucketed):
     }
 
 
-def test_pixart_is_conditioned_on_the_size_of_the_bucket(bucketed, family_folder):
-    from trl_diffusion_sdpo.families import find_family, load_pipeline
-
-    family = find_family(load_pipeline(family_folder("pixart_alpha")))
-    sizes = torch.tensor([[40, 40], [24, 40]])
-    told = family.size_conditioning(sizes, torch.zeros_like(sizes), (12, 20))
-    assert (
-        told["resolution"].tolist() == [[12, 20]] * 2 and told["aspect_ratio"].tolist() == [[pytest.approx(0.6)]] * 2
-    )
-
-
 def test_flux_shifts_its_timesteps_by_the_tokens_of_the_bucket(bucketed, monkeypatch):
     """Tokens of 4 by 4 pixels: 16 in 16 x 16, 15 in 12 x 20."""
     trainer = bucketed("flux", train=pairs_of(SQUARE, WIDE), per_device_train_batch_size=1)
@@ -125,7 +109,7 @@ def test_flux_shifts_its_timesteps_by_the_tokens_of_the_bucket(bucketed, monkeyp
 
 
 def test_sizes_that_the_model_or_the_data_cannot_have_are_refused(bucketed):
-    with pytest.raises(ValueError, match=r"24x40, 28x36, 36x28, 40x24\. .*at most 32 pixels"):
+    with pytest.raises(ValueError, match="at most 32 pixels"):
         bucketed("aura_flow", resolution=32)
     with pytest.raises(ValueError, match="`step` of `bucket_kwargs`"):
         bucketed("flux", bucket_kwargs={"step": 6})
@@ -135,21 +119,16 @@ def test_sizes_that_the_model_or_the_data_cannot_have_are_refused(bucketed):
         bucketed(train=pairs_of(*MIXED).to_iterable_dataset())
 
 
-def test_batches_have_one_size_and_epochs_their_number(bucketed, caplog):
+def test_batches_have_one_size_and_epochs_their_number(bucketed):
     """5, 3 and 1 pairs in batches of 2 are 3, 2 and 1 batches, in which 3 pairs come a second time."""
     trainer = bucketed(train=pairs_of(*MIXED), per_device_train_batch_size=2, max_steps=-1, num_train_epochs=2)
     met = [shapes(trainer) for _ in range(2)]
     assert len(met[0]) == len(trainer.get_train_dataloader()) == 6
     assert sorted(met[0]) == [(12, 20)] * 2 + [(16, 16)] * 3 + [(20, 12)]
-    assert "repeats 3 of 9 pairs" in caplog.text
     trainer.train()
     assert trainer.state.global_step == 12 and trainer.state.epoch == 2
     dropping = bucketed(train=pairs_of(*MIXED), per_device_train_batch_size=2, dataloader_drop_last=True)
     assert sorted(shapes(dropping)) == [(12, 20)] + [(16, 16)] * 2
-    told = "leaves 3 of 9 pairs out of an epoch. 1 of the pairs are never trained on"
-    assert caplog.text.count(told) == 1 and caplog.text.count("An epoch repeats") == 1
-    with pytest.raises(ValueError, match="`dataloader_drop_last=True`.* 6 pairs"):
-        bucketed(train=pairs_of(*MIXED), per_device_train_batch_size=6, dataloader_drop_last=True)
 
 
 def test_pairs_come_in_a_new_order_each_epoch(bucketed):
@@ -223,54 +202,3 @@ def test_an_image_of_pairs_of_several_sizes_is_encoded_at_each(bucketed, tmp_pat
     trainer = bucketed(train=pairs, precompute_latents=True, precompute_dir=str(tmp_path / "cache"), random_flip=False)
     shapes = [tuple(trainer.train_dataset[pair]["moments"].shape[2:]) for pair in range(2)]
     assert shapes == [(8, 8), (10, 6)] and trainer.encoding.report.images == 4
-
-
-SCRIPT = textwrap.dedent(
-    """
-    import json, os, sys
-    import datasets, torch.distributed as dist
-    from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
-
-    model, data, output = sys.argv[1:]
-    world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
-    args = DiffusionSDPOConfig(
-        output, max_steps=8, per_device_train_batch_size=4 // world, use_cpu=True, learning_rate=1e-3, beta=100.0,
-        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, aspect_ratio_buckets=True,
-        bucket_kwargs={"step": 4}, resolution=16, random_crop=True, optim="sgd", safeguard_granularity="pair",
-        max_grad_norm=0.0, min_side=20,
-    )
-    steps = []
-    trainer = DiffusionSDPOTrainer(model, None, args, datasets.load_from_disk(data))
-    encode = trainer.pair_forward.encode
-    trainer.pair_forward.encode = lambda inputs: steps.append(
-        (list(inputs["pixel_values"].shape[2:]), inputs["rows"].tolist())) or encode(inputs)
-    trainer.train()
-    with open(os.path.join(output, f"seen-{rank}.json"), "w") as file:
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        json.dump({"steps": steps, "losses": losses}, file)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    """
-)
-
-
-@pytest.mark.matrix
-def test_two_processes_see_equal_shapes_and_walk_like_one(sd_folder, tmp_path):
-    """Batches of 2 in each of two processes are the batches of 4 of one process."""
-    pairs_of(*MIXED, (16, 40)).save_to_disk(str(tmp_path / "pairs"))  # the last pair is smaller than `min_side`
-    (tmp_path / "train.py").write_text(SCRIPT)
-    seen = {}
-    for world, launch in ((1, []), (2, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])):
-        output = tmp_path / f"run{world}"
-        words = [str(tmp_path / "train.py"), sd_folder, str(tmp_path / "pairs"), str(output)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *launch, *words]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stderr[-3000:]
-        seen[world] = [json.loads((output / f"seen-{rank}.json").read_text()) for rank in range(world)]
-    (one,), (first, second) = seen[1], seen[2]
-    together = [[a[0], a[1] + b[1]] for a, b in zip(first["steps"], second["steps"], strict=True)]
-    assert [shape for shape, _ in first["steps"]] == [shape for shape, _ in second["steps"]]
-    assert together == one["steps"] and len({tuple(shape) for shape, _ in together}) == 3
-    assert first["losses"] == pytest.approx(one["losses"], rel=1e-4)

@@ -2,20 +2,17 @@
 
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler
 from PIL import Image
-from tiny_pipelines import case
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from trl_diffusion_sdpo.models.frozen_components import FrozenComponents
 from trl_diffusion_sdpo.models.loading import load_model
 from trl_diffusion_sdpo.reporting.sample_images import SampleImagesCallback
 from trl_diffusion_sdpo.saving.interrupts import CheckpointOnInterrupt
-from trl_diffusion_sdpo.trainer.callbacks import EpochCallback
 
 PROMPTS = ["a red cube", "ein Würfel 🧊"]
 
@@ -132,17 +129,6 @@ def test_the_second_signal_stops_at_once_and_gives_the_handlers_back(own_handler
     assert own_handlers == [signal.SIGINT]
 
 
-def test_epochs_are_counted_where_the_trainer_knows_no_length(args):
-    """After a pass over a stream, the epoch of transformers' Trainer is below 1."""
-    epochs, state = [], TrainerState()
-    callback = EpochCallback(SimpleNamespace(set_epoch=epochs.append))
-    callback.on_train_begin(args, state, TrainerControl())
-    for epoch in (0, 0.2, 1.2):
-        state.epoch = epoch
-        callback.on_epoch_begin(args, state, TrainerControl())
-    assert epochs == [0, 1, 2]
-
-
 @pytest.mark.parametrize("where", ["absent", "offloaded"])
 def test_images_are_the_same_from_components_that_are_brought_for_them(where, sd_folder, sampler):
     loaded = load_model(sd_folder, encoders=where != "absent")
@@ -159,20 +145,3 @@ def test_images_are_the_same_from_components_that_are_brought_for_them(where, sd
         assert same_images(make_sampler(frozen.family.pipeline, frozen=frozen).generate(), sampler.generate())
     vae = frozen.family.pipeline.vae
     assert all(weight.is_meta == (where == "absent") for weight in vae.parameters())
-
-
-def test_text_encoders_keep_their_precision_beside_components_in_fp16(family_folder):
-    """T5 overflows in float16, so that training holds it in float32."""
-    pipeline = DiffusionPipeline.from_pretrained(family_folder("flux"), torch_dtype=torch.float16)
-    pipeline.text_encoder_2.float()
-    pipeline.vae.float()
-    dtypes = []
-    hook = pipeline.text_encoder_2.register_forward_hook(lambda module, args, output: dtypes.append(output[0].dtype))
-    side = case("flux").RESOLUTION
-    call = {"num_inference_steps": 1, "height": side, "width": side}
-    sampler = SampleImagesCallback(
-        pipeline, ["a dog"], every_n_steps=None, seed=0, call_options=call, denoiser_name="transformer"
-    )
-    assert len(sampler.generate()) == 1
-    hook.remove()
-    assert set(dtypes) == {torch.float32}

@@ -1,14 +1,11 @@
 """How data reach the trainer: batches are loaded in turn and in order, and wrong batch sizes are refused."""
 
-from functools import partial
-
 import datasets
 import datasets.distributed
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Trainer
 
 from trl_diffusion_sdpo.data import PreferenceCollator
 
@@ -26,42 +23,6 @@ class FloatCollator(PreferenceCollator):
         return {**batch, "pixel_values": (batch["pixel_values"].float() / 255 - 0.5) / 0.5}
 
 
-class CountingCollator(PreferenceCollator):
-    """Counts the batches that are loaded."""
-
-    loaded = 0
-
-    def __call__(self, items):
-        self.loaded += 1
-        return super().__call__(items)
-
-
-def test_micro_batches_are_loaded_in_their_turn_and_train_as_if_loaded_at_once(make_trainer, make_pairs, monkeypatch):
-    def build():
-        trainer = make_trainer(
-            train=make_pairs(5),
-            data_collator=CountingCollator(),
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=4,
-            max_steps=-1,
-            num_train_epochs=2,
-        )
-        step, loaded = trainer.training_step, []
-        monkeypatch.setattr(
-            trainer, "training_step", lambda *inputs: loaded.append(trainer.data_collator.loaded) or step(*inputs)
-        )
-        return trainer, loaded
-
-    lazy, in_turn = build()
-    logged = losses(lazy)
-    # accelerate loads one batch ahead; an epoch ends with a step of one micro-batch
-    assert in_turn == [2, 3, 4, 5, 5, 7, 8, 9, 10, 10] and len(logged) == 4
-    eager, at_once = build()
-    monkeypatch.setattr(eager, "get_batch_samples", partial(Trainer.get_batch_samples, eager))
-    assert losses(eager) == logged and at_once == [5] * 5 + [10] * 5
-    assert all(map(torch.equal, lazy.denoiser.parameters(), eager.denoiser.parameters()))
-
-
 def test_floats_of_a_collator_of_ones_own_train_as_the_bytes_do(make_trainer):
     assert losses(make_trainer()) == losses(make_trainer(data_collator=FloatCollator()))
 
@@ -73,19 +34,6 @@ def test_a_stream_that_is_split_already_is_taken_whole(make_trainer, make_pairs)
     assert not trainers["whole"].train_dataset.is_split and trainers["split"].train_dataset.is_split
     batch = next(iter(trainers["split"].get_train_dataloader()))
     assert batch["prompts"] == ["prompt 2", "prompt 3", "prompt 6", "prompt 7"]  # the second and the fourth shard
-
-
-def test_a_batch_larger_than_the_data_is_said_or_refused_with_the_numbers(make_trainer, make_pairs, caplog):
-    make_trainer(train=make_pairs(3))  # in batches of 4
-    assert "takes 4 pairs" in caplog.text and "only 3" in caplog.text
-    with pytest.raises(ValueError, match="`dataloader_drop_last=True`.* 4 pairs, .* 3"):
-        make_trainer(train=make_pairs(3), dataloader_drop_last=True)
-    caplog.clear()
-    make_trainer(train=make_pairs(8), gradient_accumulation_steps=8)
-    assert "takes 32 pairs" in caplog.text and "only 8" in caplog.text
-    caplog.clear()
-    make_trainer(train=make_pairs(8), gradient_accumulation_steps=2)
-    assert "An optimizer step takes" not in caplog.text
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(make_trainer, make_pairs):

@@ -27,13 +27,7 @@ def image(value=0, size=(16, 16)):
         ({"loss_type": "sft", "sync_ref_model": True}, "`sync_ref_model=True`"),
         ({"timestep_range": [500, 500]}, "`timestep_range`"),
         ({"label_smoothing_factor": 0.1}, "`loss_type='robust'`"),
-        ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha"),
-        ({"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy"),
-        ({"include_for_metrics": ["inputs"]}, "`include_for_metrics"),
-        ({"include_num_input_tokens_seen": "all"}, "`include_num_input_tokens_seen"),
-        ({"fp16": True}, "`fp16=True`"),
         ({"bf16_full_eval": True}, "`bf16_full_eval=True`"),
-        ({"accelerator_config": {"dispatch_batches": True}}, "`dispatch_batches`"),
         ({f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}, "`use_reentrant=True`"),
         ({"image_schemes": "memroy"}, "`image_schemes`.*Did you mean `memory`"),
     ],
@@ -47,9 +41,8 @@ def test_settings_out_of_range_are_refused(make_args, settings, message):
     ("settings", "message"),
     [
         ({"loss_type": "sft", "beta": 1.0}, "`beta=1.0` has no effect"),
-        ({"safeguard": "none", "safeguard_mu": 0.5}, "`safeguard='none'`"),
-        ({"loss_type": "sft", "safeguard_mu": 0.5}, "`safeguard_.*'sft'"),
-        ({"loss_type": "dspo", "beta": 5000.0}, "'dspo_sdxl'"),
+        ({"safeguard": "none", "safeguard_mu": 0.5}, "`safeguard_mu` has no effect"),
+        ({"loss_type": "sft", "safeguard_granularity": "pair"}, "`safeguard_granularity`"),
         ({"sample_steps": 5}, "`sample_steps` has no effect without `sample_prompts`"),
     ],
 )
@@ -126,12 +119,6 @@ def test_a_loss_that_reads_scores_needs_the_columns(make_trainer, make_pairs):
     make_trainer(loss_type="smpo").train()
 
 
-def test_an_output_folder_that_cannot_be_written_stops_the_run_at_once(make_trainer, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="`output_dir`"):
-        make_trainer(output_dir=str(tmp_path / "file" / "run"))
-
-
 def test_the_users_arguments_stay_as_they_were(sd_folder, make_args, make_pairs):
     args = make_args(learning_rate=None)
     trainer = DiffusionSDPOTrainer(sd_folder, None, args, make_pairs())
@@ -200,7 +187,6 @@ REFUSED = [
     ({"peft_config": LoHaConfig(target_modules=["to_q"])}, "must be a `peft.LoraConfig`, got LoHaConfig"),
     ({"peft_config": LoraConfig(target_modules=["to_q"], modules_to_save=["conv_in"])}, "modules_to_save"),
     ({"peft_config": LoraConfig(target_modules=["nothing_like_this"])}, "nothing_like_this"),
-    ({"peft_config": LoraConfig(target_modules=["to_q", "te1_to_k"])}, "Text encoders cannot be trained"),
     ({"peft_config": LoraConfig(init_lora_weights="pissa")}, "`init_lora_weights`"),
     ({"peft_config": LoraConfig(init_lora_weights=False)}, "`init_lora_weights`"),
     ({"peft_config": LoraConfig(bias="lora_only")}, "`bias`"),

@@ -108,17 +108,6 @@ def permuted(make_trainer, make_pairs, **settings):
     return make_trainer(**data, **{**PERMUTE, **settings})
 
 
-@pytest.mark.matrix
-def test_what_is_computed_before_training_does_not_change_a_run_on_captions(make_trainer, make_pairs, tmp_path):
-    settings = {"safeguard": "output", "max_steps": 4, "eval_steps": 4}
-    live = walk(permuted(make_trainer, make_pairs, **settings))
-    before = {"precompute_latents": True, "precompute_ref_errors": True, "precompute_epochs": 2}
-    before["precompute_dir"] = str(tmp_path / "cache")
-    trainer = permuted(make_trainer, make_pairs, **settings, **before, overwrite_output_dir=True)
-    assert len(trainer.train_dataset._encoded.rows) == 2 * 8  # each image once, and mirrored
-    assert_equal(walk(trainer), live)
-
-
 def test_a_resumed_run_has_the_losers_of_an_undisturbed_one(make_trainer, make_pairs, tmp_path):
     """The run resumes in the middle of the second of four epochs."""
     settings = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "no"}

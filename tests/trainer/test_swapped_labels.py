@@ -1,4 +1,4 @@
-"""A run on swapped labels is the run on data whose columns were exchanged, and all that it writes says so."""
+"""A run on swapped labels is the run on data whose columns were exchanged."""
 
 import json
 from pathlib import Path

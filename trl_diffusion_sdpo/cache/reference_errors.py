@@ -49,7 +49,7 @@ class ErrorSettings:
     to_inputs: Callable[[Items], dict[str, Any]]  # function that collates items and moves the batch to the device
     # Function that returns a loader of lists of items. Its arguments are a data set, batches of the data set's keys,
     # and the preference pairs from which the data set reads.
-    load: Callable[[Dataset, Sequence[Sequence[Any]], PreferenceDataset], Iterable[list[Any]]]
+    load: Callable[[Dataset, Sequence[Sequence[Any]]], Iterable[list[Any]]]
     show_progress: bool  # whether this process shows a progress bar
     peers: Peers = ALONE
 
@@ -168,7 +168,7 @@ class ReferenceErrors:
         training = _is_for_training(dataset)
         size = self._settings.batch_size if training else self._settings.eval_batch_size
         batches = [shard[start : start + size] for shard in numbers for start in range(0, len(shard), size)]
-        loader = iter(self._settings.load(_PairsInEpochs(dataset.for_storing()), batches, dataset))
+        loader = iter(self._settings.load(_PairsInEpochs(dataset.for_storing()), batches))
         bar = tqdm(
             total=sum(map(len, numbers)),
             desc=f"Errors of the reference, {dataset.report.name} data",

@@ -71,7 +71,7 @@ def _encode_alone(
     for name, dataset in {"train": train_dataset, **evaluated}.items():
         if dataset is not None:
             pairs = prepare_pairs(dataset, args, loss, name=name, training=dataset is train_dataset)
-            check_source_column(pairs, loaded.family, args, name=name, training=dataset is train_dataset)
+            check_source_column(pairs, loaded.family, args, name=name)
             encoding.add_to(pairs, name, compare=loss.uses_loser)
     return encoding
 

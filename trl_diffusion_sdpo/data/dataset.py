@@ -525,16 +525,6 @@ class PreferenceDataset(Dataset):
         """
         return mirrored_if(is_mirrored, self._source.images([(row, 0)])[0].sources(self._options.reader))
 
-    @property
-    def lists_sources(self) -> bool:
-        """Whether the source column has lists of images."""
-        return any(table.lists_sources for table in self._source.tables)
-
-    def sizes_of_sources(self) -> Iterator[tuple[Size, ...]]:
-        """Yield `(height, width)` of each row's source images. Rows whose images cannot be read are left out."""
-        for table in self._source.tables:
-            yield from table.sizes_of_sources(self._options.reader)
-
     def image_numbers(self) -> np.ndarray:
         """Return a number for each pair's two images, int64 of shape `(P, 2)`. Images with equal numbers have equal
         pixels, apart from flips and random crops."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,7 +21,9 @@ from ..data.dataset import PreferenceDataset
 from ..data.streaming import PreferenceIterableDataset, Share
 from ..utils._compat import keeps_order, start_method
 from ..utils.processes import forks_by_default, usable_cores
-from .worker_processes import CollateIntoSharedMemory, WorkerStart, worker_context
+from .worker_processes import CollateIntoSharedMemory, WorkerStart
+
+logger = logging.getLogger(__name__)
 
 MAX_WORKERS = 4  # four workers decode a few hundred pairs per second, more than a denoiser trains on
 MAX_READERS = 8  # largest number of workers while pairs are encoded before training
@@ -43,19 +46,16 @@ class CollateAfterResuming:
 
 
 class BatchLoaders:
-    """Makes the data loaders of a trainer. `workers_are_chosen` says that [`choose_workers`] has chosen the number of
-    workers for the training data. With chosen workers, loaders of other data may get fewer workers."""
+    """Makes the data loaders of a trainer."""
 
-    def __init__(self, args: TrainingArguments, accelerator: Accelerator, *, workers_are_chosen: bool = False):
+    def __init__(self, args: TrainingArguments, accelerator: Accelerator):
         self._args = args
         self._accelerator = accelerator
-        self._workers_are_chosen = workers_are_chosen
         self._evaluation: dict[tuple[int, int], tuple[Pairs, DataLoader]] = {}
 
     def training(self, dataset: Pairs, batch_size: int, sampler: Sampler | None, collate: Callable) -> DataLoader:
         """Return a loader of this process's training batches, with pairs in the order of `sampler`."""
-        workers = self._workers(dataset)
-        seed = partial(seed_worker, num_workers=workers, rank=self._args.process_index)
+        seed = partial(seed_worker, num_workers=self._args.dataloader_num_workers, rank=self._args.process_index)
         if isinstance(dataset, PreferenceIterableDataset):
             collate = CollateAfterResuming(collate)
         return self._make(dataset, batch_size, sampler, collate, WorkerStart(seed))
@@ -73,17 +73,16 @@ class BatchLoaders:
             self._evaluation[key] = dataset, loader  # also store the data set, so that no other object gets its id
         return loader
 
-    def in_batches(self, items: Dataset, batches: Sequence[Sequence[Any]], pairs: Pairs) -> DataLoader:
+    def in_batches(self, items: Dataset, batches: Sequence[Sequence[Any]]) -> DataLoader:
         """Return a loader that does not distribute items over processes. For each list of keys in `batches`, the loader
         returns the list of the `items` with these keys."""
         options: dict[str, Any] = {"batch_sampler": batches, "collate_fn": list}
-        return _plain_loader(self._args, items, self._workers(pairs), **options)
+        return _plain_loader(self._args, items, self._args.dataloader_num_workers, **options)
 
     def _make(
         self, dataset: Pairs, batch_size: int, sampler: Sampler | None, collate: Callable, start: WorkerStart
     ) -> DataLoader:
         args, accelerator = self._args, self._accelerator
-        workers = self._workers(dataset)
         options: dict[str, Any] = {"sampler": sampler}
         processes: dict[str, Any] = {"torch_device_mesh": accelerator.torch_device_mesh}
         if isinstance(dataset, PreferenceIterableDataset):  # a stream itself selects this process's share of the pairs
@@ -92,7 +91,7 @@ class BatchLoaders:
         loader = _plain_loader(
             args,
             dataset,
-            workers,
+            args.dataloader_num_workers,
             start,
             batch_size=batch_size,
             collate_fn=collate,
@@ -117,12 +116,6 @@ class BatchLoaders:
             **processes,
         )
 
-    def _workers(self, dataset: Pairs) -> int:
-        workers = self._args.dataloader_num_workers
-        if not self._workers_are_chosen:
-            return workers
-        return max(_min_workers(self._args), min(workers, _max_workers(dataset)))
-
 
 def load_one_by_one(args: TrainingArguments, items: Dataset, pairs: PreferenceDataset, item_bytes: int) -> DataLoader:
     """Return a loader that returns all `items` one by one and in order, without distributing them over processes.
@@ -134,8 +127,7 @@ def load_one_by_one(args: TrainingArguments, items: Dataset, pairs: PreferenceDa
     """
     workers = args.dataloader_num_workers
     if workers is None:
-        chosen, _ = _workers_and_reason(args, pairs, item_bytes, most=MAX_READERS)
-        workers = max(_min_workers(args), chosen)
+        workers = max(_min_workers(args), _suitable_workers(args, pairs, item_bytes, most=MAX_READERS))
     return _plain_loader(args, items, workers, batch_size=None)
 
 
@@ -148,7 +140,7 @@ def _plain_loader(
         num_workers=workers,
         collate_fn=CollateIntoSharedMemory(collate) if workers else collate,
         worker_init_fn=start or WorkerStart(),
-        multiprocessing_context=worker_context(start_method(args)) if workers else None,
+        multiprocessing_context=start_method(args) if workers else None,
         prefetch_factor=args.dataloader_prefetch_factor,
         **options,
     )
@@ -160,29 +152,19 @@ def choose_workers(
     *,
     resolution: tuple[int, int],
     evaluates: bool = False,
-) -> str:
-    """Choose `args.dataloader_num_workers` for the training data if it is `None`.
+) -> None:
+    """Choose `args.dataloader_num_workers` for the training data, and log the number.
 
     Args:
         resolution (`tuple[int, int]`): Height and width of the images in a batch.
         evaluates (`bool`): Whether there are evaluations during training. During an evaluation, the prefetched batches
             of training stay in memory.
-
-    Returns:
-        `str`: Reason for the chosen number, for the log. The text is empty if the user has set the number, or if the
-            data are small.
     """
-    if args.dataloader_num_workers is not None:
-        return ""
     pairs = args.train_batch_size + (args.eval_batch_size if evaluates else 0)
     batch_bytes = 2 * pairs * 3 * resolution[0] * resolution[1]
-    args.dataloader_num_workers, reason = _workers_and_reason(args, dataset, batch_bytes)
-    if args.dataloader_num_workers < _min_workers(args):
-        args.dataloader_num_workers, reason = (
-            _min_workers(args),
-            "a setting such as `dataloader_prefetch_factor` needs workers",
-        )
-    return reason
+    workers = max(_min_workers(args), _suitable_workers(args, dataset, batch_bytes))
+    args.dataloader_num_workers = workers
+    logger.info("Chosen by the trainer: dataloader_num_workers=%d.", workers)
 
 
 def _min_workers(args: TrainingArguments) -> int:
@@ -191,31 +173,18 @@ def _min_workers(args: TrainingArguments) -> int:
     return int(args.dataloader_persistent_workers or args.dataloader_prefetch_factor is not None)
 
 
-def _max_workers(dataset: Pairs, most: int = MAX_WORKERS) -> int:
-    """Return the largest allowed number of workers: 1 for a stream, because the order of its pairs depends on the
-    number of workers, else `most`."""
-    return 1 if isinstance(dataset, PreferenceIterableDataset) else most
-
-
-def _workers_and_reason(
+def _suitable_workers(
     args: TrainingArguments, dataset: Pairs | None, batch_bytes: int, most: int = MAX_WORKERS
-) -> tuple[int, str]:
-    """Return a number of workers that suits the data, the CPU cores and the shared memory of the machine, and the
-    reason for it."""
+) -> int:
+    """Return a number of workers that suits the data, the CPU cores and the shared memory of the machine."""
     if dataset is None or (isinstance(dataset, PreferenceDataset) and len(dataset) < FEW_PAIRS):
-        return 0, ""
+        return 0
     if start_method(args) is None and not forks_by_default():
-        return 0, (
-            "on this platform, workers re-import the main script. To use workers, put the training call under `if "
-            "__name__ == '__main__':`, and set `dataloader_num_workers`"
-        )
-    most = _max_workers(dataset, most)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))  # on this machine
-    spare = usable_cores(processes) - 1
-    room = _workers_in_shared_memory(args, processes, batch_bytes)
+        return 0  # workers would re-import the main script, which may not be written for it
     if isinstance(dataset, PreferenceIterableDataset):
-        return min(most, spare, room), "the order of a stream depends on the number of workers"
-    return min(most, spare, room), f"{spare} free cores, and shared memory for {room} workers"
+        most = 1  # the order of the pairs depends on the number of workers
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))  # on this machine
+    return min(most, usable_cores(processes) - 1, _workers_in_shared_memory(args, processes, batch_bytes))
 
 
 def _workers_in_shared_memory(args: TrainingArguments, processes: int, batch_bytes: int) -> int:

@@ -21,9 +21,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from ..utils._compat import keeps_zero_gradients, zero_gradients, zero_weights
+from ..utils._compat import keeps_zero_gradients, zero_gradients
 from .gradients import Gradient, add
-from .sharding import local_tensor
 
 REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_HPU")
 REDUCE_BUCKET = 1 << 25  # number of elements in one all-reduce
@@ -74,15 +73,6 @@ class GradientBackend(ABC):
         """Return the context in which to run the forward and backward passes of each micro-batch."""
         return contextlib.nullcontext()
 
-    @abstractmethod
-    def weights(self) -> list[torch.Tensor]:
-        """Return the float32 weights (or this process's shards of them), in the order of a gradient's tensors."""
-
-    @property
-    def loss_scale(self) -> float:
-        """Factor by which fp16 training multiplies gradients against underflow; 1 in other training."""
-        return 1.0
-
 
 class ReplicatedBackend(GradientBackend):
     """Back end for one process or DDP. Every process accumulates full gradients of its own pairs. Processes average
@@ -124,13 +114,6 @@ class ReplicatedBackend(GradientBackend):
         # DDP exchanges gradients once per forward pass, so it would leave out the second backward pass.
         return self._accelerator.no_sync(self._model)
 
-    def weights(self) -> list[torch.Tensor]:
-        return [weight.detach() for weight in self._weights]
-
-    @property
-    def loss_scale(self) -> float:
-        return 1.0 if self._accelerator.scaler is None else self._accelerator.scaler.get_scale()
-
 
 class Fsdp2Backend(ReplicatedBackend):
     """Back end for FSDP2. The backward pass itself averages gradients over processes and leaves each process its
@@ -147,9 +130,6 @@ class Fsdp2Backend(ReplicatedBackend):
     def sum_over_shards(self, products: torch.Tensor) -> torch.Tensor:
         return sum_over_processes(products)
 
-    def weights(self) -> list[torch.Tensor]:
-        return [local_tensor(weight.detach()) for weight in self._weights]
-
 
 class ZeroBackend(GradientBackend):
     """Back end for DeepSpeed. The backward pass itself averages gradients over processes and puts this process's shards
@@ -164,12 +144,8 @@ class ZeroBackend(GradientBackend):
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.backward(objective, retain_graph=retain_graph, scale_wrt_gas=False)
         gradient = self.take(into)
-        self.clear()
+        self._engine.optimizer.zero_grad()  # so that the next backward pass starts from zero
         return gradient
-
-    def clear(self) -> None:
-        """Delete the gradients in DeepSpeed's optimizer, so that the next backward pass starts from zero."""
-        self._engine.optimizer.zero_grad()
 
     @abstractmethod
     def take(self, into: Gradient | None) -> Gradient:
@@ -183,10 +159,6 @@ class ZeroBackend(GradientBackend):
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.step()
 
-    @property
-    def loss_scale(self) -> float:
-        return float(self._engine.optimizer.loss_scale)
-
 
 class Zero12Backend(ZeroBackend):
     """Back end for ZeRO-1 and ZeRO-2. DeepSpeed stores the gradients as flat shards of parameter groups, in
@@ -197,7 +169,6 @@ class Zero12Backend(ZeroBackend):
         self._groups: dict[
             int, list[torch.Tensor]
         ] = {}  # DeepSpeed's gradient shards of the latest backward pass, by parameter group
-        self._sizes: dict[int, list[int]] = {}
 
     def take(self, into: Gradient | None) -> Gradient:
         averaged = zero_gradients(self._engine.optimizer)
@@ -205,7 +176,6 @@ class Zero12Backend(ZeroBackend):
             shards = averaged[group]
             assert shards is not None
             self._groups[group], averaged[group] = shards, None
-            self._sizes[group] = [shard.numel() for shard in shards]
         taken = [shard for shards in self._groups.values() for shard in shards]
         return [*taken] if into is None else add(into, taken)
 
@@ -218,13 +188,6 @@ class Zero12Backend(ZeroBackend):
                 shard.copy_(next(tensors))
             zero_gradients(self._engine.optimizer)[group] = shards
         self._groups = {}
-
-    def weights(self) -> list[torch.Tensor]:
-        shards: list[torch.Tensor] = []
-        for group, flat in enumerate(zero_weights(self._engine.optimizer)):
-            sizes = self._sizes[group]
-            shards += flat.detach()[: sum(sizes)].split(sizes)
-        return shards
 
 
 class Zero3Backend(ZeroBackend):
@@ -248,11 +211,6 @@ class Zero3Backend(ZeroBackend):
 
         for weight, shard in zip(self._weights, gradient, strict=True):
             safe_set_local_grad(weight, shard)
-
-    def weights(self) -> list[torch.Tensor]:
-        from deepspeed.utils import safe_get_local_fp32_param
-
-        return [safe_get_local_fp32_param(weight) for weight in self._weights]
 
 
 def gradient_backend(model: nn.Module, accelerator: Accelerator) -> GradientBackend:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -30,23 +30,6 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def spoiled_weights(networks: Mapping[str, nn.Module]) -> list[str]:
-    """Return the names of the weights whose values (in this process's shards) are not all finite. The call waits for
-    the device."""
-    return [
-        f"`{name}` {weight}"
-        for name, network in networks.items()
-        for weight, values in network.state_dict(keep_vars=True).items()
-        if values.is_floating_point() and not values.is_meta and not _is_finite(values)
-    ]
-
-
-@torch.no_grad()
-def _is_finite(values: torch.Tensor) -> bool:
-    shard = getattr(values, "ds_tensor", values)  # under ZeRO-3, the parameter itself is empty
-    return bool(torch.isfinite(local_tensor(shard).float()).all())
 
 
 def shard_of(full: torch.Tensor, size: int) -> torch.Tensor:

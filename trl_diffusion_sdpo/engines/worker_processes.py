@@ -10,22 +10,17 @@ import atexit
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
-from multiprocessing.context import BaseContext
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 from torch.utils.data import get_worker_info
 
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
-INHERITS_SIGNAL_MASK = sys.platform != "win32"
 
 
 def share(batch: Any) -> Any:
@@ -81,9 +76,7 @@ class WorkerStart:
 
     def __call__(self, worker_id: int) -> None:
         for number in INTERRUPTS:
-            signal.signal(number, signal.SIG_IGN)  # also drops pending signals
-        if INHERITS_SIGNAL_MASK:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+            signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=_exit_with_parent, args=(self.parent_exits,), daemon=True).start()
         if self.seed is not None:
             self.seed(worker_id)
@@ -97,44 +90,3 @@ def _exit_with_parent(parent_exits: torch.Tensor) -> None:
         if wait([parent.sentinel], timeout=1.0):
             break
     os._exit(0)
-
-
-def worker_context(method: str | None) -> BaseContext | str | None:
-    """Return the `multiprocessing_context` with which a DataLoader starts workers that block SIGINT and SIGTERM from
-    their first moment.
-
-    `method` is the start method of processes; `None` means the one of this process. `"forkserver"`, and every method on
-    Windows, is returned unchanged.
-    """
-    if not INHERITS_SIGNAL_MASK:
-        return method
-    method = method or multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
-    return {"fork": _ForkContext, "spawn": _SpawnContext}[method]() if method != "forkserver" else method
-
-
-if INHERITS_SIGNAL_MASK:
-    from multiprocessing.context import ForkContext, ForkProcess, SpawnContext, SpawnProcess
-
-    class _StartsBlocked(BaseProcess):
-        """Process that starts with SIGINT and SIGTERM blocked. [`WorkerStart`] unblocks them after it has made the
-        worker ignore them."""
-
-        def start(self) -> None:
-            resource_tracker.ensure_running()  # otherwise `super().start()` would start it and so unblock the signals
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
-            try:
-                super().start()
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    class _ForkProcess(_StartsBlocked, ForkProcess):
-        pass
-
-    class _SpawnProcess(_StartsBlocked, SpawnProcess):
-        pass
-
-    class _ForkContext(ForkContext):
-        Process = _ForkProcess
-
-    class _SpawnContext(SpawnContext):
-        Process = _SpawnProcess

@@ -20,6 +20,7 @@ from .noise import DDPMProcess, FlowMatchingProcess, NoiseProcess, constant
 InversionKind = Literal["ddim", "renoise"]
 InversionEnd = Literal["exact", "grid"]
 KINDS: tuple[str, ...] = get_args(InversionKind)
+ENDS: tuple[str, ...] = get_args(InversionEnd)
 CALLS: dict[InversionKind, int] = {"ddim": 1, "renoise": 2}  # calls of the denoiser per step
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (noisy latents, timesteps) -> prediction
 _TINY = 1e-20  # replaces a divisor of 0 where the dividend is 0 too
@@ -48,6 +49,11 @@ class InversionSettings:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS or self.end not in ENDS:
+            raise ValueError(
+                f"`kind` of an inversion must be one of {', '.join(KINDS)}, and `end` one of {', '.join(ENDS)}. Got "
+                f"{self.kind!r} and {self.end!r}."
+            )
         if self.steps < 1:
             raise ValueError(
                 f"`steps` of an inversion must be at least 1, got {self.steps}. Published values are 5 and 10."

@@ -315,16 +315,6 @@ class NoiseProcess(ABC):
         low, high = (0, self.num_train_timesteps) if timestep_range is None else timestep_range
         return torch.arange(low, high, device=device).to(self.timestep_dtype)
 
-    def timestep_bounds(
-        self, low: float, high: float, image_seq_len: int | None = None, **settings: Any
-    ) -> tuple[float, float] | None:
-        """Return the lowest and the highest of the `candidate_timesteps` whose noise level is in `[low, high]`, or
-        `None` if there is no such timestep."""
-        timesteps = self.candidate_timesteps(torch.device("cpu"), **settings).sort().values
-        levels = self.noise_level(timesteps, image_seq_len)
-        inside = timesteps[(levels >= low) & (levels <= high)].tolist()
-        return (inside[0], inside[-1]) if inside else None
-
     @abstractmethod
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the signal-to-noise ratio at the timesteps, as a ratio of variances, `(N,)`, float32."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 POLICY_ADAPTER = "default"
 TEXT_ENCODERS_ARE_FROZEN = "Text encoders cannot be trained, only the denoiser."
-_IN_TEXT_ENCODERS = re.compile(r"text_encoder|text_model|(lora_)?te[123]?_")
 # Values of `init_lora_weights` with which a new LoRA does not change the model's output.
 ZERO_STARTS = (True, "gaussian")
 
@@ -142,7 +140,6 @@ def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tupl
     config.task_type = None  # `task_type` is for language models
     if config.target_modules is None:
         config.target_modules = list(default_targets)
-    _check_targets(denoiser, config.target_modules)
     denoiser.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -210,30 +207,6 @@ def _check_lora(config: PeftConfig) -> LoraConfig:
     if config.bias != "none":
         raise ValueError(f"`bias` of the LoRA must be 'none', got {config.bias!r}. A LoRA file cannot store biases.")
     return config
-
-
-def _check_targets(denoiser: nn.Module, targets: str | Iterable[str]) -> None:
-    """Check that the `target_modules` of a LoRA are layers of the denoiser.
-
-    Raise `ValueError` if none of the targets is a layer of the denoiser, or if a target is a layer of a text encoder.
-    Warn about other targets that the denoiser does not have.
-    """
-    if targets == "all-linear":
-        return
-    names, missing = [name for name, _ in denoiser.named_modules()], []
-    for target in [targets] if isinstance(targets, str) else sorted(targets):
-        pattern = target if target is targets else rf"(.*\.)?{re.escape(target)}"
-        if not any(re.fullmatch(pattern, name) for name in names):
-            missing.append(target)
-    if not missing:
-        return
-    rule = (
-        f"`target_modules` of the LoRA must name layers of the denoiser. {type(denoiser).__name__} has no "
-        f"{', '.join(missing)}. {TEXT_ENCODERS_ARE_FROZEN}"
-    )
-    if targets is missing[0] or len(missing) == len(set(targets)) or any(map(_IN_TEXT_ENCODERS.match, missing)):
-        raise ValueError(f"{rule} Leave `target_modules` out to use the model family's defaults.")
-    logger.warning("%s Only the other targets get a LoRA.", rule)
 
 
 def freeze(name: str, component: nn.Module) -> None:

@@ -10,7 +10,7 @@ import copy
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,14 +21,13 @@ from transformers import PreTrainedModel
 
 from ..families import Family
 from .loading import is_absent
-from .numerics import CPU_ALIGNMENT, store_channels_last, torch_dtype
+from .numerics import store_channels_last, torch_dtype
 from .text_checks import check_text_encoding, hide_truncation_warnings
 
 logger = logging.getLogger(__name__)
 
 VAE = "vae"
 UNPINNED = ("cpu", "mps")  # device types that share the CPU's memory and need no pinned memory
-PINNED_BUFFER = 1 << 28  # bytes
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 OVERFLOWS = "force_upcast"  # entry of a VAE's configuration; if true, the VAE overflows in float16
 
@@ -171,34 +170,14 @@ class FrozenComponents:
         owned = [(module, name, tensor) for module in modules for name, tensor in _own(module)]
         if self._device.type in UNPINNED:
             return owned
-        distinct = {id(tensor): tensor for _, _, tensor in owned}
-        pinned = dict(zip(distinct, pin(list(distinct.values())), strict=True))
-        return [(module, name, pinned[id(tensor)]) for module, name, tensor in owned]
+        distinct = {id(tensor): tensor for _, _, tensor in owned}  # a tensor may be in several modules
+        copies = {key: pinned(tensor) for key, tensor in distinct.items()}
+        return [(module, name, copies[id(tensor)]) for module, name, tensor in owned]
 
 
-def pin(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return copies of tensors in pinned CPU memory.
-
-    PyTorch rounds each allocation of pinned memory up to a power of two, so a tensor that is allocated alone can take
-    twice its size. Therefore the copies are placed one after the other in a few large buffers.
-    """
-    sizes = [-(-tensor.nbytes // CPU_ALIGNMENT) * CPU_ALIGNMENT for tensor in tensors]
-    capacity = max([PINNED_BUFFER, *(1 << (size - 1).bit_length() for size in sizes if size)])
-    pinned: list[torch.Tensor] = []
-    while len(pinned) < len(tensors):
-        start = end = len(pinned)
-        while end < len(tensors) and sum(sizes[start : end + 1]) <= capacity:
-            end += 1
-        buffer = pinned_bytes(sum(sizes[start:end]))
-        for tensor, piece in zip(tensors[start:end], buffer.split(sizes[start:end]), strict=True):
-            values = piece[: tensor.nbytes].view(tensor.dtype).as_strided(tensor.size(), tensor.stride())
-            pinned.append(values.copy_(tensor.detach()))
-    return pinned
-
-
-def pinned_bytes(size: int) -> torch.Tensor:
-    """Return an empty tensor of `size` bytes in pinned memory. Tests replace this function."""
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a tensor in pinned CPU memory. Tests replace this function."""
+    return tensor.detach().pin_memory()
 
 
 def working_pipeline(
@@ -282,11 +261,6 @@ def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> Mode
         return vae
     vae = cast_copy(vae, dtype)
     if forced:
-        logger.warning(
-            "The VAE may overflow with `vae_dtype='float16'`, because its configuration has `%s`. Training stops "
-            "with an error if latents are not finite.",
-            OVERFLOWS,
-        )
         vae.register_to_config(**{OVERFLOWS: False})  # otherwise diffusers would encode in float32
     return vae
 

@@ -7,7 +7,6 @@ from diffusers import ModelMixin
 from ..utils._compat import attention_backends, has_attention_backends, repeated_blocks
 from ..utils.hints import did_you_mean
 
-WITHOUT_CUDA_GRAPHS = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}  # modes of torch.compile
 NO_BACKWARD = "sage"  # back ends with this word in their name have no backward pass
 
 
@@ -24,16 +23,6 @@ def compile_blocks(denoiser: ModelMixin, backend: str | None, mode: str | None) 
             "whole model."
         )
     denoiser.compile_repeated_blocks(backend=backend, mode=mode)
-
-
-def compile_encoder(vae: ModelMixin | None, backend: str | None, mode: str | None) -> None:
-    """Compile the encoder of a VAE in place. Do nothing if `vae` is `None`, because the pipeline has no VAE.
-
-    The encoder is compiled without CUDA graphs, because with them each call of the encoder would overwrite the latents
-    of the previous call.
-    """
-    if vae is not None:
-        vae.encoder.compile(backend=backend, mode=None if mode is None else WITHOUT_CUDA_GRAPHS.get(mode, mode))
 
 
 def set_attention(denoiser: ModelMixin, backend: str) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from ..engines.engine import Engine
-from ..families import Family
 from .adapters import adapter_layers, adapter_parts, adapter_scalings, adapter_state, base_tensors
 from .kernels import compile_blocks
 from .numerics import read_contiguous
@@ -275,11 +274,3 @@ def architecture_difference(policy: nn.Module, reference: nn.Module) -> str | No
         f"a {type(policy).__name__} with {len(ours)} tensors; got a {type(reference).__name__} with {len(theirs)}, "
         f"differing in {differing}"
     )
-
-
-def networks(family: Family, reference: nn.Module | None) -> dict[str, nn.Module]:
-    """Return all networks of a training step by name: the denoiser, VAE and text encoders, and the reference if it is a
-    separate denoiser."""
-    names = (family.denoiser_name, *family.frozen_components)
-    modules = {name: getattr(family.pipeline, name) for name in names}
-    return modules if reference is None else {**modules, "reference": reference}

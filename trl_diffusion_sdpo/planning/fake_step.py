@@ -183,13 +183,12 @@ def _by_branch(
         MetricMeter(),
         sorts_by_scores=args.loss_spec.needs_scores,
         low_memory=args.safeguard_low_memory,
-        diagnostics=None,
     )
     for _ in range(2 if args.gradient_accumulation_steps > 1 else 1):
         with allocations.moment(FORWARD):
             loss = forward.loss(safeguard.predict_pairs(model, inputs)).loss
         with allocations.moment(BACKWARD):
-            safeguard.backward_branches(loss, step=1, share=1.0)
+            safeguard.backward_branches(loss, share=1.0)
         del loss
     with allocations.moment(OPTIMIZER):
         gradients.combine()

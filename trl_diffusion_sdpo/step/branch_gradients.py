@@ -44,15 +44,14 @@ class BranchGradients:
         self.gradients[branch] = self.backend.backward(objective, accumulated, retain_graph=retain_graph)
 
     @torch.no_grad()
-    def combine(self) -> tuple[dict[str, torch.Tensor], torch.Tensor, Gradient | None]:
+    def combine(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Set `W - lambda L` as the gradient with which the optimizer steps.
 
         Returns:
-            `tuple` of three values:
+            `tuple` of two values:
             - Metrics of [`~trl_diffusion_sdpo.losses.parameter_scale`].
             - Whether all gradients are finite, as a boolean scalar on the device. With fp16, gradients sometimes
               overflow, and the gradient scaler then skips the step.
-            - Gradient of the mean winner error (the anchor), or `None` if it was not computed.
 
         Raises:
             `RuntimeError`: If the backward pass of a branch gave no trained weight a gradient.
@@ -72,4 +71,4 @@ class BranchGradients:
         # If any gradient is not finite, even only that of the anchor, NaN makes the gradient scaler skip the step.
         subtract_scaled(ordered[0], ordered[1], torch.where(finite, scale, torch.nan))
         self.backend.set_gradient(ordered[0])
-        return {name: torch.where(finite, value, 0) for name, value in metrics.items()}, finite, gradients.get(ANCHOR)
+        return {name: torch.where(finite, value, 0) for name, value in metrics.items()}, finite

@@ -9,17 +9,14 @@ backward pass, so the accelerator does not wait for it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import reduce
-from torch import nn
 
 from ..engines.processes import max_over_processes, several_processes
-from ..engines.sharding import spoiled_weights
 from ..losses import BetaController, PreferenceLossOutput
 
 BETA_FILE = "auto_beta.json"
@@ -141,32 +138,19 @@ class FiniteCheck:
     copied to the CPU while the last backward pass is being queued, and read afterwards. So the CPU waits only until the
     forward pass is computed.
 
-    In rare cases, a gradient is infinite or NaN although the loss is finite. A gradient that is not finite is detected
-    one step later, but always before anything is saved.
+    In rare cases, a gradient is infinite or NaN although the loss is finite. The weights that it ruins are detected at
+    the next step, or before they are saved.
 
     Args:
         exchange ([`StepExchange`]): Object that exchanges the flag between processes.
-        networks (`Callable`): Function that returns, by name, the networks that computed the losses. The weights of
-            these networks are checked only if a loss is not finite.
         before_backward (`bool`): Whether [`FiniteCheck.verify`] must be called before the last backward pass of a step,
             because the engine (DeepSpeed) already changes the weights in this pass.
     """
 
-    def __init__(
-        self,
-        exchange: StepExchange,
-        networks: Callable[[], Mapping[str, nn.Module]],
-        *,
-        before_backward: bool = False,
-    ):
+    def __init__(self, exchange: StepExchange, *, before_backward: bool = False):
         self.before_backward = before_backward
         self._exchange = exchange
-        self._networks = networks
-        self._gradient: HostCopy | None = None
-        self._gradient_step = 0
-        self._watched: list[
-            tuple[torch.Tensor, torch.Tensor]
-        ] = []  # losses of this step's micro-batches, and rows of the data set
+        self._watched: list[tuple[torch.Tensor, torch.Tensor]] = []  # losses and rows of this step's micro-batches
         self._bad: torch.Tensor | None = None
         self._sent = False
 
@@ -190,58 +174,22 @@ class FiniteCheck:
             self._exchange.send(self._bad)
             self._sent = True
 
-    def watch_gradient(self, norm: torch.Tensor, step: int) -> None:
-        """Record the norm of the gradient with which the optimizer takes step number `step`.
-
-        `norm` must be equal in all processes, and no DTensor.
-        """
-        self._gradient = HostCopy(torch.isfinite(norm))
-        self._gradient_step = step
-
     def verify(self, step: int) -> None:
-        """Raise `FloatingPointError` if a loss of this step, or the gradient of the previous step, is not finite.
+        """Raise `FloatingPointError` if a loss of this optimizer step is not finite. The message contains the step's
+        number and rows of the data set. The weights are still as before this step.
 
         Call this method after `watch` was called for all micro-batches of the step.
-
-        Raises:
-            `FloatingPointError`: The message contains the number of the optimizer step. If a loss is not finite, the
-                message also names rows of the data set, and the weights are still as before this step.
         """
-        self.verify_gradient()
-        if self._exchange.receive():
-            self._report(step)
-
-    def verify_gradient(self) -> None:
-        """Raise `FloatingPointError` if the gradient of the last step was not finite. The trainer calls this method
-        before it saves anything."""
-        gradient = self._gradient
-        self._gradient = None
-        if gradient is not None and not gradient.read():
-            raise FloatingPointError(
-                f"Every gradient must be finite. The norm of the gradient at step {self._gradient_step} was not "
-                "finite, although the loss was finite. This step has ruined the weights, unless DeepSpeed skipped the "
-                "step. Nothing was saved since then. Resume from the last checkpoint with a lower learning rate, or "
-                "use bf16 instead of fp16."
-            )
-
-    def _report(self, step: int) -> None:
+        if not self._exchange.receive():
+            return
         losses, rows = (torch.cat(batches) for batches in zip(*self._watched, strict=True))
         values = zip(rows.tolist(), losses.float().tolist(), strict=True)
         bad = [(row, value) for row, value in values if not abs(value) < float("inf")]
         listed = ", ".join(f"row {row}: {value}" for row, value in bad[:8]) or "in another process"
-        spoiled = spoiled_weights(self._networks())
-        if spoiled:
-            advice = "Download the model again, or load another revision or dtype of the model."
-            if step > 1:
-                advice = "Resume from the last checkpoint with a lower learning rate, or use bf16 instead of fp16."
-            raise FloatingPointError(
-                f"Every pair's loss must be finite. At step {step}, {len(bad)} of {len(losses)} losses were not, "
-                f"because {len(spoiled)} weights were not finite before the step: {', '.join(spoiled[:3])}. {advice}"
-            )
         raise FloatingPointError(
             f"Every pair's loss must be finite. At step {step}, {len(bad)} of {len(losses)} losses were not "
-            f"({listed}). This step has not changed the weights. Look at these rows of the data set, lower the "
-            "learning rate, or use bf16 instead of fp16."
+            f"({listed}). This step has not changed the weights. Look at these rows of the data set, resume from the "
+            "last checkpoint with a lower learning rate, or use bf16 instead of fp16."
         )
 
 
@@ -324,16 +272,15 @@ class HostCopy:
 
 
 def is_on_host(values: torch.Tensor) -> bool:
-    """Return whether the tensor is on the CPU, so that it can be read without waiting."""
+    """Return whether the tensor is on the CPU."""
     return values.device.type == "cpu"
 
 
 def pinned_like(values: torch.Tensor) -> torch.Tensor:
-    """Return an empty CPU tensor of the same shape and dtype, in pinned memory. With Apple's GPUs, which share the
-    CPU's memory, the tensor is not pinned."""
+    """Return an empty CPU tensor of the same shape and dtype, in pinned memory (Apple's GPUs need none)."""
     return torch.empty(values.shape, dtype=values.dtype, pin_memory=values.device.type != "mps")
 
 
 def event_on(device: torch.device) -> torch.Event:
-    """Return a new event, which can be recorded on the current stream of the device."""
+    """Return a new event for the current stream of the device."""
     return torch.Event(device=device)

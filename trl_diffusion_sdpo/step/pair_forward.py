@@ -123,7 +123,7 @@ class PairPredictions:
     batch: NoisyBatch
     policy: torch.Tensor
     reference: torch.Tensor | None
-    scores: torch.Tensor | None
+    scores: torch.Tensor | None = None
     reference_errors: torch.Tensor | None = None
     pair_weights: torch.Tensor | None = None
     beta: torch.Tensor | None = None
@@ -226,17 +226,13 @@ class PairForward:
         """
         draws = self.draws_of_a_pair(model)
         batch = self.noisy_batch(inputs, draws, model)
-        scores = self.scores(inputs, draws)
-        pair_weights = self.pair_weights(inputs, draws)
-        beta = self.beta_of(model)
         # The reference predicts first, so that its activations are freed before those of the policy take memory.
         references = self.predict_reference(model, [batch])
         reference = None if references is None else references[0]
         with contextlib.nullcontext(model) if weights is None else weights.active(model) as policy:
             assert policy is not None
             prediction = self.predict(policy, batch)
-        errors = self.stored_errors(inputs)
-        return PairPredictions(batch, prediction, reference, scores, errors, pair_weights, beta)
+        return PairPredictions(batch, prediction, reference, **self.facts_of_pairs(model, inputs))
 
     def loss(
         self, predictions: PairPredictions, safeguard: Literal["none", "output"] | None = None
@@ -456,37 +452,22 @@ class PairForward:
         assert predicted is not None, "A reference with precomputed errors can predict before training."
         return mean_error(batch.residual(torch.cat(predicted)))
 
-    def stored_errors(self, inputs: dict[str, Any]) -> torch.Tensor | None:
-        """Return the reference errors in a batch of the collator, or `None` if reference errors are not computed before
-        training."""
-        if not self.reference.is_precomputed:
-            return None
-        if "ref_errors" not in inputs:
-            raise ValueError(
-                "`precompute_ref_errors=True` needs batches with `ref_errors`. Got a batch with "
-                f"{', '.join(inputs)}. Change the `data_collator` to keep `ref_errors`, as `PreferenceCollator` does."
-            )
-        return inputs["ref_errors"]
-
     def draws_of_a_pair(self, model: nn.Module) -> int:
         """Return the number of random timesteps, each with new noise, for each pair in a batch. In training, this is
         `n_timesteps_per_pair`; in evaluation, it is 1."""
         return self.noise_settings.timesteps_per_pair if model.training else 1
 
-    def scores(self, inputs: dict[str, Any], draws: int) -> torch.Tensor | None:
-        """Return the scores in a batch of the collator, repeated for each of the `draws` timesteps of a pair, or `None`
-        if the batch has no scores."""
-        return repeat_pairs(inputs["scores"], draws) if "scores" in inputs else None
-
-    def pair_weights(self, inputs: dict[str, Any], draws: int) -> torch.Tensor | None:
-        """Return the weights of the pairs' losses in a batch of the collator, `(draws * B,)`, or `None` if the batch
-        has no weights."""
-        return inputs["pair_weights"].repeat(draws) if "pair_weights" in inputs else None
-
-    def beta_of(self, model: nn.Module) -> torch.Tensor | None:
-        """Return the adapted beta in training with `auto_beta`. Otherwise return `None`: the loss then uses the beta in
-        the settings."""
-        return self.auto_beta.beta if model.training and self.auto_beta is not None else None
+    def facts_of_pairs(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor | None]:
+        """Return the fields of [`PairPredictions`] that a batch of the collator contains (scores, reference errors and
+        pair weights), and the adapted beta in training with `auto_beta`. Scores and weights are repeated for each
+        timestep of a pair."""
+        draws = self.draws_of_a_pair(model)
+        return {
+            "scores": repeat_pairs(inputs["scores"], draws) if "scores" in inputs else None,
+            "reference_errors": inputs["ref_errors"] if self.reference.is_precomputed else None,
+            "pair_weights": inputs["pair_weights"].repeat(draws) if "pair_weights" in inputs else None,
+            "beta": self.auto_beta.beta if model.training and self.auto_beta is not None else None,
+        }
 
     def loser_weights(self, noise_levels: torch.Tensor) -> torch.Tensor | None:
         """Return the factors by which the losers' gradients are multiplied in addition to lambda, `(B,)`, from the
@@ -525,18 +506,8 @@ def eval_mode(networks: Sequence[nn.Module]) -> Iterator[None]:
 def of_both_halves(conditioning: torch.Tensor, rows: int) -> torch.Tensor:
     """Return an input of the denoiser, such as prompt embeddings, with one row for each of `rows` images, winners
     first. If `conditioning` has one row per pair, both images of the pair get this row. If it already has one row per
-    image, it is returned unchanged.
-
-    Raises:
-        `ValueError`: If `conditioning` has neither one row per pair nor one row per image.
-    """
-    prompts = len(conditioning)
-    if prompts not in (rows // 2, rows):
-        raise ValueError(
-            f"A batch must have one prompt per pair or one per image, here {rows // 2} or {rows} prompts. Got "
-            f"{prompts}. Change the `data_collator`."
-        )
-    return torch.cat([conditioning] * (rows // prompts))
+    image, it is returned unchanged."""
+    return torch.cat([conditioning] * (rows // len(conditioning)))
 
 
 def region_of(masks: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,7 +12,6 @@ from ..losses import order_by_scores, winner_error_gradient
 from .branch_gradients import ANCHOR, LOSER, WINNER, BranchGradients
 from .meters import MetricMeter
 from .pair_forward import NoisyBatch, PairForward, PairPredictions
-from .step_diagnostics import StepDiagnostics
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,8 @@ class ParameterSafeguard:
         *,
         sorts_by_scores: bool,
         low_memory: bool,
-        diagnostics: StepDiagnostics | None,
     ):
-        self.gradients, self.diagnostics = gradients, diagnostics
+        self.gradients = gradients
         self._forward, self._meter = forward, meter
         self._sorts_by_scores, self._low_memory = sorts_by_scores, low_memory
         self._predicted: list[_Branches] = []  # the micro-batch that was predicted, until its backward pass
@@ -68,12 +65,14 @@ class ParameterSafeguard:
         detached copy (a leaf), so the autograd graph of the loss ends at it."""
         draws = self._forward.draws_of_a_pair(model)
         batch = self._forward.noisy_batch(inputs, draws, model)
-        scores = self._forward.scores(inputs, draws)
-        errors = self._forward.stored_errors(inputs)
+        facts = self._forward.facts_of_pairs(model, inputs)
         if self._sorts_by_scores:
+            scores, errors = facts["scores"], facts["reference_errors"]
             assert scores is not None, "The trainer has checked that the data have scores."
             order = order_by_scores(scores)
-            batch, scores, errors = batch.take(order), scores[order], None if errors is None else errors[order]
+            batch = batch.take(order)
+            facts["scores"] = scores[order]
+            facts["reference_errors"] = None if errors is None else errors[order]
         winners, losers = batch.halves()
         references = self._forward.predict_reference(model, [winners, losers])
         with torch.set_grad_enabled(not self._low_memory):
@@ -81,34 +80,24 @@ class ParameterSafeguard:
         winner_pred = self._forward.predict(model, winners)
         leaf = torch.cat([winner_pred.detach(), loser_pred.detach()]).requires_grad_()
         reference = None if references is None else torch.cat(references)
-        weights, beta = self._forward.pair_weights(inputs, draws), self._forward.beta_of(model)
-        predictions = PairPredictions(batch, leaf, reference, scores, errors, weights, beta)
+        predictions = PairPredictions(batch, leaf, reference, **facts)
         self._predicted = [_Branches(model, winners, losers, winner_pred, loser_pred, predictions)]
         return predictions
 
-    def backward_branches(self, loss: torch.Tensor, *, step: int, share: float) -> None:
+    def backward_branches(self, loss: torch.Tensor, *, share: float) -> None:
         """Run the backward passes of winners and losers, from the gradient of the loss at the predictions.
 
         Args:
             loss (`torch.Tensor` of shape `()`): Loss of the predictions that `predict_pairs` returned last.
-            step (`int`): Number of the optimizer step to which the micro-batch belongs, counted from 1.
             share (`float`): Weight of the micro-batch in the optimizer step: 1 divided by the number of micro-batches.
-
-        Raises:
-            `ValueError`: If the loss does not depend on the predictions, or also depends on other trained tensors.
         """
-        _check_depends_on_predictions_only(loss, [branches.predictions.policy for branches in self._predicted])
         branches = self._predicted.pop()
         grad_winner, grad_loser = torch.autograd.grad(loss, branches.predictions.policy)[0].chunk(2)
-        measures = False
-        if self.diagnostics is not None and self.diagnostics.is_due(step):
-            measures = True
-            self.diagnostics.record(branches.winners, branches.predictions)
         # To save memory, free the winners' graph before the losers' next pass (backward, or forward with `low_memory`).
         winners, winner_pred, anchored = branches.winners, branches.winner_pred, self.gradients.anchor == "error"
-        retains = (anchored or measures) and self.gradients.backend.retains_graph
+        retains = anchored and self.gradients.backend.retains_graph
         self.gradients.backward(WINNER, share * (winner_pred * grad_winner).sum(), retain_graph=retains)
-        if anchored or measures:
+        if anchored:
             winner_pred = winner_pred if retains else self._forward.predict(branches.model, winners)
             grad_anchor = winners.within(winner_error_gradient(winners.residual(winner_pred)))
             self.gradients.backward(ANCHOR, share * (winner_pred * grad_anchor).sum())
@@ -121,39 +110,7 @@ class ParameterSafeguard:
     def step(self) -> None:
         """Combine the gradients of winners and losers after the last micro-batch of an optimizer step. Under DeepSpeed,
         also step the optimizer. (Under other engines, the Trainer steps the optimizer later.)"""
-        metrics, finite, anchor = self.gradients.combine()
+        metrics, finite = self.gradients.combine()
         self._meter.add(metrics, finite)
         self._meter.add({"safeguard/skipped": 1 - finite.float()}, 1)
-        if self.diagnostics is not None:
-            self.diagnostics.before_step(anchor, finite)
         self.gradients.backend.step()
-
-
-def _check_depends_on_predictions_only(loss: torch.Tensor, predictions: list[torch.Tensor]) -> None:
-    """Raise `ValueError` if the loss does not depend on the predictions, or depends directly on other trained tensors
-    too. Other trained tensors would get no gradient, because the backward passes start from the predictions."""
-    leaves = {id(variable) for variable in _leaves_of(loss)}
-    if not predictions or leaves != {id(leaf) for leaf in predictions}:
-        raise ValueError(
-            "With `safeguard='parameter'`, the loss must depend on the model only through the outputs of "
-            "`super().compute_loss(..., return_outputs=True)`. Got a loss that "
-            + ("also depends on other trained tensors." if len(leaves) > 1 else "does not depend on the predictions.")
-            + " Change `compute_loss`, or use `safeguard='output'`."
-        )
-
-
-def _leaves_of(loss: torch.Tensor) -> list[torch.Tensor]:
-    """Return the leaves (tensors that get gradients) of a loss's autograd graph. The graph is small, because it ends at
-    the predictions."""
-    leaves = []
-    seen = set()
-    open_nodes = [loss.grad_fn]
-    while open_nodes:
-        node = open_nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name().endswith("AccumulateGrad"):
-            leaves.append(cast(Any, node).variable)
-        open_nodes += [following for following, _ in node.next_functions]
-    return leaves

@@ -5,7 +5,6 @@ scales."""
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -22,8 +21,6 @@ from ..losses import BudgetController, mean_error, noise_bin_of, order_by_scores
 from ..models.ema import EMAWeights
 from .meters import MetricMeter, StoredController
 from .pair_forward import NoisyBatch, PairForward, eval_mode, region_of, take_rows
-
-logger = logging.getLogger(__name__)
 
 BUDGET_FILE = "winner_budget.json"
 
@@ -97,32 +94,20 @@ class WinnerBudget(StoredController):
         average: EMAWeights | None,
     ):
         super().__init__(controller)
-        self.probe: list[ProbeBatch] = []  # empty outside of training
+        self.probe: list[ProbeBatch] = []
         self._forward, self._meter, self._average = forward, meter, average
         self._sorts_by_scores = sorts_by_scores
-        self._unmet = torch.zeros(())  # share of noise bins over the budget in which losers no longer train
-        self._has_warned = False
 
     def begin(self, policy: nn.Module, pairs: Sequence[ProbeInputs]) -> None:
         """Build the probe from `pairs`, and measure the probe's errors before the first step. In a resumed run, the
         checkpoint supplies these errors. `policy` is the policy as the engine (DDP, FSDP2, DeepSpeed) wrapped it."""
-        self._has_warned = False
-        self._unmet = torch.zeros(())
         self.probe = self.make_probe(pairs)
         if self.controller.initial_errors.isnan().all():
             self.controller.initial_errors = self.measure(policy)
 
     def update(self, policy: nn.Module) -> None:
         """Measure the errors on the probe, and adapt the scales of the losers' gradients."""
-        metrics = self.controller.steer(self.measure(policy))
-        self._unmet = metrics["budget/unmet"]
-        self._meter.add(metrics, 1)
-
-    def end(self) -> None:
-        """Free the probe at the end of training. Warn if the last measurement exceeds the budget, because this
-        measurement may not have been logged."""
-        self.warn_if_unmet(float(self._unmet))
-        self.probe = []
+        self._meter.add(self.controller.steer(self.measure(policy)), 1)
 
     @torch.no_grad()
     def measure(self, policy: nn.Module) -> torch.Tensor:
@@ -138,18 +123,6 @@ class WinnerBudget(StoredController):
                 sums.index_add_(1, winners.noise_bins, torch.stack([error * winners.counts, winners.counts]))
         sums = reduce(sums, "sum")
         return sums[0] / sums[1]
-
-    def warn_if_unmet(self, unmet: float) -> None:
-        """Warn once if noise bins exceed the budget although the scale of their losers is 0. `unmet` is the share of
-        such bins among all bins."""
-        if unmet and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "`winner_budget=%s` is exceeded in a noise bin although losers no longer train there. If the "
-                "winners' error in this bin does not fall again, losers stop training in all noise bins. Set a "
-                "larger `winner_budget`, set a lower or decaying learning rate, or train on more pairs.",
-                self.controller.budget,
-            )
 
     @torch.no_grad()
     def make_probe(self, pairs: Sequence[ProbeInputs]) -> list[ProbeBatch]:
@@ -195,17 +168,13 @@ class WinnerBudget(StoredController):
 
 def probe_items(dataset: Any, wanted: int) -> list[Any]:
     """Return the pairs of the probe as items for the collator: `wanted` evenly spaced pairs of a map-style data set, or
-    the first `wanted` pairs of a stream. Raises `ValueError` if there are no pairs."""
+    the first `wanted` pairs of a stream."""
     dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
     view = dataset.for_evaluation()
-    if isinstance(view, PreferenceDataset):
-        wanted = min(wanted, len(view))
-        items = [view[i * len(view) // wanted] for i in range(wanted)]
-    else:
-        items = list(islice(iter(view), wanted))
-    if not items:
-        raise ValueError("`winner_budget` needs pairs for its probe, got none. Pass pairs as `eval_dataset`.")
-    return items
+    if not isinstance(view, PreferenceDataset):
+        return list(islice(iter(view), wanted))
+    wanted = min(wanted, len(view))
+    return [view[i * len(view) // wanted] for i in range(wanted)]
 
 
 def probe_inputs(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
@@ -21,191 +19,25 @@ from ..cache.key import EncoderKey, hash_of_tensors
 from ..cache.reference_errors import ErrorSettings, ReferenceErrors
 from ..engines.batch_loaders import BatchLoaders, load_one_by_one
 from ..engines.engine import Engine
-from ..engines.engine_settings import by_engine, check_unsharded, loading_unsharded, shards_weights
+from ..engines.engine_settings import by_engine, loading_unsharded, shards_weights
 from ..engines.processes import peers
-from ..losses import BetaController, BudgetController, LossSpec
-from ..models.adapters import (
-    active_adapter,
-    add_lora,
-    base_tensors,
-    check_adapter_weight,
-    freeze,
-    train_only_adapter,
-)
-from ..models.ema import EMAWeights
-from ..models.frozen_components import VAE, FrozenComponents
-from ..models.kernels import compile_blocks, compile_encoder, set_attention
+from ..families import Family
+from ..losses import LossSpec
+from ..models.adapters import active_adapter, add_lora, check_adapter_weight, freeze, train_only_adapter
+from ..models.frozen_components import FrozenComponents
+from ..models.kernels import compile_blocks, set_attention
 from ..models.loading import LoadedModel, load_model, load_reference
 from ..models.numerics import autocast_dtype
 from ..models.reference import PrecomputedReference, Reference, build_reference
 from ..models.weight_copies import WeightCopy, second_copy
-from ..saving.setup import fingerprint
-from ..saving.starting_point import (
-    Origin,
-    StartingPoint,
-    attach_adapter,
-    recorded_base,
-    starting_point,
-)
-from ..saving.weights import WeightFiles
-from ..step.meters import AutoBeta, MetricMeter, StoredController
-from ..step.pair_evaluation import PairEvaluation
+from ..saving.starting_point import StartingPoint, attach_adapter, starting_point
 from ..step.pair_forward import PairForward
-from ..step.winner_budget import WinnerBudget
 from ..utils._compat import compile_with_eager_rounding
-from .config.complete import (
-    check_and_complete,
-    image_size,
-    largest_batch,
-    loss_settings,
-    precompute_folder,
-    stored_crops,
-)
+from .config.complete import image_size, largest_batch, precompute_folder, stored_crops
 from .config.model_arguments import VaeDtype
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
-
-VAE_DTYPES: dict[torch.dtype, VaeDtype] = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Components:
-    """Components of a trainer that can be built before there is an `Accelerator`."""
-
-    loaded: LoadedModel  # pipeline as the user passed it, with the denoiser that trains
-    adapter: str | None  # name of the LoRA that trains; `None` in full tuning
-    reference: Reference  # reference model; by default, the policy before training
-    average: EMAWeights | None  # moving average of the trained weights
-    origin: Origin  # model and reference from which the run started
-    weight_files: WeightFiles  # formats of the tuned weights
-    frozen: FrozenComponents  # VAE and text encoders, and the family object with which training calls the model
-    encoder_key: EncoderKey  # identifies VAE and text encoders in cache keys
-    encoding: PairEncoding | None  # encodes pairs before training
-    meter: MetricMeter  # metrics of training
-    pair_forward: PairForward
-    evaluation: PairEvaluation
-    winner_budget: WinnerBudget | None
-    auto_beta: AutoBeta | None
-
-    @property
-    def weight_copies(self) -> list[WeightCopy]:
-        """Second copies of the policy's weights: the reference and, if there is one, the average."""
-        return [self.reference] if self.average is None else [self.reference, self.average]
-
-    @property
-    def controllers(self) -> list[StoredController]:
-        """Controllers that adjust the loss while training. Checkpoints contain the state of these controllers."""
-        return [each for each in (self.winner_budget, self.auto_beta) if each is not None]
-
-
-def build_components(
-    loaded: LoadedModel,
-    ref_model: Any,
-    args: DiffusionSDPOConfig,
-    peft_config: PeftConfig | None,
-    engine: Engine,
-    *,
-    pair_forward_class: type[PairForward],
-    autocast: Callable[[], contextlib.AbstractContextManager],
-) -> Components:
-    """Build all components that need no `Accelerator`. Set unset settings in `args` to the defaults of the model family
-    and the loss.
-
-    Args:
-        loaded ([`LoadedModel`]): The policy, from [`load_policy`].
-        ref_model (`str`, `DiffusionPipeline` or `nn.Module`, *optional*): The reference.
-        args ([`DiffusionSDPOConfig`]): The trainer's own copy of the settings.
-        engine ([`Engine`]): Engine that will train the policy. The engine's accelerator does not exist yet.
-        autocast (`Callable`): Function that returns the autocast context in which denoisers predict.
-
-    Raises:
-        `ValueError`: If model, reference and settings cannot be combined.
-    """
-    loss = args.loss_spec
-    denoiser = loaded.denoiser
-
-    # Choose the weights that train. Compute the fingerprint first, while the weights are unchanged.
-    for name in (*loaded.family.frozen_components, loaded.family.denoiser_name):
-        check_unsharded(getattr(loaded.pipeline, name), name)
-    weights_before = fingerprint(base_tensors(denoiser))
-    adapter, added = choose_trained_weights(loaded, peft_config, args)
-
-    # Copy these weights for the reference and the average, before training changes them.
-    reference = make_reference(loaded, ref_model, args, loss, engine, adapter=adapter, added=added)
-    average = None
-    if args.ema_decay is not None:
-        average = EMAWeights(denoiser, adapter, args.ema_decay, engine, shared=shards_weights(args))
-
-    # Record what the run started from, and choose the formats in which it saves weights.
-    origin = Origin(
-        loaded.name_or_path,
-        recorded_base(loaded.name_or_path, loaded.options, loaded.denoiser_folder),
-        fingerprint=weights_before,
-        reference=reference.kind,
-        gave_reference=ref_model is not None,
-    )
-
-    def whole_pipeline() -> DiffusionPipeline:
-        with loading_unsharded(args):  # only the first process calls it
-            return loaded.whole_pipeline()
-
-    weight_files = WeightFiles(loaded.pipeline, loaded.family.denoiser_name, adapter, whole_pipeline)
-
-    # Set unset settings to the defaults of family and loss, and get the settings of noise and timesteps.
-    noise = check_and_complete(args, loaded, loss, adapter=adapter)
-
-    # Place VAE and text encoders. With `precompute_latents`, they encode all pairs before training.
-    frozen = place_frozen_components(loaded, args)
-    encoder_key = EncoderKey(frozen, loaded, peers(args))
-    encoding = pair_encoding(frozen, encoder_key, args) if args.precompute_latents else None
-
-    # Compile models and choose the attention back end.
-    choose_kernels(denoiser, reference, average, frozen, args)
-
-    # Build the objects that compute, adjust and measure a step.
-    meter = MetricMeter()
-    budget = None
-    if args.winner_budget is not None:
-        budget = BudgetController(args.winner_budget, args.num_noise_bins, args.device)
-    betas = None
-    if args.auto_beta:
-        assert args.beta is not None, "`check_and_complete` sets it."
-        betas = BetaController(args.beta, args.device)
-    pair_forward = pair_forward_class(
-        frozen,
-        reference,
-        noise=noise,
-        loss=loss_settings(args),
-        autocast=autocast,
-        budget=budget,
-        auto_beta=betas,
-    )
-    winner_budget = None
-    if budget is not None:
-        winner_budget = WinnerBudget(budget, pair_forward, meter, sorts_by_scores=loss.needs_scores, average=average)
-
-    return Components(
-        loaded=loaded,
-        adapter=adapter,
-        reference=reference,
-        average=average,
-        origin=origin,
-        weight_files=weight_files,
-        frozen=frozen,
-        encoder_key=encoder_key,
-        encoding=encoding,
-        meter=meter,
-        pair_forward=pair_forward,
-        evaluation=PairEvaluation(pair_forward, args.num_noise_bins),
-        winner_budget=winner_budget,
-        auto_beta=None if betas is None else AutoBeta(betas, meter),
-    )
-
 
 # ---- The policy -----------------------------------------------------------------------------------------------------
 
@@ -341,11 +173,6 @@ def make_reference(
             users_reference = second_copy(users_reference, shared=shards_weights(args))
         if args.disable_dropout:
             disable_dropout(users_reference)
-        if not loss.needs_reference:
-            logger.warning(
-                "The loss %r needs no reference, so `ref_model` is used only for the metrics `errors/*_change`.",
-                args.loss_type,
-            )
     return build_reference(
         loaded.denoiser,
         engine,
@@ -404,7 +231,7 @@ def place_frozen_components(loaded: LoadedModel, args: DiffusionSDPOConfig) -> F
         offload=args.offload_frozen_components or args.precompute_latents,
         load=load,
     )
-    args.vae_dtype = VAE_DTYPES[frozen.family.pipeline.vae.dtype]
+    args.vae_dtype = cast(VaeDtype, str(frozen.family.pipeline.vae.dtype).removeprefix("torch."))
     return frozen
 
 
@@ -425,21 +252,28 @@ def pair_encoding(frozen: FrozenComponents, key: EncoderKey, args: DiffusionSDPO
 
 
 def make_reference_errors(
-    components: Components, engine: Engine, args: DiffusionSDPOConfig, loaders: BatchLoaders, to_inputs: Callable
+    forward: PairForward,
+    frozen: FrozenComponents,
+    encoder_key: EncoderKey,
+    engine: Engine,
+    args: DiffusionSDPOConfig,
+    loaders: BatchLoaders,
+    to_inputs: Callable,
 ) -> ReferenceErrors | None:
     """Return the object that computes the reference's errors before training, or `None` without
     `precompute_ref_errors`. All processes must call this function together, before an engine shards the weights.
 
     Args:
+        encoder_key ([`EncoderKey`]): Key that identifies VAE and text encoders in the cache.
         loaders ([`BatchLoaders`]): Object that makes this process's data loaders.
         to_inputs (`Callable`): Function that collates items into a batch and moves the batch to the device.
     """
-    reference = components.reference
+    reference = forward.reference
     if not isinstance(reference, PrecomputedReference):
         return None
     settings = ErrorSettings(
         folder=precompute_folder(args),
-        facts=reference_facts(reference, components, engine, args),
+        facts=reference_facts(reference, frozen.family, encoder_key, engine, args),
         epochs=args.precompute_epochs,
         batch_size=args.train_batch_size,
         eval_batch_size=args.eval_batch_size,
@@ -448,15 +282,14 @@ def make_reference_errors(
         show_progress=args.process_index == 0 and not args.disable_tqdm,
         peers=peers(args),
     )
-    return ReferenceErrors(components.pair_forward, reference, components.frozen.family.denoiser, engine, settings)
+    return ReferenceErrors(forward, reference, frozen.family.denoiser, engine, settings)
 
 
 def reference_facts(
-    reference: PrecomputedReference, components: Components, engine: Engine, args: DiffusionSDPOConfig
+    reference: PrecomputedReference, family: Family, key: EncoderKey, engine: Engine, args: DiffusionSDPOConfig
 ) -> dict[str, Any]:
     """Return everything on which the reference's errors depend, except the data and the noise. The returned facts
     become part of the cache key of the errors."""
-    family = components.frozen.family
     frozen = {name: getattr(family.pipeline, name) for name in family.frozen_components}
     denoiser: Any = family.denoiser if reference.module is None else reference.module
     configs = {"configuration": denoiser.config, "scheduler": family.pipeline.scheduler.config}
@@ -464,7 +297,7 @@ def reference_facts(
         "reference": peers(args).first(lambda: hash_of_tensors(reference.tensors())),
         "family": family.name,
         "components": {name: str(module.dtype) for name, module in frozen.items()},
-        "encoders": components.encoder_key.facts,
+        "encoders": key.facts,
         "encoded": args.precompute_latents,  # other batch sizes may round differently
         "crops": stored_crops(args),
         **{kind: {k: v for k, v in config.items() if not k.startswith("_")} for kind, config in configs.items()},
@@ -478,30 +311,23 @@ def reference_facts(
 # ---- Kernels --------------------------------------------------------------------------------------------------------
 
 
-def choose_kernels(
-    denoiser: Any,
-    reference: Reference,
-    average: EMAWeights | None,
-    frozen: FrozenComponents,
-    args: DiffusionSDPOConfig,
-) -> None:
-    """Set the attention back end, and compile the models that transformers' Trainer does not compile: the encoder of
-    the VAE, and the separate denoisers of reference and average.
+def choose_kernels(denoiser: Any, copies: Sequence[WeightCopy], args: DiffusionSDPOConfig) -> None:
+    """Set the attention back end, and compile the separate denoisers of reference and average (`copies`), because
+    transformers' Trainer compiles only the model that trains.
 
     With `torch_compile_regional`, compile the blocks of all denoisers, including the one that trains. Then unset
     `torch_compile_backend` and `torch_compile_mode` in `args`, so that accelerate does not compile the model again.
     """
     if args.attention_backend is not None:
         set_attention(denoiser, args.attention_backend)
-        if reference.module is not None:
-            set_attention(cast(Any, reference.module), args.attention_backend)
+        for weights in copies:
+            if isinstance(weights, Reference) and weights.module is not None:
+                set_attention(cast(Any, weights.module), args.attention_backend)
     if not args.torch_compile:
         return
     backend, mode = args.torch_compile_backend, args.torch_compile_mode
     compile_with_eager_rounding()
-    if frozen.state == "on device":  # other VAEs encode only before training, or move at each use
-        compile_encoder(frozen.family.pipeline.components.get(VAE), backend, mode)
-    for weights in (reference,) if average is None else (reference, average):
+    for weights in copies:
         weights.compile(backend, mode, regional=args.torch_compile_regional)
     if args.torch_compile_regional:
         if by_engine(args):

@@ -7,28 +7,23 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-from PIL import Image
-
 from ..cache.encoding import PairEncoding
 from ..cache.reference_errors import repeating_pairs
-from ..data.buckets import BucketSampler
 from ..data.dataset import PairOptions, PreferenceDataset
 from ..data.pair_scores import ScoreSettings
 from ..data.preparing import prepare_dataset
-from ..data.sources import PairMixture
 from ..data.streaming import PreferenceIterableDataset, StreamPosition
 from ..data.transforms import PairTransform
 from ..engines.processes import peers
 from ..families import Family
 from ..losses import LossSpec
-from ..models.text_checks import note_on_limits, note_on_long_prompts
+from ..models.text_checks import note_on_long_prompts
 from ..utils._compat import keeps_order
-from .config.complete import aspect_ratio_buckets, check_sources, image_size, pairs_of_a_step
+from .config.complete import aspect_ratio_buckets, image_size
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
@@ -73,12 +68,10 @@ class PairPreparation:
             return None
         is_new = prepared not in self._own
         if is_new:
-            check_source_column(prepared, self._family, self._args, name=name, training=training)
+            check_source_column(prepared, self._family, self._args, name=name)
         was_prepared = prepared is dataset and isinstance(prepared, PreferenceDataset) and is_new
         if isinstance(prepared, PreferenceDataset) and is_new:
             self._count_long_prompts(prepared, name)
-        elif prepared is not dataset and (limits := note_on_limits(self._family)):
-            logger.info("%s data: prompts of a stream are not checked for length. %s", name, limits)
         if was_prepared:
             prepared = prepared.from_source()  # drop encodings and errors that another trainer computed
         if self._args.precompute_ref_errors:
@@ -100,15 +93,10 @@ class PairPreparation:
 
 
 def check_source_column(
-    pairs: PreferenceDataset | PreferenceIterableDataset,
-    family: Family,
-    args: DiffusionSDPOConfig,
-    *,
-    name: str,
-    training: bool,
+    pairs: PreferenceDataset | PreferenceIterableDataset, family: Family, args: DiffusionSDPOConfig, *, name: str
 ) -> None:
     """Raise `ValueError` if the model needs source images and the data have none, if the data have some and the model
-    takes none, if pairs have more sources than the model takes, or if batches would have sources of several sizes."""
+    takes none, or if `random_crop` is on, which does not support source images."""
     if not pairs.has_sources and not family.takes_source:
         return
     if not pairs.has_sources or not (family.takes_source or family.may_take_source):
@@ -118,31 +106,11 @@ def check_source_column(
             f"A `source` column is needed by edit models and allowed for no others. {family.name} "
             f"{'is' if family.takes_source else 'is not'} one, and the {name} data {has} the column. {advice}"
         )
-    check_sources(args, family.name)
-    assert isinstance(pairs, PreferenceDataset), "Streams with sources are refused."
-    batch = args.train_batch_size if training else args.eval_batch_size
-    if training and args.winner_budget is not None:  # the budget's probe is measured in evaluation batches
-        batch = max(batch, args.eval_batch_size)
-    if batch == 1 and not (pairs.lists_sources and not family.takes_several_sources):
-        return
-    first, seen = None, set()
-    for sizes in pairs.sizes_of_sources():
-        if sizes and sizes not in seen:
-            seen.add(sizes)
-            blank = [Image.new("RGB", (width, height)) for height, width in sizes]
-            first = first or blank
-            family.pixels_of_sources([first, blank] if batch > 1 else [blank])
-
-
-def outline(dataset: Any) -> Any:
-    """Return a data set's type, number of rows and column names, without reading rows. For several data sets, return a
-    dictionary with these three values for each data set."""
-    if isinstance(dataset, PairMixture):
-        dataset = dataset.by_name
-    if isinstance(dataset, Mapping):
-        return {name: outline(source) for name, source in dataset.items()}
-    rows = len(dataset) if isinstance(dataset, Sized) else None
-    return [type(dataset).__name__, rows, getattr(dataset, "column_names", None)]
+    if args.random_crop:
+        raise ValueError(
+            f"`random_crop` does not work with source images yet, and the {name} data have some. Leave `random_crop` "
+            "out."
+        )
 
 
 def _reading(args: DiffusionSDPOConfig) -> tuple[int, int, int]:
@@ -274,41 +242,4 @@ def _refuse_parts(dataset: Any, args: DiffusionSDPOConfig, name: str) -> None:
             f"Every process must evaluate on the same number of batches. `split_dataset_by_node` has split the {name} "
             f"stream among {args.world_size} processes, and the parts may have different lengths. Pass the stream "
             "without this split, because the trainer splits it evenly itself."
-        )
-
-
-def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None, args: DiffusionSDPOConfig) -> None:
-    """Warn if an optimizer step takes more pairs than the training data have. Raise `ValueError` if an epoch has no
-    complete batch although incomplete batches are dropped."""
-    if not isinstance(dataset, PreferenceDataset):
-        return
-    pairs = len(dataset)
-    batch = args.train_batch_size
-    processes = args.world_size
-    if args.dataloader_drop_last and pairs < batch * processes:
-        raise ValueError(
-            "`dataloader_drop_last=True` leaves no batch. Together, one batch of each process takes "
-            f"{batch * processes} pairs, but the training data have {pairs} pairs. Lower "
-            "`per_device_train_batch_size`, or set `dataloader_drop_last=False`."
-        )
-    if dataset.sizes is not None:
-        group = pairs_of_a_step(args, batch)
-        BucketSampler(dataset.sizes, group, seed=0, drop_last=args.dataloader_drop_last)  # raises errors now
-        description, warns = dataset.sizes.describe_epoch(
-            group,
-            drop_last=args.dataloader_drop_last,
-            shuffled=args.train_sampling_strategy == "random",
-        )
-        logger.log(logging.WARNING if warns else logging.INFO, description)
-        return
-    step = batch * processes * args.gradient_accumulation_steps
-    if pairs < step:
-        logger.warning(
-            "An optimizer step takes %d pairs (batch size %d, processes: %d, accumulation steps: %d), but the "
-            "training data have only %d pairs. Every epoch has only one step.",
-            step,
-            batch,
-            processes,
-            args.gradient_accumulation_steps,
-            pairs,
         )

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..utils.secrets import masked
 from .config.all_arguments import (
     AllArguments,
-    read_words,
     settings_of,
     settled_loss_kwargs,
     settled_loss_type,
@@ -56,8 +54,6 @@ class DiffusionSDPOConfig(AllArguments):
     > - `logging_steps`: `10`.
     > - `dataloader_num_workers`: if unset, the trainer chooses it from the size of the data and the number of cores.
     > - `bf16`: `True` if the accelerator supports bf16 and `fp16` is not set.
-    > - `remove_unused_columns`: `False`, because the format of the data set selects its columns.
-    > - `logging_nan_inf_filter`: `False`, because the trainer stops before the optimizer step if a loss is not finite.
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
@@ -105,23 +101,8 @@ class DiffusionSDPOConfig(AllArguments):
             "`fp16` is not set."
         },
     )
-    remove_unused_columns: bool = field(
-        default=False,
-        metadata={
-            "help": "This setting of transformers has no effect here. The format of the data set decides which columns "
-            "are read."
-        },
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={
-            "help": "This setting of transformers has no effect here. The trainer stops before the optimizer step if a "
-            "loss is not finite."
-        },
-    )
 
     def __post_init__(self) -> None:
-        read_words(self)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
         workers = self.dataloader_num_workers
@@ -130,18 +111,13 @@ class DiffusionSDPOConfig(AllArguments):
         super().__post_init__()
         if workers is None:
             self.dataloader_num_workers = None
-        assert isinstance(self.accelerator_config, AcceleratorConfig), "`super().__post_init__` parses it."
-        if self.accelerator_config.dispatch_batches is None:
-            # accelerate cannot send the prompts and seeds of a batch between processes.
-            self.accelerator_config.dispatch_batches = False
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # each forward pass uses every trainable weight
-        if isinstance(self.sample_prompts, str):
-            self.sample_prompts = [self.sample_prompts]
-        if isinstance(self.sample_sources, str):
-            self.sample_sources = [self.sample_sources]
-        if isinstance(self.sample_scorers, str):
-            self.sample_scorers = [self.sample_scorers]
+        self.remove_unused_columns = False  # the format of the data set selects its columns
+        self.logging_nan_inf_filter = False  # it would wait for the device; the trainer checks losses itself
+        for name in ("sample_prompts", "sample_sources", "sample_scorers"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
         self.loss_type = settled_loss_type(self.loss_type)
         self.loss_kwargs: dict[str, float] = settled_loss_kwargs(self.loss_kwargs)
         self.weighting_kwargs: dict[str, Any] = settled_mapping("weighting_kwargs", self.weighting_kwargs)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -23,19 +21,22 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction, SaveStrategy
 
 from ..cache.encoding import check_prompt_padding
+from ..cache.key import EncoderKey
 from ..cache.reference_errors import warn_of_repeated_draws
 from ..data.buckets import BucketSampler
 from ..data.dataset import PreferenceCollator, PreferenceDataset
 from ..data.streaming import PreferenceIterableDataset, StreamPosition
 from ..engines.batch_loaders import BatchLoaders, choose_workers
 from ..engines.engine import Engine
-from ..engines.engine_settings import by_engine, shards_weights
-from ..engines.processes import check_agreement, failing_together
+from ..engines.engine_settings import by_engine, check_unsharded, loading_unsharded, shards_weights
+from ..engines.processes import check_agreement, failing_together, peers
 from ..engines.sharding import full_tensor
-from ..losses import PreferenceLossOutput
+from ..losses import BetaController, BudgetController, PreferenceLossOutput
+from ..models.adapters import base_tensors
 from ..models.denoiser_wrapper import DenoiserWrapper
 from ..models.ema import EMA_FOLDER, EMAWeights
-from ..models.reference import networks
+from ..models.loading import LoadedModel
+from ..models.weight_copies import WeightCopy
 from ..reporting.console import say
 from ..reporting.plots import CURVES_FILE
 from ..reporting.run_callbacks import plots_of, run_lines
@@ -46,24 +47,35 @@ from ..saving.model_card import RunCard, changed_settings
 from ..saving.publishing import Publisher, PublishingError
 from ..saving.run_files import RunFiles
 from ..saving.run_folder import RunFolder
-from ..saving.starting_point import BASE, public_base
+from ..saving.setup import fingerprint
+from ..saving.starting_point import BASE, Origin, public_base, recorded_base
+from ..saving.weights import WeightFiles
 from ..step.branch_gradients import BranchGradients
-from ..step.meters import FiniteCheck
-from ..step.pair_evaluation import draws_of_noise, real_pairs
+from ..step.meters import AutoBeta, FiniteCheck, MetricMeter
+from ..step.pair_evaluation import PairEvaluation, draws_of_noise, real_pairs
 from ..step.pair_forward import PairForward, seeds_of_draws
 from ..step.parameter_safeguard import ParameterSafeguard
-from ..step.step_diagnostics import StepDiagnostics
-from ..step.winner_budget import ProbeInputs, ProbeSettings, probe_inputs, probe_items
+from ..step.winner_budget import ProbeInputs, ProbeSettings, WinnerBudget, probe_inputs, probe_items
 from ..utils._compat import keeps_order
 from ..utils.disk import naming_the_disk
 from ..utils.files import VERDICT_FILE
 from .callbacks import add_callbacks, load_sample_scores
-from .components import build_components, load_policy, make_reference_errors
+from .components import (
+    choose_kernels,
+    choose_trained_weights,
+    load_policy,
+    make_reference,
+    make_reference_errors,
+    pair_encoding,
+    place_frozen_components,
+)
 from .config.all_arguments import temporarily
 from .config.complete import (
+    check_and_complete,
     copy_and_check_args,
     image_size,
     largest_batch,
+    loss_settings,
     pairs_of_a_step,
     refuse_dropout,
     stored_crops,
@@ -71,9 +83,7 @@ from .config.complete import (
 from .data_preparation import (
     PREPARED,
     PairPreparation,
-    check_batches,
     load_position,
-    outline,
     save_position,
 )
 from .diffusion_sdpo_config import DiffusionSDPOConfig, resume_settings
@@ -187,43 +197,17 @@ class DiffusionSDPOTrainer(Trainer):
         # Load the scorers first, so that a failed download does not come after hours of encoding.
         self.sample_scores = load_sample_scores(args)
         ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
-        workers_are_chosen = args.dataloader_num_workers is None
 
         # Load the model, and build all components that need no accelerator.
         loaded = load_policy(model, args, processing_class, peft_config, quantization_config)
         # The accelerator is created later, in the constructor of transformers' Trainer.
         self.engine = Engine(lambda: self.accelerator, lambda: self.model_wrapped)
-        components = build_components(
-            loaded,
-            ref_model,
-            args,
-            peft_config,
-            self.engine,
-            pair_forward_class=self.pair_forward_class,
-            autocast=lambda: self.accelerator.autocast(),
-        )
-        self.pipeline = loaded.pipeline
-        self.loss_spec = args.loss_spec
-        self.adapter = components.adapter
-        self.reference = components.reference
-        self.average = components.average
-        self.origin = components.origin
-        self.weight_files = components.weight_files
-        self.frozen_components = components.frozen
-        self.family = components.frozen.family
-        self.encoding = components.encoding
-        self.pair_forward = components.pair_forward
-        self.winner_budget = components.winner_budget
-        self.auto_beta = components.auto_beta
-        self._meter = components.meter
-        self._evaluation = components.evaluation
-        self._weight_copies = components.weight_copies
+        self._build_components(loaded, ref_model, args, peft_config)
 
         # Initialize the state that training and evaluation change.
         self._engine_ready = False
         self._first_step = 0  # step at which `train` began or resumed
         self._saved_step = -1  # step of the last checkpoint of this training
-        self._began = 0.0  # monotonic time at which training began
         self._counted = torch.zeros(0)  # for pairs of the last evaluation batch: 1, or 0 for repetitions that fill it
         self._checkpoints_dir = args.output_dir  # a temporary folder while a checkpoint is being written
 
@@ -259,9 +243,11 @@ class DiffusionSDPOTrainer(Trainer):
         for weights in self._weight_copies:
             if shards_weights(args) and not self.engine.shards_weights:  # accelerate ignores FSDP with one process
                 weights.stop_sharing()
-        self._loaders = BatchLoaders(args, self.accelerator, workers_are_chosen=workers_are_chosen)
+        self._loaders = BatchLoaders(args, self.accelerator)
         self._reference_errors = make_reference_errors(
-            components,
+            self.pair_forward,
+            self.frozen_components,
+            self._encoder_key,
             self.engine,
             args,
             self._loaders,
@@ -276,7 +262,7 @@ class DiffusionSDPOTrainer(Trainer):
             self.weight_files,
             weight_copies=self._weight_copies,
             average=self.average,
-            controllers=components.controllers,
+            controllers=[each for each in (self.winner_budget, self.auto_beta) if each is not None],
             full_pipeline=args.save_full_pipeline,
             unpublished={BASE: self.origin.base},
         )
@@ -300,17 +286,99 @@ class DiffusionSDPOTrainer(Trainer):
         add_callbacks(
             self.callback_handler,
             args,
-            components,
+            self.frozen_components,
             train_dataset,
             run_facts=self.run_facts,
             sample_scores=self.sample_scores,
-            load_probe=self._load_probe,
-            policy=lambda: self.model_wrapped,
-            measure_step=self._measure_step,
+            begin=self._begin_steps,
+            after_step=self._after_step,
             evaluate=lambda: self.evaluate(),  # not `self.evaluate`, because a user may replace the method later
             log=lambda metrics: self.log(metrics),
             end=self._end_report,
         )
+
+    def _build_components(
+        self, loaded: LoadedModel, ref_model: Any, args: DiffusionSDPOConfig, peft_config: PeftConfig | None
+    ) -> None:
+        """Build all components that need no `Accelerator`. Set unset settings in `args` to the defaults of the model
+        family and the loss.
+
+        Raises:
+            `ValueError`: If model, reference and settings cannot be combined.
+        """
+        self.pipeline = loaded.pipeline
+        self.loss_spec = loss = args.loss_spec
+        denoiser = loaded.denoiser
+
+        # Choose the weights that train. Compute the fingerprint first, while the weights are unchanged.
+        for name in (*loaded.family.frozen_components, loaded.family.denoiser_name):
+            check_unsharded(getattr(loaded.pipeline, name), name)
+        weights_before = fingerprint(base_tensors(denoiser))
+        self.adapter, added = choose_trained_weights(loaded, peft_config, args)
+
+        # Copy these weights for the reference and the average, before training changes them.
+        self.reference = make_reference(loaded, ref_model, args, loss, self.engine, adapter=self.adapter, added=added)
+        self._weight_copies: list[WeightCopy] = [self.reference]
+        self.average = None
+        if args.ema_decay is not None:
+            shared = shards_weights(args)
+            self.average = EMAWeights(denoiser, self.adapter, args.ema_decay, self.engine, shared=shared)
+            self._weight_copies.append(self.average)
+
+        # Record what the run started from, and choose the formats in which it saves weights.
+        self.origin = Origin(
+            loaded.name_or_path,
+            recorded_base(loaded.name_or_path, loaded.options, loaded.denoiser_folder),
+            fingerprint=weights_before,
+            reference=self.reference.kind,
+            gave_reference=ref_model is not None,
+        )
+
+        def whole_pipeline() -> DiffusionPipeline:
+            with loading_unsharded(args):  # only the first process calls it
+                return loaded.whole_pipeline()
+
+        self.weight_files = WeightFiles(loaded.pipeline, loaded.family.denoiser_name, self.adapter, whole_pipeline)
+
+        # Set unset settings to the defaults of family and loss, and get the settings of noise and timesteps.
+        noise = check_and_complete(args, loaded, loss, adapter=self.adapter)
+
+        # Place VAE and text encoders. With `precompute_latents`, they encode all pairs before training.
+        self.frozen_components = place_frozen_components(loaded, args)
+        self.family = self.frozen_components.family
+        self._encoder_key = EncoderKey(self.frozen_components, loaded, peers(args))
+        self.encoding = None
+        if args.precompute_latents:
+            self.encoding = pair_encoding(self.frozen_components, self._encoder_key, args)
+
+        # Compile models and choose the attention back end.
+        choose_kernels(denoiser, self._weight_copies, args)
+
+        # Build the objects that compute, adjust and measure a step.
+        self._meter = MetricMeter()
+        budget = None
+        if args.winner_budget is not None:
+            budget = BudgetController(args.winner_budget, args.num_noise_bins, args.device)
+        betas = None
+        if args.auto_beta:
+            assert args.beta is not None, "`check_and_complete` sets it."
+            betas = BetaController(args.beta, args.device)
+        self.pair_forward = self.pair_forward_class(
+            self.frozen_components,
+            self.reference,
+            noise=noise,
+            loss=loss_settings(args),
+            autocast=lambda: self.accelerator.autocast(),
+            budget=budget,
+            auto_beta=betas,
+        )
+        self.auto_beta = None if betas is None else AutoBeta(betas, self._meter)
+        self.winner_budget = None
+        if budget is not None:
+            self.winner_budget = WinnerBudget(
+                budget, self.pair_forward, self._meter, sorts_by_scores=loss.needs_scores, average=self.average
+            )
+        self._evaluation = PairEvaluation(self.pair_forward, args.num_noise_bins)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -326,14 +394,8 @@ class DiffusionSDPOTrainer(Trainer):
         return self._loaders.training(self.train_dataset, self._train_batch_size, sampler, self.data_collator)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[Any, None]:
-        """Return the micro-batches of an optimizer step, and `None` instead of the number of items in them.
-
-        Micro-batches of a map-style data set are loaded one at a time, while transformers would load all of them before
-        the step. Micro-batches of a stream are all loaded before the step, because a stream may end within it.
-        transformers needs the number of items only for losses that are sums; here, losses are means over pairs.
-        """
-        if isinstance(self.train_dataset, PreferenceDataset):
-            return _LazyBatches(epoch_iterator, num_batches), None
+        """Return the micro-batches of an optimizer step, and `None` instead of the number of items in them, because
+        losses are means over pairs."""
         batches = list(islice(epoch_iterator, num_batches))
         if self._position is not None:
             for batch in batches:
@@ -379,23 +441,18 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _prepare_data(self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig) -> tuple[Any, Any]:
         """Return both data sets as data sets of pairs. Set `args.dataloader_num_workers` if it is `None`."""
-        # Processes exchange results while they prepare data. With different data, one would wait for others forever.
-        check_agreement({"train_dataset": outline(train_dataset), "eval_dataset": outline(eval_dataset)})
         prepare = self._preparation.prepare
         train_dataset = prepare(train_dataset, name="train", training=True)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: prepare(data, name=name, training=False) for name, data in eval_dataset.items()}
         else:
             eval_dataset = prepare(eval_dataset, name="eval", training=False)
-        check_batches(train_dataset, args)
         if isinstance(train_dataset, PreferenceDataset) and args.precompute_ref_errors:
             step = pairs_of_a_step(args, args.train_batch_size) * args.gradient_accumulation_steps
             warn_of_repeated_draws(args, args.precompute_epochs, -(-len(train_dataset) // step))
-        evaluates = eval_dataset is not None
-        if reason := choose_workers(args, train_dataset, resolution=image_size(args), evaluates=evaluates):
-            logger.warning(
-                "Chosen by the trainer: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason
-            )
+        if args.dataloader_num_workers is None:
+            evaluates = eval_dataset is not None
+            choose_workers(args, train_dataset, resolution=image_size(args), evaluates=evaluates)
         return train_dataset, eval_dataset
 
     def precompute_reference_errors(self) -> None:
@@ -423,14 +480,6 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _load_probe(self) -> list[ProbeInputs]:
         """Return this process's share of the pairs on which `winner_budget` measures errors (the probe), in batches."""
-        if self.eval_dataset is None:
-            logger.warning("`winner_budget` measures errors on training pairs, because there is no `eval_dataset`.")
-        if self.loss_spec.anchor == "error":
-            logger.warning(
-                "With the loss %r, the gradient of a winner can itself raise the winner's error. Noise bins may "
-                "therefore exceed `winner_budget` even if the losers' gradients there are scaled to 0.",
-                self.args.loss_type,
-            )
         data = self.train_dataset if self.eval_dataset is None else self.eval_dataset
         batch_size = 2 * (self._train_batch_size or self.args.per_device_train_batch_size)
         if self.encoding is not None and self.family.prompt_padding == "start":
@@ -469,7 +518,10 @@ class DiffusionSDPOTrainer(Trainer):
                 "converted the weights. `train` was called a second time. To continue, make a new trainer and pass "
                 "`resume_from_checkpoint`."
             )
-        check_agreement(self._facts_of_all_processes())
+        facts: dict[str, Any] = {"model": self.origin.fingerprint, "eval_dataset": self._eval_fingerprint}
+        if not isinstance(self.train_dataset, PreferenceIterableDataset):  # processes may read parts of a stream
+            facts["train_dataset"] = self._data_fingerprint
+        check_agreement(facts)
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint  # transformers ignores this setting
         disk = naming_the_disk(self.args.output_dir, self.weight_files.bytes_needed)
@@ -482,14 +534,6 @@ class DiffusionSDPOTrainer(Trainer):
             with interruptible:
                 self.precompute_reference_errors()
                 return super().train(point, *args, **kwargs)
-
-    def _facts_of_all_processes(self) -> dict[str, Any]:
-        """Return fingerprints of model and data, which must be equal in all processes. A training stream has no
-        fingerprint here, because each process may read another part of it."""
-        facts: dict[str, Any] = {"model": self.origin.fingerprint, "eval_dataset": self._eval_fingerprint}
-        if not isinstance(self.train_dataset, PreferenceIterableDataset):
-            facts["train_dataset"] = self._data_fingerprint
-        return facts
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
         """Prepare the model as transformers does, then set up the components that need the model in the form in which
@@ -526,7 +570,6 @@ class DiffusionSDPOTrainer(Trainer):
     def _new_finite_check(self) -> FiniteCheck:
         return FiniteCheck(
             step_exchange(self.callback_handler.callbacks),
-            lambda: networks(self.family, self.reference.module),
             before_backward=self.engine.steps_in_backward and self.args.safeguard != "parameter",
         )
 
@@ -542,24 +585,29 @@ class DiffusionSDPOTrainer(Trainer):
         anchor = args.safeguard_anchor or self.loss_spec.anchor
         if anchor == "error" and not backend.retains_graph:
             refuse_dropout(self.denoiser, "`safeguard_anchor='error'` under ZeRO-3")
-        diagnostics = None
-        if args.safeguard_diagnostics_steps is not None:
-            every = args.safeguard_diagnostics_steps
-            diagnostics = StepDiagnostics(self.model_wrapped, backend, self.pair_forward, self._meter, every)
         return self.parameter_safeguard_class(
             self.pair_forward,
             BranchGradients(backend, mu=args.safeguard_mu, anchor=anchor),
             self._meter,
             sorts_by_scores=self.loss_spec.needs_scores,
             low_memory=args.safeguard_low_memory,
-            diagnostics=diagnostics,
         )
 
-    def _measure_step(self) -> None:
-        """Complete the measurement of `safeguard_diagnostics_steps` after an optimizer step, if the step is
-        measured."""
-        if self.parameter_safeguard is not None and self.parameter_safeguard.diagnostics is not None:
-            self.parameter_safeguard.diagnostics.after_step()
+    def _begin_steps(self) -> None:
+        """Measure the errors for `winner_budget` before the first optimizer step."""
+        if self.winner_budget is not None:
+            self.winner_budget.begin(self.model_wrapped, self._load_probe())
+
+    def _after_step(self, step: int) -> None:
+        """Update everything that follows the trained weights, after optimizer step `step`, counted from 1."""
+        if self.average is not None:
+            self.average.after_step(step)
+        if self.winner_budget is not None and step % ProbeSettings(**self.args.winner_budget_kwargs).steps == 0:
+            self.winner_budget.update(self.model_wrapped)
+        if self.auto_beta is not None:
+            self.auto_beta.after_step(step)
+        if self.args.sync_ref_model and step % self.args.ref_model_sync_steps == 0:
+            self.reference.update(self.args.ref_model_mixup_alpha)
 
     def _init_training_state(
         self,
@@ -577,15 +625,18 @@ class DiffusionSDPOTrainer(Trainer):
         self.state.compute_steps(self.args, max_steps)
         self._first_step = self.state.global_step
         self._saved_step = -1
-        self._began = time.monotonic()
         return epochs, batches
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train for one epoch. Do nothing if the run has reached `max_steps`, because transformers checks this only
         after a step."""
         if self.state.global_step >= self.state.max_steps:
+            if self.is_world_process_zero():
+                logger.warning("Training is complete. Increase `max_steps` or `num_train_epochs` to continue.")
             self.control.should_training_stop = True
             return
+        if isinstance(self.train_dataset, PreferenceDataset):
+            self.train_dataset.set_epoch(kwargs["epoch"])
         if isinstance(self.train_dataset, PreferenceIterableDataset):
             batches, checkpoint = kwargs["steps_trained_in_current_epoch"], kwargs["resume_from_checkpoint"]
             self._position = load_position(self.train_dataset, self.args, batches, checkpoint)
@@ -593,18 +644,13 @@ class DiffusionSDPOTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
-        self._finite.verify_gradient()
         if self.state.global_step not in (self._first_step, self._saved_step):
             self.run_files.verify_weights(self.model_wrapped)
-        began = time.time() - (time.monotonic() - self._began)  # right even if the system clock was changed
         settings: dict[str, Any] = {"save_total_limit": None}  # with 1, transformers would delete other checkpoints
         if was_interrupted(self.callback_handler.callbacks):
             settings["load_best_model_at_end"] = False
         with temporarily(self.args, **settings):
-            output = super()._finalize_training(trial, num_train_samples, began)
-        if self.state.global_step == self._first_step:
-            return output._replace(training_loss=math.nan)
-        return output
+            return super()._finalize_training(trial, num_train_samples, start_time)
 
     # ---- A step -----------------------------------------------------------------------------------------------------
 
@@ -662,7 +708,7 @@ class DiffusionSDPOTrainer(Trainer):
         share = 1 / self.current_gradient_accumulation_steps
         with self.compute_loss_context_manager(), safeguard.accumulating():
             loss = cast(torch.Tensor, self.compute_loss(model, inputs))
-            safeguard.backward_branches(loss, step=step, share=share)
+            safeguard.backward_branches(loss, share=share)
         self._finite.verify(step)
         if self.accelerator.sync_gradients:
             safeguard.step()
@@ -672,11 +718,7 @@ class DiffusionSDPOTrainer(Trainer):
         return loss.detach() / self.current_gradient_accumulation_steps
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
-        norm = full_tensor(super()._get_grad_norm(model, grad_norm))
-        # With fp16, infinite gradients are normal, and the gradient scaler skips their steps.
-        if norm is not None and not self.args.fp16:
-            self._finite.watch_gradient(torch.as_tensor(norm), self.state.global_step + 1)
-        return norm
+        return full_tensor(super()._get_grad_norm(model, grad_norm))  # under FSDP2, the norm is a DTensor
 
     # ---- Evaluation -------------------------------------------------------------------------------------------------
 
@@ -774,10 +816,6 @@ class DiffusionSDPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs = {**logs, **self._meter.drain(self.accelerator)}
-            if self.winner_budget is not None:
-                self.winner_budget.warn_if_unmet(logs.get("budget/unmet", 0.0))
-        if "train_loss" in logs and self.state.global_step == self._first_step:
-            del logs["train_loss"]  # transformers reports a mean of 0 for a run without steps
         super().log(logs, start_time)
 
     # ---- Resuming ---------------------------------------------------------------------------------------------------
@@ -835,7 +873,6 @@ class DiffusionSDPOTrainer(Trainer):
         self.run_files.save(folder, self.model_wrapped, self._setup())
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self._finite.verify_gradient()
         run_dir = Path(self._checkpoints_dir)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with self.run_files.writing_checkpoint(run_dir / name) as partial:
@@ -1016,30 +1053,6 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _finish_current_push(self) -> None:
         self.publisher.wait()
-
-
-class _LazyBatches:
-    """Iterable over the micro-batches of an optimizer step, for a single loop. The constructor already loads the first
-    micro-batch, because a data loader draws the random seeds of an epoch when it loads the first batch. Each other
-    micro-batch is loaded when the loop reaches it.
-
-    Args:
-        batches (`Iterator`): Remaining batches of the epoch.
-        count (`int`): Number of micro-batches in the step. `batches` must still have at least this many.
-    """
-
-    def __init__(self, batches: Iterator[Any], count: int):
-        self._batches = batches
-        self._count = count
-        self._first = [next(batches)]
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[Any]:
-        yield self._first.pop()
-        for _ in range(self._count - 1):
-            yield next(self._batches)
 
 
 def _marks_real_pairs(dataset: Any) -> bool:

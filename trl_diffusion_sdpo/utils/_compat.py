@@ -137,7 +137,7 @@ def compile_with_eager_rounding() -> None:
 
 
 def keeps_zero_gradients(optimizer: Any) -> bool:
-    """Return whether an optimizer is DeepSpeed's for ZeRO-1 and 2. `zero_gradients` and `zero_weights` need this
+    """Return whether an optimizer is DeepSpeed's for ZeRO-1 and 2. `zero_gradients` needs this
     optimizer."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -147,11 +147,6 @@ def keeps_zero_gradients(optimizer: Any) -> bool:
 def zero_gradients(optimizer: Any) -> dict[int, list[torch.Tensor] | None]:
     """Return this process's shard of the averaged gradients: a list of tensors for each parameter group."""
     return optimizer.averaged_gradients
-
-
-def zero_weights(optimizer: Any) -> list[torch.Tensor]:
-    """Return this process's shard of the float32 weights: one flat tensor for each parameter group."""
-    return optimizer.single_partition_of_fp32_groups
 
 
 def set_last_rates(schedule: Any, rates: list[Any]) -> None:

@@ -40,11 +40,6 @@ def test_what_cannot_act_is_refused(make_args, settings, message):
         make_args(**settings)
 
 
-def test_a_part_of_weight_zero_warns(make_args):
-    with pytest.warns(UserWarning, match="'sft'.*`loss_weights`"):
-        make_args(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.0])
-
-
 @pytest.mark.parametrize(
     ("settings", "mu", "beta"),
     [

@@ -13,13 +13,10 @@ from transformers import TrainingArguments
 from ...data.images import MIN_SIDE
 from ...losses.score_statistics import score_scale
 from ...utils.hints import CHOICE_ALIASES
-from ...utils.switch_words import SWITCH_WORDS, choice_of_switch
 from .data_arguments import DataArguments, RunArguments
 from .model_arguments import MemoryArguments, PipelineArguments
 from .sample_arguments import SampleArguments
 from .step_arguments import LossArguments, NoiseArguments, WinnerArguments
-
-_CHOICES_OF_TRANSFORMERS = dict.fromkeys(("eval_strategy", "logging_strategy", "save_strategy"), ("no",))
 
 
 @dataclass
@@ -62,27 +59,6 @@ def _setting(hint: Any) -> Setting:
     words = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
     choices = tuple(word for word in words if isinstance(word, str))
     return Setting(frozenset(members) - {type(None)}, type(None) in members, choices, tuple(facts))
-
-
-def read_words(args: AllArguments) -> None:
-    """Convert values of the settings in place: text to booleans (`"yes"` to `True`), text to numbers (`"2e3"` to
-    2000.0), and booleans to words if the setting has choices (`False` to `"none"`).
-
-    Raises:
-        `ValueError`: If text cannot be read as the boolean or number that the setting needs.
-    """
-    for name, setting in settings_of(type(args)).items():
-        value = getattr(args, name)
-        choices = setting.choices or _CHOICES_OF_TRANSFORMERS.get(name, ())
-        choice = choice_of_switch(value, choices) if isinstance(value, bool) else None
-        if choice is not None:
-            setattr(args, name, choice)
-        elif isinstance(value, str) and setting.types == {bool}:
-            if value.lower() not in SWITCH_WORDS:
-                raise ValueError(f"`{name}` must be True or False, got {value!r}. Write `true` or `false`.")
-            setattr(args, name, SWITCH_WORDS[value.lower()])
-        elif isinstance(value, str) and setting.types == {float}:
-            setattr(args, name, float(value))
 
 
 def _number_or_name(value: str) -> float | str:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
-
-import torch
-from transformers import get_scheduler
-from transformers.trainer_pt_utils import AcceleratorConfig
+from typing import TYPE_CHECKING, Any
 
 from ...data.data_report import parse_verify_images
 from ...data.images import parse_schemes
@@ -22,22 +17,16 @@ from ...losses import (
     check_auto_beta,
     check_loss_kwargs,
     check_safeguard,
-    loss_weights_by_name,
 )
-from ...reporting.sample_scores import PREFIX, WIN_RATE
+from ...reporting.sample_scores import PREFIX
 from ...step.winner_budget import ProbeSettings
 from ...utils._compat import CHECKPOINTING, activation_checkpointing
 from ...utils.hints import did_you_mean
 from .all_arguments import Setting, settings_of
-from .declaring import Choices, Keys, Range
+from .declaring import Choices, Range, from_kwargs
 
 if TYPE_CHECKING:
     from ..diffusion_sdpo_config import DiffusionSDPOConfig
-
-# Optimizers that update weights during the backward pass of the winners, before the losers' gradient is computed.
-FUSED_OPTIMIZERS = ("lomo", "adalomo")
-LAYERWISE = "layerwise"
-MEASUREMENTS_OF_LAG = 10  # largest lag of the averaged weights without a warning, in winner-budget measurements
 
 
 def check_settings(args: DiffusionSDPOConfig) -> None:
@@ -47,25 +36,22 @@ def check_settings(args: DiffusionSDPOConfig) -> None:
         _check_value(name, setting, getattr(args, name))
     loss = args.loss_spec
     assert isinstance(args.report_to, list), "transformers makes a list of one name."
-    _check_schedule(args)
     _check_inherited(args)
     check_loss_kwargs(args.loss_type, args.beta, args.loss_kwargs)
     mu = 0.0 if args.safeguard_mu is None else args.safeguard_mu
     check_safeguard(args.safeguard, mu, args.safeguard_granularity, args.safeguard_eps)
     if args.auto_beta:
         check_auto_beta(args.loss_type, args.loss_weights)
-    TimestepSampling(args.weighting_scheme or "none", **args.weighting_kwargs)
-    if args.noise_source == "inversion":
-        InversionSettings(**args.inversion_kwargs)
-    ProbeSettings(**args.winner_budget_kwargs)
+    from_kwargs(TimestepSampling, "weighting_kwargs", args.weighting_kwargs, args.weighting_scheme or "none")
+    from_kwargs(InversionSettings, "inversion_kwargs", args.inversion_kwargs)
+    from_kwargs(ProbeSettings, "winner_budget_kwargs", args.winner_budget_kwargs)
     args.verify_images = parse_verify_images(args.verify_images)
     args.image_schemes = list(parse_schemes(args.image_schemes)) or None
     for message in (*_conflicts_of_losses(args, loss), *_conflicts(args, loss)):
         raise ValueError(message)
-    for message in (*_without_effect(args, loss), *_doubtful(args, loss)):
+    for message in _without_effect(args, loss):
         # The warning shows the user's line, which calls `__init__`, `__post_init__` and this function.
         warnings.warn(message, stacklevel=4)
-    args.remove_unused_columns = False
 
 
 # ---- Single settings ------------------------------------------------------------------------------------------------
@@ -82,22 +68,6 @@ def _check_value(name: str, setting: Setting, value: Any) -> None:
         if isinstance(allowed, Choices):
             choices = tuple(LOSSES) if name == "loss_type" else allowed.words  # `LOSSES` also has the user's losses
             _check_words(name, choices, value if isinstance(value, list) else [value])
-        if isinstance(allowed, Keys):
-            _check_mapping(name, allowed, value)
-
-
-def _check_mapping(name: str, keys: Keys, values: dict[str, Any]) -> None:
-    hints = get_type_hints(keys.of)
-    for key, value in values.items():
-        if key not in keys.names:
-            near = did_you_mean(key, keys.names)
-            raise ValueError(f"`{name}` takes {', '.join(keys.names)}; got {key!r}.{near}")
-        choices = get_args(hints[key])
-        if choices:
-            _check_words(f"{name}: {key}", choices, [value])
-        elif isinstance(value, bool) or not isinstance(value, int if hints[key] is int else (int, float)):
-            expected = "a whole number" if hints[key] is int else "a number"
-            raise ValueError(f"`{key}` of `{name}` must be {expected}, got {value!r}.")
 
 
 def _check_words(name: str, choices: tuple[str, ...], words: list[Any]) -> None:
@@ -107,58 +77,13 @@ def _check_words(name: str, choices: tuple[str, ...], words: list[Any]) -> None:
             raise ValueError(f"`{name}` must be one of {', '.join(choices)}; got {word!r}.{near}")
 
 
-def _check_schedule(args: DiffusionSDPOConfig) -> None:
-    """Check `lr_scheduler_kwargs` by building the schedule for a single weight. transformers would check these
-    arguments only after data and model are loaded."""
-    rate = 1.0 if args.learning_rate is None else max(0.0, args.learning_rate)  # if unset, the family sets it later
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
-    kwargs: Any = args.lr_scheduler_kwargs
-    try:
-        get_scheduler(args.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=kwargs)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            "`lr_scheduler_kwargs` must be arguments of "
-            f"`lr_scheduler_type={getattr(args.lr_scheduler_type, 'value', '')}`, got {kwargs}. The scheduler said: "
-            f"{' '.join(str(error).split())}"
-        ) from error
-
-
 def _check_inherited(args: DiffusionSDPOConfig) -> None:
-    """Raise `ValueError` for values of transformers' settings that would make weights infinite, train no step, or do
-    not apply to diffusion models."""
-    for name in ("learning_rate", "weight_decay", "adam_epsilon"):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(
-                f"`{name}` must be a finite number of at least 0, got {value}. Change `{name}`, or leave it out."
-            )
-    if args.max_steps == 0 or (args.max_steps < 0 and not args.num_train_epochs > 0):
-        raise ValueError(
-            f"A run needs at least one step, got `max_steps={args.max_steps}` and "
-            f"`num_train_epochs={args.num_train_epochs}`. Set a positive `max_steps`, or `max_steps=-1` and a positive "
-            "`num_train_epochs`."
-        )
-    assert isinstance(args.accelerator_config, AcceleratorConfig), "transformers parses it."
+    """Raise `ValueError` for values of transformers' settings that do not apply to diffusion models."""
     _, checkpointing = activation_checkpointing(args)
-    in_order = args.train_sampling_strategy in ("random", "sequential")
-    counts_tokens = args.include_num_input_tokens_seen not in ("no", False)
     refused = {
-        "neftune_noise_alpha": (
-            args.neftune_noise_alpha is not None,
-            "It adds noise to token embeddings of language models. Leave it unset",
-        ),
-        "use_liger_kernel": (args.use_liger_kernel, "Its kernels are for language models. Leave it off"),
         "label_smoothing_factor": (args.label_smoothing_factor, "Use `loss_type='robust'`"),
-        "train_sampling_strategy": (not in_order, "Images have no length to group by. Use 'random'"),
-        "include_for_metrics": (args.include_for_metrics, "`compute_metrics` receives only rewards. Leave it empty"),
-        "include_num_input_tokens_seen": (counts_tokens, "Images have no tokens. Leave it off"),
         "bf16_full_eval": (args.bf16_full_eval, "It would round the policy but not the reference. Use `bf16`"),
         "fp16_full_eval": (args.fp16_full_eval, "It would round the policy but not the reference. Use `fp16`"),
-        "fp16": (args.fp16 and args.device.type == "cpu", "A CPU has no fp16 autocast. Use `bf16`"),
-        "accelerator_config": (
-            args.accelerator_config.dispatch_batches,
-            "`dispatch_batches` cannot send prompts and seeds between processes. Leave it off",
-        ),
         f"{CHECKPOINTING}_kwargs": (
             checkpointing.get("use_reentrant"),
             "`use_reentrant=True` loses the gradients of a LoRA. Leave it out",
@@ -193,18 +118,6 @@ def _conflicts_of_losses(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[
         yield (
             f"`mask_anchor={args.mask_anchor}` needs the reference's prediction at every step, but with {reason} the "
             "reference does not predict during training. Leave one of the two out."
-        )
-    optimizer = str(args.optim).rsplit(".", 1)[-1].lower()
-    if args.safeguard == "parameter" and (optimizer in FUSED_OPTIMIZERS or LAYERWISE in optimizer):
-        yield (
-            "`safeguard='parameter'` needs an optimizer that updates weights after the backward passes of winners and "
-            f"losers. Got {optimizer!r}, which updates them during a backward pass. Use another optimizer, or "
-            "`safeguard='output'`."
-        )
-    if args.safeguard == "parameter" and args.ddp_static_graph:
-        yield (
-            "`safeguard='parameter'` runs one backward pass for winners and one for losers, so `ddp_static_graph` "
-            "must be off. Got `ddp_static_graph=True`. Leave `ddp_static_graph` out."
         )
     precomputed = {
         f"The loss {args.loss_type!r} reads the reference's prediction itself": loss.reads_reference_prediction,
@@ -285,14 +198,6 @@ def _conflicts(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
             "`on_winner_rise='stop'` needs evaluations of held-out pairs, got `eval_strategy='no'`. Pass an "
             "`eval_dataset` and set `eval_strategy='steps'`."
         )
-    best = best_sample_metric(args)
-    scorers = args.sample_scorers or [] if args.sample_prompts else []
-    metrics = [f"{PREFIX}{name}{ending}" for name in scorers for ending in (WIN_RATE, "")]
-    if best is not None and best not in metrics:
-        yield (
-            "`metric_for_best_model` starts like a score of sample images, but `sample_prompts` and `sample_scorers` "
-            f"give no metric {best!r}. Use one of {metrics}."
-        )
 
 
 def best_sample_metric(args: DiffusionSDPOConfig) -> str | None:
@@ -307,29 +212,23 @@ def best_sample_metric(args: DiffusionSDPOConfig) -> str | None:
 
 def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
     """Yield a warning for each setting that has no effect with this loss, or because another setting is off."""
-    if args.remove_unused_columns:
-        yield "`remove_unused_columns=True` has no effect, because the format of the data set selects its columns."
     if not loss.uses_beta and args.beta is not None:
         yield f"`beta={args.beta}` has no effect, because the loss {args.loss_type!r} has no beta."
-    for name, weight in loss_weights_by_name(args.loss_type, args.loss_weights).items():
-        if not weight:
-            yield f"The loss {name!r} has no effect, because its weight in `loss_weights` is 0."
-    of_output_space = args.safeguard_granularity != "batch" or args.safeguard_eps
-    if args.safeguard == "parameter" and of_output_space:
+    safeguard = args.safeguard if loss.uses_loser else "none"
+    if safeguard != "output" and (args.safeguard_granularity != "batch" or args.safeguard_eps):
         yield (
-            "`safeguard_granularity` and `safeguard_eps` have no effect with `safeguard='parameter'`. This safeguard "
-            "always computes one lambda per optimizer step and adds no epsilon."
+            "`safeguard_granularity` and `safeguard_eps` have no effect without `safeguard='output'` and a loss that "
+            "trains losers."
         )
-    elif (args.safeguard == "none" or not loss.uses_loser) and (args.safeguard_mu is not None or of_output_space):
-        reason = "`safeguard='none'`" if loss.uses_loser else f"the loss {args.loss_type!r}, which has no loser"
-        yield f"The `safeguard_*` settings have no effect, because of {reason}."
+    if safeguard == "none" and args.safeguard_mu is not None:
+        yield "`safeguard_mu` has no effect without a safeguard and a loss that trains losers."
     crops = args.precompute_latents and args.random_crop
     weights = None if args.pair_weights is None else WEIGHT_FUNCTIONS.get(args.pair_weights)
     reads_scores = loss.needs_scores or (weights is not None and not weights.several_scorers)
     # Each row: settings, whether the condition that these settings need holds, and the condition's name.
     needs = (
         (
-            ("safeguard_anchor", "safeguard_low_memory", "safeguard_diagnostics_steps"),
+            ("safeguard_anchor", "safeguard_low_memory"),
             args.safeguard == "parameter",
             "`safeguard='parameter'`",
         ),
@@ -359,29 +258,3 @@ def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
             "`precompute_epochs` only has an effect with `precompute_ref_errors`, or with both `precompute_latents` "
             "and `random_crop`."
         )
-
-
-def _doubtful(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
-    """Yield a warning for each value that is allowed but rarely does what a user wants."""
-    names = loss_weights_by_name(args.loss_type, args.loss_weights)
-    if "dspo" in names and args.beta is not None and args.beta > 1:
-        yield (
-            f"`beta={args.beta}` is large for the loss 'dspo'. In this loss, beta multiplies the distance to the "
-            "reference, and the published value is 0.001. Use 'dspo_sdxl' for a beta in the thousands."
-        )
-    if args.noise_source == "inversion" and args.eval_strategy == "no" and args.winner_budget is None:
-        yield (
-            "With `noise_source='inversion'`, training errors are measured at noise from the policy's own inversion. "
-            "These errors can fall while errors at random noise rise. Set `eval_strategy` and pass an `eval_dataset`, "
-            "because evaluation measures errors at random noise."
-        )
-    if args.ema_decay is not None and args.winner_budget is not None:
-        steps = ProbeSettings(**args.winner_budget_kwargs).steps
-        lag = 1 / (1 - args.ema_decay)  # number of steps that the average covers
-        if lag > MEASUREMENTS_OF_LAG * steps:
-            yield (
-                f"`winner_budget` measures the averaged weights every {steps} steps. With `ema_decay={args.ema_decay}` "
-                f"these weights lag about {lag:.0f} steps behind the trained weights, so the budget will react late "
-                f"and too strongly. Set `steps` of `winner_budget_kwargs` to {lag / MEASUREMENTS_OF_LAG:.0f} or more, "
-                "or a smaller `ema_decay`."
-            )

@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import tempfile
-from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from ...data.images import ImageReader, UndecodableImageError, UnreadableImageEr
 from ...engines.engine_settings import check_deepspeed_precision, set_deepspeed_learning_rate
 from ...families import Family
 from ...families.inversion import InversionSettings, inversion_of
-from ...families.noise import NoiseProcess, TimestepSampling
+from ...families.noise import TimestepSampling
 from ...losses import LOSSES, LossSpec, loss_weights_by_name
 from ...models.loading import LoadedModel
 from ...saving.run_folder import refuse_own_start
@@ -34,15 +32,9 @@ from ...step.pair_forward import LossSettings, NoiseSettings
 from ...utils._compat import activation_checkpointing, checkpoints_activations
 from ..diffusion_sdpo_config import DiffusionSDPOConfig
 from .all_arguments import settled_resolution
+from .declaring import from_kwargs
 
 logger = logging.getLogger(__name__)
-
-CPU = torch.device("cpu")
-QUANTILES = 10_001  # number of timesteps that are compared with the inversion's grid
-NEGLIGIBLE = 0.01  # share of timesteps below the inversion's grid up to which there is no warning
-FAR = 100  # warn if `beta` differs from its default by this factor or more
-HIGH_RATE = 0.1  # warn if the learning rate is larger
-
 
 # ---- Before the model is loaded -------------------------------------------------------------------------------------
 
@@ -51,8 +43,8 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
     """Check the settings as far as possible without a model, and return a copy of them for the trainer.
 
     Raises:
-        `ValueError`: If `args` is no `DiffusionSDPOConfig`, the process sees several GPUs, two arguments name a
-            reference, or the output folder is not writable.
+        `ValueError`: If `args` is no `DiffusionSDPOConfig`, the process sees several GPUs, or two arguments name a
+            reference.
     """
     if args is None:
         name = Path(model).name if isinstance(model, (str, Path)) else type(model).__name__
@@ -80,15 +72,6 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
             "`ref_model_init_kwargs` only apply if `ref_model` is a Hub id or a folder, got "
             f"{'none' if ref_model is None else f'a {type(ref_model).__name__}'}. Leave `ref_model_init_kwargs` out."
         )
-    if args.should_save:
-        try:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=args.output_dir):
-                pass
-        except OSError as error:
-            raise ValueError(
-                f"`output_dir` must be a writable folder, got {args.output_dir!r} ({error}). Choose another folder."
-            ) from error
     args = copy.copy(args)
     if args.ddp_broadcast_buffers is None:
         args.ddp_broadcast_buffers = False  # DDP would send buffers in every step, but denoisers never change theirs
@@ -114,18 +97,14 @@ def check_and_complete(
             f"{family.name} does not. Got {args.guidance_scale}. Leave it unset. To set the guidance of sample images, "
             "use `sample_kwargs`."
         )
-    if family.takes_source:
-        check_sources(args, family.name)
     sample_sources(args, family)
     complete_args(args, family, loss, full=adapter is None)
     check_resolution(args, family)
     timesteps = checked_timesteps(args, family)
-    check_noise_range(args, family, timesteps)
 
     # Settings under which the model predicts an input twice, and must give equal predictions, do not work with dropout.
-    for name in ("safeguard_low_memory", "safeguard_diagnostics_steps"):
-        if args.safeguard == "parameter" and getattr(args, name):
-            refuse_dropout(denoiser, f"`{name}`")
+    if args.safeguard == "parameter" and args.safeguard_low_memory:
+        refuse_dropout(denoiser, "`safeguard_low_memory`")
     if args.precompute_ref_errors:
         refuse_dropout(denoiser, "`precompute_ref_errors`, whose policy must start exactly as its reference,")
     checkpoints, _ = activation_checkpointing(args)
@@ -135,7 +114,7 @@ def check_and_complete(
             f"{type(denoiser).__name__} does not. Leave it off. To save memory, use smaller micro-batches or "
             "`safeguard_low_memory`."
         )
-    inversion = checked_inversion(args, family, timesteps, image_sizes(args))
+    inversion = checked_inversion(args, family)
     return NoiseSettings(timesteps, args.noise_offset, args.n_timesteps_per_pair, inversion)
 
 
@@ -146,16 +125,6 @@ def refuse_dropout(denoiser: nn.Module, what: str) -> None:
         raise ValueError(
             f"{what} needs two equal predictions of the same images. The denoiser has dropout, which makes predictions "
             "random. Set `disable_dropout=True`, or leave the setting out."
-        )
-
-
-def check_sources(args: DiffusionSDPOConfig, model: str) -> None:
-    """Raise `ValueError` if a setting does not work with edit pairs (pairs with a source image, for models that edit
-    images). `model` is the model's name for the message."""
-    if args.random_crop:
-        raise ValueError(
-            f"`random_crop` does not work with source images yet, and {model} trains on edit pairs, which have source "
-            "images. Leave `random_crop` out."
         )
 
 
@@ -188,7 +157,6 @@ def sample_sources(args: DiffusionSDPOConfig, family: Family) -> list[Image.Imag
 def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, full: bool) -> None:
     """Set unset settings in `args` to the defaults of the model family and the loss, and log these values."""
     mu, beta = loss_defaults(args, family, full=full)
-    warn_of_far_settings(args, family, full=full)
     defaults_by_name = {
         "learning_rate": family.learning_rate_full if full else family.learning_rate_lora,
         "beta": beta,
@@ -201,13 +169,8 @@ def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, 
     for name, value in chosen.items():
         setattr(args, name, value)
     set_deepspeed_learning_rate(args)
-    safeguarded = args.safeguard != "none" and loss.uses_loser
-    logged = {name: value for name, value in chosen.items() if value is not None}
-    if not safeguarded:
-        logged.pop("safeguard_mu", None)
-    if logged:
-        listed = ", ".join(f"{name}={value}" for name, value in logged.items())
-        logger.warning("Defaults for %s and the loss %r: %s.", family.name, args.loss_type, listed)
+    listed = ", ".join(f"{name}={value}" for name, value in chosen.items() if value is not None)
+    logger.warning("Defaults for %s and the loss %r: %s.", family.name, args.loss_type, listed)
 
 
 def loss_defaults(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> tuple[float, float | None]:
@@ -232,28 +195,6 @@ def loss_defaults(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> t
     return mu, next(iter(betas.values()))
 
 
-def warn_of_far_settings(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> None:
-    """Warn if `beta` differs from the family's default of every loss by a factor of `FAR` or more, or if the learning
-    rate is above `HIGH_RATE`."""
-    weights = loss_weights_by_name(args.loss_type, args.loss_weights)
-    betas = [family.loss_defaults(name).beta_for(full=full) for name in weights if LOSSES[name].uses_beta]
-    if args.beta and betas and all(not 1 / FAR < args.beta / usual < FAR for usual in betas):
-        logger.warning(
-            "`beta=%g` differs from the default of %s, %g, by a factor of %d or more. Check the value.",
-            args.beta,
-            family.name,
-            betas[0],
-            FAR,
-        )
-    if args.learning_rate and args.learning_rate > HIGH_RATE:
-        logger.warning(
-            "`learning_rate=%g` can ruin a model in a few steps. The default of %s is %g. Check the value.",
-            args.learning_rate,
-            family.name,
-            family.learning_rate_full if full else family.learning_rate_lora,
-        )
-
-
 def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
     """Raise `ValueError` if an image size does not fit the model: the VAE would crop the images, the denoiser has no
     position embeddings for this size, or the pipeline cannot generate sample images of this size."""
@@ -266,18 +207,8 @@ def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
         unit = math.lcm(unit, 8)
     if any(side % unit for side in size):
         raise ValueError(f"`resolution` must be a multiple of {unit} pixels for this model, got {args.resolution}.")
-    family.check_image_size(*size)
-    refused = {}
     for height, width in image_sizes(args):
-        try:
-            family.check_image_size(height, width)
-        except ValueError as error:
-            refused[f"{height}x{width}"] = error
-    if refused:
-        raise ValueError(
-            f"Every size of `aspect_ratio_buckets` must fit the model. These sizes do not fit: {', '.join(refused)}. "
-            f"Lower `max_aspect_ratio` of `bucket_kwargs` or `resolution`. {next(iter(refused.values()))}"
-        )
+        family.check_image_size(height, width)
 
 
 def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, Any]:
@@ -295,102 +226,27 @@ def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, An
         )
     weighting: dict[str, Any] = {"snr_gamma": args.snr_gamma, "weighting": args.timestep_weighting}
     process.weights(torch.ones(1, dtype=torch.long), image_seq_len=1, **weighting)  # raises errors in settings now
-    weighting_kwargs = args.weighting_kwargs
-    for name in weighting_kwargs:
-        if args.weighting_scheme != {"mode_scale": "mode"}.get(name, "logit_normal"):
-            logger.warning("`%s` has no effect with `weighting_scheme=%r`.", name, args.weighting_scheme)
     if args.timesteps is not None:
         only: dict[str, Any] = {"only": tuple(args.timesteps)}
         process.timesteps(torch.zeros(1), **only)  # raises errors in settings now
         return only
-    sampling = TimestepSampling(args.weighting_scheme or "none", **weighting_kwargs)
+    sampling = TimestepSampling(args.weighting_scheme or "none", **args.weighting_kwargs)
     timestep_range = None if args.timestep_range is None else tuple(args.timestep_range)
     return {"timestep_range": timestep_range, "sampling": sampling}
 
 
-def check_noise_range(args: DiffusionSDPOConfig, family: Family, timesteps: dict[str, Any]) -> None:
-    """Log which timesteps have noise levels in `loser_noise_range`. Raises `ValueError` if none of the timesteps that
-    training draws is in the range."""
-    if args.loser_noise_range is None:
-        return
-    low, high = args.loser_noise_range
-    process = family.noise_process
-    for tokens in sorted({family.tokens_of_image(*size) for size in image_sizes(args)}):
-        within = process.timestep_bounds(low, high, tokens, **timesteps)
-        if within is None:
-            break
-    if within is None:
-        every = process.timestep_bounds(0.0, 1.0, tokens, **timesteps)
-        ends = torch.tensor(every).to(process.timestep_dtype)
-        first, last = process.noise_level(ends, tokens).tolist()
-        raise ValueError(
-            f"`loser_noise_range` must overlap the noise levels that training draws, {first:.3f} to {last:.3f}. Got "
-            f"{list(args.loser_noise_range)}. Change the range, or use `loss_type='sft'` to train winners only."
-        )
-    logger.warning(
-        "Losers train only at noise levels from %g to %g, which are the timesteps from %g to %g of %d.",
-        low,
-        high,
-        *within,
-        process.num_train_timesteps,
-    )
-
-
-def checked_inversion(
-    args: DiffusionSDPOConfig, family: Family, timesteps: dict[str, Any], sizes: Iterable[tuple[int, int]]
-) -> InversionSettings | None:
+def checked_inversion(args: DiffusionSDPOConfig, family: Family) -> InversionSettings | None:
     """Return the settings of the inversion that gives each image its noise, or `None` if noise is random
-    (`noise_source` is not `"inversion"`).
-
-    Args:
-        timesteps (`dict`): Result of [`checked_timesteps`].
-        sizes (`Iterable[tuple[int, int]]`): (height, width) of the training images.
-
-    Raises:
-        `ValueError`: If the model's noise process does not support the settings of the inversion.
-    """
+    (`noise_source` is not `"inversion"`). Raise `ValueError` if the model's noise process does not support them."""
     if args.noise_source != "inversion":
         return None
-    process = family.noise_process
-    inversion = inversion_of(process)
     settings = InversionSettings(**args.inversion_kwargs)
-    if settings.steps > process.num_train_timesteps:
-        raise ValueError(
-            f"`steps` of `inversion_kwargs` must be at most {process.num_train_timesteps}, the scheduler's number of "
-            f"timesteps. Got {settings.steps}. Published values of `steps` are 5 and 10."
-        )
-    if settings.eta and not inversion.has_variance:
+    if settings.eta and not inversion_of(family.noise_process).has_variance:
         raise ValueError(
             f"`eta` of `inversion_kwargs` must be 0 for {family.name}, because its sampling step adds no noise. Got "
             f"{settings.eta}. Leave it out."
         )
-    if settings.end == "grid":
-        for length in sorted({family.tokens_of_image(*size) for size in sizes}):
-            _check_inversion_grid(process, inversion.grid(settings.steps, CPU, length), length, timesteps)
     return settings
-
-
-def _check_inversion_grid(process: NoiseProcess, grid: torch.Tensor, length: int, timesteps: dict[str, Any]) -> None:
-    """Warn if training draws timesteps at or below the first timestep of the inversion's grid, because the inversion
-    then takes no step and the latents stay clean. Raises `ValueError` if this is so for all timesteps."""
-    drawn = process.timesteps(torch.linspace(0, 1, QUANTILES), image_seq_len=length, **timesteps)
-    clean = (drawn <= grid.min()).float().mean() if len(grid) else torch.ones(())
-    advice = "Use `end: exact`, or more `steps`."
-    if clean == 1:
-        raise ValueError(
-            "With `end: grid` of `inversion_kwargs`, the inversion's first timestep must be below some of the "
-            f"timesteps at which the model trains, {float(drawn.min()):g} to {float(drawn.max()):g}. Got the inversion "
-            f"timesteps {[round(each, 3) for each in grid.tolist()]}. {advice}"
-        )
-    if clean > NEGLIGIBLE:
-        logger.warning(
-            "With `end: grid` of `inversion_kwargs`, %.0f%% of the timesteps at which the model trains are not above "
-            "the inversion's first timestep, %g. At these timesteps, pairs train on clean latents as if the latents "
-            "were noisy. %s",
-            100 * clean,
-            grid.min(),
-            advice,
-        )
 
 
 # ---- Values that follow from several settings ------------------------------------------------------------------------
@@ -423,7 +279,7 @@ def aspect_ratio_buckets(args: DiffusionSDPOConfig) -> AspectRatioBuckets | None
     all pairs train at `args.resolution`. `args.resolution` must be set."""
     if not args.aspect_ratio_buckets:
         return None
-    return AspectRatioBuckets(image_size(args), **args.bucket_kwargs)
+    return from_kwargs(AspectRatioBuckets, "bucket_kwargs", args.bucket_kwargs, image_size(args))
 
 
 def largest_batch(args: DiffusionSDPOConfig) -> int:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from ...data.buckets import AspectRatioBuckets
-from .declaring import RESUME, Keys, Range, documented
+from .declaring import RESUME, Range, documented
 
 OnBadRow = Literal["drop", "raise"]
 Losers = Literal["data", "permute"]
@@ -26,20 +25,17 @@ class DataArguments:
             Number of processes, for each training process, that read images before training to verify them
             (`verify_images="all"`) and to find their sizes. If unset, one process per CPU core is used.
         dataloader_num_workers (`int`, *optional*):
-            Number of DataLoader workers that decode images, for each training process. If unset, the trainer chooses
-            the number and logs it: no worker for fewer than 512 pairs, at most one for a stream, and otherwise up to
-            four, depending on cores, shared memory and the start method of processes. Map-style data give the same
-            batches with any number of workers. Evaluation uses the same number of workers as training, except that a
-            number chosen by the trainer is lowered to one if the evaluation data are a stream.
+            Number of DataLoader workers that decode images, for each training process. Map-style data give the same
+            batches with any number of workers. If unset, the trainer chooses the number: no worker for fewer than 512
+            pairs, one for a stream, and otherwise up to four.
         swap_labels (`bool`, *optional*, defaults to `False`):
             Whether to swap winner and loser of every pair, in training and evaluation data. Training on swapped pairs
             gives a model that prefers the worse images. A model that prefers the worse images can be the `reference` of
             [`~trl_diffusion_sdpo.preference_guidance`].
         losers (`str`, *optional*, defaults to `"data"`):
             Source of the losers. `"data"` uses the losers in the data set. `"permute"` replaces each loser by the
-            winner of a random pair with another prompt. In training, the pairs that supply the losers are drawn again
-            in every epoch; for evaluation, they are drawn only once. Use `"permute"` for images with captions, because
-            such data have no losers. `"permute"` needs map-style data.
+            winner of a random pair with another prompt, drawn again in every epoch. Use `"permute"` for images with
+            captions, because such data have no losers. `"permute"` needs map-style data.
         pair_weights (`str`, *optional*):
             Source of the weights by which the losses of training pairs are multiplied: the name of a numeric column, or
             a function of the winner's and loser's scores. The functions are `"gap"` (difference of the scores),
@@ -56,9 +52,8 @@ class DataArguments:
         verify_images (`str`, *optional*, defaults to `"sample"`):
             Images of a map-style data set that are decoded before training, to find damaged images. `"sample"` decodes
             the images of 128 pairs, evenly spaced in the data. `"all"` decodes all images and drops pairs with damaged
-            images. The training processes divide the images among themselves, and `datasets` caches the result.
-            `"none"` decodes no image. If training later meets a damaged image, the next good pair replaces the pair
-            with this image. `True` means `"all"`, and `False` means `"none"`.
+            images. `"none"` decodes no image. If training later meets a damaged image, the next good pair replaces the
+            pair with this image.
         image_schemes (`list[str]`, *optional*):
             URL schemes, such as `s3`, that image URLs in the data may have in addition to `file`, `hf`, `zip` and
             `tar`. Add a scheme only if you trust the data, because your machine opens every URL in the data.
@@ -68,36 +63,33 @@ class DataArguments:
         aspect_ratio_buckets (`bool`, *optional*, defaults to `False`):
             Whether to train each pair at an image size that fits the aspect ratios of its images, instead of at
             `resolution`. The size is chosen from a list of sizes (buckets) that all have about the area of
-            `resolution`. All pairs of a batch have the same size. Before the first batch, the header of every image is
-            read, and `datasets` caches the image sizes. `aspect_ratio_buckets` cannot be used with streams.
+            `resolution`. All pairs of a batch have the same size. `aspect_ratio_buckets` cannot be used with streams.
         bucket_kwargs (`dict` or `str`, *optional*):
             Constants of the image sizes of `aspect_ratio_buckets`, by name, in YAML or as JSON. All heights and widths
             are multiples of `step` pixels (default 64). `max_aspect_ratio` (default 2) is the largest allowed ratio of
             the longer to the shorter side.
         min_side (`int`, *optional*):
             Smallest allowed length in pixels of an image's shorter side. Pairs with a smaller image are skipped and
-            counted. Set `min_side` so that small images are not enlarged much. With `min_side`, the header of every
-            image is read before the first batch. If unset, no pair is skipped for its size.
+            counted. Set `min_side` so that small images are not enlarged much. If unset, no pair is skipped for its
+            size.
         random_crop (`bool`, *optional*, defaults to `False`):
             Whether to crop images at a random position instead of at the center. Both images of a pair are cropped at
             the same position.
         random_flip (`bool`, *optional*, defaults to `True`):
             Whether to flip a random half of the pairs horizontally. Both images of a pair are flipped together.
         image_interpolation (`str`, *optional*, defaults to `"bilinear"`):
-            Interpolation for resizing: `"bilinear"`, `"bicubic"`, `"lanczos"` or `"fast"`. `"fast"` is like
-            `"bilinear"`, but JPEG files of at least twice the training size are decoded directly at a half, a quarter
-            or an eighth of their size. Use `"fast"` if the DataLoader workers decode images more slowly than the model
-            trains. With `"fast"`, images are about as sharp as with `"lanczos"`.
+            Interpolation for resizing: `"bilinear"`, `"bicubic"`, `"lanczos"` or `"fast"`. `"fast"` decodes large JPEG
+            files directly at a half, a quarter or an eighth of their size. Use `"fast"` if the DataLoader workers
+            decode images more slowly than the model trains.
         proportion_empty_prompts (`float`, *optional*, defaults to `0.0`):
             Share of training pairs whose prompt is replaced by an empty one, in `[0, 1]`. The published value is 0.2.
         precompute_latents (`bool`, *optional*, defaults to `False`):
-            Whether to encode all images and prompts before training, into files that later runs reuse. If `True`, VAE
-            and text encoders take no device memory in training. If the model is a Hub id or folder and all pairs are
-            encoded already, VAE and text encoders are not even loaded. `precompute_latents` needs map-style data.
+            Whether to encode all images and prompts before training, into files that later runs reuse. VAE and text
+            encoders then take no device memory in training. `precompute_latents` needs map-style data.
         precompute_dir (`str`, *optional*):
             Folder for the files that `precompute_latents` and `precompute_ref_errors` write. All processes of a run
             must be able to read it, and several runs may share it. If unset, the folder `trl-diffusion-sdpo` in the
-            user's cache folder (`$XDG_CACHE_HOME` or `~/.cache`) is used.
+            user's cache folder is used.
         precompute_epochs (`int`, *optional*, defaults to `1`):
             Number of epochs with different random choices if results are computed before training; later epochs repeat
             these choices. With `precompute_latents`, the choices are the positions of `random_crop`. With
@@ -117,9 +109,7 @@ class DataArguments:
     image_schemes: list[str] | None = None
     resolution: Annotated[list[int] | None, RESUME] = None
     aspect_ratio_buckets: Annotated[bool, RESUME] = False
-    bucket_kwargs: Annotated[
-        dict[str, Any] | str | None, Keys(AspectRatioBuckets, ("step", "max_aspect_ratio")), RESUME
-    ] = None
+    bucket_kwargs: Annotated[dict[str, Any] | str | None, RESUME] = None
     min_side: Annotated[int | None, Range("[1, inf)", "Leave it unset to skip no pair."), RESUME] = None
     random_crop: Annotated[bool, RESUME] = False
     random_flip: Annotated[bool, RESUME] = True

@@ -1,10 +1,8 @@
-"""Where the default, the allowed values and the help text of a setting are declared.
+"""How a setting is declared: its field holds the default, its annotation the choices (a `Literal`), a [`Range`] and
+[`RESUME`], and its paragraph in the docstring of the class is its help text.
 
-- The field holds the default.
-- The annotation holds the choices as a `Literal`, the allowed numbers as a [`Range`], and [`RESUME`] if a resumed run
-  must have the same value. (Choices, ranges and `RESUME` cannot be in the field's metadata, because the parser of
-  transformers passes all metadata to `argparse`.)
-- The setting's paragraph in the docstring of the class is its help text.
+Choices and ranges cannot be in the field's metadata, because the parser of transformers passes all metadata to
+`argparse`.
 """
 
 from __future__ import annotations
@@ -13,8 +11,10 @@ import inspect
 import re
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
+Built = TypeVar("Built")
+Group = TypeVar("Group", bound=type)
 RESUME = "resume"  # marks settings that change the trained weights; a resumed run must have the same values
 
 
@@ -55,21 +55,18 @@ class Choices:
     words: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Keys:
-    """Keys that are allowed in a setting whose value is a mapping. The mapping becomes the keyword arguments of a
-    dataclass.
+def from_kwargs(kind: type[Built], setting: str, values: dict[str, Any], *arguments: Any) -> Built:
+    """Return `kind(*arguments, **values)`, where `values` is the value of a setting such as `inversion_kwargs`.
 
-    Args:
-        of (`type`): Dataclass that declares the defaults and checks the values.
-        names (`tuple[str, ...]`): Fields of the dataclass that the mapping may set.
+    Raises:
+        `ValueError`: If `kind` has no argument with one of the names, or if a value has the wrong type.
     """
-
-    of: type
-    names: tuple[str, ...]
-
-
-Group = TypeVar("Group", bound=type)
+    try:
+        return kind(*arguments, **values)
+    except TypeError as error:
+        raise ValueError(
+            f"`{setting}` must be keyword arguments of {kind.__name__}, got {values}. {error}."
+        ) from error
 
 
 def documented(group: Group) -> Group:
@@ -77,9 +74,6 @@ def documented(group: Group) -> Group:
 
     The metadata of a field with [`Choices`] also contain the words and the default, because the parser of transformers
     reads the default of a list only from a `default_factory`.
-
-    Raises:
-        `ValueError`: If the docstring has no paragraph for a field.
     """
     text = inspect.getdoc(group) or ""
     paragraphs = dict(re.findall(r"^    (\w+) \(.*?\):\s+(.*?)(?=^    \w|\Z)", text, re.DOTALL | re.MULTILINE))
@@ -87,8 +81,6 @@ def documented(group: Group) -> Group:
     for setting in fields(group):
         if setting.name not in group.__annotations__:
             continue
-        if setting.name not in paragraphs:
-            raise ValueError(f"`{setting.name}` has no paragraph in the docstring of {group.__name__}. Add one.")
         paragraph = " ".join(paragraphs[setting.name].split())
         facts = get_args(hints[setting.name]) if get_origin(hints[setting.name]) is Annotated else ()
         words = [fact.words for fact in facts if isinstance(fact, Choices)]

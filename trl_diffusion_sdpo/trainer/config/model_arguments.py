@@ -30,9 +30,8 @@ class PipelineArguments:
             string.
         ref_model_init_kwargs (`dict` or `str`, *optional*):
             Keyword arguments of `from_pretrained`, with which the reference's denoiser is loaded if `ref_model` is a
-            string. No other component of the reference's pipeline is loaded. If `dtype`, `variant` or settings for
-            access to the Hub are not set here, their values in `model_init_kwargs` apply to the reference too. The
-            `revision` in `model_init_kwargs` never applies to the reference.
+            string. If `dtype`, `variant` or settings for access to the Hub are not set here, their values in
+            `model_init_kwargs` apply to the reference too.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to disable dropout in the model and the reference. With active dropout, the predictions of model and
             reference differ even before the first step.
@@ -45,19 +44,17 @@ class PipelineArguments:
         ref_model_sync_steps (`int`, *optional*, defaults to `512`):
             Number of optimizer steps between two updates of the reference under `sync_ref_model`.
         precompute_ref_errors (`bool`, *optional*, defaults to `False`):
-            Whether to compute the reference's errors on all pairs before training. With `precompute_ref_errors`,
-            training steps need no forward pass of the reference, and the reference is freed from memory. The errors are
-            cached on disk, and runs with the same reference, data and noise reuse them. `precompute_ref_errors` cannot
-            be used with `dspo` and `dspo_sdxl` (these losses read the reference's prediction), with `sync_ref_model`,
-            with active dropout or with streamed data.
+            Whether to compute the reference's errors on all pairs before training. Training steps then need no forward
+            pass of the reference, and the reference is freed from memory. The errors are cached on disk, and runs with
+            the same reference, data and noise reuse them. `precompute_ref_errors` cannot be used with `dspo` and
+            `dspo_sdxl`, with `sync_ref_model`, with active dropout or with streams.
         save_full_pipeline (`bool`, *optional*, defaults to `False`):
             Whether [`~DiffusionSDPOTrainer.save_model`] also writes the whole pipeline beside the tuned weights.
             Checkpoints during training never contain the whole pipeline.
         vae_dtype (`str`, *optional*, defaults to `"auto"`):
             Precision in which the VAE encodes images: `"float32"`, `"bfloat16"`, `"float16"` or `"auto"`. `"auto"` uses
-            the dtype of autocast (`bf16` or `fp16`), or the dtype in which the VAE was loaded if autocast is off. Under
-            `fp16`, `"auto"` uses float32 if the VAE's configuration has `force_upcast`, because such a VAE overflows in
-            float16.
+            the dtype of autocast, or the dtype in which the VAE was loaded if autocast is off. A VAE that overflows in
+            float16 (`force_upcast` in its configuration) uses float32 under `fp16`.
         vae_encode_batch_size (`int`, *optional*):
             Number of images that the VAE encodes in one call. A lower number saves memory and gives the same latents up
             to rounding. If unset, the VAE encodes about two million pixels per call: 8 images of 512 x 512 pixels, or 2

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from ...families.inversion import InversionSettings
-from ...families.noise import TimestepSampling, TimestepWeighting, WeightingScheme
+from ...families.noise import TimestepWeighting, WeightingScheme
 from ...losses import Anchor, Granularity, LossSpec, LossType, Safeguard, loss_spec
-from ...step.winner_budget import ProbeSettings
-from .declaring import RESUME, Choices, Keys, Range, documented
+from .declaring import RESUME, Choices, Range, documented
 
 NoiseSource = Literal["shared", "inversion", "generated"]
 OnWinnerRise = Literal["ignore", "warn", "stop"]
@@ -26,9 +24,8 @@ class NoiseArguments:
             Range of timesteps to train at, as two whole numbers: the lowest timestep, and the highest timestep plus 1,
             such as `500 1000`. If unset, the model trains at all timesteps.
         timesteps (`list[float]`, *optional*):
-            List of the only timesteps to train at, such as `999 749 499 249`. Each timestep in the list is drawn
-            equally often. For a model that is distilled to few sampling steps, list the timesteps that its sampler
-            visits. If unset, timesteps are drawn at random from `timestep_range` with the density `weighting_scheme`.
+            List of the only timesteps to train at, such as `999 749 499 249`, each drawn equally often. For a model
+            that is distilled to few sampling steps, list the timesteps that its sampler visits.
         weighting_scheme (`str`, *optional*):
             Density from which timesteps are drawn, before the pipeline's scheduler shifts them: `"none"` (uniform),
             `"logit_normal"` or `"mode"`. If unset, the default of the model's family is used.
@@ -49,22 +46,19 @@ class NoiseArguments:
         n_timesteps_per_pair (`int`, *optional*, defaults to `1`):
             Number of timesteps (each with new noise) at which a training pair is predicted in one step. The pair is
             encoded once, and its loss is the mean over these timesteps. Raise `n_timesteps_per_pair` for less noisy
-            gradients. With `n_timesteps_per_pair=4`, for example, activations take four times the memory.
-            `n_timesteps_per_pair` does not affect evaluation.
+            gradients. Memory for activations grows in proportion. Evaluation is not affected.
         noise_source (`str`, *optional*, defaults to `"shared"`):
             Source of the noise in training. `"shared"` draws random noise, equal for both images of a pair.
-            `"inversion"` inverts each image with the current policy (DDIM inversion) up to the pair's timestep, and
-            uses the resulting noise. `"generated"` uses the noise from which each image was generated. Data from the
-            command `pairs generate` contain the seeds of this noise in the columns `chosen_noise_seed` and
-            `rejected_noise_seed`. Training with `"generated"` is the method
-            [PNAPO](https://huggingface.co/papers/2605.09433). Evaluation always uses `"shared"` noise.
+            `"inversion"` inverts each image with the current policy up to the pair's timestep. `"generated"` uses the
+            noise from which each image was generated, by the seeds in the columns `chosen_noise_seed` and
+            `rejected_noise_seed` (the method [PNAPO](https://huggingface.co/papers/2605.09433)). Evaluation always uses
+            `"shared"` noise.
         inversion_kwargs (`dict` or `str`, *optional*):
             Constants of `noise_source="inversion"` by name, in YAML or as JSON. `kind` is `"ddim"` (one prediction per
             inversion step, as in DDIM-InPO) or `"renoise"` (the mean of two predictions, as in SmPO-Diffusion). `steps`
             (default 10) is the number of inversion steps from the clean image to pure noise. `end` is `"exact"` (a
-            last, shorter step reaches the pair's timestep) or `"grid"` (inversion stops at the last full step below the
-            pair's timestep, as published). `eta` (default 0) is the scale of the random noise added after each
-            inversion step. Only DDPM models allow an `eta` above 0; DDIM-InPO uses 0.1.
+            last, shorter step reaches the pair's timestep) or `"grid"` (inversion stops at the last full step below it,
+            as published). `eta` (default 0) is the scale of the random noise added after each inversion step.
         guidance_scale (`float`, *optional*):
             Guidance scale passed to a denoiser that is distilled for guidance and takes the scale as an input, such as
             FLUX.1-dev. If unset, the default of the model's family is used.
@@ -73,19 +67,13 @@ class NoiseArguments:
     timestep_range: Annotated[list[int] | None, RESUME] = None
     timesteps: Annotated[list[float] | None, RESUME] = None
     weighting_scheme: Annotated[WeightingScheme | None, RESUME] = None
-    weighting_kwargs: Annotated[
-        dict[str, Any] | str | None,
-        Keys(TimestepSampling, ("logit_mean", "logit_std", "mode_scale")),
-        RESUME,
-    ] = None
+    weighting_kwargs: Annotated[dict[str, Any] | str | None, RESUME] = None
     timestep_weighting: Annotated[TimestepWeighting, RESUME] = "none"
     snr_gamma: Annotated[float | None, Range("(0, inf)", "Leave it unset to turn min-SNR off."), RESUME] = None
     noise_offset: Annotated[float, Range("[0, inf)", "Use 0 for no extra noise."), RESUME] = 0.0
     n_timesteps_per_pair: Annotated[int, Range("[1, inf)"), RESUME] = 1
     noise_source: Annotated[NoiseSource, RESUME] = "shared"
-    inversion_kwargs: Annotated[
-        dict[str, Any] | str | None, Keys(InversionSettings, ("kind", "steps", "end", "eta")), RESUME
-    ] = None
+    inversion_kwargs: Annotated[dict[str, Any] | str | None, RESUME] = None
     guidance_scale: Annotated[float | None, RESUME] = None
 
 
@@ -112,8 +100,7 @@ class LossArguments:
             `-(beta / 2)` times the margin, which is the winner's change of mean squared error against the reference
             minus the loser's change. If unset, the default of the loss and the model's family is used.
         auto_beta (`bool`, *optional*, defaults to `False`):
-            Whether `beta` adapts to the size of the margins during training. With `sigmoid`, beta is chosen so that the
-            gradient of a pair with a margin of average size has the factor 0.2. Adaptation starts at `beta` and stays
+            Whether `beta` adapts to the size of the margins during training. Adaptation starts at `beta` and stays
             between `beta / 10` and `10 * beta`. Evaluation always uses `beta`. `auto_beta` works with `sigmoid`,
             `hinge`, `robust`, `dspo_sdxl`, `dmpo`, `simpo`, `dpop` and `smpo`.
         safeguard (`str`, *optional*, defaults to `"output"`):
@@ -127,28 +114,21 @@ class LossArguments:
             the model's family is used.
         safeguard_granularity (`str`, *optional*, defaults to `"batch"`):
             Pairs that share one lambda under `safeguard="output"`. `"batch"` computes one lambda for each micro-batch
-            of a process, as published. `"pair"` computes one lambda for each pair, so lambda does not depend on the
-            batch. `"weighted"` computes one lambda for each micro-batch and takes into account the weight that the loss
-            gives to each pair. `"noise_bin"` computes one lambda for each noise bin in the micro-batch (see
-            `num_noise_bins`).
+            of a process, as published. `"pair"` computes one lambda for each pair. `"weighted"` computes one lambda for
+            each micro-batch and takes into account the weight that the loss gives to each pair. `"noise_bin"` computes
+            one lambda for each noise bin in the micro-batch (see `num_noise_bins`).
         safeguard_eps (`float`, *optional*, defaults to `0.0`):
             Small number added to the divisor of lambda under `safeguard="output"`, the dot product of the winners' and
             losers' gradients. Use 1e-9 to reproduce the authors' code.
         safeguard_anchor (`str`, *optional*):
             Quantity that `safeguard="parameter"` keeps from rising. `"branch"` is the mean of the winners' errors with
             the weights that the loss gives to the pairs. `"error"` is the unweighted mean of the winners' errors, and
-            costs one more backward pass of the winners. If unset, `"error"` is used for `ipo`, `dspo`, `dspo_sdxl`,
-            `dmpo`, `capo`, `apo_down` and for sums that contain one of these losses, because the gradient of their
-            winner term can itself raise the winner's error. `"branch"` is used for all other losses.
+            costs one more backward pass of the winners. If unset, `"error"` is used for losses whose winner term can
+            itself raise the winner's error (`ipo`, `dspo`, `dspo_sdxl`, `dmpo`, `capo`, `apo_down`), and `"branch"`
+            for all other losses.
         safeguard_low_memory (`bool`, *optional*, defaults to `False`):
             Whether `safeguard="parameter"` holds the activations of winners and losers one after the other instead of
-            together. `safeguard_low_memory=True` saves memory and costs one more forward pass of the losers.
-            `safeguard_low_memory` cannot be used with dropout.
-        safeguard_diagnostics_steps (`int`, *optional*):
-            Number of optimizer steps between two measurements of how well `safeguard="parameter"` works. A measurement
-            logs the lambda that `safeguard="output"` would use. Each measurement also logs how the optimizer step
-            changes the winners' error on the step's batch, as predicted from the gradient and as measured after the
-            step. If unset, nothing is measured.
+            together. This saves memory and costs one more forward pass of the losers. It cannot be used with dropout.
         mask_anchor (`float`, *optional*, defaults to `0.0`):
             Weight of an additional loss term for data with a mask column. The term is the mean squared distance between
             the predictions of the policy and the reference outside of the masks. Raise `mask_anchor` to change the
@@ -176,7 +156,6 @@ class LossArguments:
     safeguard_eps: Annotated[float, RESUME] = 0.0
     safeguard_anchor: Annotated[Anchor | None, RESUME] = None
     safeguard_low_memory: bool = False
-    safeguard_diagnostics_steps: Annotated[int | None, Range("[1, inf)", "Leave it unset to measure nothing.")] = None
     mask_anchor: Annotated[float, Range("[0, inf)", "Use 0 to leave the term out."), RESUME] = 0.0
     loss_kwargs: Annotated[dict[str, Any] | str | None, RESUME] = None
 
@@ -206,26 +185,22 @@ class WinnerArguments:
         winner_budget (`float`, *optional*):
             Largest rise of the winners' error that is allowed in each noise bin, as a share of the error before
             training; 0.05 allows a rise of five per cent. The error is measured during training on a probe, a small
-            fixed set of pairs. In noise bins where the rise of the winners' error exceeds the budget, the losers'
-            gradients are scaled down; in the other bins, the losers' gradients are scaled up again. If the rise in a
-            bin still exceeds the budget after the losers' gradients there are scaled to 0, the losers' gradients are
-            scaled down in all bins. With `ema_decay`, the errors of the averaged weights are measured, so the trained
-            weights themselves may exceed the budget. If `winner_budget` is unset, the winners' error is not limited.
+            fixed set of pairs. In noise bins over the budget, the losers' gradients are scaled down; in the other bins,
+            they are scaled up again. If a bin stays over the budget without losers, the losers' gradients are scaled
+            down in all bins. If unset, the winners' error is not limited.
         winner_budget_kwargs (`dict` or `str`, *optional*):
             Constants of `winner_budget` by name, in YAML or as JSON. `pairs` (default 32) is the number of pairs in the
-            probe. The pairs of the probe are evenly spaced in the evaluation data or, if there are no evaluation data,
-            in the training data. `steps` (default 10) is the number of optimizer steps between two measurements on the
-            probe.
+            probe, evenly spaced in the evaluation data or, without evaluation data, in the training data. `steps`
+            (default 10) is the number of optimizer steps between two measurements.
         ema_decay (`float`, *optional*):
             Decay of the exponential moving average (EMA) of the trained weights, in `(0, 1)`: `average = decay *
             average + (1 - decay) * weights` after every step. Early steps use the decay `(1 + step) / (10 + step)` if
-            this number is smaller than `ema_decay`. The averaged weights are evaluated too, and are saved and pushed in
-            the subfolder `ema`. If unset, no average is computed.
+            it is smaller. The averaged weights are evaluated too, and are saved in the subfolder `ema`.
         on_winner_rise (`str`, *optional*, defaults to `"warn"`):
             What to do if an evaluation shows that the winners' error is significantly higher than before training.
-            `"warn"` logs a warning with the noise level and with what to change, once for each rise. `"stop"` logs this
-            warning, writes a checkpoint and ends training. `"ignore"` does nothing. Without evaluation data, `"warn"`
-            warns if the winners' error in the training logs has doubled.
+            `"warn"` logs a warning, once for each rise. `"stop"` logs this warning, writes a checkpoint and ends
+            training. `"ignore"` does nothing. Without evaluation data, `"warn"` warns if the winners' error in the
+            training logs has doubled.
     """
 
     num_noise_bins: Annotated[int, Range("[1, inf)"), RESUME] = 8
@@ -233,8 +208,6 @@ class WinnerArguments:
     winner_budget: Annotated[
         float | None, Range("(0, inf)", "For example, 0.05 allows a rise of five per cent."), RESUME
     ] = None
-    winner_budget_kwargs: Annotated[dict[str, Any] | str | None, Keys(ProbeSettings, ("pairs", "steps")), RESUME] = (
-        None
-    )
+    winner_budget_kwargs: Annotated[dict[str, Any] | str | None, RESUME] = None
     ema_decay: Annotated[float | None, Range("(0, 1)", "Usual values are 0.98 to 0.9999."), RESUME] = None
     on_winner_rise: OnWinnerRise = "warn"
