@@ -77,42 +77,6 @@ def test_slices_of_one_file_are_two_splits(load):
     assert found == (prompts(range(9)), prompts(range(9, COUNT)))
 
 
-@pytest.mark.parametrize(("name", "streaming"), [("saved", False), ("saved_dict", True)])
-def test_slices_of_what_was_saved_to_disk_are_read(load, name, streaming):
-    found = load(
-        name,
-        dataset_train_split="train[:25%]+train[-2:]",
-        dataset_test_split="train[50%:60%]",
-        dataset_streaming=streaming,
-    )
-    count = COUNT if name == "saved" else 8
-    assert found[0] == prompts([*range(count // 4), count - 2, count - 1])
-    assert found[1] == prompts({12: [6], 8: [4]}[count])  # 60% of 12 is 7.2 rows, of 8 is 4.8
-
-
-def test_a_split_that_was_not_saved_to_disk_is_an_error(load):
-    with pytest.raises(ValueError, match=r"must have the split 'trian\[:50%\]'; it has train, test"):
-        load("saved_dict", dataset_train_split="trian[:50%]")
-
-
-@pytest.mark.parametrize(
-    ("name", "train", "test"),
-    [
-        ("file.parquet", "train[:75%]", "train[50%:]"),
-        ("file.parquet", "train", "train[:10%]"),
-        ("saved", "train[:75%]", "train[50%:]"),
-        ("saved_dict", "train[:-1]", "train[6:]"),
-        ("two", "train[:2]+test[2:]", "test[1:3]"),
-        ("two", "test+train[:2]", "test"),
-    ],
-)
-@pytest.mark.parametrize("named", [False, True])
-def test_slices_that_share_rows_are_refused(load, name, train, test, named):
-    other = {"eval_dataset_name": name} if named else {}
-    with pytest.raises(ValueError, match="`dataset_test_split`|`eval_dataset_name`"):
-        load(name, dataset_train_split=train, dataset_test_split=test, **other)
-
-
 @pytest.mark.parametrize("name", ["file.parquet", "two"])
 def test_other_slices_of_the_training_data_are_evaluated_on_where_those_are_named_again(load, name):
     more = {"dataset_train_split": "train[:3]", "dataset_test_split": "train[3:5]"}
@@ -120,8 +84,8 @@ def test_other_slices_of_the_training_data_are_evaluated_on_where_those_are_name
 
 
 @pytest.mark.parametrize("name", ["file.parquet", "saved"])
-def test_a_slice_of_one_split_is_evaluated_on_under_any_name(load, name):
-    assert load("one", eval_dataset_name=name, dataset_test_split="test[:1]")[1] == prompts([0])
+def test_one_split_is_evaluated_on_under_any_name(load, name):
+    assert load("one", eval_dataset_name=name)[1] == prompts(range(COUNT))
 
 
 @pytest.mark.parametrize("name", ["one", "saved"])
@@ -166,11 +130,6 @@ def test_a_size_out_of_range_is_refused(size):
 def test_the_two_ways_to_name_pairs_exclude_one_another():
     with pytest.raises(ValueError, match="`test_size` and `eval_dataset_name`"):
         PairArguments(test_size=0.5, eval_dataset_name="other")
-
-
-def test_a_configuration_of_a_hub_data_set_has_no_effect_on_a_path(load, caplog):
-    assert len(load("saved", eval_strategy="no", dataset_config="2024")[0]) == COUNT
-    assert "`dataset_config=2024` has no effect" in caplog.text
 
 
 # ---- Several data sets -----------------------------------------------------------------------------------------------
@@ -224,14 +183,9 @@ def test_other_pairs_than_those_of_several_data_sets_are_evaluated(make_args, se
         assert other["prompt"][:] == prompts(rows)
     with pytest.raises(ValueError, match="`eval_strategy`.*`datasets`"):
         load_sets(make_args, sets, evaluates=True)
-    for split in ("test", "test[:1]", "train+test"):
-        with pytest.raises(ValueError, match="`eval_dataset_name`"):
-            load_sets(make_args, sets, evaluates=True, eval_dataset_name=places["two"], dataset_test_split=split)
-    sliced = [{**sets[0], "split": "test[:2]"}, sets[1]]
     words = {"eval_dataset_name": places["two"]}
-    assert len(load_sets(make_args, sliced, evaluates=True, dataset_test_split="test[2:]", **words)[1]) == 2
     with pytest.raises(ValueError, match="`eval_dataset_name`"):
-        load_sets(make_args, sliced, evaluates=True, dataset_test_split="test[1:]", **words)
+        load_sets(make_args, sets, evaluates=True, dataset_test_split="test", **words)
     assert load_sets(make_args, sets, **words)[1] is None  # nothing is evaluated
 
 

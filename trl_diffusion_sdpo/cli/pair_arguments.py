@@ -8,23 +8,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
+from datasets import load_dataset
 from trl import ScriptArguments
 from trl.scripts.utils import DatasetConfig
 
 from ..data.holdout import hold_out
-from ..data.loading import (
-    ALL_SPLITS,
-    ONLY_SPLIT,
-    is_one_split,
-    is_saved,
-    load_pairs,
-    load_pairs_from_files,
-    rename_split,
-    saved_splits,
-    share_rows,
-    surely_share_rows,
-)
+from ..data.loading import has_one_split, load_pairs
 from ..data.sources import PairMixture
 from ..utils.hints import did_you_mean
 
@@ -163,9 +152,9 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
         split = hold_out(parts, size, seed=training_args.seed, formats=formats)
         parts, held_out = [train for train, _ in split], [test for _, test in split]
     elif evaluates:
+        for entry in sets:
+            _refuse_training_pairs(script_args, entry)
         evaluation = _load_evaluation(script_args, training_args.on_bad_row)
-        for entry, part in zip(sets, parts, strict=True):
-            _refuse_training_pairs(script_args, entry, part)
     if not script_args.sets:
         return parts[0], held_out[0] if held_out else evaluation
     names = [f"{number}: {entry.path}" for number, entry in enumerate(sets)]
@@ -190,11 +179,10 @@ def _only_set(script_args: ScriptArguments) -> PairSet:
 def _load_set(entry: PairSet, script_args: ScriptArguments, on_bad_row: str) -> Any:
     streaming = script_args.dataset_streaming
     if entry.data_dir is None and entry.data_files is None:
-        split = _split_of(entry.path, entry.split)
-        loaded = load_pairs(entry.path, split, config=entry.name, streaming=streaming, on_bad_row=on_bad_row)
+        loaded = load_pairs(entry.path, entry.split, config=entry.name, streaming=streaming, on_bad_row=on_bad_row)
     else:
         files: dict[str, Any] = {"data_dir": entry.data_dir, "data_files": entry.data_files}
-        loaded = load_pairs_from_files(entry.path, entry.split, streaming, entry.name, **files)
+        loaded = load_dataset(entry.path, entry.name, split=entry.split, streaming=streaming, **files)
     return loaded if entry.columns is None else loaded.select_columns(entry.columns)
 
 
@@ -208,9 +196,8 @@ def _load_evaluation(script_args: PairArguments, on_bad_row: str) -> Any:
     """Return the test split of `eval_dataset_name`. If this option is unset, return the test split of the training data
     set."""
     other = script_args.eval_dataset_name
-    is_local_other = other is not None and Path(other).expanduser().exists()
-    config = None if is_local_other else script_args.dataset_config
-    entry = PairSet(other or _only_set(script_args).path, config, split=script_args.dataset_test_split)
+    path = other or _only_set(script_args).path
+    entry = PairSet(path, script_args.dataset_config, split=script_args.dataset_test_split)
     try:
         return _load_set(entry, script_args, on_bad_row)
     except ValueError as error:
@@ -219,40 +206,14 @@ def _load_evaluation(script_args: PairArguments, on_bad_row: str) -> Any:
         raise ValueError(f"{error} {_HOW_TO_EVALUATE}") from error
 
 
-def _split_of(name: str, split: str) -> str:
-    """Return the name of the split to load. In a data set with only one split, every name stands for this split."""
-    return rename_split(split, ONLY_SPLIT) if is_one_split(Path(name).expanduser()) else split
-
-
-def _refuse_training_pairs(script_args: PairArguments, trained: PairSet, loaded: Any) -> None:
-    """Raise `ValueError` if some evaluation pairs are also training pairs."""
+def _refuse_training_pairs(script_args: PairArguments, trained: PairSet) -> None:
+    """Raise `ValueError` if the evaluation pairs are the training pairs: the same split, or a file without splits."""
     evaluated = script_args.eval_dataset_name or trained.path
-    test_split = script_args.dataset_test_split
-    here, there = Path(trained.path).expanduser(), Path(evaluated).expanduser()
-    is_same = here.resolve() == there.resolve() if here.exists() else str(here) == str(there)
-    if not is_same:
+    path, split = Path(evaluated).expanduser(), script_args.dataset_test_split
+    if path.resolve() != Path(trained.path).expanduser().resolve():
         return
-    is_whole = bool(trained.data_dir or trained.data_files)  # its rows may belong to any split
-    splits = ALL_SPLITS if is_whole else _split_of(trained.path, trained.split), _split_of(evaluated, test_split)
-    lengths = None if is_whole else _lengths(here, loaded)
-    if not (surely_share_rows(*splits) if lengths is None else share_rows(*splits, lengths)):
-        return
-    if script_args.eval_dataset_name is not None:
+    if split == trained.split or ("[" not in split and has_one_split(path)):
         raise ValueError(
-            f"Evaluation pairs must not be training pairs. In {trained.path}, the split {test_split} for evaluation "
-            f"shares rows with the split {trained.split} for training. Hold out "
-            "training pairs with `test_size`, and leave out `eval_dataset_name`."
+            "Evaluation pairs must not be training pairs. `eval_dataset_name` or `dataset_test_split` names the split "
+            f"{trained.split} of {trained.path}, which is trained on. {_HOW_TO_EVALUATE}"
         )
-    raise ValueError(
-        f"`dataset_test_split` must not share rows with `dataset_train_split`, because evaluation pairs must not be "
-        f"training pairs. Got the splits {test_split} and {trained.split} of {trained.path}. {_HOW_TO_EVALUATE}"
-    )
-
-
-def _lengths(path: Path, loaded: Any) -> dict[str, int] | None:
-    """Return the number of rows of each split of a data set, or `None` if the numbers are not known, as in a stream."""
-    if is_saved(path):
-        return {name: len(part) for name, part in saved_splits(path).items()}
-    if not isinstance(loaded, Dataset) or loaded.info.splits is None:
-        return None
-    return {name: part.num_examples for name, part in loaded.info.splits.items()}
