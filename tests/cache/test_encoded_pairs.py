@@ -21,7 +21,6 @@ from trl_diffusion_sdpo.saving.resuming import check_resumable
 from trl_diffusion_sdpo.saving.setup import write_setup
 from trl_diffusion_sdpo.trainer.components import pair_encoding, place_frozen_components
 from trl_diffusion_sdpo.trainer.data_preparation import prepare_pairs
-from trl_diffusion_sdpo.utils.disk import DiskFullError
 
 TIMES = ("runtime", "per_second", "flos")
 RUN = {"num_train_epochs": 2, "max_steps": -1, "proportion_empty_prompts": 0.3, "eval_strategy": "epoch"}
@@ -352,24 +351,6 @@ def test_a_folder_that_cannot_be_written_is_named(make_cached, make_trainer, tmp
             make_cached(**settings).precompute_reference_errors()
 
 
-@pytest.mark.matrix
-def test_prepared_pairs_are_encoded_anew_for_another_model(make_trainer, make_cached, make_pairs, other_vae):
-    """This holds for training and evaluation data. The first trainer's encoded pairs stay unchanged."""
-    first = make_cached(train=make_pairs(4), eval_dataset=make_pairs(2, seed=1))
-    given = {"train": first.train_dataset, "eval_dataset": first.eval_dataset}
-    before = first.train_dataset[0]["moments"]
-    second, live = make_cached(model=other_vae, **given), make_trainer(model=other_vae, **given)
-    fresh = make_trainer(model=other_vae, train=make_pairs(4))
-    assert_equal_batches(second, fresh, [0])
-    assert_equal_batches(live, fresh, [0])
-    assert "pixel_values" in live.eval_dataset[0] and "moments" in second.eval_dataset[0]
-    assert not torch.equal(second.eval_dataset[0]["moments"], first.eval_dataset[0]["moments"])
-    later = second.get_eval_dataloader(first.eval_dataset).dataset
-    assert torch.equal(later[0]["moments"], second.eval_dataset[0]["moments"])
-    assert second.get_eval_dataloader() is second.get_eval_dataloader(second.eval_dataset)
-    assert torch.equal(first.train_dataset[0]["moments"], before)
-
-
 def test_a_pipeline_object_lends_its_encoders_and_gets_its_own_key(make_trainer, make_cached, sd_pipeline):
     cached = make_cached(model=sd_pipeline)
     assert cached.frozen_components.state == "offloaded"
@@ -382,13 +363,6 @@ def test_a_pipeline_object_lends_its_encoders_and_gets_its_own_key(make_trainer,
 def test_streams_are_refused(make_cached, make_pairs):
     with pytest.raises(ValueError, match="`streaming=True`"):
         make_cached(train=make_pairs(8).to_iterable_dataset())
-
-
-def test_too_little_room_is_reported_before_anything_is_written(make_cached, monkeypatch, tmp_path):
-    monkeypatch.setattr(encoding, "free_bytes", lambda folder: 1000)
-    with pytest.raises(DiskFullError, match="`precompute_dir`"):
-        make_cached()
-    assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 @pytest.fixture

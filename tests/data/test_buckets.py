@@ -6,7 +6,6 @@ import pytest
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN
 
 from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets, BucketSampler, PairSizes, Repeated
-from trl_diffusion_sdpo.data.data_report import describe_sizes
 
 AT_1024 = [
     *[(704, 1408), (768, 1344), (832, 1216), (896, 1152), (960, 1088), (1024, 1024)],
@@ -67,17 +66,6 @@ def test_a_pair_gets_the_bucket_nearest_to_the_mean_of_its_ratios(winner, loser,
     assert assigned(buckets, winner, loser) == assigned(buckets, loser, winner) == expected
 
 
-def test_enlarging_and_cropping_are_reported_as_worked_out_by_hand():
-    """256 x 512 at 512 x 512 doubles its height and loses half its area; 1024 x 1024 is halved and loses nothing."""
-    sizes = np.array([[[256, 512], [1024, 1024]], [[1024, 1024], [1024, 1024]]])
-    cropped, enlarged = describe_sizes(sizes, np.array([[512, 512]]))
-    assert (
-        "trained at 1 size;" in cropped and "12.5% is cropped on average and 50.0% at most, and in 1 pairs" in cropped
-    )
-    assert enlarged == "enlarged: 1 pairs have an image that is enlarged, at most 2.00 times"
-    assert len(describe_sizes(sizes[1:], np.array([[512, 512]]))) == 1
-
-
 def sampler(numbers, group, *, epoch=0, **options):
     sizes = tuple((16 + 2 * i, 16) for i in range(4))
     return BucketSampler(PairSizes(sizes, np.array(numbers, dtype=np.uint16)), group, seed=3, epoch=epoch, **options)
@@ -100,8 +88,6 @@ def test_every_group_has_one_size_and_every_pair_comes_once():
         assert all(len(set(numbers[order[start : start + group]])) == 1 for start in range(0, len(order), group))
         real = [pair for pair in order if not isinstance(pair, Repeated)]
         assert sorted(real) == list(range(501))
-        repeats = len(order) - 501
-        assert f"repeats {repeats} of 501" in sampled._pairs.describe_epoch(group, drop_last=False, shuffled=True)[0]
         dropping = sampler(numbers, group, epoch=lambda: 5, drop_last=True)
         complete = list(dropping)
         assert len(complete) == len(dropping) == sum(count // group * group for count in np.bincount(numbers))
@@ -119,16 +105,3 @@ def test_the_order_depends_on_seed_and_epoch_and_mixes_the_buckets():
 def test_an_order_without_a_batch_is_refused():
     with pytest.raises(ValueError, match="a step needs 4 pairs"):
         sampler([0, 0, 0, 1], 4, drop_last=True)
-
-
-def test_pairs_that_are_never_trained_on_are_counted():
-    """3, 2 and 1 pairs in groups of 3: shuffled, 2 and 1 of them never come; in their order, the same."""
-    sizes = PairSizes(((16, 20), (16, 16), (20, 16)), np.array([0, 1, 0, 1, 0, 2]))
-    sentence, warns = sizes.describe_epoch(3, drop_last=True, shuffled=True)
-    assert warns and "leaves 3 of 6 pairs out of an epoch. 3 of the pairs are never" in sentence
-    two = PairSizes(sizes.sizes, np.array([0, 0, 0, 2, 2]))
-    sentence, warns = two.describe_epoch(2, drop_last=True, shuffled=True)
-    assert not warns and "leaves 1 of 5 pairs out of an epoch" in sentence
-    assert "1 of the pairs are never" in two.describe_epoch(2, drop_last=True, shuffled=False)[0]
-    assert two.describe_epoch(2, drop_last=False, shuffled=True)[1]
-    assert not two.describe_epoch(1, drop_last=False, shuffled=True)[1]

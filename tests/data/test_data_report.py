@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_pairs import JUNK, png, prepare
 
-from trl_diffusion_sdpo.data.data_report import evenly_spaced, parse_verify_images
+from trl_diffusion_sdpo.data.data_report import evenly_spaced
 from trl_diffusion_sdpo.data.images import ImageReader
 from trl_diffusion_sdpo.data.sources import TableSource
 from trl_diffusion_sdpo.utils.processes import Peers, usable_cores
@@ -83,7 +83,6 @@ def test_a_file_that_cannot_be_read_at_the_start_does_not_change_the_index():
     assert torn.fingerprint()["index"] == good.fingerprint()["index"]
     assert [torn[index]["prompt"] for index in (0, 1, 299)] == ["p1", "p1", "p299"]
     assert torn.report.examples["undecodable"][0][0] == 0
-    assert torn.first(2)[0]["prompt"] == "p1" and torn.first(2).report.pairs == 1
 
 
 @pytest.mark.parametrize("verify", ["sample", "all"])
@@ -112,12 +111,6 @@ def test_an_error_in_the_check_of_one_process_ends_all(verify, monkeypatch):
 def test_a_sample_without_a_single_good_pair_is_an_error():
     with pytest.raises(ValueError, match="None of the 128 pairs that were checked can be decoded"):
         prepare([{"prompt": "a", "chosen": JUNK, "rejected": JUNK}] * 300)
-
-
-@pytest.mark.parametrize("word", ["some", 2])
-def test_other_words_are_refused(word):
-    with pytest.raises(ValueError, match="`verify_images`"):
-        parse_verify_images(word)
 
 
 def test_a_sample_is_evenly_spaced_from_the_first_pair_without_repeats():
@@ -150,25 +143,10 @@ def test_a_bad_row_raises_in_all_processes():
 
 
 def test_pairs_of_identical_images_are_refused():
-    with pytest.raises(ValueError, match="In 50 of 50 pairs of the train data .* are the same image"):
+    with pytest.raises(ValueError, match="50 pairs of the train data .* are the same image"):
         prepare(rows(50, identical=range(50)))
-    with pytest.raises(ValueError, match="In 128 of 128 pairs"):
-        prepare(rows(1000, identical=range(1000)))
     assert len(prepare(rows(50, identical=range(50)), compare=False)) == 50
     assert len(prepare(rows(50, identical=range(50)), verify_images="none")) == 50
-
-
-def test_of_a_stream_the_first_pairs_are_compared(caplog):
-    def stream(count, identical):
-        return prepare(datasets.Dataset.from_list(rows(count, identical=identical)).to_iterable_dataset())
-
-    with pytest.raises(ValueError, match="In 128 of 128 pairs"):
-        list(stream(200, identical=range(150)))
-    with pytest.raises(ValueError, match="In 20 of 20 pairs"):
-        list(stream(20, identical=range(20)))
-    mostly = stream(200, identical=range(100))
-    assert len(list(mostly)) == len(list(mostly)) == 200
-    assert caplog.text.count("In 100 of 128 pairs") == 1
 
 
 def test_the_cores_of_a_machine_are_shared_by_its_own_processes(monkeypatch):

@@ -91,7 +91,7 @@ def test_swapped_labels_make_winners_of_the_losers_in_every_format(case, style):
     rows, expected = FORMAT_CASES[case]
     prepared = prepare(in_style(rows, style), swap_labels=True)
     assert levels(prepared) == [(prompt, loser, winner) for prompt, winner, loser in expected]
-    assert "labels are swapped" in str(prepared.report) and prepared.is_swapped
+    assert "labels are swapped" in str(prepared.report)
 
 
 @pytest.mark.parametrize("style", ["arrow", "stream"])
@@ -177,7 +177,7 @@ def test_a_bad_image_of_a_ranking_drops_its_pairs_only():
 
 @pytest.mark.parametrize("style", ["arrow", "list"])
 def test_without_verification_a_bad_pair_is_replaced_by_the_next_good_one(style, caplog):
-    prepared = prepare(in_style(bad_rows(), style), verify_images=False)
+    prepared = prepare(in_style(bad_rows(), style), verify_images="none")
     assert len(prepared) == 6
     with caplog.at_level(logging.WARNING):
         items = items_of(prepared)

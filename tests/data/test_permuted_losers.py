@@ -104,7 +104,7 @@ def test_an_image_that_cannot_be_decoded_is_replaced_alike_whoever_reads_first(v
 
 def test_a_pair_without_errors_of_the_reference_is_no_loser_either():
     """It could not be read when they were computed, and another image took its place."""
-    prepared = prepare(captions([str(number) for number in range(5)])).repeating(1)
+    prepared = prepare(captions([str(number) for number in range(5)]), distinct_epochs=1)
     assert prepared.draw_settings()["losers"] == "permute"
     errors = np.zeros((1, 5, 1, 2), dtype=np.float32)
     errors[0, 3] = np.nan

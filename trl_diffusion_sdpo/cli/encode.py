@@ -71,8 +71,8 @@ def _encode_alone(
     for name, dataset in {"train": train_dataset, **evaluated}.items():
         if dataset is not None:
             pairs = prepare_pairs(dataset, args, loss, name=name, training=dataset is train_dataset)
-            check_source_column(pairs, loaded.family, args, name=name, training=dataset is train_dataset)
-            encoding.add_to(pairs, name, compare=loss.uses_loser)
+            check_source_column(pairs, loaded.family, args)
+            encoding.add_to(pairs, name)
     return encoding
 
 

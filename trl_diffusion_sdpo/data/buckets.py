@@ -17,7 +17,6 @@ from torch.utils.data import Sampler
 from .images import Size
 
 MIN_AREA = 0.9  # smallest share of the area of `resolution`; gives SDXL's list for 1024 pixels and steps of 64
-MANY_REPEATS = 0.05  # if a larger share of the pairs is repeated, the trainer warns
 ORDER = 1  # fourth part of an order's random key, which thus differs from the three-part key of every pair
 
 
@@ -120,29 +119,6 @@ class PairSizes:
         digest = hashlib.sha256(repr(self.sizes).encode())
         digest.update(np.ascontiguousarray(self.numbers, dtype="<u2").data)
         return digest.hexdigest()[:16]
-
-    def describe_epoch(self, group: int, *, drop_last: bool, shuffled: bool) -> tuple[str, bool]:
-        """Return a sentence about pairs that an epoch repeats or leaves out if a step has `group` pairs. Also return
-        whether the sentence is a warning."""
-        pairs = len(self.numbers)
-        counts = np.bincount(self.numbers, minlength=len(self.sizes))
-        advice = "Use smaller batches, or a larger `step` in `bucket_kwargs`"
-        if not drop_last:
-            repeats = int((-counts % group).sum())
-            sentence = f"An epoch repeats {repeats} of {pairs} pairs, to fill up the last batch of each image size."
-            if repeats <= MANY_REPEATS * pairs:
-                return sentence, False
-            return f"{sentence} {advice}, or set `dataloader_drop_last` to leave out incomplete batches.", True
-        rests = counts % group
-        never = int((np.where(counts < group, counts, 0) if shuffled else rests).sum())
-        sentence = f"`dataloader_drop_last=True` leaves {rests.sum()} of {pairs} pairs out of an epoch."
-        if not never:
-            return sentence, False
-        return (
-            f"{sentence} {never} of the pairs are never trained on, because a step needs {group} pairs of one size. "
-            f"{advice}, or set `dataloader_drop_last=False`.",
-            True,
-        )
 
 
 class Repeated(int):

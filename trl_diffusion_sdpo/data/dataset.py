@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class PairOptions:
         verify_images (`str`): Images of a map-style data set to decode before training. `"sample"` decodes the images
             of `SAMPLED_PAIRS` evenly spaced pairs. `"all"` decodes all images and drops pairs with bad images;
             `datasets` caches the result. With `"sample"` and `"none"`, pairs with bad images are replaced by the next
-            good pair during training. `True` means `"all"`, and `False` means `"none"`.
+            good pair during training.
         num_proc (`int`, *optional*): Number of workers of each process that check images, by default up to all cores.
         image_schemes (`str` or `Sequence[str]`, *optional*): URL schemes that rows may use, such as `"s3"`, besides
             `file`, `hf`, `zip` and `tar`.
@@ -55,6 +55,8 @@ class PairOptions:
             never flipped, prompts are never emptied, and random numbers do not depend on the epoch.
         repeat (`bool`): Whether a stream restarts when it ends, with new random numbers and, if it is shuffled, in a
             new order. `repeat` has no effect on map-style data sets.
+        distinct_epochs (`int`, *optional*): Number of epochs after which the random numbers of a map-style data set
+            repeat. By default, they never repeat.
         use_scores (`bool`): Whether to read score columns if they exist. If score columns are read, rows without a
             score are bad.
         swap_labels (`bool`): Whether to exchange winner and loser of every pair.
@@ -70,7 +72,7 @@ class PairOptions:
     seed: int = 42
     dataset_format: str | None = None
     on_bad_row: str = "drop"
-    verify_images: str | bool = "sample"
+    verify_images: str = "sample"
     num_proc: int | None = None
     image_schemes: str | Sequence[str] | None = None
     buckets: AspectRatioBuckets | None = None
@@ -78,6 +80,7 @@ class PairOptions:
     compare: bool = True
     training: bool = True
     repeat: bool = False
+    distinct_epochs: int | None = None
     use_scores: bool = True
     swap_labels: bool = False
     number_columns: Sequence[str] = ()
@@ -89,7 +92,8 @@ class PairOptions:
             raise ValueError(f'`on_bad_row` must be "drop" or "raise", got {self.on_bad_row!r}.')
         if self.losers not in ("data", "permute"):
             raise ValueError(f'`losers` must be "data" or "permute", got {self.losers!r}.')
-        object.__setattr__(self, "verify_images", data_report.parse_verify_images(self.verify_images))
+        if self.verify_images not in ("sample", "all", "none"):
+            raise ValueError(f'`verify_images` must be "sample", "all" or "none", got {self.verify_images!r}.')
         object.__setattr__(self, "image_schemes", parse_schemes(self.image_schemes))
         if not 0.0 <= self.prompt_dropout <= 1.0:
             raise ValueError(f"`prompt_dropout` is a probability, so it must be in [0, 1], got {self.prompt_dropout}.")
@@ -108,24 +112,12 @@ class PairOptions:
 
     def for_evaluation(self) -> PairOptions:
         """Return the options of an evaluation on the same pairs."""
-        return replace(self, prompt_dropout=0.0, training=False, repeat=False)
+        return replace(self, prompt_dropout=0.0, training=False, repeat=False, distinct_epochs=None)
 
     @cached_property
     def reader(self) -> ImageReader:
         """Reader that opens and decodes images."""
         return ImageReader((*SCHEMES, *(self.image_schemes or ())))
-
-
-class Encoded(Protocol):
-    """Latents of pairs and embeddings of prompts that were computed before training."""
-
-    def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
-        """Return the entries of an item that replace its pixels. The loser is the winner of the pair `loser`, if
-        set."""
-
-    def conditioning(self, prompt: str, edited: tuple[int, bool] | None = None) -> dict[str, Any]:
-        """Return the entries of an item that depend on its prompt and source images. `edited` has the number of the
-        row, and whether its source images are mirrored; without source images, `edited` is `None`."""
 
 
 class PreferenceDataset(Dataset):
@@ -168,16 +160,12 @@ class PreferenceDataset(Dataset):
     ) -> None:
         self._source, self._pairs, self._options, self._report = source, pairs, options, report
         self._epoch = new_epoch()
-        self._repeat_after: int | None = None  # number of epochs after which random numbers repeat
         self._losers = losers
-        self._encoded: Encoded | None = None  # latents and embeddings that replace images
+        self._encoded: Any = None  # `EncodedPairs`: latents and embeddings that replace images and prompts
         self._forget_undecodable()
         self.strict = options.on_bad_row == "raise"  # whether bad rows stop the run
-        self.is_swapped = source.is_swapped  # whether winners are the images that the data set calls losers
-        self.is_permuted = options.permutes  # whether losers are the winners of other pairs
         self.has_loser_prompts = source.prompt_of_each_image and not options.permutes
         self.has_masks = source.has_masks
-        self.has_noise_seeds = options.noise_seeds
         self.has_sources = source.has_sources
 
     def __len__(self) -> int:
@@ -220,7 +208,7 @@ class PreferenceDataset(Dataset):
             item = self._encoded.pair(pair, augmentation, epoch, loser=loser_pair)
         complete_item(item, options, winner, loser, draws, pair, two_prompts=self.has_loser_prompts)
         item |= self._numbers(pair, epoch)
-        if self.has_noise_seeds and options.training:
+        if options.noise_seeds and options.training:
             item["noise_seeds"] = self._noise_seeds(item, pair, winner, loser)
         if self._encoded is not None:
             edited = (places[0][0], item["is_mirrored"]) if self.has_sources else None
@@ -293,15 +281,13 @@ class PreferenceDataset(Dataset):
         """Scores of winner and loser for items, `(P, 2)`, or `None` without score columns."""
         return self._pairs.columns.get("calibrated", self._pairs.columns.get("scores"))
 
-    @property
-    def score_uses(self) -> tuple[bool, str | None]:
-        """Whether scores are calibrated, and how pair weights were computed (`None` without weights)."""
-        return "calibrated" in self._pairs.columns, self._pairs.weighed_by
+    def set_calibrated_scores(self, scores: np.ndarray) -> None:
+        """Replace the scores of the source by calibrated scores `(P, 2)`."""
+        self._pairs = self._pairs.with_columns(calibrated=scores)
 
-    def use_scores(self, *, calibrated: np.ndarray | None, weights: np.ndarray | None, by: str | None = None) -> None:
-        """Set pair weights `(P,)`, and calibrated scores `(P, 2)` that replace the scores of the source."""
-        weights = None if weights is None else weights.astype(np.float32)
-        self._pairs = replace(self._pairs.with_columns(calibrated=calibrated, weight=weights), weighed_by=by)
+    def set_weights(self, weights: np.ndarray) -> None:
+        """Set the factors of the pairs' losses, `(P,)`."""
+        self._pairs = self._pairs.with_columns(weight=weights.astype(np.float32))
 
     def origins(self) -> tuple[PairSource, np.ndarray]:
         """Return the source, and the row and image number of each pair's winner and loser, `(P, 4)`."""
@@ -325,16 +311,17 @@ class PreferenceDataset(Dataset):
             return transform.height, transform.width
         return self._options.buckets.sizes[self._pairs.columns["size"][row]]
 
-    def prompts(self) -> set[str]:
-        """Return the distinct prompts of all pairs, with the losers' own prompts, if they have some."""
-        return {prompt for _, prompts in self._prompts_by_row() for prompt in prompts}
+    def prompts(self, first: int | None = None) -> set[str]:
+        """Return the distinct prompts of the `first` pairs (by default, of all pairs), with the losers' own prompts, if
+        they have some."""
+        return {prompt for _, prompts in self._prompts_by_row(first) for prompt in prompts}
 
-    def _prompts_by_row(self) -> Iterator[tuple[int, tuple[str, ...]]]:
-        images = [0]
+    def _prompts_by_row(self, first: int | None = None) -> Iterator[tuple[int, tuple[str, ...]]]:
+        places, images = self._pairs.places[:first], [0]
         if self._source.prompt_of_each_image:
             columns = [1, 3] if self.has_loser_prompts else [1]
-            images = np.unique(self._pairs.places[:, columns].clip(max=1)).tolist()
-        rows = np.unique(self._pairs.places[:, 0])
+            images = np.unique(places[:, columns].clip(max=1)).tolist()
+        rows = np.unique(places[:, 0])
         prompts = zip(*(self._source.prompts_of_rows(rows, image) for image in images), strict=True)
         yield from zip(rows.tolist(), prompts, strict=True)
 
@@ -392,7 +379,7 @@ class PreferenceDataset(Dataset):
             )
             if len(bad) == len(sample):
                 raise ValueError(f"None of the {len(bad)} pairs that were checked can be decoded.\n{self._report}")
-        if compare and not self.is_permuted:
+        if compare and not self._options.permutes:
             data_report.check_identical(self._report.name, [result for result in checked if isinstance(result, bool)])
 
     def _forget_undecodable(self) -> None:
@@ -412,7 +399,8 @@ class PreferenceDataset(Dataset):
         """Epoch that random numbers depend on. In an evaluation, this epoch is always 0."""
         if not self._options.training:
             return 0
-        return int(self._epoch) if self._repeat_after is None else int(self._epoch) % self._repeat_after
+        distinct = self._options.distinct_epochs
+        return int(self._epoch) if distinct is None else int(self._epoch) % distinct
 
     @property
     def seed(self) -> int:
@@ -423,52 +411,27 @@ class PreferenceDataset(Dataset):
         """Set the epoch that random numbers depend on, also in running DataLoader workers."""
         self._epoch.fill_(epoch)
 
-    def _view(self, **changes: Any) -> PreferenceDataset:
-        """Return a shallow copy of this data set with some attributes changed."""
-        view = copy.copy(self)
-        vars(view).update(changes)
-        return view
-
     def for_evaluation(self) -> PreferenceDataset:
         """Return these pairs for evaluation: cropped at the center, with all prompts, without weights, and with the
         same seeds in every epoch, so that the results of evaluations can be compared."""
-        pairs = replace(self._pairs.with_columns(weight=None), weighed_by=None)
+        view = self.in_epoch(0)  # the epoch is not shared with training
+        view._options = self._options.for_evaluation()
+        view._pairs = self._pairs.with_columns(weight=None)
         if self._options.training:
-            pairs = pairs.with_columns(ref_errors=None)  # computed for the random numbers of training
-        # The epoch is not shared with training, because evaluations set the epoch independently.
-        return self._view(
-            _pairs=pairs, _options=self._options.for_evaluation(), _epoch=new_epoch(), _repeat_after=None
-        )
-
-    def repeating(self, epochs: int) -> PreferenceDataset:
-        """Return these pairs with random numbers that repeat after `epochs` epochs."""
-        pairs = self._pairs.with_columns(ref_errors=None)
-        return self._view(_pairs=pairs, _epoch=new_epoch(), _repeat_after=epochs)
+            view._pairs = view._pairs.with_columns(ref_errors=None)  # computed for the random numbers of training
+        return view
 
     def in_epoch(self, epoch: int) -> PreferenceDataset:
         """Return these pairs with the random numbers of the epoch `epoch`, without errors of a reference."""
-        return self._view(_pairs=self._pairs.with_columns(ref_errors=None), _epoch=torch.tensor([epoch]))
-
-    def for_storing(self) -> PreferenceDataset:
-        """Return these pairs for computing a cache. Pairs that could not be decoded are tried again."""
-        view = self._view()
-        view._forget_undecodable()
+        view = copy.copy(self)
+        view._pairs = self._pairs.with_columns(ref_errors=None)
+        view._epoch = new_epoch()
+        view.set_epoch(epoch)
         return view
-
-    def from_source(self) -> PreferenceDataset:
-        """Return these pairs without latents, embeddings and errors, which another model may have computed."""
-        view = self._view(_pairs=self._pairs.with_columns(ref_errors=None), _encoded=None)
-        view._forget_undecodable()
-        return view
-
-    def first(self, count: int) -> PreferenceDataset:
-        """Return the first `count` pairs, or all pairs if there are fewer, with unchanged random numbers."""
-        undecodable = self._undecodable[:count].clone().share_memory_()
-        return self._view(_pairs=self._pairs.take(slice(count)), _undecodable=undecodable)
 
     # ---- Encoded pairs and errors of a reference ------------------------------------------------------------------
 
-    def use_encoded(self, encoded: Encoded) -> None:
+    def use_encoded(self, encoded: Any) -> None:
         """Replace images by latents and embeddings that were computed before. Undecodable pairs are tried again."""
         self._encoded = encoded
         self._forget_undecodable()
@@ -481,7 +444,7 @@ class PreferenceDataset(Dataset):
     def set_reference_errors(self, errors: np.ndarray) -> None:
         """Set the errors of a reference: float32 `(E, P, T, 2)`, for E epochs, P pairs, T timesteps of each pair, and
         winner and loser. Pairs with NaN are treated as undecodable."""
-        epochs = self._repeat_after if self._options.training else 1
+        epochs = self._options.distinct_epochs if self._options.training else 1
         assert epochs is not None, "draws must repeat if errors of a reference are stored"
         if errors.shape[:2] != (epochs, len(self)) or errors.shape[3:] != (2,):
             raise ValueError(
@@ -496,7 +459,7 @@ class PreferenceDataset(Dataset):
         """Return the settings on which items depend: seed, size, crop and so on."""
         options = self._options
         drawn = {"seed": options.seed, "prompt_dropout": options.prompt_dropout, "training": options.training}
-        return {**drawn, **self.pixel_settings(), **({"losers": "permute"} if self.is_permuted else {})}
+        return {**drawn, **self.pixel_settings(), **({"losers": "permute"} if self._options.permutes else {})}
 
     def pixel_settings(self) -> dict[str, Any]:
         """Return the settings on which pixels depend, with values that can be written to JSON."""
@@ -524,16 +487,6 @@ class PreferenceDataset(Dataset):
             UndecodableImageError: If the row has no source image, or one of its source images cannot be decoded.
         """
         return mirrored_if(is_mirrored, self._source.images([(row, 0)])[0].sources(self._options.reader))
-
-    @property
-    def lists_sources(self) -> bool:
-        """Whether the source column has lists of images."""
-        return any(table.lists_sources for table in self._source.tables)
-
-    def sizes_of_sources(self) -> Iterator[tuple[Size, ...]]:
-        """Yield `(height, width)` of each row's source images. Rows whose images cannot be read are left out."""
-        for table in self._source.tables:
-            yield from table.sizes_of_sources(self._options.reader)
 
     def image_numbers(self) -> np.ndarray:
         """Return a number for each pair's two images, int64 of shape `(P, 2)`. Images with equal numbers have equal

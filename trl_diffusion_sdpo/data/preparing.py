@@ -12,7 +12,7 @@ import numpy as np
 
 from ..utils.processes import ALONE, Peers
 from . import data_report
-from .data_report import ENLARGED, DataReport
+from .data_report import DataReport
 from .dataset import PairOptions, PreferenceDataset
 from .formats import FORMATS, SEED_COLUMNS, Reject
 from .permuted_losers import PermutedLosers
@@ -49,12 +49,6 @@ def prepare_dataset(
     is_mixture = isinstance(dataset, PairMixture)
     is_stream = dataset.is_stream if is_mixture else isinstance(dataset, datasets.IterableDataset)
     checks_all = options.verify_images == "all" or options.reads_sizes
-    if options.num_proc is not None and (is_stream or not checks_all):
-        logger.warning(
-            "`num_proc=%s` has no effect. `num_proc` is used only if all images of a map-style data set are decoded or "
-            "measured before training.",
-            options.num_proc,
-        )
     if is_stream:
         return _prepare_stream(dataset, options, name)
 
@@ -97,8 +91,7 @@ def prepare_dataset(
     report = prepared.report
     if not report.pairs:
         raise ValueError(f"No pair is left to train on. Check the labels and images of the data set.\n{report}")
-    noteworthy = report.dropped or any(note.startswith(ENLARGED) for note in report.notes)
-    logger.log(logging.WARNING if noteworthy else logging.INFO, "%s", report)
+    logger.log(logging.WARNING if report.dropped or report.notes else logging.INFO, "%s", report)
     return prepared
 
 
@@ -138,7 +131,9 @@ def _drop_bad_images(
         pairs = pairs.with_columns(size=numbers)
         targets = np.array(options.buckets.sizes)[numbers]
     if options.reads_sizes:
-        report.notes = data_report.describe_sizes(sizes, targets)
+        enlarged = int((targets[:, None] > sizes).any(axis=(1, 2)).sum())
+        if enlarged:
+            report.notes = (f"{enlarged} pairs have an image that is enlarged to the training size",)
     return pairs
 
 

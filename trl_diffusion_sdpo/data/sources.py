@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import io
@@ -37,7 +36,7 @@ from .formats import (
     pairs_in_group,
     resolve_format,
 )
-from .images import Covering, ImageReader, Size, UndecodableImageError, UnreadableImageError, decode_image
+from .images import Covering, ImageReader, UndecodableImageError, UnreadableImageError, decode_image
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +65,10 @@ class PairTable:
         columns (`dict[str, np.ndarray]`): Further columns of P entries by name. `scores` are reward scores of winner
             and loser. `calibrated` replaces `scores`. `weight` is the factor of a pair's loss. `size` is the number of
             a pair's bucket. `ref_errors` are the reference's errors of winner and loser.
-        weighed_by (`str`, *optional*): Setting from which the weights were computed.
     """
 
     places: np.ndarray
     columns: Mapping[str, np.ndarray]
-    weighed_by: str | None = None
 
     def __len__(self) -> int:
         return len(self.places)
@@ -291,19 +288,6 @@ class TableSource:
         for batch in examined.with_format(None).iter(batch_size=ROWS_AT_ONCE):
             for facts in zip(*(batch[name] for name in EXAMINED), strict=True):
                 yield list(zip(*facts, strict=True))
-
-    @property
-    def lists_sources(self) -> bool:
-        """Whether the source column has lists of images."""
-        kind = self._images.data.schema.field(self.format.source_columns[0]).type
-        return pa.types.is_list(kind) or pa.types.is_large_list(kind)
-
-    def sizes_of_sources(self, reader: ImageReader) -> Iterator[tuple[Size, ...]]:
-        """Yield `(height, width)` of the images that each row edits. Rows whose images cannot be read are left out."""
-        for batch in self._images.select_columns(list(self.format.source_columns)).iter(batch_size=ROWS_AT_ONCE):
-            for value in map(_value, batch.column(0)):
-                with contextlib.suppress(UndecodableImageError):
-                    yield tuple(reader.size(image) for image in as_list(value))
 
     @functools.cached_property
     def content_key(self) -> dict[str, str]:

@@ -16,10 +16,10 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..utils._compat import is_split_by_node
-from .data_report import COUNTS, SAMPLED_PAIRS, BadDataError, DataReport, check_identical, reject
+from .data_report import COUNTS, BadDataError, DataReport, reject
 from .dataset import PairOptions, complete_item, new_epoch
 from .formats import PairReference, PreferenceFormat, Reject, groups, pairs_in_group, resolve_format
-from .images import UndecodableImageError, same_image
+from .images import UndecodableImageError
 from .sources import StoredImage, check_all_or_none
 from .transforms import PairDraws
 
@@ -150,16 +150,17 @@ class PreferenceIterableDataset(IterableDataset):
         name (`str`): Name of the data in messages.
     """
 
-    is_permuted = False  # streams use the losers of the data
-    has_noise_seeds = False
     has_sources = False
 
     def __init__(
         self, streams: Sequence[Stream], options: PairOptions, *, weights: Sequence[float] | None = None, name: str
     ) -> None:
         self._streams, self._options, self._name, self._epoch = streams, options, name, new_epoch()
-        if len({is_split_by_node(stream.source) for stream in streams}) > 1:
-            raise ValueError("All streams of a mixture must be split by node, or none. Only some streams are split.")
+        if any(is_split_by_node(stream.source) for stream in streams):
+            raise ValueError(
+                "The trainer itself splits a stream among the processes. `split_dataset_by_node` has already split the "
+                f"{name} stream. Pass the stream without this split."
+            )
         if any(stream.format.source_columns for stream in streams):
             raise ValueError(
                 f"Streams cannot have a `source` column yet, and the {name} stream has one. Load the data without "
@@ -172,15 +173,10 @@ class PreferenceIterableDataset(IterableDataset):
         self.has_masks = any(stream.format.mask_columns for stream in streams)
         self.has_loser_prompts = any(stream.format.prompt_of_each_image for stream in streams)
         self.is_swapped = options.swap_labels  # whether the published losers are the winners
-        self._compare, self._share = options.compare, Share()
+        self._share = Share()
         self._start: StreamPosition | None = None
         self._examples: dict[str, list[tuple[int, str]]] = {}
         self._counts = torch.zeros(READERS, len(COUNTS), dtype=torch.long).share_memory_()
-
-    @property
-    def is_split(self) -> bool:
-        """Whether `split_dataset_by_node` has already split the streams."""
-        return is_split_by_node(self._streams[0].source)
 
     @property
     def report(self) -> DataReport:
@@ -233,14 +229,14 @@ class PreferenceIterableDataset(IterableDataset):
     def _divides_shards(self) -> bool:
         """Whether this object divides the shards, so that this process reads only its share of the shards."""
         count = self._share.count
-        if count == 1 or not self._options.repeat or self.is_split:
+        if count == 1 or not self._options.repeat:
             return False
         return all(stream.source.num_shards % count == 0 for stream in self._streams)
 
     @property
     def _deals_pairs(self) -> bool:
         """Whether all processes read the same rows and decode the pairs in turn."""
-        return self._share.count > 1 and not self.is_split and not self._divides_shards
+        return self._share.count > 1 and not self._divides_shards
 
     # ---- Reading --------------------------------------------------------------------------------------------------
 
@@ -295,7 +291,6 @@ class PreferenceIterableDataset(IterableDataset):
                 logger.warning("%s data: row %d dropped: %s", self._name, row, reason)
 
         position = -1
-        identical: list[bool] = []  # for each pair so far, whether its two images are identical
         for row_format, group in self._groups(report, epoch):
             for pair in pairs_in_group(row_format, group, count):
                 position += 1
@@ -305,13 +300,11 @@ class PreferenceIterableDataset(IterableDataset):
                     report.pairs += 1
                     continue
                 draws = PairDraws.from_key(self._options.seed, epoch, position * numbers + number)
-                item = self._item(row_format, dict(group), pair, draws, position * numbers + number, identical, count)
+                item = self._item(row_format, dict(group), pair, draws, position * numbers + number, count)
                 report.pairs += item is not None
                 counts.copy_(torch.tensor([getattr(report, name) for name in COUNTS]))
                 if item is not None:
                     yield item
-        if self._compare:
-            self._verify_different(identical, at_end=True)
         counts.copy_(torch.tensor([getattr(report, name) for name in COUNTS]))
         if not report.pairs and workers == 1 and (self._options.repeat or position < 0 or share.count == 1):
             raise BadDataError(f"The stream has no pair. Check the labels and images of the data.\n{report}")
@@ -324,7 +317,6 @@ class PreferenceIterableDataset(IterableDataset):
         pair: PairReference,
         draws: PairDraws,
         number: int,
-        identical: list[bool],
         count: Reject,
     ) -> dict[str, Any] | None:
         """Return the item of a pair. If an image cannot be decoded, count the pair as dropped and return `None`."""
@@ -341,9 +333,6 @@ class PreferenceIterableDataset(IterableDataset):
         except UndecodableImageError as error:
             count("undecodable", row, str(error), 1)
             return None
-        if self._compare:
-            identical.append(same_image(winner_image, loser_image))
-            self._verify_different(identical, at_end=False)
         return item if pair.scores is None else item | {"scores": pair.scores}
 
     def _groups(self, report: DataReport, epoch: int) -> Iterator[tuple[PreferenceFormat, Group]]:
@@ -377,12 +366,3 @@ class PreferenceIterableDataset(IterableDataset):
                 weights[number] = 0.0  # the stream ended in an evaluation, or this worker has no shard of the stream
                 continue
             yield streams[number].format, group
-
-    def _verify_different(self, identical: list[bool], *, at_end: bool) -> None:
-        """After enough pairs, check once that the two images of the pairs differ. The end of a short stream triggers
-        the check only if a single worker reads the stream, because one of several workers has seen too few pairs."""
-        worker = get_worker_info()
-        alone = self._share.count == 1 and (worker is None or worker.num_workers == 1)
-        if len(identical) >= SAMPLED_PAIRS or (at_end and alone):
-            self._compare = False
-            check_identical(self._name, identical)

@@ -10,12 +10,9 @@ import logging
 from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
-
-from PIL import Image
+from weakref import WeakSet
 
 from ..cache.encoding import PairEncoding
-from ..cache.reference_errors import repeating_pairs
 from ..data.buckets import BucketSampler
 from ..data.dataset import PairOptions, PreferenceDataset
 from ..data.pair_scores import ScoreSettings
@@ -55,63 +52,48 @@ class PairPreparation:
         self._loss = loss
         self._family = family
         self._encoding = encoding
-        self._own: WeakSet[Any] = WeakSet()  # data sets whose encodings and reference errors this trainer computed
-        # Copies for evaluation of data sets that the user had already prepared as pairs, by the user's data set.
-        self._copies: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+        self._own: WeakSet[Any] = WeakSet()  # data sets that this object has prepared
 
     def prepare(self, dataset: Any, *, name: str, training: bool) -> Any:
-        """Return a user's data as a data set of pairs, encoded if `precompute_latents` is set. `None` is returned
-        unchanged. All processes must call this method together.
+        """Return a user's data as a data set of pairs, encoded if `precompute_latents` is set. `None` and data sets
+        that this method has returned before are not prepared again. All processes must call this method together.
 
         Args:
             name (`str`): Name of the data in messages.
         """
-        if not training and isinstance(dataset, PreferenceDataset) and dataset in self._copies:
-            return self._copies[dataset]
+        if dataset is None or (isinstance(dataset, PREPARED) and dataset in self._own):
+            if dataset is not None and not training and self._args.precompute_ref_errors:
+                # Errors that were computed for training are not those of an evaluation.
+                return dataset.for_evaluation() if dataset.draw_settings()["training"] else dataset
+            return dataset
         prepared = prepare_pairs(dataset, self._args, self._loss, name=name, training=training)
-        if prepared is None:
-            return None
-        is_new = prepared not in self._own
-        if is_new:
-            check_source_column(prepared, self._family, self._args, name=name, training=training)
-        was_prepared = prepared is dataset and isinstance(prepared, PreferenceDataset) and is_new
-        if isinstance(prepared, PreferenceDataset) and is_new:
+        check_source_column(prepared, self._family, self._args)
+        if isinstance(prepared, PreferenceDataset):
             self._count_long_prompts(prepared, name)
-        elif prepared is not dataset and (limits := note_on_limits(self._family)):
+        elif limits := note_on_limits(self._family):
             logger.info("%s data: prompts of a stream are not checked for length. %s", name, limits)
-        if was_prepared:
-            prepared = prepared.from_source()  # drop encodings and errors that another trainer computed
-        if self._args.precompute_ref_errors:
-            prepared = repeating_pairs(prepared, self._args.precompute_epochs, name=name, training=training)
         if self._encoding is not None:
-            self._encoding.add_to(prepared, name, compare=self._loss.uses_loser)
+            self._encoding.add_to(prepared, name)
         self._own.add(prepared)
-        if was_prepared and not training:
-            self._copies[dataset] = prepared
         return prepared
 
     def _count_long_prompts(self, pairs: PreferenceDataset, name: str) -> None:
         """Count the prompts that a tokenizer truncates, add their number to the data report, and log it."""
-        few = pairs if len(pairs) <= CHECKED_PROMPTS else pairs.first(CHECKED_PROMPTS)
-        note = note_on_long_prompts(self._family, few.prompts())
+        note = note_on_long_prompts(self._family, pairs.prompts(first=CHECKED_PROMPTS))
         if note:
             pairs.add_note(note)
             logger.warning("%s data: %s", name, note)
 
 
 def check_source_column(
-    pairs: PreferenceDataset | PreferenceIterableDataset,
-    family: Family,
-    args: DiffusionSDPOConfig,
-    *,
-    name: str,
-    training: bool,
+    pairs: PreferenceDataset | PreferenceIterableDataset, family: Family, args: DiffusionSDPOConfig
 ) -> None:
-    """Raise `ValueError` if the model needs source images and the data have none, if the data have some and the model
-    takes none, if pairs have more sources than the model takes, or if batches would have sources of several sizes."""
+    """Raise `ValueError` if the model needs source images and the data have none, or if the data have some and the
+    model takes none."""
     if not pairs.has_sources and not family.takes_source:
         return
     if not pairs.has_sources or not (family.takes_source or family.may_take_source):
+        name = pairs.report.name
         has = "has" if pairs.has_sources else "does not have"
         advice = "Use an edit model, or remove the column." if pairs.has_sources else "Add the column."
         raise ValueError(
@@ -119,19 +101,6 @@ def check_source_column(
             f"{'is' if family.takes_source else 'is not'} one, and the {name} data {has} the column. {advice}"
         )
     check_sources(args, family.name)
-    assert isinstance(pairs, PreferenceDataset), "Streams with sources are refused."
-    batch = args.train_batch_size if training else args.eval_batch_size
-    if training and args.winner_budget is not None:  # the budget's probe is measured in evaluation batches
-        batch = max(batch, args.eval_batch_size)
-    if batch == 1 and not (pairs.lists_sources and not family.takes_several_sources):
-        return
-    first, seen = None, set()
-    for sizes in pairs.sizes_of_sources():
-        if sizes and sizes not in seen:
-            seen.add(sizes)
-            blank = [Image.new("RGB", (width, height)) for height, width in sizes]
-            first = first or blank
-            family.pixels_of_sources([first, blank] if batch > 1 else [blank])
 
 
 def outline(dataset: Any) -> Any:
@@ -182,17 +151,13 @@ def load_position(
 
 
 def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Any:
-    """Return a user's data as a torch data set of pairs. A data set of pairs that is already prepared is returned
-    unchanged, and so is `None`. Every process prepares all rows, but the processes divide the check of the images among
-    themselves.
+    """Return a user's data as a torch data set of pairs. Every process prepares all rows, but the processes divide the
+    check of the images among themselves.
 
     Raises:
-        `ValueError`: If the columns match no format, no pair is usable, the loss needs scores that the data do not
-            have, or several processes would evaluate on shares of a stream that may differ in length.
+        `ValueError`: If the columns match no format, no pair is usable, or the loss needs scores that the data do not
+            have.
     """
-    if dataset is None or isinstance(dataset, PREPARED):
-        _check_prepared(dataset, args, loss, name, training=training)
-        return dataset
     scores = score_settings(args, loss, training=training)
     options = PairOptions(
         transform=PairTransform(
@@ -213,6 +178,7 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         compare=loss.uses_loser,
         training=training,
         repeat=training,
+        distinct_epochs=args.precompute_epochs if training and args.precompute_ref_errors else None,
         use_scores=scores.needs_scores,
         swap_labels=args.swap_labels,
         number_columns=scores.number_columns,
@@ -220,8 +186,11 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         losers=args.losers,
     )
     prepared = prepare_dataset(dataset, options, name=name, peers=peers(args))
-    if not training:
-        _refuse_parts(prepared, args, name)
+    if args.precompute_ref_errors and not isinstance(prepared, PreferenceDataset):
+        raise ValueError(
+            f"`precompute_ref_errors=True` needs a map-style data set, and the {name} data are a stream. Load the data "
+            "without `streaming=True`, or set `precompute_ref_errors=False`."
+        )
     if scores.needs_scores and not prepared.has_scores:
         what = f"The loss {args.loss_type!r}" if scores.sorts_by_scores else "`pair_weights`"
         raise ValueError(
@@ -244,37 +213,7 @@ def score_settings(args: DiffusionSDPOConfig, loss: LossSpec, *, training: bool)
         pair_weights=args.pair_weights if training else None,
         calibrated=args.calibrated_scores,
         sorts_by_scores=loss.needs_scores,
-        in_unit_range=loss.reads_shares,
     )
-
-
-def _check_prepared(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, name: str, *, training: bool) -> None:
-    if dataset is not None:
-        score_settings(args, loss, training=training).check_prepared(dataset, name, training=training)
-    if not training:
-        _refuse_parts(dataset, args, name)
-    if dataset is None:
-        return
-    prepared = {"swap_labels": dataset.is_swapped, "losers": dataset.is_permuted}
-    if training:
-        prepared["noise_source"] = dataset.has_noise_seeds
-    for setting, of_data in prepared.items():
-        if of_data != (getattr(args, setting) in (True, "permute", "generated")):
-            raise ValueError(
-                f"The {name} data are already prepared as pairs, but with a value of `{setting}` other than "
-                f"{getattr(args, setting)!r}. Pass the original data set instead."
-            )
-
-
-def _refuse_parts(dataset: Any, args: DiffusionSDPOConfig, name: str) -> None:
-    """Raise `ValueError` if each process would evaluate on its own part of a stream that the user has split. Without
-    this check, a process with more batches than another would wait for the other process forever."""
-    if isinstance(dataset, PreferenceIterableDataset) and dataset.is_split and args.world_size > 1:
-        raise ValueError(
-            f"Every process must evaluate on the same number of batches. `split_dataset_by_node` has split the {name} "
-            f"stream among {args.world_size} processes, and the parts may have different lengths. Pass the stream "
-            "without this split, because the trainer splits it evenly itself."
-        )
 
 
 def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None, args: DiffusionSDPOConfig) -> None:
@@ -294,12 +233,6 @@ def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None,
     if dataset.sizes is not None:
         group = pairs_of_a_step(args, batch)
         BucketSampler(dataset.sizes, group, seed=0, drop_last=args.dataloader_drop_last)  # raises errors now
-        description, warns = dataset.sizes.describe_epoch(
-            group,
-            drop_last=args.dataloader_drop_last,
-            shuffled=args.train_sampling_strategy == "random",
-        )
-        logger.log(logging.WARNING if warns else logging.INFO, description)
         return
     step = batch * processes * args.gradient_accumulation_steps
     if pairs < step:

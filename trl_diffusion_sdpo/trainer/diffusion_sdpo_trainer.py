@@ -23,7 +23,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction, SaveStrategy
 
 from ..cache.encoding import check_prompt_padding
-from ..cache.reference_errors import warn_of_repeated_draws
 from ..data.buckets import BucketSampler
 from ..data.dataset import PreferenceCollator, PreferenceDataset
 from ..data.streaming import PreferenceIterableDataset, StreamPosition
@@ -393,9 +392,6 @@ class DiffusionSDPOTrainer(Trainer):
         else:
             eval_dataset = prepare(eval_dataset, name="eval", training=False)
         check_batches(train_dataset, args)
-        if isinstance(train_dataset, PreferenceDataset) and args.precompute_ref_errors:
-            step = pairs_of_a_step(args, args.train_batch_size) * args.gradient_accumulation_steps
-            warn_of_repeated_draws(args, args.precompute_epochs, -(-len(train_dataset) // step))
         evaluates = eval_dataset is not None
         if reason := choose_workers(args, train_dataset, resolution=image_size(args), evaluates=evaluates):
             logger.warning(

@@ -11,7 +11,6 @@ import torch
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ...data.data_report import parse_verify_images
 from ...data.images import parse_schemes
 from ...families.inversion import InversionSettings
 from ...families.noise import TimestepSampling
@@ -61,7 +60,6 @@ def check_settings(args: DiffusionSDPOConfig) -> None:
     if args.noise_source == "inversion":
         InversionSettings(**args.inversion_kwargs)
     ProbeSettings(**args.winner_budget_kwargs)
-    args.verify_images = parse_verify_images(args.verify_images)
     args.image_schemes = list(parse_schemes(args.image_schemes)) or None
     for message in (*_conflicts_of_losses(args, loss), *_conflicts(args, loss)):
         raise ValueError(message)

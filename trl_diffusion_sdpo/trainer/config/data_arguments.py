@@ -9,6 +9,7 @@ from ...data.buckets import AspectRatioBuckets
 from .declaring import RESUME, Keys, Range, documented
 
 OnBadRow = Literal["drop", "raise"]
+VerifyImages = Literal["sample", "all", "none"]
 Losers = Literal["data", "permute"]
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "fast"]
 
@@ -58,7 +59,7 @@ class DataArguments:
             the images of 128 pairs, evenly spaced in the data. `"all"` decodes all images and drops pairs with damaged
             images. The training processes divide the images among themselves, and `datasets` caches the result.
             `"none"` decodes no image. If training later meets a damaged image, the next good pair replaces the pair
-            with this image. `True` means `"all"`, and `False` means `"none"`.
+            with this image.
         image_schemes (`list[str]`, *optional*):
             URL schemes, such as `s3`, that image URLs in the data may have in addition to `file`, `hf`, `zip` and
             `tar`. Add a scheme only if you trust the data, because your machine opens every URL in the data.
@@ -113,7 +114,7 @@ class DataArguments:
     pair_weights: Annotated[str | None, RESUME] = None
     calibrated_scores: Annotated[bool, RESUME] = False
     on_bad_row: OnBadRow = "drop"
-    verify_images: str = "sample"
+    verify_images: VerifyImages = "sample"
     image_schemes: list[str] | None = None
     resolution: Annotated[list[int] | None, RESUME] = None
     aspect_ratio_buckets: Annotated[bool, RESUME] = False
