@@ -268,7 +268,6 @@ def test_whatever_changes_the_moments_is_another_key(caches_of, make_pairs, othe
     changes = {
         "resolution": {"resolution": [32, 16]},
         "interpolation": {"image_interpolation": "bicubic"},
-        "fractions of JPEG files": {"image_interpolation": "fast"},
         "crops": {"random_crop": True},
         "flips": {"random_flip": False},
         "seed of crops": {"random_crop": True, "seed": 7},

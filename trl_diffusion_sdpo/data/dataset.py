@@ -20,7 +20,7 @@ from ..utils.processes import ALONE, Peers
 from . import data_report
 from .buckets import AspectRatioBuckets, PairSizes, Repeated
 from .data_report import HOW_TO_DROP, BadDataError, DataReport, evenly_spaced
-from .images import SCHEMES, ImageReader, Size, UndecodableImageError, full_size, parse_schemes, same_image
+from .images import SCHEMES, ImageReader, Size, UndecodableImageError, parse_schemes, same_image
 from .permuted_losers import PermutedLosers
 from .sources import PairSource, PairTable, StoredImage, pairs_fingerprint
 from .transforms import PairDraws, PairTransform, place_masks
@@ -199,11 +199,8 @@ class PreferenceDataset(Dataset):
             places[1] = self._pairs.places[loser_pair, :2].tolist()
         winner, loser = self._source.images(places, with_images=self._encoded is None)
         if self._encoded is None:
-            target = self.target_size(pair)
-            covering = options.transform.covering(target)
-            winner_image = winner.decode(options.reader, covering)
-            loser_image = loser.decode(options.reader, covering)
-            item = options.transform(winner_image, loser_image, augmentation, target)._asdict()
+            images = winner.decode(options.reader), loser.decode(options.reader)
+            item = options.transform(*images, augmentation, self.target_size(pair))._asdict()
         else:
             item = self._encoded.pair(pair, augmentation, epoch, loser=loser_pair)
         complete_item(item, options, winner, loser, draws, pair, two_prompts=self.has_loser_prompts)
@@ -505,10 +502,9 @@ class PreferenceDataset(Dataset):
             UndecodableImageError: If the image cannot be decoded.
         """
         place = self._pairs.places[pair, 2 * side : 2 * side + 2].tolist()
-        transform, target = self._options.transform, self.target_size(pair)
-        decoded = self._source.images([place])[0].decode(self._options.reader, transform.covering(target))
-        made = (transform.image(decoded, draw, target) for draw in draws)
-        return [(pixels, full_size(decoded), corner) for pixels, corner in made]
+        decoded = self._source.images([place])[0].decode(self._options.reader)
+        made = (self._options.transform.image(decoded, draw, self.target_size(pair)) for draw in draws)
+        return [(pixels, (decoded.height, decoded.width), corner) for pixels, corner in made]
 
 
 def new_epoch() -> torch.Tensor:

@@ -36,7 +36,7 @@ from .formats import (
     pairs_in_group,
     resolve_format,
 )
-from .images import Covering, ImageReader, UndecodableImageError, UnreadableImageError, decode_image
+from .images import ImageReader, UndecodableImageError, UnreadableImageError, decode_image
 
 logger = logging.getLogger(__name__)
 
@@ -156,13 +156,13 @@ class StoredImage(NamedTuple):
     row: Mapping[str, Any]
     number: int
 
-    def decode(self, reader: ImageReader, covering: Covering | None = None) -> Image.Image:
-        """Decode the image. The arguments and errors are those of [`ImageReader.decode`]."""
+    def decode(self, reader: ImageReader) -> Image.Image:
+        """Decode the image. The errors are those of [`ImageReader.decode`]."""
         images = images_of_row(self.row, self.format)
         if self.number >= len(images):
             raise UndecodableImageError(f"image {self.number} is missing: the row has {len(images)} images")
         try:
-            return reader.decode(images[self.number], covering=covering)
+            return reader.decode(images[self.number])
         except (UndecodableImageError, UnreadableImageError) as error:
             raise type(error)(f"image {self.number} {error}") from None
 

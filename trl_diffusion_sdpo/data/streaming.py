@@ -325,9 +325,9 @@ class PreferenceIterableDataset(IterableDataset):
         loser = StoredImage(row_format, rows[pair.loser_row], pair.loser_image)
         row = pair.winner_row
         try:
-            winner_image = winner.decode(options.reader, options.transform.covering())
+            winner_image = winner.decode(options.reader)
             row = pair.loser_row
-            loser_image = loser.decode(options.reader, options.transform.covering())
+            loser_image = loser.decode(options.reader)
             item = options.transform(winner_image, loser_image, draws if options.training else None)._asdict()
             complete_item(item, options, winner, loser, draws, number, two_prompts=self.has_loser_prompts)
         except UndecodableImageError as error:

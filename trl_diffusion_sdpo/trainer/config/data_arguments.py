@@ -11,7 +11,7 @@ from .declaring import RESUME, Keys, Range, documented
 OnBadRow = Literal["drop", "raise"]
 VerifyImages = Literal["sample", "all", "none"]
 Losers = Literal["data", "permute"]
-Interpolation = Literal["bilinear", "bicubic", "lanczos", "fast"]
+Interpolation = Literal["bilinear", "bicubic", "lanczos"]
 
 
 @documented
@@ -85,10 +85,7 @@ class DataArguments:
         random_flip (`bool`, *optional*, defaults to `True`):
             Whether to flip a random half of the pairs horizontally. Both images of a pair are flipped together.
         image_interpolation (`str`, *optional*, defaults to `"bilinear"`):
-            Interpolation for resizing: `"bilinear"`, `"bicubic"`, `"lanczos"` or `"fast"`. `"fast"` is like
-            `"bilinear"`, but JPEG files of at least twice the training size are decoded directly at a half, a quarter
-            or an eighth of their size. Use `"fast"` if the DataLoader workers decode images more slowly than the model
-            trains. With `"fast"`, images are about as sharp as with `"lanczos"`.
+            Interpolation for resizing: `"bilinear"`, `"bicubic"` or `"lanczos"`.
         proportion_empty_prompts (`float`, *optional*, defaults to `0.0`):
             Share of training pairs whose prompt is replaced by an empty one, in `[0, 1]`. The published value is 0.2.
         precompute_latents (`bool`, *optional*, defaults to `False`):
