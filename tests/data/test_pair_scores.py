@@ -56,7 +56,7 @@ def test_the_weights_of_a_function_follow_the_score_columns(style):
 
 
 def test_pairs_without_a_number_are_left_out_counted_and_not_part_of_the_mean():
-    values = [2.0, None, float("nan"), 6.0, float("inf"), 2e9]
+    values = [2.0, None, float("nan"), 6.0, float("inf"), float("-inf")]
     made = prepared(rows([1] * 6, quality=values), ScoreSettings("quality"))
     assert weights_of(made) == [0.5, 1.5] and [made[i]["prompt"] for i in (0, 1)] == ["number 0", "number 3"]
     assert made.report.bad_labels == 4 and made.report.pairs == 2

@@ -139,7 +139,7 @@ def test_what_is_no_table_is_refused_with_what_to_do():
         prepare(torch.utils.data.TensorDataset(torch.zeros(2)))
     with pytest.raises(ValueError, match="one split.*train"):
         prepare({"train": table})
-    with pytest.raises(ValueError, match="at row 1"):
+    with pytest.raises(ValueError, match="list of dicts"):
         prepare([canonical(1)[0], 3])
 
 

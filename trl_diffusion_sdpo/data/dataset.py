@@ -382,7 +382,8 @@ class PreferenceDataset(Dataset):
     def _forget_undecodable(self) -> None:
         """Clear the mask of undecodable pairs, which DataLoader workers share, so that all pairs are tried again."""
         self._undecodable = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
-        self._losers = None if self._losers is None else self._losers.afresh()
+        if self._losers is not None:
+            self._losers.bad.zero_()
 
     # ---- Epochs and views -----------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ def hold_out(
         `list`: For each data set, the training rows and the held-out rows, both in the original order.
 
     Raises:
-        ValueError: If a data set would have no training rows left.
+        ValueError: If a data set would have no training rows left, or if every prompt has more rows than `size`.
     """
     prompts = [_prompts(rows, name) for rows, name in zip(data_sets, formats, strict=True)]
     counts = Counter(chain(*prompts))  # prompt to its number of rows, ordered by the first row
@@ -51,16 +51,12 @@ def hold_out(
         if taken + counts[prompt] <= wanted:
             held_out.add(prompt)
             taken += counts[prompt]
-    masks = [np.array([prompt in held_out for prompt in texts], dtype=bool) for texts in prompts]
     if not held_out:
-        logger.warning(
-            "Every prompt has more than the %d rows of `test_size`, so training and evaluation share prompts.",
-            wanted,
+        raise ValueError(
+            f"All rows of a prompt are held out together, and every prompt has more than the {wanted} rows of "
+            f"`test_size={size:g}`. Hold out more rows, or pass evaluation pairs of your own."
         )
-        mask = np.zeros(total, dtype=bool)
-        mask[np.random.default_rng(seed).permutation(total)[:wanted]] = True
-        masks = np.split(mask, np.cumsum([len(texts) for texts in prompts])[:-1])
-
+    masks = [np.array([prompt in held_out for prompt in texts], dtype=bool) for texts in prompts]
     if empty := [number for number, mask in enumerate(masks) if mask.all()]:
         raise ValueError(
             f"`test_size={size:g}` leaves no rows to train on in the data sets {empty} (numbered from 0). Hold out "

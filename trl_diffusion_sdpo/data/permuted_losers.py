@@ -52,10 +52,6 @@ class PermutedLosers:
             )
         return cls(prompts, index[:, :2], seed)
 
-    def afresh(self) -> PermutedLosers:
-        """Return a copy in which no image is marked as bad, so that reading all images is tried again."""
-        return PermutedLosers(self._prompts, self.images, self._seed)
-
     def candidates(self, pair: int, epoch: int) -> Iterator[int]:
         """Yield pairs whose winners may become the loser of `pair`: first the pair to which the permutation maps
         `pair`, then the next pairs with other prompts, in case the first winner cannot be decoded."""
@@ -88,21 +84,15 @@ def derangement(values: np.ndarray, key: Sequence[int]) -> np.ndarray:
     odd.
 
     Args:
-        values (`np.ndarray` of shape `(P,)`): Value of each index. Values must be sortable.
+        values (`np.ndarray` of shape `(P,)`): Value of each index. Values must be sortable, and at most half of the
+            values may be equal.
         key (`Sequence[int]`): Key of the random numbers, of non-negative integers.
 
     Returns:
         `np.ndarray` of shape `(P,)`, int64: Index to which each index is mapped.
-
-    Raises:
-        ValueError: If more than half of the indices have the same value. In this case, there is no such permutation.
     """
     count = len(values)
-    if not count:
-        return np.zeros(0, dtype=np.int64)
     _, largest = most_common(values)
-    if 2 * largest > count:
-        raise ValueError(f"No value may have more than half of the indices; one value has {largest} of {count}.")
     numbers, generator = np.unique(values, return_inverse=True)[1].reshape(-1), np.random.default_rng(key)
     in_random_order = generator.permutation(int(numbers.max()) + 1)[numbers]
     order = np.lexsort((generator.random(count), in_random_order))

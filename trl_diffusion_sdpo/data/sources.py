@@ -36,7 +36,7 @@ from .formats import (
     pairs_in_group,
     resolve_format,
 )
-from .images import ImageReader, UndecodableImageError, UnreadableImageError, decode_image
+from .images import ImageReader, UndecodableImageError, UnreadableImageError
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +48,9 @@ EXAMINED = datasets.Features(
     }
 )
 FINGERPRINTED_PROMPTS = 16  # number of pairs whose prompts are hashed
-FINGERPRINTED_IMAGES = 4  # number of pairs whose undecoded images are hashed
 ROWS_AT_ONCE = 1000
 FEW_ROWS = 1000  # with fewer rows, one process is faster than starting several
 FEW_HEADERS = 20_000  # with fewer headers, one process is faster than starting several
-MAX_GROWTH = 100  # limit of the pairs of a weighted epoch, as a multiple of the pairs of all data sets
 
 
 @dataclass(frozen=True)
@@ -440,17 +438,7 @@ class PairSource:
         if self._weights is None:
             return counts.tolist()
         weights = np.array(self._weights)
-        with np.errstate(over="ignore"):
-            wanted = np.rint(weights * (counts / weights).max())
-        if not wanted.sum() <= MAX_GROWTH * counts.sum():  # true also for NaN
-            raise ValueError(
-                f"With these weights, an epoch would have {wanted.sum():.3g} pairs, more than {MAX_GROWTH} times the "
-                f"{counts.sum()} pairs of all data sets. Give more weight to larger data sets."
-            )
-        for table, count, taken in zip(self.tables, counts, wanted, strict=True):
-            message = "Mixture: the %s data have %d pairs, each %.4g times in an epoch: a share of %.4g of the epoch."
-            logger.info(message, table.name, count, taken / count, taken / wanted.sum())
-        return wanted.astype(np.int64).tolist()
+        return np.rint(weights * (counts / weights).max()).astype(np.int64).tolist()
 
 
 def make_source(
@@ -497,7 +485,8 @@ def _as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Data
             f"The {name} data must be one split, got a {type(rows).__name__} with the splits {list(rows)}. "
             "Pass one of these splits."
         )
-    if not isinstance(rows, datasets.Dataset | list | tuple):
+    is_list = isinstance(rows, list | tuple) and all(isinstance(row, Mapping) for row in rows)
+    if not is_list and not isinstance(rows, datasets.Dataset):
         raise ValueError(
             f"The {name} data must be a datasets.Dataset, a datasets.IterableDataset or a list of dicts, got "
             f"{type(rows).__name__}. Load files with `datasets.load_dataset`, and read a torch data set with "
@@ -505,7 +494,7 @@ def _as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Data
         )
     if not len(rows):
         raise ValueError(f"The {name} data set is empty: {DataReport(name, dataset_format or 'unknown format')}")
-    if not isinstance(rows, datasets.Dataset):
+    if is_list:
         return _table_of_rows(rows, dataset_format, name)
     if rows.format["type"] == "custom":
         raise ValueError(
@@ -516,42 +505,31 @@ def _as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Data
     return rows
 
 
-def _table_of_rows(rows: Sequence[Any], dataset_format: str | None, name: str) -> datasets.Dataset:
-    """Convert a list of dicts to a `datasets.Dataset`."""
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise ValueError(
-                f"Rows must be dicts of columns, got {type(row).__name__} at row {number} of the {name} data."
-            )
+def _table_of_rows(rows: Sequence[Mapping[str, Any]], dataset_format: str | None, name: str) -> datasets.Dataset:
+    """Convert a list of dicts to a `datasets.Dataset`. Images in memory become lossless PNG files."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     values = {column: [row.get(column) for row in rows] for column in columns}
     row_format = resolve_format(dataset_format, columns)
-    sources = [name for name in row_format.source_columns if not all(isinstance(value, str) for value in values[name])]
-    for column in sources:
-        if any(isinstance(value, list | tuple) for value in values[column]):  # then a list in every row
-            values[column] = [value if isinstance(value, list | tuple) else [value] for value in values[column]]
-    for column in (*row_format.image_columns, *row_format.mask_columns, *sources):
-        values[column] = [_stored_image(value) for value in values[column]]
+    for column in (*row_format.image_columns, *row_format.mask_columns, *row_format.source_columns):
+        is_text = column in row_format.source_columns and all(isinstance(value, str) for value in values[column])
+        if not is_text:  # a column `source` of text is no image
+            values[column] = [_stored_image(value) for value in values[column]]
     try:
         return datasets.Dataset.from_dict(values)
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise ValueError(
-            f"Each column of the {name} data must have values of one type in all rows. Got a list of dicts with values "
-            f"of several types in a column: {error}"
+            f"Each column of the {name} data must have values of one type in all rows: {error}"
         ) from error
 
 
 def _stored_image(value: Any) -> Any:
-    """Return an image, or a list of images, as Arrow stores them. Images in memory become lossless PNG files."""
+    """Return an image, or a list of images, as Arrow stores them."""
     if isinstance(value, list | tuple):
         return [_stored_image(image) for image in value]
     if isinstance(value, Image.Image):
-        try:
-            content = io.BytesIO()
-            decode_image(value).save(content, "PNG", compress_level=1)
-            value = content.getvalue()
-        except UndecodableImageError as error:
-            value = str(error).encode()  # decoding these bytes fails as well
+        content = io.BytesIO()
+        value.save(content, "PNG", compress_level=1)
+        value = content.getvalue()
     if isinstance(value, Mapping):
         return {"bytes": value.get("bytes"), "path": value.get("path")}
     if isinstance(value, bytes):
@@ -596,12 +574,12 @@ def pairs_fingerprint(source: PairSource, pairs: PairTable, *, thorough: bool = 
 
     Args:
         thorough (`bool`): Whether to hash every prompt and image, for caches. If true, the hashes are valid only for
-            the image files on this machine. If false, hash prompts and images of a few pairs, and the names of image
-            files, to compare data on any machine when a run resumes.
+            the image files on this machine. If false, hash the prompts of a few pairs, to compare data on any machine
+            when a run resumes.
 
     Returns:
-        `dict[str, Any]`: `format`, `pairs` (number of pairs), `index` (hash of the index and the scores), and hashes
-        of `prompts` and `images`.
+        `dict[str, Any]`: `format`, `pairs` (number of pairs), `index` (hash of the index and the scores), a hash of
+        `prompts`, and, if `thorough`, a hash of `images`.
     """
     digest = hashlib.sha256(np.ascontiguousarray(pairs.places, dtype="<i8").data)
     if "scores" in pairs.columns:
@@ -610,24 +588,11 @@ def pairs_fingerprint(source: PairSource, pairs: PairTable, *, thorough: bool = 
     if thorough:
         keys = [table.content_key for table in source.tables]
         return {**facts, **{name: [key[name] for key in keys] for name in ("prompts", "images")}}
-    prompts, images = hashlib.sha256(), hashlib.sha256()
+    prompts = hashlib.sha256()
     for row in pairs.places[evenly_spaced(len(pairs), FINGERPRINTED_PROMPTS), 0].tolist():
         for image in source.images((row, number) for number in range(1 + source.prompt_of_each_image)):
             prompts.update(repr(image.prompt).encode() + b"\0")
-    for row in pairs.places[evenly_spaced(len(pairs), FINGERPRINTED_IMAGES)][:, [0, 2]].flatten().tolist():
-        image = source.images([(row, 0)])[0]
-        for value in images_of_row(image.row, image.format):
-            images.update(_content_or_name(value) + b"\0")
-    return {**facts, "prompts": _short(prompts), "images": _short(images)}
-
-
-def _content_or_name(image: Any) -> bytes:
-    """Return the bytes of an undecoded image, or the name of its file without folders."""
-    if isinstance(image, Mapping):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, str):
-        return image.replace("\\", "/").rpartition("/")[2].encode("utf-8", "surrogatepass")
-    return image or b""
+    return {**facts, "prompts": _short(prompts)}
 
 
 def _short(digest: Any) -> str:

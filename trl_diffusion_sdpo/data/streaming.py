@@ -99,7 +99,7 @@ class Stream:
             columns = list(first)
         row_format = resolve_format(dataset_format, columns, source.features, use_scores=options.use_scores)
         self.name, self.format = name, replace(row_format, is_swapped=options.swap_labels)
-        self.has_scores = set(self.format.score_columns or ["no"]) <= set(columns)
+        self.has_scores = self.format.score_columns is not None
         self.source = source.with_format(None)
         if source.features is not None:
             read = [*self.format.text_columns(columns), *self.format.image_columns, *self.format.mask_columns]
