@@ -214,9 +214,6 @@ def test_pairs_of_images_that_cannot_be_decoded_are_replaced_as_without_a_cache(
     )
     assert_equal_batches(live, cached, [0])
     assert cached.train_dataset.report.undecodable == live.train_dataset.report.undecodable == 2
-    strict = make_cached(train=pairs, verify_images="none", on_bad_row="raise")
-    with pytest.raises(ValueError, match="pair 2.*on_bad_row"):
-        strict.train_dataset[2]
 
 
 def test_an_image_of_several_pairs_and_a_prompt_of_several_rows_are_encoded_once(

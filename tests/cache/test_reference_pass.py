@@ -219,7 +219,7 @@ def test_what_was_finished_before_a_failure_is_not_computed_again(make_trainer, 
 def test_a_pair_that_could_not_be_read_is_left_out(make_trainer, make_pairs, counted):
     rows = [dict(row) for row in make_pairs(9)]
     rows[4]["chosen"] = {"bytes": b"no image", "path": None}
-    trainer = make_trainer(train=rows, precompute_ref_errors=True, verify_images="none", on_bad_row="drop")
+    trainer = make_trainer(train=rows, precompute_ref_errors=True, verify_images="none")
     trainer.precompute_reference_errors()
     assert [item["row"] for item in map(trainer.train_dataset.__getitem__, range(9))] == [0, 1, 2, 3, 5, 5, 6, 7, 8]
     rows[4]["chosen"] = rows[5]["chosen"]  # it can be read now

@@ -133,15 +133,6 @@ def test_processes_divide_the_check_and_end_with_the_same_pairs(verify, style):
     assert three[0].report == three[1].report == three[2].report == prepare(data, verify_images=verify).report
 
 
-def test_a_bad_row_raises_in_all_processes():
-    def attempt(peers):
-        with pytest.raises(ValueError, match="row 41: image 0 is not an image format"):
-            prepare(rows(100, bad={41}), on_bad_row="raise", peers=peers)
-        return True
-
-    assert ThreadGroup(3).run(attempt) == [True] * 3
-
-
 def test_pairs_of_identical_images_are_refused():
     with pytest.raises(ValueError, match="50 pairs of the train data .* are the same image"):
         prepare(rows(50, identical=range(50)))

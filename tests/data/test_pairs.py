@@ -160,13 +160,6 @@ def test_bad_rows_are_dropped_counted_and_named(style):
     assert "too small" in str(report) and "image format" in str(report) and "row 5" in str(report)
 
 
-@pytest.mark.parametrize(("style", "row"), [("arrow", 1), ("stream", 2)])
-def test_a_bad_row_raises_with_on_bad_row_raise(style, row):
-    dataset = in_style([bad_rows()[0], bad_rows()[row]], style)
-    with pytest.raises(ValueError, match="row 1.*on_bad_row"):
-        items_of(prepare(dataset, on_bad_row="raise"))
-
-
 def test_a_bad_image_of_a_ranking_drops_its_pairs_only():
     for images in ([png(1), JUNK, png(3)], [png(1), png(2)]):
         rows = [{"prompt": "a", "image_path": images, "rank": [1, 2, 3]}]
@@ -228,7 +221,7 @@ def test_wrong_columns_are_an_error_in_every_style(style):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"on_bad_row": "skip"}, "on_bad_row"),
+        ({"verify_images": "some"}, "verify_images"),
         ({"prompt_dropout": 1.5}, "prompt_dropout"),
         ({"seed": -1}, "seed"),
         ({"dataset_format": "pickapic"}, "lacks"),

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..data.data_report import HOW_TO_DROP, MAX_EXAMPLES
+from ..data.data_report import MAX_EXAMPLES
 from ..data.dataset import PreferenceDataset
 from ..data.images import UndecodableImageError
 from ..data.transforms import pixels_as_floats
@@ -258,8 +258,6 @@ class PairEncoding:
                     item = next(loaded)
                     if isinstance(item, UndecodableImageError):
                         pair = int(rows.sources[image, 0])
-                        if dataset.strict:
-                            raise ValueError(f"Pair {pair}: {item}. {HOW_TO_DROP}")
                         undecodable.append((pair, f"pair {pair}: {item}"))
                         waiting.leave_out(rows.of_image(image))
                         continue
@@ -307,8 +305,6 @@ class PairEncoding:
                     source_row, _, prompt = cache.texts[row]
                     item = next(loaded)
                     if isinstance(item, UndecodableImageError):
-                        if dataset.strict:
-                            raise ValueError(f"Row {source_row}: {item}. {HOW_TO_DROP}")
                         undecodable.append((source_row, f"row {source_row} {item}"))
                         encoded[row] = {UNREADABLE: torch.empty(0)}
                     else:

@@ -130,7 +130,7 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
     Args:
         script_args (`PairArguments`): Options that name the data. [`~trl_diffusion_sdpo.load_pairs`] describes the
             allowed values of `dataset_name`.
-        training_args (`DiffusionSDPOConfig`): Its `eval_strategy`, `seed`, `dataset_format` and `on_bad_row` are used.
+        training_args (`DiffusionSDPOConfig`): Its `eval_strategy`, `seed` and `dataset_format` are used.
     """
     sets = script_args.sets or [_only_set(script_args)]
     size = script_args.test_size
@@ -144,7 +144,7 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
             f"`test_size={size}` cannot hold out pairs of a stream, because its length and prompts are not known. Name "
             "evaluation pairs with `eval_dataset_name`, or leave out `dataset_streaming`."
         )
-    parts = [_load_set(entry, script_args, training_args.on_bad_row) for entry in sets]
+    parts = [_load_set(entry, script_args) for entry in sets]
     formats = [entry.dataset_format or training_args.dataset_format for entry in sets]
     held_out: list[Any] = []
     evaluation: Any = None
@@ -154,7 +154,7 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
     elif evaluates:
         for entry in sets:
             _refuse_training_pairs(script_args, entry)
-        evaluation = _load_evaluation(script_args, training_args.on_bad_row)
+        evaluation = _load_evaluation(script_args)
     if not script_args.sets:
         return parts[0], held_out[0] if held_out else evaluation
     names = [f"{number}: {entry.path}" for number, entry in enumerate(sets)]
@@ -176,10 +176,10 @@ def _only_set(script_args: ScriptArguments) -> PairSet:
     return PairSet(name, script_args.dataset_config, split=script_args.dataset_train_split)
 
 
-def _load_set(entry: PairSet, script_args: ScriptArguments, on_bad_row: str) -> Any:
+def _load_set(entry: PairSet, script_args: ScriptArguments) -> Any:
     streaming = script_args.dataset_streaming
     if entry.data_dir is None and entry.data_files is None:
-        loaded = load_pairs(entry.path, entry.split, config=entry.name, streaming=streaming, on_bad_row=on_bad_row)
+        loaded = load_pairs(entry.path, entry.split, config=entry.name, streaming=streaming)
     else:
         files: dict[str, Any] = {"data_dir": entry.data_dir, "data_files": entry.data_files}
         loaded = load_dataset(entry.path, entry.name, split=entry.split, streaming=streaming, **files)
@@ -192,14 +192,14 @@ def public_name(script_args: ScriptArguments) -> str | None:
     return None if name is None or Path(name).expanduser().exists() else name
 
 
-def _load_evaluation(script_args: PairArguments, on_bad_row: str) -> Any:
+def _load_evaluation(script_args: PairArguments) -> Any:
     """Return the test split of `eval_dataset_name`. If this option is unset, return the test split of the training data
     set."""
     other = script_args.eval_dataset_name
     path = other or _only_set(script_args).path
     entry = PairSet(path, script_args.dataset_config, split=script_args.dataset_test_split)
     try:
-        return _load_set(entry, script_args, on_bad_row)
+        return _load_set(entry, script_args)
     except ValueError as error:
         if _NO_SPLIT.search(str(error)) is None:
             raise

@@ -13,7 +13,6 @@ COUNTS = ("rows", "pairs", "ties", "undecodable", "bad_prompts", "bad_labels", "
 MAX_EXAMPLES = 5
 PERMUTED = "losers are winners of other pairs, drawn anew in every epoch"
 SWAPPED = "labels are swapped: the winner of each pair is the image that the data set calls the loser"
-HOW_TO_DROP = 'Fix the row, or pass on_bad_row="drop" to drop bad rows.'
 
 
 class BadDataError(ValueError):
@@ -63,18 +62,6 @@ class DataReport:
         for kind, examples in self.examples.items():
             lines += [f"  {kind.replace('_', ' ')}: row {row}: {reason}" for row, reason in examples]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
-
-
-def reject(report: DataReport, strict: bool, kind: str, row: int, reason: str, amount: int) -> bool:
-    """Count `amount` drops of a kind in the report. Return whether the row is now one of the report's examples.
-
-    Raises:
-        BadDataError: If `strict` and the row is bad. Rows with ties or small images are not bad, because their labels
-            are valid.
-    """
-    if strict and kind not in ("ties", "too_small"):
-        raise BadDataError(f"{report.name} data, row {row}: {reason}. {HOW_TO_DROP}")
-    return report.add(kind, row, reason, amount)
 
 
 def check_identical(name: str, identical: Sequence[bool]) -> None:

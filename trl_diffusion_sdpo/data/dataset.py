@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ..utils.processes import ALONE, Peers
 from . import data_report
 from .buckets import AspectRatioBuckets, PairSizes, Repeated
-from .data_report import HOW_TO_DROP, BadDataError, DataReport, evenly_spaced
+from .data_report import BadDataError, DataReport, evenly_spaced
 from .images import SCHEMES, ImageReader, Size, UndecodableImageError, parse_schemes, same_image
 from .permuted_losers import PermutedLosers
 from .sources import PairSource, PairTable, StoredImage, pairs_fingerprint
@@ -37,9 +37,6 @@ class PairOptions:
         prompt_dropout (`float` in `[0, 1]`): Probability of an empty prompt.
         seed (`int`, not negative): Seed of all random draws.
         dataset_format (`str`, *optional*): A key of `FORMATS`. By default, the columns determine the format.
-        on_bad_row (`str`): `"drop"` drops and counts rows with a bad prompt, a bad label or an undecodable image.
-            `"raise"` raises an error at the first bad row. Rows with ties are not bad, and are always dropped and
-            counted.
         verify_images (`str`): Images of a map-style data set to decode before training. `"sample"` decodes the images
             of `SAMPLED_PAIRS` evenly spaced pairs. `"all"` decodes all images and drops pairs with bad images;
             `datasets` caches the result. With `"sample"` and `"none"`, pairs with bad images are replaced by the next
@@ -71,7 +68,6 @@ class PairOptions:
     prompt_dropout: float = 0.0
     seed: int = 42
     dataset_format: str | None = None
-    on_bad_row: str = "drop"
     verify_images: str = "sample"
     num_proc: int | None = None
     image_schemes: str | Sequence[str] | None = None
@@ -88,8 +84,6 @@ class PairOptions:
     losers: str = "data"
 
     def __post_init__(self) -> None:
-        if self.on_bad_row not in ("drop", "raise"):
-            raise ValueError(f'`on_bad_row` must be "drop" or "raise", got {self.on_bad_row!r}.')
         if self.losers not in ("data", "permute"):
             raise ValueError(f'`losers` must be "data" or "permute", got {self.losers!r}.')
         if self.verify_images not in ("sample", "all", "none"):
@@ -163,7 +157,6 @@ class PreferenceDataset(Dataset):
         self._losers = losers
         self._encoded: Any = None  # `EncodedPairs`: latents and embeddings that replace images and prompts
         self._forget_undecodable()
-        self.strict = options.on_bad_row == "raise"  # whether bad rows stop the run
         self.has_loser_prompts = source.prompt_of_each_image and not options.permutes
         self.has_masks = source.has_masks
         self.has_sources = source.has_sources
@@ -257,8 +250,6 @@ class PreferenceDataset(Dataset):
     def _reject_at_read(self, pair: int, error: UndecodableImageError, *, as_loser: bool = False) -> None:
         rows = sorted(set(self._pairs.places[pair, [0, 0 if as_loser else 2]].tolist()))
         where = f"{self._report.name} data, pair {pair} (rows {rows} of the source)"
-        if self.strict:
-            raise BadDataError(f"{where}: {error}. {HOW_TO_DROP}") from error
         if as_loser:
             assert self._losers is not None
             self._losers.bad[pair] = 1
@@ -367,7 +358,7 @@ class PreferenceDataset(Dataset):
         }
         for pair, (row, reason) in bad.items():
             self._undecodable[pair] = 1  # `report` counts these pairs
-            data_report.reject(self._report, self.strict, "undecodable", row, reason, 0)
+            self._report.add("undecodable", row, reason, 0)
         if bad and len(sample) < len(self):
             logger.warning(
                 "%s data: %d of %d checked pairs cannot be decoded. The data have %d pairs. `verify_images='all'` "

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 SOURCE_COLUMNS = ("source_image", "source")  # columns of images to edit; the first one that exists is read
 SEED_COLUMNS = ("chosen_noise_seed", "rejected_noise_seed")  # seeds of a `torch.Generator` on the CPU
 TEXT = ("string", "large_string")
-# Function of (kind of drop, row, reason, amount). The function counts dropped rows or pairs, or raises an error.
+# Function of (kind of drop, row, reason, amount). The function counts dropped rows or pairs.
 Reject = Callable[[str, int, str, int], object]
 
 

@@ -37,11 +37,11 @@ class FolderSplit:
     pairs: list[dict[str, Any]]
     skipped: dict[str, list[str]]
 
-    def rows(self, *, strict: bool) -> datasets.Dataset:
+    def rows(self) -> datasets.Dataset:
         """Return the pairs as rows. Log an example of the ranking by names, and the skipped images.
 
         Raises:
-            ValueError: If the split has no pair, or if `strict` and an image is in no pair.
+            ValueError: If the split has no pair.
         """
         lines = []
         for reason, names in self.skipped.items():
@@ -49,11 +49,6 @@ class FolderSplit:
             lines.append(f"\n  {len(names)} {reason}: {', '.join(names[:MAX_EXAMPLES])}{more}")
         if not self.pairs:
             raise ValueError(f"{self.folder} has no pair of images with a prompt. {LAYOUTS}{''.join(lines)}")
-        if strict and lines:
-            raise ValueError(
-                f'{self.folder} has images that are in no pair. Add the missing files, or pass on_bad_row="drop" '
-                f"to skip these images.{''.join(lines)}"
-            )
         if "rank" in self.pairs[0]:
             names = [Path(name).name for name in self.pairs[0]["image_path"]]
             message = "%s: numbers at the end of names are ranks. %s is the best image of %s."

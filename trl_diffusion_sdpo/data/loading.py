@@ -31,7 +31,6 @@ def load_pairs(
     *,
     config: str | None = None,
     streaming: bool = False,
-    on_bad_row: str = "drop",
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Load the rows of a data set by its name, as the command `train` does.
 
@@ -46,8 +45,6 @@ def load_pairs(
             accept split expressions, such as `"train[:90%]"`. A single file is accepted under any split name.
         config (`str`, *optional*): Configuration of a data set of the Hub.
         streaming (`bool`): Whether to load a stream.
-        on_bad_row (`str`): `"drop"` skips images of a folder that are in no pair, and counts them. `"raise"` raises an
-            error.
 
     Raises:
         ValueError: If the data set or split does not exist, or if a folder has images but no pairs.
@@ -71,7 +68,7 @@ def load_pairs(
     elif split not in splits:
         raise ValueError(f"The data set {path} must have the split {split!r}; it has {', '.join(splits)}.")
     else:
-        rows = splits[split] if saved else splits[split].rows(strict=on_bad_row == "raise")
+        rows = splits[split] if saved else splits[split].rows()
     rows = with_resolved_names(rows, path)
     return rows.to_iterable_dataset() if streaming else rows
 

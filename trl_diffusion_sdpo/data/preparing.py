@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import datasets
 import numpy as np
 
 from ..utils.processes import ALONE, Peers
-from . import data_report
 from .data_report import DataReport
 from .dataset import PairOptions, PreferenceDataset
-from .formats import FORMATS, SEED_COLUMNS, Reject
+from .formats import FORMATS, SEED_COLUMNS
 from .permuted_losers import PermutedLosers
 from .sources import PairMixture, PairSource, PairTable, bad_seeds, make_source, numbers_of_rows
 from .streaming import PreferenceIterableDataset, Stream
@@ -72,16 +70,15 @@ def prepare_dataset(
     # Index the pairs, and drop unusable pairs.
     report = DataReport(name, source.format_name, rows=len(source), is_swapped=source.is_swapped)
     report.is_permuted = options.permutes
-    reject = partial(data_report.reject, report, options.on_bad_row == "raise")
-    pairs = source.index_pairs(reject)
+    pairs = source.index_pairs(report.add)
     if options.permutes:  # training draws the losers, so index only the winners
         pairs = PairTable(pairs.places[:, [0, 1, 0, 1]], {})
     for column in options.number_columns:
-        pairs = _drop_rows(pairs, numbers_of_rows(source.values(column), column)[1], reject)
+        pairs = _drop_rows(pairs, numbers_of_rows(source.values(column), column)[1], report)
     for column in SEED_COLUMNS if options.noise_seeds else ():
-        pairs = _drop_rows(pairs, bad_seeds(source.values(column), column), reject)
+        pairs = _drop_rows(pairs, bad_seeds(source.values(column), column), report)
     if checks_all and len(pairs):
-        pairs = _drop_bad_images(source, pairs, options, report, reject, peers)
+        pairs = _drop_bad_images(source, pairs, options, report, peers)
 
     # Make the data set, and check a sample of its pairs.
     losers = PermutedLosers.of(source, pairs.places, options.seed, name) if options.permutes else None
@@ -95,17 +92,17 @@ def prepare_dataset(
     return prepared
 
 
-def _drop_rows(pairs: PairTable, reasons: Mapping[int, str], reject: Reject) -> PairTable:
+def _drop_rows(pairs: PairTable, reasons: Mapping[int, str], report: DataReport) -> PairTable:
     """Drop and count the pairs of bad rows. `reasons` maps the number of each bad row to the reason."""
     rows = pairs.places[:, 0]
     is_bad = np.isin(rows, list(reasons))
     for row in np.unique(rows[is_bad]).tolist():
-        reject("bad_labels", row, reasons[row], 1)
+        report.add("bad_labels", row, reasons[row])
     return pairs.take(~is_bad)
 
 
 def _drop_bad_images(
-    source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport, reject: Reject, peers: Peers
+    source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport, peers: Peers
 ) -> PairTable:
     """Check every image, and drop pairs with a bad or small image. Assign the other pairs to their buckets.
 
@@ -120,10 +117,10 @@ def _drop_bad_images(
     for pair in np.flatnonzero(~is_readable).tolist():
         side = 0 if not sizes[pair, 0].all() else 1  # winner or loser, whichever is the first bad image
         row, image = pairs.places[pair, 2 * side : 2 * side + 2].tolist()
-        reject("undecodable", row, f"image {image} {reasons.get((row, image), MISSING)}", 1)
+        report.add("undecodable", row, f"image {image} {reasons.get((row, image), MISSING)}")
     for pair in np.flatnonzero(is_readable & ~is_large).tolist():
         reason = f"{sizes[pair].min()} pixels along the shorter side, and `min_side={options.min_side}`"
-        reject("too_small", int(pairs.places[pair, 0]), reason, 1)
+        report.add("too_small", int(pairs.places[pair, 0]), reason)
     pairs, sizes = pairs.take(is_readable & is_large), sizes[is_readable & is_large]
     targets = np.array([[options.transform.height, options.transform.width]])
     if options.buckets is not None:

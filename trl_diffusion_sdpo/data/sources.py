@@ -240,7 +240,7 @@ class TableSource:
         return [self.format.prompt({column: value}, image) for value in values]
 
     def index_pairs(self, reject: Reject) -> PairTable:
-        """Return the pairs of all rows. Dropped rows and pairs are passed to `reject`, which may raise an error."""
+        """Return the pairs of all rows. Dropped rows and pairs are passed to `reject`."""
         places = array("q")
         scores = array("d")
         for group in groups(self.format, self._labelled_rows()):
@@ -400,10 +400,8 @@ class PairSource:
             yield table, share - start
 
     def index_pairs(self, reject: Reject) -> PairTable:
-        """Return the pairs of all data sets, repeated according to the weights.
-
-        Dropped rows and pairs are passed to the function `reject`, which may raise an error.
-        """
+        """Return the pairs of all data sets, repeated according to the weights. Dropped rows and pairs are passed to
+        `reject`."""
         if len(self.tables) == 1:
             return self.tables[0].index_pairs(reject)
         indexes = []

@@ -16,7 +16,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..utils._compat import is_split_by_node
-from .data_report import COUNTS, BadDataError, DataReport, reject
+from .data_report import COUNTS, BadDataError, DataReport
 from .dataset import PairOptions, complete_item, new_epoch
 from .formats import PairReference, PreferenceFormat, Reject, groups, pairs_in_group, resolve_format
 from .images import UndecodableImageError
@@ -287,7 +287,7 @@ class PreferenceIterableDataset(IterableDataset):
             self._counts.zero_()  # removes the counts of an earlier loader's workers
 
         def count(kind: str, row: int, reason: str, amount: int) -> None:
-            if reject(report, self._options.on_bad_row == "raise", kind, row, reason, amount):
+            if report.add(kind, row, reason, amount):
                 logger.warning("%s data: row %d dropped: %s", self._name, row, reason)
 
         position = -1

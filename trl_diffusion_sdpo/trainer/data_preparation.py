@@ -169,7 +169,6 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         prompt_dropout=args.proportion_empty_prompts if training else 0.0,
         seed=args.seed if args.data_seed is None else args.data_seed,
         dataset_format=args.dataset_format,
-        on_bad_row=args.on_bad_row,
         verify_images="none" if args.precompute_latents and args.verify_images == "sample" else args.verify_images,
         num_proc=args.dataset_num_proc,
         image_schemes=args.image_schemes,

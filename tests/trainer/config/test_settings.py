@@ -35,7 +35,7 @@ def test_a_word_that_means_neither_is_refused(make_args, name):
         make_args(**{name: "maybe"})
 
 
-@pytest.mark.parametrize(("name", "value"), [("safeguard", True), ("loss_type", False), ("on_bad_row", False)])
+@pytest.mark.parametrize(("name", "value"), [("safeguard", True), ("loss_type", False), ("losers", False)])
 def test_a_switch_that_no_choice_means_is_refused(make_args, name, value):
     with pytest.raises(ValueError, match=f"got {value}"):
         make_args(**{name: value})

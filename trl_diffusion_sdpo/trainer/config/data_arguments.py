@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 from ...data.buckets import AspectRatioBuckets
 from .declaring import RESUME, Keys, Range, documented
 
-OnBadRow = Literal["drop", "raise"]
 VerifyImages = Literal["sample", "all", "none"]
 Losers = Literal["data", "permute"]
 Interpolation = Literal["bilinear", "bicubic", "lanczos"]
@@ -50,10 +49,6 @@ class DataArguments:
         calibrated_scores (`bool`, *optional*, defaults to `False`):
             Whether to replace each image's score by the share of wins expected for it against the other images of its
             prompt, before the loss and `pair_weights` read the score. `calibrated_scores` cannot be used with streams.
-        on_bad_row (`str`, *optional*, defaults to `"drop"`):
-            What to do with a row that has an undecodable image, an unreadable label or a prompt that is no text.
-            `"drop"` skips bad rows and reports their number; `"raise"` raises an error at the first bad row. Rows whose
-            label is a tie are always skipped and counted.
         verify_images (`str`, *optional*, defaults to `"sample"`):
             Images of a map-style data set that are decoded before training, to find damaged images. `"sample"` decodes
             the images of 128 pairs, evenly spaced in the data. `"all"` decodes all images and drops pairs with damaged
@@ -110,7 +105,6 @@ class DataArguments:
     losers: Annotated[Losers, RESUME] = "data"
     pair_weights: Annotated[str | None, RESUME] = None
     calibrated_scores: Annotated[bool, RESUME] = False
-    on_bad_row: OnBadRow = "drop"
     verify_images: VerifyImages = "sample"
     image_schemes: list[str] | None = None
     resolution: Annotated[list[int] | None, RESUME] = None
