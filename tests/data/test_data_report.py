@@ -133,13 +133,6 @@ def test_processes_divide_the_check_and_end_with_the_same_pairs(verify, style):
     assert three[0].report == three[1].report == three[2].report == prepare(data, verify_images=verify).report
 
 
-def test_pairs_of_identical_images_are_refused():
-    with pytest.raises(ValueError, match="50 pairs of the train data .* are the same image"):
-        prepare(rows(50, identical=range(50)))
-    assert len(prepare(rows(50, identical=range(50)), compare=False)) == 50
-    assert len(prepare(rows(50, identical=range(50)), verify_images="none")) == 50
-
-
 def test_the_cores_of_a_machine_are_shared_by_its_own_processes(monkeypatch):
     """Of 16 processes on two machines of 32 cores, 8 share a machine."""
     monkeypatch.setattr("os.sched_getaffinity", lambda process: range(32), raising=False)

@@ -77,5 +77,5 @@ def test_a_stream_is_identified_by_its_metadata_without_reading_it(make_pairs):
     read = []
     watched = stream.map(lambda row: read.append(1) or row, features=stream.features)
     facts = fingerprint(watched.shuffle(seed=1, buffer_size=8))
-    assert facts["shards"] == 2 and "prompt" in facts["columns"] and not read
+    assert facts["shards"] == [2] and not read
     assert changed(facts, fingerprint(make_pairs().to_iterable_dataset(num_shards=3))) == {"shards"}

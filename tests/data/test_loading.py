@@ -92,7 +92,7 @@ def test_jsonl_of_flow_factory_is_read(place, streaming):
         assert prepare_dataset(loaded, PairOptions(PairTransform(16))).report.bad_prompts == 1
         path.write_text(json.dumps(task(media=[{"type": "image", "path": "images/w.png"}])))
         loaded = load_pairs(path)
-        assert loaded[0]["source_image"] == str(place / "images" / "w.png")
+        assert loaded[0]["source_image"] == [str(place / "images" / "w.png")]
         assert prepare_dataset(loaded, PairOptions(PairTransform(16)))[0]["sources"][0].size == (16, 16)
         path.write_text(json.dumps(task(media=2 * [{"type": "image", "path": "images/w.png"}])))
         assert len(prepare_dataset(load_pairs(path), PairOptions(PairTransform(16)))[0]["sources"]) == 2

@@ -44,7 +44,7 @@ def outline(item):
 
 def test_a_list_of_data_sets_is_one_set_with_every_pair_once():
     parts = [picks(), rankings(), canonical()]
-    mixed = prepare(parts)
+    mixed = prepare(PairMixture(parts))
     alone = [pixels for part in parts for pixels in items_of(prepare(part))]
     assert [prompt for prompt, _ in items_of(mixed)] == [prompt for prompt, _ in alone]
     assert all((one[1] == other[1]).all() for one, other in zip(items_of(mixed), alone, strict=True))

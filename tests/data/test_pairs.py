@@ -221,9 +221,7 @@ def test_wrong_columns_are_an_error_in_every_style(style):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"verify_images": "some"}, "verify_images"),
-        ({"prompt_dropout": 1.5}, "prompt_dropout"),
-        ({"seed": -1}, "seed"),
+        ({"image_schemes": "memroy"}, "image_schemes"),
         ({"dataset_format": "pickapic"}, "lacks"),
     ],
 )

@@ -134,5 +134,3 @@ def test_captions_need_permuted_losers():
 def test_what_cannot_be_permuted_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="a stream"):
         prepare(datasets.Dataset.from_list(captions()).to_iterable_dataset())
-    with pytest.raises(ValueError, match="`losers`"):
-        prepare(captions(), losers="shuffle")

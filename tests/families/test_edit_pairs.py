@@ -251,7 +251,7 @@ def test_reference_errors_computed_before_training_are_those_of_the_step(kontext
 
 
 def test_the_source_is_mirrored_with_its_pair():
-    options = PairOptions(PairTransform(16, center_crop=False, random_flip=True), verify_images="none", compare=False)
+    options = PairOptions(PairTransform(16, center_crop=False, random_flip=True), verify_images="none")
     data = rows(8)
     mirrored = 0
     for number, item in enumerate(prepare_dataset(data, options)):
@@ -268,14 +268,14 @@ def test_a_missing_source_is_counted_and_its_pair_replaced(caplog):
     data = rows(3)
     data[1]["source"] = None
     table = datasets.Dataset.from_list(data, features=datasets.Features(features))
-    prepared = prepare_dataset(table, PairOptions(PairTransform(16), verify_images="none", compare=False))
+    prepared = prepare_dataset(table, PairOptions(PairTransform(16), verify_images="none"))
     assert prepared[1]["row"] == 2
     assert prepared.report.undecodable == 1 and "source" in caplog.text
 
 
 def test_a_text_column_named_source_is_no_image():
     data = [{**row, "source": "web"} for row in rows(2)]
-    options = PairOptions(PairTransform(16), verify_images="none", compare=False)
+    options = PairOptions(PairTransform(16), verify_images="none")
     assert not prepare_dataset(data, options).has_sources
 
 
@@ -362,4 +362,4 @@ def test_bad_combinations_are_refused(kontext, make_args, make_trainer, make_pai
         make_trainer(sample_prompts=["a"], sample_sources=["a.png"])
     stream = datasets.Dataset.from_list(rows(2)).to_iterable_dataset()
     with pytest.raises(ValueError, match="source"):
-        prepare_dataset(stream, PairOptions(PairTransform(16), compare=False))
+        prepare_dataset(stream, PairOptions(PairTransform(16)))

@@ -4,10 +4,8 @@ from functools import partial
 
 import datasets
 import datasets.distributed
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import Trainer
 
 from trl_diffusion_sdpo.data import PreferenceCollator
@@ -93,11 +91,3 @@ def test_the_order_depends_on_seed_and_epoch_alone(make_trainer, make_pairs):
         seed = loader.get_sampler().initial_seed + epoch
         found = [int(row) for batch in loader for row in batch["rows"]]
         assert found == torch.randperm(9, generator=torch_random.manual_seed(seed)).tolist()
-
-
-def test_alike_images_are_refused_unless_the_loss_reads_winners_only(make_trainer):
-    picture = Image.fromarray(np.full((16, 16, 3), 9, dtype=np.uint8))
-    rows = [{"prompt": "p", "chosen": picture, "rejected": picture}] * 4
-    with pytest.raises(ValueError, match="all 4 pairs"):
-        make_trainer(train=rows)
-    make_trainer(train=rows, loss_type="sft")

@@ -27,6 +27,7 @@ from ..engines.processes import failing_together
 from ..families import Family
 from ..families.base import PIXELS_AT_ONCE
 from ..models.frozen_components import FrozenComponents
+from ..utils.disk import naming_the_disk
 from ..utils.processes import Peers
 from .encoded_pairs import (
     MOMENTS,
@@ -39,7 +40,7 @@ from .encoded_pairs import (
     distinct_prompts,
 )
 from .key import EncoderKey
-from .shards import ShardStore, writing_into
+from .shards import ShardStore
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,6 @@ class EncodingSettings:
     size: tuple[int, int]  # height and width of the images
     crops: int  # number of random crops of each image; unused if crops are centered
     largest_batch: int  # pairs of the largest batch in training and evaluation
-    pin_memory: bool  # whether pixels are copied to the device from pinned memory
     # Function that returns a loader of a data set's items in order. Its arguments are the data set, the preference
     # pairs from which the data set reads, and the bytes of an item.
     load: Callable[[Dataset, PreferenceDataset, int], Iterable[Any]]
@@ -124,8 +124,8 @@ class PairEncoding:
             name (`str`): Name of the data set in error messages and logs.
 
         Raises:
-            ValueError: If the data are a stream, a prompt's encoding depends on the other prompts of its batch, the
-                cache cannot be written, or processes do not see the files of other processes.
+            ValueError: If the data are a stream, a prompt's encoding depends on the other prompts of its batch, or
+                processes do not see the files of other processes.
             DiskFullError: If the disk is full. Finished shards stay in the cache.
         """
         if not isinstance(dataset, PreferenceDataset):
@@ -133,11 +133,12 @@ class PairEncoding:
                 f"`precompute_latents=True` needs data whose rows can be read again, and the {name} data are a stream. "
                 "Load the data without `streaming=True`, or set `precompute_latents=False`."
             )
-        check_prompt_padding("precompute_latents", self._frozen.family, self._settings.largest_batch)
+        prompts = self._settings.largest_batch * (2 if dataset.has_loser_prompts else 1)
+        check_prompt_padding("precompute_latents", self._frozen.family, prompts)
         cache = self._cache_of(dataset, name)
         missing = self._peers.gather_results(cache.missing)
         if any(len(rows) for of_process in missing for rows in of_process):  # a complete cache may be read-only
-            with writing_into(self.folder):
+            with naming_the_disk(self.folder, setting="precompute_dir"):
                 self._complete(dataset, name, cache)
         self._use(dataset, cache)
 
@@ -145,12 +146,6 @@ class PairEncoding:
 
     def _cache_of(self, dataset: PreferenceDataset, name: str) -> _Cache:
         family, rows = self._frozen.family, ImageRows.of(dataset, self._settings.crops)
-        if dataset.has_loser_prompts and family.prompt_padding == "start":
-            raise ValueError(
-                f"`precompute_latents=True` encodes every prompt alone, and {family.name} pads prompts at the start "
-                f"and attends to the padding: the two prompts of each pair of the {name} data depend on each other. "
-                "Set `precompute_latents=False`."
-            )
         texts: list[Any]
         with failing_together(RuntimeError):  # reading the rows may fail in one process
             if dataset.has_sources:
@@ -315,11 +310,7 @@ class PairEncoding:
 
     def _moments(self, family: Family, pixels: torch.Tensor) -> torch.Tensor:
         """Encode pixels `(N, 3, H, W)`, uint8 on the host. As in training, the device makes floats of the pixels."""
-        device = self._settings.device
-        if device.type in ("cpu", "mps"):  # these devices do not use pinned memory
-            return family.image_moments(pixels_as_floats(pixels.to(device)))
-        pixels = pixels.pin_memory() if self._settings.pin_memory else pixels
-        return family.image_moments(pixels_as_floats(pixels.to(device, non_blocking=True)))
+        return family.image_moments(pixels_as_floats(pixels.to(self._settings.device)))
 
     def _count(self, name: str, encoded: list[tuple[int, int, list[tuple[int, str]]]]) -> None:
         """Add the numbers of encoded rows to the report, and log a warning on images that cannot be decoded."""

@@ -19,9 +19,10 @@ from ..engines.engine import Engine
 from ..engines.processes import failing_together
 from ..models.reference import PrecomputedReference
 from ..step.pair_forward import PairForward, eval_mode
+from ..utils.disk import naming_the_disk
 from ..utils.processes import ALONE, Peers
 from .key import VERSION
-from .shards import ShardStore, writing_into
+from .shards import ShardStore
 
 ERRORS = "reference_errors"  # subfolder
 SHARD_PAIRS = 256  # pairs per shard. A killed process loses at most one shard
@@ -80,7 +81,7 @@ class ReferenceErrors:
         """
         store, peers = self.store_of(dataset), self._settings.peers
         if any(len(rows) for rows in peers.gather_results(store.missing)):
-            with writing_into(self._settings.folder), contextlib.ExitStack() as stack:
+            with naming_the_disk(self._settings.folder, setting="precompute_dir"), contextlib.ExitStack() as stack:
 
                 def lock() -> None:
                     if peers.index == 0:

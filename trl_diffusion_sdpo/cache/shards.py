@@ -4,7 +4,6 @@ depend on."""
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -18,14 +17,12 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ..utils.disk import naming_the_disk
 from ..utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 3  # version of the file format, which is a part of every key
 KEY_FILE, LOCK_FILE, PARTIAL = "key.json", ".lock", ".partial"
-NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 NONE = -1
 
 
@@ -121,23 +118,3 @@ class _Shard:
         for key in self.file.keys():  # noqa: SIM118
             row, _, name = key.partition(".")
             self.names.setdefault(int(row), []).append(name)
-
-
-@contextlib.contextmanager
-def writing_into(folder: Path) -> Iterator[None]:
-    """Turn an error of writing into an error whose message names the folder, the cause and the setting to change.
-
-    Raises:
-        DiskFullError: If the disk is full. Finished shards stay on the disk.
-        ValueError: If the folder is not writable.
-    """
-    try:
-        with naming_the_disk(folder, setting="precompute_dir"):
-            yield
-    except OSError as error:
-        if error.errno not in NOT_WRITABLE:
-            raise
-        raise ValueError(
-            f"A cache must be complete or writable. The cache in {folder} lacks some results of this run, and they "
-            f"cannot be written: {error}. Make the folder writable, or choose another `precompute_dir`."
-        ) from error

@@ -47,11 +47,6 @@ class AspectRatioBuckets:
     max_aspect_ratio: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.step < 1 or not 1 < self.max_aspect_ratio < float("inf"):
-            raise ValueError(
-                "`bucket_kwargs` must have a `step` of at least 1 and a `max_aspect_ratio` above 1, got "
-                f"{self.step} and {self.max_aspect_ratio}. Usual values are 64 and 2."
-            )
         short, long = sorted(self.resolution)
         if long > self.max_aspect_ratio * short:
             raise ValueError(

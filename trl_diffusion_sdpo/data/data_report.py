@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -62,20 +61,6 @@ class DataReport:
         for kind, examples in self.examples.items():
             lines += [f"  {kind.replace('_', ' ')}: row {row}: {reason}" for row, reason in examples]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
-
-
-def check_identical(name: str, identical: Sequence[bool]) -> None:
-    """Raise `ValueError` if all pairs have two identical images.
-
-    Args:
-        name (`str`): Name of the data in messages.
-        identical (`Sequence[bool]`): For each checked pair, whether its two images are identical.
-    """
-    if identical and all(identical):
-        raise ValueError(
-            f"In all {len(identical)} pairs of the {name} data that were checked, chosen and rejected are the same "
-            "image, so no image is better. Check the columns, or use `loss_type='sft'` to train on the winners alone."
-        )
 
 
 def evenly_spaced(size: int, wanted: int) -> np.ndarray:

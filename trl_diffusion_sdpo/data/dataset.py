@@ -20,7 +20,7 @@ from ..utils.processes import ALONE, Peers
 from . import data_report
 from .buckets import AspectRatioBuckets, PairSizes, Repeated
 from .data_report import BadDataError, DataReport, evenly_spaced
-from .images import SCHEMES, ImageReader, Size, UndecodableImageError, parse_schemes, same_image
+from .images import SCHEMES, ImageReader, Size, UndecodableImageError, parse_schemes
 from .permuted_losers import PermutedLosers
 from .sources import PairSource, PairTable, StoredImage, pairs_fingerprint
 from .transforms import PairDraws, PairTransform, place_masks
@@ -47,7 +47,6 @@ class PairOptions:
         buckets ([`AspectRatioBuckets`], *optional*): Training sizes by aspect ratio, in place of the transform's size.
             The header of every image is read to choose each pair's size.
         min_side (`int`, *optional*): Pairs with an image whose shorter side has fewer pixels are dropped and counted.
-        compare (`bool`): Whether to raise an error if all checked pairs have two identical images.
         training (`bool`): Whether the pairs are for training. In evaluations, images are cropped at the center and
             never flipped, prompts are never emptied, and random numbers do not depend on the epoch.
         repeat (`bool`): Whether a stream restarts when it ends, with new random numbers and, if it is shuffled, in a
@@ -73,7 +72,6 @@ class PairOptions:
     image_schemes: str | Sequence[str] | None = None
     buckets: AspectRatioBuckets | None = None
     min_side: int | None = None
-    compare: bool = True
     training: bool = True
     repeat: bool = False
     distinct_epochs: int | None = None
@@ -84,15 +82,7 @@ class PairOptions:
     losers: str = "data"
 
     def __post_init__(self) -> None:
-        if self.losers not in ("data", "permute"):
-            raise ValueError(f'`losers` must be "data" or "permute", got {self.losers!r}.')
-        if self.verify_images not in ("sample", "all", "none"):
-            raise ValueError(f'`verify_images` must be "sample", "all" or "none", got {self.verify_images!r}.')
         object.__setattr__(self, "image_schemes", parse_schemes(self.image_schemes))
-        if not 0.0 <= self.prompt_dropout <= 1.0:
-            raise ValueError(f"`prompt_dropout` is a probability, so it must be in [0, 1], got {self.prompt_dropout}.")
-        if self.seed < 0:
-            raise ValueError(f"`seed` must not be negative, got {self.seed}.")
 
     @property
     def permutes(self) -> bool:
@@ -341,21 +331,18 @@ class PreferenceDataset(Dataset):
         """Add a line to the report."""
         self._report.notes += (note,)
 
-    def check_sample(self, peers: Peers = ALONE, *, compare: bool = True) -> None:
+    def check_sample(self, peers: Peers = ALONE) -> None:
         """Decode a sample of evenly spaced pairs, in the first process only.
 
         Bad pairs stay in the index. In training, the next good pair replaces a bad pair. The index must not depend on
         files that are unreadable for a moment, because resumed runs find their position in the index.
 
         Raises:
-            ValueError: If no pair can be decoded. With `compare`, also if all pairs have two identical images.
+            ValueError: If no pair can be decoded.
         """
-        sample = evenly_spaced(len(self), data_report.SAMPLED_PAIRS)
-        places, reader = self._pairs.places[sample], self._options.reader
-        checked = peers.first(lambda: [_check_pair(self._source, reader, each) for each in places])
-        bad = {
-            pair: result for pair, result in zip(sample.tolist(), checked, strict=True) if isinstance(result, tuple)
-        }
+        sample = evenly_spaced(len(self), data_report.SAMPLED_PAIRS).tolist()
+        problems = peers.first(lambda: [self._problem_of(pair) for pair in sample])
+        bad = {pair: problem for pair, problem in zip(sample, problems, strict=True) if problem is not None}
         for pair, (row, reason) in bad.items():
             self._undecodable[pair] = 1  # `report` counts these pairs
             self._report.add("undecodable", row, reason, 0)
@@ -367,8 +354,15 @@ class PreferenceDataset(Dataset):
             )
             if len(bad) == len(sample):
                 raise ValueError(f"None of the {len(bad)} pairs that were checked can be decoded.\n{self._report}")
-        if compare and not self._options.permutes:
-            data_report.check_identical(self._report.name, [result for result in checked if isinstance(result, bool)])
+
+    def _problem_of(self, pair: int) -> tuple[int, str] | None:
+        """Decode a pair. Return the row and the problem of its first bad image, or `None`."""
+        for row, image in self._pairs.places[pair].reshape(2, 2).tolist():
+            try:
+                self._source.images([(row, image)])[0].decode(self._options.reader)
+            except UndecodableImageError as error:
+                return row, str(error)
+        return None
 
     def _forget_undecodable(self) -> None:
         """Clear the mask of undecodable pairs, which DataLoader workers share, so that all pairs are tried again."""
@@ -534,17 +528,6 @@ def mirrored_if(is_mirrored: bool, images: list[Image.Image]) -> list[Image.Imag
     return [ImageOps.mirror(image) for image in images] if is_mirrored else images
 
 
-def _check_pair(source: PairSource, reader: ImageReader, places: np.ndarray) -> tuple[int, str] | bool:
-    """Decode a pair. Return whether its two images are identical, or row and problem of the first bad image."""
-    images = []
-    for row, image in places.reshape(2, 2).tolist():
-        try:
-            images.append(source.images([(row, image)])[0].decode(reader))
-        except UndecodableImageError as error:
-            return row, str(error)
-    return same_image(*images)
-
-
 @dataclass
 class PreferenceCollator:
     """Collator that makes a batch from items of `PreferenceDataset` or `PreferenceIterableDataset`.
@@ -571,18 +554,9 @@ class PreferenceCollator:
     If latents were computed before training, `moments` (`torch.Tensor` of shape `(2B, ...)`) and `target_size`
     (`(height, width)` of the pixels) replace `pixel_values`. `conditioning` (tensors of shape `(B, ...)`, padded at the
     end with zeros) and `host_conditioning` (lists of length B) are added, both with length 2B if there are 2B prompts.
-
-    Raises:
-        ValueError: If there are no items, or if only some items have scores or prompts of losers.
     """
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        if not items:
-            raise ValueError("A batch needs at least one pair, got none.")
-        for name in ("scores", "loser_prompt"):
-            count = sum(name in item for item in items)
-            if count not in (0, len(items)):
-                raise ValueError(f"All pairs of a batch must have `{name}`, or none; got {count} of {len(items)}.")
         batch = {
             "rows": torch.tensor([item["row"] for item in items], dtype=torch.long),
             **_images(items),

@@ -283,11 +283,6 @@ def _check_sides(height: int, width: int) -> None:
         )
 
 
-def same_image(first: Image.Image, second: Image.Image) -> bool:
-    """Return whether two RGB images have the same pixels."""
-    return first.size == second.size and first.tobytes() == second.tobytes()
-
-
 def _upright_size(image: Image.Image) -> Size:
     """Return `(height, width)` after EXIF rotation. Only the header is read."""
     # `PngImageFile.getexif` would decode the pixels, to find EXIF data after them.

@@ -124,21 +124,17 @@ def with_flat_rows(dataset: Any) -> Any:
     if not {"schema_version", "input", "supervision"} <= set(names):
         return dataset
     is_stream = isinstance(dataset, datasets.IterableDataset)
-    sources = 0 if is_stream else max((len(_images(row)) for row in dataset["input"]), default=0)
-    return dataset.map(partial(_flat_row, sources), remove_columns=names)
+    has_sources = not is_stream and any(_images(row) for row in dataset["input"])
+    return dataset.map(partial(_flat_row, has_sources), remove_columns=names)
 
 
-def _flat_row(most_sources: int, row: Mapping[str, Any]) -> dict[str, Any]:
+def _flat_row(has_sources: bool, row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the row of a pair. If a row is no pair, the result has no prompt, so the row counts as bad."""
     task = row["supervision"] or {}
     is_pair = task.get("type") == "preference"
     flat = {"prompt": (row["input"] or {}).get("prompt") if is_pair else None}
     flat |= {side: next(iter(_images(task.get(side))), None) for side in ("chosen", "rejected")}
-    if most_sources == 1:
-        flat["source_image"] = next(iter(_images(row["input"])), None)
-    elif most_sources:
-        flat["source_image"] = _images(row["input"])
-    return flat
+    return flat | ({"source_image": _images(row["input"])} if has_sources else {})
 
 
 def _images(message: Mapping[str, Any] | None) -> list[str]:

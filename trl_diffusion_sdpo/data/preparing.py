@@ -28,8 +28,8 @@ def prepare_dataset(
     """Return a torch data set of pairs made from any preference data set.
 
     Args:
-        dataset (`datasets.Dataset`, `datasets.IterableDataset` or list of dicts): Rows in one of `FORMATS`, or a list
-            or [`PairMixture`] of several data sets.
+        dataset (`datasets.Dataset`, `datasets.IterableDataset` or list of dicts): Rows in one of `FORMATS`, or a
+            [`PairMixture`] of several data sets.
         options ([`PairOptions`]): Settings for making pairs from the rows.
         name (`str`): Name of the data in messages.
         peers (`Peers`): The processes that prepare the same data together and divide the checks among themselves.
@@ -41,9 +41,6 @@ def prepare_dataset(
         ValueError: If an argument is invalid, if the type of the data set or its columns are not supported, or if no
             pair remains.
     """
-    if isinstance(dataset, list | tuple) and dataset:
-        if isinstance(dataset[0], datasets.Dataset | datasets.IterableDataset):
-            dataset = PairMixture(dataset)
     is_mixture = isinstance(dataset, PairMixture)
     is_stream = dataset.is_stream if is_mixture else isinstance(dataset, datasets.IterableDataset)
     checks_all = options.verify_images == "all" or options.reads_sizes
@@ -84,7 +81,7 @@ def prepare_dataset(
     losers = PermutedLosers.of(source, pairs.places, options.seed, name) if options.permutes else None
     prepared = PreferenceDataset(source, pairs, options, report, losers)
     if options.verify_images != "none" and len(prepared):
-        prepared.check_sample(peers, compare=options.compare)
+        prepared.check_sample(peers)
     report = prepared.report
     if not report.pairs:
         raise ValueError(f"No pair is left to train on. Check the labels and images of the data set.\n{report}")

@@ -320,6 +320,7 @@ class PairSource:
         self.has_losers = all(row_format.has_losers for row_format in formats)
         self.has_masks = any(row_format.mask_columns for row_format in formats)
         self.has_sources = any(row_format.source_columns for row_format in formats)
+        check_all_or_none("score columns", {table.name: table.format.score_columns is not None for table in tables})
         check_all_or_none("mask columns", {table.name: bool(table.format.mask_columns) for table in tables})
         check_all_or_none("a `source` column", {table.name: bool(table.format.source_columns) for table in tables})
 
@@ -357,14 +358,12 @@ class PairSource:
     def examine_images(
         self, places: np.ndarray, reader: ImageReader, *, decode: bool, num_proc: int | None, peers: Peers
     ) -> tuple[np.ndarray, dict[tuple[int, int], str]]:
-        """Decode all images of pairs, or read only their headers.
-
-        All processes must call this function, and divide the rows among themselves.
+        """Decode all images of pairs, or read only their headers, in the first process and its workers. All processes
+        must call this function.
 
         Args:
             places (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser.
-            num_proc (`int`, *optional*): Number of workers of each process. By default, all processes share the cores
-                if there are many images.
+            num_proc (`int`, *optional*): Number of workers. By default, one for each core if there are many images.
 
         Returns:
             `tuple`: Height and width of winners and losers, `(P, 2, 2)`, with zeros for bad and missing images, and the
@@ -372,25 +371,22 @@ class PairSource:
         """
         rows = np.unique(places[:, [0, 2]])
         images = 1 + int(places[:, [1, 3]].max())  # number of images in a row, at most
-        share = np.array_split(rows, peers.count)[peers.index]
-        if num_proc is None and forks_by_default() and len(share) >= (FEW_ROWS if decode else FEW_HEADERS):
-            num_proc = usable_cores(peers.count)
+        if num_proc is None and forks_by_default() and len(rows) >= (FEW_ROWS if decode else FEW_HEADERS):
+            num_proc = usable_cores()
 
-        def examine_share() -> tuple[np.ndarray, dict[tuple[int, int], str]]:
-            tables = [(table, numbers) for table, numbers in self._split(share) if len(numbers)]
+        def examine() -> tuple[np.ndarray, dict[tuple[int, int], str]]:
+            tables = [(table, numbers) for table, numbers in self._split(rows) if len(numbers)]
             examined = chain(*(table.examine_images(numbers, reader, decode, num_proc) for table, numbers in tables))
-            sizes = np.zeros((len(share), images, 2), dtype=np.int32)
+            sizes = np.zeros((len(rows), images, 2), dtype=np.int32)
             reasons = {}
-            for row, row_sizes, facts in zip(share.tolist(), sizes, examined, strict=True):
+            for row, row_sizes, facts in zip(rows.tolist(), sizes, examined, strict=True):
                 for image, (height, width, problem) in enumerate(facts[:images]):
                     row_sizes[image] = height, width
                     if problem:
                         reasons[row, image] = problem
             return sizes, reasons
 
-        shares = peers.gather_results(examine_share)
-        sizes = np.concatenate([share_sizes for share_sizes, _ in shares])
-        reasons = {image: reason for _, share_reasons in shares for image, reason in share_reasons.items()}
+        sizes, reasons = peers.first(examine)
         return sizes[np.searchsorted(rows, places[:, [0, 2]]), places[:, [1, 3]]], reasons
 
     def _split(self, rows: np.ndarray) -> Iterator[tuple[TableSource, np.ndarray]]:
@@ -419,24 +415,13 @@ class PairSource:
                     "and no pair. Check the labels of these data, or remove the data from the mixture."
                 )
             indexes.append(replace(pairs, places=pairs.places + np.array([start, 0, start, 0], pairs.places.dtype)))
-        has_scores = ["scores" in pairs.columns for pairs in indexes]
-        names = [table.name for table in self.tables]
-        check_all_or_none("score columns", dict(zip(names, has_scores, strict=True)))
-        repeated = []
-        for pairs, taken in zip(indexes, self._repetitions(indexes), strict=True):
-            repeated.append(pairs.take(np.arange(taken) % len(pairs)))
-        columns = (
-            {"scores": np.concatenate([pairs.columns["scores"] for pairs in repeated])} if all(has_scores) else {}
-        )
-        return PairTable(np.concatenate([pairs.places for pairs in repeated]), columns)
-
-    def _repetitions(self, indexes: Sequence[PairTable]) -> list[int]:
-        """Return the number of pairs that an epoch takes from each data set."""
-        counts = np.array([len(pairs) for pairs in indexes])
-        if self._weights is None:
-            return counts.tolist()
-        weights = np.array(self._weights)
-        return np.rint(weights * (counts / weights).max()).astype(np.int64).tolist()
+        if self._weights is not None:  # repeat the pairs of each data set until it has its share of the epoch
+            counts, weights = np.array([len(pairs) for pairs in indexes]), np.array(self._weights)
+            wanted = np.rint(weights * (counts / weights).max()).astype(np.int64).tolist()
+            repetitions = [np.arange(count) % len(pairs) for pairs, count in zip(indexes, wanted, strict=True)]
+            indexes = [pairs.take(rows) for pairs, rows in zip(indexes, repetitions, strict=True)]
+        columns = {name: np.concatenate([pairs.columns[name] for pairs in indexes]) for name in indexes[0].columns}
+        return PairTable(np.concatenate([pairs.places for pairs in indexes]), columns)
 
 
 def make_source(

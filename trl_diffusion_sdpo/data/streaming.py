@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -15,6 +15,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..utils._compat import is_split_by_node
+from ..utils.processes import ALONE, Peers
 from .data_report import COUNTS, BadDataError, DataReport
 from .dataset import PairOptions, complete_item, new_epoch
 from .formats import PairReference, PreferenceFormat, Reject, groups, pairs_in_group, resolve_format
@@ -27,19 +28,6 @@ logger = logging.getLogger(__name__)
 MIXING = 2  # last of four parts of the random key that chooses a stream; random keys of pairs have three parts
 READERS = 256  # number of counters; if there are more DataLoader workers, some share a counter
 Group = list[tuple[int, Mapping[str, Any]]]  # rows, with their numbers, whose images are compared with one another
-
-
-@dataclass(frozen=True)
-class Share:
-    """Share of a stream that one of several training processes reads.
-
-    Args:
-        index (`int`): Rank of the process, from 0.
-        count (`int`): Number of processes.
-    """
-
-    index: int = 0
-    count: int = 1
 
 
 class Stream:
@@ -82,16 +70,6 @@ class Stream:
                 yield number, row
 
         yield from groups(self.format, numbered())
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Return format, columns, split and number of shards of the stream, to compare streams when a run resumes. No
-        row is read, because a shuffled stream would first have to fill its buffer."""
-        return {
-            "format": self.format.name,
-            "columns": None if self.source.column_names is None else sorted(self.source.column_names),
-            "split": None if self.source.split is None else str(self.source.split),
-            "shards": self.source.num_shards,
-        }
 
 
 class PreferenceIterableDataset(IterableDataset):
@@ -137,7 +115,7 @@ class PreferenceIterableDataset(IterableDataset):
         self.has_masks = any(stream.format.mask_columns for stream in streams)
         self.has_loser_prompts = any(stream.format.prompt_of_each_image for stream in streams)
         self.is_swapped = options.swap_labels  # whether the published losers are the winners
-        self._share = Share()
+        self._share = ALONE
         self._examples: dict[str, list[tuple[int, str]]] = {}
         self._counts = torch.zeros(READERS, len(COUNTS), dtype=torch.long).share_memory_()
 
@@ -149,11 +127,10 @@ class PreferenceIterableDataset(IterableDataset):
         return DataReport(self._name, self._format_name, **counts, examples=self._examples, is_swapped=self.is_swapped)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return facts that identify the streams and their weights. See [`Stream.fingerprint`]."""
-        facts = [stream.fingerprint() for stream in self._streams]
-        if len(facts) == 1:
-            return facts[0]
-        return {"format": self._format_name, "streams": facts, "weights": self._weights}
+        """Return facts that identify the streams, to compare them when a run resumes. No row is read, because a
+        shuffled stream would first have to fill its buffer."""
+        shards = [stream.source.num_shards for stream in self._streams]
+        return {"format": self._format_name, "shards": shards, "weights": self._weights}
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, also in running workers. Random numbers and the order of a shuffled stream depend on the
@@ -166,8 +143,8 @@ class PreferenceIterableDataset(IterableDataset):
         view._options, view._epoch = self._options.for_evaluation(), new_epoch()
         return view
 
-    def for_process(self, share: Share) -> PreferenceIterableDataset:
-        """Return a view of this stream that reads only the share of one process."""
+    def for_process(self, share: Peers) -> PreferenceIterableDataset:
+        """Return a view of this stream that reads only the share of the process `share.index` of `share.count`."""
         view = copy.copy(self)
         view._share = share
         return view
@@ -209,7 +186,7 @@ class PreferenceIterableDataset(IterableDataset):
             yielded += 1
             yield {**item, "repeated": False}
         for _ in range(wanted - yielded):
-            filling = filling or next(self.for_process(Share())._one_pass(epoch))  # a pair of another process
+            filling = filling or next(self.for_process(ALONE)._one_pass(epoch))  # a pair of another process
             yield {**filling, "repeated": True}
 
     def _one_pass(self, epoch: int) -> Generator[dict[str, Any], None, int]:

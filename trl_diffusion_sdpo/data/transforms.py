@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from .images import INSIDE, MIN_SIDE, Size, UndecodableImageError
+from .images import INSIDE, Size, UndecodableImageError
 
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -99,12 +99,6 @@ class PairTransform:
         interpolation: str = "bilinear",
     ) -> None:
         size = tuple(resolution) if isinstance(resolution, tuple | list) else (resolution, resolution)
-        if len(size) != 2 or any(not isinstance(side, int) or side < MIN_SIDE for side in size):
-            raise ValueError(
-                f"`resolution` must be one integer, or two (height, width), of at least {MIN_SIDE}. Got {resolution!r}."
-            )
-        if interpolation not in INTERPOLATIONS:
-            raise ValueError(f"`interpolation` must be one of {sorted(INTERPOLATIONS)}, got {interpolation!r}.")
         self.height, self.width = size
         self.center_crop, self.random_flip, self.interpolation = center_crop, random_flip, interpolation
 

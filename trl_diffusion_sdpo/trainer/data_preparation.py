@@ -134,7 +134,6 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         image_schemes=args.image_schemes,
         buckets=aspect_ratio_buckets(args),
         min_side=args.min_side,
-        compare=loss.uses_loser,
         training=training,
         repeat=training,
         distinct_epochs=args.precompute_epochs if training and args.precompute_ref_errors else None,
