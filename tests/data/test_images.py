@@ -97,7 +97,7 @@ def test_allowed_schemes_are_opened():
 def test_an_unknown_scheme_is_refused():
     assert images.parse_schemes(None) == images.parse_schemes([]) == ()
     with pytest.raises(ValueError, match="`image_schemes`.*'memroy'"):
-        prepare_dataset([], PairOptions(PairTransform(16), image_schemes=["memroy"]))
+        images.parse_schemes(["memroy"])
 
 
 PASSWORD = "hunter2secret"

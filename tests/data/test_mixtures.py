@@ -94,9 +94,8 @@ def test_a_mixture_is_recognised_when_a_run_resumes():
     [
         (([],), "needs at least one data set, got none"),
         (([picks(2)], (1, 2)), "`weights` must have one entry for each of the 1 data sets"),
-        (([picks(2), picks(2)], (1, -1)), "above 0, got -1"),
-        (([picks(2), picks(2)], (1, math.nan)), "above 0, got nan"),
-        (([picks(2), picks(2)], (1, "a")), "above 0, got 'a'"),
+        (([picks(2), picks(2)], (1, -1)), "`weights` must be above 0"),
+        (([picks(2), picks(2)], (1, math.nan)), "`weights` must be above 0"),
         (([picks(2)], None, ["canonical", None]), "`formats` must have one entry for each"),
         (([picks(2), picks(2).to_iterable_dataset()],), "streams or only map-style data sets, got both"),
         (([picks(2), picks(2, label_0=0.5)],), "set 1"),

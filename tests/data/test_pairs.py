@@ -221,7 +221,6 @@ def test_wrong_columns_are_an_error_in_every_style(style):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_schemes": "memroy"}, "image_schemes"),
         ({"dataset_format": "pickapic"}, "lacks"),
     ],
 )

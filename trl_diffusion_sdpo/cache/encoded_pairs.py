@@ -107,26 +107,18 @@ class ImageRows:
         return self.flips and draws is not None and draws.flip < 0.5
 
 
-def distinct_prompts(prompts: Iterable[str]) -> tuple[list[str], np.ndarray]:
-    """Return distinct prompts, including the empty one, and their digests (int64), both sorted by the digests."""
-    return _by_digest({prompt: digest_of(prompt) for prompt in {*prompts, ""}})
-
-
-def distinct_edits(edits: Iterable[Edit]) -> tuple[list[Edit], np.ndarray]:
-    """Return distinct edits and their digests (int64), both sorted by the digests."""
-    return _by_digest({edit: digest_of_edit(*edit) for edit in set(edits)})
-
-
-def digest_of_edit(row: int, is_mirrored: bool, prompt: str) -> int:
-    """Return 64 bits of the hash of a prompt with the sources of a row."""
-    return digest_of(f"{row} {'mirrored' if is_mirrored else 'plain'} {prompt}")
-
-
-def _by_digest(digests: dict[Any, int]) -> tuple[list[Any], np.ndarray]:
+def distinct(texts: Iterable[str | Edit]) -> tuple[list[Any], np.ndarray]:
+    """Return distinct prompts or edits, and their digests (int64), both sorted by the digests."""
+    digests = {text: digest_of(text if isinstance(text, str) else text_of_edit(*text)) for text in set(texts)}
     ordered = sorted(digests, key=digests.__getitem__)
-    array = np.array([digests[prompt] for prompt in ordered], dtype=np.int64)
+    array = np.array([digests[text] for text in ordered], dtype=np.int64)
     assert (array[1:] != array[:-1]).all(), "two prompts with one digest: odds of 1 to 30 million in a million prompts"
     return ordered, array
+
+
+def text_of_edit(row: int, is_mirrored: bool, prompt: str) -> str:
+    """Return a text that identifies a prompt with the sources of a row."""
+    return f"{row} {'mirrored' if is_mirrored else 'plain'} {prompt}"
 
 
 class EncodedPairs:
@@ -138,7 +130,7 @@ class EncodedPairs:
             has height and width before resizing, top and left of the crop, and height and width of the pixels.
         rows ([`ImageRows`]): Numbers of the images in the store.
         prompts ([`ShardStore`]): Conditioning of the distinct prompts or edits, in the order of `digests`.
-        digests (`np.ndarray`): Sorted digests by [`distinct_prompts`], or by [`distinct_edits`] if there are sources.
+        digests (`np.ndarray`): Sorted digests by [`distinct`] of the prompts, or of the edits if there are sources.
         on_host (`Sequence[str]`): Tensors of the conditioning that are read on the host.
     """
 
@@ -186,7 +178,7 @@ class EncodedPairs:
             UndecodableImageError: If a source could not be decoded when the cache was made.
             ValueError: If the prompt is not in the cache.
         """
-        digest = digest_of(prompt) if edited is None else digest_of_edit(*edited, prompt)
+        digest = digest_of(prompt if edited is None else text_of_edit(*edited, prompt))
         row = int(np.searchsorted(self._digests, digest))
         if row == len(self._digests) or self._digests[row] != digest:
             raise ValueError(

@@ -36,8 +36,7 @@ from .encoded_pairs import (
     Edit,
     EncodedPairs,
     ImageRows,
-    distinct_edits,
-    distinct_prompts,
+    distinct,
 )
 from .key import EncoderKey
 from .shards import ShardStore
@@ -77,7 +76,6 @@ class EncodingReport:
 
     images: int = 0  # each variant of an image counts
     prompts: int = 0  # distinct prompts
-    bytes: int = 0  # size of the caches
     encoded_images: int = 0
     encoded_prompts: int = 0
 
@@ -148,10 +146,7 @@ class PairEncoding:
         family, rows = self._frozen.family, ImageRows.of(dataset, self._settings.crops)
         texts: list[Any]
         with failing_together(RuntimeError):  # reading the rows may fail in one process
-            if dataset.has_sources:
-                texts, digests = distinct_edits(dataset.edits())
-            else:
-                texts, digests = distinct_prompts(dataset.prompts())
+            texts, digests = distinct(dataset.edits() if dataset.has_sources else {*dataset.prompts(), ""})
         data = dataset.fingerprint(thorough=True, peers=self._peers)
         images = {
             "vae": self._key.facts["vae"],
@@ -188,7 +183,6 @@ class PairEncoding:
         dataset.use_encoded(encoded)
         self.report.images += len(cache.rows)
         self.report.prompts += len(cache.texts)
-        self.report.bytes += cache.images.nbytes + cache.prompts.nbytes
 
     # ---- Encoding -------------------------------------------------------------------------------------------------
 

@@ -87,8 +87,11 @@ class ReferenceErrors:
                     if peers.index == 0:
                         stack.enter_context(store.locked())
 
-                with failing_together(RuntimeError):
-                    self._check_can_predict(dataset, store)
+                if not self._reference.can_predict:
+                    raise ValueError(
+                        f"The errors of the reference on the {dataset.report.name} data must be computed before "
+                        "training. Pass the data as `eval_dataset` when you construct the trainer."
+                    )
                 peers.gather_results(lock)
                 missing = peers.gather_results(store.missing)[0].tolist()  # another run may have written rows
                 with failing_together(RuntimeError):
@@ -131,14 +134,6 @@ class ReferenceErrors:
         pairs = range(len(dataset))
         shards = [pairs[start : start + SHARD_PAIRS] for start in pairs[::SHARD_PAIRS]]
         return [(epoch, shard) for epoch in range(self._epochs(dataset)) for shard in shards]
-
-    def _check_can_predict(self, dataset: PreferenceDataset, store: ShardStore) -> None:
-        if not self._reference.can_predict:
-            raise ValueError(
-                f"The errors of the reference on the {dataset.report.name} data must be computed before training, and "
-                f"{store.path} does not have these errors. Pass the data as `eval_dataset` when you construct the "
-                "trainer."
-            )
 
     @contextlib.contextmanager
     def _predicting(self) -> Iterator[None]:

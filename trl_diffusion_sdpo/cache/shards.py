@@ -67,11 +67,6 @@ class ShardStore:
             self._file_of[[row for row in rows if row < len(self._file_of)]] = number
         return np.flatnonzero(self._file_of == NONE)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all shards on the disk."""
-        return sum(file.stat().st_size for file in self._files)
-
     def write(self, number: int, rows: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
         """Write a shard. Two processes must not write shards of the same number at the same time."""
         tensors = {f"{row}.{name}": tensor.contiguous() for row, of in rows.items() for name, tensor in of.items()}

@@ -80,6 +80,6 @@ def _summary(encoding: PairEncoding) -> str:
     done = encoding.report
     return (
         f"The cache {encoding.folder} has {done.images} images (random crops and flips counted separately) and "
-        f"{done.prompts} prompts, {done.bytes / 2**30:.3g} GiB. This command encoded {done.encoded_images} of these "
+        f"{done.prompts} prompts. This command encoded {done.encoded_images} of these "
         f"images and {done.encoded_prompts} of these prompts."
     )

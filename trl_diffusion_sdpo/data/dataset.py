@@ -20,7 +20,7 @@ from ..utils.processes import ALONE, Peers
 from . import data_report
 from .buckets import AspectRatioBuckets, PairSizes, Repeated
 from .data_report import BadDataError, DataReport, evenly_spaced
-from .images import SCHEMES, ImageReader, Size, UndecodableImageError, parse_schemes
+from .images import SCHEMES, ImageReader, Size, UndecodableImageError
 from .permuted_losers import PermutedLosers
 from .sources import PairSource, PairTable, StoredImage, pairs_fingerprint
 from .transforms import PairDraws, PairTransform, place_masks
@@ -42,7 +42,7 @@ class PairOptions:
             `datasets` caches the result. With `"sample"` and `"none"`, pairs with bad images are replaced by the next
             good pair during training.
         num_proc (`int`, *optional*): Number of workers of each process that check images, by default up to all cores.
-        image_schemes (`str` or `Sequence[str]`, *optional*): URL schemes that rows may use, such as `"s3"`, besides
+        image_schemes (`Sequence[str]`, *optional*): URL schemes that rows may use, such as `"s3"`, besides
             `file`, `hf`, `zip` and `tar`.
         buckets ([`AspectRatioBuckets`], *optional*): Training sizes by aspect ratio, in place of the transform's size.
             The header of every image is read to choose each pair's size.
@@ -69,7 +69,7 @@ class PairOptions:
     dataset_format: str | None = None
     verify_images: str = "sample"
     num_proc: int | None = None
-    image_schemes: str | Sequence[str] | None = None
+    image_schemes: Sequence[str] | None = None
     buckets: AspectRatioBuckets | None = None
     min_side: int | None = None
     training: bool = True
@@ -80,9 +80,6 @@ class PairOptions:
     number_columns: Sequence[str] = ()
     noise_seeds: bool = False
     losers: str = "data"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "image_schemes", parse_schemes(self.image_schemes))
 
     @property
     def permutes(self) -> bool:
@@ -346,14 +343,8 @@ class PreferenceDataset(Dataset):
         for pair, (row, reason) in bad.items():
             self._undecodable[pair] = 1  # `report` counts these pairs
             self._report.add("undecodable", row, reason, 0)
-        if bad and len(sample) < len(self):
-            logger.warning(
-                "%s data: %d of %d checked pairs cannot be decoded. The data have %d pairs. `verify_images='all'` "
-                "checks all pairs before training. Otherwise, the next good pair replaces a bad pair in training.",
-                *(self._report.name, len(bad), len(sample), len(self)),
-            )
-            if len(bad) == len(sample):
-                raise ValueError(f"None of the {len(bad)} pairs that were checked can be decoded.\n{self._report}")
+        if len(bad) == len(sample) < len(self):
+            raise ValueError(f"None of the {len(bad)} pairs that were checked can be decoded.\n{self._report}")
 
     def _problem_of(self, pair: int) -> tuple[int, str] | None:
         """Decode a pair. Return the row and the problem of its first bad image, or `None`."""

@@ -31,7 +31,7 @@ def hold_out(
         `list`: For each data set, the training rows and the held-out rows, both in the original order.
 
     Raises:
-        ValueError: If a data set would have no training rows left, or if every prompt has more rows than `size`.
+        ValueError: If `size` leaves no training rows, or if every prompt has more rows than `size`.
     """
     prompts = [_prompts(rows, name) for rows, name in zip(data_sets, formats, strict=True)]
     counts = Counter(chain(*prompts))  # prompt to its number of rows, ordered by the first row
@@ -57,11 +57,6 @@ def hold_out(
             f"`test_size={size:g}`. Hold out more rows, or pass evaluation pairs of your own."
         )
     masks = [np.array([prompt in held_out for prompt in texts], dtype=bool) for texts in prompts]
-    if empty := [number for number, mask in enumerate(masks) if mask.all()]:
-        raise ValueError(
-            f"`test_size={size:g}` leaves no rows to train on in the data sets {empty} (numbered from 0). Hold out "
-            "fewer rows, choose another `seed`, or remove these data sets."
-        )
     logger.info("Held out for evaluation: %d of %d rows.", sum(mask.sum() for mask in masks), total)
     return [
         (rows.select(np.flatnonzero(~mask)), rows.select(np.flatnonzero(mask)))

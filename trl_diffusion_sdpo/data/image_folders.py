@@ -31,11 +31,11 @@ _RANKED = re.compile(r"(.+)_(\d\d?)")
 
 @dataclass
 class FolderSplit:
-    """Pairs of one split, and the names of the skipped images by reason."""
+    """Pairs of one split, and the skipped images by reason."""
 
     folder: Path
     pairs: list[dict[str, Any]]
-    skipped: dict[str, list[str]]
+    skipped: dict[str, list[Path]]
 
     def rows(self) -> datasets.Dataset:
         """Return the pairs as rows. Log an example of the ranking by names, and the skipped images.
@@ -44,9 +44,9 @@ class FolderSplit:
             ValueError: If the split has no pair.
         """
         lines = []
-        for reason, names in self.skipped.items():
-            more = ", ..." if len(names) > MAX_EXAMPLES else ""
-            lines.append(f"\n  {len(names)} {reason}: {', '.join(names[:MAX_EXAMPLES])}{more}")
+        for reason, files in self.skipped.items():
+            names = [file.relative_to(self.folder).as_posix() for file in files[:MAX_EXAMPLES]]
+            lines.append(f"\n  {len(files)} {reason}: {', '.join(names)}")
         if not self.pairs:
             raise ValueError(f"{self.folder} has no pair of images with a prompt. {LAYOUTS}{''.join(lines)}")
         if "rank" in self.pairs[0]:
@@ -89,7 +89,7 @@ def _read(folder: Path, has_sides: bool) -> FolderSplit:
     """Read one split. Images whose names differ only in folder or rank form a group. Each group becomes a row."""
     groups: dict[str, list[tuple[int, Path]]] = defaultdict(list)  # ranks and images; a lower rank is better
     captions: dict[str, list[Path]] = defaultdict(list)
-    skipped: dict[str, list[str]] = defaultdict(list)
+    skipped: dict[str, list[Path]] = defaultdict(list)
 
     for file in sorted(_files(folder)):
         side = file.relative_to(folder).parts[0]
@@ -103,9 +103,9 @@ def _read(folder: Path, has_sides: bool) -> FolderSplit:
         elif is_inside:
             groups[stem].append((SIDES.index(side), file))
         elif has_sides:
-            skipped["outside of chosen and rejected"].append(_name(file, folder))
+            skipped["outside of chosen and rejected"].append(file)
         elif rank is None:
-            skipped["without a rank of one or two digits at the end of the name"].append(_name(file, folder))
+            skipped["without a rank of one or two digits at the end of the name"].append(file)
         else:
             groups[rank[1]].append((int(rank[2]), file))
 
@@ -123,7 +123,7 @@ def _read(folder: Path, has_sides: bool) -> FolderSplit:
             reason = "with captions that differ" if texts else "without a caption"
         paths = [str(file.absolute()) for file in files]
         if reason:
-            skipped[reason] += [_name(file, folder) for file in files]
+            skipped[reason] += files
         elif has_sides:
             rows.append({"prompt": texts.pop(), "chosen": paths[0], "rejected": paths[1]})
         else:
@@ -141,10 +141,6 @@ def _files(folder: Path) -> list[Path]:
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     files = [file for entry in entries for file in (entry.rglob("*") if entry.is_dir() else [entry])]
     return [file for file in files if file.is_file() and not file.name.startswith(".")]
-
-
-def _name(file: Path, folder: Path) -> str:
-    return file.relative_to(folder).as_posix()
 
 
 def _stem(file: Path, folder: Path) -> str:

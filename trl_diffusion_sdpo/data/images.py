@@ -4,8 +4,7 @@ This module does not trust the paths and URLs of rows. A path or URL may name a 
 file may decompress to any size.
 
 A bad image raises `UndecodableImageError`, and its pair is skipped. If the storage of an image does not answer, the
-error is `UnreadableImageError`, and the run ends. If a storage does not answer, its images are not skipped, because
-they may be good, and skipping good images would change the training.
+error is `UnreadableImageError`, and the run ends, because the image may be good.
 """
 
 import errno
@@ -244,14 +243,8 @@ def _may_pass(error: Exception) -> bool:
 
 
 def check_regular_file(path: str | os.PathLike, max_bytes: int | None) -> None:
-    """Check that a path is a regular file of at most `max_bytes`, before the file is opened.
-
-    Reading a pipe would block, and reading a device such as `/dev/zero` would never end.
-
-    Raises:
-        UndecodableImageError: If the path is not a regular file, or the file has more than `max_bytes`.
-        OSError: If the file does not exist.
-    """
+    """Raise `UndecodableImageError` if a path is not a regular file of at most `max_bytes`, before the file is opened.
+    Reading a pipe would block, and reading a device such as `/dev/zero` would never end."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise UndecodableImageError(f"is not a regular file: {os.fspath(path)}")

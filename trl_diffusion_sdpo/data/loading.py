@@ -56,7 +56,7 @@ def load_pairs(
         return datasets.load_dataset(str(name), name=config, split=split, streaming=streaming)
     if path.is_file():
         return with_resolved_names(_load_file(path, split, streaming), path.parent)
-    saved = _is_saved(path)
+    saved = has_one_split(path) or (path / "dataset_dict.json").is_file()
     splits = datasets.load_from_disk(str(path)) if saved else read_image_folder(path)
     if splits is None:
         loaded = datasets.load_dataset(str(path), split=split, streaming=streaming)
@@ -76,11 +76,6 @@ def load_pairs(
 def has_one_split(path: Path) -> bool:
     """Return whether a path has only one split, so that [`load_pairs`] accepts any split name for it."""
     return path.is_file() or (path / "state.json").is_file()
-
-
-def _is_saved(path: Path) -> bool:
-    """Return whether a folder was written by `save_to_disk`."""
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def _load_file(path: Path, split: str, streaming: bool) -> Any:

@@ -75,21 +75,14 @@ def most_common(values: np.ndarray) -> tuple[int, int]:
 def derangement(values: np.ndarray, key: Sequence[int]) -> np.ndarray:
     """Return a random permutation of indices that maps each index to an index with another value.
 
-    First, indices are grouped by value. The groups, and the indices within a group, are in random order. Each index is
-    then mapped to the index that follows at a fixed distance. This distance is at least the size of the largest group,
-    and no group has more than half of the indices. Each index is therefore mapped to an index with another value. But
-    neighbouring indices would still be mapped to neighbouring indices. Random pairs of indices therefore exchange the
-    indices to which they are mapped, unless an index would then be mapped to its own value. A random half of these
-    exchanges is left out, because otherwise the number of exchanges would decide whether the permutation is even or
-    odd.
+    Indices are grouped by value, in random order. Each index is mapped to the index that follows at a fixed distance of
+    at least the size of the largest group. Each index is therefore mapped to another value. Then random pairs of
+    indices exchange the indices to which they are mapped, unless an index would be mapped to its own value. A random
+    half of these exchanges is left out. Otherwise, their number would decide whether the permutation is even or odd.
 
     Args:
-        values (`np.ndarray` of shape `(P,)`): Value of each index. Values must be sortable, and at most half of the
-            values may be equal.
+        values (`np.ndarray` of shape `(P,)`): Value of each index. At most half of the values may be equal.
         key (`Sequence[int]`): Key of the random numbers, of non-negative integers.
-
-    Returns:
-        `np.ndarray` of shape `(P,)`, int64: Index to which each index is mapped.
     """
     count = len(values)
     _, largest = most_common(values)

@@ -12,7 +12,7 @@ import numpy as np
 from ..utils.processes import ALONE, Peers
 from .data_report import DataReport
 from .dataset import PairOptions, PreferenceDataset
-from .formats import FORMATS, SEED_COLUMNS
+from .formats import SEED_COLUMNS
 from .permuted_losers import PermutedLosers
 from .sources import PairMixture, PairSource, PairTable, bad_seeds, make_source, numbers_of_rows
 from .streaming import PreferenceIterableDataset, Stream
@@ -65,7 +65,7 @@ def prepare_dataset(
                 "column belongs to the two images of one row. Remove the column, or use `losers='data'`."
             )
     # Index the pairs, and drop unusable pairs.
-    report = DataReport(name, source.format_name, rows=len(source), is_swapped=source.is_swapped)
+    report = DataReport(name, source.format_name, rows=len(source), is_swapped=options.swap_labels)
     report.is_permuted = options.permutes
     pairs = source.index_pairs(report.add)
     if options.permutes:  # training draws the losers, so index only the winners
@@ -154,8 +154,7 @@ def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> Preference
 
 
 def _without_losers(name: str) -> str:
-    others = "\n".join(f"  {each.describe()}" for each in FORMATS.values() if each.has_losers)
     return (
         f"Pairs need losers. The {name} data have only captions (format `captioned`). Use `losers='permute'` to take "
-        "images with other captions as losers, or rename columns to match one of these formats:\n" + others
+        "images with other captions as losers, or rename columns to match another format."
     )

@@ -109,13 +109,10 @@ class PairMixture:
         if not count:
             raise ValueError("A mixture needs at least one data set, got none.")
         for name, values in (("weights", self.weights), ("formats", self.formats)):
-            if values is not None and (isinstance(values, str) or len(values) != count):
+            if values is not None and len(values) != count:
                 raise ValueError(f"`{name}` must have one entry for each of the {count} data sets, got {values!r}.")
-        for weight in self.weights or ():
-            if not (isinstance(weight, int | float) and math.isfinite(weight) and weight > 0):
-                raise ValueError(
-                    f"`weights` must be finite numbers above 0, got {weight!r}. Remove data sets without weight."
-                )
+        if not all(0 < weight < math.inf for weight in self.weights or ()):
+            raise ValueError(f"`weights` must be above 0, got {self.weights!r}. Remove data sets without weight.")
         kinds = {isinstance(dataset, datasets.IterableDataset) for dataset in self.by_name.values()}
         if len(kinds) > 1:
             raise ValueError(
@@ -142,17 +139,11 @@ class PairMixture:
 
 
 class StoredImage(NamedTuple):
-    """An undecoded image of a row.
-
-    Attributes:
-        format (`PreferenceFormat`): Format of the row.
-        row (`Mapping[str, Any]`): Values of the row's columns.
-        number (`int`): Number of the image within the row.
-    """
+    """An undecoded image of a row."""
 
     format: PreferenceFormat
-    row: Mapping[str, Any]
-    number: int
+    row: Mapping[str, Any]  # values of the row's columns
+    number: int  # number of the image within the row
 
     def decode(self, reader: ImageReader) -> Image.Image:
         """Decode the image. The errors are those of [`ImageReader.decode`]."""
@@ -198,11 +189,7 @@ class StoredImage(NamedTuple):
 
 
 class TableSource:
-    """Rows of one `datasets.Dataset`. Images are read from Arrow without decoding.
-
-    Attributes:
-        labels (`datasets.Dataset`): The columns of labels and prompts.
-    """
+    """Rows of one `datasets.Dataset`. Images are read from Arrow without decoding."""
 
     def __init__(
         self, dataset: datasets.Dataset, row_format: PreferenceFormat, name: str, number_columns: Sequence[str] = ()
@@ -315,7 +302,6 @@ class PairSource:
         self._starts = [0, *np.cumsum([len(table) for table in tables]).tolist()]
         formats = [table.format for table in tables]
         self.format_name = "+".join(row_format.name for row_format in formats)
-        self.is_swapped = any(row_format.is_swapped for row_format in formats)
         self.prompt_of_each_image = any(row_format.prompt_of_each_image for row_format in formats)
         self.has_losers = all(row_format.has_losers for row_format in formats)
         self.has_masks = any(row_format.mask_columns for row_format in formats)
@@ -328,12 +314,8 @@ class PairSource:
         return self._starts[-1]
 
     def images(self, places: Iterable[tuple[int, int]], *, with_images: bool = True) -> list[StoredImage]:
-        """Return the undecoded images at `places`, which are pairs of row number and image number.
-
-        Args:
-            with_images (`bool`): `False` reads prompts, masks and other columns alone. Images and sources then cannot
-                be decoded.
-        """
+        """Return the undecoded images at `places`, which are pairs of row number and image number. Without
+        `with_images`, only prompts, masks and other columns are read, and images and sources cannot be decoded."""
         rows: dict[int, dict[str, Any]] = {}
         images = []
         for row, image in places:

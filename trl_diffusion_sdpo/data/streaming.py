@@ -114,7 +114,6 @@ class PreferenceIterableDataset(IterableDataset):
         self.has_scores = all(stream.has_scores for stream in streams)
         self.has_masks = any(stream.format.mask_columns for stream in streams)
         self.has_loser_prompts = any(stream.format.prompt_of_each_image for stream in streams)
-        self.is_swapped = options.swap_labels  # whether the published losers are the winners
         self._share = ALONE
         self._examples: dict[str, list[tuple[int, str]]] = {}
         self._counts = torch.zeros(READERS, len(COUNTS), dtype=torch.long).share_memory_()
@@ -124,7 +123,10 @@ class PreferenceIterableDataset(IterableDataset):
         """Counts of the current epoch so far, summed over the workers of this process. Pairs of other processes are not
         counted. Examples of bad rows come from the main process of the DataLoader, not from its workers."""
         counts = dict(zip(COUNTS, self._counts.sum(dim=0).tolist(), strict=True))
-        return DataReport(self._name, self._format_name, **counts, examples=self._examples, is_swapped=self.is_swapped)
+        return replace(self._new_report(), **counts, examples=self._examples)
+
+    def _new_report(self) -> DataReport:
+        return DataReport(self._name, self._format_name, is_swapped=self._options.swap_labels)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return facts that identify the streams, to compare them when a run resumes. No row is read, because a
@@ -200,7 +202,7 @@ class PreferenceIterableDataset(IterableDataset):
         number, numbers = reader, workers
         if not deals_pairs:
             number, numbers = reader + workers * share.index, workers * share.count
-        report = DataReport(self._name, self._format_name, examples={}, is_swapped=self.is_swapped)
+        report = self._new_report()
         self._examples, counts = report.examples, self._counts[reader % READERS]
         if worker is None:
             self._counts.zero_()  # removes the counts of an earlier loader's workers

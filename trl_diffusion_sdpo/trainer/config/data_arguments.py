@@ -23,8 +23,8 @@ class DataArguments:
         dataset_format (`str`, *optional*):
             Name of the data set's format, such as `"pickapic"`. If unset, the format is detected from the column names.
         dataset_num_proc (`int`, *optional*):
-            Number of processes that read images before training to verify them (`verify_images="all"`) and to find their
-            sizes. If unset, one process per CPU core is used.
+            Number of processes that read images before training, to verify them (`verify_images="all"`) and to find
+            their sizes. If unset, one process per CPU core is used.
         dataloader_num_workers (`int`, *optional*):
             Number of DataLoader workers that decode images, for each training process. If unset, the trainer chooses
             the number and logs it: no worker for fewer than 512 pairs, at most one for a stream, and otherwise up to
@@ -52,9 +52,8 @@ class DataArguments:
         verify_images (`str`, *optional*, defaults to `"sample"`):
             Images of a map-style data set that are decoded before training, to find damaged images. `"sample"` decodes
             the images of 128 pairs, evenly spaced in the data. `"all"` decodes all images and drops pairs with damaged
-            images. `datasets` caches the result.
-            `"none"` decodes no image. If training later meets a damaged image, the next good pair replaces the pair
-            with this image.
+            images; `datasets` caches the result. `"none"` decodes no image. If training later meets a damaged image,
+            the next good pair replaces the pair with this image.
         image_schemes (`list[str]`, *optional*):
             URL schemes, such as `s3`, that image URLs in the data may have in addition to `file`, `hf`, `zip` and
             `tar`. Add a scheme only if you trust the data, because your machine opens every URL in the data.
