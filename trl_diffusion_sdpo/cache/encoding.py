@@ -98,13 +98,8 @@ class _Cache:
 
 
 class PairEncoding:
-    """Encodes the pairs of data sets if their cache lacks them, and makes the data sets read from the cache.
-
-    Args:
-        frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders. These
-            components are loaded only if images or prompts must be encoded.
-        key ([`EncoderKey`]): Cache key of VAE and text encoders.
-    """
+    """Encodes the pairs of data sets if their cache lacks them, and makes the data sets read from the cache. VAE and
+    text encoders are loaded only if images or prompts must be encoded."""
 
     def __init__(self, frozen: FrozenComponents, key: EncoderKey, settings: EncodingSettings) -> None:
         self._frozen, self._key, self._settings, self._peers = frozen, key, settings, settings.peers

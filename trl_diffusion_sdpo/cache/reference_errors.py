@@ -56,9 +56,7 @@ class ReferenceErrors:
 
     A store has float32 errors of shape `(E, P, T, 2)`: E epochs, P pairs, T timesteps of a pair, winner and loser. Each
     row of the store has up to [`SHARD_PAIRS`] pairs in one epoch. If a pair could not be read, its errors are NaN.
-
-    Args:
-        denoiser (`nn.Module`): The policy's denoiser, before the engine wraps it.
+    `denoiser` is the policy's denoiser, before the engine wraps it.
     """
 
     def __init__(

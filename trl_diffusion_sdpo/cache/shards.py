@@ -23,19 +23,15 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 3  # version of the file format, which is a part of every key
 KEY_FILE, LOCK_FILE, PARTIAL = "key.json", ".lock", ".partial"
-NONE = -1
+NONE = -1  # index of the file of a missing row
 
 
 class ShardStore:
     """Store of numbered rows of named tensors, in the folder `folder / <hash of the key>`.
 
     A shard is a safetensors file with some of the rows. A shard is written under a temporary name and then renamed, so
-    a killed process never leaves an incomplete shard.
-
-    Args:
-        folder (`Path`): Folder that contains the stores of all keys.
-        key (`Mapping`): Everything that the rows depend on, as values for JSON.
-        rows (`int`): Number of rows of the complete store.
+    a killed process never leaves an incomplete shard. `key` has everything that the rows depend on, as values for JSON.
+    `rows` is the number of rows of the complete store.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any], rows: int) -> None:

@@ -145,6 +145,7 @@ class PreferenceDataset(Dataset):
         self._encoded: Any = None  # `EncodedPairs`: latents and embeddings that replace images and prompts
         self._forget_undecodable()
         self.has_loser_prompts = source.prompt_of_each_image and not options.permutes
+        self.has_scores = "scores" in pairs.columns
         self.has_masks = source.has_masks
         self.has_sources = source.has_sources
 
@@ -247,11 +248,6 @@ class PreferenceDataset(Dataset):
     # ---- Columns of the pairs -------------------------------------------------------------------------------------
 
     @property
-    def has_scores(self) -> bool:
-        """Whether items have scores."""
-        return self.scores is not None
-
-    @property
     def scores(self) -> np.ndarray | None:
         """Scores of winner and loser for items, `(P, 2)`, or `None` without score columns."""
         return self._pairs.columns.get("calibrated", self._pairs.columns.get("scores"))
@@ -281,10 +277,9 @@ class PreferenceDataset(Dataset):
 
     def target_size(self, row: int) -> Size:
         """Return `(height, width)` at which a pair is trained."""
-        transform = self._options.transform
-        if "size" not in self._pairs.columns or self._options.buckets is None:
-            return transform.height, transform.width
-        return self._options.buckets.sizes[self._pairs.columns["size"][row]]
+        if self.sizes is None:
+            return self._options.transform.height, self._options.transform.width
+        return self.sizes.sizes[self.sizes.numbers[row]]
 
     def prompts(self, first: int | None = None) -> set[str]:
         """Return the distinct prompts of the `first` pairs (by default, of all pairs), with the losers' own prompts, if

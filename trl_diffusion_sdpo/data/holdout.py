@@ -1,6 +1,5 @@
 """Hold-out of rows for evaluation. Data sets are split by prompt, so that no prompt is in both parts."""
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
@@ -10,14 +9,10 @@ import numpy as np
 
 from .formats import resolve_format
 
-logger = logging.getLogger(__name__)
-
-Split = tuple[datasets.Dataset, datasets.Dataset]
-
 
 def hold_out(
     data_sets: Sequence[datasets.Dataset], size: float, *, seed: int, formats: Sequence[str | None]
-) -> list[Split]:
+) -> list[tuple[datasets.Dataset, datasets.Dataset]]:
     """Split data sets that are trained on together into training rows and evaluation rows without common prompts.
 
     Args:
@@ -57,7 +52,6 @@ def hold_out(
             f"`test_size={size:g}`. Hold out more rows, or pass evaluation pairs of your own."
         )
     masks = [np.array([prompt in held_out for prompt in texts], dtype=bool) for texts in prompts]
-    logger.info("Held out for evaluation: %d of %d rows.", sum(mask.sum() for mask in masks), total)
     return [
         (rows.select(np.flatnonzero(~mask)), rows.select(np.flatnonzero(mask)))
         for rows, mask in zip(data_sets, masks, strict=True)

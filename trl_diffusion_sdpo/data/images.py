@@ -57,18 +57,19 @@ TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 Size = tuple[int, int]
 
 
-class UndecodableImageError(ValueError):
-    """Error for an image that cannot be decoded or used. Passwords in URLs are removed from the message."""
+class _ImageError(ValueError):
+    """Error for an image. Passwords in URLs are removed from the message."""
 
     def __init__(self, message: str) -> None:
         super().__init__(without_secrets(message))
 
 
-class UnreadableImageError(ValueError):
+class UndecodableImageError(_ImageError):
+    """Error for an image that cannot be decoded or used."""
+
+
+class UnreadableImageError(_ImageError):
     """Error for an image whose storage does not answer. The image may be good."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(without_secrets(message))
 
 
 def parse_schemes(value: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -290,12 +290,7 @@ class TableSource:
 
 
 class PairSource:
-    """Concatenated rows of one or several data sets.
-
-    Args:
-        tables (`Sequence[TableSource]`): The data sets.
-        weights (`Sequence[float]`, *optional*): Shares of the data sets in an epoch. See [`PairMixture`].
-    """
+    """Concatenated rows of one or several data sets. `weights` are their shares of an epoch; see [`PairMixture`]."""
 
     def __init__(self, tables: Sequence[TableSource], weights: Sequence[float] | None = None) -> None:
         self.tables, self._weights = list(tables), weights

@@ -31,27 +31,14 @@ Group = list[tuple[int, Mapping[str, Any]]]  # rows, with their numbers, whose i
 
 
 class Stream:
-    """Stream of rows in one format.
-
-    Args:
-        source (`datasets.IterableDataset`): Rows of the stream.
-        dataset_format (`str`, *optional*): A key of `FORMATS`. By default, the columns determine the format.
-        name (`str`): Name of the stream in messages.
-        options ([`PairOptions`]): Settings for making pairs from rows.
-    """
+    """Stream of rows in one format. `name` is the name of the stream in messages."""
 
     def __init__(
         self, source: datasets.IterableDataset, dataset_format: str | None, name: str, options: PairOptions
     ) -> None:
-        columns = source.column_names
-        if columns is None:
-            first = next(iter(source), None)
-            if first is None:
-                raise ValueError(f"The {name} data set is empty: {DataReport(name, 'unknown format')}")
-            columns = list(first)
+        columns = source.column_names or list(next(iter(source), {}))
         row_format = resolve_format(dataset_format, columns, source.features, use_scores=options.use_scores)
         self.name, self.format = name, replace(row_format, is_swapped=options.swap_labels)
-        self.has_scores = self.format.score_columns is not None
         self.source = source.with_format(None)
         if source.features is not None:
             read = [*self.format.text_columns(columns), *self.format.image_columns, *self.format.mask_columns]
@@ -111,7 +98,7 @@ class PreferenceIterableDataset(IterableDataset):
         check_all_or_none("mask columns", {stream.name: bool(stream.format.mask_columns) for stream in streams})
         self._weights = [1.0] * len(streams) if weights is None else [float(weight) for weight in weights]
         self._format_name = "+".join(stream.format.name for stream in streams)
-        self.has_scores = all(stream.has_scores for stream in streams)
+        self.has_scores = all(stream.format.score_columns is not None for stream in streams)
         self.has_masks = any(stream.format.mask_columns for stream in streams)
         self.has_loser_prompts = any(stream.format.prompt_of_each_image for stream in streams)
         self._share = ALONE
