@@ -17,8 +17,6 @@ from trl_diffusion_sdpo.data.images import ImageReader
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import loss_spec
 from trl_diffusion_sdpo.models.loading import LoadedModel, load_model
-from trl_diffusion_sdpo.saving.resuming import check_resumable
-from trl_diffusion_sdpo.saving.setup import write_setup
 from trl_diffusion_sdpo.trainer.components import pair_encoding, place_frozen_components
 from trl_diffusion_sdpo.trainer.data_preparation import prepare_pairs
 
@@ -145,50 +143,6 @@ def test_random_crops_are_those_of_the_first_epochs_and_then_repeat(
     assert not torch.equal(third["time_ids"], live_third["time_ids"])
     with pytest.raises(ValueError, match="`eval_dataset`"):
         cached.train_dataset.for_evaluation()[0]
-
-
-def test_a_resume_compares_stored_crops_where_there_are_any(make_trainer, make_cached, make_pairs, tmp_path, caplog):
-    """Repeating random crops change the trajectory. Crops at the center do not."""
-    pairs = {"train": make_pairs(4)}
-    crops = [
-        make_cached(precompute_epochs=2, random_crop=True, **pairs),
-        make_trainer(random_crop=True, **pairs),
-        make_cached(random_crop=False, **pairs),
-    ]
-    setups = [trainer._setup() for trainer in crops]
-    assert [setup["stored_crops"] for setup in setups] == [2, None, None]
-    write_setup(tmp_path, setups[0])
-    check_resumable(tmp_path, setups[1], {}, crops[1].args)
-    assert "Resuming with another `stored_crops`: it was 2, is None" in caplog.text
-    caplog.clear()
-    write_setup(tmp_path, {**setups[2], "random_crop": True})
-    check_resumable(tmp_path, setups[1], {}, crops[1].args)
-    assert "stored_crops" not in caplog.text
-
-
-def test_pairs_in_buckets_have_the_sizes_of_a_run_without_a_cache(make_trainer, make_cached, make_pairs, sdxl_folder):
-    wide, tall = list(make_pairs(6, size=(24, 48))), list(make_pairs(6, seed=1, size=(48, 24)))
-    rows = datasets.Dataset.from_list(wide + tall)
-    given = {
-        "model": sdxl_folder,
-        "train": rows,
-        "resolution": 32,
-        "aspect_ratio_buckets": True,
-        "bucket_kwargs": {"step": 8},
-    }
-    given |= {"per_device_train_batch_size": 4}
-    live, cached = make_trainer(**given), make_cached(**given)
-    shapes = set()
-    for one, other in zip(loaded(live), loaded(cached), strict=True):
-        with torch.no_grad():
-            ours, theirs = live.pair_forward.encode(one), cached.pair_forward.encode(other)
-        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1]["time_ids"], theirs[1]["time_ids"])
-        shapes.add(ours[0].shape[-2:])
-    assert len(shapes) > 1
-
-
-def loaded(trainer):
-    return [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
 
 
 def with_spoiled(pairs, spoiled):
@@ -327,19 +281,6 @@ def test_other_libraries_are_another_key(facts_of, sd_folder, monkeypatch):
     assert facts_of(sd_folder)["vae"] != before["vae"]
 
 
-def test_a_damaged_shard_is_named_and_encoded_again_alone(make_cached, caplog):
-    trainer = make_cached()
-    before, images = files_of(trainer), trainer.train_dataset._encoded.images
-    shard = sorted(images.path.glob("*.safetensors"))[1]
-    shard.write_bytes(shard.read_bytes()[:-5])
-    again = make_cached()
-    after = files_of(again)
-    assert contents(after) == contents(before) and str(shard) in caplog.text
-    changed = {name for name in before if before[name] != after[name] and name[1] != ".lock"}
-    assert changed == {(images.path.name, shard.name)}
-    assert 0 < again.encoding.report.encoded_images <= 8 and again.encoding.report.encoded_prompts == 0
-
-
 def test_a_pipeline_object_lends_its_encoders_and_gets_its_own_key(make_trainer, make_cached, sd_pipeline):
     cached = make_cached(model=sd_pipeline)
     assert cached.frozen_components.state == "offloaded"
@@ -395,11 +336,3 @@ def test_the_command_writes_the_cache_of_a_trainer_without_reading_a_denoiser(
     assert "encoded 0 of these images and 0 of these prompts" in encode(
         "copy", "--model_name_or_path", str(tmp_path / "model")
     )
-
-
-def test_quantized_components_are_not_moved_one_tensor_at_a_time(make_cached, sd_pipeline):
-    """bitsandbytes leaves weights of 8 bits."""
-    linear = next(part for part in sd_pipeline.text_encoder.modules() if isinstance(part, torch.nn.Linear))
-    linear.weight = torch.nn.Parameter(torch.zeros(linear.weight.shape, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ValueError, match="`text_encoder`"):
-        make_cached(model=sd_pipeline)

@@ -7,10 +7,8 @@ import pytest
 import torch
 from tiny_pairs import JUNK, png, prepare
 
-from trl_diffusion_sdpo.data.data_report import evenly_spaced
 from trl_diffusion_sdpo.data.images import ImageReader
-from trl_diffusion_sdpo.data.sources import TableSource
-from trl_diffusion_sdpo.utils.processes import Peers, usable_cores
+from trl_diffusion_sdpo.utils.processes import Peers
 
 
 def rows(count, bad=(), identical=()):
@@ -85,39 +83,9 @@ def test_a_file_that_cannot_be_read_at_the_start_does_not_change_the_index():
     assert torn.report.examples["undecodable"][0][0] == 0
 
 
-@pytest.mark.parametrize("verify", ["sample", "all"])
-def test_an_error_in_the_check_of_one_process_ends_all(verify, monkeypatch):
-    """For example a full disk."""
-
-    examine = TableSource.examine_images
-
-    def full(self, rows, *rest, **options):
-        if verify == "sample" or rows[0] == 0:  # of the first process
-            raise OSError("no space left")
-        return examine(self, rows, *rest)
-
-    monkeypatch.setattr(TableSource, "row" if verify == "sample" else "examine_images", full)
-
-    def check(peers):
-        with pytest.raises((OSError, RuntimeError)) as caught:
-            prepare(rows(12), verify_images=verify, peers=peers)
-        return f"{caught.type.__name__}: {caught.value}"
-
-    first, second = ThreadGroup(2).run(check)
-    assert first == "OSError: no space left"
-    assert second == ("RuntimeError: Process 0 failed in its part of the work: OSError: no space left")
-
-
 def test_a_sample_without_a_single_good_pair_is_an_error():
     with pytest.raises(ValueError, match="None of the 128 pairs that were checked can be decoded"):
         prepare([{"prompt": "a", "chosen": JUNK, "rejected": JUNK}] * 300)
-
-
-def test_a_sample_is_evenly_spaced_from_the_first_pair_without_repeats():
-    assert evenly_spaced(10, 4).tolist() == [0, 2, 5, 7]
-    assert evenly_spaced(3, 128).tolist() == [0, 1, 2]
-    assert evenly_spaced(0, 128).tolist() == []
-    assert len(set(evenly_spaced(1_000_003, 128).tolist())) == 128
 
 
 @pytest.mark.parametrize("verify", ["sample", "all"])
@@ -131,12 +99,3 @@ def test_processes_divide_the_check_and_end_with_the_same_pairs(verify, style):
     assert [prepared.report.pairs for prepared in three] == [97] * 3
     assert all(torch.equal(prepared.undecodable, three[0].undecodable) for prepared in three)
     assert three[0].report == three[1].report == three[2].report == prepare(data, verify_images=verify).report
-
-
-def test_the_cores_of_a_machine_are_shared_by_its_own_processes(monkeypatch):
-    """Of 16 processes on two machines of 32 cores, 8 share a machine."""
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(32), raising=False)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert (usable_cores(16), usable_cores(1)) == (4, 32)  # a process alone does not share the work
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert (usable_cores(16), usable_cores(64)) == (2, 1)

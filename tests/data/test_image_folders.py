@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from trl_diffusion_sdpo import load_pairs
-from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 
 
@@ -160,32 +159,3 @@ def test_metadata_files_take_precedence_and_may_call_the_prompt_text(write, colu
         loaded = load_pairs(folder, streaming=streaming)
         prepared = prepare_dataset(loaded, PairOptions(PairTransform(16)))
         assert [item["prompt"] for item in prepared] == ["p 0", "p 1"]
-
-
-# ---- Runs ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.matrix
-def test_a_run_trains_on_folders_of_both_kinds_and_refuses_to_resume_with_another_file(
-    write, sd_folder, tmp_path, monkeypatch, capsys
-):
-    """With weights, sizes by aspect ratio and latents encoded beforehand; one image is damaged, and no other program,
-    such as git, is found."""
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    two = write(*both("a", "b", "c", "d"), *(f"{name}.txt: {name}" for name in "abcd"), folder="two")
-    write(*both("wide", "broad"), "wide.txt: w", "broad.txt: b", folder="two", size=(24, 40))
-    damaged = two / "chosen" / "c.png"
-    damaged.write_bytes(damaged.read_bytes()[:200])
-    ranked = write(*(f"r_{rank}.png" for rank in range(3)), "r.txt: r", folder="ranked")
-    sets = [{"path": str(two), "weight": 2}, {"path": str(ranked), "weight": 1}]
-    words = ["--model_name_or_path", sd_folder, "--datasets", json.dumps(sets), "--output_dir", str(tmp_path / "run")]
-    words += '--resolution 32 --aspect_ratio_buckets true --bucket_kwargs {"step":8}'.split()
-    words += "--per_device_train_batch_size 2 --max_steps 2 --save_steps 1 --use_cpu --report_to none".split()
-    words += ["--precompute_latents", "true", "--precompute_dir", str(tmp_path / "encoded")]
-    assert main(["train", *words]) == 0
-    setup = json.loads((tmp_path / "run" / "checkpoint-1" / "diffusion_sdpo_setup.json").read_text())
-    assert setup["train_data"]["pairs"] == 9, "six of the first folder and half as many of the other"
-    write(*both("new"), "new.txt: n", folder="two")
-    assert main(["train", *words, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-1")]) == 2
-    assert "these are others than the checkpoint" in capsys.readouterr().err

@@ -233,17 +233,6 @@ def files(tmp_path):
     return [{"prompt": "a", "chosen": str(tmp_path / f"{i}.png"), "rejected": loser} for i in range(4)]
 
 
-@pytest.mark.parametrize(
-    ("options", "kind"), [({"verify_images": "none", "min_side": 8}, list), ({}, datasets.Dataset.from_list)]
-)
-def test_no_pair_leaves_the_index_by_an_error_that_may_pass(options, kind, files, fails):
-    fails(1)
-    with pytest.raises(UnreadableImageError, match="stale handle.*2.png"):
-        prepare_dataset(kind(files), PairOptions(PairTransform(16), **options))
-    prepared = prepare_dataset(kind(files), PairOptions(PairTransform(16), **options))
-    assert (len(prepared), prepared.report.undecodable) == (4, 0)
-
-
 @pytest.mark.parametrize(("workers", "streaming"), [(0, False), (1, True)])
 def test_training_ends_rather_than_goes_on_without_a_pair_that_may_be_good(workers, streaming, files, fails):
     table = datasets.Dataset.from_list(files)

@@ -78,17 +78,6 @@ def test_a_repeated_pair_has_random_numbers_of_its_own():
     assert len(own) == 5 and len({item["seed"] for item in own}) == 5
 
 
-def test_a_mixture_is_recognised_when_a_run_resumes():
-    def fingerprint(*parts, weights=None):
-        return prepare(PairMixture(parts, weights)).fingerprint()
-
-    start = fingerprint(picks(), canonical())
-    assert fingerprint(picks(), canonical()) == start
-    assert fingerprint(canonical(), picks()) != start
-    assert fingerprint(picks(), canonical(), weights=(1, 3)) != start
-    assert fingerprint(picks(7), canonical()) != start
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -77,12 +77,6 @@ def test_columns_that_are_no_weights_are_refused(values, message):
         prepared(rows([1, 2, 3], quality=values), ScoreSettings("quality"))
 
 
-@pytest.mark.parametrize("style", ["list", "arrow"])
-def test_a_column_that_is_not_there_is_named_with_those_that_are(style):
-    with pytest.raises(ValueError, match="'qualty'.*'chosen_score'"):
-        prepared(rows([1, 2]), ScoreSettings("qualty"), style)
-
-
 def test_several_scorers_weigh_by_their_agreement():
     """As in tests/losses/test_pair_weights.py: 4/5 and 4/9, with the mean 28/45."""
     scorers = {"chosen_scores": [[2.0, 5.0], [3.0, 0.0]], "rejected_scores": [[1.0, 4.0], [0.0, 1.0]]}
@@ -101,13 +95,6 @@ def test_several_scorers_weigh_by_their_agreement():
 def test_scorers_that_cannot_be_compared_are_refused(chosen, rejected, message):
     with pytest.raises(ValueError, match=message):
         prepared(rows([1, 1], chosen_scores=chosen, rejected_scores=rejected), ScoreSettings("agreement"))
-
-
-@pytest.mark.parametrize("settings", [ScoreSettings("gap"), ScoreSettings("quality")], ids=str)
-def test_streams_are_refused_with_the_reason(settings):
-    stream = datasets.Dataset.from_list(rows([1, 2], quality=[1.0, 2.0])).to_iterable_dataset()
-    with pytest.raises(ValueError, match="`streaming=True`"):
-        prepared(stream, settings)
 
 
 def test_other_weights_are_other_data_for_a_run_that_resumes_and_the_same_for_a_cache():

@@ -1,16 +1,11 @@
 """From every format to items, map-style and streamed: winners, drops and messages."""
 
-import io
 import logging
 
 import datasets
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tiny_pairs import JUNK, STYLES, bad_rows, canonical, in_style, items_of, picture, png, prepare, same
-
-from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 
 
 def levels(prepared):
@@ -109,28 +104,6 @@ def test_image_columns_are_read_whether_embedded_or_paths(tmp_path, style):
     assert levels(prepare(in_style(listed, style, features))) == [("a", 2, 1)]
 
 
-def test_webdataset_shards_are_read_as_datasets_loads_them(tmp_path):
-    import tarfile
-
-    with tarfile.open(tmp_path / "00.tar", "w") as tar:
-        for key, label in (("000", b"0\n"), ("001", b"0.5\n"), ("002", b"1\n")):
-            members = {
-                "jpg_0.jpg": png(50),
-                "jpg_1.jpg": png(90),
-                "label_0.txt": label,
-                "original_prompt.txt": b"cat\n",
-            }
-            for name, data in members.items():
-                member = tarfile.TarInfo(f"{key}.{name}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    load = {"data_files": str(tmp_path / "00.tar"), "split": "train", "cache_dir": str(tmp_path / "cache")}
-    for streaming in (False, True):
-        prepared = prepare(datasets.load_dataset("webdataset", streaming=streaming, **load))
-        assert levels(prepared) == [("cat", 90, 50), ("cat", 50, 90)]
-        assert prepared.report.ties == 1
-
-
 def test_what_is_no_table_is_refused_with_what_to_do():
     table = datasets.Dataset.from_list(canonical(2))
     with pytest.raises(ValueError, match="with_transform"):
@@ -218,17 +191,6 @@ def test_wrong_columns_are_an_error_in_every_style(style):
         prepare(in_style([{"text": "a", "picture": png(1)}], style))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"dataset_format": "pickapic"}, "lacks"),
-    ],
-)
-def test_bad_arguments_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        prepare(canonical(1), **options)
-
-
 @pytest.mark.parametrize("style", STYLES)
 def test_items_have_scores(style):
     rows = canonical(2, chosen_score=0.75, rejected_score=-1.5) + canonical(1, chosen_score=None, rejected_score=1.0)
@@ -236,20 +198,3 @@ def test_items_have_scores(style):
     assert [item["scores"] for item in items_of(prepared)] == [(0.75, -1.5)] * 2
     assert prepared.report.bad_labels == 1
     assert "scores" not in items_of(prepare(in_style(canonical(1), style)))[0]
-
-
-def test_a_repeating_stream_continues_with_the_same_pairs_and_new_draws():
-    import itertools
-
-    import datasets
-
-    images = [Image.fromarray(np.full((16, 16, 3), value, dtype=np.uint8)) for value in range(6)]
-    rows = [{"prompt": f"p{i}", "chosen": images[2 * i], "rejected": images[2 * i + 1]} for i in range(3)]
-    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
-    prepared = prepare_dataset(stream, PairOptions(PairTransform(16), repeat=True))
-
-    first, second = (list(itertools.islice(iter(prepared), 7)) for _ in range(2))
-
-    assert [item["prompt"] for item in first] == ["p0", "p1", "p2", "p0", "p1", "p2", "p0"]
-    assert len({item["seed"] for item in first}) == 7
-    assert [item["seed"] for item in first] == [item["seed"] for item in second]

@@ -3,7 +3,6 @@
 import pickle
 
 import datasets
-import numpy as np
 import pytest
 from tiny_pairs import JUNK, png
 
@@ -100,23 +99,6 @@ def test_an_image_that_cannot_be_decoded_is_replaced_alike_whoever_reads_first(v
         assert loser == next(level for level in following if level != 2 and level != row + 1)
     assert [row for row, *_ in expected] == [0, 2, 2, 3, 4, 5]
     assert prepared.report.undecodable == 1 and prepared.undecodable.tolist() == [0, 1, 0, 0, 0, 0]
-
-
-def test_a_pair_without_errors_of_the_reference_is_no_loser_either():
-    """It could not be read when they were computed, and another image took its place."""
-    prepared = prepare(captions([str(number) for number in range(5)]), distinct_epochs=1)
-    assert prepared.draw_settings()["losers"] == "permute"
-    errors = np.zeros((1, 5, 1, 2), dtype=np.float32)
-    errors[0, 3] = np.nan
-    prepared.set_reference_errors(errors)
-    levels_read = [prepared[index]["pixel_values"][:, 0, 0, 0].tolist() for index in range(5)]
-    assert 4 not in {level for pair in levels_read for level in pair} and [pair[0] for pair in levels_read] == [
-        1,
-        2,
-        3,
-        5,
-        5,
-    ]
 
 
 @pytest.mark.parametrize(("prompts", "said"), [("aaab", "'a' has 3 of 4"), ("b", "'b' has 1 of 1")])

@@ -9,7 +9,6 @@ from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, PreferenceCollator, prepare_dataset
 from trl_diffusion_sdpo.data.images import ImageReader
-from trl_diffusion_sdpo.data.streaming import PreferenceIterableDataset
 from trl_diffusion_sdpo.utils.processes import Peers
 
 
@@ -89,16 +88,3 @@ def test_in_evaluation_all_processes_have_equally_many_pairs_and_none_is_missing
 def test_a_share_without_a_good_image_is_an_error_and_not_an_endless_loop():
     with pytest.raises(ValueError, match="has no pair"):
         next(iter(stream(8, bad={0, 2, 4, 6}).for_process(Peers(0, 2))))
-
-
-def test_a_worker_in_another_pass_does_not_change_which_shards_are_read(monkeypatch):
-    undisturbed = outline(islice(stream(17, shards=3), 30))
-    data = stream(17, shards=3)
-    shared, groups = data._streams[0].source, PreferenceIterableDataset._groups
-
-    def in_another_pass(self, *args):
-        shared.set_epoch(7)  # a worker ahead of this one, before the rows of this one's pass are read
-        return groups(self, *args)
-
-    monkeypatch.setattr(PreferenceIterableDataset, "_groups", in_another_pass)
-    assert outline(islice(data, 30)) == undisturbed

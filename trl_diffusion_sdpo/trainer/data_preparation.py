@@ -58,7 +58,7 @@ class PairPreparation:
             name (`str`): Name of the data in messages.
         """
         if dataset is None or (isinstance(dataset, PREPARED) and dataset in self._own):
-            if dataset is not None and not training and self._args.precompute_ref_errors:
+            if isinstance(dataset, PreferenceDataset) and not training and self._args.precompute_ref_errors:
                 # Errors that were computed for training are not those of an evaluation.
                 return dataset.for_evaluation() if dataset.draw_settings()["training"] else dataset
             return dataset
