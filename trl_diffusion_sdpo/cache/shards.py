@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 3  # version of the file format, which is a part of every key
 KEY_FILE, LOCK_FILE, PARTIAL = "key.json", ".lock", ".partial"
-NONE = -1  # index of the file of a missing row
 
 
 class ShardStore:
@@ -38,7 +37,7 @@ class ShardStore:
         self._key = json.dumps({"format": FORMAT, **key}, sort_keys=True, indent=1, default=str) + "\n"
         self.path = Path(folder) / hashlib.sha256(self._key.encode()).hexdigest()[:16]
         self._files: list[Path] = []
-        self._file_of = np.full(rows, NONE, dtype=np.int32)  # index into `_files`
+        self._file_of = np.full(rows, -1, dtype=np.int32)  # index into `_files`, or -1 for a missing row
         self._open: dict[int, _Shard] = {}
 
     def __len__(self) -> int:
@@ -51,7 +50,7 @@ class ShardStore:
         """Index the shards in the folder, and return the numbers of the rows that no shard contains. For a damaged
         shard, log a warning and return its rows as missing."""
         self._files = sorted(self.path.glob("*.safetensors"))
-        self._file_of.fill(NONE)
+        self._file_of.fill(-1)
         self._open.clear()
         for number, file in enumerate(self._files):
             try:
@@ -61,7 +60,7 @@ class ShardStore:
                 logger.warning("The cache file %s is damaged (%s). Its rows will be computed again.", file, error)
                 continue
             self._file_of[[row for row in rows if row < len(self._file_of)]] = number
-        return np.flatnonzero(self._file_of == NONE)
+        return np.flatnonzero(self._file_of == -1)
 
     def write(self, number: int, rows: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
         """Write a shard. Two processes must not write shards of the same number at the same time."""
@@ -72,7 +71,7 @@ class ShardStore:
         """Return the tensors of a row by name. Raise `KeyError` if no shard contains the row, and `SafetensorError` if
         the row's shard is damaged."""
         number = int(self._file_of[row])
-        if number == NONE:
+        if number < 0:
             raise KeyError(row)
         if number not in self._open:
             self._open[number] = _Shard(self._files[number])
