@@ -8,6 +8,7 @@ from peft import LoraConfig
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
+from trl_diffusion_sdpo.data.images import ImageReader
 
 
 @pytest.fixture
@@ -235,8 +236,21 @@ def consumed(build, make_pairs, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.matrix)])
-def test_a_resumed_stream_repeats_no_pair(consumed, tmp_path, workers):
+def test_a_resumed_stream_repeats_no_pair_and_decodes_nothing_twice(consumed, tmp_path, monkeypatch, caplog, workers):
     """The stream has ten pairs, one of them damaged, so the second pass begins in the third step."""
+    decoded, decode = [], ImageReader.decode
+    monkeypatch.setattr(
+        ImageReader, "decode", lambda self, *args, **options: decoded.append(1) or decode(self, *args, **options)
+    )
     undisturbed = consumed(5, dataloader_num_workers=workers, output_dir=str(tmp_path / "undisturbed"))
+    in_one_run = len(decoded)
     assert consumed(3, dataloader_num_workers=workers) == undisturbed[:6]
+    decoded.clear()
     assert consumed(5, "latest", dataloader_num_workers=workers) == undisturbed[6:]
+    assert "decoded again" not in caplog.text
+    if not workers:  # which decode elsewhere
+        assert 2 * 2 * 4 <= len(decoded) < in_one_run / 2
+        for file in (tmp_path / "s").rglob("stream_position_0.json"):
+            file.unlink()
+        consumed(6, "latest", dataloader_num_workers=0)
+        assert "decoded again" in caplog.text

@@ -135,16 +135,19 @@ def test_sizes_that_the_model_or_the_data_cannot_have_are_refused(bucketed):
         bucketed(train=pairs_of(*MIXED).to_iterable_dataset())
 
 
-def test_batches_have_one_size_and_epochs_their_number(bucketed):
+def test_batches_have_one_size_and_epochs_their_number(bucketed, caplog):
     """5, 3 and 1 pairs in batches of 2 are 3, 2 and 1 batches, in which 3 pairs come a second time."""
     trainer = bucketed(train=pairs_of(*MIXED), per_device_train_batch_size=2, max_steps=-1, num_train_epochs=2)
     met = [shapes(trainer) for _ in range(2)]
     assert len(met[0]) == len(trainer.get_train_dataloader()) == 6
     assert sorted(met[0]) == [(12, 20)] * 2 + [(16, 16)] * 3 + [(20, 12)]
+    assert "repeats 3 of 9 pairs" in caplog.text
     trainer.train()
     assert trainer.state.global_step == 12 and trainer.state.epoch == 2
     dropping = bucketed(train=pairs_of(*MIXED), per_device_train_batch_size=2, dataloader_drop_last=True)
     assert sorted(shapes(dropping)) == [(12, 20)] + [(16, 16)] * 2
+    told = "leaves 3 of 9 pairs out of an epoch. 1 of the pairs are never trained on"
+    assert caplog.text.count(told) == 1 and caplog.text.count("An epoch repeats") == 1
     with pytest.raises(ValueError, match="`dataloader_drop_last=True`.* 6 pairs"):
         bucketed(train=pairs_of(*MIXED), per_device_train_batch_size=6, dataloader_drop_last=True)
 

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 import datasets
@@ -28,6 +29,41 @@ logger = logging.getLogger(__name__)
 MIXING = 2  # last of four parts of the random key that chooses a stream; random keys of pairs have three parts
 READERS = 256  # number of counters; if there are more DataLoader workers, some share a counter
 Group = list[tuple[int, Mapping[str, Any]]]  # rows, with their numbers, whose images are compared with one another
+
+
+class StreamPosition:
+    """Position of a process in a repeating stream. [`add`] advances the position by a batch.
+
+    Args:
+        batch (`int`): Number of pairs in a batch.
+        workers (`int`): Number of DataLoader workers, which make batches in turn.
+        numbers (`int`): Difference between the numbers of two consecutive pairs of a worker.
+        seed (`int`): Seed of the stream's draws.
+        readers (`Sequence[Sequence[int]]`, *optional*): For each worker, the number of its batches, the number of its
+            current pass over the stream, and the number of pairs that it has read in this pass. By default, the
+            position is the beginning of the stream.
+    """
+
+    def __init__(
+        self, batch: int, workers: int, numbers: int, seed: int, readers: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        self.batch, self._numbers, self._seed = batch, numbers, seed
+        self.readers = [list(reader) for reader in readers or [(0, 0, 0)] * max(1, workers)]
+
+    @property
+    def batches(self) -> int:
+        """Number of batches that the process has trained on."""
+        return sum(batches for batches, _, _ in self.readers)
+
+    def add(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
+        """Advance by a batch. `rows` and `seeds` are the numbers and seeds of the batch's pairs. The seed of a pair
+        shows whether the pair belongs to the current pass over the stream or to the next one."""
+        reader = self.readers[rows[0] % len(self.readers)]
+        reader[0] += 1
+        for row, seed in zip(rows, seeds, strict=True):
+            if seed != PairDraws.from_key(self._seed, reader[1], row).seed:
+                reader[1] += 1
+        reader[2] = rows[-1] // self._numbers + 1
 
 
 class Stream:
@@ -102,6 +138,7 @@ class PreferenceIterableDataset(IterableDataset):
         self.has_masks = any(stream.format.mask_columns for stream in streams)
         self.has_loser_prompts = any(stream.format.prompt_of_each_image for stream in streams)
         self._share = ALONE
+        self._start: StreamPosition | None = None
         self._examples: dict[str, list[tuple[int, str]]] = {}
         self._counts = torch.zeros(READERS, len(COUNTS), dtype=torch.long).share_memory_()
 
@@ -138,6 +175,22 @@ class PreferenceIterableDataset(IterableDataset):
         view._share = share
         return view
 
+    def position(
+        self, batch: int, workers: int, processes: int, readers: Sequence[Sequence[int]] | None = None
+    ) -> StreamPosition:
+        """Return the position of a process in this stream. For `batch`, `workers` and `readers`, see
+        [`StreamPosition`]."""
+        sharing = 1 if self.for_process(Peers(0, processes))._deals_pairs else processes
+        return StreamPosition(batch, workers, max(1, workers) * sharing, self._options.seed, readers)
+
+    def start_at(self, position: StreamPosition) -> None:
+        """Set the position at which iterations begin. Iterations yield `None` for each earlier pair.
+
+        Earlier passes are not read. Earlier rows of the current pass are read, so that a shuffled stream has the same
+        order, but their images are not decoded.
+        """
+        self._start = position
+
     @property
     def _divides_shards(self) -> bool:
         """Whether this object divides the shards, so that this process reads only its share of the shards."""
@@ -153,13 +206,18 @@ class PreferenceIterableDataset(IterableDataset):
 
     # ---- Reading --------------------------------------------------------------------------------------------------
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
         epoch = int(self._epoch) if self._options.training else 0
         if self._deals_pairs and not self._options.repeat:
             yield from self._equal_share(epoch)
             return
-        while (yield from self._one_pass(epoch)) and self._options.repeat:
-            epoch += 1
+        worker, passed = get_worker_info(), 0
+        if self._start is not None and self._options.repeat:
+            batches, passes, passed = self._start.readers[0 if worker is None else worker.id]
+            epoch += passes
+            yield from repeat(None, batches * self._start.batch)
+        while (yield from self._one_pass(epoch, passed)) and self._options.repeat:
+            epoch, passed = epoch + 1, 0
 
     def _equal_share(self, epoch: int) -> Iterator[dict[str, Any]]:
         """Yield the pairs of this process in one pass. Then repeat one pair until all processes have
@@ -178,8 +236,8 @@ class PreferenceIterableDataset(IterableDataset):
             filling = filling or next(self.for_process(ALONE)._one_pass(epoch))  # a pair of another process
             yield {**filling, "repeated": True}
 
-    def _one_pass(self, epoch: int) -> Generator[dict[str, Any], None, int]:
-        """Yield the items of this process in one pass over the stream.
+    def _one_pass(self, epoch: int, passed: int = 0) -> Generator[dict[str, Any], None, int]:
+        """Yield the items of this process in one pass over the stream, without the first `passed` labelled pairs.
 
         The generator returns the number of labelled pairs. The number is 0 if no pair could be decoded.
         """
@@ -203,6 +261,9 @@ class PreferenceIterableDataset(IterableDataset):
             for pair in pairs_in_group(row_format, group, count):
                 position += 1
                 if deals_pairs and position % share.count != share.index:
+                    continue
+                if position < passed:
+                    report.pairs += 1
                     continue
                 draws = PairDraws.from_key(self._options.seed, epoch, position * numbers + number)
                 item = self._item(row_format, dict(group), pair, draws, position * numbers + number, count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,17 @@ SHARED_MEMORY = Path("/dev/shm")
 Pairs = PreferenceDataset | PreferenceIterableDataset
 
 
+@dataclass
+class CollateAfterResuming:
+    """Collator for a stream that resumes at a position. Batches before the position are returned as empty dictionaries,
+    which accelerate skips."""
+
+    collate: Callable[[list[Any]], Any]
+
+    def __call__(self, items: list[Any]) -> Any:
+        return {} if items[0] is None else self.collate(items)
+
+
 class BatchLoaders:
     """Makes the data loaders of a trainer. `workers_are_chosen` says that [`choose_workers`] has chosen the number of
     workers for the training data. With chosen workers, loaders of other data may get fewer workers."""
@@ -44,6 +56,8 @@ class BatchLoaders:
         """Return a loader of this process's training batches, with pairs in the order of `sampler`."""
         workers = self._workers(dataset)
         seed = partial(seed_worker, num_workers=workers, rank=self._args.process_index)
+        if isinstance(dataset, PreferenceIterableDataset):
+            collate = CollateAfterResuming(collate)
         return self._make(dataset, batch_size, sampler, collate, WorkerStart(seed))
 
     def evaluation(

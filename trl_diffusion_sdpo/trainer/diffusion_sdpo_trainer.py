@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Ev
 from ..cache.encoding import check_prompt_padding
 from ..data.buckets import BucketSampler
 from ..data.dataset import PreferenceCollator, PreferenceDataset
-from ..data.streaming import PreferenceIterableDataset
+from ..data.streaming import PreferenceIterableDataset, StreamPosition
 from ..engines.batch_loaders import BatchLoaders, choose_workers
 from ..engines.engine import Engine
 from ..engines.engine_settings import by_engine, shards_weights
@@ -53,6 +53,7 @@ from ..step.pair_forward import PairForward, seeds_of_draws
 from ..step.parameter_safeguard import ParameterSafeguard
 from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import ProbeInputs, ProbeSettings, probe_inputs, probe_items
+from ..utils._compat import keeps_order
 from ..utils.disk import naming_the_disk
 from ..utils.files import VERDICT_FILE
 from .callbacks import add_callbacks, load_sample_scores
@@ -70,7 +71,9 @@ from .data_preparation import (
     PREPARED,
     PairPreparation,
     check_batches,
+    load_position,
     outline,
+    save_position,
 )
 from .diffusion_sdpo_config import DiffusionSDPOConfig, resume_settings
 
@@ -230,6 +233,9 @@ class DiffusionSDPOTrainer(Trainer):
         if not by_engine(args):
             for weights in self._weight_copies:
                 weights.to(args.device)
+        self._position: StreamPosition | None = None  # position in a stream; `None` for map-style data
+        if isinstance(train_dataset, PreferenceIterableDataset):
+            self._position = load_position(train_dataset, args, 0, None)
 
         # Call the constructor of transformers' Trainer, which sets up accelerator, device, callbacks and repository.
         self.publisher = Publisher(args, NOT_PUBLISHED)
@@ -332,7 +338,11 @@ class DiffusionSDPOTrainer(Trainer):
         """
         if isinstance(self.train_dataset, PreferenceDataset):
             return _LazyBatches(epoch_iterator, num_batches), None
-        return list(islice(epoch_iterator, num_batches)), None
+        batches = list(islice(epoch_iterator, num_batches))
+        if self._position is not None:
+            for batch in batches:
+                self._position.add(batch["rows"].tolist(), batch["seeds"])
+        return batches, None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the data loader for an evaluation. For the trainer's own `eval_dataset`, or a data set in it, every
@@ -577,6 +587,10 @@ class DiffusionSDPOTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        if isinstance(self.train_dataset, PreferenceIterableDataset):
+            batches, checkpoint = kwargs["steps_trained_in_current_epoch"], kwargs["resume_from_checkpoint"]
+            self._position = load_position(self.train_dataset, self.args, batches, checkpoint)
+            kwargs["train_dataloader"].dataset.start_at(self._position)
         super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
@@ -845,6 +859,11 @@ class DiffusionSDPOTrainer(Trainer):
             self.run_files.save_sharded_optimizer(output_dir, self.model_wrapped, self.optimizer, self.lr_scheduler)
         else:
             super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._position is not None and keeps_order(self.args):
+            save_position(self._position, self.args, Path(output_dir))
 
     def _setup(self) -> dict[str, Any]:
         """Return what the file that describes the run contains: model, data, engine and settings. A resumed run

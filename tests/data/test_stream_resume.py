@@ -1,0 +1,73 @@
+"""A stream that starts at a position has the batches that follow it, and decodes none before it."""
+
+from itertools import islice
+
+import datasets
+import pytest
+from tiny_pairs import png
+from torch.utils.data import DataLoader
+
+from trl_diffusion_sdpo.data import PairOptions, PairTransform, PreferenceCollator, prepare_dataset
+from trl_diffusion_sdpo.data.images import ImageReader
+from trl_diffusion_sdpo.data.streaming import Share
+from trl_diffusion_sdpo.engines.batch_loaders import CollateAfterResuming
+
+BATCHES = 12
+
+
+def stream(shards):
+    """Thirteen shuffled pairs, some of which cannot be decoded or are ties."""
+    rows = [
+        {"caption": f"p{i}", "jpg_0": b"junk" if i in (3, 4) else png(2 * i), "jpg_1": png(2 * i + 1)}
+        | {"label_0": 0.5 if i % 5 == 2 else float(i % 2)}
+        for i in range(13)
+    ]
+    source = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=shards).shuffle(seed=3, buffer_size=5)
+    return prepare_dataset(source, PairOptions(PairTransform(16, random_flip=True), repeat=True))
+
+
+def batches(data, workers, share):
+    collate = CollateAfterResuming(PreferenceCollator())
+    loader = DataLoader(data.for_process(share), batch_size=2, num_workers=workers, collate_fn=collate)
+    return list(islice(loader, BATCHES))
+
+
+def outline(batch):
+    return batch and (batch["prompts"], batch["rows"].tolist(), batch["seeds"], batch["pixel_values"].sum().item())
+
+
+CASES = {
+    "one process": (0, 1, Share()),
+    "two workers": (2, 3, Share()),
+    "more workers than shards": (3, 2, Share()),
+    "processes that share rows": (0, 1, Share(1, 2)),
+    "processes with shards of their own": (1, 2, Share(1, 2)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_stream_goes_on_at_a_position(case):
+    workers, shards, share = CASES[case]
+    undisturbed = batches(stream(shards), workers, share)
+    for trained in (1, 8):
+        position = stream(shards).position(2, workers, share.count)
+        for batch in undisturbed[:trained]:
+            position.add(batch["rows"].tolist(), batch["seeds"])
+        resumed = stream(shards)
+        resumed.start_at(position)
+        expected = [{}] * trained + [outline(batch) for batch in undisturbed[trained:]]
+        assert [outline(batch) for batch in batches(resumed, workers, share)] == expected
+        assert position.batches == trained
+
+
+def test_nothing_before_the_position_is_decoded_and_no_earlier_pass_is_read(monkeypatch):
+    position = stream(1).position(2, 0, 1)
+    for batch in batches(stream(1), 0, Share()):
+        position.add(batch["rows"].tolist(), batch["seeds"])
+    assert position.readers[0][1] > 1
+    decoded = []
+    monkeypatch.setattr(ImageReader, "decode", lambda *_, **__: decoded.append(1))
+    resumed = stream(1)
+    resumed.start_at(position)
+    assert batches(resumed, 0, Share()) == [{}] * BATCHES and not decoded
+    assert resumed.report.rows == 0
