@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,6 @@ from peft import LoraConfig
 from tiny_pipelines import case
 from torch import nn
 
-from trl_diffusion_sdpo.cache import reference_errors as stored
-from trl_diffusion_sdpo.cache.key import hash_of_tensors
-from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.reporting import run_callbacks
 from trl_diffusion_sdpo.step.pair_forward import PairForward
 
@@ -96,8 +94,9 @@ def both(make_trainer, make_pairs, tmp_path, sd_folder, monkeypatch):
         before = make_trainer(
             output_dir=str(tmp_path / "before"), eval_dataset=held, **given, **settings, **PRECOMPUTED
         )
-        repeating = before.train_dataset.repeating(DRAWS)
-        live = make_trainer(output_dir=str(tmp_path / "live"), train=repeating, eval_dataset=held, **given, **settings)
+        live = make_trainer(output_dir=str(tmp_path / "live"), eval_dataset=held, **given, **settings)
+        pairs = live.train_dataset
+        pairs._options = replace(pairs._options, distinct_epochs=DRAWS)
         before.train()
         live.train()
         return before, live
@@ -183,40 +182,10 @@ def test_a_second_run_computes_nothing_and_one_with_other_facts_computes_anew(
         assert computed(**settings) == 1, settings
 
 
-def test_the_hash_of_a_reference_changes_with_every_number():
-    weights = {"a": torch.zeros(100)}
-    before = hash_of_tensors(weights)
-    weights["a"][3] = 1e-3
-    assert hash_of_tensors(weights) != before
-
-
-def test_what_was_finished_before_a_failure_is_not_computed_again(make_trainer, counted, monkeypatch, tmp_path):
-    monkeypatch.setattr(stored, "SHARD_PAIRS", 4)
-    made = [make_trainer(precompute_ref_errors=True, precompute_dir=str(tmp_path / name)) for name in ("a", "b", "a")]
-    count, compute = [], PairForward.reference_errors
-
-    def failing(self, *args, **how):
-        count.append(1)
-        if len(count) == 3:
-            raise torch.OutOfMemoryError("full")
-        return compute(self, *args, **how)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PairForward, "reference_errors", failing)
-        with pytest.raises(RuntimeError, match="memory"):
-            made[0].precompute_reference_errors()
-    counted.clear()
-    made[2].precompute_reference_errors()
-    assert counted == [4, 4]  # of four shards
-    made[1].precompute_reference_errors()
-    errors = [trainer.train_dataset[pair]["ref_errors"] for trainer in made[1:] for pair in range(16)]
-    assert all(torch.equal(*both) for both in zip(errors[:16], errors[16:], strict=True))
-
-
 def test_a_pair_that_could_not_be_read_is_left_out(make_trainer, make_pairs, counted):
     rows = [dict(row) for row in make_pairs(9)]
     rows[4]["chosen"] = {"bytes": b"no image", "path": None}
-    trainer = make_trainer(train=rows, precompute_ref_errors=True, verify_images="none", on_bad_row="drop")
+    trainer = make_trainer(train=rows, precompute_ref_errors=True, verify_images="none")
     trainer.precompute_reference_errors()
     assert [item["row"] for item in map(trainer.train_dataset.__getitem__, range(9))] == [0, 1, 2, 3, 5, 5, 6, 7, 8]
     rows[4]["chosen"] = rows[5]["chosen"]  # it can be read now
@@ -236,20 +205,6 @@ def test_an_error_that_is_not_finite_is_reported_with_its_pair(make_trainer, mak
 
 
 # ---- What is refused -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"loss_type": "dspo"}, "'dspo'"),
-        ({"loss_type": "sft"}, "'sft'"),
-        ({"sync_ref_model": True}, "`sync_ref_model`"),
-        ({"torch_compile": True, "torch_compile_backend": "eager"}, "`torch_compile`"),
-    ],
-)
-def test_settings_under_which_errors_are_not_enough_are_refused(make_args, settings, reason):
-    with pytest.raises(ValueError, match=f"`precompute_ref_errors=True`.*{reason}"):
-        make_args(precompute_ref_errors=True, **settings)
 
 
 def test_dropout_streams_and_other_data_are_refused(make_trainer, make_pairs, sd_pipeline):
@@ -284,39 +239,6 @@ def test_prompts_that_depend_on_their_batch_are_refused_and_probed_alone(
         for more in (cached, {})
     ]
     assert sizes == [[1, 1, 1], [2, 1]]
-
-
-def test_padding_that_shifts_the_image_needs_batches_of_one_pair(family_folder, make_trainer, make_pairs):
-    name = "qwen_image_21"
-    given = {"model": family_folder(name), "resolution": case(name).RESOLUTION, "train": make_pairs(4)}
-    with pytest.raises(ValueError, match="`precompute_ref_errors=True`.*got 4"):
-        make_trainer(**given, precompute_ref_errors=True).precompute_reference_errors()
-
-
-def test_the_command_encode_computes_errors_that_training_reads(sd_folder, make_pairs, tmp_path, counted, capsys):
-    make_pairs(8).save_to_disk(str(tmp_path / "pairs"))
-    words = {
-        "model_name_or_path": sd_folder,
-        "dataset_name": tmp_path / "pairs",
-        "output_dir": tmp_path / "run",
-        "precompute_latents": True,
-        "precompute_ref_errors": True,
-        "precompute_dir": tmp_path / "computed",
-        "per_device_train_batch_size": 4,
-        "max_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-    }
-    options = [str(part) for name, value in words.items() for part in (f"--{name}", value)]
-    assert main(["encode", *options]) == 0
-    assert counted == [4, 4]
-    assert (
-        f"errors of the reference model are in {tmp_path / 'computed' / 'reference_errors'}."
-        in capsys.readouterr().out
-    )
-    assert main(["train", *options]) == 0
-    assert counted == [4, 4]
 
 
 @pytest.mark.matrix

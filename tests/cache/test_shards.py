@@ -50,7 +50,6 @@ def test_rows_of_any_dtype_and_shape_are_read_to_the_bit(store):
     assert_whole(store)
     assert_whole(ShardStore(store.path.parent, {"vae": "a"}, ROWS))  # another process
     assert_whole(pickle.loads(pickle.dumps(store)))  # a worker
-    assert store.nbytes == sum(path.stat().st_size for path in store.path.glob("*.safetensors"))
 
 
 def test_another_key_is_another_folder(tmp_path, store):

@@ -82,7 +82,7 @@ def test_a_bad_row_that_a_worker_finds_is_one_line(tmp_path, streaming):
     row = {"prompt": "x", "chosen": str(tmp_path / "junk.png"), "rejected": str(tmp_path / "junk.png")}
     Path(row["chosen"]).write_bytes(b"no image")
     rows = Dataset.from_list([row])
-    reading = {"transform": PairTransform(16), "verify_images": "none", "on_bad_row": "raise"}
+    reading = {"transform": PairTransform(16), "verify_images": "none"}
     pairs = prepare_dataset(rows.to_iterable_dataset() if streaming else rows, PairOptions(**reading))
     with pytest.raises(ValueError) as alone:
         next(iter(pairs))

@@ -42,8 +42,6 @@ def test_a_batch_has_the_prompts_of_the_winners_first(pairs):
     prepared = prepare(pairs)
     batch = PreferenceCollator()([prepared[0], prepared[1]])
     assert batch["prompts"] == ["w 0", "w 1", "l 0", "l 1"]
-    with pytest.raises(ValueError, match="got 1 of 2"):
-        PreferenceCollator()([prepared[0], {key: prepared[1][key] for key in prepared[1] if key != "loser_prompt"}])
 
 
 @pytest.mark.parametrize("style", ["table", "stream"])
@@ -74,20 +72,3 @@ def test_in_a_mixture_all_losers_have_a_prompt(pairs, make_pairs, style):
     assert both == {*((f"w {i}", f"l {i}") for i in range(6)), ("prompt 0",) * 2, ("prompt 1",) * 2}
     if style == "table":
         assert prepared.prompts() == {text for texts in both for text in texts}
-
-
-@pytest.mark.parametrize("column", ["chosen_prompt", "rejected_prompt"])
-def test_a_changed_prompt_of_either_image_is_another_data_set(pairs, column):
-    changed = pairs.map(lambda row: {column: row[column].replace("3", "three")})
-    before, after = (prepare(data, verify_images="none").fingerprint() for data in (pairs, changed))
-    assert {name for name in before if before[name] != after[name]} == {"prompts"}
-    before, after = (prepare(data, verify_images="none").fingerprint(thorough=True) for data in (pairs, changed))
-    assert before["prompts"] != after["prompts"]
-
-
-@pytest.mark.parametrize("losers", ["data", "permute"])
-@pytest.mark.parametrize("swap", [False, True])
-def test_all_prompts_that_items_have_are_listed_for_the_cache(pairs, swap, losers):
-    prepared = prepare(pairs, swap_labels=swap, losers=losers)
-    items = [prepared[index] for index in range(6)]
-    assert {item[name] for item in items for name in ("prompt", "loser_prompt") if name in item} <= prepared.prompts()

@@ -25,9 +25,3 @@ def test_winners_come_first_then_losers():
     assert next(iter(batch)) == "rows"  # counts B pairs, not 2B images
     assert batch["seeds"] == [2**63 - 1, 2**63 - 2, 2**63 - 3]
     assert "scores" not in batch
-
-
-def test_scores_are_stacked_like_pixels():
-    batch = PreferenceCollator()([item(1, scores=(0.5, 0.25)), item(2, scores=(2.0, 4.0))])
-    assert batch["scores"].tolist() == [0.5, 2.0, 0.25, 4.0]
-    assert batch["scores"].dtype == torch.float32

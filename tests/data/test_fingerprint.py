@@ -33,10 +33,10 @@ def test_the_fingerprint_does_not_depend_on_how_the_data_are_stored(make_pairs, 
     shutil.move(tmp_path / "saved", tmp_path / "moved")
     again = datasets.load_from_disk(str(tmp_path / "moved"))
     assert fingerprint(again) == fingerprint(pairs)
-    assert fingerprint(pairs, seed=7, verify_images=False) == fingerprint(pairs)
+    assert fingerprint(pairs, seed=7, verify_images="none") == fingerprint(pairs)
 
 
-def test_size_order_labels_scores_prompts_and_images_change_the_fingerprint(labelled, make_pairs):
+def test_size_order_labels_scores_and_prompts_change_the_fingerprint(labelled, make_pairs):
     start = fingerprint(labelled)
     assert "pairs" in changed(start, fingerprint(labelled.select(range(19))))
     assert "prompts" in changed(start, fingerprint(labelled.select(range(19, -1, -1))))
@@ -47,8 +47,6 @@ def test_size_order_labels_scores_prompts_and_images_change_the_fingerprint(labe
     scored = make_pairs()
     other = scored.map(lambda row, number: {"chosen_score": row["chosen_score"] + (number == 5)}, with_indices=True)
     assert changed(fingerprint(scored), fingerprint(other)) == {"index"}
-    images = make_pairs(seed=1).remove_columns("chosen_score").add_column("chosen_score", scored["chosen_score"])
-    assert changed(fingerprint(scored), fingerprint(images)) == {"images"}
 
 
 def picture(value):
@@ -79,5 +77,5 @@ def test_a_stream_is_identified_by_its_metadata_without_reading_it(make_pairs):
     read = []
     watched = stream.map(lambda row: read.append(1) or row, features=stream.features)
     facts = fingerprint(watched.shuffle(seed=1, buffer_size=8))
-    assert facts["shards"] == 2 and "prompt" in facts["columns"] and not read
+    assert facts["shards"] == [2] and not read
     assert changed(facts, fingerprint(make_pairs().to_iterable_dataset(num_shards=3))) == {"shards"}

@@ -68,18 +68,6 @@ def test_a_prompt_of_each_image_is_read_where_both_columns_are_there():
     assert resolve_format("canonical", [*both, "prompt"]).prompt(row, 1) == "an animal"
 
 
-@pytest.mark.parametrize(("alone", "others"), [("chosen_prompt", []), ("rejected_prompt", ["prompt"])])
-def test_the_prompt_of_one_image_alone_is_an_error(alone, others):
-    with pytest.raises(ValueError, match=f"come in pairs: found `{alone}`, expected both"):
-        detect_format([alone, "chosen", "rejected", *others])
-    assert resolve_format("canonical", [alone, "chosen", "rejected", "prompt"]).name == "canonical"
-
-
-def test_one_score_column_alone_is_an_error():
-    with pytest.raises(ValueError, match="chosen_score"):
-        detect_format(["prompt", "chosen", "rejected", "chosen_score"])
-
-
 def test_a_named_format_must_exist_and_fit():
     with pytest.raises(ValueError, match="must be one of"):
         resolve_format("pickapick", PICKAPIC)
@@ -97,7 +85,7 @@ def test_equal_scores_are_a_tie_and_the_larger_wins():
 def test_canonical_scores_are_read():
     row_format = FORMATS["canonical"]
     assert row_format.reward_scores({"prompt": "a", "chosen_score": 2, "rejected_score": "0.5"}) == (2.0, 0.5)
-    assert row_format.reward_scores({"prompt": "a"}) is None
+    assert resolve_format(None, ["prompt", "chosen", "rejected", "chosen_score"]).score_columns is None
     with pytest.raises(LabelError, match="rejected_score"):
         row_format.reward_scores({"prompt": "a", "chosen_score": 2.0, "rejected_score": None})
 

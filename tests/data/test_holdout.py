@@ -35,11 +35,9 @@ def test_rows_are_held_out_by_prompt_up_to_the_size(size, held):
     assert numbers(test) == sorted(numbers(test)), "the rows keep their order"
 
 
-def test_rows_of_a_single_prompt_are_split_with_a_warning(caplog):
-    train, test = hold_out(pairs(["the same"] * 10), 0.3, seed=0)
-    assert (len(train), len(test)) == (7, 3)
-    assert sorted(numbers(train) + numbers(test)) == list(range(10))
-    assert "training and evaluation share prompts" in caplog.text
+def test_rows_of_a_single_prompt_are_not_held_out():
+    with pytest.raises(ValueError, match="`test_size=0.3`"):
+        hold_out(pairs(["the same"] * 10), 0.3, seed=0)
 
 
 @pytest.mark.parametrize("size", [60, 0.999])

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from trl_diffusion_sdpo import load_pairs
-from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 
 
@@ -67,47 +66,22 @@ def test_equal_names_in_two_folders_are_pairs_with_the_caption_of_either_folder_
     ]
 
 
-def left_out(caplog):
-    """Number and names of what the log says was left out."""
-    lines = caplog.text.partition("Skipped files:\n")[2].splitlines()
-    return {(int(line.split()[0]), line.rpartition(": ")[2]) for line in lines if line.startswith("  ")}
-
-
-def test_all_that_is_left_out_is_counted_by_its_reason(write, caplog):
+def test_skipped_images_are_counted_by_their_reason(write, caplog):
     folder = write(
-        *both("good", "alone", "uncaptioned", "differing", "latin", "twice"),
-        *("chosen/twice.jpg", "chosen/lonely.png", "preview.png", "chosen/notes.heic", "chosen/unused.txt: x"),
+        *both("good", "uncaptioned", "differing", "twice"),
+        *("chosen/twice.jpg", "chosen/lonely.png", "preview.png", "chosen/notes.heic"),
         *("good.txt: g", "differing.txt: one", "chosen/differing.txt: other", "twice.txt: t", "lonely.txt: l"),
-        *("chosen/.DS_Store", "rejected/Thumbs.db", ".cache/x.png", "alone.txt: x"),
+        *("chosen/.DS_Store", "rejected/Thumbs.db", ".cache/x.png"),
     )
-    (folder / "latin.txt").write_bytes("größe".encode("latin-1"))
-    (folder / "rejected/alone.png").unlink()
     assert load_pairs(folder)["prompt"][:] == ["g"]
-    assert left_out(caplog) == {
-        (1, "chosen/notes.heic"),
+    lines = caplog.text.partition("skipped images:\n")[2].splitlines()
+    assert {(int(line.split()[0]), line.rpartition(": ")[2]) for line in lines if line.startswith("  ")} == {
         (1, "preview.png"),
-        (2, "chosen/alone.png, chosen/lonely.png"),
+        (1, "chosen/lonely.png"),
         (2, "chosen/differing.png, rejected/differing.png"),
-        (2, "chosen/latin.png, rejected/latin.png"),
         (3, "chosen/twice.jpg, chosen/twice.png, rejected/twice.png"),
         (2, "chosen/uncaptioned.png, rejected/uncaptioned.png"),
-        (1, "chosen/unused.txt"),
     }
-    with pytest.raises(ValueError, match='in no pair. Add the missing files, or pass on_bad_row="drop"'):
-        load_pairs(folder, on_bad_row="raise")
-
-
-@pytest.mark.parametrize("kind", ["device", "large"])
-def test_a_caption_that_is_no_small_file_leaves_its_images_out(kind, write, caplog):
-    """A link to a device would fill the memory."""
-    folder = write(*both("a", "b"), "a.txt: x")
-    caption = folder / "b.txt"
-    if kind == "large":
-        caption.write_text("x" * (2**20 + 1))
-    else:
-        caption.symlink_to("/dev/zero")
-    assert load_pairs(folder)["prompt"][:] == ["x"]
-    assert (2, "chosen/b.png, rejected/b.png") in left_out(caplog)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +91,6 @@ def test_a_caption_that_is_no_small_file_leaves_its_images_out(kind, write, capl
         (["chosen/a.png", "rejected/b.png"], "2 without a second image"),
         (both("a"), "2 without a caption"),
         (["a.png", "b.png"], "folders chosen and rejected"),
-        (["images/a.png", "images/b.png", "c.png", "a.csv: x", "b.json: {}"], "Pass one of its files a.csv, b.json"),
         (["IMG_1.png", "IMG_2.png", "IMG_1.txt: one", "IMG_2.txt: two"], "2 with captions that differ"),
     ],
 )
@@ -126,15 +99,13 @@ def test_a_folder_without_pairs_is_an_error_that_says_what_is_missing(write, fil
         load_pairs(write(*files))
 
 
-def test_splits_are_folders_and_slices_and_streams_are_read(write, tmp_path):
+def test_splits_are_folders_and_streams_are_read(write):
     folder = write(
         *(f"{split}/{name}" for split in ("train", "test") for name in [*both("a", "b"), "a.txt: a", "b.txt: b"])
     )
     write("test/chosen/c.png", "test/rejected/c.png", "test/c.txt: c")
     assert load_pairs(folder)["prompt"][:] == ["a", "b"] and load_pairs(folder, "test")["prompt"][:] == ["a", "b", "c"]
-    assert load_pairs(folder, "train[:50%]+test[-1:]")["prompt"][:] == ["a", "c"]
-    assert [row["prompt"] for row in load_pairs(folder, "test[1:]", streaming=True)] == ["b", "c"]
-    assert load_pairs(folder, "all")["prompt"][:] == ["a", "b", "c", "a", "b"]
+    assert [row["prompt"] for row in load_pairs(folder, "test", streaming=True)] == ["a", "b", "c"]
     with pytest.raises(ValueError, match="must have the split 'validation'; it has test, train"):
         load_pairs(folder, "validation")
 
@@ -162,7 +133,7 @@ CAMERA = [f"IMG_{number}.jpg" for number in range(4010, 4016)]
 
 def test_numbers_that_count_photos_are_not_read_as_ranks(write, caplog):
     names, stem = CAMERA, "IMG"
-    with pytest.raises(ValueError, match="one or two digits"):
+    with pytest.raises(ValueError, match="images but no pairs"):
         load_pairs(write(*names, f"{stem}.txt: my dog", folder="alone"))
     folder = write(*names, f"{stem}.txt: my dog", "a_0.png", "a_1.png", "a.txt: a")
     assert load_pairs(folder)["prompt"][:] == ["a"]
@@ -188,42 +159,3 @@ def test_metadata_files_take_precedence_and_may_call_the_prompt_text(write, colu
         loaded = load_pairs(folder, streaming=streaming)
         prepared = prepare_dataset(loaded, PairOptions(PairTransform(16)))
         assert [item["prompt"] for item in prepared] == ["p 0", "p 1"]
-
-
-def test_metadata_that_name_images_in_other_columns_lead_to_the_file(write):
-    folder = write(
-        *both("a"),
-        "metadata.jsonl: " + json.dumps({"prompt": "x", "chosen": "chosen/a.png", "rejected": "rejected/a.png"}),
-    )
-    with pytest.raises(ValueError, match="`chosen_file_name`.*metadata file"):
-        load_pairs(folder)
-    assert rows(load_pairs(folder / "metadata.jsonl"), folder)[0]["chosen"] == "chosen/a.png"
-
-
-# ---- Runs ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.matrix
-def test_a_run_trains_on_folders_of_both_kinds_and_refuses_to_resume_with_another_file(
-    write, sd_folder, tmp_path, monkeypatch, capsys
-):
-    """With weights, sizes by aspect ratio and latents encoded beforehand; one image is damaged, and no other program,
-    such as git, is found."""
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    two = write(*both("a", "b", "c", "d"), *(f"{name}.txt: {name}" for name in "abcd"), folder="two")
-    write(*both("wide", "broad"), "wide.txt: w", "broad.txt: b", folder="two", size=(24, 40))
-    damaged = two / "chosen" / "c.png"
-    damaged.write_bytes(damaged.read_bytes()[:200])
-    ranked = write(*(f"r_{rank}.png" for rank in range(3)), "r.txt: r", folder="ranked")
-    sets = [{"path": str(two), "weight": 2}, {"path": str(ranked), "weight": 1}]
-    words = ["--model_name_or_path", sd_folder, "--datasets", json.dumps(sets), "--output_dir", str(tmp_path / "run")]
-    words += '--resolution 32 --aspect_ratio_buckets true --bucket_kwargs {"step":8}'.split()
-    words += "--per_device_train_batch_size 2 --max_steps 2 --save_steps 1 --use_cpu --report_to none".split()
-    words += ["--precompute_latents", "true", "--precompute_dir", str(tmp_path / "encoded")]
-    assert main(["train", *words]) == 0
-    setup = json.loads((tmp_path / "run" / "checkpoint-1" / "diffusion_sdpo_setup.json").read_text())
-    assert setup["train_data"]["pairs"] == 9, "six of the first folder and half as many of the other"
-    write(*both("new"), "new.txt: n", folder="two")
-    assert main(["train", *words, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-1")]) == 2
-    assert "these are others than the checkpoint" in capsys.readouterr().err

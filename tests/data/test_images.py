@@ -97,7 +97,7 @@ def test_allowed_schemes_are_opened():
 def test_an_unknown_scheme_is_refused():
     assert images.parse_schemes(None) == images.parse_schemes([]) == ()
     with pytest.raises(ValueError, match="`image_schemes`.*'memroy'"):
-        prepare_dataset([], PairOptions(PairTransform(16), image_schemes=["memroy"]))
+        images.parse_schemes(["memroy"])
 
 
 PASSWORD = "hunter2secret"
@@ -231,17 +231,6 @@ def files(tmp_path):
         (tmp_path / f"{number}.png").write_bytes(png(level=number))
     loser = str(tmp_path / "4.png")
     return [{"prompt": "a", "chosen": str(tmp_path / f"{i}.png"), "rejected": loser} for i in range(4)]
-
-
-@pytest.mark.parametrize(
-    ("options", "kind"), [({"verify_images": "none", "min_side": 8}, list), ({}, datasets.Dataset.from_list)]
-)
-def test_no_pair_leaves_the_index_by_an_error_that_may_pass(options, kind, files, fails):
-    fails(1)
-    with pytest.raises(UnreadableImageError, match="stale handle.*2.png"):
-        prepare_dataset(kind(files), PairOptions(PairTransform(16), **options))
-    prepared = prepare_dataset(kind(files), PairOptions(PairTransform(16), **options))
-    assert (len(prepared), prepared.report.undecodable) == (4, 0)
 
 
 @pytest.mark.parametrize(("workers", "streaming"), [(0, False), (1, True)])

@@ -1,4 +1,4 @@
-"""Names of images in data files: relative to the file, else to the working directory, on any system."""
+"""Names of images in data files: relative to the file, else to the working directory."""
 
 import json
 import os
@@ -8,10 +8,9 @@ import pytest
 from PIL import Image
 
 from trl_diffusion_sdpo import load_pairs
-from trl_diffusion_sdpo.cli.pair_arguments import PairArguments, load_datasets
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 
-ROW = {"prompt": "x", "chosen": "images/w.png", "rejected": "images\\l.png"}
+ROW = {"prompt": "x", "chosen": "images/w.png", "rejected": "images/l.png"}
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def write(folder, kind, *rows):
     ("kind", "streaming"), [("jsonl", False), ("json", True), ("csv", True), ("tsv", False), ("parquet", True)]
 )
 def test_relative_names_are_found_in_the_folder_of_the_file_and_then_in_the_working_directory(place, kind, streaming):
-    """The first image is in both places. Backslashes are Windows' slashes."""
+    """The first image is in both folders."""
     path = write(place, kind, ROW, {**ROW, "chosen": "only_here.png"}, {**ROW, "chosen": str(place / "images/l.png")})
     assert levels(load_pairs(path, streaming=streaming))[:2] == [(0, 1), (3, 1)]
     if not streaming:
@@ -58,23 +57,8 @@ def test_relative_names_are_found_in_the_folder_of_the_file_and_then_in_the_work
         ]
 
 
-def test_a_data_file_among_its_images_is_read_with_its_folder_whatever_most_files_are(place, make_args):
-    write(place, "jsonl", ROW)
-    assert levels(load_pairs(place)) == levels(load_pairs(place, streaming=True)) == [(0, 1)]
-    (place / "own.jsonl").rename(place / "train.jsonl")
-    (place / "test.jsonl").write_text(json.dumps({**ROW, "rejected": "only_here.png"}))
-    args = make_args(eval_strategy="steps", eval_steps=1)
-    assert [*map(levels, load_datasets(PairArguments(dataset_name=str(place)), args))] == [[(0, 1)], [(0, 3)]]
-
-
 def test_what_is_absolute_or_a_url_is_left_alone(place):
-    addresses = [
-        "hf://datasets/a/b/c.png",
-        "C:\\images\\w.png",
-        "d:/images/w.png",
-        "\\\\server\\share\\w.png",
-        "/w.png",
-    ]
+    addresses = ["hf://datasets/a/b/c.png", "/w.png"]
     path = write(place, "jsonl", *({"prompt": "x", "chosen": name, "rejected": name} for name in addresses))
     assert load_pairs(path)["chosen"][:] == addresses
 
@@ -86,16 +70,6 @@ def test_an_image_that_is_nowhere_is_a_bad_row_that_names_its_file(place, caplog
     if not streaming:
         assert "row 0: image 0 cannot be decoded (FileNotFoundError" in caplog.text
         assert str(place / "images" / "lost.png") in caplog.text
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize(("column", "value"), [("prompt", {"text": "x"}), ("chosen", 5), ("rejected", ["a.png"])])
-def test_a_json_file_whose_column_is_not_text_in_every_row_is_refused(place, column, value, streaming):
-    """The good row's text would be read with quotation marks: as another prompt, or as a missing file."""
-    path = place / "own.jsonl"
-    path.write_text(json.dumps(ROW) + "\n" + json.dumps({**ROW, column: value}))
-    with pytest.raises(ValueError, match=f"'{column}'.*several types"):
-        load_pairs(path, streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -118,7 +92,7 @@ def test_jsonl_of_flow_factory_is_read(place, streaming):
         assert prepare_dataset(loaded, PairOptions(PairTransform(16))).report.bad_prompts == 1
         path.write_text(json.dumps(task(media=[{"type": "image", "path": "images/w.png"}])))
         loaded = load_pairs(path)
-        assert loaded[0]["source_image"] == str(place / "images" / "w.png")
+        assert loaded[0]["source_image"] == [str(place / "images" / "w.png")]
         assert prepare_dataset(loaded, PairOptions(PairTransform(16)))[0]["sources"][0].size == (16, 16)
         path.write_text(json.dumps(task(media=2 * [{"type": "image", "path": "images/w.png"}])))
         assert len(prepare_dataset(load_pairs(path), PairOptions(PairTransform(16)))[0]["sources"]) == 2

@@ -44,7 +44,7 @@ def outline(item):
 
 def test_a_list_of_data_sets_is_one_set_with_every_pair_once():
     parts = [picks(), rankings(), canonical()]
-    mixed = prepare(parts)
+    mixed = prepare(PairMixture(parts))
     alone = [pixels for part in parts for pixels in items_of(prepare(part))]
     assert [prompt for prompt, _ in items_of(mixed)] == [prompt for prompt, _ in alone]
     assert all((one[1] == other[1]).all() for one, other in zip(items_of(mixed), alone, strict=True))
@@ -72,29 +72,10 @@ def test_weights_are_the_shares_of_an_epoch_which_has_every_pair(weights):
     assert 5 in counts.values() or 4 in counts.values(), "one of the sets is not repeated"
 
 
-@pytest.mark.parametrize("weights", [(1, 300), (1e300, 1e-300)])
-def test_weights_that_repeat_small_sets_without_end_are_refused(weights):
-    """An epoch with all 5 pairs and with 300 times as many of the other set has 1505, of 9."""
-    with pytest.raises(ValueError, match="more than 100 times"):
-        prepare(PairMixture([picks(), canonical(4)], weights))
-    assert len(prepare(PairMixture([picks(), canonical(4)], (1, 150)), verify_images="none")) == 5 + 750
-
-
 def test_a_repeated_pair_has_random_numbers_of_its_own():
     mixed = prepare(PairMixture([picks(), canonical(1)], (1, 1)))
     own = [item for item in mixed if item["prompt"] == "own 0"]
     assert len(own) == 5 and len({item["seed"] for item in own}) == 5
-
-
-def test_a_mixture_is_recognised_when_a_run_resumes():
-    def fingerprint(*parts, weights=None):
-        return prepare(PairMixture(parts, weights)).fingerprint()
-
-    start = fingerprint(picks(), canonical())
-    assert fingerprint(picks(), canonical()) == start
-    assert fingerprint(canonical(), picks()) != start
-    assert fingerprint(picks(), canonical(), weights=(1, 3)) != start
-    assert fingerprint(picks(7), canonical()) != start
 
 
 @pytest.mark.parametrize(
@@ -102,9 +83,8 @@ def test_a_mixture_is_recognised_when_a_run_resumes():
     [
         (([],), "needs at least one data set, got none"),
         (([picks(2)], (1, 2)), "`weights` must have one entry for each of the 1 data sets"),
-        (([picks(2), picks(2)], (1, -1)), "above 0, got -1"),
-        (([picks(2), picks(2)], (1, math.nan)), "above 0, got nan"),
-        (([picks(2), picks(2)], (1, "a")), "above 0, got 'a'"),
+        (([picks(2), picks(2)], (1, -1)), "`weights` must be above 0"),
+        (([picks(2), picks(2)], (1, math.nan)), "`weights` must be above 0"),
         (([picks(2)], None, ["canonical", None]), "`formats` must have one entry for each"),
         (([picks(2), picks(2).to_iterable_dataset()],), "streams or only map-style data sets, got both"),
         (([picks(2), picks(2, label_0=0.5)],), "set 1"),

@@ -44,7 +44,7 @@ def test_random_settings_do_not_disturb_each_other():
 def test_prompt_dropout_empties_about_its_share_of_prompts():
     rows = canonical(1) * 400
     share = np.mean(
-        [item["prompt"] == "" for item in items_of(prepare(rows, prompt_dropout=0.2, verify_images=False))]
+        [item["prompt"] == "" for item in items_of(prepare(rows, prompt_dropout=0.2, verify_images="none"))]
     )
     assert abs(share - 0.2) < 0.08  # four standard errors
     assert all(item["prompt"] == "" for item in items_of(prepare(canonical(3), prompt_dropout=1.0)))

@@ -56,20 +56,18 @@ def test_the_weights_of_a_function_follow_the_score_columns(style):
 
 
 def test_pairs_without_a_number_are_left_out_counted_and_not_part_of_the_mean():
-    values = [2.0, None, float("nan"), 6.0, float("inf"), 2e9]
+    values = [2.0, None, float("nan"), 6.0, float("inf"), float("-inf")]
     made = prepared(rows([1] * 6, quality=values), ScoreSettings("quality"))
     assert weights_of(made) == [0.5, 1.5] and [made[i]["prompt"] for i in (0, 1)] == ["number 0", "number 3"]
     assert made.report.bad_labels == 4 and made.report.pairs == 2
     assert "row 2: `quality` must be finite, got nan" in str(made.report)
-    with pytest.raises(ValueError, match="row 1: `quality` must be a number, got None"):
-        prepared(rows([1] * 6, quality=values), ScoreSettings("quality"), on_bad_row="raise")
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ([1.0, -0.5, -2.0], "2 of 3 pairs of the train data, down to -2"),
-        ([0.0, 0.0, 0.0], "is 0 for all 3 pairs"),
+        ([0.0, 0.0, 0.0], "none of the 3 pairs"),
         (["a", "b", "c"], "No pair is left"),
         ([[1.0, 2.0]] * 3, "rows have 2"),
     ],
@@ -77,43 +75,6 @@ def test_pairs_without_a_number_are_left_out_counted_and_not_part_of_the_mean():
 def test_columns_that_are_no_weights_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         prepared(rows([1, 2, 3], quality=values), ScoreSettings("quality"))
-
-
-@pytest.mark.parametrize("style", ["list", "arrow"])
-def test_a_column_that_is_not_there_is_named_with_those_that_are(style):
-    with pytest.raises(ValueError, match="'qualty'.*'chosen_score'"):
-        prepared(rows([1, 2]), ScoreSettings("qualty"), style)
-
-
-@pytest.mark.parametrize("gap", [2])
-def test_scores_with_equal_gaps_are_refused(gap):
-    with pytest.raises(ValueError, match=f"`pair_weights`.*gap {gap}"):
-        prepared(rows([gap] * 3), ScoreSettings("gap"))
-
-
-SHARES = ScoreSettings(sorts_by_scores=True, in_unit_range=True)
-
-
-@pytest.mark.parametrize(
-    ("scores", "range_", "swap"), [((21.5, 0.25), "0.25 to 21.5", False), ((1.0, -0.5), "-0.5 to 1", True)]
-)
-def test_scores_that_are_no_shares_of_wins_are_told_with_their_range(caplog, scores, range_, swap):
-    data = [row(0, *scores), row(1, 0.75, 0.25)]
-    made = prepared(data, SHARES, swap_labels=swap)
-    assert range_ in caplog.text and "`calibrated_scores`" in caplog.text
-    caplog.clear()
-    SHARES.check_prepared(made, "eval", training=False)  # as at every evaluation
-    assert not caplog.text
-    SHARES.check_prepared(made, "train", training=True)
-    assert range_ in caplog.text
-
-
-@pytest.mark.parametrize(("sorts", "expected"), [(False, [2, 0, 1]), (True, [1, 1.5, 0.5])])
-def test_scores_against_the_labels_are_counted_and_reported(caplog, sorts, expected):
-    made = prepared(rows([2, -3, 1]), ScoreSettings("gap", sorts_by_scores=sorts))
-    assert weights_of(made) == expected
-    for text in (caplog.text, str(made.report)):
-        assert "in 1 of 3 pairs the rejected image has the higher score" in text
 
 
 def test_several_scorers_weigh_by_their_agreement():
@@ -128,19 +89,12 @@ def test_several_scorers_weigh_by_their_agreement():
     [
         ([[1.0], [2.0]], [[0.0], [0.0]], "at least 2"),
         ([[1.0, 2.0], [2.0, 1.0]], [[0.0, 1.0, 2.0]] * 2, "has 2 numbers in a row and `rejected_scores` has 3"),
-        ([[1.0, 2.0], [2.0, 5.0]], [[0.0, 2.0], [0.0, 5.0]], r"scorers \[1\]"),
+        ([[1.0, 2.0], [2.0, 5.0]], [[0.0, 2.0], [0.0, 5.0]], "other scores"),
     ],
 )
 def test_scorers_that_cannot_be_compared_are_refused(chosen, rejected, message):
     with pytest.raises(ValueError, match=message):
         prepared(rows([1, 1], chosen_scores=chosen, rejected_scores=rejected), ScoreSettings("agreement"))
-
-
-@pytest.mark.parametrize("settings", [ScoreSettings("gap"), ScoreSettings("quality")], ids=str)
-def test_streams_are_refused_with_the_reason(settings):
-    stream = datasets.Dataset.from_list(rows([1, 2], quality=[1.0, 2.0])).to_iterable_dataset()
-    with pytest.raises(ValueError, match="`streaming=True`"):
-        prepared(stream, settings)
 
 
 def test_other_weights_are_other_data_for_a_run_that_resumes_and_the_same_for_a_cache():

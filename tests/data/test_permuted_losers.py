@@ -3,7 +3,6 @@
 import pickle
 
 import datasets
-import numpy as np
 import pytest
 from tiny_pairs import JUNK, png
 
@@ -102,23 +101,6 @@ def test_an_image_that_cannot_be_decoded_is_replaced_alike_whoever_reads_first(v
     assert prepared.report.undecodable == 1 and prepared.undecodable.tolist() == [0, 1, 0, 0, 0, 0]
 
 
-def test_a_pair_without_errors_of_the_reference_is_no_loser_either():
-    """It could not be read when they were computed, and another image took its place."""
-    prepared = prepare(captions([str(number) for number in range(5)])).repeating(1)
-    assert prepared.draw_settings()["losers"] == "permute"
-    errors = np.zeros((1, 5, 1, 2), dtype=np.float32)
-    errors[0, 3] = np.nan
-    prepared.set_reference_errors(errors)
-    levels_read = [prepared[index]["pixel_values"][:, 0, 0, 0].tolist() for index in range(5)]
-    assert 4 not in {level for pair in levels_read for level in pair} and [pair[0] for pair in levels_read] == [
-        1,
-        2,
-        3,
-        5,
-        5,
-    ]
-
-
 @pytest.mark.parametrize(("prompts", "said"), [("aaab", "'a' has 3 of 4"), ("b", "'b' has 1 of 1")])
 def test_more_than_half_of_one_prompt_is_refused_with_its_share(prompts, said):
     with pytest.raises(ValueError, match=said):
@@ -134,5 +116,3 @@ def test_captions_need_permuted_losers():
 def test_what_cannot_be_permuted_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="a stream"):
         prepare(datasets.Dataset.from_list(captions()).to_iterable_dataset())
-    with pytest.raises(ValueError, match="`losers`"):
-        prepare(captions(), losers="shuffle")

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, PreferenceCollator, prepare_dataset
 from trl_diffusion_sdpo.data.images import ImageReader
-from trl_diffusion_sdpo.data.streaming import PreferenceIterableDataset, Share
+from trl_diffusion_sdpo.utils.processes import Peers
 
 
 def stream(count, *, bad=(), shards=1, training=True):
@@ -51,7 +51,7 @@ def decoded(monkeypatch):
 
 @pytest.mark.parametrize(("count", "processes", "shards"), [(12, 2, 1), (11, 2, 3), (7, 4, 4)])
 def test_training_processes_divide_every_pass_and_draw_differently(count, processes, shards, decoded):
-    own = [stream(count, shards=shards).for_process(Share(index, processes)) for index in range(processes)]
+    own = [stream(count, shards=shards).for_process(Peers(index, processes)) for index in range(processes)]
     passes = [outline(items) for items in (islice(share, 3 * -(-count // processes)) for share in own)]
     first = [share[: _length_of_a_pass(share)] for share in passes]
     assert sorted(prompt for share in first for prompt, *_ in share) == sorted(f"p{i}" for i in range(count))
@@ -60,7 +60,7 @@ def test_training_processes_divide_every_pass_and_draw_differently(count, proces
 
 
 def test_a_process_of_an_evaluation_decodes_its_own_pairs_only(decoded):
-    assert prompts(stream(12, training=False).for_process(Share(1, 3))) == [1, 4, 7, 10]
+    assert prompts(stream(12, training=False).for_process(Peers(1, 3))) == [1, 4, 7, 10]
     assert len(decoded) == 2 * 4
 
 
@@ -77,27 +77,14 @@ def test_a_process_of_an_evaluation_decodes_its_own_pairs_only(decoded):
 def test_in_evaluation_all_processes_have_equally_many_pairs_and_none_is_missing(count, bad, first, second):
     data = stream(count, bad=bad, training=False)
     for index, expected in enumerate((first, second)):
-        share = list(data.for_process(Share(index, 2)))
-        assert prompts(share) == expected and outline(share) == outline(data.for_process(Share(index, 2)))
+        share = list(data.for_process(Peers(index, 2)))
+        assert prompts(share) == expected and outline(share) == outline(data.for_process(Peers(index, 2)))
         own = [number for number in range(index, count, 2) if number not in bad]
         assert [item["repeated"] for item in share] == [number >= len(own) for number in range(len(expected))]
-        loader = DataLoader(data.for_process(Share(index, 2)), batch_size=8, collate_fn=PreferenceCollator())
+        loader = DataLoader(data.for_process(Peers(index, 2)), batch_size=8, collate_fn=PreferenceCollator())
         assert [batch["counted"] for batch in loader] == [len(own)]
 
 
 def test_a_share_without_a_good_image_is_an_error_and_not_an_endless_loop():
     with pytest.raises(ValueError, match="has no pair"):
-        next(iter(stream(8, bad={0, 2, 4, 6}).for_process(Share(0, 2))))
-
-
-def test_a_worker_in_another_pass_does_not_change_which_shards_are_read(monkeypatch):
-    undisturbed = outline(islice(stream(17, shards=3), 30))
-    data = stream(17, shards=3)
-    shared, groups = data._streams[0].source, PreferenceIterableDataset._groups
-
-    def in_another_pass(self, *args):
-        shared.set_epoch(7)  # a worker ahead of this one, before the rows of this one's pass are read
-        return groups(self, *args)
-
-    monkeypatch.setattr(PreferenceIterableDataset, "_groups", in_another_pass)
-    assert outline(islice(data, 30)) == undisturbed
+        next(iter(stream(8, bad={0, 2, 4, 6}).for_process(Peers(0, 2))))

@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, PreferenceCollator, prepare_dataset
 from trl_diffusion_sdpo.data.images import ImageReader
-from trl_diffusion_sdpo.data.streaming import Share
 from trl_diffusion_sdpo.engines.batch_loaders import CollateAfterResuming
+from trl_diffusion_sdpo.utils.processes import Peers
 
 BATCHES = 12
 
@@ -37,11 +37,11 @@ def outline(batch):
 
 
 CASES = {
-    "one process": (0, 1, Share()),
-    "two workers": (2, 3, Share()),
-    "more workers than shards": (3, 2, Share()),
-    "processes that share rows": (0, 1, Share(1, 2)),
-    "processes with shards of their own": (1, 2, Share(1, 2)),
+    "one process": (0, 1, Peers()),
+    "two workers": (2, 3, Peers()),
+    "more workers than shards": (3, 2, Peers()),
+    "processes that share rows": (0, 1, Peers(1, 2)),
+    "processes with shards of their own": (1, 2, Peers(1, 2)),
 }
 
 
@@ -62,12 +62,12 @@ def test_a_stream_goes_on_at_a_position(case):
 
 def test_nothing_before_the_position_is_decoded_and_no_earlier_pass_is_read(monkeypatch):
     position = stream(1).position(2, 0, 1)
-    for batch in batches(stream(1), 0, Share()):
+    for batch in batches(stream(1), 0, Peers()):
         position.add(batch["rows"].tolist(), batch["seeds"])
     assert position.readers[0][1] > 1
     decoded = []
     monkeypatch.setattr(ImageReader, "decode", lambda *_, **__: decoded.append(1))
     resumed = stream(1)
     resumed.start_at(position)
-    assert batches(resumed, 0, Share()) == [{}] * BATCHES and not decoded
+    assert batches(resumed, 0, Peers()) == [{}] * BATCHES and not decoded
     assert resumed.report.rows == 0

@@ -308,4 +308,4 @@ def test_wrong_models_are_refused(make_trainer):
         make_trainer(sample_prompts=["a"], sample_sources=["a.png"])
     stream = datasets.Dataset.from_list(rows(2)).to_iterable_dataset()
     with pytest.raises(ValueError, match="source"):
-        prepare_dataset(stream, PairOptions(PairTransform(16), compare=False))
+        prepare_dataset(stream, PairOptions(PairTransform(16)))

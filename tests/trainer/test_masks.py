@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data import PairMixture, PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.step.pair_forward import region_of
 
 
@@ -27,7 +27,7 @@ def masked_rows(count=8, size=(16, 24), mask=None, **columns):
 
 def options(**changes):
     transform = PairTransform(16, center_crop=False, random_flip=True)
-    return PairOptions(transform, **{"verify_images": "none", "compare": False, **changes})
+    return PairOptions(transform, **{"verify_images": "none", **changes})
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -81,7 +81,7 @@ def test_settings_that_masks_do_not_allow(make_trainer, make_pairs):
         prepare_dataset(masked_rows(), options(losers="permute"))
     without = make_pairs().remove_columns(["chosen_score", "rejected_score"])
     with pytest.raises(ValueError, match="mixture"):
-        prepare_dataset([datasets.Dataset.from_list(masked_rows()), without], options())
+        prepare_dataset(PairMixture([datasets.Dataset.from_list(masked_rows()), without]), options())
     with pytest.raises(ValueError, match="mask_anchor"):
         make_trainer(mask_anchor=1.0)
     with pytest.raises(ValueError, match="mask_anchor"):

@@ -71,18 +71,3 @@ def test_streams_are_refused_by_the_trainer(make_trainer, scored):
     for settings in ({"pair_weights": "quality"}, {"pair_weights": "gain"}):
         with pytest.raises(ValueError, match="are a stream"):
             make_trainer(train=scored.to_iterable_dataset(), **settings)
-
-
-def test_prepared_data_must_use_scores_as_the_settings_say(make_trainer, scored):
-    weighted = make_trainer(train=scored, pair_weights="gap").train_dataset
-    make_trainer(train=weighted, pair_weights="gap", eval_dataset=weighted)
-    with pytest.raises(ValueError, match="`pair_weights='gap'`"):
-        make_trainer(train=weighted)
-    for other in ({"pair_weights": "inverse_gap"}, {"pair_weights": "quality"}):
-        with pytest.raises(ValueError, match="`pair_weights='gap'`.*'(inv|qual)"):
-            make_trainer(train=weighted, **other)
-    plain = make_trainer(train=scored).train_dataset
-    with pytest.raises(ValueError, match="`pair_weights=None`.*'gap'"):
-        make_trainer(train=plain, pair_weights="gap")
-    with pytest.raises(ValueError, match="prepared without scores"):
-        make_trainer(train=plain, loss_type="smpo")

@@ -28,21 +28,13 @@ class ImageRows:
     The row of a variant is `variant * number of images + image`. If crops are centered, only variant 1 is mirrored. If
     crops are random, variant e has the crop and flip of epoch e, and later epochs use variant `epoch % crops`. Pairs
     share images only if crops are centered.
-
-    Args:
-        seed (`int`): Seed of the random crops and flips.
-        images (`np.ndarray` of shape `(P, 2)`): Numbers of the images of each pair's winner and loser.
-        sources (`np.ndarray` of shape `(I, 2)`): For each image, a pair that contains the image, and whether the image
-            is the winner (0) or the loser (1) of this pair.
-        flips (`bool`): Whether images may be mirrored.
-        crops (`int`, *optional*): Number of random crops of each image; `None` for centered crops.
     """
 
-    seed: int
-    images: np.ndarray
-    sources: np.ndarray
-    flips: bool
-    crops: int | None
+    seed: int  # seed of the random crops and flips
+    images: np.ndarray  # numbers of the images of each pair's winner and loser, `(P, 2)`
+    sources: np.ndarray  # a pair that contains each image, and whether the image is its loser (1), `(I, 2)`
+    flips: bool  # whether images may be mirrored
+    crops: int | None  # number of random crops of each image; `None` for centered crops
 
     @classmethod
     def of(cls, dataset: PreferenceDataset, crops: int) -> ImageRows:
@@ -107,54 +99,34 @@ class ImageRows:
         return self.flips and draws is not None and draws.flip < 0.5
 
 
-def distinct_prompts(prompts: Iterable[str]) -> tuple[list[str], np.ndarray]:
-    """Return distinct prompts, including the empty one, and their digests (int64), both sorted by the digests."""
-    return _by_digest({prompt: digest_of(prompt) for prompt in {*prompts, ""}})
-
-
-def distinct_edits(edits: Iterable[Edit]) -> tuple[list[Edit], np.ndarray]:
-    """Return distinct edits and their digests (int64), both sorted by the digests."""
-    return _by_digest({edit: digest_of_edit(*edit) for edit in set(edits)})
-
-
-def digest_of_edit(row: int, is_mirrored: bool, prompt: str) -> int:
-    """Return 64 bits of the hash of a prompt with the sources of a row."""
-    return digest_of(f"{row} {'mirrored' if is_mirrored else 'plain'} {prompt}")
-
-
-def _by_digest(digests: dict[Any, int]) -> tuple[list[Any], np.ndarray]:
+def distinct(texts: Iterable[str | Edit]) -> tuple[list[Any], np.ndarray]:
+    """Return distinct prompts or edits, and their digests (int64), both sorted by the digests."""
+    digests = {text: digest_of(text if isinstance(text, str) else text_of_edit(*text)) for text in set(texts)}
     ordered = sorted(digests, key=digests.__getitem__)
-    array = np.array([digests[prompt] for prompt in ordered], dtype=np.int64)
+    array = np.array([digests[text] for text in ordered], dtype=np.int64)
     assert (array[1:] != array[:-1]).all(), "two prompts with one digest: odds of 1 to 30 million in a million prompts"
     return ordered, array
 
 
+def text_of_edit(row: int, is_mirrored: bool, prompt: str) -> str:
+    """Return a text that identifies a prompt with the sources of a row."""
+    return f"{row} {'mirrored' if is_mirrored else 'plain'} {prompt}"
+
+
+@dataclass(frozen=True)
 class EncodedPairs:
     """Encoded images and prompts, which a [`~trl_diffusion_sdpo.data.PreferenceDataset`] reads.
 
-    Args:
-        images ([`ShardStore`]): Encoded images, in the rows of [`ImageRows`]. Column `moments` has the result of the
-            family's `image_moments`, empty if an image could not be decoded. Column `sizes`, int32 of shape `(3, 2)`,
-            has height and width before resizing, top and left of the crop, and height and width of the pixels.
-        rows ([`ImageRows`]): Numbers of the images in the store.
-        prompts ([`ShardStore`]): Conditioning of the distinct prompts or edits, in the order of `digests`.
-        digests (`np.ndarray`): Sorted digests by [`distinct_prompts`], or by [`distinct_edits`] if there are sources.
-        on_host (`Sequence[str]`): Tensors of the conditioning that are read on the host.
+    The column `moments` of the images has the result of the family's `image_moments`, empty if an image could not be
+    decoded. The column `sizes`, int32 of shape `(3, 2)`, has height and width before resizing, top and left of the
+    crop, and height and width of the pixels.
     """
 
-    def __init__(
-        self,
-        images: ShardStore,
-        rows: ImageRows,
-        prompts: ShardStore,
-        digests: np.ndarray,
-        on_host: Sequence[str] = (),
-    ) -> None:
-        self.images = images
-        self.rows = rows
-        self.prompts = prompts
-        self._digests = digests
-        self._on_host = on_host
+    images: ShardStore  # encoded images, in the rows of [`ImageRows`]
+    rows: ImageRows
+    prompts: ShardStore  # conditioning of the distinct prompts or edits, in the order of `digests`
+    digests: np.ndarray  # sorted digests of the prompts or edits, by [`distinct`]
+    on_host: Sequence[str] = ()  # tensors of the conditioning that are read on the host
 
     def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
         """Return the entries of a data set's item that depend on the images of a pair. The arguments are those of
@@ -186,14 +158,14 @@ class EncodedPairs:
             UndecodableImageError: If a source could not be decoded when the cache was made.
             ValueError: If the prompt is not in the cache.
         """
-        digest = digest_of(prompt) if edited is None else digest_of_edit(*edited, prompt)
-        row = int(np.searchsorted(self._digests, digest))
-        if row == len(self._digests) or self._digests[row] != digest:
+        digest = digest_of(prompt if edited is None else text_of_edit(*edited, prompt))
+        row = int(np.searchsorted(self.digests, digest))
+        if row == len(self.digests) or self.digests[row] != digest:
             raise ValueError(
                 f"The cache was made from other prompts, and lacks {prompt!r}. Start the run again to add this prompt."
             )
         tensors = self.prompts.read(row)
         if UNREADABLE in tensors:
             raise UndecodableImageError("a source could not be decoded when the cache was made")
-        host = {name: tensors.pop(name).tolist() for name in self._on_host}
+        host = {name: tensors.pop(name).tolist() for name in self.on_host}
         return {"conditioning": tensors} | ({"host_conditioning": host} if host else {})

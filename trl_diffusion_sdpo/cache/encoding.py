@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..data.data_report import HOW_TO_DROP, evenly_spaced
+from ..data.data_report import MAX_EXAMPLES
 from ..data.dataset import PreferenceDataset
 from ..data.images import UndecodableImageError
 from ..data.transforms import pixels_as_floats
@@ -28,7 +27,7 @@ from ..engines.processes import failing_together
 from ..families import Family
 from ..families.base import PIXELS_AT_ONCE
 from ..models.frozen_components import FrozenComponents
-from ..utils.disk import DiskFullError, free_bytes, readable_size
+from ..utils.disk import naming_the_disk
 from ..utils.processes import Peers
 from .encoded_pairs import (
     MOMENTS,
@@ -37,11 +36,10 @@ from .encoded_pairs import (
     Edit,
     EncodedPairs,
     ImageRows,
-    distinct_edits,
-    distinct_prompts,
+    distinct,
 )
 from .key import EncoderKey
-from .shards import ShardStore, writing_into
+from .shards import ShardStore
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +48,6 @@ SHARD_PIXELS = 256 * 512 * 512  # pixels per shard. A killed process loses at mo
 SHARD_PROMPTS = 64
 IMAGES_AT_ONCE = range(2, 9)  # smallest and largest VAE batch. `PIXELS_AT_ONCE` determines the size in between
 PROMPTS_AT_ONCE = range(4, 17)  # limits of text batches. In smaller batches, CPUs round matrix products differently
-SAMPLED_PROMPTS = 8  # prompts that are encoded first, to estimate the cache's size
-SHOWN_EXAMPLES = 5
-
-Item = list[tuple[torch.Tensor, torch.Tensor]] | UndecodableImageError
 
 
 def default_folder() -> Path:
@@ -70,8 +64,6 @@ class EncodingSettings:
     size: tuple[int, int]  # height and width of the images
     crops: int  # number of random crops of each image; unused if crops are centered
     largest_batch: int  # pairs of the largest batch in training and evaluation
-    pin_memory: bool  # whether pixels are copied to the device from pinned memory
-    check_sample: bool  # whether to decode a sample of the pairs before anything is encoded
     # Function that returns a loader of a data set's items in order. Its arguments are the data set, the preference
     # pairs from which the data set reads, and the bytes of an item.
     load: Callable[[Dataset, PreferenceDataset, int], Iterable[Any]]
@@ -84,7 +76,6 @@ class EncodingReport:
 
     images: int = 0  # each variant of an image counts
     prompts: int = 0  # distinct prompts
-    bytes: int = 0  # size of the caches
     encoded_images: int = 0
     encoded_prompts: int = 0
 
@@ -107,67 +98,50 @@ class _Cache:
 
 
 class PairEncoding:
-    """Encodes the pairs of data sets if their cache lacks them, and makes the data sets read from the cache.
-
-    Args:
-        frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders. These
-            components are loaded only if images or prompts must be encoded.
-        key ([`EncoderKey`]): Cache key of VAE and text encoders.
-    """
+    """Encodes the pairs of data sets if their cache lacks them, and makes the data sets read from the cache. VAE and
+    text encoders are loaded only if images or prompts must be encoded."""
 
     def __init__(self, frozen: FrozenComponents, key: EncoderKey, settings: EncodingSettings) -> None:
         self._frozen, self._key, self._settings, self._peers = frozen, key, settings, settings.peers
         self.report = EncodingReport()
-        self._encoded: WeakSet[PreferenceDataset] = WeakSet()
 
     @property
     def folder(self) -> Path:
         """Folder of all caches."""
         return self._settings.folder
 
-    def add_to(self, dataset: Any, name: str, *, compare: bool = True) -> None:
+    def add_to(self, dataset: Any, name: str) -> None:
         """Make a data set read encoded pairs from a cache. All processes must call this method together.
 
         Args:
             name (`str`): Name of the data set in error messages and logs.
-            compare (`bool`): Whether to raise an error if a checked pair has two identical images.
 
         Raises:
-            ValueError: If the data are a stream, a prompt's encoding depends on the other prompts of its batch, the
-                cache cannot be written, or processes do not see the files of other processes.
-            DiskFullError: If the disk has too little room. Finished shards stay in the cache.
+            ValueError: If the data are a stream, a prompt's encoding depends on the other prompts of its batch, or
+                processes do not see the files of other processes.
+            DiskFullError: If the disk is full. Finished shards stay in the cache.
         """
         if not isinstance(dataset, PreferenceDataset):
             raise ValueError(
                 f"`precompute_latents=True` needs data whose rows can be read again, and the {name} data are a stream. "
                 "Load the data without `streaming=True`, or set `precompute_latents=False`."
             )
-        check_prompt_padding("precompute_latents", self._frozen.family, self._settings.largest_batch)
-        if dataset in self._encoded:
-            return
+        prompts = self._settings.largest_batch * (2 if dataset.has_loser_prompts else 1)
+        check_prompt_padding("precompute_latents", self._frozen.family, prompts)
         cache = self._cache_of(dataset, name)
         missing = self._peers.gather_results(cache.missing)
         if any(len(rows) for of_process in missing for rows in of_process):  # a complete cache may be read-only
-            with writing_into(self.folder):
-                self._complete(dataset, name, cache, compare)
+            with naming_the_disk(self.folder, setting="precompute_dir"):
+                self._complete(dataset, name, cache)
         self._use(dataset, cache)
 
     # ---- Which cache ----------------------------------------------------------------------------------------------
 
     def _cache_of(self, dataset: PreferenceDataset, name: str) -> _Cache:
         family, rows = self._frozen.family, ImageRows.of(dataset, self._settings.crops)
-        if dataset.has_loser_prompts and family.prompt_padding == "start":
-            raise ValueError(
-                f"`precompute_latents=True` encodes every prompt alone, and {family.name} pads prompts at the start "
-                f"and attends to the padding: the two prompts of each pair of the {name} data depend on each other. "
-                "Set `precompute_latents=False`."
-            )
         texts: list[Any]
         with failing_together(RuntimeError):  # reading the rows may fail in one process
-            if dataset.has_sources:
-                texts, digests = distinct_edits(dataset.edits())
-            else:
-                texts, digests = distinct_prompts(dataset.prompts())
+            texts, digests = distinct(dataset.edits() if dataset.has_sources else {*dataset.prompts(), ""})
         data = dataset.fingerprint(thorough=True, peers=self._peers)
         images = {
             "vae": self._key.facts["vae"],
@@ -202,14 +176,12 @@ class PairEncoding:
                 family.keep_statistics({name: value.to(self._settings.device) for name, value in stored.items()})
         encoded = EncodedPairs(cache.images, cache.rows, cache.prompts, cache.digests, family.host_conditioning)
         dataset.use_encoded(encoded)
-        self._encoded.add(dataset)
         self.report.images += len(cache.rows)
         self.report.prompts += len(cache.texts)
-        self.report.bytes += cache.images.nbytes + cache.prompts.nbytes
 
     # ---- Encoding -------------------------------------------------------------------------------------------------
 
-    def _complete(self, dataset: PreferenceDataset, name: str, cache: _Cache, compare: bool) -> None:
+    def _complete(self, dataset: PreferenceDataset, name: str, cache: _Cache) -> None:
         """Encode the missing rows of a cache. The first process locks the stores against other runs."""
         peers = self._peers
         with contextlib.ExitStack() as stack:
@@ -221,11 +193,11 @@ class PairEncoding:
             peers.gather_results(lock)
             missing = peers.gather_results(cache.missing)[0]  # another run may have written rows
             if any(len(rows) for rows in missing):
-                if self._settings.check_sample:
-                    dataset.check_sample(peers, compare=compare)
+                if peers.index == 0:
+                    counts = len(missing[0]), len(missing[1])
+                    logger.warning("%s data: %d images and %d prompts are encoded to %s.", name, *counts, self.folder)
                 with failing_together(RuntimeError):  # the device may have too little memory
                     family = stack.enter_context(self._frozen.in_use())
-                peers.gather_results(lambda: self._check_disk(dataset, name, cache, missing, family))
                 encoded = peers.gather_results(lambda: self._encode(dataset, cache, missing, family))
                 self._count(name, encoded)
             if any(len(rows) for of_process in peers.gather_results(cache.missing) for rows in of_process):
@@ -260,18 +232,16 @@ class PairEncoding:
         numbers = _own_share(missing % count // size, self._peers)
         shards = [range(count)[number * size : (number + 1) * size] for number in numbers]
         images = [image for shard in shards for image in shard]
-        load = partial(self._settings.load, _Decoded(dataset, rows, images), dataset, variants * 3 * height * width)
-        loaded = iter(load() if images else ())
+        decoded = _Results(partial(_decoded_variants, dataset, rows), images)
+        loaded = iter(self._settings.load(decoded, dataset, variants * 3 * height * width) if images else ())
         undecodable: list[tuple[int, str]] = []
         with _progress("Encoding images", variants * len(images), self._peers) as bar:
             for number, shard in zip(numbers, shards, strict=True):
                 waiting = _ImageBatches(partial(self._moments, family), bar)
                 for image in shard:
-                    item: Item = next(loaded)
+                    item = next(loaded)
                     if isinstance(item, UndecodableImageError):
                         pair = int(rows.sources[image, 0])
-                        if dataset.strict:
-                            raise ValueError(f"Pair {pair}: {item}. {HOW_TO_DROP}")
                         undecodable.append((pair, f"pair {pair}: {item}"))
                         waiting.leave_out(rows.of_image(image))
                         continue
@@ -308,7 +278,8 @@ class PairEncoding:
         shards = [range(len(cache.texts))[number * SHARD_PROMPTS :][:SHARD_PROMPTS] for number in numbers]
         edits = [cache.texts[row] for shard in shards for row in shard]
         height, width = self._settings.size
-        loaded = iter(self._settings.load(_Edits(dataset, edits), dataset, 3 * height * width) if edits else ())
+        sources = _Results(partial(_decoded_sources, dataset), edits)
+        loaded = iter(self._settings.load(sources, dataset, 3 * height * width) if edits else ())
         copies = min(2, self._settings.largest_batch)
         undecodable: list[tuple[int, str]] = []
         with _progress("Encoding edits", len(edits), self._peers) as bar:
@@ -318,8 +289,6 @@ class PairEncoding:
                     source_row, _, prompt = cache.texts[row]
                     item = next(loaded)
                     if isinstance(item, UndecodableImageError):
-                        if dataset.strict:
-                            raise ValueError(f"Row {source_row}: {item}. {HOW_TO_DROP}")
                         undecodable.append((source_row, f"row {source_row} {item}"))
                         encoded[row] = {UNREADABLE: torch.empty(0)}
                     else:
@@ -330,37 +299,7 @@ class PairEncoding:
 
     def _moments(self, family: Family, pixels: torch.Tensor) -> torch.Tensor:
         """Encode pixels `(N, 3, H, W)`, uint8 on the host. As in training, the device makes floats of the pixels."""
-        device = self._settings.device
-        if device.type in ("cpu", "mps"):  # these devices do not use pinned memory
-            return family.image_moments(pixels_as_floats(pixels.to(device)))
-        pixels = pixels.pin_memory() if self._settings.pin_memory else pixels
-        return family.image_moments(pixels_as_floats(pixels.to(device, non_blocking=True)))
-
-    def _check_disk(
-        self, dataset: PreferenceDataset, name: str, cache: _Cache, missing: Sequence[np.ndarray], family: Family
-    ) -> None:
-        """Log how much the processes will write, and raise if the disk has too little room."""
-        if self._peers.index != 0:
-            return
-        blank = torch.zeros(3, *self._settings.size, dtype=torch.uint8)
-        image = moments_of(partial(self._moments, family), [blank]).nbytes
-        sample = [cache.texts[i] for i in evenly_spaced(len(cache.texts), SAMPLED_PROMPTS)]
-        if dataset.has_sources:
-            source = Image.new("RGB", self._settings.size[::-1])
-            encoded = [encode_edit(family, prompt, [source], 1) for _, _, prompt in sample[:1]]
-        else:
-            encoded = [conditioning_of(family, [text]) for text in sample]
-        sizes = [sum(value.nbytes for value in values.values()) for values in encoded]
-        needed = len(missing[0]) * image + len(missing[1]) * sum(sizes) // len(sizes)
-        free = free_bytes(self.folder)
-        room = f"{self.folder}, about {readable_size(needed)} of the {readable_size(free)} that are free"
-        logger.warning(
-            "%s data: %d images and %d prompts are encoded to %s.", name, len(missing[0]), len(missing[1]), room
-        )
-        if needed > free:
-            raise DiskFullError(
-                f"The {name} data do not fit into {room}. Delete files, or choose another `precompute_dir`."
-            )
+        return family.image_moments(pixels_as_floats(pixels.to(self._settings.device)))
 
     def _count(self, name: str, encoded: list[tuple[int, int, list[tuple[int, str]]]]) -> None:
         """Add the numbers of encoded rows to the report, and log a warning on images that cannot be decoded."""
@@ -369,7 +308,7 @@ class PairEncoding:
         self.report.encoded_prompts += sum(prompts)
         bad = sorted({image for images_of_process in undecodable for image in images_of_process})
         if bad:
-            listed = "".join(f"\n  {reason}" for _, reason in bad[:SHOWN_EXAMPLES])
+            listed = "".join(f"\n  {reason}" for _, reason in bad[:MAX_EXAMPLES])
             logger.warning(
                 "%s data: %d images cannot be decoded. Each of their pairs is replaced by the next readable pair:%s",
                 *(name, len(bad), listed),
@@ -449,42 +388,35 @@ class _ImageBatches:
         self._bar.update(len(waiting))
 
 
-class _Decoded(Dataset):
-    """Data set for DataLoader workers: pixels and sizes of all variants of an image, or the error if it cannot be
-    decoded."""
+class _Results(Dataset):
+    """Data set for DataLoader workers: the results of a function, or its error if an image cannot be decoded."""
 
-    def __init__(self, dataset: PreferenceDataset, rows: ImageRows, images: Sequence[int]) -> None:
-        self._dataset, self._rows, self._images = dataset, rows, images
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> Item:
-        image = self._images[index]
-        pair, side = self._rows.sources[image].tolist()
-        draws = [self._rows.draws_of(row) for row in self._rows.of_image(image)]
-        try:
-            variants = self._dataset.image_variants(pair, side, draws)
-        except UndecodableImageError as error:
-            return type(error)(str(error))  # without references to the image
-        return [(pixels, torch.tensor([*sizes, pixels.shape[1:]], dtype=torch.int32)) for pixels, *sizes in variants]
-
-
-class _Edits(Dataset):
-    """Data set for DataLoader workers: the source images of each edit, or the error if one cannot be decoded."""
-
-    def __init__(self, dataset: PreferenceDataset, edits: Sequence[Edit]) -> None:
-        self._dataset, self._edits = dataset, edits
+    def __init__(self, function: Callable[[Any], Any], arguments: Sequence[Any]) -> None:
+        self._function, self._arguments = function, arguments
 
     def __len__(self) -> int:
-        return len(self._edits)
+        return len(self._arguments)
 
-    def __getitem__(self, index: int) -> list[Image.Image] | UndecodableImageError:
-        row, is_mirrored, _ = self._edits[index]
+    def __getitem__(self, index: int) -> Any:
         try:
-            return self._dataset.sources_of_row(row, is_mirrored)
+            return self._function(self._arguments[index])
         except UndecodableImageError as error:
             return type(error)(str(error))  # without references to the image
+
+
+def _decoded_variants(
+    dataset: PreferenceDataset, rows: ImageRows, image: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the pixels and the sizes of all variants of an image."""
+    pair, side = rows.sources[image].tolist()
+    variants = dataset.image_variants(pair, side, [rows.draws_of(row) for row in rows.of_image(image)])
+    return [(pixels, torch.tensor([*sizes, pixels.shape[1:]], dtype=torch.int32)) for pixels, *sizes in variants]
+
+
+def _decoded_sources(dataset: PreferenceDataset, edit: Edit) -> list[Image.Image]:
+    """Return the source images of an edit."""
+    row, is_mirrored, _ = edit
+    return dataset.sources_of_row(row, is_mirrored)
 
 
 def _own_share(shards: np.ndarray, peers: Peers) -> list[int]:

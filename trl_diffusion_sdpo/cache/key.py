@@ -28,13 +28,7 @@ WHERE = ("cache_dir", "revision", "token")  # arguments that only say where the 
 
 
 class EncoderKey:
-    """Cache key of VAE and text encoders. Caches of other models or settings have other keys.
-
-    Args:
-        frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders.
-        loaded ([`~trl_diffusion_sdpo.models.loading.LoadedModel`]): The model to which VAE and text encoders belong.
-        peers (`Peers`): The processes of this training. All processes must read `facts` together.
-    """
+    """Cache key of VAE and text encoders. Caches of other models or settings have other keys."""
 
     def __init__(self, frozen: FrozenComponents, loaded: LoadedModel, peers: Peers = ALONE) -> None:
         self._frozen, self._loaded, self._peers = frozen, loaded, peers

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,18 +13,16 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import TrainingArguments
 
 from ..data.dataset import PreferenceDataset
 from ..engines.engine import Engine
 from ..engines.processes import failing_together
 from ..models.reference import PrecomputedReference
 from ..step.pair_forward import PairForward, eval_mode
+from ..utils.disk import naming_the_disk
 from ..utils.processes import ALONE, Peers
 from .key import VERSION
-from .shards import ShardStore, writing_into
-
-logger = logging.getLogger(__name__)
+from .shards import ShardStore
 
 ERRORS = "reference_errors"  # subfolder
 SHARD_PAIRS = 256  # pairs per shard. A killed process loses at most one shard
@@ -60,9 +56,7 @@ class ReferenceErrors:
 
     A store has float32 errors of shape `(E, P, T, 2)`: E epochs, P pairs, T timesteps of a pair, winner and loser. Each
     row of the store has up to [`SHARD_PAIRS`] pairs in one epoch. If a pair could not be read, its errors are NaN.
-
-    Args:
-        denoiser (`nn.Module`): The policy's denoiser, before the engine wraps it.
+    `denoiser` is the policy's denoiser, before the engine wraps it.
     """
 
     def __init__(
@@ -85,19 +79,22 @@ class ReferenceErrors:
         """
         store, peers = self.store_of(dataset), self._settings.peers
         if any(len(rows) for rows in peers.gather_results(store.missing)):
-            with writing_into(self._settings.folder), contextlib.ExitStack() as stack:
+            with naming_the_disk(self._settings.folder, setting="precompute_dir"), contextlib.ExitStack() as stack:
 
                 def lock() -> None:
                     if peers.index == 0:
                         stack.enter_context(store.locked())
 
-                with failing_together(RuntimeError):
-                    self._check_can_predict(dataset, store)
+                if not self._reference.can_predict:
+                    raise ValueError(
+                        f"The errors of the reference on the {dataset.report.name} data must be computed before "
+                        "training. Pass the data as `eval_dataset` when you construct the trainer."
+                    )
                 peers.gather_results(lock)
                 missing = peers.gather_results(store.missing)[0].tolist()  # another run may have written rows
                 with failing_together(RuntimeError):
                     if share := missing[peers.index :: peers.count]:
-                        with self._predicting(store):
+                        with self._predicting():
                             self._compute(dataset, store, share)
             store.missing()
         errors = torch.cat([store.read(row)[COLUMN] for row in range(len(store))]).numpy()
@@ -136,28 +133,13 @@ class ReferenceErrors:
         shards = [pairs[start : start + SHARD_PAIRS] for start in pairs[::SHARD_PAIRS]]
         return [(epoch, shard) for epoch in range(self._epochs(dataset)) for shard in shards]
 
-    def _check_can_predict(self, dataset: PreferenceDataset, store: ShardStore) -> None:
-        if not self._reference.can_predict:
-            raise ValueError(
-                f"The errors of the reference on the {dataset.report.name} data must be computed before training, and "
-                f"{store.path} does not have these errors. Pass the data as `eval_dataset` when you construct the "
-                "trainer."
-            )
-
     @contextlib.contextmanager
-    def _predicting(self, store: ShardStore) -> Iterator[None]:
+    def _predicting(self) -> Iterator[None]:
         family = self._forward.family
         try:
             with self._reference.predicting(self._denoiser, self._engine):
                 family.settle_dtype(self._engine.rounding if self._engine.casts_weights else None)
                 yield
-        except torch.OutOfMemoryError as error:
-            raise RuntimeError(
-                "Each process computes the errors of the reference with the whole denoiser, which does not fit into "
-                "the device's memory. Start the run once in one process on a device with more memory, with the same "
-                f"settings and the same `precompute_dir` ({self._settings.folder}). Training then reads the errors "
-                f"from {store.path}, with any distributed engine."
-            ) from error
         finally:
             family.settle_dtype()
 
@@ -168,7 +150,7 @@ class ReferenceErrors:
         training = _is_for_training(dataset)
         size = self._settings.batch_size if training else self._settings.eval_batch_size
         batches = [shard[start : start + size] for shard in numbers for start in range(0, len(shard), size)]
-        loader = iter(self._settings.load(_PairsInEpochs(dataset.for_storing()), batches))
+        loader = iter(self._settings.load(_PairsInEpochs(dataset), batches))
         bar = tqdm(
             total=sum(map(len, numbers)),
             desc=f"Errors of the reference, {dataset.report.name} data",
@@ -178,14 +160,18 @@ class ReferenceErrors:
         with bar, torch.no_grad(), eval_mode([self._denoiser]):
             for row in missing:
                 pairs = shards[row][1]
-                waiting = _Waiting(size)
+                waiting: dict[Any, Items] = {}  # items by the shapes of their tensors
                 errors = torch.full((len(pairs), self._timesteps(dataset), 2), torch.nan)
                 for _ in range(0, len(pairs), size):
                     for pair, item in next(loader):
                         bar.update()
-                        if item["row"] == pair:  # otherwise the pair cannot be read, and the item is another pair
-                            self._fill(errors, pairs, waiting.add(item), training)
-                for items in waiting.left():
+                        if item["row"] != pair:
+                            continue  # the pair cannot be read, and the item is another pair
+                        shapes = tuple(value.shape for value in item.values() if isinstance(value, torch.Tensor))
+                        waiting.setdefault(shapes, []).append(item)
+                        if len(waiting[shapes]) == size:
+                            self._fill(errors, pairs, waiting.pop(shapes), training)
+                for items in waiting.values():
                     # A batch of another size may round differently. Batches of training are full, so fill up this
                     # batch. The last batch of an evaluation is smaller, so leave it as it is.
                     self._fill(errors, pairs, items, training, at_least=size if training else 0)
@@ -194,8 +180,6 @@ class ReferenceErrors:
     def _fill(self, errors: torch.Tensor, pairs: range, items: Items, training: bool, *, at_least: int = 0) -> None:
         """Compute the errors of items in one forward pass, and write them into `errors`. If there are fewer items than
         `at_least`, the batch repeats the first one."""
-        if not items:
-            return
         rows = [item["row"] for item in items]
         padded = items + items[:1] * (at_least - len(items))
         computed = self._forward.reference_errors(self._denoiser, self._settings.to_inputs(padded), training=training)
@@ -207,35 +191,6 @@ class ReferenceErrors:
                 "of these pairs, or use bf16 instead of fp16."
             )
         errors[[row - pairs.start for row in rows]] = computed
-
-
-def repeating_pairs(dataset: Any, epochs: int, *, name: str, training: bool) -> PreferenceDataset:
-    """Return the data set with random draws that repeat after `epochs` epochs. The reference then has a finite number
-    of errors, which can be computed before training. Pairs of an evaluation have the same draws in every epoch.
-
-    Raises:
-        ValueError: If the data are a stream.
-    """
-    if not isinstance(dataset, PreferenceDataset):
-        raise ValueError(
-            f"`precompute_ref_errors=True` needs a map-style data set, and the {name} data are a stream. Load the data "
-            "without `streaming=True`, or set `precompute_ref_errors=False`."
-        )
-    if not training:
-        return dataset.for_evaluation() if dataset.draw_settings()["training"] else dataset
-    return dataset.repeating(epochs)
-
-
-def warn_of_repeated_draws(args: TrainingArguments, precomputed: int, steps_of_epoch: int) -> None:
-    """Log a warning if training has more epochs than there are precomputed errors of the reference."""
-    epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps / steps_of_epoch
-    if epochs > precomputed:
-        logger.warning(
-            "Training has %.3g epochs, and `precompute_epochs=%d`. Therefore each pair's random timestep, noise, flip "
-            "and crop repeat after %d epochs. Set `precompute_epochs=%d` for new draws in every epoch. Before "
-            "training, the reference then needs one forward pass for each pair and epoch.",
-            *(epochs, precomputed, precomputed, math.ceil(epochs)),
-        )
 
 
 def _is_for_training(dataset: PreferenceDataset) -> bool:
@@ -251,22 +206,3 @@ class _PairsInEpochs(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[int, dict[str, Any]]:
         epoch, pair = key
         return pair, self._pairs.in_epoch(epoch)[pair]
-
-
-class _Waiting:
-    """Collects items until there are enough items with equal tensor shapes for a batch."""
-
-    def __init__(self, size: int):
-        self._size = size
-        self._items: dict[Any, Items] = {}
-
-    def add(self, item: dict[str, Any]) -> Items:
-        """Add an item. Return a batch of items of its shape if there are now enough of them, or an empty list."""
-        shape = tuple(tuple(value.shape) for value in item.values() if isinstance(value, torch.Tensor))
-        waiting = self._items.setdefault(shape, [])
-        waiting.append(item)
-        return self._items.pop(shape) if len(waiting) == self._size else []
-
-    def left(self) -> list[Items]:
-        """Return the remaining items in smaller batches, one for each shape."""
-        return list(self._items.values())

@@ -4,7 +4,6 @@ depend on."""
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -18,34 +17,27 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ..utils.disk import naming_the_disk
 from ..utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 3  # version of the file format, which is a part of every key
 KEY_FILE, LOCK_FILE, PARTIAL = "key.json", ".lock", ".partial"
-NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-NONE = -1
 
 
 class ShardStore:
     """Store of numbered rows of named tensors, in the folder `folder / <hash of the key>`.
 
     A shard is a safetensors file with some of the rows. A shard is written under a temporary name and then renamed, so
-    a killed process never leaves an incomplete shard.
-
-    Args:
-        folder (`Path`): Folder that contains the stores of all keys.
-        key (`Mapping`): Everything that the rows depend on, as values for JSON.
-        rows (`int`): Number of rows of the complete store.
+    a killed process never leaves an incomplete shard. `key` has everything that the rows depend on, as values for JSON.
+    `rows` is the number of rows of the complete store.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any], rows: int) -> None:
         self._key = json.dumps({"format": FORMAT, **key}, sort_keys=True, indent=1, default=str) + "\n"
         self.path = Path(folder) / hashlib.sha256(self._key.encode()).hexdigest()[:16]
         self._files: list[Path] = []
-        self._file_of = np.full(rows, NONE, dtype=np.int32)  # index into `_files`
+        self._file_of = np.full(rows, -1, dtype=np.int32)  # index into `_files`, or -1 for a missing row
         self._open: dict[int, _Shard] = {}
 
     def __len__(self) -> int:
@@ -58,7 +50,7 @@ class ShardStore:
         """Index the shards in the folder, and return the numbers of the rows that no shard contains. For a damaged
         shard, log a warning and return its rows as missing."""
         self._files = sorted(self.path.glob("*.safetensors"))
-        self._file_of.fill(NONE)
+        self._file_of.fill(-1)
         self._open.clear()
         for number, file in enumerate(self._files):
             try:
@@ -68,12 +60,7 @@ class ShardStore:
                 logger.warning("The cache file %s is damaged (%s). Its rows will be computed again.", file, error)
                 continue
             self._file_of[[row for row in rows if row < len(self._file_of)]] = number
-        return np.flatnonzero(self._file_of == NONE)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all shards on the disk."""
-        return sum(file.stat().st_size for file in self._files)
+        return np.flatnonzero(self._file_of == -1)
 
     def write(self, number: int, rows: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
         """Write a shard. Two processes must not write shards of the same number at the same time."""
@@ -84,7 +71,7 @@ class ShardStore:
         """Return the tensors of a row by name. Raise `KeyError` if no shard contains the row, and `SafetensorError` if
         the row's shard is damaged."""
         number = int(self._file_of[row])
-        if number == NONE:
+        if number < 0:
             raise KeyError(row)
         if number not in self._open:
             self._open[number] = _Shard(self._files[number])
@@ -121,23 +108,3 @@ class _Shard:
         for key in self.file.keys():  # noqa: SIM118
             row, _, name = key.partition(".")
             self.names.setdefault(int(row), []).append(name)
-
-
-@contextlib.contextmanager
-def writing_into(folder: Path) -> Iterator[None]:
-    """Turn an error of writing into an error whose message names the folder, the cause and the setting to change.
-
-    Raises:
-        DiskFullError: If the disk is full. Finished shards stay on the disk.
-        ValueError: If the folder is not writable.
-    """
-    try:
-        with naming_the_disk(folder, setting="precompute_dir"):
-            yield
-    except OSError as error:
-        if error.errno not in NOT_WRITABLE:
-            raise
-        raise ValueError(
-            f"A cache must be complete or writable. The cache in {folder} lacks some results of this run, and they "
-            f"cannot be written: {error}. Make the folder writable, or choose another `precompute_dir`."
-        ) from error

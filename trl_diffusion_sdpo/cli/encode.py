@@ -72,7 +72,7 @@ def _encode_alone(
         if dataset is not None:
             pairs = prepare_pairs(dataset, args, loss, name=name, training=dataset is train_dataset)
             check_source_column(pairs, loaded.family, args, name=name)
-            encoding.add_to(pairs, name, compare=loss.uses_loser)
+            encoding.add_to(pairs, name)
     return encoding
 
 
@@ -80,6 +80,6 @@ def _summary(encoding: PairEncoding) -> str:
     done = encoding.report
     return (
         f"The cache {encoding.folder} has {done.images} images (random crops and flips counted separately) and "
-        f"{done.prompts} prompts, {done.bytes / 2**30:.3g} GiB. This command encoded {done.encoded_images} of these "
+        f"{done.prompts} prompts. This command encoded {done.encoded_images} of these "
         f"images and {done.encoded_prompts} of these prompts."
     )

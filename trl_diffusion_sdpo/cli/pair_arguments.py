@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trl import ScriptArguments
 
 from ..data.holdout import hold_out
-from ..data.loading import ONLY_SPLIT, is_one_split, load_pairs, rename_split, surely_share_rows
+from ..data.loading import has_one_split, load_pairs
 from ..data.sources import PairMixture
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class PairSet:
 
     path: str
     name: str | None = None
-    split: str = ONLY_SPLIT
+    split: str = "train"
     weight: float | None = None
     dataset_format: str | None = None
 
@@ -114,7 +114,7 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
     Args:
         script_args (`PairArguments`): Options that name the data. [`~trl_diffusion_sdpo.load_pairs`] describes the
             allowed values of `dataset_name`.
-        training_args (`DiffusionSDPOConfig`): Its `eval_strategy`, `seed`, `dataset_format` and `on_bad_row` are used.
+        training_args (`DiffusionSDPOConfig`): Its `eval_strategy`, `seed` and `dataset_format` are used.
     """
     sets = script_args.sets or [_only_set(script_args)]
     size = script_args.test_size
@@ -124,7 +124,7 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
             f"`test_size={size}` cannot hold out pairs of a stream, because its length and prompts are not known. Name "
             "evaluation pairs with `eval_dataset_name`, or leave out `dataset_streaming`."
         )
-    trained = [_load_set(entry, script_args, training_args.on_bad_row) for entry in sets]
+    trained = [_load_set(entry, script_args) for entry in sets]
     formats = [entry.dataset_format or training_args.dataset_format for entry in sets]
     held_out: list[Any] = []
     evaluation: Any = None
@@ -132,9 +132,9 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
         splits = hold_out(trained, size, seed=training_args.seed, formats=formats)
         trained, held_out = [train for train, _ in splits], [test for _, test in splits]
     elif evaluates:
-        evaluation = _load_evaluation(script_args, training_args.on_bad_row)
         for entry in sets:
             _refuse_training_pairs(script_args, entry)
+        evaluation = _load_evaluation(script_args)
     if not script_args.sets:
         return trained[0], held_out[0] if held_out else evaluation
     names = [f"{number}: {entry.path}" for number, entry in enumerate(sets)]
@@ -154,10 +154,8 @@ def _only_set(script_args: ScriptArguments) -> PairSet:
     return PairSet(name, script_args.dataset_config, script_args.dataset_train_split)
 
 
-def _load_set(entry: PairSet, script_args: ScriptArguments, on_bad_row: str) -> Any:
-    split = _split_of(entry.path, entry.split)
-    streaming = script_args.dataset_streaming
-    return load_pairs(entry.path, split, config=entry.name, streaming=streaming, on_bad_row=on_bad_row)
+def _load_set(entry: PairSet, script_args: ScriptArguments) -> Any:
+    return load_pairs(entry.path, entry.split, config=entry.name, streaming=script_args.dataset_streaming)
 
 
 def public_name(script_args: ScriptArguments) -> str | None:
@@ -166,7 +164,7 @@ def public_name(script_args: ScriptArguments) -> str | None:
     return None if name is None or Path(name).expanduser().exists() else name
 
 
-def _load_evaluation(script_args: PairArguments, on_bad_row: str) -> Any:
+def _load_evaluation(script_args: PairArguments) -> Any:
     """Return the test split of `eval_dataset_name`. If this option is unset, return the test split of the training data
     set."""
     name = script_args.eval_dataset_name or script_args.dataset_name
@@ -174,24 +172,19 @@ def _load_evaluation(script_args: PairArguments, on_bad_row: str) -> Any:
         raise ValueError(f"`eval_strategy` needs evaluation pairs, and `datasets` has no default. {_HOW_TO_EVALUATE}")
     config = None if Path(name).expanduser().exists() else script_args.dataset_config
     try:
-        return _load_set(PairSet(name, config, script_args.dataset_test_split), script_args, on_bad_row)
+        return _load_set(PairSet(name, config, script_args.dataset_test_split), script_args)
     except ValueError as error:
         raise ValueError(f"{error} {_HOW_TO_EVALUATE}") from error
 
 
-def _split_of(name: str, split: str) -> str:
-    """Return the name of the split to load. In a data set with only one split, every name stands for this split."""
-    return rename_split(split, ONLY_SPLIT) if is_one_split(Path(name).expanduser()) else split
-
-
 def _refuse_training_pairs(script_args: PairArguments, trained: PairSet) -> None:
-    """Raise `ValueError` if some evaluation pairs are also training pairs. Slices of one split are not compared."""
+    """Raise `ValueError` if the evaluation pairs are the training pairs: the same split, or a file without splits."""
     evaluated = script_args.eval_dataset_name or trained.path
-    here, there = Path(trained.path).expanduser(), Path(evaluated).expanduser()
-    is_same = here.resolve() == there.resolve() if here.exists() else str(here) == str(there)
-    test_split = script_args.dataset_test_split
-    if is_same and surely_share_rows(_split_of(trained.path, trained.split), _split_of(evaluated, test_split)):
+    path, split = Path(evaluated).expanduser(), script_args.dataset_test_split
+    if path.resolve() != Path(trained.path).expanduser().resolve():
+        return
+    if split == trained.split or ("[" not in split and has_one_split(path)):
         raise ValueError(
-            "Evaluation pairs must not be training pairs. `dataset_test_split` shares rows with the training split. "
-            f"Got the splits {test_split} and {trained.split} of {trained.path}. {_HOW_TO_EVALUATE}"
+            "Evaluation pairs must not be training pairs. `eval_dataset_name` or `dataset_test_split` names the split "
+            f"{trained.split} of {trained.path}, which is trained on. {_HOW_TO_EVALUATE}"
         )

@@ -249,7 +249,6 @@ def _check(options: argparse.Namespace) -> None:
         dataset_format=options.dataset_format,
         verify_images="all",
         min_side=1,
-        compare=False,
     )
     path = Path(options.data).expanduser()
     folder = path if path.is_dir() else path.parent

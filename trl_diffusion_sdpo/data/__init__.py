@@ -1,9 +1,8 @@
 """Preference data. This subpackage turns rows of published preference data sets into batches of image pairs."""
 
 from .buckets import AspectRatioBuckets
-from .data_report import DataReport
 from .dataset import PairOptions, PreferenceCollator, PreferenceDataset
-from .formats import FORMATS, PreferenceFormat, detect_format
+from .formats import FORMATS, detect_format
 from .images import UndecodableImageError, decode_image
 from .loading import load_pairs
 from .preparing import prepare_dataset
@@ -14,14 +13,12 @@ from .transforms import PairDraws, PairTransform, pixels_as_floats
 __all__ = [
     "FORMATS",
     "AspectRatioBuckets",
-    "DataReport",
     "PairDraws",
     "PairMixture",
     "PairOptions",
     "PairTransform",
     "PreferenceCollator",
     "PreferenceDataset",
-    "PreferenceFormat",
     "PreferenceIterableDataset",
     "UndecodableImageError",
     "decode_image",

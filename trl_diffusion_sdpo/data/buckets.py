@@ -47,11 +47,6 @@ class AspectRatioBuckets:
     max_aspect_ratio: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.step < 1 or not 1 < self.max_aspect_ratio < float("inf"):
-            raise ValueError(
-                "`bucket_kwargs` must have a `step` of at least 1 and a `max_aspect_ratio` above 1, got "
-                f"{self.step} and {self.max_aspect_ratio}. Usual values are 64 and 2."
-            )
         short, long = sorted(self.resolution)
         if long > self.max_aspect_ratio * short:
             raise ValueError(
@@ -82,9 +77,8 @@ class AspectRatioBuckets:
     def assign(self, sizes: np.ndarray) -> np.ndarray:
         """Return the bucket of each pair: the one whose log aspect ratio is nearest to the mean of the two images.
 
-        This choice minimises the sum of the distances between the log aspect ratios of bucket and images, so little is
-        cropped. If two buckets are equally near, the pair goes to the squarer bucket. The computation uses integers, so
-        that all machines choose the same buckets.
+        If two buckets are equally near, the pair goes to the squarer bucket. The computation uses integers, so that all
+        machines choose the same buckets.
 
         Args:
             sizes (`np.ndarray` of shape `(P, 4)`, int64): Height and width of the winner and of the loser, in pixels.
@@ -104,15 +98,10 @@ class AspectRatioBuckets:
 
 @dataclass(frozen=True)
 class PairSizes:
-    """Bucket, and so the training size, of each pair.
+    """Bucket, and so the training size, of each pair."""
 
-    Args:
-        sizes (`tuple[Size, ...]`): `(height, width)` of each bucket.
-        numbers (`np.ndarray` of shape `(P,)`): Number of each pair's bucket, an index into `sizes`.
-    """
-
-    sizes: tuple[Size, ...]
-    numbers: np.ndarray
+    sizes: tuple[Size, ...]  # `(height, width)` of each bucket
+    numbers: np.ndarray  # index into `sizes` of each pair's bucket, `(P,)`
 
     def fingerprint(self) -> str:
         """Return a hash of the sizes and of each pair's bucket. The hash is equal on every machine."""

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from ..utils.hints import did_you_mean
-from ..utils.switch_words import SWITCH_WORDS
-
-logger = logging.getLogger(__name__)
-
-VERIFY_IMAGES = ("sample", "all", "none")
 SAMPLED_PAIRS = 128  # number of pairs to decode before training, which takes a second or two
-
-STRONG_CROP = 0.25  # share of an image's area; the report counts pairs with an image that loses more to cropping
-ENLARGED = "enlarged"
 
 COUNTS = ("rows", "pairs", "ties", "undecodable", "bad_prompts", "bad_labels", "too_small")
 MAX_EXAMPLES = 5
 PERMUTED = "losers are winners of other pairs, drawn anew in every epoch"
 SWAPPED = "labels are swapped: the winner of each pair is the image that the data set calls the loser"
-HOW_TO_DROP = 'Fix the row, or pass on_bad_row="drop" to drop bad rows.'
 
 
 class BadDataError(ValueError):
@@ -44,7 +31,7 @@ class DataReport:
     bad_prompts: int = 0  # rows whose prompt is no string
     bad_labels: int = 0  # rows whose label or score is missing or unreadable
     too_small: int = 0  # pairs with an image whose shorter side is below `min_side`
-    notes: tuple[str, ...] = ()  # notes on the sizes of the images
+    notes: tuple[str, ...] = ()  # further lines
     is_swapped: bool = False  # whether winners are the images that the data set calls losers
     is_permuted: bool = False  # whether losers are the winners of other pairs
     examples: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # first rows and reasons, by kind
@@ -76,83 +63,7 @@ class DataReport:
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
 
-def reject(report: DataReport, strict: bool, kind: str, row: int, reason: str, amount: int) -> bool:
-    """Count `amount` drops of a kind in the report. Return whether the row is now one of the report's examples.
-
-    Raises:
-        BadDataError: If `strict` and the row is bad. Rows with ties or small images are not bad, because their labels
-            are valid.
-    """
-    if strict and kind not in ("ties", "too_small"):
-        raise BadDataError(f"{report.name} data, row {row}: {reason}. {HOW_TO_DROP}")
-    return report.add(kind, row, reason, amount)
-
-
-def check_identical(name: str, identical: Sequence[bool]) -> None:
-    """Warn if most pairs have two identical images. Raise `ValueError` if all pairs have two identical images.
-
-    Args:
-        name (`str`): Name of the data in messages.
-        identical (`Sequence[bool]`): For each checked pair, whether its two images are identical.
-    """
-    count, checked = sum(identical), len(identical)
-    summary = (
-        f"In {count} of {checked} pairs of the {name} data that were checked, chosen and rejected are the same image"
-    )
-    if 0 < checked == count:
-        raise ValueError(
-            f"{summary}, so no image is better. Check the columns, or use `loss_type='sft'` to train on the winners "
-            "alone."
-        )
-    if 2 * count > checked:
-        logger.warning("%s. Pairs of identical images teach no preference. Check the columns.", summary)
-
-
-def parse_verify_images(value: Any) -> str:
-    """Return the value of `verify_images` as one of `VERIFY_IMAGES`. True means `"all"`, and false means `"none"`.
-
-    Booleans may also be text, such as `"yes"`.
-
-    Raises:
-        ValueError: If the value is neither a boolean nor one of `VERIFY_IMAGES`.
-    """
-    word = str(value).lower()
-    if word in SWITCH_WORDS:
-        return "all" if SWITCH_WORDS[word] else "none"
-    if word not in VERIFY_IMAGES:
-        raise ValueError(
-            f"`verify_images` must be one of {', '.join(VERIFY_IMAGES)}; got {value!r}."
-            f"{did_you_mean(word, VERIFY_IMAGES)} Leave `verify_images` unset to check a sample."
-        )
-    return word
-
-
 def evenly_spaced(size: int, wanted: int) -> np.ndarray:
     """Return up to `wanted` different, evenly spaced indices from 0 to `size - 1`, starting at 0."""
     count = min(size, wanted)
     return np.arange(count, dtype=np.int64) * size // max(count, 1)
-
-
-def describe_sizes(sizes: np.ndarray, targets: np.ndarray) -> tuple[str, ...]:
-    """Return sentences about how strongly images are cropped and enlarged, for the report.
-
-    Args:
-        sizes (`np.ndarray` of shape `(P, 2, 2)`): Height and width of winners and losers.
-        targets (`np.ndarray` of shape `(P, 2)` or `(1, 2)`): Height and width of each pair in training.
-    """
-    if not len(sizes):
-        return ()
-    scales = (targets[:, None] / sizes).max(axis=2)  # (P, 2)
-    ratios = sizes[..., 0] / sizes[..., 1] / (targets[:, 0] / targets[:, 1])[:, None]
-    cropped = 1 - np.minimum(ratios, 1 / ratios)  # shares of the images' areas
-    strongly = int((cropped > STRONG_CROP).any(axis=1).sum())
-    used = len(np.unique(targets, axis=0))
-    notes = [
-        f"image sizes: pairs are trained at {used} size{'s' if used > 1 else ''}; of an image's area, "
-        f"{cropped.mean():.1%} is cropped on average and {cropped.max():.1%} at most, and in {strongly} pairs an image "
-        f"loses more than {STRONG_CROP:.0%}"
-    ]
-    enlarged = int((scales > 1).any(axis=1).sum())
-    if enlarged:
-        notes.append(f"{ENLARGED}: {enlarged} pairs have an image that is enlarged, at most {scales.max():.2f} times")
-    return tuple(notes)

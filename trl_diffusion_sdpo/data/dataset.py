@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from torch.utils.data import Dataset
 from ..utils.processes import ALONE, Peers
 from . import data_report
 from .buckets import AspectRatioBuckets, PairSizes, Repeated
-from .data_report import HOW_TO_DROP, BadDataError, DataReport, evenly_spaced
-from .images import SCHEMES, ImageReader, Size, UndecodableImageError, full_size, parse_schemes, same_image
+from .data_report import BadDataError, DataReport, evenly_spaced
+from .images import SCHEMES, ImageReader, Size, UndecodableImageError
 from .permuted_losers import PermutedLosers
 from .sources import PairSource, PairTable, StoredImage, pairs_fingerprint
 from .transforms import PairDraws, PairTransform, place_masks
@@ -37,24 +37,22 @@ class PairOptions:
         prompt_dropout (`float` in `[0, 1]`): Probability of an empty prompt.
         seed (`int`, not negative): Seed of all random draws.
         dataset_format (`str`, *optional*): A key of `FORMATS`. By default, the columns determine the format.
-        on_bad_row (`str`): `"drop"` drops and counts rows with a bad prompt, a bad label or an undecodable image.
-            `"raise"` raises an error at the first bad row. Rows with ties are not bad, and are always dropped and
-            counted.
         verify_images (`str`): Images of a map-style data set to decode before training. `"sample"` decodes the images
             of `SAMPLED_PAIRS` evenly spaced pairs. `"all"` decodes all images and drops pairs with bad images;
             `datasets` caches the result. With `"sample"` and `"none"`, pairs with bad images are replaced by the next
-            good pair during training. `True` means `"all"`, and `False` means `"none"`.
+            good pair during training.
         num_proc (`int`, *optional*): Number of workers of each process that check images, by default up to all cores.
-        image_schemes (`str` or `Sequence[str]`, *optional*): URL schemes that rows may use, such as `"s3"`, besides
+        image_schemes (`Sequence[str]`, *optional*): URL schemes that rows may use, such as `"s3"`, besides
             `file`, `hf`, `zip` and `tar`.
         buckets ([`AspectRatioBuckets`], *optional*): Training sizes by aspect ratio, in place of the transform's size.
             The header of every image is read to choose each pair's size.
         min_side (`int`, *optional*): Pairs with an image whose shorter side has fewer pixels are dropped and counted.
-        compare (`bool`): Whether to raise an error if all checked pairs have two identical images.
         training (`bool`): Whether the pairs are for training. In evaluations, images are cropped at the center and
             never flipped, prompts are never emptied, and random numbers do not depend on the epoch.
         repeat (`bool`): Whether a stream restarts when it ends, with new random numbers and, if it is shuffled, in a
             new order. `repeat` has no effect on map-style data sets.
+        distinct_epochs (`int`, *optional*): Number of epochs after which the random numbers of a map-style data set
+            repeat. By default, they never repeat.
         use_scores (`bool`): Whether to read score columns if they exist. If score columns are read, rows without a
             score are bad.
         swap_labels (`bool`): Whether to exchange winner and loser of every pair.
@@ -69,32 +67,19 @@ class PairOptions:
     prompt_dropout: float = 0.0
     seed: int = 42
     dataset_format: str | None = None
-    on_bad_row: str = "drop"
-    verify_images: str | bool = "sample"
+    verify_images: str = "sample"
     num_proc: int | None = None
-    image_schemes: str | Sequence[str] | None = None
+    image_schemes: Sequence[str] | None = None
     buckets: AspectRatioBuckets | None = None
     min_side: int | None = None
-    compare: bool = True
     training: bool = True
     repeat: bool = False
+    distinct_epochs: int | None = None
     use_scores: bool = True
     swap_labels: bool = False
     number_columns: Sequence[str] = ()
     noise_seeds: bool = False
     losers: str = "data"
-
-    def __post_init__(self) -> None:
-        if self.on_bad_row not in ("drop", "raise"):
-            raise ValueError(f'`on_bad_row` must be "drop" or "raise", got {self.on_bad_row!r}.')
-        if self.losers not in ("data", "permute"):
-            raise ValueError(f'`losers` must be "data" or "permute", got {self.losers!r}.')
-        object.__setattr__(self, "verify_images", data_report.parse_verify_images(self.verify_images))
-        object.__setattr__(self, "image_schemes", parse_schemes(self.image_schemes))
-        if not 0.0 <= self.prompt_dropout <= 1.0:
-            raise ValueError(f"`prompt_dropout` is a probability, so it must be in [0, 1], got {self.prompt_dropout}.")
-        if self.seed < 0:
-            raise ValueError(f"`seed` must not be negative, got {self.seed}.")
 
     @property
     def permutes(self) -> bool:
@@ -108,24 +93,12 @@ class PairOptions:
 
     def for_evaluation(self) -> PairOptions:
         """Return the options of an evaluation on the same pairs."""
-        return replace(self, prompt_dropout=0.0, training=False, repeat=False)
+        return replace(self, prompt_dropout=0.0, training=False, repeat=False, distinct_epochs=None)
 
     @cached_property
     def reader(self) -> ImageReader:
         """Reader that opens and decodes images."""
         return ImageReader((*SCHEMES, *(self.image_schemes or ())))
-
-
-class Encoded(Protocol):
-    """Latents of pairs and embeddings of prompts that were computed before training."""
-
-    def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
-        """Return the entries of an item that replace its pixels. The loser is the winner of the pair `loser`, if
-        set."""
-
-    def conditioning(self, prompt: str, edited: tuple[int, bool] | None = None) -> dict[str, Any]:
-        """Return the entries of an item that depend on its prompt and source images. `edited` has the number of the
-        row, and whether its source images are mirrored; without source images, `edited` is `None`."""
 
 
 class PreferenceDataset(Dataset):
@@ -168,16 +141,12 @@ class PreferenceDataset(Dataset):
     ) -> None:
         self._source, self._pairs, self._options, self._report = source, pairs, options, report
         self._epoch = new_epoch()
-        self._repeat_after: int | None = None  # number of epochs after which random numbers repeat
         self._losers = losers
-        self._encoded: Encoded | None = None  # latents and embeddings that replace images
+        self._encoded: Any = None  # `EncodedPairs`: latents and embeddings that replace images and prompts
         self._forget_undecodable()
-        self.strict = options.on_bad_row == "raise"  # whether bad rows stop the run
-        self.is_swapped = source.is_swapped  # whether winners are the images that the data set calls losers
-        self.is_permuted = options.permutes  # whether losers are the winners of other pairs
         self.has_loser_prompts = source.prompt_of_each_image and not options.permutes
+        self.has_scores = "scores" in pairs.columns
         self.has_masks = source.has_masks
-        self.has_noise_seeds = options.noise_seeds
         self.has_sources = source.has_sources
 
     def __len__(self) -> int:
@@ -211,16 +180,13 @@ class PreferenceDataset(Dataset):
             places[1] = self._pairs.places[loser_pair, :2].tolist()
         winner, loser = self._source.images(places, with_images=self._encoded is None)
         if self._encoded is None:
-            target = self.target_size(pair)
-            covering = options.transform.covering(target)
-            winner_image = winner.decode(options.reader, covering)
-            loser_image = loser.decode(options.reader, covering)
-            item = options.transform(winner_image, loser_image, augmentation, target)._asdict()
+            images = winner.decode(options.reader), loser.decode(options.reader)
+            item = options.transform(*images, augmentation, self.target_size(pair))._asdict()
         else:
             item = self._encoded.pair(pair, augmentation, epoch, loser=loser_pair)
         complete_item(item, options, winner, loser, draws, pair, two_prompts=self.has_loser_prompts)
         item |= self._numbers(pair, epoch)
-        if self.has_noise_seeds and options.training:
+        if options.noise_seeds and options.training:
             item["noise_seeds"] = self._noise_seeds(item, pair, winner, loser)
         if self._encoded is not None:
             edited = (places[0][0], item["is_mirrored"]) if self.has_sources else None
@@ -272,8 +238,6 @@ class PreferenceDataset(Dataset):
     def _reject_at_read(self, pair: int, error: UndecodableImageError, *, as_loser: bool = False) -> None:
         rows = sorted(set(self._pairs.places[pair, [0, 0 if as_loser else 2]].tolist()))
         where = f"{self._report.name} data, pair {pair} (rows {rows} of the source)"
-        if self.strict:
-            raise BadDataError(f"{where}: {error}. {HOW_TO_DROP}") from error
         if as_loser:
             assert self._losers is not None
             self._losers.bad[pair] = 1
@@ -284,24 +248,17 @@ class PreferenceDataset(Dataset):
     # ---- Columns of the pairs -------------------------------------------------------------------------------------
 
     @property
-    def has_scores(self) -> bool:
-        """Whether items have scores."""
-        return self.scores is not None
-
-    @property
     def scores(self) -> np.ndarray | None:
         """Scores of winner and loser for items, `(P, 2)`, or `None` without score columns."""
         return self._pairs.columns.get("calibrated", self._pairs.columns.get("scores"))
 
-    @property
-    def score_uses(self) -> tuple[bool, str | None]:
-        """Whether scores are calibrated, and how pair weights were computed (`None` without weights)."""
-        return "calibrated" in self._pairs.columns, self._pairs.weighed_by
+    def set_calibrated_scores(self, scores: np.ndarray) -> None:
+        """Replace the scores of the source by calibrated scores `(P, 2)`."""
+        self._pairs = self._pairs.with_columns(calibrated=scores)
 
-    def use_scores(self, *, calibrated: np.ndarray | None, weights: np.ndarray | None, by: str | None = None) -> None:
-        """Set pair weights `(P,)`, and calibrated scores `(P, 2)` that replace the scores of the source."""
-        weights = None if weights is None else weights.astype(np.float32)
-        self._pairs = replace(self._pairs.with_columns(calibrated=calibrated, weight=weights), weighed_by=by)
+    def set_weights(self, weights: np.ndarray) -> None:
+        """Set the factors of the pairs' losses, `(P,)`."""
+        self._pairs = self._pairs.with_columns(weight=weights.astype(np.float32))
 
     def origins(self) -> tuple[PairSource, np.ndarray]:
         """Return the source, and the row and image number of each pair's winner and loser, `(P, 4)`."""
@@ -320,21 +277,21 @@ class PreferenceDataset(Dataset):
 
     def target_size(self, row: int) -> Size:
         """Return `(height, width)` at which a pair is trained."""
-        transform = self._options.transform
-        if "size" not in self._pairs.columns or self._options.buckets is None:
-            return transform.height, transform.width
-        return self._options.buckets.sizes[self._pairs.columns["size"][row]]
+        if self.sizes is None:
+            return self._options.transform.height, self._options.transform.width
+        return self.sizes.sizes[self.sizes.numbers[row]]
 
-    def prompts(self) -> set[str]:
-        """Return the distinct prompts of all pairs, with the losers' own prompts, if they have some."""
-        return {prompt for _, prompts in self._prompts_by_row() for prompt in prompts}
+    def prompts(self, first: int | None = None) -> set[str]:
+        """Return the distinct prompts of the `first` pairs (by default, of all pairs), with the losers' own prompts, if
+        they have some."""
+        return {prompt for _, prompts in self._prompts_by_row(first) for prompt in prompts}
 
-    def _prompts_by_row(self) -> Iterator[tuple[int, tuple[str, ...]]]:
-        images = [0]
+    def _prompts_by_row(self, first: int | None = None) -> Iterator[tuple[int, tuple[str, ...]]]:
+        places, images = self._pairs.places[:first], [0]
         if self._source.prompt_of_each_image:
             columns = [1, 3] if self.has_loser_prompts else [1]
-            images = np.unique(self._pairs.places[:, columns].clip(max=1)).tolist()
-        rows = np.unique(self._pairs.places[:, 0])
+            images = np.unique(places[:, columns].clip(max=1)).tolist()
+        rows = np.unique(places[:, 0])
         prompts = zip(*(self._source.prompts_of_rows(rows, image) for image in images), strict=True)
         yield from zip(rows.tolist(), prompts, strict=True)
 
@@ -366,39 +323,38 @@ class PreferenceDataset(Dataset):
         """Add a line to the report."""
         self._report.notes += (note,)
 
-    def check_sample(self, peers: Peers = ALONE, *, compare: bool = True) -> None:
+    def check_sample(self, peers: Peers = ALONE) -> None:
         """Decode a sample of evenly spaced pairs, in the first process only.
 
         Bad pairs stay in the index. In training, the next good pair replaces a bad pair. The index must not depend on
         files that are unreadable for a moment, because resumed runs find their position in the index.
 
         Raises:
-            ValueError: If no pair can be decoded. With `compare`, also if all pairs have two identical images.
+            ValueError: If no pair can be decoded.
         """
-        sample = evenly_spaced(len(self), data_report.SAMPLED_PAIRS)
-        places, reader = self._pairs.places[sample], self._options.reader
-        checked = peers.first(lambda: [_check_pair(self._source, reader, each) for each in places])
-        bad = {
-            pair: result for pair, result in zip(sample.tolist(), checked, strict=True) if isinstance(result, tuple)
-        }
+        sample = evenly_spaced(len(self), data_report.SAMPLED_PAIRS).tolist()
+        problems = peers.first(lambda: [self._problem_of(pair) for pair in sample])
+        bad = {pair: problem for pair, problem in zip(sample, problems, strict=True) if problem is not None}
         for pair, (row, reason) in bad.items():
             self._undecodable[pair] = 1  # `report` counts these pairs
-            data_report.reject(self._report, self.strict, "undecodable", row, reason, 0)
-        if bad and len(sample) < len(self):
-            logger.warning(
-                "%s data: %d of %d checked pairs cannot be decoded. The data have %d pairs. `verify_images='all'` "
-                "checks all pairs before training. Otherwise, the next good pair replaces a bad pair in training.",
-                *(self._report.name, len(bad), len(sample), len(self)),
-            )
-            if len(bad) == len(sample):
-                raise ValueError(f"None of the {len(bad)} pairs that were checked can be decoded.\n{self._report}")
-        if compare and not self.is_permuted:
-            data_report.check_identical(self._report.name, [result for result in checked if isinstance(result, bool)])
+            self._report.add("undecodable", row, reason, 0)
+        if len(bad) == len(sample) < len(self):
+            raise ValueError(f"None of the {len(bad)} pairs that were checked can be decoded.\n{self._report}")
+
+    def _problem_of(self, pair: int) -> tuple[int, str] | None:
+        """Decode a pair. Return the row and the problem of its first bad image, or `None`."""
+        for row, image in self._pairs.places[pair].reshape(2, 2).tolist():
+            try:
+                self._source.images([(row, image)])[0].decode(self._options.reader)
+            except UndecodableImageError as error:
+                return row, str(error)
+        return None
 
     def _forget_undecodable(self) -> None:
         """Clear the mask of undecodable pairs, which DataLoader workers share, so that all pairs are tried again."""
         self._undecodable = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
-        self._losers = None if self._losers is None else self._losers.afresh()
+        if self._losers is not None:
+            self._losers.bad.zero_()
 
     # ---- Epochs and views -----------------------------------------------------------------------------------------
 
@@ -412,7 +368,8 @@ class PreferenceDataset(Dataset):
         """Epoch that random numbers depend on. In an evaluation, this epoch is always 0."""
         if not self._options.training:
             return 0
-        return int(self._epoch) if self._repeat_after is None else int(self._epoch) % self._repeat_after
+        distinct = self._options.distinct_epochs
+        return int(self._epoch) if distinct is None else int(self._epoch) % distinct
 
     @property
     def seed(self) -> int:
@@ -423,52 +380,27 @@ class PreferenceDataset(Dataset):
         """Set the epoch that random numbers depend on, also in running DataLoader workers."""
         self._epoch.fill_(epoch)
 
-    def _view(self, **changes: Any) -> PreferenceDataset:
-        """Return a shallow copy of this data set with some attributes changed."""
-        view = copy.copy(self)
-        vars(view).update(changes)
-        return view
-
     def for_evaluation(self) -> PreferenceDataset:
         """Return these pairs for evaluation: cropped at the center, with all prompts, without weights, and with the
         same seeds in every epoch, so that the results of evaluations can be compared."""
-        pairs = replace(self._pairs.with_columns(weight=None), weighed_by=None)
+        view = self.in_epoch(0)  # the epoch is not shared with training
+        view._options = self._options.for_evaluation()
+        view._pairs = self._pairs.with_columns(weight=None)
         if self._options.training:
-            pairs = pairs.with_columns(ref_errors=None)  # computed for the random numbers of training
-        # The epoch is not shared with training, because evaluations set the epoch independently.
-        return self._view(
-            _pairs=pairs, _options=self._options.for_evaluation(), _epoch=new_epoch(), _repeat_after=None
-        )
-
-    def repeating(self, epochs: int) -> PreferenceDataset:
-        """Return these pairs with random numbers that repeat after `epochs` epochs."""
-        pairs = self._pairs.with_columns(ref_errors=None)
-        return self._view(_pairs=pairs, _epoch=new_epoch(), _repeat_after=epochs)
+            view._pairs = view._pairs.with_columns(ref_errors=None)  # computed for the random numbers of training
+        return view
 
     def in_epoch(self, epoch: int) -> PreferenceDataset:
         """Return these pairs with the random numbers of the epoch `epoch`, without errors of a reference."""
-        return self._view(_pairs=self._pairs.with_columns(ref_errors=None), _epoch=torch.tensor([epoch]))
-
-    def for_storing(self) -> PreferenceDataset:
-        """Return these pairs for computing a cache. Pairs that could not be decoded are tried again."""
-        view = self._view()
-        view._forget_undecodable()
+        view = copy.copy(self)
+        view._pairs = self._pairs.with_columns(ref_errors=None)
+        view._epoch = new_epoch()
+        view.set_epoch(epoch)
         return view
-
-    def from_source(self) -> PreferenceDataset:
-        """Return these pairs without latents, embeddings and errors, which another model may have computed."""
-        view = self._view(_pairs=self._pairs.with_columns(ref_errors=None), _encoded=None)
-        view._forget_undecodable()
-        return view
-
-    def first(self, count: int) -> PreferenceDataset:
-        """Return the first `count` pairs, or all pairs if there are fewer, with unchanged random numbers."""
-        undecodable = self._undecodable[:count].clone().share_memory_()
-        return self._view(_pairs=self._pairs.take(slice(count)), _undecodable=undecodable)
 
     # ---- Encoded pairs and errors of a reference ------------------------------------------------------------------
 
-    def use_encoded(self, encoded: Encoded) -> None:
+    def use_encoded(self, encoded: Any) -> None:
         """Replace images by latents and embeddings that were computed before. Undecodable pairs are tried again."""
         self._encoded = encoded
         self._forget_undecodable()
@@ -481,7 +413,7 @@ class PreferenceDataset(Dataset):
     def set_reference_errors(self, errors: np.ndarray) -> None:
         """Set the errors of a reference: float32 `(E, P, T, 2)`, for E epochs, P pairs, T timesteps of each pair, and
         winner and loser. Pairs with NaN are treated as undecodable."""
-        epochs = self._repeat_after if self._options.training else 1
+        epochs = self._options.distinct_epochs if self._options.training else 1
         assert epochs is not None, "draws must repeat if errors of a reference are stored"
         if errors.shape[:2] != (epochs, len(self)) or errors.shape[3:] != (2,):
             raise ValueError(
@@ -496,7 +428,7 @@ class PreferenceDataset(Dataset):
         """Return the settings on which items depend: seed, size, crop and so on."""
         options = self._options
         drawn = {"seed": options.seed, "prompt_dropout": options.prompt_dropout, "training": options.training}
-        return {**drawn, **self.pixel_settings(), **({"losers": "permute"} if self.is_permuted else {})}
+        return {**drawn, **self.pixel_settings(), **({"losers": "permute"} if self._options.permutes else {})}
 
     def pixel_settings(self) -> dict[str, Any]:
         """Return the settings on which pixels depend, with values that can be written to JSON."""
@@ -542,10 +474,9 @@ class PreferenceDataset(Dataset):
             UndecodableImageError: If the image cannot be decoded.
         """
         place = self._pairs.places[pair, 2 * side : 2 * side + 2].tolist()
-        transform, target = self._options.transform, self.target_size(pair)
-        decoded = self._source.images([place])[0].decode(self._options.reader, transform.covering(target))
-        made = (transform.image(decoded, draw, target) for draw in draws)
-        return [(pixels, full_size(decoded), corner) for pixels, corner in made]
+        decoded = self._source.images([place])[0].decode(self._options.reader)
+        made = (self._options.transform.image(decoded, draw, self.target_size(pair)) for draw in draws)
+        return [(pixels, (decoded.height, decoded.width), corner) for pixels, corner in made]
 
 
 def new_epoch() -> torch.Tensor:
@@ -583,17 +514,6 @@ def mirrored_if(is_mirrored: bool, images: list[Image.Image]) -> list[Image.Imag
     return [ImageOps.mirror(image) for image in images] if is_mirrored else images
 
 
-def _check_pair(source: PairSource, reader: ImageReader, places: np.ndarray) -> tuple[int, str] | bool:
-    """Decode a pair. Return whether its two images are identical, or row and problem of the first bad image."""
-    images = []
-    for row, image in places.reshape(2, 2).tolist():
-        try:
-            images.append(source.images([(row, image)])[0].decode(reader))
-        except UndecodableImageError as error:
-            return row, str(error)
-    return same_image(*images)
-
-
 @dataclass
 class PreferenceCollator:
     """Collator that makes a batch from items of `PreferenceDataset` or `PreferenceIterableDataset`.
@@ -620,18 +540,9 @@ class PreferenceCollator:
     If latents were computed before training, `moments` (`torch.Tensor` of shape `(2B, ...)`) and `target_size`
     (`(height, width)` of the pixels) replace `pixel_values`. `conditioning` (tensors of shape `(B, ...)`, padded at the
     end with zeros) and `host_conditioning` (lists of length B) are added, both with length 2B if there are 2B prompts.
-
-    Raises:
-        ValueError: If there are no items, or if only some items have scores or prompts of losers.
     """
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        if not items:
-            raise ValueError("A batch needs at least one pair, got none.")
-        for name in ("scores", "loser_prompt"):
-            count = sum(name in item for item in items)
-            if count not in (0, len(items)):
-                raise ValueError(f"All pairs of a batch must have `{name}`, or none; got {count} of {len(items)}.")
         batch = {
             "rows": torch.tensor([item["row"] for item in items], dtype=torch.long),
             **_images(items),

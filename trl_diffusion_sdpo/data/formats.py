@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from itertools import combinations, groupby
 from typing import Any, NamedTuple
 
-LARGEST = 1e9  # a larger score or weight would outweigh those of all other pairs together
 SOURCE_COLUMNS = ("source_image", "source")  # columns of images to edit; the first one that exists is read
 SEED_COLUMNS = ("chosen_noise_seed", "rejected_noise_seed")  # seeds of a `torch.Generator` on the CPU
 TEXT = ("string", "large_string")
-# Function of (kind of drop, row, reason, amount). The function counts dropped rows or pairs, or raises an error.
+# Function of (kind of drop, row, reason, amount). The function counts dropped rows or pairs.
 Reject = Callable[[str, int, str, int], object]
 
 
@@ -136,7 +135,7 @@ class PreferenceFormat:
         Raises:
             LabelError: If the label is missing or unreadable.
         """
-        if self.validity_column is not None and not is_valid(row.get(self.validity_column), self.validity_column):
+        if self.validity_column is not None and row.get(self.validity_column) in (False, "False", "false"):
             raise LabelError(f"`{self.validity_column}` is false")
         if self.group_column is not None and row.get(self.group_column) is None:
             raise LabelError(f"`{self.group_column}` is missing")
@@ -147,12 +146,12 @@ class PreferenceFormat:
         raise LabelError("no label: " + " or ".join("+".join(columns) for columns in self.label_readers) + " is empty")
 
     def reward_scores(self, row: Mapping[str, Any]) -> tuple[float, float] | None:
-        """Return the reward scores of winner and loser, or `None` if the row has no score columns.
+        """Return the reward scores of winner and loser, or `None` without score columns.
 
         Raises:
             LabelError: If the row's scores are not numbers.
         """
-        if self.score_columns is None or self.score_columns[0] not in row:
+        if self.score_columns is None:
             return None
         winner, loser = (finite_number(row.get(column), column) for column in self.score_columns)
         return winner, loser
@@ -177,23 +176,11 @@ def member_text(value: Any) -> Any:
     return text.strip() if isinstance(text, str) else text
 
 
-def is_valid(value: Any, what: str) -> bool:
-    """Convert a value of the `validity_column` to a boolean, also from text. A missing value counts as true."""
-    if value is None or value != value:  # NaN, which pandas reads from an empty cell
-        return True
-    word = str(member_text(value)).lower()
-    if word in ("true", "1", "1.0", "yes"):
-        return True
-    if word in ("false", "0", "0.0", "no"):
-        return False
-    raise LabelError(f"`{what}` must be true or false, got {value!r}")
-
-
 def finite_number(value: Any, what: str = "label") -> float:
     """Convert a number, or text or bytes with a number, to a float.
 
     Raises:
-        LabelError: If the value is not a number, not finite, or beyond `LARGEST` in absolute value.
+        LabelError: If the value is not a number, or not finite.
     """
     try:
         number = float(value)
@@ -201,8 +188,6 @@ def finite_number(value: Any, what: str = "label") -> float:
         raise LabelError(f"`{what}` must be a number, got {value!r}") from error
     if not math.isfinite(number):
         raise LabelError(f"`{what}` must be finite, got {number}")
-    if abs(number) > LARGEST:
-        raise LabelError(f"`{what}` must be between -{LARGEST:g} and {LARGEST:g}, got {number:g}")
     return number
 
 
@@ -254,19 +239,11 @@ def detect_format(column_names: Iterable[str]) -> PreferenceFormat:
     """Return the first format in `FORMATS` whose columns all exist in a data set.
 
     Raises:
-        ValueError: If no format fits, or if only one of two score columns exists.
+        ValueError: If no format fits.
     """
     columns = list(column_names)
-    lone = [column for column in BRANCH_PROMPTS if column in columns]
-    if len(lone) == 1 and {"chosen", "rejected"} <= set(columns):
-        raise ValueError(
-            f"Prompts of chosen and rejected images must come in pairs: found `{lone[0]}`, expected both of "
-            f"{list(BRANCH_PROMPTS)}. Add the other column, or set `dataset_format='canonical'` to read one prompt for "
-            "both images."
-        )
     for candidate in FORMATS.values():
         if not candidate.missing(columns):
-            _check_scores(candidate, columns)
             return candidate
     raise ValueError(
         f"No known preference format has the columns {columns}. Rename columns (`dataset.rename_columns`) to "
@@ -303,7 +280,6 @@ def resolve_format(
                 f"`dataset_format={dataset_format!r}` needs {row_format.describe()}; the data set has {columns} and "
                 f"lacks {lacking}. Rename columns, or leave `dataset_format` unset."
             )
-        _check_scores(row_format, columns)
     image_columns, prompt_columns = row_format.image_columns, row_format.prompt_columns
     if row_format.other_image_columns:
         names = (*image_columns, *row_format.other_image_columns)
@@ -313,13 +289,14 @@ def resolve_format(
     source_columns = tuple(name for name in SOURCE_COLUMNS if name in columns)[:1]
     if source_columns == ("source",) and getattr((features or {}).get("source"), "dtype", None) in TEXT:
         source_columns = ()
+    has_scores = use_scores and set(row_format.score_columns or ()) <= set(columns)
     return replace(
         row_format,
         image_columns=image_columns,
         prompt_columns=prompt_columns,
         mask_columns=_mask_columns(row_format, columns),
         source_columns=source_columns,
-        score_columns=row_format.score_columns if use_scores else None,
+        score_columns=row_format.score_columns if has_scores else None,
     )
 
 
@@ -393,17 +370,6 @@ def _mask_columns(row_format: PreferenceFormat, columns: Sequence[str]) -> tuple
             "remove mask columns."
         )
     return of_row or present
-
-
-def _check_scores(chosen: PreferenceFormat, columns: list[str]) -> None:
-    if chosen.score_columns is None:
-        return
-    present = [column for column in chosen.score_columns if column in columns]
-    if len(present) == 1:
-        raise ValueError(
-            f"Score columns must come in pairs: found `{present[0]}`, expected both of {list(chosen.score_columns)}. "
-            "Add the other score column, or remove the one that exists."
-        )
 
 
 _PROMPTS = ("prompt", "caption", "original_prompt", "text")

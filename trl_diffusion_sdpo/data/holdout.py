@@ -1,6 +1,5 @@
 """Hold-out of rows for evaluation. Data sets are split by prompt, so that no prompt is in both parts."""
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
@@ -10,14 +9,10 @@ import numpy as np
 
 from .formats import resolve_format
 
-logger = logging.getLogger(__name__)
-
-Split = tuple[datasets.Dataset, datasets.Dataset]
-
 
 def hold_out(
     data_sets: Sequence[datasets.Dataset], size: float, *, seed: int, formats: Sequence[str | None]
-) -> list[Split]:
+) -> list[tuple[datasets.Dataset, datasets.Dataset]]:
     """Split data sets that are trained on together into training rows and evaluation rows without common prompts.
 
     Args:
@@ -31,7 +26,7 @@ def hold_out(
         `list`: For each data set, the training rows and the held-out rows, both in the original order.
 
     Raises:
-        ValueError: If a data set would have no training rows left.
+        ValueError: If `size` leaves no training rows, or if every prompt has more rows than `size`.
     """
     prompts = [_prompts(rows, name) for rows, name in zip(data_sets, formats, strict=True)]
     counts = Counter(chain(*prompts))  # prompt to its number of rows, ordered by the first row
@@ -51,22 +46,12 @@ def hold_out(
         if taken + counts[prompt] <= wanted:
             held_out.add(prompt)
             taken += counts[prompt]
-    masks = [np.array([prompt in held_out for prompt in texts], dtype=bool) for texts in prompts]
     if not held_out:
-        logger.warning(
-            "Every prompt has more than the %d rows of `test_size`, so training and evaluation share prompts.",
-            wanted,
-        )
-        mask = np.zeros(total, dtype=bool)
-        mask[np.random.default_rng(seed).permutation(total)[:wanted]] = True
-        masks = np.split(mask, np.cumsum([len(texts) for texts in prompts])[:-1])
-
-    if empty := [number for number, mask in enumerate(masks) if mask.all()]:
         raise ValueError(
-            f"`test_size={size:g}` leaves no rows to train on in the data sets {empty} (numbered from 0). Hold out "
-            "fewer rows, choose another `seed`, or remove these data sets."
+            f"All rows of a prompt are held out together, and every prompt has more than the {wanted} rows of "
+            f"`test_size={size:g}`. Hold out more rows, or pass evaluation pairs of your own."
         )
-    logger.info("Held out for evaluation: %d of %d rows.", sum(mask.sum() for mask in masks), total)
+    masks = [np.array([prompt in held_out for prompt in texts], dtype=bool) for texts in prompts]
     return [
         (rows.select(np.flatnonzero(~mask)), rows.select(np.flatnonzero(mask)))
         for rows, mask in zip(data_sets, masks, strict=True)

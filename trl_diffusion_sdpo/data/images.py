@@ -4,8 +4,7 @@ This module does not trust the paths and URLs of rows. A path or URL may name a 
 file may decompress to any size.
 
 A bad image raises `UndecodableImageError`, and its pair is skipped. If the storage of an image does not answer, the
-error is `UnreadableImageError`, and the run ends. If a storage does not answer, its images are not skipped, because
-they may be good, and skipping good images would change the training.
+error is `UnreadableImageError`, and the run ends, because the image may be good.
 """
 
 import errno
@@ -16,7 +15,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,11 +41,7 @@ FILE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # streams a data set from the Hub, its images have URLs of the scheme `hf`.
 SCHEMES = ("file", "hf", "zip", "tar")
 
-HOW_TO_GO_ON = (
-    "The image may be good, so it is not skipped. When the storage answers again, restart the run, with "
-    "`resume_from_checkpoint` if the run has saved a checkpoint. If the storage never answers, remove the row from the "
-    "data set."
-)
+HOW_TO_GO_ON = "The image may be good, so it is not skipped. Resume the run when the storage answers again."
 # Error numbers of a wrong path or a missing permission. Errors with other numbers may be temporary.
 PERMANENT_ERRORS = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
@@ -58,48 +53,42 @@ ABSENT_OR_DAMAGED = (
 )
 INSIDE = 128  # pixels of a mask with at least this grey value are inside the mask
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
-FULL_SIZE: Any = object()  # key in `Image.info`; not a string, because image files can set string keys
 
 Size = tuple[int, int]
-Covering = Callable[[int, int], Size]  # from `(height, width)` of an image to its size after resizing
 
 
-class UndecodableImageError(ValueError):
-    """Error for an image that cannot be decoded or used. Passwords in URLs are removed from the message."""
+class _ImageError(ValueError):
+    """Error for an image. Passwords in URLs are removed from the message."""
 
     def __init__(self, message: str) -> None:
         super().__init__(without_secrets(message))
 
 
-class UnreadableImageError(ValueError):
+class UndecodableImageError(_ImageError):
+    """Error for an image that cannot be decoded or used."""
+
+
+class UnreadableImageError(_ImageError):
     """Error for an image whose storage does not answer. The image may be good."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(without_secrets(message))
 
 
 def parse_schemes(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return the URL schemes of `image_schemes` under the names that fsspec uses, without repeats.
-
-    `"s3"`, `"S3"` and `"s3://"` all become `"s3"`.
+    """Return `image_schemes` as a tuple.
 
     Raises:
         ValueError: If fsspec does not know a scheme, or if the package for a scheme is not installed.
     """
-    words = [value] if isinstance(value, str) else list(value or ())
-    schemes: dict[str, None] = {}
-    for word in words:
-        scheme = str(word).removesuffix("://").lower()
+    schemes = [value] if isinstance(value, str) else list(value or ())
+    for scheme in schemes:
         if scheme not in fsspec.available_protocols():
             raise ValueError(
                 "`image_schemes` must be URL schemes from `fsspec.available_protocols()`, such as s3; got "
-                f"{word!r}.{did_you_mean(scheme, fsspec.available_protocols())}"
+                f"{scheme!r}.{did_you_mean(str(scheme), fsspec.available_protocols())}"
             )
         try:
             fsspec.get_filesystem_class(scheme)
         except ImportError as error:
-            raise ValueError(f"`image_schemes={word!r}` needs a package that is not installed: {error}.") from error
-        schemes[scheme] = None
+            raise ValueError(f"`image_schemes={scheme!r}` needs a package that is not installed: {error}.") from error
     return tuple(schemes)
 
 
@@ -114,7 +103,7 @@ class ImageReader:
 
     schemes: tuple[str, ...] = SCHEMES
 
-    def decode(self, value: Any, covering: Covering | None = None) -> Image.Image:
+    def decode(self, value: Any) -> Image.Image:
         """Decode the value of an image column into an upright RGB image.
 
         Transparent images get a white background. 16-bit grey is scaled to 8 bits. EXIF rotation is applied.
@@ -123,9 +112,6 @@ class ImageReader:
             value (`PIL.Image.Image`, `bytes`, `str`, `os.PathLike` or `dict`): A `str` is a local path, or a URL with
                 one of `schemes`. A `dict` has the keys `"bytes"` and `"path"`, like an undecoded `datasets.Image`.
                 Bytes take precedence over the path.
-            covering (`Callable`, *optional*): Function that returns the size to which the caller will resize the image.
-                A JPEG of at least twice the returned size is decoded at a half, a quarter or an eighth of its size, to
-                save time. [`full_size`] returns the size in the file.
 
         Raises:
             UndecodableImageError: If the image is damaged, missing, too small, too elongated, too large or of an
@@ -133,16 +119,9 @@ class ImageReader:
             UnreadableImageError: If the storage of the image does not answer.
         """
         with _image_errors(value), self._opened(value) as image:
-            size = None
-            if covering is not None and image is not value and image.format == "JPEG":
-                size = _upright_size(image)
-                wanted = covering(*size)
-                image.draft(None, wanted if _is_turned(image) else wanted[::-1])  # Pillow takes (width, height)
             image.load()
             decoded = _to_rgb(_upright(image))
-            _check_sides(*(size or (decoded.height, decoded.width)))
-            if size is not None:
-                decoded.info[FULL_SIZE] = size
+            _check_sides(decoded.height, decoded.width)
             return decoded
 
     def size(self, value: Any) -> Size:
@@ -221,12 +200,8 @@ class ImageReader:
         except Exception as error:
             # fsspec's HTTP file system raises FileNotFoundError for every failed request. The cause has the status.
             cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
-            status = getattr(cause, "status", None)
-            if status is None:
-                is_bad = isinstance(cause, ABSENT_OR_DAMAGED)
-            else:
-                is_bad = 400 <= status < 500 and status not in (408, 429)  # not a timeout or too many requests
-            kind = UndecodableImageError if is_bad else UnreadableImageError
+            is_absent = isinstance(cause, ABSENT_OR_DAMAGED) or getattr(cause, "status", None) in (401, 403, 404, 410)
+            kind = UndecodableImageError if is_absent else UnreadableImageError
             raise kind(f"cannot be read ({type(cause).__name__}: {cause})") from None
         if len(content) > MAX_FILE_BYTES:
             raise UndecodableImageError(f"is in too large a file: more than {MAX_FILE_BYTES} bytes")
@@ -269,14 +244,8 @@ def _may_pass(error: Exception) -> bool:
 
 
 def check_regular_file(path: str | os.PathLike, max_bytes: int | None) -> None:
-    """Check that a path is a regular file of at most `max_bytes`, before the file is opened.
-
-    Reading a pipe would block, and reading a device such as `/dev/zero` would never end.
-
-    Raises:
-        UndecodableImageError: If the path is not a regular file, or the file has more than `max_bytes`.
-        OSError: If the file does not exist.
-    """
+    """Raise `UndecodableImageError` if a path is not a regular file of at most `max_bytes`, before the file is opened.
+    Reading a pipe would block, and reading a device such as `/dev/zero` would never end."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise UndecodableImageError(f"is not a regular file: {os.fspath(path)}")
@@ -308,25 +277,11 @@ def _check_sides(height: int, width: int) -> None:
         )
 
 
-def full_size(image: Image.Image) -> Size:
-    """Return `(height, width)` of an image in its file. If `covering` was passed, the decoded image may be smaller."""
-    return image.info.get(FULL_SIZE, (image.height, image.width))
-
-
-def same_image(first: Image.Image, second: Image.Image) -> bool:
-    """Return whether two RGB images have the same pixels."""
-    return first.size == second.size and first.tobytes() == second.tobytes()
-
-
-def _is_turned(image: Image.Image) -> bool:
-    """Return whether the EXIF rotation in the header swaps height and width."""
-    # `PngImageFile.getexif` would decode the pixels, to find EXIF data after them.
-    return Image.Image.getexif(image).get(ExifTags.Base.Orientation) in TURNED
-
-
 def _upright_size(image: Image.Image) -> Size:
     """Return `(height, width)` after EXIF rotation. Only the header is read."""
-    return image.size if _is_turned(image) else (image.height, image.width)
+    # `PngImageFile.getexif` would decode the pixels, to find EXIF data after them.
+    is_turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation) in TURNED
+    return image.size if is_turned else (image.height, image.width)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -12,14 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..losses import WEIGHT_FUNCTIONS, calibrated_scores, score_gaps, with_mean_one
+from ..losses import WEIGHT_FUNCTIONS, calibrated_scores, with_mean_one
 from ..losses.pair_weights import WeightFunction
 from ..utils.processes import ALONE, Peers
 from .dataset import PreferenceDataset
 from .images import ImageReader, UndecodableImageError
 from .sources import PairSource, numbers_of_rows
-
-logger = logging.getLogger(__name__)
 
 COMPARED_AT_ONCE = 1 << 22  # number of comparisons of two images that are in memory at a time
 SCORER_COLUMNS = ("chosen_scores", "rejected_scores")  # columns of lists with one number per scorer
@@ -36,14 +33,11 @@ class ScoreSettings:
             the other images of its prompt.
         sorts_by_scores (`bool`): Whether the loss reads scores, and takes the image with the higher score as the
             winner.
-        in_unit_range (`bool`): Whether the loss expects each score to be an image's expected share of wins, in
-            `[0, 1]`.
     """
 
     pair_weights: str | None = None
     calibrated: bool = False
     sorts_by_scores: bool = False
-    in_unit_range: bool = False
 
     @property
     def _weighting(self) -> WeightFunction | None:
@@ -65,14 +59,6 @@ class ScoreSettings:
         return self._weighting is not None and not self._weighting.several_scorers
 
     @property
-    def _weighed_by(self) -> str | None:
-        """Description of how weights were computed, or `None` without weights."""
-        if self.pair_weights is None:
-            return None
-        ordered = " of pairs ordered by scores" if self._reads_gaps and self.sorts_by_scores else ""
-        return repr(self.pair_weights) + ordered
-
-    @property
     def needs_scores(self) -> bool:
         """Whether these settings read the score columns."""
         return self.sorts_by_scores or self._reads_gaps
@@ -86,79 +72,21 @@ class ScoreSettings:
         """Compute calibrated scores and pair weights, and store them in the data set. All processes must call this.
 
         Raises:
-            ValueError: If the data are a stream, if all pairs have the same score gap, or if weights are negative or
-                all 0.
+            ValueError: If the data are a stream, or if weights are negative or all 0.
         """
         if not isinstance(dataset, PreferenceDataset):
-            self._refuse_stream(dataset.report.name)
+            if self.pair_weights or self._calibrates:
+                setting = "pair_weights" if self.pair_weights else "calibrated_scores"
+                raise ValueError(
+                    f"`{setting}` needs the scores or weights of all pairs before the first batch. The "
+                    f"{dataset.report.name} data are a stream. Load the data without `streaming=True`, or remove the "
+                    "setting."
+                )
             return
-        self._warn_of_range(dataset)
-        calibrated = peers.first(partial(calibrate, dataset)) if self._calibrates else None
-        if calibrated is not None:
-            dataset.use_scores(calibrated=calibrated, weights=None)
-        if self._reads_gaps:
-            self._check_gaps(dataset)
+        if self._calibrates:
+            dataset.set_calibrated_scores(peers.first(partial(calibrate, dataset)))
         if self.pair_weights is not None:
-            dataset.use_scores(calibrated=calibrated, weights=self._weights(dataset), by=self._weighed_by)
-
-    def check_prepared(self, dataset: Any, name: str, *, training: bool) -> None:
-        """Raise `ValueError` if a prepared data set was made with other score settings than these."""
-        if not isinstance(dataset, PreferenceDataset):
-            self._refuse_stream(name)
-            return
-        calibrated, weighed_by = dataset.score_uses
-        weighed_by = weighed_by if training else None
-        if (calibrated, weighed_by) != (self._calibrates, self._weighed_by):
-            raise ValueError(
-                f"Data must be prepared with the trainer's score settings. The {name} data were prepared with "
-                f"`calibrated_scores={calibrated}` and `pair_weights={weighed_by}`. The trainer has "
-                f"`calibrated_scores={self.calibrated}` and `pair_weights={self._weighed_by}`. Pass the original data "
-                "instead of the prepared data."
-            )
-        if training:  # evaluation data would give the warning again in every evaluation
-            self._warn_of_range(dataset)
-        if self.sorts_by_scores and not dataset.has_scores:
-            raise ValueError(
-                f"The loss needs scores. The {name} data were prepared without scores. Pass the original "
-                "data instead of the prepared data."
-            )
-
-    def _refuse_stream(self, name: str) -> None:
-        if self.pair_weights or self._calibrates:
-            setting = "pair_weights" if self.pair_weights else "calibrated_scores"
-            raise ValueError(
-                f"`{setting}` needs the scores or weights of all pairs before the first batch. The {name} data are a "
-                "stream. Load the data without `streaming=True`, or remove the setting."
-            )
-
-    def _warn_of_range(self, dataset: PreferenceDataset) -> None:
-        """Warn of scores outside [0, 1] if the loss expects each score to be an expected share of wins."""
-        if not self.in_unit_range or self.calibrated or dataset.scores is None or not len(dataset):
-            return
-        scores = -dataset.scores if dataset.is_swapped else dataset.scores  # the swap changed their signs
-        low, high = float(scores.min()), float(scores.max())
-        if low < 0 or high > 1:
-            logger.warning(
-                "%s data: the loss expects scores in [0, 1]: the share of wins of an image. The scores range "
-                "from %.4g to %.4g. Set `calibrated_scores` to replace each score by the image's share of wins.",
-                *(dataset.report.name, low, high),
-            )
-
-    def _check_gaps(self, dataset: PreferenceDataset) -> None:
-        assert dataset.scores is not None
-        name, pairs = dataset.report.name, len(dataset)
-        gaps = score_gaps(torch.tensor(dataset.scores), sorts_by_scores=self.sorts_by_scores)
-        if gaps.min() == gaps.max():
-            raise ValueError(
-                f"`pair_weights` needs pairs with different score gaps (winner minus loser). All {pairs} pairs of the "
-                f"{name} data have the gap {float(gaps.max()):g}. Use another scorer, or remove `pair_weights`."
-            )
-        contradicted = int((dataset.scores[:, 0] < dataset.scores[:, 1]).sum())
-        if contradicted:
-            effect = "the loss exchanges their images" if self.sorts_by_scores else "their gap counts as 0"
-            note = f"in {contradicted} of {pairs} pairs the rejected image has the higher score: {effect}"
-            dataset.add_note(note)
-            logger.warning("%s data: %s.", name, note)
+            dataset.set_weights(self._weights(dataset))
 
     def _weights(self, dataset: PreferenceDataset) -> np.ndarray:
         """Return the weights of all pairs, `(P,)`."""
@@ -171,21 +99,13 @@ class ScoreSettings:
             else:
                 scores = torch.tensor(dataset.scores)[:, :, None]  # (P, 2, 1)
             weights = self._weighting.function(scores, sorts_by_scores=self.sorts_by_scores)
-        if not weights.any():
+        if not (weights > 0).any():  # true also for NaN
             raise ValueError(
-                f"Some pairs must have a weight above 0. `pair_weights={self.pair_weights!r}` is 0 for all "
-                f"{len(weights)} pairs of the {dataset.report.name} data. Choose other weights. For "
-                "`pair_weights='gain'`, scale the scores down."
+                f"Some pairs must have a weight above 0. With `pair_weights={self.pair_weights!r}` and these scores, "
+                f"none of the {len(weights)} pairs of the {dataset.report.name} data has one. Choose other weights or "
+                "other scores. For `pair_weights='gain'`, scale the scores down."
             )
-        if weights.min() == weights.max():
-            logger.warning("`pair_weights=%r` has no effect: all pairs have the same weight.", self.pair_weights)
-        weights = with_mean_one(weights)
-        logger.info(
-            "%s data: weights of pairs by %r are between %.3g and %.3g, with a mean of 1. %d of %d weights are 0.",
-            *(dataset.report.name, self.pair_weights, float(weights.min()), float(weights.max())),
-            *(int((weights == 0).sum()), len(weights)),
-        )
-        return weights.numpy()
+        return with_mean_one(weights).numpy()
 
 
 def _numbers(dataset: PreferenceDataset, column: str) -> torch.Tensor:
@@ -223,15 +143,7 @@ def _scores_of_several(dataset: PreferenceDataset) -> torch.Tensor:
             f"`{SCORER_COLUMNS[0]}` has {chosen.shape[1]} numbers in a row and `{SCORER_COLUMNS[1]}` has "
             f"{rejected.shape[1]}."
         )
-    scores = torch.stack([chosen, rejected], dim=1)
-    constant = [number for number, equal in enumerate((chosen == rejected).all(dim=0).tolist()) if equal]
-    if constant:
-        raise ValueError(
-            "`pair_weights='agreement'` needs scorers that distinguish images. The scorers "
-            f"{constant} (numbered from 0) give both images of all {len(scores)} pairs the same score. Remove them "
-            f"from `{SCORER_COLUMNS[0]}` and `{SCORER_COLUMNS[1]}`."
-        )
-    return scores
+    return torch.stack([chosen, rejected], dim=1)
 
 
 # ---- Calibrated scores

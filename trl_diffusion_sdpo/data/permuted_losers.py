@@ -52,10 +52,6 @@ class PermutedLosers:
             )
         return cls(prompts, index[:, :2], seed)
 
-    def afresh(self) -> PermutedLosers:
-        """Return a copy in which no image is marked as bad, so that reading all images is tried again."""
-        return PermutedLosers(self._prompts, self.images, self._seed)
-
     def candidates(self, pair: int, epoch: int) -> Iterator[int]:
         """Yield pairs whose winners may become the loser of `pair`: first the pair to which the permutation maps
         `pair`, then the next pairs with other prompts, in case the first winner cannot be decoded."""
@@ -79,30 +75,17 @@ def most_common(values: np.ndarray) -> tuple[int, int]:
 def derangement(values: np.ndarray, key: Sequence[int]) -> np.ndarray:
     """Return a random permutation of indices that maps each index to an index with another value.
 
-    First, indices are grouped by value. The groups, and the indices within a group, are in random order. Each index is
-    then mapped to the index that follows at a fixed distance. This distance is at least the size of the largest group,
-    and no group has more than half of the indices. Each index is therefore mapped to an index with another value. But
-    neighbouring indices would still be mapped to neighbouring indices. Random pairs of indices therefore exchange the
-    indices to which they are mapped, unless an index would then be mapped to its own value. A random half of these
-    exchanges is left out, because otherwise the number of exchanges would decide whether the permutation is even or
-    odd.
+    Indices are grouped by value, in random order. Each index is mapped to the index that follows at a fixed distance of
+    at least the size of the largest group. Each index is therefore mapped to another value. Then random pairs of
+    indices exchange the indices to which they are mapped, unless an index would be mapped to its own value. A random
+    half of these exchanges is left out. Otherwise, their number would decide whether the permutation is even or odd.
 
     Args:
-        values (`np.ndarray` of shape `(P,)`): Value of each index. Values must be sortable.
+        values (`np.ndarray` of shape `(P,)`): Value of each index. At most half of the values may be equal.
         key (`Sequence[int]`): Key of the random numbers, of non-negative integers.
-
-    Returns:
-        `np.ndarray` of shape `(P,)`, int64: Index to which each index is mapped.
-
-    Raises:
-        ValueError: If more than half of the indices have the same value. In this case, there is no such permutation.
     """
     count = len(values)
-    if not count:
-        return np.zeros(0, dtype=np.int64)
     _, largest = most_common(values)
-    if 2 * largest > count:
-        raise ValueError(f"No value may have more than half of the indices; one value has {largest} of {count}.")
     numbers, generator = np.unique(values, return_inverse=True)[1].reshape(-1), np.random.default_rng(key)
     in_random_order = generator.permutation(int(numbers.max()) + 1)[numbers]
     order = np.lexsort((generator.random(count), in_random_order))

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import datasets
 import numpy as np
 
 from ..utils.processes import ALONE, Peers
-from . import data_report
-from .data_report import ENLARGED, DataReport
+from .data_report import DataReport
 from .dataset import PairOptions, PreferenceDataset
-from .formats import FORMATS, SEED_COLUMNS, Reject
+from .formats import SEED_COLUMNS
 from .permuted_losers import PermutedLosers
 from .sources import PairMixture, PairSource, PairTable, bad_seeds, make_source, numbers_of_rows
 from .streaming import PreferenceIterableDataset, Stream
@@ -30,8 +28,8 @@ def prepare_dataset(
     """Return a torch data set of pairs made from any preference data set.
 
     Args:
-        dataset (`datasets.Dataset`, `datasets.IterableDataset` or list of dicts): Rows in one of `FORMATS`, or a list
-            or [`PairMixture`] of several data sets.
+        dataset (`datasets.Dataset`, `datasets.IterableDataset` or list of dicts): Rows in one of `FORMATS`, or a
+            [`PairMixture`] of several data sets.
         options ([`PairOptions`]): Settings for making pairs from the rows.
         name (`str`): Name of the data in messages.
         peers (`Peers`): The processes that prepare the same data together and divide the checks among themselves.
@@ -43,18 +41,9 @@ def prepare_dataset(
         ValueError: If an argument is invalid, if the type of the data set or its columns are not supported, or if no
             pair remains.
     """
-    if isinstance(dataset, list | tuple) and dataset:
-        if isinstance(dataset[0], datasets.Dataset | datasets.IterableDataset):
-            dataset = PairMixture(dataset)
     is_mixture = isinstance(dataset, PairMixture)
     is_stream = dataset.is_stream if is_mixture else isinstance(dataset, datasets.IterableDataset)
     checks_all = options.verify_images == "all" or options.reads_sizes
-    if options.num_proc is not None and (is_stream or not checks_all):
-        logger.warning(
-            "`num_proc=%s` has no effect. `num_proc` is used only if all images of a map-style data set are decoded or "
-            "measured before training.",
-            options.num_proc,
-        )
     if is_stream:
         return _prepare_stream(dataset, options, name)
 
@@ -76,43 +65,41 @@ def prepare_dataset(
                 "column belongs to the two images of one row. Remove the column, or use `losers='data'`."
             )
     # Index the pairs, and drop unusable pairs.
-    report = DataReport(name, source.format_name, rows=len(source), is_swapped=source.is_swapped)
+    report = DataReport(name, source.format_name, rows=len(source), is_swapped=options.swap_labels)
     report.is_permuted = options.permutes
-    reject = partial(data_report.reject, report, options.on_bad_row == "raise")
-    pairs = source.index_pairs(reject)
+    pairs = source.index_pairs(report.add)
     if options.permutes:  # training draws the losers, so index only the winners
         pairs = PairTable(pairs.places[:, [0, 1, 0, 1]], {})
     for column in options.number_columns:
-        pairs = _drop_rows(pairs, numbers_of_rows(source.values(column), column)[1], reject)
+        pairs = _drop_rows(pairs, numbers_of_rows(source.values(column), column)[1], report)
     for column in SEED_COLUMNS if options.noise_seeds else ():
-        pairs = _drop_rows(pairs, bad_seeds(source.values(column), column), reject)
+        pairs = _drop_rows(pairs, bad_seeds(source.values(column), column), report)
     if checks_all and len(pairs):
-        pairs = _drop_bad_images(source, pairs, options, report, reject, peers)
+        pairs = _drop_bad_images(source, pairs, options, report, peers)
 
     # Make the data set, and check a sample of its pairs.
     losers = PermutedLosers.of(source, pairs.places, options.seed, name) if options.permutes else None
     prepared = PreferenceDataset(source, pairs, options, report, losers)
     if options.verify_images != "none" and len(prepared):
-        prepared.check_sample(peers, compare=options.compare)
+        prepared.check_sample(peers)
     report = prepared.report
     if not report.pairs:
         raise ValueError(f"No pair is left to train on. Check the labels and images of the data set.\n{report}")
-    noteworthy = report.dropped or any(note.startswith(ENLARGED) for note in report.notes)
-    logger.log(logging.WARNING if noteworthy else logging.INFO, "%s", report)
+    logger.log(logging.WARNING if report.dropped or report.notes else logging.INFO, "%s", report)
     return prepared
 
 
-def _drop_rows(pairs: PairTable, reasons: Mapping[int, str], reject: Reject) -> PairTable:
+def _drop_rows(pairs: PairTable, reasons: Mapping[int, str], report: DataReport) -> PairTable:
     """Drop and count the pairs of bad rows. `reasons` maps the number of each bad row to the reason."""
     rows = pairs.places[:, 0]
     is_bad = np.isin(rows, list(reasons))
     for row in np.unique(rows[is_bad]).tolist():
-        reject("bad_labels", row, reasons[row], 1)
+        report.add("bad_labels", row, reasons[row])
     return pairs.take(~is_bad)
 
 
 def _drop_bad_images(
-    source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport, reject: Reject, peers: Peers
+    source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport, peers: Peers
 ) -> PairTable:
     """Check every image, and drop pairs with a bad or small image. Assign the other pairs to their buckets.
 
@@ -127,10 +114,10 @@ def _drop_bad_images(
     for pair in np.flatnonzero(~is_readable).tolist():
         side = 0 if not sizes[pair, 0].all() else 1  # winner or loser, whichever is the first bad image
         row, image = pairs.places[pair, 2 * side : 2 * side + 2].tolist()
-        reject("undecodable", row, f"image {image} {reasons.get((row, image), MISSING)}", 1)
+        report.add("undecodable", row, f"image {image} {reasons.get((row, image), MISSING)}")
     for pair in np.flatnonzero(is_readable & ~is_large).tolist():
         reason = f"{sizes[pair].min()} pixels along the shorter side, and `min_side={options.min_side}`"
-        reject("too_small", int(pairs.places[pair, 0]), reason, 1)
+        report.add("too_small", int(pairs.places[pair, 0]), reason)
     pairs, sizes = pairs.take(is_readable & is_large), sizes[is_readable & is_large]
     targets = np.array([[options.transform.height, options.transform.width]])
     if options.buckets is not None:
@@ -138,7 +125,9 @@ def _drop_bad_images(
         pairs = pairs.with_columns(size=numbers)
         targets = np.array(options.buckets.sizes)[numbers]
     if options.reads_sizes:
-        report.notes = data_report.describe_sizes(sizes, targets)
+        enlarged = int((targets[:, None] > sizes).any(axis=(1, 2)).sum())
+        if enlarged:
+            report.notes = (f"{enlarged} pairs have an image that is enlarged to the training size",)
     return pairs
 
 
@@ -165,8 +154,7 @@ def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> Preference
 
 
 def _without_losers(name: str) -> str:
-    others = "\n".join(f"  {each.describe()}" for each in FORMATS.values() if each.has_losers)
     return (
         f"Pairs need losers. The {name} data have only captions (format `captioned`). Use `losers='permute'` to take "
-        "images with other captions as losers, or rename columns to match one of these formats:\n" + others
+        "images with other captions as losers, or rename columns to match another format."
     )

@@ -36,7 +36,7 @@ from .formats import (
     pairs_in_group,
     resolve_format,
 )
-from .images import Covering, ImageReader, UndecodableImageError, UnreadableImageError, decode_image
+from .images import ImageReader, UndecodableImageError, UnreadableImageError
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +48,9 @@ EXAMINED = datasets.Features(
     }
 )
 FINGERPRINTED_PROMPTS = 16  # number of pairs whose prompts are hashed
-FINGERPRINTED_IMAGES = 4  # number of pairs whose undecoded images are hashed
 ROWS_AT_ONCE = 1000
 FEW_ROWS = 1000  # with fewer rows, one process is faster than starting several
 FEW_HEADERS = 20_000  # with fewer headers, one process is faster than starting several
-MAX_GROWTH = 100  # limit of the pairs of a weighted epoch, as a multiple of the pairs of all data sets
 
 
 @dataclass(frozen=True)
@@ -65,12 +63,10 @@ class PairTable:
         columns (`dict[str, np.ndarray]`): Further columns of P entries by name. `scores` are reward scores of winner
             and loser. `calibrated` replaces `scores`. `weight` is the factor of a pair's loss. `size` is the number of
             a pair's bucket. `ref_errors` are the reference's errors of winner and loser.
-        weighed_by (`str`, *optional*): Setting from which the weights were computed.
     """
 
     places: np.ndarray
     columns: Mapping[str, np.ndarray]
-    weighed_by: str | None = None
 
     def __len__(self) -> int:
         return len(self.places)
@@ -113,13 +109,10 @@ class PairMixture:
         if not count:
             raise ValueError("A mixture needs at least one data set, got none.")
         for name, values in (("weights", self.weights), ("formats", self.formats)):
-            if values is not None and (isinstance(values, str) or len(values) != count):
+            if values is not None and len(values) != count:
                 raise ValueError(f"`{name}` must have one entry for each of the {count} data sets, got {values!r}.")
-        for weight in self.weights or ():
-            if not (isinstance(weight, int | float) and math.isfinite(weight) and weight > 0):
-                raise ValueError(
-                    f"`weights` must be finite numbers above 0, got {weight!r}. Remove data sets without weight."
-                )
+        if not all(0 < weight < math.inf for weight in self.weights or ()):
+            raise ValueError(f"`weights` must be above 0, got {self.weights!r}. Remove data sets without weight.")
         kinds = {isinstance(dataset, datasets.IterableDataset) for dataset in self.by_name.values()}
         if len(kinds) > 1:
             raise ValueError(
@@ -146,25 +139,19 @@ class PairMixture:
 
 
 class StoredImage(NamedTuple):
-    """An undecoded image of a row.
-
-    Attributes:
-        format (`PreferenceFormat`): Format of the row.
-        row (`Mapping[str, Any]`): Values of the row's columns.
-        number (`int`): Number of the image within the row.
-    """
+    """An undecoded image of a row."""
 
     format: PreferenceFormat
-    row: Mapping[str, Any]
-    number: int
+    row: Mapping[str, Any]  # values of the row's columns
+    number: int  # number of the image within the row
 
-    def decode(self, reader: ImageReader, covering: Covering | None = None) -> Image.Image:
-        """Decode the image. The arguments and errors are those of [`ImageReader.decode`]."""
+    def decode(self, reader: ImageReader) -> Image.Image:
+        """Decode the image. The errors are those of [`ImageReader.decode`]."""
         images = images_of_row(self.row, self.format)
         if self.number >= len(images):
             raise UndecodableImageError(f"image {self.number} is missing: the row has {len(images)} images")
         try:
-            return reader.decode(images[self.number], covering=covering)
+            return reader.decode(images[self.number])
         except (UndecodableImageError, UnreadableImageError) as error:
             raise type(error)(f"image {self.number} {error}") from None
 
@@ -202,11 +189,7 @@ class StoredImage(NamedTuple):
 
 
 class TableSource:
-    """Rows of one `datasets.Dataset`. Images are read from Arrow without decoding.
-
-    Attributes:
-        labels (`datasets.Dataset`): The columns of labels and prompts.
-    """
+    """Rows of one `datasets.Dataset`. Images are read from Arrow without decoding."""
 
     def __init__(
         self, dataset: datasets.Dataset, row_format: PreferenceFormat, name: str, number_columns: Sequence[str] = ()
@@ -244,7 +227,7 @@ class TableSource:
         return [self.format.prompt({column: value}, image) for value in values]
 
     def index_pairs(self, reject: Reject) -> PairTable:
-        """Return the pairs of all rows. Dropped rows and pairs are passed to `reject`, which may raise an error."""
+        """Return the pairs of all rows. Dropped rows and pairs are passed to `reject`."""
         places = array("q")
         scores = array("d")
         for group in groups(self.format, self._labelled_rows()):
@@ -307,23 +290,18 @@ class TableSource:
 
 
 class PairSource:
-    """Concatenated rows of one or several data sets.
-
-    Args:
-        tables (`Sequence[TableSource]`): The data sets.
-        weights (`Sequence[float]`, *optional*): Shares of the data sets in an epoch. See [`PairMixture`].
-    """
+    """Concatenated rows of one or several data sets. `weights` are their shares of an epoch; see [`PairMixture`]."""
 
     def __init__(self, tables: Sequence[TableSource], weights: Sequence[float] | None = None) -> None:
         self.tables, self._weights = list(tables), weights
         self._starts = [0, *np.cumsum([len(table) for table in tables]).tolist()]
         formats = [table.format for table in tables]
         self.format_name = "+".join(row_format.name for row_format in formats)
-        self.is_swapped = any(row_format.is_swapped for row_format in formats)
         self.prompt_of_each_image = any(row_format.prompt_of_each_image for row_format in formats)
         self.has_losers = all(row_format.has_losers for row_format in formats)
         self.has_masks = any(row_format.mask_columns for row_format in formats)
         self.has_sources = any(row_format.source_columns for row_format in formats)
+        check_all_or_none("score columns", {table.name: table.format.score_columns is not None for table in tables})
         check_all_or_none("mask columns", {table.name: bool(table.format.mask_columns) for table in tables})
         check_all_or_none("a `source` column", {table.name: bool(table.format.source_columns) for table in tables})
 
@@ -331,12 +309,8 @@ class PairSource:
         return self._starts[-1]
 
     def images(self, places: Iterable[tuple[int, int]], *, with_images: bool = True) -> list[StoredImage]:
-        """Return the undecoded images at `places`, which are pairs of row number and image number.
-
-        Args:
-            with_images (`bool`): `False` reads prompts, masks and other columns alone. Images and sources then cannot
-                be decoded.
-        """
+        """Return the undecoded images at `places`, which are pairs of row number and image number. Without
+        `with_images`, only prompts, masks and other columns are read, and images and sources cannot be decoded."""
         rows: dict[int, dict[str, Any]] = {}
         images = []
         for row, image in places:
@@ -361,14 +335,12 @@ class PairSource:
     def examine_images(
         self, places: np.ndarray, reader: ImageReader, *, decode: bool, num_proc: int | None, peers: Peers
     ) -> tuple[np.ndarray, dict[tuple[int, int], str]]:
-        """Decode all images of pairs, or read only their headers.
-
-        All processes must call this function, and divide the rows among themselves.
+        """Decode all images of pairs, or read only their headers, in the first process and its workers. All processes
+        must call this function.
 
         Args:
             places (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser.
-            num_proc (`int`, *optional*): Number of workers of each process. By default, all processes share the cores
-                if there are many images.
+            num_proc (`int`, *optional*): Number of workers. By default, one for each core if there are many images.
 
         Returns:
             `tuple`: Height and width of winners and losers, `(P, 2, 2)`, with zeros for bad and missing images, and the
@@ -376,25 +348,22 @@ class PairSource:
         """
         rows = np.unique(places[:, [0, 2]])
         images = 1 + int(places[:, [1, 3]].max())  # number of images in a row, at most
-        share = np.array_split(rows, peers.count)[peers.index]
-        if num_proc is None and forks_by_default() and len(share) >= (FEW_ROWS if decode else FEW_HEADERS):
-            num_proc = usable_cores(peers.count)
+        if num_proc is None and forks_by_default() and len(rows) >= (FEW_ROWS if decode else FEW_HEADERS):
+            num_proc = usable_cores()
 
-        def examine_share() -> tuple[np.ndarray, dict[tuple[int, int], str]]:
-            tables = [(table, numbers) for table, numbers in self._split(share) if len(numbers)]
+        def examine() -> tuple[np.ndarray, dict[tuple[int, int], str]]:
+            tables = [(table, numbers) for table, numbers in self._split(rows) if len(numbers)]
             examined = chain(*(table.examine_images(numbers, reader, decode, num_proc) for table, numbers in tables))
-            sizes = np.zeros((len(share), images, 2), dtype=np.int32)
+            sizes = np.zeros((len(rows), images, 2), dtype=np.int32)
             reasons = {}
-            for row, row_sizes, facts in zip(share.tolist(), sizes, examined, strict=True):
+            for row, row_sizes, facts in zip(rows.tolist(), sizes, examined, strict=True):
                 for image, (height, width, problem) in enumerate(facts[:images]):
                     row_sizes[image] = height, width
                     if problem:
                         reasons[row, image] = problem
             return sizes, reasons
 
-        shares = peers.gather_results(examine_share)
-        sizes = np.concatenate([share_sizes for share_sizes, _ in shares])
-        reasons = {image: reason for _, share_reasons in shares for image, reason in share_reasons.items()}
+        sizes, reasons = peers.first(examine)
         return sizes[np.searchsorted(rows, places[:, [0, 2]]), places[:, [1, 3]]], reasons
 
     def _split(self, rows: np.ndarray) -> Iterator[tuple[TableSource, np.ndarray]]:
@@ -404,10 +373,8 @@ class PairSource:
             yield table, share - start
 
     def index_pairs(self, reject: Reject) -> PairTable:
-        """Return the pairs of all data sets, repeated according to the weights.
-
-        Dropped rows and pairs are passed to the function `reject`, which may raise an error.
-        """
+        """Return the pairs of all data sets, repeated according to the weights. Dropped rows and pairs are passed to
+        `reject`."""
         if len(self.tables) == 1:
             return self.tables[0].index_pairs(reject)
         indexes = []
@@ -425,34 +392,13 @@ class PairSource:
                     "and no pair. Check the labels of these data, or remove the data from the mixture."
                 )
             indexes.append(replace(pairs, places=pairs.places + np.array([start, 0, start, 0], pairs.places.dtype)))
-        has_scores = ["scores" in pairs.columns for pairs in indexes]
-        names = [table.name for table in self.tables]
-        check_all_or_none("score columns", dict(zip(names, has_scores, strict=True)))
-        repeated = []
-        for pairs, taken in zip(indexes, self._repetitions(indexes), strict=True):
-            repeated.append(pairs.take(np.arange(taken) % len(pairs)))
-        columns = (
-            {"scores": np.concatenate([pairs.columns["scores"] for pairs in repeated])} if all(has_scores) else {}
-        )
-        return PairTable(np.concatenate([pairs.places for pairs in repeated]), columns)
-
-    def _repetitions(self, indexes: Sequence[PairTable]) -> list[int]:
-        """Return the number of pairs that an epoch takes from each data set."""
-        counts = np.array([len(pairs) for pairs in indexes])
-        if self._weights is None:
-            return counts.tolist()
-        weights = np.array(self._weights)
-        with np.errstate(over="ignore"):
-            wanted = np.rint(weights * (counts / weights).max())
-        if not wanted.sum() <= MAX_GROWTH * counts.sum():  # true also for NaN
-            raise ValueError(
-                f"With these weights, an epoch would have {wanted.sum():.3g} pairs, more than {MAX_GROWTH} times the "
-                f"{counts.sum()} pairs of all data sets. Give more weight to larger data sets."
-            )
-        for table, count, taken in zip(self.tables, counts, wanted, strict=True):
-            message = "Mixture: the %s data have %d pairs, each %.4g times in an epoch: a share of %.4g of the epoch."
-            logger.info(message, table.name, count, taken / count, taken / wanted.sum())
-        return wanted.astype(np.int64).tolist()
+        if self._weights is not None:  # repeat the pairs of each data set until it has its share of the epoch
+            counts, weights = np.array([len(pairs) for pairs in indexes]), np.array(self._weights)
+            wanted = np.rint(weights * (counts / weights).max()).astype(np.int64).tolist()
+            repetitions = [np.arange(count) % len(pairs) for pairs, count in zip(indexes, wanted, strict=True)]
+            indexes = [pairs.take(rows) for pairs, rows in zip(indexes, repetitions, strict=True)]
+        columns = {name: np.concatenate([pairs.columns[name] for pairs in indexes]) for name in indexes[0].columns}
+        return PairTable(np.concatenate([pairs.places for pairs in indexes]), columns)
 
 
 def make_source(
@@ -499,7 +445,8 @@ def _as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Data
             f"The {name} data must be one split, got a {type(rows).__name__} with the splits {list(rows)}. "
             "Pass one of these splits."
         )
-    if not isinstance(rows, datasets.Dataset | list | tuple):
+    is_list = isinstance(rows, list | tuple) and all(isinstance(row, Mapping) for row in rows)
+    if not is_list and not isinstance(rows, datasets.Dataset):
         raise ValueError(
             f"The {name} data must be a datasets.Dataset, a datasets.IterableDataset or a list of dicts, got "
             f"{type(rows).__name__}. Load files with `datasets.load_dataset`, and read a torch data set with "
@@ -507,7 +454,7 @@ def _as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Data
         )
     if not len(rows):
         raise ValueError(f"The {name} data set is empty: {DataReport(name, dataset_format or 'unknown format')}")
-    if not isinstance(rows, datasets.Dataset):
+    if is_list:
         return _table_of_rows(rows, dataset_format, name)
     if rows.format["type"] == "custom":
         raise ValueError(
@@ -518,42 +465,31 @@ def _as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Data
     return rows
 
 
-def _table_of_rows(rows: Sequence[Any], dataset_format: str | None, name: str) -> datasets.Dataset:
-    """Convert a list of dicts to a `datasets.Dataset`."""
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise ValueError(
-                f"Rows must be dicts of columns, got {type(row).__name__} at row {number} of the {name} data."
-            )
+def _table_of_rows(rows: Sequence[Mapping[str, Any]], dataset_format: str | None, name: str) -> datasets.Dataset:
+    """Convert a list of dicts to a `datasets.Dataset`. Images in memory become lossless PNG files."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     values = {column: [row.get(column) for row in rows] for column in columns}
     row_format = resolve_format(dataset_format, columns)
-    sources = [name for name in row_format.source_columns if not all(isinstance(value, str) for value in values[name])]
-    for column in sources:
-        if any(isinstance(value, list | tuple) for value in values[column]):  # then a list in every row
-            values[column] = [value if isinstance(value, list | tuple) else [value] for value in values[column]]
-    for column in (*row_format.image_columns, *row_format.mask_columns, *sources):
-        values[column] = [_stored_image(value) for value in values[column]]
+    for column in (*row_format.image_columns, *row_format.mask_columns, *row_format.source_columns):
+        is_text = column in row_format.source_columns and all(isinstance(value, str) for value in values[column])
+        if not is_text:  # a column `source` of text is no image
+            values[column] = [_stored_image(value) for value in values[column]]
     try:
         return datasets.Dataset.from_dict(values)
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise ValueError(
-            f"Each column of the {name} data must have values of one type in all rows. Got a list of dicts with values "
-            f"of several types in a column: {error}"
+            f"Each column of the {name} data must have values of one type in all rows: {error}"
         ) from error
 
 
 def _stored_image(value: Any) -> Any:
-    """Return an image, or a list of images, as Arrow stores them. Images in memory become lossless PNG files."""
+    """Return an image, or a list of images, as Arrow stores them."""
     if isinstance(value, list | tuple):
         return [_stored_image(image) for image in value]
     if isinstance(value, Image.Image):
-        try:
-            content = io.BytesIO()
-            decode_image(value).save(content, "PNG", compress_level=1)
-            value = content.getvalue()
-        except UndecodableImageError as error:
-            value = str(error).encode()  # decoding these bytes fails as well
+        content = io.BytesIO()
+        value.save(content, "PNG", compress_level=1)
+        value = content.getvalue()
     if isinstance(value, Mapping):
         return {"bytes": value.get("bytes"), "path": value.get("path")}
     if isinstance(value, bytes):
@@ -598,12 +534,12 @@ def pairs_fingerprint(source: PairSource, pairs: PairTable, *, thorough: bool = 
 
     Args:
         thorough (`bool`): Whether to hash every prompt and image, for caches. If true, the hashes are valid only for
-            the image files on this machine. If false, hash prompts and images of a few pairs, and the names of image
-            files, to compare data on any machine when a run resumes.
+            the image files on this machine. If false, hash the prompts of a few pairs, to compare data on any machine
+            when a run resumes.
 
     Returns:
-        `dict[str, Any]`: `format`, `pairs` (number of pairs), `index` (hash of the index and the scores), and hashes
-        of `prompts` and `images`.
+        `dict[str, Any]`: `format`, `pairs` (number of pairs), `index` (hash of the index and the scores), a hash of
+        `prompts`, and, if `thorough`, a hash of `images`.
     """
     digest = hashlib.sha256(np.ascontiguousarray(pairs.places, dtype="<i8").data)
     if "scores" in pairs.columns:
@@ -612,24 +548,11 @@ def pairs_fingerprint(source: PairSource, pairs: PairTable, *, thorough: bool = 
     if thorough:
         keys = [table.content_key for table in source.tables]
         return {**facts, **{name: [key[name] for key in keys] for name in ("prompts", "images")}}
-    prompts, images = hashlib.sha256(), hashlib.sha256()
+    prompts = hashlib.sha256()
     for row in pairs.places[evenly_spaced(len(pairs), FINGERPRINTED_PROMPTS), 0].tolist():
         for image in source.images((row, number) for number in range(1 + source.prompt_of_each_image)):
             prompts.update(repr(image.prompt).encode() + b"\0")
-    for row in pairs.places[evenly_spaced(len(pairs), FINGERPRINTED_IMAGES)][:, [0, 2]].flatten().tolist():
-        image = source.images([(row, 0)])[0]
-        for value in images_of_row(image.row, image.format):
-            images.update(_content_or_name(value) + b"\0")
-    return {**facts, "prompts": _short(prompts), "images": _short(images)}
-
-
-def _content_or_name(image: Any) -> bytes:
-    """Return the bytes of an undecoded image, or the name of its file without folders."""
-    if isinstance(image, Mapping):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, str):
-        return image.replace("\\", "/").rpartition("/")[2].encode("utf-8", "surrogatepass")
-    return image or b""
+    return {**facts, "prompts": _short(prompts)}
 
 
 def _short(digest: Any) -> str:

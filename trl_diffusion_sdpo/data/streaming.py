@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
@@ -16,10 +16,11 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..utils._compat import is_split_by_node
-from .data_report import COUNTS, SAMPLED_PAIRS, BadDataError, DataReport, check_identical, reject
+from ..utils.processes import ALONE, Peers
+from .data_report import COUNTS, BadDataError, DataReport
 from .dataset import PairOptions, complete_item, new_epoch
 from .formats import PairReference, PreferenceFormat, Reject, groups, pairs_in_group, resolve_format
-from .images import UndecodableImageError, same_image
+from .images import UndecodableImageError
 from .sources import StoredImage, check_all_or_none
 from .transforms import PairDraws
 
@@ -28,19 +29,6 @@ logger = logging.getLogger(__name__)
 MIXING = 2  # last of four parts of the random key that chooses a stream; random keys of pairs have three parts
 READERS = 256  # number of counters; if there are more DataLoader workers, some share a counter
 Group = list[tuple[int, Mapping[str, Any]]]  # rows, with their numbers, whose images are compared with one another
-
-
-@dataclass(frozen=True)
-class Share:
-    """Share of a stream that one of several training processes reads.
-
-    Args:
-        index (`int`): Rank of the process, from 0.
-        count (`int`): Number of processes.
-    """
-
-    index: int = 0
-    count: int = 1
 
 
 class StreamPosition:
@@ -79,27 +67,14 @@ class StreamPosition:
 
 
 class Stream:
-    """Stream of rows in one format.
-
-    Args:
-        source (`datasets.IterableDataset`): Rows of the stream.
-        dataset_format (`str`, *optional*): A key of `FORMATS`. By default, the columns determine the format.
-        name (`str`): Name of the stream in messages.
-        options ([`PairOptions`]): Settings for making pairs from rows.
-    """
+    """Stream of rows in one format. `name` is the name of the stream in messages."""
 
     def __init__(
         self, source: datasets.IterableDataset, dataset_format: str | None, name: str, options: PairOptions
     ) -> None:
-        columns = source.column_names
-        if columns is None:
-            first = next(iter(source), None)
-            if first is None:
-                raise ValueError(f"The {name} data set is empty: {DataReport(name, 'unknown format')}")
-            columns = list(first)
+        columns = source.column_names or list(next(iter(source), {}))
         row_format = resolve_format(dataset_format, columns, source.features, use_scores=options.use_scores)
         self.name, self.format = name, replace(row_format, is_swapped=options.swap_labels)
-        self.has_scores = set(self.format.score_columns or ["no"]) <= set(columns)
         self.source = source.with_format(None)
         if source.features is not None:
             read = [*self.format.text_columns(columns), *self.format.image_columns, *self.format.mask_columns]
@@ -118,16 +93,6 @@ class Stream:
                 yield number, row
 
         yield from groups(self.format, numbered())
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Return format, columns, split and number of shards of the stream, to compare streams when a run resumes. No
-        row is read, because a shuffled stream would first have to fill its buffer."""
-        return {
-            "format": self.format.name,
-            "columns": None if self.source.column_names is None else sorted(self.source.column_names),
-            "split": None if self.source.split is None else str(self.source.split),
-            "shards": self.source.num_shards,
-        }
 
 
 class PreferenceIterableDataset(IterableDataset):
@@ -150,16 +115,17 @@ class PreferenceIterableDataset(IterableDataset):
         name (`str`): Name of the data in messages.
     """
 
-    is_permuted = False  # streams use the losers of the data
-    has_noise_seeds = False
     has_sources = False
 
     def __init__(
         self, streams: Sequence[Stream], options: PairOptions, *, weights: Sequence[float] | None = None, name: str
     ) -> None:
         self._streams, self._options, self._name, self._epoch = streams, options, name, new_epoch()
-        if len({is_split_by_node(stream.source) for stream in streams}) > 1:
-            raise ValueError("All streams of a mixture must be split by node, or none. Only some streams are split.")
+        if any(is_split_by_node(stream.source) for stream in streams):
+            raise ValueError(
+                "The trainer itself splits a stream among the processes. `split_dataset_by_node` has already split the "
+                f"{name} stream. Pass the stream without this split."
+            )
         if any(stream.format.source_columns for stream in streams):
             raise ValueError(
                 f"Streams cannot have a `source` column yet, and the {name} stream has one. Load the data without "
@@ -168,33 +134,29 @@ class PreferenceIterableDataset(IterableDataset):
         check_all_or_none("mask columns", {stream.name: bool(stream.format.mask_columns) for stream in streams})
         self._weights = [1.0] * len(streams) if weights is None else [float(weight) for weight in weights]
         self._format_name = "+".join(stream.format.name for stream in streams)
-        self.has_scores = all(stream.has_scores for stream in streams)
+        self.has_scores = all(stream.format.score_columns is not None for stream in streams)
         self.has_masks = any(stream.format.mask_columns for stream in streams)
         self.has_loser_prompts = any(stream.format.prompt_of_each_image for stream in streams)
-        self.is_swapped = options.swap_labels  # whether the published losers are the winners
-        self._compare, self._share = options.compare, Share()
+        self._share = ALONE
         self._start: StreamPosition | None = None
         self._examples: dict[str, list[tuple[int, str]]] = {}
         self._counts = torch.zeros(READERS, len(COUNTS), dtype=torch.long).share_memory_()
-
-    @property
-    def is_split(self) -> bool:
-        """Whether `split_dataset_by_node` has already split the streams."""
-        return is_split_by_node(self._streams[0].source)
 
     @property
     def report(self) -> DataReport:
         """Counts of the current epoch so far, summed over the workers of this process. Pairs of other processes are not
         counted. Examples of bad rows come from the main process of the DataLoader, not from its workers."""
         counts = dict(zip(COUNTS, self._counts.sum(dim=0).tolist(), strict=True))
-        return DataReport(self._name, self._format_name, **counts, examples=self._examples, is_swapped=self.is_swapped)
+        return replace(self._new_report(), **counts, examples=self._examples)
+
+    def _new_report(self) -> DataReport:
+        return DataReport(self._name, self._format_name, is_swapped=self._options.swap_labels)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return facts that identify the streams and their weights. See [`Stream.fingerprint`]."""
-        facts = [stream.fingerprint() for stream in self._streams]
-        if len(facts) == 1:
-            return facts[0]
-        return {"format": self._format_name, "streams": facts, "weights": self._weights}
+        """Return facts that identify the streams, to compare them when a run resumes. No row is read, because a
+        shuffled stream would first have to fill its buffer."""
+        shards = [stream.source.num_shards for stream in self._streams]
+        return {"format": self._format_name, "shards": shards, "weights": self._weights}
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, also in running workers. Random numbers and the order of a shuffled stream depend on the
@@ -207,8 +169,8 @@ class PreferenceIterableDataset(IterableDataset):
         view._options, view._epoch = self._options.for_evaluation(), new_epoch()
         return view
 
-    def for_process(self, share: Share) -> PreferenceIterableDataset:
-        """Return a view of this stream that reads only the share of one process."""
+    def for_process(self, share: Peers) -> PreferenceIterableDataset:
+        """Return a view of this stream that reads only the share of the process `share.index` of `share.count`."""
         view = copy.copy(self)
         view._share = share
         return view
@@ -218,7 +180,7 @@ class PreferenceIterableDataset(IterableDataset):
     ) -> StreamPosition:
         """Return the position of a process in this stream. For `batch`, `workers` and `readers`, see
         [`StreamPosition`]."""
-        sharing = 1 if self.for_process(Share(0, processes))._deals_pairs else processes
+        sharing = 1 if self.for_process(Peers(0, processes))._deals_pairs else processes
         return StreamPosition(batch, workers, max(1, workers) * sharing, self._options.seed, readers)
 
     def start_at(self, position: StreamPosition) -> None:
@@ -233,14 +195,14 @@ class PreferenceIterableDataset(IterableDataset):
     def _divides_shards(self) -> bool:
         """Whether this object divides the shards, so that this process reads only its share of the shards."""
         count = self._share.count
-        if count == 1 or not self._options.repeat or self.is_split:
+        if count == 1 or not self._options.repeat:
             return False
         return all(stream.source.num_shards % count == 0 for stream in self._streams)
 
     @property
     def _deals_pairs(self) -> bool:
         """Whether all processes read the same rows and decode the pairs in turn."""
-        return self._share.count > 1 and not self.is_split and not self._divides_shards
+        return self._share.count > 1 and not self._divides_shards
 
     # ---- Reading --------------------------------------------------------------------------------------------------
 
@@ -271,7 +233,7 @@ class PreferenceIterableDataset(IterableDataset):
             yielded += 1
             yield {**item, "repeated": False}
         for _ in range(wanted - yielded):
-            filling = filling or next(self.for_process(Share())._one_pass(epoch))  # a pair of another process
+            filling = filling or next(self.for_process(ALONE)._one_pass(epoch))  # a pair of another process
             yield {**filling, "repeated": True}
 
     def _one_pass(self, epoch: int, passed: int = 0) -> Generator[dict[str, Any], None, int]:
@@ -285,17 +247,16 @@ class PreferenceIterableDataset(IterableDataset):
         number, numbers = reader, workers
         if not deals_pairs:
             number, numbers = reader + workers * share.index, workers * share.count
-        report = DataReport(self._name, self._format_name, examples={}, is_swapped=self.is_swapped)
+        report = self._new_report()
         self._examples, counts = report.examples, self._counts[reader % READERS]
         if worker is None:
             self._counts.zero_()  # removes the counts of an earlier loader's workers
 
         def count(kind: str, row: int, reason: str, amount: int) -> None:
-            if reject(report, self._options.on_bad_row == "raise", kind, row, reason, amount):
+            if report.add(kind, row, reason, amount):
                 logger.warning("%s data: row %d dropped: %s", self._name, row, reason)
 
         position = -1
-        identical: list[bool] = []  # for each pair so far, whether its two images are identical
         for row_format, group in self._groups(report, epoch):
             for pair in pairs_in_group(row_format, group, count):
                 position += 1
@@ -305,13 +266,11 @@ class PreferenceIterableDataset(IterableDataset):
                     report.pairs += 1
                     continue
                 draws = PairDraws.from_key(self._options.seed, epoch, position * numbers + number)
-                item = self._item(row_format, dict(group), pair, draws, position * numbers + number, identical, count)
+                item = self._item(row_format, dict(group), pair, draws, position * numbers + number, count)
                 report.pairs += item is not None
                 counts.copy_(torch.tensor([getattr(report, name) for name in COUNTS]))
                 if item is not None:
                     yield item
-        if self._compare:
-            self._verify_different(identical, at_end=True)
         counts.copy_(torch.tensor([getattr(report, name) for name in COUNTS]))
         if not report.pairs and workers == 1 and (self._options.repeat or position < 0 or share.count == 1):
             raise BadDataError(f"The stream has no pair. Check the labels and images of the data.\n{report}")
@@ -324,7 +283,6 @@ class PreferenceIterableDataset(IterableDataset):
         pair: PairReference,
         draws: PairDraws,
         number: int,
-        identical: list[bool],
         count: Reject,
     ) -> dict[str, Any] | None:
         """Return the item of a pair. If an image cannot be decoded, count the pair as dropped and return `None`."""
@@ -333,17 +291,14 @@ class PreferenceIterableDataset(IterableDataset):
         loser = StoredImage(row_format, rows[pair.loser_row], pair.loser_image)
         row = pair.winner_row
         try:
-            winner_image = winner.decode(options.reader, options.transform.covering())
+            winner_image = winner.decode(options.reader)
             row = pair.loser_row
-            loser_image = loser.decode(options.reader, options.transform.covering())
+            loser_image = loser.decode(options.reader)
             item = options.transform(winner_image, loser_image, draws if options.training else None)._asdict()
             complete_item(item, options, winner, loser, draws, number, two_prompts=self.has_loser_prompts)
         except UndecodableImageError as error:
             count("undecodable", row, str(error), 1)
             return None
-        if self._compare:
-            identical.append(same_image(winner_image, loser_image))
-            self._verify_different(identical, at_end=False)
         return item if pair.scores is None else item | {"scores": pair.scores}
 
     def _groups(self, report: DataReport, epoch: int) -> Iterator[tuple[PreferenceFormat, Group]]:
@@ -377,12 +332,3 @@ class PreferenceIterableDataset(IterableDataset):
                 weights[number] = 0.0  # the stream ended in an evaluation, or this worker has no shard of the stream
                 continue
             yield streams[number].format, group
-
-    def _verify_different(self, identical: list[bool], *, at_end: bool) -> None:
-        """After enough pairs, check once that the two images of the pairs differ. The end of a short stream triggers
-        the check only if a single worker reads the stream, because one of several workers has seen too few pairs."""
-        worker = get_worker_info()
-        alone = self._share.count == 1 and (worker is None or worker.num_workers == 1)
-        if len(identical) >= SAMPLED_PAIRS or (at_end and alone):
-            self._compare = False
-            check_identical(self._name, identical)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from .images import INSIDE, MIN_SIDE, Covering, Size, UndecodableImageError, full_size
+from .images import INSIDE, Size, UndecodableImageError
 
-FAST = "fast"
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
-    FAST: Image.Resampling.BILINEAR,
 }
 
 
@@ -89,9 +87,7 @@ class PairTransform:
         resolution (`int` or `tuple[int, int]`): Side of the square target, or `(height, width)`.
         center_crop (`bool`): Whether to crop at the center instead of at random.
         random_flip (`bool`): Whether to mirror half of the pairs.
-        interpolation (`str`): `"bilinear"`, `"bicubic"`, `"lanczos"` or `"fast"`. `"fast"` is bilinear, but resizes
-            only the cropped part of the image. With `"fast"`, large JPEG files are also decoded at a fraction of their
-            size (see [`PairTransform.covering`]).
+        interpolation (`str`): `"bilinear"`, `"bicubic"` or `"lanczos"`.
     """
 
     def __init__(
@@ -103,12 +99,6 @@ class PairTransform:
         interpolation: str = "bilinear",
     ) -> None:
         size = tuple(resolution) if isinstance(resolution, tuple | list) else (resolution, resolution)
-        if len(size) != 2 or any(not isinstance(side, int) or side < MIN_SIDE for side in size):
-            raise ValueError(
-                f"`resolution` must be one integer, or two (height, width), of at least {MIN_SIDE}. Got {resolution!r}."
-            )
-        if interpolation not in INTERPOLATIONS:
-            raise ValueError(f"`interpolation` must be one of {sorted(INTERPOLATIONS)}, got {interpolation!r}.")
         self.height, self.width = size
         self.center_crop, self.random_flip, self.interpolation = center_crop, random_flip, interpolation
 
@@ -118,16 +108,12 @@ class PairTransform:
         """Transform the two RGB images of a pair, of any sizes, into pixels. Without `draws`, images are cropped at the
         center and not mirrored. `target`, as `(height, width)`, replaces `resolution`."""
         pixels, corners = zip(*(self.image(image, draws, target) for image in (winner, loser)), strict=True)
-        sizes = full_size(winner), full_size(loser)
+        sizes = (winner.height, winner.width), (loser.height, loser.width)
         return PairPixels(torch.stack(pixels), sizes, corners, self.mirrors(draws))
 
     def mirrors(self, draws: PairDraws | None) -> bool:
         """Return whether both images of a pair with the random numbers `draws` are mirrored."""
         return draws is not None and self.random_flip and draws.flip < 0.5
-
-    def covering(self, target: Size | None = None) -> Covering | None:
-        """Return the argument `covering` of [`ImageReader.decode`], or `None` if `interpolation` is not `"fast"`."""
-        return partial(self.resized_size, target=target) if self.interpolation == FAST else None
 
     def resized_size(self, height: int, width: int, target: Size | None = None) -> Size:
         """Return the smallest `(height, width)` that covers the target and has the aspect ratio of the image."""
@@ -140,21 +126,12 @@ class PairTransform:
         self, image: Image.Image, draws: PairDraws | None = None, target: Size | None = None
     ) -> tuple[torch.Tensor, Size]:
         """Return the transformed pixels `(3, H, W)` of an image, and the top left corner of the crop."""
-        height, width = self.resized_size(*full_size(image), target)
-        mirrors = self.mirrors(draws)
+        height, width = self.resized_size(image.height, image.width, target)
         target_height, target_width = (self.height, self.width) if target is None else target
         top, left = self._corner(height - target_height, width - target_width, draws)
-        if self.interpolation == FAST:
-            # Compute the crop in the coordinates of the decoded image, which is not mirrored yet.
-            first = width - target_width - left if mirrors else left
-            down, across = image.height / height, image.width / width
-            box = (first * across, top * down, (first + target_width) * across, (top + target_height) * down)
-            image = image.resize((target_width, target_height), INTERPOLATIONS[FAST], box)
-            image = ImageOps.mirror(image) if mirrors else image
-        else:
-            image = image.resize((width, height), INTERPOLATIONS[self.interpolation])
-            image = ImageOps.mirror(image) if mirrors else image
-            image = image.crop((left, top, left + target_width, top + target_height))
+        image = image.resize((width, height), INTERPOLATIONS[self.interpolation])
+        image = ImageOps.mirror(image) if self.mirrors(draws) else image
+        image = image.crop((left, top, left + target_width, top + target_height))
         pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
         return pixels.contiguous(), (top, left)
 

@@ -18,9 +18,9 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
 from ..data.dataset import PreferenceDataset
-from ..data.streaming import PreferenceIterableDataset, Share
+from ..data.streaming import PreferenceIterableDataset
 from ..utils._compat import keeps_order, start_method
-from ..utils.processes import forks_by_default, usable_cores
+from ..utils.processes import Peers, forks_by_default, usable_cores
 from .worker_processes import CollateIntoSharedMemory, WorkerStart
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class BatchLoaders:
         options: dict[str, Any] = {"sampler": sampler}
         processes: dict[str, Any] = {"torch_device_mesh": accelerator.torch_device_mesh}
         if isinstance(dataset, PreferenceIterableDataset):  # a stream itself selects this process's share of the pairs
-            dataset, options = dataset.for_process(Share(args.process_index, args.world_size)), {}
+            dataset, options = dataset.for_process(Peers(args.process_index, args.world_size)), {}
             processes = {"num_processes": 1, "process_index": 0}
         loader = _plain_loader(
             args,

@@ -387,7 +387,6 @@ class LossSpec:
         uses_loser (`bool`): Whether the loss reads the loser's error. The safeguard has no effect on a loss that does
             not read the loser's error.
         needs_scores (`bool`): Whether the loss reads reward scores.
-        reads_shares (`bool`): Whether each score must be an image's expected share of wins, in `[0, 1]`.
         equal_weights (`bool`): Whether the derivatives of a pair's loss by the winner's and by the loser's error have
             equal absolute values, or the safeguard's authors assume equal absolute values for this loss. If `True`, the
             safeguard computes lambda for a batch or a noise bin from residuals alone.
@@ -418,7 +417,6 @@ class LossSpec:
     reads_reference_prediction: bool = False
     uses_loser: bool = True
     needs_scores: bool = False
-    reads_shares: bool = False
     equal_weights: bool = True
     positive_weights: bool = True
     target_logit: Callable[..., float | torch.Tensor] | None = None
@@ -510,7 +508,6 @@ LOSSES: dict[str, LossSpec] = {
     "capo": LossSpec(
         capo_loss,
         needs_scores=True,
-        reads_shares=True,
         target_logit=_capo_target_logit,
         default_beta=2500.0,
         **_TARGETED,
@@ -687,7 +684,6 @@ def _sum_spec(weights: dict[str, float]) -> LossSpec:
         reads_reference_prediction=any(row.reads_reference_prediction for row in rows),
         uses_loser=any(row.uses_loser for row in rows),
         needs_scores=any(row.needs_scores for row in rows),
-        reads_shares=any(row.reads_shares for row in rows),
         equal_weights=equal,
         positive_weights=equal and all(row.positive_weights for row in rows),
         target_logit=target_logit if targets else None,

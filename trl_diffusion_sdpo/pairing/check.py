@@ -48,7 +48,7 @@ def check_pairs(
     Raises:
         `ValueError`: If training would raise an error for the data set.
     """
-    options = options or PairOptions(PairTransform(512), verify_images="all", min_side=1, compare=False)
+    options = options or PairOptions(PairTransform(512), verify_images="all", min_side=1)
     pairs = prepare_dataset(dataset, options, name="pairs")
     if not isinstance(pairs, PreferenceDataset):
         raise ValueError("A stream cannot be checked. Load the data set without `streaming=True`.")

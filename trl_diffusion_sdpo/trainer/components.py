@@ -243,8 +243,6 @@ def pair_encoding(frozen: FrozenComponents, key: EncoderKey, args: DiffusionSDPO
         size=image_size(args),
         crops=args.precompute_epochs,
         largest_batch=largest_batch(args),
-        pin_memory=args.dataloader_pin_memory,
-        check_sample=args.verify_images == "sample",
         load=partial(load_one_by_one, args),
         peers=peers(args),
     )

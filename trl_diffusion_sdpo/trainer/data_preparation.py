@@ -9,10 +9,9 @@ import json
 import logging
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 from ..cache.encoding import PairEncoding
-from ..cache.reference_errors import repeating_pairs
 from ..data.dataset import PairOptions, PreferenceDataset
 from ..data.pair_scores import ScoreSettings
 from ..data.preparing import prepare_dataset
@@ -50,43 +49,32 @@ class PairPreparation:
         self._loss = loss
         self._family = family
         self._encoding = encoding
-        self._own: WeakSet[Any] = WeakSet()  # data sets whose encodings and reference errors this trainer computed
-        # Copies for evaluation of data sets that the user had already prepared as pairs, by the user's data set.
-        self._copies: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+        self._own: WeakSet[Any] = WeakSet()  # data sets that this object has prepared
 
     def prepare(self, dataset: Any, *, name: str, training: bool) -> Any:
-        """Return a user's data as a data set of pairs, encoded if `precompute_latents` is set. `None` is returned
-        unchanged. All processes must call this method together.
+        """Return a user's data as a data set of pairs, encoded if `precompute_latents` is set. `None` and data sets
+        that this method has returned before are not prepared again. All processes must call this method together.
 
         Args:
             name (`str`): Name of the data in messages.
         """
-        if not training and isinstance(dataset, PreferenceDataset) and dataset in self._copies:
-            return self._copies[dataset]
+        if dataset is None or (isinstance(dataset, PREPARED) and dataset in self._own):
+            if isinstance(dataset, PreferenceDataset) and not training and self._args.precompute_ref_errors:
+                # Errors that were computed for training are not those of an evaluation.
+                return dataset.for_evaluation() if dataset.draw_settings()["training"] else dataset
+            return dataset
         prepared = prepare_pairs(dataset, self._args, self._loss, name=name, training=training)
-        if prepared is None:
-            return None
-        is_new = prepared not in self._own
-        if is_new:
-            check_source_column(prepared, self._family, self._args, name=name)
-        was_prepared = prepared is dataset and isinstance(prepared, PreferenceDataset) and is_new
-        if isinstance(prepared, PreferenceDataset) and is_new:
+        check_source_column(prepared, self._family, self._args, name=name)
+        if isinstance(prepared, PreferenceDataset):
             self._count_long_prompts(prepared, name)
-        if was_prepared:
-            prepared = prepared.from_source()  # drop encodings and errors that another trainer computed
-        if self._args.precompute_ref_errors:
-            prepared = repeating_pairs(prepared, self._args.precompute_epochs, name=name, training=training)
         if self._encoding is not None:
-            self._encoding.add_to(prepared, name, compare=self._loss.uses_loser)
+            self._encoding.add_to(prepared, name)
         self._own.add(prepared)
-        if was_prepared and not training:
-            self._copies[dataset] = prepared
         return prepared
 
     def _count_long_prompts(self, pairs: PreferenceDataset, name: str) -> None:
         """Count the prompts that a tokenizer truncates, add their number to the data report, and log it."""
-        few = pairs if len(pairs) <= CHECKED_PROMPTS else pairs.first(CHECKED_PROMPTS)
-        note = note_on_long_prompts(self._family, few.prompts())
+        note = note_on_long_prompts(self._family, pairs.prompts(first=CHECKED_PROMPTS))
         if note:
             pairs.add_note(note)
             logger.warning("%s data: %s", name, note)
@@ -150,17 +138,13 @@ def load_position(
 
 
 def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Any:
-    """Return a user's data as a torch data set of pairs. A data set of pairs that is already prepared is returned
-    unchanged, and so is `None`. Every process prepares all rows, but the processes divide the check of the images among
-    themselves.
+    """Return a user's data as a torch data set of pairs. Every process prepares all rows, but the processes divide the
+    check of the images among themselves.
 
     Raises:
-        `ValueError`: If the columns match no format, no pair is usable, the loss needs scores that the data do not
-            have, or several processes would evaluate on shares of a stream that may differ in length.
+        `ValueError`: If the columns match no format, no pair is usable, or the loss needs scores that the data do not
+            have.
     """
-    if dataset is None or isinstance(dataset, PREPARED):
-        _check_prepared(dataset, args, loss, name, training=training)
-        return dataset
     scores = score_settings(args, loss, training=training)
     options = PairOptions(
         transform=PairTransform(
@@ -172,15 +156,14 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         prompt_dropout=args.proportion_empty_prompts if training else 0.0,
         seed=args.seed if args.data_seed is None else args.data_seed,
         dataset_format=args.dataset_format,
-        on_bad_row=args.on_bad_row,
         verify_images="none" if args.precompute_latents and args.verify_images == "sample" else args.verify_images,
         num_proc=args.dataset_num_proc,
         image_schemes=args.image_schemes,
         buckets=aspect_ratio_buckets(args),
         min_side=args.min_side,
-        compare=loss.uses_loser,
         training=training,
         repeat=training,
+        distinct_epochs=args.precompute_epochs if training and args.precompute_ref_errors else None,
         use_scores=scores.needs_scores,
         swap_labels=args.swap_labels,
         number_columns=scores.number_columns,
@@ -188,8 +171,11 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         losers=args.losers,
     )
     prepared = prepare_dataset(dataset, options, name=name, peers=peers(args))
-    if not training:
-        _refuse_parts(prepared, args, name)
+    if args.precompute_ref_errors and not isinstance(prepared, PreferenceDataset):
+        raise ValueError(
+            f"`precompute_ref_errors=True` needs a map-style data set, and the {name} data are a stream. Load the data "
+            "without `streaming=True`, or set `precompute_ref_errors=False`."
+        )
     if scores.needs_scores and not prepared.has_scores:
         what = f"The loss {args.loss_type!r}" if scores.sorts_by_scores else "`pair_weights`"
         raise ValueError(
@@ -212,34 +198,4 @@ def score_settings(args: DiffusionSDPOConfig, loss: LossSpec, *, training: bool)
         pair_weights=args.pair_weights if training else None,
         calibrated=args.calibrated_scores,
         sorts_by_scores=loss.needs_scores,
-        in_unit_range=loss.reads_shares,
     )
-
-
-def _check_prepared(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, name: str, *, training: bool) -> None:
-    if dataset is not None:
-        score_settings(args, loss, training=training).check_prepared(dataset, name, training=training)
-    if not training:
-        _refuse_parts(dataset, args, name)
-    if dataset is None:
-        return
-    prepared = {"swap_labels": dataset.is_swapped, "losers": dataset.is_permuted}
-    if training:
-        prepared["noise_source"] = dataset.has_noise_seeds
-    for setting, of_data in prepared.items():
-        if of_data != (getattr(args, setting) in (True, "permute", "generated")):
-            raise ValueError(
-                f"The {name} data are already prepared as pairs, but with a value of `{setting}` other than "
-                f"{getattr(args, setting)!r}. Pass the original data set instead."
-            )
-
-
-def _refuse_parts(dataset: Any, args: DiffusionSDPOConfig, name: str) -> None:
-    """Raise `ValueError` if each process would evaluate on its own part of a stream that the user has split. Without
-    this check, a process with more batches than another would wait for the other process forever."""
-    if isinstance(dataset, PreferenceIterableDataset) and dataset.is_split and args.world_size > 1:
-        raise ValueError(
-            f"Every process must evaluate on the same number of batches. `split_dataset_by_node` has split the {name} "
-            f"stream among {args.world_size} processes, and the parts may have different lengths. Pass the stream "
-            "without this split, because the trainer splits it evenly itself."
-        )

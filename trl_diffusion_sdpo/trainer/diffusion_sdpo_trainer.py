@@ -22,7 +22,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Ev
 
 from ..cache.encoding import check_prompt_padding
 from ..cache.key import EncoderKey
-from ..cache.reference_errors import warn_of_repeated_draws
 from ..data.buckets import BucketSampler
 from ..data.dataset import PreferenceCollator, PreferenceDataset
 from ..data.streaming import PreferenceIterableDataset, StreamPosition
@@ -447,9 +446,6 @@ class DiffusionSDPOTrainer(Trainer):
             eval_dataset = {name: prepare(data, name=name, training=False) for name, data in eval_dataset.items()}
         else:
             eval_dataset = prepare(eval_dataset, name="eval", training=False)
-        if isinstance(train_dataset, PreferenceDataset) and args.precompute_ref_errors:
-            step = pairs_of_a_step(args, args.train_batch_size) * args.gradient_accumulation_steps
-            warn_of_repeated_draws(args, args.precompute_epochs, -(-len(train_dataset) // step))
         if args.dataloader_num_workers is None:
             evaluates = eval_dataset is not None
             choose_workers(args, train_dataset, resolution=image_size(args), evaluates=evaluates)

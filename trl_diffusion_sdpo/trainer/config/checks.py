@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ...data.data_report import parse_verify_images
 from ...data.images import parse_schemes
 from ...families.inversion import InversionSettings
 from ...families.noise import TimestepSampling
@@ -45,7 +44,6 @@ def check_settings(args: DiffusionSDPOConfig) -> None:
     from_kwargs(TimestepSampling, "weighting_kwargs", args.weighting_kwargs, args.weighting_scheme or "none")
     from_kwargs(InversionSettings, "inversion_kwargs", args.inversion_kwargs)
     from_kwargs(ProbeSettings, "winner_budget_kwargs", args.winner_budget_kwargs)
-    args.verify_images = parse_verify_images(args.verify_images)
     args.image_schemes = list(parse_schemes(args.image_schemes)) or None
     for message in (*_conflicts_of_losses(args, loss), *_conflicts(args, loss)):
         raise ValueError(message)

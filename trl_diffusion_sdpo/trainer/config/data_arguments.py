@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from .declaring import RESUME, Range, documented
 
-OnBadRow = Literal["drop", "raise"]
+VerifyImages = Literal["sample", "all", "none"]
 Losers = Literal["data", "permute"]
-Interpolation = Literal["bilinear", "bicubic", "lanczos", "fast"]
+Interpolation = Literal["bilinear", "bicubic", "lanczos"]
 
 
 @documented
@@ -22,8 +22,8 @@ class DataArguments:
         dataset_format (`str`, *optional*):
             Name of the data set's format, such as `"pickapic"`. If unset, the format is detected from the column names.
         dataset_num_proc (`int`, *optional*):
-            Number of processes, for each training process, that read images before training to verify them
-            (`verify_images="all"`) and to find their sizes. If unset, one process per CPU core is used.
+            Number of processes that read images before training, to verify them (`verify_images="all"`) and to find
+            their sizes. If unset, one process per CPU core is used.
         dataloader_num_workers (`int`, *optional*):
             Number of DataLoader workers that decode images, for each training process. Map-style data give the same
             batches with any number of workers. If unset, the trainer chooses the number: no worker for fewer than 512
@@ -45,10 +45,6 @@ class DataArguments:
         calibrated_scores (`bool`, *optional*, defaults to `False`):
             Whether to replace each image's score by the share of wins expected for it against the other images of its
             prompt, before the loss and `pair_weights` read the score. `calibrated_scores` cannot be used with streams.
-        on_bad_row (`str`, *optional*, defaults to `"drop"`):
-            What to do with a row that has an undecodable image, an unreadable label or a prompt that is no text.
-            `"drop"` skips bad rows and reports their number; `"raise"` raises an error at the first bad row. Rows whose
-            label is a tie are always skipped and counted.
         verify_images (`str`, *optional*, defaults to `"sample"`):
             Images of a map-style data set that are decoded before training, to find damaged images. `"sample"` decodes
             the images of 128 pairs, evenly spaced in the data. `"all"` decodes all images and drops pairs with damaged
@@ -78,9 +74,7 @@ class DataArguments:
         random_flip (`bool`, *optional*, defaults to `True`):
             Whether to flip a random half of the pairs horizontally. Both images of a pair are flipped together.
         image_interpolation (`str`, *optional*, defaults to `"bilinear"`):
-            Interpolation for resizing: `"bilinear"`, `"bicubic"`, `"lanczos"` or `"fast"`. `"fast"` decodes large JPEG
-            files directly at a half, a quarter or an eighth of their size. Use `"fast"` if the DataLoader workers
-            decode images more slowly than the model trains.
+            Interpolation for resizing: `"bilinear"`, `"bicubic"` or `"lanczos"`.
         proportion_empty_prompts (`float`, *optional*, defaults to `0.0`):
             Share of training pairs whose prompt is replaced by an empty one, in `[0, 1]`. The published value is 0.2.
         precompute_latents (`bool`, *optional*, defaults to `False`):
@@ -104,8 +98,7 @@ class DataArguments:
     losers: Annotated[Losers, RESUME] = "data"
     pair_weights: Annotated[str | None, RESUME] = None
     calibrated_scores: Annotated[bool, RESUME] = False
-    on_bad_row: OnBadRow = "drop"
-    verify_images: str = "sample"
+    verify_images: VerifyImages = "sample"
     image_schemes: list[str] | None = None
     resolution: Annotated[list[int] | None, RESUME] = None
     aspect_ratio_buckets: Annotated[bool, RESUME] = False
