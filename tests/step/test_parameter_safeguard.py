@@ -134,6 +134,16 @@ class HalvedLoss(DiffusionSDPOTrainer):
         return (loss / 2, outputs) if return_outputs else loss / 2
 
 
+class PenalizedWeights(DiffusionSDPOTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs) + sum(weight.square().sum() for weight in model.parameters())
+
+
+class OtherLoss(DiffusionSDPOTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return torch.ones((), requires_grad=True)
+
+
 @pytest.mark.parametrize("safeguard", ["output", "parameter"])
 def test_an_overridden_loss_is_the_loss_that_trains_under_every_safeguard(sd_folder, make_args, make_pairs, safeguard):
     """Half the loss has the same lambda, and plain SGD takes half the step."""
@@ -145,3 +155,13 @@ def test_an_overridden_loss_is_the_loss_that_trains_under_every_safeguard(sd_fol
         scales.append(log["safeguard/scale"])
     assert (moves[1] - moves[0] / 2).norm() <= 1e-5 * moves[0].norm()
     assert scales[1] == pytest.approx(scales[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "reason"),
+    [(PenalizedWeights, "also depends on"), (OtherLoss, "does not depend on")],
+)
+def test_a_loss_whose_gradient_would_be_lost_is_refused(sd_folder, make_args, make_pairs, trainer_class, reason):
+    trainer = trainer_class(sd_folder, None, make_args(**PARAMETER, max_steps=1), make_pairs())
+    with pytest.raises(ValueError, match=reason):
+        trainer.train()

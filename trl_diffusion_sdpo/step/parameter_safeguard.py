@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,7 +91,11 @@ class ParameterSafeguard:
         Args:
             loss (`torch.Tensor` of shape `()`): Loss of the predictions that `predict_pairs` returned last.
             share (`float`): Weight of the micro-batch in the optimizer step: 1 divided by the number of micro-batches.
+
+        Raises:
+            `ValueError`: If the loss does not depend on the predictions, or also depends on other trained tensors.
         """
+        _check_depends_on_predictions_only(loss, [branches.predictions.policy for branches in self._predicted])
         branches = self._predicted.pop()
         grad_winner, grad_loser = torch.autograd.grad(loss, branches.predictions.policy)[0].chunk(2)
         # To save memory, free the winners' graph before the losers' next pass (backward, or forward with `low_memory`).
@@ -114,3 +119,20 @@ class ParameterSafeguard:
         self._meter.add(metrics, finite)
         self._meter.add({"safeguard/skipped": 1 - finite.float()}, 1)
         self.gradients.backend.step()
+
+
+def _check_depends_on_predictions_only(loss: torch.Tensor, predictions: list[torch.Tensor]) -> None:
+    """Raise `ValueError` if the loss does not depend on the predictions, or depends directly on other trained tensors
+    too. Other trained tensors would get no gradient, because the backward passes start from the predictions."""
+    nodes: list[Any] = [loss.grad_fn]
+    for node in nodes:  # the list grows: it gets all nodes of the loss's autograd graph, which ends at the predictions
+        if node is not None:
+            nodes += [following for following, _ in node.next_functions if following not in nodes]
+    leaves = {id(node.variable) for node in nodes if node is not None and node.name().endswith("AccumulateGrad")}
+    if not predictions or leaves != {id(leaf) for leaf in predictions}:
+        raise ValueError(
+            "With `safeguard='parameter'`, the loss must depend on the model only through the outputs of "
+            "`super().compute_loss(..., return_outputs=True)`. Got a loss that "
+            + ("also depends on other trained tensors." if len(leaves) > 1 else "does not depend on the predictions.")
+            + " Change `compute_loss`, or use `safeguard='output'`."
+        )

@@ -106,6 +106,13 @@ def _conflicts_of_losses(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[
                 f"`safeguard='parameter'` needs a loss that trains losers, got {args.loss_type!r}. Use "
                 "`safeguard='none'`: without losers, the result is the same and costs less."
             )
+    optimizer = str(args.optim).rsplit(".", 1)[-1].lower()
+    if args.safeguard == "parameter" and ("lomo" in optimizer or "layerwise" in optimizer):
+        yield (
+            "`safeguard='parameter'` needs an optimizer that updates weights after the backward passes of winners and "
+            f"losers. Got {optimizer!r}, which updates them during a backward pass. Use another optimizer, or "
+            "`safeguard='output'`."
+        )
     if args.sync_ref_model and not loss.needs_reference:
         yield (
             f"`sync_ref_model=True` needs a loss with a reference, got {args.loss_type!r}. Leave it off, or choose a "
