@@ -132,7 +132,10 @@ def _read(folder: Path, has_sides: bool) -> FolderSplit:
 
 
 def _caption(file: Path) -> str:
-    return " ".join(file.read_text(encoding="utf-8-sig").split())
+    try:
+        return " ".join(file.read_text(encoding="utf-8-sig").split())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Captions must be text in UTF-8, and {file} is not: {error}. Save it in UTF-8.") from error
 
 
 def _files(folder: Path) -> list[Path]:

@@ -488,7 +488,10 @@ def _stored_image(value: Any) -> Any:
         return [_stored_image(image) for image in value]
     if isinstance(value, Image.Image):
         content = io.BytesIO()
-        value.save(content, "PNG", compress_level=1)
+        try:
+            value.save(content, "PNG", compress_level=1)
+        except OSError as error:  # an image that is opened but cannot be decoded; its pair is counted later
+            logger.warning("An image of a list of rows cannot be stored: %s.", error)
         value = content.getvalue()
     if isinstance(value, Mapping):
         return {"bytes": value.get("bytes"), "path": value.get("path")}
