@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
@@ -146,13 +146,3 @@ def test_missing_files_of_a_model_are_named(broken, sd_folder):
     shutil.rmtree(broken / "tokenizer")
     with pytest.raises(ValueError, match="tokenizer"):
         load_pipeline(broken)
-
-
-def test_weights_that_are_not_finite_are_named_before_the_first_step(make_trainer, broken):
-    weights = load_file(broken / UNET)
-    weights["conv_out.weight"].view(-1)[3] = float("nan")
-    save_file(weights, broken / UNET, {"format": "pt"})
-    trainer = make_trainer(broken, max_steps=2)
-    with pytest.raises(FloatingPointError, match="weights were not finite before the step: `unet` conv_out.weight"):
-        trainer.train()
-    assert trainer.state.global_step == 0

@@ -265,7 +265,7 @@ def test_sample_images_edit_their_sources_and_the_card_shows_how(model, make_arg
 
 
 def test_the_source_is_mirrored_with_its_pair():
-    options = PairOptions(PairTransform(16, center_crop=False, random_flip=True), verify_images="none", compare=False)
+    options = PairOptions(PairTransform(16, center_crop=False, random_flip=True), verify_images="none")
     data = rows(8)
     items = list(prepare_dataset(data, options))
     for row, item in zip(data, items, strict=True):
@@ -292,13 +292,17 @@ def test_sources_of_one_size_train_in_larger_batches_and_others_are_refused(kont
         ({"sample_prompts": ["a"]}, {}, "sample_sources"),
         ({"sample_prompts": ["a"], "sample_sources": ["a.png", "b.png"]}, {}, "one image for each"),
         ({"sample_prompts": ["a"], "sample_sources": ["missing.png"]}, {}, "missing.png"),
-        ({}, {"source": [image(8), image(9)]}, "one source image"),
         ({}, {"source": "web"}, "source"),  # a column of text
     ],
 )
 def test_wrong_settings_and_sources_are_refused(settings, columns, match, kontext, make_args):
     with pytest.raises(ValueError, match=match):
         DiffusionSDPOTrainer(kontext, None, edit_args(make_args, **settings), rows(**columns))
+
+
+def test_two_sources_are_refused_by_a_model_that_takes_one(kontext, make_args):
+    with pytest.raises(ValueError, match="one source image"):
+        DiffusionSDPOTrainer(kontext, None, edit_args(make_args), rows(source=[image(8), image(9)])).train()
 
 
 def test_wrong_models_are_refused(make_trainer):

@@ -142,17 +142,10 @@ def test_other_data_are_refused_by_name_and_can_be_begun_anew(build, run, make_p
     assert "from the start: pairs was 16, is 12" in caplog.text
 
 
-def test_other_images_under_the_same_labels_are_said(build, run, make_pairs, caplog):
-    pairs, other = make_pairs(), make_pairs(seed=1)
-    other = other.remove_columns("prompt").add_column("prompt", pairs["prompt"]).select_columns(pairs.column_names)
-    build(5, train=other).train(resume_from_checkpoint=True)
-    assert "files of the training images differ" in caplog.text
-
-
 def test_another_stream_is_refused(build, make_pairs):
     build(2, train=make_pairs().to_iterable_dataset()).train()
     build(3, train=make_pairs().to_iterable_dataset()).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="shards was 1, is 2"):
+    with pytest.raises(ValueError, match=r"shards was \[1\], is \[2\]"):
         build(4, train=make_pairs().to_iterable_dataset(num_shards=2)).train(resume_from_checkpoint=True)
 
 

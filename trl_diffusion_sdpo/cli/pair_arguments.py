@@ -132,9 +132,9 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
         splits = hold_out(trained, size, seed=training_args.seed, formats=formats)
         trained, held_out = [train for train, _ in splits], [test for _, test in splits]
     elif evaluates:
+        evaluation = _load_evaluation(script_args)
         for entry in sets:
             _refuse_training_pairs(script_args, entry)
-        evaluation = _load_evaluation(script_args)
     if not script_args.sets:
         return trained[0], held_out[0] if held_out else evaluation
     names = [f"{number}: {entry.path}" for number, entry in enumerate(sets)]
