@@ -70,8 +70,8 @@ class Engine:
 
     @property
     def loads_weights_with_optimizer(self) -> bool:
-        """Whether weights and optimizer state are read together by [`Engine.load_state`], after the model is prepared,
-        as under DeepSpeed."""
+        """Whether [`Engine.load_state`] reads weights and optimizer state together, after the model is prepared
+        (DeepSpeed)."""
         return self._is_deepspeed
 
     @property
@@ -140,8 +140,9 @@ class Engine:
             _refuse_zero_plus_plus(config.get("zero_optimization", {}))
         if split:
             raise ValueError(
-                "Each image must be in one process, because errors are means over whole images. The settings turn on "
-                "tensor, context or sequence parallelism, which splits images. Use DDP, FSDP2 or ZeRO instead."
+                "Each image must be processed by a single process, because the error is a mean over the image. "
+                "The settings turn on tensor, context or sequence parallelism, which splits images. Use DDP, FSDP2 or "
+                "ZeRO."
             )
         if self._is_fsdp and parallel is not None and parallel.dp_replicate_enabled:
             raise ValueError(
@@ -165,20 +166,21 @@ class Engine:
         """
         compiling = self.accelerator.state.dynamo_plugin
         if compiling.dynamic is False:
-            # `accelerate launch` sets this by default. torch would compile for every image size and give up after some.
+            # `accelerate launch` sets `dynamic=False` by default. torch would then compile anew for every image size,
+            # and give up after a few sizes.
             compiling.dynamic = None
         if self.accelerator.is_fsdp2:
             plugin = self.accelerator.state.fsdp_plugin
             plugin.cpu_ram_efficient_loading = (
-                False  # sending weights is not needed, because all processes load them; and it fails on buffers
+                False  # process 0 need not send weights, because all processes load them; sending buffers fails
             )
             policy = plugin.mixed_precision_policy
             if policy is not None and policy.param_dtype is not None:
-                # FSDP would round every input, including timesteps. Autocast rounds only inputs of matrix products
-                # and convolutions.
+                # By default, FSDP rounds every input, including timesteps. Autocast, which rounds only inputs of matrix
+                # products and convolutions, is enough.
                 settings = {"reduce_dtype": torch.float32} if exact_gradients else {}
                 plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False, **settings)
-            # Otherwise every process would hold full gradients until the last micro-batch.
+            # Without this setting, every process would hold full gradients until the last micro-batch.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         elif self._zero_stage >= 2 and exact_gradients:  # not ZeRO-1, which would use another optimizer class
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
@@ -281,8 +283,8 @@ class Engine:
         other, to save memory.
 
         Args:
-            moves (`bool`): Whether the module's weights are updated during training. FSDP2 then keeps them in float32,
-                because half precision would lose the small updates.
+            moves (`bool`): Whether the module's weights are updated during training. FSDP2 then keeps updated weights
+                in float32, because half precision would lose the small updates.
 
         Returns:
             `nn.Module`: Module to call instead of `module`.
@@ -350,7 +352,7 @@ class Engine:
 
     def load_state(self, model: nn.Module, folder: str) -> None:
         """Load the weights and the optimizer state that [`Engine.save_state`] wrote under DeepSpeed."""
-        # Not strict: the checkpoint lacks the frozen weights.
+        # Loading must not be strict, because the checkpoint lacks the frozen weights.
         deepspeed_load_checkpoint(model, folder, load_module_strict=False)
 
 

@@ -23,7 +23,8 @@ def inner_products(gradients: list[Gradient]) -> torch.Tensor:
     products = torch.zeros(len(gradients), len(gradients), dtype=dtype, device=first.device)
     for pieces in _chunks(gradients, CPU_CHUNK if first.device.type == "cpu" else CHUNK):
         rows = [(row[0] if len(row) == 1 else torch.cat(row)).to(dtype) for row in pieces]
-        # Not one matrix product, because it is slower for so long rows and needs a copy that stacks them.
+        # A single matrix product would be slower for such long rows, and would need a copy in which the rows are
+        # stacked.
         for i, row in enumerate(rows):
             for j in range(i, len(rows)):
                 products[i, j] += row @ rows[j]

@@ -46,8 +46,8 @@ def gather_objects(value: Any, *, during_upload: bool = False) -> list[Any]:
     A process waits for the others up to `ddp_timeout`, half an hour by default.
 
     Args:
-        during_upload (`bool`): Whether one process may be uploading to the Hub meanwhile. The other processes then wait
-            up to a day.
+        during_upload (`bool`): Whether one process may be uploading to the Hub meanwhile. If `True`, the other
+            processes wait up to a day.
 
     Raises:
         `RuntimeError`: If another process has ended or does not respond in time.
@@ -76,7 +76,7 @@ def _upload_group(world: Any) -> Any:
 
 
 def peers(args: TrainingArguments) -> Peers:
-    """Return an object with which this training's processes can exchange Python objects."""
+    """Return an object with which the training processes can exchange Python objects."""
     return ALONE if args.world_size == 1 else Peers(args.process_index, args.world_size, gather_objects)
 
 

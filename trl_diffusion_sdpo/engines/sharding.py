@@ -99,9 +99,9 @@ def zero3_partition(
     move the whole module to the device.) Buffers are moved to the device but not sharded.
 
     Args:
-        dtype (`torch.dtype`, *optional*): Dtype to which weights are cast. If `None`, they are not cast.
+        dtype (`torch.dtype`, *optional*): Dtype to which weights are cast. If `None`, weights keep their dtype.
         unrounded (`dict[nn.Parameter, torch.Tensor]`): Values of weights before they are cast. The function replaces
-            each value by this process's shard of it.
+            each value by this process's shard of the value.
     """
     import deepspeed  # takes seconds
 
@@ -121,7 +121,7 @@ def zero3_partition(
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
     for name in ("optimizer", "scheduler", "train_batch_size", "gradient_accumulation_steps"):
         config.pop(name, None)
-    config["train_micro_batch_size_per_gpu"] = 1  # has no effect here, but must be a number
+    config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed requires a number, which has no effect here
     deepspeed.zero.Init(module=OneByOne(), config_dict_or_path=config)
     for buffer in module.buffers():
         buffer.data = buffer.data.to(accelerator.device)
@@ -208,7 +208,8 @@ class Float32Shards:
 
 
 class DenoiserView(nn.Module):
-    """Denoiser to put into a pipeline that generates images during training under an engine.
+    """Stand-in for the denoiser in a pipeline that generates images during training, if an engine has wrapped the
+    denoiser.
 
     Calls go to the engine's wrapped module, because only this module gathers sharded weights. All other attributes are
     read from the plain denoiser.
@@ -216,7 +217,7 @@ class DenoiserView(nn.Module):
 
     def __init__(self, denoiser: nn.Module, engine_model: nn.Module):
         super().__init__()
-        # Not submodules, because `.to` and `state_dict` must not see them.
+        # The two modules are not registered as submodules, because `.to` and `state_dict` must not reach them.
         self.__dict__["_pair"] = (denoiser, engine_model)
 
     def forward(self, *args: Any, **inputs: Any) -> Any:

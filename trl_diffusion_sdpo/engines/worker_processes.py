@@ -1,7 +1,7 @@
 """DataLoader workers that ignore SIGINT and SIGTERM.
 
-When a job is interrupted, all its processes get these signals. The training process then still finishes its step and
-saves a checkpoint. The training process may need another batch for this step, so the workers must stay alive.
+When a job is interrupted, all processes of the job get SIGINT or SIGTERM. The training process reacts by finishing its
+step and saving a checkpoint. The training process may need another batch for this step, so the workers must stay alive.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def share(batch: Any) -> Any:
 class CollateIntoSharedMemory:
     """Collator that puts batches into shared memory if it runs in a DataLoader worker.
 
-    Without this collator, torch would move batches in a thread of the worker, whose errors would stay hidden.
+    Without this collator, torch would move batches into shared memory in a background thread of the worker, and errors
+    of this thread would stay hidden.
     """
 
     collate: Callable[[Any], Any]

@@ -185,7 +185,7 @@ def adapter_state(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 
 def adapter_scalings(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """Return, for each layer, the factor by which it multiplies the product of the two matrices of the LoRA `name`."""
+    """Return the factor by which each layer multiplies the product of the two matrices of the LoRA `name`."""
     layers = {path: layer for path, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)}
     return {
         f"{path}.scaling": torch.tensor(layer.scaling[name]) for path, layer in layers.items() if name in layer.scaling

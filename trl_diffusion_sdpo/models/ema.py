@@ -36,5 +36,6 @@ class EMAWeights(WeightCopy):
         super().__init__(second, EMA_FILE, stored=True)
 
     def after_step(self, step: int) -> None:
-        """Update the average after optimizer step `step`, counted from 1. All processes must call this method."""
+        """Update the averaged weights after optimizer step number `step` (the first step is 1). All processes must call
+        this method."""
         self.update(1 - ema_decay(step, self.decay))

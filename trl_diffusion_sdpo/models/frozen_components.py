@@ -99,7 +99,7 @@ class FrozenComponents:
 
     def in_use(self) -> contextlib.AbstractContextManager[Family]:
         """Return a context in which VAE and text encoders are on the device. The context yields the family object that
-        calls them. Contexts may be nested."""
+        calls VAE and text encoders. Contexts may be nested."""
         if self.state == "on device" or self._is_within:
             return contextlib.nullcontext(self.family)
         return self._copied() if self.state == "offloaded" else self._read()
@@ -107,7 +107,7 @@ class FrozenComponents:
     @contextlib.contextmanager
     def _copied(self) -> Iterator[Family]:
         """Copy offloaded components to the device within the context."""
-        copies: dict[int, torch.Tensor] = {}  # a tensor may be in several modules
+        copies: dict[int, torch.Tensor] = {}  # modules may share a tensor
         for module, name, tensor in self._on_host:
             if id(tensor) not in copies:
                 copies[id(tensor)] = tensor.to(self._device, non_blocking=True)
@@ -123,8 +123,8 @@ class FrozenComponents:
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[Family]:
-        """Load absent components from disk for the time of the context. Loading does not change the CPU's random
-        state."""
+        """Load absent components from disk, and free them when the context ends. Loading does not change the state of
+        the CPU's random number generator."""
         if self._load is None:
             raise ValueError(
                 "Training needs the weights of the pipeline's VAE and text encoders, but these components are on the "
@@ -162,15 +162,15 @@ class FrozenComponents:
         return working_pipeline(family, device=device, half_dtype=self._half_dtype, vae_dtype=self._vae_dtype)
 
     def _pinned_tensors(self) -> list[tuple[nn.Module, str, torch.Tensor]]:
-        """Return every tensor of the components in pinned memory, with the module and the name to which it belongs.
+        """Return a copy in pinned memory of every tensor of the components, with the tensor's module and name.
 
-        Tensors are not pinned if the device shares the CPU's memory.
+        If the device shares the CPU's memory, return the tensors themselves.
         """
         modules = [m for name in self.family.frozen_components for m in getattr(self.family.pipeline, name).modules()]
         owned = [(module, name, tensor) for module in modules for name, tensor in _own(module)]
         if self._device.type in UNPINNED:
             return owned
-        distinct = {id(tensor): tensor for _, _, tensor in owned}  # a tensor may be in several modules
+        distinct = {id(tensor): tensor for _, _, tensor in owned}  # modules may share a tensor
         copies = {key: pinned(tensor) for key, tensor in distinct.items()}
         return [(module, name, copies[id(tensor)]) for module, name, tensor in owned]
 
@@ -186,8 +186,9 @@ def working_pipeline(
     """Return a copy of the family's pipeline whose VAE and text encoders have the dtype and the device of training.
 
     The copy shares the denoiser, and components whose dtype does not change, with the family's pipeline. Components
-    whose dtype changes are copied, so that the user's pipeline is not rounded. Components on the meta device stay
-    there. The weights of the VAE's convolutions are stored in the channels-last layout, even if the VAE is shared.
+    whose dtype changes are copied, so that the user's pipeline is not rounded. Components on the meta device stay on
+    the meta device. The weights of the VAE's convolutions are stored in the channels-last layout, even if the VAE is
+    shared.
     """
     working = copy.copy(family.pipeline)
     for name in family.frozen_components:
@@ -217,8 +218,8 @@ def cast_copy(module: ModuleT, dtype: torch.dtype) -> ModuleT:
 
 
 def _is_quantized(part: ModelMixin | PreTrainedModel) -> bool:
-    """Return whether a network is quantized: its configuration says so, or some of its weights are not floating-point
-    numbers."""
+    """Return whether a network's configuration names a quantization, or some of the network's weights are not
+    floating-point numbers."""
     stated = getattr(part.config, "quantization_config", None) is not None
     return stated or not all(weight.is_floating_point() for weight in part.parameters())
 
@@ -239,7 +240,7 @@ def _own(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Replace a module's parameter or buffer by a tensor."""
+    """Replace the parameter or buffer `name` of a module by a tensor."""
     if isinstance(getattr(module, name), nn.Parameter) and not isinstance(tensor, nn.Parameter):
         tensor = nn.Parameter(tensor, requires_grad=False)
     setattr(module, name, tensor)
@@ -261,7 +262,7 @@ def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> Mode
         return vae
     vae = cast_copy(vae, dtype)
     if forced:
-        vae.register_to_config(**{OVERFLOWS: False})  # otherwise diffusers would encode in float32
+        vae.register_to_config(**{OVERFLOWS: False})  # if True, diffusers would encode in float32
     return vae
 
 

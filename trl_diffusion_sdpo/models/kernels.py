@@ -27,7 +27,7 @@ def compile_blocks(denoiser: ModelMixin, backend: str | None, mode: str | None) 
 
 def set_attention(denoiser: ModelMixin, backend: str) -> None:
     """Set the attention back end of a denoiser, by the back end's name in diffusers. Other diffusers models in the same
-    process may then use this back end too.
+    process may use this back end too after the call.
 
     Raises:
         `ValueError`: If diffusers has no such back end, if the back end's package is missing, if the back end has no

@@ -1,7 +1,7 @@
-"""The reference model, with which the loss compares the policy.
+"""The reference model, to which the loss compares the policy.
 
 A reference can be a frozen copy of the denoiser, the policy with its LoRA switched off, a second LoRA on the policy's
-denoiser, or the errors that a reference had before training. Some losses have no reference.
+denoiser, or a list of errors that were computed before training. Some losses have no reference.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ REFERENCE_ADAPTER = "ref"
 
 
 class Reference(WeightCopy):
-    """Base class of references. By default, a reference is the policy as it was before training, and its predictions
-    are rounded exactly as the policy's."""
+    """Base class of references. By default, a reference is the policy as it was before training. The reference's
+    predictions are rounded exactly as the policy's predictions."""
 
     kind: str  # name of the kind of reference in checkpoints
     module: nn.Module | None = None  # separate denoiser of the reference, if it has one
@@ -138,7 +138,7 @@ class PrecomputedReference(Reference):
 
     @property
     def can_predict(self) -> bool:
-        """Whether the reference can still predict, as it can until `release` is called."""
+        """Whether the reference can still predict. `release` ends this."""
         return self._source is not None
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -166,7 +166,8 @@ class PrecomputedReference(Reference):
                 self._module = None
 
     def release(self) -> None:
-        """Free the reference model before training. From then on, its errors are read from the batches."""
+        """Free the reference model before training. After this call, the reference's errors are read from the
+        batches."""
         self._source = self._tensors = self.module = None
 
 
@@ -187,10 +188,10 @@ def build_reference(
 
     Args:
         engine ([`Engine`]): Engine that trains the policy.
-        needed (`bool`): Whether the loss uses a reference. If the loss uses none, a reference that the user passes is
-            used for metrics only.
+        needed (`bool`): Whether the loss uses a reference. If the loss does not use a reference, the user's reference
+            is used for metrics only.
         users_module (`nn.Module`, *optional*): Reference that the user passed. The function may round, shard or update
-            it in place.
+            this module in place.
         shared (`bool`): Whether a copy of the policy first shares the policy's memory; see [`second_copy`].
         fresh_adapter (`str`, *optional*): Name of a new LoRA, which does not change the model's output yet.
         started_adapter (`str`, *optional*): Name of a LoRA that the policy already had, whose training continues.
@@ -256,14 +257,14 @@ def check_same_architecture(policy: nn.Module, reference: nn.Module) -> None:
     difference = architecture_difference(policy, reference)
     if difference is not None:
         raise ValueError(
-            f"`ref_model` must have the architecture of `model`, {difference}. Use the checkpoint that the policy "
+            f"`ref_model` must have the architecture of `model`: {difference}. Use the checkpoint that the policy "
             "started from."
         )
 
 
 def architecture_difference(policy: nn.Module, reference: nn.Module) -> str | None:
-    """Return a description of how a reference differs from the policy in its class, or in the names and shapes of
-    tensors. Return `None` if there is no difference. Adapters are ignored."""
+    """Describe how `reference` differs from `policy` in class or in the names and shapes of tensors. Return `None` if
+    there is no difference. Adapters are ignored."""
     ours, theirs = (
         {name: tuple(tensor.shape) for name, tensor in base_tensors(module).items()} for module in (policy, reference)
     )

@@ -23,8 +23,9 @@ class BranchGradients:
 
     Args:
         mu (`float`): Strictness of the safeguard, in `[0, 1]`.
-        anchor (`str`): Quantity that lambda keeps from rising: `"branch"` (winners' errors as the loss weighs them) or
-            `"error"` (their plain mean). See [`~trl_diffusion_sdpo.losses.parameter_scale`].
+        anchor (`str`): Quantity that lambda keeps from rising: `"branch"` (mean of the winners' errors, weighted as in
+            the loss) or `"error"` (unweighted mean of the winners' errors). See
+            [`~trl_diffusion_sdpo.losses.parameter_scale`].
     """
 
     def __init__(self, backend: GradientBackend, *, mu: float, anchor: Anchor):
@@ -68,7 +69,8 @@ class BranchGradients:
         products = self.backend.sum_over_shards(inner_products(ordered))
         scale, metrics = parameter_scale(products, self.mu, anchor=self.anchor)
         finite = products.isfinite().all()
-        # If any gradient is not finite, even only that of the anchor, NaN makes the gradient scaler skip the step.
+        # If the gradient of any branch is not finite, set the combined gradient to NaN, so that the gradient scaler
+        # skips the step.
         subtract_scaled(ordered[0], ordered[1], torch.where(finite, scale, torch.nan))
         self.backend.set_gradient(ordered[0])
         return {name: torch.where(finite, value, 0) for name, value in metrics.items()}, finite

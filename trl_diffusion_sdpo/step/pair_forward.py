@@ -37,7 +37,8 @@ from ..models.reference import Reference
 
 VAE_SEED_MASK = 0x5DEECE66D  # makes the seed of a pair's VAE encoding differ from the seed of its noise
 
-# Metrics of lambda from `diffusion_preference_loss`. With `safeguard="parameter"`, other code logs these names.
+# Metrics of lambda from `diffusion_preference_loss`. With `safeguard="parameter"`, the class `ParameterSafeguard` logs
+# metrics with these names instead.
 OUTPUT_SPACE_METRICS = ("safeguard/scale", "safeguard/active", "safeguard/cosine")
 
 
@@ -90,12 +91,12 @@ class NoisyBatch:
         return NoisyBatch(noisy, target, timesteps, conditioning, self.noise_levels[index], region)
 
     def within(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Multiply a tensor `(2B, ...)` by `region`. Return it unchanged if the pairs have no masks."""
+        """Multiply a tensor `(2B, ...)` by `region`. Return the tensor unchanged if the pairs have no masks."""
         return tensor if self.region is None else tensor * self.region
 
     def residual(self, prediction: torch.Tensor) -> torch.Tensor:
         """Return `prediction - target`, `(2B, ...)` in float32, multiplied by `region` if the pairs have masks. The
-        mean square of this residual is the error."""
+        mean square of an image's residual is the image's error."""
         return self.within(prediction.float() - self.target.float())
 
     def halves(self) -> tuple[NoisyBatch, NoisyBatch]:
@@ -237,8 +238,8 @@ class PairForward:
     def loss(
         self, predictions: PairPredictions, safeguard: Literal["none", "output"] | None = None
     ) -> PreferenceLossOutput:
-        """Return the loss of predictions. If `safeguard` is `None`, the safeguard in the settings is used;
-        its value `"parameter"` counts as `"none"`, because that safeguard acts in the backward pass."""
+        """Return the loss of predictions. If `safeguard` is `None`, the safeguard in the settings is used. The setting
+        `"parameter"` has no effect on the loss, because the parameter-space safeguard acts in the backward pass."""
         settings = self.loss_settings
         if safeguard is None:
             safeguard = "none" if settings.safeguard == "parameter" else settings.safeguard
@@ -337,10 +338,11 @@ class PairForward:
             conditioning, size = inputs["conditioning"] | host, inputs["target_size"]
         else:
             pixels = pixels_as_floats(inputs["pixel_values"])
-            stays = self._frozen.state == "on device"  # otherwise `in_use` copies or loads the components now
+            stays = self._frozen.state == "on device"  # if not, `in_use` copies the components or loads them from disk
             with contextlib.nullcontext(self.family) if stays else self._frozen.in_use() as family:
                 latents = family.encode_images(pixels, [*generators, *generators])
-                # One row per pair or per image. Sources are encoded once for both branches.
+                # The encoded prompts have one row per pair or per image. The source image of an edit is encoded once
+                # per pair.
                 if "sources" in inputs:
                     conditioning = family.encode_edits(inputs["prompts"], inputs["sources"])
                 else:
@@ -348,13 +350,13 @@ class PairForward:
             size = (pixels.shape[-2], pixels.shape[-1])
         conditioning = {name: of_both_halves(value, len(latents)) for name, value in conditioning.items()}
         sizes = self.family.size_conditioning(inputs["original_sizes"], inputs["crop_top_lefts"], size)
-        # A VAE may return channels-last latents. Convolutions keep that layout in a forward pass without gradients and
-        # change it in one with gradients, so policy and reference would round differently.
+        # A VAE may return channels-last latents. Convolutions keep this layout in forward passes without gradients but
+        # change it in forward passes with gradients, so policy and reference would round differently.
         return latents.contiguous(), conditioning | sizes
 
     def draw_noise(self, seeds: Sequence[int], latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw one timestep and one noise for each pair from the pair's seed. Return both for winners and losers:
-        `(2B,)` and `(2B, ...)`."""
+        """Draw one timestep and one noise for each pair from the pair's seed. Return the timesteps `(2B,)` and the
+        noise `(2B, ...)` for winners and losers."""
         settings = self.noise_settings
         generators = generators_of(seeds)
         drawn = partial(standard_normal, generators=generators, device=latents.device, dtype=latents.dtype)
@@ -481,8 +483,8 @@ class PairForward:
         return weights
 
     def timestep_weights(self, batch: NoisyBatch) -> torch.Tensor | None:
-        """Return the weights of the pairs' errors, `(B,)`, which depend on the timesteps. Return `None` if timesteps
-        are not weighted."""
+        """Return the weights of the pairs' errors, `(B,)`, which depend on the timesteps. Return `None` if the settings
+        do not weight timesteps."""
         settings = self.loss_settings
         length = self.family.image_seq_len(batch.noisy)
         weighting: dict[str, Any] = {"snr_gamma": settings.snr_gamma, "weighting": settings.timestep_weighting}
@@ -505,8 +507,8 @@ def eval_mode(networks: Sequence[nn.Module]) -> Iterator[None]:
 
 def of_both_halves(conditioning: torch.Tensor, rows: int) -> torch.Tensor:
     """Return an input of the denoiser, such as prompt embeddings, with one row for each of `rows` images, winners
-    first. If `conditioning` has one row per pair, both images of the pair get this row. If it already has one row per
-    image, it is returned unchanged."""
+    first. If `conditioning` has one row per pair, both images of the pair get this row. If `conditioning` already has
+    one row per image, it is returned unchanged."""
     return torch.cat([conditioning] * (rows // len(conditioning)))
 
 
@@ -517,7 +519,7 @@ def region_of(masks: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     A position of the latent is within a mask if the mask covers a pixel of this position or of a neighbouring one.
     Factors within the mask are `sqrt(number of positions / number of positions within the mask)`; factors outside are
     0. If a mask covers the whole image, all factors are exactly 1. If cropping has removed the whole mask of an image,
-    all its factors are 0.
+    all factors of this image are 0.
 
     Args:
         masks (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8): 1 within the mask and 0 outside, in pixels.

@@ -55,7 +55,7 @@ class ProbeInputs:
     inputs: dict[str, Any]  # batch of the collator, on the device
     counts: list[
         bool
-    ]  # whether each pair is counted; a process with fewer pairs than others repeats a pair, which is not counted
+    ]  # `False` for a pair that is repeated so that all processes have equally many pairs; its error is ignored
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ProbeBatch:
 
     batch: NoisyBatch
     noise_bins: torch.Tensor  # index of the noise bin, the same in all rows, int64 (B,)
-    counts: torch.Tensor  # 1 for rows that are counted, 0 for repetitions, (B,)
+    counts: torch.Tensor  # weight of each row in the mean error: 1, or 0 for repeated pairs; (B,)
 
 
 class WinnerBudget(StoredController):
@@ -100,7 +100,8 @@ class WinnerBudget(StoredController):
 
     def begin(self, policy: nn.Module, pairs: Sequence[ProbeInputs]) -> None:
         """Build the probe from `pairs`, and measure the probe's errors before the first step. In a resumed run, the
-        checkpoint supplies these errors. `policy` is the policy as the engine (DDP, FSDP2, DeepSpeed) wrapped it."""
+        errors before the first step are read from the checkpoint. `policy` is the policy as the engine (DDP, FSDP2,
+        DeepSpeed) wrapped it."""
         self.probe = self.make_probe(pairs)
         if self.controller.initial_errors.isnan().all():
             self.controller.initial_errors = self.measure(policy)
@@ -136,7 +137,7 @@ class WinnerBudget(StoredController):
                 order = order_by_scores(inputs["scores"])
                 latents, conditioning = latents[order], take_rows(conditioning, order)
                 region = None if region is None else region[order]
-            # Clone, because a view would keep the losers in memory.
+            # Clone the winners, because a view would keep the losers in memory.
             winners = latents.chunk(2)[0], {name: value.chunk(2)[0].clone() for name, value in conditioning.items()}
             counts = torch.tensor(batch_of_pairs.counts, device=latents.device).float()
             for noise_bin in range(self.controller.num_noise_bins):
@@ -189,7 +190,8 @@ def probe_inputs(
     for same in by_size.values():
         rows = same[rank::world]
         share = len(rows)
-        # With FSDP2 and DeepSpeed, all processes must run each forward pass together, so all get equally many rows.
+        # With FSDP2 and DeepSpeed, all processes must run each forward pass together, so all processes get equally many
+        # rows.
         rows += same[:1] * (-(-len(same) // world) - share)
         batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
         probe += [ProbeInputs(to_inputs([rows[i] for i in batch]), [i < share for i in batch]) for batch in batches]

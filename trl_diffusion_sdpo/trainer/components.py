@@ -156,8 +156,8 @@ def make_reference(
     adapter: str | None,
     added: bool,
 ) -> Reference:
-    """Build the reference model. `adapter` is the name of the LoRA that trains, and `added` says whether this LoRA was
-    just created, so that it does not change the model's output yet."""
+    """Build the reference model. `adapter` is the name of the LoRA that trains. `added` says whether the trainer has
+    just created this LoRA; a new LoRA does not change the model's output yet."""
     half_dtype = None if by_engine(args) else autocast_dtype(args.mixed_precision)
     users_reference = None
     if ref_model is not None:
@@ -286,8 +286,8 @@ def make_reference_errors(
 def reference_facts(
     reference: PrecomputedReference, family: Family, key: EncoderKey, engine: Engine, args: DiffusionSDPOConfig
 ) -> dict[str, Any]:
-    """Return everything on which the reference's errors depend, except the data and the noise. The returned facts
-    become part of the cache key of the errors."""
+    """Return everything on which the reference's errors depend, except the data and the noise, as a part of the cache
+    key of these errors."""
     frozen = {name: getattr(family.pipeline, name) for name in family.frozen_components}
     denoiser: Any = family.denoiser if reference.module is None else reference.module
     configs = {"configuration": denoiser.config, "scheduler": family.pipeline.scheduler.config}
@@ -296,7 +296,7 @@ def reference_facts(
         "family": family.name,
         "components": {name: str(module.dtype) for name, module in frozen.items()},
         "encoders": key.facts,
-        "encoded": args.precompute_latents,  # other batch sizes may round differently
+        "encoded": args.precompute_latents,  # encoding in other batch sizes may round differently
         "crops": stored_crops(args),
         **{kind: {k: v for k, v in config.items() if not k.startswith("_")} for kind, config in configs.items()},
         "guidance_scale": args.guidance_scale,
@@ -313,7 +313,7 @@ def choose_kernels(denoiser: Any, copies: Sequence[WeightCopy], args: DiffusionS
     """Set the attention back end, and compile the separate denoisers of reference and average (`copies`), because
     transformers' Trainer compiles only the model that trains.
 
-    With `torch_compile_regional`, compile the blocks of all denoisers, including the one that trains. Then unset
+    With `torch_compile_regional`, compile the blocks of all denoisers, including the one that trains. After that, unset
     `torch_compile_backend` and `torch_compile_mode` in `args`, so that accelerate does not compile the model again.
     """
     if args.attention_backend is not None:
@@ -334,4 +334,4 @@ def choose_kernels(denoiser: Any, copies: Sequence[WeightCopy], args: DiffusionS
                 "would be compiled. Leave `torch_compile_regional` off; `torch_compile` then compiles the whole model."
             )
         compile_blocks(denoiser, backend, mode)
-        args.torch_compile_backend = args.torch_compile_mode = None  # so that accelerate does not compile
+        args.torch_compile_backend = args.torch_compile_mode = None  # accelerate must not compile again

@@ -60,7 +60,8 @@ class PairPreparation:
         """
         if dataset is None or (isinstance(dataset, PREPARED) and dataset in self._own):
             if isinstance(dataset, PreferenceDataset) and not training and self._args.precompute_ref_errors:
-                # Errors that were computed for training are not those of an evaluation.
+                # An evaluation has other noise and timesteps than training, so it cannot use reference errors that were
+                # computed for training.
                 return dataset.for_evaluation() if dataset.draw_settings()["training"] else dataset
             return dataset
         prepared = prepare_pairs(dataset, self._args, self._loss, name=name, training=training)
@@ -73,7 +74,7 @@ class PairPreparation:
         return prepared
 
     def _count_long_prompts(self, pairs: PreferenceDataset, name: str) -> None:
-        """Count the prompts that a tokenizer truncates, add their number to the data report, and log it."""
+        """Count the prompts that a tokenizer truncates, and log their number and add it to the data report."""
         note = note_on_long_prompts(self._family, pairs.prompts(first=CHECKED_PROMPTS))
         if note:
             pairs.add_note(note)
@@ -102,12 +103,13 @@ def check_source_column(
 
 
 def _reading(args: DiffusionSDPOConfig) -> tuple[int, int, int]:
-    """Return the numbers on which a position in a stream depends: batch size, DataLoader workers and processes."""
+    """Return the numbers that must stay the same so that a stored position in a stream is valid: batch size, DataLoader
+    workers and processes."""
     return args.train_batch_size, args.dataloader_num_workers or 0, args.world_size
 
 
 def save_position(position: StreamPosition, args: DiffusionSDPOConfig, folder: Path) -> None:
-    """Write how far this process has read a stream into the checkpoint `folder`."""
+    """Save this process's position in a stream, in the checkpoint `folder`."""
     content = {"reading": _reading(args), "readers": position.readers}
     (folder / POSITION_FILE.format(args.process_index)).write_text(json.dumps(content))
 
@@ -138,8 +140,8 @@ def load_position(
 
 
 def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Any:
-    """Return a user's data as a torch data set of pairs. Every process prepares all rows, but the processes divide the
-    check of the images among themselves.
+    """Return a user's data as a torch data set of pairs. Every process prepares all rows. The rows whose images are
+    checked are divided among the processes.
 
     Raises:
         `ValueError`: If the columns match no format, no pair is usable, or the loss needs scores that the data do not
@@ -192,8 +194,8 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
 
 
 def score_settings(args: DiffusionSDPOConfig, loss: LossSpec, *, training: bool) -> ScoreSettings:
-    """Return the settings for the scores in the data. The settings for evaluation (`training=False`) have no
-    `pair_weights`."""
+    """Return the settings that say how the scores in the data are used. The returned settings contain `pair_weights`
+    only for training (`training=True`)."""
     return ScoreSettings(
         pair_weights=args.pair_weights if training else None,
         calibrated=args.calibrated_scores,

@@ -89,8 +89,8 @@ from .diffusion_sdpo_config import DiffusionSDPOConfig, resume_settings
 
 logger = logging.getLogger(__name__)
 
-# Settings that must be equal in all processes, in addition to `resume_settings()`. If they differed, one process would
-# evaluate or save alone and wait forever for the others.
+# Settings that must be equal in all processes, in addition to `resume_settings()`. If a setting differed, one process
+# would evaluate or save alone and wait forever for the other processes.
 SAME_IN_ALL_PROCESSES = (
     *("max_steps", "num_train_epochs", "learning_rate", "optim", "per_device_eval_batch_size"),
     *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "logging_strategy", "logging_steps"),
@@ -145,9 +145,9 @@ class DiffusionSDPOTrainer(Trainer):
         callbacks (`list[TrainerCallback]`, *optional*): Callbacks in addition to those of the trainer.
         optimizers (`tuple`, *optional*): Optimizer and learning-rate scheduler, instead of those that the settings in
             `args` describe.
-        peft_config ([`~peft.LoraConfig`], *optional*): Configuration of a LoRA to train instead of all weights. If its
-            `target_modules` are unset, the LoRA is added to the modules that diffusers' training script for this model
-            family uses.
+        peft_config ([`~peft.LoraConfig`], *optional*): Configuration of a LoRA to train instead of all weights. If
+            `target_modules` of `peft_config` is unset, the LoRA is added to the modules that diffusers' training script
+            for this model family uses.
         quantization_config (*optional*): Quantization of the base model's weights, which are frozen under a LoRA, such
             as `diffusers.BitsAndBytesConfig(load_in_4bit=True)`. `quantization_config` needs `peft_config`.
 
@@ -169,7 +169,8 @@ class DiffusionSDPOTrainer(Trainer):
         "id": "2511.03317",
     }
 
-    # A subclass may set other classes here, to change the forward passes or the step with `safeguard="parameter"`.
+    # A subclass may set its own classes: `pair_forward_class` for the forward passes, and `parameter_safeguard_class`
+    # for training with `safeguard="parameter"`.
     pair_forward_class = PairForward
     parameter_safeguard_class = ParameterSafeguard
 
@@ -207,11 +208,14 @@ class DiffusionSDPOTrainer(Trainer):
         self._engine_ready = False
         self._first_step = 0  # step at which `train` began or resumed
         self._saved_step = -1  # step of the last checkpoint of this training
-        self._counted = torch.zeros(0)  # for pairs of the last evaluation batch: 1, or 0 for repetitions that fill it
+        self._counted = torch.zeros(
+            0
+        )  # for each pair of the last evaluation batch: 0 if it is a repeated pair, else 1
         self._checkpoints_dir = args.output_dir  # a temporary folder while a checkpoint is being written
 
-        # Turn the data into pairs, and encode them if `precompute_latents` is set. Encoding needs the device's memory.
-        # Therefore the reference and the average move to the device only now. DeepSpeed and FSDP move them later.
+        # Turn the data into pairs, and encode the pairs if `precompute_latents` is set. The reference and the average
+        # move to the device after that, because encoding needs the device's memory. (DeepSpeed and FSDP move them
+        # later.)
         self._preparation = PairPreparation(args, self.loss_spec, self.family, self.encoding)
         train_dataset, eval_dataset = self._prepare_data(train_dataset, eval_dataset, args)
         if not by_engine(args):
@@ -234,7 +238,7 @@ class DiffusionSDPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.loss_is_scaled_for_ga = False  # transformers then divides our mean over pairs by the accumulation steps
+        self.loss_is_scaled_for_ga = False  # transformers divides the loss (a mean) by the accumulation steps
 
         # Set up the components that need the accelerator.
         self.engine.check()
@@ -253,7 +257,7 @@ class DiffusionSDPOTrainer(Trainer):
             to_inputs=lambda items: self._prepare_inputs(self.data_collator(items)),
         )
 
-        # Set up the run's files, and the callbacks that write some of them.
+        # Set up the objects that write the files of the run, and add the callbacks.
         self.run_folder = RunFolder(args, list(self.family.pipeline.components), REPORTS)
         self.run_files = RunFiles(
             args,
@@ -291,7 +295,7 @@ class DiffusionSDPOTrainer(Trainer):
             sample_scores=self.sample_scores,
             begin=self._begin_steps,
             after_step=self._after_step,
-            evaluate=lambda: self.evaluate(),  # not `self.evaluate`, because a user may replace the method later
+            evaluate=lambda: self.evaluate(),  # a lambda, because a user may replace the method `evaluate` later
             log=lambda metrics: self.log(metrics),
             end=self._end_report,
         )
@@ -315,7 +319,7 @@ class DiffusionSDPOTrainer(Trainer):
         weights_before = fingerprint(base_tensors(denoiser))
         self.adapter, added = choose_trained_weights(loaded, peft_config, args)
 
-        # Copy these weights for the reference and the average, before training changes them.
+        # Copy the weights that train, for the reference and for the moving average.
         self.reference = make_reference(loaded, ref_model, args, loss, self.engine, adapter=self.adapter, added=added)
         self._weight_copies: list[WeightCopy] = [self.reference]
         self.average = None
@@ -324,7 +328,7 @@ class DiffusionSDPOTrainer(Trainer):
             self.average = EMAWeights(denoiser, self.adapter, args.ema_decay, self.engine, shared=shared)
             self._weight_copies.append(self.average)
 
-        # Record what the run started from, and choose the formats in which it saves weights.
+        # Record the base model and the reference, and choose the formats in which the run saves weights.
         self.origin = Origin(
             loaded.name_or_path,
             recorded_base(loaded.name_or_path, loaded.options, loaded.denoiser_folder),
@@ -334,15 +338,17 @@ class DiffusionSDPOTrainer(Trainer):
         )
 
         def whole_pipeline() -> DiffusionPipeline:
-            with loading_unsharded(args):  # only the first process calls it
+            with loading_unsharded(args):  # only the first process calls this function
                 return loaded.whole_pipeline()
 
         self.weight_files = WeightFiles(loaded.pipeline, loaded.family.denoiser_name, self.adapter, whole_pipeline)
 
-        # Set unset settings to the defaults of family and loss, and get the settings of noise and timesteps.
+        # Set unset settings to the defaults of the model family and the loss, and get the settings of noise and
+        # timesteps.
         noise = check_and_complete(args, loaded, loss, adapter=self.adapter)
 
-        # Place VAE and text encoders. With `precompute_latents`, they encode all pairs before training.
+        # Move VAE and text encoders to their device. With `precompute_latents`, VAE and text encoders encode all pairs
+        # before training.
         self.frozen_components = place_frozen_components(loaded, args)
         self.family = self.frozen_components.family
         self._encoder_key = EncoderKey(self.frozen_components, loaded, peers(args))
@@ -407,7 +413,9 @@ class DiffusionSDPOTrainer(Trainer):
         trainer_sets = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if eval_dataset is None:
-            raise ValueError("Evaluation needs an `eval_dataset`, got None. Pass one to the trainer or to `evaluate`.")
+            raise ValueError(
+                "Evaluation needs an `eval_dataset`, got None. Pass evaluation data to the trainer or to `evaluate`."
+            )
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         prepared = self._preparation.prepare(eval_dataset, name="eval", training=False)
@@ -439,7 +447,8 @@ class DiffusionSDPOTrainer(Trainer):
         return BucketSampler(eval_dataset.sizes, group, seed=eval_dataset.seed)
 
     def _prepare_data(self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig) -> tuple[Any, Any]:
-        """Return both data sets as data sets of pairs. Set `args.dataloader_num_workers` if it is `None`."""
+        """Return the training and evaluation data as data sets of pairs. Set `args.dataloader_num_workers` if it is
+        `None`."""
         prepare = self._preparation.prepare
         train_dataset = prepare(train_dataset, name="train", training=True)
         if isinstance(eval_dataset, dict):
@@ -455,8 +464,8 @@ class DiffusionSDPOTrainer(Trainer):
         """Compute the reference's errors on the training and evaluation data, or read them from the cache, and free the
         reference's memory.
 
-        Without `precompute_ref_errors=True`, this method does nothing. `train` calls this method, and all processes
-        must call it together.
+        Without `precompute_ref_errors=True`, this method does nothing. `train` calls this method. All processes must
+        call this method together.
         """
         if self._reference_errors is None:
             return
@@ -515,7 +524,7 @@ class DiffusionSDPOTrainer(Trainer):
                 "`resume_from_checkpoint`."
             )
         facts: dict[str, Any] = {"model": self.origin.fingerprint, "eval_dataset": self._eval_fingerprint}
-        if not isinstance(self.train_dataset, PreferenceIterableDataset):  # processes may read parts of a stream
+        if not isinstance(self.train_dataset, PreferenceIterableDataset):  # each process may read another part
             facts["train_dataset"] = self._data_fingerprint
         check_agreement(facts)
         if resume_from_checkpoint is None:
@@ -532,9 +541,9 @@ class DiffusionSDPOTrainer(Trainer):
                 return super().train(point, *args, **kwargs)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
-        """Prepare the model as transformers does, then set up the components that need the model in the form in which
-        the engine wrapped it."""
-        # Forget the flags and sums of an earlier training, which may have stopped within an optimizer step.
+        """Prepare the model as transformers does, then set up the components that need the model with the engine's
+        wrapper."""
+        # Reset flags and sums, because an earlier call of `train` may have stopped within an optimizer step.
         self._finite = self._new_finite_check()
         if self.auto_beta is not None:
             self.auto_beta.begin()
@@ -543,7 +552,8 @@ class DiffusionSDPOTrainer(Trainer):
         for weights in self._weight_copies:
             weights.keep_unrounded()
         self.engine.shard_before_preparing(self.denoiser, unrounded)
-        # If the engine shards weights, the checkpoint is read later, after reference and average are sharded too.
+        # If the engine shards weights, read the checkpoint later, when the weights of reference and average are sharded
+        # too.
         read_later = self.engine.holds_shards and resume_from_checkpoint is not None
         checkpoint = None if read_later else resume_from_checkpoint
         prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
@@ -557,8 +567,8 @@ class DiffusionSDPOTrainer(Trainer):
             self._load_engine_checkpoint(resume_from_checkpoint)
         if self.engine.casts_weights:
             self.family.settle_dtype()
-        # Build the safeguard anew, because an earlier training built it for another wrapper of the model. Build it now,
-        # so that engines with which the safeguard does not work are refused before the first step.
+        # Build the safeguard again, because an earlier call of `train` built it for another wrapper of the model. Build
+        # it before the first step, so that an engine that cannot run the safeguard is refused early.
         vars(self).pop("parameter_safeguard", None)
         _ = self.parameter_safeguard
         return prepared
@@ -571,8 +581,8 @@ class DiffusionSDPOTrainer(Trainer):
 
     @functools.cached_property
     def parameter_safeguard(self) -> ParameterSafeguard | None:
-        """Object that computes steps with `safeguard="parameter"`, or `None` with another safeguard. The object is
-        built again in every training, after the engine has wrapped policy and optimizer."""
+        """Object that computes training steps with `safeguard="parameter"`, or `None` with another safeguard. Every
+        call of `train` builds the object again, after the engine has wrapped policy and optimizer."""
         args = self.args
         if args.safeguard != "parameter":
             return None
@@ -595,7 +605,8 @@ class DiffusionSDPOTrainer(Trainer):
             self.winner_budget.begin(self.model_wrapped, self._load_probe())
 
     def _after_step(self, step: int) -> None:
-        """Update everything that follows the trained weights, after optimizer step `step`, counted from 1."""
+        """Update averaged weights, winner budget, beta and reference after optimizer step number `step` (the first step
+        is 1)."""
         if self.average is not None:
             self.average.after_step(step)
         if self.winner_budget is not None and step % ProbeSettings(**self.args.winner_budget_kwargs).steps == 0:
@@ -642,7 +653,7 @@ class DiffusionSDPOTrainer(Trainer):
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         if self.state.global_step not in (self._first_step, self._saved_step):
             self.run_files.verify_weights(self.model_wrapped)
-        settings: dict[str, Any] = {"save_total_limit": None}  # with 1, transformers would delete other checkpoints
+        settings: dict[str, Any] = {"save_total_limit": None}  # a limit of 1 would delete other checkpoints
         if was_interrupted(self.callback_handler.callbacks):
             settings["load_best_model_at_end"] = False
         with temporarily(self.args, **settings):
@@ -663,8 +674,8 @@ class DiffusionSDPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, PreferenceLossOutput]:
-        """Return the scalar loss of a batch of B pairs. With `return_outputs`, also return its
-        [`PreferenceLossOutput`].
+        """Return the scalar loss of a batch of B pairs. With `return_outputs`, also return the [`PreferenceLossOutput`]
+        of the batch.
 
         A subclass may override this method to change the loss, with every safeguard. With `safeguard="parameter"`, the
         autograd graph ends at the predictions, so terms that the subclass adds may depend on the model only through the
@@ -774,8 +785,8 @@ class DiffusionSDPOTrainer(Trainer):
     def _measured_loop(
         self, dataloader: DataLoader, *settings: Any, weights: EMAWeights | None = None
     ) -> EvalLoopOutput:
-        """Evaluate once on all data, and return the output with the metrics of the pairs. If `weights` is `None`, the
-        policy predicts; otherwise these averaged weights predict."""
+        """Evaluate once on all data, and return the output with the metrics of the pairs. The averaged weights
+        `weights` predict, or the policy's weights if `weights` is `None`."""
         self._evaluation.drain(self.accelerator)
         draws = 1 if self.reference.is_precomputed else draws_of_noise(dataloader.dataset)
         self._evaluation.begin(
@@ -786,7 +797,7 @@ class DiffusionSDPOTrainer(Trainer):
             weights=weights,
         )
         if _marks_real_pairs(dataloader.dataset):
-            self.gather_function = self._gather_counted  # transformers resets it after the evaluation
+            self.gather_function = self._gather_counted  # transformers resets this attribute after the evaluation
         output = super().evaluation_loop(dataloader, *settings)
         measured = self._evaluation.drain(self.accelerator)
         assert output.metrics is not None
@@ -800,9 +811,8 @@ class DiffusionSDPOTrainer(Trainer):
         return gathered[counted > 0] if len(gathered) == len(counted) else gathered
 
     def verdict(self) -> Verdict | None:
-        """Return a judgement of how the error on preferred images has changed since before training, or `None` if
-        nothing was measured. The verdict is based on the last evaluation or, without evaluations, on the last training
-        logs."""
+        """Return a verdict on whether training has raised the error on preferred images, or `None` if nothing was
+        measured. The verdict is based on the last evaluation or, without evaluations, on the last training logs."""
         step = final_step(self.args, self.state)
         images = "" if self.sample_scores is None else self.sample_scores.sentence(step or self.state.global_step)
         return verdict_of(self.state.log_history, self.run_facts, step, images)
@@ -825,7 +835,7 @@ class DiffusionSDPOTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_engine_checkpoint(self, checkpoint: str) -> None:
-        """Load a checkpoint into weights and optimizer after the engine (DeepSpeed or FSDP) has sharded them."""
+        """Load a checkpoint after the engine (DeepSpeed or FSDP) has sharded weights and optimizer state."""
         self.engine.check_resumable(self.optimizer)
         with self.run_files.loading_optimizer(self.optimizer, self.lr_scheduler):
             self.run_files.load(Path(checkpoint), self.model_wrapped)
@@ -898,8 +908,8 @@ class DiffusionSDPOTrainer(Trainer):
             save_position(self._position, self.args, Path(output_dir))
 
     def _setup(self) -> dict[str, Any]:
-        """Return what the file that describes the run contains: model, data, engine and settings. A resumed run
-        compares this file with its own facts."""
+        """Return the content of the file that describes the run: model, data, engine and settings. A resumed run must
+        match the file that the earlier run wrote."""
         return {
             **self.weight_files.describe(),
             "reference": self.origin.reference,
@@ -946,8 +956,8 @@ class DiffusionSDPOTrainer(Trainer):
                 self._write_card(model_name=model_name, dataset_name=dataset_name, tags=tags, license=license)
 
     def _end_report(self) -> None:
-        """Write the model card, and print which files the run has written and how to load them. Only the first process
-        calls this method."""
+        """Write the model card, and print which files the run has written and how to load the weights. Only the first
+        process calls this method."""
         self._write_card(keep_edited=True)
         interrupted = was_interrupted(self.callback_handler.callbacks)
         loading_code = None if interrupted else self.model_card.loading_code()

@@ -108,8 +108,8 @@ def settled_resolution(value: Any) -> list[int] | None:
     """Return `resolution`, the size of training images, as `[height, width]`.
 
     Args:
-        value (`int`, `list[int]` or `tuple[int, int]`, *optional*): Size from Python, YAML or a command line. A
-            command line passes a single number as a list.
+        value (`int`, `list[int]` or `tuple[int, int]`, *optional*): Size that was set in Python, in YAML or on a
+            command line. A command line passes a single number as a list.
 
     Raises:
         `ValueError`: If `value` is not one or two whole numbers of at least 8 pixels.

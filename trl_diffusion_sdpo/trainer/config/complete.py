@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | None) -> DiffusionSDPOConfig:
-    """Check the settings as far as possible without a model, and return a copy of them for the trainer.
+    """Check the settings as far as possible without a model, and return a copy of the settings for the trainer.
 
     Raises:
         `ValueError`: If `args` is no `DiffusionSDPOConfig`, the process sees several GPUs, or two arguments name a
@@ -53,7 +53,7 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
         raise ValueError(
             f"`args` must be a DiffusionSDPOConfig, got {type(args).__name__}. Pass a DiffusionSDPOConfig."
         )
-    if args.n_gpu > 1:  # transformers would wrap the model in `nn.DataParallel`, which replicates no reference
+    if args.n_gpu > 1:  # transformers would wrap the model in `nn.DataParallel`, which does not copy the reference
         raise ValueError(
             f"Each process trains on one GPU, but this process sees {args.n_gpu} GPUs. Start one process per GPU with "
             "`trl-diffusion-sdpo train --accelerate_config multi_gpu ...` or `accelerate launch`, or set "
@@ -102,7 +102,7 @@ def check_and_complete(
     check_resolution(args, family)
     timesteps = checked_timesteps(args, family)
 
-    # Settings under which the model predicts an input twice, and must give equal predictions, do not work with dropout.
+    # Refuse dropout if the settings need two equal predictions of the same input.
     if args.safeguard == "parameter" and args.safeguard_low_memory:
         refuse_dropout(denoiser, "`safeguard_low_memory`")
     if args.precompute_ref_errors:
@@ -120,7 +120,7 @@ def check_and_complete(
 
 def refuse_dropout(denoiser: nn.Module, what: str) -> None:
     """Raise `ValueError` if a denoiser has active dropout. `what` names the setting under which the denoiser predicts
-    the same images twice; the error message begins with it."""
+    the same images twice, for the error message."""
     if any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in denoiser.modules()):
         raise ValueError(
             f"{what} needs two equal predictions of the same images. The denoiser has dropout, which makes predictions "
@@ -176,8 +176,8 @@ def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, 
 def loss_defaults(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> tuple[float, float | None]:
     """Return the defaults of `safeguard_mu` and `beta` for the model family and the loss in `args`.
 
-    For a sum of losses, mu is the largest default of the losses that read the loser, and beta is the default that all
-    losses share. The returned beta is `None` if the loss has no beta, or if `beta` is set.
+    For a sum of losses, `safeguard_mu` is the largest default among the losses that use the loser, and `beta` is the
+    default that all losses share. The returned `beta` is `None` if the loss has no `beta`, or if `args.beta` is set.
 
     Raises:
         `ValueError`: If `beta` is not set and the losses of a sum have different defaults.
@@ -237,7 +237,8 @@ def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, An
 
 def checked_inversion(args: DiffusionSDPOConfig, family: Family) -> InversionSettings | None:
     """Return the settings of the inversion that gives each image its noise, or `None` if noise is random
-    (`noise_source` is not `"inversion"`). Raise `ValueError` if the model's noise process does not support them."""
+    (`noise_source` is not `"inversion"`). Raise `ValueError` if the model's noise process does not support the
+        settings."""
     if args.noise_source != "inversion":
         return None
     settings = InversionSettings(**args.inversion_kwargs)
@@ -261,7 +262,7 @@ def loss_settings(args: DiffusionSDPOConfig) -> LossSettings:
 
 
 def image_sizes(args: DiffusionSDPOConfig) -> tuple[tuple[int, int], ...]:
-    """Return all sizes `(height, width)` at which pairs train: one size, or those of the aspect-ratio buckets.
+    """Return all sizes `(height, width)` at which pairs train: a single size, or the sizes of all aspect-ratio buckets.
     `args.resolution` must be set."""
     buckets = aspect_ratio_buckets(args)
     return (image_size(args),) if buckets is None else buckets.sizes
@@ -288,8 +289,8 @@ def largest_batch(args: DiffusionSDPOConfig) -> int:
 
 
 def pairs_of_a_step(args: DiffusionSDPOConfig, batch_size: int) -> int:
-    """Return the number of pairs that all processes together read at once, if the batch size per device is
-    `batch_size`."""
+    """Return the number of pairs in the batches that all processes read at the same time, if the batch size per device
+    is `batch_size`."""
     assert isinstance(args.accelerator_config, AcceleratorConfig), "`__post_init__` parses it."
     return batch_size * (1 if args.accelerator_config.split_batches else args.world_size)
 
@@ -300,6 +301,6 @@ def precompute_folder(args: DiffusionSDPOConfig) -> Path:
 
 
 def stored_crops(args: DiffusionSDPOConfig) -> int | None:
-    """Return the number of random crops of each image that `precompute_latents` stores, or `None` if it stores no
-    random crops."""
+    """Return the number of random crops that `precompute_latents` stores for each image. Return `None` if images are
+    not cropped at random or not encoded before training."""
     return args.precompute_epochs if args.precompute_latents and args.random_crop else None

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 Built = TypeVar("Built")
 Group = TypeVar("Group", bound=type)
-RESUME = "resume"  # marks settings that change the trained weights; a resumed run must have the same values
+RESUME = "resume"  # marks settings that change the trained weights and must not change when a run resumes
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Range:
 
     Args:
         interval (`str`): Interval such as `"(0, 1]"`, or `"[1, inf)"` if there is no largest number.
-        advice (`str`): Last sentence of the error message for a number outside of the interval.
+        advice (`str`): Advice at the end of the error message for a number outside of the interval.
     """
 
     interval: str
