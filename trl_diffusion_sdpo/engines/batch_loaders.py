@@ -168,8 +168,7 @@ def choose_workers(
 
 
 def _min_workers(args: TrainingArguments) -> int:
-    """Return the smallest allowed number of workers: 1 if there are settings that torch refuses without workers, else
-    0."""
+    """Return 1 if the settings include an option that torch refuses without workers, else 0."""
     return int(args.dataloader_persistent_workers or args.dataloader_prefetch_factor is not None)
 
 

@@ -31,9 +31,7 @@ class Engine:
     def __init__(self, accelerator: Callable[[], Accelerator], policy: Callable[[], nn.Module]):
         self._accelerator = accelerator
         self._policy = policy
-        self._second_models: list[
-            nn.Module
-        ] = []  # frozen denoisers (reference, average) that are sharded like the policy
+        self._second_models: list[nn.Module] = []  # frozen denoisers that are sharded like the policy
 
     @property
     def accelerator(self) -> Accelerator:
@@ -44,8 +42,8 @@ class Engine:
 
     @property
     def name(self) -> str:
-        """Name of the engine, such as `"plain"`, `"fsdp"` or `"zero1, 8 processes"`. A checkpoint can be resumed only
-        under an engine of the same name."""
+        """Name of the engine, such as `"plain"` (one process or DDP), `"fsdp"` or `"zero1, 8 processes"`. A checkpoint
+        can be resumed only under an engine of the same name."""
         if self._is_deepspeed:
             return f"zero{self._zero_stage}, {self.accelerator.num_processes} processes"
         return "fsdp" if self._is_fsdp else "plain"
@@ -89,7 +87,7 @@ class Engine:
     def rounding(self) -> torch.dtype | None:
         """Half-precision dtype to which the engine rounds all weights, or copies of them in each forward pass.
 
-        `None` if the engine does not round; autocast then decides about precision.
+        `None` if the engine does not round (autocast may still round).
         """
         if self.accelerator.is_fsdp2:
             policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
@@ -105,7 +103,7 @@ class Engine:
     @property
     def pickled_types(self) -> list[type]:
         """Classes of DeepSpeed whose pickled objects are in its checkpoints. Loading DeepSpeed's objects is safe,
-        because their classes run no code."""
+        because unpickling these classes runs no code."""
         if not self._is_deepspeed:
             return []
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -161,7 +159,7 @@ class Engine:
         prepared.
 
         With `exact_gradients`, processes average gradients in float32, not in half precision. The parameter-space
-        safeguard needs this, because it subtracts gradients of similar size, and rounding errors would be large
+        safeguard needs float32, because it subtracts gradients of similar size, and rounding errors would be large
         relative to the difference.
         """
         compiling = self.accelerator.state.dynamo_plugin
@@ -171,9 +169,8 @@ class Engine:
             compiling.dynamic = None
         if self.accelerator.is_fsdp2:
             plugin = self.accelerator.state.fsdp_plugin
-            plugin.cpu_ram_efficient_loading = (
-                False  # process 0 need not send weights, because all processes load them; sending buffers fails
-            )
+            # Process 0 need not send weights, because all processes load them, and sending buffers fails.
+            plugin.cpu_ram_efficient_loading = False
             policy = plugin.mixed_precision_policy
             if policy is not None and policy.param_dtype is not None:
                 # By default, FSDP rounds every input, including timesteps. Autocast, which rounds only inputs of matrix
@@ -247,7 +244,8 @@ class Engine:
                 gets an empty dictionary.
 
         Returns:
-            `dict[str, torch.Tensor]`: Copies by name. For trained weights, these are the optimizer's float32 values.
+            `dict[str, torch.Tensor]`: Copies by name. For trained weights, the copies are the optimizer's float32
+            values.
         """
         gathered = {}
         for name, tensor in tensors.items():

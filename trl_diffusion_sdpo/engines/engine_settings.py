@@ -45,8 +45,8 @@ def check_deepspeed_precision(args: TrainingArguments) -> None:
 
 
 def set_deepspeed_learning_rate(args: TrainingArguments) -> None:
-    """Write the learning rate into DeepSpeed's configuration if it is `"auto"` there and was unset when transformers
-    filled it in."""
+    """Write the learning rate into DeepSpeed's configuration if the configuration still has `"auto"`, because
+    `learning_rate` was unset when transformers replaced `"auto"`."""
     plugin = args.deepspeed_plugin
     if plugin is None:
         return
@@ -62,8 +62,7 @@ def loading_unsharded(args: TrainingArguments) -> Iterator[None]:
     """Within the context, make models load with complete weights in every process.
 
     Outside of this context, transformers would load text encoders as shards under ZeRO-3, and only DeepSpeed's engine
-    can run shards. Under FSDP, transformers would load weights only in the first process if this context did not
-    prevent it.
+    can run shards. Outside of this context, transformers would also load weights only in the first process under FSDP.
     """
     first_process_only = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
     if first_process_only:

@@ -2,8 +2,8 @@
 processes, and set the gradient with which the optimizer steps. (`gradients.py` does arithmetic on these gradients.)
 
 Gradients are averaged over processes, never summed. With one process or DDP, `backward` returns the process's own
-gradient, and `all_reduced` averages it once per optimizer step. With FSDP2 and DeepSpeed, `backward` already returns
-averaged gradients, as this process's shards.
+gradient, and `all_reduced` averages the gradients of all processes once per optimizer step. With FSDP2 and DeepSpeed,
+`backward` already returns averaged gradients, as this process's shards.
 """
 
 from __future__ import annotations
@@ -167,9 +167,8 @@ class Zero12Backend(ZeroBackend):
 
     def __init__(self, engine: Any):
         super().__init__(engine)
-        self._groups: dict[
-            int, list[torch.Tensor]
-        ] = {}  # DeepSpeed's gradient shards of the latest backward pass, by parameter group
+        # DeepSpeed's gradient shards of the latest backward pass, by parameter group.
+        self._groups: dict[int, list[torch.Tensor]] = {}
 
     def take(self, into: Gradient | None) -> Gradient:
         averaged = zero_gradients(self._engine.optimizer)

@@ -1,5 +1,5 @@
-"""Arithmetic on gradients: inner products and sums. A gradient is a list with one tensor for each weight; if it is
-sharded, only this process's shards are used. (`gradient_backends.py` computes the gradients.)"""
+"""Arithmetic on gradients: inner products and sums. A gradient is a list with one tensor for each weight, or with this
+process's shard of each tensor. (`gradient_backends.py` computes the gradients.)"""
 
 from __future__ import annotations
 

@@ -63,8 +63,8 @@ def reshard(model: nn.Module) -> None:
 
 
 def gather_float32(tensor: Any, zero_stage: int) -> torch.Tensor:
-    """Return the full value of a weight. For weights that DeepSpeed trains, this is the optimizer's float32 value. A
-    weight that is not sharded is returned without copying it."""
+    """Return the full value of a weight. For weights that DeepSpeed trains, the full value is the optimizer's float32
+    value. A weight that is not sharded is returned without copying it."""
     if zero_stage == 0:
         return full_tensor(tensor)
     from deepspeed.utils import safe_get_full_fp32_param
@@ -106,8 +106,8 @@ def zero3_partition(
     import deepspeed  # takes seconds
 
     class OneByOne(nn.Module):
-        """Stand-in for `module` from which `zero.Init` gets one weight at a time, and shards it before it gets the next
-        one."""
+        """Stand-in for `module` that passes one weight at a time to `zero.Init`. `zero.Init` shards each weight before
+        it gets the next weight."""
 
         def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
             for weight in module.parameters():

@@ -57,7 +57,8 @@ class CollateIntoSharedMemory:
 
 @lru_cache(maxsize=1)
 def _exit_flag() -> torch.Tensor:
-    """Return a tensor in shared memory that is set to 1 when this process exits, so that its workers exit too.
+    """Return a tensor in shared memory that is set to 1 when this process exits, so that the workers of this process
+    exit too.
 
     Workers need this flag, because they ignore SIGTERM. After an exception, multiprocessing would send SIGTERM to the
     workers and wait for them forever.

@@ -56,8 +56,8 @@ def adapter_parts(denoiser: nn.Module, names: Iterable[str]) -> list[nn.Module]:
 
 
 def base_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the weights and buffers of a denoiser without those of its adapters, under the names that they have in a
-    denoiser without adapters."""
+    """Return the weights and buffers of a denoiser except the adapters' weights and buffers, under the names that they
+    have in a denoiser without adapters."""
     adapted = {name for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
     tensors = {}
     for name, tensor in module.state_dict().items():
@@ -90,7 +90,7 @@ def active_adapter(denoiser: Any) -> str | None:
 
 def check_adapter_weight(denoiser: Any, name: str) -> None:
     """Raise `ValueError` if the adapter `name` is switched off or has another weight than 1, because a LoRA file cannot
-    store this."""
+    store a weight."""
     rank_stabilized = lora_configs(denoiser)[name].use_rslora
     for layer in adapter_layers(denoiser):
         if not isinstance(layer, LoraLayer) or name not in layer.scaling:
@@ -122,8 +122,8 @@ def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tupl
         `str`: The adapter's name.
 
     Raises:
-        `ValueError`: If the denoiser already has an adapter, if the configuration is not that of a supported LoRA, or
-            if its `target_modules` match no layer.
+        `ValueError`: If the denoiser already has an adapter, if the configuration does not describe a supported LoRA,
+            or if its `target_modules` match no layer.
     """
     if active_adapter(denoiser) is not None:
         raise ValueError(

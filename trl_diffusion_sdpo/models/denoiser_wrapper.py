@@ -84,8 +84,8 @@ class _WithMask:
     """Checkpointing function that passes the attention mask to all blocks of a Chroma denoiser.
 
     Under activation checkpointing, diffusers passes the attention mask only to the blocks that process image and text
-    in two streams, so predictions differ from those without checkpointing. This class can be removed when diffusers
-    passes the mask to all blocks.
+    in two streams. Predictions would therefore differ from predictions without checkpointing. This class can be removed
+    when diffusers passes the mask to all blocks.
     """
 
     def __init__(self, function: Callable[..., Any]):

@@ -1,6 +1,6 @@
 """VAE and text encoders of a pipeline, which are never trained.
 
-VAE and text encoders stay on the accelerator, or are copied or loaded there only while they encode.
+VAE and text encoders stay on the accelerator, or are on the accelerator only while they encode.
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ OVERFLOWS = "force_upcast"  # entry of a VAE's configuration; if true, the VAE o
 
 
 class FrozenComponents:
-    """Holds a copy of the pipeline whose VAE and text encoders have the dtype and the device of training, and the
-    family object of this copy.
+    """Holds a copy of the user's pipeline with VAE and text encoders in the dtype and on the device of training.
 
-    VAE and text encoders are in one of three states. Within the context `in_use`, they always have weights and are on
-    the device:
+    VAE and text encoders are in one of three states. Within the context `in_use`, VAE and text encoders always have
+    weights and are on the device:
 
     | state | outside `in_use` | on entering `in_use` | on leaving |
     |---|---|---|---|
@@ -53,7 +52,7 @@ class FrozenComponents:
             the meta device.
         device (`torch.device`): Device on which the components run.
         half_dtype (`torch.dtype`, *optional*): Dtype of autocast; `None` without autocast.
-        vae_dtype (`str`): Dtype of the VAE. `"auto"` is the dtype of autocast, unless the VAE overflows in it.
+        vae_dtype (`str`): Dtype of the VAE. `"auto"` is the dtype of autocast, unless the VAE overflows in this dtype.
         vae_encode_batch_size (`int`, *optional*): Number of images in one call of the VAE.
         guidance_scale (`float`, *optional*): Guidance scale that the denoiser receives, if it has such an input.
         offload (`bool`): Whether to use the state `"offloaded"` for components that have weights.
@@ -247,8 +246,8 @@ def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> ModelMixin:
-    """Return the VAE in the dtype `wanted`, or in a suitable one for `"auto"`. The VAE is copied if its dtype changes.
-    A VAE can overflow only in float16, because bfloat16 has the range of float32."""
+    """Return the VAE in the dtype `wanted`, or in a suitable dtype if `wanted` is `"auto"`. The VAE is copied if its
+    dtype changes. A VAE can overflow only in float16, because bfloat16 has the range of float32."""
     overflows = vae.config.get(OVERFLOWS, False)
     dtype = vae.dtype
     if wanted != "auto":

@@ -87,8 +87,7 @@ def load_model(
         encoders (`bool`): Whether to load the weights of VAE and text encoders if `model` is a Hub id or folder. See
             [`~trl_diffusion_sdpo.families.load_pipeline`].
         denoiser (`bool`): Whether to load the weights of the denoiser if `model` is a Hub id or folder.
-        denoiser_folder (`str`, *optional*): Folder of a denoiser that is loaded instead of the one in the Hub id or
-            folder.
+        denoiser_folder (`str`, *optional*): Folder of a denoiser that replaces the denoiser in the Hub id or folder.
 
     Raises:
         `ValueError`: If `model` is of another type, or if an argument does not apply to this type.
@@ -118,8 +117,7 @@ def load_reference(
             models are single files. `revision` never applies, because it belongs to the policy's repository.
         ref_model_init_kwargs (`dict`, *optional*): Arguments that override `model_init_kwargs` if `ref_model` is a Hub
             id or folder.
-        denoiser_folder (`str`, *optional*): Folder of a denoiser that is loaded instead of the one in the Hub id or
-            folder.
+        denoiser_folder (`str`, *optional*): Folder of a denoiser that replaces the denoiser in the Hub id or folder.
 
     Raises:
         `ValueError`: If `ref_model` is of another type, or if an argument does not apply to a denoiser.

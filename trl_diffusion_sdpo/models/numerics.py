@@ -11,12 +11,8 @@ from torch import nn
 
 from ..utils._compat import forward_pre_hooks
 
-AUTOCAST_LAYERS = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-)  # layers whose weights autocast casts at every use
+# Layers whose weights autocast casts at every use.
+AUTOCAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CPU_ALIGNMENT = 64  # bytes; alignment of PyTorch's CPU allocator
 
 

@@ -54,8 +54,8 @@ class AdapterOffReference(Reference):
 
 
 class AdapterReference(Reference):
-    """A second LoRA on the policy's denoiser. The second LoRA has the weights that the policy's LoRA had at the start
-    of training, or those after the last update of the reference (`sync_ref_model`).
+    """A second LoRA on the policy's denoiser. The second LoRA has the weights of the policy's LoRA at the start of
+    training, or the weights of the last update of the reference (`sync_ref_model`).
 
     Checkpoints contain the second LoRA even if it never changes, because the initial LoRA may be stored nowhere else.
     """

@@ -58,8 +58,8 @@ def check_text_encoding(family: Family) -> None:
 
 
 def _tokenizer_of(family: Family, text_encoder: str) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer of a text encoder, such as `tokenizer_2` for `text_encoder_2`, or `None` if there is none.
-    A processor may contain the tokenizer."""
+    """Return the tokenizer of a text encoder, such as `tokenizer_2` for `text_encoder_2`, or `None` if the text encoder
+    has no tokenizer. A processor may contain the tokenizer."""
     parts = family.pipeline.components
     other = parts.get("processor") if text_encoder == "text_encoder" else None
     tokenizer = parts.get(text_encoder.replace("text_encoder", "tokenizer"), other)

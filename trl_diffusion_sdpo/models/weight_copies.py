@@ -59,8 +59,8 @@ def using_adapter(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterato
 
 
 class AdaptersOff:
-    """The policy's denoiser with its LoRA switched off. The object takes no memory, because it has no weights besides
-    the policy's."""
+    """The policy's denoiser with its LoRA switched off. The object takes no memory, because it has no weights of its
+    own."""
 
     def __init__(self, denoiser: nn.Module):
         self._layers = adapter_layers(denoiser)  # searched only once, because a search takes milliseconds
@@ -120,7 +120,7 @@ class SecondDenoiser:
     """A second denoiser that is never trained.
 
     Args:
-        module (`nn.Module`): The second denoiser. The constructor freezes it and puts it into evaluation mode.
+        module (`nn.Module`): The second denoiser. The constructor freezes this module and puts it into evaluation mode.
         engine ([`Engine`]): Engine that trains the policy.
         half_dtype (`torch.dtype`, *optional*): The dtype of autocast. Weights that autocast would cast at every use are
             cast once to this dtype. Casting once saves memory and does not change results.

@@ -35,8 +35,8 @@ class BranchGradients:
         self.gradients: dict[str, Gradient] = {}
 
     def backward(self, branch: str, objective: torch.Tensor, *, retain_graph: bool = False) -> None:
-        """Run a backward pass from `objective`, and add the gradient to those of `branch`, which is `"winner"`,
-        `"loser"` or `"anchor"`. See [`GradientBackend.backward`].
+        """Run a backward pass from `objective`, and add the gradient to the accumulated gradient of `branch`
+        (`"winner"`, `"loser"` or `"anchor"`). See [`GradientBackend.backward`].
 
         The objective of the losers must have the opposite sign of their term in the loss, so that the gradient of the
         loss is the winners' gradient minus the losers'.

@@ -3,7 +3,7 @@ for losses that are not finite.
 
 The CPU reads the metrics at each log, and the flags for losses that are not finite before each optimizer step.
 Processes exchange the flags by one small all-reduce per optimizer step. The all-reduce is queued before the last
-backward pass, so the accelerator does not wait for it.
+backward pass, so the accelerator does not wait for the other processes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class MetricMeter:
         self._weights: dict[str, float | torch.Tensor] = {}
 
     def add(self, metrics: dict[str, torch.Tensor], weight: float | torch.Tensor) -> None:
-        """Add the metrics of a batch, which are means over its pairs. `weight` is the number of pairs; for values that
-        are measured once per step, it is usually 1."""
+        """Add the metrics of a batch, which are means over its pairs. `weight` is the number of pairs, or usually 1 for
+        values that are measured once per step."""
         for name, value in metrics.items():
             weighted = value.detach().float() * weight
             self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
@@ -176,7 +176,7 @@ class FiniteCheck:
 
     def verify(self, step: int) -> None:
         """Raise `FloatingPointError` if a loss of this optimizer step is not finite. The message contains the step's
-        number and rows of the data set. The weights are still as before this step.
+        number and rows of the data set. The step has not changed the weights yet.
 
         Call this method after `watch` was called for all micro-batches of the step.
         """

@@ -62,15 +62,15 @@ class NoiseSettings:
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """Noisy latents of B pairs and what the model needs to predict them. In all tensors, the B winners come first, then
-    their losers.
+    """Noisy latents of B pairs, the other inputs of the denoiser, and the targets of its predictions. In all tensors,
+    the B winners come first, then the B losers.
 
     Args:
         noisy (`torch.Tensor` of shape `(2B, ...)`): Noisy latents.
         target (`torch.Tensor` of shape `(2B, ...)`): Target of the predictions: noise, velocity or clean latents.
         timesteps (`torch.Tensor` of shape `(2B,)`): Timesteps, equal for the two images of a pair.
         conditioning (`dict[str, torch.Tensor]`): Further inputs of the denoiser, such as prompt embeddings, of shape
-            `(2B, ...)`. Some may be on the CPU.
+            `(2B, ...)`. Some of these tensors may be on the CPU.
         noise_levels (`torch.Tensor` of shape `(2B,)`): Noise levels of the timesteps, in `[0, 1]`.
         region (`torch.Tensor` of shape `(2B, 1, h, w)`, *optional*): Factors by which the residuals are multiplied so
             that only the area within the masks counts; see [`region_of`]. `None` if the pairs have no masks.
@@ -116,9 +116,9 @@ class PairPredictions:
             autograd graph.
         scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores of the images.
         reference_errors (`torch.Tensor` of shape `(2B,)`, *optional*): Errors of the reference that were computed
-            before training. If set, they are used instead of `reference`.
+            before training. If set, `reference_errors` are used instead of `reference`.
         pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Weights of the pairs' losses.
-        beta (`torch.Tensor` of shape `()`, *optional*): Beta to use instead of the one in the settings.
+        beta (`torch.Tensor` of shape `()`, *optional*): Beta to use instead of the beta in the settings.
     """
 
     batch: NoisyBatch
@@ -135,8 +135,8 @@ class PairPredictions:
         return self.reference is not None or self.reference_errors is not None
 
     def take(self, rows: torch.Tensor) -> PairPredictions:
-        """Return the predictions of the selected pairs. `rows` has the indices of the winners first, then those of
-        their losers."""
+        """Return the predictions of the selected pairs. `rows` has the indices of the winners first, then the indices
+        of their losers."""
         optional = (self.reference, self.scores, self.reference_errors)
         reference, scores, errors = (None if tensor is None else tensor[rows] for tensor in optional)
         pairs = rows.chunk(2)[0] % (len(self.policy) // 2)
@@ -383,7 +383,7 @@ class PairForward:
         latents: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Invert each image to noise with the policy. Return timesteps `(2B,)` and noise `(2B, ...)`. The timesteps are
-        those that `draw_noise` would draw.
+        the same as `draw_noise` would draw.
 
         The policy predicts in its current mode (training or evaluation) and without classifier-free guidance. If the
         inversion adds random noise, this noise differs between the two images of a pair.
@@ -408,7 +408,7 @@ class PairForward:
         timesteps: torch.Tensor,
         conditioning: dict[str, torch.Tensor],
     ) -> NoisyBatch:
-        """Return the batch of clean latents `(N, ...)` with noise added to the amount of their timesteps `(N,)`."""
+        """Return a batch with noise added to clean latents `(N, ...)`, as much as their timesteps `(N,)` say."""
         process = self.family.noise_process
         return NoisyBatch(
             process.add_noise(latents, noise, timesteps),
@@ -455,8 +455,8 @@ class PairForward:
         return mean_error(batch.residual(torch.cat(predicted)))
 
     def draws_of_a_pair(self, model: nn.Module) -> int:
-        """Return the number of random timesteps, each with new noise, for each pair in a batch. In training, this is
-        `n_timesteps_per_pair`; in evaluation, it is 1."""
+        """Return the number of random timesteps, each with new noise, for each pair in a batch. The number is
+        `n_timesteps_per_pair` in training, and 1 in evaluation."""
         return self.noise_settings.timesteps_per_pair if model.training else 1
 
     def facts_of_pairs(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor | None]:

@@ -53,9 +53,8 @@ class ProbeInputs:
     """Pairs of the probe before they are encoded."""
 
     inputs: dict[str, Any]  # batch of the collator, on the device
-    counts: list[
-        bool
-    ]  # `False` for a pair that is repeated so that all processes have equally many pairs; its error is ignored
+    # `False` for pairs that are repeated so that all processes have equally many pairs; their errors are ignored.
+    counts: list[bool]
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class WinnerBudget(StoredController):
         sorts_by_scores (`bool`): Whether the scores decide which image of a pair is the winner.
         average ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights whose errors are measured
             instead of the policy's. At low noise levels, the errors of averaged weights vary less between steps than
-            those of the policy.
+            the errors of the policy's weights.
     """
 
     setting, file = "winner_budget", BUDGET_FILE

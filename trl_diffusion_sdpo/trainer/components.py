@@ -52,7 +52,7 @@ def load_policy(
     denoiser: bool = True,
 ) -> LoadedModel:
     """Load the pipeline whose denoiser trains, with complete (unsharded) weights in every process. If `denoiser` is
-    `False`, load it without the denoiser's weights."""
+    `False`, load the pipeline without the denoiser's weights."""
     start = StartingPoint("", adapter=args.adapter_name_or_path)
     options = args.model_init_kwargs
     if isinstance(model, (str, Path)):
@@ -86,7 +86,7 @@ def choose_trained_weights(
     """Add a LoRA if `peft_config` is set and no LoRA was loaded, and freeze all weights that do not train.
 
     Returns:
-        The name of the LoRA that trains (`None` in full tuning), and whether this call added this LoRA.
+        The name of the LoRA that trains (`None` in full tuning), and whether this function has added the LoRA.
     """
     denoiser = loaded.denoiser
     if args.disable_dropout:

@@ -32,8 +32,8 @@ class DiffusionSDPOConfig(AllArguments):
 
     The class has the settings of [`~transformers.TrainingArguments`], [`PipelineArguments`], [`MemoryArguments`],
     [`NoiseArguments`], [`LossArguments`], [`DataArguments`], [`WinnerArguments`], [`SampleArguments`] and
-    [`RunArguments`]. If a setting such as `beta` or `learning_rate` is `None`, the trainer uses the default of the
-    model's family and the loss, and logs the value.
+    [`RunArguments`]. If a setting such as `beta` or `learning_rate` is `None`, the trainer sets the setting to the
+    default of the model's family and the loss, and logs the value.
 
     [`~transformers.HfArgumentParser`] can turn this class into command line arguments.
 

@@ -130,7 +130,7 @@ class DiffusionSDPOTrainer(Trainer):
             have. If `None`, the reference is the policy before training. The trainer then gets the reference's
             predictions by switching the LoRA off, or from a frozen copy of the LoRA or of the denoiser.
         args ([`DiffusionSDPOConfig`], *optional*): Settings, which the trainer copies. In the copy (`trainer.args`),
-            unset settings are set to defaults.
+            the trainer sets unset settings to defaults.
         train_dataset (`datasets.Dataset`, `datasets.IterableDataset`, a torch `Dataset` or `list`, *optional*):
             Preference pairs in a supported format.
         eval_dataset (a type of `train_dataset`, or a `dict` of data sets, *optional*): Pairs for evaluation. Every
@@ -142,7 +142,7 @@ class DiffusionSDPOTrainer(Trainer):
         compute_metrics (`Callable`, *optional*): Function of an `EvalPrediction` that returns a dictionary of metrics.
             The `predictions` have shape `(pairs, 2)` and are the implicit rewards of chosen and rejected images; the
             `label_ids` are zeros.
-        callbacks (`list[TrainerCallback]`, *optional*): Callbacks in addition to those of the trainer.
+        callbacks (`list[TrainerCallback]`, *optional*): Callbacks in addition to the trainer's own callbacks.
         optimizers (`tuple`, *optional*): Optimizer and learning-rate scheduler, instead of those that the settings in
             `args` describe.
         peft_config ([`~peft.LoraConfig`], *optional*): Configuration of a LoRA to train instead of all weights. If
@@ -208,9 +208,7 @@ class DiffusionSDPOTrainer(Trainer):
         self._engine_ready = False
         self._first_step = 0  # step at which `train` began or resumed
         self._saved_step = -1  # step of the last checkpoint of this training
-        self._counted = torch.zeros(
-            0
-        )  # for each pair of the last evaluation batch: 0 if it is a repeated pair, else 1
+        self._counted = torch.zeros(0)  # for each pair of the last evaluation batch: 0 if repeated, else 1
         self._checkpoints_dir = args.output_dir  # a temporary folder while a checkpoint is being written
 
         # Turn the data into pairs, and encode the pairs if `precompute_latents` is set. The reference and the average
@@ -399,8 +397,8 @@ class DiffusionSDPOTrainer(Trainer):
         return self._loaders.training(self.train_dataset, self._train_batch_size, sampler, self.data_collator)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[Any, None]:
-        """Return the micro-batches of an optimizer step, and `None` instead of the number of items in them, because
-        losses are means over pairs."""
+        """Return the micro-batches of an optimizer step, and `None` instead of the number of items, because losses are
+        means over pairs."""
         batches = list(islice(epoch_iterator, num_batches))
         if self._position is not None:
             for batch in batches:
@@ -567,8 +565,8 @@ class DiffusionSDPOTrainer(Trainer):
             self._load_engine_checkpoint(resume_from_checkpoint)
         if self.engine.casts_weights:
             self.family.settle_dtype()
-        # Build the safeguard again, because an earlier call of `train` built it for another wrapper of the model. Build
-        # it before the first step, so that an engine that cannot run the safeguard is refused early.
+        # Build the safeguard again, because an earlier call of `train` built it for another wrapper of the model, and
+        # build it now, because an engine that cannot run the safeguard must be refused before the first step.
         vars(self).pop("parameter_safeguard", None)
         _ = self.parameter_safeguard
         return prepared
@@ -635,8 +633,8 @@ class DiffusionSDPOTrainer(Trainer):
         return epochs, batches
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train for one epoch. Do nothing if the run has reached `max_steps`, because transformers checks this only
-        after a step."""
+        """Train for one epoch. Do nothing if the run has reached `max_steps`, because transformers checks `max_steps`
+        only after a step."""
         if self.state.global_step >= self.state.max_steps:
             if self.is_world_process_zero():
                 logger.warning("Training is complete. Increase `max_steps` or `num_train_epochs` to continue.")
@@ -663,8 +661,8 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device. Data loaders leave batches on the CPU, so only the current micro-batch takes
-        memory on the device. The method of transformers is not called, because under DeepSpeed it would round scores,
-        errors and encoded images to the dtype of the weights."""
+        memory on the device. This method replaces transformers' method, because that method, under DeepSpeed, would
+        round scores, errors and encoded images to the dtype of the weights."""
         return _on_device(inputs, self.args.device)
 
     def compute_loss(
@@ -1011,8 +1009,8 @@ class DiffusionSDPOTrainer(Trainer):
         """Upload the tuned weights and the model card to the Hub repository `args.hub_model_id`. Checkpoints, pickle
         files and logs are not uploaded.
 
-        The trainer saves the files in `args.output_dir` first. If the upload fails, the files stay in this folder, and
-        a second call continues the upload without sending large files again that have arrived.
+        The trainer saves the files in `args.output_dir` first. If the upload fails, the files stay in
+        `args.output_dir`, and a second call uploads only the large files that have not arrived yet.
 
         Args:
             commit_message (`str`, *optional*): Message of the commit.
@@ -1022,8 +1020,8 @@ class DiffusionSDPOTrainer(Trainer):
                 [`~DiffusionSDPOTrainer.create_model_card`].
 
         Returns:
-            Result of [`~huggingface_hub.HfApi.upload_folder`] in the first process, or its `Future` if `blocking` is
-            `False`; `None` in all other processes.
+            In the first process, the result of [`~huggingface_hub.HfApi.upload_folder`], or a `Future` of this result
+            if `blocking` is `False`. In all other processes, `None`.
 
         Raises:
             `PublishingError`: In all processes, if the Hub refuses or does not answer.
@@ -1047,8 +1045,8 @@ class DiffusionSDPOTrainer(Trainer):
         return uploaded
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload the current weights during training. The method of transformers is not called, because it would expect
-        other file names and upload pickle files."""
+        """Upload the current weights during training. This method replaces transformers' method, because that method
+        would expect other file names and upload pickle files."""
         if not self.publisher.is_ready_for_progress():
             return
         with failing_together(PublishingError, during_upload=True):

@@ -200,8 +200,8 @@ def _conflicts(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
 
 
 def best_sample_metric(args: DiffusionSDPOConfig) -> str | None:
-    """Return `metric_for_best_model` without the prefix `eval_` if it is a score of sample images, and `None`
-    otherwise."""
+    """Return `metric_for_best_model` without the prefix `eval_` if this metric is a score of sample images. Return
+    `None` for other metrics."""
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
     return metric if metric.startswith(PREFIX) else None
 

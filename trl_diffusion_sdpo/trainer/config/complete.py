@@ -155,7 +155,7 @@ def sample_sources(args: DiffusionSDPOConfig, family: Family) -> list[Image.Imag
 
 
 def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, full: bool) -> None:
-    """Set unset settings in `args` to the defaults of the model family and the loss, and log these values."""
+    """Set unset settings in `args` to the defaults of the model family and the loss, and log these defaults."""
     mu, beta = loss_defaults(args, family, full=full)
     defaults_by_name = {
         "learning_rate": family.learning_rate_full if full else family.learning_rate_lora,
@@ -276,8 +276,8 @@ def image_size(args: DiffusionSDPOConfig) -> tuple[int, int]:
 
 
 def aspect_ratio_buckets(args: DiffusionSDPOConfig) -> AspectRatioBuckets | None:
-    """Return the aspect-ratio buckets (the image sizes from which each pair gets the best fitting one), or `None` if
-    all pairs train at `args.resolution`. `args.resolution` must be set."""
+    """Return the aspect-ratio buckets (image sizes, of which each pair gets the best fitting size), or `None` if all
+    pairs train at `args.resolution`. `args.resolution` must be set."""
     if not args.aspect_ratio_buckets:
         return None
     return from_kwargs(AspectRatioBuckets, "bucket_kwargs", args.bucket_kwargs, image_size(args))
