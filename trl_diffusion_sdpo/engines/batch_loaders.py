@@ -175,7 +175,6 @@ def _min_workers(args: TrainingArguments) -> int:
 def _suitable_workers(
     args: TrainingArguments, dataset: Pairs | None, batch_bytes: int, most: int = MAX_WORKERS
 ) -> int:
-    """Return a number of workers that suits the data, the CPU cores and the shared memory of the machine."""
     if dataset is None or (isinstance(dataset, PreferenceDataset) and len(dataset) < FEW_PAIRS):
         return 0
     if start_method(args) is None and not forks_by_default():

@@ -79,13 +79,14 @@ class Engine:
 
     @property
     def rounds_weights(self) -> bool:
-        """Whether the engine rounds the weights of the model itself to half precision (DeepSpeed), not only copies of
-        them."""
+        """Whether the engine rounds the weights of the model themselves to half precision (DeepSpeed), not only copies
+        of the weights."""
         return self._is_deepspeed and self.rounding is not None
 
     @property
     def rounding(self) -> torch.dtype | None:
-        """Half-precision dtype to which the engine rounds all weights, or copies of them in each forward pass.
+        """Half-precision dtype to which the engine rounds all weights, or rounds copies of the weights in each forward
+        pass.
 
         `None` if the engine does not round (autocast may still round).
         """
@@ -179,7 +180,7 @@ class Engine:
                 plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False, **settings)
             # Without this setting, every process would hold full gradients until the last micro-batch.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
-        elif self._zero_stage >= 2 and exact_gradients:  # not ZeRO-1, which would use another optimizer class
+        elif self._zero_stage >= 2 and exact_gradients:  # with these options, ZeRO-1 would use another optimizer class
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
             config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
             config.setdefault("communication_data_type", "fp32")
@@ -214,8 +215,8 @@ class Engine:
         sharding.restore_unrounded(weights)
 
     def gradient_backend(self) -> GradientBackend:
-        """Return the back end that accumulates the gradients of winners and losers separately. The engine must have
-        wrapped the policy before.
+        """Return the back end that accumulates the gradients of winners and losers separately. Call this method after
+        the engine has wrapped the policy.
 
         Raises:
             `ValueError`: If the engine's settings do not allow separate gradients.

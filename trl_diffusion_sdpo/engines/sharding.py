@@ -179,7 +179,6 @@ class Float32Shards:
 
     @property
     def names(self) -> list[str]:
-        """Names of the weights."""
         return list(self._shards)
 
     def full(self, name: str) -> torch.Tensor:

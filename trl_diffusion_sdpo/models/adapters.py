@@ -170,7 +170,7 @@ def copy_adapter(denoiser: Any, source: str, target: str) -> None:
 
 
 def cast_adapter_like(denoiser: nn.Module, source: str, target: str) -> None:
-    """Cast the adapter `target` to the dtypes of the adapter `source`, so that both compute with equal rounding."""
+    """Cast the adapter `target` to the dtypes of the adapter `source`, so that the two adapters round equally."""
     for layer in adapter_layers(denoiser):
         for layer_name in layer.adapter_layer_names:
             modules = getattr(layer, layer_name)

@@ -21,7 +21,6 @@ class EMAWeights(WeightCopy):
 
     Args:
         decay (`float`): Decay in `average = decay * average + (1 - decay) * weights`, in `(0, 1)`.
-        engine ([`~trl_diffusion_sdpo.engines.engine.Engine`]): Engine that trains the policy.
         shared (`bool`): Whether a second denoiser first shares the memory of the policy's weights; see [`second_copy`].
     """
 

@@ -50,7 +50,6 @@ class FrozenComponents:
     Args:
         family ([`~trl_diffusion_sdpo.families.Family`]): Family of the user's pipeline. VAE and text encoders may be on
             the meta device.
-        device (`torch.device`): Device on which the components run.
         half_dtype (`torch.dtype`, *optional*): Dtype of autocast; `None` without autocast.
         vae_dtype (`str`): Dtype of the VAE. `"auto"` is the dtype of autocast, unless the VAE overflows in this dtype.
         vae_encode_batch_size (`int`, *optional*): Number of images in one call of the VAE.
@@ -122,8 +121,8 @@ class FrozenComponents:
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[Family]:
-        """Load absent components from disk, and free them when the context ends. Loading does not change the state of
-        the CPU's random number generator."""
+        """Load absent components from disk, and free the components when the context ends. Loading does not change the
+        state of the CPU's random number generator."""
         if self._load is None:
             raise ValueError(
                 "Training needs the weights of the pipeline's VAE and text encoders, but these components are on the "
@@ -144,8 +143,8 @@ class FrozenComponents:
             if not self._was_read:
                 self._was_read = True
                 logger.warning(
-                    "Loaded VAE and text encoders in %.1f s. They are freed after use, and loaded again each time "
-                    "they are needed.",
+                    "Loaded VAE and text encoders in %.1f s. Both are freed after each use, and loaded again for the "
+                    "next use.",
                     time.monotonic() - start,
                 )
                 check_text_encoding(self.family)
@@ -239,7 +238,6 @@ def _own(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Replace the parameter or buffer `name` of a module by a tensor."""
     if isinstance(getattr(module, name), nn.Parameter) and not isinstance(tensor, nn.Parameter):
         tensor = nn.Parameter(tensor, requires_grad=False)
     setattr(module, name, tensor)

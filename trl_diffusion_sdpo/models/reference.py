@@ -72,7 +72,6 @@ class FrozenReference(Reference):
     Args:
         half_dtype (`torch.dtype`, *optional*): Dtype of autocast, to which most weights are cast once; see
             [`SecondDenoiser`]. Ignored if `follows` is set.
-        follows (`bool`): Whether the reference is updated during training (`sync_ref_model`).
 
     Raises:
         `ValueError`: If the reference has another architecture than the policy.
@@ -138,7 +137,7 @@ class PrecomputedReference(Reference):
 
     @property
     def can_predict(self) -> bool:
-        """Whether the reference can still predict. `release` ends this."""
+        """Whether the reference can still predict: `False` after `release`."""
         return self._source is not None
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -184,17 +183,16 @@ def build_reference(
     half_dtype: torch.dtype | None,
     precomputed: bool = False,
 ) -> Reference:
-    """Return the reference, of the kind that the arguments require.
+    """Return a reference of the kind that the arguments require.
 
     Args:
-        engine ([`Engine`]): Engine that trains the policy.
         needed (`bool`): Whether the loss uses a reference. If the loss does not use a reference, the user's reference
             is used for metrics only.
         users_module (`nn.Module`, *optional*): Reference that the user passed. The function may round, shard or update
             this module in place.
         shared (`bool`): Whether a copy of the policy first shares the policy's memory; see [`second_copy`].
         fresh_adapter (`str`, *optional*): Name of a new LoRA, which does not change the model's output yet.
-        started_adapter (`str`, *optional*): Name of a LoRA that the policy already had, whose training continues.
+        started_adapter (`str`, *optional*): Name of a LoRA that was loaded with the policy and is trained further.
         follows (`bool`): Whether the reference is updated during training (`sync_ref_model`).
         half_dtype (`torch.dtype`, *optional*): Dtype of autocast; see [`SecondDenoiser`].
         precomputed (`bool`): Whether the reference's errors are computed before training, so that no copy of the policy
@@ -206,8 +204,8 @@ def build_reference(
     if users_module is not None:
         if follows and adapter_layers(denoiser):
             raise ValueError(
-                "If a LoRA trains, `sync_ref_model` updates a second LoRA, which the trainer makes itself as the "
-                "reference. `ref_model` was passed too. Leave `ref_model` out."
+                "If a LoRA trains, `sync_ref_model` uses a second LoRA as the reference, and the trainer creates this "
+                "LoRA itself. `ref_model` was passed too. Leave `ref_model` out."
             )
         frozen = FrozenReference(users_module, denoiser, engine, half_dtype=half_dtype, follows=follows)
         return PrecomputedReference(frozen, partial(_with_scalings, users_module)) if precomputed else frozen
@@ -236,7 +234,7 @@ def _with_scalings(users_module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _precomputed(denoiser: nn.Module, fresh_adapter: str | None, started_adapter: str | None) -> PrecomputedReference:
-    """Return a reference whose errors are computed with the policy before training."""
+    """Return a reference that is the policy before training, and whose errors are computed before training."""
 
     def tensors() -> dict[str, torch.Tensor]:
         if started_adapter is None:

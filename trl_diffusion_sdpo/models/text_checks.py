@@ -95,7 +95,7 @@ def hide_truncation_warnings(family: Family) -> None:
     """Silence the pipeline's warning about each long prompt, because the data report already counts long prompts."""
     for parent in type(family.pipeline).__mro__:
         if parent.__module__.startswith("diffusers."):
-            logging.getLogger(parent.__module__).addFilter(_is_no_truncation_warning)  # a second call has no effect
+            logging.getLogger(parent.__module__).addFilter(_is_no_truncation_warning)  # adding twice has no effect
 
 
 def _is_no_truncation_warning(record: logging.LogRecord) -> bool:

@@ -77,11 +77,6 @@ class SecondAdapter:
     """A second, frozen LoRA on the policy's denoiser. The second LoRA starts with the current weights of the LoRA that
     trains.
 
-    Args:
-        policy_adapter (`str`): Name of the LoRA that trains.
-        name (`str`): Name of the second LoRA.
-        engine ([`Engine`]): Engine that trains the policy.
-
     Raises:
         `ValueError`: If the denoiser already has an adapter called `name`.
     """
@@ -121,7 +116,6 @@ class SecondDenoiser:
 
     Args:
         module (`nn.Module`): The second denoiser. The constructor freezes this module and puts it into evaluation mode.
-        engine ([`Engine`]): Engine that trains the policy.
         half_dtype (`torch.dtype`, *optional*): The dtype of autocast. Weights that autocast would cast at every use are
             cast once to this dtype. Casting once saves memory and does not change results.
     """
@@ -188,14 +182,14 @@ class WeightCopy:
                 self.second.module.compile(backend=backend, mode=mode)
 
     def stop_sharing(self) -> None:
-        """Give a second denoiser its own memory if [`second_copy`] has let it share the policy's memory. Call this
-        method if the engine does not shard weights after all."""
+        """Give a second denoiser its own memory if the denoiser shares the policy's memory (see [`second_copy`]). Call
+        this method if the engine does not shard weights after all."""
         for weight in self.second.module.parameters() if isinstance(self.second, SecondDenoiser) else ():
             weight.data = weight.data.clone()
 
     def keep_unrounded(self) -> None:
-        """Make float32 copies of these weights if the engine will round them. Call this method before the engine
-        prepares the policy."""
+        """Make float32 copies of these weights if the engine will round these weights. Call this method before the
+        engine prepares the policy."""
         second = self._stored_weights()
         if second is not None and self.float32_shards is None and second.engine.rounds_weights:
             self.float32_shards = second.engine.float32_shards(_parameters(second.weights()))

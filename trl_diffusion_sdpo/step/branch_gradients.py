@@ -3,8 +3,8 @@
 Winners and losers are called the two branches of the loss. The autograd graph of the loss ends at the predictions, so
 the backward pass of a branch starts from the scalar `(prediction * gradient of the loss at the prediction).sum()`. The
 gradients of a branch are added up over the micro-batches of an optimizer step, to W for winners and L for losers. After
-the last micro-batch, lambda is computed from the inner products of the accumulated gradients W and L. The gradient `W -
-lambda L` is then passed to the back end, and the engine clips it and steps.
+the last micro-batch, lambda is computed from the inner products of the accumulated gradients W and L. The back end gets
+the gradient `W - lambda L`. The Trainer or the engine clips this gradient and steps the optimizer.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class BranchGradients:
         """Run a backward pass from `objective`, and add the gradient to the accumulated gradient of `branch`
         (`"winner"`, `"loser"` or `"anchor"`). See [`GradientBackend.backward`].
 
-        The objective of the losers must have the opposite sign of their term in the loss, so that the gradient of the
-        loss is the winners' gradient minus the losers'.
+        The losers' objective must have the opposite sign of the losers' term in the loss, so that the gradient of the
+        loss is the winners' gradient minus the losers' gradient.
         """
         accumulated = self.gradients.get(branch)
         self.gradients[branch] = self.backend.backward(objective, accumulated, retain_graph=retain_graph)

@@ -94,12 +94,7 @@ class StoredController:
 
 
 class AutoBeta(StoredController):
-    """Adapts beta after each optimizer step, from the mean absolute margin of the step's pairs.
-
-    Args:
-        controller ([`~trl_diffusion_sdpo.losses.BetaController`]): Object that computes the next beta.
-        meter ([`MetricMeter`]): Collector of the training metrics.
-    """
+    """Adapts beta after each optimizer step, from the mean absolute margin of the step's pairs."""
 
     setting, file = "auto_beta", BETA_FILE
     controller: BetaController
@@ -158,7 +153,6 @@ class FiniteCheck:
         """Record the losses of a micro-batch.
 
         Args:
-            pair_losses (`torch.Tensor` of shape `(B,)`): Loss of each pair.
             rows (`torch.Tensor` of shape `(B,)`): Row of each pair in the data set.
             last (`bool`): Whether this is the last micro-batch before an optimizer step. If `True`, the flag (whether a
                 loss is not finite) is sent to the other processes.

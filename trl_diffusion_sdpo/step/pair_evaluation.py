@@ -45,7 +45,6 @@ class PairEvaluation:
         """Begin an evaluation of a data set.
 
         Args:
-            prefix (`str`): Prefix of the names of the evaluation's metrics.
             before_training (`bool`): Whether later evaluations are compared with this one.
             draws (`int`): Number of noises and timesteps at which each pair is predicted.
             weights ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights that predict instead

@@ -72,8 +72,8 @@ class NoisyBatch:
         conditioning (`dict[str, torch.Tensor]`): Further inputs of the denoiser, such as prompt embeddings, of shape
             `(2B, ...)`. Some of these tensors may be on the CPU.
         noise_levels (`torch.Tensor` of shape `(2B,)`): Noise levels of the timesteps, in `[0, 1]`.
-        region (`torch.Tensor` of shape `(2B, 1, h, w)`, *optional*): Factors by which the residuals are multiplied so
-            that only the area within the masks counts; see [`region_of`]. `None` if the pairs have no masks.
+        region (`torch.Tensor` of shape `(2B, 1, h, w)`, *optional*): Factors that multiply the residuals, so that only
+            residuals within the masks enter the error; see [`region_of`]. `None` if the pairs have no masks.
     """
 
     noisy: torch.Tensor
@@ -222,8 +222,8 @@ class PairForward:
         Args:
             model (`nn.Module`): Policy as the engine (DDP, FSDP2, DeepSpeed) wrapped it.
             inputs (`dict`): Batch of the collator, on the device.
-            weights ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights, with which to predict
-                instead of the policy's weights.
+            weights ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights that predict instead
+                of the policy's weights.
         """
         draws = self.draws_of_a_pair(model)
         batch = self.noisy_batch(inputs, draws, model)
@@ -408,7 +408,7 @@ class PairForward:
         timesteps: torch.Tensor,
         conditioning: dict[str, torch.Tensor],
     ) -> NoisyBatch:
-        """Return a batch with noise added to clean latents `(N, ...)`, as much as their timesteps `(N,)` say."""
+        """Return a batch of clean latents `(N, ...)` with noise added for the timesteps `(N,)`."""
         process = self.family.noise_process
         return NoisyBatch(
             process.add_noise(latents, noise, timesteps),
@@ -550,7 +550,7 @@ def repeat_pairs(tensor: torch.Tensor, times: int) -> torch.Tensor:
 
 def seeds_of_draws(seeds: Sequence[int], draws: int) -> list[int]:
     """Return the seeds for the `draws` random timesteps of each pair: first the seeds for the first timestep of every
-    pair, then those for the second timestep, and so on. For the first timestep, the seed is the pair's own seed."""
+    pair, then the seeds for the second timestep, and so on. For the first timestep, the seed is the pair's own seed."""
     later = [
         int(np.random.SeedSequence([seed, draw]).generate_state(1, np.uint64)[0] >> 1)
         for draw in range(1, draws)

@@ -36,7 +36,6 @@ class ParameterSafeguard:
     [`~ParameterSafeguard.step`].
 
     Args:
-        meter ([`MetricMeter`]): Collector of the training metrics.
         sorts_by_scores (`bool`): Whether the scores decide which image of a pair is the winner.
         low_memory (`bool`): Whether to hold the activations of winners and losers one after the other instead of
             together, at the cost of one more forward pass of the losers.

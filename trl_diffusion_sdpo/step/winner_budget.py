@@ -71,13 +71,10 @@ class WinnerBudget(StoredController):
     """Limits the rise of the winners' error during training.
 
     Args:
-        controller ([`~trl_diffusion_sdpo.losses.BudgetController`]): Object that computes the scales of the losers'
-            gradients.
-        meter ([`MetricMeter`]): Collector of the training metrics.
         sorts_by_scores (`bool`): Whether the scores decide which image of a pair is the winner.
         average ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights whose errors are measured
-            instead of the policy's. At low noise levels, the errors of averaged weights vary less between steps than
-            the errors of the policy's weights.
+            instead of the errors of the policy's weights. At low noise levels, the errors of averaged weights vary less
+            between steps than the errors of the policy's weights.
     """
 
     setting, file = "winner_budget", BUDGET_FILE
@@ -167,8 +164,8 @@ class WinnerBudget(StoredController):
 
 
 def probe_items(dataset: Any, wanted: int) -> list[Any]:
-    """Return the pairs of the probe as items for the collator: `wanted` evenly spaced pairs of a map-style data set, or
-    the first `wanted` pairs of a stream."""
+    """Return `wanted` pairs for the probe, as items for the collator: evenly spaced pairs of a map-style data set, or
+    the first pairs of a stream."""
     dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
     view = dataset.for_evaluation()
     if not isinstance(view, PreferenceDataset):

@@ -50,12 +50,9 @@ def add_callbacks(
     its own `on_train_end`. The progress bar of transformers is replaced by a shorter one.
 
     Args:
-        sample_scores ([`SampleScores`], *optional*): Object that scores the sample images.
         begin (`Callable`): Function to call before the first optimizer step.
         after_step (`Callable`): Function to call after every optimizer step, with the step's number (the first step is
             1).
-        evaluate (`Callable`): Function that evaluates the current weights.
-        log (`Callable`): Function that logs metrics.
         end (`Callable`): Function that prints at the end of training, in the first process only, which files the run
             wrote.
     """

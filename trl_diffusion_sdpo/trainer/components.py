@@ -164,7 +164,7 @@ def make_reference(
         users_reference = load_ref_model(ref_model, loaded, args)
         if users_reference is loaded.denoiser:
             raise ValueError(
-                "`model` and `ref_model` must be two objects. If they were one, the reference would train too, and "
+                "`model` and `ref_model` must be two objects. A shared object would train as the reference too, and "
                 f"all margins would stay 0. Got one {type(users_reference).__name__} for both. Leave `ref_model` out, "
                 "or pass a copy of the model."
             )
@@ -263,7 +263,6 @@ def make_reference_errors(
 
     Args:
         encoder_key ([`EncoderKey`]): Key that identifies VAE and text encoders in the cache.
-        loaders ([`BatchLoaders`]): Object that makes this process's data loaders.
         to_inputs (`Callable`): Function that collates items into a batch and moves the batch to the device.
     """
     reference = forward.reference

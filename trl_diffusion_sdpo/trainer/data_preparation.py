@@ -28,7 +28,7 @@ from .diffusion_sdpo_config import DiffusionSDPOConfig
 logger = logging.getLogger(__name__)
 
 POSITION_FILE = "stream_position_{}.json"  # in a checkpoint, one file for each process
-CHECKED_PROMPTS = 10_000  # number of first pairs whose prompts are checked for length
+CHECKED_PROMPTS = 10_000  # the prompts of so many pairs, from the first, are checked for length
 PREPARED = (PreferenceDataset, PreferenceIterableDataset)
 
 
@@ -38,10 +38,8 @@ class PairPreparation:
 
     Args:
         args ([`DiffusionSDPOConfig`]): The trainer's settings, after `check_and_complete`.
-        loss ([`LossSpec`]): Properties of the loss.
         family ([`~trl_diffusion_sdpo.families.Family`]): The model family, whose tokenizers find the prompts that are
             too long.
-        encoding ([`PairEncoding`], *optional*): Object that encodes images and prompts before training.
     """
 
     def __init__(self, args: DiffusionSDPOConfig, loss: LossSpec, family: Family, encoding: PairEncoding | None):

@@ -143,8 +143,8 @@ class DiffusionSDPOTrainer(Trainer):
             The `predictions` have shape `(pairs, 2)` and are the implicit rewards of chosen and rejected images; the
             `label_ids` are zeros.
         callbacks (`list[TrainerCallback]`, *optional*): Callbacks in addition to the trainer's own callbacks.
-        optimizers (`tuple`, *optional*): Optimizer and learning-rate scheduler, instead of those that the settings in
-            `args` describe.
+        optimizers (`tuple`, *optional*): Optimizer and learning-rate scheduler to use instead of the ones that `args`
+            describes.
         peft_config ([`~peft.LoraConfig`], *optional*): Configuration of a LoRA to train instead of all weights. If
             `target_modules` of `peft_config` is unset, the LoRA is added to the modules that diffusers' training script
             for this model family uses.
@@ -406,8 +406,8 @@ class DiffusionSDPOTrainer(Trainer):
         return batches, None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return the data loader for an evaluation. For the trainer's own `eval_dataset`, or a data set in it, every
-        call returns the same loader."""
+        """Return the data loader for an evaluation. If the data are the trainer's own `eval_dataset`, or a data set in
+        this `dict`, every call returns the same loader."""
         trainer_sets = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if eval_dataset is None:
@@ -522,7 +522,7 @@ class DiffusionSDPOTrainer(Trainer):
                 "`resume_from_checkpoint`."
             )
         facts: dict[str, Any] = {"model": self.origin.fingerprint, "eval_dataset": self._eval_fingerprint}
-        if not isinstance(self.train_dataset, PreferenceIterableDataset):  # each process may read another part
+        if not isinstance(self.train_dataset, PreferenceIterableDataset):  # processes read different parts of streams
             facts["train_dataset"] = self._data_fingerprint
         check_agreement(facts)
         if resume_from_checkpoint is None:
@@ -565,8 +565,8 @@ class DiffusionSDPOTrainer(Trainer):
             self._load_engine_checkpoint(resume_from_checkpoint)
         if self.engine.casts_weights:
             self.family.settle_dtype()
-        # Build the safeguard again, because an earlier call of `train` built it for another wrapper of the model, and
-        # build it now, because an engine that cannot run the safeguard must be refused before the first step.
+        # Build the safeguard again, because an earlier call of `train` built it for another wrapper of the model.
+        # Building the safeguard before the first step also refuses an unsuitable engine early.
         vars(self).pop("parameter_safeguard", None)
         _ = self.parameter_safeguard
         return prepared
@@ -598,7 +598,7 @@ class DiffusionSDPOTrainer(Trainer):
         )
 
     def _begin_steps(self) -> None:
-        """Measure the errors for `winner_budget` before the first optimizer step."""
+        """Measure the winners' errors for `winner_budget` before the first optimizer step."""
         if self.winner_budget is not None:
             self.winner_budget.begin(self.model_wrapped, self._load_probe())
 
@@ -675,9 +675,9 @@ class DiffusionSDPOTrainer(Trainer):
         """Return the scalar loss of a batch of B pairs. With `return_outputs`, also return the [`PreferenceLossOutput`]
         of the batch.
 
-        A subclass may override this method to change the loss, with every safeguard. With `safeguard="parameter"`, the
-        autograd graph ends at the predictions, so terms that the subclass adds may depend on the model only through the
-        predictions.
+        A subclass may override this method to change the loss. This works with every safeguard. With
+        `safeguard="parameter"`, the autograd graph ends at the predictions, so terms that the subclass adds may depend
+        on the model only through the predictions.
         """
         safeguard = self.parameter_safeguard if model.training else None
         predictions = (self.pair_forward if safeguard is None else safeguard).predict_pairs(model, inputs)
@@ -863,7 +863,7 @@ class DiffusionSDPOTrainer(Trainer):
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         is_output_dir = folder.resolve() == self.run_folder.path.resolve()
         pushes = self.args.push_to_hub and not _internal_call
-        if not (is_output_dir and pushes):  # otherwise `push_to_hub` saves the files, after uploads in progress
+        if not (is_output_dir and pushes):  # else `push_to_hub` saves the files when earlier uploads are done
             lock: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if is_output_dir:
                 lock = self.run_folder.locked(all_processes=self.engine.holds_shards)
@@ -946,7 +946,7 @@ class DiffusionSDPOTrainer(Trainer):
             model_name (`str`, *optional*): Name of the model. If unset, the name of the output folder is used.
             dataset_name (`str`, *optional*): Hub id of the training data. If unset, the trainer's attribute
                 `dataset_name` is used.
-            tags (`str` or `list[str]`, *optional*): Tags in addition to those of the trainer.
+            tags (`str` or `list[str]`, *optional*): Tags in addition to the trainer's own tags.
             license (`str`, *optional*): Identifier of the licence. If unset, the base model's licence applies.
         """
         if self.is_world_process_zero():
@@ -1010,7 +1010,8 @@ class DiffusionSDPOTrainer(Trainer):
         files and logs are not uploaded.
 
         The trainer saves the files in `args.output_dir` first. If the upload fails, the files stay in
-        `args.output_dir`, and a second call uploads only the large files that have not arrived yet.
+        `args.output_dir`. A second call continues the upload without sending large files again that have already
+        arrived.
 
         Args:
             commit_message (`str`, *optional*): Message of the commit.
@@ -1029,7 +1030,7 @@ class DiffusionSDPOTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token, revision, private = (kwargs.pop(name, None) for name in ("token", "revision", "private"))
         model_name = kwargs.pop("model_name", None)
-        self._finish_current_push()  # an upload in progress reads the files that are overwritten next
+        self._finish_current_push()  # an upload in progress still reads the files that saving overwrites
         uploaded = None
         with self.run_folder.locked(all_processes=True):
             with failing_together(PublishingError, during_upload=True):

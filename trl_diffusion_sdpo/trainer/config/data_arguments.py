@@ -65,14 +65,15 @@ class DataArguments:
             are multiples of `step` pixels (default 64). `max_aspect_ratio` (default 2) is the largest allowed ratio of
             the longer to the shorter side.
         min_side (`int`, *optional*):
-            Smallest allowed length in pixels of an image's shorter side. Pairs with a smaller image are skipped and
-            counted. Set `min_side` so that small images are not enlarged much. If unset, no pair is skipped for its
-            size.
+            Smallest allowed length in pixels of an image's shorter side. Pairs with a smaller image are skipped, and
+            the data report says how many. Set `min_side` so that small images are not enlarged much. If unset, no pair
+            is skipped for its size.
         random_crop (`bool`, *optional*, defaults to `False`):
             Whether to crop images at a random position instead of at the center. Both images of a pair are cropped at
             the same position.
         random_flip (`bool`, *optional*, defaults to `True`):
-            Whether to flip a random half of the pairs horizontally. Both images of a pair are flipped together.
+            Whether to flip pairs horizontally at random, each pair with probability 0.5. Both images of a pair are
+            flipped together.
         image_interpolation (`str`, *optional*, defaults to `"bilinear"`):
             Interpolation for resizing: `"bilinear"`, `"bicubic"` or `"lanczos"`.
         proportion_empty_prompts (`float`, *optional*, defaults to `0.0`):

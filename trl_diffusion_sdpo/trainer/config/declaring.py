@@ -46,11 +46,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Choices:
-    """Words that are allowed in a setting whose value is a list of words or a single word.
-
-    Args:
-        words (`tuple[str, ...]`): All allowed words.
-    """
+    """Words that are allowed in a setting whose value is a list of words or a single word."""
 
     words: tuple[str, ...]
 

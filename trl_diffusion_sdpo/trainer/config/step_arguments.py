@@ -124,11 +124,11 @@ class LossArguments:
             Small number that `safeguard="output"` adds to the divisor of lambda (the divisor is the dot product of the
             winners' and losers' gradients). Use 1e-9 to reproduce the authors' code.
         safeguard_anchor (`str`, *optional*):
-            Quantity that `safeguard="parameter"` keeps from rising. `"branch"` is the mean of the winners' errors with
-            the weights that the loss gives to the pairs. `"error"` is the unweighted mean of the winners' errors, and
-            needs one more backward pass of the winners. If unset, `"error"` is used for losses whose winner term can
-            itself raise the winner's error (`ipo`, `dspo`, `dspo_sdxl`, `dmpo`, `capo`, `apo_down`), and `"branch"` for
-            all other losses.
+            Quantity that `safeguard="parameter"` keeps from rising. `"branch"` is the weighted mean of the winners'
+            errors, with the weights that the loss gives to the pairs. `"error"` is the unweighted mean of the winners'
+            errors, and needs one more backward pass of the winners. If unset, `"error"` is used for losses whose winner
+            term can itself raise the winner's error (`ipo`, `dspo`, `dspo_sdxl`, `dmpo`, `capo`, `apo_down`), and
+            `"branch"` for all other losses.
         safeguard_low_memory (`bool`, *optional*, defaults to `False`):
             Whether `safeguard="parameter"` holds the activations of winners and losers one after the other instead of
             together. `safeguard_low_memory` saves memory and costs one more forward pass of the losers.
@@ -190,9 +190,9 @@ class WinnerArguments:
         winner_budget (`float`, *optional*):
             Largest rise of the winners' error that is allowed in each noise bin, as a share of the error before
             training; 0.05 allows a rise of five per cent. The error is measured during training on a probe, a small
-            fixed set of pairs. In noise bins over the budget, the losers' gradients are scaled down; in the other bins,
-            they are scaled up again. If a bin stays over the budget although its losers no longer train, the losers'
-            gradients are scaled down in all bins. If unset, the winners' error is not limited.
+            fixed set of pairs. In noise bins over the budget, the losers' gradients are scaled down. In the other bins,
+            the losers' gradients are scaled up again. If a bin stays over the budget although its losers no longer
+            train, the losers' gradients are scaled down in all bins. If unset, the winners' error is not limited.
         winner_budget_kwargs (`dict` or `str`, *optional*):
             Constants of `winner_budget` by name, in YAML or as JSON. `pairs` (default 32) is the number of pairs in the
             probe, evenly spaced in the evaluation data or, without evaluation data, in the training data. `steps`
