@@ -170,7 +170,7 @@ class Engine:
             compiling.dynamic = None
         if self.accelerator.is_fsdp2:
             plugin = self.accelerator.state.fsdp_plugin
-            # Process 0 need not send weights, because all processes load them, and sending buffers fails.
+            # All processes load the weights, so process 0 need not send them. Sending fails on buffers.
             plugin.cpu_ram_efficient_loading = False
             policy = plugin.mixed_precision_policy
             if policy is not None and policy.param_dtype is not None:

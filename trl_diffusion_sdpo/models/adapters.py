@@ -79,8 +79,7 @@ def active_adapter(denoiser: Any) -> str | None:
     names = sorted({name for layer in layers for name in layer.active_adapters})
     if len(names) > 1:
         raise ValueError(
-            f"Only one adapter can be trained, but {len(names)} adapters are active: {', '.join(names)}. Activate only "
-            "one."
+            f"Only one adapter can be trained. Got {len(names)} active adapters: {', '.join(names)}. Activate only one."
         )
     if not names:
         return None
@@ -103,8 +102,8 @@ def check_adapter_weight(denoiser: Any, name: str) -> None:
             )
         if layer.disable_adapters:
             raise ValueError(
-                f"The adapter {name!r} must be switched on to train, but adapters are off. Call `enable_adapters()` "
-                "first."
+                f"The adapter {name!r} must be switched on to train. Got a model whose adapters are off. Call "
+                "`enable_adapters()` first."
             )
 
 

@@ -118,8 +118,8 @@ def choose_trained_weights(
         )
     if halves and autocast_dtype(args.mixed_precision) is None:
         raise ValueError(
-            f"A LoRA trains in float32, and a base model in {', '.join(halves)} can be combined with it only under "
-            "autocast. Autocast is off. Set `bf16=True` or `fp16=True`."
+            "A LoRA trains in float32, and can be combined with a half-precision base model only under autocast. Got a "
+            f"base model in {', '.join(halves)} without autocast. Set `bf16=True` or `fp16=True`."
         )
     if args.save_full_pipeline and adapter is not None:
         raise ValueError(

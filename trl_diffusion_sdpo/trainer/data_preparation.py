@@ -90,13 +90,13 @@ def check_source_column(
         has = "has" if pairs.has_sources else "does not have"
         advice = "Use an edit model, or remove the column." if pairs.has_sources else "Add the column."
         raise ValueError(
-            f"A `source` column is needed by edit models and allowed for no others. {family.name} "
-            f"{'is' if family.takes_source else 'is not'} one, and the {name} data {has} the column. {advice}"
+            f"Edit models need a `source` column, and other models allow no such column. {family.name} "
+            f"{'is' if family.takes_source else 'is not'} an edit model, and the {name} data {has} the column. {advice}"
         )
     if args.random_crop:
         raise ValueError(
-            f"`random_crop` does not work with source images yet, and the {name} data have some. Leave `random_crop` "
-            "out."
+            f"`random_crop` does not work with source images yet. Got {name} data with source images. Leave "
+            "`random_crop` out."
         )
 
 
@@ -173,19 +173,19 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
     prepared = prepare_dataset(dataset, options, name=name, peers=peers(args))
     if args.precompute_ref_errors and not isinstance(prepared, PreferenceDataset):
         raise ValueError(
-            f"`precompute_ref_errors=True` needs a map-style data set, and the {name} data are a stream. Load the data "
+            f"`precompute_ref_errors=True` needs a map-style data set. The {name} data are a stream. Load the data "
             "without `streaming=True`, or set `precompute_ref_errors=False`."
         )
     if scores.needs_scores and not prepared.has_scores:
         what = f"The loss {args.loss_type!r}" if scores.sorts_by_scores else "`pair_weights`"
         raise ValueError(
-            f"{what} needs the columns `chosen_score` and `rejected_score`. The {name} data have none. Score the "
-            "images first, or choose another loss or setting."
+            f"{what} needs the columns `chosen_score` and `rejected_score`. The {name} data lack these columns. Score "
+            "the images first, or leave this loss or setting out."
         )
     if args.mask_anchor and not prepared.has_masks:
         raise ValueError(
-            f"`mask_anchor={args.mask_anchor}` needs data with a mask column, and the {name} data have none. Add the "
-            "column, or leave `mask_anchor` out."
+            f"`mask_anchor` needs data with a mask column. Got `mask_anchor={args.mask_anchor}` and {name} data "
+            "without masks. Add the column, or leave `mask_anchor` out."
         )
     scores.apply_to(prepared, peers(args))
     return prepared

@@ -93,9 +93,9 @@ def check_and_complete(
     family, denoiser = loaded.family, loaded.denoiser
     if args.guidance_scale is not None and family.guidance_scale is None:
         raise ValueError(
-            "`guidance_scale` needs a denoiser that takes the guidance scale as an input, and the denoiser of "
-            f"{family.name} does not. Got {args.guidance_scale}. Leave it unset. To set the guidance of sample images, "
-            "use `sample_kwargs`."
+            "`guidance_scale` needs a denoiser that takes the guidance scale as an input. Got "
+            f"{args.guidance_scale} for {family.name}, whose denoiser has no such input. Leave `guidance_scale` unset. "
+            "To set the guidance of sample images, use `sample_kwargs`."
         )
     sample_sources(args, family)
     complete_args(args, family, loss, full=adapter is None)
@@ -110,9 +110,9 @@ def check_and_complete(
     checkpoints, _ = activation_checkpointing(args)
     if checkpoints and not checkpoints_activations(denoiser):
         raise ValueError(
-            "`activation_checkpointing` (`gradient_checkpointing`) needs a denoiser that supports it. diffusers' "
-            f"{type(denoiser).__name__} does not. Leave it off. To save memory, use smaller micro-batches or "
-            "`safeguard_low_memory`."
+            "`activation_checkpointing` (`gradient_checkpointing`) needs a denoiser with checkpointing. Got a "
+            f"{type(denoiser).__name__} without checkpointing. Leave `activation_checkpointing` off. To save memory, "
+            "use smaller micro-batches or `safeguard_low_memory`."
         )
     inversion = checked_inversion(args, family)
     return NoiseSettings(timesteps, args.noise_offset, args.n_timesteps_per_pair, inversion)
@@ -139,11 +139,11 @@ def sample_sources(args: DiffusionSDPOConfig, family: Family) -> list[Image.Imag
         return []
     prompts, paths = args.sample_prompts, args.sample_sources or []
     if not (family.takes_source or family.may_take_source):
-        raise ValueError(f"`sample_sources` needs an edit model, and {family.name} is not one. Leave it out.")
+        raise ValueError(f"`sample_sources` needs an edit model. Got {family.name}. Leave `sample_sources` out.")
     if len(paths) != len(prompts):
         raise ValueError(
-            f"`sample_sources` must have one image for each of the {len(prompts)} `sample_prompts`, got {len(paths)}. "
-            f"{family.name} edits one image for each prompt."
+            "`sample_sources` must have one image to edit for each prompt in `sample_prompts`. Got "
+            f"{len(paths)} images and {len(prompts)} prompts for {family.name}."
         )
     sources = []
     for path in paths:
@@ -244,8 +244,8 @@ def checked_inversion(args: DiffusionSDPOConfig, family: Family) -> InversionSet
     settings = InversionSettings(**args.inversion_kwargs)
     if settings.eta and not inversion_of(family.noise_process).has_variance:
         raise ValueError(
-            f"`eta` of `inversion_kwargs` must be 0 for {family.name}, because its sampling step adds no noise. Got "
-            f"{settings.eta}. Leave it out."
+            "`eta` of `inversion_kwargs` must be 0 if the model's sampling step adds no noise. Got "
+            f"{settings.eta} for {family.name}. Leave `eta` out."
         )
     return settings
 

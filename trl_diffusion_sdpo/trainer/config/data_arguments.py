@@ -27,7 +27,7 @@ class DataArguments:
         dataloader_num_workers (`int`, *optional*):
             Number of DataLoader workers that decode images, for each training process. Map-style data give the same
             batches with any number of workers. If unset, the trainer chooses the number: no worker for fewer than 512
-            pairs, one for a stream, and otherwise up to four.
+            pairs, at most one for a stream, and at most four otherwise.
         swap_labels (`bool`, *optional*, defaults to `False`):
             Whether to swap winner and loser of every pair, in training and evaluation data. Training on swapped pairs
             gives a model that prefers the worse images. A model that prefers the worse images can be the `reference` of
