@@ -161,8 +161,8 @@ class Float32Shards:
     """Float32 copies, sharded over processes, of weights that DeepSpeed rounds and for which no optimizer has float32
     values.
 
-    A reference or average that is updated during training needs these copies, because half precision would lose the
-    small updates.
+    References and averaged weights that are updated during training need these copies, because half precision would
+    lose the small updates.
 
     Args:
         weights (`dict[str, torch.Tensor]`): Full weights by name, before they are rounded.

@@ -84,8 +84,8 @@ class SecondAdapter:
     def __init__(self, denoiser: nn.Module, policy_adapter: str, name: str, engine: Engine):
         if name in lora_configs(denoiser):
             raise ValueError(
-                "The model must not have an adapter with the name that the trainer uses for its reference or average. "
-                f"Got a model with the adapter {name!r}. Rename or delete this adapter."
+                f"The adapter name {name!r} is reserved for the trainer's reference or averaged weights. The model "
+                "already has an adapter of this name. Rename or delete this adapter."
             )
         self.engine = engine
         self._denoiser, self._policy, self._name = denoiser, policy_adapter, name

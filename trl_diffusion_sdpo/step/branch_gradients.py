@@ -2,9 +2,9 @@
 
 Winners and losers are called the two branches of the loss. The autograd graph of the loss ends at the predictions, so
 the backward pass of a branch starts from the scalar `(prediction * gradient of the loss at the prediction).sum()`. The
-gradients of a branch are added up over the micro-batches of an optimizer step, to W for winners and L for losers. After
-the last micro-batch, lambda is computed from the inner products of the accumulated gradients W and L. The back end gets
-the gradient `W - lambda L`. The Trainer or the engine clips this gradient and steps the optimizer.
+gradients of each branch are summed over the micro-batches of an optimizer step. The sums are called W (winners) and L
+(losers). After the last micro-batch, the safeguard computes lambda, its factor of L, from the inner products of W and
+L. The back end gets the gradient `W - lambda L`. The Trainer or the engine clips this gradient and steps the optimizer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ WINNER, LOSER, ANCHOR = "winner", "loser", "anchor"
 
 
 class BranchGradients:
-    """Accumulates the gradients of an optimizer step separately for winners and losers, and combines them with lambda.
+    """Accumulates the gradients of an optimizer step separately for winners and losers, and combines the two gradients
+    with lambda, the safeguard's factor of the losers' gradient.
 
     Args:
         mu (`float`): Strictness of the safeguard, in `[0, 1]`.

@@ -472,8 +472,8 @@ class PairForward:
         }
 
     def loser_weights(self, noise_levels: torch.Tensor) -> torch.Tensor | None:
-        """Return the factors by which the losers' gradients are multiplied in addition to lambda, `(B,)`, from the
-        pairs' noise levels `(B,)`. Return `None` if neither `loser_noise_range` nor `winner_budget` is set."""
+        """Return the factors `(B,)` that multiply the losers' gradients besides the safeguard's lambda, for pairs with
+        the noise levels `(B,)`. Return `None` if neither `loser_noise_range` nor `winner_budget` is set."""
         weights: torch.Tensor | None = None
         if self.loss_settings.loser_noise_range is not None:
             weights = noise_range_weights(noise_levels, *self.loss_settings.loser_noise_range)

@@ -28,8 +28,8 @@ class _Branches:
 
 
 class ParameterSafeguard:
-    """Safeguard in parameter space: one backward pass for winners and one for losers (the branches), and one lambda per
-    optimizer step from their gradients.
+    """Safeguard in parameter space: one backward pass for winners and one for losers. The two gradients give one lambda
+    (factor of the losers' gradient) per optimizer step.
 
     For each micro-batch, call [`~ParameterSafeguard.predict_pairs`], compute the loss of the predictions, and call
     [`~ParameterSafeguard.backward_branches`]. After the last micro-batch of an optimizer step, call

@@ -309,8 +309,8 @@ def reference_facts(
 
 
 def choose_kernels(denoiser: Any, copies: Sequence[WeightCopy], args: DiffusionSDPOConfig) -> None:
-    """Set the attention back end, and compile the separate denoisers of reference and average (`copies`), because
-    transformers' Trainer compiles only the model that trains.
+    """Set the attention back end, and compile the separate denoisers of the reference and the averaged weights
+    (`copies`), because transformers' Trainer compiles only the model that trains.
 
     With `torch_compile_regional`, compile the blocks of all denoisers, including the one that trains. After that, unset
     `torch_compile_backend` and `torch_compile_mode` in `args`, so that accelerate does not compile the model again.

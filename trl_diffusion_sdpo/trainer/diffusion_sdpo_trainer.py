@@ -211,9 +211,9 @@ class DiffusionSDPOTrainer(Trainer):
         self._counted = torch.zeros(0)  # for each pair of the last evaluation batch: 0 if repeated, else 1
         self._checkpoints_dir = args.output_dir  # a temporary folder while a checkpoint is being written
 
-        # Turn the data into pairs, and encode the pairs if `precompute_latents` is set. The reference and the average
-        # move to the device after that, because encoding needs the device's memory. (DeepSpeed and FSDP move them
-        # later.)
+        # Turn the data into pairs, and encode the pairs if `precompute_latents` is set. The reference and the averaged
+        # weights move to the device after that, because encoding needs the device's memory. (DeepSpeed and FSDP move
+        # these weights later.)
         self._preparation = PairPreparation(args, self.loss_spec, self.family, self.encoding)
         train_dataset, eval_dataset = self._prepare_data(train_dataset, eval_dataset, args)
         if not by_engine(args):
@@ -317,7 +317,7 @@ class DiffusionSDPOTrainer(Trainer):
         weights_before = fingerprint(base_tensors(denoiser))
         self.adapter, added = choose_trained_weights(loaded, peft_config, args)
 
-        # Copy the weights that train, for the reference and for the moving average.
+        # Copy the weights that train, for the reference and for the averaged weights (`ema_decay`).
         self.reference = make_reference(loaded, ref_model, args, loss, self.engine, adapter=self.adapter, added=added)
         self._weight_copies: list[WeightCopy] = [self.reference]
         self.average = None
@@ -550,8 +550,8 @@ class DiffusionSDPOTrainer(Trainer):
         for weights in self._weight_copies:
             weights.keep_unrounded()
         self.engine.shard_before_preparing(self.denoiser, unrounded)
-        # If the engine shards weights, read the checkpoint later, when the weights of reference and average are sharded
-        # too.
+        # If the engine shards weights, read the checkpoint later, when the reference and the averaged weights are
+        # sharded too.
         read_later = self.engine.holds_shards and resume_from_checkpoint is not None
         checkpoint = None if read_later else resume_from_checkpoint
         prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
