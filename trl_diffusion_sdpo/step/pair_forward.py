@@ -221,7 +221,6 @@ class PairForward:
 
         Args:
             model (`nn.Module`): Policy as the engine (DDP, FSDP2, DeepSpeed) wrapped it.
-            inputs (`dict`): Batch of the collator, on the device.
             weights ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights that predict instead
                 of the policy's weights.
         """

@@ -27,15 +27,8 @@ BUDGET_FILE = "winner_budget.json"
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """Size of the probe (the pairs on which errors are measured), and interval of the measurements.
-
-    Args:
-        pairs (`int`): Number of pairs in the probe.
-        steps (`int`): Number of optimizer steps between two measurements.
-
-    Raises:
-        `ValueError`: If `pairs` or `steps` is below 1.
-    """
+    """Number of pairs in the probe (the pairs on which errors are measured), and number of optimizer steps between two
+    measurements. Raises `ValueError` if a number is below 1."""
 
     pairs: int = 32
     steps: int = 10

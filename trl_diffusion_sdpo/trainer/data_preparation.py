@@ -51,11 +51,7 @@ class PairPreparation:
 
     def prepare(self, dataset: Any, *, name: str, training: bool) -> Any:
         """Return a user's data as a data set of pairs, encoded if `precompute_latents` is set. `None` and data sets
-        that this method has returned before are not prepared again. All processes must call this method together.
-
-        Args:
-            name (`str`): Name of the data in messages.
-        """
+        that this method has returned before are not prepared again. All processes must call this method together."""
         if dataset is None or (isinstance(dataset, PREPARED) and dataset in self._own):
             if isinstance(dataset, PreferenceDataset) and not training and self._args.precompute_ref_errors:
                 # An evaluation has other noise and timesteps than training, so it cannot use reference errors that were
