@@ -37,7 +37,9 @@ def test_a_bad_loss_in_the_first_of_two_micro_batches_stops_before_the_weights_m
         max_steps=3,
         safeguard=safeguard,
     )
-    with pytest.raises(FloatingPointError, match=r"step 2, 2 of 4 losses were not \(row \d+: nan, row \d+: nan\)"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 2, 2 of 4 losses were not finite \(row \d+: nan, row \d+: nan\)"
+    ):
         trainer.train()
     for before, now in zip(poison.weights, trainer.model.parameters(), strict=True):
         assert torch.equal(before, now)
@@ -98,8 +100,8 @@ def test_processes_send_one_message_a_step_whatever_the_micro_batches(tmp_path):
 def test_a_bad_loss_in_one_process_stops_all_at_the_same_step(tmp_path):
     (first, other), (second, own) = [(answer[0], answer[1]) for answer in in_two_processes(tmp_path, ruined_at=3)]
     assert first == second == 3
-    assert "0 of 6 losses were not (in another process)" in other
-    assert "1 of 6 losses were not (row 7: nan)" in own
+    assert "0 of 6 losses were not finite (in another process)" in other
+    assert "1 of 6 losses were not finite (row 7: nan)" in own
 
 
 @pytest.mark.parametrize(("asked_at", "stopped_at"), [((2, "before"), 2), ((2, "after"), 3)])

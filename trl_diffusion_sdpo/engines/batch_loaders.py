@@ -46,7 +46,7 @@ class CollateAfterResuming:
 
 
 class BatchLoaders:
-    """Makes the data loaders of a trainer."""
+    """Creates the data loaders of a trainer."""
 
     def __init__(self, args: TrainingArguments, accelerator: Accelerator):
         self._args = args
@@ -101,8 +101,8 @@ class BatchLoaders:
             in_order=keeps_order(args),
             **options,
         )
-        # Not `Accelerator.prepare`, because it keeps a reference to every loader, and its loaders move a batch to the
-        # device while the previous batch still trains.
+        # Do not call `Accelerator.prepare`, because it keeps a reference to every loader, and its loaders move a batch
+        # to the device while the previous batch still trains.
         return prepare_data_loader(
             loader,
             put_on_device=False,
@@ -168,21 +168,19 @@ def choose_workers(
 
 
 def _min_workers(args: TrainingArguments) -> int:
-    """Return the smallest allowed number of workers: 1 if there are settings that torch refuses without workers, else
-    0."""
+    """Return 1 if the settings include an option that torch refuses without workers, else 0."""
     return int(args.dataloader_persistent_workers or args.dataloader_prefetch_factor is not None)
 
 
 def _suitable_workers(
     args: TrainingArguments, dataset: Pairs | None, batch_bytes: int, most: int = MAX_WORKERS
 ) -> int:
-    """Return a number of workers that suits the data, the CPU cores and the shared memory of the machine."""
     if dataset is None or (isinstance(dataset, PreferenceDataset) and len(dataset) < FEW_PAIRS):
         return 0
     if start_method(args) is None and not forks_by_default():
         return 0  # workers would re-import the main script, which may not be written for it
     if isinstance(dataset, PreferenceIterableDataset):
-        most = 1  # the order of the pairs depends on the number of workers
+        most = 1  # more workers would change the order of the pairs
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))  # on this machine
     return min(most, usable_cores(processes) - 1, _workers_in_shared_memory(args, processes, batch_bytes))
 

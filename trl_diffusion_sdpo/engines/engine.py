@@ -31,9 +31,7 @@ class Engine:
     def __init__(self, accelerator: Callable[[], Accelerator], policy: Callable[[], nn.Module]):
         self._accelerator = accelerator
         self._policy = policy
-        self._second_models: list[
-            nn.Module
-        ] = []  # frozen denoisers (reference, average) that are sharded like the policy
+        self._second_models: list[nn.Module] = []  # frozen denoisers that are sharded like the policy
 
     @property
     def accelerator(self) -> Accelerator:
@@ -44,8 +42,8 @@ class Engine:
 
     @property
     def name(self) -> str:
-        """Name of the engine, such as `"plain"`, `"fsdp"` or `"zero1, 8 processes"`. A checkpoint can be resumed only
-        under an engine of the same name."""
+        """Name of the engine, such as `"plain"` (one process or DDP), `"fsdp"` or `"zero1, 8 processes"`. A checkpoint
+        can be resumed only under an engine of the same name."""
         if self._is_deepspeed:
             return f"zero{self._zero_stage}, {self.accelerator.num_processes} processes"
         return "fsdp" if self._is_fsdp else "plain"
@@ -70,8 +68,8 @@ class Engine:
 
     @property
     def loads_weights_with_optimizer(self) -> bool:
-        """Whether weights and optimizer state are read together by [`Engine.load_state`], after the model is prepared,
-        as under DeepSpeed."""
+        """Whether [`Engine.load_state`] reads weights and optimizer state together, after the model is prepared
+        (DeepSpeed)."""
         return self._is_deepspeed
 
     @property
@@ -81,15 +79,16 @@ class Engine:
 
     @property
     def rounds_weights(self) -> bool:
-        """Whether the engine rounds the weights of the model itself to half precision (DeepSpeed), not only copies of
-        them."""
+        """Whether the engine rounds the weights of the model themselves to half precision (DeepSpeed), not only copies
+        of the weights."""
         return self._is_deepspeed and self.rounding is not None
 
     @property
     def rounding(self) -> torch.dtype | None:
-        """Half-precision dtype to which the engine rounds all weights, or copies of them in each forward pass.
+        """Half-precision dtype to which the engine rounds all weights, or rounds copies of the weights in each forward
+        pass.
 
-        `None` if the engine does not round; autocast then decides about precision.
+        `None` if the engine does not round (autocast may still round).
         """
         if self.accelerator.is_fsdp2:
             policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
@@ -105,7 +104,7 @@ class Engine:
     @property
     def pickled_types(self) -> list[type]:
         """Classes of DeepSpeed whose pickled objects are in its checkpoints. Loading DeepSpeed's objects is safe,
-        because their classes run no code."""
+        because unpickling these classes runs no code."""
         if not self._is_deepspeed:
             return []
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -140,8 +139,9 @@ class Engine:
             _refuse_zero_plus_plus(config.get("zero_optimization", {}))
         if split:
             raise ValueError(
-                "Each image must be in one process, because errors are means over whole images. The settings turn on "
-                "tensor, context or sequence parallelism, which splits images. Use DDP, FSDP2 or ZeRO instead."
+                "Each image must be processed by a single process, because the error is a mean over the image. "
+                "The settings turn on tensor, context or sequence parallelism, which splits images. Use DDP, FSDP2 or "
+                "ZeRO."
             )
         if self._is_fsdp and parallel is not None and parallel.dp_replicate_enabled:
             raise ValueError(
@@ -160,27 +160,27 @@ class Engine:
         prepared.
 
         With `exact_gradients`, processes average gradients in float32, not in half precision. The parameter-space
-        safeguard needs this, because it subtracts gradients of similar size, and rounding errors would be large
+        safeguard needs float32, because it subtracts gradients of similar size, and rounding errors would be large
         relative to the difference.
         """
         compiling = self.accelerator.state.dynamo_plugin
         if compiling.dynamic is False:
-            # `accelerate launch` sets this by default. torch would compile for every image size and give up after some.
+            # `accelerate launch` sets `dynamic=False` by default. torch would then compile anew for every image size,
+            # and give up after a few sizes.
             compiling.dynamic = None
         if self.accelerator.is_fsdp2:
             plugin = self.accelerator.state.fsdp_plugin
-            plugin.cpu_ram_efficient_loading = (
-                False  # sending weights is not needed, because all processes load them; and it fails on buffers
-            )
+            # All processes load the weights, so process 0 need not send them. Sending fails on buffers.
+            plugin.cpu_ram_efficient_loading = False
             policy = plugin.mixed_precision_policy
             if policy is not None and policy.param_dtype is not None:
-                # FSDP would round every input, including timesteps. Autocast rounds only inputs of matrix products
-                # and convolutions.
+                # By default, FSDP rounds every input, including timesteps. Autocast, which rounds only inputs of matrix
+                # products and convolutions, is enough.
                 settings = {"reduce_dtype": torch.float32} if exact_gradients else {}
                 plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False, **settings)
-            # Otherwise every process would hold full gradients until the last micro-batch.
+            # Without this setting, every process would hold full gradients until the last micro-batch.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
-        elif self._zero_stage >= 2 and exact_gradients:  # not ZeRO-1, which would use another optimizer class
+        elif self._zero_stage >= 2 and exact_gradients:  # with these options, ZeRO-1 would use another optimizer class
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
             config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
             config.setdefault("communication_data_type", "fp32")
@@ -215,8 +215,8 @@ class Engine:
         sharding.restore_unrounded(weights)
 
     def gradient_backend(self) -> GradientBackend:
-        """Return the back end that accumulates the gradients of winners and losers separately. The engine must have
-        wrapped the policy before.
+        """Return the back end that accumulates the gradients of winners and losers separately. Call this method after
+        the engine has wrapped the policy.
 
         Raises:
             `ValueError`: If the engine's settings do not allow separate gradients.
@@ -245,7 +245,8 @@ class Engine:
                 gets an empty dictionary.
 
         Returns:
-            `dict[str, torch.Tensor]`: Copies by name. For trained weights, these are the optimizer's float32 values.
+            `dict[str, torch.Tensor]`: Copies by name. For trained weights, the copies are the optimizer's float32
+            values.
         """
         gathered = {}
         for name, tensor in tensors.items():
@@ -281,8 +282,8 @@ class Engine:
         other, to save memory.
 
         Args:
-            moves (`bool`): Whether the module's weights are updated during training. FSDP2 then keeps them in float32,
-                because half precision would lose the small updates.
+            moves (`bool`): Whether the module's weights are updated during training. FSDP2 then keeps updated weights
+                in float32, because half precision would lose the small updates.
 
         Returns:
             `nn.Module`: Module to call instead of `module`.
@@ -350,7 +351,7 @@ class Engine:
 
     def load_state(self, model: nn.Module, folder: str) -> None:
         """Load the weights and the optimizer state that [`Engine.save_state`] wrote under DeepSpeed."""
-        # Not strict: the checkpoint lacks the frozen weights.
+        # Loading must not be strict, because the checkpoint lacks the frozen weights.
         deepspeed_load_checkpoint(model, folder, load_module_strict=False)
 
 

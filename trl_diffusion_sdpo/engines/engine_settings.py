@@ -14,12 +14,13 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 
 def runs_deepspeed(args: TrainingArguments) -> bool:
-    """Return whether DeepSpeed will train, because the training arguments or the launcher select it."""
+    """Return whether the training arguments or the launcher select DeepSpeed."""
     return args.deepspeed_plugin is not None
 
 
 def by_engine(args: TrainingArguments) -> bool:
-    """Return whether DeepSpeed or FSDP (which shard or round weights) will train, instead of one process or DDP."""
+    """Return whether DeepSpeed or FSDP (engines that shard or round weights) will train, instead of a single process or
+    DDP."""
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return runs_deepspeed(args) or args.fsdp_plugin_args is not None or launched
 
@@ -44,8 +45,8 @@ def check_deepspeed_precision(args: TrainingArguments) -> None:
 
 
 def set_deepspeed_learning_rate(args: TrainingArguments) -> None:
-    """Write the learning rate into DeepSpeed's configuration if it is `"auto"` there and was unset when transformers
-    filled it in."""
+    """Write the learning rate into DeepSpeed's configuration if the configuration still has `"auto"`, because
+    `learning_rate` was unset when transformers replaced `"auto"`."""
     plugin = args.deepspeed_plugin
     if plugin is None:
         return
@@ -61,8 +62,7 @@ def loading_unsharded(args: TrainingArguments) -> Iterator[None]:
     """Within the context, make models load with complete weights in every process.
 
     Outside of this context, transformers would load text encoders as shards under ZeRO-3, and only DeepSpeed's engine
-    can run shards. Under FSDP, transformers would load weights only in the first process if this context did not
-    prevent it.
+    can run shards. Outside of this context, transformers would also load weights only in the first process under FSDP.
     """
     first_process_only = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
     if first_process_only:
@@ -80,8 +80,8 @@ def loading_unsharded(args: TrainingArguments) -> Iterator[None]:
 
 
 def check_unsharded(module: nn.Module, name: str) -> None:
-    """Raise `ValueError` if a module was loaded in shards, as transformers does under ZeRO-3. `name` is the module's
-    name for the message."""
+    """Raise `ValueError` if a module was loaded in shards, as transformers does under ZeRO-3. The error message calls
+    the module `name`."""
     if any(weight.numel() == 0 for weight in module.parameters()):
         raise ValueError(
             f"The pipeline's {name} must have complete weights, but was loaded in shards of ZeRO-3. Pass the "

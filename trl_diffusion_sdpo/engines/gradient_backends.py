@@ -2,8 +2,8 @@
 processes, and set the gradient with which the optimizer steps. (`gradients.py` does arithmetic on these gradients.)
 
 Gradients are averaged over processes, never summed. With one process or DDP, `backward` returns the process's own
-gradient, and `all_reduced` averages it once per optimizer step. With FSDP2 and DeepSpeed, `backward` already returns
-averaged gradients, as this process's shards.
+gradient, and `all_reduced` averages the gradients of all processes once per optimizer step. With FSDP2 and DeepSpeed,
+`backward` already returns averaged gradients, as this process's shards.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ REDUCE_BUCKET = 1 << 25  # number of elements in one all-reduce
 
 
 class GradientBackend(ABC):
-    """Interface for the gradients of one engine: compute them, average them over processes, and pass one to the
-    optimizer.
+    """Interface with which the parameter-space safeguard computes gradients under one engine, averages them over
+    processes, and passes the combined gradient to the optimizer.
 
     A gradient is a list with one tensor for each trained weight (or for this process's shard of it), always in the same
     order. The entry of a weight is `None` if the objective does not depend on this weight.
@@ -40,12 +40,12 @@ class GradientBackend(ABC):
 
     @abstractmethod
     def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
-        """Run the backward pass of a scalar, and return the sum of `into` and its gradient. Under FSDP2 and DeepSpeed,
-        the gradient is already averaged over processes.
+        """Run the backward pass of the scalar `objective`, and return the sum of `into` and the gradient of
+        `objective`. Under FSDP2 and DeepSpeed, the gradient is already averaged over processes.
 
         Args:
-            objective (`torch.Tensor` of shape `()`): Scalar to differentiate, already divided by the number of
-                micro-batches in the optimizer step.
+            objective (`torch.Tensor` of shape `()`): Scalar, already divided by the number of micro-batches in the
+                optimizer step.
             into (`list`, *optional*): Accumulated gradient of earlier micro-batches, which may be changed in place.
             retain_graph (`bool`): Whether another backward pass through the same graph follows.
         """
@@ -55,18 +55,18 @@ class GradientBackend(ABC):
         """Set the gradient that the Trainer or the engine clips, and with which the optimizer then steps."""
 
     def all_reduced(self, gradient: Gradient) -> Gradient:
-        """Return the gradient averaged over the processes. If `backward` has averaged it already (FSDP2, DeepSpeed),
-        return it unchanged."""
+        """Return the gradient averaged over the processes. Under FSDP2 and DeepSpeed, return the gradient unchanged,
+        because `backward` has already averaged it."""
         return gradient
 
     def sum_over_shards(self, products: torch.Tensor) -> torch.Tensor:
-        """Return inner products of whole gradients, given those of this process's shards. If gradients are not sharded,
-        return `products` unchanged. `products` may be changed in place."""
+        """Return the inner products of whole gradients. `products` are the inner products of this process's shards. If
+        gradients are not sharded, return `products` unchanged. `products` may be changed in place."""
         return products
 
     def step(self) -> None:
-        """Step the optimizer if the engine does this itself (DeepSpeed). Otherwise do nothing, because the Trainer
-        steps it."""
+        """Step the optimizer if the engine does this itself (DeepSpeed). Under other engines do nothing, because the
+        Trainer steps the optimizer."""
         return None
 
     def accumulating(self) -> contextlib.AbstractContextManager:
@@ -84,7 +84,7 @@ class ReplicatedBackend(GradientBackend):
         self._weights = [weight for weight in model.parameters() if weight.requires_grad]
 
     def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
-        # Autograd adds to `.grad` in place.
+        # Autograd adds the new gradient to `.grad` in place.
         for weight, gradient in zip(self._weights, into or [None] * len(self._weights), strict=True):
             weight.grad = gradient
         scaler = self._accelerator.scaler
@@ -111,7 +111,7 @@ class ReplicatedBackend(GradientBackend):
             weight.grad = tensor
 
     def accumulating(self) -> contextlib.AbstractContextManager:
-        # DDP exchanges gradients once per forward pass, so it would leave out the second backward pass.
+        # DDP averages gradients once per forward pass, so it would leave out the gradient of the second backward pass.
         return self._accelerator.no_sync(self._model)
 
 
@@ -120,7 +120,8 @@ class Fsdp2Backend(ReplicatedBackend):
     shard."""
 
     def accumulating(self) -> contextlib.AbstractContextManager:
-        # Otherwise FSDP2 adds up the gradients of winners and losers itself, unsharded, until the last micro-batch.
+        # Without this call, FSDP2 would add up the gradients of winners and losers itself, unsharded, until the last
+        # micro-batch.
         cast(Any, self._model).set_requires_gradient_sync(True)
         return contextlib.nullcontext()
 
@@ -139,12 +140,12 @@ class ZeroBackend(GradientBackend):
         self._engine = engine
 
     def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
-        # Otherwise DeepSpeed adds up the gradients of winners and losers until the last micro-batch, and it counts each
-        # backward pass as a micro-batch.
+        # Without this call, DeepSpeed would add up the gradients of winners and losers until the last micro-batch, and
+        # would count each backward pass as a micro-batch.
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.backward(objective, retain_graph=retain_graph, scale_wrt_gas=False)
         gradient = self.take(into)
-        self._engine.optimizer.zero_grad()  # so that the next backward pass starts from zero
+        self._engine.optimizer.zero_grad()  # the next backward pass must start from zero
         return gradient
 
     @abstractmethod
@@ -161,14 +162,13 @@ class ZeroBackend(GradientBackend):
 
 
 class Zero12Backend(ZeroBackend):
-    """Back end for ZeRO-1 and ZeRO-2. DeepSpeed stores the gradients as flat shards of parameter groups, in
-    `averaged_gradients` of its optimizer."""
+    """Back end for ZeRO-1 and ZeRO-2. DeepSpeed's optimizer stores the gradients as flat shards, one list per parameter
+    group, in its attribute `averaged_gradients`."""
 
     def __init__(self, engine: Any):
         super().__init__(engine)
-        self._groups: dict[
-            int, list[torch.Tensor]
-        ] = {}  # DeepSpeed's gradient shards of the latest backward pass, by parameter group
+        # DeepSpeed's gradient shards of the latest backward pass, by parameter group.
+        self._groups: dict[int, list[torch.Tensor]] = {}
 
     def take(self, into: Gradient | None) -> Gradient:
         averaged = zero_gradients(self._engine.optimizer)
@@ -180,8 +180,8 @@ class Zero12Backend(ZeroBackend):
         return [*taken] if into is None else add(into, taken)
 
     def set_gradient(self, gradient: Gradient) -> None:
-        # Copy into DeepSpeed's tensors instead of replacing them, because they may be views of a flat tensor. They
-        # contain the losers' gradient from the latest pass, which is no longer needed.
+        # Copy into DeepSpeed's tensors instead of replacing them, because they may be views of a flat tensor. The
+        # losers' gradient of the latest pass, which these tensors still contain, is no longer needed.
         tensors: Iterator[Any] = iter(gradient)
         for group, shards in self._groups.items():
             for shard in shards:
@@ -191,7 +191,7 @@ class Zero12Backend(ZeroBackend):
 
 
 class Zero3Backend(ZeroBackend):
-    """Back end for ZeRO-3. A gradient has this process's shard of each parameter's gradient."""
+    """Back end for ZeRO-3. A gradient is a list with this process's shard for each parameter."""
 
     retains_graph = False  # ZeRO-3 allows only one backward pass per forward pass
 
@@ -228,7 +228,7 @@ def gradient_backend(model: nn.Module, accelerator: Accelerator) -> GradientBack
     if accelerator.distributed_type.value not in REPLICATED:
         raise ValueError(
             "`safeguard='parameter'` needs one device, DDP, FSDP2 or DeepSpeed ZeRO-1, 2 or 3. Got "
-            f"{accelerator.distributed_type.value}. Use one of these, or `safeguard='output'`."
+            f"{accelerator.distributed_type.value}. Train in one of these ways, or use `safeguard='output'`."
         )
     return ReplicatedBackend(model, accelerator)
 
@@ -238,12 +238,12 @@ def _deepspeed_backend(engine: Any) -> GradientBackend:
     if stage not in (1, 2, 3):
         raise ValueError(
             f"`safeguard='parameter'` needs DeepSpeed's ZeRO stage 1, 2 or 3. Got stage {stage}. Set `zero_stage` to "
-            "1, or train without DeepSpeed, which takes as much memory as stage 0."
+            "1, or train without DeepSpeed, because stage 0 saves no memory."
         )
     if engine.zero_use_cpu_optimizer():
         raise ValueError(
             "`safeguard='parameter'` needs gradients on the device. With an offloaded optimizer, DeepSpeed moves "
-            "gradients to the CPU during the backward pass, before those of winners and losers can be separated. Set "
+            "gradients to the CPU during the backward pass, before the winners' and losers' gradients can be read. Set "
             "`offload_optimizer_device: none`, or use `safeguard='output'`."
         )
     if stage == 3:
@@ -257,8 +257,8 @@ def _deepspeed_backend(engine: Any) -> GradientBackend:
     if "Muon" in type(engine.optimizer.optimizer).__name__:
         raise ValueError(
             "`safeguard='parameter'` needs an optimizer that acts after both backward passes. Under ZeRO-1 and "
-            "ZeRO-2, DeepSpeed applies Muon to the gradients of winners and losers separately, while it averages "
-            "them. Use ZeRO-3, another optimizer, or `safeguard='output'`."
+            "ZeRO-2, DeepSpeed applies Muon to the winners' and the losers' gradient separately, in each backward "
+            "pass. Use ZeRO-3, another optimizer, or `safeguard='output'`."
         )
     return Zero12Backend(engine)
 

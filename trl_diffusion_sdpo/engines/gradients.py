@@ -1,5 +1,5 @@
-"""Arithmetic on gradients: inner products and sums. A gradient is a list with one tensor for each weight; if it is
-sharded, only this process's shards are used. (`gradient_backends.py` computes the gradients.)"""
+"""Arithmetic on gradients: inner products and sums. A gradient is a list with one tensor for each weight, or with this
+process's shard of each tensor. (`gradient_backends.py` computes the gradients.)"""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def inner_products(gradients: list[Gradient]) -> torch.Tensor:
     products = torch.zeros(len(gradients), len(gradients), dtype=dtype, device=first.device)
     for pieces in _chunks(gradients, CPU_CHUNK if first.device.type == "cpu" else CHUNK):
         rows = [(row[0] if len(row) == 1 else torch.cat(row)).to(dtype) for row in pieces]
-        # Not one matrix product, because it is slower for so long rows and needs a copy that stacks them.
+        # A single matrix product would be slower for such long rows, and would need a copy in which the rows are
+        # stacked.
         for i, row in enumerate(rows):
             for j in range(i, len(rows)):
                 products[i, j] += row @ rows[j]

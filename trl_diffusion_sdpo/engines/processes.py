@@ -43,11 +43,11 @@ def gather_objects(value: Any, *, during_upload: bool = False) -> list[Any]:
     """Return a list of the `value` of every process, in order of rank. Values must be small and picklable. All
     processes must call this function.
 
-    A process waits for the others up to `ddp_timeout`, half an hour by default.
+    A process waits for the other processes up to `ddp_timeout`, half an hour by default.
 
     Args:
-        during_upload (`bool`): Whether one process may be uploading to the Hub meanwhile. The other processes then wait
-            up to a day.
+        during_upload (`bool`): Whether one process may be uploading to the Hub meanwhile. If `True`, the other
+            processes wait up to a day.
 
     Raises:
         `RuntimeError`: If another process has ended or does not respond in time.
@@ -76,7 +76,7 @@ def _upload_group(world: Any) -> Any:
 
 
 def peers(args: TrainingArguments) -> Peers:
-    """Return an object with which this training's processes can exchange Python objects."""
+    """Return an object with which the training processes can exchange Python objects."""
     return ALONE if args.world_size == 1 else Peers(args.process_index, args.world_size, gather_objects)
 
 
@@ -104,7 +104,8 @@ def _short(text: str | None) -> str:
 
 @contextlib.contextmanager
 def failing_together(error_type: type[Exception], *, during_upload: bool = False) -> Iterator[None]:
-    """Make all processes raise an error if one of them raises within the context. All processes must enter the context.
+    """Make all processes raise an error if any process raises an error within the context. All processes must enter the
+    context.
 
     The failed process raises its own error. The other processes raise `error_type` with the message of the failed
     process. For `during_upload` see [`gather_objects`].

@@ -63,8 +63,8 @@ def reshard(model: nn.Module) -> None:
 
 
 def gather_float32(tensor: Any, zero_stage: int) -> torch.Tensor:
-    """Return the full value of a weight. For weights that DeepSpeed trains, this is the optimizer's float32 value. A
-    weight that is not sharded is returned without copying it."""
+    """Return the full value of a weight. For weights that DeepSpeed trains, the full value is the optimizer's float32
+    value. A weight that is not sharded is returned without copying it."""
     if zero_stage == 0:
         return full_tensor(tensor)
     from deepspeed.utils import safe_get_full_fp32_param
@@ -99,15 +99,15 @@ def zero3_partition(
     move the whole module to the device.) Buffers are moved to the device but not sharded.
 
     Args:
-        dtype (`torch.dtype`, *optional*): Dtype to which weights are cast. If `None`, they are not cast.
+        dtype (`torch.dtype`, *optional*): Dtype to which weights are cast. If `None`, weights keep their dtype.
         unrounded (`dict[nn.Parameter, torch.Tensor]`): Values of weights before they are cast. The function replaces
-            each value by this process's shard of it.
+            each value by this process's shard of the value.
     """
     import deepspeed  # takes seconds
 
     class OneByOne(nn.Module):
-        """Stand-in for `module` from which `zero.Init` gets one weight at a time, and shards it before it gets the next
-        one."""
+        """Stand-in for `module` that passes one weight at a time to `zero.Init`. `zero.Init` shards each weight before
+        it gets the next weight."""
 
         def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
             for weight in module.parameters():
@@ -121,7 +121,7 @@ def zero3_partition(
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
     for name in ("optimizer", "scheduler", "train_batch_size", "gradient_accumulation_steps"):
         config.pop(name, None)
-    config["train_micro_batch_size_per_gpu"] = 1  # has no effect here, but must be a number
+    config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed requires a number, which has no effect here
     deepspeed.zero.Init(module=OneByOne(), config_dict_or_path=config)
     for buffer in module.buffers():
         buffer.data = buffer.data.to(accelerator.device)
@@ -161,8 +161,8 @@ class Float32Shards:
     """Float32 copies, sharded over processes, of weights that DeepSpeed rounds and for which no optimizer has float32
     values.
 
-    A reference or average that is updated during training needs these copies, because half precision would lose the
-    small updates.
+    References and averaged weights that are updated during training need these copies, because half precision would
+    lose the small updates.
 
     Args:
         weights (`dict[str, torch.Tensor]`): Full weights by name, before they are rounded.
@@ -179,7 +179,6 @@ class Float32Shards:
 
     @property
     def names(self) -> list[str]:
-        """Names of the weights."""
         return list(self._shards)
 
     def full(self, name: str) -> torch.Tensor:
@@ -208,7 +207,8 @@ class Float32Shards:
 
 
 class DenoiserView(nn.Module):
-    """Denoiser to put into a pipeline that generates images during training under an engine.
+    """Stand-in for the denoiser in a pipeline that generates images during training, if an engine has wrapped the
+    denoiser.
 
     Calls go to the engine's wrapped module, because only this module gathers sharded weights. All other attributes are
     read from the plain denoiser.
@@ -216,7 +216,7 @@ class DenoiserView(nn.Module):
 
     def __init__(self, denoiser: nn.Module, engine_model: nn.Module):
         super().__init__()
-        # Not submodules, because `.to` and `state_dict` must not see them.
+        # The two modules are not registered as submodules, because `.to` and `state_dict` must not reach them.
         self.__dict__["_pair"] = (denoiser, engine_model)
 
     def forward(self, *args: Any, **inputs: Any) -> Any:

@@ -1,7 +1,7 @@
 """DataLoader workers that ignore SIGINT and SIGTERM.
 
-When a job is interrupted, all its processes get these signals. The training process then still finishes its step and
-saves a checkpoint. The training process may need another batch for this step, so the workers must stay alive.
+When a job is interrupted, all processes of the job get SIGINT or SIGTERM. The training process reacts by finishing its
+step and saving a checkpoint. The training process may need another batch for this step, so the workers must stay alive.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def share(batch: Any) -> Any:
 class CollateIntoSharedMemory:
     """Collator that puts batches into shared memory if it runs in a DataLoader worker.
 
-    Without this collator, torch would move batches in a thread of the worker, whose errors would stay hidden.
+    Without this collator, torch would move batches into shared memory in a background thread of the worker, and errors
+    of this thread would stay hidden.
     """
 
     collate: Callable[[Any], Any]
@@ -56,7 +57,8 @@ class CollateIntoSharedMemory:
 
 @lru_cache(maxsize=1)
 def _exit_flag() -> torch.Tensor:
-    """Return a tensor in shared memory that is set to 1 when this process exits, so that its workers exit too.
+    """Return a tensor in shared memory that is set to 1 when this process exits, so that the workers of this process
+    exit too.
 
     Workers need this flag, because they ignore SIGTERM. After an exception, multiprocessing would send SIGTERM to the
     workers and wait for them forever.

@@ -1,1 +1,2 @@
-"""Functions that load, wrap and freeze networks, and second copies of the weights: reference and average."""
+"""Functions that load, wrap and freeze networks, and second copies of the weights: the reference and the averaged
+weights."""

@@ -56,8 +56,8 @@ def adapter_parts(denoiser: nn.Module, names: Iterable[str]) -> list[nn.Module]:
 
 
 def base_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the weights and buffers of a denoiser without those of its adapters, under the names that they have in a
-    denoiser without adapters."""
+    """Return the weights and buffers of a denoiser except the adapters' weights and buffers, under the names that they
+    have in a denoiser without adapters."""
     adapted = {name for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
     tensors = {}
     for name, tensor in module.state_dict().items():
@@ -79,8 +79,7 @@ def active_adapter(denoiser: Any) -> str | None:
     names = sorted({name for layer in layers for name in layer.active_adapters})
     if len(names) > 1:
         raise ValueError(
-            f"Only one adapter can be trained, but {len(names)} adapters are active: {', '.join(names)}. Activate only "
-            "one."
+            f"Only one adapter can be trained. Got {len(names)} active adapters: {', '.join(names)}. Activate only one."
         )
     if not names:
         return None
@@ -90,7 +89,7 @@ def active_adapter(denoiser: Any) -> str | None:
 
 def check_adapter_weight(denoiser: Any, name: str) -> None:
     """Raise `ValueError` if the adapter `name` is switched off or has another weight than 1, because a LoRA file cannot
-    store this."""
+    store a weight."""
     rank_stabilized = lora_configs(denoiser)[name].use_rslora
     for layer in adapter_layers(denoiser):
         if not isinstance(layer, LoraLayer) or name not in layer.scaling:
@@ -103,8 +102,8 @@ def check_adapter_weight(denoiser: Any, name: str) -> None:
             )
         if layer.disable_adapters:
             raise ValueError(
-                f"The adapter {name!r} must be switched on to train, but adapters are off. Call `enable_adapters()` "
-                "first."
+                f"The adapter {name!r} must be switched on to train. Got a model whose adapters are off. Call "
+                "`enable_adapters()` first."
             )
 
 
@@ -122,8 +121,8 @@ def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tupl
         `str`: The adapter's name.
 
     Raises:
-        `ValueError`: If the denoiser already has an adapter, if the configuration is not that of a supported LoRA, or
-            if its `target_modules` match no layer.
+        `ValueError`: If the denoiser already has an adapter, if the configuration does not describe a supported LoRA,
+            or if its `target_modules` match no layer.
     """
     if active_adapter(denoiser) is not None:
         raise ValueError(
@@ -170,7 +169,7 @@ def copy_adapter(denoiser: Any, source: str, target: str) -> None:
 
 
 def cast_adapter_like(denoiser: nn.Module, source: str, target: str) -> None:
-    """Cast the adapter `target` to the dtypes of the adapter `source`, so that both compute with equal rounding."""
+    """Cast the adapter `target` to the dtypes of the adapter `source`, so that the two adapters round equally."""
     for layer in adapter_layers(denoiser):
         for layer_name in layer.adapter_layer_names:
             modules = getattr(layer, layer_name)
@@ -185,7 +184,7 @@ def adapter_state(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 
 def adapter_scalings(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """Return, for each layer, the factor by which it multiplies the product of the two matrices of the LoRA `name`."""
+    """Return the factor by which each layer multiplies the product of the two matrices of the LoRA `name`."""
     layers = {path: layer for path, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)}
     return {
         f"{path}.scaling": torch.tensor(layer.scaling[name]) for path, layer in layers.items() if name in layer.scaling

@@ -34,7 +34,7 @@ class DenoiserWrapper(nn.Module):
     def train(self, mode: bool = True) -> DenoiserWrapper:
         """Put every module into training or evaluation mode.
 
-        The Trainer calls this method before every forward pass. If wrapper and denoiser already have the mode, the
+        The Trainer calls this method before every forward pass. If wrapper and denoiser already are in this mode, the
         method returns at once, because assigning the mode to a thousand modules is slow.
         """
         if self.training is mode and self.denoiser.training is mode:
@@ -84,8 +84,8 @@ class _WithMask:
     """Checkpointing function that passes the attention mask to all blocks of a Chroma denoiser.
 
     Under activation checkpointing, diffusers passes the attention mask only to the blocks that process image and text
-    in two streams, so predictions differ from those without checkpointing. This class can be removed when diffusers
-    passes the mask to all blocks.
+    in two streams. Predictions would therefore differ from predictions without checkpointing. This class can be removed
+    when diffusers passes the mask to all blocks.
     """
 
     def __init__(self, function: Callable[..., Any]):
@@ -93,8 +93,8 @@ class _WithMask:
         self._mask: torch.Tensor | None = None
 
     def __call__(self, block: nn.Module, *args: Any) -> Any:
-        # Blocks with two streams come first and get image, text, modulation, positions and mask. Later blocks get
-        # neither text nor mask.
+        # Blocks with two streams come first and get image, text, modulation, positions and mask. Blocks with one stream
+        # come later and get neither text nor mask.
         if len(args) == 5:
             self._mask = args[-1]
         elif len(args) == 3:

@@ -21,7 +21,6 @@ class EMAWeights(WeightCopy):
 
     Args:
         decay (`float`): Decay in `average = decay * average + (1 - decay) * weights`, in `(0, 1)`.
-        engine ([`~trl_diffusion_sdpo.engines.engine.Engine`]): Engine that trains the policy.
         shared (`bool`): Whether a second denoiser first shares the memory of the policy's weights; see [`second_copy`].
     """
 
@@ -36,5 +35,6 @@ class EMAWeights(WeightCopy):
         super().__init__(second, EMA_FILE, stored=True)
 
     def after_step(self, step: int) -> None:
-        """Update the average after optimizer step `step`, counted from 1. All processes must call this method."""
+        """Update the averaged weights after optimizer step number `step` (the first step is 1). All processes must call
+        this method."""
         self.update(1 - ema_decay(step, self.decay))

@@ -1,6 +1,6 @@
 """VAE and text encoders of a pipeline, which are never trained.
 
-VAE and text encoders stay on the accelerator, or are copied or loaded there only while they encode.
+VAE and text encoders stay on the accelerator, or are on the accelerator only while they encode.
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ OVERFLOWS = "force_upcast"  # entry of a VAE's configuration; if true, the VAE o
 
 
 class FrozenComponents:
-    """Holds a copy of the pipeline whose VAE and text encoders have the dtype and the device of training, and the
-    family object of this copy.
+    """Holds a copy of the user's pipeline with VAE and text encoders in the dtype and on the device of training.
 
-    VAE and text encoders are in one of three states. Within the context `in_use`, they always have weights and are on
-    the device:
+    VAE and text encoders are in one of three states. Within the context `in_use`, VAE and text encoders always have
+    weights and are on the device:
 
     | state | outside `in_use` | on entering `in_use` | on leaving |
     |---|---|---|---|
@@ -51,9 +50,8 @@ class FrozenComponents:
     Args:
         family ([`~trl_diffusion_sdpo.families.Family`]): Family of the user's pipeline. VAE and text encoders may be on
             the meta device.
-        device (`torch.device`): Device on which the components run.
         half_dtype (`torch.dtype`, *optional*): Dtype of autocast; `None` without autocast.
-        vae_dtype (`str`): Dtype of the VAE. `"auto"` is the dtype of autocast, unless the VAE overflows in it.
+        vae_dtype (`str`): Dtype of the VAE. `"auto"` is the dtype of autocast, unless the VAE overflows in this dtype.
         vae_encode_batch_size (`int`, *optional*): Number of images in one call of the VAE.
         guidance_scale (`float`, *optional*): Guidance scale that the denoiser receives, if it has such an input.
         offload (`bool`): Whether to use the state `"offloaded"` for components that have weights.
@@ -99,7 +97,7 @@ class FrozenComponents:
 
     def in_use(self) -> contextlib.AbstractContextManager[Family]:
         """Return a context in which VAE and text encoders are on the device. The context yields the family object that
-        calls them. Contexts may be nested."""
+        calls VAE and text encoders. Contexts may be nested."""
         if self.state == "on device" or self._is_within:
             return contextlib.nullcontext(self.family)
         return self._copied() if self.state == "offloaded" else self._read()
@@ -107,7 +105,7 @@ class FrozenComponents:
     @contextlib.contextmanager
     def _copied(self) -> Iterator[Family]:
         """Copy offloaded components to the device within the context."""
-        copies: dict[int, torch.Tensor] = {}  # a tensor may be in several modules
+        copies: dict[int, torch.Tensor] = {}  # modules may share a tensor
         for module, name, tensor in self._on_host:
             if id(tensor) not in copies:
                 copies[id(tensor)] = tensor.to(self._device, non_blocking=True)
@@ -123,8 +121,8 @@ class FrozenComponents:
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[Family]:
-        """Load absent components from disk for the time of the context. Loading does not change the CPU's random
-        state."""
+        """Load absent components from disk, and free the components when the context ends. Loading does not change the
+        state of the CPU's random number generator."""
         if self._load is None:
             raise ValueError(
                 "Training needs the weights of the pipeline's VAE and text encoders, but these components are on the "
@@ -145,8 +143,8 @@ class FrozenComponents:
             if not self._was_read:
                 self._was_read = True
                 logger.warning(
-                    "Loaded VAE and text encoders in %.1f s. They are freed after use, and loaded again each time "
-                    "they are needed.",
+                    "Loaded VAE and text encoders in %.1f s. Both are freed after each use, and loaded again for the "
+                    "next use.",
                     time.monotonic() - start,
                 )
                 check_text_encoding(self.family)
@@ -162,15 +160,15 @@ class FrozenComponents:
         return working_pipeline(family, device=device, half_dtype=self._half_dtype, vae_dtype=self._vae_dtype)
 
     def _pinned_tensors(self) -> list[tuple[nn.Module, str, torch.Tensor]]:
-        """Return every tensor of the components in pinned memory, with the module and the name to which it belongs.
+        """Return a copy in pinned memory of every tensor of the components, with the tensor's module and name.
 
-        Tensors are not pinned if the device shares the CPU's memory.
+        If the device shares the CPU's memory, return the tensors themselves.
         """
         modules = [m for name in self.family.frozen_components for m in getattr(self.family.pipeline, name).modules()]
         owned = [(module, name, tensor) for module in modules for name, tensor in _own(module)]
         if self._device.type in UNPINNED:
             return owned
-        distinct = {id(tensor): tensor for _, _, tensor in owned}  # a tensor may be in several modules
+        distinct = {id(tensor): tensor for _, _, tensor in owned}  # modules may share a tensor
         copies = {key: pinned(tensor) for key, tensor in distinct.items()}
         return [(module, name, copies[id(tensor)]) for module, name, tensor in owned]
 
@@ -186,8 +184,9 @@ def working_pipeline(
     """Return a copy of the family's pipeline whose VAE and text encoders have the dtype and the device of training.
 
     The copy shares the denoiser, and components whose dtype does not change, with the family's pipeline. Components
-    whose dtype changes are copied, so that the user's pipeline is not rounded. Components on the meta device stay
-    there. The weights of the VAE's convolutions are stored in the channels-last layout, even if the VAE is shared.
+    whose dtype changes are copied, so that the user's pipeline is not rounded. Components on the meta device stay on
+    the meta device. The weights of the VAE's convolutions are stored in the channels-last layout, even if the VAE is
+    shared.
     """
     working = copy.copy(family.pipeline)
     for name in family.frozen_components:
@@ -217,8 +216,8 @@ def cast_copy(module: ModuleT, dtype: torch.dtype) -> ModuleT:
 
 
 def _is_quantized(part: ModelMixin | PreTrainedModel) -> bool:
-    """Return whether a network is quantized: its configuration says so, or some of its weights are not floating-point
-    numbers."""
+    """Return whether a network's configuration names a quantization, or some of the network's weights are not
+    floating-point numbers."""
     stated = getattr(part.config, "quantization_config", None) is not None
     return stated or not all(weight.is_floating_point() for weight in part.parameters())
 
@@ -239,15 +238,14 @@ def _own(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Replace a module's parameter or buffer by a tensor."""
     if isinstance(getattr(module, name), nn.Parameter) and not isinstance(tensor, nn.Parameter):
         tensor = nn.Parameter(tensor, requires_grad=False)
     setattr(module, name, tensor)
 
 
 def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> ModelMixin:
-    """Return the VAE in the dtype `wanted`, or in a suitable one for `"auto"`. The VAE is copied if its dtype changes.
-    A VAE can overflow only in float16, because bfloat16 has the range of float32."""
+    """Return the VAE in the dtype `wanted`, or in a suitable dtype if `wanted` is `"auto"`. The VAE is copied if its
+    dtype changes. A VAE can overflow only in float16, because bfloat16 has the range of float32."""
     overflows = vae.config.get(OVERFLOWS, False)
     dtype = vae.dtype
     if wanted != "auto":
@@ -261,7 +259,7 @@ def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> Mode
         return vae
     vae = cast_copy(vae, dtype)
     if forced:
-        vae.register_to_config(**{OVERFLOWS: False})  # otherwise diffusers would encode in float32
+        vae.register_to_config(**{OVERFLOWS: False})  # if True, diffusers would encode in float32
     return vae
 
 

@@ -18,16 +18,16 @@ def compile_blocks(denoiser: ModelMixin, backend: str | None, mode: str | None) 
     """
     if not repeated_blocks(denoiser):
         raise ValueError(
-            "`torch_compile_regional` needs a model for which diffusers lists the repeated blocks, and it lists none "
-            f"for {type(denoiser).__name__}. Leave `torch_compile_regional` off; `torch_compile` then compiles the "
-            "whole model."
+            "`torch_compile_regional` needs a model for which diffusers lists the repeated blocks. Got a "
+            f"{type(denoiser).__name__} without such a list. Leave `torch_compile_regional` off; `torch_compile` then "
+            "compiles the whole model."
         )
     denoiser.compile_repeated_blocks(backend=backend, mode=mode)
 
 
 def set_attention(denoiser: ModelMixin, backend: str) -> None:
     """Set the attention back end of a denoiser, by the back end's name in diffusers. Other diffusers models in the same
-    process may then use this back end too.
+    process may use this back end too after the call.
 
     Raises:
         `ValueError`: If diffusers has no such back end, if the back end's package is missing, if the back end has no
@@ -41,8 +41,8 @@ def set_attention(denoiser: ModelMixin, backend: str) -> None:
         )
     if NO_BACKWARD in name:
         raise ValueError(
-            f"Training needs an attention back end with a backward pass, and {backend!r} has none because it "
-            "quantizes queries and keys. Choose another `attention_backend`."
+            "Training needs an attention back end with a backward pass. Back ends that quantize queries and keys have "
+            f"no backward pass, got {backend!r}. Choose another `attention_backend`."
         )
     if not has_attention_backends(denoiser):
         raise ValueError(

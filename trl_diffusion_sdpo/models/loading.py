@@ -31,8 +31,8 @@ SHARED_OPTIONS = (
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The pipeline whose denoiser is trained, inside its model family object, and the place from which it was
-    loaded."""
+    """The model family object, which contains the pipeline whose denoiser trains, and the Hub ids and folders from
+    which the pipeline was loaded."""
 
     family: Family
     name_or_path: str | None  # Hub id or folder of the pipeline; `None` for a pipeline object without one
@@ -49,7 +49,7 @@ class LoadedModel:
         return self.family.denoiser
 
     def load_encoders(self) -> DiffusionPipeline:
-        """Load VAE and text encoders from disk, and return a pipeline that contains them. `name_or_path` must be
+        """Load VAE and text encoders from disk, and return a pipeline with these components. `name_or_path` must be
         set."""
         assert self.name_or_path is not None
         return load_encoders(self.family, self.name_or_path, **self.options)
@@ -87,8 +87,7 @@ def load_model(
         encoders (`bool`): Whether to load the weights of VAE and text encoders if `model` is a Hub id or folder. See
             [`~trl_diffusion_sdpo.families.load_pipeline`].
         denoiser (`bool`): Whether to load the weights of the denoiser if `model` is a Hub id or folder.
-        denoiser_folder (`str`, *optional*): Folder of a denoiser that is loaded instead of the one in the Hub id or
-            folder.
+        denoiser_folder (`str`, *optional*): Folder of a denoiser that replaces the denoiser in the Hub id or folder.
 
     Raises:
         `ValueError`: If `model` is of another type, or if an argument does not apply to this type.
@@ -114,19 +113,18 @@ def load_reference(
         policy ([`LoadedModel`]): The policy. The policy's dtype is the default for the reference, and the policy's
             pipeline is used if `ref_model` is a denoiser.
         model_init_kwargs (`dict`, *optional*): Arguments with which the policy was loaded. If `ref_model` is a Hub id
-            or folder, those in [`SHARED_OPTIONS`] apply to it too, and `config` applies if both models are single
-            files. `revision` never applies, because it belongs to the policy's repository.
+            or folder, the arguments in [`SHARED_OPTIONS`] also apply to the reference. `config` also applies if both
+            models are single files. `revision` never applies, because it belongs to the policy's repository.
         ref_model_init_kwargs (`dict`, *optional*): Arguments that override `model_init_kwargs` if `ref_model` is a Hub
             id or folder.
-        denoiser_folder (`str`, *optional*): Folder of a denoiser that is loaded instead of the one in the Hub id or
-            folder.
+        denoiser_folder (`str`, *optional*): Folder of a denoiser that replaces the denoiser in the Hub id or folder.
 
     Raises:
-        `ValueError`: If `ref_model` is of another type, or if an argument is not one for a denoiser.
+        `ValueError`: If `ref_model` is of another type, or if an argument does not apply to a denoiser.
     """
     if isinstance(ref_model, (str, Path)):
         shared = {key: value for key, value in (model_init_kwargs or {}).items() if key in SHARED_OPTIONS}
-        config = policy.options.get("config")  # only a policy in a single file has a `config`
+        config = policy.options.get("config")  # set only if the policy was loaded from a single file
         if config is not None and is_single_file(os.fspath(ref_model)):
             shared["config"] = config
         options = {**shared, **(ref_model_init_kwargs or {})}
@@ -192,8 +190,8 @@ def _resolve(
 
 
 def diffusers_quantization(config: Any) -> Any:
-    """Return the `BitsAndBytesConfig` of diffusers for one of transformers, such as TRL's `get_quantization_config`
-    returns. Other values are returned unchanged."""
+    """Convert a `BitsAndBytesConfig` of transformers, such as TRL's `get_quantization_config` returns, to one of
+    diffusers. Other values are returned unchanged."""
     counterpart = {"BitsAndBytesConfig": diffusers.BitsAndBytesConfig}.get(type(config).__name__)
     if counterpart is None or isinstance(config, counterpart):
         return config
@@ -206,8 +204,8 @@ def is_absent(part: nn.Module) -> bool:
 
 
 def _align_for(denoiser: nn.Module, device: torch.device | None) -> None:
-    """If the denoiser runs on a CPU, align its weights in memory; see [`align_weights`]. On an accelerator, copying the
-    weights there aligns them anyway."""
+    """If the denoiser runs on a CPU, align its weights in memory; see [`align_weights`]. Copying weights to an
+    accelerator aligns them anyway."""
     if device is not None and device.type == "cpu":
         align_weights(denoiser)
 

@@ -1,4 +1,5 @@
-"""Dtypes and memory layouts of weights and inputs. Equal layouts make policy and reference round equally."""
+"""Dtypes and memory layouts of weights and inputs. Policy and reference round equally only if their layouts are
+equal."""
 
 from __future__ import annotations
 
@@ -10,12 +11,8 @@ from torch import nn
 
 from ..utils._compat import forward_pre_hooks
 
-AUTOCAST_LAYERS = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-)  # autocast casts their weights at every use
+# Layers whose weights autocast casts at every use.
+AUTOCAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CPU_ALIGNMENT = 64  # bytes; alignment of PyTorch's CPU allocator
 
 
@@ -24,7 +21,7 @@ def torch_dtype(name: str | torch.dtype | None) -> torch.dtype:
     returned unchanged.
 
     Raises:
-        `ValueError`: For any other dtype.
+        `ValueError`: If `name` is another dtype.
     """
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name is None:
@@ -53,10 +50,11 @@ def halve_autocast_weights(module: nn.Module, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def align_weights(module: nn.Module) -> None:
-    """Copy those CPU tensors of a module whose memory address is not aligned as in memory that PyTorch allocates.
+    """Copy each CPU tensor of a module whose memory address is not a multiple of `CPU_ALIGNMENT` bytes, to aligned
+    memory.
 
     Weights that are memory-mapped from a safetensors file may start at any address. On a CPU, the rounding of matrix
-    products depends on the alignment of the address. Without this function, predictions of a policy mapped from a file
+    products depends on the alignment of the address. Without this function, the predictions of a memory-mapped policy
     and of its copy would differ in the last bit.
     """
     for tensor in (*module.parameters(), *module.buffers()):

@@ -1,7 +1,7 @@
-"""The reference model, with which the loss compares the policy.
+"""The reference model, to which the loss compares the policy.
 
 A reference can be a frozen copy of the denoiser, the policy with its LoRA switched off, a second LoRA on the policy's
-denoiser, or the errors that a reference had before training. Some losses have no reference.
+denoiser, or a list of errors that were computed before training. Some losses have no reference.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ REFERENCE_ADAPTER = "ref"
 
 
 class Reference(WeightCopy):
-    """Base class of references. By default, a reference is the policy as it was before training, and its predictions
-    are rounded exactly as the policy's."""
+    """Base class of references. By default, a reference is the policy as it was before training. The reference's
+    predictions are rounded exactly as the policy's predictions."""
 
     kind: str  # name of the kind of reference in checkpoints
     module: nn.Module | None = None  # separate denoiser of the reference, if it has one
@@ -54,8 +54,8 @@ class AdapterOffReference(Reference):
 
 
 class AdapterReference(Reference):
-    """A second LoRA on the policy's denoiser. The second LoRA has the weights that the policy's LoRA had at the start
-    of training, or those after the last update of the reference (`sync_ref_model`).
+    """A second LoRA on the policy's denoiser. The second LoRA has the weights of the policy's LoRA at the start of
+    training, or the weights of the last update of the reference (`sync_ref_model`).
 
     Checkpoints contain the second LoRA even if it never changes, because the initial LoRA may be stored nowhere else.
     """
@@ -72,7 +72,6 @@ class FrozenReference(Reference):
     Args:
         half_dtype (`torch.dtype`, *optional*): Dtype of autocast, to which most weights are cast once; see
             [`SecondDenoiser`]. Ignored if `follows` is set.
-        follows (`bool`): Whether the reference is updated during training (`sync_ref_model`).
 
     Raises:
         `ValueError`: If the reference has another architecture than the policy.
@@ -138,7 +137,7 @@ class PrecomputedReference(Reference):
 
     @property
     def can_predict(self) -> bool:
-        """Whether the reference can still predict, as it can until `release` is called."""
+        """Whether the reference can still predict: `False` after `release`."""
         return self._source is not None
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -166,7 +165,8 @@ class PrecomputedReference(Reference):
                 self._module = None
 
     def release(self) -> None:
-        """Free the reference model before training. From then on, its errors are read from the batches."""
+        """Free the reference model before training. After this call, the reference's errors are read from the
+        batches."""
         self._source = self._tensors = self.module = None
 
 
@@ -183,17 +183,16 @@ def build_reference(
     half_dtype: torch.dtype | None,
     precomputed: bool = False,
 ) -> Reference:
-    """Return the reference, of the kind that the arguments require.
+    """Return a reference of the kind that the arguments require.
 
     Args:
-        engine ([`Engine`]): Engine that trains the policy.
-        needed (`bool`): Whether the loss uses a reference. If the loss uses none, a reference that the user passes is
-            used for metrics only.
+        needed (`bool`): Whether the loss uses a reference. If the loss does not use a reference, the user's reference
+            is used for metrics only.
         users_module (`nn.Module`, *optional*): Reference that the user passed. The function may round, shard or update
-            it in place.
+            this module in place.
         shared (`bool`): Whether a copy of the policy first shares the policy's memory; see [`second_copy`].
         fresh_adapter (`str`, *optional*): Name of a new LoRA, which does not change the model's output yet.
-        started_adapter (`str`, *optional*): Name of a LoRA that the policy already had, whose training continues.
+        started_adapter (`str`, *optional*): Name of a LoRA that was loaded with the policy and is trained further.
         follows (`bool`): Whether the reference is updated during training (`sync_ref_model`).
         half_dtype (`torch.dtype`, *optional*): Dtype of autocast; see [`SecondDenoiser`].
         precomputed (`bool`): Whether the reference's errors are computed before training, so that no copy of the policy
@@ -205,8 +204,8 @@ def build_reference(
     if users_module is not None:
         if follows and adapter_layers(denoiser):
             raise ValueError(
-                "If a LoRA trains, `sync_ref_model` updates a second LoRA, which the trainer makes itself as the "
-                "reference. `ref_model` was passed too. Leave `ref_model` out."
+                "If a LoRA trains, `sync_ref_model` uses a second LoRA as the reference, and the trainer creates this "
+                "LoRA itself. `ref_model` was passed too. Leave `ref_model` out."
             )
         frozen = FrozenReference(users_module, denoiser, engine, half_dtype=half_dtype, follows=follows)
         return PrecomputedReference(frozen, partial(_with_scalings, users_module)) if precomputed else frozen
@@ -235,7 +234,7 @@ def _with_scalings(users_module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _precomputed(denoiser: nn.Module, fresh_adapter: str | None, started_adapter: str | None) -> PrecomputedReference:
-    """Return a reference whose errors are computed with the policy before training."""
+    """Return a reference that is the policy before training, and whose errors are computed before training."""
 
     def tensors() -> dict[str, torch.Tensor]:
         if started_adapter is None:
@@ -256,14 +255,14 @@ def check_same_architecture(policy: nn.Module, reference: nn.Module) -> None:
     difference = architecture_difference(policy, reference)
     if difference is not None:
         raise ValueError(
-            f"`ref_model` must have the architecture of `model`, {difference}. Use the checkpoint that the policy "
+            f"`ref_model` must have the architecture of `model`: {difference}. Use the checkpoint that the policy "
             "started from."
         )
 
 
 def architecture_difference(policy: nn.Module, reference: nn.Module) -> str | None:
-    """Return a description of how a reference differs from the policy in its class, or in the names and shapes of
-    tensors. Return `None` if there is no difference. Adapters are ignored."""
+    """Describe how `reference` differs from `policy` in class or in the names and shapes of tensors. Return `None` if
+    there is no difference. Adapters are ignored."""
     ours, theirs = (
         {name: tuple(tensor.shape) for name, tensor in base_tensors(module).items()} for module in (policy, reference)
     )

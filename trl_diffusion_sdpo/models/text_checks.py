@@ -1,7 +1,7 @@
 """Checks that the text of prompts reaches the model, and counts prompts that are too long.
 
-If a tokenizer's vocabulary is missing, all prompts are turned into the same tokens. Training would then run without an
-error but ignore the prompts.
+If a tokenizer's vocabulary is missing, all prompts are turned into the same tokens. Without these checks, training
+would then run without an error but ignore the prompts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from ..families import Family
 
 LONGEST = 1_000_000  # tokenizers without a limit report a larger number
-PROMPTS = ("a red circle", "a big square")  # equal word lengths, so that both give equally many unknown tokens
+PROMPTS = ("a red circle", "a big square")  # equal word lengths; without a vocabulary, both prompts give equal tokens
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def check_text_encoding(family: Family) -> None:
     """Raise `ValueError` if two different prompts give equal tokens or equal encodings, or encodings that are not
     finite.
 
-    The text encoders must be on the device and in the dtype of training.
+    The text encoders must already have the device and the dtype of training.
     """
     for name in family.frozen_components:
         tokenizer = _tokenizer_of(family, name)
@@ -58,8 +58,8 @@ def check_text_encoding(family: Family) -> None:
 
 
 def _tokenizer_of(family: Family, text_encoder: str) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer of a text encoder, such as `tokenizer_2` for `text_encoder_2`, or `None` if there is none.
-    The tokenizer may be inside a processor."""
+    """Return the tokenizer of a text encoder, such as `tokenizer_2` for `text_encoder_2`, or `None` if the text encoder
+    has no tokenizer. A processor may contain the tokenizer."""
     parts = family.pipeline.components
     other = parts.get("processor") if text_encoder == "text_encoder" else None
     tokenizer = parts.get(text_encoder.replace("text_encoder", "tokenizer"), other)
@@ -76,7 +76,8 @@ def note_on_long_prompts(family: Family, prompts: Collection[str]) -> str:
     notes = []
     for name, tokenizer in _limited(family).items():
         limit = tokenizer.model_max_length
-        # A token has at least one byte, and tokenizers add two special tokens. Shorter prompts need not be tokenized.
+        # A token has at least one byte, and tokenizers add two special tokens. Therefore prompts with few bytes need
+        # not be tokenized.
         candidates = (prompt for prompt in prompts if len(prompt.encode(errors="replace")) + 2 > limit)
         long = sum(len(tokenizer(prompt, verbose=False)["input_ids"]) > limit for prompt in candidates)
         if long:
@@ -94,7 +95,7 @@ def hide_truncation_warnings(family: Family) -> None:
     """Silence the pipeline's warning about each long prompt, because the data report already counts long prompts."""
     for parent in type(family.pipeline).__mro__:
         if parent.__module__.startswith("diffusers."):
-            logging.getLogger(parent.__module__).addFilter(_is_no_truncation_warning)  # a second call has no effect
+            logging.getLogger(parent.__module__).addFilter(_is_no_truncation_warning)  # adding twice has no effect
 
 
 def _is_no_truncation_warning(record: logging.LogRecord) -> bool:

@@ -1,7 +1,7 @@
 """Second copies of the policy's weights, for the reference or the moving average.
 
 A second copy is a second LoRA, a second denoiser, or simply the base weights under the policy's LoRA. The engine shards
-and rounds second copies as it does the policy.
+and rounds second copies in the same way as the policy.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from .numerics import halve_autocast_weights, read_contiguous
 
 
 def second_copy(module: nn.Module, *, shared: bool) -> nn.Module:
-    """Return a copy of a module. Buffers are always copied.
+    """Return a copy of a module.
 
-    If `shared`, the parameters of the copy use the memory of the original parameters. Sharing saves memory with engines
-    that shard both modules later, because sharding moves each module to its own memory.
+    If `shared`, the parameters of the copy use the memory of the original parameters, but buffers are copied. Sharing
+    saves memory with engines that shard both modules later, because sharding moves each module to its own memory.
     """
     memo: dict[int, Any] = {}
     for weight in module.parameters() if shared else ():
@@ -59,8 +59,8 @@ def using_adapter(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterato
 
 
 class AdaptersOff:
-    """The policy's denoiser with its LoRA switched off. The object takes no memory, because it has no weights besides
-    the policy's."""
+    """The policy's denoiser with its LoRA switched off. The object takes no memory, because it has no weights of its
+    own."""
 
     def __init__(self, denoiser: nn.Module):
         self._layers = adapter_layers(denoiser)  # searched only once, because a search takes milliseconds
@@ -77,11 +77,6 @@ class SecondAdapter:
     """A second, frozen LoRA on the policy's denoiser. The second LoRA starts with the current weights of the LoRA that
     trains.
 
-    Args:
-        policy_adapter (`str`): Name of the LoRA that trains.
-        name (`str`): Name of the second LoRA.
-        engine ([`Engine`]): Engine that trains the policy.
-
     Raises:
         `ValueError`: If the denoiser already has an adapter called `name`.
     """
@@ -89,8 +84,8 @@ class SecondAdapter:
     def __init__(self, denoiser: nn.Module, policy_adapter: str, name: str, engine: Engine):
         if name in lora_configs(denoiser):
             raise ValueError(
-                f"The trainer uses the adapter name {name!r} for its reference or average, but the model already has "
-                "an adapter of this name. Rename or delete this adapter."
+                f"The adapter name {name!r} is reserved for the trainer's reference or averaged weights. The model "
+                "already has an adapter of this name. Rename or delete this adapter."
             )
         self.engine = engine
         self._denoiser, self._policy, self._name = denoiser, policy_adapter, name
@@ -106,12 +101,13 @@ class SecondAdapter:
             yield model
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return the parameters of the second LoRA by name, not copied."""
+        """Return the parameters themselves (not copies) of the second LoRA, by name."""
         return adapter_state(self._denoiser, self._name)
 
     def policy_weights(self) -> dict[str, torch.Tensor]:
-        """Return the parameters of the LoRA that trains, by the same names. Updates mix each matrix of the two LoRAs
-        separately. (A mixture of the products of the matrices would have a higher rank than a LoRA can store.)"""
+        """Return the parameters of the LoRA that trains, by the names that `weights` uses. `WeightCopy.update` mixes
+        corresponding matrices of the two LoRAs, not the products of these matrices, because a mixture of products would
+        have a higher rank than a LoRA can store."""
         return adapter_state(self._denoiser, self._policy)
 
 
@@ -119,14 +115,13 @@ class SecondDenoiser:
     """A second denoiser that is never trained.
 
     Args:
-        module (`nn.Module`): The second denoiser. The constructor freezes it and puts it into evaluation mode.
-        engine ([`Engine`]): Engine that trains the policy.
+        module (`nn.Module`): The second denoiser. The constructor freezes this module and puts it into evaluation mode.
         half_dtype (`torch.dtype`, *optional*): The dtype of autocast. Weights that autocast would cast at every use are
             cast once to this dtype. Casting once saves memory and does not change results.
     """
 
     def __init__(self, module: nn.Module, policy: nn.Module, engine: Engine, *, half_dtype: torch.dtype | None = None):
-        if not adapter_layers(policy):  # under a LoRA, the policy's base is frozen too, so both round equally
+        if not adapter_layers(policy):  # under a LoRA, the policy's base weights are frozen too and round equally
             read_contiguous((*policy.modules(), *module.modules()))
         self.module = module.requires_grad_(False).eval()
         self.engine = engine
@@ -141,16 +136,16 @@ class SecondDenoiser:
         yield self.engine_model
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return the parameters and buffers of the second denoiser by name, not copied."""
+        """Return the parameters and buffers themselves (not copies) of the second denoiser, by name."""
         return self.module.state_dict(keep_vars=True)
 
     def policy_weights(self) -> dict[str, torch.Tensor]:
-        """Return the parameters and buffers of the policy, by the same names."""
+        """Return the parameters and buffers of the policy, by the names that `weights` uses."""
         return self._policy.state_dict(keep_vars=True)
 
     def shard(self, *, moves: bool) -> None:
-        """Shard the second denoiser as the engine shards the policy. `moves` says whether it is updated during
-        training."""
+        """Shard the second denoiser as the engine shards the policy. `moves` says whether the second denoiser is
+        updated during training."""
         if self.engine_model is self.module:
             self.engine_model = self.engine.shard_like_policy(DenoiserWrapper(self.module).eval(), moves=moves)
 
@@ -170,7 +165,7 @@ class WeightCopy:
     def __init__(self, second: AdaptersOff | SecondAdapter | SecondDenoiser | None, file: str, *, stored: bool):
         self.second, self.file, self.stored = second, file, stored
         self.float32_shards: Float32Shards | None = None  # float32 copies if the engine rounds these weights
-        # Parameters that `update` mixes, by name: those of this copy, and those of the policy.
+        # Parameters that `update` mixes, by name: the parameters of this copy, and the parameters of the policy.
         self._mixed: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
 
     def to(self, device: torch.device) -> None:
@@ -187,14 +182,14 @@ class WeightCopy:
                 self.second.module.compile(backend=backend, mode=mode)
 
     def stop_sharing(self) -> None:
-        """Give a second denoiser its own memory if [`second_copy`] has let it share the policy's memory. Call this
-        method if the engine does not shard weights after all."""
+        """Give a second denoiser its own memory if the denoiser shares the policy's memory (see [`second_copy`]). Call
+        this method if the engine does not shard weights after all."""
         for weight in self.second.module.parameters() if isinstance(self.second, SecondDenoiser) else ():
             weight.data = weight.data.clone()
 
     def keep_unrounded(self) -> None:
-        """Make float32 copies of these weights if the engine will round them. Call this method before the engine
-        prepares the policy."""
+        """Make float32 copies of these weights if the engine will round these weights. Call this method before the
+        engine prepares the policy."""
         second = self._stored_weights()
         if second is not None and self.float32_shards is None and second.engine.rounds_weights:
             self.float32_shards = second.engine.float32_shards(_parameters(second.weights()))
@@ -207,8 +202,8 @@ class WeightCopy:
             self.second.shard(moves=self.stored)
 
     def active(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module | None]:
-        """Return a context that yields the module that predicts with these weights, or `None` if no module predicts.
-        `model` is the policy as the engine wrapped it."""
+        """Return a context that yields the module that predicts with these weights. The context yields `None` if there
+        is no such module. `model` is the policy as the engine wrapped it."""
         return contextlib.nullcontext() if self.second is None else self.second.active(model)
 
     @torch.no_grad()
@@ -218,7 +213,7 @@ class WeightCopy:
         second = self._stored_weights()
         assert second is not None, "These weights are never updated."
         second.engine.reshard()
-        if self._mixed is None:  # cached, because listing all weights takes longer than mixing those of a LoRA
+        if self._mixed is None:  # cached, because listing all weights takes longer than mixing a LoRA's weights
             weights, policy = _parameters(second.weights()), second.policy_weights()
             self._mixed = weights, {name: policy[name] for name in weights}
         weights, policy = self._mixed
@@ -267,7 +262,7 @@ class WeightCopy:
 
 
 def _parameters(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the weights without buffers."""
+    """Return the parameters among `weights`, without buffers."""
     return {name: weight for name, weight in weights.items() if isinstance(weight, nn.Parameter)}
 
 

@@ -2,9 +2,9 @@
 
 Winners and losers are called the two branches of the loss. The autograd graph of the loss ends at the predictions, so
 the backward pass of a branch starts from the scalar `(prediction * gradient of the loss at the prediction).sum()`. The
-gradients of a branch are added up over the micro-batches of an optimizer step, to W for winners and L for losers. After
-the last micro-batch, lambda is computed from the inner products of the accumulated gradients W and L. The gradient `W -
-lambda L` is then passed to the back end, and the engine clips it and steps.
+gradients of each branch are summed over the micro-batches of an optimizer step. The sums are called W (winners) and L
+(losers). After the last micro-batch, the safeguard computes lambda, its factor of L, from the inner products of W and
+L. The back end gets the gradient `W - lambda L`. The Trainer or the engine clips this gradient and steps the optimizer.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ WINNER, LOSER, ANCHOR = "winner", "loser", "anchor"
 
 
 class BranchGradients:
-    """Accumulates the gradients of an optimizer step separately for winners and losers, and combines them with lambda.
+    """Accumulates the gradients of an optimizer step separately for winners and losers, and combines the two gradients
+    with lambda, the safeguard's factor of the losers' gradient.
 
     Args:
         mu (`float`): Strictness of the safeguard, in `[0, 1]`.
-        anchor (`str`): Quantity that lambda keeps from rising: `"branch"` (winners' errors as the loss weighs them) or
-            `"error"` (their plain mean). See [`~trl_diffusion_sdpo.losses.parameter_scale`].
+        anchor (`str`): Quantity that lambda keeps from rising: `"branch"` (mean of the winners' errors, weighted as in
+            the loss) or `"error"` (unweighted mean of the winners' errors). See
+            [`~trl_diffusion_sdpo.losses.parameter_scale`].
     """
 
     def __init__(self, backend: GradientBackend, *, mu: float, anchor: Anchor):
@@ -34,11 +36,11 @@ class BranchGradients:
         self.gradients: dict[str, Gradient] = {}
 
     def backward(self, branch: str, objective: torch.Tensor, *, retain_graph: bool = False) -> None:
-        """Run a backward pass from `objective`, and add the gradient to those of `branch`, which is `"winner"`,
-        `"loser"` or `"anchor"`. See [`GradientBackend.backward`].
+        """Run a backward pass from `objective`, and add the gradient to the accumulated gradient of `branch`
+        (`"winner"`, `"loser"` or `"anchor"`). See [`GradientBackend.backward`].
 
-        The objective of the losers must have the opposite sign of their term in the loss, so that the gradient of the
-        loss is the winners' gradient minus the losers'.
+        The losers' objective must have the opposite sign of the losers' term in the loss, so that the gradient of the
+        loss is the winners' gradient minus the losers' gradient.
         """
         accumulated = self.gradients.get(branch)
         self.gradients[branch] = self.backend.backward(objective, accumulated, retain_graph=retain_graph)
@@ -68,7 +70,8 @@ class BranchGradients:
         products = self.backend.sum_over_shards(inner_products(ordered))
         scale, metrics = parameter_scale(products, self.mu, anchor=self.anchor)
         finite = products.isfinite().all()
-        # If any gradient is not finite, even only that of the anchor, NaN makes the gradient scaler skip the step.
+        # If the gradient of any branch is not finite, set the combined gradient to NaN, so that the gradient scaler
+        # skips the step.
         subtract_scaled(ordered[0], ordered[1], torch.where(finite, scale, torch.nan))
         self.backend.set_gradient(ordered[0])
         return {name: torch.where(finite, value, 0) for name, value in metrics.items()}, finite

@@ -3,7 +3,7 @@ for losses that are not finite.
 
 The CPU reads the metrics at each log, and the flags for losses that are not finite before each optimizer step.
 Processes exchange the flags by one small all-reduce per optimizer step. The all-reduce is queued before the last
-backward pass, so the accelerator does not wait for it.
+backward pass, so the accelerator does not wait for the other processes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class MetricMeter:
         self._weights: dict[str, float | torch.Tensor] = {}
 
     def add(self, metrics: dict[str, torch.Tensor], weight: float | torch.Tensor) -> None:
-        """Add the metrics of a batch, which are means over its pairs. `weight` is the number of pairs; for values that
-        are measured once per step, it is usually 1."""
+        """Add the metrics of a batch, which are means over its pairs. `weight` is the number of pairs, or usually 1 for
+        values that are measured once per step."""
         for name, value in metrics.items():
             weighted = value.detach().float() * weight
             self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
@@ -94,12 +94,7 @@ class StoredController:
 
 
 class AutoBeta(StoredController):
-    """Adapts beta after each optimizer step, from the mean absolute margin of the step's pairs.
-
-    Args:
-        controller ([`~trl_diffusion_sdpo.losses.BetaController`]): Object that computes the next beta.
-        meter ([`MetricMeter`]): Collector of the training metrics.
-    """
+    """Adapts beta after each optimizer step, from the mean absolute margin of the step's pairs."""
 
     setting, file = "auto_beta", BETA_FILE
     controller: BetaController
@@ -135,11 +130,11 @@ class FiniteCheck:
 
     A loss that is not finite is detected before the optimizer changes the weights. There is one flag per step for all
     micro-batches and processes, because a single loss that is not finite spoils the averaged gradient. The flag is
-    copied to the CPU while the last backward pass is being queued, and read afterwards. So the CPU waits only until the
-    forward pass is computed.
+    copied to the CPU while the last backward pass is being queued, and read afterwards. Therefore the CPU waits only
+    until the forward pass is computed.
 
-    In rare cases, a gradient is infinite or NaN although the loss is finite. The weights that it ruins are detected at
-    the next step, or before they are saved.
+    In rare cases, a gradient is infinite or NaN although the loss is finite. Weights that become infinite or NaN
+    through this gradient are detected at the next step, or before weights are saved.
 
     Args:
         exchange ([`StepExchange`]): Object that exchanges the flag between processes.
@@ -158,10 +153,9 @@ class FiniteCheck:
         """Record the losses of a micro-batch.
 
         Args:
-            pair_losses (`torch.Tensor` of shape `(B,)`): Loss of each pair.
             rows (`torch.Tensor` of shape `(B,)`): Row of each pair in the data set.
-            last (`bool`): Whether this is the last micro-batch before an optimizer step. If `True`, the flag is sent to
-                the other processes.
+            last (`bool`): Whether this is the last micro-batch before an optimizer step. If `True`, the flag (whether a
+                loss is not finite) is sent to the other processes.
         """
         if self._sent:
             self._watched = []
@@ -176,7 +170,7 @@ class FiniteCheck:
 
     def verify(self, step: int) -> None:
         """Raise `FloatingPointError` if a loss of this optimizer step is not finite. The message contains the step's
-        number and rows of the data set. The weights are still as before this step.
+        number and rows of the data set. The step has not changed the weights yet.
 
         Call this method after `watch` was called for all micro-batches of the step.
         """
@@ -187,7 +181,7 @@ class FiniteCheck:
         bad = [(row, value) for row, value in values if not abs(value) < float("inf")]
         listed = ", ".join(f"row {row}: {value}" for row, value in bad[:8]) or "in another process"
         raise FloatingPointError(
-            f"Every pair's loss must be finite. At step {step}, {len(bad)} of {len(losses)} losses were not "
+            f"Every pair's loss must be finite. At step {step}, {len(bad)} of {len(losses)} losses were not finite "
             f"({listed}). This step has not changed the weights. Look at these rows of the data set, resume from the "
             "last checkpoint with a lower learning rate, or use bf16 instead of fp16."
         )
@@ -197,8 +191,8 @@ class StepExchange:
     """Exchanges two flags between all processes in every step: whether a loss is not finite, and whether training shall
     stop.
 
-    All processes read the same flags at the same step. To read them, the CPU waits only until the step's forward passes
-    are computed.
+    All processes read the same flags at the same step. Reading the flags makes the CPU wait only until the step's
+    forward passes are computed.
     """
 
     def __init__(self):
@@ -239,7 +233,8 @@ class StepExchange:
     def stops(self) -> bool:
         """Whether training stops after this step.
 
-        A single process stops if a stop was requested. Several processes stop if one of them has sent a request.
+        If there is one process, training stops after `request_stop` was called. If there are several processes,
+        training stops after any process has sent its request.
         """
         return self._stops if self._several else self._requested
 
@@ -268,11 +263,11 @@ class HostCopy:
         return self._values.tolist()
 
 
-# These are functions so that tests on a CPU can replace them and run the code for accelerators.
+# Tests on a CPU replace the following functions, to run the code for accelerators.
 
 
 def is_on_host(values: torch.Tensor) -> bool:
-    """Return whether the tensor is on the CPU."""
+    """Return whether a tensor is on the CPU."""
     return values.device.type == "cpu"
 
 
@@ -282,5 +277,5 @@ def pinned_like(values: torch.Tensor) -> torch.Tensor:
 
 
 def event_on(device: torch.device) -> torch.Event:
-    """Return a new event for the current stream of the device."""
+    """Return a new event, with which the CPU can wait for the current stream of the device."""
     return torch.Event(device=device)

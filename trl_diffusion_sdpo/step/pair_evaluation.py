@@ -1,4 +1,4 @@
-"""Metrics of an evaluation on pairs: those of training, and the change of errors in each noise bin."""
+"""Metrics of an evaluation on pairs: the metrics that training logs too, and the change of errors in each noise bin."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class PairEvaluation:
     """Computes the metrics of an evaluation: the metrics of training, and the change of winners' and losers' errors in
     each noise bin.
 
-    The change of an error is its difference from the reference's error. If the loss has no reference, the change is the
-    difference from the error before the first step, if the same pairs were evaluated before that step. For this
-    comparison, each process stores the errors that its pairs had before the first step, in the order of the evaluation.
+    The change is the policy's error minus the reference's error. If the loss has no reference, the change is the
+    policy's error minus its own error before the first training step. For this comparison, each process stores the
+    errors of its pairs in an evaluation before the first step. Without such an evaluation, the change is not measured.
     """
 
     def __init__(self, forward: PairForward, num_noise_bins: int):
@@ -36,7 +36,7 @@ class PairEvaluation:
         self._start: WeakKeyDictionary[Any, dict[str, list[torch.Tensor]]] = WeakKeyDictionary()
         self._start_errors: list[torch.Tensor] | None = None  # errors of this data set before training, for each batch
         self._batch: int | None = None  # index of the next batch; `None` in an evaluation before training
-        self.draws = 1  # number of noises and timesteps for each pair
+        self.draws = 1  # number of noises (with timesteps) for each pair
         self.weights: EMAWeights | None = None  # averaged weights that predict instead of the policy's
 
     def begin(
@@ -45,7 +45,6 @@ class PairEvaluation:
         """Begin an evaluation of a data set.
 
         Args:
-            prefix (`str`): Prefix of the names of the evaluation's metrics.
             before_training (`bool`): Whether later evaluations are compared with this one.
             draws (`int`): Number of noises and timesteps at which each pair is predicted.
             weights ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights that predict instead
@@ -59,12 +58,13 @@ class PairEvaluation:
         self._batch = None if before_training else 0
 
     def add(self, draws: Sequence[PairPredictions], real: int) -> list[PreferenceLossOutput]:
-        """Add a batch of B pairs to the evaluation. Only the first `real` pairs are counted; the others are repetitions
-        that fill up the last batch.
+        """Add a batch of B pairs to the evaluation. Only the first `real` pairs enter the metrics, because the pairs
+        after them are repeated pairs that fill up the last batch.
 
         Args:
-            draws (`Sequence[PairPredictions]`): Predictions of the B pairs, once for each noise and timestep.
-            real (`int`): Number of pairs that are counted.
+            draws (`Sequence[PairPredictions]`): One element for each noise and timestep: the predictions for the B
+                pairs.
+            real (`int`): Number of pairs that enter the metrics.
 
         Returns:
             `list[PreferenceLossOutput]`: Loss of all B pairs for each element of `draws`.
@@ -79,15 +79,15 @@ class PairEvaluation:
 
     def _measure(self, predictions: PairPredictions, real: int) -> tuple[PreferenceLossOutput, torch.Tensor, bool]:
         """Add the predictions at one noise and timestep to the metrics. Return the loss of all pairs, the errors of the
-        first `real` pairs, and whether errors of the same pairs from before training are known."""
+        first `real` pairs, and whether the errors can be compared with the reference's errors or with errors before
+        training."""
         outputs = measured = self._forward.loss(predictions)
         pairs = len(outputs.pair_losses)
-        if (
-            0 < real < pairs
-        ):  # compute the loss again from the same predictions, because a new forward pass would need all processes
+        if 0 < real < pairs:  # use these predictions again, because a new forward pass would need all processes
             first = torch.arange(real, device=predictions.policy.device)
             measured = self._forward.loss(predictions.take(torch.cat([first, first + pairs])))
-        # Add metrics even if no pair of this process is real, because all processes must reduce the same names.
+        # Add metrics (with weight 0) even if all pairs of this process are repetitions, because all processes must
+        # reduce metrics of the same names.
         self._metrics.add({**self._forward.logged_metrics(measured), "loss": measured.loss}, real)
         errors, comparable = measured.pair_errors, True
         if not predictions.has_reference and self._start_errors is not None:
@@ -102,8 +102,8 @@ class PairEvaluation:
         return {**self._metrics.drain(accelerator), **self._noise_bins.drain(accelerator)}
 
     def _earlier(self, errors: torch.Tensor) -> torch.Tensor | None:
-        """Return the errors `(B, 2)` that the pairs of this batch had before the first step, or `None` if the batches
-        were different then."""
+        """Return the errors `(B, 2)` that the pairs of this batch had before the first step. Return `None` if the
+        evaluation before the first step had no batch of this size at this position."""
         assert self._start_errors is not None
         if self._batch is None:
             self._start_errors.append(errors)
@@ -114,8 +114,8 @@ class PairEvaluation:
 
 
 class NoiseBinMeter:
-    """Collects the errors and noise bins of the pairs in an evaluation. Processes exchange them only once, in
-    `drain`."""
+    """Collects the errors and noise bins of the pairs in an evaluation. Processes exchange the errors and noise bins
+    only once, in `drain`."""
 
     def __init__(self, num_noise_bins: int):
         self._bins = num_noise_bins
@@ -128,8 +128,8 @@ class NoiseBinMeter:
             noise_levels (`torch.Tensor` of shape `(B, D)`): Noise levels.
             errors (`torch.Tensor` of shape `(B, D, 4)`): Errors of the policy for winner and loser, then errors of the
                 reference for winner and loser.
-            counts (`bool`): Whether to add the pairs. If `False`, nothing is added. The process must call `add` even
-                then, because `drain` needs all processes.
+            counts (`bool`): Whether to add the errors. A process without errors to add must call `add` with
+                `counts=False`, because `drain` needs all processes.
         """
         exact = errors.to(exact_dtype(errors.device))
         bins = noise_bin_of(noise_levels, self._bins).unsqueeze(2).to(exact.dtype)
@@ -150,8 +150,8 @@ class NoiseBinMeter:
 def draws_of_noise(dataset: Any) -> int:
     """Return at how many noises and timesteps each pair of a data set is evaluated.
 
-    The number is 1 for streams and for data sets of `FEWEST_PAIRS` pairs or more. For smaller data sets, it is up to
-    `MOST_DRAWS`, because errors differ more between noises than between pairs.
+    The number is 1 for streams and for data sets of `FEWEST_PAIRS` pairs or more. For smaller data sets, the number is
+    up to `MOST_DRAWS`, because errors differ more between noises than between pairs.
     """
     if not isinstance(dataset, Sized) or not 0 < len(dataset) < FEWEST_PAIRS:
         return 1
@@ -159,9 +159,9 @@ def draws_of_noise(dataset: Any) -> int:
 
 
 def real_pairs(state: GradientState, pairs: int, rank: int) -> int:
-    """Return how many of the `pairs` pairs in this process's batch are no repetitions. accelerate repeats pairs to fill
-    up the last batch of all processes together, and stores in `state` how many pairs of this last batch are no
-    repetitions."""
+    """Return how many of the `pairs` pairs in this process's batch are not repeated pairs. If the data do not fill the
+    last batch of all processes, accelerate repeats pairs, and stores in `state` the number of pairs before the repeated
+    ones."""
     if not state.end_of_dataloader or state.remainder <= 0:
         return pairs
     return max(0, min(pairs, state.remainder - rank * pairs))

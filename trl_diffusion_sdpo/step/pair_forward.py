@@ -37,7 +37,8 @@ from ..models.reference import Reference
 
 VAE_SEED_MASK = 0x5DEECE66D  # makes the seed of a pair's VAE encoding differ from the seed of its noise
 
-# Metrics of lambda from `diffusion_preference_loss`. With `safeguard="parameter"`, other code logs these names.
+# Metrics of lambda from `diffusion_preference_loss`. With `safeguard="parameter"`, the class `ParameterSafeguard` logs
+# metrics with these names instead.
 OUTPUT_SPACE_METRICS = ("safeguard/scale", "safeguard/active", "safeguard/cosine")
 
 
@@ -61,18 +62,18 @@ class NoiseSettings:
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """Noisy latents of B pairs and what the model needs to predict them. In all tensors, the B winners come first, then
-    their losers.
+    """Noisy latents of B pairs, the other inputs of the denoiser, and the targets of its predictions. In all tensors,
+    the B winners come first, then the B losers.
 
     Args:
         noisy (`torch.Tensor` of shape `(2B, ...)`): Noisy latents.
         target (`torch.Tensor` of shape `(2B, ...)`): Target of the predictions: noise, velocity or clean latents.
         timesteps (`torch.Tensor` of shape `(2B,)`): Timesteps, equal for the two images of a pair.
         conditioning (`dict[str, torch.Tensor]`): Further inputs of the denoiser, such as prompt embeddings, of shape
-            `(2B, ...)`. Some may be on the CPU.
+            `(2B, ...)`. Some of these tensors may be on the CPU.
         noise_levels (`torch.Tensor` of shape `(2B,)`): Noise levels of the timesteps, in `[0, 1]`.
-        region (`torch.Tensor` of shape `(2B, 1, h, w)`, *optional*): Factors by which the residuals are multiplied so
-            that only the area within the masks counts; see [`region_of`]. `None` if the pairs have no masks.
+        region (`torch.Tensor` of shape `(2B, 1, h, w)`, *optional*): Factors that multiply the residuals, so that only
+            residuals within the masks enter the error; see [`region_of`]. `None` if the pairs have no masks.
     """
 
     noisy: torch.Tensor
@@ -90,12 +91,12 @@ class NoisyBatch:
         return NoisyBatch(noisy, target, timesteps, conditioning, self.noise_levels[index], region)
 
     def within(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Multiply a tensor `(2B, ...)` by `region`. Return it unchanged if the pairs have no masks."""
+        """Multiply a tensor `(2B, ...)` by `region`. Return the tensor unchanged if the pairs have no masks."""
         return tensor if self.region is None else tensor * self.region
 
     def residual(self, prediction: torch.Tensor) -> torch.Tensor:
         """Return `prediction - target`, `(2B, ...)` in float32, multiplied by `region` if the pairs have masks. The
-        mean square of this residual is the error."""
+        mean square of an image's residual is the image's error."""
         return self.within(prediction.float() - self.target.float())
 
     def halves(self) -> tuple[NoisyBatch, NoisyBatch]:
@@ -115,9 +116,9 @@ class PairPredictions:
             autograd graph.
         scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores of the images.
         reference_errors (`torch.Tensor` of shape `(2B,)`, *optional*): Errors of the reference that were computed
-            before training. If set, they are used instead of `reference`.
+            before training. If set, `reference_errors` are used instead of `reference`.
         pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Weights of the pairs' losses.
-        beta (`torch.Tensor` of shape `()`, *optional*): Beta to use instead of the one in the settings.
+        beta (`torch.Tensor` of shape `()`, *optional*): Beta to use instead of the beta in the settings.
     """
 
     batch: NoisyBatch
@@ -134,8 +135,8 @@ class PairPredictions:
         return self.reference is not None or self.reference_errors is not None
 
     def take(self, rows: torch.Tensor) -> PairPredictions:
-        """Return the predictions of the selected pairs. `rows` has the indices of the winners first, then those of
-        their losers."""
+        """Return the predictions of the selected pairs. `rows` has the indices of the winners first, then the indices
+        of their losers."""
         optional = (self.reference, self.scores, self.reference_errors)
         reference, scores, errors = (None if tensor is None else tensor[rows] for tensor in optional)
         pairs = rows.chunk(2)[0] % (len(self.policy) // 2)
@@ -220,9 +221,8 @@ class PairForward:
 
         Args:
             model (`nn.Module`): Policy as the engine (DDP, FSDP2, DeepSpeed) wrapped it.
-            inputs (`dict`): Batch of the collator, on the device.
-            weights ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights, with which to predict
-                instead of the policy's weights.
+            weights ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights that predict instead
+                of the policy's weights.
         """
         draws = self.draws_of_a_pair(model)
         batch = self.noisy_batch(inputs, draws, model)
@@ -237,8 +237,8 @@ class PairForward:
     def loss(
         self, predictions: PairPredictions, safeguard: Literal["none", "output"] | None = None
     ) -> PreferenceLossOutput:
-        """Return the loss of predictions. If `safeguard` is `None`, the safeguard in the settings is used;
-        its value `"parameter"` counts as `"none"`, because that safeguard acts in the backward pass."""
+        """Return the loss of predictions. If `safeguard` is `None`, the safeguard in the settings is used. The setting
+        `"parameter"` has no effect on the loss, because the parameter-space safeguard acts in the backward pass."""
         settings = self.loss_settings
         if safeguard is None:
             safeguard = "none" if settings.safeguard == "parameter" else settings.safeguard
@@ -337,10 +337,11 @@ class PairForward:
             conditioning, size = inputs["conditioning"] | host, inputs["target_size"]
         else:
             pixels = pixels_as_floats(inputs["pixel_values"])
-            stays = self._frozen.state == "on device"  # otherwise `in_use` copies or loads the components now
+            stays = self._frozen.state == "on device"  # if not, `in_use` copies the components or loads them from disk
             with contextlib.nullcontext(self.family) if stays else self._frozen.in_use() as family:
                 latents = family.encode_images(pixels, [*generators, *generators])
-                # One row per pair or per image. Sources are encoded once for both branches.
+                # The encoded prompts have one row per pair or per image. The source image of an edit is encoded once
+                # per pair.
                 if "sources" in inputs:
                     conditioning = family.encode_edits(inputs["prompts"], inputs["sources"])
                 else:
@@ -348,13 +349,13 @@ class PairForward:
             size = (pixels.shape[-2], pixels.shape[-1])
         conditioning = {name: of_both_halves(value, len(latents)) for name, value in conditioning.items()}
         sizes = self.family.size_conditioning(inputs["original_sizes"], inputs["crop_top_lefts"], size)
-        # A VAE may return channels-last latents. Convolutions keep that layout in a forward pass without gradients and
-        # change it in one with gradients, so policy and reference would round differently.
+        # A VAE may return channels-last latents. Convolutions keep this layout in forward passes without gradients but
+        # change it in forward passes with gradients, so policy and reference would round differently.
         return latents.contiguous(), conditioning | sizes
 
     def draw_noise(self, seeds: Sequence[int], latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw one timestep and one noise for each pair from the pair's seed. Return both for winners and losers:
-        `(2B,)` and `(2B, ...)`."""
+        """Draw one timestep and one noise for each pair from the pair's seed. Return the timesteps `(2B,)` and the
+        noise `(2B, ...)` for winners and losers."""
         settings = self.noise_settings
         generators = generators_of(seeds)
         drawn = partial(standard_normal, generators=generators, device=latents.device, dtype=latents.dtype)
@@ -381,7 +382,7 @@ class PairForward:
         latents: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Invert each image to noise with the policy. Return timesteps `(2B,)` and noise `(2B, ...)`. The timesteps are
-        those that `draw_noise` would draw.
+        the same as `draw_noise` would draw.
 
         The policy predicts in its current mode (training or evaluation) and without classifier-free guidance. If the
         inversion adds random noise, this noise differs between the two images of a pair.
@@ -406,7 +407,7 @@ class PairForward:
         timesteps: torch.Tensor,
         conditioning: dict[str, torch.Tensor],
     ) -> NoisyBatch:
-        """Return the batch of clean latents `(N, ...)` with noise added to the amount of their timesteps `(N,)`."""
+        """Return a batch of clean latents `(N, ...)` with noise added for the timesteps `(N,)`."""
         process = self.family.noise_process
         return NoisyBatch(
             process.add_noise(latents, noise, timesteps),
@@ -453,8 +454,8 @@ class PairForward:
         return mean_error(batch.residual(torch.cat(predicted)))
 
     def draws_of_a_pair(self, model: nn.Module) -> int:
-        """Return the number of random timesteps, each with new noise, for each pair in a batch. In training, this is
-        `n_timesteps_per_pair`; in evaluation, it is 1."""
+        """Return the number of random timesteps, each with new noise, for each pair in a batch. The number is
+        `n_timesteps_per_pair` in training, and 1 in evaluation."""
         return self.noise_settings.timesteps_per_pair if model.training else 1
 
     def facts_of_pairs(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor | None]:
@@ -470,8 +471,8 @@ class PairForward:
         }
 
     def loser_weights(self, noise_levels: torch.Tensor) -> torch.Tensor | None:
-        """Return the factors by which the losers' gradients are multiplied in addition to lambda, `(B,)`, from the
-        pairs' noise levels `(B,)`. Return `None` if neither `loser_noise_range` nor `winner_budget` is set."""
+        """Return the factors `(B,)` that multiply the losers' gradients besides the safeguard's lambda, for pairs with
+        the noise levels `(B,)`. Return `None` if neither `loser_noise_range` nor `winner_budget` is set."""
         weights: torch.Tensor | None = None
         if self.loss_settings.loser_noise_range is not None:
             weights = noise_range_weights(noise_levels, *self.loss_settings.loser_noise_range)
@@ -481,8 +482,8 @@ class PairForward:
         return weights
 
     def timestep_weights(self, batch: NoisyBatch) -> torch.Tensor | None:
-        """Return the weights of the pairs' errors, `(B,)`, which depend on the timesteps. Return `None` if timesteps
-        are not weighted."""
+        """Return the weights of the pairs' errors, `(B,)`, which depend on the timesteps. Return `None` if the settings
+        do not weight timesteps."""
         settings = self.loss_settings
         length = self.family.image_seq_len(batch.noisy)
         weighting: dict[str, Any] = {"snr_gamma": settings.snr_gamma, "weighting": settings.timestep_weighting}
@@ -505,8 +506,8 @@ def eval_mode(networks: Sequence[nn.Module]) -> Iterator[None]:
 
 def of_both_halves(conditioning: torch.Tensor, rows: int) -> torch.Tensor:
     """Return an input of the denoiser, such as prompt embeddings, with one row for each of `rows` images, winners
-    first. If `conditioning` has one row per pair, both images of the pair get this row. If it already has one row per
-    image, it is returned unchanged."""
+    first. If `conditioning` has one row per pair, both images of the pair get this row. If `conditioning` already has
+    one row per image, it is returned unchanged."""
     return torch.cat([conditioning] * (rows // len(conditioning)))
 
 
@@ -517,7 +518,7 @@ def region_of(masks: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     A position of the latent is within a mask if the mask covers a pixel of this position or of a neighbouring one.
     Factors within the mask are `sqrt(number of positions / number of positions within the mask)`; factors outside are
     0. If a mask covers the whole image, all factors are exactly 1. If cropping has removed the whole mask of an image,
-    all its factors are 0.
+    all factors of this image are 0.
 
     Args:
         masks (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8): 1 within the mask and 0 outside, in pixels.
@@ -548,7 +549,7 @@ def repeat_pairs(tensor: torch.Tensor, times: int) -> torch.Tensor:
 
 def seeds_of_draws(seeds: Sequence[int], draws: int) -> list[int]:
     """Return the seeds for the `draws` random timesteps of each pair: first the seeds for the first timestep of every
-    pair, then those for the second timestep, and so on. For the first timestep, the seed is the pair's own seed."""
+    pair, then the seeds for the second timestep, and so on. For the first timestep, the seed is the pair's own seed."""
     later = [
         int(np.random.SeedSequence([seed, draw]).generate_state(1, np.uint64)[0] >> 1)
         for draw in range(1, draws)

@@ -25,19 +25,18 @@ class _Branches:
     losers: NoisyBatch
     winner_pred: torch.Tensor
     loser_pred: torch.Tensor
-    predictions: PairPredictions  # its `policy` is the detached copy
+    predictions: PairPredictions  # the field `policy` is the detached copy
 
 
 class ParameterSafeguard:
-    """Safeguard in parameter space: one backward pass for winners and one for losers (the branches), and one lambda per
-    optimizer step from their gradients.
+    """Safeguard in parameter space: one backward pass for winners and one for losers. The two gradients give one lambda
+    (factor of the losers' gradient) per optimizer step.
 
     For each micro-batch, call [`~ParameterSafeguard.predict_pairs`], compute the loss of the predictions, and call
     [`~ParameterSafeguard.backward_branches`]. After the last micro-batch of an optimizer step, call
     [`~ParameterSafeguard.step`].
 
     Args:
-        meter ([`MetricMeter`]): Collector of the training metrics.
         sorts_by_scores (`bool`): Whether the scores decide which image of a pair is the winner.
         low_memory (`bool`): Whether to hold the activations of winners and losers one after the other instead of
             together, at the cost of one more forward pass of the losers.
@@ -55,15 +54,15 @@ class ParameterSafeguard:
         self.gradients = gradients
         self._forward, self._meter = forward, meter
         self._sorts_by_scores, self._low_memory = sorts_by_scores, low_memory
-        self._predicted: list[_Branches] = []  # the micro-batch that was predicted, until its backward pass
+        self._predicted: list[_Branches] = []  # the predicted micro-batch; removed by its backward pass
 
     def accumulating(self) -> contextlib.AbstractContextManager:
         """Return the context in which to run the forward and backward passes of a micro-batch."""
         return self.gradients.backend.accumulating()
 
     def predict_pairs(self, model: nn.Module, inputs: dict) -> PairPredictions:
-        """Return the predictions for a batch, as [`PairForward.predict_pairs`] does. The returned `policy` is a
-        detached copy (a leaf), so the autograd graph of the loss ends at it."""
+        """Return the predictions for a batch, as [`PairForward.predict_pairs`] does. The returned field `policy` is a
+        detached copy (a leaf), so the autograd graph of the loss ends at this copy."""
         draws = self._forward.draws_of_a_pair(model)
         batch = self._forward.noisy_batch(inputs, draws, model)
         facts = self._forward.facts_of_pairs(model, inputs)
@@ -114,7 +113,7 @@ class ParameterSafeguard:
 
     def step(self) -> None:
         """Combine the gradients of winners and losers after the last micro-batch of an optimizer step. Under DeepSpeed,
-        also step the optimizer. (Under other engines, the Trainer steps the optimizer later.)"""
+        also step the optimizer. Under other engines, the Trainer steps the optimizer later."""
         metrics, finite = self.gradients.combine()
         self._meter.add(metrics, finite)
         self._meter.add({"safeguard/skipped": 1 - finite.float()}, 1)

@@ -27,15 +27,8 @@ BUDGET_FILE = "winner_budget.json"
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """Size of the probe (the pairs on which errors are measured), and interval of the measurements.
-
-    Args:
-        pairs (`int`): Number of pairs in the probe.
-        steps (`int`): Number of optimizer steps between two measurements.
-
-    Raises:
-        `ValueError`: If `pairs` or `steps` is below 1.
-    """
+    """Number of pairs in the probe (the pairs on which errors are measured), and number of optimizer steps between two
+    measurements. Raises `ValueError` if a number is below 1."""
 
     pairs: int = 32
     steps: int = 10
@@ -53,9 +46,8 @@ class ProbeInputs:
     """Pairs of the probe before they are encoded."""
 
     inputs: dict[str, Any]  # batch of the collator, on the device
-    counts: list[
-        bool
-    ]  # whether each pair is counted; a process with fewer pairs than others repeats a pair, which is not counted
+    # `False` for pairs that are repeated so that all processes have equally many pairs; their errors are ignored.
+    counts: list[bool]
 
 
 @dataclass(frozen=True)
@@ -65,20 +57,17 @@ class ProbeBatch:
 
     batch: NoisyBatch
     noise_bins: torch.Tensor  # index of the noise bin, the same in all rows, int64 (B,)
-    counts: torch.Tensor  # 1 for rows that are counted, 0 for repetitions, (B,)
+    counts: torch.Tensor  # weight of each row in the mean error: 1, or 0 for repeated pairs; (B,)
 
 
 class WinnerBudget(StoredController):
     """Limits the rise of the winners' error during training.
 
     Args:
-        controller ([`~trl_diffusion_sdpo.losses.BudgetController`]): Object that computes the scales of the losers'
-            gradients.
-        meter ([`MetricMeter`]): Collector of the training metrics.
         sorts_by_scores (`bool`): Whether the scores decide which image of a pair is the winner.
         average ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights whose errors are measured
-            instead of the policy's. At low noise levels, the errors of averaged weights vary less between steps than
-            those of the policy.
+            instead of the errors of the policy's weights. At low noise levels, the errors of averaged weights vary less
+            between steps than the errors of the policy's weights.
     """
 
     setting, file = "winner_budget", BUDGET_FILE
@@ -100,7 +89,8 @@ class WinnerBudget(StoredController):
 
     def begin(self, policy: nn.Module, pairs: Sequence[ProbeInputs]) -> None:
         """Build the probe from `pairs`, and measure the probe's errors before the first step. In a resumed run, the
-        checkpoint supplies these errors. `policy` is the policy as the engine (DDP, FSDP2, DeepSpeed) wrapped it."""
+        errors before the first step are read from the checkpoint. `policy` is the policy as the engine (DDP, FSDP2,
+        DeepSpeed) wrapped it."""
         self.probe = self.make_probe(pairs)
         if self.controller.initial_errors.isnan().all():
             self.controller.initial_errors = self.measure(policy)
@@ -136,7 +126,7 @@ class WinnerBudget(StoredController):
                 order = order_by_scores(inputs["scores"])
                 latents, conditioning = latents[order], take_rows(conditioning, order)
                 region = None if region is None else region[order]
-            # Clone, because a view would keep the losers in memory.
+            # Clone the winners, because a view would keep the losers in memory.
             winners = latents.chunk(2)[0], {name: value.chunk(2)[0].clone() for name, value in conditioning.items()}
             counts = torch.tensor(batch_of_pairs.counts, device=latents.device).float()
             for noise_bin in range(self.controller.num_noise_bins):
@@ -167,8 +157,8 @@ class WinnerBudget(StoredController):
 
 
 def probe_items(dataset: Any, wanted: int) -> list[Any]:
-    """Return the pairs of the probe as items for the collator: `wanted` evenly spaced pairs of a map-style data set, or
-    the first `wanted` pairs of a stream."""
+    """Return `wanted` pairs for the probe, as items for the collator: evenly spaced pairs of a map-style data set, or
+    the first pairs of a stream."""
     dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
     view = dataset.for_evaluation()
     if not isinstance(view, PreferenceDataset):
@@ -189,7 +179,8 @@ def probe_inputs(
     for same in by_size.values():
         rows = same[rank::world]
         share = len(rows)
-        # With FSDP2 and DeepSpeed, all processes must run each forward pass together, so all get equally many rows.
+        # With FSDP2 and DeepSpeed, all processes must run each forward pass together, so all processes get equally many
+        # rows.
         rows += same[:1] * (-(-len(same) // world) - share)
         batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
         probe += [ProbeInputs(to_inputs([rows[i] for i in batch]), [i < share for i in batch]) for batch in batches]

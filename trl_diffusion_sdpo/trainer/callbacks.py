@@ -50,11 +50,9 @@ def add_callbacks(
     its own `on_train_end`. The progress bar of transformers is replaced by a shorter one.
 
     Args:
-        sample_scores ([`SampleScores`], *optional*): Object that scores the sample images.
         begin (`Callable`): Function to call before the first optimizer step.
-        after_step (`Callable`): Function to call with the step's number, counted from 1, after every optimizer step.
-        evaluate (`Callable`): Function that evaluates the current weights.
-        log (`Callable`): Function that logs metrics.
+        after_step (`Callable`): Function to call after every optimizer step, with the step's number (the first step is
+            1).
         end (`Callable`): Function that prints at the end of training, in the first process only, which files the run
             wrote.
     """
@@ -112,8 +110,8 @@ def _sample_images(
 
 
 class StepCallback(TrainerCallback):
-    """Calls a function before the first optimizer step, and another one with the step's number, counted from 1, after
-    every optimizer step."""
+    """Calls one function before the first optimizer step, and another function after every optimizer step, with the
+    step's number (the first step is 1)."""
 
     def __init__(self, begin: Callable[[], None], after_step: Callable[[int], None]):
         self._begin = begin

@@ -52,7 +52,7 @@ def load_policy(
     denoiser: bool = True,
 ) -> LoadedModel:
     """Load the pipeline whose denoiser trains, with complete (unsharded) weights in every process. If `denoiser` is
-    `False`, load it without the denoiser's weights."""
+    `False`, load the pipeline without the denoiser's weights."""
     start = StartingPoint("", adapter=args.adapter_name_or_path)
     options = args.model_init_kwargs
     if isinstance(model, (str, Path)):
@@ -86,7 +86,7 @@ def choose_trained_weights(
     """Add a LoRA if `peft_config` is set and no LoRA was loaded, and freeze all weights that do not train.
 
     Returns:
-        The name of the LoRA that trains (`None` in full tuning), and whether this call added this LoRA.
+        The name of the LoRA that trains (`None` in full tuning), and whether this function has added the LoRA.
     """
     denoiser = loaded.denoiser
     if args.disable_dropout:
@@ -118,8 +118,8 @@ def choose_trained_weights(
         )
     if halves and autocast_dtype(args.mixed_precision) is None:
         raise ValueError(
-            f"A LoRA trains in float32, and a base model in {', '.join(halves)} can be combined with it only under "
-            "autocast. Autocast is off. Set `bf16=True` or `fp16=True`."
+            "A LoRA trains in float32, and can be combined with a half-precision base model only under autocast. Got a "
+            f"base model in {', '.join(halves)} without autocast. Set `bf16=True` or `fp16=True`."
         )
     if args.save_full_pipeline and adapter is not None:
         raise ValueError(
@@ -156,15 +156,15 @@ def make_reference(
     adapter: str | None,
     added: bool,
 ) -> Reference:
-    """Build the reference model. `adapter` is the name of the LoRA that trains, and `added` says whether this LoRA was
-    just created, so that it does not change the model's output yet."""
+    """Build the reference model. `adapter` is the name of the LoRA that trains. `added` says whether the trainer has
+    just created this LoRA; a new LoRA does not change the model's output yet."""
     half_dtype = None if by_engine(args) else autocast_dtype(args.mixed_precision)
     users_reference = None
     if ref_model is not None:
         users_reference = load_ref_model(ref_model, loaded, args)
         if users_reference is loaded.denoiser:
             raise ValueError(
-                "`model` and `ref_model` must be two objects. If they were one, the reference would train too, and "
+                "`model` and `ref_model` must be two objects. A shared object would train as the reference too, and "
                 f"all margins would stay 0. Got one {type(users_reference).__name__} for both. Leave `ref_model` out, "
                 "or pass a copy of the model."
             )
@@ -263,7 +263,6 @@ def make_reference_errors(
 
     Args:
         encoder_key ([`EncoderKey`]): Key that identifies VAE and text encoders in the cache.
-        loaders ([`BatchLoaders`]): Object that makes this process's data loaders.
         to_inputs (`Callable`): Function that collates items into a batch and moves the batch to the device.
     """
     reference = forward.reference
@@ -286,8 +285,8 @@ def make_reference_errors(
 def reference_facts(
     reference: PrecomputedReference, family: Family, key: EncoderKey, engine: Engine, args: DiffusionSDPOConfig
 ) -> dict[str, Any]:
-    """Return everything on which the reference's errors depend, except the data and the noise. The returned facts
-    become part of the cache key of the errors."""
+    """Return everything on which the reference's errors depend, except the data and the noise, as a part of the cache
+    key of these errors."""
     frozen = {name: getattr(family.pipeline, name) for name in family.frozen_components}
     denoiser: Any = family.denoiser if reference.module is None else reference.module
     configs = {"configuration": denoiser.config, "scheduler": family.pipeline.scheduler.config}
@@ -296,7 +295,7 @@ def reference_facts(
         "family": family.name,
         "components": {name: str(module.dtype) for name, module in frozen.items()},
         "encoders": key.facts,
-        "encoded": args.precompute_latents,  # other batch sizes may round differently
+        "encoded": args.precompute_latents,  # encoding in other batch sizes may round differently
         "crops": stored_crops(args),
         **{kind: {k: v for k, v in config.items() if not k.startswith("_")} for kind, config in configs.items()},
         "guidance_scale": args.guidance_scale,
@@ -310,10 +309,10 @@ def reference_facts(
 
 
 def choose_kernels(denoiser: Any, copies: Sequence[WeightCopy], args: DiffusionSDPOConfig) -> None:
-    """Set the attention back end, and compile the separate denoisers of reference and average (`copies`), because
-    transformers' Trainer compiles only the model that trains.
+    """Set the attention back end, and compile the separate denoisers of the reference and the averaged weights
+    (`copies`), because transformers' Trainer compiles only the model that trains.
 
-    With `torch_compile_regional`, compile the blocks of all denoisers, including the one that trains. Then unset
+    With `torch_compile_regional`, compile the blocks of all denoisers, including the one that trains. After that, unset
     `torch_compile_backend` and `torch_compile_mode` in `args`, so that accelerate does not compile the model again.
     """
     if args.attention_backend is not None:
@@ -334,4 +333,4 @@ def choose_kernels(denoiser: Any, copies: Sequence[WeightCopy], args: DiffusionS
                 "would be compiled. Leave `torch_compile_regional` off; `torch_compile` then compiles the whole model."
             )
         compile_blocks(denoiser, backend, mode)
-        args.torch_compile_backend = args.torch_compile_mode = None  # so that accelerate does not compile
+        args.torch_compile_backend = args.torch_compile_mode = None  # accelerate must not compile again

@@ -28,7 +28,7 @@ from .diffusion_sdpo_config import DiffusionSDPOConfig
 logger = logging.getLogger(__name__)
 
 POSITION_FILE = "stream_position_{}.json"  # in a checkpoint, one file for each process
-CHECKED_PROMPTS = 10_000  # number of first pairs whose prompts are checked for length
+CHECKED_PROMPTS = 10_000  # the prompts of so many pairs, from the first, are checked for length
 PREPARED = (PreferenceDataset, PreferenceIterableDataset)
 
 
@@ -38,10 +38,8 @@ class PairPreparation:
 
     Args:
         args ([`DiffusionSDPOConfig`]): The trainer's settings, after `check_and_complete`.
-        loss ([`LossSpec`]): Properties of the loss.
         family ([`~trl_diffusion_sdpo.families.Family`]): The model family, whose tokenizers find the prompts that are
             too long.
-        encoding ([`PairEncoding`], *optional*): Object that encodes images and prompts before training.
     """
 
     def __init__(self, args: DiffusionSDPOConfig, loss: LossSpec, family: Family, encoding: PairEncoding | None):
@@ -53,14 +51,11 @@ class PairPreparation:
 
     def prepare(self, dataset: Any, *, name: str, training: bool) -> Any:
         """Return a user's data as a data set of pairs, encoded if `precompute_latents` is set. `None` and data sets
-        that this method has returned before are not prepared again. All processes must call this method together.
-
-        Args:
-            name (`str`): Name of the data in messages.
-        """
+        that this method has returned before are not prepared again. All processes must call this method together."""
         if dataset is None or (isinstance(dataset, PREPARED) and dataset in self._own):
             if isinstance(dataset, PreferenceDataset) and not training and self._args.precompute_ref_errors:
-                # Errors that were computed for training are not those of an evaluation.
+                # An evaluation has other noise and timesteps than training, so it cannot use reference errors that were
+                # computed for training.
                 return dataset.for_evaluation() if dataset.draw_settings()["training"] else dataset
             return dataset
         prepared = prepare_pairs(dataset, self._args, self._loss, name=name, training=training)
@@ -73,7 +68,7 @@ class PairPreparation:
         return prepared
 
     def _count_long_prompts(self, pairs: PreferenceDataset, name: str) -> None:
-        """Count the prompts that a tokenizer truncates, add their number to the data report, and log it."""
+        """Count the prompts that a tokenizer truncates, and log their number and add it to the data report."""
         note = note_on_long_prompts(self._family, pairs.prompts(first=CHECKED_PROMPTS))
         if note:
             pairs.add_note(note)
@@ -91,23 +86,24 @@ def check_source_column(
         has = "has" if pairs.has_sources else "does not have"
         advice = "Use an edit model, or remove the column." if pairs.has_sources else "Add the column."
         raise ValueError(
-            f"A `source` column is needed by edit models and allowed for no others. {family.name} "
-            f"{'is' if family.takes_source else 'is not'} one, and the {name} data {has} the column. {advice}"
+            f"Edit models need a `source` column, and other models allow no such column. {family.name} "
+            f"{'is' if family.takes_source else 'is not'} an edit model, and the {name} data {has} the column. {advice}"
         )
     if args.random_crop:
         raise ValueError(
-            f"`random_crop` does not work with source images yet, and the {name} data have some. Leave `random_crop` "
-            "out."
+            f"`random_crop` does not work with source images yet. Got {name} data with source images. Leave "
+            "`random_crop` out."
         )
 
 
 def _reading(args: DiffusionSDPOConfig) -> tuple[int, int, int]:
-    """Return the numbers on which a position in a stream depends: batch size, DataLoader workers and processes."""
+    """Return the numbers that must stay the same so that a stored position in a stream is valid: batch size, DataLoader
+    workers and processes."""
     return args.train_batch_size, args.dataloader_num_workers or 0, args.world_size
 
 
 def save_position(position: StreamPosition, args: DiffusionSDPOConfig, folder: Path) -> None:
-    """Write how far this process has read a stream into the checkpoint `folder`."""
+    """Save this process's position in a stream, in the checkpoint `folder`."""
     content = {"reading": _reading(args), "readers": position.readers}
     (folder / POSITION_FILE.format(args.process_index)).write_text(json.dumps(content))
 
@@ -138,8 +134,8 @@ def load_position(
 
 
 def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Any:
-    """Return a user's data as a torch data set of pairs. Every process prepares all rows, but the processes divide the
-    check of the images among themselves.
+    """Return a user's data as a torch data set of pairs. Every process prepares all rows. The rows whose images are
+    checked are divided among the processes.
 
     Raises:
         `ValueError`: If the columns match no format, no pair is usable, or the loss needs scores that the data do not
@@ -173,27 +169,27 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
     prepared = prepare_dataset(dataset, options, name=name, peers=peers(args))
     if args.precompute_ref_errors and not isinstance(prepared, PreferenceDataset):
         raise ValueError(
-            f"`precompute_ref_errors=True` needs a map-style data set, and the {name} data are a stream. Load the data "
+            f"`precompute_ref_errors=True` needs a map-style data set. The {name} data are a stream. Load the data "
             "without `streaming=True`, or set `precompute_ref_errors=False`."
         )
     if scores.needs_scores and not prepared.has_scores:
         what = f"The loss {args.loss_type!r}" if scores.sorts_by_scores else "`pair_weights`"
         raise ValueError(
-            f"{what} needs the columns `chosen_score` and `rejected_score`. The {name} data have none. Score the "
-            "images first, or choose another loss or setting."
+            f"{what} needs the columns `chosen_score` and `rejected_score`. The {name} data lack these columns. Score "
+            "the images first, or leave this loss or setting out."
         )
     if args.mask_anchor and not prepared.has_masks:
         raise ValueError(
-            f"`mask_anchor={args.mask_anchor}` needs data with a mask column, and the {name} data have none. Add the "
-            "column, or leave `mask_anchor` out."
+            f"`mask_anchor` needs data with a mask column. Got `mask_anchor={args.mask_anchor}` and {name} data "
+            "without masks. Add the column, or leave `mask_anchor` out."
         )
     scores.apply_to(prepared, peers(args))
     return prepared
 
 
 def score_settings(args: DiffusionSDPOConfig, loss: LossSpec, *, training: bool) -> ScoreSettings:
-    """Return the settings for the scores in the data. The settings for evaluation (`training=False`) have no
-    `pair_weights`."""
+    """Return the settings that say how the scores in the data are used. The returned settings contain `pair_weights`
+    only for training (`training=True`)."""
     return ScoreSettings(
         pair_weights=args.pair_weights if training else None,
         calibrated=args.calibrated_scores,

@@ -20,7 +20,8 @@ from .config.all_arguments import (
 from .config.checks import check_settings
 from .config.declaring import RESUME
 
-# Settings of transformers that change the trained weights. A resumed run must have the same values.
+# Settings of transformers that change the trained weights. A resumed run must have the values with which its checkpoint
+# was written.
 INHERITED = ("per_device_train_batch_size", "gradient_accumulation_steps", "mixed_precision", "seed", "data_seed")
 
 
@@ -31,8 +32,8 @@ class DiffusionSDPOConfig(AllArguments):
 
     The class has the settings of [`~transformers.TrainingArguments`], [`PipelineArguments`], [`MemoryArguments`],
     [`NoiseArguments`], [`LossArguments`], [`DataArguments`], [`WinnerArguments`], [`SampleArguments`] and
-    [`RunArguments`]. If a setting such as `beta` or `learning_rate` is `None`, the trainer uses the default of the
-    model's family and the loss, and logs the value.
+    [`RunArguments`]. If a setting such as `beta` or `learning_rate` is `None`, the trainer sets the setting to the
+    default of the model's family and the loss, and logs the value.
 
     [`~transformers.HfArgumentParser`] can turn this class into command line arguments.
 
@@ -72,7 +73,7 @@ class DiffusionSDPOConfig(AllArguments):
         model_init_kwargs: dict[str, Any] | None = None
         ref_model_init_kwargs: dict[str, Any] | None = None
 
-    # Parameters whose default values are overridden from TrainingArguments
+    # Settings of `TrainingArguments` for which this class has other defaults.
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
@@ -114,7 +115,7 @@ class DiffusionSDPOConfig(AllArguments):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # each forward pass uses every trainable weight
         self.remove_unused_columns = False  # the format of the data set selects its columns
-        self.logging_nan_inf_filter = False  # it would wait for the device; the trainer checks losses itself
+        self.logging_nan_inf_filter = False  # the filter would make the CPU wait for the device
         for name in ("sample_prompts", "sample_sources", "sample_scorers"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
@@ -129,7 +130,8 @@ class DiffusionSDPOConfig(AllArguments):
         check_settings(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all settings, with secrets such as tokens masked. Saved files and trackers get this dictionary."""
+        """Return all settings, with secrets such as tokens masked. Trackers and the files of a run contain this
+        dictionary."""
         return masked(super().to_dict())
 
     def __str__(self) -> str:
@@ -140,7 +142,8 @@ class DiffusionSDPOConfig(AllArguments):
 
 
 def resume_settings() -> tuple[str, ...]:
-    """Return the names of the settings that change the trained weights. A resumed run must have the same values."""
+    """Return the names of the settings that change the trained weights. For these settings, a resumed run must have the
+    values with which its checkpoint was written."""
     names = (name for name, setting in settings_of(DiffusionSDPOConfig).items() if RESUME in setting.facts)
     return (*names, *INHERITED)
 

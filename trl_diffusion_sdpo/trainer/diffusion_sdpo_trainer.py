@@ -89,8 +89,8 @@ from .diffusion_sdpo_config import DiffusionSDPOConfig, resume_settings
 
 logger = logging.getLogger(__name__)
 
-# Settings that must be equal in all processes, in addition to `resume_settings()`. If they differed, one process would
-# evaluate or save alone and wait forever for the others.
+# Settings that must be equal in all processes, in addition to `resume_settings()`. If a setting differed, one process
+# would evaluate or save alone and wait forever for the other processes.
 SAME_IN_ALL_PROCESSES = (
     *("max_steps", "num_train_epochs", "learning_rate", "optim", "per_device_eval_batch_size"),
     *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "logging_strategy", "logging_steps"),
@@ -130,7 +130,7 @@ class DiffusionSDPOTrainer(Trainer):
             have. If `None`, the reference is the policy before training. The trainer then gets the reference's
             predictions by switching the LoRA off, or from a frozen copy of the LoRA or of the denoiser.
         args ([`DiffusionSDPOConfig`], *optional*): Settings, which the trainer copies. In the copy (`trainer.args`),
-            unset settings are set to defaults.
+            the trainer sets unset settings to defaults.
         train_dataset (`datasets.Dataset`, `datasets.IterableDataset`, a torch `Dataset` or `list`, *optional*):
             Preference pairs in a supported format.
         eval_dataset (a type of `train_dataset`, or a `dict` of data sets, *optional*): Pairs for evaluation. Every
@@ -142,12 +142,12 @@ class DiffusionSDPOTrainer(Trainer):
         compute_metrics (`Callable`, *optional*): Function of an `EvalPrediction` that returns a dictionary of metrics.
             The `predictions` have shape `(pairs, 2)` and are the implicit rewards of chosen and rejected images; the
             `label_ids` are zeros.
-        callbacks (`list[TrainerCallback]`, *optional*): Callbacks in addition to those of the trainer.
-        optimizers (`tuple`, *optional*): Optimizer and learning-rate scheduler, instead of those that the settings in
-            `args` describe.
-        peft_config ([`~peft.LoraConfig`], *optional*): Configuration of a LoRA to train instead of all weights. If its
-            `target_modules` are unset, the LoRA is added to the modules that diffusers' training script for this model
-            family uses.
+        callbacks (`list[TrainerCallback]`, *optional*): Callbacks in addition to the trainer's own callbacks.
+        optimizers (`tuple`, *optional*): Optimizer and learning-rate scheduler to use instead of the ones that `args`
+            describes.
+        peft_config ([`~peft.LoraConfig`], *optional*): Configuration of a LoRA to train instead of all weights. If
+            `target_modules` of `peft_config` is unset, the LoRA is added to the modules that diffusers' training script
+            for this model family uses.
         quantization_config (*optional*): Quantization of the base model's weights, which are frozen under a LoRA, such
             as `diffusers.BitsAndBytesConfig(load_in_4bit=True)`. `quantization_config` needs `peft_config`.
 
@@ -169,7 +169,8 @@ class DiffusionSDPOTrainer(Trainer):
         "id": "2511.03317",
     }
 
-    # A subclass may set other classes here, to change the forward passes or the step with `safeguard="parameter"`.
+    # A subclass may set its own classes: `pair_forward_class` for the forward passes, and `parameter_safeguard_class`
+    # for training with `safeguard="parameter"`.
     pair_forward_class = PairForward
     parameter_safeguard_class = ParameterSafeguard
 
@@ -207,11 +208,12 @@ class DiffusionSDPOTrainer(Trainer):
         self._engine_ready = False
         self._first_step = 0  # step at which `train` began or resumed
         self._saved_step = -1  # step of the last checkpoint of this training
-        self._counted = torch.zeros(0)  # for pairs of the last evaluation batch: 1, or 0 for repetitions that fill it
+        self._counted = torch.zeros(0)  # for each pair of the last evaluation batch: 0 if repeated, else 1
         self._checkpoints_dir = args.output_dir  # a temporary folder while a checkpoint is being written
 
-        # Turn the data into pairs, and encode them if `precompute_latents` is set. Encoding needs the device's memory.
-        # Therefore the reference and the average move to the device only now. DeepSpeed and FSDP move them later.
+        # Turn the data into pairs, and encode the pairs if `precompute_latents` is set. The reference and the averaged
+        # weights move to the device after that, because encoding needs the device's memory. (DeepSpeed and FSDP move
+        # these weights later.)
         self._preparation = PairPreparation(args, self.loss_spec, self.family, self.encoding)
         train_dataset, eval_dataset = self._prepare_data(train_dataset, eval_dataset, args)
         if not by_engine(args):
@@ -234,7 +236,7 @@ class DiffusionSDPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.loss_is_scaled_for_ga = False  # transformers then divides our mean over pairs by the accumulation steps
+        self.loss_is_scaled_for_ga = False  # transformers divides the loss (a mean) by the accumulation steps
 
         # Set up the components that need the accelerator.
         self.engine.check()
@@ -253,7 +255,7 @@ class DiffusionSDPOTrainer(Trainer):
             to_inputs=lambda items: self._prepare_inputs(self.data_collator(items)),
         )
 
-        # Set up the run's files, and the callbacks that write some of them.
+        # Set up the objects that write the files of the run, and add the callbacks.
         self.run_folder = RunFolder(args, list(self.family.pipeline.components), REPORTS)
         self.run_files = RunFiles(
             args,
@@ -291,7 +293,7 @@ class DiffusionSDPOTrainer(Trainer):
             sample_scores=self.sample_scores,
             begin=self._begin_steps,
             after_step=self._after_step,
-            evaluate=lambda: self.evaluate(),  # not `self.evaluate`, because a user may replace the method later
+            evaluate=lambda: self.evaluate(),  # a lambda, because a user may replace the method `evaluate` later
             log=lambda metrics: self.log(metrics),
             end=self._end_report,
         )
@@ -315,7 +317,7 @@ class DiffusionSDPOTrainer(Trainer):
         weights_before = fingerprint(base_tensors(denoiser))
         self.adapter, added = choose_trained_weights(loaded, peft_config, args)
 
-        # Copy these weights for the reference and the average, before training changes them.
+        # Copy the weights that train, for the reference and for the averaged weights (`ema_decay`).
         self.reference = make_reference(loaded, ref_model, args, loss, self.engine, adapter=self.adapter, added=added)
         self._weight_copies: list[WeightCopy] = [self.reference]
         self.average = None
@@ -324,7 +326,7 @@ class DiffusionSDPOTrainer(Trainer):
             self.average = EMAWeights(denoiser, self.adapter, args.ema_decay, self.engine, shared=shared)
             self._weight_copies.append(self.average)
 
-        # Record what the run started from, and choose the formats in which it saves weights.
+        # Record the base model and the reference, and choose the formats in which the run saves weights.
         self.origin = Origin(
             loaded.name_or_path,
             recorded_base(loaded.name_or_path, loaded.options, loaded.denoiser_folder),
@@ -334,15 +336,17 @@ class DiffusionSDPOTrainer(Trainer):
         )
 
         def whole_pipeline() -> DiffusionPipeline:
-            with loading_unsharded(args):  # only the first process calls it
+            with loading_unsharded(args):  # only the first process calls this function
                 return loaded.whole_pipeline()
 
         self.weight_files = WeightFiles(loaded.pipeline, loaded.family.denoiser_name, self.adapter, whole_pipeline)
 
-        # Set unset settings to the defaults of family and loss, and get the settings of noise and timesteps.
+        # Set unset settings to the defaults of the model family and the loss, and get the settings of noise and
+        # timesteps.
         noise = check_and_complete(args, loaded, loss, adapter=self.adapter)
 
-        # Place VAE and text encoders. With `precompute_latents`, they encode all pairs before training.
+        # Move VAE and text encoders to their device. With `precompute_latents`, VAE and text encoders encode all pairs
+        # before training.
         self.frozen_components = place_frozen_components(loaded, args)
         self.family = self.frozen_components.family
         self._encoder_key = EncoderKey(self.frozen_components, loaded, peers(args))
@@ -393,8 +397,8 @@ class DiffusionSDPOTrainer(Trainer):
         return self._loaders.training(self.train_dataset, self._train_batch_size, sampler, self.data_collator)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[Any, None]:
-        """Return the micro-batches of an optimizer step, and `None` instead of the number of items in them, because
-        losses are means over pairs."""
+        """Return the micro-batches of an optimizer step, and `None` instead of the number of items, because losses are
+        means over pairs."""
         batches = list(islice(epoch_iterator, num_batches))
         if self._position is not None:
             for batch in batches:
@@ -402,12 +406,14 @@ class DiffusionSDPOTrainer(Trainer):
         return batches, None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return the data loader for an evaluation. For the trainer's own `eval_dataset`, or a data set in it, every
-        call returns the same loader."""
+        """Return the data loader for an evaluation. If the data are the trainer's own `eval_dataset`, or a data set in
+        this `dict`, every call returns the same loader."""
         trainer_sets = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if eval_dataset is None:
-            raise ValueError("Evaluation needs an `eval_dataset`, got None. Pass one to the trainer or to `evaluate`.")
+            raise ValueError(
+                "Evaluation needs an `eval_dataset`, got None. Pass evaluation data to the trainer or to `evaluate`."
+            )
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         prepared = self._preparation.prepare(eval_dataset, name="eval", training=False)
@@ -439,7 +445,8 @@ class DiffusionSDPOTrainer(Trainer):
         return BucketSampler(eval_dataset.sizes, group, seed=eval_dataset.seed)
 
     def _prepare_data(self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig) -> tuple[Any, Any]:
-        """Return both data sets as data sets of pairs. Set `args.dataloader_num_workers` if it is `None`."""
+        """Return the training and evaluation data as data sets of pairs. Set `args.dataloader_num_workers` if it is
+        `None`."""
         prepare = self._preparation.prepare
         train_dataset = prepare(train_dataset, name="train", training=True)
         if isinstance(eval_dataset, dict):
@@ -455,8 +462,8 @@ class DiffusionSDPOTrainer(Trainer):
         """Compute the reference's errors on the training and evaluation data, or read them from the cache, and free the
         reference's memory.
 
-        Without `precompute_ref_errors=True`, this method does nothing. `train` calls this method, and all processes
-        must call it together.
+        Without `precompute_ref_errors=True`, this method does nothing. `train` calls this method. All processes must
+        call this method together.
         """
         if self._reference_errors is None:
             return
@@ -515,7 +522,7 @@ class DiffusionSDPOTrainer(Trainer):
                 "`resume_from_checkpoint`."
             )
         facts: dict[str, Any] = {"model": self.origin.fingerprint, "eval_dataset": self._eval_fingerprint}
-        if not isinstance(self.train_dataset, PreferenceIterableDataset):  # processes may read parts of a stream
+        if not isinstance(self.train_dataset, PreferenceIterableDataset):  # processes read different parts of streams
             facts["train_dataset"] = self._data_fingerprint
         check_agreement(facts)
         if resume_from_checkpoint is None:
@@ -532,9 +539,9 @@ class DiffusionSDPOTrainer(Trainer):
                 return super().train(point, *args, **kwargs)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
-        """Prepare the model as transformers does, then set up the components that need the model in the form in which
-        the engine wrapped it."""
-        # Forget the flags and sums of an earlier training, which may have stopped within an optimizer step.
+        """Prepare the model as transformers does, then set up the components that need the model with the engine's
+        wrapper."""
+        # Reset flags and sums, because an earlier call of `train` may have stopped within an optimizer step.
         self._finite = self._new_finite_check()
         if self.auto_beta is not None:
             self.auto_beta.begin()
@@ -543,7 +550,8 @@ class DiffusionSDPOTrainer(Trainer):
         for weights in self._weight_copies:
             weights.keep_unrounded()
         self.engine.shard_before_preparing(self.denoiser, unrounded)
-        # If the engine shards weights, the checkpoint is read later, after reference and average are sharded too.
+        # If the engine shards weights, read the checkpoint later, when the reference and the averaged weights are
+        # sharded too.
         read_later = self.engine.holds_shards and resume_from_checkpoint is not None
         checkpoint = None if read_later else resume_from_checkpoint
         prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
@@ -557,8 +565,8 @@ class DiffusionSDPOTrainer(Trainer):
             self._load_engine_checkpoint(resume_from_checkpoint)
         if self.engine.casts_weights:
             self.family.settle_dtype()
-        # Build the safeguard anew, because an earlier training built it for another wrapper of the model. Build it now,
-        # so that engines with which the safeguard does not work are refused before the first step.
+        # Build the safeguard again, because an earlier call of `train` built it for another wrapper of the model.
+        # Building the safeguard before the first step also refuses an unsuitable engine early.
         vars(self).pop("parameter_safeguard", None)
         _ = self.parameter_safeguard
         return prepared
@@ -571,8 +579,8 @@ class DiffusionSDPOTrainer(Trainer):
 
     @functools.cached_property
     def parameter_safeguard(self) -> ParameterSafeguard | None:
-        """Object that computes steps with `safeguard="parameter"`, or `None` with another safeguard. The object is
-        built again in every training, after the engine has wrapped policy and optimizer."""
+        """Object that computes training steps with `safeguard="parameter"`, or `None` with another safeguard. Every
+        call of `train` builds the object again, after the engine has wrapped policy and optimizer."""
         args = self.args
         if args.safeguard != "parameter":
             return None
@@ -590,12 +598,13 @@ class DiffusionSDPOTrainer(Trainer):
         )
 
     def _begin_steps(self) -> None:
-        """Measure the errors for `winner_budget` before the first optimizer step."""
+        """Measure the winners' errors for `winner_budget` before the first optimizer step."""
         if self.winner_budget is not None:
             self.winner_budget.begin(self.model_wrapped, self._load_probe())
 
     def _after_step(self, step: int) -> None:
-        """Update everything that follows the trained weights, after optimizer step `step`, counted from 1."""
+        """Update averaged weights, winner budget, beta and reference after optimizer step number `step` (the first step
+        is 1)."""
         if self.average is not None:
             self.average.after_step(step)
         if self.winner_budget is not None and step % ProbeSettings(**self.args.winner_budget_kwargs).steps == 0:
@@ -624,8 +633,8 @@ class DiffusionSDPOTrainer(Trainer):
         return epochs, batches
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train for one epoch. Do nothing if the run has reached `max_steps`, because transformers checks this only
-        after a step."""
+        """Train for one epoch. Do nothing if the run has reached `max_steps`, because transformers checks `max_steps`
+        only after a step."""
         if self.state.global_step >= self.state.max_steps:
             if self.is_world_process_zero():
                 logger.warning("Training is complete. Increase `max_steps` or `num_train_epochs` to continue.")
@@ -642,7 +651,7 @@ class DiffusionSDPOTrainer(Trainer):
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         if self.state.global_step not in (self._first_step, self._saved_step):
             self.run_files.verify_weights(self.model_wrapped)
-        settings: dict[str, Any] = {"save_total_limit": None}  # with 1, transformers would delete other checkpoints
+        settings: dict[str, Any] = {"save_total_limit": None}  # a limit of 1 would delete other checkpoints
         if was_interrupted(self.callback_handler.callbacks):
             settings["load_best_model_at_end"] = False
         with temporarily(self.args, **settings):
@@ -652,8 +661,8 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device. Data loaders leave batches on the CPU, so only the current micro-batch takes
-        memory on the device. The method of transformers is not called, because under DeepSpeed it would round scores,
-        errors and encoded images to the dtype of the weights."""
+        memory on the device. This method replaces transformers' method, because that method, under DeepSpeed, would
+        round scores, errors and encoded images to the dtype of the weights."""
         return _on_device(inputs, self.args.device)
 
     def compute_loss(
@@ -663,12 +672,12 @@ class DiffusionSDPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, PreferenceLossOutput]:
-        """Return the scalar loss of a batch of B pairs. With `return_outputs`, also return its
-        [`PreferenceLossOutput`].
+        """Return the scalar loss of a batch of B pairs. With `return_outputs`, also return the [`PreferenceLossOutput`]
+        of the batch.
 
-        A subclass may override this method to change the loss, with every safeguard. With `safeguard="parameter"`, the
-        autograd graph ends at the predictions, so terms that the subclass adds may depend on the model only through the
-        predictions.
+        A subclass may override this method to change the loss. This works with every safeguard. With
+        `safeguard="parameter"`, the autograd graph ends at the predictions, so terms that the subclass adds may depend
+        on the model only through the predictions.
         """
         safeguard = self.parameter_safeguard if model.training else None
         predictions = (self.pair_forward if safeguard is None else safeguard).predict_pairs(model, inputs)
@@ -774,8 +783,8 @@ class DiffusionSDPOTrainer(Trainer):
     def _measured_loop(
         self, dataloader: DataLoader, *settings: Any, weights: EMAWeights | None = None
     ) -> EvalLoopOutput:
-        """Evaluate once on all data, and return the output with the metrics of the pairs. If `weights` is `None`, the
-        policy predicts; otherwise these averaged weights predict."""
+        """Evaluate once on all data, and return the output with the metrics of the pairs. The averaged weights
+        `weights` predict, or the policy's weights if `weights` is `None`."""
         self._evaluation.drain(self.accelerator)
         draws = 1 if self.reference.is_precomputed else draws_of_noise(dataloader.dataset)
         self._evaluation.begin(
@@ -786,7 +795,7 @@ class DiffusionSDPOTrainer(Trainer):
             weights=weights,
         )
         if _marks_real_pairs(dataloader.dataset):
-            self.gather_function = self._gather_counted  # transformers resets it after the evaluation
+            self.gather_function = self._gather_counted  # transformers resets this attribute after the evaluation
         output = super().evaluation_loop(dataloader, *settings)
         measured = self._evaluation.drain(self.accelerator)
         assert output.metrics is not None
@@ -800,9 +809,8 @@ class DiffusionSDPOTrainer(Trainer):
         return gathered[counted > 0] if len(gathered) == len(counted) else gathered
 
     def verdict(self) -> Verdict | None:
-        """Return a judgement of how the error on preferred images has changed since before training, or `None` if
-        nothing was measured. The verdict is based on the last evaluation or, without evaluations, on the last training
-        logs."""
+        """Return a verdict on whether training has raised the error on preferred images, or `None` if nothing was
+        measured. The verdict is based on the last evaluation or, without evaluations, on the last training logs."""
         step = final_step(self.args, self.state)
         images = "" if self.sample_scores is None else self.sample_scores.sentence(step or self.state.global_step)
         return verdict_of(self.state.log_history, self.run_facts, step, images)
@@ -825,7 +833,7 @@ class DiffusionSDPOTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_engine_checkpoint(self, checkpoint: str) -> None:
-        """Load a checkpoint into weights and optimizer after the engine (DeepSpeed or FSDP) has sharded them."""
+        """Load a checkpoint after the engine (DeepSpeed or FSDP) has sharded weights and optimizer state."""
         self.engine.check_resumable(self.optimizer)
         with self.run_files.loading_optimizer(self.optimizer, self.lr_scheduler):
             self.run_files.load(Path(checkpoint), self.model_wrapped)
@@ -855,7 +863,7 @@ class DiffusionSDPOTrainer(Trainer):
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         is_output_dir = folder.resolve() == self.run_folder.path.resolve()
         pushes = self.args.push_to_hub and not _internal_call
-        if not (is_output_dir and pushes):  # otherwise `push_to_hub` saves the files, after uploads in progress
+        if not (is_output_dir and pushes):  # else `push_to_hub` saves the files when earlier uploads are done
             lock: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if is_output_dir:
                 lock = self.run_folder.locked(all_processes=self.engine.holds_shards)
@@ -898,8 +906,8 @@ class DiffusionSDPOTrainer(Trainer):
             save_position(self._position, self.args, Path(output_dir))
 
     def _setup(self) -> dict[str, Any]:
-        """Return what the file that describes the run contains: model, data, engine and settings. A resumed run
-        compares this file with its own facts."""
+        """Return the content of the file that describes the run: model, data, engine and settings. A resumed run must
+        match the file that the earlier run wrote."""
         return {
             **self.weight_files.describe(),
             "reference": self.origin.reference,
@@ -938,7 +946,7 @@ class DiffusionSDPOTrainer(Trainer):
             model_name (`str`, *optional*): Name of the model. If unset, the name of the output folder is used.
             dataset_name (`str`, *optional*): Hub id of the training data. If unset, the trainer's attribute
                 `dataset_name` is used.
-            tags (`str` or `list[str]`, *optional*): Tags in addition to those of the trainer.
+            tags (`str` or `list[str]`, *optional*): Tags in addition to the trainer's own tags.
             license (`str`, *optional*): Identifier of the licence. If unset, the base model's licence applies.
         """
         if self.is_world_process_zero():
@@ -946,8 +954,8 @@ class DiffusionSDPOTrainer(Trainer):
                 self._write_card(model_name=model_name, dataset_name=dataset_name, tags=tags, license=license)
 
     def _end_report(self) -> None:
-        """Write the model card, and print which files the run has written and how to load them. Only the first process
-        calls this method."""
+        """Write the model card, and print which files the run has written and how to load the weights. Only the first
+        process calls this method."""
         self._write_card(keep_edited=True)
         interrupted = was_interrupted(self.callback_handler.callbacks)
         loading_code = None if interrupted else self.model_card.loading_code()
@@ -1001,8 +1009,9 @@ class DiffusionSDPOTrainer(Trainer):
         """Upload the tuned weights and the model card to the Hub repository `args.hub_model_id`. Checkpoints, pickle
         files and logs are not uploaded.
 
-        The trainer saves the files in `args.output_dir` first. If the upload fails, the files stay in this folder, and
-        a second call continues the upload without sending large files again that have arrived.
+        The trainer saves the files in `args.output_dir` first. If the upload fails, the files stay in
+        `args.output_dir`. A second call continues the upload without sending large files again that have already
+        arrived.
 
         Args:
             commit_message (`str`, *optional*): Message of the commit.
@@ -1012,8 +1021,8 @@ class DiffusionSDPOTrainer(Trainer):
                 [`~DiffusionSDPOTrainer.create_model_card`].
 
         Returns:
-            Result of [`~huggingface_hub.HfApi.upload_folder`] in the first process, or its `Future` if `blocking` is
-            `False`; `None` in all other processes.
+            In the first process, the result of [`~huggingface_hub.HfApi.upload_folder`], or a `Future` of this result
+            if `blocking` is `False`. In all other processes, `None`.
 
         Raises:
             `PublishingError`: In all processes, if the Hub refuses or does not answer.
@@ -1021,7 +1030,7 @@ class DiffusionSDPOTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token, revision, private = (kwargs.pop(name, None) for name in ("token", "revision", "private"))
         model_name = kwargs.pop("model_name", None)
-        self._finish_current_push()  # an upload in progress reads the files that are overwritten next
+        self._finish_current_push()  # an upload in progress still reads the files that saving overwrites
         uploaded = None
         with self.run_folder.locked(all_processes=True):
             with failing_together(PublishingError, during_upload=True):
@@ -1037,8 +1046,8 @@ class DiffusionSDPOTrainer(Trainer):
         return uploaded
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload the current weights during training. The method of transformers is not called, because it would expect
-        other file names and upload pickle files."""
+        """Upload the current weights during training. This method replaces transformers' method, because that method
+        would expect other file names and upload pickle files."""
         if not self.publisher.is_ready_for_progress():
             return
         with failing_together(PublishingError, during_upload=True):

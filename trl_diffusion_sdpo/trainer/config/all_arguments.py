@@ -69,8 +69,8 @@ def _number_or_name(value: str) -> float | str:
 
 
 def settled_loss_type(value: Any) -> str | list[str]:
-    """Return `loss_type` as a string if it has one name, and as a list if it has several. (A command line passes a
-    single name as a list.) `"dpo"` becomes `"sigmoid"`, the loss of Diffusion-DPO."""
+    """Return `loss_type` as a string if there is one name, and as a list if there are several names. (A command line
+    passes a single name as a list.) `"dpo"` becomes `"sigmoid"`, the loss of Diffusion-DPO."""
     names = [CHOICE_ALIASES.get(name) or name for name in (value if isinstance(value, (list, tuple)) else [value])]
     return names[0] if len(names) == 1 else names
 
@@ -108,8 +108,8 @@ def settled_resolution(value: Any) -> list[int] | None:
     """Return `resolution`, the size of training images, as `[height, width]`.
 
     Args:
-        value (`int`, `list[int]` or `tuple[int, int]`, *optional*): Size from Python, YAML or a command line. A
-            command line passes a single number as a list.
+        value (`int`, `list[int]` or `tuple[int, int]`, *optional*): Size that was set in Python, in YAML or on a
+            command line. A command line passes a single number as a list.
 
     Raises:
         `ValueError`: If `value` is not one or two whole numbers of at least 8 pixels.
@@ -128,7 +128,7 @@ def settled_resolution(value: Any) -> list[int] | None:
 
 @contextlib.contextmanager
 def temporarily(target: Any, **values: Any) -> Iterator[None]:
-    """Set attributes of an object within the context, and restore their values afterwards."""
+    """Set attributes of an object within the context, and restore their old values afterwards."""
     before = {name: getattr(target, name) for name in values}
     for name, value in values.items():
         setattr(target, name, value)

@@ -48,7 +48,8 @@ def check_settings(args: DiffusionSDPOConfig) -> None:
     for message in (*_conflicts_of_losses(args, loss), *_conflicts(args, loss)):
         raise ValueError(message)
     for message in _without_effect(args, loss):
-        # The warning shows the user's line, which calls `__init__`, `__post_init__` and this function.
+        # With this level, the warning shows the user's line, because the user's line calls `__init__`, `__init__` calls
+        # `__post_init__`, and `__post_init__` calls this function.
         warnings.warn(message, stacklevel=4)
 
 
@@ -64,7 +65,7 @@ def _check_value(name: str, setting: Setting, value: Any) -> None:
         if isinstance(allowed, Range) and value not in allowed:
             raise ValueError(f"`{name}` must be {allowed}, got {value!r}. {allowed.advice}".rstrip())
         if isinstance(allowed, Choices):
-            choices = tuple(LOSSES) if name == "loss_type" else allowed.words  # `LOSSES` also has the user's losses
+            choices = tuple(LOSSES) if name == "loss_type" else allowed.words  # with the user's losses
             _check_words(name, choices, value if isinstance(value, list) else [value])
 
 
@@ -76,7 +77,7 @@ def _check_words(name: str, choices: tuple[str, ...], words: list[Any]) -> None:
 
 
 def _check_inherited(args: DiffusionSDPOConfig) -> None:
-    """Raise `ValueError` for values of transformers' settings that do not apply to diffusion models."""
+    """Raise `ValueError` if a setting of transformers has a value that cannot be used with diffusion models."""
     _, checkpointing = activation_checkpointing(args)
     refused = {
         "label_smoothing_factor": (args.label_smoothing_factor, "Use `loss_type='robust'`"),
@@ -206,8 +207,8 @@ def _conflicts(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
 
 
 def best_sample_metric(args: DiffusionSDPOConfig) -> str | None:
-    """Return `metric_for_best_model` without the prefix `eval_` if it is a score of sample images, and `None`
-    otherwise."""
+    """Return `metric_for_best_model` without the prefix `eval_` if this metric is a score of sample images. Return
+    `None` for other metrics."""
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
     return metric if metric.startswith(PREFIX) else None
 
@@ -216,7 +217,7 @@ def best_sample_metric(args: DiffusionSDPOConfig) -> str | None:
 
 
 def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
-    """Yield a warning for each setting that has no effect with this loss, or because another setting is off."""
+    """Yield a warning for each setting that has no effect with this loss or without another setting."""
     if not loss.uses_beta and args.beta is not None:
         yield f"`beta={args.beta}` has no effect, because the loss {args.loss_type!r} has no beta."
     safeguard = args.safeguard if loss.uses_loser else "none"
@@ -230,7 +231,7 @@ def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
     crops = args.precompute_latents and args.random_crop
     weights = None if args.pair_weights is None else WEIGHT_FUNCTIONS.get(args.pair_weights)
     reads_scores = loss.needs_scores or (weights is not None and not weights.several_scorers)
-    # Each row: settings, whether the condition that these settings need holds, and the condition's name.
+    # Each row has settings, whether their condition is met, and the condition in words.
     needs = (
         (
             ("safeguard_anchor", "safeguard_low_memory"),

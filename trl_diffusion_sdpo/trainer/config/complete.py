@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | None) -> DiffusionSDPOConfig:
-    """Check the settings as far as possible without a model, and return a copy of them for the trainer.
+    """Check the settings as far as possible without a model, and return a copy of the settings for the trainer.
 
     Raises:
         `ValueError`: If `args` is no `DiffusionSDPOConfig`, the process sees several GPUs, or two arguments name a
@@ -53,7 +53,7 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
         raise ValueError(
             f"`args` must be a DiffusionSDPOConfig, got {type(args).__name__}. Pass a DiffusionSDPOConfig."
         )
-    if args.n_gpu > 1:  # transformers would wrap the model in `nn.DataParallel`, which replicates no reference
+    if args.n_gpu > 1:  # transformers would wrap the model in `nn.DataParallel`, which does not copy the reference
         raise ValueError(
             f"Each process trains on one GPU, but this process sees {args.n_gpu} GPUs. Start one process per GPU with "
             "`trl-diffusion-sdpo train --accelerate_config multi_gpu ...` or `accelerate launch`, or set "
@@ -93,16 +93,16 @@ def check_and_complete(
     family, denoiser = loaded.family, loaded.denoiser
     if args.guidance_scale is not None and family.guidance_scale is None:
         raise ValueError(
-            "`guidance_scale` needs a denoiser that takes the guidance scale as an input, and the denoiser of "
-            f"{family.name} does not. Got {args.guidance_scale}. Leave it unset. To set the guidance of sample images, "
-            "use `sample_kwargs`."
+            "`guidance_scale` needs a denoiser that takes the guidance scale as an input. Got "
+            f"{args.guidance_scale} for {family.name}, whose denoiser has no such input. Leave `guidance_scale` unset. "
+            "To set the guidance of sample images, use `sample_kwargs`."
         )
     sample_sources(args, family)
     complete_args(args, family, loss, full=adapter is None)
     check_resolution(args, family)
     timesteps = checked_timesteps(args, family)
 
-    # Settings under which the model predicts an input twice, and must give equal predictions, do not work with dropout.
+    # Refuse dropout if the settings need two equal predictions of the same input.
     if args.safeguard == "parameter" and args.safeguard_low_memory:
         refuse_dropout(denoiser, "`safeguard_low_memory`")
     if args.precompute_ref_errors:
@@ -110,9 +110,9 @@ def check_and_complete(
     checkpoints, _ = activation_checkpointing(args)
     if checkpoints and not checkpoints_activations(denoiser):
         raise ValueError(
-            "`activation_checkpointing` (`gradient_checkpointing`) needs a denoiser that supports it. diffusers' "
-            f"{type(denoiser).__name__} does not. Leave it off. To save memory, use smaller micro-batches or "
-            "`safeguard_low_memory`."
+            "`activation_checkpointing` (`gradient_checkpointing`) needs a denoiser with checkpointing. Got a "
+            f"{type(denoiser).__name__} without checkpointing. Leave `activation_checkpointing` off. To save memory, "
+            "use smaller micro-batches or `safeguard_low_memory`."
         )
     inversion = checked_inversion(args, family)
     return NoiseSettings(timesteps, args.noise_offset, args.n_timesteps_per_pair, inversion)
@@ -120,7 +120,7 @@ def check_and_complete(
 
 def refuse_dropout(denoiser: nn.Module, what: str) -> None:
     """Raise `ValueError` if a denoiser has active dropout. `what` names the setting under which the denoiser predicts
-    the same images twice; the error message begins with it."""
+    the same images twice, for the error message."""
     if any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in denoiser.modules()):
         raise ValueError(
             f"{what} needs two equal predictions of the same images. The denoiser has dropout, which makes predictions "
@@ -139,11 +139,11 @@ def sample_sources(args: DiffusionSDPOConfig, family: Family) -> list[Image.Imag
         return []
     prompts, paths = args.sample_prompts, args.sample_sources or []
     if not (family.takes_source or family.may_take_source):
-        raise ValueError(f"`sample_sources` needs an edit model, and {family.name} is not one. Leave it out.")
+        raise ValueError(f"`sample_sources` needs an edit model. Got {family.name}. Leave `sample_sources` out.")
     if len(paths) != len(prompts):
         raise ValueError(
-            f"`sample_sources` must have one image for each of the {len(prompts)} `sample_prompts`, got {len(paths)}. "
-            f"{family.name} edits one image for each prompt."
+            "`sample_sources` must have one image to edit for each prompt in `sample_prompts`. Got "
+            f"{len(paths)} images and {len(prompts)} prompts for {family.name}."
         )
     sources = []
     for path in paths:
@@ -155,7 +155,7 @@ def sample_sources(args: DiffusionSDPOConfig, family: Family) -> list[Image.Imag
 
 
 def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, full: bool) -> None:
-    """Set unset settings in `args` to the defaults of the model family and the loss, and log these values."""
+    """Set unset settings in `args` to the defaults of the model family and the loss, and log these defaults."""
     mu, beta = loss_defaults(args, family, full=full)
     defaults_by_name = {
         "learning_rate": family.learning_rate_full if full else family.learning_rate_lora,
@@ -176,8 +176,8 @@ def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, 
 def loss_defaults(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> tuple[float, float | None]:
     """Return the defaults of `safeguard_mu` and `beta` for the model family and the loss in `args`.
 
-    For a sum of losses, mu is the largest default of the losses that read the loser, and beta is the default that all
-    losses share. The returned beta is `None` if the loss has no beta, or if `beta` is set.
+    For a sum of losses, `safeguard_mu` is the largest default among the losses that use the loser, and `beta` is the
+    default that all losses share. The returned `beta` is `None` if the loss has no `beta`, or if `args.beta` is set.
 
     Raises:
         `ValueError`: If `beta` is not set and the losses of a sum have different defaults.
@@ -237,14 +237,15 @@ def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, An
 
 def checked_inversion(args: DiffusionSDPOConfig, family: Family) -> InversionSettings | None:
     """Return the settings of the inversion that gives each image its noise, or `None` if noise is random
-    (`noise_source` is not `"inversion"`). Raise `ValueError` if the model's noise process does not support them."""
+    (`noise_source` is not `"inversion"`). Raise `ValueError` if the model's noise process does not support the
+        settings."""
     if args.noise_source != "inversion":
         return None
     settings = InversionSettings(**args.inversion_kwargs)
     if settings.eta and not inversion_of(family.noise_process).has_variance:
         raise ValueError(
-            f"`eta` of `inversion_kwargs` must be 0 for {family.name}, because its sampling step adds no noise. Got "
-            f"{settings.eta}. Leave it out."
+            "`eta` of `inversion_kwargs` must be 0 if the model's sampling step adds no noise. Got "
+            f"{settings.eta} for {family.name}. Leave `eta` out."
         )
     return settings
 
@@ -261,7 +262,7 @@ def loss_settings(args: DiffusionSDPOConfig) -> LossSettings:
 
 
 def image_sizes(args: DiffusionSDPOConfig) -> tuple[tuple[int, int], ...]:
-    """Return all sizes `(height, width)` at which pairs train: one size, or those of the aspect-ratio buckets.
+    """Return all sizes `(height, width)` at which pairs train: a single size, or the sizes of all aspect-ratio buckets.
     `args.resolution` must be set."""
     buckets = aspect_ratio_buckets(args)
     return (image_size(args),) if buckets is None else buckets.sizes
@@ -275,8 +276,8 @@ def image_size(args: DiffusionSDPOConfig) -> tuple[int, int]:
 
 
 def aspect_ratio_buckets(args: DiffusionSDPOConfig) -> AspectRatioBuckets | None:
-    """Return the aspect-ratio buckets (the image sizes from which each pair gets the best fitting one), or `None` if
-    all pairs train at `args.resolution`. `args.resolution` must be set."""
+    """Return the aspect-ratio buckets (image sizes, of which each pair gets the best fitting size), or `None` if all
+    pairs train at `args.resolution`. `args.resolution` must be set."""
     if not args.aspect_ratio_buckets:
         return None
     return from_kwargs(AspectRatioBuckets, "bucket_kwargs", args.bucket_kwargs, image_size(args))
@@ -288,8 +289,8 @@ def largest_batch(args: DiffusionSDPOConfig) -> int:
 
 
 def pairs_of_a_step(args: DiffusionSDPOConfig, batch_size: int) -> int:
-    """Return the number of pairs that all processes together read at once, if the batch size per device is
-    `batch_size`."""
+    """Return the number of pairs in the batches that all processes read at the same time, if the batch size per device
+    is `batch_size`."""
     assert isinstance(args.accelerator_config, AcceleratorConfig), "`__post_init__` parses it."
     return batch_size * (1 if args.accelerator_config.split_batches else args.world_size)
 
@@ -300,6 +301,6 @@ def precompute_folder(args: DiffusionSDPOConfig) -> Path:
 
 
 def stored_crops(args: DiffusionSDPOConfig) -> int | None:
-    """Return the number of random crops of each image that `precompute_latents` stores, or `None` if it stores no
-    random crops."""
+    """Return the number of random crops that `precompute_latents` stores for each image. Return `None` if images are
+    not cropped at random or not encoded before training."""
     return args.precompute_epochs if args.precompute_latents and args.random_crop else None

@@ -27,7 +27,7 @@ class DataArguments:
         dataloader_num_workers (`int`, *optional*):
             Number of DataLoader workers that decode images, for each training process. Map-style data give the same
             batches with any number of workers. If unset, the trainer chooses the number: no worker for fewer than 512
-            pairs, one for a stream, and otherwise up to four.
+            pairs, at most one for a stream, and at most four otherwise.
         swap_labels (`bool`, *optional*, defaults to `False`):
             Whether to swap winner and loser of every pair, in training and evaluation data. Training on swapped pairs
             gives a model that prefers the worse images. A model that prefers the worse images can be the `reference` of
@@ -43,13 +43,13 @@ class DataArguments:
             (smaller if several scorers disagree). Weights are divided by their mean over the training data. Evaluation
             uses no weights. `pair_weights` cannot be used with streams.
         calibrated_scores (`bool`, *optional*, defaults to `False`):
-            Whether to replace each image's score by the share of wins expected for it against the other images of its
+            Whether to replace each image's score by the image's expected share of wins against the other images of its
             prompt, before the loss and `pair_weights` read the score. `calibrated_scores` cannot be used with streams.
         verify_images (`str`, *optional*, defaults to `"sample"`):
             Images of a map-style data set that are decoded before training, to find damaged images. `"sample"` decodes
             the images of 128 pairs, evenly spaced in the data. `"all"` decodes all images and drops pairs with damaged
-            images. `"none"` decodes no image. If training later meets a damaged image, the next good pair replaces the
-            pair with this image.
+            images. `"none"` decodes no image. If training later reads a damaged image, the next pair without damaged
+            images replaces the pair with this image.
         image_schemes (`list[str]`, *optional*):
             URL schemes, such as `s3`, that image URLs in the data may have in addition to `file`, `hf`, `zip` and
             `tar`. Add a scheme only if you trust the data, because your machine opens every URL in the data.
@@ -65,28 +65,31 @@ class DataArguments:
             are multiples of `step` pixels (default 64). `max_aspect_ratio` (default 2) is the largest allowed ratio of
             the longer to the shorter side.
         min_side (`int`, *optional*):
-            Smallest allowed length in pixels of an image's shorter side. Pairs with a smaller image are skipped and
-            counted. Set `min_side` so that small images are not enlarged much. If unset, no pair is skipped for its
-            size.
+            Smallest allowed length in pixels of an image's shorter side. Pairs with a smaller image are skipped, and
+            the data report says how many. Set `min_side` so that small images are not enlarged much. If unset, no pair
+            is skipped for its size.
         random_crop (`bool`, *optional*, defaults to `False`):
             Whether to crop images at a random position instead of at the center. Both images of a pair are cropped at
             the same position.
         random_flip (`bool`, *optional*, defaults to `True`):
-            Whether to flip a random half of the pairs horizontally. Both images of a pair are flipped together.
+            Whether to flip pairs horizontally at random, each pair with probability 0.5. Both images of a pair are
+            flipped together.
         image_interpolation (`str`, *optional*, defaults to `"bilinear"`):
             Interpolation for resizing: `"bilinear"`, `"bicubic"` or `"lanczos"`.
         proportion_empty_prompts (`float`, *optional*, defaults to `0.0`):
-            Share of training pairs whose prompt is replaced by an empty one, in `[0, 1]`. The published value is 0.2.
+            Share of training pairs whose prompt is replaced by an empty prompt, in `[0, 1]`. The published value is
+            0.2.
         precompute_latents (`bool`, *optional*, defaults to `False`):
-            Whether to encode all images and prompts before training, into files that later runs reuse. VAE and text
-            encoders then take no device memory in training. `precompute_latents` needs map-style data.
+            Whether to encode all images and prompts before training, into files that later runs reuse. With
+            `precompute_latents`, VAE and text encoders take no device memory in training. `precompute_latents` needs
+            map-style data.
         precompute_dir (`str`, *optional*):
             Folder for the files that `precompute_latents` and `precompute_ref_errors` write. All processes of a run
-            must be able to read it, and several runs may share it. If unset, the folder `trl-diffusion-sdpo` in the
-            user's cache folder is used.
+            must be able to read this folder, and several runs may share the folder. If unset, the folder
+            `trl-diffusion-sdpo` in the user's cache folder is used.
         precompute_epochs (`int`, *optional*, defaults to `1`):
-            Number of epochs with different random choices if results are computed before training; later epochs repeat
-            these choices. With `precompute_latents`, the choices are the positions of `random_crop`. With
+            Number of epochs for which random choices are drawn if results are computed before training. Later epochs
+            repeat these choices. With `precompute_latents`, the choices are the positions of `random_crop`. With
             `precompute_ref_errors`, the choices are crop, flip, dropped prompt, noise and timestep of each pair. The
             time of the computation before training is proportional to `precompute_epochs`.
     """
@@ -126,7 +129,7 @@ class RunArguments:
             the program as usual, without a checkpoint.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether to delete the checkpoints and weights of another run in `output_dir` when a new run starts, and
-            later checkpoints when a run resumes. If `False`, the trainer raises an error if there are such files.
+            later checkpoints when a run resumes. If `False`, the trainer raises an error instead of deleting files.
     """
 
     checkpoint_on_interrupt: bool = True

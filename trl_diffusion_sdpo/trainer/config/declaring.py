@@ -1,5 +1,5 @@
-"""How a setting is declared: its field holds the default, its annotation the choices (a `Literal`), a [`Range`] and
-[`RESUME`], and its paragraph in the docstring of the class is its help text.
+"""Each setting is declared once. The field of a setting holds the default. The annotation holds the choices (a
+`Literal`), the [`Range`] and the mark [`RESUME`]. The paragraph in the docstring of the class is the help text.
 
 Choices and ranges cannot be in the field's metadata, because the parser of transformers passes all metadata to
 `argparse`.
@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 Built = TypeVar("Built")
 Group = TypeVar("Group", bound=type)
-RESUME = "resume"  # marks settings that change the trained weights; a resumed run must have the same values
+RESUME = "resume"  # marks settings that change the trained weights and must not change when a run resumes
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Range:
 
     Args:
         interval (`str`): Interval such as `"(0, 1]"`, or `"[1, inf)"` if there is no largest number.
-        advice (`str`): Last sentence of the error message for a number outside of the interval.
+        advice (`str`): Advice at the end of the error message for a number outside of the interval.
     """
 
     interval: str
@@ -46,11 +46,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Choices:
-    """Words that are allowed in a setting whose value is a list of words or a single word.
-
-    Args:
-        words (`tuple[str, ...]`): All allowed words.
-    """
+    """Words that are allowed in a setting whose value is a list of words or a single word."""
 
     words: tuple[str, ...]
 
@@ -59,7 +55,7 @@ def from_kwargs(kind: type[Built], setting: str, values: dict[str, Any], *argume
     """Return `kind(*arguments, **values)`, where `values` is the value of a setting such as `inversion_kwargs`.
 
     Raises:
-        `ValueError`: If `kind` has no argument with one of the names, or if a value has the wrong type.
+        `ValueError`: If `kind` has no argument with a name in `values`, or if a value has the wrong type.
     """
     try:
         return kind(*arguments, **values)
@@ -70,7 +66,8 @@ def from_kwargs(kind: type[Built], setting: str, values: dict[str, Any], *argume
 
 
 def documented(group: Group) -> Group:
-    """Return a dataclass of settings, with the paragraphs of its docstring as the help texts of its fields.
+    """Return a dataclass of settings after setting the help text of each field to the field's paragraph in the
+    docstring.
 
     The metadata of a field with [`Choices`] also contain the words and the default, because the parser of transformers
     reads the default of a list only from a `default_factory`.

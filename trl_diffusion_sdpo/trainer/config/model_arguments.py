@@ -40,14 +40,14 @@ class PipelineArguments:
             [TR-DPO](https://huggingface.co/papers/2404.09656). `sync_ref_model` also works if a LoRA trains.
         ref_model_mixup_alpha (`float`, *optional*, defaults to `0.6`):
             Alpha of the reference's update `ref = alpha * policy + (1 - alpha) * ref` under `sync_ref_model`, in `(0,
-            1]`. With `ref_model_mixup_alpha=1`, the policy's weights replace those of the reference.
+            1]`. With `ref_model_mixup_alpha=1`, the policy's weights replace the reference's weights.
         ref_model_sync_steps (`int`, *optional*, defaults to `512`):
             Number of optimizer steps between two updates of the reference under `sync_ref_model`.
         precompute_ref_errors (`bool`, *optional*, defaults to `False`):
-            Whether to compute the reference's errors on all pairs before training. Training steps then need no forward
-            pass of the reference, and the reference is freed from memory. The errors are cached on disk, and runs with
-            the same reference, data and noise reuse them. `precompute_ref_errors` cannot be used with `dspo` and
-            `dspo_sdxl`, with `sync_ref_model`, with active dropout or with streams.
+            Whether to compute the reference's errors on all pairs before training. With precomputed errors, training
+            steps need no forward pass of the reference, and the reference is freed from memory. The errors are cached
+            on disk, and runs with the same reference, data and noise reuse them. `precompute_ref_errors` cannot be used
+            with `dspo` and `dspo_sdxl`, with `sync_ref_model`, with active dropout or with streams.
         save_full_pipeline (`bool`, *optional*, defaults to `False`):
             Whether [`~DiffusionSDPOTrainer.save_model`] also writes the whole pipeline beside the tuned weights.
             Checkpoints during training never contain the whole pipeline.

@@ -27,11 +27,11 @@ class SampleArguments:
             only before and after training.
         sample_kwargs (`dict` or `str`, *optional*):
             Arguments of the pipeline's `__call__` that generates sample images, in YAML or as JSON, such as
-            `num_inference_steps` (default 30) and `guidance_scale` (default: that of the pipeline).
+            `num_inference_steps` (default 30) and `guidance_scale` (default: the pipeline's default).
         sample_scorers (`list[str]`, *optional*):
             Names of scorers that rate the sample images, such as `pickscore`, or your own function as
-            `module:function`. Scores of each generation are compared with the scores of the images from before
-            training.
+            `module:function`. The scores of all later images are compared with the scores of the images that were
+            generated before training.
     """
 
     sample_prompts: list[str] | None = None

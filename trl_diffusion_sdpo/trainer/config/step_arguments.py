@@ -24,8 +24,9 @@ class NoiseArguments:
             Range of timesteps to train at, as two whole numbers: the lowest timestep, and the highest timestep plus 1,
             such as `500 1000`. If unset, the model trains at all timesteps.
         timesteps (`list[float]`, *optional*):
-            List of the only timesteps to train at, such as `999 749 499 249`, each drawn equally often. For a model
-            that is distilled to few sampling steps, list the timesteps that its sampler visits.
+            Timesteps to train at, such as `999 749 499 249`. Training uses no other timesteps, and draws each of these
+            timesteps equally often. For a model that is distilled to few sampling steps, list the timesteps that its
+            sampler visits.
         weighting_scheme (`str`, *optional*):
             Density from which timesteps are drawn, before the pipeline's scheduler shifts them: `"none"` (uniform),
             `"logit_normal"` or `"mode"`. If unset, the default of the model's family is used.
@@ -44,9 +45,10 @@ class NoiseArguments:
             Scale of an extra noise that is added to the usual noise and has one value per channel for the whole image.
             0 adds no extra noise.
         n_timesteps_per_pair (`int`, *optional*, defaults to `1`):
-            Number of timesteps (each with new noise) at which a training pair is predicted in one step. The pair is
-            encoded once, and its loss is the mean over these timesteps. Raise `n_timesteps_per_pair` for less noisy
-            gradients. Memory for activations grows in proportion. Evaluation is not affected.
+            Number of timesteps (each with new noise) at which a training pair is predicted in one step. Each pair is
+            encoded once, and the pair's loss is the mean over these timesteps. Raise `n_timesteps_per_pair` for less
+            noisy gradients. Memory for activations grows in proportion to `n_timesteps_per_pair`. Evaluation is not
+            affected.
         noise_source (`str`, *optional*, defaults to `"shared"`):
             Source of the noise in training. `"shared"` draws random noise, equal for both images of a pair.
             `"inversion"` inverts each image with the current policy up to the pair's timestep. `"generated"` uses the
@@ -57,8 +59,9 @@ class NoiseArguments:
             Constants of `noise_source="inversion"` by name, in YAML or as JSON. `kind` is `"ddim"` (one prediction per
             inversion step, as in DDIM-InPO) or `"renoise"` (the mean of two predictions, as in SmPO-Diffusion). `steps`
             (default 10) is the number of inversion steps from the clean image to pure noise. `end` is `"exact"` (a
-            last, shorter step reaches the pair's timestep) or `"grid"` (inversion stops at the last full step below it,
-            as published). `eta` (default 0) is the scale of the random noise added after each inversion step.
+            last, shorter step reaches the pair's timestep) or `"grid"` (inversion stops at the last full step below the
+            pair's timestep, as published). `eta` (default 0) is the scale of the random noise added after each
+            inversion step.
         guidance_scale (`float`, *optional*):
             Guidance scale passed to a denoiser that is distilled for guidance and takes the scale as an input, such as
             FLUX.1-dev. If unset, the default of the model's family is used.
@@ -87,14 +90,14 @@ class LossArguments:
         loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`):
             Name of the loss: `"sigmoid"` (Diffusion-DPO), `"hinge"`, `"ipo"`, `"robust"`, `"dspo"`, `"dspo_sdxl"`,
             `"dmpo"`, `"sft"`, `"mapo"`, `"simpo"`, `"dpop"`, `"linear"`, `"smpo"`, `"capo"`, `"apo_zero"` or
-            `"apo_down"`. If you name several losses, they are summed: write `sigmoid sft` on the command line and
-            `[sigmoid, sft]` in YAML.
+            `"apo_down"`. Several losses are summed: write `sigmoid sft` on the command line and `[sigmoid, sft]` in
+            YAML.
         loss_weights (`list[float]`, *optional*):
             Weights of the losses in `loss_type`, in the same order. All weights are 1 if unset.
         margin_clamp (`float`, *optional*):
-            Largest logit of a pair. A pair with a larger logit has no gradient, because the policy already prefers its
-            winner clearly. `margin_clamp` works with `sigmoid`, `hinge`, `ipo`, `robust`, `dmpo`, `smpo` and `capo`. If
-            unset, logits are not limited.
+            Largest logit of a pair. A pair with a larger logit has no gradient, because the policy already clearly
+            prefers the winner to the loser. `margin_clamp` works with `sigmoid`, `hinge`, `ipo`, `robust`, `dmpo`,
+            `smpo` and `capo`. If unset, logits are not limited.
         beta (`float`, *optional*):
             Strength of the tie to the reference. Raise `beta` to stay closer to the reference. The logit of a pair is
             `-(beta / 2)` times the margin, which is the winner's change of mean squared error against the reference
@@ -115,34 +118,36 @@ class LossArguments:
         safeguard_granularity (`str`, *optional*, defaults to `"batch"`):
             Pairs that share one lambda under `safeguard="output"`. `"batch"` computes one lambda for each micro-batch
             of a process, as published. `"pair"` computes one lambda for each pair. `"weighted"` computes one lambda for
-            each micro-batch and takes into account the weight that the loss gives to each pair. `"noise_bin"` computes
-            one lambda for each noise bin in the micro-batch (see `num_noise_bins`).
+            each micro-batch, with each pair weighted as in the loss. `"noise_bin"` computes one lambda for each noise
+            bin in the micro-batch (see `num_noise_bins`).
         safeguard_eps (`float`, *optional*, defaults to `0.0`):
-            Small number added to the divisor of lambda under `safeguard="output"`, the dot product of the winners' and
-            losers' gradients. Use 1e-9 to reproduce the authors' code.
+            Small number that `safeguard="output"` adds to the divisor of lambda (the divisor is the dot product of the
+            winners' and losers' gradients). Use 1e-9 to reproduce the authors' code.
         safeguard_anchor (`str`, *optional*):
-            Quantity that `safeguard="parameter"` keeps from rising. `"branch"` is the mean of the winners' errors with
-            the weights that the loss gives to the pairs. `"error"` is the unweighted mean of the winners' errors, and
-            costs one more backward pass of the winners. If unset, `"error"` is used for losses whose winner term can
-            itself raise the winner's error (`ipo`, `dspo`, `dspo_sdxl`, `dmpo`, `capo`, `apo_down`), and `"branch"`
-            for all other losses.
+            Quantity that `safeguard="parameter"` keeps from rising. `"branch"` is the weighted mean of the winners'
+            errors, with the weights that the loss gives to the pairs. `"error"` is the unweighted mean of the winners'
+            errors, and needs one more backward pass of the winners. If unset, `"error"` is used for losses whose winner
+            term can itself raise the winner's error (`ipo`, `dspo`, `dspo_sdxl`, `dmpo`, `capo`, `apo_down`), and
+            `"branch"` for all other losses.
         safeguard_low_memory (`bool`, *optional*, defaults to `False`):
             Whether `safeguard="parameter"` holds the activations of winners and losers one after the other instead of
-            together. This saves memory and costs one more forward pass of the losers. It cannot be used with dropout.
+            together. `safeguard_low_memory` saves memory and costs one more forward pass of the losers.
+            `safeguard_low_memory` cannot be used with dropout.
         mask_anchor (`float`, *optional*, defaults to `0.0`):
             Weight of an additional loss term for data with a mask column. The term is the mean squared distance between
             the predictions of the policy and the reference outside of the masks. Raise `mask_anchor` to change the
             image less outside of the masks.
         loss_kwargs (`dict` or `str`, *optional*):
-            Constants of the losses by name, in YAML or as JSON: `label_smoothing` (share of swapped labels that
-            `robust` assumes; default 0.1), `dspo_threshold` (mean squared distance of the winners' predictions from the
-            reference's; at or above it, `dspo_sdxl` weighs the distance by the preference; default 0.1), `dmpo_alpha`
-            (1 minus the preference probability at which `dmpo` aims; default 0.01), `mapo_temperature` (default 1000),
-            `mapo_scale` (default 0.5), `simpo_gamma` (margin at which `simpo` aims; default 0.5), `dpop_lambda` (weight
-            of the penalty of `dpop` on a rise of the winner's error; default 5), `linear_eta` (lowest weight that
-            `linear` gives to a pair; default 1e-3), `smpo_coefficient` (default 10) and `smpo_score_scale` (number by
-            which `smpo` divides score differences; default 1; `"pickscore"` means 0.166581, the published value for
-            PickScore's cosines).
+            Constants of the losses by name, in YAML or as JSON. `label_smoothing` (default 0.1) is the share of swapped
+            labels that `robust` assumes. `dspo_threshold` (default 0.1) is a mean squared distance between the
+            predictions of policy and reference for winners; from this distance on, `dspo_sdxl` weighs the distance by
+            the preference. `dmpo_alpha` (default 0.01) is 1 minus the preference probability at which `dmpo` aims.
+            `mapo_temperature` (default 1000) and `mapo_scale` (default 0.5) are constants of `mapo`. `simpo_gamma`
+            (default 0.5) is the margin at which `simpo` aims. `dpop_lambda` (default 5) is the weight of the penalty
+            with which `dpop` punishes a rise of the winner's error. `linear_eta` (default 1e-3) is the lowest weight
+            that `linear` gives to a pair. `smpo_coefficient` (default 10) is a constant of `smpo`. `smpo_score_scale`
+            (default 1) is the number by which `smpo` divides score differences; `"pickscore"` means 0.166581, the
+            published value for PickScore's cosines.
     """
 
     loss_type: Annotated[list[str] | str, Choices(get_args(LossType)), RESUME] = "sigmoid"
@@ -172,7 +177,7 @@ class WinnerArguments:
     r"""
     Settings of [`DiffusionSDPOConfig`] that measure and limit what training does to the preferred images. Noise levels
     run from 0 (clean latent) to 1 (pure noise) and mean the same for every model. For flow matching, the noise level is
-    sigma. For DDPM, it is the flow-matching sigma with the same signal-to-noise ratio.
+    sigma. For DDPM, the noise level is the flow-matching sigma with the same signal-to-noise ratio.
 
     Parameters:
         num_noise_bins (`int`, *optional*, defaults to `8`):
@@ -185,9 +190,9 @@ class WinnerArguments:
         winner_budget (`float`, *optional*):
             Largest rise of the winners' error that is allowed in each noise bin, as a share of the error before
             training; 0.05 allows a rise of five per cent. The error is measured during training on a probe, a small
-            fixed set of pairs. In noise bins over the budget, the losers' gradients are scaled down; in the other bins,
-            they are scaled up again. If a bin stays over the budget without losers, the losers' gradients are scaled
-            down in all bins. If unset, the winners' error is not limited.
+            fixed set of pairs. In noise bins over the budget, the losers' gradients are scaled down. In the other bins,
+            the losers' gradients are scaled up again. If a bin stays over the budget although its losers no longer
+            train, the losers' gradients are scaled down in all bins. If unset, the winners' error is not limited.
         winner_budget_kwargs (`dict` or `str`, *optional*):
             Constants of `winner_budget` by name, in YAML or as JSON. `pairs` (default 32) is the number of pairs in the
             probe, evenly spaced in the evaluation data or, without evaluation data, in the training data. `steps`
@@ -195,7 +200,8 @@ class WinnerArguments:
         ema_decay (`float`, *optional*):
             Decay of the exponential moving average (EMA) of the trained weights, in `(0, 1)`: `average = decay *
             average + (1 - decay) * weights` after every step. Early steps use the decay `(1 + step) / (10 + step)` if
-            it is smaller. The averaged weights are evaluated too, and are saved in the subfolder `ema`.
+            this is smaller than `ema_decay`. The averaged weights are evaluated too, and are saved in the subfolder
+            `ema`.
         on_winner_rise (`str`, *optional*, defaults to `"warn"`):
             What to do if an evaluation shows that the winners' error is significantly higher than before training.
             `"warn"` logs a warning, once for each rise. `"stop"` logs this warning, writes a checkpoint and ends
