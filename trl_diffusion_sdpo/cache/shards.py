@@ -21,16 +21,17 @@ from ..utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3  # version of the file format, which is a part of every key
+FORMAT = 3  # version of the file format; every key contains it
 KEY_FILE, LOCK_FILE, PARTIAL = "key.json", ".lock", ".partial"
 
 
 class ShardStore:
-    """Store of numbered rows of named tensors, in the folder `folder / <hash of the key>`.
+    """Store on disk in the folder `folder / <hash of the key>`. A row of the store has a number and several named
+    tensors.
 
-    A shard is a safetensors file with some of the rows. A shard is written under a temporary name and then renamed, so
-    a killed process never leaves an incomplete shard. `key` has everything that the rows depend on, as values for JSON.
-    `rows` is the number of rows of the complete store.
+    A shard is a safetensors file with several rows. A shard is written under a temporary name and then renamed, so a
+    killed process never leaves an incomplete shard. `key` contains everything that the rows depend on, as values for
+    JSON. `rows` is the number of rows that the store has when it is complete.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any], rows: int) -> None:
@@ -47,8 +48,8 @@ class ShardStore:
         return {**self.__dict__, "_open": {}}  # memory maps cannot be pickled
 
     def missing(self) -> np.ndarray:
-        """Index the shards in the folder, and return the numbers of the rows that no shard contains. For a damaged
-        shard, log a warning and return its rows as missing."""
+        """List the shards in the folder, and return the numbers of the rows that no shard contains. If a shard is
+        damaged, log a warning and return its rows as missing."""
         self._files = sorted(self.path.glob("*.safetensors"))
         self._file_of.fill(-1)
         self._open.clear()
@@ -80,8 +81,8 @@ class ShardStore:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the store's folder and lock it against other runs within the context. If another run has locked the
-        folder, wait. Delete the unfinished files of killed runs."""
+        """Create the store's folder, and lock it against other runs while the context is open. If another run has
+        locked the folder, wait for that run. Delete the unfinished files of killed runs."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / LOCK_FILE)
         try:
@@ -100,7 +101,7 @@ class ShardStore:
 
 
 class _Shard:
-    """Open file of a shard, and the names of each row's tensors."""
+    """A shard file that is open, and the names of the tensors in each of its rows."""
 
     def __init__(self, path: Path) -> None:
         self.file = safe_open(path, "pt")
