@@ -188,7 +188,7 @@ class ReferenceErrors:
         bad = [row for row, error in zip(rows, computed, strict=True) if not error.isfinite().all()]
         if bad:
             raise FloatingPointError(
-                f"Errors of the reference must be finite, but those of the pairs {bad[:8]} are NaN or infinite. Check "
+                f"Errors of the reference must be finite, but the errors of the pairs {bad[:8]} are not. Check "
                 "the images of these pairs, or use bf16 instead of fp16."
             )
         errors[[row - pairs.start for row in rows]] = computed

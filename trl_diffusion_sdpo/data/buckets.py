@@ -16,8 +16,8 @@ from torch.utils.data import Sampler
 
 from .images import Size
 
-MIN_AREA = 0.9  # smallest share of the area of `resolution`; gives SDXL's list for 1024 pixels and steps of 64
-ORDER = 1  # fourth part of an order's random key, which thus differs from the three-part key of every pair
+MIN_AREA = 0.9  # smallest area of a size, as a share of the area of `resolution`
+ORDER = 1  # last of the four numbers that seed an epoch's order; pairs are seeded with three numbers
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class AspectRatioBuckets:
         max_aspect_ratio (`float`): Largest ratio of the longer side to the shorter one.
 
     Raises:
-        ValueError: If an argument is out of range, if the aspect ratio of `resolution` exceeds `max_aspect_ratio`, or
-            if `resolution` is the only size.
+        ValueError: If the aspect ratio of `resolution` exceeds `max_aspect_ratio`, or if `resolution` is the only size.
     """
 
     resolution: Size
@@ -75,7 +74,8 @@ class AspectRatioBuckets:
         return tuple(size for _, size in sorted(by_ratio.items()))
 
     def assign(self, sizes: np.ndarray) -> np.ndarray:
-        """Return the bucket of each pair: the one whose log aspect ratio is nearest to the mean of the two images.
+        """Return the bucket of each pair. Its log aspect ratio is nearest to the mean log aspect ratio of the pair's
+        two images.
 
         If two buckets are equally near, the pair goes to the squarer bucket. The computation uses integers, so that all
         machines choose the same buckets.
@@ -89,7 +89,8 @@ class AspectRatioBuckets:
         heights, widths = sizes[:, 0] * sizes[:, 2], sizes[:, 1] * sizes[:, 3]
         numbers = np.zeros(len(sizes), dtype=np.uint16)
         for (height, width), (next_height, next_width) in pairwise(self.sizes):
-            # The logarithm of the product of two aspect ratios is twice the mean of their logarithms.
+            # Compare products of two aspect ratios, because the logarithm of a product is twice the mean of the
+            # logarithms.
             beyond, within = heights * (width * next_width), widths * (height * next_height)
             upright = height * next_height >= width * next_width
             numbers += beyond > within if upright else beyond >= within
@@ -98,33 +99,34 @@ class AspectRatioBuckets:
 
 @dataclass(frozen=True)
 class PairSizes:
-    """Bucket, and so the training size, of each pair."""
+    """Bucket of each pair. The bucket is the size at which the pair is trained."""
 
     sizes: tuple[Size, ...]  # `(height, width)` of each bucket
-    numbers: np.ndarray  # index into `sizes` of each pair's bucket, `(P,)`
+    numbers: np.ndarray  # index of each pair's bucket in `sizes`, `(P,)`
 
     def fingerprint(self) -> str:
-        """Return a hash of the sizes and of each pair's bucket. The hash is equal on every machine."""
+        """Return a hash of the sizes and of each pair's bucket. All machines compute the same hash."""
         digest = hashlib.sha256(repr(self.sizes).encode())
         digest.update(np.ascontiguousarray(self.numbers, dtype="<u2").data)
         return digest.hexdigest()[:16]
 
 
 class Repeated(int):
-    """Index of a pair that is repeated to fill up a batch. Evaluations do not count this repetition."""
+    """Index of a pair that is repeated to fill up a batch. Evaluations ignore the result of the repetition."""
 
 
 class BucketSampler(Sampler[int]):
     """Sampler that orders pairs so that every `group` consecutive pairs have the same size.
 
     The sampler shuffles the pairs, and then cuts each bucket's pairs into groups. Groups are ordered by the position of
-    their first pair in the shuffled order. The last group of a bucket is filled up with the first pairs of the bucket.
+    their first pair in the shuffled order. If the last group of a bucket is incomplete, the first pairs of the bucket
+    fill it up.
 
     Args:
-        pairs ([`PairSizes`]): Sizes of the pairs.
-        group (`int`): Number of pairs in one step, summed over all processes.
-        seed (`int`): Seed of the order.
-        epoch (`Callable[[], int]`, *optional*): Function that returns the epoch. Without `epoch`, pairs are not
+        pairs ([`PairSizes`]): Bucket of each pair.
+        group (`int`): Number of pairs in one step of all processes together.
+        seed (`int`): Seed with which pairs are shuffled.
+        epoch (`Callable[[], int]`, *optional*): Function that returns the current epoch. Without `epoch`, pairs are not
             shuffled.
         drop_last (`bool`): Whether to leave out an incomplete last group of a bucket instead of filling it.
 
@@ -170,7 +172,7 @@ class BucketSampler(Sampler[int]):
         positions, repeated = [], []
         for members in np.split(by_bucket, np.cumsum(np.bincount(numbers))[:-1]):
             count = len(members) // self._group if self._drop_last else -(-len(members) // self._group)
-            filled = np.resize(members, count * self._group)  # continues with the first pairs of the bucket
+            filled = np.resize(members, count * self._group)  # repeats the first pairs of the bucket
             positions.append(filled)
             repeated.append(np.arange(len(filled)) >= len(members))
         groups = np.concatenate(positions).reshape(-1, self._group)
