@@ -431,8 +431,8 @@ class PreferenceDataset(Dataset):
         assert epochs is not None, "draws must repeat if errors of a reference are stored"
         if errors.shape[:2] != (epochs, len(self)) or errors.shape[3:] != (2,):
             raise ValueError(
-                f"Errors of a reference must have the shape ({epochs}, {len(self)}, T, 2), for epochs, pairs, T timesteps "
-                f"and two images; got {errors.shape}."
+                f"Errors of a reference must have the shape ({epochs}, {len(self)}, T, 2), for epochs, pairs, "
+                f"timesteps and two images; got {errors.shape}."
             )
         self._pairs = self._pairs.with_columns(ref_errors=errors.swapaxes(0, 1))
         if self._losers is not None:

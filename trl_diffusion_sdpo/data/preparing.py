@@ -1,4 +1,5 @@
-"""Preparation of any preference data set for training: make pairs from rows, and drop bad rows and images."""
+"""Prepares any preference data set for training: makes pairs from rows, and drops bad rows and pairs with bad
+images."""
 
 from __future__ import annotations
 
@@ -32,13 +33,14 @@ def prepare_dataset(
             [`PairMixture`] of several data sets.
         options ([`PairOptions`]): Settings for making pairs from the rows.
         name (`str`): Name of the data in messages.
-        peers (`Peers`): The processes that prepare the same data together and divide the checks among themselves.
+        peers (`Peers`): The processes that prepare the same data together. The first process checks the images for all
+            processes.
 
     Returns:
         [`PreferenceDataset`] or, for a `datasets.IterableDataset`, [`PreferenceIterableDataset`].
 
     Raises:
-        ValueError: If an argument is invalid, if the type of the data set or its columns are not supported, or if no
+        ValueError: If an argument is invalid, if the data set has an unsupported type or unsupported columns, or if no
             pair remains.
     """
     is_mixture = isinstance(dataset, PairMixture)
@@ -90,7 +92,8 @@ def prepare_dataset(
 
 
 def _drop_rows(pairs: PairTable, reasons: Mapping[int, str], report: DataReport) -> PairTable:
-    """Drop and count the pairs of bad rows. `reasons` maps the number of each bad row to the reason."""
+    """Drop the pairs of bad rows, and count these rows in the report. `reasons` maps the number of each bad row to the
+    reason."""
     rows = pairs.places[:, 0]
     is_bad = np.isin(rows, list(reasons))
     for row in np.unique(rows[is_bad]).tolist():
@@ -101,9 +104,11 @@ def _drop_rows(pairs: PairTable, reasons: Mapping[int, str], report: DataReport)
 def _drop_bad_images(
     source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport, peers: Peers
 ) -> PairTable:
-    """Check every image, and drop pairs with a bad or small image. Assign the other pairs to their buckets.
+    """Check every image, and drop pairs with a bad image or with an image smaller than `min_side`. Assign the other
+    pairs to buckets.
 
-    Images are decoded, or only their headers are read. The peers divide the images among themselves.
+    If `verify_images` is `"all"`, images are decoded. Otherwise, only their headers are read. The first process reads
+    the images for all processes.
     """
     decode = options.verify_images == "all"
     sizes, reasons = source.examine_images(
@@ -112,7 +117,7 @@ def _drop_bad_images(
     is_readable = np.asarray((sizes > 0).all((1, 2)))
     is_large = np.asarray((sizes >= (options.min_side or 0)).all((1, 2)))
     for pair in np.flatnonzero(~is_readable).tolist():
-        side = 0 if not sizes[pair, 0].all() else 1  # winner or loser, whichever is the first bad image
+        side = 0 if not sizes[pair, 0].all() else 1  # the winner (0) if it is bad, else the loser (1)
         row, image = pairs.places[pair, 2 * side : 2 * side + 2].tolist()
         report.add("undecodable", row, f"image {image} {reasons.get((row, image), MISSING)}")
     for pair in np.flatnonzero(is_readable & ~is_large).tolist():
