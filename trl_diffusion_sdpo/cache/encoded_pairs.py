@@ -1,5 +1,5 @@
-"""Reads images and prompts that were encoded before training from a cache on disk. Each row of the cache holds one
-encoded image or one encoded prompt."""
+"""Reads encoded images and encoded prompts from a cache on disk. The cache is filled before training, and each of its
+rows holds one encoded image or one encoded prompt."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class ImageRows:
 
     Variant v of image i has the row number `v * number_of_images + i`. If crops are centered, variant 0 is the image
     without a flip, and variant 1 the flipped image. If crops are random, variant v has the crop and flip of epoch v,
-    and any epoch uses variant `epoch % crops`. Two pairs with a common image share its rows only if crops are centered.
+    and any epoch uses variant `epoch % crops`. Pairs with a common image share the rows of this image only if crops are
+    centered.
     """
 
     seed: int  # seed of the random crops and flips
@@ -82,7 +83,7 @@ class ImageRows:
         """
         if self.crops is not None and draws is None:
             raise ValueError(
-                "An evaluation needs centered crops, and the cache has only random crops of these pairs. Pass other "
+                "An evaluation needs centered crops, but the cache has only random crops of these pairs. Pass other "
                 "pairs as `eval_dataset`, or set `random_crop=False` or `precompute_latents=False`."
             )
         assert loser is None or self.crops is None, "a random crop is drawn for the pair of its image"
@@ -117,8 +118,7 @@ def text_of_edit(row: int, is_mirrored: bool, prompt: str) -> str:
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Encoded images and prompts. A [`~trl_diffusion_sdpo.data.PreferenceDataset`] reads them instead of images and
-    text.
+    """Encoded images and prompts. A [`~trl_diffusion_sdpo.data.PreferenceDataset`] returns them instead of pixels.
 
     The row of an image has two tensors. `moments` is the output of the family's `image_moments` (the VAE's encoder), or
     an empty tensor if the image could not be decoded. `sizes`, int32 of shape `(3, 2)`, has the height and width before

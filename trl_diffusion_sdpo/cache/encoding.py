@@ -47,7 +47,7 @@ LATENTS, PROMPTS = "latents", "prompts"  # subfolders
 SHARD_PIXELS = 256 * 512 * 512  # number of image pixels per shard file. A killed process loses at most one shard
 SHARD_PROMPTS = 64
 IMAGES_AT_ONCE = range(2, 9)  # images per VAE batch. Within this range, a batch has at most `PIXELS_AT_ONCE` pixels
-PROMPTS_AT_ONCE = range(4, 17)  # prompts per batch. CPUs round matrix products of smaller batches differently
+PROMPTS_AT_ONCE = range(4, 17)  # prompts per batch. Below 4, CPUs round matrix products differently
 
 
 def default_folder() -> Path:
@@ -94,14 +94,13 @@ class _Cache:
     statistics: ShardStore  # weights of the VAE with which latents are scaled; empty for most families
 
     def missing(self) -> list[np.ndarray]:
-        """Return the missing row numbers of the stores of images, prompts and statistics. Processes on other machines
-        may see other files."""
+        """Return the numbers of the rows that this process does not find, for images, prompts and statistics."""
         return [store.missing() for store in (self.images, self.prompts, self.statistics)]
 
 
 class PairEncoding:
-    """Encodes the images and prompts of data sets that are missing in the cache, and makes the data sets read the
-    cache. VAE and text encoders are loaded only if something must be encoded."""
+    """Encodes images and prompts that are missing in the cache of a data set, and makes the data set read the cache.
+    VAE and text encoders are loaded only if something must be encoded."""
 
     def __init__(self, frozen: FrozenComponents, key: EncoderKey, settings: EncodingSettings) -> None:
         self._frozen, self._key, self._settings, self._peers = frozen, key, settings, settings.peers
@@ -131,9 +130,9 @@ class PairEncoding:
         prompts = self._settings.largest_batch * (2 if dataset.has_loser_prompts else 1)
         check_prompt_padding("precompute_latents", self._frozen.family, prompts)
         cache = self._cache_of(dataset, name)
-        missing = self._peers.gather_results(cache.missing)
+        missing = self._peers.gather_results(cache.missing)  # a complete cache may be read-only, so do not lock it
         if any(len(rows) for of_process in missing for rows in of_process):
-            with naming_the_disk(self.folder, setting="precompute_dir"):  # a complete cache may be read-only
+            with naming_the_disk(self.folder, setting="precompute_dir"):
                 self._complete(dataset, name, cache)
         self._use(dataset, cache)
 
@@ -314,7 +313,7 @@ class PairEncoding:
         if bad:
             listed = "".join(f"\n  {reason}" for _, reason in bad[:MAX_EXAMPLES])
             logger.warning(
-                "%s data: %d images cannot be decoded. Each of their pairs is replaced by the next readable pair:%s",
+                "%s data: %d images cannot be decoded. The next readable pair replaces pairs with these images:%s",
                 *(name, len(bad), listed),
             )
 
@@ -326,9 +325,9 @@ def check_prompt_padding(setting: str, family: Family, largest_batch: int) -> No
     if family.prompt_padding in depends and largest_batch > 1:
         raise ValueError(
             f"`{setting}=True` encodes prompts in other batches than training, and {family.name} pads prompts so that "
-            "a prediction depends on the longest prompt of its batch. Use batches of one pair "
-            "(`per_device_train_batch_size=1`, `per_device_eval_batch_size=1`) with `gradient_accumulation_steps`, "
-            f"got {largest_batch}, or set `{setting}=False`."
+            f"a prediction depends on the longest prompt of its batch. The largest batch size is {largest_batch}. Use "
+            "batches of one pair (`per_device_train_batch_size=1`, `per_device_eval_batch_size=1`) with "
+            f"`gradient_accumulation_steps`, or set `{setting}=False`."
         )
 
 
@@ -374,7 +373,7 @@ class _ImageBatches:
             self._flush(pixels.shape)
 
     def leave_out(self, rows: Sequence[int]) -> None:
-        """Add the rows of an image that cannot be decoded. These rows have an empty tensor as moments."""
+        """Add the rows of an image that cannot be decoded. In these rows, `moments` is an empty tensor."""
         for row in rows:
             self._rows[row] = {MOMENTS: torch.empty(0), SIZES: torch.zeros(3, 2, dtype=torch.int32)}
         self._bar.update(len(rows))

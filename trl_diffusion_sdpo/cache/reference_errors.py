@@ -173,8 +173,8 @@ class ReferenceErrors:
                         if len(waiting[shapes]) == size:
                             self._fill(errors, pairs, waiting.pop(shapes), training)
                 for items in waiting.values():
-                    # A batch of another size may be rounded differently. In training, all batches are full, so fill up
-                    # this batch. In evaluations, the last batch is smaller, so do not fill it up.
+                    # In a batch of another size, errors may be rounded differently. In training, all batches are full,
+                    # so fill up this batch. In evaluations, the last batch is smaller, so do not fill it up.
                     self._fill(errors, pairs, items, training, at_least=size if training else 0)
                 store.write(row, {row: {COLUMN: errors}})
 
@@ -199,8 +199,8 @@ def _is_for_training(dataset: PreferenceDataset) -> bool:
 
 
 class _PairsInEpochs(Dataset):
-    """Data set whose keys are pairs `(epoch, number)`. The value is the number, and the item of the preference pair
-    with this number in this epoch."""
+    """Data set whose keys are tuples of an epoch and a pair number. A value is the pair number, and the pair's item in
+    this epoch."""
 
     def __init__(self, pairs: PreferenceDataset):
         self._pairs = pairs

@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 from .images import Size
 
 MIN_AREA = 0.9  # smallest area of a size, as a share of the area of `resolution`
-ORDER = 1  # last of the four numbers that seed an epoch's order; pairs are seeded with three numbers
+ORDER = 1  # last of four numbers that seed an epoch's order; three numbers seed a pair, so seeds differ
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class AspectRatioBuckets:
 
     Args:
         resolution (`tuple[int, int]`): Height and width, in pixels.
-        step (`int`): Divisor of all sides, in pixels.
+        step (`int`): Number of pixels by which all sides are divisible.
         max_aspect_ratio (`float`): Largest ratio of the longer side to the shorter one.
 
     Raises:
@@ -74,8 +74,8 @@ class AspectRatioBuckets:
         return tuple(size for _, size in sorted(by_ratio.items()))
 
     def assign(self, sizes: np.ndarray) -> np.ndarray:
-        """Return the bucket of each pair. Its log aspect ratio is nearest to the mean log aspect ratio of the pair's
-        two images.
+        """Return the bucket of each pair: the size with the log aspect ratio nearest to the mean of the pair's two
+        images.
 
         If two buckets are equally near, the pair goes to the squarer bucket. The computation uses integers, so that all
         machines choose the same buckets.

@@ -42,8 +42,8 @@ class PairOptions:
             of `SAMPLED_PAIRS` evenly spaced pairs. `"all"` decodes all images and drops pairs with bad images;
             `datasets` caches the result. With `"sample"` and `"none"`, pairs with bad images are replaced by the next
             good pair during training.
-        num_proc (`int`, *optional*): Number of worker processes that check images. By default, there are as many as CPU
-            cores if there are many images.
+        num_proc (`int`, *optional*): Number of worker processes that check images. By default, one per CPU core if
+            there are many images, and otherwise none.
         image_schemes (`Sequence[str]`, *optional*): URL schemes that rows may use, such as `"s3"`, besides
             `file`, `hf`, `zip` and `tar`.
         buckets ([`AspectRatioBuckets`], *optional*): Training sizes by aspect ratio, in place of the transform's size.
@@ -278,7 +278,7 @@ class PreferenceDataset(Dataset):
 
     @property
     def sizes(self) -> PairSizes | None:
-        """Bucket of each pair, or `None` if all pairs are trained at the size of the transform."""
+        """Bucket of each pair, or `None` if all pairs are trained at the transform's `resolution`."""
         buckets, numbers = self._options.buckets, self._pairs.columns.get("size")
         return None if buckets is None or numbers is None else PairSizes(buckets.sizes, numbers)
 
@@ -361,7 +361,7 @@ class PreferenceDataset(Dataset):
         return None
 
     def _forget_undecodable(self) -> None:
-        """Clear the mask of undecodable pairs, so that all pairs are tried again. DataLoader workers share the new
+        """Clear the mask of undecodable pairs, so that all pairs are tried again. DataLoader workers share this
         mask."""
         self._undecodable = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
         if self._losers is not None:
@@ -396,11 +396,11 @@ class PreferenceDataset(Dataset):
         """Return these pairs for evaluation. Images are cropped at the center and not flipped, no prompt is emptied,
         and pairs have no weights. The seeds are the same in every epoch, so that the results of evaluations can be
         compared."""
-        view = self.in_epoch(0)  # an epoch of its own, which training does not change
+        view = self.in_epoch(0)  # this view has an epoch of its own
         view._options = self._options.for_evaluation()
         view._pairs = self._pairs.with_columns(weight=None)
         if self._options.training:
-            view._pairs = view._pairs.with_columns(ref_errors=None)  # computed for the random numbers of training
+            view._pairs = view._pairs.with_columns(ref_errors=None)  # errors for the random numbers of training
         return view
 
     def in_epoch(self, epoch: int) -> PreferenceDataset:
@@ -455,8 +455,7 @@ class PreferenceDataset(Dataset):
         return training and transform.random_flip, training and not transform.center_crop
 
     def edits(self) -> Iterator[tuple[int, bool, str]]:
-        """Yield each edit that items can have: the row of the source images, whether these are mirrored, and the
-        prompt."""
+        """Yield each edit that items can contain: row of the source images, whether these are mirrored, and prompt."""
         flips, _ = self.augmentations
         empty = ("",) if self._options.training and self._options.prompt_dropout else ()
         for row, prompts in self._prompts_by_row():
@@ -482,8 +481,8 @@ class PreferenceDataset(Dataset):
     def image_variants(
         self, pair: int, side: int, draws: Sequence[PairDraws]
     ) -> list[tuple[torch.Tensor, Size, Size]]:
-        """Transform a pair's winner (`side` 0) or loser (`side` 1) once with each of the random numbers `draws`. Return
-        a list of pixels `(3, H, W)`, the image's `(height, width)`, and the `(top, left)` corner of the crop.
+        """Transform a pair's winner (`side` 0) or loser (`side` 1) once with each of the random numbers `draws`. For
+        each, return pixels `(3, H, W)`, the image's `(height, width)`, and the `(top, left)` corner of the crop.
 
         Raises:
             UndecodableImageError: If the image cannot be decoded.

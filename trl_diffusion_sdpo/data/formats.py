@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations, groupby
 from typing import Any, NamedTuple
 
-SOURCE_COLUMNS = ("source_image", "source")  # names of the column of images to edit; the first that exists is read
+SOURCE_COLUMNS = ("source_image", "source")  # accepted columns of images to edit; the first that exists is read
 SEED_COLUMNS = ("chosen_noise_seed", "rejected_noise_seed")  # seeds of the CPU generators that drew the images' noise
 TEXT = ("string", "large_string")
 # Function that counts dropped rows or pairs. Its arguments are the kind of drop, the row, the reason and the amount.
@@ -49,8 +49,8 @@ class PreferenceFormat:
         label_readers (`Mapping`): Maps label columns to a function that converts the values of these columns to
             `ImageScores`. A row uses the first entry of the mapping whose columns all have a value.
         images_in_list (`bool`): Whether the single image column contains lists of images.
-        group_column (`str`, *optional*): Column for formats with one image in each row. The images of rows with equal
-            values in this column are compared with one another.
+        group_column (`str`, *optional*): Column that groups rows, in formats with one image in each row. The images of
+            rows with equal values in this column are compared with one another.
         validity_column (`str`, *optional*): Column that is false in rows without a valid label. These rows are dropped.
         score_columns (`tuple[str, str]`, *optional*): Columns with the reward scores of winner and loser, if they
             exist.
@@ -169,7 +169,7 @@ class ImageScores(NamedTuple):
     """Scores of the images of a row, computed from the label of the row."""
 
     values: tuple[float, ...]  # one number per image; larger is better
-    ranked: bool = True  # whether equal numbers are a tie; false if the label only names the best image
+    ranked: bool = True  # whether images with equal numbers are tied; false if the label only names the best image
 
 
 def member_text(value: Any) -> Any:
@@ -247,7 +247,7 @@ def detect_format(column_names: Iterable[str]) -> PreferenceFormat:
         if not candidate.missing(columns):
             return candidate
     raise ValueError(
-        f"No known preference format has the columns {columns}. Rename columns (`dataset.rename_columns`) to "
+        f"The columns {columns} match no known preference format. Rename columns (`dataset.rename_columns`) to "
         "match one of these formats:\n" + "\n".join(f"  {row_format.describe()}" for row_format in FORMATS.values())
     )
 

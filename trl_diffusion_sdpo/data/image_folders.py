@@ -1,5 +1,5 @@
-"""Pairs from folders of images without a table of pairs. Two images form a pair if they have equal names in the folders
-`chosen` and `rejected`, or if their names differ only in a rank at the end. Prompts are in text files."""
+"""Reads pairs from folders of images that have no table of pairs. Two images form a pair if they have equal names in
+the folders `chosen` and `rejected`, or if their names differ only in a rank at the end. Prompts are in text files."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def read_image_folder(path: Path) -> dict[str, FolderSplit] | None:
     """Return the pairs of each split of a folder. If there is a subfolder `train`, each subfolder is a split.
     Otherwise, the whole folder is the split `train`.
 
-    Return `None` if the folder has a table, or if images are neither in `chosen` and `rejected` nor ranked by name.
+    Return `None` if the folder contains a table file, or if images are neither in `chosen` and `rejected` nor ranked by
+    name.
 
     Raises:
         ValueError: If there is only one of the folders `chosen` and `rejected`.

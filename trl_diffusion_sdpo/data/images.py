@@ -128,7 +128,7 @@ class ImageReader:
     def size(self, value: Any) -> Size:
         """Return `(height, width)` of the image that `decode` would return. Only the header of the file is read.
 
-        Damaged pixels are not detected. The rotation of a PNG is ignored if it is stored after the pixels. If the
+        Damaged pixels are not detected. The EXIF rotation of a PNG is ignored if it is stored after the pixels. If the
         header shows a problem, this function raises the same errors as `decode`.
         """
         with _image_errors(value), self._opened(value) as image:
@@ -277,7 +277,7 @@ def _check_sides(height: int, width: int) -> None:
         raise UndecodableImageError(f"{width}x{height} is too small: both sides must have at least {MIN_SIDE} pixels")
     if long > MAX_ASPECT_RATIO * short:
         raise UndecodableImageError(
-            f"{width}x{height} is too long: aspect ratios may be {MAX_ASPECT_RATIO} to 1 at most"
+            f"{width}x{height} is too long: the longer side may be at most {MAX_ASPECT_RATIO} times the shorter side"
         )
 
 

@@ -39,8 +39,8 @@ def load_pairs(
             JSONL (also Flow-Factory's `schema_version` 2), CSV or TSV. A folder may be a data set that
             `datasets.load_dataset` reads, or have images in the folders `chosen` and `rejected`, or images with ranks
             at the end of their names. A folder may also be the output of `pairs pick`, `pairs generate` or
-            `save_to_disk`. Relative names of images are searched in this folder, or in the folder of the file, and then
-            in the working directory.
+            `save_to_disk`. Relative names of images are searched in the folder `name`, or in the folder of the file
+            `name`, and then in the working directory.
         split (`str`): Split, such as `"train"`. Data sets on the Hub, files and folders that `datasets` reads also
             accept split expressions, such as `"train[:90%]"`. If `name` is a single file, any split name is accepted.
         config (`str`, *optional*): Configuration of a data set of the Hub.

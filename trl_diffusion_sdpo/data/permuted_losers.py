@@ -12,7 +12,7 @@ import torch
 from .sources import PairSource, digest_of
 
 ROUNDS = 6  # rounds of random swaps in `derangement`
-LOSERS = 3  # last of the four numbers that seed a permutation; pairs are seeded with three numbers
+LOSERS = 3  # last of four numbers that seed a permutation; three numbers seed a pair, so seeds differ
 
 
 class PermutedLosers:

@@ -70,7 +70,7 @@ def prepare_dataset(
     report = DataReport(name, source.format_name, rows=len(source), is_swapped=options.swap_labels)
     report.is_permuted = options.permutes
     pairs = source.index_pairs(report.add)
-    if options.permutes:  # training draws the losers, so index only the winners
+    if options.permutes:  # losers are drawn during training, so index only the winners
         pairs = PairTable(pairs.places[:, [0, 1, 0, 1]], {})
     for column in options.number_columns:
         pairs = _drop_rows(pairs, numbers_of_rows(source.values(column), column)[1], report)

@@ -315,7 +315,7 @@ class PairSource:
 
     def images(self, places: Iterable[tuple[int, int]], *, with_images: bool = True) -> list[StoredImage]:
         """Return the undecoded images at `places`. A place is a row number and an image number. Without `with_images`,
-        prompts, masks and other columns are read, but images and source images are not and cannot be decoded."""
+        images and source images are not read and cannot be decoded, but all other columns are read."""
         rows: dict[int, dict[str, Any]] = {}
         images = []
         for row, image in places:
@@ -374,13 +374,14 @@ class PairSource:
         return sizes[np.searchsorted(rows, places[:, [0, 2]]), places[:, [1, 3]]], reasons
 
     def _split(self, rows: np.ndarray) -> Iterator[tuple[TableSource, np.ndarray]]:
-        """Split sorted row numbers by data set. Yield each data set and its row numbers, counted from its first row."""
+        """Split sorted row numbers by data set. Yield each data set and its share of the rows, numbered within the data
+        set."""
         shares = np.split(rows, np.searchsorted(rows, self._starts[1:-1]))
         for table, share, start in zip(self.tables, shares, self._starts[:-1], strict=True):
             yield table, share - start
 
     def index_pairs(self, reject: Reject) -> PairTable:
-        """Return the pairs of all data sets. Pairs are repeated so that data sets have the shares `weights`. Call
+        """Return the pairs of all data sets. Pairs are repeated so that each data set has its share of the epoch. Call
         `reject` for dropped rows and pairs."""
         if len(self.tables) == 1:
             return self.tables[0].index_pairs(reject)
@@ -399,7 +400,7 @@ class PairSource:
                     "and no pair. Check the labels of these data, or remove the data from the mixture."
                 )
             indexes.append(replace(pairs, places=pairs.places + np.array([start, 0, start, 0], pairs.places.dtype)))
-        if self._weights is not None:  # repeat pairs so that data sets have these shares of an epoch
+        if self._weights is not None:  # repeat pairs so that each data set has its share of the epoch
             counts, weights = np.array([len(pairs) for pairs in indexes]), np.array(self._weights)
             wanted = np.rint(weights * (counts / weights).max()).astype(np.int64).tolist()
             repetitions = [np.arange(count) % len(pairs) for pairs, count in zip(indexes, wanted, strict=True)]

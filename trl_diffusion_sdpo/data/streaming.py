@@ -27,8 +27,8 @@ from .transforms import PairDraws
 
 logger = logging.getLogger(__name__)
 
-MIXING = 2  # last of the four numbers that seed the choice of streams; pairs are seeded with three numbers
-READERS = 256  # number of rows of counters, one per DataLoader worker; further workers share rows
+MIXING = 2  # last of four numbers that seed the choice of streams; three numbers seed a pair, so seeds differ
+READERS = 256  # number of DataLoader workers with counters of their own; further workers share these
 Group = list[tuple[int, Mapping[str, Any]]]  # row numbers, and rows whose images are compared with one another
 
 
@@ -40,9 +40,9 @@ class StreamPosition:
         workers (`int`): Number of DataLoader workers, which make batches in turn.
         numbers (`int`): Difference between the pair numbers (`row` of the items) of two consecutive pairs of a worker.
         seed (`int`): Seed with which the random numbers of pairs are drawn.
-        readers (`Sequence[Sequence[int]]`, *optional*): For each worker, three numbers: its batches so far, its
-            completed passes over the stream, and the pairs that it has read in the current pass. By default, the
-            position is the beginning of the stream.
+        readers (`Sequence[Sequence[int]]`, *optional*): For each worker, three numbers: batches so far, completed
+            passes over the stream, and pairs read in the current pass. By default, the position is the beginning of the
+            stream.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class PreferenceIterableDataset(IterableDataset):
     process always reads all labels, because all processes need the same number of pairs, and rows that are compared
     with one another must stay together.
 
-    The entry `row` of an item is the number of its pair. All pairs of an epoch have different numbers, in all workers.
+    The entry `row` of an item is the number of its pair. No two pairs of an epoch have the same number, in any worker.
     The random numbers of a pair are seeded with the seed, the epoch and this number, so they differ between pairs. Bad
     pairs are skipped and counted. In formats that compare the images of several rows, these rows must be consecutive.
 

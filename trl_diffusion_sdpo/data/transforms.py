@@ -57,7 +57,7 @@ class PairPixels(NamedTuple):
 
 
 def pixels_as_floats(pixels: torch.Tensor) -> torch.Tensor:
-    """Convert pixels to the VAE's input, `(x / 255 - 0.5) / 0.5`. All devices return the same bits.
+    """Convert pixels to the VAE's input, `(x / 255 - 0.5) / 0.5`. The result is equal, bit by bit, on all devices.
 
     Args:
         pixels (`torch.Tensor` of any shape, uint8): Pixels on any device. Tensors of another dtype are assumed to
