@@ -29,8 +29,7 @@ class ImageRows:
 
     Variant v of image i has the row number `v * number_of_images + i`. If crops are centered, variant 0 is the image
     without a flip, and variant 1 the flipped image. If crops are random, variant v has the crop and flip of epoch v,
-    and any epoch uses variant `epoch % crops`. Pairs with a common image share the rows of this image only if crops are
-    centered.
+    and any epoch uses variant `epoch % crops`. Pairs share the rows of a common image only if crops are centered.
     """
 
     seed: int  # seed of the random crops and flips
@@ -132,8 +131,7 @@ class EncodedPairs:
     on_host: Sequence[str] = ()  # names of the prompt tensors that the family reads on the CPU
 
     def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
-        """Return the entries of a data set's item that depend on the images of a pair. For the arguments, see
-        [`ImageRows.of_pair`].
+        """Return the entries of an item that depend on its images. For the arguments, see [`ImageRows.of_pair`].
 
         Raises:
             UndecodableImageError: If an image could not be decoded when the cache was made.
@@ -151,12 +149,11 @@ class EncodedPairs:
         }
 
     def conditioning(self, prompt: str, edited: tuple[int, bool] | None = None) -> dict[str, dict[str, Any]]:
-        """Return the encoding of one prompt: tensors without a batch axis as `conditioning`, and Python numbers as
-        `host_conditioning`.
+        """Return an encoded prompt: tensors without a batch axis, and Python numbers as `host_conditioning`.
 
         Args:
-            edited (`tuple[int, bool]`, *optional*): Row number of the source images that the prompt edits, and whether
-                these images are mirrored.
+            edited (`tuple[int, bool]`, *optional*): Row of the source images that the prompt edits, and whether they
+                are mirrored.
 
         Raises:
             UndecodableImageError: If a source image could not be decoded when the cache was made.

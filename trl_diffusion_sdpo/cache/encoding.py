@@ -72,8 +72,7 @@ class EncodingSettings:
 
 @dataclass
 class EncodingReport:
-    """Numbers of images and prompts in the caches of a run, and how many of these images and prompts the run has
-    encoded."""
+    """Numbers of images and prompts that a run reads from its caches, and how many of them it has encoded itself."""
 
     images: int = 0  # each crop and flip of an image counts as one image
     prompts: int = 0  # distinct prompts
@@ -83,8 +82,7 @@ class EncodingReport:
 
 @dataclass(frozen=True)
 class _Cache:
-    """Cache of one data set: stores of encoded images, encoded prompts and VAE statistics, and what their rows
-    contain."""
+    """Cache of one data set: stores of images, prompts and VAE statistics, and what their rows contain."""
 
     rows: ImageRows
     texts: list[Any]  # distinct prompts, or distinct edits if there are source images
@@ -183,8 +181,7 @@ class PairEncoding:
     # ---- Encoding -------------------------------------------------------------------------------------------------
 
     def _complete(self, dataset: PreferenceDataset, name: str, cache: _Cache) -> None:
-        """Encode the missing rows of a cache. Meanwhile, the first process locks the stores, so that no other run
-        writes into them."""
+        """Encode the missing rows of a cache. Meanwhile, the first process locks the stores against other runs."""
         peers = self._peers
         with contextlib.ExitStack() as stack:
 
@@ -211,8 +208,7 @@ class PairEncoding:
     def _encode(
         self, dataset: PreferenceDataset, cache: _Cache, missing: Sequence[np.ndarray], family: Family
     ) -> tuple[int, int, list[tuple[int, str]]]:
-        """Write this process's shards. Return the numbers of encoded images and prompts, and a reason for each image
-        that cannot be decoded."""
+        """Write this process's shards. Return the numbers of encoded images and prompts, and reasons for bad images."""
         images, undecodable = self._encode_images(dataset, cache, missing[0], family)
         if dataset.has_sources:
             prompts, unreadable = self._encode_edits(dataset, cache, missing[1], family)
@@ -226,8 +222,7 @@ class PairEncoding:
     def _encode_images(
         self, dataset: PreferenceDataset, cache: _Cache, missing: np.ndarray, family: Family
     ) -> tuple[int, list[tuple[int, str]]]:
-        """Encode this process's share of the images. Each image is decoded once. All its crops and flips are in the
-        same shard."""
+        """Encode this process's share of the images. One shard contains all crops and flips of an image."""
         rows, (height, width) = cache.rows, self._settings.size
         count, variants = len(rows.sources), rows.variants
         size = max(1, SHARD_PIXELS // (height * width) // variants)  # number of images in a shard
@@ -253,8 +248,8 @@ class PairEncoding:
         return variants * len(images), undecodable
 
     def _encode_prompts(self, cache: _Cache, missing: np.ndarray, family: Family) -> int:
-        """Encode this process's share of the prompts. Each prompt is encoded alone if its padding would depend on other
-        prompts of the batch."""
+        """Encode this process's share of the prompts. Prompts are encoded one by one if batches would change their
+        padding."""
         numbers = _own_share(missing // SHARD_PROMPTS, self._peers)
         shards = [range(len(cache.texts))[number * SHARD_PROMPTS :][:SHARD_PROMPTS] for number in numbers]
         alone = family.prompt_padding != "fixed"
@@ -300,8 +295,7 @@ class PairEncoding:
         return len(edits), undecodable
 
     def _moments(self, family: Family, pixels: torch.Tensor) -> torch.Tensor:
-        """Run the VAE's encoder on uint8 pixels `(N, 3, H, W)`. As in training, pixels are converted to floats on the
-        device."""
+        """Run the VAE's encoder on uint8 pixels `(N, 3, H, W)`. As in training, the device converts them to floats."""
         return family.image_moments(pixels_as_floats(pixels.to(self._settings.device)))
 
     def _count(self, name: str, encoded: list[tuple[int, int, list[tuple[int, str]]]]) -> None:
@@ -332,8 +326,8 @@ def check_prompt_padding(setting: str, family: Family, largest_batch: int) -> No
 
 
 def conditioning_of(family: Family, prompts: Sequence[str], at_least: int = 1) -> dict[str, torch.Tensor]:
-    """Encode prompts, and return the resulting tensors on the CPU. If there are fewer than `at_least` prompts, they are
-    repeated to fill up the batch."""
+    """Encode prompts, and return the results on the CPU. Prompts are repeated until the batch has `at_least`
+    prompts."""
     repeated = list(prompts) * -(-at_least // len(prompts))
     with torch.no_grad():
         encoded = family.encode_prompts(repeated[: max(at_least, len(prompts))])
@@ -392,8 +386,8 @@ class _ImageBatches:
 
 
 class _Results(Dataset):
-    """Data set for DataLoader workers. An item is the function's result for one argument, or the error if an image
-    cannot be decoded."""
+    """Data set for workers. An item is the function's result for an argument, or its error if an image is
+    undecodable."""
 
     def __init__(self, function: Callable[[Any], Any], arguments: Sequence[Any]) -> None:
         self._function, self._arguments = function, arguments

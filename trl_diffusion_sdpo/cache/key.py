@@ -99,8 +99,7 @@ class EncoderKey:
 
 
 def hash_of_tensors(tensors: Mapping[str, torch.Tensor], more: str = "") -> str:
-    """Return one SHA-256 of the names, dtypes, shapes and all bytes of tensors. `more` is text to include in the
-    hash."""
+    """Return one SHA-256 of the names, dtypes, shapes and all bytes of tensors, and of the text `more`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

@@ -1,6 +1,6 @@
 """Computes the reference model's prediction errors on all pairs before training, so that training steps need no forward
-pass of the reference. Epochs with different noise, timesteps and crops have different errors. Each process computes a
-share of the missing errors."""
+pass of the reference. Each epoch with other random numbers has errors of its own. Each process computes a share of the
+errors."""
 
 from __future__ import annotations
 
@@ -199,8 +199,7 @@ def _is_for_training(dataset: PreferenceDataset) -> bool:
 
 
 class _PairsInEpochs(Dataset):
-    """Data set whose keys are tuples of an epoch and a pair number. A value is the pair number, and the pair's item in
-    this epoch."""
+    """Data set with the keys (epoch, pair number). A value is the pair number and the pair's item in this epoch."""
 
     def __init__(self, pairs: PreferenceDataset):
         self._pairs = pairs

@@ -1,5 +1,4 @@
-"""Stores numbered rows of tensors in safetensors files. The folder's name is a hash of everything that the tensors
-depend on."""
+"""Stores rows of tensors in safetensors files. The folder's name is a hash of all that the tensors depend on."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ KEY_FILE, LOCK_FILE, PARTIAL = "key.json", ".lock", ".partial"
 
 
 class ShardStore:
-    """Store on disk in the folder `folder / <hash of the key>`. A row of the store has a number and several named
-    tensors.
+    """Store in the folder `folder / <hash of the key>`. Each row has a number and several named tensors.
 
     A shard is a safetensors file with several rows. A shard is written under a temporary name and then renamed, so a
     killed process never leaves an incomplete shard. `key` contains everything that the rows depend on, as values for
@@ -69,8 +67,8 @@ class ShardStore:
         write_atomically(self.path / f"{number:06d}.safetensors", save(tensors), ending=PARTIAL)
 
     def read(self, row: int) -> dict[str, torch.Tensor]:
-        """Return the tensors of a row by name. Raise `KeyError` if no shard contains the row, and `SafetensorError` if
-        the row's shard is damaged."""
+        """Return a row's tensors by name. Raise `KeyError` if no shard has the row, `SafetensorError` if its shard is
+        damaged."""
         number = int(self._file_of[row])
         if number < 0:
             raise KeyError(row)

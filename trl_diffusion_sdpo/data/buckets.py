@@ -24,10 +24,9 @@ ORDER = 1  # last of four numbers that seed an epoch's order; three numbers seed
 class AspectRatioBuckets:
     """Image sizes with at most the area of `resolution` and aspect ratios up to `max_aspect_ratio`.
 
-    For every shorter side that is a multiple of `step`, the longer side is the largest multiple of `step` at
-    which neither the area nor the aspect ratio is too large. Sizes with less than nine tenths of the area of
-    `resolution` are left out. Every size exists in portrait and in landscape format. `resolution` is always one of the
-    sizes.
+    For every shorter side that is a multiple of `step`, the longer side is the largest multiple of `step` at which
+    neither the area nor the aspect ratio is too large. Sizes with less than nine tenths of the area of `resolution` are
+    left out. Every size exists as portrait and landscape. `resolution` is always one of the sizes.
 
     At 1024 pixels in steps of 64, all sizes are in the list of SDXL (https://huggingface.co/papers/2307.01952,
     appendix I).
@@ -74,8 +73,7 @@ class AspectRatioBuckets:
         return tuple(size for _, size in sorted(by_ratio.items()))
 
     def assign(self, sizes: np.ndarray) -> np.ndarray:
-        """Return the bucket of each pair: the size with the log aspect ratio nearest to the mean of the pair's two
-        images.
+        """Return each pair's bucket: the size that is nearest, in log aspect ratio, to the mean of the two images.
 
         If two buckets are equally near, the pair goes to the squarer bucket. The computation uses integers, so that all
         machines choose the same buckets.
@@ -89,8 +87,7 @@ class AspectRatioBuckets:
         heights, widths = sizes[:, 0] * sizes[:, 2], sizes[:, 1] * sizes[:, 3]
         numbers = np.zeros(len(sizes), dtype=np.uint16)
         for (height, width), (next_height, next_width) in pairwise(self.sizes):
-            # Compare products of two aspect ratios, because the logarithm of a product is twice the mean of the
-            # logarithms.
+            # Comparing products of sides, in integers, gives the same order as comparing mean log aspect ratios.
             beyond, within = heights * (width * next_width), widths * (height * next_height)
             upright = height * next_height >= width * next_width
             numbers += beyond > within if upright else beyond >= within
@@ -119,14 +116,13 @@ class BucketSampler(Sampler[int]):
     """Sampler that orders pairs so that every `group` consecutive pairs have the same size.
 
     The sampler shuffles the pairs, and then cuts each bucket's pairs into groups. Groups are ordered by the position of
-    their first pair in the shuffled order. If the last group of a bucket is incomplete, the first pairs of the bucket
-    fill it up.
+    their first pair in the shuffled order. If needed, the first pairs of a bucket fill up its last group.
 
     Args:
         pairs ([`PairSizes`]): Bucket of each pair.
         group (`int`): Number of pairs in one step of all processes together.
         seed (`int`): Seed with which pairs are shuffled.
-        epoch (`Callable[[], int]`, *optional*): Function that returns the current epoch. Without `epoch`, pairs are not
+        epoch (`Callable[[], int]`, *optional*): Function that returns the current epoch. Without it, pairs are not
             shuffled.
         drop_last (`bool`): Whether to leave out an incomplete last group of a bucket instead of filling it.
 

@@ -20,8 +20,7 @@ class BadDataError(ValueError):
 
 @dataclass
 class DataReport:
-    """Counts of a data set's rows and pairs, counts of dropped rows and pairs by reason, and examples of dropped
-    rows."""
+    """Counts of a data set's rows and pairs, counts of drops by reason, and examples of dropped rows."""
 
     name: str  # name of the data in messages
     format: str  # a key of `FORMATS`, or several keys joined by `+`

@@ -1,5 +1,4 @@
-"""Torch data set that reads and transforms the images of preference pairs, and the collator that makes batches of
-pairs."""
+"""Torch data set that reads and transforms the images of preference pairs, and the collator that makes batches."""
 
 from __future__ import annotations
 
@@ -40,24 +39,23 @@ class PairOptions:
         dataset_format (`str`, *optional*): A key of `FORMATS`. By default, the columns determine the format.
         verify_images (`str`): Images of a map-style data set to decode before training. `"sample"` decodes the images
             of `SAMPLED_PAIRS` evenly spaced pairs. `"all"` decodes all images and drops pairs with bad images;
-            `datasets` caches the result. With `"sample"` and `"none"`, pairs with bad images are replaced by the next
-            good pair during training.
+            `datasets` caches the result. With `"sample"` and `"none"`, the next good pair replaces a bad pair during
+            training.
         num_proc (`int`, *optional*): Number of worker processes that check images. By default, one per CPU core if
             there are many images, and otherwise none.
         image_schemes (`Sequence[str]`, *optional*): URL schemes that rows may use, such as `"s3"`, besides
             `file`, `hf`, `zip` and `tar`.
         buckets ([`AspectRatioBuckets`], *optional*): Training sizes by aspect ratio, in place of the transform's size.
             The header of every image is read to choose each pair's size.
-        min_side (`int`, *optional*): Smallest allowed shorter side of an image, in pixels. Pairs with a smaller image
-            are dropped.
+        min_side (`int`, *optional*): Smallest shorter side of an image, in pixels. Pairs with a smaller image are
+            dropped.
         training (`bool`): Whether the pairs are for training. In evaluations, images are cropped at the center and
             never flipped, prompts are never emptied, and random numbers do not depend on the epoch.
         repeat (`bool`): Whether a stream restarts when it ends, with new random numbers and, if it is shuffled, in a
             new order. `repeat` has no effect on map-style data sets.
         distinct_epochs (`int`, *optional*): Number of epochs after which the random numbers of a map-style data set
             repeat. By default, random numbers never repeat.
-        use_scores (`bool`): Whether to read score columns if they exist. If score columns are read, rows without a
-            score are dropped.
+        use_scores (`bool`): Whether to read score columns if they exist. Rows without a score are then dropped.
         swap_labels (`bool`): Whether to exchange winner and loser of every pair.
         number_columns (`Sequence[str]`): Columns of a map-style data set that must have finite numbers in every row.
         noise_seeds (`bool`): Whether to read the seeds of the noise from which the images were generated, in the
@@ -116,18 +114,15 @@ class PreferenceDataset(Dataset):
     - `scores`, `pair_weight` and `ref_errors` (errors of the reference, `(T, 2)`, for T timesteps and winner and
       loser), each if the data set has it;
     - `masks` (`torch.Tensor` of shape `(2, 1, H, W)`, uint8), if there is a mask column: 1 inside, 0 outside;
-    - `sources` (`list[PIL.Image.Image]`), if there is a source column: the images that the prompt edits, in their own
-      sizes;
-    - `noise_seeds` (`tuple[int, int]`), if training reads them: seeds of the noise from which winner and loser were
-      generated;
+    - `sources` (`list[PIL.Image.Image]`), if there is a source column: images that the prompt edits, not resized;
+    - `noise_seeds` (`tuple[int, int]`), if training reads them: seeds of the initial noise of winner and loser;
     - `repeated` (`bool`), if there are aspect-ratio buckets: whether the pair is a repetition that fills up a batch.
 
     If latents were computed before training, `moments`, `target_size`, `conditioning` and `loser_conditioning` replace
     `pixel_values`.
 
     An item depends only on the seed, the epoch and the pair's number. If losers are permuted, items also depend on the
-    prompts of all pairs. If a pair cannot be decoded, every process returns the next decodable pair of the same size in
-    its place.
+    prompts of all pairs. If a pair cannot be decoded, every process returns the next decodable pair of the same size.
 
     Args:
         source ([`PairSource`]): Prompts and images.
@@ -221,7 +216,7 @@ class PreferenceDataset(Dataset):
     def _noise_seeds(
         self, item: dict[str, Any], pair: int, winner: StoredImage, loser: StoredImage
     ) -> tuple[int, int]:
-        """Return the seeds of the noise from which winner and loser were generated."""
+        """Return the seeds of the initial noise from which winner and loser were generated."""
         target = self.target_size(pair)
         for size in item["original_sizes"]:
             if tuple(size) != tuple(target):
@@ -255,8 +250,8 @@ class PreferenceDataset(Dataset):
 
     @property
     def scores(self) -> np.ndarray | None:
-        """Scores of each pair's winner and loser, `(P, 2)`, calibrated if `set_calibrated_scores` was called. `None`
-        without score columns."""
+        """Scores of winners and losers, `(P, 2)`, calibrated if `set_calibrated_scores` was called, or `None` if none
+        exist."""
         return self._pairs.columns.get("calibrated", self._pairs.columns.get("scores"))
 
     def set_calibrated_scores(self, scores: np.ndarray) -> None:
@@ -303,8 +298,8 @@ class PreferenceDataset(Dataset):
         yield from zip(rows.tolist(), prompts, strict=True)
 
     def fingerprint(self, *, thorough: bool = False, peers: Peers = ALONE) -> dict[str, Any]:
-        """Return hashes that identify these pairs; see [`pairs_fingerprint`]. The hashes cover pair weights only if
-        `thorough` is false."""
+        """Return hashes that identify these pairs; see [`pairs_fingerprint`]. `thorough` hashes do not cover pair
+        weights."""
         facts = peers.first(lambda: pairs_fingerprint(self._source, self._pairs, thorough=thorough))
         if not thorough and "weight" in self._pairs.columns:
             facts["pair_weights"] = hashlib.sha256(self._pairs.columns["weight"].tobytes()).hexdigest()[:16]
@@ -334,9 +329,8 @@ class PreferenceDataset(Dataset):
     def check_sample(self, peers: Peers = ALONE) -> None:
         """Decode a sample of evenly spaced pairs, in the first process only.
 
-        Pairs with bad images stay in the data set. In training, the next good pair replaces a bad pair. The numbers of
-        pairs must not depend on files that are temporarily unreadable, because a resumed run continues at a pair
-        number.
+        Pairs with bad images stay in the data set. In training, the next good pair replaces a bad pair. Pair numbers
+        must not depend on temporarily unreadable files, because a resumed run continues at a pair number.
 
         Raises:
             ValueError: If no pair of the sample can be decoded, and the data set has further pairs.
@@ -351,8 +345,7 @@ class PreferenceDataset(Dataset):
             raise ValueError(f"None of the {len(bad)} pairs that were checked can be decoded.\n{self._report}")
 
     def _problem_of(self, pair: int) -> tuple[int, str] | None:
-        """Decode the images of a pair. Return the row of the first bad image and the reason, or `None` if both images
-        are good."""
+        """Decode a pair's images. Return the row of the first bad image and the reason, or `None` if both are good."""
         for row, image in self._pairs.places[pair].reshape(2, 2).tolist():
             try:
                 self._source.images([(row, image)])[0].decode(self._options.reader)
@@ -361,8 +354,7 @@ class PreferenceDataset(Dataset):
         return None
 
     def _forget_undecodable(self) -> None:
-        """Clear the mask of undecodable pairs, so that all pairs are tried again. DataLoader workers share this
-        mask."""
+        """Clear the mask of undecodable pairs, which workers share, so that all pairs are tried again."""
         self._undecodable = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
         if self._losers is not None:
             self._losers.bad.zero_()
@@ -376,8 +368,7 @@ class PreferenceDataset(Dataset):
 
     @property
     def _drawn_epoch(self) -> int:
-        """Epoch that random numbers depend on. This epoch is 0 in evaluations, and repeats after `distinct_epochs`
-        epochs."""
+        """Epoch on which random numbers depend: 0 in evaluations, else the epoch modulo `distinct_epochs`."""
         if not self._options.training:
             return 0
         distinct = self._options.distinct_epochs
@@ -394,8 +385,7 @@ class PreferenceDataset(Dataset):
 
     def for_evaluation(self) -> PreferenceDataset:
         """Return these pairs for evaluation. Images are cropped at the center and not flipped, no prompt is emptied,
-        and pairs have no weights. The seeds are the same in every epoch, so that the results of evaluations can be
-        compared."""
+        and pairs have no weights. Seeds are the same in every epoch, so that evaluations can be compared."""
         view = self.in_epoch(0)  # this view has an epoch of its own
         view._options = self._options.for_evaluation()
         view._pairs = self._pairs.with_columns(weight=None)
@@ -414,8 +404,7 @@ class PreferenceDataset(Dataset):
     # ---- Encoded pairs and errors of a reference ------------------------------------------------------------------
 
     def use_encoded(self, encoded: Any) -> None:
-        """Read latents and embeddings that were computed before training, instead of images. Undecodable pairs are
-        tried again."""
+        """Read latents and embeddings from `encoded` instead of images. Undecodable pairs are tried again."""
         self._encoded = encoded
         self._forget_undecodable()
 
@@ -537,20 +526,19 @@ class PreferenceCollator:
     - `rows` (`torch.LongTensor` of shape `(B,)`): numbers of the pairs. `rows` comes first, because accelerate and
       transformers read the batch size from the first entry;
     - `pixel_values` (`torch.Tensor` of shape `(2B, 3, H, W)`, uint8): winners, then losers. The trainer converts pixels
-      to floats in `[-1, 1]` on the device, one micro-batch at a time. A custom collator may return these floats instead
-      of uint8 pixels;
+      to floats in `[-1, 1]` on the device, one micro-batch at a time. A custom collator may itself return floats;
     - `prompts` (`list[str]` of length B, or 2B if losers have prompts of their own, winners first);
     - `original_sizes`, `crop_top_lefts` (`torch.LongTensor` of shape `(2B, 2)`): `(height, width)` and `(top, left)`;
     - `seeds` (`list[int]` of length B): seeds of noise and timestep;
     - `counted` (`int`), if repeated pairs may fill up the batch: number of pairs that are not repeated;
     - `scores` (`torch.FloatTensor` of shape `(2B,)`), if the data set has score columns;
     - `masks` (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8), if the data set has a mask column;
-    - `noise_seeds` (`list[int]` of length 2B), winners first, if training reads the seeds of the images' noise;
+    - `noise_seeds` (`list[int]` of length 2B), winners first, if training reads them: seeds of the images' initial
+      noise;
     - `sources` (`list[list[PIL.Image.Image]]` of length B), if the data set has a source column;
     - `pair_weights` (`torch.FloatTensor` of shape `(B,)`), if training pairs have weights;
-    - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), if reference errors were computed before training. The
-      errors of winners come first, sorted by timestep and then by pair, and the errors of losers follow in the same
-      order.
+    - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), if reference errors were computed before training. Errors of
+      winners come first, sorted by timestep and then by pair. Errors of losers follow in the same order.
 
     If latents were computed before training, `moments` (`torch.Tensor` of shape `(2B, ...)`) and `target_size`
     (`(height, width)` of the pixels) replace `pixel_values`. `conditioning` (tensors of shape `(B, ...)`, padded at the
@@ -585,8 +573,7 @@ class PreferenceCollator:
 
 
 def _images(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack the pixels of a batch, or the latents and embeddings that replace them. All images of a batch must have the
-    same size."""
+    """Stack pixels, or the latents and embeddings that replace them. All images of a batch must have the same size."""
     name = "moments" if "moments" in items[0] else "pixel_values"
     batch: dict[str, Any] = {name: torch.cat(torch.stack([item[name] for item in items], dim=1).unbind())}
     if name == "moments":

@@ -29,8 +29,8 @@ class PairReference(NamedTuple):
     scores: tuple[float, float] | None
 
     def swapped(self) -> PairReference:
-        """Return the pair with winner and loser exchanged. The scores are negated, because the worse image now counts
-        as better."""
+        """Return the pair with winner and loser exchanged, and scores negated, because the worse image now counts as
+        better."""
         scores = None if self.scores is None else (-self.scores[1], -self.scores[0])
         return PairReference(self.loser_row, self.loser_image, self.winner_row, self.winner_image, scores)
 
@@ -41,21 +41,17 @@ class PreferenceFormat:
 
     Attributes:
         name (`str`): Key in `FORMATS`.
-        prompt_columns (`tuple[str, ...]`): Accepted names of the prompt column. The first column that exists is
-            read.
+        prompt_columns (`tuple[str, ...]`): Accepted prompt columns. The first that exists is read.
         image_columns (`tuple[str, ...]`): The two image columns, or the single image column.
-        other_image_columns (`tuple[str, ...]`): Other accepted names of a single image column. The first column that
-            exists is read.
+        other_image_columns (`tuple[str, ...]`): Further accepted names of a single image column.
         label_readers (`Mapping`): Maps label columns to a function that converts the values of these columns to
             `ImageScores`. A row uses the first entry of the mapping whose columns all have a value.
         images_in_list (`bool`): Whether the single image column contains lists of images.
         group_column (`str`, *optional*): Column that groups rows, in formats with one image in each row. The images of
             rows with equal values in this column are compared with one another.
         validity_column (`str`, *optional*): Column that is false in rows without a valid label. These rows are dropped.
-        score_columns (`tuple[str, str]`, *optional*): Columns with the reward scores of winner and loser, if they
-            exist.
-        text_members (`bool`): Whether prompts are text files in an archive (WebDataset). Such prompts may be bytes, or
-            end in a newline.
+        score_columns (`tuple[str, str]`, *optional*): Columns of the reward scores of winner and loser.
+        text_members (`bool`): Whether prompts are text files in an archive. They may be bytes, or end in a newline.
         prompt_of_each_image (`bool`): Whether `prompt_columns` are two columns, one for the prompt of each image.
         has_losers (`bool`): Whether rows have a loser. If they have none, `losers="permute"` must be set, so that
             winners of other pairs become losers.
@@ -323,8 +319,7 @@ def compare(scores: Sequence[float], *, ranked: bool = True) -> tuple[list[tuple
 
 
 def groups(row_format: PreferenceFormat, rows: Iterable[tuple[int, Mapping]]) -> Iterator[list[tuple[int, Mapping]]]:
-    """Yield lists of rows whose images are compared with one another: a single row, or consecutive rows of the same
-    group."""
+    """Yield lists of rows whose images are compared with one another: one row, or consecutive rows of a group."""
     if row_format.group_column is None:
         yield from ([numbered] for numbered in rows)
         return
@@ -361,8 +356,7 @@ def pairs_in_group(
 
 
 def _mask_columns(row_format: PreferenceFormat, columns: Sequence[str]) -> tuple[str, ...]:
-    """Return the mask columns that exist: `mask`, or one mask column for each of two image columns, such as
-    `chosen_mask`."""
+    """Return the mask columns that exist: `mask`, or one for each of two image columns, such as `chosen_mask`."""
     of_row = ("mask",) if "mask" in columns else ()
     of_images: tuple[str, ...] = ()
     if len(row_format.image_columns) == 2:

@@ -38,8 +38,8 @@ class FolderSplit:
     skipped: dict[str, list[Path]]
 
     def rows(self) -> datasets.Dataset:
-        """Return the pairs as a data set. Log the names of skipped images and, if images are ranked by name, an example
-        of a ranking.
+        """Return the pairs as a data set. Log skipped images and, if images are ranked by name, an example of a
+        ranking.
 
         Raises:
             ValueError: If the split has no pair.
@@ -63,8 +63,7 @@ def read_image_folder(path: Path) -> dict[str, FolderSplit] | None:
     """Return the pairs of each split of a folder. If there is a subfolder `train`, each subfolder is a split.
     Otherwise, the whole folder is the split `train`.
 
-    Return `None` if the folder contains a table file, or if images are neither in `chosen` and `rejected` nor ranked by
-    name.
+    Return `None` if there is a table file, or if images are neither in `chosen` and `rejected` nor ranked by name.
 
     Raises:
         ValueError: If there is only one of the folders `chosen` and `rejected`.
@@ -89,8 +88,7 @@ def read_image_folder(path: Path) -> dict[str, FolderSplit] | None:
 
 
 def _read(folder: Path, has_sides: bool) -> FolderSplit:
-    """Read one split. Images whose names differ only in the folder or in the rank form a group. Each group becomes a
-    row."""
+    """Read one split. Images whose names differ only in the folder or in the rank form a group, which becomes a row."""
     groups: dict[str, list[tuple[int, Path]]] = defaultdict(list)  # ranks and files; a lower rank is better
     captions: dict[str, list[Path]] = defaultdict(list)
     skipped: dict[str, list[Path]] = defaultdict(list)

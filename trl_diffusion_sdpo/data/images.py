@@ -35,8 +35,7 @@ MAX_ASPECT_RATIO = 64  # larger ratios would give images that do not fit in memo
 MAX_FILE_BYTES = 256 * 2**20
 MAX_PIXELS = 178_956_970  # default limit of Pillow; half a gigabyte of RGB pixels
 
-# Formats that Pillow may decode. EPS and similar formats are not allowed, because Pillow runs other programs to decode
-# them.
+# Formats that Pillow may decode. For EPS and similar formats, Pillow would run other programs.
 FILE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # URL schemes that rows may use by default: local files, members of archives, and files of the Hub. If `datasets`
 # streams a data set from the Hub, its images have URLs of the scheme `hf`.
@@ -199,8 +198,8 @@ class ImageReader:
             with fsspec.open(url, "rb") as file:
                 content = file.read(MAX_FILE_BYTES + 1)
         except Exception as error:
-            # fsspec's HTTP file system raises FileNotFoundError for every failed request. The cause of this error has
-            # the HTTP status.
+            # fsspec raises FileNotFoundError for every failed HTTP request. The cause of this error has the HTTP
+            # status.
             cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
             is_absent = isinstance(cause, ABSENT_OR_DAMAGED) or getattr(cause, "status", None) in (401, 403, 404, 410)
             kind = UndecodableImageError if is_absent else UnreadableImageError
@@ -215,8 +214,7 @@ decode_image = ImageReader().decode  # uses the default schemes
 
 @contextmanager
 def _image_errors(value: Any) -> Iterator[None]:
-    """Convert every error within the context to `UndecodableImageError` or `UnreadableImageError`, with the name of the
-    file.
+    """Convert every error to `UndecodableImageError` or `UnreadableImageError`, and add the name of the file.
 
     The traceback of the original error is dropped, because the traceback may show the password in a URL.
     """
@@ -259,7 +257,7 @@ def check_regular_file(path: str | os.PathLike, max_bytes: int | None) -> None:
 
 
 def _scheme(hop: str) -> str:
-    """Return the scheme of one part of a chained URL, or `""` for a plain path. Like fsspec, treat a single word as a
+    """Return the scheme of a part of a chained URL, or `""` for a path. Like fsspec, treat a single word as a
     scheme."""
     scheme, separator, _ = hop.partition("://")
     return "" if not separator and re.search("[^a-z]", hop) else scheme

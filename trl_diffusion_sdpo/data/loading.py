@@ -124,8 +124,7 @@ def with_flat_rows(dataset: Any) -> Any:
 
 
 def _flat_row(has_sources: bool, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert one row. If the row is not a preference pair, the prompt becomes `None`, so that the row is dropped
-    later."""
+    """Convert one row. If the row is not a preference pair, its prompt becomes `None`, which drops the row later."""
     task = row["supervision"] or {}
     is_pair = task.get("type") == "preference"
     flat = {"prompt": (row["input"] or {}).get("prompt") if is_pair else None}

@@ -31,8 +31,7 @@ class ScoreSettings:
             column with weights.
         calibrated (`bool`): Whether to replace scores by calibrated scores: each image's expected share of wins against
             the other images of its prompt.
-        sorts_by_scores (`bool`): Whether the loss reads scores and regards the image with the higher score as the
-            winner.
+        sorts_by_scores (`bool`): Whether the loss regards the image with the higher score as the winner.
     """
 
     pair_weights: str | None = None
@@ -68,8 +67,7 @@ class ScoreSettings:
         return self.calibrated and self.needs_scores
 
     def apply_to(self, dataset: Any, peers: Peers = ALONE) -> None:
-        """Compute calibrated scores and pair weights, and store them in the data set. All processes must call this
-        method together.
+        """Compute and store calibrated scores and pair weights. All processes must call this method together.
 
         Raises:
             ValueError: If the data are a stream, or if weights are negative or all 0.
@@ -176,8 +174,7 @@ def calibrate(dataset: PreferenceDataset) -> np.ndarray:
 def _different_images(
     source: PairSource, reader: ImageReader, places: np.ndarray, prompts: np.ndarray, scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """List the distinct images. Return the index of each image in this list, and the prompts and the scores of the
-    list.
+    """List the distinct images. Return the index of each image in this list, and the list's prompts and scores.
 
     Args:
         places (`np.ndarray` of shape `(N, 2)`): Row of each image, and the image's number within the row.

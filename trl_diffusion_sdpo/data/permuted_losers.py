@@ -21,8 +21,8 @@ class PermutedLosers:
     The loser of a pair never has the prompt of the pair. The permutation depends only on the seed and the epoch.
 
     Args:
-        prompts (`np.ndarray` of shape `(P,)`): A number that identifies each pair's prompt. No prompt may have more
-            than half of the pairs.
+        prompts (`np.ndarray` of shape `(P,)`): A number for each pair's prompt. No prompt may have more than half of
+            the pairs.
         images (`np.ndarray` of shape `(P, 2)`): Row of each pair's winner, and number of the image within the row.
         seed (`int`): Seed of the permutations.
     """
@@ -38,8 +38,8 @@ class PermutedLosers:
         winner and loser, and `name` is the name of the data in messages.
 
         Raises:
-            ValueError: If a prompt has more than half of the pairs, because some of its pairs would then get a loser of
-                the same prompt.
+            ValueError: If a prompt has more than half of the pairs. Some pairs would then get a loser of their own
+                prompt.
         """
         texts = source.prompts_of_rows(index[:, 0])
         digests = {text: digest_of(text) for text in set(texts)}
@@ -56,8 +56,7 @@ class PermutedLosers:
 
     def candidates(self, pair: int, epoch: int) -> Iterator[int]:
         """Yield the numbers of pairs whose winner may become the loser of `pair`. The permutation chooses the first of
-        these pairs. The others are the pairs after it with other prompts than `pair`, in case the first winner cannot
-        be decoded."""
+        these pairs. The next pairs with other prompts follow, in case its winner cannot be decoded."""
         latest_epoch, losers = self._latest
         if latest_epoch != epoch:
             losers = derangement(self._prompts, [self._seed, epoch, 0, LOSERS])

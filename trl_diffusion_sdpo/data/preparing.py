@@ -1,5 +1,4 @@
-"""Prepares any preference data set for training: makes pairs from rows, and drops bad rows and pairs with bad
-images."""
+"""Prepares any preference data set for training: makes pairs from rows, and drops bad rows and bad images."""
 
 from __future__ import annotations
 
@@ -33,15 +32,13 @@ def prepare_dataset(
             [`PairMixture`] of several data sets.
         options ([`PairOptions`]): Settings for making pairs from the rows.
         name (`str`): Name of the data in messages.
-        peers (`Peers`): The processes that prepare the same data together. The first process checks the images for all
-            processes.
+        peers (`Peers`): The processes that prepare the same data. The first process checks images for all processes.
 
     Returns:
         [`PreferenceDataset`] or, for a `datasets.IterableDataset`, [`PreferenceIterableDataset`].
 
     Raises:
-        ValueError: If an argument is invalid, if the data set has an unsupported type or unsupported columns, or if no
-            pair remains.
+        ValueError: If an argument, the type of the data set or its columns are invalid, or if no pair remains.
     """
     is_mixture = isinstance(dataset, PairMixture)
     is_stream = dataset.is_stream if is_mixture else isinstance(dataset, datasets.IterableDataset)
@@ -92,8 +89,7 @@ def prepare_dataset(
 
 
 def _drop_rows(pairs: PairTable, reasons: Mapping[int, str], report: DataReport) -> PairTable:
-    """Drop the pairs of bad rows, and count these rows in the report. `reasons` maps the number of each bad row to the
-    reason."""
+    """Drop the pairs of bad rows, and count these rows in the report. `reasons` maps bad row numbers to reasons."""
     rows = pairs.places[:, 0]
     is_bad = np.isin(rows, list(reasons))
     for row in np.unique(rows[is_bad]).tolist():
@@ -104,11 +100,10 @@ def _drop_rows(pairs: PairTable, reasons: Mapping[int, str], report: DataReport)
 def _drop_bad_images(
     source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport, peers: Peers
 ) -> PairTable:
-    """Check every image, and drop pairs with a bad image or with an image smaller than `min_side`. Assign the other
-    pairs to buckets.
+    """Check every image, and drop pairs with bad or too small images. Assign the other pairs to buckets.
 
-    If `verify_images` is `"all"`, images are decoded. Otherwise, only their headers are read. The first process reads
-    the images for all processes.
+    If `verify_images` is `"all"`, images are decoded. Otherwise, only their headers are read. The first process does
+    this for all processes.
     """
     decode = options.verify_images == "all"
     sizes, reasons = source.examine_images(

@@ -62,8 +62,7 @@ class PairTable:
             and then the same two numbers of the loser.
         columns (`dict[str, np.ndarray]`): Further columns of P entries by name. `scores` are the reward scores of
             winner and loser. `calibrated` replaces `scores`. `weight` is the factor by which a pair's loss is
-            multiplied. `size` is the index of a pair's bucket. `ref_errors` are the reference's errors of winner and
-            loser.
+            multiplied. `size` is the index of a pair's bucket. `ref_errors` are errors of the reference.
     """
 
     places: np.ndarray
@@ -210,8 +209,7 @@ class TableSource:
         return len(self._images)
 
     def row(self, number: int, *, with_images: bool = True) -> dict[str, Any]:
-        """Return the undecoded values of a row. Without `with_images`, the images of pairs and the source images are
-        left out."""
+        """Return the undecoded values of a row. Without `with_images`, images and source images are left out."""
         return (self._rows if with_images else self._others)[number].to_pylist()[0]
 
     def values(self, column: str) -> Iterator[Any]:
@@ -220,8 +218,7 @@ class TableSource:
             yield from batch[column]
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
-        """Return the prompts of `rows`, in ascending order of rows. If each row has a prompt for each image, `image` (0
-        or 1) selects the prompt."""
+        """Return the prompts of `rows`, in ascending order. `image` (0 or 1) selects one of two images' own prompts."""
         columns = self.format.prompt_columns
         column = columns[image if self.format.prompt_of_each_image else 0]
         wanted = np.zeros(len(self), dtype=bool)
@@ -257,8 +254,7 @@ class TableSource:
     def examine_images(
         self, rows: np.ndarray, reader: ImageReader, decode: bool, num_proc: int | None
     ) -> Iterator[list[tuple[int, int, str]]]:
-        """Yield a list for each row: height, width and problem of each image in the row. `datasets` caches the
-        result."""
+        """Yield a list for each row: height, width and problem of each of its images. `datasets` caches the result."""
         images = self._images if len(rows) == len(self) else self._images.select(rows)
         options: dict[str, Any] = {}
         if any(local_names(images[0].column(name)) for name in self.format.image_columns):
@@ -294,8 +290,7 @@ class TableSource:
 
 
 class PairSource:
-    """Rows of one data set, or of several data sets one after the other. `weights` are the data sets' shares of an
-    epoch; see [`PairMixture`]."""
+    """Rows of one data set, or of several data sets in sequence. For their `weights`, see [`PairMixture`]."""
 
     def __init__(self, tables: Sequence[TableSource], weights: Sequence[float] | None = None) -> None:
         self.tables, self._weights = list(tables), weights
@@ -327,8 +322,8 @@ class PairSource:
         return images
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
-        """Return the prompts of `rows` without reading images. If each row has a prompt for each image, `image` (0 or
-        1) selects the prompt."""
+        """Return the prompts of `rows` without reading images. `image` (0 or 1) selects one of two images' own
+        prompts."""
         distinct, number_of_row = np.unique(rows, return_inverse=True)
         prompts = [prompt for table, share in self._split(distinct) for prompt in table.prompts_of_rows(share, image)]
         return [prompts[number] for number in number_of_row.reshape(-1).tolist()]
@@ -346,8 +341,8 @@ class PairSource:
 
         Args:
             places (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser.
-            num_proc (`int`, *optional*): Number of workers. By default, one for each CPU core if there are many images,
-                and otherwise none.
+            num_proc (`int`, *optional*): Number of workers. By default, one per CPU core if there are many images, else
+                none.
 
         Returns:
             `tuple`: Height and width of winners and losers, `(P, 2, 2)`, with zeros for bad and missing images, and a
@@ -374,8 +369,7 @@ class PairSource:
         return sizes[np.searchsorted(rows, places[:, [0, 2]]), places[:, [1, 3]]], reasons
 
     def _split(self, rows: np.ndarray) -> Iterator[tuple[TableSource, np.ndarray]]:
-        """Split sorted row numbers by data set. Yield each data set and its share of the rows, numbered within the data
-        set."""
+        """Split sorted row numbers by data set. Yield each data set and the numbers of its rows within the data set."""
         shares = np.split(rows, np.searchsorted(rows, self._starts[1:-1]))
         for table, share, start in zip(self.tables, shares, self._starts[:-1], strict=True):
             yield table, share - start
@@ -629,8 +623,7 @@ def numbers_of_rows(values: Iterable[Any], column: str) -> tuple[np.ndarray, dic
 
 
 def bad_seeds(values: Iterable[Any], column: str) -> dict[int, str]:
-    """Return a dict that maps the number of each row without a valid seed to the reason. Valid seeds are whole numbers
-    in `[0, 2**63)`."""
+    """Return a dict from row numbers to reasons, for rows whose seed is not a whole number in `[0, 2**63)`."""
     reasons = {}
     for row, value in enumerate(values):
         is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())

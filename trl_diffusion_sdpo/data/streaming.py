@@ -1,5 +1,4 @@
-"""Streams of preference pairs. Pairs are checked and transformed while a stream is read. Each process reads a share of
-the pairs."""
+"""Streams of preference pairs, which are checked and transformed while they are read. Each process reads a share."""
 
 from __future__ import annotations
 
@@ -41,8 +40,7 @@ class StreamPosition:
         numbers (`int`): Difference between the pair numbers (`row` of the items) of two consecutive pairs of a worker.
         seed (`int`): Seed with which the random numbers of pairs are drawn.
         readers (`Sequence[Sequence[int]]`, *optional*): For each worker, three numbers: batches so far, completed
-            passes over the stream, and pairs read in the current pass. By default, the position is the beginning of the
-            stream.
+            passes over the stream, and pairs read in the current pass. By default, all are 0.
     """
 
     def __init__(
@@ -82,10 +80,8 @@ class Stream:
             self.source = self.source.decode(False).select_columns(read)
 
     def groups(self, epoch: int, report: DataReport) -> Iterator[Group]:
-        """Read the stream once, and yield groups of rows whose images are compared with one another. Count rows in
-        `report`."""
-        # Copy the stream, because `datasets` shares a stream's epoch among workers, and workers may be in different
-        # passes.
+        """Read the stream once, and yield groups of rows whose images are compared. Count the rows in `report`."""
+        # Copy the stream, because `datasets` shares its epoch among workers, and workers may be in different passes.
         rows = self.source.with_format(None)
         rows.set_epoch(epoch)
 
@@ -161,20 +157,18 @@ class PreferenceIterableDataset(IterableDataset):
         return {"format": self._format_name, "shards": shards, "weights": self._weights}
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, also in running DataLoader workers. Random numbers and the order of a shuffled stream depend
-        on the epoch."""
+        """Set the epoch, also in running workers. Random numbers and the order of shuffled streams depend on it."""
         self._epoch.fill_(epoch)
 
     def for_evaluation(self) -> PreferenceIterableDataset:
-        """Return a view of this stream for evaluation: one pass without random crops, flips or emptied prompts, with
-        the same seeds in every epoch."""
+        """Return a view for evaluation: one pass without random crops, flips or emptied prompts, with constant
+        seeds."""
         view = copy.copy(self)
         view._options, view._epoch = self._options.for_evaluation(), new_epoch()
         return view
 
     def for_process(self, share: Peers) -> PreferenceIterableDataset:
-        """Return a view of this stream that reads only the share of the process with rank `share.index` among
-        `share.count` processes."""
+        """Return a view of this stream for the process `share.index` of `share.count`, which reads only its share."""
         view = copy.copy(self)
         view._share = share
         return view
@@ -182,8 +176,7 @@ class PreferenceIterableDataset(IterableDataset):
     def position(
         self, batch: int, workers: int, processes: int, readers: Sequence[Sequence[int]] | None = None
     ) -> StreamPosition:
-        """Return a training process's position in this stream. For `batch`, `workers` and `readers`, see
-        [`StreamPosition`]."""
+        """Return a process's position in this stream. For `batch`, `workers`, `readers`, see [`StreamPosition`]."""
         sharing = 1 if self.for_process(Peers(0, processes))._deals_pairs else processes
         return StreamPosition(batch, workers, max(1, workers) * sharing, self._options.seed, readers)
 
@@ -197,8 +190,7 @@ class PreferenceIterableDataset(IterableDataset):
 
     @property
     def _divides_shards(self) -> bool:
-        """Whether processes divide the shards of the streams, so that this process reads only its share of the
-        shards."""
+        """Whether the processes divide the streams' shards, so that this process reads only its own shards."""
         count = self._share.count
         if count == 1 or not self._options.repeat:
             return False
@@ -225,8 +217,8 @@ class PreferenceIterableDataset(IterableDataset):
             epoch, passed = epoch + 1, 0
 
     def _equal_share(self, epoch: int) -> Iterator[dict[str, Any]]:
-        """Yield the pairs of this process in one pass. Then repeat one pair until all processes have yielded the same
-        number of pairs."""
+        """Yield this process's pairs of one pass. Then repeat a pair until all processes have yielded equally many
+        pairs."""
         items, filling, yielded = self._one_pass(epoch), None, 0
         while True:
             try:
@@ -308,14 +300,12 @@ class PreferenceIterableDataset(IterableDataset):
         return item if pair.scores is None else item | {"scores": pair.scores}
 
     def _groups(self, report: DataReport, epoch: int) -> Iterator[tuple[PreferenceFormat, Group]]:
-        """Yield groups of rows whose images are compared with one another. In a mixture, each group comes from a
-        randomly chosen stream.
+        """Yield groups of rows whose images are compared. In a mixture, each group comes from a randomly chosen stream.
 
         The probability of a stream is proportional to its weight. In training, streams that end are restarted until
         every stream has ended at least once.
         """
-        # `interleave_datasets` is not used, because it draws single rows and would split groups of rows that are
-        # compared.
+        # `interleave_datasets` draws single rows, so it would split groups of rows that are compared.
         streams, share = list(self._streams), self._share
         if self._divides_shards:
             streams = [copy.copy(stream) for stream in streams]

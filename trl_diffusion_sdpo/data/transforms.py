@@ -146,8 +146,7 @@ def place_masks(masks: Sequence[Image.Image], item: dict[str, Any], transform: P
     """Resize, mirror and crop the masks of an item in the same way as its images.
 
     Args:
-        masks (`Sequence` of two `PIL.Image.Image`): Grey masks of winner and loser. A mask must have the size
-            of its image.
+        masks (`Sequence` of two `PIL.Image.Image`): Grey masks of winner and loser, as large as their images.
         item (`dict`): Item with `original_sizes`, `crop_top_lefts`, `is_mirrored`, and `target_size` or `pixel_values`.
         transform (`PairTransform`): Transform of the images.
 
