@@ -92,7 +92,8 @@ class _Cache:
     statistics: ShardStore  # weights of the VAE with which latents are scaled; empty for most families
 
     def missing(self) -> list[np.ndarray]:
-        """Return the numbers of the rows that this process does not find, for images, prompts and statistics."""
+        """Return the numbers of the rows that this process does not find on disk, for images, prompts and
+        statistics."""
         return [store.missing() for store in (self.images, self.prompts, self.statistics)]
 
 

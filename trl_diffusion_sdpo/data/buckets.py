@@ -33,7 +33,7 @@ class AspectRatioBuckets:
 
     Args:
         resolution (`tuple[int, int]`): Height and width, in pixels.
-        step (`int`): Number of pixels by which all sides are divisible.
+        step (`int`): All sides, except those of `resolution`, are multiples of `step` pixels.
         max_aspect_ratio (`float`): Largest ratio of the longer side to the shorter one.
 
     Raises:

@@ -47,8 +47,7 @@ class PairOptions:
             `file`, `hf`, `zip` and `tar`.
         buckets ([`AspectRatioBuckets`], *optional*): Training sizes by aspect ratio, in place of the transform's size.
             The header of every image is read to choose each pair's size.
-        min_side (`int`, *optional*): Smallest shorter side of an image, in pixels. Pairs with a smaller image are
-            dropped.
+        min_side (`int`, *optional*): Smallest allowed shorter side, in pixels. Pairs with a smaller image are dropped.
         training (`bool`): Whether the pairs are for training. In evaluations, images are cropped at the center and
             never flipped, prompts are never emptied, and random numbers do not depend on the epoch.
         repeat (`bool`): Whether a stream restarts when it ends, with new random numbers and, if it is shuffled, in a
@@ -216,7 +215,6 @@ class PreferenceDataset(Dataset):
     def _noise_seeds(
         self, item: dict[str, Any], pair: int, winner: StoredImage, loser: StoredImage
     ) -> tuple[int, int]:
-        """Return the seeds of the initial noise from which winner and loser were generated."""
         target = self.target_size(pair)
         for size in item["original_sizes"]:
             if tuple(size) != tuple(target):
@@ -298,8 +296,8 @@ class PreferenceDataset(Dataset):
         yield from zip(rows.tolist(), prompts, strict=True)
 
     def fingerprint(self, *, thorough: bool = False, peers: Peers = ALONE) -> dict[str, Any]:
-        """Return hashes that identify these pairs; see [`pairs_fingerprint`]. `thorough` hashes do not cover pair
-        weights."""
+        """Return hashes that identify these pairs; see [`pairs_fingerprint`]. If `thorough`, pair weights are not
+        hashed."""
         facts = peers.first(lambda: pairs_fingerprint(self._source, self._pairs, thorough=thorough))
         if not thorough and "weight" in self._pairs.columns:
             facts["pair_weights"] = hashlib.sha256(self._pairs.columns["weight"].tobytes()).hexdigest()[:16]
@@ -368,7 +366,7 @@ class PreferenceDataset(Dataset):
 
     @property
     def _drawn_epoch(self) -> int:
-        """Epoch on which random numbers depend: 0 in evaluations, else the epoch modulo `distinct_epochs`."""
+        """Epoch on which random numbers depend: 0 in evaluations, else the epoch modulo `distinct_epochs`, if set."""
         if not self._options.training:
             return 0
         distinct = self._options.distinct_epochs
@@ -390,7 +388,7 @@ class PreferenceDataset(Dataset):
         view._options = self._options.for_evaluation()
         view._pairs = self._pairs.with_columns(weight=None)
         if self._options.training:
-            view._pairs = view._pairs.with_columns(ref_errors=None)  # errors for the random numbers of training
+            view._pairs = view._pairs.with_columns(ref_errors=None)  # drop errors for training's random numbers
         return view
 
     def in_epoch(self, epoch: int) -> PreferenceDataset:
@@ -573,7 +571,8 @@ class PreferenceCollator:
 
 
 def _images(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack pixels, or the latents and embeddings that replace them. All images of a batch must have the same size."""
+    """Stack the items' pixels, or the latents and embeddings that replace them. All images of a batch must have the
+    same size."""
     name = "moments" if "moments" in items[0] else "pixel_values"
     batch: dict[str, Any] = {name: torch.cat(torch.stack([item[name] for item in items], dim=1).unbind())}
     if name == "moments":

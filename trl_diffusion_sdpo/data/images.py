@@ -35,7 +35,7 @@ MAX_ASPECT_RATIO = 64  # larger ratios would give images that do not fit in memo
 MAX_FILE_BYTES = 256 * 2**20
 MAX_PIXELS = 178_956_970  # default limit of Pillow; half a gigabyte of RGB pixels
 
-# Formats that Pillow may decode. For EPS and similar formats, Pillow would run other programs.
+# Formats that Pillow may decode. EPS and others are not allowed, because Pillow would run other programs.
 FILE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # URL schemes that rows may use by default: local files, members of archives, and files of the Hub. If `datasets`
 # streams a data set from the Hub, its images have URLs of the scheme `hf`.

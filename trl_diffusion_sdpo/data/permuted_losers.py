@@ -56,7 +56,7 @@ class PermutedLosers:
 
     def candidates(self, pair: int, epoch: int) -> Iterator[int]:
         """Yield the numbers of pairs whose winner may become the loser of `pair`. The permutation chooses the first of
-        these pairs. The next pairs with other prompts follow, in case its winner cannot be decoded."""
+        these pairs. The next pairs with other prompts follow, in case the first winner cannot be decoded."""
         latest_epoch, losers = self._latest
         if latest_epoch != epoch:
             losers = derangement(self._prompts, [self._seed, epoch, 0, LOSERS])

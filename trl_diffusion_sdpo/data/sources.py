@@ -62,7 +62,7 @@ class PairTable:
             and then the same two numbers of the loser.
         columns (`dict[str, np.ndarray]`): Further columns of P entries by name. `scores` are the reward scores of
             winner and loser. `calibrated` replaces `scores`. `weight` is the factor by which a pair's loss is
-            multiplied. `size` is the index of a pair's bucket. `ref_errors` are errors of the reference.
+            multiplied. `size` is the index of a pair's bucket. `ref_errors` are the reference model's errors.
     """
 
     places: np.ndarray
@@ -218,7 +218,8 @@ class TableSource:
             yield from batch[column]
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
-        """Return the prompts of `rows`, in ascending order. `image` (0 or 1) selects one of two images' own prompts."""
+        """Return the prompts of `rows`, which must be in ascending order. If images have their own prompts, `image` (0
+        or 1) selects the image."""
         columns = self.format.prompt_columns
         column = columns[image if self.format.prompt_of_each_image else 0]
         wanted = np.zeros(len(self), dtype=bool)
@@ -322,8 +323,8 @@ class PairSource:
         return images
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
-        """Return the prompts of `rows` without reading images. `image` (0 or 1) selects one of two images' own
-        prompts."""
+        """Return the prompts of `rows` without reading images. If images have their own prompts, `image` (0 or 1)
+        selects the image."""
         distinct, number_of_row = np.unique(rows, return_inverse=True)
         prompts = [prompt for table, share in self._split(distinct) for prompt in table.prompts_of_rows(share, image)]
         return [prompts[number] for number in number_of_row.reshape(-1).tolist()]

@@ -27,7 +27,7 @@ from .transforms import PairDraws
 logger = logging.getLogger(__name__)
 
 MIXING = 2  # last of four numbers that seed the choice of streams; three numbers seed a pair, so seeds differ
-READERS = 256  # number of DataLoader workers with counters of their own; further workers share these
+READERS = 256  # number of DataLoader workers with their own counters; if there are more, some share counters
 Group = list[tuple[int, Mapping[str, Any]]]  # row numbers, and rows whose images are compared with one another
 
 
@@ -81,7 +81,7 @@ class Stream:
 
     def groups(self, epoch: int, report: DataReport) -> Iterator[Group]:
         """Read the stream once, and yield groups of rows whose images are compared. Count the rows in `report`."""
-        # Copy the stream, because `datasets` shares its epoch among workers, and workers may be in different passes.
+        # Copy the stream: in `datasets`, workers share the epoch of a stream, but they may be in different passes.
         rows = self.source.with_format(None)
         rows.set_epoch(epoch)
 
@@ -168,7 +168,7 @@ class PreferenceIterableDataset(IterableDataset):
         return view
 
     def for_process(self, share: Peers) -> PreferenceIterableDataset:
-        """Return a view of this stream for the process `share.index` of `share.count`, which reads only its share."""
+        """Return a view of this stream that reads only the share of process `share.index` among `share.count`."""
         view = copy.copy(self)
         view._share = share
         return view
