@@ -1,2 +1,2 @@
-"""Caches on disk of results that are computed once before training and read in every epoch: encoded pairs and errors of
-the reference. If a run is killed, finished results are reused by the next run."""
+"""Caches on disk for encoded images, encoded prompts and the reference model's prediction errors. A run computes these
+results before training and reads them in every epoch. Later runs use them again, even if the first run was killed."""

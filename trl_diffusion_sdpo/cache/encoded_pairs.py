@@ -1,4 +1,5 @@
-"""Reads pairs whose images and prompts were encoded before training, and numbers the rows of their cache."""
+"""Reads encoded images and encoded prompts from a cache on disk. The cache is filled before training, and each of its
+rows holds one encoded image or one encoded prompt."""
 
 from __future__ import annotations
 
@@ -15,30 +16,31 @@ from ..data.sources import digest_of
 from ..data.transforms import PairDraws
 from .shards import ShardStore
 
-MOMENTS, SIZES = "moments", "sizes"  # columns
-UNREADABLE = "unreadable"  # name of the tensor of an edit whose sources cannot be decoded
-Edit = tuple[int, bool, str]  # row of the sources, whether they are mirrored, and prompt
+MOMENTS, SIZES = "moments", "sizes"  # names of the two tensors in the row of an image
+UNREADABLE = "unreadable"  # tensor that replaces the encoding of an edit if a source image cannot be decoded
+Edit = tuple[int, bool, str]  # row number of the source images, whether they are mirrored, and prompt
 PLAIN, MIRRORED = PairDraws(0.0, 0.0, 1.0, 1.0, 0), PairDraws(0.0, 0.0, 0.0, 1.0, 0)  # for crops at the center
 
 
 @dataclass(frozen=True)
 class ImageRows:
-    """Row numbers of encoded images in their store. A variant is an image with one crop and flip.
+    """Row numbers of encoded images in the cache. An image with random crops or flips is encoded several times. Each of
+    these encodings is called a variant and has its own row.
 
-    The row of a variant is `variant * number of images + image`. If crops are centered, only variant 1 is mirrored. If
-    crops are random, variant e has the crop and flip of epoch e, and later epochs use variant `epoch % crops`. Pairs
-    share images only if crops are centered.
+    Variant v of image i has the row number `v * number_of_images + i`. If crops are centered, variant 0 is the image
+    without a flip, and variant 1 the flipped image. If crops are random, variant v has the crop and flip of epoch v,
+    and any epoch uses variant `epoch % crops`. Pairs share the rows of a common image only if crops are centered.
     """
 
     seed: int  # seed of the random crops and flips
-    images: np.ndarray  # numbers of the images of each pair's winner and loser, `(P, 2)`
-    sources: np.ndarray  # a pair that contains each image, and whether the image is its loser (1), `(I, 2)`
+    images: np.ndarray  # which of the I images are winner and loser of each of the P pairs, `(P, 2)`
+    sources: np.ndarray  # for each image, a pair that contains it, and 1 if it is the loser, else 0: `(I, 2)`
     flips: bool  # whether images may be mirrored
-    crops: int | None  # number of random crops of each image; `None` for centered crops
+    crops: int | None  # number of random crops of each image; `None` if crops are centered
 
     @classmethod
     def of(cls, dataset: PreferenceDataset, crops: int) -> ImageRows:
-        """Number the images of a data set. If the data set crops at random, each image gets `crops` variants."""
+        """Assign row numbers to the images of a data set. If crops are random, each image gets `crops` variants."""
         flips, random_crops = dataset.augmentations
         if random_crops:
             sources = np.stack(np.divmod(np.arange(2 * len(dataset)), 2), axis=1)
@@ -58,21 +60,21 @@ class ImageRows:
         return self.variants * len(self.sources)
 
     def of_image(self, image: int) -> list[int]:
-        """Return the rows of all variants of an image."""
+        """Return the row numbers of all variants of an image."""
         return list(range(image, len(self), len(self.sources)))
 
     def draws_of(self, row: int) -> PairDraws:
-        """Return the draws that decide how the image of a row is flipped and cropped."""
+        """Return the random numbers that decide how the image in a row is flipped and cropped."""
         variant, image = divmod(row, len(self.sources))
         if self.crops is None:
             return MIRRORED if variant else PLAIN
         return PairDraws.from_key(self.seed, variant, int(self.sources[image, 0]))
 
     def of_pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> list[int]:
-        """Return the rows of a pair's winner and loser in an epoch.
+        """Return the row numbers of a pair's winner and loser in an epoch.
 
         Args:
-            draws (`PairDraws`, *optional*): Draws of the pair; `None` for a centered crop without a flip.
+            draws (`PairDraws`, *optional*): Random numbers of the pair. Pass `None` for a centered crop without a flip.
             loser (`int`, *optional*): Another pair, whose winner is used as this pair's loser.
 
         Raises:
@@ -80,7 +82,7 @@ class ImageRows:
         """
         if self.crops is not None and draws is None:
             raise ValueError(
-                "An evaluation needs centered crops, and the cache has only random crops of these pairs. Pass other "
+                "An evaluation needs centered crops, but the cache has only random crops of these pairs. Pass other "
                 "pairs as `eval_dataset`, or set `random_crop=False` or `precompute_latents=False`."
             )
         assert loser is None or self.crops is None, "a random crop is drawn for the pair of its image"
@@ -93,14 +95,14 @@ class ImageRows:
         return [variant * len(self.sources) + int(image) for image in images]
 
     def is_mirrored(self, draws: PairDraws | None, epoch: int, pair: int) -> bool:
-        """Return whether a pair's images are mirrored in an epoch. The arguments are those of `of_pair`."""
+        """Return whether a pair's images are mirrored in an epoch. For the arguments, see `of_pair`."""
         if self.crops is not None:
             draws = PairDraws.from_key(self.seed, epoch % self.crops, pair)
         return self.flips and draws is not None and draws.flip < 0.5
 
 
 def distinct(texts: Iterable[str | Edit]) -> tuple[list[Any], np.ndarray]:
-    """Return distinct prompts or edits, and their digests (int64), both sorted by the digests."""
+    """Return the distinct prompts or edits and their hashes (int64). Both are sorted by hash."""
     digests = {text: digest_of(text if isinstance(text, str) else text_of_edit(*text)) for text in set(texts)}
     ordered = sorted(digests, key=digests.__getitem__)
     array = np.array([digests[text] for text in ordered], dtype=np.int64)
@@ -109,28 +111,27 @@ def distinct(texts: Iterable[str | Edit]) -> tuple[list[Any], np.ndarray]:
 
 
 def text_of_edit(row: int, is_mirrored: bool, prompt: str) -> str:
-    """Return a text that identifies a prompt with the sources of a row."""
+    """Return a text that identifies an edit: the row of the source images, their flip and the prompt."""
     return f"{row} {'mirrored' if is_mirrored else 'plain'} {prompt}"
 
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Encoded images and prompts, which a [`~trl_diffusion_sdpo.data.PreferenceDataset`] reads.
+    """Encoded images and prompts. A [`~trl_diffusion_sdpo.data.PreferenceDataset`] returns them instead of pixels.
 
-    The column `moments` of the images has the result of the family's `image_moments`, empty if an image could not be
-    decoded. The column `sizes`, int32 of shape `(3, 2)`, has height and width before resizing, top and left of the
-    crop, and height and width of the pixels.
+    The row of an image has two tensors. `moments` is the output of the family's `image_moments` (the VAE's encoder), or
+    an empty tensor if the image could not be decoded. `sizes`, int32 of shape `(3, 2)`, has the height and width before
+    resizing, the top and left offset of the crop, and the height and width of the cropped image.
     """
 
-    images: ShardStore  # encoded images, in the rows of [`ImageRows`]
-    rows: ImageRows
-    prompts: ShardStore  # conditioning of the distinct prompts or edits, in the order of `digests`
-    digests: np.ndarray  # sorted digests of the prompts or edits, by [`distinct`]
-    on_host: Sequence[str] = ()  # tensors of the conditioning that are read on the host
+    images: ShardStore  # encoded images
+    rows: ImageRows  # row numbers in `images`
+    prompts: ShardStore  # one row for each distinct prompt or edit, in the order of `digests`
+    digests: np.ndarray  # sorted hashes of the prompts or edits, from [`distinct`]
+    on_host: Sequence[str] = ()  # names of the prompt tensors that the family reads on the CPU
 
     def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
-        """Return the entries of a data set's item that depend on the images of a pair. The arguments are those of
-        [`ImageRows.of_pair`].
+        """Return the entries of an item that depend on its images. For the arguments, see [`ImageRows.of_pair`].
 
         Raises:
             UndecodableImageError: If an image could not be decoded when the cache was made.
@@ -148,24 +149,22 @@ class EncodedPairs:
         }
 
     def conditioning(self, prompt: str, edited: tuple[int, bool] | None = None) -> dict[str, dict[str, Any]]:
-        """Return `conditioning` of a prompt without a batch axis, and `host_conditioning` as Python numbers.
+        """Return an encoded prompt: tensors without a batch axis, and Python numbers as `host_conditioning`.
 
         Args:
-            edited (`tuple[int, bool]`, *optional*): Row of the sources that the prompt edits, and whether they are
-                mirrored.
+            edited (`tuple[int, bool]`, *optional*): Row of the source images that the prompt edits, and whether they
+                are mirrored.
 
         Raises:
-            UndecodableImageError: If a source could not be decoded when the cache was made.
+            UndecodableImageError: If a source image could not be decoded when the cache was made.
             ValueError: If the prompt is not in the cache.
         """
         digest = digest_of(prompt if edited is None else text_of_edit(*edited, prompt))
         row = int(np.searchsorted(self.digests, digest))
         if row == len(self.digests) or self.digests[row] != digest:
-            raise ValueError(
-                f"The cache was made from other prompts, and lacks {prompt!r}. Start the run again to add this prompt."
-            )
+            raise ValueError(f"The prompt {prompt!r} is not in the cache. Start the run again to add the prompt.")
         tensors = self.prompts.read(row)
         if UNREADABLE in tensors:
-            raise UndecodableImageError("a source could not be decoded when the cache was made")
+            raise UndecodableImageError("a source image could not be decoded when the cache was made")
         host = {name: tensors.pop(name).tolist() for name in self.on_host}
         return {"conditioning": tensors} | ({"host_conditioning": host} if host else {})

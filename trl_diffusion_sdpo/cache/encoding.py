@@ -1,5 +1,5 @@
-"""Encodes images and prompts before training. All processes encode the missing rows of a cache together, and data sets
-then read the cache."""
+"""Encodes images and prompts before training. The processes divide the rows that are missing in the cache among
+themselves. In training, data sets read the cache."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ from .shards import ShardStore
 logger = logging.getLogger(__name__)
 
 LATENTS, PROMPTS = "latents", "prompts"  # subfolders
-SHARD_PIXELS = 256 * 512 * 512  # pixels per shard. A killed process loses at most one shard
+SHARD_PIXELS = 256 * 512 * 512  # number of image pixels per shard file. A killed process loses at most one shard
 SHARD_PROMPTS = 64
-IMAGES_AT_ONCE = range(2, 9)  # smallest and largest VAE batch. `PIXELS_AT_ONCE` determines the size in between
-PROMPTS_AT_ONCE = range(4, 17)  # limits of text batches. In smaller batches, CPUs round matrix products differently
+IMAGES_AT_ONCE = range(2, 9)  # images per VAE batch. Within this range, a batch has at most `PIXELS_AT_ONCE` pixels
+PROMPTS_AT_ONCE = range(4, 17)  # prompts per batch. Below 4, CPUs round matrix products differently
 
 
 def default_folder() -> Path:
@@ -57,24 +57,24 @@ def default_folder() -> Path:
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """Settings of the encoding of pairs."""
+    """Settings of [`PairEncoding`]."""
 
     folder: Path  # folder of all caches
     device: torch.device  # device that encodes the images
     size: tuple[int, int]  # height and width of the images
     crops: int  # number of random crops of each image; unused if crops are centered
-    largest_batch: int  # pairs of the largest batch in training and evaluation
-    # Function that returns a loader of a data set's items in order. Its arguments are the data set, the preference
-    # pairs from which the data set reads, and the bytes of an item.
+    largest_batch: int  # number of pairs in the largest batch of training and evaluation
+    # Function that returns an iterable of a data set's items in order. The function's arguments are the data set, the
+    # preference pairs from which the data set reads, and the size of an item in bytes.
     load: Callable[[Dataset, PreferenceDataset, int], Iterable[Any]]
     peers: Peers
 
 
 @dataclass
 class EncodingReport:
-    """Numbers of images and prompts that a run reads from caches, and how many of them its processes have encoded."""
+    """Numbers of images and prompts that a run reads from its caches, and how many of them it has encoded itself."""
 
-    images: int = 0  # each variant of an image counts
+    images: int = 0  # each crop and flip of an image counts as one image
     prompts: int = 0  # distinct prompts
     encoded_images: int = 0
     encoded_prompts: int = 0
@@ -82,24 +82,24 @@ class EncodingReport:
 
 @dataclass(frozen=True)
 class _Cache:
-    """Cache of one data set: its three stores, and the numbers of their rows."""
+    """Cache of one data set: stores of images, prompts and VAE statistics, and what their rows contain."""
 
     rows: ImageRows
     texts: list[Any]  # distinct prompts, or distinct edits if there are source images
     digests: np.ndarray
     images: ShardStore
     prompts: ShardStore
-    statistics: ShardStore  # statistics of the VAE's weights
+    statistics: ShardStore  # weights of the VAE with which latents are scaled; empty for most families
 
     def missing(self) -> list[np.ndarray]:
-        """Return the rows of images, prompts and statistics that are missing in the folders, as this process sees
-        them."""
+        """Return the numbers of the rows that this process does not find on disk, for images, prompts and
+        statistics."""
         return [store.missing() for store in (self.images, self.prompts, self.statistics)]
 
 
 class PairEncoding:
-    """Encodes the pairs of data sets if their cache lacks them, and makes the data sets read from the cache. VAE and
-    text encoders are loaded only if images or prompts must be encoded."""
+    """Encodes images and prompts that are missing in the cache of a data set, and makes the data set read the cache.
+    VAE and text encoders are loaded only if something must be encoded."""
 
     def __init__(self, frozen: FrozenComponents, key: EncoderKey, settings: EncodingSettings) -> None:
         self._frozen, self._key, self._settings, self._peers = frozen, key, settings, settings.peers
@@ -117,9 +117,9 @@ class PairEncoding:
             name (`str`): Name of the data set in error messages and logs.
 
         Raises:
-            ValueError: If the data are a stream, a prompt's encoding depends on the other prompts of its batch, or
-                processes do not see the files of other processes.
-            DiskFullError: If the disk is full. Finished shards stay in the cache.
+            ValueError: If the data are a stream, if a prompt's encoding depends on the other prompts of its batch, or
+                if processes do not see the files that other processes write.
+            DiskFullError: If the disk is full. The shards that were already written stay in the cache.
         """
         if not isinstance(dataset, PreferenceDataset):
             raise ValueError(
@@ -129,8 +129,8 @@ class PairEncoding:
         prompts = self._settings.largest_batch * (2 if dataset.has_loser_prompts else 1)
         check_prompt_padding("precompute_latents", self._frozen.family, prompts)
         cache = self._cache_of(dataset, name)
-        missing = self._peers.gather_results(cache.missing)
-        if any(len(rows) for of_process in missing for rows in of_process):  # a complete cache may be read-only
+        missing = self._peers.gather_results(cache.missing)  # a complete cache may be read-only, so do not lock it
+        if any(len(rows) for of_process in missing for rows in of_process):
             with naming_the_disk(self.folder, setting="precompute_dir"):
                 self._complete(dataset, name, cache)
         self._use(dataset, cache)
@@ -140,7 +140,7 @@ class PairEncoding:
     def _cache_of(self, dataset: PreferenceDataset, name: str) -> _Cache:
         family, rows = self._frozen.family, ImageRows.of(dataset, self._settings.crops)
         texts: list[Any]
-        with failing_together(RuntimeError):  # reading the rows may fail in one process
+        with failing_together(RuntimeError):
             texts, digests = distinct(dataset.edits() if dataset.has_sources else {*dataset.prompts(), ""})
         data = dataset.fingerprint(thorough=True, peers=self._peers)
         images = {
@@ -182,7 +182,7 @@ class PairEncoding:
     # ---- Encoding -------------------------------------------------------------------------------------------------
 
     def _complete(self, dataset: PreferenceDataset, name: str, cache: _Cache) -> None:
-        """Encode the missing rows of a cache. The first process locks the stores against other runs."""
+        """Encode the missing rows of a cache. Meanwhile, the first process locks the stores against other runs."""
         peers = self._peers
         with contextlib.ExitStack() as stack:
 
@@ -191,26 +191,25 @@ class PairEncoding:
                     stack.enter_context(store.locked())
 
             peers.gather_results(lock)
-            missing = peers.gather_results(cache.missing)[0]  # another run may have written rows
+            missing = peers.gather_results(cache.missing)[0]  # again, because another run may have written rows
             if any(len(rows) for rows in missing):
                 if peers.index == 0:
                     counts = len(missing[0]), len(missing[1])
-                    logger.warning("%s data: %d images and %d prompts are encoded to %s.", name, *counts, self.folder)
-                with failing_together(RuntimeError):  # the device may have too little memory
+                    logger.warning("%s data: encoding %d images and %d prompts into %s.", name, *counts, self.folder)
+                with failing_together(RuntimeError):
                     family = stack.enter_context(self._frozen.in_use())
                 encoded = peers.gather_results(lambda: self._encode(dataset, cache, missing, family))
                 self._count(name, encoded)
             if any(len(rows) for of_process in peers.gather_results(cache.missing) for rows in of_process):
                 raise ValueError(
-                    "All processes must see the whole cache that they write together, and some do not see all files in "
+                    "All processes must see all files of the cache, but some processes do not see all files in "
                     f"{cache.images.path}. Choose a `precompute_dir` on storage that all processes share."
                 )
 
     def _encode(
         self, dataset: PreferenceDataset, cache: _Cache, missing: Sequence[np.ndarray], family: Family
     ) -> tuple[int, int, list[tuple[int, str]]]:
-        """Write this process's shards. Return the numbers of images and prompts, and the pairs whose images cannot be
-        decoded."""
+        """Write this process's shards. Return the numbers of encoded images and prompts, and reasons for bad images."""
         images, undecodable = self._encode_images(dataset, cache, missing[0], family)
         if dataset.has_sources:
             prompts, unreadable = self._encode_edits(dataset, cache, missing[1], family)
@@ -224,11 +223,10 @@ class PairEncoding:
     def _encode_images(
         self, dataset: PreferenceDataset, cache: _Cache, missing: np.ndarray, family: Family
     ) -> tuple[int, list[tuple[int, str]]]:
-        """Encode this process's share of the images. Each image is decoded once for all its variants, and all variants
-        of an image are in one shard."""
+        """Encode this process's share of the images. One shard contains all crops and flips of an image."""
         rows, (height, width) = cache.rows, self._settings.size
         count, variants = len(rows.sources), rows.variants
-        size = max(1, SHARD_PIXELS // (height * width) // variants)  # images of a shard
+        size = max(1, SHARD_PIXELS // (height * width) // variants)  # number of images in a shard
         numbers = _own_share(missing % count // size, self._peers)
         shards = [range(count)[number * size : (number + 1) * size] for number in numbers]
         images = [image for shard in shards for image in shard]
@@ -251,8 +249,8 @@ class PairEncoding:
         return variants * len(images), undecodable
 
     def _encode_prompts(self, cache: _Cache, missing: np.ndarray, family: Family) -> int:
-        """Encode this process's share of the prompts. If other prompts in a batch would change a prompt's padding, each
-        prompt is encoded alone."""
+        """Encode this process's share of the prompts. Prompts are encoded one by one if batches would change their
+        padding."""
         numbers = _own_share(missing // SHARD_PROMPTS, self._peers)
         shards = [range(len(cache.texts))[number * SHARD_PROMPTS :][:SHARD_PROMPTS] for number in numbers]
         alone = family.prompt_padding != "fixed"
@@ -273,7 +271,7 @@ class PairEncoding:
     def _encode_edits(
         self, dataset: PreferenceDataset, cache: _Cache, missing: np.ndarray, family: Family
     ) -> tuple[int, list[tuple[int, str]]]:
-        """Encode this process's share of the prompts with sources, one at a time."""
+        """Encode this process's share of the edits (prompts with source images), one edit at a time."""
         numbers = _own_share(missing // SHARD_PROMPTS, self._peers)
         shards = [range(len(cache.texts))[number * SHARD_PROMPTS :][:SHARD_PROMPTS] for number in numbers]
         edits = [cache.texts[row] for shard in shards for row in shard]
@@ -298,11 +296,11 @@ class PairEncoding:
         return len(edits), undecodable
 
     def _moments(self, family: Family, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode pixels `(N, 3, H, W)`, uint8 on the host. As in training, the device makes floats of the pixels."""
+        """Run the VAE's encoder on uint8 pixels `(N, 3, H, W)`. As in training, the device converts them to floats."""
         return family.image_moments(pixels_as_floats(pixels.to(self._settings.device)))
 
     def _count(self, name: str, encoded: list[tuple[int, int, list[tuple[int, str]]]]) -> None:
-        """Add the numbers of encoded rows to the report, and log a warning on images that cannot be decoded."""
+        """Add the numbers of encoded images and prompts to the report. Log a warning if images cannot be decoded."""
         images, prompts, undecodable = zip(*encoded, strict=True)
         self.report.encoded_images += sum(images)
         self.report.encoded_prompts += sum(prompts)
@@ -310,27 +308,27 @@ class PairEncoding:
         if bad:
             listed = "".join(f"\n  {reason}" for _, reason in bad[:MAX_EXAMPLES])
             logger.warning(
-                "%s data: %d images cannot be decoded. Each of their pairs is replaced by the next readable pair:%s",
+                "%s data: %d images cannot be decoded. The next readable pair replaces pairs with these images:%s",
                 *(name, len(bad), listed),
             )
 
 
 def check_prompt_padding(setting: str, family: Family, largest_batch: int) -> None:
-    """Raise `ValueError` if a prompt's encoding depends on the other prompts of its batch, and `setting` encodes the
-    prompt in another batch than training does."""
+    """Raise `ValueError` if a prompt's encoding depends on the other prompts of its batch, because `setting` encodes
+    prompts in other batches than training does."""
     depends = {"start"} if setting == "precompute_latents" else {"start", "end, shifting the image"}
     if family.prompt_padding in depends and largest_batch > 1:
         raise ValueError(
             f"`{setting}=True` encodes prompts in other batches than training, and {family.name} pads prompts so that "
-            "a prediction depends on the longest prompt of its batch. Use batches of one pair "
-            "(`per_device_train_batch_size=1`, `per_device_eval_batch_size=1`) with `gradient_accumulation_steps`, "
-            f"got {largest_batch}, or set `{setting}=False`."
+            f"a prediction depends on the longest prompt of its batch. The largest batch size is {largest_batch}. Use "
+            "batches of one pair (`per_device_train_batch_size=1`, `per_device_eval_batch_size=1`) with "
+            f"`gradient_accumulation_steps`, or set `{setting}=False`."
         )
 
 
 def conditioning_of(family: Family, prompts: Sequence[str], at_least: int = 1) -> dict[str, torch.Tensor]:
-    """Return the conditioning of prompts on the CPU. If there are fewer than `at_least` prompts, the batch repeats
-    them."""
+    """Encode prompts, and return the results on the CPU. Prompts are repeated until the batch has `at_least`
+    prompts."""
     repeated = list(prompts) * -(-at_least // len(prompts))
     with torch.no_grad():
         encoded = family.encode_prompts(repeated[: max(at_least, len(prompts))])
@@ -338,23 +336,23 @@ def conditioning_of(family: Family, prompts: Sequence[str], at_least: int = 1) -
 
 
 def encode_edit(family: Family, prompt: str, sources: list[Image.Image], copies: int) -> dict[str, torch.Tensor]:
-    """Return conditioning of one edit on the CPU. The edit is encoded `copies` times in one batch, because CPUs round
-    batches of one differently."""
+    """Encode one edit, and return the resulting tensors on the CPU. The edit is encoded in a batch of `copies` copies,
+    because CPUs round batches of a single edit differently."""
     with torch.no_grad():
         encoded = family.encode_edits([prompt] * copies, [sources] * copies)
     return {name: value[0].cpu() for name, value in encoded.items()}
 
 
 def moments_of(encode: Callable[[torch.Tensor], torch.Tensor], pixels: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the moments of images on the CPU, from their pixels `(3, H, W)`, uint8. A single image is encoded in a
-    batch of two copies, because CPUs round convolutions of a single image differently."""
+    """Run the VAE's encoder on uint8 images `(3, H, W)`, and return its output (moments) on the CPU. A single image is
+    encoded in a batch of two copies, because CPUs round convolutions of a single image differently."""
     batch = torch.stack([*pixels, *pixels] if len(pixels) == 1 else list(pixels))
     with torch.no_grad():
         return encode(batch)[: len(pixels)].cpu()
 
 
 class _ImageBatches:
-    """Encodes the images of a shard in batches of one image size, and collects their rows."""
+    """Encodes the images of a shard in batches of equal image size, and collects the shard's rows."""
 
     def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], bar: Any) -> None:
         self._encode, self._bar = encode, bar
@@ -362,7 +360,7 @@ class _ImageBatches:
         self._rows: dict[int, dict[str, torch.Tensor]] = {}
 
     def add(self, row: int, pixels: torch.Tensor, sizes: torch.Tensor) -> None:
-        """Add a row by its pixels `(3, H, W)`, uint8, and the sizes to store with it."""
+        """Add the image of a row: its uint8 pixels `(3, H, W)`, and the sizes to store in the row."""
         self._rows[row] = {SIZES: sizes}
         waiting = self._waiting.setdefault(pixels.shape, [])
         waiting.append((row, pixels))
@@ -370,7 +368,7 @@ class _ImageBatches:
             self._flush(pixels.shape)
 
     def leave_out(self, rows: Sequence[int]) -> None:
-        """Add the rows of an image that cannot be decoded. Their moments are empty tensors."""
+        """Add the rows of an image that cannot be decoded. In these rows, `moments` is an empty tensor."""
         for row in rows:
             self._rows[row] = {MOMENTS: torch.empty(0), SIZES: torch.zeros(3, 2, dtype=torch.int32)}
         self._bar.update(len(rows))
@@ -389,7 +387,8 @@ class _ImageBatches:
 
 
 class _Results(Dataset):
-    """Data set for DataLoader workers: the results of a function, or its error if an image cannot be decoded."""
+    """Data set for workers. An item is the function's result for an argument, or its error if an image is
+    undecodable."""
 
     def __init__(self, function: Callable[[Any], Any], arguments: Sequence[Any]) -> None:
         self._function, self._arguments = function, arguments
@@ -401,26 +400,25 @@ class _Results(Dataset):
         try:
             return self._function(self._arguments[index])
         except UndecodableImageError as error:
-            return type(error)(str(error))  # without references to the image
+            return type(error)(str(error))  # a new error, without references to the image
 
 
 def _decoded_variants(
     dataset: PreferenceDataset, rows: ImageRows, image: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return the pixels and the sizes of all variants of an image."""
+    """Decode an image, and return pixels and sizes for each of its crops and flips."""
     pair, side = rows.sources[image].tolist()
     variants = dataset.image_variants(pair, side, [rows.draws_of(row) for row in rows.of_image(image)])
     return [(pixels, torch.tensor([*sizes, pixels.shape[1:]], dtype=torch.int32)) for pixels, *sizes in variants]
 
 
 def _decoded_sources(dataset: PreferenceDataset, edit: Edit) -> list[Image.Image]:
-    """Return the source images of an edit."""
     row, is_mirrored, _ = edit
     return dataset.sources_of_row(row, is_mirrored)
 
 
 def _own_share(shards: np.ndarray, peers: Peers) -> list[int]:
-    """Return the numbers of the shards that this process encodes. Each shard belongs to one process."""
+    """Return the numbers of the shards that this process encodes. Other processes encode the other shards."""
     return np.unique(shards)[peers.index :: peers.count].tolist()
 
 

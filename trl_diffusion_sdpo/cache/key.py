@@ -23,12 +23,12 @@ from ..models.loading import LoadedModel
 from ..utils.files import file_facts
 from ..utils.processes import ALONE, Peers
 
-VERSION = 3  # increase this if a code change gives other moments, embeddings or errors for the same settings
-WHERE = ("cache_dir", "revision", "token")  # arguments that only say where the files are. The key leaves them out
+VERSION = 3  # increase this if a code change alters encoded images, encoded prompts or reference errors
+WHERE = ("cache_dir", "revision", "token")  # arguments that say where files are. The key does not contain them
 
 
 class EncoderKey:
-    """Cache key of VAE and text encoders. Caches of other models or settings have other keys."""
+    """Cache key that identifies VAE and text encoders. Other models or other settings have another key."""
 
     def __init__(self, frozen: FrozenComponents, loaded: LoadedModel, peers: Peers = ALONE) -> None:
         self._frozen, self._loaded, self._peers = frozen, loaded, peers
@@ -36,7 +36,7 @@ class EncoderKey:
     @functools.cached_property
     def facts(self) -> dict[str, dict[str, Any]]:
         """Everything that encoded images (`vae`) and encoded prompts (`text`) depend on, as values for JSON. All
-        processes must read this property together."""
+        processes must read this property together, because the first process computes it for all."""
         return self._peers.first(self._facts)
 
     def _facts(self) -> dict[str, dict[str, Any]]:
@@ -99,8 +99,7 @@ class EncoderKey:
 
 
 def hash_of_tensors(tensors: Mapping[str, torch.Tensor], more: str = "") -> str:
-    """Return one SHA-256 of the names, dtypes, shapes and all bytes of tensors. `more` is text to include in the
-    hash."""
+    """Return one SHA-256 of the names, dtypes, shapes and all bytes of tensors, and of the text `more`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

@@ -1,5 +1,6 @@
-"""Computes the errors of the reference before training, for every pair in every epoch whose random draws differ.
-Training steps then need no forward pass of the reference. Each process computes its share of the missing shards."""
+"""Computes the reference model's prediction errors on all pairs before training, so that training steps need no forward
+pass of the reference. Each epoch with other random numbers has errors of its own. Each process computes a share of the
+errors."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from .key import VERSION
 from .shards import ShardStore
 
 ERRORS = "reference_errors"  # subfolder
-SHARD_PAIRS = 256  # pairs per shard. A killed process loses at most one shard
+SHARD_PAIRS = 256  # number of pairs in a shard file. A killed process loses at most one shard
 COLUMN = "errors"
 
 Items = list[dict[str, Any]]
@@ -33,30 +34,30 @@ Items = list[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class ErrorSettings:
-    """Settings of the computation of the reference's errors."""
+    """Settings of [`ReferenceErrors`]."""
 
     folder: Path  # folder of all caches
-    facts: Mapping[str, Any]  # further parts of the cache key, besides data and noise: reference, encoders, precision
-    epochs: int  # number of epochs after which the draws of training pairs repeat
-    # Number of pairs in a forward pass, as in the batches of training and evaluation. The errors are then equal, bit by
-    # bit, to those that a reference would compute during training.
+    facts: Mapping[str, Any]  # part of the cache key that depends on reference, encoders and precision
+    epochs: int  # number of epochs after which the random numbers of training pairs repeat
+    # Number of pairs in a forward pass. Pass the batch sizes of training and evaluation, so that errors are equal, bit
+    # by bit, to the errors that the reference would compute during training.
     batch_size: int
     eval_batch_size: int
     to_inputs: Callable[[Items], dict[str, Any]]  # function that collates items and moves the batch to the device
-    # Function that returns a loader of lists of items. Its arguments are a data set, batches of the data set's keys,
-    # and the preference pairs from which the data set reads.
+    # Function that returns an iterable of batches, each a list of items. The function's arguments are a data set and,
+    # for each batch, the list of its keys in the data set.
     load: Callable[[Dataset, Sequence[Sequence[Any]]], Iterable[list[Any]]]
     show_progress: bool  # whether this process shows a progress bar
     peers: Peers = ALONE
 
 
 class ReferenceErrors:
-    """Gives data sets the errors of the reference on their pairs. The errors are read from a store on disk, after all
-    processes have computed the missing errors.
+    """Computes the prediction errors of the reference model on the pairs of data sets, and adds the errors to the data
+    sets. Errors are stored on disk, and only missing errors are computed.
 
-    A store has float32 errors of shape `(E, P, T, 2)`: E epochs, P pairs, T timesteps of a pair, winner and loser. Each
-    row of the store has up to [`SHARD_PAIRS`] pairs in one epoch. If a pair could not be read, its errors are NaN.
-    `denoiser` is the policy's denoiser, before the engine wraps it.
+    A store has float32 errors of shape `(E, P, T, 2)`, for E epochs, P pairs, T timesteps of each pair, and winner and
+    loser. One row of the store has the errors of up to [`SHARD_PAIRS`] pairs in one epoch. The errors of a pair that
+    could not be read are NaN. `denoiser` is the policy's denoiser, before the engine (DDP, FSDP2, DeepSpeed) wraps it.
     """
 
     def __init__(
@@ -71,10 +72,10 @@ class ReferenceErrors:
         self._settings = settings
 
     def add_to(self, dataset: PreferenceDataset) -> None:
-        """Give a data set the errors of the reference on its pairs. All processes must call this method.
+        """Add the errors of the reference to the pairs of a data set. All processes must call this method together.
 
         Raises:
-            ValueError: If errors are missing in the store, and the reference was already released.
+            ValueError: If errors must be computed, but [`release`] was already called.
             FloatingPointError: If an error of the reference is not finite.
         """
         store, peers = self.store_of(dataset), self._settings.peers
@@ -91,7 +92,7 @@ class ReferenceErrors:
                         "training. Pass the data as `eval_dataset` when you construct the trainer."
                     )
                 peers.gather_results(lock)
-                missing = peers.gather_results(store.missing)[0].tolist()  # another run may have written rows
+                missing = peers.gather_results(store.missing)[0].tolist()  # again: another run may have written rows
                 with failing_together(RuntimeError):
                     if share := missing[peers.index :: peers.count]:
                         with self._predicting():
@@ -101,11 +102,11 @@ class ReferenceErrors:
         dataset.set_reference_errors(errors.reshape(self._epochs(dataset), len(dataset), *errors.shape[1:]))
 
     def release(self) -> None:
-        """Free the memory of the reference before training."""
+        """Free the memory of the reference model."""
         self._reference.release()
 
     def store_of(self, dataset: PreferenceDataset) -> ShardStore:
-        """Return the store with the errors of a data set. All processes must call this method together."""
+        """Return the store on disk for the errors on a data set. All processes must call this method together."""
         noise = dataclasses.asdict(self._forward.noise_settings)
         del noise["inversion"]  # inverted noise depends on the policy, so its errors are never stored
         noise["timesteps_per_pair"] = self._timesteps(dataset)
@@ -128,7 +129,7 @@ class ReferenceErrors:
         return self._forward.noise_settings.timesteps_per_pair if _is_for_training(dataset) else 1
 
     def _shards(self, dataset: PreferenceDataset) -> list[tuple[int, range]]:
-        """Return the epoch and the pairs of each row of the store."""
+        """Return the epoch and the pair numbers for each row of the store."""
         pairs = range(len(dataset))
         shards = [pairs[start : start + SHARD_PAIRS] for start in pairs[::SHARD_PAIRS]]
         return [(epoch, shard) for epoch in range(self._epochs(dataset)) for shard in shards]
@@ -144,7 +145,7 @@ class ReferenceErrors:
             family.settle_dtype()
 
     def _compute(self, dataset: PreferenceDataset, store: ShardStore, missing: list[int]) -> None:
-        """Compute and write the missing rows of a store. All pairs of a forward pass have images of one size."""
+        """Compute and write the missing rows of a store. All images of a forward pass have the same size."""
         shards = self._shards(dataset)
         numbers = [[(shards[row][0], pair) for pair in shards[row][1]] for row in missing]
         training = _is_for_training(dataset)
@@ -160,26 +161,26 @@ class ReferenceErrors:
         with bar, torch.no_grad(), eval_mode([self._denoiser]):
             for row in missing:
                 pairs = shards[row][1]
-                waiting: dict[Any, Items] = {}  # items by the shapes of their tensors
+                waiting: dict[Any, Items] = {}  # items that wait for a full batch, by the shapes of their tensors
                 errors = torch.full((len(pairs), self._timesteps(dataset), 2), torch.nan)
                 for _ in range(0, len(pairs), size):
                     for pair, item in next(loader):
                         bar.update()
                         if item["row"] != pair:
-                            continue  # the pair cannot be read, and the item is another pair
+                            continue  # the pair cannot be read, so the data set returned another pair
                         shapes = tuple(value.shape for value in item.values() if isinstance(value, torch.Tensor))
                         waiting.setdefault(shapes, []).append(item)
                         if len(waiting[shapes]) == size:
                             self._fill(errors, pairs, waiting.pop(shapes), training)
                 for items in waiting.values():
-                    # A batch of another size may round differently. Batches of training are full, so fill up this
-                    # batch. The last batch of an evaluation is smaller, so leave it as it is.
+                    # In a batch of another size, errors may be rounded differently. In training, all batches are full,
+                    # so fill up this batch. In evaluations, the last batch is smaller, so do not fill it up.
                     self._fill(errors, pairs, items, training, at_least=size if training else 0)
                 store.write(row, {row: {COLUMN: errors}})
 
     def _fill(self, errors: torch.Tensor, pairs: range, items: Items, training: bool, *, at_least: int = 0) -> None:
-        """Compute the errors of items in one forward pass, and write them into `errors`. If there are fewer items than
-        `at_least`, the batch repeats the first one."""
+        """Compute the errors of items in one forward pass, and write them into `errors`. If there are fewer than
+        `at_least` items, the first item is repeated to fill up the batch."""
         rows = [item["row"] for item in items]
         padded = items + items[:1] * (at_least - len(items))
         computed = self._forward.reference_errors(self._denoiser, self._settings.to_inputs(padded), training=training)
@@ -187,8 +188,8 @@ class ReferenceErrors:
         bad = [row for row, error in zip(rows, computed, strict=True) if not error.isfinite().all()]
         if bad:
             raise FloatingPointError(
-                f"Errors of the reference must be finite, and those of the pairs {bad[:8]} are not. Check the images "
-                "of these pairs, or use bf16 instead of fp16."
+                f"Errors of the reference must be finite, but the errors of the pairs {bad[:8]} are not. Check "
+                "the images of these pairs, or use bf16 instead of fp16."
             )
         errors[[row - pairs.start for row in rows]] = computed
 
@@ -198,7 +199,7 @@ def _is_for_training(dataset: PreferenceDataset) -> bool:
 
 
 class _PairsInEpochs(Dataset):
-    """Data set whose key is an epoch and a pair, and whose value is the pair's number and its item in this epoch."""
+    """Data set with the keys (epoch, pair number). A value is the pair number and the pair's item in this epoch."""
 
     def __init__(self, pairs: PreferenceDataset):
         self._pairs = pairs

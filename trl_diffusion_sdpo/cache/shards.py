@@ -1,5 +1,4 @@
-"""Stores numbered rows of tensors in safetensors files. The folder's name is a hash of everything that the tensors
-depend on."""
+"""Stores rows of tensors in safetensors files. The folder's name is a hash of all that the tensors depend on."""
 
 from __future__ import annotations
 
@@ -21,16 +20,16 @@ from ..utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3  # version of the file format, which is a part of every key
+FORMAT = 3  # version of the file format; every key contains it
 KEY_FILE, LOCK_FILE, PARTIAL = "key.json", ".lock", ".partial"
 
 
 class ShardStore:
-    """Store of numbered rows of named tensors, in the folder `folder / <hash of the key>`.
+    """Store in the folder `folder / <hash of the key>`. Each row has a number and several named tensors.
 
-    A shard is a safetensors file with some of the rows. A shard is written under a temporary name and then renamed, so
-    a killed process never leaves an incomplete shard. `key` has everything that the rows depend on, as values for JSON.
-    `rows` is the number of rows of the complete store.
+    A shard is a safetensors file with several rows. A shard is written under a temporary name and then renamed, so a
+    killed process never leaves an incomplete shard. `key` contains everything that the rows depend on, as values for
+    JSON. `rows` is the number of rows that the store has when it is complete.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any], rows: int) -> None:
@@ -47,8 +46,8 @@ class ShardStore:
         return {**self.__dict__, "_open": {}}  # memory maps cannot be pickled
 
     def missing(self) -> np.ndarray:
-        """Index the shards in the folder, and return the numbers of the rows that no shard contains. For a damaged
-        shard, log a warning and return its rows as missing."""
+        """List the shards in the folder, and return the numbers of the rows that no shard contains. If a shard is
+        damaged, log a warning and return its rows as missing."""
         self._files = sorted(self.path.glob("*.safetensors"))
         self._file_of.fill(-1)
         self._open.clear()
@@ -68,8 +67,8 @@ class ShardStore:
         write_atomically(self.path / f"{number:06d}.safetensors", save(tensors), ending=PARTIAL)
 
     def read(self, row: int) -> dict[str, torch.Tensor]:
-        """Return the tensors of a row by name. Raise `KeyError` if no shard contains the row, and `SafetensorError` if
-        the row's shard is damaged."""
+        """Return a row's tensors by name. Raise `KeyError` if no shard has the row, `SafetensorError` if its shard is
+        damaged."""
         number = int(self._file_of[row])
         if number < 0:
             raise KeyError(row)
@@ -80,8 +79,8 @@ class ShardStore:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the store's folder and lock it against other runs within the context. If another run has locked the
-        folder, wait. Delete the unfinished files of killed runs."""
+        """Create the store's folder, and lock it against other runs while the context is open. If another run has
+        locked the folder, wait for that run. Delete the unfinished files of killed runs."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / LOCK_FILE)
         try:
@@ -100,7 +99,7 @@ class ShardStore:
 
 
 class _Shard:
-    """Open file of a shard, and the names of each row's tensors."""
+    """A shard file that is open, and the names of the tensors in each of its rows."""
 
     def __init__(self, path: Path) -> None:
         self.file = safe_open(path, "pt")

@@ -16,30 +16,28 @@ from torch.utils.data import Sampler
 
 from .images import Size
 
-MIN_AREA = 0.9  # smallest share of the area of `resolution`; gives SDXL's list for 1024 pixels and steps of 64
-ORDER = 1  # fourth part of an order's random key, which thus differs from the three-part key of every pair
+MIN_AREA = 0.9  # smallest area of a size, as a share of the area of `resolution`
+ORDER = 1  # last of four numbers that seed an epoch's order; three numbers seed a pair, so seeds differ
 
 
 @dataclass(frozen=True)
 class AspectRatioBuckets:
     """Image sizes with at most the area of `resolution` and aspect ratios up to `max_aspect_ratio`.
 
-    For every shorter side that is a multiple of `step`, the longer side is the largest multiple of `step` at
-    which neither the area nor the aspect ratio is too large. Sizes with less than nine tenths of the area of
-    `resolution` are left out. Every size exists in portrait and in landscape format. `resolution` is always one of the
-    sizes.
+    For every shorter side that is a multiple of `step`, the longer side is the largest multiple of `step` at which
+    neither the area nor the aspect ratio is too large. Sizes with less than nine tenths of the area of `resolution` are
+    left out. Every size exists as portrait and landscape. `resolution` is always one of the sizes.
 
     At 1024 pixels in steps of 64, all sizes are in the list of SDXL (https://huggingface.co/papers/2307.01952,
     appendix I).
 
     Args:
         resolution (`tuple[int, int]`): Height and width, in pixels.
-        step (`int`): Divisor of all sides, in pixels.
+        step (`int`): All sides, except those of `resolution`, are multiples of `step` pixels.
         max_aspect_ratio (`float`): Largest ratio of the longer side to the shorter one.
 
     Raises:
-        ValueError: If an argument is out of range, if the aspect ratio of `resolution` exceeds `max_aspect_ratio`, or
-            if `resolution` is the only size.
+        ValueError: If the aspect ratio of `resolution` exceeds `max_aspect_ratio`, or if `resolution` is the only size.
     """
 
     resolution: Size
@@ -75,7 +73,7 @@ class AspectRatioBuckets:
         return tuple(size for _, size in sorted(by_ratio.items()))
 
     def assign(self, sizes: np.ndarray) -> np.ndarray:
-        """Return the bucket of each pair: the one whose log aspect ratio is nearest to the mean of the two images.
+        """Return each pair's bucket: the size that is nearest, in log aspect ratio, to the mean of the two images.
 
         If two buckets are equally near, the pair goes to the squarer bucket. The computation uses integers, so that all
         machines choose the same buckets.
@@ -89,7 +87,7 @@ class AspectRatioBuckets:
         heights, widths = sizes[:, 0] * sizes[:, 2], sizes[:, 1] * sizes[:, 3]
         numbers = np.zeros(len(sizes), dtype=np.uint16)
         for (height, width), (next_height, next_width) in pairwise(self.sizes):
-            # The logarithm of the product of two aspect ratios is twice the mean of their logarithms.
+            # Comparing products of sides, in integers, gives the same order as comparing mean log aspect ratios.
             beyond, within = heights * (width * next_width), widths * (height * next_height)
             upright = height * next_height >= width * next_width
             numbers += beyond > within if upright else beyond >= within
@@ -98,33 +96,33 @@ class AspectRatioBuckets:
 
 @dataclass(frozen=True)
 class PairSizes:
-    """Bucket, and so the training size, of each pair."""
+    """Bucket of each pair. The bucket is the size at which the pair is trained."""
 
     sizes: tuple[Size, ...]  # `(height, width)` of each bucket
-    numbers: np.ndarray  # index into `sizes` of each pair's bucket, `(P,)`
+    numbers: np.ndarray  # index of each pair's bucket in `sizes`, `(P,)`
 
     def fingerprint(self) -> str:
-        """Return a hash of the sizes and of each pair's bucket. The hash is equal on every machine."""
+        """Return a hash of the sizes and of each pair's bucket. All machines compute the same hash."""
         digest = hashlib.sha256(repr(self.sizes).encode())
         digest.update(np.ascontiguousarray(self.numbers, dtype="<u2").data)
         return digest.hexdigest()[:16]
 
 
 class Repeated(int):
-    """Index of a pair that is repeated to fill up a batch. Evaluations do not count this repetition."""
+    """Index of a pair that is repeated to fill up a batch. Evaluations ignore the result of the repetition."""
 
 
 class BucketSampler(Sampler[int]):
     """Sampler that orders pairs so that every `group` consecutive pairs have the same size.
 
     The sampler shuffles the pairs, and then cuts each bucket's pairs into groups. Groups are ordered by the position of
-    their first pair in the shuffled order. The last group of a bucket is filled up with the first pairs of the bucket.
+    their first pair in the shuffled order. If needed, the first pairs of a bucket fill up its last group.
 
     Args:
-        pairs ([`PairSizes`]): Sizes of the pairs.
-        group (`int`): Number of pairs in one step, summed over all processes.
-        seed (`int`): Seed of the order.
-        epoch (`Callable[[], int]`, *optional*): Function that returns the epoch. Without `epoch`, pairs are not
+        pairs ([`PairSizes`]): Bucket of each pair.
+        group (`int`): Number of pairs in one step of all processes together.
+        seed (`int`): Seed with which pairs are shuffled.
+        epoch (`Callable[[], int]`, *optional*): Function that returns the current epoch. Without it, pairs are not
             shuffled.
         drop_last (`bool`): Whether to leave out an incomplete last group of a bucket instead of filling it.
 
@@ -170,7 +168,7 @@ class BucketSampler(Sampler[int]):
         positions, repeated = [], []
         for members in np.split(by_bucket, np.cumsum(np.bincount(numbers))[:-1]):
             count = len(members) // self._group if self._drop_last else -(-len(members) // self._group)
-            filled = np.resize(members, count * self._group)  # continues with the first pairs of the bucket
+            filled = np.resize(members, count * self._group)  # repeats the first pairs of the bucket
             positions.append(filled)
             repeated.append(np.arange(len(filled)) >= len(members))
         groups = np.concatenate(positions).reshape(-1, self._group)

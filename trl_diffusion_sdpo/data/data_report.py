@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-SAMPLED_PAIRS = 128  # number of pairs to decode before training, which takes a second or two
+SAMPLED_PAIRS = 128  # number of pairs that are decoded before training, within a second or two
 
 COUNTS = ("rows", "pairs", "ties", "undecodable", "bad_prompts", "bad_labels", "too_small")
 MAX_EXAMPLES = 5
@@ -15,26 +15,26 @@ SWAPPED = "labels are swapped: the winner of each pair is the image that the dat
 
 
 class BadDataError(ValueError):
-    """Error for bad data that stop the run."""
+    """Error that stops the run, because the data cannot be used for training."""
 
 
 @dataclass
 class DataReport:
-    """Numbers of rows, pairs and dropped rows and pairs of a data set, with examples of dropped rows."""
+    """Counts of a data set's rows and pairs, counts of drops by reason, and examples of dropped rows."""
 
     name: str  # name of the data in messages
-    format: str  # a key of `FORMATS`
+    format: str  # a key of `FORMATS`, or several keys joined by `+`
     rows: int = 0  # rows of the data set
     pairs: int = 0  # pairs to train on
     ties: int = 0  # pairs whose two images have equal labels
     undecodable: int = 0  # pairs with an image that cannot be decoded
-    bad_prompts: int = 0  # rows whose prompt is no string
-    bad_labels: int = 0  # rows whose label or score is missing or unreadable
+    bad_prompts: int = 0  # rows whose prompt is not a valid string
+    bad_labels: int = 0  # rows in which a label, score, weight or noise seed is missing or unreadable
     too_small: int = 0  # pairs with an image whose shorter side is below `min_side`
-    notes: tuple[str, ...] = ()  # further lines
+    notes: tuple[str, ...] = ()  # further lines of the printed report
     is_swapped: bool = False  # whether winners are the images that the data set calls losers
     is_permuted: bool = False  # whether losers are the winners of other pairs
-    examples: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # first rows and reasons, by kind
+    examples: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # dropped rows and reasons
 
     @property
     def dropped(self) -> int:
@@ -42,7 +42,7 @@ class DataReport:
         return self.ties + self.undecodable + self.bad_prompts + self.bad_labels + self.too_small
 
     def add(self, kind: str, row: int, reason: str, amount: int = 1) -> bool:
-        """Count `amount` drops of a kind. Return whether the row is now one of the report's examples."""
+        """Add `amount` to the count `kind`. Return whether the report has added the row to its examples."""
         setattr(self, kind, getattr(self, kind) + amount)
         examples = self.examples.setdefault(kind, [])
         if len(examples) == MAX_EXAMPLES:

@@ -1,4 +1,4 @@
-"""Torch data set of pairs, which reads and transforms images and makes items, and the collator that makes batches."""
+"""Torch data set that reads and transforms the images of preference pairs, and the collator that makes batches."""
 
 from __future__ import annotations
 
@@ -33,34 +33,34 @@ class PairOptions:
     """Settings for making pairs from a preference data set.
 
     Args:
-        transform (`PairTransform`): Transform of images into pixels.
-        prompt_dropout (`float` in `[0, 1]`): Probability of an empty prompt.
+        transform (`PairTransform`): Transform that resizes, crops and flips images.
+        prompt_dropout (`float` in `[0, 1]`): Probability with which training replaces a prompt by an empty prompt.
         seed (`int`, not negative): Seed of all random draws.
         dataset_format (`str`, *optional*): A key of `FORMATS`. By default, the columns determine the format.
         verify_images (`str`): Images of a map-style data set to decode before training. `"sample"` decodes the images
             of `SAMPLED_PAIRS` evenly spaced pairs. `"all"` decodes all images and drops pairs with bad images;
-            `datasets` caches the result. With `"sample"` and `"none"`, pairs with bad images are replaced by the next
-            good pair during training.
-        num_proc (`int`, *optional*): Number of workers of each process that check images, by default up to all cores.
+            `datasets` caches the result. With `"sample"` and `"none"`, the next good pair replaces a bad pair during
+            training.
+        num_proc (`int`, *optional*): Number of worker processes that check images. By default, one per CPU core if
+            there are many images, and otherwise none.
         image_schemes (`Sequence[str]`, *optional*): URL schemes that rows may use, such as `"s3"`, besides
             `file`, `hf`, `zip` and `tar`.
         buckets ([`AspectRatioBuckets`], *optional*): Training sizes by aspect ratio, in place of the transform's size.
             The header of every image is read to choose each pair's size.
-        min_side (`int`, *optional*): Pairs with an image whose shorter side has fewer pixels are dropped and counted.
+        min_side (`int`, *optional*): Smallest allowed shorter side, in pixels. Pairs with a smaller image are dropped.
         training (`bool`): Whether the pairs are for training. In evaluations, images are cropped at the center and
             never flipped, prompts are never emptied, and random numbers do not depend on the epoch.
         repeat (`bool`): Whether a stream restarts when it ends, with new random numbers and, if it is shuffled, in a
             new order. `repeat` has no effect on map-style data sets.
         distinct_epochs (`int`, *optional*): Number of epochs after which the random numbers of a map-style data set
-            repeat. By default, they never repeat.
-        use_scores (`bool`): Whether to read score columns if they exist. If score columns are read, rows without a
-            score are bad.
+            repeat. By default, random numbers never repeat.
+        use_scores (`bool`): Whether to read score columns if they exist. Rows without a score are then dropped.
         swap_labels (`bool`): Whether to exchange winner and loser of every pair.
         number_columns (`Sequence[str]`): Columns of a map-style data set that must have finite numbers in every row.
         noise_seeds (`bool`): Whether to read the seeds of the noise from which the images were generated, in the
             columns `SEED_COLUMNS`. Only items for training have noise seeds.
-        losers (`str`): `"data"` uses the losers of the data. `"permute"` uses winners of pairs with other prompts as
-            losers, by a random permutation that depends only on the seed and the epoch.
+        losers (`str`): `"data"` reads losers from the data. `"permute"` uses winners of pairs with other prompts as
+            losers. A new random permutation chooses these losers in each epoch.
     """
 
     transform: PairTransform
@@ -110,25 +110,25 @@ class PreferenceDataset(Dataset):
     - `prompt` (`str`, `""` if it was dropped), and `loser_prompt` if losers have prompts of their own;
     - `original_sizes` and `crop_top_lefts`: `(height, width)` and `(top, left)` of both images;
     - `seed` (of noise and timestep) and `row` (number of the pair);
-    - `scores`, `pair_weight` and `ref_errors` (`(T, 2)`, for T timesteps and winner and loser), if pairs have them;
+    - `scores`, `pair_weight` and `ref_errors` (errors of the reference, `(T, 2)`, for T timesteps and winner and
+      loser), each if the data set has it;
     - `masks` (`torch.Tensor` of shape `(2, 1, H, W)`, uint8), if there is a mask column: 1 inside, 0 outside;
-    - `sources` (`list[PIL.Image.Image]`), if there is a source column: the images that the prompt edits, in their own
-      sizes;
-    - `noise_seeds` (`tuple[int, int]`), of winner and loser, if training reads them;
-    - `repeated`, with aspect-ratio buckets: whether the pair fills up a batch.
+    - `sources` (`list[PIL.Image.Image]`), if there is a source column: images that the prompt edits, not resized;
+    - `noise_seeds` (`tuple[int, int]`), if training reads them: seeds of the initial noise of winner and loser;
+    - `repeated` (`bool`), if there are aspect-ratio buckets: whether the pair is a repetition that fills up a batch.
 
     If latents were computed before training, `moments`, `target_size`, `conditioning` and `loser_conditioning` replace
     `pixel_values`.
 
-    An item is a pure function of (seed, epoch, row). If losers are permuted, items also depend on all prompts. If a
-    pair cannot be decoded, its item is that of the next decodable pair of the same size, in every process.
+    An item depends only on the seed, the epoch and the pair's number. If losers are permuted, items also depend on the
+    prompts of all pairs. If a pair cannot be decoded, every process returns the next decodable pair of the same size.
 
     Args:
         source ([`PairSource`]): Prompts and images.
-        pairs ([`PairTable`]): Index and columns of the pairs.
+        pairs ([`PairTable`]): Positions of the pairs' images, and further columns.
         options ([`PairOptions`]): Settings with which the pairs were made.
         report ([`DataReport`]): Counts of the rows and pairs that were dropped so far.
-        losers ([`PermutedLosers`], *optional*): Random losers from other pairs.
+        losers ([`PermutedLosers`], *optional*): Random permutation that chooses losers from other pairs.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class PreferenceDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         wanted = range(len(self))[index]
         buckets = self._pairs.columns.get("size")
-        for pair in chain(range(wanted, len(self)), range(wanted)):  # the next good pair replaces a bad one
+        for pair in chain(range(wanted, len(self)), range(wanted)):  # the next good pair replaces a bad pair
             if self._undecodable[pair] or (buckets is not None and buckets[pair] != buckets[wanted]):
                 continue
             try:
@@ -171,7 +171,7 @@ class PreferenceDataset(Dataset):
         raise BadDataError(f"No pair{size} of the data set can be decoded. {advice}\n{self.report}")
 
     def _item(self, pair: int, loser_pair: int | None = None) -> dict[str, Any]:
-        """Return the item of a pair. The item's loser is the winner of `loser_pair`, if passed."""
+        """Return the item of a pair. If `loser_pair` is passed, the winner of `loser_pair` is the loser of the item."""
         options, epoch = self._options, self._drawn_epoch
         draws = PairDraws.from_key(options.seed, epoch, pair)
         augmentation = draws if options.training else None  # crop and flip
@@ -198,7 +198,7 @@ class PreferenceDataset(Dataset):
         return item
 
     def _numbers(self, pair: int, epoch: int) -> dict[str, Any]:
-        """Return the entries of an item that come from columns of the table of pairs: scores, weight and so on."""
+        """Return the scores, the weight and the reference errors of a pair, as entries of its item."""
         columns = self._pairs.columns
         numbers: dict[str, Any] = {}
         if self.scores is not None:
@@ -215,7 +215,6 @@ class PreferenceDataset(Dataset):
     def _noise_seeds(
         self, item: dict[str, Any], pair: int, winner: StoredImage, loser: StoredImage
     ) -> tuple[int, int]:
-        """Return the seeds of the noise from which winner and loser were generated."""
         target = self.target_size(pair)
         for size in item["original_sizes"]:
             if tuple(size) != tuple(target):
@@ -231,7 +230,7 @@ class PreferenceDataset(Dataset):
             try:
                 return self._item(pair, loser_pair)
             except UndecodableImageError as error:
-                self._item(pair)  # raises an error if the bad image is the pair's own winner
+                self._item(pair)  # raises if the winner is the bad image
                 self._reject_at_read(loser_pair, error, as_loser=True)
         raise UndecodableImageError("has no loser: no image of another prompt can be decoded")
 
@@ -249,19 +248,20 @@ class PreferenceDataset(Dataset):
 
     @property
     def scores(self) -> np.ndarray | None:
-        """Scores of winner and loser for items, `(P, 2)`, or `None` without score columns."""
+        """Scores of winners and losers, `(P, 2)`, calibrated if `set_calibrated_scores` was called, or `None` if none
+        exist."""
         return self._pairs.columns.get("calibrated", self._pairs.columns.get("scores"))
 
     def set_calibrated_scores(self, scores: np.ndarray) -> None:
-        """Replace the scores of the source by calibrated scores `(P, 2)`."""
+        """Replace the scores from the score columns by calibrated scores `(P, 2)`."""
         self._pairs = self._pairs.with_columns(calibrated=scores)
 
     def set_weights(self, weights: np.ndarray) -> None:
-        """Set the factors of the pairs' losses, `(P,)`."""
+        """Set the factor by which each pair's loss is multiplied, `(P,)`."""
         self._pairs = self._pairs.with_columns(weight=weights.astype(np.float32))
 
     def origins(self) -> tuple[PairSource, np.ndarray]:
-        """Return the source, and the row and image number of each pair's winner and loser, `(P, 4)`."""
+        """Return the source of the rows, and the row and image numbers of each pair's winner and loser, `(P, 4)`."""
         return self._source, self._pairs.places
 
     @property
@@ -271,7 +271,7 @@ class PreferenceDataset(Dataset):
 
     @property
     def sizes(self) -> PairSizes | None:
-        """Bucket of each pair, or `None` if all pairs are trained at the size of the transform."""
+        """Bucket of each pair, or `None` if all pairs are trained at the transform's `resolution`."""
         buckets, numbers = self._options.buckets, self._pairs.columns.get("size")
         return None if buckets is None or numbers is None else PairSizes(buckets.sizes, numbers)
 
@@ -282,8 +282,8 @@ class PreferenceDataset(Dataset):
         return self.sizes.sizes[self.sizes.numbers[row]]
 
     def prompts(self, first: int | None = None) -> set[str]:
-        """Return the distinct prompts of the `first` pairs (by default, of all pairs), with the losers' own prompts, if
-        they have some."""
+        """Return the distinct prompts of the `first` pairs, or of all pairs by default. If losers have prompts of their
+        own, these prompts are included."""
         return {prompt for _, prompts in self._prompts_by_row(first) for prompt in prompts}
 
     def _prompts_by_row(self, first: int | None = None) -> Iterator[tuple[int, tuple[str, ...]]]:
@@ -296,7 +296,8 @@ class PreferenceDataset(Dataset):
         yield from zip(rows.tolist(), prompts, strict=True)
 
     def fingerprint(self, *, thorough: bool = False, peers: Peers = ALONE) -> dict[str, Any]:
-        """Return hashes of these pairs, and of their weights unless `thorough` is set; see [`pairs_fingerprint`]."""
+        """Return hashes that identify these pairs; see [`pairs_fingerprint`]. If `thorough`, pair weights are not
+        hashed."""
         facts = peers.first(lambda: pairs_fingerprint(self._source, self._pairs, thorough=thorough))
         if not thorough and "weight" in self._pairs.columns:
             facts["pair_weights"] = hashlib.sha256(self._pairs.columns["weight"].tobytes()).hexdigest()[:16]
@@ -306,13 +307,13 @@ class PreferenceDataset(Dataset):
 
     @property
     def report(self) -> DataReport:
-        """Counts of rows, pairs and drops so far, including those of all DataLoader workers."""
+        """Counts of rows, pairs and dropped pairs so far, including pairs that DataLoader workers could not decode."""
         count = int(self._undecodable.sum())
         return replace(self._report, pairs=len(self) - count, undecodable=self._report.undecodable + count)
 
     @property
     def undecodable(self) -> torch.Tensor:
-        """Copy of the mask of pairs that could not be decoded when they were read, uint8 of shape `(P,)`."""
+        """Copy of the mask of pairs that could not be decoded so far, uint8 of shape `(P,)`."""
         return self._undecodable.clone()
 
     def mark_undecodable(self, mask: torch.Tensor) -> None:
@@ -326,11 +327,11 @@ class PreferenceDataset(Dataset):
     def check_sample(self, peers: Peers = ALONE) -> None:
         """Decode a sample of evenly spaced pairs, in the first process only.
 
-        Bad pairs stay in the index. In training, the next good pair replaces a bad pair. The index must not depend on
-        files that are unreadable for a moment, because resumed runs find their position in the index.
+        Pairs with bad images stay in the data set. In training, the next good pair replaces a bad pair. Pair numbers
+        must not depend on temporarily unreadable files, because a resumed run continues at a pair number.
 
         Raises:
-            ValueError: If no pair can be decoded.
+            ValueError: If no pair of the sample can be decoded, and the data set has further pairs.
         """
         sample = evenly_spaced(len(self), data_report.SAMPLED_PAIRS).tolist()
         problems = peers.first(lambda: [self._problem_of(pair) for pair in sample])
@@ -342,7 +343,7 @@ class PreferenceDataset(Dataset):
             raise ValueError(f"None of the {len(bad)} pairs that were checked can be decoded.\n{self._report}")
 
     def _problem_of(self, pair: int) -> tuple[int, str] | None:
-        """Decode a pair. Return the row and the problem of its first bad image, or `None`."""
+        """Decode a pair's images. Return the row of the first bad image and the reason, or `None` if both are good."""
         for row, image in self._pairs.places[pair].reshape(2, 2).tolist():
             try:
                 self._source.images([(row, image)])[0].decode(self._options.reader)
@@ -351,7 +352,7 @@ class PreferenceDataset(Dataset):
         return None
 
     def _forget_undecodable(self) -> None:
-        """Clear the mask of undecodable pairs, which DataLoader workers share, so that all pairs are tried again."""
+        """Clear the mask of undecodable pairs, which workers share, so that all pairs are tried again."""
         self._undecodable = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
         if self._losers is not None:
             self._losers.bad.zero_()
@@ -365,7 +366,7 @@ class PreferenceDataset(Dataset):
 
     @property
     def _drawn_epoch(self) -> int:
-        """Epoch that random numbers depend on. In an evaluation, this epoch is always 0."""
+        """Epoch on which random numbers depend: 0 in evaluations, else the epoch modulo `distinct_epochs`, if set."""
         if not self._options.training:
             return 0
         distinct = self._options.distinct_epochs
@@ -381,17 +382,17 @@ class PreferenceDataset(Dataset):
         self._epoch.fill_(epoch)
 
     def for_evaluation(self) -> PreferenceDataset:
-        """Return these pairs for evaluation: cropped at the center, with all prompts, without weights, and with the
-        same seeds in every epoch, so that the results of evaluations can be compared."""
-        view = self.in_epoch(0)  # the epoch is not shared with training
+        """Return these pairs for evaluation. Images are cropped at the center and not flipped, no prompt is emptied,
+        and pairs have no weights. Seeds are the same in every epoch, so that evaluations can be compared."""
+        view = self.in_epoch(0)  # this view has an epoch of its own
         view._options = self._options.for_evaluation()
         view._pairs = self._pairs.with_columns(weight=None)
         if self._options.training:
-            view._pairs = view._pairs.with_columns(ref_errors=None)  # computed for the random numbers of training
+            view._pairs = view._pairs.with_columns(ref_errors=None)  # drop errors for training's random numbers
         return view
 
     def in_epoch(self, epoch: int) -> PreferenceDataset:
-        """Return these pairs with the random numbers of the epoch `epoch`, without errors of a reference."""
+        """Return a view of these pairs with the random numbers of epoch `epoch`, without reference errors."""
         view = copy.copy(self)
         view._pairs = self._pairs.with_columns(ref_errors=None)
         view._epoch = new_epoch()
@@ -401,37 +402,37 @@ class PreferenceDataset(Dataset):
     # ---- Encoded pairs and errors of a reference ------------------------------------------------------------------
 
     def use_encoded(self, encoded: Any) -> None:
-        """Replace images by latents and embeddings that were computed before. Undecodable pairs are tried again."""
+        """Read latents and embeddings from `encoded` instead of images. Undecodable pairs are tried again."""
         self._encoded = encoded
         self._forget_undecodable()
 
     @property
     def has_reference_errors(self) -> bool:
-        """Whether items have errors of a reference that were computed before training."""
+        """Whether items have errors of the reference model that were computed before training."""
         return "ref_errors" in self._pairs.columns
 
     def set_reference_errors(self, errors: np.ndarray) -> None:
-        """Set the errors of a reference: float32 `(E, P, T, 2)`, for E epochs, P pairs, T timesteps of each pair, and
-        winner and loser. Pairs with NaN are treated as undecodable."""
+        """Set the reference model's errors, float32 `(E, P, T, 2)`, for E epochs, P pairs, T timesteps of each pair,
+        and winner and loser. If an error of a pair is NaN, the pair is treated as undecodable."""
         epochs = self._options.distinct_epochs if self._options.training else 1
         assert epochs is not None, "draws must repeat if errors of a reference are stored"
         if errors.shape[:2] != (epochs, len(self)) or errors.shape[3:] != (2,):
             raise ValueError(
-                f"Errors of a reference must have the shape ({epochs}, {len(self)}, T, 2), for epochs and pairs; got "
-                f"{errors.shape}."
+                f"Errors of a reference must have the shape ({epochs}, {len(self)}, T, 2), for epochs, pairs, "
+                f"timesteps and two images; got {errors.shape}."
             )
         self._pairs = self._pairs.with_columns(ref_errors=errors.swapaxes(0, 1))
         if self._losers is not None:
             self._losers.bad |= torch.from_numpy(np.isnan(errors).any((0, 2, 3)))
 
     def draw_settings(self) -> dict[str, Any]:
-        """Return the settings on which items depend: seed, size, crop and so on."""
+        """Return the settings on which items depend, such as the seed and the settings of the transform."""
         options = self._options
         drawn = {"seed": options.seed, "prompt_dropout": options.prompt_dropout, "training": options.training}
         return {**drawn, **self.pixel_settings(), **({"losers": "permute"} if self._options.permutes else {})}
 
     def pixel_settings(self) -> dict[str, Any]:
-        """Return the settings on which pixels depend, with values that can be written to JSON."""
+        """Return the settings of the transform, with values that can be written to JSON."""
         return {"transform": type(self._options.transform).__name__, **vars(self._options.transform)}
 
     @property
@@ -441,7 +442,7 @@ class PreferenceDataset(Dataset):
         return training and transform.random_flip, training and not transform.center_crop
 
     def edits(self) -> Iterator[tuple[int, bool, str]]:
-        """Yield each edit that items can have: row of its sources, whether they are mirrored, and prompt."""
+        """Yield each edit that items can contain: row of the source images, whether these are mirrored, and prompt."""
         flips, _ = self.augmentations
         empty = ("",) if self._options.training and self._options.prompt_dropout else ()
         for row, prompts in self._prompts_by_row():
@@ -458,7 +459,7 @@ class PreferenceDataset(Dataset):
         return mirrored_if(is_mirrored, self._source.images([(row, 0)])[0].sources(self._options.reader))
 
     def image_numbers(self) -> np.ndarray:
-        """Return a number for each pair's two images, int64 of shape `(P, 2)`. Images with equal numbers have equal
+        """Return a number for each image of each pair, int64 of shape `(P, 2)`. Images with equal numbers have equal
         pixels, apart from flips and random crops."""
         images = self._pairs.places.reshape(-1, 2, 2).astype(np.int64)
         numbers = images[..., 0] * (images[..., 1].max(initial=0) + 1) + images[..., 1]
@@ -467,8 +468,8 @@ class PreferenceDataset(Dataset):
     def image_variants(
         self, pair: int, side: int, draws: Sequence[PairDraws]
     ) -> list[tuple[torch.Tensor, Size, Size]]:
-        """Return pixels `(3, H, W)`, image size and crop corner of a pair's winner (`side` 0) or loser (`side` 1), for
-        each of `draws`.
+        """Transform a pair's winner (`side` 0) or loser (`side` 1) once with each of the random numbers `draws`. For
+        each, return pixels `(3, H, W)`, the image's `(height, width)`, and the `(top, left)` corner of the crop.
 
         Raises:
             UndecodableImageError: If the image cannot be decoded.
@@ -520,26 +521,26 @@ class PreferenceCollator:
 
     The collator returns a `dict` with
 
-    - `rows` (`torch.LongTensor` of shape `(B,)`): numbers of the pairs. `rows` is the first entry, because accelerate
-      and transformers read the batch size from the first entry;
+    - `rows` (`torch.LongTensor` of shape `(B,)`): numbers of the pairs. `rows` comes first, because accelerate and
+      transformers read the batch size from the first entry;
     - `pixel_values` (`torch.Tensor` of shape `(2B, 3, H, W)`, uint8): winners, then losers. The trainer converts pixels
-      to floats in `[-1, 1]` on the device, one micro-batch at a time. A custom collator may return these floats
-      instead;
+      to floats in `[-1, 1]` on the device, one micro-batch at a time. A custom collator may itself return floats;
     - `prompts` (`list[str]` of length B, or 2B if losers have prompts of their own, winners first);
     - `original_sizes`, `crop_top_lefts` (`torch.LongTensor` of shape `(2B, 2)`): `(height, width)` and `(top, left)`;
     - `seeds` (`list[int]` of length B): seeds of noise and timestep;
-    - `counted` (`int`), if repeated pairs may fill up the batch: the number of pairs before the repeated ones;
+    - `counted` (`int`), if repeated pairs may fill up the batch: number of pairs that are not repeated;
     - `scores` (`torch.FloatTensor` of shape `(2B,)`), if the data set has score columns;
     - `masks` (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8), if the data set has a mask column;
-    - `noise_seeds` (`list[int]` of length 2B), winners first, if training draws the images' own noise;
+    - `noise_seeds` (`list[int]` of length 2B), winners first, if training reads them: seeds of the images' initial
+      noise;
     - `sources` (`list[list[PIL.Image.Image]]` of length B), if the data set has a source column;
     - `pair_weights` (`torch.FloatTensor` of shape `(B,)`), if training pairs have weights;
-    - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), if reference errors were computed before training.
-      The winners come first, sorted by their T timesteps and then by pair, then the losers in the same order.
+    - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), if reference errors were computed before training. Errors of
+      winners come first, sorted by timestep and then by pair. Errors of losers follow in the same order.
 
     If latents were computed before training, `moments` (`torch.Tensor` of shape `(2B, ...)`) and `target_size`
     (`(height, width)` of the pixels) replace `pixel_values`. `conditioning` (tensors of shape `(B, ...)`, padded at the
-    end with zeros) and `host_conditioning` (lists of length B) are added, both with length 2B if there are 2B prompts.
+    end with zeros) and `host_conditioning` (lists of length B) are added. If there are 2B prompts, both have length 2B.
     """
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -570,7 +571,8 @@ class PreferenceCollator:
 
 
 def _images(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack the pixels of a batch, or its latents and embeddings. All images of a batch must have the same size."""
+    """Stack the items' pixels, or the latents and embeddings that replace them. All images of a batch must have the
+    same size."""
     name = "moments" if "moments" in items[0] else "pixel_values"
     batch: dict[str, Any] = {name: torch.cat(torch.stack([item[name] for item in items], dim=1).unbind())}
     if name == "moments":

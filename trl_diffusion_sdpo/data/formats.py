@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 from itertools import combinations, groupby
 from typing import Any, NamedTuple
 
-SOURCE_COLUMNS = ("source_image", "source")  # columns of images to edit; the first one that exists is read
-SEED_COLUMNS = ("chosen_noise_seed", "rejected_noise_seed")  # seeds of a `torch.Generator` on the CPU
+SOURCE_COLUMNS = ("source_image", "source")  # accepted columns of images to edit; the first that exists is read
+SEED_COLUMNS = ("chosen_noise_seed", "rejected_noise_seed")  # seeds of the CPU generators that drew the images' noise
 TEXT = ("string", "large_string")
-# Function of (kind of drop, row, reason, amount). The function counts dropped rows or pairs.
+# Function that counts dropped rows or pairs. Its arguments are the kind of drop, the row, the reason and the amount.
 Reject = Callable[[str, int, str, int], object]
 
 
 class PairReference(NamedTuple):
-    """The two images of a pair. Each image is given by the number of its row and by its number within the row."""
+    """The two images of a pair. Each image is identified by its row and by its number within the row."""
 
     winner_row: int
     winner_image: int
@@ -29,7 +29,7 @@ class PairReference(NamedTuple):
     scores: tuple[float, float] | None
 
     def swapped(self) -> PairReference:
-        """Return the pair with winner and loser exchanged. Scores change sign, so that larger scores are still
+        """Return the pair with winner and loser exchanged, and scores negated, because the worse image now counts as
         better."""
         scores = None if self.scores is None else (-self.scores[1], -self.scores[0])
         return PairReference(self.loser_row, self.loser_image, self.winner_row, self.winner_image, scores)
@@ -41,28 +41,25 @@ class PreferenceFormat:
 
     Attributes:
         name (`str`): Key in `FORMATS`.
-        prompt_columns (`tuple[str, ...]`): Accepted names of the prompt column. The first column that exists is
-            read.
+        prompt_columns (`tuple[str, ...]`): Accepted prompt columns. The first that exists is read.
         image_columns (`tuple[str, ...]`): The two image columns, or the single image column.
-        other_image_columns (`tuple[str, ...]`): Other accepted names of a single image column. The first column that
-            exists is read.
-        label_readers (`Mapping`): Maps label columns to the function that turns their values into `ImageScores`, in
-            order of preference. A row uses the first entry whose columns all exist and have a value.
+        other_image_columns (`tuple[str, ...]`): Further accepted names of a single image column.
+        label_readers (`Mapping`): Maps label columns to a function that converts the values of these columns to
+            `ImageScores`. A row uses the first entry of the mapping whose columns all have a value.
         images_in_list (`bool`): Whether the single image column contains lists of images.
-        group_column (`str`, *optional*): Column that groups rows with one image each. Rows with equal values in this
-            column are compared with one another.
-        validity_column (`str`, *optional*): Column of booleans. If its value is false, the row has no label.
-        score_columns (`tuple[str, str]`, *optional*): Columns with the reward scores of winner and loser, if they
-            exist.
-        text_members (`bool`): Whether prompts are members of an archive. Prompts of an archive may be bytes, or end in
-            a newline.
+        group_column (`str`, *optional*): Column that groups rows, in formats with one image in each row. The images of
+            rows with equal values in this column are compared with one another.
+        validity_column (`str`, *optional*): Column that is false in rows without a valid label. These rows are dropped.
+        score_columns (`tuple[str, str]`, *optional*): Columns of the reward scores of winner and loser.
+        text_members (`bool`): Whether prompts are text files in an archive. They may be bytes, or end in a newline.
         prompt_of_each_image (`bool`): Whether `prompt_columns` are two columns, one for the prompt of each image.
-        has_losers (`bool`): Whether rows have a loser. Without losers in the data, winners of other pairs are losers.
+        has_losers (`bool`): Whether rows have a loser. If they have none, `losers="permute"` must be set, so that
+            winners of other pairs become losers.
         is_swapped (`bool`): Whether the winner of a pair is the image that the data set calls the loser.
-        mask_columns (`tuple[str, ...]`): The mask column of the row, or one for each of two image columns; empty
-            without masks.
-        source_columns (`tuple[str, ...]`): The column of the image, or of the list of images, that is edited; empty
-            without sources.
+        mask_columns (`tuple[str, ...]`): The mask column for both images, or one mask column for each of the two image
+            columns. Empty if the data set has no masks.
+        source_columns (`tuple[str, ...]`): The column with the source image, or the list of source images, that the
+            prompt edits. Empty if the data set has no source images.
     """
 
     name: str
@@ -96,7 +93,7 @@ class PreferenceFormat:
         return lacking
 
     def text_columns(self, column_names: Iterable[str]) -> list[str]:
-        """Return the columns of `column_names` that this format reads, without image columns."""
+        """Return the columns in `column_names` that this format reads, except its image columns."""
         labels = [column for columns in self.label_readers for column in columns]
         others = [self.group_column, self.validity_column, *(self.score_columns or ())]
         present = set(column_names)
@@ -168,7 +165,7 @@ class ImageScores(NamedTuple):
     """Scores of the images of a row, computed from the label of the row."""
 
     values: tuple[float, ...]  # one number per image; larger is better
-    ranked: bool = True  # whether equal numbers are a tie; false if only the best image was picked
+    ranked: bool = True  # whether images with equal numbers are tied; false if the label only names the best image
 
 
 def member_text(value: Any) -> Any:
@@ -177,7 +174,7 @@ def member_text(value: Any) -> Any:
 
 
 def finite_number(value: Any, what: str = "label") -> float:
-    """Convert a number, or text or bytes with a number, to a float.
+    """Convert a number to a float. The number may also be written as text or bytes.
 
     Raises:
         LabelError: If the value is not a number, or not finite.
@@ -236,17 +233,17 @@ def left_or_right(values: Sequence[Any]) -> ImageScores:
 
 
 def detect_format(column_names: Iterable[str]) -> PreferenceFormat:
-    """Return the first format in `FORMATS` whose columns all exist in a data set.
+    """Return the first format in `FORMATS` whose required columns all exist in a data set.
 
     Raises:
-        ValueError: If no format fits.
+        ValueError: If the columns match no format.
     """
     columns = list(column_names)
     for candidate in FORMATS.values():
         if not candidate.missing(columns):
             return candidate
     raise ValueError(
-        f"No known preference format has the columns {columns}. Rename columns (`dataset.rename_columns`) to "
+        f"The columns {columns} match no known preference format. Rename columns (`dataset.rename_columns`) to "
         "match one of these formats:\n" + "\n".join(f"  {row_format.describe()}" for row_format in FORMATS.values())
     )
 
@@ -258,12 +255,13 @@ def resolve_format(
     *,
     use_scores: bool = True,
 ) -> PreferenceFormat:
-    """Return a format with the columns that exist in a data set. If `dataset_format` is `None`, detect the format.
+    """Return the format of a data set, reduced to the columns that exist in the data set. If `dataset_format` is
+    `None`, the columns determine the format.
 
     Args:
         features (`Mapping[str, Any]`, *optional*): Types of the columns. A column `source` with text is not read as an
-            image to edit, because in many data sets it names the origin of a row.
-        use_scores (`bool`): Whether to read score columns. Rows need scores only if score columns are read.
+            image to edit, because such a column usually names the origin of a row.
+        use_scores (`bool`): Whether to read score columns. If score columns are read, every row needs scores.
 
     Raises:
         ValueError: If the columns do not fit the format.
@@ -301,12 +299,12 @@ def resolve_format(
 
 
 def compare(scores: Sequence[float], *, ranked: bool = True) -> tuple[list[tuple[int, int]], int]:
-    """Return all pairs of winner and loser that follow from the scores of some images.
+    """Return all pairs of winner and loser among some images, according to the images' scores.
 
     Args:
         scores (`Sequence[float]`): One number per image; larger is better.
-        ranked (`bool`): Whether two equal scores always count as a tie. If false, equal scores count as ties only if
-            all scores are equal.
+        ranked (`bool`): Whether every two images with equal scores count as a tie. If false, ties are counted only if
+            the scores of all images are equal.
 
     Returns:
         `tuple`: Pairs `(winner, loser)` of indices into `scores`, and the number of ties.
@@ -321,7 +319,7 @@ def compare(scores: Sequence[float], *, ranked: bool = True) -> tuple[list[tuple
 
 
 def groups(row_format: PreferenceFormat, rows: Iterable[tuple[int, Mapping]]) -> Iterator[list[tuple[int, Mapping]]]:
-    """Yield lists of rows whose images are compared: a single row, or consecutive rows of the same group."""
+    """Yield lists of rows whose images are compared with one another: one row, or consecutive rows of a group."""
     if row_format.group_column is None:
         yield from ([numbered] for numbered in rows)
         return
@@ -332,7 +330,7 @@ def groups(row_format: PreferenceFormat, rows: Iterable[tuple[int, Mapping]]) ->
 def pairs_in_group(
     row_format: PreferenceFormat, group: list[tuple[int, Mapping]], reject: Reject
 ) -> Iterator[PairReference]:
-    """Yield the pairs of a group of rows. Bad prompts, bad labels and ties are passed to the function `reject`."""
+    """Yield the pairs of a group of rows. Call the function `reject` for bad prompts, bad labels and ties."""
     images: list[tuple[int, int]] = []
     scores: list[Any] = []
     ranked, reward_scores = True, None
@@ -375,7 +373,7 @@ def _mask_columns(row_format: PreferenceFormat, columns: Sequence[str]) -> tuple
 _PROMPTS = ("prompt", "caption", "original_prompt", "text")
 BRANCH_PROMPTS = ("chosen_prompt", "rejected_prompt")
 
-# If a data set fits two formats, the earlier format is used.
+# If the columns of a data set match several formats, the first of them is used.
 FORMATS: dict[str, PreferenceFormat] = {
     row_format.name: row_format
     for row_format in (

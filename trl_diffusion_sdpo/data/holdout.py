@@ -1,4 +1,4 @@
-"""Hold-out of rows for evaluation. Data sets are split by prompt, so that no prompt is in both parts."""
+"""Holds out rows for evaluation. Data sets are split by prompt, so that no prompt has rows in both parts."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def hold_out(
         ValueError: If `size` leaves no training rows, or if every prompt has more rows than `size`.
     """
     prompts = [_prompts(rows, name) for rows, name in zip(data_sets, formats, strict=True)]
-    counts = Counter(chain(*prompts))  # prompt to its number of rows, ordered by the first row
+    counts = Counter(chain(*prompts))  # number of rows of each prompt, ordered by the prompt's first row
     total = counts.total()
     wanted = max(1, round(size * total)) if size < 1 else int(size)
     if wanted >= total:
@@ -37,7 +37,7 @@ def hold_out(
             f"`test_size={size:g}` must leave rows to train on; the data set has {total} rows. Choose a smaller size."
         )
 
-    # Hold out prompts in a random order. Skip prompts whose rows would exceed the size.
+    # Hold out prompts in a random order. Skip a prompt if more than `wanted` rows would then be held out.
     shuffled = np.random.default_rng(seed).permutation(len(counts)).tolist()
     distinct = list(counts)
     held_out: set[str | None] = set()
@@ -49,7 +49,7 @@ def hold_out(
     if not held_out:
         raise ValueError(
             f"All rows of a prompt are held out together, and every prompt has more than the {wanted} rows of "
-            f"`test_size={size:g}`. Hold out more rows, or pass evaluation pairs of your own."
+            f"`test_size={size:g}`. Increase `test_size`, or pass evaluation pairs of your own."
         )
     masks = [np.array([prompt in held_out for prompt in texts], dtype=bool) for texts in prompts]
     return [
@@ -59,7 +59,7 @@ def hold_out(
 
 
 def _prompts(dataset: datasets.Dataset, dataset_format: str | None) -> list[str | None]:
-    """Return the prompt of each row. A prompt that is no valid string becomes `None`."""
+    """Return the prompt of each row, or `None` if the prompt is not a valid string."""
     row_format = resolve_format(dataset_format, dataset.column_names)
     column = row_format.prompt_columns[0]
     prompts: list[str | None] = []

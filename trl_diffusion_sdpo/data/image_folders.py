@@ -1,5 +1,5 @@
-"""Pairs from folders of images without a table of pairs. Two images form a pair if they have equal names in the folders
-`chosen` and `rejected`, or if their names differ only in a rank at the end. Prompts are in text files."""
+"""Reads pairs from folders of images that have no table of pairs. Two images form a pair if they have equal names in
+the folders `chosen` and `rejected`, or if their names differ only in a rank at the end. Prompts are in text files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class FolderSplit:
     skipped: dict[str, list[Path]]
 
     def rows(self) -> datasets.Dataset:
-        """Return the pairs as rows. Log an example of the ranking by names, and the skipped images.
+        """Return the pairs as a data set. Log skipped images and, if images are ranked by name, an example of a
+        ranking.
 
         Raises:
             ValueError: If the split has no pair.
@@ -59,9 +60,10 @@ class FolderSplit:
 
 
 def read_image_folder(path: Path) -> dict[str, FolderSplit] | None:
-    """Return the pairs of a folder by split. The splits are subfolders; without such subfolders, the split is `train`.
+    """Return the pairs of each split of a folder. If there is a subfolder `train`, each subfolder is a split.
+    Otherwise, the whole folder is the split `train`.
 
-    Return `None` if a table lists the images, or if images are neither in `chosen` and `rejected` nor ranked by name.
+    Return `None` if there is a table file, or if images are neither in `chosen` and `rejected` nor ranked by name.
 
     Raises:
         ValueError: If there is only one of the folders `chosen` and `rejected`.
@@ -70,7 +72,7 @@ def read_image_folder(path: Path) -> dict[str, FolderSplit] | None:
     has_splits = any(folder.name == "train" for folder in folders)
     splits = folders if has_splits else [path]
     if any(file.suffix.lower() in DATA_FILES for folder in {path, *splits} for file in folder.iterdir()):
-        return None  # a table may name the images
+        return None  # this file may be a table that lists the images
     sides = {folder: [side for side in SIDES if (folder / side).is_dir()] for folder in splits}
     for folder, present in sides.items():
         if len(present) == 1:
@@ -86,8 +88,8 @@ def read_image_folder(path: Path) -> dict[str, FolderSplit] | None:
 
 
 def _read(folder: Path, has_sides: bool) -> FolderSplit:
-    """Read one split. Images whose names differ only in folder or rank form a group. Each group becomes a row."""
-    groups: dict[str, list[tuple[int, Path]]] = defaultdict(list)  # ranks and images; a lower rank is better
+    """Read one split. Images whose names differ only in the folder or in the rank form a group, which becomes a row."""
+    groups: dict[str, list[tuple[int, Path]]] = defaultdict(list)  # ranks and files; a lower rank is better
     captions: dict[str, list[Path]] = defaultdict(list)
     skipped: dict[str, list[Path]] = defaultdict(list)
 
@@ -139,8 +141,8 @@ def _caption(file: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return all files in a folder and its subfolders, without files and folders whose names begin with a dot. Links to
-    other folders are followed only at the top level."""
+    """Return all files in a folder and its subfolders, except files and folders whose names begin with a dot. Links to
+    other folders are followed only if they are directly in `folder`."""
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     files = [file for entry in entries for file in (entry.rglob("*") if entry.is_dir() else [entry])]
     return [file for file in files if file.is_file() and not file.name.startswith(".")]

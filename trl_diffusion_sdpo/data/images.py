@@ -1,7 +1,7 @@
-"""Decoding of images from the values of image columns.
+"""Decodes images from the values of image columns.
 
-This module does not trust the paths and URLs of rows. A path or URL may name a device, a pipe or another host. A small
-file may decompress to any size.
+Paths and URLs in rows are checked before they are read, because they may name a device, a pipe or any host. Sizes are
+checked before pixels are decoded, because a small file may decompress to any size.
 
 A bad image raises `UndecodableImageError`, and its pair is skipped. If the storage of an image does not answer, the
 error is `UnreadableImageError`, and the run ends, because the image may be good.
@@ -31,18 +31,18 @@ from ..utils.hints import did_you_mean
 from ..utils.secrets import without_secrets
 
 MIN_SIDE = 8  # a VAE encodes 8 x 8 pixels to one latent
-MAX_ASPECT_RATIO = 64  # resizing the shorter side of a longer strip would make an image that does not fit in memory
+MAX_ASPECT_RATIO = 64  # larger ratios would give images that do not fit in memory when they are resized
 MAX_FILE_BYTES = 256 * 2**20
 MAX_PIXELS = 178_956_970  # default limit of Pillow; half a gigabyte of RGB pixels
 
-# Formats that Pillow may decode. Formats such as EPS are missing, because Pillow runs other programs to decode them.
+# Formats that Pillow may decode. EPS and others are not allowed, because Pillow would run other programs.
 FILE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # URL schemes that rows may use by default: local files, members of archives, and files of the Hub. If `datasets`
 # streams a data set from the Hub, its images have URLs of the scheme `hf`.
 SCHEMES = ("file", "hf", "zip", "tar")
 
 HOW_TO_GO_ON = "The image may be good, so it is not skipped. Resume the run when the storage answers again."
-# Error numbers of a wrong path or a missing permission. Errors with other numbers may be temporary.
+# `errno` values of a wrong path or a missing permission. Errors with other `errno` values may be temporary.
 PERMANENT_ERRORS = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
     *(errno.EACCES, errno.EPERM),
@@ -58,7 +58,7 @@ Size = tuple[int, int]
 
 
 class _ImageError(ValueError):
-    """Error for an image. Passwords in URLs are removed from the message."""
+    """Base class of errors for images. Passwords in URLs are removed from the message."""
 
     def __init__(self, message: str) -> None:
         super().__init__(without_secrets(message))
@@ -127,8 +127,8 @@ class ImageReader:
     def size(self, value: Any) -> Size:
         """Return `(height, width)` of the image that `decode` would return. Only the header of the file is read.
 
-        This function does not detect damaged pixels, or the rotation of a PNG that is stored after the pixels. If the
-        header shows a problem, the errors are those of `decode`.
+        Damaged pixels are not detected. The EXIF rotation of a PNG is ignored if it is stored after the pixels. If the
+        header shows a problem, this function raises the same errors as `decode`.
         """
         with _image_errors(value), self._opened(value) as image:
             if image.format == "TIFF":  # Pillow itself rotates a TIFF while decoding
@@ -141,7 +141,7 @@ class ImageReader:
             return height, width
 
     def decode_mask(self, value: Any) -> Image.Image:
-        """Decode a mask into a grey image. Raises `UndecodableImageError` if no pixel is at least `INSIDE`."""
+        """Decode a mask into a grey image. Raises `UndecodableImageError` if all pixels are below `INSIDE`."""
         try:
             mask = self.decode(value).convert("L")
         except UndecodableImageError as error:
@@ -152,7 +152,7 @@ class ImageReader:
 
     @contextmanager
     def _opened(self, value: Any) -> Iterator[Image.Image]:
-        """Open an image. Check the number of pixels before the pixels are decoded."""
+        """Open an image and check its number of pixels, before pixels are decoded."""
         if isinstance(value, Mapping):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, Image.Image):
@@ -190,7 +190,7 @@ class ImageReader:
                 raise UndecodableImageError(f"is in an archive within an archive: {url}")
             if depth and _scheme(hops[depth - 1]) == "tar" and infer_compression(hop) is not None:
                 raise UndecodableImageError(
-                    f"is in a compressed archive, all of which would have to be unpacked: {url}. Use a plain .tar"
+                    f"is in a compressed archive, which would have to be unpacked completely: {url}. Use a plain .tar"
                 )
             if scheme in ("", "file"):
                 check_regular_file(url_to_fs(hop)[1], MAX_FILE_BYTES if len(hops) == 1 else None)
@@ -198,7 +198,8 @@ class ImageReader:
             with fsspec.open(url, "rb") as file:
                 content = file.read(MAX_FILE_BYTES + 1)
         except Exception as error:
-            # fsspec's HTTP file system raises FileNotFoundError for every failed request. The cause has the status.
+            # fsspec raises FileNotFoundError for every failed HTTP request. The cause of this error has the HTTP
+            # status.
             cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
             is_absent = isinstance(cause, ABSENT_OR_DAMAGED) or getattr(cause, "status", None) in (401, 403, 404, 410)
             kind = UndecodableImageError if is_absent else UnreadableImageError
@@ -213,7 +214,7 @@ decode_image = ImageReader().decode  # uses the default schemes
 
 @contextmanager
 def _image_errors(value: Any) -> Iterator[None]:
-    """Convert every error to `UndecodableImageError` or `UnreadableImageError`, with the name of the file.
+    """Convert every error to `UndecodableImageError` or `UnreadableImageError`, and add the name of the file.
 
     The traceback of the original error is dropped, because the traceback may show the password in a URL.
     """
@@ -237,7 +238,7 @@ def _image_errors(value: Any) -> Iterator[None]:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Return whether a second attempt to read the image may succeed after this error."""
+    """Return whether reading an image may succeed later, although this attempt raised `error`."""
     if isinstance(error, OSError) and error.errno is not None:  # damaged images raise OSError without errno
         return error.errno not in PERMANENT_ERRORS
     return isinstance(error, MemoryError | TimeoutError | ConnectionError)
@@ -256,7 +257,8 @@ def check_regular_file(path: str | os.PathLike, max_bytes: int | None) -> None:
 
 
 def _scheme(hop: str) -> str:
-    """Return the scheme of a part of a chained URL, or `""` for a plain path. fsspec reads a single word as scheme."""
+    """Return the scheme of a part of a chained URL, or `""` for a path. Like fsspec, treat a single word as a
+    scheme."""
     scheme, separator, _ = hop.partition("://")
     return "" if not separator and re.search("[^a-z]", hop) else scheme
 
@@ -273,19 +275,19 @@ def _check_sides(height: int, width: int) -> None:
         raise UndecodableImageError(f"{width}x{height} is too small: both sides must have at least {MIN_SIDE} pixels")
     if long > MAX_ASPECT_RATIO * short:
         raise UndecodableImageError(
-            f"{width}x{height} is too long: aspect ratios may be {MAX_ASPECT_RATIO} to 1 at most"
+            f"{width}x{height} is too long: the longer side may be at most {MAX_ASPECT_RATIO} times the shorter side"
         )
 
 
 def _upright_size(image: Image.Image) -> Size:
     """Return `(height, width)` after EXIF rotation. Only the header is read."""
-    # `PngImageFile.getexif` would decode the pixels, to find EXIF data after them.
+    # `PngImageFile.getexif` would decode all pixels to search for EXIF data after the pixels.
     is_turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation) in TURNED
     return image.size if is_turned else (image.height, image.width)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF rotation. An image without rotation is returned as it is, because Pillow would copy the image."""
+    """Apply the EXIF rotation. An image without rotation is returned unchanged, because Pillow would copy the image."""
     turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
     return ImageOps.exif_transpose(image) if turned else image
 

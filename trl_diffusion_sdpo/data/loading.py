@@ -1,4 +1,4 @@
-"""Loading of pairs from a data set on the Hub, a file or a folder."""
+"""Loads the rows of preference pairs from a data set on the Hub, a file or a folder."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def load_pairs(
             JSONL (also Flow-Factory's `schema_version` 2), CSV or TSV. A folder may be a data set that
             `datasets.load_dataset` reads, or have images in the folders `chosen` and `rejected`, or images with ranks
             at the end of their names. A folder may also be the output of `pairs pick`, `pairs generate` or
-            `save_to_disk`. Relative names of images are looked up in the folder, or in the folder of the file, and then
-            in the working directory.
+            `save_to_disk`. Relative names of images are searched in the folder `name`, or in the folder of the file
+            `name`, and then in the working directory.
         split (`str`): Split, such as `"train"`. Data sets on the Hub, files and folders that `datasets` reads also
-            accept split expressions, such as `"train[:90%]"`. A single file is accepted under any split name.
+            accept split expressions, such as `"train[:90%]"`. If `name` is a single file, any split name is accepted.
         config (`str`, *optional*): Configuration of a data set of the Hub.
         streaming (`bool`): Whether to load a stream.
 
@@ -51,7 +51,7 @@ def load_pairs(
     """
     path = Path(name).expanduser()
     if (path / "manifest.jsonl").is_file() and (path / "pairs.jsonl").is_file():
-        path /= "pairs.jsonl"  # ignore the other files that `pairs pick` and `pairs generate` write
+        path /= "pairs.jsonl"  # `pairs pick` and `pairs generate` also write other files
     if not path.exists():
         return datasets.load_dataset(str(name), name=config, split=split, streaming=streaming)
     if path.is_file():
@@ -95,7 +95,7 @@ def _load_file(path: Path, split: str, streaming: bool) -> Any:
 def with_resolved_names(dataset: Any, folder: Path) -> Any:
     """Replace relative names of images by absolute paths. Search `folder`, then the working directory.
 
-    If neither has the file, the result is the path that the file would have in `folder`.
+    If neither has the file, return the path that the file would have in `folder`.
     """
     dataset = with_flat_rows(dataset)
     features = dataset.features or {}
@@ -113,8 +113,8 @@ def with_resolved_names(dataset: Any, folder: Path) -> Any:
 
 
 def with_flat_rows(dataset: Any) -> Any:
-    """Turn rows of Flow-Factory's JSONL (`schema_version` 2) into rows with `prompt`, `chosen`, `rejected` and, if some
-    have media in their input, `source_image`. Return data sets in other formats unchanged."""
+    """Convert rows of Flow-Factory's JSONL (`schema_version` 2) to rows with `prompt`, `chosen` and `rejected`. If the
+    input of any row contains images, add the column `source_image`. Return data sets in other formats unchanged."""
     names = dataset.column_names or list(next(iter(dataset), {}))
     if not {"schema_version", "input", "supervision"} <= set(names):
         return dataset
@@ -124,7 +124,7 @@ def with_flat_rows(dataset: Any) -> Any:
 
 
 def _flat_row(has_sources: bool, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row of a pair. If a row is no pair, the result has no prompt, so the row counts as bad."""
+    """Convert one row. If the row is not a preference pair, its prompt becomes `None`, which drops the row later."""
     task = row["supervision"] or {}
     is_pair = task.get("type") == "preference"
     flat = {"prompt": (row["input"] or {}).get("prompt") if is_pair else None}
@@ -138,7 +138,8 @@ def _images(message: Mapping[str, Any] | None) -> list[str]:
 
 
 def _found(columns: Sequence[str], folder: str, *values: Any) -> dict[str, Any]:
-    """Return the values of the columns with absolute names. `values` are those of one row, or lists for a batch."""
+    """Replace relative names in the values of `columns` by absolute paths. `values` has, for each column, the value of
+    one row or a list of values for a batch of rows."""
     return {name: _find(value, folder) for name, value in zip(columns, values, strict=True)}
 
 
@@ -152,5 +153,4 @@ def _find(value: Any, folder: str) -> Any:
 
 
 def _is_image_feature(feature: Any) -> bool:
-    """Return whether a column has the type `datasets.Image`, or is a list of this type."""
     return isinstance(getattr(feature, "feature", feature), datasets.Image)

@@ -1,4 +1,4 @@
-"""Loss weights of pairs, computed from scores or read from a column, and calibrated scores of images."""
+"""Computes calibrated scores of images, and the loss weights of pairs from scores or from a column of weights."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .dataset import PreferenceDataset
 from .images import ImageReader, UndecodableImageError
 from .sources import PairSource, numbers_of_rows
 
-COMPARED_AT_ONCE = 1 << 22  # number of comparisons of two images that are in memory at a time
-SCORER_COLUMNS = ("chosen_scores", "rejected_scores")  # columns of lists with one number per scorer
+COMPARED_AT_ONCE = 1 << 22  # largest number of comparisons of two images in memory at a time
+SCORER_COLUMNS = ("chosen_scores", "rejected_scores")  # these columns have lists with one score per scorer
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class ScoreSettings:
             column with weights.
         calibrated (`bool`): Whether to replace scores by calibrated scores: each image's expected share of wins against
             the other images of its prompt.
-        sorts_by_scores (`bool`): Whether the loss reads scores, and takes the image with the higher score as the
-            winner.
+        sorts_by_scores (`bool`): Whether the loss regards the image with the higher score as the winner.
     """
 
     pair_weights: str | None = None
@@ -65,11 +64,10 @@ class ScoreSettings:
 
     @property
     def _calibrates(self) -> bool:
-        """Whether scores are read and must be calibrated."""
         return self.calibrated and self.needs_scores
 
     def apply_to(self, dataset: Any, peers: Peers = ALONE) -> None:
-        """Compute calibrated scores and pair weights, and store them in the data set. All processes must call this.
+        """Compute and store calibrated scores and pair weights. All processes must call this method together.
 
         Raises:
             ValueError: If the data are a stream, or if weights are negative or all 0.
@@ -89,7 +87,6 @@ class ScoreSettings:
             dataset.set_weights(self._weights(dataset))
 
     def _weights(self, dataset: PreferenceDataset) -> np.ndarray:
-        """Return the weights of all pairs, `(P,)`."""
         assert self.pair_weights is not None
         if self._weighting is None:
             weights = _weights_of_column(dataset, self.pair_weights)
@@ -102,14 +99,14 @@ class ScoreSettings:
         if not (weights > 0).any():  # true also for NaN
             raise ValueError(
                 f"Some pairs must have a weight above 0. With `pair_weights={self.pair_weights!r}` and these scores, "
-                f"none of the {len(weights)} pairs of the {dataset.report.name} data has one. Choose other weights or "
-                "other scores. For `pair_weights='gain'`, scale the scores down."
+                f"none of the {len(weights)} pairs of the {dataset.report.name} data has such a weight. Choose other "
+                "weights or other scores. For `pair_weights='gain'`, scale the scores down."
             )
         return with_mean_one(weights).numpy()
 
 
 def _numbers(dataset: PreferenceDataset, column: str) -> torch.Tensor:
-    """Return the numbers of a column for each pair, `(P, K)` in float64. Pairs of bad rows are already dropped."""
+    """Return the K numbers that a column has for each of the P pairs, `(P, K)` in float64."""
     source, index = dataset.origins()
     if (index[:, 0] != index[:, 2]).any():
         raise ValueError(
@@ -150,11 +147,11 @@ def _scores_of_several(dataset: PreferenceDataset) -> torch.Tensor:
 
 
 def calibrate(dataset: PreferenceDataset) -> np.ndarray:
-    """Return each image's expected share of wins against the other images of its prompt (its calibrated score).
+    """Return each image's calibrated score: its expected share of wins against the other images of its prompt.
 
-    The result has the shape `(P, 2)`, for winners and losers, in float64. Each image is compared with the other
-    distinct images of its prompt. Two images of a prompt with equal scores and equal pixels count as one image. An
-    image is decoded only if another image of its prompt has the same score.
+    The result has the shape `(P, 2)`, for winner and loser of P pairs, in float64. Each image is compared with the
+    other distinct images of its prompt. Two images of a prompt with equal scores and equal pixels count as one image.
+    An image is decoded only if another image of its prompt has the same score.
     """
     assert dataset.scores is not None
     source, index = dataset.origins()
@@ -177,7 +174,7 @@ def calibrate(dataset: PreferenceDataset) -> np.ndarray:
 def _different_images(
     source: PairSource, reader: ImageReader, places: np.ndarray, prompts: np.ndarray, scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the index of each image in the list of distinct images, and the prompts and scores of that list.
+    """List the distinct images. Return the index of each image in this list, and the list's prompts and scores.
 
     Args:
         places (`np.ndarray` of shape `(N, 2)`): Row of each image, and the image's number within the row.

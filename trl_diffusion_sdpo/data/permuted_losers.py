@@ -1,4 +1,4 @@
-"""Losers drawn from the winners of other pairs, by random permutations that never pair images of the same prompt."""
+"""Chooses losers among the winners of other pairs. The random permutations never pair two images of the same prompt."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from .sources import PairSource, digest_of
 
-ROUNDS = 6  # rounds of random exchanges in a permutation
-LOSERS = 3  # last of four parts of the random key of permutations; random keys of pairs have three parts
+ROUNDS = 6  # rounds of random swaps in `derangement`
+LOSERS = 3  # last of four numbers that seed a permutation; three numbers seed a pair, so seeds differ
 
 
 class PermutedLosers:
@@ -21,7 +21,7 @@ class PermutedLosers:
     The loser of a pair never has the prompt of the pair. The permutation depends only on the seed and the epoch.
 
     Args:
-        prompts (`np.ndarray` of shape `(P,)`): Number of each pair's prompt. No prompt may have more than half of
+        prompts (`np.ndarray` of shape `(P,)`): A number for each pair's prompt. No prompt may have more than half of
             the pairs.
         images (`np.ndarray` of shape `(P, 2)`): Row of each pair's winner, and number of the image within the row.
         seed (`int`): Seed of the permutations.
@@ -29,15 +29,17 @@ class PermutedLosers:
 
     def __init__(self, prompts: np.ndarray, images: np.ndarray, seed: int) -> None:
         self.images, self._prompts, self._seed = images, prompts, seed
-        self._latest = (-1, prompts)  # epoch of the latest permutation, and the permutation
+        self._latest = (-1, prompts)  # epoch of the last permutation, and this permutation
         self.bad = torch.zeros(len(prompts), dtype=torch.uint8).share_memory_()  # mask of undecodable winners
 
     @classmethod
     def of(cls, source: PairSource, index: np.ndarray, seed: int, name: str) -> PermutedLosers:
-        """Return permuted losers for the pairs `index` `(P, 4)` of a source. `name` is the data's name in messages.
+        """Return permuted losers for pairs of a source. `index` `(P, 4)` has the row and image numbers of each pair's
+        winner and loser, and `name` is the name of the data in messages.
 
         Raises:
-            ValueError: If a prompt has more than half of the pairs. Some pairs would get a loser of their own prompt.
+            ValueError: If a prompt has more than half of the pairs. Some pairs would then get a loser of their own
+                prompt.
         """
         texts = source.prompts_of_rows(index[:, 0])
         digests = {text: digest_of(text) for text in set(texts)}
@@ -53,8 +55,8 @@ class PermutedLosers:
         return cls(prompts, index[:, :2], seed)
 
     def candidates(self, pair: int, epoch: int) -> Iterator[int]:
-        """Yield pairs whose winners may become the loser of `pair`: first the pair to which the permutation maps
-        `pair`, then the next pairs with other prompts, in case the first winner cannot be decoded."""
+        """Yield the numbers of pairs whose winner may become the loser of `pair`. The permutation chooses the first of
+        these pairs. The next pairs with other prompts follow, in case the first winner cannot be decoded."""
         latest_epoch, losers = self._latest
         if latest_epoch != epoch:
             losers = derangement(self._prompts, [self._seed, epoch, 0, LOSERS])
@@ -75,14 +77,15 @@ def most_common(values: np.ndarray) -> tuple[int, int]:
 def derangement(values: np.ndarray, key: Sequence[int]) -> np.ndarray:
     """Return a random permutation of indices that maps each index to an index with another value.
 
-    Indices are grouped by value, in random order. Each index is mapped to the index that follows at a fixed distance of
-    at least the size of the largest group. Each index is therefore mapped to another value. Then random pairs of
-    indices exchange the indices to which they are mapped, unless an index would be mapped to its own value. A random
-    half of these exchanges is left out. Otherwise, their number would decide whether the permutation is even or odd.
+    Indices with equal values are put side by side on a circle. Each index is mapped to the index at a random distance
+    on the circle. This distance is the same for all indices and at least the size of the largest group of equal values,
+    so each index is mapped to another value. Then random pairs of indices swap the indices to which they are mapped,
+    unless an index would be mapped to its own value. A random half of these swaps is skipped, because the number of
+    swaps decides whether the permutation is even or odd, and must therefore be random.
 
     Args:
         values (`np.ndarray` of shape `(P,)`): Value of each index. At most half of the values may be equal.
-        key (`Sequence[int]`): Key of the random numbers, of non-negative integers.
+        key (`Sequence[int]`): Non-negative integers with which the random numbers are seeded.
     """
     count = len(values)
     _, largest = most_common(values)

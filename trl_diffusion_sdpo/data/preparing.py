@@ -1,4 +1,4 @@
-"""Preparation of any preference data set for training: make pairs from rows, and drop bad rows and images."""
+"""Prepares any preference data set for training: makes pairs from rows, and drops bad rows and bad images."""
 
 from __future__ import annotations
 
@@ -32,14 +32,13 @@ def prepare_dataset(
             [`PairMixture`] of several data sets.
         options ([`PairOptions`]): Settings for making pairs from the rows.
         name (`str`): Name of the data in messages.
-        peers (`Peers`): The processes that prepare the same data together and divide the checks among themselves.
+        peers (`Peers`): The processes that prepare the same data. The first process checks images for all processes.
 
     Returns:
         [`PreferenceDataset`] or, for a `datasets.IterableDataset`, [`PreferenceIterableDataset`].
 
     Raises:
-        ValueError: If an argument is invalid, if the type of the data set or its columns are not supported, or if no
-            pair remains.
+        ValueError: If an argument, the type of the data set or its columns are invalid, or if no pair remains.
     """
     is_mixture = isinstance(dataset, PairMixture)
     is_stream = dataset.is_stream if is_mixture else isinstance(dataset, datasets.IterableDataset)
@@ -68,7 +67,7 @@ def prepare_dataset(
     report = DataReport(name, source.format_name, rows=len(source), is_swapped=options.swap_labels)
     report.is_permuted = options.permutes
     pairs = source.index_pairs(report.add)
-    if options.permutes:  # training draws the losers, so index only the winners
+    if options.permutes:  # losers are drawn during training, so index only the winners
         pairs = PairTable(pairs.places[:, [0, 1, 0, 1]], {})
     for column in options.number_columns:
         pairs = _drop_rows(pairs, numbers_of_rows(source.values(column), column)[1], report)
@@ -90,7 +89,7 @@ def prepare_dataset(
 
 
 def _drop_rows(pairs: PairTable, reasons: Mapping[int, str], report: DataReport) -> PairTable:
-    """Drop and count the pairs of bad rows. `reasons` maps the number of each bad row to the reason."""
+    """Drop the pairs of bad rows, and count these rows in the report. `reasons` maps bad row numbers to reasons."""
     rows = pairs.places[:, 0]
     is_bad = np.isin(rows, list(reasons))
     for row in np.unique(rows[is_bad]).tolist():
@@ -101,9 +100,10 @@ def _drop_rows(pairs: PairTable, reasons: Mapping[int, str], report: DataReport)
 def _drop_bad_images(
     source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport, peers: Peers
 ) -> PairTable:
-    """Check every image, and drop pairs with a bad or small image. Assign the other pairs to their buckets.
+    """Check every image, and drop pairs with bad or too small images. Assign the other pairs to buckets.
 
-    Images are decoded, or only their headers are read. The peers divide the images among themselves.
+    If `verify_images` is `"all"`, images are decoded. Otherwise, only their headers are read. The first process does
+    this for all processes.
     """
     decode = options.verify_images == "all"
     sizes, reasons = source.examine_images(
@@ -112,7 +112,7 @@ def _drop_bad_images(
     is_readable = np.asarray((sizes > 0).all((1, 2)))
     is_large = np.asarray((sizes >= (options.min_side or 0)).all((1, 2)))
     for pair in np.flatnonzero(~is_readable).tolist():
-        side = 0 if not sizes[pair, 0].all() else 1  # winner or loser, whichever is the first bad image
+        side = 0 if not sizes[pair, 0].all() else 1  # the winner (0) if it is bad, else the loser (1)
         row, image = pairs.places[pair, 2 * side : 2 * side + 2].tolist()
         report.add("undecodable", row, f"image {image} {reasons.get((row, image), MISSING)}")
     for pair in np.flatnonzero(is_readable & ~is_large).tolist():

@@ -1,4 +1,4 @@
-"""Rows of preference data sets, and the index of the pairs in these rows. Images are returned undecoded."""
+"""Reads rows of preference data sets, and lists the pairs in these rows. Images are returned undecoded."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ EXAMINED = datasets.Features(
         "problems": datasets.List(datasets.Value("string")),
     }
 )
-FINGERPRINTED_PROMPTS = 16  # number of pairs whose prompts are hashed
+FINGERPRINTED_PROMPTS = 16  # number of pairs whose prompts are hashed to recognize a data set
 ROWS_AT_ONCE = 1000
-FEW_ROWS = 1000  # with fewer rows, one process is faster than starting several
-FEW_HEADERS = 20_000  # with fewer headers, one process is faster than starting several
+FEW_ROWS = 1000  # one process decodes the images of fewer rows faster than several processes
+FEW_HEADERS = 20_000  # one process reads the image headers of fewer rows faster than several processes
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class PairTable:
     """Table of P pairs: the positions of their images, and further columns.
 
     Attributes:
-        places (`np.ndarray` of shape `(P, 4)`): Row number of the winner, number of the winner within its row, then
-            both numbers of the loser.
-        columns (`dict[str, np.ndarray]`): Further columns of P entries by name. `scores` are reward scores of winner
-            and loser. `calibrated` replaces `scores`. `weight` is the factor of a pair's loss. `size` is the number of
-            a pair's bucket. `ref_errors` are the reference's errors of winner and loser.
+        places (`np.ndarray` of shape `(P, 4)`): Row number of the winner, number of the winner's image within this row,
+            and then the same two numbers of the loser.
+        columns (`dict[str, np.ndarray]`): Further columns of P entries by name. `scores` are the reward scores of
+            winner and loser. `calibrated` replaces `scores`. `weight` is the factor by which a pair's loss is
+            multiplied. `size` is the index of a pair's bucket. `ref_errors` are the reference model's errors.
     """
 
     places: np.ndarray
@@ -77,7 +77,7 @@ class PairTable:
         return replace(self, places=self.places[pairs], columns=columns)
 
     def with_columns(self, **columns: np.ndarray | None) -> PairTable:
-        """Return the table with columns added or replaced. The value `None` removes a column."""
+        """Return a copy of the table with `columns` added or replaced. The value `None` removes a column."""
         joined = {**self.columns, **columns}
         return replace(self, columns={name: values for name, values in joined.items() if values is not None})
 
@@ -90,11 +90,11 @@ class PairMixture:
         datasets (`Sequence` or `Mapping`): The data sets, all map-style or all streams. The keys of a mapping are the
             names of the data sets in messages.
         weights (`Sequence` of `float`, positive, *optional*): Shares of the data sets in an epoch. Pairs of map-style
-            data sets are repeated until an epoch has these shares and every pair. Repeated pairs get other random
-            numbers. A stream that ends restarts, until all streams have ended once. By default, an epoch has every pair
+            data sets are repeated, with other random numbers, so that an epoch has these shares and contains every
+            pair. Streams that end are restarted until every stream has ended once. By default, an epoch has every pair
             of map-style data sets once, and streams have equal weights.
         formats (`Sequence` of `str` or `None`, *optional*): A key of `FORMATS` for each data set. By default, the
-            columns determine each format.
+            columns of a data set determine its format.
 
     Raises:
         ValueError: If there are no data sets, or if weights or formats are invalid.
@@ -146,7 +146,7 @@ class StoredImage(NamedTuple):
     number: int  # number of the image within the row
 
     def decode(self, reader: ImageReader) -> Image.Image:
-        """Decode the image. The errors are those of [`ImageReader.decode`]."""
+        """Decode the image. The possible errors are those of [`ImageReader.decode`]."""
         images = images_of_row(self.row, self.format)
         if self.number >= len(images):
             raise UndecodableImageError(f"image {self.number} is missing: the row has {len(images)} images")
@@ -209,7 +209,7 @@ class TableSource:
         return len(self._images)
 
     def row(self, number: int, *, with_images: bool = True) -> dict[str, Any]:
-        """Return the undecoded values of a row, with or without the images of its pairs and their sources."""
+        """Return the undecoded values of a row. Without `with_images`, images and source images are left out."""
         return (self._rows if with_images else self._others)[number].to_pylist()[0]
 
     def values(self, column: str) -> Iterator[Any]:
@@ -218,7 +218,8 @@ class TableSource:
             yield from batch[column]
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
-        """Return the prompts of `rows`, which are sorted. `image` is 0 or 1 if a row has a prompt for each image."""
+        """Return the prompts of `rows`, which must be in ascending order. If images have their own prompts, `image` (0
+        or 1) selects the image."""
         columns = self.format.prompt_columns
         column = columns[image if self.format.prompt_of_each_image else 0]
         wanted = np.zeros(len(self), dtype=bool)
@@ -227,7 +228,7 @@ class TableSource:
         return [self.format.prompt({column: value}, image) for value in values]
 
     def index_pairs(self, reject: Reject) -> PairTable:
-        """Return the pairs of all rows. Dropped rows and pairs are passed to `reject`."""
+        """Return the pairs of all rows. Call `reject` for dropped rows and pairs."""
         places = array("q")
         scores = array("d")
         for group in groups(self.format, self._labelled_rows()):
@@ -239,10 +240,10 @@ class TableSource:
         return PairTable(index, {"scores": np.array(scores).reshape(-1, 2)} if len(scores) else {})
 
     def _labelled_rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the number and the labels of each row. Rows of the same group are consecutive."""
+        """Yield the number of each row, and its values without images. Rows of the same group are consecutive."""
         labels, order = self.labels, np.arange(len(self))
         if self.format.group_column is not None:
-            first: dict[Any, int] = {}  # group to its position among the groups
+            first: dict[Any, int] = {}  # maps each group to its position in the order of first rows
             positions = [first.setdefault(group, len(first)) for group in self.values(self.format.group_column)]
             order = np.argsort(positions, kind="stable")
             labels = labels.select(order)
@@ -254,7 +255,7 @@ class TableSource:
     def examine_images(
         self, rows: np.ndarray, reader: ImageReader, decode: bool, num_proc: int | None
     ) -> Iterator[list[tuple[int, int, str]]]:
-        """Yield height, width and problem of each image, in one list per row. `datasets` caches the result."""
+        """Yield a list for each row: height, width and problem of each of its images. `datasets` caches the result."""
         images = self._images if len(rows) == len(self) else self._images.select(rows)
         options: dict[str, Any] = {}
         if any(local_names(images[0].column(name)) for name in self.format.image_columns):
@@ -290,7 +291,7 @@ class TableSource:
 
 
 class PairSource:
-    """Concatenated rows of one or several data sets. `weights` are their shares of an epoch; see [`PairMixture`]."""
+    """Rows of one data set, or of several data sets in sequence. For their `weights`, see [`PairMixture`]."""
 
     def __init__(self, tables: Sequence[TableSource], weights: Sequence[float] | None = None) -> None:
         self.tables, self._weights = list(tables), weights
@@ -309,8 +310,8 @@ class PairSource:
         return self._starts[-1]
 
     def images(self, places: Iterable[tuple[int, int]], *, with_images: bool = True) -> list[StoredImage]:
-        """Return the undecoded images at `places`, which are pairs of row number and image number. Without
-        `with_images`, only prompts, masks and other columns are read, and images and sources cannot be decoded."""
+        """Return the undecoded images at `places`. A place is a row number and an image number. Without `with_images`,
+        images and source images are not read and cannot be decoded, but all other columns are read."""
         rows: dict[int, dict[str, Any]] = {}
         images = []
         for row, image in places:
@@ -322,7 +323,8 @@ class PairSource:
         return images
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
-        """Return the prompts of `rows`. `image` is 0 or 1 if a row has a prompt for each image. No image is read."""
+        """Return the prompts of `rows` without reading images. If images have their own prompts, `image` (0 or 1)
+        selects the image."""
         distinct, number_of_row = np.unique(rows, return_inverse=True)
         prompts = [prompt for table, share in self._split(distinct) for prompt in table.prompts_of_rows(share, image)]
         return [prompts[number] for number in number_of_row.reshape(-1).tolist()]
@@ -335,19 +337,20 @@ class PairSource:
     def examine_images(
         self, places: np.ndarray, reader: ImageReader, *, decode: bool, num_proc: int | None, peers: Peers
     ) -> tuple[np.ndarray, dict[tuple[int, int], str]]:
-        """Decode all images of pairs, or read only their headers, in the first process and its workers. All processes
-        must call this function.
+        """Decode all images of pairs or, if `decode` is false, read only their headers. The first process and its
+        workers do this, but all processes must call this method together.
 
         Args:
             places (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser.
-            num_proc (`int`, *optional*): Number of workers. By default, one for each core if there are many images.
+            num_proc (`int`, *optional*): Number of workers. By default, one per CPU core if there are many images, else
+                none.
 
         Returns:
-            `tuple`: Height and width of winners and losers, `(P, 2, 2)`, with zeros for bad and missing images, and the
-            reason of each bad image, by row number and image number.
+            `tuple`: Height and width of winners and losers, `(P, 2, 2)`, with zeros for bad and missing images, and a
+                dict that maps `(row number, image number)` of each bad image to the reason.
         """
         rows = np.unique(places[:, [0, 2]])
-        images = 1 + int(places[:, [1, 3]].max())  # number of images in a row, at most
+        images = 1 + int(places[:, [1, 3]].max())  # largest number of images in a row
         if num_proc is None and forks_by_default() and len(rows) >= (FEW_ROWS if decode else FEW_HEADERS):
             num_proc = usable_cores()
 
@@ -367,14 +370,14 @@ class PairSource:
         return sizes[np.searchsorted(rows, places[:, [0, 2]]), places[:, [1, 3]]], reasons
 
     def _split(self, rows: np.ndarray) -> Iterator[tuple[TableSource, np.ndarray]]:
-        """Split sorted row numbers by data set. Yield each data set and the row numbers within it."""
+        """Split sorted row numbers by data set. Yield each data set and the numbers of its rows within the data set."""
         shares = np.split(rows, np.searchsorted(rows, self._starts[1:-1]))
         for table, share, start in zip(self.tables, shares, self._starts[:-1], strict=True):
             yield table, share - start
 
     def index_pairs(self, reject: Reject) -> PairTable:
-        """Return the pairs of all data sets, repeated according to the weights. Dropped rows and pairs are passed to
-        `reject`."""
+        """Return the pairs of all data sets. Pairs are repeated so that each data set has its share of the epoch. Call
+        `reject` for dropped rows and pairs."""
         if len(self.tables) == 1:
             return self.tables[0].index_pairs(reject)
         indexes = []
@@ -392,7 +395,7 @@ class PairSource:
                     "and no pair. Check the labels of these data, or remove the data from the mixture."
                 )
             indexes.append(replace(pairs, places=pairs.places + np.array([start, 0, start, 0], pairs.places.dtype)))
-        if self._weights is not None:  # repeat the pairs of each data set until it has its share of the epoch
+        if self._weights is not None:  # repeat pairs so that each data set has its share of the epoch
             counts, weights = np.array([len(pairs) for pairs in indexes]), np.array(self._weights)
             wanted = np.rint(weights * (counts / weights).max()).astype(np.int64).tolist()
             repetitions = [np.arange(count) % len(pairs) for pairs, count in zip(indexes, wanted, strict=True)]
@@ -413,7 +416,7 @@ def make_source(
     """Return the rows of a data set, a list of dicts or a mixture as a `PairSource`.
 
     Raises:
-        ValueError: If the data have another type or no rows, or if a column of `number_columns` is missing.
+        ValueError: If the data have an unsupported type or no rows, or if a column of `number_columns` is missing.
     """
     listed = [(name, dataset, dataset_format)]
     if isinstance(dataset, PairMixture):
@@ -472,7 +475,7 @@ def _table_of_rows(rows: Sequence[Mapping[str, Any]], dataset_format: str | None
     row_format = resolve_format(dataset_format, columns)
     for column in (*row_format.image_columns, *row_format.mask_columns, *row_format.source_columns):
         is_text = column in row_format.source_columns and all(isinstance(value, str) for value in values[column])
-        if not is_text:  # a column `source` of text is no image
+        if not is_text:  # text in a column `source` is not the name of an image
             values[column] = [_stored_image(value) for value in values[column]]
     try:
         return datasets.Dataset.from_dict(values)
@@ -483,7 +486,7 @@ def _table_of_rows(rows: Sequence[Mapping[str, Any]], dataset_format: str | None
 
 
 def _stored_image(value: Any) -> Any:
-    """Return an image, or a list of images, as Arrow stores them."""
+    """Convert an image, or a list of images, to the form in which Arrow stores images."""
     if isinstance(value, list | tuple):
         return [_stored_image(image) for image in value]
     if isinstance(value, Image.Image):
@@ -509,7 +512,7 @@ def images_of_row(row: Mapping[str, Any], row_format: PreferenceFormat) -> list[
 
 
 def as_list(value: Any) -> list[Any]:
-    """Return a row's value of an image column as a list. The value is one image, or already a list of images."""
+    """Return the images in one value of an image column as a list. The value is an image or a list of images."""
     return value if isinstance(value, list) else [value]
 
 
@@ -536,13 +539,13 @@ def pairs_fingerprint(source: PairSource, pairs: PairTable, *, thorough: bool = 
     """Return hashes that identify the pairs of a source.
 
     Args:
-        thorough (`bool`): Whether to hash every prompt and image, for caches. If true, the hashes are valid only for
-            the image files on this machine. If false, hash the prompts of a few pairs, to compare data on any machine
-            when a run resumes.
+        thorough (`bool`): Whether to hash every prompt and image. Caches need these hashes, which depend on the image
+            files of this machine. If false, only the prompts of a few pairs are hashed. A resumed run uses these hashes
+            to compare data on any machine.
 
     Returns:
-        `dict[str, Any]`: `format`, `pairs` (number of pairs), `index` (hash of the index and the scores), a hash of
-        `prompts`, and, if `thorough`, a hash of `images`.
+        `dict[str, Any]`: `format`, `pairs` (number of pairs), `index` (hash of image positions and scores), `prompts`
+            (hash of prompts) and, if `thorough`, `images` (hash of images).
     """
     digest = hashlib.sha256(np.ascontiguousarray(pairs.places, dtype="<i8").data)
     if "scores" in pairs.columns:
@@ -565,7 +568,7 @@ def _short(digest: Any) -> str:
 def _examine_table(
     table: pa.Table, row_format: PreferenceFormat, reader: ImageReader, decode: bool
 ) -> dict[str, list[list[Any]]]:
-    """Return heights, widths and problems of the images in some rows, in the columns of `EXAMINED`."""
+    """Return heights, widths and problems of the images in a batch of rows, as the columns of `EXAMINED`."""
     columns = row_format.image_columns
     examined: dict[str, list[list[Any]]] = {name: [] for name in EXAMINED}
     for values in zip(*(map(_value, table.column(name)) for name in columns), strict=True):
@@ -582,7 +585,7 @@ def _examine_table(
 
 
 def _value(scalar: pa.Scalar) -> Any:
-    """Convert an Arrow value to Python. Bytes become a view, because `as_py` would read a whole memory-mapped file."""
+    """Convert an Arrow value to Python. Bytes become a view, because `as_py` would copy a whole memory-mapped file."""
     if not scalar.is_valid:
         return None
     if pa.types.is_struct(scalar.type):
@@ -595,16 +598,16 @@ def _value(scalar: pa.Scalar) -> Any:
 
 
 def numbers_of_rows(values: Iterable[Any], column: str) -> tuple[np.ndarray, dict[int, str]]:
-    """Return the finite numbers in a column that has a number, or a list of numbers, in each row.
+    """Return the numbers in a column. Each row must have a finite number, or a list of finite numbers.
 
     Args:
         values (`Iterable`): Values of the column, in the order of the rows. All lists must be as long as the first
             valid list. Numbers may be text, as in CSV files.
-        column (`str`): Name of the column, for the reasons.
+        column (`str`): Name of the column in the returned reasons.
 
     Returns:
-        `tuple`: Numbers as float64 of shape `(rows, K)`, with NaN in bad rows, and the reason of each bad row by its
-        number.
+        `tuple`: Numbers as float64 of shape `(rows, K)`, with NaN in bad rows, and a dict that maps the number of each
+            bad row to the reason.
     """
     rows: list[list[float]] = []
     reasons: dict[int, str] = {}
@@ -624,7 +627,7 @@ def numbers_of_rows(values: Iterable[Any], column: str) -> tuple[np.ndarray, dic
 
 
 def bad_seeds(values: Iterable[Any], column: str) -> dict[int, str]:
-    """Return the reason for each row whose value is not a whole number in `[0, 2**63)`, by row number."""
+    """Return a dict from row numbers to reasons, for rows whose seed is not a whole number in `[0, 2**63)`."""
     reasons = {}
     for row, value in enumerate(values):
         is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
@@ -634,5 +637,5 @@ def bad_seeds(values: Iterable[Any], column: str) -> dict[int, str]:
 
 
 def digest_of(text: str) -> int:
-    """Return a 64-bit hash of a text that is equal on every machine."""
+    """Return a 64-bit hash of a text. All machines compute the same hash."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big", signed=True)

@@ -1,4 +1,4 @@
-"""Streams of pairs. Pairs are checked and transformed while they are read. Each process reads a share of the pairs."""
+"""Streams of preference pairs, which are checked and transformed while they are read. Each process reads a share."""
 
 from __future__ import annotations
 
@@ -26,22 +26,21 @@ from .transforms import PairDraws
 
 logger = logging.getLogger(__name__)
 
-MIXING = 2  # last of four parts of the random key that chooses a stream; random keys of pairs have three parts
-READERS = 256  # number of counters; if there are more DataLoader workers, some share a counter
-Group = list[tuple[int, Mapping[str, Any]]]  # rows, with their numbers, whose images are compared with one another
+MIXING = 2  # last of four numbers that seed the choice of streams; three numbers seed a pair, so seeds differ
+READERS = 256  # number of DataLoader workers with their own counters; if there are more, some share counters
+Group = list[tuple[int, Mapping[str, Any]]]  # row numbers, and rows whose images are compared with one another
 
 
 class StreamPosition:
-    """Position of a process in a repeating stream. [`add`] advances the position by a batch.
+    """Position of a training process in a stream that restarts when it ends. [`add`] advances the position by a batch.
 
     Args:
         batch (`int`): Number of pairs in a batch.
         workers (`int`): Number of DataLoader workers, which make batches in turn.
-        numbers (`int`): Difference between the numbers of two consecutive pairs of a worker.
-        seed (`int`): Seed of the stream's draws.
-        readers (`Sequence[Sequence[int]]`, *optional*): For each worker, the number of its batches, the number of its
-            current pass over the stream, and the number of pairs that it has read in this pass. By default, the
-            position is the beginning of the stream.
+        numbers (`int`): Difference between the pair numbers (`row` of the items) of two consecutive pairs of a worker.
+        seed (`int`): Seed with which the random numbers of pairs are drawn.
+        readers (`Sequence[Sequence[int]]`, *optional*): For each worker, three numbers: batches so far, completed
+            passes over the stream, and pairs read in the current pass. By default, all are 0.
     """
 
     def __init__(
@@ -56,8 +55,8 @@ class StreamPosition:
         return sum(batches for batches, _, _ in self.readers)
 
     def add(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
-        """Advance by a batch. `rows` and `seeds` are the numbers and seeds of the batch's pairs. The seed of a pair
-        shows whether the pair belongs to the current pass over the stream or to the next one."""
+        """Advance by a batch. `rows` and `seeds` are the numbers and seeds of the batch's pairs. A pair's seed shows
+        whether the pair belongs to the worker's current pass over the stream or to the next pass."""
         reader = self.readers[rows[0] % len(self.readers)]
         reader[0] += 1
         for row, seed in zip(rows, seeds, strict=True):
@@ -67,7 +66,7 @@ class StreamPosition:
 
 
 class Stream:
-    """Stream of rows in one format. `name` is the name of the stream in messages."""
+    """Stream of rows of one format. Messages call the stream `name`."""
 
     def __init__(
         self, source: datasets.IterableDataset, dataset_format: str | None, name: str, options: PairOptions
@@ -81,9 +80,8 @@ class Stream:
             self.source = self.source.decode(False).select_columns(read)
 
     def groups(self, epoch: int, report: DataReport) -> Iterator[Group]:
-        """Yield the groups of rows whose images are compared, in one pass over the stream. Count rows in `report`."""
-        # Copy the stream, because `datasets` shares a stream's epoch among workers, and workers may be in different
-        # passes.
+        """Read the stream once, and yield groups of rows whose images are compared. Count the rows in `report`."""
+        # Copy the stream: in `datasets`, workers share the epoch of a stream, but they may be in different passes.
         rows = self.source.with_format(None)
         rows.set_epoch(epoch)
 
@@ -100,13 +98,13 @@ class PreferenceIterableDataset(IterableDataset):
 
     Training processes divide the shards of a stream with the function `split_dataset_by_node` of `datasets`. The
     DataLoader workers of a process divide the shards of this process. If the number of shards is no multiple of the
-    number of processes, each process reads all labels, but decodes only its share of the pairs. Every evaluation reads
-    all labels in each process, because all processes need the same number of pairs, and rows that are compared with one
-    another must stay together.
+    number of processes, each process reads all labels, but decodes only its share of the pairs. In evaluations, each
+    process always reads all labels, because all processes need the same number of pairs, and rows that are compared
+    with one another must stay together.
 
-    The `row` of an item is a number that no other pair of the epoch has, in any worker. The pair's random numbers are
-    seeded with the seed, the epoch and this number, so no two pairs share them. Bad pairs are skipped and counted. In
-    formats that compare rows, the rows of a group must be consecutive.
+    The entry `row` of an item is the number of its pair. No two pairs of an epoch have the same number, in any worker.
+    The random numbers of a pair are seeded with the seed, the epoch and this number, so they differ between pairs. Bad
+    pairs are skipped and counted. In formats that compare the images of several rows, these rows must be consecutive.
 
     Args:
         streams (`Sequence[Stream]`): One stream, or several streams to mix.
@@ -153,24 +151,24 @@ class PreferenceIterableDataset(IterableDataset):
         return DataReport(self._name, self._format_name, is_swapped=self._options.swap_labels)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return facts that identify the streams, to compare them when a run resumes. No row is read, because a
+        """Return facts that identify the streams, so that a resumed run can compare them. No row is read, because a
         shuffled stream would first have to fill its buffer."""
         shards = [stream.source.num_shards for stream in self._streams]
         return {"format": self._format_name, "shards": shards, "weights": self._weights}
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, also in running workers. Random numbers and the order of a shuffled stream depend on the
-        epoch."""
+        """Set the epoch, also in running workers. Random numbers and the order of shuffled streams depend on it."""
         self._epoch.fill_(epoch)
 
     def for_evaluation(self) -> PreferenceIterableDataset:
-        """Return this stream for evaluation: one pass without random crops or emptied prompts, with constant seeds."""
+        """Return a view for evaluation: one pass without random crops, flips or emptied prompts, with constant
+        seeds."""
         view = copy.copy(self)
         view._options, view._epoch = self._options.for_evaluation(), new_epoch()
         return view
 
     def for_process(self, share: Peers) -> PreferenceIterableDataset:
-        """Return a view of this stream that reads only the share of the process `share.index` of `share.count`."""
+        """Return a view of this stream that reads only the share of process `share.index` among `share.count`."""
         view = copy.copy(self)
         view._share = share
         return view
@@ -178,13 +176,12 @@ class PreferenceIterableDataset(IterableDataset):
     def position(
         self, batch: int, workers: int, processes: int, readers: Sequence[Sequence[int]] | None = None
     ) -> StreamPosition:
-        """Return the position of a process in this stream. For `batch`, `workers` and `readers`, see
-        [`StreamPosition`]."""
+        """Return a process's position in this stream. For `batch`, `workers`, `readers`, see [`StreamPosition`]."""
         sharing = 1 if self.for_process(Peers(0, processes))._deals_pairs else processes
         return StreamPosition(batch, workers, max(1, workers) * sharing, self._options.seed, readers)
 
     def start_at(self, position: StreamPosition) -> None:
-        """Set the position at which iterations begin. Iterations yield `None` for each earlier pair.
+        """Set the position at which iterations begin. For each pair before this position, iterations yield `None`.
 
         Earlier passes are not read. Earlier rows of the current pass are read, so that a shuffled stream has the same
         order, but their images are not decoded.
@@ -193,7 +190,7 @@ class PreferenceIterableDataset(IterableDataset):
 
     @property
     def _divides_shards(self) -> bool:
-        """Whether this object divides the shards, so that this process reads only its share of the shards."""
+        """Whether the processes divide the streams' shards, so that this process reads only its own shards."""
         count = self._share.count
         if count == 1 or not self._options.repeat:
             return False
@@ -201,7 +198,7 @@ class PreferenceIterableDataset(IterableDataset):
 
     @property
     def _deals_pairs(self) -> bool:
-        """Whether all processes read the same rows and decode the pairs in turn."""
+        """Whether all processes read the same rows, and each process decodes every n-th pair, for n processes."""
         return self._share.count > 1 and not self._divides_shards
 
     # ---- Reading --------------------------------------------------------------------------------------------------
@@ -220,8 +217,8 @@ class PreferenceIterableDataset(IterableDataset):
             epoch, passed = epoch + 1, 0
 
     def _equal_share(self, epoch: int) -> Iterator[dict[str, Any]]:
-        """Yield the pairs of this process in one pass. Then repeat one pair until all processes have
-        yielded equally many pairs."""
+        """Yield this process's pairs of one pass. Then repeat a pair until all processes have yielded equally many
+        pairs."""
         items, filling, yielded = self._one_pass(epoch), None, 0
         while True:
             try:
@@ -233,24 +230,25 @@ class PreferenceIterableDataset(IterableDataset):
             yielded += 1
             yield {**item, "repeated": False}
         for _ in range(wanted - yielded):
-            filling = filling or next(self.for_process(ALONE)._one_pass(epoch))  # a pair of another process
+            filling = filling or next(self.for_process(ALONE)._one_pass(epoch))  # from another process
             yield {**filling, "repeated": True}
 
     def _one_pass(self, epoch: int, passed: int = 0) -> Generator[dict[str, Any], None, int]:
-        """Yield the items of this process in one pass over the stream, without the first `passed` labelled pairs.
+        """Yield the items of this process in one pass over the stream, without the first `passed` pairs.
 
-        The generator returns the number of labelled pairs. The number is 0 if no pair could be decoded.
+        The generator returns the number of pairs in the pass, including undecodable pairs. In training, it returns 0 if
+        no pair could be decoded.
         """
         worker, share, deals_pairs = get_worker_info(), self._share, self._deals_pairs
         reader, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        # Number of this worker among the workers of all processes, so that their pairs get different random numbers.
+        # Number the workers of all processes, so that pairs of different workers get different random numbers.
         number, numbers = reader, workers
         if not deals_pairs:
             number, numbers = reader + workers * share.index, workers * share.count
         report = self._new_report()
         self._examples, counts = report.examples, self._counts[reader % READERS]
         if worker is None:
-            self._counts.zero_()  # removes the counts of an earlier loader's workers
+            self._counts.zero_()  # clear the counts of the workers of an earlier DataLoader
 
         def count(kind: str, row: int, reason: str, amount: int) -> None:
             if report.add(kind, row, reason, amount):
@@ -302,12 +300,12 @@ class PreferenceIterableDataset(IterableDataset):
         return item if pair.scores is None else item | {"scores": pair.scores}
 
     def _groups(self, report: DataReport, epoch: int) -> Iterator[tuple[PreferenceFormat, Group]]:
-        """Yield groups of rows whose images are compared. In a mixture, each group comes from a randomly drawn stream.
+        """Yield groups of rows whose images are compared. In a mixture, each group comes from a randomly chosen stream.
 
-        Streams are drawn in proportion to their weights. In training, a stream that ends restarts, until all streams
-        have ended at least once.
+        The probability of a stream is proportional to its weight. In training, streams that end are restarted until
+        every stream has ended at least once.
         """
-        # `interleave_datasets` draws single rows. Drawing rows would split the groups of formats that compare rows.
+        # `interleave_datasets` draws single rows, so it would split groups of rows that are compared.
         streams, share = list(self._streams), self._share
         if self._divides_shards:
             streams = [copy.copy(stream) for stream in streams]

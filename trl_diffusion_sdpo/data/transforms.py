@@ -26,8 +26,8 @@ class PairDraws:
     example, changes no other random number.
 
     Attributes:
-        top, left (`float` in `[0, 1)`): Offset of the crop, as a fraction of the largest possible offset. Two images of
-            different sizes are therefore cropped at the same relative position.
+        top, left (`float` in `[0, 1)`): Offset of the crop, as a fraction of the largest possible offset. The same
+            fractions apply to both images of the pair, even if their sizes differ.
         flip (`float` in `[0, 1)`): Both images are mirrored if flips are on and `flip` is below 0.5.
         dropout (`float` in `[0, 1)`): The prompt is replaced by an empty prompt if `dropout` is below `prompt_dropout`.
         seed (`int` in `[0, 2**63)`): Seed of the pair's noise and timestep.
@@ -41,7 +41,7 @@ class PairDraws:
 
     @classmethod
     def from_key(cls, seed: int, epoch: int, row: int) -> PairDraws:
-        """Draw a pair's random numbers from `seed`, `epoch` and `row`. The numbers are equal everywhere."""
+        """Draw a pair's random numbers from `seed`, `epoch` and `row`. All machines draw the same numbers."""
         generator = np.random.default_rng([seed, epoch, row])
         top, left, flip, dropout = generator.random(4).tolist()
         return cls(top, left, flip, dropout, int(generator.integers(0, 2**63 - 1, endpoint=True)))
@@ -52,12 +52,12 @@ class PairPixels(NamedTuple):
 
     pixel_values: torch.Tensor  # (2, 3, H, W), uint8 RGB
     original_sizes: tuple[Size, Size]  # (height, width) before resizing
-    crop_top_lefts: tuple[Size, Size]  # (top, left) in the resized image, after mirroring
+    crop_top_lefts: tuple[Size, Size]  # (top, left) of the crop in the resized and possibly mirrored image
     is_mirrored: bool
 
 
 def pixels_as_floats(pixels: torch.Tensor) -> torch.Tensor:
-    """Convert pixels to the VAE's input, `(x / 255 - 0.5) / 0.5`. The result is bit-equal on all devices.
+    """Convert pixels to the VAE's input, `(x / 255 - 0.5) / 0.5`. The result is equal, bit by bit, on all devices.
 
     Args:
         pixels (`torch.Tensor` of any shape, uint8): Pixels on any device. Tensors of another dtype are assumed to
@@ -80,13 +80,14 @@ def white(device: torch.device) -> torch.Tensor:
 class PairTransform:
     """Transform that resizes, flips and crops both images of a pair with the same random numbers.
 
-    An image keeps its aspect ratio when it is resized, and covers the target. For a square target, the shorter side
-    becomes `resolution` and the longer side is rounded down, like in torchvision's `Resize(int)` on PIL images.
+    Each image is resized to the smallest size with its aspect ratio that covers the target, and then cropped to the
+    target. For a square target, the shorter side becomes `resolution` and the longer side is rounded down, like in
+    torchvision's `Resize(int)` on PIL images.
 
     Args:
         resolution (`int` or `tuple[int, int]`): Side of the square target, or `(height, width)`.
         center_crop (`bool`): Whether to crop at the center instead of at random.
-        random_flip (`bool`): Whether to mirror half of the pairs.
+        random_flip (`bool`): Whether to mirror both images of a pair with probability 0.5.
         interpolation (`str`): `"bilinear"`, `"bicubic"` or `"lanczos"`.
     """
 
@@ -105,14 +106,14 @@ class PairTransform:
     def __call__(
         self, winner: Image.Image, loser: Image.Image, draws: PairDraws | None = None, target: Size | None = None
     ) -> PairPixels:
-        """Transform the two RGB images of a pair, of any sizes, into pixels. Without `draws`, images are cropped at the
-        center and not mirrored. `target`, as `(height, width)`, replaces `resolution`."""
+        """Transform the two RGB images of a pair into pixels. Without `draws`, images are cropped at the center and not
+        mirrored. If `target` `(height, width)` is passed, it replaces `resolution`."""
         pixels, corners = zip(*(self.image(image, draws, target) for image in (winner, loser)), strict=True)
         sizes = (winner.height, winner.width), (loser.height, loser.width)
         return PairPixels(torch.stack(pixels), sizes, corners, self.mirrors(draws))
 
     def mirrors(self, draws: PairDraws | None) -> bool:
-        """Return whether both images of a pair with the random numbers `draws` are mirrored."""
+        """Return whether the random numbers `draws` of a pair say that both images are mirrored."""
         return draws is not None and self.random_flip and draws.flip < 0.5
 
     def resized_size(self, height: int, width: int, target: Size | None = None) -> Size:
@@ -145,8 +146,7 @@ def place_masks(masks: Sequence[Image.Image], item: dict[str, Any], transform: P
     """Resize, mirror and crop the masks of an item in the same way as its images.
 
     Args:
-        masks (`Sequence` of two `PIL.Image.Image`): Grey masks of winner and loser. A mask must have the size
-            of its image.
+        masks (`Sequence` of two `PIL.Image.Image`): Grey masks of winner and loser, as large as their images.
         item (`dict`): Item with `original_sizes`, `crop_top_lefts`, `is_mirrored`, and `target_size` or `pixel_values`.
         transform (`PairTransform`): Transform of the images.
 
