@@ -37,7 +37,7 @@ def test_another_learning_rate_applies_from_the_next_step(build, second, caplog)
     resumed.train(resume_from_checkpoint=second)
     assert rates(resumed) == [1e-3, 1e-3, 1e-5, 1e-5]
     assert [group["lr"] for group in groups(resumed)] == [1e-5, 1e-5]
-    assert "Resuming with another `learning_rate`: it was 0.001, is 1e-05." in caplog.text
+    assert "Resuming with another `learning_rate`: 0.001 in the checkpoint, 1e-05 now." in caplog.text
 
 
 def test_another_schedule_goes_on_at_its_own_place(build, second):

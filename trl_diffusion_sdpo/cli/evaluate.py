@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ..evaluation import Candidate
     from ..evaluation.images import ImageSettings
 
-# The settings of the Diffusion-SDPO authors. They use the guidance scale 7.5, on a scale where 0 is no guidance. In
-# diffusers, 1 is no guidance, so the same strength is 8.5.
+# Settings with which the Diffusion-SDPO authors generate images. In their code, guidance scale 0 means no guidance. In
+# diffusers, scale 1 does, so their scale 7.5 is 8.5 here.
 AUTHORS = {"num_inference_steps": 50, "guidance_scale": 8.5}
 LAYOUTS = ("geneval", "dpg", "t2i-compbench", "hpsv2")
 
@@ -82,7 +82,7 @@ def run(arguments: list[str], prog: str) -> int:
     from ..evaluation import evaluate_models
     from ..evaluation.report import REPORT_FILE, scale_sentence, verdict_sentence
 
-    # Processes wait for the slowest one. The default timeout of ten minutes is too short for that.
+    # Processes wait for the slowest process, which can take longer than the default timeout of ten minutes.
     state = PartialState(cpu=options.device == "cpu", timeout=timedelta(days=1))
     candidates = _candidates(options)
     prompts = listed_prompts(options)
