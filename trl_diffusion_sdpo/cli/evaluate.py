@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..evaluation.images import ImageSettings
 
 # Settings with which the Diffusion-SDPO authors generate images. In their code, guidance scale 0 means no guidance. In
-# diffusers, scale 1 does, so their scale 7.5 is 8.5 here.
+# diffusers, scale 1 means no guidance, so their scale 7.5 is scale 8.5 in diffusers.
 AUTHORS = {"num_inference_steps": 50, "guidance_scale": 8.5}
 LAYOUTS = ("geneval", "dpg", "t2i-compbench", "hpsv2")
 

@@ -27,7 +27,7 @@ def add_image_options(parser: argparse.ArgumentParser, *, prompt_split: str, is_
     add = parser.add_argument
     prompts = "Prompts: a .txt, .json, .jsonl or .csv file, or the Hub id of a data set."
     add("--prompts", required=is_prompts_required, metavar="FILE", help=prompts)
-    add("--prompt_column", metavar="NAME", help="Column of the prompts. By default, `prompt`, `caption` or `text`.")
+    add("--prompt_column", metavar="NAME", help="Column of the prompts. Default: `prompt`, `caption` or `text`.")
     split = f"Split to read if the prompts are a data set (default: {prompt_split})."
     add("--prompt_split", default=prompt_split, metavar="NAME", help=split)
     add("--max_prompts", type=int, metavar="N", help="Use only the first N prompts.")

@@ -150,7 +150,7 @@ def _add_pick_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="Folder of images, or output folder of `evaluate`.")
     host = "Address of the page (default: 127.0.0.1, only for this machine). With 0.0.0.0, phones can open the page."
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help=host)
-    parser.add_argument("--port", type=int, metavar="N", help="Port of the page. Default: 8765, or any free port.")
+    parser.add_argument("--port", type=int, metavar="N", help="Port of the page (default: 8765 or a free port).")
 
 
 def _pick(options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from .errors import reading_data
 from .images import import_from_working_directory
 from .options import option_name
 from .train_parser import TrainOptions, is_first_process
-from .train_parser import make_parser as make_parser  # the docs build imports it from here
+from .train_parser import make_parser as make_parser  # the docs build imports `make_parser` from here
 
 if TYPE_CHECKING:
     from trl import ModelConfig

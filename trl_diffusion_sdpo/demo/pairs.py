@@ -17,7 +17,7 @@ FEATURES = Features(
     {"prompt": Value("string"), "chosen": Image(), "rejected": Image()}
     | {name: Value("float32") for name in ("chosen_score", "rejected_score")}
 )
-_TRAIN_KEY, _EVAL_KEY = 1, 2  # part of the seeds; training and held-out pairs differ
+_TRAIN_KEY, _EVAL_KEY = 1, 2  # part of the seeds, so that the two sets of pairs differ
 
 
 def off_policy_pairs(seed: int = 0, per_prompt: int = 14, margin: float = 0.05) -> Dataset:

@@ -44,7 +44,7 @@ class Allocations(TorchDispatchMode):
 
     @contextlib.contextmanager
     def moment(self, name: str) -> Iterator[None]:
-        """Record the peak within the context under `name`."""
+        """Record the peak of the bytes in use within the context, under the name `name`."""
         before, self._moment = self._moment, name
         self._note(self.live)
         try:

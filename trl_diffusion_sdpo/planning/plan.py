@@ -101,7 +101,8 @@ def make_plan(run: PlannedRun, device: str) -> Plan:
     step = left + engine.share("optimizer", temporary)
     moments[OPTIMIZER] = max(peaks.get(OPTIMIZER, 0), step)
     if engine.divides("gradients") and run.args.safeguard == "parameter":
-        # The simulation holds the whole gradients of winners and losers at once, the engine only one after the other.
+        # The simulation holds the unsharded gradients of winners and of losers. The engine never holds both at the same
+        # time.
         spared = (gradients - left) // 2
         moments[BACKWARD] -= spared
         moments[OPTIMIZER] -= spared

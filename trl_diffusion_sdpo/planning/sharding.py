@@ -54,7 +54,7 @@ def engine_of(config: str | None, processes: int | str | None) -> Engine:
 
     Args:
         config (`str`, *optional*): Name of one of this package's configurations of accelerate, such as `"zero2"`.
-        processes (`int` or `str`, *optional*): Number of processes. If both arguments are `None`, the plan is for one
+        processes (`int` or `str`, *optional*): Number of processes. If `config` is `None` too, the plan is for one
             process.
 
     Raises:

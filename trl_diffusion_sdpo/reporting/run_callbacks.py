@@ -79,7 +79,7 @@ class VerdictCallback(TrainerCallback):
         self._samples = samples
         self._on_rise = on_rise
         self._training = self._stops = False
-        self._rise = 0  # 0 if the error did not rise, 1 if it is "worse", 2 if "ruined"
+        self._rise = 0  # last evaluation: 0 for no rise, 1 for "worse", 2 for "ruined"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._training, self._stops, self._rise = True, False, 0

@@ -78,8 +78,8 @@ class SampleImagesCallback(TrainerCallback):
         every_n_steps (`int`, *optional*): Generate images after every so many optimizer steps. If unset, images are
             generated only before and after training.
         call_options (`dict`, *optional*): Further arguments of the pipeline's call, such as the images' size.
-        denoiser_name (`str`): Attribute of the pipeline that is the trained denoiser. It runs under the autocast of
-            training. Other components run in the precision of their weights.
+        denoiser_name (`str`): Attribute of the pipeline that is the trained denoiser. The denoiser runs under the
+            autocast of training. Other components run in the precision of their weights.
         every_process (`bool`): Whether all processes must generate images, because each process holds a shard of the
             denoiser. The Trainer's `model` is then called in place of the denoiser. If false, only the first process
             generates images.

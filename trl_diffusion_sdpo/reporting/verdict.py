@@ -33,7 +33,7 @@ RISES = ("worse", "ruined")  # verdicts that say that the winners' error rose
 _AGAIN = (
     "train again with a stricter safeguard or a lower `learning_rate` (see `When it got worse` in docs/safeguard.md)."
 )
-# Verdict -> advice. With several evaluation sets, the verdict is the one of theirs that comes last in this order.
+# Verdict -> advice. Each evaluation set has a verdict, and the one that comes last in this order is reported.
 ADVICE = {
     "unknown": "Evaluate on more pairs: pass an `eval_dataset`, and set `eval_strategy: steps` and "
     "`eval_on_start: true`.",
@@ -243,8 +243,8 @@ def verdict_of(history: History, run: RunFacts, step: int | None = None, images:
 
 
 def worst_of(history: History, run: RunFacts, step: int | None = None) -> Measurement | None:
-    """Return the measurement with the worst verdict among the evaluation sets: of each set, the evaluation at `step` if
-    there is one, otherwise the last evaluation."""
+    """Return the measurement with the worst verdict among the evaluation sets. From each set, only one evaluation is
+    judged: the one at `step` or, if there is none, the last."""
     last: dict[str, Measurement] = {}
     first: dict[str, Mapping[str, Any]] = {}
     for entry in history:
@@ -345,8 +345,8 @@ def _measured(
 
 
 def _worst_bin(entry: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the noise bin with the largest rise of the winners' error. If standard errors were logged, bins without
-    one (bins with a single pair) are ignored."""
+    """Return the noise bin with the largest rise of the winners' error. If standard errors were logged, bins without a
+    standard error are ignored, because they have only one pair."""
     start = f"{prefix}_{_CHANGE}@"
     stderrs = f"{prefix}_{_CHANGE}_stderr"
     bins = [int(key.removeprefix(start)) for key in entry if key.startswith(start)]

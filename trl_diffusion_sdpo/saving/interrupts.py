@@ -33,7 +33,7 @@ class CheckpointOnInterrupt(TrainerCallback):
     one of them got the signal, or the next step.
 
     Attributes:
-        interrupted (`signal.Signals` or `None`): The signal that ended the latest training, or `None`.
+        interrupted (`signal.Signals` or `None`): The signal that ended the latest training, or `None` if no signal did.
     """
 
     def __init__(self):

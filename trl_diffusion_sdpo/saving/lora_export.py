@@ -133,7 +133,7 @@ def _named(modules: dict[str, Factors]) -> dict[str, torch.Tensor]:
     """Return the tensors to export. Each module has two factors and an alpha equal to the rank, so its LoRA scale is 1.
 
     If the modules' ranks differ, all modules get the smallest rank as alpha, because diffusers ignores alphas that
-    differ between modules of a UNet's LoRA. B is then multiplied by rank / alpha.
+    differ between modules of a UNet's LoRA. Factor B is then multiplied by rank / alpha.
     """
     rank_of = {name: down.shape[0] for name, (down, _) in modules.items()}
     common = min(rank_of.values()) if len(set(rank_of.values())) > 1 else None

@@ -61,7 +61,7 @@ class TunedModel:
 
     @property
     def base_for_loading(self) -> str:
-        """Hub id of the base pipeline. For a local pipeline, a placeholder: the name of its folder."""
+        """Hub id of the base pipeline. If the pipeline is local, the name of its folder, as a placeholder."""
         if _is_hub_id(self.base_model):
             return str(self.base_model)
         return _leaf(self.base_model) or "path/to/base-pipeline"
@@ -161,7 +161,7 @@ class RunCard:
     Args:
         lora (`dict[str, Any]`, *optional*): `r`, `lora_alpha` and `target_modules` of the LoRA that the run tunes;
             `None` if the run tunes all weights of the denoiser.
-        full_pipeline (`bool`): Whether the run saves the pipeline's other components with a fully tuned denoiser.
+        full_pipeline (`bool`): For full tuning, whether the run saves the whole pipeline and not only the denoiser.
         settings (`Mapping[str, Any]`): Settings that the user changed, from [`changed_settings`].
         edits (`bool`): Whether the pipeline was trained to edit source images.
     """
@@ -331,7 +331,7 @@ def _quoted(value: Any) -> str:
 
 
 def _cell(value: Any, code: bool = True) -> str:
-    """Return a value as one line of text for a Markdown table, without secrets and with escaped characters.
+    """Return a value as one line of text that has no secrets and does not break a Markdown table.
 
     Args:
         code (`bool`): Whether the card shows the text between backticks.

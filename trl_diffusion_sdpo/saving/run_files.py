@@ -177,7 +177,7 @@ class RunFiles:
     @contextlib.contextmanager
     def loading_optimizer(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[None]:
         """Return a context in which the caller loads a checkpoint's optimizer and schedule. The context refuses pickles
-        that could run code. At the end, optimizer settings of this run replace the checkpoint's."""
+        that could run code. At the end of the context, optimizer settings of this run replace the checkpoint's."""
         with keeping_optimizer_settings(optimizer, scheduler), self.reading():
             yield
 

@@ -118,7 +118,7 @@ class RunFolder:
 def refuse_own_start(output_dir: str, names: Iterable[Any]) -> None:
     """Raise `ValueError` if a run starts from its own output folder, or from a checkpoint or weights in that folder.
 
-    Saving would overwrite the files of that model, and `overwrite_output_dir` would delete them.
+    Otherwise saving would overwrite the files from which the run starts, or `overwrite_output_dir` would delete them.
 
     Args:
         names (`Iterable`): Folders, files or Hub ids of the model, the LoRA and the reference from which the run

@@ -24,7 +24,7 @@ def output_folder(args: TrainingArguments) -> Path:
 
 
 def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
-    """Return a short hash of the name, the shape and about 16 values of each tensor. It is the same on all machines."""
+    """Return a short hash of each tensor's name, shape and about 16 values. The hash is the same on all machines."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         flat = tensors[name].detach().flatten()

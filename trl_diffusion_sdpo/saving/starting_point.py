@@ -30,7 +30,7 @@ BASE = "base_model"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 INDEX_FILE = "model_index.json"
 _OPTIONS = ("revision", "variant", "config")  # arguments of `from_pretrained` that change which weights are loaded
-_DEFAULTS = {"revision": (None, "main")}  # values that count as unset, so the recorded value is used
+_DEFAULTS = {"revision": (None, "main")}  # default values; a recorded value takes precedence
 _OF_TEXT = ("text_encoder", "lora_te")
 
 
@@ -44,8 +44,8 @@ class StartingPoint:
     adapter: str | None = None  # folder, file or Hub id of a LoRA on the denoiser
 
     def with_recorded(self, options: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return the arguments with which to load the pipeline. Arguments in `options`, from the user, replace those
-        that an earlier run recorded, unless they have default values."""
+        """Return the arguments with which to load the pipeline. Arguments in `options`, which the user passed, replace
+        those that an earlier run recorded, except arguments with a default value."""
         chosen = {key: value for key, value in (options or {}).items() if value not in _DEFAULTS.get(key, (None,))}
         return {**(options or {}), **self.options, **chosen}
 
@@ -94,8 +94,8 @@ def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike |
 def recorded_base(
     name_or_path: str | None, options: Mapping[str, Any], denoiser_folder: str | None
 ) -> dict[str, Any] | None:
-    """Return the record of the model from which a run starts, for the run's files. Paths are absolute. Return `None` if
-    the user passed a pipeline object."""
+    """Describe, for the run's files, the model from which a run starts. Paths are absolute. Return `None` if the user
+    passed a pipeline object."""
     if name_or_path is None:
         return None
     recorded = {key: options[key] for key in _OPTIONS if options.get(key) is not None}
@@ -154,7 +154,7 @@ def attach_adapter(pipeline: DiffusionPipeline, denoiser_name: str, source: str,
 
 
 def _read_base(run: Path, *, needs_denoiser: bool) -> Any:
-    """Read from an earlier run's files from which model this run started.
+    """Return an earlier run's record of the model from which it started.
 
     Args:
         needs_denoiser (`bool`): Whether the recorded folder of the denoiser must also still exist.

@@ -78,7 +78,7 @@ def _forced_weights_only() -> Iterator[None]:
 
 
 def refuse_code_in_metadata(folder: Path) -> None:
-    """Raise `ValueError` if FSDP2's metadata could run code, because torch unpickles them without a check."""
+    """Raise `ValueError` if FSDP2's metadata could run code. torch itself unpickles metadata without a check."""
     for file in sorted(folder.glob(DISTRIBUTED_METADATA)):
         try:
             with open(file, "rb") as stream:

@@ -48,16 +48,16 @@ __all__ += ["TensorBoardCallback", "TrackioCallback", "WandbCallback"]
 
 
 # Attributes of PEFT's layers: whether their adapters are off, and the names of the active adapters. PEFT's
-# `enable_adapters` and `set_adapter` also change `requires_grad` of every weight. That is slow in models with hundreds
-# of layers, and misleads FSDP2, which reads `requires_grad` only in the first forward pass, to choose the precision of
-# gradients.
+# `enable_adapters` and `set_adapter` also change `requires_grad` of every weight. Changing `requires_grad` is slow in
+# models with hundreds of layers. It also misleads FSDP2, which reads `requires_grad` only in the first forward pass, to
+# choose the precision of gradients.
 ADAPTERS_OFF = "_disable_adapters"
 ACTIVE_ADAPTER = "_active_adapter"
 
 
 def block_names(denoiser: ModelMixin) -> list[str]:
-    """Return the class names of a diffusers model's blocks, which FSDP wraps as units. accelerate reads these names
-    too, but not those of submodules."""
+    """Return the class names of a diffusers model's blocks, which FSDP wraps as units. accelerate reads them from the
+    outermost module only."""
     return list(denoiser._no_split_modules or ())
 
 
@@ -84,7 +84,7 @@ def attention_backends() -> tuple[str, ...]:
 
 
 def has_attention_backends(denoiser: torch.nn.Module) -> bool:
-    """Return whether a denoiser's attention uses diffusers' back ends. Older models of diffusers do not."""
+    """Return whether a denoiser's attention can use diffusers' back ends, which that of some older models cannot."""
     processors = (vars(module).get("processor") for module in denoiser.modules())
     return any("_attention_backend" in dir(processor) for processor in processors)
 
@@ -100,8 +100,8 @@ def forward_pre_hooks(module: torch.nn.Module) -> list[Any]:
 
 
 def start_method(args: TrainingArguments) -> str | None:
-    """Return the start method of DataLoader workers. Remove this function when the lowest supported transformers has
-    the argument (5.14 does not)."""
+    """Return the start method of DataLoader workers. transformers 5.14 does not have this argument of
+    `TrainingArguments`. Remove this function when no supported transformers lacks the argument."""
     return getattr(args, "dataloader_multiprocessing_context", None)
 
 

@@ -37,12 +37,12 @@ _NAMES_ELSEWHERE = {
     "report_to": "log_with",
 }
 OTHER_TOOLS = {name: ours for ours, names in _NAMES_ELSEWHERE.items() for name in names.split()}
-# Value of a setting in another library -> the same value here.
+# Alternative name of a setting's value -> the value.
 CHOICE_ALIASES = {"dpo": "sigmoid"}
 
 
 def other_tools_option(name: str, options: Iterable[str]) -> str:
-    """Return a sentence with this package's name of another trainer's option, for the end of an error message.
+    """Return a sentence that says what another trainer's option is called here, for the end of an error message.
 
     Return an empty string if the option is not known.
 

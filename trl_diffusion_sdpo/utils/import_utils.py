@@ -61,7 +61,7 @@ def lazy_attributes(
 
 def hide_idle_notes() -> None:
     """Hide messages and warnings that libraries print in every run and that need no action by the user."""
-    import logging  # a third of this package's import time
+    import logging  # imported late, because this is a third of the package's import time
     import warnings
 
     logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)  # it recommends torchvision
