@@ -52,13 +52,11 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "away from the base model. The report recommends one of the scales. If the model is a training run, the "
         "recommendation is also written into its model card.",
     )
-    form = (
-        "What a scale multiplies: the change of predictions (preference guidance) or of weights (default: guidance)."
-    )
+    form = "What a scale multiplies: the change of predictions (`guidance`, the default) or the change of weights."
     add("--form", choices=["guidance", "weights"], default="guidance", help=form)
     interval = "Lowest and highest noise level at which preference guidance acts, such as 0 0.62; all levels if unset."
     add("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=interval)
-    seeds = "Seeds. Each prompt gets one image per seed (default: 0)."
+    seeds = "Seeds of the images (default: 0). Each prompt gets one image per seed."
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help=seeds)
     protocol = "`authors`: the Diffusion-SDPO authors' settings: 50 steps, guidance 8.5, equal noise for all prompts."
     add("--protocol", choices=["authors"], help=protocol)

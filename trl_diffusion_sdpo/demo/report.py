@@ -97,7 +97,7 @@ def plot_curves(result: DemoResult, path: Path) -> None:
     panels[1, 1].set_ylim(0, 1.05)
     handles, labels = panels[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=12, frameon=False)
-    title = f"Training hard on {result.train_pairs} off-policy pairs: one seed, toy world"
+    title = f"Training with a high learning rate on {result.train_pairs} off-policy pairs: one seed, toy world"
     figure.suptitle(title, fontsize=15, fontweight="bold")
     figure.savefig(path)
 
@@ -111,7 +111,7 @@ class Row:
     guided: Guided
     winner_change: str
     loser_change: str
-    seconds: float  # duration of the training
+    seconds: float  # duration of training and evaluations
 
 
 def rows_of(result: DemoResult) -> list[Row]:
@@ -147,11 +147,12 @@ def table(result: DemoResult) -> str:
         f"Score: the oracle's score in [0, 1], mean ± standard error over {images} images of 36 prompts. All models "
         "start from the same latents. The second score is with classifier-free guidance, at the scale with the best "
         "score on the other 36 prompts. Diversity is the mean distance between two images of one prompt. The Frechet "
-        "distance compares images with the toy world's preferred drawings. Both are given without / with guidance. "
-        f"Winner error and loser error are changes against the base model on {result.eval_pairs} held-out pairs under "
-        f"fixed noise. Preference guidance ({_settings_text(GUIDED_METHOD)}, with the base model as the reference) "
-        f"changes no weights. Training used {result.train_pairs} off-policy pairs, "
-        f"{s['per_device_train_batch_size']} pairs per step, and seed {s['seed']}. This is one seed of a toy world.",
+        "distance compares images with the toy world's preferred drawings. Both columns show the value without / with "
+        "guidance. Winner error and loser error: change of the error from the base model to the tuned model, on "
+        f"{result.eval_pairs} held-out pairs under fixed noise. Preference guidance ({_settings_text(GUIDED_METHOD)}, "
+        "with the base model as the reference) changes no weights. s: seconds of training and evaluations. Training "
+        f"used {result.train_pairs} off-policy pairs, {s['per_device_train_batch_size']} pairs per step, and seed "
+        f"{s['seed']}. This is one seed of a toy world.",
         "",
     ]
     for trained in result.methods:

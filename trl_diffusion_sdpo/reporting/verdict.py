@@ -39,8 +39,8 @@ ADVICE = {
     "`eval_on_start: true`.",
     "better": "",
     "unchanged": "",
-    "not learned": "Train for more steps, with more pairs per step or a higher `learning_rate`. If lambda is below "
-    "0.5, try a smaller `safeguard_mu`.",
+    "not learned": "Train for more steps, with more pairs per step or a higher `learning_rate`. If the safeguard's "
+    "lambda is below 0.5, try a smaller `safeguard_mu`.",
     "reversed": "Check that the labels are not swapped. If they are right, try a lower `learning_rate`.",
     "worse": f"Unless the images look better, {_AGAIN}",
     "ruined": f"Do not use these weights: {_AGAIN}",
