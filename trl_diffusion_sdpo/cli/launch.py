@@ -101,7 +101,7 @@ def start(words: list[str], command: str, arguments: list[str]) -> int:
     parsed = _launch_parser().parse_args([*words, "-m", MODULE, command, *arguments])
     seconds = os.environ.get(SHUTDOWN_VARIABLE, SHUTDOWN_SECONDS)
     # Ctrl-C also reaches the child processes, which write a checkpoint before they end. This process ignores Ctrl-C and
-    # waits for the child processes. If there are several, torch's launcher installs its own handler instead.
+    # waits for the child processes. With several child processes, torch's launcher uses its own handler.
     previous = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
         with patch_environment(**{LAUNCHED_VARIABLE: "1", SHUTDOWN_VARIABLE: seconds}):

@@ -27,7 +27,7 @@ METHODS = (
     Method("sdpo", "Diffusion-SDPO", SAFE | HARD),
     Method("sdpo_recipe", "Diffusion-SDPO, recipe", RECIPE | HARD),
 )
-# This method trains no model. It generates images with the recipe's model under preference guidance, with the base
+# This method trains no model: images are generated with the recipe's model under preference guidance, with the base
 # model as the reference. Its `settings` are arguments of `preference_guidance`.
 GUIDED_METHOD = Method("sdpo_recipe_guided", "Diffusion-SDPO, recipe, guided", {"scale": 4.0, "interval": [0.0, 0.62]})
 GUIDED_FROM = "sdpo_recipe"  # key of the method whose tuned model `GUIDED_METHOD` uses

@@ -64,7 +64,7 @@ class Curves:
     steps: list[int]  # optimizer steps at which evaluations ran, from 0
     winner_change: list[float]
     loser_change: list[float]
-    oracle: list[Score]  # of one image per prompt; in the last evaluation, of all images
+    oracle: list[Score]  # oracle scores of one image per prompt; in the last evaluation, of all images
     scale_steps: list[int]  # optimizer steps at which lambda was logged
     scale: list[float]  # mean of the safeguard's lambda since the previous log; empty without safeguard
 

@@ -66,8 +66,8 @@ class SamplePair:
 class SampleImagesCallback(TrainerCallback):
     """Generates an image of every prompt before, during and after training, always from the same seeds.
 
-    At step 50, for example, it writes a file such as `samples/step-000050-0.png` for each prompt, with prompt and seed
-    as PNG text. Training is not affected: the networks' train or eval modes and all random states are restored
+    At step 50, for example, the callback writes a file such as `samples/step-000050-0.png` for each prompt, with prompt
+    and seed as PNG text. Training is not affected: the networks' train or eval modes and all random states are restored
     afterwards, and images are generated with a copy of the pipeline's scheduler.
 
     Args:

@@ -55,7 +55,7 @@ History = Sequence[Mapping[str, Any]]
 class RunFacts:
     """Facts of a run that a verdict needs besides the log history."""
 
-    reference_moves: bool  # whether the reference changes during training, so that its errors do too
+    reference_moves: bool  # whether the reference (and so its errors) changes during training
     reference_was_given: bool  # whether the user passed a reference; if not, it is the policy before training
     uses_loser: bool  # whether the loss depends on the rejected images
     num_noise_bins: int

@@ -220,7 +220,7 @@ class RunCard:
         folder = output_folder(self._args)
         file = folder / CARD_FILE
         if keep_edited and file.is_file() and GENERATED not in file.read_text("utf-8", "replace"):
-            logger.warning("A user wrote or edited %s, so it is left as it is. No model card was written.", file)
+            logger.warning("A user wrote or edited %s. This file is left as it is. No model card was written.", file)
             return False
         run = {
             "LoRA": "" if self._lora is None else lora_text(self._lora),

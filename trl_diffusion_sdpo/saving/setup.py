@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from ..utils.files import write_atomically
 
 SETUP_FILE = "diffusion_sdpo_setup.json"
-ARGS_FILE = "training_args.json"  # all arguments of a run; never uploaded, because it names local folders
+ARGS_FILE = "training_args.json"  # all arguments of a run; never uploaded, because the file names local folders
 
 
 def output_folder(args: TrainingArguments) -> Path:

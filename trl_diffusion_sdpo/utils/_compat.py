@@ -84,7 +84,7 @@ def attention_backends() -> tuple[str, ...]:
 
 
 def has_attention_backends(denoiser: torch.nn.Module) -> bool:
-    """Return whether a denoiser's attention can use diffusers' back ends, which that of some older models cannot."""
+    """Return whether a denoiser's attention can use diffusers' back ends. The attention of older models cannot."""
     processors = (vars(module).get("processor") for module in denoiser.modules())
     return any("_attention_backend" in dir(processor) for processor in processors)
 
@@ -150,7 +150,7 @@ def zero_gradients(optimizer: Any) -> dict[int, list[torch.Tensor] | None]:
 
 
 def set_last_rates(schedule: Any, rates: list[Any]) -> None:
-    """Set the rates that a schedule's `get_last_lr` returns, after a checkpoint has overwritten these rates."""
+    """Set the learning rates that a schedule's `get_last_lr` returns, which loading a checkpoint has overwritten."""
     if "_last_lr" in vars(schedule):
         schedule._last_lr = rates
 

@@ -18,8 +18,8 @@ class Peers:
     Args:
         index (`int`): Rank of this process, from 0.
         count (`int`): Number of processes.
-        gather (`Callable`): Collective function. Each process calls it with a value and gets a list of all processes'
-            values, by rank.
+        gather (`Callable`): Collective function. Each process calls this function with a value, and gets the list of
+            all processes' values, by rank.
     """
 
     index: int = 0
