@@ -12,10 +12,8 @@ _IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker process ")
 
 
 def sentence(error: Exception) -> str:
-    """Return the message of an error that this package raised.
-
-    The traceback that torch puts before the message of an error in a DataLoader worker is removed.
-    """
+    """Return the message of an error that this package raised, without the traceback that torch puts before the message
+    if a DataLoader worker raised the error."""
     text, kind = str(error), type(error)
     if _IN_WORKER.match(text) is None:
         return text

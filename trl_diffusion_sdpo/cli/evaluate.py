@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ..evaluation import Candidate
     from ..evaluation.images import ImageSettings
 
-# The settings of the Diffusion-SDPO authors. They use the guidance scale 7.5, on a scale where 0 is no guidance. In
-# diffusers, 1 is no guidance, so the same strength is 8.5.
+# Settings with which the Diffusion-SDPO authors generate images. In their code, guidance scale 0 means no guidance. In
+# diffusers, scale 1 means no guidance, so their scale 7.5 is scale 8.5 in diffusers.
 AUTHORS = {"num_inference_steps": 50, "guidance_scale": 8.5}
 LAYOUTS = ("geneval", "dpg", "t2i-compbench", "hpsv2")
 
@@ -52,13 +52,11 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "away from the base model. The report recommends one of the scales. If the model is a training run, the "
         "recommendation is also written into its model card.",
     )
-    form = (
-        "What a scale multiplies: the change of predictions (preference guidance) or of weights (default: guidance)."
-    )
+    form = "What a scale multiplies: the change of predictions (`guidance`, the default) or the change of weights."
     add("--form", choices=["guidance", "weights"], default="guidance", help=form)
     interval = "Lowest and highest noise level at which preference guidance acts, such as 0 0.62; all levels if unset."
     add("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=interval)
-    seeds = "Seeds. Each prompt gets one image per seed (default: 0)."
+    seeds = "Seeds of the images (default: 0). Each prompt gets one image per seed."
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help=seeds)
     protocol = "`authors`: the Diffusion-SDPO authors' settings: 50 steps, guidance 8.5, equal noise for all prompts."
     add("--protocol", choices=["authors"], help=protocol)
@@ -82,7 +80,7 @@ def run(arguments: list[str], prog: str) -> int:
     from ..evaluation import evaluate_models
     from ..evaluation.report import REPORT_FILE, scale_sentence, verdict_sentence
 
-    # Processes wait for the slowest one. The default timeout of ten minutes is too short for that.
+    # Processes wait for the slowest process, which can take longer than the default timeout of ten minutes.
     state = PartialState(cpu=options.device == "cpu", timeout=timedelta(days=1))
     candidates = _candidates(options)
     prompts = listed_prompts(options)

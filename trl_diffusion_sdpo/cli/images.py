@@ -27,10 +27,10 @@ def add_image_options(parser: argparse.ArgumentParser, *, prompt_split: str, is_
     add = parser.add_argument
     prompts = "Prompts: a .txt, .json, .jsonl or .csv file, or the Hub id of a data set."
     add("--prompts", required=is_prompts_required, metavar="FILE", help=prompts)
-    add("--prompt_column", metavar="NAME", help="Column with the prompts. If unset, `prompt`, `caption` or `text`.")
+    add("--prompt_column", metavar="NAME", help="Column of the prompts. Default: `prompt`, `caption` or `text`.")
     split = f"Split to read if the prompts are a data set (default: {prompt_split})."
     add("--prompt_split", default=prompt_split, metavar="NAME", help=split)
-    add("--max_prompts", type=int, metavar="N", help="Use the first N prompts only.")
+    add("--max_prompts", type=int, metavar="N", help="Use only the first N prompts.")
     scorers = "Scorers, such as `pickscore hpsv2.1 image_reward`, or your own function as `module:function`."
     add("--scorers", nargs="+", default=[], metavar="NAME", help=scorers)
     settings = 'Settings of each scorer by its name, such as {"hpsv2.1": {"batch_size": 4}}.'
@@ -38,11 +38,11 @@ def add_image_options(parser: argparse.ArgumentParser, *, prompt_split: str, is_
     add("--call_kwargs", type=mapping_option, default={}, metavar="JSON", help="Arguments for calling the pipelines.")
     add("--batch_size", type=int, default=4, metavar="N", help="Images per call of the pipeline (default: 4).")
     add("--dtype", choices=DTYPES, default="float32", help="Dtype in which pipelines are loaded (default: float32).")
-    add("--device", metavar="NAME", help="Device for pipelines and scorers. If unset, an accelerator if there is one.")
+    add("--device", metavar="NAME", help="Device for pipelines and scorers. Default: a GPU if there is one, else cpu.")
 
 
 def mapping_option(text: str) -> dict[str, Any]:
-    """Return the value of an option that is a JSON object."""
+    """Parse an option's text as a JSON object."""
     try:
         mapping = json.loads(text)
     except json.JSONDecodeError:
@@ -62,7 +62,8 @@ def listed_prompts(options: argparse.Namespace) -> PromptList:
 
 
 def image_settings(options: argparse.Namespace, device: str, seeds: Sequence[int], **more: Any) -> ImageSettings:
-    """Return the settings for generating images from the command line's options. `more` overrides options."""
+    """Return the settings for generating images, from the options of the command line. Settings in `more` override
+    these options."""
     import torch
 
     from ..evaluation.images import ImageSettings
@@ -95,7 +96,8 @@ def candidate_of(text: str) -> Candidate:
 
 
 def scorer_named(name: str, **settings: Any) -> Scorer:
-    """Load a scorer by its name or as `module:function`. The module may be in the working directory."""
+    """Load a scorer by its name, or a function that the user names as `module:function`. The module may be in the
+    working directory."""
     from ..rewards import load_scorer
 
     import_from_working_directory()
@@ -109,7 +111,7 @@ def import_from_working_directory() -> None:
 
 
 def load_scorers(names: Sequence[str], settings: Mapping[str, Any]) -> list[Scorer]:
-    """Load the scorers of `--scorers` with the settings of `--scorer_settings`."""
+    """Load the scorers that `--scorers` names, with the settings from `--scorer_settings`."""
     for name, values in settings.items():
         if name not in names or not isinstance(values, dict):
             raise ValueError(
@@ -120,6 +122,6 @@ def load_scorers(names: Sequence[str], settings: Mapping[str, Any]) -> list[Scor
 
 
 def finish(state: PartialState) -> None:
-    """Wait for all processes, and end their process group."""
+    """Wait until all processes are done, then destroy the process group."""
     state.wait_for_everyone()  # a launcher kills the other processes when the first one has exited
-    state.destroy_process_group()  # otherwise the group's threads can crash the process while Python exits
+    state.destroy_process_group()  # otherwise the threads of the process group can crash Python at exit

@@ -14,7 +14,7 @@ from .options import option_name, read_yaml, refuse_unknown
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 MODULE = f"{__package__}.main"
-# Environment variable that is set in the processes that this module starts.
+# Environment variable that marks processes which this module has started.
 LAUNCHED_VARIABLE = "TRL_DIFFUSION_SDPO_LAUNCHED"
 
 # Seconds that torch's launcher waits between Ctrl-C and killing its processes. Its default of 30 is too short for a
@@ -54,14 +54,14 @@ def launch_words(config: str, words: list[str], options: Iterable[str]) -> list[
     Args:
         config (`str`): Name or path of a configuration of accelerate.
         words (`list[str]`): Options of `accelerate launch`.
-        options (`Iterable[str]`): Names of this command's options. An error message for a misspelt option suggests
-            one of these.
+        options (`Iterable[str]`): Names of this command's options. The error for a misspelt option suggests one of
+            these names.
     """
     if "LOCAL_RANK" in os.environ:
         raise ValueError(
             "`accelerate_config` makes this command start the training processes, but torchrun or `accelerate launch` "
-            "has already started them. Use only one of the two. With `accelerate launch`, pass the configuration as "
-            "`--config_file`."
+            "has already started them. Leave out `accelerate_config`. With `accelerate launch`, pass the configuration "
+            "as `--config_file`."
         )
     file = config_path(config)
     settings = read_yaml(file)
@@ -85,9 +85,9 @@ def start(words: list[str], command: str, arguments: list[str]) -> int:
     """Run a command in processes that accelerate launches, and wait until it ends.
 
     Args:
-        words (`list[str]`): Arguments of `accelerate launch`, from [`launch_words`].
-        arguments (`list[str]`): Arguments of the command, as the user typed them. If these
-            include options of `accelerate launch`, the started processes ignore these options.
+        words (`list[str]`): Arguments of `accelerate launch`, which [`launch_words`] returns.
+        arguments (`list[str]`): Arguments of the command, as the user typed them. The started processes ignore options
+            of `accelerate launch` among these arguments.
 
     Returns:
         `int`: The exit code. 0 after success, 130 after an interruption, or else the exit code of the first process
@@ -100,8 +100,8 @@ def start(words: list[str], command: str, arguments: list[str]) -> int:
 
     parsed = _launch_parser().parse_args([*words, "-m", MODULE, command, *arguments])
     seconds = os.environ.get(SHUTDOWN_VARIABLE, SHUTDOWN_SECONDS)
-    # Ctrl-C also reaches the child processes, which write a checkpoint before they end. This process waits for them. If
-    # there are several, torch's launcher replaces this handler.
+    # Ctrl-C also reaches the child processes, which write a checkpoint before they end. This process ignores Ctrl-C and
+    # waits for the child processes. With several child processes, torch's launcher uses its own handler.
     previous = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
         with patch_environment(**{LAUNCHED_VARIABLE: "1", SHUTDOWN_VARIABLE: seconds}):

@@ -62,7 +62,7 @@ def _run(name: str, arguments: list[str]) -> int:
     prog = f"{PROGRAM} {name}"
     hide_idle_notes()
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # each update of a progress bar would be a line of the log file
+        os.environ.setdefault("TQDM_DISABLE", "1")  # in a log file, each update of a progress bar would be a new line
     try:
         module = import_module(f".{name.replace('-', '_')}", __package__)
         return module.run(arguments, prog)
@@ -84,7 +84,7 @@ def _help() -> str:
         "Preference tuning of text-to-image diffusers pipelines.\n\n"
         f"commands:\n{commands}\n\n"
         f"`{PROGRAM} COMMAND --help` lists the options of a command. Errors that this package reports have no "
-        f"traceback. Set {TRACEBACK_VARIABLE}=1 to see it."
+        f"traceback. Set {TRACEBACK_VARIABLE}=1 to print the traceback too."
     )
 
 

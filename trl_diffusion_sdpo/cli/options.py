@@ -39,15 +39,16 @@ class OneLineParser(argparse.ArgumentParser):
         return [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
 
     def names_in(self, words: Iterable[str]) -> set[str]:
-        """Return the names of the options that occur among the words of a command line."""
+        """Return the names of this parser's options that occur in `words`, the words of a command line."""
         fields = {flag: action.dest for action in self._actions for flag in action.option_strings}
         return {fields[flag] for word in words if (flag := word.partition("=")[0]) in fields}
 
     def words_of(self, settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-        """Convert the settings of a YAML file to words of a command line, so that the parser can read both.
+        """Convert the settings of a YAML file to words of a command line, so that the same parser can read the file and
+        the command line.
 
         Returns:
-            `tuple[list[str], list[str]]`: The words of this parser's options, and the words of all other settings.
+            `tuple[list[str], list[str]]`: The words for this parser's options, and the words for all other settings.
         """
         destinations = {action.dest for action in self._actions}
         words: list[str] = []
@@ -62,7 +63,7 @@ class OneLineParser(argparse.ArgumentParser):
                 entries = [f"--{name}={json.dumps(value, default=str)}"]
             elif isinstance(value, list):
                 entries = [f"--{name}", *map(str, value)]
-            elif name not in destinations and value == "true":  # a switch of `accelerate launch` takes no value
+            elif name not in destinations and value == "true":  # a flag of `accelerate launch` takes no value
                 entries = [f"--{name}"]
             else:
                 entries = [f"--{name}={value}"]
@@ -82,13 +83,13 @@ def refuse_unknown(words: Iterable[str], options: Iterable[str]) -> None:
 
 
 def option_name(word: str) -> str | None:
-    """Return the name in an option, such as `num_processes` for `--num_processes`, `--num-processes` and
-    `--num_processes=4`. Return `None` if the word is not an option."""
+    """Return the name of the option in a word of a command line, such as `num_processes` for `--num-processes` and
+    `--num_processes=4`. Return `None` if the word does not begin with `--`."""
     return word.partition("=")[0][2:].replace("-", "_") if word.startswith("--") else None
 
 
 def take_options(arguments: list[str], *names: str) -> tuple[dict[str, str | None], list[str]]:
-    """Return the values of the named options, and all other words of a command line."""
+    """Split the words of a command line into the values of the options `names` and all other words."""
     parser = OneLineParser(add_help=False)
     for name in names:
         parser.add_argument(f"--{name}")
@@ -99,8 +100,8 @@ def take_options(arguments: list[str], *names: str) -> tuple[dict[str, str | Non
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the settings in a YAML file.
 
-    Settings with one value are returned as the text in the file, so that an option can read `no`, `1e-5` and `1.10` as
-    on a command line. Settings without a value are left out.
+    A single value is returned as the text in the file, so that an option parses `no`, `1e-5` and `1.10` as on a command
+    line. Settings without a value are left out.
     """
     try:
         content = path.read_text(encoding="utf-8")

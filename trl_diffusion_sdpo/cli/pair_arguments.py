@@ -30,8 +30,8 @@ class PairSet:
         path (`str`): Hub id, folder or file of the data set, like the option `dataset_name`.
         name (`str`, *optional*): Configuration of a data set on the Hub, like the option `dataset_config`.
         split (`str`, *optional*): Split of the data set, by default `"train"`.
-        weight (`float`, *optional*): Share of training pairs from this data set, relative to the sum of all weights.
-            Set `weight` for all data sets or for none.
+        weight (`float`, *optional*): Share of the training pairs to draw from this data set, relative to the sum of all
+            weights. Set `weight` for all data sets or for none.
         dataset_format (`str`, *optional*): Format of this data set. Overrides the option `dataset_format`.
     """
 
@@ -56,7 +56,7 @@ class PairArguments(ScriptArguments):
     eval_dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id, folder or file of the evaluation pairs. If unset, the test split of `dataset_name`."
+            "help": "Hub id, folder or file of the evaluation pairs. By default, the test split of `dataset_name`."
         },
     )
     test_size: float | None = field(
@@ -97,7 +97,7 @@ def _read_sets(value: Any) -> list[PairSet]:
         sets = [PairSet(**entry) for entry in value]
     except TypeError as error:
         raise ValueError(
-            "`datasets` must be a list of mappings. Each has a `path`, and optionally `name`, `split`, `weight` and "
+            "`datasets` must be a list of mappings, each with a `path`, and optionally `name`, `split`, `weight` and "
             f"`dataset_format`. Got {value!r}."
         ) from error
     weighted = [entry.weight is not None for entry in sets]
@@ -114,7 +114,7 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
     Args:
         script_args (`PairArguments`): Options that name the data. [`~trl_diffusion_sdpo.load_pairs`] describes the
             allowed values of `dataset_name`.
-        training_args (`DiffusionSDPOConfig`): Its `eval_strategy`, `seed` and `dataset_format` are used.
+        training_args (`DiffusionSDPOConfig`): Settings, of which `eval_strategy`, `seed` and `dataset_format` are used.
     """
     sets = script_args.sets or [_only_set(script_args)]
     size = script_args.test_size
@@ -138,7 +138,7 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
     if not script_args.sets:
         return trained[0], held_out[0] if held_out else evaluation
     names = [f"{number}: {entry.path}" for number, entry in enumerate(sets)]
-    weights = [entry.weight for entry in sets if entry.weight is not None] or None  # all entries have one, or none
+    weights = [entry.weight for entry in sets if entry.weight is not None] or None  # all have a weight, or none has
     if held_out:
         filled = [i for i, rows in enumerate(held_out) if len(rows)]
         evaluation = PairMixture({names[i]: held_out[i] for i in filled}, None, [formats[i] for i in filled])
@@ -165,8 +165,7 @@ def public_name(script_args: ScriptArguments) -> str | None:
 
 
 def _load_evaluation(script_args: PairArguments) -> Any:
-    """Return the test split of `eval_dataset_name`. If this option is unset, return the test split of the training data
-    set."""
+    """Load the test split of `eval_dataset_name` or, if that option is unset, of `dataset_name`."""
     name = script_args.eval_dataset_name or script_args.dataset_name
     if name is None:
         raise ValueError(f"`eval_strategy` needs evaluation pairs, and `datasets` has no default. {_HOW_TO_EVALUATE}")
@@ -178,7 +177,8 @@ def _load_evaluation(script_args: PairArguments) -> Any:
 
 
 def _refuse_training_pairs(script_args: PairArguments, trained: PairSet) -> None:
-    """Raise `ValueError` if the evaluation pairs are the training pairs: the same split, or a file without splits."""
+    """Raise `ValueError` if the evaluation pairs are the training pairs: the same split of the same data set, or the
+    same file without splits."""
     evaluated = script_args.eval_dataset_name or trained.path
     path, split = Path(evaluated).expanduser(), script_args.dataset_test_split
     if path.resolve() != Path(trained.path).expanduser().resolve():

@@ -36,7 +36,6 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def subcommand_parser(name: str, prog: str | None = None) -> argparse.ArgumentParser:
-    """Return the parser of a sub-command."""
     text, add_options, _ = SUBCOMMANDS[name]
     parser = OneLineParser(prog=prog, description=text)
     add_options(parser)
@@ -63,7 +62,7 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
         choices=["scored", "negatives", "spin", "partial", "local"],
         default="scored",
         help="How pairs are made. `scored` (default): scorers choose the best and the worst image of each prompt. "
-        "`negatives`: each image is paired with an image that is generated from the same noise with "
+        "`negatives`: each image is paired with a rejected image, which is generated from the same noise with "
         "`--negative_kwargs`. The other recipes pair each image of `--from_images` with an image that the model makes: "
         "`spin` generates it from the prompt alone, `partial` noises the image and denoises it, and `local` redraws a "
         "region of the image and saves the region's mask for training.",
@@ -72,9 +71,9 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     negatives = "Arguments of the pipeline's call for the rejected images of `negatives` (default: no guidance)."
     add("--negative_kwargs", type=mapping_option, default=unguided, metavar="JSON", help=negatives)
     add("--from_images", metavar="FOLDER", help="Folder of good images that `pairs from-images` has listed.")
-    strength = "Noise level that the recipes `partial` and `local` add, in (0, 1] (default: 0.6)."
+    strength = "Noise level to which `partial` and `local` noise an image, in (0, 1] (default: 0.6)."
     add("--strength", type=float, default=0.6, metavar="X", help=strength)
-    add("--images", type=int, default=4, metavar="K", help="Number of images for each prompt (default: 4).")
+    add("--images", type=int, default=4, metavar="K", help="Images to generate for each prompt (default: 4).")
     weights = 'Weight of each scorer by its name, such as {"pickscore": 2}; 1 if unset.'
     add("--weights", type=mapping_option, default={}, metavar="JSON", help=weights)
     add(
@@ -84,7 +83,9 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
         help="How several scorers are combined: sum of weighted z-scores (default), majority vote, or `pareto`: like "
         "`weighted`, but without pairs in which a scorer prefers the rejected image.",
     )
-    margin = "Make a pair of every two images whose rewards differ by at least X. If unset, pair only best and worst."
+    margin = (
+        "Pair any two images of a prompt whose rewards differ by at least X. Default: only the best and the worst."
+    )
     add("--margin", type=float, metavar="X", help=margin)
     add_image_options(parser, prompt_split="train", is_prompts_required=False)
     add("--output_dir", required=True, metavar="FOLDER", help="Folder for images, scores and pairs.jsonl.")
@@ -147,9 +148,9 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _add_pick_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="Folder of images, or output folder of `evaluate`.")
-    host = "Address of the page (default: 127.0.0.1, for this machine only). With 0.0.0.0, phones can open it."
+    host = "Address of the page (default: 127.0.0.1, only for this machine). With 0.0.0.0, phones can open the page."
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help=host)
-    parser.add_argument("--port", type=int, metavar="N", help="Port of the page. If unset, 8765 or a free port.")
+    parser.add_argument("--port", type=int, metavar="N", help="Port of the page (default: 8765 or a free port).")
 
 
 def _pick(options: argparse.Namespace) -> None:
@@ -193,7 +194,7 @@ def _pick(options: argparse.Namespace) -> None:
 def _add_from_images_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="Folder of images. Subfolders are read too.")
-    add("--from_names", action="store_true", help="If an image has no other prompt, use its file name.")
+    add("--from_names", action="store_true", help="Use the file name of an image that has no prompt as its prompt.")
 
 
 def _from_images(options: argparse.Namespace) -> None:
@@ -209,7 +210,7 @@ def _from_images(options: argparse.Namespace) -> None:
 def _add_push_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="Output folder of `pairs pick` or `pairs generate`.")
     parser.add_argument("repo", metavar="REPO", help="Hub id of the data set, such as me/my-taste.")
-    parser.add_argument("--private", action="store_true", help="If this call creates the data set, make it private.")
+    parser.add_argument("--private", action="store_true", help="Make the data set private if this call creates it.")
 
 
 def _push(options: argparse.Namespace) -> None:
@@ -226,7 +227,7 @@ def _add_check_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("data", metavar="PATH", help="Folder, file or Hub id of the data set, as for `train --dataset_name`.")
     add("--split", default="train", metavar="NAME", help="Split to check (default: train).")
-    add("--dataset_format", metavar="NAME", help="Format of the columns. If unset, it is detected.")
+    add("--dataset_format", metavar="NAME", help="Format of the columns. By default, the format is detected.")
     resolution = "Resolution of the training, in pixels (default: 512)."
     add("--resolution", type=int, default=512, metavar="N", help=resolution)
     scorer = "Scorer for the images, such as pickscore, or your own function as `module:function`."
@@ -260,7 +261,8 @@ def _check(options: argparse.Namespace) -> None:
         print(f"Wrote the contact sheet to {sheet}.")
 
 
-# Name of a sub-command -> its description, whose first sentence is its help; its options; and its function.
+# Name of a sub-command -> its description, the function that adds its options, and the function that runs it. The first
+# sentence of the description is also shown in the list of sub-commands.
 SUBCOMMANDS = {
     "generate": (
         "Generate several images of each prompt, score them, and pair the best with the worst. Without scorers, only "

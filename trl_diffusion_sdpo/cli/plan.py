@@ -38,11 +38,11 @@ def run(arguments: list[str], prog: str) -> int:
 
 
 def planned_settings(words: list[str], prog: str | None, device: str) -> PlannedSettings:
-    """Parse options of `train` into the settings of a plan.
+    """Parse options of `train` into the settings of the run to plan.
 
     Args:
-        device (`str`): Type of device to plan for. Unless it is `"cpu"`, plans use bf16 if neither `bf16` nor `fp16` is
-            set.
+        device (`str`): Type of device to plan for, `"cuda"` or `"cpu"`. Plans for `"cuda"` use bf16 if neither `bf16`
+            nor `fp16` is set.
     """
     from ..planning.prepare import PlannedSettings  # imported late because it takes seconds
     from ..planning.sharding import engine_of
@@ -51,7 +51,7 @@ def planned_settings(words: list[str], prog: str | None, device: str) -> Planned
     file, accelerate_config, _ = read_given(words)
     taken, words = take_options(words, "accelerate_config", "num_processes")
     names = {option_name(word) for word in words} | set(file)
-    words = [*words, "--use_cpu", "true"]  # a plan puts nothing onto a device
+    words = [*words, "--use_cpu", "true"]  # planning puts no tensors onto a GPU
     if device != "cpu" and not names & {"bf16", "fp16", "no_bf16"}:
         words += ["--bf16", "true"]
     _, training, model = parse(words, prog)

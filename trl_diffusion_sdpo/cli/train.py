@@ -15,7 +15,7 @@ from .errors import reading_data
 from .images import import_from_working_directory
 from .options import option_name
 from .train_parser import TrainOptions, is_first_process
-from .train_parser import make_parser as make_parser  # for the generated docs, like the parsers of other commands
+from .train_parser import make_parser as make_parser  # the docs build imports `make_parser` from here
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -31,7 +31,7 @@ def run(arguments: list[str], prog: str, *, command: str = "train", act: Callabl
     """Parse the options of `train`, and run `train` or another command with them.
 
     Args:
-        command (`str`): Name of the command, which accelerate runs again in the processes that it starts.
+        command (`str`): Name of the command to run in the processes that accelerate launches.
         act (`Callable`, *optional*): Function that runs the command: it takes the parsed options and returns the
             exit code. If unset, [`train`] is used.
     """
@@ -39,7 +39,7 @@ def run(arguments: list[str], prog: str, *, command: str = "train", act: Callabl
     if not launched and is_first_process() and not {"-h", "--help"} & set(arguments):
         print(f"{prog}: loading libraries.", file=sys.stderr, flush=True)  # the next line takes seconds
     options = TrainOptions.read(arguments, prog)
-    if launched:  # options of `accelerate launch` are not for this process
+    if launched:  # accelerate has already read its own options
         return (act or train)(*options.dataclasses())
     launcher = None
     if options.accelerate_config is None:
@@ -63,14 +63,14 @@ def run(arguments: list[str], prog: str, *, command: str = "train", act: Callabl
 def parse(arguments: list[str], prog: str | None = None) -> tuple[PairArguments, DiffusionSDPOConfig, ModelConfig]:
     """Parse options from the command line and the YAML file into dataclasses."""
     options = TrainOptions.read(arguments, prog)
-    if options.accelerate_config is not None:  # options of `accelerate launch` are not for this process
+    if options.accelerate_config is not None:  # ignore the options of `accelerate launch`
         options.others = [word for word in options.others if option_name(word) not in launch.launch_options()]
     options.refuse_others()
     return options.dataclasses()
 
 
 def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> int:
-    """Load model and data, train, and save the tuned weights. With `push_to_hub`, also upload them.
+    """Load model and data, train, and save the tuned weights. With `push_to_hub`, also upload the weights.
 
     Returns:
         `int`: The exit code: 0, or 130 if the run was interrupted and has written a checkpoint.
@@ -79,7 +79,7 @@ def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_
 
     interrupt = CheckpointOnInterrupt()
     trainer = build_trainer(script_args, training_args, model_args, interrupt)
-    with trainer.run_folder.locked(all_processes=True):  # until the last file is written
+    with trainer.run_folder.locked(all_processes=True):  # until all files are written
         try:
             trainer.train()
         finally:
@@ -130,7 +130,7 @@ def build_trainer(
 
 
 def load_data(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> tuple:
-    """Return the training pairs and the evaluation pairs. Also write the options for the model's revision and dtype
+    """Return the training pairs and the evaluation pairs. Also copy the model's revision and dtype from `model_args`
     into `training_args.model_init_kwargs`."""
     from .pair_arguments import load_datasets  # imported late because it takes seconds
 

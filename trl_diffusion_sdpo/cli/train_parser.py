@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 # Folders of the example configurations, in an installed package and in a clone of the repository.
 EXAMPLES = (Path(__file__).parent / "example_configs", Path(__file__).parents[2] / "examples" / "configs")
 
-# Options of transformers and TRL that `--help` does not list. Parsers accept them, and some raise an error later.
+# Options of transformers and TRL that `--help` does not list, although the parser accepts them.
 HIDDEN = frozenset(
-    # raise an error
+    # options that raise an error if they are set
     "bf16_full_eval fp16_full_eval include_for_metrics include_num_input_tokens_seen label_smoothing_factor "
     "lora_modules_to_save neftune_noise_alpha use_liger_kernel "
-    # for language models
+    # options that are for language models only
     "attn_implementation average_tokens_across_devices ignore_bias_buffers length_column_name liger_kernel_config "
     "lora_task_type use_cache "
-    # without effect, because the trainer sets them or the data format determines them
+    # options without effect, because the trainer or the data format determines their values
     "do_eval do_predict do_train label_names local_rank logging_nan_inf_filter remove_unused_columns".split()
 )
 # Prefixes of the options of TRL's `ModelConfig` that need `use_peft`.
@@ -94,8 +94,9 @@ def read_given(arguments: list[str]) -> tuple[dict[str, Any], str | None, list[s
     Call this function before importing libraries that read environment variables.
 
     Returns:
-        `tuple[dict[str, Any], str | None, list[str]]`: The settings in the file; the value of `accelerate_config` on
-        the command line, or else in the file; and the other words of the command line.
+        `tuple[dict[str, Any], str | None, list[str]]`: The settings in the file, the value of `accelerate_config`, and
+        the other words of the command line. If the command line and the file both set `accelerate_config`, the command
+        line takes precedence.
     """
     taken, words = take_options(arguments, "config", "accelerate_config")
     settings = {} if taken["config"] is None else read_yaml(config_file(taken["config"]))
@@ -110,7 +111,8 @@ def example_configs() -> dict[str, Path]:
 
 
 def config_file(name: str) -> Path:
-    """Return the path of a YAML file of settings. `name` is this path, or the name of an example configuration."""
+    """Return the path of the YAML file that the option `--config` names: a path, or the name of an example
+    configuration."""
     path = Path(name).expanduser()
     examples = example_configs()
     if path.is_file():
@@ -129,7 +131,7 @@ class TrainOptions:
     """Options of `train` from the command line and the YAML file."""
 
     parser: Any
-    words: list[str]  # all options of `train` as words of a command line, those of the file first
+    words: list[str]  # options of `train` as words of a command line; words from the file come first
     others: list[str]  # words that are no options of `train`, such as options of `accelerate launch`
     accelerate_config: str | None
 
@@ -144,7 +146,6 @@ class TrainOptions:
         return cls(parser, words, [*others, *unknown], accelerate_config)
 
     def values(self) -> dict[str, Any]:
-        """Return the values of all options by name."""
         return vars(self.parser.parse_known_args(self.words)[0])
 
     def dataclasses(self) -> tuple[PairArguments, DiffusionSDPOConfig, ModelConfig]:
@@ -157,8 +158,8 @@ class TrainOptions:
         return parsed[:3]
 
     def refuse_others(self) -> None:
-        """Raise `ValueError` for words that are no options. The message suggests the most similar option. For an
-        option of `accelerate launch`, the message says that `--accelerate_config` is missing."""
+        """Raise `ValueError` if a word is not an option of `train`. The message suggests the most similar option. For
+        an option of `accelerate launch`, the message says that `--accelerate_config` is missing."""
         launchers = [word for word in self.others if option_name(word) in launch_options()] if self.others else []
         if launchers:
             raise ValueError(
@@ -180,5 +181,5 @@ def check_adapter_options(values: dict[str, Any], names: Iterable[str]) -> None:
 
 
 def is_first_process() -> bool:
-    """Return whether this is the main process, which prints."""
+    """Return whether this process is the main process, the only one that prints."""
     return os.environ.get("RANK", "0") == "0"

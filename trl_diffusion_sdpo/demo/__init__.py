@@ -3,4 +3,4 @@ pixels, preference pairs, and a tiny pipeline to tune."""
 
 from ..utils.import_utils import hide_idle_notes
 
-hide_idle_notes()  # before the module `pipeline` imports transformers and diffusers
+hide_idle_notes()  # the module `pipeline` imports libraries that log

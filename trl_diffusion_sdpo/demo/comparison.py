@@ -23,8 +23,8 @@ from .scoring import GUIDANCE_SCALES, GuidedScorer, ImageScorer, OracleCallback
 from .world import IMAGE_SIZE
 
 STEPS = 240
-LOGS = 30  # number of points in the plot of lambda
-THREADS = 4  # largest number of CPU threads; such a small network is not faster with more
+LOGS = 30  # number of logs of lambda per training, for the plot
+THREADS = 4  # largest number of CPU threads, because the tiny network is not faster with more
 _SCORE_SEED = 20_000  # added to the seed, so that the latents of scored images differ from those in training
 
 SHARED = {
@@ -53,12 +53,12 @@ def run_demo(
     Args:
         output_dir (`str` or `Path`): New or empty folder for the report, and for each tuned pipeline in
             `runs/<method>`.
-        seed (`int`): Seed of the pairs, the noise and the generated images.
+        seed (`int`): Seed of the pairs, of the noise in training and of the generated images.
         max_steps (`int`, *optional*): Optimizer steps of each method; 240 if unset.
         samples_per_prompt (`int`): Number of images for each of the 72 prompts. The oracle scores these images.
         evaluations (`int`): Number of evaluations during the training of each method.
-        guidance_scales (`Sequence[float]`): Scales of classifier-free guidance. For each model, the scale with the
-            best score is chosen. Scale 1 (no guidance) is always tried too.
+        guidance_scales (`Sequence[float]`): Scales of classifier-free guidance to try for each model, besides scale 1
+            (no guidance). The scale with the best score is chosen.
 
     Returns:
         `DemoResult`: The numbers, the images, the paths of the written files, and a summary.
@@ -101,7 +101,7 @@ def run_demo(
 
 
 class Comparison:
-    """Trains several methods on the same pairs, and scores their images of the same prompts from the same latents."""
+    """Trains with each method on the same pairs, and scores the tuned models' images from the same latents."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder, self.settings = folder, settings
@@ -114,7 +114,7 @@ class Comparison:
             bar.update()
 
     def train(self, method: Method, number: str) -> MethodResult:
-        """Train with one method, save the tuned pipeline, and return the curves and images."""
+        """Train with one method, save the tuned pipeline, and return the method's curves, images and scores."""
         pipeline = load_base_pipeline()
         oracle = OracleCallback(pipeline, self.scorer, Score.of(self.base_scores))
         trainer = DiffusionSDPOTrainer(
@@ -163,13 +163,13 @@ class Comparison:
             checkpoint_on_interrupt=False,
             logging_steps=max(1, steps // LOGS),
             report_to="none",
-            disable_tqdm=True,  # `BarCallback` shows one bar for each method
+            disable_tqdm=True,  # `BarCallback` shows the progress
             **{**SHARED, **method.settings},
         )
 
 
 class BarCallback(TrainerCallback):
-    """Updates a method's progress bar after each step, and shows the newest oracle score beside the bar."""
+    """Advances the progress bar of a method's training after each step, and shows the newest oracle score beside it."""
 
     def __init__(self, bar: tqdm):
         self._bar = bar

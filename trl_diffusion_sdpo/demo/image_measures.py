@@ -9,34 +9,33 @@ from ..evaluation.images import diversity, saturation
 from .pairs import eval_pairs
 from .world import IMAGE_SIZE
 
-FEATURE_SIZE = 8  # images are averaged down to this many pixels on a side
+FEATURE_SIZE = 8  # images are downsampled to this height and width by averaging
 COMPONENTS = 24  # number of principal components
-DRAWINGS_SEED = 60_000  # differs from the seeds of training and held-out pairs
-DRAWINGS_PER_PROMPT = 14  # number of pairs before near ties are dropped; each pair gives its preferred drawing
+DRAWINGS_SEED = 60_000  # seed of the drawings; not the demo's default seed
+DRAWINGS_PER_PROMPT = 14  # pairs per prompt, before near ties are dropped
 
 
 @dataclass(frozen=True)
 class ImageMeasures:
     """Measurements of a set of images, which [`ImageMeter`] returns."""
 
-    diversity: float  # mean distance between two images of one prompt, averaged over prompts
-    frechet: float  # Frechet distance to the drawings; lower is nearer
-    saturation: float  # saturation divided by the drawings' saturation; 1 means equally saturated
+    diversity: float  # mean distance between two images of the same prompt
+    frechet: float  # Frechet distance from the drawings; lower is more similar
+    saturation: float  # colour saturation, divided by that of the drawings
 
 
 class ImageMeter:
     """Measures generated images of fixed prompts, and compares them with drawings of the same prompts.
 
-    The drawings are the preferred images of pairs that are not in the training data. Every model is compared with the
-    same drawings.
+    The drawings are the preferred images of pairs that are not in the training data, and are the same for all models.
 
-    The Frechet distance is computed from features: an image is averaged down to `(8, 8)` pixels in `[0, 1]` and
-    projected on the first 24 principal components of the drawings. The components are not scaled to equal variance.
+    The Frechet distance is computed from features: an image is downsampled to `(8, 8)` pixels in `[0, 1]` and projected
+    on the first 24 principal components of the drawings. The projections are not scaled to equal variance.
 
     Args:
-        prompts (`Sequence[str]` of length N): The prompt of each image that will be measured. Every prompt should occur
-            at least twice, because the diversity of a single image is NaN.
-        drawings_per_prompt (`int`): Number of pairs that are rendered for each prompt.
+        prompts (`Sequence[str]` of length N): The prompt of each image to measure. Every prompt must occur at least
+            twice, because the diversity of a single image is NaN.
+        drawings_per_prompt (`int`): Number of pairs to render for each prompt, before near ties are dropped.
     """
 
     def __init__(self, prompts: Sequence[str], drawings_per_prompt: int = DRAWINGS_PER_PROMPT):
@@ -50,7 +49,7 @@ class ImageMeter:
         self._saturation = saturation(drawings)
 
     def __call__(self, images: np.ndarray) -> ImageMeasures:
-        """Measure N images of the N prompts, `(N, 32, 32, 3)`, uint8."""
+        """Measure images of the N prompts, `(N, 32, 32, 3)`, uint8, one for each prompt in `prompts`."""
         features = pixel_features(images) @ self._components
         prompts = np.array(self.prompts)
         return ImageMeasures(
@@ -77,8 +76,8 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """Return the Frechet distance between two normal distributions that are fitted to features `(N, D)` and `(M, D)`.
 
     With means `m1`, `m2` and covariances `S1`, `S2`, the distance is `|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`. The
-    code uses that `S1^(1/2) S2 S1^(1/2)` has the same eigenvalues as `S1 S2`. The distance is smaller for larger sets
-    of samples, so compare only distances of sets of equal size.
+    code computes the last trace from `S1^(1/2) S2 S1^(1/2)`, which has the same eigenvalues as `S1 S2`. The result
+    depends on the numbers of samples (it is larger for few samples), so compare only distances of sets of equal size.
 
     Source: https://huggingface.co/papers/1706.08500, equation 6.
     """

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-RUNS_FOLDER = "runs"  # subfolder of the demo's output folder; it has one folder per method
+RUNS_FOLDER = "runs"  # subfolder of the demo's output folder, with one folder per method
 
 HARD = {"learning_rate": 2e-4, "beta": 100.0}
 UNSAFE = {"loss_type": "sigmoid", "safeguard": "none"}
 SAFE = {"loss_type": "sigmoid", "safeguard": "output", "safeguard_mu": 0.6}
-# Stricter settings: a lower error on the chosen images than with `SAFE`, for a slightly lower oracle score.
+# Stricter settings than `SAFE`: a lower error on the chosen images, but a slightly lower oracle score.
 RECIPE = {"loss_type": "sigmoid", "safeguard": "parameter", "safeguard_mu": 0.8, "lr_scheduler_type": "cosine"}
 
 
@@ -27,7 +27,7 @@ METHODS = (
     Method("sdpo", "Diffusion-SDPO", SAFE | HARD),
     Method("sdpo_recipe", "Diffusion-SDPO, recipe", RECIPE | HARD),
 )
-# Not trained: the recipe's model generates with preference guidance, and the base model is the reference. `settings`
-# are the arguments of `preference_guidance`.
+# This method trains no model: images are generated with the recipe's model under preference guidance, with the base
+# model as the reference. Its `settings` are arguments of `preference_guidance`.
 GUIDED_METHOD = Method("sdpo_recipe_guided", "Diffusion-SDPO, recipe, guided", {"scale": 4.0, "interval": [0.0, 0.62]})
-GUIDED_FROM = "sdpo_recipe"  # key of the method whose model `GUIDED_METHOD` uses
+GUIDED_FROM = "sdpo_recipe"  # key of the method whose tuned model `GUIDED_METHOD` uses

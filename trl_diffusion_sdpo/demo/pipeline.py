@@ -17,12 +17,12 @@ _CHUNK = 256  # images per forward pass
 
 
 def load_base_pipeline() -> StableDiffusionPipeline:
-    """Return the packaged base model in float32 on the CPU, without a progress bar and a safety checker."""
+    """Return the packaged base model in float32 on the CPU, without progress bar and safety checker."""
     return load_pipeline(base_pipeline_folder())
 
 
 def load_pipeline(folder: Path) -> StableDiffusionPipeline:
-    """Return the pipeline in a folder, such as a tuned model of the demo, loaded like [`load_base_pipeline`]."""
+    """Load a pipeline from a folder, such as a tuned model of the demo, in the same way as [`load_base_pipeline`]."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -50,8 +50,8 @@ def generate_images(
         latents (`torch.Tensor` of shape `(N, 4, 8, 8)`): Initial latents, drawn from a standard normal distribution.
         steps (`int`): Number of denoising steps.
         guidance_scale (`float`): Scale of classifier-free guidance; 1 turns guidance off.
-        context (`Callable`): Function that returns a context manager for a pipeline, such as `preference_guidance`.
-            Images are generated within this context.
+        context (`Callable`): Function that takes the pipeline and returns a context in which to generate images, such
+            as `preference_guidance`.
 
     Returns:
         `np.ndarray` of shape `(N, 32, 32, 3)`, uint8.
@@ -77,21 +77,21 @@ def generate_images(
 
 
 def score_prompts(n_per_prompt: int = 3) -> list[str]:
-    """Return the 72 prompts of the toy world, each `n_per_prompt` times in a row, in the order of [`score_latents`]."""
+    """Return the 72 prompts, each `n_per_prompt` times in a row, in the same order as [`score_latents`]."""
     return [caption.text for caption in captions() for _ in range(n_per_prompt)]
 
 
 def reported_captions() -> list[bool]:
-    """Return, for each of the 72 captions, whether the demo reports scores of its images.
+    """Return, for each of the 72 captions, whether the demo reports scores of this caption's images.
 
-    The images of the other captions are used to choose each model's scale of classifier-free guidance. Of each colour,
-    half of the captions are reported, with every shape and every background.
+    The images of the other captions are used to choose each model's scale of classifier-free guidance. For each colour,
+    half of the captions are reported, and these contain every shape and every background.
     """
     return [sum(divmod(index, len(SHAPES) * len(BACKGROUNDS))) % 2 == 0 for index in range(len(captions()))]
 
 
 def score_latents(n_per_prompt: int = 3, seed: int = 0) -> torch.Tensor:
-    """Return initial latents for the prompts of [`score_prompts`], `(72 * n_per_prompt, 4, 8, 8)` in float32. Models
-    are compared on images from these latents."""
+    """Return initial latents for the prompts of [`score_prompts`], `(72 * n_per_prompt, 4, 8, 8)` in float32. All
+    models that are compared start from the same latents."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(len(captions()) * n_per_prompt, *LATENT_SHAPE, generator=generator)

@@ -20,7 +20,7 @@ CURVES_FILE, IMAGES_FILE = "curves.png", "images.png"
 TABLE_FILE, NUMBERS_FILE = "table.md", "results.json"
 BASE = "base"
 
-# Method -> colour of Okabe and Ito's palette for colour-blind readers, and marker of its line in plots.
+# Key of a method -> colour and marker of its line in plots. Colour-blind readers can distinguish the colours.
 STYLES = {
     "sft": ("#0072B2", "s"),
     "dpo": ("#D55E00", "v"),
@@ -56,8 +56,8 @@ def write_report(result: DemoResult) -> tuple[str, tuple[Path, ...]]:
 
 
 def write_images(result: DemoResult, path: Path) -> None:
-    """Write one image of each of the 36 prompts, at each model's best scale of guidance. A row has one model's images,
-    in the order of the table."""
+    """Write a grid with one image of each of the 36 prompts per model, at the model's best guidance scale. Each row
+    shows one model. Rows are in the order of the table."""
     samples = result.settings["samples_per_prompt"]
     rows = [np.concatenate(list(guided.best.images[::samples]), axis=1) for guided in result.guided.values()]
     Image.fromarray(np.concatenate(rows)).save(path)
@@ -97,21 +97,21 @@ def plot_curves(result: DemoResult, path: Path) -> None:
     panels[1, 1].set_ylim(0, 1.05)
     handles, labels = panels[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=12, frameon=False)
-    title = f"Training hard on {result.train_pairs} off-policy pairs: one seed, toy world"
+    title = f"Training with a high learning rate on {result.train_pairs} off-policy pairs: one seed, toy world"
     figure.suptitle(title, fontsize=15, fontweight="bold")
     figure.savefig(path)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model's row in the tables. Changes of errors are those at the end of training."""
+    """One model's row in the tables. The changes of the errors are from the last evaluation."""
 
     key: str
     label: str
     guided: Guided
     winner_change: str
     loser_change: str
-    seconds: float  # duration of the training
+    seconds: float  # duration of training and evaluations
 
 
 def rows_of(result: DemoResult) -> list[Row]:
@@ -147,11 +147,12 @@ def table(result: DemoResult) -> str:
         f"Score: the oracle's score in [0, 1], mean ± standard error over {images} images of 36 prompts. All models "
         "start from the same latents. The second score is with classifier-free guidance, at the scale with the best "
         "score on the other 36 prompts. Diversity is the mean distance between two images of one prompt. The Frechet "
-        "distance compares images with the toy world's preferred drawings. Both are given without / with guidance. "
-        f"Winner error and loser error are changes against the base model on {result.eval_pairs} held-out pairs under "
-        f"fixed noise. Preference guidance ({_settings_text(GUIDED_METHOD)}, with the base model as the reference) "
-        f"changes no weights. Training used {result.train_pairs} off-policy pairs, "
-        f"{s['per_device_train_batch_size']} pairs per step, and seed {s['seed']}. This is one seed of a toy world.",
+        "distance compares images with the toy world's preferred drawings. Both columns show the value without / with "
+        "guidance. Winner error and loser error: change of the error from the base model to the tuned model, on "
+        f"{result.eval_pairs} held-out pairs under fixed noise. Preference guidance ({_settings_text(GUIDED_METHOD)}, "
+        "with the base model as the reference) changes no weights. s: seconds of training and evaluations. Training "
+        f"used {result.train_pairs} off-policy pairs, {s['per_device_train_batch_size']} pairs per step, and seed "
+        f"{s['seed']}. This is one seed of a toy world.",
         "",
     ]
     for trained in result.methods:
@@ -160,7 +161,7 @@ def table(result: DemoResult) -> str:
 
 
 def summary(result: DemoResult) -> str:
-    """Return the main numbers and what they mean, as text for a terminal."""
+    """Return the main numbers, and sentences that explain them, as text for a terminal."""
     rows = rows_of(result)
     width = max(len(row.label) for row in rows)
     lines = [
@@ -190,12 +191,12 @@ def summary(result: DemoResult) -> str:
 
 
 def _measure(part: Generated, name: str) -> float:
-    """Return one of the measures of images, or NaN if there is only one image per prompt."""
+    """Return the measure `name` of generated images, or NaN if there is only one image per prompt."""
     return math.nan if part.measures is None else getattr(part.measures, name)
 
 
 def _verdicts(result: DemoResult, images: str) -> list[str]:
-    """Return a sentence about the win rate for each pair of models in `COMPARED`."""
+    """Return a sentence with the win rate for each pair of models in `COMPARED`."""
     samples, labels = result.settings["samples_per_prompt"], {row.key: row.label for row in rows_of(result)}
     scores = {key: getattr(guided, images).scores.reshape(-1, samples) for key, guided in result.guided.items()}
     pairs = COMPARED[images]
@@ -207,7 +208,7 @@ def _verdicts(result: DemoResult, images: str) -> list[str]:
 
 
 def _change(curve: list[float]) -> str:
-    """Return the last value of a curve as text with a sign; zero is +0.000."""
+    """Return the last value of a curve as signed text with three decimals, such as +0.012 and never -0.000."""
     return f"{round(curve[-1], 3) + 0.0:+.3f}"
 
 

@@ -19,7 +19,7 @@ class Score:
 
     @classmethod
     def of(cls, scores: np.ndarray) -> "Score":
-        """Return the mean and standard error of scores `(N,)`. The standard error of a single score is 0."""
+        """Return the mean and the standard error of scores `(N,)`. The standard error of a single score is 0."""
         spread = float(scores.std(ddof=1)) if len(scores) > 1 else 0.0
         return cls(mean=float(scores.mean()), stderr=spread / len(scores) ** 0.5)
 
@@ -29,8 +29,8 @@ class Score:
 
 @dataclass(frozen=True)
 class Generated:
-    """Generated images of the 36 reported prompts, `(36 * n, 32, 32, 3)`, uint8, with n images of each prompt in a
-    row."""
+    """Generated images of the 36 prompts that the demo reports: `images` has the shape `(36 * n, 32, 32, 3)`, uint8,
+    with n consecutive images of each prompt."""
 
     guidance_scale: float  # scale of classifier-free guidance; 1 is no guidance
     images: np.ndarray
@@ -45,35 +45,35 @@ class Generated:
 
 @dataclass(frozen=True)
 class Guided:
-    """A model's images without classifier-free guidance, and at the best scale of guidance, from the same latents."""
+    """A model's images without classifier-free guidance and, from the same latents, at the best guidance scale."""
 
     plain: Generated
     best: Generated
-    chosen_from: dict[float, float]  # guidance scale -> mean score on the other 36 prompts; `best` uses the best scale
+    chosen_from: dict[float, float]  # guidance scale -> mean oracle score on the other 36 prompts
     seconds: float  # time to generate and score the images
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Curves of one method over its training. The first four lists have equal lengths, and the last two lists too.
+    """Curves of one method: the first four lists from its evaluations, the last two from its training logs.
 
-    The changes are the errors on the chosen and rejected images of held-out pairs minus the errors before training,
-    under the same noise and timesteps.
+    A change is the error on the chosen or rejected images of held-out pairs, minus the same error before training.
+    Noise and timesteps are the same.
     """
 
     steps: list[int]  # optimizer steps at which evaluations ran, from 0
     winner_change: list[float]
     loser_change: list[float]
-    oracle: list[Score]  # score of one image per prompt; after the last step, of all images
+    oracle: list[Score]  # oracle scores of one image per prompt; in the last evaluation, of all images
     scale_steps: list[int]  # optimizer steps at which lambda was logged
-    scale: list[float]  # mean lambda since the previous log; empty without a safeguard
+    scale: list[float]  # mean of the safeguard's lambda since the previous log; empty without safeguard
 
     @classmethod
     def of(cls, history: list[dict[str, Any]]) -> "Curves":
         """Return the curves of a method from the trainer's log history.
 
-        The changes are computed here as differences from the first evaluation, which is that of the base model, because
-        losses without a reference model log no changes.
+        The changes are computed here and not read from the logs, because losses without a reference model log no
+        changes. The first evaluation is of the base model.
         """
         evaluated = {entry["step"]: entry for entry in history if "eval_errors/winner" in entry}
         scored = {entry["step"]: entry for entry in history if "oracle" in entry}
@@ -96,7 +96,7 @@ class MethodResult:
     method: Method
     seconds: float  # duration of training and evaluations
     curves: Curves
-    samples: np.ndarray  # images after training, n in a row per prompt: (72 * n, 32, 32, 3), uint8
+    samples: np.ndarray  # (72 * n, 32, 32, 3), uint8: n consecutive images per prompt
     scores: np.ndarray  # scores of these images, (72 * n,)
 
 
@@ -110,14 +110,14 @@ class DemoResult:
     eval_pairs: int  # number of held-out pairs
     base: Score  # score of the base model, from which every method starts
     methods: list[MethodResult]  # in the order in which they were trained
-    guided: dict[str, Guided]  # key of a model -> its images: base, each method, and the guided recipe
+    guided: dict[str, Guided]  # key of the base model or a method -> its images
     seconds: float
     summary: str = ""
     files: tuple[Path, ...] = ()  # files that were written to `folder`
 
 
 def numbers(value: Any) -> Any:
-    """Return the results as dictionaries and lists for JSON, without images and single scores."""
+    """Return the results as dictionaries and lists for JSON, without images and the scores of single images."""
     if isinstance(value, Generated):
         measures = {"oracle": numbers(value.score), "measures": numbers(value.measures)}
         return {"guidance_scale": value.guidance_scale, **measures}

@@ -14,8 +14,8 @@ from .oracle import oracle
 from .pipeline import generate_images, reported_captions, score_latents, score_prompts
 from .results import Generated, Guided, Score
 
-GUIDANCE_SCALES = (2.0, 3.0, 5.0)  # scales of classifier-free guidance that are tried
-CHOOSING_SAMPLES = 2  # number of images per prompt and scale from which the best scale is chosen
+GUIDANCE_SCALES = (2.0, 3.0, 5.0)  # scales of classifier-free guidance to try
+CHOOSING_SAMPLES = 2  # images per prompt and scale for choosing the best scale
 
 
 class ImageScorer:
@@ -29,7 +29,7 @@ class ImageScorer:
     def __call__(
         self, pipeline: StableDiffusionPipeline, only: np.ndarray | slice = slice(None), **options: Any
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return N generated images `(N, 32, 32, 3)` and their scores `(N,)`. The UNet returns to its training mode.
+        """Return N generated images `(N, 32, 32, 3)` and their scores `(N,)`. The UNet's mode is restored.
 
         Args:
             only (`np.ndarray` or `slice`): Indices of the images to generate; all by default.
@@ -47,12 +47,12 @@ class ImageScorer:
 
 
 class GuidedScorer:
-    """Chooses a model's best scale of classifier-free guidance on half of the prompts. On the other half of the
-    prompts, scores and measures the model's images without guidance and at the best scale.
+    """Finds a model's best scale of classifier-free guidance on half of the prompts. Then, on the other half of the
+    prompts, scores and measures images without guidance and at the best scale.
 
     Args:
-        scorer ([`ImageScorer`]): Generates the images.
-        guidance_scales (`Sequence[float]`): Scales to choose from. Scale 1 (no guidance) is always tried too.
+        scorer ([`ImageScorer`]): Generates and scores the images.
+        guidance_scales (`Sequence[float]`): Scales to try, besides scale 1 (no guidance).
     """
 
     def __init__(self, scorer: ImageScorer, guidance_scales: Sequence[float]):
@@ -69,7 +69,7 @@ class GuidedScorer:
         """Return a model's images and scores, without guidance and at the best scale.
 
         Args:
-            plain (`tuple`, *optional*): All images without guidance and their scores, if they were already generated.
+            plain (`tuple`, *optional*): All images without guidance and their scores, if already generated.
             options: Further arguments of [`generate_images`].
         """
         started = time.monotonic()
@@ -90,11 +90,11 @@ class GuidedScorer:
 
 class OracleCallback(TrainerCallback):
     """Adds the oracle's score and the training time so far to the log history at every evaluation. Also requests an
-    evaluation after the last step. `base` is the base model's score, which is logged before the first step."""
+    evaluation after the last step. `base` is the score to log before the first step: that of the base model."""
 
     def __init__(self, pipeline: StableDiffusionPipeline, scorer: ImageScorer, base: Score):
         self.pipeline, self.scorer, self.base = pipeline, scorer, base
-        self.latest = (np.empty(0), np.empty(0))  # images of the newest evaluation and their scores
+        self.latest = (np.empty(0), np.empty(0))  # images and scores of the newest evaluation
         self._start = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):

@@ -1,6 +1,6 @@
 """Define a toy world: 72 captions of coloured shapes, perfect drawings of the captions, and drawings with random flaws.
 
-Drawings are rendered with numpy, so that the same state of a random generator gives the same image on every machine.
+Drawings are rendered with numpy, so that the same random seed gives the same images on every machine.
 """
 
 import itertools
@@ -24,7 +24,7 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
 
 IMAGE_SIZE = 32
 SHAPE_AREA = 150.0  # area in pixels, the same for every shape
-MAX_OFFSET = 6.0  # pixels; with a larger offset, a triangle would cross the image's border
+MAX_OFFSET = 6.0  # in pixels; with a larger offset, a triangle would leave the image
 
 OFFSET_SD = 3.0
 BLUR_CHANCE = 0.6
@@ -37,7 +37,7 @@ _SUPERSAMPLE = 8
 
 @dataclass(frozen=True)
 class Caption:
-    """The content of a drawing. The property `text` is its prompt."""
+    """The content of a drawing. The property `text` is the prompt for this drawing."""
 
     colour: str
     shape: str
@@ -73,8 +73,7 @@ def render(caption: Caption, *, offset: tuple[float, float] = (0.0, 0.0), blur: 
 
     Args:
         caption (`Caption`): The caption.
-        offset (`tuple[float, float]`): Distance of the shape's centroid from the image's centre, to the right
-            and down, in pixels.
+        offset (`tuple[float, float]`): Pixels by which to move the shape to the right and down.
         blur (`float`): Standard deviation of a Gaussian blur in pixels; 0 for no blur.
 
     Returns:
@@ -95,7 +94,7 @@ def imperfect_render(caption: Caption, generator: np.random.Generator) -> np.nda
     On each axis, the shape is off centre by a normal random number with a standard deviation of 3 pixels, clipped at 6
     pixels. 60% of the drawings are blurred, 10% have a wrong colour and 10% a wrong shape, independently of each other.
 
-    Every call draws the same number of random numbers from the generator.
+    Every call takes the same number of random numbers from the generator.
     """
     offset = np.clip(generator.normal(0.0, OFFSET_SD, size=2), -MAX_OFFSET, MAX_OFFSET)
     blurred, wrong_colour, wrong_shape = generator.random(3) < (BLUR_CHANCE, WRONG_COLOUR_CHANCE, WRONG_SHAPE_CHANCE)
@@ -140,8 +139,7 @@ SHAPES = {"circle": _circle, "square": _square, "triangle": _triangle, "cross": 
 
 
 def _coverage(shape: str, offset: tuple[float, float]) -> np.ndarray:
-    """Return the share of each pixel that the shape covers, `(32, 32)` in `[0, 1]`, estimated from 8 x 8 points per
-    pixel."""
+    """Return the share of each pixel that the shape covers, `(32, 32)` in `[0, 1]`, from 8 x 8 points per pixel."""
     fine = IMAGE_SIZE * _SUPERSAMPLE
     points = (np.arange(fine) + 0.5) / _SUPERSAMPLE - IMAGE_SIZE / 2
     x, y = points[None, :] - offset[0], points[:, None] - offset[1]
@@ -163,6 +161,6 @@ def _gaussian_blur(plane: np.ndarray, sd: float) -> np.ndarray:
 
 
 def _other(name: str, names: dict, uniform: float) -> str:
-    """Return one of `names` that is not `name`, chosen by a uniform random number in `[0, 1)`."""
+    """Return a random one of `names` that is not `name`, chosen by the random number `uniform` in `[0, 1)`."""
     others = [candidate for candidate in names if candidate != name]
     return others[int(uniform * len(others))]

@@ -1,5 +1,5 @@
-"""Counts the bytes of fake tensors that operations allocate and free. Fake tensors pretend to be on the CPU, so this
-module adds what differs on a GPU."""
+"""Counts the bytes of fake tensors that operations allocate and free. Fake tensors are on the CPU, so this module
+imitates how a GPU rounds sizes of allocations and how autocast chooses dtypes on a GPU."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ CUDA_BLOCK = 512  # PyTorch's caching allocator for CUDA rounds sizes up to mult
 
 
 class Allocations(TorchDispatchMode):
-    """Counter of the bytes of all tensor storages in use, with the peak in each moment of a step.
+    """Counts the bytes of all tensor storages in use, and records the peak in each phase of a step (each "moment").
 
     Enter this context within a `FakeTensorMode`. A storage counts once, even if it has several views. A storage counts
     until autograd, modules and Python have all released it.
 
     Args:
-        block (`int`): Bytes to which an allocation is rounded up.
+        block (`int`): The size of an allocation is rounded up to a multiple of this many bytes.
     """
 
     def __init__(self, block: int = 1):
         super().__init__()
         self.block = block
         self.live = 0
-        self.peaks: dict[str, int] = {}  # peak of the bytes in use, by the name of the moment
+        self.peaks: dict[str, int] = {}  # name of a moment -> peak of the bytes in use
         self._moment = "start"
         self._storages: dict[int, Any] = {}
 
@@ -44,7 +44,7 @@ class Allocations(TorchDispatchMode):
 
     @contextlib.contextmanager
     def moment(self, name: str) -> Iterator[None]:
-        """Record the peak within the context as the peak of the moment `name`."""
+        """Record the peak of the bytes in use within the context, under the name `name`."""
         before, self._moment = self._moment, name
         self._note(self.live)
         try:
@@ -53,7 +53,7 @@ class Allocations(TorchDispatchMode):
             self._moment = before
 
     def ignore(self, tensors: Any) -> None:
-        """Do not count these tensors and their views from now on, because the caller adds their bytes itself."""
+        """Exclude tensors and their views from the count from now on. The caller adds their bytes itself."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if id(storage) in self._storages:
@@ -78,7 +78,7 @@ class Allocations(TorchDispatchMode):
 
 
 def rounded(size: int, block: int) -> int:
-    """Return `size` rounded up to a multiple of `block`. An allocator reserves this many bytes for `size` bytes."""
+    """Return how many bytes an allocator reserves for `size` bytes: `size` rounded up to a multiple of `block`."""
     return -(-size // block) * block
 
 
@@ -95,12 +95,12 @@ _FLOAT32_RESULT = ("softmax.int", "log_softmax.int", "sum", "sum.dim_IntList", "
 
 
 def block_size(device: str) -> int:
-    """Return the bytes to which an allocation on a `"cuda"` or `"cpu"` device is rounded up."""
+    """Return `block` for [`Allocations`] on a `"cuda"` or `"cpu"` device."""
     return CUDA_BLOCK if device == "cuda" else 1
 
 
 def autocast_like(device: str) -> contextlib.AbstractContextManager[None]:
-    """Make autocast on the CPU use the dtypes of a `"cuda"` or `"cpu"` device within the context."""
+    """Return a context in which autocast on the CPU chooses the same dtypes as on a `"cuda"` or `"cpu"` device."""
     return autocast_rules(_CUDA_RULES) if device == "cuda" else contextlib.nullcontext()
 
 

@@ -45,12 +45,12 @@ class PlannedRun:
     args: DiffusionSDPOConfig  # settings of the trainer, complete
     noise: NoiseSettings
     engine: Engine
-    source: tuple[int, int] | None  # height and width of a pair's source image as the VAE encodes it
+    source: tuple[int, int] | None  # height and width of a source image when the VAE encodes it
     stored: str | None  # storage format of a quantized base model, a key of `plan.STORED`
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """Dtype of autocast; `None` without autocast."""
+        """Dtype of autocast, or `None` if the run does not use autocast."""
         return autocast_dtype(self.args.mixed_precision)
 
     @property
@@ -64,7 +64,8 @@ class PlannedRun:
 
     @property
     def denoisers(self) -> dict[str, nn.Module]:
-        """The denoisers of the policy, and of the reference and the averaged weights if they have their own."""
+        """The denoiser of the policy, and those of the reference and the averaged weights if these are separate
+        models."""
         copies = {"reference": self.reference, "average": self.average}
         seconds = {name: copy.second for name, copy in copies.items() if copy is not None}
         others = {name: second.module for name, second in seconds.items() if isinstance(second, SecondDenoiser)}
@@ -88,18 +89,19 @@ class OneProcess:
 
 
 class MeasuredForward(PairForward):
-    """Forward passes of the simulated step. The memory of encoding is measured separately."""
+    """Forward passes of the simulated step, in which the memory of encoding images and prompts is measured
+    separately."""
 
     allocations: Allocations
 
     def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Encode images and prompts as a separate moment, and pass the results on like precomputed latents."""
+        """Encode images and prompts, record the peak, and pass the results on as if they were precomputed."""
         with self.allocations.moment(ENCODE), torch.no_grad():
             with self._frozen.in_use() as family:
                 moments = family.image_moments(pixels_as_floats(inputs["pixel_values"]))
                 try:
                     conditioning = family.encode_prompts(inputs["prompts"])
-                except Exception as error:  # the substitutes of tensors and tokenizers have no values
+                except Exception as error:  # the pipeline reads values, and fake tensors have none
                     raise needs_values(family.name) from error
                 if "source_pixels" in inputs:
                     source = family.encode_images(pixels_as_floats(inputs["source_pixels"]))
@@ -112,7 +114,8 @@ def measure_step(run: PlannedRun, device: str, mode: FakeTensorMode) -> tuple[di
     """Run the trainer's forward and backward passes of a step on fake tensors.
 
     Returns:
-        The peak of each moment in bytes, without the weights, and the bytes in use when the optimizer steps.
+        The peak of each moment, and the memory in use before the optimizer's step, both in bytes and without the
+        weights.
     """
     denoiser = run.family.denoiser
     model = DenoiserWrapper(denoiser).train()
@@ -125,7 +128,7 @@ def measure_step(run: PlannedRun, device: str, mode: FakeTensorMode) -> tuple[di
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise needs_values(run.family.name) from error
     finally:
-        for cached in (constant, white):  # later code must not get fake tensors from these caches
+        for cached in (constant, white):  # otherwise later code would get fake tensors from these caches
             cached.cache_clear()
         if checkpoints:
             denoiser.disable_gradient_checkpointing()
@@ -138,7 +141,7 @@ def _measure(model: nn.Module, run: PlannedRun, device: str) -> tuple[dict[str, 
     for module in (*run.denoisers.values(), *run.frozen):
         allocations.ignore([*module.parameters(), *module.buffers()])
     loss = loss_settings(run.args)
-    # All components stay on the device in the simulation. The plan later subtracts those that the run offloads.
+    # The simulation keeps all components on the device. The plan later subtracts the components that are offloaded.
     components: Any = SimpleNamespace(family=run.family, in_use=lambda: contextlib.nullcontext(run.family))
     process: Any = OneProcess(run.autocast)
     forward = MeasuredForward(components, run.reference, noise=run.noise, loss=loss, autocast=process.autocast)
@@ -165,15 +168,15 @@ def _measure(model: nn.Module, run: PlannedRun, device: str) -> tuple[dict[str, 
 
 
 def _drop_gradient(weight: torch.Tensor) -> None:
-    """Delete a gradient as soon as it is complete. The plan adds the gradient's shard to the memory between steps."""
+    """Delete a gradient as soon as it is complete, because the plan adds the gradient's shard itself."""
     weight.grad = None
 
 
 def _by_branch(
     model: nn.Module, forward: MeasuredForward, inputs: dict[str, Any], run: PlannedRun, backend: ReplicatedBackend
 ) -> None:
-    """Run the forward and backward passes with the safeguard in parameter space. If gradients accumulate, run two
-    micro-batches."""
+    """Run the forward and backward passes of `safeguard="parameter"`, which computes the gradients of winners and
+    losers separately. With gradient accumulation, run two micro-batches."""
     allocations, args = forward.allocations, run.args
     anchor = args.safeguard_anchor or args.loss_spec.anchor
     gradients = BranchGradients(backend, mu=loss_settings(args).safeguard_mu, anchor=anchor)
@@ -200,7 +203,7 @@ def largest_size(args: DiffusionSDPOConfig) -> tuple[int, int]:
 
 
 def _batch(run: PlannedRun) -> dict[str, Any]:
-    """Return a batch of fake tensors in the form in which `PreferenceCollator` makes it."""
+    """Return a batch of fake tensors with the keys and shapes of a batch from `PreferenceCollator`."""
     pairs = run.args.per_device_train_batch_size
     images = 2 * pairs
     sizes = torch.ones(images, 2, dtype=torch.long)

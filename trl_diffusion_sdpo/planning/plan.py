@@ -1,5 +1,5 @@
 """Computes the memory that a run needs on a device: tensors that stay between steps, and the peak in each phase of a
-step. A phase is called a moment, such as the backward pass."""
+step, such as the backward pass. The code calls a phase a moment."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ CARDS = (8, 16, 24, 40, 80, 141)  # memory of common GPUs in GB (1e9 bytes)
 USABLE = 0.92
 
 _QUANTIZED = 1 + 4 / 256  # bytes per 8-bit value: one byte, and a float32 scale for each block of 256 values
-# Optimizer -> bytes per weight of its states, and of the temporary tensors of its step. Numbers that are small beside
-# the weights count as 0. Paged states count as 0 too, because they move to the CPU if the device has no room for them.
+# Optimizer -> (bytes of its states per weight, bytes of temporary tensors in its step per weight). Memory that is small
+# beside the weights counts as 0. Paged states count as 0 too, because they move to the CPU if the device has no room
+# for them.
 OPTIMIZERS = {
     "adamw_torch": (8, 4),
     "adamw_torch_fused": (8, 0),
@@ -36,7 +37,7 @@ OPTIMIZERS = {
     "paged_adamw_8bit": (0, 0),
     "paged_adamw_32bit": (0, 0),
 }
-# Bytes per weight of a quantized linear layer. In 4 bits, each block of 64 weights also has a float32 scale.
+# Bytes per weight of a quantized linear layer. With 4 bits, each block of 64 weights also has a float32 scale.
 STORED = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}
 
 
@@ -44,8 +45,8 @@ STORED = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}
 class Plan:
     """Computed memory of a run on one device, in bytes."""
 
-    components: dict[str, int]  # bytes of the tensors that stay between steps, by name
-    moments: dict[str, int]  # peak in each moment, including the tensors that stay between steps
+    components: dict[str, int]  # name of tensors that stay between steps -> their bytes
+    moments: dict[str, int]  # moment -> peak in bytes, with the tensors that stay between steps
 
     @property
     def peak(self) -> int:
@@ -56,7 +57,7 @@ class Plan:
         return max(self.moments, key=lambda name: self.moments[name])
 
     def fits(self, gigabytes: float) -> bool:
-        """Return whether the run fits on a GPU with `gigabytes` GB, with a margin for memory besides tensors."""
+        """Return whether the run fits on a GPU with `gigabytes` GB, of which tensors can use the share `USABLE`."""
         return self.peak <= USABLE * gigabytes * 1e9
 
 
@@ -77,7 +78,7 @@ def make_plan(run: PlannedRun, device: str) -> Plan:
     frozen = sum(size for name, size in components.items() if name in family.frozen_components)
     absent = frozen if run.args.precompute_latents or run.args.offload_frozen_components else 0  # except to encode
     setup = sum(components.values()) - absent
-    if engine.divides("weights"):  # while the weights are sharded, one block is in memory whole
+    if engine.divides("weights"):  # when weights are sharded, one block at a time is whole in memory
         setup += largest_block(family.denoiser, None)[0]
     components["optimizer"] = engine.share("optimizer", states)
     if engine.name == "multi_gpu":
@@ -100,12 +101,13 @@ def make_plan(run: PlannedRun, device: str) -> Plan:
     step = left + engine.share("optimizer", temporary)
     moments[OPTIMIZER] = max(peaks.get(OPTIMIZER, 0), step)
     if engine.divides("gradients") and run.args.safeguard == "parameter":
-        # The simulation holds the unsharded gradients of both branches. The engine holds those of one branch at a time.
+        # The simulation holds the unsharded gradients of winners and of losers. The engine never holds both at the same
+        # time.
         spared = (gradients - left) // 2
         moments[BACKWARD] -= spared
         moments[OPTIMIZER] -= spared
 
-    # Add the tensors that stay to the peak in each moment.
+    # Add the tensors that stay between steps to the peak in each moment.
     stays = sum(components.values())
     for name in moments:
         moments[name] += stays - (absent if name != ENCODE else 0)
@@ -117,7 +119,7 @@ def make_plan(run: PlannedRun, device: str) -> Plan:
 
 
 def table(plans: Mapping[str, Plan]) -> str:
-    """Return a table of plans in Markdown, each with its peak memory, the moment of the peak, and the smallest GPU on
+    """Return a Markdown table with a row for each plan: peak memory, the moment of the peak, and the smallest GPU on
     which the run fits."""
     lines = ["| training | peak, GiB | at | smallest card |", "|---|---:|---|---|"]
     for name, plan in plans.items():
@@ -136,8 +138,8 @@ def _optimizer_bytes(name: str) -> tuple[float, float]:
 
 
 def _weights(run: PlannedRun, block: int) -> dict[str, int]:
-    """Return the bytes of the weights that stay between steps: of the policy, the reference and the averaged weights if
-    they have their own denoiser, and each frozen component of the pipeline."""
+    """Return the bytes of the weights that stay between steps, by name: the policy, the reference and the averaged
+    weights if these are separate models, and each frozen component of the pipeline."""
     engine, family = run.engine, run.family
     half = run.autocast is not None and engine.is_zero
 
@@ -162,10 +164,10 @@ def _weights(run: PlannedRun, block: int) -> dict[str, int]:
 
 
 def _in_passes(run: PlannedRun) -> int:
-    """Return the bytes of the temporary weights of a forward or backward pass.
+    """Return the bytes of the temporary copies of weights in a forward or backward pass.
 
-    A quantized base model needs one layer at a time in half precision. If the engine shards weights, it gathers the
-    current block, the next block, and all weights outside of blocks.
+    Of a quantized base model, one layer at a time is dequantized to half precision. An engine that shards weights
+    gathers the current block, the next block, and all weights outside of blocks.
     """
     denoiser = run.family.denoiser
     extra = 0

@@ -1,4 +1,4 @@
-"""Makes the networks of a planned run on the meta device, by the trainer's own functions."""
+"""Makes the networks of a planned run on the meta device, with the functions that the trainer uses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedSettings:
-    """Settings of a run, from which plans are made. Each plan may change some settings."""
+    """Settings of a run to plan. Each plan may change some of these settings."""
 
     training: DiffusionSDPOConfig
     model: ModelConfig
@@ -43,19 +43,19 @@ class PlannedSettings:
     device: str  # "cuda" or "cpu"
 
     def plan(self, **changes: Any) -> Plan:
-        """Return the plan of the run with these settings changed. Raise `ValueError` if settings contradict each
-        other."""
+        """Return the plan of the run after applying `changes` to the settings. Raise `ValueError` if settings
+        contradict each other."""
         training = copy.copy(self.training)
         model = copy.copy(self.model)
         if starting_point(str(model.model_name_or_path), training.adapter_name_or_path).adapter:
-            model.use_peft = True  # the run trains an existing LoRA further. The plan assumes a new one.
+            model.use_peft = True  # the run trains an existing LoRA; the plan assumes a new LoRA
         for name, value in changes.items():
             setattr(model if name in vars(model) else training, name, value)
         return make_plan(prepare(training, model, self.engine), self.device)
 
     def plans(self) -> dict[str, Plan]:
-        """Return the plan of the settings, and the plans of LoRA, QLoRA and full tuning, each without and with
-        activation checkpointing."""
+        """Return the plan of these settings, and plans of LoRA, QLoRA and full tuning, each without and with activation
+        checkpointing."""
         half = "bfloat16" if self.training.bf16 or self.training.fp16 else "float32"
         whole = {"load_in_4bit": False, "load_in_8bit": False}
         kinds: dict[str, dict[str, Any]] = {
@@ -71,7 +71,7 @@ class PlannedSettings:
 
 
 def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) -> PlannedRun:
-    """Make the networks of a run and the settings of its simulated step."""
+    """Make the networks of a run and the settings for simulating one of its steps."""
     from trl import get_peft_config
 
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
@@ -80,7 +80,7 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) 
         )
     family = _family(model_args, args)
     loaded = LoadedModel(family, None)
-    reads_sources = type(family).encode_edits is not Family.encode_edits  # the text encoder, beside the prompt
+    reads_sources = type(family).encode_edits is not Family.encode_edits  # text encoders read source images
     if reads_sources:
         refuse_sources(family, "A plan")
     spec = args.loss_spec
@@ -122,7 +122,7 @@ def _family(model_args: ModelConfig, args: DiffusionSDPOConfig) -> Family:
 
 
 def _working(family: Any, args: DiffusionSDPOConfig) -> Family:
-    """Return the family with VAE and text encoders in the dtypes that they have in training."""
+    """Return the family of a copy of the pipeline whose VAE and text encoders have the dtypes of training."""
     meta, half = torch.device("meta"), autocast_dtype(args.mixed_precision)
     working = type(family)(working_pipeline(family, device=meta, half_dtype=half, vae_dtype=args.vae_dtype))
     working.guidance_scale, working.vae_encode_batch_size = args.guidance_scale, args.vae_encode_batch_size

@@ -30,18 +30,18 @@ class Engine:
     processes: int = 1
 
     def share(self, kind: str, size: int) -> int:
-        """Return how many of `size` bytes one process holds. `kind` is `"weights"`, `"gradients"` or `"optimizer"` (its
-        states)."""
+        """Return how many of `size` bytes one process holds. `kind` is `"weights"`, `"gradients"` or `"optimizer"`
+        (states of the optimizer)."""
         return -(-size // self.processes) if self.divides(kind) else size
 
     def divides(self, kind: str) -> bool:
-        """Return whether the engine shards the tensors of this kind."""
+        """Return whether the engine shards tensors of a kind such as `"gradients"`."""
         return kind in DIVIDED[self.name]
 
     @property
     def rounds_weights(self) -> bool:
-        """Whether the forward pass reads half precision weights of the engine, instead of copies that autocast
-        makes."""
+        """Whether the engine itself keeps half precision weights for the forward pass. Otherwise autocast casts weights
+        in the forward pass."""
         return self.name not in ("single_gpu", "multi_gpu")
 
     @property
@@ -50,11 +50,11 @@ class Engine:
 
 
 def engine_of(config: str | None, processes: int | str | None) -> Engine:
-    """Return the engine that a configuration of accelerate uses.
+    """Return the engine of a configuration of accelerate.
 
     Args:
         config (`str`, *optional*): Name of one of this package's configurations of accelerate, such as `"zero2"`.
-        processes (`int` or `str`, *optional*): Number of processes. If both arguments are `None`, the plan is for one
+        processes (`int` or `str`, *optional*): Number of processes. If `config` is `None` too, the plan is for one
             process.
 
     Raises:
@@ -80,7 +80,7 @@ def largest_block(denoiser: nn.Module, element: int | None) -> tuple[int, int]:
     """Return the bytes of the denoiser's largest block, and the bytes of all weights outside of blocks.
 
     Args:
-        element (`int`, *optional*): Bytes of each weight in a forward pass, by default the bytes of its dtype.
+        element (`int`, *optional*): Bytes per weight in a forward pass. By default, the size of the weight's dtype.
     """
 
     def size(weights: Any) -> int:

@@ -1,5 +1,5 @@
-"""Makes pipelines without weights. Networks are made from their configurations on the meta device. Fake tensors, which
-have a shape, a dtype and a device but no data, then replace the weights."""
+"""Makes pipelines without weights. Networks are created on the meta device from their configurations. Then fake
+tensors, which have a shape, a dtype and a device but no data, replace the weights."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ..families import Family, find_family
 from ..families.pipelines import CLASS, networks_without_weights, read_index
 from ..families.registry import family_for_class_name
 
-PROMPT_TOKENS = 77  # tokens of a prompt, as for CLIP, if a tokenizer's configuration has no number
+PROMPT_TOKENS = 77  # default number of tokens of a prompt, as for CLIP
 
 
 def pipeline_of_folder(name_or_path: str, dtype: torch.dtype, **access: Any) -> Family:
-    """Return the family of a pipeline whose networks have no weights. Only JSON files of the folder or the Hub are
+    """Return the family of a pipeline whose networks have no weights. Only JSON files in the folder or on the Hub are
     read.
 
     Args:
@@ -32,7 +32,7 @@ def pipeline_of_folder(name_or_path: str, dtype: torch.dtype, **access: Any) -> 
         access: Arguments of `from_pretrained` for the Hub, such as `revision`, `token` and `cache_dir`.
 
     Raises:
-        `ValueError`: If there is no pipeline, no family supports the pipeline, or a component has no configuration.
+        `ValueError`: If there is no pipeline, a component has no configuration, or no family supports the pipeline.
     """
     index = read_index(name_or_path, **access)
     family = family_for_class_name(index[CLASS])
@@ -50,10 +50,10 @@ def pipeline_of_folder(name_or_path: str, dtype: torch.dtype, **access: Any) -> 
 
 
 def fake_weights(modules: Iterable[nn.Module], mode: FakeTensorMode, dtype: torch.dtype | None = None) -> None:
-    """Replace the modules' meta tensors by fake tensors on the CPU. Tensors that modules share stay shared.
+    """Replace the modules' meta tensors by fake tensors on the CPU. Tensors that several modules share remain shared.
 
     Args:
-        dtype (`torch.dtype`, *optional*): Dtype of all parameters. If unset, each parameter keeps its dtype.
+        dtype (`torch.dtype`, *optional*): Dtype of all parameters. By default, each parameter keeps its dtype.
     """
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for submodule in (submodule for module in modules for submodule in module.modules()):
@@ -73,7 +73,7 @@ def fake_weights(modules: Iterable[nn.Module], mode: FakeTensorMode, dtype: torc
 
 
 class TokensOnly:
-    """Substitute for a tokenizer. Every prompt gets the largest number of tokens, and all tokens are equal.
+    """Substitute for a tokenizer, which gives every prompt the largest number of tokens. All tokens are equal.
 
     Args:
         model_max_length (`int`): Number of tokens of a prompt if the pipeline does not pass `max_length`.
@@ -89,7 +89,8 @@ class TokensOnly:
 
     def __call__(self, text: Any, padding: Any = False, max_length: int | None = None, **settings: Any) -> Any:
         rows = 1 if isinstance(text, str) else len(text)
-        # If a call neither pads nor truncates, the pipeline only tests whether an earlier call truncated the prompt.
+        # Pipelines call the tokenizer without padding and truncation only to test whether an earlier call truncated the
+        # prompt.
         bounded = padding == "max_length" or settings.get("truncation")
         length = (max_length or self.model_max_length) if bounded else 2
         ids = torch.ones(rows, length, dtype=torch.long)
@@ -106,7 +107,7 @@ class TokensOnly:
 
 
 def _tokens(name_or_path: str, name: str) -> int:
-    """Return the largest number of tokens of a prompt, from the tokenizer's configuration in a folder."""
+    """Return the largest number of tokens of a prompt, from a tokenizer's configuration in a local folder."""
     file = Path(name_or_path) / name / "tokenizer_config.json"
     if not file.is_file():
         return PROMPT_TOKENS
@@ -125,7 +126,7 @@ def _family(class_name: str, parts: dict[str, Any]) -> Family:
         components |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
         return find_family(pipeline_class(**components))
-    except (KeyError, TypeError) as error:  # the substitute of the tokenizer lacks what the pipeline asks for
+    except (KeyError, TypeError) as error:  # the pipeline uses something that the substitute tokenizer lacks
         raise needs_values(class_name) from error
 
 

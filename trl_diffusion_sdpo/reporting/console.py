@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-# Metric -> the word for this metric on the console
+# Name of a metric -> its short name on the console
 WORDS = {
     "loss": "loss",
     "errors/winner": "winner",
@@ -29,7 +29,7 @@ _EVALUATED = re.compile(r"(?P<prefix>eval.*_)errors/winner$")
 
 
 class ShortLogCallback(ProgressCallback):
-    """Progress bar that prints one line with the main metrics for each log, and shows training metrics on the bar.
+    """Prints one line with the main metrics for each log, and shows the training metrics on the progress bar.
 
     This callback replaces transformers' `ProgressCallback`, which prints every metric. The trainer's state and the
     trackers still get all metrics.
@@ -53,11 +53,11 @@ def say(line: str) -> None:
 
 
 def shown_metrics(logs: Mapping[str, Any]) -> Iterator[tuple[list[str], dict[str, str]]]:
-    """Yield what to print of a log: for a log of training one title and its metrics, and for a log of evaluations a
-    title and metrics of each evaluation.
+    """Yield a title (a list of words) and the metrics to print: once for a training log, which has no title, and once
+    for each evaluation in an evaluation log.
 
-    The metrics are texts by the words in `WORDS`. The text of an error contains the error's change in per cent of the
-    reference's error. Metrics without a word, such as those of `compute_metrics`, are shown under their own names.
+    The metrics are texts, under the short names in `WORDS`. An error is followed by its change in per cent of the
+    reference's error. Other metrics, such as those of `compute_metrics`, are shown under their own names.
     """
     prefixes = [match["prefix"] for match in map(_EVALUATED.match, logs) if match] or [""]
     own_names = {f"{prefix}{name}" for prefix in prefixes for name in WORDS}

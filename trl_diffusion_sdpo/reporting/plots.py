@@ -17,8 +17,8 @@ Points = list[tuple[int, float]]
 
 CURVES_FILE = "curves.png"
 _CHANGE = "change of the error, % of the reference's"
-# Title of a panel -> its curves, each as (label, metric). The second panel shows how the metrics have changed relative
-# to the reference.
+# Title of a panel -> its curves, each as (label, metric). The panel `_CHANGE` shows the change of these metrics in per
+# cent of the reference's value.
 _PANELS = {
     "loss": [("loss", "loss")],
     _CHANGE: [("winners", "errors/winner"), ("losers", "errors/loser")],
@@ -36,16 +36,16 @@ def has_curves(history: History) -> bool:
 
 
 def curves_of(history: History) -> dict[str, dict[str, Points]]:
-    """Return the points of all curves to plot from a trainer's log history.
+    """Return the points of all curves to plot, from a trainer's log history.
 
     Args:
         history (`Sequence[Mapping]`): `TrainerState.log_history`.
 
     Returns:
-        `dict[str, dict[str, list]]`: For each panel, its curves by label, as lists of (step, value). A curve of
-            training has a label such as "winners". A curve of evaluations whose metrics have the prefix `eval_` has the
-            label "winners, eval". Changes of errors are in per cent of the reference's error. If the run has no
-            reference, the panel shows the errors instead of their changes.
+        `dict[str, dict[str, list]]`: Title of a panel -> label of a curve -> its points (step, value). A training curve
+            has a label such as "winners", and the same curve of evaluations with the prefix `eval_` has the label
+            "winners, eval". Changes of errors are in per cent of the reference's error. If the run has no reference,
+            the panel shows the errors instead of changes.
     """
     prefixes = [match[1] for entry in history for match in map(_EVALUATION.fullmatch, entry) if match]
     relative = any(f"{prefix}errors/winner_change" in entry for entry in history for prefix in ("", *prefixes))
@@ -89,10 +89,10 @@ def plot_curves(history: History, file: str | Path) -> None:
 
 
 def _points(history: History, metric: str, *, change: bool) -> Points:
-    """Return a list of (step, value) of a metric.
+    """Return the points (step, value) of a metric's curve.
 
     Args:
-        change (`bool`): Whether the values are the metric's changes in per cent of the reference's metric.
+        change (`bool`): Whether to return the metric's change in per cent of the reference's value.
     """
     if not change:
         return [(entry["step"], entry[metric]) for entry in history if metric in entry]
@@ -110,9 +110,9 @@ def changes_by_noise_bin(history: History) -> dict[str, dict[str, Any]]:
     """Return how the errors in each noise bin have changed, from the last evaluations in a trainer's log history.
 
     Returns:
-        `dict[str, dict]`: The last evaluation by the prefix of its metrics, such as `eval` or `eval_ema`. It has the
-            optimizer `step`, and under `winner` and `loser` the changes relative to the reference's error, by noise
-            bin.
+        `dict[str, dict]`: Prefix of an evaluation's metrics, such as `eval` or `eval_ema` -> the last evaluation with
+            this prefix: its optimizer `step`, and under `winner` and `loser` the relative change of the error in each
+            noise bin.
     """
     evaluations: dict[str, dict[str, Any]] = {}
     for entry in history:
@@ -126,7 +126,7 @@ def changes_by_noise_bin(history: History) -> dict[str, dict[str, Any]]:
 
 
 def noise_bin_file(prefix: str) -> str:
-    """Return the file name of a noise bin plot: `noise_bins.png` for evaluations with the prefix `eval`,
+    """Return the file name of a noise bin plot: `noise_bins.png` for metrics with the prefix `eval`,
     `noise_bins_ema.png` for `eval_ema`."""
     # Replace characters that file systems refuse in names, or that end a Markdown link on the model card.
     name = re.sub(r'[<>:"/\\|?*\s()#%]', "_", prefix.removeprefix("eval"))
@@ -134,7 +134,7 @@ def noise_bin_file(prefix: str) -> str:
 
 
 def plot_noise_bins(record: Mapping[str, Any], num_noise_bins: int, file: str | Path) -> None:
-    """Plot over the noise level how the errors have changed relative to the reference.
+    """Plot the change of the errors, relative to the reference's errors, over the noise level.
 
     Args:
         record (`Mapping`): An evaluation from [`changes_by_noise_bin`].

@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 
 class NoiseBinPlotCallback(TrainerCallback):
-    """Plots after every evaluation how the errors in each noise bin have changed. The plot is written into the output
-    folder: `noise_bins.png` for evaluations with the prefix `eval`, `noise_bins_ema.png` for `eval_ema`."""
+    """After every evaluation, plots how the errors in each noise bin differ from the reference's, and writes the plot
+    into the output folder: `noise_bins.png` for metrics with the prefix `eval`, `noise_bins_ema.png` for `eval_ema`."""
 
     def __init__(self, images: TrackedImages, num_noise_bins: int):
         self._images, self._num_noise_bins = images, num_noise_bins
@@ -58,10 +58,10 @@ class VerdictCallback(TrainerCallback):
 
     Args:
         run ([`RunFacts`]): Facts of the run that the verdict needs.
-        evaluate (`Callable`): Function that evaluates the current weights. All processes call it.
+        evaluate (`Callable`): Function that evaluates the current weights. All processes call this function.
         callbacks (`Sequence[TrainerCallback]`): The trainer's list of callbacks. A [`CheckpointOnInterrupt`] in this
             list says whether a signal has ended the training.
-        samples ([`SampleImagesCallback`], *optional*): Callback that generates the images before and after training.
+        samples ([`SampleImagesCallback`], *optional*): Callback that generates sample images before and after training.
         on_rise (`str`): The setting `on_winner_rise`: `"ignore"`, `"warn"` or `"stop"`.
     """
 
@@ -79,7 +79,7 @@ class VerdictCallback(TrainerCallback):
         self._samples = samples
         self._on_rise = on_rise
         self._training = self._stops = False
-        self._rise = 0  # how bad the last evaluation was: 0 if the error did not rise
+        self._rise = 0  # last evaluation: 0 for no rise, 1 for "worse", 2 for "ruined"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._training, self._stops, self._rise = True, False, 0
@@ -97,7 +97,7 @@ class VerdictCallback(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self._on_rise == "ignore" or not self._training or state.global_step >= state.max_steps:
-            return  # at the last step, the verdict will report a rise
+            return  # after the last step, the verdict reports a rise
         measured = worst_of(state.log_history, self._run)
         rises = measured is not None and measured.step == state.global_step and measured.rises
         before, self._rise = self._rise, 0 if measured is None or not rises else 1 + RISES.index(measured.winners)
@@ -112,7 +112,7 @@ class VerdictCallback(TrainerCallback):
         self._stops = False
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if self._stops:  # the checkpoint was not saved, because `save_strategy="best"` has cancelled it
+        if self._stops:  # `save_strategy="best"` has cancelled the checkpoint
             control.should_save = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -138,8 +138,8 @@ class VerdictCallback(TrainerCallback):
             logger.log(logging.WARNING if verdict.word in RISES else logging.INFO, "%s", verdict)
 
     def _is_unmeasured(self, args: TrainingArguments, state: TrainerState) -> bool:
-        """Return whether the weights must be evaluated: they have changed since the last evaluation, and no signal has
-        stopped the training early."""
+        """Return whether to evaluate at the end of training: the weights have changed since the last evaluation, and no
+        signal has stopped the training early."""
         asked = was_interrupted(self._callbacks) or args.enable_jit_checkpoint
         if asked and state.global_step < state.max_steps:
             return False
@@ -149,8 +149,8 @@ class VerdictCallback(TrainerCallback):
 
 @contextlib.contextmanager
 def warning_of_unwritten_files() -> Iterator[None]:
-    """Log an error within the context as a warning, because a run must not end if its report cannot be written. The
-    code within the context must not wait for other processes."""
+    """Log an error within the context as a warning, because a run must go on if a report cannot be written. The code
+    within the context must not wait for other processes."""
     try:
         yield
     except Exception as error:
@@ -158,8 +158,8 @@ def warning_of_unwritten_files() -> Iterator[None]:
 
 
 class RunReportCallback(TrainerCallback):
-    """Writes the trainer's state and a plot of the curves into the output folder, at every save and at the end of
-    training. At the end, it also calls `end`. If a file cannot be written, it logs a warning."""
+    """Writes the trainer's state and a plot of the curves into the output folder at every save and at the end of
+    training, and calls the function `end` at the end of training. If a file cannot be written, a warning is logged."""
 
     def __init__(self, end: Callable[[], None]):
         self._end = end
@@ -191,11 +191,11 @@ def plots_of(state: TrainerState) -> list[tuple[str, str]]:
 
 
 def run_lines(folder: Path, state: TrainerState, loading_code: str | None) -> list[str]:
-    """Return the lines to print at the end of training: where the files are, and code that loads the weights.
+    """Return the lines to print at the end of training: the folder of the files, and code that loads the weights.
 
     Args:
-        loading_code (`str`, *optional*): Code that loads the weights from the output folder; `None` if they are not
-            saved there.
+        loading_code (`str`, *optional*): Code that loads the weights from the output folder, or `None` if no weights
+            are saved there.
     """
     lines = [f"Training ended at step {state.global_step} of {state.max_steps}.", f"  Files:   {folder}"]
     return lines if loading_code is None else [*lines, f"  To load: {loading_code}  # once saved"]

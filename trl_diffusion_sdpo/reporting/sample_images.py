@@ -34,14 +34,14 @@ INFERENCE_STEPS = 30  # default number of steps
 
 
 def call_options(family: Family, options: dict[str, Any], setting: str = "sample_kwargs") -> dict[str, Any]:
-    """Return all arguments of the pipeline's call for sample images, except prompt and random generator.
+    """Return the arguments with which to call the pipeline for sample images, except prompt and random generator.
 
     Args:
         options (`dict`): Arguments that the user passed.
-        setting (`str`): Name of the setting by which the user passed `options`, for the error message.
+        setting (`str`): Name of the setting that contains `options`, for the error message.
 
     Raises:
-        `ValueError`: If the pipeline's call does not take one of the options.
+        `ValueError`: If the pipeline cannot be called with one of the options.
     """
     guidance = family.generation_kwargs(options.get("guidance_scale"))
     others = {name: value for name, value in options.items() if name != "guidance_scale"}
@@ -64,29 +64,30 @@ class SamplePair:
 
 
 class SampleImagesCallback(TrainerCallback):
-    """Generates an image of every prompt with fixed seeds before, during and after training.
+    """Generates an image of every prompt before, during and after training, always from the same seeds.
 
-    At step 50, for example, it writes a file such as `samples/step-000050-0.png` for each prompt, with prompt and seed
-    as PNG text. Training is not affected, because the networks' modes and all random states are restored, and the
-    pipeline's scheduler is copied.
+    At step 50, for example, the callback writes a file such as `samples/step-000050-0.png` for each prompt, with prompt
+    and seed as PNG text. Training is not affected: the networks' train or eval modes and all random states are restored
+    afterwards, and images are generated with a copy of the pipeline's scheduler.
 
     Args:
-        pipeline (`DiffusionPipeline`): Pipeline with the trained denoiser; every component is on one device.
+        pipeline (`DiffusionPipeline`): Pipeline with the trained denoiser. All components must be on the same device.
         prompts (`Sequence[str]`): Prompt `i` always starts from the noise of `seed + i`.
-        sources (`Sequence[PIL.Image.Image]`): The image that each prompt edits; empty if prompts edit none. The first
-            prompt's source is copied to `samples/source-0.png`, and so on.
-        every_n_steps (`int`, *optional*): Optimizer steps between two generations. If unset, images are generated only
-            before and after training.
+        sources (`Sequence[PIL.Image.Image]`): Image that each prompt edits, for pipelines that edit images. The first
+            prompt's image is copied to `samples/source-0.png`, and so on.
+        every_n_steps (`int`, *optional*): Generate images after every so many optimizer steps. If unset, images are
+            generated only before and after training.
         call_options (`dict`, *optional*): Further arguments of the pipeline's call, such as the images' size.
         denoiser_name (`str`): Attribute of the pipeline that is the trained denoiser. The denoiser runs under the
-            autocast of training. Frozen components run in their stored precision.
-        every_process (`bool`): Whether all processes must generate, because each holds a shard of the denoiser. The
-            Trainer's `model` is then called in place of the denoiser. If false, only the first process generates.
-        frozen ([`FrozenComponents`], *optional*): Puts VAE and text encoders on the device while images are generated.
+            autocast of training. Other components run in the precision of their weights.
+        every_process (`bool`): Whether all processes must generate images, because each process holds a shard of the
+            denoiser. The Trainer's `model` is then called in place of the denoiser. If false, only the first process
+            generates images.
+        frozen ([`FrozenComponents`], *optional*): Moves VAE and text encoders to the device while images are generated.
         images ([`TrackedImages`], *optional*): Sends each prompt's image to trackers, as `samples/0` and so on.
-        scores ([`SampleScores`], *optional*): Scores the images of each generation.
-        log (`Callable`): Function that logs the scores as metrics. All processes must call this function.
-        at_evaluations (`bool`): Whether to generate images before each evaluation too.
+        scores ([`SampleScores`], *optional*): Scores the images with reward models.
+        log (`Callable`): Function of the trainer that logs metrics. All processes call this function with the scores.
+        at_evaluations (`bool`): Whether to also generate images before each evaluation.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class SampleImagesCallback(TrainerCallback):
         self.scores, self._log, self._at_evaluations = scores, log, at_evaluations
         self.pipeline, self.denoiser_name, self.every_process = pipeline, denoiser_name, every_process
         self._frozen, self._images = frozen, images or TrackedImages(())
-        self._untracked: int | None = None  # step of images that were not sent to trackers yet
+        self._untracked: int | None = None  # step of images that are not yet sent to trackers
         self.prompts, self.every_n_steps, self.seed = list(prompts), every_n_steps, seed
         self.sources = list(sources)
         self.call_kwargs = {**(call_options or {})}
@@ -122,7 +123,7 @@ class SampleImagesCallback(TrainerCallback):
         self._generate_once(args, state, state.global_step, kwargs.get("model"))
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._track(args)  # the first images: trackers have begun by now
+        self._track(args)  # the trackers start after `on_train_begin`, so send the first images here
         self._log_scores(state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -140,7 +141,6 @@ class SampleImagesCallback(TrainerCallback):
     def _report(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, step: int, model: nn.Module | None
     ) -> None:
-        """Generate the images of a step, send them to trackers, and log their scores."""
         self._generate_once(args, state, step, model)
         self._track(args)
         self._log_scores(state, control)
@@ -150,15 +150,15 @@ class SampleImagesCallback(TrainerCallback):
         return [(f"{SAMPLES_FOLDER}/step-{step:06d}-{i}.png", prompt) for i, prompt in enumerate(self.prompts)]
 
     def newest_gallery(self) -> list[tuple[str, str]]:
-        """Return the paths and prompts of the newest images and of their sources, or an empty list before any image."""
+        """Return the paths and prompts of the newest images and of their sources, or `[]` before the first images."""
         if self.last_step is None:
             return []
         sources = [(_source_path(i), f"Source of: {self.prompts[i]}") for i in range(len(self.sources))]
         return [*self.gallery(self.last_step), *sources]
 
     def comparison(self, folder: Path, step: int | None = None) -> list[SamplePair]:
-        """Return pairs of an image from before training and the image of the same prompt and seed at `step`, by default
-        the newest step. A pair is left out if one of its files is missing or was made with another prompt or seed."""
+        """Return pairs of images with the same prompt and seed: from before training, and from `step` (default: the
+        newest). A pair is left out if one of its files is missing or was made with another prompt or seed."""
         step = step or self.last_step
         if not step:
             return []
@@ -174,7 +174,7 @@ class SampleImagesCallback(TrainerCallback):
         return all(_notes(folder / path) == self._note(i) for i, (path, _) in enumerate(self.gallery(step)))
 
     def _note(self, index: int) -> dict[str, str]:
-        """Return the text fields of the PNG of a prompt."""
+        """Return the text fields to write into the PNG file of a prompt's image."""
         note = {"prompt": self.prompts[index], "seed": str(self.seed + index)}
         if self.sources:
             note["source"] = hashlib.sha256(self.sources[index].tobytes()).hexdigest()[:16]
@@ -203,7 +203,7 @@ class SampleImagesCallback(TrainerCallback):
         self._untracked = step
 
     def _score(self, args: TrainingArguments, state: TrainerState, step: int) -> None:
-        """Score the images of a step. All processes must call this method."""
+        """Score the sample images of a step. All processes must call this method."""
         assert self.scores is not None, "The callers check it."
         folder = output_folder(args)
         with _restored_random_state(args.device):
@@ -220,17 +220,17 @@ class SampleImagesCallback(TrainerCallback):
             self.scores.measure(step, [folder / path for path, _ in self.gallery(step)])
 
     def _log_scores(self, state: TrainerState, control: TrainerControl) -> None:
-        """Log the newest scores, unless the scores are already logged or belong to an earlier step."""
+        """Log the newest scores, unless they are already logged or belong to an earlier step."""
         if self.scores is None or self.scores.step != state.global_step:
             return
         logged = (entry for entry in state.log_history if entry["step"] == state.global_step)
         if not any(self.scores.metrics.keys() <= entry.keys() for entry in logged):
-            trainer_logs = control.should_log  # `_log` clears it, but the trainer must still log
+            trainer_logs = control.should_log  # `_log` clears `should_log`, but the trainer must still log
             self._log(self.scores.metrics)
             control.should_log = trainer_logs
 
     def _track(self, args: TrainingArguments) -> None:
-        """Send the newest images to the trackers, unless these images were sent before."""
+        """Send the newest images to the trackers, if they were not sent before."""
         if self._untracked is not None:
             for i, (path, prompt) in enumerate(self.gallery(self._untracked)):
                 self._images.add(f"{SAMPLES_FOLDER}/{i}", output_folder(args) / path, self._untracked, prompt)
@@ -245,8 +245,8 @@ class SampleImagesCallback(TrainerCallback):
 
         Args:
             autocast (context manager, *optional*): Context of each call of the denoiser. The context must be reusable.
-            through (`nn.Module`, *optional*): The denoiser as the engine wrapped it. If passed, the wrapped denoiser is
-                called in place of the pipeline's.
+            through (`nn.Module`, *optional*): The denoiser as the engine wrapped it. If passed, this module is called
+                in place of the pipeline's denoiser.
         """
         none = contextlib.nullcontext()
         with (
@@ -260,11 +260,11 @@ class SampleImagesCallback(TrainerCallback):
         self, autocast: contextlib.AbstractContextManager, through: nn.Module | None
     ) -> Iterator[DiffusionPipeline]:
         """Yield a copy of the pipeline. Calls of this copy do not affect training."""
-        pipeline = copy.copy(self.pipeline)  # shares the networks, but not scheduler, progress bar and guidance
+        pipeline = copy.copy(self.pipeline)  # the copy shares the networks, not the scheduler and progress bar
         pipeline.scheduler = copy.deepcopy(self.pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         if "safety_checker" in pipeline.components:
-            pipeline.safety_checker = None  # the checker is not on the device, and would replace images by black ones
+            pipeline.safety_checker = None  # the checker is not on the device, and would turn images black
         networks = [network for network in pipeline.components.values() if isinstance(network, nn.Module)]
         denoiser = pipeline.components[self.denoiser_name]
         view = _InTrainingPrecision(denoiser, denoiser if through is None else through, autocast)
@@ -274,15 +274,15 @@ class SampleImagesCallback(TrainerCallback):
                 yield pipeline
 
     def _generate_one(self, pipeline: DiffusionPipeline, index: int) -> Image.Image:
-        generator = torch.Generator().manual_seed(self.seed + index)  # on the CPU: equal noise on every device
+        generator = torch.Generator().manual_seed(self.seed + index)  # CPU noise does not depend on the device
         options = {"image": self.sources[index], **self.call_kwargs} if self.sources else self.call_kwargs
         image = pipeline(prompt=self.prompts[index], generator=generator, return_dict=False, **options)[0][0]
-        return image[0] if isinstance(image, list) else image  # a clip is shown by its first frame
+        return image[0] if isinstance(image, list) else image  # of a video, show the first frame
 
 
 def final_step(args: TrainingArguments, state: TrainerState) -> int | None:
-    """If the best checkpoint's weights are loaded at the end of training, return its step, else `None`. The returned
-    step may be earlier than `best_global_step`, because the best step is not always saved."""
+    """Return the step of the best checkpoint if the trainer loads this checkpoint at the end of training, else `None`.
+    This step may be earlier than `best_global_step`, because the best step is not always saved."""
     if not args.load_best_model_at_end or state.best_model_checkpoint is None:
         return None
     return int(Path(state.best_model_checkpoint).name.rpartition("-")[2])
@@ -294,12 +294,11 @@ def find_sample_images(callbacks: Iterable[TrainerCallback]) -> SampleImagesCall
 
 
 def _source_path(index: int) -> str:
-    """Return the path of the copy of a prompt's source, relative to the output folder."""
     return f"{SAMPLES_FOLDER}/source-{index}.png"
 
 
 def _notes(file: Path) -> dict[str, str]:
-    """Return prompt, seed and source in the text fields of a PNG, or nothing if it cannot be read."""
+    """Read prompt, seed and source from the text fields of a PNG file. Return `{}` if the file cannot be read."""
     try:
         with Image.open(file) as image:
             return {name: image.info[name] for name in ("prompt", "seed", "source") if name in image.info}
@@ -309,8 +308,8 @@ def _notes(file: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _in_own_precision(vae: Any) -> Iterator[None]:
-    """Cast inputs of the VAE to the VAE's dtype, because some pipelines pass latents in the denoiser's dtype. The hooks
-    are on the VAE's submodules, because decoding does not call the VAE itself."""
+    """Cast inputs of the VAE to the VAE's dtype, because some pipelines pass latents in the denoiser's dtype. Hooks on
+    the VAE's submodules do this, because pipelines call `vae.decode` and not the VAE itself."""
 
     def enter(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return _cast(inputs, vae.dtype)
@@ -329,7 +328,7 @@ class _InTrainingPrecision(DenoiserView):
 
     def __init__(self, denoiser: nn.Module, model: nn.Module, autocast: contextlib.AbstractContextManager):
         super().__init__(denoiser, model)
-        self.__dict__["_autocast"] = autocast  # attributes of this object are the denoiser's
+        self.__dict__["_autocast"] = autocast
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
         dtype = next(value.dtype for value in (*args, *inputs.values()) if isinstance(value, torch.Tensor))
@@ -339,8 +338,8 @@ class _InTrainingPrecision(DenoiserView):
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:
-    """Cast floating tensors within tuples and dictionaries. Timesteps have at most one dimension and are not cast,
-    because they would be rounded."""
+    """Cast floating-point tensors in tuples and dictionaries. Tensors of at most one dimension are timesteps, which are
+    not cast because they would be rounded."""
     if isinstance(values, torch.Tensor):
         return values.to(dtype) if values.is_floating_point() and values.ndim > 1 else values
     if type(values) is tuple:

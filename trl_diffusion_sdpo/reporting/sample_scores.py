@@ -26,9 +26,9 @@ class SampleScores:
     """Scores the sample images of a step, and compares them with the images that were generated from
     the same noise before training.
 
-    The first process computes the scores, and the other processes wait for the results. This package's scorers are on
+    The first process computes the scores, and the other processes wait for the results. Scorers of this package occupy
     the device only while they compute. If a scorer fails before training starts or resumes, the run ends with an error.
-    If a scorer fails later, the failure is logged, and the scores of that step are NaN.
+    If a scorer fails later, the error is logged, and the scores of that step are NaN.
 
     Args:
         names (`Sequence[str]`): Names of the scorers. The first process loads the scorers on the CPU.
@@ -37,7 +37,7 @@ class SampleScores:
         processes (`Peers`): All processes of the training. Each process must construct this object.
 
     Raises:
-        `ValueError`: In the first process, if a scorer cannot be loaded. The other processes then raise `RuntimeError`.
+        `ValueError`: In the first process, if a scorer cannot be loaded. The others then raise `RuntimeError`.
     """
 
     def __init__(self, names: Sequence[str], prompts: Sequence[str], device: torch.device, processes: Peers = ALONE):
@@ -53,7 +53,7 @@ class SampleScores:
 
     def begin(self, before: Sequence[Path]) -> None:
         """Score the images from before training. All processes must call this method when training starts or resumes.
-        If a scorer fails, the first process raises its error, and the other processes raise `RuntimeError`.
+        If a scorer fails, the first process raises the scorer's error, and the others raise `RuntimeError`.
 
         Args:
             before (`Sequence[Path]`): Image files from before training, one for each prompt. Without such files, no win
@@ -61,7 +61,7 @@ class SampleScores:
         """
         if not before and self._processes.index == 0:
             logger.warning(
-                "Sample images get no win rates, because images from before training are not in `output_dir`."
+                "Sample images get no win rates, because `output_dir` contains no sample images from before training."
             )
         self._before = self._processes.first(
             lambda: {name: self._score(name, before) for name in self._scorers if before}
@@ -84,7 +84,7 @@ class SampleScores:
                 self.metrics[f"{PREFIX}{name}{WIN_RATE}"] = math.nan if result is None else result.rate
 
     def _compare(self, name: str, step: int, images: Sequence[Path]) -> tuple[float, WinRate | None]:
-        """Return the mean score of the images, and their win rate against the images from before training."""
+        """Return the mean score of a step's images, and their win rate against the images from before training."""
         try:
             scores = self._before[name] if step == 0 and self._before else self._score(name, images)
             return float(np.nanmean(scores)), win_rate(scores, self._before[name]) if self._before else None
@@ -104,7 +104,7 @@ class SampleScores:
             return scorer(images, self._prompts).numpy().astype(np.float64)[:, None]
 
     def facts(self, step: int) -> dict[str, dict[str, float | str | None]]:
-        """Return the win rates of a step by scorer, with confidence limits, p-values and verdicts, for a JSON file."""
+        """Return each scorer's win rate at a step with confidence limits, p-value and verdict, for a JSON file."""
         rates = {name: result for name, result in self.win_rates.items() if result is not None}
         if self.step != step or not rates:
             return {}
@@ -121,7 +121,7 @@ class SampleScores:
         }
 
     def sentence(self, step: int) -> str:
-        """Return a sentence with the win rates of a step. If the step has no win rates, return an empty string."""
+        """Return a sentence with the win rates of a step, or an empty string if the step has no win rates."""
         words = [
             f"{name} {fact['win_rate']:.0%} (95 % interval {fact['low']:.0%} to {fact['high']:.0%}: {fact['verdict']})"
             for name, fact in self.facts(step).items()

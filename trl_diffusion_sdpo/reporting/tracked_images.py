@@ -14,26 +14,26 @@ from ..utils._compat import TensorBoardCallback, TrackioCallback, WandbCallback
 
 
 class TrackedImages:
-    """Sends images to TensorBoard, Weights & Biases and Trackio, if `report_to` has added their callbacks to the
+    """Sends images to those of TensorBoard, Weights & Biases and Trackio whose callbacks `report_to` has added to the
     trainer.
 
     Call [`TrackedImages.add`] only in the first process, and only between `on_train_begin` and `on_train_end` of the
     trackers' callbacks.
 
     Args:
-        callbacks (`Sequence[TrainerCallback]`): The trainer's list of callbacks. The list may change later.
+        callbacks (`Sequence[TrainerCallback]`): The trainer's list of callbacks, to which more may be added later.
     """
 
     def __init__(self, callbacks: Sequence[TrainerCallback]):
         self._callbacks = callbacks
 
     def add(self, name: str, file: Path, step: int, caption: str | None = None) -> None:
-        """Send an image file to the trackers, which show the images of one name as a series over the steps."""
+        """Send an image file to the trackers. Trackers show images with the same name as a series over the steps."""
         for callback in self._callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 _to_tensorboard(callback.tb_writer, name, file, step, caption)
             elif isinstance(callback, WandbCallback):
-                import wandb  # installed, because its callback is used
+                import wandb  # wandb is installed, because its callback is used
 
                 if wandb.run is not None:
                     wandb.log({name: wandb.Image(str(file), caption=caption), "train/global_step": step})

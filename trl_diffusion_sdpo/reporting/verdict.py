@@ -14,34 +14,33 @@ from ..step.pair_evaluation import FEWEST_PAIRS
 from ..utils.files import VERDICT_FILE, write_atomically
 from .sample_images import SamplePair
 
-STANDARD_ERRORS = 2.0  # a change counts if it is larger than this many standard errors
-SMALLEST = 0.01  # smaller relative changes of the winners' error do not count
+STANDARD_ERRORS = 2.0  # a change is significant if it exceeds this many standard errors
+SMALLEST = 0.01  # smaller relative changes of the winners' error are ignored
 UNMEASURED = 0.05  # uncertainty of a change or an accuracy whose standard error is unknown
-COARSE = 0.2  # if the uncertainty is larger, a change within it is "unknown" instead of "unchanged"
+COARSE = 0.2  # with a larger uncertainty, an insignificant change is "unknown", not "unchanged"
 RUINED = 1.0  # above this relative change, the error has more than doubled, and the verdict is "ruined"
 FEWEST_AT_ALL = 4  # with fewer pairs, the verdict is "unknown" or "ruined"
-BIN_WORSE = 1.0  # if the error in a noise bin rises by more than this share, the verdict is "worse"
-# The rise in a noise bin must also exceed this many standard errors. The limit is higher than for the mean, because the
-# largest rise of several bins is judged.
+BIN_WORSE = 1.0  # if the error in a noise bin rises by more than 100%, the verdict is "worse"
+# For "worse", the rise in a noise bin must also exceed this many standard errors. The limit is higher than for the mean
+# over all bins, because the bin with the largest rise is judged.
 BIN_STANDARD_ERRORS = 3.0
 CHANCE = 0.5  # accuracy of a model that has learned nothing
-AVERAGED_LOGS = 10  # number of the last training logs to average if there is no evaluation
-LOGS_TO_WARN = 3  # smallest number of training logs for a warning during training
+AVERAGED_LOGS = 10  # number of the last training logs over which training metrics are averaged
+LOGS_TO_WARN = 3  # no warning during training before this many training logs
 
 BEFORE_TRAINING = "before training"
-RISES = ("worse", "ruined")  # words that say that the winners' error rose
+RISES = ("worse", "ruined")  # verdicts that say that the winners' error rose
 _AGAIN = (
     "train again with a stricter safeguard or a lower `learning_rate` (see `When it got worse` in docs/safeguard.md)."
 )
-# Word of a verdict -> advice. If there are several evaluation sets, the last of their words in this order is the
-# verdict.
+# Verdict -> advice. Each evaluation set has a verdict, and the one that comes last in this order is reported.
 ADVICE = {
     "unknown": "Evaluate on more pairs: pass an `eval_dataset`, and set `eval_strategy: steps` and "
     "`eval_on_start: true`.",
     "better": "",
     "unchanged": "",
-    "not learned": "Train for more steps, with more pairs per step or a higher `learning_rate`. If lambda is below "
-    "0.5, try a smaller `safeguard_mu`.",
+    "not learned": "Train for more steps, with more pairs per step or a higher `learning_rate`. If the safeguard's "
+    "lambda is below 0.5, try a smaller `safeguard_mu`.",
     "reversed": "Check that the labels are not swapped. If they are right, try a lower `learning_rate`.",
     "worse": f"Unless the images look better, {_AGAIN}",
     "ruined": f"Do not use these weights: {_AGAIN}",
@@ -56,7 +55,7 @@ History = Sequence[Mapping[str, Any]]
 class RunFacts:
     """Facts of a run that a verdict needs besides the log history."""
 
-    reference_moves: bool  # whether the reference follows the policy, so errors cannot be compared with its errors
+    reference_moves: bool  # whether the reference (and so its errors) changes during training
     reference_was_given: bool  # whether the user passed a reference; if not, it is the policy before training
     uses_loser: bool  # whether the loss depends on the rejected images
     num_noise_bins: int
@@ -64,7 +63,8 @@ class RunFacts:
 
     @property
     def reference(self) -> str:
-        """Words for the error with which `errors/winner_change` compares. Empty if the reference moves."""
+        """Words for the error that `errors/winner_change` is relative to. Empty if the reference changes in
+        training."""
         if self.reference_moves:
             return ""
         return "of the reference" if self.reference_was_given else BEFORE_TRAINING
@@ -76,27 +76,27 @@ class Measurement:
 
     step: int  # number of optimizer steps before the measurement
     winner_error: float  # mean squared error of the denoiser on the winners
-    winner_error_before: float  # earlier error with which `winner_error` is compared
+    winner_error_before: float  # earlier error, to compare with `winner_error`
     compared_with: str  # words for the earlier error, such as "before training"
     winner_change_stderr: float | None = None  # standard error of the relative change
     worst_noise_bin: int | None = None  # noise bin with the largest rise of the winners' error
     worst_noise_bin_change: float | None = None  # relative change in this bin
     worst_noise_bin_stderr: float | None = None
-    reward_accuracy: float | None = None  # share of the pairs whose loser's error rose more than the winner's
+    reward_accuracy: float | None = None  # share of pairs whose loser's error rose more than the winner's error
     reward_accuracy_stderr: float | None = None
     mean_lambda: float | None = None  # mean of the safeguard's lambda over the last training logs
     evaluated_pairs: float | None = None  # number of evaluated pairs
-    is_training: bool = False  # whether the errors are those of training logs
+    is_training: bool = False  # whether the errors are from training logs, not from an evaluation
     evaluation_set: str = ""  # name of the evaluation set, if it has one
 
     @property
     def change(self) -> float:
-        """Relative change of the winners' error; infinite if the error is not finite."""
+        """Relative change of the winners' error, or infinity if the error is not finite."""
         return self.winner_error / self.winner_error_before - 1 if math.isfinite(self.winner_error) else math.inf
 
     @property
     def winners(self) -> str:
-        """Verdict on the winners' error, such as `"worse"`; see [`judge_winners`]."""
+        """Verdict of [`judge_winners`], such as `"worse"`."""
         return judge_winners(
             self.change,
             self.winner_change_stderr,
@@ -107,7 +107,7 @@ class Measurement:
 
     @property
     def preference(self) -> str:
-        """Verdict on the preference, such as `"learned"`; see [`judge_preference`]."""
+        """Verdict of [`judge_preference`], such as `"learned"`."""
         few = self.evaluated_pairs is not None and self.evaluated_pairs < FEWEST_AT_ALL
         return "unknown" if few else judge_preference(self.reward_accuracy, self.reward_accuracy_stderr)
 
@@ -152,7 +152,7 @@ class Verdict:
     """A verdict on a training."""
 
     measured: Measurement
-    images: str = ""  # a sentence on the scores of sample images
+    images: str = ""  # a sentence on the win rates of sample images
 
     @property
     def word(self) -> str:
@@ -188,10 +188,11 @@ def judge_winners(
         pairs (`float`, *optional*): The number of pairs.
 
     Returns:
-        `str`: The first of these words whose condition holds. `"ruined"`: the error is not finite, or has more than
-        doubled. `"unknown"`: there are fewer than 4 pairs. `"worse"`: the error rose by more than the uncertainty, or
-        the error in a noise bin has more than doubled. `"better"`: the error fell by more than the uncertainty.
-        `"unchanged"`: the uncertainty is at most 20%. Otherwise `"unknown"`.
+        `str`: The first of the following words whose condition is true. `"ruined"`: the error is not finite, or has
+        more than doubled. `"unknown"`: there are fewer than 4 pairs. `"worse"`: the error rose by more than the
+        uncertainty, or the error in a noise bin has more than doubled, by more than 3 standard errors. `"better"`: the
+        error fell by more than the uncertainty. `"unchanged"`: the error changed by less than the uncertainty, which is
+        at most 20%. Otherwise `"unknown"`.
     """
     noise = max(SMALLEST, _noise(stderr))
     if not change <= RUINED:
@@ -210,13 +211,13 @@ def judge_preference(accuracy: float | None, stderr: float | None = None) -> str
     """Return the verdict on the preference.
 
     Args:
-        accuracy (`float`, *optional*): Share of the pairs whose loser's error rose more than the winner's.
+        accuracy (`float`, *optional*): Share of pairs whose loser's error rose more than the winner's error.
         stderr (`float`, *optional*): Standard error of the accuracy. If unset, the accuracy is from training logs.
 
     Returns:
-        `str`: `"learned"` or `"reversed"` if the accuracy is above or below one half by more than two standard errors;
-        `"unknown"` if nothing was measured; otherwise `"not learned"`. An accuracy from training logs is never
-        `"reversed"`, because it is 0 in the first log, when policy and reference are still equal.
+        `str`: `"unknown"` without an accuracy. `"learned"` or `"reversed"` if the accuracy is above or below one half
+        by more than two standard errors (5% if `stderr` is unset). Otherwise `"not learned"`. Training logs never give
+        `"reversed"`, because the accuracy of the first log is 0: policy and reference are still equal.
     """
     if accuracy is None:
         return "unknown"
@@ -226,14 +227,13 @@ def judge_preference(accuracy: float | None, stderr: float | None = None) -> str
 
 
 def verdict_of(history: History, run: RunFacts, step: int | None = None, images: str = "") -> Verdict | None:
-    """Return the verdict on a training, from the last evaluation, or from the last training logs if there is no
-    evaluation.
+    """Return the verdict on a training, from the last evaluation or, without evaluations, the last training logs.
 
     Args:
         history (`Sequence[Mapping]`): The trainer's log history.
         run ([`RunFacts`]): Facts of the run.
-        step (`int`, *optional*): Optimizer step of the weights to judge. The default is the last step.
-        images (`str`, *optional*): A sentence on the scores of sample images. The sentence is added to the verdict.
+        step (`int`, *optional*): Optimizer step of the weights to judge, by default the last step.
+        images (`str`, *optional*): A sentence on the win rates of sample images, to add to the verdict.
 
     Returns:
         `Verdict` or `None`: `None` if the log history has no error that can be compared with an earlier error.
@@ -243,7 +243,8 @@ def verdict_of(history: History, run: RunFacts, step: int | None = None, images:
 
 
 def worst_of(history: History, run: RunFacts, step: int | None = None) -> Measurement | None:
-    """Return the measurement with the worst verdict among the evaluation sets, at a step or else at the last step."""
+    """Return the measurement with the worst verdict among the evaluation sets. From each set, only one evaluation is
+    judged: the one at `step` or, if there is none, the last."""
     last: dict[str, Measurement] = {}
     first: dict[str, Mapping[str, Any]] = {}
     for entry in history:
@@ -261,8 +262,8 @@ def is_evaluation(entry: Mapping[str, Any]) -> bool:
 
 
 def ruined_in_training(history: History, run: RunFacts) -> Measurement | None:
-    """Return the mean over the last training logs if the winners' error has more than doubled. Otherwise, or if there
-    are fewer than 3 logs, return `None`."""
+    """Return the mean over the last training logs if the winners' error in it has more than doubled. Otherwise, or if
+    there are fewer than 3 training logs, return `None`."""
     if sum("errors/winner_change" in entry for entry in history) < LOGS_TO_WARN:
         return None
     measured = _last_training(history, run)
@@ -290,7 +291,7 @@ def write_verdict(
     Args:
         verdict ([`Verdict`], *optional*): The verdict. `None` is written as "unknown".
         images (`Sequence[SamplePair]`): Sample images before and after training.
-        scores (`Mapping`, *optional*): Win rates of the images after training, by scorer.
+        scores (`Mapping`, *optional*): Name of a scorer -> win rate of the images after training.
     """
     facts: dict[str, Any] = {"word": "unknown", "sentence": "Verdict: unknown. There is no error to compare with."}
     if verdict is not None:
@@ -316,8 +317,8 @@ def write_verdict(
 def _measured(
     entry: Mapping[str, Any], first: Mapping[str, Any], prefix: str, run: RunFacts, scale: float | None
 ) -> Measurement | None:
-    """Compare an evaluation with the evaluation before the first step, or else with the reference's error. Return
-    `None` if there is neither."""
+    """Compare an evaluation with the evaluation before the first step or, if there was none, with the reference's
+    error. Return `None` if neither is known."""
     error = entry[f"{prefix}_errors/winner"]
     change = entry.get(f"{prefix}_errors/winner_change")
     if first["step"] == 0:
@@ -332,8 +333,8 @@ def _measured(
         "evaluated_pairs": entry.get(f"{prefix}_errors/pairs"),
         "mean_lambda": scale,
     }
-    # Standard errors, noise bins and accuracies are logged relative to the reference. They are used only if the mean
-    # error is compared with the reference too.
+    # The logged standard errors, noise bins and accuracies compare with the reference. Use these values only if the
+    # mean error is compared with the reference too.
     if since == run.reference and math.isfinite(error):
         facts["winner_change_stderr"] = entry.get(f"{prefix}_{_CHANGE}_stderr")
         facts |= _worst_bin(entry, prefix)
@@ -344,8 +345,8 @@ def _measured(
 
 
 def _worst_bin(entry: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the noise bin with the largest rise of the winners' error. If standard errors are known, bins with a
-    single pair are ignored, because they have no standard error."""
+    """Return the noise bin with the largest rise of the winners' error. If standard errors were logged, bins without a
+    standard error are ignored, because they have only one pair."""
     start = f"{prefix}_{_CHANGE}@"
     stderrs = f"{prefix}_{_CHANGE}_stderr"
     bins = [int(key.removeprefix(start)) for key in entry if key.startswith(start)]
@@ -359,7 +360,7 @@ def _worst_bin(entry: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _last_training(history: History, run: RunFacts) -> Measurement | None:
-    """Return the mean over the last training logs. Return `None` if there are none, or if the reference moves."""
+    """Return the mean over the last training logs, or `None` without logs or if the reference changes in training."""
     logs = [entry for entry in history if "errors/winner_change" in entry][-AVERAGED_LOGS:]
     if not run.reference or not logs:
         return None
@@ -372,8 +373,8 @@ def _last_training(history: History, run: RunFacts) -> Measurement | None:
 
 
 def _comparable(measured: Measurement) -> Measurement | None:
-    """Return a measurement if there is an earlier error to compare with. An error that is not finite needs no earlier
-    error."""
+    """Return the measurement, or `None` if its earlier error is unusable (0 or not finite). If the error itself is not
+    finite, the measurement is always returned, because no comparison is needed."""
     return (
         measured if not math.isfinite(measured.winner_error) or 0 < measured.winner_error_before < math.inf else None
     )
@@ -385,7 +386,7 @@ def _mean_scale(history: History) -> float | None:
 
 
 def _noise(stderr: float | None) -> float:
-    """Return the uncertainty of a value: a smaller difference may be chance."""
+    """Return the uncertainty of a value. Differences below the uncertainty may be due to chance."""
     if stderr is None:
         return UNMEASURED
     return STANDARD_ERRORS * stderr if math.isfinite(stderr) else math.inf

@@ -1,4 +1,4 @@
-"""Writes, finds and rotates the checkpoints in a run's output folder. A kill leaves no incomplete checkpoint."""
+"""Writes, finds and rotates the checkpoints in a run's output folder. A killed run leaves no incomplete checkpoint."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from .setup import read_setup
 
 logger = logging.getLogger(__name__)
 
-LATEST = "latest"  # value of `resume_from_checkpoint` in the scripts of diffusers
-PARTIAL = "_partial"  # folder of checkpoints that are being written; the underscore excludes it from uploads
+LATEST = "latest"  # this value of `resume_from_checkpoint` is from diffusers' scripts
+PARTIAL = "_partial"  # folder of unfinished checkpoints, whose underscore excludes it from uploads
 # Patterns of the optimizer's files: of one process or DDP, of FSDP2 (full and sharded), and of DeepSpeed.
 OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
@@ -32,11 +32,11 @@ _WORDS: dict[str, str | bool | None] = {"true": True, "false": None, "none": Non
 
 
 def meaning(value: str | os.PathLike | bool | None) -> str | bool | None:
-    """Parse a value of `resume_from_checkpoint`. A command line passes `True`, `False` and `None` as words.
+    """Parse a value of `resume_from_checkpoint`. On a command line, `True`, `False` and `None` are strings.
 
     Returns:
-        `True` to resume from the newest checkpoint, which must exist; `"latest"` to resume from the newest checkpoint
-        if there is one; `None` to start anew; otherwise the folder of a checkpoint.
+        `True`: resume from the newest checkpoint, which must exist. `"latest"`: resume from the newest checkpoint if
+        there is one. `None`: start anew. Otherwise the folder of the checkpoint to resume from.
     """
     if value is None or isinstance(value, bool):
         return value or None
@@ -44,13 +44,13 @@ def meaning(value: str | os.PathLike | bool | None) -> str | bool | None:
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """Return the step in the name of a checkpoint's folder, or `None` if the name is not that of a checkpoint."""
+    """Return the step in the name of a checkpoint's folder, or `None` if the name is not `checkpoint-<step>`."""
     match = _NAME.fullmatch(checkpoint.name)
     return int(match[1]) if match else None
 
 
 def checkpoints_in(folder: Path) -> dict[Path, int]:
-    """Return the checkpoints in a folder with their steps, sorted by step."""
+    """Return the checkpoints in a folder and the step of each, sorted by step."""
     steps = {path: step_of(path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()}
     return dict(sorted(((path, step) for path, step in steps.items() if step is not None), key=lambda item: item[1]))
 
@@ -61,7 +61,7 @@ class Checkpoints:
     def __init__(self, args: TrainingArguments):
         self._args = args
         self._processes = PartialState()
-        self._partial: Path | None = None  # the folder that is being written
+        self._partial: Path | None = None  # temporary folder of the checkpoint that is being written
         self._last_bytes = 0  # size of the last checkpoint
 
     # ---- Writing --------------------------------------------------------------------------------------------------
@@ -69,11 +69,11 @@ class Checkpoints:
     @contextlib.contextmanager
     def writing(self, folder: Path, needed: int) -> Iterator[Path]:
         """Yield a temporary folder on the same disk, and rename it to `folder` when all processes have written their
-        files. If the process is killed at any moment, `folder` either does not exist or is a complete checkpoint.
+        files. Even if the run is killed, `folder` either does not exist or is a complete checkpoint.
 
         Args:
             folder (`Path`): Folder of the checkpoint. An earlier checkpoint of the same step is replaced.
-            needed (`int`): Smallest number of bytes that the checkpoint can take.
+            needed (`int`): Number of bytes that the checkpoint takes at least.
 
         Raises:
             `DiskFullError`: In all processes, before the checkpoint is written, if the disk has too little room.
@@ -94,7 +94,7 @@ class Checkpoints:
             self._last_bytes = _finish(partial, folder)
         self._processes.wait_for_everyone()
         if self._processes.is_local_main_process and not self._args.should_save and partial.is_dir():
-            _finish(partial, folder)  # this machine has its own disk, so rename its files too
+            _finish(partial, folder)  # each machine has its own disk, so rename the folder on this one too
             logger.warning(
                 "%s is not on a shared disk, so each machine has only the files of its own processes. To resume on all "
                 "machines, use an `output_dir` on a disk that the machines share, or set `save_on_each_node=True`.",
@@ -102,7 +102,7 @@ class Checkpoints:
             )
 
     def is_being_written(self, folder: Path) -> bool:
-        """Return whether a folder is the temporary one that [`Checkpoints.writing`] has yielded."""
+        """Return whether `folder` is the temporary folder that [`Checkpoints.writing`] has yielded."""
         return folder == self._partial
 
     def rotate(self, output_dir: str | os.PathLike, best: str | None) -> None:
@@ -131,7 +131,7 @@ class Checkpoints:
         if folder is None and point is True:
             raise ValueError(
                 f"To resume, `output_dir` must contain a checkpoint, but {output_dir} contains none. Start without "
-                f"`resume_from_checkpoint`, or set it to {LATEST!r} to start anew if there is no checkpoint."
+                f"`resume_from_checkpoint`, or use {LATEST!r}, which starts anew if there is no checkpoint."
             )
         if folder is None:
             if self._processes.is_main_process:
@@ -140,8 +140,8 @@ class Checkpoints:
         missing = next((words for words in gather_objects(self._missing(Path(folder))) if words), None)
         if missing is not None:
             raise ValueError(
-                f"A checkpoint to resume from must be complete, but in {folder} {missing}. If this folder is a copy, "
-                "copy it again. Otherwise set `resume_from_checkpoint` to the folder of another checkpoint."
+                f"A checkpoint to resume from must be complete. In {folder}, {missing}. If this folder is a copy, copy "
+                "it again. Otherwise set `resume_from_checkpoint` to the folder of another checkpoint."
             )
         return folder
 
@@ -153,9 +153,9 @@ class Checkpoints:
         return gather_objects(newest)[0]
 
     def _missing(self, folder: Path) -> str | None:
-        """Return text that names the first missing file this process needs to resume, or `None` if none is missing.
+        """Return words for the first missing file that this process needs to resume, or `None` if no file is missing.
 
-        transformers would resume even if the files of the schedule and the random state are missing.
+        transformers itself would resume without the files of the schedule and the random state.
         """
         if not folder.is_dir():
             return "there are no files, because the folder does not exist"
@@ -185,7 +185,7 @@ def _finish(partial: Path, folder: Path) -> int:
             os.fsync(stream.fileno())
     for parent in {path.parent for path in files}:
         sync_folder(parent)
-    if folder.exists():  # a folder cannot be renamed to the name of a folder that contains files
+    if folder.exists():  # a folder cannot replace a folder that contains files, so move that one away
         os.rename(folder, partial.with_name(f"{folder.name}.replaced"))
     os.rename(partial, folder)
     sync_folder(folder.parent)

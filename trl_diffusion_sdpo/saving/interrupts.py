@@ -27,14 +27,13 @@ class CheckpointOnInterrupt(TrainerCallback):
     """Saves a checkpoint and ends training after the current step at the first Ctrl-C (SIGINT) or SIGTERM. A second
     signal raises `KeyboardInterrupt` at once.
 
-    The callback handles signals only during training. If training runs in another thread than the main thread, the
-    callback does nothing, because Python does not allow signal handlers there. If training ends by an exception, call
-    [`~CheckpointOnInterrupt.restore_handlers`]. If there are several processes, all of them stop after the same step,
-    at most one step after the step in which one of them got the signal.
+    The callback handles signals only during training. If training does not run in the main thread, the callback does
+    nothing, because Python allows signal handlers only there. If training raises an exception, call
+    [`~CheckpointOnInterrupt.restore_handlers`]. With several processes, all stop after the same step: the step in which
+    one of them got the signal, or the next step.
 
     Attributes:
-        interrupted (`signal.Signals` or `None`): The signal that ended the latest training; `None` if no signal ended
-            it.
+        interrupted (`signal.Signals` or `None`): The signal that ended the latest training, or `None` if no signal did.
     """
 
     def __init__(self):
@@ -55,30 +54,30 @@ class CheckpointOnInterrupt(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self.exchange.stops:
             self._agreed = True
-            self.interrupted = self.interrupted or signal.SIGINT  # also in processes that got no signal
+            self.interrupted = self.interrupted or signal.SIGINT  # processes that got no signal set this too
             control.should_save = True
             control.should_training_stop = True
-            control.should_evaluate = False  # a machine that is shutting down leaves a process only seconds
+            control.should_evaluate = False  # a machine that shuts down gives processes only seconds
         return control
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if self._agreed:  # the checkpoint was already written at the end of the step
+        if self._agreed:  # `on_step_end` has already requested the checkpoint
             control.should_evaluate = False
             control.should_save = False
         return control
 
     @property
     def stops(self) -> bool:
-        """Whether a signal ends this training. The value is the same in all processes."""
+        """Whether a signal ends this training: the same value in all processes."""
         return self._agreed
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self.restore_handlers()
-        if not self._agreed:  # training reached its end before the signal could stop it
+        if not self._agreed:  # training was complete before the signal could stop it
             self.interrupted = None
 
     def restore_handlers(self) -> None:
-        """Restore the signal handlers from before training. A second call has no effect."""
+        """Restore the signal handlers that were set before training. A second call has no effect."""
         while self._previous:
             number, handler = self._previous.popitem()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # `None`: set outside Python
@@ -92,8 +91,8 @@ class CheckpointOnInterrupt(TrainerCallback):
         self.interrupted = signal.Signals(number)
         self.exchange.request_stop()
         logger.warning(
-            "%s: training saves a checkpoint and stops after this step. A second signal stops it at once, without a "
-            "checkpoint.",
+            "Got %s. Training saves a checkpoint and stops after this step. A second signal stops training at once, "
+            "without a checkpoint.",
             self.interrupted.name,
         )
 
@@ -109,8 +108,8 @@ class CheckpointOnInterrupt(TrainerCallback):
 
 
 def was_interrupted(callbacks: Iterable[TrainerCallback]) -> bool:
-    """Return whether a signal ends the training, according to a [`CheckpointOnInterrupt`] among the callbacks. The
-    result is the same in all processes."""
+    """Return whether a [`CheckpointOnInterrupt`] among the callbacks says that a signal ends the training. All
+    processes get the same result."""
     return any(isinstance(callback, CheckpointOnInterrupt) and callback.stops for callback in callbacks)
 
 
@@ -118,10 +117,10 @@ def step_exchange(callbacks: Iterable[TrainerCallback]) -> StepExchange:
     """Return the [`StepExchange`] of the [`CheckpointOnInterrupt`] among the callbacks. If there is no such callback,
     return a new `StepExchange`.
 
-    Through this object, the training step tells all processes that one of them got a signal.
+    The training step uses this object to tell all processes that one of them got a signal.
     """
     exchanges = [callback.exchange for callback in callbacks if isinstance(callback, CheckpointOnInterrupt)]
-    return exchanges[-1] if exchanges else StepExchange()  # the last callback receives the signals
+    return exchanges[-1] if exchanges else StepExchange()  # the last callback's signal handler replaces the others'
 
 
 @contextlib.contextmanager
@@ -152,8 +151,7 @@ def stopping_on_interrupt(
 
 
 def resume_hint(args: TrainingArguments, step: int, how: str) -> str:
-    """Return a sentence that says where the checkpoint of an interrupted run is, followed by `how`, a sentence on how
-    to resume."""
+    """Return a clause that says where an interrupted run's checkpoint is, and then `how`, a sentence on resuming."""
     if args.save_only_model:
         how = "It has no optimizer state (`save_only_model=True`), so the run cannot be resumed."
     return f"its checkpoint is {output_folder(args) / f'{PREFIX_CHECKPOINT_DIR}-{step}'}. {how}"

@@ -15,7 +15,7 @@ from ..utils.disk import naming_the_disk
 from .setup import SETUP_FILE, read_setup
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE, PEFT_PREFIX, folded, ranks
 
-PREFIX = "lora_unet_"  # kohya's scripts use this prefix also if the denoiser is a transformer
+PREFIX = "lora_unet_"  # kohya's scripts use this prefix for transformers too
 _A, _B = "lora_A.weight", "lora_B.weight"
 Factors = tuple[torch.Tensor, torch.Tensor]  # factors A `(r, in, ...)` and B `(out, r, ...)` of a LoRA of rank r
 
@@ -24,7 +24,7 @@ def export_kohya(run: str | Path, output: str | Path, *, average: bool = False) 
     """Write a run's LoRA into a file in the format of kohya's scripts.
 
     Args:
-        run (`str` or `Path`): Output folder of a run, or a checkpoint.
+        run (`str` or `Path`): Output folder of a run, or the folder of one of its checkpoints.
         output (`str` or `Path`): New file whose name ends in `.safetensors`.
         average (`bool`): Whether to export the averaged weights that a run with `ema_decay` saves.
 
@@ -67,9 +67,8 @@ def to_kohya(weights: dict[str, torch.Tensor], config: LoraConfig, denoiser_clas
             "the LoRA into the base model instead."
         )
     weights, _ = folded(weights, config)
-    factors: dict[str, dict[int, Factors]] = defaultdict(
-        dict
-    )  # by module of the original model, and by position within its stacked matrix
+    # Module of the original model -> position of a matrix in the module's stacked matrix -> factors of the LoRA.
+    factors: dict[str, dict[int, Factors]] = defaultdict(dict)
     originals: dict[str, OriginalModule] = {}
     for module in ranks(weights):
         original = original_module(denoiser_class, module)
@@ -93,9 +92,9 @@ def _read(run: Path, average: bool) -> tuple[str, LoraConfig, dict[str, torch.Te
 
 
 def _stacked(original: OriginalModule, factors: dict[int, Factors]) -> Factors:
-    """Return one pair of factors for matrices that the original model stores as one stacked matrix, such as queries,
-    keys and values. The factors have the shapes `(sum r, in)` and `(sum out, sum r)`. The second factor is
-    block-diagonal. If a matrix has no LoRA, its rows in the second factor are zero."""
+    """Return one pair of LoRA factors for several matrices that the original model stacks into one, such as queries,
+    keys and values. Factor A has the shape `(sum r, in)`. Factor B has the shape `(sum out, sum r)` and is
+    block-diagonal. Rows of B that belong to a matrix without a LoRA are zero."""
     if len(original.rows) == 1:
         return factors[0]
     rows = _row_counts(original, factors)
@@ -131,10 +130,10 @@ def _row_counts(original: OriginalModule, factors: dict[int, Factors]) -> list[i
 
 
 def _named(modules: dict[str, Factors]) -> dict[str, torch.Tensor]:
-    """Return the tensors of the file. Each module has two factors, and an alpha equal to the rank, so its scale is 1.
+    """Return the tensors to export. Each module has two factors and an alpha equal to the rank, so its LoRA scale is 1.
 
     If the modules' ranks differ, all modules get the smallest rank as alpha, because diffusers ignores alphas that
-    differ between modules of a UNet's LoRA. The second factors are then multiplied by rank / alpha.
+    differ between modules of a UNet's LoRA. Factor B is then multiplied by rank / alpha.
     """
     rank_of = {name: down.shape[0] for name, (down, _) in modules.items()}
     common = min(rank_of.values()) if len(set(rank_of.values())) > 1 else None

@@ -21,7 +21,7 @@ from .setup import ARGS_FILE, output_folder
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_STRATEGIES = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
-# Pickles and logs are not uploaded, nor is the file of all arguments, because it names local folders.
+# Patterns of files that are not uploaded: pickles, logs, and all arguments of the run, which name local folders.
 NOT_UPLOADED = ("_*", "*.pt", "*.pth", "*.bin", "runs/*", ARGS_FILE)
 
 
@@ -42,11 +42,11 @@ class Publisher:
         self._ignore = [*NOT_UPLOADED, *ignore]
         self._api = HfApi()
         self._jobs: list[Future] = []  # uploads in progress
-        self.repository: str | None = None  # id of the repository, once it exists
+        self.repository: str | None = None  # id of the repository, or `None` before `create_repository`
 
     def create_repository(self, token: str | None = None, private: bool | None = None) -> str:
-        """Create the repository that the settings name if it does not exist, and return its id, `owner/name`. All
-        processes must call this method. If the repository cannot be created, all raise `PublishingError`."""
+        """Create the repository for the run unless it exists, and return its id, `owner/name`. All processes must call
+        this method. If the repository cannot be created, all processes raise `PublishingError`."""
         name = self._args.hub_model_id or output_folder(self._args).absolute().name
         with failing_together(PublishingError, during_upload=True):
             if self._args.process_index == 0:
@@ -63,8 +63,8 @@ class Publisher:
 
     @contextlib.contextmanager
     def failing_after_save(self) -> Iterator[None]:
-        """If one process raises an error within the context, raise an error in all processes. The message of an error
-        of the Hub then says where the saved weights are."""
+        """If one process raises an error within the context, raise an error in all processes. If the Hub caused the
+        error, the message also says where the weights are saved."""
         with failing_together(PublishingError, during_upload=True):
             try:
                 yield
@@ -83,10 +83,9 @@ class Publisher:
 
         Args:
             message (`str`, *optional*): Message of the commit.
-            token, revision (`str`, *optional*): Token and revision for the Hub. The defaults are `hub_token` and
-                `hub_revision` of the settings.
+            token, revision (`str`, *optional*): Token and revision for the Hub. Defaults: `hub_token`, `hub_revision`.
             blocking (`bool`): Whether to wait and return the result of [`~huggingface_hub.HfApi.upload_folder`].
-                If not, the method returns a `Future` of this result, and logs an error of the upload.
+                If false, return a `Future` of this result at once, and log an error if the upload fails.
         """
         arguments = {
             "folder_path": self._args.output_dir,
@@ -98,10 +97,10 @@ class Publisher:
         return self._upload(**arguments) if blocking else self._upload_later(**arguments)
 
     def is_ready_for_progress(self) -> bool:
-        """Return whether to upload now, during training. All processes must call this method.
+        """Return whether to start an upload now, during training. All processes must call this method.
 
-        The method first waits for the previous upload to end if a new upload follows or if old checkpoints will be
-        deleted, because files of the previous upload will then change.
+        Before a new upload, and before old checkpoints are deleted, the method waits until the previous upload is
+        complete, because files of the previous upload will change.
         """
         if self._args.hub_strategy == HubStrategy.END:
             return False
@@ -112,8 +111,8 @@ class Publisher:
         return not skips
 
     def upload_progress(self, checkpoint: Path, state: TrainerState) -> None:
-        """Upload the output folder while training continues, and the new checkpoint too if `hub_strategy` asks for
-        checkpoints. Call this method in the first process only."""
+        """Upload the output folder while training continues. If `hub_strategy` asks for checkpoints, also upload the
+        new checkpoint. Call this method in the first process only."""
         message = f"Training in progress, step {state.global_step}"
         self.upload(message, blocking=False)
         if self._args.hub_strategy in CHECKPOINT_STRATEGIES:
@@ -137,7 +136,7 @@ class Publisher:
         if self.repository is None:
             return
         if not self.is_done():
-            logger.info("Waiting for the upload in progress to end.")
+            logger.info("Waiting until the upload in progress is complete.")
         for job in self._jobs:
             job.exception()
         self._jobs = []
@@ -149,7 +148,7 @@ class Publisher:
             return self._api.upload_folder(repo_id=self.repository, **arguments)
 
     def _upload_later(self, **arguments: Any) -> Future:
-        """Upload in a thread. An error is logged when it happens, and raised by the `Future`."""
+        """Upload in a thread. If the upload fails, the thread logs the error, and the `Future` raises it."""
 
         def upload() -> Any:
             try:
@@ -170,7 +169,7 @@ class Publisher:
 
 @contextlib.contextmanager
 def explained_hub_errors(what: str) -> Iterator[None]:
-    """Turn an error of the Hub or of its client into a `PublishingError`, with a one-line message without secrets.
+    """Turn an error of the Hub or its client into a `PublishingError` whose message is one line without secrets.
 
     Args:
         what (`str`): Name of the action in the message, such as "Uploading to owner/name".

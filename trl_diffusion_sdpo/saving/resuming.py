@@ -1,5 +1,5 @@
-"""Compares a run with the checkpoint that it resumes from. After the checkpoint is loaded, the run's own optimizer
-settings are set again."""
+"""Compares a run with the checkpoint from which it resumes, and replaces the checkpoint's optimizer settings by those
+of the run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .setup import ARGS_FILE, SETUP_FILE, read_setup
 
 logger = logging.getLogger(__name__)
 
-# Entries of the set-up that must be equal. Otherwise the checkpoint's weights would not fit the model, or mean
-# something else.
+# Entries of the set-up file that must be equal. Otherwise the checkpoint's weights would not fit the model, or would
+# change it in another way, such as a LoRA on another base model.
 STRUCTURE = ("pipeline_class", "denoiser_class", "tuning", "reference", "lora", "weights_before_training", "engine")
-# Settings that may differ without a warning, because paths, logging, the Hub and the number of data loader workers do
-# not change the weights. The data are compared by `_compare_data`.
+# Settings that may differ without a warning, because paths, logging, the Hub and data loader workers do not change the
+# trained weights. `_compare_data` compares the training data.
 NOT_COMPARED = (
     *("output_dir", "logging_dir", "run_name", "project", "report_to", "disable_tqdm", "_n_gpu", "local_rank"),
     *("log_level", "log_level_replica", "log_on_each_node", "trackio_space_id", "trackio_bucket_id"),
@@ -37,22 +37,22 @@ NOT_COMPARED = (
 )
 # A run may switch between these two optimizers when it resumes, because each can load the other's state.
 ADAMW = ("adamw_torch", "adamw_torch_fused")
-# Learning rate schedules that need their saved state, because their rate does not depend on the step alone.
+# Learning rate schedules that need their saved state, because the rate does not depend on the step alone.
 SCHEDULES_WITH_STATE = ("reduce_lr_on_plateau", "greedy")
-# Settings in the parameter groups of an optimizer. Other entries of the groups may be state, which is not overwritten.
+# Settings in the parameter groups of an optimizer. Other entries of the groups may be state and are not overwritten.
 GROUP_SETTINGS = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha")
 
 
 def stored_settings(checkpoint: Path) -> dict[str, Any]:
-    """Return all arguments of the run that wrote a checkpoint. Return an empty dictionary if their file is missing, as
-    it is in checkpoints on the Hub. Raise `ValueError` if the file cannot be read."""
+    """Return all arguments of the run that wrote a checkpoint, from `training_args.json`. Return an empty dictionary if
+    this file is missing (it is not uploaded to the Hub). Raise `ValueError` if the file cannot be read."""
     file = checkpoint / ARGS_FILE
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{file} must contain a run's arguments as JSON, and cannot be read: {error}. Copy it again, or copy it "
-            "from another checkpoint of the run."
+            f"{file} must contain a run's arguments as JSON, and cannot be read: {error}. Copy the file again, or copy "
+            "it from another checkpoint of the run."
         ) from error
 
 
@@ -102,7 +102,7 @@ def _compare(stored: dict[str, Any], args: TrainingArguments, setup: dict[str, A
                 "its weights."
             )
     for name, (before, now) in differing.items():
-        logger.warning("Resuming with another `%s`: it was %r, is %r.", name, before, now)
+        logger.warning("Resuming with another `%s`: %r in the checkpoint, %r now.", name, before, now)
 
 
 def _why_not(name: str, before: Any, now: Any, has_state: bool) -> str:
@@ -117,7 +117,7 @@ def _why_not(name: str, before: Any, now: Any, has_state: bool) -> str:
 
 def _compare_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, starts_anew: bool) -> None:
     """Compare the fingerprints of the training data in the checkpoint and in this run. An unknown fingerprint (`None`)
-    is not compared. Raise `ValueError` if the data differ, unless the run starts at the beginning of its data."""
+    is not compared. Raise `ValueError` if the data differ, unless the run reads its data from the start."""
     if before is None or now is None:
         return
     both = [name for name in now if before.get(name) is not None and now[name] is not None]
@@ -129,7 +129,8 @@ def _compare_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, 
         logger.warning("The files of the training images differ from those of the checkpoint: %s.", listed)
     elif starts_anew:
         logger.warning(
-            "The training data differ from those of the checkpoint, and are read from the start: %s.", listed
+            "The training data differ from those of the checkpoint (%s). The run reads the new data from the start.",
+            listed,
         )
     else:
         raise ValueError(
@@ -141,12 +142,12 @@ def _compare_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, 
 
 @contextlib.contextmanager
 def keeping_optimizer_settings(optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[None]:
-    """Return a context within which a checkpoint's optimizer and learning rate schedule are loaded. At its end, this
-    run's settings of the optimizer, such as learning rate and betas, are set again. The schedule stays at the
-    checkpoint's step.
+    """Return a context in which the caller loads a checkpoint's optimizer and learning rate schedule. When the context
+    ends, optimizer settings of this run, such as learning rate and betas, replace those of the checkpoint. The schedule
+    stays at the checkpoint's step.
 
-    The learning rate is set again only if the schedule computes it from the step alone, like all schedules of
-    transformers but those in [`SCHEDULES_WITH_STATE`].
+    The learning rate is replaced only if the schedule computes it from the step alone. This is the case for all
+    schedules of transformers except [`SCHEDULES_WITH_STATE`].
     """
     schedule = scheduler.scheduler if isinstance(scheduler, AcceleratedScheduler) else scheduler
     settings = [{name: group[name] for name in GROUP_SETTINGS if name in group} for group in optimizer.param_groups]

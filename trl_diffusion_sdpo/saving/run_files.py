@@ -1,5 +1,5 @@
-"""Writes and reads the files of a run: the set-up, the weights, the averaged weights, the reference, and the states of
-the optimizer, of the winner budget and of the automatic beta."""
+"""Writes and reads the files of a run: the set-up file, the weights of the policy, their average and the reference, and
+the states of the optimizer, the winner budget and the automatic beta."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from .weights import WeightFiles
 class RunFiles:
     """Writes a run's results and checkpoints, and reads checkpoints. All processes must call each method.
 
-    The results in the output folder are the weights, their average over training, the set-up and the arguments. A
-    checkpoint contains the weights and all other states that change during training.
+    The results in the output folder are the weights, their average over training, the set-up file and the arguments. A
+    checkpoint contains the weights and every state that changes during training.
 
     Args:
         weights ([`WeightFiles`]): Files of the policy's weights.
         weight_copies (`Sequence[WeightCopy]`): The reference, and the averaged weights if the run has them.
         average ([`EMAWeights`], *optional*): The averaged weights, if the run has them.
         controllers (`Sequence`): The winner budget and the automatic beta, if the run has them.
-        full_pipeline (`bool`): Whether to save the pipeline's other components with a fully tuned denoiser.
-        unpublished (`dict[str, Any]`): Further entries for the file of the arguments, which is never uploaded.
+        full_pipeline (`bool`): For full tuning, whether to save the whole pipeline and not only the denoiser.
+        unpublished (`dict[str, Any]`): Further entries for `training_args.json`, which is never uploaded.
     """
 
     def __init__(
@@ -61,15 +61,15 @@ class RunFiles:
     # ---- Writing --------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, model: nn.Module, setup: dict[str, Any]) -> None:
-        """Write the files of a checkpoint if [`RunFiles.writing_checkpoint`] yielded `folder`. Otherwise write the
-        run's results.
+        """Write a checkpoint into `folder` if [`RunFiles.writing_checkpoint`] yielded this folder. Otherwise write the
+        run's results into `folder`.
 
         Args:
             model (`nn.Module`): The policy as the engine wrapped it.
             setup (`dict[str, Any]`): Content of the set-up file.
 
         Raises:
-            `FloatingPointError`: In all processes, if a weight is not finite. No file is written then.
+            `FloatingPointError`: In all processes, if a weight is not finite. In this case, no file is written.
         """
         writes = self._args.should_save
         is_checkpoint = self.checkpoints.is_being_written(folder)
@@ -102,10 +102,10 @@ class RunFiles:
     def _check_finite(
         self, weights: Mapping[str, torch.Tensor], average: Mapping[str, torch.Tensor] | None, *, together: bool
     ) -> None:
-        """Raise `FloatingPointError` if a weight is not finite. Only processes that write the weights check them.
+        """Raise `FloatingPointError` if a weight is not finite. Only processes that write weights check the weights.
 
         Args:
-            together (`bool`): Whether all processes call this method, and all must raise if one of them does.
+            together (`bool`): Whether all processes call this method. If one of them raises, the others then raise too.
         """
         spoiled: list[str] = []
         if self._args.should_save:
@@ -115,7 +115,7 @@ class RunFiles:
             spoiled = next((names for names in gather_objects(spoiled) if names), [])
         if spoiled:
             raise FloatingPointError(
-                f"Weights must be finite, and {len(spoiled)} tensors are not, such as {', '.join(spoiled[:3])}. No "
+                f"Weights must be finite. {len(spoiled)} tensors are not finite, such as {', '.join(spoiled[:3])}. No "
                 "file was written or changed. Resume from the last checkpoint with a lower `learning_rate`, or use "
                 "bf16 instead of fp16."
             )
@@ -127,8 +127,7 @@ class RunFiles:
         return self._engine.gather(self._weights.tensors(), keep=keep)
 
     def _write_args(self, folder: Path) -> None:
-        """Write the arguments as JSON without tokens. The `training_args.bin` of transformers would be a pickle, with
-        tokens."""
+        """Write the arguments as JSON without access tokens. transformers would write a pickle with tokens."""
         content = {**json.loads(self._args.to_json_string()), **self._unpublished}
         (folder / ARGS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -144,7 +143,7 @@ class RunFiles:
     def save_sharded_optimizer(
         self, folder: str, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any
     ) -> None:
-        """Write the state of the optimizer, sharded over the processes, and the state of the learning rate schedule."""
+        """Write the state of an optimizer that is sharded over processes, and of the learning rate schedule."""
         self._engine.save_state(model, optimizer, folder)
         if self._args.should_save:
             torch.save(scheduler.state_dict(), os.path.join(folder, SCHEDULER_NAME))
@@ -156,11 +155,11 @@ class RunFiles:
 
         Args:
             value: `resume_from_checkpoint` of [`~transformers.Trainer.train`], or `"latest"`.
-            setup (`Callable`): Returns this run's set-up.
+            setup (`Callable`): Function that returns the content of this run's set-up file.
 
         Raises:
-            `ValueError`: If the checkpoint does not exist, is incomplete or damaged, was written with another set-up,
-                has no optimizer state, or contains pickles that could run code.
+            `ValueError`: If the checkpoint does not exist, is incomplete or damaged, does not fit this run, has no
+                optimizer state, or contains pickles that could run code.
         """
         point = self.checkpoints.resume_point(value, str(output_folder(self._args)))
         if point is None:
@@ -177,8 +176,8 @@ class RunFiles:
 
     @contextlib.contextmanager
     def loading_optimizer(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[None]:
-        """Return a context in which the caller loads a checkpoint's optimizer and schedule. Within the context, pickles
-        that could run code are refused. At its end, this run's own optimizer settings are set again."""
+        """Return a context in which the caller loads a checkpoint's optimizer and schedule. The context refuses pickles
+        that could run code. At the end of the context, optimizer settings of this run replace the checkpoint's."""
         with keeping_optimizer_settings(optimizer, scheduler), self.reading():
             yield
 
@@ -207,7 +206,7 @@ class RunFiles:
         self._engine.scatter(weights, self._weights.tensors())
 
     def reading(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which pickles that could run code are refused; see [`~.unpickling.tensors_only`]."""
+        """Return a context that refuses to load pickles that could run code; see [`~.unpickling.tensors_only`]."""
         return tensors_only(self._engine.pickled_types)
 
 

@@ -1,4 +1,4 @@
-"""Protects the output folder of a run: only one run uses a folder at a time, and a new run refuses a used folder."""
+"""Protects the output folder of a run: only one run uses it at a time, and a new run does not overwrite another run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .setup import ARGS_FILE, SETUP_FILE, output_folder
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE
 
 LOCK_FILE = "_run.lock"  # the underscore excludes the file from uploads
-LOCK_SECONDS = 10.0  # time to wait for a lock, because data loader workers of a killed run hold it for some seconds
+LOCK_SECONDS = 10.0  # data loader workers of a killed run hold its lock for some seconds, so wait this long
 # Patterns of the files that `save_model` writes, besides folders of the pipeline's components. The patterns are narrow,
-# so that files of the user in the same folder are never deleted.
+# so that a user's own files in the folder are never deleted.
 WEIGHTS = ("pytorch_lora_weights*.safetensors", PEFT_FILE, PEFT_CONFIG_FILE, "model_index.json", EMA_FOLDER)
 RESULTS = (*WEIGHTS, SETUP_FILE, ARGS_FILE)
 
@@ -30,8 +30,7 @@ class RunFolder:
     """The output folder of a run, and its lock.
 
     Args:
-        components (`Sequence[str]`): Names of the pipeline's components. The folders of saved components have these
-            names.
+        components (`Sequence[str]`): Names of the pipeline's components, which are also the names of their folders.
         reports (`Sequence[str]`): Patterns of the files that training writes besides checkpoints and weights.
     """
 
@@ -39,7 +38,7 @@ class RunFolder:
         self._args, self._components, self._reports = args, components, reports
         self._processes = PartialState()
         self._lock = FileLock(self.path / LOCK_FILE, timeout=LOCK_SECONDS)
-        self._has_begun = False  # whether this trainer wrote the weights in the folder
+        self._has_begun = False  # whether weights in the folder are from this trainer
 
     @property
     def path(self) -> Path:
@@ -48,12 +47,11 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self, *, all_processes: bool = False) -> Iterator[None]:
-        """Lock the folder against other runs within the context. Contexts may be nested. The first process of the run
-        holds the lock.
+        """Lock the folder against other runs within the context. Contexts can be nested. The first process locks.
 
         Args:
-            all_processes (`bool`): Whether all processes of the run enter the context together. If another run has
-                locked the folder, all processes raise.
+            all_processes (`bool`): Whether all processes of the run enter the context together. All of them then raise
+                if another run has locked the folder.
 
         Raises:
             `ValueError`: If another run has locked the folder.
@@ -69,16 +67,16 @@ class RunFolder:
                 self._lock.release()
 
     def begin(self, checkpoint: str | Path | None, *, overwrite: bool) -> None:
-        """Check that the folder has no checkpoints or weights of another run before a run starts, and no later
-        checkpoints before a run resumes. All processes must call this method.
+        """Before a run starts, check that the folder has no checkpoints or weights of another run. Before a run
+        resumes, check that the folder has no later checkpoints. All processes must call this method.
 
         Args:
             checkpoint (`str` or `Path`, *optional*): Checkpoint to resume from. The checkpoint may be in another
                 folder.
-            overwrite (`bool`): Whether to delete such files, instead of raising an error.
+            overwrite (`bool`): Whether to delete these checkpoints and results instead of raising an error.
 
         Raises:
-            `ValueError`: If the folder contains such files and `overwrite` is not set.
+            `ValueError`: If the folder contains such checkpoints or weights and `overwrite` is false.
         """
         with failing_together(ValueError):
             if self._processes.is_main_process:
@@ -120,7 +118,7 @@ class RunFolder:
 def refuse_own_start(output_dir: str, names: Iterable[Any]) -> None:
     """Raise `ValueError` if a run starts from its own output folder, or from a checkpoint or weights in that folder.
 
-    Saving would overwrite these files, and `overwrite_output_dir` would delete them.
+    Otherwise saving would overwrite the files from which the run starts, or `overwrite_output_dir` would delete them.
 
     Args:
         names (`Iterable`): Folders, files or Hub ids of the model, the LoRA and the reference from which the run

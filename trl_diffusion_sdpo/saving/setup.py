@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from ..utils.files import write_atomically
 
 SETUP_FILE = "diffusion_sdpo_setup.json"
-ARGS_FILE = "training_args.json"  # all arguments; never uploaded, because they name local folders
+ARGS_FILE = "training_args.json"  # all arguments of a run; never uploaded, because the file names local folders
 
 
 def output_folder(args: TrainingArguments) -> Path:
@@ -24,8 +24,7 @@ def output_folder(args: TrainingArguments) -> Path:
 
 
 def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
-    """Return a short hash of the name, the shape and about 16 values of each tensor. The hash does not depend on the
-    machine."""
+    """Return a short hash of each tensor's name, shape and about 16 values. The hash is the same on all machines."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         flat = tensors[name].detach().flatten()
@@ -35,12 +34,12 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def write_setup(folder: Path, setup: dict[str, Any]) -> None:
-    """Write the set-up file into a folder, atomically."""
+    """Write the set-up file of a run into a folder, atomically."""
     write_atomically(folder / SETUP_FILE, json.dumps(setup, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def read_setup(folder: Path) -> dict[str, Any]:
-    """Return the content of a folder's set-up file, or an empty dictionary if the file is missing or no JSON object."""
+    """Return the content of a folder's set-up file, or `{}` if the file is missing or is not a JSON object."""
     try:
         setup = json.loads((folder / SETUP_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

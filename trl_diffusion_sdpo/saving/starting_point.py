@@ -1,5 +1,5 @@
-"""Finds the pipeline, the denoiser and the LoRA from which a run starts. A user may name all three by the output folder
-of an earlier run."""
+"""Finds the pipeline, the denoiser and the LoRA from which a run starts. If a user passes the output folder of an
+earlier run as the model, this folder determines all three."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from .resuming import stored_settings
 from .setup import SETUP_FILE, read_setup
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE, read_adapter
 
-# Key under which files record the result of `recorded_base`: always in the file of the arguments, and also in the
-# set-up file unless a local folder is named.
+# Key of the result of `recorded_base` in `training_args.json` and, if the result names no local folder, also in the
+# set-up file.
 BASE = "base_model"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 INDEX_FILE = "model_index.json"
 _OPTIONS = ("revision", "variant", "config")  # arguments of `from_pretrained` that change which weights are loaded
-_DEFAULTS = {"revision": (None, "main")}  # if the user passes one of these values, the recorded value is used
+_DEFAULTS = {"revision": (None, "main")}  # default values; a recorded value takes precedence
 _OF_TEXT = ("text_encoder", "lora_te")
 
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """Folders, files or Hub ids from which to load the parts of a policy."""
+    """Folders, files or Hub ids from which to load a policy: pipeline, denoiser and LoRA."""
 
     pipeline: str  # Hub id, folder or file of the pipeline
     options: Mapping[str, Any] = field(default_factory=dict)  # arguments with which an earlier run loaded the pipeline
@@ -44,8 +44,8 @@ class StartingPoint:
     adapter: str | None = None  # folder, file or Hub id of a LoRA on the denoiser
 
     def with_recorded(self, options: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return the arguments with which to load the pipeline. An argument that the user passed replaces the recorded
-        one, unless the user passed the default value."""
+        """Return the arguments with which to load the pipeline. Arguments in `options`, which the user passed, replace
+        those that an earlier run recorded, except arguments with a default value."""
         chosen = {key: value for key, value in (options or {}).items() if value not in _DEFAULTS.get(key, (None,))}
         return {**(options or {}), **self.options, **chosen}
 
@@ -57,12 +57,12 @@ class Origin:
     name_or_path: str | None  # Hub id, folder or file of the pipeline; `None` for a pipeline object
     base: dict[str, Any] | None  # result of `recorded_base`
     fingerprint: str  # hash of the denoiser's weights before training
-    reference: str  # kind of the reference, such as a second adapter
-    gave_reference: bool  # whether the user passed the reference
+    reference: str  # kind of reference, such as a second adapter
+    gave_reference: bool  # whether the user passed a reference model
 
 
 def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike | None = None) -> StartingPoint:
-    """Return where to load the parts of a policy from.
+    """Return from where to load a policy: pipeline, denoiser and LoRA.
 
     Args:
         name_or_path (`str` or `os.PathLike`): A pipeline, or the weights of an earlier run: its output folder, one of
@@ -94,8 +94,8 @@ def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike |
 def recorded_base(
     name_or_path: str | None, options: Mapping[str, Any], denoiser_folder: str | None
 ) -> dict[str, Any] | None:
-    """Return the model from which a run starts, as the run's files record it. Paths are absolute. Return `None` if the
-    user passed a pipeline object."""
+    """Describe, for the run's files, the model from which a run starts. Paths are absolute. Return `None` if the user
+    passed a pipeline object."""
     if name_or_path is None:
         return None
     recorded = {key: options[key] for key in _OPTIONS if options.get(key) is not None}
@@ -118,16 +118,16 @@ def attach_adapter(pipeline: DiffusionPipeline, denoiser_name: str, source: str,
 
     Args:
         source (`str`): Folder in PEFT's or diffusers' format, a `.safetensors` file that the pipeline's
-            `load_lora_weights` reads, or a Hub id. If a folder has both formats, PEFT's is read, because its weights
-            are exactly the trained weights.
+            `load_lora_weights` reads, or a Hub id. If a folder contains both formats, PEFT's is read, because it
+            contains exactly the trained weights.
         seed (`int`): Seed of the LoRA's random initialization, before the trained weights replace it.
 
     Returns:
         `str`: Name of the adapter in the denoiser.
 
     Raises:
-        `ValueError`: If `source` contains no LoRA or another kind of adapter, if the LoRA does not fit the denoiser, or
-            if the denoiser already has an adapter.
+        `ValueError`: If `source` contains no LoRA, if the LoRA does not fit the denoiser, or if the denoiser already
+            has an adapter.
     """
     denoiser = getattr(pipeline, denoiser_name)
     if active_adapter(denoiser) is not None:
@@ -148,38 +148,37 @@ def attach_adapter(pipeline: DiffusionPipeline, denoiser_name: str, source: str,
     if name is None:
         raise ValueError(
             f"A LoRA to train further must have weights for the pipeline's {denoiser_name}, a "
-            f"{type(denoiser).__name__}. {source} has none. Check that it is a LoRA for this model."
+            f"{type(denoiser).__name__}. {source} has none of these weights. Check that it is a LoRA for this model."
         )
     return name
 
 
 def _read_base(run: Path, *, needs_denoiser: bool) -> Any:
-    """Return the model from which an earlier run started.
+    """Return an earlier run's record of the model from which it started.
 
     Args:
-        needs_denoiser (`bool`): Whether the recorded folder of the denoiser must exist too.
+        needs_denoiser (`bool`): Whether the recorded folder of the denoiser must also still exist.
 
     Raises:
-        `ValueError`: If the run did not record its model, or if a recorded folder no longer exists.
+        `ValueError`: If the run did not record this model, or if a recorded folder no longer exists.
     """
     base = stored_settings(run).get(BASE) or read_setup(run).get(BASE)
     if not isinstance(base, Mapping):
         raise ValueError(
-            f"The files of the run in {run} do not say from which pipeline it started. Pass that pipeline as the "
-            f"model. If the run trained a LoRA, pass {run} as `adapter_name_or_path`."
+            f"The files in {run} do not say from which pipeline the run started. Pass that pipeline as the model. If "
+            f"the run trained a LoRA, also pass {run} as `adapter_name_or_path`."
         )
     for path in (base["pipeline"], base["denoiser"] if needs_denoiser else None):
         if path is not None and os.path.isabs(path) and not os.path.exists(path):
             raise ValueError(
-                f"The run in {run} started from {path}, which no longer exists. Pass its new path as the model. If the "
-                f"run trained a LoRA, pass {run} as `adapter_name_or_path`."
+                f"The run in {run} started from {path}, which no longer exists. If {path} was moved, pass the new path "
+                f"as the model. If the run trained a LoRA, also pass {run} as `adapter_name_or_path`."
             )
     return base
 
 
 def run_of(folder: Path) -> Path:
-    """Return the folder with the set-up file of a run. For the folder of averaged weights, this is the parent
-    folder."""
+    """Return the folder that contains a run's set-up file: for the subfolder of averaged weights, the parent folder."""
     return folder.parent if folder.name == EMA_FOLDER and not (folder / SETUP_FILE).is_file() else folder
 
 
@@ -188,7 +187,7 @@ def _attach_peft(denoiser: nn.Module, folder: Path, seed: int) -> None:
         raise ValueError(_no_lora(folder / PEFT_FILE))
     config = PeftConfig.from_pretrained(str(folder))
     if isinstance(config, LoraConfig):
-        config.init_lora_weights = True  # the trained weights replace the initialization below
+        config.init_lora_weights = True  # the trained weights replace this initialization below
         config.inference_mode = False
     name = add_lora(denoiser, config, (), seed)
     shapes = {key: tuple(value.shape) for key, value in adapter_state(denoiser, name).items()}
@@ -198,7 +197,7 @@ def _attach_peft(denoiser: nn.Module, folder: Path, seed: int) -> None:
 
 
 def _attach_by_pipeline(pipeline: Any, file: Path) -> None:
-    """Load a LoRA from a file by the pipeline's `load_lora_weights`."""
+    """Load a LoRA from a file with the pipeline's `load_lora_weights`."""
     if not loads_lora(type(pipeline)):
         raise ValueError(
             f"A {type(pipeline).__name__} has no `load_lora_weights`, so it cannot load {file}. Use a folder in PEFT's "

@@ -1,4 +1,4 @@
-"""Refuses pickles in a checkpoint that could run code when they are loaded."""
+"""Refuses to load pickles from a checkpoint if they could run code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.serialization import safe_globals
 
 from ..engines.sharding import unwrapping_refused_pickles
 
-DISTRIBUTED_METADATA = "optimizer_*/*.metadata"  # `torch.distributed.checkpoint` writes it for FSDP2's shards
+DISTRIBUTED_METADATA = "optimizer_*/*.metadata"  # written by `torch.distributed.checkpoint` for FSDP2
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _REFUSED = (
     "The files of a checkpoint must contain tensors, numbers and settings only. One of the files is damaged or could "
@@ -42,11 +42,10 @@ _METADATA_CLASSES = {
 
 @contextlib.contextmanager
 def tensors_only(allowed: Sequence[type]) -> Iterator[None]:
-    """Make every `torch.load` within the context refuse pickles that could run code. Calls of `torch.load` by other
-    libraries are included.
+    """Make every `torch.load` within the context, also in other libraries, refuse pickles that could run code.
 
     Args:
-        allowed (`Sequence[type]`): Classes that pickles may contain, because the engine saves objects of them.
+        allowed (`Sequence[type]`): Classes whose objects pickles may contain, because the engine saves such objects.
 
     Raises:
         `ValueError`: If a pickle could run code, or a file is damaged.
@@ -56,9 +55,8 @@ def tensors_only(allowed: Sequence[type]) -> Iterator[None]:
             with unwrapping_refused_pickles():
                 yield
         except pickle.UnpicklingError as error:
-            asked = re.search(
-                r"GLOBAL (\S+)", str(error)
-            )  # torch's message would advise the user to load without a check
+            # Do not show torch's message, which advises the user to load without a check.
+            asked = re.search(r"GLOBAL (\S+)", str(error))
             raise ValueError(_REFUSED.format(f"it asks for {asked[1]}" if asked else "no plain pickle")) from error
         except (SafetensorError, EOFError, FileNotFoundError) as error:
             raise ValueError(_DAMAGED.format(error)) from error
@@ -80,8 +78,7 @@ def _forced_weights_only() -> Iterator[None]:
 
 
 def refuse_code_in_metadata(folder: Path) -> None:
-    """Raise `ValueError` if loading the metadata of FSDP2's shards could run code. torch unpickles them without a
-    check."""
+    """Raise `ValueError` if FSDP2's metadata could run code. torch itself unpickles metadata without a check."""
     for file in sorted(folder.glob(DISTRIBUTED_METADATA)):
         try:
             with open(file, "rb") as stream:
@@ -91,7 +88,7 @@ def refuse_code_in_metadata(folder: Path) -> None:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickler that refuses all classes except those that FSDP2's metadata contain."""
+    """Unpickler that refuses all classes except those that FSDP2's metadata can contain."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)

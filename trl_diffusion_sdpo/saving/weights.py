@@ -1,4 +1,4 @@
-"""Writes the tuned weights in the formats of diffusers and PEFT, and reads exactly the same weights again."""
+"""Writes the tuned weights in the formats of diffusers and PEFT, and reads them back without loss."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class WeightFiles:
 
     Args:
         pipeline (`DiffusionPipeline`): Pipeline whose denoiser is tuned.
-        denoiser_name (`str`): Attribute of the pipeline that is the denoiser: `"unet"` or `"transformer"`.
-        adapter (`str`, *optional*): Name of the LoRA. If it is `None`, all weights of the denoiser are tuned.
-        whole_pipeline (`Callable`, *optional*): Returns the pipeline with its text encoders and VAE. Needed if
-            `pipeline` was loaded without these components.
+        denoiser_name (`str`): Attribute of the pipeline that holds the denoiser, such as `"unet"` or `"transformer"`.
+        adapter (`str`, *optional*): Name of the LoRA, or `None` if all weights of the denoiser are tuned.
+        whole_pipeline (`Callable`, *optional*): Function that returns the pipeline with text encoders and VAE. It is
+            needed to save the whole pipeline if `pipeline` was loaded without these components.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class WeightFiles:
         return self._pipeline.components[self._denoiser_name]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the LoRA's parameters, or for full tuning all parameters and buffers of the denoiser, without a
-        copy."""
+        """Return the LoRA's parameters or, for full tuning, the denoiser's parameters and buffers. Nothing is
+        copied."""
         if self._adapter is None:
             return self._denoiser.state_dict(keep_vars=True)
         return adapter_state(self._denoiser, self._adapter)
@@ -88,9 +88,9 @@ class WeightFiles:
 
         Args:
             folder (`Path`): Folder to write into. If it does not exist, it is created.
-            weights (`dict[str, torch.Tensor]`, *optional*): Unsharded tensors to write, with the names of
-                [`WeightFiles.tensors`]. By default, the model's current tensors are written.
-            full_pipeline (`bool`): For full tuning, whether to write the pipeline's other components too.
+            weights (`dict[str, torch.Tensor]`, *optional*): Unsharded tensors to write, under the names that
+                [`WeightFiles.tensors`] returns. By default, the model's current tensors.
+            full_pipeline (`bool`): For full tuning, whether to write the whole pipeline and not only the denoiser.
         """
         folder.mkdir(parents=True, exist_ok=True)
         if self._adapter is not None:
@@ -132,7 +132,7 @@ class WeightFiles:
 
 
 def _with_weights(denoiser: ModelMixin, weights: dict[str, torch.Tensor]) -> ModelMixin:
-    """Return a second denoiser of the same architecture whose weights are these tensors. The tensors are not copied."""
+    """Return a second denoiser of the same architecture with these weights. The tensors are not copied."""
     with init_empty_weights():
         twin = type(denoiser).from_config(denoiser.config)
     twin.load_state_dict(weights, strict=True, assign=True)
@@ -150,9 +150,9 @@ def save_adapter(
     `pipeline.load_lora_weights` if the pipeline has this method.
 
     PEFT's file contains the weights as they were trained, and the LoRA's scale is in PEFT's configuration. In
-    diffusers' file, the scale is multiplied into the weights, because some tools read neither diffusers' metadata nor
-    PEFT's configuration and assume scale 1. Both files use PEFT's names of tensors, because diffusers' conversion to
-    older names drops all layers except attention.
+    diffusers' file, the weights are already multiplied by the scale, because some tools read neither diffusers'
+    metadata nor PEFT's configuration and assume scale 1. Both files use PEFT's names of tensors, because diffusers'
+    conversion to older names loses all layers except attention.
     """
     weights = {key: value.detach().contiguous().cpu() for key, value in weights.items()}
     if loads_lora(pipeline_class):
@@ -160,8 +160,8 @@ def save_adapter(
         settings = {f"{denoiser_name}.{name}": value for name, value in public_settings(plain).items()}
 
         def write(tensors: dict[str, torch.Tensor], file: str) -> None:
-            # All settings are one metadata entry. safetensors writes several entries in a random order, so unchanged
-            # files would have other bytes and would be uploaded again.
+            # Write all settings as one metadata entry. safetensors writes several entries in random order, so the bytes
+            # of an unchanged file would differ, and the file would be uploaded again.
             save_file(tensors, file, {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)})
 
         layers = {f"{denoiser_name}_lora_layers": scaled}
@@ -192,7 +192,7 @@ def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, 
 
 
 def _remove_local_paths(configs: Iterable[Path]) -> None:
-    """Delete the entry `_name_or_path` from saved configurations if it is a local path, because it may be private."""
+    """Delete `_name_or_path` from saved configurations if it is a local path. Local paths may be private."""
     for file in configs:
         if not file.is_file():
             continue
@@ -212,14 +212,14 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def ranks(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Return the LoRA's rank in each module. The keys of `weights` are PEFT's names of tensors."""
+    """Return the LoRA's rank in each module. The keys of `weights` are the names of tensors in PEFT."""
     first = {split_key(key)[0]: value for key, value in weights.items() if factor_of(key) in LORA_A}
     return {module: value.shape[0] for module, value in first.items()}
 
 
 def scaling(config: LoraConfig, module: str, rank: int) -> float:
-    """Return the factor by which PEFT multiplies the LoRA of a module. If `alpha_pattern` has an alpha for the module,
-    this alpha is used."""
+    """Return the factor by which PEFT multiplies the LoRA of a module. An alpha for this module in `alpha_pattern`
+    takes precedence over `lora_alpha`."""
     alpha = config.alpha_pattern.get(pattern_key(config.alpha_pattern, module), config.lora_alpha)
     return lora_scaling(alpha, rank, rank_stabilized=config.use_rslora)
 
@@ -231,8 +231,8 @@ def folded(weights: Mapping[str, torch.Tensor], config: LoraConfig) -> tuple[dic
     is rounded once.
 
     Args:
-        weights (`Mapping[str, torch.Tensor]`): Tensors by PEFT's names.
-        config ([`~peft.LoraConfig`]): The LoRA's configuration, from which the scales are computed.
+        weights (`Mapping[str, torch.Tensor]`): Name of a tensor in PEFT -> tensor.
+        config ([`~peft.LoraConfig`]): Configuration of the LoRA, which determines the scales.
 
     Returns:
         `tuple`: New weights, and a configuration in which every alpha equals the rank, so that PEFT applies scale 1.
@@ -247,7 +247,7 @@ def folded(weights: Mapping[str, torch.Tensor], config: LoraConfig) -> tuple[dic
 
 
 def public_settings(config: LoraConfig) -> dict[str, Any]:
-    """Return a LoRA's configuration for a published file: in a fixed order, and without paths of this machine."""
+    """Return a LoRA's configuration for a published file, in a fixed order and without paths of this machine."""
     settings: dict[str, Any] = {
         name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()
     }

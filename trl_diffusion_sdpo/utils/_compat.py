@@ -10,8 +10,8 @@ import datasets
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
-# `LoraBaseMixin` is the base class of all pipelines with `load_lora_weights` and `save_lora_weights`. The key names the
-# settings of a LoRA in its file's metadata.
+# `LoraBaseMixin` is the base class of all pipelines with `load_lora_weights` and `save_lora_weights`.
+# `LORA_ADAPTER_METADATA_KEY` is the key of a LoRA's settings in the metadata of its file.
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 
 # Used to load checkpoints that are a single file.
@@ -33,7 +33,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 # Lets `torch.load(weights_only=True)` read numpy's random states in a checkpoint.
 from transformers.trainer_pt_utils import safe_globals as numpy_safe_globals
 
-# transformers 5.23 renamed these arguments. Remove this when the lowest supported transformers has the new names.
+# transformers 5.23 renamed these arguments. Remove the old names when no supported transformers has them.
 _RENAMED = "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if _RENAMED else "gradient_checkpointing"
 
@@ -48,21 +48,21 @@ __all__ += ["TensorBoardCallback", "TrackioCallback", "WandbCallback"]
 
 
 # Attributes of PEFT's layers: whether their adapters are off, and the names of the active adapters. PEFT's
-# `enable_adapters` and `set_adapter` also change `requires_grad` of every weight. Changing `requires_grad` is as slow
-# as the Python code of hundreds of layers' forward passes. The change also misleads FSDP2, because FSDP2 reads
-# `requires_grad` only in the first forward pass, to choose the precision of gradients.
+# `enable_adapters` and `set_adapter` also change `requires_grad` of every weight. Changing `requires_grad` is slow in
+# models with hundreds of layers. It also misleads FSDP2, which reads `requires_grad` only in the first forward pass, to
+# choose the precision of gradients.
 ADAPTERS_OFF = "_disable_adapters"
 ACTIVE_ADAPTER = "_active_adapter"
 
 
 def block_names(denoiser: ModelMixin) -> list[str]:
-    """Return the class names of a diffusers model's blocks, which FSDP wraps as units. accelerate reads these names
-    too, but not those of submodules."""
+    """Return the class names of a diffusers model's blocks, which FSDP wraps as units. accelerate reads them from the
+    outermost module only."""
     return list(denoiser._no_split_modules or ())
 
 
 def activation_checkpointing(args: TrainingArguments) -> tuple[bool, dict[str, Any]]:
-    """Return whether activation checkpointing is on, and the arguments of activation checkpointing."""
+    """Return whether activation checkpointing is on, and its arguments."""
     return bool(getattr(args, CHECKPOINTING)), getattr(args, f"{CHECKPOINTING}_kwargs") or {}
 
 
@@ -84,7 +84,7 @@ def attention_backends() -> tuple[str, ...]:
 
 
 def has_attention_backends(denoiser: torch.nn.Module) -> bool:
-    """Return whether a denoiser's attention uses diffusers' back ends. Older models do not use them."""
+    """Return whether a denoiser's attention can use diffusers' back ends. The attention of older models cannot."""
     processors = (vars(module).get("processor") for module in denoiser.modules())
     return any("_attention_backend" in dir(processor) for processor in processors)
 
@@ -95,13 +95,13 @@ def loads_lora(pipeline_class: type[DiffusionPipeline]) -> bool:
 
 
 def forward_pre_hooks(module: torch.nn.Module) -> list[Any]:
-    """Return a module's forward pre-hooks. Callers use them to avoid registering a hook twice."""
+    """Return the forward pre-hooks of a module, so that callers do not register the same hook twice."""
     return list(module._forward_pre_hooks.values())
 
 
 def start_method(args: TrainingArguments) -> str | None:
-    """Return the start method of DataLoader workers. transformers 5.14 does not have this argument. Remove this
-    function when the lowest supported transformers has the argument."""
+    """Return the start method of DataLoader workers. transformers 5.14 does not have this argument of
+    `TrainingArguments`. Remove this function when no supported transformers lacks the argument."""
     return getattr(args, "dataloader_multiprocessing_context", None)
 
 
@@ -132,13 +132,13 @@ def compile_with_eager_rounding() -> None:
     config.emulate_precision_casts = True
 
 
-# Under ZeRO-1 and 2, DeepSpeed's public functions return full gradients, not shards. The next three functions therefore
-# read private lists of the optimizer. Remove them when `deepspeed.utils.safe_get_local_grad` supports these stages.
+# Under ZeRO-1 and 2, DeepSpeed's public functions return full gradients, not shards. The next two functions therefore
+# find and read a private dictionary of DeepSpeed's optimizer. Remove both when `deepspeed.utils.safe_get_local_grad`
+# supports ZeRO-1 and 2.
 
 
 def keeps_zero_gradients(optimizer: Any) -> bool:
-    """Return whether an optimizer is DeepSpeed's for ZeRO-1 and 2. `zero_gradients` needs this
-    optimizer."""
+    """Return whether an optimizer is DeepSpeed's optimizer for ZeRO-1 and 2, which `zero_gradients` needs."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     return isinstance(optimizer, DeepSpeedZeroOptimizer)
@@ -150,16 +150,16 @@ def zero_gradients(optimizer: Any) -> dict[int, list[torch.Tensor] | None]:
 
 
 def set_last_rates(schedule: Any, rates: list[Any]) -> None:
-    """Set the learning rates that a schedule's `get_last_lr` returns. Loading a checkpoint overwrites these rates."""
+    """Set the learning rates that a schedule's `get_last_lr` returns, which loading a checkpoint has overwritten."""
     if "_last_lr" in vars(schedule):
         schedule._last_lr = rates
 
 
 @contextlib.contextmanager
 def autocast_rules(rules: dict[str, Callable[..., Any]]) -> Iterator[None]:
-    """Add rules to the CPU's autocast within the context. The keys of `rules` are names of operations in `aten`. A rule
-    is called with the operation and its arguments, and runs outside autocast. This function uses private names, because
-    torch has no public way to remove kernels or to leave autocast."""
+    """Add rules to the CPU's autocast within the context. The keys of `rules` are names of `aten` operations. A rule is
+    called outside autocast with the operation and its arguments. This function uses private names, because torch has no
+    public way to remove kernels or to leave autocast."""
     library = torch.library.Library("aten", "IMPL")
     autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
@@ -181,8 +181,8 @@ def autocast_rules(rules: dict[str, Callable[..., Any]]) -> Iterator[None]:
 
 
 def default_configuration(tensors: dict[str, torch.Tensor]) -> str:
-    """Return the Hub id of the configuration that diffusers uses for a single-file checkpoint. Error messages need it,
-    because the error that `from_single_file` raises offline does not name the configuration."""
+    """Return the Hub id of the configuration that diffusers uses for a single-file checkpoint. Error messages need this
+    id, because the error that `from_single_file` raises offline does not name the configuration."""
     return str(fetch_diffusers_config(tensors)["pretrained_model_name_or_path"])
 
 

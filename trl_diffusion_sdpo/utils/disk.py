@@ -16,7 +16,7 @@ LITTLE = 64 * 2**20  # bytes
 
 
 class DiskFullError(OSError):
-    """Error for files that do not fit on the disk. The message names their folder and the disk's free space."""
+    """Error for files that do not fit on the disk. The message names the folder and the disk's free space."""
 
     def __init__(self, message: str):
         super().__init__(message)
@@ -27,12 +27,12 @@ class DiskFullError(OSError):
 def naming_the_disk(
     folder: str | os.PathLike, needed: int | None = None, *, setting: str = "output_dir"
 ) -> Iterator[None]:
-    """Context that replaces every error of a full disk by a `DiskFullError`.
+    """Return a context manager that replaces any library's error about a full disk by a `DiskFullError`.
 
     Args:
         folder (`str` or `os.PathLike`): Folder of the files. The folder need not exist yet.
-        needed (`int`, *optional*): Number of bytes that the files need at least, for the message.
-        setting (`str`): Name of the setting that chooses the folder, for the message.
+        needed (`int`, *optional*): Smallest number of bytes that the files need, for the error message.
+        setting (`str`): Name of the setting that chooses the folder, for the error message.
     """
     try:
         yield
@@ -49,7 +49,8 @@ def naming_the_disk(
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Raise a `DiskFullError` if the disk of a folder has fewer than `needed` free bytes. Call this before writing."""
+    """Raise `DiskFullError` if a folder's disk has fewer than `needed` free bytes. Call this function before
+    writing."""
     free = free_bytes(folder)
     if free < needed:
         raise DiskFullError(
@@ -67,7 +68,7 @@ def free_bytes(folder: Path) -> int:
 def _is_of_a_full_disk(error: Exception, folder: Path) -> bool:
     if isinstance(error, OSError):
         return error.errno in FULL
-    if isinstance(error, SafetensorError):  # its Rust code reports the errno only in the text
+    if isinstance(error, SafetensorError):  # safetensors reports the errno only in the text
         return any(f"(os error {number})" in str(error) for number in FULL)
     return "inline_container" in str(error) and free_bytes(folder) < LITTLE  # `torch.save` names no cause
 

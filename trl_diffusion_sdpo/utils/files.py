@@ -50,7 +50,7 @@ def sync_folder(folder: Path) -> None:
 def file_facts(path: str | os.PathLike) -> list[str | int]:
     """Return absolute path, size, modification time and change time of a file.
 
-    The result differs whenever the file was replaced, because programs cannot set the change time back.
+    The result changes whenever the file is replaced, because programs cannot set the change time back.
 
     Raises:
         OSError: If the file does not exist.

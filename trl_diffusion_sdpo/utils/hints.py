@@ -37,14 +37,14 @@ _NAMES_ELSEWHERE = {
     "report_to": "log_with",
 }
 OTHER_TOOLS = {name: ours for ours, names in _NAMES_ELSEWHERE.items() for name in names.split()}
-# Other names of values that a setting accepts.
+# Alternative name of a setting's value -> the value.
 CHOICE_ALIASES = {"dpo": "sigmoid"}
 
 
 def other_tools_option(name: str, options: Iterable[str]) -> str:
-    """Return a sentence that explains another trainer's option, for the end of an error message.
+    """Return a sentence that says what another trainer's option is called here, for the end of an error message.
 
-    The result is an empty string if the option is not known.
+    Return an empty string if the option is not known.
 
     Args:
         name (`str`): Name of the option, without leading dashes.

@@ -7,11 +7,11 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-# Name of this package's extra -> the module that the extra installs.
+# Name of one of this package's extras -> the module that the extra installs.
 EXTRAS: dict[str, str] = {"deepspeed": "deepspeed", "quantization": "bitsandbytes"}
 
-# Beginnings of warnings that need no action. If a second training stage continues from an adapter, this package adds
-# the adapter of the reference to the policy on purpose. Without an accelerator, pinned memory is of no use.
+# Beginnings of warnings that need no action. PEFT prints the first one if a model gets a second adapter, and this
+# package adds one for the reference on purpose. torch prints the second one on machines without a GPU.
 _IDLE_WARNINGS = (
     r"Already found a `peft_config` attribute in the model",
     r"'pin_memory' argument is set as true but no accelerator is found",
@@ -19,7 +19,7 @@ _IDLE_WARNINGS = (
 
 
 class MissingExtraError(ImportError):
-    """Error for an optional dependency that is not installed. The message has the command that installs it."""
+    """Error for an optional dependency that is not installed. The message says how to install it."""
 
 
 def require(extra: str, purpose: str) -> None:
@@ -53,7 +53,7 @@ def lazy_attributes(
     def get_attribute(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        hide_idle_notes()  # before the next line imports libraries that log
+        hide_idle_notes()  # the next line imports libraries that log
         return getattr(import_module(homes[name], package), name)
 
     return get_attribute, lambda: public
@@ -61,7 +61,7 @@ def lazy_attributes(
 
 def hide_idle_notes() -> None:
     """Hide messages and warnings that libraries print in every run and that need no action by the user."""
-    import logging  # a third of this package's import time
+    import logging  # imported late, because this is a third of the package's import time
     import warnings
 
     logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)  # it recommends torchvision

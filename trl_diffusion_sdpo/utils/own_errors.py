@@ -1,4 +1,4 @@
-"""Test whether an error was raised by this package. This package writes its error messages for users."""
+"""Test whether an error was raised by this package, whose error messages are written for users."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def is_own(error: Exception) -> bool:
     """Return whether this package raised an error.
 
     The result is true if this package defines the error's class, or if a `raise` statement of this package raised the
-    error. The result is false if this package called a library or Python, and the called code raised the error.
+    error. The result is false if code that this package called, such as a library, raised the error.
     """
     if type(error).__module__.partition(".")[0] == _PACKAGE:
         return True

@@ -13,13 +13,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Peers:
-    """The group of processes that prepare the same data together. By default, this is a single process.
+    """Group of processes that share work, such as preparing data. The default is a single process.
 
     Args:
         index (`int`): Rank of this process, from 0.
         count (`int`): Number of processes.
-        gather (`Callable`): Collective function. Each process passes a value, and each process gets the list of all
-            values by rank.
+        gather (`Callable`): Collective function. Each process calls this function with a value, and gets the list of
+            all processes' values, by rank.
     """
 
     index: int = 0
@@ -27,11 +27,11 @@ class Peers:
     gather: Callable[[Any], list[Any]] = lambda value: [value]
 
     def gather_results(self, work: Callable[[], Any]) -> list[Any]:
-        """Call `work`, and return the results of all processes by rank. All processes must call this method.
+        """Call `work` in each process, and return all results by rank. All processes must call this method.
 
         Raises:
-            Exception: If `work` raises in any process. The process in which `work` fails raises the error itself. The
-                other processes raise `RuntimeError`.
+            Exception: If `work` fails in any process. This process raises the error of `work`, and the others raise
+                `RuntimeError`.
         """
         failure: Exception | None = None
         result = None
@@ -57,14 +57,14 @@ ALONE = Peers()
 
 
 def usable_cores(processes: int = 1) -> int:
-    """Return the number of CPU cores that each of `processes` processes can use. If a launcher sets
-    `LOCAL_WORLD_SIZE`, only so many of the processes share the cores of this machine."""
-    affinity = getattr(os, "sched_getaffinity", None)  # macOS and Windows do not have it
+    """Return the number of CPU cores that each of `processes` processes can use. `LOCAL_WORLD_SIZE`, if a launcher has
+    set it, says how many processes share the cores of this machine."""
+    affinity = getattr(os, "sched_getaffinity", None)  # `None` on macOS and Windows
     cores = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
     return max(1, cores // min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes))))
 
 
 def forks_by_default() -> bool:
-    """Return whether new processes are forked. Spawned processes would need an importable main module."""
+    """Return whether new processes are forked by default. Spawned processes would have to import the main module."""
     method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     return method == "fork" and not multiprocessing.current_process().daemon

@@ -1,4 +1,4 @@
-"""Removal of secrets from settings and messages, before they go to files, trackers, logs and the model card."""
+"""Removes secrets from settings and messages before these are written to files, trackers, logs and the model card."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import os
 import re
 from typing import Any
 
-# Ends and substrings of the names of secret settings. Names are compared in lower case and without separators.
+# A setting is secret if its name, in lower case and without separators, has one of these ends or parts.
 _SECRET_ENDS = ("token", "passwd", "passphrase", "passphrases", "auth", "authorization", "cookie", "cookies")
 _SECRET_PARTS = (
     *("secret", "password", "apikey", "accesskey", "accountkey", "privatekey", "credential", "connectionstring"),
 )
 _TOKENS = re.compile(
     r"(?<!max)(?<!min)(?<!num)(?<!new)(?<!special)tokens$"
-)  # access tokens, not counts of text tokens
-# Query parameters whose values sign a URL.
+)  # matches access tokens, not counts of text tokens such as `max_tokens`
+# Parameters of a URL's query whose values are secret, such as a signature.
 _SIGNED = r"[\w.-]*(?:token|secret|password|signature|credential|api[_-]?key|access[_-]?key|key[_-]?id)[\w.-]*|sig|key"
-# Names of secrets before an equals sign. Only the end of a name counts, because `token_length=77` is no secret.
+# Names of secrets in `name=value`. Only the end of a name is compared, because `token_length=77` is no secret.
 _GIVEN = r"[\w.-]*(?:token|secret|password|passwd|signature|credential|(?:api|access|account|private)[_-]?key)"
 _IN_TEXT = (
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_..."),
     (re.compile(r"\b(?:gh[pousr]_|github_pat_|sk-|api_org_)\w{16,}"), "..."),
     (re.compile(r"(?i)\b(bearer|basic) [\w.~+/=-]{8,}"), r"\1 ..."),
-    (re.compile(r"(\b[a-zA-Z][\w+.-]*://)[^\s/?#@]+@"), r"\1...@"),  # user and password of a URL
+    (re.compile(r"(\b[a-zA-Z][\w+.-]*://)[^\s/?#@]+@"), r"\1...@"),  # user and password in a URL
     (re.compile(rf"(?i)([?&;](?:{_SIGNED})=)[^\s&#;'\"]+"), r"\1..."),
     (re.compile(rf"(?i)((?<![\w.-]){_GIVEN}=)[^\s&#;,'\"]+"), r"\1..."),
 )

@@ -9,7 +9,7 @@ SWITCH_WORDS = {
 
 
 def choice_of_switch(value: bool, choices: Collection[str]) -> str | None:
-    """Return the choice that means the same as a boolean, such as `"none"` or `"no"` for false. Return `None` if no
-    choice has this meaning."""
+    """Return the one of `choices` that means the same as a boolean, such as `"none"` or `"no"` for false, or `None` if
+    there is none."""
     words = [word for word, meant in SWITCH_WORDS.items() if meant is value]
     return next((word for word in (words if value else ["none", *words]) if word in choices), None)
