@@ -12,11 +12,11 @@ from PIL import ExifTags, Image
 
 MAX_METADATA = 4 * 2**20  # characters; a ComfyUI graph has about 100,000
 MAX_NODES = 1000  # largest number of nodes of a ComfyUI graph that are visited
-# Names of a ComfyUI node's inputs that can hold the prompt, and of those that can link to the node with the prompt.
-# Earlier names come first.
+# Names of the inputs of a ComfyUI node that can hold the prompt (`_TEXTS`), and of the inputs that can be linked to the
+# node with the prompt (`_LINKS`). Inputs with earlier names are read first.
 _TEXTS = ("text", "text_g", "t5xxl", "clip_l", "prompt", "positive_prompt", "string", "value")
 _LINKS = ("positive", "guider", "conditioning", "conditioning_1", *_TEXTS)
-# A1111 loads a LoRA or a hypernetwork by this text in a prompt. The text is not part of the description.
+# This text in a prompt makes A1111 load a LoRA or a hypernetwork. It does not describe the image, so it is removed.
 _NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
 _RATING = re.compile(r"""(?:xmp:Rating\s*=\s*["']|<xmp:Rating>\s*)(-1|[1-5])\b""")
 _WINDOWS_RATING = 0x4746  # EXIF tag
@@ -67,7 +67,7 @@ def _prompt_of_parameters(text: str) -> tuple[str, str]:
 
 
 def _prompt_of_graph(text: str) -> tuple[str, str]:
-    """Return prompt and format from a ComfyUI graph, or from the plain prompt in images of the command `evaluate`."""
+    """Return prompt and format from a ComfyUI graph, or from the plain prompt that `evaluate` writes into images."""
     if not text.lstrip().startswith("{"):
         return " ".join(text.split()), "text in the image"
     graph = {key: node for key, node in _json(text).items() if isinstance(node, Mapping)}
@@ -115,6 +115,6 @@ def _comment(value: Any) -> str:
     head, body = value[:8], value[8:]
     if not head.startswith(b"UNICODE"):
         return (body if head.startswith(b"ASCII") else value).decode("utf-8", "ignore").strip("\0 ")
-    # Programs write UTF-16 in different byte orders. In most text, the high byte of a character is zero.
+    # Programs write UTF-16 in different byte orders. The high byte of most characters is zero, which shows the order.
     is_big = body[0:200:2].count(0) >= body[1:200:2].count(0)
     return body.decode("utf-16-be" if is_big else "utf-16-le", "ignore").strip("\0 ")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ..data.images import FILE_FORMATS, MAX_FILE_BYTES, ImageReader, check_regul
 from .image_prompts import prompt_in_metadata, rating_in_metadata
 from .manifest import MANIFEST_FILE, MAX_PROMPT, ListedImage, is_image, is_inside, read_manifest, write_manifest
 
+# Names of subfolders of liked and disliked images, in lower case.
 LIKED = ("liked", "likes", "favorites", "favourites", "good", "best", "winners", "chosen")
 DISLIKED = ("disliked", "dislikes", "bad", "worst", "losers", "rejected")
 THUMBNAIL = (16, 16)
@@ -30,34 +30,27 @@ class _OwnImage:
     pixels: int
     thumbnail: np.ndarray
     rating: float | None
-    like: int  # 1 in a folder `liked`, -1 in a folder `disliked`, else 0
+    like: int  # 1 in a subfolder of liked images, -1 in a subfolder of disliked images, else 0
 
 
 class _LeftOutError(Exception):
     """Error for an image that is left out of the manifest. The message is the reason."""
 
 
-def list_images(
-    folder: Path,
-    *,
-    liked: Sequence[str] = LIKED,
-    disliked: Sequence[str] = DISLIKED,
-    from_names: bool = False,
-) -> list[str]:
+def list_images(folder: Path, *, from_names: bool = False) -> list[str]:
     """Write the manifest of a folder of images, and return a report as lines of text.
 
     The prompt of `a.png` is read from the text file `a.txt`, or from metadata that A1111, Forge, ComfyUI or SwarmUI
-    wrote into the image. Ratings are star ratings in the metadata. If no image of a prompt has a star rating, images
-    in a subfolder `liked` are rated 1, those in a subfolder `disliked` -1, and all other images of the prompt 0. If
-    no image of the prompt is in one of these subfolders either, the images of the prompt have no rating.
+    wrote into the image. An image's rating is the number of stars in its metadata. If no image of a prompt has stars,
+    images in a subfolder `liked` (or another name in `LIKED`) have rating 1, images in a subfolder `disliked` (or
+    another name in `DISLIKED`) have rating -1, and the other images of the prompt have rating 0. If no image of the
+    prompt is in such a subfolder either, the images of the prompt have no rating.
 
     If several images of one prompt look equal, the manifest lists only the largest one, with the highest rating among
     these images.
 
     Args:
         folder (`Path`): The folder. Images in subfolders are read too.
-        liked, disliked (`Sequence[str]`): Names of the subfolders of liked and disliked images, in lower
-            case.
         from_names (`bool`): Whether the file name of an image becomes its prompt if no other prompt is found.
 
     Raises:
@@ -68,7 +61,7 @@ def list_images(
         raise ValueError(f"There is no folder {folder}. Check the path.")
     if (folder / MANIFEST_FILE).is_file() and any("model" in image.facts for image in read_manifest(folder)[0]):
         raise ValueError(
-            f"`pairs from-images` is for your own images, and {folder} has images that `evaluate` generated. Run "
+            f"`pairs from-images` is for your own images, but `evaluate` generated the images of {folder}. Run "
             "`pairs pick` on this folder without `pairs from-images`."
         )
     left_out: Counter[str] = Counter()
@@ -77,7 +70,7 @@ def list_images(
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = {part.lower() for part in Path(parent).relative_to(folder).parts}
-        like = int(bool(inside.intersection(liked))) - int(bool(inside.intersection(disliked)))
+        like = int(not inside.isdisjoint(LIKED)) - int(not inside.isdisjoint(DISLIKED))
         for path in (Path(parent, file) for file in sorted(files)):
             if path.name.startswith(".") or not is_image(path):
                 continue
@@ -158,9 +151,9 @@ def _caption(path: Path) -> str:
 def _without_duplicates(images: list[_OwnImage]) -> list[_OwnImage]:
     """Return the images of one prompt without those that look like a larger image of the prompt.
 
-    Colour thumbnails of 16 x 16 pixels are compared pixel by pixel. Perceptual hashes such as those of `imagehash`
-    ignore colour, so a red and a blue version of an image would be equal. Perceptual hashes also average over the
-    image, so an image that differs only in a repaired hand would be dropped.
+    Colour thumbnails of 16 x 16 pixels are compared pixel by pixel. The usual perceptual hashes, such as those of
+    `imagehash`, ignore colour, so they would drop a blue version of a red image. These hashes also average over large
+    areas, so they would drop an image that differs only in a repaired hand.
     """
     distinct: list[_OwnImage] = []
     for image in sorted(images, key=lambda image: (-image.pixels, image.name)):

@@ -46,7 +46,8 @@ def aesthetic(
 
     Args:
         model (`str`): Hub id or folder of the CLIP model with its image processor.
-        head (`str`): Hub id or folder of the linear layers, which are a copy of `sac+logos+ava1-l14-linearMSE.pth`.
+        head (`str`): Hub id or folder of the linear layers. The default is a copy of the published file
+            `sac+logos+ava1-l14-linearMSE.pth`.
         file (`str`): Name of the file with the weights of `head`. The file is read with `weights_only=True`.
         revision, head_revision (`str`, *optional*): Hub revisions of `model` and `head`.
         device, batch_size: See [`BatchedScorer`].
@@ -62,11 +63,11 @@ def aesthetic(
 
 
 def linear_head(width: int) -> nn.ModuleDict:
-    """Return linear layers that compute one score from `width` features, without activations. ImageReward uses the same
-    layers.
+    """Return a stack of linear layers without activations, which computes one score from `width` features. ImageReward
+    uses the same layers.
 
-    The published files also count dropout layers, so their linear layers are named `layers.{0,2,4,6,7}`. Here,
-    identity layers take the place of dropout layers, so that the names match.
+    In the published files, the linear layers are named `layers.{0,2,4,6,7}`, because dropout layers have numbers too.
+    Here, identity layers replace the dropout layers, so that the names match.
     """
     sizes = (width, *HIDDEN, 1)
     layers = nn.Sequential()

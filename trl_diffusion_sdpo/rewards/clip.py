@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -17,15 +16,16 @@ Preprocess = Literal["crop", "pad"]
 
 
 class CLIPScorer(BatchedScorer):
-    """Score an image by the cosine similarity of its CLIP embedding and that of its prompt, times a scale.
+    """Score an image by the cosine similarity of the image's and the prompt's CLIP embeddings, times a scale.
 
     Args:
         scale (`float`, *optional*): Factor of the cosine similarity. If `None`, the model's `exp(logit_scale)` is used.
         clamp (`bool`, *optional*, defaults to `False`): Whether negative scores are set to 0.
         prefix (`str`, *optional*, defaults to `""`): Text that is put before each prompt.
         preprocess (`"crop"` or `"pad"`, *optional*, defaults to `"crop"`): `"crop"` scales the shorter side of an
-            image to the model's input size and crops the centre. `"pad"` scales the longer side and fills the rest with
-            black, like the package `hpsv2`. For square images, the two methods give nearly equal scores.
+            image to the model's input size and crops the centre. `"pad"` scales the longer side to the input size and
+            fills the rest of the square with black, like the package `hpsv2`. For square images, the two methods give
+            nearly equal scores.
     """
 
     def __init__(
@@ -127,8 +127,8 @@ def load_clip(
 def pickscore(model: str = "yuvalkirstain/PickScore_v1", processor: str = CLIP_H, **settings: Any) -> CLIPScorer:
     """Return the scorer PickScore: the cosine similarity times `exp(logit_scale)`. Usual scores are 19 to 23.
 
-    Arguments are those of [`load_clip`]. PickScore was trained on the data set Pick-a-Pic, and so are most
-    preference-tuned models. PickScore may favour models that were trained on Pick-a-Pic: use a second scorer too.
+    Arguments are those of [`load_clip`]. PickScore was trained on the data set Pick-a-Pic, like most
+    preference-tuned models. It may therefore favour these models, so use a second scorer too.
 
     Source: https://huggingface.co/papers/2305.01569.
     """
@@ -136,9 +136,10 @@ def pickscore(model: str = "yuvalkirstain/PickScore_v1", processor: str = CLIP_H
 
 
 def clip_score(model: str = CLIP_H, **settings: Any) -> CLIPScorer:
-    """Return a scorer by the plain cosine similarity of a CLIP model. Arguments are those of [`load_clip`].
+    """Return a scorer whose score is the cosine similarity of the image's and the prompt's CLIP embeddings. Arguments
+    are those of [`load_clip`].
 
-    The Diffusion-SDPO authors use the cosine similarity of the default model, ViT-H/14.
+    The Diffusion-SDPO authors use the default model, ViT-H/14.
     """
     return load_clip("clip_score", model, **settings)
 
@@ -188,20 +189,10 @@ def hpsv21(
     """
     path = hub_file(model, file, revision)
     weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    network = hps_network(weights, CLIPConfig.from_pretrained(processor))
+    network = CLIPModel(CLIPConfig.from_pretrained(processor))
+    network.load_state_dict(clip_state_dict(weights))
     torch.nn.Module.to(network, dtype)  # the type stubs of `CLIPModel.to` lack this argument
     return CLIPScorer(name, network, **load_processors(processor), **settings)
-
-
-def hps_network(weights: Mapping[str, torch.Tensor], config: CLIPConfig) -> CLIPModel:
-    """Return a CLIP model of transformers with weights in open_clip's format.
-
-    Raises:
-        `RuntimeError`: If weights are missing, have unknown names, or have wrong shapes.
-    """
-    network = CLIPModel(config)
-    network.load_state_dict(clip_state_dict(weights))
-    return network
 
 
 def load_processors(model: str, revision: str | None = None) -> dict[str, Any]:

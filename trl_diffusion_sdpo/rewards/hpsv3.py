@@ -54,7 +54,7 @@ class HPSv3Scorer(BatchedScorer):
         question = {"type": "text", "text": self.instruction.replace("{text_prompt}", prompts[0])}
         chat = [{"role": "user", "content": [{"type": "image"}, question]}]
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        # The model expects one image token for each group of merged patches.
+        # The model merges groups of image patches, and expects one image token for each group.
         patches = int(pixels.image_grid_thw.prod()) // self.image_processor.merge_size**2
         tokens = self.tokenizer(text.replace(IMAGE_TOKEN, IMAGE_TOKEN * patches), return_tensors="pt").to(self.device)
         image_tokens = tokens.input_ids == self.model.config.image_token_id
@@ -115,7 +115,8 @@ def hpsv3(
 def reward_head(width: int) -> nn.Sequential:
     """Return the layers that compute mean and spread from the hidden state of the token `<|Reward|>`.
 
-    The identity layer replaces a dropout layer, so that the numbers of the layers match the published file.
+    An identity layer replaces the dropout layer of the original, so that the layers have the numbers that they have in
+    the published file.
     """
     return nn.Sequential(
         nn.Linear(width, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
@@ -123,10 +124,10 @@ def reward_head(width: int) -> nn.Sequential:
 
 
 def split_weights(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the published weights of `Qwen2VLModel`, and those of the head in float32.
+    """Split the published weights into those of `Qwen2VLModel` and those of the head, the latter in float32.
 
-    Weights may have the names of transformers before 4.52 (`visual.`, `model.layers.`) or later names (`model.visual.`,
-    `model.language_model.`).
+    The names of weights may begin as in transformers before 4.52 (`visual.`, `model.layers.`) or as in later versions
+    (`model.visual.`, `model.language_model.`).
     """
     network = {}
     head = {}

@@ -15,7 +15,7 @@ QUESTION = 'Does this figure show "{prompt}"? Please answer Yes or No.'
 
 
 class VQAScorer(BatchedScorer):
-    """Score images by the probability in `[0, 1]` that the first token of the model's answer is "Yes".
+    """Score images by the probability that the first token of the model's answer is "Yes", in `[0, 1]`.
 
     Images are scored one at a time, so that no prompt is padded and scores do not depend on a batch. Scores of
     different models cannot be compared, so the scorer's name contains the model's name.
@@ -65,8 +65,8 @@ def vqa_score(
         model (`str`): Hub id or folder of the model and its processor.
         revision (`str`, *optional*): Hub revision of the model and its processor.
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Dtype of the weights.
-        settings: `device`; `question`, a text in which the prompt replaces `{prompt}`; and `answer`, a text whose first
-            token's probability is the score.
+        settings: Further arguments of [`VQAScorer`]: `device`, `question` and `answer`. The prompt replaces `{prompt}`
+            in `question`. The score is the probability of the first token of `answer`.
     """
     network = AutoModelForImageTextToText.from_pretrained(model, revision=revision, dtype=dtype)
     processor = AutoProcessor.from_pretrained(model, revision=revision)
