@@ -161,11 +161,7 @@ def _scale_plots(evaluation: Evaluation, sweep: Sweep, scorer: str) -> list[dict
 
 def _curve(title: str, points: dict[float, tuple[float, float, float]], number: str) -> dict[str, Any]:
     """Return a plot of values and their intervals against scales, as coordinates in the SVG drawing of the page.
-
-    Args:
-        points (`dict`): Scale -> value, lower end and upper end of its interval.
-        number (`str`): Format of the labels on the y axis.
-    """
+    `points` maps each scale to a value and the ends of its interval. `number` is the format of the y axis's labels."""
     left, right, top, bottom = 66, 338, 34, 180
     low = min(ends[1] for ends in points.values())
     high = max(ends[2] for ends in points.values())
@@ -193,11 +189,8 @@ def _curve(title: str, points: dict[float, tuple[float, float, float]], number: 
 def _rows_of_images(
     folder: Path, evaluation: Evaluation, models: dict[str, str]
 ) -> list[tuple[str, list[dict[str, str]]]]:
-    """Return one image per model for some evenly spaced prompts, all from the noise of the first seed.
-
-    Args:
-        models (`dict[str, str]`): Label below an image -> name of the model.
-    """
+    """Return one image per model for some evenly spaced prompts. All images are those of the first seed. `models` maps
+    the label below an image to the name of the model."""
     count = len(evaluation.prompts.prompts)
     scores = next(iter(evaluation.scores.values()), None)
     return [

@@ -22,26 +22,20 @@ _RATING = re.compile(r"""(?:xmp:Rating\s*=\s*["']|<xmp:Rating>\s*)(-1|[1-5])\b""
 _WINDOWS_RATING = 0x4746  # EXIF tag
 
 
-def prompt_in_metadata(image: Image.Image) -> tuple[str, str]:
-    """Return the prompt from which an image was generated, and the name of the metadata format of the prompt.
-
-    Args:
-        image (`PIL.Image.Image`): An opened image. Its pixels are not decoded.
-
-    Returns:
-        `tuple[str, str]`: Prompt and format; two empty strings if the image has no prompt.
-    """
+def prompt_in_metadata(image: Image.Image) -> str:
+    """Return the prompt from which an image was generated, or an empty string if the image's metadata has no prompt.
+    The pixels of the image are not decoded."""
     texts = {key: value for key, value in image.info.items() if isinstance(value, str)}
     exif = image.getexif()
     comment = _comment(exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment))
     for text in (texts.get("parameters"), texts.get("sui_image_params"), comment):
-        if text and len(text) <= MAX_METADATA and (prompt := _prompt_of_parameters(text))[0]:
+        if text and len(text) <= MAX_METADATA and (prompt := _prompt_of_parameters(text)):
             return prompt
     graphs = [value for value in exif.values() if isinstance(value, str) and value[:7].lower() == "prompt:"]
     for text in (texts.get("prompt"), *(graph[7:] for graph in graphs)):
-        if text and len(text) <= MAX_METADATA and (prompt := _prompt_of_graph(text))[0]:
+        if text and len(text) <= MAX_METADATA and (prompt := _prompt_of_graph(text)):
             return prompt
-    return "", ""
+    return ""
 
 
 def rating_in_metadata(image: Image.Image) -> float | None:
@@ -55,27 +49,24 @@ def rating_in_metadata(image: Image.Image) -> float | None:
     return float(stars) if isinstance(stars, int) and 1 <= stars <= 5 else None
 
 
-def _prompt_of_parameters(text: str) -> tuple[str, str]:
-    """Return prompt and format from the text that A1111 and Forge write, or from the JSON of SwarmUI."""
+def _prompt_of_parameters(text: str) -> str:
+    """Return the prompt in the text that A1111 and Forge write, or in the JSON of SwarmUI."""
     if text.lstrip().startswith("{"):
         content = _json(text)
         inner = content.get("sui_image_params", content)
         prompt = inner.get("prompt") if isinstance(inner, Mapping) else None
-        return (" ".join(prompt.split()), "SwarmUI") if isinstance(prompt, str) else ("", "")
+        return " ".join(prompt.split()) if isinstance(prompt, str) else ""
     prompt = re.split(r"(?:^|\n)(?:Negative prompt:|Steps: \d)", text, maxsplit=1)[0]
-    return " ".join(_NETWORK.sub("", prompt).split()), "A1111 or Forge"
+    return " ".join(_NETWORK.sub("", prompt).split())
 
 
-def _prompt_of_graph(text: str) -> tuple[str, str]:
-    """Return prompt and format from a ComfyUI graph, or from the plain prompt that `evaluate` writes into images."""
+def _prompt_of_graph(text: str) -> str:
+    """Return the prompt in a ComfyUI graph, or the plain prompt that `evaluate` writes into images."""
     if not text.lstrip().startswith("{"):
-        return " ".join(text.split()), "text in the image"
+        return " ".join(text.split())
     graph = {key: node for key, node in _json(text).items() if isinstance(node, Mapping)}
     starts = [key for key, node in graph.items() if _inputs(node).keys() & {"positive", "guider"}]
-    for start in starts:
-        if prompt := _text_before(graph, start):
-            return prompt, "ComfyUI"
-    return "", ""
+    return next(filter(None, (_text_before(graph, start) for start in starts)), "")
 
 
 def _text_before(graph: Mapping[str, Any], start: str) -> str:

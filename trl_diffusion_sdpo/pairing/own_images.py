@@ -65,7 +65,6 @@ def list_images(folder: Path, *, from_names: bool = False) -> list[str]:
             "`pairs pick` on this folder without `pairs from-images`."
         )
     left_out: Counter[str] = Counter()
-    sources: Counter[str] = Counter()
     by_prompt: dict[str, list[_OwnImage]] = {}
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -75,11 +74,10 @@ def list_images(folder: Path, *, from_names: bool = False) -> list[str]:
             if path.name.startswith(".") or not is_image(path):
                 continue
             try:
-                image, source = _read(folder, path, like, from_names)
+                image = _read(folder, path, like, from_names)
             except _LeftOutError as error:
                 left_out[str(error)] += 1
                 continue
-            sources[source] += 1
             by_prompt.setdefault(image.prompt, []).append(image)
     listed: list[ListedImage] = []
     several = 0
@@ -108,13 +106,12 @@ def list_images(folder: Path, *, from_names: bool = False) -> list[str]:
     return [
         f"{folder / MANIFEST_FILE}: {len(listed)} images of {len(by_prompt)} prompts. {several} of the prompts "
         f"have at least two images. {rated} images have a rating.",
-        *(f"  {count} prompts from {source}" for source, count in sources.items()),
         *reasons,
     ]
 
 
-def _read(folder: Path, path: Path, like: int, from_names: bool) -> tuple[_OwnImage, str]:
-    """Return an image and a description of where its prompt was found."""
+def _read(folder: Path, path: Path, like: int, from_names: bool) -> _OwnImage:
+    """Return an image with its prompt and rating. Raise `_LeftOutError` if the manifest must not list the image."""
     name = path.relative_to(folder).as_posix()
     if not is_inside(folder, name):
         raise _LeftOutError("outside of the folder")
@@ -127,13 +124,11 @@ def _read(folder: Path, path: Path, like: int, from_names: bool) -> tuple[_OwnIm
     except Exception:  # Pillow raises errors of many types for damaged files, and one file must not stop the others
         raise _LeftOutError("that cannot be read") from None
     named = " ".join(_COUNTER.sub("", path.stem).replace("_", " ").split()) if from_names else ""
-    for prompt, source in ((_caption(path), "text files"), metadata, (named, "names of files")):
-        if len(prompt) > MAX_PROMPT:
-            raise _LeftOutError(f"with a prompt of more than {MAX_PROMPT} characters")
-        if prompt:
-            thumbnail = np.asarray(image.resize(THUMBNAIL, Image.Resampling.BOX), dtype=np.int16)
-            return _OwnImage(name, prompt, image.width * image.height, thumbnail, rating, like), source
-    raise _LeftOutError("without a prompt")
+    prompt = _caption(path) or metadata or named
+    if not 0 < len(prompt) <= MAX_PROMPT:
+        raise _LeftOutError(f"with a prompt of more than {MAX_PROMPT} characters" if prompt else "without a prompt")
+    thumbnail = np.asarray(image.resize(THUMBNAIL, Image.Resampling.BOX), dtype=np.int16)
+    return _OwnImage(name, prompt, image.width * image.height, thumbnail, rating, like)
 
 
 def _caption(path: Path) -> str:

@@ -96,7 +96,8 @@ class VLMServerScorer:
         self.unreadable = 0
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
-        requests = [([image], self.question.replace("{prompt}", prompt)) for image, prompt in _pairs(images, prompts)]
+        questions = [self.question.replace("{prompt}", prompt) for prompt in prompts]
+        requests = [([image], question) for image, question in zip(images, questions, strict=True)]
         scores = [read_score(answer) for answer in self._ask(requests)]
         self._count(sum(score is None for score in scores), len(scores))
         return torch.tensor([math.nan if score is None else score for score in scores])
@@ -110,7 +111,7 @@ class VLMServerScorer:
         The model sees each pair in both orders. If the two answers on a pair contradict each other, the pair is a tie.
         If one of the answers cannot be parsed, the result is NaN.
         """
-        questions = [COMPARISON.replace("{prompt}", prompt) for _, prompt in _pairs(first, prompts)]
+        questions = [COMPARISON.replace("{prompt}", prompt) for prompt in prompts]
         orders = [list(pair) for pair in zip(first, second, strict=True)]
         reversed_orders = [pair[::-1] for pair in orders]
         answers = self._ask([*zip(orders, questions, strict=True), *zip(reversed_orders, questions, strict=True)])
@@ -229,9 +230,3 @@ def data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _pairs(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[tuple[Image.Image, str]]:
-    if len(images) != len(prompts):
-        raise ValueError(f"Pass one prompt for each image, got {len(images)} images and {len(prompts)} prompts.")
-    return list(zip(images, prompts, strict=True))
