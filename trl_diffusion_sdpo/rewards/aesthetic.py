@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from PIL import Image
 from torch import nn
-from transformers import CLIPModel
 
-from .clip import CLIPScorer, load_processors
+from .clip import load_clip
 from .scorer import BatchedScorer, hub_file
 
 HIDDEN = (1024, 128, 64, 16)  # widths of the hidden layers
@@ -18,31 +15,7 @@ HIDDEN = (1024, 128, 64, 16)  # widths of the hidden layers
 class AestheticScorer(BatchedScorer):
     """Score how pleasing images look, without regard to their prompts. Usual scores are 4 to 7.
 
-    `clip` computes the CLIP embedding of an image, and `head`, a stack of linear layers, computes the score from this
-    embedding. `clip` and `head` run on the same device.
-    """
-
-    def __init__(self, clip: CLIPScorer, head: nn.ModuleDict, *, batch_size: int = 16):
-        super().__init__("aesthetic", device=clip.device, batch_size=batch_size)
-        self.clip = clip
-        self.head = head.eval().requires_grad_(False).to(self.device)
-
-    def score_batch(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-        embedding = self.clip.embed_images(images)  # (N, 768)
-        return self.head["layers"](embedding)[:, 0]
-
-
-def aesthetic(
-    model: str = "openai/clip-vit-large-patch14",
-    head: str = "trl-lib/ddpo-aesthetic-predictor",
-    file: str = "aesthetic-model.pth",
-    *,
-    revision: str | None = None,
-    head_revision: str | None = None,
-    device: str | torch.device = "cpu",
-    batch_size: int = 16,
-) -> AestheticScorer:
-    """Return the LAION aesthetic predictor as a scorer.
+    A stack of linear layers computes the score from the CLIP embedding of an image.
 
     Args:
         model (`str`): Hub id or folder of the CLIP model with its image processor.
@@ -54,12 +27,28 @@ def aesthetic(
 
     Source: https://github.com/christophschuhmann/improved-aesthetic-predictor.
     """
-    path = hub_file(head, file, head_revision)
-    network = CLIPModel.from_pretrained(model, revision=revision)
-    layers = linear_head(network.config.projection_dim)
-    layers.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    settings: dict[str, Any] = load_processors(model, revision)
-    return AestheticScorer(CLIPScorer("clip", network, **settings, device=device), layers, batch_size=batch_size)
+
+    def __init__(
+        self,
+        model: str = "openai/clip-vit-large-patch14",
+        head: str = "trl-lib/ddpo-aesthetic-predictor",
+        file: str = "aesthetic-model.pth",
+        *,
+        revision: str | None = None,
+        head_revision: str | None = None,
+        device: str | torch.device = "cpu",
+        batch_size: int = 16,
+    ):
+        super().__init__("aesthetic", device=device, batch_size=batch_size)
+        path = hub_file(head, file, head_revision)
+        self.clip = load_clip("clip", model, revision=revision, device=device)
+        layers = linear_head(self.clip.model.config.projection_dim)
+        layers.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.head = layers.eval().requires_grad_(False).to(self.device)
+
+    def score_batch(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        embedding = self.clip.embed_images(images)  # (N, 768)
+        return self.head["layers"](embedding)[:, 0]
 
 
 def linear_head(width: int) -> nn.ModuleDict:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from PIL import Image
@@ -23,31 +22,53 @@ PIXELS = 256 * 28 * 28  # images are resized to about this many pixels
 class HPSv3Scorer(BatchedScorer):
     """Score images by the mean of human votes that HPSv3 predicts. The predicted spread is not used.
 
-    Images are scored one at a time, so that no prompt is padded and scores do not depend on a batch. `instruction` is
-    the text that follows the image in the model's input. The prompt replaces `{text_prompt}` in `instruction`. The head
-    computes the score from the hidden state of the token `<|Reward|>`.
+    The head computes the score from the hidden state of the token `<|Reward|>`. Images are scored one at a time, so
+    that no prompt is padded and scores do not depend on a batch.
+
+    Args:
+        instruction (`str`): The authors' instruction to the model, which follows the image in the model's input. The
+            prompt replaces `{text_prompt}` in the instruction. Copy `INSTRUCTION` and `prompt_with_special_token`
+            from `hpsv3/dataset/data_collator_qwen.py` in the authors' repository, and concatenate the two. Any other
+            text changes the scores.
+        model (`str`): Hub id or folder of the weights, 16 GB.
+        file (`str`): File name of the weights.
+        base (`str`): Hub id or folder of the configuration, tokenizer and image processor.
+        revision (`str`, *optional*): Revision of the weights on the Hub.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Dtype of the model. The head is float32.
+        device: See [`BatchedScorer`].
+
+    Source: https://huggingface.co/papers/2508.03789.
     """
 
     def __init__(
         self,
-        model: Qwen2VLModel,
-        head: nn.Sequential,
-        tokenizer: Any,
-        image_processor: Qwen2VLImageProcessorPil,
         instruction: str,
+        model: str = "MizzenAI/HPSv3",
+        file: str = "HPSv3.safetensors",
+        base: str = "Qwen/Qwen2-VL-7B-Instruct",
         *,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
     ):
         super().__init__("hpsv3", device=device, batch_size=1)
         for part in ("{text_prompt}", REWARD_TOKEN):
             if part not in instruction:
                 raise ValueError(f"`instruction` of HPSv3 must contain `{part}`, got {instruction[:200]!r}.")
-        self.model = model.eval().requires_grad_(False).to(self.device)
+        weights, head_weights = split_weights(load_file(hub_file(model, file, revision)))
+        config = AutoConfig.from_pretrained(base)
+        config.text_config.vocab_size = weights["language_model.embed_tokens.weight"].shape[0]
+        network = Qwen2VLModel.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+        head = reward_head(config.text_config.hidden_size)
+        head.load_state_dict(head_weights)
+        size = {"shortest_edge": PIXELS, "longest_edge": PIXELS}
+        self.model = network.eval().requires_grad_(False).to(self.device)
         self.head = head.eval().requires_grad_(False).to(self.device)
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        self.tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]})
+        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(base, size=size)
         self.instruction = instruction
-        self.reward_token = tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
+        self.reward_token = self.tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
 
     def score_batch(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         pixels = self.image_processor(images, return_tensors="pt").to(self.device)
@@ -68,48 +89,6 @@ class HPSv3Scorer(BatchedScorer):
         ).last_hidden_state  # (1, tokens, D)
         outputs = self.head(hidden[tokens.input_ids == self.reward_token].float())  # (1, 2): mean and spread
         return outputs[:, 0]
-
-
-def hpsv3(
-    instruction: str,
-    model: str = "MizzenAI/HPSv3",
-    file: str = "HPSv3.safetensors",
-    base: str = "Qwen/Qwen2-VL-7B-Instruct",
-    *,
-    revision: str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str | torch.device = "cpu",
-) -> HPSv3Scorer:
-    """Return the scorer HPSv3.
-
-    Args:
-        instruction (`str`): The authors' instruction to the model. Copy `INSTRUCTION` and `prompt_with_special_token`
-            from `hpsv3/dataset/data_collator_qwen.py` in the authors' repository, and concatenate the two. Any other
-            text changes the scores.
-        model (`str`): Hub id or folder of the weights, 16 GB.
-        file (`str`): File name of the weights.
-        base (`str`): Hub id or folder of the configuration, tokenizer and image processor.
-        revision (`str`, *optional*): Revision of the weights on the Hub.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Dtype of the model. The head is float32.
-        device: See [`BatchedScorer`].
-
-    Source: https://huggingface.co/papers/2508.03789.
-    """
-    network, head = split_weights(load_file(hub_file(model, file, revision)))
-    config = AutoConfig.from_pretrained(base)
-    config.text_config.vocab_size = network["language_model.embed_tokens.weight"].shape[0]
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]})
-    layers = reward_head(config.text_config.hidden_size)
-    layers.load_state_dict(head)
-    return HPSv3Scorer(
-        Qwen2VLModel.from_pretrained(None, config=config, state_dict=network, dtype=dtype),
-        layers,
-        tokenizer,
-        Qwen2VLImageProcessorPil.from_pretrained(base, size={"shortest_edge": PIXELS, "longest_edge": PIXELS}),
-        instruction,
-        device=device,
-    )
 
 
 def reward_head(width: int) -> nn.Sequential:

@@ -163,10 +163,10 @@ _BUILDERS: dict[str, str | Callable[..., Scorer]] = {
     "clip_score_hessel": "clip:clip_score_hessel",
     "hpsv2": "clip:hpsv2",
     "hpsv2.1": "clip:hpsv21",
-    "aesthetic": "aesthetic:aesthetic",
+    "aesthetic": "aesthetic:AestheticScorer",
     "image_reward": "image_reward:image_reward",
-    "vqa_score": "vqa_score:vqa_score",
-    "hpsv3": "hpsv3:hpsv3",
+    "vqa_score": "vqa_score:VQAScorer",
+    "hpsv3": "hpsv3:HPSv3Scorer",
     "vlm_server": "vlm_server:VLMServerScorer",
     "vlm_judge": "vlm_server:VLMServerJudge",
 }
