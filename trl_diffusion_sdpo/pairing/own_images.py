@@ -34,7 +34,7 @@ class _OwnImage:
 
 
 class _LeftOutError(Exception):
-    """Error for an image that is left out of the manifest. The message is the reason."""
+    """Error for an image that is left out of the manifest. The message says which images are left out."""
 
 
 def list_images(folder: Path, *, from_names: bool = False) -> list[str]:
@@ -86,11 +86,11 @@ def list_images(folder: Path, *, from_names: bool = False) -> list[str]:
             for image in images:
                 image.rating = image.like
         distinct = _without_duplicates(images)
-        left_out["that look like another image of the same prompt"] += len(images) - len(distinct)
+        left_out["images that look like another image of the same prompt"] += len(images) - len(distinct)
         several += len(distinct) > 1
         for image in distinct:
             listed.append(ListedImage(image.name, prompt, {} if image.rating is None else {"rating": image.rating}))
-    reasons = [f"  left out: {count} images {reason}" for reason, count in left_out.items() if count]
+    reasons = [f"  left out: {count} {reason}" for reason, count in left_out.items() if count]
     if not listed:
         raise ValueError(
             "\n".join([f"{folder} has no image with a prompt.", *reasons])
@@ -114,7 +114,7 @@ def _read(folder: Path, path: Path, like: int, from_names: bool) -> _OwnImage:
     """Return an image with its prompt and rating. Raise `_LeftOutError` if the manifest must not list the image."""
     name = path.relative_to(folder).as_posix()
     if not is_inside(folder, name):
-        raise _LeftOutError("outside of the folder")
+        raise _LeftOutError("images outside of the folder")
     try:
         check_regular_file(path, MAX_FILE_BYTES)
         with Image.open(path, formats=FILE_FORMATS) as opened:
@@ -122,11 +122,13 @@ def _read(folder: Path, path: Path, like: int, from_names: bool) -> _OwnImage:
             rating = rating_in_metadata(opened)
         image = ImageReader().decode(path)
     except Exception:  # Pillow raises errors of many types for damaged files, and one file must not stop the others
-        raise _LeftOutError("that cannot be read") from None
+        raise _LeftOutError("images that cannot be read") from None
     named = " ".join(_COUNTER.sub("", path.stem).replace("_", " ").split()) if from_names else ""
     prompt = _caption(path) or metadata or named
-    if not 0 < len(prompt) <= MAX_PROMPT:
-        raise _LeftOutError(f"with a prompt of more than {MAX_PROMPT} characters" if prompt else "without a prompt")
+    if not prompt:
+        raise _LeftOutError("images without a prompt")
+    if len(prompt) > MAX_PROMPT:
+        raise _LeftOutError(f"images with a prompt of more than {MAX_PROMPT} characters")
     thumbnail = np.asarray(image.resize(THUMBNAIL, Image.Resampling.BOX), dtype=np.int16)
     return _OwnImage(name, prompt, image.width * image.height, thumbnail, rating, like)
 
@@ -140,7 +142,7 @@ def _caption(path: Path) -> str:
     except FileNotFoundError:
         return ""
     except (OSError, ValueError):
-        raise _LeftOutError(f"with a text file that is not UTF-8 or has more than {4 * MAX_PROMPT} bytes") from None
+        raise _LeftOutError(f"images whose text file is not UTF-8 or has more than {4 * MAX_PROMPT} bytes") from None
 
 
 def _without_duplicates(images: list[_OwnImage]) -> list[_OwnImage]:

@@ -145,10 +145,9 @@ def pairs_from_images(
             shown += [ListedImage(names[kind], listed[index].prompt, {}) for kind in ("chosen", "rejected")]
         write_manifest(folder, shown)
         facts: dict[str, object] = {"Recipe": recipe, "Images that were left out": len(listed) - len(pairs)}
-        if recipe == "spin":
-            write_dataset(folder, rows, PURPOSES[recipe], model, facts)
-        else:
-            write_dataset(folder, rows, PURPOSES[recipe], model, facts | {"Strength": strength}, ALIGNED_ADVICE)
+        if recipe != "spin":
+            facts["Strength"] = strength
+        write_dataset(folder, rows, PURPOSES[recipe], model, facts, "" if recipe == "spin" else ALIGNED_ADVICE)
 
     peers.first(write)
     return len(pairs)

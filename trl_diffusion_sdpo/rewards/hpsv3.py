@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from PIL import Image
@@ -64,7 +65,7 @@ class HPSv3Scorer(BatchedScorer):
         size = {"shortest_edge": PIXELS, "longest_edge": PIXELS}
         self.model = network.eval().requires_grad_(False).to(self.device)
         self.head = head.eval().requires_grad_(False).to(self.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(base)
         self.tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]})
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(base, size=size)
         self.instruction = instruction

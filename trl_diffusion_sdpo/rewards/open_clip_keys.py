@@ -49,7 +49,8 @@ def clip_state_dict(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def rename(name: str, patterns: Mapping[str, str]) -> str:
-    """Return a name in which each regular expression is replaced by its entry, one expression after the other."""
+    """Return a name after replacing the matches of each regular expression. `patterns` maps the expressions to their
+    replacements."""
     for pattern, target in patterns.items():
         name = re.sub(pattern, target, name)
     return name
