@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .clip import load_clip
+from .clip import CLIPScorer
 from .scorer import BatchedScorer, hub_file
 
 HIDDEN = (1024, 128, 64, 16)  # widths of the hidden layers
@@ -41,7 +41,7 @@ class AestheticScorer(BatchedScorer):
     ):
         super().__init__("aesthetic", device=device, batch_size=batch_size)
         path = hub_file(head, file, head_revision)
-        self.clip = load_clip("clip", model, revision=revision, device=device)
+        self.clip = CLIPScorer("clip", model, revision=revision, device=device)
         layers = linear_head(self.clip.model.config.projection_dim)
         layers.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.head = layers.eval().requires_grad_(False).to(self.device)

@@ -41,27 +41,42 @@ _VISION_NAMES = {
 
 
 class ImageRewardScorer(BatchedScorer):
-    """Score how well images fit their prompts. On the authors' data, scores have mean 0 and standard deviation 1.
+    """Score how well images fit their prompts by ImageReward 1.0. On the authors' data, scores have mean 0 and standard
+    deviation 1.
 
     `text` encodes the prompt, with cross-attention to the features that `vision` computes from the image. `head`
     computes the score from the encoding's first token.
+
+    Args:
+        model (`str`): Hub id or folder with `ImageReward.pt` and `med_config.json`. The weights are read with
+            `weights_only=True`.
+        tokenizer (`str`): Hub id or folder of BERT's tokenizer.
+        revision (`str`, *optional*): Revision of the model on the Hub.
+        settings: `device` and `batch_size`. See [`BatchedScorer`].
+
+    Source: https://huggingface.co/papers/2304.05977.
     """
 
     def __init__(
         self,
-        vision: BlipVisionModel,
-        text: BlipTextModel,
-        head: nn.ModuleDict,
-        tokenizer: Any,
-        image_processor: CLIPImageProcessorPil,
+        model: str = "zai-org/ImageReward",
+        tokenizer: str = "google-bert/bert-base-uncased",
+        *,
+        revision: str | None = None,
         **settings: Any,
     ):
         super().__init__("image_reward", **settings)
+        weights = hub_file(model, "ImageReward.pt", revision)
+        med_config = json.loads(hub_file(model, "med_config.json", revision).read_text(encoding="utf-8"))
+        vision = BlipVisionModel(published_vision())
+        text = BlipTextModel(text_config(med_config), add_pooling_layer=False)
+        head = linear_head(text.config.hidden_size)
+        load_weights(torch.load(weights, map_location="cpu", weights_only=True), vision, text, head)
         self.vision = vision.eval().requires_grad_(False).to(self.device)
         self.text = text.eval().requires_grad_(False).to(self.device)
         self.head = head.eval().requires_grad_(False).to(self.device)
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        self.image_processor = CLIPImageProcessorPil()
 
     def score_batch(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         tokens = self.tokenizer(
@@ -80,42 +95,6 @@ class ImageRewardScorer(BatchedScorer):
         ).last_hidden_state
         raw = self.head["layers"](text[:, 0])[:, 0]
         return (raw - MEAN) / STD
-
-
-def image_reward(
-    model: str = "zai-org/ImageReward",
-    tokenizer: str = "google-bert/bert-base-uncased",
-    *,
-    revision: str | None = None,
-    device: str | torch.device = "cpu",
-    batch_size: int = 16,
-) -> ImageRewardScorer:
-    """Return the scorer ImageReward 1.0.
-
-    Args:
-        model (`str`): Hub id or folder with `ImageReward.pt` and `med_config.json`. The weights are read with
-            `weights_only=True`.
-        tokenizer (`str`): Hub id or folder of BERT's tokenizer.
-        revision (`str`, *optional*): Revision of the model on the Hub.
-        device, batch_size: See [`BatchedScorer`].
-
-    Source: https://huggingface.co/papers/2304.05977.
-    """
-    weights = hub_file(model, "ImageReward.pt", revision)
-    med_config = json.loads(hub_file(model, "med_config.json", revision).read_text(encoding="utf-8"))
-    vision = BlipVisionModel(published_vision())
-    text = BlipTextModel(text_config(med_config), add_pooling_layer=False)
-    head = linear_head(text.config.hidden_size)
-    load_weights(torch.load(weights, map_location="cpu", weights_only=True), vision, text, head)
-    return ImageRewardScorer(
-        vision,
-        text,
-        head,
-        AutoTokenizer.from_pretrained(tokenizer),
-        CLIPImageProcessorPil(),
-        device=device,
-        batch_size=batch_size,
-    )
 
 
 def published_vision() -> BlipVisionConfig:

@@ -164,7 +164,7 @@ _BUILDERS: dict[str, str | Callable[..., Scorer]] = {
     "hpsv2": "clip:hpsv2",
     "hpsv2.1": "clip:hpsv21",
     "aesthetic": "aesthetic:AestheticScorer",
-    "image_reward": "image_reward:image_reward",
+    "image_reward": "image_reward:ImageRewardScorer",
     "vqa_score": "vqa_score:VQAScorer",
     "hpsv3": "hpsv3:HPSv3Scorer",
     "vlm_server": "vlm_server:VLMServerScorer",
