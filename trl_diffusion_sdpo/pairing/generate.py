@@ -218,7 +218,7 @@ def pairs_of_negatives(
             images += [ListedImage(name, prompt, {"model": side, **facts}) for side, name in names.items()]
     listing = {
         "Chosen": f"images with {json.dumps(settings.call_kwargs or {})}",
-        "Rejected": f"images of the same noise with {json.dumps(dict(negative_kwargs))} besides",
+        "Rejected": f"images of the same noise with these arguments and {json.dumps(dict(negative_kwargs))}",
     }
     peers.first(lambda: write_manifest(folder, images))
     purpose = "A model's images against those that it generates from the same noise with worse settings."

@@ -23,7 +23,7 @@ class PickSession:
     """State of the running command `pairs pick` on a folder with `manifest.jsonl`. All browser tabs share the session.
 
     If the column `model` of the manifest names several models, the page compares these models without showing their
-    names. With one model or no column `model`, picks rate the images of each prompt. The page refers to images by
+    names. Otherwise, picks rate the images of each prompt. The page refers to images by
     random codes, so that file names do not reveal the model.
     """
 
@@ -55,7 +55,7 @@ class PickSession:
             prompts = len({image.prompt for image in listed})
             raise ValueError(
                 f"`pairs pick` needs a prompt with two images to compare, but {folder} has {len(listed)} images of "
-                f"{prompts} prompts, and none of these prompts has two.{reasons}"
+                f"{prompts} prompts, and none of these prompts has two images to compare.{reasons}"
             )
         # Pairs that `pairs generate` wrote are replaced only after the first pick.
         if self.log.picks or not (folder / PAIRS_FILE).is_file():
