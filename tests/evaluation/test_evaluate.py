@@ -95,16 +95,6 @@ def digests(folder):
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_a_second_call_makes_what_is_missing_and_the_same_bytes(evaluated, monkeypatch):
-    folder, candidates, evaluation = evaluated
-    before = digests(folder)
-    for row in ((0, 0), (0, 1), (3, 1)):
-        image_path(folder, "redder", *row).unlink()
-    again = evaluate_models(candidates, PROMPTS, SCORERS, folder, settings())
-    assert digests(folder) == before
-    assert again.comparisons == evaluation.comparisons
-
-
 def test_an_evaluation_that_is_killed_ten_times_ends_with_the_same_bytes(
     sd_folder, redder_folder, tmp_path, monkeypatch
 ):
@@ -134,17 +124,6 @@ def test_an_evaluation_that_is_killed_ten_times_ends_with_the_same_bytes(
     start(killed).join()
     assert digests(killed) == digests(whole)
     assert (killed / RESULTS_FILE).read_bytes() == (whole / RESULTS_FILE).read_bytes()
-
-
-def test_an_image_depends_neither_on_the_batch_nor_on_the_other_prompts(evaluated, sd_folder, tmp_path):
-    folder, _, _ = evaluated
-    generate_images(Candidate("base", sd_folder), PROMPTS[2:4], settings(batch_size=1), tmp_path)
-    for index, seed in ((2, 0), (3, 1)):
-        pixels = []
-        for path in (image_path(folder, "base", index, seed), image_path(tmp_path, "base", index - 2, seed)):
-            with Image.open(path) as image:
-                pixels.append(np.asarray(image, dtype=int))
-        assert abs(pixels[0] - pixels[1]).max() <= 1  # a batch may round otherwise
 
 
 def test_win_rates_depend_neither_on_the_order_of_prompts_and_seeds_nor_on_batches(evaluated, tmp_path):
@@ -241,19 +220,6 @@ def test_images_without_any_score_are_an_error_that_names_the_model(sd_folder, t
         evaluate_models(candidates, PROMPTS[:2], SCORERS, tmp_path, settings(seeds=(0,)))
 
 
-def test_missing_scores_are_noted(sd_folder, tmp_path):
-    class Unsure:
-        """Gives the second image no score, as a server does whose answer is unreadable."""
-
-        name = "unsure"
-
-        def __call__(self, images, prompts):
-            return torch.tensor([float("nan") if prompt == PROMPTS[1] else 1.0 for prompt in prompts])
-
-    evaluation = evaluate_models([Candidate("base", sd_folder)], PROMPTS[:3], [Unsure()], tmp_path, settings())
-    assert any("unsure" in note and "2 images" in note for note in evaluation.notes)
-
-
 def test_an_interrupted_scoring_continues_where_it_stopped(sd_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "_SCORED_AT_ONCE", 5)
     scored = []
@@ -289,34 +255,36 @@ def test_a_model_that_could_not_be_loaded_can_be_corrected(sd_folder, tmp_path):
     evaluate_models([Candidate("base", sd_folder)], PROMPTS[:1], SCORERS, tmp_path / "out", settings())
 
 
-def test_a_constant_scorer_is_noted(sd_folder, tmp_path):
-    constant = FunctionScorer("constant", lambda images, prompts: [1.0] * len(images))
+def test_missing_and_constant_scores_are_noted(sd_folder, tmp_path):
+    class Constant:
+        """Gives the images of one prompt no score, like a server whose answer cannot be parsed."""
+
+        name = "constant"
+
+        def __call__(self, images, prompts):
+            return torch.tensor([float("nan") if prompt == PROMPTS[1] else 1.0 for prompt in prompts])
+
     candidates = [Candidate("base", sd_folder), Candidate("same", sd_folder)]
-    evaluation = evaluate_models(candidates, PROMPTS[:2], [constant], tmp_path, settings(seeds=(0,)))
+    evaluation = evaluate_models(candidates, PROMPTS[:2], [Constant()], tmp_path, settings())
     assert evaluation.comparisons[0].result.rate == 0.5
-    assert any("constant" in note for note in evaluation.notes)
+    notes = " ".join(evaluation.notes)
+    assert "constant gave no score to 2 images of same" in notes and "constant gave all images of same" in notes
 
 
-@pytest.mark.parametrize("names", [[], ["a", "a"]])
-def test_models_need_names_of_their_own(names, sd_folder, tmp_path):
-    with pytest.raises(ValueError, match="models"):
-        evaluate_models([Candidate(name, sd_folder) for name in names], PROMPTS, SCORERS, tmp_path)
-
-
-def test_scorers_need_files_of_their_own(sd_folder, tmp_path):
-    scorers = [FunctionScorer(name, redness) for name in ("module:score", "module_score")]
-    with pytest.raises(ValueError, match="module_score"):
-        evaluate_models([Candidate("base", sd_folder)], PROMPTS, scorers, tmp_path)
-
-
-def test_a_single_string_is_no_list_of_prompts(sd_folder, tmp_path):
-    with pytest.raises(ValueError, match=r"prompts\.txt"):
-        evaluate_models([Candidate("base", sd_folder)], "prompts.txt", SCORERS, tmp_path)
-
-
-def test_a_name_that_is_no_file_name_is_refused():
-    with pytest.raises(ValueError, match="name"):
-        Candidate("../x", "model")
+@pytest.mark.parametrize(
+    ("names", "prompts", "scorers", "match"),
+    [
+        ([], PROMPTS, ["red"], "models"),
+        (["a", "a"], PROMPTS, ["red"], "models"),
+        (["../x"], PROMPTS, ["red"], "name"),
+        (["a"], PROMPTS, ["module:red", "module_red"], "module_red"),
+        (["a"], "prompts.txt", ["red"], r"prompts\.txt"),
+    ],
+)
+def test_wrong_names_and_prompts_are_refused(names, prompts, scorers, match, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        functions = [FunctionScorer(name, redness) for name in scorers]
+        evaluate_models([Candidate(name, "model") for name in names], prompts, functions, tmp_path)
 
 
 def test_looks_by_hand():
@@ -349,12 +317,9 @@ def test_images_of_other_weights_under_the_same_name_are_refused(sd_pipeline, tm
 def test_models_are_named_on_the_command_line(text, expected):
     one = candidate_of(text)
     assert (one.name, one.model, one.lora, one.scale) == expected
-
-
-@pytest.mark.parametrize("text", ["org/model", "a=", "a=run@x"])
-def test_a_model_without_name_or_with_a_bad_scale_is_refused(text):
-    with pytest.raises(ValueError, match="NAME=MODEL|scale"):
-        candidate_of(text)
+    for wrong in ("org/model", "a=", "a=run@x"):
+        with pytest.raises(ValueError, match="NAME=MODEL|scale"):
+            candidate_of(wrong)
 
 
 def command(sd_folder, redder_folder, folder, prompts):

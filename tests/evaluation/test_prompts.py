@@ -38,6 +38,8 @@ def test_prompts_are_read_from_a_file(ending, tmp_path):
     ],
 )
 def test_a_bad_file_is_an_error(name, content, match, tmp_path):
+    with pytest.raises(ValueError, match=name):
+        read_prompts(tmp_path / name)  # the file does not exist yet
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=match):
         read_prompts(tmp_path / name)
@@ -61,11 +63,6 @@ def test_the_first_prompts_keep_their_rows(tmp_path):
     (tmp_path / "a.txt").write_text("a\n\nb\na\nc")
     listed = read_prompts(tmp_path / "a.txt").first(2)
     assert (listed.prompts, listed.rows, listed.name) == (("a", "b"), ((0, "a"), (1, "b"), (0, "a")), "a")
-
-
-def test_a_file_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"no\.txt"):
-        read_prompts(tmp_path / "no.txt")
 
 
 def test_prompts_are_a_column_of_a_data_set(tmp_path):

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from trl_diffusion_sdpo.pairing.server import PickServer
+from trl_diffusion_sdpo.pairing.session import PickSession
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -112,3 +118,18 @@ class Browser:
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+
+
+@contextlib.contextmanager
+def served(folder: Path, browser: Browser) -> Iterator[PickSession]:
+    """Serve the pick page of a folder, and open it in the browser."""
+    session = PickSession(folder)
+    with PickServer(session, port=0) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        try:
+            browser.open(server.address)
+            browser.wait("typeof state === 'object' && state && !busy")
+            yield session
+        finally:
+            server.shutdown()
+    session.close()

@@ -6,7 +6,6 @@ import pytest
 from PIL import Image
 
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.cli.pairs import SUBCOMMANDS
 
 
 @pytest.fixture
@@ -48,13 +47,6 @@ def test_check_of_nothing_is_one_line(tmp_path, capsys):
     (tmp_path / "pairs.jsonl").touch()
     assert main(["pairs", "check", str(tmp_path / "pairs.jsonl")]) == 2
     assert "pairs.jsonl" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", SUBCOMMANDS)
-def test_every_sub_command_explains_itself(name, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["pairs", name, "--help"])
-    assert exit_.value.code == 0 and f"usage: trl-diffusion-sdpo pairs {name}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [[], ["pik"], ["pick"], ["pick", "nowhere"], ["from-images", "nowhere"]])

@@ -1,37 +1,18 @@
 """The whole evening at its smallest: generate, pick in a browser as the world's oracle judges, train, compare."""
 
-import contextlib
 import json
-import threading
 
 import pytest
-from pairing.browser import CHROMIUM, Browser
+from pairing.browser import CHROMIUM, Browser, served
 from PIL import Image
 
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.demo.oracle import oracle_score
 from trl_diffusion_sdpo.demo.pipeline import base_pipeline_folder
 from trl_diffusion_sdpo.demo.world import captions
-from trl_diffusion_sdpo.pairing.server import PickServer
-from trl_diffusion_sdpo.pairing.session import PickSession
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium or Chrome")
 CALL = json.dumps({"num_inference_steps": 12, "guidance_scale": 3.0, "height": 32, "width": 32})
-
-
-@contextlib.contextmanager
-def served(folder, browser):
-    """Serve the page, and open it in the browser."""
-    session = PickSession(folder)
-    with PickServer(session, port=0) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
-        try:
-            browser.open(server.address)
-            browser.wait("typeof state === 'object' && state && !busy")
-            yield session
-        finally:
-            server.shutdown()
-    session.close()
 
 
 def pick(session, folder, browser, picks):

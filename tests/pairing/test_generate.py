@@ -159,7 +159,7 @@ def test_picks_of_a_person_are_not_replaced(sd_folder, tmp_path):
 
 def test_scorers_that_tell_nothing_apart_are_an_error(generated, sd_folder):
     same = FunctionScorer("same", lambda images, prompts: [1.0] * len(images))
-    with pytest.raises(ValueError, match="apart"):
+    with pytest.raises(ValueError, match="margin"):
         generate_pairs(Candidate("model", sd_folder), PROMPTS, [same], generated, SETTINGS)
 
 

@@ -54,19 +54,6 @@ def test_a_killed_process_loses_no_pick(folder):
     session.close()
 
 
-@pytest.mark.parametrize("cut", range(0, 100, 18))
-def test_a_log_cut_anywhere_is_a_shorter_log(session, folder, cut):
-    for _ in range(3):
-        judge(session, "tie")
-    session.close()
-    content = (folder / "picks.jsonl").read_bytes()
-    kept = content[: len(content) * cut // 100]
-    (folder / "picks.jsonl").write_bytes(kept)
-    again = PickSession(folder)
-    assert again.state("tab")["judged"] == kept.count(b"\n")
-    again.close()
-
-
 def test_two_tabs_show_other_pairs_and_count_once(session):
     first, second = session.state("one")["pair"], session.state("two")["pair"]
     assert {first["first"], first["second"]} != {second["first"], second["second"]}

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from trl_diffusion_sdpo.rewards import load_scorer
-from trl_diffusion_sdpo.rewards.hpsv3 import IMAGE_TOKEN, REWARD_TOKEN, HPSv3Scorer, reward_head, split_weights
+from trl_diffusion_sdpo.rewards.hpsv3 import IMAGE_TOKEN, REWARD_TOKEN, reward_head, split_weights
 
 IMAGES = [Image.fromarray(np.random.default_rng(seed).integers(0, 256, (28, 28, 3), np.uint8)) for seed in (0, 1)]
 PROMPTS = ["a red circle", "two squares"]
@@ -162,6 +162,5 @@ def test_names_of_both_formats_of_qwen2_vl_are_understood():
 
 @pytest.mark.parametrize("instruction", ["{text_prompt}", "<|Reward|>"])
 def test_an_instruction_needs_prompt_and_reward_token(instruction, qwen):
-    _, model, head = qwen
     with pytest.raises(ValueError, match="instruction"):
-        HPSv3Scorer(model, head, qwen2_tokenizer(MARKS), Qwen2VLImageProcessorPil(), instruction)
+        load_scorer("hpsv3", instruction=instruction, model=qwen[0], base=qwen[0])

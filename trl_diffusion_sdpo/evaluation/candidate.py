@@ -27,8 +27,9 @@ class Candidate:
         scale (`float`, *optional*): How far to go from the base model (scale 0) to the tuned model (scale 1). Scales
             above 1 extrapolate. The base model is this candidate without its LoRA. If the candidate has no LoRA, the
             base model is the first model of the evaluation.
-        form (`"guidance"` or `"weights"`, *optional*, defaults to `"guidance"`): What `scale`
-            scales: the change of predictions, with [`preference_guidance`], or the change of weights.
+        form (`"guidance"` or `"weights"`, *optional*, defaults to `"guidance"`): Whether `scale` multiplies the
+            difference between the predictions of the tuned and the base model ([`preference_guidance`]), or the
+            difference between their weights.
         interval (`tuple[float, float]`, *optional*): Lowest and highest noise level at which preference guidance
             acts, from 0 (clean image) to 1 (pure noise).
         call_kwargs (`dict`, *optional*): Arguments of the pipeline's call for this model. `call_kwargs` of a candidate
@@ -55,7 +56,7 @@ class Candidate:
             )
         if self.lora is not None and not isinstance(self.model, str):
             raise ValueError(
-                f"`lora` cannot be used with a loaded pipeline, got {self.lora} for the model {self.name}. Load the "
+                f"`lora` cannot be set for a loaded pipeline, got {self.lora} for the model {self.name}. Load the "
                 "LoRA into the pipeline yourself."
             )
         if self.form not in get_args(Form):

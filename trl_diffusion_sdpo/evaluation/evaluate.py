@@ -19,8 +19,8 @@ from ..rewards import Scorer
 from ..rewards.scorer import on_device
 from ..rewards.statistics import WinRate, agreement, holm, win_rate
 from ..rewards.vlm_server import VLMServerJudge
-from ..utils.files import write_atomically
-from ..utils.processes import ALONE, Peers
+from ..utils.files import json_lines, write_atomically
+from ..utils.processes import Peers
 from .candidate import Candidate
 from .images import (
     SCORES_FOLDER,
@@ -40,14 +40,14 @@ from .scales import Sweep, recommend_in_cards, sweeps_of
 RESULTS_FILE = "results.json"
 MANIFEST_FILE = "manifest.jsonl"
 _SCORED_AT_ONCE = 64  # number of images that a process scores before scores are saved
-_FEW_PROMPTS = 30  # with fewer prompts, bootstrap intervals are too narrow
+FEW_PROMPTS = 30  # with fewer prompts, bootstrap intervals are too narrow
 
 
 @dataclass(frozen=True)
 class Comparison:
     """The comparison of one model with the base model by one scorer.
 
-    `adjusted` is the p-value of `result` after Holm's correction over all comparisons of the evaluation.
+    `adjusted` is the p-value of `result` after Holm's correction for all comparisons of the evaluation.
     """
 
     model: str
@@ -71,10 +71,10 @@ class Evaluation:
         scores (`dict[str, dict[str, np.ndarray]]`): Scorer -> model -> scores `(prompts, seeds)`. The score is NaN for
             an image without a score.
         comparisons (`tuple[Comparison, ...]`): For each scorer, one comparison of each other model with the base model.
-        agreement (`dict[str, dict[str, float]]`): Model -> names of two scorers -> share of prompts on which
-            both scorers prefer the same one of this model and the base model.
-        looks (`dict[str, dict[str, float]]`): Model -> `saturation`, `diversity` and number of `black` images,
-            which a safety checker has probably hidden.
+        agreement (`dict[str, dict[str, float]]`): Model -> names of two scorers -> share of prompts on which the two
+            scorers agree whether this model or the base model is better.
+        looks (`dict[str, dict[str, float]]`): Model -> `saturation`, `diversity` and number of `black` images. Black
+            images were probably hidden by a safety checker.
         notes (`tuple[str, ...]`): Warnings for the reader, for example about skipped prompts.
         sweeps (`tuple[Sweep, ...]`): One entry for each model that was evaluated at several scales.
     """
@@ -100,8 +100,8 @@ def evaluate_models(
 ) -> Evaluation:
     """Generate images with all models, score the images, and compare each model with the first model.
 
-    Images and scores are saved in `output_dir`. If a call is interrupted, the same call continues where it stopped. If
-    accelerate launches several processes, they share the work.
+    Images and scores are saved in `output_dir`. After an interruption, call the function again with the same arguments
+    to continue. If accelerate launches several processes, the processes share the work.
 
     Args:
         candidates (`Sequence[Candidate]`): The models. The first is the base model.
@@ -138,79 +138,67 @@ def evaluate_models(
     settings = settings or ImageSettings()
     if isinstance(prompts, str):
         raise ValueError(
-            f"`prompts` must be a list, got {prompts!r}. To read a file, pass the result of `read_prompts`."
+            f"`prompts` must be a list, got {prompts!r}. If this is a file, pass `read_prompts({prompts!r})`."
         )
     listed = prompts if isinstance(prompts, PromptList) else distinct(prompts)
     if not candidates:
-        raise ValueError("An evaluation needs one or more models, got none. Pass `candidates`.")
+        raise ValueError("An evaluation needs one or more models, but the list of models is empty. Pass `candidates`.")
     _check_names("models", [candidate.name for candidate in candidates])
     _check_names("scorers", [_file_name(scorer.name) for scorer in scorers])
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
-    files = [] if layout is None else LAYOUTS[layout](listed, settings.seeds)
+    files = {} if layout is None else LAYOUTS[layout](listed, settings.seeds)
     folder = Path(output_dir)
     peers = peers_of_this_run()
     for candidate in candidates:
         generate_images(candidate, listed.prompts, settings, folder, peers, base=candidates[0])
-    evaluation = judge_images(candidates, listed, scorers, folder, settings, peers)
-    if layout is not None:
-        peers.first(lambda: write_layout(folder, layout, evaluation.models, files))
-    return evaluation
 
-
-def judge_images(
-    candidates: Sequence[Candidate],
-    prompts: PromptList,
-    scorers: Sequence[Scorer],
-    folder: Path,
-    settings: ImageSettings,
-    peers: Peers = ALONE,
-) -> Evaluation:
-    """Score the images in the folder of an evaluation, compare the models, and write the report.
-
-    The arguments are those of [`evaluate_models`]. In the folder, each model must have one image for each prompt and
-    seed, and a file with the settings of its images. All processes must call this function.
-    """
+    # Score the images.
     base, *others = models = [candidate.name for candidate in candidates]
-    looks = {name: _looks(folder, name, prompts, settings, peers) for name in models}
+    looks = {name: _looks(folder, name, listed, settings, peers) for name in models}
     scores = {}
     for scorer in scorers:
         with on_device(scorer, settings.device):
             scores[scorer.name] = {
-                name: _scores(scorer, folder, name, base, prompts, settings, peers) for name in models
+                name: _scores(scorer, folder, name, base, listed, settings, peers) for name in models
             }
     for scorer_name, by_model in scores.items():
         for name in models:
             if not np.isfinite(by_model[name] - by_model[base]).any():
                 raise ValueError(
-                    f"{scorer_name} cannot compare {name} with {base}: for no prompt and seed does it score the images "
-                    "of both models. Black images have no score. Turn off the safety checker, or look at the images."
+                    f"{scorer_name} cannot compare {name} with {base}, because there is no prompt and seed for which "
+                    "the images of both models have scores. Black images have no score. Turn off the safety checker, "
+                    "or look at the images."
                 )
+
+    # Compare the models.
     rates = [(name, by, win_rate(scores[by][name], scores[by][base])) for name in others for by in scores]
     adjusted = holm([rate.p_value for _, _, rate in rates])
-    # Scores of a model minus those of the base model, by scorer. The agreement of two scorers is computed from these.
-    changes = {name: {by: scores[by][name] - scores[by][base] for by in scores} for name in others}
     agreements = {
         name: {
-            f"{first} and {second}": agreement(by_scorer[first], by_scorer[second])
-            for first, second in itertools.combinations(by_scorer, 2)
+            f"{one} and {other}": agreement(
+                scores[one][name] - scores[one][base], scores[other][name] - scores[other][base]
+            )
+            for one, other in itertools.combinations(scores, 2)
         }
-        for name, by_scorer in changes.items()
+        for name in others
     }
     judges = [scorer.name for scorer in scorers if isinstance(scorer, VLMServerJudge)]
     evaluation = Evaluation(
-        prompts=prompts,
+        prompts=listed,
         seeds=settings.seeds,
         models=tuple(models),
         scores=scores,
         comparisons=tuple(Comparison(*rate, p_value) for rate, p_value in zip(rates, adjusted, strict=True)),
         agreement=agreements,
         looks=looks,
-        notes=tuple(_notes(prompts, scores, looks, judges)),
+        notes=tuple(_notes(listed, scores, looks, judges)),
         sweeps=tuple(sweeps_of(candidates, scores)),
     )
     peers.first(lambda: _write(folder, evaluation, settings))
     peers.first(lambda: recommend_in_cards(evaluation.sweeps, candidates, settings.call_kwargs))
+    if layout is not None:
+        peers.first(lambda: write_layout(folder, layout, evaluation.models, files))
     return evaluation
 
 
@@ -241,8 +229,8 @@ def _looks(folder: Path, name: str, prompts: PromptList, settings: ImageSettings
 
 
 def _in_order(shares: Sequence[Sequence[Any]]) -> list[Any]:
-    """Merge the results of all processes into one list. Process i has computed the items i, i + count, i + 2 count,
-    ..."""
+    """Merge the results of all processes into one list. Of n processes, process i has computed the items i, i + n,
+    i + 2 n, and so on."""
     items: list[Any] = [None] * sum(map(len, shares))
     for index, share in enumerate(shares):
         items[index :: len(shares)] = share
@@ -289,36 +277,33 @@ def score_rows(
     """
     path = folder / SCORES_FOLDER / _file_name(scorer.name) / f"{'+'.join(models)}.json"
     scores = peers.first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else [])
+
+    def score(rows: Sequence[tuple[int, tuple[int, ...]]]) -> list[float | None]:
+        """Return a scorer's scores of the model's images, or a judge's verdicts on pairs of images of the two models.
+        Rows with a black image get `None`."""
+        images = [
+            [_read(image_path(folder, name, index, seed)) for name, seed in zip(models, seeds, strict=True)]
+            for index, seeds in rows
+        ]
+        scored: list[float | None] = [None] * len(rows)
+        visible = [position for position, shown in enumerate(images) if not any(map(is_black, shown))]
+        if visible:
+            texts = [prompts.prompts[rows[position][0]] for position in visible]
+            ours, *others = ([images[position][model] for position in visible] for model in range(len(models)))
+            if isinstance(scorer, VLMServerJudge):
+                values = scorer.compare(ours, others[0], texts)
+            else:
+                values = scorer(ours, texts)
+            for position, value in zip(visible, values.tolist(), strict=True):
+                scored[position] = value if math.isfinite(value) else None
+        return scored
+
     at_once = _SCORED_AT_ONCE * peers.count
     for start in tqdm(range(len(scores), len(rows), at_once), desc=f"{scorer.name} of {models[0]}", unit="batch"):
         share = rows[start : start + at_once][peers.index :: peers.count]
-        scores += _in_order(peers.gather_results(partial(_score_images, scorer, folder, models, share, prompts)))
+        scores += _in_order(peers.gather_results(partial(score, share)))
         peers.first(partial(_write_json, path, scores))  # an interrupted evaluation continues from this file
     return np.array([math.nan if value is None else value for value in scores], dtype=np.float64)
-
-
-def _score_images(
-    scorer: Scorer,
-    folder: Path,
-    models: Sequence[str],
-    rows: Sequence[tuple[int, tuple[int, ...]]],
-    prompts: PromptList,
-) -> list[float | None]:
-    """Return the scores of the first model's images, or a judge's verdicts on these against the second model's images.
-    Rows with a black image get `None`."""
-    images = [
-        [_read(image_path(folder, name, index, seed)) for name, seed in zip(models, seeds, strict=True)]
-        for index, seeds in rows
-    ]
-    visible = [position for position, shown in enumerate(images) if not any(map(is_black, shown))]
-    scores: list[float | None] = [None] * len(rows)
-    if visible:
-        texts = [prompts.prompts[rows[position][0]] for position in visible]
-        ours, *others = ([images[position][model] for position in visible] for model in range(len(models)))
-        values = scorer.compare(ours, others[0], texts) if isinstance(scorer, VLMServerJudge) else scorer(ours, texts)
-        for position, value in zip(visible, values.tolist(), strict=True):
-            scores[position] = value if math.isfinite(value) else None
-    return scores
 
 
 def _notes(
@@ -335,7 +320,7 @@ def _notes(
     ]
     if prompts.empty or prompts.duplicates:
         notes.append(f"{prompts.empty} empty and {prompts.duplicates} repeated prompts were skipped.")
-    if scores and len(prompts.prompts) < _FEW_PROMPTS:
+    if scores and len(prompts.prompts) < FEW_PROMPTS:
         notes.append(
             f"With only {len(prompts.prompts)} prompts, the confidence intervals are too narrow. Use more prompts."
         )
@@ -360,21 +345,18 @@ def _notes(
 
 def _write(folder: Path, evaluation: Evaluation, settings: ImageSettings) -> None:
     manifest = [
-        json.dumps(
-            {
-                "model": model,
-                "prompt": prompt,
-                "seed": seed,
-                "noise_seed": settings.noise_seed(prompt, seed),
-                "image": str(path.relative_to(folder)),
-            }
-        )
+        {
+            "model": model,
+            "prompt": prompt,
+            "seed": seed,
+            "noise_seed": settings.noise_seed(prompt, seed),
+            "image": image_path(folder, model, index, seed).relative_to(folder).as_posix(),
+        }
         for model in evaluation.models
         for index, prompt in enumerate(evaluation.prompts.prompts)
         for seed in evaluation.seeds
-        for path in (image_path(folder, model, index, seed),)
     ]
-    write_atomically(folder / MANIFEST_FILE, "".join(f"{line}\n" for line in manifest).encode())
+    write_atomically(folder / MANIFEST_FILE, json_lines(manifest))
     _write_json(
         folder / RESULTS_FILE,
         {

@@ -45,12 +45,12 @@ class ImageSettings:
     Args:
         seeds (`tuple[int, ...]`, *optional*, defaults to `(0,)`): Seeds of the initial noise. Each prompt gets one
             image per seed.
-        noise (`"prompt"` or `"shared"`, *optional*, defaults to `"prompt"`): What the initial noise depends on.
-            `"prompt"`: on the prompt and the seed. `"shared"`: on the seed alone, as in the evaluation of the
+        noise (`"prompt"` or `"shared"`, *optional*, defaults to `"prompt"`): With `"prompt"`, the initial noise depends
+            on the prompt and the seed. With `"shared"`, it depends on the seed alone, as in the evaluation of the
             Diffusion-SDPO authors.
         call_kwargs (`dict`, *optional*): Arguments of the pipelines' calls, such as `guidance_scale`,
             `num_inference_steps`, `height` and `width`.
-        batch_size (`int`, *optional*, defaults to `4`): Images per call of the pipeline.
+        batch_size (`int`, *optional*, defaults to `4`): Number of images that one call of the pipeline generates.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype in which pipelines are loaded.
         device (`str`, *optional*, defaults to `"cpu"`): Device on which pipelines and scorers run.
     """
@@ -71,34 +71,27 @@ class ImageSettings:
                 f"{self.batch_size} and {self.seeds}."
             )
 
+    def noise_seed(self, prompt: str, seed: int) -> int:
+        """Return the seed of the random generator for an image's initial noise."""
+        if self.noise == "shared":
+            return seed % 2**64  # torch maps negative seeds to these numbers
+        return int.from_bytes(hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()[:4], "big")
+
     def generator(self, prompt: str, seed: int) -> torch.Generator:
         """Return the random generator for an image's initial noise. The generator is on the CPU, so that the noise does
         not depend on the device."""
-        if self.noise == "shared":
-            return torch.Generator("cpu").manual_seed(seed)
-        digest = hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()
-        return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "big"))
-
-    def noise_seed(self, prompt: str, seed: int) -> int:
-        """Return the seed of the generator that [`generator`] returns."""
-        return self.generator(prompt, seed).initial_seed()
+        return torch.Generator("cpu").manual_seed(self.noise_seed(prompt, seed))
 
 
 def peers_of_this_run() -> Peers:
-    """Return an object for sharing work among the processes that accelerate launched."""
+    """Return the group of processes that accelerate launched, for sharing work among them."""
     state = PartialState()
     return Peers(state.process_index, state.num_processes, gather_objects)
 
 
 def image_path(folder: Path, candidate: str, prompt_index: int, seed: int) -> Path:
-    """Return the path of the image of a model for a prompt and seed."""
+    """Return the path of the image that a model generates for a prompt and seed."""
     return folder / "images" / candidate / f"{prompt_index:05d}-{seed}.png"
-
-
-def save_image(folder: Path, candidate: str, row: tuple[int, int], image: Image.Image, prompt: str) -> None:
-    """Save a model's image as PNG, with prompt and seed in its metadata. `row` is the index of the prompt and the
-    seed."""
-    write_atomically(image_path(folder, candidate, *row), png_bytes(image, prompt, row[1]))
 
 
 def settings_path(folder: Path, candidate: str) -> Path:
@@ -120,7 +113,7 @@ def generate_images(
     Images are always grouped into the same batches, so a resumed call writes the same bytes as an uninterrupted call.
 
     Args:
-        base (`Candidate`, *optional*): The base model. Only needed if the candidate has a `scale` and no LoRA.
+        base (`Candidate`, *optional*): The base model. It is only used if the candidate has a `scale` and no LoRA.
 
     Raises:
         `ValueError`: If the folder has images of this model that were generated with other settings or prompts, or the
@@ -154,7 +147,8 @@ def _generate(
     needs_base = candidate.scale is not None and active_adapter(family.denoiser) is None
     if needs_base and (base is None or base is candidate):
         raise ValueError(
-            f"A model with a scale and without a LoRA needs a base model, got {candidate.name}. List the base first."
+            f"A model with a scale and without a LoRA needs a base model, but {candidate.name} has none. List the base "
+            "model first."
         )
     reference = load_candidate(base, settings).denoiser if needs_base and base is not None else None
     call_kwargs = {**(settings.call_kwargs or {}), **(candidate.call_kwargs or {})}
@@ -166,7 +160,7 @@ def _generate(
             generators = [settings.generator(text, seed) for text, (_, seed) in zip(texts, batch, strict=True)]
             images = pipeline(prompt=texts, generator=generators, **options).images
             for image, text, row in zip(images, texts, batch, strict=True):
-                save_image(folder, candidate.name, row, image, text)
+                write_atomically(image_path(folder, candidate.name, *row), png_bytes(image, text, row[1]))
             bar.update(len(batch))
 
 
@@ -187,7 +181,8 @@ def load_candidate(candidate: Candidate, settings: ImageSettings) -> Family:
 def facts_of(
     candidate: Candidate, base: Candidate | None, prompts: Sequence[str], settings: ImageSettings
 ) -> dict[str, Any]:
-    """Return everything on which a model's images depend, for comparison with the settings file of earlier images."""
+    """Return everything on which a model's images depend. [`check_settings`] compares these values with the values of
+    earlier images in the folder."""
     model = candidate.model if isinstance(candidate.model, str) else type(candidate.model).__name__
     return {
         **asdict(replace(candidate, model="")),
@@ -205,8 +200,8 @@ def facts_of(
 
 
 def _weights(candidate: Candidate) -> Any:
-    """Return values that change when a model's weights change: a hash for a loaded pipeline, or else names, sizes and
-    times of the local weight files of model and LoRA."""
+    """Return values that change when a model's weights change. For a loaded pipeline, this is a hash of the weights.
+    Otherwise, these are names, sizes and times of the local weight files of the model and its LoRA."""
     if isinstance(candidate.model, DiffusionPipeline):
         return fingerprint(load_model(candidate.model).family.denoiser.state_dict())
     facts = []
@@ -224,8 +219,8 @@ def check_settings(target: Path, facts: dict[str, Any]) -> None:
     written = json.dumps(facts, indent=1, default=str)
     if not any(target.glob("*.png")):
         for scores in (target.parents[1] / SCORES_FOLDER).glob("*/*.json"):
-            if target.name in scores.stem.split("+"):  # the names of a judge's two models are joined by +
-                scores.unlink()  # the images that were scored no longer exist
+            if target.name in scores.stem.split("+"):  # a judge's file is named by its two models, joined by +
+                scores.unlink()  # these scores belong to deleted images
     elif path.is_file() and path.read_text(encoding="utf-8") != written:
         before = json.loads(path.read_text(encoding="utf-8"))
         now = json.loads(written)
@@ -260,8 +255,8 @@ def saturation(images: np.ndarray) -> float:
     """Return how colourful images are, in `[0, 1]`: the difference between the largest and the smallest channel of a
     pixel, averaged over all pixels. Grey images have 0.
 
-    In HSV this difference is called chroma. HSV's saturation also divides by the largest channel, so it is dominated by
-    rounding errors in dark pixels.
+    This difference is called chroma. The saturation of the HSV colour model is the chroma divided by the largest
+    channel, so rounding errors dominate it in dark pixels.
 
     Args:
         images (`np.ndarray` of shape `(..., 3)`, uint8): The images.

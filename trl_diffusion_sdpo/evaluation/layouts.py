@@ -1,7 +1,8 @@
 """Save the images of an evaluation in the folders and with the file names that benchmarks expect.
 
-A layout is a function that takes prompts and seeds, and returns the files of one model. A layout is called before any
-image is generated, and raises `ValueError` if the prompts lack information that the benchmark needs.
+A layout is a function that takes prompts and seeds, and returns the files of one model: path in the model's folder ->
+text, or the prompt index and seed of each image in the file. A layout is called before any image is generated, and
+raises `ValueError` if the prompts lack information that the benchmark needs.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
 
 from PIL import Image
 
@@ -23,29 +22,17 @@ from .prompts import PromptList
 STYLES = ("anime", "concept-art", "paintings", "photo")
 
 
-@dataclass(frozen=True)
-class LayoutFile:
-    """A file of a layout: an image, a grid of two to four images, or text.
-
-    Args:
-        path (`str`): Path of the file relative to the model's folder.
-        images (`tuple[tuple[int, int], ...]`): Index of the prompt and seed of each image in the file.
-        text (`str`): Contents of a text file.
-    """
-
-    path: str
-    images: tuple[tuple[int, int], ...] = ()
-    text: str = ""
+Files = dict[str, str | list[tuple[int, int]]]
 
 
-def geneval(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]:
+def geneval(prompts: PromptList, seeds: Sequence[int]) -> Files:
     """Return the files for GenEval. Pass the model's folder to GenEval's script `evaluation/evaluate_images.py`.
 
     The prompts must be those of GenEval's `evaluation_metadata.jsonl`. GenEval's authors use four seeds.
 
     Source: https://github.com/djghosh13/geneval
     """
-    files: list[LayoutFile] = []
+    files: Files = {}
     for number, (index, entry) in enumerate(prompts.rows):
         if not isinstance(entry, dict) or "tag" not in entry or not isinstance(entry.get("include"), list):
             raise ValueError(
@@ -53,24 +40,25 @@ def geneval(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]:
                 "in GenEval's evaluation_metadata.jsonl."
             )
         metadata = {"prompt": prompts.prompts[index], **entry}
-        files.append(LayoutFile(f"{number:05d}/metadata.jsonl", text=json.dumps(metadata)))
+        files[f"{number:05d}/metadata.jsonl"] = json.dumps(metadata)
         for sample, seed in enumerate(seeds):
-            files.append(LayoutFile(f"{number:05d}/samples/{sample:04d}.png", ((index, seed),)))
+            files[f"{number:05d}/samples/{sample:04d}.png"] = [(index, seed)]
     return files
 
 
-def dpg(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]:
-    """Return the files for DPG-Bench: one image per prompt, or one grid of up to four images. Pass the model's folder
-    as `--image-root-path`.
+def dpg(prompts: PromptList, seeds: Sequence[int]) -> Files:
+    """Return the files for DPG-Bench. Each prompt has one file: a single image or, with two to four seeds, a grid of
+    images. Pass the model's folder to DPG-Bench's script as `--image-root-path`.
 
-    The prompts must be those of `dpg_bench.csv`, which has one row for each question. The authors of DPG-Bench use four
-    seeds, in a grid of two by two images.
+    The prompts must be those of `dpg_bench.csv`, in which a prompt has one row for each question about it. The authors
+    of DPG-Bench use four seeds, in a grid of two by two images.
 
     Source: https://github.com/TencentQQGYLab/ELLA
     """
     if len(seeds) > 4:
         raise ValueError(
-            f"The layout `dpg` can have at most four images per prompt, got {len(seeds)} seeds. Use at most four seeds."
+            f"The layout `dpg` has a grid of at most four images per prompt, got {len(seeds)} seeds. Use at most four "
+            "seeds."
         )
     items: dict[str, int] = {}
     for index, entry in prompts.rows:
@@ -83,17 +71,17 @@ def dpg(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]:
                 f"got {entry!r}. Use the prompts in DPG-Bench's dpg_bench.csv."
             )
         items[item] = index
-    return [LayoutFile(f"{item}.png", tuple((index, seed) for seed in seeds)) for item, index in items.items()]
+    return {f"{item}.png": [(index, seed) for seed in seeds] for item, index in items.items()}
 
 
-def t2i_compbench(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]:
+def t2i_compbench(prompts: PromptList, seeds: Sequence[int]) -> Files:
     """Return the files for T2I-CompBench. Pass the model's folder as T2I-CompBench's `--out_dir` and `--outpath`.
 
     File names contain the prompts. The authors of T2I-CompBench use ten seeds.
 
     Source: https://github.com/Karine-Huang/T2I-CompBench
     """
-    files: list[LayoutFile] = []
+    files: Files = {}
     for index, _ in prompts.rows:
         for seed in seeds:
             name = f"{prompts.prompts[index]}_{len(files):06d}.png"
@@ -102,11 +90,11 @@ def t2i_compbench(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]
                     "The layout `t2i-compbench` names files by their prompts, so a prompt must have neither `_` nor "
                     f"`/` and at most 244 bytes, got {prompts.prompts[index]!r}. Remove this prompt."
                 )
-            files.append(LayoutFile(f"samples/{name}", ((index, seed),)))
+            files[f"samples/{name}"] = [(index, seed)]
     return files
 
 
-def hpsv2(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]:
+def hpsv2(prompts: PromptList, seeds: Sequence[int]) -> Files:
     """Return the files for the benchmark of HPSv2. Pass the model's folder to the function `hpsv2.evaluate`.
 
     The prompts must be those of `anime.json`, `concept-art.json`, `paintings.json` or `photo.json`, or each must have a
@@ -117,10 +105,10 @@ def hpsv2(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]:
     """
     if prompts.empty:
         raise ValueError(
-            f"The layout `hpsv2` numbers the prompts, so none may be empty, got {prompts.empty} empty prompts. Use "
-            "the benchmark's prompts unchanged."
+            "The layout `hpsv2` numbers the prompts, so no prompt may be empty, got "
+            f"{prompts.empty} empty prompts. Use the benchmark's prompts unchanged."
         )
-    files: list[LayoutFile] = []
+    files: Files = {}
     numbers: Counter[str] = Counter()
     for index, entry in prompts.rows:
         style = entry["style"] if isinstance(entry, dict) and "style" in entry else prompts.name
@@ -129,12 +117,12 @@ def hpsv2(prompts: PromptList, seeds: Sequence[int]) -> list[LayoutFile]:
                 f"The layout `hpsv2` needs a style for each prompt: one of {', '.join(STYLES)}. Got {style!r}. Name "
                 "the file of prompts by its style, or add a key `style` to each prompt."
             )
-        files.append(LayoutFile(f"{style}/{numbers[style]:05d}.jpg", ((index, seeds[0]),)))
+        files[f"{style}/{numbers[style]:05d}.jpg"] = [(index, seeds[0])]
         numbers[style] += 1
     return files
 
 
-LAYOUTS: dict[str, Callable[[PromptList, Sequence[int]], list[LayoutFile]]] = {
+LAYOUTS: dict[str, Callable[[PromptList, Sequence[int]], Files]] = {
     "geneval": geneval,
     "dpg": dpg,
     "t2i-compbench": t2i_compbench,
@@ -142,37 +130,32 @@ LAYOUTS: dict[str, Callable[[PromptList, Sequence[int]], list[LayoutFile]]] = {
 }
 
 
-def write_layout(folder: Path, layout: str, models: Sequence[str], files: Sequence[LayoutFile]) -> None:
-    """Write the files of a layout for each model into `<folder>/<layout>/<model>`. PNG images are hard links if the
-    file system supports hard links, and copies otherwise.
-    """
+def write_layout(folder: Path, layout: str, models: Sequence[str], files: Files) -> None:
+    """Write the files of a layout for each model into `<folder>/<layout>/<model>`. A PNG file with one image is a hard
+    link to the generated image if the file system supports hard links, and a copy otherwise."""
     for model in models:
-        for file in files:
-            target = folder / layout / model / file.path
+        for path, content in files.items():
+            target = folder / layout / model / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)  # writing into a hard link would change the original image
-            sources = [image_path(folder, model, *image) for image in file.images]
-            if not sources:
-                target.write_text(file.text, encoding="utf-8")
-            elif len(sources) > 1:
+            if isinstance(content, str):
+                target.write_text(content, encoding="utf-8")
+                continue
+            sources = [image_path(folder, model, *image) for image in content]
+            if len(sources) > 1:
                 _grid(sources).save(target)
             elif target.suffix == ".png":
-                _link(sources[0], target)
+                try:
+                    os.link(sources[0], target)
+                except OSError:
+                    shutil.copyfile(sources[0], target)
             else:
-                with Image.open(sources[0]) as image:
-                    image.convert("RGB").save(target)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+                Image.open(sources[0]).convert("RGB").save(target)
 
 
 def _grid(sources: Sequence[Path]) -> Image.Image:
     """Return a grid of two by two images, filled row by row with up to four square images."""
-    tiles: list[Any] = [Image.open(source) for source in sources]
+    tiles = [Image.open(source) for source in sources]
     side = tiles[0].width
     if any(tile.size != (side, side) for tile in tiles):
         raise ValueError(
@@ -180,7 +163,6 @@ def _grid(sources: Sequence[Path]) -> Image.Image:
             "and `width` to the same number."
         )
     grid = Image.new("RGB", (2 * side, 2 * side))
-    for number, tile in enumerate(tiles):
+    for number, tile in enumerate(tiles):  # pasting reads the file and closes it
         grid.paste(tile, (number % 2 * side, number // 2 * side))
-        tile.close()
     return grid

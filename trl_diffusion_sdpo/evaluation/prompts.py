@@ -21,8 +21,8 @@ class PromptList:
         prompts (`tuple[str, ...]`): The prompts.
         empty (`int`): Number of empty prompts that were skipped.
         duplicates (`int`): Number of repeated prompts that were skipped.
-        rows (`tuple[tuple[int, Any], ...]`): For each entry of the file whose prompt is not empty: the prompt's
-            position in `prompts`, and the whole entry. A repeated prompt has one row per repetition.
+        rows (`tuple[tuple[int, Any], ...]`): One row for each entry of the file whose prompt is not empty: the position
+            of the entry's prompt in `prompts`, and the entry itself. A repeated prompt has one row per repetition.
         name (`str`): Name of the file without its extension, or Hub id of the dataset.
     """
 
@@ -33,7 +33,7 @@ class PromptList:
     name: str = ""
 
     def first(self, count: int) -> PromptList:
-        """Return a list of the first `count` prompts.
+        """Return a list with only the first `count` prompts.
 
         Raises:
             `ValueError`: If `count` is below 1.
@@ -82,11 +82,11 @@ def read_prompts(source: str | Path, *, column: str | None = None, split: str = 
 
 
 def distinct(prompts: Sequence[str], source: Any = "the list", entries: Sequence[Any] | None = None) -> PromptList:
-    """Return the prompts without empty and repeated ones, whose numbers are counted.
+    """Return the prompts without empty and repeated prompts, and the numbers of empty and repeated prompts.
 
     Args:
         entries (`Sequence`, *optional*): The entry of the file from which each prompt comes. If unset, the prompts
-            themselves.
+            themselves become the entries.
 
     Raises:
         `ValueError`: If all prompts are empty.
@@ -112,7 +112,7 @@ def _prompt(entry: Any, column: str | None, source: Any) -> str:
     if name is None:
         raise ValueError(
             f"The prompts of {source} must be in a column {' or '.join(f'`{name}`' for name in columns)}, got the "
-            f"columns {sorted(entry)}. Set `prompt_column` to the right column."
+            f"columns {sorted(entry)}. Name the right column with `--prompt_column` (in Python: `column`)."
         )
     return entry[name]
 
@@ -120,7 +120,7 @@ def _prompt(entry: Any, column: str | None, source: Any) -> str:
 def _read_json(text: str) -> list[Any]:
     content = json.loads(text)
     if not isinstance(content, list):
-        raise ValueError(f"it must be a list, got a {type(content).__name__}")
+        raise ValueError(f"the file must contain a list of prompts, got a {type(content).__name__}")
     return content
 
 

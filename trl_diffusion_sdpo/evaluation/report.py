@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 REPORT_FILE = "report.html"
 MARKDOWN_FILE = "report.md"
-SHOWN_PROMPTS = 6  # how many of the best and of the worst prompts are shown per model
+SHOWN_PROMPTS = 6  # number of prompts in each list of images
 SHOWN_SIDE = 512  # longer side of the images on the page, in pixels
 LIMITS = (
     "A scorer is a model of taste, not a person. If the same scorer also chose the training pairs, it favours the "
@@ -43,7 +43,7 @@ def write_report(folder: Path, evaluation: Evaluation) -> None:
 
 
 def verdict_sentence(one: Comparison, base: str) -> str:
-    """Return a sentence that says whether a model is better than the base model by a scorer."""
+    """Return a sentence that says whether a scorer shows a model to be better than the base model."""
     result = one.result
     rate = f"{result.rate:.0%} (95 % interval {result.low:.0%} to {result.high:.0%}, {result.prompts} prompts)"
     if one.verdict == "better":
@@ -113,7 +113,7 @@ def html_report(folder: Path, evaluation: Evaluation) -> str:
     base, *others = evaluation.models
     swept = {model for sweep in evaluation.sweeps for model in sweep.names.values()}
     single = [model for model in others if model not in swept]
-    shows_all = len(single) > 1 or not evaluation.scores
+    all_models = {model: model for model in (base, *single)} if len(single) > 1 or not evaluation.scores else {}
     return template(Path(__file__).parent / "report.html").render(
         evaluation=evaluation,
         base=base,
@@ -136,9 +136,7 @@ def html_report(folder: Path, evaluation: Evaluation) -> str:
             )
             for sweep in evaluation.sweeps
         ],
-        all_models=_rows_of_images(folder, evaluation, {model: model for model in (base, *single)})
-        if shows_all
-        else [],
+        all_models=_rows_of_images(folder, evaluation, all_models) if all_models else [],
         examples=[(model, _examples(folder, evaluation, model)) for model in single if evaluation.scores],
         runs=_runs(folder, evaluation),
         limits=LIMITS,
@@ -162,12 +160,8 @@ def _scale_plots(evaluation: Evaluation, sweep: Sweep, scorer: str) -> list[dict
 
 
 def _curve(title: str, points: dict[float, tuple[float, float, float]], number: str) -> dict[str, Any]:
-    """Return the coordinates of a plot of values and their intervals against scales, in the units of the SVG drawing.
-
-    Args:
-        points (`dict`): Scale -> value, lower end and upper end of its interval.
-        number (`str`): Format of the labels on the y axis.
-    """
+    """Return a plot of values and their intervals against scales, as coordinates in the SVG drawing of the page.
+    `points` maps each scale to a value and the ends of its interval. `number` is the format of the y axis's labels."""
     left, right, top, bottom = 66, 338, 34, 180
     low = min(ends[1] for ends in points.values())
     high = max(ends[2] for ends in points.values())
@@ -195,11 +189,8 @@ def _curve(title: str, points: dict[float, tuple[float, float, float]], number: 
 def _rows_of_images(
     folder: Path, evaluation: Evaluation, models: dict[str, str]
 ) -> list[tuple[str, list[dict[str, str]]]]:
-    """Return one image per model for some evenly spaced prompts, all from the noise of the first seed.
-
-    Args:
-        models (`dict[str, str]`): Label below an image -> name of the model.
-    """
+    """Return one image per model for some evenly spaced prompts. All images are those of the first seed. `models` maps
+    the label below an image to the name of the model."""
     count = len(evaluation.prompts.prompts)
     scores = next(iter(evaluation.scores.values()), None)
     return [
@@ -220,8 +211,8 @@ def _rows_of_images(
 
 
 def _examples(folder: Path, evaluation: Evaluation, model: str) -> list[tuple[str, list[dict[str, str]]]]:
-    """Return the prompts whose scores the model changes most, up and down, by the first scorer. Each prompt comes with
-    the images of the base model and of the model."""
+    """Return the prompts on which the first scorer scores the model most above the base model, and most below it. Each
+    prompt comes with one image of the model and one image of the base model."""
     base = evaluation.models[0]
     by_model = next(iter(evaluation.scores.values()))
     difference = by_model[model] - by_model[base]
@@ -253,22 +244,16 @@ def _runs(folder: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
         sources.append(run_of(Path(settings["lora"] or settings["model"])))
     runs = []
     for run in dict.fromkeys(sources):
-        if (run / TRAINER_STATE_NAME).is_file():
-            verdict = run / VERDICT_FILE
-            plots = plots_of(TrainerState.load_from_json(str(run / TRAINER_STATE_NAME)))
-            runs.append(
-                {
-                    "name": run.name,
-                    "verdict": json.loads(verdict.read_text(encoding="utf-8"))["sentence"]
-                    if verdict.is_file()
-                    else "",
-                    "plots": [
-                        (title, f"data:image/png;base64,{base64.b64encode((run / name).read_bytes()).decode()}")
-                        for name, title in plots
-                        if (run / name).is_file()
-                    ],
-                }
-            )
+        if not (run / TRAINER_STATE_NAME).is_file():
+            continue
+        verdict = run / VERDICT_FILE
+        sentence = json.loads(verdict.read_text(encoding="utf-8"))["sentence"] if verdict.is_file() else ""
+        plots = [
+            (title, f"data:image/png;base64,{base64.b64encode((run / name).read_bytes()).decode()}")
+            for name, title in plots_of(TrainerState.load_from_json(str(run / TRAINER_STATE_NAME)))
+            if (run / name).is_file()
+        ]
+        runs.append({"name": run.name, "verdict": sentence, "plots": plots})
     return runs
 
 

@@ -24,7 +24,7 @@ from ..saving.starting_point import run_of
 from .candidate import Candidate
 
 FEWEST_PROMPTS = 8  # with fewer prompts, standard errors are unreliable and often too small
-CARD_KEYS = {"weights": "weights", "guidance": "prediction"}  # form of a scale -> its key in a model card
+CARD_KEYS = {"weights": "weights", "guidance": "prediction"}  # form -> key of the recommended scale in a model card
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Sweep:
 
     Args:
         name (`str`): Name of the tuned model.
-        form (`str`): What was scaled: `"weights"`, or predictions by preference `"guidance"`.
+        form (`str`): `"weights"` if the change of weights was scaled, or `"guidance"` if the change of predictions was
+            scaled (preference guidance).
         names (`dict[float, str]`): Scale -> name of the candidate, in ascending order of scale. Scale 0 is the base
             model.
         recommended (`dict[str, float | None]`): Scorer -> recommended scale, or `None` if there are too few
@@ -50,16 +51,16 @@ def at_scales(candidate: Candidate, scales: Sequence[float]) -> list[Candidate]:
     """Return copies of a candidate, one at each scale, with names such as `tuned-2` and `tuned-1.5`."""
     if candidate.scale is not None:
         raise ValueError(
-            f"{candidate.name} already has the scale {candidate.scale:g}, so it cannot get others. Set either the "
-            "scale of the model or `scales`."
+            f"A model with a scale cannot be evaluated at several other scales, and {candidate.name} has the scale "
+            f"{candidate.scale:g}. Set either the scale of the model or `scales`."
         )
     return [replace(candidate, name=f"{candidate.name}-{scale:g}", scale=scale) for scale in sorted({*scales})]
 
 
 def sweeps_of(candidates: Sequence[Candidate], scores: Mapping[str, Mapping[str, np.ndarray]]) -> list[Sweep]:
-    """Group the candidates that differ only in their scale, and recommend a scale for each group.
+    """Group the candidates that differ only in their scale, and recommend a scale for each group of two or more.
 
-    The first candidate is the base model. Groups of a single candidate are left out.
+    The first candidate is the base model and belongs to no group.
     """
     groups: dict[str, list[Candidate]] = defaultdict(list)
     base, *others = candidates
@@ -85,8 +86,7 @@ def recommended_scale(scores: Mapping[float, np.ndarray]) -> float | None:
     """Return the smallest scale that is about as good as the best scale.
 
     The best scale has the highest mean score. Another scale is about as good if its mean score is lower by at most one
-    standard error of the difference. The standard error is computed over prompts. At all scales, a prompt's images
-    start from the same noise.
+    standard error of the difference between the two means. The standard error is computed over prompts.
 
     Args:
         scores (`Mapping[float, np.ndarray]`): Scale -> scores `(prompts, seeds)`, with NaN for images without a
@@ -95,20 +95,16 @@ def recommended_scale(scores: Mapping[float, np.ndarray]) -> float | None:
     Returns:
         `float` or `None`: The scale, or `None` if fewer than eight prompts have scores at every scale.
     """
-    by_prompt = {}
-    for scale, values in scores.items():
-        present = np.isfinite(values)
-        count = present.sum(axis=1)
-        by_prompt[scale] = np.where(count > 0, np.where(present, values, 0.0).sum(axis=1) / count.clip(1), np.nan)
-    usable = np.all([np.isfinite(values) for values in by_prompt.values()], axis=0)
+    usable = np.all([np.isfinite(values).any(axis=1) for values in scores.values()], axis=0)
     if usable.sum() < FEWEST_PROMPTS:
         return None
-    means = {scale: float(values[usable].mean()) for scale, values in by_prompt.items()}
+    by_prompt = {scale: np.nanmean(values[usable], axis=1) for scale, values in scores.items()}
+    means = {scale: float(values.mean()) for scale, values in by_prompt.items()}
     best = max(means, key=means.__getitem__)
     as_good = [
         scale
         for scale in means
-        if means[best] - means[scale] <= standard_error((by_prompt[best] - by_prompt[scale])[usable].tolist())
+        if means[best] - means[scale] <= standard_error((by_prompt[best] - by_prompt[scale]).tolist())
     ]
     return min(as_good)
 
@@ -124,20 +120,20 @@ def recommend_in_cards(
         source = one.lora or one.model
         if scale is None or not isinstance(source, str):
             continue
+        used = {**(call_kwargs or {}), **(one.call_kwargs or {})}
         numbers = {CARD_KEYS[sweep.form]: scale}
-        guidance_scale = {**(call_kwargs or {}), **(one.call_kwargs or {})}.get("guidance_scale")
-        if guidance_scale is not None:
-            numbers["guidance_scale"] = guidance_scale
+        if used.get("guidance_scale") is not None:
+            numbers["guidance_scale"] = used["guidance_scale"]
         run = run_of(Path(source))
         recommend_scale(run, numbers, average=run != Path(source))
 
 
 @contextlib.contextmanager
 def scaled(candidate: Candidate, pipeline: Any, denoiser: nn.Module, base: nn.Module | None) -> Iterator[None]:
-    """Return a context manager within which a candidate's weights or predictions are scaled.
+    """Return a context manager within which a candidate's change of weights or predictions is multiplied by its scale.
 
     Args:
-        base (`nn.Module`, *optional*): The base model's denoiser. Only needed if the candidate has no LoRA.
+        base (`nn.Module`, *optional*): The base model's denoiser. It is only used if the candidate has no LoRA.
     """
     is_lora = active_adapter(denoiser) is not None
     if candidate.scale is None:

@@ -7,8 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ..data import PairOptions, PairTransform, PreferenceDataset, UndecodableImageError, prepare_dataset
 from ..data.data_report import evenly_spaced
 from ..evaluation.report import data_url, template
@@ -18,29 +16,27 @@ from .picks import PICKS_FILE, PickLog
 
 SHEET = Path(__file__).parent / "sheet.html"
 SHOWN_SIDE = 256  # pixels of the longer side of images in the contact sheet
+EXAMINED = 500  # largest number of pairs to examine
 
 
 def check_pairs(
     dataset: Any,
     options: PairOptions | None = None,
     *,
-    look_at: int = 500,
     scorer: Scorer | None = None,
     sheet: Path | None = None,
     folder: Path | None = None,
 ) -> list[str]:
     """Report which pairs training reads, which pairs it drops, and which pairs look doubtful, as lines of text.
 
-    All images are decoded.
+    The report counts the pairs whose images cannot be decoded, among all pairs. Up to 500 evenly spaced pairs are
+    examined more closely: for identical images, repeated pairs and contradictions.
 
     Args:
         dataset (`Any`): See [`prepare_dataset`].
         options (`PairOptions`, *optional*): Settings with which training would read the data set.
-        look_at (`int`): Number of evenly spaced pairs to examine. In these pairs, the check looks for identical images,
-            repeated pairs and contradictions. The scorer scores these pairs, and the contact sheet shows
-            these pairs.
-        scorer (`Scorer`, *optional*): Scorer for the images. The report gives the share of the pairs whose chosen image
-            gets a higher score than the rejected one.
+        scorer (`Scorer`, *optional*): Scorer for the examined pairs. The report gives the share of these pairs whose
+            chosen image gets a higher score than the rejected image.
         sheet (`Path`, *optional*): HTML file for the contact sheet, which shows the examined pairs with their prompts.
         folder (`Path`, *optional*): Output folder of the command `pairs pick`. If the folder has picks, the report also
             gives the number of picks with each verdict.
@@ -59,7 +55,7 @@ def check_pairs(
     seen: set[tuple[str, ...]] = set()
     compared = identical = repeated = contradictory = 0
     shown = []
-    for pair in evenly_spaced(len(pairs), look_at).tolist():
+    for pair in evenly_spaced(len(pairs), EXAMINED).tolist():
         try:
             winner, loser = (
                 image.decode(pairs.reader) for image in source.images(origins[pair].reshape(2, 2).tolist())
@@ -67,7 +63,9 @@ def check_pairs(
         except UndecodableImageError:  # the file was deleted after `prepare_dataset` had read it
             continue
         prompt = prompts[pair]
-        first, second = _digest(winner), _digest(loser)
+        first, second = (
+            hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest() for image in (winner, loser)
+        )
         compared += 1
         identical += first == second
         repeated += (prompt, first, second) in seen
@@ -93,8 +91,8 @@ def check_pairs(
         lines.append(f"  the score columns prefer the chosen image in {share:.0%} of the pairs")
     if scorer is not None and agreed:
         lines.append(
-            f"  {scorer.name} prefers the chosen image in {sum(agreed) / len(agreed):.0%} of these pairs; a tie counts "
-            "half"
+            f"  {scorer.name} prefers the chosen image in {sum(agreed) / len(agreed):.0%} of the examined pairs; a tie "
+            "counts half"
         )
     if folder is not None and (folder / PICKS_FILE).is_file():
         verdicts = PickLog(folder, read_only=True).verdicts
@@ -103,7 +101,3 @@ def check_pairs(
     if sheet is not None:
         write_atomically(sheet, template(SHEET).render(summary="\n".join(lines), pairs=shown).encode())
     return lines
-
-
-def _digest(image: Image.Image) -> str:
-    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()

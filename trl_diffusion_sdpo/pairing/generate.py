@@ -17,10 +17,9 @@ from ..evaluation.images import ImageSettings, generate_images, image_path, peer
 from ..evaluation.prompts import PromptList, distinct
 from ..rewards import Scorer
 from ..rewards.vlm_server import VLMServerJudge
-from ..utils.files import write_atomically
-from .manifest import ListedImage, json_lines, write_manifest
-from .picks import PAIRS_FILE, PICKS_FILE
-from .publish import NEGATIVES_ADVICE, write_card
+from .manifest import ListedImage, write_manifest
+from .picks import PICKS_FILE
+from .publish import NEGATIVES_ADVICE, write_dataset
 
 Combination = Literal["weighted", "majority", "pareto"]
 SIDES = ("chosen", "rejected")
@@ -39,7 +38,7 @@ class Pairing:
             `"weighted"`, but without pairs in which a scorer prefers the rejected image.
         weights (`Mapping[str, float]`, *optional*): Name of a scorer -> its weight. Scorers without an entry have
             weight 1.
-        margin (`float`, *optional*): Make a pair of any two images of a prompt whose rewards differ by at least this
+        margin (`float`, *optional*): Make a pair of every two images of a prompt whose rewards differ by at least this
             number. If unset, each prompt gives one pair: its best and its worst image.
 
     Raises:
@@ -74,22 +73,22 @@ def generate_pairs(
 ) -> int:
     """Generate images of each prompt, score them, and write `pairs.jsonl`, which training reads.
 
-    Images and scores are saved in the folder. If a call was interrupted, the same call continues where it stopped. A
-    call with another `pairing` reuses the images and scores. If accelerate launches several processes, they share the
-    work.
+    Images and scores are saved in the folder. After an interruption, call the function again with the same arguments to
+    continue. A call with another `pairing` reuses the images and scores. If accelerate launches several processes, the
+    processes share the work.
 
     Each row of the file has `prompt`, `chosen`, `rejected`, `chosen_score`, `rejected_score`, `agreement` (share of
     scorers that prefer the chosen image; a tie counts half), `chosen_seed` and `rejected_seed`, and
-    `chosen_noise_seed` and `rejected_noise_seed`. From the noise seeds, training with `noise_source="generated"` draws
-    the images' initial noise again.
+    `chosen_noise_seed` and `rejected_noise_seed`. Training with `noise_source="generated"` draws the images' initial
+    noise again from the noise seeds.
 
     Args:
         model (`Candidate`): The model.
         prompts (`Sequence[str]` or `PromptList`): The prompts.
         scorers (`Sequence[Scorer]`): The scorers. Without scorers, only images are written, so that a person can judge
-            them with `pairs pick`. A judge such as `vlm_judge` compares two images: that of the first seed with that
-            of the second, that of the third with that of the fourth, and so on. With a judge, only winners of its
-            comparisons can be chosen, and only losers can be rejected.
+            them with `pairs pick`. A judge such as `vlm_judge` compares the images of neighbouring seeds: of the first
+            and the second seed, of the third and the fourth seed, and so on. With a judge, a chosen image must have won
+            its comparison, and a rejected image must have lost its comparison.
         output_dir (`str` or `Path`): Folder for images, scores, pairs and a card.
         settings (`ImageSettings`): Seeds and arguments of the pipeline. Each prompt gets one image per seed.
         pairing (`Pairing`, *optional*): How images become pairs.
@@ -100,7 +99,7 @@ def generate_pairs(
     Raises:
         `ValueError`: If there are fewer than two seeds, several judges, or a judge without a scorer; if a weight is
             given for a scorer that is not used; if the folder has images that were generated with other settings, or
-            pairs that a person picked; or if no two images of a prompt have rewards that are far enough apart.
+            pairs that a person picked; or if no two images of a prompt can be paired.
     """
     pairing = pairing or Pairing()
     folder = Path(output_dir)
@@ -108,17 +107,17 @@ def generate_pairs(
         raise ValueError(f"A pair needs two images of one prompt, so pass at least 2 seeds, got {settings.seeds}.")
     judges = [scorer for scorer in scorers if isinstance(scorer, VLMServerJudge)]
     scorers = [scorer for scorer in scorers if not isinstance(scorer, VLMServerJudge)]
+    names = [scorer.name for scorer in scorers]
     if len(judges) > 1 or (judges and not scorers):
         raise ValueError(
-            f"At most one judge can choose pairs, together with a scorer of single images. Got the judges "
-            f"{[judge.name for judge in judges]} and the scorers {[scorer.name for scorer in scorers]}. Add a scorer "
-            "such as `vlm_server`, or leave the judges out."
+            "At most one judge can be used, and only together with a scorer of single images. Got the judges "
+            f"{[judge.name for judge in judges]} and the scorers {names}. Add a scorer such as `vlm_server`, or leave "
+            "the judges out."
         )
-    unknown = sorted(set(pairing.weights) - {scorer.name for scorer in scorers})
-    if unknown:
+    if unknown := sorted(set(pairing.weights) - set(names)):
         raise ValueError(
-            f"`weights` can have an entry for each of the scorers {[scorer.name for scorer in scorers]}, got "
-            f"{unknown}. Correct these names."
+            f"`weights` must contain names of scorers that are used, which are {names}, got {unknown}. Correct the "
+            "names."
         )
     _refuse_picks(folder)
     evaluation = evaluate_models([model], prompts, scorers, folder, settings)
@@ -147,19 +146,17 @@ def generate_pairs(
             )
     if not rows:
         raise ValueError(
-            f"A pair needs two images of one prompt whose rewards are far enough apart for `pairing`. None of the "
-            f"{len(evaluation.prompts.prompts)} prompts has two such images. Lower `margin`, or use more seeds or "
-            "other scorers."
+            f"None of the {len(evaluation.prompts.prompts)} prompts has two images that can be paired. The rewards of "
+            "a prompt's images are equal or differ by less than `margin`, or `combination` or the judge excludes the "
+            "pair. Lower `margin`, or use more seeds or other scorers."
         )
     facts = {
         "Images of each prompt": len(settings.seeds),
         "Scorers": ", ".join(scorer.name for scorer in [*scorers, *judges]),
         "Reward": pairing.combination,
     }
-    peers = peers_of_this_run()
-    peers.first(lambda: write_atomically(folder / PAIRS_FILE, json_lines(rows)))
     purpose = "Pairs of a model's own images, chosen by scorers."
-    peers.first(lambda: write_card(folder, purpose, model, facts, len(rows)))
+    peers_of_this_run().first(lambda: write_dataset(folder, rows, purpose, model, facts))
     return len(rows)
 
 
@@ -173,8 +170,8 @@ def pairs_of_negatives(
     """Write `pairs.jsonl` for training: each chosen image of a model is paired with an image that the same model
     generates from the same noise with worse settings. No scorer is needed.
 
-    The command line generates the worse images without guidance by default. If a call was interrupted, the same call
-    continues where it stopped.
+    By default, the command line generates the worse images without guidance. After an interruption, call the function
+    again with the same arguments to continue.
 
     Args:
         model (`Candidate`): The model.
@@ -191,8 +188,8 @@ def pairs_of_negatives(
         `ValueError`: If the worse images would be generated with the same arguments as the chosen images, or the folder
             has images that were generated with other settings, or pairs that a person picked.
 
-    Source: https://huggingface.co/papers/2505.11777 (Self-NPO) uses a model's own images as negatives.
-    The pairing with a guided image of the same noise is this package's choice.
+    Source: https://huggingface.co/papers/2505.11777 (Self-NPO), which uses a model's own images as negatives. That both
+    images of a pair start from the same noise is this package's choice.
     """
     if {**(settings.call_kwargs or {}), **negative_kwargs} == (settings.call_kwargs or {}):
         raise ValueError(
@@ -221,12 +218,11 @@ def pairs_of_negatives(
             images += [ListedImage(name, prompt, {"model": side, **facts}) for side, name in names.items()]
     listing = {
         "Chosen": f"images with {json.dumps(settings.call_kwargs or {})}",
-        "Rejected": f"images of the same noise with {json.dumps(dict(negative_kwargs))} besides",
+        "Rejected": f"images of the same noise with these arguments and {json.dumps(dict(negative_kwargs))}",
     }
     peers.first(lambda: write_manifest(folder, images))
-    peers.first(lambda: write_atomically(folder / PAIRS_FILE, json_lines(rows)))
     purpose = "A model's images against those that it generates from the same noise with worse settings."
-    peers.first(lambda: write_card(folder, purpose, model, listing, len(rows), NEGATIVES_ADVICE))
+    peers.first(lambda: write_dataset(folder, rows, purpose, model, listing, NEGATIVES_ADVICE))
     return len(rows)
 
 
@@ -239,7 +235,7 @@ def _refuse_picks(folder: Path) -> None:
 
 
 def combine(scores: np.ndarray, weights: np.ndarray, combination: Combination) -> np.ndarray:
-    """Return one reward for each image, or NaN for an image that a scorer gave no score.
+    """Return one reward for each image, or NaN if a scorer gave the image no score.
 
     Args:
         scores (`np.ndarray` of shape `(scorers, prompts, images)`): The scores.
@@ -269,16 +265,16 @@ def combine(scores: np.ndarray, weights: np.ndarray, combination: Combination) -
 def _judge_neighbours(
     judge: VLMServerJudge, folder: Path, name: str, prompts: PromptList, settings: ImageSettings
 ) -> np.ndarray:
-    """Compare the images of two consecutive seeds, and return the judge's preference for each image,
-    `(prompts, seeds)`.
+    """Let a judge compare the images of neighbouring seeds, and return its verdict on each image, `(prompts, seeds)`.
 
-    An image's number is 1 if the judge prefers the image, -1 if the judge prefers the image of the other seed, 0 for a
-    tie, and NaN if the judge gave no answer. With an odd number of seeds, images of the last seed have NaN.
+    The verdict is 1 if the judge prefers the image to its neighbour, -1 if the judge prefers the neighbour, 0 for a
+    tie, and NaN if the judge gave no answer. With an odd number of seeds, images of the last seed have no neighbour, so
+    their verdict is NaN.
     """
     count = len(settings.seeds) // 2
     neighbours = [settings.seeds[2 * pair : 2 * pair + 2] for pair in range(count)]
     rows = [(index, pair) for index in range(len(prompts.prompts)) for pair in neighbours]
-    # Named "model+model", the file of scores is deleted together with the scores of the model's other images.
+    # The verdicts are saved as "model+model.json". If the images were deleted, `check_settings` deletes this file.
     compared = score_rows(judge, folder, [name, name], rows, prompts, peers_of_this_run()).reshape(-1, count)
     judged = np.full((len(prompts.prompts), len(settings.seeds)), np.nan)
     judged[:, 0 : 2 * count : 2], judged[:, 1 : 2 * count : 2] = compared, -compared

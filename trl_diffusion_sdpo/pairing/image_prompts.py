@@ -12,36 +12,30 @@ from PIL import ExifTags, Image
 
 MAX_METADATA = 4 * 2**20  # characters; a ComfyUI graph has about 100,000
 MAX_NODES = 1000  # largest number of nodes of a ComfyUI graph that are visited
-# Names of a ComfyUI node's inputs that can hold the prompt, and of those that can link to the node with the prompt.
-# Earlier names come first.
+# Names of the inputs of a ComfyUI node that can hold the prompt (`_TEXTS`), and of the inputs that can be linked to the
+# node with the prompt (`_LINKS`). Inputs with earlier names are read first.
 _TEXTS = ("text", "text_g", "t5xxl", "clip_l", "prompt", "positive_prompt", "string", "value")
 _LINKS = ("positive", "guider", "conditioning", "conditioning_1", *_TEXTS)
-# A1111 loads a LoRA or a hypernetwork by this text in a prompt. The text is not part of the description.
+# This text in a prompt makes A1111 load a LoRA or a hypernetwork. It does not describe the image, so it is removed.
 _NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
 _RATING = re.compile(r"""(?:xmp:Rating\s*=\s*["']|<xmp:Rating>\s*)(-1|[1-5])\b""")
 _WINDOWS_RATING = 0x4746  # EXIF tag
 
 
-def prompt_in_metadata(image: Image.Image) -> tuple[str, str]:
-    """Return the prompt from which an image was generated, and the name of the metadata format of the prompt.
-
-    Args:
-        image (`PIL.Image.Image`): An opened image. Its pixels are not decoded.
-
-    Returns:
-        `tuple[str, str]`: Prompt and format; two empty strings if the image has no prompt.
-    """
+def prompt_in_metadata(image: Image.Image) -> str:
+    """Return the prompt from which an image was generated, or an empty string if the image's metadata has no prompt.
+    The pixels of the image are not decoded."""
     texts = {key: value for key, value in image.info.items() if isinstance(value, str)}
     exif = image.getexif()
     comment = _comment(exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment))
     for text in (texts.get("parameters"), texts.get("sui_image_params"), comment):
-        if text and len(text) <= MAX_METADATA and (prompt := _prompt_of_parameters(text))[0]:
+        if text and len(text) <= MAX_METADATA and (prompt := _prompt_of_parameters(text)):
             return prompt
     graphs = [value for value in exif.values() if isinstance(value, str) and value[:7].lower() == "prompt:"]
     for text in (texts.get("prompt"), *(graph[7:] for graph in graphs)):
-        if text and len(text) <= MAX_METADATA and (prompt := _prompt_of_graph(text))[0]:
+        if text and len(text) <= MAX_METADATA and (prompt := _prompt_of_graph(text)):
             return prompt
-    return "", ""
+    return ""
 
 
 def rating_in_metadata(image: Image.Image) -> float | None:
@@ -55,27 +49,24 @@ def rating_in_metadata(image: Image.Image) -> float | None:
     return float(stars) if isinstance(stars, int) and 1 <= stars <= 5 else None
 
 
-def _prompt_of_parameters(text: str) -> tuple[str, str]:
-    """Return prompt and format from the text that A1111 and Forge write, or from the JSON of SwarmUI."""
+def _prompt_of_parameters(text: str) -> str:
+    """Return the prompt in the text that A1111 and Forge write, or in the JSON of SwarmUI."""
     if text.lstrip().startswith("{"):
         content = _json(text)
         inner = content.get("sui_image_params", content)
         prompt = inner.get("prompt") if isinstance(inner, Mapping) else None
-        return (" ".join(prompt.split()), "SwarmUI") if isinstance(prompt, str) else ("", "")
+        return " ".join(prompt.split()) if isinstance(prompt, str) else ""
     prompt = re.split(r"(?:^|\n)(?:Negative prompt:|Steps: \d)", text, maxsplit=1)[0]
-    return " ".join(_NETWORK.sub("", prompt).split()), "A1111 or Forge"
+    return " ".join(_NETWORK.sub("", prompt).split())
 
 
-def _prompt_of_graph(text: str) -> tuple[str, str]:
-    """Return prompt and format from a ComfyUI graph, or from the plain prompt in images of the command `evaluate`."""
+def _prompt_of_graph(text: str) -> str:
+    """Return the prompt in a ComfyUI graph, or the plain prompt that `evaluate` writes into images."""
     if not text.lstrip().startswith("{"):
-        return " ".join(text.split()), "text in the image"
+        return " ".join(text.split())
     graph = {key: node for key, node in _json(text).items() if isinstance(node, Mapping)}
     starts = [key for key, node in graph.items() if _inputs(node).keys() & {"positive", "guider"}]
-    for start in starts:
-        if prompt := _text_before(graph, start):
-            return prompt, "ComfyUI"
-    return "", ""
+    return next(filter(None, (_text_before(graph, start) for start in starts)), "")
 
 
 def _text_before(graph: Mapping[str, Any], start: str) -> str:
@@ -115,6 +106,6 @@ def _comment(value: Any) -> str:
     head, body = value[:8], value[8:]
     if not head.startswith(b"UNICODE"):
         return (body if head.startswith(b"ASCII") else value).decode("utf-8", "ignore").strip("\0 ")
-    # Programs write UTF-16 in different byte orders. In most text, the high byte of a character is zero.
+    # Programs write UTF-16 in different byte orders. The high byte of most characters is zero, which shows the order.
     is_big = body[0:200:2].count(0) >= body[1:200:2].count(0)
     return body.decode("utf-16-be" if is_big else "utf-16-le", "ignore").strip("\0 ")

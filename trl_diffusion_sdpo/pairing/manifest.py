@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from ..data.images import FILE_FORMATS
-from ..utils.files import write_atomically
+from ..utils.files import json_lines, write_atomically
 
 MANIFEST_FILE = "manifest.jsonl"
 MAX_PROMPT = 20_000  # characters
@@ -78,11 +78,6 @@ def is_inside(folder: Path, name: str) -> bool:
 def is_image(path: Path) -> bool:
     """Return whether the name of a file ends with the extension of an image format that training reads."""
     return Image.registered_extensions().get(path.suffix.lower()) in FILE_FORMATS
-
-
-def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Return rows as JSON Lines, one object per line."""
-    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
 
 
 def read_json_lines(path: Path, content: bytes) -> list[dict[str, Any]]:

@@ -12,41 +12,45 @@ import numpy as np
 
 from .manifest import ListedImage
 from .picks import SHARES, PickLog, rated_pairs
-from .ratings import PRIOR, bradley_terry
 
-# If two ratings differ by this many standard deviations, their order is right with a probability of 0.85.
+PRIOR = 3.0  # standard deviation of a rating before any comparison, in log odds
+# If two ratings differ by this many standard deviations, the higher-rated image is better with a probability of 0.85.
 CERTAIN = 1.036
-OFFERED = 16  # largest number of pairs of a prompt that are proposed as the next one
-FEW_PROMPTS = 30  # with fewer prompts, the interval of a win rate is too narrow
+OFFERED = 16  # largest number of pairs of a prompt that are candidates for the next pair
 
 
 class RankOrder:
-    """Order of pairs for rating the images of each prompt. Images that were never shown come first, then pairs with
-    similar ratings."""
+    """Order of pairs for rating the images of each prompt. Pairs with images that have no pick yet come first, then
+    pairs of images with similar ratings."""
 
     def __init__(self, images: Mapping[str, ListedImage], log: PickLog) -> None:
         self._log = log
         self._rated = rated_pairs(images)
-        by_prompt: dict[str, list[str]] = {}
+        self._names: dict[str, list[str]] = {}
         for image in images.values():
-            by_prompt.setdefault(image.prompt, []).append(image.name)
-        self.groups = {prompt: Group(names) for prompt, names in by_prompt.items() if len(names) > 1}
-        for prompt in self.groups:
-            self.update(prompt, set())
+            self._names.setdefault(image.prompt, []).append(image.name)
+        self.groups: dict[str, Group] = {}
+        for prompt, names in self._names.items():
+            if len(names) > 1:
+                self.update(prompt, set())
 
     def update(self, prompt: str, gone: set[str]) -> None:
         """Rate the images of a prompt again after a pick, without the deleted images in `gone`."""
-        names = [name for name in self.groups[prompt].names if name not in gone]
+        names = [name for name in self._names[prompt] if name not in gone]
+        present = set(names)
+        picks = self._log.picks
         compared: list[tuple[str, str, float | None]] = [
-            (pick.first, pick.second, SHARES[pick.verdict])
-            for pick in self._log.picks.values()
-            if pick.pair <= set(names)
+            (pick.first, pick.second, SHARES[pick.verdict]) for pick in picks.values() if pick.pair <= present
         ]
-        rated = [pair for pair in self._rated if set(pair) <= set(names) and frozenset(pair) not in self._log.picks]
-        self.groups[prompt] = Group(names, compared + [(better, worse, 1.0) for better, worse in rated])
+        compared += [
+            (better, worse, 1.0)
+            for better, worse in self._rated
+            if {better, worse} <= present and frozenset((better, worse)) not in picks
+        ]
+        self.groups[prompt] = Group(names, compared)
 
     def offers(self, gone: set[str]) -> list[tuple[str, str]]:
-        """Return pairs of images to judge next, the pair first whose pick would tell most about the ratings."""
+        """Return the pairs of images to judge next, sorted by how much a pick would tell about the ratings."""
         offered = [offer for group in self.groups.values() for offer in group.offers]
         return [(first, second) for _, first, second in sorted(offered, key=lambda offer: -offer[0])]
 
@@ -81,7 +85,8 @@ class Group:
         variance = np.diag(covariance)[:, None] + np.diag(covariance)[None, :] - 2 * covariance
         self.uncertain = ~judged & (difference < CERTAIN * np.sqrt(np.maximum(variance, 0)))
         chance = 1 / (1 + np.exp(-difference))
-        # Information that a pick would add, to first order. The pairs of images that were never shown come first.
+        # Information that a pick of the pair would add, to first order. For images without a pick, a large number is
+        # added, so that their pairs come first.
         gain = chance * (1 - chance) * variance
         unseen = judged.sum(1) == 1
         gain += PRIOR**2 * (unseen[:, None].astype(float) + unseen[None, :])
@@ -101,9 +106,37 @@ class Group:
         return [(self.names[index], float(self.ratings[index]), bool(doubtful[index])) for index in order]
 
 
+def bradley_terry(wins: np.ndarray, prior: float = PRIOR) -> tuple[np.ndarray, np.ndarray]:
+    """Return the most probable ratings of K images, and the covariance of these ratings by Laplace's method.
+
+    In this model, a person prefers image i to image j with the probability `sigmoid(rating[i] - rating[j])`. The prior
+    of each rating is a normal distribution with mean 0.
+
+    Args:
+        wins (`np.ndarray` of shape `(K, K)`): `wins[i, j]` is the number of times that image i was preferred to image
+            j. A tie adds one half to `wins[i, j]` and to `wins[j, i]`.
+        prior (`float`): Standard deviation of this normal distribution.
+
+    Returns:
+        `tuple`: Ratings of shape `(K,)`, and their covariance of shape `(K, K)`.
+    """
+    games = wins + wins.T
+    ratings = np.zeros(len(wins))
+    for _ in range(100):  # Newton's method; the log-probability is concave, so few steps are needed
+        chance = 1 / (1 + np.exp(ratings[None, :] - ratings[:, None]))
+        gradient = wins.sum(1) - (games * chance).sum(1) - ratings / prior**2
+        information = games * chance * (1 - chance)
+        precision = np.diag(information.sum(1) + prior**-2) - information
+        step = np.linalg.solve(precision, gradient)
+        ratings = ratings + np.clip(step, -2, 2)
+        if np.abs(step).max(initial=0) < 1e-9:
+            break
+    return ratings, np.linalg.inv(precision)
+
+
 class BlindOrder:
-    """Order of pairs for comparing models. A pair has an image of the first model and one of another model, with the
-    same prompt and seed.
+    """Order of pairs for comparing models. A pair has an image of the first model and an image of another model, both
+    with the same prompt and seed.
 
     Pairs of the first seed come first, in random order, then those of the next seed. The order does not depend on the
     picks.
@@ -141,7 +174,7 @@ class BlindOrder:
 
     def result(self) -> tuple[list[str], list[dict[str, Any]]]:
         """Return the win rate of each other model against the first model, as sentences and as rows for JSON."""
-        from ..evaluation.evaluate import Comparison  # takes seconds, and only a comparison of models needs it
+        from ..evaluation.evaluate import FEW_PROMPTS, Comparison  # this import takes seconds, so it is not at the top
         from ..evaluation.report import verdict_sentence
         from ..rewards.statistics import holm, win_rate
 
@@ -167,7 +200,7 @@ class BlindOrder:
             numbers.append(verdict | asdict(rate))
             if rate.prompts < FEW_PROMPTS:
                 sentences.append(
-                    f"With only {rate.prompts} prompts the interval of the win rate is too narrow. Judge images of "
+                    f"With only {rate.prompts} prompts, the interval of the win rate is too narrow. Judge images of "
                     "more prompts."
                 )
         return sentences, numbers

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..utils.files import write_atomically
-from .manifest import MAX_PROMPT, ListedImage, json_lines, read_json_lines
+from ..utils.files import json_lines, write_atomically
+from .manifest import MAX_PROMPT, ListedImage, read_json_lines
 
 logger = logging.getLogger(__name__)
 
 PICKS_FILE = "picks.jsonl"
 PAIRS_FILE = "pairs.jsonl"
-# Verdict -> points for the first image; the second image gets the rest of 1. Skipped pairs give no points.
+# Verdict -> points for the first image. The two images of a pair share one point. Skipped pairs give no points.
 SHARES = {"first": 1.0, "second": 0.0, "tie": 0.5, "both_bad": 0.5, "skip": None}
 
 
@@ -47,13 +47,13 @@ class Pick:
 
 
 class PickLog:
-    """The log of a folder's picks. The constructor reads the log, and `add`, `undo` and `edit_prompt` append to it."""
+    """The log of a folder's picks, `picks.jsonl`. The constructor reads the log. `add`, `undo` and `edit_prompt` append
+    a line to the log."""
 
     def __init__(self, folder: Path, *, read_only: bool = False) -> None:
         self.path = folder / PICKS_FILE
-        self.picks: dict[
-            frozenset[str], Pick
-        ] = {}  # two images -> their pick; the oldest pick is first, undone picks are left out
+        # Two images -> their pick, from the oldest pick to the newest, without undone picks.
+        self.picks: dict[frozenset[str], Pick] = {}
         self.prompts: dict[str, str] = {}  # prompt in the manifest -> the prompt that replaces it
         self._number = 0
         self._file: BinaryIO | None = None
@@ -67,7 +67,6 @@ class PickLog:
         content = self.path.read_bytes()
         complete = content.rfind(b"\n") + 1
         if complete < len(content) and self._file is not None:
-            # An earlier process was killed while it wrote a line.
             logger.warning(
                 "The last line of %s was incomplete, because an earlier process was killed. The line was removed.",
                 self.path,
@@ -93,7 +92,7 @@ class PickLog:
         return next(reversed(self.picks.values()), None)
 
     def add(self, first: str, second: str, verdict: str) -> None:
-        """Append a pick to the log and wait until it is on the disk. If the disk is full, the log does not change."""
+        """Append a pick to the log, and wait until it is on the disk. If the disk is full, the log does not change."""
         if frozenset((first, second)) in self.picks:
             raise ConflictError("This pair has already been judged, perhaps in another tab.")
         self._append({"pick": self._number + 1, "first": first, "second": second, "verdict": verdict})
@@ -149,9 +148,9 @@ class PickLog:
 
 
 def write_pairs(folder: Path, log: PickLog, images: Mapping[str, ListedImage]) -> int:
-    """Write `pairs.jsonl`, with one line for each pair in which a person prefers one image. Return the number of pairs.
+    """Write `pairs.jsonl`, with one line for each pick that prefers one image. Return the number of pairs.
 
-    Two images of one prompt with different ratings are also a pair, unless a person has judged the two images. Other
+    Two images of one prompt with different ratings are also a pair, unless there is a pick for these two images. Other
     columns of the manifest become columns `chosen_*` and `rejected_*`. A pair is skipped if the file of one of its
     images is missing.
     """
@@ -163,9 +162,12 @@ def write_pairs(folder: Path, log: PickLog, images: Mapping[str, ListedImage]) -
     preferred += [pair for pair in rated_pairs(images) if frozenset(pair) not in log.picks]
     present = {name for name in images if (folder / name).is_file()}
     rows = []
-    for chosen, rejected in ((images[one], images[other]) for one, other in preferred if {one, other} <= present):
-        row = {"prompt": log.prompts.get(chosen.prompt, chosen.prompt), "chosen": chosen.name}
-        row["rejected"] = rejected.name
+    for better, worse in preferred:
+        if not {better, worse} <= present:
+            continue
+        chosen, rejected = images[better], images[worse]
+        prompt = log.prompts.get(chosen.prompt, chosen.prompt)
+        row = {"prompt": prompt, "chosen": chosen.name, "rejected": rejected.name}
         for name in sorted(chosen.facts.keys() & rejected.facts.keys() - {"rating"}):
             row[f"chosen_{name}"] = chosen.facts[name]
             row[f"rejected_{name}"] = rejected.facts[name]

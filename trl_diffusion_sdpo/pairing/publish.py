@@ -1,9 +1,10 @@
-"""Write the dataset card of a folder of pairs, and upload the folder to the Hub."""
+"""Write a folder of pairs with its dataset card, and upload the folder to the Hub."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Image
 from huggingface_hub import DatasetCard
@@ -11,7 +12,7 @@ from huggingface_hub import DatasetCard
 from ..data import load_pairs
 from ..evaluation import Candidate
 from ..saving.publishing import explained_hub_errors
-from ..utils.files import write_atomically
+from ..utils.files import json_lines, write_atomically
 from .picks import PAIRS_FILE
 
 CARD_FILE = "README.md"
@@ -32,16 +33,22 @@ NEGATIVES_ADVICE = (
 )
 
 
-def write_card(
-    folder: Path, purpose: str, model: Candidate, facts: Mapping[str, object], pairs: int, advice: str = ""
+def write_dataset(
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    purpose: str,
+    model: Candidate,
+    facts: Mapping[str, object],
+    advice: str = "",
 ) -> None:
-    """Write the dataset card of a folder of pairs, unless the folder has a card. The Hub shows the card as a page.
-    `load_dataset` finds the file of pairs by the card's metadata."""
+    """Write `pairs.jsonl` and, if the folder has no dataset card, the card. The Hub shows the card as a page.
+    `load_dataset` reads from the card's metadata that the pairs are in `pairs.jsonl`."""
+    write_atomically(folder / PAIRS_FILE, json_lines(rows))
     path = folder / CARD_FILE
     if path.exists():
         return
     name = model.model if isinstance(model.model, str) else type(model.model).__name__
-    listed = "\n".join(f"- {key}: {value}" for key, value in {"Model": name, **facts, "Pairs": pairs}.items())
+    listed = "\n".join(f"- {key}: {value}" for key, value in {"Model": name, **facts, "Pairs": len(rows)}.items())
     front = f"---\nconfigs:\n- config_name: default\n  data_files: {PAIRS_FILE}\ntags:\n- preference\n---\n"
     command = f"trl-diffusion-sdpo train --dataset_name {folder.name} --model_name_or_path MODEL --use_peft"
     parts = [f"# {folder.name}", purpose, listed, advice, f"Train with `{command}`."]
@@ -56,8 +63,8 @@ def push_pairs(folder: str | Path, repo_id: str, *, private: bool = False, token
     Args:
         folder (`str` or `Path`): Output folder of the command `pairs pick` or `pairs generate`.
         repo_id (`str`): Hub id of the new data set, such as `me/my-taste`.
-        private (`bool`, *optional*, defaults to `False`): Whether the data set is private if this call creates it.
-        token (`str`, *optional*): Hub token. If unset, the token of `hf auth login`.
+        private (`bool`, *optional*, defaults to `False`): Whether a data set that this call creates is private.
+        token (`str`, *optional*): Hub token. If unset, the token of `hf auth login` is used.
 
     Returns:
         `int`: Number of pairs.

@@ -23,12 +23,11 @@ from ..evaluation.images import (
 )
 from ..reporting.sample_images import call_options
 from ..utils.files import file_facts, write_atomically
-from .manifest import ListedImage, json_lines, read_manifest, write_manifest
-from .picks import PAIRS_FILE
-from .publish import ALIGNED_ADVICE, write_card
+from .manifest import ListedImage, read_manifest, write_manifest
+from .publish import ALIGNED_ADVICE, write_dataset
 
 Recipe = Literal["spin", "partial", "local"]
-SIDES = 16  # sides of images become multiples of this many pixels, because every supported VAE accepts these
+SIDES = 16  # images are cropped so that their sides are multiples of this number, which every supported VAE accepts
 PURPOSES = {
     "spin": "Each chosen image is paired with an image that the model generated from its prompt (SPIN).",
     "partial": "Each chosen image is paired with a copy that was noised and then denoised by the model. The two images "
@@ -49,8 +48,8 @@ def pairs_from_images(
 ) -> int:
     """Make a rejected image (the loser) for each image of a folder (the winner), and write `pairs.jsonl` for training.
 
-    If a call was interrupted, the same call continues where it stopped. If accelerate launches several processes, they
-    share the work.
+    After an interruption, call the function again with the same arguments to continue. If accelerate launches several
+    processes, the processes share the work.
 
     Args:
         recipe (`str`): `"spin"` (the loser is generated from the prompt alone), `"partial"` (the winner is noised to
@@ -60,15 +59,15 @@ def pairs_from_images(
         images (`str` or `Path`): Folder of good images with a `manifest.jsonl`, which the command
             `pairs from-images` writes.
         output_dir (`str` or `Path`): Folder for winners, losers, masks, pairs and a card.
-        settings (`ImageSettings`): Seeds, of which only the first is used, and arguments of the pipeline. If the
-            pipeline's arguments include `height` and `width`, winners are cropped and resized to this height and width.
-            Otherwise the sides of winners are cropped to multiples of 16 pixels.
+        settings (`ImageSettings`): Seeds and arguments of the pipeline. Only the first seed is used. If the arguments
+            include `height` and `width`, winners are cropped and resized to this height and width. Otherwise, winners
+            are cropped so that their sides are multiples of 16 pixels.
         strength (`float`, *optional*, defaults to `0.6`): Noise level to which `"partial"` and `"local"` noise an image
             before they denoise it, in `(0, 1]`.
 
     Returns:
-        `int`: Number of pairs. The card counts the images that were left out because they cannot be read or have a side
-            below 16 pixels.
+        `int`: Number of pairs. Images that cannot be read or have a side below 16 pixels are left out, and the card
+            gives their number.
 
     Raises:
         `ValueError`: If a value is out of range, the folder has no images with prompts, or diffusers has no
@@ -145,12 +144,10 @@ def pairs_from_images(
             rows.append({"prompt": listed[index].prompt, "seed": seed, **names})
             shown += [ListedImage(names[kind], listed[index].prompt, {}) for kind in ("chosen", "rejected")]
         write_manifest(folder, shown)
-        write_atomically(folder / PAIRS_FILE, json_lines(rows))
         facts: dict[str, object] = {"Recipe": recipe, "Images that were left out": len(listed) - len(pairs)}
-        if recipe == "spin":
-            write_card(folder, PURPOSES[recipe], model, facts, len(pairs))
-        else:
-            write_card(folder, PURPOSES[recipe], model, facts | {"Strength": strength}, len(pairs), ALIGNED_ADVICE)
+        if recipe != "spin":
+            facts["Strength"] = strength
+        write_dataset(folder, rows, PURPOSES[recipe], model, facts, "" if recipe == "spin" else ALIGNED_ADVICE)
 
     peers.first(write)
     return len(pairs)
@@ -171,7 +168,8 @@ def _drawing_pipeline(recipe: Recipe, pipeline: DiffusionPipeline) -> DiffusionP
 
 
 def _winner(path: Path, size: tuple[int | None, int | None]) -> Image.Image | None:
-    """Return an image at `size`, or with sides cropped to multiples of 16; `None` if it is unreadable or too small."""
+    """Return the image in a file, cropped and resized to `size` (width, height). If a side in `size` is `None`, this
+    side is cropped to a multiple of 16 pixels. If the file cannot be read or is too small, return `None`."""
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")

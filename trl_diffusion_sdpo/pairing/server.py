@@ -12,6 +12,7 @@ import ipaddress
 import json
 import secrets
 import socket
+from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -47,7 +48,7 @@ class PickServer(ThreadingHTTPServer):
         self.host = host
         try:
             super().__init__((host, USUAL_PORT if port is None else port), PickHandler)
-        except (OSError, OverflowError) as error:  # `OverflowError` if the number is no port
+        except (OSError, OverflowError) as error:  # `OverflowError` if the number is too large for a port
             if port is not None or host != LOCAL_HOST:
                 taken = USUAL_PORT if port is None else port
                 raise ValueError(
@@ -130,19 +131,15 @@ class PickHandler(BaseHTTPRequestHandler):
     def _act(self, action: str, asked: dict[str, Any]) -> dict[str, Any]:
         session = self.server.session
         tab = str(asked["tab"])[:64]
-        if action == "state":
-            return session.state(tab)
-        if action == "pick":
-            return session.pick(tab, asked["first"], asked["second"], asked["verdict"])
-        if action == "undo":
-            return session.undo(tab, asked["pick"])
-        if action == "prompt":
-            return session.edit_prompt(tab, asked["image"], asked["prompt"])
-        if action == "ranking":
-            return {"ranking": session.ranking()}
-        if action == "result":
-            return {"result": session.result()}
-        raise ValueError(f"There is no action {action!r}.")
+        actions: dict[str, Callable[[], dict[str, Any]]] = {
+            "state": lambda: session.state(tab),
+            "pick": lambda: session.pick(tab, asked["first"], asked["second"], asked["verdict"]),
+            "undo": lambda: session.undo(tab, asked["pick"]),
+            "prompt": lambda: session.edit_prompt(tab, asked["image"], asked["prompt"]),
+            "ranking": lambda: {"ranking": session.ranking()},
+            "result": lambda: {"result": session.result()},
+        }
+        return actions[action]()
 
     def _allowed_path(self) -> str | None:
         """Return the part of the path after the token. If the request is not allowed, refuse it and return `None`."""

@@ -20,11 +20,11 @@ LOCK_FILE = ".picks.lock"
 
 
 class PickSession:
-    """One run of the pick page on a folder with `manifest.jsonl`. All browser tabs share the session.
+    """State of the running command `pairs pick` on a folder with `manifest.jsonl`. All browser tabs share the session.
 
-    If the column `model` names several models, the page compares these models without showing their names. With at most
-    one model, picks rate the images of each prompt. The page refers to images by random codes, so that file names do
-    not reveal the model.
+    If the column `model` of the manifest names several models, the page compares these models without showing their
+    names. Otherwise, picks rate the images of each prompt. The page refers to images by
+    random codes, so that file names do not reveal the model.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,10 +54,10 @@ class PickSession:
             reasons = "".join(f" {count} were left out: {reason}." for reason, count in self.left_out.items())
             prompts = len({image.prompt for image in listed})
             raise ValueError(
-                f"`pairs pick` needs two images of one prompt, and {folder} has {len(listed)} images of {prompts} "
-                f"prompts, none with two images to compare.{reasons}"
+                f"`pairs pick` needs a prompt with two images to compare, but {folder} has {len(listed)} images of "
+                f"{prompts} prompts, and none of these prompts has two images to compare.{reasons}"
             )
-        # Pairs that scorers chose are only replaced after the first pick.
+        # Pairs that `pairs generate` wrote are replaced only after the first pick.
         if self.log.picks or not (folder / PAIRS_FILE).is_file():
             self._write_pairs()
 
@@ -67,7 +67,7 @@ class PickSession:
         self._file_lock.release()
 
     def state(self, tab: str, wanted: frozenset[str] | None = None) -> dict[str, Any]:
-        """Return the pair that a tab shows next, which is `wanted` if that is set, and the progress."""
+        """Return the pair that a tab shows next, and the progress. If `wanted` is set, the tab shows this pair next."""
         with self._lock:
             last = self.log.last
             return {
@@ -168,7 +168,7 @@ class PickSession:
             for name in missing & self.images.keys():
                 self.order.update(self.images[name].prompt, self.gone)
         self._shown[tab] = frozenset(pairs[0])
-        # Sides are random, because people may prefer one side.
+        # The order of the two images is random, because people may prefer one side.
         left, right = pairs[0] if secrets.randbelow(2) else pairs[0][::-1]
         prompt = self.images[left].prompt
         return {

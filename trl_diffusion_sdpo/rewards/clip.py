@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -17,24 +16,32 @@ Preprocess = Literal["crop", "pad"]
 
 
 class CLIPScorer(BatchedScorer):
-    """Score an image by the cosine similarity of its CLIP embedding and that of its prompt, times a scale.
+    """Score an image by the cosine similarity of the image's and the prompt's CLIP embeddings, times a scale.
 
     Args:
+        name (`str`): Name of the scorer in tables and files.
+        model (`str` or `CLIPModel`): Hub id or folder of the CLIP model, or a loaded model.
+        processor (`str`, *optional*): Hub id or folder of the tokenizer and the image processor. If unset, `model`.
+        revision (`str`, *optional*): Revision of `model` on the Hub.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of the weights.
         scale (`float`, *optional*): Factor of the cosine similarity. If `None`, the model's `exp(logit_scale)` is used.
         clamp (`bool`, *optional*, defaults to `False`): Whether negative scores are set to 0.
         prefix (`str`, *optional*, defaults to `""`): Text that is put before each prompt.
         preprocess (`"crop"` or `"pad"`, *optional*, defaults to `"crop"`): `"crop"` scales the shorter side of an
-            image to the model's input size and crops the centre. `"pad"` scales the longer side and fills the rest with
-            black, like the package `hpsv2`. For square images, the two methods give nearly equal scores.
+            image to the model's input size and crops the centre. `"pad"` scales the longer side to the input size and
+            fills the rest of the square with black, like the package `hpsv2`. For square images, the two methods give
+            nearly equal scores.
+        settings: `device` and `batch_size`. See [`BatchedScorer`].
     """
 
     def __init__(
         self,
         name: str,
-        model: CLIPModel,
-        tokenizer: Any,
-        image_processor: CLIPImageProcessorPil,
+        model: str | CLIPModel,
+        processor: str | None = None,
         *,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
         scale: float | None = 1.0,
         clamp: bool = False,
         prefix: str = "",
@@ -44,9 +51,14 @@ class CLIPScorer(BatchedScorer):
         super().__init__(name, **settings)
         if preprocess not in ("crop", "pad"):
             raise ValueError(f"`preprocess` must be `crop` or `pad`, got {preprocess!r}.")
-        self.model = model.eval().requires_grad_(False).to(self.device)
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
+        network: Any = model
+        if isinstance(model, str):
+            network = CLIPModel.from_pretrained(model, revision=revision, dtype=dtype)
+        self.model = network.eval().requires_grad_(False).to(self.device, dtype)
+        source: Any = model if processor is None else processor
+        source_revision = revision if processor is None else None
+        self.tokenizer = AutoTokenizer.from_pretrained(source, revision=source_revision)
+        self.image_processor = CLIPImageProcessorPil.from_pretrained(source, revision=source_revision)
         self.scale = scale
         self.clamp = clamp
         self.prefix = prefix
@@ -100,57 +112,34 @@ def padded_pixels(image: Image.Image, image_processor: CLIPImageProcessorPil) ->
     return (pixels - mean) / std
 
 
-def load_clip(
-    name: str,
-    model: str,
-    processor: str | None = None,
-    *,
-    revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    **settings: Any,
-) -> CLIPScorer:
-    """Return a scorer that uses a CLIP model.
-
-    Args:
-        name (`str`): Name of the scorer in tables and files.
-        model (`str`): Hub id or folder of the CLIP model.
-        processor (`str`, *optional*): Hub id or folder of the tokenizer and the image processor. If unset, `model`.
-        revision (`str`, *optional*): Revision of the model on the Hub.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of the weights.
-        settings: Further arguments of [`CLIPScorer`], such as `device`, `batch_size` and `preprocess`.
-    """
-    network = CLIPModel.from_pretrained(model, revision=revision, dtype=dtype)
-    processors = load_processors(model, revision) if processor is None else load_processors(processor)
-    return CLIPScorer(name, network, **processors, **settings)
-
-
 def pickscore(model: str = "yuvalkirstain/PickScore_v1", processor: str = CLIP_H, **settings: Any) -> CLIPScorer:
     """Return the scorer PickScore: the cosine similarity times `exp(logit_scale)`. Usual scores are 19 to 23.
 
-    Arguments are those of [`load_clip`]. PickScore was trained on the data set Pick-a-Pic, and so are most
-    preference-tuned models. PickScore may favour models that were trained on Pick-a-Pic: use a second scorer too.
+    Arguments are those of [`CLIPScorer`]. PickScore was trained on the data set Pick-a-Pic, like most
+    preference-tuned models. It may therefore favour these models, so use a second scorer too.
 
     Source: https://huggingface.co/papers/2305.01569.
     """
-    return load_clip("pickscore", model, processor, scale=None, **settings)
+    return CLIPScorer("pickscore", model, processor, scale=None, **settings)
 
 
 def clip_score(model: str = CLIP_H, **settings: Any) -> CLIPScorer:
-    """Return a scorer by the plain cosine similarity of a CLIP model. Arguments are those of [`load_clip`].
+    """Return a scorer whose score is the cosine similarity of the image's and the prompt's CLIP embeddings. Arguments
+    are those of [`CLIPScorer`].
 
-    The Diffusion-SDPO authors use the cosine similarity of the default model, ViT-H/14.
+    The Diffusion-SDPO authors use the default model, ViT-H/14.
     """
-    return load_clip("clip_score", model, **settings)
+    return CLIPScorer("clip_score", model, **settings)
 
 
 def clip_score_hessel(model: str = "openai/clip-vit-base-patch32", **settings: Any) -> CLIPScorer:
     """Return the scorer CLIPScore as Hessel et al. published it: `2.5 * max(cos, 0)`, with the text "A photo depicts"
-    before each prompt. Arguments are those of [`load_clip`].
+    before each prompt. Arguments are those of [`CLIPScorer`].
 
     Source: https://huggingface.co/papers/2104.08718.
     """
     published: dict[str, Any] = {"scale": 2.5, "clamp": True, "prefix": "A photo depicts "}
-    return load_clip("clip_score_hessel", model, **published, **settings)
+    return CLIPScorer("clip_score_hessel", model, **published, **settings)
 
 
 def hpsv2(**settings: Any) -> CLIPScorer:
@@ -171,7 +160,6 @@ def hpsv21(
     *,
     name: str = "hpsv2.1",
     revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> CLIPScorer:
     """Return the scorer HPSv2.1. Papers since 2025 call HPSv2.1 "HPS" or "HPSv2", and often print the scores times 100.
@@ -181,32 +169,13 @@ def hpsv21(
         file (`str`): Name of the file with the weights in open_clip's format. The file is read with
             `weights_only=True`.
         processor (`str`): Hub id or folder of the tokenizer, the image processor and the network's configuration.
-        name, revision, dtype, settings: See [`load_clip`]. The package `hpsv2` scores with autocast and
+        name, revision, settings: See [`CLIPScorer`]. The package `hpsv2` scores with autocast and
             `preprocess="pad"`. The Diffusion-SDPO authors use `preprocess="crop"`, the default.
 
     Source: https://github.com/tgxs002/HPSv2.
     """
     path = hub_file(model, file, revision)
     weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    network = hps_network(weights, CLIPConfig.from_pretrained(processor))
-    torch.nn.Module.to(network, dtype)  # the type stubs of `CLIPModel.to` lack this argument
-    return CLIPScorer(name, network, **load_processors(processor), **settings)
-
-
-def hps_network(weights: Mapping[str, torch.Tensor], config: CLIPConfig) -> CLIPModel:
-    """Return a CLIP model of transformers with weights in open_clip's format.
-
-    Raises:
-        `RuntimeError`: If weights are missing, have unknown names, or have wrong shapes.
-    """
-    network = CLIPModel(config)
+    network = CLIPModel(CLIPConfig.from_pretrained(processor))
     network.load_state_dict(clip_state_dict(weights))
-    return network
-
-
-def load_processors(model: str, revision: str | None = None) -> dict[str, Any]:
-    """Return the tokenizer and the image processor of a CLIP model, as keyword arguments of [`CLIPScorer`]."""
-    return {
-        "tokenizer": AutoTokenizer.from_pretrained(model, revision=revision),
-        "image_processor": CLIPImageProcessorPil.from_pretrained(model, revision=revision),
-    }
+    return CLIPScorer(name, network, processor, **settings)

@@ -23,38 +23,60 @@ PIXELS = 256 * 28 * 28  # images are resized to about this many pixels
 class HPSv3Scorer(BatchedScorer):
     """Score images by the mean of human votes that HPSv3 predicts. The predicted spread is not used.
 
-    Images are scored one at a time, so that no prompt is padded and scores do not depend on a batch. `instruction` is
-    the text that follows the image in the model's input. The prompt replaces `{text_prompt}` in `instruction`. The head
-    computes the score from the hidden state of the token `<|Reward|>`.
+    The head computes the score from the hidden state of the token `<|Reward|>`. Images are scored one at a time, so
+    that no prompt is padded and scores do not depend on a batch.
+
+    Args:
+        instruction (`str`): The authors' instruction to the model, which follows the image in the model's input. The
+            prompt replaces `{text_prompt}` in the instruction. Copy `INSTRUCTION` and `prompt_with_special_token`
+            from `hpsv3/dataset/data_collator_qwen.py` in the authors' repository, and concatenate the two. Any other
+            text changes the scores.
+        model (`str`): Hub id or folder of the weights, 16 GB.
+        file (`str`): File name of the weights.
+        base (`str`): Hub id or folder of the configuration, tokenizer and image processor.
+        revision (`str`, *optional*): Revision of the weights on the Hub.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Dtype of the model. The head is float32.
+        device: See [`BatchedScorer`].
+
+    Source: https://huggingface.co/papers/2508.03789.
     """
 
     def __init__(
         self,
-        model: Qwen2VLModel,
-        head: nn.Sequential,
-        tokenizer: Any,
-        image_processor: Qwen2VLImageProcessorPil,
         instruction: str,
+        model: str = "MizzenAI/HPSv3",
+        file: str = "HPSv3.safetensors",
+        base: str = "Qwen/Qwen2-VL-7B-Instruct",
         *,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
     ):
         super().__init__("hpsv3", device=device, batch_size=1)
         for part in ("{text_prompt}", REWARD_TOKEN):
             if part not in instruction:
                 raise ValueError(f"`instruction` of HPSv3 must contain `{part}`, got {instruction[:200]!r}.")
-        self.model = model.eval().requires_grad_(False).to(self.device)
+        weights, head_weights = split_weights(load_file(hub_file(model, file, revision)))
+        config = AutoConfig.from_pretrained(base)
+        config.text_config.vocab_size = weights["language_model.embed_tokens.weight"].shape[0]
+        network = Qwen2VLModel.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+        head = reward_head(config.text_config.hidden_size)
+        head.load_state_dict(head_weights)
+        size = {"shortest_edge": PIXELS, "longest_edge": PIXELS}
+        self.model = network.eval().requires_grad_(False).to(self.device)
         self.head = head.eval().requires_grad_(False).to(self.device)
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(base)
+        self.tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]})
+        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(base, size=size)
         self.instruction = instruction
-        self.reward_token = tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
+        self.reward_token = self.tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
 
     def score_batch(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         pixels = self.image_processor(images, return_tensors="pt").to(self.device)
         question = {"type": "text", "text": self.instruction.replace("{text_prompt}", prompts[0])}
         chat = [{"role": "user", "content": [{"type": "image"}, question]}]
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        # The model expects one image token for each group of merged patches.
+        # The model merges groups of image patches, and expects one image token for each group.
         patches = int(pixels.image_grid_thw.prod()) // self.image_processor.merge_size**2
         tokens = self.tokenizer(text.replace(IMAGE_TOKEN, IMAGE_TOKEN * patches), return_tensors="pt").to(self.device)
         image_tokens = tokens.input_ids == self.model.config.image_token_id
@@ -70,52 +92,11 @@ class HPSv3Scorer(BatchedScorer):
         return outputs[:, 0]
 
 
-def hpsv3(
-    instruction: str,
-    model: str = "MizzenAI/HPSv3",
-    file: str = "HPSv3.safetensors",
-    base: str = "Qwen/Qwen2-VL-7B-Instruct",
-    *,
-    revision: str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str | torch.device = "cpu",
-) -> HPSv3Scorer:
-    """Return the scorer HPSv3.
-
-    Args:
-        instruction (`str`): The authors' instruction to the model. Copy `INSTRUCTION` and `prompt_with_special_token`
-            from `hpsv3/dataset/data_collator_qwen.py` in the authors' repository, and concatenate the two. Any other
-            text changes the scores.
-        model (`str`): Hub id or folder of the weights, 16 GB.
-        file (`str`): File name of the weights.
-        base (`str`): Hub id or folder of the configuration, tokenizer and image processor.
-        revision (`str`, *optional*): Revision of the weights on the Hub.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Dtype of the model. The head is float32.
-        device: See [`BatchedScorer`].
-
-    Source: https://huggingface.co/papers/2508.03789.
-    """
-    network, head = split_weights(load_file(hub_file(model, file, revision)))
-    config = AutoConfig.from_pretrained(base)
-    config.text_config.vocab_size = network["language_model.embed_tokens.weight"].shape[0]
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]})
-    layers = reward_head(config.text_config.hidden_size)
-    layers.load_state_dict(head)
-    return HPSv3Scorer(
-        Qwen2VLModel.from_pretrained(None, config=config, state_dict=network, dtype=dtype),
-        layers,
-        tokenizer,
-        Qwen2VLImageProcessorPil.from_pretrained(base, size={"shortest_edge": PIXELS, "longest_edge": PIXELS}),
-        instruction,
-        device=device,
-    )
-
-
 def reward_head(width: int) -> nn.Sequential:
     """Return the layers that compute mean and spread from the hidden state of the token `<|Reward|>`.
 
-    The identity layer replaces a dropout layer, so that the numbers of the layers match the published file.
+    An identity layer replaces the dropout layer of the original, so that the layers have the numbers that they have in
+    the published file.
     """
     return nn.Sequential(
         nn.Linear(width, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
@@ -123,10 +104,10 @@ def reward_head(width: int) -> nn.Sequential:
 
 
 def split_weights(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the published weights of `Qwen2VLModel`, and those of the head in float32.
+    """Split the published weights into those of `Qwen2VLModel` and those of the head, the latter in float32.
 
-    Weights may have the names of transformers before 4.52 (`visual.`, `model.layers.`) or later names (`model.visual.`,
-    `model.language_model.`).
+    The names of weights may begin as in transformers before 4.52 (`visual.`, `model.layers.`) or as in later versions
+    (`model.visual.`, `model.language_model.`).
     """
     network = {}
     head = {}

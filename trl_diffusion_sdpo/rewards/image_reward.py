@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,43 +19,64 @@ from transformers import (
 )
 
 from .aesthetic import linear_head
+from .open_clip_keys import rename
 from .scorer import BatchedScorer, hub_file
 
-# Mean and standard deviation of the head's output on the authors' data. Scores are normalised with these numbers.
+# Mean and standard deviation of the head's output on the authors' data. Scores are normalised with these two numbers.
 MEAN = 0.16717362830052426
 STD = 1.0333394966054072
 MAX_TOKENS = 35
 
-_VISION_BLOCK = {
-    ".norm1.": ".layer_norm1.",
-    ".norm2.": ".layer_norm2.",
-    ".attn.qkv.": ".self_attn.qkv.",
-    ".attn.proj.": ".self_attn.projection.",
+# Pattern in the name of a weight of BLIP's original image encoder -> its replacement in the name in `BlipVisionModel`.
+_VISION_NAMES = {
+    r"^cls_token$": "embeddings.class_embedding",
+    r"^pos_embed$": "embeddings.position_embedding",
+    r"^patch_embed\.proj\.": "embeddings.patch_embedding.",
+    r"^blocks\.": "encoder.layers.",
+    r"^norm\.": "post_layernorm.",
+    r"\.norm([12])\.": r".layer_norm\1.",
+    r"\.attn\.qkv\.": ".self_attn.qkv.",
+    r"\.attn\.proj\.": ".self_attn.projection.",
 }
 
 
 class ImageRewardScorer(BatchedScorer):
-    """Score how well images fit their prompts. Scores have a mean of about 0 and a standard deviation of about 1.
+    """Score how well images fit their prompts by ImageReward 1.0. On the authors' data, scores have mean 0 and standard
+    deviation 1.
 
     `text` encodes the prompt, with cross-attention to the features that `vision` computes from the image. `head`
     computes the score from the encoding's first token.
+
+    Args:
+        model (`str`): Hub id or folder with `ImageReward.pt` and `med_config.json`. The weights are read with
+            `weights_only=True`.
+        tokenizer (`str`): Hub id or folder of BERT's tokenizer.
+        revision (`str`, *optional*): Revision of the model on the Hub.
+        settings: `device` and `batch_size`. See [`BatchedScorer`].
+
+    Source: https://huggingface.co/papers/2304.05977.
     """
 
     def __init__(
         self,
-        vision: BlipVisionModel,
-        text: BlipTextModel,
-        head: nn.ModuleDict,
-        tokenizer: Any,
-        image_processor: CLIPImageProcessorPil,
+        model: str = "zai-org/ImageReward",
+        tokenizer: str = "google-bert/bert-base-uncased",
+        *,
+        revision: str | None = None,
         **settings: Any,
     ):
         super().__init__("image_reward", **settings)
+        weights = hub_file(model, "ImageReward.pt", revision)
+        med_config = json.loads(hub_file(model, "med_config.json", revision).read_text(encoding="utf-8"))
+        vision = BlipVisionModel(published_vision())
+        text = BlipTextModel(text_config(med_config), add_pooling_layer=False)
+        head = linear_head(text.config.hidden_size)
+        load_weights(torch.load(weights, map_location="cpu", weights_only=True), vision, text, head)
         self.vision = vision.eval().requires_grad_(False).to(self.device)
         self.text = text.eval().requires_grad_(False).to(self.device)
         self.head = head.eval().requires_grad_(False).to(self.device)
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        self.image_processor = CLIPImageProcessorPil()
 
     def score_batch(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         tokens = self.tokenizer(
@@ -75,42 +95,6 @@ class ImageRewardScorer(BatchedScorer):
         ).last_hidden_state
         raw = self.head["layers"](text[:, 0])[:, 0]
         return (raw - MEAN) / STD
-
-
-def image_reward(
-    model: str = "zai-org/ImageReward",
-    tokenizer: str = "google-bert/bert-base-uncased",
-    *,
-    revision: str | None = None,
-    device: str | torch.device = "cpu",
-    batch_size: int = 16,
-) -> ImageRewardScorer:
-    """Return the scorer ImageReward 1.0.
-
-    Args:
-        model (`str`): Hub id or folder with `ImageReward.pt` and `med_config.json`. The weights are read with
-            `weights_only=True`.
-        tokenizer (`str`): Hub id or folder of BERT's tokenizer.
-        revision (`str`, *optional*): Revision of the model on the Hub.
-        device, batch_size: See [`BatchedScorer`].
-
-    Source: https://huggingface.co/papers/2304.05977.
-    """
-    weights = hub_file(model, "ImageReward.pt", revision)
-    med_config = json.loads(hub_file(model, "med_config.json", revision).read_text(encoding="utf-8"))
-    vision = BlipVisionModel(published_vision())
-    text = BlipTextModel(text_config(med_config), add_pooling_layer=False)
-    head = linear_head(text.config.hidden_size)
-    load_weights(torch.load(weights, map_location="cpu", weights_only=True), vision, text, head)
-    return ImageRewardScorer(
-        vision,
-        text,
-        head,
-        AutoTokenizer.from_pretrained(tokenizer),
-        CLIPImageProcessorPil(),
-        device=device,
-        batch_size=batch_size,
-    )
 
 
 def published_vision() -> BlipVisionConfig:
@@ -148,19 +132,7 @@ def load_weights(
         tower = next((prefix for prefix in towers if name.startswith(f"{prefix}.")), None)
         if tower is not None and not name.endswith("position_ids"):  # position ids are a buffer, not a weight
             towers[tower][name.removeprefix(f"{tower}.")] = weight
-    vision.load_state_dict({vision_name(name): weight for name, weight in towers["blip.visual_encoder"].items()})
+    images = towers["blip.visual_encoder"]
+    vision.load_state_dict({rename(name, _VISION_NAMES): weight for name, weight in images.items()})
     text.load_state_dict(towers["blip.text_encoder"])
     head.load_state_dict(towers["mlp"])
-
-
-def vision_name(name: str) -> str:
-    """Return the name in `BlipVisionModel` of a weight of BLIP's original image encoder."""
-    fixed = {"cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding"}
-    if name in fixed:
-        return fixed[name]
-    name = name.replace("patch_embed.proj.", "embeddings.patch_embedding.")
-    name = re.sub(r"^blocks\.", "encoder.layers.", name)
-    name = re.sub(r"^norm\.", "post_layernorm.", name)
-    for part, target in _VISION_BLOCK.items():
-        name = name.replace(part, target)
-    return name

@@ -5,33 +5,26 @@ from collections.abc import Mapping
 
 import torch
 
-# Pattern of an open_clip name -> name in `CLIPModel`.
-_VISION = {
-    r"visual\.class_embedding": "vision_model.embeddings.class_embedding",
-    r"visual\.conv1\.weight": "vision_model.embeddings.patch_embedding.weight",
-    r"visual\.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    r"visual\.ln_pre\.(.*)": r"vision_model.pre_layrnorm.\1",  # transformers misspells this name
-    r"visual\.ln_post\.(.*)": r"vision_model.post_layernorm.\1",
-    r"visual\.proj": "visual_projection.weight",
-    r"visual\.transformer\.resblocks\.(.*)": r"vision_model.encoder.layers.\1",
+# Pattern in an open_clip name -> its replacement in the name that `CLIPModel` uses.
+_NAMES = {
+    r"^visual\.class_embedding$": "vision_model.embeddings.class_embedding",
+    r"^visual\.conv1\.": "vision_model.embeddings.patch_embedding.",
+    r"^visual\.positional_embedding$": "vision_model.embeddings.position_embedding.weight",
+    r"^visual\.ln_pre\.": "vision_model.pre_layrnorm.",  # transformers misspells this name
+    r"^visual\.ln_post\.": "vision_model.post_layernorm.",
+    r"^visual\.proj$": "visual_projection.weight",
+    r"^visual\.transformer\.resblocks\.": "vision_model.encoder.layers.",
+    r"^token_embedding\.": "text_model.embeddings.token_embedding.",
+    r"^positional_embedding$": "text_model.embeddings.position_embedding.weight",
+    r"^ln_final\.": "text_model.final_layer_norm.",
+    r"^text_projection$": "text_projection.weight",
+    r"^transformer\.resblocks\.": "text_model.encoder.layers.",
+    r"\.attn\.out_proj\.": ".self_attn.out_proj.",
+    r"\.ln_1\.": ".layer_norm1.",
+    r"\.ln_2\.": ".layer_norm2.",
+    r"\.mlp\.c_fc\.": ".mlp.fc1.",
+    r"\.mlp\.c_proj\.": ".mlp.fc2.",
 }
-_TEXT = {
-    r"token_embedding\.weight": "text_model.embeddings.token_embedding.weight",
-    r"positional_embedding": "text_model.embeddings.position_embedding.weight",
-    r"ln_final\.(.*)": r"text_model.final_layer_norm.\1",
-    r"text_projection": "text_projection.weight",
-    r"transformer\.resblocks\.(.*)": r"text_model.encoder.layers.\1",
-    r"logit_scale": "logit_scale",
-}
-_BLOCK = {
-    ".attn.out_proj.": ".self_attn.out_proj.",
-    ".ln_1.": ".layer_norm1.",
-    ".ln_2.": ".layer_norm2.",
-    ".mlp.c_fc.": ".mlp.fc1.",
-    ".mlp.c_proj.": ".mlp.fc2.",
-}
-_TRANSPOSED = ("visual.proj", "text_projection")
-_BUFFERS = ("attn_mask",)
 
 
 def clip_state_dict(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -41,25 +34,23 @@ def clip_state_dict(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     """
     renamed = {}
     for name, weight in weights.items():
-        if name in _BUFFERS:
+        if name == "attn_mask":  # a buffer, not a weight
             continue
-        target = _renamed(name)
-        weight = weight.T if name in _TRANSPOSED else weight
-        if ".attn.in_proj_" not in target:
-            renamed[target] = weight.contiguous()
+        weight = weight.T if name in ("visual.proj", "text_projection") else weight
+        name = rename(name, _NAMES)
+        if ".attn.in_proj_" not in name:
+            renamed[name] = weight.contiguous()
             continue
         # open_clip has one matrix for queries, keys and values. Split (3D, D) into three matrices (D, D).
-        before, _, kind = target.partition(".attn.in_proj_")
+        block, _, kind = name.partition(".attn.in_proj_")
         for letter, third in zip("qkv", weight.chunk(3), strict=True):
-            renamed[f"{before}.self_attn.{letter}_proj.{kind}"] = third.contiguous()
+            renamed[f"{block}.self_attn.{letter}_proj.{kind}"] = third.contiguous()
     return renamed
 
 
-def _renamed(name: str) -> str:
-    for pattern, target in {**_VISION, **_TEXT}.items():
-        if re.fullmatch(pattern, name):
-            name = re.sub(f"^{pattern}$", target, name)
-            break
-    for part, target in _BLOCK.items():
-        name = name.replace(part, target)
+def rename(name: str, patterns: Mapping[str, str]) -> str:
+    """Return a name after replacing the matches of each regular expression. `patterns` maps the expressions to their
+    replacements."""
+    for pattern, target in patterns.items():
+        name = re.sub(pattern, target, name)
     return name

@@ -55,8 +55,8 @@ class BatchedScorer(ABC):
         batch_size (`int`, *optional*, defaults to `16`): Number of images per batch.
 
     Raises:
-        `ValueError`: If `batch_size` is below 1, or when the scorer is called, if the numbers of images and prompts
-            differ or a score is not finite.
+        `ValueError`: If `batch_size` is below 1. Calling the scorer raises `ValueError` if the numbers of images and
+            prompts differ, or if a score is not finite.
     """
 
     def __init__(self, name: str, *, device: str | torch.device = "cpu", batch_size: int = 16):
@@ -113,7 +113,7 @@ def on_device(scorer: Scorer, device: str | torch.device) -> Iterator[None]:
     """Return a context manager that moves a scorer from the CPU to a device, and back to the CPU at the end. The scorer
     thus occupies the device's memory only while it scores.
 
-    The context does nothing if the scorer is not on the CPU or is not a [`BatchedScorer`].
+    A scorer that is not on the CPU or is not a [`BatchedScorer`] is not moved.
     """
     device = torch.device(device)
     if not isinstance(scorer, BatchedScorer) or scorer.device.type != "cpu" or device.type == "cpu":
@@ -152,7 +152,7 @@ def checked_scores(scores: Any, prompts: Sequence[str], name: str) -> torch.Tens
     return scores
 
 
-# Settings that do not change scores, so they are not part of a scorer's name.
+# Settings that do not change scores. Names of scorers do not contain these settings.
 _SPEED = ("device", "batch_size", "url", "timeout", "max_unreadable", "api_key_variable")
 _LONGEST_WORD = 40  # characters; in a scorer's name, the value of a longer setting is replaced by a hash
 
@@ -163,10 +163,10 @@ _BUILDERS: dict[str, str | Callable[..., Scorer]] = {
     "clip_score_hessel": "clip:clip_score_hessel",
     "hpsv2": "clip:hpsv2",
     "hpsv2.1": "clip:hpsv21",
-    "aesthetic": "aesthetic:aesthetic",
-    "image_reward": "image_reward:image_reward",
-    "vqa_score": "vqa_score:vqa_score",
-    "hpsv3": "hpsv3:hpsv3",
+    "aesthetic": "aesthetic:AestheticScorer",
+    "image_reward": "image_reward:ImageRewardScorer",
+    "vqa_score": "vqa_score:VQAScorer",
+    "hpsv3": "hpsv3:HPSv3Scorer",
     "vlm_server": "vlm_server:VLMServerScorer",
     "vlm_judge": "vlm_server:VLMServerJudge",
 }
@@ -206,15 +206,15 @@ def register_scorer(name: str) -> Callable[[Callable[..., Scorer]], Callable[...
 
 
 def scorer_names() -> list[str]:
-    """Return the names of all registered scorers, for [`load_scorer`]."""
+    """Return the names of all registered scorers. [`load_scorer`] accepts these names."""
     return sorted(_BUILDERS)
 
 
 def load_scorer(name: str, **settings: Any) -> Scorer:
-    """Return a scorer. Load it by its registered name, or import it as `module:function`.
+    """Return the scorer with a registered name, or the scorer or function with an import path `module:function`.
 
     Args:
-        name (`str`): A name in [`scorer_names`]. Or `package.module:function`, the import path of a scorer or of a
+        name (`str`): A name in [`scorer_names`], or the import path `package.module:function` of a scorer or of a
             function that takes a list of images and a list of prompts and returns one number per image.
         settings: Settings of a registered scorer, such as `device`, `batch_size`, `model` and `revision`.
 
@@ -264,8 +264,8 @@ def load_scorer(name: str, **settings: Any) -> Scorer:
 
 
 def _variant(name: str, settings: dict[str, Any]) -> str:
-    """Return the suffix of a scorer's name that lists the settings that change scores, such as `(revision=v2)`.
-    Scorers with different scores thus have different names."""
+    """Return a suffix for a scorer's name, such as `(revision=v2)`, which lists the settings that change scores.
+    Scorers that give different scores thus have different names."""
     words = []
     for key, value in settings.items():
         word = str(value).rstrip("/").split("/")[-1]

@@ -25,8 +25,8 @@ class WinRate:
     Args:
         rate (`float`): Win rate in `[0, 1]`, averaged over seeds and then over prompts. A tie counts one half.
         low, high (`float`): Ends of the 95 % confidence interval of `rate`, from a bootstrap over prompts.
-        p_value (`float`): p-value of a two-sided exact sign test over prompts. Prompts with a win rate of one half
-            are ignored.
+        p_value (`float`): p-value of a two-sided exact sign test over prompts. The test ignores prompts with a win rate
+            of one half.
         prompts (`int`): Number of prompts.
         ties (`int`): Number of pairs (the model's image and the base model's image) with equal scores.
         missing (`int`): Number of pairs (the model's image and the base model's image) in which an image has no score.
@@ -75,12 +75,13 @@ def win_rate(scores: np.ndarray, base: np.ndarray, *, seed: int = 0) -> WinRate:
     usable = present.any(axis=1)
     if not usable.any():
         raise ValueError(
-            "A win rate needs a prompt and seed where the images of both models have scores, and there is none."
+            "A win rate needs a prompt and seed for which the images of both models have scores, but there is no such "
+            "prompt and seed."
         )
-    wins = np.where(difference > 0, 1.0, np.where(difference < 0, 0.0, 0.5))
-    count = present.sum(axis=1)[usable]
-    rates = np.where(present, wins, 0.0).sum(axis=1)[usable] / count  # (prompts,)
-    changes = np.where(present, difference, 0.0).sum(axis=1)[usable] / count
+    difference = np.where(present, difference, np.nan)
+    wins = (np.sign(difference) + 1) / 2  # 1 for a win, 0.5 for a tie, 0 for a loss
+    rates = np.nanmean(wins[usable], axis=1)  # (prompts,)
+    changes = np.nanmean(difference[usable], axis=1)
     low, high = bootstrap_interval(rates, seed=seed)
     change_low, change_high = bootstrap_interval(changes, seed=seed)
     return WinRate(
@@ -98,7 +99,7 @@ def win_rate(scores: np.ndarray, base: np.ndarray, *, seed: int = 0) -> WinRate:
 
 
 def bootstrap_interval(values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """Return the bootstrap's 95 % percentile interval of the mean of values `(N,)`."""
+    """Return the 95 % bootstrap interval (percentile method) of the mean of values `(N,)`."""
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
     block = max(1, 5_000_000 // len(values))  # samples are drawn in blocks of this many, to limit memory
@@ -131,16 +132,15 @@ def agreement(first: np.ndarray, second: np.ndarray) -> float:
     """Return the share of prompts on which two scorers prefer the same model.
 
     Args:
-        first, second (`np.ndarray` of shape `(prompts, seeds)`): The scores of one scorer each: the model's scores
-            minus the base model's scores.
+        first (`np.ndarray` of shape `(prompts, seeds)`): The first scorer's scores of the model minus its scores of the
+            base model.
+        second (`np.ndarray` of shape `(prompts, seeds)`): The second scorer's scores of the model minus its scores of
+            the base model.
 
     Returns:
-        `float`: Share in `[0, 1]`, among prompts on which both scorers prefer one of the models, or NaN without such
-            prompts.
+        `float`: Share in `[0, 1]`. Prompts on which a scorer prefers neither model are left out. If no prompt is left,
+            the result is NaN.
     """
-    signs = []
-    for difference in (first, second):
-        present = np.isfinite(difference)
-        signs.append(np.sign(np.where(present, np.sign(difference), 0.0).sum(axis=1)))
-    decided = (signs[0] != 0) & (signs[1] != 0)
-    return float((signs[0] == signs[1])[decided].mean()) if decided.any() else math.nan
+    one, other = (np.sign(np.nansum(np.sign(difference), axis=1)) for difference in (first, second))
+    decided = (one != 0) & (other != 0)
+    return float((one == other)[decided].mean()) if decided.any() else math.nan

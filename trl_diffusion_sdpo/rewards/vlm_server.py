@@ -13,6 +13,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -33,13 +34,14 @@ Equal"""
 _SCORE = re.compile(r"(Alignment|Coherence|Style) Score\s*\(1-5\)\s*:\s*\**\s*(\d+(?:\.\d+)?)", re.IGNORECASE)
 _CHOICE = re.compile(r"\b(image 1|image 2|equal)\b", re.IGNORECASE)
 _MAX_ANSWER = 1_000_000  # bytes
-_ENOUGH_ANSWERS = 20  # with fewer answers, the share of unreadable answers is too uncertain
+_ENOUGH_ANSWERS = 20  # `max_unreadable` is checked from this number of answers on
 
 
 class VLMServerError(OSError):
     """Raised if the server cannot be reached, refuses a request, or gives too many answers that cannot be parsed."""
 
 
+@dataclass(eq=False)
 class VLMServerScorer:
     """Score images by asking a vision-language model on a server for three ratings from 1 to 5. The score is the mean
     rating, mapped to `[0, 1]`.
@@ -55,7 +57,7 @@ class VLMServerScorer:
         batch_size (`int`, *optional*, defaults to `8`): Number of parallel requests.
         timeout (`float`, *optional*, defaults to `120.0`): Time limit of a request in seconds.
         max_unreadable (`float`, *optional*, defaults to `0.05`): Largest allowed share of answers that cannot be
-            parsed. The share is checked from the 20th answer on.
+            parsed. Nothing is checked before the 20th answer.
         max_tokens (`int`, *optional*, defaults to `256`): Largest length of an answer in tokens.
         api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): Environment variable that may contain an
             API key. If the variable is set, requests contain the key.
@@ -73,36 +75,29 @@ class VLMServerScorer:
     ```
     """
 
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        *,
-        question: str = QUESTION,
-        batch_size: int = 8,
-        timeout: float = 120.0,
-        max_unreadable: float = 0.05,
-        max_tokens: int = 256,
-        api_key_variable: str = "OPENAI_API_KEY",
-    ):
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-            raise ValueError(f"`url` must begin with `http://` or `https://`, got {url!r}. Correct the address.")
-        if "{prompt}" not in question:
-            raise ValueError(f"`question` must contain `{{prompt}}`, got {question!r}.")
-        self.name = f"vlm_server({model.split('/')[-1]})"
-        self.url = f"{url.rstrip('/')}/chat/completions"
-        self.model = model
-        self.question = question
-        self.batch_size = batch_size
-        self.timeout = timeout
-        self.max_unreadable = max_unreadable
-        self.max_tokens = max_tokens
-        self.api_key_variable = api_key_variable
+    url: str
+    model: str
+    _: KW_ONLY
+    question: str = QUESTION
+    batch_size: int = 8
+    timeout: float = 120.0
+    max_unreadable: float = 0.05
+    max_tokens: int = 256
+    api_key_variable: str = "OPENAI_API_KEY"
+
+    def __post_init__(self) -> None:
+        if urllib.parse.urlsplit(self.url).scheme not in ("http", "https"):
+            raise ValueError(f"`url` must begin with `http://` or `https://`, got {self.url!r}. Correct the address.")
+        if "{prompt}" not in self.question:
+            raise ValueError(f"`question` must contain `{{prompt}}`, got {self.question!r}.")
+        self.name = f"vlm_server({self.model.split('/')[-1]})"
+        self.url = f"{self.url.rstrip('/')}/chat/completions"
         self.answered = 0
         self.unreadable = 0
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
-        requests = [([image], self.question.replace("{prompt}", prompt)) for image, prompt in _pairs(images, prompts)]
+        questions = [self.question.replace("{prompt}", prompt) for prompt in prompts]
+        requests = [([image], question) for image, question in zip(images, questions, strict=True)]
         scores = [read_score(answer) for answer in self._ask(requests)]
         self._count(sum(score is None for score in scores), len(scores))
         return torch.tensor([math.nan if score is None else score for score in scores])
@@ -110,13 +105,13 @@ class VLMServerScorer:
     def compare(
         self, first: Sequence[Image.Image], second: Sequence[Image.Image], prompts: Sequence[str]
     ) -> torch.Tensor:
-        """Return which image of N pairs the model prefers, `(N,)`: 1 for the first image, -1 for the second, 0 for a
-        tie.
+        """Return the model's preferences for N pairs of images, `(N,)`: 1 if the model prefers the first image of a
+        pair, -1 if it prefers the second image, and 0 for a tie.
 
-        The model sees each pair in both orders. If its two answers contradict each other, the pair is a tie. If an
-        answer cannot be parsed, the result is NaN.
+        The model sees each pair in both orders. If the two answers on a pair contradict each other, the pair is a tie.
+        If one of the answers cannot be parsed, the result is NaN.
         """
-        questions = [COMPARISON.replace("{prompt}", prompt) for _, prompt in _pairs(first, prompts)]
+        questions = [COMPARISON.replace("{prompt}", prompt) for prompt in prompts]
         orders = [list(pair) for pair in zip(first, second, strict=True)]
         reversed_orders = [pair[::-1] for pair in orders]
         answers = self._ask([*zip(orders, questions, strict=True), *zip(reversed_orders, questions, strict=True)])
@@ -174,17 +169,18 @@ class VLMServerScorer:
         self.unreadable += unreadable
         if self.answered >= _ENOUGH_ANSWERS and self.unreadable > self.max_unreadable * self.answered:
             raise VLMServerError(
-                f"At most a share of `max_unreadable={self.max_unreadable}` of the answers may be unreadable, got "
-                f"{self.unreadable} of {self.answered} from {self.model}. Use another model, or change `question`."
+                f"The share of answers that cannot be parsed must be at most `max_unreadable={self.max_unreadable}`, "
+                f"but {self.unreadable} of {self.answered} answers of {self.model} cannot be parsed. Use another "
+                "model, or change `question`."
             )
 
 
 class VLMServerJudge(VLMServerScorer):
     """Judge pairs of images by asking a vision-language model on a server which image is better, in both orders.
 
-    A judge cannot score a single image. Evaluations let it compare each image with the base model's image of the same
-    prompt and noise. The score is 1 if the judge prefers the model's image, -1 if it prefers the base model's image,
-    and 0 for a tie. Arguments are those of [`VLMServerScorer`] without `question`.
+    A judge cannot score a single image. In an evaluation, the judge compares each image of a model with the base
+    model's image of the same prompt and noise. The score is 1 if the judge prefers the model's image, -1 if it prefers
+    the base model's image, and 0 for a tie. Arguments are those of [`VLMServerScorer`] without `question`.
     """
 
     def __init__(self, url: str, model: str, **settings: Any):
@@ -197,12 +193,13 @@ class VLMServerJudge(VLMServerScorer):
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
         raise ValueError(
-            f"`{self.name}` compares two images and cannot score one alone. Use it in `evaluate` or `pairs generate`."
+            f"`{self.name}` compares two images and cannot score a single image. Use this judge in `evaluate` or in "
+            "`pairs generate`."
         )
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects, because a redirected request would send the API key to another host."""
+    """Refuse redirects, because a redirected request would send the API key to another host."""
 
     def redirect_request(self, *arguments: Any) -> None:
         return None
@@ -220,8 +217,8 @@ def read_score(answer: str) -> float | None:
 
 
 def read_choice(answer: str) -> int | None:
-    """Return 1 if an answer prefers the first image, -1 for the second image, 0 for neither, and `None` if the answer
-    names no choice or several."""
+    """Return 1 if an answer prefers the first image, -1 if it prefers the second image, and 0 if it calls them equal.
+    Return `None` if the answer names none of the three choices or several."""
     named = {choice.lower() for choice in _CHOICE.findall(answer)}
     if len(named) != 1:
         return None
@@ -233,9 +230,3 @@ def data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _pairs(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[tuple[Image.Image, str]]:
-    if len(images) != len(prompts):
-        raise ValueError(f"Pass one prompt for each image, got {len(images)} images and {len(prompts)} prompts.")
-    return list(zip(images, prompts, strict=True))

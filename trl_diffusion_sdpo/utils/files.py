@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 VERDICT_FILE = "verdict.json"  # in the folder of a run
 
@@ -35,6 +36,11 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], *,
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return rows as JSON Lines, one object per line."""
+    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
 
 
 def sync_folder(folder: Path) -> None:
