@@ -268,47 +268,6 @@ def changed_settings(args: TrainingArguments, names: Iterable[str]) -> dict[str,
     return {name: value for name, value in values.items() if value != {} and value != defaults.get(name, value)}
 
 
-# ---- Recommended scales, in the metadata of a card -------------------------------------------------------------------
-
-
-def recommended_scales(folder: Path) -> dict[str, dict[str, float]]:
-    """Return the recommended scales from the metadata of the card in a folder, by the keys in [`RECOMMENDED`]."""
-    metadata = _read_metadata(folder)
-    return {key: metadata[key] for key in RECOMMENDED.values() if isinstance(metadata.get(key), dict)}
-
-
-def recommend_scale(folder: Path, scales: Mapping[str, Any], *, average: bool) -> None:
-    """Add recommended scales to the metadata of the card in a folder, if the folder has a card with metadata."""
-    metadata = _read_metadata(folder)
-    if metadata:
-        key = RECOMMENDED[average]
-        numbers = {name: scales[name] for name in _SCALES if scales.get(name) is not None}
-        metadata[key] = {**metadata.get(key, {}), **numbers}
-        metadata_save(folder / CARD_FILE, metadata)
-
-
-def forget_recommended_scales(folder: Path) -> None:
-    """Remove recommended scales from the card in a folder. Training calls this function first, because the scales are
-    not for the weights that it will write."""
-    metadata = _read_metadata(folder)
-    others = {key: value for key, value in metadata.items() if key not in RECOMMENDED.values()}
-    if others != metadata:
-        metadata_save(folder / CARD_FILE, others)
-
-
-def _read_metadata(folder: Path) -> dict[str, Any]:
-    """Return the metadata of the card in a folder. Return an empty dictionary if there is no card or no metadata."""
-    file = folder / CARD_FILE
-    try:
-        return (metadata_load(file) if file.is_file() else None) or {}
-    except ValueError as error:
-        logger.warning("The metadata of %s cannot be read, so the file is not changed: %s", file, error)
-        return {}
-
-
-# ---- Facts of a run in words -----------------------------------------------------------------------------------------
-
-
 def pairs_text(data: DataReport, *, is_stream: bool) -> str:
     """Return a text that says how many pairs training uses and how many it dropped."""
     text = "a stream" if is_stream else f"{data.pairs:,}, {data.dropped:,} dropped"
@@ -375,3 +334,41 @@ def _link(name: str | None, site: str) -> str:
     if _is_hub_id(name):
         return f"[{name}]({site}{name})"
     return f"`{_leaf(name)}`" if _leaf(name) else ""
+
+
+# ---- Recommended scales, in the metadata of a card -------------------------------------------------------------------
+
+
+def recommended_scales(folder: Path) -> dict[str, dict[str, float]]:
+    """Return the recommended scales from the metadata of the card in a folder, by the keys in [`RECOMMENDED`]."""
+    metadata = _read_metadata(folder)
+    return {key: metadata[key] for key in RECOMMENDED.values() if isinstance(metadata.get(key), dict)}
+
+
+def recommend_scale(folder: Path, scales: Mapping[str, Any], *, average: bool) -> None:
+    """Add recommended scales to the metadata of the card in a folder, if the folder has a card with metadata."""
+    metadata = _read_metadata(folder)
+    if metadata:
+        key = RECOMMENDED[average]
+        numbers = {name: scales[name] for name in _SCALES if scales.get(name) is not None}
+        metadata[key] = {**metadata.get(key, {}), **numbers}
+        metadata_save(folder / CARD_FILE, metadata)
+
+
+def forget_recommended_scales(folder: Path) -> None:
+    """Remove recommended scales from the card in a folder. Training calls this function first, because the scales are
+    not for the weights that it will write."""
+    metadata = _read_metadata(folder)
+    others = {key: value for key, value in metadata.items() if key not in RECOMMENDED.values()}
+    if others != metadata:
+        metadata_save(folder / CARD_FILE, others)
+
+
+def _read_metadata(folder: Path) -> dict[str, Any]:
+    """Return the metadata of the card in a folder. Return an empty dictionary if there is no card or no metadata."""
+    file = folder / CARD_FILE
+    try:
+        return (metadata_load(file) if file.is_file() else None) or {}
+    except ValueError as error:
+        logger.warning("The metadata of %s cannot be read, so the file is not changed: %s", file, error)
+        return {}
