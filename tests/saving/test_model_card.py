@@ -98,11 +98,14 @@ def test_only_the_names_of_local_folders_are_shown(path):
     assert "someone" not in body
 
 
-def test_a_folder_that_looks_like_a_hub_id_is_a_folder(tmp_path, monkeypatch):
-    (tmp_path / "models" / "sd").mkdir(parents=True)
-    assert metadata(card_of(base_model="models/sd"))["base_model"] == "models/sd"
+@pytest.mark.parametrize("name", ["models/sd", "models/sd.safetensors"])
+def test_a_folder_or_file_that_looks_like_a_hub_id_is_none(name, tmp_path, monkeypatch):
+    path = tmp_path / name
+    path.parent.mkdir()
+    path.touch() if path.suffix else path.mkdir()
+    assert metadata(card_of(base_model=name))["base_model"] == name
     monkeypatch.chdir(tmp_path)
-    assert "base_model" not in metadata(card_of(base_model="models/sd"))
+    assert "base_model" not in metadata(card_of(base_model=name))
 
 
 def test_values_cannot_break_the_table():

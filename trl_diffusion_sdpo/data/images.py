@@ -171,7 +171,8 @@ class ImageReader:
             raise UndecodableImageError("is missing: the row has neither bytes nor a path")
         else:
             raise UndecodableImageError(
-                f"is of unknown kind {type(value).__name__}: expected a PIL image, bytes, a path or a dict of both"
+                f"is of unknown kind {type(value).__name__}: expected a PIL image, bytes, a path, or a dict with "
+                "the key `bytes` or `path`"
             )
         with Image.open(value, formats=FILE_FORMATS) as image:
             _check_pixels(image)

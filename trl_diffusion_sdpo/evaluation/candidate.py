@@ -51,8 +51,8 @@ class Candidate:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ValueError(
-                f"A model's name is used in file names, so it must consist of letters, digits, dots, dashes and "
-                f"underscores, got {self.name!r}. Choose another name."
+                "A model's name is used in file names, so it must begin with a letter from a to z or a digit, and have "
+                f"only these letters, digits, dots, dashes and underscores. Got {self.name!r}. Choose another name."
             )
         if self.lora is not None and not isinstance(self.model, str):
             raise ValueError(

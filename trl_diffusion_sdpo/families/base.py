@@ -265,7 +265,8 @@ class Family(ABC):
         return {f"{SOURCE}{number}": self.encode_images(images) for number, images in enumerate(pixels)}
 
     def pixels_of_sources(self, sources: list[list[Image.Image]]) -> list[torch.Tensor]:
-        """Return one tensor `(N, 3, H, W)` with the first source image of each pair, one with the second, and so on.
+        """Return a list of tensors `(N, 3, H, W)`. The first tensor has the first source image of each of the N pairs,
+        the second tensor has the second source images, and so on.
         Images are resized as in the pipeline."""
         most = max(map(len, sources))
         if most > 1 and not self.takes_several_sources:

@@ -36,8 +36,8 @@ def fused(module: str, rows: tuple[int | None, ...], prefix: str, *names: str) -
 
 
 def renamed(inside: str, prefix: str, names: Mapping[str, str]) -> dict[str, OriginalModule]:
-    """Map diffusers modules to original modules that differ only in name. `names` maps names inside diffusers' module
-    `prefix` to names inside the original module `inside`."""
+    """Map diffusers modules to original modules that differ only in name. For each entry `ours: theirs` of `names`,
+    the diffusers module `{prefix}.{ours}` is the original module `{inside}.{theirs}`."""
     return {f"{prefix}.{ours}": OriginalModule(f"{inside}.{theirs}") for ours, theirs in names.items()}
 
 

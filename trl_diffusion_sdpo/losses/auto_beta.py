@@ -48,7 +48,8 @@ class BetaController:
         return 2 / self.beta * (pair_rewards[:, 0] - pair_rewards[:, 1]).abs()
 
     def steer(self, margin: torch.Tensor) -> None:
-        """Update beta from `margin`, the mean absolute margin of one optimizer step over all processes, `()`."""
+        """Update beta from `margin`, a tensor of shape `()`: the mean absolute margin of one optimizer step over all
+        processes."""
         self.margin = DECAY * self.margin + (1 - DECAY) * margin
         lowest = self._initial_beta / BETA_RANGE
         highest = self._initial_beta * BETA_RANGE

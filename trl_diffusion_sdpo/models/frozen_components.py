@@ -33,7 +33,7 @@ OVERFLOWS = "force_upcast"  # entry of a VAE's configuration; if true, the VAE o
 
 
 class FrozenComponents:
-    """Holds a copy of the user's pipeline with VAE and text encoders in the dtype and on the device of training.
+    """Holds a shallow copy of the user's pipeline, with VAE and text encoders in the dtypes that training needs.
 
     VAE and text encoders are in one of three states. Within the context `in_use`, VAE and text encoders always have
     weights and are on the device:

@@ -319,8 +319,8 @@ def _leaf(path: str | None) -> str:
 
 
 def _is_hub_id(name: str | None) -> bool:
-    """Return whether a name has the form `owner/name` of a Hub id, and no local folder has this name."""
-    if name is None or name.count("/") != 1 or os.path.isdir(name):
+    """Return whether a name has the form `owner/name` of a Hub id, and no local file or folder has this name."""
+    if name is None or name.count("/") != 1 or os.path.exists(name):
         return False
     try:
         validate_repo_id(name)
