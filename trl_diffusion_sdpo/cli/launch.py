@@ -52,7 +52,8 @@ def launch_words(config: str, words: list[str], options: Iterable[str]) -> list[
     """Return the arguments of `accelerate launch` that come before the name of the script.
 
     Args:
-        config (`str`): Name or path of a configuration of accelerate.
+        config (`str`): Name of one of the package's accelerate configurations, or path of an accelerate configuration
+            file.
         words (`list[str]`): Options of `accelerate launch`.
         options (`Iterable[str]`): Names of this command's options. The error for a misspelt option suggests one of
             these names.

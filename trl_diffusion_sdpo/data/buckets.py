@@ -32,7 +32,7 @@ class AspectRatioBuckets:
     appendix I).
 
     Args:
-        resolution (`tuple[int, int]`): Height and width, in pixels.
+        resolution (`tuple[int, int]`): Height and width of the training size, in pixels. No bucket has a larger area.
         step (`int`): All sides, except those of `resolution`, are multiples of `step` pixels.
         max_aspect_ratio (`float`): Largest ratio of the longer side to the shorter one.
 

@@ -63,7 +63,8 @@ class TimestepSampling:
             raise ValueError(f"`weighting_scheme` must be one of {', '.join(DENSITIES)}; got {self.scheme!r}.")
         if not abs(self.logit_mean) < float("inf"):
             raise ValueError(
-                f"`logit_mean` must be a finite number, got {self.logit_mean}. 0 gives a symmetric density."
+                f"`logit_mean` must be a finite number, got {self.logit_mean}. With `logit_mean=0`, "
+                "the density is symmetric around the noise level 0.5."
             )
         if not 0 < self.logit_std < float("inf"):
             raise ValueError(f"`logit_std` must be above 0, got {self.logit_std}. The usual value is 1.")

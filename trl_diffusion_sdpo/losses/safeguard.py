@@ -64,7 +64,8 @@ def parameter_scale(
     Returns:
         Detached lambda in `[0, 1]`, of shape `()`, and the detached metrics `safeguard/scale`, `safeguard/active`,
         `safeguard/cosine` (of `W` and `L`) and `safeguard/opposed`. The metric `safeguard/opposed` is 1 if
-        `<a, W> <= 0`: the winners' part of the gradient then does not lower the winners' error, and lambda is 0.
+        `<a, W> <= 0`: a step along `W`, the winners' part of the loss gradient, then does not lower the winners' error
+        (whose gradient is `a`), and lambda is 0.
 
     Source: https://huggingface.co/papers/2511.03317, closed form.
     """

@@ -57,7 +57,8 @@ def shown_metrics(logs: Mapping[str, Any]) -> Iterator[tuple[list[str], dict[str
     for each evaluation in an evaluation log.
 
     The metrics are texts, under the short names in `WORDS`. An error is followed by its change in per cent of the
-    reference's error. Other metrics, such as those of `compute_metrics`, are shown under their own names.
+    reference's error. Metrics that match `_HIDDEN` are left out. All other metrics, such as those of `compute_metrics`,
+    are printed under their own names.
     """
     prefixes = [match["prefix"] for match in map(_EVALUATED.match, logs) if match] or [""]
     own_names = {f"{prefix}{name}" for prefix in prefixes for name in WORDS}

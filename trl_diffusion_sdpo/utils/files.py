@@ -39,7 +39,7 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], *,
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Return rows as JSON Lines, one object per line."""
+    """Return the bytes of a JSON Lines file: one JSON object per row, each on its own line."""
     return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
 
 
