@@ -80,8 +80,8 @@ def derangement(values: np.ndarray, key: Sequence[int]) -> np.ndarray:
     Indices with equal values are put side by side on a circle. Each index is mapped to the index at a random distance
     on the circle. This distance is the same for all indices and at least the size of the largest group of equal values,
     so each index is mapped to another value. Then random pairs of indices swap the indices to which they are mapped,
-    unless an index would be mapped to its own value. A random half of these swaps is skipped, because the number of
-    swaps decides whether the permutation is even or odd, and must therefore be random.
+    unless an index would be mapped to its own value. Each of these swaps is skipped with probability 1/2, so
+    that the number of swaps is random and the permutation can be even or odd.
 
     Args:
         values (`np.ndarray` of shape `(P,)`): Value of each index. At most half of the values may be equal.

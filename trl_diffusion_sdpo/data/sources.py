@@ -461,9 +461,9 @@ def _as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Data
         return _table_of_rows(rows, dataset_format, name)
     if rows.format["type"] == "custom":
         raise ValueError(
-            f"Rows must not change between reads. The {name} data have a transform (`set_transform` or "
-            "`with_transform`), which could change the rows. Apply the transform once with `map`, or remove it with "
-            "`with_format(None)`."
+            "A data set must not have a transform (`set_transform` or `with_transform`), because a transform could "
+            f"return other rows at each read. The {name} data have one. Apply the transform once with `map`, or remove "
+            "it with `with_format(None)`."
         )
     return rows
 

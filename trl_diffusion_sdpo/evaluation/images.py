@@ -113,7 +113,8 @@ def generate_images(
     Images are always grouped into the same batches, so a resumed call writes the same bytes as an uninterrupted call.
 
     Args:
-        base (`Candidate`, *optional*): The base model. It is only used if the candidate has a `scale` and no LoRA.
+        base (`Candidate`, *optional*): The base model. It is needed if the candidate has a `scale` and no LoRA:
+            the candidate's weights are then mixed with the base's weights, or the base guides the generation.
 
     Raises:
         `ValueError`: If the folder has images of this model that were generated with other settings or prompts, or the
@@ -188,7 +189,7 @@ def facts_of(
         **asdict(replace(candidate, model="")),
         "model": model,
         "weights": _weights(candidate),
-        "base_weights": None if base is None or candidate.scale is None else _weights(base),
+        "base_weights": None if base is None or candidate.scale is None or candidate.lora else _weights(base),
         "noise": settings.noise,
         "seeds": list(settings.seeds),
         "shared_call_kwargs": settings.call_kwargs or {},

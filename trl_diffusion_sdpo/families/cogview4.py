@@ -27,7 +27,8 @@ class CogView4Process(FlowMatchingProcess):
     """
 
     def shift_of(self, image_seq_len: int) -> float:
-        """Return the shift: `base_shift + max_shift * sqrt(image_seq_len / base_image_seq_len)`."""
+        """Return the shift of the noise levels for images with `image_seq_len` tokens:
+        `base_shift + max_shift * sqrt(image_seq_len / base_image_seq_len)`."""
         return self.shifts[0] + self.shifts[1] * math.sqrt(image_seq_len / self.lengths[0])
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

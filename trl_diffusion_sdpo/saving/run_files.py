@@ -60,12 +60,11 @@ class RunFiles:
 
     # ---- Writing --------------------------------------------------------------------------------------------------
 
-    def save(self, folder: Path, model: nn.Module, setup: dict[str, Any]) -> None:
+    def save(self, folder: Path, setup: dict[str, Any]) -> None:
         """Write a checkpoint into `folder` if [`RunFiles.writing_checkpoint`] yielded this folder. Otherwise write the
         run's results into `folder`.
 
         Args:
-            model (`nn.Module`): The policy as the engine wrapped it.
             setup (`dict[str, Any]`): Content of the set-up file.
 
         Raises:
@@ -73,7 +72,7 @@ class RunFiles:
         """
         writes = self._args.should_save
         is_checkpoint = self.checkpoints.is_being_written(folder)
-        gathered = self._gather(model, keep=writes)
+        gathered = self._gather(keep=writes)
         average = None
         if self._average is not None and not is_checkpoint:
             average = self._average.gather(keep=writes)
@@ -94,9 +93,9 @@ class RunFiles:
         if not is_checkpoint:
             self._write_args(folder)
 
-    def verify_weights(self, model: nn.Module) -> None:
+    def verify_weights(self) -> None:
         """Raise `FloatingPointError` in all processes if the policy's weights are not finite."""
-        gathered = self._gather(model, keep=self._args.should_save)
+        gathered = self._gather(keep=self._args.should_save)
         self._check_finite(self._weights.tensors() if gathered is None else gathered, None, together=True)
 
     def _check_finite(
@@ -120,7 +119,7 @@ class RunFiles:
                 "bf16 instead of fp16."
             )
 
-    def _gather(self, model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor] | None:
+    def _gather(self, *, keep: bool) -> dict[str, torch.Tensor] | None:
         if not self._engine.holds_shards:
             return None
         self._engine.reshard()

@@ -603,8 +603,8 @@ class DiffusionSDPOTrainer(Trainer):
             self.winner_budget.begin(self.model_wrapped, self._load_probe())
 
     def _after_step(self, step: int) -> None:
-        """Update averaged weights, winner budget, beta and reference after optimizer step number `step` (the first step
-        is 1)."""
+        """After optimizer step number `step` (the first step is 1), update the averaged weights, the winner budget, the
+        automatic beta and the synchronized reference, if the run has them and their update is due."""
         if self.average is not None:
             self.average.after_step(step)
         if self.winner_budget is not None and step % ProbeSettings(**self.args.winner_budget_kwargs).steps == 0:
@@ -650,7 +650,7 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         if self.state.global_step not in (self._first_step, self._saved_step):
-            self.run_files.verify_weights(self.model_wrapped)
+            self.run_files.verify_weights()
         settings: dict[str, Any] = {"save_total_limit": None}  # a limit of 1 would delete other checkpoints
         if was_interrupted(self.callback_handler.callbacks):
             settings["load_best_model_at_end"] = False
@@ -874,7 +874,7 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        self.run_files.save(folder, self.model_wrapped, self._setup())
+        self.run_files.save(folder, self._setup())
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         run_dir = Path(self._checkpoints_dir)
