@@ -19,8 +19,8 @@ def make_parser(prog: str | None = None) -> OneLineParser:
         prog=prog,
         usage="%(prog)s --model_name_or_path ID [--config FILE.yaml] [--OPTION VALUE ...]",
         description="Compute the peak memory of a training run on a GPU without loading weights, for your settings and "
-        "for LoRA, QLoRA and full tuning. The command takes all options of `train`. It measures nothing and needs no "
-        "GPU.",
+        "for LoRA, QLoRA and full tuning. The command takes the options of `train` except `--deepspeed` and `--fsdp`. "
+        "It measures nothing and needs no GPU.",
     )
 
 

@@ -158,8 +158,8 @@ def _interpolated(denoiser: nn.Module, base: nn.Module, candidate: Candidate) ->
     different = architecture_difference(denoiser, base)
     if different is not None:
         raise ValueError(
-            f"To scale the weights of {candidate.name}, the first model must be its base model, with the same "
-            f"architecture. The first model differs: {different}. List the right base model first."
+            f"To scale the weights of {candidate.name}, the first model in the list must be its base model, with the "
+            f"same architecture. The first model differs: {different}. List the right base model first."
         )
     tuned = {name: tensor.detach().clone() for name, tensor in base_tensors(denoiser).items()}
     start = base_tensors(base)

@@ -73,8 +73,8 @@ def preference_learned(errors: torch.Tensor) -> dict[str, float]:
     Returns:
         `dict[str, float]`: Two metrics and their standard errors (suffix `_stderr`).
 
-        - `errors/accuracy`: share of pairs whose loser's error rose more than the winner's, as a mean over the pairs'
-          draws of noise. A draw with equal rises counts half.
+        - `errors/accuracy`: share of noise draws in which the loser's error rose more than the winner's. The share is
+          averaged over the draws of each pair, then over the pairs. A draw with equal rises counts half.
         - `errors/margin_relative`: mean of the loser's rise minus the winner's rise, divided by the mean error of the
           winners before training or under the reference.
 

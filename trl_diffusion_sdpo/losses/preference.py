@@ -145,13 +145,14 @@ def pair_terms(
 
 
 def _weighted(errors: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split errors `(2B,)` into winners' and losers' errors, each `(B,)`, and multiply both by the pairs' weights."""
+    """Split errors `(2B,)` into winners' and losers' errors, each `(B,)`, and multiply both by the pairs'
+    timestep weights."""
     winner, loser = errors.chunk(2)
     return (winner, loser) if weights is None else (winner * weights, loser * weights)
 
 
 def _root_weighted(tensor: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """Multiply a `(B, ...)` tensor by the square roots of the pairs' weights."""
+    """Multiply a `(B, ...)` tensor by the square roots of the pairs' timestep weights."""
     return tensor if weights is None else tensor * per_sample(weights.sqrt(), tensor)
 
 

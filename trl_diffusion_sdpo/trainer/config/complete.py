@@ -112,7 +112,7 @@ def check_and_complete(
         raise ValueError(
             "`activation_checkpointing` (`gradient_checkpointing`) needs a denoiser with checkpointing. Got a "
             f"{type(denoiser).__name__} without checkpointing. Leave `activation_checkpointing` off. To save memory, "
-            "use smaller micro-batches or `safeguard_low_memory`."
+            "use smaller micro-batches, or `safeguard_low_memory` with `safeguard='parameter'`."
         )
     inversion = checked_inversion(args, family)
     return NoiseSettings(timesteps, args.noise_offset, args.n_timesteps_per_pair, inversion)
@@ -180,7 +180,7 @@ def loss_defaults(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> t
     default that all losses share. The returned `beta` is `None` if the loss has no `beta`, or if `args.beta` is set.
 
     Raises:
-        `ValueError`: If `beta` is not set and the losses of a sum have different defaults.
+        `ValueError`: If `beta` is not set and the losses of a sum have different default betas.
     """
     weights = loss_weights_by_name(args.loss_type, args.loss_weights)
     rows = {name: family.loss_defaults(name) for name, weight in weights.items() if weight}

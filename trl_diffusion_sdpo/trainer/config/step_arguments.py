@@ -118,8 +118,8 @@ class LossArguments:
         safeguard_granularity (`str`, *optional*, defaults to `"batch"`):
             Pairs that share one lambda under `safeguard="output"`. `"batch"` computes one lambda for each micro-batch
             of a process, as published. `"pair"` computes one lambda for each pair. `"weighted"` computes one lambda for
-            each micro-batch, with each pair weighted as in the loss. `"noise_bin"` computes one lambda for each noise
-            bin in the micro-batch (see `num_noise_bins`).
+            each micro-batch from the gradients of the loss, so each pair has the weight that the loss gives it.
+            `"noise_bin"` computes one lambda for each noise bin in the micro-batch (see `num_noise_bins`).
         safeguard_eps (`float`, *optional*, defaults to `0.0`):
             Small number that `safeguard="output"` adds to the divisor of lambda (the divisor is the dot product of the
             winners' and losers' gradients). Use 1e-9 to reproduce the authors' code.
