@@ -51,6 +51,41 @@ def test_another_run_is_overwritten_if_the_settings_say_so(build, tmp_path):
     assert all((run / name).read_text() == "mine" for name in ("notes.txt", "pairs.json", "README.md"))
 
 
+def test_files_of_a_folder_that_is_no_run_of_ours_are_kept(build, tmp_path):
+    """Such as checkpoints of another script, beside weights of its own."""
+    run = tmp_path / "run"
+    for name in ("checkpoint-500/a.bin", "unet/mine.bin", "samples/mine.png", "pytorch_lora_weights.safetensors"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("mine")
+    with pytest.raises(ValueError, match="contains checkpoint-500"):
+        build(2).train()
+    build(2, overwrite_output_dir=True).train()
+    assert not (run / "checkpoint-500").exists()
+    for name in ("unet/mine.bin", "samples/mine.png", "pytorch_lora_weights.safetensors"):
+        assert (run / name).read_text() == "mine"
+
+
+def test_a_renamed_checkpoint_in_the_folder_gives_up_no_other(build, run):
+    shutil.copytree(run / "checkpoint-2", run / "keep")
+    build(3, save_steps=9).train(resume_from_checkpoint=str(run / "keep"))
+    assert (run / "checkpoint-2").is_dir() and (run / "checkpoint-4").is_dir()
+
+
+def test_a_linked_folder_of_another_run_is_unlinked(build, run, tmp_path):
+    (run / "checkpoint-4").rename(tmp_path / "elsewhere")
+    (run / "checkpoint-4").symlink_to(tmp_path / "elsewhere")
+    build(2, overwrite_output_dir=True).train()
+    assert not (run / "checkpoint-4").exists() and any((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_checkpoint_whose_replacement_was_killed_is_found_again(build, run):
+    (run / PARTIAL).mkdir()
+    (run / "checkpoint-4").rename(run / PARTIAL / "checkpoint-4.replaced")
+    again = build(4)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4 and (run / "checkpoint-4").is_dir()
+
+
 def test_what_a_killed_first_save_left_is_no_other_run(build, run):
     shutil.rmtree(run / "checkpoint-4")
     (run / "diffusion_sdpo_setup.json").unlink()

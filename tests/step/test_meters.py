@@ -145,3 +145,8 @@ def test_an_evaluation_reports_the_change_in_each_noise_bin(make_trainer, make_p
 def test_without_a_reference_the_change_is_that_since_the_evaluation_before_training(make_trainer, make_pairs):
     metrics = make_trainer(eval_dataset=make_pairs(4, seed=4), loss_type="mapo").evaluate()
     assert set(of_levels(metrics).values()) == {0.0} and "eval_errors/winner_change" not in metrics
+
+
+def test_a_range_without_a_timestep_is_refused(make_trainer):
+    with pytest.raises(ValueError, match=r"`loser_noise_range`.*0.028 to 0.936"):
+        make_trainer(loser_noise_range=[0.95, 1.0])

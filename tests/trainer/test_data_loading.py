@@ -31,6 +31,11 @@ def test_a_stream_that_is_split_already_is_refused(make_trainer, make_pairs):
         make_trainer(train=datasets.distributed.split_dataset_by_node(stream, rank=1, world_size=2))
 
 
+def test_an_epoch_without_a_batch_is_refused(make_trainer, make_pairs):
+    with pytest.raises(ValueError, match="`dataloader_drop_last=True`.* 4 pairs, .* 3"):
+        make_trainer(train=make_pairs(3), dataloader_drop_last=True)
+
+
 def test_the_order_depends_on_seed_and_epoch_alone(make_trainer, make_pairs):
     trainer = make_trainer(train=make_pairs(9), per_device_train_batch_size=2)
     loader, torch_random = trainer.get_train_dataloader(), torch.Generator()

@@ -113,6 +113,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(settings, dict):
         raise ValueError(f"The file {path} must map names to values in YAML, got {type(settings).__name__}.")
-    values = zip(texts, settings.values(), strict=True)
-    set_ones = {name: value for name, value in values if value is not None}
-    return {name: value if isinstance(value, (dict, list)) else texts[name] for name, value in set_ones.items()}
+    set_ones = {name: value for name, value in settings.items() if value is not None}
+    return {
+        name: value if isinstance(value, (dict, list)) else texts.get(name, value) for name, value in set_ones.items()
+    }

@@ -121,8 +121,8 @@ def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tupl
         `str`: The adapter's name.
 
     Raises:
-        `ValueError`: If the denoiser already has an adapter, if the configuration does not describe a supported LoRA,
-            or if its `target_modules` match no layer.
+        `ValueError`: If the denoiser already has an adapter, or if the configuration does not describe a supported
+            LoRA.
     """
     if active_adapter(denoiser) is not None:
         raise ValueError(

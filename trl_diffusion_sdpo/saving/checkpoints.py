@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 LATEST = "latest"  # this value of `resume_from_checkpoint` is from diffusers' scripts
 PARTIAL = "_partial"  # folder of unfinished checkpoints, whose underscore excludes it from uploads
+REPLACED = ".replaced"  # end of the name of an earlier checkpoint of the same step, until the new one is in its place
 # Patterns of the optimizer's files: of one process or DDP, of FSDP2 (full and sharded), and of DeepSpeed.
 OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
@@ -81,6 +82,7 @@ class Checkpoints:
         partial = folder.parent / PARTIAL / folder.name
         with failing_together(DiskFullError):
             if self._args.should_save:
+                restore_replaced(folder.parent)
                 check_room(folder, max(needed, self._last_bytes))
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
@@ -149,6 +151,7 @@ class Checkpoints:
         """Return the checkpoint with the highest step, or `None` if the folder contains no checkpoint."""
         newest = None
         if self._processes.is_main_process and os.path.isdir(output_dir):
+            restore_replaced(Path(output_dir))
             newest = get_last_checkpoint(str(output_dir))
         return gather_objects(newest)[0]
 
@@ -177,6 +180,14 @@ def holds_optimizer(folder: Path) -> bool:
     return any(True for pattern in OPTIMIZER_STATES for _ in folder.glob(pattern))
 
 
+def restore_replaced(output_dir: Path) -> None:
+    """Undo the first rename of [`_finish`] if the process was killed before the second rename."""
+    for replaced in (output_dir / PARTIAL).glob(f"*{REPLACED}"):
+        folder = output_dir / replaced.name.removesuffix(REPLACED)
+        if not folder.exists():
+            os.rename(replaced, folder)
+
+
 def _finish(partial: Path, folder: Path) -> int:
     """Flush a checkpoint's files to the disk, rename its temporary folder to `folder`, and return its size in bytes."""
     files = [path for path in partial.rglob("*") if path.is_file()]
@@ -186,7 +197,7 @@ def _finish(partial: Path, folder: Path) -> int:
     for parent in {path.parent for path in files}:
         sync_folder(parent)
     if folder.exists():  # a folder cannot replace a folder that contains files, so move that one away
-        os.rename(folder, partial.with_name(f"{folder.name}.replaced"))
+        os.rename(folder, partial.with_name(f"{folder.name}{REPLACED}"))
     os.rename(partial, folder)
     sync_folder(folder.parent)
     shutil.rmtree(partial.parent, ignore_errors=True)

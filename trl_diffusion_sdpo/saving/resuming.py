@@ -125,9 +125,7 @@ def _compare_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, 
     if not differing:
         return
     listed = "; ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in differing)
-    if differing == ["images"]:
-        logger.warning("The files of the training images differ from those of the checkpoint: %s.", listed)
-    elif starts_anew:
+    if starts_anew:
         logger.warning(
             "The training data differ from those of the checkpoint (%s). The run reads the new data from the start.",
             listed,
@@ -147,15 +145,17 @@ def keeping_optimizer_settings(optimizer: torch.optim.Optimizer, scheduler: Any)
     stays at the checkpoint's step.
 
     The learning rate is replaced only if the schedule computes it from the step alone. This is the case for all
-    schedules of transformers except [`SCHEDULES_WITH_STATE`].
+    schedules of transformers except [`SCHEDULES_WITH_STATE`]. Other schedules continue with the checkpoint's rate.
     """
     schedule = scheduler.scheduler if isinstance(scheduler, AcceleratedScheduler) else scheduler
-    settings = [{name: group[name] for name in GROUP_SETTINGS if name in group} for group in optimizer.param_groups]
+    replaced = [name for name in GROUP_SETTINGS if name != "initial_lr" or isinstance(schedule, LambdaLR)]
+    settings = [{name: group[name] for name in replaced if name in group} for group in optimizer.param_groups]
     base_rates = list(schedule.base_lrs) if isinstance(schedule, LambdaLR) else []
     yield
     for group, values in zip(optimizer.param_groups, settings, strict=True):
         group.update(values)
     if not isinstance(schedule, LambdaLR):
+        logger.warning("The learning rate of a %s continues from the checkpoint.", type(schedule).__name__)
         return
     schedule.base_lrs = base_rates
     step = schedule.last_epoch

@@ -84,12 +84,15 @@ class RunFolder:
         self._has_begun = True
 
     def _clear(self, checkpoint: str | Path | None, overwrite: bool) -> None:
-        others = checkpoints_in(self.path)
         resumes_here = checkpoint is not None and Path(checkpoint).resolve().parent == self.path.resolve()
         step = step_of(Path(checkpoint)) if checkpoint is not None and resumes_here else None
-        if step is not None:
-            others = {path: other for path, other in others.items() if other > step}
-        has_weights = not resumes_here and not self._has_begun and (self.path / SETUP_FILE).is_file()
+        others = [
+            path
+            for path, other in checkpoints_in(self.path).items()
+            if not resumes_here or (step is not None and other > step)
+        ]
+        has_results = not resumes_here and (self.path / SETUP_FILE).is_file()  # only `save_model` writes this file
+        has_weights = has_results and not self._has_begun
         if not others and not has_weights:
             return
         if not overwrite:
@@ -100,9 +103,9 @@ class RunFolder:
                 "`resume_from_checkpoint=True`, choose another `output_dir`, or set `overwrite_output_dir=True` to "
                 "delete these files."
             )
-        patterns = [] if resumes_here else [*RESULTS, *self._components, *self._reports]
+        patterns = [*RESULTS, *self._components, *self._reports] if has_results else []
         for path in {*others, *(path for pattern in patterns for path in self.path.glob(pattern))}:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _acquire(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

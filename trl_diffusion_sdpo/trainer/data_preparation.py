@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -15,6 +16,7 @@ from ..cache.encoding import PairEncoding
 from ..data.dataset import PairOptions, PreferenceDataset
 from ..data.pair_scores import ScoreSettings
 from ..data.preparing import prepare_dataset
+from ..data.sources import PairMixture
 from ..data.streaming import PreferenceIterableDataset, StreamPosition
 from ..data.transforms import PairTransform
 from ..engines.processes import peers
@@ -94,6 +96,17 @@ def check_source_column(
             f"`random_crop` does not work with source images yet. Got {name} data with source images. Leave "
             "`random_crop` out."
         )
+
+
+def outline(dataset: Any) -> Any:
+    """Return a data set's type, number of rows and column names, without reading rows. For several data sets, return a
+    dictionary with these three values for each data set."""
+    if isinstance(dataset, PairMixture):
+        dataset = dataset.by_name
+    if isinstance(dataset, Mapping):
+        return {name: outline(source) for name, source in dataset.items()}
+    rows = len(dataset) if isinstance(dataset, Sized) else None
+    return [type(dataset).__name__, rows, getattr(dataset, "column_names", None)]
 
 
 def _reading(args: DiffusionSDPOConfig) -> tuple[int, int, int]:

@@ -104,6 +104,9 @@ class DiffusionSDPOConfig(AllArguments):
     )
 
     def __post_init__(self) -> None:
+        for name, setting in settings_of(type(self)).items():
+            if setting.types == {float} and isinstance(getattr(self, name), str):
+                setattr(self, name, float(getattr(self, name)))  # YAML reads `1e-4` as text
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
         workers = self.dataloader_num_workers

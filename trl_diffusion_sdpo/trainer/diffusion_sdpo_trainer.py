@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -83,6 +84,7 @@ from .data_preparation import (
     PREPARED,
     PairPreparation,
     load_position,
+    outline,
     save_position,
 )
 from .diffusion_sdpo_config import DiffusionSDPOConfig, resume_settings
@@ -398,7 +400,13 @@ class DiffusionSDPOTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[Any, None]:
         """Return the micro-batches of an optimizer step, and `None` instead of the number of items, because losses are
-        means over pairs."""
+        means over pairs.
+
+        Micro-batches of a map-style data set are loaded one at a time, so that loading overlaps with training.
+        Micro-batches of a stream are all loaded before the step, because a stream may end within the step.
+        """
+        if isinstance(self.train_dataset, PreferenceDataset):
+            return _LazyBatches(epoch_iterator, num_batches), None
         batches = list(islice(epoch_iterator, num_batches))
         if self._position is not None:
             for batch in batches:
@@ -447,8 +455,16 @@ class DiffusionSDPOTrainer(Trainer):
     def _prepare_data(self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig) -> tuple[Any, Any]:
         """Return the training and evaluation data as data sets of pairs. Set `args.dataloader_num_workers` if it is
         `None`."""
+        check_agreement({"train_dataset": outline(train_dataset), "eval_dataset": outline(eval_dataset)})
         prepare = self._preparation.prepare
         train_dataset = prepare(train_dataset, name="train", training=True)
+        batch = args.train_batch_size * args.world_size
+        if isinstance(train_dataset, PreferenceDataset) and args.dataloader_drop_last and len(train_dataset) < batch:
+            raise ValueError(
+                f"`dataloader_drop_last=True` leaves no batch. One batch of all processes takes {batch} pairs, and the "
+                f"training data have {len(train_dataset)}. Lower `per_device_train_batch_size`, or set "
+                "`dataloader_drop_last=False`."
+            )
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: prepare(data, name=name, training=False) for name, data in eval_dataset.items()}
         else:
@@ -654,8 +670,11 @@ class DiffusionSDPOTrainer(Trainer):
         settings: dict[str, Any] = {"save_total_limit": None}  # a limit of 1 would delete other checkpoints
         if was_interrupted(self.callback_handler.callbacks):
             settings["load_best_model_at_end"] = False
+        if self.winner_budget is not None:
+            self.winner_budget.probe = []  # frees the device memory of the probe
         with temporarily(self.args, **settings):
-            return super()._finalize_training(trial, num_train_samples, start_time)
+            output = super()._finalize_training(trial, num_train_samples, start_time)
+        return output if self.state.global_step > self._first_step else output._replace(training_loss=math.nan)
 
     # ---- A step -----------------------------------------------------------------------------------------------------
 
@@ -818,6 +837,8 @@ class DiffusionSDPOTrainer(Trainer):
     # ---- Logging ----------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.state.global_step == self._first_step:
+            logs = {name: value for name, value in logs.items() if name != "train_loss"}  # 0 in a run without steps
         if "loss" in logs:
             logs = {**logs, **self._meter.drain(self.accelerator)}
         super().log(logs, start_time)
@@ -1077,3 +1098,27 @@ def _on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any
         else value
         for name, value in inputs.items()
     }
+
+
+class _LazyBatches:
+    """Iterable over the micro-batches of an optimizer step, for a single loop. The constructor already loads the first
+    micro-batch, because a data loader draws the random seeds of an epoch when it loads the first batch. Each other
+    micro-batch is loaded when the loop reaches it.
+
+    Args:
+        batches (`Iterator`): Remaining batches of the epoch.
+        count (`int`): Number of micro-batches in the step. `batches` must still have at least this many.
+    """
+
+    def __init__(self, batches: Iterator[Any], count: int):
+        self._batches = batches
+        self._count = count
+        self._first = [next(batches)]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self._first.pop()
+        for _ in range(self._count - 1):
+            yield next(self._batches)

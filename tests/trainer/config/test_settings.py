@@ -41,3 +41,17 @@ def test_every_range_and_every_choice_is_checked(make_args):
                 with pytest.raises(ValueError, match=f"`{name}` must be .*got None"):
                     make_args(**{name: None})
     assert checked > 20
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(make_args):
+    args = make_args(learning_rate="1e-4", beta="2e3")
+    assert (args.learning_rate, args.beta) == (1e-4, 2000.0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"neftune_noise_alpha": 5.0}, {"safeguard": "parameter", "ddp_static_graph": True}],
+)
+def test_settings_that_cannot_work_are_refused(make_args, settings):
+    with pytest.raises(ValueError, match=list(settings)[-1]):
+        make_args(**settings)

@@ -80,6 +80,15 @@ def _check_inherited(args: DiffusionSDPOConfig) -> None:
     """Raise `ValueError` if a setting of transformers has a value that cannot be used with diffusion models."""
     _, checkpointing = activation_checkpointing(args)
     refused = {
+        "neftune_noise_alpha": (
+            args.neftune_noise_alpha is not None,
+            "It adds noise to token embeddings of language models. Leave it unset",
+        ),
+        "train_sampling_strategy": (
+            args.train_sampling_strategy not in ("random", "sequential"),
+            "Images have no length to group by. Use 'random'",
+        ),
+        "include_for_metrics": (args.include_for_metrics, "`compute_metrics` receives only rewards. Leave it empty"),
         "label_smoothing_factor": (args.label_smoothing_factor, "Use `loss_type='robust'`"),
         "bf16_full_eval": (args.bf16_full_eval, "It would round the policy but not the reference. Use `bf16`"),
         "fp16_full_eval": (args.fp16_full_eval, "It would round the policy but not the reference. Use `fp16`"),
@@ -107,6 +116,11 @@ def _conflicts_of_losses(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[
                 f"`safeguard='parameter'` needs a loss that trains losers, got {args.loss_type!r}. Use "
                 "`safeguard='none'`: without losers, the result is the same and costs less."
             )
+    if args.safeguard == "parameter" and args.ddp_static_graph:
+        yield (
+            "`safeguard='parameter'` runs one backward pass for winners and one for losers, so `ddp_static_graph` "
+            "must be off. Got `ddp_static_graph=True`. Leave `ddp_static_graph` out."
+        )
     optimizer = str(args.optim).rsplit(".", 1)[-1].lower()
     if args.safeguard == "parameter" and ("lomo" in optimizer or "layerwise" in optimizer):
         yield (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
     """Check the settings as far as possible without a model, and return a copy of the settings for the trainer.
 
     Raises:
-        `ValueError`: If `args` is no `DiffusionSDPOConfig`, the process sees several GPUs, or two arguments name a
-            reference.
+        `ValueError`: If `args` is no `DiffusionSDPOConfig`, the process sees several GPUs, two arguments name a
+            reference, or the output folder is not writable.
     """
     if args is None:
         name = Path(model).name if isinstance(model, (str, Path)) else type(model).__name__
@@ -72,6 +73,15 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
             "`ref_model_init_kwargs` only apply if `ref_model` is a Hub id or a folder, got "
             f"{'none' if ref_model is None else f'a {type(ref_model).__name__}'}. Leave `ref_model_init_kwargs` out."
         )
+    if args.should_save:
+        try:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=args.output_dir):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"`output_dir` must be a writable folder, got {args.output_dir!r} ({error}). Choose another folder."
+            ) from error
     args = copy.copy(args)
     if args.ddp_broadcast_buffers is None:
         args.ddp_broadcast_buffers = False  # DDP would send buffers in every step, but denoisers never change theirs
@@ -101,6 +111,7 @@ def check_and_complete(
     complete_args(args, family, loss, full=adapter is None)
     check_resolution(args, family)
     timesteps = checked_timesteps(args, family)
+    check_noise_range(args, family, timesteps)
 
     # Refuse dropout if the settings need two equal predictions of the same input.
     if args.safeguard == "parameter" and args.safeguard_low_memory:
@@ -209,6 +220,23 @@ def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
         raise ValueError(f"`resolution` must be a multiple of {unit} pixels for this model, got {args.resolution}.")
     for height, width in image_sizes(args):
         family.check_image_size(height, width)
+
+
+def check_noise_range(args: DiffusionSDPOConfig, family: Family, timesteps: dict[str, Any]) -> None:
+    """Raise `ValueError` if none of the timesteps that training draws has a noise level in `loser_noise_range`."""
+    if args.loser_noise_range is None:
+        return
+    low, high = args.loser_noise_range
+    process = family.noise_process
+    drawn = process.candidate_timesteps(torch.device("cpu"), **timesteps)
+    for size in image_sizes(args):
+        levels = process.noise_level(drawn, family.tokens_of_image(*size))
+        if not ((levels >= low) & (levels <= high)).any():
+            raise ValueError(
+                f"`loser_noise_range` must overlap the noise levels that training draws, {levels.min():.3f} to "
+                f"{levels.max():.3f}. Got {list(args.loser_noise_range)}. Change the range, or use `loss_type='sft'` "
+                "to train winners only."
+            )
 
 
 def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, Any]:
