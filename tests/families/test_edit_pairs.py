@@ -290,7 +290,7 @@ def test_sources_of_one_size_train_in_larger_batches_and_others_are_refused(kont
     [
         ({"random_crop": True}, {}, "random_crop"),
         ({"sample_prompts": ["a"]}, {}, "sample_sources"),
-        ({"sample_prompts": ["a"], "sample_sources": ["a.png", "b.png"]}, {}, "one image for each"),
+        ({"sample_prompts": ["a"], "sample_sources": ["a.png", "b.png"]}, {}, "sample_sources"),
         ({"sample_prompts": ["a"], "sample_sources": ["missing.png"]}, {}, "missing.png"),
         ({}, {"source": "web"}, "source"),  # a column of text
     ],
