@@ -96,3 +96,27 @@ def test_jsonl_of_flow_factory_is_read(place, streaming):
         assert prepare_dataset(loaded, PairOptions(PairTransform(16)))[0]["sources"][0].size == (16, 16)
         path.write_text(json.dumps(task(media=2 * [{"type": "image", "path": "images/w.png"}])))
         assert len(prepare_dataset(load_pairs(path), PairOptions(PairTransform(16)))[0]["sources"]) == 2
+
+
+def test_a_saved_set_of_one_split_takes_no_slice(place):
+    datasets.Dataset.from_list([ROW] * 4).save_to_disk(place / "saved")
+    with pytest.raises(ValueError, match="split"):
+        load_pairs(place / "saved", "train[:2]")
+
+
+def test_prompts_of_several_types_are_refused(place):
+    rows = [{**ROW, "prompt": prompt} for prompt in ("a cat", 5)]
+    (place / "mixed.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="prompt"):
+        load_pairs(place / "mixed.jsonl")
+
+
+@pytest.mark.parametrize("mode", ["turned", "CMYK"])
+def test_images_in_memory_are_read_as_image_files_are(mode):
+    image = Image.new("CMYK" if mode == "CMYK" else "RGB", (64, 32))
+    if mode == "turned":
+        image.getexif()[274] = 6
+    rows = [{"prompt": "x", "chosen": image, "rejected": Image.new("RGB", (32, 64), "red")}]
+    (item,) = prepare_dataset(rows, PairOptions(PairTransform(16), verify_images="none"))
+    assert item["pixel_values"].shape[-2:] == (16, 16)
+    assert tuple(item["original_sizes"][0]) == ((64, 32) if mode == "turned" else (32, 64))

@@ -131,3 +131,8 @@ def test_the_mixture_depends_on_seed_and_epoch_and_on_nothing_else():
         PairMixture([picks(9).to_iterable_dataset(), canonical(5).to_iterable_dataset()]), repeat=True, seed=7
     )
     assert [item["prompt"] for item in islice(iter(other), 30)] != [item["prompt"] for item in islice(iter(again), 30)]
+
+
+def test_weights_that_repeat_pairs_too_often_are_refused():
+    with pytest.raises(ValueError, match="weights"):
+        prepare(PairMixture([picks(), picks()], [1e-20, 1]))

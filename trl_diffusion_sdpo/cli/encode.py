@@ -62,7 +62,7 @@ def _encode_alone(
     args, loss = copy_and_check_args(model, None, training_args), training_args.loss_spec
     loaded = load_policy(model, args, None, lora, get_quantization_config(model_args), denoiser=False)
     tunes_lora = lora is not None or starting_point(str(model), args.adapter_name_or_path).adapter is not None
-    complete_args(args, loaded.family, loss, full=not tunes_lora)
+    complete_args(args, loaded.family, full=not tunes_lora)
     check_resolution(args, loaded.family)
     frozen = place_frozen_components(loaded, args)
     key = EncoderKey(frozen, loaded, peers(args))

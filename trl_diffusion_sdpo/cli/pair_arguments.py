@@ -41,6 +41,10 @@ class PairSet:
     weight: float | None = None
     dataset_format: str | None = None
 
+    def __post_init__(self) -> None:
+        self.path = str(self.path)
+        self.weight = None if self.weight is None else float(self.weight)  # YAML reads `1e-1` as text
+
 
 @dataclass
 class PairArguments(ScriptArguments):
@@ -95,7 +99,7 @@ def _read_sets(value: Any) -> list[PairSet]:
             raise ValueError(f"`datasets` must be a list of mappings, in YAML or as JSON, got {value!r}.") from error
     try:
         sets = [PairSet(**entry) for entry in value]
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(
             "`datasets` must be a list of mappings, each with a `path`, and optionally `name`, `split`, `weight` and "
             f"`dataset_format`. Got {value!r}."
@@ -183,7 +187,8 @@ def _refuse_training_pairs(script_args: PairArguments, trained: PairSet) -> None
     path, split = Path(evaluated).expanduser(), script_args.dataset_test_split
     if path.resolve() != Path(trained.path).expanduser().resolve():
         return
-    if split == trained.split or ("[" not in split and has_one_split(path)):
+    is_whole = "[" not in split or "[" not in trained.split
+    if split == trained.split or (is_whole and has_one_split(path)):
         raise ValueError(
             "Evaluation pairs must not be training pairs. `eval_dataset_name` or `dataset_test_split` names the split "
             f"{trained.split} of {trained.path}, which is trained on. {_HOW_TO_EVALUATE}"

@@ -100,7 +100,10 @@ def read_given(arguments: list[str]) -> tuple[dict[str, Any], str | None, list[s
     """
     taken, words = take_options(arguments, "config", "accelerate_config")
     settings = {} if taken["config"] is None else read_yaml(config_file(taken["config"]))
-    os.environ.update({name: str(value) for name, value in settings.pop("env", {}).items()})
+    variables = settings.pop("env", {})
+    if not isinstance(variables, dict):
+        raise ValueError(f"`env` in the file of settings must map names to values, got {variables!r}.")
+    os.environ.update({name: str(value) for name, value in variables.items()})
     in_file = settings.pop("accelerate_config", None)
     return settings, taken["accelerate_config"] or in_file, words
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 SOURCE_COLUMNS = ("source_image", "source")  # accepted columns of images to edit; the first that exists is read
 SEED_COLUMNS = ("chosen_noise_seed", "rejected_noise_seed")  # seeds of the CPU generators that drew the images' noise
 TEXT = ("string", "large_string")
+LARGEST = 1e9  # a larger score or weight would outweigh those of all other pairs together
 # Function that counts dropped rows or pairs. Its arguments are the kind of drop, the row, the reason and the amount.
 Reject = Callable[[str, int, str, int], object]
 
@@ -132,7 +133,8 @@ class PreferenceFormat:
         Raises:
             LabelError: If the label is missing or unreadable.
         """
-        if self.validity_column is not None and row.get(self.validity_column) in (False, "False", "false"):
+        is_valid = member_text(row.get(self.validity_column)) if self.validity_column is not None else None
+        if str(is_valid).strip().lower() in ("false", "0", "0.0", "no"):
             raise LabelError(f"`{self.validity_column}` is false")
         if self.group_column is not None and row.get(self.group_column) is None:
             raise LabelError(f"`{self.group_column}` is missing")
@@ -177,7 +179,7 @@ def finite_number(value: Any, what: str = "label") -> float:
     """Convert a number to a float. The number may also be written as text or bytes.
 
     Raises:
-        LabelError: If the value is not a number, or not finite.
+        LabelError: If the value is not a number, not finite, or above `LARGEST` in absolute value.
     """
     try:
         number = float(value)
@@ -185,6 +187,8 @@ def finite_number(value: Any, what: str = "label") -> float:
         raise LabelError(f"`{what}` must be a number, got {value!r}") from error
     if not math.isfinite(number):
         raise LabelError(f"`{what}` must be finite, got {number}")
+    if abs(number) > LARGEST:
+        raise LabelError(f"`{what}` must be between {-LARGEST:g} and {LARGEST:g}, got {number:g}")
     return number
 
 

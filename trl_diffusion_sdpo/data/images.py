@@ -202,7 +202,9 @@ class ImageReader:
             # fsspec raises FileNotFoundError for every failed HTTP request. The cause of this error has the HTTP
             # status.
             cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
-            is_absent = isinstance(cause, ABSENT_OR_DAMAGED) or getattr(cause, "status", None) in (401, 403, 404, 410)
+            status = getattr(cause, "status", None)
+            is_refused = status is not None and 400 <= status < 500 and status not in (408, 429)
+            is_absent = is_refused or isinstance(cause, ABSENT_OR_DAMAGED)
             kind = UndecodableImageError if is_absent else UnreadableImageError
             raise kind(f"cannot be read ({type(cause).__name__}: {cause})") from None
         if len(content) > MAX_FILE_BYTES:

@@ -23,6 +23,7 @@ FILE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {  # file suffix -> build
 }
 _COLUMNS = [name for each in FORMATS.values() for name in (*each.image_columns, *each.other_image_columns)]
 _IMAGE_COLUMNS = tuple(dict.fromkeys((*_COLUMNS, *SOURCE_COLUMNS, "mask", *(f"{name}_mask" for name in _COLUMNS))))
+_PROMPT_COLUMNS = tuple(dict.fromkeys(name for row_format in FORMATS.values() for name in row_format.prompt_columns))
 
 
 def load_pairs(
@@ -50,13 +51,13 @@ def load_pairs(
         ValueError: If the data set or split does not exist, or if a folder has images but no pairs.
     """
     path = Path(name).expanduser()
-    if (path / "manifest.jsonl").is_file() and (path / "pairs.jsonl").is_file():
+    if _is_list_of_pairs(path):
         path /= "pairs.jsonl"  # `pairs pick` and `pairs generate` also write other files
     if not path.exists():
         return datasets.load_dataset(str(name), name=config, split=split, streaming=streaming)
     if path.is_file():
         return with_resolved_names(_load_file(path, split, streaming), path.parent)
-    saved = has_one_split(path) or (path / "dataset_dict.json").is_file()
+    saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     splits = datasets.load_from_disk(str(path)) if saved else read_image_folder(path)
     if splits is None:
         loaded = datasets.load_dataset(str(path), split=split, streaming=streaming)
@@ -64,6 +65,11 @@ def load_pairs(
             raise ValueError(f"{path} has images but no pairs. {LAYOUTS}")
         return with_resolved_names(loaded, path)
     if isinstance(splits, datasets.Dataset):
+        if "[" in split or "+" in split:
+            raise ValueError(
+                f"The data set {path} has one split, whose rows cannot be selected by name. Got the split {split!r}. "
+                "Select the rows before `save_to_disk`, or load a file."
+            )
         rows = splits
     elif split not in splits:
         raise ValueError(f"The data set {path} must have the split {split!r}; it has {', '.join(splits)}.")
@@ -75,7 +81,12 @@ def load_pairs(
 
 def has_one_split(path: Path) -> bool:
     """Return whether a path has only one split, so that [`load_pairs`] accepts any split name for it."""
-    return path.is_file() or (path / "state.json").is_file()
+    return path.is_file() or (path / "state.json").is_file() or _is_list_of_pairs(path)
+
+
+def _is_list_of_pairs(path: Path) -> bool:
+    """Return whether `pairs pick` or `pairs generate` wrote the folder."""
+    return (path / "manifest.jsonl").is_file() and (path / "pairs.jsonl").is_file()
 
 
 def _load_file(path: Path, split: str, streaming: bool) -> Any:
@@ -92,6 +103,18 @@ def _load_file(path: Path, split: str, streaming: bool) -> Any:
 # ---- Names of images ----------------------------------------------------------------------------------------------
 
 
+def _refuse_mixed_types(features: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if a column of prompts or images has values of several types, which `datasets` reads as
+    JSON."""
+    json_type: Any = getattr(datasets, "Json", ())
+    mixed = [name for name in (*_IMAGE_COLUMNS, *_PROMPT_COLUMNS) if isinstance(features.get(name), json_type)]
+    if mixed:
+        raise ValueError(
+            "A column of prompts or images must have values of one type in all rows. These columns have values of "
+            f"several types: {', '.join(mixed)}. Write all of their values as text."
+        )
+
+
 def with_resolved_names(dataset: Any, folder: Path) -> Any:
     """Replace relative names of images by absolute paths. Search `folder`, then the working directory.
 
@@ -100,6 +123,7 @@ def with_resolved_names(dataset: Any, folder: Path) -> Any:
     dataset = with_flat_rows(dataset)
     features = dataset.features or {}
     names = dataset.column_names or list(next(iter(dataset), {}))
+    _refuse_mixed_types(features)
     columns = [name for name in _IMAGE_COLUMNS if name in names and not _is_image_feature(features.get(name))]
     if not columns:
         return dataset

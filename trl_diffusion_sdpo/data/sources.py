@@ -36,9 +36,11 @@ from .formats import (
     pairs_in_group,
     resolve_format,
 )
-from .images import ImageReader, UndecodableImageError, UnreadableImageError
+from .images import ImageReader, UndecodableImageError, UnreadableImageError, decode_image
 
 logger = logging.getLogger(__name__)
+
+MAX_GROWTH = 100  # limit of the pairs of a weighted epoch, as a multiple of the pairs of all data sets
 
 EXAMINED = datasets.Features(
     {
@@ -111,7 +113,7 @@ class PairMixture:
         for name, values in (("weights", self.weights), ("formats", self.formats)):
             if values is not None and len(values) != count:
                 raise ValueError(f"`{name}` must have one entry for each of the {count} data sets, got {values!r}.")
-        if not all(0 < weight < math.inf for weight in self.weights or ()):
+        if not all(isinstance(weight, int | float) and 0 < weight < math.inf for weight in self.weights or ()):
             raise ValueError(f"`weights` must be above 0, got {self.weights!r}. Remove data sets without weight.")
         kinds = {isinstance(dataset, datasets.IterableDataset) for dataset in self.by_name.values()}
         if len(kinds) > 1:
@@ -397,7 +399,14 @@ class PairSource:
             indexes.append(replace(pairs, places=pairs.places + np.array([start, 0, start, 0], pairs.places.dtype)))
         if self._weights is not None:  # repeat pairs so that each data set has its share of the epoch
             counts, weights = np.array([len(pairs) for pairs in indexes]), np.array(self._weights)
-            wanted = np.rint(weights * (counts / weights).max()).astype(np.int64).tolist()
+            numbers = np.rint(weights * (counts / weights).max())
+            if not numbers.sum() <= MAX_GROWTH * counts.sum():
+                raise ValueError(
+                    f"With `weights={self._weights}`, an epoch would have {numbers.sum():.3g} pairs, more than "
+                    f"{MAX_GROWTH} times the pairs of all data sets ({counts.tolist()}). Choose weights that are "
+                    "nearer to these numbers."
+                )
+            wanted = numbers.astype(np.int64).tolist()
             repetitions = [np.arange(count) % len(pairs) for pairs, count in zip(indexes, wanted, strict=True)]
             indexes = [pairs.take(rows) for pairs, rows in zip(indexes, repetitions, strict=True)]
         columns = {name: np.concatenate([pairs.columns[name] for pairs in indexes]) for name in indexes[0].columns}
@@ -492,10 +501,10 @@ def _stored_image(value: Any) -> Any:
     if isinstance(value, Image.Image):
         content = io.BytesIO()
         try:
-            value.save(content, "PNG", compress_level=1)
-        except OSError as error:  # an image that is opened but cannot be decoded; its pair is counted later
-            logger.warning("An image of a list of rows cannot be stored: %s.", error)
-        value = content.getvalue()
+            decode_image(value).save(content, "PNG", compress_level=1)
+            value = content.getvalue()
+        except UndecodableImageError as error:
+            value = str(error).encode()  # decoding these bytes fails as well, so the pair is counted later
     if isinstance(value, Mapping):
         return {"bytes": value.get("bytes"), "path": value.get("path")}
     if isinstance(value, bytes):

@@ -72,6 +72,8 @@ class Stream:
         self, source: datasets.IterableDataset, dataset_format: str | None, name: str, options: PairOptions
     ) -> None:
         columns = source.column_names or list(next(iter(source), {}))
+        if not columns:
+            raise ValueError(f"The {name} data set is empty. Pass a data set with rows.")
         row_format = resolve_format(dataset_format, columns, source.features, use_scores=options.use_scores)
         self.name, self.format = name, replace(row_format, is_swapped=options.swap_labels)
         self.source = source.with_format(None)

@@ -147,8 +147,8 @@ def load_position(
 
 
 def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Any:
-    """Return a user's data as a torch data set of pairs. Every process prepares all rows. The rows whose images are
-    checked are divided among the processes.
+    """Return a user's data as a torch data set of pairs. Every process prepares all rows. The first process checks the
+    images.
 
     Raises:
         `ValueError`: If the columns match no format, no pair is usable, or the loss needs scores that the data do not

@@ -45,7 +45,7 @@ def check_settings(args: DiffusionSDPOConfig) -> None:
     from_kwargs(InversionSettings, "inversion_kwargs", args.inversion_kwargs)
     from_kwargs(ProbeSettings, "winner_budget_kwargs", args.winner_budget_kwargs)
     args.image_schemes = list(parse_schemes(args.image_schemes)) or None
-    for message in (*_conflicts_of_losses(args, loss), *_conflicts(args, loss)):
+    for message in (*_conflicts_of_losses(args, loss), *_conflicts(args)):
         raise ValueError(message)
     for message in _without_effect(args, loss):
         # With this level, the warning shows the user's line, because the user's line calls `__init__`, `__init__` calls
@@ -170,7 +170,7 @@ def _conflicts_of_losses(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[
             yield f"`{setting}` cannot be used here. {reason}. Leave one of the two out."
 
 
-def _conflicts(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
+def _conflicts(args: DiffusionSDPOConfig) -> Iterator[str]:
     """Yield an error message for each forbidden combination of settings that `_conflicts_of_losses` does not check."""
     span = args.timestep_range
     if span is not None:

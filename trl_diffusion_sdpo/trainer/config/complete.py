@@ -108,7 +108,7 @@ def check_and_complete(
             "To set the guidance of sample images, use `sample_kwargs`."
         )
     sample_sources(args, family)
-    complete_args(args, family, loss, full=adapter is None)
+    complete_args(args, family, full=adapter is None)
     check_resolution(args, family)
     timesteps = checked_timesteps(args, family)
     check_noise_range(args, family, timesteps)
@@ -165,7 +165,7 @@ def sample_sources(args: DiffusionSDPOConfig, family: Family) -> list[Image.Imag
     return sources
 
 
-def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, full: bool) -> None:
+def complete_args(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> None:
     """Set unset settings in `args` to the defaults of the model family and the loss, and log these defaults."""
     mu, beta = loss_defaults(args, family, full=full)
     defaults_by_name = {
