@@ -147,7 +147,8 @@ def predictor_of(denoiser: nn.Module, reference: nn.Module | str | None, *, batc
         _check_denoiser(denoiser, reference)
         if batched:
             raise ValueError(
-                "`batched` needs a reference that uses the same denoiser: an adapter, or the LoRA switched off. Got "
+                "With `batched`, the reference must be another adapter on the pipeline's denoiser, or this denoiser with "
+                "its LoRA switched off. Got "
                 "another denoiser as `reference`. Leave `batched` out."
             )
         return DenoiserReference(reference)

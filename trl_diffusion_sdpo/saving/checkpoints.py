@@ -123,8 +123,8 @@ class Checkpoints:
             output_dir (`str`): Folder in which to look for the newest checkpoint.
 
         Raises:
-            `ValueError`: If `value` asks for the newest checkpoint and `output_dir` has none, or if a file of the
-                checkpoint is missing.
+            `ValueError`: If `value` is `True` and `output_dir` has no checkpoint, or if a file of the checkpoint is
+                missing. With `"latest"`, the run starts anew if there is no checkpoint.
         """
         point = meaning(value)
         if point is None:
