@@ -49,8 +49,8 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         default=[],
         metavar="SCALE",
         help="Evaluate each tuned model with its difference from the base model multiplied by each SCALE. Scale 1 is "
-        "the tuned model, and larger scales move further away from the base model. The report recommends one of the scales. If the model is a training run, the "
-        "recommendation is also written into its model card.",
+        "the tuned model, and larger scales move further away from the base model. The report recommends one of the "
+        "scales. If the model is a training run, the recommendation is also written into its model card.",
     )
     form = "What a scale multiplies: the change of predictions (`guidance`, the default) or the change of weights."
     add("--form", choices=["guidance", "weights"], default="guidance", help=form)

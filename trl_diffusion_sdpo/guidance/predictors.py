@@ -147,9 +147,8 @@ def predictor_of(denoiser: nn.Module, reference: nn.Module | str | None, *, batc
         _check_denoiser(denoiser, reference)
         if batched:
             raise ValueError(
-                "With `batched`, the reference must be another adapter on the pipeline's denoiser, or this denoiser with "
-                "its LoRA switched off. Got "
-                "another denoiser as `reference`. Leave `batched` out."
+                "With `batched`, the reference must be another adapter on the pipeline's denoiser, or this denoiser "
+                "with its LoRA switched off. Got another denoiser as `reference`. Leave `batched` out."
             )
         return DenoiserReference(reference)
     if reference is not None and not isinstance(reference, str):
