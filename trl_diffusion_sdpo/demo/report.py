@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..evaluation.evaluate import Comparison
 from ..evaluation.report import verdict_sentence
 from ..rewards.statistics import holm, win_rate
 from .methods import GUIDED_FROM, GUIDED_METHOD, Method
 from .oracle import oracle
+from .pipeline import reported_captions
 from .results import DemoResult, Generated, Guided, numbers
+from .world import captions
 
 CURVES_FILE, IMAGES_FILE = "curves.png", "images.png"
 TABLE_FILE, NUMBERS_FILE = "table.md", "results.json"
@@ -56,11 +57,22 @@ def write_report(result: DemoResult) -> tuple[str, tuple[Path, ...]]:
 
 
 def write_images(result: DemoResult, path: Path) -> None:
-    """Write a grid with one image of each of the 36 prompts per model, at the model's best guidance scale. Each row
-    shows one model. Rows are in the order of the table."""
-    samples = result.settings["samples_per_prompt"]
-    rows = [np.concatenate(list(guided.best.images[::samples]), axis=1) for guided in result.guided.values()]
-    Image.fromarray(np.concatenate(rows)).save(path)
+    """Draw a row of images for each model, at the model's best guidance scale: one image of every third prompt."""
+    from matplotlib.figure import Figure  # takes seconds
+
+    rows, samples = rows_of(result), result.settings["samples_per_prompt"]
+    captioned = zip(captions(), reported_captions(), strict=True)
+    prompts = [caption.text for caption, is_reported in captioned if is_reported][::3]
+    figure = Figure(figsize=(12, 1.2 * len(rows) + 0.8), dpi=100, layout="constrained")
+    for panel, row in zip(figure.subplots(len(rows), 1), rows, strict=True):
+        images = row.guided.best.images[::samples][::3]
+        panel.imshow(np.concatenate(list(images), axis=1))
+        panel.set_title(row.label, fontsize=11, loc="left")
+        panel.set_xticks([])
+        panel.set_yticks([])
+    width = images.shape[2]
+    panel.set_xticks([width * (number + 0.5) for number in range(len(prompts))], prompts, fontsize=8, rotation=20)
+    figure.savefig(path)
 
 
 def plot_curves(result: DemoResult, path: Path) -> None:
