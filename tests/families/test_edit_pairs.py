@@ -23,6 +23,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets
 from trl_diffusion_sdpo.data.images import ImageReader
 from trl_diffusion_sdpo.families import find_family
 from trl_diffusion_sdpo.families.packing import unpack_patches
@@ -141,6 +142,7 @@ def _shrink(module, monkeypatch):
     monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: dimensions(area // 256, ratio))
 
 
+SIDES = ("chosen", "rejected")
 SEVERAL = ("flux2", "flux2_klein", "qwen_edit_plus", "qwen_edit_2511", "qwen_image_21", "qwen_image_21_cached")
 MODELS = ("kontext", "longcat", "qwen_edit", *SEVERAL)
 
@@ -201,15 +203,24 @@ def test_every_edit_model_trains_from_the_reference_on(model, make_args):
     assert trainer.state.log_history[0]["rewards/margins"] == 0 and trainer.state.log_history[0]["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("name", ["kontext", "qwen_image_21"])
+@pytest.mark.parametrize("name", ["kontext", "kontext, wide images in buckets", "qwen_image_21"])
 def test_a_run_from_the_cache_is_that_without_and_reads_no_source(name, make_args, monkeypatch):
     """With flips and dropped prompts, to the bit."""
 
     def logs(**settings):
-        model = EditModel(name, monkeypatch)
+        model_name, *is_wide = name.split(",")
+        model = EditModel(model_name, monkeypatch)
+        data = model.rows(3)
         settings |= {"max_steps": -1, "num_train_epochs": 2, "proportion_empty_prompts": 0.4}
-        args = edit_args(make_args, resolution=model.resolution, **settings)
-        trainer = DiffusionSDPOTrainer(model.pipeline, None, args, model.rows(3), peft_config=LORA)
+        settings |= {"resolution": model.resolution}
+        if is_wide:  # cropped together
+            sizes = [(30, 61), (30, 61), (61, 30)]
+            images = [{name: image(i, *size) for i, name in enumerate((*SIDES, "source"))} for size in sizes]
+            data = [row | each for row, each in zip(data, images, strict=True)]
+            settings |= {"aspect_ratio_buckets": True, "bucket_kwargs": {"step": 8}, "resolution": 32}
+            settings |= {"per_device_train_batch_size": 2}
+        args = edit_args(make_args, **settings)
+        trainer = DiffusionSDPOTrainer(model.pipeline, None, args, data, peft_config=LORA)
         trainer.train()
         history = trainer.state.log_history[:-1]  # the last entry has times
         return [{name: value for name, value in entry.items() if "flos" not in name} for entry in history]
@@ -274,11 +285,71 @@ def test_the_source_is_mirrored_with_its_pair():
     assert 0 < sum(item["is_mirrored"] for item in items) < 8
 
 
-def test_sources_of_one_size_train_in_larger_batches_and_others_are_refused(kontext, make_args):
-    args = edit_args(make_args, per_device_train_batch_size=2, max_steps=2)
+def paint(size, color, around="blue"):
+    """An image of `size` (width, height) whose central square has another color than the rest."""
+    painted = Image.new("RGB", size, around)
+    side = min(size) + 8  # so that no other color is blended in at the edges
+    painted.paste(color, ((size[0] - side) // 2, (size[1] - side) // 2, (size[0] + side) // 2, (size[1] + side) // 2))
+    return painted
+
+
+@pytest.mark.parametrize("size", [(128, 64), (64, 128), (256, 128), (64, 64)])
+def test_a_source_shows_the_part_of_the_picture_that_its_pair_shows(size):
+    """At 64 pixels, the pair is the central square of 128 x 64 pixels, so the source must be that square too."""
+    edited = paint((128, 64) if size == (256, 128) else size, "red")
+    row = {"prompt": "edit", "source": paint(size, "red"), "chosen": edited, "rejected": edited}
+    (item,) = prepare_dataset([row], PairOptions(PairTransform(64)))
+    (source,) = item["sources"]
+    assert item["pixel_values"][0].flatten(1).unique(dim=1).flatten().tolist() == [255, 0, 0]
+    assert source.getcolors() == [(64 * 64, (255, 0, 0))]
+
+
+def test_sources_are_cropped_and_flipped_as_their_pair_to_the_pixel_in_buckets_too(caplog):
+    """The first source is the winner itself; the second one, of another shape, stays whole."""
+    sizes = [(30, 61), (44, 33), (33, 44), (40, 40)]
+    pairs = [{side: image(9 * i + j, *size) for j, side in enumerate(SIDES)} for i, size in enumerate(sizes)]
+    data = [{"prompt": "edit", "source": [pair["chosen"], image(7, 20, 50)], **pair} for pair in pairs]
+    data[3]["source"] = data[3]["source"][:1]
+    for buckets in (None, AspectRatioBuckets((32, 32), step=8)):
+        transform = PairTransform(32, center_crop=False, random_flip=True)
+        dataset = prepare_dataset(data, PairOptions(transform, buckets=buckets))
+        flipped = set()
+        for epoch in range(3):
+            dataset.set_epoch(epoch)
+            for row, item in zip(data, list(dataset), strict=True):
+                winner, (source, *others) = item["pixel_values"][0].permute(1, 2, 0), item["sources"]
+                assert np.array_equal(source, winner)
+                flipped.add(item["is_mirrored"])
+                for other in others:
+                    whole = np.asarray(row["source"][1])
+                    assert np.array_equal(other, whole[:, ::-1] if item["is_mirrored"] else whole)
+        assert flipped == {True, False}
+        assert any("3 of 4 pairs" in note for note in dataset.report.notes) and "3 of 4 pairs" in caplog.text
+
+
+@pytest.mark.parametrize("precompute_latents", [False, True])
+@pytest.mark.parametrize("fewer", [0, 1])
+def test_one_and_two_sources_in_a_batch_are_refused_at_the_start(fewer, precompute_latents, monkeypatch, make_args):
+    """Whichever row comes first. In batches of one pair, all sources train."""
+    model = EditModel("flux2_klein", monkeypatch)
+    data = model.rows(2)
+    data[fewer]["source"] = data[fewer]["source"][:1]
+    settings = {"resolution": model.resolution, "precompute_latents": precompute_latents}
+    with pytest.raises(ValueError, match="same number of source images"):
+        args = edit_args(make_args, per_device_train_batch_size=2, **settings)
+        DiffusionSDPOTrainer(model.pipeline, None, args, data, peft_config=LORA)
+    trainer = DiffusionSDPOTrainer(model.pipeline, None, edit_args(make_args, **settings), data)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("precompute_latents", [False, True])
+def test_sources_of_one_size_train_in_larger_batches_and_others_are_refused(kontext, make_args, precompute_latents):
+    settings = {"per_device_train_batch_size": 2, "max_steps": 2, "precompute_latents": precompute_latents}
+    args = edit_args(make_args, **settings)
     different = [*rows(3), *rows(1, source_size=(44, 20))]
     with pytest.raises(ValueError, match="per_device_train_batch_size"):
-        DiffusionSDPOTrainer(kontext, None, args, different, peft_config=LORA).train()
+        DiffusionSDPOTrainer(kontext, None, args, different, peft_config=LORA)
     near = [*rows(3), *rows(1, source_size=(22, 44))]  # the nearest preferred resolution is the same
     trainer = DiffusionSDPOTrainer(kontext, None, args, near)  # trains the LoRA of the first trainer further
     trainer.train()
@@ -302,7 +373,7 @@ def test_wrong_settings_and_sources_are_refused(settings, columns, match, kontex
 
 def test_two_sources_are_refused_by_a_model_that_takes_one(kontext, make_args):
     with pytest.raises(ValueError, match="one source image"):
-        DiffusionSDPOTrainer(kontext, None, edit_args(make_args), rows(source=[image(8), image(9)])).train()
+        DiffusionSDPOTrainer(kontext, None, edit_args(make_args), rows(source=[image(8), image(9)]))
 
 
 def test_wrong_models_are_refused(make_trainer):

@@ -18,7 +18,8 @@ from .shards import ShardStore
 
 MOMENTS, SIZES = "moments", "sizes"  # names of the two tensors in the row of an image
 UNREADABLE = "unreadable"  # tensor that replaces the encoding of an edit if a source image cannot be decoded
-Edit = tuple[int, bool, str]  # row number of the source images, whether they are mirrored, and prompt
+Place = tuple[int, ...]  # rows and images of the pair that a source image is cropped with, and its bucket
+Edit = tuple[Place, bool, str]  # place of the source images, whether they are mirrored, and prompt
 PLAIN, MIRRORED = PairDraws(0.0, 0.0, 1.0, 1.0, 0), PairDraws(0.0, 0.0, 0.0, 1.0, 0)  # for crops at the center
 
 
@@ -110,9 +111,9 @@ def distinct(texts: Iterable[str | Edit]) -> tuple[list[Any], np.ndarray]:
     return ordered, array
 
 
-def text_of_edit(row: int, is_mirrored: bool, prompt: str) -> str:
-    """Return a text that identifies an edit: the row of the source images, their flip and the prompt."""
-    return f"{row} {'mirrored' if is_mirrored else 'plain'} {prompt}"
+def text_of_edit(place: Place, is_mirrored: bool, prompt: str) -> str:
+    """Return a text that identifies an edit: the place of the source images, their flip and the prompt."""
+    return f"{place} {'mirrored' if is_mirrored else 'plain'} {prompt}"
 
 
 @dataclass(frozen=True)
@@ -148,12 +149,12 @@ class EncodedPairs:
             "is_mirrored": self.rows.is_mirrored(draws, epoch, pair),
         }
 
-    def conditioning(self, prompt: str, edited: tuple[int, bool] | None = None) -> dict[str, dict[str, Any]]:
+    def conditioning(self, prompt: str, edited: tuple[Place, bool] | None = None) -> dict[str, dict[str, Any]]:
         """Return an encoded prompt: tensors without a batch axis, and Python numbers as `host_conditioning`.
 
         Args:
-            edited (`tuple[int, bool]`, *optional*): Row of the source images that the prompt edits, and whether they
-                are mirrored.
+            edited (`tuple[Place, bool]`, *optional*): Place of the source images that the prompt edits, and whether
+                they are mirrored.
 
         Raises:
             UndecodableImageError: If a source image could not be decoded when the cache was made.

@@ -154,7 +154,7 @@ class PairEncoding:
             "prompts": hashlib.sha256(np.ascontiguousarray(digests, dtype="<i8").data).hexdigest(),
         }
         if dataset.has_sources:
-            prompts |= {"vae": images["vae"], "data": images["data"]}
+            prompts |= {name: images[name] for name in ("vae", "data", "pixels")}  # sources are cropped as images are
         return _Cache(
             rows,
             texts,
@@ -284,7 +284,7 @@ class PairEncoding:
             for number, shard in zip(numbers, shards, strict=True):
                 encoded = {}
                 for row in shard:
-                    source_row, _, prompt = cache.texts[row]
+                    (source_row, *_), _, prompt = cache.texts[row]
                     item = next(loaded)
                     if isinstance(item, UndecodableImageError):
                         undecodable.append((source_row, f"row {source_row} {item}"))
@@ -413,8 +413,8 @@ def _decoded_variants(
 
 
 def _decoded_sources(dataset: PreferenceDataset, edit: Edit) -> list[Image.Image]:
-    row, is_mirrored, _ = edit
-    return dataset.sources_of_row(row, is_mirrored)
+    place, is_mirrored, _ = edit
+    return dataset.sources_at(place, is_mirrored)
 
 
 def _own_share(shards: np.ndarray, peers: Peers) -> list[int]:

@@ -70,8 +70,9 @@ def _encode_alone(
     evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
     for name, dataset in {"train": train_dataset, **evaluated}.items():
         if dataset is not None:
-            pairs = prepare_pairs(dataset, args, loss, name=name, training=dataset is train_dataset)
-            check_source_column(pairs, loaded.family, args, name=name)
+            is_training = dataset is train_dataset
+            pairs = prepare_pairs(dataset, args, loss, name=name, training=is_training)
+            check_source_column(pairs, loaded.family, args, name=name, training=is_training)
             encoding.add_to(pairs, name)
     return encoding
 

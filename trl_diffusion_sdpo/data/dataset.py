@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ..utils.processes import ALONE, Peers
@@ -23,7 +23,7 @@ from .data_report import BadDataError, DataReport, evenly_spaced
 from .images import SCHEMES, ImageReader, Size, UndecodableImageError
 from .permuted_losers import PermutedLosers
 from .sources import PairSource, PairTable, StoredImage, pairs_fingerprint
-from .transforms import PairDraws, PairTransform, place_masks
+from .transforms import PairDraws, PairTransform, place_masks, place_sources
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,8 @@ class PreferenceDataset(Dataset):
     - `scores`, `pair_weight` and `ref_errors` (errors of the reference, `(T, 2)`, for T timesteps and winner and
       loser), each if the data set has it;
     - `masks` (`torch.Tensor` of shape `(2, 1, H, W)`, uint8), if there is a mask column: 1 inside, 0 outside;
-    - `sources` (`list[PIL.Image.Image]`), if there is a source column: images that the prompt edits, not resized;
+    - `sources` (`list[PIL.Image.Image]`), if there is a source column: images that the prompt edits, resized and
+      cropped like `pixel_values` if they have the shape of the pair's images, else whole;
     - `noise_seeds` (`tuple[int, int]`), if training reads them: seeds of the initial noise of winner and loser;
     - `repeated` (`bool`), if there are aspect-ratio buckets: whether the pair is a repetition that fills up a batch.
 
@@ -129,6 +130,8 @@ class PreferenceDataset(Dataset):
         options ([`PairOptions`]): Settings with which the pairs were made.
         report ([`DataReport`]): Counts of the rows and pairs that were dropped so far.
         losers ([`PermutedLosers`], *optional*): Random permutation that chooses losers from other pairs.
+        source_sizes (`Mapping`, *optional*): All sizes that the sources of an item have, as tuples with
+            `(height, width)` of each source, by the `(height, width)` at which the item's pair trains.
     """
 
     def __init__(
@@ -138,6 +141,7 @@ class PreferenceDataset(Dataset):
         options: PairOptions,
         report: DataReport,
         losers: PermutedLosers | None = None,
+        source_sizes: Mapping[Size, set[tuple[Size, ...]]] | None = None,
     ) -> None:
         self._source, self._pairs, self._options, self._report = source, pairs, options, report
         self._epoch = new_epoch()
@@ -148,6 +152,7 @@ class PreferenceDataset(Dataset):
         self.has_scores = "scores" in pairs.columns
         self.has_masks = source.has_masks
         self.has_sources = source.has_sources
+        self.source_sizes = source_sizes or {}
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -189,12 +194,12 @@ class PreferenceDataset(Dataset):
         if options.noise_seeds and options.training:
             item["noise_seeds"] = self._noise_seeds(item, pair, winner, loser)
         if self._encoded is not None:
-            edited = (places[0][0], item["is_mirrored"]) if self.has_sources else None
+            edited = (self._place_of_sources(pair), item["is_mirrored"]) if self.has_sources else None
             item |= self._encoded.conditioning(item["prompt"], edited)
             if self.has_loser_prompts:
                 item["loser_conditioning"] = self._encoded.conditioning(item["loser_prompt"], edited)
         elif self.has_sources:
-            item["sources"] = mirrored_if(item["is_mirrored"], winner.sources(options.reader))
+            item["sources"] = place_sources(winner.sources(options.reader), item, options.transform)
         return item
 
     def _numbers(self, pair: int, epoch: int) -> dict[str, Any]:
@@ -441,22 +446,35 @@ class PreferenceDataset(Dataset):
         transform, training = self._options.transform, self._options.training
         return training and transform.random_flip, training and not transform.center_crop
 
-    def edits(self) -> Iterator[tuple[int, bool, str]]:
-        """Yield each edit that items can contain: row of the source images, whether these are mirrored, and prompt."""
+    def edits(self) -> Iterator[tuple[tuple[int, ...], bool, str]]:
+        """Yield each edit that items can contain: place of the source images, whether these are mirrored, and
+        prompt."""
         flips, _ = self.augmentations
         empty = ("",) if self._options.training and self._options.prompt_dropout else ()
-        for row, prompts in self._prompts_by_row():
+        prompts = dict(self._prompts_by_row())
+        for pair, row in enumerate(self._pairs.places[:, 0].tolist()):
             for is_mirrored in (False, True) if flips else (False,):
-                for prompt in prompts + empty:
-                    yield row, is_mirrored, prompt
+                for prompt in prompts[row] + empty:
+                    yield self._place_of_sources(pair), is_mirrored, prompt
 
-    def sources_of_row(self, row: int, is_mirrored: bool) -> list[Image.Image]:
-        """Return the images that the prompt of a row edits.
+    def _place_of_sources(self, pair: int) -> tuple[int, ...]:
+        """Return what the sources of a pair depend on: row and image of its winner and loser, and its bucket."""
+        bucket = 0 if self.sizes is None else int(self.sizes.numbers[pair])
+        return (*self._pairs.places[pair].tolist(), bucket)
+
+    def sources_at(self, place: Sequence[int], is_mirrored: bool) -> list[Image.Image]:
+        """Return the source images at a place of `edits`, cropped at the center, as items have them.
 
         Raises:
-            UndecodableImageError: If the row has no source image, or one of its source images cannot be decoded.
+            UndecodableImageError: If the row has no source image, or one of its images cannot be decoded.
         """
-        return mirrored_if(is_mirrored, self._source.images([(row, 0)])[0].sources(self._options.reader))
+        options = self._options
+        target = None if options.buckets is None else options.buckets.sizes[place[4]]
+        winner, loser = self._source.images([tuple(place[:2]), tuple(place[2:4])])
+        draws = PairDraws(0.0, 0.0, flip=0.0 if is_mirrored else 1.0, dropout=1.0, seed=0)
+        images = winner.decode(options.reader), loser.decode(options.reader)
+        item = options.transform(*images, draws, target)._asdict()
+        return place_sources(winner.sources(options.reader), item, options.transform)
 
     def image_numbers(self) -> np.ndarray:
         """Return a number for each image of each pair, int64 of shape `(P, 2)`. Images with equal numbers have equal
@@ -510,11 +528,6 @@ def complete_item(
         item["masks"] = place_masks([first, second], item, options.transform)
 
 
-def mirrored_if(is_mirrored: bool, images: list[Image.Image]) -> list[Image.Image]:
-    """Return images, mirrored from left to right if `is_mirrored` is true."""
-    return [ImageOps.mirror(image) for image in images] if is_mirrored else images
-
-
 @dataclass
 class PreferenceCollator:
     """Collator that makes a batch from items of `PreferenceDataset` or `PreferenceIterableDataset`.
@@ -541,9 +554,20 @@ class PreferenceCollator:
     If latents were computed before training, `moments` (`torch.Tensor` of shape `(2B, ...)`) and `target_size`
     (`(height, width)` of the pixels) replace `pixel_values`. `conditioning` (tensors of shape `(B, ...)`, padded at the
     end with zeros) and `host_conditioning` (lists of length B) are added. If there are 2B prompts, both have length 2B.
+
+    Raises:
+        ValueError: If the items have different entries, or tensors that cannot be stacked.
     """
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        first = set(_entries(items[0]))
+        for item in items[1:]:
+            if different := first.symmetric_difference(_entries(item)):
+                raise ValueError(
+                    "All items of a batch must have the same entries. Only some of the pairs "
+                    f"{[item['row'] for item in items]} have {sorted(different)}. Train in batches of one pair, or "
+                    "give all rows the same number of source images."
+                )
         batch = {
             "rows": torch.tensor([item["row"] for item in items], dtype=torch.long),
             **_images(items),
@@ -570,6 +594,14 @@ class PreferenceCollator:
         return batch
 
 
+def _entries(item: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of an item's entries, and of the entries of mappings in it."""
+    for name, value in item.items():
+        yield name
+        if isinstance(value, Mapping):
+            yield from (f"{name}.{inner}" for inner in _entries(value))
+
+
 def _images(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack the items' pixels, or the latents and embeddings that replace them. All images of a batch must have the
     same size."""
@@ -588,6 +620,11 @@ def padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     """Stack B tensors `(T, ...)` of different lengths T into a tensor `(B, longest T, ...)`, padded with zeros."""
     if len({row.shape for row in rows}) == 1:
         return torch.stack(list(rows))
+    if len({row.shape[1:] for row in rows}) > 1:
+        raise ValueError(
+            "Encodings of a batch may differ only in their number of tokens, as those of prompts do. Got the shapes "
+            f"{[list(row.shape) for row in rows]}. Train in batches of one pair."
+        )
     joined = rows[0].new_zeros(len(rows), max(map(len, rows)), *rows[0].shape[1:])
     for padded_row, row in zip(joined, rows, strict=True):
         padded_row[: len(row)] = row

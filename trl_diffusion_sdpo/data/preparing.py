@@ -13,6 +13,7 @@ from ..utils.processes import ALONE, Peers
 from .data_report import DataReport
 from .dataset import PairOptions, PreferenceDataset
 from .formats import SEED_COLUMNS
+from .images import Size
 from .permuted_losers import PermutedLosers
 from .sources import PairMixture, PairSource, PairTable, bad_seeds, make_source, numbers_of_rows
 from .streaming import PreferenceIterableDataset, Stream
@@ -78,7 +79,10 @@ def prepare_dataset(
 
     # Make the data set, and check a sample of its pairs.
     losers = PermutedLosers.of(source, pairs.places, options.seed, name) if options.permutes else None
-    prepared = PreferenceDataset(source, pairs, options, report, losers)
+    source_sizes = {}
+    if source.has_sources and len(pairs):
+        source_sizes = _source_sizes(source, pairs, options, report, peers)
+    prepared = PreferenceDataset(source, pairs, options, report, losers, source_sizes)
     if options.verify_images != "none" and len(prepared):
         prepared.check_sample(peers)
     report = prepared.report
@@ -119,16 +123,53 @@ def _drop_bad_images(
         reason = f"{sizes[pair].min()} pixels along the shorter side, and `min_side={options.min_side}`"
         report.add("too_small", int(pairs.places[pair, 0]), reason)
     pairs, sizes = pairs.take(is_readable & is_large), sizes[is_readable & is_large]
-    targets = np.array([[options.transform.height, options.transform.width]])
     if options.buckets is not None:
-        numbers = options.buckets.assign(sizes.reshape(-1, 4).astype(np.int64))
-        pairs = pairs.with_columns(size=numbers)
-        targets = np.array(options.buckets.sizes)[numbers]
+        pairs = pairs.with_columns(size=options.buckets.assign(sizes.reshape(-1, 4).astype(np.int64)))
     if options.reads_sizes:
-        enlarged = int((targets[:, None] > sizes).any(axis=(1, 2)).sum())
+        enlarged = int((_targets(pairs, options)[:, None] > sizes).any(axis=(1, 2)).sum())
         if enlarged:
-            report.notes = (f"{enlarged} pairs have an image that is enlarged to the training size",)
+            report.notes += (f"{enlarged} pairs have an image that is enlarged to the training size",)
     return pairs
+
+
+def _targets(pairs: PairTable, options: PairOptions) -> np.ndarray:
+    """Return the `(height, width)` at which each pair trains, `(P, 2)`."""
+    if options.buckets is None:
+        return np.tile([options.transform.height, options.transform.width], (len(pairs), 1))
+    return np.array(options.buckets.sizes)[pairs.columns["size"]]
+
+
+def _source_sizes(
+    source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport, peers: Peers
+) -> dict[Size, set[tuple[Size, ...]]]:
+    """Read the headers of all images. Return the sizes that the sources of a pair have in items, by the size at which
+    the pair trains. Add a note to the report if sources are not cropped with their pairs.
+
+    Pairs with an unreadable image are left out, because they are counted when they are read.
+    """
+    images, _ = source.examine_images(
+        pairs.places, options.reader, decode=False, num_proc=options.num_proc, peers=peers
+    )
+    rows, numbers = np.unique(pairs.places[:, 0], return_inverse=True)
+    sizes_of_rows = source.source_sizes(rows, options.reader, peers)
+    found: dict[Size, set[tuple[Size, ...]]] = {}
+    whole = 0
+    for number, sizes, target in zip(
+        numbers.tolist(), images.tolist(), _targets(pairs, options).tolist(), strict=True
+    ):
+        sources, target = sizes_of_rows[number], tuple(target)
+        if not sources or not all(map(all, sizes)):
+            continue
+        is_cut = [options.transform.is_cut_with_pair(each, sizes, target) for each in sources]
+        placed = tuple(target if cut else each for each, cut in zip(sources, is_cut, strict=True))
+        found.setdefault(target, set()).add(placed)
+        whole += not all(is_cut)
+    if whole:
+        report.notes += (
+            f"{whole} of {len(pairs)} pairs have a source whose shape differs from that of their images: it stays "
+            "whole, and is not cropped with them",
+        )
+    return found
 
 
 def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> PreferenceIterableDataset:

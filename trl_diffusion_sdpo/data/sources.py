@@ -36,7 +36,7 @@ from .formats import (
     pairs_in_group,
     resolve_format,
 )
-from .images import ImageReader, UndecodableImageError, UnreadableImageError, decode_image
+from .images import ImageReader, Size, UndecodableImageError, UnreadableImageError, decode_image
 
 logger = logging.getLogger(__name__)
 
@@ -255,18 +255,21 @@ class TableSource:
                 yield next(numbers), dict(zip(batch, values, strict=True))
 
     def examine_images(
-        self, rows: np.ndarray, reader: ImageReader, decode: bool, num_proc: int | None
+        self, rows: np.ndarray, reader: ImageReader, decode: bool, num_proc: int | None, *, of_sources: bool = False
     ) -> Iterator[list[tuple[int, int, str]]]:
-        """Yield a list for each row: height, width and problem of each of its images. `datasets` caches the result."""
+        """Yield a list for each row: height, width and problem of each of its images, or of its source images if
+        `of_sources` is true. `datasets` caches the result."""
         images = self._images if len(rows) == len(self) else self._images.select(rows)
-        options: dict[str, Any] = {}
-        if any(local_names(images[0].column(name)) for name in self.format.image_columns):
+        row_format, options = self.format, {}
+        if of_sources:
+            row_format = replace(self.format, image_columns=self.format.source_columns, images_in_list=True)
+        if any(local_names(images[0].column(name)) for name in row_format.image_columns):
             options["load_from_cache_file"] = False  # `datasets` would not notice that a file has changed
         examined = images.map(
             _examine_table,
             batched=True,
             batch_size=16 if decode else ROWS_AT_ONCE,
-            fn_kwargs={"row_format": self.format, "reader": reader, "decode": decode},
+            fn_kwargs={"row_format": row_format, "reader": reader, "decode": decode},
             remove_columns=images.column_names,
             features=EXAMINED,
             num_proc=num_proc,
@@ -370,6 +373,22 @@ class PairSource:
 
         sizes, reasons = peers.first(examine)
         return sizes[np.searchsorted(rows, places[:, [0, 2]]), places[:, [1, 3]]], reasons
+
+    def source_sizes(self, rows: np.ndarray, reader: ImageReader, peers: Peers) -> list[tuple[Size, ...]]:
+        """Return `(height, width)` of each source image of `rows`, which must be in ascending order, or `()` for rows
+        whose sources cannot be read. The first process reads the headers, but all must call this method together."""
+
+        def read() -> list[tuple[Size, ...]]:
+            tables = [(table, numbers) for table, numbers in self._split(rows) if len(numbers)]
+            examined = chain(
+                *(table.examine_images(numbers, reader, False, None, of_sources=True) for table, numbers in tables)
+            )
+            return [
+                () if any(problem for *_, problem in facts) else tuple((height, width) for height, width, _ in facts)
+                for facts in examined
+            ]
+
+        return peers.first(read)
 
     def _split(self, rows: np.ndarray) -> Iterator[tuple[TableSource, np.ndarray]]:
         """Split sorted row numbers by data set. Yield each data set and the numbers of its rows within the data set."""
@@ -517,7 +536,9 @@ def images_of_row(row: Mapping[str, Any], row_format: PreferenceFormat) -> list[
     if not row_format.images_in_list:
         return [row.get(column) for column in row_format.image_columns]
     images = row.get(row_format.image_columns[0])
-    return list(images) if isinstance(images, Iterable) and not isinstance(images, str | bytes | Mapping) else []
+    if isinstance(images, Iterable) and not isinstance(images, str | bytes | memoryview | Mapping):
+        return list(images)
+    return [] if images is None else [images]
 
 
 def as_list(value: Any) -> list[Any]:

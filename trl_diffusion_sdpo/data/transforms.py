@@ -127,14 +127,35 @@ class PairTransform:
         self, image: Image.Image, draws: PairDraws | None = None, target: Size | None = None
     ) -> tuple[torch.Tensor, Size]:
         """Return the transformed pixels `(3, H, W)` of an image, and the top left corner of the crop."""
+        target = (self.height, self.width) if target is None else target
         height, width = self.resized_size(image.height, image.width, target)
-        target_height, target_width = (self.height, self.width) if target is None else target
-        top, left = self._corner(height - target_height, width - target_width, draws)
-        image = image.resize((width, height), INTERPOLATIONS[self.interpolation])
-        image = ImageOps.mirror(image) if self.mirrors(draws) else image
-        image = image.crop((left, top, left + target_width, top + target_height))
+        corner = self._corner(height - target[0], width - target[1], draws)
+        image = self.cut(image, corner, target, is_mirrored=self.mirrors(draws))
         pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
-        return pixels.contiguous(), (top, left)
+        return pixels.contiguous(), corner
+
+    def cut(
+        self,
+        image: Image.Image,
+        corner: Size,
+        target: Size,
+        *,
+        is_mirrored: bool,
+        resampling: Image.Resampling | None = None,
+    ) -> Image.Image:
+        """Resize an image to cover `target` `(height, width)`, mirror it if `is_mirrored` is true, and crop it to
+        `target` at `corner` `(top, left)`. `resampling` replaces the transform's interpolation."""
+        height, width = self.resized_size(image.height, image.width, target)
+        resampling = INTERPOLATIONS[self.interpolation] if resampling is None else resampling
+        image = image.resize((width, height), resampling)
+        image = ImageOps.mirror(image) if is_mirrored else image
+        top, left = corner
+        return image.crop((left, top, left + target[1], top + target[0]))
+
+    def is_cut_with_pair(self, source: Size, images: Sequence[Size], target: Size) -> bool:
+        """Return whether a source image of this `(height, width)` is cropped with its pair, as large after resizing as
+        both `images` of the pair are. A crop of any other source would show another part than they do."""
+        return {self.resized_size(*source, target)} == {self.resized_size(*image, target) for image in images}
 
     def _corner(self, free_height: int, free_width: int, draws: PairDraws | None) -> Size:
         if draws is None or self.center_crop:
@@ -156,17 +177,38 @@ def place_masks(masks: Sequence[Image.Image], item: dict[str, Any], transform: P
     Raises:
         UndecodableImageError: If a mask has another size than its image.
     """
-    height, width = item["target_size"] if "target_size" in item else item["pixel_values"].shape[-2:]
     placed = []
-    for mask, size, (top, left) in zip(masks, item["original_sizes"], item["crop_top_lefts"], strict=True):
+    for mask, size, corner in zip(masks, item["original_sizes"], item["crop_top_lefts"], strict=True):
         if (mask.height, mask.width) != tuple(size):
             raise UndecodableImageError(
                 f"has a mask of {mask.height} x {mask.width} pixels and an image of {size[0]} x {size[1]} pixels: both "
                 "must have the same size"
             )
-        resized_height, resized_width = transform.resized_size(size[0], size[1], (height, width))
-        mask = mask.resize((resized_width, resized_height), Image.Resampling.NEAREST)
-        mask = ImageOps.mirror(mask) if item["is_mirrored"] else mask
-        is_inside = np.asarray(mask)[top : top + height, left : left + width] >= INSIDE
-        placed.append(is_inside.astype(np.uint8))
+        target, is_mirrored = target_of(item), item["is_mirrored"]
+        mask = transform.cut(mask, corner, target, is_mirrored=is_mirrored, resampling=Image.Resampling.NEAREST)
+        placed.append((np.asarray(mask) >= INSIDE).astype(np.uint8))
     return torch.from_numpy(np.stack(placed)[:, None])
+
+
+def place_sources(sources: Sequence[Image.Image], item: dict[str, Any], transform: PairTransform) -> list[Image.Image]:
+    """Resize, mirror and crop the source images of an item exactly as its two images, where all of them agree in size
+    ([`PairTransform.is_cut_with_pair`]). Other sources stay whole, and are only mirrored.
+
+    Args:
+        sources (`Sequence[PIL.Image.Image]`): The images that the prompt edits.
+        item (`dict`): Item with `original_sizes`, `crop_top_lefts`, `is_mirrored`, and `target_size` or `pixel_values`.
+        transform (`PairTransform`): Transform of the images.
+    """
+    target, corner, is_mirrored = target_of(item), item["crop_top_lefts"][0], item["is_mirrored"]
+    placed = []
+    for source in sources:
+        if transform.is_cut_with_pair((source.height, source.width), item["original_sizes"], target):
+            placed.append(transform.cut(source, corner, target, is_mirrored=is_mirrored))
+        else:
+            placed.append(ImageOps.mirror(source) if is_mirrored else source)
+    return placed
+
+
+def target_of(item: dict[str, Any]) -> Size:
+    """Return the `(height, width)` at which an item trains."""
+    return tuple(item["target_size"] if "target_size" in item else item["pixel_values"].shape[-2:])

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
+from PIL import Image
+
 from ..cache.encoding import PairEncoding
 from ..data.dataset import PairOptions, PreferenceDataset
+from ..data.images import Size
 from ..data.pair_scores import ScoreSettings
 from ..data.preparing import prepare_dataset
 from ..data.sources import PairMixture
@@ -61,7 +64,7 @@ class PairPreparation:
                 return dataset.for_evaluation() if dataset.draw_settings()["training"] else dataset
             return dataset
         prepared = prepare_pairs(dataset, self._args, self._loss, name=name, training=training)
-        check_source_column(prepared, self._family, self._args, name=name)
+        check_source_column(prepared, self._family, self._args, name=name, training=training)
         if isinstance(prepared, PreferenceDataset):
             self._count_long_prompts(prepared, name)
         if self._encoding is not None:
@@ -78,10 +81,16 @@ class PairPreparation:
 
 
 def check_source_column(
-    pairs: PreferenceDataset | PreferenceIterableDataset, family: Family, args: DiffusionSDPOConfig, *, name: str
+    pairs: PreferenceDataset | PreferenceIterableDataset,
+    family: Family,
+    args: DiffusionSDPOConfig,
+    *,
+    name: str,
+    training: bool,
 ) -> None:
     """Raise `ValueError` if the model needs source images and the data have none, if the data have some and the model
-    takes none, or if `random_crop` is on, which does not support source images."""
+    takes none or fewer, if the pairs of a batch would have different numbers or sizes of them, or if `random_crop` is
+    on, which does not support source images."""
     if not pairs.has_sources and not family.takes_source:
         return
     if not pairs.has_sources or not (family.takes_source or family.may_take_source):
@@ -96,6 +105,19 @@ def check_source_column(
             f"`random_crop` does not work with source images yet. Got {name} data with source images. Leave "
             "`random_crop` out."
         )
+    assert isinstance(pairs, PreferenceDataset), "Streams with sources are refused."
+    batch = args.train_batch_size if training else args.eval_batch_size
+    if training and args.winner_budget is not None:  # the budget's probe has batches of an evaluation
+        batch = max(batch, args.eval_batch_size)
+    for layouts in pairs.source_sizes.values():  # the pairs of a batch have one training size
+        first, *others = sorted(layouts, key=len, reverse=True)
+        family.pixels_of_sources([_blank(first)])
+        for layout in others if batch > 1 else ():
+            family.pixels_of_sources([_blank(first), _blank(layout)])
+
+
+def _blank(sizes: tuple[Size, ...]) -> list[Image.Image]:
+    return [Image.new("RGB", (width, height)) for height, width in sizes]
 
 
 def outline(dataset: Any) -> Any:
