@@ -57,6 +57,38 @@ def test_a_flow_has_no_variance_to_add(make_trainer, family_folder):
         make_trainer(family_folder("stable_diffusion_3"), **INVERSION, inversion_kwargs={"eta": 0.1})
 
 
+@pytest.mark.parametrize(
+    ("name", "inversion", "settings"),
+    [
+        ("flux", {"steps": 1}, {}),  # the only step ends at pure noise, which no image reaches
+        ("flux", {"steps": 4}, {"timesteps": [100.0, 200.0]}),  # the first step ends at 250 or above
+        ("stable_diffusion", {"steps": 10}, {"timesteps": [1]}),  # the first step ends at 1
+    ],
+)
+def test_an_inversion_that_adds_no_noise_to_any_image_is_refused(
+    make_trainer, family_folder, name, inversion, settings
+):
+    """Training would take clean latents for noisy ones."""
+    settings |= INVERSION
+    with pytest.raises(ValueError, match="`end: grid`.*100 ?%"):
+        make_trainer(family_folder(name), **settings, inversion_kwargs={"end": "grid", **inversion})
+    make_trainer(family_folder(name), **settings, inversion_kwargs={"end": "exact", **inversion})
+
+
+@pytest.mark.parametrize(("timesteps", "share"), [([1, 500], "50%"), ([1, *range(2, 51)], "2%"), (None, None)])
+def test_the_share_of_images_without_noise_is_said_from_one_in_a_hundred_on(make_trainer, caplog, timesteps, share):
+    """The first inversion step of Stable Diffusion ends at timestep 1. Of all 1000 timesteps, 0 and 1 are 0.2 %."""
+    make_trainer(**INVERSION, inversion_kwargs={"end": "grid"}, timesteps=timesteps)
+    said = [record.getMessage() for record in caplog.records if "`end: grid`" in record.getMessage()]
+    assert len(said) == (share is not None) and all(share in message for message in said)
+
+
+def test_more_steps_than_the_schedule_has_are_refused(make_trainer):
+    with pytest.raises(ValueError, match=r"1000.*1001"):
+        make_trainer(**INVERSION, inversion_kwargs={"steps": 1001})
+    make_trainer(**INVERSION, inversion_kwargs={"steps": 1000})
+
+
 @pytest.mark.parametrize(("given", "scale"), [("pickscore", 0.166581), ("0.5", 0.5), (2, 2)])
 def test_the_scale_of_scores_is_a_number_or_the_name_of_one(make_args, given, scale):
     args = make_args(loss_type="smpo", loss_kwargs={"smpo_score_scale": given})

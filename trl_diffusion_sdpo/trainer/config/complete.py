@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ...cache.encoding import default_folder
 from ...data.buckets import AspectRatioBuckets
 from ...data.images import ImageReader, UndecodableImageError, UnreadableImageError
+from ...data.transforms import INTERPOLATIONS
 from ...engines.engine_settings import check_deepspeed_precision, set_deepspeed_learning_rate
 from ...families import Family
-from ...families.inversion import InversionSettings, inversion_of
+from ...families.inversion import Inversion, InversionSettings, inversion_of
 from ...families.noise import TimestepSampling
 from ...losses import LOSSES, LossSpec, loss_weights_by_name
 from ...models.loading import LoadedModel
@@ -36,6 +37,9 @@ from .all_arguments import settled_resolution
 from .declaring import from_kwargs
 
 logger = logging.getLogger(__name__)
+
+DRAWN = 10_000  # number of timesteps that are compared with an inversion's grid
+NOTABLE = 0.01  # share of drawn timesteps without noise from which on there is a warning
 
 # ---- Before the model is loaded -------------------------------------------------------------------------------------
 
@@ -107,9 +111,9 @@ def check_and_complete(
             f"{args.guidance_scale} for {family.name}, whose denoiser has no such input. Leave `guidance_scale` unset. "
             "To set the guidance of sample images, use `sample_kwargs`."
         )
-    sample_sources(args, family)
     complete_args(args, family, full=adapter is None)
     check_resolution(args, family)
+    sample_sources(args, family)
     timesteps = checked_timesteps(args, family)
     check_noise_range(args, family, timesteps)
 
@@ -125,7 +129,7 @@ def check_and_complete(
             f"{type(denoiser).__name__} without checkpointing. Leave `activation_checkpointing` off. To save memory, "
             "use smaller micro-batches, or `safeguard_low_memory` with `safeguard='parameter'`."
         )
-    inversion = checked_inversion(args, family)
+    inversion = checked_inversion(args, family, timesteps)
     return NoiseSettings(timesteps, args.noise_offset, args.n_timesteps_per_pair, inversion)
 
 
@@ -140,7 +144,8 @@ def refuse_dropout(denoiser: nn.Module, what: str) -> None:
 
 
 def sample_sources(args: DiffusionSDPOConfig, family: Family) -> list[Image.Image]:
-    """Return the images that `sample_prompts` edit.
+    """Return the images that `sample_prompts` edit. They are cropped to the shape of `args.resolution`, as in training,
+    unless the source determines the size of the sample image. `args.resolution` must be set.
 
     Raises:
         `ValueError`: If the model always edits images and `sample_sources` is unset, if the model edits no images, if
@@ -162,7 +167,10 @@ def sample_sources(args: DiffusionSDPOConfig, family: Family) -> list[Image.Imag
             sources.append(ImageReader().decode(path))
         except (UndecodableImageError, UnreadableImageError) as error:
             raise ValueError(f"`sample_sources` must be paths of images, got {path!r}: {error}.") from error
-    return sources
+    height, width = image_size(args)
+    if not family.size_kwargs(height, width):
+        return sources
+    return [ImageOps.fit(source, (width, height), INTERPOLATIONS[args.image_interpolation]) for source in sources]
 
 
 def complete_args(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> None:
@@ -263,19 +271,55 @@ def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, An
     return {"timestep_range": timestep_range, "sampling": sampling}
 
 
-def checked_inversion(args: DiffusionSDPOConfig, family: Family) -> InversionSettings | None:
+def checked_inversion(
+    args: DiffusionSDPOConfig, family: Family, timesteps: dict[str, Any]
+) -> InversionSettings | None:
     """Return the settings of the inversion that gives each image its noise, or `None` if noise is random
-    (`noise_source` is not `"inversion"`). Raise `ValueError` if the model's noise process does not support the
-        settings."""
+    (`noise_source` is not `"inversion"`).
+
+    With `end: grid`, an image whose timestep is not above the first timestep of the grid gets no noise. Log a warning
+    if training draws many such timesteps. `timesteps` are the arguments from [`checked_timesteps`].
+
+    Raises:
+        `ValueError`: If the model's noise process does not support the settings, or no image would get noise.
+    """
     if args.noise_source != "inversion":
         return None
-    settings = InversionSettings(**args.inversion_kwargs)
-    if settings.eta and not inversion_of(family.noise_process).has_variance:
+    process, settings = family.noise_process, InversionSettings(**args.inversion_kwargs)
+    inversion = inversion_of(process)
+    if settings.steps > process.num_train_timesteps:
+        raise ValueError(
+            f"`steps` of `inversion_kwargs` must be at most {process.num_train_timesteps}, the scheduler's number of "
+            f"timesteps. Got {settings.steps}. Published values are 5 and 10."
+        )
+    if settings.eta and not inversion.has_variance:
         raise ValueError(
             "`eta` of `inversion_kwargs` must be 0 if the model's sampling step adds no noise. Got "
             f"{settings.eta} for {family.name}. Leave `eta` out."
         )
+    if settings.end == "grid":
+        tokens = [family.tokens_of_image(*size) for size in image_sizes(args)]
+        clean = max(_share_without_noise(inversion, settings, count, timesteps) for count in tokens)
+        message = (
+            f"With `end: grid` and `steps: {settings.steps}` in `inversion_kwargs`, images get noise only at timesteps "
+            f"above the first inversion step. {clean:.0%} of the timesteps that training draws are not above it, and "
+            "train on clean latents as if they were noisy. Use `end: exact`, or more `steps`."
+        )
+        if clean == 1:
+            raise ValueError(message)
+        if clean >= NOTABLE and args.should_log:
+            logger.warning(message)
     return settings
+
+
+def _share_without_noise(
+    inversion: Inversion, settings: InversionSettings, tokens: int, timesteps: dict[str, Any]
+) -> float:
+    """Return the share of the drawn timesteps that are not above the first timestep of an inversion's grid."""
+    uniform = (torch.arange(DRAWN) + 0.5) / DRAWN
+    drawn = inversion.process.timesteps(uniform, image_seq_len=tokens, **timesteps)
+    grid = inversion.grid(settings.steps, uniform.device, tokens)
+    return 1 - float((drawn[:, None] > grid).any(dim=1).double().mean())
 
 
 # ---- Values that follow from several settings ------------------------------------------------------------------------

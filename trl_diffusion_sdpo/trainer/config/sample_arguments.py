@@ -22,6 +22,7 @@ class SampleArguments:
         sample_sources (`list[str]`, *optional*):
             Paths of the images that `sample_prompts` edit, one image for each prompt. `sample_sources` is required for
             models that always edit an image, and optional for models that can also generate without a source image.
+            Sources are cropped to the shape of `resolution`, as in training.
         sample_steps (`int`, *optional*):
             Number of optimizer steps between two generations of sample images. If unset, sample images are generated
             only before and after training.
