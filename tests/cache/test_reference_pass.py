@@ -304,3 +304,18 @@ def test_a_killed_computation_goes_on_and_ends_as_an_undisturbed_one(sd_folder, 
     assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
     stores = [[path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))] for folder in folders.values()]
     assert len(stores[0]) == 64 and stores[0] == stores[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs"),
+    [
+        ({"num_train_epochs": 10, "max_steps": -1}, "10 epochs"),
+        ({"max_steps": 12, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, "6 epochs"),
+        ({"num_train_epochs": 2, "max_steps": -1}, None),
+    ],
+)
+def test_noise_that_repeats_in_later_epochs_is_said(settings, epochs, make_trainer, make_pairs, tmp_path, caplog):
+    stored = {"precompute_ref_errors": True, "precompute_epochs": 2, "precompute_dir": str(tmp_path / "cache")}
+    make_trainer(train=make_pairs(8), **settings, **stored)
+    said = [record.getMessage() for record in caplog.records if "`precompute_epochs=2`" in record.getMessage()]
+    assert len(said) == (epochs is not None) and all(epochs in message for message in said)

@@ -144,3 +144,40 @@ def test_votes_for_left_or_right_are_read_with_their_source():
         ("bad_labels", 5),
     ]
     assert resolve_format(None, REAL_COLUMNS["editreward"]).source_columns == ("source_image",)
+
+
+@pytest.mark.parametrize(
+    ("word", "is_valid"), [("True", True), (1.0, True), (b"yes\n", True), ("No", False), (0, False)]
+)
+def test_a_validity_column_is_read_as_true_or_false(word, is_valid):
+    row = {"has_label": word, "label_0": 1, "label_1": 0}
+    if is_valid:
+        assert FORMATS["pickapic"].image_scores(row).values == (1.0, 0.0)
+    else:
+        with pytest.raises(LabelError, match="false"):
+            FORMATS["pickapic"].image_scores(row)
+
+
+@pytest.mark.parametrize("word", ["nope", "unlabelled", float("nan"), 2])
+def test_another_word_in_a_validity_column_is_no_label(word):
+    with pytest.raises(LabelError, match=f"has_label.*{word}"):
+        FORMATS["pickapic"].image_scores({"has_label": word, "label_0": 1, "label_1": 0})
+
+
+@pytest.mark.parametrize("alone", ["chosen_prompt", "rejected_prompt"])
+def test_the_prompt_of_one_image_alone_is_refused_unless_the_format_is_named(alone):
+    columns = ["prompt", "chosen", "rejected", alone]
+    with pytest.raises(ValueError, match=f"only `{alone}`"):
+        resolve_format(None, columns)
+    assert resolve_format("canonical", columns).prompt_columns == ("prompt",)
+
+
+def test_a_prompt_is_cut_only_behind_what_any_tokenizer_reads():
+    """1024 tokens, of at most 128 characters. Tokenizers that skip blanks read on behind any number of them."""
+    read = FORMATS["canonical"].prompt
+    limit = 1024 * 128
+    assert read({"prompt": "x" * limit}) == "x" * limit
+    assert read({"prompt": "x" * 10**6}) == "x" * limit
+    assert read({"prompt": "red cats " * 10**6}).split() == ["red", "cats"] * (limit // 7) + ["red", "c"][: limit % 7]
+    blanks = read({"prompt": "a" + " " * 10**6 + "red" + "\n" * 10**6 + "cat"})
+    assert blanks.split() == ["a", "red", "cat"] and len(blanks) == 7 + 2 * limit

@@ -3,8 +3,10 @@
 import logging
 
 import datasets
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_pairs import JUNK, STYLES, bad_rows, canonical, in_style, items_of, picture, png, prepare, same
 
 
@@ -198,3 +200,68 @@ def test_items_have_scores(style):
     assert [item["scores"] for item in items_of(prepared)] == [(0.75, -1.5)] * 2
     assert prepared.report.bad_labels == 1
     assert "scores" not in items_of(prepare(in_style(canonical(1), style)))[0]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_long_prompts_are_cut_counted_and_kept(style, caplog):
+    rows = canonical(3)
+    rows[1]["prompt"] = "word " * 10**5
+    prepared = prepare(in_style(rows, style))
+    items = items_of(prepared)
+    assert [len(item["prompt"].replace(" ", "")) for item in items] == [2, 1024 * 128, 2]
+    assert prepared.report.cut_prompts == 1 and prepared.report.dropped == 0
+    assert "1 cut prompts" in str(prepared.report) and "row 1" in caplog.text
+
+
+def test_columns_that_are_not_read_are_named(caplog):
+    caplog.set_level(logging.INFO)
+    prepared = prepare(canonical(2, caption="another prompt", chosen_score=1.0, rejected_score=0.0), use_scores=False)
+    assert prepared.report.unread == ("caption", "chosen_score", "rejected_score")
+    assert "caption, chosen_score, rejected_score" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (picture(7, (4, 40)), "4x40 is too small"),
+        (picture(7, (1, 1)), "1x1 is too small"),
+        (picture(7, (8, 900)), "8x900 is too long"),
+        (Image.new("F", (16, 16)), "floating-point"),
+        (Image.fromarray(np.full((16, 16), 70_000, dtype=np.int32)), "16 bits"),
+    ],
+)
+def test_an_image_in_memory_that_cannot_be_used_is_counted_with_its_reason(image, reason):
+    rows = canonical(2)
+    rows[1]["rejected"] = image
+    report = prepare(rows, verify_images="all").report
+    assert report.undecodable == 1 and reason in str(report)
+
+
+def test_a_missing_prompt_in_a_list_is_a_bad_prompt_whatever_stands_for_it():
+    """Rows from pandas have NaN where a text is missing."""
+    rows = canonical(3)
+    rows[0]["prompt"], rows[1]["prompt"] = float("nan"), None
+    report = prepare(rows).report
+    assert (report.pairs, report.bad_prompts) == (1, 2)
+    rows[2]["prompt"], rows[1]["prompt"] = 7, "text"
+    with pytest.raises(ValueError, match=r"'prompt': \['int', 'str'\]"):
+        prepare(rows)
+
+
+def labelled(label_0, **columns):
+    return {"caption": "a", "jpg_0": png(1), "jpg_1": png(2), "label_0": label_0, "label_1": 1 - label_0, **columns}
+
+
+@pytest.mark.parametrize("swap_labels", [False, True])
+def test_seeds_of_the_noise_are_those_of_the_preferred_and_the_other_image(swap_labels):
+    """In Pick-a-Pic, either image may be the preferred one. Swapped labels swap the seeds, too."""
+    seeds = {"chosen_noise_seed": 11, "rejected_noise_seed": 22}
+    rows = [labelled(1, **seeds), labelled(0, **seeds)]
+    items = items_of(prepare(rows, noise_seeds=True, swap_labels=swap_labels))
+    assert [item["noise_seeds"] for item in items] == [(22, 11) if swap_labels else (11, 22)] * 2
+
+
+def test_seeds_of_the_noise_are_refused_where_a_row_has_several_pairs():
+    row = {"prompt": "a", "image_path": [png(i) for i in range(3)], "human_preference": [1, 0, 0]}
+    with pytest.raises(ValueError, match="hpdv2"):
+        prepare([row | {"chosen_noise_seed": 1, "rejected_noise_seed": 2}], noise_seeds=True)

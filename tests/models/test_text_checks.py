@@ -77,3 +77,14 @@ def test_long_prompts_are_counted_once_in_the_report_and_not_warned_of_at_every_
         and "3 of 4 prompts" in str(trainer.train_dataset.report)
     )
     assert not any("truncated" in record.getMessage() for record in caplog.records)
+
+
+def test_tokens_without_an_embedding_are_refused_until_there_is_one(family_folder):
+    """A prompt with such a token would end the run whenever it is read."""
+    pipeline = load_pipeline(family_folder("stable_diffusion"))
+    before = len(pipeline.tokenizer)
+    pipeline.tokenizer.add_tokens(["<my-cat>"])
+    with pytest.raises(ValueError, match=rf"{before + 1} tokens.* {before} embeddings"):
+        check_text_encoding(find_family(pipeline))
+    pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer))
+    check_text_encoding(find_family(pipeline))

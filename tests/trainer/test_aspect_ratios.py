@@ -202,3 +202,13 @@ def test_an_image_of_pairs_of_several_sizes_is_encoded_at_each(bucketed, tmp_pat
     trainer = bucketed(train=pairs, precompute_latents=True, precompute_dir=str(tmp_path / "cache"), random_flip=False)
     shapes = [tuple(trainer.train_dataset[pair]["moments"].shape[2:]) for pair in range(2)]
     assert shapes == [(8, 8), (10, 6)] and trainer.encoding.report.images == 4
+
+
+@pytest.mark.parametrize(("strategy", "never"), [("random", "1 of 9"), ("sequential", "3 of 9")])
+def test_pairs_that_no_full_batch_takes_are_counted(strategy, never, bucketed, caplog):
+    """5, 3 and 1 pairs in batches of 2: the single one never trains, and without shuffling the rest of the others."""
+    settings = {"train": pairs_of(*MIXED), "per_device_train_batch_size": 2, "train_sampling_strategy": strategy}
+    bucketed(**settings)
+    assert "dataloader_drop_last" not in caplog.text
+    bucketed(**settings, dataloader_drop_last=True)
+    assert f"{never} pairs" in caplog.text.split("dataloader_drop_last")[1]

@@ -44,3 +44,21 @@ def test_the_order_depends_on_seed_and_epoch_alone(make_trainer, make_pairs):
         seed = loader.get_sampler().initial_seed + epoch
         found = [int(row) for batch in loader for row in batch["rows"]]
         assert found == torch.randperm(9, generator=torch_random.manual_seed(seed)).tolist()
+
+
+class FewerPrompts(PreferenceCollator):
+    """A user's collator that loses prompts."""
+
+    count = 1
+
+    def __call__(self, items):
+        batch = super().__call__(items)
+        return {**batch, "prompts": batch["prompts"][: self.count]}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_batch_without_a_prompt_for_each_pair_is_refused(count, make_trainer):
+    collator = FewerPrompts()
+    collator.count = count
+    with pytest.raises(ValueError, match=f"4 pairs.* 8 images.* {count} prompts"):
+        make_trainer(data_collator=collator, per_device_train_batch_size=4).train()

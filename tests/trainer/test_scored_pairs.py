@@ -71,3 +71,13 @@ def test_streams_are_refused_by_the_trainer(make_trainer, scored):
     for settings in ({"pair_weights": "quality"}, {"pair_weights": "gain"}):
         with pytest.raises(ValueError, match="are a stream"):
             make_trainer(train=scored.to_iterable_dataset(), **settings)
+
+
+@pytest.mark.parametrize("settings", [{"pair_weights": "gap"}, {"loss_type": "smpo"}])
+def test_scores_that_contradict_the_labels_are_counted(settings, make_trainer, scored, caplog):
+    """Two of eight pairs have a loser with the higher score, and one has equal scores."""
+    scores = [9.0, 0.0, 0.0, 9.0, 2.0, 0.0, 0.0, 0.0]
+    trainer = make_trainer(
+        train=scored.remove_columns("rejected_score").add_column("rejected_score", scores), **settings
+    )
+    assert "2 of 8 pairs" in caplog.text and "2 of 8 pairs" in str(trainer.train_dataset.report)

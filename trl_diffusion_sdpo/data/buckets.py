@@ -107,6 +107,13 @@ class PairSizes:
         digest.update(np.ascontiguousarray(self.numbers, dtype="<u2").data)
         return digest.hexdigest()[:16]
 
+    def left_out(self, group: int, *, shuffled: bool) -> dict[Size, int]:
+        """Return how many pairs of each bucket are in no group of `group` pairs, in any epoch, if incomplete groups are
+        dropped. In shuffled data, these are only the pairs of buckets with fewer pairs than `group`."""
+        counts = np.bincount(self.numbers, minlength=len(self.sizes))
+        never = np.where(counts < group, counts, 0) if shuffled else counts % group
+        return {size: count for size, count in zip(self.sizes, never.tolist(), strict=True) if count}
+
 
 class Repeated(int):
     """Index of a pair that is repeated to fill up a batch. Evaluations ignore the result of the repetition."""

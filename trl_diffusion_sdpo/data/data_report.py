@@ -8,7 +8,8 @@ import numpy as np
 
 SAMPLED_PAIRS = 128  # number of pairs that are decoded before training, within a second or two
 
-COUNTS = ("rows", "pairs", "ties", "undecodable", "bad_prompts", "bad_labels", "too_small")
+COUNTS = ("rows", "pairs", "ties", "undecodable", "bad_prompts", "bad_labels", "too_small", "cut_prompts")
+RARE = ("too_small", "cut_prompts")  # counts that are not listed if they are 0
 MAX_EXAMPLES = 5
 PERMUTED = "losers are winners of other pairs, drawn anew in every epoch"
 SWAPPED = "labels are swapped: the winner of each pair is the image that the data set calls the loser"
@@ -31,6 +32,8 @@ class DataReport:
     bad_prompts: int = 0  # rows whose prompt is not a valid string
     bad_labels: int = 0  # rows in which a label, score, weight or noise seed is missing or unreadable
     too_small: int = 0  # pairs with an image whose shorter side is below `min_side`
+    cut_prompts: int = 0  # rows whose prompt is longer than `LONGEST_PROMPT`; these rows are kept
+    unread: tuple[str, ...] = ()  # columns that are not read
     notes: tuple[str, ...] = ()  # further lines of the printed report
     is_swapped: bool = False  # whether winners are the images that the data set calls losers
     is_permuted: bool = False  # whether losers are the winners of other pairs
@@ -51,9 +54,11 @@ class DataReport:
         return True
 
     def __str__(self) -> str:
-        listed = [count for count in COUNTS if count != "too_small" or self.too_small]  # 0 without `min_side`
+        listed = [count for count in COUNTS if count not in RARE or getattr(self, count)]
         counts = ", ".join(f"{getattr(self, count)} {count.replace('_', ' ')}" for count in listed)
         lines = [f"{self.name} data ({self.format}): {counts}"]
+        if self.unread:
+            lines.append(f"  columns that are not read: {', '.join(self.unread)}")
         if self.is_swapped:
             lines.append(f"  {SWAPPED}")
         if self.is_permuted:

@@ -192,7 +192,9 @@ class PreferenceDataset(Dataset):
         complete_item(item, options, winner, loser, draws, pair, two_prompts=self.has_loser_prompts)
         item |= self._numbers(pair, epoch)
         if options.noise_seeds and options.training:
-            item["noise_seeds"] = self._noise_seeds(item, pair, winner, loser)
+            self._check_size_of_noise(item, pair)
+            loser_wins = loser_pair is not None  # the pair that it is taken from
+            item["noise_seeds"] = winner.noise_seed(is_winner=True), loser.noise_seed(is_winner=loser_wins)
         if self._encoded is not None:
             edited = (self._place_of_sources(pair), item["is_mirrored"]) if self.has_sources else None
             item |= self._encoded.conditioning(item["prompt"], edited)
@@ -217,9 +219,7 @@ class PreferenceDataset(Dataset):
             numbers["ref_errors"] = errors
         return numbers
 
-    def _noise_seeds(
-        self, item: dict[str, Any], pair: int, winner: StoredImage, loser: StoredImage
-    ) -> tuple[int, int]:
+    def _check_size_of_noise(self, item: dict[str, Any], pair: int) -> None:
         target = self.target_size(pair)
         for size in item["original_sizes"]:
             if tuple(size) != tuple(target):
@@ -228,7 +228,6 @@ class PreferenceDataset(Dataset):
                     f"{self._pairs.places[pair, 0]} has an image of {size[0]} x {size[1]} pixels (height x width), but "
                     f"training uses {target[0]} x {target[1]}. Set `resolution` to the images' size."
                 )
-        return winner.noise_seed, loser.noise_seed
 
     def _item_with_drawn_loser(self, pair: int, losers: PermutedLosers) -> dict[str, Any]:
         for loser_pair in losers.candidates(pair, self._drawn_epoch):

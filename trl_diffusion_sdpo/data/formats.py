@@ -7,6 +7,7 @@ better. [`compare`] turns scores into winners, losers and ties. This module read
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, groupby
@@ -16,6 +17,12 @@ SOURCE_COLUMNS = ("source_image", "source")  # accepted columns of images to edi
 SEED_COLUMNS = ("chosen_noise_seed", "rejected_noise_seed")  # seeds of the CPU generators that drew the images' noise
 TEXT = ("string", "large_string")
 LARGEST = 1e9  # a larger score or weight would outweigh those of all other pairs together
+VALID, INVALID = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")  # words of a validity column
+# Longest prompt, in characters. Text encoders read 77 to 1024 tokens, and a token of any tokenizer has at most 128
+# characters, so nothing that they read is cut off. Longer texts, such as a book, would take gigabytes to tokenize.
+LONGEST_PROMPT = 1024 * 128
+_LONG_BLANKS = re.compile(rf"(\s{{{LONGEST_PROMPT}}})\s+")
+_BEGINNING = re.compile(rf"(?:\s*\S){{0,{LONGEST_PROMPT}}}")
 # Function that counts dropped rows or pairs. Its arguments are the kind of drop, the row, the reason and the amount.
 Reject = Callable[[str, int, str, int], object]
 
@@ -109,7 +116,8 @@ class PreferenceFormat:
         return f"{self.name}: " + ", ".join(column for column in columns if column)
 
     def prompt(self, row: Mapping[str, Any], image: int = 0) -> str:
-        """Return the prompt of a row, or of one image if the images of the row have different prompts.
+        """Return the prompt of a row, or of one image if the images of the row have different prompts. A prompt is cut
+        off after `LONGEST_PROMPT` characters. Blanks are not counted, because some tokenizers skip them.
 
         Raises:
             ValueError: If the prompt is not a valid string.
@@ -125,7 +133,11 @@ class PreferenceFormat:
             value.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the prompt has an invalid character (lone surrogate) at index {error.start}") from error
-        return value
+        if len(value) <= LONGEST_PROMPT:
+            return value
+        beginning = _BEGINNING.match(_LONG_BLANKS.sub(r"\1", value))
+        assert beginning is not None, "the expression matches every text"
+        return beginning.group()
 
     def image_scores(self, row: Mapping[str, Any]) -> ImageScores:
         """Return one score per image, computed from the label of a row.
@@ -134,8 +146,11 @@ class PreferenceFormat:
             LabelError: If the label is missing or unreadable.
         """
         is_valid = member_text(row.get(self.validity_column)) if self.validity_column is not None else None
-        if str(is_valid).strip().lower() in ("false", "0", "0.0", "no"):
+        word = str(is_valid).lower()
+        if word in INVALID:
             raise LabelError(f"`{self.validity_column}` is false")
+        if is_valid is not None and word not in VALID:
+            raise LabelError(f"`{self.validity_column}` must be true or false, got {is_valid!r}")
         if self.group_column is not None and row.get(self.group_column) is None:
             raise LabelError(f"`{self.group_column}` is missing")
         for columns, read in self.label_readers.items():
@@ -273,6 +288,13 @@ def resolve_format(
     columns = list(column_names)
     if dataset_format is None:
         row_format = detect_format(columns)
+        alone = [column for column in BRANCH_PROMPTS if column in columns]
+        if len(alone) == 1 and row_format.image_columns == ("chosen", "rejected"):
+            raise ValueError(
+                f"Prompts of chosen and rejected images must be in both of the columns {list(BRANCH_PROMPTS)}. The "
+                f"data have only `{alone[0]}`. Add the other column, or set `dataset_format='canonical'` to read one "
+                "prompt for both images."
+            )
     elif dataset_format not in FORMATS:
         raise ValueError(f"`dataset_format` must be one of {sorted(FORMATS)}, got {dataset_format!r}.")
     else:
@@ -341,11 +363,12 @@ def pairs_in_group(
     for number, row in group:
         try:
             labels, reward_scores = row_format.image_scores(row), row_format.reward_scores(row)
-            for image in range(2 if row_format.prompt_of_each_image else 1):
-                row_format.prompt(row, image)
+            prompts = [row_format.prompt(row, image) for image in range(2 if row_format.prompt_of_each_image else 1)]
         except ValueError as error:
             reject("bad_labels" if isinstance(error, LabelError) else "bad_prompts", number, str(error), 1)
             continue
+        if any(len(prompt) >= LONGEST_PROMPT for prompt in prompts):
+            reject("cut_prompts", number, f"only the first {LONGEST_PROMPT} characters of the prompt are read", 1)
         images += [(number, image) for image in range(len(labels.values))]
         scores += labels.values
         ranked = labels.ranked

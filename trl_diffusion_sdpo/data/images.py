@@ -51,6 +51,8 @@ ABSENT_OR_DAMAGED = (
     *(FileNotFoundError, PermissionError, ValueError),
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError),
 )
+# Beginning of bytes that replace an image in memory that cannot be stored. The reason follows.
+BAD_IMAGE = b"trl-diffusion-sdpo: bad image: "
 INSIDE = 128  # pixels of a mask with at least this grey value are inside the mask
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
@@ -166,6 +168,8 @@ class ImageReader:
             else:
                 check_regular_file(path, MAX_FILE_BYTES)
         elif isinstance(value, bytes | bytearray | memoryview):
+            if bytes(value[: len(BAD_IMAGE)]) == BAD_IMAGE:
+                raise UndecodableImageError(bytes(value[len(BAD_IMAGE) :]).decode())
             value = pyarrow.BufferReader(value)  # without a copy
         elif value is None:
             raise UndecodableImageError("is missing: the row has neither bytes nor a path")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,8 @@ from ..utils.processes import ALONE, Peers
 from .dataset import PreferenceDataset
 from .images import ImageReader, UndecodableImageError
 from .sources import PairSource, numbers_of_rows
+
+logger = logging.getLogger(__name__)
 
 COMPARED_AT_ONCE = 1 << 22  # largest number of comparisons of two images in memory at a time
 SCORER_COLUMNS = ("chosen_scores", "rejected_scores")  # these columns have lists with one score per scorer
@@ -81,10 +84,24 @@ class ScoreSettings:
                     "setting."
                 )
             return
+        if self.needs_scores:
+            self._count_contradictions(dataset, peers)
         if self._calibrates:
             dataset.set_calibrated_scores(peers.first(partial(calibrate, dataset)))
         if self.pair_weights is not None:
             dataset.set_weights(self._weights(dataset))
+
+    def _count_contradictions(self, dataset: PreferenceDataset, peers: Peers) -> None:
+        """Note how many pairs have a loser with the higher score."""
+        assert dataset.scores is not None
+        contradicted = int((dataset.scores[:, 0] < dataset.scores[:, 1]).sum())
+        if not contradicted:
+            return
+        effect = "the loss exchanges the two images" if self.sorts_by_scores else "their gap counts as 0"
+        note = f"in {contradicted} of {len(dataset)} pairs, the rejected image has the higher score: {effect}"
+        dataset.add_note(note)
+        if peers.index == 0:
+            logger.warning("%s data: %s.", dataset.report.name, note)
 
     def _weights(self, dataset: PreferenceDataset) -> np.ndarray:
         assert self.pair_weights is not None

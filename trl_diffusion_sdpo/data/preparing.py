@@ -64,8 +64,15 @@ def prepare_dataset(
                 f"`losers='permute'` cannot be used on data with {column}: it takes losers from other pairs, but the "
                 "column belongs to the two images of one row. Remove the column, or use `losers='data'`."
             )
+    if options.noise_seeds and not source.has_one_pair_a_row:
+        raise ValueError(
+            f"`noise_source='generated'` reads {' and '.join(SEED_COLUMNS)}, which belong to the one pair of a row. In "
+            f"the {name} data (format {source.format_name}), a row may have images of several pairs. Write one row for "
+            "each pair."
+        )
     # Index the pairs, and drop unusable pairs.
     report = DataReport(name, source.format_name, rows=len(source), is_swapped=options.swap_labels)
+    report.unread = source.unread
     report.is_permuted = options.permutes
     pairs = source.index_pairs(report.add)
     if options.permutes:  # losers are drawn during training, so index only the winners
@@ -88,7 +95,9 @@ def prepare_dataset(
     report = prepared.report
     if not report.pairs:
         raise ValueError(f"No pair is left to train on. Check the labels and images of the data set.\n{report}")
-    logger.log(logging.WARNING if report.dropped or report.notes else logging.INFO, "%s", report)
+    if peers.index == 0:  # the report of all processes is the same
+        asks = report.dropped or report.cut_prompts or report.notes
+        logger.log(logging.WARNING if asks else logging.INFO, "%s", report)
     return prepared
 
 

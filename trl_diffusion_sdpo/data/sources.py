@@ -32,11 +32,10 @@ from .formats import (
     Reject,
     finite_number,
     groups,
-    member_text,
     pairs_in_group,
     resolve_format,
 )
-from .images import ImageReader, Size, UndecodableImageError, UnreadableImageError, decode_image
+from .images import BAD_IMAGE, ImageReader, Size, UndecodableImageError, UnreadableImageError, decode_image
 
 logger = logging.getLogger(__name__)
 
@@ -160,9 +159,7 @@ class StoredImage(NamedTuple):
     @property
     def prompt(self) -> str:
         """The prompt of the image."""
-        columns = self.format.prompt_columns
-        text = self.row[columns[self.number if self.format.prompt_of_each_image else 0]]
-        return member_text(text) if self.format.text_members else text
+        return self.format.prompt(self.row, self.number)
 
     @property
     def mask(self) -> Any:
@@ -184,10 +181,10 @@ class StoredImage(NamedTuple):
         except UndecodableImageError as error:
             raise UndecodableImageError(f"has a source that {error}") from None
 
-    @property
-    def noise_seed(self) -> int:
-        """Seed of the noise from which the image was generated."""
-        return int(self.row[SEED_COLUMNS[self.number]])
+    def noise_seed(self, *, is_winner: bool) -> int:
+        """Return the seed of the noise from which the image was generated. `is_winner` says whether the image wins its
+        pair, because `SEED_COLUMNS` are those of the preferred and the other image, whatever their order in the row."""
+        return int(self.row[SEED_COLUMNS[is_winner == self.format.is_swapped]])
 
 
 class TableSource:
@@ -200,6 +197,7 @@ class TableSource:
         texts = dict.fromkeys([*row_format.text_columns(dataset.column_names), *number_columns])
         images = [*row_format.image_columns, *row_format.mask_columns, *row_format.source_columns]
         seeds = [column for column in number_columns if column in SEED_COLUMNS]
+        self.unread = [column for column in dataset.column_names if column not in (*texts, *images)]
         self.labels = dataset.with_format(None).select_columns(list(texts))
         self._images = dataset.with_format("arrow").select_columns(images)
         others = [*row_format.prompt_columns, *row_format.mask_columns, *seeds]
@@ -305,8 +303,10 @@ class PairSource:
         self.format_name = "+".join(row_format.name for row_format in formats)
         self.prompt_of_each_image = any(row_format.prompt_of_each_image for row_format in formats)
         self.has_losers = all(row_format.has_losers for row_format in formats)
+        self.has_one_pair_a_row = not any(each.images_in_list or each.group_column for each in formats)
         self.has_masks = any(row_format.mask_columns for row_format in formats)
         self.has_sources = any(row_format.source_columns for row_format in formats)
+        self.unread = tuple(dict.fromkeys(column for table in tables for column in table.unread))
         check_all_or_none("score columns", {table.name: table.format.score_columns is not None for table in tables})
         check_all_or_none("mask columns", {table.name: bool(table.format.mask_columns) for table in tables})
         check_all_or_none("a `source` column", {table.name: bool(table.format.source_columns) for table in tables})
@@ -505,11 +505,17 @@ def _table_of_rows(rows: Sequence[Mapping[str, Any]], dataset_format: str | None
         is_text = column in row_format.source_columns and all(isinstance(value, str) for value in values[column])
         if not is_text:  # text in a column `source` is not the name of an image
             values[column] = [_stored_image(value) for value in values[column]]
+    for column, entries in values.items():
+        if any(isinstance(entry, str) for entry in entries):  # a missing text is NaN in rows from pandas
+            values[column] = [None if isinstance(entry, float) and math.isnan(entry) else entry for entry in entries]
     try:
         return datasets.Dataset.from_dict(values)
     except (pa.ArrowException, TypeError, ValueError) as error:
+        kinds = {column: {type(entry).__name__ for entry in values[column] if entry is not None} for column in values}
+        mixed = {column: sorted(names) for column, names in kinds.items() if len(names) > 1}
         raise ValueError(
-            f"Each column of the {name} data must have values of one type in all rows: {error}"
+            f"Each column of the {name} data must have values of one type in all rows. Got the types {mixed or kinds}: "
+            f"{error}"
         ) from error
 
 
@@ -523,7 +529,7 @@ def _stored_image(value: Any) -> Any:
             decode_image(value).save(content, "PNG", compress_level=1)
             value = content.getvalue()
         except UndecodableImageError as error:
-            value = str(error).encode()  # decoding these bytes fails as well, so the pair is counted later
+            value = BAD_IMAGE + str(error).encode()  # decoding raises this error again, so the pair is counted later
     if isinstance(value, Mapping):
         return {"bytes": value.get("bytes"), "path": value.get("path")}
     if isinstance(value, bytes):

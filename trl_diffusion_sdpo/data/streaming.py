@@ -254,7 +254,7 @@ class PreferenceIterableDataset(IterableDataset):
 
         def count(kind: str, row: int, reason: str, amount: int) -> None:
             if report.add(kind, row, reason, amount):
-                logger.warning("%s data: row %d dropped: %s", self._name, row, reason)
+                logger.warning("%s data: row %d (%s): %s", self._name, row, kind.replace("_", " "), reason)
 
         position = -1
         for row_format, group in self._groups(report, epoch):

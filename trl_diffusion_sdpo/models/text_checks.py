@@ -30,6 +30,13 @@ def check_text_encoding(family: Family) -> None:
         tokenizer = _tokenizer_of(family, name)
         if tokenizer is None:
             continue
+        embeddings = getattr(family.pipeline, name).get_input_embeddings().num_embeddings
+        if len(tokenizer) > embeddings:
+            raise ValueError(
+                f"A text encoder must have an embedding for every token. The tokenizer of `{name}` has "
+                f"{len(tokenizer)} tokens, and there are {embeddings} embeddings. Load the tokenizer of this text "
+                "encoder, or call its `resize_token_embeddings` if you added tokens."
+            )
         first, second = (tokenizer(prompt)["input_ids"] for prompt in PROMPTS)
         if first == second:
             raise ValueError(

@@ -507,7 +507,16 @@ def eval_mode(networks: Sequence[nn.Module]) -> Iterator[None]:
 def of_both_halves(conditioning: torch.Tensor, rows: int) -> torch.Tensor:
     """Return an input of the denoiser, such as prompt embeddings, with one row for each of `rows` images, winners
     first. If `conditioning` has one row per pair, both images of the pair get this row. If `conditioning` already has
-    one row per image, it is returned unchanged."""
+    one row per image, it is returned unchanged.
+
+    Raises:
+        ValueError: If there is neither one row per pair nor one per image.
+    """
+    if len(conditioning) not in (rows, rows // 2):
+        raise ValueError(
+            f"A batch of {rows // 2} pairs must have a prompt for each pair, or one for each of its {rows} images, "
+            f"winners first. Got {len(conditioning)} prompts. Correct the `data_collator`."
+        )
     return torch.cat([conditioning] * (rows // len(conditioning)))
 
 

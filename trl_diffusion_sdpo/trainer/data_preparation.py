@@ -27,7 +27,7 @@ from ..families import Family
 from ..losses import LossSpec
 from ..models.text_checks import note_on_long_prompts
 from ..utils._compat import keeps_order
-from .config.complete import aspect_ratio_buckets, image_size
+from .config.complete import aspect_ratio_buckets, image_size, pairs_of_a_step
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,8 @@ class PairPreparation:
         check_source_column(prepared, self._family, self._args, name=name, training=training)
         if isinstance(prepared, PreferenceDataset):
             self._count_long_prompts(prepared, name)
+            if training and self._args.should_log:
+                say_what_repeats(prepared, self._args)
         if self._encoding is not None:
             self._encoding.add_to(prepared, name)
         self._own.add(prepared)
@@ -77,7 +79,8 @@ class PairPreparation:
         note = note_on_long_prompts(self._family, pairs.prompts(first=CHECKED_PROMPTS))
         if note:
             pairs.add_note(note)
-            logger.warning("%s data: %s", name, note)
+            if self._args.should_log:
+                logger.warning("%s data: %s", name, note)
 
 
 def check_source_column(
@@ -118,6 +121,37 @@ def check_source_column(
 
 def _blank(sizes: tuple[Size, ...]) -> list[Image.Image]:
     return [Image.new("RGB", (width, height)) for height, width in sizes]
+
+
+def say_what_repeats(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> None:
+    """Warn if some pairs are never trained on, or if all epochs after the first ones repeat their random choices."""
+    batch = pairs_of_a_step(args, args.train_batch_size)
+    if pairs.sizes is not None and args.dataloader_drop_last:
+        shuffled = args.train_sampling_strategy == "random"
+        left_out = pairs.sizes.left_out(batch, shuffled=shuffled)
+        if left_out:
+            listed = ", ".join(f"{count} of {height} x {width} pixels" for (height, width), count in left_out.items())
+            logger.warning(
+                "`dataloader_drop_last=True` drops incomplete batches, and a batch has pairs of one size. %d of %d "
+                "pairs never train (%s), because a step takes %d pairs. Leave it off, or use smaller batches.",
+                *(sum(left_out.values()), len(pairs), listed, batch),
+            )
+    epochs = args.num_train_epochs
+    if args.max_steps > 0:
+        epochs = args.max_steps * args.gradient_accumulation_steps * batch / max(len(pairs), 1)
+    if epochs <= args.precompute_epochs:
+        return
+    repeated = {
+        "`precompute_ref_errors`: crop, flip, dropped prompt, noise and timestep of a pair": args.precompute_ref_errors,
+        "`precompute_latents` with `random_crop`: the crops of a pair": args.precompute_latents and args.random_crop,
+    }
+    for what, repeats in repeated.items():
+        if repeats:
+            logger.warning(
+                "With %s are drawn for `precompute_epochs=%d` epochs, and repeat in all later epochs. This run has %g "
+                "epochs. Raise `precompute_epochs` for new ones in each epoch.",
+                *(what, args.precompute_epochs, round(epochs, 1)),
+            )
 
 
 def outline(dataset: Any) -> Any:
