@@ -99,3 +99,9 @@ def test_processes_divide_the_check_and_end_with_the_same_pairs(verify, style):
     assert [prepared.report.pairs for prepared in three] == [97] * 3
     assert all(torch.equal(prepared.undecodable, three[0].undecodable) for prepared in three)
     assert three[0].report == three[1].report == three[2].report == prepare(data, verify_images=verify).report
+
+
+def test_the_report_is_logged_by_one_process_only(caplog):
+    processes = ThreadGroup(2)
+    processes.run(lambda peers: prepare(rows(4, bad={1}), peers=peers))
+    assert caplog.text.count("1 undecodable") == 1

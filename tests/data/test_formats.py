@@ -181,3 +181,19 @@ def test_a_prompt_is_cut_only_behind_what_any_tokenizer_reads():
     assert read({"prompt": "red cats " * 10**6}).split() == ["red", "cats"] * (limit // 7) + ["red", "c"][: limit % 7]
     blanks = read({"prompt": "a" + " " * 10**6 + "red" + "\n" * 10**6 + "cat"})
     assert blanks.split() == ["a", "red", "cat"] and len(blanks) == 7 + 2 * limit
+
+
+@pytest.mark.parametrize("label", [5, -1, 1.01])
+def test_a_single_label_that_is_no_probability_is_bad(label):
+    with pytest.raises(LabelError, match=f"{label}"):
+        FORMATS["pickapic"].image_scores({"label_0": label})
+
+
+def test_images_of_one_group_with_other_prompts_are_not_compared():
+    row_format, rejected = FORMATS["imagerewarddb"], []
+    rows = [
+        {"prompt": prompt, "prompt_id": 1, "rank": rank} for rank, prompt in enumerate(["a cat", "a dog", "a cat"])
+    ]
+    pairs = list(pairs_in_group(row_format, list(enumerate(rows)), lambda *args: rejected.append(args)))
+    assert [pair[:4] for pair in pairs] == [(0, 0, 2, 0)]
+    assert [(kind, row) for kind, row, _, _ in rejected] == [("bad_prompts", 1)] and "a dog" in rejected[0][2]

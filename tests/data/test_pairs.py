@@ -213,11 +213,13 @@ def test_long_prompts_are_cut_counted_and_kept(style, caplog):
     assert "1 cut prompts" in str(prepared.report) and "row 1" in caplog.text
 
 
-def test_columns_that_are_not_read_are_named(caplog):
+@pytest.mark.parametrize("style", STYLES)
+def test_columns_that_are_not_read_are_named(style, caplog):
     caplog.set_level(logging.INFO)
-    prepared = prepare(canonical(2, caption="another prompt", chosen_score=1.0, rejected_score=0.0), use_scores=False)
-    assert prepared.report.unread == ("caption", "chosen_score", "rejected_score")
-    assert "caption, chosen_score, rejected_score" in caplog.text
+    rows = canonical(2, caption="another prompt", chosen_score=1.0, rejected_score=0.0)
+    report = prepare(in_style(rows, style), use_scores=False).report
+    assert report.unread == ("caption", "chosen_score", "rejected_score")
+    assert "caption, chosen_score, rejected_score" in (str(report) if style == "stream" else caplog.text)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +230,8 @@ def test_columns_that_are_not_read_are_named(caplog):
         (picture(7, (8, 900)), "8x900 is too long"),
         (Image.new("F", (16, 16)), "floating-point"),
         (Image.fromarray(np.full((16, 16), 70_000, dtype=np.int32)), "16 bits"),
+        (np.zeros((16, 16, 3), dtype=np.uint8), "unknown kind ndarray"),
+        (3, "unknown kind int"),
     ],
 )
 def test_an_image_in_memory_that_cannot_be_used_is_counted_with_its_reason(image, reason):

@@ -17,6 +17,7 @@ SOURCE_COLUMNS = ("source_image", "source")  # accepted columns of images to edi
 SEED_COLUMNS = ("chosen_noise_seed", "rejected_noise_seed")  # seeds of the CPU generators that drew the images' noise
 TEXT = ("string", "large_string")
 LARGEST = 1e9  # a larger score or weight would outweigh those of all other pairs together
+SHOWN = 60  # characters of a prompt in a reason
 VALID, INVALID = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")  # words of a validity column
 # Longest prompt, in characters. Text encoders read 77 to 1024 tokens, and a token of any tokenizer has at most 128
 # characters, so nothing that they read is cut off. Longer texts, such as a book, would take gigabytes to tokenize.
@@ -226,6 +227,8 @@ def larger_is_better(values: Sequence[Any]) -> ImageScores:
 
 def probability_of_first(values: Sequence[Any]) -> ImageScores:
     first = finite_number(values[0])
+    if not 0 <= first <= 1:
+        raise LabelError(f"the label of the first image must be in [0, 1] if it is the only one, got {first:g}")
     return ImageScores((first, 1.0 - first))
 
 
@@ -359,11 +362,17 @@ def pairs_in_group(
     """Yield the pairs of a group of rows. Call the function `reject` for bad prompts, bad labels and ties."""
     images: list[tuple[int, int]] = []
     scores: list[Any] = []
-    ranked, reward_scores = True, None
+    ranked, reward_scores, prompt_of_group = True, None, None
     for number, row in group:
         try:
             labels, reward_scores = row_format.image_scores(row), row_format.reward_scores(row)
             prompts = [row_format.prompt(row, image) for image in range(2 if row_format.prompt_of_each_image else 1)]
+            prompt_of_group = prompts[0] if prompt_of_group is None else prompt_of_group
+            if len(group) > 1 and prompts[0].strip() != prompt_of_group.strip():
+                raise ValueError(
+                    f"the prompt differs from that of other rows with this `{row_format.group_column}`: "
+                    f"{prompts[0][:SHOWN]!r} and {prompt_of_group[:SHOWN]!r}"
+                )
         except ValueError as error:
             reject("bad_labels" if isinstance(error, LabelError) else "bad_prompts", number, str(error), 1)
             continue

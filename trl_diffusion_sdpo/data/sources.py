@@ -532,9 +532,13 @@ def _stored_image(value: Any) -> Any:
             value = BAD_IMAGE + str(error).encode()  # decoding raises this error again, so the pair is counted later
     if isinstance(value, Mapping):
         return {"bytes": value.get("bytes"), "path": value.get("path")}
-    if isinstance(value, bytes):
-        return {"bytes": value, "path": None}
-    return {"bytes": None, "path": os.fspath(value) if isinstance(value, str | os.PathLike) else None}
+    if isinstance(value, str | os.PathLike):
+        return {"bytes": None, "path": os.fspath(value)}
+    if value is not None and not isinstance(value, bytes):
+        value = (
+            BAD_IMAGE + f"is of unknown kind {type(value).__name__}: expected a PIL image, bytes or a path".encode()
+        )
+    return {"bytes": value, "path": None}
 
 
 def images_of_row(row: Mapping[str, Any], row_format: PreferenceFormat) -> list[Any]:

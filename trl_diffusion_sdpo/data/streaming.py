@@ -77,8 +77,9 @@ class Stream:
         row_format = resolve_format(dataset_format, columns, source.features, use_scores=options.use_scores)
         self.name, self.format = name, replace(row_format, is_swapped=options.swap_labels)
         self.source = source.with_format(None)
+        read = [*self.format.text_columns(columns), *self.format.image_columns, *self.format.mask_columns]
+        self.unread = [column for column in columns if column not in read]
         if source.features is not None:
-            read = [*self.format.text_columns(columns), *self.format.image_columns, *self.format.mask_columns]
             self.source = self.source.decode(False).select_columns(read)
 
     def groups(self, epoch: int, report: DataReport) -> Iterator[Group]:
@@ -150,7 +151,8 @@ class PreferenceIterableDataset(IterableDataset):
         return replace(self._new_report(), **counts, examples=self._examples)
 
     def _new_report(self) -> DataReport:
-        return DataReport(self._name, self._format_name, is_swapped=self._options.swap_labels)
+        unread = tuple(dict.fromkeys(column for stream in self._streams for column in stream.unread))
+        return DataReport(self._name, self._format_name, is_swapped=self._options.swap_labels, unread=unread)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return facts that identify the streams, so that a resumed run can compare them. No row is read, because a

@@ -99,11 +99,14 @@ def _limited(family: Family) -> dict[str, PreTrainedTokenizerBase]:
 
 
 def hide_truncation_warnings(family: Family) -> None:
-    """Silence the pipeline's warning about each long prompt, because the data report already counts long prompts."""
+    """Silence the warnings of pipeline and tokenizer about long prompts, because the data report already counts these
+    prompts. (Pipelines tokenize a prompt a second time, without a limit, only to find what they have cut off.)"""
+    logging.getLogger("transformers.tokenization_utils_base").addFilter(_is_no_truncation_warning)
     for parent in type(family.pipeline).__mro__:
         if parent.__module__.startswith("diffusers."):
             logging.getLogger(parent.__module__).addFilter(_is_no_truncation_warning)  # adding twice has no effect
 
 
 def _is_no_truncation_warning(record: logging.LogRecord) -> bool:
-    return "input was truncated" not in record.getMessage()
+    message = record.getMessage()
+    return "input was truncated" not in message and "Token indices sequence length is longer" not in message

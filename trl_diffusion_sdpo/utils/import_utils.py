@@ -11,10 +11,12 @@ from typing import Any
 EXTRAS: dict[str, str] = {"deepspeed": "deepspeed", "quantization": "bitsandbytes"}
 
 # Beginnings of warnings that need no action. PEFT prints the first one if a model gets a second adapter, and this
-# package adds one for the reference on purpose. torch prints the second one on machines without a GPU.
+# package adds one for the reference on purpose. torch prints the second one on machines without a GPU, and the third
+# one because transformers passes `ddp_broadcast_buffers` to DDP under the name that older versions of torch know.
 _IDLE_WARNINGS = (
     r"Already found a `peft_config` attribute in the model",
     r"'pin_memory' argument is set as true but no accelerator is found",
+    r"`broadcast_buffers` is deprecated",
 )
 
 
