@@ -19,11 +19,11 @@ TEXT = ("string", "large_string")
 LARGEST = 1e9  # a larger score or weight would outweigh those of all other pairs together
 SHOWN = 60  # characters of a prompt in a reason
 VALID, INVALID = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")  # words of a validity column
-# Longest prompt, in characters. Text encoders read 77 to 1024 tokens, and a token of any tokenizer has at most 128
-# characters, so nothing that they read is cut off. Longer texts, such as a book, would take gigabytes to tokenize.
-LONGEST_PROMPT = 1024 * 128
-_LONG_BLANKS = re.compile(rf"(\s{{{LONGEST_PROMPT}}})\s+")
-_BEGINNING = re.compile(rf"(?:\s*\S){{0,{LONGEST_PROMPT}}}")
+# Longest prompt, in characters. Text encoders read 77 to 1024 tokens of about 4 characters, so at 16 characters a token
+# nothing that they read is cut off. Longer texts, such as a book, would take minutes and gigabytes to tokenize.
+LONGEST_PROMPT = 1024 * 16
+_BEGINNING = re.compile(rf"(?:\s*\S){{0,{LONGEST_PROMPT}}}\s*")
+_LONG_BLANKS = re.compile(r"(\s{131072})\s+")  # 1024 tokens of 128 blanks, the longest token of any tokenizer
 # Function that counts dropped rows or pairs. Its arguments are the kind of drop, the row, the reason and the amount.
 Reject = Callable[[str, int, str, int], object]
 
@@ -117,12 +117,16 @@ class PreferenceFormat:
         return f"{self.name}: " + ", ".join(column for column in columns if column)
 
     def prompt(self, row: Mapping[str, Any], image: int = 0) -> str:
-        """Return the prompt of a row, or of one image if the images of the row have different prompts. A prompt is cut
-        off after `LONGEST_PROMPT` characters. Blanks are not counted, because some tokenizers skip them.
+        """Return the prompt of a row, or of one image if the images of the row have different prompts, cut off by
+        `beginning_of`.
 
         Raises:
             ValueError: If the prompt is not a valid string.
         """
+        return beginning_of(self.whole_prompt(row, image))
+
+    def whole_prompt(self, row: Mapping[str, Any], image: int = 0) -> str:
+        """Return the prompt as `prompt` does, but not cut off."""
         column = self.prompt_columns[image if self.prompt_of_each_image else 0]
         value = row.get(column)
         if self.text_members:
@@ -134,11 +138,7 @@ class PreferenceFormat:
             value.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the prompt has an invalid character (lone surrogate) at index {error.start}") from error
-        if len(value) <= LONGEST_PROMPT:
-            return value
-        beginning = _BEGINNING.match(_LONG_BLANKS.sub(r"\1", value))
-        assert beginning is not None, "the expression matches every text"
-        return beginning.group()
+        return value
 
     def image_scores(self, row: Mapping[str, Any]) -> ImageScores:
         """Return one score per image, computed from the label of a row.
@@ -184,6 +184,15 @@ class ImageScores(NamedTuple):
 
     values: tuple[float, ...]  # one number per image; larger is better
     ranked: bool = True  # whether images with equal numbers are tied; false if the label only names the best image
+
+
+def beginning_of(prompt: str) -> str:
+    """Cut a prompt off after `LONGEST_PROMPT` characters, without blanks, because some tokenizers skip them."""
+    if len(prompt) <= LONGEST_PROMPT:
+        return prompt
+    beginning = _BEGINNING.match(prompt)
+    assert beginning is not None, "the expression matches every text"
+    return _LONG_BLANKS.sub(r"\1", beginning.group())
 
 
 def member_text(value: Any) -> Any:
@@ -366,7 +375,9 @@ def pairs_in_group(
     for number, row in group:
         try:
             labels, reward_scores = row_format.image_scores(row), row_format.reward_scores(row)
-            prompts = [row_format.prompt(row, image) for image in range(2 if row_format.prompt_of_each_image else 1)]
+            prompts = [
+                row_format.whole_prompt(row, image) for image in range(2 if row_format.prompt_of_each_image else 1)
+            ]
             prompt_of_group = prompts[0] if prompt_of_group is None else prompt_of_group
             if len(group) > 1 and prompts[0].strip() != prompt_of_group.strip():
                 raise ValueError(
@@ -376,7 +387,7 @@ def pairs_in_group(
         except ValueError as error:
             reject("bad_labels" if isinstance(error, LabelError) else "bad_prompts", number, str(error), 1)
             continue
-        if any(len(prompt) >= LONGEST_PROMPT for prompt in prompts):
+        if any(beginning_of(prompt) != prompt for prompt in prompts):
             reject("cut_prompts", number, f"only the first {LONGEST_PROMPT} characters of the prompt are read", 1)
         images += [(number, image) for image in range(len(labels.values))]
         scores += labels.values
