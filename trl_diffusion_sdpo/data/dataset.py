@@ -468,8 +468,9 @@ class PreferenceDataset(Dataset):
             UndecodableImageError: If the row has no source image, or one of its images cannot be decoded.
         """
         options = self._options
-        target = None if options.buckets is None else options.buckets.sizes[place[4]]
-        winner, loser = self._source.images([tuple(place[:2]), tuple(place[2:4])])
+        winner_row, winner_image, loser_row, loser_image, bucket = place
+        target = None if options.buckets is None else options.buckets.sizes[bucket]
+        winner, loser = self._source.images([(winner_row, winner_image), (loser_row, loser_image)])
         draws = PairDraws(0.0, 0.0, flip=0.0 if is_mirrored else 1.0, dropout=1.0, seed=0)
         images = winner.decode(options.reader), loser.decode(options.reader)
         item = options.transform(*images, draws, target)._asdict()

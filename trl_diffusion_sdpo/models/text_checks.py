@@ -11,7 +11,8 @@ from collections.abc import Collection
 
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..families import Family
 
@@ -21,8 +22,8 @@ PROMPTS = ("a red circle", "a big square")  # equal word lengths; without a voca
 
 @torch.no_grad()
 def check_text_encoding(family: Family) -> None:
-    """Raise `ValueError` if two different prompts give equal tokens or equal encodings, or encodings that are not
-    finite.
+    """Raise `ValueError` if a text encoder lacks embeddings of some tokens, or if two different prompts give equal
+    tokens or equal encodings, or encodings that are not finite.
 
     The text encoders must already have the device and the dtype of training.
     """
@@ -30,12 +31,13 @@ def check_text_encoding(family: Family) -> None:
         tokenizer = _tokenizer_of(family, name)
         if tokenizer is None:
             continue
-        embeddings = getattr(family.pipeline, name).get_input_embeddings().num_embeddings
-        if len(tokenizer) > embeddings:
+        text_encoder = getattr(family.pipeline, name)
+        embeddings = text_encoder.get_input_embeddings() if isinstance(text_encoder, PreTrainedModel) else None
+        if isinstance(embeddings, nn.Embedding) and len(tokenizer) > embeddings.num_embeddings:
             raise ValueError(
                 f"A text encoder must have an embedding for every token. The tokenizer of `{name}` has "
-                f"{len(tokenizer)} tokens, and there are {embeddings} embeddings. Load the tokenizer of this text "
-                "encoder, or call its `resize_token_embeddings` if you added tokens."
+                f"{len(tokenizer)} tokens, and there are {embeddings.num_embeddings} embeddings. Load the tokenizer of "
+                "this text encoder, or call its `resize_token_embeddings` if you added tokens."
             )
         first, second = (tokenizer(prompt)["input_ids"] for prompt in PROMPTS)
         if first == second:
