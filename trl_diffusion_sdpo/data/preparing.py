@@ -160,7 +160,7 @@ def _source_sizes(
         pairs.places, options.reader, decode=False, num_proc=options.num_proc, peers=peers
     )
     rows, numbers = np.unique(pairs.places[:, 0], return_inverse=True)
-    sizes_of_rows = source.source_sizes(rows, options.reader, peers)
+    sizes_of_rows = source.source_sizes(rows, options.reader, num_proc=options.num_proc, peers=peers)
     found: dict[Size, set[tuple[Size, ...]]] = {}
     whole = 0
     for number, sizes, target in zip(

@@ -356,8 +356,7 @@ class PairSource:
         """
         rows = np.unique(places[:, [0, 2]])
         images = 1 + int(places[:, [1, 3]].max())  # largest number of images in a row
-        if num_proc is None and forks_by_default() and len(rows) >= (FEW_ROWS if decode else FEW_HEADERS):
-            num_proc = usable_cores()
+        num_proc = _workers(num_proc, len(rows), FEW_ROWS if decode else FEW_HEADERS)
 
         def examine() -> tuple[np.ndarray, dict[tuple[int, int], str]]:
             tables = [(table, numbers) for table, numbers in self._split(rows) if len(numbers)]
@@ -374,14 +373,18 @@ class PairSource:
         sizes, reasons = peers.first(examine)
         return sizes[np.searchsorted(rows, places[:, [0, 2]]), places[:, [1, 3]]], reasons
 
-    def source_sizes(self, rows: np.ndarray, reader: ImageReader, peers: Peers) -> list[tuple[Size, ...]]:
+    def source_sizes(
+        self, rows: np.ndarray, reader: ImageReader, *, num_proc: int | None, peers: Peers
+    ) -> list[tuple[Size, ...]]:
         """Return `(height, width)` of each source image of `rows`, which must be in ascending order, or `()` for rows
-        whose sources cannot be read. The first process reads the headers, but all must call this method together."""
+        whose sources cannot be read. The first process and its workers read the headers, but all processes must call
+        this method together."""
+        num_proc = _workers(num_proc, len(rows), FEW_HEADERS)
 
         def read() -> list[tuple[Size, ...]]:
             tables = [(table, numbers) for table, numbers in self._split(rows) if len(numbers)]
             examined = chain(
-                *(table.examine_images(numbers, reader, False, None, of_sources=True) for table, numbers in tables)
+                *(table.examine_images(numbers, reader, False, num_proc, of_sources=True) for table, numbers in tables)
             )
             return [
                 () if any(problem for *_, problem in facts) else tuple((height, width) for height, width, _ in facts)
@@ -461,6 +464,11 @@ def make_source(
         row_format = resolve_format(set_format, table.column_names, table.features, use_scores=use_scores)
         tables.append(TableSource(table, replace(row_format, is_swapped=is_swapped), label, number_columns))
     return PairSource(tables, dataset.weights if isinstance(dataset, PairMixture) else None)
+
+
+def _workers(num_proc: int | None, rows: int, few: int) -> int | None:
+    """Return `num_proc` or, if it is `None`, one worker per CPU core from `few` rows on."""
+    return usable_cores() if num_proc is None and forks_by_default() and rows >= few else num_proc
 
 
 def check_all_or_none(what: str, has_it: Mapping[str, bool]) -> None:
