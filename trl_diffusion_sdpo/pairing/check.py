@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def check_pairs(
         sizes.update(f"{image.width}x{image.height}" for image in (winner, loser))
         if scorer is not None:
             better, worse = scorer([winner, loser], [prompt, prompt]).tolist()
-            agreed.append(0.5 if better == worse else float(better > worse))
+            if math.isfinite(better - worse):
+                agreed.append(0.5 if better == worse else float(better > worse))
         if sheet is not None:
             shown.append((prompt, *(data_url(image, SHOWN_SIDE) for image in (winner, loser))))
 
@@ -91,9 +93,11 @@ def check_pairs(
         lines.append(f"  the score columns prefer the chosen image in {share:.0%} of the pairs")
     if scorer is not None and agreed:
         lines.append(
-            f"  {scorer.name} prefers the chosen image in {sum(agreed) / len(agreed):.0%} of the examined pairs; a tie "
-            "counts half"
+            f"  {scorer.name} prefers the chosen image in {sum(agreed) / len(agreed):.0%} of {len(agreed)} examined "
+            "pairs; a tie counts half"
         )
+    if scorer is not None and len(agreed) < compared:
+        lines.append(f"  {scorer.name} gave no score to an image of {compared - len(agreed)} examined pairs")
     if folder is not None and (folder / PICKS_FILE).is_file():
         verdicts = PickLog(folder, read_only=True).verdicts
         listed = ", ".join(f"{count} {verdict.replace('_', ' ')}" for verdict, count in verdicts.items())
