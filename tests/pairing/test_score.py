@@ -1,5 +1,6 @@
 """Scores for given pairs: every format, each image once, killed and continued, and what training makes of them."""
 
+import io
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import time
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -207,20 +209,14 @@ def test_scorers_that_cannot_score_pairs_are_refused(scorers, match, tmp_path):
     assert not (tmp_path / "scored").exists()
 
 
-def test_scored_pairs_keep_their_scale_on_the_hub(tmp_path, hub_server, monkeypatch):  # noqa: F811
+def test_scored_pairs_keep_their_scale_on_the_hub(tmp_path, hub_server):
     score_pairs(FORMATS["canonical"][0], [Redness()], tmp_path / "scored")
-    uploaded = {}
-    monkeypatch.setattr(datasets.Dataset, "push_to_hub", lambda self, *a, **k: uploaded.update(rows=self))
-    monkeypatch.setattr("trl_diffusion_sdpo.pairing.publish.DatasetCard.load", lambda *a, **k: Card())
-    push_pairs(tmp_path / "scored", "me/scored")
-    assert uploaded["rows"][0][SCALE_COLUMN][0]["scorer"] == "redness"
-
-
-class Card:
-    text, data = "", {}
-
-    def push_to_hub(self, *arguments, **options):
-        pass
+    assert push_pairs(tmp_path / "scored", "tester/scored") == 1
+    repo = hub_server.repos["tester/scored"]
+    (file,) = [name for name in repo.files if name.endswith(".parquet")]
+    (row,) = pq.read_table(io.BytesIO(repo.files[file])).to_pylist()
+    assert row[SCALE_COLUMN][0]["scorer"] == "redness" and row["chosen_score"] == 10.0
+    assert "redness" in repo.files["README.md"].decode()
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------

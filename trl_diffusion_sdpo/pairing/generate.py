@@ -271,9 +271,10 @@ def scale_of_rewards(rewards: np.ndarray, combination: Combination, names: Seque
     Differences of weighted z-scores count as log-odds, so `calibrated_scores` regards a difference of one standard
     deviation as a clear preference.
     """
-    name = f"{combination} rewards of {', '.join(names)}"
     if combination == "majority":
+        name = f"majority votes of {', '.join(names)}"
         return ScoreScale(name, low=-1.0, high=1.0, lowest=-1.0, highest=1.0)
+    name = f"z-scores of {', '.join(names)}"
     if not np.isfinite(rewards).any():
         return ScoreScale(name)
     return ScoreScale(name, low=float(np.nanmin(rewards)), high=float(np.nanmax(rewards)), log_odds=1.0)
