@@ -75,8 +75,13 @@ class Stream:
         columns = source.column_names or list(next(iter(source), {}))
         if not columns:
             raise ValueError(f"The {name} data set is empty. Pass a data set with rows.")
-        reading = {"use_scores": options.use_scores, "score_reading": options.score_reading}
-        row_format = resolve_format(dataset_format, columns, source.features, **reading)
+        row_format = resolve_format(
+            dataset_format,
+            columns,
+            source.features,
+            use_scores=options.use_scores,
+            score_reading=options.score_reading,
+        )
         self.name, self.format = name, replace(row_format, is_swapped=options.swap_labels)
         self.source = source.with_format(None)
         if source.features is not None:

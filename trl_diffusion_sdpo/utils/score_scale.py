@@ -49,7 +49,8 @@ class ScoreScale:
                 f"`{SCALE_COLUMN}` must be a list of scales as `pairs score` writes it, got {value!r}. Remove the "
                 "column, or score the pairs again"
             )
-        return cls(**{field.name: first.get(field.name) for field in fields(cls)})
+        values: dict[str, Any] = {field.name: first.get(field.name) for field in fields(cls)}
+        return cls(**values)
 
     def check(self, score: float, column: str) -> None:
         """Raise `ValueError` if a score is beyond the limits by more than rounding."""
