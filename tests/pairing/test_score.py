@@ -18,6 +18,7 @@ from tiny_clip import save_clip
 
 from trl_diffusion_sdpo import load_pairs, score_pairs
 from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.pairing.publish import push_pairs
 from trl_diffusion_sdpo.rewards import FunctionScorer, load_scorer
 from trl_diffusion_sdpo.utils.score_scale import SCALE_COLUMN
@@ -134,6 +135,26 @@ def test_pairs_that_cannot_be_scored_are_left_out_and_counted(tmp_path):
     score_pairs(data, [scorer], tmp_path / "scored")  # what has no score is asked again, and nothing else
     assert scored(tmp_path / "scored") == [(10, 20), (20, 30)]
     assert sorted(scorer.asked) == [(10, "a"), (20, "a"), (30, "a"), (30, "a")]
+
+
+def test_masks_sources_and_seeds_of_pairs_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files(tmp_path, 10, 20, 250, 240)
+    row = {"prompt": "a", "chosen": "10.png", "rejected": "20.png", "source_image": image(5), "chosen_noise_seed": 7}
+    rows = [
+        {
+            **row,
+            "chosen_mask": Image.new("L", (16, 16), 255),
+            "rejected_mask": Image.new("L", (16, 16), 200),
+            "rejected_noise_seed": 8,
+        }
+    ]
+    score_pairs(rows, [Redness()], "scored")
+    monkeypatch.chdir("/")  # relative names still hold
+    options = PairOptions(PairTransform(16), noise_seeds=True)
+    item = prepare_dataset(load_pairs(tmp_path / "scored"), options)[0]
+    assert item["noise_seeds"] == (7, 8) and item["masks"].shape == (2, 1, 16, 16)
+    assert item["sources"][0].getpixel((0, 0)) == (5, 0, 0) and item["scores"] is not None
 
 
 def test_several_scorers_make_lists_and_the_first_decides(tmp_path):

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -269,12 +270,19 @@ def _rows(
         images = source.images([places[:2], places[2:]])
         row = dict(zip(prompts, (image.prompt for image in images), strict=False))
         for side, image, by_scorer in zip(SIDES, images, values, strict=True):
-            row[side] = stored_image(images_of_row(image.row, row_format)[image.number])
+            row[side] = _lasting(stored_image(images_of_row(image.row, row_format)[image.number]))
             row[f"{side}_score"] = by_scorer[0]
             row[f"{side}_scores"] = by_scorer
             if masks:
-                row[f"{side}_mask"] = stored_image(image.mask)
+                row[f"{side}_mask"] = _lasting(stored_image(image.mask))
         yield {**row, SCALE_COLUMN: scales, **(others[places[0]].to_pylist()[0] if others is not None else {})}
+
+
+def _lasting(image: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored image whose path, if it has one, holds in every working directory."""
+    path = image["path"]
+    is_file = image["bytes"] is None and path is not None and "://" not in path
+    return {**image, "path": os.path.abspath(path)} if is_file else image
 
 
 def _write_parquet(file: BinaryIO, rows: Iterator[dict[str, Any]], features: datasets.Features) -> None:
