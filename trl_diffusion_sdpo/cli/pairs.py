@@ -225,6 +225,9 @@ def _score(options: argparse.Namespace) -> None:
     from ..data import load_pairs
     from ..pairing.score import score_pairs
 
+    state = PartialState(cpu=options.device == "cpu")
+    if state.num_processes > 1:
+        raise ValueError(f"`pairs score` runs as one process, got {state.num_processes}. Start it without a launcher.")
     with reading_data(options.data):
         dataset = load_pairs(options.data, options.split, config=options.config)
     lines = score_pairs(
@@ -232,7 +235,7 @@ def _score(options: argparse.Namespace) -> None:
         load_scorers(options.scorers, options.scorer_settings),
         options.output_dir,
         dataset_format=options.dataset_format,
-        device=options.device or PartialState().device,
+        device=options.device or state.device,
     )
     print("\n".join(lines))
     print(

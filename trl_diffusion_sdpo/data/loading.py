@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -10,9 +11,11 @@ from typing import Any
 
 import datasets
 
+from ..utils.files import file_facts
 from .formats import FORMATS, SOURCE_COLUMNS
-from .image_folders import LAYOUTS, read_image_folder
+from .image_folders import DATA_FILES, LAYOUTS, read_image_folder
 
+CARD_FILE = "README.md"
 FILE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {  # file suffix -> builder of `datasets` and its arguments
     ".parquet": ("parquet", {}),
     ".arrow": ("arrow", {}),
@@ -59,7 +62,7 @@ def load_pairs(
     saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     splits = datasets.load_from_disk(str(path)) if saved else read_image_folder(path)
     if splits is None:
-        loaded = datasets.load_dataset(str(path), split=split, streaming=streaming)
+        loaded = datasets.load_dataset(str(path), split=split, streaming=streaming, cache_dir=_cache_folder(path))
         if set(loaded.column_names or ()) <= {"image", "label"}:
             raise ValueError(f"{path} has images but no pairs. {LAYOUTS}")
         return with_resolved_names(loaded, path)
@@ -90,6 +93,19 @@ def _table_in(path: Path) -> Path | None:
         if (path / mark).is_file() and (path / table).is_file():
             return path / table
     return None
+
+
+def _cache_folder(path: Path) -> str | None:
+    """Return the cache folder for the tables of a local folder as they are now, or `None` for the usual cache folder.
+
+    If a README.md lists a folder's tables, `datasets` caches their rows by nothing but the folder's name. It would
+    return the rows of another folder of this name, or of tables that have been replaced since.
+    """
+    if not (path / CARD_FILE).is_file():
+        return None
+    tables = sorted(file for file in path.rglob("*") if file.suffix.lower() in DATA_FILES and file.is_file())
+    digest = hashlib.sha256(repr([file_facts(file) for file in tables]).encode("utf-8", "surrogatepass"))
+    return os.path.join(datasets.config.HF_DATASETS_CACHE, f"folder-{digest.hexdigest()[:16]}")
 
 
 def _load_file(path: Path, split: str, streaming: bool) -> Any:
