@@ -56,6 +56,13 @@ def test_check_leaves_out_and_counts_pairs_whose_images_get_no_score(pairs):
     assert "no score to an image of 2 examined pairs" in report
 
 
+def test_an_error_of_the_scorer_is_not_told_as_one_of_the_data(pairs, monkeypatch):
+    monkeypatch.syspath_prepend(str(pairs.parent))
+    (pairs.parent / "broken_look.py").write_text("def score(images, prompts):\n    raise OSError('no network')\n")
+    with pytest.raises(RuntimeError, match="broken_look:score.*no network"):
+        main(["pairs", "check", str(pairs), "--scorer", "broken_look:score"])
+
+
 def test_check_of_nothing_is_one_line(tmp_path, capsys):
     assert main(["pairs", "check", str(tmp_path / "nowhere.jsonl")]) == 2
     assert "nowhere.jsonl" in capsys.readouterr().err

@@ -334,8 +334,8 @@ SUBCOMMANDS = {
         _from_images,
     ),
     "score": (
-        "Score the images of given pairs, and write a data set of the pairs with the scores and their scale, which "
-        "the losses `smpo` and `capo` and the setting `pair_weights` read. Each image is scored once. If a call was "
+        "Score the images of given pairs, and write the pairs with the scores and their scale. The losses `smpo` and "
+        "`capo` and the setting `pair_weights` read both. Each image is scored once. If a call was "
         "interrupted, the same call continues where it stopped.",
         _add_score_options,
         _score,

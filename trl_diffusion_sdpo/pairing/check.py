@@ -13,6 +13,7 @@ from ..data.data_report import evenly_spaced
 from ..evaluation.report import data_url, template
 from ..rewards import Scorer
 from ..utils.files import write_atomically
+from ..utils.own_errors import is_own
 from .picks import PICKS_FILE, PickLog
 
 SHEET = Path(__file__).parent / "sheet.html"
@@ -74,7 +75,12 @@ def check_pairs(
         seen.add((prompt, first, second))
         sizes.update(f"{image.width}x{image.height}" for image in (winner, loser))
         if scorer is not None:
-            better, worse = scorer([winner, loser], [prompt, prompt]).tolist()
+            try:
+                better, worse = scorer([winner, loser], [prompt, prompt]).tolist()
+            except (ValueError, OSError) as error:
+                if is_own(error):
+                    raise
+                raise RuntimeError(f"The scorer {scorer.name} failed: {error}") from error  # not an error of the data
             if math.isfinite(better - worse):
                 agreed.append(0.5 if better == worse else float(better > worse))
         if sheet is not None:

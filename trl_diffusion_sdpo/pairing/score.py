@@ -268,7 +268,7 @@ def _rows(
     others = source.tables[0].dataset.with_format("arrow").select_columns(copied) if copied else None
     for places, values in zip(origins.tolist(), scores.tolist(), strict=True):
         images = source.images([places[:2], places[2:]])
-        row = dict(zip(prompts, (image.prompt for image in images), strict=False))
+        row: dict[str, Any] = dict(zip(prompts, (image.prompt for image in images), strict=False))
         for side, image, by_scorer in zip(SIDES, images, values, strict=True):
             row[side] = _lasting(stored_image(images_of_row(image.row, row_format)[image.number]))
             row[f"{side}_score"] = by_scorer[0]

@@ -290,7 +290,7 @@ def load_scorer(name: str, **settings: Any) -> Scorer:
         try:
             scorer = builder(**settings)
         except _LOADING_ERRORS as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise ValueError(
                 f"The scorer {name!r} cannot be loaded: {reason}. Check its settings and files."
             ) from error
