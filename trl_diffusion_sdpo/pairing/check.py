@@ -45,6 +45,7 @@ def check_pairs(
 
     Raises:
         `ValueError`: If training would raise an error for the data set.
+        `RuntimeError`: If the scorer fails.
     """
     options = options or PairOptions(PairTransform(512), verify_images="all", min_side=1)
     pairs = prepare_dataset(dataset, options, name="pairs")
