@@ -26,6 +26,7 @@ _HOMES = {
     "register_family": ".families",
     "register_loss": ".losses",
     "register_scorer": ".rewards",
+    "score_pairs": ".pairing.score",
 }
 __all__ = [
     "Candidate",
@@ -43,6 +44,7 @@ __all__ = [
     "register_family",
     "register_loss",
     "register_scorer",
+    "score_pairs",
 ]
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from .families import register_family
     from .guidance import preference_guidance
     from .losses import PairTerms, PreferenceLossOutput, diffusion_preference_loss, register_loss
+    from .pairing.score import score_pairs
     from .rewards import load_scorer, register_scorer
     from .trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
 

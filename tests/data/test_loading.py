@@ -120,3 +120,20 @@ def test_images_in_memory_are_read_as_image_files_are(mode):
     (item,) = prepare_dataset(rows, PairOptions(PairTransform(16), verify_images="none"))
     assert item["pixel_values"].shape[-2:] == (16, 16)
     assert tuple(item["original_sizes"][0]) == ((64, 32) if mode == "turned" else (32, 64))
+
+
+CARD = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train.parquet\n---\n"
+
+
+def test_a_folder_with_a_card_is_read_as_it_is_now(tmp_path):
+    """`datasets` would return the rows of the first folder of this name."""
+
+    def saved(folder, prompt):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(CARD)
+        datasets.Dataset.from_list([{**ROW, "prompt": prompt}]).to_parquet(folder / "train.parquet")
+        return load_pairs(folder)["prompt"][0]
+
+    for folder in ("one", "other"):
+        assert saved(tmp_path / folder / "preferences", f"of {folder}") == f"of {folder}"
+    assert saved(tmp_path / "one" / "preferences", "replaced") == "replaced"

@@ -1,11 +1,16 @@
 """The sub-commands of `pairs`."""
 
 import json
+import math
 
 import pytest
+import torch
 from PIL import Image
 
+from trl_diffusion_sdpo import load_pairs
 from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.pairing.check import check_pairs
+from trl_diffusion_sdpo.rewards import FunctionScorer
 
 
 @pytest.fixture
@@ -39,6 +44,23 @@ def test_check_counts_what_training_drops_and_what_is_doubtful(pairs, capsys, mo
     assert "32x24 (8 times), 32x32 (2 times)" in said and "70%" in said  # three agree, one is a tie
     page = sheet.read_text()
     assert page.count("<figure>") == 5 and "<b>0" not in page and "&lt;b&gt;0" in page and "http" not in page
+
+
+def test_check_leaves_out_and_counts_pairs_whose_images_get_no_score(pairs):
+    class Hesitant(FunctionScorer):
+        def __call__(self, images, prompts):
+            return torch.tensor([math.nan if image.getpixel((0, 0))[0] == 0 else 1.0 for image in images])
+
+    report = "\n".join(check_pairs(load_pairs(pairs), scorer=Hesitant("hesitant", len)))
+    assert "50% of 3 examined pairs" in report  # ties; of five, two have the black image
+    assert "no score to an image of 2 examined pairs" in report
+
+
+def test_an_error_of_the_scorer_is_not_told_as_one_of_the_data(pairs, monkeypatch):
+    monkeypatch.syspath_prepend(str(pairs.parent))
+    (pairs.parent / "broken_look.py").write_text("def score(images, prompts):\n    raise OSError('no network')\n")
+    with pytest.raises(RuntimeError, match="broken_look:score.*no network"):
+        main(["pairs", "check", str(pairs), "--scorer", "broken_look:score"])
 
 
 def test_check_of_nothing_is_one_line(tmp_path, capsys):

@@ -56,6 +56,15 @@ def test_the_best_image_of_each_prompt_is_paired_with_its_worst(generated):
         assert row["rejected"].endswith(f"-{np.argmin(reds)}.png")
         assert row["chosen"].endswith(f"-{np.argmax(reds)}.png") and row["agreement"] == 1
         assert row["chosen_score"] > 0 > row["rejected_score"]
+    (scale,) = rows[0]["score_scales"]  # z-scores, which are on no scorer's scale
+    scores = [row[side] for row in rows for side in ("chosen_score", "rejected_score")]
+    assert scale["scorer"] == "z-scores of red" and scale["log_odds"] == 1.0
+    assert (scale["low"], scale["high"]) == (min(scores), max(scores))  # each best and worst image is in a pair
+
+
+def test_weights_of_scorers_must_be_numbers():
+    with pytest.raises(ValueError, match="weights.*much"):
+        Pairing(weights={"red": "much"})
 
 
 def test_the_folder_is_read_by_training_by_datasets_and_by_the_pick_page(generated):
@@ -255,15 +264,15 @@ def test_noise_that_cannot_fit_is_refused(settings, change, named, generated, sd
         make_trainer(sd_folder, train=table, **{**NOISE, **settings}).train()
 
 
-def test_pairs_are_published_with_their_card(generated, hub_server, capsys):
+def test_pairs_are_published_with_their_card(generated, hub_server, capsys, tmp_path):
     assert main(["pairs", "push", str(generated), "tester/taste", "--private"]) == 0
     assert "3 pairs" in capsys.readouterr().out
     repo = hub_server.repos["tester/taste"]
     card = repo.files["README.md"].decode()
     assert repo.private and "chosen by scorers" in card and "data/train-" in card and "- preference" in card
     (file,) = [name for name in repo.files if name.endswith(".parquet")]
-    published = load_dataset("parquet", data_files=f"{hub_server.endpoint}/datasets/tester/taste/resolve/main/{file}")
-    published = published["train"]
+    url = f"{hub_server.endpoint}/datasets/tester/taste/resolve/main/{file}"
+    published = load_dataset("parquet", data_files=url, cache_dir=str(tmp_path))["train"]  # no cache of an earlier run
     assert published.column_names == load_pairs(str(generated)).column_names
     assert np.array_equal(published[0]["chosen"], Image.open(generated / rows_of(generated)[0]["chosen"]))
     hub_server.forbidden.add("tester/other")

@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_clip import SIZE, WIDTH, save_clip
 from tiny_pipelines.parts import clip_tokenizer, seeded
 from torch import nn
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from transformers import CLIPConfig, CLIPModel
 
 from trl_diffusion_sdpo.rewards import load_scorer
 from trl_diffusion_sdpo.rewards.open_clip_keys import clip_state_dict
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 STD = np.array([0.26862954, 0.26130258, 0.27577711])
-SIZE = 28
-WIDTH = 32
 PROMPTS = ["a red circle", "two blue squares beside a tree", "a"]
 
 
@@ -28,38 +27,10 @@ def random_image(width: int, height: int, seed: int) -> Image.Image:
 IMAGES = [random_image(64, 64, 0), random_image(96, 40, 1), random_image(40, 72, 2)]
 
 
-def clip_config(activation: str = "gelu") -> CLIPConfig:
-    tokenizer = clip_tokenizer()
-    shared = {"hidden_size": WIDTH, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
-    text = {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 40,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vision = {"image_size": SIZE, "patch_size": 7}
-    return CLIPConfig(
-        text_config={**shared, **text, "hidden_act": activation},
-        vision_config={**shared, **vision, "hidden_act": activation},
-        projection_dim=24,
-    )
-
-
-def image_processor() -> CLIPImageProcessorPil:
-    return CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A CLIP model, its tokenizer and its image processor in one folder, as on the Hub."""
-    path = tmp_path_factory.mktemp("clip")
-    with seeded(0):
-        model = CLIPModel(clip_config())
-    model.logit_scale.data.fill_(3.0)
-    for part in (model, clip_tokenizer(), image_processor()):
-        part.save_pretrained(path)
-    return str(path)
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 def pixels_by_hand(image: Image.Image) -> torch.Tensor:
@@ -252,8 +223,33 @@ def test_weights_that_are_missing_or_unknown_are_an_error(open_clip, folder, tmp
     weights = {**open_clip.state_dict(), "visual.new": torch.ones(1)}
     del weights["text_projection"]
     torch.save({"state_dict": weights}, tmp_path / "HPS_v2.1_compressed.pt")
-    with pytest.raises(RuntimeError, match=r"(?s)text_projection.*visual\.new"):
+    with pytest.raises(ValueError, match=r"hpsv2\.1.*text_projection.*visual\.new"):
         load_scorer("hpsv2.1", model=str(tmp_path), processor=folder)
+    torch.save(weights, tmp_path / "HPS_v2.1_compressed.pt")  # another layout
+    with pytest.raises(ValueError, match=r"hpsv2\.1.*state_dict"):
+        load_scorer("hpsv2.1", model=str(tmp_path), processor=folder)
+
+
+def test_hpsv2_reads_prompts_as_open_clip_cleans_them(open_clip, folder, tmp_path):
+    """The expected text is what ftfy and two rounds of `html.unescape`, as in open_clip's tokenizer, make of it."""
+    torch.save({"state_dict": open_clip.state_dict()}, tmp_path / "HPS_v2.1_compressed.pt")
+    scorer = load_scorer("hpsv2.1", model=str(tmp_path), processor=folder)
+    raw, cleaned = "\u201ca cat\u201d &amp;amp; a dog\u2019s bone", '"a cat" & a dog\'s bone'
+    assert scorer(IMAGES[:1], [raw]).equal(scorer(IMAGES[:1], [cleaned]))
+
+
+def test_scorers_say_what_their_scores_mean(open_clip, folder, tmp_path):
+    """PickScore's range is SmPO's published range of its cosines, here times `exp(3)`, as the scores are."""
+    scale = load_scorer("pickscore", model=folder, processor=folder).score_scale
+    factor = math.exp(3.0)
+    assert (scale.low, scale.high) == pytest.approx((0.115435 * factor, 0.282016 * factor))
+    assert (scale.lowest, scale.highest, scale.log_odds) == pytest.approx((-factor, factor, 1.0))
+    torch.save({"state_dict": open_clip.state_dict()}, tmp_path / "HPS_v2.1_compressed.pt")
+    given = {"model": str(tmp_path), "processor": folder}
+    assert load_scorer("hpsv2.1", **given).score_scale.log_odds == pytest.approx(factor)  # of cosines
+    assert load_scorer("hpsv2.1", **given, scale=2.0).score_scale.log_odds == pytest.approx(factor / 2)
+    clipped = load_scorer("clip_score_hessel", model=folder).score_scale
+    assert (clipped.lowest, clipped.highest, clipped.log_odds) == (0.0, 2.5, None)
 
 
 def test_a_pickle_that_runs_code_is_refused(folder, tmp_path):

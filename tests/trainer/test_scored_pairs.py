@@ -81,3 +81,80 @@ def test_scores_that_contradict_the_labels_are_counted(settings, make_trainer, s
         train=scored.remove_columns("rejected_score").add_column("rejected_score", scores), **settings
     )
     assert "2 of 8 pairs" in caplog.text and "2 of 8 pairs" in str(trainer.train_dataset.report)
+
+
+SCALE = {"scorer": "taste", "low": 0.0, "high": 8.0, "lowest": 0.0, "highest": 10.0, "log_odds": 0.5}
+
+
+def with_scale(pairs, **changes):
+    return pairs.add_column("score_scales", [[{**SCALE, **changes}]] * len(pairs))
+
+
+@pytest.mark.parametrize("style", ["table", "stream"])
+def test_scores_that_say_their_scale_are_divided_by_their_range(make_trainer, scored, style):
+    """Of a range of 8, a gap of 4 is a half."""
+    data = with_scale(scored)
+    data = data.to_iterable_dataset() if style == "stream" else data
+    trainer = make_trainer(train=data, loss_type="smpo", **SMALL)
+    gaps = {prompt: gap / 8 for prompt, gap in zip(scored["prompt"][:], scored["chosen_score"][:], strict=True)}
+    for batch in trainer.get_train_dataloader():
+        winner, loser = batch["scores"].chunk(2)
+        assert (winner - loser).tolist() == pytest.approx([gaps[prompt] for prompt in batch["prompts"]])
+        break
+
+
+def test_calibrated_scores_use_the_scales_own_log_odds(make_trainer, scored):
+    settings = {"loss_type": "capo", "calibrated_scores": True, "per_device_train_batch_size": 8}
+    (batch,) = make_trainer(train=with_scale(scored), **settings).get_train_dataloader()
+    gaps = torch.tensor([scored["chosen_score"][row] / 2 for row in batch["rows"].tolist()])
+    torch.testing.assert_close(batch["scores"].chunk(2)[0], torch.sigmoid(gaps))
+
+
+def test_two_data_sets_may_have_scores_of_two_scorers(make_trainer, scored):
+    from trl_diffusion_sdpo import PairMixture
+
+    other = with_scale(scored, scorer="other", high=4.0).map(lambda row: {"prompt": f"other {row['prompt']}"})
+    trainer = make_trainer(
+        train=PairMixture([with_scale(scored), other]), loss_type="smpo", per_device_train_batch_size=16
+    )
+    (batch,) = trainer.get_train_dataloader()
+    gaps = dict(zip(scored["prompt"][:], scored["chosen_score"][:], strict=True))
+    winner, loser = batch["scores"].chunk(2)
+    expected = [gaps[p.removeprefix("other ")] / (4 if p.startswith("other ") else 8) for p in batch["prompts"]]
+    assert (winner - loser).tolist() == pytest.approx(expected)
+    with pytest.raises(ValueError, match="score_scales"):
+        make_trainer(train=PairMixture([with_scale(scored), scored]), loss_type="smpo", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "match"),
+    [
+        ({"highest": 0.4}, {"loss_type": "smpo"}, r"chosen_score.*0\.4.*taste"),
+        ({}, {"loss_type": "smpo", "loss_kwargs": {"smpo_score_scale": 3.0}}, "score_scales.*smpo_score_scale: 3"),
+        ({}, {"loss_type": "capo"}, "calibrated_scores"),
+        ({"log_odds": None}, {"loss_type": "capo", "calibrated_scores": True}, "log-odds.*taste"),
+        ({"high": None}, {"pair_weights": "gap"}, "range of taste"),
+        ({"scorer": None}, {"loss_type": "smpo"}, "score_scales"),
+    ],
+)
+def test_scores_that_do_not_fit_their_scale_or_the_loss_are_refused(make_trainer, scored, changes, settings, match):
+    with pytest.raises(ValueError, match=match):
+        make_trainer(train=with_scale(scored, **changes), **settings, **SMALL)
+
+
+def test_scores_that_are_no_cosines_are_refused_where_the_setting_says_cosines(make_trainer, scored):
+    """PickScore times 100, with the scale of its cosines: a weight of 9.95 where .30 is meant."""
+    settings = {"loss_type": "smpo", "loss_kwargs": {"smpo_score_scale": "pickscore"}, **SMALL}
+    with pytest.raises(ValueError, match="chosen_score.*cosines"):
+        make_trainer(train=scored.map(lambda row: {"chosen_score": 20.0 + row["chosen_score"]}), **settings)
+    make_trainer(train=scored.map(lambda row: {"chosen_score": row["chosen_score"] / 10}), **settings)
+    with pytest.raises(ValueError, match="chosen_score.*shares"):
+        make_trainer(train=scored.map(lambda row: {"chosen_score": 20.0}), loss_type="capo", **SMALL)
+
+
+def test_smpo_asks_for_the_scale_of_scores_that_do_not_say_it(make_trainer, scored, caplog):
+    make_trainer(train=scored, loss_type="smpo", **SMALL)
+    assert any("pairs score" in record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    caplog.clear()
+    make_trainer(train=with_scale(scored), loss_type="smpo", **SMALL)
+    assert not any("pairs score" in record.getMessage() for record in caplog.records)

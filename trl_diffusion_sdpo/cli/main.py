@@ -21,7 +21,7 @@ COMMANDS = {
     "encode": "Encode images and prompts once, for later training runs with the same options.",
     "plan": "Compute the peak memory that a training run needs, without starting it.",
     "evaluate": "Compare models: generate images, score them, and write win rates and a report.",
-    "pairs": "Make preference pairs from images, by scorers or by your own picks, and check pairs.",
+    "pairs": "Make preference pairs from images, by scorers or by your own picks, and score and check pairs.",
     "export": "Convert the LoRA of a training run for ComfyUI, AUTOMATIC1111 and other tools.",
     "demo": "Compare training methods on a tiny model that is part of the package.",
     "env": "Print the package versions for a bug report.",

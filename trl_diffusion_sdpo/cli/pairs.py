@@ -1,4 +1,4 @@
-"""`trl-diffusion-sdpo pairs`: sub-commands that make, check and upload preference pairs."""
+"""`trl-diffusion-sdpo pairs`: sub-commands that make, score, check and upload preference pairs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog=prog,
         usage=f"{prog} SUBCOMMAND ...",
-        description=f"Make preference pairs of images, and check pairs.\n\nsub-commands:\n{listed}",
+        description=f"Make preference pairs of images, and score and check pairs.\n\nsub-commands:\n{listed}",
         epilog=f"`{prog} SUBCOMMAND --help` lists the options of a sub-command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -45,7 +45,7 @@ def subcommand_parser(name: str, prog: str | None = None) -> argparse.ArgumentPa
 def run(arguments: list[str], prog: str) -> int:
     name = make_parser(prog).parse_args(arguments[:1]).subcommand
     options = subcommand_parser(name, f"{prog} {name}").parse_args(arguments[1:])
-    logging.basicConfig(format="%(message)s", level=logging.ERROR if name == "check" else logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.ERROR if name in ("check", "score") else logging.WARNING)
     SUBCOMMANDS[name][2](options)
     return EXIT_OK
 
@@ -204,11 +204,50 @@ def _from_images(options: argparse.Namespace) -> None:
     print(f"To judge the images: trl-diffusion-sdpo pairs pick {options.folder}")
 
 
+# ---- pairs score ----------------------------------------------------------------------------------------------------
+
+
+def _add_score_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    _add_data_options(parser, "Split to score (default: train).")
+    scorers = "Scorers, such as `pickscore hpsv2.1`, or your own function as `module:function`. Losses read the first."
+    add("--scorer", "--scorers", dest="scorers", nargs="+", required=True, metavar="NAME", help=scorers)
+    settings = 'Settings of each scorer by its name, such as {"pickscore": {"dtype": "bfloat16"}}.'
+    add("--scorer_settings", type=mapping_option, default={}, metavar="JSON", help=settings)
+    add("--device", metavar="NAME", help="Device for the scorers. Default: a GPU if there is one, else cpu.")
+    output = "Folder for the scored pairs, for `train --dataset_name FOLDER`."
+    add("--output", "--output_dir", dest="output_dir", required=True, metavar="FOLDER", help=output)
+
+
+def _score(options: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
+    from ..data import load_pairs
+    from ..pairing.score import score_pairs
+
+    state = PartialState(cpu=options.device == "cpu")
+    if state.num_processes > 1:
+        raise ValueError(f"`pairs score` runs as one process, got {state.num_processes}. Start it without a launcher.")
+    with reading_data(options.data):
+        dataset = load_pairs(options.data, options.split, config=options.config)
+    lines = score_pairs(
+        dataset,
+        load_scorers(options.scorers, options.scorer_settings),
+        options.output_dir,
+        dataset_format=options.dataset_format,
+        device=options.device or state.device,
+    )
+    print("\n".join(lines))
+    print(
+        f"Wrote the scored pairs. To train on them: trl-diffusion-sdpo train --dataset_name {options.output_dir} ..."
+    )
+
+
 # ---- pairs push -----------------------------------------------------------------------------------------------------
 
 
 def _add_push_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="Output folder of `pairs pick` or `pairs generate`.")
+    parser.add_argument("folder", metavar="FOLDER", help="Output folder of `pairs pick`, `generate` or `score`.")
     parser.add_argument("repo", metavar="REPO", help="Hub id of the data set, such as me/my-taste.")
     parser.add_argument("--private", action="store_true", help="Make the data set private if this call creates it.")
 
@@ -223,11 +262,17 @@ def _push(options: argparse.Namespace) -> None:
 # ---- pairs check ----------------------------------------------------------------------------------------------------
 
 
-def _add_check_options(parser: argparse.ArgumentParser) -> None:
+def _add_data_options(parser: argparse.ArgumentParser, split: str) -> None:
     add = parser.add_argument
     add("data", metavar="PATH", help="Folder, file or Hub id of the data set, as for `train --dataset_name`.")
-    add("--split", default="train", metavar="NAME", help="Split to check (default: train).")
+    add("--split", default="train", metavar="NAME", help=split)
+    add("--config", metavar="NAME", help="Configuration of a data set on the Hub.")
     add("--dataset_format", metavar="NAME", help="Format of the columns. By default, the format is detected.")
+
+
+def _add_check_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    _add_data_options(parser, "Split to check (default: train).")
     resolution = "Resolution of the training, in pixels (default: 512)."
     add("--resolution", type=int, default=512, metavar="N", help=resolution)
     scorer = "Scorer for the images, such as pickscore, or your own function as `module:function`."
@@ -254,7 +299,7 @@ def _check(options: argparse.Namespace) -> None:
     path = Path(options.data).expanduser()
     folder = path if path.is_dir() else path.parent
     with reading_data(options.data):
-        dataset = load_pairs(options.data, options.split)
+        dataset = load_pairs(options.data, options.split, config=options.config)
         lines = check_pairs(dataset, reading, scorer=scorer, sheet=sheet, folder=folder)
     print("\n".join(lines))
     if sheet is not None:
@@ -287,6 +332,13 @@ SUBCOMMANDS = {
         "again: your picks are kept.",
         _add_from_images_options,
         _from_images,
+    ),
+    "score": (
+        "Score the images of given pairs, and write the pairs with the scores and their scale. The losses `smpo` and "
+        "`capo` and the setting `pair_weights` read both. Each image is scored once. If a call was "
+        "interrupted, the same call continues where it stopped.",
+        _add_score_options,
+        _score,
     ),
     "push": (
         "Upload the pairs of a folder and their images to the Hub as a data set. The folder's README.md becomes the "

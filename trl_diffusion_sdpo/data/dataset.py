@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..utils.processes import ALONE, Peers
+from ..utils.score_scale import ScoreReading
 from . import data_report
 from .buckets import AspectRatioBuckets, PairSizes, Repeated
 from .data_report import BadDataError, DataReport, evenly_spaced
@@ -55,6 +56,7 @@ class PairOptions:
         distinct_epochs (`int`, *optional*): Number of epochs after which the random numbers of a map-style data set
             repeat. By default, random numbers never repeat.
         use_scores (`bool`): Whether to read score columns if they exist. Rows without a score are then dropped.
+        score_reading (`ScoreReading`, *optional*): What the loss needs of the scores.
         swap_labels (`bool`): Whether to exchange winner and loser of every pair.
         number_columns (`Sequence[str]`): Columns of a map-style data set that must have finite numbers in every row.
         noise_seeds (`bool`): Whether to read the seeds of the noise from which the images were generated, in the
@@ -76,6 +78,7 @@ class PairOptions:
     repeat: bool = False
     distinct_epochs: int | None = None
     use_scores: bool = True
+    score_reading: ScoreReading | None = None
     swap_labels: bool = False
     number_columns: Sequence[str] = ()
     noise_seeds: bool = False

@@ -6,12 +6,17 @@ better. [`compare`] turns scores into winners, losers and ties. This module read
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, groupby
 from typing import Any, NamedTuple
+
+from ..utils.score_scale import SCALE_COLUMN, ScoreReading, ScoreScale
+
+logger = logging.getLogger(__name__)
 
 SOURCE_COLUMNS = ("source_image", "source")  # accepted columns of images to edit; the first that exists is read
 SEED_COLUMNS = ("chosen_noise_seed", "rejected_noise_seed")  # seeds of the CPU generators that drew the images' noise
@@ -60,6 +65,8 @@ class PreferenceFormat:
             rows with equal values in this column are compared with one another.
         validity_column (`str`, *optional*): Column that is false in rows without a valid label. These rows are dropped.
         score_columns (`tuple[str, str]`, *optional*): Columns of the reward scores of winner and loser.
+        scale_column (`str`, *optional*): Column that says the scale of the reward scores.
+        score_reading (`ScoreReading`): How the run reads reward scores.
         text_members (`bool`): Whether prompts are text files in an archive. They may be bytes, or end in a newline.
         prompt_of_each_image (`bool`): Whether `prompt_columns` are two columns, one for the prompt of each image.
         has_losers (`bool`): Whether rows have a loser. If they have none, `losers="permute"` must be set, so that
@@ -80,6 +87,8 @@ class PreferenceFormat:
     group_column: str | None = None
     validity_column: str | None = None
     score_columns: tuple[str, str] | None = None
+    scale_column: str | None = None
+    score_reading: ScoreReading = ScoreReading()
     text_members: bool = False
     prompt_of_each_image: bool = False
     has_losers: bool = True
@@ -104,7 +113,7 @@ class PreferenceFormat:
     def text_columns(self, column_names: Iterable[str]) -> list[str]:
         """Return the columns in `column_names` that this format reads, except its image columns."""
         labels = [column for columns in self.label_readers for column in columns]
-        others = [self.group_column, self.validity_column, *(self.score_columns or ())]
+        others = [self.group_column, self.validity_column, self.scale_column, *(self.score_columns or ())]
         present = set(column_names)
         return [column for column in dict.fromkeys((*self.prompt_columns, *labels, *others)) if column in present]
 
@@ -161,15 +170,24 @@ class PreferenceFormat:
         raise LabelError("no label: " + " or ".join("+".join(columns) for columns in self.label_readers) + " is empty")
 
     def reward_scores(self, row: Mapping[str, Any]) -> tuple[float, float] | None:
-        """Return the reward scores of winner and loser, or `None` without score columns.
+        """Return the reward scores of winner and loser, or `None` without score columns. Scores that say their scale
+        are converted to the unit that the run needs.
 
         Raises:
-            LabelError: If the row's scores are not numbers.
+            LabelError: If the row's scores are not numbers, are beyond their scale's limits, or cannot be converted.
         """
         if self.score_columns is None:
             return None
+        reading = self.score_reading
         winner, loser = (finite_number(row.get(column), column) for column in self.score_columns)
-        return winner, loser
+        try:
+            scale = ScoreScale.read(row.get(self.scale_column)) if self.scale_column else reading.assumed
+            for score, column in zip((winner, loser), self.score_columns, strict=True):
+                scale.check(score, column)
+            factor = scale.factor(reading.unit) if self.scale_column else 1.0
+        except ValueError as error:
+            raise LabelError(str(error)) from None
+        return factor * winner, factor * loser
 
 
 # ---- Reading of label columns
@@ -285,6 +303,7 @@ def resolve_format(
     features: Mapping[str, Any] | None = None,
     *,
     use_scores: bool = True,
+    score_reading: ScoreReading | None = None,
 ) -> PreferenceFormat:
     """Return the format of a data set, reduced to the columns that exist in the data set. If `dataset_format` is
     `None`, the columns determine the format.
@@ -293,9 +312,10 @@ def resolve_format(
         features (`Mapping[str, Any]`, *optional*): Types of the columns. A column `source` with text is not read as an
             image to edit, because such a column usually names the origin of a row.
         use_scores (`bool`): Whether to read score columns. If score columns are read, every row needs scores.
+        score_reading (`ScoreReading`, *optional*): How the run reads scores.
 
     Raises:
-        ValueError: If the columns do not fit the format.
+        ValueError: If the columns do not fit the format, or if both the data and a setting say the scale of scores.
     """
     columns = list(column_names)
     if dataset_format is None:
@@ -325,7 +345,16 @@ def resolve_format(
     source_columns = tuple(name for name in SOURCE_COLUMNS if name in columns)[:1]
     if source_columns == ("source",) and getattr((features or {}).get("source"), "dtype", None) in TEXT:
         source_columns = ()
-    has_scores = use_scores and set(row_format.score_columns or ()) <= set(columns)
+    has_scores = use_scores and row_format.score_columns is not None and set(row_format.score_columns) <= set(columns)
+    reading = score_reading or ScoreReading()
+    is_described = has_scores and SCALE_COLUMN in columns
+    if is_described and reading.typed is not None:
+        raise ValueError(
+            f"The scale of scores must be said once. The data say it in the column `{SCALE_COLUMN}`, and the settings "
+            f"say `{reading.typed}`. Leave the setting out."
+        )
+    if has_scores and not is_described and reading.advice is not None:
+        logger.warning(reading.advice)
     return replace(
         row_format,
         image_columns=image_columns,
@@ -333,6 +362,8 @@ def resolve_format(
         mask_columns=_mask_columns(row_format, columns),
         source_columns=source_columns,
         score_columns=row_format.score_columns if has_scores else None,
+        scale_column=SCALE_COLUMN if is_described else None,
+        score_reading=reading,
     )
 
 

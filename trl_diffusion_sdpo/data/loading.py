@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -10,9 +11,11 @@ from typing import Any
 
 import datasets
 
+from ..utils.files import file_facts
 from .formats import FORMATS, SOURCE_COLUMNS
-from .image_folders import LAYOUTS, read_image_folder
+from .image_folders import DATA_FILES, LAYOUTS, read_image_folder
 
+CARD_FILE = "README.md"
 FILE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {  # file suffix -> builder of `datasets` and its arguments
     ".parquet": ("parquet", {}),
     ".arrow": ("arrow", {}),
@@ -39,8 +42,8 @@ def load_pairs(
         name (`str` or `os.PathLike`): Id on the Hub, or path of a file or folder. Files may be parquet, arrow, JSON,
             JSONL (also Flow-Factory's `schema_version` 2), CSV or TSV. A folder may be a data set that
             `datasets.load_dataset` reads, or have images in the folders `chosen` and `rejected`, or images with ranks
-            at the end of their names. A folder may also be the output of `pairs pick`, `pairs generate` or
-            `save_to_disk`. Relative names of images are searched in the folder `name`, or in the folder of the file
+            at the end of their names. A folder may also be the output of `pairs pick`, `pairs generate`, `pairs score`
+            or `save_to_disk`. Relative names of images are searched in the folder `name`, or in the folder of the file
             `name`, and then in the working directory.
         split (`str`): Split, such as `"train"`. Data sets on the Hub, files and folders that `datasets` reads also
             accept split expressions, such as `"train[:90%]"`. If `name` is a single file, any split name is accepted.
@@ -51,8 +54,7 @@ def load_pairs(
         ValueError: If the data set or split does not exist, or if a folder has images but no pairs.
     """
     path = Path(name).expanduser()
-    if _is_list_of_pairs(path):
-        path /= "pairs.jsonl"  # `pairs pick` and `pairs generate` also write other files
+    path = _table_in(path) or path
     if not path.exists():
         return datasets.load_dataset(str(name), name=config, split=split, streaming=streaming)
     if path.is_file():
@@ -60,7 +62,7 @@ def load_pairs(
     saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     splits = datasets.load_from_disk(str(path)) if saved else read_image_folder(path)
     if splits is None:
-        loaded = datasets.load_dataset(str(path), split=split, streaming=streaming)
+        loaded = datasets.load_dataset(str(path), split=split, streaming=streaming, cache_dir=_cache_folder(path))
         if set(loaded.column_names or ()) <= {"image", "label"}:
             raise ValueError(f"{path} has images but no pairs. {LAYOUTS}")
         return with_resolved_names(loaded, path)
@@ -81,12 +83,29 @@ def load_pairs(
 
 def has_one_split(path: Path) -> bool:
     """Return whether a path has only one split, so that [`load_pairs`] accepts any split name for it."""
-    return path.is_file() or (path / "state.json").is_file() or _is_list_of_pairs(path)
+    return path.is_file() or (path / "state.json").is_file() or _table_in(path) is not None
 
 
-def _is_list_of_pairs(path: Path) -> bool:
-    """Return whether `pairs pick` or `pairs generate` wrote the folder."""
-    return (path / "manifest.jsonl").is_file() and (path / "pairs.jsonl").is_file()
+def _table_in(path: Path) -> Path | None:
+    """Return the table of pairs in a folder that `pairs pick`, `pairs generate` or `pairs score` wrote, beside other
+    files. Return `None` for other folders."""
+    for mark, table in (("manifest.jsonl", "pairs.jsonl"), ("scores.json", "pairs.parquet")):
+        if (path / mark).is_file() and (path / table).is_file():
+            return path / table
+    return None
+
+
+def _cache_folder(path: Path) -> str | None:
+    """Return the cache folder for the tables of a local folder as they are now, or `None` for the usual cache folder.
+
+    If a README.md lists a folder's tables, `datasets` caches their rows by nothing but the folder's name. It would
+    return the rows of another folder of this name, or of tables that have been replaced since.
+    """
+    if not (path / CARD_FILE).is_file():
+        return None
+    tables = sorted(file for file in path.rglob("*") if file.suffix.lower() in DATA_FILES and file.is_file())
+    digest = hashlib.sha256(repr([file_facts(file) for file in tables]).encode("utf-8", "surrogatepass"))
+    return os.path.join(datasets.config.HF_DATASETS_CACHE, f"folder-{digest.hexdigest()[:16]}")
 
 
 def _load_file(path: Path, split: str, streaming: bool) -> Any:

@@ -53,6 +53,7 @@ def prepare_dataset(
         options.dataset_format,
         name,
         use_scores=options.use_scores,
+        score_reading=options.score_reading,
         is_swapped=options.swap_labels,
         number_columns=(*options.number_columns, *(SEED_COLUMNS if options.noise_seeds else ())),
     )

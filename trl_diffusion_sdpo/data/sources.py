@@ -24,6 +24,7 @@ from PIL import Image
 from ..utils._compat import dataset_fingerprint
 from ..utils.files import file_facts
 from ..utils.processes import Peers, forks_by_default, usable_cores
+from ..utils.score_scale import SCALE_COLUMN, ScoreReading
 from .data_report import DataReport, evenly_spaced
 from .formats import (
     SEED_COLUMNS,
@@ -193,7 +194,7 @@ class TableSource:
     def __init__(
         self, dataset: datasets.Dataset, row_format: PreferenceFormat, name: str, number_columns: Sequence[str] = ()
     ) -> None:
-        self.format, self.name = row_format, name
+        self.format, self.name, self.dataset = row_format, name, dataset
         texts = dict.fromkeys([*row_format.text_columns(dataset.column_names), *number_columns])
         images = [*row_format.image_columns, *row_format.mask_columns, *row_format.source_columns]
         seeds = [column for column in number_columns if column in SEED_COLUMNS]
@@ -308,6 +309,7 @@ class PairSource:
         self.has_sources = any(row_format.source_columns for row_format in formats)
         self.unread = tuple(dict.fromkeys(column for table in tables for column in table.unread))
         check_all_or_none("score columns", {table.name: table.format.score_columns is not None for table in tables})
+        check_all_or_none(f"`{SCALE_COLUMN}`", {table.name: table.format.scale_column is not None for table in tables})
         check_all_or_none("mask columns", {table.name: bool(table.format.mask_columns) for table in tables})
         check_all_or_none("a `source` column", {table.name: bool(table.format.source_columns) for table in tables})
 
@@ -441,6 +443,7 @@ def make_source(
     name: str,
     *,
     use_scores: bool = True,
+    score_reading: ScoreReading | None = None,
     is_swapped: bool = False,
     number_columns: Sequence[str] = (),
 ) -> PairSource:
@@ -461,7 +464,9 @@ def make_source(
                 f"`{setting}` reads the columns {lacking}. The {label} data have only {table.column_names}. Add the "
                 "columns, or choose another value of the setting."
             )
-        row_format = resolve_format(set_format, table.column_names, table.features, use_scores=use_scores)
+        row_format = resolve_format(
+            set_format, table.column_names, table.features, use_scores=use_scores, score_reading=score_reading
+        )
         tables.append(TableSource(table, replace(row_format, is_swapped=is_swapped), label, number_columns))
     return PairSource(tables, dataset.weights if isinstance(dataset, PairMixture) else None)
 
@@ -512,7 +517,7 @@ def _table_of_rows(rows: Sequence[Mapping[str, Any]], dataset_format: str | None
     for column in (*row_format.image_columns, *row_format.mask_columns, *row_format.source_columns):
         is_text = column in row_format.source_columns and all(isinstance(value, str) for value in values[column])
         if not is_text:  # text in a column `source` is not the name of an image
-            values[column] = [_stored_image(value) for value in values[column]]
+            values[column] = [stored_image(value) for value in values[column]]
     for column, entries in values.items():
         if any(isinstance(entry, str) for entry in entries):  # a missing text is NaN in rows from pandas
             values[column] = [None if isinstance(entry, float) and math.isnan(entry) else entry for entry in entries]
@@ -527,10 +532,10 @@ def _table_of_rows(rows: Sequence[Mapping[str, Any]], dataset_format: str | None
         ) from error
 
 
-def _stored_image(value: Any) -> Any:
+def stored_image(value: Any) -> Any:
     """Convert an image, or a list of images, to the form in which Arrow stores images."""
     if isinstance(value, list | tuple):
-        return [_stored_image(image) for image in value]
+        return [stored_image(image) for image in value]
     if isinstance(value, Image.Image):
         content = io.BytesIO()
         try:

@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..utils._compat import is_split_by_node
 from ..utils.processes import ALONE, Peers
+from ..utils.score_scale import SCALE_COLUMN
 from .data_report import COUNTS, BadDataError, DataReport
 from .dataset import PairOptions, complete_item, new_epoch
 from .formats import PairReference, PreferenceFormat, Reject, groups, pairs_in_group, resolve_format
@@ -74,7 +75,13 @@ class Stream:
         columns = source.column_names or list(next(iter(source), {}))
         if not columns:
             raise ValueError(f"The {name} data set is empty. Pass a data set with rows.")
-        row_format = resolve_format(dataset_format, columns, source.features, use_scores=options.use_scores)
+        row_format = resolve_format(
+            dataset_format,
+            columns,
+            source.features,
+            use_scores=options.use_scores,
+            score_reading=options.score_reading,
+        )
         self.name, self.format = name, replace(row_format, is_swapped=options.swap_labels)
         self.source = source.with_format(None)
         read = [*self.format.text_columns(columns), *self.format.image_columns, *self.format.mask_columns]
@@ -132,6 +139,7 @@ class PreferenceIterableDataset(IterableDataset):
                 f"Streams cannot have a `source` column yet, and the {name} stream has one. Load the data without "
                 "`streaming`, or remove the column."
             )
+        check_all_or_none(f"`{SCALE_COLUMN}`", {stream.name: bool(stream.format.scale_column) for stream in streams})
         check_all_or_none("mask columns", {stream.name: bool(stream.format.mask_columns) for stream in streams})
         self._weights = [1.0] * len(streams) if weights is None else [float(weight) for weight in weights]
         self._format_name = "+".join(stream.format.name for stream in streams)

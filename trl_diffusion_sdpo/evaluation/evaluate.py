@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..rewards import Scorer
-from ..rewards.scorer import on_device
+from ..rewards.scorer import file_name, on_device, saved_scores
 from ..rewards.statistics import WinRate, agreement, holm, win_rate
 from ..rewards.vlm_server import VLMServerJudge
 from ..utils.files import json_lines, write_atomically
@@ -144,7 +144,7 @@ def evaluate_models(
     if not candidates:
         raise ValueError("An evaluation needs one or more models, but the list of models is empty. Pass `candidates`.")
     _check_names("models", [candidate.name for candidate in candidates])
-    _check_names("scorers", [_file_name(scorer.name) for scorer in scorers])
+    _check_names("scorers", [file_name(scorer.name) for scorer in scorers])
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
     files = {} if layout is None else LAYOUTS[layout](listed, settings.seeds)
@@ -264,8 +264,8 @@ def score_rows(
     prompts: PromptList,
     peers: Peers,
 ) -> np.ndarray:
-    """Return the scores of images, or a judge's verdicts on pairs of images. Results that are already saved in the
-    folder are not computed again. All processes must call this function.
+    """Return the scores of images, or a judge's verdicts on pairs of images. Results that the same scorer has already
+    saved in the folder are not computed again. All processes must call this function.
 
     Args:
         models (`Sequence[str]`): Names of the models whose images are scored: one model for a scorer, two for a judge.
@@ -275,7 +275,7 @@ def score_rows(
     Returns:
         `np.ndarray`: One score or verdict per row; NaN for rows without one.
     """
-    path = folder / SCORES_FOLDER / _file_name(scorer.name) / f"{'+'.join(models)}.json"
+    path = peers.first(lambda: saved_scores(folder / SCORES_FOLDER, scorer) / f"{'+'.join(models)}.json")
     scores = peers.first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else [])
 
     def score(rows: Sequence[tuple[int, tuple[int, ...]]]) -> list[float | None]:
@@ -398,7 +398,3 @@ def _without_nan(values: Mapping[str, float]) -> dict[str, float | None]:
 def _read(path: Path) -> Image.Image:
     with Image.open(path) as image:
         return image.convert("RGB")
-
-
-def _file_name(scorer: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in scorer)

@@ -1,4 +1,4 @@
-"""Standard error of mean scores, and the ranges of the scores of known scorers."""
+"""Standard error of mean scores, and the scales of scores that a setting can name."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 import statistics
 from collections.abc import Sequence
 
-# Range of each scorer's scores (largest minus smallest). The SmPO loss divides score differences by this range. The
-# range of PickScore is from the training code of https://huggingface.co/papers/2506.02698.
-SCORE_SCALES = {"pickscore": 0.282016 - 0.115435}
+from ..utils.score_scale import PICKSCORE_COSINES
+
+# Scales of score columns that do not say their scale. The SmPO loss divides score differences by `high - low`.
+SCORE_SCALES = {"pickscore": PICKSCORE_COSINES}
 
 
 def score_scale(value: float | str) -> float:
@@ -18,9 +19,9 @@ def score_scale(value: float | str) -> float:
     if value not in SCORE_SCALES:
         raise ValueError(
             f"`smpo_score_scale` must be a number or one of {', '.join(SCORE_SCALES)}. Got {value!r}. For another "
-            "scorer, pass the range of its scores as a number."
+            "scorer, score the images with `pairs score`, and leave `smpo_score_scale` out."
         )
-    return SCORE_SCALES[value]
+    return 1 / SCORE_SCALES[value].factor("range")
 
 
 def standard_error(values: Sequence[float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..data.data_report import evenly_spaced
 from ..evaluation.report import data_url, template
 from ..rewards import Scorer
 from ..utils.files import write_atomically
+from ..utils.own_errors import is_own
 from .picks import PICKS_FILE, PickLog
 
 SHEET = Path(__file__).parent / "sheet.html"
@@ -43,6 +45,7 @@ def check_pairs(
 
     Raises:
         `ValueError`: If training would raise an error for the data set.
+        `RuntimeError`: If the scorer fails.
     """
     options = options or PairOptions(PairTransform(512), verify_images="all", min_side=1)
     pairs = prepare_dataset(dataset, options, name="pairs")
@@ -73,8 +76,14 @@ def check_pairs(
         seen.add((prompt, first, second))
         sizes.update(f"{image.width}x{image.height}" for image in (winner, loser))
         if scorer is not None:
-            better, worse = scorer([winner, loser], [prompt, prompt]).tolist()
-            agreed.append(0.5 if better == worse else float(better > worse))
+            try:
+                better, worse = scorer([winner, loser], [prompt, prompt]).tolist()
+            except (ValueError, OSError) as error:
+                if is_own(error):
+                    raise
+                raise RuntimeError(f"The scorer {scorer.name} failed: {error}") from error  # not an error of the data
+            if math.isfinite(better - worse):
+                agreed.append(0.5 if better == worse else float(better > worse))
         if sheet is not None:
             shown.append((prompt, *(data_url(image, SHOWN_SIDE) for image in (winner, loser))))
 
@@ -91,9 +100,11 @@ def check_pairs(
         lines.append(f"  the score columns prefer the chosen image in {share:.0%} of the pairs")
     if scorer is not None and agreed:
         lines.append(
-            f"  {scorer.name} prefers the chosen image in {sum(agreed) / len(agreed):.0%} of the examined pairs; a tie "
-            "counts half"
+            f"  {scorer.name} prefers the chosen image in {sum(agreed) / len(agreed):.0%} of {len(agreed)} examined "
+            "pairs; a tie counts half"
         )
+    if scorer is not None and len(agreed) < compared:
+        lines.append(f"  {scorer.name} gave no score to an image of {compared - len(agreed)} examined pairs")
     if folder is not None and (folder / PICKS_FILE).is_file():
         verdicts = PickLog(folder, read_only=True).verdicts
         listed = ", ".join(f"{count} {verdict.replace('_', ' ')}" for verdict, count in verdicts.items())

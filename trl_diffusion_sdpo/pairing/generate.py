@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,7 @@ from ..evaluation.images import ImageSettings, generate_images, image_path, peer
 from ..evaluation.prompts import PromptList, distinct
 from ..rewards import Scorer
 from ..rewards.vlm_server import VLMServerJudge
+from ..utils.score_scale import SCALE_COLUMN, ScoreScale
 from .manifest import ListedImage, write_manifest
 from .picks import PICKS_FILE
 from .publish import NEGATIVES_ADVICE, write_dataset
@@ -59,8 +60,8 @@ class Pairing:
                 f"`margin` must be above 0, got {self.margin}. Leave `margin` unset to pair only the best and the "
                 "worst image of each prompt."
             )
-        if any(not weight >= 0 for weight in self.weights.values()):
-            raise ValueError(f"The weights of scorers must be at least 0, got {dict(self.weights)}.")
+        if not all(isinstance(weight, int | float) and weight >= 0 for weight in self.weights.values()):
+            raise ValueError(f"The weights of scorers must be numbers of at least 0, got {dict(self.weights)}.")
 
 
 def generate_pairs(
@@ -77,10 +78,10 @@ def generate_pairs(
     continue. A call with another `pairing` reuses the images and scores. If accelerate launches several processes, the
     processes share the work.
 
-    Each row of the file has `prompt`, `chosen`, `rejected`, `chosen_score`, `rejected_score`, `agreement` (share of
-    scorers that prefer the chosen image; a tie counts half), `chosen_seed` and `rejected_seed`, and
-    `chosen_noise_seed` and `rejected_noise_seed`. Training with `noise_source="generated"` draws the images' initial
-    noise again from the noise seeds.
+    Each row of the file has `prompt`, `chosen`, `rejected`, `chosen_score`, `rejected_score`, `score_scales` (what the
+    scores mean, which losses read), `agreement` (share of scorers that prefer the chosen image; a tie counts half),
+    `chosen_seed` and `rejected_seed`, and `chosen_noise_seed` and `rejected_noise_seed`. Training with
+    `noise_source="generated"` draws the images' initial noise again from the noise seeds.
 
     Args:
         model (`Candidate`): The model.
@@ -126,6 +127,7 @@ def generate_pairs(
     scores = np.stack([evaluation.scores[scorer.name][model.name] for scorer in scorers])
     weights = np.array([pairing.weights.get(scorer.name, 1.0) for scorer in scorers])
     rewards = combine(scores, weights, pairing.combination)
+    scale = asdict(scale_of_rewards(rewards, pairing.combination, names))
     judged = _judge_neighbours(judges[0], folder, model.name, evaluation.prompts, settings) if judges else None
     rows = []
     for index, prompt in enumerate(evaluation.prompts.prompts):
@@ -139,6 +141,7 @@ def generate_pairs(
                     "prompt": prompt,
                     **{side: path.relative_to(folder).as_posix() for side, path in paths.items()},
                     **{f"{side}_score": float(rewards[index, image]) for side, image in zip(SIDES, pair, strict=True)},
+                    SCALE_COLUMN: [scale],
                     "agreement": float(np.mean((np.sign(difference) + 1) / 2)),
                     **{f"{side}_seed": seed for side, seed in seeds.items()},
                     **{f"{side}_noise_seed": settings.noise_seed(prompt, seed) for side, seed in seeds.items()},
@@ -260,6 +263,21 @@ def combine(scores: np.ndarray, weights: np.ndarray, combination: Combination) -
     rewards = np.sum(weights[:, None, None] * normal, axis=0)
     spread = np.sqrt(np.nanmean(rewards**2)) if np.isfinite(rewards).any() else 0.0
     return rewards / spread if spread > 0 else rewards
+
+
+def scale_of_rewards(rewards: np.ndarray, combination: Combination, names: Sequence[str]) -> ScoreScale:
+    """Return the scale of the rewards of [`combine`]: their range over all images.
+
+    Differences of weighted z-scores count as log-odds, so `calibrated_scores` regards a difference of one standard
+    deviation as a clear preference.
+    """
+    if combination == "majority":
+        name = f"majority votes of {', '.join(names)}"
+        return ScoreScale(name, low=-1.0, high=1.0, lowest=-1.0, highest=1.0)
+    name = f"z-scores of {', '.join(names)}"
+    if not np.isfinite(rewards).any():
+        return ScoreScale(name)
+    return ScoreScale(name, low=float(np.nanmin(rewards)), high=float(np.nanmax(rewards)), log_odds=1.0)
 
 
 def _judge_neighbours(

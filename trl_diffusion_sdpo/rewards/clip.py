@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import html
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
+from ..utils.score_scale import PICKSCORE_COSINES, ScoreScale
 from .open_clip_keys import clip_state_dict
 from .scorer import BatchedScorer, hub_file
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 Preprocess = Literal["crop", "pad"]
+# Curly quotes and the straight quotes by which open_clip's tokenizer (ftfy) replaces them.
+_QUOTES = str.maketrans(
+    {**dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'"), **dict.fromkeys("\u201c\u201d\u201e\u201f", '"')}
+)
 
 
 class CLIPScorer(BatchedScorer):
@@ -31,6 +38,8 @@ class CLIPScorer(BatchedScorer):
             image to the model's input size and crops the centre. `"pad"` scales the longer side to the input size and
             fills the rest of the square with black, like the package `hpsv2`. For square images, the two methods give
             nearly equal scores.
+        clean_text (`bool`, *optional*, defaults to `False`): Whether HTML entities and curly quotes in prompts are
+            replaced, as open_clip does.
         settings: `device` and `batch_size`. See [`BatchedScorer`].
     """
 
@@ -46,6 +55,7 @@ class CLIPScorer(BatchedScorer):
         clamp: bool = False,
         prefix: str = "",
         preprocess: Preprocess = "crop",
+        clean_text: bool = False,
         **settings: Any,
     ):
         super().__init__(name, **settings)
@@ -63,6 +73,14 @@ class CLIPScorer(BatchedScorer):
         self.clamp = clamp
         self.prefix = prefix
         self.preprocess = preprocess
+        self.clean_text = clean_text
+        factor = self.logit_factor if scale is None else scale
+        self.score_scale = ScoreScale(lowest=0.0 if clamp else -factor, highest=factor)
+
+    @property
+    def logit_factor(self) -> float:
+        """The model's `exp(logit_scale)`, which turns cosine similarities into logits."""
+        return float(self.model.logit_scale.float().exp())
 
     def score_batch(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         image = self.embed_images(images)
@@ -82,6 +100,8 @@ class CLIPScorer(BatchedScorer):
 
     def embed_prompts(self, prompts: list[str]) -> torch.Tensor:
         """Return the CLIP embeddings of N prompts, normalised to length 1, `(N, D)`."""
+        if self.clean_text:
+            prompts = [html.unescape(html.unescape(prompt)).translate(_QUOTES) for prompt in prompts]
         tokens = self.tokenizer(
             [self.prefix + prompt for prompt in prompts],
             padding="max_length",
@@ -120,7 +140,10 @@ def pickscore(model: str = "yuvalkirstain/PickScore_v1", processor: str = CLIP_H
 
     Source: https://huggingface.co/papers/2305.01569.
     """
-    return CLIPScorer("pickscore", model, processor, scale=None, **settings)
+    scorer = CLIPScorer("pickscore", model, processor, scale=None, **settings)
+    low, high = (scorer.logit_factor * cosine for cosine in (PICKSCORE_COSINES.low, PICKSCORE_COSINES.high))
+    scorer.score_scale = replace(scorer.score_scale, low=low, high=high, log_odds=1.0)
+    return scorer
 
 
 def clip_score(model: str = CLIP_H, **settings: Any) -> CLIPScorer:
@@ -142,7 +165,9 @@ def clip_score_hessel(model: str = "openai/clip-vit-base-patch32", **settings: A
     return CLIPScorer("clip_score_hessel", model, **published, **settings)
 
 
-def hpsv2(**settings: Any) -> CLIPScorer:
+def hpsv2(
+    model: str = "xswu/HPSv2", file: str = "HPS_v2_compressed.pt", processor: str = CLIP_H, **settings: Any
+) -> CLIPScorer:
     """Return the scorer HPSv2: the cosine similarity of a CLIP ViT-H/14 that was tuned on human votes. Usual scores are
     0.25 to 0.33.
 
@@ -150,7 +175,7 @@ def hpsv2(**settings: Any) -> CLIPScorer:
 
     Source: https://huggingface.co/papers/2306.09341.
     """
-    return hpsv21(**{"file": "HPS_v2_compressed.pt", "name": "hpsv2", **settings})
+    return hpsv21(model, file, processor, **{"name": "hpsv2", **settings})
 
 
 def hpsv21(
@@ -178,4 +203,8 @@ def hpsv21(
     weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     network = CLIPModel(CLIPConfig.from_pretrained(processor))
     network.load_state_dict(clip_state_dict(weights))
-    return CLIPScorer(name, network, processor, **settings)
+    scorer = CLIPScorer(name, network, processor, **{"clean_text": True, **settings})
+    # HPSv2 was trained so that cosines times `exp(logit_scale)` are log-odds.
+    log_odds = 1.0 if scorer.scale is None else scorer.logit_factor / scorer.scale
+    scorer.score_scale = replace(scorer.score_scale, log_odds=log_odds)
+    return scorer

@@ -18,6 +18,7 @@ from transformers import (
     CLIPImageProcessorPil,
 )
 
+from ..utils.score_scale import ScoreScale
 from .aesthetic import linear_head
 from .open_clip_keys import rename
 from .scorer import BatchedScorer, hub_file
@@ -66,6 +67,7 @@ class ImageRewardScorer(BatchedScorer):
         **settings: Any,
     ):
         super().__init__("image_reward", **settings)
+        self.score_scale = ScoreScale(log_odds=STD)  # differences of the head's output are log-odds
         weights = hub_file(model, "ImageReward.pt", revision)
         med_config = json.loads(hub_file(model, "med_config.json", revision).read_text(encoding="utf-8"))
         vision = BlipVisionModel(published_vision())

@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
+import inspect
+import logging
+import os
+import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Protocol
 
 import torch
 from accelerate.utils.memory import clear_device_cache
 from huggingface_hub import hf_hub_download
 from PIL import Image
+from safetensors import SafetensorError
+
+from .. import __version__
+from ..utils.identity import (
+    describe_component,
+    describe_files,
+    describe_source,
+    differences,
+    hub_commit,
+    plain,
+    read_description,
+    short_hash,
+    write_description,
+)
+from ..utils.score_scale import ScoreScale
+from ..utils.secrets import masked, names_secret
+
+logger = logging.getLogger(__name__)
 
 
 class Scorer(Protocol):
@@ -32,7 +57,18 @@ class Scorer(Protocol):
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor: ...
 
 
-class BatchedScorer(ABC):
+class KnownScorer:
+    """Base class of this package's scorers, which may know the scale of their scores.
+
+    Attributes:
+        score_scale (`ScoreScale`): What the scores mean, as far as it is known. A subclass or an instance may set it.
+    """
+
+    name: str
+    score_scale: ScoreScale = ScoreScale()
+
+
+class BatchedScorer(KnownScorer, ABC):
     """Base class of scorers that score images in batches. A subclass implements `score_batch`.
 
     Example:
@@ -92,7 +128,7 @@ class BatchedScorer(ABC):
         return torch.cat(scores)
 
 
-class FunctionScorer:
+class FunctionScorer(KnownScorer):
     """A scorer that calls a function. The function takes a list of N images and a list of N prompts and returns N
     numbers.
 
@@ -152,9 +188,21 @@ def checked_scores(scores: Any, prompts: Sequence[str], name: str) -> torch.Tens
     return scores
 
 
-# Settings that do not change scores. Names of scorers do not contain these settings.
-_SPEED = ("device", "batch_size", "url", "timeout", "max_unreadable", "api_key_variable")
-_LONGEST_WORD = 40  # characters; in a scorer's name, the value of a longer setting is replaced by a hash
+# Settings that do not change scores.
+_SPEED = ("device", "batch_size", "timeout", "max_unreadable", "api_key_variable")
+_UNNAMED = (*_SPEED, "url", "name")  # settings that names of scorers do not contain
+_SOURCES = ("model", "processor", "head", "tokenizer", "base")  # settings that name folders or Hub ids
+# Files of a scorer's repository, one of which is in the cache after the scorer was loaded.
+_HUB_FILES = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "med_config.json")
+_LONGEST_WORD = (
+    40  # characters; in a scorer's name, a hash follows a longer value or a path, of which the end is shown
+)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What loading may raise: wrong settings, a missing library, no download, weights of another layout.
+_LOADING_ERRORS = (
+    *(TypeError, ImportError, OSError, RuntimeError, LookupError, AttributeError, EOFError),
+    *(ValueError, pickle.UnpicklingError, SafetensorError),
+)
 
 # Name of a scorer -> function or class that builds the scorer, or "module:function", imported on first use.
 _BUILDERS: dict[str, str | Callable[..., Scorer]] = {
@@ -235,11 +283,19 @@ def load_scorer(name: str, **settings: Any) -> Scorer:
         module, _, attribute = builder.partition(":")
         builder = getattr(import_module(f".{module}", __package__), attribute)
     if builder is not None:
+        if isinstance(dtype := settings.get("dtype"), str):  # JSON and YAML have no dtypes
+            if dtype not in _DTYPES:
+                raise ValueError(f"`dtype` of a scorer must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+            settings = {**settings, "dtype": _DTYPES[dtype]}
         try:
             scorer = builder(**settings)
-        except (TypeError, ImportError, OSError) as error:  # wrong settings, a missing library, no download
-            raise ValueError(f"The scorer {name!r} cannot be loaded: {error}") from error
+        except _LOADING_ERRORS as error:
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            raise ValueError(
+                f"The scorer {name!r} cannot be loaded: {reason}. Check its settings and files."
+            ) from error
         scorer.name += _variant(scorer.name, settings)
+        vars(scorer)[_LOADED] = {"scorer": name, "builder": _code(builder), **_described_settings(builder, settings)}
         return scorer
     if ":" not in name:
         raise ValueError(
@@ -263,17 +319,107 @@ def load_scorer(name: str, **settings: Any) -> Scorer:
     return function if isinstance(function, (BatchedScorer, FunctionScorer)) else FunctionScorer(name, function)
 
 
-def _variant(name: str, settings: dict[str, Any]) -> str:
-    """Return a suffix for a scorer's name, such as `(revision=v2)`, which lists the settings that change scores.
-    Scorers that give different scores thus have different names."""
+def _variant(name: str, settings: Mapping[str, Any]) -> str:
+    """Return a suffix for a scorer's name, such as `(revision=v2)`, which lists the settings that change scores."""
     words = []
     for key, value in settings.items():
-        word = str(value).rstrip("/").split("/")[-1]
-        if len(word) > _LONGEST_WORD:
-            word = hashlib.sha256(word.encode()).hexdigest()[:8]
-        if key not in _SPEED and word not in name:
-            words.append(f"{key}={word}")
+        if key in _UNNAMED or names_secret(key):
+            continue
+        text = str(value).removeprefix("torch.")
+        end = text.rstrip("/").rpartition("/")[2]
+        word = text
+        if text.count("/") > 1 or os.path.isabs(text):  # two folders may have the same name
+            word = f"{end[:_LONGEST_WORD]}-{_hash(text, 4)}"
+        elif len(text) > _LONGEST_WORD:
+            word = _hash(text, 8)
+        elif name.endswith(f"({end})"):  # such as `vqa_score(model)`
+            continue
+        words.append(f"{key}={word}")
     return f"({', '.join(words)})" if words else ""
+
+
+def _hash(text: str, digits: int) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
+
+
+# ---- What saved scores depend on ------------------------------------------------------------------------------------
+
+_LOADED = "_loaded"  # attribute of a scorer with what `load_scorer` knows of it
+
+
+def describe_scorer(scorer: Scorer) -> dict[str, Any]:
+    """Return what a scorer's scores depend on, as JSON: name, code, and all settings and weights that
+    [`load_scorer`] used. Saved scores are used again only by a scorer with the same description.
+
+    The settings of a scorer that [`load_scorer`] did not load are only known by the scorer's name.
+    """
+    made_by = scorer.function if isinstance(scorer, FunctionScorer) else type(scorer)
+    return plain({"name": scorer.name, "code": _code(made_by), **vars(scorer).get(_LOADED, {})})
+
+
+def scale_of(scorer: Scorer) -> ScoreScale:
+    """Return the scale of a scorer's scores under the scorer's name."""
+    known = scorer.score_scale if isinstance(scorer, KnownScorer) else ScoreScale()
+    return replace(known, scorer=scorer.name)
+
+
+def saved_scores(folder: Path, scorer: Scorer) -> Path:
+    """Return the path, without an ending, of the scores that a scorer saves in a folder. The description of the scorer
+    lies beside it as JSON.
+
+    The path contains a hash of the description, so that scores of another scorer with the same name are never read or
+    overwritten. If there are such scores, log what differs.
+    """
+    description = describe_scorer(scorer)
+    name = file_name(scorer.name)
+    path = folder / f"{name}-{short_hash(description)[:8]}"
+    file = path.with_name(f"{path.name}.json")
+    if not file.is_file():
+        for other in sorted(folder.glob(f"{glob.escape(name)}-{'[0-9a-f]' * 8}.json")):
+            differ = "; ".join(differences(read_description(other) or {}, description))
+            logger.info(
+                "%s are scores of another %s, so images are scored again: %s.", other.stem, scorer.name, differ
+            )
+        write_description(file, description)
+    return path
+
+
+def file_name(scorer: str) -> str:
+    """Return a scorer's name as the name of a file."""
+    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in scorer)
+
+
+def _code(made_by: Any) -> dict[str, Any]:
+    """Describe a function or class: its name, and this package's version or the facts of the file that defines it."""
+    made_by = made_by if isinstance(made_by, FunctionType | type) else type(made_by)
+    module = inspect.getmodule(made_by)
+    described = {"name": f"{made_by.__module__}:{made_by.__qualname__}"}
+    if made_by.__module__.startswith(f"{__package__.partition('.')[0]}."):
+        return {**described, "version": __version__}
+    file = None if module is None else vars(module).get("__file__")
+    return {**described, "file": describe_files([Path(file)])} if file and Path(file).is_file() else described
+
+
+def _described_settings(builder: Callable[..., Scorer], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe the settings of a scorer, defaults included, and the folders and Hub ids that they name."""
+    bound = inspect.signature(builder).bind(**settings)
+    bound.apply_defaults()
+    whole = {**bound.arguments, **settings}
+    for parameter in bound.signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            whole.pop(parameter.name, None)
+    used = {key: value for key, value in whole.items() if key not in _SPEED}
+    modules = {key: describe_component(value) for key, value in used.items() if isinstance(value, torch.nn.Module)}
+    sources = {key: used[key] for key in _SOURCES if isinstance(used.get(key), str | Path)}
+    revision = used.get("revision")
+    files = [*_HUB_FILES, *(used[key] for key in ("file",) if key in used)]
+    described = {
+        key: describe_source(source)
+        if Path(source).exists()
+        else next(filter(None, (hub_commit(str(source), file, revision=revision) for file in files)), None)
+        for key, source in sources.items()
+    }
+    return {"settings": masked({**used, **modules}), "sources": described}
 
 
 def hub_file(model: str, name: str, revision: str | None = None) -> Path:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import math
 import os
+import queue
 import re
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
 from PIL import Image
+
+from ..utils.score_scale import ScoreScale
+from ..utils.secrets import without_secrets
+from .scorer import KnownScorer
 
 QUESTION = """Judge the image as a picture for this prompt: "{prompt}"
 Give three scores from 1 (bad) to 5 (good), each on a line of its own, and nothing else:
@@ -31,9 +38,14 @@ or
 Image 2 is better
 or
 Equal"""
-_SCORE = re.compile(r"(Alignment|Coherence|Style) Score\s*\(1-5\)\s*:\s*\**\s*(\d+(?:\.\d+)?)", re.IGNORECASE)
+AXES = ("alignment", "coherence", "style")
+# Markdown such as `**Style Score (1-5):** 4` may stand around the colon. Parts of the pattern that match the same
+# characters are never side by side, so the search is linear.
+_SCORE = re.compile(rf"({'|'.join(AXES)}) Score[\s*]*\(1-5\)[\s*]*:[\s*]*(\d+(?:\.\d+)?)", re.IGNORECASE)
 _CHOICE = re.compile(r"\b(image 1|image 2|equal)\b", re.IGNORECASE)
 _MAX_ANSWER = 1_000_000  # bytes
+_READ_CHARACTERS = 20_000  # the rest of an answer is not read
+_SHOWN = 300  # bytes of an answer in an error message
 _ENOUGH_ANSWERS = 20  # `max_unreadable` is checked from this number of answers on
 
 
@@ -42,20 +54,20 @@ class VLMServerError(OSError):
 
 
 @dataclass(eq=False)
-class VLMServerScorer:
+class VLMServerScorer(KnownScorer):
     """Score images by asking a vision-language model on a server for three ratings from 1 to 5. The score is the mean
     rating, mapped to `[0, 1]`.
 
-    If an answer cannot be parsed, the score is NaN. Evaluations leave out images without a score and report their
-    number.
+    If an answer lacks one of the three ratings, the score is NaN. Evaluations leave out images without a score and
+    report their number.
 
     Args:
-        url (`str`): URL of the API, such as `http://127.0.0.1:8000/v1`.
+        url (`str`): URL of the API, such as `http://127.0.0.1:8000/v1`, without a user, a password or a query.
         model (`str`): Name of the model on the server.
         question (`str`, *optional*): The question, in which the prompt replaces `{prompt}`. The question must make the
-            model answer in lines like `Alignment Score (1-5): 4`.
+            model rate `Alignment`, `Coherence` and `Style`, in lines like `Alignment Score (1-5): 4`.
         batch_size (`int`, *optional*, defaults to `8`): Number of parallel requests.
-        timeout (`float`, *optional*, defaults to `120.0`): Time limit of a request in seconds.
+        timeout (`float`, *optional*, defaults to `120.0`): Time limit of a whole request in seconds.
         max_unreadable (`float`, *optional*, defaults to `0.05`): Largest allowed share of answers that cannot be
             parsed. Nothing is checked before the 20th answer.
         max_tokens (`int`, *optional*, defaults to `256`): Largest length of an answer in tokens.
@@ -86,8 +98,8 @@ class VLMServerScorer:
     api_key_variable: str = "OPENAI_API_KEY"
 
     def __post_init__(self) -> None:
-        if urllib.parse.urlsplit(self.url).scheme not in ("http", "https"):
-            raise ValueError(f"`url` must begin with `http://` or `https://`, got {self.url!r}. Correct the address.")
+        _check_url(self.url)
+        self.score_scale = ScoreScale(low=0.0, high=1.0, lowest=0.0, highest=1.0)
         if "{prompt}" not in self.question:
             raise ValueError(f"`question` must contain `{{prompt}}`, got {self.question!r}.")
         self.name = f"vlm_server({self.model.split('/')[-1]})"
@@ -130,6 +142,11 @@ class VLMServerScorer:
             return list(pool.map(lambda request: self._answer(*request), requests))
 
     def _answer(self, images: list[Image.Image], question: str) -> str:
+        """Return the answer to a question about images.
+
+        Raises:
+            VLMServerError: If there is no answer in time, or it does not have the format of the API.
+        """
         content: list[dict[str, Any]] = [
             {"type": "image_url", "image_url": {"url": data_url(image)}} for image in images
         ]
@@ -140,29 +157,37 @@ class VLMServerScorer:
             "temperature": 0,
             "max_tokens": self.max_tokens,
         }
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.api_key_variable):
-            headers["Authorization"] = f"Bearer {key}"
+        key = os.environ.get(self.api_key_variable, "").strip()
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+
+        def ask() -> tuple[int, bytes]:
+            try:
+                with _OPENER.open(request, timeout=self.timeout) as response:
+                    return response.status, response.read(_MAX_ANSWER)
+            except urllib.error.HTTPError as error:
+                return error.code, error.read(_SHOWN)
+
+        def refusal(what: str) -> VLMServerError:
+            hidden = without_secrets(what.replace(key, "...") if key else what)  # servers may repeat the key
+            return VLMServerError(f"The server {self.url} {hidden}")
+
         try:
-            with _OPENER.open(request, timeout=self.timeout) as response:
-                answer = response.read(_MAX_ANSWER)
-        except urllib.error.HTTPError as error:
-            detail = error.read(300).decode(errors="replace")
-            raise VLMServerError(
-                f"The server {self.url} refused the request with status {error.code}: {detail}"
-            ) from error
-        except OSError as error:  # no connection, timeout
-            raise VLMServerError(
-                f"The server {self.url} does not answer: {error}. Start the server, or raise `timeout`."
-            ) from error
+            status, answer = within(self.timeout, ask)
+        except (OSError, ValueError, http.client.HTTPException) as error:  # no connection, timeout, no HTTP, a bad key
+            reason = str(error) or type(error).__name__
+            raise refusal(
+                f"does not answer: {reason}. Check the address, start the server, or raise `timeout`."
+            ) from None
+        text = answer.decode(errors="replace")
+        if status != 200:
+            raise refusal(f"refused the request with status {status}: {text[:_SHOWN]}")
         try:
-            return str(json.loads(answer)["choices"][0]["message"]["content"])
-        except (ValueError, LookupError, TypeError) as error:
-            raise VLMServerError(
-                f"The server {self.url} must answer in the format of OpenAI's chat API, got {answer[:200]!r}. Check "
-                "the address."
-            ) from error
+            return str(json.loads(text)["choices"][0]["message"]["content"])
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise refusal(
+                f"must answer in the format of OpenAI's chat API, got {text[:_SHOWN]!r}. Check the address."
+            ) from None
 
     def _count(self, unreadable: int, answered: int) -> None:
         self.answered += answered
@@ -208,10 +233,52 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
+def _check_url(url: str) -> None:
+    """Raise `ValueError` if a URL is not a plain address of a server. The message hides passwords."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        extra = parts.username or parts.password or parts.query or parts.fragment or re.search(r"\s", url)
+        is_plain = parts.scheme in ("http", "https") and bool(parts.hostname) and not extra and parts.port != 0
+    except ValueError:  # a wrong port or host
+        is_plain = False
+    if not is_plain:
+        raise ValueError(
+            "`url` must be `http://HOST[:PORT][/PATH]`, or the same with `https`, without blanks, user, password and "
+            f"query, got {without_secrets(url)!r}. Correct the address, and put a key into the environment variable "
+            "that `api_key_variable` names."
+        )
+
+
+def within(seconds: float, work: Callable[[], Any]) -> Any:
+    """Return the result of `work`, or raise `TimeoutError` after `seconds`. Then `work` goes on in a thread that does
+    not keep the process alive.
+
+    A socket's timeout limits each read, so a server that sends one byte at a time would never reach it.
+    """
+    results: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put((work(), None))
+        except Exception as error:  # raised again below, in the caller's thread
+            results.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = results.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no whole answer within {seconds:g} seconds") from None
+    if error is not None:
+        raise error
+    return result
+
+
 def read_score(answer: str) -> float | None:
-    """Return the mean of the ratings in an answer, mapped from 1-5 to 0-1, or `None` if the answer has no rating."""
-    scores = {axis.lower(): min(max(float(score), 1.0), 5.0) for axis, score in _SCORE.findall(answer)}
-    if not scores:
+    """Return the mean of the ratings of all `AXES` in an answer, mapped from 1-5 to 0-1, or `None` if the answer lacks
+    one of them."""
+    found = _SCORE.findall(answer[:_READ_CHARACTERS])
+    scores = {axis.lower(): min(max(float(score), 1.0), 5.0) for axis, score in found}
+    if len(scores) < len(AXES):
         return None
     return (sum(scores.values()) / len(scores) - 1) / 4
 
@@ -219,7 +286,7 @@ def read_score(answer: str) -> float | None:
 def read_choice(answer: str) -> int | None:
     """Return 1 if an answer prefers the first image, -1 if it prefers the second image, and 0 if it calls them equal.
     Return `None` if the answer names none of the three choices or several."""
-    named = {choice.lower() for choice in _CHOICE.findall(answer)}
+    named = {choice.lower() for choice in _CHOICE.findall(answer[:_READ_CHARACTERS])}
     if len(named) != 1:
         return None
     return {"image 1": 1, "image 2": -1, "equal": 0}[named.pop()]

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..utils.score_scale import ScoreScale
 from .scorer import BatchedScorer
 
 QUESTION = 'Does this figure show "{prompt}"? Please answer Yes or No.'
@@ -39,6 +40,7 @@ class VQAScorer(BatchedScorer):
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
     ):
+        self.score_scale = ScoreScale(low=0.0, high=1.0, lowest=0.0, highest=1.0)
         super().__init__(f"vqa_score({model.rstrip('/').split('/')[-1]})", device=device, batch_size=1)
         if "{prompt}" not in question:
             raise ValueError(f"`question` must contain `{{prompt}}`, got {question!r}.")

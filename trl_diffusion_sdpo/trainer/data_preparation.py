@@ -25,8 +25,10 @@ from ..data.transforms import PairTransform
 from ..engines.processes import peers
 from ..families import Family
 from ..losses import LossSpec
+from ..losses.score_statistics import SCORE_SCALES, score_scale
 from ..models.text_checks import note_on_long_prompts
 from ..utils._compat import keeps_order
+from ..utils.score_scale import SHARES, ScoreReading, ScoreScale
 from .config.complete import aspect_ratio_buckets, image_size, pairs_of_a_step
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
@@ -230,6 +232,7 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         repeat=training,
         distinct_epochs=args.precompute_epochs if training and args.precompute_ref_errors else None,
         use_scores=scores.needs_scores,
+        score_reading=score_reading(args),
         swap_labels=args.swap_labels,
         number_columns=scores.number_columns,
         noise_seeds=training and args.noise_source == "generated",
@@ -245,7 +248,7 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         what = f"The loss {args.loss_type!r}" if scores.sorts_by_scores else "`pair_weights`"
         raise ValueError(
             f"{what} needs the columns `chosen_score` and `rejected_score`. The {name} data lack these columns. Score "
-            "the images first, or leave this loss or setting out."
+            "the images with `trl-diffusion-sdpo pairs score`, or leave this loss or setting out."
         )
     if args.mask_anchor and not prepared.has_masks:
         raise ValueError(
@@ -264,3 +267,21 @@ def score_settings(args: DiffusionSDPOConfig, loss: LossSpec, *, training: bool)
         calibrated=args.calibrated_scores,
         sorts_by_scores=loss.needs_scores,
     )
+
+
+def score_reading(args: DiffusionSDPOConfig) -> ScoreReading:
+    """Return what the loss and `pair_weights` need of the scores in the data."""
+    names = args.loss_type if isinstance(args.loss_type, list) else [args.loss_type]
+    if args.calibrated_scores:
+        return ScoreReading("log_odds")
+    if "capo" in names:
+        return ScoreReading("share", assumed=SHARES)
+    typed = args.loss_kwargs.get("smpo_score_scale")
+    if typed is not None:
+        named = (scale for name, scale in SCORE_SCALES.items() if score_scale(name) == typed)
+        return ScoreReading("range", next(named, ScoreScale()), typed=f"smpo_score_scale: {typed:g}")
+    advice = (
+        "The data do not say the scale of their scores, so `smpo` divides differences of scores by 1. Score the images "
+        "with `trl-diffusion-sdpo pairs score`, or set `smpo_score_scale` in `loss_kwargs`."
+    )
+    return ScoreReading("range", advice=advice if "smpo" in names else None)

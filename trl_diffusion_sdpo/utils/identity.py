@@ -152,7 +152,7 @@ def _public(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_part_of_a_model(file: Path) -> bool:
     return not any(part.startswith("checkpoint-") or part.startswith(".") for part in file.parts) and (
-        file.suffix in (".safetensors", ".bin", ".json", ".txt", ".model", ".gguf", ".ckpt", ".jinja")
+        file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".json", ".txt", ".model", ".gguf", ".ckpt", ".jinja")
     )
 
 

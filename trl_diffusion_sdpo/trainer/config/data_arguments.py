@@ -44,7 +44,8 @@ class DataArguments:
             uses no weights. `pair_weights` cannot be used with streams.
         calibrated_scores (`bool`, *optional*, defaults to `False`):
             Whether to replace each image's score by the image's expected share of wins against the other images of its
-            prompt, before the loss and `pair_weights` read the score. `calibrated_scores` cannot be used with streams.
+            prompt, before the loss and `pair_weights` read the score. Scores from `pairs score` become log-odds first.
+            `calibrated_scores` cannot be used with streams.
         verify_images (`str`, *optional*, defaults to `"sample"`):
             Images of a map-style data set that are decoded before training, to find damaged images. `"sample"` decodes
             the images of 128 pairs, evenly spaced in the data. `"all"` decodes all images and drops pairs with damaged

@@ -147,7 +147,7 @@ class LossArguments:
             with which `dpop` punishes a rise of the winner's error. `linear_eta` (default 1e-3) is the lowest weight
             that `linear` gives to a pair. `smpo_coefficient` (default 10) is a constant of `smpo`. `smpo_score_scale`
             (default 1) is the number by which `smpo` divides score differences; `"pickscore"` means 0.166581, the
-            published value for PickScore's cosines.
+            published value for PickScore's cosines. Leave it out for scores from `pairs score`, which say their scale.
     """
 
     loss_type: Annotated[list[str] | str, Choices(get_args(LossType)), RESUME] = "sigmoid"
