@@ -25,8 +25,10 @@ from trl_diffusion_sdpo.cli.evaluate import _image_settings, make_parser
 from trl_diffusion_sdpo.cli.images import candidate_of
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.evaluation import evaluate
-from trl_diffusion_sdpo.evaluation.evaluate import MANIFEST_FILE, RESULTS_FILE
+from trl_diffusion_sdpo.evaluation.evaluate import MANIFEST_FILE, RESULTS_FILE, Evaluation
 from trl_diffusion_sdpo.evaluation.images import ImageSettings, diversity, generate_images, image_path, saturation
+from trl_diffusion_sdpo.evaluation.prompts import PromptList
+from trl_diffusion_sdpo.evaluation.report import _examples, _url_of_file
 from trl_diffusion_sdpo.rewards import FunctionScorer
 from trl_diffusion_sdpo.rewards.vlm_server import VLMServerJudge
 
@@ -88,6 +90,27 @@ def test_the_manifest_lists_each_image_once(evaluated):
     assert len(rows) == len({row["image"] for row in rows}) == 2 * len(PROMPTS) * 2
     with Image.open(folder / rows[3]["image"]) as image:
         assert (image.text["prompt"], int(image.text["seed"])) == (rows[3]["prompt"], rows[3]["seed"])
+
+
+def test_the_examples_of_the_report_are_the_seeds_that_changed_most_with_their_own_numbers(tmp_path):
+    """The first prompt gains most on average, and loses at seed 0. Only the third loses on average."""
+    base = np.zeros((3, 2))
+    tuned = np.array([[-1.0, 9.0], [2.0, np.nan], [-3.0, 0.5]])
+    for model in ("base", "tuned"):
+        for index in range(3):
+            for seed in (0, 1):
+                path = image_path(tmp_path, model, index, seed)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8), (40 * index, 100 * seed, 0)).save(path)
+    evaluation = Evaluation(
+        *(PromptList(("a", "b", "c")), (0, 1), ("base", "tuned"), {"red": {"base": base, "tuned": tuned}}),
+        *((), {}, {}, (), ()),
+    )
+    (_, gains), (_, losses) = _examples(tmp_path, evaluation, "tuned")
+    assert [(one["prompt"], one["change"]) for one in gains] == [("a", "+9"), ("b", "+2"), ("c", "+0.5")]
+    assert [(one["prompt"], one["change"]) for one in losses] == [("c", "-3"), ("a", "-1")]
+    assert gains[0]["after"] == _url_of_file(image_path(tmp_path, "tuned", 0, 1))
+    assert losses[1]["after"] == _url_of_file(image_path(tmp_path, "tuned", 0, 0)) != gains[0]["after"]
 
 
 def digests(folder):

@@ -40,7 +40,6 @@ from .scales import Sweep, recommend_in_cards, sweeps_of
 RESULTS_FILE = "results.json"
 MANIFEST_FILE = "manifest.jsonl"
 _SCORED_AT_ONCE = 64  # number of images that a process scores before scores are saved
-FEW_PROMPTS = 30  # with fewer prompts, bootstrap intervals are too narrow
 
 
 @dataclass(frozen=True)
@@ -320,10 +319,6 @@ def _notes(
     ]
     if prompts.empty or prompts.duplicates:
         notes.append(f"{prompts.empty} empty and {prompts.duplicates} repeated prompts were skipped.")
-    if scores and len(prompts.prompts) < FEW_PROMPTS:
-        notes.append(
-            f"With only {len(prompts.prompts)} prompts, the confidence intervals are too narrow. Use more prompts."
-        )
     for model, values in looks.items():
         if values["black"]:
             notes.append(
