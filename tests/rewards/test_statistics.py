@@ -88,9 +88,14 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(rate, prompts, seeds)
 
 
 def test_forty_wins_of_forty_leave_room_for_a_loss():
-    # By hand: 42 of 44 = .9545, standard deviation sqrt(44/43 * .9545 * .0455) = .2107, t(43) = 2.0167.
+    # By hand: 42 of 44 = .9545, standard deviation sqrt(.9545 * .0455) = .2083, t(43) = 2.0167.
     low, high = rate_interval(np.ones(40))
-    assert low == pytest.approx(0.9545 - 2.0167 * 0.2107 / 44**0.5, abs=1e-4) and high == 1.0
+    assert low == pytest.approx(0.9545 - 2.0167 * 0.2083 / 44**0.5, abs=1e-4) and high == 1.0
+
+
+def test_six_wins_of_six_are_the_fewest_that_show_a_difference():
+    five, six = (win_rate(np.ones((prompts, 1)), np.zeros((prompts, 1))) for prompts in (5, 6))
+    assert (five.verdict(five.p_value), six.verdict(six.p_value)) == (TOO_FEW, "better")
 
 
 @pytest.mark.parametrize(("values", "quantile"), [(2, 12.706), (3, 4.303), (4, 3.182), (10, 2.262), (31, 2.042)])

@@ -104,13 +104,15 @@ def win_rate(scores: np.ndarray, base: np.ndarray) -> WinRate:
 def rate_interval(rates: np.ndarray) -> tuple[float, float]:
     """Return the 95 % confidence interval of the mean of prompts' win rates `(N,)`.
 
-    This is [`mean_interval`] with four added prompts: two with the win rate 1 and two with the win rate 0. Without
-    them, 40 wins of 40 would give an interval from 100 % to 100 %.
+    The interval is computed with four added prompts: two with the win rate 1 and two with the win rate 0. Without them,
+    40 wins of 40 would give an interval from 100 % to 100 %. With few prompts, Student's t-distribution makes it wider.
 
     Source: Agresti and Coull, Approximate is better than "exact" for interval estimation of binomial proportions, 1998.
     """
-    low, high = mean_interval(np.concatenate([rates, [0.0, 0.0, 1.0, 1.0]]))
-    return max(0.0, low), min(1.0, high)
+    widened = np.concatenate([rates, [0.0, 0.0, 1.0, 1.0]])
+    margin = _t_quantile(len(widened) - 1) * float(widened.std()) / math.sqrt(len(widened))
+    mean = float(widened.mean())
+    return max(0.0, mean - margin), min(1.0, mean + margin)
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
