@@ -135,6 +135,25 @@ def test_all_weights_are_scaled_from_the_base_and_restored_exactly(sd_folder, sd
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+def test_the_lora_of_a_base_is_part_of_its_weights(sd_folder):
+    """Only weights without a LoRA were read before, so the scaled model started from another base."""
+    lora = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    pipeline, with_lora, merged = (StableDiffusionPipeline.from_pretrained(sd_folder) for _ in range(3))
+    torch.manual_seed(0)
+    with_lora.unet.add_adapter(lora)
+    merged.unet.add_adapter(lora)
+    merged.unet.load_state_dict(with_lora.unet.state_dict())
+    merged.fuse_lora()
+    merged.unload_lora_weights()
+    before = {name: tensor.clone() for name, tensor in with_lora.unet.state_dict().items()}
+    with scaled(Candidate("tuned", pipeline, scale=0.25, form="weights"), pipeline, pipeline.unet, with_lora.unet):
+        found = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    for name, start in merged.unet.state_dict().items():
+        torch.testing.assert_close(found[name], start + 0.25 * (pipeline.unet.state_dict()[name] - start))
+    after = with_lora.unet.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)  # the base is not changed
+
+
 # ---- What is refused -------------------------------------------------------------------------------------------------
 
 

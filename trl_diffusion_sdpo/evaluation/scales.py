@@ -4,6 +4,7 @@ extrapolate."""
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from torch import nn
 
 from ..guidance import preference_guidance
 from ..losses import interpolate, standard_error
-from ..models.adapters import active_adapter, base_tensors
+from ..models.adapters import active_adapter, adapter_layers, base_tensors
 from ..models.reference import architecture_difference
 from ..saving.model_card import recommend_scale
 from ..saving.starting_point import run_of
@@ -162,6 +163,10 @@ def _interpolated(denoiser: nn.Module, base: nn.Module, candidate: Candidate) ->
             f"same architecture. The first model differs: {different}. List the right base model first."
         )
     tuned = {name: tensor.detach().clone() for name, tensor in base_tensors(denoiser).items()}
+    if active_adapter(base) is not None:  # the base has a LoRA; its weights are those with the LoRA
+        base = copy.deepcopy(base)
+        for layer in adapter_layers(base):
+            layer.merge()
     start = base_tensors(base)
     assert candidate.scale is not None
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,10 +20,10 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], *,
 
     Args:
         content (`bytes` or `Callable`): Content of the file, or a function that writes the content into an open file.
-        ending (`str`): Ending of the temporary name. Processes that write the same file at the same time need different
-            endings.
+        ending (`str`): Ending of the temporary name. The name itself is random, because several processes may write the
+            same file at the same time.
     """
-    temporary = path.with_name(path.name + ending)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{ending}")
     try:
         with open(temporary, "wb") as file:
             if isinstance(content, bytes):
