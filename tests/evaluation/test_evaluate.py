@@ -4,7 +4,6 @@ import base64
 import hashlib
 import html
 import json
-import logging
 import multiprocessing
 import os
 import random
@@ -18,6 +17,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from local_hub import HubRepo
 from peft import LoraConfig
 from PIL import Image
 
@@ -347,6 +347,16 @@ def test_images_are_refused_with_another_device_or_base_and_of_an_earlier_versio
         with pytest.raises(ValueError, match=r"settings\.json"):
             remembered(tmp_path, tuned, base)
         assert path.read_text() == text
+
+
+def test_a_model_on_the_hub_is_known_by_its_commit_from_the_first_call_on(hub_server, tmp_path):
+    hub_server.repos["org/model"] = HubRepo("org/model", False, {"model_index.json": b"{}"}, ["1" * 40])
+    base = Candidate("base", "org/model")
+    for _ in range(2):
+        remembered(tmp_path, base)
+    hub_server.repos["org/model"].commits.append("2" * 40)
+    with pytest.raises(ValueError, match="2222"):
+        remembered(tmp_path, base)
 
 
 def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):

@@ -37,6 +37,12 @@ def test_the_smallest_scale_within_a_standard_error_of_the_best_is_recommended()
     assert recommended_scale({0.0: best + PATTERN, 1.0: best + PATTERN, 2.0: PATTERN}) == 0.0
 
 
+def test_a_scale_is_recommended_over_the_base_only_beyond_the_95_percent_interval():
+    """By hand: PATTERN has the standard deviation .2 and the standard error .0707, and t(7) is 2.365: .167."""
+    for gain, scale in ((0.16, 0.0), (0.17, 1.0)):
+        assert recommended_scale({0.0: PATTERN * 0, 1.0: PATTERN + gain}) == scale
+
+
 def test_seeds_are_averaged_and_eight_prompts_with_scores_are_needed():
     two_seeds = np.hstack([PATTERN, PATTERN])
     assert recommended_scale({1.0: two_seeds, 2.0: two_seeds + 1}) == 2.0

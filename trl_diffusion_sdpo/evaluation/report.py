@@ -166,8 +166,8 @@ def _scale_plots(evaluation: Evaluation, sweep: Sweep, scorer: str) -> list[dict
         if scale:
             one = results[name]
             rates[scale] = (one.rate, one.low, one.high)
-            ends = (one.mean_change if end is None else end for end in (one.change_low, one.change_high))
-            means[scale] = (base + one.mean_change, *(base + end for end in ends))
+            low, high = (one.mean_change if end is None else end for end in (one.change_low, one.change_high))
+            means[scale] = (base + one.mean_change, base + low, base + high)
     return [_curve(f"Win rate by {scorer}", rates, "{:.0%}"), _curve(f"Mean {scorer}", means, "{:.3g}")]
 
 
