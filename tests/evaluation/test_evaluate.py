@@ -561,6 +561,7 @@ def test_the_command_writes_the_report_and_prints_the_verdict(sd_folder, redder_
         (["--call_kwargs", '{"height": "tall", "width": 8}'], "tall"),
         (["--call_kwargs", '{"height": 7, "width": 8}'], "7"),
         (["--call_kwargs", '{"guidance_scale": "strong"}'], "strong"),
+        (["--models", "base=/no/such/model"], "/no/such/model"),
         (["--device", "gpu"], "gpu"),
         pytest.param(
             ["--device", "cuda"], "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")

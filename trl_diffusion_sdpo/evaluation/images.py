@@ -279,8 +279,12 @@ def _described(candidate: Candidate) -> tuple[dict[str, Any], bool]:
 
 def _described_source(source: str, **where: Any) -> dict[str, Any]:
     if not Path(source).exists():  # the first call must know the commit on the Hub too, before it loads the model
-        with contextlib.suppress(OSError, HfHubHTTPError, HFValidationError):
+        try:
             hf_hub_download(source, INDEX_FILE, revision=where.get("revision"))
+        except HFValidationError:  # a path that does not exist, as loading it says
+            return {"source": source}
+        except (OSError, HfHubHTTPError):  # not on the Hub, a LoRA, or no network
+            pass
     return describe_source(source, **where)
 
 
