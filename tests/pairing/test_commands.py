@@ -41,15 +41,6 @@ def test_check_counts_what_training_drops_and_what_is_doubtful(pairs, capsys, mo
     assert page.count("<figure>") == 5 and "<b>0" not in page and "&lt;b&gt;0" in page and "http" not in page
 
 
-def test_equal_scores_of_a_pair_agree_by_half_with_its_label(pairs, capsys):
-    for number, (better, worse) in enumerate([(2, 1), (1, 1), (0, 1), (1, 1)]):
-        row = {"prompt": "a", "chosen": "1.png", "rejected": "0.png", "chosen_score": better, "rejected_score": worse}
-        with pairs.open("a" if number else "w") as file:
-            file.write(json.dumps(row) + "\n")
-    assert main(["pairs", "check", str(pairs), "--resolution", "16"]) == 0
-    assert "50%" in capsys.readouterr().out
-
-
 def test_check_of_nothing_is_one_line(tmp_path, capsys):
     assert main(["pairs", "check", str(tmp_path / "nowhere.jsonl")]) == 2
     assert "nowhere.jsonl" in capsys.readouterr().err
@@ -79,3 +70,12 @@ def test_pick_reads_a_folder_of_images_that_was_not_listed(tmp_path, capsys, mon
     assert not said.err
     assert main(["pairs", "pick", str(tmp_path), "--port", "0", "--host", "0.0.0.0"]) == 0
     assert "network" in capsys.readouterr().err
+
+
+def test_equal_scores_of_a_pair_agree_by_half_with_its_label(pairs, capsys):
+    for number, (better, worse) in enumerate([(2, 1), (1, 1), (0, 1), (1, 1)]):
+        row = {"prompt": "a", "chosen": "1.png", "rejected": "0.png", "chosen_score": better, "rejected_score": worse}
+        with pairs.open("a" if number else "w") as file:
+            file.write(json.dumps(row) + "\n")
+    assert main(["pairs", "check", str(pairs), "--resolution", "16"]) == 0
+    assert "50%" in capsys.readouterr().out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +22,7 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], *,
         ending (`str`): Ending of the temporary name. The name itself is random, because several processes may write the
             same file at the same time.
     """
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{ending}")
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}{ending}")
     try:
         with open(temporary, "wb") as file:
             if isinstance(content, bytes):
