@@ -7,8 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..data import PairOptions, PairTransform, PreferenceDataset, UndecodableImageError, prepare_dataset
 from ..data.data_report import evenly_spaced
 from ..evaluation.report import data_url, template
@@ -89,7 +87,8 @@ def check_pairs(
         + ", ".join(f"{size} ({count} times)" for size, count in sizes.most_common(5)),
     ]
     if pairs.scores is not None:
-        share = (np.sign(pairs.scores[:, 0] - pairs.scores[:, 1]).mean() + 1) / 2
+        better, worse = pairs.scores.T
+        share = ((better > worse).mean() + (better >= worse).mean()) / 2
         lines.append(f"  the score columns prefer the chosen image in {share:.0%} of the pairs; a tie counts half")
     if scorer is not None and agreed:
         lines.append(
