@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from PIL import Image
 
-from trl_diffusion_sdpo import Candidate, preference_guidance
+from trl_diffusion_sdpo import Candidate, evaluate_models, preference_guidance
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.evaluation.images import ImageSettings, image_path
 from trl_diffusion_sdpo.evaluation.scales import at_scales, recommended_scale, scaled
@@ -158,6 +158,17 @@ def test_the_lora_of_a_base_is_part_of_its_weights(sd_folder):
         torch.testing.assert_close(found[name], start + 0.25 * (pipeline.unet.state_dict()[name] - start))
     after = with_lora.unet.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)  # the base is not changed
+
+
+def test_loaded_pipelines_are_as_they_were_after_an_evaluation_which_can_therefore_continue(sd_folder, tmp_path):
+    base, tuned = (StableDiffusionPipeline.from_pretrained(sd_folder) for _ in range(2))
+    tuned.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    ways = [Candidate(form, tuned, scale=2.0, form=form) for form in ("guidance", "weights")]
+    other = Candidate("full", tuned_pipeline(sd_folder), scale=2.0, form="weights")
+    candidates = [Candidate("base", base), *ways, other]
+    for protocol in (None, None, "authors", "authors"):
+        settings = ImageSettings(call_kwargs=CALL, protocol=protocol)
+        evaluate_models(candidates, PROMPTS[:1], [], tmp_path / str(protocol), settings)
 
 
 # ---- What is refused -------------------------------------------------------------------------------------------------
