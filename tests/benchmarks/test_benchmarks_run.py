@@ -107,3 +107,11 @@ def test_the_study_of_edits_runs(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == ["base", "DPO", "output space, mu 0.6", "parameter space, mu 0.8"]
     assert (tmp_path / "edit_grid.png").stat().st_size > 10_000
+
+
+@pytest.mark.matrix
+def test_the_coverage_of_every_case_is_measured(tmp_path):
+    shown = run("interval_coverage.py", "--evaluations", "20", "--output", str(tmp_path / "a.json"))
+    measured = json.loads((tmp_path / "a.json").read_text())["measured"]
+    assert len(measured) == 3 * 6 * 5 and all(0.5 <= row["coverage"] <= 1 for row in measured)
+    assert all(f"| {kind}, true win rate |" in shown for kind in ("one seed", "one seed, ties", "four seeds"))

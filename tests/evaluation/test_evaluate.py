@@ -17,6 +17,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from local_hub import HubRepo
 from peft import LoraConfig
 from PIL import Image
 
@@ -25,10 +26,22 @@ from trl_diffusion_sdpo.cli.evaluate import _image_settings, make_parser
 from trl_diffusion_sdpo.cli.images import candidate_of
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.evaluation import evaluate
-from trl_diffusion_sdpo.evaluation.evaluate import MANIFEST_FILE, RESULTS_FILE
-from trl_diffusion_sdpo.evaluation.images import ImageSettings, diversity, generate_images, image_path, saturation
+from trl_diffusion_sdpo.evaluation.evaluate import MANIFEST_FILE, RESULTS_FILE, Evaluation
+from trl_diffusion_sdpo.evaluation.images import (
+    ImageSettings,
+    check_settings,
+    diversity,
+    facts_of,
+    generate_images,
+    image_path,
+    load_candidate,
+    saturation,
+)
+from trl_diffusion_sdpo.evaluation.prompts import PromptList
+from trl_diffusion_sdpo.evaluation.report import _examples, _url_of_file
 from trl_diffusion_sdpo.rewards import FunctionScorer
 from trl_diffusion_sdpo.rewards.vlm_server import VLMServerJudge
+from trl_diffusion_sdpo.utils.files import write_atomically
 
 PROMPTS = ["a red circle", "two squares", "a tree", "a cat <b>&", "a dog", "the sea"]
 SERVER = {"url": "http://127.0.0.1:9/v1", "model": "model"}  # nothing listens there
@@ -90,6 +103,27 @@ def test_the_manifest_lists_each_image_once(evaluated):
         assert (image.text["prompt"], int(image.text["seed"])) == (rows[3]["prompt"], rows[3]["seed"])
 
 
+def test_the_examples_of_the_report_are_the_seeds_that_changed_most_with_their_own_numbers(tmp_path):
+    """The first prompt gains most on average, and loses at seed 0. Only the third loses on average."""
+    base = np.zeros((3, 2))
+    tuned = np.array([[-1.0, 9.0], [2.0, np.nan], [-3.0, 0.5]])
+    for model in ("base", "tuned"):
+        for index in range(3):
+            for seed in (0, 1):
+                path = image_path(tmp_path, model, index, seed)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8), (40 * index, 100 * seed, 0)).save(path)
+    evaluation = Evaluation(
+        *(PromptList(("a", "b", "c")), (0, 1), ("base", "tuned"), {"red": {"base": base, "tuned": tuned}}),
+        *((), {}, {}, (), ()),
+    )
+    (_, gains), (_, losses) = _examples(tmp_path, evaluation, "tuned")
+    assert [(one["prompt"], one["change"]) for one in gains] == [("a", "+9"), ("b", "+2"), ("c", "+0.5")]
+    assert [(one["prompt"], one["change"]) for one in losses] == [("c", "-3"), ("a", "-1")]
+    assert gains[0]["after"] == _url_of_file(image_path(tmp_path, "tuned", 0, 1))
+    assert losses[1]["after"] == _url_of_file(image_path(tmp_path, "tuned", 0, 0)) != gains[0]["after"]
+
+
 def digests(folder):
     files = [*sorted((folder / "images").rglob("*.png")), folder / MANIFEST_FILE]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -146,6 +180,45 @@ def test_the_protocol_of_the_authors():
     settings = _image_settings(make_parser().parse_args(words), "cpu")
     assert (settings.noise, settings.seeds) == ("shared", (0,))
     assert settings.call_kwargs == {"num_inference_steps": 50, "guidance_scale": 8.5}
+    assert (settings.protocol, settings.dtype) == ("authors", torch.bfloat16)
+    plain = _image_settings(make_parser().parse_args(words[:-2]), "cpu")
+    assert (plain.protocol, plain.dtype, plain.noise) == (None, torch.float32, "prompt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "folder"), [("StableDiffusionPipeline", "sd_folder"), ("StableDiffusionXLPipeline", "sdxl_folder")]
+)
+def test_the_authors_draw_with_euler_and_the_encoded_empty_prompt(kind, folder, request, tmp_path):
+    """A second writing of the protocol with plain diffusers."""
+    folder = request.getfixturevalue(folder)
+    ours = settings(protocol="authors", seeds=(0,), noise="shared", call_kwargs={**CALL, "guidance_scale": 8.5})
+    pipeline = getattr(diffusers, kind).from_pretrained(folder)
+    before = type(pipeline.scheduler)
+    generate_images(Candidate("loaded", pipeline), PROMPTS[:1], ours, tmp_path)
+    assert type(pipeline.scheduler) is before  # it is given back
+    generate_images(Candidate("folder", folder), PROMPTS[:1], ours, tmp_path)
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    if kind.endswith("XLPipeline"):
+        assert pipeline.config.force_zeros_for_empty_prompt
+        pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+    generator = torch.Generator().manual_seed(0)
+    expected = pipeline(PROMPTS[0], generator=generator, **ours.call_kwargs).images[0]
+    for name in ("loaded", "folder"):
+        with Image.open(image_path(tmp_path, name, 0, 0)) as image:
+            assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_the_authors_networks_are_bfloat16_and_their_vae_is_float32(sd_folder, tmp_path):
+    ours = settings(protocol="authors", dtype=torch.bfloat16, seeds=(0,))
+    family = load_candidate(Candidate("base", sd_folder), ours)
+    dtypes = {
+        name: next(part.parameters()).dtype
+        for name, part in family.pipeline.components.items()
+        if name in ("unet", "vae", "text_encoder")
+    }
+    assert dtypes == {"unet": torch.bfloat16, "vae": torch.float32, "text_encoder": torch.bfloat16}
+    generate_images(Candidate("base", sd_folder), PROMPTS[:1], ours, tmp_path)
+    assert image_path(tmp_path, "base", 0, 0).is_file()
 
 
 class Judge(VLMServerJudge):
@@ -198,6 +271,111 @@ def test_other_settings_in_the_same_folder_are_refused(evaluated):
         evaluate_models(candidates, PROMPTS, SCORERS, folder, settings(call_kwargs={"num_inference_steps": 3}))
     with pytest.raises(ValueError, match="prompts"):
         evaluate_models(candidates, PROMPTS[:2], SCORERS, folder, settings())
+
+
+def remembered(folder, candidate, base=None, **overrides):
+    """Record what the images of a candidate depend on, as if they were generated or used again."""
+    target = folder / "images" / candidate.name
+    check_settings(target, facts_of(candidate, base, PROMPTS, settings(**overrides)))
+    Image.new("RGB", (8, 8)).save(target / "00000-0.png")
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def write_bin(folder):
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"other weights")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda folder: edit_json(folder / "scheduler" / "scheduler_config.json", beta_end=0.5), "scheduler_config"),
+        (lambda folder: edit_json(folder / "vae" / "config.json", scaling_factor=0.5), "vae/config.json"),
+        (write_bin, r"pytorch_model\.bin"),
+    ],
+)
+def test_images_are_refused_after_any_file_of_the_model_has_changed(change, named, sd_folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(sd_folder, model)
+    write_bin(model)
+    remembered(tmp_path, Candidate("base", str(model)))
+    remembered(tmp_path, Candidate("base", str(model)))
+    change(model)
+    with pytest.raises(ValueError, match=named):
+        remembered(tmp_path, Candidate("base", str(model)))
+
+
+def scale_latents(pipeline):
+    pipeline.vae.register_to_config(scaling_factor=0.5)
+
+
+def euler(pipeline):
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+
+
+def other_text(pipeline):
+    with torch.no_grad():
+        next(pipeline.text_encoder.parameters()).add_(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [(euler, "scheduler"), (scale_latents, "scaling_factor"), (other_text, "text_encoder")]
+)
+def test_images_are_refused_after_any_part_of_a_loaded_pipeline_has_changed(change, named, sd_pipeline, tmp_path):
+    remembered(tmp_path, Candidate("base", sd_pipeline))
+    change(sd_pipeline)
+    with pytest.raises(ValueError, match=named):
+        remembered(tmp_path, Candidate("base", sd_pipeline))
+
+
+def test_images_are_refused_with_another_device_or_base_and_of_an_earlier_version(sd_folder, redder_folder, tmp_path):
+    base, other, tuned = (
+        *(Candidate("base", folder) for folder in (sd_folder, redder_folder)),
+        Candidate("tuned", redder_folder, scale=2.0),
+    )
+    remembered(tmp_path, tuned, base)
+    with pytest.raises(ValueError, match="device"):
+        remembered(tmp_path, tuned, base, device="meta")
+    with pytest.raises(ValueError, match="base_files.pipeline"):
+        remembered(tmp_path, tuned, other)
+    path = tmp_path / "images" / "tuned" / "settings.json"
+    before = {name: value for name, value in json.loads(path.read_text()).items() if name != "format"}
+    for text in (json.dumps(before), "{"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"settings\.json"):
+            remembered(tmp_path, tuned, base)
+        assert path.read_text() == text
+
+
+def test_a_model_on_the_hub_is_known_by_its_commit_from_the_first_call_on(hub_server, tmp_path):
+    hub_server.repos["org/model"] = HubRepo("org/model", False, {"model_index.json": b"{}"}, ["1" * 40])
+    base = Candidate("base", "org/model")
+    for _ in range(2):
+        remembered(tmp_path, base)
+    hub_server.repos["org/model"].commits.append("2" * 40)
+    with pytest.raises(ValueError, match="2222"):
+        remembered(tmp_path, base)
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    def write_while_another_writes(file):
+        file.write(b"first")
+        write_atomically(tmp_path / "scores.json", b"second")
+
+    write_atomically(tmp_path / "scores.json", write_while_another_writes)
+    assert (tmp_path / "scores.json").read_bytes() == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
+
+
+def test_long_prompts_are_told_once_and_not_by_each_batch(sd_folder, tmp_path, caplog):
+    long = [f"{index} " + "word " * 100 for index in range(3)]
+    diffusers.utils.logging.enable_propagation()
+    generate_images(Candidate("base", sd_folder), long, settings(batch_size=1, seeds=(0,)), tmp_path)
+    diffusers.utils.logging.disable_propagation()
+    said = [record.getMessage() for record in caplog.records if record.name.startswith(("diffusers", "trl_"))]
+    assert len(said) == 1 and "3 of 3" in said[0]
 
 
 def test_black_images_have_no_score_and_are_counted(sd_folder, tmp_path):
@@ -322,6 +500,22 @@ def test_models_are_named_on_the_command_line(text, expected):
             candidate_of(wrong)
 
 
+def test_models_in_paths_with_the_signs_of_loras_and_scales_are_found(tmp_path):
+    model, lora = tmp_path / "a+b@c", tmp_path / "lo+ra@2"
+    for folder in (model, lora):
+        folder.mkdir()
+    for source, expected in (
+        (f"{model}", (str(model), None, None)),
+        (f"{model}@3", (str(model), None, 3.0)),
+        (f"{model}+{lora}", (str(model), str(lora), None)),
+        (f"{model}+{lora}@0.5", (str(model), str(lora), 0.5)),
+        (f"org/model+{lora}", ("org/model", str(lora), None)),
+        ("/no/such+lora@2", ("/no/such", "lora", 2.0)),
+    ):
+        one = candidate_of(f"name={source}")
+        assert (one.model, one.lora, one.scale) == expected
+
+
 def command(sd_folder, redder_folder, folder, prompts):
     return [
         "evaluate",
@@ -358,6 +552,22 @@ def test_the_command_writes_the_report_and_prints_the_verdict(sd_folder, redder_
         (["--scorer_settings", "[1]"], "[1]"),
         (["--scorers", "vlm_server", "--scorer_settings", json.dumps({"vlm_server": SERVER})], "127.0.0.1:9"),
         (["--scorers", "no_such_module:judge"], "no_such_module"),
+        (["--call_kwargs", '{"prompt": "x"}'], "'prompt'"),
+        (["--call_kwargs", '{"generator": 1}'], "'generator'"),
+        (["--call_kwargs", '{"output_type": "latent"}'], "'output_type'"),
+        (["--call_kwargs", '{"num_images_per_prompt": 2}'], "'num_images_per_prompt'"),
+        (["--call_kwargs", '{"num_inference_steps": 0}'], "got 0"),
+        (["--call_kwargs", '{"num_inference_steps": "two"}'], "'two'"),
+        (["--call_kwargs", '{"height": "tall", "width": 8}'], "tall"),
+        (["--call_kwargs", '{"height": 7, "width": 8}'], "7"),
+        (["--call_kwargs", '{"guidance_scale": "strong"}'], "strong"),
+        (["--models", "base=/no/such/model"], "/no/such/model"),
+        (["--device", "gpu"], "gpu"),
+        pytest.param(
+            ["--device", "cuda"], "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")
+        ),
+        (["--output_dir", __file__], __file__),
+        (["--output_dir", f"{__file__}/below"], __file__),
     ],
 )
 def test_a_bad_option_is_one_line(words, match, sd_folder, redder_folder, prompt_file, tmp_path, capsys):
@@ -389,7 +599,7 @@ def test_two_processes_write_what_one_does(sd_folder, redder_folder, prompt_file
     assert main(command(sd_folder, redder_folder, one, prompt_file)) == 0
     arguments = command(sd_folder, redder_folder, two, prompt_file)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    path = os.pathsep.join([str(Path(__file__).parent), *(str(Path(__file__).parents[up]) for up in (1, 2))])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launched = [*launch, "-m", "trl_diffusion_sdpo", *arguments]
     done = subprocess.run(launched, env=environment, capture_output=True, text=True, timeout=240)

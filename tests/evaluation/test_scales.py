@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from PIL import Image
 
-from trl_diffusion_sdpo import Candidate, preference_guidance
+from trl_diffusion_sdpo import Candidate, evaluate_models, preference_guidance
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.evaluation.images import ImageSettings, image_path
 from trl_diffusion_sdpo.evaluation.scales import at_scales, recommended_scale, scaled
@@ -35,6 +35,12 @@ def test_the_smallest_scale_within_a_standard_error_of_the_best_is_recommended()
     uneven = best + np.array([0.0] * 6 + [-1.0, 0.9])[:, None]  # mean drop 0.0125, with a standard error of 0.18
     assert recommended_scale({1.0: uneven, 2.0: best}) == 1.0
     assert recommended_scale({0.0: best + PATTERN, 1.0: best + PATTERN, 2.0: PATTERN}) == 0.0
+
+
+def test_a_scale_is_recommended_over_the_base_only_beyond_the_95_percent_interval():
+    """By hand: PATTERN has the standard deviation .2 and the standard error .0707, and t(7) is 2.365: .167."""
+    for gain, scale in ((0.16, 0.0), (0.17, 1.0)):
+        assert recommended_scale({0.0: PATTERN * 0, 1.0: PATTERN + gain}) == scale
 
 
 def test_seeds_are_averaged_and_eight_prompts_with_scores_are_needed():
@@ -133,6 +139,36 @@ def test_all_weights_are_scaled_from_the_base_and_restored_exactly(sd_folder, sd
             torch.testing.assert_close(tensor, start + 3 * (before[name] - start))
     after = pipeline.unet.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_the_lora_of_a_base_is_part_of_its_weights(sd_folder):
+    """Only weights without a LoRA were read before, so the scaled model started from another base."""
+    lora = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    pipeline, with_lora, merged = (StableDiffusionPipeline.from_pretrained(sd_folder) for _ in range(3))
+    torch.manual_seed(0)
+    with_lora.unet.add_adapter(lora)
+    merged.unet.add_adapter(lora)
+    merged.unet.load_state_dict(with_lora.unet.state_dict())
+    merged.fuse_lora()
+    merged.unload_lora_weights()
+    before = {name: tensor.clone() for name, tensor in with_lora.unet.state_dict().items()}
+    with scaled(Candidate("tuned", pipeline, scale=0.25, form="weights"), pipeline, pipeline.unet, with_lora.unet):
+        found = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    for name, start in merged.unet.state_dict().items():
+        torch.testing.assert_close(found[name], start + 0.25 * (pipeline.unet.state_dict()[name] - start))
+    after = with_lora.unet.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)  # the base is not changed
+
+
+def test_loaded_pipelines_are_as_they_were_after_an_evaluation_which_can_therefore_continue(sd_folder, tmp_path):
+    base, tuned = (StableDiffusionPipeline.from_pretrained(sd_folder) for _ in range(2))
+    tuned.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    ways = [Candidate(form, tuned, scale=2.0, form=form) for form in ("guidance", "weights")]
+    other = Candidate("full", tuned_pipeline(sd_folder), scale=2.0, form="weights")
+    candidates = [Candidate("base", base), *ways, other]
+    for protocol in (None, None, "authors", "authors"):
+        settings = ImageSettings(call_kwargs=CALL, protocol=protocol)
+        evaluate_models(candidates, PROMPTS[:1], [], tmp_path / str(protocol), settings)
 
 
 # ---- What is refused -------------------------------------------------------------------------------------------------

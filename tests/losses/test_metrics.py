@@ -44,10 +44,10 @@ def test_pair_metrics_are_the_means_by_hand():
     assert pair_metrics_of(MODEL, loss_type="simpo") == pytest.approx(expected)
 
 
-def test_accuracy_counts_strict_wins():
+def test_a_tie_counts_half_in_the_accuracy():
     # margins: a win, a tie, a loss, a win
     model = torch.tensor([[1.0], [2.0], [3.0], [1.0], [2.0], [2.0], [2.0], [3.0]])
-    assert pair_metrics_of(model, loss_type="simpo")["rewards/accuracies"] == 0.5
+    assert pair_metrics_of(model, loss_type="simpo")["rewards/accuracies"] == 2.5 / 4
 
 
 def test_safeguard_metrics_are_the_mean_lambda_the_share_below_one_and_the_batchs_cosine():

@@ -92,3 +92,12 @@ def test_pick_reads_a_folder_of_images_that_was_not_listed(tmp_path, capsys, mon
     assert not said.err
     assert main(["pairs", "pick", str(tmp_path), "--port", "0", "--host", "0.0.0.0"]) == 0
     assert "network" in capsys.readouterr().err
+
+
+def test_equal_scores_of_a_pair_agree_by_half_with_its_label(pairs, capsys):
+    for number, (better, worse) in enumerate([(2, 1), (1, 1), (0, 1), (1, 1)]):
+        row = {"prompt": "a", "chosen": "1.png", "rejected": "0.png", "chosen_score": better, "rejected_score": worse}
+        with pairs.open("a" if number else "w") as file:
+            file.write(json.dumps(row) + "\n")
+    assert main(["pairs", "check", str(pairs), "--resolution", "16"]) == 0
+    assert "50%" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from PIL import Image
 from trl_diffusion_sdpo.reporting.plots import curves_of
 from trl_diffusion_sdpo.reporting.sample_scores import SampleScores
 from trl_diffusion_sdpo.rewards import BatchedScorer
+from trl_diffusion_sdpo.rewards.statistics import TOO_FEW
 
 PROMPTS = ["a red cube", "a dog", "the sea", "two cats"]
 SAMPLED = {"sample_prompts": PROMPTS, "sample_steps": 1, "sample_kwargs": {"num_inference_steps": 1}}
@@ -87,7 +88,7 @@ def test_each_generation_is_scored_and_compared_with_the_images_before_training(
     assert curves_of(history)["win rate of the sample images"] == {NAME: list(rates.items())}
     verdict = json.loads((folder / "verdict.json").read_text())
     assert verdict["sample_scores"][NAME]["win_rate"] == rates[2]
-    assert verdict["sample_scores"][NAME]["verdict"] == "no difference shown"  # four prompts show none
+    assert verdict["sample_scores"][NAME]["verdict"] == TOO_FEW  # four prompts
     assert NAME in verdict["sentence"] and NAME in str(trainer.verdict())
 
 

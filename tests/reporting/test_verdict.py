@@ -30,8 +30,8 @@ DEMO_WORDS = {"sft": "unchanged", "dpo": "ruined", "sdpo": "worse", "sdpo_recipe
 @pytest.mark.parametrize(
     "change, stderr, level, word",
     [
-        # Without a standard error, a change of 5% does not count.
-        (-0.2, None, None, "better"),
+        # Without a standard error, a change of 5% does not count, and nothing is shown to be better.
+        (-0.2, None, None, "unchanged"),
         (-0.05, None, None, "unchanged"),
         (0.05, None, 1.0, "unchanged"),
         (0.051, None, 0.0, "worse"),
@@ -83,9 +83,7 @@ def test_few_pairs_are_judged_with_less_certainty():
         (0.59, 0.05, "not learned"),
         (0.39, 0.05, "reversed"),
         (0.5, 0.01, "not learned"),  # no step: every pair is a tie
-        # The mean of training logs has no standard error, and the first log an accuracy of 0.
-        (0.56, None, "learned"),
-        (0.1, None, "not learned"),
+        (0.9, None, "unknown"),  # the mean of training logs has no standard error
         (None, None, "unknown"),
     ],
 )
@@ -188,6 +186,40 @@ def test_without_evaluation_the_last_ten_logs_of_training_count():
     assert verdict.word == "worse" and "30.0% above" in str(verdict)
     assert "nothing is known of other pairs" in str(verdict)
     assert verdict_on([]) is None
+
+
+def trained(step, winner, change, accuracy):
+    return {"step": step, "errors/winner": winner, "errors/winner_change": change, "rewards/accuracies": accuracy}
+
+
+def test_training_logs_alone_never_show_a_better_model(tmp_path):
+    for change, accuracy in ((0.0006, 0.58), (-0.02, 0.95), (-0.02, 0.1)):
+        verdict = verdict_on([trained(step, 0.1 + change, change, accuracy) for step in range(1, 11)])
+        assert (verdict.word, verdict.measured.preference) == ("unknown", "unknown")
+        write_verdict(tmp_path, verdict, [])
+        assert "eval_dataset" in json.loads((tmp_path / "verdict.json").read_text())["advice"]
+
+
+def test_a_rise_in_training_logs_counts_beyond_two_standard_errors_over_the_logs():
+    """By hand: changes of 2 % and 6 % of .1, five times each, have a standard deviation of 2.11 % and a standard error
+    of .667 %. Changes of -20 % and 28 % have a standard error of 8 %."""
+    even, uneven = (
+        verdict_on([trained(step, 0.1 + 0.1 * change, 0.1 * change, 0.6) for step, change in enumerate(changes * 5)])
+        for changes in ((0.02, 0.06), (-0.2, 0.28))
+    )
+    assert even.measured.winner_change_stderr == pytest.approx(0.00667, abs=1e-5)
+    assert (even.word, uneven.word) == ("worse", "unknown")
+    assert verdict_on([trained(1, 0.13, 0.03, 0.6)]).word == "unknown"  # one log has no standard error
+    assert verdict_on([trained(1, 0.3, 0.2, 0.6)]).word == "ruined"
+
+
+def test_few_held_out_pairs_are_asked_for_more_and_not_for_more_training():
+    few, many = (verdict_on([judged(10, 0.0, 0.01, pairs=pairs, accuracy=(0.6, 0.1))]) for pairs in (5, 30))
+    assert (few.word, many.word) == ("unknown", "not learned")
+    assert "5 pairs" in str(few) and "30" in few.measured.advice and "learning_rate" not in few.measured.advice
+    sure = verdict_on([judged(10, 0.0, 0.01, pairs=5, accuracy=(0.9, 0.1))])
+    assert sure.word == "better" and "5 pairs" in str(sure) and sure.measured.advice == few.measured.advice
+    assert "learning_rate" in verdict_on([judged(10, 1.5, 0.01, pairs=5)]).measured.advice  # ruined
 
 
 def test_an_error_that_is_no_number_is_ruined():

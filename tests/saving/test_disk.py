@@ -7,6 +7,8 @@ import pytest
 from peft import LoraConfig
 from safetensors import SafetensorError
 
+from trl_diffusion_sdpo import Candidate, evaluate_models
+from trl_diffusion_sdpo.evaluation.images import ImageSettings
 from trl_diffusion_sdpo.utils.disk import DiskFullError, naming_the_disk
 
 SIZE = 300_000  # bytes
@@ -36,6 +38,13 @@ def test_a_run_on_a_full_disk_says_so_at_each_of_its_files(make_trainer, small_d
     subprocess.run(["rm", "-r", str(small_disk / "run")], check=True)
     with pytest.raises(DiskFullError, match=full):  # at the first checkpoint
         make(max_steps=1, save_strategy="steps", save_steps=1).train()
+
+
+def test_an_evaluation_on_a_full_disk_says_so(sd_folder, small_disk):
+    (small_disk / "rest").write_bytes(b"0" * (SIZE - 20_000))
+    settings = ImageSettings(call_kwargs={"num_inference_steps": 1, "height": 64, "width": 64})
+    with pytest.raises(DiskFullError, match=f"The disk of {small_disk}"):
+        evaluate_models([Candidate("base", sd_folder)], [f"prompt {i}" for i in range(8)], [], small_disk, settings)
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_begun_and_the_last_one_stays(make_trainer, small_disk):

@@ -58,7 +58,10 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=interval)
     seeds = "Seeds of the images (default: 0). Each prompt gets one image per seed."
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help=seeds)
-    protocol = "`authors`: the Diffusion-SDPO authors' settings: 50 steps, guidance 8.5, equal noise for all prompts."
+    protocol = (
+        "`authors`: the Diffusion-SDPO authors' settings: 50 Euler steps, guidance 8.5, equal noise for all prompts, "
+        "SDXL's empty negative prompt encoded, networks in bfloat16 (or `--dtype`) and the VAE in float32."
+    )
     add("--protocol", choices=["authors"], help=protocol)
     add(
         "--layout",
@@ -67,6 +70,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "the benchmark's prompt file.",
     )
     add_image_options(parser, prompt_split="test", is_prompts_required=True)
+    parser.set_defaults(dtype=None)
     output = "Folder for images, scores, results.json and report.html."
     add("--output_dir", required=True, metavar="FOLDER", help=output)
     return parser
@@ -84,8 +88,8 @@ def run(arguments: list[str], prog: str) -> int:
     state = PartialState(cpu=options.device == "cpu", timeout=timedelta(days=1))
     candidates = _candidates(options)
     prompts = listed_prompts(options)
-    scorers = load_scorers(options.scorers, options.scorer_settings)
     settings = _image_settings(options, options.device or str(state.device))
+    scorers = load_scorers(options.scorers, options.scorer_settings)
     evaluation = evaluate_models(candidates, prompts, scorers, options.output_dir, settings, options.layout)
     if state.is_main_process:
         for comparison in evaluation.comparisons:
@@ -114,7 +118,8 @@ def _candidates(options: argparse.Namespace) -> list[Candidate]:
 
 
 def _image_settings(options: argparse.Namespace, device: str) -> ImageSettings:
-    if options.protocol != "authors":
+    if options.protocol is None:
         return image_settings(options, device, options.seeds)
-    call_kwargs = {**AUTHORS, **options.call_kwargs}
-    return image_settings(options, device, options.seeds, noise="shared", call_kwargs=call_kwargs)
+    options.dtype = options.dtype or "bfloat16"
+    more = {"noise": "shared", "call_kwargs": {**AUTHORS, **options.call_kwargs}, "protocol": options.protocol}
+    return image_settings(options, device, options.seeds, **more)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import reading_data
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..rewards import Scorer
 
 DTYPES = ("float32", "bfloat16", "float16")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def add_image_options(parser: argparse.ArgumentParser, *, prompt_split: str, is_prompts_required: bool) -> None:
@@ -71,7 +73,7 @@ def image_settings(options: argparse.Namespace, device: str, seeds: Sequence[int
     settings = {
         "call_kwargs": options.call_kwargs,
         "batch_size": options.batch_size,
-        "dtype": getattr(torch, options.dtype),
+        "dtype": getattr(torch, options.dtype or "float32"),
         "device": device,
     }
     return ImageSettings(seeds=tuple(seeds), **{**settings, **more})
@@ -81,18 +83,32 @@ def candidate_of(text: str) -> Candidate:
     """Return the model that `NAME=MODEL` or `NAME=MODEL+LORA` describes. Both forms may end with `@SCALE`."""
     from ..evaluation import Candidate
 
-    name, _, model = text.partition("=")
-    if not model:
+    name, _, source = text.partition("=")
+    if not source:
         raise ValueError(
             f"Each entry of `--models` must be NAME=MODEL, got {text!r}. Put a name and `=` before the model."
         )
-    model, _, scale = model.partition("@")
-    model, _, lora = model.partition("+")
+    # Paths may contain `@` and `+`: of all readings, take the first one whose parts are existing paths or Hub ids.
+    readings = list(_readings(source))
+    model, lora, scale = next((one for one in readings if all(map(_is_model, filter(None, one[:2])))), readings[-1])
     try:
         number = float(scale) if scale else None
     except ValueError as error:
         raise ValueError(f"The scale after `@` must be a number, got {scale!r} in {text!r}. Correct it.") from error
     return Candidate(name, model, lora or None, number)
+
+
+def _readings(source: str) -> Iterator[tuple[str, str, str]]:
+    """Yield each way to read `MODEL+LORA@SCALE` as model, LoRA and scale, of which the last two may be empty."""
+    head, _, scale = source.rpartition("@")
+    for rest, number in ((source, ""), (head, scale)) if head else ((source, ""),):
+        yield rest, "", number
+        for place in (index for index, letter in enumerate(rest) if letter == "+"):
+            yield rest[:place], rest[place + 1 :], number
+
+
+def _is_model(source: str) -> bool:
+    return os.path.exists(source) or _HUB_ID.fullmatch(source) is not None
 
 
 def scorer_named(name: str, **settings: Any) -> Scorer:

@@ -19,6 +19,7 @@ from ..rewards import Scorer
 from ..rewards.scorer import file_name, on_device, saved_scores
 from ..rewards.statistics import WinRate, agreement, holm, win_rate
 from ..rewards.vlm_server import VLMServerJudge
+from ..utils.disk import naming_the_disk
 from ..utils.files import json_lines, write_atomically
 from ..utils.processes import Peers
 from .candidate import Candidate
@@ -32,7 +33,7 @@ from .images import (
     peers_of_this_run,
     saturation,
 )
-from .layouts import LAYOUTS, write_layout
+from .layouts import LAYOUTS, Files, write_layout
 from .prompts import PromptList, distinct
 from .report import write_report
 from .scales import Sweep, recommend_in_cards, sweeps_of
@@ -40,7 +41,6 @@ from .scales import Sweep, recommend_in_cards, sweeps_of
 RESULTS_FILE = "results.json"
 MANIFEST_FILE = "manifest.jsonl"
 _SCORED_AT_ONCE = 64  # number of images that a process scores before scores are saved
-FEW_PROMPTS = 30  # with fewer prompts, bootstrap intervals are too narrow
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ def evaluate_models(
 
     Raises:
         `ValueError`: If there are no models, two models or scorers have the same name, the folder has images that were
-            generated with other settings, or the prompts lack information that `layout` needs.
+            generated with other settings, `output_dir` cannot be a folder, or the prompts lack information that
+            `layout` needs.
 
     Example:
 
@@ -149,6 +150,25 @@ def evaluate_models(
         raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
     files = {} if layout is None else LAYOUTS[layout](listed, settings.seeds)
     folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"`output_dir` must be a folder that can be written, got {folder}: {error.strerror}. Use another folder."
+        ) from error
+    with naming_the_disk(folder):
+        return _evaluate(candidates, listed, scorers, folder, settings, layout, files)
+
+
+def _evaluate(
+    candidates: Sequence[Candidate],
+    listed: PromptList,
+    scorers: Sequence[Scorer],
+    folder: Path,
+    settings: ImageSettings,
+    layout: str | None,
+    files: Files,
+) -> Evaluation:
     peers = peers_of_this_run()
     for candidate in candidates:
         generate_images(candidate, listed.prompts, settings, folder, peers, base=candidates[0])
@@ -320,10 +340,6 @@ def _notes(
     ]
     if prompts.empty or prompts.duplicates:
         notes.append(f"{prompts.empty} empty and {prompts.duplicates} repeated prompts were skipped.")
-    if scores and len(prompts.prompts) < FEW_PROMPTS:
-        notes.append(
-            f"With only {len(prompts.prompts)} prompts, the confidence intervals are too narrow. Use more prompts."
-        )
     for model, values in looks.items():
         if values["black"]:
             notes.append(

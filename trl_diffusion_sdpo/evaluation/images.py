@@ -3,10 +3,12 @@ noise."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +17,9 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
@@ -25,17 +29,23 @@ from ..families import Family
 from ..families.base import refuse_sources
 from ..models.adapters import active_adapter
 from ..models.loading import load_model
-from ..reporting.sample_images import call_options
-from ..saving.setup import fingerprint
-from ..saving.starting_point import attach_adapter, starting_point
-from ..utils.files import file_facts, write_atomically
+from ..models.text_checks import hide_truncation_warnings, note_on_long_prompts
+from ..reporting.sample_images import call_options, in_own_precision
+from ..saving.starting_point import INDEX_FILE, attach_adapter, starting_point
+from ..utils.files import write_atomically
+from ..utils.identity import describe_pipeline, describe_source, differences, plain, read_description
 from ..utils.processes import ALONE, Peers
 from .candidate import Candidate
 from .scales import scaled
 
 Noise = Literal["prompt", "shared"]
+Protocol = Literal["authors"]
 SETTINGS_FILE = "settings.json"
 SCORES_FOLDER = "scores"
+_FORMAT = 2  # of the settings file; images of earlier formats are not used again
+_LISTED = 4  # differences in an error message
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,12 @@ class ImageSettings:
         batch_size (`int`, *optional*, defaults to `4`): Number of images that one call of the pipeline generates.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype in which pipelines are loaded.
         device (`str`, *optional*, defaults to `"cpu"`): Device on which pipelines and scorers run.
+        protocol (`"authors"`, *optional*): Draw as the Diffusion-SDPO authors do: with Euler steps where the
+            pipeline's scheduler can be replaced by Euler's, with SDXL's empty negative prompt encoded, and with the VAE
+            in float32. `noise`, `call_kwargs` and `dtype` are not changed.
+
+    Raises:
+        `ValueError`: If a setting is out of range, or torch cannot use `device` on this machine.
     """
 
     seeds: tuple[int, ...] = (0,)
@@ -61,8 +77,19 @@ class ImageSettings:
     batch_size: int = 4
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    protocol: Protocol | None = None
 
     def __post_init__(self) -> None:
+        if self.protocol not in (None, "authors"):
+            raise ValueError(f"`protocol` must be `authors` or unset, got {self.protocol!r}.")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"`device` must be a device that torch can use on this machine, such as cpu, got {self.device!r}: "
+                f"{reason}. Leave it out to use a GPU if there is one."
+            ) from error
         if self.noise not in ("prompt", "shared"):
             raise ValueError(f"`noise` must be `prompt` or `shared`, got {self.noise!r}.")
         if self.batch_size < 1 or not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -154,12 +181,23 @@ def _generate(
     reference = load_candidate(base, settings).denoiser if needs_base and base is not None else None
     call_kwargs = {**(settings.call_kwargs or {}), **(candidate.call_kwargs or {})}
     options = call_options(family, call_kwargs, "call_kwargs")
+    hide_truncation_warnings(family)  # which come once a batch
+    note = note_on_long_prompts(family, prompts) if batches[0][0][0] == 0 else ""  # one process has the first prompt
+    if note:
+        logger.warning("%s: %s", candidate.name, note)
     bar = tqdm(total=sum(map(len, batches)), desc=candidate.name, unit="image")
-    with bar, scaled(candidate, pipeline, family.denoiser, reference):
+    drawn = contextlib.nullcontext() if settings.protocol is None else _as_the_authors(pipeline)
+    with bar, drawn, scaled(candidate, pipeline, family.denoiser, reference):
         for batch in batches:
             texts = [prompts[index] for index, _ in batch]
             generators = [settings.generator(text, seed) for text, (_, seed) in zip(texts, batch, strict=True)]
-            images = pipeline(prompt=texts, generator=generators, **options).images
+            try:
+                images = pipeline(prompt=texts, generator=generators, **options).images
+            except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+                raise ValueError(
+                    f"The {type(pipeline).__name__} of {candidate.name} cannot draw with the `call_kwargs` "
+                    f"{call_kwargs}: {error}"
+                ) from error
             for image, text, row in zip(images, texts, batch, strict=True):
                 write_atomically(image_path(folder, candidate.name, *row), png_bytes(image, text, row[1]))
             bar.update(len(batch))
@@ -171,12 +209,34 @@ def load_candidate(candidate: Candidate, settings: ImageSettings) -> Family:
         family = load_model(candidate.model).family
     else:
         start = starting_point(candidate.model, candidate.lora)
-        options = start.with_recorded({"dtype": settings.dtype})
+        options = start.with_recorded({"dtype": settings.dtype if settings.protocol is None else torch.float32})
         family = load_model(start.pipeline, model_init_kwargs=options, denoiser_folder=start.denoiser).family
         if start.adapter is not None:
             attach_adapter(family.pipeline, family.denoiser_name, start.adapter)
+        if settings.protocol is not None:  # the VAE stays in float32
+            networks = {name: part for name, part in family.pipeline.components.items() if name != "vae"}
+            for network in (part for part in networks.values() if isinstance(part, torch.nn.Module)):
+                network.to(settings.dtype)
     family.pipeline.to(settings.device)
     return family
+
+
+@contextlib.contextmanager
+def _as_the_authors(pipeline: Any) -> Iterator[None]:
+    """Within this context, a pipeline takes Euler steps, encodes SDXL's empty negative prompt, and runs its VAE in the
+    VAE's own dtype. Schedulers that cannot be replaced by Euler's, such as those of flow matching, stay."""
+    scheduler, zeros = pipeline.scheduler, pipeline.config.get("force_zeros_for_empty_prompt")
+    if EulerDiscreteScheduler in scheduler.compatibles:
+        pipeline.scheduler = EulerDiscreteScheduler.from_config(scheduler.config)
+    if zeros:
+        pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+    try:
+        with in_own_precision(pipeline.vae):
+            yield
+    finally:
+        pipeline.scheduler = scheduler
+        if zeros:
+            pipeline.register_to_config(force_zeros_for_empty_prompt=True)
 
 
 def facts_of(
@@ -184,54 +244,73 @@ def facts_of(
 ) -> dict[str, Any]:
     """Return everything on which a model's images depend. [`check_settings`] compares these values with the values of
     earlier images in the folder."""
-    model = candidate.model if isinstance(candidate.model, str) else type(candidate.model).__name__
-    return {
+    described, has_lora = _described(candidate)
+    uses_base = base is not None and candidate.scale is not None and not has_lora
+    facts = {
         **asdict(replace(candidate, model="")),
-        "model": model,
-        "weights": _weights(candidate),
-        "base_weights": None if base is None or candidate.scale is None or candidate.lora else _weights(base),
+        "format": _FORMAT,
+        "model": candidate.model if isinstance(candidate.model, str) else type(candidate.model).__name__,
+        "files": described,
+        "base_files": _described(base)[0] if uses_base and base is not None else None,
         "noise": settings.noise,
         "seeds": list(settings.seeds),
         "shared_call_kwargs": settings.call_kwargs or {},
         "batch_size": settings.batch_size,
         "dtype": str(settings.dtype).removeprefix("torch."),
+        "device": torch.device(settings.device).type,
+        "protocol": settings.protocol,
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "diffusers": diffusers.__version__,
     }
+    return plain(facts)
 
 
-def _weights(candidate: Candidate) -> Any:
-    """Return values that change when a model's weights change. For a loaded pipeline, this is a hash of the weights.
-    Otherwise, these are names, sizes and times of the local weight files of the model and its LoRA."""
+def _described(candidate: Candidate) -> tuple[dict[str, Any], bool]:
+    """Describe all that a candidate is loaded from, or a loaded pipeline. Also return whether it has a LoRA."""
     if isinstance(candidate.model, DiffusionPipeline):
-        return fingerprint(load_model(candidate.model).family.denoiser.state_dict())
-    facts = []
-    for path in [Path(source) for source in (candidate.model, candidate.lora) if source is not None]:
-        files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
-        # A run's checkpoints are not part of its final model.
-        facts += [file_facts(file) for file in files if "checkpoint-" not in str(file.relative_to(path))]
-    return facts
+        has_lora = active_adapter(load_model(candidate.model).family.denoiser) is not None
+        return describe_pipeline(candidate.model), has_lora
+    start = starting_point(candidate.model, candidate.lora)
+    sources = {"denoiser": start.denoiser, "lora": start.adapter}
+    described = {name: _described_source(source) for name, source in sources.items() if source is not None}
+    pipeline = _described_source(start.pipeline, **start.options)
+    return {"options": start.options, "pipeline": pipeline, **described}, start.adapter is not None
+
+
+def _described_source(source: str, **where: Any) -> dict[str, Any]:
+    if not Path(source).exists():  # the first call must know the commit on the Hub too, before it loads the model
+        try:
+            hf_hub_download(source, INDEX_FILE, revision=where.get("revision"))
+        except HFValidationError:  # a path that does not exist, as loading it says
+            return {"source": source}
+        except (OSError, HfHubHTTPError):  # not on the Hub, a LoRA, or no network
+            pass
+    return describe_source(source, **where)
 
 
 def check_settings(target: Path, facts: dict[str, Any]) -> None:
     """Write the settings of a model's images into the folder. Raise `ValueError` if images already in the folder were
     generated with other settings."""
     path = target / SETTINGS_FILE
-    written = json.dumps(facts, indent=1, default=str)
-    if not any(target.glob("*.png")):
+    if any(target.glob("*.png")):
+        before = read_description(path)
+        if before is None or before.get("format") != _FORMAT:
+            raise ValueError(
+                f"{target} has images, and {SETTINGS_FILE} does not say all that they depend on, because an earlier "
+                "version of this package wrote it or it was deleted. Use another output folder, or delete that folder."
+            )
+        found = differences(before, plain(facts))
+        if found:
+            raise ValueError(
+                f"{target} has images that were generated with other settings or models: "
+                f"{'; '.join(found[:_LISTED])}. Use another output folder, or delete that folder."
+            )
+    else:
         for scores in (target.parents[1] / SCORES_FOLDER).glob("*/*.json"):
             if target.name in scores.stem.split("+"):  # a judge's file is named by its two models, joined by +
-                scores.unlink()  # these scores belong to deleted images
-    elif path.is_file() and path.read_text(encoding="utf-8") != written:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        now = json.loads(written)
-        changed = sorted(name for name in now if before.get(name) != now[name])
-        raise ValueError(
-            f"{target} has images that were generated with other settings ({', '.join(changed)}). Use another output "
-            "folder, or delete that folder."
-        )
+                scores.unlink(missing_ok=True)  # these scores belong to deleted images
     target.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, written.encode())
+    write_atomically(path, json.dumps(plain(facts), indent=1).encode())
 
 
 def png_bytes(image: Image.Image, prompt: str, seed: int) -> bytes:

@@ -147,6 +147,8 @@ def write_layout(folder: Path, layout: str, models: Sequence[str], files: Files)
             elif target.suffix == ".png":
                 try:
                     os.link(sources[0], target)
+                except FileExistsError:  # another call has just written it
+                    continue
                 except OSError:
                     shutil.copyfile(sources[0], target)
             else:

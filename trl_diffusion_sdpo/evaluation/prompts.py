@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +34,8 @@ class PromptList:
     name: str = ""
 
     def first(self, count: int) -> PromptList:
-        """Return a list with only the first `count` prompts.
+        """Return a list with only the first `count` prompts. Its rows end before the first row of another prompt, so
+        that benchmarks which number the rows find the same numbers as in the whole file.
 
         Raises:
             `ValueError`: If `count` is below 1.
@@ -42,7 +44,7 @@ class PromptList:
             raise ValueError(
                 f"An evaluation needs at least one prompt, got a limit of {count} prompts. Raise the limit."
             )
-        rows = tuple((position, entry) for position, entry in self.rows if position < count)
+        rows = tuple(itertools.takewhile(lambda row: row[0] < count, self.rows))
         return replace(self, prompts=self.prompts[:count], rows=rows)
 
 
@@ -75,10 +77,21 @@ def read_prompts(source: str | Path, *, column: str | None = None, split: str = 
     else:
         import datasets
 
-        entries = datasets.load_dataset(str(source), split=split)
+        loaded = datasets.load_dataset(str(source), split=split)
+        # Images would be decoded and held, and no layout needs them.
+        light = [name for name, kind in loaded.features.items() if not _is_heavy(kind)]
+        entries = loaded.select_columns(light)
     entries = list(entries)
     listed = distinct([_prompt(entry, column, source) for entry in entries], source, entries)
     return replace(listed, name=path.stem)
+
+
+def _is_heavy(kind: Any) -> bool:
+    """Return whether a column of a data set has images, other media or bytes."""
+    from datasets.features.features import require_decoding
+
+    is_bytes = getattr(kind, "dtype", None) in ("binary", "large_binary")
+    return is_bytes or require_decoding(kind, ignore_decode_attribute=True)
 
 
 def distinct(prompts: Sequence[str], source: Any = "the list", entries: Sequence[Any] | None = None) -> PromptList:

@@ -16,12 +16,14 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..reporting.run_callbacks import plots_of
+from ..rewards.statistics import BETTER, TOO_FEW, WORSE
 from ..saving.model_card import PACKAGES
 from ..saving.starting_point import run_of
 from ..utils.files import VERDICT_FILE, write_atomically
 from .images import image_path, settings_path
 
 if TYPE_CHECKING:
+    from ..rewards.statistics import WinRate
     from .evaluate import Comparison, Evaluation
     from .scales import Sweep
 
@@ -46,10 +48,13 @@ def verdict_sentence(one: Comparison, base: str) -> str:
     """Return a sentence that says whether a scorer shows a model to be better than the base model."""
     result = one.result
     rate = f"{result.rate:.0%} (95 % interval {result.low:.0%} to {result.high:.0%}, {result.prompts} prompts)"
-    if one.verdict == "better":
+    if one.verdict == BETTER:
         return f"{one.model} is better than {base} by {one.scorer}: its win rate is {rate}."
-    if one.verdict == "worse":
+    if one.verdict == WORSE:
         return f"{one.model} is worse than {base} by {one.scorer}: its win rate is {rate}."
+    if one.verdict == TOO_FEW:
+        few = f"{result.prompts} prompts are too few to tell {one.model} from {base} by {one.scorer}"
+        return f"{few}: a win rate of {rate}."
     return f"{one.scorer} shows no difference between {one.model} and {base}: a win rate of {rate}."
 
 
@@ -86,13 +91,19 @@ def _win_rate_table(evaluation: Evaluation) -> list[list[str]]:
                 one.scorer,
                 f"{result.rate:.1%}",
                 f"{result.low:.1%} to {result.high:.1%}",
-                f"{result.mean_change:+.3g} ({result.change_low:+.3g} to {result.change_high:+.3g})",
+                f"{result.mean_change:+.3g}" + _interval(result),
                 f"{one.adjusted:.2g}",
                 str(result.ties),
                 one.verdict,
             ]
         )
     return rows
+
+
+def _interval(result: WinRate) -> str:
+    if result.change_low is None:
+        return ""  # a single prompt
+    return f" ({result.change_low:+.3g} to {result.change_high:+.3g})"
 
 
 def _means_table(evaluation: Evaluation) -> list[list[str]]:
@@ -155,7 +166,8 @@ def _scale_plots(evaluation: Evaluation, sweep: Sweep, scorer: str) -> list[dict
         if scale:
             one = results[name]
             rates[scale] = (one.rate, one.low, one.high)
-            means[scale] = (base + one.mean_change, base + one.change_low, base + one.change_high)
+            low, high = (one.mean_change if end is None else end for end in (one.change_low, one.change_high))
+            means[scale] = (base + one.mean_change, base + low, base + high)
     return [_curve(f"Win rate by {scorer}", rates, "{:.0%}"), _curve(f"Mean {scorer}", means, "{:.3g}")]
 
 
@@ -212,28 +224,27 @@ def _rows_of_images(
 
 def _examples(folder: Path, evaluation: Evaluation, model: str) -> list[tuple[str, list[dict[str, str]]]]:
     """Return the prompts on which the first scorer scores the model most above the base model, and most below it. Each
-    prompt comes with one image of the model and one image of the base model."""
+    prompt comes with the images of the seed whose score changed most in this direction."""
     base = evaluation.models[0]
     by_model = next(iter(evaluation.scores.values()))
-    difference = by_model[model] - by_model[base]
-    present = [index for index in range(len(difference)) if np.isfinite(difference[index]).any()]
-    change = {index: float(np.nanmean(difference[index])) for index in present}
-    gains = sorted((index for index in present if change[index] > 0), key=lambda index: -change[index])
-    losses = sorted((index for index in present if change[index] < 0), key=lambda index: change[index])
+    change = by_model[model] - by_model[base]  # (prompts, seeds)
 
-    def pair(index: int) -> dict[str, str]:
-        seed = evaluation.seeds[int(np.isfinite(difference[index]).argmax())]
-        return {
-            "before": _url_of_file(image_path(folder, base, index, seed)),
-            "after": _url_of_file(image_path(folder, model, index, seed)),
-            "prompt": evaluation.prompts.prompts[index],
-            "change": f"{change[index]:+.3g}",
-        }
+    def most(direction: int) -> list[dict[str, str]]:
+        gains = np.where(np.isfinite(change), direction * change, -np.inf)
+        seeds = gains.argmax(axis=1)
+        best = gains.max(axis=1)
+        return [
+            {
+                "before": _url_of_file(image_path(folder, base, index, evaluation.seeds[seeds[index]])),
+                "after": _url_of_file(image_path(folder, model, index, evaluation.seeds[seeds[index]])),
+                "prompt": evaluation.prompts.prompts[index],
+                "change": f"{change[index, seeds[index]]:+.3g}",
+            }
+            for index in np.argsort(-best, kind="stable")[:SHOWN_PROMPTS].tolist()
+            if best[index] > 0
+        ]
 
-    return [
-        ("scores most above the base model on", [pair(index) for index in gains[:SHOWN_PROMPTS]]),
-        ("scores most below the base model on", [pair(index) for index in losses[:SHOWN_PROMPTS]]),
-    ]
+    return [("scores most above the base model on", most(1)), ("scores most below the base model on", most(-1))]
 
 
 def _runs(folder: Path, evaluation: Evaluation) -> list[dict[str, Any]]:

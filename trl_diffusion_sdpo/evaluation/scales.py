@@ -4,6 +4,7 @@ extrapolate."""
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +18,9 @@ from torch import nn
 
 from ..guidance import preference_guidance
 from ..losses import interpolate, standard_error
-from ..models.adapters import active_adapter, base_tensors
+from ..models.adapters import active_adapter, adapter_layers, base_tensors
 from ..models.reference import architecture_difference
+from ..rewards.statistics import mean_interval
 from ..saving.model_card import recommend_scale
 from ..saving.starting_point import run_of
 from .candidate import Candidate
@@ -86,7 +88,8 @@ def recommended_scale(scores: Mapping[float, np.ndarray]) -> float | None:
     """Return the smallest scale that is about as good as the best scale.
 
     The best scale has the highest mean score. Another scale is about as good if its mean score is lower by at most one
-    standard error of the difference between the two means. The standard error is computed over prompts.
+    standard error of the difference between the two means. The standard error is computed over prompts. The base model
+    (scale 0) is about as good unless the 95 % interval of the difference is above 0.
 
     Args:
         scores (`Mapping[float, np.ndarray]`): Scale -> scores `(prompts, seeds)`, with NaN for images without a
@@ -101,10 +104,12 @@ def recommended_scale(scores: Mapping[float, np.ndarray]) -> float | None:
     by_prompt = {scale: np.nanmean(values[usable], axis=1) for scale, values in scores.items()}
     means = {scale: float(values.mean()) for scale, values in by_prompt.items()}
     best = max(means, key=means.__getitem__)
+    if 0.0 in by_prompt and mean_interval(by_prompt[best] - by_prompt[0.0])[0] <= 0:
+        return 0.0
     as_good = [
         scale
         for scale in means
-        if means[best] - means[scale] <= standard_error((by_prompt[best] - by_prompt[scale]).tolist())
+        if scale and means[best] - means[scale] <= standard_error((by_prompt[best] - by_prompt[scale]).tolist())
     ]
     return min(as_good)
 
@@ -162,6 +167,10 @@ def _interpolated(denoiser: nn.Module, base: nn.Module, candidate: Candidate) ->
             f"same architecture. The first model differs: {different}. List the right base model first."
         )
     tuned = {name: tensor.detach().clone() for name, tensor in base_tensors(denoiser).items()}
+    if active_adapter(base) is not None:  # the base has a LoRA; its weights are those with the LoRA
+        base = copy.deepcopy(base)
+        for layer in adapter_layers(base):
+            layer.merge()
     start = base_tensors(base)
     assert candidate.scale is not None
     try:

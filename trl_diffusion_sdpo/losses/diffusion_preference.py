@@ -199,7 +199,8 @@ def pair_metrics(terms: PairTerms, *, beta: float | torch.Tensor | None) -> dict
 
     Returns:
         `dict[str, torch.Tensor]`: `rewards/chosen` and `rewards/rejected` (`-(beta / 2)(err - ref_err)`, with the
-        timestep weights of the loss), `rewards/margins`, `rewards/accuracies`, `errors/winner` and `errors/loser`
+        timestep weights of the loss), `rewards/margins`, `rewards/accuracies` (a tie counts half, as it does for every
+        pair before the first step; TRL counts ties as wrong), `errors/winner` and `errors/loser`
         (mean squared errors without timestep weights). With a reference, also `errors/winner_change` and
         `errors/loser_change` (error of the policy minus error of the reference).
     """
@@ -209,7 +210,7 @@ def pair_metrics(terms: PairTerms, *, beta: float | torch.Tensor | None) -> dict
         metrics["rewards/chosen"] = chosen
         metrics["rewards/rejected"] = rejected
         metrics["rewards/margins"] = chosen - rejected
-        metrics["rewards/accuracies"] = (chosen > rejected).float()
+        metrics["rewards/accuracies"] = ((chosen > rejected).float() + (chosen >= rejected).float()) / 2
     metrics["errors/winner"] = _plain(terms.winner_error, terms)
     metrics["errors/loser"] = _plain(terms.loser_error, terms)
     if terms.ref_winner_error is not None:

@@ -96,8 +96,9 @@ def check_pairs(
         + ", ".join(f"{size} ({count} times)" for size, count in sizes.most_common(5)),
     ]
     if pairs.scores is not None:
-        share = float((pairs.scores[:, 0] > pairs.scores[:, 1]).mean())
-        lines.append(f"  the score columns prefer the chosen image in {share:.0%} of the pairs")
+        better, worse = pairs.scores.T
+        share = ((better > worse).mean() + (better >= worse).mean()) / 2
+        lines.append(f"  the score columns prefer the chosen image in {share:.0%} of the pairs; a tie counts half")
     if scorer is not None and agreed:
         lines.append(
             f"  {scorer.name} prefers the chosen image in {sum(agreed) / len(agreed):.0%} of {len(agreed)} examined "

@@ -174,7 +174,7 @@ class BlindOrder:
 
     def result(self) -> tuple[list[str], list[dict[str, Any]]]:
         """Return the win rate of each other model against the first model, as sentences and as rows for JSON."""
-        from ..evaluation.evaluate import FEW_PROMPTS, Comparison  # this import takes seconds, so it is not at the top
+        from ..evaluation.evaluate import Comparison  # this import takes seconds, so it is not at the top
         from ..evaluation.report import verdict_sentence
         from ..rewards.statistics import holm, win_rate
 
@@ -198,9 +198,4 @@ class BlindOrder:
             sentences.append(sentence[0].upper() + sentence[1:])
             verdict = {"model": model, "base": base, "verdict": compared.verdict, "adjusted_p_value": p_value}
             numbers.append(verdict | asdict(rate))
-            if rate.prompts < FEW_PROMPTS:
-                sentences.append(
-                    f"With only {rate.prompts} prompts, the interval of the win rate is too narrow. Judge images of "
-                    "more prompts."
-                )
         return sentences, numbers

@@ -31,6 +31,7 @@ from .tracked_images import TrackedImages
 
 SAMPLES_FOLDER = "samples"
 INFERENCE_STEPS = 30  # default number of steps
+_SET_HERE = ("prompt", "generator", "latents", "num_images_per_prompt", "output_type", "return_dict")
 
 
 def call_options(family: Family, options: dict[str, Any], setting: str = "sample_kwargs") -> dict[str, Any]:
@@ -41,12 +42,19 @@ def call_options(family: Family, options: dict[str, Any], setting: str = "sample
         setting (`str`): Name of the setting that contains `options`, for the error message.
 
     Raises:
-        `ValueError`: If the pipeline cannot be called with one of the options.
+        `ValueError`: If the pipeline cannot be called with one of the options, an option is set by the caller, such as
+            the prompt, or there are no steps.
     """
     guidance = family.generation_kwargs(options.get("guidance_scale"))
     others = {name: value for name, value in options.items() if name != "guidance_scale"}
     accepted = inspect.signature(family.pipeline.__call__).parameters
     unknown = [name for name in others if name not in accepted]
+    own = [name for name in _SET_HERE if name in others]
+    if own:
+        raise ValueError(f"`{setting}` must leave out {', '.join(_SET_HERE)}, which are set here; got {own[0]!r}.")
+    steps = others.get("num_inference_steps", 1)
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"`num_inference_steps` in `{setting}` must be a whole number, 1 or more; got {steps!r}.")
     if unknown:
         near = did_you_mean(unknown[0], accepted)
         raise ValueError(f"`{setting}` takes arguments of {type(family.pipeline).__name__}; got {unknown[0]!r}.{near}")
@@ -270,7 +278,7 @@ class SampleImagesCallback(TrainerCallback):
         view = _InTrainingPrecision(denoiser, denoiser if through is None else through, autocast)
         with torch.no_grad(), eval_mode(networks), _restored_random_state(pipeline.device):
             pipeline.register_modules(**{self.denoiser_name: view})
-            with _in_own_precision(pipeline.vae):
+            with in_own_precision(pipeline.vae):
                 yield pipeline
 
     def _generate_one(self, pipeline: DiffusionPipeline, index: int) -> Image.Image:
@@ -307,7 +315,7 @@ def _notes(file: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _in_own_precision(vae: Any) -> Iterator[None]:
+def in_own_precision(vae: Any) -> Iterator[None]:
     """Cast inputs of the VAE to the VAE's dtype, because some pipelines pass latents in the denoiser's dtype. Hooks on
     the VAE's submodules do this, because pipelines call `vae.decode` and not the VAE itself."""
 

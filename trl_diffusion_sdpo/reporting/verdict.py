@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..losses import standard_error
 from ..step.pair_evaluation import FEWEST_PAIRS
 from ..utils.files import VERDICT_FILE, write_atomically
 from .sample_images import SamplePair
 
 STANDARD_ERRORS = 2.0  # a change is significant if it exceeds this many standard errors
 SMALLEST = 0.01  # smaller relative changes of the winners' error are ignored
-UNMEASURED = 0.05  # uncertainty of a change or an accuracy whose standard error is unknown
+UNMEASURED = 0.05  # uncertainty of a change whose standard error is unknown
 COARSE = 0.2  # with a larger uncertainty, an insignificant change is "unknown", not "unchanged"
 RUINED = 1.0  # above this relative change, the error has more than doubled, and the verdict is "ruined"
 FEWEST_AT_ALL = 4  # with fewer pairs, the verdict is "unknown" or "ruined"
@@ -35,8 +36,8 @@ _AGAIN = (
 )
 # Verdict -> advice. Each evaluation set has a verdict, and the one that comes last in this order is reported.
 ADVICE = {
-    "unknown": "Evaluate on more pairs: pass an `eval_dataset`, and set `eval_strategy: steps` and "
-    "`eval_on_start: true`.",
+    "unknown": f"Hold out more pairs, {FEWEST_PAIRS} at least: pass an `eval_dataset`, and set `eval_strategy: steps` "
+    "and `eval_on_start: true`. Until then, judge by the sample images (`sample_prompts`).",
     "better": "",
     "unchanged": "",
     "not learned": "Train for more steps, with more pairs per step or a higher `learning_rate`. If the safeguard's "
@@ -107,17 +108,29 @@ class Measurement:
 
     @property
     def preference(self) -> str:
-        """Verdict of [`judge_preference`], such as `"learned"`."""
-        few = self.evaluated_pairs is not None and self.evaluated_pairs < FEWEST_AT_ALL
-        return "unknown" if few else judge_preference(self.reward_accuracy, self.reward_accuracy_stderr)
+        """Verdict of [`judge_preference`], such as `"learned"`. Fewer than 30 pairs cannot show that the preference was
+        not learned, and the verdict is then `"unknown"`."""
+        if self.evaluated_pairs is not None and self.evaluated_pairs < FEWEST_AT_ALL:
+            return "unknown"
+        word = judge_preference(self.reward_accuracy, self.reward_accuracy_stderr)
+        return "unknown" if word == "not learned" and self._is_unsure else word
 
     @property
     def word(self) -> str:
         """Verdict on winners and preference together. `"better"` means that the winners' error did not rise and that
-        the preference was learned."""
-        if self.winners not in ("better", "unchanged") or self.preference == "unknown":
+        the preference was learned. Without an evaluation, the verdict is `"worse"`, `"ruined"` or `"unknown"`."""
+        if self.winners not in ("better", "unchanged"):
             return self.winners
+        if self.is_training:
+            return "unknown"
+        if self.preference == "unknown":
+            return self.winners if self.reward_accuracy is None else "unknown"
         return "better" if self.preference == "learned" else self.preference
+
+    @property
+    def advice(self) -> str:
+        """What to do about the verdict. After an evaluation of fewer than 30 pairs: evaluate more of them first."""
+        return ADVICE["unknown" if self._is_unsure and self.word != "ruined" else self.word]
 
     @property
     def rises(self) -> bool:
@@ -138,7 +151,7 @@ class Measurement:
         if self.is_training:
             return f"{text}. This is on training pairs, and nothing is known of other pairs."
         few = ""
-        if self._is_unsure and self.word not in ("ruined", "unknown"):
+        if self._is_unsure and self.word != "ruined":
             few = f", but {self.evaluated_pairs:.0f} pairs are too few to be sure"
         return f"{text}, on held-out pairs{few}."
 
@@ -165,7 +178,7 @@ class Verdict:
         return f"Verdict: {self.word}. {self.measured} {self.images}".strip()
 
     def __str__(self) -> str:
-        return f"{self.sentence} {ADVICE[self.word]}".strip()
+        return f"{self.sentence} {self.measured.advice}".strip()
 
 
 def judge_winners(
@@ -178,7 +191,7 @@ def judge_winners(
     """Return the verdict on the winners' error.
 
     The uncertainty of `change` is two standard errors, but at least 1%. Without a standard error, the uncertainty is
-    5%.
+    5%, and the verdict is never `"better"`.
 
     Args:
         change (`float`): Relative change of the winners' mean error.
@@ -191,8 +204,8 @@ def judge_winners(
         `str`: The first of the following words whose condition is true. `"ruined"`: the error is not finite, or has
         more than doubled. `"unknown"`: there are fewer than 4 pairs. `"worse"`: the error rose by more than the
         uncertainty, or the error in a noise bin has more than doubled, by more than 3 standard errors. `"better"`: the
-        error fell by more than the uncertainty. `"unchanged"`: the error changed by less than the uncertainty, which is
-        at most 20%. Otherwise `"unknown"`.
+        error fell by more than the uncertainty. `"unchanged"`: the error did not rise by more than the uncertainty,
+        which is at most 20%. Otherwise `"unknown"`.
     """
     noise = max(SMALLEST, _noise(stderr))
     if not change <= RUINED:
@@ -202,7 +215,7 @@ def judge_winners(
     limit = max(BIN_WORSE, BIN_STANDARD_ERRORS * (worst_stderr or 0.0))
     if change > noise or (worst_change is not None and not worst_change <= limit):
         return "worse"
-    if change < -noise:
+    if change < -noise and stderr is not None:
         return "better"
     return "unchanged" if noise <= COARSE else "unknown"
 
@@ -212,18 +225,17 @@ def judge_preference(accuracy: float | None, stderr: float | None = None) -> str
 
     Args:
         accuracy (`float`, *optional*): Share of pairs whose loser's error rose more than the winner's error.
-        stderr (`float`, *optional*): Standard error of the accuracy. If unset, the accuracy is from training logs.
+        stderr (`float`, *optional*): Standard error of the accuracy. An accuracy from training logs has none.
 
     Returns:
-        `str`: `"unknown"` without an accuracy. `"learned"` or `"reversed"` if the accuracy is above or below one half
-        by more than two standard errors (5% if `stderr` is unset). Otherwise `"not learned"`. Training logs never give
-        `"reversed"`, because the accuracy of the first log is 0: policy and reference are still equal.
+        `str`: `"unknown"` without an accuracy and its standard error. `"learned"` or `"reversed"` if the accuracy is
+        above or below one half by more than two standard errors. Otherwise `"not learned"`.
     """
-    if accuracy is None:
+    if accuracy is None or stderr is None:
         return "unknown"
-    if accuracy - CHANCE > _noise(stderr):
-        return "learned"
-    return "reversed" if stderr is not None and accuracy < CHANCE - _noise(stderr) else "not learned"
+    if abs(accuracy - CHANCE) <= _noise(stderr):
+        return "not learned"
+    return "learned" if accuracy > CHANCE else "reversed"
 
 
 def verdict_of(history: History, run: RunFacts, step: int | None = None, images: str = "") -> Verdict | None:
@@ -304,7 +316,7 @@ def write_verdict(
     for name, fact in facts.items():
         if isinstance(fact, float) and not math.isfinite(fact):
             facts[name] = None
-    facts["advice"] = ADVICE[facts["word"]]
+    facts["advice"] = ADVICE["unknown"] if verdict is None else verdict.measured.advice
     facts["images"] = [asdict(pair) for pair in images]
     facts["sample_scores"] = scores or {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -360,13 +372,19 @@ def _worst_bin(entry: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _last_training(history: History, run: RunFacts) -> Measurement | None:
-    """Return the mean over the last training logs, or `None` without logs or if the reference changes in training."""
+    """Return the mean over the last training logs, or `None` without logs or if the reference changes in training. The
+    standard error of the change is that over the logs, and infinite for fewer than three logs."""
     logs = [entry for entry in history if "errors/winner_change" in entry][-AVERAGED_LOGS:]
     if not run.reference or not logs:
         return None
     names = ("errors/winner", "errors/winner_change", "rewards/accuracies")
     error, change, accuracy = (sum(log.get(name, math.nan) for log in logs) / len(logs) for name in names)
     facts: dict[str, Any] = {"mean_lambda": _mean_scale(history), "is_training": True}
+    facts["winner_change_stderr"] = math.inf
+    if len(logs) >= LOGS_TO_WARN and 0 < error - change < math.inf:
+        facts["winner_change_stderr"] = standard_error([log["errors/winner_change"] for log in logs]) / (
+            error - change
+        )
     if run.uses_loser and not math.isnan(accuracy):
         facts["reward_accuracy"] = accuracy
     return _comparable(Measurement(logs[-1]["step"], error, error - change, run.reference, **facts))
@@ -393,4 +411,4 @@ def _noise(stderr: float | None) -> float:
 
 
 def _with_error(stderr: float | None) -> str:
-    return "" if stderr is None else f" (standard error {stderr:.1%})"
+    return "" if stderr is None or not math.isfinite(stderr) else f" (standard error {stderr:.1%})"

@@ -19,10 +19,10 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], *,
 
     Args:
         content (`bytes` or `Callable`): Content of the file, or a function that writes the content into an open file.
-        ending (`str`): Ending of the temporary name. Processes that write the same file at the same time need different
-            endings.
+        ending (`str`): Ending of the temporary name. The name itself is random, because several processes may write the
+            same file at the same time.
     """
-    temporary = path.with_name(path.name + ending)
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}{ending}")
     try:
         with open(temporary, "wb") as file:
             if isinstance(content, bytes):
