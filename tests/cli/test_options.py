@@ -32,6 +32,11 @@ def read_yaml(tmp_path):
     ("text", "value"),
     [
         ("eval_strategy: no", "no"),
+        ("safeguard: off", "none"),
+        ("report_to: no", "none"),  # the default
+        ("report_to: []", "none"),
+        ("fsdp: []", None),
+        ("fsdp: no", None),
         ("random_flip: 0", False),
         ("resume_from_checkpoint: true", "true"),
         ("learning_rate: 1e-5", 1e-5),  # text to YAML 1.1
@@ -61,12 +66,22 @@ def test_a_setting_of_a_file_is_converted_to_the_type_of_its_option(read_yaml, t
         ("num_processes: 2", "need `--accelerate_config`, got `--num_processes=2`"),
         ("seed: 1\nsteps: [1\nbeta: 2\n", "line 3"),
         ("- beta", "must map names to values"),
+        ("a: &many [1, 2]\nb: [*many, *many]", "`*many`"),
+        (f"beta: {'9' * 6000}", "run.yaml"),
+        (f"loss_kwargs: {'[' * 5000}", "run.yaml"),
+        ("\0", "run.yaml"),
     ],
 )
 def test_a_setting_that_its_option_does_not_take_is_refused_with_the_rule(read_yaml, text, message):
     with pytest.raises(ValueError) as caught:
         read_yaml(text)
     assert message in str(caught.value)
+
+
+def test_words_that_argparse_takes_for_options_or_half_of_one_are_read(tmp_path):
+    words = ["--use_cpu", "--output_dir", str(tmp_path), "--weight_decay", "-1e-4", "--bf16", "--safeguard", "off"]
+    _, args, _ = train.parse(words)
+    assert (args.weight_decay, args.bf16, args.safeguard) == (-1e-4, True, "none")
 
 
 def test_the_environment_of_a_file_is_set_before_anything_is_loaded(tmp_path, monkeypatch):

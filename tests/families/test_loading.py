@@ -7,6 +7,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from tiny_pipelines import case
 
 from trl_diffusion_sdpo.families import find_family, load_pipeline
@@ -158,3 +159,10 @@ def test_pickled_weights_are_refused(copied_folder):
 def test_options_that_would_weaken_loading_are_refused(option, value, sd_folder):
     with pytest.raises(ValueError, match=f"`{option}`"):
         load_pipeline(sd_folder, **{option: value})
+
+
+def test_a_hub_that_cannot_be_reached_is_not_called_a_missing_file():
+    with pytest.raises(ValueError) as caught:
+        load_pipeline("nobody/nothing")  # offline, like all tests
+    unreachable = caught.value.__cause__.__context__
+    assert isinstance(unreachable, LocalEntryNotFoundError) and str(unreachable) in str(caught.value)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +18,9 @@ _FORMER_NAMES = {
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
+NO = ("no", "off", "false")  # what YAML 1.1 reads as false
+# Settings without a choice `none`, for which `no` or an empty list in a YAML file means that nothing is chosen.
+_CHOSEN = ("report_to", "fsdp", "deepspeed", "resume_from_checkpoint")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -25,6 +29,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **{"allow_abbrev": False, **settings})
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # before Python 3.14, `-1e-4` is taken for an option
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -57,6 +62,8 @@ class OneLineParser(argparse.ArgumentParser):
             name = str(key)
             if name not in destinations and _FORMER_NAMES.get(name) in destinations:
                 name = _FORMER_NAMES[name]
+            if name in _CHOSEN and (value == [] or value in NO):
+                continue
             if isinstance(value, dict) or (
                 isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
             ):
@@ -69,6 +76,11 @@ class OneLineParser(argparse.ArgumentParser):
                 entries = [f"--{name}={value}"]
             (words if name in destinations else others).extend(entries)
         return words, others
+
+
+def none_for_no(choices: Iterable[str]) -> Callable[[str], str]:
+    """Return the type of an option with the choice `none`, which may also be written `no`, `off` or `false`."""
+    return lambda word: "none" if word in NO and word not in choices else word
 
 
 def refuse_unknown(words: Iterable[str], options: Iterable[str]) -> None:
@@ -102,15 +114,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     A single value is returned as the text in the file, so that an option parses `no`, `1e-5` and `1.10` as on a command
     line. Settings without a value are left out.
+
+    Raises:
+        `ValueError`: If the file is not valid YAML, does not map names to values, or has aliases (`*name`), with which
+            a short file can stand for billions of values.
     """
     try:
         content = path.read_text(encoding="utf-8")
-        settings = yaml.safe_load(content)
-        texts = yaml.load(content, Loader=yaml.BaseLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        aliases = [token.value for token in yaml.scan(content) if isinstance(token, yaml.AliasToken)]
+        settings = yaml.safe_load("" if aliases else content)
+        texts = yaml.load("" if aliases else content, Loader=yaml.BaseLoader)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(
             f"The file {path} must be valid YAML, and reading it failed: {' '.join(str(error).split())}"
         ) from error
+    if aliases:
+        raise ValueError(f"A file of settings must not have aliases, got `*{aliases[0]}` in {path}. Copy the values.")
     if not isinstance(settings, dict):
         raise ValueError(f"The file {path} must map names to values in YAML, got {type(settings).__name__}.")
     set_ones = {name: value for name, value in settings.items() if value is not None}

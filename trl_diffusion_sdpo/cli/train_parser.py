@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..utils.hints import did_you_mean
 from .errors import reading_arguments
 from .launch import config_names, launch_options
-from .options import OneLineParser, option_name, read_yaml, refuse_unknown, take_options
+from .options import OneLineParser, none_for_no, option_name, read_yaml, refuse_unknown, take_options
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -63,6 +63,12 @@ def make_parser(prog: str | None = None) -> Any:
                 return super().add_argument(*flags, **settings)
             if not self._titled:
                 self._titled = {title: self.add_argument_group(title) for title in (MODEL, OWN, INHERITED)}
+            # A flag whose default is unset, such as `bf16`. transformers and TRL have a `string_to_bool` each.
+            if getattr(settings.get("type"), "__name__", "") == "string_to_bool":
+                settings = {"nargs": "?", "const": True, **settings}
+            choices = settings.get("choices") or ()
+            if "none" in choices and "nargs" not in settings:
+                settings["type"] = none_for_no(choices)
             name = settings.get("dest", flags[0].removeprefix("--"))
             title = OWN if name in own else INHERITED if name in inherited else MODEL
             if name in HIDDEN:

@@ -37,7 +37,8 @@ class AspectRatioBuckets:
         max_aspect_ratio (`float`): Largest ratio of the longer side to the shorter one.
 
     Raises:
-        ValueError: If the aspect ratio of `resolution` exceeds `max_aspect_ratio`, or if `resolution` is the only size.
+        ValueError: If `step` is below 1, the aspect ratio of `resolution` exceeds `max_aspect_ratio`, or `resolution`
+            is the only size.
     """
 
     resolution: Size
@@ -45,6 +46,8 @@ class AspectRatioBuckets:
     max_aspect_ratio: float = 2.0
 
     def __post_init__(self) -> None:
+        if self.step < 1:
+            raise ValueError(f"`step` of `bucket_kwargs` must be at least 1 pixel, got {self.step}.")
         short, long = sorted(self.resolution)
         if long > self.max_aspect_ratio * short:
             raise ValueError(

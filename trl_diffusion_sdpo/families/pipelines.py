@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.loaders import FromSingleFileMixin
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -342,9 +343,11 @@ def read_index(name_or_path: str, **options: Any) -> dict[str, Any]:
         hub_options = {key: options[key] for key in ("revision", "token", *_HUB_OPTIONS) if key in options}
         index = diffusers.DiffusionPipeline.load_config(name_or_path, **hub_options)
     except OSError as error:
+        # diffusers says of an unreachable Hub that the repository has no such file.
+        unreachable = isinstance(error.__context__, LocalEntryNotFoundError)
         raise ValueError(
             f"`model` must be a folder saved by diffusers or the id of a diffusers pipeline on the Hub, got "
-            f"{name_or_path}: {error}"
+            f"{name_or_path}: {error.__context__ if unreachable else error}"
         ) from error
     class_name = index.get(CLASS)
     if not isinstance(class_name, str):

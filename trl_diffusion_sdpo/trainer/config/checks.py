@@ -28,6 +28,18 @@ if TYPE_CHECKING:
     from ..diffusion_sdpo_config import DiffusionSDPOConfig
 
 
+# Intervals of settings of transformers, which transformers and the libraries below it check late or not at all.
+_INHERITED_RANGES = {
+    "learning_rate": Range("[0, inf)"),
+    "max_grad_norm": Range("[0, inf)", "Use 0 to leave gradients as they are."),
+    "weight_decay": Range("[0, inf)"),
+    "per_device_train_batch_size": Range("[1, inf)"),
+    "per_device_eval_batch_size": Range("[1, inf)"),
+    "gradient_accumulation_steps": Range("[1, inf)"),
+    "dataloader_num_workers": Range("[0, inf)", "Use 0 to read in the main process."),
+}
+
+
 def check_settings(args: DiffusionSDPOConfig) -> None:
     """Raise `ValueError` if a setting has a value that is not allowed, or if two settings exclude each other. Warn
     about settings that have no effect."""
@@ -77,7 +89,21 @@ def _check_words(name: str, choices: tuple[str, ...], words: list[Any]) -> None:
 
 
 def _check_inherited(args: DiffusionSDPOConfig) -> None:
-    """Raise `ValueError` if a setting of transformers has a value that cannot be used with diffusion models."""
+    """Raise `ValueError` if a setting of transformers has a value that cannot be used with diffusion models, or that
+    nothing could be trained with."""
+    for name, allowed in _INHERITED_RANGES.items():
+        value = getattr(args, name)
+        if value is not None and value not in allowed:
+            raise ValueError(f"`{name}` must be {allowed}, got {value!r}. {allowed.advice}".rstrip())
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+        raise ValueError(
+            f"A run must have at least one step, got `max_steps={args.max_steps}` and "
+            f"`num_train_epochs={args.num_train_epochs}`. Set one of the two."
+        )
+    for name in ("model_init_kwargs", "ref_model_init_kwargs"):
+        value = getattr(args, name)
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f'`{name}` must map names to values, got {value!r}. Example: {{"variant": "fp16"}}.')
     _, checkpointing = activation_checkpointing(args)
     refused = {
         "neftune_noise_alpha": (

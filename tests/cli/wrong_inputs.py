@@ -1,0 +1,126 @@
+"""Some three hundred wrong inputs of the commands, each of which must end in one sentence and exit code 2.
+
+`python tests/cli/wrong_inputs.py [WORD ...]` prints every input that ends otherwise; with words, only inputs whose text
+contains one of them are tried. `test_wrong_inputs.py` runs the same inputs under pytest.
+"""
+
+import contextlib
+import io
+import json
+import shlex
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from string import Template
+
+import numpy as np
+from PIL import Image
+
+SECONDS = 60  # an input that takes longer hangs
+
+
+def inputs() -> list[str]:
+    """Return all wrong inputs, as a user would type them after `trl-diffusion-sdpo`. `wrong_inputs.txt` lists them."""
+    listed: list[str] = []
+    command = ""
+    for line in Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("="):
+            command = line[1:].strip()
+        elif line and not line.startswith("#"):
+            listed.append(f"{command} {line}".strip())
+    return listed
+
+
+class Place:
+    """A folder with good and bad files, in which wrong inputs are tried one after the other."""
+
+    def __init__(self, folder: Path, model: str, pairs: str):
+        self.folder = folder
+        self.count = 0
+        self.names = {"folder": folder, "model": model, "pairs": pairs, "images": folder / "images"}
+        self.names["prompts"] = self._text("prompts.txt", "a dog\na cat\n")
+        bad = {
+            "empty.txt": "",
+            "empty.jsonl": "",
+            "ragged.csv": "prompt,chosen,rejected\na,b\nc,d,e,f\n",
+            "semicolons.csv": "prompt;chosen;rejected\na;b;c\n",
+            "nan.jsonl": '{"prompt": NaN}\n',
+            "numbers.json": "[1, 2]",
+            "deep.json": "[" * 100000,
+            "list.yaml": "- beta\n",
+            "brackets.yaml": "a: " + "[" * 5000,
+            "digits.yaml": f"beta: {'9' * 6000}\n",
+            "laughs.yaml": "a: &a [x, x]\nb: [*a, *a]\n",
+        }
+        for name, text in bad.items():
+            self._text(name, text)
+        (folder / "binary.txt").write_bytes(bytes(range(256)))
+        for name in ("nothing_inside", "images", "odd_manifest", "empty_pairs"):
+            (folder / name).mkdir()
+        self._text("empty_pairs/pairs.jsonl", "")
+        rows = [{"image": "a.png", "prompt": "x", "model": ["a"], "seed": [1]}, {"image": 3, "prompt": None}]
+        self._text("odd_manifest/manifest.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        for index in range(2):
+            pixels = np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
+            self._text(f"images/{index}.txt", "a dog")
+
+    def _text(self, name: str, text: str) -> Path:
+        path = self.folder / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def fault(self, text: str) -> str | None:
+        """Run the program on a wrong input. Return what is wrong with how it ends, or `None`."""
+        from trl_diffusion_sdpo.cli.main import main
+
+        self.count += 1
+        names = {**self.names, "new": self.folder / f"new{self.count}", "digits": "9" * 6000, "brackets": "[" * 5000}
+        words = shlex.split(Template(text).substitute(names))
+        out, err = io.StringIO(), io.StringIO()
+        signal.signal(signal.SIGALRM, _out_of_time)
+        signal.alarm(SECONDS)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = main(words)
+        except SystemExit as error:
+            code = error.code
+        except BaseException:  # a traceback is what a user must not see
+            return traceback.format_exc(limit=-3)
+        finally:
+            signal.alarm(0)
+        lines = [line for line in err.getvalue().splitlines() if "error: " in line or ": there is no command" in line]
+        if code != 2 or len(lines) != 1:
+            return f"exit code {code}, {len(lines)} sentences: {(err.getvalue() or out.getvalue())[-300:]}"
+        return None
+
+
+def _out_of_time(number, frame):
+    raise TimeoutError(f"after {SECONDS} s")
+
+
+def main() -> int:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from conftest import build_pairs
+    from tiny_pipelines import stable_diffusion
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        stable_diffusion.build().save_pretrained(folder / "model")
+        build_pairs(4).save_to_disk(folder / "pairs")
+        place = Place(folder, str(folder / "model"), str(folder / "pairs"))
+        listed = [text for text in inputs() if not sys.argv[1:] or any(word in text for word in sys.argv[1:])]
+        failed = 0
+        for text in listed:
+            fault = place.fault(text)
+            if fault is not None:
+                failed += 1
+                print(f"{text[:300]}\n    {fault}", flush=True)
+    print(f"{len(listed) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
