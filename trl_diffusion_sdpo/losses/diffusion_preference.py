@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
-from .preference import LossSpec, PairTerms, check_loss_kwargs, loss_spec, pair_terms, per_sample
+from .preference import LossSpec, PairTerms, check_loss_kwargs, loss_spec, pair_mean, pair_terms, per_sample
 from .safeguard import GRANULARITIES, Granularity, output_cosine, output_scale, scale_gradient
 
 Safeguard = Literal["none", "output", "parameter"]
@@ -143,7 +143,7 @@ def diffusion_preference_loss(
     def losses_of(terms: PairTerms) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of each pair, `(B,)`, and their weighted mean."""
         losses = spec.pair_losses(terms, beta=beta, **loss_kwargs)
-        return losses, (losses if pair_weights is None else losses * pair_weights.to(losses)).mean()
+        return losses, pair_mean(losses, pair_weights)
 
     # Compute lambda at the predictions, from residuals if the loss gradients of winners and losers are proportional to
     # their residuals. Otherwise compute the loss gradients in a graph that starts at the predictions.

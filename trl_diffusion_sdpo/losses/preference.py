@@ -125,13 +125,13 @@ def pair_terms(
     residual = model_pred.float() - target
     reference = None if ref_pred is None else ref_pred.float().detach()
     weights = None if timestep_weights is None else timestep_weights.to(residual)
-    winner_error, loser_error = _weighted(mean_error(residual), weights)
+    winner_error, loser_error = weighted_errors(mean_error(residual), weights)
     ref_winner_error = ref_loser_error = winner_shift = None
     if reference is not None:
         ref_errors = mean_error(reference - target)
         winner_shift = _root_weighted((model_pred.float() - reference).chunk(2)[0], weights)
     if ref_errors is not None:
-        ref_winner_error, ref_loser_error = _weighted(ref_errors.to(residual).detach(), weights)
+        ref_winner_error, ref_loser_error = weighted_errors(ref_errors.to(residual).detach(), weights)
     return PairTerms(
         winner_error=winner_error,
         loser_error=loser_error,
@@ -144,11 +144,16 @@ def pair_terms(
     )
 
 
-def _weighted(errors: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def weighted_errors(errors: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Split errors `(2B,)` into winners' and losers' errors, each `(B,)`, and multiply both by the pairs'
-    timestep weights."""
+    timestep weights `(B,)`."""
     winner, loser = errors.chunk(2)
-    return (winner, loser) if weights is None else (winner * weights, loser * weights)
+    return (winner, loser) if weights is None else (winner * weights.to(winner), loser * weights.to(loser))
+
+
+def pair_mean(values: torch.Tensor, pair_weights: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean over pairs of values `(B,)`, each multiplied by its pair's weight first."""
+    return (values if pair_weights is None else values * pair_weights.to(values)).mean()
 
 
 def _root_weighted(tensor: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:

@@ -135,8 +135,10 @@ class LossArguments:
             `safeguard_low_memory` cannot be used with dropout.
         mask_anchor (`float`, *optional*, defaults to `0.0`):
             Weight of an additional loss term for data with a mask column. The term is the mean squared distance between
-            the predictions of the policy and the reference outside of the masks. Raise `mask_anchor` to change the
-            image less outside of the masks.
+            the predictions of the policy and the reference outside of an image's mask, averaged over the images of the
+            batch with the weights of their pairs. Raise `mask_anchor` to change the image less outside of the masks.
+            The safeguard neither counts nor scales this term. With `safeguard="parameter"`, the term costs one more
+            backward pass of winners and losers.
         loss_kwargs (`dict` or `str`, *optional*):
             Constants of the losses by name, in YAML or as JSON. `label_smoothing` (default 0.1) is the share of swapped
             labels that `robust` assumes. `dspo_threshold` (default 0.1) is a mean squared distance between the
