@@ -29,6 +29,8 @@ def image(value=0, size=(16, 16)):
         ({"label_smoothing_factor": 0.1}, "`loss_type='robust'`"),
         ({"bf16_full_eval": True}, "`bf16_full_eval=True`"),
         ({f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}, "`use_reentrant=True`"),
+        ({"loss_type": "apo_down"}, "`safeguard='output'`.*`safeguard='none'`"),
+        ({"loss_type": "apo_down", "safeguard": "parameter"}, "apo_down"),
         ({"image_schemes": "memroy"}, "`image_schemes`.*Did you mean `memory`"),
     ],
 )
@@ -92,6 +94,24 @@ def test_a_text_encoder_with_an_adapter_to_train_is_refused_and_a_frozen_one_is_
         make_trainer(sd_pipeline)
     sd_pipeline.text_encoder.requires_grad_(False)
     make_trainer(sd_pipeline)
+
+
+@pytest.mark.parametrize("safeguard", ["output", "parameter"])
+def test_a_run_whose_first_gradient_is_exactly_zero_says_so(make_trainer, make_pairs, caplog, safeguard):
+    """Between equal scores, `smpo` prefers neither image."""
+    data = make_pairs(4).map(lambda row: {"chosen_score": 1.0})
+    make_trainer(train=data, loss_type="smpo", safeguard=safeguard, logging_steps=2, max_steps=3).train()
+    said = [record.message for record in caplog.records if "exactly 0" in record.message]
+    assert len(said) == 1 and "smpo" in said[0] and safeguard in said[0]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"peft_config": LoraConfig(r=4)}, {"loss_type": "apo_down", "safeguard": "none"}]
+)
+def test_a_run_whose_gradient_is_not_zero_does_not(make_trainer, caplog, settings):
+    """B of a new LoRA is 0, and the winner's part of `apo_down` is 0 before the first step."""
+    make_trainer(**settings, max_steps=1).train()
+    assert "exactly 0" not in caplog.text
 
 
 def test_a_second_lora_on_top_of_one_is_refused(make_trainer, sd_pipeline):

@@ -38,7 +38,7 @@ def check_settings(args: DiffusionSDPOConfig) -> None:
     _check_inherited(args)
     check_loss_kwargs(args.loss_type, args.beta, args.loss_kwargs)
     mu = 0.0 if args.safeguard_mu is None else args.safeguard_mu
-    check_safeguard(args.safeguard, mu, args.safeguard_granularity, args.safeguard_eps)
+    check_safeguard(args.safeguard, mu, args.safeguard_granularity, args.safeguard_eps, loss, args.loss_type)
     if args.auto_beta:
         check_auto_beta(args.loss_type, args.loss_weights)
     from_kwargs(TimestepSampling, "weighting_kwargs", args.weighting_kwargs, args.weighting_scheme or "none")
