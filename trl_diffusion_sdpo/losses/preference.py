@@ -354,9 +354,9 @@ def apo_down_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     """Return the APO-down loss of each pair, `sigmoid(r_w) + sigmoid(-u)`, `(B,)`.
 
     `u` is the logit and `r_w = -(beta / 2) winner_change` is the winner's reward. APO-down raises the winner's error,
-    and raises the loser's error more. Use APO-down if the model generates better images than the winners. At the first
-    step, the winner's part of the gradient is exactly 0, so a safeguard would remove the loser's part for ever: APO-down
-    trains only without a safeguard, or in a sum.
+    and raises the loser's error more. Use APO-down if the model generates better images than the winners. APO-down
+    trains only without a safeguard, or in a sum: at the first step, the winner's part of the gradient is exactly 0, so
+    a safeguard would remove the loser's part, and the second step would be the first again.
 
     Source: https://huggingface.co/papers/2408.06266, equation 8.
     """

@@ -333,7 +333,9 @@ class PairForward:
 
     def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the latents `(2B, ...)` of a batch and the other inputs of the denoiser, such as prompt embeddings;
-        winners first."""
+        winners first. If the batch has an earlier result of this method as `encoded`, return that."""
+        if "encoded" in inputs:
+            return inputs["encoded"]
         generators = generators_of([seed ^ VAE_SEED_MASK for seed in inputs["seeds"]])
         if "moments" in inputs:
             latents = self.family.latents_of(inputs["moments"], [*generators, *generators])

@@ -50,7 +50,12 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(make_args):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"neftune_noise_alpha": 5.0}, {"safeguard": "parameter", "ddp_static_graph": True}],
+    [
+        {"neftune_noise_alpha": 5.0},
+        {"include_num_input_tokens_seen": "all"},
+        {"fp16": True},
+        {"safeguard": "parameter", "ddp_static_graph": True},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(make_args, settings):
     with pytest.raises(ValueError, match=list(settings)[-1]):

@@ -63,7 +63,7 @@ def _setting(hint: Any) -> Setting:
 
 def _number_or_name(value: str) -> float | str:
     try:
-        return float(value)
+        return int(value) if value.isdecimal() else float(value)
     except ValueError:
         return value
 

@@ -33,7 +33,7 @@ class NoiseArguments:
         weighting_kwargs (`dict` or `str`, *optional*):
             Constants of `weighting_scheme` by name, in YAML or as JSON. `"logit_normal"` takes `logit_mean` (default
             0.0; a mean above 0 samples higher noise levels more often) and `logit_std` (default 1.0); `"mode"` takes
-            `mode_scale` (default 1.29; 0 is uniform).
+            `mode_scale` (default 1.29; 0 is uniform). A constant of another scheme is refused.
         timestep_weighting (`str`, *optional*, defaults to `"none"`):
             Weighting of errors by timestep, for flow-matching models. `"one_minus_t_squared"` multiplies the error at
             timestep t by `(1 - t)^2`, so low noise counts most; here t runs from 0 (clean) to 1 (pure noise). `"none"`
