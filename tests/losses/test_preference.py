@@ -175,7 +175,7 @@ def test_smpo_relabels_pairs_that_the_scores_rank_the_other_way(seeded_pairs):
 
 def test_the_reference_and_the_target_are_constants(seeded_pairs):
     model, target, reference = (tensor.requires_grad_() for tensor in seeded_pairs())
-    for loss_type in LOSSES:
+    for loss_type in SAFEGUARD:
         given = {"loss_type": loss_type, "safeguard": SAFEGUARD[loss_type], "scores": MILD_SCORES}
         diffusion_preference_loss(model, target, reference, **given).loss.backward()
     assert model.grad is not None
@@ -196,7 +196,7 @@ def test_timestep_weights_multiply_errors(seeded_pairs, losses_by_hand):
     weights = torch.tensor([0.25, 1.0, 4.0])
     root = weights.sqrt().repeat(2).view(-1, 1, 1)
     rows = (root * (model - target), torch.zeros_like(target), root * (reference - target))
-    for loss_type in LOSSES:
+    for loss_type in SAFEGUARD:
         kwargs = SETTINGS.get(loss_type, {})
         given = {"loss_type": loss_type, "beta": BETA, "scores": MILD_SCORES, **kwargs}
         given["safeguard"] = SAFEGUARD[loss_type]

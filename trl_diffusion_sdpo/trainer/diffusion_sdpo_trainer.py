@@ -861,8 +861,8 @@ class DiffusionSDPOTrainer(Trainer):
             return
         logger.warning(
             "The gradient of the first step (step %d) is exactly 0: this step has trained nothing. If `grad_norm` "
-            "stays 0, nothing will train. Check the loss and the safeguard (`loss_type=%r`, `safeguard=%r`), and the scores, "
-            "weights and masks of the pairs.",
+            "stays 0, nothing will train. Check the loss and the safeguard (`loss_type=%r`, `safeguard=%r`), and the "
+            "scores, weights and masks of the pairs.",
             self._first_step + 1,
             self.args.loss_type,
             self.args.safeguard,
