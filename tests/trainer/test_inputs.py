@@ -31,6 +31,9 @@ def image(value=0, size=(16, 16)):
         ({f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}, "`use_reentrant=True`"),
         ({"loss_type": "apo_down"}, "`safeguard='output'`.*`safeguard='none'`"),
         ({"loss_type": "apo_down", "safeguard": "parameter"}, "apo_down"),
+        ({"beta": "high"}, "`beta`.*'high'"),
+        ({"loser_noise_range": ["low", 1]}, "`loser_noise_range`.*'low'"),
+        ({"timesteps": [None]}, "`timesteps`.*None"),
         (
             {"weighting_scheme": "mode", "weighting_kwargs": {"logit_mean": 1.0}},
             "`logit_mean`.*'mode'.*'logit_normal'",

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from step.walks import ALPHAS, SGD, assert_same_step, batches_of, moved, trained_step
 
+from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.data import PairMixture, PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.losses import mask_anchor, region_factors
 
@@ -237,6 +238,21 @@ def test_the_anchor_trains_whole_beside_the_safeguard(make_trainer, sd_folder, s
         anchored, move = trained_step(trainer_with(weight))
         assert anchored["safeguard/scale"] == log["safeguard/scale"]
         assert_same_step(move - plain, -1e-2 * weight * gradient)
+
+
+class HalvedLoss(DiffusionSDPOTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs) / 2
+
+
+@pytest.mark.parametrize("safeguard", ["output", "parameter"])
+def test_half_of_an_overridden_loss_has_half_of_the_anchor(sd_folder, make_args, safeguard):
+    moves = []
+    for trainer_class in (DiffusionSDPOTrainer, HalvedLoss):
+        settings = {"safeguard": safeguard, "beta": 50.0, "mask_anchor": 200.0, "max_steps": 1, **SGD}
+        args, rows = make_args(**settings), rows_with_masks_of_all_sizes()
+        moves.append(trained_step(trainer_class(moved(sd_folder), sd_folder, args, rows))[1])
+    assert (moves[1] - moves[0] / 2).norm() <= 1e-5 * moves[0].norm()
 
 
 def test_encoded_pairs_have_the_masks_of_their_flips(make_trainer):

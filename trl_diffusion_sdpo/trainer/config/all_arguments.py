@@ -68,6 +68,15 @@ def _number_or_name(value: str) -> float | str:
         return value
 
 
+def settled_number(name: str, value: Any) -> float:
+    """Return a value of the setting `name`, such as the text `"1e-4"`, as a number. Raise `ValueError` if it is not a
+    number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` must be a number or a list of numbers, got {value!r}.") from error
+
+
 def settled_loss_type(value: Any) -> str | list[str]:
     """Return `loss_type` as a string if there is one name, and as a list if there are several names. (A command line
     passes a single name as a list.) `"dpo"` becomes `"sigmoid"`, the loss of Diffusion-DPO."""
