@@ -110,7 +110,7 @@ class LossArguments:
             How the safeguard computes lambda, the factor of the loser's gradient that keeps the winner's error from
             rising, to first order. `"output"` computes lambda from the residuals (prediction minus target), at no extra
             cost. `"parameter"` computes one lambda per optimizer step from the gradients of the weights, with one
-            backward pass for winners and one for losers. `"none"` turns the safeguard off.
+            backward pass for winners and one for losers. `"none"` turns the safeguard off, which `apo_down` needs.
         safeguard_mu (`float`, *optional*):
             Strictness of the safeguard, in `[0, 1]`: the share of the first-order decrease of the winner's error that
             losers must not undo. Raise `safeguard_mu` for a stricter safeguard. If unset, the default of the loss and
