@@ -19,7 +19,9 @@ ROOMS = (
 )
 ENGINE_MODULES = ("deepspeed", "transformers.integrations", "torch.distributed")
 LAUNCHER = "torch.distributed.elastic"  # how a launched process has ended, whatever engine it ran
-LOSS_FUNCTIONS = set("logsigmoid softplus mse_loss l1_loss smooth_l1_loss huber_loss expm1 log1p dot vdot".split())
+LOSS_FUNCTIONS = set(
+    "logsigmoid softplus mse_loss l1_loss smooth_l1_loss huber_loss square expm1 log1p dot vdot".split()
+)
 WITHOUT_FORMULAS = ("cli", "guidance", "models", "reporting", "saving", "step", "trainer")
 
 Sources = dict[str, str]

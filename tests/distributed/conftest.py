@@ -5,11 +5,13 @@ import copy
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from distributed.runs import LORA
 from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from two_processes import done_of
@@ -37,7 +39,8 @@ COMMON_ARGS = {
 
 @pytest.fixture(scope="session")
 def start(make_sd_pipeline, make_pairs, tmp_path_factory) -> dict[str, str]:
-    """Folders of what training starts from: `base`, the moved `policy`, a `lora` that is not zero, and `pairs`."""
+    """Folders of what training starts from: `base`, the moved `policy`, a `lora` that is not zero, `pairs`, and the
+    same pairs `masked`."""
     folder = tmp_path_factory.mktemp("engines")
     generator = torch.Generator().manual_seed(1)
     make_sd_pipeline(**UNET).save_pretrained(folder / "base")
@@ -55,8 +58,18 @@ def start(make_sd_pipeline, make_pairs, tmp_path_factory) -> dict[str, str]:
         unet_lora_layers=get_peft_model_state_dict(unet),
         unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
     )
-    make_pairs(16).save_to_disk(str(folder / "pairs"))
-    return {name: str(folder / name) for name in ("base", "policy", "lora", "pairs")}
+    pairs = make_pairs(16)
+    pairs.save_to_disk(str(folder / "pairs"))
+    masked = [{**row, "mask": left_columns(1 + 7 * index % 24)} for index, row in enumerate(pairs)]
+    datasets.Dataset.from_list(masked).save_to_disk(str(folder / "masked"))
+    return {name: str(folder / name) for name in ("base", "policy", "lora", "pairs", "masked")}
+
+
+def left_columns(count: int) -> Image.Image:
+    """A mask of the size of `make_pairs` whose first `count` columns are white; with 24 it covers the whole image."""
+    mask = Image.new("L", (24, 20))
+    mask.paste(255, (0, 0, count, 20))
+    return mask
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +92,7 @@ def whole(case: dict, start: dict[str, str]) -> dict:
         "ref_model": start["base"] if full and not case.get("alone") else None,
         "lora": start["lora"] if case["tuning"] == "started" else None,
         "peft": LORA if case["tuning"] == "fresh" else None,
-        "data": start["pairs"],
+        "data": start["masked" if "mask_anchor" in case["args"] else "pairs"],
         "args": {**COMMON_ARGS, **case["args"]},
     }
 
@@ -149,9 +162,18 @@ def encoded(start, tmp_path_factory):
             "prompts": conditioning["prompt_embeds"].double(),
             "clean": latents.double(),
             "target": process.target(latents, noise, timesteps).double(),
+            "inside": inside_of(batch["masks"]) if "masks" in batch else torch.ones(len(latents), 1, 8, 8).double(),
         }
 
     return encode
+
+
+def inside_of(masks: torch.Tensor) -> torch.Tensor:
+    """Which positions of the latents (of 2 x 2 pixels each) a mask covers, or which have a neighbour that it covers."""
+    grid = masks.view(len(masks), 1, 8, 2, 8, 2).amax((3, 5))
+    padded = F.pad(grid, (1, 1, 1, 1))
+    shifted = [padded[..., row : row + 8, column : column + 8] for row in range(3) for column in range(3)]
+    return torch.stack(shifted).amax(0).double()
 
 
 def optimizer_steps(folder: Path, accumulation: int) -> list[list[dict]]:
@@ -257,9 +279,10 @@ class WalkByHand:
         prediction = self._predict(self.unet, batch)
         with torch.no_grad():
             reference = self._predict(self.reference, batch)
+        inside = batch["inside"]
         residuals = prediction - batch["target"]
-        winner, loser = self._errors(residuals)
-        ref_winner, ref_loser = self._errors(reference - batch["target"])
+        winner, loser = self._errors(residuals, inside).chunk(2)
+        ref_winner, ref_loser = self._errors(reference - batch["target"], inside).chunk(2)
 
         def loss(winner, loser):
             u = -self.args["beta"] / 2 * ((winner - ref_winner) - (loser - ref_loser))
@@ -269,20 +292,29 @@ class WalkByHand:
             "winner": self._gradient(loss(winner, loser.detach())),
             "loser": -self._gradient(loss(winner.detach(), loser)),
             "error": self._gradient(winner.mean()),
-            "residuals": residuals.detach(),
+            "outside": self._gradient(self._errors(prediction - reference, 1 - inside).mean()),
+            "residuals": (residuals * (inside / inside.mean((1, 2, 3), keepdim=True).clamp(min=1e-9)).sqrt()).detach(),
         }
 
     def _predict(self, unet: UNet2DConditionModel, batch: dict) -> torch.Tensor:
         return unet(batch["noisy"], batch["timesteps"], encoder_hidden_states=batch["prompts"]).sample
 
-    def _errors(self, residuals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return residuals.square().flatten(1).mean(1).chunk(2)
+    def _errors(self, residuals: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        """Mean square of each image over the positions that count, 0 without any."""
+        channels = residuals.shape[1]
+        return (residuals.square() * counted).sum((1, 2, 3)) / (channels * counted.sum((1, 2, 3))).clamp(min=1)
 
     def _gradient(self, value: torch.Tensor) -> torch.Tensor:
         parts = torch.autograd.grad(value, list(self.trained.values()), retain_graph=True)
         return torch.cat([part.flatten() for part in parts])
 
     def _direction(self, batches: list[dict]) -> tuple[torch.Tensor, float]:
+        """The safeguarded gradient and lambda. The pull to the reference outside of masks is whole at both images, and
+        no part of lambda."""
+        safeguarded, scale = self._safeguarded(batches)
+        return safeguarded + self.args.get("mask_anchor", 0.0) * _mean([batch["outside"] for batch in batches]), scale
+
+    def _safeguarded(self, batches: list[dict]) -> tuple[torch.Tensor, float]:
         if self.args["safeguard"] == "output":
             scales = [self._output_scale(batch["residuals"]) for batch in batches]
             pairs = zip(batches, scales, strict=True)

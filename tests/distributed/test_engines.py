@@ -35,6 +35,7 @@ BY_DEFAULT = {
     "fsdp2-full-parameter-1",
     "zero2-started-output-1",
     "zero3-full-parameter-1",
+    "zero3-full-parameter-2-masked",
 }
 
 
@@ -50,6 +51,16 @@ ROUNDING = 5e-5
 
 INVERSION = {"noise_source": "inversion", "inversion_kwargs": {"kind": "renoise", "steps": 3}}
 ANCHORED = [build_case(engine, "full", "parameter", 2, "error", safeguard_anchor="error") for engine in ENGINES]
+# At this weight the pull to the reference is many times the rest of the gradient.
+MASKED = [
+    build_case(engine, "full", safeguard, 2, "masked", mask_anchor=20.0)
+    for engine in ENGINES
+    for safeguard in ("output", "parameter")
+]
+MASKED += [
+    build_case("ddp", "started", "parameter", 2, "masked-error", mask_anchor=20.0, safeguard_anchor="error"),
+    build_case("ddp", "full", "parameter", 2, "masked-low", mask_anchor=20.0, safeguard_low_memory=True),
+]
 # Variants whose lambda may also be 0 or 1: a LoRA from zero, whose reference is the base under it, and settings that
 # must not change the step.
 OTHERS = [build_case("ddp", "fresh", "parameter", 2, "offloaded", offload_frozen_components=True)]
@@ -62,7 +73,7 @@ for name in ENGINES:
     ]
 
 
-@each([*build_grid(), *ANCHORED])
+@each([*build_grid(), *ANCHORED, *MASKED])
 def test_two_processes_take_the_step_of_the_walk_by_hand(found):
     assert found["logged"] == pytest.approx(found["lambdas"], abs=ROUNDING)
     assert all(0 < scale < 1 for scale in found["lambdas"])

@@ -1,4 +1,9 @@
-"""Settings of the losses with which no loss is saturated on residuals of order one."""
+"""Settings of the losses with which no loss is saturated on residuals of order one, and the safeguard of each."""
+
+from trl_diffusion_sdpo.losses import LOSSES
+
+# A loss that starts without lowering the winner's error takes no safeguard.
+SAFEGUARD = {name: "output" if spec.lowers_winner else "none" for name, spec in LOSSES.items()}
 
 BETA = 0.7
 SETTINGS = {

@@ -84,7 +84,8 @@ CASES = [
     ("capo", None, {}),
     ("sigmoid", None, {"margin_clamp": 0.05}),
     (["sigmoid", "sft"], [1.0, 0.3], {"margin_clamp": 0.05}),
-    *((name, None, {}) for name in LOSSES if name not in ("sft", "capo")),
+    (["apo_down", "sft"], [1.0, 0.4], {}),
+    *((name, None, {}) for name in LOSSES if name not in ("sft", "capo", "apo_down")),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from losses.settings import SAFEGUARD
 
 from trl_diffusion_sdpo.losses import LOSSES, diffusion_preference_loss
 
@@ -67,4 +68,5 @@ def test_each_loss_reports_the_metrics_that_have_a_meaning_for_it(loss_type: str
     if loss_type in ("ipo", "dmpo", "capo"):
         expected.add("safeguard/past_target")
     reference = REFERENCE if LOSSES[loss_type].needs_reference else None
-    assert set(metrics_of(MODEL, reference, loss_type=loss_type)) == expected
+    given = {"loss_type": loss_type, "safeguard": SAFEGUARD[loss_type]}
+    assert set(metrics_of(MODEL, reference, **given)) == expected

@@ -4,9 +4,17 @@ import math
 
 import pytest
 import torch
-from losses.settings import BETA, SETTINGS
+from losses.settings import BETA, SAFEGUARD, SETTINGS
 
-from trl_diffusion_sdpo.losses import LOSSES, PairTerms, check_loss_kwargs, diffusion_preference_loss, pair_terms
+from trl_diffusion_sdpo.losses import (
+    LOSSES,
+    LossSpec,
+    PairTerms,
+    check_loss_kwargs,
+    diffusion_preference_loss,
+    loss_spec,
+    pair_terms,
+)
 
 LOG3 = math.log(3)
 
@@ -85,7 +93,8 @@ def test_losses_of_a_batch_agree_with_a_second_implementation(loss_type: str, se
 def test_policy_equal_to_reference_has_margin_zero_exactly(loss_type, expected, dtype, seeded_pairs):
     model, target, _ = seeded_pairs()
     model, target = model.to(dtype), target.to(dtype)
-    out = diffusion_preference_loss(model, target, model, loss_type=loss_type, scores=MILD_SCORES)
+    given = {"loss_type": loss_type, "safeguard": SAFEGUARD[loss_type]}
+    out = diffusion_preference_loss(model, target, model, scores=MILD_SCORES, **given)
     assert out.metrics["rewards/margins"].item() == 0
     assert out.loss.item() == pytest.approx(expected, rel=1e-6)
 
@@ -96,9 +105,8 @@ def test_huge_logits_give_finite_losses_and_gradients(loss_type: str, sign: int)
     good, bad = torch.full((1, 4), 0.1), torch.full((1, 4), 9.0)
     model = torch.cat([good, bad] if sign > 0 else [bad, good]).requires_grad_()
     reference = torch.ones(2, 4)
-    out = diffusion_preference_loss(
-        model, torch.zeros(2, 4), reference, loss_type=loss_type, beta=1e6, scores=torch.tensor([1.0, 0.0])
-    )
+    given = {"loss_type": loss_type, "safeguard": SAFEGUARD[loss_type], "scores": torch.tensor([1.0, 0.0])}
+    out = diffusion_preference_loss(model, torch.zeros(2, 4), reference, beta=1e6, **given)
     out.loss.backward()
     assert out.loss.isfinite()
     assert model.grad.isfinite().all()
@@ -167,8 +175,9 @@ def test_smpo_relabels_pairs_that_the_scores_rank_the_other_way(seeded_pairs):
 
 def test_the_reference_and_the_target_are_constants(seeded_pairs):
     model, target, reference = (tensor.requires_grad_() for tensor in seeded_pairs())
-    for loss_type in LOSSES:
-        diffusion_preference_loss(model, target, reference, loss_type=loss_type, scores=MILD_SCORES).loss.backward()
+    for loss_type in SAFEGUARD:
+        given = {"loss_type": loss_type, "safeguard": SAFEGUARD[loss_type], "scores": MILD_SCORES}
+        diffusion_preference_loss(model, target, reference, **given).loss.backward()
     assert model.grad is not None
     assert target.grad is None and reference.grad is None
 
@@ -187,9 +196,10 @@ def test_timestep_weights_multiply_errors(seeded_pairs, losses_by_hand):
     weights = torch.tensor([0.25, 1.0, 4.0])
     root = weights.sqrt().repeat(2).view(-1, 1, 1)
     rows = (root * (model - target), torch.zeros_like(target), root * (reference - target))
-    for loss_type in LOSSES:
+    for loss_type in SAFEGUARD:
         kwargs = SETTINGS.get(loss_type, {})
         given = {"loss_type": loss_type, "beta": BETA, "scores": MILD_SCORES, **kwargs}
+        given["safeguard"] = SAFEGUARD[loss_type]
         out = diffusion_preference_loss(model, target, reference, timestep_weights=weights, **given)
         expected = losses_by_hand(loss_type, *rows, beta=BETA, loss_kwargs=kwargs, scores=MILD_SCORES)
         assert out.pair_losses.tolist() == pytest.approx(expected, rel=5e-6), loss_type
@@ -203,6 +213,38 @@ def test_pair_terms_are_float32_means_over_all_but_the_batch():
     assert terms.logit(2.0).tolist() == [-6.5]
     assert terms.winner_shift.tolist() == [[[0.0, 1.0], [2.0, 3.0]]]
     assert {terms.winner_error.dtype, terms.ref_loser_error.dtype, terms.winner_residual.dtype} == {torch.float32}
+
+
+def test_before_the_first_step_a_loss_lowers_the_winners_error_if_its_row_says_so(seeded_pairs):
+    model, target, _ = seeded_pairs()
+    for loss_type, spec in LOSSES.items():
+        leaf = model.clone().requires_grad_()
+        given = {"scores": MILD_SCORES, "beta": 1e-3, "safeguard": "none"}
+        diffusion_preference_loss(leaf, target, model, loss_type=loss_type, **given).loss.backward()
+        falls = float((leaf.grad * (model - target)).chunk(2)[0].sum())
+        assert (falls > 0) == spec.lowers_winner, loss_type
+
+
+def test_a_loss_that_does_not_lower_the_winners_error_takes_no_safeguard():
+    model, reference = torch.tensor(MODEL), torch.tensor(REFERENCE)
+    with pytest.raises(ValueError, match="apo_down.*safeguard='none'"):
+        diffusion_preference_loss(model, torch.zeros(2, 1), reference, loss_type="apo_down")
+    summed = diffusion_preference_loss(model, torch.zeros(2, 1), reference, loss_type=["apo_down", "sft"])
+    assert summed.loss.isfinite()
+
+
+def test_a_row_without_flags_gets_lambda_from_its_gradients(monkeypatch):
+    def unequal(terms):
+        return 3 * terms.winner_error - terms.loser_error
+
+    monkeypatch.setitem(LOSSES, "unequal", LossSpec(unequal))
+    # lambda = 3 |r_w|^2 / <r_w, r_l> = 3 / 6, half of it with mu 0.5, in a batch as in a pair
+    model = torch.tensor([[1.0], [6.0]], requires_grad=True)
+    for granularity in ("batch", "pair"):
+        given = {"loss_type": "unequal", "safeguard_mu": 0.5, "safeguard_granularity": granularity}
+        out = diffusion_preference_loss(model, torch.zeros(2, 1), torch.zeros(2, 1), **given)
+        assert float(out.scale) == 0.25
+    assert loss_spec("unequal").anchor == "error"
 
 
 def test_default_betas_are_the_published_ones_and_half_of_diffusion_dpos_for_capo():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from losses.settings import SAFEGUARD
 
 from trl_diffusion_sdpo.losses import LOSSES, diffusion_preference_loss, loss_spec, mean_error, pair_terms
 
@@ -26,6 +27,7 @@ def assert_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
 def test_every_loss_is_equal_to_the_bit_with_weights_and_scores_that_swap_pairs(loss_type, granularity, seeded_pairs):
     model, target, reference = seeded_pairs()
     settings = {"loss_type": loss_type, "beta": 2.0, "safeguard_granularity": granularity, "scores": SCORES}
+    settings["safeguard"] = SAFEGUARD[loss_type]
     settings["timestep_weights"] = torch.tensor([0.3, 1.7, 0.0])
     live = outcome(model, target, ref_pred=reference, **settings)
     assert_equal(outcome(model, target, ref_errors=mean_error(reference - target), **settings), live)

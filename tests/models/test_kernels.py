@@ -53,6 +53,19 @@ def test_compiled_blocks_walk_like_plain_ones_and_are_compiled_once_for_each_kin
     assert operations < more
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_said"),
+    [
+        ({}, True),  # with inductor, which fuses
+        ({"torch_compile_backend": "eager"}, False),
+        ({"loss_type": "sft"}, False),
+    ],
+)
+def test_a_compiler_that_may_round_policy_and_reference_apart_is_a_warning(make_trainer, caplog, settings, is_said):
+    make_trainer(torch_compile=True, **settings)
+    assert ("rewards/margins" in caplog.text) == is_said
+
+
 @pytest.fixture
 def native_attention():
     """The choice of an attention back end holds for the process."""

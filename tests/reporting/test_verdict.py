@@ -373,6 +373,10 @@ def test_few_pairs_are_evaluated_at_several_draws_of_noise(several_draws, make_t
         round(last["eval_errors/accuracy"] * 48)
     )
     assert all(f"eval_errors/winner_change_relative_stderr@{level}" in last for level in range(4))
+    encoded = []
+    trainer.family.pipeline.text_encoder.register_forward_hook(lambda *call: encoded.append(len(call[1][0])))
+    trainer.evaluate()
+    assert encoded == [4, 2]  # each pair once
 
 
 # ---- Written ---------------------------------------------------------------------------------------------------------

@@ -29,6 +29,22 @@ def image(value=0, size=(16, 16)):
         ({"label_smoothing_factor": 0.1}, "`loss_type='robust'`"),
         ({"bf16_full_eval": True}, "`bf16_full_eval=True`"),
         ({f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}, "`use_reentrant=True`"),
+        ({"loss_type": "apo_down"}, "`safeguard='output'`.*`safeguard='none'`"),
+        ({"loss_type": "apo_down", "safeguard": "parameter"}, "apo_down"),
+        ({"beta": "high"}, "`beta`.*'high'"),
+        ({"loser_noise_range": ["low", 1]}, "`loser_noise_range`.*'low'"),
+        ({"timesteps": [None]}, "`timesteps`.*None"),
+        (
+            {"weighting_scheme": "mode", "weighting_kwargs": {"logit_mean": 1.0}},
+            "`logit_mean`.*'mode'.*'logit_normal'",
+        ),
+        ({"timesteps": [1.0], "weighting_kwargs": {"mode_scale": 1.0}}, "`mode_scale`.*`timesteps`"),
+        ({"weighting_kwargs": {"logit_mean": True}}, "`logit_mean` of `weighting_kwargs`.*True"),
+        ({"weighting_kwargs": {"scheme": "mode"}}, "`weighting_kwargs`.*'scheme'"),
+        ({"weighting_kwargs": {"logit_mena": 0.0}}, "`weighting_kwargs`.*Did you mean `logit_mean`"),
+        ({"bucket_kwargs": {"step": 64.5}}, "`step` of `bucket_kwargs`.*64.5"),
+        ({"winner_budget_kwargs": {"pairs": 2.5}}, "`pairs` of `winner_budget_kwargs`.*2.5"),
+        ({"inversion_kwargs": {"steps": "many"}}, "`steps` of `inversion_kwargs`.*'many'"),
         ({"image_schemes": "memroy"}, "`image_schemes`.*Did you mean `memory`"),
     ],
 )
@@ -44,11 +60,51 @@ def test_settings_out_of_range_are_refused(make_args, settings, message):
         ({"safeguard": "none", "safeguard_mu": 0.5}, "`safeguard_mu` has no effect"),
         ({"loss_type": "sft", "safeguard_granularity": "pair"}, "`safeguard_granularity`"),
         ({"sample_steps": 5}, "`sample_steps` has no effect without `sample_prompts`"),
+        ({"ref_model_sync_steps": 64}, "`ref_model_sync_steps` has no effect without `sync_ref_model`"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.0]}, "'sft' has no effect"),
     ],
 )
 def test_settings_without_effect_are_said_to_have_none(make_args, settings, message):
     with pytest.warns(UserWarning, match=message):
         make_args(**settings)
+
+
+def test_weighting_kwargs_of_another_scheme_than_the_familys_are_refused(make_trainer):
+    with pytest.raises(ValueError, match="`logit_mean`.*'none'.*'logit_normal'"):
+        make_trainer(weighting_kwargs={"logit_mean": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("settings", "interval"),
+    [
+        ({"winner_budget": 0.1, "winner_budget_kwargs": {"steps": 2}}, "`winner_budget_kwargs`"),
+        ({"sync_ref_model": True, "ref_model_sync_steps": 3}, "`ref_model_sync_steps`"),
+        ({"on_winner_rise": "stop", "eval_strategy": "steps", "eval_steps": 2}, "`eval_steps`"),
+    ],
+)
+@pytest.mark.parametrize("max_steps", [2, 4])
+def test_what_acts_only_after_the_last_step_is_said_to_have_no_effect(
+    make_trainer, make_pairs, caplog, settings, interval, max_steps
+):
+    make_trainer(**settings, max_steps=max_steps, eval_dataset=make_pairs(2)).train()
+    said = [record.message for record in caplog.records if "has no effect" in record.message]
+    assert [interval in message and "2 steps" in message for message in said] == ([True] if max_steps == 2 else [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_far"),
+    [
+        ({"beta": 0.1}, True),  # the default is 5000
+        ({"beta": 50.0}, False),
+        ({"beta": 1e6}, True),
+        ({"loss_type": "mapo", "beta": 0.1}, False),
+        ({"loss_type": "dspo", "beta": 5000.0}, True),
+        ({"loss_type": ["sigmoid", "mapo"], "beta": 0.1}, False),
+    ],
+)
+def test_a_beta_far_from_its_default_is_a_warning(make_trainer, caplog, settings, is_far):
+    make_trainer(**settings)
+    assert (f"`beta={settings['beta']:g}` is more than" in caplog.text) == is_far
 
 
 def test_wrong_columns_are_named_with_those_that_are_accepted(make_trainer):
@@ -92,6 +148,24 @@ def test_a_text_encoder_with_an_adapter_to_train_is_refused_and_a_frozen_one_is_
         make_trainer(sd_pipeline)
     sd_pipeline.text_encoder.requires_grad_(False)
     make_trainer(sd_pipeline)
+
+
+@pytest.mark.parametrize("safeguard", ["output", "parameter"])
+def test_a_run_whose_first_gradient_is_exactly_zero_says_so(make_trainer, make_pairs, caplog, safeguard):
+    """Between equal scores, `smpo` prefers neither image."""
+    data = make_pairs(4).map(lambda row: {"chosen_score": 1.0})
+    make_trainer(train=data, loss_type="smpo", safeguard=safeguard, logging_steps=2, max_steps=3).train()
+    said = [record.message for record in caplog.records if "exactly 0" in record.message]
+    assert len(said) == 1 and "smpo" in said[0] and safeguard in said[0]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"peft_config": LoraConfig(r=4)}, {"loss_type": "apo_down", "safeguard": "none"}]
+)
+def test_a_run_whose_gradient_is_not_zero_does_not(make_trainer, caplog, settings):
+    """B of a new LoRA is 0, and the winner's part of `apo_down` is 0 before the first step."""
+    make_trainer(**settings, max_steps=1).train()
+    assert "exactly 0" not in caplog.text
 
 
 def test_a_second_lora_on_top_of_one_is_refused(make_trainer, sd_pipeline):

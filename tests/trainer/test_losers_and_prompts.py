@@ -92,8 +92,9 @@ def test_two_prompts_that_depend_on_each_other_are_not_encoded_alone(
 ):
     cache = {"precompute_latents": True, "precompute_dir": str(tmp_path)}
     sizes = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
-    with pytest.raises(ValueError, match="`precompute_latents=False`"):
+    with pytest.raises(ValueError, match="`precompute_latents=False`") as refused:
         make_trainer(family_folder("cogview4"), train=two_prompts(make_pairs(2)), **cache, **sizes)
+    assert "per_device_train_batch_size" not in str(refused.value)  # which is 1 already
 
 
 # ---- Permuted losers ----------------------------------------------------------------------------------------------

@@ -1,13 +1,17 @@
 """Masks: regions follow their images, errors count within them, and a mask of ones changes nothing."""
 
+import copy
+
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from step.walks import ALPHAS, SGD, assert_same_step, batches_of, moved, trained_step
 
+from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.data import PairMixture, PairOptions, PairTransform, prepare_dataset
-from trl_diffusion_sdpo.step.pair_forward import region_of
+from trl_diffusion_sdpo.losses import mask_anchor, region_factors
 
 
 def masked_rows(count=8, size=(16, 24), mask=None, **columns):
@@ -92,7 +96,7 @@ def test_factors_are_those_of_a_mean_within_the_dilated_mask():
     masks = torch.zeros(2, 1, 16, 16, dtype=torch.uint8)
     masks[0, 0, 4, 4] = 1  # one pixel: its latent at (2, 2) and the eight around it
     masks[1] = 1
-    factors = region_of(masks, torch.zeros(2, 4, 8, 8))
+    factors = region_factors(masks, torch.zeros(2, 4, 8, 8))
     inside = torch.zeros(8, 8)
     inside[1:4, 1:4] = 1
     assert torch.equal(factors[0, 0] > 0, inside > 0)
@@ -100,7 +104,7 @@ def test_factors_are_those_of_a_mean_within_the_dilated_mask():
     residual = torch.randn(2, 4, 8, 8)
     expected = (residual[0].double().square() * inside).sum() / (4 * inside.sum())
     assert float((residual * factors)[0].double().square().mean()) == pytest.approx(float(expected), rel=1e-6)
-    assert not region_of(torch.zeros_like(masks), residual).any()
+    assert not region_factors(torch.zeros_like(masks), residual).any()
 
 
 def step_of(trainer, batch):
@@ -143,18 +147,112 @@ def test_losses_and_scale_count_the_region_only(make_trainer):
     assert gradient[(inside > 0).expand_as(gradient)].any()
 
 
-def test_the_anchor_pulls_to_the_reference_outside_only(make_trainer):
-    corner = np.zeros((16, 24), dtype=np.uint8)
-    corner[:8, :8] = 255
-    trainer = make_trainer(train=masked_rows(mask=Image.fromarray(corner)), beta=50.0, mask_anchor=3.0)
-    predictions = trainer.pair_forward.predict_pairs(trainer.model, next(iter(trainer.get_train_dataloader())))
-    with torch.no_grad():
-        predictions.policy.add_(0.5)
-    outputs = trainer.pair_forward.loss(predictions)
-    outside = (predictions.batch.region == 0).expand_as(predictions.policy)
-    plain = outputs.pair_losses.mean()
-    distance = (predictions.policy - predictions.reference)[outside].square().mean()
-    assert float(outputs.loss.detach()) == pytest.approx(float((plain + 3 * distance).detach()), rel=1e-5)
+# ---- The anchor: the pull to the reference outside of the masks -----------------------------------------------------
+
+
+def test_the_anchor_is_the_mean_over_pairs_of_the_mean_distance_outside_of_each_mask():
+    region = torch.zeros(4, 1, 2, 2)
+    region[0, 0, 0, 0] = 2.0  # winner of pair 0: three positions outside
+    region[1] = 1.0  # winner of pair 1: none outside
+    region[2, 0, 0] = 2**0.5  # loser of pair 0: two outside; the loser of pair 1 has four
+    reference = torch.zeros(4, 2, 2, 2)
+    policy = torch.stack([torch.full((2, 2, 2), float(size)) for size in (1, 2, 3, 4)])
+    policy[0, :, 0, 0] = 50.0  # within the mask
+    policy[0, 0, 1, 1] = 7.0
+    policy.requires_grad_()
+    # Winner 0: (5 * 1 + 49) / 6 = 9; winner 1: 0; losers: 9 and 16. Pairs: (9 + 9) / 2 and (0 + 16) / 2.
+    term, distance = mask_anchor(policy, reference, region)
+    assert float(term.detach()) == (9 + 8) / 2 and float(distance) == (9 + 0 + 9 + 16) / 4
+    term.backward()
+    assert float(policy.grad[0, 0, 1, 1]) == pytest.approx(2 * 7 / 6 / 4)  # each image has a quarter of the mean
+    assert not policy.grad[0, :, 0, 0].any() and not policy.grad[1].any()
+    weights = {"pair_weights": torch.tensor([2.0, 0.5]), "timestep_weights": torch.tensor([0.5, 3.0])}
+    weighted, distance = mask_anchor(policy, reference, region, **weights)
+    assert float(weighted.detach()) == (9 * 1 + 8 * 1.5) / 2 and float(distance) == 34 / 4
+
+
+def rows_with_masks_of_all_sizes():
+    """Eight pairs whose masks cover between two of 24 columns and the whole image."""
+    rows = masked_rows()
+    for row, width in zip(rows, (24, 4, 2, 12, 6, 8, 10, 16), strict=True):
+        row["mask"] = Image.new("L", (24, 16))
+        row["mask"].paste(255, (0, 0, width, 16))
+    return rows
+
+
+def anchor_by_hand(trainer, pair_weights) -> torch.Tensor:
+    """The gradient of the anchor in float64, over the micro-batches of a step. Only latents, noise and the positions
+    within the masks come from the package."""
+    unet = copy.deepcopy(trainer.denoiser).double().train()
+    weights, total = list(unet.parameters()), 0.0
+    for inputs in batches_of(trainer):
+        batch = trainer.pair_forward.noisy_batch(inputs)
+        at = batch.noisy.double(), batch.timesteps, batch.conditioning["prompt_embeds"].double()
+        with torch.no_grad(), trainer.reference.active(trainer.model) as reference:
+            expected = copy.deepcopy(reference).double()(*at).sample
+        outside = (batch.region == 0).double()
+        squares = ((unet(*at).sample - expected).square() * outside).sum((1, 2, 3))
+        pairs = (squares / (4 * outside.sum((1, 2, 3))).clamp(min=1)).view(2, -1).mean(0)
+        ratio = ALPHAS[batch.timesteps.chunk(2)[0]] / (1 - ALPHAS[batch.timesteps.chunk(2)[0]])
+        pairs = pairs * ratio.clamp(max=5) / ratio  # min-SNR at gamma 5, https://huggingface.co/papers/2303.09556
+        total = total + (pairs * pair_weights[inputs["rows"]]).mean() / trainer.args.gradient_accumulation_steps
+    return torch.cat([part.flatten() for part in torch.autograd.grad(total, weights)])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("safeguard", ["output", "parameter"])
+def test_the_anchor_trains_whole_beside_the_safeguard(make_trainer, sd_folder, safeguard, batch_size):
+    """Whatever its weight, lambda is the lambda without it, and its gradient arrives whole at winners and losers,
+    however four pairs are divided into micro-batches."""
+    pair_weights = torch.tensor([0.5, 2.0, 0.25, 1.5, 1.0, 0.75, 3.0, 1.0], dtype=torch.float64)
+
+    def trainer_with(weight: float):
+        trainer = make_trainer(
+            moved(sd_folder),
+            sd_folder,
+            train=rows_with_masks_of_all_sizes(),
+            mask_anchor=weight,
+            safeguard=safeguard,
+            safeguard_mu=0.9,
+            beta=50.0,
+            snr_gamma=5.0,
+            random_crop=False,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=4 // batch_size,
+            max_steps=1,
+            **SGD,
+        )
+        collate = trainer.data_collator
+
+        def weighted(items):
+            batch = collate(items)
+            return {**batch, "pair_weights": pair_weights[batch["rows"]].float()}
+
+        trainer.data_collator = weighted
+        return trainer
+
+    log, plain = trained_step(trainer_with(0.0))
+    assert 0 < log["safeguard/scale"] < 1  # otherwise the test would not see lambda
+    gradient = anchor_by_hand(trainer_with(1.0), pair_weights)
+    for weight in (3.0, 200.0):
+        anchored, move = trained_step(trainer_with(weight))
+        assert anchored["safeguard/scale"] == log["safeguard/scale"]
+        assert_same_step(move - plain, -1e-2 * weight * gradient)
+
+
+class HalvedLoss(DiffusionSDPOTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs) / 2
+
+
+@pytest.mark.parametrize("safeguard", ["output", "parameter"])
+def test_half_of_an_overridden_loss_has_half_of_the_anchor(sd_folder, make_args, safeguard):
+    moves = []
+    for trainer_class in (DiffusionSDPOTrainer, HalvedLoss):
+        settings = {"safeguard": safeguard, "beta": 50.0, "mask_anchor": 200.0, "max_steps": 1, **SGD}
+        args, rows = make_args(**settings), rows_with_masks_of_all_sizes()
+        moves.append(trained_step(trainer_class(moved(sd_folder), sd_folder, args, rows))[1])
+    assert (moves[1] - moves[0] / 2).norm() <= 1e-5 * moves[0].norm()
 
 
 def test_encoded_pairs_have_the_masks_of_their_flips(make_trainer):

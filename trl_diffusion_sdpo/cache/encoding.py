@@ -126,8 +126,8 @@ class PairEncoding:
                 f"`precompute_latents=True` needs data whose rows can be read again, and the {name} data are a stream. "
                 "Load the data without `streaming=True`, or set `precompute_latents=False`."
             )
-        prompts = self._settings.largest_batch * (2 if dataset.has_loser_prompts else 1)
-        check_prompt_padding("precompute_latents", self._frozen.family, prompts)
+        prompts = 2 if dataset.has_loser_prompts else 1
+        check_prompt_padding("precompute_latents", self._frozen.family, self._settings.largest_batch, prompts)
         cache = self._cache_of(dataset, name)
         missing = self._peers.gather_results(cache.missing)  # a complete cache may be read-only, so do not lock it
         if any(len(rows) for of_process in missing for rows in of_process):
@@ -313,16 +313,21 @@ class PairEncoding:
             )
 
 
-def check_prompt_padding(setting: str, family: Family, largest_batch: int) -> None:
+def check_prompt_padding(setting: str, family: Family, largest_batch: int, prompts_of_a_pair: int = 1) -> None:
     """Raise `ValueError` if a prompt's encoding depends on the other prompts of its batch, because `setting` encodes
     prompts in other batches than training does."""
     depends = {"start"} if setting == "precompute_latents" else {"start", "end, shifting the image"}
-    if family.prompt_padding in depends and largest_batch > 1:
+    if family.prompt_padding in depends and largest_batch * prompts_of_a_pair > 1:
+        advice = (
+            "Use batches of one pair (`per_device_train_batch_size=1`, `per_device_eval_batch_size=1`) with "
+            "`gradient_accumulation_steps`, or set"
+        )
+        if prompts_of_a_pair > 1:
+            advice = f"Each pair has {prompts_of_a_pair} prompts, so even a batch of one pair depends on both. Set"
         raise ValueError(
             f"`{setting}=True` encodes prompts in other batches than training, and {family.name} pads prompts so that "
-            f"a prediction depends on the longest prompt of its batch. The largest batch size is {largest_batch}. Use "
-            "batches of one pair (`per_device_train_batch_size=1`, `per_device_eval_batch_size=1`) with "
-            f"`gradient_accumulation_steps`, or set `{setting}=False`."
+            f"a prediction depends on the longest prompt of its batch. The largest batch size is {largest_batch}. "
+            f"{advice} `{setting}=False`."
         )
 
 

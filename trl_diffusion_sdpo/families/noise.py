@@ -96,6 +96,12 @@ def _mode(sampling: TimestepSampling, share: torch.Tensor) -> torch.Tensor:
     return share - sampling.mode_scale * (torch.sin(torch.pi / 2 * share).square() - share)
 
 
+# Names of the constants that each scheme uses.
+CONSTANTS: dict[WeightingScheme, tuple[str, ...]] = {
+    "none": (),
+    "logit_normal": ("logit_mean", "logit_std"),
+    "mode": ("mode_scale",),
+}
 DENSITIES: dict[WeightingScheme, Callable[[TimestepSampling, torch.Tensor], torch.Tensor]] = {
     "none": lambda sampling, share: share,
     "logit_normal": _logit_normal,

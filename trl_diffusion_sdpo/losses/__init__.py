@@ -9,6 +9,7 @@ from .diffusion_preference import (
     order_by_scores,
 )
 from .guidance import guidance_shift, shifted
+from .masks import mask_anchor, mask_metrics, region_factors, within
 from .noise_bins import noise_bin_changes, noise_bin_of, noise_range_weights
 from .pair_weights import WEIGHT_FUNCTIONS, calibrated_scores, score_gaps, with_mean_one
 from .preference import (
@@ -52,6 +53,8 @@ __all__ = [
     "lora_scaling",
     "loss_spec",
     "loss_weights_by_name",
+    "mask_anchor",
+    "mask_metrics",
     "mean_error",
     "noise_bin_changes",
     "noise_bin_of",
@@ -60,10 +63,12 @@ __all__ = [
     "output_scale",
     "pair_terms",
     "parameter_scale",
+    "region_factors",
     "register_loss",
     "score_gaps",
     "shifted",
     "standard_error",
     "winner_error_gradient",
     "with_mean_one",
+    "within",
 ]

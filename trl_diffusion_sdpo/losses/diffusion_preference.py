@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
-from .preference import LossSpec, PairTerms, check_loss_kwargs, loss_spec, pair_terms, per_sample
+from .preference import LossSpec, PairTerms, check_loss_kwargs, loss_spec, pair_mean, pair_terms, per_sample
 from .safeguard import GRANULARITIES, Granularity, output_cosine, output_scale, scale_gradient
 
 Safeguard = Literal["none", "output", "parameter"]
@@ -121,7 +121,8 @@ def diffusion_preference_loss(
     """
     spec = loss_spec(loss_type, loss_weights, margin_clamp)
     check_loss_kwargs(loss_type, beta, loss_kwargs)
-    _check_output_space(safeguard, safeguard_mu, safeguard_granularity, safeguard_eps, noise_bins)
+    check_safeguard(safeguard, safeguard_mu, safeguard_granularity, safeguard_eps, spec, loss_type)
+    _check_output_space(safeguard, safeguard_granularity, noise_bins)
     _check_predictions(model_pred, target, ref_pred, ref_errors)
     _check_needs(repr(loss_type), spec, beta, ref_pred, ref_errors, scores, rows=len(model_pred))
     _check_weights(len(model_pred) // 2, pair_weights, timestep_weights, loser_weights, noise_bins)
@@ -143,7 +144,7 @@ def diffusion_preference_loss(
     def losses_of(terms: PairTerms) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of each pair, `(B,)`, and their weighted mean."""
         losses = spec.pair_losses(terms, beta=beta, **loss_kwargs)
-        return losses, (losses if pair_weights is None else losses * pair_weights.to(losses)).mean()
+        return losses, pair_mean(losses, pair_weights)
 
     # Compute lambda at the predictions, from residuals if the loss gradients of winners and losers are proportional to
     # their residuals. Otherwise compute the loss gradients in a graph that starts at the predictions.
@@ -270,10 +271,18 @@ def _plain(errors: torch.Tensor, terms: PairTerms) -> torch.Tensor:
 # ---- Checks ---------------------------------------------------------------------------------------------------------
 
 
-def check_safeguard(safeguard: str, mu: float, granularity: str, eps: float) -> None:
-    """Raise `ValueError` if a setting of the safeguard is out of range."""
+def check_safeguard(
+    safeguard: str, mu: float, granularity: str, eps: float, spec: LossSpec, loss_type: str | Sequence[str]
+) -> None:
+    """Raise `ValueError` if a setting of the safeguard is out of range, or if no safeguard fits the loss."""
     if safeguard not in SAFEGUARDS:
         raise ValueError(f"`safeguard` must be one of {', '.join(SAFEGUARDS)}; got {safeguard!r}.")
+    if safeguard != "none" and not spec.lowers_winner:
+        raise ValueError(
+            f"A safeguard needs a loss that lowers the winner's error, and the loss {loss_type!r} raises it. With "
+            f"`safeguard={safeguard!r}`, lambda would be 0 from the first step on, and nothing would train. Set "
+            "`safeguard='none'`, or add a loss that lowers the winner's error, such as `sft`."
+        )
     if not 0 <= mu <= 1:
         raise ValueError(f"`safeguard_mu` must be in [0, 1], got {mu}. Use 0 for the loosest safeguard.")
     if granularity not in GRANULARITIES:
@@ -282,10 +291,7 @@ def check_safeguard(safeguard: str, mu: float, granularity: str, eps: float) -> 
         raise ValueError(f"`safeguard_eps` must be at least 0, got {eps}. Use 0, or 1e-9 as in the authors' code.")
 
 
-def _check_output_space(
-    safeguard: str, mu: float, granularity: str, eps: float, noise_bins: torch.Tensor | None
-) -> None:
-    check_safeguard(safeguard, mu, granularity, eps)
+def _check_output_space(safeguard: str, granularity: str, noise_bins: torch.Tensor | None) -> None:
     if safeguard == "parameter":
         raise ValueError(
             "`safeguard='parameter'` needs the gradients of the model's weights. `diffusion_preference_loss` takes "

@@ -125,13 +125,13 @@ def pair_terms(
     residual = model_pred.float() - target
     reference = None if ref_pred is None else ref_pred.float().detach()
     weights = None if timestep_weights is None else timestep_weights.to(residual)
-    winner_error, loser_error = _weighted(mean_error(residual), weights)
+    winner_error, loser_error = weighted_errors(mean_error(residual), weights)
     ref_winner_error = ref_loser_error = winner_shift = None
     if reference is not None:
         ref_errors = mean_error(reference - target)
         winner_shift = _root_weighted((model_pred.float() - reference).chunk(2)[0], weights)
     if ref_errors is not None:
-        ref_winner_error, ref_loser_error = _weighted(ref_errors.to(residual).detach(), weights)
+        ref_winner_error, ref_loser_error = weighted_errors(ref_errors.to(residual).detach(), weights)
     return PairTerms(
         winner_error=winner_error,
         loser_error=loser_error,
@@ -144,11 +144,16 @@ def pair_terms(
     )
 
 
-def _weighted(errors: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def weighted_errors(errors: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Split errors `(2B,)` into winners' and losers' errors, each `(B,)`, and multiply both by the pairs'
-    timestep weights."""
+    timestep weights `(B,)`."""
     winner, loser = errors.chunk(2)
-    return (winner, loser) if weights is None else (winner * weights, loser * weights)
+    return (winner, loser) if weights is None else (winner * weights.to(winner), loser * weights.to(loser))
+
+
+def pair_mean(values: torch.Tensor, pair_weights: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean over pairs of values `(B,)`, each multiplied by its pair's weight first."""
+    return (values if pair_weights is None else values * pair_weights.to(values)).mean()
 
 
 def _root_weighted(tensor: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
@@ -349,8 +354,9 @@ def apo_down_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     """Return the APO-down loss of each pair, `sigmoid(r_w) + sigmoid(-u)`, `(B,)`.
 
     `u` is the logit and `r_w = -(beta / 2) winner_change` is the winner's reward. APO-down raises the winner's error,
-    and raises the loser's error more. Use APO-down if the model generates better images than the winners. The safeguard
-    does not prevent the rise of the winner's error, because the safeguard scales only the loser's gradient.
+    and raises the loser's error more. Use APO-down if the model generates better images than the winners. APO-down
+    trains only without a safeguard, or in a sum: at the first step, the winner's part of the gradient is exactly 0, so
+    a safeguard would remove the loser's part, and the second step would be the first again.
 
     Source: https://huggingface.co/papers/2408.06266, equation 8.
     """
@@ -379,6 +385,9 @@ def _exponential_decay(error: torch.Tensor, scale: float) -> torch.Tensor:
 class LossSpec:
     """A loss function and its properties. The table [`LOSSES`] has one `LossSpec` per loss.
 
+    The defaults are right for a loss of which nothing is known: lambda is then computed from the gradients of the loss,
+    and protects the winners' mean error. A row of the table marks what its loss does without.
+
     Args:
         function (`Callable`): Function that takes [`PairTerms`] and, as keyword arguments, settings, and returns the
             loss of each pair, `(B,)`.
@@ -388,6 +397,9 @@ class LossSpec:
         uses_loser (`bool`): Whether the loss reads the loser's error. The safeguard has no effect on a loss that does
             not read the loser's error.
         needs_scores (`bool`): Whether the loss reads reward scores.
+        lowers_winner (`bool`): Whether, before the first step, the winner's part of the gradient lowers the winner's
+            error. If `False`, lambda would be 0 from the first step on, so such a loss trains only without a safeguard,
+            or in a sum with another loss.
         equal_weights (`bool`): Whether the derivatives of a pair's loss by the winner's and by the loser's error have
             equal absolute values, or the safeguard's authors assume equal absolute values for this loss. If `True`, the
             safeguard computes lambda for a batch or a noise bin from residuals alone.
@@ -418,10 +430,11 @@ class LossSpec:
     reads_reference_prediction: bool = False
     uses_loser: bool = True
     needs_scores: bool = False
-    equal_weights: bool = True
-    positive_weights: bool = True
+    lowers_winner: bool = True
+    equal_weights: bool = False
+    positive_weights: bool = False
     target_logit: Callable[..., float | torch.Tensor] | None = None
-    anchor: Anchor = "branch"
+    anchor: Anchor = "error"
     default_beta: float = 5000.0
     reads_logit_only: bool = False
     beta_scales_logit: bool = False
@@ -486,10 +499,10 @@ LossType = Literal[
     "capo", "apo_zero", "apo_down",
 ]
 # fmt: on
-_LOGISTIC: dict[str, Any] = {"reads_logit_only": True, "beta_scales_logit": True}
-_TARGETED: dict[str, Any] = {"reads_logit_only": True, "positive_weights": False, "anchor": "error"}
-_DSPO: dict[str, Any] = {"reads_reference_prediction": True, "positive_weights": False, "anchor": "error"}
-_UNEQUAL: dict[str, Any] = {"equal_weights": False, "positive_weights": False}
+_POSITIVE: dict[str, Any] = {"equal_weights": True, "positive_weights": True, "anchor": "branch"}
+_LOGISTIC: dict[str, Any] = {"reads_logit_only": True, "beta_scales_logit": True, **_POSITIVE}
+_TARGETED: dict[str, Any] = {"reads_logit_only": True, "equal_weights": True}
+_DSPO: dict[str, Any] = {"reads_reference_prediction": True, "equal_weights": True}
 LOSSES: dict[str, LossSpec] = {
     "sigmoid": LossSpec(sigmoid_loss, **_LOGISTIC),
     "hinge": LossSpec(hinge_loss, **_LOGISTIC),
@@ -500,11 +513,11 @@ LOSSES: dict[str, LossSpec] = {
     "dmpo": LossSpec(
         dmpo_loss, target_logit=_dmpo_target_logit, default_beta=2000.0, beta_scales_logit=True, **_TARGETED
     ),
-    "sft": LossSpec(sft_loss, needs_reference=False, uses_loser=False),
-    "mapo": LossSpec(mapo_loss, needs_reference=False, default_beta=0.1, **_UNEQUAL),
-    "simpo": LossSpec(simpo_loss, needs_reference=False, beta_scales_logit=True),
-    "dpop": LossSpec(dpop_loss, beta_scales_logit=True, **_UNEQUAL),
-    "linear": LossSpec(linear_loss, default_beta=100.0),
+    "sft": LossSpec(sft_loss, needs_reference=False, uses_loser=False, **_POSITIVE),
+    "mapo": LossSpec(mapo_loss, needs_reference=False, default_beta=0.1, anchor="branch"),
+    "simpo": LossSpec(simpo_loss, needs_reference=False, beta_scales_logit=True, **_POSITIVE),
+    "dpop": LossSpec(dpop_loss, beta_scales_logit=True, anchor="branch"),
+    "linear": LossSpec(linear_loss, default_beta=100.0, **_POSITIVE),
     "smpo": LossSpec(smpo_loss, needs_scores=True, **_LOGISTIC),
     "capo": LossSpec(
         capo_loss,
@@ -513,8 +526,8 @@ LOSSES: dict[str, LossSpec] = {
         default_beta=2500.0,
         **_TARGETED,
     ),
-    "apo_zero": LossSpec(apo_zero_loss, **_UNEQUAL),
-    "apo_down": LossSpec(apo_down_loss, anchor="error", **_UNEQUAL),
+    "apo_zero": LossSpec(apo_zero_loss, anchor="branch"),
+    "apo_down": LossSpec(apo_down_loss, lowers_winner=False),
 }
 
 _Range = tuple[str, Callable[[float], bool]]  # description of a range, and a function that tests a number
@@ -627,13 +640,14 @@ def check_loss_kwargs(
 
     If `beta` is a tensor, its value is not checked, because reading the value would wait for the device.
     """
-    spec = loss_spec(loss_type)
-    if spec.uses_beta and beta is not None and not isinstance(beta, torch.Tensor):
+    rows = [LOSSES[name] for name in loss_weights_by_name(loss_type)]
+    if any(row.uses_beta for row in rows) and beta is not None and not isinstance(beta, torch.Tensor):
         if not (beta > 0 and math.isfinite(beta)):
             raise ValueError(f"`beta` must be a finite number greater than 0. Got {beta}. Diffusion-DPO uses 5000.")
+    settings = [name for row in rows for name in row.loss_kwargs]
     for name, value in loss_kwargs.items():
-        if name not in spec.loss_kwargs:
-            accepted = ", ".join(spec.loss_kwargs) or "none"
+        if name not in settings:
+            accepted = ", ".join(settings) or "none"
             raise ValueError(
                 f"`{name}` is not a setting of the loss {loss_type!r}. Settings of this loss: {accepted}. Remove "
                 f"`{name}`."
@@ -685,6 +699,7 @@ def _sum_spec(weights: dict[str, float]) -> LossSpec:
         reads_reference_prediction=any(row.reads_reference_prediction for row in rows),
         uses_loser=any(row.uses_loser for row in rows),
         needs_scores=any(row.needs_scores for row in rows),
+        lowers_winner=any(row.lowers_winner for row in rows),
         equal_weights=equal,
         positive_weights=equal and all(row.positive_weights for row in rows),
         target_logit=target_logit if targets else None,
@@ -732,5 +747,4 @@ def register_loss(name: str, function: Callable[..., torch.Tensor], **facts: Any
             "keyword-only arguments. "
             f"Got the arguments {inspect.signature(function)}. Define the loss as `def {name}(terms, *, beta)`."
         )
-    safe = {"equal_weights": False, "positive_weights": False, "anchor": "error"}
-    LOSSES[name] = LossSpec(function, **{**safe, **facts})
+    LOSSES[name] = LossSpec(function, **facts)

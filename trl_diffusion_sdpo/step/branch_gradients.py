@@ -5,6 +5,9 @@ the backward pass of a branch starts from the scalar `(prediction * gradient of 
 gradients of each branch are summed over the micro-batches of an optimizer step. The sums are called W (winners) and L
 (losers). After the last micro-batch, the safeguard computes lambda, its factor of L, from the inner products of W and
 L. The back end gets the gradient `W - lambda L`. The Trainer or the engine clips this gradient and steps the optimizer.
+
+The gradient of `mask_anchor` belongs to neither branch. It is summed apart from W and L, and added whole after lambda
+was computed.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from ..engines.gradient_backends import GradientBackend
 from ..engines.gradients import Gradient, inner_products, subtract_scaled
 from ..losses import Anchor, parameter_scale
 
-WINNER, LOSER, ANCHOR = "winner", "loser", "anchor"
+WINNER, LOSER, ANCHOR, OUTSIDE = "winner", "loser", "anchor", "mask anchor"
 
 
 class BranchGradients:
@@ -37,7 +40,7 @@ class BranchGradients:
 
     def backward(self, branch: str, objective: torch.Tensor, *, retain_graph: bool = False) -> None:
         """Run a backward pass from `objective`, and add the gradient to the accumulated gradient of `branch`
-        (`"winner"`, `"loser"` or `"anchor"`). See [`GradientBackend.backward`].
+        (`"winner"`, `"loser"`, `"anchor"` or `"mask anchor"`). See [`GradientBackend.backward`].
 
         The losers' objective must have the opposite sign of the losers' term in the loss, so that the gradient of the
         loss is the winners' gradient minus the losers' gradient.
@@ -47,7 +50,7 @@ class BranchGradients:
 
     @torch.no_grad()
     def combine(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Set `W - lambda L` as the gradient with which the optimizer steps.
+        """Set `W - lambda L`, plus the gradient of `mask_anchor`, as the gradient with which the optimizer steps.
 
         Returns:
             `tuple` of two values:
@@ -66,12 +69,15 @@ class BranchGradients:
                     "gradient. Check that the denoiser uses its trained weights."
                 )
             gradients[name] = self.backend.all_reduced(gradient)
-        ordered = [gradients[name] for name in (WINNER, LOSER, ANCHOR) if name in gradients]
+        ordered = [gradients[name] for name in (WINNER, LOSER, ANCHOR, OUTSIDE) if name in gradients]
         products = self.backend.sum_over_shards(inner_products(ordered))
-        scale, metrics = parameter_scale(products, self.mu, anchor=self.anchor)
+        branches = len(ordered) - (OUTSIDE in gradients)
+        scale, metrics = parameter_scale(products[:branches, :branches], self.mu, anchor=self.anchor)
         finite = products.isfinite().all()
         # If the gradient of any branch is not finite, set the combined gradient to NaN, so that the gradient scaler
         # skips the step.
         subtract_scaled(ordered[0], ordered[1], torch.where(finite, scale, torch.nan))
+        if OUTSIDE in gradients:
+            subtract_scaled(ordered[0], ordered[-1], -torch.ones_like(scale))
         self.backend.set_gradient(ordered[0])
         return {name: torch.where(finite, value, 0) for name, value in metrics.items()}, finite

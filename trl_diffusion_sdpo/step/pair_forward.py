@@ -27,9 +27,13 @@ from ..losses import (
     Safeguard,
     diffusion_preference_loss,
     loss_spec,
+    mask_anchor,
+    mask_metrics,
     mean_error,
     noise_bin_of,
     noise_range_weights,
+    region_factors,
+    within,
 )
 from ..models.ema import EMAWeights
 from ..models.frozen_components import FrozenComponents
@@ -73,7 +77,8 @@ class NoisyBatch:
             `(2B, ...)`. Some of these tensors may be on the CPU.
         noise_levels (`torch.Tensor` of shape `(2B,)`): Noise levels of the timesteps, in `[0, 1]`.
         region (`torch.Tensor` of shape `(2B, 1, h, w)`, *optional*): Factors that multiply the residuals, so that only
-            residuals within the masks enter the error; see [`region_of`]. `None` if the pairs have no masks.
+            residuals within the masks enter the error; see [`~trl_diffusion_sdpo.losses.region_factors`]. `None` if
+            the pairs have no masks.
     """
 
     noisy: torch.Tensor
@@ -90,14 +95,10 @@ class NoisyBatch:
         region = None if self.region is None else self.region[index]
         return NoisyBatch(noisy, target, timesteps, conditioning, self.noise_levels[index], region)
 
-    def within(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Multiply a tensor `(2B, ...)` by `region`. Return the tensor unchanged if the pairs have no masks."""
-        return tensor if self.region is None else tensor * self.region
-
     def residual(self, prediction: torch.Tensor) -> torch.Tensor:
         """Return `prediction - target`, `(2B, ...)` in float32, multiplied by `region` if the pairs have masks. The
         mean square of an image's residual is the image's error."""
-        return self.within(prediction.float() - self.target.float())
+        return within(prediction.float() - self.target.float(), self.region)
 
     def halves(self) -> tuple[NoisyBatch, NoisyBatch]:
         """Return two batches of B rows each: the winners and the losers."""
@@ -119,6 +120,9 @@ class PairPredictions:
             before training. If set, `reference_errors` are used instead of `reference`.
         pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Weights of the pairs' losses.
         beta (`torch.Tensor` of shape `()`, *optional*): Beta to use instead of the beta in the settings.
+        anchored (`torch.Tensor` of shape `(2B, ...)`, *optional*): The policy's predictions once more, as a leaf of
+            their own, from which `mask_anchor` is computed, so that its gradient stays apart from the loss's. If
+            `None`, `policy` is used.
     """
 
     batch: NoisyBatch
@@ -128,6 +132,7 @@ class PairPredictions:
     reference_errors: torch.Tensor | None = None
     pair_weights: torch.Tensor | None = None
     beta: torch.Tensor | None = None
+    anchored: torch.Tensor | None = None
 
     @property
     def has_reference(self) -> bool:
@@ -155,8 +160,7 @@ class LossSettings:
         snr_gamma, timestep_weighting: Arguments of [`~trl_diffusion_sdpo.families.NoiseProcess.weights`].
         num_noise_bins (`int`): Number of equal intervals (bins) that divide the noise levels from 0 to 1.
         loser_noise_range (`tuple[float, float]`, *optional*): Lowest and highest noise level at which losers train.
-        mask_anchor (`float`): Weight of the squared distance between the predictions of policy and reference outside of
-            the masks.
+        mask_anchor (`float`): Weight of [`~trl_diffusion_sdpo.losses.mask_anchor`] in the loss.
     """
 
     loss_type: str | Sequence[str]
@@ -248,9 +252,9 @@ class PairForward:
         if settings.safeguard_granularity == "noise_bin":
             noise_bins = noise_bin_of(noise_levels, settings.num_noise_bins)
         outputs = diffusion_preference_loss(
-            batch.within(predictions.policy),
-            batch.within(batch.target),
-            None if reference is None else batch.within(reference),
+            within(predictions.policy, batch.region),
+            within(batch.target, batch.region),
+            None if reference is None else within(reference, batch.region),
             ref_errors=predictions.reference_errors,
             loss_type=settings.loss_type,
             loss_weights=settings.loss_weights,
@@ -268,26 +272,26 @@ class PairForward:
             scores=predictions.scores,
             **cast(dict[str, Any], settings.loss_kwargs),
         )
-        return outputs if batch.region is None else self._with_mask_metrics(outputs, predictions, batch.region)
+        return outputs if batch.region is None else self._with_mask_terms(outputs, predictions, batch.region)
 
-    def _with_mask_metrics(
+    def _with_mask_terms(
         self, outputs: PreferenceLossOutput, predictions: PairPredictions, region: torch.Tensor
     ) -> PreferenceLossOutput:
-        """Add the metrics of masks to `outputs`. With `mask_anchor`, also add to the loss the squared distance between
-        the policy's and the reference's predictions outside of the masks."""
-        is_inside = region > 0
-        metrics = {
-            "mask/share": is_inside.float().mean(),
-            "mask/empty": (~is_inside.flatten(1).any(1)).float().mean(),
-        }
-        loss = outputs.loss
-        if self.loss_settings.mask_anchor:
-            assert predictions.reference is not None, "The settings were checked for a reference."
-            moved = (predictions.policy - predictions.reference).square() * ~is_inside
-            outside = (~is_inside).expand_as(moved).sum()
-            metrics["mask/outside_change"] = (moved.sum() / outside.clamp(min=1)).detach()
-            loss = loss + self.loss_settings.mask_anchor * moved.sum() / outside.clamp(min=1)
-        return replace(outputs, loss=loss, metrics={**outputs.metrics, **metrics})
+        """Add the metrics of masks to `outputs`. With `mask_anchor`, also add the anchor
+        ([`~trl_diffusion_sdpo.losses.mask_anchor`]) to the loss, after the safeguard has acted."""
+        metrics = {**outputs.metrics, **mask_metrics(region)}
+        weight = self.loss_settings.mask_anchor
+        if not weight:
+            return replace(outputs, metrics=metrics)
+        assert predictions.reference is not None, "The settings were checked for a reference."
+        term, metrics["mask/outside_change"] = mask_anchor(
+            predictions.policy if predictions.anchored is None else predictions.anchored,
+            predictions.reference,
+            region,
+            pair_weights=predictions.pair_weights,
+            timestep_weights=self.timestep_weights(predictions.batch),
+        )
+        return replace(outputs, loss=outputs.loss + weight * term, metrics=metrics)
 
     def logged_metrics(self, outputs: PreferenceLossOutput) -> dict[str, torch.Tensor]:
         """Return the metrics of a batch. With `safeguard="parameter"`, leave out the metrics that the safeguard itself
@@ -325,11 +329,13 @@ class PairForward:
         batch = self.add_noise(latents, noise, timesteps, conditioning)
         if "masks" not in inputs:
             return batch
-        return replace(batch, region=repeat_pairs(region_of(inputs["masks"], latents), draws))
+        return replace(batch, region=repeat_pairs(region_factors(inputs["masks"], latents), draws))
 
     def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the latents `(2B, ...)` of a batch and the other inputs of the denoiser, such as prompt embeddings;
-        winners first."""
+        winners first. If the batch has an earlier result of this method as `encoded`, return that."""
+        if "encoded" in inputs:
+            return inputs["encoded"]
         generators = generators_of([seed ^ VAE_SEED_MASK for seed in inputs["seeds"]])
         if "moments" in inputs:
             latents = self.family.latents_of(inputs["moments"], [*generators, *generators])
@@ -518,35 +524,6 @@ def of_both_halves(conditioning: torch.Tensor, rows: int) -> torch.Tensor:
             f"winners first. Got {len(conditioning)} prompts. Correct the `data_collator`."
         )
     return torch.cat([conditioning] * (rows // len(conditioning)))
-
-
-def region_of(masks: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Return factors with which to multiply residuals, so that the mean square of the products is the mean square of
-    the residuals within the masks.
-
-    A position of the latent is within a mask if the mask covers a pixel of this position or of a neighbouring one.
-    Factors within the mask are `sqrt(number of positions / number of positions within the mask)`; factors outside are
-    0. If a mask covers the whole image, all factors are exactly 1. If cropping has removed the whole mask of an image,
-    all factors of this image are 0.
-
-    Args:
-        masks (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8): 1 within the mask and 0 outside, in pixels.
-        latents (`torch.Tensor` of shape `(2B, C, h, w)` or `(2 * draws * B, C, h, w)`): Latents of the images.
-
-    Returns:
-        `torch.Tensor` of shape `(2B, 1, h, w)`, float32, on the device of the latents.
-
-    Raises:
-        `ValueError`: If the latents do not have the four dimensions of images.
-
-    Source: https://huggingface.co/papers/2601.23222, the error within a region divided by the region's size.
-    """
-    if latents.dim() != 4:
-        raise ValueError(f"Masks need latents of shape (N, C, h, w), got {tuple(latents.shape)}. Remove the masks.")
-    grid = nn.functional.adaptive_max_pool2d(masks.to(latents.device, torch.float32), latents.shape[-2:])
-    inside = nn.functional.max_pool2d(grid, kernel_size=3, stride=1, padding=1)
-    size = inside.sum((1, 2, 3), keepdim=True)
-    return inside * (inside[0].numel() / size.clamp(min=1)).sqrt()
 
 
 def repeat_pairs(tensor: torch.Tensor, times: int) -> torch.Tensor:

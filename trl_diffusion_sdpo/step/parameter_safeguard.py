@@ -9,23 +9,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..losses import order_by_scores, winner_error_gradient
-from .branch_gradients import ANCHOR, LOSER, WINNER, BranchGradients
+from ..losses import order_by_scores, winner_error_gradient, within
+from .branch_gradients import ANCHOR, LOSER, OUTSIDE, WINNER, BranchGradients
 from .meters import MetricMeter
 from .pair_forward import NoisyBatch, PairForward, PairPredictions
 
 
+@dataclass
+class _Branch:
+    """Half of a micro-batch: the winners or the losers."""
+
+    batch: NoisyBatch
+    prediction: torch.Tensor | None  # with its autograd graph; `None` if it must be predicted (again)
+
+
 @dataclass(frozen=True)
 class _Branches:
-    """Inputs of the backward passes of a micro-batch: the predictions of winners and losers with their autograd graphs,
-    and a detached copy of the predictions (a leaf) from which the loss is computed."""
+    """Inputs of the backward passes of a micro-batch. `predictions` has detached copies (leaves) of the predictions,
+    from which the loss is computed."""
 
     model: nn.Module
-    winners: NoisyBatch
-    losers: NoisyBatch
-    winner_pred: torch.Tensor
-    loser_pred: torch.Tensor
-    predictions: PairPredictions  # the field `policy` is the detached copy
+    winners: _Branch
+    losers: _Branch
+    predictions: PairPredictions
 
 
 class ParameterSafeguard:
@@ -62,7 +68,8 @@ class ParameterSafeguard:
 
     def predict_pairs(self, model: nn.Module, inputs: dict) -> PairPredictions:
         """Return the predictions for a batch, as [`PairForward.predict_pairs`] does. The returned field `policy` is a
-        detached copy (a leaf), so the autograd graph of the loss ends at this copy."""
+        detached copy (a leaf), so the autograd graph of the loss ends at this copy. With `mask_anchor`, the field
+        `anchored` is a second leaf, at which the graph of the anchor ends."""
         draws = self._forward.draws_of_a_pair(model)
         batch = self._forward.noisy_batch(inputs, draws, model)
         facts = self._forward.facts_of_pairs(model, inputs)
@@ -80,12 +87,15 @@ class ParameterSafeguard:
         winner_pred = self._forward.predict(model, winners)
         leaf = torch.cat([winner_pred.detach(), loser_pred.detach()]).requires_grad_()
         reference = None if references is None else torch.cat(references)
-        predictions = PairPredictions(batch, leaf, reference, **facts)
-        self._predicted = [_Branches(model, winners, losers, winner_pred, loser_pred, predictions)]
+        anchored = leaf.detach().requires_grad_() if self._forward.loss_settings.mask_anchor else None
+        predictions = PairPredictions(batch, leaf, reference, **facts, anchored=anchored)
+        losing = _Branch(losers, None if self._low_memory else loser_pred)
+        self._predicted = [_Branches(model, _Branch(winners, winner_pred), losing, predictions)]
         return predictions
 
     def backward_branches(self, loss: torch.Tensor, *, share: float) -> None:
-        """Run the backward passes of winners and losers, from the gradient of the loss at the predictions.
+        """Run the backward passes of winners and losers, from the gradient of the loss at the predictions. With
+        `mask_anchor`, run another pass of each half from the anchor's gradient.
 
         Args:
             loss (`torch.Tensor` of shape `()`): Loss of the predictions that `predict_pairs` returned last.
@@ -94,22 +104,32 @@ class ParameterSafeguard:
         Raises:
             `ValueError`: If the loss does not depend on the predictions, or also depends on other trained tensors.
         """
-        _check_depends_on_predictions_only(loss, [branches.predictions.policy for branches in self._predicted])
+        _check_depends_on_predictions_only(loss, [branches.predictions for branches in self._predicted])
         branches = self._predicted.pop()
-        grad_winner, grad_loser = torch.autograd.grad(loss, branches.predictions.policy)[0].chunk(2)
+        leaf, anchored = branches.predictions.policy, branches.predictions.anchored
+        leaves = [leaf] if anchored is None else [leaf, anchored]
+        at_leaf, *outside = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        grad_winner, grad_loser = at_leaf.chunk(2)
+        winner_grads, loser_grads = {WINNER: grad_winner}, {LOSER: -grad_loser}
+        if self.gradients.anchor == "error":
+            winners = branches.winners.batch
+            residual = winners.residual(leaf.detach().chunk(2)[0])
+            winner_grads[ANCHOR] = within(winner_error_gradient(residual), winners.region)
+        for at_anchored in outside:
+            winner_grads[OUTSIDE], loser_grads[OUTSIDE] = at_anchored.chunk(2)
         # To save memory, free the winners' graph before the losers' next pass (backward, or forward with `low_memory`).
-        winners, winner_pred, anchored = branches.winners, branches.winner_pred, self.gradients.anchor == "error"
-        retains = anchored and self.gradients.backend.retains_graph
-        self.gradients.backward(WINNER, share * (winner_pred * grad_winner).sum(), retain_graph=retains)
-        if anchored:
-            winner_pred = winner_pred if retains else self._forward.predict(branches.model, winners)
-            grad_anchor = winners.within(winner_error_gradient(winners.residual(winner_pred)))
-            self.gradients.backward(ANCHOR, share * (winner_pred * grad_anchor).sum())
-        model, losers, loser_pred = branches.model, branches.losers, branches.loser_pred
-        del winner_pred, branches
-        if self._low_memory:
-            loser_pred = self._forward.predict(model, losers)
-        self.gradients.backward(LOSER, -share * (loser_pred * grad_loser).sum())
+        self._backward(branches.model, branches.winners, winner_grads, share)
+        self._backward(branches.model, branches.losers, loser_grads, share)
+
+    def _backward(self, model: nn.Module, branch: _Branch, grads: dict[str, torch.Tensor], share: float) -> None:
+        """Run one backward pass from each gradient at the predictions of `branch`, and free their graph."""
+        retains = self.gradients.backend.retains_graph
+        for left, (name, grad) in zip(reversed(range(len(grads))), grads.items(), strict=True):
+            prediction = branch.prediction
+            if prediction is None:
+                prediction = self._forward.predict(model, branch.batch)
+            branch.prediction = prediction if left and retains else None
+            self.gradients.backward(name, share * (prediction * grad).sum(), retain_graph=bool(left and retains))
 
     def step(self) -> None:
         """Combine the gradients of winners and losers after the last micro-batch of an optimizer step. Under DeepSpeed,
@@ -120,7 +140,7 @@ class ParameterSafeguard:
         self.gradients.backend.step()
 
 
-def _check_depends_on_predictions_only(loss: torch.Tensor, predictions: list[torch.Tensor]) -> None:
+def _check_depends_on_predictions_only(loss: torch.Tensor, predictions: list[PairPredictions]) -> None:
     """Raise `ValueError` if the loss does not depend on the predictions, or depends directly on other trained tensors
     too. Other trained tensors would get no gradient, because the backward passes start from the predictions."""
     nodes: list[Any] = [loss.grad_fn]
@@ -128,10 +148,12 @@ def _check_depends_on_predictions_only(loss: torch.Tensor, predictions: list[tor
         if node is not None:
             nodes += [following for following, _ in node.next_functions if following not in nodes]
     leaves = {id(node.variable) for node in nodes if node is not None and node.name().endswith("AccumulateGrad")}
-    if not predictions or leaves != {id(leaf) for leaf in predictions}:
+    allowed = {id(leaf) for pairs in predictions for leaf in (pairs.policy, pairs.anchored)}
+    others = leaves - allowed
+    if others or not any(id(pairs.policy) in leaves for pairs in predictions):
         raise ValueError(
             "With `safeguard='parameter'`, the loss must depend on the model only through the outputs of "
             "`super().compute_loss(..., return_outputs=True)`. Got a loss that "
-            + ("also depends on other trained tensors." if len(leaves) > 1 else "does not depend on the predictions.")
+            + ("also depends on other trained tensors." if others else "does not depend on the predictions.")
             + " Change `compute_loss`, or use `safeguard='output'`."
         )

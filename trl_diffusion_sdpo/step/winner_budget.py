@@ -17,10 +17,10 @@ from torch import nn
 
 from ..data.dataset import PreferenceDataset
 from ..families.noise import generators_of, sent, standard_normal, uniform
-from ..losses import BudgetController, mean_error, noise_bin_of, order_by_scores
+from ..losses import BudgetController, mean_error, noise_bin_of, order_by_scores, region_factors
 from ..models.ema import EMAWeights
 from .meters import MetricMeter, StoredController
-from .pair_forward import NoisyBatch, PairForward, eval_mode, region_of, take_rows
+from .pair_forward import NoisyBatch, PairForward, eval_mode, take_rows
 
 BUDGET_FILE = "winner_budget.json"
 
@@ -121,7 +121,7 @@ class WinnerBudget(StoredController):
         for batch_of_pairs in pairs:
             inputs = batch_of_pairs.inputs
             latents, conditioning = self._forward.encode(inputs)
-            region = region_of(inputs["masks"], latents) if "masks" in inputs else None
+            region = region_factors(inputs["masks"], latents) if "masks" in inputs else None
             if self._sorts_by_scores:
                 order = order_by_scores(inputs["scores"])
                 latents, conditioning = latents[order], take_rows(conditioning, order)

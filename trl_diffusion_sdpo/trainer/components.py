@@ -324,6 +324,12 @@ def choose_kernels(denoiser: Any, copies: Sequence[WeightCopy], args: DiffusionS
         return
     backend, mode = args.torch_compile_backend, args.torch_compile_mode
     compile_with_eager_rounding()
+    if backend == "inductor" and args.loss_spec.needs_reference:
+        logger.warning(
+            "`torch_compile` compiles the policy with gradients and the reference without, and the two programs may "
+            "round differently. Before the first step, margins are then near 0 instead of exactly 0. If "
+            "`rewards/margins` of the first step is far from 0, leave `torch_compile` off."
+        )
     for weights in copies:
         weights.compile(backend, mode, regional=args.torch_compile_regional)
     if args.torch_compile_regional:

@@ -15,6 +15,7 @@ from .config.all_arguments import (
     settled_loss_kwargs,
     settled_loss_type,
     settled_mapping,
+    settled_number,
     settled_resolution,
 )
 from .config.checks import check_settings
@@ -105,8 +106,11 @@ class DiffusionSDPOConfig(AllArguments):
 
     def __post_init__(self) -> None:
         for name, setting in settings_of(type(self)).items():
-            if setting.types == {float} and isinstance(getattr(self, name), str):
-                setattr(self, name, float(getattr(self, name)))  # YAML reads `1e-4` as text
+            value = getattr(self, name)
+            if setting.types == {float} and isinstance(value, str):
+                setattr(self, name, settled_number(name, value))  # YAML reads `1e-4` as text
+            if setting.types == {list[float]} and isinstance(value, (list, tuple)):
+                setattr(self, name, [settled_number(name, item) for item in value])
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
         workers = self.dataloader_num_workers

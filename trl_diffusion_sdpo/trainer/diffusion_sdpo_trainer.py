@@ -70,6 +70,7 @@ from .components import (
     place_frozen_components,
 )
 from .config.all_arguments import temporarily
+from .config.checks import without_turn
 from .config.complete import (
     check_and_complete,
     copy_and_check_args,
@@ -209,6 +210,7 @@ class DiffusionSDPOTrainer(Trainer):
         # Initialize the state that training and evaluation change.
         self._engine_ready = False
         self._first_step = 0  # step at which `train` began or resumed
+        self._first_norm: torch.Tensor | float | None = None  # norm of the first step's gradient, until the next log
         self._saved_step = -1  # step of the last checkpoint of this training
         self._counted = torch.zeros(0)  # for each pair of the last evaluation batch: 0 if repeated, else 1
         self._checkpoints_dir = args.output_dir  # a temporary folder while a checkpoint is being written
@@ -646,6 +648,9 @@ class DiffusionSDPOTrainer(Trainer):
         self.state.compute_steps(self.args, max_steps)
         self._first_step = self.state.global_step
         self._saved_step = -1
+        if self.is_world_process_zero():
+            for message in without_turn(self.args, max_steps):
+                logger.warning(message)
         return epochs, batches
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -742,7 +747,10 @@ class DiffusionSDPOTrainer(Trainer):
         return loss.detach() / self.current_gradient_accumulation_steps
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
-        return full_tensor(super()._get_grad_norm(model, grad_norm))  # under FSDP2, the norm is a DTensor
+        norm = full_tensor(super()._get_grad_norm(model, grad_norm))  # under FSDP2, the norm is a DTensor
+        if self.state.global_step == self._first_step:
+            self._first_norm = norm
+        return norm
 
     # ---- Evaluation -------------------------------------------------------------------------------------------------
 
@@ -757,9 +765,10 @@ class DiffusionSDPOTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             pairs = len(inputs["seeds"])
             seeds = seeds_of_draws(inputs["seeds"], self._evaluation.draws)
+            encoded = {**inputs, "encoded": self.pair_forward.encode(inputs)}  # once for all draws
             draws = [
                 self.pair_forward.predict_pairs(
-                    model, {**inputs, "seeds": seeds[start : start + pairs]}, self._evaluation.weights
+                    model, {**encoded, "seeds": seeds[start : start + pairs]}, self._evaluation.weights
                 )
                 for start in range(0, len(seeds), pairs)
             ]
@@ -842,6 +851,22 @@ class DiffusionSDPOTrainer(Trainer):
         if "loss" in logs:
             logs = {**logs, **self._meter.drain(self.accelerator)}
         super().log(logs, start_time)
+        self._warn_of_zero_gradient()
+
+    def _warn_of_zero_gradient(self) -> None:
+        """Warn if the gradient of the run's first step was exactly 0. The norm is read at a log, which waits for the
+        device anyway."""
+        norm, self._first_norm = self._first_norm, None
+        if norm is None or float(norm) != 0 or not self.is_world_process_zero():
+            return
+        logger.warning(
+            "The gradient of the first step (step %d) is exactly 0: this step has trained nothing. If `grad_norm` "
+            "stays 0, nothing will train. Check the loss and the safeguard (`loss_type=%r`, `safeguard=%r`), and the "
+            "scores, weights and masks of the pairs.",
+            self._first_step + 1,
+            self.args.loss_type,
+            self.args.safeguard,
+        )
 
     # ---- Resuming ---------------------------------------------------------------------------------------------------
 

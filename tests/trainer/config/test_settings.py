@@ -46,11 +46,17 @@ def test_every_range_and_every_choice_is_checked(make_args):
 def test_numbers_that_yaml_reads_as_text_are_numbers(make_args):
     args = make_args(learning_rate="1e-4", beta="2e3")
     assert (args.learning_rate, args.beta) == (1e-4, 2000.0)
+    assert make_args(loser_noise_range=["6e-1", 1]).loser_noise_range == [0.6, 1.0]
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"neftune_noise_alpha": 5.0}, {"safeguard": "parameter", "ddp_static_graph": True}],
+    [
+        {"neftune_noise_alpha": 5.0},
+        {"include_num_input_tokens_seen": "all"},
+        {"fp16": True},
+        {"safeguard": "parameter", "ddp_static_graph": True},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(make_args, settings):
     with pytest.raises(ValueError, match=list(settings)[-1]):

@@ -63,9 +63,18 @@ def _setting(hint: Any) -> Setting:
 
 def _number_or_name(value: str) -> float | str:
     try:
-        return float(value)
+        return int(value) if value.isdecimal() else float(value)
     except ValueError:
         return value
+
+
+def settled_number(name: str, value: Any) -> float:
+    """Return a value of the setting `name`, such as the text `"1e-4"`, as a number. Raise `ValueError` if it is not a
+    number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` must be a number or a list of numbers, got {value!r}.") from error
 
 
 def settled_loss_type(value: Any) -> str | list[str]:

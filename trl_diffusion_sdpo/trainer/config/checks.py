@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from ...data.buckets import AspectRatioBuckets
 from ...data.images import parse_schemes
 from ...families.inversion import InversionSettings
-from ...families.noise import TimestepSampling
+from ...families.noise import CONSTANTS, TimestepSampling
 from ...losses import (
     LOSSES,
     WEIGHT_FUNCTIONS,
@@ -16,13 +18,14 @@ from ...losses import (
     check_auto_beta,
     check_loss_kwargs,
     check_safeguard,
+    loss_weights_by_name,
 )
 from ...reporting.sample_scores import PREFIX
 from ...step.winner_budget import ProbeSettings
 from ...utils._compat import CHECKPOINTING, activation_checkpointing
 from ...utils.hints import did_you_mean
 from .all_arguments import Setting, settings_of
-from .declaring import Choices, Range, from_kwargs
+from .declaring import Choices, Range, check_kwargs, from_kwargs
 
 if TYPE_CHECKING:
     from ..diffusion_sdpo_config import DiffusionSDPOConfig
@@ -50,10 +53,13 @@ def check_settings(args: DiffusionSDPOConfig) -> None:
     _check_inherited(args)
     check_loss_kwargs(args.loss_type, args.beta, args.loss_kwargs)
     mu = 0.0 if args.safeguard_mu is None else args.safeguard_mu
-    check_safeguard(args.safeguard, mu, args.safeguard_granularity, args.safeguard_eps)
+    check_safeguard(args.safeguard, mu, args.safeguard_granularity, args.safeguard_eps, loss, args.loss_type)
     if args.auto_beta:
         check_auto_beta(args.loss_type, args.loss_weights)
     from_kwargs(TimestepSampling, "weighting_kwargs", args.weighting_kwargs, args.weighting_scheme or "none")
+    if args.weighting_scheme is not None or args.timesteps is not None:  # else the model's family sets the scheme
+        check_weighting_kwargs(args)
+    check_kwargs(AspectRatioBuckets, "bucket_kwargs", args.bucket_kwargs)
     from_kwargs(InversionSettings, "inversion_kwargs", args.inversion_kwargs)
     from_kwargs(ProbeSettings, "winner_budget_kwargs", args.winner_budget_kwargs)
     args.image_schemes = list(parse_schemes(args.image_schemes)) or None
@@ -63,6 +69,18 @@ def check_settings(args: DiffusionSDPOConfig) -> None:
         # With this level, the warning shows the user's line, because the user's line calls `__init__`, `__init__` calls
         # `__post_init__`, and `__post_init__` calls this function.
         warnings.warn(message, stacklevel=4)
+
+
+def check_weighting_kwargs(args: DiffusionSDPOConfig) -> None:
+    """Raise `ValueError` if `weighting_kwargs` has a constant that `weighting_scheme` does not use."""
+    scheme = "none" if args.weighting_scheme is None else args.weighting_scheme
+    for name in args.weighting_kwargs:
+        if name not in CONSTANTS[scheme]:
+            reason = f"`weighting_scheme={scheme!r}`" if args.timesteps is None else "`timesteps`"
+            raise ValueError(
+                f"`{name}` of `weighting_kwargs` has no effect with {reason}. Leave it out, or set `weighting_scheme` "
+                f"to {' or '.join(repr(other) for other, names in CONSTANTS.items() if name in names)}."
+            )
 
 
 # ---- Single settings ------------------------------------------------------------------------------------------------
@@ -115,6 +133,11 @@ def _check_inherited(args: DiffusionSDPOConfig) -> None:
             "Images have no length to group by. Use 'random'",
         ),
         "include_for_metrics": (args.include_for_metrics, "`compute_metrics` receives only rewards. Leave it empty"),
+        "include_num_input_tokens_seen": (
+            args.include_num_input_tokens_seen not in ("no", False),
+            "Images have no tokens. Leave it off",
+        ),
+        "fp16": (args.fp16 and args.device.type == "cpu", "A CPU has no fp16 autocast. Use `bf16`"),
         "label_smoothing_factor": (args.label_smoothing_factor, "Use `loss_type='robust'`"),
         "bf16_full_eval": (args.bf16_full_eval, "It would round the policy but not the reference. Use `bf16`"),
         "fp16_full_eval": (args.fp16_full_eval, "It would round the policy but not the reference. Use `fp16`"),
@@ -246,6 +269,23 @@ def _conflicts(args: DiffusionSDPOConfig) -> Iterator[str]:
         )
 
 
+def without_turn(args: DiffusionSDPOConfig, max_steps: int) -> Iterator[str]:
+    """Yield a warning for each setting that acts every few steps, if its first turn comes after the last of `max_steps`
+    steps."""
+    evaluates = args.on_winner_rise == "stop" and args.eval_strategy == "steps"
+    intervals = {
+        "winner_budget": ("`steps` of `winner_budget_kwargs`", ProbeSettings(**args.winner_budget_kwargs).steps),
+        "sync_ref_model": ("`ref_model_sync_steps`", args.ref_model_sync_steps),
+        "on_winner_rise": ("`eval_steps`", args.eval_steps if evaluates else None),
+    }
+    for name, (interval, steps) in intervals.items():
+        if getattr(args, name) and steps is not None and steps >= max_steps:
+            yield (
+                f"`{name}={getattr(args, name)}` has no effect in a run of {max_steps} steps, because it acts every "
+                f"{steps:g} steps. Lower {interval}, or leave `{name}` out."
+            )
+
+
 def best_sample_metric(args: DiffusionSDPOConfig) -> str | None:
     """Return `metric_for_best_model` without the prefix `eval_` if this metric is a score of sample images. Return
     `None` for other metrics."""
@@ -260,6 +300,9 @@ def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
     """Yield a warning for each setting that has no effect with this loss or without another setting."""
     if not loss.uses_beta and args.beta is not None:
         yield f"`beta={args.beta}` has no effect, because the loss {args.loss_type!r} has no beta."
+    for name, weight in loss_weights_by_name(args.loss_type, args.loss_weights).items():
+        if not weight:
+            yield f"The loss {name!r} has no effect, because its weight in `loss_weights` is 0."
     safeguard = args.safeguard if loss.uses_loser else "none"
     if safeguard != "output" and (args.safeguard_granularity != "batch" or args.safeguard_eps):
         yield (
@@ -271,6 +314,7 @@ def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
     crops = args.precompute_latents and args.random_crop
     weights = None if args.pair_weights is None else WEIGHT_FUNCTIONS.get(args.pair_weights)
     reads_scores = loss.needs_scores or (weights is not None and not weights.several_scorers)
+    defaults = {field.name: field.default for field in fields(args)}
     # Each row has settings, whether their condition is met, and the condition in words.
     needs = (
         (
@@ -280,6 +324,7 @@ def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
         ),
         (("inversion_kwargs",), args.noise_source == "inversion", "`noise_source='inversion'`"),
         (("winner_budget_kwargs",), args.winner_budget is not None, "`winner_budget`"),
+        (("ref_model_mixup_alpha", "ref_model_sync_steps"), args.sync_ref_model, "`sync_ref_model`"),
         (
             ("precompute_dir",),
             args.precompute_latents or args.precompute_ref_errors,
@@ -297,7 +342,7 @@ def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
     )
     for names, is_on, needed in needs:
         for name in names:
-            if getattr(args, name) and not is_on:
+            if getattr(args, name) and getattr(args, name) != defaults[name] and not is_on:
                 yield f"`{name}` has no effect without {needed}."
     if args.precompute_epochs != 1 and not (crops or args.precompute_ref_errors):
         yield (

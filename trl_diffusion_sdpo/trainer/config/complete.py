@@ -34,9 +34,11 @@ from ...step.pair_forward import LossSettings, NoiseSettings
 from ...utils._compat import activation_checkpointing, checkpoints_activations
 from ..diffusion_sdpo_config import DiffusionSDPOConfig
 from .all_arguments import settled_resolution
+from .checks import check_weighting_kwargs
 from .declaring import from_kwargs
 
 logger = logging.getLogger(__name__)
+FAR = 100  # a `beta` that differs from its default by a larger factor is probably a mistake
 
 DRAWN = 10_000  # number of timesteps that are compared with an inversion's grid
 NOTABLE = 0.01  # share of drawn timesteps without noise from which on there is a warning
@@ -194,7 +196,8 @@ def complete_args(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> N
 
 
 def loss_defaults(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> tuple[float, float | None]:
-    """Return the defaults of `safeguard_mu` and `beta` for the model family and the loss in `args`.
+    """Return the defaults of `safeguard_mu` and `beta` for the model family and the loss in `args`. Warn if `args.beta`
+    is far from its default.
 
     For a sum of losses, `safeguard_mu` is the largest default among the losses that use the loser, and `beta` is the
     default that all losses share. The returned `beta` is `None` if the loss has no `beta`, or if `args.beta` is set.
@@ -207,6 +210,13 @@ def loss_defaults(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> t
     guarded = [row.safeguard_mu for name, row in rows.items() if LOSSES[name].uses_loser]
     mu = max(guarded or [row.safeguard_mu for row in rows.values()])
     betas = {name: row.beta_for(full=full) for name, row in rows.items() if LOSSES[name].uses_beta}
+    if args.beta and betas and all(not 1 / FAR <= args.beta / usual <= FAR for usual in betas.values()):
+        listed = ", ".join(f"{beta:g} for {name}" for name, beta in betas.items())
+        logger.warning(
+            "`beta=%g` is more than %d times smaller or larger than the default of %s (%s). A beta of language models, "
+            "such as 0.1, hardly ties the model to its reference here. Leave `beta` unset to use the default.",
+            *(args.beta, FAR, family.name, listed),
+        )
     if args.beta is not None or not betas:
         return mu, None
     if len(set(betas.values())) > 1:
@@ -221,7 +231,7 @@ def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
     size = image_size(args)
     unit = family.vae_scale_factor * family.patch_size
     step = args.bucket_kwargs.get("step", AspectRatioBuckets.step)
-    if args.aspect_ratio_buckets and step % unit:
+    if args.aspect_ratio_buckets and (step < 1 or step % unit):
         raise ValueError(f"`step` of `bucket_kwargs` must be a multiple of {unit} pixels for this model, got {step}.")
     if args.sample_prompts:
         unit = math.lcm(unit, 8)
@@ -263,6 +273,7 @@ def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, An
         )
     weighting: dict[str, Any] = {"snr_gamma": args.snr_gamma, "weighting": args.timestep_weighting}
     process.weights(torch.ones(1, dtype=torch.long), image_seq_len=1, **weighting)  # raises errors in settings now
+    check_weighting_kwargs(args)
     if args.timesteps is not None:
         only: dict[str, Any] = {"only": tuple(args.timesteps)}
         process.timesteps(torch.zeros(1), **only)  # raises errors in settings now

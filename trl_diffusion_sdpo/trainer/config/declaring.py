@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from types import MappingProxyType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+from ...utils.hints import did_you_mean
 
 Built = TypeVar("Built")
 Group = TypeVar("Group", bound=type)
@@ -52,17 +54,33 @@ class Choices:
 
 
 def from_kwargs(kind: type[Built], setting: str, values: dict[str, Any], *arguments: Any) -> Built:
-    """Return `kind(*arguments, **values)`, where `values` is the value of a setting such as `inversion_kwargs`.
+    """Return `kind(*arguments, **values)`, where `values` is the value of a setting such as `inversion_kwargs`. See
+    [`check_kwargs`] for the errors."""
+    check_kwargs(kind, setting, values, given=len(arguments))
+    return kind(*arguments, **values)
+
+
+def check_kwargs(kind: type, setting: str, values: dict[str, Any], *, given: int = 0) -> None:
+    """Check the names and types of the constants in a setting such as `inversion_kwargs`. Ranges and words are checked
+    by the dataclass `kind` itself.
+
+    Args:
+        given (`int`): Number of fields of `kind`, its first ones, that the setting cannot set.
 
     Raises:
-        `ValueError`: If `kind` has no argument with a name in `values`, or if a value has the wrong type.
+        `ValueError`: If a name in `values` is no optional field of `kind`, or a value is not a number of the field's
+            type.
     """
-    try:
-        return kind(*arguments, **values)
-    except TypeError as error:
-        raise ValueError(
-            f"`{setting}` must be keyword arguments of {kind.__name__}, got {values}. {error}."
-        ) from error
+    hints = get_type_hints(kind)
+    names = [field.name for field in fields(kind)[given:] if field.default is not MISSING]
+    for name, value in values.items():
+        if name not in names:
+            raise ValueError(f"`{setting}` takes {', '.join(names)}; got {name!r}.{did_you_mean(str(name), names)}")
+        if hints[name] not in (int, float):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int if hints[name] is int else (int, float)):
+            expected = "a whole number" if hints[name] is int else "a number"
+            raise ValueError(f"`{name}` of `{setting}` must be {expected}, got {value!r}.")
 
 
 def documented(group: Group) -> Group:

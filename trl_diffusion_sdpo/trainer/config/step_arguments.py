@@ -33,7 +33,7 @@ class NoiseArguments:
         weighting_kwargs (`dict` or `str`, *optional*):
             Constants of `weighting_scheme` by name, in YAML or as JSON. `"logit_normal"` takes `logit_mean` (default
             0.0; a mean above 0 samples higher noise levels more often) and `logit_std` (default 1.0); `"mode"` takes
-            `mode_scale` (default 1.29; 0 is uniform).
+            `mode_scale` (default 1.29; 0 is uniform). A constant of another scheme is refused.
         timestep_weighting (`str`, *optional*, defaults to `"none"`):
             Weighting of errors by timestep, for flow-matching models. `"one_minus_t_squared"` multiplies the error at
             timestep t by `(1 - t)^2`, so low noise counts most; here t runs from 0 (clean) to 1 (pure noise). `"none"`
@@ -110,7 +110,7 @@ class LossArguments:
             How the safeguard computes lambda, the factor of the loser's gradient that keeps the winner's error from
             rising, to first order. `"output"` computes lambda from the residuals (prediction minus target), at no extra
             cost. `"parameter"` computes one lambda per optimizer step from the gradients of the weights, with one
-            backward pass for winners and one for losers. `"none"` turns the safeguard off.
+            backward pass for winners and one for losers. `"none"` turns the safeguard off, which `apo_down` needs.
         safeguard_mu (`float`, *optional*):
             Strictness of the safeguard, in `[0, 1]`: the share of the first-order decrease of the winner's error that
             losers must not undo. Raise `safeguard_mu` for a stricter safeguard. If unset, the default of the loss and
@@ -135,8 +135,10 @@ class LossArguments:
             `safeguard_low_memory` cannot be used with dropout.
         mask_anchor (`float`, *optional*, defaults to `0.0`):
             Weight of an additional loss term for data with a mask column. The term is the mean squared distance between
-            the predictions of the policy and the reference outside of the masks. Raise `mask_anchor` to change the
-            image less outside of the masks.
+            the predictions of the policy and the reference outside of an image's mask, averaged over the images of the
+            batch with the weights of their pairs. Raise `mask_anchor` to change the image less outside of the masks.
+            The safeguard neither counts nor scales this term. With `safeguard="parameter"`, the term costs one more
+            backward pass of winners and losers.
         loss_kwargs (`dict` or `str`, *optional*):
             Constants of the losses by name, in YAML or as JSON. `label_smoothing` (default 0.1) is the share of swapped
             labels that `robust` assumes. `dspo_threshold` (default 0.1) is a mean squared distance between the

@@ -1,0 +1,85 @@
+"""Masks: errors within a region of the image, and the term that keeps the rest of the image as it was (the anchor)."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import adaptive_max_pool2d, max_pool2d
+
+from .preference import pair_mean, weighted_errors
+
+
+def region_factors(masks: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Return factors with which to multiply residuals, so that the mean square of the products is the mean square of
+    the residuals within the masks.
+
+    A position of the latent is within a mask if the mask covers a pixel of this position or of a neighbouring one.
+    Factors within the mask are `sqrt(number of positions / number of positions within the mask)`; factors outside are
+    0. If a mask covers the whole image, all factors are exactly 1. If cropping has removed the whole mask of an image,
+    all factors of this image are 0.
+
+    Args:
+        masks (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8): 1 within the mask and 0 outside, in pixels.
+        latents (`torch.Tensor` of shape `(2B, C, h, w)` or `(2 * draws * B, C, h, w)`): Latents of the images.
+
+    Returns:
+        `torch.Tensor` of shape `(2B, 1, h, w)`, float32, on the device of the latents.
+
+    Raises:
+        `ValueError`: If the latents do not have the four dimensions of images.
+
+    Source: https://huggingface.co/papers/2601.23222, the error within a region divided by the region's size.
+    """
+    if latents.dim() != 4:
+        raise ValueError(f"Masks need latents of shape (N, C, h, w), got {tuple(latents.shape)}. Remove the masks.")
+    grid = adaptive_max_pool2d(masks.to(latents.device, torch.float32), latents.shape[-2:])
+    inside = max_pool2d(grid, kernel_size=3, stride=1, padding=1)
+    size = inside.sum((1, 2, 3), keepdim=True)
+    return inside * (inside[0].numel() / size.clamp(min=1)).sqrt()
+
+
+def within(tensor: torch.Tensor, region: torch.Tensor | None) -> torch.Tensor:
+    """Multiply a tensor `(2B, ...)` by the factors of [`region_factors`]. Without masks (`region` is `None`), return
+    the tensor unchanged."""
+    return tensor if region is None else tensor * region
+
+
+def mask_anchor(
+    policy: torch.Tensor,
+    reference: torch.Tensor,
+    region: torch.Tensor,
+    *,
+    pair_weights: torch.Tensor | None = None,
+    timestep_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how far the policy's predictions have moved from the reference's outside of the masks.
+
+    The distance of an image is the mean of `(policy - reference)^2` over its positions outside of its mask, or 0 if its
+    mask covers the whole image. The distance of a pair is the mean of its two images' distances, times the pair's
+    timestep weight, as an error is. The term is the mean over pairs, weighted as the preference loss is, so that it
+    does not depend on how pairs are divided into micro-batches and processes.
+
+    The term belongs neither to the winners' nor to the losers' part of the loss: no safeguard may scale it, and lambda
+    must be computed without it.
+
+    Args:
+        policy, reference (`torch.Tensor` of shape `(2B, C, h, w)`): Predictions, winners first. The reference's are
+            detached.
+        region (`torch.Tensor` of shape `(2B, 1, h, w)`): Factors of [`region_factors`].
+        pair_weights, timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): As in
+            [`~trl_diffusion_sdpo.diffusion_preference_loss`].
+
+    Returns:
+        The term, of shape `()`, and the detached mean distance of the images without weights, of shape `()`.
+    """
+    outside = (region == 0).expand_as(policy)
+    squares = (policy.float() - reference.detach().float()).square() * outside
+    distances = squares.flatten(1).sum(1) / outside.flatten(1).sum(1).clamp(min=1)  # (2B,)
+    winner, loser = weighted_errors(distances, timestep_weights)
+    return pair_mean((winner + loser) / 2, pair_weights), distances.detach().mean()
+
+
+def mask_metrics(region: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return `mask/share` (mean share of the positions within the masks) and `mask/empty` (share of images without
+    such positions), from the factors of [`region_factors`]."""
+    inside = region > 0
+    return {"mask/share": inside.float().mean(), "mask/empty": (~inside.flatten(1).any(1)).float().mean()}
