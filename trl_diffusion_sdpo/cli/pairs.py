@@ -184,6 +184,8 @@ def _pick(options: argparse.Namespace) -> None:
     finally:
         session.close()
     print(f"\n{len(session.log.picks)} picks so far. {folder / PAIRS_FILE} has {session.pairs} pairs.")
+    for reason, count in session.unused.items():
+        print(f"Not used: {count} picks {reason}.")
     for sentence in session.result():
         print(sentence)
 
@@ -195,12 +197,14 @@ def _add_from_images_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="Folder of images. Subfolders are read too.")
     add("--from_names", action="store_true", help="Use the file name of an image that has no prompt as its prompt.")
+    add("--keep_duplicates", action="store_true", help="List images of a prompt that look equal, too.")
 
 
 def _from_images(options: argparse.Namespace) -> None:
     from ..pairing.own_images import list_images
 
-    print("\n".join(list_images(Path(options.folder), from_names=options.from_names)))
+    kept = options.keep_duplicates
+    print("\n".join(list_images(Path(options.folder), from_names=options.from_names, keep_duplicates=kept)))
     print(f"To judge the images: trl-diffusion-sdpo pairs pick {options.folder}")
 
 
@@ -283,8 +287,8 @@ SUBCOMMANDS = {
     "from-images": (
         "Find the prompts of the images in a folder, and list the images in manifest.jsonl for `pairs pick`. The "
         "prompt of a.png is read from a.txt, or from metadata that A1111, Forge, ComfyUI or SwarmUI wrote into the "
-        "image. Duplicates are left out. Images are never changed. After you have added images, call the command "
-        "again: your picks are kept.",
+        "image. Copies of an image are left out. Images are never changed. After you have added or renamed images, "
+        "call the command again: picks find their images by their pixels.",
         _add_from_images_options,
         _from_images,
     ),

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -37,6 +38,8 @@ MAX_PIXELS = 178_956_970  # default limit of Pillow; half a gigabyte of RGB pixe
 
 # Formats that Pillow may decode. EPS and others are not allowed, because Pillow would run other programs.
 FILE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# Suffixes of common formats that are not read.
+UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jxl")
 # URL schemes that rows may use by default: local files, members of archives, and files of the Hub. If `datasets`
 # streams a data set from the Hub, its images have URLs of the scheme `hf`.
 SCHEMES = ("file", "hf", "zip", "tar")
@@ -245,6 +248,16 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno is not None:  # damaged images raise OSError without errno
         return error.errno not in PERMANENT_ERRORS
     return isinstance(error, MemoryError | TimeoutError | ConnectionError)
+
+
+def is_image(path: Path) -> bool:
+    """Return whether the name of a file ends with the suffix of a format in `FILE_FORMATS`."""
+    return Image.registered_extensions().get(path.suffix.lower()) in FILE_FORMATS
+
+
+def is_unread_image(path: Path) -> bool:
+    """Return whether the name of a file ends with the suffix of a common image format that is not read."""
+    return path.suffix.lower() in UNREAD_SUFFIXES
 
 
 def check_regular_file(path: str | os.PathLike, max_bytes: int | None) -> None:

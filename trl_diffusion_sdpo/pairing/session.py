@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from filelock import FileLock, Timeout
 from ..utils.files import write_atomically
 from .manifest import is_inside, read_manifest
 from .orders import BlindOrder, RankOrder
-from .picks import PAIRS_FILE, SHARES, PickLog, write_pairs
+from .picks import PAIRS_FILE, SHARES, PickLog, rated_pairs, write_pairs
 
 HUMAN_FILE = "human.json"
 LOCK_FILE = ".picks.lock"
@@ -40,12 +41,13 @@ class PickSession:
                 f"Only one `pairs pick` can use a folder at a time, and another one is using {folder}. Use the page of "
                 "that command, or end it first."
             ) from None
-        self.log = PickLog(folder)
+        self.log = PickLog(folder, self.images)
         models = {image.facts.get("model") for image in listed}
         self.is_blind = len(models) > 1 and None not in models
         self.order: RankOrder | BlindOrder = (BlindOrder if self.is_blind else RankOrder)(self.images, self.log)
         self.gone: set[str] = set()  # names of images whose files were deleted while the page was open
         self.pairs = 0  # number of pairs in `pairs.jsonl`
+        self.unused: Counter[str] = Counter()  # picks that give no pair because of their images, by reason
         self.problem = ""  # error message if `pairs.jsonl` could not be written
         self._shown: dict[str, frozenset[str]] = {}  # tab -> the pair that it shows
         self.codes = {secrets.token_urlsafe(12): name for name in self.images}
@@ -57,8 +59,8 @@ class PickSession:
                 f"`pairs pick` needs a prompt with two images to compare, but {folder} has {len(listed)} images of "
                 f"{prompts} prompts, and none of these prompts has two images to compare.{reasons}"
             )
-        # Pairs that `pairs generate` wrote are replaced only after the first pick.
-        if self.log.picks or not (folder / PAIRS_FILE).is_file():
+        # Pairs that `pairs generate` wrote are replaced only after the first pick. Its manifests have no ratings.
+        if self.log.picks or rated_pairs(self.images) or not (folder / PAIRS_FILE).is_file():
             self._write_pairs()
 
     def close(self) -> None:
@@ -80,6 +82,7 @@ class PickSession:
                 "blind": self.is_blind,
                 "gone": len(self.gone),
                 "left_out": dict(self.left_out),
+                "unused": dict(self.unused),
                 "problem": self.problem,
                 "folder": str(self.folder),
             }
@@ -145,7 +148,7 @@ class PickSession:
 
     def _write_pairs(self) -> None:
         try:
-            self.pairs = write_pairs(self.folder, self.log, self.images)
+            self.pairs, self.unused = write_pairs(self.folder, self.log, self.images)
             self.problem = ""
         except OSError as error:  # the picks are safe in `picks.jsonl`
             self.problem = f"{PAIRS_FILE} could not be written ({error.strerror}). Your picks are safe in picks.jsonl."
