@@ -220,7 +220,8 @@ def _add_push_options(parser: argparse.ArgumentParser) -> None:
 def _push(options: argparse.Namespace) -> None:
     from ..pairing.publish import push_pairs
 
-    pairs = push_pairs(options.folder, options.repo, private=options.private)
+    with reading_data(options.folder):
+        pairs = push_pairs(options.folder, options.repo, private=options.private)
     print(f"Uploaded {pairs} pairs to https://huggingface.co/datasets/{options.repo}.")
 
 
