@@ -54,6 +54,9 @@ ABSENT_OR_DAMAGED = (
     *(FileNotFoundError, PermissionError, ValueError),
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError),
 )
+# Names of aiohttp's errors for a redirect to another scheme than HTTP, and for endless redirects. aiohttp is optional.
+BAD_REDIRECTS = ("RedirectClientError", "TooManyRedirects")
+SYSTEM_FOLDERS = ("/proc/", "/sys/")  # their files are made by the kernel, and reading some of them fails
 INSIDE = 128  # pixels of a mask with at least this grey value are inside the mask
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
@@ -207,7 +210,8 @@ class ImageReader:
             cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
             status = getattr(cause, "status", None)
             is_refused = status is not None and 400 <= status < 500 and status not in (408, 429)
-            is_absent = is_refused or isinstance(cause, ABSENT_OR_DAMAGED)
+            is_misled = any(base.__name__ in BAD_REDIRECTS for base in type(cause).__mro__)
+            is_absent = is_refused or is_misled or isinstance(cause, ABSENT_OR_DAMAGED)
             kind = UndecodableImageError if is_absent else UnreadableImageError
             raise kind(f"cannot be read ({type(cause).__name__}: {cause})") from None
         if len(content) > MAX_FILE_BYTES:
@@ -264,6 +268,8 @@ def check_regular_file(path: str | os.PathLike, max_bytes: int | None) -> None:
     """Raise `UndecodableImageError` if a path is not a regular file of at most `max_bytes`, before the file is opened.
     Reading a pipe would block, and reading a device such as `/dev/zero` would never end."""
     status = os.stat(path)
+    if os.path.realpath(path).startswith(SYSTEM_FOLDERS):
+        raise UndecodableImageError(f"is a file of the operating system: {os.fspath(path)}")
     if not stat.S_ISREG(status.st_mode):
         raise UndecodableImageError(f"is not a regular file: {os.fspath(path)}")
     if max_bytes is not None and status.st_size > max_bytes:
