@@ -41,6 +41,20 @@ def test_check_counts_what_training_drops_and_what_is_doubtful(pairs, capsys, mo
     assert page.count("<figure>") == 5 and "<b>0" not in page and "&lt;b&gt;0" in page and "http" not in page
 
 
+def test_check_names_the_size_and_the_option_of_enlarged_images(pairs, capsys):
+    assert main(["pairs", "check", str(pairs), "--resolution", "48"]) == 0
+    said = capsys.readouterr().out
+    assert "48x48" in said and "resolution" in said
+
+
+def test_an_error_of_the_scorer_is_not_told_as_one_of_the_data_set(pairs, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(pairs.parent))
+    (pairs.parent / "broken.py").write_text("def score(images, prompts):\n    raise OSError('no weights')\n")
+    assert main(["pairs", "check", str(pairs), "--scorer", "broken:score"]) == 2
+    said = capsys.readouterr().err
+    assert "scorer" in said and "no weights" in said and "data set" not in said
+
+
 def test_check_of_nothing_is_one_line(tmp_path, capsys):
     assert main(["pairs", "check", str(tmp_path / "nowhere.jsonl")]) == 2
     assert "nowhere.jsonl" in capsys.readouterr().err

@@ -53,6 +53,22 @@ def run(arguments: list[str], prog: str) -> int:
 # ---- pairs generate -------------------------------------------------------------------------------------------------
 
 
+# Options of `pairs generate` that not all recipes use, and the recipes that use them.
+USED_BY = {
+    "scorers": ("scored",),
+    "scorer_settings": ("scored",),
+    "weights": ("scored",),
+    "combination": ("scored",),
+    "margin": ("scored",),
+    "negative_kwargs": ("negatives",),
+    "images": ("scored", "negatives"),
+    "prompt_column": ("scored", "negatives"),
+    "max_prompts": ("scored", "negatives"),
+    "batch_size": ("scored", "negatives"),
+    "strength": ("partial", "local"),
+}
+
+
 def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     model = "Hub id, folder of a pipeline or output folder of a run, which generates images. `MODEL+LORA` adds a LoRA."
@@ -98,6 +114,7 @@ def _generate(options: argparse.Namespace) -> None:
     from ..pairing.recipes import pairs_from_images
 
     reads_prompts = options.recipe in ("scored", "negatives")
+    _refuse_unused(options)
     needed, excluded = options.prompts, options.from_images
     if not reads_prompts:
         needed, excluded = excluded, needed
@@ -106,10 +123,6 @@ def _generate(options: argparse.Namespace) -> None:
             f"The recipe `{options.recipe}` needs {'`--prompts`' if reads_prompts else '`--from_images`'} and not "
             f"{'`--from_images`' if reads_prompts else '`--prompts`'}. Got `--prompts {options.prompts}` and "
             f"`--from_images {options.from_images}`."
-        )
-    if options.recipe != "scored" and options.scorers:
-        raise ValueError(
-            f"Only the recipe `scored` uses `--scorers`, got the recipe `{options.recipe}`. Leave out `--scorers`."
         )
     pairing = Pairing(options.combination, options.weights, options.margin)
     state = PartialState(cpu=options.device == "cpu")
@@ -141,6 +154,18 @@ def _generate(options: argparse.Namespace) -> None:
     if state.is_main_process:
         print("\n".join(lines))
     finish(state)
+
+
+def _refuse_unused(options: argparse.Namespace) -> None:
+    """Raise `ValueError` if an option was set that the recipe does not use."""
+    default = subcommand_parser("generate").get_default
+    for name, recipes in USED_BY.items():
+        value = getattr(options, name)
+        if options.recipe not in recipes and value != default(name):
+            raise ValueError(
+                f"`--{name}` is only used by the recipes {', '.join(recipes)}, got {value} with the recipe "
+                f"`{options.recipe}`. Leave it out."
+            )
 
 
 # ---- pairs pick -----------------------------------------------------------------------------------------------------

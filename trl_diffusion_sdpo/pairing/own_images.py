@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections import defaultdict
@@ -230,7 +231,7 @@ def _read(folder: Path, path: Path, caption: Path | None, like: int, from_names:
         content=hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest(),
         coarse=np.asarray(image.resize(COARSE, Image.Resampling.BOX), dtype=np.int16).ravel(),
         fine=image.resize(FINE, Image.Resampling.BOX),
-        sharpness=float(np.sqrt(sum(np.square(np.diff(grey, axis=axis)).mean() for axis in (0, 1)))),
+        sharpness=math.sqrt(sum(float(np.square(np.diff(grey, axis=axis)).mean()) for axis in (0, 1))),
         rating=rating,
         like=like,
     )
@@ -261,6 +262,6 @@ def _is_copy(image: _OwnImage, other: _OwnImage) -> bool:
     the same size that differs neither in detail nor in sharpness, which may be what you choose by."""
     if image.size != other.size:
         return True
-    difference = ImageChops.difference(image.fine, other.fine)
+    difference = np.asarray(ImageChops.difference(image.fine, other.fine)).max()
     is_sharper = abs(image.sharpness - other.sharpness) > EQUALLY_SHARP * max(image.sharpness, other.sharpness)
-    return max(high for _, high in difference.getextrema()) <= NEARLY_EQUAL and not is_sharper
+    return bool(difference <= NEARLY_EQUAL and not is_sharper)

@@ -148,8 +148,9 @@ class PickLog:
 
     def _apply(self, entry: Mapping[str, Any]) -> None:
         if "pick" in entry:
-            sides = zip((entry["first"], entry["second"]), entry.get("contents", (None, None)), strict=True)
-            pick = Pick(int(entry["pick"]), *(self._name_now(*side) for side in sides), entry["verdict"])
+            content, other = entry.get("contents", (None, None))
+            first, second = self._name_now(entry["first"], content), self._name_now(entry["second"], other)
+            pick = Pick(int(entry["pick"]), first, second, entry["verdict"])
             if pick.verdict not in SHARES:
                 raise ValueError(f"verdict {pick.verdict!r}")
             self._by_number[pick.number] = pick
