@@ -110,7 +110,7 @@ class Group:
             self.ratings[known], covariance[block] = bradley_terry(wins[block], start=guess)
         difference = np.abs(self.ratings[:, None] - self.ratings[None, :])
         variance = np.diag(covariance)[:, None] + np.diag(covariance)[None, :] - 2 * covariance
-        self.uncertain: np.ndarray = ~judged & (difference < CERTAIN * np.sqrt(np.maximum(variance, 0)))
+        self.uncertain = ~judged & (difference < CERTAIN * np.sqrt(np.maximum(variance, 0)))
         chance = 1 / (1 + np.exp(-difference))
         # Information that a pick of the pair would add, to first order. For images without a pick, a large number is
         # added, so that their pairs come first.
@@ -129,7 +129,7 @@ class Group:
         """Return the name of each image, its rating and whether its rank is still uncertain, from the best to the
         worst."""
         order = np.argsort(-self.ratings, kind="stable").tolist()
-        doubtful = self.uncertain.any(1)
+        doubtful = self.uncertain.sum(1)
         return [(self.names[index], float(self.ratings[index]), bool(doubtful[index])) for index in order]
 
 
