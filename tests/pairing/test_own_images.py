@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from trl_diffusion_sdpo.pairing.manifest import read_manifest
 from trl_diffusion_sdpo.pairing.own_images import list_images
-from trl_diffusion_sdpo.pairing.picks import PickLog, rated_pairs, write_pairs
+from trl_diffusion_sdpo.pairing.picks import PairsFile, PickLog, rated_pairs
 from trl_diffusion_sdpo.pairing.session import PickSession
 
 A1111 = "a red fox, <lora:fur:0.8> (snow:1.2)\nsecond line\nNegative prompt: blurry\nSteps: 20, Seed: 1"
@@ -294,7 +294,7 @@ def test_likes_by_folder_become_pairs(tmp_path):
     assert len(rated_pairs(images)) == 5
     log = PickLog(tmp_path)
     log.add("a.png", "disliked/c.png", "second")  # a pick counts more than a folder
-    assert write_pairs(tmp_path, log, images) == (5, {})
+    assert PairsFile(tmp_path, images).write(log) == (5, {})
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert {(row["chosen"], row["rejected"]) for row in rows} == {
         ("disliked/c.png", "a.png"), ("liked/b.png", "a.png"), ("liked/d.png", "a.png"),

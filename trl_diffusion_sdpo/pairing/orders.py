@@ -159,7 +159,7 @@ def bradley_terry(
         precision = np.diag(information.sum(1) + prior**-2) - information
         step = np.linalg.solve(precision, gradient)
         ratings = ratings + np.clip(step, -2, 2)
-        if np.abs(step).max(initial=0) < 1e-9:
+        if np.abs(step).max(initial=0) < 1e-6:  # the next step would be about the square of this one
             break
     return ratings, np.linalg.inv(precision)
 

@@ -32,7 +32,7 @@ from .manifest import (
     read_json_lines,
     write_manifest,
 )
-from .picks import PAIRS_FILE, PICKS_FILE, PickLog, rated_pairs, write_pairs
+from .picks import PAIRS_FILE, PICKS_FILE, PairsFile, PickLog
 
 # Names of subfolders of liked and disliked images, in lower case.
 LIKED = ("liked", "likes", "favorites", "favourites", "good", "best", "winners", "chosen")
@@ -193,9 +193,10 @@ def _write_pairs_again(folder: Path, listed: list[ListedImage]) -> list[str]:
         return []
     images = {image.name: image for image in listed}
     log = PickLog(folder, images, read_only=True)
-    if not log.picks and not rated_pairs(images):
+    file = PairsFile(folder, images)
+    if not log.picks and not file.rated:
         return []
-    count, unused = write_pairs(folder, log, images)
+    count, unused = file.write(log)
     lines = [f"{folder / PAIRS_FILE}: {count} pairs, from {len(log.picks)} picks and the ratings."]
     return [*lines, *(f"  not used: {number} picks {reason}" for reason, number in unused.items())]
 

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -185,39 +185,60 @@ class PickLog:
         self._apply(entry)
 
 
-def write_pairs(folder: Path, log: PickLog, images: Mapping[str, ListedImage]) -> tuple[int, Counter[str]]:
-    """Write `pairs.jsonl`, with one line for each pick that prefers one image. Return the number of pairs, and the
-    numbers of picks that give no pair because of what happened to their images, by reason.
+class PairsFile:
+    """The file `pairs.jsonl` of a folder.
 
-    Two images of one prompt with different ratings are also a pair, unless there is a pick for these two images. Other
-    columns of the manifest become columns `chosen_*` and `rejected_*`.
+    It has one line for each pick that prefers one image. Two images of one prompt with different ratings are also a
+    pair, unless there is a pick for these two images. Other columns of the manifest become columns `chosen_*` and
+    `rejected_*`. Lines are kept in memory, so that writing the file again after a pick is fast.
     """
-    preferred = [
-        (pick.first, pick.second) if pick.verdict == "first" else (pick.second, pick.first)
-        for pick in log.picks.values()
-        if pick.verdict in ("first", "second")
-    ]
-    preferred += [pair for pair in rated_pairs(images) if frozenset(pair) not in log.picks]
-    left_out = Counter(log.left_out)
-    rows = []
-    for better, worse in preferred:
-        if not {better, worse} <= images.keys():
-            left_out["of an image that the manifest no longer lists"] += 1
-            continue
-        chosen, rejected = images[better], images[worse]
-        prompt, other = (log.prompts.get(image.prompt, image.prompt) for image in (chosen, rejected))
-        if prompt != other:
-            left_out["of two images whose prompts differ now"] += 1
-        elif not all((folder / name).is_file() for name in (better, worse)):
-            left_out["of an image whose file is missing"] += 1
-        else:
+
+    def __init__(self, folder: Path, images: Mapping[str, ListedImage]) -> None:
+        self._folder = folder
+        self._images = images
+        self.rated = rated_pairs(images)
+        self._lines: dict[tuple[str, str, str], bytes] = {}  # chosen image, rejected image and prompt -> line
+
+    def write(self, log: PickLog, gone: Collection[str] = ()) -> tuple[int, Counter[str]]:
+        """Write the file. Return the number of pairs, and the numbers of picks that give no pair because of what
+        happened to their images, by reason. `gone` has names of images whose files were deleted."""
+        preferred = [
+            (pick.first, pick.second) if pick.verdict == "first" else (pick.second, pick.first)
+            for pick in log.picks.values()
+            if pick.verdict in ("first", "second")
+        ]
+        preferred += [pair for pair in self.rated if frozenset(pair) not in log.picks]
+        left_out = Counter(log.left_out)
+        lines = []
+        for better, worse in preferred:
+            if better not in self._images or worse not in self._images:
+                left_out["of an image that the manifest no longer lists"] += 1
+                continue
+            chosen, rejected = self._images[better], self._images[worse]
+            prompt = log.prompts.get(chosen.prompt, chosen.prompt)
+            if prompt != log.prompts.get(rejected.prompt, rejected.prompt):
+                left_out["of two images whose prompts differ now"] += 1
+            elif line := self._line(chosen, rejected, prompt, gone):
+                lines.append(line)
+            else:
+                left_out["of an image whose file is missing"] += 1
+        write_atomically(self._folder / PAIRS_FILE, b"".join(lines))
+        return len(lines), left_out
+
+    def _line(self, chosen: ListedImage, rejected: ListedImage, prompt: str, gone: Collection[str]) -> bytes:
+        """Return the line of a pair, or nothing if the file of one of its images is missing."""
+        key = (chosen.name, rejected.name, prompt)
+        if chosen.name in gone or rejected.name in gone:
+            return b""
+        if key not in self._lines:
+            if not all((self._folder / name).is_file() for name in (chosen.name, rejected.name)):
+                return b""
             row = {"prompt": prompt, "chosen": chosen.name, "rejected": rejected.name}
             for name in sorted(chosen.facts.keys() & rejected.facts.keys() - {*OWN_COLUMNS}):
                 row[f"chosen_{name}"] = chosen.facts[name]
                 row[f"rejected_{name}"] = rejected.facts[name]
-            rows.append(row)
-    write_atomically(folder / PAIRS_FILE, json_lines(rows))
-    return len(rows), left_out
+            self._lines[key] = json_lines([row])
+        return self._lines[key]
 
 
 def rated_pairs(images: Mapping[str, ListedImage]) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from ..utils.files import write_atomically
 from .manifest import is_inside, read_manifest
 from .orders import BlindOrder, RankOrder
-from .picks import PAIRS_FILE, SHARES, PickLog, rated_pairs, write_pairs
+from .picks import PAIRS_FILE, SHARES, PairsFile, PickLog
 
 HUMAN_FILE = "human.json"
 LOCK_FILE = ".picks.lock"
@@ -42,6 +42,7 @@ class PickSession:
                 "that command, or end it first."
             ) from None
         self.log = PickLog(folder, self.images)
+        self._file = PairsFile(folder, self.images)
         models = {image.facts.get("model") for image in listed}
         self.is_blind = len(models) > 1 and None not in models
         self.order: RankOrder | BlindOrder = (BlindOrder if self.is_blind else RankOrder)(self.images, self.log)
@@ -62,7 +63,7 @@ class PickSession:
                 f"{prompts} prompts, and none of these prompts has two images to compare.{reasons}"
             )
         # Pairs that `pairs generate` wrote are replaced only after the first pick. Its manifests have no ratings.
-        if self.log.picks or rated_pairs(self.images) or not (folder / PAIRS_FILE).is_file():
+        if self.log.picks or self._file.rated or not (folder / PAIRS_FILE).is_file():
             self._write_pairs()
 
     def close(self) -> None:
@@ -151,7 +152,7 @@ class PickSession:
 
     def _write_pairs(self) -> None:
         try:
-            self.pairs, self.unused = write_pairs(self.folder, self.log, self.images)
+            self.pairs, self.unused = self._file.write(self.log, self.gone)
             self.problem = ""
         except OSError as error:  # the picks are safe in `picks.jsonl`
             self.problem = f"{PAIRS_FILE} could not be written ({error.strerror}). Your picks are safe in picks.jsonl."
