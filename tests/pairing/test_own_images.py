@@ -251,6 +251,13 @@ def test_a_copy_may_take_the_place_of_its_smaller_original(picked):
     assert pairs_of(picked) == {("a.png", "b_large.png"), ("b_large.png", "c.png")}
 
 
+def test_prompts_from_names_stay_in_a_call_without_them_and_follow_a_renamed_file(tmp_path):
+    png(tmp_path / "a_red_fox.png")
+    assert prompts_of(tmp_path, from_names=True) == {"a_red_fox.png": "a red fox"}
+    (tmp_path / "a_red_fox.png").rename(tmp_path / "1.png")
+    assert prompts_of(tmp_path) == {"1.png": "a red fox"}
+
+
 def test_picks_that_no_longer_hold_are_counted(picked):
     drawing(64, 7).save(picked / "a.png")  # another picture under the same name
     (picked / "c.txt").write_text("a corrected caption")

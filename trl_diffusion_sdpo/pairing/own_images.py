@@ -68,10 +68,12 @@ def list_images(folder: Path, *, from_names: bool = False, keep_duplicates: bool
     """Write the manifest of a folder of images, and return a report as lines of text.
 
     The prompt of `a.png` is read from the text file `a.txt`, or from metadata that A1111, Forge, ComfyUI or SwarmUI
-    wrote into the image. An image's rating is the number of stars in its metadata. If no image of a prompt has stars,
-    images in a subfolder `liked` (or another name in `LIKED`) have rating 1, images in a subfolder `disliked` (or
-    another name in `DISLIKED`) have rating -1, and the other images of the prompt have rating 0. If no image of the
-    prompt is in such a subfolder either, the images of the prompt have no rating.
+    wrote into the image. An image without either keeps its prompt of an earlier manifest.
+
+    An image's rating is the number of stars in its metadata. If no image of a prompt has stars, images in a subfolder
+    `liked` (or another name in `LIKED`) have rating 1, images in a subfolder `disliked` (or another name in `DISLIKED`)
+    have rating -1, and the other images of the prompt have rating 0. If no image of the prompt is in such a subfolder
+    either, the images of the prompt have no rating.
 
     If several images of one prompt look equal, the manifest lists only the largest one, with the highest rating among
     these images. Columns that you added to an earlier manifest are kept. If the folder has picks, its `pairs.jsonl` is
@@ -95,6 +97,8 @@ def list_images(folder: Path, *, from_names: bool = False, keep_duplicates: bool
             f"`pairs from-images` is for your own images, but `evaluate` generated the images of {folder}. Run "
             "`pairs pick` on this folder without `pairs from-images`."
         )
+    # Prompts of the earlier manifest, by the hash of the image, or by its name if the manifest has no hash.
+    prompts = {str(row.get(CONTENT, row.get("image"))): str(row.get("prompt", "")) for row in earlier}
     left_out: dict[str, list[str]] = defaultdict(list)
     by_prompt: dict[str, list[_OwnImage]] = {}
     for parent, folders, files in os.walk(folder):
@@ -111,7 +115,7 @@ def list_images(folder: Path, *, from_names: bool = False, keep_duplicates: bool
                 left_out[OTHER_CAPTION].append(name)
             elif is_image(path):
                 try:
-                    image = _read(folder, path, captions.get(stem_of(path, folder)), like, from_names)
+                    image = _read(folder, path, captions.get(stem_of(path, folder)), like, from_names, prompts)
                     by_prompt.setdefault(image.prompt, []).append(image)
                 except _LeftOutError as error:
                     left_out[str(error)].append(name)
@@ -201,7 +205,9 @@ def _write_pairs_again(folder: Path, listed: list[ListedImage]) -> list[str]:
     return [*lines, *(f"  not used: {number} picks {reason}" for reason, number in unused.items())]
 
 
-def _read(folder: Path, path: Path, caption: Path | None, like: int, from_names: bool) -> _OwnImage:
+def _read(
+    folder: Path, path: Path, caption: Path | None, like: int, from_names: bool, earlier: Mapping[str, str]
+) -> _OwnImage:
     """Return an image with its prompt and rating. Raise `_LeftOutError` if the manifest must not list the image."""
     name = path.relative_to(folder).as_posix()
     if not is_inside(folder, name):
@@ -219,7 +225,8 @@ def _read(folder: Path, path: Path, caption: Path | None, like: int, from_names:
     except (OSError, ValueError):
         raise _LeftOutError("images whose text file is not UTF-8 or is too large") from None
     named = " ".join(_COUNTER.sub("", stem_of(Path(path.name))).replace("_", " ").split()) if from_names else ""
-    prompt = written or metadata or named
+    content = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+    prompt = written or metadata or named or earlier.get(content) or earlier.get(name, "")
     if not prompt:
         raise _LeftOutError("images without a prompt")
     if len(prompt) > MAX_PROMPT:
@@ -229,7 +236,7 @@ def _read(folder: Path, path: Path, caption: Path | None, like: int, from_names:
         name=name,
         prompt=prompt,
         size=image.size,
-        content=hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest(),
+        content=content,
         coarse=np.asarray(image.resize(COARSE, Image.Resampling.BOX), dtype=np.int16).ravel(),
         fine=image.resize(FINE, Image.Resampling.BOX),
         sharpness=math.sqrt(sum(float(np.square(np.diff(grey, axis=axis)).mean()) for axis in (0, 1))),
