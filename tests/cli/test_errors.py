@@ -120,7 +120,7 @@ def test_processes_show_tracebacks_of_libraries_only(sd_folder, pairs, tmp_path,
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("empty.jsonl", "", "empty.jsonl could not be read: "),
+        ("empty.jsonl", "", "empty.jsonl is empty"),
         ("header.csv", "prompt,chosen,rejected\n", "header.csv could not be read: "),
         ("nothing.json", None, "nothing.json could not be read: "),
     ],

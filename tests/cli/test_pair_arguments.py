@@ -103,6 +103,15 @@ def test_pairs_are_held_out_of_the_training_split(load, name):
     assert load(name, test_size=0.25) == (train, test), "the run's seed decides"
 
 
+@pytest.mark.parametrize("words", [{"test_size": 0.25}, {"eval_dataset_name": "two"}])
+def test_pairs_for_evaluation_are_evaluated_on_without_an_eval_strategy(places, make_args, words):
+    args = make_args()
+    assert args.eval_strategy == "no"
+    words = {name: places.get(value, value) for name, value in words.items()}
+    _, evaluation = load_datasets(PairArguments(dataset_name=places["file.parquet"], **words), args)
+    assert len(evaluation) in (3, 4) and args.eval_strategy == "epoch"
+
+
 def test_a_stream_is_not_split(load):
     with pytest.raises(ValueError, match="`test_size=.*stream"):
         load("file.parquet", test_size=0.25, dataset_streaming=True)
@@ -168,7 +177,6 @@ def test_other_pairs_than_those_of_several_data_sets_are_evaluated(make_args, se
     words = {"eval_dataset_name": places["two"]}
     with pytest.raises(ValueError, match="`eval_dataset_name`"):
         load_sets(make_args, sets, evaluates=True, dataset_test_split="test", **words)
-    assert load_sets(make_args, sets, **words)[1] is None  # nothing is evaluated
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The last lines of the training command, and the lock that it holds until then."""
 
+import json
+
 from filelock import FileLock, Timeout
 
 from trl_diffusion_sdpo.cli.main import main
@@ -45,3 +47,13 @@ def test_training_ends_with_the_verdict_and_holds_the_lock_until_the_weights_are
     assert len(verdicts) == 1 and verdicts[0].startswith("Verdict: not learned. ")
     assert lines[-1].startswith("The tuned weights are in")
     assert held == [True] and not is_locked()
+
+
+def test_pairs_that_are_held_out_are_evaluated_on(sd_folder, make_pairs, tmp_path):
+    make_pairs().save_to_disk(str(tmp_path / "pairs"))
+    words = "--test_size 0.25 --max_steps 3 --per_device_train_batch_size 4 --logging_steps 1 --learning_rate 1e-7 "
+    words += "--safeguard none --loss_type linear --report_to none --use_cpu --save_strategy no"
+    places = ["--model_name_or_path", sd_folder, "--dataset_name", str(tmp_path / "pairs")]
+    assert main(["train", *places, "--output_dir", str(tmp_path / "run"), *words.split()]) == 0
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry][-1] == 3

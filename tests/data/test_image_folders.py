@@ -74,9 +74,10 @@ def test_skipped_images_are_counted_by_their_reason(write, caplog):
         *("chosen/.DS_Store", "rejected/Thumbs.db", ".cache/x.png"),
     )
     assert load_pairs(folder)["prompt"][:] == ["g"]
-    lines = caplog.text.partition("skipped images:\n")[2].splitlines()
+    lines = caplog.text.partition("skipped:\n")[2].splitlines()
     assert {(int(line.split()[0]), line.rpartition(": ")[2]) for line in lines if line.startswith("  ")} == {
         (1, "preview.png"),
+        (1, "chosen/notes.heic"),
         (1, "chosen/lonely.png"),
         (2, "chosen/differing.png, rejected/differing.png"),
         (3, "chosen/twice.jpg, chosen/twice.png, rejected/twice.png"),
@@ -128,6 +129,14 @@ def test_images_of_one_name_are_ranked_by_their_numbers(write):
     assert pairs.report.ties == 1, "the two images of rank 1"
 
 
+def test_more_than_eight_numbered_images_of_one_name_are_no_ranking(write, caplog):
+    photos = [f"trip_{number:02}.jpg" for number in range(1, 21)]
+    with pytest.raises(ValueError, match="20 .*trip_01.jpg"):
+        load_pairs(write(*photos, "trip.txt: my trip", folder="photos"))
+    folder = write(*photos, "trip.txt: my trip", *(f"a_{rank}.png" for rank in range(8)), "a.txt: a")
+    assert load_pairs(folder)["prompt"][:] == ["a"] and "20 " in caplog.text
+
+
 CAMERA = [f"IMG_{number}.jpg" for number in range(4010, 4016)]
 
 
@@ -138,6 +147,37 @@ def test_numbers_that_count_photos_are_not_read_as_ranks(write, caplog):
     folder = write(*names, f"{stem}.txt: my dog", "a_0.png", "a_1.png", "a.txt: a")
     assert load_pairs(folder)["prompt"][:] == ["a"]
     assert f"{len(names)} " in caplog.text and names[0] in caplog.text
+
+
+# ---- Files that are no images ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("files", [both("a"), ["a_0.png", "a_1.png"]])
+def test_a_stray_file_does_not_hide_the_pairs_and_is_named(write, files, caplog):
+    strays = ["workflow.json: {}", "all.zip", "a_0.json: {}", "a.caption: x", "a.png.txt: x", "b.heic"]
+    folder = write(*files, "a.txt: a fox", *strays)
+    assert load_pairs(folder)["prompt"][:] == ["a fox"]
+    assert all(entry.partition(":")[0] in caplog.text for entry in strays)
+
+
+def test_a_table_beside_the_two_folders_is_named_and_beside_ranked_images_an_error(write, caplog):
+    folder = write(*both("a"), "a.txt: a fox", "notes.csv: a,b")
+    assert load_pairs(folder)["prompt"][:] == ["a fox"] and "notes.csv" in caplog.text
+    with pytest.raises(ValueError, match="own.csv"):
+        load_pairs(write("a_0.png", "a_1.png", "a.txt: a fox", "own.csv: a,b", folder="ranked"))
+
+
+def test_names_are_equal_in_either_unicode_form(write):
+    folder = write("chosen/caf\u00e9.png", f"rejected/cafe{chr(0x301)}.png", f"cafe{chr(0x301)}.txt: coffee")
+    assert load_pairs(folder)["prompt"][:] == ["coffee"]
+
+
+@pytest.mark.parametrize("text", ["x" * 100_000, "\udcff"])
+def test_a_caption_that_is_too_large_or_no_text_is_an_error_that_names_it(write, text):
+    folder = write(*both("a"))
+    (folder / "a.txt").write_text(text, errors="surrogateescape")
+    with pytest.raises(ValueError, match="a.txt"):
+        load_pairs(folder)
 
 
 # ---- Data files, which other images belong to ------------------------------------------------------------------------

@@ -50,7 +50,9 @@ def web():
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.server.asked.append(self.path)
-            self.send_response(200)
+            self.send_response(302 if self.server.redirect else 200)
+            if self.server.redirect:
+                self.send_header("Location", self.server.redirect)
             self.send_header("Content-Length", str(len(png())))
             self.end_headers()
             if self.command == "GET":
@@ -62,7 +64,7 @@ def web():
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked = []
+    server.asked, server.redirect = [], ""
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
@@ -82,6 +84,24 @@ def test_urls_in_rows_do_not_reach_other_hosts_by_default(web, soon):
         with pytest.raises(UndecodableImageError, match="rows may not use"):
             decode_image(address)
     assert web.asked == []
+
+
+@pytest.mark.parametrize(
+    "address", ["/proc/self/mem", "file:///proc/self/mem", "zip://a.png::/proc/self/mem", "/sys/class/net/lo/speed"]
+)
+def test_a_file_of_the_system_is_a_bad_row(address, soon):
+    for read in (ImageReader().decode, ImageReader().size):
+        with pytest.raises(UndecodableImageError, match="system"):
+            read(address)
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://host/a.png", "loop"])
+def test_a_redirect_that_leads_nowhere_is_a_bad_row(web, soon, target):
+    pytest.importorskip("aiohttp")
+    address = f"http://127.0.0.1:{web.server_address[1]}/a.png"
+    web.redirect = address if target == "loop" else target
+    with pytest.raises(UndecodableImageError):
+        ImageReader(("http",)).decode(address)
 
 
 def test_allowed_schemes_are_opened():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import datasets
 import pytest
@@ -55,6 +56,41 @@ def test_relative_names_are_found_in_the_folder_of_the_file_and_then_in_the_work
             str(place.parent / "cwd/only_here.png"),
             str(place / "images/l.png"),
         ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_brackets_in_the_path_of_a_file_are_read_as_they_are(place, streaming):
+    folder = place.rename(place.parent / "set [best] *")
+    assert levels(load_pairs(write(folder, "jsonl", ROW), streaming=streaming)) == [(0, 1)]
+
+
+@pytest.mark.parametrize("name", ["set [best]", "a::b", "$HOME"])
+def test_a_path_that_the_library_reads_otherwise_is_an_error_that_names_it(place, name):
+    folder = place.rename(place.parent / name)
+    (folder / "metadata.jsonl").write_text(json.dumps({"prompt": "x", "file_name": "images/w.png"}))
+    with pytest.raises(ValueError, match=re.escape(str(folder))):
+        load_pairs(folder)
+    if "[" not in name:
+        with pytest.raises(ValueError, match=re.escape(str(folder))):
+            load_pairs(write(folder, "jsonl", ROW))
+
+
+def test_names_of_images_are_found_in_either_unicode_form(place):
+    (place / "images/w.png").rename(place / "images" / f"e{chr(0x301)}.png")
+    assert levels(load_pairs(write(place, "jsonl", {**ROW, "chosen": "images/\u00e9.png"}))) == [(0, 1)]
+
+
+@pytest.mark.parametrize("content", ["", " \n\n"])
+def test_an_empty_file_is_an_error_that_names_it(place, content):
+    (place / "pairs.jsonl").write_text(content)
+    with pytest.raises(ValueError, match="pairs.jsonl"):
+        load_pairs(place / "pairs.jsonl")
+
+
+def test_a_table_with_semicolons_is_read(place):
+    (place / "own.csv").write_text("\ufeffprompt;chosen;rejected\na, b;images/w.png;images/l.png\n")
+    loaded = load_pairs(place / "own.csv")
+    assert loaded["prompt"][:] == ["a, b"] and levels(loaded) == [(0, 1)]
 
 
 def test_what_is_absolute_or_a_url_is_left_alone(place):

@@ -6,12 +6,13 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageDraw, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 
 from trl_diffusion_sdpo.pairing.manifest import read_manifest
 from trl_diffusion_sdpo.pairing.own_images import list_images
-from trl_diffusion_sdpo.pairing.picks import PickLog, rated_pairs, write_pairs
+from trl_diffusion_sdpo.pairing.picks import PairsFile, PickLog, rated_pairs
+from trl_diffusion_sdpo.pairing.session import PickSession
 
 A1111 = "a red fox, <lora:fur:0.8> (snow:1.2)\nsecond line\nNegative prompt: blurry\nSteps: 20, Seed: 1"
 READ = "a red fox, (snow:1.2) second line"
@@ -165,6 +166,129 @@ def test_images_that_look_equal_are_listed_once_and_colours_and_details_count(tm
     assert set(prompts_of(tmp_path)) == {"a.png", "other_colours.png", "mended.png"}
 
 
+def drawing(side=256, seed=0):
+    """An image with edges, which blurring changes and resizing does not hide."""
+    rng = np.random.default_rng(seed)
+    image = Image.new("RGB", (side, side), (200, 210, 220))
+    for x, y, width, *colour in rng.integers((0, 0, 9, 0, 0, 0), (side, side, 80, 256, 256, 256), (40, 6)).tolist():
+        ImageDraw.Draw(image).ellipse([x, y, x + width, y + width], fill=tuple(colour))
+    return image
+
+
+def test_sharpness_may_be_a_taste_and_copies_are_named_and_can_be_kept(tmp_path):
+    image = drawing()
+    image.save(tmp_path / "a_sharp.png")
+    image.filter(ImageFilter.GaussianBlur(1)).save(tmp_path / "b_soft.png")
+    image.save(tmp_path / "c_saved.jpg", quality=90)
+    for name in ("a_sharp", "b_soft", "c_saved"):
+        (tmp_path / f"{name}.txt").write_text("a drawing")
+    lines = list_images(tmp_path)
+    assert [one.name for one in read_manifest(tmp_path)[0]] == ["a_sharp.png", "b_soft.png"]
+    assert any("c_saved.jpg" in line and "a_sharp.png" in line for line in lines)
+    list_images(tmp_path, keep_duplicates=True)
+    assert len(read_manifest(tmp_path)[0]) == 3
+
+
+def test_formats_that_are_not_read_and_captions_of_other_names_are_named(tmp_path):
+    png(tmp_path / "good.png", parameters="a fox")
+    for name in ("photo.HEIC", "b.avif", "c.jxl", "good.caption", "good.png.txt"):
+        (tmp_path / name).write_text("x")
+    said = "\n".join(list_images(tmp_path))
+    assert all(name in said for name in ("3 images", "photo.HEIC", "b.avif", "c.jxl", "good.caption", "good.png.txt"))
+
+
+def test_accents_are_equal_in_either_unicode_form(tmp_path):
+    png(tmp_path / f"cafe{chr(0x301)}.png")
+    (tmp_path / "caf\u00e9.txt").write_text("coffee")
+    png(tmp_path / f"the{chr(0x301)}_2.png", 90)
+    assert set(prompts_of(tmp_path, from_names=True).values()) == {"coffee", "th\u00e9"}
+
+
+# ---- Called again ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def picked(tmp_path):
+    """Three images of one prompt, a picked to be better than b, and b than c."""
+    for number, name in enumerate("abc"):
+        drawing(64, number).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("a drawing")
+    list_images(tmp_path)
+    log = PickLog(tmp_path, {image.name: image for image in read_manifest(tmp_path)[0]})
+    log.add("a.png", "b.png", "first")
+    log.add("c.png", "b.png", "second")
+    log.close()
+    return tmp_path
+
+
+def pairs_of(folder):
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    return {(row["chosen"], row["rejected"]) for row in rows}
+
+
+def test_picks_survive_renamed_files_and_larger_copies(picked):
+    (picked / "a.png").rename(picked / "renamed.png")
+    (picked / "a.txt").rename(picked / "renamed.txt")
+    drawing(64, 1).resize((128, 128), Image.Resampling.BICUBIC).save(picked / "b_large.png")
+    (picked / "b_large.txt").write_text("a drawing")
+    list_images(picked)
+    assert pairs_of(picked) == {("renamed.png", "b_large.png"), ("b_large.png", "c.png")}
+    list_images(picked, keep_duplicates=True)
+    assert pairs_of(picked) == {("renamed.png", "b.png"), ("b.png", "c.png")}
+    session = PickSession(picked)
+    assert session.state("tab")["judged"] == 2 and session.undo("tab", 2)["judged"] == 1
+    session.close()
+    assert PickLog(picked, read_only=True).last.number == 1
+
+
+def test_a_copy_may_take_the_place_of_its_smaller_original(picked):
+    drawing(64, 1).resize((128, 128), Image.Resampling.BICUBIC).save(picked / "b_large.png")
+    (picked / "b.txt").rename(picked / "b_large.txt")
+    (picked / "b.txt").write_text("a drawing")
+    list_images(picked)
+    (picked / "b.png").unlink()
+    list_images(picked)
+    assert pairs_of(picked) == {("a.png", "b_large.png"), ("b_large.png", "c.png")}
+
+
+def test_prompts_from_names_stay_in_a_call_without_them_and_follow_a_renamed_file(tmp_path):
+    png(tmp_path / "a_red_fox.png")
+    assert prompts_of(tmp_path, from_names=True) == {"a_red_fox.png": "a red fox"}
+    (tmp_path / "a_red_fox.png").rename(tmp_path / "1.png")
+    assert prompts_of(tmp_path) == {"1.png": "a red fox"}
+
+
+def test_picks_that_no_longer_hold_are_counted(picked):
+    drawing(64, 7).save(picked / "a.png")  # another picture under the same name
+    (picked / "c.txt").write_text("a corrected caption")
+    said = "\n".join(list_images(picked))
+    assert pairs_of(picked) == set()
+    assert "1 picks of an image whose file" in said and "1 picks of two images whose prompts differ" in said
+    (picked / "b.txt").write_text("a corrected caption")
+    assert "1 picks of an image whose file" in "\n".join(list_images(picked))
+    assert pairs_of(picked) == {("b.png", "c.png")}
+    (picked / "c.png").unlink()
+    assert "1 picks of an image that the manifest" in "\n".join(list_images(picked))
+
+
+def test_columns_that_the_user_added_are_kept_and_become_columns_of_the_pairs(picked):
+    rows = [json.loads(line) for line in (picked / "manifest.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {"artist": "artist of " + row["image"], "rating": 3}
+    (picked / "manifest.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (picked / "a.png").rename(picked / "d.png")  # the column follows the picture
+    drawing(64, 9).save(picked / "a.png")
+    (picked / "d.txt").write_text("a drawing")
+    said = "\n".join(list_images(picked))
+    assert "3 ratings" in said and "b.png, c.png, d.png" in said
+    assert {image.name: image.facts.get("artist") for image in read_manifest(picked)[0]} == {
+        "a.png": None, "b.png": "artist of b.png", "c.png": "artist of c.png", "d.png": "artist of a.png"
+    }  # fmt: skip
+    row = json.loads((picked / "pairs.jsonl").read_text().splitlines()[0])
+    assert row.items() >= {"chosen_artist": "artist of a.png", "rejected_artist": "artist of b.png"}.items()
+    assert len(row) == 5
+
+
 def test_likes_by_folder_become_pairs(tmp_path):
     for number, name in enumerate(("a", "liked/b", "disliked/c", "liked/d")):
         png(tmp_path / f"{name}.png", 60 * number, parameters="a fox")
@@ -177,7 +301,7 @@ def test_likes_by_folder_become_pairs(tmp_path):
     assert len(rated_pairs(images)) == 5
     log = PickLog(tmp_path)
     log.add("a.png", "disliked/c.png", "second")  # a pick counts more than a folder
-    assert write_pairs(tmp_path, log, images) == 5
+    assert PairsFile(tmp_path, images).write(log) == (5, {})
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert {(row["chosen"], row["rejected"]) for row in rows} == {
         ("disliked/c.png", "a.png"), ("liked/b.png", "a.png"), ("liked/d.png", "a.png"),

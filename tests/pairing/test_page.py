@@ -49,3 +49,13 @@ def test_keys_clicks_a_restart_and_a_phone(folder, tmp_path):
         assert [error for error in browser.errors() if "Failed to load resource" not in error] == []
     picks = [json.loads(line) for line in (folder / "picks.jsonl").read_text().splitlines()]
     assert sum("undo" in pick for pick in picks) == 2 and sum("pick" in pick for pick in picks) == judged + 3
+
+
+def test_the_ranking_opens_at_its_beginning(folder, tmp_path):
+    with Browser(tmp_path / "profile", height=400) as browser, served(folder, browser):
+        browser.click("#ranking")
+        browser.wait("document.querySelector('#sheet').open")
+        scrolled, height, shown = browser.run("(s => [s.scrollTop, s.scrollHeight, s.clientHeight])($('#sheet'))")
+        assert scrolled == 0 and height > shown
+        browser.screenshot(tmp_path / "ranking.png")
+        assert browser.errors() == []

@@ -187,6 +187,25 @@ def test_models_are_compared_blindly_and_every_prompt_before_the_second_seed(tmp
     session.close()
 
 
+def test_without_seeds_no_image_is_lost_and_those_without_a_counterpart_are_counted(tmp_path):
+    rows = [{"model": model, "prompt": "a fox", "image": f"{model}{k}.png"} for model in "ab" for k in range(3)]
+    session = PickSession(write_folder(tmp_path, [*rows, {**rows[0], "image": "more.png"}]))
+    assert session.left_out.total() == 1
+    shown = set()
+    while pair := session.state("tab")["pair"]:
+        shown |= {session.codes[pair[side]] for side in ("first", "second")}
+        judge(session, "first")
+    assert len(shown) == 6
+    session.close()
+
+
+@pytest.mark.parametrize("fact", [{"model": ["a"]}, {"seed": [1]}])
+def test_a_model_or_seed_that_is_a_list_is_an_error_that_names_the_line(folder, fact):
+    write_folder(folder, [{"prompt": "a", "image": "a.png"}, {"prompt": "a", "image": "b.png", **fact}])
+    with pytest.raises(ValueError, match="line 2"):
+        PickSession(folder)
+
+
 def test_ties_count_half_and_skipped_pairs_nothing(tmp_path):
     session = blind(tmp_path, prompts=2)
     for verdict in ("tie", "skip", "both_bad", "skip"):

@@ -58,6 +58,9 @@ def test_each_image_gets_a_loser(recipe, images, sd_folder, tmp_path):
         (["--recipe", "partial"], "--from_images"),
         (["--recipe", "scored"], "--prompts"),
         (["--recipe", "spin", "--from_images", "images", "--scorers", "pickscore"], "--scorers"),
+        (["--recipe", "local", "--from_images", "images", "--images", "8"], "--images"),
+        (["--recipe", "spin", "--from_images", "images", "--strength", "0.5"], "--strength"),
+        (["--recipe", "negatives", "--prompts", "p.txt", "--margin", "0.5"], "--margin"),
         (["--recipe", "local", "--from_images", "images", "--strength", "0"], "strength"),
         (["--recipe", "spin", "--from_images", "out"], "out"),
     ],
@@ -74,3 +77,35 @@ def test_the_command_makes_losers(images, sd_folder, tmp_path, capsys):
     command = ["pairs", "generate", "--recipe", "spin", "--model", sd_folder, "--from_images", str(images)]
     command += ["--call_kwargs", json.dumps(CALL), "--device", "cpu", "--output_dir", str(tmp_path / "out")]
     assert main(command) == 0 and "3 pairs" in capsys.readouterr().out
+
+
+def test_winners_are_read_as_training_reads_images(sd_folder, tmp_path, caplog):
+    """16 bits become 8 bits, transparency becomes white, and formats that run programs are not opened."""
+    good, out = tmp_path / "good", tmp_path / "out"
+    good.mkdir()
+    Image.fromarray(np.full((32, 32), 128 * 257, np.uint16)).save(good / "deep.png")
+    Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(good / "clear.png")
+    Image.new("RGB", (32, 32)).save(good / "program.eps")
+    (good / "program.eps").rename(good / "program.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(good / "late.png")
+    content = bytearray((good / "late.png").read_bytes())
+    content[-2000] ^= 255  # the checksum of the pixels is wrong
+    (good / "late.png").write_bytes(content)
+    names = ("deep", "clear", "program", "late")
+    rows = [json.dumps({"image": f"{name}.png", "prompt": name}) for name in names]
+    (good / "manifest.jsonl").write_text("\n".join(rows))
+    assert pairs_from_images("spin", Candidate("model", sd_folder), good, out, SETTINGS) == 2
+    written = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    grey = {row["prompt"]: np.unique(np.asarray(Image.open(out / row["chosen"]))).tolist() for row in written}
+    assert grey == {"deep": [128], "clear": [255]}
+    assert "program.png" in caplog.text and "late.png" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("call_kwargs", "named"),
+    [({**CALL, "width": "64"}, "width"), ({**CALL, "num_inference_steps": 1}, "strength")],
+)
+def test_sizes_and_steps_that_no_image_can_have_are_refused(call_kwargs, named, images, sd_folder, tmp_path):
+    with pytest.raises(ValueError, match=named):
+        settings = ImageSettings(call_kwargs=call_kwargs)
+        pairs_from_images("partial", Candidate("model", sd_folder), images, tmp_path / "out", settings)

@@ -1,9 +1,14 @@
 """The server answers its own page and nobody else."""
 
+import io
 import json
 import socket
+import struct
+import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from trl_diffusion_sdpo.pairing.server import PickServer
 
@@ -66,11 +71,68 @@ def test_the_page_allows_no_script_but_its_own(client):
         {"tab": "x"},
         {"tab": "x", "first": "..", "second": "..", "verdict": "first"},
         {"tab": "x", "first": {}, "second": [], "verdict": 1},
+        {"tab": [[1]], "first": "..", "second": "..", "verdict": "first"},
     ],
 )
 def test_nonsense_is_refused_and_the_server_goes_on(client, body):
     assert client.request("POST", "pick", body)[0] == 400
     assert client.ask("state")[0] == 200
+
+
+def test_an_image_is_not_compared_with_itself(client, folder):
+    pair = client.ask("state")[1]["pair"]
+    assert client.ask("pick", first=pair["first"], second=pair["first"], verdict="first")[0] == 400
+    assert (folder / "picks.jsonl").read_bytes() == b""
+
+
+def test_a_tab_that_is_a_list_may_come_late(client):
+    pair = client.ask("state")[1]["pair"]
+    pick = {"first": pair["first"], "second": pair["second"], "verdict": "first"}
+    assert client.ask("pick", **pick)[0] == 200
+    assert client.ask("pick", tab=["list"], **pick)[0] == 409
+
+
+@pytest.mark.parametrize(
+    "request_text",
+    [
+        "GET http://[ HTTP/1.1\r\nHost: HOST\r\n\r\n",
+        "POST /TOKEN/pick HTTP/1.1\r\nHost: HOST\r\nOrigin: http://HOST\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {'9' * 5000}\r\n\r\n",
+    ],
+)
+def test_an_odd_request_is_refused_without_a_traceback(client, request_text, capfd):
+    host = f"127.0.0.1:{client.port}"
+    with socket.create_connection(("127.0.0.1", client.port), timeout=10) as connection:
+        connection.sendall(request_text.replace("HOST", host).replace("TOKEN", client.server.token).encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 4")
+    assert client.ask("state")[0] == 200 and "Traceback" not in capfd.readouterr().err
+
+
+def test_a_tab_that_is_closed_early_is_no_error(client, session, folder, capfd):
+    name = session.codes[client.ask("state")[1]["pair"]["first"]]
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (2000, 2000, 3), dtype=np.uint8)).save(folder / name)
+    code = next(code for code, listed in session.codes.items() if listed == name)
+    with socket.create_connection(("127.0.0.1", client.port), timeout=10) as connection:
+        linger = struct.pack("ii", 1, 0)  # a reset in place of an orderly end
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        path = f"/{client.server.token}/image/{code}"
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{client.port}\r\n\r\n".encode())
+        connection.recv(100)
+    assert client.ask("state")[0] == 200
+    time.sleep(0.2)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_images_are_shown_as_training_reads_them(client, session, folder):
+    """Transparency is white, 16 bits are grey, and other images are sent as they are."""
+    pair = client.ask("state")[1]["pair"]
+    Image.new("RGBA", (16, 16), (255, 0, 0, 0)).save(folder / session.codes[pair["first"]])
+    Image.fromarray(np.full((16, 16), 128 * 257, np.uint16)).save(folder / session.codes[pair["second"]])
+    for code, grey in ((pair["first"], 255), (pair["second"], 128)):
+        status, headers, content = client.request(path=f"image/{code}")
+        assert status == 200 and headers["Content-Type"] == "image/png"
+        shown = Image.open(io.BytesIO(content))
+        assert shown.mode == "RGB" and shown.getpixel((0, 0)) == (grey,) * 3
 
 
 def test_a_prompt_with_html_is_sent_as_text_only(client, session):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.trainer_utils import IntervalStrategy
 from trl import ScriptArguments
 
 from ..data.holdout import hold_out
@@ -15,6 +17,8 @@ from ..data.sources import PairMixture
 
 if TYPE_CHECKING:
     from ..trainer import DiffusionSDPOConfig
+
+logger = logging.getLogger(__name__)
 
 _HOW_TO_EVALUATE = (
     "Name evaluation pairs with `eval_dataset_name`, hold out training pairs with `test_size`, or leave out "
@@ -60,13 +64,15 @@ class PairArguments(ScriptArguments):
     eval_dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id, folder or file of the evaluation pairs. By default, the test split of `dataset_name`."
+            "help": "Hub id, folder or file of the evaluation pairs. By default, the test split of `dataset_name`. "
+            "Without `eval_strategy`, the run evaluates at the end of every epoch."
         },
     )
     test_size: float | None = field(
         default=None,
         metadata={
-            "help": "Hold out this share in (0, 1), or this number of rows, of the training split for evaluation."
+            "help": "Hold out this share in (0, 1), or this number of rows, of the training split for evaluation. "
+            "Without `eval_strategy`, the run evaluates at the end of every epoch."
         },
     )
 
@@ -113,7 +119,10 @@ def _read_sets(value: Any) -> list[PairSet]:
 
 
 def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig) -> tuple[Any, Any]:
-    """Return the training pairs and the evaluation pairs. The evaluation pairs are `None` if `eval_strategy` is `"no"`.
+    """Return the training pairs and the evaluation pairs.
+
+    If `eval_strategy` is `"no"`, `test_size` and `eval_dataset_name` set it to `"epoch"`, because pairs for evaluation
+    are there to be evaluated on. Without these options, the evaluation pairs are then `None`.
 
     Args:
         script_args (`PairArguments`): Options that name the data. [`~trl_diffusion_sdpo.load_pairs`] describes the
@@ -122,6 +131,10 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
     """
     sets = script_args.sets or [_only_set(script_args)]
     size = script_args.test_size
+    if training_args.eval_strategy == "no" and (size is not None or script_args.eval_dataset_name is not None):
+        training_args.eval_strategy = IntervalStrategy.EPOCH
+        training_args.do_eval = True
+        logger.info("The run evaluates at the end of every epoch. Set `eval_strategy` to evaluate at other times.")
     evaluates = training_args.eval_strategy != "no"
     if evaluates and size is not None and script_args.dataset_streaming:
         raise ValueError(

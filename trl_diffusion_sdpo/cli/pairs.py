@@ -53,6 +53,22 @@ def run(arguments: list[str], prog: str) -> int:
 # ---- pairs generate -------------------------------------------------------------------------------------------------
 
 
+# Options of `pairs generate` that not all recipes use, and the recipes that use them.
+USED_BY = {
+    "scorers": ("scored",),
+    "scorer_settings": ("scored",),
+    "weights": ("scored",),
+    "combination": ("scored",),
+    "margin": ("scored",),
+    "negative_kwargs": ("negatives",),
+    "images": ("scored", "negatives"),
+    "prompt_column": ("scored", "negatives"),
+    "max_prompts": ("scored", "negatives"),
+    "batch_size": ("scored", "negatives"),
+    "strength": ("partial", "local"),
+}
+
+
 def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     model = "Hub id, folder of a pipeline or output folder of a run, which generates images. `MODEL+LORA` adds a LoRA."
@@ -98,6 +114,7 @@ def _generate(options: argparse.Namespace) -> None:
     from ..pairing.recipes import pairs_from_images
 
     reads_prompts = options.recipe in ("scored", "negatives")
+    _refuse_unused(options)
     needed, excluded = options.prompts, options.from_images
     if not reads_prompts:
         needed, excluded = excluded, needed
@@ -106,10 +123,6 @@ def _generate(options: argparse.Namespace) -> None:
             f"The recipe `{options.recipe}` needs {'`--prompts`' if reads_prompts else '`--from_images`'} and not "
             f"{'`--from_images`' if reads_prompts else '`--prompts`'}. Got `--prompts {options.prompts}` and "
             f"`--from_images {options.from_images}`."
-        )
-    if options.recipe != "scored" and options.scorers:
-        raise ValueError(
-            f"Only the recipe `scored` uses `--scorers`, got the recipe `{options.recipe}`. Leave out `--scorers`."
         )
     pairing = Pairing(options.combination, options.weights, options.margin)
     state = PartialState(cpu=options.device == "cpu")
@@ -141,6 +154,18 @@ def _generate(options: argparse.Namespace) -> None:
     if state.is_main_process:
         print("\n".join(lines))
     finish(state)
+
+
+def _refuse_unused(options: argparse.Namespace) -> None:
+    """Raise `ValueError` if an option was set that the recipe does not use."""
+    default = subcommand_parser("generate").get_default
+    for name, recipes in USED_BY.items():
+        value = getattr(options, name)
+        if options.recipe not in recipes and value != default(name):
+            raise ValueError(
+                f"`--{name}` is only used by the recipes {', '.join(recipes)}, got {value} with the recipe "
+                f"`{options.recipe}`. Leave it out."
+            )
 
 
 # ---- pairs pick -----------------------------------------------------------------------------------------------------
@@ -184,6 +209,8 @@ def _pick(options: argparse.Namespace) -> None:
     finally:
         session.close()
     print(f"\n{len(session.log.picks)} picks so far. {folder / PAIRS_FILE} has {session.pairs} pairs.")
+    for reason, count in session.unused.items():
+        print(f"Not used: {count} picks {reason}.")
     for sentence in session.result():
         print(sentence)
 
@@ -195,12 +222,14 @@ def _add_from_images_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="Folder of images. Subfolders are read too.")
     add("--from_names", action="store_true", help="Use the file name of an image that has no prompt as its prompt.")
+    add("--keep_duplicates", action="store_true", help="List images of a prompt that look equal, too.")
 
 
 def _from_images(options: argparse.Namespace) -> None:
     from ..pairing.own_images import list_images
 
-    print("\n".join(list_images(Path(options.folder), from_names=options.from_names)))
+    kept = options.keep_duplicates
+    print("\n".join(list_images(Path(options.folder), from_names=options.from_names, keep_duplicates=kept)))
     print(f"To judge the images: trl-diffusion-sdpo pairs pick {options.folder}")
 
 
@@ -255,7 +284,8 @@ def _add_push_options(parser: argparse.ArgumentParser) -> None:
 def _push(options: argparse.Namespace) -> None:
     from ..pairing.publish import push_pairs
 
-    pairs = push_pairs(options.folder, options.repo, private=options.private)
+    with reading_data(options.folder):
+        pairs = push_pairs(options.folder, options.repo, private=options.private)
     print(f"Uploaded {pairs} pairs to https://huggingface.co/datasets/{options.repo}.")
 
 
@@ -328,8 +358,8 @@ SUBCOMMANDS = {
     "from-images": (
         "Find the prompts of the images in a folder, and list the images in manifest.jsonl for `pairs pick`. The "
         "prompt of a.png is read from a.txt, or from metadata that A1111, Forge, ComfyUI or SwarmUI wrote into the "
-        "image. Duplicates are left out. Images are never changed. After you have added images, call the command "
-        "again: your picks are kept.",
+        "image. Copies of an image are left out. Images are never changed. After you have added or renamed images, "
+        "call the command again: picks find their images by their pixels.",
         _add_from_images_options,
         _from_images,
     ),

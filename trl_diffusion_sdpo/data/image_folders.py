@@ -5,40 +5,44 @@ from __future__ import annotations
 
 import logging
 import re
+import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-from PIL import Image
 
 from .data_report import MAX_EXAMPLES
-from .images import FILE_FORMATS
+from .images import check_regular_file, is_image, is_unread_image
 
 logger = logging.getLogger(__name__)
 
 SIDES = ("chosen", "rejected")
-DATA_FILES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".tar", ".zip")
 LAYOUTS = (
     "Give the two images of a pair the same name in the folders chosen and rejected, and write the prompt into a text "
-    "file of this name (a.txt). Or give the images of a prompt ranks of one or two digits at the end of their names "
-    "(a_0.png is better than a_1.png). Or list the images in a table (pairs.csv with the columns prompt, chosen, "
+    "file of this name (a.txt). Or give up to 8 images of a prompt ranks of one or two digits at the end of their "
+    "names (a_0.png is better than a_1.png). Or list the images in a table (pairs.csv with the columns prompt, chosen, "
     "rejected), and pass the path of the table."
 )
+TABLES = (".parquet", ".arrow", ".jsonl", ".csv", ".tsv")
+OTHER_CAPTION = "text files that are not read as captions: the caption of a.png is a.txt"
+UNREAD_FORMAT = "in a format that is not read: save them as PNG, JPEG or WebP"
+MAX_CAPTION_BYTES = 80_000
+MAX_RANKS = 8  # more images than this with numbers at the end of their names are counted, not ranked
 _RANKED = re.compile(r"(.+)_(\d\d?)")
 
 
 @dataclass
 class FolderSplit:
-    """Pairs of one split, and the skipped images by reason."""
+    """Pairs of one split, and the skipped files by reason."""
 
     folder: Path
     pairs: list[dict[str, Any]]
     skipped: dict[str, list[Path]]
 
     def rows(self) -> datasets.Dataset:
-        """Return the pairs as a data set. Log skipped images and, if images are ranked by name, an example of a
+        """Return the pairs as a data set. Log skipped files and, if images are ranked by name, an example of a
         ranking.
 
         Raises:
@@ -55,7 +59,7 @@ class FolderSplit:
             message = "%s: numbers at the end of names are ranks. %s is the best image of %s."
             logger.warning(message, self.folder, names[0], names)
         if lines:
-            logger.warning("%s: skipped images:%s", self.folder, "".join(lines))
+            logger.warning("%s: skipped:%s", self.folder, "".join(lines))
         return datasets.Dataset.from_list(self.pairs)
 
 
@@ -63,7 +67,8 @@ def read_image_folder(path: Path) -> dict[str, FolderSplit] | None:
     """Return the pairs of each split of a folder. If there is a subfolder `train`, each subfolder is a split.
     Otherwise, the whole folder is the split `train`.
 
-    Return `None` if there is a table file, or if images are neither in `chosen` and `rejected` nor ranked by name.
+    Return `None` if there is a table `metadata.*`. Without folders `chosen` and `rejected`, also return `None` if there
+    is another table, or if there are no images that are ranked by name.
 
     Raises:
         ValueError: If there is only one of the folders `chosen` and `rejected`.
@@ -71,8 +76,9 @@ def read_image_folder(path: Path) -> dict[str, FolderSplit] | None:
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     has_splits = any(folder.name == "train" for folder in folders)
     splits = folders if has_splits else [path]
-    if any(file.suffix.lower() in DATA_FILES for folder in {path, *splits} for file in folder.iterdir()):
-        return None  # this file may be a table that lists the images
+    tables = [file for folder in {path, *splits} for file in folder.glob("[!.]*") if file.suffix.lower() in TABLES]
+    if any(file.stem == "metadata" for file in tables):
+        return None  # `datasets` reads the images that this table lists
     sides = {folder: [side for side in SIDES if (folder / side).is_dir()] for folder in splits}
     for folder, present in sides.items():
         if len(present) == 1:
@@ -80,10 +86,10 @@ def read_image_folder(path: Path) -> dict[str, FolderSplit] | None:
                 f"{folder} must have both folders, chosen and rejected. It has only {present[0]}. {LAYOUTS}"
             )
     if not any(sides.values()):
-        stems = [_stem(file, path) for file in _files(path) if _is_image(file)]
+        stems = [stem_of(file, path) for file in _files(path) if is_image(file)]
         ranked = [match[1] for stem in stems if (match := _RANKED.fullmatch(stem))]
-        if len(ranked) == len(set(ranked)):
-            return None  # no two images have names that differ only in a rank
+        if tables or len(ranked) == len(set(ranked)):
+            return None  # a table may list the images, or no two images have names that differ only in a rank
     return {folder.name if has_splits else "train": _read(folder, has_sides=bool(sides[folder])) for folder in splits}
 
 
@@ -96,11 +102,17 @@ def _read(folder: Path, has_sides: bool) -> FolderSplit:
     for file in sorted(_files(folder)):
         side = file.relative_to(folder).parts[0]
         is_inside = has_sides and side in SIDES
-        stem = _stem(file, folder / side if is_inside else folder)
+        stem = stem_of(file, folder / side if is_inside else folder)
         rank = _RANKED.fullmatch(stem)
-        if file.suffix.lower() == ".txt":
+        if is_unread_image(file):
+            skipped[UNREAD_FORMAT].append(file)
+        elif is_other_caption(file):
+            skipped[OTHER_CAPTION].append(file)
+        elif file.suffix.lower() in (*TABLES, ".json", ".tar", ".zip"):
+            skipped["other files (to read a table, pass its path)"].append(file)
+        elif file.suffix.lower() == ".txt":
             captions[stem].append(file)
-        elif not _is_image(file):
+        elif not is_image(file):
             continue
         elif is_inside:
             groups[stem].append((SIDES.index(side), file))
@@ -114,13 +126,15 @@ def _read(folder: Path, has_sides: bool) -> FolderSplit:
     rows: list[dict[str, Any]] = []
     for stem in sorted(groups):
         ranks, files = zip(*sorted(groups[stem], key=lambda entry: entry[0]), strict=True)
-        names = [stem] if has_sides else [stem, *(_stem(file, folder) for file in files)]
-        texts = {_caption(text) for name in names for text in captions[name]}
+        names = [stem] if has_sides else [stem, *(stem_of(file, folder) for file in files)]
+        texts = {read_caption(text) for name in names for text in captions[name]}
         reason = ""
         if has_sides and len(set(ranks)) < len(ranks):
             reason = "with the same name in the same folder"
         elif len(files) == 1:
             reason = "without a second image"
+        elif len(files) > MAX_RANKS:
+            reason = f"with numbers that count images: more than {MAX_RANKS} images of one name are not a ranking"
         elif len(texts) != 1:
             reason = "with captions that differ" if texts else "without a caption"
         paths = [str(file.absolute()) for file in files]
@@ -133,11 +147,20 @@ def _read(folder: Path, has_sides: bool) -> FolderSplit:
     return FolderSplit(folder, rows, dict(skipped))
 
 
-def _caption(file: Path) -> str:
+def read_caption(file: Path) -> str:
+    """Return the text of a caption file, on one line.
+
+    Raises:
+        ValueError: If the file is not a regular file, is larger than `MAX_CAPTION_BYTES`, or is not in UTF-8.
+    """
     try:
+        check_regular_file(file, MAX_CAPTION_BYTES)
         return " ".join(file.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"Captions must be text in UTF-8, and {file} is not: {error}. Save it in UTF-8.") from error
+    except ValueError as error:
+        raise ValueError(
+            f"Captions must be text in UTF-8 of at most {MAX_CAPTION_BYTES} bytes, and {file} is not: {error}. Correct "
+            "or remove the file."
+        ) from error
 
 
 def _files(folder: Path) -> list[Path]:
@@ -148,10 +171,13 @@ def _files(folder: Path) -> list[Path]:
     return [file for file in files if file.is_file() and not file.name.startswith(".")]
 
 
-def _stem(file: Path, folder: Path) -> str:
-    """Return the path of a file relative to a folder, without the suffix of the file name."""
-    return file.relative_to(folder).with_suffix("").as_posix()
+def stem_of(file: Path, folder: Path = Path()) -> str:
+    """Return the path of a file relative to a folder, without the suffix of the file name. Some systems store an accent
+    apart from its letter (NFD); the result has it within the letter (NFC), so that equal names are equal."""
+    return unicodedata.normalize("NFC", file.relative_to(folder).with_suffix("").as_posix())
 
 
-def _is_image(file: Path) -> bool:
-    return Image.registered_extensions().get(file.suffix.lower()) in FILE_FORMATS
+def is_other_caption(file: Path) -> bool:
+    """Return whether a file is probably a caption, but its name is not that of an image with the suffix `.txt`."""
+    suffix = file.suffix.lower()
+    return suffix in (".caption", ".captions") or (suffix == ".txt" and is_image(Path(file.stem)))

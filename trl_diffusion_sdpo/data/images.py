@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -37,6 +38,8 @@ MAX_PIXELS = 178_956_970  # default limit of Pillow; half a gigabyte of RGB pixe
 
 # Formats that Pillow may decode. EPS and others are not allowed, because Pillow would run other programs.
 FILE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# Suffixes of common formats that are not read.
+UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jxl")
 # URL schemes that rows may use by default: local files, members of archives, and files of the Hub. If `datasets`
 # streams a data set from the Hub, its images have URLs of the scheme `hf`.
 SCHEMES = ("file", "hf", "zip", "tar")
@@ -53,6 +56,9 @@ ABSENT_OR_DAMAGED = (
 )
 # Beginning of bytes that replace an image in memory that cannot be stored. The reason follows.
 BAD_IMAGE = b"trl-diffusion-sdpo: bad image: "
+# Names of aiohttp's errors for a redirect to another scheme than HTTP, and for endless redirects. aiohttp is optional.
+BAD_REDIRECTS = ("RedirectClientError", "TooManyRedirects")
+SYSTEM_FOLDERS = ("/proc/", "/sys/")  # their files are made by the kernel, and reading some of them fails
 INSIDE = 128  # pixels of a mask with at least this grey value are inside the mask
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
@@ -208,7 +214,8 @@ class ImageReader:
             cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
             status = getattr(cause, "status", None)
             is_refused = status is not None and 400 <= status < 500 and status not in (408, 429)
-            is_absent = is_refused or isinstance(cause, ABSENT_OR_DAMAGED)
+            is_misled = any(base.__name__ in BAD_REDIRECTS for base in type(cause).__mro__)
+            is_absent = is_refused or is_misled or isinstance(cause, ABSENT_OR_DAMAGED)
             kind = UndecodableImageError if is_absent else UnreadableImageError
             raise kind(f"cannot be read ({type(cause).__name__}: {cause})") from None
         if len(content) > MAX_FILE_BYTES:
@@ -251,10 +258,22 @@ def _may_pass(error: Exception) -> bool:
     return isinstance(error, MemoryError | TimeoutError | ConnectionError)
 
 
+def is_image(path: Path) -> bool:
+    """Return whether the name of a file ends with the suffix of a format in `FILE_FORMATS`."""
+    return Image.registered_extensions().get(path.suffix.lower()) in FILE_FORMATS
+
+
+def is_unread_image(path: Path) -> bool:
+    """Return whether the name of a file ends with the suffix of a common image format that is not read."""
+    return path.suffix.lower() in UNREAD_SUFFIXES
+
+
 def check_regular_file(path: str | os.PathLike, max_bytes: int | None) -> None:
     """Raise `UndecodableImageError` if a path is not a regular file of at most `max_bytes`, before the file is opened.
     Reading a pipe would block, and reading a device such as `/dev/zero` would never end."""
     status = os.stat(path)
+    if os.path.realpath(path).startswith(SYSTEM_FOLDERS):
+        raise UndecodableImageError(f"is a file of the operating system: {os.fspath(path)}")
     if not stat.S_ISREG(status.st_mode):
         raise UndecodableImageError(f"is not a regular file: {os.fspath(path)}")
     if max_bytes is not None and status.st_size > max_bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -62,9 +64,12 @@ def load_pairs(
     saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     splits = datasets.load_from_disk(str(path)) if saved else read_image_folder(path)
     if splits is None:
+        _refuse_patterns(path, "[", "::")
         loaded = datasets.load_dataset(str(path), split=split, streaming=streaming, cache_dir=_cache_folder(path))
         if set(loaded.column_names or ()) <= {"image", "label"}:
-            raise ValueError(f"{path} has images but no pairs. {LAYOUTS}")
+            tables = sorted(file.name for file in path.glob("[!.]*") if file.suffix.lower() in FILE_BUILDERS)
+            found = f" The folder has {', '.join(tables)}." if tables else ""
+            raise ValueError(f"{path} has images but no pairs. {LAYOUTS}{found}")
         return with_resolved_names(loaded, path)
     if isinstance(splits, datasets.Dataset):
         if "[" in split or "+" in split:
@@ -114,9 +119,28 @@ def _load_file(path: Path, split: str, streaming: bool) -> Any:
             f"A data set in one file must end in {', '.join(FILE_BUILDERS)}; got {path}. Pass the folder of the "
             "file instead."
         )
+    _refuse_patterns(path, "::")
+    with open(path, "rb") as file:
+        start = file.read(2**16)
+    if not start.strip():
+        raise ValueError(f"A data set must have rows, and {path} is empty.")
     name, options = FILE_BUILDERS[path.suffix.lower()]
-    files = {split.partition("[")[0]: str(path)}
+    header = start.partition(b"\n")[0]
+    if name == "csv" and header.count(b";") > header.count(options.get("sep", ",").encode()):
+        options = {"sep": ";"}  # as spreadsheets of some countries write
+    files = {split.partition("[")[0]: glob.escape(str(path))}
     return datasets.load_dataset(name, data_files=files, split=split, streaming=streaming, **options)
+
+
+def _refuse_patterns(path: Path, *patterns: str) -> None:
+    """Raise `ValueError` if `datasets` would read a part of a path as something else: a pattern or a variable."""
+    text = str(path.resolve())
+    found = [pattern for pattern in patterns if pattern in text]
+    if found or os.path.expandvars(text) != text:
+        raise ValueError(
+            f"`datasets` cannot read a path with {found[0] if found else 'the `$` of a variable'}, got {path}. Rename "
+            "the folder or the file."
+        )
 
 
 # ---- Names of images ----------------------------------------------------------------------------------------------
@@ -191,7 +215,9 @@ def _find(value: Any, folder: str) -> Any:
         return [_find(entry, folder) for entry in value]
     if not isinstance(value, str) or not value or "://" in value or os.path.isabs(value):
         return value
-    tried = [os.path.join(directory, value) for directory in (folder, os.getcwd())]
+    # Some systems store accents apart from their letters (NFD), others do not (NFC).
+    names = dict.fromkeys([value, *(unicodedata.normalize(form, value) for form in ("NFC", "NFD"))])
+    tried = [os.path.join(directory, name) for directory in (folder, os.getcwd()) for name in names]
     return next(filter(os.path.exists, tried), tried[0])
 
 

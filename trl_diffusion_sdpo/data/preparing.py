@@ -138,7 +138,9 @@ def _drop_bad_images(
     if options.reads_sizes:
         enlarged = int((_targets(pairs, options)[:, None] > sizes).any(axis=(1, 2)).sum())
         if enlarged:
-            report.notes += (f"{enlarged} pairs have an image that is enlarged to the training size",)
+            target = options.transform
+            size = f"{target.width}x{target.height}" if options.buckets is None else "of their bucket"
+            report.notes += (f"{enlarged} pairs have an image that is enlarged to the size {size} (`resolution`)",)
     return pairs
 
 

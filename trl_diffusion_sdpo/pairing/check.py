@@ -8,12 +8,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ..data import PairOptions, PairTransform, PreferenceDataset, UndecodableImageError, prepare_dataset
 from ..data.data_report import evenly_spaced
 from ..evaluation.report import data_url, template
 from ..rewards import Scorer
 from ..utils.files import write_atomically
-from ..utils.own_errors import is_own
 from .picks import PICKS_FILE, PickLog
 
 SHEET = Path(__file__).parent / "sheet.html"
@@ -44,8 +45,7 @@ def check_pairs(
             gives the number of picks with each verdict.
 
     Raises:
-        `ValueError`: If training would raise an error for the data set.
-        `RuntimeError`: If the scorer fails.
+        `ValueError`: If training would raise an error for the data set, or the scorer fails.
     """
     options = options or PairOptions(PairTransform(512), verify_images="all", min_side=1)
     pairs = prepare_dataset(dataset, options, name="pairs")
@@ -76,12 +76,7 @@ def check_pairs(
         seen.add((prompt, first, second))
         sizes.update(f"{image.width}x{image.height}" for image in (winner, loser))
         if scorer is not None:
-            try:
-                better, worse = scorer([winner, loser], [prompt, prompt]).tolist()
-            except (ValueError, OSError) as error:
-                if is_own(error):
-                    raise
-                raise RuntimeError(f"The scorer {scorer.name} failed: {error}") from error  # not an error of the data
+            better, worse = _scores(scorer, [winner, loser], prompt)
             if math.isfinite(better - worse):
                 agreed.append(0.5 if better == worse else float(better > worse))
         if sheet is not None:
@@ -113,3 +108,10 @@ def check_pairs(
     if sheet is not None:
         write_atomically(sheet, template(SHEET).render(summary="\n".join(lines), pairs=shown).encode())
     return lines
+
+
+def _scores(scorer: Scorer, images: list[Image.Image], prompt: str) -> list[float]:
+    try:
+        return scorer(images, [prompt] * len(images)).tolist()
+    except Exception as error:  # the user's own function may raise anything, and the data set is not to blame
+        raise ValueError(f"The scorer {scorer.name} failed with {type(error).__name__}: {error}") from error

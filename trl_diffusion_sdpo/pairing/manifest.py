@@ -10,15 +10,25 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from PIL import Image
-
-from ..data.images import FILE_FORMATS
+from ..data.images import is_image
 from ..utils.files import json_lines, write_atomically
 
 MANIFEST_FILE = "manifest.jsonl"
 MAX_PROMPT = 20_000  # characters
+# Columns that `pairs from-images` writes: the hash of an image's pixels, and the names and hashes of its copies, which
+# are not listed. Picks find their images again by these hashes, also after files were renamed.
+CONTENT, COPIES, RATING = "sha256", "copies", "rating"
+OWN_COLUMNS = ("image", "prompt", CONTENT, COPIES, RATING)
+# Types of the columns that commands read. A column may also be missing.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "model": (str, NoneType),
+    "seed": (int, float, str, NoneType),
+    CONTENT: (str, NoneType),
+    COPIES: (dict, NoneType),
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,12 @@ class ListedImage:
     name: str  # path relative to the folder
     prompt: str
     facts: Mapping[str, Any]  # other columns, such as `model`, `seed`, `rating` or `score`
+
+    @property
+    def contents(self) -> list[str]:
+        """Hashes of the pixels of the image and of its copies. Empty if the manifest has none."""
+        copies = self.facts.get(COPIES) or {}
+        return [*filter(None, [self.facts.get(CONTENT)]), *copies.values()]
 
 
 def read_manifest(folder: Path) -> tuple[list[ListedImage], Counter[str]]:
@@ -56,6 +72,11 @@ def read_manifest(folder: Path) -> tuple[list[ListedImage], Counter[str]]:
             left_out[f"without a prompt of 1 to {MAX_PROMPT} characters"] += 1
         elif name in images:
             left_out["listed twice"] += 1
+        elif wrong := [column for column, kinds in _TYPES.items() if not isinstance(row.get(column), kinds)]:
+            raise ValueError(
+                f"{path}, line {number}: `{wrong[0]}` must not be {row[wrong[0]]!r}. Write `model` as text and "
+                "`seed` as a number, or leave the column out."
+            )
         else:
             images[name] = ListedImage(name, prompt, row)
     return list(images.values()), left_out
@@ -73,11 +94,6 @@ def is_inside(folder: Path, name: str) -> bool:
         return (folder / name).resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError, ValueError):  # symbolic links in a circle, a name with a zero byte
         return False
-
-
-def is_image(path: Path) -> bool:
-    """Return whether the name of a file ends with the extension of an image format that training reads."""
-    return Image.registered_extensions().get(path.suffix.lower()) in FILE_FORMATS
 
 
 def read_json_lines(path: Path, content: bytes) -> list[dict[str, Any]]:

@@ -3,15 +3,17 @@ blindly."""
 
 from __future__ import annotations
 
+import heapq
 import random
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from .manifest import ListedImage
-from .picks import SHARES, PickLog, rated_pairs
+from .picks import SHARES, Pick, PickLog, rated_pairs
 
 PRIOR = 3.0  # standard deviation of a rating before any comparison, in log odds
 # If two ratings differ by this many standard deviations, the higher-rated image is better with a probability of 0.85.
@@ -25,34 +27,45 @@ class RankOrder:
 
     def __init__(self, images: Mapping[str, ListedImage], log: PickLog) -> None:
         self._log = log
-        self._rated = rated_pairs(images)
+        self._images = images
+        self._rated: dict[str, list[tuple[str, str]]] = {}
+        for pair in rated_pairs(images):
+            self._rated.setdefault(images[pair[0]].prompt, []).append(pair)
         self._names: dict[str, list[str]] = {}
         for image in images.values():
             self._names.setdefault(image.prompt, []).append(image.name)
+        picks: dict[str, list[Pick]] = {}
+        for pick in log.picks.values():
+            if pick.first in images:
+                picks.setdefault(images[pick.first].prompt, []).append(pick)
         self.groups: dict[str, Group] = {}
         for prompt, names in self._names.items():
             if len(names) > 1:
-                self.update(prompt, set())
+                self._rate(prompt, names, picks.get(prompt, []))
 
     def update(self, prompt: str, gone: set[str]) -> None:
         """Rate the images of a prompt again after a pick, without the deleted images in `gone`."""
         names = [name for name in self._names[prompt] if name not in gone]
+        self._rate(prompt, names, [pick for pick in self._log.picks.values() if pick.first in self._images])
+
+    def _rate(self, prompt: str, names: list[str], picks: Iterable[Pick]) -> None:
         present = set(names)
-        picks = self._log.picks
         compared: list[tuple[str, str, float | None]] = [
-            (pick.first, pick.second, SHARES[pick.verdict]) for pick in picks.values() if pick.pair <= present
+            (pick.first, pick.second, SHARES[pick.verdict]) for pick in picks if pick.pair <= present
         ]
         compared += [
             (better, worse, 1.0)
-            for better, worse in self._rated
-            if {better, worse} <= present and frozenset((better, worse)) not in picks
+            for better, worse in self._rated.get(prompt, [])
+            if {better, worse} <= present and frozenset((better, worse)) not in self._log.picks
         ]
-        self.groups[prompt] = Group(names, compared)
+        before = self.groups.get(prompt)
+        start = {} if before is None else dict(zip(before.names, before.ratings.tolist(), strict=True))
+        self.groups[prompt] = Group(names, compared, start)
 
-    def offers(self, gone: set[str]) -> list[tuple[str, str]]:
-        """Return the pairs of images to judge next, sorted by how much a pick would tell about the ratings."""
-        offered = [offer for group in self.groups.values() for offer in group.offers]
-        return [(first, second) for _, first, second in sorted(offered, key=lambda offer: -offer[0])]
+    def offers(self, gone: set[str]) -> Iterator[tuple[str, str]]:
+        """Iterate over the pairs of images to judge next, sorted by how much a pick would tell about the ratings."""
+        offers = heapq.merge(*(group.offers for group in self.groups.values()), key=lambda offer: -offer[0])
+        return ((first, second) for _, first, second in offers)
 
     def left(self, gone: set[str]) -> int:
         """Return the largest number of pairs that may still be shown. A pick often makes other pairs unnecessary."""
@@ -66,9 +79,16 @@ class Group:
         names (`Iterable[str]`): Names of the images.
         compared (`Iterable`): Picks as tuples of two names and a number: 1 if the first image won, 0 if the second one
             won, 0.5 for a tie, and `None` for a skipped pair, which does not affect the ratings.
+        start (`Mapping[str, float]`, *optional*): Ratings before the last pick, from which the new ratings are found in
+            fewer steps.
     """
 
-    def __init__(self, names: Iterable[str], compared: Iterable[tuple[str, str, float | None]] = ()) -> None:
+    def __init__(
+        self,
+        names: Iterable[str],
+        compared: Iterable[tuple[str, str, float | None]] = (),
+        start: Mapping[str, float] | None = None,
+    ) -> None:
         self.names = list(names)
         count = len(self.names)
         index = {name: position for position, name in enumerate(self.names)}
@@ -80,7 +100,14 @@ class Group:
             if share is not None:
                 wins[one, other] += share
                 wins[other, one] += 1 - share
-        self.ratings, covariance = bradley_terry(wins)
+        # Images that were never compared have the prior's rating, independent of the others.
+        self.ratings: np.ndarray = np.zeros(count)
+        covariance = np.eye(count) * PRIOR**2
+        known = np.flatnonzero(wins.sum(0) + wins.sum(1))
+        if len(known):
+            guess = np.array([(start or {}).get(self.names[one], 0.0) for one in known.tolist()])
+            block = np.ix_(known, known)
+            self.ratings[known], covariance[block] = bradley_terry(wins[block], start=guess)
         difference = np.abs(self.ratings[:, None] - self.ratings[None, :])
         variance = np.diag(covariance)[:, None] + np.diag(covariance)[None, :] - 2 * covariance
         self.uncertain = ~judged & (difference < CERTAIN * np.sqrt(np.maximum(variance, 0)))
@@ -102,11 +129,13 @@ class Group:
         """Return the name of each image, its rating and whether its rank is still uncertain, from the best to the
         worst."""
         order = np.argsort(-self.ratings, kind="stable").tolist()
-        doubtful = self.uncertain.any(1)
+        doubtful = self.uncertain.sum(1)
         return [(self.names[index], float(self.ratings[index]), bool(doubtful[index])) for index in order]
 
 
-def bradley_terry(wins: np.ndarray, prior: float = PRIOR) -> tuple[np.ndarray, np.ndarray]:
+def bradley_terry(
+    wins: np.ndarray, prior: float = PRIOR, start: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the most probable ratings of K images, and the covariance of these ratings by Laplace's method.
 
     In this model, a person prefers image i to image j with the probability `sigmoid(rating[i] - rating[j])`. The prior
@@ -116,12 +145,13 @@ def bradley_terry(wins: np.ndarray, prior: float = PRIOR) -> tuple[np.ndarray, n
         wins (`np.ndarray` of shape `(K, K)`): `wins[i, j]` is the number of times that image i was preferred to image
             j. A tie adds one half to `wins[i, j]` and to `wins[j, i]`.
         prior (`float`): Standard deviation of this normal distribution.
+        start (`np.ndarray` of shape `(K,)`, *optional*): Ratings from which the search starts, by default 0.
 
     Returns:
         `tuple`: Ratings of shape `(K,)`, and their covariance of shape `(K, K)`.
     """
     games = wins + wins.T
-    ratings = np.zeros(len(wins))
+    ratings = np.zeros(len(wins)) if start is None else start
     for _ in range(100):  # Newton's method; the log-probability is concave, so few steps are needed
         chance = 1 / (1 + np.exp(ratings[None, :] - ratings[:, None]))
         gradient = wins.sum(1) - (games * chance).sum(1) - ratings / prior**2
@@ -129,14 +159,15 @@ def bradley_terry(wins: np.ndarray, prior: float = PRIOR) -> tuple[np.ndarray, n
         precision = np.diag(information.sum(1) + prior**-2) - information
         step = np.linalg.solve(precision, gradient)
         ratings = ratings + np.clip(step, -2, 2)
-        if np.abs(step).max(initial=0) < 1e-9:
+        if np.abs(step).max(initial=0) < 1e-6:  # the next step would be about the square of this one
             break
     return ratings, np.linalg.inv(precision)
 
 
 class BlindOrder:
     """Order of pairs for comparing models. A pair has an image of the first model and an image of another model, both
-    with the same prompt and seed.
+    with the same prompt and seed. Images of a model with equal prompts and seeds, or without seeds, are numbered in the
+    order of the manifest.
 
     Pairs of the first seed come first, in random order, then those of the next seed. The order does not depend on the
     picks.
@@ -145,9 +176,12 @@ class BlindOrder:
     def __init__(self, images: Mapping[str, ListedImage], log: PickLog) -> None:
         self._log = log
         self._cells: dict[tuple[str, Any], dict[str, str]] = {}  # prompt and seed -> model -> image
+        numbers: Counter[tuple[str, Any, str]] = Counter()  # images so far, by prompt, seed and model
         for image in images.values():
-            cell = self._cells.setdefault((image.prompt, image.facts.get("seed")), {})
-            cell[str(image.facts["model"])] = image.name
+            seed, model = image.facts.get("seed"), str(image.facts["model"])
+            number = numbers[image.prompt, seed, model]
+            numbers[image.prompt, seed, model] += 1
+            self._cells.setdefault((image.prompt, (seed, number)), {})[model] = image.name
         self.models = list(dict.fromkeys(str(image.facts["model"]) for image in images.values()))
         self.prompts = list(dict.fromkeys(prompt for prompt, _ in self._cells))
         self.seeds = list(dict.fromkeys(seed for _, seed in self._cells))
@@ -160,17 +194,19 @@ class BlindOrder:
         ]
         random.Random(0).shuffle(pairs)
         self._pairs = [(first, second) for _, first, second in sorted(pairs, key=lambda pair: pair[0])]
+        self.alone = len(images) - len({name for pair in self._pairs for name in pair})  # images that are in no pair
 
     def update(self, prompt: str, gone: set[str]) -> None:
         """Do nothing: the order does not depend on picks."""
 
-    def offers(self, gone: set[str]) -> list[tuple[str, str]]:
-        """Return the pairs that have no pick yet, without pairs of the deleted images in `gone`."""
-        return [pair for pair in self._pairs if frozenset(pair) not in self._log.picks and not gone.intersection(pair)]
+    def offers(self, gone: set[str]) -> Iterator[tuple[str, str]]:
+        """Iterate over the pairs that have no pick yet, without pairs of the deleted images in `gone`."""
+        picks = self._log.picks
+        return (pair for pair in self._pairs if frozenset(pair) not in picks and not gone.intersection(pair))
 
     def left(self, gone: set[str]) -> int:
         """Return the number of pairs that are not judged yet."""
-        return len(self.offers(gone))
+        return sum(1 for _ in self.offers(gone))
 
     def result(self) -> tuple[list[str], list[dict[str, Any]]]:
         """Return the win rate of each other model against the first model, as sentences and as rows for JSON."""

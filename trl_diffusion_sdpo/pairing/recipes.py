@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,6 +13,7 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, Dif
 from PIL import Image, ImageDraw, ImageOps
 from tqdm.auto import tqdm
 
+from ..data.images import ImageReader, UndecodableImageError
 from ..evaluation import Candidate
 from ..evaluation.images import (
     ImageSettings,
@@ -25,6 +27,8 @@ from ..reporting.sample_images import call_options
 from ..utils.files import file_facts, write_atomically
 from .manifest import ListedImage, read_manifest, write_manifest
 from .publish import ALIGNED_ADVICE, write_dataset
+
+logger = logging.getLogger(__name__)
 
 Recipe = Literal["spin", "partial", "local"]
 SIDES = 16  # images are cropped so that their sides are multiples of this number, which every supported VAE accepts
@@ -82,6 +86,10 @@ def pairs_from_images(
         raise ValueError(
             f"`output_dir` must not be the folder of the images, got {source} for both. Use a new folder."
         )
+    call_kwargs = {**(settings.call_kwargs or {}), **(model.call_kwargs or {})}
+    size = (call_kwargs.pop("width", None), call_kwargs.pop("height", None))
+    if not all(side is None or (isinstance(side, int) and side > 0) for side in size):
+        raise ValueError(f"`width` and `height` in `call_kwargs` must be whole numbers above 0, got {size}.")
     listed, left_out = read_manifest(source)
     if not listed:
         raise ValueError(f"{source} must have images with prompts, but all were left out: {dict(left_out)}.")
@@ -109,8 +117,14 @@ def pairs_from_images(
         pipeline = _drawing_pipeline(recipe, family.pipeline)
         pipeline.set_progress_bar_config(disable=True)
         accepted = inspect.signature(pipeline.__call__).parameters
-        call_kwargs = {**(settings.call_kwargs or {}), **(model.call_kwargs or {})}
-        size = (call_kwargs.pop("width", None), call_kwargs.pop("height", None))
+        steps = call_kwargs.get("num_inference_steps")
+        if steps is None and "num_inference_steps" in accepted:
+            steps = accepted["num_inference_steps"].default
+        if recipe != "spin" and isinstance(steps, int) and int(steps * strength) < 1:
+            raise ValueError(
+                f"`strength` x `num_inference_steps` must be at least 1, because the model denoises this many steps. "
+                f"Got {strength} x {steps}. Increase one of them."
+            )
         options = call_options(family, call_kwargs, "call_kwargs")
         for index in tqdm(share, desc=recipe, unit="image"):
             prompt = listed[index].prompt
@@ -169,14 +183,18 @@ def _drawing_pipeline(recipe: Recipe, pipeline: DiffusionPipeline) -> DiffusionP
 
 def _winner(path: Path, size: tuple[int | None, int | None]) -> Image.Image | None:
     """Return the image in a file, cropped and resized to `size` (width, height). If a side in `size` is `None`, this
-    side is cropped to a multiple of 16 pixels. If the file cannot be read or is too small, return `None`."""
+    side is cropped to a multiple of 16 pixels. If the image cannot be used or is too small, log why and return
+    `None`."""
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
+        image = ImageReader().decode(path)
+    except UndecodableImageError as error:
+        logger.warning("%s is left out: the image %s", path.name, error)
         return None
     width, height = (wanted or side // SIDES * SIDES for wanted, side in zip(size, image.size, strict=True))
-    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS) if min(width, height) > 0 else None
+    if not width or not height:
+        logger.warning("%s is left out: both sides must have at least %d pixels", path.name, SIDES)
+        return None
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
 def region(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:

@@ -12,6 +12,7 @@ import ipaddress
 import json
 import secrets
 import socket
+import sys
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..data.images import MAX_FILE_BYTES, ImageReader, check_regular_file
+from PIL import Image
+
+from ..data.images import FILE_FORMATS, MAX_FILE_BYTES, ImageReader, check_regular_file
 from .picks import ConflictError
 from .session import PickSession
 
@@ -27,8 +30,8 @@ LOCAL_HOST = "127.0.0.1"
 USUAL_PORT = 8765
 MAX_BODY = 200_000  # largest body of a request in bytes; a prompt has at most 20,000 characters
 PAGE = Path(__file__).parent / "page.html"
-# Image formats that browsers can show. Images in other formats are converted to PNG.
-TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".gif": "image/gif"}
+# Image formats that browsers show as training reads them, if the pixels are RGB. Other images are converted to PNG.
+TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 POLICY = (
     "default-src 'none'; img-src 'self' data:; connect-src 'self'; script-src 'nonce-{nonce}'; "
     "style-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -55,6 +58,11 @@ class PickServer(ThreadingHTTPServer):
                     f"The page cannot be served at {host}, port {taken}: {error}. Choose another `--port`."
                 ) from error
             super().__init__((host, 0), PickHandler)
+
+    def handle_error(self, *ignored: Any) -> None:
+        """Say nothing if a browser closes its connection, for example with its tab."""
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+            super().handle_error(*ignored)
 
     @property
     def address(self) -> str:
@@ -109,17 +117,19 @@ class PickHandler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.FORBIDDEN, "A pick must be sent by the pick page itself, not by another site.")
         elif self.headers.get_content_type() != "application/json" or not length.isdecimal():
             self._refuse(HTTPStatus.BAD_REQUEST, "The request must be JSON.")
-        elif int(length) > MAX_BODY:
+        elif len(length) > len(str(MAX_BODY)) or int(length) > MAX_BODY:  # Python converts at most 4300 digits
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The request is too large.")
         else:
             self._answer(path, self.rfile.read(int(length)))
 
     def _answer(self, action: str, body: bytes) -> None:
+        tab = ""
         try:
             asked = json.loads(body)
-            answer = self._act(action, asked)
+            tab = str(asked["tab"])[:64]
+            answer = self._act(action, tab, asked)
         except ConflictError as error:
-            self._send_json(HTTPStatus.CONFLICT, {"error": str(error), **self.server.session.state(asked["tab"])})
+            self._send_json(HTTPStatus.CONFLICT, {"error": str(error), **self.server.session.state(tab)})
         except OSError as error:
             message = f"The pick was not saved: {error.strerror}. Free some disk space, then pick again."
             self._send_json(HTTPStatus.INSUFFICIENT_STORAGE, {"error": message})
@@ -128,9 +138,8 @@ class PickHandler(BaseHTTPRequestHandler):
         else:
             self._send_json(HTTPStatus.OK, answer)
 
-    def _act(self, action: str, asked: dict[str, Any]) -> dict[str, Any]:
+    def _act(self, action: str, tab: str, asked: dict[str, Any]) -> dict[str, Any]:
         session = self.server.session
-        tab = str(asked["tab"])[:64]
         actions: dict[str, Callable[[], dict[str, Any]]] = {
             "state": lambda: session.state(tab),
             "pick": lambda: session.pick(tab, asked["first"], asked["second"], asked["verdict"]),
@@ -149,7 +158,7 @@ class PickHandler(BaseHTTPRequestHandler):
                 "The address does not name this server. Open the address that `pairs pick` printed.",
             )
             return None
-        token, slash, path = urlsplit(self.path).path.removeprefix("/").partition("/")
+        token, slash, path = self.path.partition("?")[0].removeprefix("/").partition("/")
         if not slash or not hmac.compare_digest(token.encode(), self.server.token.encode()):
             self._refuse(
                 HTTPStatus.FORBIDDEN,
@@ -164,9 +173,9 @@ class PickHandler(BaseHTTPRequestHandler):
             if path is None:
                 raise FileNotFoundError
             check_regular_file(path, MAX_FILE_BYTES)
-            kind = TYPES.get(path.suffix.lower())
+            kind = _type_as_it_is(path)
             content = _as_png(path) if kind is None else path.read_bytes()
-        except (OSError, ValueError):
+        except Exception:  # decoders raise errors of any type
             self._refuse(HTTPStatus.NOT_FOUND, "The file of this image was deleted or cannot be read.")
         else:
             self._send(HTTPStatus.OK, content, kind or "image/png", {"Cache-Control": "private, max-age=3600"})
@@ -198,9 +207,17 @@ class PickHandler(BaseHTTPRequestHandler):
         """Write no log, because the paths of requests contain the token."""
 
 
+def _type_as_it_is(path: Path) -> str | None:
+    """Return the media type of an image that a browser shows as training reads it, or `None`: transparency, 16 bits,
+    animations and other formats."""
+    with Image.open(path, formats=FILE_FORMATS) as image:
+        is_plain = image.mode == "RGB" and not image.has_transparency_data and not getattr(image, "is_animated", False)
+        return TYPES.get(image.format or "") if is_plain else None
+
+
 def _as_png(path: Path) -> bytes:
     buffer = io.BytesIO()
-    ImageReader().decode(path).save(buffer, "PNG")
+    ImageReader().decode(path).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 

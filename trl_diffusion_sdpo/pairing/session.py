@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from filelock import FileLock, Timeout
 from ..utils.files import write_atomically
 from .manifest import is_inside, read_manifest
 from .orders import BlindOrder, RankOrder
-from .picks import PAIRS_FILE, SHARES, PickLog, write_pairs
+from .picks import PAIRS_FILE, SHARES, PairsFile, PickLog
 
 HUMAN_FILE = "human.json"
 LOCK_FILE = ".picks.lock"
@@ -40,25 +41,29 @@ class PickSession:
                 f"Only one `pairs pick` can use a folder at a time, and another one is using {folder}. Use the page of "
                 "that command, or end it first."
             ) from None
-        self.log = PickLog(folder)
+        self.log = PickLog(folder, self.images)
+        self._file = PairsFile(folder, self.images)
         models = {image.facts.get("model") for image in listed}
         self.is_blind = len(models) > 1 and None not in models
         self.order: RankOrder | BlindOrder = (BlindOrder if self.is_blind else RankOrder)(self.images, self.log)
+        if isinstance(self.order, BlindOrder) and self.order.alone:
+            self.left_out["without an image of the same prompt and seed to compare"] = self.order.alone
         self.gone: set[str] = set()  # names of images whose files were deleted while the page was open
         self.pairs = 0  # number of pairs in `pairs.jsonl`
+        self.unused: Counter[str] = Counter()  # picks that give no pair because of their images, by reason
         self.problem = ""  # error message if `pairs.jsonl` could not be written
         self._shown: dict[str, frozenset[str]] = {}  # tab -> the pair that it shows
         self.codes = {secrets.token_urlsafe(12): name for name in self.images}
         self._code_of = {name: code for code, name in self.codes.items()}
-        if not self.order.offers(self.gone) and not self.log.picks:
+        if next(iter(self.order.offers(self.gone)), None) is None and not self.log.picks:
             reasons = "".join(f" {count} were left out: {reason}." for reason, count in self.left_out.items())
             prompts = len({image.prompt for image in listed})
             raise ValueError(
                 f"`pairs pick` needs a prompt with two images to compare, but {folder} has {len(listed)} images of "
                 f"{prompts} prompts, and none of these prompts has two images to compare.{reasons}"
             )
-        # Pairs that `pairs generate` wrote are replaced only after the first pick.
-        if self.log.picks or not (folder / PAIRS_FILE).is_file():
+        # Pairs that `pairs generate` wrote are replaced only after the first pick. Its manifests have no ratings.
+        if self.log.picks or self._file.rated or not (folder / PAIRS_FILE).is_file():
             self._write_pairs()
 
     def close(self) -> None:
@@ -80,6 +85,7 @@ class PickSession:
                 "blind": self.is_blind,
                 "gone": len(self.gone),
                 "left_out": dict(self.left_out),
+                "unused": dict(self.unused),
                 "problem": self.problem,
                 "folder": str(self.folder),
             }
@@ -88,7 +94,8 @@ class PickSession:
         """Save a verdict on the two images with these codes, and return the new state with the next pair."""
         with self._lock:
             names = [self.codes.get(code, "") for code in (first, second)]
-            if verdict not in SHARES or "" in names or len({self.images[name].prompt for name in names}) > 1:
+            is_pair = "" not in names and names[0] != names[1]
+            if verdict not in SHARES or not is_pair or len({self.images[name].prompt for name in names}) > 1:
                 raise ValueError("A pick needs two images of one prompt and a known verdict. Reload the page.")
             self.log.add(names[0], names[1], verdict)
             return self._changed(tab, names[0])
@@ -145,31 +152,39 @@ class PickSession:
 
     def _write_pairs(self) -> None:
         try:
-            self.pairs = write_pairs(self.folder, self.log, self.images)
+            self.pairs, self.unused = self._file.write(self.log, self.gone)
             self.problem = ""
         except OSError as error:  # the picks are safe in `picks.jsonl`
             self.problem = f"{PAIRS_FILE} could not be written ({error.strerror}). Your picks are safe in picks.jsonl."
+
+    def _offered(self) -> tuple[str, str] | None:
+        """Return the best offer that no other tab shows, or else the best offer."""
+        shown = set(self._shown.values())
+        best = None
+        for offer in self.order.offers(self.gone):
+            if frozenset(offer) not in shown:
+                return offer
+            best = best or offer
+        return best
 
     def _next(self, tab: str, wanted: frozenset[str] | None) -> dict[str, Any] | None:
         """Return the pair that a tab shows next: the wanted pair, or else a pair that no other tab shows, or else any
         pair."""
         self._shown.pop(tab, None)
         while True:
-            offers = self.order.offers(self.gone)
-            free = [offer for offer in offers if frozenset(offer) not in self._shown.values()]
-            pairs = [*([tuple(wanted)] if wanted else []), *free, *offers]
-            if not pairs:
+            pair = tuple(wanted) if wanted else self._offered()
+            if pair is None:
                 return None
-            missing = {name for name in pairs[0] if name not in self.images or not self.file(name)}
+            missing = {name for name in pair if name not in self.images or not self.file(name)}
             if not missing:
                 break
             wanted = None
             self.gone |= missing
             for name in missing & self.images.keys():
                 self.order.update(self.images[name].prompt, self.gone)
-        self._shown[tab] = frozenset(pairs[0])
+        self._shown[tab] = frozenset(pair)
         # The order of the two images is random, because people may prefer one side.
-        left, right = pairs[0] if secrets.randbelow(2) else pairs[0][::-1]
+        left, right = pair if secrets.randbelow(2) else pair[::-1]
         prompt = self.images[left].prompt
         return {
             "first": self._code_of[left],
