@@ -79,9 +79,11 @@ def test_a_setting_that_its_option_does_not_take_is_refused_with_the_rule(read_y
 
 
 def test_words_that_argparse_takes_for_options_or_half_of_one_are_read(tmp_path):
-    words = ["--use_cpu", "--output_dir", str(tmp_path), "--weight_decay", "-1e-4", "--bf16", "--safeguard", "off"]
+    words = ["--use_cpu", "--output_dir", str(tmp_path), "--bf16", "--safeguard", "off"]
     _, args, _ = train.parse(words)
-    assert (args.weight_decay, args.bf16, args.safeguard) == (-1e-4, True, "none")
+    assert (args.bf16, args.safeguard) == (True, "none")
+    with pytest.raises(ValueError, match="-0.0001"):
+        train.parse([*words, "--weight_decay", "-1e-4"])
 
 
 def test_the_environment_of_a_file_is_set_before_anything_is_loaded(tmp_path, monkeypatch):

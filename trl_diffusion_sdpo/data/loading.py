@@ -15,7 +15,7 @@ import datasets
 
 from ..utils.files import file_facts
 from .formats import FORMATS, SOURCE_COLUMNS
-from .image_folders import DATA_FILES, LAYOUTS, read_image_folder
+from .image_folders import LAYOUTS, read_image_folder
 
 CARD_FILE = "README.md"
 FILE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {  # file suffix -> builder of `datasets` and its arguments
@@ -108,7 +108,8 @@ def _cache_folder(path: Path) -> str | None:
     """
     if not (path / CARD_FILE).is_file():
         return None
-    tables = sorted(file for file in path.rglob("*") if file.suffix.lower() in DATA_FILES and file.is_file())
+    kinds = (*FILE_BUILDERS, ".arrow", ".tar", ".zip")
+    tables = sorted(file for file in path.rglob("*") if file.suffix.lower() in kinds and file.is_file())
     digest = hashlib.sha256(repr([file_facts(file) for file in tables]).encode("utf-8", "surrogatepass"))
     return os.path.join(datasets.config.HF_DATASETS_CACHE, f"folder-{digest.hexdigest()[:16]}")
 
