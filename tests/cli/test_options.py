@@ -124,3 +124,23 @@ def test_a_file_with_a_new_name_is_read_where_transformers_has_the_former_one(na
     parser = options.OneLineParser()
     parser.add_argument(f"--{name}", type=bool)
     assert parser.words_of({"activation_checkpointing": "true"}) == ([f"--{name}=true"], [])
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("beta: 1\nbeta: 2", "beta"),
+        ("loss_kwargs:\n  alpha: 1\n  alpha: 2", "alpha"),
+        ("datasets:\n  - {path: a}\n  - {path: b, path: c}", "path"),
+    ],
+)
+def test_a_name_that_a_file_sets_twice_is_refused(read_yaml, text, name):
+    """YAML takes the last value without a word."""
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        read_yaml(text)
+
+
+@pytest.mark.parametrize("words", [["--config", "a.yaml", "--config=b.yaml"], ["--accelerate_config", "x"] * 2])
+def test_a_file_that_is_named_twice_is_refused(words):
+    with pytest.raises(ValueError, match=f"`{words[0]}`"):
+        train_parser.read_given(words)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -105,6 +106,9 @@ def take_options(arguments: list[str], *names: str) -> tuple[dict[str, str | Non
     parser = OneLineParser(add_help=False)
     for name in names:
         parser.add_argument(f"--{name}")
+        given = [word for word in arguments if word.partition("=")[0] == f"--{name}"]
+        if len(given) > 1:
+            raise ValueError(f"`--{name}` takes one value, and is given {len(given)} times. Keep one of them.")
     taken, rest = parser.parse_known_args(arguments)
     return vars(taken), rest
 
@@ -116,23 +120,36 @@ def read_yaml(path: Path) -> dict[str, Any]:
     line. Settings without a value are left out.
 
     Raises:
-        `ValueError`: If the file is not valid YAML, does not map names to values, or has aliases (`*name`), with which
-            a short file can stand for billions of values.
+        `ValueError`: If the file is not valid YAML, does not map names to values, sets a name twice, or has aliases
+            (`*name`), with which a short file can stand for billions of values.
     """
     try:
         content = path.read_text(encoding="utf-8")
         aliases = [token.value for token in yaml.scan(content) if isinstance(token, yaml.AliasToken)]
         settings = yaml.safe_load("" if aliases else content)
         texts = yaml.load("" if aliases else content, Loader=yaml.BaseLoader)
+        twice = list(_names_set_twice(yaml.compose("" if aliases else content)))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(
             f"The file {path} must be valid YAML, and reading it failed: {' '.join(str(error).split())}"
         ) from error
     if aliases:
         raise ValueError(f"A file of settings must not have aliases, got `*{aliases[0]}` in {path}. Copy the values.")
+    if twice:
+        raise ValueError(f"The file {path} must set each name once, and sets `{twice[0]}` twice. Remove one of them.")
     if not isinstance(settings, dict):
         raise ValueError(f"The file {path} must map names to values in YAML, got {type(settings).__name__}.")
     set_ones = {name: value for name, value in settings.items() if value is not None}
     return {
         name: value if isinstance(value, (dict, list)) else texts.get(name, value) for name, value in set_ones.items()
     }
+
+
+def _names_set_twice(node: yaml.Node | None) -> Iterator[str]:
+    """Yield the names that a mapping of a YAML file sets more than once. YAML itself would take the last value."""
+    if isinstance(node, yaml.MappingNode):
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        yield from (name for name, count in counts.items() if count > 1)
+    for child in node.value if isinstance(node, yaml.CollectionNode) else ():
+        for each in child if isinstance(child, tuple) else (child,):
+            yield from _names_set_twice(each)
