@@ -141,6 +141,17 @@ def test_all_weights_are_scaled_from_the_base_and_restored_exactly(sd_folder, sd
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+def test_the_weights_of_a_dora_are_not_scaled(sd_pipeline):
+    """PEFT would multiply its factors, but its weights are no linear function of them."""
+    sd_pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], use_dora=True))
+    candidate = Candidate("tuned", sd_pipeline, scale=2.0, form="weights")
+    with (
+        pytest.raises(ValueError, match="tuned.*form='guidance'"),
+        scaled(candidate, sd_pipeline, sd_pipeline.unet, None),
+    ):
+        pass
+
+
 def test_the_lora_of_a_base_is_part_of_its_weights(sd_folder):
     """Only weights without a LoRA were read before, so the scaled model started from another base."""
     lora = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)

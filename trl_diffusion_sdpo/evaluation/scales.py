@@ -18,7 +18,7 @@ from torch import nn
 
 from ..guidance import preference_guidance
 from ..losses import interpolate, standard_error
-from ..models.adapters import active_adapter, adapter_layers, base_tensors
+from ..models.adapters import active_adapter, adapter_layers, base_tensors, lora_configs
 from ..models.reference import architecture_difference
 from ..rewards.statistics import mean_interval
 from ..saving.model_card import recommend_scale
@@ -150,6 +150,11 @@ def scaled(candidate: Candidate, pipeline: Any, denoiser: nn.Module, base: nn.Mo
         with preference_guidance(pipeline, candidate.scale, allow_distilled=True, **options):
             yield
     elif is_lora:
+        if any(config.use_dora for config in lora_configs(denoiser).values()):
+            raise ValueError(
+                f"The weights of a DoRA cannot be scaled, because they are normalized. {candidate.name} is a DoRA with "
+                f"the scale {candidate.scale:g}. Use `form='guidance'`, or leave the scale out."
+            )
         with rescale_adapter_scale(denoiser, candidate.scale):
             yield
     else:
