@@ -31,10 +31,21 @@ def kept(run: Path) -> list[str]:
 # ---- A run that is done ----------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_done_takes_no_step_and_says_so(build, finished, run, caplog):
+@pytest.mark.parametrize("steps", [3, 4])
+@pytest.mark.parametrize("pairs", [8, 16])
+def test_a_run_that_is_done_says_so(build, make_pairs, caplog, pairs, steps):
+    """Four steps are an epoch of 8 pairs, after which transformers begins no other epoch."""
+    build(4, train=make_pairs(pairs), save_steps=4).train()
+    caplog.clear()
+    build(steps, train=make_pairs(pairs)).train(resume_from_checkpoint=True)
+    (said,) = [record.message for record in caplog.records if record.message.startswith("Training is complete")]
+    assert "step 4" in said and f"step {steps}" in said
+
+
+def test_a_run_that_is_done_takes_no_step(build, finished, run):
     again = build(4)
     again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 4 and "Training is complete" in caplog.text
+    assert again.state.global_step == 4
     again.save_model()
     name = "pytorch_lora_weights.safetensors"
     assert not unequal(load_file(run / name), load_file(finished / "checkpoint-4" / name))

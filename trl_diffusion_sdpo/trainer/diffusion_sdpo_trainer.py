@@ -651,14 +651,18 @@ class DiffusionSDPOTrainer(Trainer):
         if self.is_world_process_zero():
             for message in without_turn(self.args, max_steps):
                 logger.warning(message)
+            if self.state.global_step >= max_steps:
+                logger.warning(
+                    "Training is complete: the checkpoint is of step %d, and the run ends at step %d. Increase "
+                    "`max_steps` or `num_train_epochs` to continue.",
+                    *(self.state.global_step, max_steps),
+                )
         return epochs, batches
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train for one epoch. Do nothing if the run has reached `max_steps`, because transformers checks `max_steps`
         only after a step."""
         if self.state.global_step >= self.state.max_steps:
-            if self.is_world_process_zero():
-                logger.warning("Training is complete. Increase `max_steps` or `num_train_epochs` to continue.")
             self.control.should_training_stop = True
             return
         if isinstance(self.train_dataset, PreferenceDataset):
