@@ -86,3 +86,12 @@ def test_the_vae_meets_no_more_images_than_it_is_told_and_casts_no_more(make_tra
     )
     trainer.train()
     assert met == [(3, BF16), (3, BF16), (2, BF16)]  # four pairs
+
+
+@pytest.mark.parametrize(("dtype", "warns"), [("float16", True), ("auto", False)])
+def test_a_vae_that_is_forced_into_a_precision_where_it_overflows_says_so(
+    make_trainer, sd_pipeline, caplog, dtype, warns
+):
+    sd_pipeline.register_modules(vae=kl_vae(force_upcast=True))
+    make_trainer(model=sd_pipeline, vae_dtype=dtype)
+    assert any("`vae_dtype='float16'`" in record.message for record in caplog.records) == warns

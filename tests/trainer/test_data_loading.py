@@ -62,3 +62,39 @@ def test_a_batch_without_a_prompt_for_each_pair_is_refused(count, make_trainer):
     collator.count = count
     with pytest.raises(ValueError, match=f"4 pairs.* 8 images.* {count} prompts"):
         make_trainer(data_collator=collator, per_device_train_batch_size=4).train()
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        ({"per_device_train_batch_size": 8}, None),
+        ({"per_device_train_batch_size": 9}, 9),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, None),
+        ({"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5}, 15),
+    ],
+)
+def test_a_step_of_more_pairs_than_there_are_is_a_warning(make_trainer, make_pairs, caplog, settings, size):
+    make_trainer(train=make_pairs(8), **settings).get_train_dataloader()
+    said = [record.message for record in caplog.records if "larger than" in record.message]
+    assert bool(said) == (size is not None)
+    assert size is None or (str(size) in said[0] and " 8 pairs" in said[0])
+
+
+def with_same_images(pairs, count):
+    """Pairs whose first `count` losers are their winners."""
+    rows = [{**row, "rejected": row["chosen" if i < count else "rejected"]} for i, row in enumerate(pairs)]
+    return datasets.Dataset.from_list(rows)
+
+
+def test_pairs_of_one_image_twice_are_refused_if_losers_train(make_trainer, make_pairs):
+    pairs = with_same_images(make_pairs(8), 8)
+    with pytest.raises(ValueError, match="8 of 8 pairs of the train data"):
+        make_trainer(train=pairs)
+    make_trainer(train=pairs, loss_type="sft")
+    make_trainer(train=pairs, losers="permute")
+
+
+@pytest.mark.parametrize(("count", "warns"), [(5, True), (4, False)])
+def test_a_majority_of_pairs_of_one_image_twice_is_a_warning(make_trainer, make_pairs, caplog, count, warns):
+    make_trainer(train=with_same_images(make_pairs(8), count))
+    assert (f"{count} of 8 pairs" in caplog.text) == warns

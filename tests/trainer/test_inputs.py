@@ -269,3 +269,9 @@ REFUSED = [
 def test_settings_that_do_not_go_with_the_model_are_refused(make_trainer, settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(**settings)
+
+
+@pytest.mark.parametrize(("loss_type", "warns"), [("simpo", True), ("sigmoid", False)])
+def test_a_reference_that_the_loss_does_not_read_is_said_to_be_idle(make_trainer, sd_folder, caplog, loss_type, warns):
+    make_trainer(ref_model=sd_folder, loss_type=loss_type)
+    assert any("`ref_model`" in record.message for record in caplog.records) == warns

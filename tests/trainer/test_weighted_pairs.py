@@ -48,3 +48,9 @@ def test_the_gradient_of_a_weighted_batch_is_that_of_its_pairs_weighed_by_hand(m
     assert float(loss) == pytest.approx(float(by_hand), rel=1e-5)
     plain = sum(each for _, each in singles) / 4
     assert float((gradient - plain).norm() / plain.norm()) > 0.1  # or there is nothing to see
+
+
+@pytest.mark.parametrize(("weights", "warns"), [([2.0] * 4, True), (WEIGHTS, False)])
+def test_weights_that_are_all_the_same_are_said_to_have_no_effect(make_trainer, make_pairs, caplog, weights, warns):
+    make_trainer(train=make_pairs(4).add_column("quality", weights), pair_weights="quality")
+    assert any("`pair_weights='quality'`" in record.message for record in caplog.records) == warns

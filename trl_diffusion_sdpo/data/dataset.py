@@ -358,6 +358,15 @@ class PreferenceDataset(Dataset):
                 return row, str(error)
         return None
 
+    def sample_of_identical(self) -> list[bool]:
+        """Return, for each of some evenly spaced pairs, whether its two images are stored with the same path or the
+        same bytes. They are not decoded. Permuted losers are always other images."""
+        if self._losers is not None:
+            return [False]
+        sample = self._pairs.places[evenly_spaced(len(self), data_report.SAMPLED_PAIRS)].reshape(-1, 2, 2).tolist()
+        images = map(self._source.images, sample)
+        return [first.stored is not None and first.stored == second.stored for first, second in images]
+
     def _forget_undecodable(self) -> None:
         """Clear the mask of undecodable pairs, which workers share, so that all pairs are tried again."""
         self._undecodable = torch.zeros(len(self), dtype=torch.uint8).share_memory_()

@@ -119,6 +119,11 @@ class ScoreSettings:
                 f"none of the {len(weights)} pairs of the {dataset.report.name} data has such a weight. Choose other "
                 "weights or other scores. For `pair_weights='gain'`, scale the scores down."
             )
+        if len(weights) > 1 and (weights == weights[0]).all():
+            logger.warning(
+                "`pair_weights=%r` has no effect, because all pairs of the %s data have the same weight.",
+                *(self.pair_weights, dataset.report.name),
+            )
         return with_mean_one(weights).numpy()
 
 

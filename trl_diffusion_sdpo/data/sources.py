@@ -158,6 +158,12 @@ class StoredImage(NamedTuple):
             raise type(error)(f"image {self.number} {error}") from None
 
     @property
+    def stored(self) -> Any:
+        """The bytes or the path of the image, or `None` if the row lacks it."""
+        value = dict(enumerate(images_of_row(self.row, self.format))).get(self.number)
+        return (value.get("bytes") or value.get("path")) if isinstance(value, Mapping) else value
+
+    @property
     def prompt(self) -> str:
         """The prompt of the image."""
         return self.format.prompt(self.row, self.number)

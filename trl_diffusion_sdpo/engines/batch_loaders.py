@@ -58,6 +58,8 @@ class BatchLoaders:
         seed = partial(seed_worker, num_workers=self._args.dataloader_num_workers, rank=self._args.process_index)
         if isinstance(dataset, PreferenceIterableDataset):
             collate = CollateAfterResuming(collate)
+        elif self._args.process_index == 0:
+            warn_of_large_steps(len(dataset), batch_size, self._args)
         return self._make(dataset, batch_size, sampler, collate, WorkerStart(seed))
 
     def evaluation(
@@ -114,6 +116,19 @@ class BatchLoaders:
             data_seed=accelerator.dataloader_config.data_seed,
             use_stateful_dataloader=accelerator.use_stateful_dataloader,
             **processes,
+        )
+
+
+def warn_of_large_steps(pairs: int, batch_size: int, args: TrainingArguments) -> None:
+    """Warn if a batch or an optimizer step takes more pairs than there are, so that it takes fewer than it is set to,
+    or some of them twice."""
+    batch = batch_size * args.world_size
+    step = batch * args.gradient_accumulation_steps
+    if pairs < step:
+        logger.warning(
+            "%s of %d pairs is larger than the training data, which have %d pairs, so every step is one epoch. Lower "
+            "`per_device_train_batch_size` or `gradient_accumulation_steps`, or add pairs.",
+            *("A batch" if pairs < batch else "An optimizer step", batch if pairs < batch else step, pairs),
         )
 
 

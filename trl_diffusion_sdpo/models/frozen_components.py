@@ -259,6 +259,11 @@ def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> Mode
         return vae
     vae = cast_copy(vae, dtype)
     if forced:
+        logger.warning(
+            "`vae_dtype='float16'` is used although the VAE's configuration says that it overflows (`%s`). If latents "
+            "are not finite, the run stops. Use 'auto' or 'bfloat16'.",
+            OVERFLOWS,
+        )
         vae.register_to_config(**{OVERFLOWS: False})  # if True, diffusers would encode in float32
     return vae
 

@@ -173,6 +173,12 @@ def make_reference(
             users_reference = second_copy(users_reference, shared=shards_weights(args))
         if args.disable_dropout:
             disable_dropout(users_reference)
+        if not loss.needs_reference and args.should_log:
+            logger.warning(
+                "The loss %r has no reference, so `ref_model` is only used for the metrics `errors/*_change`. Leave "
+                "it out to save memory.",
+                args.loss_type,
+            )
     return build_reference(
         loaded.denoiser,
         engine,

@@ -255,8 +255,27 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
             f"`mask_anchor` needs data with a mask column. Got `mask_anchor={args.mask_anchor}` and {name} data "
             "without masks. Add the column, or leave `mask_anchor` out."
         )
+    if loss.uses_loser and isinstance(prepared, PreferenceDataset):
+        check_identical(prepared, args)
     scores.apply_to(prepared, peers(args))
     return prepared
+
+
+def check_identical(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> None:
+    """Compare the two images of a sample of pairs. Warn if most pairs have the same image twice.
+
+    Raises:
+        `ValueError`: If all of them have.
+    """
+    same = peers(args).first(pairs.sample_of_identical)
+    what = f"{sum(same)} of {len(same)} pairs of the {pairs.report.name} data that were compared"
+    if all(same):
+        raise ValueError(
+            f"The two images of a pair must differ, and {what} have the same image twice. Check the columns, or use "
+            "`loss_type='sft'` to train on winners alone."
+        )
+    if 2 * sum(same) > len(same) and args.should_log:
+        logger.warning("%s have the same image twice, and teach nothing. Check the columns.", what)
 
 
 def score_settings(args: DiffusionSDPOConfig, loss: LossSpec, *, training: bool) -> ScoreSettings:
