@@ -20,6 +20,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_
 # A lost connection to the Hub raises an error of httpx or httpx2, depending on the version of huggingface_hub.
 # `HTTPError` is the common base class of both errors.
 from huggingface_hub.errors import HTTPError as HubConnectionError
+from packaging.version import Version
 
 # Finds the key of a LoRA's `rank_pattern` or `alpha_pattern` that matches a module.
 from peft.utils.other import get_pattern_key as pattern_key
@@ -147,6 +148,19 @@ def keeps_zero_gradients(optimizer: Any) -> bool:
 def zero_gradients(optimizer: Any) -> dict[int, list[torch.Tensor] | None]:
     """Return this process's shard of the averaged gradients: a list of tensors for each parameter group."""
     return optimizer.averaged_gradients
+
+
+def float32_precision() -> dict[str, str]:
+    """Return the precision in which torch computes float32 networks, such as `{"matmul": "tf32", ...}`. torch below 2.9
+    has one setting for products on all devices. Remove its branch when no supported torch is below 2.9."""
+    backends: Any = torch.backends
+    if Version(torch.__version__) < Version("2.9"):
+        return {"matmul": torch.get_float32_matmul_precision(), "convolution": str(backends.cudnn.allow_tf32)}
+    return {
+        "matmul": backends.cuda.matmul.fp32_precision,
+        "convolution": backends.cudnn.conv.fp32_precision,
+        "cpu": backends.mkldnn.matmul.fp32_precision,
+    }
 
 
 def set_last_rates(schedule: Any, rates: list[Any]) -> None:
