@@ -152,15 +152,12 @@ def zero_gradients(optimizer: Any) -> dict[int, list[torch.Tensor] | None]:
 
 def float32_precision() -> dict[str, str]:
     """Return the precision in which torch computes float32 networks, such as `{"matmul": "tf32", ...}`. torch below 2.9
-    has one setting for products on all devices. Remove its branch when no supported torch is below 2.9."""
+    has other names for it. Remove this function when no supported torch is below 2.9."""
     backends: Any = torch.backends
     if Version(torch.__version__) < Version("2.9"):
         return {"matmul": torch.get_float32_matmul_precision(), "convolution": str(backends.cudnn.allow_tf32)}
-    return {
-        "matmul": backends.cuda.matmul.fp32_precision,
-        "convolution": backends.cudnn.conv.fp32_precision,
-        "cpu": backends.mkldnn.matmul.fp32_precision,
-    }
+    kinds = {"matmul": backends.cuda.matmul, "convolution": backends.cudnn.conv, "cpu": backends.mkldnn.matmul}
+    return {kind: backend.fp32_precision.replace("none", "ieee") for kind, backend in kinds.items()}
 
 
 def set_last_rates(schedule: Any, rates: list[Any]) -> None:

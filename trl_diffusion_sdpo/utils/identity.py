@@ -126,7 +126,9 @@ def describe_files(files: Iterable[Path], root: Path | None = None) -> dict[str,
 
     The description of a file changes whenever the file is replaced, because programs cannot set the change time back.
     """
-    return {str(file if root is None else file.relative_to(root)): file_facts(file)[1:] for file in sorted(files)}
+    return {
+        (file if root is None else file.relative_to(root)).as_posix(): file_facts(file)[1:] for file in sorted(files)
+    }
 
 
 def describe_source(source: str | Path, **where: Any) -> dict[str, Any]:
