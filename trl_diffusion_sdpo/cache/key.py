@@ -11,7 +11,14 @@ from torch import nn
 
 from ..models.frozen_components import VAE, FrozenComponents
 from ..models.loading import LoadedModel
-from ..utils.identity import describe_component, describe_pipeline, describe_software, describe_source, plain
+from ..utils.identity import (
+    describe_component,
+    describe_pipeline,
+    describe_software,
+    describe_source,
+    plain,
+    public_config,
+)
 from ..utils.processes import ALONE, Peers
 
 VERSION = 3  # increase this if a code change alters encoded images, encoded prompts or reference errors
@@ -48,7 +55,7 @@ class EncoderKey:
                 **common,
                 "model": model["text"],
                 "dtypes": {name: dtype for name, dtype in dtypes.items() if name != VAE},
-                "denoiser": {name: value for name, value in configuration.items() if not name.startswith("_")},
+                "denoiser": public_config(configuration),
                 "cleaning": {"bs4": is_bs4_available(), "ftfy": is_ftfy_available()},
             },
         }

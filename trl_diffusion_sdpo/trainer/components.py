@@ -33,7 +33,7 @@ from ..models.weight_copies import WeightCopy, second_copy
 from ..saving.starting_point import StartingPoint, attach_adapter, starting_point
 from ..step.pair_forward import PairForward
 from ..utils._compat import compile_with_eager_rounding
-from ..utils.identity import describe_component, hash_of_tensors
+from ..utils.identity import describe_component, hash_of_tensors, public_config
 from .config.complete import image_size, largest_batch, precompute_folder, stored_crops
 from .config.model_arguments import VaeDtype
 from .diffusion_sdpo_config import DiffusionSDPOConfig
@@ -297,7 +297,7 @@ def reference_facts(
         "encoders": key.facts,
         "encoded": args.precompute_latents,  # encoding in other batch sizes may round differently
         "crops": stored_crops(args),
-        "configuration": {name: value for name, value in denoiser.config.items() if not name.startswith("_")},
+        "configuration": public_config(denoiser.config),
         "scheduler": describe_component(family.pipeline.scheduler),
         "guidance_scale": args.guidance_scale,
         "precision": [args.mixed_precision, str(engine.rounding), str(family.dtype)],

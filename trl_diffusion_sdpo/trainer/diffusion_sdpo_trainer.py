@@ -59,6 +59,7 @@ from ..step.winner_budget import ProbeInputs, ProbeSettings, WinnerBudget, probe
 from ..utils._compat import keeps_order
 from ..utils.disk import naming_the_disk
 from ..utils.files import VERDICT_FILE
+from ..utils.identity import describe_pipeline, public_config
 from .callbacks import add_callbacks, load_sample_scores
 from .components import (
     choose_kernels,
@@ -317,6 +318,8 @@ class DiffusionSDPOTrainer(Trainer):
         for name in (*loaded.family.frozen_components, loaded.family.denoiser_name):
             check_unsharded(getattr(loaded.pipeline, name), name)
         weights_before = fingerprint(base_tensors(denoiser))
+        described = describe_pipeline(self.pipeline, [loaded.family.denoiser_name], weights=fingerprint)
+        self._pipeline_facts = {**described, "denoiser": public_config(denoiser.config)}
         self.adapter, added = choose_trained_weights(loaded, peft_config, args)
 
         # Copy the weights that train, for the reference and for the averaged weights (`ema_decay`).
@@ -936,6 +939,7 @@ class DiffusionSDPOTrainer(Trainer):
             "engine": self.engine.name,
             "processes": self.accelerator.num_processes,
             "weights_before_training": self.origin.fingerprint,
+            "pipeline": self._pipeline_facts,
             BASE: public_base(self.origin.base),
             "train_data": self._data_fingerprint,
             "eval_data": self._eval_fingerprint,

@@ -121,6 +121,19 @@ def is_split_by_node(stream: datasets.IterableDataset) -> bool:
     return stream._distributed is not None
 
 
+def stream_parts(stream: datasets.IterableDataset) -> list[Any]:
+    """Return what a stream reads: names of files, and data sets in memory. Both are arguments of the innermost
+    iterables, which have no public name. Other sources, such as generators, have no parts."""
+    parts: list[Any] = []
+    iterables = [stream._ex_iterable]
+    while iterables:
+        arguments = vars(iterables.pop())
+        iterables += [arguments["ex_iterable"]] if "ex_iterable" in arguments else arguments.get("ex_iterables", [])
+        lists = [value for value in arguments.get("kwargs", {}).values() if isinstance(value, list)]
+        parts += [part for value in lists for part in value if isinstance(part, str | datasets.Dataset)]
+    return parts
+
+
 def compile_with_eager_rounding() -> None:
     """Make inductor round where eager PyTorch rounds, in the whole process.
 

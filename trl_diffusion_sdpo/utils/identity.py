@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -174,30 +174,40 @@ def _model_files(folder: Path) -> list[Path]:
 # ---- Objects in memory ----------------------------------------------------------------------------------------------
 
 
-def describe_pipeline(pipeline: DiffusionPipeline, leave_out: Iterable[str] = ()) -> dict[str, Any]:
-    """Describe a pipeline in memory: its class and settings, and every component that is not left out."""
+def describe_pipeline(
+    pipeline: DiffusionPipeline, leave_out: Iterable[str] = (), *, weights: Callable[[Any], str] | None = None
+) -> dict[str, Any]:
+    """Describe a pipeline in memory: its class and settings, and every component that is not left out.
+
+    Args:
+        weights (`Callable`, *optional*): Function from a network's tensors to their hash. By default, the hash is over
+            all bytes. Networks without weights (on the device `meta`) are described without a hash.
+    """
     left_out = {*leave_out}
     components = {name: part for name, part in pipeline.components.items() if name not in left_out}
     settings = {key: value for key, value in pipeline.config.items() if key not in pipeline.components}
     return {
         "class": type(pipeline).__name__,
-        "config": _public(settings),
-        **{name: describe_component(part) for name, part in sorted(components.items())},
+        "config": public_config(settings),
+        **{name: describe_component(part, weights=weights) for name, part in sorted(components.items())},
     }
 
 
-def describe_component(part: Any) -> Any:
+def describe_component(part: Any, *, weights: Callable[[Any], str] | None = None) -> Any:
     """Describe a component of a pipeline: a network by all its weights, its adapters' scales and its configuration, a
-    tokenizer by its words and settings, a scheduler or image processor by its configuration."""
+    tokenizer by its words and settings, a scheduler or image processor by its configuration. For `weights`, see
+    [`describe_pipeline`]."""
     config = getattr(part, "config", None)
     described: dict[str, Any] = {"class": type(part).__name__}
     if isinstance(part, nn.Module):
-        described["weights"] = hash_of_tensors(part.state_dict())
+        tensors = part.state_dict()
+        if not any(tensor.is_meta for tensor in tensors.values()):
+            described["weights"] = (weights or hash_of_tensors)(tensors)
         described |= _switches(part)
     elif isinstance(part, PreTrainedTokenizerBase):
         return described | _describe_tokenizer(part)
     elif config is None and _is_described(part):  # image processors of transformers
-        described["config"] = _public(part.to_dict())
+        described["config"] = public_config(part.to_dict())
     elif config is None:
         return plain(part)
     if isinstance(part, ProcessorMixin):
@@ -205,7 +215,7 @@ def describe_component(part: Any) -> Any:
         described |= {name: describe_component(value) for name, value in parts.items()}
         described["chat_template"] = part.chat_template
     if config is not None:
-        described["config"] = _public(config.to_dict() if callable(getattr(config, "to_dict", None)) else config)
+        described["config"] = public_config(config.to_dict() if callable(getattr(config, "to_dict", None)) else config)
     return described
 
 
@@ -222,7 +232,7 @@ def _switches(network: nn.Module) -> dict[str, Any]:
         for name, layer in layers.items()
     }
     without = {name: value for name, value in numbers.items() if name not in ("training", "gradient_checkpointing")}
-    return {"switches": _public(without), **({"adapters": short_hash(scales)} if scales else {})}
+    return {"switches": public_config(without), **({"adapters": short_hash(scales)} if scales else {})}
 
 
 def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -233,7 +243,7 @@ def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         words = {name: value for name, value in words.items() if name not in ("truncation", "padding")}  # of a call
     return {
         "words": short_hash(words),
-        "config": _public({**settings, "model_max_length": tokenizer.model_max_length}),
+        "config": public_config({**settings, "model_max_length": tokenizer.model_max_length}),
         "chat_template": tokenizer.chat_template,
     }
 
@@ -253,11 +263,11 @@ def hash_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _public(config: Any) -> Any:
-    """Leave out private entries, which say where a component came from and not what it does, and its library's
-    version, which [`describe_software`] has."""
+def public_config(config: Any) -> Any:
+    """Return a component's configuration without private entries, which say where it came from and not what it does,
+    and without its library's version, which [`describe_software`] has."""
     if isinstance(config, Mapping):
         entries = {str(key): value for key, value in config.items()}
         hidden = {key for key in entries if key.startswith("_") or key == "transformers_version"}
-        return {key: _public(value) for key, value in entries.items() if key not in hidden}
+        return {key: public_config(value) for key, value in entries.items() if key not in hidden}
     return plain(config)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 Built = TypeVar("Built")
 Group = TypeVar("Group", bound=type)
-RESUME = "resume"  # marks settings that change the trained weights and must not change when a run resumes
+RESUME = "resume"  # marks settings that change the trained weights, which a resumed run compares
 
 
 @dataclass(frozen=True)
