@@ -21,6 +21,7 @@ from ..models.adapters import POLICY_ADAPTER, active_adapter, adapter_state, add
 from ..models.ema import EMA_FOLDER
 from ..utils._compat import loads_lora
 from ..utils.own_errors import is_own
+from ..utils.secrets import without_secrets
 from .resuming import stored_settings
 from .setup import SETUP_FILE, fingerprint, read_setup
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE, read_adapter
@@ -98,8 +99,8 @@ def recorded_base(
     name_or_path: str | None, options: Mapping[str, Any], denoiser_folder: str | None
 ) -> dict[str, Any] | None:
     """Describe, for the run's files, the model from which a run starts. Paths are absolute. Return `None` if the user
-    passed a pipeline object."""
-    if name_or_path is None:
+    passed a pipeline object, or an address with a secret."""
+    if name_or_path is None or without_secrets(name_or_path) != name_or_path:
         return None
     recorded = {key: options[key] for key in _OPTIONS if options.get(key) is not None}
     if "config" in recorded:

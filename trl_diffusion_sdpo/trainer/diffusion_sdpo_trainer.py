@@ -276,6 +276,7 @@ class DiffusionSDPOTrainer(Trainer):
             lora=self.weight_files.describe()["lora"],
             full_pipeline=args.save_full_pipeline,
             base_model=self.origin.name_or_path,
+            base_options=loaded.options,
             trainer_name=self._name,
             settings=settings_of_user,
             edits=isinstance(train_dataset, PREPARED) and train_dataset.has_sources,
