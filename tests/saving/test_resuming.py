@@ -177,6 +177,15 @@ def test_other_evaluation_pairs_are_named(build, make_pairs, caplog):
     assert "held.pairs was 4, is 6" in caplog.text
 
 
+def test_a_winner_budget_does_not_go_on_with_other_pairs_than_it_has_measured(build, make_pairs):
+    budget = {"winner_budget": 0.1, "winner_budget_kwargs": {"pairs": 2, "steps": 1}}
+    build(2, eval_dataset=make_pairs(4, seed=1), **budget).train()
+    build(3, eval_dataset=make_pairs(4, seed=1), **budget).train(resume_from_checkpoint=True)
+    for others in (make_pairs(4, seed=2), None):
+        with pytest.raises(ValueError, match="`winner_budget`"):
+            build(4, eval_dataset=others, **budget).train(resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_of_a_version_that_knew_less_is_resumed_without_a_word(build, run, caplog):
     file = run / "checkpoint-4" / "diffusion_sdpo_setup.json"
     stored = json.loads(file.read_text())

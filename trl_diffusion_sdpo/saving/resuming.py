@@ -83,12 +83,8 @@ def check_resumable(
         )
     _compare({**stored_args, **stored}, args, json.loads(json.dumps(setup)), checkpoint)
     _compare_data(stored.get("train_data"), setup["train_data"], starts_anew=args.ignore_data_skip)
-    if found := differences(*_known_to_both(stored.get("eval_data"), setup["eval_data"])):
-        logger.warning(
-            "The evaluation data differ from those of the checkpoint (%s). Do not compare evaluations of this run with "
-            "earlier ones.",
-            listed(found),
-        )
+    if "eval_data" in stored:
+        _compare_eval_data(stored["eval_data"], setup["eval_data"], has_budget=setup.get("winner_budget") is not None)
 
 
 def _compare(stored: dict[str, Any], args: TrainingArguments, setup: dict[str, Any], checkpoint: Path) -> None:
@@ -148,6 +144,27 @@ def _compare_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, 
             "A run resumes at its position in the training data, so the data must be those of the checkpoint, and they "
             f"differ: {listed(found)}. Pass the same data in the same order, or set `ignore_data_skip=True` to read "
             "the new data from the start."
+        )
+
+
+def _compare_eval_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, has_budget: bool) -> None:
+    """Compare the fingerprints of the evaluation data. `winner_budget` needs the pairs on which it measured the errors
+    before training; otherwise, other pairs only make evaluations incomparable."""
+    is_there = {True: "given", False: "not given"}
+    found = differences(*_known_to_both(before, now))
+    if (before is None) != (now is None):
+        found = differences(is_there[before is not None], is_there[now is not None])
+    if found and has_budget:
+        raise ValueError(
+            "`winner_budget` compares errors with those before training on the same evaluation pairs, and the pairs "
+            f"differ from the checkpoint's: {listed(found)}. Pass the checkpoint's `eval_dataset`, or start anew from "
+            "its weights."
+        )
+    if found and before is not None and now is not None:
+        logger.warning(
+            "The evaluation data differ from those of the checkpoint (%s). Do not compare evaluations of this run with "
+            "earlier ones.",
+            listed(found),
         )
 
 
