@@ -94,6 +94,21 @@ def test_bytes_changed_in_place_in_a_saved_data_set_are_noticed(make_pairs, tmp_
         assert changed(earlier, now) == {"images"}
 
 
+def test_rows_that_each_run_maps_anew_find_their_cache_again(make_pairs, tmp_path):
+    make_pairs(4).save_to_disk(str(tmp_path / "set"))
+
+    def key():
+        rows = datasets.load_from_disk(str(tmp_path / "set")).map(_with_a_dot, load_from_cache_file=False)
+        assert rows.cache_files
+        return prepare_dataset(rows, PairOptions(PairTransform(16))).fingerprint(thorough=True)
+
+    assert key() == key()
+
+
+def _with_a_dot(row):
+    return {"prompt": row["prompt"] + "."}
+
+
 def test_sizes_are_read_again_after_bytes_of_a_saved_data_set_have_changed(make_pairs, tmp_path):
     """Images of 16 x 24 and of 24 x 16 pixels; the second data set has the bytes of the first with sides exchanged."""
     sizes = []

@@ -136,6 +136,14 @@ def test_another_scale_of_the_vae_and_other_weights_beside_the_denoiser_are_name
     assert "vae.weights" not in caplog.text
 
 
+def test_other_weights_of_a_given_reference_are_named(build, make_sd_pipeline, caplog):
+    build(2, ref_model=make_sd_pipeline(seed=3)).train()
+    build(3, ref_model=make_sd_pipeline(seed=3)).train(resume_from_checkpoint=True)
+    assert "pipeline.reference" not in caplog.text
+    build(4, ref_model=make_sd_pipeline(seed=4)).train(resume_from_checkpoint=True)
+    assert "pipeline.reference" in caplog.text
+
+
 def test_a_folder_without_a_checkpoint_is_refused(build, tmp_path):
     with pytest.raises(ValueError, match="`output_dir`"):
         build(4, output_dir=str(tmp_path / "none")).train(resume_from_checkpoint=True)

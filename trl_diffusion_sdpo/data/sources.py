@@ -203,8 +203,10 @@ class TableSource:
         self, dataset: datasets.Dataset, row_format: PreferenceFormat, name: str, number_columns: Sequence[str] = ()
     ) -> None:
         self.format, self.name = row_format, name
-        # Files that `datasets` maps into memory. It would not notice that their bytes have changed.
-        self._files = [entry["filename"] for entry in dataset.cache_files]
+        # Files that `datasets` maps into memory. It would not notice that their bytes have changed. Results of `map`,
+        # which have these names, may be written anew by each run.
+        files = [entry["filename"] for entry in dataset.cache_files]
+        self._files = [file for file in files if not os.path.basename(file).startswith("cache-")]
         texts = dict.fromkeys([*row_format.text_columns(dataset.column_names), *number_columns])
         images = [*row_format.image_columns, *row_format.mask_columns, *row_format.source_columns]
         seeds = [column for column in number_columns if column in SEED_COLUMNS]

@@ -325,6 +325,8 @@ class DiffusionSDPOTrainer(Trainer):
 
         # Copy the weights that train, for the reference and for the averaged weights (`ema_decay`).
         self.reference = make_reference(loaded, ref_model, args, loss, self.engine, adapter=self.adapter, added=added)
+        if ref_model is not None and self.reference.module is not None:
+            self._pipeline_facts["reference"] = fingerprint(self.reference.module.state_dict())
         self._weight_copies: list[WeightCopy] = [self.reference]
         self.average = None
         if args.ema_decay is not None:
