@@ -27,6 +27,7 @@ from ..saving.setup import output_folder
 from ..step.pair_forward import eval_mode
 from ..utils.hints import did_you_mean
 from ..utils.identity import describe_component, short_hash
+from ..utils.secrets import without_secrets
 from .sample_scores import SampleScores
 from .tracked_images import TrackedImages
 
@@ -183,7 +184,11 @@ class SampleImagesCallback(TrainerCallback):
 
     def _note(self, index: int) -> dict[str, str]:
         """Return the text fields to write into the PNG file of a prompt's image."""
-        note = {"prompt": self.prompts[index], "seed": str(self.seed + index), "settings": self._settings}
+        note = {
+            "prompt": without_secrets(self.prompts[index]),  # the images are published with the card
+            "seed": str(self.seed + index),
+            "settings": self._settings,
+        }
         if self.sources:
             note["source"] = hashlib.sha256(self.sources[index].tobytes()).hexdigest()[:16]
         return note
