@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 from diffusers.utils import is_ftfy_available
-from tiny_pipelines import case
+from tiny_pipelines import case, quiet
 
 from trl_diffusion_sdpo.cache import encoding, key
 from trl_diffusion_sdpo.cache.key import EncoderKey
@@ -19,6 +19,7 @@ from trl_diffusion_sdpo.losses import loss_spec
 from trl_diffusion_sdpo.models.loading import LoadedModel, load_model
 from trl_diffusion_sdpo.trainer.components import pair_encoding, place_frozen_components
 from trl_diffusion_sdpo.trainer.data_preparation import prepare_pairs
+from trl_diffusion_sdpo.utils import identity
 
 TIMES = ("runtime", "per_second", "flos")
 RUN = {"num_train_epochs": 2, "max_steps": -1, "proportion_empty_prompts": 0.3, "eval_strategy": "epoch"}
@@ -272,12 +273,74 @@ def test_models_that_differ_in_the_length_of_prompts_share_no_prompts(facts_of, 
     assert facts[0]["text"] != facts[1]["text"] and facts[0]["vae"] == facts[1]["vae"]
 
 
+def scale(pipeline):
+    pipeline.vae.register_to_config(scaling_factor=0.5)
+
+
+def move(pipeline):
+    pipeline.vae.register_to_config(latents_mean=[0.5] * 4)
+
+
+def tile(pipeline):
+    pipeline.vae.enable_tiling()
+
+
+def clip(pipeline):
+    pipeline.text_encoder.config.eos_token_id += 1
+
+
+def template(pipeline):
+    pipeline.tokenizer.chat_template = "{{ messages[0].content }}"
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "changed"),
+    [
+        ("stable_diffusion", scale, "vae"),
+        ("stable_diffusion", move, "vae"),
+        ("stable_diffusion", tile, "vae"),
+        ("stable_diffusion", clip, "text"),
+        ("krea2", template, "text"),
+        ("krea2", lambda pipeline: pipeline.register_to_config(text_encoder_select_layers=[0, 2, 1]), "text"),
+    ],
+)
+def test_a_configuration_changed_in_memory_is_another_key(family, change, changed, facts_of, family_folder):
+    pipeline = quiet(load_pipeline(family_folder(family)))
+    before = facts_of(pipeline)
+    assert facts_of(pipeline) == before
+    change(pipeline)
+    after = facts_of(pipeline)
+    assert {name for name in before if before[name] != after[name]} == {changed}
+
+
+def test_a_model_moved_to_another_folder_keeps_its_key_and_a_changed_file_does_not(facts_of, sd_folder, tmp_path):
+    model = shutil.copytree(sd_folder, tmp_path / "model")
+    before = facts_of(str(model))
+    model = model.rename(tmp_path / "moved")
+    assert facts_of(str(model)) == before
+    for name, changed in {"scheduler": set(), "unet": set(), "vae": {"vae"}, "tokenizer": {"text"}}.items():
+        file = next(iter(sorted((model / name).glob("*.json"))))
+        file.write_text(file.read_text() + " ")
+        after = facts_of(str(model))
+        assert {kind for kind in before if before[kind] != after[kind]} == changed, name
+        before = after
+
+
+def test_another_precision_of_matrix_products_is_another_key(facts_of, sd_folder):
+    before = facts_of(sd_folder)
+    torch.set_float32_matmul_precision("high")
+    after = facts_of(sd_folder)
+    torch.set_float32_matmul_precision("highest")
+    assert facts_of(sd_folder) == before
+    assert all("matmul" in str(identity.differences(before[kind], after[kind])) for kind in ("vae", "text"))
+
+
 def test_other_libraries_are_another_key(facts_of, sd_folder, monkeypatch):
     before = facts_of(sd_folder)
     assert facts_of(sd_folder) == before
     monkeypatch.setattr(key, "is_ftfy_available", lambda: not is_ftfy_available())
     assert facts_of(sd_folder)["text"] != before["text"] and facts_of(sd_folder)["vae"] == before["vae"]
-    monkeypatch.setattr(key.diffusers, "__version__", "another")
+    monkeypatch.setattr(identity.diffusers, "__version__", "another")
     assert facts_of(sd_folder)["vae"] != before["vae"]
 
 

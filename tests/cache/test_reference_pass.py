@@ -182,6 +182,27 @@ def test_a_second_run_computes_nothing_and_one_with_other_facts_computes_anew(
         assert computed(**settings) == 1, settings
 
 
+def test_errors_of_a_vae_with_another_scale_are_not_those_of_this_run(
+    make_trainer, make_sd_pipeline, tmp_path, caplog
+):
+    """The policy begins as the reference, so a margin at the first step is one of stale errors."""
+    caplog.set_level("INFO", "trl_diffusion_sdpo")
+    for scale in (0.2, 0.4):
+        pipeline = make_sd_pipeline()
+        pipeline.vae.register_to_config(scaling_factor=scale)
+        trainer = make_trainer(
+            model=pipeline,
+            precompute_ref_errors=True,
+            precompute_dir=str(tmp_path / "errors"),
+            output_dir=str(tmp_path / str(scale)),
+            max_steps=1,
+            beta=500.0,
+        )
+        trainer.train()
+        assert logs(trainer)[0]["rewards/margins"] == 0
+    assert "scaling_factor was 0.2, is 0.4" in caplog.text
+
+
 def test_a_pair_that_could_not_be_read_is_left_out(make_trainer, make_pairs, counted):
     rows = [dict(row) for row in make_pairs(9)]
     rows[4]["chosen"] = {"bytes": b"no image", "path": None}

@@ -59,6 +59,21 @@ def test_another_key_is_another_folder(tmp_path, store):
         other.read(3)
 
 
+def test_a_new_store_names_what_differs_from_the_most_similar_one(tmp_path, caplog):
+    caplog.set_level("INFO", "trl_diffusion_sdpo")
+    keys = [{"vae": {"shift": shift}, "data": data} for shift, data in ((1, "a"), (2, "b"), (2, "c"))]
+    first, second, third = (ShardStore(tmp_path, key, ROWS) for key in keys)
+    for store in (first, second):
+        write(store, 0, [0])
+    caplog.clear()
+    write(third, 0, [0])
+    (message,) = caplog.messages
+    assert second.path.name in message and '"b"' in message and '"c"' in message and "shift" not in message
+    caplog.clear()
+    write(third, 1, [1])
+    assert not caplog.messages
+
+
 def test_what_a_kill_left_unfinished_is_deleted(store):
     left = store.path / "000002.safetensors.partial"
     left.write_bytes(b"half of it")

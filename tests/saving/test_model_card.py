@@ -88,6 +88,35 @@ def test_tokens_never_reach_the_card():
     assert "`{'revision': 'main', 'nested': [{}]}`" in card and "`77`" in card
 
 
+@pytest.mark.parametrize("name", ["base_model", "dataset_name", "model_name"])
+def test_a_signed_address_shows_its_file_and_no_signature(name):
+    address = "https://me:s3cr3t@host/sets/pairs.parquet?X-Amz-Date=5&X-Amz-Signature=s3cr3t#s3cr3t"
+    card = str(card_of(**{name: address}))
+    assert "pairs.parquet" in card and "s3cr3t" not in card and "Amz" not in card
+    assert "s3cr3t" not in str(card_of(**{name: "/runs/token=s3cr3t"}))
+
+
+def test_a_secret_in_a_prompt_is_not_on_the_card():
+    prompt = f"a cube, token={TOKEN}"
+    card = card_of(gallery=[("a.png", prompt)], comparison=[(prompt, "a.png", "b.png")])
+    assert TOKEN not in str(card) and metadata(card)["widget"][0]["text"].startswith("a cube")
+
+
+@pytest.mark.parametrize("character", ["\x1b", "\x07", "\x00", "\x9b", "\u202e", "\u2066", "\u200f", "\ud800"])
+def test_characters_that_a_terminal_obeys_are_not_on_the_card(character):
+    text = f"a {character}[31m b"
+    given = {"settings": {"run_name": text, "nested": {"a": [text]}}, "gallery": [("a.png", text)], "model_name": text}
+    card = card_of(**given, comparison=[(text, "a.png", "b.png")], dataset_name=f"/sets/{text}", run={"LoRA": text})
+    assert character not in str(card) and "[31m" in str(card)
+    str(card).encode()
+
+
+def test_the_code_on_the_card_names_the_revision_of_the_base():
+    card = card_of(options={"revision": "v2", "variant": "fp16", "token": "s3cr3t"})
+    (call,) = re.findall(r"DiffusionPipeline.from_pretrained\((.*)\)", card.text)
+    assert 'revision="v2"' in call and 'variant="fp16"' in call and "token" not in call
+
+
 @pytest.mark.parametrize("path", ["C:\\someone\\models\\sd", "~/someone/sd/", "someone/a/sd"])
 def test_only_the_names_of_local_folders_are_shown(path):
     card = card_of(base_model=path, dataset_name=path, settings={"output_dir": path, "beta": 1.0})

@@ -1,10 +1,13 @@
 """A resumed run follows its own arguments, names settings that differ from the checkpoint, and continues in the same
 data."""
 
+import json
+import re
 import shutil
 
 import datasets
 import pytest
+import torch
 from peft import LoraConfig
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
@@ -37,7 +40,7 @@ def test_another_learning_rate_applies_from_the_next_step(build, second, caplog)
     resumed.train(resume_from_checkpoint=second)
     assert rates(resumed) == [1e-3, 1e-3, 1e-5, 1e-5]
     assert [group["lr"] for group in groups(resumed)] == [1e-5, 1e-5]
-    assert "Resuming with another `learning_rate`: 0.001 in the checkpoint, 1e-05 now." in caplog.text
+    assert "learning_rate was 0.001, is 1e-05" in caplog.text
 
 
 def test_another_schedule_goes_on_at_its_own_place(build, second):
@@ -55,7 +58,7 @@ def test_weight_decay_betas_and_epsilon_are_this_run_s(build, second, caplog):
         (0.0, (0.7, 0.8), 1e-3),
     ]
     for name in ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"):
-        assert f"Resuming with another `{name}`" in caplog.text
+        assert f"{name} was" in caplog.text
 
 
 def test_the_moments_stay_those_of_the_checkpoint(build, second):
@@ -91,9 +94,8 @@ def test_every_setting_that_differs_is_named_once_and_places_are_not(build, seco
         "report_to": [],
     }
     build(5, **changed, **elsewhere).train(resume_from_checkpoint=second)
-    messages = [record.getMessage() for record in caplog.records if "Resuming with another" in record.getMessage()]
-    named = sorted(message.split("`")[1] for message in messages)
-    assert named == sorted([*changed, "max_steps"])
+    (message,) = [text for text in caplog.messages if "beta was" in text]
+    assert sorted(re.findall(r"(\w+) was", message)) == sorted([*changed, "max_steps"])
 
 
 # ---- Another run -----------------------------------------------------------------------------------------------------
@@ -102,9 +104,9 @@ def test_every_setting_that_differs_is_named_once_and_places_are_not(build, seco
 @pytest.mark.parametrize(
     ("settings", "differs"),
     [
-        ({"peft_config": None}, "tuning was 'lora', is 'full'"),
-        ({"loss_type": "sft"}, "reference was 'adapter_off', is 'none'"),
-        ({"peft_config": LoraConfig(r=8)}, "lora was .*'r': 2.*is .*'r': 8"),
+        ({"peft_config": None}, 'tuning was "lora", is "full"'),
+        ({"loss_type": "sft"}, 'reference was "adapter_off", is "none"'),
+        ({"peft_config": LoraConfig(r=8)}, r"lora\.r was 2, is 8"),
     ],
     ids=["tuning", "reference", "rank"],
 )
@@ -117,6 +119,29 @@ def test_a_checkpoint_over_other_weights_is_refused(build, second, make_sd_pipel
     """If the tuned model were accepted, the frozen reference would be the tuned policy."""
     with pytest.raises(ValueError, match="weights_before_training was"):
         build(4, model=make_sd_pipeline(seed=1)).train(resume_from_checkpoint=second)
+
+
+def test_another_scale_of_the_vae_and_other_weights_beside_the_denoiser_are_named(
+    build, second, make_sd_pipeline, caplog
+):
+    changed = make_sd_pipeline()
+    changed.vae.register_to_config(scaling_factor=0.5)
+    with torch.no_grad():
+        for weight in changed.text_encoder.parameters():
+            weight.add_(1.0)
+    build(3, model=make_sd_pipeline()).train(resume_from_checkpoint=second)
+    assert "pipeline" not in caplog.text
+    build(4, model=changed).train(resume_from_checkpoint=True)
+    assert "vae.config.scaling_factor" in caplog.text and "text_encoder.weights" in caplog.text
+    assert "vae.weights" not in caplog.text
+
+
+def test_other_weights_of_a_given_reference_are_named(build, make_sd_pipeline, caplog):
+    build(2, ref_model=make_sd_pipeline(seed=3)).train()
+    build(3, ref_model=make_sd_pipeline(seed=3)).train(resume_from_checkpoint=True)
+    assert "pipeline.reference" not in caplog.text
+    build(4, ref_model=make_sd_pipeline(seed=4)).train(resume_from_checkpoint=True)
+    assert "pipeline.reference" in caplog.text
 
 
 def test_a_folder_without_a_checkpoint_is_refused(build, tmp_path):
@@ -142,11 +167,52 @@ def test_other_data_are_refused_by_name_and_can_be_begun_anew(build, run, make_p
     assert "pairs was 16, is 12" in caplog.text
 
 
+def test_other_images_under_the_same_prompts_are_named(build, run, make_pairs, caplog):
+    pairs, others = make_pairs(), make_pairs(seed=5)
+    changed = pairs.remove_columns("chosen").add_column("chosen", others.with_format("arrow")["chosen"].to_pylist())
+    changed = changed.cast_column("chosen", datasets.Image())
+    build(5).train(resume_from_checkpoint=True)
+    assert "images was" not in caplog.text
+    build(6, train=changed).train(resume_from_checkpoint=True)
+    assert "images was" in caplog.text
+
+
+def test_other_evaluation_pairs_are_named(build, make_pairs, caplog):
+    build(2, eval_dataset={"held": make_pairs(4, seed=1)}).train()
+    build(3, eval_dataset={"held": make_pairs(4, seed=1)}).train(resume_from_checkpoint=True)
+    assert "held" not in caplog.text
+    build(4, eval_dataset={"held": make_pairs(6, seed=1)}).train(resume_from_checkpoint=True)
+    assert "held.pairs was 4, is 6" in caplog.text
+
+
+def test_a_winner_budget_does_not_go_on_with_other_pairs_than_it_has_measured(build, make_pairs):
+    budget = {"winner_budget": 0.1, "winner_budget_kwargs": {"pairs": 2, "steps": 1}}
+    build(2, eval_dataset=make_pairs(4, seed=1), **budget).train()
+    build(3, eval_dataset=make_pairs(4, seed=1), **budget).train(resume_from_checkpoint=True)
+    for others in (make_pairs(4, seed=2), None):
+        with pytest.raises(ValueError, match="`winner_budget`"):
+            build(4, eval_dataset=others, **budget).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_a_version_that_knew_less_is_resumed_without_a_word(build, run, caplog):
+    file = run / "checkpoint-4" / "diffusion_sdpo_setup.json"
+    stored = json.loads(file.read_text())
+    del stored["pipeline"], stored["train_data"]["images"]
+    file.write_text(json.dumps(stored))
+    build(5).train(resume_from_checkpoint=True)
+    assert "pipeline" not in caplog.text and "images" not in caplog.text
+
+
 def test_another_stream_is_refused(build, make_pairs):
     build(2, train=make_pairs().to_iterable_dataset()).train()
     build(3, train=make_pairs().to_iterable_dataset()).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match=r"shards was \[1\], is \[2\]"):
-        build(4, train=make_pairs().to_iterable_dataset(num_shards=2)).train(resume_from_checkpoint=True)
+    others = {
+        "shards": make_pairs().to_iterable_dataset(num_shards=2),
+        "files": make_pairs(seed=1).to_iterable_dataset(),
+    }
+    for name, other in others.items():
+        with pytest.raises(ValueError, match=f"{name} was"):
+            build(4, train=other).train(resume_from_checkpoint=True)
 
 
 # ---- Where to go on, and whether anything is left --------------------------------------------------------------------

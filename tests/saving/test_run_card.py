@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from importlib.metadata import version
 
@@ -76,6 +77,18 @@ def assert_console(out: str, bar: str, trainer, run):
     trainer.pipeline.unet.delete_adapters(trainer.adapter)
     exec(report[-1].partition(": ")[2], {"pipeline": trainer.pipeline})
     assert trainer.pipeline.get_active_adapters() == ["default_0"]
+
+
+def test_a_card_names_the_commit_of_the_base(make_trainer, sd_folder, tmp_path):
+    """The name of a model on the Hub may mean other weights tomorrow."""
+    commit = "c" * 40
+    repository = tmp_path / "hub" / "models--owner--base"
+    shutil.copytree(sd_folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    trainer = make_trainer(model="owner/base", model_init_kwargs={"cache_dir": str(tmp_path / "hub")}, max_steps=1)
+    trainer.create_model_card()
+    assert commit in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_an_edited_card_is_left_as_it_is_and_one_that_is_asked_for_is_not(make_trainer, tmp_path, caplog):

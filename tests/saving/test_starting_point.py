@@ -96,6 +96,21 @@ def test_a_run_of_a_lora_goes_on_from_its_weights_which_are_the_reference(train,
     assert (config["r"], config["lora_alpha"]) == (4, 12)
 
 
+def test_a_lora_on_another_base_than_its_own_is_named(train, sd_folder, make_sd_pipeline, tmp_path, caplog):
+    base = shutil.copytree(sd_folder, tmp_path / "base")
+    run = train(str(base), peft_config=LoraConfig(**LORA), max_steps=1).args.output_dir
+
+    def warnings() -> list[str]:
+        return [text for text in caplog.messages if run in text]
+
+    for folder in (run, str(shutil.copytree(run, tmp_path / "moved"))):
+        train(folder, trains=False)
+    assert not warnings()
+    make_sd_pipeline(seed=1).unet.save_pretrained(base / "unet")
+    train(run, trains=False)
+    assert len(warnings()) == 1
+
+
 @both_precisions
 def test_a_run_of_all_weights_goes_on_with_the_rest_of_its_pipeline(train, full_run, sd_folder, bf16):
     second = train(full_run, bf16=bf16, trains=False)

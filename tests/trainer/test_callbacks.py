@@ -67,6 +67,26 @@ def test_files_hold_the_prompt_and_the_gallery_names_them(sampler, args):
         assert image.size == (16, 16)
 
 
+def test_a_secret_in_a_prompt_is_not_in_the_file(sampler, args):
+    sampler.prompts = ["a cube, token=s3cr3t"]
+    run(sampler, args, steps=2)
+    files = list(args_folder(args).glob("*.png"))
+    assert files and all(b"a cube" in file.read_bytes() and b"s3cr3t" not in file.read_bytes() for file in files)
+    assert len(sampler.comparison(Path(args.output_dir))) == 1
+
+
+@pytest.mark.parametrize("changed", ["nothing", "call", "scheduler"])
+def test_images_of_other_settings_are_not_compared(changed, sampler, args, sd_pipeline):
+    """A resumed run may have other `sample_kwargs` or another scheduler than the images from before training."""
+    run(sampler, args, steps=1)
+    call = {"num_inference_steps": 2, "guidance_scale": 1.0 if changed == "call" else 5.0, "height": 16, "width": 16}
+    if changed == "scheduler":
+        sd_pipeline.scheduler = DDPMScheduler.from_config(sd_pipeline.scheduler.config)
+    resumed = make_sampler(sd_pipeline, call_options=call)
+    run(resumed, args, steps=1, start=1)
+    assert len(resumed.comparison(Path(args.output_dir))) == (len(PROMPTS) if changed == "nothing" else 0)
+
+
 def test_generating_leaves_training_as_it_was(sd_pipeline, args):
     sd_pipeline.scheduler = DDPMScheduler.from_config(sd_pipeline.scheduler.config)  # draws noise at every step
     sd_pipeline.unet.train()

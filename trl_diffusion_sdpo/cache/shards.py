@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..utils.files import write_atomically
+from ..utils.identity import differences, listed, read_description
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +93,24 @@ class ShardStore:
             for left in self.path.glob(f"*{PARTIAL}"):
                 left.unlink()
             if not (self.path / KEY_FILE).exists():
+                self._name_differences()
                 write_atomically(self.path / KEY_FILE, self._key.encode())
             yield
         finally:
             lock.release()
+
+    def _name_differences(self) -> None:
+        """Log what differs between this new store's key and the most similar key in the folder of all stores."""
+        key = json.loads(self._key)
+        others = {file.parent: read_description(file) for file in self.path.parent.glob(f"*/{KEY_FILE}")}
+        found = {
+            path: differences(other, key) for path, other in others.items() if other and other.keys() == key.keys()
+        }
+        if found:
+            nearest = min(found, key=lambda path: len(found[path]))
+            logger.info(
+                "%s is new. The most similar cache, %s, differs: %s.", self.path, nearest.name, listed(found[nearest])
+            )
 
 
 class _Shard:

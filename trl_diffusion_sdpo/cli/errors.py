@@ -7,14 +7,15 @@ import re
 from collections.abc import Iterator
 
 from ..utils.own_errors import is_own
+from ..utils.secrets import without_secrets
 
 _IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker process ")
 
 
 def sentence(error: Exception) -> str:
-    """Return the message of an error that this package raised, without the traceback that torch puts before the message
-    if a DataLoader worker raised the error."""
-    text, kind = str(error), type(error)
+    """Return the message of an error that this package raised, without secrets, and without the traceback that torch
+    puts before the message if a DataLoader worker raised the error."""
+    text, kind = without_secrets(str(error)), type(error)
     if _IN_WORKER.match(text) is None:
         return text
     _, separator, message = text.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -49,7 +50,8 @@ EXAMINED = datasets.Features(
         "problems": datasets.List(datasets.Value("string")),
     }
 )
-FINGERPRINTED_PROMPTS = 16  # number of pairs whose prompts are hashed to recognize a data set
+FINGERPRINTED_PAIRS = 16  # number of pairs whose prompts and images are hashed to recognize a data set
+FINGERPRINTED_BYTES = 2**16  # number of bytes at the start of each of these images
 ROWS_AT_ONCE = 1000
 FEW_ROWS = 1000  # one process decodes the images of fewer rows faster than several processes
 FEW_HEADERS = 20_000  # one process reads the image headers of fewer rows faster than several processes
@@ -157,6 +159,10 @@ class StoredImage(NamedTuple):
         except (UndecodableImageError, UnreadableImageError) as error:
             raise type(error)(f"image {self.number} {error}") from None
 
+    def start(self) -> bytes:
+        """Return the result of [`start_of`] for the undecoded image."""
+        return b"".join(map(start_of, images_of_row(self.row, self.format)[self.number : self.number + 1]))
+
     @property
     def stored(self) -> Any:
         """The bytes or the path of the image, or `None` if the row lacks it."""
@@ -201,6 +207,10 @@ class TableSource:
         self, dataset: datasets.Dataset, row_format: PreferenceFormat, name: str, number_columns: Sequence[str] = ()
     ) -> None:
         self.format, self.name, self.dataset = row_format, name, dataset
+        # Files that `datasets` maps into memory. It would not notice that their bytes have changed. Results of `map`,
+        # which have these names, may be written anew by each run.
+        files = [entry["filename"] for entry in dataset.cache_files]
+        self._files = [file for file in files if not os.path.basename(file).startswith("cache-")]
         texts = dict.fromkeys([*row_format.text_columns(dataset.column_names), *number_columns])
         images = [*row_format.image_columns, *row_format.mask_columns, *row_format.source_columns]
         seeds = [column for column in number_columns if column in SEED_COLUMNS]
@@ -274,7 +284,7 @@ class TableSource:
             _examine_table,
             batched=True,
             batch_size=16 if decode else ROWS_AT_ONCE,
-            fn_kwargs={"row_format": row_format, "reader": reader, "decode": decode},
+            fn_kwargs={"row_format": row_format, "reader": reader, "decode": decode, "files": self._file_facts()},
             remove_columns=images.column_names,
             features=EXAMINED,
             num_proc=num_proc,
@@ -287,17 +297,18 @@ class TableSource:
 
     @functools.cached_property
     def content_key(self) -> dict[str, str]:
-        """Hashes of prompts and images for cache keys. The hashes also change if a local image file changes."""
-        digest = hashlib.sha256(dataset_fingerprint(self._images).encode())
+        """Hashes of prompts and images for cache keys. The hashes also change if a local image file or a file of the
+        data set changes."""
+        digest = hashlib.sha256(f"{dataset_fingerprint(self._images)} {self._file_facts()}".encode())
         for batch in self._images.iter(batch_size=ROWS_AT_ONCE):
             for column in batch.columns:
                 for name in local_names(column):
-                    try:
-                        facts = repr(file_facts(name))
-                    except (OSError, ValueError):
-                        facts = f"missing {name}"
-                    digest.update(f"{facts}\n".encode("utf-8", "surrogatepass"))
+                    digest.update(f"{name} {_facts_if_there(name)}\n".encode("utf-8", "surrogatepass"))
         return {"prompts": dataset_fingerprint(self.labels), "images": _short(digest)}
+
+    def _file_facts(self) -> list[Any]:
+        """Return sizes and times of the data set's own files, which may be in any folder."""
+        return [_facts_if_there(file) for file in self._files]
 
 
 class PairSource:
@@ -575,6 +586,18 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def start_of(image: Any) -> bytes:
+    """Return size and first bytes of an undecoded image, which are equal on all machines. Of a URL or a missing file,
+    return the name."""
+    content = (image.get("bytes") or image.get("path")) if isinstance(image, Mapping) else image
+    if isinstance(content, bytes):
+        return f"{len(content)} ".encode() + content[:FINGERPRINTED_BYTES]
+    if isinstance(content, str) and os.path.isfile(content):
+        with contextlib.suppress(OSError), open(content, "rb") as file:
+            return f"{os.path.getsize(content)} ".encode() + file.read(FINGERPRINTED_BYTES)
+    return os.path.basename(str(content)).encode("utf-8", "surrogatepass")
+
+
 def local_names(column: pa.ChunkedArray | pa.Array) -> list[str]:
     """Return the names of the local files in an Arrow column of images, in the order of the rows."""
     if isinstance(column, pa.ChunkedArray):
@@ -599,12 +622,12 @@ def pairs_fingerprint(source: PairSource, pairs: PairTable, *, thorough: bool = 
 
     Args:
         thorough (`bool`): Whether to hash every prompt and image. Caches need these hashes, which depend on the image
-            files of this machine. If false, only the prompts of a few pairs are hashed. A resumed run uses these hashes
-            to compare data on any machine.
+            files of this machine. If false, only prompts and images of a few pairs are hashed. A resumed run uses these
+            hashes to compare data on any machine.
 
     Returns:
         `dict[str, Any]`: `format`, `pairs` (number of pairs), `index` (hash of image positions and scores), `prompts`
-            (hash of prompts) and, if `thorough`, `images` (hash of images).
+            (hash of prompts) and `images` (hash of images).
     """
     digest = hashlib.sha256(np.ascontiguousarray(pairs.places, dtype="<i8").data)
     if "scores" in pairs.columns:
@@ -613,11 +636,20 @@ def pairs_fingerprint(source: PairSource, pairs: PairTable, *, thorough: bool = 
     if thorough:
         keys = [table.content_key for table in source.tables]
         return {**facts, **{name: [key[name] for key in keys] for name in ("prompts", "images")}}
-    prompts = hashlib.sha256()
-    for row in pairs.places[evenly_spaced(len(pairs), FINGERPRINTED_PROMPTS), 0].tolist():
-        for image in source.images((row, number) for number in range(1 + source.prompt_of_each_image)):
+    prompts, images = hashlib.sha256(), hashlib.sha256()
+    for winner, number, loser, loser_number in pairs.places[evenly_spaced(len(pairs), FINGERPRINTED_PAIRS)].tolist():
+        for image in source.images((winner, side) for side in range(1 + source.prompt_of_each_image)):
             prompts.update(repr(image.prompt).encode() + b"\0")
-    return {**facts, "prompts": _short(prompts)}
+        for image in source.images(sorted([(winner, number), (loser, loser_number)])):  # whatever the label
+            images.update(image.start() + b"\0")
+    return {**facts, "prompts": _short(prompts), "images": _short(images)}
+
+
+def _facts_if_there(file: str) -> list[str | int] | None:
+    try:
+        return file_facts(file)[1:]
+    except (OSError, ValueError):
+        return None
 
 
 def _short(digest: Any) -> str:
@@ -625,9 +657,10 @@ def _short(digest: Any) -> str:
 
 
 def _examine_table(
-    table: pa.Table, row_format: PreferenceFormat, reader: ImageReader, decode: bool
+    table: pa.Table, row_format: PreferenceFormat, reader: ImageReader, decode: bool, files: list[Any]
 ) -> dict[str, list[list[Any]]]:
-    """Return heights, widths and problems of the images in a batch of rows, as the columns of `EXAMINED`."""
+    """Return heights, widths and problems of the images in a batch of rows, as the columns of `EXAMINED`. `files` is
+    only an argument so that `datasets`, which hashes arguments, computes again if these facts about files change."""
     columns = row_format.image_columns
     examined: dict[str, list[list[Any]]] = {name: [] for name in EXAMINED}
     for values in zip(*(map(_value, table.column(name)) for name in columns), strict=True):

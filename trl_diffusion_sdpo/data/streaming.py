@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import repeat
@@ -15,18 +17,20 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..utils._compat import is_split_by_node
+from ..utils._compat import is_split_by_node, stream_parts
+from ..utils.identity import short_hash
 from ..utils.processes import ALONE, Peers
 from ..utils.score_scale import SCALE_COLUMN
 from .data_report import COUNTS, BadDataError, DataReport
 from .dataset import PairOptions, complete_item, new_epoch
 from .formats import PairReference, PreferenceFormat, Reject, groups, pairs_in_group, resolve_format
 from .images import UndecodableImageError
-from .sources import StoredImage, check_all_or_none
+from .sources import StoredImage, as_list, check_all_or_none, start_of
 from .transforms import PairDraws
 
 logger = logging.getLogger(__name__)
 
+_COMMIT = re.compile(r"@([0-9a-f]{40})/")  # in addresses of the Hub
 MIXING = 2  # last of four numbers that seed the choice of streams; three numbers seed a pair, so seeds differ
 READERS = 256  # number of DataLoader workers with their own counters; if there are more, some share counters
 Group = list[tuple[int, Mapping[str, Any]]]  # row numbers, and rows whose images are compared with one another
@@ -163,10 +167,17 @@ class PreferenceIterableDataset(IterableDataset):
         return DataReport(self._name, self._format_name, is_swapped=self._options.swap_labels, unread=unread)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return facts that identify the streams, so that a resumed run can compare them. No row is read, because a
-        shuffled stream would first have to fill its buffer."""
-        shards = [stream.source.num_shards for stream in self._streams]
-        return {"format": self._format_name, "shards": shards, "weights": self._weights}
+        """Return facts that identify the streams, so that a resumed run can compare them. No row of a stream is read,
+        because a shuffled stream would first have to fill its buffer."""
+        sources = [stream.source for stream in self._streams]
+        return {
+            "format": self._format_name,
+            "shards": [source.num_shards for source in sources],
+            "weights": self._weights,
+            "columns": [source.column_names for source in sources],
+            "split": [None if source.split is None else str(source.split) for source in sources],
+            **_origins(sources),
+        }
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, also in running workers. Random numbers and the order of shuffled streams depend on it."""
@@ -342,3 +353,30 @@ class PreferenceIterableDataset(IterableDataset):
                 weights[number] = 0.0  # the stream ended in an evaluation, or this worker has no shard of the stream
                 continue
             yield streams[number].format, group
+
+
+def _origins(sources: Sequence[datasets.IterableDataset]) -> dict[str, Any]:
+    """Return a hash of what streams read, equal on all machines, and the commits of their files on the Hub."""
+    parts = [part for source in sources for part in stream_parts(source)]
+    names = [part for part in parts if isinstance(part, str)]
+    files = sorted({_name_of_file(name) for name in names})
+    tables = [part for part in parts if isinstance(part, datasets.Dataset)]
+    first = [_first_row(table) for table in tables[:1]]
+    commits = sorted({commit for name in names for commit in _COMMIT.findall(name)})
+    return {"files": short_hash([files, sum(map(len, tables)), first]), "commits": commits or None}
+
+
+def _name_of_file(name: str) -> str:
+    """Return name and size of a local file, or the address of a remote one without its commit and signature."""
+    if os.path.isfile(name):
+        return f"{os.path.basename(name)} {os.path.getsize(name)}"
+    return _COMMIT.sub("/", name.partition("?")[0])
+
+
+def _first_row(table: datasets.Dataset) -> dict[str, Any]:
+    """Return the first row of a data set in memory, with the first bytes of its images."""
+    rows = table.with_format("arrow")[:1].to_pylist()
+    return {
+        name: value if isinstance(value, str) and not os.path.isfile(value) else list(map(start_of, as_list(value)))
+        for name, value in (rows[0] if rows else {}).items()
+    }

@@ -26,6 +26,8 @@ from ..models.frozen_components import FrozenComponents
 from ..saving.setup import output_folder
 from ..step.pair_forward import eval_mode
 from ..utils.hints import did_you_mean
+from ..utils.identity import describe_component, short_hash
+from ..utils.secrets import without_secrets
 from .sample_scores import SampleScores
 from .tracked_images import TrackedImages
 
@@ -122,6 +124,7 @@ class SampleImagesCallback(TrainerCallback):
         self.prompts, self.every_n_steps, self.seed = list(prompts), every_n_steps, seed
         self.sources = list(sources)
         self.call_kwargs = {**(call_options or {})}
+        self._settings = short_hash([self.call_kwargs, describe_component(pipeline.scheduler)])
         self.last_step: int | None = None  # step of the newest images; `None` before the first
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -166,24 +169,34 @@ class SampleImagesCallback(TrainerCallback):
 
     def comparison(self, folder: Path, step: int | None = None) -> list[SamplePair]:
         """Return pairs of images with the same prompt and seed: from before training, and from `step` (default: the
-        newest). A pair is left out if one of its files is missing or was made with another prompt or seed."""
+        newest). A pair is left out if one of its files is missing or was made with another prompt, seed or settings."""
         step = step or self.last_step
         if not step:
             return []
         galleries = zip(self.gallery(0), self.gallery(step), strict=True)
         pairs = []
         for i, ((before, prompt), (after, _)) in enumerate(galleries):
-            if all(_notes(folder / path) == self._note(i) for path in (before, after)):
+            if all(self._is_made_so(folder / path, i) for path in (before, after)):
                 pairs.append(SamplePair(prompt, self.seed + i, before, after))
         return pairs
 
     def _are_written(self, folder: Path, step: int) -> bool:
-        """Return whether the images of a step exist, with this callback's prompts, seeds and sources."""
-        return all(_notes(folder / path) == self._note(i) for i, (path, _) in enumerate(self.gallery(step)))
+        """Return whether the images of a step exist, with this callback's prompts, seeds, sources and settings."""
+        return all(self._is_made_so(folder / path, i) for i, (path, _) in enumerate(self.gallery(step)))
+
+    def _is_made_so(self, file: Path, index: int) -> bool:
+        """Return whether a prompt's image was made as this callback makes it. Of an earlier version, settings are not
+        known."""
+        found = _notes(file)
+        return {"prompt", "seed"} <= found.keys() and {**self._note(index), **found} == self._note(index)
 
     def _note(self, index: int) -> dict[str, str]:
         """Return the text fields to write into the PNG file of a prompt's image."""
-        note = {"prompt": self.prompts[index], "seed": str(self.seed + index)}
+        note = {
+            "prompt": without_secrets(self.prompts[index]),  # the images are published with the card
+            "seed": str(self.seed + index),
+            "settings": self._settings,
+        }
         if self.sources:
             note["source"] = hashlib.sha256(self.sources[index].tobytes()).hexdigest()[:16]
         return note
@@ -306,10 +319,10 @@ def _source_path(index: int) -> str:
 
 
 def _notes(file: Path) -> dict[str, str]:
-    """Read prompt, seed and source from the text fields of a PNG file. Return `{}` if the file cannot be read."""
+    """Read the fields of [`SampleImagesCallback._note`] from a PNG file. Return `{}` if the file cannot be read."""
     try:
         with Image.open(file) as image:
-            return {name: image.info[name] for name in ("prompt", "seed", "source") if name in image.info}
+            return {name: image.info[name] for name in ("prompt", "seed", "source", "settings") if name in image.info}
     except OSError:
         return {}
 

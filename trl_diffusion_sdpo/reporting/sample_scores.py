@@ -15,6 +15,7 @@ from ..rewards import Scorer, load_scorer
 from ..rewards.scorer import on_device
 from ..rewards.statistics import WinRate, holm, win_rate
 from ..utils.processes import ALONE, Peers
+from ..utils.secrets import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class SampleScores:
             logger.warning(
                 "The scorer %r failed on the sample images of step %s. Training continues without the scores of this "
                 "step. %s: %s",
-                *(name, step, type(error).__name__, error),
+                *(name, step, type(error).__name__, without_secrets(str(error))),
             )
             return math.nan, None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from ..data.data_report import PERMUTED, SWAPPED, DataReport
 from ..families import Family
 from ..utils._compat import loads_lora
 from ..utils.files import write_atomically
+from ..utils.identity import hub_commit
 from ..utils.secrets import names_secret, without_secrets
 from .setup import output_folder
 
@@ -40,6 +42,7 @@ PACKAGES = ("trl-diffusion-sdpo", "torch", "diffusers", "transformers", "peft", 
 PROMPT = "a photo of an astronaut riding a horse"
 # Whether a scale is for the averaged weights -> the key of this scale in the metadata of a card.
 RECOMMENDED = {False: "recommended_scale", True: "recommended_scale_of_average"}
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _SCALES = ("weights", "prediction", "guidance_scale")
 
 
@@ -58,6 +61,7 @@ class TunedModel:
     generation_kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of the pipeline's call, besides prompt
     generated_image: str = "images[0]"  # code that takes one image from the result of the pipeline's call
     takes_source: bool = False  # whether the pipeline edits a source image
+    options: Mapping[str, Any] = field(default_factory=dict)  # `revision` and `variant` with which the base was loaded
 
     @property
     def base_for_loading(self) -> str:
@@ -65,6 +69,13 @@ class TunedModel:
         if _is_hub_id(self.base_model):
             return str(self.base_model)
         return _leaf(self.base_model) or "path/to/base-pipeline"
+
+    @property
+    def base_arguments(self) -> str:
+        """Code for the arguments with which to load the base pipeline."""
+        options = {name: self.options[name] for name in ("revision", "variant") if self.options.get(name) is not None}
+        named = [f"{name}={_quoted(value)}" for name, value in options.items()]
+        return ", ".join([_quoted(self.base_for_loading), f"dtype=torch.{self.dtype}", *named])
 
     def loading_code(self, repository: str) -> str:
         """Return a line of code that loads the tuned weights from a repository or folder.
@@ -118,6 +129,7 @@ def generate_model_card(
             each with the paths of the images before and after training).
     """
     recommended = recommended or {}
+    gallery = [(path, readable(prompt)) for path, prompt in gallery]
     metadata: dict[str, Any] = dict(recommended)
     if _is_hub_id(model.base_model):
         metadata |= {"base_model": model.base_model, "base_model_relation": RELATIONS[model.tuning]}
@@ -147,7 +159,6 @@ def generate_model_card(
         gallery=gallery,
         loading_code=model.loading_code(hub_model_id or f"path/to/{name or 'tuned-model'}"),
         call=model.call(gallery[0][1] if gallery else PROMPT),
-        quoted_base=_quoted(model.base_for_loading),
         placeholder=None if _is_hub_id(model.base_model) else model.base_for_loading,
         settings=_public(settings or {}),
         cell=_cell,
@@ -159,6 +170,7 @@ class RunCard:
     """Writes the card of a run into its output folder.
 
     Args:
+        base_options (`Mapping[str, Any]`): Arguments of `from_pretrained` with which the base model was loaded.
         lora (`dict[str, Any]`, *optional*): `r`, `lora_alpha` and `target_modules` of the LoRA that the run tunes;
             `None` if the run tunes all weights of the denoiser.
         full_pipeline (`bool`): For full tuning, whether the run saves the whole pipeline and not only the denoiser.
@@ -174,6 +186,7 @@ class RunCard:
         lora: Mapping[str, Any] | None,
         full_pipeline: bool,
         base_model: str | None,
+        base_options: Mapping[str, Any],
         trainer_name: str,
         settings: Mapping[str, Any],
         edits: bool = False,
@@ -190,6 +203,7 @@ class RunCard:
             generation_kwargs=family.generation_kwargs(None),
             generated_image=family.generated_image,
             takes_source=family.takes_source or edits,
+            options=base_options,
         )
 
     def write(
@@ -222,7 +236,10 @@ class RunCard:
         if keep_edited and file.is_file() and GENERATED not in file.read_text("utf-8", "replace"):
             logger.warning("A user wrote or edited %s. This file is left as it is. No model card was written.", file)
             return False
+        base = self._model.base_model
+        commit = hub_commit(str(base), **self._model.options) if _is_hub_id(base) else None
         run = {
+            "Base model": "" if commit is None else f"{base} at commit {commit}",
             "LoRA": "" if self._lora is None else lora_text(self._lora),
             "Pairs": "" if data is None else pairs_text(data, is_stream=is_stream),
             "Optimizer steps": f"{state.global_step:,} of {state.max_steps:,}",
@@ -295,8 +312,14 @@ def _cell(value: Any, code: bool = True) -> str:
     Args:
         code (`bool`): Whether the card shows the text between backticks.
     """
-    text = " ".join(without_secrets(str(value)).split()).replace("|", "\\|") or " "
+    text = " ".join(readable(str(value)).split()).replace("|", "\\|") or " "
     return text.replace("`", "'") if code else text.replace("<", "&lt;")
+
+
+def readable(text: str) -> str:
+    """Return a text without secrets, and without characters that a terminal or a page obeys instead of showing them:
+    control characters except line breaks and tabs, marks of writing direction, and halves of surrogate pairs."""
+    return _OBEYED.sub("", without_secrets(text))
 
 
 def _public(value: Any) -> Any:
@@ -314,8 +337,11 @@ def _public(value: Any) -> Any:
 
 
 def _leaf(path: str | None) -> str:
-    """Return the last part of a POSIX or Windows path, or an empty string."""
-    return PureWindowsPath(path).name if path else ""
+    """Return the last part of a POSIX or Windows path or of a URL, in one line, or an empty string."""
+    if not path:
+        return ""
+    place = path.partition("?")[0].partition("#")[0] if "://" in path else path
+    return " ".join(readable(PureWindowsPath(place).name).split())
 
 
 def _is_hub_id(name: str | None) -> bool:
@@ -333,7 +359,7 @@ def _link(name: str | None, site: str) -> str:
     """Return a Markdown link to a Hub id. For a local folder, return the last part of its path between backticks."""
     if _is_hub_id(name):
         return f"[{name}]({site}{name})"
-    return f"`{_leaf(name)}`" if _leaf(name) else ""
+    return f"`{_cell(_leaf(name))}`" if _leaf(name) else ""
 
 
 # ---- Recommended scales, in the metadata of a card -------------------------------------------------------------------

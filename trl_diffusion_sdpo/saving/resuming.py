@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
 from ..utils._compat import set_last_rates
+from ..utils.identity import differences, listed
 from .setup import ARGS_FILE, SETUP_FILE, read_setup
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 # change it in another way, such as a LoRA on another base model.
 STRUCTURE = ("pipeline_class", "denoiser_class", "tuning", "reference", "lora", "weights_before_training", "engine")
 # Settings that may differ without a warning, because paths, logging, the Hub and data loader workers do not change the
-# trained weights. `_compare_data` compares the training data.
+# trained weights. Data are compared by their fingerprints, models by `weights_before_training` and `pipeline`.
 NOT_COMPARED = (
     *("output_dir", "logging_dir", "run_name", "project", "report_to", "disable_tqdm", "_n_gpu", "local_rank"),
     *("log_level", "log_level_replica", "log_on_each_node", "trackio_space_id", "trackio_bucket_id"),
@@ -35,6 +36,9 @@ NOT_COMPARED = (
     *("dataloader_multiprocessing_context", "train_data", "eval_data", "base_model"),
     "adapter_name_or_path",
 )
+# Facts about training data that may differ without a change of the position in them: images under the same prompts, and
+# another commit of the same files.
+SAME_POSITION = ("images", "commits")
 # A run may switch between these two optimizers when it resumes, because each can load the other's state.
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 # Learning rate schedules that need their saved state, because the rate does not depend on the step alone.
@@ -79,30 +83,32 @@ def check_resumable(
         )
     _compare({**stored_args, **stored}, args, json.loads(json.dumps(setup)), checkpoint)
     _compare_data(stored.get("train_data"), setup["train_data"], starts_anew=args.ignore_data_skip)
+    if "eval_data" in stored:
+        _compare_eval_data(stored["eval_data"], setup["eval_data"], has_budget=setup.get("winner_budget") is not None)
 
 
 def _compare(stored: dict[str, Any], args: TrainingArguments, setup: dict[str, Any], checkpoint: Path) -> None:
     current = {**json.loads(args.to_json_string()), **setup}
     names = [name for name in current if name not in NOT_COMPARED and (name in stored or name in setup)]
-    differing = {name: (stored.get(name), current[name]) for name in names if stored.get(name) != current[name]}
-    structure = {name: differing[name] for name in STRUCTURE if name in differing}
-    broken = [f"{name} was {before!r}, is {now!r}" for name, (before, now) in structure.items()]
+    stored["pipeline"], current["pipeline"] = _known_to_both(stored.get("pipeline"), current["pipeline"])
+    found = {name: differences({name: stored.get(name)}, {name: current[name]}) for name in names}
+    differing = {name: "; ".join(phrases) for name, phrases in found.items() if phrases}
+    broken = [differing[name] for name in STRUCTURE if name in differing]
     if broken:
         raise ValueError(
             f"A run must resume with the set-up of its checkpoint, and these entries differ: {'; '.join(broken)}. "
             f"Restore the earlier values, or start anew without resuming from {checkpoint}."
         )
     has_state = stored.get("lr_scheduler_type") in SCHEDULES_WITH_STATE
-    for name, (before, now) in differing.items():
-        reason = _why_not(name, before, now, has_state)
+    for name, phrase in differing.items():
+        reason = _why_not(name, stored.get(name), current[name], has_state)
         if reason:
             raise ValueError(
-                f"A run cannot resume with another `{name}`, because {reason}: `{name}` was {before!r}, is "
-                f"{now!r}. Restore the earlier value, or pass the checkpoint's folder as `model` to start anew from "
-                "its weights."
+                f"A run cannot resume with another `{name}`, because {reason}: {phrase}. Restore the earlier value, or "
+                "pass the checkpoint's folder as `model` to start anew from its weights."
             )
-    for name, (before, now) in differing.items():
-        logger.warning("Resuming with another `%s`: %r in the checkpoint, %r now.", name, before, now)
+    if differing:
+        logger.warning("The run resumes with other settings than its checkpoint's: %s.", "; ".join(differing.values()))
 
 
 def _why_not(name: str, before: Any, now: Any, has_state: bool) -> str:
@@ -116,26 +122,62 @@ def _why_not(name: str, before: Any, now: Any, has_state: bool) -> str:
 
 
 def _compare_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, starts_anew: bool) -> None:
-    """Compare the fingerprints of the training data in the checkpoint and in this run. An unknown fingerprint (`None`)
-    is not compared. Raise `ValueError` if the data differ, unless the run reads its data from the start."""
-    if before is None or now is None:
+    """Compare the fingerprints of the training data in the checkpoint and in this run. Raise `ValueError` if the
+    position in the checkpoint's data means nothing in these, unless the run reads its data from the start."""
+    before, now = _known_to_both(before, now)
+    found = differences(before, now)
+    same_rows = {name: value for name, value in before.items() if name not in SAME_POSITION}
+    if not found:
         return
-    both = [name for name in now if before.get(name) is not None and now[name] is not None]
-    differing = [name for name in both if before[name] != now[name]]
-    if not differing:
-        return
-    listed = "; ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in differing)
-    if starts_anew:
+    if not differences(same_rows, {name: now[name] for name in same_rows}):
+        logger.warning(
+            "The training data differ from those of the checkpoint (%s). The run continues at its position.",
+            listed(found),
+        )
+    elif starts_anew:
         logger.warning(
             "The training data differ from those of the checkpoint (%s). The run reads the new data from the start.",
-            listed,
+            listed(found),
         )
     else:
         raise ValueError(
             "A run resumes at its position in the training data, so the data must be those of the checkpoint, and they "
-            f"differ: {listed}. Pass the same data in the same order, or set `ignore_data_skip=True` to read the new "
-            "data from the start."
+            f"differ: {listed(found)}. Pass the same data in the same order, or set `ignore_data_skip=True` to read "
+            "the new data from the start."
         )
+
+
+def _compare_eval_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, has_budget: bool) -> None:
+    """Compare the fingerprints of the evaluation data. `winner_budget` needs the pairs on which it measured the errors
+    before training; otherwise, other pairs only make evaluations incomparable."""
+    is_there = {True: "given", False: "not given"}
+    found = differences(*_known_to_both(before, now))
+    if (before is None) != (now is None):
+        found = differences(is_there[before is not None], is_there[now is not None])
+    if found and has_budget:
+        raise ValueError(
+            "`winner_budget` compares errors with those before training on the same evaluation pairs, and the pairs "
+            f"differ from the checkpoint's: {listed(found)}. Pass the checkpoint's `eval_dataset`, or start anew from "
+            "its weights."
+        )
+    if found and before is not None and now is not None:
+        logger.warning(
+            "The evaluation data differ from those of the checkpoint (%s). Do not compare evaluations of this run with "
+            "earlier ones.",
+            listed(found),
+        )
+
+
+def _known_to_both(before: Any, now: Any) -> tuple[Any, Any]:
+    """Return two descriptions without the entries that one of them lacks or has as `None`. A checkpoint of an earlier
+    version does not know them all, and weights that are not loaded have no hash."""
+    if before is None or now is None:
+        return {}, {}
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        return before, now
+    names = [name for name in now if before.get(name) is not None and now[name] is not None]
+    both = {name: _known_to_both(before[name], now[name]) for name in names}
+    return {name: pair[0] for name, pair in both.items()}, {name: pair[1] for name, pair in both.items()}
 
 
 @contextlib.contextmanager

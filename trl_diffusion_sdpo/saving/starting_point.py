@@ -3,6 +3,7 @@ earlier run as the model, this folder determines all three."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,13 +17,16 @@ from peft import LoraConfig, PeftConfig, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..models.adapters import POLICY_ADAPTER, active_adapter, adapter_state, add_lora
+from ..models.adapters import POLICY_ADAPTER, active_adapter, adapter_state, add_lora, base_tensors
 from ..models.ema import EMA_FOLDER
 from ..utils._compat import loads_lora
 from ..utils.own_errors import is_own
+from ..utils.secrets import without_secrets
 from .resuming import stored_settings
-from .setup import SETUP_FILE, read_setup
+from .setup import SETUP_FILE, fingerprint, read_setup
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE, read_adapter
+
+logger = logging.getLogger(__name__)
 
 # Key of the result of `recorded_base` in `training_args.json` and, if the result names no local folder, also in the
 # set-up file.
@@ -95,8 +99,8 @@ def recorded_base(
     name_or_path: str | None, options: Mapping[str, Any], denoiser_folder: str | None
 ) -> dict[str, Any] | None:
     """Describe, for the run's files, the model from which a run starts. Paths are absolute. Return `None` if the user
-    passed a pipeline object."""
-    if name_or_path is None:
+    passed a pipeline object, or an address with a secret."""
+    if name_or_path is None or without_secrets(name_or_path) != name_or_path:
         return None
     recorded = {key: options[key] for key in _OPTIONS if options.get(key) is not None}
     if "config" in recorded:
@@ -135,6 +139,7 @@ def attach_adapter(pipeline: DiffusionPipeline, denoiser_name: str, source: str,
             f"A policy can have only one LoRA, and the model already has one. Leave out the LoRA {source}."
         )
     path = _download_if_remote(source)
+    _warn_of_another_base(denoiser, path)
     try:
         if path.is_dir() and (path / PEFT_CONFIG_FILE).is_file():
             _attach_peft(denoiser, path, seed)
@@ -180,6 +185,24 @@ def _read_base(run: Path, *, needs_denoiser: bool) -> Any:
 def run_of(folder: Path) -> Path:
     """Return the folder that contains a run's set-up file: for the subfolder of averaged weights, the parent folder."""
     return folder.parent if folder.name == EMA_FOLDER and not (folder / SETUP_FILE).is_file() else folder
+
+
+def _warn_of_another_base(denoiser: nn.Module, lora: Path) -> None:
+    """Warn if a run trained the LoRA on other weights than the denoiser's."""
+    setup = read_setup(run_of(lora if lora.is_dir() else lora.parent))
+    trained_on = setup.get("weights_before_training") if setup.get("tuning") == "lora" else None
+    if trained_on is None or any(weight.is_meta for weight in denoiser.parameters()):  # a plan has no weights
+        return
+    here = fingerprint(base_tensors(denoiser))
+    if here != trained_on:
+        logger.warning(
+            "The LoRA %s was trained on other weights than those of this %s (fingerprint %s, here %s). Load it on its "
+            "own base model, with the same revision, `dtype` and quantization.",
+            lora,
+            type(denoiser).__name__,
+            trained_on,
+            here,
+        )
 
 
 def _attach_peft(denoiser: nn.Module, folder: Path, seed: int) -> None:

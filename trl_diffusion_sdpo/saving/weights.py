@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from ..losses import lora_scaling
 from ..models.adapters import adapter_state
 from ..utils._compat import LORA_ADAPTER_METADATA_KEY, loads_lora, pattern_key
+from ..utils.secrets import without_secrets
 
 COMPONENT_CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 PEFT_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -252,7 +253,8 @@ def public_settings(config: LoraConfig) -> dict[str, Any]:
         name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()
     }
     base = config.base_model_name_or_path
-    if base is not None and (os.path.isabs(base) or os.path.exists(base) or base.startswith(("~", "."))):
+    is_local = base is not None and (os.path.isabs(base) or os.path.exists(base) or base.startswith(("~", ".")))
+    if is_local or (base is not None and without_secrets(base) != base):
         settings["base_model_name_or_path"] = None
     return settings
 

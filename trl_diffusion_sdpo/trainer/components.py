@@ -15,7 +15,7 @@ from peft import PeftConfig
 from torch import nn
 
 from ..cache.encoding import EncodingSettings, PairEncoding
-from ..cache.key import EncoderKey, hash_of_tensors
+from ..cache.key import EncoderKey
 from ..cache.reference_errors import ErrorSettings, ReferenceErrors
 from ..engines.batch_loaders import BatchLoaders, load_one_by_one
 from ..engines.engine import Engine
@@ -33,6 +33,7 @@ from ..models.weight_copies import WeightCopy, second_copy
 from ..saving.starting_point import StartingPoint, attach_adapter, starting_point
 from ..step.pair_forward import PairForward
 from ..utils._compat import compile_with_eager_rounding
+from ..utils.identity import describe_component, hash_of_tensors, public_config
 from .config.complete import image_size, largest_batch, precompute_folder, stored_crops
 from .config.model_arguments import VaeDtype
 from .diffusion_sdpo_config import DiffusionSDPOConfig
@@ -295,7 +296,6 @@ def reference_facts(
     key of these errors."""
     frozen = {name: getattr(family.pipeline, name) for name in family.frozen_components}
     denoiser: Any = family.denoiser if reference.module is None else reference.module
-    configs = {"configuration": denoiser.config, "scheduler": family.pipeline.scheduler.config}
     return {
         "reference": peers(args).first(lambda: hash_of_tensors(reference.tensors())),
         "family": family.name,
@@ -303,7 +303,8 @@ def reference_facts(
         "encoders": key.facts,
         "encoded": args.precompute_latents,  # encoding in other batch sizes may round differently
         "crops": stored_crops(args),
-        **{kind: {k: v for k, v in config.items() if not k.startswith("_")} for kind, config in configs.items()},
+        "configuration": public_config(denoiser.config),
+        "scheduler": describe_component(family.pipeline.scheduler),
         "guidance_scale": args.guidance_scale,
         "precision": [args.mixed_precision, str(engine.rounding), str(family.dtype)],
         "attention": args.attention_backend,

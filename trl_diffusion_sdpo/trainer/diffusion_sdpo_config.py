@@ -149,8 +149,8 @@ class DiffusionSDPOConfig(AllArguments):
 
 
 def resume_settings() -> tuple[str, ...]:
-    """Return the names of the settings that change the trained weights. For these settings, a resumed run must have the
-    values with which its checkpoint was written."""
+    """Return the names of the settings that change the trained weights. A checkpoint records them, and a run that
+    resumes from it with other values says so."""
     names = (name for name, setting in settings_of(DiffusionSDPOConfig).items() if RESUME in setting.facts)
     return (*names, *INHERITED)
 

@@ -59,6 +59,7 @@ from ..step.winner_budget import ProbeInputs, ProbeSettings, WinnerBudget, probe
 from ..utils._compat import keeps_order
 from ..utils.disk import naming_the_disk
 from ..utils.files import VERDICT_FILE
+from ..utils.identity import describe_pipeline, public_config
 from .callbacks import add_callbacks, load_sample_scores
 from .components import (
     choose_kernels,
@@ -277,6 +278,7 @@ class DiffusionSDPOTrainer(Trainer):
             lora=self.weight_files.describe()["lora"],
             full_pipeline=args.save_full_pipeline,
             base_model=self.origin.name_or_path,
+            base_options=loaded.options,
             trainer_name=self._name,
             settings=settings_of_user,
             edits=isinstance(train_dataset, PREPARED) and train_dataset.has_sources,
@@ -319,10 +321,14 @@ class DiffusionSDPOTrainer(Trainer):
         for name in (*loaded.family.frozen_components, loaded.family.denoiser_name):
             check_unsharded(getattr(loaded.pipeline, name), name)
         weights_before = fingerprint(base_tensors(denoiser))
+        described = describe_pipeline(self.pipeline, [loaded.family.denoiser_name], weights=fingerprint)
+        self._pipeline_facts = {**described, "denoiser": public_config(denoiser.config)}
         self.adapter, added = choose_trained_weights(loaded, peft_config, args)
 
         # Copy the weights that train, for the reference and for the averaged weights (`ema_decay`).
         self.reference = make_reference(loaded, ref_model, args, loss, self.engine, adapter=self.adapter, added=added)
+        if ref_model is not None and self.reference.module is not None:
+            self._pipeline_facts["reference"] = fingerprint(self.reference.module.state_dict())
         self._weight_copies: list[WeightCopy] = [self.reference]
         self.average = None
         if args.ema_decay is not None:
@@ -965,6 +971,7 @@ class DiffusionSDPOTrainer(Trainer):
             "engine": self.engine.name,
             "processes": self.accelerator.num_processes,
             "weights_before_training": self.origin.fingerprint,
+            "pipeline": self._pipeline_facts,
             BASE: public_base(self.origin.base),
             "train_data": self._data_fingerprint,
             "eval_data": self._eval_fingerprint,

@@ -20,6 +20,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_
 # A lost connection to the Hub raises an error of httpx or httpx2, depending on the version of huggingface_hub.
 # `HTTPError` is the common base class of both errors.
 from huggingface_hub.errors import HTTPError as HubConnectionError
+from packaging.version import Version
 
 # Finds the key of a LoRA's `rank_pattern` or `alpha_pattern` that matches a module.
 from peft.utils.other import get_pattern_key as pattern_key
@@ -120,6 +121,19 @@ def is_split_by_node(stream: datasets.IterableDataset) -> bool:
     return stream._distributed is not None
 
 
+def stream_parts(stream: datasets.IterableDataset) -> list[Any]:
+    """Return what a stream reads: names of files, and data sets in memory. Both are arguments of the innermost
+    iterables, which have no public name. Other sources, such as generators, have no parts."""
+    parts: list[Any] = []
+    iterables = [stream._ex_iterable]
+    while iterables:
+        arguments = vars(iterables.pop())
+        iterables += [arguments["ex_iterable"]] if "ex_iterable" in arguments else arguments.get("ex_iterables", [])
+        lists = [value for value in arguments.get("kwargs", {}).values() if isinstance(value, list)]
+        parts += [part for value in lists for part in value if isinstance(part, str | datasets.Dataset)]
+    return parts
+
+
 def compile_with_eager_rounding() -> None:
     """Make inductor round where eager PyTorch rounds, in the whole process.
 
@@ -147,6 +161,16 @@ def keeps_zero_gradients(optimizer: Any) -> bool:
 def zero_gradients(optimizer: Any) -> dict[int, list[torch.Tensor] | None]:
     """Return this process's shard of the averaged gradients: a list of tensors for each parameter group."""
     return optimizer.averaged_gradients
+
+
+def float32_precision() -> dict[str, str]:
+    """Return the precision in which torch computes float32 networks, such as `{"matmul": "tf32", ...}`. torch below 2.9
+    has other names for it. Remove this function when no supported torch is below 2.9."""
+    backends: Any = torch.backends
+    if Version(torch.__version__) < Version("2.9"):
+        return {"matmul": torch.get_float32_matmul_precision(), "convolution": str(backends.cudnn.allow_tf32)}
+    kinds = {"matmul": backends.cuda.matmul, "convolution": backends.cudnn.conv, "cpu": backends.mkldnn.matmul}
+    return {kind: backend.fp32_precision.replace("none", "ieee") for kind, backend in kinds.items()}
 
 
 def set_last_rates(schedule: Any, rates: list[Any]) -> None:

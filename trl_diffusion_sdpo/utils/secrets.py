@@ -7,24 +7,34 @@ import re
 from typing import Any
 
 # A setting is secret if its name, in lower case and without separators, has one of these ends or parts.
-_SECRET_ENDS = ("token", "passwd", "passphrase", "passphrases", "auth", "authorization", "cookie", "cookies")
+_SECRET_ENDS = ("passwd", "passphrase", "passphrases", "auth", "authorization", "cookie", "cookies")
 _SECRET_PARTS = (
     *("secret", "password", "apikey", "accesskey", "accountkey", "privatekey", "credential", "connectionstring"),
+    "signature",
 )
-_TOKENS = re.compile(
-    r"(?<!max)(?<!min)(?<!num)(?<!new)(?<!special)tokens$"
-)  # matches access tokens, not counts of text tokens such as `max_tokens`
-# Parameters of a URL's query whose values are secret, such as a signature.
-_SIGNED = r"[\w.-]*(?:token|secret|password|signature|credential|api[_-]?key|access[_-]?key|key[_-]?id)[\w.-]*|sig|key"
-# Names of secrets in `name=value`. Only the end of a name is compared, because `token_length=77` is no secret.
-_GIVEN = r"[\w.-]*(?:token|secret|password|passwd|signature|credential|(?:api|access|account|private)[_-]?key)"
-_IN_TEXT = (
-    (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_..."),
-    (re.compile(r"\b(?:gh[pousr]_|github_pat_|sk-|api_org_)\w{16,}"), "..."),
-    (re.compile(r"(?i)\b(bearer|basic) [\w.~+/=-]{8,}"), r"\1 ..."),
-    (re.compile(r"(\b[a-zA-Z][\w+.-]*://)[^\s/?#@]+@"), r"\1...@"),  # user and password in a URL
-    (re.compile(rf"(?i)([?&;](?:{_SIGNED})=)[^\s&#;'\"]+"), r"\1..."),
-    (re.compile(rf"(?i)((?<![\w.-]){_GIVEN}=)[^\s&#;,'\"]+"), r"\1..."),
+# Access tokens, not tokens of text: neither counts, such as `max_tokens`, nor words, such as `bos_token`.
+_COUNTS = "max min num new total per next last"
+_WORDS = "bos eos pad unk sep cls mask special image video placeholder initializer"
+_TOKEN = re.compile("".join(f"(?<!{word})" for word in f"{_COUNTS} {_WORDS}".split()) + "tokens?$")
+_SIGNS_URLS = ("sig", "key", "keyid", "keypairid")  # parameters in a URL's query that are secret only there
+_PUBLIC = ("", "none", "null", "true", "false", "...")  # values that show no secret
+# Tokens and keys that are known by their own form, wherever they are.
+_BY_FORM = (
+    (re.compile(r"(?<![A-Za-z0-9])hf_(?:[A-Za-z0-9]{16,}|oauth_[\w.-]{16,})"), "hf_..."),
+    (re.compile(r"(?<![A-Za-z0-9])(?:gh[pousr]_|github_pat_|glpat-|api_org_|sk-(?:[a-z]+-)?)\w{16,}[\w-]*"), "..."),
+    (re.compile(r"\beyJ[\w-]{8,500}\.[\w-]{8,}(?:\.[\w-]*)?"), "..."),  # JSON web tokens
+    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*-----|\Z)", re.DOTALL), "..."),
+    (re.compile(r"\b((?i:bearer|basic) )(?=\S*[A-Z0-9=])[\w.~+/=-]{8,}"), r"\1..."),
+    # User and password in a URL. A password may itself have `@`, or `/` if what stands before it is no port.
+    (re.compile(r"//[^\s/?#]*@"), "//...@"),
+    (re.compile(r"//[^\s/?#@:\[]{1,500}:(?!\d*(?:[/?#\s]|\Z))[^\s@'\"]{1,500}@"), "//...@"),
+)
+# A name and what separates it from its value, as in `name=value`, `"name": "value"`, `name: value`, `--name value`.
+_NAME = re.compile(r"(?<![\w.-])(?P<name>[\w.-]*\w)(?P<end>\\*[\"']?[ \t]*(?:=>|=|:)[ \t]*|(?<=\w)[ \t]+)")
+_VALUE = re.compile(
+    r"(?i:(?:bearer|basic|token)[ \t]+)?"
+    r"(?:(?P<quote>\\*[\"'])(?P<quoted>.*?)(?:(?<!\\)(?P=quote)|\Z)|(?P<many>[\[({][^\])}]*[\])}]?)|(?P<bare>[^\s&#;,'\")}\]]+))",
+    re.DOTALL,
 )
 
 
@@ -52,12 +62,30 @@ def masked(value: Any, name: str = "") -> Any:
 def names_secret(name: str) -> bool:
     """Return whether the setting `name` holds a secret: true for `hub_token`, false for `token_length`."""
     plain = re.sub(r"[\W_]", "", name.lower())
-    ends = plain.endswith(_SECRET_ENDS) or _TOKENS.search(plain) is not None
+    ends = plain.endswith(_SECRET_ENDS) or _TOKEN.search(plain) is not None
     return ends or any(word in plain for word in _SECRET_PARTS)
 
 
 def without_secrets(text: str) -> str:
     """Return a text in which dots replace tokens, passwords and the signatures of URLs."""
-    for pattern, replacement in _IN_TEXT:
+    for pattern, replacement in _BY_FORM:
         text = pattern.sub(replacement, text)
-    return text
+    kept, end = [], 0
+    for found in _NAME.finditer(text):
+        before = text[max(0, found.start() - 1) : found.start()]
+        if found.start() < end or not _is_secret(found["name"], before, found["end"]):
+            continue
+        value = _VALUE.match(text, found.end())
+        kind = None if value is None else value.lastgroup
+        if value is not None and kind is not None and value[kind].lower() not in _PUBLIC:
+            kept += [text[end : value.start(kind)], "..."]
+            end = value.end(kind)
+    return "".join([*kept, text[end:]])
+
+
+def _is_secret(name: str, before: str, separator: str) -> bool:
+    """Return whether a value after `name` is secret. Only an option, such as `--token`, may end with a blank."""
+    if separator.isspace() and not name.startswith("--"):
+        return False
+    plain = re.sub(r"[\W_]", "", name.lower())
+    return names_secret(name) or (before in ("?", "&", ";") and separator == "=" and plain in _SIGNS_URLS)

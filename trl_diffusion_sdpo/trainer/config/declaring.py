@@ -17,7 +17,7 @@ from ...utils.hints import did_you_mean
 
 Built = TypeVar("Built")
 Group = TypeVar("Group", bound=type)
-RESUME = "resume"  # marks settings that change the trained weights and must not change when a run resumes
+RESUME = "resume"  # marks settings that change the trained weights, which a resumed run compares
 
 
 @dataclass(frozen=True)
