@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from trl_diffusion_sdpo.saving.checkpoints import PARTIAL
@@ -135,6 +135,18 @@ def test_the_best_and_the_newest_are_never_deleted(build, make_pairs, tmp_path):
     assert kept(tmp_path / "run") == ["checkpoint-1", "checkpoint-4"]
     state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == best
+
+
+def test_weights_that_are_not_those_of_their_checkpoint_are_not_loaded(build, run):
+    """Of the right names and shapes, so that nothing else would notice."""
+    file = run / "checkpoint-4" / "adapter_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="checkpoint-4"):
+        build(6).train(resume_from_checkpoint=True)
+    trainer = build(6)
+    with pytest.raises(ValueError, match="`load_best_model_at_end`"):
+        trainer.run_files.load_best(file.parent, trainer.model)
+    trainer.run_files.load_best(run / "checkpoint-2", trainer.model)
 
 
 class FirstIsBest(TrainerCallback):

@@ -98,3 +98,10 @@ def test_pairs_of_one_image_twice_are_refused_if_losers_train(make_trainer, make
 def test_a_majority_of_pairs_of_one_image_twice_is_a_warning(make_trainer, make_pairs, caplog, count, warns):
     make_trainer(train=with_same_images(make_pairs(8), count))
     assert (f"{count} of 8 pairs" in caplog.text) == warns
+
+
+@pytest.mark.parametrize(("count", "warns"), [(9, True), (8, False)])
+def test_a_stream_of_one_image_twice_says_so_once(make_trainer, make_pairs, caplog, count, warns):
+    stream = with_same_images(make_pairs(16), count).to_iterable_dataset()
+    make_trainer(train=stream, max_steps=12, dataloader_num_workers=0).train()
+    assert caplog.text.count(f"{count} of the first 16 pairs") == warns

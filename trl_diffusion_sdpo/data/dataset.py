@@ -359,13 +359,12 @@ class PreferenceDataset(Dataset):
         return None
 
     def sample_of_identical(self) -> list[bool]:
-        """Return, for each of some evenly spaced pairs, whether its two images are stored with the same path or the
-        same bytes. They are not decoded. Permuted losers are always other images."""
+        """Return, for each of some evenly spaced pairs, whether both of its images are the same. They are not decoded.
+        Permuted losers are always other images."""
         if self._losers is not None:
             return [False]
         sample = self._pairs.places[evenly_spaced(len(self), data_report.SAMPLED_PAIRS)].reshape(-1, 2, 2).tolist()
-        images = map(self._source.images, sample)
-        return [first.stored is not None and first.stored == second.stored for first, second in images]
+        return [winner.is_same(loser) for winner, loser in map(self._source.images, sample)]
 
     def _forget_undecodable(self) -> None:
         """Clear the mask of undecodable pairs, which workers share, so that all pairs are tried again."""

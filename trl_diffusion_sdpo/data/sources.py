@@ -163,9 +163,12 @@ class StoredImage(NamedTuple):
         """Return the result of [`start_of`] for the undecoded image."""
         return b"".join(map(start_of, images_of_row(self.row, self.format)[self.number : self.number + 1]))
 
-    @property
-    def stored(self) -> Any:
-        """The bytes or the path of the image, or `None` if the row lacks it."""
+    def is_same(self, other: StoredImage) -> bool:
+        """Return whether both images are stored as the same bytes or with the same path. They are not decoded."""
+        mine, theirs = self._stored(), other._stored()
+        return mine is not None and mine == theirs
+
+    def _stored(self) -> Any:
         value = dict(enumerate(images_of_row(self.row, self.format))).get(self.number)
         return (value.get("bytes") or value.get("path")) if isinstance(value, Mapping) else value
 

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")  # in addresses of the Hub
 MIXING = 2  # last of four numbers that seed the choice of streams; three numbers seed a pair, so seeds differ
 READERS = 256  # number of DataLoader workers with their own counters; if there are more, some share counters
+COMPARED_PAIRS = 16  # pairs at the start of a stream whose two images are compared
 Group = list[tuple[int, Mapping[str, Any]]]  # row numbers, and rows whose images are compared with one another
 
 
@@ -150,6 +151,7 @@ class PreferenceIterableDataset(IterableDataset):
         self.has_scores = all(stream.format.score_columns is not None for stream in streams)
         self.has_masks = any(stream.format.mask_columns for stream in streams)
         self.has_loser_prompts = any(stream.format.prompt_of_each_image for stream in streams)
+        self._compared = self._same = 0
         self._share = ALONE
         self._start: StreamPosition | None = None
         self._examples: dict[str, list[tuple[int, str]]] = {}
@@ -315,12 +317,24 @@ class PreferenceIterableDataset(IterableDataset):
             winner_image = winner.decode(options.reader)
             row = pair.loser_row
             loser_image = loser.decode(options.reader)
+            self._count_same(winner.is_same(loser))
             item = options.transform(winner_image, loser_image, draws if options.training else None)._asdict()
             complete_item(item, options, winner, loser, draws, number, two_prompts=self.has_loser_prompts)
         except UndecodableImageError as error:
             count("undecodable", row, str(error), 1)
             return None
         return item if pair.scores is None else item | {"scores": pair.scores}
+
+    def _count_same(self, is_same: bool) -> None:
+        """Warn once if most of the first pairs that this process reads have the same image twice."""
+        self._compared += 1
+        self._same += is_same
+        if self._compared == COMPARED_PAIRS and 2 * self._same > COMPARED_PAIRS:
+            logger.warning(
+                "%d of the first %d pairs of the %s stream have the same image twice. Such pairs teach nothing, except "
+                "with `loss_type='sft'`. Check the columns.",
+                *(self._same, COMPARED_PAIRS, self._name),
+            )
 
     def _groups(self, report: DataReport, epoch: int) -> Iterator[tuple[PreferenceFormat, Group]]:
         """Yield groups of rows whose images are compared. In a mixture, each group comes from a randomly chosen stream.

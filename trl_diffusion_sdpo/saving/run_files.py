@@ -21,9 +21,11 @@ from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.weight_copies import WeightCopy
 from .checkpoints import Checkpoints, holds_optimizer
 from .resuming import check_resumable, keeping_optimizer_settings, stored_settings
-from .setup import ARGS_FILE, output_folder, write_setup
+from .setup import ARGS_FILE, fingerprint, output_folder, read_setup, write_setup
 from .unpickling import refuse_code_in_metadata, tensors_only
 from .weights import WeightFiles
+
+WEIGHTS = "weights"  # entry of the set-up file: fingerprint of the weights beside it
 
 
 class RunFiles:
@@ -80,6 +82,7 @@ class RunFiles:
         self._check_finite(weights, average, together=is_checkpoint or self._engine.holds_shards)
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
+            setup = {**setup, WEIGHTS: fingerprint(weights)}
         for weight_copy in self._weight_copies if is_checkpoint else ():
             weight_copy.save(folder, write=writes)
         if not writes:
@@ -201,6 +204,12 @@ class RunFiles:
             self._engine.load_state(model, str(folder))
             return
         weights = self._weights.read(folder)
+        if read_setup(folder).get(WEIGHTS) not in (None, fingerprint(weights)):
+            raise ValueError(
+                f"A checkpoint must contain the weights with which it was written, and those in {folder} are others. "
+                "Copy the checkpoint again, or resume from another checkpoint (with `load_best_model_at_end`, set it "
+                "to False, and resume from the newest one)."
+            )
         self._engine.reshard()
         self._engine.scatter(weights, self._weights.tensors())
 
