@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ..families.lora_keys import OriginalModule, original_module
 from ..models.ema import EMA_FOLDER
 from ..utils.disk import naming_the_disk
+from ..utils.files import write_atomically
 from .setup import SETUP_FILE, read_setup
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE, PEFT_PREFIX, folded, ranks
 
@@ -43,7 +44,7 @@ def export_kohya(run: str | Path, output: str | Path, *, average: bool = False) 
     converted = to_kohya(weights, config, denoiser_class)
     with naming_the_disk(output.parent, sum(tensor.nbytes for tensor in converted.values())):
         output.parent.mkdir(parents=True, exist_ok=True)
-        save_file(converted, output, {"format": "pt"})
+        write_atomically(output, save(converted, {"format": "pt"}))
     return converted
 
 

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from ..engines.processes import failing_together
 from ..models.ema import EMA_FOLDER
-from .checkpoints import checkpoints_in, step_of
+from .checkpoints import checkpoints_in, restore_replaced, step_of
 from .setup import ARGS_FILE, SETUP_FILE, output_folder
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE
 
@@ -84,6 +84,7 @@ class RunFolder:
         self._has_begun = True
 
     def _clear(self, checkpoint: str | Path | None, overwrite: bool) -> None:
+        restore_replaced(self.path)  # else an earlier run's checkpoint would come back into this run later
         resumes_here = checkpoint is not None and Path(checkpoint).resolve().parent == self.path.resolve()
         step = step_of(Path(checkpoint)) if checkpoint is not None and resumes_here else None
         others = [
