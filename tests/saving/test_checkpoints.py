@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -368,3 +369,66 @@ def test_what_is_saved_are_the_evaluation_weights_of_the_optimizer_with_and_with
         stored = load_file(folder / "adapter_model.safetensors")
         for name, value in mean.items():
             torch.testing.assert_close(stored[f"base_model.model.{name}"], value)
+
+
+# ---- Kills while results are saved -----------------------------------------------------------------------------------
+
+
+def die_at_write(number: int, folder: Path) -> None:
+    """Kill this process at a write, rename, removal or new folder in `folder`, which are counted from 0."""
+    seen = []
+
+    def hook(event: str, values: tuple) -> None:
+        opens = event == "open" and (
+            set(values[1] or "") & set("wax+") or (values[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+        )
+        if (opens or event in ("os.rename", "os.remove", "os.mkdir")) and str(values[0]).startswith(str(folder)):
+            seen.append(event)
+            if len(seen) > number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+@pytest.mark.parametrize("settings", [{"ema_decay": 0.5}, {"peft_config": None, "save_full_pipeline": True}])
+def test_a_kill_while_a_result_is_replaced_leaves_the_old_or_the_new_one_or_none(build, tmp_path, settings):
+    """Never half a file, and never a folder that is taken for a run but mixes both."""
+    run, kept_first = tmp_path / "run", tmp_path / "first"
+    trainer = build(1, save_strategy="no", **settings)
+    trainer.save_model()
+    shutil.copytree(run, kept_first)
+    for weight in trainer.denoiser.parameters():
+        weight.data += 1
+
+    def result_of(folder: Path) -> dict[Path, bytes]:
+        files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
+        return {name: content for name, content in files.items() if name.parts[0] != "_new"}
+
+    first, kills, states = result_of(kept_first), 0, []
+    while True:
+        shutil.rmtree(run)
+        shutil.copytree(kept_first, run)
+        child = os.fork()
+        if not child:
+            die_at_write(kills, run)
+            try:
+                trainer._save(str(run))  # without the lock, which cannot be inherited
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        kills += 1
+        states.append((result_of(run), is_run(run)))
+    second = result_of(run)
+    assert kills > 15 and first != second
+    for state, taken in states:
+        assert all(content in (first[name], second[name]) for name, content in state.items())
+        assert not taken or state in (first, second)
+    assert (first, True) in states and not (run / "_new").exists()
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "diffusion_sdpo_setup.json").is_file() or (folder / "model_index.json").is_file()

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from transformers import TrainingArguments
 
 from ..engines.processes import failing_together
 from ..models.ema import EMA_FOLDER
+from ..utils.locks import FolderLock
 from .checkpoints import checkpoints_in, restore_replaced, step_of
 from .setup import ARGS_FILE, SETUP_FILE, output_folder
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE
@@ -37,7 +38,7 @@ class RunFolder:
     def __init__(self, args: TrainingArguments, components: Sequence[str], reports: Sequence[str]):
         self._args, self._components, self._reports = args, components, reports
         self._processes = PartialState()
-        self._lock = FileLock(self.path / LOCK_FILE, timeout=LOCK_SECONDS)
+        self._lock = FolderLock(self.path / LOCK_FILE)
         self._has_begun = False  # whether weights in the folder are from this trainer
 
     @property
@@ -111,7 +112,7 @@ class RunFolder:
     def _acquire(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire()
+            self._lock.acquire(LOCK_SECONDS)
         except Timeout as error:
             raise ValueError(
                 f"Only one run can use an output folder at a time, and another run is using {self.path}. Choose "

@@ -28,7 +28,7 @@ from ..data.dataset import PreferenceCollator, PreferenceDataset
 from ..data.streaming import PreferenceIterableDataset, StreamPosition
 from ..engines.batch_loaders import BatchLoaders, choose_workers
 from ..engines.engine import Engine
-from ..engines.engine_settings import by_engine, check_unsharded, loading_unsharded, shards_weights
+from ..engines.engine_settings import asked_engine, by_engine, check_unsharded, loading_unsharded, shards_weights
 from ..engines.processes import check_agreement, failing_together, peers
 from ..engines.sharding import full_tensor
 from ..losses import BetaController, BudgetController, PreferenceLossOutput
@@ -241,7 +241,7 @@ class DiffusionSDPOTrainer(Trainer):
         self.loss_is_scaled_for_ga = False  # transformers divides the loss (a mean) by the accumulation steps
 
         # Set up the components that need the accelerator.
-        self.engine.check()
+        self.engine.check(asked_engine(args))
         self._finite = self._new_finite_check()
         for weights in self._weight_copies:
             if shards_weights(args) and not self.engine.shards_weights:  # accelerate ignores FSDP with one process

@@ -59,9 +59,9 @@ def replacing(folder: Path, last: Sequence[str] = ()) -> Iterator[Path]:
         yield new
         names = [file.relative_to(new) for file in sync_files(new)]
         names.sort(key=lambda name: str(name) in last)
-        for name in last:
-            if (new / name).exists():
-                (folder / name).unlink(missing_ok=True)
+        for marker in last:
+            if (new / marker).exists():
+                (folder / marker).unlink(missing_ok=True)
         sync_folder(folder)
         for name in names:
             if str(name) in last:
@@ -83,6 +83,17 @@ def sync_files(folder: Path) -> list[Path]:
     for parent in {path.parent for path in files}:
         sync_folder(parent)
     return files
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object. Raise `ValueError` if the text is anything else, also if it is nested too deeply."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"the JSON must be an object, got {type(value).__name__}")
+    return value
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
