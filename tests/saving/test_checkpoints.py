@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -375,8 +376,17 @@ def test_what_is_saved_are_the_evaluation_weights_of_the_optimizer_with_and_with
 
 
 def die_at_write(number: int, folder: Path) -> None:
-    """Kill this process at a write, rename, removal or new folder in `folder`, which are counted from 0."""
+    """Kill this process at a write, rename, removal or new folder in `folder`, which are counted from 0, or after the
+    first half of a safetensors file."""
     seen = []
+    write = safetensors.torch.serialize_file
+
+    def half(tensors, file, *rest, **named):
+        write(tensors, file, *rest, **named)
+        seen.append("half")
+        if len(seen) > number:
+            os.truncate(file, os.path.getsize(file) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def hook(event: str, values: tuple) -> None:
         opens = event == "open" and (
@@ -387,6 +397,7 @@ def die_at_write(number: int, folder: Path) -> None:
             if len(seen) > number:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    safetensors.torch.serialize_file = half
     sys.addaudithook(hook)
 
 
@@ -423,7 +434,7 @@ def test_a_kill_while_a_result_is_replaced_leaves_the_old_or_the_new_one_or_none
         kills += 1
         states.append((result_of(run), is_run(run)))
     second = result_of(run)
-    assert kills > 15 and first != second
+    assert kills > 5 and first != second
     for state, taken in states:
         assert all(content in (first[name], second[name]) for name, content in state.items())
         assert not taken or state in (first, second)

@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 POLICY_ADAPTER = "default"
 TEXT_ENCODERS_ARE_FROZEN = "Text encoders cannot be trained, only the denoiser."
 _OF_TEXT = re.compile(r"text_encoder|text_model|(lora_)?te[123]?_")
-# Settings of a LoRA whose strings PEFT matches as regular expressions, and the strings that are only names.
+# Settings of a LoRA whose strings PEFT matches as regular expressions, and those that are quickly matched: names of
+# modules, also with one `.*`.
 PATTERNS = (
     "target_modules",
     "exclude_modules",
@@ -41,7 +42,7 @@ PATTERNS = (
     "layers_pattern",
     "target_parameters",
 )
-NAME = re.compile(r"[\w.-]+")
+NAME = re.compile(r"[\w.-]+(\*[\w.-]*)?")
 MEGATRON = "megatron.core"  # default of the setting `megatron_core`, the name of a module that PEFT may import
 # Values of `init_lora_weights` with which a new LoRA does not change the model's output.
 ZERO_STARTS = (True, "gaussian")
@@ -251,8 +252,9 @@ def check_stored_lora(
         for pattern in [value] if isinstance(value, str) else value:
             if not isinstance(pattern, str) or not NAME.fullmatch(pattern):
                 raise ValueError(
-                    f"`{name}` in a LoRA's file must list names of modules. Regular expressions are not read from "
-                    f"files, because matching some of them takes forever. {file} has {pattern!r}. Replace it by names."
+                    f"`{name}` in a LoRA's file must list names of modules, with at most one `*`. Other regular "
+                    f"expressions are not read from files, because matching some of them takes forever. {file} has "
+                    f"{pattern!r}. Replace it by names."
                 )
     for rank in (settings.get("r", 1), *(settings.get("rank_pattern") or {}).values()):
         if type(rank) is not int or not 0 < rank <= largest:
