@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..utils.files import write_atomically
 from ..utils.identity import differences, listed, read_description
+from ..utils.locks import FolderLock
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +84,9 @@ class ShardStore:
         """Create the store's folder, and lock it against other runs while the context is open. If another run has
         locked the folder, wait for that run. Delete the unfinished files of killed runs."""
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / LOCK_FILE)
+        lock = FolderLock(self.path / LOCK_FILE)
         try:
-            lock.acquire(blocking=False)
+            lock.acquire(0)
         except Timeout:
             logger.warning("Another run is writing into %s. Waiting until that run has finished writing.", self.path)
             lock.acquire()
