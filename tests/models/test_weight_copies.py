@@ -39,7 +39,9 @@ def test_only_the_process_that_saves_gets_the_exact_weights(one_process):
     torch.manual_seed(0)
     policy = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5))
     exact = copy.deepcopy(policy).state_dict()
-    second = WeightCopy(SecondDenoiser(copy.deepcopy(policy), policy, RoundingEngine()), "ema.safetensors", stored=True)
+    second = WeightCopy(
+        SecondDenoiser(copy.deepcopy(policy), policy, RoundingEngine()), "ema.safetensors", stored=True
+    )
     second.keep_unrounded()
     second.second.module.to(torch.bfloat16)
     gathered = second.gather(keep=True)
