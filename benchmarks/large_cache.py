@@ -3,7 +3,8 @@ pairs per second.
 
 The cache is a stub with as many files as that of 1024 px images, 64 images to a file, whose latents have one number.
 Rows have embedded images of one byte, which are never decoded. The trainer's own classes read them: `prepare_dataset`,
-`ShardStore`, `EncodedPairs`, `BatchLoaders`. Each number of pairs, and each way to start workers, has a new process.
+`ShardStore`, `EncodedPairs`, `BatchLoaders`. Each number of pairs has a new process, whose two workers are first forked
+and then spawned.
 """
 
 import argparse
@@ -43,12 +44,11 @@ def main(arguments: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             write_rows(Path(folder) / "pairs.arrow", pairs, options.prompts)
             write_cache(Path(folder), pairs, options.prompts)
-            for start in options.starts:
-                words = ["--pairs", pairs, "--prompts", options.prompts, "--batches", options.batches]
-                command = [sys.executable, __file__, "--measure", folder, "--starts", start, *map(str, words)]
-                environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": f"{folder}/datasets"}
-                done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-                measured.append(json.loads(done.stdout.splitlines()[-1]))
+            words = ["--pairs", pairs, "--prompts", options.prompts, "--batches", options.batches]
+            command = [sys.executable, __file__, "--measure", folder, *map(str, words)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": f"{folder}/datasets"}
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            measured.append(json.loads(done.stdout.splitlines()[-1]))
     print(table(measured))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
@@ -59,7 +59,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pairs", nargs="+", type=int, default=[100_000, 10_000_000])
     parser.add_argument("--prompts", type=int, default=1_000_000, help="largest number of distinct prompts")
     parser.add_argument("--batches", type=int, default=500, help=f"batches of {BATCH} random pairs to read")
-    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, help="how workers start")
     parser.add_argument("--quick", action="store_true", help="the smallest form, in seconds")
     parser.add_argument("--folder", type=Path, help="where the cache is written (12 GB); a temporary folder if unset")
     parser.add_argument("--output", type=Path, default=Path("bench_output/large_cache.json"))
@@ -150,14 +149,6 @@ def read(folder: Path, pairs: int, options: argparse.Namespace) -> dict[str, Any
     from trl_diffusion_sdpo.data import PairOptions, PairTransform, PreferenceCollator, prepare_dataset
     from trl_diffusion_sdpo.engines.batch_loaders import BatchLoaders
 
-    args = DiffusionSDPOConfig(
-        str(folder / "run"),
-        use_cpu=True,
-        report_to="none",
-        dataloader_num_workers=2,
-        dataloader_multiprocessing_context=options.starts[0],
-    )
-    loaders = BatchLoaders(args, Accelerator(cpu=True))
     seconds, found = {}, {"at the start": process("self")}
     begin = time.perf_counter()
     table = datasets.Dataset.from_file(str(folder / "pairs.arrow"))
@@ -173,21 +164,32 @@ def read(folder: Path, pairs: int, options: argparse.Namespace) -> dict[str, Any
     dataset.use_encoded(EncodedPairs(images, rows, prompts, digests))
     seconds["cache"] = time.perf_counter() - begin
     found["cache opened"] = process("self")
-    sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(0))
-    batches = iter(loaders.training(dataset, BATCH, sampler, PreferenceCollator()))
-    next(batches)
-    begin = time.perf_counter()
-    for _ in range(options.batches):
-        batch = next(batches)
-        expected = rows.images[batch["rows"].numpy()].T.ravel()
-        assert batch["moments"].flatten().tolist() == expected.tolist(), "a row of another image was read"
-    taken = time.perf_counter() - begin
-    found["training process"] = process("self")
-    workers = [child for child in children() if "resource_tracker" not in command_of(child)]
-    found |= {f"worker {number}": process(worker) for number, worker in enumerate(workers[:2])}
+    rates = {}
+    for start in STARTS:
+        args = DiffusionSDPOConfig(
+            str(folder / "run"),
+            use_cpu=True,
+            report_to="none",
+            dataloader_num_workers=2,
+            dataloader_multiprocessing_context=start,
+        )
+        loaders = BatchLoaders(args, Accelerator(cpu=True))
+        sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(0))
+        batches = iter(loaders.training(dataset, BATCH, sampler, PreferenceCollator()))
+        next(batches)
+        begin = time.perf_counter()
+        for _ in range(options.batches):
+            batch = next(batches)
+            expected = rows.images[batch["rows"].numpy()].T.ravel()
+            assert batch["moments"].flatten().tolist() == expected.tolist(), "a row of another image was read"
+        rates[start] = BATCH * options.batches / (time.perf_counter() - begin)
+        found[f"training process ({start})"] = process("self")
+        workers = [child for child in children() if "resource_tracker" not in command_of(child)]
+        found |= {f"worker {number} ({start})": process(worker) for number, worker in enumerate(workers)}
+        del batches
     files = sum(1 for _ in images.path.iterdir()) + sum(1 for _ in prompts.path.iterdir())
-    facts = {"pairs": pairs, "shard_files": files, "workers_start": options.starts[0], "seconds": seconds}
-    return {**facts, "pairs_per_second": BATCH * options.batches / taken, "processes": found}
+    facts = {"pairs": pairs, "shard_files": files, "seconds": seconds, "pairs_per_second": rates}
+    return {**facts, "processes": found}
 
 
 def process(number: str) -> dict[str, float]:
@@ -211,13 +213,18 @@ def command_of(pid: str) -> str:
 
 
 def table(measured: list[dict[str, Any]]) -> str:
-    lines = ["| pairs | shard files | workers | process | private | shared | maps | open files | pairs a second |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| pairs | shard files | process | private | shared | maps | open files |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for run in measured:
         for name, found in run["processes"].items():
-            facts = [run["pairs"], run["shard_files"], run["workers_start"], name]
-            facts += [f"{found['private']:.0f} MiB", f"{found['shared']:.0f} MiB", found["maps"], found["files"]]
-            lines.append(f"| {' | '.join(map(str, facts))} | {run['pairs_per_second']:.0f} |")
+            facts = [run["pairs"], run["shard_files"], name, f"{found['private']:.0f} MiB"]
+            facts += [f"{found['shared']:.0f} MiB", found["maps"], found["files"]]
+            lines.append(f"| {' | '.join(map(str, facts))} |")
+        rates = ", ".join(f"{rate:.0f} ({start})" for start, rate in run["pairs_per_second"].items())
+        opened = f"Opened in {run['seconds']['pairs']:.0f} s (pairs) and {run['seconds']['cache']:.0f} s (cache)"
+        lines.append(f"\n{opened}, then {rates} pairs a second.\n")
     most = max(found["maps"] for run in measured for found in run["processes"].values())
     return "\n".join([*lines, f"\nA process has at most {most} memory maps. Linux allows {MAPS}."])
 

@@ -369,7 +369,7 @@ class _Results(Dataset):
     """Data set for workers. An item is the function's result for an argument, or its error if an image is
     undecodable."""
 
-    def __init__(self, function: Callable[[Any], Any], arguments: Sequence[Any]) -> None:
+    def __init__(self, function: Callable[[Any], Any], arguments: Sequence[Any] | np.ndarray) -> None:
         self._function, self._arguments = function, arguments
 
     def __len__(self) -> int:

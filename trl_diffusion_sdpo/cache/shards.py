@@ -79,9 +79,9 @@ class ShardStore:
         number, prefix = int(self._shard_of[row]), f"{row}."
         problem: Exception | str = "no file contains it"
         try:
-            shard = _open(self._file(number)) if number >= 0 else None
-            names = [] if shard is None else [name for name in shard.keys() if name.startswith(prefix)]  # noqa: SIM118
-            if names:
+            if number >= 0:
+                shard = _open(self._file(number))
+                names = [name for name in shard.keys() if name.startswith(prefix)]  # noqa: SIM118
                 return {name.removeprefix(prefix): shard.get_tensor(name).clone() for name in names}
         except (OSError, SafetensorError) as error:
             problem = error
