@@ -80,6 +80,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/safeguard_overhead.py --rounds 2 --reference --tuning lora --latents 16 --batch 2
 	$(BIN)/python benchmarks/planned_memory.py --size tiny --output bench_output/planned_memory.json
 	$(BIN)/python benchmarks/data_loading.py --quick
+	$(BIN)/python benchmarks/large_cache.py --quick
 
 # No environment is made, as in `test-gpu`; the results are to be committed.
 bench-gpu:

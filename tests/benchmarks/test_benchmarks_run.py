@@ -56,6 +56,20 @@ def test_every_way_to_read_rows_is_measured(tmp_path):
     assert [row["workers"] for row in found["loading"]] == [0, 1] and found["decoding"]["ratio"] > 0
 
 
+@pytest.mark.matrix
+def test_reading_a_large_cache_is_measured_in_every_process(tmp_path):
+    file = tmp_path / "cache.json"
+    shown = run("large_cache.py", "--quick", "--output", str(file))
+    [found] = json.loads(file.read_text())
+    assert found["shard_files"] == -(-2 * 1000 // 64) + -(-100 // 64)
+    for start in ("fork", "spawn"):
+        assert found["pairs_per_second"][start] > 0
+        for process in ("training process", "worker 0", "worker 1"):
+            facts = found["processes"][f"{process} ({start})"]
+            assert facts["private"] > 0 and facts["maps"] > facts["files"] > 0
+            assert f"| {process} ({start}) |" in shown
+
+
 SMOKE = """
 about: The smallest plan with a row of each kind.
 pairs: off_policy

@@ -2,6 +2,8 @@
 its key has everything that it depends on."""
 
 import json
+import os
+import resource
 import shutil
 
 import datasets
@@ -399,3 +401,15 @@ def test_the_command_writes_the_cache_of_a_trainer_without_reading_a_denoiser(
     assert "encoded 0 of these images and 0 of these prompts" in encode(
         "copy", "--model_name_or_path", str(tmp_path / "model")
     )
+
+
+def test_images_that_wait_for_their_shard_keep_no_files_open(make_cached, make_pairs, monkeypatch):
+    """A tensor from a worker is in shared memory, which keeps a descriptor. Many small images wait for one shard."""
+    monkeypatch.setattr(encoding, "SHARD_PIXELS", 256 * 512 * 512)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, hard))
+    try:
+        trainer = make_cached(train=make_pairs(100), dataloader_num_workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert trainer.encoding.report.encoded_images == 400  # plain and mirrored

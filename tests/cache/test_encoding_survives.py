@@ -72,11 +72,11 @@ def start(sd_folder, make_pairs, tmp_path):
             str(tmp_path / f"run-{rank}"),
             use_cpu=True,
             report_to="none",
-            precompute_latents=True,
             precompute_dir=str(cache),
-            **settings,
+            **{"precompute_latents": True, **settings},
         )
         trainer = DiffusionSDPOTrainer(sd_folder, None, args, datasets.load_from_disk(str(tmp_path / "pairs")))
+        trainer.precompute_reference_errors()  # if `precompute_ref_errors` is set
         whole = trainer.weight_files._whole_pipeline()
         assert all(weight.numel() for part in (whole.vae, whole.text_encoder) for weight in part.parameters())
 
@@ -167,6 +167,23 @@ def test_where_one_process_fails_the_other_does_not_wait_for_it(start, tmp_path,
     assert ended == [1, 1]
     said = capfd.readouterr().err
     assert re.search("RuntimeError: Process 1 .*failed.*OutOfMemoryError: of this process alone", said), said[-3000:]
+
+
+@pytest.mark.parametrize("stored", ["precompute_latents", "precompute_ref_errors"])
+def test_disks_of_each_machines_own_are_refused_in_both_processes(start, tmp_path, stored, capfd):
+    """Also at the second start, when each disk has what the first start left."""
+    for _ in range(2):
+        settings = {"precompute_latents": False, stored: True}
+        processes = [start(tmp_path / f"disk {rank}", rank, **settings) for rank in range(2)]
+        for process in processes:
+            process.join(60)
+        ended = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+        said = capfd.readouterr().err
+        assert ended == [1, 1], said[-3000:]
+        for rank in range(2):
+            assert re.search(f"ValueError: .*{tmp_path}/disk {rank}/.*`precompute_dir`", said), said[-3000:]
 
 
 @pytest.fixture

@@ -1,11 +1,20 @@
-"""Shards of a cache are read to the bit. A shard that is cut off is named and written again."""
+"""Shards of a cache are read to the bit, and few are open at a time. A shard that is cut off is named and written
+again."""
 
+import contextlib
 import pickle
+import subprocess
+import threading
+import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
-from trl_diffusion_sdpo.cache.shards import ShardStore
+from trl_diffusion_sdpo.cache import shards
+from trl_diffusion_sdpo.cache.shards import OPEN_SHARDS, ShardStore, complete
+from trl_diffusion_sdpo.utils.processes import ALONE, Peers
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.uint8)
 ROWS = 10
@@ -19,7 +28,8 @@ def row_of(row):
 
 
 def write(store, number, rows):
-    with store.locked():
+    with contextlib.ExitStack() as stack:
+        assert store.lock(stack)
         store.write(number, {row: row_of(row) for row in rows})
 
 
@@ -55,7 +65,7 @@ def test_rows_of_any_dtype_and_shape_are_read_to_the_bit(store):
 def test_another_key_is_another_folder(tmp_path, store):
     other = ShardStore(tmp_path, {"vae": "b"}, ROWS)
     assert other.path != store.path and len(missing(other)) == ROWS
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match=f"Row 3 .*{other.path}"):
         other.read(3)
 
 
@@ -92,3 +102,180 @@ def test_a_shard_that_is_cut_off_is_named_and_replaced(store, caplog):
     write(store, 1, range(4, 8))
     assert file.read_bytes() == whole
     assert_whole(store)
+
+
+def test_a_shard_of_another_cache_is_named_and_replaced(tmp_path, store, caplog):
+    """Somebody has merged the folders of two caches, whose shards have the same names and rows."""
+    other = ShardStore(tmp_path, {"vae": "b"}, ROWS)
+    write(other, 0, range(4))
+    theirs = other.path / "000000.safetensors"
+    theirs.write_bytes((store.path / "000000.safetensors").read_bytes())
+    assert missing(other) == list(range(ROWS)) and str(theirs) in caplog.text
+
+
+def maps():
+    return len(Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_the_number_of_open_shards_does_not_grow_with_the_number_of_shards(tmp_path):
+    """Linux allows 65,530 memory maps, and 10 million pairs of 1024 px have 312,500 shards. Rows that a caller keeps
+    hold no map open either."""
+    count = 4 * OPEN_SHARDS
+    store = ShardStore(tmp_path, {"vae": "a"}, count)
+    store.path.mkdir()
+    for row in range(count):
+        store.write(row, {row: {"moments": torch.tensor([float(row)])}})
+    assert missing(store) == []
+    before = maps()
+    kept = [store.read(row)["moments"] for row in range(count)]
+    assert torch.cat(kept).tolist() == list(range(count))
+    assert maps() - before <= OPEN_SHARDS + 20, "maps grow with the number of shards"
+
+
+def test_a_reader_keeps_four_bytes_a_row(tmp_path):
+    """100 shards of 64 rows with two tensors each. Names of rows as text took 571 bytes a row."""
+    count = 100 * 64
+    store = ShardStore(tmp_path, {"vae": "a"}, count)
+    store.path.mkdir()
+    for number in range(100):
+        rows = range(64 * number, 64 * number + 64)
+        store.write(number, {row: {"moments": torch.zeros(2), "sizes": torch.zeros(3, 2)} for row in rows})
+    tracemalloc.start()
+    assert missing(store) == []
+    for row in range(0, count, 16):
+        store.read(row)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 20 * count, f"{kept / count:.0f} bytes a row"
+    assert len(pickle.dumps(store)) < 4 * count + 10_000  # what a spawned worker gets
+
+
+@pytest.mark.parametrize("harm", ["deleted", "cut off"])
+def test_a_shard_that_is_lost_while_a_run_reads_it_is_named(store, harm):
+    file = store.path / "000001.safetensors"
+    file.unlink() if harm == "deleted" else file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"Row 5 .*{store.path}"):
+        store.read(5)
+
+
+def test_a_folder_below_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    store = ShardStore(tmp_path / "file" / "latents", {}, ROWS)
+    assert len(missing(store)) == ROWS
+    with pytest.raises(ValueError, match=f"{store.path}.*`precompute_dir`"):
+        complete([store], ALONE, lambda rows: None)
+
+
+@pytest.fixture
+def read_only_disk(tmp_path):
+    """`read_only_disk()`: make the folder `disk` read-only. Permissions do not hold root back, so it is a mount."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this user may not mount a file system")
+    yield lambda: subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_read_only_cache_is_read_if_it_is_complete_and_named_if_rows_are_missing(tmp_path, read_only_disk):
+    store = ShardStore(tmp_path / "disk", {"vae": "a"}, ROWS)
+    write(store, 0, range(4))
+    read_only_disk()
+    with pytest.raises(ValueError, match=f"{store.path}.*`precompute_dir`"):
+        complete([store], ALONE, lambda rows: None)
+    whole = ShardStore(tmp_path / "disk", {"vae": "a"}, 4)
+    complete([whole], ALONE, lambda rows: pytest.fail("nothing is missing"))
+    assert torch.equal(whole.read(3)["scalar"], torch.tensor(3))
+
+
+# ---- Several processes ----------------------------------------------------------------------------------------------
+
+
+def in_two_threads(act):
+    """Return what `act(peers)` returned, or its error, in each of two peers, which exchange values as processes do."""
+    values, results, barrier = [None, None], [None, None], threading.Barrier(2, timeout=20)
+
+    def gather(index):
+        def call(value):
+            values[index] = value
+            barrier.wait()
+            gathered = list(values)
+            barrier.wait()
+            return gathered
+
+        return call
+
+    def run(index):
+        try:
+            results[index] = act(Peers(index, 2, gather(index)))
+        except Exception as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return results
+
+
+def write_share(store, peers):
+    def compute(missing):
+        for row in missing[0][peers.index :: peers.count].tolist():
+            store.write(row, {row: row_of(row)})
+
+    return lambda missing: peers.gather_results(lambda: compute(missing))
+
+
+def test_two_processes_complete_a_store(tmp_path):
+    def act(peers):
+        store = ShardStore(tmp_path, {"vae": "a"}, ROWS)
+        complete([store], peers, write_share(store, peers))
+        assert_whole(store)
+        return "done"
+
+    assert in_two_threads(act) == ["done", "done"]
+
+
+@pytest.mark.parametrize("second_has_the_key", [False, True])
+def test_processes_with_disks_of_their_own_are_refused_in_both(tmp_path, second_has_the_key):
+    """Before anything is computed, unless the second disk has a part of the cache from an earlier run."""
+    if second_has_the_key:
+        write(ShardStore(tmp_path / "1", {"vae": "a"}, ROWS), 0, range(4))
+    computed = []
+
+    def act(peers):
+        store = ShardStore(tmp_path / str(peers.index), {"vae": "a"}, ROWS)
+        write_rows = write_share(store, peers)
+        complete([store], peers, lambda missing: (computed.append(peers.index), write_rows(missing)))
+
+    for error in in_two_threads(act):
+        assert isinstance(error, ValueError) and "`precompute_dir`" in str(error) and str(tmp_path) in str(error)
+    assert sorted(computed) == ([0, 1] if second_has_the_key else [])
+
+
+def test_no_process_waits_long_for_one_that_waits_for_another_run(tmp_path, monkeypatch):
+    """The processes exchange a value at each attempt to get the lock, so `ddp_timeout` begins anew."""
+    monkeypatch.setattr(shards, "POLL_SECONDS", 0.05)
+    store = ShardStore(tmp_path, {"vae": "a"}, ROWS)
+    store.path.mkdir()
+    other_run = FileLock(store.path / ".lock", thread_local=False)
+    other_run.acquire()
+    exchanged = []
+
+    def act(peers):
+        def gather(value):
+            exchanged.append(peers.index)
+            if exchanged.count(0) == 10:
+                other_run.release(force=True)
+            return peers.gather(value)
+
+        mine = ShardStore(tmp_path, {"vae": "a"}, ROWS)
+        patient = Peers(peers.index, peers.count, gather)
+        complete([mine], patient, write_share(mine, patient))
+        return len(mine.missing())
+
+    assert in_two_threads(act) == [0, 0]
+    assert exchanged.count(0) >= 10 and exchanged.count(0) == exchanged.count(1)

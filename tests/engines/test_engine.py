@@ -44,6 +44,18 @@ def test_version_1_of_fsdp_and_zero_plus_plus_are_refused():
     engine("DEEPSPEED").check()
 
 
+@pytest.mark.parametrize("asks", [True, False])
+def test_an_engine_that_was_asked_for_and_does_not_run_is_said(make_trainer, monkeypatch, caplog, asks):
+    """accelerate has no FSDP on CPUs, also if its configuration asks for it."""
+    if asks:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "2")
+    trainer = make_trainer(max_steps=1)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("FSDP" in warning and "cpu" in warning for warning in warnings) is asks
+    trainer.train()
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_without_momentum_is_refused_under_fsdp_alone(momentum):
     Accelerator(cpu=True)  # without it, no optimizer can be wrapped

@@ -8,9 +8,11 @@ import diffusers
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
 from tiny_pipelines import case
 
 from trl_diffusion_sdpo.families import find_family, load_pipeline
+from trl_diffusion_sdpo.utils.own_errors import is_own
 
 # Tiny pipeline -> classes besides the text-to-image one whose folders hold the same networks.
 OTHER_CLASSES = {
@@ -142,6 +144,35 @@ def test_an_unreachable_hub_id_and_an_empty_file_are_refused_by_name(tmp_path):
 def test_pipeline_with_code_of_its_own_is_refused(copied_folder):
     rewrite_class(copied_folder, ["pipeline.py", "MyPipeline"])
     with pytest.raises(ValueError, match="never run"):
+        load_pipeline(copied_folder)
+
+
+@pytest.mark.parametrize("part", ["model_index.json", "unet/config.json", "text_encoder/config.json"])
+@pytest.mark.parametrize("text", ["null", "[1]", "3", "[" * 100_000])
+def test_files_that_are_no_json_objects_are_refused_by_name(copied_folder, part, text):
+    (copied_folder / part).write_text(text)
+    for encoders in (True, False):
+        with pytest.raises(ValueError, match=str(copied_folder)) as raised:
+            load_pipeline(copied_folder, encoders=encoders)
+        assert is_own(raised.value)
+
+
+def test_absurd_entries_sizes_and_weights_are_refused_by_name(copied_folder):
+    """diffusers itself would train from random weights if a file has none."""
+    index, file = copied_folder / "model_index.json", copied_folder / "unet" / "config.json"
+    settings, config = json.loads(index.read_text()), json.loads(file.read_text())
+    for entry in (3, None, ["diffusers"], {"a": 1}, ["diffusers", 3]):
+        index.write_text(json.dumps({**settings, "unet": entry}))
+        with pytest.raises(ValueError, match=str(copied_folder)):
+            load_pipeline(copied_folder)
+    index.write_text(json.dumps(settings))
+    file.write_text(json.dumps({**config, "cross_attention_dim": 10**14}))
+    with pytest.raises(ValueError, match=str(copied_folder)):
+        load_pipeline(copied_folder)
+    file.write_text(json.dumps(config))
+    weights = copied_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({}, weights)
+    with pytest.raises(ValueError, match=str(weights)):
         load_pipeline(copied_folder)
 
 

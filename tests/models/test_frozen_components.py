@@ -8,7 +8,8 @@ from tiny_pipelines import CASES, case
 from tiny_pipelines.parts import kl_vae
 
 from trl_diffusion_sdpo.families import find_family, load_pipeline
-from trl_diffusion_sdpo.models.frozen_components import working_pipeline
+from trl_diffusion_sdpo.models import frozen_components
+from trl_diffusion_sdpo.models.frozen_components import pin, working_pipeline
 
 IN_CI = ("stable_diffusion", "sana", "wan")  # one for each kind of VAE
 HALVES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -95,3 +96,32 @@ def test_a_vae_that_is_forced_into_a_precision_where_it_overflows_says_so(
     sd_pipeline.register_modules(vae=kl_vae(force_upcast=True))
     make_trainer(model=sd_pipeline, vae_dtype=dtype)
     assert any("`vae_dtype='float16'`" in record.message for record in caplog.records) == warns
+
+
+def test_pinned_memory_is_little_more_than_what_is_pinned(monkeypatch):
+    """PyTorch rounds each allocation of pinned memory up to a power of two. The sizes are those of a T5 encoder, in
+    bytes in place of thousands, pinned in buffers of 2 ** 18 bytes: one large embedding, then squares of 33,600."""
+    monkeypatch.setattr(frozen_components, "PINNED_BUFFER", 1 << 18)
+    allocated = []
+
+    def allocate(size):
+        allocated.append(1 << (size - 1).bit_length())
+        return torch.empty(size, dtype=torch.uint8)
+
+    monkeypatch.setattr(frozen_components, "pinned_bytes", allocate)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(263_000 // 2, generator=generator).to(BF16)]
+    tensors += [torch.randn(16_800, generator=generator).to(BF16) for _ in range(96)]
+    tensors += [
+        torch.randn(4, 6, 3, 3, generator=generator).to(memory_format=torch.channels_last),
+        torch.arange(5).expand(3, 5),  # a buffer whose values overlap
+        torch.tensor(2.5),
+        torch.empty(0),
+    ]
+    copies = pin(tensors)
+    for tensor, copied in zip(tensors, copies, strict=True):
+        assert torch.equal(copied, tensor) and copied.dtype == tensor.dtype
+    assert copies[-4].is_contiguous(memory_format=torch.channels_last)
+    pinned_bytes_of_all = sum(tensor.nbytes for tensor in tensors)
+    alone = sum(1 << (tensor.nbytes - 1).bit_length() for tensor in tensors if tensor.nbytes)
+    assert alone > 1.9 * pinned_bytes_of_all and sum(allocated) < 1.25 * pinned_bytes_of_all

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,25 @@ def test_the_command_makes_pairs_with_a_function_of_ones_own(sd_folder, tmp_path
     assert "preference" in (tmp_path / "out" / "README.md").read_text()
     assert main(["pairs", "check", "out", "--resolution", "16"]) == 0
     assert "2 pairs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [("pairs", "generate"), ("evaluate",)])
+def test_processes_wait_up_to_a_day_for_the_slowest(command, monkeypatch, tmp_path):
+    """By default, processes on GPUs end after ten minutes in which one of them still generates."""
+
+    class Started(Exception):
+        pass
+
+    def start(**given):
+        raise Started(given["timeout"])
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    monkeypatch.setattr("accelerate.PartialState", start)
+    models = ["--model", "base"] if command[0] == "pairs" else ["--models", "base", "other"]
+    with pytest.raises(Started) as error:
+        main([*command, *models, "--prompts", "prompts.txt", "--output_dir", "out"])
+    assert error.value.args == (timedelta(days=1),)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,16 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from trl_diffusion_sdpo.models.adapters import adapter_state
 from trl_diffusion_sdpo.saving.checkpoints import PARTIAL
 from trl_diffusion_sdpo.saving.interrupts import CheckpointOnInterrupt
 
@@ -295,3 +298,171 @@ def test_a_script_may_leave_signals_alone_or_handle_them_by_a_callback(build, ow
     interrupt = CheckpointOnInterrupt()
     build(2, save_strategy="no", callbacks=[interrupt, SignalAt(1, signal.SIGTERM)]).train()
     assert interrupt.interrupted is signal.SIGTERM and kept(tmp_path / "run") == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(("at", "by"), [(2, "steps"), (3, "steps"), (8, "epoch"), (12, "steps")])
+def test_an_evaluation_that_an_interrupt_cancelled_is_made_up_before_the_next_step(
+    build, make_pairs, own_handlers, tmp_path, at, by
+):
+    """Else another checkpoint could become the best one, whose weights the run ends with. Step 8 ends an epoch, step 12
+    the run."""
+
+    def make(folder, *callbacks):
+        strategy = {"eval_strategy": by, "save_strategy": by, "eval_steps": 1, "save_steps": 1}
+        best = {"metric_for_best_model": "loss", "load_best_model_at_end": True, "greater_is_better": at == 3}
+        held_out, place = make_pairs(4, seed=1), str(tmp_path / folder)
+        return build(12, eval_dataset=held_out, output_dir=place, callbacks=list(callbacks), **strategy, **best)
+
+    expected = make("whole")
+    expected.train()
+    with pytest.raises(KeyboardInterrupt):
+        make("cut", SignalAt(at, signal.SIGTERM)).train()
+    assert not (tmp_path / "cut" / f"checkpoint-{at + 1}").exists()
+    resumed = make("cut")
+    resumed.train(resume_from_checkpoint=True)
+
+    def entries(trainer, metric):
+        return [(entry["step"], entry[metric]) for entry in trainer.state.log_history if metric in entry]
+
+    for metric in ("loss", "eval_loss"):
+        assert entries(resumed, metric) == entries(expected, metric)
+    assert resumed.state.best_global_step == expected.state.best_global_step
+    best = Path(resumed.state.best_model_checkpoint).name
+    assert best == Path(expected.state.best_model_checkpoint).name
+    file = "adapter_model.safetensors"
+    assert not unequal(load_file(tmp_path / "whole" / best / file), load_file(tmp_path / "cut" / best / file))
+    assert not unequal(weights(expected), weights(resumed))
+
+
+class Averaging(torch.optim.SGD):
+    """SGD on weights `z` that, in training mode, shows the model `z` and, in evaluation mode, the mean of all `z`: a
+    small stand-in for the schedule-free optimizers."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        self.training, self.steps = True, 0
+        self.groups = [parameter for group in self.param_groups for parameter in group["params"]]
+        self.hidden = [torch.zeros_like(parameter) for parameter in self.groups]
+
+    def _show(self, training: bool) -> None:
+        if self.training is not training and self.steps:
+            for parameter, hidden in zip(self.groups, self.hidden, strict=True):
+                parameter.data, hidden.data = hidden.data, parameter.data
+        self.training = training
+
+    def train(self):
+        self._show(True)
+
+    def eval(self):
+        self._show(False)
+
+    def step(self, closure=None):
+        assert self.training, "A schedule-free optimizer refuses this too."
+        super().step(closure)
+        self.steps += 1
+        for parameter, mean in zip(self.groups, self.hidden, strict=True):
+            mean.lerp_(parameter.data, 1 / self.steps)
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_what_is_saved_are_the_evaluation_weights_of_the_optimizer_with_and_without_an_evaluation(
+    build, make_pairs, tmp_path, evaluates
+):
+    seen = []
+
+    class Sees(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            tensors = adapter_state(trainer.denoiser, trainer.adapter)
+            seen.append({name: tensor.detach().clone() for name, tensor in tensors.items()})
+
+    trainer = build(
+        3,
+        save_steps=1,
+        ema_decay=0.5,
+        eval_dataset=make_pairs(2, seed=1),
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=1,
+        callbacks=[Sees()],
+    )
+    trainer.optimizer = Averaging([w for w in trainer.denoiser.parameters() if w.requires_grad], lr=1e-2)
+    trainer.train()
+    trainer.save_model()
+    means = [{name: torch.stack([each[name] for each in seen[:n]]).mean(0) for name in seen[0]} for n in (1, 2, 3)]
+    folders = [tmp_path / "run" / f"checkpoint-{n}" for n in (1, 2, 3)] + [tmp_path / "run"]
+    for folder, mean in zip(folders, [*means, means[-1]], strict=True):
+        stored = load_file(folder / "adapter_model.safetensors")
+        for name, value in mean.items():
+            torch.testing.assert_close(stored[f"base_model.model.{name}"], value)
+
+
+# ---- Kills while results are saved -----------------------------------------------------------------------------------
+
+
+def die_at_write(number: int, folder: Path) -> None:
+    """Kill this process at a write, rename, removal or new folder in `folder`, which are counted from 0, or after the
+    first half of a safetensors file."""
+    seen = []
+    write = safetensors.torch.serialize_file
+
+    def half(tensors, file, *rest, **named):
+        write(tensors, file, *rest, **named)
+        seen.append("half")
+        if len(seen) > number:
+            os.truncate(file, os.path.getsize(file) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(event: str, values: tuple) -> None:
+        opens = event == "open" and (
+            set(values[1] or "") & set("wax+") or (values[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+        )
+        if (opens or event in ("os.rename", "os.remove", "os.mkdir")) and str(values[0]).startswith(str(folder)):
+            seen.append(event)
+            if len(seen) > number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    safetensors.torch.serialize_file = half
+    sys.addaudithook(hook)
+
+
+@pytest.mark.parametrize("settings", [{"ema_decay": 0.5}, {"peft_config": None, "save_full_pipeline": True}])
+def test_a_kill_while_a_result_is_replaced_leaves_the_old_or_the_new_one_or_none(build, tmp_path, settings):
+    """Never half a file, and never a folder that is taken for a run but mixes both."""
+    run, kept_first = tmp_path / "run", tmp_path / "first"
+    trainer = build(1, save_strategy="no", **settings)
+    trainer.save_model()
+    shutil.copytree(run, kept_first)
+    for weight in trainer.denoiser.parameters():
+        weight.data += 1
+
+    def result_of(folder: Path) -> dict[Path, bytes]:
+        files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
+        return {name: content for name, content in files.items() if name.parts[0] != "_new"}
+
+    first, kills, states = result_of(kept_first), 0, []
+    while True:
+        shutil.rmtree(run)
+        shutil.copytree(kept_first, run)
+        child = os.fork()
+        if not child:
+            die_at_write(kills, run)
+            try:
+                trainer._save(str(run))  # without the lock, which cannot be inherited
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        kills += 1
+        states.append((result_of(run), is_run(run)))
+    second = result_of(run)
+    assert kills > 5 and first != second
+    for state, taken in states:
+        assert all(content in (first[name], second[name]) for name, content in state.items())
+        assert not taken or state in (first, second)
+    assert (first, True) in states and not (run / "_new").exists()
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "diffusion_sdpo_setup.json").is_file() or (folder / "model_index.json").is_file()

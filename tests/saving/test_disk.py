@@ -1,6 +1,7 @@
 """Errors of a full disk name the disk. Some tests mount a small file system and are skipped if that is not allowed."""
 
 import errno
+import shutil
 import subprocess
 
 import pytest
@@ -45,6 +46,33 @@ def test_an_evaluation_on_a_full_disk_says_so(sd_folder, small_disk):
     settings = ImageSettings(call_kwargs={"num_inference_steps": 1, "height": 64, "width": 64})
     with pytest.raises(DiskFullError, match=f"The disk of {small_disk}"):
         evaluate_models([Candidate("base", sd_folder)], [f"prompt {i}" for i in range(8)], [], small_disk, settings)
+
+
+def test_a_second_result_that_does_not_fit_leaves_the_first_one_whole(make_trainer, small_disk):
+    run = small_disk / "run"
+    make_trainer(output_dir=str(run), peft_config=LoraConfig(r=2)).save_model()
+    first = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    trainer = make_trainer(output_dir=str(run), peft_config=LoraConfig(r=8))
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "rest").write_bytes(b"0" * (free - 80_000))  # room for the first of its two formats
+    with pytest.raises(DiskFullError):
+        trainer.save_model()
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == first
+    (small_disk / "rest").unlink()
+    trainer.save_model()
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} != first
+
+
+def test_a_folder_that_turns_unwritable_and_a_full_disk_elsewhere_are_said(tmp_path):
+    inside, outside = str(tmp_path / "a" / "file"), "/elsewhere/file"
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{inside}"), naming_the_disk(tmp_path):
+        raise PermissionError(errno.EACCES, "Permission denied", inside)
+    with pytest.raises(ValueError, match="Read-only"), naming_the_disk(tmp_path):
+        raise OSError(errno.EROFS, "Read-only file system", inside)
+    with pytest.raises(PermissionError), naming_the_disk(tmp_path):
+        raise PermissionError(errno.EACCES, "Permission denied", outside)
+    with pytest.raises(DiskFullError, match="another full disk"), naming_the_disk(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")  # this disk has gigabytes
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_begun_and_the_last_one_stays(make_trainer, small_disk):

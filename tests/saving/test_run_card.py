@@ -70,7 +70,7 @@ def assert_console(out: str, bar: str, trainer, run):
     first = next(line for line in lines if line.startswith("step 1  loss 0.6931  winner "))
     assert "  lambda " in first and "grad_norm" not in out and "loss=" in bar and "accuracy=" in bar
     report = lines[lines.index("Training ended at step 2 of 2.") + 1 :]
-    assert report == [f"  Files:   {run}", f'  To load: pipeline.load_lora_weights("{run}")  # once saved']
+    assert report == [f"  Files:   {run}", f'  To load the saved weights: pipeline.load_lora_weights("{run}")']
     state = json.loads((run / "trainer_state.json").read_text())
     assert {"grad_norm", "rewards/margins", "safeguard/active"} <= state["log_history"][0].keys()
     trainer.save_model()

@@ -1,5 +1,7 @@
 """A folder takes one run: a used folder is refused or overwritten, and a second run at a time is refused."""
 
+import errno
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -86,6 +88,18 @@ def test_a_checkpoint_whose_replacement_was_killed_is_found_again(build, run):
     assert again.state.global_step == 4 and (run / "checkpoint-4").is_dir()
 
 
+def test_an_earlier_run_s_checkpoint_whose_replacement_was_killed_does_not_come_back_into_a_new_run(build, run):
+    """The kill has moved checkpoint-4 away, and nothing else of the earlier run is left."""
+    (run / PARTIAL).mkdir()
+    (run / "checkpoint-4").rename(run / PARTIAL / "checkpoint-4.replaced")
+    shutil.rmtree(run / "checkpoint-2")
+    (run / "diffusion_sdpo_setup.json").unlink()
+    with pytest.raises(ValueError, match="contains checkpoint-4"):
+        build(2).train()
+    build(2, overwrite_output_dir=True).train()
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2"]
+
+
 def test_what_a_killed_first_save_left_is_no_other_run(build, run):
     shutil.rmtree(run / "checkpoint-4")
     (run / "diffusion_sdpo_setup.json").unlink()
@@ -156,3 +170,19 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_has_gone(build, o
     other.wait()
     trainer.train()
     trainer.save_model()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_disk_that_cannot_lock_is_said_and_stops_no_run(build, monkeypatch, caplog, tmp_path, number):
+    """A process that is killed while it holds the folder leaves nothing that locks out the next one."""
+
+    def flock(*_):
+        raise OSError(number, "of the disk")
+
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    killed, after = build(1, save_strategy="no"), build(1, save_strategy="no")
+    with killed.run_folder.locked(), after.run_folder.locked():
+        after.save_model()
+    warnings = [record.getMessage() for record in caplog.records if "of the disk" in record.getMessage()]
+    assert len(warnings) == 2 and all(str(tmp_path / "run") in warning for warning in warnings)

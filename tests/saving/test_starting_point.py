@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
@@ -215,6 +216,7 @@ def test_a_damaged_folder_of_a_lora_is_refused(lora_run, sd_pipeline, tmp_path, 
     else:
         (folder / "adapter_config.json").write_text("{" if damage == "cut" else '{"r": 4}')
     messages = {"pickled": "no LoRA at .*adapter_model.safetensors", "arguments": "training_args.json"}
+    messages |= {"cut": "adapter_config.json"}
     with pytest.raises(ValueError, match=messages.get(damage, "lora cannot be loaded")) as raised:
         starting_point(folder)
         attach_adapter(sd_pipeline, "unet", str(folder))
@@ -271,3 +273,105 @@ def test_a_lora_that_cannot_go_on_is_refused_with_the_reason(train, lora_run, ma
         train(adapter_name_or_path=str(tmp_path / "lora.ckpt"), trains=False)
     with pytest.raises(ValueError, match="/no/such"):
         train(adapter_name_or_path="/no/such", trains=False)
+
+
+CATASTROPHIC = "(.*a){40}b"  # takes ages to match a long name
+STRANGE_SETTINGS = {
+    "code to import": {"megatron_config": {"a": 1}, "megatron_core": "antigravity"},
+    "regular expression of ranks": {"rank_pattern": {CATASTROPHIC: 4}},
+    "regular expression of alphas": {"alpha_pattern": {CATASTROPHIC: 4}},
+    "regular expression of exceptions": {"exclude_modules": CATASTROPHIC},
+    "no number": {"lora_alpha": float("inf")},
+    "rank of no tensor": {"r": 300_000},
+    "rank of memory": {"rank_pattern": {"to_q": 10**12}},
+    "no names": {"target_modules": [1]},
+}
+
+
+@pytest.mark.parametrize("where", ["peft", "diffusers"])
+@pytest.mark.parametrize("strange", STRANGE_SETTINGS)
+def test_settings_of_a_strangers_lora_that_libraries_would_run_are_refused(
+    lora_run, sd_pipeline, tmp_path, strange, where
+):
+    changes = STRANGE_SETTINGS[strange]
+    config = json.loads((lora_run / "adapter_config.json").read_text())
+    file = tmp_path / "adapter_config.json"
+    if where == "peft":
+        shutil.copy(lora_run / "adapter_model.safetensors", tmp_path)
+        file.write_text(json.dumps({**config, **changes}))
+        source = tmp_path
+    else:
+        source = file = write_lora(lora_run, tmp_path / "lora.safetensors", settings={**config, **changes})
+    with pytest.raises(ValueError, match=str(file)) as raised:
+        attach_adapter(sd_pipeline, "unet", str(source))
+    assert is_own(raised.value)
+
+
+def write_lora(run: Path, file: Path, tensors=None, settings=None) -> Path:
+    """Write a LoRA in diffusers' format, with tensors and settings in place of the run's."""
+    with safe_open(run / "pytorch_lora_weights.safetensors", "pt") as opened:
+        metadata = opened.metadata()
+    if settings is not None:
+        settings = {f"unet.{name}": value for name, value in settings.items()}
+        metadata = {"lora_adapter_metadata": json.dumps(settings)}
+    save_file(load_file(run / "pytorch_lora_weights.safetensors") if tensors is None else tensors, file, metadata)
+    return file
+
+
+def test_a_regular_expression_of_targets_in_a_file_is_not_matched_but_read_from_the_tensors(
+    lora_run, sd_pipeline, tmp_path
+):
+    shutil.copy(lora_run / "adapter_model.safetensors", tmp_path)
+    config = json.loads((lora_run / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": CATASTROPHIC}))
+    name = attach_adapter(sd_pipeline, "unet", str(tmp_path))
+    stored = load_file(lora_run / "adapter_model.safetensors")
+    found = adapter_state(sd_pipeline.unet, name)
+    assert found.keys() == {key.removeprefix("base_model.model.") for key in stored}
+    assert all(torch.equal(tensor, stored[f"base_model.model.{key}"]) for key, tensor in found.items())
+
+
+@pytest.mark.parametrize("damage", ["few", "foreign", "of another model", "rank", "none", "settings"])
+def test_a_damaged_lora_of_diffusers_is_refused_like_one_of_peft(lora_run, sd_pipeline, tmp_path, damage):
+    file = tmp_path / "lora.safetensors"
+    tensors = load_file(lora_run / "pytorch_lora_weights.safetensors")
+    pair = {"a.lora_A.weight": torch.zeros(4, 8), "a.lora_B.weight": torch.zeros(8, 4)}
+    modules = sorted({key.rpartition(".lora_")[0] for key in tensors})
+    damaged = {
+        "few": {key: value for key, value in tensors.items() if key.startswith(modules[0])},
+        "foreign": {**tensors, **{f"unet.nowhere.{key}": value for key, value in pair.items()}},
+        "of another model": {**tensors, **{f"transformer.{key}": value for key, value in pair.items()}},
+        "rank": {
+            f"{modules[0]}.lora_A.weight": torch.zeros(3000, *tensors[f"{modules[0]}.lora_A.weight"].shape[1:]),
+            f"{modules[0]}.lora_B.weight": torch.zeros(
+                len(tensors[f"{modules[0]}.lora_B.weight"]), 3000, *tensors[f"{modules[0]}.lora_B.weight"].shape[2:]
+            ),
+        },
+        "none": {},
+    }
+    write_lora(lora_run, file, damaged.get(damage))
+    if damage == "rank":
+        save_file(damaged["rank"], file)  # without settings, so diffusers reads the rank from the tensors
+    if damage == "settings":
+        save_file(tensors, file, {"lora_adapter_metadata": "[" * 100_000})
+    with pytest.raises(ValueError, match=str(file)) as raised:
+        attach_adapter(sd_pipeline, "unet", str(file))
+    assert is_own(raised.value)
+
+
+def test_the_record_of_a_run_names_a_pipeline_and_no_other_options(tmp_path):
+    def start(base):
+        setup = {"tuning": "lora", "base_model": base}
+        (tmp_path / "diffusion_sdpo_setup.json").write_text(json.dumps(setup))
+        return starting_point(tmp_path)
+
+    strange = {"cache_dir": "/tmp/x", "proxies": {}, "token": "t", "unet": 1, "local_files_only": True}
+    base = {"pipeline": "owner/name", "denoiser": None, "options": {"revision": "r", "variant": 3, **strange}}
+    found = start(base)
+    assert found.pipeline == "owner/name" and found.options == {"revision": "r"}
+    for damaged in ({**base, "pipeline": 3}, {**base, "denoiser": [1]}, {**base, "options": [1]}, [1]):
+        with pytest.raises(ValueError, match=f"{tmp_path}.*from which pipeline"):
+            start(damaged)
+    (tmp_path / "training_args.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="training_args.json"):
+        start(base)

@@ -43,12 +43,13 @@ class ImageRows:
     def of(cls, dataset: PreferenceDataset, crops: int) -> ImageRows:
         """Assign row numbers to the images of a data set. If crops are random, each image gets `crops` variants."""
         flips, random_crops = dataset.augmentations
+        small = np.int32 if 2 * len(dataset) <= np.iinfo(np.int32).max else np.int64  # tens of millions of pairs
         if random_crops:
-            sources = np.stack(np.divmod(np.arange(2 * len(dataset)), 2), axis=1)
-            return cls(dataset.seed, np.arange(2 * len(dataset)).reshape(-1, 2), sources, flips, crops)
+            images = np.arange(2 * len(dataset), dtype=small)
+            return cls(dataset.seed, images.reshape(-1, 2), np.stack(np.divmod(images, 2), axis=1), flips, crops)
         _, first, numbers = np.unique(dataset.image_numbers().ravel(), return_index=True, return_inverse=True)
-        sources = np.stack(np.divmod(first, 2), axis=1)
-        return cls(dataset.seed, numbers.reshape(-1, 2), sources, flips, None)
+        sources = np.stack(np.divmod(first.astype(small), 2), axis=1)
+        return cls(dataset.seed, numbers.astype(small).reshape(-1, 2), sources, flips, None)
 
     @property
     def variants(self) -> int:

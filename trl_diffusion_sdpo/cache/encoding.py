@@ -27,7 +27,6 @@ from ..engines.processes import failing_together
 from ..families import Family
 from ..families.base import PIXELS_AT_ONCE
 from ..models.frozen_components import FrozenComponents
-from ..utils.disk import naming_the_disk
 from ..utils.processes import Peers
 from .encoded_pairs import (
     MOMENTS,
@@ -39,12 +38,13 @@ from .encoded_pairs import (
     distinct,
 )
 from .key import EncoderKey
-from .shards import ShardStore
+from .shards import ShardStore, complete
 
 logger = logging.getLogger(__name__)
 
 LATENTS, PROMPTS = "latents", "prompts"  # subfolders
 SHARD_PIXELS = 256 * 512 * 512  # number of image pixels per shard file. A killed process loses at most one shard
+SHARD_IMAGES = 256  # largest number of encoded images per shard file, because reading a row lists the shard's names
 SHARD_PROMPTS = 64
 IMAGES_AT_ONCE = range(2, 9)  # images per VAE batch. Within this range, a batch has at most `PIXELS_AT_ONCE` pixels
 PROMPTS_AT_ONCE = range(4, 17)  # prompts per batch. Below 4, CPUs round matrix products differently
@@ -91,11 +91,6 @@ class _Cache:
     prompts: ShardStore
     statistics: ShardStore  # weights of the VAE with which latents are scaled; empty for most families
 
-    def missing(self) -> list[np.ndarray]:
-        """Return the numbers of the rows that this process does not find on disk, for images, prompts and
-        statistics."""
-        return [store.missing() for store in (self.images, self.prompts, self.statistics)]
-
 
 class PairEncoding:
     """Encodes images and prompts that are missing in the cache of a data set, and makes the data set read the cache.
@@ -117,8 +112,8 @@ class PairEncoding:
             name (`str`): Name of the data set in error messages and logs.
 
         Raises:
-            ValueError: If the data are a stream, if a prompt's encoding depends on the other prompts of its batch, or
-                if processes do not see the files that other processes write.
+            ValueError: If the data are a stream, if a prompt's encoding depends on the other prompts of its batch, if
+                the cache cannot be written, or if processes do not see the files that other processes write.
             DiskFullError: If the disk is full. The shards that were already written stay in the cache.
         """
         if not isinstance(dataset, PreferenceDataset):
@@ -129,10 +124,8 @@ class PairEncoding:
         prompts = 2 if dataset.has_loser_prompts else 1
         check_prompt_padding("precompute_latents", self._frozen.family, self._settings.largest_batch, prompts)
         cache = self._cache_of(dataset, name)
-        missing = self._peers.gather_results(cache.missing)  # a complete cache may be read-only, so do not lock it
-        if any(len(rows) for of_process in missing for rows in of_process):
-            with naming_the_disk(self.folder, setting="precompute_dir"):
-                self._complete(dataset, name, cache)
+        stores = (cache.images, cache.prompts, cache.statistics)
+        complete(stores, self._peers, partial(self._complete, dataset, name, cache))
         self._use(dataset, cache)
 
     # ---- Which cache ----------------------------------------------------------------------------------------------
@@ -181,30 +174,16 @@ class PairEncoding:
 
     # ---- Encoding -------------------------------------------------------------------------------------------------
 
-    def _complete(self, dataset: PreferenceDataset, name: str, cache: _Cache) -> None:
-        """Encode the missing rows of a cache. Meanwhile, the first process locks the stores against other runs."""
-        peers = self._peers
+    def _complete(self, dataset: PreferenceDataset, name: str, cache: _Cache, missing: Sequence[np.ndarray]) -> None:
+        """Encode the missing rows of a cache, given as row numbers of images, prompts and statistics."""
+        if self._peers.index == 0:
+            counts = len(missing[0]), len(missing[1])
+            logger.warning("%s data: encoding %d images and %d prompts into %s.", name, *counts, self.folder)
         with contextlib.ExitStack() as stack:
-
-            def lock() -> None:
-                for store in (cache.prompts, cache.images, cache.statistics) if peers.index == 0 else ():
-                    stack.enter_context(store.locked())
-
-            peers.gather_results(lock)
-            missing = peers.gather_results(cache.missing)[0]  # again, because another run may have written rows
-            if any(len(rows) for rows in missing):
-                if peers.index == 0:
-                    counts = len(missing[0]), len(missing[1])
-                    logger.warning("%s data: encoding %d images and %d prompts into %s.", name, *counts, self.folder)
-                with failing_together(RuntimeError):
-                    family = stack.enter_context(self._frozen.in_use())
-                encoded = peers.gather_results(lambda: self._encode(dataset, cache, missing, family))
-                self._count(name, encoded)
-            if any(len(rows) for of_process in peers.gather_results(cache.missing) for rows in of_process):
-                raise ValueError(
-                    "All processes must see all files of the cache, but some processes do not see all files in "
-                    f"{cache.images.path}. Choose a `precompute_dir` on storage that all processes share."
-                )
+            with failing_together(RuntimeError):
+                family = stack.enter_context(self._frozen.in_use())
+            encoded = self._peers.gather_results(lambda: self._encode(dataset, cache, missing, family))
+        self._count(name, encoded)
 
     def _encode(
         self, dataset: PreferenceDataset, cache: _Cache, missing: Sequence[np.ndarray], family: Family
@@ -226,12 +205,12 @@ class PairEncoding:
         """Encode this process's share of the images. One shard contains all crops and flips of an image."""
         rows, (height, width) = cache.rows, self._settings.size
         count, variants = len(rows.sources), rows.variants
-        size = max(1, SHARD_PIXELS // (height * width) // variants)  # number of images in a shard
+        size = max(1, min(SHARD_IMAGES, SHARD_PIXELS // (height * width)) // variants)  # number of images in a shard
         numbers = _own_share(missing % count // size, self._peers)
         shards = [range(count)[number * size : (number + 1) * size] for number in numbers]
-        images = [image for shard in shards for image in shard]
+        images = np.concatenate([np.arange(0), *map(np.array, shards)])  # an array, because workers would copy a list
         decoded = _Results(partial(_decoded_variants, dataset, rows), images)
-        loaded = iter(self._settings.load(decoded, dataset, variants * 3 * height * width) if images else ())
+        loaded = iter(self._settings.load(decoded, dataset, variants * 3 * height * width) if len(images) else ())
         undecodable: list[tuple[int, str]] = []
         with _progress("Encoding images", variants * len(images), self._peers) as bar:
             for number, shard in zip(numbers, shards, strict=True):
@@ -364,9 +343,9 @@ class _ImageBatches:
         self._waiting: dict[torch.Size, list[tuple[int, torch.Tensor]]] = {}
         self._rows: dict[int, dict[str, torch.Tensor]] = {}
 
-    def add(self, row: int, pixels: torch.Tensor, sizes: torch.Tensor) -> None:
+    def add(self, row: int, pixels: torch.Tensor, sizes: list[Any]) -> None:
         """Add the image of a row: its uint8 pixels `(3, H, W)`, and the sizes to store in the row."""
-        self._rows[row] = {SIZES: sizes}
+        self._rows[row] = {SIZES: torch.tensor(sizes, dtype=torch.int32)}
         waiting = self._waiting.setdefault(pixels.shape, [])
         waiting.append((row, pixels))
         if len(waiting) >= min(max(PIXELS_AT_ONCE // pixels[0].numel(), IMAGES_AT_ONCE[0]), IMAGES_AT_ONCE[-1]):
@@ -395,7 +374,7 @@ class _Results(Dataset):
     """Data set for workers. An item is the function's result for an argument, or its error if an image is
     undecodable."""
 
-    def __init__(self, function: Callable[[Any], Any], arguments: Sequence[Any]) -> None:
+    def __init__(self, function: Callable[[Any], Any], arguments: Sequence[Any] | np.ndarray) -> None:
         self._function, self._arguments = function, arguments
 
     def __len__(self) -> int:
@@ -408,13 +387,14 @@ class _Results(Dataset):
             return type(error)(str(error))  # a new error, without references to the image
 
 
-def _decoded_variants(
-    dataset: PreferenceDataset, rows: ImageRows, image: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Decode an image, and return pixels and sizes for each of its crops and flips."""
+def _decoded_variants(dataset: PreferenceDataset, rows: ImageRows, image: int) -> list[tuple[torch.Tensor, list[Any]]]:
+    """Decode an image, and return pixels and sizes for each of its crops and flips.
+
+    The sizes are no tensors. They wait until the shard is full, and each tensor of a worker would keep a file open.
+    """
     pair, side = rows.sources[image].tolist()
     variants = dataset.image_variants(pair, side, [rows.draws_of(row) for row in rows.of_image(image)])
-    return [(pixels, torch.tensor([*sizes, pixels.shape[1:]], dtype=torch.int32)) for pixels, *sizes in variants]
+    return [(pixels, [*sizes, tuple(pixels.shape[1:])]) for pixels, *sizes in variants]
 
 
 def _decoded_sources(dataset: PreferenceDataset, edit: Edit) -> list[Image.Image]:

@@ -7,9 +7,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -20,10 +22,9 @@ from ..engines.engine import Engine
 from ..engines.processes import failing_together
 from ..models.reference import PrecomputedReference
 from ..step.pair_forward import PairForward, eval_mode
-from ..utils.disk import naming_the_disk
 from ..utils.processes import ALONE, Peers
 from .key import VERSION
-from .shards import ShardStore
+from .shards import ShardStore, complete
 
 ERRORS = "reference_errors"  # subfolder
 SHARD_PAIRS = 256  # number of pairs in a shard file. A killed process loses at most one shard
@@ -75,31 +76,27 @@ class ReferenceErrors:
         """Add the errors of the reference to the pairs of a data set. All processes must call this method together.
 
         Raises:
-            ValueError: If errors must be computed, but [`release`] was already called.
+            ValueError: If errors must be computed, but [`release`] was already called, if `precompute_dir` cannot be
+                written, or if processes do not see the files that other processes write.
             FloatingPointError: If an error of the reference is not finite.
         """
-        store, peers = self.store_of(dataset), self._settings.peers
-        if any(len(rows) for rows in peers.gather_results(store.missing)):
-            with naming_the_disk(self._settings.folder, setting="precompute_dir"), contextlib.ExitStack() as stack:
-
-                def lock() -> None:
-                    if peers.index == 0:
-                        stack.enter_context(store.locked())
-
-                if not self._reference.can_predict:
-                    raise ValueError(
-                        f"The errors of the reference on the {dataset.report.name} data must be computed before "
-                        "training. Pass the data as `eval_dataset` when you construct the trainer."
-                    )
-                peers.gather_results(lock)
-                missing = peers.gather_results(store.missing)[0].tolist()  # again: another run may have written rows
-                with failing_together(RuntimeError):
-                    if share := missing[peers.index :: peers.count]:
-                        with self._predicting():
-                            self._compute(dataset, store, share)
-            store.missing()
-        errors = torch.cat([store.read(row)[COLUMN] for row in range(len(store))]).numpy()
+        store = self.store_of(dataset)
+        complete([store], self._settings.peers, partial(self._complete, dataset, store))
+        with failing_together(RuntimeError):
+            errors = torch.cat([store.read(row)[COLUMN] for row in range(len(store))]).numpy()
         dataset.set_reference_errors(errors.reshape(self._epochs(dataset), len(dataset), *errors.shape[1:]))
+
+    def _complete(self, dataset: PreferenceDataset, store: ShardStore, missing: Sequence[np.ndarray]) -> None:
+        if not self._reference.can_predict:
+            raise ValueError(
+                f"The errors of the reference on the {dataset.report.name} data must be computed before "
+                "training. Pass the data as `eval_dataset` when you construct the trainer."
+            )
+        peers = self._settings.peers
+        with failing_together(RuntimeError):
+            if share := missing[0][peers.index :: peers.count].tolist():
+                with self._predicting():
+                    self._compute(dataset, store, share)
 
     def release(self) -> None:
         """Free the memory of the reference model."""

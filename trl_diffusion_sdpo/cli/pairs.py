@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 from . import EXIT_OK
@@ -125,7 +126,8 @@ def _generate(options: argparse.Namespace) -> None:
             f"`--from_images {options.from_images}`."
         )
     pairing = Pairing(options.combination, options.weights, options.margin)
-    state = PartialState(cpu=options.device == "cpu")
+    # Processes wait for the slowest process, which can take longer than the default timeout of ten minutes.
+    state = PartialState(cpu=options.device == "cpu", timeout=timedelta(days=1))
     settings = image_settings(options, options.device or str(state.device), range(options.images))
     model = candidate_of(f"model={options.model}")
     folder = options.output_dir

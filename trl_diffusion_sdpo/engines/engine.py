@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
@@ -17,6 +18,8 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from . import sharding
 from .gradient_backends import GradientBackend, gradient_backend, unwrapped
 from .sharding import Float32Shards
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -128,9 +131,17 @@ class Engine:
 
     # ---- Set-up ---------------------------------------------------------------------------------------------------
 
-    def check(self) -> None:
+    def check(self, asked: str | None = None) -> None:
         """Raise `ValueError` if the engine would split an image among processes, round gradients while exchanging them,
-        or is not supported."""
+        or is not supported. Log a warning if another engine runs than `asked`, the name of one that shards."""
+        if asked is not None and not self.holds_shards and self.accelerator.is_main_process:
+            logger.warning(
+                "The settings ask for %s, but accelerate does not run it here (%d processes, device %s). Training goes "
+                "on without it: every process holds all weights and the whole optimizer state.",
+                asked,
+                self.accelerator.num_processes,
+                self.accelerator.device.type,
+            )
         parallel = self.accelerator.parallelism_config
         split = parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled)
         if self._is_deepspeed:

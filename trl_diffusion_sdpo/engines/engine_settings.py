@@ -21,8 +21,16 @@ def runs_deepspeed(args: TrainingArguments) -> bool:
 def by_engine(args: TrainingArguments) -> bool:
     """Return whether DeepSpeed or FSDP (engines that shard or round weights) will train, instead of a single process or
     DDP."""
+    return asked_engine(args) is not None
+
+
+def asked_engine(args: TrainingArguments) -> str | None:
+    """Return the name of the sharding engine that the training arguments or the launcher ask for, or `None`.
+    accelerate may not run it, for example FSDP on CPUs or with one process."""
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return runs_deepspeed(args) or args.fsdp_plugin_args is not None or launched
+    if runs_deepspeed(args):
+        return "DeepSpeed"
+    return "FSDP" if args.fsdp_plugin_args is not None or launched else None
 
 
 def shards_weights(args: TrainingArguments) -> bool:

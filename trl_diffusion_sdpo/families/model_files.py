@@ -11,13 +11,16 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
+# Errors that diffusers and transformers raise for files that are missing, damaged or absurd. A `RuntimeError` may also
+# say that weights do not fit into memory.
+LOADING_ERRORS = (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _AGAIN = "Download it again."
 
 
 def check_parts(name_or_path: str, index: Mapping[str, Any], passed: Container[str]) -> None:
     """Raise `ValueError` if a pipeline's folder lacks a component that its `model_index.json` names, such as a
-    tokenizer.
+    tokenizer, or has a weight file without weights.
 
     Args:
         name_or_path (`str`): Folder or Hub id of the pipeline. A Hub id is not checked.
@@ -33,6 +36,9 @@ def check_parts(name_or_path: str, index: Mapping[str, Any], passed: Container[s
                 f"The model_index.json of {name_or_path} lists the component {name} ({entry[1]}), but the folder "
                 f"{folder} is missing or empty. Download the whole pipeline, or copy this folder from the base model."
             )
+        for file in folder.glob("*.safetensors"):
+            if _has_no_tensors(file):
+                raise ValueError(f"{file} must contain weights, but has no tensors. {_AGAIN}")
 
 
 def what_is_wrong(name_or_path: str) -> str:
@@ -81,6 +87,15 @@ def _damage(file: Path) -> str | None:
             return None
     except (SafetensorError, OSError) as error:
         return f"it has {file.stat().st_size} bytes, and {error}" if file.exists() else "it is a broken symbolic link"
+
+
+def _has_no_tensors(file: Path) -> bool:
+    """Return whether a safetensors file is complete but empty. diffusers would then train from random weights."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return not opened.keys()
+    except (SafetensorError, OSError):
+        return False  # `what_is_wrong` explains this one
 
 
 def _missing_shards(listing: Path) -> list[str]:

@@ -14,13 +14,12 @@ import diffusers
 import torch
 from diffusers.loaders import FromSingleFileMixin
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..utils.own_errors import is_own
 from .base import Family
-from .model_files import check_parts, what_is_wrong
+from .model_files import LOADING_ERRORS, check_parts, what_is_wrong
 from .registry import family_for_class_name, known_pipeline_classes
 from .single_file import CONFIG_OPTION, configuration_of, is_single_file, reading_single_file
 
@@ -245,7 +244,7 @@ def networks_without_weights(
     options = {name: access[name] for name in ("revision", "token", *_HUB_OPTIONS) if name in access}
     networks: dict[str, nn.Module] = {}
     for name in names:
-        if (index.get(name) or (None,))[0] is None:
+        if _entry(index, name)[0] is None:
             continue
         classes = (diffusers.ModelMixin, PreTrainedModel)
         part_class: Any = _component_class(family, index, name, name_or_path, classes)
@@ -255,10 +254,10 @@ def networks_without_weights(
                 config = part_class.config_class.from_pretrained(name_or_path, subfolder=name, **options)
             else:
                 config = part_class.load_config(name_or_path, subfolder=name, **options)
-        except OSError as error:
+            with torch.device("meta"):
+                part = part_class(config) if of_transformers else part_class.from_config(config)
+        except LOADING_ERRORS as error:
             raise ValueError(f"The configuration of `{name}` in {name_or_path} could not be read: {error}") from error
-        with torch.device("meta"):
-            part = part_class(config) if of_transformers else part_class.from_config(config)
         networks[name] = nn.Module.to(part, dtype).eval()  # the `to` of diffusers' models would warn about rounding
     return networks
 
@@ -271,7 +270,7 @@ def _component_class(
     Only classes in the libraries of `bases` (diffusers or transformers) and in the family's package are imported,
     because the file may come from an untrusted repository.
     """
-    library, class_name = index.get(component) or (None, None)
+    library, class_name = _entry(index, component)
     libraries = {base.__module__.partition(".")[0] for base in bases}
     component_class = None
     if library in libraries or str(library).partition(".")[0] == family.__module__.partition(".")[0]:
@@ -290,6 +289,13 @@ def _component_class(
     return component_class
 
 
+def _entry(index: Mapping[str, Any], component: str) -> tuple[str | None, str | None]:
+    """Return the library and the class that a `model_index.json` names for a component, or `(None, None)`."""
+    entry = index.get(component)
+    names = entry if isinstance(entry, (list, tuple)) and len(entry) == 2 else (None, None)
+    return (names[0], names[1]) if all(isinstance(name, str) for name in names) else (None, None)
+
+
 def _refuse_options(options: dict[str, Any]) -> None:
     for option in _REFUSED_OPTIONS.keys() & options.keys():
         raise ValueError(
@@ -301,8 +307,7 @@ def _refuse_options(options: dict[str, Any]) -> None:
 def _safetensors_only(name_or_path: str) -> Iterator[None]:
     try:
         yield
-    # diffusers raises a ValueError for a missing variant or invalid JSON
-    except (OSError, SafetensorError, ValueError) as error:
+    except LOADING_ERRORS as error:
         if is_own(error):
             raise
         raise ValueError(f"{what_is_wrong(name_or_path)} ({' '.join(str(error).split()).rstrip('.')})") from error
@@ -341,15 +346,15 @@ def read_index(name_or_path: str, **options: Any) -> dict[str, Any]:
         )
     try:
         hub_options = {key: options[key] for key in ("revision", "token", *_HUB_OPTIONS) if key in options}
-        index = diffusers.DiffusionPipeline.load_config(name_or_path, **hub_options)
-    except OSError as error:
+        index: Any = diffusers.DiffusionPipeline.load_config(name_or_path, **hub_options)
+    except (OSError, ValueError, RecursionError) as error:
         # diffusers says of an unreachable Hub that the repository has no such file.
         unreachable = isinstance(error.__context__, LocalEntryNotFoundError)
         raise ValueError(
             f"`model` must be a folder saved by diffusers or the id of a diffusers pipeline on the Hub, got "
             f"{name_or_path}: {error.__context__ if unreachable else error}"
         ) from error
-    class_name = index.get(CLASS)
+    class_name = index.get(CLASS) if isinstance(index, dict) else None
     if not isinstance(class_name, str):
         raise ValueError(
             f"The model_index.json of a pipeline must name a pipeline class. The file of {name_or_path} names "

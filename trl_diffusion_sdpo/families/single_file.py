@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..utils._compat import SingleFileComponentError, default_configuration
+from ..utils.own_errors import is_own
+from .model_files import LOADING_ERRORS
 
 SUFFIX = ".safetensors"
 CONFIG_OPTION = '`model_init_kwargs={"config": "FOLDER OR HUB ID"}`, for a reference `ref_model_init_kwargs`'
@@ -61,7 +63,9 @@ def reading_single_file(name_or_path: str, config: str) -> Iterator[None]:
             f"{name_or_path} lacks a component of the pipeline: {' '.join(str(error).split())} Pass the folder of a "
             "pipeline saved by diffusers instead of a single file."
         ) from error
-    except (OSError, SafetensorError, KeyError) as error:
+    except LOADING_ERRORS as error:
+        if is_own(error):
+            raise
         raise ValueError(
             f"{name_or_path} could not be read with the configuration of {config}: {' '.join(str(error).split())} To "
             f"name another configuration, or a local folder if you are offline, use {CONFIG_OPTION}."

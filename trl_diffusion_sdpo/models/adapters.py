@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +31,19 @@ logger = logging.getLogger(__name__)
 
 POLICY_ADAPTER = "default"
 TEXT_ENCODERS_ARE_FROZEN = "Text encoders cannot be trained, only the denoiser."
+_OF_TEXT = re.compile(r"text_encoder|text_model|(lora_)?te[123]?_")
+# Settings of a LoRA whose strings PEFT matches as regular expressions, and those that are quickly matched: names of
+# modules, also with one `.*`.
+PATTERNS = (
+    "target_modules",
+    "exclude_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_pattern",
+    "target_parameters",
+)
+NAME = re.compile(r"[\w.-]+(\*[\w.-]*)?")
+MEGATRON = "megatron.core"  # default of the setting `megatron_core`, the name of a module that PEFT may import
 # Values of `init_lora_weights` with which a new LoRA does not change the model's output.
 ZERO_STARTS = (True, "gaussian")
 
@@ -121,8 +136,8 @@ def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tupl
         `str`: The adapter's name.
 
     Raises:
-        `ValueError`: If the denoiser already has an adapter, or if the configuration does not describe a supported
-            LoRA.
+        `ValueError`: If the denoiser already has an adapter, if the configuration does not describe a supported LoRA,
+            or if its `target_modules` match nothing.
     """
     if active_adapter(denoiser) is not None:
         raise ValueError(
@@ -139,6 +154,8 @@ def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tupl
     config.task_type = None  # `task_type` is for language models
     if config.target_modules is None:
         config.target_modules = list(default_targets)
+    else:
+        _check_targets(denoiser, config.target_modules)
     denoiser.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -206,6 +223,76 @@ def _check_lora(config: PeftConfig) -> LoraConfig:
     if config.bias != "none":
         raise ValueError(f"`bias` of the LoRA must be 'none', got {config.bias!r}. A LoRA file cannot store biases.")
     return config
+
+
+def check_stored_lora(
+    settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], file: str | os.PathLike
+) -> None:
+    """Check the settings in a LoRA's file, which may come from a stranger, before PEFT uses them.
+
+    Args:
+        settings (`Mapping[str, Any]`): Settings of a [`~peft.LoraConfig`].
+        shapes (`Mapping`): Shapes of the LoRA's tensors. No rank can be higher than the largest dimension.
+        file (`str` or `os.PathLike`): File of the settings, for the error message.
+
+    Raises:
+        `ValueError`: If there are no tensors, or if the settings name code to import, contain a regular expression, or
+            have a rank or an alpha that cannot be right.
+    """
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    if not largest:
+        raise ValueError(f"A LoRA must have tensors, and that of {file} has none. Copy the file again.")
+    if settings.get("megatron_config") is not None or settings.get("megatron_core", MEGATRON) not in (None, MEGATRON):
+        raise ValueError(
+            f"The settings of a LoRA must not name code to import, and {file} has the `megatron_core` "
+            f"{settings.get('megatron_core')!r}. Remove `megatron_core` and `megatron_config` from it."
+        )
+    for name in PATTERNS:
+        value = settings.get(name) or ()
+        for pattern in [value] if isinstance(value, str) else value:
+            if not isinstance(pattern, str) or not NAME.fullmatch(pattern):
+                raise ValueError(
+                    f"`{name}` in a LoRA's file must list names of modules, with at most one `*`. Other regular "
+                    f"expressions are not read from files, because matching some of them takes forever. {file} has "
+                    f"{pattern!r}. Replace it by names."
+                )
+    for rank in (settings.get("r", 1), *(settings.get("rank_pattern") or {}).values()):
+        if type(rank) is not int or not 0 < rank <= largest:
+            raise ValueError(
+                f"A LoRA's rank must be a whole number from 1 to the largest dimension of its tensors, {largest}. "
+                f"{file} has {rank!r}. Copy the file again, or use another LoRA."
+            )
+    for alpha in (settings.get("lora_alpha", 1), *(settings.get("alpha_pattern") or {}).values()):
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise ValueError(
+                f"A LoRA's alpha must be a finite number, and {file} has {alpha!r}. Copy the file again, or use "
+                "another LoRA."
+            )
+
+
+def _check_targets(denoiser: nn.Module, targets: str | Iterable[str]) -> None:
+    """Raise `ValueError` if the targets of a LoRA match no layer of the denoiser, or are layers of a text encoder. Log
+    a warning if some of them match none."""
+    if targets == "all-linear":
+        return
+    names = [name for name, _ in denoiser.named_modules()]
+    if isinstance(targets, str):
+        missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+    else:
+        missing = [
+            target for target in sorted(targets) if not any(f".{name}".endswith(f".{target}") for name in names)
+        ]
+    if not missing:
+        return
+    rule = (
+        f"`target_modules` of the LoRA must be layers of the denoiser, a {type(denoiser).__name__}, which has no "
+        f"{', '.join(missing)}."
+    )
+    if isinstance(targets, str) or len(missing) == len(set(targets)) or any(map(_OF_TEXT.match, missing)):
+        raise ValueError(
+            f"{rule} {TEXT_ENCODERS_ARE_FROZEN} Leave out `target_modules` to use those of the model family."
+        )
+    logger.warning("%s The LoRA is added to the others.", rule)
 
 
 def freeze(name: str, component: nn.Module) -> None:

@@ -10,7 +10,7 @@ import copy
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 VAE = "vae"
 UNPINNED = ("cpu", "mps")  # device types that share the CPU's memory and need no pinned memory
+PINNED_BUFFER = 1 << 28  # bytes
+ALIGNMENT = 64  # bytes, as PyTorch aligns tensors on the CPU
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 OVERFLOWS = "force_upcast"  # entry of a VAE's configuration; if true, the VAE overflows in float16
 
@@ -169,13 +171,32 @@ class FrozenComponents:
         if self._device.type in UNPINNED:
             return owned
         distinct = {id(tensor): tensor for _, _, tensor in owned}  # modules may share a tensor
-        copies = {key: pinned(tensor) for key, tensor in distinct.items()}
+        copies = dict(zip(distinct, pin(list(distinct.values())), strict=True))
         return [(module, name, copies[id(tensor)]) for module, name, tensor in owned]
 
 
-def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy of a tensor in pinned CPU memory. Tests replace this function."""
-    return tensor.detach().pin_memory()
+def pin(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return copies of tensors in pinned CPU memory.
+
+    PyTorch rounds each allocation of pinned memory up to a power of two, so a tensor that is allocated alone can take
+    twice its size. Therefore the copies lie one after the other in a few large buffers.
+    """
+    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+    capacity = 1 << (max(PINNED_BUFFER, *sizes) - 1).bit_length()
+    buffer, copies = torch.empty(0, dtype=torch.uint8), []
+    for number, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
+        if size > len(buffer):
+            buffer = pinned_bytes(min(capacity, sum(sizes[number:])))
+        strides = torch.empty_like(tensor, device="meta").stride()  # the same layout, without overlapping values
+        values = buffer[: tensor.nbytes].view(tensor.dtype).as_strided(tensor.size(), strides)
+        copies.append(values.copy_(tensor.detach()))
+        buffer = buffer[size:]
+    return copies
+
+
+def pinned_bytes(size: int) -> torch.Tensor:
+    """Return an empty tensor of `size` bytes in pinned memory. Tests replace this function."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def working_pipeline(

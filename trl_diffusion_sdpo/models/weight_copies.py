@@ -231,9 +231,14 @@ class WeightCopy:
         second.engine.reshard()
         if self.float32_shards is None:
             return second.engine.gather(second.weights(), keep=keep)
-        exact = {name: self.float32_shards.full(name).cpu() for name in self.float32_shards.names}
-        buffers = {name: weight for name, weight in second.weights().items() if name not in exact}
-        return {**second.engine.gather(buffers, keep=keep), **exact}
+        names = self.float32_shards.names
+        buffers = {name: weight for name, weight in second.weights().items() if name not in names}
+        gathered = second.engine.gather(buffers, keep=keep)
+        for name in names:
+            value = self.float32_shards.full(name)  # a collective, so all processes call it
+            if keep:
+                gathered[name] = value.cpu()
+        return gathered
 
     def save(self, folder: Path, *, write: bool) -> None:
         """Save the weights in the folder of a checkpoint. All processes must call this method, and a process with

@@ -9,9 +9,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from ..utils.files import write_atomically
+from ..utils.locks import FolderLock
 from .manifest import is_inside, read_manifest
 from .orders import BlindOrder, RankOrder
 from .picks import PAIRS_FILE, SHARES, PairsFile, PickLog
@@ -33,9 +34,9 @@ class PickSession:
         listed, self.left_out = read_manifest(folder)
         self.images = {image.name: image for image in listed}
         self._lock = threading.RLock()
-        self._file_lock = FileLock(folder / LOCK_FILE, blocking=False)
+        self._file_lock = FolderLock(folder / LOCK_FILE)
         try:
-            self._file_lock.acquire()
+            self._file_lock.acquire(0)
         except Timeout:
             raise ValueError(
                 f"Only one `pairs pick` can use a folder at a time, and another one is using {folder}. Use the page of "

@@ -106,7 +106,7 @@ class VerdictCallback(TrainerCallback):
             self._stops = control.should_save = control.should_training_stop = True
         if measured is not None and (self._rise > before or (rises and stops)) and state.is_world_process_zero:
             hint = resume_hint(args, state.global_step, "Pass `resume_from_checkpoint=True` to continue.")
-            logger.warning("%s%s", words_of_rise(measured, self._run), f" Training stops; {hint}" if stops else "")
+            logger.warning("%s%s", words_of_rise(measured, self._run), f" Training stops. {hint}" if stops else "")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._stops = False
@@ -198,4 +198,4 @@ def run_lines(folder: Path, state: TrainerState, loading_code: str | None) -> li
             are saved there.
     """
     lines = [f"Training ended at step {state.global_step} of {state.max_steps}.", f"  Files:   {folder}"]
-    return lines if loading_code is None else [*lines, f"  To load: {loading_code}  # once saved"]
+    return lines if loading_code is None else [*lines, f"  To load the saved weights: {loading_code}"]

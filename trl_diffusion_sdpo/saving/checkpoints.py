@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from ..engines.processes import failing_together, gather_objects
 from ..utils.disk import DiskFullError, check_room
-from ..utils.files import sync_folder
+from ..utils.files import sync_files, sync_folder
 from .setup import read_setup
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,6 @@ class Checkpoints:
         partial = folder.parent / PARTIAL / folder.name
         with failing_together(DiskFullError):
             if self._args.should_save:
-                restore_replaced(folder.parent)
                 check_room(folder, max(needed, self._last_bytes))
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
@@ -190,12 +189,7 @@ def restore_replaced(output_dir: Path) -> None:
 
 def _finish(partial: Path, folder: Path) -> int:
     """Flush a checkpoint's files to the disk, rename its temporary folder to `folder`, and return its size in bytes."""
-    files = [path for path in partial.rglob("*") if path.is_file()]
-    for path in files:
-        with open(path, "r+b") as stream:  # some systems flush only files that are open for writing
-            os.fsync(stream.fileno())
-    for parent in {path.parent for path in files}:
-        sync_folder(parent)
+    sync_files(partial)
     if folder.exists():  # a folder cannot replace a folder that contains files, so move that one away
         os.rename(folder, partial.with_name(f"{folder.name}{REPLACED}"))
     os.rename(partial, folder)

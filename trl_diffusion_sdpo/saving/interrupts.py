@@ -13,7 +13,7 @@ from typing import Any
 
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..engines.worker_processes import INTERRUPTS
@@ -123,6 +123,14 @@ def step_exchange(callbacks: Iterable[TrainerCallback]) -> StepExchange:
     return exchanges[-1] if exchanges else StepExchange()  # the last callback's signal handler replaces the others'
 
 
+def is_due(args: TrainingArguments, state: TrainerState) -> TrainerControl:
+    """Return whether transformers evaluates and saves after the current step, in a run that nothing interrupts."""
+    control = DefaultFlowCallback().on_step_end(args, state, TrainerControl())
+    if float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps:
+        control = DefaultFlowCallback().on_epoch_end(args, state, control)
+    return control
+
+
 @contextlib.contextmanager
 def stopping_on_interrupt(
     args: TrainingArguments, callbacks: CallbackHandler, global_step: Callable[[], int]
@@ -147,11 +155,11 @@ def stopping_on_interrupt(
     if interrupt.interrupted is not None:
         PartialState().wait_for_everyone()  # a launcher kills the other processes when the first one exits
         hint = resume_hint(args, global_step(), "Pass `resume_from_checkpoint=True` to continue.")
-        raise KeyboardInterrupt(f"{interrupt.interrupted.name}: training stopped after step {global_step()}; {hint}")
+        raise KeyboardInterrupt(f"{interrupt.interrupted.name}: training stopped after step {global_step()}. {hint}")
 
 
 def resume_hint(args: TrainingArguments, step: int, how: str) -> str:
-    """Return a clause that says where an interrupted run's checkpoint is, and then `how`, a sentence on resuming."""
+    """Return sentences that say where an interrupted run's checkpoint is and, with `how`, how to resume."""
     if args.save_only_model:
         how = "It has no optimizer state (`save_only_model=True`), so the run cannot be resumed."
-    return f"its checkpoint is {output_folder(args) / f'{PREFIX_CHECKPOINT_DIR}-{step}'}. {how}"
+    return f"Its checkpoint is {output_folder(args) / f'{PREFIX_CHECKPOINT_DIR}-{step}'}. {how}"

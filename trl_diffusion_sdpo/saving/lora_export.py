@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 
 from ..families.lora_keys import OriginalModule, original_module
 from ..models.ema import EMA_FOLDER
 from ..utils.disk import naming_the_disk
+from ..utils.files import write_atomically
 from .setup import SETUP_FILE, read_setup
-from .weights import PEFT_CONFIG_FILE, PEFT_FILE, PEFT_PREFIX, folded, ranks
+from .weights import PEFT_CONFIG_FILE, PEFT_FILE, folded, ranks, read_lora
 
 PREFIX = "lora_unet_"  # kohya's scripts use this prefix for transformers too
 _A, _B = "lora_A.weight", "lora_B.weight"
@@ -43,7 +44,7 @@ def export_kohya(run: str | Path, output: str | Path, *, average: bool = False) 
     converted = to_kohya(weights, config, denoiser_class)
     with naming_the_disk(output.parent, sum(tensor.nbytes for tensor in converted.values())):
         output.parent.mkdir(parents=True, exist_ok=True)
-        save_file(converted, output, {"format": "pt"})
+        write_atomically(output, save(converted, {"format": "pt"}))
     return converted
 
 
@@ -87,8 +88,9 @@ def _read(run: Path, average: bool) -> tuple[str, LoraConfig, dict[str, torch.Te
             "output folder of a LoRA run. Fully tuned weights need no export: other tools load them in place of the "
             "base model."
         )
-    weights = {key.removeprefix(PEFT_PREFIX): value for key, value in load_file(folder / PEFT_FILE).items()}
-    return read_setup(run)["denoiser_class"], LoraConfig.from_pretrained(str(folder)), weights
+    config, weights = read_lora(folder)
+    assert isinstance(config, LoraConfig), "The trainer saves no other adapters."
+    return str(read_setup(run).get("denoiser_class")), config, weights
 
 
 def _stacked(original: OriginalModule, factors: dict[int, Factors]) -> Factors:

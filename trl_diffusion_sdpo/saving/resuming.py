@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
 from ..utils._compat import set_last_rates
+from ..utils.files import json_object
 from ..utils.identity import differences, listed
 from .setup import ARGS_FILE, SETUP_FILE, read_setup
 
@@ -52,7 +53,7 @@ def stored_settings(checkpoint: Path) -> dict[str, Any]:
     this file is missing (it is not uploaded to the Hub). Raise `ValueError` if the file cannot be read."""
     file = checkpoint / ARGS_FILE
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return json_object(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{file} must contain a run's arguments as JSON, and cannot be read: {error}. Copy the file again, or copy "

@@ -19,12 +19,14 @@ from ..engines.engine import Engine
 from ..engines.processes import gather_objects
 from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.weight_copies import WeightCopy
+from ..utils.files import replacing
 from .checkpoints import Checkpoints, holds_optimizer
 from .resuming import check_resumable, keeping_optimizer_settings, stored_settings
-from .setup import ARGS_FILE, fingerprint, output_folder, read_setup, write_setup
+from .setup import ARGS_FILE, SETUP_FILE, fingerprint, output_folder, read_setup, write_setup
 from .unpickling import refuse_code_in_metadata, tensors_only
 from .weights import WeightFiles
 
+IDENTITY = (SETUP_FILE, "model_index.json")  # without these files, nobody takes a folder for a run or a pipeline
 WEIGHTS = "weights"  # entry of the set-up file: fingerprint of the weights beside it
 
 
@@ -71,6 +73,9 @@ class RunFiles:
 
         Raises:
             `FloatingPointError`: In all processes, if a weight is not finite. In this case, no file is written.
+
+        If the process is killed or the disk is full, earlier results in `folder` stay as they are; see
+        [`~trl_diffusion_sdpo.utils.files.replacing`].
         """
         writes = self._args.should_save
         is_checkpoint = self.checkpoints.is_being_written(folder)
@@ -89,12 +94,16 @@ class RunFiles:
             return
         for controller in self._controllers if is_checkpoint else ():
             controller.save(folder)
-        self._weights.save(folder, gathered, full_pipeline=self._full_pipeline and not is_checkpoint)
-        if average is not None:
-            self._weights.save(folder / EMA_FOLDER, average)
-        write_setup(folder, setup)
-        if not is_checkpoint:
-            self._write_args(folder)
+        if is_checkpoint:
+            self._weights.save(folder, gathered)
+            write_setup(folder, setup)
+            return
+        with replacing(folder, last=IDENTITY) as new:
+            self._weights.save(new, gathered, full_pipeline=self._full_pipeline)
+            if average is not None:
+                self._weights.save(new / EMA_FOLDER, average)
+            write_setup(new, setup)
+            self._write_args(new)
 
     def verify_weights(self) -> None:
         """Raise `FloatingPointError` in all processes if the policy's weights are not finite."""

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from transformers import TrainingArguments
 
 from ..engines.processes import failing_together
 from ..models.ema import EMA_FOLDER
-from .checkpoints import checkpoints_in, step_of
+from ..utils.locks import FolderLock
+from .checkpoints import checkpoints_in, restore_replaced, step_of
 from .setup import ARGS_FILE, SETUP_FILE, output_folder
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE
 
@@ -37,7 +38,7 @@ class RunFolder:
     def __init__(self, args: TrainingArguments, components: Sequence[str], reports: Sequence[str]):
         self._args, self._components, self._reports = args, components, reports
         self._processes = PartialState()
-        self._lock = FileLock(self.path / LOCK_FILE, timeout=LOCK_SECONDS)
+        self._lock = FolderLock(self.path / LOCK_FILE)
         self._has_begun = False  # whether weights in the folder are from this trainer
 
     @property
@@ -84,6 +85,7 @@ class RunFolder:
         self._has_begun = True
 
     def _clear(self, checkpoint: str | Path | None, overwrite: bool) -> None:
+        restore_replaced(self.path)  # else an earlier run's checkpoint would come back into this run later
         resumes_here = checkpoint is not None and Path(checkpoint).resolve().parent == self.path.resolve()
         step = step_of(Path(checkpoint)) if checkpoint is not None and resumes_here else None
         others = [
@@ -110,7 +112,7 @@ class RunFolder:
     def _acquire(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire()
+            self._lock.acquire(LOCK_SECONDS)
         except Timeout as error:
             raise ValueError(
                 f"Only one run can use an output folder at a time, and another run is using {self.path}. Choose "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..utils.files import write_atomically
+from ..utils.files import json_object, write_atomically
 
 SETUP_FILE = "diffusion_sdpo_setup.json"
 ARGS_FILE = "training_args.json"  # all arguments of a run; never uploaded, because the file names local folders
@@ -41,7 +41,6 @@ def write_setup(folder: Path, setup: dict[str, Any]) -> None:
 def read_setup(folder: Path) -> dict[str, Any]:
     """Return the content of a folder's set-up file, or `{}` if the file is missing or is not a JSON object."""
     try:
-        setup = json.loads((folder / SETUP_FILE).read_text(encoding="utf-8"))
+        return json_object((folder / SETUP_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return setup if isinstance(setup, dict) else {}

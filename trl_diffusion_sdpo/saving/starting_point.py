@@ -10,21 +10,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import LoraConfig, PeftConfig, set_peft_model_state_dict
+from peft import LoraConfig, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..models.adapters import POLICY_ADAPTER, active_adapter, adapter_state, add_lora, base_tensors
+from ..models.adapters import (
+    POLICY_ADAPTER,
+    active_adapter,
+    adapter_state,
+    add_lora,
+    base_tensors,
+    check_stored_lora,
+)
 from ..models.ema import EMA_FOLDER
-from ..utils._compat import loads_lora
+from ..utils._compat import LORA_ADAPTER_METADATA_KEY, loads_lora
+from ..utils.files import json_object
 from ..utils.own_errors import is_own
 from ..utils.secrets import without_secrets
 from .resuming import stored_settings
 from .setup import SETUP_FILE, fingerprint, read_setup
-from .weights import PEFT_CONFIG_FILE, PEFT_FILE, read_adapter
+from .weights import PEFT_CONFIG_FILE, PEFT_FILE, check_fits, ranks, read_lora, shapes_of, split_key
 
 logger = logging.getLogger(__name__)
 
@@ -144,9 +154,9 @@ def attach_adapter(pipeline: DiffusionPipeline, denoiser_name: str, source: str,
         if path.is_dir() and (path / PEFT_CONFIG_FILE).is_file():
             _attach_peft(denoiser, path, seed)
         else:
-            _attach_by_pipeline(pipeline, path / LORA_FILE if path.is_dir() else path)
+            _attach_by_pipeline(pipeline, denoiser_name, path / LORA_FILE if path.is_dir() else path)
         name = active_adapter(denoiser)
-    except (RuntimeError, KeyError, SafetensorError, OSError, ValueError, TypeError) as error:
+    except (RuntimeError, LookupError, SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         if is_own(error):
             raise
         raise ValueError(f"The LoRA {source} cannot be loaded into a {type(denoiser).__name__}: {error}") from error
@@ -155,7 +165,19 @@ def attach_adapter(pipeline: DiffusionPipeline, denoiser_name: str, source: str,
             f"A LoRA to train further must have weights for the pipeline's {denoiser_name}, a "
             f"{type(denoiser).__name__}. {source} has none of these weights. Check that it is a LoRA for this model."
         )
+    _check_ranks(adapter_state(denoiser, name), source)
     return name
+
+
+def _check_ranks(weights: Mapping[str, torch.Tensor], source: str) -> None:
+    """Raise `ValueError` if a LoRA's rank is higher than both dimensions of its layer, which no training makes."""
+    for module, rank in ranks(weights).items():
+        largest = max(value.numel() // rank for key, value in weights.items() if split_key(key)[0] == module)
+        if rank > largest:
+            raise ValueError(
+                f"A LoRA's rank must not be higher than the dimensions of its layer. In {source}, it is {rank} in "
+                f"{module}, whose larger dimension is {largest}. Use another LoRA."
+            )
 
 
 def _read_base(run: Path, *, needs_denoiser: bool) -> Any:
@@ -168,7 +190,8 @@ def _read_base(run: Path, *, needs_denoiser: bool) -> Any:
         `ValueError`: If the run did not record this model, or if a recorded folder no longer exists.
     """
     base = stored_settings(run).get(BASE) or read_setup(run).get(BASE)
-    if not isinstance(base, Mapping):
+    base = _checked(base) if isinstance(base, dict) else None
+    if base is None:
         raise ValueError(
             f"The files in {run} do not say from which pipeline the run started. Pass that pipeline as the model. If "
             f"the run trained a LoRA, also pass {run} as `adapter_name_or_path`."
@@ -180,6 +203,20 @@ def _read_base(run: Path, *, needs_denoiser: bool) -> Any:
                 f"as the model. If the run trained a LoRA, also pass {run} as `adapter_name_or_path`."
             )
     return base
+
+
+def _checked(base: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a record of [`recorded_base`] that was read from a file, or `None` if it cannot be one.
+
+    The file may come from a stranger, so other options of `from_pretrained` than those that a run records are dropped.
+    """
+    pipeline = base.get("pipeline")
+    denoiser = base.get("denoiser")
+    options = base.get("options") or {}
+    if not isinstance(pipeline, str) or not isinstance(denoiser, str | None) or not isinstance(options, dict):
+        return None
+    options = {name: value for name, value in options.items() if name in _OPTIONS and isinstance(value, str)}
+    return {"pipeline": pipeline, "denoiser": denoiser, "options": options}
 
 
 def run_of(folder: Path) -> Path:
@@ -206,20 +243,20 @@ def _warn_of_another_base(denoiser: nn.Module, lora: Path) -> None:
 
 
 def _attach_peft(denoiser: nn.Module, folder: Path, seed: int) -> None:
-    if not (folder / PEFT_FILE).is_file():
-        raise ValueError(_no_lora(folder / PEFT_FILE))
-    config = PeftConfig.from_pretrained(str(folder))
+    file = folder / PEFT_FILE
+    if not file.is_file():
+        raise ValueError(_no_lora(file))
+    config, weights = read_lora(folder)
     if isinstance(config, LoraConfig):
         config.init_lora_weights = True  # the trained weights replace this initialization below
         config.inference_mode = False
     name = add_lora(denoiser, config, (), seed)
-    shapes = {key: tuple(value.shape) for key, value in adapter_state(denoiser, name).items()}
-    weights = read_adapter(shapes, folder)
+    check_fits(shapes_of(adapter_state(denoiser, name)), shapes_of(weights), file)
     if not any(weight.is_meta for weight in denoiser.parameters()):  # a plan has no weights
         set_peft_model_state_dict(denoiser, weights, adapter_name=name)
 
 
-def _attach_by_pipeline(pipeline: Any, file: Path) -> None:
+def _attach_by_pipeline(pipeline: Any, denoiser_name: str, file: Path) -> None:
     """Load a LoRA from a file with the pipeline's `load_lora_weights`."""
     if not loads_lora(type(pipeline)):
         raise ValueError(
@@ -229,17 +266,51 @@ def _attach_by_pipeline(pipeline: Any, file: Path) -> None:
     if not file.is_file() or file.suffix != ".safetensors":
         raise ValueError(_no_lora(file))
     with safe_open(file, "pt") as opened:
-        keys = list(opened.keys())
-    of_text = next((key for key in keys if key.startswith(_OF_TEXT)), None)
+        shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+        metadata = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}")
+    of_text = next((key for key in shapes if key.startswith(_OF_TEXT)), None)
     if of_text is not None:
         raise ValueError(
             f"The trainer does not tune text encoders, and {file} contains LoRA weights for them, such as {of_text}. "
             "The saved LoRA would not contain these weights. Fuse the LoRA into the base model, or remove the weights "
             "of text encoders from the file."
         )
+    denoiser = getattr(pipeline, denoiser_name)
+    prefix = f"{denoiser_name}."
+    try:
+        settings = {key.removeprefix(prefix): value for key, value in json_object(metadata).items()}
+    except ValueError as error:
+        raise ValueError(f"The settings in the LoRA {file} cannot be read: {error}. Copy the file again.") from error
+    check_stored_lora(settings, shapes, file)
     pipeline.load_lora_weights(
         file.parent, weight_name=file.name, adapter_name=POLICY_ADAPTER, use_safetensors=True, local_files_only=True
     )
+    if active_adapter(denoiser) is None or not any(key.startswith(prefix) and ".lora_A." in key for key in shapes):
+        return  # another tool's format, whose names diffusers has converted
+    # diffusers would ignore tensors without a place, and modules without tensors.
+    stored = {key.removeprefix(prefix): shape for key, shape in shapes.items() if not key.endswith(".alpha")}
+    check_fits(shapes_of(adapter_state(denoiser, POLICY_ADAPTER)), stored, file)
+    described = _described_modules(denoiser, settings)
+    absent = described - {layer for layer, _ in map(split_key, stored)}
+    if absent:
+        raise ValueError(
+            f"A LoRA must have tensors for each module that its file describes. {file} lacks those of {len(absent)} of "
+            f"{len(described)} modules, such as {min(absent)}. Copy the file again."
+        )
+
+
+def _described_modules(denoiser: nn.Module, settings: Mapping[str, Any]) -> set[str]:
+    """Return the names of the denoiser's layers that a LoRA with these settings has, or an empty set if the settings
+    choose layers by more than `target_modules`."""
+    targets = settings.get("target_modules")
+    others = ("exclude_modules", "layers_to_transform", "target_parameters")
+    if not isinstance(targets, list) or any(settings.get(name) for name in others):
+        return set()
+    endings = tuple(f".{target}" for target in targets)
+    layers = (nn.Linear, nn.Conv2d, nn.Embedding, BaseTunerLayer)
+    return {
+        name for name, layer in denoiser.named_modules() if f".{name}".endswith(endings) and isinstance(layer, layers)
+    }
 
 
 def _no_lora(file: Path) -> str:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 
 from ..losses import lora_scaling
-from ..models.adapters import adapter_state
+from ..models.adapters import NAME, adapter_state, check_stored_lora
 from ..utils._compat import LORA_ADAPTER_METADATA_KEY, loads_lora, pattern_key
+from ..utils.files import json_object
 from ..utils.secrets import without_secrets
 
 COMPONENT_CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
@@ -49,7 +50,7 @@ class WeightFiles:
         self._pipeline, self._denoiser_name, self._adapter = pipeline, denoiser_name, adapter
         self._whole_pipeline = whole_pipeline
         tensors = self.tensors()
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.shapes = shapes_of(tensors)
         copies = 1 if adapter is None else 2  # a LoRA is written in two formats
         self.bytes_needed = sum(tensor.nbytes for tensor in tensors.values()) * copies  # smallest size of the files
 
@@ -180,8 +181,38 @@ def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, 
             f"A checkpoint of a LoRA must contain {PEFT_FILE}, and {folder} does not. If the run tuned all weights, "
             "resume without `peft_config`."
         )
-    state = {key.removeprefix(PEFT_PREFIX): value for key, value in load_file(file).items()}
-    stored = {key: tuple(value.shape) for key, value in state.items()}
+    state = _tensors_of(file)
+    check_fits(shapes, shapes_of(state), file)
+    return state
+
+
+def read_lora(folder: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """Read a LoRA in PEFT's format, which may come from a stranger: its configuration, and its tensors by name.
+
+    A regular expression in `target_modules` is never matched. The modules that have tensors replace it.
+
+    Raises:
+        `ValueError`: If the settings are damaged or not allowed; see [`check_stored_lora`].
+    """
+    file = folder / PEFT_CONFIG_FILE
+    try:
+        settings = json_object(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} must contain the settings of a LoRA: {error}. Copy the file again.") from error
+    weights = _tensors_of(folder / PEFT_FILE)
+    targets = settings.get("target_modules")
+    named: dict[str, Any] = {}
+    if isinstance(targets, str) and not NAME.fullmatch(targets):
+        named = dict.fromkeys(("exclude_modules", "layers_pattern", "layers_to_transform"))
+        named["target_modules"] = sorted(ranks(weights))
+    check_stored_lora({**settings, **named}, shapes_of(weights), file)
+    config = PeftConfig.from_pretrained(str(folder))
+    vars(config).update(named)
+    return config, weights
+
+
+def check_fits(shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], file: Path) -> None:
+    """Raise `ValueError` if a LoRA's tensors in a file, by name and shape, are not those of the model's LoRA."""
     if shapes != stored:
         differing = sorted(set(shapes.items()) ^ set(stored.items()))[:4]
         raise ValueError(
@@ -189,7 +220,15 @@ def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, 
             f"file has {len(stored)} tensors instead of {len(shapes)}. Names and shapes that differ: {differing}. Use "
             "the base model and the `peft_config` of the run that wrote this file."
         )
-    return state
+
+
+def shapes_of(weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of tensors by name."""
+    return {key: tuple(value.shape) for key, value in weights.items()}
+
+
+def _tensors_of(file: Path) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(PEFT_PREFIX): value for key, value in load_file(file).items()}
 
 
 def _remove_local_paths(configs: Iterable[Path]) -> None:

@@ -28,7 +28,7 @@ from ..data.dataset import PreferenceCollator, PreferenceDataset
 from ..data.streaming import PreferenceIterableDataset, StreamPosition
 from ..engines.batch_loaders import BatchLoaders, choose_workers
 from ..engines.engine import Engine
-from ..engines.engine_settings import by_engine, check_unsharded, loading_unsharded, shards_weights
+from ..engines.engine_settings import asked_engine, by_engine, check_unsharded, loading_unsharded, shards_weights
 from ..engines.processes import check_agreement, failing_together, peers
 from ..engines.sharding import full_tensor
 from ..losses import BetaController, BudgetController, PreferenceLossOutput
@@ -41,8 +41,8 @@ from ..reporting.console import say
 from ..reporting.plots import CURVES_FILE
 from ..reporting.run_callbacks import plots_of, run_lines
 from ..reporting.sample_images import SAMPLES_FOLDER, final_step, find_sample_images
-from ..reporting.verdict import RunFacts, Verdict, verdict_of
-from ..saving.interrupts import step_exchange, stopping_on_interrupt, was_interrupted
+from ..reporting.verdict import RunFacts, Verdict, is_evaluation, verdict_of
+from ..saving.interrupts import is_due, step_exchange, stopping_on_interrupt, was_interrupted
 from ..saving.model_card import RunCard, changed_settings
 from ..saving.publishing import Publisher, PublishingError
 from ..saving.run_files import RunFiles
@@ -244,7 +244,7 @@ class DiffusionSDPOTrainer(Trainer):
         self.loss_is_scaled_for_ga = False  # transformers divides the loss (a mean) by the accumulation steps
 
         # Set up the components that need the accelerator.
-        self.engine.check()
+        self.engine.check(asked_engine(args))
         self._finite = self._new_finite_check()
         for weights in self._weight_copies:
             if shards_weights(args) and not self.engine.shards_weights:  # accelerate ignores FSDP with one process
@@ -629,6 +629,7 @@ class DiffusionSDPOTrainer(Trainer):
     def _after_step(self, step: int) -> None:
         """After optimizer step number `step` (the first step is 1), update the averaged weights, the winner budget, the
         automatic beta and the synchronized reference, if the run has them and their update is due."""
+        self.optimizer.eval()  # a schedule-free optimizer has other weights within a step, for gradients only
         if self.average is not None:
             self.average.after_step(step)
         if self.winner_budget is not None and step % ProbeSettings(**self.args.winner_budget_kwargs).steps == 0:
@@ -680,6 +681,7 @@ class DiffusionSDPOTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        self._make_up_evaluation()  # a resumed run that was complete has taken no step
         if self.state.global_step not in (self._first_step, self._saved_step):
             self.run_files.verify_weights()
         settings: dict[str, Any] = {"save_total_limit": None}  # a limit of 1 would delete other checkpoints
@@ -897,8 +899,23 @@ class DiffusionSDPOTrainer(Trainer):
         self._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore the random state, which is the last thing that a resumed run does before its first step. Then make
+        up for an evaluation, because evaluations use random numbers too."""
         with self.run_files.reading():
             super()._load_rng_state(checkpoint)
+        self._make_up_evaluation()
+
+    def _make_up_evaluation(self) -> None:
+        """Evaluate (and save) before the first step of a resumed run if an interrupt has cancelled the evaluation that
+        was due after the checkpoint's step. Otherwise another checkpoint might become the best one."""
+        state = self.state
+        is_done = any(is_evaluation(entry) and entry["step"] == state.global_step for entry in state.log_history)
+        if is_done or state.global_step in (0, self._saved_step) or state.global_step != self._first_step:
+            return
+        due = is_due(self.args, state)
+        if due.should_evaluate:
+            self.control.should_evaluate, self.control.should_save = True, due.should_save
+            self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, state.epoch or 0, None, 0.0)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         with self.run_files.reading():

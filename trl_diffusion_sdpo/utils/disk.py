@@ -1,4 +1,5 @@
-"""Error for a full disk, in place of the different errors that libraries raise, and checks of the free space."""
+"""Errors for a full disk and an unwritable folder, in place of the different errors that libraries raise, and checks of
+the free space."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 LITTLE = 64 * 2**20  # bytes
 
 
@@ -27,7 +29,8 @@ class DiskFullError(OSError):
 def naming_the_disk(
     folder: str | os.PathLike, needed: int | None = None, *, setting: str = "output_dir"
 ) -> Iterator[None]:
-    """Return a context manager that replaces any library's error about a full disk by a `DiskFullError`.
+    """Return a context manager that replaces any library's error about a full disk by a `DiskFullError`, and an error
+    about a file in `folder` that cannot be written by a `ValueError`.
 
     Args:
         folder (`str` or `os.PathLike`): Folder of the files. The folder need not exist yet.
@@ -39,12 +42,24 @@ def naming_the_disk(
     except DiskFullError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE and _is_in(folder, error.filename):
+            raise ValueError(
+                f"The folder {folder} must be writable, and {error.filename} cannot be written: {error.strerror}. "
+                f"Change the folder's permissions, or choose another `{setting}`."
+            ) from error
         if not _is_of_a_full_disk(error, Path(folder)):
             raise
+        free = free_bytes(Path(folder))
         needs = "" if needed is None else f" The files need at least {readable_size(needed)}."
+        advice = f"Free some space, or choose another `{setting}`."
+        if free > max(LITTLE, needed or 0):
+            advice = (
+                "This is enough, so look for another full disk, such as that of temporary files or of caches, or for a "
+                "used-up quota or number of files."
+            )
         raise DiskFullError(
-            f"A disk is full, or the disk quota is used up: {error}. The disk of {folder} has "
-            f"{readable_size(free_bytes(Path(folder)))} free.{needs} Free some space, or choose another `{setting}`."
+            f"A disk is full, or the disk quota is used up: {error}. The disk of {folder} has {readable_size(free)} "
+            f"free.{needs} {advice}"
         ) from error
 
 
@@ -63,6 +78,13 @@ def free_bytes(folder: Path) -> int:
     """Return the number of free bytes on the disk of a folder. The folder need not exist yet."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
+
+
+def _is_in(folder: str | os.PathLike, file: object) -> bool:
+    return isinstance(file, str | os.PathLike) and Path(folder).absolute() in (
+        Path(file).absolute(),
+        *Path(file).absolute().parents,
+    )
 
 
 def _is_of_a_full_disk(error: Exception, folder: Path) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 VERDICT_FILE = "verdict.json"  # in the folder of a run
+NEW_FILES = "_new"  # folder of files that [`replacing`] has not moved yet; the underscore excludes it from uploads
 
 
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], *, ending: str = ".partial") -> None:
@@ -36,6 +38,62 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], *,
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path, last: Sequence[str] = ()) -> Iterator[Path]:
+    """Yield an empty folder for new files. When the context ends, flush them and move them to their places in `folder`.
+
+    After an error or a crash within the context, `folder` is unchanged. After a crash while files are moved, each file
+    is either the earlier or the new one, and the files `last` are missing.
+
+    Args:
+        folder (`Path`): Folder whose files of the same names are replaced. Its other files stay.
+        last (`Sequence[str]`): Names of new files without which nobody reads the folder, so that nobody reads a mixture
+            of earlier and new files. They are removed before files are moved, and moved last.
+    """
+    new = folder / NEW_FILES
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        names = [file.relative_to(new) for file in sync_files(new)]
+        names.sort(key=lambda name: str(name) in last)
+        for marker in last:
+            if (new / marker).exists():
+                (folder / marker).unlink(missing_ok=True)
+        sync_folder(folder)
+        for name in names:
+            if str(name) in last:
+                sync_folder(folder)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(new / name, folder / name)
+        for parent in {(folder / name).parent for name in names}:
+            sync_folder(parent)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def sync_files(folder: Path) -> list[Path]:
+    """Write the files of a folder and its subfolders to the disk, and return their paths."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
+        with open(path, "r+b") as stream:  # some systems flush only files that are open for writing
+            os.fsync(stream.fileno())
+    for parent in {path.parent for path in files}:
+        sync_folder(parent)
+    return files
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object. Raise `ValueError` if the text is anything else, also if it is nested too deeply."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"the JSON must be an object, got {type(value).__name__}")
+    return value
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
