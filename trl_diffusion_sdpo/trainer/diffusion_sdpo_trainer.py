@@ -93,6 +93,8 @@ from .diffusion_sdpo_config import DiffusionSDPOConfig, resume_settings
 
 logger = logging.getLogger(__name__)
 
+FIRST_ZERO = "first_gradient_is_zero"  # value that goes with the metrics to the next log, and is not logged
+
 # Settings that must be equal in all processes, in addition to `resume_settings()`. If a setting differed, one process
 # would evaluate or save alone and wait forever for the other processes.
 SAME_IN_ALL_PROCESSES = (
@@ -211,7 +213,6 @@ class DiffusionSDPOTrainer(Trainer):
         # Initialize the state that training and evaluation change.
         self._engine_ready = False
         self._first_step = 0  # step at which `train` began or resumed
-        self._first_norm: torch.Tensor | float | None = None  # norm of the first step's gradient, until the next log
         self._saved_step = -1  # step of the last checkpoint of this training
         self._counted = torch.zeros(0)  # for each pair of the last evaluation batch: 0 if repeated, else 1
         self._checkpoints_dir = args.output_dir  # a temporary folder while a checkpoint is being written
@@ -760,8 +761,9 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
         norm = full_tensor(super()._get_grad_norm(model, grad_norm))  # under FSDP2, the norm is a DTensor
-        if self.state.global_step == self._first_step:
-            self._first_norm = norm
+        if self.state.global_step == self._first_step and norm is not None:
+            is_zero = torch.zeros((), device=self.args.device) + norm == 0
+            self._meter.add({FIRST_ZERO: is_zero}, 1)  # read with the metrics, at the next log
         return norm
 
     # ---- Evaluation -------------------------------------------------------------------------------------------------
@@ -861,16 +863,14 @@ class DiffusionSDPOTrainer(Trainer):
         if self.state.global_step == self._first_step:
             logs = {name: value for name, value in logs.items() if name != "train_loss"}  # 0 in a run without steps
         if "loss" in logs:
-            logs = {**logs, **self._meter.drain(self.accelerator)}
+            metrics = self._meter.drain(self.accelerator)
+            if metrics.pop(FIRST_ZERO, 0.0) == 1 and self.is_world_process_zero():
+                self._warn_of_zero_gradient()
+            logs = {**logs, **metrics}
         super().log(logs, start_time)
-        self._warn_of_zero_gradient()
 
     def _warn_of_zero_gradient(self) -> None:
-        """Warn if the gradient of the run's first step was exactly 0. The norm is read at a log, which waits for the
-        device anyway."""
-        norm, self._first_norm = self._first_norm, None
-        if norm is None or float(norm) != 0 or not self.is_world_process_zero():
-            return
+        """Warn that the first step has trained nothing."""
         logger.warning(
             "The gradient of the first step (step %d) is exactly 0: this step has trained nothing. If `grad_norm` "
             "stays 0, nothing will train. Check the loss and the safeguard (`loss_type=%r`, `safeguard=%r`), and the "
