@@ -227,7 +227,7 @@ class Reads(torch.nn.Module):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_what_is_mended_is_the_product_of_a_transposed_input(bias):
-    """If this no longer bites, PyTorch has changed, and the copies can go."""
+    """If this no longer bites on any processor, PyTorch has changed, and the copies can go."""
     torch.manual_seed(0)
     trained = Reads(bias=bias)
     frozen = copy.deepcopy(trained).requires_grad_(False)
@@ -237,8 +237,8 @@ def test_what_is_mended_is_the_product_of_a_transposed_input(bias):
         with torch.autocast("cpu", torch.bfloat16):
             return trained(tokens), frozen(tokens)
 
-    policy, reference = outputs()
-    assert not torch.equal(policy, reference)
+    if torch.equal(*outputs()):
+        pytest.skip("This processor's product of a transposed input is the same with and without gradients.")
     read_contiguous([*trained.modules(), *frozen.modules()])
     policy, reference = outputs()
     assert torch.equal(policy, reference)

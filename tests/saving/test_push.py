@@ -39,7 +39,7 @@ def test_a_lora_is_published_with_its_card_and_loads_back(make_trainer, hub_serv
     assert card.data.library_name == "diffusers"
     assert {"mine", "trl-diffusion-sdpo", "lora"} <= set(card.data.tags)
     assert card.data.datasets in ("tester/pairs", ["tester/pairs"])
-    assert "2511.03317" in card.text and "safeguard_mu" in card.text and "load_lora_weights" in card.text
+    assert "2511.03317" in card.text and "`max_steps`" in card.text and "load_lora_weights" in card.text
     shown = re.findall(r"!\[[^]]*\]\((.*?)\)", card.text)
     assert shown == ["samples/step-000000-0.png", "samples/step-000002-0.png"] and set(shown) <= set(files)
 
