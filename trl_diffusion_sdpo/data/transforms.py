@@ -137,19 +137,19 @@ class PairTransform:
     def cut(
         self,
         image: Image.Image,
-        corner: Size,
+        corner: Size | None,
         target: Size,
         *,
         is_mirrored: bool,
         resampling: Image.Resampling | None = None,
     ) -> Image.Image:
         """Resize an image to cover `target` `(height, width)`, mirror it if `is_mirrored` is true, and crop it to
-        `target` at `corner` `(top, left)`. `resampling` replaces the transform's interpolation."""
+        `target` at `corner` `(top, left)`, or at the center. `resampling` replaces the transform's interpolation."""
         height, width = self.resized_size(image.height, image.width, target)
         resampling = INTERPOLATIONS[self.interpolation] if resampling is None else resampling
         image = image.resize((width, height), resampling)
         image = ImageOps.mirror(image) if is_mirrored else image
-        top, left = corner
+        top, left = self._corner(height - target[0], width - target[1], None) if corner is None else corner
         return image.crop((left, top, left + target[1], top + target[0]))
 
     def is_cut_with_pair(self, source: Size, images: Sequence[Size], target: Size) -> bool:
@@ -190,19 +190,29 @@ def place_masks(masks: Sequence[Image.Image], item: dict[str, Any], transform: P
     return torch.from_numpy(np.stack(placed)[:, None])
 
 
-def place_sources(sources: Sequence[Image.Image], item: dict[str, Any], transform: PairTransform) -> list[Image.Image]:
-    """Resize, mirror and crop the source images of an item exactly as its two images, where all of them agree in size
-    ([`PairTransform.is_cut_with_pair`]). Other sources stay whole, and are only mirrored.
+def place_sources(
+    sources: Sequence[Image.Image],
+    are_cut: int,
+    target: Size,
+    transform: PairTransform,
+    *,
+    corner: Size | None = None,
+    is_mirrored: bool,
+) -> list[Image.Image]:
+    """Resize, mirror and crop the source images of a pair exactly as its two images. Sources that are not cut with the
+    pair ([`PairTransform.is_cut_with_pair`]) stay whole, and are only mirrored.
 
     Args:
         sources (`Sequence[PIL.Image.Image]`): The images that the prompt edits.
-        item (`dict`): Item with `original_sizes`, `crop_top_lefts`, `is_mirrored`, and `target_size` or `pixel_values`.
-        transform (`PairTransform`): Transform of the images.
+        are_cut (`int`): Sum of `2**i` over the sources i that are cut with the pair.
+        target (`tuple[int, int]`): `(height, width)` at which the pair trains.
+        transform ([`PairTransform`]): Transform of the images.
+        corner (`tuple[int, int]`, *optional*): `(top, left)` corner of the pair's crop, by default at the center.
+        is_mirrored (`bool`): Whether the pair is mirrored.
     """
-    target, corner, is_mirrored = target_of(item), item["crop_top_lefts"][0], item["is_mirrored"]
     placed = []
-    for source in sources:
-        if transform.is_cut_with_pair((source.height, source.width), item["original_sizes"], target):
+    for number, source in enumerate(sources):
+        if are_cut >> number & 1:
             placed.append(transform.cut(source, corner, target, is_mirrored=is_mirrored))
         else:
             placed.append(ImageOps.mirror(source) if is_mirrored else source)
