@@ -108,7 +108,7 @@ def _cache_folder(path: Path) -> str | None:
     """
     if not (path / CARD_FILE).is_file():
         return None
-    kinds = (*FILE_BUILDERS, ".arrow", ".tar", ".zip")
+    kinds = (*FILE_BUILDERS, ".tar", ".zip")
     tables = sorted(file for file in path.rglob("*") if file.suffix.lower() in kinds and file.is_file())
     digest = hashlib.sha256(repr([file_facts(file) for file in tables]).encode("utf-8", "surrogatepass"))
     return os.path.join(datasets.config.HF_DATASETS_CACHE, f"folder-{digest.hexdigest()[:16]}")
