@@ -87,7 +87,7 @@ def prepare_dataset(
 
     # Make the data set, and check a sample of its pairs.
     losers = PermutedLosers.of(source, pairs.places, options.seed, name) if options.permutes else None
-    source_sizes = {}
+    source_sizes: dict[Size, set[tuple[Size, ...]]] = {}
     if source.has_sources and len(pairs):
         pairs, source_sizes = _place_sources(source, pairs, options, report, peers)
     prepared = PreferenceDataset(source, pairs, options, report, losers, source_sizes)
