@@ -155,7 +155,7 @@ def _place_sources(
     source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport, peers: Peers
 ) -> tuple[PairTable, dict[Size, set[tuple[Size, ...]]]]:
     """Read the headers of all images, and add the column `sources_cut`, which says which sources are cropped with their
-    pair (see `place_sources`). Also return the sizes that the sources of a pair have in items, by the size at which the
+    pair: bit i for source i. Also return the sizes that the sources of a pair have in items, by the size at which the
     pair trains. Add a note to the report if sources are not cropped with their pairs.
 
     Pairs with an unreadable image are left out, because they are counted when they are read.

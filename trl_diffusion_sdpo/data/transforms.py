@@ -177,6 +177,7 @@ def place_masks(masks: Sequence[Image.Image], item: dict[str, Any], transform: P
     Raises:
         UndecodableImageError: If a mask has another size than its image.
     """
+    target = tuple(item["target_size"] if "target_size" in item else item["pixel_values"].shape[-2:])
     placed = []
     for mask, size, corner in zip(masks, item["original_sizes"], item["crop_top_lefts"], strict=True):
         if (mask.height, mask.width) != tuple(size):
@@ -184,41 +185,7 @@ def place_masks(masks: Sequence[Image.Image], item: dict[str, Any], transform: P
                 f"has a mask of {mask.height} x {mask.width} pixels and an image of {size[0]} x {size[1]} pixels: both "
                 "must have the same size"
             )
-        target, is_mirrored = target_of(item), item["is_mirrored"]
-        mask = transform.cut(mask, corner, target, is_mirrored=is_mirrored, resampling=Image.Resampling.NEAREST)
+        options = {"is_mirrored": item["is_mirrored"], "resampling": Image.Resampling.NEAREST}
+        mask = transform.cut(mask, corner, target, **options)
         placed.append((np.asarray(mask) >= INSIDE).astype(np.uint8))
     return torch.from_numpy(np.stack(placed)[:, None])
-
-
-def place_sources(
-    sources: Sequence[Image.Image],
-    are_cut: int,
-    target: Size,
-    transform: PairTransform,
-    *,
-    corner: Size | None = None,
-    is_mirrored: bool,
-) -> list[Image.Image]:
-    """Resize, mirror and crop the source images of a pair exactly as its two images. Sources that are not cut with the
-    pair ([`PairTransform.is_cut_with_pair`]) stay whole, and are only mirrored.
-
-    Args:
-        sources (`Sequence[PIL.Image.Image]`): The images that the prompt edits.
-        are_cut (`int`): Sum of `2**i` over the sources i that are cut with the pair.
-        target (`tuple[int, int]`): `(height, width)` at which the pair trains.
-        transform ([`PairTransform`]): Transform of the images.
-        corner (`tuple[int, int]`, *optional*): `(top, left)` corner of the pair's crop, by default at the center.
-        is_mirrored (`bool`): Whether the pair is mirrored.
-    """
-    placed = []
-    for number, source in enumerate(sources):
-        if are_cut >> number & 1:
-            placed.append(transform.cut(source, corner, target, is_mirrored=is_mirrored))
-        else:
-            placed.append(ImageOps.mirror(source) if is_mirrored else source)
-    return placed
-
-
-def target_of(item: dict[str, Any]) -> Size:
-    """Return the `(height, width)` at which an item trains."""
-    return tuple(item["target_size"] if "target_size" in item else item["pixel_values"].shape[-2:])
