@@ -15,7 +15,6 @@ from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.utils.identity import (
     describe_component,
     describe_pipeline,
-    describe_software,
     describe_source,
     differences,
     hash_of_tensors,
@@ -221,12 +220,3 @@ def test_the_hash_of_tensors_is_over_name_dtype_shape_and_bytes():
     expected = hashlib.sha256(b"a torch.int16 [2]\n" + b"\1\0\2\0").hexdigest()
     assert hash_of_tensors({"a": torch.tensor([1, 2], dtype=torch.int16)}) == expected
     assert hash_of_tensors({"a": torch.tensor(1.0, dtype=torch.bfloat16)})
-
-
-def test_the_precision_of_matrix_products_is_described():
-    before = describe_software()
-    torch.set_float32_matmul_precision("high")
-    found = differences(before, describe_software())
-    torch.set_float32_matmul_precision("highest")
-    assert any("matmul" in phrase for phrase in found)
-    assert describe_software() == before

@@ -279,14 +279,6 @@ def scale(pipeline):
     pipeline.vae.register_to_config(scaling_factor=0.5)
 
 
-def move(pipeline):
-    pipeline.vae.register_to_config(latents_mean=[0.5] * 4)
-
-
-def tile(pipeline):
-    pipeline.vae.enable_tiling()
-
-
 def clip(pipeline):
     pipeline.text_encoder.config.eos_token_id += 1
 
@@ -299,8 +291,6 @@ def template(pipeline):
     ("family", "change", "changed"),
     [
         ("stable_diffusion", scale, "vae"),
-        ("stable_diffusion", move, "vae"),
-        ("stable_diffusion", tile, "vae"),
         ("stable_diffusion", clip, "text"),
         ("krea2", template, "text"),
         ("krea2", lambda pipeline: pipeline.register_to_config(text_encoder_select_layers=[0, 2, 1]), "text"),

@@ -2,6 +2,7 @@
 again."""
 
 import contextlib
+import gc
 import pickle
 import subprocess
 import threading
@@ -69,18 +70,25 @@ def test_another_key_is_another_folder(tmp_path, store):
         other.read(3)
 
 
-def test_a_new_store_names_what_differs_from_the_most_similar_one(tmp_path, caplog):
+def test_a_new_store_names_what_differs_from_the_most_similar_one_of_its_data(tmp_path, caplog):
     caplog.set_level("INFO", "trl_diffusion_sdpo")
-    keys = [{"vae": {"shift": shift}, "data": data} for shift, data in ((1, "a"), (2, "b"), (2, "c"))]
-    first, second, third = (ShardStore(tmp_path, key, ROWS) for key in keys)
-    for store in (first, second):
+    values = (
+        (1, 8, "a"),
+        (2, 8, "a"),
+        (2, 9, "b"),
+        (2, 9, "a"),
+    )  # the third has the least differences, but other data
+    keys = [{"vae": {"shift": shift, "size": size}, "data": data} for shift, size, data in values]
+    first, second, third, fourth = (ShardStore(tmp_path, key, ROWS) for key in keys)
+    for store in (first, second, third):
+        caplog.clear()
         write(store, 0, [0])
-    caplog.clear()
-    write(third, 0, [0])
+    assert not caplog.messages  # of evaluation data, for example
+    write(fourth, 0, [0])
     (message,) = caplog.messages
-    assert second.path.name in message and '"b"' in message and '"c"' in message and "shift" not in message
+    assert second.path.name in message and "size was 8, is 9" in message and "shift" not in message
     caplog.clear()
-    write(third, 1, [1])
+    write(fourth, 1, [1])
     assert not caplog.messages
 
 
@@ -140,10 +148,12 @@ def test_a_reader_keeps_four_bytes_a_row(tmp_path):
     for number in range(100):
         rows = range(64 * number, 64 * number + 64)
         store.write(number, {row: {"moments": torch.zeros(2), "sizes": torch.zeros(3, 2)} for row in rows})
+    assert missing(store) == [] and store.read(0)  # what the first call imports is not of the store
     tracemalloc.start()
     assert missing(store) == []
     for row in range(0, count, 16):
         store.read(row)
+    gc.collect()
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept < 20 * count, f"{kept / count:.0f} bytes a row"

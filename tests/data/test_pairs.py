@@ -208,7 +208,7 @@ def test_long_prompts_are_cut_counted_and_kept(style, caplog):
     rows[1]["prompt"] = "word " * 10**5
     prepared = prepare(in_style(rows, style))
     items = items_of(prepared)
-    assert [len(item["prompt"].replace(" ", "")) for item in items] == [2, 1024 * 16, 2]
+    assert [len(item["prompt"]) for item in items] == [2, 1024 * 16, 2]
     assert prepared.report.cut_prompts == 1 and prepared.report.dropped == 0
     assert "1 cut prompts" in str(prepared.report) and "row 1" in caplog.text
 
@@ -269,3 +269,17 @@ def test_seeds_of_the_noise_are_refused_where_a_row_has_several_pairs():
     row = {"prompt": "a", "image_path": [png(i) for i in range(3)], "human_preference": [1, 0, 0]}
     with pytest.raises(ValueError, match="hpdv2"):
         prepare([row | {"chosen_noise_seed": 1, "rejected_noise_seed": 2}], noise_seeds=True)
+
+
+def test_sources_of_several_pairs_of_a_row_are_encoded_once_unless_their_crops_differ():
+    """Three images, so three pairs. The source has the shape of all of them, or of the first two."""
+    for last, distinct in ((16, 24), 1), ((24, 16), 2):
+        images = [picture(i, size) for i, size in enumerate([(16, 24), (16, 24), last])]
+        row = {
+            "prompt": "edit",
+            "image_path": images,
+            "human_preference": [3, 2, 1],
+            "source_image": picture(9, (16, 24)),
+        }
+        prepared = prepare([row])
+        assert len(prepared) == 3 and len(set(prepared.edits())) == distinct

@@ -77,7 +77,10 @@ def save(image, kind):
 def test_an_upload_has_no_place_and_no_camera_and_the_same_pixels(kind, tmp_path, hub_server):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
     name = f"photo.{kind.lower()}"
-    (tmp_path / name).write_bytes(save(Image.fromarray(pixels), kind))
+    content = save(Image.fromarray(pixels), kind)
+    if kind == "JPEG":  # with a fill byte before the EXIF, and a camera's video behind the image
+        content = content.replace(b"\xff\xe1", b"\xff\xff\xe1", 1) + PLACE.encode()
+    (tmp_path / name).write_bytes(content)
     Image.new("RGB", (48, 32)).save(tmp_path / "plain.png")
     (tmp_path / "manifest.jsonl").touch()
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": name, "rejected": "plain.png"}))

@@ -18,7 +18,7 @@ from .shards import ShardStore
 
 MOMENTS, SIZES = "moments", "sizes"  # names of the two tensors in the row of an image
 UNREADABLE = "unreadable"  # tensor that replaces the encoding of an edit if a source image cannot be decoded
-Place = tuple[int, ...]  # rows and images of the pair that a source image is cropped with, and its bucket
+Place = tuple[int, int, int]  # row of source images, which of them are cropped with their pair, and its bucket
 Edit = tuple[Place, bool, str]  # place of the source images, whether they are mirrored, and prompt
 PLAIN, MIRRORED = PairDraws(0.0, 0.0, 1.0, 1.0, 0), PairDraws(0.0, 0.0, 0.0, 1.0, 0)  # for crops at the center
 

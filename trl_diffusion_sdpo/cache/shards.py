@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 4  # version of the file format; every key contains it
 KEY_FILE, LOCK_FILE, PARTIAL = "key.json", ".lock", ".partial"
+OF_DATA = ("data", "prompts")  # entries of keys that say of which data the rows are
 OPEN_SHARDS = 64  # Linux allows a process 65,530 memory maps, and millions of pairs have more shards
 POLL_SECONDS = 5.0  # time between two attempts to get a lock that another run has
 
@@ -140,17 +141,17 @@ class ShardStore:
             ) from error
 
     def _name_differences(self) -> None:
-        """Log what differs between this new store's key and the most similar key in the folder of all stores."""
+        """Log what differs between the keys of this new store and of the most similar one of the same data."""
         key = json.loads(self._key)
-        others = {file.parent: read_description(file) for file in self.path.parent.glob(f"*/{KEY_FILE}")}
-        found = {
-            path: differences(other, key) for path, other in others.items() if other and other.keys() == key.keys()
-        }
+        found = {}
+        for file in self.path.parent.glob(f"*/{KEY_FILE}"):
+            other = read_description(file) or {}
+            if other.keys() == key.keys() and all(other.get(name) == key.get(name) for name in OF_DATA):
+                found[file.parent.name] = differences(other, key)
         if found:
-            nearest = min(found, key=lambda path: len(found[path]))
-            logger.info(
-                "%s is new. The most similar cache, %s, differs: %s.", self.path, nearest.name, listed(found[nearest])
-            )
+            nearest = min(found, key=lambda name: len(found[name]))
+            message = "%s is new. The most similar cache of these data, %s, differs: %s."
+            logger.info(message, self.path, nearest, listed(found[nearest]))
 
 
 def complete(stores: Sequence[ShardStore], peers: Peers, compute: Callable[[list[np.ndarray]], None]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from ..utils.processes import ALONE, Peers
@@ -24,7 +24,7 @@ from .data_report import BadDataError, DataReport, evenly_spaced
 from .images import SCHEMES, ImageReader, Size, UndecodableImageError
 from .permuted_losers import PermutedLosers
 from .sources import PairSource, PairTable, StoredImage, pairs_fingerprint
-from .transforms import PairDraws, PairTransform, place_masks, place_sources
+from .transforms import PairDraws, PairTransform, place_masks
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +204,12 @@ class PreferenceDataset(Dataset):
             if self.has_loser_prompts:
                 item["loser_conditioning"] = self._encoded.conditioning(item["loser_prompt"], edited)
         elif self.has_sources:
-            item["sources"] = place_sources(winner.sources(options.reader), item, options.transform)
+            item["sources"] = self._place_sources(
+                winner.sources(options.reader),
+                self._place_of_sources(pair),
+                item["is_mirrored"],
+                item["crop_top_lefts"][0],
+            )
         return item
 
     def _numbers(self, pair: int, epoch: int) -> dict[str, Any]:
@@ -456,7 +461,7 @@ class PreferenceDataset(Dataset):
         transform, training = self._options.transform, self._options.training
         return training and transform.random_flip, training and not transform.center_crop
 
-    def edits(self) -> Iterator[tuple[tuple[int, ...], bool, str]]:
+    def edits(self) -> Iterator[tuple[tuple[int, int, int], bool, str]]:
         """Yield each edit that items can contain: place of the source images, whether these are mirrored, and
         prompt."""
         flips, _ = self.augmentations
@@ -467,25 +472,36 @@ class PreferenceDataset(Dataset):
                 for prompt in prompts[row] + empty:
                     yield self._place_of_sources(pair), is_mirrored, prompt
 
-    def _place_of_sources(self, pair: int) -> tuple[int, ...]:
-        """Return what the sources of a pair depend on: row and image of its winner and loser, and its bucket."""
+    def _place_of_sources(self, pair: int) -> tuple[int, int, int]:
+        """Return what the sources of a pair depend on: their row, which of them are cropped with the pair (a number
+        with one bit for each), and its bucket."""
         bucket = 0 if self.sizes is None else int(self.sizes.numbers[pair])
-        return (*self._pairs.places[pair].tolist(), bucket)
+        return int(self._pairs.places[pair, 0]), int(self._pairs.columns["sources_cut"][pair]), bucket
 
-    def sources_at(self, place: Sequence[int], is_mirrored: bool) -> list[Image.Image]:
+    def sources_at(self, place: tuple[int, int, int], is_mirrored: bool) -> list[Image.Image]:
         """Return the source images at a place of `edits`, cropped at the center, as items have them.
 
         Raises:
-            UndecodableImageError: If the row has no source image, or one of its images cannot be decoded.
+            UndecodableImageError: If the row has no source image, or one of them cannot be decoded.
         """
-        options = self._options
-        winner_row, winner_image, loser_row, loser_image, bucket = place
-        target = None if options.buckets is None else options.buckets.sizes[bucket]
-        winner, loser = self._source.images([(winner_row, winner_image), (loser_row, loser_image)])
-        draws = PairDraws(0.0, 0.0, flip=0.0 if is_mirrored else 1.0, dropout=1.0, seed=0)
-        images = winner.decode(options.reader), loser.decode(options.reader)
-        item = options.transform(*images, draws, target)._asdict()
-        return place_sources(winner.sources(options.reader), item, options.transform)
+        sources = self._source.images([(place[0], 0)])[0].sources(self._options.reader)
+        return self._place_sources(sources, place, is_mirrored)
+
+    def _place_sources(
+        self, sources: list[Image.Image], place: tuple[int, int, int], is_mirrored: bool, corner: Size | None = None
+    ) -> list[Image.Image]:
+        """Resize, mirror and crop source images exactly as the images of their pair, whose crop has its top left corner
+        at `corner`, by default at the center. Sources that stay whole are only mirrored."""
+        transform, buckets = self._options.transform, self._options.buckets
+        _, are_cut, bucket = place
+        target = (transform.height, transform.width) if buckets is None else buckets.sizes[bucket]
+        placed = []
+        for number, source in enumerate(sources):
+            if are_cut >> number & 1:
+                placed.append(transform.cut(source, corner, target, is_mirrored=is_mirrored))
+            else:
+                placed.append(ImageOps.mirror(source) if is_mirrored else source)
+        return placed
 
     def image_numbers(self) -> np.ndarray:
         """Return a number for each image of each pair, int64 of shape `(P, 2)`. Images with equal numbers have equal

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, groupby
@@ -27,8 +26,6 @@ VALID, INVALID = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")  # wor
 # Longest prompt, in characters. Text encoders read 77 to 1024 tokens of about 4 characters, so at 16 characters a token
 # nothing that they read is cut off. Longer texts, such as a book, would take minutes and gigabytes to tokenize.
 LONGEST_PROMPT = 1024 * 16
-_BEGINNING = re.compile(rf"(?:\s*\S){{0,{LONGEST_PROMPT}}}\s*")
-_LONG_BLANKS = re.compile(r"(\s{131072})\s+")  # 1024 tokens of 128 blanks, the longest token of any tokenizer
 # Function that counts dropped rows or pairs. Its arguments are the kind of drop, the row, the reason and the amount.
 Reject = Callable[[str, int, str, int], object]
 
@@ -126,13 +123,13 @@ class PreferenceFormat:
         return f"{self.name}: " + ", ".join(column for column in columns if column)
 
     def prompt(self, row: Mapping[str, Any], image: int = 0) -> str:
-        """Return the prompt of a row, or of one image if the images of the row have different prompts, cut off by
-        `beginning_of`.
+        """Return the prompt of a row, or of one image if the images of the row have different prompts, cut off after
+        `LONGEST_PROMPT` characters.
 
         Raises:
             ValueError: If the prompt is not a valid string.
         """
-        return beginning_of(self.whole_prompt(row, image))
+        return self.whole_prompt(row, image)[:LONGEST_PROMPT]
 
     def whole_prompt(self, row: Mapping[str, Any], image: int = 0) -> str:
         """Return the prompt as `prompt` does, but not cut off."""
@@ -202,15 +199,6 @@ class ImageScores(NamedTuple):
 
     values: tuple[float, ...]  # one number per image; larger is better
     ranked: bool = True  # whether images with equal numbers are tied; false if the label only names the best image
-
-
-def beginning_of(prompt: str) -> str:
-    """Cut a prompt off after `LONGEST_PROMPT` characters, without blanks, because some tokenizers skip them."""
-    if len(prompt) <= LONGEST_PROMPT:
-        return prompt
-    beginning = _BEGINNING.match(prompt)
-    assert beginning is not None, "the expression matches every text"
-    return _LONG_BLANKS.sub(r"\1", beginning.group())
 
 
 def member_text(value: Any) -> Any:
@@ -418,7 +406,7 @@ def pairs_in_group(
         except ValueError as error:
             reject("bad_labels" if isinstance(error, LabelError) else "bad_prompts", number, str(error), 1)
             continue
-        if any(beginning_of(prompt) != prompt for prompt in prompts):
+        if max(map(len, prompts)) > LONGEST_PROMPT:
             reject("cut_prompts", number, f"only the first {LONGEST_PROMPT} characters of the prompt are read", 1)
         images += [(number, image) for image in range(len(labels.values))]
         scores += labels.values

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 import datasets
 
-from ..utils.files import file_facts
+from ..utils.identity import describe_files, short_hash
 from .formats import FORMATS, SOURCE_COLUMNS
 from .image_folders import LAYOUTS, read_image_folder
 
@@ -108,10 +107,9 @@ def _cache_folder(path: Path) -> str | None:
     """
     if not (path / CARD_FILE).is_file():
         return None
-    kinds = (*FILE_BUILDERS, ".arrow", ".tar", ".zip")
-    tables = sorted(file for file in path.rglob("*") if file.suffix.lower() in kinds and file.is_file())
-    digest = hashlib.sha256(repr([file_facts(file) for file in tables]).encode("utf-8", "surrogatepass"))
-    return os.path.join(datasets.config.HF_DATASETS_CACHE, f"folder-{digest.hexdigest()[:16]}")
+    kinds = (*FILE_BUILDERS, ".tar", ".zip")
+    tables = (file for file in path.absolute().rglob("*") if file.suffix.lower() in kinds and file.is_file())
+    return os.path.join(datasets.config.HF_DATASETS_CACHE, f"folder-{short_hash(describe_files(tables))}")
 
 
 def _load_file(path: Path, split: str, streaming: bool) -> Any:

@@ -87,9 +87,9 @@ def prepare_dataset(
 
     # Make the data set, and check a sample of its pairs.
     losers = PermutedLosers.of(source, pairs.places, options.seed, name) if options.permutes else None
-    source_sizes = {}
+    source_sizes: dict[Size, set[tuple[Size, ...]]] = {}
     if source.has_sources and len(pairs):
-        source_sizes = _source_sizes(source, pairs, options, report, peers)
+        pairs, source_sizes = _place_sources(source, pairs, options, report, peers)
     prepared = PreferenceDataset(source, pairs, options, report, losers, source_sizes)
     if options.verify_images != "none" and len(prepared):
         prepared.check_sample(peers)
@@ -151,11 +151,12 @@ def _targets(pairs: PairTable, options: PairOptions) -> np.ndarray:
     return np.array(options.buckets.sizes)[pairs.columns["size"]]
 
 
-def _source_sizes(
+def _place_sources(
     source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport, peers: Peers
-) -> dict[Size, set[tuple[Size, ...]]]:
-    """Read the headers of all images. Return the sizes that the sources of a pair have in items, by the size at which
-    the pair trains. Add a note to the report if sources are not cropped with their pairs.
+) -> tuple[PairTable, dict[Size, set[tuple[Size, ...]]]]:
+    """Read the headers of all images, and add the column `sources_cut`, which says which sources are cropped with their
+    pair: bit i for source i. Also return the sizes that the sources of a pair have in items, by the size at which the
+    pair trains. Add a note to the report if sources are not cropped with their pairs.
 
     Pairs with an unreadable image are left out, because they are counted when they are read.
     """
@@ -164,15 +165,16 @@ def _source_sizes(
     )
     rows, numbers = np.unique(pairs.places[:, 0], return_inverse=True)
     sizes_of_rows = source.source_sizes(rows, options.reader, num_proc=options.num_proc, peers=peers)
+    targets = _targets(pairs, options).tolist()
     found: dict[Size, set[tuple[Size, ...]]] = {}
+    are_cut = np.zeros(len(pairs), dtype=np.int64)
     whole = 0
-    for number, sizes, target in zip(
-        numbers.tolist(), images.tolist(), _targets(pairs, options).tolist(), strict=True
-    ):
-        sources, target = sizes_of_rows[number], tuple(target)
+    for pair, (number, sizes) in enumerate(zip(numbers.tolist(), images.tolist(), strict=True)):
+        sources, target = sizes_of_rows[number], tuple(targets[pair])
         if not sources or not all(map(all, sizes)):
             continue
         is_cut = [options.transform.is_cut_with_pair(each, sizes, target) for each in sources]
+        are_cut[pair] = sum(cut << position for position, cut in enumerate(is_cut))
         placed = tuple(target if cut else each for each, cut in zip(sources, is_cut, strict=True))
         found.setdefault(target, set()).add(placed)
         whole += not all(is_cut)
@@ -181,7 +183,7 @@ def _source_sizes(
             f"{whole} of {len(pairs)} pairs have a source whose shape differs from that of their images: it stays "
             "whole, and is not cropped with them",
         )
-    return found
+    return pairs.with_columns(sources_cut=are_cut), found
 
 
 def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> PreferenceIterableDataset:

@@ -375,7 +375,8 @@ def _origins(sources: Sequence[datasets.IterableDataset]) -> dict[str, Any]:
     names = [part for part in parts if isinstance(part, str)]
     files = sorted({_name_of_file(name) for name in names})
     tables = [part for part in parts if isinstance(part, datasets.Dataset)]
-    first = [_first_row(table) for table in tables[:1]]
+    rows = [row for table in tables[:1] for row in table.with_format("arrow")[:1].to_pylist()]
+    first = [list(map(start_of, as_list(value))) for row in rows for _, value in sorted(row.items())]
     commits = sorted({commit for name in names for commit in _COMMIT.findall(name)})
     return {"files": short_hash([files, sum(map(len, tables)), first]), "commits": commits or None}
 
@@ -385,12 +386,3 @@ def _name_of_file(name: str) -> str:
     if os.path.isfile(name):
         return f"{os.path.basename(name)} {os.path.getsize(name)}"
     return _COMMIT.sub("/", name.partition("?")[0])
-
-
-def _first_row(table: datasets.Dataset) -> dict[str, Any]:
-    """Return the first row of a data set in memory, with the first bytes of its images."""
-    rows = table.with_format("arrow")[:1].to_pylist()
-    return {
-        name: value if isinstance(value, str) and not os.path.isfile(value) else list(map(start_of, as_list(value)))
-        for name, value in (rows[0] if rows else {}).items()
-    }

@@ -137,19 +137,19 @@ class PairTransform:
     def cut(
         self,
         image: Image.Image,
-        corner: Size,
+        corner: Size | None,
         target: Size,
         *,
         is_mirrored: bool,
         resampling: Image.Resampling | None = None,
     ) -> Image.Image:
         """Resize an image to cover `target` `(height, width)`, mirror it if `is_mirrored` is true, and crop it to
-        `target` at `corner` `(top, left)`. `resampling` replaces the transform's interpolation."""
+        `target` at `corner` `(top, left)`, or at the center. `resampling` replaces the transform's interpolation."""
         height, width = self.resized_size(image.height, image.width, target)
         resampling = INTERPOLATIONS[self.interpolation] if resampling is None else resampling
         image = image.resize((width, height), resampling)
         image = ImageOps.mirror(image) if is_mirrored else image
-        top, left = corner
+        top, left = self._corner(height - target[0], width - target[1], None) if corner is None else corner
         return image.crop((left, top, left + target[1], top + target[0]))
 
     def is_cut_with_pair(self, source: Size, images: Sequence[Size], target: Size) -> bool:
@@ -177,6 +177,7 @@ def place_masks(masks: Sequence[Image.Image], item: dict[str, Any], transform: P
     Raises:
         UndecodableImageError: If a mask has another size than its image.
     """
+    target = tuple(item["target_size"] if "target_size" in item else item["pixel_values"].shape[-2:])
     placed = []
     for mask, size, corner in zip(masks, item["original_sizes"], item["crop_top_lefts"], strict=True):
         if (mask.height, mask.width) != tuple(size):
@@ -184,31 +185,7 @@ def place_masks(masks: Sequence[Image.Image], item: dict[str, Any], transform: P
                 f"has a mask of {mask.height} x {mask.width} pixels and an image of {size[0]} x {size[1]} pixels: both "
                 "must have the same size"
             )
-        target, is_mirrored = target_of(item), item["is_mirrored"]
-        mask = transform.cut(mask, corner, target, is_mirrored=is_mirrored, resampling=Image.Resampling.NEAREST)
+        options = {"is_mirrored": item["is_mirrored"], "resampling": Image.Resampling.NEAREST}
+        mask = transform.cut(mask, corner, target, **options)
         placed.append((np.asarray(mask) >= INSIDE).astype(np.uint8))
     return torch.from_numpy(np.stack(placed)[:, None])
-
-
-def place_sources(sources: Sequence[Image.Image], item: dict[str, Any], transform: PairTransform) -> list[Image.Image]:
-    """Resize, mirror and crop the source images of an item exactly as its two images, where all of them agree in size
-    ([`PairTransform.is_cut_with_pair`]). Other sources stay whole, and are only mirrored.
-
-    Args:
-        sources (`Sequence[PIL.Image.Image]`): The images that the prompt edits.
-        item (`dict`): Item with `original_sizes`, `crop_top_lefts`, `is_mirrored`, and `target_size` or `pixel_values`.
-        transform (`PairTransform`): Transform of the images.
-    """
-    target, corner, is_mirrored = target_of(item), item["crop_top_lefts"][0], item["is_mirrored"]
-    placed = []
-    for source in sources:
-        if transform.is_cut_with_pair((source.height, source.width), item["original_sizes"], target):
-            placed.append(transform.cut(source, corner, target, is_mirrored=is_mirrored))
-        else:
-            placed.append(ImageOps.mirror(source) if is_mirrored else source)
-    return placed
-
-
-def target_of(item: dict[str, Any]) -> Size:
-    """Return the `(height, width)` at which an item trains."""
-    return tuple(item["target_size"] if "target_size" in item else item["pixel_values"].shape[-2:])

@@ -27,7 +27,6 @@ class RankOrder:
 
     def __init__(self, images: Mapping[str, ListedImage], log: PickLog) -> None:
         self._log = log
-        self._images = images
         self._rated: dict[str, list[tuple[str, str]]] = {}
         for pair in rated_pairs(images):
             self._rated.setdefault(images[pair[0]].prompt, []).append(pair)
@@ -46,7 +45,7 @@ class RankOrder:
     def update(self, prompt: str, gone: set[str]) -> None:
         """Rate the images of a prompt again after a pick, without the deleted images in `gone`."""
         names = [name for name in self._names[prompt] if name not in gone]
-        self._rate(prompt, names, [pick for pick in self._log.picks.values() if pick.first in self._images])
+        self._rate(prompt, names, self._log.picks.values())
 
     def _rate(self, prompt: str, names: list[str], picks: Iterable[Pick]) -> None:
         present = set(names)

@@ -9,7 +9,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,8 @@ def list_images(folder: Path, *, from_names: bool = False, keep_duplicates: bool
                 image.rating = image.like
         distinct = images if keep_duplicates else _without_duplicates(images)
         for image in distinct:
-            left_out[COPIED] += [f"{copy} (like {image.name})" for copy in image.copies]
+            for copy in image.copies:
+                left_out[COPIED].append(f"{copy} (like {image.name})")
             row = _earlier_row(image, rows)
             if RATING in row and image.rating is None:
                 left_out["ratings of the earlier manifest that are not those of stars or subfolders"].append(
@@ -138,9 +138,9 @@ def list_images(folder: Path, *, from_names: bool = False, keep_duplicates: bool
             listed.append(ListedImage(image.name, prompt, _facts(image, row)))
         several += len(distinct) > 1
     reasons = []
-    for reason, names in filter(itemgetter(1), left_out.items()):
-        shown = ", ".join([*names[:MAX_EXAMPLES], *["..."][: len(names) - MAX_EXAMPLES]])
-        reasons.append(f"  left out: {len(names)} {reason}: {shown}")
+    for reason, names in left_out.items():
+        more = ", ..." if len(names) > MAX_EXAMPLES else ""
+        reasons.append(f"  left out: {len(names)} {reason}: {', '.join(names[:MAX_EXAMPLES])}{more}")
     if not listed:
         raise ValueError(
             "\n".join([f"{folder} has no image with a prompt.", *reasons])

@@ -28,7 +28,7 @@ _MARK = re.compile(r"\n<!-- generated: ([0-9a-f]{16}) -->\n\Z")  # end of a card
 IMAGE_COLUMNS = ("chosen", "rejected", "mask")
 _PRIVATE = {"exif", "xmp", "XML:com.adobe.xmp", "photoshop", "comment"}  # Pillow's names of metadata
 _JPEG_METADATA = (0xE1, 0xED, 0xFE)  # markers of the parts of a JPEG file with EXIF and XMP, IPTC, and comments
-_JPEG_PIXELS = b"\xff\xda"
+_JPEG_PIXELS, _JPEG_END, _JPEG_FILL = b"\xff\xda", b"\xff\xd9", b"\xff\xff"
 PICKED = "Pairs of images of equal prompts, of which a person picked the better one."
 
 # Training advice for the cards. Its numbers come from the section "Aligned pairs" of docs/measurements.md.
@@ -171,12 +171,16 @@ def _stripped(content: bytes) -> bytes:
 
 
 def _jpeg_without_metadata(content: bytes, exif: bytes) -> bytes:
-    """Return a JPEG file with this EXIF in place of its metadata. Its pixels are not encoded anew."""
+    """Return a JPEG file with this EXIF in place of its metadata, and without what some cameras append, such as a video
+    with its place. Its pixels are not encoded anew."""
     kept = [content[:2], b"\xff\xe1", (len(exif) + 2).to_bytes(2, "big"), exif]
     start = 2
     while content[start : start + 2] != _JPEG_PIXELS:
+        if content[start : start + 2] == _JPEG_FILL:
+            start += 1
+            continue
         end = start + 2 + int.from_bytes(content[start + 2 : start + 4], "big")
         if content[start + 1] not in _JPEG_METADATA:
             kept.append(content[start:end])
         start = end
-    return b"".join([*kept, content[start:]])
+    return b"".join([*kept, *content[start:].partition(_JPEG_END)[:2]])

@@ -108,19 +108,21 @@ def score_pairs(
     pairs = prepare_dataset(dataset, reading, name="pairs")
     assert isinstance(pairs, PreferenceDataset)
     source, origins = pairs.origins()
-    write_description(folder / SUMMARY_FILE, {"scorers": [describe_scorer(scorer) for scorer in scorers]})
-    images = [tuple(place) for place in np.unique(origins.reshape(-1, 2), axis=0).tolist()]
+    described = {"scorers": [describe_scorer(scorer) for scorer in scorers]}
+    write_description(folder / SUMMARY_FILE, described)
+    places, numbers = np.unique(origins.reshape(-1, 2), axis=0, return_inverse=True)
+    images = [tuple(place) for place in places.tolist()]
+    numbers = numbers.reshape(-1, 2)  # of the images of each pair
     with contextlib.ExitStack() as stack:
         saved = [stack.enter_context(_SavedScores.opened(folder / SCORES_FOLDER, scorer)) for scorer in scorers]
         for scorer in scorers:
             stack.enter_context(on_device(scorer, device))
         keys, unreadable = _score_images(source, images, pairs.reader, saved)
     values = np.array([[each.scores.get(keys.get(image, ""), np.nan) for each in saved] for image in images])  # (N, K)
-    number = {image: index for index, image in enumerate(images)}
-    scores = values[[[number[tuple(row[:2])], number[tuple(row[2:])]] for row in origins.tolist()]]  # (P, 2, K)
+    scores = values[numbers]  # (P, 2, K)
 
     # Keep the pairs that have all scores, and report the others.
-    is_readable = np.array([all(tuple(place) in keys for place in (row[:2], row[2:])) for row in origins.tolist()])
+    is_readable = np.array([image in keys for image in images])[numbers].all(1)
     is_scored = np.isfinite(scores).all((1, 2))
     lines = [str(pairs.report)]
     lines += [f"  row {row}: image {image} {reason}" for (row, image), reason in list(unreadable.items())[:5]]
@@ -144,8 +146,7 @@ def score_pairs(
     rows = _rows(source, origins[is_scored], scores, [asdict(scale) for scale in scales])
     features = _features(source, len(scorers))
     write_atomically(folder / PAIRS_FILE, lambda file: _write_parquet(file, rows, features))
-    report = {"pairs": len(scores), "scales": [asdict(scale) for scale in scales], "report": lines}
-    summary = {"scorers": [describe_scorer(scorer) for scorer in scorers], **report}
+    summary = {**described, "pairs": len(scores), "scales": [asdict(scale) for scale in scales], "report": lines}
     write_description(folder / SUMMARY_FILE, summary)
     write_atomically(folder / CARD_FILE, _card(folder.absolute().name, summary).encode())
     return lines

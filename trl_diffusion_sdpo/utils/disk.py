@@ -81,10 +81,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def _is_in(folder: str | os.PathLike, file: object) -> bool:
-    return isinstance(file, str | os.PathLike) and Path(folder).absolute() in (
-        Path(file).absolute(),
-        *Path(file).absolute().parents,
-    )
+    return isinstance(file, str | os.PathLike) and Path(file).absolute().is_relative_to(Path(folder).absolute())
 
 
 def _is_of_a_full_disk(error: Exception, folder: Path) -> bool:

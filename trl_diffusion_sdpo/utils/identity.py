@@ -34,6 +34,7 @@ _LISTED = 8  # differences in a sentence
 # A model's files are in its folder and in those of its components. A folder without any such file is no component.
 _OF_A_COMPONENT = ("config.json", "index.json", "setup.json", ".safetensors", ".bin", ".gguf", ".ckpt", ".pt", ".pth")
 _OF_NO_COMPONENT = (".md", ".png", ".jpg", ".jpeg", ".webp", ".svg", ".html", ".csv", ".log", ".jsonl", ".partial")
+_OF_TRAINING = ("training", "gradient_checkpointing")  # switches that change no result
 # Settings of a tokenizer that say where it came from, not what it does.
 _WHERE = re.compile(r"_file|name_or_path|is_local|local_files_only|cache_dir|revision|commit_hash|^token$|auth_token")
 
@@ -225,14 +226,17 @@ def _is_described(part: Any) -> bool:
 
 def _switches(network: nn.Module) -> dict[str, Any]:
     """Return what neither weights nor configuration say: switches such as the VAE's tiling, and adapters' scales."""
-    numbers = {name: value for name, value in vars(network).items() if isinstance(value, bool | int | float)}
+    switches = {
+        name: value
+        for name, value in vars(network).items()
+        if isinstance(value, bool | int | float) and name[0] != "_" and name not in _OF_TRAINING
+    }
     layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)}
     scales = {
         name: [layer.active_adapters, layer.disable_adapters, layer.merged_adapters, getattr(layer, "scaling", None)]
         for name, layer in layers.items()
     }
-    without = {name: value for name, value in numbers.items() if name not in ("training", "gradient_checkpointing")}
-    return {"switches": public_config(without), **({"adapters": short_hash(scales)} if scales else {})}
+    return {"switches": switches, **({"adapters": short_hash(scales)} if scales else {})}
 
 
 def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
