@@ -375,3 +375,15 @@ def test_the_record_of_a_run_names_a_pipeline_and_no_other_options(tmp_path):
     (tmp_path / "training_args.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="training_args.json"):
         start(base)
+
+
+def test_a_lora_of_several_ranks_goes_on_twice(train, sd_folder, tmp_path):
+    """diffusers puts `^` before the names in the `rank_pattern` that it makes for another tool's file."""
+    ranks = {"r": 4, "target_modules": ["to_q", "to_k"], "rank_pattern": {"to_k": 2}}
+    first = train(sd_folder, peft_config=LoraConfig(**ranks), max_steps=1).args.output_dir
+    tensors = load_file(Path(first, "pytorch_lora_weights.safetensors"))
+    save_file(tensors, tmp_path / "plain.safetensors")
+    second = train(sd_folder, adapter_name_or_path=str(tmp_path / "plain.safetensors"), max_steps=1).args.output_dir
+    assert "^" in json.loads(Path(second, "adapter_config.json").read_text())["rank_pattern"].popitem()[0]
+    for source in (second, f"{second}/pytorch_lora_weights.safetensors"):
+        assert train(sd_folder, adapter_name_or_path=source, trains=False).adapter == "default"

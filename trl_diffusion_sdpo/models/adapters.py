@@ -33,17 +33,9 @@ POLICY_ADAPTER = "default"
 TEXT_ENCODERS_ARE_FROZEN = "Text encoders cannot be trained, only the denoiser."
 _OF_TEXT = re.compile(r"text_encoder|text_model|(lora_)?te[123]?_")
 # Settings of a LoRA whose strings PEFT matches as regular expressions, and those that are quickly matched: names of
-# modules, also with one `.*`.
-PATTERNS = (
-    "target_modules",
-    "exclude_modules",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_pattern",
-    "target_parameters",
-)
-NAME = re.compile(r"[\w.-]+(\*[\w.-]*)?")
-MEGATRON = "megatron.core"  # default of the setting `megatron_core`, the name of a module that PEFT may import
+# modules, also with one `.*`, or with the `^` that diffusers puts before the names in `rank_pattern`.
+_PATTERNS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern", "target_parameters")
+NAME = re.compile(r"\^?[\w.-]+(\*[\w.-]*)?")
 # Values of `init_lora_weights` with which a new LoRA does not change the model's output.
 ZERO_STARTS = (True, "gaussian")
 
@@ -242,12 +234,12 @@ def check_stored_lora(
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     if not largest:
         raise ValueError(f"A LoRA must have tensors, and that of {file} has none. Copy the file again.")
-    if settings.get("megatron_config") is not None or settings.get("megatron_core", MEGATRON) not in (None, MEGATRON):
+    if settings.get("megatron_config") is not None or settings.get("megatron_core") not in (None, "megatron.core"):
         raise ValueError(
             f"The settings of a LoRA must not name code to import, and {file} has the `megatron_core` "
             f"{settings.get('megatron_core')!r}. Remove `megatron_core` and `megatron_config` from it."
         )
-    for name in PATTERNS:
+    for name in _PATTERNS:
         value = settings.get(name) or ()
         for pattern in [value] if isinstance(value, str) else value:
             if not isinstance(pattern, str) or not NAME.fullmatch(pattern):
