@@ -910,7 +910,8 @@ class DiffusionSDPOTrainer(Trainer):
             return
         due = is_due(self.args, state)
         if due.should_evaluate:
-            self.control.should_evaluate, self.control.should_save = True, due.should_save
+            self.control.should_evaluate = True
+            self.control.should_save = due.should_save
             self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, state.epoch or 0, None, 0.0)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
