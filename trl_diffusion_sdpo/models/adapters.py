@@ -34,7 +34,10 @@ TEXT_ENCODERS_ARE_FROZEN = "Text encoders cannot be trained, only the denoiser."
 _OF_TEXT = re.compile(r"text_encoder|text_model|(lora_)?te[123]?_")
 # Settings of a LoRA whose strings PEFT matches as regular expressions, and those that are quickly matched: names of
 # modules, also with one `.*`, or with the `^` that diffusers puts before the names in `rank_pattern`.
-_PATTERNS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern", "target_parameters")
+_PATTERNS = (
+    *("target_modules", "exclude_modules", "layers_pattern", "target_parameters"),
+    *("rank_pattern", "alpha_pattern"),
+)
 NAME = re.compile(r"\^?[\w.-]+(\*[\w.-]*)?")
 # Values of `init_lora_weights` with which a new LoRA does not change the model's output.
 ZERO_STARTS = (True, "gaussian")
