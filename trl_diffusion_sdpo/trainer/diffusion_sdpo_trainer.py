@@ -611,8 +611,8 @@ class DiffusionSDPOTrainer(Trainer):
         assert args.safeguard_mu is not None, "The constructor sets `safeguard_mu`."
         backend = self.engine.gradient_backend()
         anchor = args.safeguard_anchor or self.loss_spec.anchor
-        if anchor == "error" and not backend.retains_graph:
-            refuse_dropout(self.denoiser, "`safeguard_anchor='error'` under ZeRO-3")
+        if (anchor == "error" or args.mask_anchor) and not backend.retains_graph:
+            refuse_dropout(self.denoiser, "`safeguard_anchor='error'` or `mask_anchor` under ZeRO-3")
         return self.parameter_safeguard_class(
             self.pair_forward,
             BranchGradients(backend, mu=args.safeguard_mu, anchor=anchor),
