@@ -132,7 +132,7 @@ def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tupl
 
     Raises:
         `ValueError`: If the denoiser already has an adapter, if the configuration does not describe a supported LoRA,
-            or if its `target_modules` match nothing.
+            or if its `target_modules` match nothing or a text encoder.
     """
     if active_adapter(denoiser) is not None:
         raise ValueError(
@@ -266,27 +266,19 @@ def check_stored_lora(
 
 
 def _check_targets(denoiser: nn.Module, targets: str | Iterable[str]) -> None:
-    """Raise `ValueError` if the targets of a LoRA match no layer of the denoiser, or are layers of a text encoder. Log
-    a warning if some of them match none."""
-    if targets == "all-linear":
-        return
-    names = [name for name, _ in denoiser.named_modules()]
-    if isinstance(targets, str):
-        missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
-    else:
-        missing = [
-            target for target in sorted(targets) if not any(f".{name}".endswith(f".{target}") for name in names)
-        ]
+    """Raise `ValueError` if targets of a LoRA are layers of a text encoder. Log a warning if the denoiser has no layers
+    of these names. (PEFT refuses targets of which none matches, and a regular expression without a match.)"""
+    names = [f".{name}" for name, _ in denoiser.named_modules()]
+    listed = [] if isinstance(targets, str) else sorted(targets)
+    missing = [target for target in listed if not any(name.endswith(f".{target}") for name in names)]
     if not missing:
         return
     rule = (
         f"`target_modules` of the LoRA must be layers of the denoiser, a {type(denoiser).__name__}, which has no "
         f"{', '.join(missing)}."
     )
-    if isinstance(targets, str) or len(missing) == len(set(targets)) or any(map(_OF_TEXT.match, missing)):
-        raise ValueError(
-            f"{rule} {TEXT_ENCODERS_ARE_FROZEN} Leave out `target_modules` to use those of the model family."
-        )
+    if any(map(_OF_TEXT.match, missing)):
+        raise ValueError(f"{rule} {TEXT_ENCODERS_ARE_FROZEN} Leave the layers of text encoders out.")
     logger.warning("%s The LoRA is added to the others.", rule)
 
 

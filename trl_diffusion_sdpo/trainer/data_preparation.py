@@ -144,8 +144,8 @@ def say_what_repeats(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> Non
     if epochs <= args.precompute_epochs:
         return
     repeated = {
-        "`precompute_ref_errors`: crop, flip, dropped prompt, noise and timestep of a pair": args.precompute_ref_errors,
-        "`precompute_latents` with `random_crop`: the crops of a pair": args.precompute_latents and args.random_crop,
+        "`precompute_ref_errors`, crop, flip, dropped prompt, noise and timestep of a pair": args.precompute_ref_errors,
+        "`precompute_latents` and `random_crop`, the crops of a pair": args.precompute_latents and args.random_crop,
     }
     for what, repeats in repeated.items():
         if repeats:
