@@ -112,8 +112,6 @@ def check_source_column(
         )
     assert isinstance(pairs, PreferenceDataset), "Streams with sources are refused."
     batch = args.train_batch_size if training else args.eval_batch_size
-    if training and args.winner_budget is not None:  # the budget's probe has batches of an evaluation
-        batch = max(batch, args.eval_batch_size)
     for layouts in pairs.source_sizes.values():  # the pairs of a batch have one training size
         first, *others = sorted(layouts, key=len, reverse=True)
         family.pixels_of_sources([_blank(first)])

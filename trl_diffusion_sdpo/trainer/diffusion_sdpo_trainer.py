@@ -511,6 +511,8 @@ class DiffusionSDPOTrainer(Trainer):
         batch_size = 2 * (self._train_batch_size or self.args.per_device_train_batch_size)
         if self.encoding is not None and self.family.prompt_padding == "start":
             batch_size = 1  # prompts were encoded one at a time, and padding would change their embeddings
+        if self.train_dataset.has_sources:
+            batch_size = 1  # the sources of two pairs may have different sizes
         return probe_inputs(
             probe_items(data, ProbeSettings(**self.args.winner_budget_kwargs).pairs),
             batch_size,
