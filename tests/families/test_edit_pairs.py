@@ -345,6 +345,15 @@ def test_one_and_two_sources_in_a_batch_are_refused_at_the_start(fewer, precompu
     assert trainer.state.global_step == 2
 
 
+def test_a_winner_budget_measures_sources_of_several_sizes_one_pair_at_a_time(kontext, make_args):
+    data = [*rows(1), *rows(1, source_size=(44, 20))] * 2
+    budget = {"winner_budget": 0.5, "winner_budget_kwargs": {"pairs": 4, "steps": 1}}
+    args = edit_args(make_args, per_device_eval_batch_size=1, max_steps=2, **budget)
+    trainer = DiffusionSDPOTrainer(kontext, None, args, data, peft_config=LORA)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 @pytest.mark.parametrize("precompute_latents", [False, True])
 def test_sources_of_one_size_train_in_larger_batches_and_others_are_refused(kontext, make_args, precompute_latents):
     settings = {"per_device_train_batch_size": 2, "max_steps": 2, "precompute_latents": precompute_latents}

@@ -118,6 +118,7 @@ def test_pinned_memory_is_little_more_than_what_is_pinned(monkeypatch):
         torch.tensor(2.5),
         torch.empty(0),
     ]
+    assert pin([]) == []
     copies = pin(tensors)
     for tensor, copied in zip(tensors, copies, strict=True):
         assert torch.equal(copied, tensor) and copied.dtype == tensor.dtype

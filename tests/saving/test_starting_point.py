@@ -280,7 +280,7 @@ STRANGE_SETTINGS = {
     "code to import": {"megatron_config": {"a": 1}, "megatron_core": "antigravity"},
     "regular expression of ranks": {"rank_pattern": {CATASTROPHIC: 4}},
     "regular expression of alphas": {"alpha_pattern": {CATASTROPHIC: 4}},
-    "regular expression of exceptions": {"exclude_modules": CATASTROPHIC},
+    "regular expression of layers": {"layers_pattern": CATASTROPHIC, "layers_to_transform": [0]},
     "no number": {"lora_alpha": float("inf")},
     "rank of no tensor": {"r": 300_000},
     "rank of memory": {"rank_pattern": {"to_q": 10**12}},
@@ -318,15 +318,16 @@ def write_lora(run: Path, file: Path, tensors=None, settings=None) -> Path:
     return file
 
 
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
 def test_a_regular_expression_of_targets_in_a_file_is_not_matched_but_read_from_the_tensors(
-    lora_run, sd_pipeline, tmp_path
+    lora_run, sd_pipeline, tmp_path, name
 ):
     shutil.copy(lora_run / "adapter_model.safetensors", tmp_path)
     config = json.loads((lora_run / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": CATASTROPHIC}))
-    name = attach_adapter(sd_pipeline, "unet", str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, name: CATASTROPHIC}))
+    adapter = attach_adapter(sd_pipeline, "unet", str(tmp_path))
     stored = load_file(lora_run / "adapter_model.safetensors")
-    found = adapter_state(sd_pipeline.unet, name)
+    found = adapter_state(sd_pipeline.unet, adapter)
     assert found.keys() == {key.removeprefix("base_model.model.") for key in stored}
     assert all(torch.equal(tensor, stored[f"base_model.model.{key}"]) for key, tensor in found.items())
 
@@ -375,3 +376,15 @@ def test_the_record_of_a_run_names_a_pipeline_and_no_other_options(tmp_path):
     (tmp_path / "training_args.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="training_args.json"):
         start(base)
+
+
+def test_a_lora_of_several_ranks_goes_on_twice(train, sd_folder, tmp_path):
+    """diffusers puts `^` before the names in the `rank_pattern` that it makes for another tool's file."""
+    ranks = {"r": 4, "target_modules": ["to_q", "to_k"], "rank_pattern": {"to_k": 2}}
+    first = train(sd_folder, peft_config=LoraConfig(**ranks), max_steps=1).args.output_dir
+    tensors = load_file(Path(first, "pytorch_lora_weights.safetensors"))
+    save_file(tensors, tmp_path / "plain.safetensors")
+    second = train(sd_folder, adapter_name_or_path=str(tmp_path / "plain.safetensors"), max_steps=1).args.output_dir
+    assert "^" in json.loads(Path(second, "adapter_config.json").read_text())["rank_pattern"].popitem()[0]
+    for source in (second, f"{second}/pytorch_lora_weights.safetensors"):
+        assert train(sd_folder, adapter_name_or_path=source, trains=False).adapter == "default"

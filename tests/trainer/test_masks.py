@@ -11,6 +11,7 @@ from step.walks import ALPHAS, SGD, assert_same_step, batches_of, moved, trained
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.data import PairMixture, PairOptions, PairTransform, prepare_dataset
+from trl_diffusion_sdpo.engines.gradient_backends import GradientBackend
 from trl_diffusion_sdpo.losses import mask_anchor, region_factors
 
 
@@ -253,6 +254,17 @@ def test_half_of_an_overridden_loss_has_half_of_the_anchor(sd_folder, make_args,
         args, rows = make_args(**settings), rows_with_masks_of_all_sizes()
         moves.append(trained_step(trainer_class(moved(sd_folder), sd_folder, args, rows))[1])
     assert (moves[1] - moves[0] / 2).norm() <= 1e-5 * moves[0].norm()
+
+
+def test_an_anchor_that_must_predict_twice_takes_no_dropout(make_trainer, sd_pipeline, monkeypatch):
+    """As under ZeRO-3, which allows one backward pass after a prediction."""
+    monkeypatch.setattr(GradientBackend, "retains_graph", False)
+    next(layer for layer in sd_pipeline.unet.modules() if isinstance(layer, torch.nn.Dropout)).p = 0.1
+    trainer = make_trainer(
+        sd_pipeline, train=masked_rows(), mask_anchor=1.0, safeguard="parameter", disable_dropout=False
+    )
+    with pytest.raises(ValueError, match="`mask_anchor`.*`disable_dropout=True`"):
+        trainer.train()
 
 
 def test_encoded_pairs_have_the_masks_of_their_flips(make_trainer):

@@ -33,17 +33,12 @@ POLICY_ADAPTER = "default"
 TEXT_ENCODERS_ARE_FROZEN = "Text encoders cannot be trained, only the denoiser."
 _OF_TEXT = re.compile(r"text_encoder|text_model|(lora_)?te[123]?_")
 # Settings of a LoRA whose strings PEFT matches as regular expressions, and those that are quickly matched: names of
-# modules, also with one `.*`.
-PATTERNS = (
-    "target_modules",
-    "exclude_modules",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_pattern",
-    "target_parameters",
+# modules, also with one `.*`, or with the `^` that diffusers puts before the names in `rank_pattern`.
+_PATTERNS = (
+    *("target_modules", "exclude_modules", "layers_pattern", "target_parameters"),
+    *("rank_pattern", "alpha_pattern"),
 )
-NAME = re.compile(r"[\w.-]+(\*[\w.-]*)?")
-MEGATRON = "megatron.core"  # default of the setting `megatron_core`, the name of a module that PEFT may import
+NAME = re.compile(r"\^?[\w.-]+(\*[\w.-]*)?")
 # Values of `init_lora_weights` with which a new LoRA does not change the model's output.
 ZERO_STARTS = (True, "gaussian")
 
@@ -137,7 +132,7 @@ def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tupl
 
     Raises:
         `ValueError`: If the denoiser already has an adapter, if the configuration does not describe a supported LoRA,
-            or if its `target_modules` match nothing.
+            or if its `target_modules` match nothing or a text encoder.
     """
     if active_adapter(denoiser) is not None:
         raise ValueError(
@@ -242,12 +237,12 @@ def check_stored_lora(
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     if not largest:
         raise ValueError(f"A LoRA must have tensors, and that of {file} has none. Copy the file again.")
-    if settings.get("megatron_config") is not None or settings.get("megatron_core", MEGATRON) not in (None, MEGATRON):
+    if settings.get("megatron_config") is not None or settings.get("megatron_core") not in (None, "megatron.core"):
         raise ValueError(
             f"The settings of a LoRA must not name code to import, and {file} has the `megatron_core` "
             f"{settings.get('megatron_core')!r}. Remove `megatron_core` and `megatron_config` from it."
         )
-    for name in PATTERNS:
+    for name in _PATTERNS:
         value = settings.get(name) or ()
         for pattern in [value] if isinstance(value, str) else value:
             if not isinstance(pattern, str) or not NAME.fullmatch(pattern):
@@ -271,27 +266,19 @@ def check_stored_lora(
 
 
 def _check_targets(denoiser: nn.Module, targets: str | Iterable[str]) -> None:
-    """Raise `ValueError` if the targets of a LoRA match no layer of the denoiser, or are layers of a text encoder. Log
-    a warning if some of them match none."""
-    if targets == "all-linear":
-        return
-    names = [name for name, _ in denoiser.named_modules()]
-    if isinstance(targets, str):
-        missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
-    else:
-        missing = [
-            target for target in sorted(targets) if not any(f".{name}".endswith(f".{target}") for name in names)
-        ]
+    """Raise `ValueError` if targets of a LoRA are layers of a text encoder. Log a warning if the denoiser has no layers
+    of these names. (PEFT refuses targets of which none matches, and a regular expression without a match.)"""
+    names = [f".{name}" for name, _ in denoiser.named_modules()]
+    listed = [] if isinstance(targets, str) else sorted(targets)
+    missing = [target for target in listed if not any(name.endswith(f".{target}") for name in names)]
     if not missing:
         return
     rule = (
         f"`target_modules` of the LoRA must be layers of the denoiser, a {type(denoiser).__name__}, which has no "
         f"{', '.join(missing)}."
     )
-    if isinstance(targets, str) or len(missing) == len(set(targets)) or any(map(_OF_TEXT.match, missing)):
-        raise ValueError(
-            f"{rule} {TEXT_ENCODERS_ARE_FROZEN} Leave out `target_modules` to use those of the model family."
-        )
+    if any(map(_OF_TEXT.match, missing)):
+        raise ValueError(f"{rule} {TEXT_ENCODERS_ARE_FROZEN} Leave the layers of text encoders out.")
     logger.warning("%s The LoRA is added to the others.", rule)
 
 

@@ -182,7 +182,7 @@ def pin(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     twice its size. Therefore the copies lie one after the other in a few large buffers.
     """
     sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
-    capacity = 1 << (max(PINNED_BUFFER, *sizes) - 1).bit_length()
+    capacity = 1 << (max([PINNED_BUFFER, *sizes]) - 1).bit_length()
     buffer, copies = torch.empty(0, dtype=torch.uint8), []
     for number, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
         if size > len(buffer):

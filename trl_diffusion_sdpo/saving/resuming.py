@@ -151,17 +151,14 @@ def _compare_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, 
 def _compare_eval_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, has_budget: bool) -> None:
     """Compare the fingerprints of the evaluation data. `winner_budget` needs the pairs on which it measured the errors
     before training; otherwise, other pairs only make evaluations incomparable."""
-    is_there = {True: "given", False: "not given"}
     found = differences(*_known_to_both(before, now))
-    if (before is None) != (now is None):
-        found = differences(is_there[before is not None], is_there[now is not None])
-    if found and has_budget:
+    if has_budget and (found or (before is None) != (now is None)):
         raise ValueError(
             "`winner_budget` compares errors with those before training on the same evaluation pairs, and the pairs "
-            f"differ from the checkpoint's: {listed(found)}. Pass the checkpoint's `eval_dataset`, or start anew from "
-            "its weights."
+            f"differ from the checkpoint's ({listed(found) or 'only one of the runs has some'}). Pass the checkpoint's "
+            "`eval_dataset`, or start anew from its weights."
         )
-    if found and before is not None and now is not None:
+    if found:
         logger.warning(
             "The evaluation data differ from those of the checkpoint (%s). Do not compare evaluations of this run with "
             "earlier ones.",

@@ -66,16 +66,13 @@ class RunFiles:
 
     def save(self, folder: Path, setup: dict[str, Any]) -> None:
         """Write a checkpoint into `folder` if [`RunFiles.writing_checkpoint`] yielded this folder. Otherwise write the
-        run's results into `folder`.
+        run's results into `folder`, whose earlier results stay whole if that fails.
 
         Args:
             setup (`dict[str, Any]`): Content of the set-up file.
 
         Raises:
             `FloatingPointError`: In all processes, if a weight is not finite. In this case, no file is written.
-
-        If the process is killed or the disk is full, earlier results in `folder` stay as they are; see
-        [`~trl_diffusion_sdpo.utils.files.replacing`].
         """
         writes = self._args.should_save
         is_checkpoint = self.checkpoints.is_being_written(folder)

@@ -170,7 +170,7 @@ def attach_adapter(pipeline: DiffusionPipeline, denoiser_name: str, source: str,
 
 
 def _check_ranks(weights: Mapping[str, torch.Tensor], source: str) -> None:
-    """Raise `ValueError` if a LoRA's rank is higher than both dimensions of its layer, which no training makes."""
+    """Raise `ValueError` if a LoRA's rank is higher than both dimensions of its layer, which adds nothing."""
     for module, rank in ranks(weights).items():
         largest = max(value.numel() // rank for key, value in weights.items() if split_key(key)[0] == module)
         if rank > largest:

@@ -189,7 +189,8 @@ def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, 
 def read_lora(folder: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
     """Read a LoRA in PEFT's format, which may come from a stranger: its configuration, and its tensors by name.
 
-    A regular expression in `target_modules` is never matched. The modules that have tensors replace it.
+    A regular expression in `target_modules` or `exclude_modules` is never matched. The modules that have tensors
+    replace it.
 
     Raises:
         `ValueError`: If the settings are damaged or not allowed; see [`check_stored_lora`].
@@ -200,9 +201,9 @@ def read_lora(folder: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
     except ValueError as error:
         raise ValueError(f"{file} must contain the settings of a LoRA: {error}. Copy the file again.") from error
     weights = _tensors_of(folder / PEFT_FILE)
-    targets = settings.get("target_modules")
+    choices = (settings.get("target_modules"), settings.get("exclude_modules"))
     named: dict[str, Any] = {}
-    if isinstance(targets, str) and not NAME.fullmatch(targets):
+    if any(isinstance(choice, str) and not NAME.fullmatch(choice) for choice in choices):
         named = dict.fromkeys(("exclude_modules", "layers_pattern", "layers_to_transform"))
         named["target_modules"] = sorted(ranks(weights))
     check_stored_lora({**settings, **named}, shapes_of(weights), file)

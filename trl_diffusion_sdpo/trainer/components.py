@@ -331,7 +331,7 @@ def choose_kernels(denoiser: Any, copies: Sequence[WeightCopy], args: DiffusionS
         return
     backend, mode = args.torch_compile_backend, args.torch_compile_mode
     compile_with_eager_rounding()
-    if backend == "inductor" and args.loss_spec.needs_reference:
+    if backend == "inductor" and args.loss_spec.needs_reference and args.should_log:
         logger.warning(
             "`torch_compile` compiles the policy with gradients and the reference without, and the two programs may "
             "round differently. Before the first step, margins are then near 0 instead of exactly 0. If "

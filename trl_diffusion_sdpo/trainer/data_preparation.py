@@ -112,8 +112,6 @@ def check_source_column(
         )
     assert isinstance(pairs, PreferenceDataset), "Streams with sources are refused."
     batch = args.train_batch_size if training else args.eval_batch_size
-    if training and args.winner_budget is not None:  # the budget's probe has batches of an evaluation
-        batch = max(batch, args.eval_batch_size)
     for layouts in pairs.source_sizes.values():  # the pairs of a batch have one training size
         first, *others = sorted(layouts, key=len, reverse=True)
         family.pixels_of_sources([_blank(first)])
@@ -144,8 +142,8 @@ def say_what_repeats(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> Non
     if epochs <= args.precompute_epochs:
         return
     repeated = {
-        "`precompute_ref_errors`: crop, flip, dropped prompt, noise and timestep of a pair": args.precompute_ref_errors,
-        "`precompute_latents` with `random_crop`: the crops of a pair": args.precompute_latents and args.random_crop,
+        "`precompute_ref_errors`, crop, flip, dropped prompt, noise and timestep of a pair": args.precompute_ref_errors,
+        "`precompute_latents` and `random_crop`, the crops of a pair": args.precompute_latents and args.random_crop,
     }
     for what, repeats in repeated.items():
         if repeats:

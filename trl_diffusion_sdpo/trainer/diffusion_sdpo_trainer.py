@@ -512,6 +512,8 @@ class DiffusionSDPOTrainer(Trainer):
         batch_size = 2 * (self._train_batch_size or self.args.per_device_train_batch_size)
         if self.encoding is not None and self.family.prompt_padding == "start":
             batch_size = 1  # prompts were encoded one at a time, and padding would change their embeddings
+        if self.train_dataset.has_sources:
+            batch_size = 1  # the sources of two pairs may have different sizes
         return probe_inputs(
             probe_items(data, ProbeSettings(**self.args.winner_budget_kwargs).pairs),
             batch_size,
@@ -612,8 +614,8 @@ class DiffusionSDPOTrainer(Trainer):
         assert args.safeguard_mu is not None, "The constructor sets `safeguard_mu`."
         backend = self.engine.gradient_backend()
         anchor = args.safeguard_anchor or self.loss_spec.anchor
-        if anchor == "error" and not backend.retains_graph:
-            refuse_dropout(self.denoiser, "`safeguard_anchor='error'` under ZeRO-3")
+        if (anchor == "error" or args.mask_anchor) and not backend.retains_graph:
+            refuse_dropout(self.denoiser, "`safeguard_anchor='error'` or `mask_anchor` under ZeRO-3")
         return self.parameter_safeguard_class(
             self.pair_forward,
             BranchGradients(backend, mu=args.safeguard_mu, anchor=anchor),
@@ -914,7 +916,8 @@ class DiffusionSDPOTrainer(Trainer):
             return
         due = is_due(self.args, state)
         if due.should_evaluate:
-            self.control.should_evaluate, self.control.should_save = True, due.should_save
+            self.control.should_evaluate = True
+            self.control.should_save = due.should_save
             self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, state.epoch or 0, None, 0.0)
 
     def _load_scaler(self, checkpoint: str | None) -> None:

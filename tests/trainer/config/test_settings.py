@@ -54,10 +54,15 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(make_args):
     [
         {"neftune_noise_alpha": 5.0},
         {"include_num_input_tokens_seen": "all"},
-        {"fp16": True},
         {"safeguard": "parameter", "ddp_static_graph": True},
     ],
 )
 def test_settings_that_cannot_work_are_refused(make_args, settings):
     with pytest.raises(ValueError, match=list(settings)[-1]):
         make_args(**settings)
+
+
+def test_fp16_is_refused_where_a_cpu_trains_and_can_be_planned_there(make_trainer, make_args):
+    make_args(fp16=True)
+    with pytest.raises(ValueError, match="`fp16=True`"):
+        make_trainer(fp16=True)

@@ -137,7 +137,6 @@ def _check_inherited(args: DiffusionSDPOConfig) -> None:
             args.include_num_input_tokens_seen not in ("no", False),
             "Images have no tokens. Leave it off",
         ),
-        "fp16": (args.fp16 and args.device.type == "cpu", "A CPU has no fp16 autocast. Use `bf16`"),
         "label_smoothing_factor": (args.label_smoothing_factor, "Use `loss_type='robust'`"),
         "bf16_full_eval": (args.bf16_full_eval, "It would round the policy but not the reference. Use `bf16`"),
         "fp16_full_eval": (args.fp16_full_eval, "It would round the policy but not the reference. Use `fp16`"),

@@ -39,7 +39,6 @@ from .declaring import from_kwargs
 
 logger = logging.getLogger(__name__)
 FAR = 100  # a `beta` that differs from its default by a larger factor is probably a mistake
-
 DRAWN = 10_000  # number of timesteps that are compared with an inversion's grid
 NOTABLE = 0.01  # share of drawn timesteps without noise from which on there is a warning
 
@@ -50,8 +49,8 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
     """Check the settings as far as possible without a model, and return a copy of the settings for the trainer.
 
     Raises:
-        `ValueError`: If `args` is no `DiffusionSDPOConfig`, the process sees several GPUs, two arguments name a
-            reference, or the output folder is not writable.
+        `ValueError`: If `args` is no `DiffusionSDPOConfig`, the process sees several GPUs or has fp16 without one, two
+            arguments name a reference, or the output folder is not writable.
     """
     if args is None:
         name = Path(model).name if isinstance(model, (str, Path)) else type(model).__name__
@@ -66,6 +65,8 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
             "`trl-diffusion-sdpo train --accelerate_config multi_gpu ...` or `accelerate launch`, or set "
             "CUDA_VISIBLE_DEVICES=0 to use one GPU."
         )
+    if args.fp16 and args.device.type == "cpu":  # not in the configuration, because a CPU may plan a run
+        raise ValueError("`fp16=True` needs an accelerator, because accelerate ignores it on a CPU. Use `bf16`.")
     check_deepspeed_precision(args)
     if ref_model is not None and args.ref_model_name_or_path is not None:
         raise ValueError(
@@ -210,7 +211,8 @@ def loss_defaults(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> t
     guarded = [row.safeguard_mu for name, row in rows.items() if LOSSES[name].uses_loser]
     mu = max(guarded or [row.safeguard_mu for row in rows.values()])
     betas = {name: row.beta_for(full=full) for name, row in rows.items() if LOSSES[name].uses_beta}
-    if args.beta and betas and all(not 1 / FAR <= args.beta / usual <= FAR for usual in betas.values()):
+    is_far = args.beta and betas and all(not 1 / FAR <= args.beta / usual <= FAR for usual in betas.values())
+    if is_far and args.should_log:
         listed = ", ".join(f"{beta:g} for {name}" for name, beta in betas.items())
         logger.warning(
             "`beta=%g` is more than %d times smaller or larger than the default of %s (%s). A beta of language models, "
