@@ -2,6 +2,7 @@
 weights, saved to a folder once a session and loaded back as a user would."""
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -92,6 +93,15 @@ def plotted():
 @pytest.fixture
 def several_draws():
     """Evaluations of a few pairs take several draws of noise for each, like users' evaluations."""
+
+
+@pytest.fixture(autouse=True)
+def level_of_the_log():
+    """Commands that run in this process set the level of the package's log; other tests read the log too."""
+    logger = logging.getLogger("trl_diffusion_sdpo")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

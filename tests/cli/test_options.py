@@ -6,6 +6,8 @@ import pytest
 
 from trl_diffusion_sdpo.cli import launch, options, train, train_parser
 from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.models.adapters import lora_config
+from trl_diffusion_sdpo.utils.own_errors import is_own
 
 
 @pytest.fixture(autouse=True)
@@ -146,3 +148,20 @@ def test_a_file_that_is_named_twice_is_refused(option, tmp_path):
     file.write_text("beta: 1")
     with pytest.raises(ValueError, match=f"`{option}`"):
         train_parser.read_given([option, str(file), f"{option}={file}"])
+
+
+@pytest.mark.parametrize("names", [["to_q"], ["to_out.0"], ["to_q", "to_k"]])
+def test_one_name_of_a_loras_layers_is_a_name_like_several(names):
+    from trl import ModelConfig
+
+    config = lora_config(ModelConfig(use_peft=True, lora_target_modules=list(names)))
+    assert config.target_modules == set(names)
+    assert lora_config(ModelConfig(use_peft=True, lora_target_modules=["all-linear"])).target_modules == "all-linear"
+
+
+def test_a_lora_that_peft_refuses_is_a_sentence():
+    from trl import ModelConfig
+
+    with pytest.raises(ValueError, match="LoRA.*0") as caught:
+        lora_config(ModelConfig(use_peft=True, lora_r=0))
+    assert is_own(caught.value)

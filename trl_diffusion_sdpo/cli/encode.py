@@ -48,17 +48,18 @@ def _encode_alone(
     script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig
 ) -> PairEncoding:
     """Encode the data as the trainer's constructor would, but without loading the denoiser's weights."""
-    from trl import get_peft_config, get_quantization_config
+    from trl import get_quantization_config
 
     from ..cache.key import EncoderKey
     from ..engines.processes import peers
+    from ..models.adapters import lora_config
     from ..saving.starting_point import starting_point
     from ..trainer.components import load_policy, pair_encoding, place_frozen_components  # slow import
     from ..trainer.config.complete import check_resolution, complete_args, copy_and_check_args
     from ..trainer.data_preparation import check_source_column, prepare_pairs
 
     train_dataset, eval_dataset = training.load_data(script_args, training_args, model_args)
-    model, lora = model_args.model_name_or_path, get_peft_config(model_args)
+    model, lora = model_args.model_name_or_path, lora_config(model_args)
     args, loss = copy_and_check_args(model, None, training_args), training_args.loss_spec
     loaded = load_policy(model, args, None, lora, get_quantization_config(model_args), denoiser=False)
     tunes_lora = lora is not None or starting_point(str(model), args.adapter_name_or_path).adapter is not None

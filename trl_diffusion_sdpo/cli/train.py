@@ -104,8 +104,9 @@ def build_trainer(
     script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig, *callbacks: Any
 ) -> DiffusionSDPOTrainer:
     """Load the data and return a trainer for these options."""
-    from trl import get_peft_config, get_quantization_config
+    from trl import get_quantization_config
 
+    from ..models.adapters import lora_config
     from ..trainer import DiffusionSDPOTrainer  # imported late because it takes seconds
     from .pair_arguments import public_name
 
@@ -122,7 +123,7 @@ def build_trainer(
         train_dataset,
         eval_dataset,
         callbacks=list(callbacks),
-        peft_config=get_peft_config(model_args),
+        peft_config=lora_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
     trainer.dataset_name = public_name(script_args)

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
@@ -27,6 +27,9 @@ from torch import nn
 
 from ..losses import lora_scaling
 
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
 logger = logging.getLogger(__name__)
 
 POLICY_ADAPTER = "default"
@@ -41,6 +44,30 @@ _PATTERNS = (
 NAME = re.compile(r"\^?[\w.-]+(\*[\w.-]*)?")
 # Values of `init_lora_weights` with which a new LoRA does not change the model's output.
 ZERO_STARTS = (True, "gaussian")
+
+
+def lora_config(model_args: ModelConfig) -> LoraConfig | None:
+    """Return the LoRA that TRL's options describe, or `None` without `use_peft`.
+
+    A single name in `lora_target_modules` stays a name. TRL hands it to PEFT as a regular expression for whole paths,
+    which no module would match.
+
+    Raises:
+        `ValueError`: If PEFT refuses the options.
+    """
+    from trl import get_peft_config  # imported late because it takes seconds
+
+    try:
+        config: Any = get_peft_config(model_args)
+    except ValueError as error:
+        raise ValueError(f"The options of the LoRA are refused by PEFT: {error}. Correct them.") from error
+    if (
+        config is not None
+        and isinstance(config.target_modules, str)
+        and re.fullmatch(r"[\w.]+", config.target_modules)
+    ):
+        config.target_modules = {config.target_modules}
+    return config
 
 
 def unwrap_peft_model(model: nn.Module) -> nn.Module:

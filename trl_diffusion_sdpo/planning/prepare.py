@@ -14,6 +14,7 @@ from ..engines.engine import Engine as TrainingEngine
 from ..families import Family
 from ..families.base import refuse_sources
 from ..families.single_file import configuration_of
+from ..models.adapters import lora_config
 from ..models.ema import EMAWeights
 from ..models.frozen_components import working_pipeline
 from ..models.loading import LoadedModel
@@ -72,8 +73,6 @@ class PlannedSettings:
 
 def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) -> PlannedRun:
     """Make the networks of a run and the settings for simulating one of its steps."""
-    from trl import get_peft_config
-
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
         raise ValueError(
             "A quantized base needs a LoRA, because quantized weights cannot be trained. Add `--use_peft`."
@@ -85,7 +84,7 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) 
         refuse_sources(family, "A plan")
     spec = args.loss_spec
     other = None if args.ref_model_name_or_path is None else copy.deepcopy(loaded.denoiser)
-    adapter, added = choose_trained_weights(loaded, get_peft_config(model_args), args)
+    adapter, added = choose_trained_weights(loaded, lora_config(model_args), args)
     trains = TrainingEngine(_no_accelerator, lambda: loaded.denoiser)
     reference = make_reference(loaded, other, args, spec, trains, adapter=adapter, added=added)
     average = None if args.ema_decay is None else EMAWeights(loaded.denoiser, adapter, args.ema_decay, trains)
