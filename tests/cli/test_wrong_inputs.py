@@ -4,7 +4,8 @@ import pytest
 from cli.wrong_inputs import Place, inputs
 
 CASES = [
-    pytest.param(text, marks=() if index % 16 == 0 else pytest.mark.matrix) for index, text in enumerate(inputs())
+    pytest.param(text, id=text, marks=() if index % 16 == 0 else pytest.mark.matrix)
+    for index, text in enumerate(inputs())
 ]
 
 

@@ -121,5 +121,7 @@ def _image_settings(options: argparse.Namespace, device: str) -> ImageSettings:
     if options.protocol is None:
         return image_settings(options, device, options.seeds)
     options.dtype = options.dtype or "bfloat16"
-    more = {"noise": "shared", "call_kwargs": {**AUTHORS, **options.call_kwargs}, "protocol": options.protocol}
-    return image_settings(options, device, options.seeds, **more)
+    call_kwargs = {**AUTHORS, **options.call_kwargs}
+    return image_settings(
+        options, device, options.seeds, noise="shared", call_kwargs=call_kwargs, protocol=options.protocol
+    )

@@ -121,15 +121,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         content = path.read_text(encoding="utf-8")
-        aliases = [token.value for token in yaml.scan(content) if isinstance(token, yaml.AliasToken)]
-        settings = yaml.safe_load("" if aliases else content)
-        texts = yaml.load("" if aliases else content, Loader=yaml.BaseLoader)
+        for token in yaml.scan(content):
+            if isinstance(token, yaml.AliasToken):
+                raise ValueError(f"aliases are not allowed, got `*{token.value}`. Copy the values.")
+        settings = yaml.safe_load(content)
+        texts = yaml.load(content, Loader=yaml.BaseLoader)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(
             f"The file {path} must be valid YAML, and reading it failed: {' '.join(str(error).split())}"
         ) from error
-    if aliases:
-        raise ValueError(f"A file of settings must not have aliases, got `*{aliases[0]}` in {path}. Copy the values.")
     if not isinstance(settings, dict):
         raise ValueError(f"The file {path} must map names to values in YAML, got {type(settings).__name__}.")
     set_ones = {name: value for name, value in settings.items() if value is not None}

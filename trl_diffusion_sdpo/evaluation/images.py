@@ -298,7 +298,8 @@ def check_settings(target: Path, facts: dict[str, Any]) -> None:
         found = differences(before, plain(facts))
         if found:
             raise ValueError(
-                f"{target} has images that were generated with other settings or models: {listed(found)}. Use another output folder, or delete that folder."
+                f"{target} has images that were generated with other settings or models: {listed(found)}. Use another "
+                "output folder, or delete that folder."
             )
     else:
         for scores in (target.parents[1] / SCORES_FOLDER).glob("*/*.json"):

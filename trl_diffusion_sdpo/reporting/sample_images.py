@@ -185,10 +185,9 @@ class SampleImagesCallback(TrainerCallback):
         return all(self._is_made_so(folder / path, i) for i, (path, _) in enumerate(self.gallery(step)))
 
     def _is_made_so(self, file: Path, index: int) -> bool:
-        """Return whether a prompt's image was made as this callback makes it. Of an earlier version, settings are not
-        known."""
-        found = _notes(file)
-        return {"prompt", "seed"} <= found.keys() and {**self._note(index), **found} == self._note(index)
+        """Return whether a prompt's image was made as this callback makes it. Images of earlier versions have no
+        settings."""
+        return {"settings": self._settings, **_notes(file)} == self._note(index)
 
     def _note(self, index: int) -> dict[str, str]:
         """Return the text fields to write into the PNG file of a prompt's image."""
