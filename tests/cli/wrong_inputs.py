@@ -47,7 +47,6 @@ class Place:
             "empty.txt": "",
             "empty.jsonl": "",
             "ragged.csv": "prompt,chosen,rejected\na,b\nc,d,e,f\n",
-            "semicolons.csv": "prompt;chosen;rejected\na;b;c\n",
             "nan.jsonl": '{"prompt": NaN}\n',
             "numbers.json": "[1, 2]",
             "deep.json": "[" * 100000,

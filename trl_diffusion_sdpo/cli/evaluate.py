@@ -114,6 +114,10 @@ def _candidates(options: argparse.Namespace) -> list[Candidate]:
     if not options.scales:
         return candidates
     base, *tuned = candidates
+    if not tuned:
+        raise ValueError(
+            "`--scales` scales the models after the first one, the base, and got the base alone. Add one."
+        )
     return [base, *(scaled for candidate in tuned for scaled in at_scales(candidate, options.scales))]
 
 

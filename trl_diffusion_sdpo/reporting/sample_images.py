@@ -45,7 +45,7 @@ def call_options(family: Family, options: dict[str, Any], setting: str = "sample
 
     Raises:
         `ValueError`: If the pipeline cannot be called with one of the options, an option is set by the caller, such as
-            the prompt, or there are no steps.
+            the prompt, or there are no steps or pixels.
     """
     guidance = family.generation_kwargs(options.get("guidance_scale"))
     others = {name: value for name, value in options.items() if name != "guidance_scale"}
@@ -54,9 +54,10 @@ def call_options(family: Family, options: dict[str, Any], setting: str = "sample
     own = [name for name in _SET_HERE if name in others]
     if own:
         raise ValueError(f"`{setting}` must leave out {', '.join(_SET_HERE)}, which are set here; got {own[0]!r}.")
-    steps = others.get("num_inference_steps", 1)
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"`num_inference_steps` in `{setting}` must be a whole number, 1 or more; got {steps!r}.")
+    for name in ("num_inference_steps", "height", "width"):
+        value = others.get(name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"`{name}` in `{setting}` must be a whole number, 1 or more; got {value!r}.")
     if unknown:
         near = did_you_mean(unknown[0], accepted)
         raise ValueError(f"`{setting}` takes arguments of {type(family.pipeline).__name__}; got {unknown[0]!r}.{near}")
