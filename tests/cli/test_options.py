@@ -32,7 +32,7 @@ def read_yaml(tmp_path):
     ("text", "value"),
     [
         ("eval_strategy: no", "no"),
-        ("safeguard: off", "none"),
+        ("safeguard: Off", "none"),
         ("report_to: no", "none"),  # the default
         ("report_to: []", "none"),
         ("fsdp: []", None),

@@ -264,7 +264,7 @@ def test_the_step_that_is_judged_is_that_of_the_checkpoint_that_was_loaded(make_
     assert final_step(args, loaded) == 2 and final_step(make_args(), loaded) is None
 
 
-def test_images_of_another_prompt_or_seed_are_not_shown(make_args, tmp_path):
+def test_images_of_another_prompt_or_seed_are_not_shown(make_args, sd_pipeline, tmp_path):
     def draw(step, number, prompt, seed):
         note = PngImagePlugin.PngInfo()
         note.add_itxt("prompt", prompt)
@@ -278,7 +278,7 @@ def test_images_of_another_prompt_or_seed_are_not_shown(make_args, tmp_path):
         draw(step, 2, "c", 9 if step else 8)
         draw(step, 3, "another", 10)
     options = {"every_n_steps": None, "seed": 7}
-    samples = SampleImagesCallback(None, ["a", "b", "c", "d", "e"], **options)
+    samples = SampleImagesCallback(sd_pipeline, ["a", "b", "c", "d", "e"], **options)
     callback = VerdictCallback(run_facts(), lambda: None, (), samples)
     callback.on_train_end(make_args(), TrainerState(global_step=9, max_steps=9), TrainerControl())
     written = json.loads((tmp_path / "run" / "verdict.json").read_text())

@@ -62,7 +62,7 @@ class OneLineParser(argparse.ArgumentParser):
             name = str(key)
             if name not in destinations and _FORMER_NAMES.get(name) in destinations:
                 name = _FORMER_NAMES[name]
-            if name in _CHOSEN and (value == [] or value in NO):
+            if name in _CHOSEN and (value == [] or str(value).lower() in NO):
                 continue
             if isinstance(value, dict) or (
                 isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
@@ -80,7 +80,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def none_for_no(choices: Iterable[str]) -> Callable[[str], str]:
     """Return the type of an option with the choice `none`, which may also be written `no`, `off` or `false`."""
-    return lambda word: "none" if word in NO and word not in choices else word
+    return lambda word: "none" if word.lower() in NO and word not in choices else word
 
 
 def refuse_unknown(words: Iterable[str], options: Iterable[str]) -> None:

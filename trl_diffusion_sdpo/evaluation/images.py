@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +33,15 @@ from ..reporting.sample_images import call_options, in_own_precision
 from ..rewards.scorer import usable_device
 from ..saving.starting_point import INDEX_FILE, attach_adapter, starting_point
 from ..utils.files import write_atomically
-from ..utils.identity import describe_pipeline, describe_source, differences, listed, plain, read_description
+from ..utils.identity import (
+    describe_pipeline,
+    describe_source,
+    differences,
+    listed,
+    plain,
+    read_description,
+    write_description,
+)
 from ..utils.processes import ALONE, Peers
 from .candidate import Candidate
 from .scales import scaled
@@ -295,7 +302,7 @@ def check_settings(target: Path, facts: dict[str, Any]) -> None:
                 f"{target} has images, and {SETTINGS_FILE} does not say all that they depend on, because an earlier "
                 "version of this package wrote it or it was deleted. Use another output folder, or delete that folder."
             )
-        found = differences(before, plain(facts))
+        found = differences(before, facts)
         if found:
             raise ValueError(
                 f"{target} has images that were generated with other settings or models: {listed(found)}. Use another "
@@ -305,8 +312,7 @@ def check_settings(target: Path, facts: dict[str, Any]) -> None:
         for scores in (target.parents[1] / SCORES_FOLDER).glob("*/*.json"):
             if target.name in scores.stem.split("+"):  # a judge's file is named by its two models, joined by +
                 scores.unlink(missing_ok=True)  # these scores belong to deleted images
-    target.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(plain(facts), indent=1).encode())
+    write_description(path, facts)
 
 
 def png_bytes(image: Image.Image, prompt: str, seed: int) -> bytes:
