@@ -15,14 +15,20 @@ from string import Template
 import numpy as np
 from PIL import Image
 
+from trl_diffusion_sdpo.pairing.own_images import list_images
+
 SECONDS = 60  # an input that takes longer hangs
+
+
+LINES = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+COMMANDS = [line[2:] for line in LINES if line.startswith("= ") and line != "= "]  # which work
 
 
 def inputs() -> list[str]:
     """Return all wrong inputs, as a user would type them after `trl-diffusion-sdpo`. `wrong_inputs.txt` lists them."""
     listed: list[str] = []
     command = ""
-    for line in Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines():
+    for line in LINES:
         if line.startswith("="):
             command = line[1:].strip()
         elif line and not line.startswith("#"):
@@ -67,6 +73,7 @@ class Place:
             pixels = np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
             self._text(f"images/{index}.txt", "a dog")
+        list_images(folder / "images", from_names=False)
 
     def _text(self, name: str, text: str) -> Path:
         path = self.folder / name
