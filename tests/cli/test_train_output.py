@@ -44,7 +44,7 @@ def test_training_ends_with_the_verdict_and_holds_the_lock_until_the_weights_are
     assert main(["train", *(str(part) for name, value in words.items() for part in (f"--{name}", value))]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     verdicts = [line for line in lines if line.startswith("Verdict: ")]
-    assert len(verdicts) == 1 and verdicts[0].startswith("Verdict: not learned. ")
+    assert len(verdicts) == 1 and verdicts[0].startswith("Verdict: unknown. ")
     assert lines[-1].startswith("The tuned weights are in")
     assert held == [True] and not is_locked()
 
