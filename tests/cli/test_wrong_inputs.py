@@ -1,10 +1,11 @@
 """Wrong inputs of every command end in one sentence and exit code 2: every sixteenth here, all in the matrix."""
 
 import pytest
-from cli.wrong_inputs import Place, inputs
+from cli.wrong_inputs import COMMANDS, Place, inputs
 
 CASES = [
-    pytest.param(text, marks=() if index % 16 == 0 else pytest.mark.matrix) for index, text in enumerate(inputs())
+    pytest.param(text, id=text, marks=() if index % 16 == 0 else pytest.mark.matrix)
+    for index, text in enumerate(inputs())
 ]
 
 
@@ -19,3 +20,10 @@ def place(sd_folder, make_pairs, tmp_path_factory):
 def test_a_wrong_input_is_one_sentence(place, text, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert place.fault(text) is None
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("text", [pytest.param(text, id=text) for text in COMMANDS])
+def test_a_command_without_a_wrong_input_works(place, text, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert "exit code 0" in str(place.fault(text))

@@ -86,6 +86,20 @@ def test_images_of_a_data_set_are_not_read(tmp_path):
     assert [row for _, row in listed.rows] == [{"prompt": "x", "style": "photo"}, {"prompt": "y", "style": "anime"}]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "column", "match"),
+    [
+        ("a.csv", "prompt,style\na cat, sitting,photo\n", None, "row 1"),
+        ("a.txt", "a cat\n", "caption", "caption"),
+        ("a.json", "[" * 100_000, None, "a.json"),
+    ],
+)
+def test_a_file_that_would_be_read_wrongly_is_refused(name, text, column, match, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=match):
+        read_prompts(tmp_path / name, column=column)
+
+
 def test_prompts_are_a_column_of_a_data_set(tmp_path):
     (tmp_path / "test.csv").write_text("words,prompt\na,x\nb,y\na,z\n")
     listed = read_prompts(tmp_path, column="words")

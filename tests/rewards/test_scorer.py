@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_clip import save_clip
 
 from trl_diffusion_sdpo.rewards import BatchedScorer, FunctionScorer, load_scorer, register_scorer, scorer_names
-from trl_diffusion_sdpo.rewards.scorer import describe_scorer, saved_scores
+from trl_diffusion_sdpo.rewards.scorer import describe_scorer, on_device, saved_scores
 
 IMAGES = [Image.new("RGB", (8, 8), (value, 0, 0)) for value in (10, 20, 30)]
 PROMPTS = ["a", "b", "c"]
@@ -125,12 +125,23 @@ def test_whatever_changes_scores_changes_what_saved_scores_depend_on(tmp_path):
     assert describe_scorer(load_scorer("vlm_server", **server, **speed)) == described[4]
 
 
-def test_new_weights_in_the_same_folder_are_another_scorer(tmp_path):
-    folder = save_clip(tmp_path / "clip", 0)
-    before = describe_scorer(load_scorer("clip_score", model=folder))
-    assert describe_scorer(load_scorer("clip_score", model=folder)) == before
-    save_clip(folder, 1)
-    assert describe_scorer(load_scorer("clip_score", model=folder)) != before
+def test_a_scorer_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    branch = tmp_path / "models--org--clip" / "refs" / "main"
+    branch.parent.mkdir(parents=True)
+
+    @register_scorer("scorer of the Hub")
+    def build(model="org/clip"):
+        return FunctionScorer("of the Hub", redness)
+
+    for commit in ("1" * 40, "2" * 40):
+        branch.write_text(commit)
+        assert describe_scorer(load_scorer("scorer of the Hub"))["sources"]["model"]["commit"] == commit
+
+
+def test_a_device_that_does_not_exist_is_refused_in_a_sentence():
+    with pytest.raises(ValueError, match="`device`.*gpu"), on_device(FunctionScorer("red", redness), "gpu"):
+        pass
 
 
 def test_a_changed_function_is_another_scorer(tmp_path, monkeypatch):

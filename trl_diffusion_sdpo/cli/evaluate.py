@@ -114,6 +114,10 @@ def _candidates(options: argparse.Namespace) -> list[Candidate]:
     if not options.scales:
         return candidates
     base, *tuned = candidates
+    if not tuned:
+        raise ValueError(
+            "`--scales` scales the models after the first one, the base, and got the base alone. Add one."
+        )
     return [base, *(scaled for candidate in tuned for scaled in at_scales(candidate, options.scales))]
 
 
@@ -121,5 +125,7 @@ def _image_settings(options: argparse.Namespace, device: str) -> ImageSettings:
     if options.protocol is None:
         return image_settings(options, device, options.seeds)
     options.dtype = options.dtype or "bfloat16"
-    more = {"noise": "shared", "call_kwargs": {**AUTHORS, **options.call_kwargs}, "protocol": options.protocol}
-    return image_settings(options, device, options.seeds, **more)
+    call_kwargs = {**AUTHORS, **options.call_kwargs}
+    return image_settings(
+        options, device, options.seeds, noise="shared", call_kwargs=call_kwargs, protocol=options.protocol
+    )

@@ -47,10 +47,10 @@ def mapping_option(text: str) -> dict[str, Any]:
     """Parse an option's text as a JSON object."""
     try:
         mapping = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # numbers and brackets by the thousand too
         mapping = None
     if not isinstance(mapping, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text[:200]!r}")
     return mapping
 
 

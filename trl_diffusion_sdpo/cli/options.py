@@ -63,7 +63,7 @@ class OneLineParser(argparse.ArgumentParser):
             name = str(key)
             if name not in destinations and _FORMER_NAMES.get(name) in destinations:
                 name = _FORMER_NAMES[name]
-            if name in _CHOSEN and (value == [] or value in NO):
+            if name in _CHOSEN and (value == [] or str(value).lower() in NO):
                 continue
             if isinstance(value, dict) or (
                 isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
@@ -81,7 +81,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def none_for_no(choices: Iterable[str]) -> Callable[[str], str]:
     """Return the type of an option with the choice `none`, which may also be written `no`, `off` or `false`."""
-    return lambda word: "none" if word in NO and word not in choices else word
+    return lambda word: "none" if word.lower() in NO and word not in choices else word
 
 
 def refuse_unknown(words: Iterable[str], options: Iterable[str]) -> None:
@@ -125,18 +125,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         content = path.read_text(encoding="utf-8")
-        aliases = [token.value for token in yaml.scan(content) if isinstance(token, yaml.AliasToken)]
-        settings = yaml.safe_load("" if aliases else content)
-        texts = yaml.load("" if aliases else content, Loader=yaml.BaseLoader)
-        twice = list(_names_set_twice(yaml.compose("" if aliases else content)))
+        for token in yaml.scan(content):
+            if isinstance(token, yaml.AliasToken):
+                raise ValueError(f"aliases are not allowed, got `*{token.value}`. Copy the values.")
+        settings = yaml.safe_load(content)
+        texts = yaml.load(content, Loader=yaml.BaseLoader)
+        for name in _names_set_twice(yaml.compose(content)):
+            raise ValueError(f"each name must be set once, and `{name}` is set twice. Remove one of them.")
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(
             f"The file {path} must be valid YAML, and reading it failed: {' '.join(str(error).split())}"
         ) from error
-    if aliases:
-        raise ValueError(f"A file of settings must not have aliases, got `*{aliases[0]}` in {path}. Copy the values.")
-    if twice:
-        raise ValueError(f"The file {path} must set each name once, and sets `{twice[0]}` twice. Remove one of them.")
     if not isinstance(settings, dict):
         raise ValueError(f"The file {path} must map names to values in YAML, got {type(settings).__name__}.")
     set_ones = {name: value for name, value in settings.items() if value is not None}

@@ -321,6 +321,8 @@ def _check(options: argparse.Namespace) -> None:
     sheet = None if options.sheet is None else Path(options.sheet)
     if sheet is not None and not sheet.absolute().parent.is_dir():
         raise ValueError(f"`--sheet` must be a file in an existing folder, got {sheet}. Create the folder first.")
+    if options.resolution < 1:
+        raise ValueError(f"`--resolution` must be 1 or more, got {options.resolution}. Use that of your training.")
     scorer = None if options.scorer is None else scorer_named(options.scorer, **options.scorer_settings)
     reading = PairOptions(
         PairTransform(options.resolution),

@@ -179,7 +179,9 @@ class TrainOptions:
 
 
 def check_adapter_options(values: dict[str, Any], names: Iterable[str]) -> None:
-    """Raise `ValueError` if options for a LoRA are set without `use_peft`."""
+    """Raise `ValueError` if options for a LoRA are set without `use_peft`, or its rank is impossible."""
+    if values["use_peft"] and values["lora_r"] < 1:
+        raise ValueError(f"`lora_r` must be 1 or more, got {values['lora_r']}. Use 8 or 16 to begin with.")
     idle = [name for name in sorted(names) if name.startswith(ADAPTER_PREFIXES) and values[name]]
     if idle and not values["use_peft"]:
         raise ValueError(

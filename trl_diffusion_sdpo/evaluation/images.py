@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,9 +30,18 @@ from ..models.adapters import active_adapter
 from ..models.loading import load_model
 from ..models.text_checks import hide_truncation_warnings, note_on_long_prompts
 from ..reporting.sample_images import call_options, in_own_precision
+from ..rewards.scorer import usable_device
 from ..saving.starting_point import INDEX_FILE, attach_adapter, starting_point
 from ..utils.files import write_atomically
-from ..utils.identity import describe_pipeline, describe_source, differences, plain, read_description
+from ..utils.identity import (
+    describe_pipeline,
+    describe_source,
+    differences,
+    listed,
+    plain,
+    read_description,
+    write_description,
+)
 from ..utils.processes import ALONE, Peers
 from .candidate import Candidate
 from .scales import scaled
@@ -43,7 +51,6 @@ Protocol = Literal["authors"]
 SETTINGS_FILE = "settings.json"
 SCORES_FOLDER = "scores"
 _FORMAT = 2  # of the settings file; images of earlier formats are not used again
-_LISTED = 4  # differences in an error message
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +89,7 @@ class ImageSettings:
     def __post_init__(self) -> None:
         if self.protocol not in (None, "authors"):
             raise ValueError(f"`protocol` must be `authors` or unset, got {self.protocol!r}.")
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"`device` must be a device that torch can use on this machine, such as cpu, got {self.device!r}: "
-                f"{reason}. Leave it out to use a GPU if there is one."
-            ) from error
+        usable_device(self.device)
         if self.noise not in ("prompt", "shared"):
             raise ValueError(f"`noise` must be `prompt` or `shared`, got {self.noise!r}.")
         if self.batch_size < 1 or not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -214,9 +214,9 @@ def load_candidate(candidate: Candidate, settings: ImageSettings) -> Family:
         if start.adapter is not None:
             attach_adapter(family.pipeline, family.denoiser_name, start.adapter)
         if settings.protocol is not None:  # the VAE stays in float32
-            networks = {name: part for name, part in family.pipeline.components.items() if name != "vae"}
-            for network in (part for part in networks.values() if isinstance(part, torch.nn.Module)):
-                network.to(settings.dtype)
+            for name, part in family.pipeline.components.items():
+                if name != "vae" and isinstance(part, torch.nn.Module):
+                    part.to(settings.dtype)
     family.pipeline.to(settings.device)
     return family
 
@@ -225,7 +225,8 @@ def load_candidate(candidate: Candidate, settings: ImageSettings) -> Family:
 def _as_the_authors(pipeline: Any) -> Iterator[None]:
     """Within this context, a pipeline takes Euler steps, encodes SDXL's empty negative prompt, and runs its VAE in the
     VAE's own dtype. Schedulers that cannot be replaced by Euler's, such as those of flow matching, stay."""
-    scheduler, zeros = pipeline.scheduler, pipeline.config.get("force_zeros_for_empty_prompt")
+    scheduler = pipeline.scheduler
+    zeros = pipeline.config.get("force_zeros_for_empty_prompt")
     if EulerDiscreteScheduler in scheduler.compatibles:
         pipeline.scheduler = EulerDiscreteScheduler.from_config(scheduler.config)
     if zeros:
@@ -244,14 +245,16 @@ def facts_of(
 ) -> dict[str, Any]:
     """Return everything on which a model's images depend. [`check_settings`] compares these values with the values of
     earlier images in the folder."""
-    described, has_lora = _described(candidate)
-    uses_base = base is not None and candidate.scale is not None and not has_lora
+    files, has_lora = _described(candidate)
+    base_files = None
+    if base is not None and candidate.scale is not None and not has_lora:
+        base_files, _ = _described(base)
     facts = {
         **asdict(replace(candidate, model="")),
         "format": _FORMAT,
         "model": candidate.model if isinstance(candidate.model, str) else type(candidate.model).__name__,
-        "files": described,
-        "base_files": _described(base)[0] if uses_base and base is not None else None,
+        "files": files,
+        "base_files": base_files,
         "noise": settings.noise,
         "seeds": list(settings.seeds),
         "shared_call_kwargs": settings.call_kwargs or {},
@@ -299,18 +302,17 @@ def check_settings(target: Path, facts: dict[str, Any]) -> None:
                 f"{target} has images, and {SETTINGS_FILE} does not say all that they depend on, because an earlier "
                 "version of this package wrote it or it was deleted. Use another output folder, or delete that folder."
             )
-        found = differences(before, plain(facts))
+        found = differences(before, facts)
         if found:
             raise ValueError(
-                f"{target} has images that were generated with other settings or models: "
-                f"{'; '.join(found[:_LISTED])}. Use another output folder, or delete that folder."
+                f"{target} has images that were generated with other settings or models: {listed(found)}. Use another "
+                "output folder, or delete that folder."
             )
     else:
         for scores in (target.parents[1] / SCORES_FOLDER).glob("*/*.json"):
             if target.name in scores.stem.split("+"):  # a judge's file is named by its two models, joined by +
                 scores.unlink(missing_ok=True)  # these scores belong to deleted images
-    target.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(plain(facts), indent=1).encode())
+    write_description(path, facts)
 
 
 def png_bytes(image: Image.Image, prompt: str, seed: int) -> bytes:

@@ -72,7 +72,7 @@ def read_prompts(source: str | Path, *, column: str | None = None, split: str = 
             entries = _READERS[path.suffix](path.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
             raise ValueError(f"A prompt file must be UTF-8, and {path} is not: {error}. Convert it.") from error
-        except (ValueError, csv.Error) as error:
+        except (ValueError, RecursionError, csv.Error) as error:
             raise ValueError(f"{path} could not be read as a {path.suffix[1:]} file of prompts: {error}") from error
     else:
         import datasets
@@ -116,10 +116,11 @@ def distinct(prompts: Sequence[str], source: Any = "the list", entries: Sequence
 
 
 def _prompt(entry: Any, column: str | None, source: Any) -> str:
-    if isinstance(entry, str):
+    if isinstance(entry, str) and column is None:
         return entry
     if not isinstance(entry, dict):
-        raise ValueError(f"Each entry of {source} must be a prompt or a mapping with a prompt, got {entry!r}.")
+        hint = "" if column is None else f" Only mappings have a column `{column}`: leave `--prompt_column` out."
+        raise ValueError(f"Each entry of {source} must be a prompt or a mapping with a prompt, got {entry!r}.{hint}")
     columns = PROMPT_COLUMNS if column is None else (column,)
     name = next((name for name in columns if isinstance(entry.get(name), str)), None)
     if name is None:
@@ -137,10 +138,18 @@ def _read_json(text: str) -> list[Any]:
     return content
 
 
+def _read_csv(text: str) -> list[dict[str, str]]:
+    rows = list(csv.DictReader(io.StringIO(text)))
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise ValueError(f"row {number} has more cells than there are columns. Put prompts with commas in quotes")
+    return rows
+
+
 _READERS: dict[str, Callable[[str], list[Any]]] = {
     # `str.splitlines` would also split at some characters inside a prompt, such as U+2028.
     ".txt": lambda text: text.removesuffix("\n").split("\n"),
     ".json": _read_json,
     ".jsonl": lambda text: [json.loads(line) for line in text.split("\n") if line.strip()],
-    ".csv": lambda text: list(csv.DictReader(io.StringIO(text))),
+    ".csv": _read_csv,
 }

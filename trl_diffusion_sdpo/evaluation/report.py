@@ -23,7 +23,6 @@ from ..utils.files import VERDICT_FILE, write_atomically
 from .images import image_path, settings_path
 
 if TYPE_CHECKING:
-    from ..rewards.statistics import WinRate
     from .evaluate import Comparison, Evaluation
     from .scales import Sweep
 
@@ -85,25 +84,20 @@ def _win_rate_table(evaluation: Evaluation) -> list[list[str]]:
     rows = [["Model", "Scorer", "Win rate", "95 % interval", "Mean change", "p (Holm)", "Ties", "Verdict"]]
     for one in evaluation.comparisons:
         result = one.result
+        ends = "" if result.change_low is None else f" ({result.change_low:+.3g} to {result.change_high:+.3g})"
         rows.append(
             [
                 one.model,
                 one.scorer,
                 f"{result.rate:.1%}",
                 f"{result.low:.1%} to {result.high:.1%}",
-                f"{result.mean_change:+.3g}" + _interval(result),
+                f"{result.mean_change:+.3g}{ends}",
                 f"{one.adjusted:.2g}",
                 str(result.ties),
                 one.verdict,
             ]
         )
     return rows
-
-
-def _interval(result: WinRate) -> str:
-    if result.change_low is None:
-        return ""  # a single prompt
-    return f" ({result.change_low:+.3g} to {result.change_high:+.3g})"
 
 
 def _means_table(evaluation: Evaluation) -> list[list[str]]:

@@ -51,16 +51,10 @@ def lora_config(model_args: ModelConfig) -> LoraConfig | None:
 
     A single name in `lora_target_modules` stays a name. TRL hands it to PEFT as a regular expression for whole paths,
     which no module would match.
-
-    Raises:
-        `ValueError`: If PEFT refuses the options.
     """
     from trl import get_peft_config  # imported late because it takes seconds
 
-    try:
-        config: Any = get_peft_config(model_args)
-    except ValueError as error:
-        raise ValueError(f"The options of the LoRA are refused by PEFT: {error}. Correct them.") from error
+    config: Any = get_peft_config(model_args)
     if (
         config is not None
         and isinstance(config.target_modules, str)

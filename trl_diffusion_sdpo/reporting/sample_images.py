@@ -45,7 +45,7 @@ def call_options(family: Family, options: dict[str, Any], setting: str = "sample
 
     Raises:
         `ValueError`: If the pipeline cannot be called with one of the options, an option is set by the caller, such as
-            the prompt, or there are no steps.
+            the prompt, or there are no steps or pixels.
     """
     guidance = family.generation_kwargs(options.get("guidance_scale"))
     others = {name: value for name, value in options.items() if name != "guidance_scale"}
@@ -54,9 +54,10 @@ def call_options(family: Family, options: dict[str, Any], setting: str = "sample
     own = [name for name in _SET_HERE if name in others]
     if own:
         raise ValueError(f"`{setting}` must leave out {', '.join(_SET_HERE)}, which are set here; got {own[0]!r}.")
-    steps = others.get("num_inference_steps", 1)
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"`num_inference_steps` in `{setting}` must be a whole number, 1 or more; got {steps!r}.")
+    for name in ("num_inference_steps", "height", "width"):
+        value = others.get(name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"`{name}` in `{setting}` must be a whole number, 1 or more; got {value!r}.")
     if unknown:
         near = did_you_mean(unknown[0], accepted)
         raise ValueError(f"`{setting}` takes arguments of {type(family.pipeline).__name__}; got {unknown[0]!r}.{near}")
@@ -185,10 +186,9 @@ class SampleImagesCallback(TrainerCallback):
         return all(self._is_made_so(folder / path, i) for i, (path, _) in enumerate(self.gallery(step)))
 
     def _is_made_so(self, file: Path, index: int) -> bool:
-        """Return whether a prompt's image was made as this callback makes it. Of an earlier version, settings are not
-        known."""
-        found = _notes(file)
-        return {"prompt", "seed"} <= found.keys() and {**self._note(index), **found} == self._note(index)
+        """Return whether a prompt's image was made as this callback makes it. Images of earlier versions have no
+        settings."""
+        return {"settings": self._settings, **_notes(file)} == self._note(index)
 
     def _note(self, index: int) -> dict[str, str]:
         """Return the text fields to write into the PNG file of a prompt's image."""

@@ -29,7 +29,7 @@ from ..utils.identity import (
     describe_files,
     describe_source,
     differences,
-    hub_commit,
+    listed,
     plain,
     read_description,
     short_hash,
@@ -150,8 +150,11 @@ def on_device(scorer: Scorer, device: str | torch.device) -> Iterator[None]:
     thus occupies the device's memory only while it scores.
 
     A scorer that is not on the CPU or is not a [`BatchedScorer`] is not moved.
+
+    Raises:
+        `ValueError`: If torch cannot use the device on this machine.
     """
-    device = torch.device(device)
+    device = usable_device(device)
     if not isinstance(scorer, BatchedScorer) or scorer.device.type != "cpu" or device.type == "cpu":
         yield
         return
@@ -161,6 +164,18 @@ def on_device(scorer: Scorer, device: str | torch.device) -> Iterator[None]:
     finally:
         scorer.to("cpu")
         clear_device_cache()
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Return the device with this name, or raise `ValueError` if torch cannot use it on this machine."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"`device` must be a device that torch can use on this machine, such as cpu, got {device!r}: {reason}. "
+            "Leave it out to use a GPU if there is one."
+        ) from error
 
 
 def checked_scores(scores: Any, prompts: Sequence[str], name: str) -> torch.Tensor:
@@ -192,16 +207,20 @@ def checked_scores(scores: Any, prompts: Sequence[str], name: str) -> torch.Tens
 _SPEED = ("device", "batch_size", "timeout", "max_unreadable", "api_key_variable")
 _UNNAMED = (*_SPEED, "url", "name")  # settings that names of scorers do not contain
 _SOURCES = ("model", "processor", "head", "tokenizer", "base")  # settings that name folders or Hub ids
-# Files of a scorer's repository, one of which is in the cache after the scorer was loaded.
-_HUB_FILES = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "med_config.json")
-_LONGEST_WORD = (
-    40  # characters; in a scorer's name, a hash follows a longer value or a path, of which the end is shown
-)
+_LONGEST_WORD = 40  # characters of a value in a scorer's name
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What loading may raise: wrong settings, a missing library, no download, weights of another layout.
 _LOADING_ERRORS = (
-    *(TypeError, ImportError, OSError, RuntimeError, LookupError, AttributeError, EOFError),
-    *(ValueError, pickle.UnpicklingError, SafetensorError),
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    ImportError,
+    OSError,
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+    SafetensorError,
 )
 
 # Name of a scorer -> function or class that builds the scorer, or "module:function", imported on first use.
@@ -376,7 +395,7 @@ def saved_scores(folder: Path, scorer: Scorer) -> Path:
     file = path.with_name(f"{path.name}.json")
     if not file.is_file():
         for other in sorted(folder.glob(f"{glob.escape(name)}-{'[0-9a-f]' * 8}.json")):
-            differ = "; ".join(differences(read_description(other) or {}, description))
+            differ = listed(differences(read_description(other) or {}, description))
             logger.info(
                 "%s are scores of another %s, so images are scored again: %s.", other.stem, scorer.name, differ
             )
@@ -410,16 +429,12 @@ def _described_settings(builder: Callable[..., Scorer], settings: Mapping[str, A
             whole.pop(parameter.name, None)
     used = {key: value for key, value in whole.items() if key not in _SPEED}
     modules = {key: describe_component(value) for key, value in used.items() if isinstance(value, torch.nn.Module)}
-    sources = {key: used[key] for key in _SOURCES if isinstance(used.get(key), str | Path)}
-    revision = used.get("revision")
-    files = [*_HUB_FILES, *(used[key] for key in ("file",) if key in used)]
-    described = {
-        key: describe_source(source)
-        if Path(source).exists()
-        else next(filter(None, (hub_commit(str(source), file, revision=revision) for file in files)), None)
-        for key, source in sources.items()
+    sources = {
+        key: describe_source(used[key], revision=used.get("revision"))
+        for key in _SOURCES
+        if isinstance(used.get(key), str | Path)
     }
-    return {"settings": masked({**used, **modules}), "sources": described}
+    return {"settings": masked({**used, **modules}), "sources": sources}
 
 
 def hub_file(model: str, name: str, revision: str | None = None) -> Path:

@@ -8,14 +8,13 @@ import io
 import json
 import math
 import os
-import queue
 import re
 import threading
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -96,10 +95,10 @@ class VLMServerScorer(KnownScorer):
     max_unreadable: float = 0.05
     max_tokens: int = 256
     api_key_variable: str = "OPENAI_API_KEY"
+    score_scale = ScoreScale(low=0.0, high=1.0, lowest=0.0, highest=1.0)
 
     def __post_init__(self) -> None:
         _check_url(self.url)
-        self.score_scale = ScoreScale(low=0.0, high=1.0, lowest=0.0, highest=1.0)
         if "{prompt}" not in self.question:
             raise ValueError(f"`question` must contain `{{prompt}}`, got {self.question!r}.")
         self.name = f"vlm_server({self.model.split('/')[-1]})"
@@ -158,7 +157,9 @@ class VLMServerScorer(KnownScorer):
             "max_tokens": self.max_tokens,
         }
         key = os.environ.get(self.api_key_variable, "").strip()
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        headers = {"Content-Type": "application/json"}
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
 
         def ask() -> tuple[int, bytes]:
@@ -173,7 +174,7 @@ class VLMServerScorer(KnownScorer):
             return VLMServerError(f"The server {self.url} {hidden}")
 
         try:
-            status, answer = within(self.timeout, ask)
+            status, answer = _within(self.timeout, ask)
         except (OSError, ValueError, http.client.HTTPException) as error:  # no connection, timeout, no HTTP, a bad key
             reason = str(error) or type(error).__name__
             raise refusal(
@@ -249,28 +250,25 @@ def _check_url(url: str) -> None:
         )
 
 
-def within(seconds: float, work: Callable[[], Any]) -> Any:
+def _within(seconds: float, work: Callable[[], Any]) -> Any:
     """Return the result of `work`, or raise `TimeoutError` after `seconds`. Then `work` goes on in a thread that does
     not keep the process alive.
 
     A socket's timeout limits each read, so a server that sends one byte at a time would never reach it.
     """
-    results: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+    result: Future[Any] = Future()
 
     def run() -> None:
         try:
-            results.put((work(), None))
+            result.set_result(work())
         except Exception as error:  # raised again below, in the caller's thread
-            results.put((None, error))
+            result.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
     try:
-        result, error = results.get(timeout=seconds)
-    except queue.Empty:
+        return result.result(seconds)
+    except TimeoutError:
         raise TimeoutError(f"no whole answer within {seconds:g} seconds") from None
-    if error is not None:
-        raise error
-    return result
 
 
 def read_score(answer: str) -> float | None:

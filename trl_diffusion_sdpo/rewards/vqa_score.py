@@ -30,6 +30,8 @@ class VQAScorer(BatchedScorer):
     Source: https://huggingface.co/papers/2404.01291.
     """
 
+    score_scale = ScoreScale(low=0.0, high=1.0, lowest=0.0, highest=1.0)
+
     def __init__(
         self,
         model: str = "Qwen/Qwen2.5-VL-7B-Instruct",
@@ -40,7 +42,6 @@ class VQAScorer(BatchedScorer):
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
     ):
-        self.score_scale = ScoreScale(low=0.0, high=1.0, lowest=0.0, highest=1.0)
         super().__init__(f"vqa_score({model.rstrip('/').split('/')[-1]})", device=device, batch_size=1)
         if "{prompt}" not in question:
             raise ValueError(f"`question` must contain `{{prompt}}`, got {question!r}.")
