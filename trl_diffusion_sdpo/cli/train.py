@@ -138,7 +138,7 @@ def load_data(script_args: PairArguments, training_args: DiffusionSDPOConfig, mo
     # Only the main process logs the trainer's automatic choices and the dropped pairs.
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     package = __package__.partition(".")[0]
-    logging.getLogger(package).setLevel(logging.INFO if training_args.should_log else logging.WARNING)
+    logging.getLogger(package).setLevel(logging.INFO if training_args.should_log else logging.ERROR)
     # Entries of `model_init_kwargs` override TRL's options for the model.
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
