@@ -4,14 +4,16 @@ import pytest
 from peft import LoraConfig
 
 from trl_diffusion_sdpo.models.adapters import add_lora
+from trl_diffusion_sdpo.utils.own_errors import is_own
 
 
 @pytest.mark.parametrize(
     "targets", [["nothing"], "nothing.*", ["to_q", "text_encoder.q_proj"], ["to_q", "te1_layers"]]
 )
 def test_targets_that_match_nothing_or_are_of_a_text_encoder_are_refused(sd_pipeline, targets):
-    with pytest.raises(ValueError, match=targets if isinstance(targets, str) else targets[-1]):
+    with pytest.raises(ValueError, match=targets if isinstance(targets, str) else targets[-1]) as caught:
         add_lora(sd_pipeline.unet, LoraConfig(r=2, target_modules=targets), (), 0)
+    assert is_own(caught.value)
 
 
 def test_a_target_that_matches_nothing_beside_others_is_named(sd_pipeline, caplog):

@@ -287,11 +287,16 @@ def check_stored_lora(
 
 
 def _check_targets(denoiser: nn.Module, targets: str | Iterable[str]) -> None:
-    """Raise `ValueError` if targets of a LoRA are layers of a text encoder. Log a warning if the denoiser has no layers
-    of these names. (PEFT refuses targets of which none matches, and a regular expression without a match.)"""
-    names = [f".{name}" for name, _ in denoiser.named_modules()]
-    listed = [] if isinstance(targets, str) else sorted(targets)
-    missing = [target for target in listed if not any(name.endswith(f".{target}") for name in names)]
+    """Raise `ValueError` if no target of a LoRA is a layer of the denoiser, or some are layers of a text encoder. Log a
+    warning if others are no layers of the denoiser."""
+    names = [name for name, _ in denoiser.named_modules()]
+    if isinstance(targets, str):  # a regular expression
+        listed = [targets]
+        is_there = targets.lower() == "all-linear" or any(re.fullmatch(targets, name) for name in names)
+        missing = [] if is_there else listed
+    else:
+        listed = sorted(targets)
+        missing = [target for target in listed if not any(f".{name}".endswith(f".{target}") for name in names)]
     if not missing:
         return
     rule = (
@@ -300,6 +305,8 @@ def _check_targets(denoiser: nn.Module, targets: str | Iterable[str]) -> None:
     )
     if any(map(_OF_TEXT.match, missing)):
         raise ValueError(f"{rule} {TEXT_ENCODERS_ARE_FROZEN} Leave the layers of text encoders out.")
+    if len(missing) == len(listed):
+        raise ValueError(f"{rule} Correct the names, or leave `target_modules` out for those of the model family.")
     logger.warning("%s The LoRA is added to the others.", rule)
 
 
