@@ -366,7 +366,7 @@ def test_the_record_of_a_run_names_a_pipeline_and_no_other_options(tmp_path):
         (tmp_path / "diffusion_sdpo_setup.json").write_text(json.dumps(setup))
         return starting_point(tmp_path)
 
-    strange = {"cache_dir": "/tmp/x", "proxies": {}, "token": "t", "unet": 1, "local_files_only": True}
+    strange = {"cache_dir": "elsewhere", "proxies": {}, "token": "t", "unet": 1, "local_files_only": True}
     base = {"pipeline": "owner/name", "denoiser": None, "options": {"revision": "r", "variant": 3, **strange}}
     found = start(base)
     assert found.pipeline == "owner/name" and found.options == {"revision": "r"}

@@ -129,7 +129,7 @@ class Measurement:
 
     @property
     def advice(self) -> str:
-        """What to do about the verdict. After an evaluation of fewer than 30 pairs: evaluate more of them first."""
+        """Advice on the verdict. After an evaluation of fewer than 30 pairs: evaluate more of them first."""
         return ADVICE["unknown" if self._is_unsure and self.word != "ruined" else self.word]
 
     @property

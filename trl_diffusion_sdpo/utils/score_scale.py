@@ -19,7 +19,7 @@ ROUNDING = 1e-3  # share by which a score may exceed a limit
 
 @dataclass(frozen=True)
 class ScoreScale:
-    """What the numbers of a scorer mean. `None` stands for a number that nobody knows.
+    """Meaning of a scorer's numbers. `None` stands for a number that nobody knows.
 
     Args:
         scorer (`str`): Name of the scorer.
