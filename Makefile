@@ -28,7 +28,7 @@ FLOORS_BIN := $(FLOORS)/bin
 # What calls the libraries: configuration, data, a walk by hand, saving and loading elsewhere, options and commands.
 FLOORS_TESTS := tests/data tests/trainer/test_walk.py tests/trainer/test_inputs.py tests/invariant/test_artefacts.py \
 	tests/cli/test_options.py tests/cli/test_pair_arguments.py tests/cli/test_commands.py \
-	tests/rewards
+	tests/tools/rewards
 
 .PHONY: demo test test-distributed test-families test-trainer test-commands test-kills test-gpu test-floors test-pythons bench bench-gpu lint docs dist clean
 
@@ -51,7 +51,7 @@ test-families: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "matrix or not matrix" tests/families tests/device
 
 test-trainer: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "matrix or not matrix" tests/engines tests/models tests/step tests/saving tests/trainer tests/cache tests/data tests/planning
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "matrix or not matrix" tests/engines tests/models tests/step tests/saving tests/trainer tests/cache tests/data tests/tools/planning
 
 # No environment is made: the torch that is installed above may be one for CPUs.
 test-gpu:
@@ -60,7 +60,7 @@ test-gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu
 
 test-commands: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "matrix or not matrix" tests/cli tests/benchmarks tests/demo
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "matrix or not matrix" tests/cli tests/benchmarks tests/tools/demo
 
 test-floors: $(FLOORS)/installed
 	OMP_NUM_THREADS=1 $(FLOORS_BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not matrix" $(FLOORS_TESTS)

@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from trl_diffusion_sdpo.demo.pipeline import LATENT_SHAPE
-from trl_diffusion_sdpo.demo.world import BACKGROUNDS, COLOURS, IMAGE_SIZE, SHAPES, captions, imperfect_render
+from trl_diffusion_sdpo.tools.demo.pipeline import LATENT_SHAPE
+from trl_diffusion_sdpo.tools.demo.world import BACKGROUNDS, COLOURS, IMAGE_SIZE, SHAPES, captions, imperfect_render
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ def _step(loss: torch.Tensor, parameters, optimizer: torch.optim.Optimizer, sche
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--output", type=Path, default=Path("trl_diffusion_sdpo/demo/base"), help="folder of the result"
+        "--output", type=Path, default=Path("trl_diffusion_sdpo/tools/demo/base"), help="folder of the result"
     )
     work_dir = "folder of the trained autoencoder; delete it to train it again"
     parser.add_argument("--work_dir", type=Path, default=Path("build/demo_base"), help=work_dir)

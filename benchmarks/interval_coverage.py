@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trl_diffusion_sdpo.rewards.statistics import rate_interval
+from trl_diffusion_sdpo.utils.statistics import rate_interval
 
 RESULTS = Path(__file__).parent / "results" / "interval_coverage.json"
 RATES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.97)

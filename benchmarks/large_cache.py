@@ -147,7 +147,7 @@ def read(folder: Path, pairs: int, options: argparse.Namespace) -> dict[str, Any
     from trl_diffusion_sdpo import DiffusionSDPOConfig
     from trl_diffusion_sdpo.cache.encoded_pairs import EncodedPairs, ImageRows, distinct
     from trl_diffusion_sdpo.data import PairOptions, PairTransform, PreferenceCollator, prepare_dataset
-    from trl_diffusion_sdpo.engines.batch_loaders import BatchLoaders
+    from trl_diffusion_sdpo.data.batch_loaders import BatchLoaders
 
     seconds, found = {}, {"at the start": process("self")}
     begin = time.perf_counter()

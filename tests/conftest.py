@@ -21,7 +21,7 @@ from local_hub import hub_server  # noqa: F401  (a fixture)
 from PIL import Image
 from tiny_pipelines import case, quiet, stable_diffusion
 
-from trl_diffusion_sdpo.families import load_pipeline
+from trl_diffusion_sdpo.models.pipelines import load_pipeline
 
 
 @pytest.hookimpl(optionalhook=True)

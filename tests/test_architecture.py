@@ -4,6 +4,7 @@ are in `engines`, and only the command line prints."""
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,17 +13,28 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trl_diffusion_sdpo"
 
-# From the roof to the ground. A room may import the rooms after it.
-ROOMS = (
-    *("cli", "demo", "planning", "trainer", "pairing", "evaluation", "reporting", "saving", "cache", "step"),
-    *("guidance", "models", "engines", "data", "families", "losses", "rewards", "utils"),
-)
+# From the roof to the ground. A room may import the rooms after it, so no room of the trainer imports a tool.
+ROOMS = """
+    cli
+    tools/demo tools/planning
+    tools/pairing tools/evaluation
+    tools/guidance tools/rewards
+    trainer
+    reporting cache saving
+    step
+    models
+    engines
+    data families losses
+    utils
+""".split()
+# The scorers that `sample_scorers` names are imported when a run starts.
+IMPORTS_TOOLS = "reporting/sample_scores.py"
 ENGINE_MODULES = ("deepspeed", "transformers.integrations", "torch.distributed")
 LAUNCHER = "torch.distributed.elastic"  # how a launched process has ended, whatever engine it ran
 LOSS_FUNCTIONS = set(
     "logsigmoid softplus mse_loss l1_loss smooth_l1_loss huber_loss square expm1 log1p dot vdot".split()
 )
-WITHOUT_FORMULAS = ("cli", "guidance", "models", "reporting", "saving", "step", "trainer")
+WITHOUT_FORMULAS = ("cli", "tools/guidance", "models", "reporting", "saving", "step", "trainer")
 
 Sources = dict[str, str]
 
@@ -32,7 +44,7 @@ def package_sources() -> Sources:
 
 
 def room(path: str) -> str:
-    return path.split("/")[0].removesuffix(".py")
+    return re.match(r"(tools/)?\w+", path)[0]
 
 
 def imports(path: str, source: str) -> Iterator[tuple[int, str]]:
@@ -51,14 +63,18 @@ def imports(path: str, source: str) -> Iterator[tuple[int, str]]:
 def upward_imports(sources: Sources) -> list[str]:
     wrong = []
     for path, source in sources.items():
-        if room(path) in ("__init__", "__main__"):
+        if room(path) in ("__init__", "__main__", "tools/__init__"):
             continue
         if room(path) not in ROOMS:
             wrong.append(f"{path} is in a room that the list does not have")
             continue
         for line, name in imports(path, source):
-            parts = name.split(".")
-            if parts[0] == PACKAGE.name and parts[1] in ROOMS and ROOMS.index(parts[1]) < ROOMS.index(room(path)):
+            package, _, inside = name.partition(".")
+            imported = room(inside.replace(".", "/") or "__init__")
+            if package != PACKAGE.name or imported not in ROOMS:
+                continue
+            is_allowed = path == IMPORTS_TOOLS and imported.startswith("tools/")
+            if ROOMS.index(imported) < ROOMS.index(room(path)) and not is_allowed:
                 wrong.append(f"{path}:{line} imports {name}, which is above it")
     return wrong
 
@@ -94,7 +110,7 @@ def prints_outside_the_command_line(sources: Sources) -> list[str]:
 
 
 RULES = {
-    "upward": (upward_imports, {"losses/a.py": "from ..trainer import b"}),
+    "upward": (upward_imports, {"step/a.py": "from ..tools.rewards import b"}),
     "engines": (engine_questions, {"step/a.py": "def f():\n    import deepspeed"}),
     "formulas": (formulas_outside_losses, {"step/a.py": "x = torch.dot(a, b)"}),
     "prints": (prints_outside_the_command_line, {"saving/a.py": "print(1)"}),

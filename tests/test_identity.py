@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from tiny_pipelines import quiet
 
-from trl_diffusion_sdpo.families import load_pipeline
+from trl_diffusion_sdpo.models.pipelines import load_pipeline
 from trl_diffusion_sdpo.utils.identity import (
     describe_component,
     describe_pipeline,

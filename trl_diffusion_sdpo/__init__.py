@@ -11,8 +11,8 @@ from .utils.import_utils import lazy_attributes
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Candidate": ".evaluation",
-    "evaluate_models": ".evaluation",
+    "Candidate": ".tools.evaluation",
+    "evaluate_models": ".tools.evaluation",
     "PreferenceLossOutput": ".losses",
     "DiffusionSDPOConfig": ".trainer",
     "DiffusionSDPOTrainer": ".trainer",
@@ -21,12 +21,12 @@ _HOMES = {
     "PreferenceCollator": ".data",
     "diffusion_preference_loss": ".losses",
     "load_pairs": ".data",
-    "load_scorer": ".rewards",
-    "preference_guidance": ".guidance",
+    "load_scorer": ".tools.rewards",
+    "preference_guidance": ".tools.guidance",
     "register_family": ".families",
     "register_loss": ".losses",
-    "register_scorer": ".rewards",
-    "score_pairs": ".pairing.score",
+    "register_scorer": ".tools.rewards",
+    "score_pairs": ".tools.pairing.score",
 }
 __all__ = [
     "Candidate",
@@ -49,12 +49,12 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .data import PairMixture, PreferenceCollator, load_pairs
-    from .evaluation import Candidate, evaluate_models
     from .families import register_family
-    from .guidance import preference_guidance
     from .losses import PairTerms, PreferenceLossOutput, diffusion_preference_loss, register_loss
-    from .pairing.score import score_pairs
-    from .rewards import load_scorer, register_scorer
+    from .tools.evaluation import Candidate, evaluate_models
+    from .tools.guidance import preference_guidance
+    from .tools.pairing.score import score_pairs
+    from .tools.rewards import load_scorer, register_scorer
     from .trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
 
 __getattr__, __dir__ = lazy_attributes(__name__, _HOMES, ["__version__"])

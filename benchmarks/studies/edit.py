@@ -24,10 +24,10 @@ from tqdm.auto import tqdm
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from trl_diffusion_sdpo.demo.oracle import oracle_score
-from trl_diffusion_sdpo.demo.pipeline import load_base_pipeline
-from trl_diffusion_sdpo.demo.world import COLOURS, IMAGE_SIZE, Caption, captions, render
 from trl_diffusion_sdpo.families import find_family
+from trl_diffusion_sdpo.tools.demo.oracle import oracle_score
+from trl_diffusion_sdpo.tools.demo.pipeline import load_base_pipeline
+from trl_diffusion_sdpo.tools.demo.world import COLOURS, IMAGE_SIZE, Caption, captions, render
 
 # The world's images are smaller than Kontext's, and 512 tokens of padding would take most of the time.
 pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS = [(IMAGE_SIZE, IMAGE_SIZE)]

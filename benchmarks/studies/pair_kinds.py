@@ -16,8 +16,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image as PILImage
 from PIL import ImageFilter
 
-from trl_diffusion_sdpo.demo.pairs import off_policy_pairs
-from trl_diffusion_sdpo.demo.world import BACKGROUNDS, COLOURS, IMAGE_SIZE, captions, imperfect_render
+from trl_diffusion_sdpo.tools.demo.pairs import off_policy_pairs
+from trl_diffusion_sdpo.tools.demo.world import BACKGROUNDS, COLOURS, IMAGE_SIZE, captions, imperfect_render
 
 BLUR = 2.0  # standard deviation in pixels
 STRENGTH = 0.6  # share of the sampler's steps by which a loser is re-noised

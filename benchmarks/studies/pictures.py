@@ -22,9 +22,9 @@ import torch
 from matplotlib.figure import Figure
 from study import BASE, Study, load_plan
 
-from trl_diffusion_sdpo.demo.oracle import oracle, oracle_parts
-from trl_diffusion_sdpo.demo.pipeline import LATENT_SHAPE, generate_images, load_base_pipeline
-from trl_diffusion_sdpo.demo.world import captions
+from trl_diffusion_sdpo.tools.demo.oracle import oracle, oracle_parts
+from trl_diffusion_sdpo.tools.demo.pipeline import LATENT_SHAPE, generate_images, load_base_pipeline
+from trl_diffusion_sdpo.tools.demo.world import captions
 
 # ---- Curves ---------------------------------------------------------------------------------------------------------
 

@@ -37,11 +37,11 @@ from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer, preference_guidance
-from trl_diffusion_sdpo.demo.image_measures import ImageMeter
-from trl_diffusion_sdpo.demo.oracle import oracle
-from trl_diffusion_sdpo.demo.pairs import eval_pairs
-from trl_diffusion_sdpo.demo.pipeline import LATENT_SHAPE, generate_images, load_base_pipeline
-from trl_diffusion_sdpo.demo.world import IMAGE_SIZE, captions
+from trl_diffusion_sdpo.tools.demo.image_measures import ImageMeter
+from trl_diffusion_sdpo.tools.demo.oracle import oracle
+from trl_diffusion_sdpo.tools.demo.pairs import eval_pairs
+from trl_diffusion_sdpo.tools.demo.pipeline import LATENT_SHAPE, generate_images, load_base_pipeline
+from trl_diffusion_sdpo.tools.demo.world import IMAGE_SIZE, captions
 
 HERE = Path(__file__).parent
 BASE = "base"  # the row that is not trained

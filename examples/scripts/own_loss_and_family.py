@@ -17,9 +17,9 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer, PairTerms, register_family, register_loss
-from trl_diffusion_sdpo.demo.pairs import off_policy_pairs
-from trl_diffusion_sdpo.demo.pipeline import load_base_pipeline
 from trl_diffusion_sdpo.families import DDPM_DEFAULTS, DDPMProcess, Family
+from trl_diffusion_sdpo.tools.demo.pairs import off_policy_pairs
+from trl_diffusion_sdpo.tools.demo.pipeline import load_base_pipeline
 
 
 def squared_hinge(terms: PairTerms, *, beta: float) -> torch.Tensor:

@@ -35,13 +35,13 @@ from trl_diffusion_sdpo import (
     load_pairs,
     load_scorer,
 )
-from trl_diffusion_sdpo.demo.pipeline import base_pipeline_folder
-from trl_diffusion_sdpo.demo.world import IMAGE_SIZE, captions
-from trl_diffusion_sdpo.evaluation.images import ImageSettings
-from trl_diffusion_sdpo.evaluation.prompts import distinct, read_prompts
-from trl_diffusion_sdpo.pairing.generate import Pairing, generate_pairs
+from trl_diffusion_sdpo.tools.demo.pipeline import base_pipeline_folder
+from trl_diffusion_sdpo.tools.demo.world import IMAGE_SIZE, captions
+from trl_diffusion_sdpo.tools.evaluation.images import ImageSettings
+from trl_diffusion_sdpo.tools.evaluation.prompts import distinct, read_prompts
+from trl_diffusion_sdpo.tools.pairing.generate import Pairing, generate_pairs
 
-EMBEDDED_SCORER = "trl_diffusion_sdpo.demo.oracle:oracle"
+EMBEDDED_SCORER = "trl_diffusion_sdpo.tools.demo.oracle:oracle"
 
 
 def parse(argv):

@@ -16,9 +16,9 @@ from trl_diffusion_sdpo.cache import encoding, key
 from trl_diffusion_sdpo.cache.key import EncoderKey
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.data.images import ImageReader
-from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import loss_spec
 from trl_diffusion_sdpo.models.loading import LoadedModel, load_model
+from trl_diffusion_sdpo.models.pipelines import load_pipeline
 from trl_diffusion_sdpo.trainer.components import pair_encoding, place_frozen_components
 from trl_diffusion_sdpo.trainer.data_preparation import prepare_pairs
 from trl_diffusion_sdpo.utils import identity

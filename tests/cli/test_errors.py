@@ -17,8 +17,8 @@ from trl_diffusion_sdpo import DiffusionSDPOConfig
 from trl_diffusion_sdpo.cli.errors import sentence as shown
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
-from trl_diffusion_sdpo.families import load_pipeline
-from trl_diffusion_sdpo.losses import interpolate
+from trl_diffusion_sdpo.models.pipelines import load_pipeline
+from trl_diffusion_sdpo.tools.guidance.arithmetic import interpolate
 from trl_diffusion_sdpo.utils.import_utils import MissingExtraError
 from trl_diffusion_sdpo.utils.own_errors import is_own
 

@@ -15,7 +15,7 @@ from string import Template
 import numpy as np
 from PIL import Image
 
-from trl_diffusion_sdpo.pairing.own_images import list_images
+from trl_diffusion_sdpo.tools.pairing.own_images import list_images
 
 SECONDS = 60  # an input that takes longer hangs
 

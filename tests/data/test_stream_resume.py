@@ -8,8 +8,8 @@ from tiny_pairs import png
 from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, PreferenceCollator, prepare_dataset
+from trl_diffusion_sdpo.data.batch_loaders import CollateAfterResuming
 from trl_diffusion_sdpo.data.images import ImageReader
-from trl_diffusion_sdpo.engines.batch_loaders import CollateAfterResuming
 from trl_diffusion_sdpo.utils.processes import Peers
 
 BATCHES = 12

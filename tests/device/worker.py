@@ -18,7 +18,7 @@ from tiny_pipelines import quiet
 from transformers import TrainerCallback
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from trl_diffusion_sdpo.families import load_pipeline
+from trl_diffusion_sdpo.models.pipelines import load_pipeline
 from trl_diffusion_sdpo.models.weight_copies import SecondDenoiser
 from trl_diffusion_sdpo.step import pair_evaluation
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.engines.worker_processes import CollateIntoSharedMemory, WorkerStart
+from trl_diffusion_sdpo.data.worker_processes import CollateIntoSharedMemory, WorkerStart
 
 
 class Numbers(torch.utils.data.Dataset):

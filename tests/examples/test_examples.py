@@ -16,9 +16,9 @@ from trl_diffusion_sdpo import PairTerms, register_loss
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.cli.pair_arguments import public_name
 from trl_diffusion_sdpo.cli.train import parse
-from trl_diffusion_sdpo.demo.world import captions
 from trl_diffusion_sdpo.families import registry
 from trl_diffusion_sdpo.losses import LOSSES, diffusion_preference_loss
+from trl_diffusion_sdpo.tools.demo.world import captions
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LORA = "pytorch_lora_weights.safetensors"

@@ -16,7 +16,7 @@ from peft import LoraConfig
 
 from trl_diffusion_sdpo.cli import train
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.demo import comparison
+from trl_diffusion_sdpo.tools.demo import comparison
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "examples" / "notebooks" / "first_lora.ipynb"

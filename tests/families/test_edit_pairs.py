@@ -27,8 +27,8 @@ from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets
 from trl_diffusion_sdpo.data.images import ImageReader
 from trl_diffusion_sdpo.families import find_family
 from trl_diffusion_sdpo.families.packing import unpack_patches
-from trl_diffusion_sdpo.guidance import preference_guidance
 from trl_diffusion_sdpo.models.adapters import add_lora
+from trl_diffusion_sdpo.tools.guidance import preference_guidance
 
 LORA = LoraConfig(r=4, lora_alpha=8)
 MODULES = (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus, pipeline_qwenimage21, pipeline_longcat_image_edit)

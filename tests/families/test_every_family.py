@@ -9,8 +9,9 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from tiny_pipelines import CASES, case, quiet
 
-from trl_diffusion_sdpo.families import find_family, load_pipeline
+from trl_diffusion_sdpo.families import find_family
 from trl_diffusion_sdpo.families.noise import FlowMatchingProcess, generators_of
+from trl_diffusion_sdpo.models.pipelines import load_pipeline
 
 PROMPTS = ["red circle", "a much longer blue square", ""]
 STEPS = 4

@@ -7,7 +7,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from tiny_pipelines import case, quiet
 
-from trl_diffusion_sdpo.families import LossDefaults, family_for_class_name, find_family, load_pipeline
+from trl_diffusion_sdpo.families import LossDefaults, family_for_class_name, find_family
+from trl_diffusion_sdpo.models.pipelines import load_pipeline
 
 SEEDS = list(range(64))
 

@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel
 from PIL import Image
 from tiny_pipelines import CASES, case, quiet
 
-from trl_diffusion_sdpo.families import find_family, load_pipeline
+from trl_diffusion_sdpo.families import find_family
+from trl_diffusion_sdpo.models.pipelines import load_pipeline
 
 # A DiT over flow matching and one with packed latents. `make test-families` trains the others.
 IN_DEFAULT_RUN = ("stable_diffusion_3", "flux")

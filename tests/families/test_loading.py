@@ -11,7 +11,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from tiny_pipelines import case
 
-from trl_diffusion_sdpo.families import find_family, load_pipeline
+from trl_diffusion_sdpo.families import find_family
+from trl_diffusion_sdpo.models.pipelines import load_pipeline
 from trl_diffusion_sdpo.utils.own_errors import is_own
 
 # Tiny pipeline -> classes besides the text-to-image one whose folders hold the same networks.

@@ -16,11 +16,10 @@ from trl_diffusion_sdpo.families import (
     family_for_class_name,
     find_family,
     known_pipeline_classes,
-    load_denoiser,
-    load_pipeline,
     register_family,
     registry,
 )
+from trl_diffusion_sdpo.models.pipelines import load_denoiser, load_pipeline
 
 PATH = "outside_family:OutsideFamily"
 

@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from trl_diffusion_sdpo.families import load_denoiser, load_pipeline
 from trl_diffusion_sdpo.models.loading import load_model, load_reference
+from trl_diffusion_sdpo.models.pipelines import load_denoiser, load_pipeline
 from trl_diffusion_sdpo.saving.starting_point import starting_point
 
 # diffusers' prefix -> the original one, of a UNet with two levels of one layer each.

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from trl_diffusion_sdpo.step import meters
+from trl_diffusion_sdpo.step import finite_check
 
 RANK = int(os.environ.get("RANK", 0))
 PROJECT = f"{Path(__file__).parents[2]}/"
@@ -82,9 +82,9 @@ class HostEvent:
 
 def use_device_to_host_copies() -> None:
     """Read values through asynchronous copies on the CPU, as on a GPU."""
-    meters.is_on_host = lambda values: False
-    meters.pinned_like = lambda values: torch.empty(values.shape, dtype=values.dtype)
-    meters.event_on = HostEvent
+    finite_check.is_on_host = lambda values: False
+    finite_check.pinned_like = lambda values: torch.empty(values.shape, dtype=values.dtype)
+    finite_check.event_on = HostEvent
 
 
 def build(run: dict, device: str, folder: Path, watch: CountWaits) -> DiffusionSDPOTrainer:

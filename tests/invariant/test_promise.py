@@ -8,8 +8,8 @@ import torch
 from transformers import TrainerCallback
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from trl_diffusion_sdpo.demo.pairs import off_policy_pairs
-from trl_diffusion_sdpo.demo.pipeline import load_base_pipeline
+from trl_diffusion_sdpo.tools.demo.pairs import off_policy_pairs
+from trl_diffusion_sdpo.tools.demo.pipeline import load_base_pipeline
 
 STEPS = 200
 SMALL, LARGE = 5e-5, 1e-3

@@ -7,9 +7,10 @@ import torch
 from tiny_pipelines import CASES, case
 from tiny_pipelines.parts import kl_vae
 
-from trl_diffusion_sdpo.families import find_family, load_pipeline
+from trl_diffusion_sdpo.families import find_family
 from trl_diffusion_sdpo.models import frozen_components
 from trl_diffusion_sdpo.models.frozen_components import pin, working_pipeline
+from trl_diffusion_sdpo.models.pipelines import load_pipeline
 
 IN_CI = ("stable_diffusion", "sana", "wan")  # one for each kind of VAE
 HALVES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}

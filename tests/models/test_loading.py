@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from tiny_pipelines import CASES, case
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
-from trl_diffusion_sdpo.families import find_family, load_pipeline
+from trl_diffusion_sdpo.families import find_family
 from trl_diffusion_sdpo.models.frozen_components import FrozenComponents
 from trl_diffusion_sdpo.models.loading import load_model
 from trl_diffusion_sdpo.models.numerics import store_channels_last
+from trl_diffusion_sdpo.models.pipelines import load_pipeline
 
 GRID = 1 / 64
 ACCESS = {

@@ -8,7 +8,8 @@ import pytest
 from tiny_pipelines import CASES
 from transformers import PreTrainedModel
 
-from trl_diffusion_sdpo.families import find_family, load_pipeline
+from trl_diffusion_sdpo.families import find_family
+from trl_diffusion_sdpo.models.pipelines import load_pipeline
 from trl_diffusion_sdpo.models.text_checks import check_text_encoding
 
 IN_CI = ("stable_diffusion_xl", "stable_diffusion_3", "z_image")

@@ -14,8 +14,8 @@ from PIL import Image
 
 from trl_diffusion_sdpo.reporting.plots import curves_of
 from trl_diffusion_sdpo.reporting.sample_scores import SampleScores
-from trl_diffusion_sdpo.rewards import BatchedScorer
-from trl_diffusion_sdpo.rewards.statistics import TOO_FEW
+from trl_diffusion_sdpo.tools.rewards import BatchedScorer
+from trl_diffusion_sdpo.utils.statistics import TOO_FEW
 
 PROMPTS = ["a red cube", "a dog", "the sea", "two cats"]
 SAMPLED = {"sample_prompts": PROMPTS, "sample_steps": 1, "sample_kwargs": {"num_inference_steps": 1}}

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from trl_diffusion_sdpo.models.adapters import adapter_state
+from trl_diffusion_sdpo.reporting.interrupts import CheckpointOnInterrupt
 from trl_diffusion_sdpo.saving.checkpoints import PARTIAL
-from trl_diffusion_sdpo.saving.interrupts import CheckpointOnInterrupt
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:

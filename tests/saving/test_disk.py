@@ -9,7 +9,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 
 from trl_diffusion_sdpo import Candidate, evaluate_models
-from trl_diffusion_sdpo.evaluation.images import ImageSettings
+from trl_diffusion_sdpo.tools.evaluation.images import ImageSettings
 from trl_diffusion_sdpo.utils.disk import DiskFullError, naming_the_disk
 
 SIZE = 300_000  # bytes

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from tiny_pipelines import CASES, case
 
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.families import find_family, load_pipeline
-from trl_diffusion_sdpo.families.lora_keys import ORIGINAL_MODULES, original_module
+from trl_diffusion_sdpo.families import find_family
+from trl_diffusion_sdpo.models.pipelines import load_pipeline
 from trl_diffusion_sdpo.saving.lora_export import to_kohya
+from trl_diffusion_sdpo.saving.lora_keys import ORIGINAL_MODULES, original_module
 from trl_diffusion_sdpo.saving.weights import ranks, split_key
 
 LAYERS = (torch.nn.Linear, torch.nn.Conv2d)

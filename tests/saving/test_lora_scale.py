@@ -10,8 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_pipelines import CASES, case
 
-from trl_diffusion_sdpo.families import find_family, load_pipeline
+from trl_diffusion_sdpo.families import find_family
 from trl_diffusion_sdpo.models.adapters import adapter_layers, adapter_state, add_lora
+from trl_diffusion_sdpo.models.pipelines import load_pipeline
 from trl_diffusion_sdpo.saving.weights import public_settings, save_adapter, scaling
 from trl_diffusion_sdpo.utils._compat import loads_lora
 

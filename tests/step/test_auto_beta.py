@@ -8,7 +8,7 @@ import torch
 from step.walks import SGD, KeepWeights, moved, walked
 from transformers import TrainerCallback
 
-from trl_diffusion_sdpo.step.meters import BETA_FILE
+from trl_diffusion_sdpo.step.controllers import BETA_FILE
 
 MOVING = {**SGD, "lr_scheduler_type": "constant", "learning_rate": 1e-3}
 MOVING |= {"beta": 100.0, "auto_beta": True, "safeguard": "none", "logging_steps": 1}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from step.walks import ALPHAS, gradient, moved
 
-from trl_diffusion_sdpo.families import load_pipeline
+from trl_diffusion_sdpo.models.pipelines import load_pipeline
 
 INVERSION = {"noise_source": "inversion", "inversion_kwargs": {"kind": "renoise", "steps": 3}}
 

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from step.walks import SGD, assert_same_step, batches_of, branches_by_hand, lambda_by_hand, moved, trained_step
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
-from trl_diffusion_sdpo.families import load_pipeline
+from trl_diffusion_sdpo.models.pipelines import load_pipeline
 
 PARAMETER = {"safeguard": "parameter", "beta": 500.0, "safeguard_mu": 0.3, **SGD}
 TARGETS = ["to_q", "to_v"]

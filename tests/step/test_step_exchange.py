@@ -10,8 +10,8 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
-from trl_diffusion_sdpo.saving.interrupts import CheckpointOnInterrupt
-from trl_diffusion_sdpo.step.meters import FiniteCheck
+from trl_diffusion_sdpo.reporting.interrupts import CheckpointOnInterrupt
+from trl_diffusion_sdpo.step.finite_check import FiniteCheck
 
 PROCESSES = 2
 MICRO_BATCHES = 3

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from transformers import TrainerCallback
 
-from trl_diffusion_sdpo.families import load_pipeline
+from trl_diffusion_sdpo.models.pipelines import load_pipeline
 
 SGD = {"optim": "sgd", "learning_rate": 1e-2, "weight_decay": 0.0, "max_grad_norm": 0.0}
 # Stable Diffusion's cumulative products of `1 - beta`.

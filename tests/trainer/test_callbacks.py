@@ -11,8 +11,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from trl_diffusion_sdpo.models.frozen_components import FrozenComponents
 from trl_diffusion_sdpo.models.loading import load_model
+from trl_diffusion_sdpo.reporting.interrupts import CheckpointOnInterrupt
 from trl_diffusion_sdpo.reporting.sample_images import SampleImagesCallback
-from trl_diffusion_sdpo.saving.interrupts import CheckpointOnInterrupt
 
 PROMPTS = ["a red cube", "ein Würfel 🧊"]
 

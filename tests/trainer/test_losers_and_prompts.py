@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_diffusion_sdpo.families import load_pipeline
+from trl_diffusion_sdpo.models.pipelines import load_pipeline
 
 TIMES = ("runtime", "per_second", "flos", "time", "memory")
 

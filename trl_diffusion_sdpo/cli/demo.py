@@ -37,7 +37,7 @@ def run(arguments: list[str], prog: str) -> int:
     import diffusers.utils.logging as diffusers_logging  # imported late because it takes seconds
     import transformers.utils.logging as transformers_logging
 
-    from ..demo.comparison import run_demo
+    from ..tools.demo.comparison import run_demo
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for library in (diffusers_logging, transformers_logging):
@@ -47,8 +47,8 @@ def run(arguments: list[str], prog: str) -> int:
 
 
 def _write_pairs(folder: str, seed: int) -> int:
-    from ..demo.pairs import eval_pairs, off_policy_pairs, write_pairs  # imported late because it takes seconds
-    from ..demo.pipeline import base_pipeline_folder
+    from ..tools.demo.pairs import eval_pairs, off_policy_pairs, write_pairs  # imported late because it takes seconds
+    from ..tools.demo.pipeline import base_pipeline_folder
 
     splits = {"train": off_policy_pairs(seed), "test": eval_pairs(seed)}
     written = write_pairs(splits, folder)

@@ -13,8 +13,8 @@ from .images import add_image_options, candidate_of, finish, image_settings, lis
 from .options import OneLineParser
 
 if TYPE_CHECKING:
-    from ..evaluation import Candidate
-    from ..evaluation.images import ImageSettings
+    from ..tools.evaluation import Candidate
+    from ..tools.evaluation.images import ImageSettings
 
 # Settings with which the Diffusion-SDPO authors generate images. In their code, guidance scale 0 means no guidance. In
 # diffusers, scale 1 means no guidance, so their scale 7.5 is scale 8.5 in diffusers.
@@ -81,8 +81,8 @@ def run(arguments: list[str], prog: str) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     from accelerate import PartialState
 
-    from ..evaluation import evaluate_models
-    from ..evaluation.report import REPORT_FILE, scale_sentence, verdict_sentence
+    from ..tools.evaluation import evaluate_models
+    from ..tools.evaluation.report import REPORT_FILE, scale_sentence, verdict_sentence
 
     # Processes wait for the slowest process, which can take longer than the default timeout of ten minutes.
     state = PartialState(cpu=options.device == "cpu", timeout=timedelta(days=1))
@@ -107,7 +107,7 @@ def run(arguments: list[str], prog: str) -> int:
 
 
 def _candidates(options: argparse.Namespace) -> list[Candidate]:
-    from ..evaluation.scales import at_scales
+    from ..tools.evaluation.scales import at_scales
 
     interval = options.interval and tuple(options.interval)
     candidates = [replace(candidate_of(text), form=options.form, interval=interval) for text in options.models]

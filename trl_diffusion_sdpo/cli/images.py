@@ -15,10 +15,10 @@ from .errors import reading_data
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-    from ..evaluation import Candidate
-    from ..evaluation.images import ImageSettings
-    from ..evaluation.prompts import PromptList
-    from ..rewards import Scorer
+    from ..tools.evaluation import Candidate
+    from ..tools.evaluation.images import ImageSettings
+    from ..tools.evaluation.prompts import PromptList
+    from ..tools.rewards import Scorer
 
 DTYPES = ("float32", "bfloat16", "float16")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -56,7 +56,7 @@ def mapping_option(text: str) -> dict[str, Any]:
 
 def listed_prompts(options: argparse.Namespace) -> PromptList:
     """Return the prompts in the file or data set of `--prompts`."""
-    from ..evaluation.prompts import read_prompts
+    from ..tools.evaluation.prompts import read_prompts
 
     with reading_data(options.prompts):
         prompts = read_prompts(options.prompts, column=options.prompt_column, split=options.prompt_split)
@@ -68,7 +68,7 @@ def image_settings(options: argparse.Namespace, device: str, seeds: Sequence[int
     these options."""
     import torch
 
-    from ..evaluation.images import ImageSettings
+    from ..tools.evaluation.images import ImageSettings
 
     settings = {
         "call_kwargs": options.call_kwargs,
@@ -81,7 +81,7 @@ def image_settings(options: argparse.Namespace, device: str, seeds: Sequence[int
 
 def candidate_of(text: str) -> Candidate:
     """Return the model that `NAME=MODEL` or `NAME=MODEL+LORA` describes. Both forms may end with `@SCALE`."""
-    from ..evaluation import Candidate
+    from ..tools.evaluation import Candidate
 
     name, _, source = text.partition("=")
     if not source:
@@ -114,7 +114,7 @@ def _is_model(source: str) -> bool:
 def scorer_named(name: str, **settings: Any) -> Scorer:
     """Load a scorer by its name, or a function that the user names as `module:function`. The module may be in the
     working directory."""
-    from ..rewards import load_scorer
+    from ..tools.rewards import load_scorer
 
     import_from_working_directory()
     return load_scorer(name, **settings)

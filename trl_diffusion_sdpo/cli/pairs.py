@@ -111,8 +111,8 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from accelerate import PartialState
 
-    from ..pairing.generate import Pairing, generate_pairs, pairs_of_negatives
-    from ..pairing.recipes import pairs_from_images
+    from ..tools.pairing.generate import Pairing, generate_pairs, pairs_of_negatives
+    from ..tools.pairing.recipes import pairs_from_images
 
     reads_prompts = options.recipe in ("scored", "negatives")
     _refuse_unused(options)
@@ -181,11 +181,11 @@ def _add_pick_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _pick(options: argparse.Namespace) -> None:
-    from ..pairing.manifest import MANIFEST_FILE
-    from ..pairing.own_images import list_images
-    from ..pairing.picks import PAIRS_FILE
-    from ..pairing.server import LOCAL_HOST, PickServer
-    from ..pairing.session import PickSession
+    from ..tools.pairing.manifest import MANIFEST_FILE
+    from ..tools.pairing.own_images import list_images
+    from ..tools.pairing.picks import PAIRS_FILE
+    from ..tools.pairing.server import LOCAL_HOST, PickServer
+    from ..tools.pairing.session import PickSession
 
     folder = Path(options.folder)
     if not folder.is_dir():
@@ -228,7 +228,7 @@ def _add_from_images_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _from_images(options: argparse.Namespace) -> None:
-    from ..pairing.own_images import list_images
+    from ..tools.pairing.own_images import list_images
 
     kept = options.keep_duplicates
     print("\n".join(list_images(Path(options.folder), from_names=options.from_names, keep_duplicates=kept)))
@@ -254,7 +254,7 @@ def _score(options: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from ..data import load_pairs
-    from ..pairing.score import score_pairs
+    from ..tools.pairing.score import score_pairs
 
     state = PartialState(cpu=options.device == "cpu")
     if state.num_processes > 1:
@@ -284,7 +284,7 @@ def _add_push_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _push(options: argparse.Namespace) -> None:
-    from ..pairing.publish import push_pairs
+    from ..tools.pairing.publish import push_pairs
 
     with reading_data(options.folder):
         pairs = push_pairs(options.folder, options.repo, private=options.private)
@@ -316,7 +316,7 @@ def _add_check_options(parser: argparse.ArgumentParser) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     from ..data import PairOptions, PairTransform, load_pairs
-    from ..pairing.check import check_pairs
+    from ..tools.pairing.check import check_pairs
 
     sheet = None if options.sheet is None else Path(options.sheet)
     if sheet is not None and not sheet.absolute().parent.is_dir():

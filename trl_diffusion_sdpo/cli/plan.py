@@ -10,7 +10,7 @@ from .options import OneLineParser, option_name, take_options
 from .train_parser import read_given
 
 if TYPE_CHECKING:
-    from ..planning.prepare import PlannedSettings
+    from ..tools.planning.prepare import PlannedSettings
 
 
 def make_parser(prog: str | None = None) -> OneLineParser:
@@ -29,7 +29,7 @@ def run(arguments: list[str], prog: str) -> int:
     logging.disable(logging.WARNING)  # the trainer would repeat its warnings for each plan
     try:
         planned = planned_settings(words, prog, "cuda")
-        from ..planning.plan import table
+        from ..tools.planning.plan import table
 
         print(f"All numbers are computed. None is measured.\n\n{table(planned.plans())}")
     finally:
@@ -44,8 +44,8 @@ def planned_settings(words: list[str], prog: str | None, device: str) -> Planned
         device (`str`): Type of device to plan for, `"cuda"` or `"cpu"`. Plans for `"cuda"` use bf16 if neither `bf16`
             nor `fp16` is set.
     """
-    from ..planning.prepare import PlannedSettings  # imported late because it takes seconds
-    from ..planning.sharding import engine_of
+    from ..tools.planning.prepare import PlannedSettings  # imported late because it takes seconds
+    from ..tools.planning.sharding import engine_of
     from .train import parse
 
     file, accelerate_config, _ = read_given(words)

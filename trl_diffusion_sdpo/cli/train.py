@@ -75,7 +75,7 @@ def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_
     Returns:
         `int`: The exit code: 0, or 130 if the run was interrupted and has written a checkpoint.
     """
-    from ..saving.interrupts import CheckpointOnInterrupt, resume_hint  # slow import
+    from ..reporting.interrupts import CheckpointOnInterrupt, resume_hint  # slow import
 
     interrupt = CheckpointOnInterrupt()
     trainer = build_trainer(script_args, training_args, model_args, interrupt)

@@ -47,7 +47,7 @@ def make_parser(prog: str | None = None) -> Any:
     from transformers import TrainingArguments
     from trl import ModelConfig, TrlParser
 
-    from ..trainer.diffusion_sdpo_config import DiffusionSDPOConfig
+    from ..trainer.config.diffusion_sdpo_config import DiffusionSDPOConfig
     from .pair_arguments import PairArguments
 
     inherited = {field.name for field in fields(TrainingArguments)}

@@ -3,7 +3,6 @@
 from .base import Family, check_in_channels, no_autocast
 from .loss_defaults import DDPM_DEFAULTS, FALLBACK, FLOW_DEFAULTS, LossDefaults
 from .noise import DDPMProcess, FlowMatchingProcess, NoiseProcess, constant
-from .pipelines import as_text_to_image, load_denoiser, load_pipeline
 from .registry import FAMILIES, family_for_class_name, find_family, known_pipeline_classes, register_family
 from .unet_checks import check_text_to_image_unet
 
@@ -17,15 +16,12 @@ __all__ = [
     "FlowMatchingProcess",
     "LossDefaults",
     "NoiseProcess",
-    "as_text_to_image",
     "check_in_channels",
     "check_text_to_image_unet",
     "constant",
     "family_for_class_name",
     "find_family",
     "known_pipeline_classes",
-    "load_denoiser",
-    "load_pipeline",
     "no_autocast",
     "register_family",
 ]

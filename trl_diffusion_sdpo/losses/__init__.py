@@ -8,7 +8,6 @@ from .diffusion_preference import (
     diffusion_preference_loss,
     order_by_scores,
 )
-from .guidance import guidance_shift, shifted
 from .masks import mask_anchor, mask_metrics, region_factors, within
 from .noise_bins import noise_bin_changes, noise_bin_of, noise_range_weights
 from .pair_weights import WEIGHT_FUNCTIONS, calibrated_scores, score_gaps, with_mean_one
@@ -26,8 +25,6 @@ from .preference import (
     register_loss,
 )
 from .safeguard import Anchor, Granularity, output_scale, parameter_scale, winner_error_gradient
-from .score_statistics import standard_error
-from .weight_arithmetic import ema_decay, interpolate, lora_scaling
 from .winner_budget import BudgetController
 
 __all__ = [
@@ -47,10 +44,6 @@ __all__ = [
     "check_loss_kwargs",
     "check_safeguard",
     "diffusion_preference_loss",
-    "ema_decay",
-    "guidance_shift",
-    "interpolate",
-    "lora_scaling",
     "loss_spec",
     "loss_weights_by_name",
     "mask_anchor",
@@ -66,8 +59,6 @@ __all__ = [
     "region_factors",
     "register_loss",
     "score_gaps",
-    "shifted",
-    "standard_error",
     "winner_error_gradient",
     "with_mean_one",
     "within",

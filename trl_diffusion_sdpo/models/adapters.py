@@ -25,8 +25,6 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, set_adapter
 from torch import nn
 
-from ..losses import lora_scaling
-
 if TYPE_CHECKING:
     from trl import ModelConfig
 
@@ -320,3 +318,8 @@ def freeze(name: str, component: nn.Module) -> None:
             "the adapter, or freeze it with `requires_grad_(False)`."
         )
     component.requires_grad_(False).eval()
+
+
+def lora_scaling(alpha: float, rank: int, *, rank_stabilized: bool) -> float:
+    """Return PEFT's scaling factor of a LoRA: alpha divided by the rank, or by the rank's square root (rsLoRA)."""
+    return alpha / (math.sqrt(rank) if rank_stabilized else rank)

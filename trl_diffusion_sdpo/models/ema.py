@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from ..engines.engine import Engine
-from ..losses import ema_decay
 from .weight_copies import SecondAdapter, SecondDenoiser, WeightCopy, second_copy
 
 EMA_FOLDER = "ema"  # subfolder of the output folder
@@ -38,3 +37,12 @@ class EMAWeights(WeightCopy):
         """Update the averaged weights after optimizer step number `step` (the first step is 1). All processes must call
         this method."""
         self.update(1 - ema_decay(step, self.decay))
+
+
+def ema_decay(step: int, max_decay: float) -> float:
+    """Return the decay of the moving average after optimizer step `step`: the weight of the old average.
+
+    The decay is `min(max_decay, (1 + step) / (10 + step))`, as in diffusers' `EMAModel`. Steps count from 1. With a
+    constant decay near 1, the average of a short run would consist mostly of the initial weights.
+    """
+    return min(max_decay, (1 + step) / (10 + step))

@@ -14,12 +14,12 @@ from diffusers import DiffusionPipeline, ModelMixin
 from peft import PeftModel
 from torch import nn
 
-from ..families import Family, as_text_to_image, find_family, load_denoiser, load_pipeline
-from ..families.pipelines import load_encoders
-from ..families.single_file import is_single_file
+from ..families import Family, find_family
 from ..utils.import_utils import require
 from .adapters import unwrap_peft_model
 from .numerics import align_weights, torch_dtype
+from .pipelines import as_text_to_image, load_denoiser, load_encoders, load_pipeline
+from .single_file import is_single_file
 
 # Entries of `model_init_kwargs` that also apply to the reference, because they are about dtype, access to the Hub, kind
 # of files or memory, and not about one particular model.

@@ -12,11 +12,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..engines.processes import in_any_process
-from ..saving.interrupts import resume_hint, was_interrupted
 from ..saving.model_card import forget_recommended_scales
 from ..saving.setup import output_folder
 from ..utils.files import VERDICT_FILE
 from .console import say
+from .interrupts import resume_hint, was_interrupted
 from .plots import CURVES_FILE, changes_by_noise_bin, has_curves, noise_bin_file, plot_curves, plot_noise_bins
 from .sample_images import SampleImagesCallback, final_step
 from .tracked_images import TrackedImages

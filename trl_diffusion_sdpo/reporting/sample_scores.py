@@ -6,16 +6,18 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ..rewards import Scorer, load_scorer
-from ..rewards.scorer import on_device
-from ..rewards.statistics import WinRate, holm, win_rate
 from ..utils.processes import ALONE, Peers
 from ..utils.secrets import without_secrets
+from ..utils.statistics import WinRate, holm, win_rate
+
+if TYPE_CHECKING:
+    from ..tools.rewards import Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ class SampleScores:
         self.step: int | None = None  # step of the newest scores
         self.metrics: dict[str, float] = {}
         self.win_rates: dict[str, WinRate | None] = {}
-        processes.first(lambda: self._scorers.update({name: load_scorer(name) for name in names}))
+        processes.first(lambda: self._scorers.update(_load(names)))
 
     def begin(self, before: Sequence[Path]) -> None:
         """Score the images from before training. All processes must call this method when training starts or resumes.
@@ -101,6 +103,8 @@ class SampleScores:
         """Return the scores of image files, one for each prompt, as an array of shape `(prompts, 1)`."""
         images = [_read(file) for file in files]
         scorer = self._scorers[name]
+        from ..tools.rewards.scorer import on_device
+
         with on_device(scorer, self._device):
             return scorer(images, self._prompts).numpy().astype(np.float64)[:, None]
 
@@ -136,3 +140,10 @@ class SampleScores:
 def _read(file: Path) -> Image.Image:
     with Image.open(file) as image:
         return image.convert("RGB")
+
+
+def _load(names: Sequence[str]) -> dict[str, Scorer]:
+    """Load scorers by name. Scorers are tools, which the trainer imports only here, if a run names one."""
+    from ..tools.rewards import load_scorer
+
+    return {name: load_scorer(name) for name in names}

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..losses import standard_error
 from ..step.pair_evaluation import FEWEST_PAIRS
 from ..utils.files import VERDICT_FILE, write_atomically
+from ..utils.statistics import standard_error
 from .sample_images import SamplePair
 
 STANDARD_ERRORS = 2.0  # a change is significant if it exceeds this many standard errors

@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save
 
-from ..families.lora_keys import OriginalModule, original_module
 from ..models.ema import EMA_FOLDER
 from ..utils.disk import naming_the_disk
 from ..utils.files import write_atomically
+from .lora_keys import OriginalModule, original_module
 from .setup import SETUP_FILE, read_setup
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE, folded, ranks, read_lora
 

@@ -15,8 +15,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 
-from ..losses import lora_scaling
-from ..models.adapters import NAME, adapter_state, check_stored_lora
+from ..models.adapters import NAME, adapter_state, check_stored_lora, lora_scaling
 from ..utils._compat import LORA_ADAPTER_METADATA_KEY, loads_lora, pattern_key
 from ..utils.files import json_object
 from ..utils.secrets import without_secrets

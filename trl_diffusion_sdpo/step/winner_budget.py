@@ -19,7 +19,8 @@ from ..data.dataset import PreferenceDataset
 from ..families.noise import generators_of, sent, standard_normal, uniform
 from ..losses import BudgetController, mean_error, noise_bin_of, order_by_scores, region_factors
 from ..models.ema import EMAWeights
-from .meters import MetricMeter, StoredController
+from .controllers import StoredController
+from .meters import MetricMeter
 from .pair_forward import NoisyBatch, PairForward, eval_mode, take_rows
 
 BUDGET_FILE = "winner_budget.json"

@@ -24,8 +24,8 @@ from ..reporting.tracked_images import TrackedImages
 from ..reporting.verdict import RunFacts
 from .config.checks import best_sample_metric
 from .config.complete import image_size, sample_sources
+from .config.diffusion_sdpo_config import DiffusionSDPOConfig
 from .data_preparation import PREPARED
-from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from torch import nn
 from ..cache.encoding import EncodingSettings, PairEncoding
 from ..cache.key import EncoderKey
 from ..cache.reference_errors import ErrorSettings, ReferenceErrors
-from ..engines.batch_loaders import BatchLoaders, load_one_by_one
+from ..data.batch_loaders import BatchLoaders, load_one_by_one
 from ..engines.engine import Engine
 from ..engines.engine_settings import by_engine, loading_unsharded, shards_weights
 from ..engines.processes import peers
@@ -35,8 +35,8 @@ from ..step.pair_forward import PairForward
 from ..utils._compat import compile_with_eager_rounding
 from ..utils.identity import describe_component, hash_of_tensors, public_config
 from .config.complete import image_size, largest_batch, precompute_folder, stored_crops
+from .config.diffusion_sdpo_config import DiffusionSDPOConfig
 from .config.model_arguments import VaeDtype
-from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
 

@@ -25,12 +25,11 @@ from ..data.transforms import PairTransform
 from ..engines.processes import peers
 from ..families import Family
 from ..losses import LossSpec
-from ..losses.score_statistics import SCORE_SCALES, score_scale
 from ..models.text_checks import note_on_long_prompts
 from ..utils._compat import keeps_order
-from ..utils.score_scale import SHARES, ScoreReading, ScoreScale
+from ..utils.score_scale import SCORE_SCALES, SHARES, ScoreReading, ScoreScale, score_scale
 from .config.complete import aspect_ratio_buckets, image_size, pairs_of_a_step
-from .diffusion_sdpo_config import DiffusionSDPOConfig
+from .config.diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Ev
 
 from ..cache.encoding import check_prompt_padding
 from ..cache.key import EncoderKey
+from ..data.batch_loaders import BatchLoaders, choose_workers
 from ..data.buckets import BucketSampler
 from ..data.dataset import PreferenceCollator, PreferenceDataset
 from ..data.streaming import PreferenceIterableDataset, StreamPosition
-from ..engines.batch_loaders import BatchLoaders, choose_workers
 from ..engines.engine import Engine
 from ..engines.engine_settings import asked_engine, by_engine, check_unsharded, loading_unsharded, shards_weights
 from ..engines.processes import check_agreement, failing_together, peers
@@ -38,11 +38,11 @@ from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.loading import LoadedModel
 from ..models.weight_copies import WeightCopy
 from ..reporting.console import say
+from ..reporting.interrupts import is_due, step_exchange, stopping_on_interrupt, was_interrupted
 from ..reporting.plots import CURVES_FILE
 from ..reporting.run_callbacks import plots_of, run_lines
 from ..reporting.sample_images import SAMPLES_FOLDER, final_step, find_sample_images
 from ..reporting.verdict import RunFacts, Verdict, is_evaluation, verdict_of
-from ..saving.interrupts import is_due, step_exchange, stopping_on_interrupt, was_interrupted
 from ..saving.model_card import RunCard, changed_settings
 from ..saving.publishing import Publisher, PublishingError
 from ..saving.run_files import RunFiles
@@ -51,7 +51,9 @@ from ..saving.setup import fingerprint
 from ..saving.starting_point import BASE, Origin, public_base, recorded_base
 from ..saving.weights import WeightFiles
 from ..step.branch_gradients import BranchGradients
-from ..step.meters import AutoBeta, FiniteCheck, MetricMeter
+from ..step.controllers import AutoBeta
+from ..step.finite_check import FiniteCheck
+from ..step.meters import MetricMeter
 from ..step.pair_evaluation import PairEvaluation, draws_of_noise, real_pairs
 from ..step.pair_forward import PairForward, seeds_of_draws
 from ..step.parameter_safeguard import ParameterSafeguard
@@ -82,6 +84,7 @@ from .config.complete import (
     refuse_dropout,
     stored_crops,
 )
+from .config.diffusion_sdpo_config import DiffusionSDPOConfig, resume_settings
 from .data_preparation import (
     PREPARED,
     PairPreparation,
@@ -89,7 +92,6 @@ from .data_preparation import (
     outline,
     save_position,
 )
-from .diffusion_sdpo_config import DiffusionSDPOConfig, resume_settings
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +117,8 @@ class DiffusionSDPOTrainer(Trainer):
 
     ```python
     from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
-    from trl_diffusion_sdpo.demo.pairs import off_policy_pairs
-    from trl_diffusion_sdpo.demo.pipeline import base_pipeline_folder
+    from trl_diffusion_sdpo.tools.demo.pairs import off_policy_pairs
+    from trl_diffusion_sdpo.tools.demo.pipeline import base_pipeline_folder
 
     trainer = DiffusionSDPOTrainer(
         str(base_pipeline_folder()),  # a tiny model; or a Hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5"

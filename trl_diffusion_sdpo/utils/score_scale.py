@@ -106,3 +106,19 @@ class ScoreReading:
 # Range of PickScore's cosines in the training code of https://huggingface.co/papers/2506.02698 (SmPO).
 PICKSCORE_COSINES = ScoreScale("PickScore's cosines", low=0.115435, high=0.282016, lowest=-1.0, highest=1.0)
 SHARES = ScoreScale("shares of comparisons", lowest=0.0, highest=1.0)
+
+
+# Scales of score columns that do not say their scale. The SmPO loss divides score differences by `high - low`.
+SCORE_SCALES = {"pickscore": PICKSCORE_COSINES}
+
+
+def score_scale(value: float | str) -> float:
+    """Return `smpo_score_scale` as a number: the number itself, or the range in [`SCORE_SCALES`] of a named scorer."""
+    if not isinstance(value, str):
+        return value
+    if value not in SCORE_SCALES:
+        raise ValueError(
+            f"`smpo_score_scale` must be a number or one of {', '.join(SCORE_SCALES)}. Got {value!r}. For another "
+            "scorer, score the images with `pairs score`, and leave `smpo_score_scale` out."
+        )
+    return 1 / SCORE_SCALES[value].factor("range")

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from transformers import TrainingArguments
 
 from ...data.images import MIN_SIDE
-from ...losses.score_statistics import score_scale
 from ...utils.hints import CHOICE_ALIASES
+from ...utils.score_scale import score_scale
 from .data_arguments import DataArguments, RunArguments
 from .model_arguments import MemoryArguments, PipelineArguments
 from .sample_arguments import SampleArguments

@@ -28,7 +28,7 @@ from .all_arguments import Setting, settings_of
 from .declaring import Choices, Range, check_kwargs, from_kwargs
 
 if TYPE_CHECKING:
-    from ..diffusion_sdpo_config import DiffusionSDPOConfig
+    from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 
 # Intervals of settings of transformers, which transformers and the libraries below it check late or not at all.

@@ -32,10 +32,10 @@ from ...models.loading import LoadedModel
 from ...saving.run_folder import refuse_own_start
 from ...step.pair_forward import LossSettings, NoiseSettings
 from ...utils._compat import activation_checkpointing, checkpoints_activations
-from ..diffusion_sdpo_config import DiffusionSDPOConfig
 from .all_arguments import settled_resolution
 from .checks import check_weighting_kwargs
 from .declaring import from_kwargs
+from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
 FAR = 100  # a `beta` that differs from its default by a larger factor is probably a mistake

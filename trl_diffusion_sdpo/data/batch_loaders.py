@@ -1,0 +1,210 @@
+"""Data loaders of the trainer, which leave batches on the CPU, and the choice of their number of workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
+from transformers import TrainingArguments
+from transformers.trainer_utils import seed_worker
+
+from ..utils._compat import keeps_order, start_method
+from ..utils.processes import Peers, forks_by_default, usable_cores
+from .dataset import PreferenceDataset
+from .streaming import PreferenceIterableDataset
+from .worker_processes import CollateIntoSharedMemory, WorkerStart
+
+logger = logging.getLogger(__name__)
+
+MAX_WORKERS = 4  # four workers decode a few hundred pairs per second, more than a denoiser trains on
+MAX_READERS = 8  # largest number of workers while pairs are encoded before training
+FEW_PAIRS = 512  # if there are fewer pairs, the main process decodes them all in seconds
+PREFETCH_FACTOR = 2  # batches that each worker prepares in advance, torch's default
+SHARED_MEMORY = Path("/dev/shm")
+
+Pairs = PreferenceDataset | PreferenceIterableDataset
+
+
+@dataclass
+class CollateAfterResuming:
+    """Collator for a stream that resumes at a position. Batches before the position are returned as empty dictionaries,
+    which accelerate skips."""
+
+    collate: Callable[[list[Any]], Any]
+
+    def __call__(self, items: list[Any]) -> Any:
+        return {} if items[0] is None else self.collate(items)
+
+
+class BatchLoaders:
+    """Creates the data loaders of a trainer."""
+
+    def __init__(self, args: TrainingArguments, accelerator: Accelerator):
+        self._args = args
+        self._accelerator = accelerator
+        self._evaluation: dict[tuple[int, int], tuple[Pairs, DataLoader]] = {}
+
+    def training(self, dataset: Pairs, batch_size: int, sampler: Sampler | None, collate: Callable) -> DataLoader:
+        """Return a loader of this process's training batches, with pairs in the order of `sampler`."""
+        seed = partial(seed_worker, num_workers=self._args.dataloader_num_workers, rank=self._args.process_index)
+        if isinstance(dataset, PreferenceIterableDataset):
+            collate = CollateAfterResuming(collate)
+        elif self._args.process_index == 0:
+            warn_of_large_steps(len(dataset), batch_size, self._args)
+        return self._make(dataset, batch_size, sampler, collate, WorkerStart(seed))
+
+    def evaluation(
+        self, dataset: Pairs, sampler: Sampler | None, collate: Callable, *, keep: bool = False
+    ) -> DataLoader:
+        """Return a loader for evaluation. With `keep`, the loader is cached, and later calls with this data set return
+        it again."""
+        key = (id(dataset), self._args.eval_batch_size)
+        if key in self._evaluation:
+            return self._evaluation[key][1]
+        loader = self._make(dataset.for_evaluation(), self._args.eval_batch_size, sampler, collate, WorkerStart())
+        if keep:
+            self._evaluation[key] = dataset, loader  # also store the data set, so that no other object gets its id
+        return loader
+
+    def in_batches(self, items: Dataset, batches: Sequence[Sequence[Any]]) -> DataLoader:
+        """Return a loader that does not distribute items over processes. For each list of keys in `batches`, the loader
+        returns the list of the `items` with these keys."""
+        options: dict[str, Any] = {"batch_sampler": batches, "collate_fn": list}
+        return _plain_loader(self._args, items, self._args.dataloader_num_workers, **options)
+
+    def _make(
+        self, dataset: Pairs, batch_size: int, sampler: Sampler | None, collate: Callable, start: WorkerStart
+    ) -> DataLoader:
+        args, accelerator = self._args, self._accelerator
+        options: dict[str, Any] = {"sampler": sampler}
+        processes: dict[str, Any] = {"torch_device_mesh": accelerator.torch_device_mesh}
+        if isinstance(dataset, PreferenceIterableDataset):  # a stream itself selects this process's share of the pairs
+            dataset, options = dataset.for_process(Peers(args.process_index, args.world_size)), {}
+            processes = {"num_processes": 1, "process_index": 0}
+        loader = _plain_loader(
+            args,
+            dataset,
+            args.dataloader_num_workers,
+            start,
+            batch_size=batch_size,
+            collate_fn=collate,
+            pin_memory=args.dataloader_pin_memory,
+            drop_last=args.dataloader_drop_last,
+            persistent_workers=args.dataloader_persistent_workers,
+            in_order=keeps_order(args),
+            **options,
+        )
+        # Do not call `Accelerator.prepare`, because it keeps a reference to every loader, and its loaders move a batch
+        # to the device while the previous batch still trains.
+        return prepare_data_loader(
+            loader,
+            put_on_device=False,
+            split_batches=accelerator.split_batches,
+            rng_types=accelerator.rng_types.copy(),
+            dispatch_batches=False,
+            even_batches=accelerator.even_batches,
+            use_seedable_sampler=accelerator.use_seedable_sampler,
+            data_seed=accelerator.dataloader_config.data_seed,
+            use_stateful_dataloader=accelerator.use_stateful_dataloader,
+            **processes,
+        )
+
+
+def warn_of_large_steps(pairs: int, batch_size: int, args: TrainingArguments) -> None:
+    """Warn if a batch or an optimizer step takes more pairs than there are, so that it takes fewer than it is set to,
+    or some of them twice."""
+    batch = batch_size * args.world_size
+    step = batch * args.gradient_accumulation_steps
+    if pairs < step:
+        logger.warning(
+            "%s of %d pairs is larger than the training data, which have %d pairs, so every step is one epoch. Lower "
+            "`per_device_train_batch_size` or `gradient_accumulation_steps`, or add pairs.",
+            *("A batch" if pairs < batch else "An optimizer step", batch if pairs < batch else step, pairs),
+        )
+
+
+def load_one_by_one(args: TrainingArguments, items: Dataset, pairs: PreferenceDataset, item_bytes: int) -> DataLoader:
+    """Return a loader that returns all `items` one by one and in order, without distributing them over processes.
+
+    Args:
+        items (`Dataset`): Data set whose items are read from `pairs`.
+        item_bytes (`int`): Size of an item's tensors in bytes. Larger items allow fewer workers, because workers hold
+            items in shared memory.
+    """
+    workers = args.dataloader_num_workers
+    if workers is None:
+        workers = max(_min_workers(args), _suitable_workers(args, pairs, item_bytes, most=MAX_READERS))
+    return _plain_loader(args, items, workers, batch_size=None)
+
+
+def _plain_loader(
+    args: TrainingArguments, items: Dataset, workers: int, start: WorkerStart | None = None, **options: Any
+) -> DataLoader:
+    collate = options.pop("collate_fn", default_convert)
+    return DataLoader(
+        items,
+        num_workers=workers,
+        collate_fn=CollateIntoSharedMemory(collate) if workers else collate,
+        worker_init_fn=start or WorkerStart(),
+        multiprocessing_context=start_method(args) if workers else None,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        **options,
+    )
+
+
+def choose_workers(
+    args: TrainingArguments,
+    dataset: Pairs | None,
+    *,
+    resolution: tuple[int, int],
+    evaluates: bool = False,
+) -> None:
+    """Choose `args.dataloader_num_workers` for the training data, and log the number.
+
+    Args:
+        resolution (`tuple[int, int]`): Height and width of the images in a batch.
+        evaluates (`bool`): Whether there are evaluations during training. During an evaluation, the prefetched batches
+            of training stay in memory.
+    """
+    pairs = args.train_batch_size + (args.eval_batch_size if evaluates else 0)
+    batch_bytes = 2 * pairs * 3 * resolution[0] * resolution[1]
+    workers = max(_min_workers(args), _suitable_workers(args, dataset, batch_bytes))
+    args.dataloader_num_workers = workers
+    logger.info("Chosen by the trainer: dataloader_num_workers=%d.", workers)
+
+
+def _min_workers(args: TrainingArguments) -> int:
+    """Return 1 if the settings include an option that torch refuses without workers, else 0."""
+    return int(args.dataloader_persistent_workers or args.dataloader_prefetch_factor is not None)
+
+
+def _suitable_workers(
+    args: TrainingArguments, dataset: Pairs | None, batch_bytes: int, most: int = MAX_WORKERS
+) -> int:
+    if dataset is None or (isinstance(dataset, PreferenceDataset) and len(dataset) < FEW_PAIRS):
+        return 0
+    if start_method(args) is None and not forks_by_default():
+        return 0  # workers would re-import the main script, which may not be written for it
+    if isinstance(dataset, PreferenceIterableDataset):
+        most = 1  # more workers would change the order of the pairs
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))  # on this machine
+    return min(most, usable_cores(processes) - 1, _workers_in_shared_memory(args, processes, batch_bytes))
+
+
+def _workers_in_shared_memory(args: TrainingArguments, processes: int, batch_bytes: int) -> int:
+    """Return how many workers each process of this machine can have so that all their prefetched batches fit into half
+    of the free shared memory. Containers often have little shared memory."""
+    if not SHARED_MEMORY.is_dir():
+        return MAX_READERS
+    prefetched = args.dataloader_prefetch_factor
+    batches = 1 + (PREFETCH_FACTOR if prefetched is None else prefetched)
+    return shutil.disk_usage(SHARED_MEMORY).free // (2 * processes * batches * batch_bytes)

@@ -1,0 +1,165 @@
+"""Ends a run after Ctrl-C or SIGTERM: saves a checkpoint, and raises a `KeyboardInterrupt` that says how to resume."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+from accelerate import PartialState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..data.worker_processes import INTERRUPTS
+from ..saving.setup import output_folder
+from ..step.finite_check import StepExchange
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointOnInterrupt(TrainerCallback):
+    """Saves a checkpoint and ends training after the current step at the first Ctrl-C (SIGINT) or SIGTERM. A second
+    signal raises `KeyboardInterrupt` at once.
+
+    The callback handles signals only during training. If training does not run in the main thread, the callback does
+    nothing, because Python allows signal handlers only there. If training raises an exception, call
+    [`~CheckpointOnInterrupt.restore_handlers`]. With several processes, all stop after the same step: the step in which
+    one of them got the signal, or the next step.
+
+    Attributes:
+        interrupted (`signal.Signals` or `None`): The signal that ended the latest training, or `None` if no signal did.
+    """
+
+    def __init__(self):
+        self.interrupted: signal.Signals | None = None
+        self.exchange = StepExchange()
+        self._agreed = False
+        self._previous: dict[signal.Signals, Any] = {}
+        self._owner = os.getpid()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._agreed, self.interrupted = False, None
+        self.exchange.reset()
+        self.restore_handlers()
+        self._owner = os.getpid()
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._on_signal) for number in INTERRUPTS}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self.exchange.stops:
+            self._agreed = True
+            self.interrupted = self.interrupted or signal.SIGINT  # processes that got no signal set this too
+            control.should_save = True
+            control.should_training_stop = True
+            control.should_evaluate = False  # a machine that shuts down gives processes only seconds
+        return control
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self._agreed:  # `on_step_end` has already requested the checkpoint
+            control.should_evaluate = False
+            control.should_save = False
+        return control
+
+    @property
+    def stops(self) -> bool:
+        """Whether a signal ends this training: the same value in all processes."""
+        return self._agreed
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.restore_handlers()
+        if not self._agreed:  # training was complete before the signal could stop it
+            self.interrupted = None
+
+    def restore_handlers(self) -> None:
+        """Restore the signal handlers that were set before training. A second call has no effect."""
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # `None`: set outside Python
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            return self._on_signal_in_worker(number)
+        if self.interrupted is not None:
+            self.restore_handlers()
+            raise KeyboardInterrupt(f"interrupted again by {signal.Signals(number).name}")
+        self.interrupted = signal.Signals(number)
+        self.exchange.request_stop()
+        logger.warning(
+            "Got %s. Training saves a checkpoint and stops after this step. A second signal stops training at once, "
+            "without a checkpoint.",
+            self.interrupted.name,
+        )
+
+    def _on_signal_in_worker(self, number: int) -> None:
+        """Handle a signal in a data loader worker. A forked worker inherits the handler of the training process.
+
+        Ctrl-C is ignored, because the current step may need the worker's next batch. SIGTERM ends the worker, because
+        the data loader sends SIGTERM to stop its workers.
+        """
+        if number == signal.SIGTERM:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+
+def was_interrupted(callbacks: Iterable[TrainerCallback]) -> bool:
+    """Return whether a [`CheckpointOnInterrupt`] among the callbacks says that a signal ends the training. All
+    processes get the same result."""
+    return any(isinstance(callback, CheckpointOnInterrupt) and callback.stops for callback in callbacks)
+
+
+def step_exchange(callbacks: Iterable[TrainerCallback]) -> StepExchange:
+    """Return the [`StepExchange`] of the [`CheckpointOnInterrupt`] among the callbacks. If there is no such callback,
+    return a new `StepExchange`.
+
+    The training step uses this object to tell all processes that one of them got a signal.
+    """
+    exchanges = [callback.exchange for callback in callbacks if isinstance(callback, CheckpointOnInterrupt)]
+    return exchanges[-1] if exchanges else StepExchange()  # the last callback's signal handler replaces the others'
+
+
+def is_due(args: TrainingArguments, state: TrainerState) -> TrainerControl:
+    """Return whether transformers evaluates and saves after the current step, in a run that nothing interrupts."""
+    control = DefaultFlowCallback().on_step_end(args, state, TrainerControl())
+    if float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps:
+        control = DefaultFlowCallback().on_epoch_end(args, state, control)
+    return control
+
+
+@contextlib.contextmanager
+def stopping_on_interrupt(
+    args: TrainingArguments, callbacks: CallbackHandler, global_step: Callable[[], int]
+) -> Iterator[None]:
+    """Save a checkpoint and stop training at the first Ctrl-C or SIGTERM within the context. Then raise
+    `KeyboardInterrupt` in all processes, because the code after `train()` in a script expects a finished run.
+
+    The context does nothing if signals are already handled, by a [`CheckpointOnInterrupt`] among the callbacks or by
+    the setting `enable_jit_checkpoint` of transformers.
+    """
+    handled = any(isinstance(callback, CheckpointOnInterrupt) for callback in callbacks.callbacks)
+    if handled or args.enable_jit_checkpoint:
+        yield
+        return
+    interrupt = CheckpointOnInterrupt()
+    callbacks.add_callback(interrupt)
+    try:
+        yield
+    finally:
+        interrupt.restore_handlers()
+        callbacks.remove_callback(interrupt)
+    if interrupt.interrupted is not None:
+        PartialState().wait_for_everyone()  # a launcher kills the other processes when the first one exits
+        hint = resume_hint(args, global_step(), "Pass `resume_from_checkpoint=True` to continue.")
+        raise KeyboardInterrupt(f"{interrupt.interrupted.name}: training stopped after step {global_step()}. {hint}")
+
+
+def resume_hint(args: TrainingArguments, step: int, how: str) -> str:
+    """Return sentences that say where an interrupted run's checkpoint is and, with `how`, how to resume."""
+    if args.save_only_model:
+        how = "It has no optimizer state (`save_only_model=True`), so the run cannot be resumed."
+    return f"Its checkpoint is {output_folder(args) / f'{PREFIX_CHECKPOINT_DIR}-{step}'}. {how}"

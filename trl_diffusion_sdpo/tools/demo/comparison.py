@@ -1,0 +1,181 @@
+"""Run the demo: tune one tiny model with SFT, Diffusion-DPO, Diffusion-SDPO and a stricter Diffusion-SDPO ("recipe") on
+the same pairs, score the images of the tuned models, and write a report."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ...trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from ..guidance import preference_guidance
+from .methods import GUIDED_FROM, GUIDED_METHOD, METHODS, RUNS_FOLDER, Method
+from .pairs import eval_pairs, off_policy_pairs
+from .pipeline import load_base_pipeline, load_pipeline
+from .report import BASE, write_report
+from .results import Curves, DemoResult, Guided, MethodResult, Score
+from .scoring import GUIDANCE_SCALES, GuidedScorer, ImageScorer, OracleCallback
+from .world import IMAGE_SIZE
+
+STEPS = 240
+LOGS = 30  # number of logs of lambda per training, for the plot
+THREADS = 4  # largest number of CPU threads, because the tiny network is not faster with more
+_SCORE_SEED = 20_000  # added to the seed, so that the latents of scored images differ from those in training
+
+SHARED = {
+    "per_device_train_batch_size": 32,
+    "optim": "adamw_torch",
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 20,
+    "random_flip": False,
+    "resolution": IMAGE_SIZE,
+}
+
+
+def run_demo(
+    output_dir: str | Path,
+    *,
+    seed: int = 0,
+    max_steps: int | None = None,
+    samples_per_prompt: int = 3,
+    evaluations: int = 4,
+    guidance_scales: Sequence[float] = GUIDANCE_SCALES,
+) -> DemoResult:
+    """Tune the packaged base model with every method on the same pairs, on the CPU, and write a report.
+
+    Args:
+        output_dir (`str` or `Path`): New or empty folder for the report, and for each tuned pipeline in
+            `runs/<method>`.
+        seed (`int`): Seed of the pairs, of the noise in training and of the generated images.
+        max_steps (`int`, *optional*): Optimizer steps of each method; 240 if unset.
+        samples_per_prompt (`int`): Number of images for each of the 72 prompts. The oracle scores these images.
+        evaluations (`int`): Number of evaluations during the training of each method.
+        guidance_scales (`Sequence[float]`): Scales of classifier-free guidance to try for each model, besides scale 1
+            (no guidance). The scale with the best score is chosen.
+
+    Returns:
+        `DemoResult`: The numbers, the images, the paths of the written files, and a summary.
+    """
+    steps = STEPS if max_steps is None else max_steps
+    if seed < 0 or steps < 1:
+        raise ValueError(f"`seed` must be at least 0 and `max_steps` at least 1, got {seed} and {steps}.")
+    settings = {
+        "seed": seed,
+        "max_steps": steps,
+        "samples_per_prompt": samples_per_prompt,
+        "evaluations": evaluations,
+        "guidance_scales": list(guidance_scales),
+        **SHARED,
+        "methods": {method.key: method.settings for method in (*METHODS, GUIDED_METHOD)},
+    }
+    folder = Path(output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"`output_dir` must be a new or empty folder, got {folder}. Use another folder.")
+    started = time.monotonic()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads, THREADS))
+    try:
+        comparison = Comparison(folder, settings)
+        methods = [comparison.train(method, f"{i}/{len(METHODS)}") for i, method in enumerate(METHODS, 1)]
+        result = DemoResult(
+            folder=folder,
+            settings=settings,
+            train_pairs=len(comparison.train_pairs),
+            eval_pairs=len(comparison.eval_pairs),
+            base=Score.of(comparison.base_scores),
+            methods=methods,
+            guided=comparison.generate(methods),
+            seconds=time.monotonic() - started,
+        )
+    finally:
+        torch.set_num_threads(threads)
+    summary, files = write_report(result)
+    return replace(result, summary=summary, files=files)
+
+
+class Comparison:
+    """Trains with each method on the same pairs, and scores the tuned models' images from the same latents."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self.folder, self.settings = folder, settings
+        with tqdm(total=2, desc="Pairs and base model") as bar:
+            base = load_base_pipeline()
+            self.train_pairs, self.eval_pairs = off_policy_pairs(settings["seed"]), eval_pairs(settings["seed"])
+            bar.update()
+            self.scorer = ImageScorer(settings["samples_per_prompt"], settings["seed"] + _SCORE_SEED)
+            self.base_samples, self.base_scores = self.scorer(base)
+            bar.update()
+
+    def train(self, method: Method, number: str) -> MethodResult:
+        """Train with one method, save the tuned pipeline, and return the method's curves, images and scores."""
+        pipeline = load_base_pipeline()
+        oracle = OracleCallback(pipeline, self.scorer, Score.of(self.base_scores))
+        trainer = DiffusionSDPOTrainer(
+            pipeline, None, self._arguments(method), self.train_pairs, self.eval_pairs, callbacks=[oracle]
+        )
+        trainer.remove_callback(PrinterCallback)
+        with tqdm(total=trainer.args.max_steps, desc=f"{number} {method.label}", unit="step", mininterval=1.0) as bar:
+            trainer.add_callback(BarCallback(bar))
+            trainer.train()
+        trainer.save_model()
+        trainer.save_state()
+        history = trainer.state.log_history
+        seconds = [entry["seconds"] for entry in history if "oracle" in entry][-1]
+        return MethodResult(method, seconds, Curves.of(history), *oracle.latest)
+
+    def generate(self, methods: list[MethodResult]) -> dict[str, Guided]:
+        """Generate images with every model under classifier-free guidance, and with the recipe's model also under
+        preference guidance."""
+        scorer = GuidedScorer(self.scorer, self.settings["guidance_scales"])
+        base = load_base_pipeline()
+        guided = {BASE: scorer(base, (self.base_samples, self.base_scores))}
+        for result in tqdm(methods, desc="Images with guidance"):
+            tuned = load_pipeline(self.folder / RUNS_FOLDER / result.method.key)
+            guided[result.method.key] = scorer(tuned, (result.samples, result.scores))
+            if result.method.key == GUIDED_FROM:
+                from_base = partial(preference_guidance, reference=base.unet, **GUIDED_METHOD.settings)
+                guided[GUIDED_METHOD.key] = scorer(tuned, context=from_base)
+        return guided
+
+    def _arguments(self, method: Method) -> DiffusionSDPOConfig:
+        steps = self.settings["max_steps"]
+        return DiffusionSDPOConfig(
+            output_dir=str(self.folder / RUNS_FOLDER / method.key),
+            max_steps=steps,
+            seed=self.settings["seed"],
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            verify_images="none",
+            dataloader_num_workers=0,  # the images are tiny
+            per_device_eval_batch_size=64,
+            eval_strategy="steps",
+            eval_steps=-(-steps // self.settings["evaluations"]),
+            eval_on_start=True,
+            save_strategy="no",
+            save_full_pipeline=True,
+            checkpoint_on_interrupt=False,
+            logging_steps=max(1, steps // LOGS),
+            report_to="none",
+            disable_tqdm=True,  # `BarCallback` shows the progress
+            **{**SHARED, **method.settings},
+        )
+
+
+class BarCallback(TrainerCallback):
+    """Advances the progress bar of a method's training after each step, and shows the newest oracle score beside it."""
+
+    def __init__(self, bar: tqdm):
+        self._bar = bar
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._bar.set_postfix_str(f"oracle {state.log_history[-1]['oracle']:.3f}")

@@ -1,0 +1,416 @@
+"""Compare models by scorers: generate images, score them, compute win rates against the first model, write a report."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ...utils.disk import naming_the_disk
+from ...utils.files import json_lines, write_atomically
+from ...utils.processes import Peers
+from ...utils.statistics import WinRate, agreement, holm, win_rate
+from ..rewards import Scorer
+from ..rewards.scorer import file_name, on_device, saved_scores
+from ..rewards.vlm_server import VLMServerJudge
+from .candidate import Candidate
+from .images import (
+    SCORES_FOLDER,
+    ImageSettings,
+    diversity,
+    generate_images,
+    image_path,
+    is_black,
+    peers_of_this_run,
+    saturation,
+)
+from .layouts import LAYOUTS, Files, write_layout
+from .prompts import PromptList, distinct
+from .report import write_report
+from .scales import Sweep, recommend_in_cards, sweeps_of
+
+RESULTS_FILE = "results.json"
+MANIFEST_FILE = "manifest.jsonl"
+_SCORED_AT_ONCE = 64  # number of images that a process scores before scores are saved
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The comparison of one model with the base model by one scorer.
+
+    `adjusted` is the p-value of `result` after Holm's correction for all comparisons of the evaluation.
+    """
+
+    model: str
+    scorer: str
+    result: WinRate
+    adjusted: float
+
+    @property
+    def verdict(self) -> str:
+        return self.result.verdict(self.adjusted)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation.
+
+    Args:
+        prompts (`PromptList`): The prompts.
+        seeds (`tuple[int, ...]`): The seeds. Each prompt has one image per model and seed.
+        models (`tuple[str, ...]`): Names of the models. The first is the base model.
+        scores (`dict[str, dict[str, np.ndarray]]`): Scorer -> model -> scores `(prompts, seeds)`. The score is NaN for
+            an image without a score.
+        comparisons (`tuple[Comparison, ...]`): For each scorer, one comparison of each other model with the base model.
+        agreement (`dict[str, dict[str, float]]`): Model -> names of two scorers -> share of prompts on which the two
+            scorers agree whether this model or the base model is better.
+        looks (`dict[str, dict[str, float]]`): Model -> `saturation`, `diversity` and number of `black` images. Black
+            images were probably hidden by a safety checker.
+        notes (`tuple[str, ...]`): Warnings for the reader, for example about skipped prompts.
+        sweeps (`tuple[Sweep, ...]`): One entry for each model that was evaluated at several scales.
+    """
+
+    prompts: PromptList
+    seeds: tuple[int, ...]
+    models: tuple[str, ...]
+    scores: dict[str, dict[str, np.ndarray]]
+    comparisons: tuple[Comparison, ...]
+    agreement: dict[str, dict[str, float]]
+    looks: dict[str, dict[str, float]]
+    notes: tuple[str, ...]
+    sweeps: tuple[Sweep, ...]
+
+
+def evaluate_models(
+    candidates: Sequence[Candidate],
+    prompts: Sequence[str] | PromptList,
+    scorers: Sequence[Scorer],
+    output_dir: str | Path,
+    settings: ImageSettings | None = None,
+    layout: str | None = None,
+) -> Evaluation:
+    """Generate images with all models, score the images, and compare each model with the first model.
+
+    Images and scores are saved in `output_dir`. After an interruption, call the function again with the same arguments
+    to continue. If accelerate launches several processes, the processes share the work.
+
+    Args:
+        candidates (`Sequence[Candidate]`): The models. The first is the base model.
+        prompts (`Sequence[str]` or `PromptList`): The prompts. [`~evaluation.prompts.read_prompts`] reads prompts
+            from a file.
+        scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`]. A scorer that was loaded on the CPU is
+            moved to the device of `settings` while it scores. Without scorers, the report only shows images.
+        output_dir (`str` or `Path`): Folder for images, scores, `results.json` and `report.html`.
+        settings (`ImageSettings`, *optional*): Seeds, initial noise and arguments of the pipelines.
+        layout (`str`, *optional*): `"geneval"`, `"dpg"`, `"t2i-compbench"` or `"hpsv2"`. Also save the images
+            in a folder of this name, with the file names that this benchmark expects.
+
+    Returns:
+        `Evaluation`: The result, in every process.
+
+    Raises:
+        `ValueError`: If there are no models, two models or scorers have the same name, the folder has images that were
+            generated with other settings, `output_dir` cannot be a folder, or the prompts lack information that
+            `layout` needs.
+
+    Example:
+
+    ```python
+    from trl_diffusion_sdpo import Candidate, evaluate_models, load_scorer
+
+    evaluation = evaluate_models(
+        [Candidate("base", "stable-diffusion-v1-5/stable-diffusion-v1-5"), Candidate("tuned", "path/to/run")],
+        ["a red circle", "two cats on a sofa"],
+        [load_scorer("pickscore"), load_scorer("hpsv2.1")],
+        "evaluation",
+    )
+    print(evaluation.comparisons[0].verdict)
+    ```
+    """
+    settings = settings or ImageSettings()
+    if isinstance(prompts, str):
+        raise ValueError(
+            f"`prompts` must be a list, got {prompts!r}. If this is a file, pass `read_prompts({prompts!r})`."
+        )
+    listed = prompts if isinstance(prompts, PromptList) else distinct(prompts)
+    if not candidates:
+        raise ValueError("An evaluation needs one or more models, but the list of models is empty. Pass `candidates`.")
+    _check_names("models", [candidate.name for candidate in candidates])
+    _check_names("scorers", [file_name(scorer.name) for scorer in scorers])
+    if layout is not None and layout not in LAYOUTS:
+        raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
+    files = {} if layout is None else LAYOUTS[layout](listed, settings.seeds)
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"`output_dir` must be a folder that can be written, got {folder}: {error.strerror}. Use another folder."
+        ) from error
+    with naming_the_disk(folder):
+        return _evaluate(candidates, listed, scorers, folder, settings, layout, files)
+
+
+def _evaluate(
+    candidates: Sequence[Candidate],
+    listed: PromptList,
+    scorers: Sequence[Scorer],
+    folder: Path,
+    settings: ImageSettings,
+    layout: str | None,
+    files: Files,
+) -> Evaluation:
+    peers = peers_of_this_run()
+    for candidate in candidates:
+        generate_images(candidate, listed.prompts, settings, folder, peers, base=candidates[0])
+
+    # Score the images.
+    base, *others = models = [candidate.name for candidate in candidates]
+    looks = {name: _looks(folder, name, listed, settings, peers) for name in models}
+    scores = {}
+    for scorer in scorers:
+        with on_device(scorer, settings.device):
+            scores[scorer.name] = {
+                name: _scores(scorer, folder, name, base, listed, settings, peers) for name in models
+            }
+    for scorer_name, by_model in scores.items():
+        for name in models:
+            if not np.isfinite(by_model[name] - by_model[base]).any():
+                raise ValueError(
+                    f"{scorer_name} cannot compare {name} with {base}, because there is no prompt and seed for which "
+                    "the images of both models have scores. Black images have no score. Turn off the safety checker, "
+                    "or look at the images."
+                )
+
+    # Compare the models.
+    rates = [(name, by, win_rate(scores[by][name], scores[by][base])) for name in others for by in scores]
+    adjusted = holm([rate.p_value for _, _, rate in rates])
+    agreements = {
+        name: {
+            f"{one} and {other}": agreement(
+                scores[one][name] - scores[one][base], scores[other][name] - scores[other][base]
+            )
+            for one, other in itertools.combinations(scores, 2)
+        }
+        for name in others
+    }
+    judges = [scorer.name for scorer in scorers if isinstance(scorer, VLMServerJudge)]
+    evaluation = Evaluation(
+        prompts=listed,
+        seeds=settings.seeds,
+        models=tuple(models),
+        scores=scores,
+        comparisons=tuple(Comparison(*rate, p_value) for rate, p_value in zip(rates, adjusted, strict=True)),
+        agreement=agreements,
+        looks=looks,
+        notes=tuple(_notes(listed, scores, looks, judges)),
+        sweeps=tuple(sweeps_of(candidates, scores)),
+    )
+    peers.first(lambda: _write(folder, evaluation, settings))
+    peers.first(lambda: recommend_in_cards(evaluation.sweeps, candidates, settings.call_kwargs))
+    if layout is not None:
+        peers.first(lambda: write_layout(folder, layout, evaluation.models, files))
+    return evaluation
+
+
+def _check_names(kind: str, names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise ValueError(f"All {kind} of an evaluation must have different names, got {list(names)}. Rename some.")
+
+
+def _looks(folder: Path, name: str, prompts: PromptList, settings: ImageSettings, peers: Peers) -> dict[str, float]:
+    """Return the mean saturation, the mean diversity and the number of black images of one model."""
+
+    def measure() -> list[tuple[float, float, int]]:
+        measured = []
+        for index in range(len(prompts.prompts))[peers.index :: peers.count]:
+            images = [_read(image_path(folder, name, index, seed)) for seed in settings.seeds]
+            seen = [image for image in images if not is_black(image)]
+            small = np.array([np.asarray(image.resize((64, 64))) for image in seen])
+            mean = saturation(small) if seen else math.nan
+            measured.append((mean, diversity(small), len(images) - len(seen)))
+        return measured
+
+    rows = _in_order(peers.gather_results(measure))
+    return {
+        "saturation": _mean([row[0] for row in rows]),
+        "diversity": _mean([row[1] for row in rows]),
+        "black": sum(row[2] for row in rows),
+    }
+
+
+def _in_order(shares: Sequence[Sequence[Any]]) -> list[Any]:
+    """Merge the results of all processes into one list. Of n processes, process i has computed the items i, i + n,
+    i + 2 n, and so on."""
+    items: list[Any] = [None] * sum(map(len, shares))
+    for index, share in enumerate(shares):
+        items[index :: len(shares)] = share
+    return items
+
+
+def _mean(values: Sequence[float]) -> float:
+    present = [value for value in values if math.isfinite(value)]
+    return float(np.mean(present)) if present else math.nan
+
+
+def _scores(
+    scorer: Scorer, folder: Path, name: str, base: str, prompts: PromptList, settings: ImageSettings, peers: Peers
+) -> np.ndarray:
+    """Return a model's scores, `(prompts, seeds)`, with NaN for images without a score. Scores that are already saved
+    in the folder are not computed again."""
+    models = [name]
+    if isinstance(scorer, VLMServerJudge):
+        if name == base:
+            return np.zeros((len(prompts.prompts), len(settings.seeds)))
+        models.append(base)
+    rows = [(index, (seed,) * len(models)) for index in range(len(prompts.prompts)) for seed in settings.seeds]
+    return score_rows(scorer, folder, models, rows, prompts, peers).reshape(-1, len(settings.seeds))
+
+
+def score_rows(
+    scorer: Scorer,
+    folder: Path,
+    models: Sequence[str],
+    rows: Sequence[tuple[int, tuple[int, ...]]],
+    prompts: PromptList,
+    peers: Peers,
+) -> np.ndarray:
+    """Return the scores of images, or a judge's verdicts on pairs of images. Results that the same scorer has already
+    saved in the folder are not computed again. All processes must call this function.
+
+    Args:
+        models (`Sequence[str]`): Names of the models whose images are scored: one model for a scorer, two for a judge.
+        rows (`Sequence[tuple[int, tuple[int, ...]]]`): Each row has the index of a prompt and the seed of each
+            model's image.
+
+    Returns:
+        `np.ndarray`: One score or verdict per row; NaN for rows without one.
+    """
+    path = peers.first(lambda: saved_scores(folder / SCORES_FOLDER, scorer) / f"{'+'.join(models)}.json")
+    scores = peers.first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else [])
+
+    def score(rows: Sequence[tuple[int, tuple[int, ...]]]) -> list[float | None]:
+        """Return a scorer's scores of the model's images, or a judge's verdicts on pairs of images of the two models.
+        Rows with a black image get `None`."""
+        images = [
+            [_read(image_path(folder, name, index, seed)) for name, seed in zip(models, seeds, strict=True)]
+            for index, seeds in rows
+        ]
+        scored: list[float | None] = [None] * len(rows)
+        visible = [position for position, shown in enumerate(images) if not any(map(is_black, shown))]
+        if visible:
+            texts = [prompts.prompts[rows[position][0]] for position in visible]
+            ours, *others = ([images[position][model] for position in visible] for model in range(len(models)))
+            if isinstance(scorer, VLMServerJudge):
+                values = scorer.compare(ours, others[0], texts)
+            else:
+                values = scorer(ours, texts)
+            for position, value in zip(visible, values.tolist(), strict=True):
+                scored[position] = value if math.isfinite(value) else None
+        return scored
+
+    at_once = _SCORED_AT_ONCE * peers.count
+    for start in tqdm(range(len(scores), len(rows), at_once), desc=f"{scorer.name} of {models[0]}", unit="batch"):
+        share = rows[start : start + at_once][peers.index :: peers.count]
+        scores += _in_order(peers.gather_results(partial(score, share)))
+        peers.first(partial(_write_json, path, scores))  # an interrupted evaluation continues from this file
+    return np.array([math.nan if value is None else value for value in scores], dtype=np.float64)
+
+
+def _notes(
+    prompts: PromptList,
+    scores: Mapping[str, Mapping[str, np.ndarray]],
+    looks: dict[str, dict[str, float]],
+    judges: Sequence[str],
+) -> list[str]:
+    base = next(iter(looks))
+    notes = [
+        f"{judge} compares each image with that of {base}, in both orders. Its score is 1 if it prefers the image, -1 "
+        f"if it prefers that of {base}, and 0 for a tie."
+        for judge in judges
+    ]
+    if prompts.empty or prompts.duplicates:
+        notes.append(f"{prompts.empty} empty and {prompts.duplicates} repeated prompts were skipped.")
+    for model, values in looks.items():
+        if values["black"]:
+            notes.append(
+                f"{int(values['black'])} images of {model} are black, probably hidden by a safety checker. "
+                "They have no scores."
+            )
+    for scorer, by_model in scores.items():
+        for model, scored in by_model.items():
+            if scorer in judges and model == base:
+                continue
+            present = scored[np.isfinite(scored)]
+            missing = scored.size - present.size - int(looks[model]["black"])
+            if missing:
+                notes.append(f"{scorer} gave no score to {missing} images of {model}. These images are left out.")
+            if present.size > 1 and np.ptp(present) == 0:
+                notes.append(f"{scorer} gave all images of {model} the same score, so its results are useless.")
+    return notes
+
+
+def _write(folder: Path, evaluation: Evaluation, settings: ImageSettings) -> None:
+    manifest = [
+        {
+            "model": model,
+            "prompt": prompt,
+            "seed": seed,
+            "noise_seed": settings.noise_seed(prompt, seed),
+            "image": image_path(folder, model, index, seed).relative_to(folder).as_posix(),
+        }
+        for model in evaluation.models
+        for index, prompt in enumerate(evaluation.prompts.prompts)
+        for seed in evaluation.seeds
+    ]
+    write_atomically(folder / MANIFEST_FILE, json_lines(manifest))
+    _write_json(
+        folder / RESULTS_FILE,
+        {
+            "models": evaluation.models,
+            "prompts": len(evaluation.prompts.prompts),
+            "seeds": evaluation.seeds,
+            "comparisons": [
+                {
+                    "model": one.model,
+                    "scorer": one.scorer,
+                    "verdict": one.verdict,
+                    "adjusted_p_value": one.adjusted,
+                    **asdict(one.result),
+                }
+                for one in evaluation.comparisons
+            ],
+            "means": {
+                scorer: _without_nan({model: float(np.nanmean(values)) for model, values in by_model.items()})
+                for scorer, by_model in evaluation.scores.items()
+            },
+            "agreement": {model: _without_nan(pairs) for model, pairs in evaluation.agreement.items()},
+            "looks": {model: _without_nan(values) for model, values in evaluation.looks.items()},
+            "notes": evaluation.notes,
+            "sweeps": [asdict(sweep) for sweep in evaluation.sweeps],
+        },
+    )
+    write_report(folder, evaluation)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def _without_nan(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
+def _read(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")

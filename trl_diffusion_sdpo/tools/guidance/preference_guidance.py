@@ -1,0 +1,209 @@
+"""Preference guidance: extrapolate from a reference's predictions to and beyond those of the tuned model."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator
+from numbers import Real
+from typing import Any, get_args
+
+from diffusers import CacheMixin, DiffusionPipeline, ModularPipeline
+from diffusers.utils.torch_utils import unwrap_module
+from torch import nn
+
+from ...families import Family
+from ...families.registry import family_for_class_name
+from .guided_denoiser import Form, Guide, guide, is_guided, leave
+from .predictors import predictor_of
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SCALE = 3.0
+TRIED_SCALES = 6.0  # largest scale that we have measured
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+
+
+@contextlib.contextmanager
+def preference_guidance(
+    pipeline: DiffusionPipeline,
+    scale: float | None = None,
+    *,
+    reference: nn.Module | str | None = None,
+    form: Form = "conditional",
+    interval: tuple[float, float] | None = None,
+    batched: bool = False,
+    allow_distilled: bool = False,
+) -> Iterator[DiffusionPipeline]:
+    """Within the context, guide a pipeline by the difference between the tuned model and a reference model.
+
+    In every denoising step, the denoiser's prediction is replaced by `reference + scale (policy - reference)`, where
+    `policy` is the tuned model's prediction. The pipeline's scheduler, classifier-free guidance, rescaling and
+    callbacks work as usual.
+
+    Args:
+        pipeline (`DiffusionPipeline`): Pipeline with the tuned model, for example after `load_lora_weights`. The
+            pipeline's class must be one that this package supports (one with a [`Family`]). Modular pipelines of the
+            same models work too.
+        scale (`float`, *optional*, defaults to 3): Strength of the guidance, at least 0. At 1, images are those of the
+            tuned model, and the reference is not called. At 0, images are those of the reference if classifier-free
+            guidance is off or the form is `"both"`. The form `"npo"` takes no scale.
+        reference (`nn.Module` or `str`, *optional*): The reference: a denoiser of the same architecture, dtype and
+            device, or the name of an adapter on the pipeline's denoiser, for example of a LoRA that was trained with
+            `swap_labels=True`. By default, the reference is the pipeline's denoiser with its LoRA switched off.
+        form (`str`, *optional*, defaults to `"conditional"`): How predictions are combined under classifier-free
+            guidance. In the formulas below, g is the strength of classifier-free guidance. The policy predicts c for
+            the prompt and u for the negative prompt. The reference predicts c_r and u_r.
+
+            - `"conditional"`: `u + g (c - u) + (scale - 1) (c - c_r)`, with three predictions per step.
+            - `"both"`: `u_s + g (c_s - u_s)`, with four predictions per step. Both c and u are extrapolated:
+              `c_s = c_r + scale (c - c_r)` and `u_s = u_r + scale (u - u_r)`.
+            - `"npo"`: `u_r + g (c - u_r)`, from Diffusion-NPO. The form `"npo"` needs two predictions per step, as many
+              as the pipeline without preference guidance.
+
+            Without classifier-free guidance, `"conditional"` and `"both"` are equal, and `"npo"` has no effect.
+        interval (`tuple[float, float]`, *optional*): Lowest and highest noise level at which to guide, from 0 (clean
+            image) to 1 (pure noise). For flow matching, the noise level is sigma. For DDPM, the noise level is the
+            flow-matching sigma with the same signal-to-noise ratio. By default, every step is guided.
+        batched (`bool`, *optional*, defaults to `False`): Whether policy and reference predict in one batch instead of
+            one after the other. One batch needs more memory. With `batched=True`, the policy must be a single LoRA, and
+            the reference another LoRA on the same denoiser, or the denoiser with its LoRA switched off.
+        allow_distilled (`bool`, *optional*, defaults to `False`): Whether to allow scales above 1 and the form `"npo"`
+            for a model that is distilled to few steps. We have not measured preference guidance of distilled models.
+
+    Returns:
+        A context manager that yields the pipeline. After the context, the pipeline is no longer guided.
+
+    Raises:
+        `ValueError`: If an argument is invalid, the reference cannot be used with the pipeline, or the pipeline is
+            already guided.
+
+    Example:
+
+    ```python
+    import torch
+    from diffusers import DiffusionPipeline
+    from trl_diffusion_sdpo import preference_guidance
+
+    pipeline = DiffusionPipeline.from_pretrained(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", torch_dtype=torch.float16
+    ).to("cuda")
+    pipeline.load_lora_weights("path/to/run")  # output folder of a run that trained a LoRA
+    with preference_guidance(pipeline, scale=3.0):
+        image = pipeline("a photo of a fox").images[0]
+    ```
+
+    Source of the form `"npo"`: https://huggingface.co/papers/2505.11245.
+    """
+    # Check the arguments and the model.
+    scale = _checked_scale(scale, form)
+    if interval is not None:
+        are_two = isinstance(interval, (tuple, list)) and len(interval) == 2
+        if not (
+            are_two and all(isinstance(end, Real) for end in interval) and 0.0 <= interval[0] < interval[1] <= 1.0
+        ):
+            raise ValueError(
+                f"`interval` must be two noise levels with `0 <= low < high <= 1`. Got {interval!r}. Noise level 0 is "
+                "the clean image, and 1 is pure noise."
+            )
+    family = _family_of(pipeline)
+    denoiser = family.denoiser
+    unconditional = None if family.unconditional_name is None else getattr(pipeline, family.unconditional_name, None)
+    if unconditional is not None and form == "npo":
+        raise ValueError(
+            "The form 'npo' needs a denoiser that also makes the unconditional predictions. For these predictions, "
+            f"{family.name} has another network, `{family.unconditional_name}`, which is not tuned. Use the form "
+            "'conditional' or 'both'."
+        )
+    _check_denoiser(denoiser)
+    if not allow_distilled and (scale > 1 or form == "npo") and is_distilled(family):
+        scheduler = type(family.pipeline.scheduler).__name__
+        raise ValueError(
+            "Scales above 1 and the form 'npo' are for models that generate in many steps, so that later steps can "
+            f"correct a step that went too far. This {family.name} model generates in few steps "
+            f"({scheduler if scheduler in FEW_STEP_SCHEDULERS else 'it is distilled'}). Use a scale of at most 1, or "
+            "pass `allow_distilled=True` and compare images."
+        )
+
+    # Guide the denoiser until the context ends.
+    with contextlib.closing(predictor_of(denoiser, reference, batched=batched)) as predictor:
+        guiding = Guide(family, predictor, form, scale, interval)
+        guide(denoiser, guiding)
+        handle = None
+        if unconditional is not None and form == "conditional" and scale != 1:
+            handle = unconditional.register_forward_hook(guiding.shift_unconditional)
+        try:
+            yield pipeline
+        finally:
+            leave(denoiser)
+            if handle is not None:
+                handle.remove()
+    if not guiding.calls or guiding.guided_calls or (form != "npo" and scale == 1):
+        return
+    if not guiding.calls_within:
+        logger.warning(
+            "`preference_guidance` had no effect, because no step had a noise level in the `interval` %s.", interval
+        )
+    else:
+        logger.warning(
+            "`preference_guidance` had no effect. The form 'npo' replaces the unconditional predictions of "
+            "classifier-free guidance, but the pipeline made no unconditional predictions. Raise the pipeline's "
+            "`guidance_scale`, or use the form 'conditional'."
+        )
+
+
+def _family_of(pipeline: Any) -> Family:
+    """Return the family of a pipeline, or of a modular pipeline of the same model."""
+    name = type(pipeline).__name__
+    if not isinstance(pipeline, ModularPipeline):
+        return family_for_class_name(name).for_generation(pipeline)
+    family = family_for_class_name(name.replace("ModularPipeline", "Pipeline")).for_generation(pipeline)
+    family.conditional_rows = "all"  # diffusers' guiders call the denoiser once for each branch, prompts first
+    return family
+
+
+def _checked_scale(scale: float | None, form: Form) -> float:
+    if form not in get_args(Form):
+        raise ValueError(f"`form` must be one of {', '.join(get_args(Form))}; got {form!r}.")
+    if form == "npo":
+        if scale is not None:
+            raise ValueError(
+                f"The form 'npo' takes no `scale`. Got {scale}. Leave `scale` out, and set the pipeline's "
+                "`guidance_scale`, which extrapolates from the reference."
+            )
+        return 1.0
+    if scale is None:
+        return DEFAULT_SCALE
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale) or scale < 0:
+        raise ValueError(
+            f"`scale` must be a finite number of at least 0. Got {scale!r}. Use 1 for the tuned model, and larger "
+            "values for stronger guidance."
+        )
+    if scale > TRIED_SCALES:
+        logger.warning(
+            "`scale` is %g, but we have measured no scale above %g. At larger scales, images become less diverse and "
+            "less realistic.",
+            scale,
+            TRIED_SCALES,
+        )
+    return float(scale)
+
+
+def _check_denoiser(denoiser: nn.Module) -> None:
+    if is_guided(denoiser):
+        raise ValueError(
+            "Only one `preference_guidance` can guide a denoiser at a time. This denoiser is already guided, by an "
+            "outer context or through another pipeline that has the same denoiser. End that context first."
+        )
+    plain: Any = unwrap_module(denoiser)
+    if isinstance(plain, CacheMixin) and plain.is_cache_enabled:
+        raise ValueError(
+            "The denoiser must not cache results between steps, because the reference would then reuse the policy's "
+            "results. This denoiser has a cache (`enable_cache`). Call `disable_cache()` first."
+        )
+
+
+def is_distilled(family: Family) -> bool:
+    """Return whether the denoiser or the scheduler of a pipeline is made for generation in few steps."""
+    return family.has_few_steps or type(family.pipeline.scheduler).__name__ in FEW_STEP_SCHEDULERS

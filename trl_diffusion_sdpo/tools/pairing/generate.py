@@ -1,0 +1,322 @@
+"""Make pairs from a model's own images: generate several images of each prompt, score them, and pair good images with
+bad ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ...utils.score_scale import SCALE_COLUMN, ScoreScale
+from ..evaluation import Candidate, evaluate_models
+from ..evaluation.evaluate import score_rows
+from ..evaluation.images import ImageSettings, generate_images, image_path, peers_of_this_run
+from ..evaluation.prompts import PromptList, distinct
+from ..rewards import Scorer
+from ..rewards.vlm_server import VLMServerJudge
+from .manifest import ListedImage, write_manifest
+from .picks import PICKS_FILE
+from .publish import NEGATIVES_ADVICE, write_dataset
+
+Combination = Literal["weighted", "majority", "pareto"]
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """How scored images of one prompt become pairs.
+
+    Args:
+        combination (`str`, *optional*, defaults to `"weighted"`): How the scores of several scorers become one reward.
+            `"weighted"`: each scorer's scores are normalised to z-scores within the prompt. The reward is their
+            weighted sum, divided by its standard deviation over all images (GDPO). `"majority"`: an image beats
+            another image of its prompt if most scorers prefer it. The reward is the share of the
+            other images that the image beats, minus the share that beat it, in `[-1, 1]`. `"pareto"`: like
+            `"weighted"`, but without pairs in which a scorer prefers the rejected image.
+        weights (`Mapping[str, float]`, *optional*): Name of a scorer -> its weight. Scorers without an entry have
+            weight 1.
+        margin (`float`, *optional*): Make a pair of every two images of a prompt whose rewards differ by at least this
+            number. If unset, each prompt gives one pair: its best and its worst image.
+
+    Raises:
+        `ValueError`: If a value is out of range.
+    """
+
+    combination: Combination = "weighted"
+    weights: Mapping[str, float] = field(default_factory=dict)
+    margin: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.combination not in get_args(Combination):
+            raise ValueError(
+                f"`combination` must be one of {', '.join(get_args(Combination))}, got {self.combination!r}."
+            )
+        if self.margin is not None and not self.margin > 0:
+            raise ValueError(
+                f"`margin` must be above 0, got {self.margin}. Leave `margin` unset to pair only the best and the "
+                "worst image of each prompt."
+            )
+        if not all(isinstance(weight, int | float) and weight >= 0 for weight in self.weights.values()):
+            raise ValueError(f"The weights of scorers must be numbers of at least 0, got {dict(self.weights)}.")
+
+
+def generate_pairs(
+    model: Candidate,
+    prompts: Sequence[str] | PromptList,
+    scorers: Sequence[Scorer],
+    output_dir: str | Path,
+    settings: ImageSettings,
+    pairing: Pairing | None = None,
+) -> int:
+    """Generate images of each prompt, score them, and write `pairs.jsonl`, which training reads.
+
+    Images and scores are saved in the folder. After an interruption, call the function again with the same arguments to
+    continue. A call with another `pairing` reuses the images and scores. If accelerate launches several processes, the
+    processes share the work.
+
+    Each row of the file has `prompt`, `chosen`, `rejected`, `chosen_score`, `rejected_score`, `score_scales` (what the
+    scores mean, which losses read), `agreement` (share of scorers that prefer the chosen image; a tie counts half),
+    `chosen_seed` and `rejected_seed`, and `chosen_noise_seed` and `rejected_noise_seed`. Training with
+    `noise_source="generated"` draws the images' initial noise again from the noise seeds.
+
+    Args:
+        model (`Candidate`): The model.
+        prompts (`Sequence[str]` or `PromptList`): The prompts.
+        scorers (`Sequence[Scorer]`): The scorers. Without scorers, only images are written, so that a person can judge
+            them with `pairs pick`. A judge such as `vlm_judge` compares the images of neighbouring seeds: of the first
+            and the second seed, of the third and the fourth seed, and so on. With a judge, a chosen image must have won
+            its comparison, and a rejected image must have lost its comparison.
+        output_dir (`str` or `Path`): Folder for images, scores, pairs and a card.
+        settings (`ImageSettings`): Seeds and arguments of the pipeline. Each prompt gets one image per seed.
+        pairing (`Pairing`, *optional*): How images become pairs.
+
+    Returns:
+        `int`: Number of pairs.
+
+    Raises:
+        `ValueError`: If there are fewer than two seeds, several judges, or a judge without a scorer; if a weight is
+            given for a scorer that is not used; if the folder has images that were generated with other settings, or
+            pairs that a person picked; or if no two images of a prompt can be paired.
+    """
+    pairing = pairing or Pairing()
+    folder = Path(output_dir)
+    if len(settings.seeds) < 2:
+        raise ValueError(f"A pair needs two images of one prompt, so pass at least 2 seeds, got {settings.seeds}.")
+    judges = [scorer for scorer in scorers if isinstance(scorer, VLMServerJudge)]
+    scorers = [scorer for scorer in scorers if not isinstance(scorer, VLMServerJudge)]
+    names = [scorer.name for scorer in scorers]
+    if len(judges) > 1 or (judges and not scorers):
+        raise ValueError(
+            "At most one judge can be used, and only together with a scorer of single images. Got the judges "
+            f"{[judge.name for judge in judges]} and the scorers {names}. Add a scorer such as `vlm_server`, or leave "
+            "the judges out."
+        )
+    if unknown := sorted(set(pairing.weights) - set(names)):
+        raise ValueError(
+            f"`weights` must contain names of scorers that are used, which are {names}, got {unknown}. Correct the "
+            "names."
+        )
+    _refuse_picks(folder)
+    evaluation = evaluate_models([model], prompts, scorers, folder, settings)
+    if not scorers:
+        return 0
+    scores = np.stack([evaluation.scores[scorer.name][model.name] for scorer in scorers])
+    weights = np.array([pairing.weights.get(scorer.name, 1.0) for scorer in scorers])
+    rewards = combine(scores, weights, pairing.combination)
+    scale = asdict(scale_of_rewards(rewards, pairing.combination, names))
+    judged = _judge_neighbours(judges[0], folder, model.name, evaluation.prompts, settings) if judges else None
+    rows = []
+    for index, prompt in enumerate(evaluation.prompts.prompts):
+        allowed = None if judged is None else judged[index]
+        for pair in _pairs(scores[:, index], rewards[index], allowed, pairing):
+            difference = scores[:, index, pair[0]] - scores[:, index, pair[1]]
+            seeds = {side: settings.seeds[image] for side, image in zip(SIDES, pair, strict=True)}
+            paths = {side: image_path(folder, model.name, index, seed) for side, seed in seeds.items()}
+            rows.append(
+                {
+                    "prompt": prompt,
+                    **{side: path.relative_to(folder).as_posix() for side, path in paths.items()},
+                    **{f"{side}_score": float(rewards[index, image]) for side, image in zip(SIDES, pair, strict=True)},
+                    SCALE_COLUMN: [scale],
+                    "agreement": float(np.mean((np.sign(difference) + 1) / 2)),
+                    **{f"{side}_seed": seed for side, seed in seeds.items()},
+                    **{f"{side}_noise_seed": settings.noise_seed(prompt, seed) for side, seed in seeds.items()},
+                }
+            )
+    if not rows:
+        raise ValueError(
+            f"None of the {len(evaluation.prompts.prompts)} prompts has two images that can be paired. The rewards of "
+            "a prompt's images are equal or differ by less than `margin`, or `combination` or the judge excludes the "
+            "pair. Lower `margin`, or use more seeds or other scorers."
+        )
+    facts = {
+        "Images of each prompt": len(settings.seeds),
+        "Scorers": ", ".join(scorer.name for scorer in [*scorers, *judges]),
+        "Reward": pairing.combination,
+    }
+    purpose = "Pairs of a model's own images, chosen by scorers."
+    peers_of_this_run().first(lambda: write_dataset(folder, rows, purpose, model, facts))
+    return len(rows)
+
+
+def pairs_of_negatives(
+    model: Candidate,
+    prompts: Sequence[str] | PromptList,
+    output_dir: str | Path,
+    settings: ImageSettings,
+    negative_kwargs: Mapping[str, Any],
+) -> int:
+    """Write `pairs.jsonl` for training: each chosen image of a model is paired with an image that the same model
+    generates from the same noise with worse settings. No scorer is needed.
+
+    By default, the command line generates the worse images without guidance. After an interruption, call the function
+    again with the same arguments to continue.
+
+    Args:
+        model (`Candidate`): The model.
+        prompts (`Sequence[str]` or `PromptList`): The prompts.
+        output_dir (`str` or `Path`): Folder for images, pairs and a card.
+        settings (`ImageSettings`): Seeds and arguments of the pipeline. Each prompt gets one pair per seed.
+        negative_kwargs (`Mapping[str, Any]`): Arguments of the pipeline for the worse images. `negative_kwargs`
+            override the arguments in `settings`.
+
+    Returns:
+        `int`: Number of pairs.
+
+    Raises:
+        `ValueError`: If the worse images would be generated with the same arguments as the chosen images, or the folder
+            has images that were generated with other settings, or pairs that a person picked.
+
+    Source: https://huggingface.co/papers/2505.11777 (Self-NPO), which uses a model's own images as negatives. That both
+    images of a pair start from the same noise is this package's choice.
+    """
+    if {**(settings.call_kwargs or {}), **negative_kwargs} == (settings.call_kwargs or {}):
+        raise ValueError(
+            f"`negative_kwargs` must differ from the arguments of the chosen images, got {dict(negative_kwargs)} for "
+            "both. Pass worse settings, such as a `guidance_scale` of 1."
+        )
+    folder = Path(output_dir)
+    _refuse_picks(folder)
+    listed = prompts if isinstance(prompts, PromptList) else distinct(prompts)
+    sides = {
+        "chosen": replace(model, name="chosen"),
+        "rejected": replace(model, name="rejected", call_kwargs={**(model.call_kwargs or {}), **negative_kwargs}),
+    }
+    peers = peers_of_this_run()
+    for candidate in sides.values():
+        generate_images(candidate, listed.prompts, settings, folder, peers)
+    rows, images = [], []
+    for index, prompt in enumerate(listed.prompts):
+        for seed in settings.seeds:
+            names = {side: image_path(folder, side, index, seed).relative_to(folder).as_posix() for side in sides}
+            drawn_from = settings.noise_seed(prompt, seed)
+            rows.append(
+                {"prompt": prompt, **names, "chosen_noise_seed": drawn_from, "rejected_noise_seed": drawn_from}
+            )
+            facts = {"seed": seed, "noise_seed": drawn_from}
+            images += [ListedImage(name, prompt, {"model": side, **facts}) for side, name in names.items()]
+    listing = {
+        "Chosen": f"images with {json.dumps(settings.call_kwargs or {})}",
+        "Rejected": f"images of the same noise with these arguments and {json.dumps(dict(negative_kwargs))}",
+    }
+    peers.first(lambda: write_manifest(folder, images))
+    purpose = "A model's images against those that it generates from the same noise with worse settings."
+    peers.first(lambda: write_dataset(folder, rows, purpose, model, listing, NEGATIVES_ADVICE))
+    return len(rows)
+
+
+def _refuse_picks(folder: Path) -> None:
+    picks = folder / PICKS_FILE
+    if picks.is_file() and picks.stat().st_size:
+        raise ValueError(
+            f"The pairs of {folder} were picked by a person and are never overwritten. Use another output folder."
+        )
+
+
+def combine(scores: np.ndarray, weights: np.ndarray, combination: Combination) -> np.ndarray:
+    """Return one reward for each image, or NaN if a scorer gave the image no score.
+
+    Args:
+        scores (`np.ndarray` of shape `(scorers, prompts, images)`): The scores.
+        weights (`np.ndarray` of shape `(scorers,)`): Weights of the scorers. `"majority"` gives one vote to each
+            scorer with a weight above 0.
+
+    Returns:
+        `np.ndarray` of shape `(prompts, images)`: The rewards.
+    """
+    scores = np.where(np.isfinite(scores).all(axis=0), scores, np.nan)
+    if combination == "majority":
+        signs = np.sign(scores[..., :, None] - scores[..., None, :])  # (scorers, prompts, images, images)
+        wins = np.sign(np.sum(np.sign(weights)[:, None, None, None] * signs, axis=0))
+        others = np.sum(np.isfinite(wins), axis=-1) - 1
+        rewards = np.nansum(wins, axis=-1) / np.maximum(others, 1)
+        return np.where(np.isfinite(scores[0]), rewards, np.nan)
+    present = np.isfinite(scores)
+    count = np.maximum(present.sum(axis=-1, keepdims=True), 1)
+    centred = scores - np.nansum(scores, axis=-1, keepdims=True) / count
+    deviation = np.sqrt(np.nansum(centred**2, axis=-1, keepdims=True) / count)
+    normal = np.divide(centred, deviation, out=np.where(present, 0.0, np.nan), where=deviation > 0)
+    rewards = np.sum(weights[:, None, None] * normal, axis=0)
+    spread = np.sqrt(np.nanmean(rewards**2)) if np.isfinite(rewards).any() else 0.0
+    return rewards / spread if spread > 0 else rewards
+
+
+def scale_of_rewards(rewards: np.ndarray, combination: Combination, names: Sequence[str]) -> ScoreScale:
+    """Return the scale of the rewards of [`combine`]: their range over all images.
+
+    Differences of weighted z-scores count as log-odds, so `calibrated_scores` regards a difference of one standard
+    deviation as a clear preference.
+    """
+    if combination == "majority":
+        name = f"majority votes of {', '.join(names)}"
+        return ScoreScale(name, low=-1.0, high=1.0, lowest=-1.0, highest=1.0)
+    name = f"z-scores of {', '.join(names)}"
+    if not np.isfinite(rewards).any():
+        return ScoreScale(name)
+    return ScoreScale(name, low=float(np.nanmin(rewards)), high=float(np.nanmax(rewards)), log_odds=1.0)
+
+
+def _judge_neighbours(
+    judge: VLMServerJudge, folder: Path, name: str, prompts: PromptList, settings: ImageSettings
+) -> np.ndarray:
+    """Let a judge compare the images of neighbouring seeds, and return its verdict on each image, `(prompts, seeds)`.
+
+    The verdict is 1 if the judge prefers the image to its neighbour, -1 if the judge prefers the neighbour, 0 for a
+    tie, and NaN if the judge gave no answer. With an odd number of seeds, images of the last seed have no neighbour, so
+    their verdict is NaN.
+    """
+    count = len(settings.seeds) // 2
+    neighbours = [settings.seeds[2 * pair : 2 * pair + 2] for pair in range(count)]
+    rows = [(index, pair) for index in range(len(prompts.prompts)) for pair in neighbours]
+    # The verdicts are saved as "model+model.json". If the images were deleted, `check_settings` deletes this file.
+    compared = score_rows(judge, folder, [name, name], rows, prompts, peers_of_this_run()).reshape(-1, count)
+    judged = np.full((len(prompts.prompts), len(settings.seeds)), np.nan)
+    judged[:, 0 : 2 * count : 2], judged[:, 1 : 2 * count : 2] = compared, -compared
+    return judged
+
+
+def _pairs(
+    scores: np.ndarray, rewards: np.ndarray, judged: np.ndarray | None, pairing: Pairing
+) -> list[tuple[int, int]]:
+    """Return the pairs (chosen, rejected) of one prompt's images, in descending order of the difference in reward.
+
+    If `judged` is set, it has the verdict of `_judge_neighbours` on each image. Only images with verdict 1 can be
+    chosen, and only images with verdict -1 can be rejected.
+    """
+    images = np.flatnonzero(np.isfinite(rewards))
+    allowed = [
+        (rewards[better] - rewards[worse], better, worse)
+        for better in images
+        for worse in images
+        if rewards[better] > rewards[worse]
+        and (judged is None or judged[better] > 0 > judged[worse])
+        and (pairing.combination != "pareto" or (scores[:, better] >= scores[:, worse]).all())
+    ]
+    ordered = [(int(better), int(worse)) for _, better, worse in sorted(allowed, key=lambda pair: -pair[0])]
+    if pairing.margin is None:
+        return ordered[:1]
+    return [(better, worse) for better, worse in ordered if rewards[better] - rewards[worse] >= pairing.margin]

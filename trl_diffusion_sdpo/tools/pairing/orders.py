@@ -1,0 +1,236 @@
+"""Choose which pair of images a pick page shows next: to rate the images of each prompt, or to compare models
+blindly."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from .manifest import ListedImage
+from .picks import SHARES, Pick, PickLog, rated_pairs
+
+PRIOR = 3.0  # standard deviation of a rating before any comparison, in log odds
+# If two ratings differ by this many standard deviations, the higher-rated image is better with a probability of 0.85.
+CERTAIN = 1.036
+OFFERED = 16  # largest number of pairs of a prompt that are candidates for the next pair
+
+
+class RankOrder:
+    """Order of pairs for rating the images of each prompt. Pairs with images that have no pick yet come first, then
+    pairs of images with similar ratings."""
+
+    def __init__(self, images: Mapping[str, ListedImage], log: PickLog) -> None:
+        self._log = log
+        self._rated: dict[str, list[tuple[str, str]]] = {}
+        for pair in rated_pairs(images):
+            self._rated.setdefault(images[pair[0]].prompt, []).append(pair)
+        self._names: dict[str, list[str]] = {}
+        for image in images.values():
+            self._names.setdefault(image.prompt, []).append(image.name)
+        picks: dict[str, list[Pick]] = {}
+        for pick in log.picks.values():
+            if pick.first in images:
+                picks.setdefault(images[pick.first].prompt, []).append(pick)
+        self.groups: dict[str, Group] = {}
+        for prompt, names in self._names.items():
+            if len(names) > 1:
+                self._rate(prompt, names, picks.get(prompt, []))
+
+    def update(self, prompt: str, gone: set[str]) -> None:
+        """Rate the images of a prompt again after a pick, without the deleted images in `gone`."""
+        names = [name for name in self._names[prompt] if name not in gone]
+        self._rate(prompt, names, self._log.picks.values())
+
+    def _rate(self, prompt: str, names: list[str], picks: Iterable[Pick]) -> None:
+        present = set(names)
+        compared: list[tuple[str, str, float | None]] = [
+            (pick.first, pick.second, SHARES[pick.verdict]) for pick in picks if pick.pair <= present
+        ]
+        compared += [
+            (better, worse, 1.0)
+            for better, worse in self._rated.get(prompt, [])
+            if {better, worse} <= present and frozenset((better, worse)) not in self._log.picks
+        ]
+        before = self.groups.get(prompt)
+        start = {} if before is None else dict(zip(before.names, before.ratings.tolist(), strict=True))
+        self.groups[prompt] = Group(names, compared, start)
+
+    def offers(self, gone: set[str]) -> Iterator[tuple[str, str]]:
+        """Iterate over the pairs of images to judge next, sorted by how much a pick would tell about the ratings."""
+        offers = heapq.merge(*(group.offers for group in self.groups.values()), key=lambda offer: -offer[0])
+        return ((first, second) for _, first, second in offers)
+
+    def left(self, gone: set[str]) -> int:
+        """Return the largest number of pairs that may still be shown. A pick often makes other pairs unnecessary."""
+        return sum(group.open for group in self.groups.values())
+
+
+class Group:
+    """The images of one prompt, their ratings, and the pairs to show next.
+
+    Args:
+        names (`Iterable[str]`): Names of the images.
+        compared (`Iterable`): Picks as tuples of two names and a number: 1 if the first image won, 0 if the second one
+            won, 0.5 for a tie, and `None` for a skipped pair, which does not affect the ratings.
+        start (`Mapping[str, float]`, *optional*): Ratings before the last pick, from which the new ratings are found in
+            fewer steps.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        compared: Iterable[tuple[str, str, float | None]] = (),
+        start: Mapping[str, float] | None = None,
+    ) -> None:
+        self.names = list(names)
+        count = len(self.names)
+        index = {name: position for position, name in enumerate(self.names)}
+        wins = np.zeros((count, count))
+        judged = np.eye(count, dtype=bool)
+        for first, second, share in compared:
+            one, other = index[first], index[second]
+            judged[one, other] = judged[other, one] = True
+            if share is not None:
+                wins[one, other] += share
+                wins[other, one] += 1 - share
+        # Images that were never compared have the prior's rating, independent of the others.
+        self.ratings: np.ndarray = np.zeros(count)
+        covariance = np.eye(count) * PRIOR**2
+        known = np.flatnonzero(wins.sum(0) + wins.sum(1))
+        if len(known):
+            guess = np.array([(start or {}).get(self.names[one], 0.0) for one in known.tolist()])
+            block = np.ix_(known, known)
+            self.ratings[known], covariance[block] = bradley_terry(wins[block], start=guess)
+        difference = np.abs(self.ratings[:, None] - self.ratings[None, :])
+        variance = np.diag(covariance)[:, None] + np.diag(covariance)[None, :] - 2 * covariance
+        self.uncertain = ~judged & (difference < CERTAIN * np.sqrt(np.maximum(variance, 0)))
+        chance = 1 / (1 + np.exp(-difference))
+        # Information that a pick of the pair would add, to first order. For images without a pick, a large number is
+        # added, so that their pairs come first.
+        gain = chance * (1 - chance) * variance
+        unseen = judged.sum(1) == 1
+        gain += PRIOR**2 * (unseen[:, None].astype(float) + unseen[None, :])
+        rows, columns = np.nonzero(np.triu(self.uncertain))
+        order = np.argsort(-gain[rows, columns], kind="stable")[:OFFERED]
+        self.open = len(rows)  # pairs whose order is still uncertain
+        self.offers = [
+            (float(gain[one, other]), self.names[one], self.names[other])
+            for one, other in zip(rows[order].tolist(), columns[order].tolist(), strict=True)
+        ]
+
+    def ranking(self) -> list[tuple[str, float, bool]]:
+        """Return the name of each image, its rating and whether its rank is still uncertain, from the best to the
+        worst."""
+        order = np.argsort(-self.ratings, kind="stable").tolist()
+        doubtful = self.uncertain.sum(1)
+        return [(self.names[index], float(self.ratings[index]), bool(doubtful[index])) for index in order]
+
+
+def bradley_terry(
+    wins: np.ndarray, prior: float = PRIOR, start: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the most probable ratings of K images, and the covariance of these ratings by Laplace's method.
+
+    In this model, a person prefers image i to image j with the probability `sigmoid(rating[i] - rating[j])`. The prior
+    of each rating is a normal distribution with mean 0.
+
+    Args:
+        wins (`np.ndarray` of shape `(K, K)`): `wins[i, j]` is the number of times that image i was preferred to image
+            j. A tie adds one half to `wins[i, j]` and to `wins[j, i]`.
+        prior (`float`): Standard deviation of this normal distribution.
+        start (`np.ndarray` of shape `(K,)`, *optional*): Ratings from which the search starts, by default 0.
+
+    Returns:
+        `tuple`: Ratings of shape `(K,)`, and their covariance of shape `(K, K)`.
+    """
+    games = wins + wins.T
+    ratings = np.zeros(len(wins)) if start is None else start
+    for _ in range(100):  # Newton's method; the log-probability is concave, so few steps are needed
+        chance = 1 / (1 + np.exp(ratings[None, :] - ratings[:, None]))
+        gradient = wins.sum(1) - (games * chance).sum(1) - ratings / prior**2
+        information = games * chance * (1 - chance)
+        precision = np.diag(information.sum(1) + prior**-2) - information
+        step = np.linalg.solve(precision, gradient)
+        ratings = ratings + np.clip(step, -2, 2)
+        if np.abs(step).max(initial=0) < 1e-6:  # the next step would be about the square of this one
+            break
+    return ratings, np.linalg.inv(precision)
+
+
+class BlindOrder:
+    """Order of pairs for comparing models. A pair has an image of the first model and an image of another model, both
+    with the same prompt and seed. Images of a model with equal prompts and seeds, or without seeds, are numbered in the
+    order of the manifest.
+
+    Pairs of the first seed come first, in random order, then those of the next seed. The order does not depend on the
+    picks.
+    """
+
+    def __init__(self, images: Mapping[str, ListedImage], log: PickLog) -> None:
+        self._log = log
+        self._cells: dict[tuple[str, Any], dict[str, str]] = {}  # prompt and seed -> model -> image
+        numbers: Counter[tuple[str, Any, str]] = Counter()  # images so far, by prompt, seed and model
+        for image in images.values():
+            seed, model = image.facts.get("seed"), str(image.facts["model"])
+            number = numbers[image.prompt, seed, model]
+            numbers[image.prompt, seed, model] += 1
+            self._cells.setdefault((image.prompt, (seed, number)), {})[model] = image.name
+        self.models = list(dict.fromkeys(str(image.facts["model"]) for image in images.values()))
+        self.prompts = list(dict.fromkeys(prompt for prompt, _ in self._cells))
+        self.seeds = list(dict.fromkeys(seed for _, seed in self._cells))
+        base, *others = self.models
+        pairs = [
+            (self.seeds.index(seed), cell[base], cell[other])
+            for (_, seed), cell in self._cells.items()
+            for other in others
+            if base in cell and other in cell
+        ]
+        random.Random(0).shuffle(pairs)
+        self._pairs = [(first, second) for _, first, second in sorted(pairs, key=lambda pair: pair[0])]
+        self.alone = len(images) - len({name for pair in self._pairs for name in pair})  # images that are in no pair
+
+    def update(self, prompt: str, gone: set[str]) -> None:
+        """Do nothing: the order does not depend on picks."""
+
+    def offers(self, gone: set[str]) -> Iterator[tuple[str, str]]:
+        """Iterate over the pairs that have no pick yet, without pairs of the deleted images in `gone`."""
+        picks = self._log.picks
+        return (pair for pair in self._pairs if frozenset(pair) not in picks and not gone.intersection(pair))
+
+    def left(self, gone: set[str]) -> int:
+        """Return the number of pairs that are not judged yet."""
+        return sum(1 for _ in self.offers(gone))
+
+    def result(self) -> tuple[list[str], list[dict[str, Any]]]:
+        """Return the win rate of each other model against the first model, as sentences and as rows for JSON."""
+        from ...utils.statistics import holm, win_rate
+        from ..evaluation.evaluate import Comparison  # this import takes seconds, so it is not at the top
+        from ..evaluation.report import verdict_sentence
+
+        base, *others = self.models
+        rates = {}
+        for other in others:
+            scores = np.full((2, len(self.prompts), len(self.seeds)), np.nan)  # [0]: the other model, [1]: the base
+            for (prompt, seed), cell in self._cells.items():
+                pick = self._log.picks.get(frozenset((cell.get(base, ""), cell.get(other, ""))))
+                share = None if pick is None else SHARES[pick.verdict]
+                if pick is not None and share is not None:
+                    wins = share if pick.first == cell[other] else 1 - share
+                    scores[:, self.prompts.index(prompt), self.seeds.index(seed)] = wins, 1 - wins
+            if np.isfinite(scores).any():
+                rates[other] = win_rate(scores[0], scores[1])
+        adjusted = holm([rate.p_value for rate in rates.values()])
+        sentences, numbers = [], []
+        for (model, rate), p_value in zip(rates.items(), adjusted, strict=True):
+            compared = Comparison(model, "your eye", rate, p_value)
+            sentence = verdict_sentence(compared, base)
+            sentences.append(sentence[0].upper() + sentence[1:])
+            verdict = {"model": model, "base": base, "verdict": compared.verdict, "adjusted_p_value": p_value}
+            numbers.append(verdict | asdict(rate))
+        return sentences, numbers

@@ -1,0 +1,253 @@
+"""Save the picks of a person in a log that survives a crash, and write the pairs that training reads.
+
+`picks.jsonl` gets one line for each pick, undo or change of a prompt, and lines are never changed. `pairs.jsonl` is
+written again after each pick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ...utils.files import json_lines, write_atomically
+from .manifest import CONTENT, COPIES, MAX_PROMPT, OWN_COLUMNS, RATING, ListedImage, read_json_lines
+
+logger = logging.getLogger(__name__)
+
+PICKS_FILE = "picks.jsonl"
+PAIRS_FILE = "pairs.jsonl"
+# Verdict -> points for the first image. The two images of a pair share one point. Skipped pairs give no points.
+SHARES = {"first": 1.0, "second": 0.0, "tie": 0.5, "both_bad": 0.5, "skip": None}
+
+
+class ConflictError(ValueError):
+    """Raised if a tab of the page repeats a pick or an undo that another tab has already made."""
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A person's verdict on a pair of images. `first` was shown on the left. `verdict` is a key of `SHARES`."""
+
+    number: int
+    first: str
+    second: str
+    verdict: str
+
+    @property
+    def pair(self) -> frozenset[str]:
+        return frozenset((self.first, self.second))
+
+
+class PickLog:
+    """The log of a folder's picks, `picks.jsonl`. The constructor reads the log. `add`, `undo` and `edit_prompt` append
+    a line to the log.
+
+    Args:
+        folder (`Path`): The folder.
+        images (`Mapping[str, ListedImage]`, *optional*): The images of the manifest by name. Picks find their images by
+            their pixels, under whatever name the manifest lists them now.
+        read_only (`bool`): Whether the log is only read.
+    """
+
+    def __init__(
+        self, folder: Path, images: Mapping[str, ListedImage] | None = None, *, read_only: bool = False
+    ) -> None:
+        self.path = folder / PICKS_FILE
+        # Two images -> their pick, from the oldest pick to the newest, without undone picks.
+        self.picks: dict[frozenset[str], Pick] = {}
+        self.left_out: Counter[str] = Counter()  # picks that no longer say anything, by reason
+        self._images = images or {}
+        # Hashes of images, and names and hashes of their copies -> name in the manifest.
+        self._names: dict[str, str] = {}
+        for image in self._images.values():
+            copies = image.facts.get(COPIES) or {}
+            self._names |= dict.fromkeys([*copies, *copies.values()], image.name)
+        self._names |= {image.facts[CONTENT]: name for name, image in self._images.items() if CONTENT in image.facts}
+        self._by_number: dict[int, Pick] = {}
+        self.prompts: dict[str, str] = {}  # prompt in the manifest -> the prompt that replaces it
+        self._number = 0
+        self._file: BinaryIO | None = None
+        if not read_only:
+            try:
+                self._file = open(self.path, "ab", buffering=0)
+            except OSError as error:
+                raise ValueError(
+                    f"{self.path} cannot be written: {error}. Use a folder that you can write to."
+                ) from error
+        content = self.path.read_bytes()
+        complete = content.rfind(b"\n") + 1
+        if complete < len(content) and self._file is not None:
+            logger.warning(
+                "The last line of %s was incomplete, because an earlier process was killed. The line was removed.",
+                self.path,
+            )
+            self._file.truncate(complete)
+        for number, entry in enumerate(read_json_lines(self.path, content[:complete]), 1):
+            try:
+                self._apply(entry)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{self.path}, line {number} is not a valid entry: {error!r}. Remove the line."
+                ) from error
+        for pick in self._by_number.values():
+            if pick.first == "" or pick.second == "":
+                self.left_out["of an image whose file now shows another picture"] += 1
+            elif pick.first == pick.second:
+                self.left_out["of two copies of one image"] += 1
+            else:
+                self.picks.pop(pick.pair, None)  # the newest pick of two images counts
+                self.picks[pick.pair] = pick
+
+    @property
+    def verdicts(self) -> dict[str, int]:
+        """Number of picks with each verdict."""
+        counts = Counter(pick.verdict for pick in self.picks.values())
+        return {verdict: counts[verdict] for verdict in SHARES}
+
+    @property
+    def last(self) -> Pick | None:
+        """The last pick that was not undone."""
+        return next(reversed(self.picks.values()), None)
+
+    def add(self, first: str, second: str, verdict: str) -> None:
+        """Append a pick to the log, and wait until it is on the disk. If the disk is full, the log does not change."""
+        if frozenset((first, second)) in self.picks:
+            raise ConflictError("This pair has already been judged, perhaps in another tab.")
+        entry: dict[str, Any] = {"pick": self._number + 1, "first": first, "second": second, "verdict": verdict}
+        contents = [image and image.facts.get(CONTENT) for image in map(self._images.get, (first, second))]
+        self._append({**entry, "contents": contents} if any(contents) else entry)
+        pick = self._by_number[self._number]
+        self.picks[pick.pair] = pick
+
+    def undo(self, number: int) -> Pick:
+        """Take back the last pick and return it."""
+        last = self.last
+        if last is None or last.number != number:
+            raise ConflictError("Only the last pick can be undone, and another tab has added or undone a pick since.")
+        self._append({"undo": number})
+        return self.picks.pop(last.pair)
+
+    def edit_prompt(self, prompt: str, edited: str) -> None:
+        """Replace a prompt of the manifest by an edited prompt. The manifest itself does not change."""
+        edited = edited.strip()
+        if not 0 < len(edited) <= MAX_PROMPT:
+            raise ValueError(f"A prompt must have 1 to {MAX_PROMPT} characters, got {len(edited)}. Edit it again.")
+        self._append({"prompt": prompt, "edited": edited})
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _apply(self, entry: Mapping[str, Any]) -> None:
+        if "pick" in entry:
+            content, other = entry.get("contents", (None, None))
+            first, second = self._name_now(entry["first"], content), self._name_now(entry["second"], other)
+            pick = Pick(int(entry["pick"]), first, second, entry["verdict"])
+            if pick.verdict not in SHARES:
+                raise ValueError(f"verdict {pick.verdict!r}")
+            self._by_number[pick.number] = pick
+            self._number = pick.number
+        elif "undo" in entry:
+            del self._by_number[entry["undo"]]
+        else:
+            self.prompts[entry["prompt"]] = entry["edited"]
+
+    def _name_now(self, name: str, content: str | None) -> str:
+        """Return the name under which the manifest lists an image of a pick, or `""` if the file of this name now has
+        other pixels. An image that is not listed any more keeps its name."""
+        image = self._images.get(name)
+        known = [] if image is None else image.contents
+        if image is not None and (content is None or not known or content in known):
+            return name
+        return self._names.get(name if content is None else content, name if image is None else "")
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        assert self._file is not None
+        line = json.dumps({**entry, "time": round(time.time(), 1)}).encode() + b"\n"
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
+            os.fsync(self._file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(size)  # remove the incomplete line
+            raise
+        self._apply(entry)
+
+
+class PairsFile:
+    """The file `pairs.jsonl` of a folder.
+
+    It has one line for each pick that prefers one image. Two images of one prompt with different ratings are also a
+    pair, unless there is a pick for these two images. Other columns of the manifest become columns `chosen_*` and
+    `rejected_*`. Lines are kept in memory, so that writing the file again after a pick is fast.
+    """
+
+    def __init__(self, folder: Path, images: Mapping[str, ListedImage]) -> None:
+        self._folder = folder
+        self._images = images
+        self.rated = rated_pairs(images)
+        self._lines: dict[tuple[str, str, str], bytes] = {}  # chosen image, rejected image and prompt -> line
+
+    def write(self, log: PickLog, gone: Collection[str] = ()) -> tuple[int, Counter[str]]:
+        """Write the file. Return the number of pairs, and the numbers of picks that give no pair because of what
+        happened to their images, by reason. `gone` has names of images whose files were deleted."""
+        preferred = [
+            (pick.first, pick.second) if pick.verdict == "first" else (pick.second, pick.first)
+            for pick in log.picks.values()
+            if pick.verdict in ("first", "second")
+        ]
+        preferred += [pair for pair in self.rated if frozenset(pair) not in log.picks]
+        left_out = Counter(log.left_out)
+        lines = []
+        for better, worse in preferred:
+            if better not in self._images or worse not in self._images:
+                left_out["of an image that the manifest no longer lists"] += 1
+                continue
+            chosen, rejected = self._images[better], self._images[worse]
+            prompt = log.prompts.get(chosen.prompt, chosen.prompt)
+            if prompt != log.prompts.get(rejected.prompt, rejected.prompt):
+                left_out["of two images whose prompts differ now"] += 1
+            elif line := self._line(chosen, rejected, prompt, gone):
+                lines.append(line)
+            else:
+                left_out["of an image whose file is missing"] += 1
+        write_atomically(self._folder / PAIRS_FILE, b"".join(lines))
+        return len(lines), left_out
+
+    def _line(self, chosen: ListedImage, rejected: ListedImage, prompt: str, gone: Collection[str]) -> bytes:
+        """Return the line of a pair, or nothing if the file of one of its images is missing."""
+        key = (chosen.name, rejected.name, prompt)
+        if chosen.name in gone or rejected.name in gone:
+            return b""
+        if key not in self._lines:
+            if not all((self._folder / name).is_file() for name in (chosen.name, rejected.name)):
+                return b""
+            row = {"prompt": prompt, "chosen": chosen.name, "rejected": rejected.name}
+            for name in sorted(chosen.facts.keys() & rejected.facts.keys() - {*OWN_COLUMNS}):
+                row[f"chosen_{name}"] = chosen.facts[name]
+                row[f"rejected_{name}"] = rejected.facts[name]
+            self._lines[key] = json_lines([row])
+        return self._lines[key]
+
+
+def rated_pairs(images: Mapping[str, ListedImage]) -> list[tuple[str, str]]:
+    """Return all pairs of images with the same prompt and different ratings, the image with the higher rating first."""
+    rated: dict[str, list[tuple[float, str]]] = {}
+    for image in images.values():
+        rating = image.facts.get(RATING)
+        if isinstance(rating, int | float):
+            rated.setdefault(image.prompt, []).append((rating, image.name))
+    return [
+        (better, worse) for group in rated.values() for high, better in group for low, worse in group if high > low
+    ]

@@ -1,0 +1,186 @@
+"""Write a folder of pairs with its dataset card, and upload the folder to the Hub."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from huggingface_hub import DatasetCard
+from PIL import ExifTags, Image
+
+from ...data import load_pairs
+from ...data.images import FILE_FORMATS
+from ...saving.publishing import explained_hub_errors
+from ...utils.files import json_lines, write_atomically
+from ...utils.identity import hub_commit, short_hash
+from ..evaluation import Candidate
+from .picks import PAIRS_FILE, PICKS_FILE, PickLog
+
+logger = logging.getLogger(__name__)
+
+CARD_FILE = "README.md"
+_MARK = re.compile(r"\n<!-- generated: ([0-9a-f]{16}) -->\n\Z")  # end of a card, with the hash of the text before it
+IMAGE_COLUMNS = ("chosen", "rejected", "mask")
+_PRIVATE = {"exif", "xmp", "XML:com.adobe.xmp", "photoshop", "comment"}  # Pillow's names of metadata
+_JPEG_METADATA = (0xE1, 0xED, 0xFE)  # markers of the parts of a JPEG file with EXIF and XMP, IPTC, and comments
+_JPEG_PIXELS, _JPEG_END, _JPEG_FILL = b"\xff\xda", b"\xff\xd9", b"\xff\xff"
+PICKED = "Pairs of images of equal prompts, of which a person picked the better one."
+
+# Training advice for the cards. Its numbers come from the section "Aligned pairs" of docs/measurements.md.
+ALIGNED_ADVICE = (
+    "The chosen and the rejected image of these pairs share most of their content. Train on these pairs with a strict "
+    "safeguard: `safeguard: output` with `safeguard_mu: 0.9`, or `safeguard: parameter` with `safeguard_mu: 0.8`. Do "
+    "not train on these pairs without a safeguard: on a small test model, plain Diffusion-DPO raised the denoising "
+    "error on chosen images tenfold to fiftyfold, and the tuned model's images were worse than the base model's. If "
+    "the accuracy on held-out pairs stays near 0.5, raise the learning rate before you lower `safeguard_mu`."
+)
+NEGATIVES_ADVICE = (
+    "Training on these pairs moves the model towards its own guided images, so that it needs less classifier-free "
+    "guidance. Training with `swap_labels: true` gives a negative model for preference guidance, which generates what "
+    "to avoid. No person or scorer has judged these pairs, so compare the tuned model with the base model."
+)
+
+
+def write_dataset(
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    purpose: str,
+    model: Candidate,
+    facts: Mapping[str, object],
+    advice: str = "",
+) -> None:
+    """Write `pairs.jsonl` and the dataset card, which the Hub shows as a page. A card that a person edited is kept.
+    `load_dataset` reads from the card's metadata that the pairs are in `pairs.jsonl`."""
+    write_atomically(folder / PAIRS_FILE, json_lines(rows))
+    _write_card(folder, purpose, {"Model": _public_name(model), **facts, "Pairs": len(rows)}, advice)
+
+
+def _write_card(folder: Path, purpose: str, facts: Mapping[str, object], advice: str = "") -> None:
+    """Write the card of a folder, unless the folder has a card that a person has written or edited."""
+    path = folder / CARD_FILE
+    listed = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    front = f"---\nconfigs:\n- config_name: default\n  data_files: {PAIRS_FILE}\ntags:\n- preference\n---\n"
+    command = f"trl-diffusion-sdpo train --dataset_name {folder.name} --model_name_or_path MODEL --use_peft"
+    parts = [f"# {folder.name}", purpose, listed, advice, f"Train with `{command}`."]
+    text = front + "".join(f"\n{part}\n" for part in parts if part)
+    if path.is_file() and not _is_generated(path):
+        message = (
+            "%s was edited or is of an earlier version, so it is kept. Delete it to get one with today's numbers."
+        )
+        logger.warning(message, path)
+        return
+    write_atomically(path, f"{text}\n<!-- generated: {short_hash(text)} -->\n".encode())
+
+
+def _is_generated(card: Path) -> bool:
+    """Return whether a card is as `_write_card` wrote it."""
+    text = card.read_text(encoding="utf-8", errors="replace")
+    mark = _MARK.search(text)
+    return mark is not None and short_hash(text[: mark.start()]) == mark[1]
+
+
+def _public_name(model: Candidate) -> str:
+    """Return a model's Hub id with its commit, or the last part of its path, because a card must not show folders."""
+    if not isinstance(model.model, str):
+        return type(model.model).__name__
+    names = [Path(name).name if Path(name).exists() else name for name in (model.model, model.lora) if name]
+    commit = None if Path(model.model).exists() else hub_commit(model.model)
+    return " with the LoRA ".join(names) + ("" if commit is None else f" (commit {commit})")
+
+
+def push_pairs(folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> int:
+    """Upload the pairs of a folder and their images as a data set on the Hub. The folder's card becomes the page of the
+    data set. Metadata that tell of a photograph's place, time or owner (EXIF, XMP, IPTC) are not uploaded.
+
+    Args:
+        folder (`str` or `Path`): Output folder of the command `pairs pick` or `pairs generate`.
+        repo_id (`str`): Hub id of the new data set, such as `me/my-taste`.
+        private (`bool`, *optional*, defaults to `False`): Whether a data set that this call creates is private.
+        token (`str`, *optional*): Hub token. If unset, the token of `hf auth login` is used.
+
+    Returns:
+        `int`: Number of pairs.
+
+    Raises:
+        `ValueError`: If the folder is missing or has no pairs.
+        `PublishingError`: If the Hub refuses the upload or cannot be reached.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}. Pass the output folder of `pairs pick` or `pairs generate`.")
+    pairs = load_pairs(folder)
+    assert isinstance(pairs, datasets.Dataset)
+    columns = [column for column in IMAGE_COLUMNS if column in pairs.column_names]
+    for column in columns:
+        pairs = pairs.cast_column(column, datasets.Image(decode=False))
+    # The cache of `datasets` would not notice that a file has changed.
+    options = {"input_columns": columns, "fn_kwargs": {"columns": columns}, "load_from_cache_file": False}
+    pairs = pairs.map(_without_metadata, desc="Reading images", **options)
+    for column in columns:
+        pairs = pairs.cast_column(column, datasets.Image())
+    if (folder / PICKS_FILE).is_file() and (log := PickLog(folder, read_only=True)).picks:
+        counts = {f"Picks: {verdict.replace('_', ' ')}": count for verdict, count in log.verdicts.items()}
+        _write_card(folder, PICKED, {**counts, "Pairs": len(pairs)})
+    with explained_hub_errors(f"Uploading the pairs to {repo_id}"):
+        pairs.push_to_hub(repo_id, private=private, token=token)
+        card = DatasetCard.load(repo_id, token=token, ignore_metadata_errors=True)
+        if (folder / CARD_FILE).is_file():
+            text = DatasetCard.load(folder / CARD_FILE).text
+            card.text = re.sub(r"(?m)^- Pairs: \d+$", f"- Pairs: {len(pairs)}", text)
+        card.data["tags"] = sorted({*(card.data.get("tags") or []), "preference", "trl-diffusion-sdpo"})
+        card.push_to_hub(repo_id, token=token)
+    return len(pairs)
+
+
+def _without_metadata(*files: Mapping[str, Any], columns: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return undecoded images with the contents of their files, without metadata of photographs."""
+    images = {}
+    for name, file in zip(columns, files, strict=True):
+        content = file["bytes"] or Path(file["path"]).read_bytes()
+        try:
+            images[name] = {"bytes": _stripped(content), "path": None}
+        except Exception as error:  # decoders raise errors of any type
+            raise ValueError(
+                f"Pairs can be uploaded only if all images can be read, and {file['path']} cannot: {error}. Remove its "
+                "pairs."
+            ) from error
+    return images
+
+
+def _stripped(content: bytes) -> bytes:
+    """Return an image file without EXIF, XMP and IPTC, but with orientation, colour profile and the same pixels. A file
+    without such metadata is returned unchanged."""
+    with Image.open(io.BytesIO(content), formats=FILE_FORMATS) as image:
+        exif = image.getexif()
+        if not exif.keys() - {ExifTags.Base.Orientation} and not image.info.keys() & _PRIVATE:
+            return content
+        kept = Image.Exif()
+        kept[ExifTags.Base.Orientation] = exif.get(ExifTags.Base.Orientation, 1)
+        if image.format == "JPEG":
+            return _jpeg_without_metadata(content, kept.tobytes())
+        kind = "WEBP" if image.format == "WEBP" else "PNG"
+        lossless = {"lossless": True} if kind == "WEBP" else {}
+        buffer = io.BytesIO()
+        image.save(buffer, kind, exif=kept, icc_profile=image.info.get("icc_profile"), **lossless)
+        return buffer.getvalue()
+
+
+def _jpeg_without_metadata(content: bytes, exif: bytes) -> bytes:
+    """Return a JPEG file with this EXIF in place of its metadata, and without what some cameras append, such as a video
+    with its place. Its pixels are not encoded anew."""
+    kept = [content[:2], b"\xff\xe1", (len(exif) + 2).to_bytes(2, "big"), exif]
+    start = 2
+    while content[start : start + 2] != _JPEG_PIXELS:
+        if content[start : start + 2] == _JPEG_FILL:
+            start += 1
+            continue
+        end = start + 2 + int.from_bytes(content[start + 2 : start + 4], "big")
+        if content[start + 1] not in _JPEG_METADATA:
+            kept.append(content[start:end])
+        start = end
+    return b"".join([*kept, *content[start:].partition(_JPEG_END)[:2]])

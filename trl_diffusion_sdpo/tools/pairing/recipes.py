@@ -1,0 +1,210 @@
+"""Make pairs from good images: each image is chosen, and a model makes the rejected image of its pair."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
+from PIL import Image, ImageDraw, ImageOps
+from tqdm.auto import tqdm
+
+from ...data.images import ImageReader, UndecodableImageError
+from ...reporting.sample_images import call_options
+from ...utils.files import file_facts, write_atomically
+from ..evaluation import Candidate
+from ..evaluation.images import (
+    ImageSettings,
+    check_settings,
+    facts_of,
+    load_candidate,
+    peers_of_this_run,
+    png_bytes,
+)
+from .manifest import ListedImage, read_manifest, write_manifest
+from .publish import ALIGNED_ADVICE, write_dataset
+
+logger = logging.getLogger(__name__)
+
+Recipe = Literal["spin", "partial", "local"]
+SIDES = 16  # images are cropped so that their sides are multiples of this number, which every supported VAE accepts
+PURPOSES = {
+    "spin": "Each chosen image is paired with an image that the model generated from its prompt (SPIN).",
+    "partial": "Each chosen image is paired with a copy that was noised and then denoised by the model. The two images "
+    "of a pair share most of their content.",
+    "local": "Each chosen image is paired with a copy in which the model has redrawn one region (LocalDPO). Outside of "
+    "this region, the two images are equal. The column `mask` marks the region, so that training counts errors only "
+    "there.",
+}
+
+
+def pairs_from_images(
+    recipe: Recipe,
+    model: Candidate,
+    images: str | Path,
+    output_dir: str | Path,
+    settings: ImageSettings,
+    strength: float = 0.6,
+) -> int:
+    """Make a rejected image (the loser) for each image of a folder (the winner), and write `pairs.jsonl` for training.
+
+    After an interruption, call the function again with the same arguments to continue. If accelerate launches several
+    processes, the processes share the work.
+
+    Args:
+        recipe (`str`): `"spin"` (the loser is generated from the prompt alone), `"partial"` (the winner is noised to
+            `strength` and denoised) or `"local"` (the model redraws a random region of the winner, and the mask of this
+            region is saved).
+        model (`Candidate`): The model that makes the losers.
+        images (`str` or `Path`): Folder of good images with a `manifest.jsonl`, which the command
+            `pairs from-images` writes.
+        output_dir (`str` or `Path`): Folder for winners, losers, masks, pairs and a card.
+        settings (`ImageSettings`): Seeds and arguments of the pipeline. Only the first seed is used. If the arguments
+            include `height` and `width`, winners are cropped and resized to this height and width. Otherwise, winners
+            are cropped so that their sides are multiples of 16 pixels.
+        strength (`float`, *optional*, defaults to `0.6`): Noise level to which `"partial"` and `"local"` noise an image
+            before they denoise it, in `(0, 1]`.
+
+    Returns:
+        `int`: Number of pairs. Images that cannot be read or have a side below 16 pixels are left out, and the card
+            gives their number.
+
+    Raises:
+        `ValueError`: If a value is out of range, the folder has no images with prompts, or diffusers has no
+            image-to-image or inpainting pipeline for the model.
+    """
+    if recipe not in get_args(Recipe):
+        raise ValueError(f"`recipe` must be one of {', '.join(get_args(Recipe))}, got {recipe!r}.")
+    if not 0 < strength <= 1:
+        raise ValueError(f"`strength` must be in (0, 1], got {strength}.")
+    source, folder = Path(images), Path(output_dir)
+    if source.resolve() == folder.resolve():
+        raise ValueError(
+            f"`output_dir` must not be the folder of the images, got {source} for both. Use a new folder."
+        )
+    call_kwargs = {**(settings.call_kwargs or {}), **(model.call_kwargs or {})}
+    size = (call_kwargs.pop("width", None), call_kwargs.pop("height", None))
+    if not all(side is None or (isinstance(side, int) and side > 0) for side in size):
+        raise ValueError(f"`width` and `height` in `call_kwargs` must be whole numbers above 0, got {size}.")
+    listed, left_out = read_manifest(source)
+    if not listed:
+        raise ValueError(f"{source} must have images with prompts, but all were left out: {dict(left_out)}.")
+    peers = peers_of_this_run()
+    facts = facts_of(model, None, [image.prompt for image in listed], settings)
+    files = hashlib.sha256(repr([(image.name, file_facts(source / image.name)) for image in listed]).encode())
+    facts |= {"recipe": recipe, "strength": strength, "images": files.hexdigest()}
+    peers.first(lambda: check_settings(folder / "images" / "rejected", facts))
+    kinds = ("chosen", "rejected", "mask") if recipe == "local" else ("chosen", "rejected")
+
+    def path(kind: str, index: int) -> Path:
+        return folder / "images" / kind / f"{index:05d}.png"
+
+    def numbers(*, done: bool) -> list[int]:
+        return [index for index in range(len(listed)) if path("rejected", index).is_file() is done]
+
+    # Make the missing losers. Each process makes its share of them.
+    for kind in kinds:
+        path(kind, 0).parent.mkdir(parents=True, exist_ok=True)
+    share = peers.first(lambda: numbers(done=False))[peers.index :: peers.count]
+    seed = settings.seeds[0]
+
+    def make_losers() -> None:
+        family = load_candidate(model, settings)
+        pipeline = _drawing_pipeline(recipe, family.pipeline)
+        pipeline.set_progress_bar_config(disable=True)
+        accepted = inspect.signature(pipeline.__call__).parameters
+        steps = call_kwargs.get("num_inference_steps")
+        if steps is None and "num_inference_steps" in accepted:
+            steps = accepted["num_inference_steps"].default
+        if recipe != "spin" and isinstance(steps, int) and int(steps * strength) < 1:
+            raise ValueError(
+                f"`strength` x `num_inference_steps` must be at least 1, because the model denoises this many steps. "
+                f"Got {strength} x {steps}. Increase one of them."
+            )
+        options = call_options(family, call_kwargs, "call_kwargs")
+        for index in tqdm(share, desc=recipe, unit="image"):
+            prompt = listed[index].prompt
+            winner = _winner(source / listed[index].name, size)
+            if winner is None:
+                continue
+            made = {"chosen": winner}
+            inputs = {"image": winner, "strength": strength, "width": winner.width, "height": winner.height}
+            if recipe == "local":
+                made["mask"] = inputs["mask_image"] = region(winner.size, np.random.default_rng([index, seed]))
+            inputs = {name: value for name, value in inputs.items() if name in accepted}
+            generator = settings.generator(f"{index}\n{prompt}", seed)
+            loser = pipeline(prompt=prompt, generator=generator, **inputs, **options).images[0].resize(winner.size)
+            made["rejected"] = Image.composite(loser, winner, made["mask"]) if recipe == "local" else loser
+            for kind, image in made.items():  # the loser is last, so if its file exists, the others exist too
+                write_atomically(path(kind, index), png_bytes(image, prompt, seed))
+
+    peers.gather_results(lambda: make_losers() if share else None)
+    pairs = numbers(done=True)
+    if not pairs:
+        raise ValueError(
+            f"A pair needs an image that can be read and has at least {SIDES} pixels on each side. None of the "
+            f"{len(listed)} images of {source} is such an image. Look at the files."
+        )
+
+    def write() -> None:
+        rows: list[dict[str, Any]] = []
+        shown = []
+        for index in pairs:
+            names = {kind: path(kind, index).relative_to(folder).as_posix() for kind in kinds}
+            rows.append({"prompt": listed[index].prompt, "seed": seed, **names})
+            shown += [ListedImage(names[kind], listed[index].prompt, {}) for kind in ("chosen", "rejected")]
+        write_manifest(folder, shown)
+        facts: dict[str, object] = {"Recipe": recipe, "Images that were left out": len(listed) - len(pairs)}
+        if recipe != "spin":
+            facts["Strength"] = strength
+        write_dataset(folder, rows, PURPOSES[recipe], model, facts, "" if recipe == "spin" else ALIGNED_ADVICE)
+
+    peers.first(write)
+    return len(pairs)
+
+
+def _drawing_pipeline(recipe: Recipe, pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Return the pipeline with which a recipe makes losers: text-to-image, image-to-image or inpainting."""
+    if recipe == "spin":
+        return pipeline
+    kind: Any = AutoPipelineForImage2Image if recipe == "partial" else AutoPipelineForInpainting
+    try:
+        return kind.from_pipe(pipeline)
+    except ValueError as error:
+        raise ValueError(
+            f"The recipe `{recipe}` needs an image-to-image or inpainting pipeline, and diffusers has none for "
+            f"{type(pipeline).__name__}. Use the recipe `spin`, or another model for the losers."
+        ) from error
+
+
+def _winner(path: Path, size: tuple[int | None, int | None]) -> Image.Image | None:
+    """Return the image in a file, cropped and resized to `size` (width, height). If a side in `size` is `None`, this
+    side is cropped to a multiple of 16 pixels. If the image cannot be used or is too small, log why and return
+    `None`."""
+    try:
+        image = ImageReader().decode(path)
+    except UndecodableImageError as error:
+        logger.warning("%s is left out: the image %s", path.name, error)
+        return None
+    width, height = (wanted or side // SIDES * SIDES for wanted, side in zip(size, image.size, strict=True))
+    if not width or not height:
+        logger.warning("%s is left out: both sides must have at least %d pixels", path.name, SIDES)
+        return None
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def region(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    """Return the mask of a random ellipse whose axes are 0.3 to 0.7 of the image's sides.
+
+    Returns:
+        `PIL.Image.Image`: A grey image, 255 inside the ellipse and 0 outside.
+    """
+    axes = np.array(size) * rng.uniform(0.3, 0.7, size=2)
+    corner = rng.uniform(0, np.array(size) - axes)
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).ellipse([*corner, *(corner + axes)], fill=255)
+    return mask

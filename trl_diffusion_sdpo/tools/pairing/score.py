@@ -1,0 +1,302 @@
+"""Score the images of given pairs, and write a data set of the pairs with their scores and the scores' scale."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ... import __version__
+from ...data import PairOptions, PairTransform, PreferenceDataset, UndecodableImageError, prepare_dataset
+from ...data.formats import BRANCH_PROMPTS, PreferenceFormat
+from ...data.images import ImageReader
+from ...data.pair_scores import SCORER_COLUMNS
+from ...data.sources import PairMixture, PairSource, StoredImage, images_of_row, stored_image
+from ...utils.files import write_atomically
+from ...utils.identity import write_description
+from ...utils.processes import usable_cores
+from ...utils.score_scale import SCALE_COLUMN, ScoreScale
+from ..rewards import Scorer
+from ..rewards.scorer import describe_scorer, on_device, saved_scores, scale_of
+from ..rewards.vlm_server import VLMServerJudge
+from .manifest import read_json_lines
+from .publish import CARD_FILE
+
+PAIRS_FILE = "pairs.parquet"
+SUMMARY_FILE = "scores.json"
+SCORES_FOLDER = "scores"
+SIDES = ("chosen", "rejected")
+_AT_ONCE = 16  # images that are scored before their scores are saved
+_ROWS_AT_ONCE = 100  # rows of a row group of the parquet file
+_SCALE = {"scorer": datasets.Value("string")} | {
+    name: datasets.Value("float64") for name in ("low", "high", "lowest", "highest", "log_odds")
+}
+
+
+def score_pairs(
+    dataset: Any,
+    scorers: Sequence[Scorer],
+    output_dir: str | Path,
+    *,
+    dataset_format: str | None = None,
+    device: str | torch.device = "cpu",
+) -> list[str]:
+    """Score the images of a data set of pairs, and write the pairs with their scores into a folder that training reads.
+
+    Each distinct image is scored once for each of its prompts. Scores are saved at once, so after an interruption you
+    can call the function again, and it continues. The labels still decide which image is chosen.
+
+    The folder gets one row for each pair, with `prompt` (or `chosen_prompt` and `rejected_prompt`), `chosen`,
+    `rejected`, `chosen_score` and `rejected_score` by the first scorer, `score_scales` (what the scores mean, which
+    losses read), and the other columns of the data set. With several scorers, `chosen_scores` and `rejected_scores`
+    list the scores of all scorers. Images in files stay where they are. `scores.json` describes the scorers.
+
+    Args:
+        dataset (`datasets.Dataset` or `list[dict]`): Pairs in any format that training reads. See [`load_pairs`].
+        scorers (`Sequence[Scorer]`): Scorers, for example from [`load_scorer`].
+        output_dir (`str` or `Path`): A new folder, or a folder that this function has written before.
+        dataset_format (`str`, *optional*): Format of the columns. By default, the columns determine the format.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Device for scorers that are on the CPU.
+
+    Returns:
+        `list[str]`: Lines of a report: which pairs were left out and why, and how often each scorer prefers the chosen
+            image.
+
+    Raises:
+        `ValueError`: If there is no scorer, one of the scorers is a judge or two have the same name, the data are a
+            stream or a mixture, the folder has other files, or no pair has scores.
+
+    Example:
+
+    ```python
+    from trl_diffusion_sdpo import load_pairs, load_scorer, score_pairs
+
+    print("\\n".join(score_pairs(load_pairs("path/to/preferences"), [load_scorer("pickscore")], "scored")))
+    ```
+    """
+    names = [scorer.name for scorer in scorers]
+    if not names or len(set(names)) < len(names) or any(isinstance(scorer, VLMServerJudge) for scorer in scorers):
+        raise ValueError(
+            "Pairs need one or more scorers of single images with different names, such as `pickscore`, got "
+            f"{names or 'none'}. A judge such as `vlm_judge` cannot score a single image."
+        )
+    folder = Path(output_dir)
+    if folder.exists() and not (folder / SUMMARY_FILE).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ValueError(
+            f"The output must be a new folder, or one that `pairs score` has written, got {folder}. Choose another."
+        )
+    if isinstance(dataset, PairMixture | datasets.IterableDataset):
+        raise ValueError(f"Pairs to score must be one data set and no stream, got a {type(dataset).__name__}.")
+
+    # Read the pairs as training does, and score their images.
+    reading = PairOptions(PairTransform(512), dataset_format=dataset_format, verify_images="none", use_scores=False)
+    pairs = prepare_dataset(dataset, reading, name="pairs")
+    assert isinstance(pairs, PreferenceDataset)
+    source, origins = pairs.origins()
+    described = {"scorers": [describe_scorer(scorer) for scorer in scorers]}
+    write_description(folder / SUMMARY_FILE, described)
+    places, numbers = np.unique(origins.reshape(-1, 2), axis=0, return_inverse=True)
+    images = [tuple(place) for place in places.tolist()]
+    numbers = numbers.reshape(-1, 2)  # of the images of each pair
+    with contextlib.ExitStack() as stack:
+        saved = [stack.enter_context(_SavedScores.opened(folder / SCORES_FOLDER, scorer)) for scorer in scorers]
+        for scorer in scorers:
+            stack.enter_context(on_device(scorer, device))
+        keys, unreadable = _score_images(source, images, pairs.reader, saved)
+    values = np.array([[each.scores.get(keys.get(image, ""), np.nan) for each in saved] for image in images])  # (N, K)
+    scores = values[numbers]  # (P, 2, K)
+
+    # Keep the pairs that have all scores, and report the others.
+    is_readable = np.array([image in keys for image in images])[numbers].all(1)
+    is_scored = np.isfinite(scores).all((1, 2))
+    lines = [str(pairs.report)]
+    lines += [f"  row {row}: image {image} {reason}" for (row, image), reason in list(unreadable.items())[:5]]
+    lines.append(
+        f"  {len(images)} images, {len(set(keys.values()))} different; {int((~is_readable).sum())} pairs left out "
+        f"because an image cannot be read, {int((is_readable & ~is_scored).sum())} because an image has no score"
+    )
+    if not is_scored.any():
+        raise ValueError("None of the pairs has scores for both images.\n" + "\n".join(lines))
+    scores = scores[is_scored]
+    scales = [_with_range(scale_of(scorer), values[:, index]) for index, scorer in enumerate(scorers)]
+    for index, scale in enumerate(scales):
+        wins, ties = (int(compare(*scores[:, :, index].T).sum()) for compare in (np.greater, np.equal))
+        lines.append(
+            f"  {scale.scorer} prefers the chosen image in {wins / len(scores):.0%} of {len(scores)} pairs; {ties} ties"
+        )
+        if scale.low is None:
+            lines.append(f"  {scale.scorer} gave all images the same score, so its scores are useless")
+
+    # Write the data set.
+    rows = _rows(source, origins[is_scored], scores, [asdict(scale) for scale in scales])
+    features = _features(source, len(scorers))
+    write_atomically(folder / PAIRS_FILE, lambda file: _write_parquet(file, rows, features))
+    summary = {**described, "pairs": len(scores), "scales": [asdict(scale) for scale in scales], "report": lines}
+    write_description(folder / SUMMARY_FILE, summary)
+    write_atomically(folder / CARD_FILE, _card(folder.absolute().name, summary).encode())
+    return lines
+
+
+@dataclass
+class _SavedScores:
+    """The scores of one scorer by image, and the log that gets a line for each new score."""
+
+    scorer: Scorer
+    scores: dict[str, float]
+    log: BinaryIO
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, folder: Path, scorer: Scorer) -> Iterator[_SavedScores]:
+        """Open the log, and remove a last line that is incomplete because an earlier process was killed."""
+        base = saved_scores(folder, scorer)
+        path = base.with_name(f"{base.name}.jsonl")
+        with open(path, "a+b") as log:
+            log.seek(0)
+            content = log.read()
+            complete = content.rfind(b"\n") + 1
+            log.truncate(complete)
+            rows = read_json_lines(path, content[:complete])
+            yield cls(scorer, {str(row.get("image")): float(row.get("score", np.nan)) for row in rows}, log)
+
+    def add(self, keys: Sequence[str], images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
+        """Score the images that have no score yet, and save their scores. A missing score (NaN) is not saved, so that
+        the next call asks again."""
+        new = {key: number for number, key in enumerate(keys) if key not in self.scores}
+        if not new:
+            return
+        scored = self.scorer([images[i] for i in new.values()], [prompts[i] for i in new.values()])
+        found = {key: score for key, score in zip(new, scored.tolist(), strict=True) if np.isfinite(score)}
+        lines = (json.dumps({"image": key, "score": score}) + "\n" for key, score in found.items())
+        self.log.write("".join(lines).encode())
+        self.log.flush()
+        self.scores.update(found)
+
+
+def _score_images(
+    source: PairSource, images: Sequence[tuple[int, int]], reader: ImageReader, saved: Sequence[_SavedScores]
+) -> tuple[dict[tuple[int, int], str], dict[tuple[int, int], str]]:
+    """Score images, and return a hash of pixels and prompt for each readable image, and a reason for each other
+    image. An image is identified by its row and its number within the row."""
+
+    def read(image: StoredImage) -> tuple[Image.Image | None, str]:
+        try:
+            decoded = image.decode(reader)
+        except UndecodableImageError as error:
+            return None, str(error)
+        digest = hashlib.sha256(f"{decoded.size} {image.prompt}\0".encode())
+        digest.update(decoded.tobytes())
+        return decoded, digest.hexdigest()[:32]
+
+    keys, unreadable = {}, {}
+    with ThreadPoolExecutor(usable_cores()) as pool, tqdm(total=len(images), desc="Scoring images") as progress:
+        for start in range(0, len(images), _AT_ONCE):
+            places = images[start : start + _AT_ONCE]
+            stored = source.images(places)
+            good = []
+            for place, image, (decoded, text) in zip(places, stored, pool.map(read, stored), strict=True):
+                if decoded is None:
+                    unreadable[place] = text
+                else:
+                    keys[place] = text
+                    good.append((text, decoded, image.prompt))
+            if good:
+                for each in saved:
+                    each.add(*zip(*good, strict=True))
+            progress.update(len(places))
+    return keys, unreadable
+
+
+def _with_range(scale: ScoreScale, scores: np.ndarray) -> ScoreScale:
+    """Return the scale with the range of these scores, if the scorer has no usual range of its own."""
+    finite = scores[np.isfinite(scores)]
+    if scale.low is not None or np.ptp(finite) == 0:
+        return scale
+    return replace(scale, low=float(finite.min()), high=float(finite.max()))
+
+
+# ---- The data set ---------------------------------------------------------------------------------------------------
+
+
+def _columns(source: PairSource) -> tuple[PreferenceFormat, tuple[str, ...], tuple[str, ...], list[str]]:
+    """Return the format of the rows, the names of prompt and mask columns to write, and the columns to copy."""
+    row_format, rows = source.tables[0].format, source.tables[0].dataset
+    prompts = BRANCH_PROMPTS if row_format.prompt_of_each_image else ("prompt",)
+    masks = tuple(f"{side}_mask" for side in SIDES) if len(row_format.mask_columns) == 2 else ()
+    read = {*row_format.image_columns, *row_format.prompt_columns, *(row_format.mask_columns if masks else ())}
+    written = {*prompts, *SIDES, *masks, *(f"{side}_score" for side in SIDES), *SCORER_COLUMNS, SCALE_COLUMN}
+    # The two images of a group are in two rows, whose other columns would not fit into one row.
+    is_copied = row_format.group_column is None
+    return row_format, prompts, masks, [name for name in rows.column_names if is_copied and name not in read | written]
+
+
+def _features(source: PairSource, scorers: int) -> datasets.Features:
+    _, prompts, masks, copied = _columns(source)
+    number = datasets.Value("float64")
+    lists = dict.fromkeys(SCORER_COLUMNS, datasets.List(number)) if scorers > 1 else {}
+    return datasets.Features(
+        {
+            **dict.fromkeys(prompts, datasets.Value("string")),
+            **dict.fromkeys((*SIDES, *masks), datasets.Image()),
+            **{f"{side}_score": number for side in SIDES},
+            **lists,
+            SCALE_COLUMN: datasets.List(_SCALE),
+            **{name: source.tables[0].dataset.features[name] for name in copied},
+        }
+    )
+
+
+def _rows(
+    source: PairSource, origins: np.ndarray, scores: np.ndarray, scales: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each pair, from the positions of its images `(P, 4)` and its scores `(P, 2, K)`."""
+    row_format, prompts, masks, copied = _columns(source)
+    others = source.tables[0].dataset.with_format("arrow").select_columns(copied) if copied else None
+    for places, values in zip(origins.tolist(), scores.tolist(), strict=True):
+        images = source.images([places[:2], places[2:]])
+        row: dict[str, Any] = dict(zip(prompts, (image.prompt for image in images), strict=False))
+        for side, image, by_scorer in zip(SIDES, images, values, strict=True):
+            row[side] = _lasting(stored_image(images_of_row(image.row, row_format)[image.number]))
+            row[f"{side}_score"] = by_scorer[0]
+            row[f"{side}_scores"] = by_scorer
+            if masks:
+                row[f"{side}_mask"] = _lasting(stored_image(image.mask))
+        yield {**row, SCALE_COLUMN: scales, **(others[places[0]].to_pylist()[0] if others is not None else {})}
+
+
+def _lasting(image: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored image whose path, if it has one, holds in every working directory."""
+    path = image["path"]
+    is_file = image["bytes"] is None and path is not None and "://" not in path
+    return {**image, "path": os.path.abspath(path)} if is_file else image
+
+
+def _write_parquet(file: BinaryIO, rows: Iterator[dict[str, Any]], features: datasets.Features) -> None:
+    schema = features.arrow_schema
+    with pq.ParquetWriter(file, schema) as writer:
+        while batch := list(itertools.islice(rows, _ROWS_AT_ONCE)):
+            writer.write_table(pa.Table.from_pylist(batch, schema))
+
+
+def _card(name: str, summary: Mapping[str, Any]) -> str:
+    scorers = "\n".join(f"- {scale['scorer']}, from {scale['low']} to {scale['high']}" for scale in summary["scales"])
+    return (
+        f"# {name}\n\n{summary['pairs']} pairs with scores, written by `trl-diffusion-sdpo pairs score` {__version__}. "
+        f"The column `{SCALE_COLUMN}` says what the scores mean. Scorers and the usual range of their scores:\n\n"
+        f"{scorers}\n"
+    )
