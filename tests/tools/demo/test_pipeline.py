@@ -57,7 +57,7 @@ def test_the_base_model_follows_prompts_and_can_be_improved(base):
 
 @pytest.mark.matrix
 def test_the_build_script_makes_a_loadable_folder_and_resumes(tmp_path, monkeypatch, caplog):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks"))
     import build_demo_base as build_base
 
     monkeypatch.setattr(build_base, "IMAGES_PER_PROMPT", 1)

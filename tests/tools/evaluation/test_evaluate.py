@@ -594,7 +594,7 @@ def test_two_processes_write_what_one_does(sd_folder, redder_folder, prompt_file
     assert main(command(sd_folder, redder_folder, one, prompt_file)) == 0
     arguments = command(sd_folder, redder_folder, two, prompt_file)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    path = os.pathsep.join([str(Path(__file__).parent), *(str(Path(__file__).parents[up]) for up in (1, 2))])
+    path = os.pathsep.join([str(Path(__file__).parent), *(str(Path(__file__).parents[up]) for up in (2, 3))])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launched = [*launch, "-m", "trl_diffusion_sdpo", *arguments]
     done = subprocess.run(launched, env=environment, capture_output=True, text=True, timeout=240)

@@ -310,7 +310,7 @@ def test_two_processes_that_are_killed_make_the_pairs_of_one(sd_folder, tmp_path
     options += ["--batch_size", "1", "--device", "cpu", "--call_kwargs", json.dumps(SETTINGS.call_kwargs)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launch += ["-m", "trl_diffusion_sdpo", *options, "--output_dir", "two"]
-    path = f"{Path(__file__).parents[2]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    path = f"{Path(__file__).parents[3]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     quiet = {
         "cwd": tmp_path,
         "env": {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},

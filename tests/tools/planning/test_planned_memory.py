@@ -15,7 +15,7 @@ from trl_diffusion_sdpo.families.noise import constant
 from trl_diffusion_sdpo.tools.planning.allocations import Allocations, autocast_like
 from trl_diffusion_sdpo.tools.planning.plan import Plan
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from trl_diffusion_sdpo.tools.planning.plan import Plan
 from trl_diffusion_sdpo.tools.planning.sharding import Engine, engine_of
 
 TINY = {"sd15": stable_diffusion, "sdxl": stable_diffusion_xl, "sd35": stable_diffusion_3, "flux": flux}
-EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
+EXAMPLES = Path(__file__).parents[3] / "examples" / "configs"
 ALL_WEIGHTS = "--optim sgd --max_grad_norm 0 --per_device_train_batch_size 1"  # nothing beside the gradients
 
 
