@@ -58,7 +58,7 @@ from ..step.pair_evaluation import PairEvaluation, draws_of_noise, real_pairs
 from ..step.pair_forward import PairForward, seeds_of_draws
 from ..step.parameter_safeguard import ParameterSafeguard
 from ..step.winner_budget import ProbeInputs, ProbeSettings, WinnerBudget, probe_inputs, probe_items
-from ..utils._compat import keeps_order
+from ..utils._compat import check_trainer, keeps_order
 from ..utils.disk import naming_the_disk
 from ..utils.files import VERDICT_FILE
 from ..utils.identity import describe_pipeline, public_config
@@ -107,6 +107,8 @@ SAME_IN_ALL_PROCESSES = (
 REPORTS = (SAMPLES_FOLDER, "noise_bins*.png", CURVES_FILE, VERDICT_FILE, TRAINER_STATE_NAME)
 # Files that are not uploaded. The Trainer's state contains paths of local folders.
 NOT_PUBLISHED = (f"{PREFIX_CHECKPOINT_DIR}-*", TRAINER_STATE_NAME)
+
+check_trainer(Trainer)
 
 
 class DiffusionSDPOTrainer(Trainer):
