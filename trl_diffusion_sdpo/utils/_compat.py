@@ -160,9 +160,9 @@ def loads_lora(pipeline_class: type[DiffusionPipeline]) -> bool:
     return issubclass(pipeline_class, LoraBaseMixin)
 
 
-def encoded_by(pipeline: DiffusionPipeline, parts: Any, *inputs: Any) -> torch.Tensor:
-    """Return prompts as LongCat's pipelines encode them. Its public `encode_prompt` would take the device of the
-    pipeline's first component, and `parts` has the text encoder's instead."""
+def longcat_prompt_embeds(pipeline: DiffusionPipeline, parts: Any, *inputs: Any) -> torch.Tensor:
+    """Return prompts as LongCat's pipelines encode them, with the components and the device of `parts`. Their public
+    `encode_prompt` uses the device of the pipeline's first component, which may not be that of the text encoder."""
     return type(pipeline)._encode_prompt(parts, *inputs)
 
 
