@@ -630,7 +630,7 @@ class DiffusionSDPOTrainer(Trainer):
         """Before the first step of a new or resumed run, warn of settings that never have their turn, and measure the
         winners' errors for `winner_budget`."""
         state = self.state
-        state.compute_steps(self.args, state.max_steps)  # a checkpoint has those of the run that wrote it
+        state.compute_steps(self.args, state.max_steps)  # a checkpoint's state has the intervals of its own run
         self._first_step = state.global_step
         self._saved_step = -1
         if self.is_world_process_zero():
