@@ -9,6 +9,7 @@
 #                 this package's `test` extra; under ten minutes, and a second call goes on where the first one ended
 # make test-commands    the commands and benchmarks, the slow ways to end and to resume them among it
 # make test-floors      the lowest declared versions, in an environment of their own: quick tests of what calls libraries
+# make test-newest      the newest versions, above the upper bounds too: the same tests in an environment of their own
 # make test-pythons     every newer Python of this machine: import, a step of a LoRA, save, load; may take 6 GB for each
 # make test-kills       runs killed at random and at every write: KILLS=100 ENGINE="plain ddp" KILLS_OUTPUT=folder
 # make dist            wheel and sdist in dist/, checked, and installed into an empty environment where they run
@@ -25,12 +26,15 @@ SOURCES := trl_diffusion_sdpo tests examples benchmarks docs_build
 
 FLOORS := .venv-floors
 FLOORS_BIN := $(FLOORS)/bin
-# What calls the libraries: configuration, data, a walk by hand, saving and loading elsewhere, options and commands.
-FLOORS_TESTS := tests/data tests/trainer/test_walk.py tests/trainer/test_inputs.py tests/invariant/test_artefacts.py \
-	tests/cli/test_options.py tests/cli/test_pair_arguments.py tests/cli/test_commands.py \
-	tests/tools/rewards
+NEWEST := .venv-newest
+NEWEST_BIN := $(NEWEST)/bin
+# What calls the libraries: private names, configuration, data, a walk by hand, saving, resuming and loading elsewhere,
+# options and commands.
+LIBRARY_TESTS := tests/trainer/test_borrowed_names.py tests/data tests/trainer/test_walk.py tests/trainer/test_inputs.py \
+	tests/invariant/test_artefacts.py tests/saving/test_checkpoints.py tests/cli/test_options.py \
+	tests/cli/test_pair_arguments.py tests/cli/test_commands.py tests/tools/rewards
 
-.PHONY: demo test test-distributed test-families test-trainer test-commands test-kills test-gpu test-floors test-pythons bench bench-gpu lint docs dist clean
+.PHONY: demo test test-distributed test-families test-trainer test-commands test-kills test-gpu test-floors test-newest test-pythons bench bench-gpu lint docs dist clean
 
 demo: $(VENV)/installed
 	@echo "The demo takes about five minutes on two CPU cores, longer with fewer. A second call starts anew."
@@ -63,7 +67,11 @@ test-commands: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "matrix or not matrix" tests/cli tests/benchmarks tests/tools/demo
 
 test-floors: $(FLOORS)/installed
-	OMP_NUM_THREADS=1 $(FLOORS_BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not matrix" $(FLOORS_TESTS)
+	OMP_NUM_THREADS=1 $(FLOORS_BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not matrix" $(LIBRARY_TESTS)
+
+test-newest: $(NEWEST)/installed
+	$(NEWEST_BIN)/python -m pip --disable-pip-version-check list
+	OMP_NUM_THREADS=1 $(NEWEST_BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not matrix" $(LIBRARY_TESTS)
 
 test-pythons:
 	$(PYTHON) tests/versions/run_pythons.py --torch "$(TORCH)"
@@ -117,10 +125,20 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) -e ".[dev]" -c constraints.txt
 	touch $@
 
-$(FLOORS)/installed: pyproject.toml tests/versions/lowest.py
+$(FLOORS)/installed: pyproject.toml tests/versions/bounds.py
 	rm -rf $(FLOORS)
 	$(PYTHON) -m venv $(FLOORS)
 	$(FLOORS_BIN)/python -m pip --disable-pip-version-check install "$(TORCH)" packaging
-	$(FLOORS_BIN)/python tests/versions/lowest.py > $(FLOORS)/lowest.txt
+	$(FLOORS_BIN)/python tests/versions/bounds.py lowest > $(FLOORS)/lowest.txt
 	$(FLOORS_BIN)/python -m pip --disable-pip-version-check install -e ".[deepspeed,test]" -c $(FLOORS)/lowest.txt
+	touch $@
+
+# Without `--no-deps`, the last line would bring the upper bounds back.
+$(NEWEST)/installed: pyproject.toml tests/versions/bounds.py
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST_BIN)/python -m pip --disable-pip-version-check install "$(TORCH)" packaging
+	$(NEWEST_BIN)/python tests/versions/bounds.py newest > $(NEWEST)/newest.txt
+	$(NEWEST_BIN)/python -m pip --disable-pip-version-check install "$(TORCH)" -r $(NEWEST)/newest.txt
+	$(NEWEST_BIN)/python -m pip --disable-pip-version-check install --no-deps -e .
 	touch $@

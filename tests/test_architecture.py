@@ -1,5 +1,5 @@
 """Rules between the folders of the package: imports go down, formulas are in `losses`, questions about the engine
-are in `engines`, and only the command line prints."""
+are in `engines`, only the command line prints, and private names of other libraries are in `utils/_compat.py`."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ LAUNCHER = "torch.distributed.elastic"  # how a launched process has ended, what
 LOSS_FUNCTIONS = set(
     "logsigmoid softplus mse_loss l1_loss smooth_l1_loss huber_loss square expm1 log1p dot vdot".split()
 )
+COMPAT = "utils/_compat.py"
+TRAINER = "trainer/diffusion_sdpo_trainer.py"  # tests/trainer/test_borrowed_names.py checks its private names
+STANDARD_LIBRARY = ("_actions", "_asdict", "_exit", "_replace")  # of argparse, named tuples and os
 WITHOUT_FORMULAS = ("cli", "tools/guidance", "models", "reporting", "saving", "step", "trainer")
 
 Sources = dict[str, str]
@@ -109,10 +112,49 @@ def prints_outside_the_command_line(sources: Sources) -> list[str]:
     return [f"{place} prints" for of_room, place, name in calls(sources) if of_room != "cli" and name == "print"]
 
 
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def defined_names(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value  # a key of `self.__dict__`
+
+
+def private_names_of_libraries(sources: Sources) -> list[str]:
+    """Private imports, and private attributes that neither the package (on `self`) nor the module (else) defines."""
+    trees = {path: ast.parse(source) for path, source in sources.items() if path != COMPAT}
+    of_package = {name for tree in trees.values() for name in defined_names(tree)}
+    wrong = []
+    for path, tree in trees.items():
+        for line, name in imports(path, sources[path]):
+            if not name.startswith(PACKAGE.name) and any(map(is_private, name.split("."))):
+                wrong.append(f"{path}:{line} imports {name}")
+        of_module = {*defined_names(tree), *STANDARD_LIBRARY}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Attribute) or not is_private(node.attr) or node.attr in of_module:
+                continue
+            on_self = ast.unparse(node.value) in ("self", "cls", "super()")
+            if not on_self or (node.attr not in of_package and path != TRAINER):
+                wrong.append(f"{path}:{node.lineno} uses {ast.unparse(node)}")
+    return wrong
+
+
 RULES = {
     "upward": (upward_imports, {"step/a.py": "from ..tools.rewards import b"}),
     "engines": (engine_questions, {"step/a.py": "def f():\n    import deepspeed"}),
     "formulas": (formulas_outside_losses, {"step/a.py": "x = torch.dot(a, b)"}),
+    "private imports": (private_names_of_libraries, {"step/a.py": "from torch._dynamo import reset"}),
+    "private names": (private_names_of_libraries, {"step/a.py": "x = stream._state"}),
+    "inherited private names": (
+        private_names_of_libraries,
+        {"data/a.py": "class A(B):\n    f = lambda self: self._b"},
+    ),
     "prints": (prints_outside_the_command_line, {"saving/a.py": "print(1)"}),
 }
 

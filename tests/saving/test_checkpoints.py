@@ -446,7 +446,7 @@ def test_a_kill_while_a_result_is_replaced_leaves_the_old_or_the_new_one_or_none
         if not child:
             die_at_write(kills, run)
             try:
-                trainer._save(str(run))  # without the lock, which cannot be inherited
+                trainer.run_files.save(run, trainer._setup())  # without the lock, which cannot be inherited
             except BaseException:
                 os._exit(1)
             os._exit(0)

@@ -56,7 +56,7 @@ def make_parser(prog: str | None = None) -> Any:
     class TrainParser(OneLineParser, TrlParser):
         """TRL's parser, whose help lists this package's options before those of transformers."""
 
-        _titled: dict[str, argparse._ArgumentGroup] = {}
+        _titled: dict[str, Any] = {}  # groups of options, by their titles
 
         def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:
             if "-h" in flags:

@@ -11,6 +11,7 @@ import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
 
+from ..utils._compat import resized_to_area
 from .base import Family, check_in_channels
 from .noise import FlowMatchingProcess
 
@@ -95,7 +96,7 @@ class Flux2Hooks(Flux2LatentsFamily):
         """Resize a larger source image to about 1 megapixel, and crop its sides to multiples of a token's side."""
         processor = self.pipeline.image_processor
         if source.width * source.height > MOST_SOURCE_PIXELS:
-            source = processor._resize_to_target_area(source, MOST_SOURCE_PIXELS)
+            source = resized_to_area(processor, source, MOST_SOURCE_PIXELS)
         width, height = (side // self.vae_scale_factor * self.vae_scale_factor for side in source.size)
         return processor.preprocess(source, height=height, width=width, resize_mode="crop")
 

@@ -9,6 +9,7 @@ import torch
 from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit
 from PIL import Image
 
+from ..utils._compat import longcat_prompt_embeds
 from .base import no_autocast
 from .ovis_image import OvisImageFamily
 from .packing import pack_patches, patch_positions
@@ -31,7 +32,7 @@ class LongCatImageFamily(OvisImageFamily):
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         here = self.prompt_encoder()
         with no_autocast(here.device):
-            return {"prompt_embeds": type(self.pipeline)._encode_prompt(here, prompts)}  # (N, 512, width)
+            return {"prompt_embeds": longcat_prompt_embeds(self.pipeline, here, prompts)}  # (N, 512, width)
 
     def prompt_encoder(self, *names: str) -> SimpleNamespace:
         """Return an object with the attributes that `_encode_prompt` of the pipeline reads, including `names`.
@@ -86,8 +87,8 @@ class LongCatImageEditFamily(LongCatImageFamily):
         here = self.prompt_encoder("image_processor_vl", "image_token")
         with no_autocast(here.device):
             rows = [
-                type(pipeline)._encode_prompt(
-                    here, [prompt], processor.resize(image, image.height // 2, image.width // 2)
+                longcat_prompt_embeds(
+                    pipeline, here, [prompt], processor.resize(image, image.height // 2, image.width // 2)
                 )
                 for prompt, image in zip(prompts, cycle(resized), strict=False)
             ]

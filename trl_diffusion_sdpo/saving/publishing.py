@@ -149,12 +149,13 @@ class Publisher:
 
     def _upload_later(self, **arguments: Any) -> Future:
         """Upload in a thread. If the upload fails, the thread logs the error, and the `Future` raises it."""
+        advice = self._advice()  # now, because `output_dir` is another folder while a checkpoint is being written
 
         def upload() -> Any:
             try:
                 return self._upload(**arguments)
             except PublishingError as error:
-                logger.warning("%s %s", error, self._advice())
+                logger.warning("%s %s", error, advice)
                 raise
 
         job = self._api.run_as_future(upload)

@@ -16,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction, SaveStrategy
@@ -58,7 +58,7 @@ from ..step.pair_evaluation import PairEvaluation, draws_of_noise, real_pairs
 from ..step.pair_forward import PairForward, seeds_of_draws
 from ..step.parameter_safeguard import ParameterSafeguard
 from ..step.winner_budget import ProbeInputs, ProbeSettings, WinnerBudget, probe_inputs, probe_items
-from ..utils._compat import keeps_order
+from ..utils._compat import check_trainer, keeps_order
 from ..utils.disk import naming_the_disk
 from ..utils.files import VERDICT_FILE
 from ..utils.identity import describe_pipeline, public_config
@@ -107,6 +107,8 @@ SAME_IN_ALL_PROCESSES = (
 REPORTS = (SAMPLES_FOLDER, "noise_bins*.png", CURVES_FILE, VERDICT_FILE, TRAINER_STATE_NAME)
 # Files that are not uploaded. The Trainer's state contains paths of local folders.
 NOT_PUBLISHED = (f"{PREFIX_CHECKPOINT_DIR}-*", TRAINER_STATE_NAME)
+
+check_trainer(Trainer)
 
 
 class DiffusionSDPOTrainer(Trainer):
@@ -217,7 +219,6 @@ class DiffusionSDPOTrainer(Trainer):
         self._first_step = 0  # step at which `train` began or resumed
         self._saved_step = -1  # step of the last checkpoint of this training
         self._counted = torch.zeros(0)  # for each pair of the last evaluation batch: 0 if repeated, else 1
-        self._checkpoints_dir = args.output_dir  # a temporary folder while a checkpoint is being written
 
         # Turn the data into pairs, and encode the pairs if `precompute_latents` is set. The reference and the averaged
         # weights move to the device after that, because encoding needs the device's memory. (DeepSpeed and FSDP move
@@ -406,7 +407,7 @@ class DiffusionSDPOTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
             raise ValueError("Training needs a `train_dataset`, got None. Pass preference pairs to the trainer.")
-        sampler = self._get_train_sampler(self.train_dataset)
+        sampler = self._order_of_training(self.train_dataset)
         return self._loaders.training(self.train_dataset, self._train_batch_size, sampler, self.data_collator)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[Any, None]:
@@ -438,30 +439,32 @@ class DiffusionSDPOTrainer(Trainer):
         prepared = self._preparation.prepare(eval_dataset, name="eval", training=False)
         prepared = self._with_reference_errors(prepared)
         keep = any(prepared is dataset for dataset in trainer_sets)
-        return self._loaders.evaluation(prepared, self._get_eval_sampler(prepared), self.data_collator, keep=keep)
+        return self._loaders.evaluation(prepared, self._order_of_evaluation(prepared), self.data_collator, keep=keep)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         prepared = self._preparation.prepare(test_dataset, name="test", training=False)
         prepared = self._with_reference_errors(prepared)
-        return self._loaders.evaluation(prepared, self._get_eval_sampler(prepared), self.data_collator)
+        return self._loaders.evaluation(prepared, self._order_of_evaluation(prepared), self.data_collator)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(dataset, PreferenceDataset) or dataset.sizes is None:
-            return super()._get_train_sampler(train_dataset)
+    def _order_of_training(self, dataset: Any) -> Sampler | None:
+        if not isinstance(dataset, PreferenceDataset):
+            return None
+        shuffles = self.args.train_sampling_strategy == "random"
+        if dataset.sizes is None:
+            return RandomSampler(dataset) if shuffles else SequentialSampler(dataset)
         return BucketSampler(
             dataset.sizes,
             pairs_of_a_step(self.args, self._train_batch_size),
             seed=dataset.seed,
-            epoch=(lambda: dataset.epoch) if self.args.train_sampling_strategy == "random" else None,
+            epoch=(lambda: dataset.epoch) if shuffles else None,
             drop_last=self.args.dataloader_drop_last,
         )
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
-        if not isinstance(eval_dataset, PreferenceDataset) or eval_dataset.sizes is None:
-            return super()._get_eval_sampler(eval_dataset)
+    def _order_of_evaluation(self, dataset: Any) -> Sampler | None:
+        if not isinstance(dataset, PreferenceDataset) or dataset.sizes is None:
+            return None  # in the data's own order
         group = pairs_of_a_step(self.args, self.args.eval_batch_size)
-        return BucketSampler(eval_dataset.sizes, group, seed=eval_dataset.seed)
+        return BucketSampler(dataset.sizes, group, seed=dataset.seed)
 
     def _prepare_data(self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig) -> tuple[Any, Any]:
         """Return the training and evaluation data as data sets of pairs. Set `args.dataloader_num_workers` if it is
@@ -579,19 +582,16 @@ class DiffusionSDPOTrainer(Trainer):
         for weights in self._weight_copies:
             weights.keep_unrounded()
         self.engine.shard_before_preparing(self.denoiser, unrounded)
-        # If the engine shards weights, read the checkpoint later, when the reference and the averaged weights are
-        # sharded too.
-        read_later = self.engine.holds_shards and resume_from_checkpoint is not None
-        checkpoint = None if read_later else resume_from_checkpoint
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
+        # The checkpoint is read below, when the reference and the averaged weights are sharded too.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if self.args.save_strategy != SaveStrategy.NO and not self.args.save_only_model:
             self.engine.check_resumable(self.optimizer)
         self.engine.restore_unrounded(unrounded)
         for weights in self._weight_copies:
             weights.prepare()
         self._engine_ready = True
-        if read_later:
-            self._load_engine_checkpoint(resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            self._load_optimizer_state(resume_from_checkpoint)
         if self.engine.casts_weights:
             self.family.settle_dtype()
         # Build the safeguard again, because an earlier call of `train` built it for another wrapper of the model.
@@ -627,7 +627,22 @@ class DiffusionSDPOTrainer(Trainer):
         )
 
     def _begin_steps(self) -> None:
-        """Measure the winners' errors for `winner_budget` before the first optimizer step."""
+        """Before the first step of a new or resumed run, warn of settings that never have their turn, and measure the
+        winners' errors for `winner_budget`."""
+        state = self.state
+        state.compute_steps(self.args, state.max_steps)  # a checkpoint's state has the intervals of its own run
+        self._first_step = state.global_step
+        self._saved_step = -1
+        if self.is_world_process_zero():
+            for message in without_turn(self.args, state.max_steps):
+                logger.warning(message)
+            if state.global_step >= state.max_steps:
+                logger.warning(
+                    "Training is complete: the checkpoint is of step %d, and the run ends at step %d. Increase "
+                    "`max_steps` or `num_train_epochs` to continue.",
+                    state.global_step,
+                    state.max_steps,
+                )
         if self.winner_budget is not None:
             self.winner_budget.begin(self.model_wrapped, self._load_probe())
 
@@ -643,33 +658,6 @@ class DiffusionSDPOTrainer(Trainer):
             self.auto_beta.after_step(step)
         if self.args.sync_ref_model and step % self.args.ref_model_sync_steps == 0:
             self.reference.update(self.args.ref_model_mixup_alpha)
-
-    def _init_training_state(
-        self,
-        max_steps: int,
-        num_update_steps_per_epoch: int,
-        num_train_epochs: int,
-        resume_from_checkpoint: str | None,
-        trial: Any,
-    ) -> tuple[int, int]:
-        """Initialize the state of the run. In a resumed run, use the logging, saving and evaluation steps of `args`
-        instead of those in the checkpoint."""
-        epochs, batches = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
-        self.state.compute_steps(self.args, max_steps)
-        self._first_step = self.state.global_step
-        self._saved_step = -1
-        if self.is_world_process_zero():
-            for message in without_turn(self.args, max_steps):
-                logger.warning(message)
-            if self.state.global_step >= max_steps:
-                logger.warning(
-                    "Training is complete: the checkpoint is of step %d, and the run ends at step %d. Increase "
-                    "`max_steps` or `num_train_epochs` to continue.",
-                    *(self.state.global_step, max_steps),
-                )
-        return epochs, batches
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train for one epoch. Do nothing if the run has reached `max_steps`, because transformers checks `max_steps`
@@ -696,6 +684,7 @@ class DiffusionSDPOTrainer(Trainer):
             self.winner_budget.probe = []  # frees the device memory of the probe
         with temporarily(self.args, **settings):
             output = super()._finalize_training(trial, num_train_samples, start_time)
+        self.publisher.wait()
         return output if self.state.global_step > self._first_step else output._replace(training_loss=math.nan)
 
     # ---- A step -----------------------------------------------------------------------------------------------------
@@ -889,18 +878,15 @@ class DiffusionSDPOTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self.run_files.load(Path(resume_from_checkpoint), self.model_wrapped)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def _load_optimizer_state(self, checkpoint: str) -> None:
+        """Load the states of optimizer, schedule and loss scaler. If the engine (DeepSpeed or FSDP) shards weights, the
+        weights are loaded here too, because they are sharded by now."""
         self.engine.check_resumable(self.optimizer)
         with self.run_files.loading_optimizer(self.optimizer, self.lr_scheduler):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_engine_checkpoint(self, checkpoint: str) -> None:
-        """Load a checkpoint after the engine (DeepSpeed or FSDP) has sharded weights and optimizer state."""
-        self.engine.check_resumable(self.optimizer)
-        with self.run_files.loading_optimizer(self.optimizer, self.lr_scheduler):
-            self.run_files.load(Path(checkpoint), self.model_wrapped)
-            super()._load_optimizer_and_scheduler(checkpoint)
-        self._load_scaler(checkpoint)
+            if self.engine.holds_shards:
+                self.run_files.load(Path(checkpoint), self.model_wrapped)
+            self._load_optimizer_and_scheduler(checkpoint)
+            self._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore the random state, which is the last thing that a resumed run does before its first step. Then make
@@ -920,11 +906,8 @@ class DiffusionSDPOTrainer(Trainer):
         if due.should_evaluate:
             self.control.should_evaluate = True
             self.control.should_save = due.should_save
-            self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, state.epoch or 0, None, 0.0)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        with self.run_files.reading():
-            super()._load_scaler(checkpoint)
+            no_loss = torch.zeros(())  # not logged, as no step was taken since the last log
+            self._maybe_log_save_evaluate(no_loss, None, self.model_wrapped, None, state.epoch or 0, None, 0.0)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -946,42 +929,32 @@ class DiffusionSDPOTrainer(Trainer):
             if is_output_dir:
                 lock = self.run_folder.locked(all_processes=self.engine.holds_shards)
             with naming_the_disk(folder, self.weight_files.bytes_needed), lock:
-                self._save(output_dir)
+                self.run_files.save(folder, self._setup())
         if pushes:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        self.run_files.save(folder, self._setup())
-
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        run_dir = Path(self._checkpoints_dir)
+        run_dir = Path(self.args.output_dir)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with self.run_files.writing_checkpoint(run_dir / name) as partial:
-            with temporarily(self, _checkpoints_dir=str(partial.parent)), temporarily(self.args, push_to_hub=False):
+            with temporarily(self.args, output_dir=str(partial.parent), push_to_hub=False):
                 super()._save_checkpoint(model, trial)
+            if self._position is not None and keeps_order(self.args) and not self.args.save_only_model:
+                save_position(self._position, self.args, partial)
             if self.state.best_model_checkpoint == str(partial):  # transformers has stored the temporary path
                 self.state.best_model_checkpoint = str(run_dir / name)
                 if self.args.should_save:
                     self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
         self._saved_step = self.state.global_step
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(run_dir / name))
+            self._push_progress(run_dir / name)
         self.run_files.checkpoints.rotate(run_dir, self.state.best_model_checkpoint)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._checkpoints_dir
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.engine.holds_shards:
             self.run_files.save_sharded_optimizer(output_dir, self.model_wrapped, self.optimizer, self.lr_scheduler)
         else:
             super()._save_optimizer_and_scheduler(output_dir)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self._position is not None and keeps_order(self.args):
-            save_position(self._position, self.args, Path(output_dir))
 
     def _setup(self) -> dict[str, Any]:
         """Return the content of the file that describes the run: model, data, engine and settings. A resumed run must
@@ -1109,7 +1082,7 @@ class DiffusionSDPOTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token, revision, private = (kwargs.pop(name, None) for name in ("token", "revision", "private"))
         model_name = kwargs.pop("model_name", None)
-        self._finish_current_push()  # an upload in progress still reads the files that saving overwrites
+        self.publisher.wait()  # an upload in progress still reads the files that saving overwrites
         uploaded = None
         with self.run_folder.locked(all_processes=True):
             with failing_together(PublishingError, during_upload=True):
@@ -1124,19 +1097,15 @@ class DiffusionSDPOTrainer(Trainer):
                     uploaded = self.publisher.upload(commit_message, **options)
         return uploaded
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload the current weights during training. This method replaces transformers' method, because that method
-        would expect other file names and upload pickle files."""
+    def _push_progress(self, checkpoint: Path) -> None:
+        """Upload the current weights during training, and the new checkpoint if `hub_strategy` asks for checkpoints."""
         if not self.publisher.is_ready_for_progress():
             return
         with failing_together(PublishingError, during_upload=True):
-            self._save(self.args.output_dir)
+            self.run_files.save(self.run_folder.path, self._setup())
             if self.is_world_process_zero():
                 self._write_card(model_name=self.hub_model_id.split("/")[-1], keep_edited=True)
-                self.publisher.upload_progress(Path(checkpoint_folder), self.state)
-
-    def _finish_current_push(self) -> None:
-        self.publisher.wait()
+                self.publisher.upload_progress(checkpoint, self.state)
 
 
 def _marks_real_pairs(dataset: Any) -> bool:

@@ -3,11 +3,16 @@ library offers a public one, unless the comment on the private name says otherwi
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
 import torch
+import transformers
+
+# Tells whether a column of a data set has images or other media.
+from datasets.features.features import require_decoding
 from diffusers import DiffusionPipeline, ModelMixin
 
 # `LoraBaseMixin` is the base class of all pipelines with `load_lora_weights` and `save_lora_weights`.
@@ -20,10 +25,20 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_
 # A lost connection to the Hub raises an error of httpx or httpx2, depending on the version of huggingface_hub.
 # `HTTPError` is the common base class of both errors.
 from huggingface_hub.errors import HTTPError as HubConnectionError
+
+# Finds a repository's folder in the local cache. `scan_cache_dir`, which is public, reads the whole cache.
+from huggingface_hub.file_download import repo_folder_name
 from packaging.version import Version
 
 # Finds the key of a LoRA's `rank_pattern` or `alpha_pattern` that matches a module.
 from peft.utils.other import get_pattern_key as pattern_key
+from PIL import Image
+
+# Tensors without data, and a hook that sees every operation on them. `plan` computes a run's memory with both. There is
+# nothing public for either.
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import TrainingArguments
 
 # Callbacks of the trackers that accept images. The callbacks' names are public, but are imported here because
@@ -39,13 +54,63 @@ _RENAMED = "activation_checkpointing" in {field.name for field in dataclasses.fi
 CHECKPOINTING = "activation_checkpointing" if _RENAMED else "gradient_checkpointing"
 
 __all__ = [  # re-exported
-    "LORA_ADAPTER_METADATA_KEY",
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "FakeTensorMode",
     "HubConnectionError",
+    "LORA_ADAPTER_METADATA_KEY",
     "SingleFileComponentError",
+    "TensorBoardCallback",
+    "TorchDispatchMode",
+    "TrackioCallback",
+    "WandbCallback",
     "numpy_safe_globals",
     "pattern_key",
+    "repo_folder_name",
+    "require_decoding",
+    "tree_leaves",
 ]
-__all__ += ["TensorBoardCallback", "TrackioCallback", "WandbCallback"]
+
+# The supported versions of transformers, as in pyproject.toml. `make test-newest` tests versions above them.
+TRANSFORMERS = ">=5.14.1,<5.25"
+
+# Private methods and attributes of transformers' Trainer that `DiffusionSDPOTrainer` overrides or uses, and what for.
+# transformers has no public hook for any of them. If transformers renamed a method, an override of it would never be
+# called, and nothing would say so.
+TRAINER_NAMES = {
+    # Overridden:
+    "_finalize_training": "evaluates and checks weights after the last step, before the best weights are loaded",
+    "_get_grad_norm": "makes the norm whole under FSDP2, and sees a first gradient that is zero",
+    "_load_best_model": "reads the weights in our files, and their average",
+    "_load_from_checkpoint": "reads the weights in our files, and all other states",
+    "_load_rng_state": "refuses pickles that run code, and is the last call before a resumed run's first step",
+    "_prepare_for_training": "prepares the reference and the average with the policy, before a checkpoint is read",
+    "_prepare_inputs": "moves a batch to the device without rounding it, as transformers does under DeepSpeed",
+    "_run_epoch": "starts at the position in a stream, and takes no step in a run that is complete",
+    "_save_checkpoint": "writes into a temporary folder, which is renamed when it is complete",
+    "_save_optimizer_and_scheduler": "leaves out frozen weights under DeepSpeed and FSDP2",
+    # Called or read:
+    "_load_optimizer_and_scheduler": "reads the optimizer's state after engine, reference and average are ready",
+    "_load_scaler": "reads the loss scaler's state at the same time",
+    "_maybe_log_save_evaluate": "makes up for an evaluation that an interrupt has cancelled",
+    "_train_batch_size": "is the batch size that `auto_find_batch_size` has found",
+}
+
+
+class UnsupportedVersionError(ImportError):
+    """Error for a library whose installed version lacks what this package needs."""
+
+
+def check_trainer(trainer: type) -> None:
+    """Raise an `UnsupportedVersionError` if `trainer`, transformers' Trainer, lacks one of the [`TRAINER_NAMES`]."""
+    set_by_constructor = inspect.unwrap(vars(trainer)["__init__"]).__code__.co_names
+    missing = [name for name in TRAINER_NAMES if name not in (*dir(trainer), *set_by_constructor)]
+    if missing:
+        raise UnsupportedVersionError(
+            f"`DiffusionSDPOTrainer` extends private parts of transformers' Trainer, and in transformers "
+            f"{transformers.__version__} there is no {', '.join(missing)}. Install a supported version: "
+            f"pip install 'transformers{TRANSFORMERS}'"
+        )
 
 
 # Attributes of PEFT's layers: whether their adapters are off, and the names of the active adapters. PEFT's
@@ -93,6 +158,22 @@ def has_attention_backends(denoiser: torch.nn.Module) -> bool:
 def loads_lora(pipeline_class: type[DiffusionPipeline]) -> bool:
     """Return whether a pipeline has `load_lora_weights` and `save_lora_weights`."""
     return issubclass(pipeline_class, LoraBaseMixin)
+
+
+def longcat_prompt_embeds(pipeline: DiffusionPipeline, parts: Any, *inputs: Any) -> torch.Tensor:
+    """Return prompts as LongCat's pipelines encode them, with the components and the device of `parts`. Their public
+    `encode_prompt` uses the device of the pipeline's first component, which may not be that of the text encoder."""
+    return type(pipeline)._encode_prompt(parts, *inputs)
+
+
+def resized_to_area(processor: Any, image: Image.Image, area: int) -> Image.Image:
+    """Return an image resized to about `area` pixels, as FLUX.2's pipelines resize source images in their call."""
+    return processor._resize_to_target_area(image, area)
+
+
+def dictionary_settings(*names: str) -> list[str]:
+    """Return the settings that may be written as JSON on a command line: those of transformers, and `names`."""
+    return [*TrainingArguments._VALID_DICT_FIELDS, *names]
 
 
 def forward_pre_hooks(module: torch.nn.Module) -> list[Any]:

@@ -20,12 +20,11 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub import constants
-from huggingface_hub.file_download import repo_folder_name
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ._compat import float32_precision
+from ._compat import float32_precision, repo_folder_name
 from .files import file_facts, write_atomically
 from .secrets import masked
 

@@ -88,7 +88,7 @@ def read_prompts(source: str | Path, *, column: str | None = None, split: str = 
 
 def _is_heavy(kind: Any) -> bool:
     """Return whether a column of a data set has images, other media or bytes."""
-    from datasets.features.features import require_decoding
+    from ...utils._compat import require_decoding
 
     is_bytes = getattr(kind, "dtype", None) in ("binary", "large_binary")
     return is_bytes or require_decoding(kind, ignore_decode_attribute=True)

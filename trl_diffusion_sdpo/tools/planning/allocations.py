@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from ...utils._compat import autocast_rules
+from ...utils._compat import TorchDispatchMode, autocast_rules, tree_leaves
 
 CUDA_BLOCK = 512  # PyTorch's caching allocator for CUDA rounds sizes up to multiples of this many bytes
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from ...data.transforms import pixels_as_floats, white
 from ...engines.gradient_backends import ReplicatedBackend
@@ -27,7 +26,12 @@ from ...step.pair_forward import NoiseSettings, PairForward
 from ...step.parameter_safeguard import ParameterSafeguard
 from ...trainer import DiffusionSDPOConfig
 from ...trainer.config.complete import image_sizes, loss_settings
-from ...utils._compat import activation_checkpointing
+from ...utils._compat import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    activation_checkpointing,
+)
 from .allocations import Allocations, autocast_like, block_size
 from .sharding import Engine
 from .skeleton import needs_values

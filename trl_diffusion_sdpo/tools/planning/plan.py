@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.training_args import OptimizerNames
 
+from ...utils._compat import FakeTensorMode
 from .allocations import block_size, rounded
 from .fake_step import BACKWARD, ENCODE, FORWARD, OPTIMIZER, PlannedRun, measure_step
 from .sharding import ZERO_BUCKET, largest_block

@@ -13,12 +13,12 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BatchEncoding
 
 from ...families import Family, find_family
 from ...families.registry import family_for_class_name
 from ...models.pipelines import CLASS, networks_without_weights, read_index
+from ...utils._compat import FakeTensorMode
 
 PROMPT_TOKENS = 77  # default number of tokens of a prompt, as for CLIP
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainingArguments
 
+from ...utils._compat import dictionary_settings
 from ...utils.secrets import masked
 from .all_arguments import (
     AllArguments,
@@ -58,7 +58,7 @@ class DiffusionSDPOConfig(AllArguments):
     > - `bf16`: `True` if the accelerator supports bf16 and `fp16` is not set.
     """
 
-    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
+    _VALID_DICT_FIELDS = dictionary_settings(
         "model_init_kwargs",
         "ref_model_init_kwargs",
         "loss_kwargs",
@@ -67,7 +67,7 @@ class DiffusionSDPOConfig(AllArguments):
         "winner_budget_kwargs",
         "bucket_kwargs",
         "sample_kwargs",
-    ]
+    )
 
     if TYPE_CHECKING:  # types that these fields have after `__post_init__`
         output_dir: str
