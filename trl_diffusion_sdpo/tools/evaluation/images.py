@@ -148,7 +148,7 @@ def generate_images(
             model cannot be loaded.
     """
     target = folder / "images" / candidate.name
-    peers.first(lambda: check_settings(target, facts_of(candidate, base, prompts, settings)))
+    peers.first(lambda: record_settings(target, facts_of(candidate, base, prompts, settings)))
     rows = [(index, seed) for index in range(len(prompts)) for seed in settings.seeds]
     batches = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
     missing = peers.first(
@@ -243,7 +243,7 @@ def _as_the_authors(pipeline: Any) -> Iterator[None]:
 def facts_of(
     candidate: Candidate, base: Candidate | None, prompts: Sequence[str], settings: ImageSettings
 ) -> dict[str, Any]:
-    """Return everything on which a model's images depend. [`check_settings`] compares these values with the values of
+    """Return everything on which a model's images depend. [`record_settings`] compares these values with the values of
     earlier images in the folder."""
     files, has_lora = _described(candidate)
     base_files = None
@@ -291,7 +291,7 @@ def _described_source(source: str, **where: Any) -> dict[str, Any]:
     return describe_source(source, **where)
 
 
-def check_settings(target: Path, facts: dict[str, Any]) -> None:
+def record_settings(target: Path, facts: dict[str, Any]) -> None:
     """Write the settings of a model's images into the folder. Raise `ValueError` if images already in the folder were
     generated with other settings."""
     path = target / SETTINGS_FILE

@@ -7,7 +7,7 @@ import io
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -21,10 +21,8 @@ from ...saving.starting_point import run_of
 from ...utils.files import VERDICT_FILE, write_atomically
 from ...utils.statistics import BETTER, TOO_FEW, WORSE
 from .images import image_path, settings_path
-
-if TYPE_CHECKING:
-    from .evaluate import Comparison, Evaluation
-    from .scales import Sweep
+from .results import Comparison, Evaluation
+from .scales import Sweep
 
 REPORT_FILE = "report.html"
 MARKDOWN_FILE = "report.md"
@@ -264,10 +262,10 @@ def _runs(folder: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
 
 def _url_of_file(path: Path) -> str:
     with Image.open(path) as image:
-        return data_url(image, SHOWN_SIDE)
+        return thumbnail_url(image, SHOWN_SIDE)
 
 
-def data_url(image: Image.Image, side: int) -> str:
+def thumbnail_url(image: Image.Image, side: int) -> str:
     """Return an image as a data URL for an HTML page. The image is shrunk to at most `side` pixels on each side."""
     shown = image.convert("RGB")
     shown.thumbnail((side, side))

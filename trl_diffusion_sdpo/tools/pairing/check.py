@@ -13,7 +13,7 @@ from PIL import Image
 from ...data import PairOptions, PairTransform, PreferenceDataset, UndecodableImageError, prepare_dataset
 from ...data.data_report import evenly_spaced
 from ...utils.files import write_atomically
-from ..evaluation.report import data_url, template
+from ..evaluation.report import template, thumbnail_url
 from ..rewards import Scorer
 from .picks import PICKS_FILE, PickLog
 
@@ -80,7 +80,7 @@ def check_pairs(
             if math.isfinite(better - worse):
                 agreed.append(0.5 if better == worse else float(better > worse))
         if sheet is not None:
-            shown.append((prompt, *(data_url(image, SHOWN_SIDE) for image in (winner, loser))))
+            shown.append((prompt, *(thumbnail_url(image, SHOWN_SIDE) for image in (winner, loser))))
 
     lines = [
         str(pairs.report),

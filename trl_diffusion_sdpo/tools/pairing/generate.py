@@ -15,7 +15,7 @@ from ...utils.score_scale import SCALE_COLUMN, ScoreScale
 from ..evaluation import Candidate, evaluate_models
 from ..evaluation.evaluate import score_rows
 from ..evaluation.images import ImageSettings, generate_images, image_path, peers_of_this_run
-from ..evaluation.prompts import PromptList, distinct
+from ..evaluation.prompts import PromptList, distinct_prompts
 from ..rewards import Scorer
 from ..rewards.vlm_server import VLMServerJudge
 from .manifest import ListedImage, write_manifest
@@ -201,7 +201,7 @@ def pairs_of_negatives(
         )
     folder = Path(output_dir)
     _refuse_picks(folder)
-    listed = prompts if isinstance(prompts, PromptList) else distinct(prompts)
+    listed = prompts if isinstance(prompts, PromptList) else distinct_prompts(prompts)
     sides = {
         "chosen": replace(model, name="chosen"),
         "rejected": replace(model, name="rejected", call_kwargs={**(model.call_kwargs or {}), **negative_kwargs}),
@@ -292,7 +292,7 @@ def _judge_neighbours(
     count = len(settings.seeds) // 2
     neighbours = [settings.seeds[2 * pair : 2 * pair + 2] for pair in range(count)]
     rows = [(index, pair) for index in range(len(prompts.prompts)) for pair in neighbours]
-    # The verdicts are saved as "model+model.json". If the images were deleted, `check_settings` deletes this file.
+    # The verdicts are saved as "model+model.json". If the images were deleted, `record_settings` deletes this file.
     compared = score_rows(judge, folder, [name, name], rows, prompts, peers_of_this_run()).reshape(-1, count)
     judged = np.full((len(prompts.prompts), len(settings.seeds)), np.nan)
     judged[:, 0 : 2 * count : 2], judged[:, 1 : 2 * count : 2] = compared, -compared

@@ -14,9 +14,8 @@ from types import NoneType
 from typing import Any
 
 from ...data.images import is_image
-from ...utils.files import json_lines, write_atomically
+from ...utils.files import MANIFEST_FILE, json_lines, write_atomically
 
-MANIFEST_FILE = "manifest.jsonl"
 MAX_PROMPT = 20_000  # characters
 # Columns that `pairs from-images` writes: the hash of an image's pixels, and the names and hashes of its copies, which
 # are not listed. Picks find their images again by these hashes, also after files were renamed.

@@ -210,8 +210,8 @@ class BlindOrder:
     def result(self) -> tuple[list[str], list[dict[str, Any]]]:
         """Return the win rate of each other model against the first model, as sentences and as rows for JSON."""
         from ...utils.statistics import holm, win_rate
-        from ..evaluation.evaluate import Comparison  # this import takes seconds, so it is not at the top
-        from ..evaluation.report import verdict_sentence
+        from ..evaluation.report import verdict_sentence  # this import takes seconds, so it is not at the top
+        from ..evaluation.results import Comparison
 
         base, *others = self.models
         rates = {}

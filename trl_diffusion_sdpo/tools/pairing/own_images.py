@@ -18,11 +18,11 @@ from PIL import Image, ImageChops
 from ...data.data_report import MAX_EXAMPLES
 from ...data.image_folders import OTHER_CAPTION, UNREAD_FORMAT, is_other_caption, read_caption, stem_of
 from ...data.images import FILE_FORMATS, MAX_FILE_BYTES, ImageReader, check_regular_file, is_image, is_unread_image
+from ...utils.files import MANIFEST_FILE
 from .image_prompts import prompt_in_metadata, rating_in_metadata
 from .manifest import (
     CONTENT,
     COPIES,
-    MANIFEST_FILE,
     MAX_PROMPT,
     OWN_COLUMNS,
     RATING,

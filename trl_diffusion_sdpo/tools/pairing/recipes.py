@@ -19,11 +19,11 @@ from ...utils.files import file_facts, write_atomically
 from ..evaluation import Candidate
 from ..evaluation.images import (
     ImageSettings,
-    check_settings,
     facts_of,
     load_candidate,
     peers_of_this_run,
     png_bytes,
+    record_settings,
 )
 from .manifest import ListedImage, read_manifest, write_manifest
 from .publish import ALIGNED_ADVICE, write_dataset
@@ -97,7 +97,7 @@ def pairs_from_images(
     facts = facts_of(model, None, [image.prompt for image in listed], settings)
     files = hashlib.sha256(repr([(image.name, file_facts(source / image.name)) for image in listed]).encode())
     facts |= {"recipe": recipe, "strength": strength, "images": files.hexdigest()}
-    peers.first(lambda: check_settings(folder / "images" / "rejected", facts))
+    peers.first(lambda: record_settings(folder / "images" / "rejected", facts))
     kinds = ("chosen", "rejected", "mask") if recipe == "local" else ("chosen", "rejected")
 
     def path(kind: str, index: int) -> Path:
