@@ -193,7 +193,7 @@ class Failing(BatchedScorer):
 
 def test_a_scorer_is_on_the_device_only_while_it_scores(monkeypatch, tmp_path):
     scorer = Failing()
-    monkeypatch.setattr("trl_diffusion_sdpo.reporting.sample_scores.load_scorer", lambda name: scorer)
+    monkeypatch.setattr("trl_diffusion_sdpo.tools.rewards.load_scorer", lambda name: scorer)
     scores = SampleScores(["failing"], ["a cat"], torch.device("meta"))
     Image.new("RGB", (4, 4)).save(tmp_path / "image.png")
     scores.begin([tmp_path / "image.png"])

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm.auto import tqdm
 
 from ...data.images import ImageReader, UndecodableImageError
-from ...reporting.sample_images import call_options
+from ...models.generation import call_options
 from ...utils.files import file_facts, write_atomically
 from ..evaluation import Candidate
 from ..evaluation.images import (
