@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,7 @@ from ...data.data_report import evenly_spaced
 from ...utils.files import write_atomically
 from ..evaluation.report import template, thumbnail_url
 from ..rewards import Scorer
+from .manifest import pixel_hash
 from .picks import PICKS_FILE, PickLog
 
 SHEET = Path(__file__).parent / "sheet.html"
@@ -53,7 +53,8 @@ def check_pairs(
         raise ValueError("A stream cannot be checked. Load the data set without `streaming=True`.")
     source, origins = pairs.origins()
     prompts = source.prompts_of_rows(origins[:, 0])
-    counts, sizes = Counter(prompts), Counter[str]()
+    counts = Counter(prompts)
+    sizes = Counter[str]()
     agreed: list[float] = []
     seen: set[tuple[str, ...]] = set()
     compared = identical = repeated = contradictory = 0
@@ -66,9 +67,8 @@ def check_pairs(
         except UndecodableImageError:  # the file was deleted after `prepare_dataset` had read it
             continue
         prompt = prompts[pair]
-        first, second = (
-            hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest() for image in (winner, loser)
-        )
+        first = pixel_hash(winner)
+        second = pixel_hash(loser)
         compared += 1
         identical += first == second
         repeated += (prompt, first, second) in seen
