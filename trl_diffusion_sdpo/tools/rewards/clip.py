@@ -63,10 +63,10 @@ class CLIPScorer(BatchedScorer):
             raise ValueError(f"`preprocess` must be `crop` or `pad`, got {preprocess!r}.")
         network: Any = model
         if isinstance(model, str):
-            network = CLIPModel.from_pretrained(model, revision=revision, dtype=dtype)
+            network = CLIPModel.from_pretrained(model, revision=revision or "main", dtype=dtype)
         self.model = network.eval().requires_grad_(False).to(self.device, dtype)
         source: Any = model if processor is None else processor
-        source_revision = revision if processor is None else None
+        source_revision = "main" if revision is None or processor is not None else revision
         self.tokenizer = AutoTokenizer.from_pretrained(source, revision=source_revision)
         self.image_processor = CLIPImageProcessorPil.from_pretrained(source, revision=source_revision)
         self.scale = scale
@@ -141,8 +141,11 @@ def pickscore(model: str = "yuvalkirstain/PickScore_v1", processor: str = CLIP_H
     Source: https://huggingface.co/papers/2305.01569.
     """
     scorer = CLIPScorer("pickscore", model, processor, scale=None, **settings)
-    low, high = (scorer.logit_factor * cosine for cosine in (PICKSCORE_COSINES.low, PICKSCORE_COSINES.high))
-    scorer.score_scale = replace(scorer.score_scale, low=low, high=high, log_odds=1.0)
+    factor = scorer.logit_factor
+    low = PICKSCORE_COSINES.low
+    high = PICKSCORE_COSINES.high
+    assert low is not None and high is not None
+    scorer.score_scale = replace(scorer.score_scale, low=factor * low, high=factor * high, log_odds=1.0)
     return scorer
 
 
