@@ -117,7 +117,8 @@ def _evaluate(
         generate_images(candidate, listed.prompts, settings, folder, peers, base=candidates[0])
 
     # Score the images.
-    base, *others = models = [candidate.name for candidate in candidates]
+    models = [candidate.name for candidate in candidates]
+    base, *others = models
     looks = {name: _looks(folder, name, listed, settings, peers) for name in models}
     scores = {}
     for scorer in scorers:

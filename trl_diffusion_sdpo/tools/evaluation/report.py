@@ -158,7 +158,8 @@ def _scale_plots(evaluation: Evaluation, sweep: Sweep, scorer: str) -> list[dict
         if scale:
             one = results[name]
             rates[scale] = (one.rate, one.low, one.high)
-            low, high = (one.mean_change if end is None else end for end in (one.change_low, one.change_high))
+            low = one.mean_change if one.change_low is None else one.change_low
+            high = one.mean_change if one.change_high is None else one.change_high
             means[scale] = (base + one.mean_change, base + low, base + high)
     return [_curve(f"Win rate by {scorer}", rates, "{:.0%}"), _curve(f"Mean {scorer}", means, "{:.3g}")]
 
@@ -166,7 +167,10 @@ def _scale_plots(evaluation: Evaluation, sweep: Sweep, scorer: str) -> list[dict
 def _curve(title: str, points: dict[float, tuple[float, float, float]], number: str) -> dict[str, Any]:
     """Return a plot of values and their intervals against scales, as coordinates in the SVG drawing of the page.
     `points` maps each scale to a value and the ends of its interval. `number` is the format of the y axis's labels."""
-    left, right, top, bottom = 66, 338, 34, 180
+    left = 66
+    right = 338
+    top = 34
+    bottom = 180
     low = min(ends[1] for ends in points.values())
     high = max(ends[2] for ends in points.values())
     margin = (high - low) * 0.05 or 0.05

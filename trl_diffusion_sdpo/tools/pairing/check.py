@@ -57,7 +57,10 @@ def check_pairs(
     sizes = Counter[str]()
     agreed: list[float] = []
     seen: set[tuple[str, ...]] = set()
-    compared = identical = repeated = contradictory = 0
+    compared = 0
+    identical = 0
+    repeated = 0
+    contradictory = 0
     shown = []
     for pair in evenly_spaced(len(pairs), EXAMINED).tolist():
         try:

@@ -165,7 +165,8 @@ class BlindOrder:
         self._cells: dict[tuple[str, Any], dict[str, str]] = {}  # prompt and seed -> model -> image
         numbers: Counter[tuple[str, Any, str]] = Counter()  # images so far, by prompt, seed and model
         for image in images.values():
-            seed, model = image.facts.get("seed"), str(image.facts["model"])
+            seed = image.facts.get("seed")
+            model = str(image.facts["model"])
             number = numbers[image.prompt, seed, model]
             numbers[image.prompt, seed, model] += 1
             self._cells.setdefault((image.prompt, (seed, number)), {})[model] = image.name
@@ -214,7 +215,8 @@ class BlindOrder:
             if np.isfinite(scores).any():
                 rates[other] = win_rate(scores[0], scores[1])
         adjusted = holm([rate.p_value for rate in rates.values()])
-        sentences, numbers = [], []
+        sentences = []
+        numbers = []
         for (model, rate), p_value in zip(rates.items(), adjusted, strict=True):
             compared = Comparison(model, "your eye", rate, p_value)
             sentence = verdict_sentence(compared, base)

@@ -135,7 +135,9 @@ def score_pairs(
     scores = scores[is_scored]
     scales = [_with_range(scale_of(scorer), values[:, index]) for index, scorer in enumerate(scorers)]
     for index, scale in enumerate(scales):
-        wins, ties = (int(compare(*scores[:, :, index].T).sum()) for compare in (np.greater, np.equal))
+        chosen, rejected = scores[:, :, index].T
+        wins = int((chosen > rejected).sum())
+        ties = int((chosen == rejected).sum())
         lines.append(
             f"  {scale.scorer} prefers the chosen image in {wins / len(scores):.0%} of {len(scores)} pairs; {ties} ties"
         )
@@ -226,7 +228,8 @@ def _with_range(scale: ScoreScale, scores: np.ndarray) -> ScoreScale:
 
 def _columns(source: PairSource) -> tuple[PreferenceFormat, tuple[str, ...], tuple[str, ...], list[str]]:
     """Return the format of the rows, the names of prompt and mask columns to write, and the columns to copy."""
-    row_format, rows = source.tables[0].format, source.tables[0].dataset
+    row_format = source.tables[0].format
+    rows = source.tables[0].dataset
     prompts = BRANCH_PROMPTS if row_format.prompt_of_each_image else ("prompt",)
     masks = tuple(f"{side}_mask" for side in SIDES) if len(row_format.mask_columns) == 2 else ()
     read = {*row_format.image_columns, *row_format.prompt_columns, *(row_format.mask_columns if masks else ())}
