@@ -90,7 +90,7 @@ def pairs_from_images(
             f"`output_dir` must not be the folder of the images, got {source} for both. Use a new folder."
         )
     call_kwargs = {**(settings.call_kwargs or {}), **(model.call_kwargs or {})}
-    size = (call_kwargs.get("width"), call_kwargs.get("height"))
+    size = (call_kwargs.pop("width", None), call_kwargs.pop("height", None))
     if not all(side is None or (isinstance(side, int) and side > 0) for side in size):
         raise ValueError(f"`width` and `height` in `call_kwargs` must be whole numbers above 0, got {size}.")
     listed, left_out = read_manifest(source)
@@ -106,7 +106,7 @@ def pairs_from_images(
     job = _Losers(recipe, strength, model, source, listed, folder, settings)
     made = peers.first(job.made)
     share = [index for index in range(len(listed)) if index not in made][peers.index :: peers.count]
-    peers.gather_results(lambda: job.make(share) if share else None)
+    peers.gather_results(lambda: job.make(share, call_kwargs, size) if share else None)
 
     # Write the pairs.
     pairs = job.made()
@@ -142,13 +142,11 @@ class _Losers:
         """Return the indices of the images whose loser has been made."""
         return [index for index in range(len(self.listed)) if self.file("rejected", index).is_file()]
 
-    def make(self, indices: Sequence[int]) -> None:
+    def make(self, indices: Sequence[int], call_kwargs: dict[str, Any], size: tuple[int | None, int | None]) -> None:
         """Make the losers of these images. Images that cannot be used are left out."""
         family = load_candidate(self.model, self.settings)
         pipeline = quiet_copy(_drawing_pipeline(self.recipe, family.pipeline))
         accepted = inspect.signature(pipeline.__call__).parameters
-        call_kwargs = {**(self.settings.call_kwargs or {}), **(self.model.call_kwargs or {})}
-        size = (call_kwargs.pop("width", None), call_kwargs.pop("height", None))
         steps = call_kwargs.get("num_inference_steps")
         if steps is None and "num_inference_steps" in accepted:
             steps = accepted["num_inference_steps"].default
