@@ -38,7 +38,7 @@ from trl_diffusion_sdpo import (
 from trl_diffusion_sdpo.tools.demo.pipeline import base_pipeline_folder
 from trl_diffusion_sdpo.tools.demo.world import IMAGE_SIZE, captions
 from trl_diffusion_sdpo.tools.evaluation.images import ImageSettings
-from trl_diffusion_sdpo.tools.evaluation.prompts import distinct, read_prompts
+from trl_diffusion_sdpo.tools.evaluation.prompts import distinct_prompts, read_prompts
 from trl_diffusion_sdpo.tools.pairing.generate import Pairing, generate_pairs
 
 EMBEDDED_SCORER = "trl_diffusion_sdpo.tools.demo.oracle:oracle"
@@ -126,8 +126,12 @@ def main(argv=None):
     options = parse(argv)
     output = Path(options.output_dir)
     embedded = [caption.text for caption in captions()]
-    prompts = distinct(embedded[::2]) if options.prompts is None else read_prompts(options.prompts)
-    test_prompts = distinct(embedded[1::2]) if options.test_prompts is None else read_prompts(options.test_prompts)
+    prompts = distinct_prompts(embedded[::2])
+    test_prompts = distinct_prompts(embedded[1::2])
+    if options.prompts is not None:
+        prompts = read_prompts(options.prompts)
+    if options.test_prompts is not None:
+        test_prompts = read_prompts(options.test_prompts)
     base = options.model_name_or_path or str(base_pipeline_folder())
     scorers = [load_scorer(name) for name in options.scorers]
     judges = [load_scorer(name) for name in options.judges] if options.judges else scorers

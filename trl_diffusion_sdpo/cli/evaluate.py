@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 # Settings with which the Diffusion-SDPO authors generate images. In their code, guidance scale 0 means no guidance. In
 # diffusers, scale 1 means no guidance, so their scale 7.5 is scale 8.5 in diffusers.
 AUTHORS = {"num_inference_steps": 50, "guidance_scale": 8.5}
-LAYOUTS = ("geneval", "dpg", "t2i-compbench", "hpsv2")
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -63,12 +62,6 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "SDXL's empty negative prompt encoded, networks in bfloat16 (or `--dtype`) and the VAE in float32."
     )
     add("--protocol", choices=["authors"], help=protocol)
-    add(
-        "--layout",
-        choices=LAYOUTS,
-        help="Also save the images in the folders and file names that this benchmark expects. `--prompts` must then be "
-        "the benchmark's prompt file.",
-    )
     add_image_options(parser, prompt_split="test", is_prompts_required=True)
     parser.set_defaults(dtype=None)
     output = "Folder for images, scores, results.json and report.html."
@@ -90,7 +83,7 @@ def run(arguments: list[str], prog: str) -> int:
     prompts = listed_prompts(options)
     settings = _image_settings(options, options.device or str(state.device))
     scorers = load_scorers(options.scorers, options.scorer_settings)
-    evaluation = evaluate_models(candidates, prompts, scorers, options.output_dir, settings, options.layout)
+    evaluation = evaluate_models(candidates, prompts, scorers, options.output_dir, settings)
     if state.is_main_process:
         for comparison in evaluation.comparisons:
             print(verdict_sentence(comparison, evaluation.models[0]))
@@ -100,8 +93,6 @@ def run(arguments: list[str], prog: str) -> int:
         for note in evaluation.notes:
             print(note)
         print(f"The report is in {options.output_dir}/{REPORT_FILE}.")
-        if options.layout:
-            print(f"The images for the benchmark {options.layout} are in {options.output_dir}/{options.layout}.")
     finish(state)
     return EXIT_OK
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +19,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..engines.engine_settings import training_autocast
 from ..engines.processes import in_any_process
 from ..engines.sharding import DenoiserView
-from ..families import Family
 from ..models.frozen_components import FrozenComponents
+from ..models.generation import cast_floats, draw_images, in_own_precision, noise_generator, quiet_copy
 from ..saving.setup import output_folder
 from ..step.pair_forward import eval_mode
-from ..utils.hints import did_you_mean
 from ..utils.identity import describe_component, short_hash
 from ..utils.secrets import without_secrets
 from .sample_scores import SampleScores
@@ -33,35 +30,6 @@ from .tracked_images import TrackedImages
 
 SAMPLES_FOLDER = "samples"
 INFERENCE_STEPS = 30  # default number of steps
-_SET_HERE = ("prompt", "generator", "latents", "num_images_per_prompt", "output_type", "return_dict")
-
-
-def call_options(family: Family, options: dict[str, Any], setting: str = "sample_kwargs") -> dict[str, Any]:
-    """Return the arguments with which to call the pipeline for sample images, except prompt and random generator.
-
-    Args:
-        options (`dict`): Arguments that the user passed.
-        setting (`str`): Name of the setting that contains `options`, for the error message.
-
-    Raises:
-        `ValueError`: If the pipeline cannot be called with one of the options, an option is set by the caller, such as
-            the prompt, or there are no steps or pixels.
-    """
-    guidance = family.generation_kwargs(options.get("guidance_scale"))
-    others = {name: value for name, value in options.items() if name != "guidance_scale"}
-    accepted = inspect.signature(family.pipeline.__call__).parameters
-    unknown = [name for name in others if name not in accepted]
-    own = [name for name in _SET_HERE if name in others]
-    if own:
-        raise ValueError(f"`{setting}` must leave out {', '.join(_SET_HERE)}, which are set here; got {own[0]!r}.")
-    for name in ("num_inference_steps", "height", "width"):
-        value = others.get(name)
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"`{name}` in `{setting}` must be a whole number, 1 or more; got {value!r}.")
-    if unknown:
-        near = did_you_mean(unknown[0], accepted)
-        raise ValueError(f"`{setting}` takes arguments of {type(family.pipeline).__name__}; got {unknown[0]!r}.{near}")
-    return {**guidance, **others}
 
 
 @dataclass(frozen=True)
@@ -118,18 +86,26 @@ class SampleImagesCallback(TrainerCallback):
         log: Callable[[dict[str, float]], None] = lambda metrics: None,
         at_evaluations: bool = False,
     ):
-        self.scores, self._log, self._at_evaluations = scores, log, at_evaluations
-        self.pipeline, self.denoiser_name, self.every_process = pipeline, denoiser_name, every_process
-        self._frozen, self._images = frozen, images or TrackedImages(())
-        self._untracked: int | None = None  # step of images that are not yet sent to trackers
-        self.prompts, self.every_n_steps, self.seed = list(prompts), every_n_steps, seed
+        self.pipeline = pipeline
+        self.prompts = list(prompts)
         self.sources = list(sources)
+        self.every_n_steps = every_n_steps
+        self.seed = seed
         self.call_kwargs = {**(call_options or {})}
+        self.denoiser_name = denoiser_name
+        self.every_process = every_process
+        self.scores = scores
+        self._frozen = frozen
+        self._images = images or TrackedImages(())
+        self._log = log
+        self._at_evaluations = at_evaluations
+        self._untracked: int | None = None  # step of images that are not yet sent to trackers
         self._settings = short_hash([self.call_kwargs, describe_component(pipeline.scheduler)])
         self.last_step: int | None = None  # step of the newest images; `None` before the first
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self.last_step = self._untracked = None
+        self.last_step = None
+        self._untracked = None
         if self.scores is not None:
             self.scores.step = None
         self._generate_once(args, state, state.global_step, kwargs.get("model"))
@@ -281,9 +257,7 @@ class SampleImagesCallback(TrainerCallback):
         self, autocast: contextlib.AbstractContextManager, through: nn.Module | None
     ) -> Iterator[DiffusionPipeline]:
         """Yield a copy of the pipeline. Calls of this copy do not affect training."""
-        pipeline = copy.copy(self.pipeline)  # the copy shares the networks, not the scheduler and progress bar
-        pipeline.scheduler = copy.deepcopy(self.pipeline.scheduler)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = quiet_copy(self.pipeline)
         if "safety_checker" in pipeline.components:
             pipeline.safety_checker = None  # the checker is not on the device, and would turn images black
         networks = [network for network in pipeline.components.values() if isinstance(network, nn.Module)]
@@ -295,10 +269,9 @@ class SampleImagesCallback(TrainerCallback):
                 yield pipeline
 
     def _generate_one(self, pipeline: DiffusionPipeline, index: int) -> Image.Image:
-        generator = torch.Generator().manual_seed(self.seed + index)  # CPU noise does not depend on the device
-        options = {"image": self.sources[index], **self.call_kwargs} if self.sources else self.call_kwargs
-        image = pipeline(prompt=self.prompts[index], generator=generator, return_dict=False, **options)[0][0]
-        return image[0] if isinstance(image, list) else image  # of a video, show the first frame
+        source = {"image": self.sources[index]} if self.sources else {}
+        options = {**source, **self.call_kwargs}
+        return draw_images(pipeline, self.prompts[index], noise_generator(self.seed + index), **options)[0]
 
 
 def final_step(args: TrainingArguments, state: TrainerState) -> int | None:
@@ -327,22 +300,6 @@ def _notes(file: Path) -> dict[str, str]:
         return {}
 
 
-@contextlib.contextmanager
-def in_own_precision(vae: Any) -> Iterator[None]:
-    """Cast inputs of the VAE to the VAE's dtype, because some pipelines pass latents in the denoiser's dtype. Hooks on
-    the VAE's submodules do this, because pipelines call `vae.decode` and not the VAE itself."""
-
-    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _cast(inputs, vae.dtype)
-
-    handles = [module.register_forward_pre_hook(enter) for module in vae.children()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 class _InTrainingPrecision(DenoiserView):
     """Denoiser that runs under autocast. Inputs are cast to the denoiser's dtype, and outputs are cast back to the
     inputs' dtype, because the frozen components may have another precision."""
@@ -354,20 +311,8 @@ class _InTrainingPrecision(DenoiserView):
     def forward(self, *args: Any, **inputs: Any) -> Any:
         dtype = next(value.dtype for value in (*args, *inputs.values()) if isinstance(value, torch.Tensor))
         with self._autocast:
-            output = super().forward(*_cast(args, self.dtype), **_cast(inputs, self.dtype))
-        return _cast(output, dtype)
-
-
-def _cast(values: Any, dtype: torch.dtype) -> Any:
-    """Cast floating-point tensors in tuples and dictionaries. Tensors of at most one dimension are timesteps, which are
-    not cast because they would be rounded."""
-    if isinstance(values, torch.Tensor):
-        return values.to(dtype) if values.is_floating_point() and values.ndim > 1 else values
-    if type(values) is tuple:
-        return tuple(_cast(value, dtype) for value in values)
-    if type(values) is dict:
-        return {key: _cast(value, dtype) for key, value in values.items()}
-    return values
+            output = super().forward(*cast_floats(args, self.dtype), **cast_floats(inputs, self.dtype))
+        return cast_floats(output, dtype)
 
 
 def _restored_random_state(device: torch.device) -> contextlib.AbstractContextManager:

@@ -16,9 +16,10 @@ from ..data.streaming import PreferenceIterableDataset
 from ..engines.engine_settings import by_engine
 from ..engines.processes import peers
 from ..models.frozen_components import FrozenComponents
+from ..models.generation import call_options
 from ..reporting.console import ShortLogCallback
 from ..reporting.run_callbacks import NoiseBinPlotCallback, RunReportCallback, VerdictCallback
-from ..reporting.sample_images import INFERENCE_STEPS, SampleImagesCallback, call_options
+from ..reporting.sample_images import INFERENCE_STEPS, SampleImagesCallback
 from ..reporting.sample_scores import SampleScores
 from ..reporting.tracked_images import TrackedImages
 from ..reporting.verdict import RunFacts

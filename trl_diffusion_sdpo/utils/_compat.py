@@ -10,9 +10,6 @@ from typing import Any
 import datasets
 import torch
 import transformers
-
-# Tells whether a column of a data set has images or other media.
-from datasets.features.features import require_decoding
 from diffusers import DiffusionPipeline, ModelMixin
 
 # `LoraBaseMixin` is the base class of all pipelines with `load_lora_weights` and `save_lora_weights`.
@@ -67,7 +64,6 @@ __all__ = [  # re-exported
     "numpy_safe_globals",
     "pattern_key",
     "repo_folder_name",
-    "require_decoding",
     "tree_leaves",
 ]
 

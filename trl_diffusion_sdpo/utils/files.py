@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 VERDICT_FILE = "verdict.json"  # in the folder of a run
+MANIFEST_FILE = "manifest.jsonl"  # in a folder of images
 NEW_FILES = "_new"  # folder of files that [`replacing`] has not moved yet; the underscore excludes it from uploads
 
 

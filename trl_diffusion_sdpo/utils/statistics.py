@@ -86,7 +86,10 @@ def win_rate(scores: np.ndarray, base: np.ndarray) -> WinRate:
     rates = np.nanmean(wins[usable], axis=1)  # (prompts,)
     changes = np.nanmean(difference[usable], axis=1)
     low, high = rate_interval(rates)
-    change_low, change_high = (None, None) if len(changes) < 2 else mean_interval(changes)
+    change_low = None
+    change_high = None
+    if len(changes) > 1:
+        change_low, change_high = mean_interval(changes)
     return WinRate(
         rate=float(rates.mean()),
         low=low,

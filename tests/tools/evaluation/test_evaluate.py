@@ -26,22 +26,23 @@ from trl_diffusion_sdpo.cli.evaluate import _image_settings, make_parser
 from trl_diffusion_sdpo.cli.images import candidate_of
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.tools.evaluation import evaluate
-from trl_diffusion_sdpo.tools.evaluation.evaluate import MANIFEST_FILE, RESULTS_FILE, Evaluation
+from trl_diffusion_sdpo.tools.evaluation.evaluate import RESULTS_FILE
 from trl_diffusion_sdpo.tools.evaluation.images import (
     ImageSettings,
-    check_settings,
     diversity,
     facts_of,
     generate_images,
     image_path,
     load_candidate,
+    record_settings,
     saturation,
 )
 from trl_diffusion_sdpo.tools.evaluation.prompts import PromptList
 from trl_diffusion_sdpo.tools.evaluation.report import _examples, _url_of_file
+from trl_diffusion_sdpo.tools.evaluation.results import Evaluation
 from trl_diffusion_sdpo.tools.rewards import FunctionScorer
 from trl_diffusion_sdpo.tools.rewards.vlm_server import VLMServerJudge
-from trl_diffusion_sdpo.utils.files import write_atomically
+from trl_diffusion_sdpo.utils.files import MANIFEST_FILE, write_atomically
 
 PROMPTS = ["a red circle", "two squares", "a tree", "a cat <b>&", "a dog", "the sea"]
 SERVER = {"url": "http://127.0.0.1:9/v1", "model": "model"}  # nothing listens there
@@ -193,9 +194,9 @@ def test_the_authors_draw_with_euler_and_the_encoded_empty_prompt(kind, folder, 
     folder = request.getfixturevalue(folder)
     ours = settings(protocol="authors", seeds=(0,), noise="shared", call_kwargs={**CALL, "guidance_scale": 8.5})
     pipeline = getattr(diffusers, kind).from_pretrained(folder)
-    before = type(pipeline.scheduler)
+    before = (pipeline.scheduler, dict(pipeline.config))
     generate_images(Candidate("loaded", pipeline), PROMPTS[:1], ours, tmp_path)
-    assert type(pipeline.scheduler) is before  # it is given back
+    assert (pipeline.scheduler, dict(pipeline.config)) == before  # a copy has drawn
     generate_images(Candidate("folder", folder), PROMPTS[:1], ours, tmp_path)
     pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
     if kind.endswith("XLPipeline"):
@@ -276,7 +277,7 @@ def test_other_settings_in_the_same_folder_are_refused(evaluated):
 def remembered(folder, candidate, base=None, **overrides):
     """Record what the images of a candidate depend on, as if they were generated or used again."""
     target = folder / "images" / candidate.name
-    check_settings(target, facts_of(candidate, base, PROMPTS, settings(**overrides)))
+    record_settings(target, facts_of(candidate, base, PROMPTS, settings(**overrides)))
     Image.new("RGB", (8, 8)).save(target / "00000-0.png")
 
 
@@ -463,6 +464,15 @@ def test_wrong_names_and_prompts_are_refused(names, prompts, scorers, match, tmp
     with pytest.raises(ValueError, match=match):
         functions = [FunctionScorer(name, redness) for name in scorers]
         evaluate_models([Candidate(name, "model") for name in names], prompts, functions, tmp_path)
+
+
+def test_without_scorers_the_report_shows_images_and_no_win_rates(sd_folder, tmp_path):
+    settings = ImageSettings(call_kwargs={"num_inference_steps": 1, "guidance_scale": 1.0})
+    models = [Candidate("base", sd_folder), Candidate("same", sd_folder)]
+    evaluate_models(models, ["a bench", "a tree"], [], tmp_path, settings)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<figure>") == 4 and "Win rates" not in page
+    assert "Win rate" not in (tmp_path / "report.md").read_text().split("A scorer is")[0]
 
 
 def test_looks_by_hand():

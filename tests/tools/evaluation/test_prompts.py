@@ -4,7 +4,6 @@ import pytest
 from datasets import Dataset, Features, List
 from datasets import Image as Feature
 
-from trl_diffusion_sdpo.tools.evaluation.layouts import LAYOUTS
 from trl_diffusion_sdpo.tools.evaluation.prompts import read_prompts
 
 EXPECTED = ("a red circle", 'two "blue" squares', "ein grüner Baum")
@@ -62,28 +61,21 @@ def test_only_a_newline_ends_a_prompt(name, content, tmp_path):
     assert (listed.prompts, listed.empty) == (("a\u2028b", "c"), 0)
 
 
-def test_the_first_prompts_keep_their_rows(tmp_path):
+def test_a_limit_keeps_the_first_prompts(tmp_path):
     (tmp_path / "a.txt").write_text("a\n\nb\na\nc")
-    listed = read_prompts(tmp_path / "a.txt").first(2)
-    assert (listed.prompts, listed.rows, listed.name) == (("a", "b"), ((0, "a"), (1, "b"), (0, "a")), "a")
-
-
-def test_rows_after_another_prompt_are_left_out_so_that_their_numbers_stay(tmp_path):
-    (tmp_path / "anime.json").write_text(json.dumps(["a", "b", "c", "a"]))
-    listed = read_prompts(tmp_path / "anime.json").first(2)
-    assert LAYOUTS["hpsv2"](listed, (0,)) == {"anime/00000.jpg": [(0, 0)], "anime/00001.jpg": [(1, 0)]}
+    assert read_prompts(tmp_path / "a.txt").first(2).prompts == ("a", "b")
+    with pytest.raises(ValueError, match="limit of 0"):
+        read_prompts(tmp_path / "a.txt").first(0)
 
 
 def test_images_of_a_data_set_are_not_read(tmp_path):
     """The images cannot be decoded, so reading one would fail."""
-    columns = {"prompt": ["x", "y"], "style": ["photo", "anime"], "jpg_0": [b"0", b"1"]}
+    columns = {"prompt": ["x", "y"], "jpg_0": [b"0", b"1"]}
     broken = {"path": None, "bytes": b"no image"}
     data = Dataset.from_dict({**columns, "image": [broken] * 2, "images": [[broken]] * 2})
     features = {**data.features, "image": Feature(), "images": List(Feature())}
     data.cast(Features(features)).to_parquet(tmp_path / "test.parquet")
-    listed = read_prompts(tmp_path)
-    assert listed.prompts == ("x", "y")
-    assert [row for _, row in listed.rows] == [{"prompt": "x", "style": "photo"}, {"prompt": "y", "style": "anime"}]
+    assert read_prompts(tmp_path).prompts == ("x", "y")
 
 
 @pytest.mark.parametrize(

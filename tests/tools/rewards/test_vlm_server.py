@@ -7,6 +7,7 @@ import json
 import math
 import threading
 import time
+import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -72,6 +73,24 @@ def test_the_mean_of_the_scores_is_mapped_to_0_and_1(server, monkeypatch):
     path, headers, body = server.requests[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer a-secret-key"
     assert body["model"] == "org/model" and body["temperature"] == 0
+
+
+def test_without_a_key_no_other_token_is_sent(server, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "the-token-of-the-hub")
+    VLMServerScorer(server.url, "model")(IMAGES[:1], PROMPTS[:1])
+    _, headers, body = server.requests[0]
+    assert "the-token-of-the-hub" not in f"{headers} {body}"
+
+
+def test_an_answer_is_read_to_a_limit(server):
+    server.answer = lambda body: b" " * 50_000_000
+    with pytest.raises(VLMServerError, match="format"):
+        tracemalloc.start()
+        VLMServerScorer(server.url, "model")(IMAGES[:1], PROMPTS[:1])
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 80_000_000  # the server's answer itself, and little more
 
 
 def test_unreadable_answers_are_missing_and_too_many_are_an_error(server):

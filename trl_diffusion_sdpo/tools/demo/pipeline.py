@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+from ...models.generation import draw_images, quiet_copy
 from .world import BACKGROUNDS, IMAGE_SIZE, SHAPES, captions
 
 LATENT_SHAPE = (4, 8, 8)
@@ -56,24 +57,21 @@ def generate_images(
     Returns:
         `np.ndarray` of shape `(N, 32, 32, 3)`, uint8.
     """
-    parts = {**pipeline.components, "scheduler": DDIMScheduler.from_config(pipeline.scheduler.config)}
-    sampler = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    sampler.set_progress_bar_config(disable=True)
+    sampler = quiet_copy(pipeline, DDIMScheduler.from_config(pipeline.scheduler.config))
     latents = latents.to(pipeline.device, pipeline.unet.dtype)
+    images: list[Any] = []
     with context(sampler):
-        images = [
-            sampler(
+        for start in range(0, len(prompts), _CHUNK):
+            images += draw_images(
+                sampler,
                 list(prompts[start : start + _CHUNK]),
+                latents=latents[start : start + _CHUNK],
                 height=IMAGE_SIZE,
                 width=IMAGE_SIZE,
-                latents=latents[start : start + _CHUNK],
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
-                output_type="np",
-            ).images
-            for start in range(0, len(prompts), _CHUNK)
-        ]
-    return np.rint(255 * np.concatenate(images)).astype(np.uint8)
+            )
+    return np.stack([np.asarray(image) for image in images])
 
 
 def score_prompts(n_per_prompt: int = 3) -> list[str]:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ...utils.statistics import holm, win_rate
-from ..evaluation.evaluate import Comparison
 from ..evaluation.report import verdict_sentence
+from ..evaluation.results import Comparison
 from .methods import GUIDED_FROM, GUIDED_METHOD, Method
 from .oracle import oracle
 from .pipeline import reported_captions

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ...utils.disk import naming_the_disk
-from ...utils.files import json_lines, write_atomically
+from ...utils.files import MANIFEST_FILE, json_lines, write_atomically
 from ...utils.processes import Peers
-from ...utils.statistics import WinRate, agreement, holm, win_rate
+from ...utils.statistics import agreement, holm, win_rate
 from ..rewards import Scorer
 from ..rewards.scorer import file_name, on_device, saved_scores
 from ..rewards.vlm_server import VLMServerJudge
@@ -33,61 +33,13 @@ from .images import (
     peers_of_this_run,
     saturation,
 )
-from .layouts import LAYOUTS, Files, write_layout
-from .prompts import PromptList, distinct
+from .prompts import PromptList, distinct_prompts
 from .report import write_report
-from .scales import Sweep, recommend_in_cards, sweeps_of
+from .results import Comparison, Evaluation
+from .scales import recommend_in_cards, sweeps_of
 
 RESULTS_FILE = "results.json"
-MANIFEST_FILE = "manifest.jsonl"
 _SCORED_AT_ONCE = 64  # number of images that a process scores before scores are saved
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The comparison of one model with the base model by one scorer.
-
-    `adjusted` is the p-value of `result` after Holm's correction for all comparisons of the evaluation.
-    """
-
-    model: str
-    scorer: str
-    result: WinRate
-    adjusted: float
-
-    @property
-    def verdict(self) -> str:
-        return self.result.verdict(self.adjusted)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The result of an evaluation.
-
-    Args:
-        prompts (`PromptList`): The prompts.
-        seeds (`tuple[int, ...]`): The seeds. Each prompt has one image per model and seed.
-        models (`tuple[str, ...]`): Names of the models. The first is the base model.
-        scores (`dict[str, dict[str, np.ndarray]]`): Scorer -> model -> scores `(prompts, seeds)`. The score is NaN for
-            an image without a score.
-        comparisons (`tuple[Comparison, ...]`): For each scorer, one comparison of each other model with the base model.
-        agreement (`dict[str, dict[str, float]]`): Model -> names of two scorers -> share of prompts on which the two
-            scorers agree whether this model or the base model is better.
-        looks (`dict[str, dict[str, float]]`): Model -> `saturation`, `diversity` and number of `black` images. Black
-            images were probably hidden by a safety checker.
-        notes (`tuple[str, ...]`): Warnings for the reader, for example about skipped prompts.
-        sweeps (`tuple[Sweep, ...]`): One entry for each model that was evaluated at several scales.
-    """
-
-    prompts: PromptList
-    seeds: tuple[int, ...]
-    models: tuple[str, ...]
-    scores: dict[str, dict[str, np.ndarray]]
-    comparisons: tuple[Comparison, ...]
-    agreement: dict[str, dict[str, float]]
-    looks: dict[str, dict[str, float]]
-    notes: tuple[str, ...]
-    sweeps: tuple[Sweep, ...]
 
 
 def evaluate_models(
@@ -96,7 +48,6 @@ def evaluate_models(
     scorers: Sequence[Scorer],
     output_dir: str | Path,
     settings: ImageSettings | None = None,
-    layout: str | None = None,
 ) -> Evaluation:
     """Generate images with all models, score the images, and compare each model with the first model.
 
@@ -111,16 +62,13 @@ def evaluate_models(
             moved to the device of `settings` while it scores. Without scorers, the report only shows images.
         output_dir (`str` or `Path`): Folder for images, scores, `results.json` and `report.html`.
         settings (`ImageSettings`, *optional*): Seeds, initial noise and arguments of the pipelines.
-        layout (`str`, *optional*): `"geneval"`, `"dpg"`, `"t2i-compbench"` or `"hpsv2"`. Also save the images
-            in a folder of this name, with the file names that this benchmark expects.
 
     Returns:
         `Evaluation`: The result, in every process.
 
     Raises:
         `ValueError`: If there are no models, two models or scorers have the same name, the folder has images that were
-            generated with other settings, `output_dir` cannot be a folder, or the prompts lack information that
-            `layout` needs.
+            generated with other settings, or `output_dir` cannot be a folder.
 
     Example:
 
@@ -141,14 +89,11 @@ def evaluate_models(
         raise ValueError(
             f"`prompts` must be a list, got {prompts!r}. If this is a file, pass `read_prompts({prompts!r})`."
         )
-    listed = prompts if isinstance(prompts, PromptList) else distinct(prompts)
+    listed = prompts if isinstance(prompts, PromptList) else distinct_prompts(prompts)
     if not candidates:
         raise ValueError("An evaluation needs one or more models, but the list of models is empty. Pass `candidates`.")
     _check_names("models", [candidate.name for candidate in candidates])
     _check_names("scorers", [file_name(scorer.name) for scorer in scorers])
-    if layout is not None and layout not in LAYOUTS:
-        raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
-    files = {} if layout is None else LAYOUTS[layout](listed, settings.seeds)
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +102,7 @@ def evaluate_models(
             f"`output_dir` must be a folder that can be written, got {folder}: {error.strerror}. Use another folder."
         ) from error
     with naming_the_disk(folder):
-        return _evaluate(candidates, listed, scorers, folder, settings, layout, files)
+        return _evaluate(candidates, listed, scorers, folder, settings)
 
 
 def _evaluate(
@@ -166,15 +111,14 @@ def _evaluate(
     scorers: Sequence[Scorer],
     folder: Path,
     settings: ImageSettings,
-    layout: str | None,
-    files: Files,
 ) -> Evaluation:
     peers = peers_of_this_run()
     for candidate in candidates:
         generate_images(candidate, listed.prompts, settings, folder, peers, base=candidates[0])
 
     # Score the images.
-    base, *others = models = [candidate.name for candidate in candidates]
+    models = [candidate.name for candidate in candidates]
+    base, *others = models
     looks = {name: _looks(folder, name, listed, settings, peers) for name in models}
     scores = {}
     for scorer in scorers:
@@ -217,8 +161,6 @@ def _evaluate(
     )
     peers.first(lambda: _write(folder, evaluation, settings))
     peers.first(lambda: recommend_in_cards(evaluation.sweeps, candidates, settings.call_kwargs))
-    if layout is not None:
-        peers.first(lambda: write_layout(folder, layout, evaluation.models, files))
     return evaluation
 
 

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,9 +27,9 @@ from ...engines.processes import gather_objects
 from ...families import Family
 from ...families.base import refuse_sources
 from ...models.adapters import active_adapter
+from ...models.generation import call_options, draw_images, in_own_precision, noise_generator, quiet_copy
 from ...models.loading import load_model
 from ...models.text_checks import hide_truncation_warnings, note_on_long_prompts
-from ...reporting.sample_images import call_options, in_own_precision
 from ...saving.starting_point import INDEX_FILE, attach_adapter, starting_point
 from ...utils.files import write_atomically
 from ...utils.identity import (
@@ -105,9 +105,8 @@ class ImageSettings:
         return int.from_bytes(hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()[:4], "big")
 
     def generator(self, prompt: str, seed: int) -> torch.Generator:
-        """Return the random generator for an image's initial noise. The generator is on the CPU, so that the noise does
-        not depend on the device."""
-        return torch.Generator("cpu").manual_seed(self.noise_seed(prompt, seed))
+        """Return the random generator for an image's initial noise."""
+        return noise_generator(self.noise_seed(prompt, seed))
 
 
 def peers_of_this_run() -> Peers:
@@ -148,7 +147,7 @@ def generate_images(
             model cannot be loaded.
     """
     target = folder / "images" / candidate.name
-    peers.first(lambda: check_settings(target, facts_of(candidate, base, prompts, settings)))
+    peers.first(lambda: record_settings(target, facts_of(candidate, base, prompts, settings)))
     rows = [(index, seed) for index in range(len(prompts)) for seed in settings.seeds]
     batches = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
     missing = peers.first(
@@ -170,8 +169,9 @@ def _generate(
 ) -> None:
     family = load_candidate(candidate, settings)
     refuse_sources(family, "Evaluation")
-    pipeline = family.pipeline
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = quiet_copy(family.pipeline)
+    if settings.protocol is not None:
+        _draw_as_the_authors(pipeline)
     needs_base = candidate.scale is not None and active_adapter(family.denoiser) is None
     if needs_base and (base is None or base is candidate):
         raise ValueError(
@@ -186,13 +186,13 @@ def _generate(
     if note:
         logger.warning("%s: %s", candidate.name, note)
     bar = tqdm(total=sum(map(len, batches)), desc=candidate.name, unit="image")
-    drawn = contextlib.nullcontext() if settings.protocol is None else _as_the_authors(pipeline)
-    with bar, drawn, scaled(candidate, pipeline, family.denoiser, reference):
+    vae_precision = contextlib.nullcontext() if settings.protocol is None else in_own_precision(pipeline.vae)
+    with bar, vae_precision, scaled(candidate, pipeline, family.denoiser, reference):
         for batch in batches:
             texts = [prompts[index] for index, _ in batch]
             generators = [settings.generator(text, seed) for text, (_, seed) in zip(texts, batch, strict=True)]
             try:
-                images = pipeline(prompt=texts, generator=generators, **options).images
+                images = draw_images(pipeline, texts, generators, **options)
             except (TypeError, ValueError, ArithmeticError, LookupError) as error:
                 raise ValueError(
                     f"The {type(pipeline).__name__} of {candidate.name} cannot draw with the `call_kwargs` "
@@ -221,29 +221,20 @@ def load_candidate(candidate: Candidate, settings: ImageSettings) -> Family:
     return family
 
 
-@contextlib.contextmanager
-def _as_the_authors(pipeline: Any) -> Iterator[None]:
-    """Within this context, a pipeline takes Euler steps, encodes SDXL's empty negative prompt, and runs its VAE in the
-    VAE's own dtype. Schedulers that cannot be replaced by Euler's, such as those of flow matching, stay."""
+def _draw_as_the_authors(pipeline: Any) -> None:
+    """Give a pipeline Euler steps, and let it encode SDXL's empty negative prompt. Schedulers that Euler's cannot
+    replace, such as those of flow matching, stay."""
     scheduler = pipeline.scheduler
-    zeros = pipeline.config.get("force_zeros_for_empty_prompt")
     if EulerDiscreteScheduler in scheduler.compatibles:
         pipeline.scheduler = EulerDiscreteScheduler.from_config(scheduler.config)
-    if zeros:
+    if pipeline.config.get("force_zeros_for_empty_prompt"):
         pipeline.register_to_config(force_zeros_for_empty_prompt=False)
-    try:
-        with in_own_precision(pipeline.vae):
-            yield
-    finally:
-        pipeline.scheduler = scheduler
-        if zeros:
-            pipeline.register_to_config(force_zeros_for_empty_prompt=True)
 
 
 def facts_of(
     candidate: Candidate, base: Candidate | None, prompts: Sequence[str], settings: ImageSettings
 ) -> dict[str, Any]:
-    """Return everything on which a model's images depend. [`check_settings`] compares these values with the values of
+    """Return everything on which a model's images depend. [`record_settings`] compares these values with the values of
     earlier images in the folder."""
     files, has_lora = _described(candidate)
     base_files = None
@@ -291,7 +282,7 @@ def _described_source(source: str, **where: Any) -> dict[str, Any]:
     return describe_source(source, **where)
 
 
-def check_settings(target: Path, facts: dict[str, Any]) -> None:
+def record_settings(target: Path, facts: dict[str, Any]) -> None:
     """Write the settings of a model's images into the folder. Raise `ValueError` if images already in the folder were
     generated with other settings."""
     path = target / SETTINGS_FILE

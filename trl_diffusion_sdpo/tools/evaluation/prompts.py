@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,20 +21,14 @@ class PromptList:
         prompts (`tuple[str, ...]`): The prompts.
         empty (`int`): Number of empty prompts that were skipped.
         duplicates (`int`): Number of repeated prompts that were skipped.
-        rows (`tuple[tuple[int, Any], ...]`): One row for each entry of the file whose prompt is not empty: the position
-            of the entry's prompt in `prompts`, and the entry itself. A repeated prompt has one row per repetition.
-        name (`str`): Name of the file without its extension, or Hub id of the dataset.
     """
 
     prompts: tuple[str, ...]
     empty: int = 0
     duplicates: int = 0
-    rows: tuple[tuple[int, Any], ...] = ()
-    name: str = ""
 
     def first(self, count: int) -> PromptList:
-        """Return a list with only the first `count` prompts. Its rows end before the first row of another prompt, so
-        that benchmarks which number the rows find the same numbers as in the whole file.
+        """Return a list with only the first `count` prompts.
 
         Raises:
             `ValueError`: If `count` is below 1.
@@ -44,8 +37,7 @@ class PromptList:
             raise ValueError(
                 f"An evaluation needs at least one prompt, got a limit of {count} prompts. Raise the limit."
             )
-        rows = tuple(itertools.takewhile(lambda row: row[0] < count, self.rows))
-        return replace(self, prompts=self.prompts[:count], rows=rows)
+        return replace(self, prompts=self.prompts[:count])
 
 
 def read_prompts(source: str | Path, *, column: str | None = None, split: str = "test") -> PromptList:
@@ -78,41 +70,24 @@ def read_prompts(source: str | Path, *, column: str | None = None, split: str = 
         import datasets
 
         loaded = datasets.load_dataset(str(source), split=split)
-        # Images would be decoded and held, and no layout needs them.
-        light = [name for name, kind in loaded.features.items() if not _is_heavy(kind)]
-        entries = loaded.select_columns(light)
-    entries = list(entries)
-    listed = distinct([_prompt(entry, column, source) for entry in entries], source, entries)
-    return replace(listed, name=path.stem)
+        # Other columns may have images, which would be decoded.
+        texts = (datasets.Value("string"), datasets.Value("large_string"))
+        entries = loaded.select_columns([name for name, kind in loaded.features.items() if kind in texts])
+    return distinct_prompts([_prompt(entry, column, source) for entry in entries], source)
 
 
-def _is_heavy(kind: Any) -> bool:
-    """Return whether a column of a data set has images, other media or bytes."""
-    from ...utils._compat import require_decoding
-
-    is_bytes = getattr(kind, "dtype", None) in ("binary", "large_binary")
-    return is_bytes or require_decoding(kind, ignore_decode_attribute=True)
-
-
-def distinct(prompts: Sequence[str], source: Any = "the list", entries: Sequence[Any] | None = None) -> PromptList:
+def distinct_prompts(prompts: Sequence[str], source: Any = "the list") -> PromptList:
     """Return the prompts without empty and repeated prompts, and the numbers of empty and repeated prompts.
-
-    Args:
-        entries (`Sequence`, *optional*): The entry of the file from which each prompt comes. If unset, the prompts
-            themselves become the entries.
 
     Raises:
         `ValueError`: If all prompts are empty.
     """
     stripped = [prompt.strip() for prompt in prompts]
     filled = [prompt for prompt in stripped if prompt]
-    position = {prompt: index for index, prompt in enumerate(dict.fromkeys(filled))}
-    if not position:
+    distinct = tuple(dict.fromkeys(filled))
+    if not distinct:
         raise ValueError(f"An evaluation needs at least one prompt, and {source} has none. Add prompts.")
-    rows = tuple(
-        (position[prompt], entry) for prompt, entry in zip(stripped, entries or prompts, strict=True) if prompt
-    )
-    return PromptList(tuple(position), len(stripped) - len(filled), len(filled) - len(position), rows)
+    return PromptList(distinct, len(stripped) - len(filled), len(filled) - len(distinct))
 
 
 def _prompt(entry: Any, column: str | None, source: Any) -> str:

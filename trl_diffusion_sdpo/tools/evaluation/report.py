@@ -7,7 +7,7 @@ import io
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -21,10 +21,8 @@ from ...saving.starting_point import run_of
 from ...utils.files import VERDICT_FILE, write_atomically
 from ...utils.statistics import BETTER, TOO_FEW, WORSE
 from .images import image_path, settings_path
-
-if TYPE_CHECKING:
-    from .evaluate import Comparison, Evaluation
-    from .scales import Sweep
+from .results import Comparison, Evaluation
+from .scales import Sweep
 
 REPORT_FILE = "report.html"
 MARKDOWN_FILE = "report.md"
@@ -160,7 +158,8 @@ def _scale_plots(evaluation: Evaluation, sweep: Sweep, scorer: str) -> list[dict
         if scale:
             one = results[name]
             rates[scale] = (one.rate, one.low, one.high)
-            low, high = (one.mean_change if end is None else end for end in (one.change_low, one.change_high))
+            low = one.mean_change if one.change_low is None else one.change_low
+            high = one.mean_change if one.change_high is None else one.change_high
             means[scale] = (base + one.mean_change, base + low, base + high)
     return [_curve(f"Win rate by {scorer}", rates, "{:.0%}"), _curve(f"Mean {scorer}", means, "{:.3g}")]
 
@@ -168,7 +167,10 @@ def _scale_plots(evaluation: Evaluation, sweep: Sweep, scorer: str) -> list[dict
 def _curve(title: str, points: dict[float, tuple[float, float, float]], number: str) -> dict[str, Any]:
     """Return a plot of values and their intervals against scales, as coordinates in the SVG drawing of the page.
     `points` maps each scale to a value and the ends of its interval. `number` is the format of the y axis's labels."""
-    left, right, top, bottom = 66, 338, 34, 180
+    left = 66
+    right = 338
+    top = 34
+    bottom = 180
     low = min(ends[1] for ends in points.values())
     high = max(ends[2] for ends in points.values())
     margin = (high - low) * 0.05 or 0.05
@@ -264,10 +266,10 @@ def _runs(folder: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
 
 def _url_of_file(path: Path) -> str:
     with Image.open(path) as image:
-        return data_url(image, SHOWN_SIDE)
+        return thumbnail_url(image, SHOWN_SIDE)
 
 
-def data_url(image: Image.Image, side: int) -> str:
+def thumbnail_url(image: Image.Image, side: int) -> str:
     """Return an image as a data URL for an HTML page. The image is shrunk to at most `side` pixels on each side."""
     shown = image.convert("RGB")
     shown.thumbnail((side, side))

@@ -144,10 +144,13 @@ def scaled(candidate: Candidate, pipeline: Any, denoiser: nn.Module, base: nn.Mo
     if candidate.scale is None:
         yield
     elif candidate.form == "guidance":
-        reference = None if is_lora else base
-        options: dict[str, Any] = {"reference": reference, "interval": candidate.interval}
-        # Few-step models are allowed, because an evaluation shows whether guidance improves them.
-        with preference_guidance(pipeline, candidate.scale, allow_distilled=True, **options):
+        with preference_guidance(
+            pipeline,
+            candidate.scale,
+            reference=None if is_lora else base,
+            interval=candidate.interval,
+            allow_distilled=True,  # an evaluation shows whether guidance improves models of few steps
+        ):
             yield
     elif is_lora:
         if any(config.use_dora for config in lora_configs(denoiser).values()):

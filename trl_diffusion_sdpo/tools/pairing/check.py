@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from pathlib import Path
@@ -13,8 +12,9 @@ from PIL import Image
 from ...data import PairOptions, PairTransform, PreferenceDataset, UndecodableImageError, prepare_dataset
 from ...data.data_report import evenly_spaced
 from ...utils.files import write_atomically
-from ..evaluation.report import data_url, template
+from ..evaluation.report import template, thumbnail_url
 from ..rewards import Scorer
+from .manifest import pixel_hash
 from .picks import PICKS_FILE, PickLog
 
 SHEET = Path(__file__).parent / "sheet.html"
@@ -53,10 +53,14 @@ def check_pairs(
         raise ValueError("A stream cannot be checked. Load the data set without `streaming=True`.")
     source, origins = pairs.origins()
     prompts = source.prompts_of_rows(origins[:, 0])
-    counts, sizes = Counter(prompts), Counter[str]()
+    counts = Counter(prompts)
+    sizes = Counter[str]()
     agreed: list[float] = []
     seen: set[tuple[str, ...]] = set()
-    compared = identical = repeated = contradictory = 0
+    compared = 0
+    identical = 0
+    repeated = 0
+    contradictory = 0
     shown = []
     for pair in evenly_spaced(len(pairs), EXAMINED).tolist():
         try:
@@ -66,9 +70,8 @@ def check_pairs(
         except UndecodableImageError:  # the file was deleted after `prepare_dataset` had read it
             continue
         prompt = prompts[pair]
-        first, second = (
-            hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest() for image in (winner, loser)
-        )
+        first = pixel_hash(winner)
+        second = pixel_hash(loser)
         compared += 1
         identical += first == second
         repeated += (prompt, first, second) in seen
@@ -80,7 +83,7 @@ def check_pairs(
             if math.isfinite(better - worse):
                 agreed.append(0.5 if better == worse else float(better > worse))
         if sheet is not None:
-            shown.append((prompt, *(data_url(image, SHOWN_SIDE) for image in (winner, loser))))
+            shown.append((prompt, *(thumbnail_url(image, SHOWN_SIDE) for image in (winner, loser))))
 
     lines = [
         str(pairs.report),

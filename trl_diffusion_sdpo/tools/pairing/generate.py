@@ -15,7 +15,7 @@ from ...utils.score_scale import SCALE_COLUMN, ScoreScale
 from ..evaluation import Candidate, evaluate_models
 from ..evaluation.evaluate import score_rows
 from ..evaluation.images import ImageSettings, generate_images, image_path, peers_of_this_run
-from ..evaluation.prompts import PromptList, distinct
+from ..evaluation.prompts import PromptList, distinct_prompts
 from ..rewards import Scorer
 from ..rewards.vlm_server import VLMServerJudge
 from .manifest import ListedImage, write_manifest
@@ -23,7 +23,6 @@ from .picks import PICKS_FILE
 from .publish import NEGATIVES_ADVICE, write_dataset
 
 Combination = Literal["weighted", "majority", "pareto"]
-SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -121,32 +120,31 @@ def generate_pairs(
             "names."
         )
     _refuse_picks(folder)
+
+    # Generate and score the images.
     evaluation = evaluate_models([model], prompts, scorers, folder, settings)
     if not scorers:
         return 0
-    scores = np.stack([evaluation.scores[scorer.name][model.name] for scorer in scorers])
+    scores = np.stack([evaluation.scores[scorer.name][model.name] for scorer in scorers])  # (K, prompts, seeds)
     weights = np.array([pairing.weights.get(scorer.name, 1.0) for scorer in scorers])
     rewards = combine(scores, weights, pairing.combination)
-    scale = asdict(scale_of_rewards(rewards, pairing.combination, names))
     judged = _judge_neighbours(judges[0], folder, model.name, evaluation.prompts, settings) if judges else None
+
+    # Pair the images of each prompt.
+    scale = asdict(scale_of_rewards(rewards, pairing.combination, names))
     rows = []
     for index, prompt in enumerate(evaluation.prompts.prompts):
         allowed = None if judged is None else judged[index]
-        for pair in _pairs(scores[:, index], rewards[index], allowed, pairing):
-            difference = scores[:, index, pair[0]] - scores[:, index, pair[1]]
-            seeds = {side: settings.seeds[image] for side, image in zip(SIDES, pair, strict=True)}
-            paths = {side: image_path(folder, model.name, index, seed) for side, seed in seeds.items()}
-            rows.append(
-                {
-                    "prompt": prompt,
-                    **{side: path.relative_to(folder).as_posix() for side, path in paths.items()},
-                    **{f"{side}_score": float(rewards[index, image]) for side, image in zip(SIDES, pair, strict=True)},
-                    SCALE_COLUMN: [scale],
-                    "agreement": float(np.mean((np.sign(difference) + 1) / 2)),
-                    **{f"{side}_seed": seed for side, seed in seeds.items()},
-                    **{f"{side}_noise_seed": settings.noise_seed(prompt, seed) for side, seed in seeds.items()},
-                }
-            )
+        for chosen, rejected in _pairs(scores[:, index], rewards[index], allowed, pairing):
+            difference = scores[:, index, chosen] - scores[:, index, rejected]
+            row: dict[str, Any] = {"prompt": prompt, "agreement": float(np.mean((np.sign(difference) + 1) / 2))}
+            for side, image in (("chosen", chosen), ("rejected", rejected)):
+                seed = settings.seeds[image]
+                row[side] = image_path(folder, model.name, index, seed).relative_to(folder).as_posix()
+                row[f"{side}_score"] = float(rewards[index, image])
+                row[f"{side}_seed"] = seed
+                row[f"{side}_noise_seed"] = settings.noise_seed(prompt, seed)
+            rows.append({**row, SCALE_COLUMN: [scale]})
     if not rows:
         raise ValueError(
             f"None of the {len(evaluation.prompts.prompts)} prompts has two images that can be paired. The rewards of "
@@ -201,24 +199,22 @@ def pairs_of_negatives(
         )
     folder = Path(output_dir)
     _refuse_picks(folder)
-    listed = prompts if isinstance(prompts, PromptList) else distinct(prompts)
-    sides = {
-        "chosen": replace(model, name="chosen"),
-        "rejected": replace(model, name="rejected", call_kwargs={**(model.call_kwargs or {}), **negative_kwargs}),
-    }
+    listed = prompts if isinstance(prompts, PromptList) else distinct_prompts(prompts)
+    worse = replace(model, name="rejected", call_kwargs={**(model.call_kwargs or {}), **negative_kwargs})
     peers = peers_of_this_run()
-    for candidate in sides.values():
+    for candidate in (replace(model, name="chosen"), worse):
         generate_images(candidate, listed.prompts, settings, folder, peers)
-    rows, images = [], []
+    rows = []
+    images = []
     for index, prompt in enumerate(listed.prompts):
         for seed in settings.seeds:
-            names = {side: image_path(folder, side, index, seed).relative_to(folder).as_posix() for side in sides}
-            drawn_from = settings.noise_seed(prompt, seed)
-            rows.append(
-                {"prompt": prompt, **names, "chosen_noise_seed": drawn_from, "rejected_noise_seed": drawn_from}
-            )
-            facts = {"seed": seed, "noise_seed": drawn_from}
-            images += [ListedImage(name, prompt, {"model": side, **facts}) for side, name in names.items()]
+            noise_seed = settings.noise_seed(prompt, seed)
+            row: dict[str, Any] = {"prompt": prompt}
+            for side in ("chosen", "rejected"):
+                row[side] = image_path(folder, side, index, seed).relative_to(folder).as_posix()
+                row[f"{side}_noise_seed"] = noise_seed
+                images.append(ListedImage(row[side], prompt, {"model": side, "seed": seed, "noise_seed": noise_seed}))
+            rows.append(row)
     listing = {
         "Chosen": f"images with {json.dumps(settings.call_kwargs or {})}",
         "Rejected": f"images of the same noise with these arguments and {json.dumps(dict(negative_kwargs))}",
@@ -292,10 +288,11 @@ def _judge_neighbours(
     count = len(settings.seeds) // 2
     neighbours = [settings.seeds[2 * pair : 2 * pair + 2] for pair in range(count)]
     rows = [(index, pair) for index in range(len(prompts.prompts)) for pair in neighbours]
-    # The verdicts are saved as "model+model.json". If the images were deleted, `check_settings` deletes this file.
+    # The verdicts are saved as "model+model.json". If the images were deleted, `record_settings` deletes this file.
     compared = score_rows(judge, folder, [name, name], rows, prompts, peers_of_this_run()).reshape(-1, count)
     judged = np.full((len(prompts.prompts), len(settings.seeds)), np.nan)
-    judged[:, 0 : 2 * count : 2], judged[:, 1 : 2 * count : 2] = compared, -compared
+    judged[:, 0 : 2 * count : 2] = compared
+    judged[:, 1 : 2 * count : 2] = -compared
     return judged
 
 

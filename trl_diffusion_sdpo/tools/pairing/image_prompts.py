@@ -71,7 +71,8 @@ def _prompt_of_graph(text: str) -> str:
 
 def _text_before(graph: Mapping[str, Any], start: str) -> str:
     """Follow the links of a graph from a sampler node back to its positive prompt, and return this prompt."""
-    waiting, visited = [start], set[str]()
+    waiting = [start]
+    visited = set[str]()
     while waiting and len(visited) < MAX_NODES:
         key = waiting.pop(0)
         if key in visited or key not in graph:
@@ -103,7 +104,8 @@ def _comment(value: Any) -> str:
     """Return the text of an EXIF comment. The first eight bytes of a comment name its encoding."""
     if not isinstance(value, bytes):
         return value if isinstance(value, str) else ""
-    head, body = value[:8], value[8:]
+    head = value[:8]
+    body = value[8:]
     if not head.startswith(b"UNICODE"):
         return (body if head.startswith(b"ASCII") else value).decode("utf-8", "ignore").strip("\0 ")
     # Programs write UTF-16 in different byte orders. The high byte of most characters is zero, which shows the order.

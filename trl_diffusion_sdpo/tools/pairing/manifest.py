@@ -5,6 +5,7 @@ The command `evaluate` also writes this file, with the column `model`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -13,14 +14,17 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from ...data.images import is_image
-from ...utils.files import json_lines, write_atomically
+from PIL import Image
 
-MANIFEST_FILE = "manifest.jsonl"
+from ...data.images import is_image
+from ...utils.files import MANIFEST_FILE, json_lines, write_atomically
+
 MAX_PROMPT = 20_000  # characters
 # Columns that `pairs from-images` writes: the hash of an image's pixels, and the names and hashes of its copies, which
 # are not listed. Picks find their images again by these hashes, also after files were renamed.
-CONTENT, COPIES, RATING = "sha256", "copies", "rating"
+CONTENT = "sha256"
+COPIES = "copies"
+RATING = "rating"
 OWN_COLUMNS = ("image", "prompt", CONTENT, COPIES, RATING)
 # Types of the columns that commands read. A column may also be missing.
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -86,6 +90,11 @@ def write_manifest(folder: Path, images: Iterable[ListedImage]) -> None:
     """Write the manifest of a folder."""
     rows = [{"image": image.name, "prompt": image.prompt, **image.facts} for image in images]
     write_atomically(folder / MANIFEST_FILE, json_lines(rows))
+
+
+def pixel_hash(image: Image.Image) -> str:
+    """Return a hash of an image's size and pixels."""
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
 
 
 def is_inside(folder: Path, name: str) -> bool:

@@ -57,9 +57,7 @@ class RankOrder:
             for better, worse in self._rated.get(prompt, [])
             if {better, worse} <= present and frozenset((better, worse)) not in self._log.picks
         ]
-        before = self.groups.get(prompt)
-        start = {} if before is None else dict(zip(before.names, before.ratings.tolist(), strict=True))
-        self.groups[prompt] = Group(names, compared, start)
+        self.groups[prompt] = Group(names, compared)
 
     def offers(self, gone: set[str]) -> Iterator[tuple[str, str]]:
         """Iterate over the pairs of images to judge next, sorted by how much a pick would tell about the ratings."""
@@ -78,16 +76,9 @@ class Group:
         names (`Iterable[str]`): Names of the images.
         compared (`Iterable`): Picks as tuples of two names and a number: 1 if the first image won, 0 if the second one
             won, 0.5 for a tie, and `None` for a skipped pair, which does not affect the ratings.
-        start (`Mapping[str, float]`, *optional*): Ratings before the last pick, from which the new ratings are found in
-            fewer steps.
     """
 
-    def __init__(
-        self,
-        names: Iterable[str],
-        compared: Iterable[tuple[str, str, float | None]] = (),
-        start: Mapping[str, float] | None = None,
-    ) -> None:
+    def __init__(self, names: Iterable[str], compared: Iterable[tuple[str, str, float | None]] = ()) -> None:
         self.names = list(names)
         count = len(self.names)
         index = {name: position for position, name in enumerate(self.names)}
@@ -95,7 +86,8 @@ class Group:
         judged = np.eye(count, dtype=bool)
         for first, second, share in compared:
             one, other = index[first], index[second]
-            judged[one, other] = judged[other, one] = True
+            judged[one, other] = True
+            judged[other, one] = True
             if share is not None:
                 wins[one, other] += share
                 wins[other, one] += 1 - share
@@ -104,9 +96,8 @@ class Group:
         covariance = np.eye(count) * PRIOR**2
         known = np.flatnonzero(wins.sum(0) + wins.sum(1))
         if len(known):
-            guess = np.array([(start or {}).get(self.names[one], 0.0) for one in known.tolist()])
             block = np.ix_(known, known)
-            self.ratings[known], covariance[block] = bradley_terry(wins[block], start=guess)
+            self.ratings[known], covariance[block] = bradley_terry(wins[block])
         difference = np.abs(self.ratings[:, None] - self.ratings[None, :])
         variance = np.diag(covariance)[:, None] + np.diag(covariance)[None, :] - 2 * covariance
         self.uncertain = ~judged & (difference < CERTAIN * np.sqrt(np.maximum(variance, 0)))
@@ -132,9 +123,7 @@ class Group:
         return [(self.names[index], float(self.ratings[index]), bool(doubtful[index])) for index in order]
 
 
-def bradley_terry(
-    wins: np.ndarray, prior: float = PRIOR, start: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def bradley_terry(wins: np.ndarray, prior: float = PRIOR) -> tuple[np.ndarray, np.ndarray]:
     """Return the most probable ratings of K images, and the covariance of these ratings by Laplace's method.
 
     In this model, a person prefers image i to image j with the probability `sigmoid(rating[i] - rating[j])`. The prior
@@ -144,13 +133,12 @@ def bradley_terry(
         wins (`np.ndarray` of shape `(K, K)`): `wins[i, j]` is the number of times that image i was preferred to image
             j. A tie adds one half to `wins[i, j]` and to `wins[j, i]`.
         prior (`float`): Standard deviation of this normal distribution.
-        start (`np.ndarray` of shape `(K,)`, *optional*): Ratings from which the search starts, by default 0.
 
     Returns:
         `tuple`: Ratings of shape `(K,)`, and their covariance of shape `(K, K)`.
     """
     games = wins + wins.T
-    ratings = np.zeros(len(wins)) if start is None else start
+    ratings = np.zeros(len(wins))
     for _ in range(100):  # Newton's method; the log-probability is concave, so few steps are needed
         chance = 1 / (1 + np.exp(ratings[None, :] - ratings[:, None]))
         gradient = wins.sum(1) - (games * chance).sum(1) - ratings / prior**2
@@ -177,7 +165,8 @@ class BlindOrder:
         self._cells: dict[tuple[str, Any], dict[str, str]] = {}  # prompt and seed -> model -> image
         numbers: Counter[tuple[str, Any, str]] = Counter()  # images so far, by prompt, seed and model
         for image in images.values():
-            seed, model = image.facts.get("seed"), str(image.facts["model"])
+            seed = image.facts.get("seed")
+            model = str(image.facts["model"])
             number = numbers[image.prompt, seed, model]
             numbers[image.prompt, seed, model] += 1
             self._cells.setdefault((image.prompt, (seed, number)), {})[model] = image.name
@@ -210,8 +199,8 @@ class BlindOrder:
     def result(self) -> tuple[list[str], list[dict[str, Any]]]:
         """Return the win rate of each other model against the first model, as sentences and as rows for JSON."""
         from ...utils.statistics import holm, win_rate
-        from ..evaluation.evaluate import Comparison  # this import takes seconds, so it is not at the top
-        from ..evaluation.report import verdict_sentence
+        from ..evaluation.report import verdict_sentence  # this import takes seconds, so it is not at the top
+        from ..evaluation.results import Comparison
 
         base, *others = self.models
         rates = {}
@@ -226,7 +215,8 @@ class BlindOrder:
             if np.isfinite(scores).any():
                 rates[other] = win_rate(scores[0], scores[1])
         adjusted = holm([rate.p_value for rate in rates.values()])
-        sentences, numbers = [], []
+        sentences = []
+        numbers = []
         for (model, rate), p_value in zip(rates.items(), adjusted, strict=True):
             compared = Comparison(model, "your eye", rate, p_value)
             sentence = verdict_sentence(compared, base)

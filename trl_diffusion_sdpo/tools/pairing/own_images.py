@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,17 @@ from PIL import Image, ImageChops
 from ...data.data_report import MAX_EXAMPLES
 from ...data.image_folders import OTHER_CAPTION, UNREAD_FORMAT, is_other_caption, read_caption, stem_of
 from ...data.images import FILE_FORMATS, MAX_FILE_BYTES, ImageReader, check_regular_file, is_image, is_unread_image
+from ...utils.files import MANIFEST_FILE
 from .image_prompts import prompt_in_metadata, rating_in_metadata
 from .manifest import (
     CONTENT,
     COPIES,
-    MANIFEST_FILE,
     MAX_PROMPT,
     OWN_COLUMNS,
     RATING,
     ListedImage,
     is_inside,
+    pixel_hash,
     read_json_lines,
     write_manifest,
 )
@@ -37,7 +37,9 @@ from .picks import PAIRS_FILE, PICKS_FILE, PairsFile, PickLog
 LIKED = ("liked", "likes", "favorites", "favourites", "good", "best", "winners", "chosen")
 DISLIKED = ("disliked", "dislikes", "bad", "worst", "losers", "rejected")
 COPIED = "images that look like another image of the same prompt (`--keep_duplicates` lists them too)"
-COARSE, FINE = (16, 16), (32, 32)  # sizes of thumbnails
+FORMER_RATING = "ratings of the earlier manifest that are not those of stars or subfolders"
+COARSE = (16, 16)  # sizes of thumbnails
+FINE = (32, 32)
 NEARLY_EQUAL = 8  # largest difference of two equal thumbnails in any pixel and channel, on a scale of 0 to 255
 # Largest relative difference in sharpness of an image and its copy. Saving as JPEG or WebP changes the sharpness by up
 # to a tenth, a blur with a radius of one pixel by a half.
@@ -96,28 +98,18 @@ def list_images(folder: Path, *, from_names: bool = False, keep_duplicates: bool
             f"`pairs from-images` is for your own images, but `evaluate` generated the images of {folder}. Run "
             "`pairs pick` on this folder without `pairs from-images`."
         )
-    # Prompts of the earlier manifest, by the hash of the image, or by its name if the manifest has no hash.
+    # Read the images. The earlier manifest has a prompt for the hash of an image, or for its name if it has no hash.
     prompts = {str(row.get(CONTENT, row.get("image"))): str(row.get("prompt", "")) for row in earlier}
     left_out: dict[str, list[str]] = defaultdict(list)
-    by_prompt: dict[str, list[_OwnImage]] = {}
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = {part.lower() for part in Path(parent).relative_to(folder).parts}
-        like = int(not inside.isdisjoint(LIKED)) - int(not inside.isdisjoint(DISLIKED))
-        paths = [Path(parent, file) for file in sorted(files) if not file.startswith(".")]
-        captions = {stem_of(path, folder): path for path in paths if path.suffix.lower() == ".txt"}
-        for path in paths:
-            name = path.relative_to(folder).as_posix()
-            if is_unread_image(path):
-                left_out[f"images {UNREAD_FORMAT}"].append(name)
-            elif is_other_caption(path):
-                left_out[OTHER_CAPTION].append(name)
-            elif is_image(path):
-                try:
-                    image = _read(folder, path, captions.get(stem_of(path, folder)), like, from_names, prompts)
-                    by_prompt.setdefault(image.prompt, []).append(image)
-                except _LeftOutError as error:
-                    left_out[str(error)].append(name)
+    by_prompt: dict[str, list[_OwnImage]] = defaultdict(list)
+    for path, caption, like in _files(folder):
+        try:
+            image = _read(folder, path, caption, like, from_names, prompts)
+            by_prompt[image.prompt].append(image)
+        except _LeftOutError as error:
+            left_out[str(error)].append(path.relative_to(folder).as_posix())
+
+    # List the images of each prompt with their ratings and what the earlier manifest knew of them.
     listed: list[ListedImage] = []
     several = 0
     present = {image.content for images in by_prompt.values() for image in images}
@@ -126,17 +118,17 @@ def list_images(folder: Path, *, from_names: bool = False, keep_duplicates: bool
         if any(image.like for image in images) and all(image.rating is None for image in images):
             for image in images:
                 image.rating = image.like
-        distinct = images if keep_duplicates else _without_duplicates(images)
-        for image in distinct:
+        kept = images if keep_duplicates else _without_duplicates(images)
+        several += len(kept) > 1
+        for image in kept:
             for copy in image.copies:
                 left_out[COPIED].append(f"{copy} (like {image.name})")
             row = _earlier_row(image, rows)
             if RATING in row and image.rating is None:
-                left_out["ratings of the earlier manifest that are not those of stars or subfolders"].append(
-                    image.name
-                )
+                left_out[FORMER_RATING].append(image.name)
             listed.append(ListedImage(image.name, prompt, _facts(image, row)))
-        several += len(distinct) > 1
+
+    # Write the manifest and the report.
     reasons = []
     for reason, names in left_out.items():
         more = ", ..." if len(names) > MAX_EXAMPLES else ""
@@ -158,6 +150,20 @@ def list_images(folder: Path, *, from_names: bool = False, keep_duplicates: bool
         *reasons,
         *pairs,
     ]
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, Path | None, int]]:
+    """Yield each file of a folder that is an image or a caption, with the text file beside it, and 1 or -1 if it is in
+    a subfolder of liked or disliked images."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = {part.lower() for part in Path(parent).relative_to(folder).parts}
+        like = int(not inside.isdisjoint(LIKED)) - int(not inside.isdisjoint(DISLIKED))
+        paths = [Path(parent, file) for file in sorted(files) if not file.startswith(".")]
+        captions = {stem_of(path, folder): path for path in paths if path.suffix.lower() == ".txt"}
+        for path in paths:
+            if is_image(path) or is_unread_image(path) or is_other_caption(path):
+                yield path, captions.get(stem_of(path, folder)), like
 
 
 def _facts(image: _OwnImage, earlier: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,8 +190,10 @@ def _by_content_and_name(rows: Iterable[dict[str, Any]], present: set[str]) -> d
     no file has now is also found by the name alone. `present` has the hashes of all files."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
-        content, name = str(row.get(CONTENT, "")), str(row.get("image"))
-        found[content, name] = found[content, ""] = row
+        content = str(row.get(CONTENT, ""))
+        name = str(row.get("image"))
+        found[content, name] = row
+        found[content, ""] = row
         if content not in present:
             found["", name] = row
     return found
@@ -210,6 +218,10 @@ def _read(
 ) -> _OwnImage:
     """Return an image with its prompt and rating. Raise `_LeftOutError` if the manifest must not list the image."""
     name = path.relative_to(folder).as_posix()
+    if is_unread_image(path):
+        raise _LeftOutError(f"images {UNREAD_FORMAT}")
+    if is_other_caption(path):
+        raise _LeftOutError(OTHER_CAPTION)
     if not is_inside(folder, name):
         raise _LeftOutError("images outside of the folder")
     try:
@@ -225,7 +237,7 @@ def _read(
     except (OSError, ValueError):
         raise _LeftOutError("images whose text file is not UTF-8 or is too large") from None
     named = " ".join(_COUNTER.sub("", stem_of(Path(path.name))).replace("_", " ").split()) if from_names else ""
-    content = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+    content = pixel_hash(image)
     prompt = written or metadata or named or earlier.get(content) or earlier.get(name, "")
     if not prompt:
         raise _LeftOutError("images without a prompt")

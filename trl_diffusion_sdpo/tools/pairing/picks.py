@@ -149,7 +149,8 @@ class PickLog:
     def _apply(self, entry: Mapping[str, Any]) -> None:
         if "pick" in entry:
             content, other = entry.get("contents", (None, None))
-            first, second = self._name_now(entry["first"], content), self._name_now(entry["second"], other)
+            first = self._name_now(entry["first"], content)
+            second = self._name_now(entry["second"], other)
             pick = Pick(int(entry["pick"]), first, second, entry["verdict"])
             if pick.verdict not in SHARES:
                 raise ValueError(f"verdict {pick.verdict!r}")
@@ -214,7 +215,8 @@ class PairsFile:
             if better not in self._images or worse not in self._images:
                 left_out["of an image that the manifest no longer lists"] += 1
                 continue
-            chosen, rejected = self._images[better], self._images[worse]
+            chosen = self._images[better]
+            rejected = self._images[worse]
             prompt = log.prompts.get(chosen.prompt, chosen.prompt)
             if prompt != log.prompts.get(rejected.prompt, rejected.prompt):
                 left_out["of two images whose prompts differ now"] += 1

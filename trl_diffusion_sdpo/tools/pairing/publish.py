@@ -28,7 +28,9 @@ _MARK = re.compile(r"\n<!-- generated: ([0-9a-f]{16}) -->\n\Z")  # end of a card
 IMAGE_COLUMNS = ("chosen", "rejected", "mask")
 _PRIVATE = {"exif", "xmp", "XML:com.adobe.xmp", "photoshop", "comment"}  # Pillow's names of metadata
 _JPEG_METADATA = (0xE1, 0xED, 0xFE)  # markers of the parts of a JPEG file with EXIF and XMP, IPTC, and comments
-_JPEG_PIXELS, _JPEG_END, _JPEG_FILL = b"\xff\xda", b"\xff\xd9", b"\xff\xff"
+_JPEG_PIXELS = b"\xff\xda"
+_JPEG_END = b"\xff\xd9"
+_JPEG_FILL = b"\xff\xff"
 PICKED = "Pairs of images of equal prompts, of which a person picked the better one."
 
 # Training advice for the cards. Its numbers come from the section "Aligned pairs" of docs/measurements.md.
@@ -69,10 +71,10 @@ def _write_card(folder: Path, purpose: str, facts: Mapping[str, object], advice:
     parts = [f"# {folder.name}", purpose, listed, advice, f"Train with `{command}`."]
     text = front + "".join(f"\n{part}\n" for part in parts if part)
     if path.is_file() and not _is_generated(path):
-        message = (
-            "%s was edited or is of an earlier version, so it is kept. Delete it to get one with today's numbers."
+        logger.warning(
+            "%s was edited or is of an earlier version, so it is kept. Delete it to get one with today's numbers.",
+            path,
         )
-        logger.warning(message, path)
         return
     write_atomically(path, f"{text}\n<!-- generated: {short_hash(text)} -->\n".encode())
 
@@ -118,9 +120,13 @@ def push_pairs(folder: str | Path, repo_id: str, *, private: bool = False, token
     columns = [column for column in IMAGE_COLUMNS if column in pairs.column_names]
     for column in columns:
         pairs = pairs.cast_column(column, datasets.Image(decode=False))
-    # The cache of `datasets` would not notice that a file has changed.
-    options = {"input_columns": columns, "fn_kwargs": {"columns": columns}, "load_from_cache_file": False}
-    pairs = pairs.map(_without_metadata, desc="Reading images", **options)
+    pairs = pairs.map(
+        _without_metadata,
+        input_columns=columns,
+        fn_kwargs={"columns": columns},
+        load_from_cache_file=False,  # the cache of `datasets` would not notice that a file has changed
+        desc="Reading images",
+    )
     for column in columns:
         pairs = pairs.cast_column(column, datasets.Image())
     if (folder / PICKS_FILE).is_file() and (log := PickLog(folder, read_only=True)).picks:
@@ -164,9 +170,9 @@ def _stripped(content: bytes) -> bytes:
         if image.format == "JPEG":
             return _jpeg_without_metadata(content, kept.tobytes())
         kind = "WEBP" if image.format == "WEBP" else "PNG"
-        lossless = {"lossless": True} if kind == "WEBP" else {}
         buffer = io.BytesIO()
-        image.save(buffer, kind, exif=kept, icc_profile=image.info.get("icc_profile"), **lossless)
+        # PNG ignores `lossless`.
+        image.save(buffer, kind, exif=kept, icc_profile=image.info.get("icc_profile"), lossless=True)
         return buffer.getvalue()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,16 +16,16 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm.auto import tqdm
 
 from ...data.images import ImageReader, UndecodableImageError
-from ...reporting.sample_images import call_options
+from ...models.generation import call_options, draw_images, quiet_copy
 from ...utils.files import file_facts, write_atomically
 from ..evaluation import Candidate
 from ..evaluation.images import (
     ImageSettings,
-    check_settings,
     facts_of,
     load_candidate,
     peers_of_this_run,
     png_bytes,
+    record_settings,
 )
 from .manifest import ListedImage, read_manifest, write_manifest
 from .publish import ALIGNED_ADVICE, write_dataset
@@ -81,7 +83,8 @@ def pairs_from_images(
         raise ValueError(f"`recipe` must be one of {', '.join(get_args(Recipe))}, got {recipe!r}.")
     if not 0 < strength <= 1:
         raise ValueError(f"`strength` must be in (0, 1], got {strength}.")
-    source, folder = Path(images), Path(output_dir)
+    source = Path(images)
+    folder = Path(output_dir)
     if source.resolve() == folder.resolve():
         raise ValueError(
             f"`output_dir` must not be the folder of the images, got {source} for both. Use a new folder."
@@ -93,78 +96,105 @@ def pairs_from_images(
     listed, left_out = read_manifest(source)
     if not listed:
         raise ValueError(f"{source} must have images with prompts, but all were left out: {dict(left_out)}.")
+
+    # Record what the losers depend on. Each process makes its share of those that are missing.
     peers = peers_of_this_run()
-    facts = facts_of(model, None, [image.prompt for image in listed], settings)
     files = hashlib.sha256(repr([(image.name, file_facts(source / image.name)) for image in listed]).encode())
+    facts = facts_of(model, None, [image.prompt for image in listed], settings)
     facts |= {"recipe": recipe, "strength": strength, "images": files.hexdigest()}
-    peers.first(lambda: check_settings(folder / "images" / "rejected", facts))
-    kinds = ("chosen", "rejected", "mask") if recipe == "local" else ("chosen", "rejected")
+    peers.first(lambda: record_settings(folder / "images" / "rejected", facts))
+    job = _Losers(recipe, strength, model, source, listed, folder, settings)
+    made = peers.first(job.made)
+    share = [index for index in range(len(listed)) if index not in made][peers.index :: peers.count]
+    peers.gather_results(lambda: job.make(share, call_kwargs, size) if share else None)
 
-    def path(kind: str, index: int) -> Path:
-        return folder / "images" / kind / f"{index:05d}.png"
-
-    def numbers(*, done: bool) -> list[int]:
-        return [index for index in range(len(listed)) if path("rejected", index).is_file() is done]
-
-    # Make the missing losers. Each process makes its share of them.
-    for kind in kinds:
-        path(kind, 0).parent.mkdir(parents=True, exist_ok=True)
-    share = peers.first(lambda: numbers(done=False))[peers.index :: peers.count]
-    seed = settings.seeds[0]
-
-    def make_losers() -> None:
-        family = load_candidate(model, settings)
-        pipeline = _drawing_pipeline(recipe, family.pipeline)
-        pipeline.set_progress_bar_config(disable=True)
-        accepted = inspect.signature(pipeline.__call__).parameters
-        steps = call_kwargs.get("num_inference_steps")
-        if steps is None and "num_inference_steps" in accepted:
-            steps = accepted["num_inference_steps"].default
-        if recipe != "spin" and isinstance(steps, int) and int(steps * strength) < 1:
-            raise ValueError(
-                f"`strength` x `num_inference_steps` must be at least 1, because the model denoises this many steps. "
-                f"Got {strength} x {steps}. Increase one of them."
-            )
-        options = call_options(family, call_kwargs, "call_kwargs")
-        for index in tqdm(share, desc=recipe, unit="image"):
-            prompt = listed[index].prompt
-            winner = _winner(source / listed[index].name, size)
-            if winner is None:
-                continue
-            made = {"chosen": winner}
-            inputs = {"image": winner, "strength": strength, "width": winner.width, "height": winner.height}
-            if recipe == "local":
-                made["mask"] = inputs["mask_image"] = region(winner.size, np.random.default_rng([index, seed]))
-            inputs = {name: value for name, value in inputs.items() if name in accepted}
-            generator = settings.generator(f"{index}\n{prompt}", seed)
-            loser = pipeline(prompt=prompt, generator=generator, **inputs, **options).images[0].resize(winner.size)
-            made["rejected"] = Image.composite(loser, winner, made["mask"]) if recipe == "local" else loser
-            for kind, image in made.items():  # the loser is last, so if its file exists, the others exist too
-                write_atomically(path(kind, index), png_bytes(image, prompt, seed))
-
-    peers.gather_results(lambda: make_losers() if share else None)
-    pairs = numbers(done=True)
+    # Write the pairs.
+    pairs = job.made()
     if not pairs:
         raise ValueError(
             f"A pair needs an image that can be read and has at least {SIDES} pixels on each side. None of the "
             f"{len(listed)} images of {source} is such an image. Look at the files."
         )
+    peers.first(lambda: job.write(pairs))
+    return len(pairs)
 
-    def write() -> None:
+
+@dataclass(frozen=True)
+class _Losers:
+    """The losers that a recipe makes of the listed images of `source`, and their files in `folder`."""
+
+    recipe: Recipe
+    strength: float
+    model: Candidate
+    source: Path
+    listed: list[ListedImage]
+    folder: Path
+    settings: ImageSettings
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("chosen", "rejected", "mask") if self.recipe == "local" else ("chosen", "rejected")
+
+    def file(self, kind: str, index: int) -> Path:
+        return self.folder / "images" / kind / f"{index:05d}.png"
+
+    def made(self) -> list[int]:
+        """Return the indices of the images whose loser has been made."""
+        return [index for index in range(len(self.listed)) if self.file("rejected", index).is_file()]
+
+    def make(self, indices: Sequence[int], call_kwargs: dict[str, Any], size: tuple[int | None, int | None]) -> None:
+        """Make the losers of these images. Images that cannot be used are left out."""
+        family = load_candidate(self.model, self.settings)
+        pipeline = quiet_copy(_drawing_pipeline(self.recipe, family.pipeline))
+        accepted = inspect.signature(pipeline.__call__).parameters
+        steps = call_kwargs.get("num_inference_steps")
+        if steps is None and "num_inference_steps" in accepted:
+            steps = accepted["num_inference_steps"].default
+        if self.recipe != "spin" and isinstance(steps, int) and int(steps * self.strength) < 1:
+            raise ValueError(
+                f"`strength` x `num_inference_steps` must be at least 1, because the model denoises this many steps. "
+                f"Got {self.strength} x {steps}. Increase one of them."
+            )
+        options = call_options(family, call_kwargs, "call_kwargs")
+        seed = self.settings.seeds[0]
+        for kind in self.kinds:
+            self.file(kind, 0).parent.mkdir(parents=True, exist_ok=True)
+        for index in tqdm(indices, desc=self.recipe, unit="image"):
+            prompt = self.listed[index].prompt
+            winner = _winner(self.source / self.listed[index].name, size)
+            if winner is None:
+                continue
+            made = {"chosen": winner}
+            inputs = {"image": winner, "strength": self.strength, "width": winner.width, "height": winner.height}
+            if self.recipe == "local":
+                made["mask"] = region(winner.size, np.random.default_rng([index, seed]))
+                inputs["mask_image"] = made["mask"]
+            inputs = {name: value for name, value in inputs.items() if name in accepted}
+            generator = self.settings.generator(f"{index}\n{prompt}", seed)
+            loser = draw_images(pipeline, prompt, generator, **inputs, **options)[0].resize(winner.size)
+            made["rejected"] = Image.composite(loser, winner, made["mask"]) if self.recipe == "local" else loser
+            for kind, image in made.items():  # the loser is last, so if its file exists, the others exist too
+                write_atomically(self.file(kind, index), png_bytes(image, prompt, seed))
+
+    def write(self, pairs: Sequence[int]) -> None:
+        """Write the manifest, the pairs and the card."""
         rows: list[dict[str, Any]] = []
         shown = []
         for index in pairs:
-            names = {kind: path(kind, index).relative_to(folder).as_posix() for kind in kinds}
-            rows.append({"prompt": listed[index].prompt, "seed": seed, **names})
-            shown += [ListedImage(names[kind], listed[index].prompt, {}) for kind in ("chosen", "rejected")]
-        write_manifest(folder, shown)
-        facts: dict[str, object] = {"Recipe": recipe, "Images that were left out": len(listed) - len(pairs)}
-        if recipe != "spin":
-            facts["Strength"] = strength
-        write_dataset(folder, rows, PURPOSES[recipe], model, facts, "" if recipe == "spin" else ALIGNED_ADVICE)
-
-    peers.first(write)
-    return len(pairs)
+            prompt = self.listed[index].prompt
+            names = {kind: self.file(kind, index).relative_to(self.folder).as_posix() for kind in self.kinds}
+            rows.append({"prompt": prompt, "seed": self.settings.seeds[0], **names})
+            shown += [ListedImage(names["chosen"], prompt, {}), ListedImage(names["rejected"], prompt, {})]
+        write_manifest(self.folder, shown)
+        facts: dict[str, object] = {
+            "Recipe": self.recipe,
+            "Images that were left out": len(self.listed) - len(pairs),
+        }
+        advice = ""
+        if self.recipe != "spin":
+            facts["Strength"] = self.strength
+            advice = ALIGNED_ADVICE
+        write_dataset(self.folder, rows, PURPOSES[self.recipe], self.model, facts, advice)
 
 
 def _drawing_pipeline(recipe: Recipe, pipeline: DiffusionPipeline) -> DiffusionPipeline:

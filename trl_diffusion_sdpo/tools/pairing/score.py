@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +27,7 @@ from ...data.formats import BRANCH_PROMPTS, PreferenceFormat
 from ...data.images import ImageReader
 from ...data.pair_scores import SCORER_COLUMNS
 from ...data.sources import PairMixture, PairSource, StoredImage, images_of_row, stored_image
-from ...utils.files import write_atomically
+from ...utils.files import json_lines, write_atomically
 from ...utils.identity import write_description
 from ...utils.processes import usable_cores
 from ...utils.score_scale import SCALE_COLUMN, ScoreScale
@@ -113,8 +113,8 @@ def score_pairs(
     places, numbers = np.unique(origins.reshape(-1, 2), axis=0, return_inverse=True)
     images = [tuple(place) for place in places.tolist()]
     numbers = numbers.reshape(-1, 2)  # of the images of each pair
+    saved = [_SavedScores(folder / SCORES_FOLDER, scorer) for scorer in scorers]
     with contextlib.ExitStack() as stack:
-        saved = [stack.enter_context(_SavedScores.opened(folder / SCORES_FOLDER, scorer)) for scorer in scorers]
         for scorer in scorers:
             stack.enter_context(on_device(scorer, device))
         keys, unreadable = _score_images(source, images, pairs.reader, saved)
@@ -135,7 +135,9 @@ def score_pairs(
     scores = scores[is_scored]
     scales = [_with_range(scale_of(scorer), values[:, index]) for index, scorer in enumerate(scorers)]
     for index, scale in enumerate(scales):
-        wins, ties = (int(compare(*scores[:, :, index].T).sum()) for compare in (np.greater, np.equal))
+        chosen, rejected = scores[:, :, index].T
+        wins = int((chosen > rejected).sum())
+        ties = int((chosen == rejected).sum())
         lines.append(
             f"  {scale.scorer} prefers the chosen image in {wins / len(scores):.0%} of {len(scores)} pairs; {ties} ties"
         )
@@ -152,27 +154,19 @@ def score_pairs(
     return lines
 
 
-@dataclass
 class _SavedScores:
-    """The scores of one scorer by image, and the log that gets a line for each new score."""
+    """The scores of one scorer by image, and the file that gets a line for each new score."""
 
-    scorer: Scorer
-    scores: dict[str, float]
-    log: BinaryIO
-
-    @classmethod
-    @contextlib.contextmanager
-    def opened(cls, folder: Path, scorer: Scorer) -> Iterator[_SavedScores]:
-        """Open the log, and remove a last line that is incomplete because an earlier process was killed."""
+    def __init__(self, folder: Path, scorer: Scorer):
+        self._scorer = scorer
         base = saved_scores(folder, scorer)
-        path = base.with_name(f"{base.name}.jsonl")
-        with open(path, "a+b") as log:
-            log.seek(0)
-            content = log.read()
-            complete = content.rfind(b"\n") + 1
-            log.truncate(complete)
-            rows = read_json_lines(path, content[:complete])
-            yield cls(scorer, {str(row.get("image")): float(row.get("score", np.nan)) for row in rows}, log)
+        self._file = base.with_name(f"{base.name}.jsonl")
+        self._file.touch()
+        content = self._file.read_bytes()
+        complete = content.rfind(b"\n") + 1  # a process that was killed may have left a part of a line
+        os.truncate(self._file, complete)
+        rows = read_json_lines(self._file, content[:complete])
+        self.scores = {str(row.get("image")): float(row.get("score", np.nan)) for row in rows}
 
     def add(self, keys: Sequence[str], images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
         """Score the images that have no score yet, and save their scores. A missing score (NaN) is not saved, so that
@@ -180,11 +174,10 @@ class _SavedScores:
         new = {key: number for number, key in enumerate(keys) if key not in self.scores}
         if not new:
             return
-        scored = self.scorer([images[i] for i in new.values()], [prompts[i] for i in new.values()])
+        scored = self._scorer([images[i] for i in new.values()], [prompts[i] for i in new.values()])
         found = {key: score for key, score in zip(new, scored.tolist(), strict=True) if np.isfinite(score)}
-        lines = (json.dumps({"image": key, "score": score}) + "\n" for key, score in found.items())
-        self.log.write("".join(lines).encode())
-        self.log.flush()
+        with open(self._file, "ab") as file:
+            file.write(json_lines({"image": key, "score": score} for key, score in found.items()))
         self.scores.update(found)
 
 
@@ -193,33 +186,33 @@ def _score_images(
 ) -> tuple[dict[tuple[int, int], str], dict[tuple[int, int], str]]:
     """Score images, and return a hash of pixels and prompt for each readable image, and a reason for each other
     image. An image is identified by its row and its number within the row."""
-
-    def read(image: StoredImage) -> tuple[Image.Image | None, str]:
-        try:
-            decoded = image.decode(reader)
-        except UndecodableImageError as error:
-            return None, str(error)
-        digest = hashlib.sha256(f"{decoded.size} {image.prompt}\0".encode())
-        digest.update(decoded.tobytes())
-        return decoded, digest.hexdigest()[:32]
-
-    keys, unreadable = {}, {}
+    keys = {}
+    unreadable = {}
     with ThreadPoolExecutor(usable_cores()) as pool, tqdm(total=len(images), desc="Scoring images") as progress:
         for start in range(0, len(images), _AT_ONCE):
             places = images[start : start + _AT_ONCE]
             stored = source.images(places)
             good = []
-            for place, image, (decoded, text) in zip(places, stored, pool.map(read, stored), strict=True):
-                if decoded is None:
-                    unreadable[place] = text
-                else:
-                    keys[place] = text
-                    good.append((text, decoded, image.prompt))
-            if good:
-                for each in saved:
-                    each.add(*zip(*good, strict=True))
+            for place, image, decoded in zip(places, stored, pool.map(partial(_decoded, reader), stored), strict=True):
+                if isinstance(decoded, UndecodableImageError):
+                    unreadable[place] = str(decoded)
+                    continue
+                digest = hashlib.sha256(f"{decoded.size} {image.prompt}\0".encode() + decoded.tobytes())
+                keys[place] = digest.hexdigest()[:32]
+                good.append((keys[place], decoded, image.prompt))
             progress.update(len(places))
+            if not good:
+                continue
+            for each in saved:
+                each.add(*zip(*good, strict=True))
     return keys, unreadable
+
+
+def _decoded(reader: ImageReader, image: StoredImage) -> Image.Image | UndecodableImageError:
+    try:
+        return image.decode(reader)
+    except UndecodableImageError as error:
+        return error
 
 
 def _with_range(scale: ScoreScale, scores: np.ndarray) -> ScoreScale:
@@ -235,7 +228,8 @@ def _with_range(scale: ScoreScale, scores: np.ndarray) -> ScoreScale:
 
 def _columns(source: PairSource) -> tuple[PreferenceFormat, tuple[str, ...], tuple[str, ...], list[str]]:
     """Return the format of the rows, the names of prompt and mask columns to write, and the columns to copy."""
-    row_format, rows = source.tables[0].format, source.tables[0].dataset
+    row_format = source.tables[0].format
+    rows = source.tables[0].dataset
     prompts = BRANCH_PROMPTS if row_format.prompt_of_each_image else ("prompt",)
     masks = tuple(f"{side}_mask" for side in SIDES) if len(row_format.mask_columns) == 2 else ()
     read = {*row_format.image_columns, *row_format.prompt_columns, *(row_format.mask_columns if masks else ())}

@@ -63,10 +63,10 @@ class CLIPScorer(BatchedScorer):
             raise ValueError(f"`preprocess` must be `crop` or `pad`, got {preprocess!r}.")
         network: Any = model
         if isinstance(model, str):
-            network = CLIPModel.from_pretrained(model, revision=revision, dtype=dtype)
+            network = CLIPModel.from_pretrained(model, revision=revision or "main", dtype=dtype)
         self.model = network.eval().requires_grad_(False).to(self.device, dtype)
         source: Any = model if processor is None else processor
-        source_revision = revision if processor is None else None
+        source_revision = "main" if revision is None or processor is not None else revision
         self.tokenizer = AutoTokenizer.from_pretrained(source, revision=source_revision)
         self.image_processor = CLIPImageProcessorPil.from_pretrained(source, revision=source_revision)
         self.scale = scale
@@ -141,8 +141,11 @@ def pickscore(model: str = "yuvalkirstain/PickScore_v1", processor: str = CLIP_H
     Source: https://huggingface.co/papers/2305.01569.
     """
     scorer = CLIPScorer("pickscore", model, processor, scale=None, **settings)
-    low, high = (scorer.logit_factor * cosine for cosine in (PICKSCORE_COSINES.low, PICKSCORE_COSINES.high))
-    scorer.score_scale = replace(scorer.score_scale, low=low, high=high, log_odds=1.0)
+    factor = scorer.logit_factor
+    low = PICKSCORE_COSINES.low
+    high = PICKSCORE_COSINES.high
+    assert low is not None and high is not None
+    scorer.score_scale = replace(scorer.score_scale, low=factor * low, high=factor * high, log_odds=1.0)
     return scorer
 
 
@@ -161,12 +164,16 @@ def clip_score_hessel(model: str = "openai/clip-vit-base-patch32", **settings: A
 
     Source: https://huggingface.co/papers/2104.08718.
     """
-    published: dict[str, Any] = {"scale": 2.5, "clamp": True, "prefix": "A photo depicts "}
-    return CLIPScorer("clip_score_hessel", model, **published, **settings)
+    return CLIPScorer("clip_score_hessel", model, scale=2.5, clamp=True, prefix="A photo depicts ", **settings)
 
 
 def hpsv2(
-    model: str = "xswu/HPSv2", file: str = "HPS_v2_compressed.pt", processor: str = CLIP_H, **settings: Any
+    model: str = "xswu/HPSv2",
+    file: str = "HPS_v2_compressed.pt",
+    processor: str = CLIP_H,
+    *,
+    name: str = "hpsv2",
+    **settings: Any,
 ) -> CLIPScorer:
     """Return the scorer HPSv2: the cosine similarity of a CLIP ViT-H/14 that was tuned on human votes. Usual scores are
     0.25 to 0.33.
@@ -175,7 +182,7 @@ def hpsv2(
 
     Source: https://huggingface.co/papers/2306.09341.
     """
-    return hpsv21(model, file, processor, **{"name": "hpsv2", **settings})
+    return hpsv21(model, file, processor, name=name, **settings)
 
 
 def hpsv21(
@@ -185,6 +192,7 @@ def hpsv21(
     *,
     name: str = "hpsv2.1",
     revision: str | None = None,
+    clean_text: bool = True,
     **settings: Any,
 ) -> CLIPScorer:
     """Return the scorer HPSv2.1. Papers since 2025 call HPSv2.1 "HPS" or "HPSv2", and often print the scores times 100.
@@ -194,7 +202,7 @@ def hpsv21(
         file (`str`): Name of the file with the weights in open_clip's format. The file is read with
             `weights_only=True`.
         processor (`str`): Hub id or folder of the tokenizer, the image processor and the network's configuration.
-        name, revision, settings: See [`CLIPScorer`]. The package `hpsv2` scores with autocast and
+        name, revision, clean_text, settings: See [`CLIPScorer`]. The package `hpsv2` scores with autocast and
             `preprocess="pad"`. The Diffusion-SDPO authors use `preprocess="crop"`, the default.
 
     Source: https://github.com/tgxs002/HPSv2.
@@ -203,7 +211,7 @@ def hpsv21(
     weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     network = CLIPModel(CLIPConfig.from_pretrained(processor))
     network.load_state_dict(clip_state_dict(weights))
-    scorer = CLIPScorer(name, network, processor, **{"clean_text": True, **settings})
+    scorer = CLIPScorer(name, network, processor, clean_text=clean_text, **settings)
     # HPSv2 was trained so that cosines times `exp(logit_scale)` are log-odds.
     log_odds = 1.0 if scorer.scale is None else scorer.logit_factor / scorer.scale
     scorer.score_scale = replace(scorer.score_scale, log_odds=log_odds)

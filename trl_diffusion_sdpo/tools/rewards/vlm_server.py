@@ -13,7 +13,7 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -147,7 +147,7 @@ class VLMServerScorer(KnownScorer):
             VLMServerError: If there is no answer in time, or it does not have the format of the API.
         """
         content: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": data_url(image)}} for image in images
+            {"type": "image_url", "image_url": {"url": png_url(image)}} for image in images
         ]
         content.append({"type": "text", "text": question})
         body = {
@@ -157,38 +157,26 @@ class VLMServerScorer(KnownScorer):
             "max_tokens": self.max_tokens,
         }
         key = os.environ.get(self.api_key_variable, "").strip()
-        headers = {"Content-Type": "application/json"}
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-
-        def ask() -> tuple[int, bytes]:
-            try:
-                with _OPENER.open(request, timeout=self.timeout) as response:
-                    return response.status, response.read(_MAX_ANSWER)
-            except urllib.error.HTTPError as error:
-                return error.code, error.read(_SHOWN)
-
-        def refusal(what: str) -> VLMServerError:
-            hidden = without_secrets(what.replace(key, "...") if key else what)  # servers may repeat the key
-            return VLMServerError(f"The server {self.url} {hidden}")
-
         try:
-            status, answer = _within(self.timeout, ask)
+            status, answer = _within(self.timeout, lambda: _post(self.url, body, key, self.timeout))
         except (OSError, ValueError, http.client.HTTPException) as error:  # no connection, timeout, no HTTP, a bad key
             reason = str(error) or type(error).__name__
-            raise refusal(
-                f"does not answer: {reason}. Check the address, start the server, or raise `timeout`."
+            raise self._refusal(
+                f"does not answer: {reason}. Check the address, start the server, or raise `timeout`.", key
             ) from None
         text = answer.decode(errors="replace")
         if status != 200:
-            raise refusal(f"refused the request with status {status}: {text[:_SHOWN]}")
+            raise self._refusal(f"refused the request with status {status}: {text[:_SHOWN]}", key)
         try:
             return str(json.loads(text)["choices"][0]["message"]["content"])
         except (ValueError, LookupError, TypeError, RecursionError):
-            raise refusal(
-                f"must answer in the format of OpenAI's chat API, got {text[:_SHOWN]!r}. Check the address."
+            raise self._refusal(
+                f"must answer in the format of OpenAI's chat API, got {text[:_SHOWN]!r}. Check the address.", key
             ) from None
+
+    def _refusal(self, what: str, key: str) -> VLMServerError:
+        hidden = without_secrets(what.replace(key, "...") if key else what)  # servers may repeat the key
+        return VLMServerError(f"The server {self.url} {hidden}")
 
     def _count(self, unreadable: int, answered: int) -> None:
         self.answered += answered
@@ -224,16 +212,6 @@ class VLMServerJudge(VLMServerScorer):
         )
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Refuse redirects, because a redirected request would send the API key to another host."""
-
-    def redirect_request(self, *arguments: Any) -> None:
-        return None
-
-
-_OPENER = urllib.request.build_opener(_NoRedirect)
-
-
 def _check_url(url: str) -> None:
     """Raise `ValueError` if a URL is not a plain address of a server. The message hides passwords."""
     try:
@@ -248,27 +226,6 @@ def _check_url(url: str) -> None:
             f"query, got {without_secrets(url)!r}. Correct the address, and put a key into the environment variable "
             "that `api_key_variable` names."
         )
-
-
-def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """Return the result of `work`, or raise `TimeoutError` after `seconds`. Then `work` goes on in a thread that does
-    not keep the process alive.
-
-    A socket's timeout limits each read, so a server that sends one byte at a time would never reach it.
-    """
-    result: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(work())
-        except Exception as error:  # raised again below, in the caller's thread
-            result.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        return result.result(seconds)
-    except TimeoutError:
-        raise TimeoutError(f"no whole answer within {seconds:g} seconds") from None
 
 
 def read_score(answer: str) -> float | None:
@@ -290,8 +247,59 @@ def read_choice(answer: str) -> int | None:
     return {"image 1": 1, "image 2": -1, "equal": 0}[named.pop()]
 
 
-def data_url(image: Image.Image) -> str:
+def png_url(image: Image.Image) -> str:
     """Return an image as a data URL in PNG format."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+# ---- One request ----------------------------------------------------------------------------------------------------
+#
+# `huggingface_hub.InferenceClient` speaks this API too. But it sends the Hub's token to any server if there is no key,
+# follows redirects, reads an answer of any length, limits each read instead of the request, and refuses a server on
+# this machine under `HF_HUB_OFFLINE`.
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Refuse redirects, because a redirected request would send the API key to another host."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
+def _post(url: str, body: Mapping[str, Any], key: str, timeout: float) -> tuple[int, bytes]:
+    """Send a request and return status and beginning of the answer."""
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    try:
+        with _OPENER.open(request, timeout=timeout) as response:
+            return response.status, response.read(_MAX_ANSWER)
+    except urllib.error.HTTPError as error:
+        return error.code, error.read(_SHOWN)
+
+
+def _within(seconds: float, work: Callable[[], Any]) -> Any:
+    """Return the result of `work`, or raise `TimeoutError` after `seconds`. Then `work` goes on in a thread that does
+    not keep the process alive.
+
+    A socket's timeout limits each read, so a server that sends one byte at a time would never reach it.
+    """
+    result: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except Exception as error:  # raised again below, in the caller's thread
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return result.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"no whole answer within {seconds:g} seconds") from None
