@@ -230,6 +230,11 @@ class Family(ABC):
                     "it. Load the whole pipeline."
                 )
 
+    def prepare_denoiser(self, denoiser: torch.nn.Module) -> None:
+        """Change a denoiser in place so that it can train, or be the reference of one that trains. The trainer calls
+        this method for both. By default, nothing changes."""
+        return None
+
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Encode prompts with the pipeline's `encode_prompt`, without classifier-free guidance.
