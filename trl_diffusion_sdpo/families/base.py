@@ -45,7 +45,8 @@ class Family(ABC):
     `N` below is the batch size. Latents may have any number of dimensions.
 
     Args:
-        pipeline (`DiffusionPipeline`): A loaded pipeline of one of `pipeline_classes`, which is not modified.
+        pipeline (`DiffusionPipeline`): A loaded pipeline of one of `pipeline_classes`, which is not modified. It may
+            lack components that are not used. `check_pipeline` says whether it can train.
 
     Attributes:
         name (`str`): Name of the family in messages.
@@ -121,20 +122,7 @@ class Family(ABC):
         self.pipeline = pipeline
         self._settled_dtype: torch.dtype | None = None
         self._kept_statistics: dict[str, torch.Tensor] = {}
-        self.check_pipeline()
         self.noise_process = self.noise_process_class(pipeline.scheduler.config)
-
-    @classmethod
-    def for_generation(cls, pipeline: DiffusionPipeline) -> "Family":
-        """Return a family for a pipeline that only generates images and may lack its VAE and text encoders."""
-        family = cls.__new__(cls)
-        family.frozen_components = tuple(name for name in cls.frozen_components if getattr(pipeline, name, None))
-        if "vae" in family.frozen_components:
-            Family.__init__(family, pipeline)
-        else:  # `check_pipeline` reads the VAE's configuration
-            family.pipeline = pipeline
-            family.noise_process = cls.noise_process_class(pipeline.scheduler.config)
-        return family
 
     @classmethod
     def loss_defaults(cls, loss_type: str) -> LossDefaults:

@@ -34,7 +34,7 @@ class FluxFamily(PackedLatentsFamily):
 
     def __init__(self, pipeline: DiffusionPipeline):
         super().__init__(pipeline)
-        if not self.denoiser.config.guidance_embeds:
+        if self.denoiser is None or not self.denoiser.config.guidance_embeds:
             self.guidance_scale = None
 
     @property

@@ -127,7 +127,9 @@ def family_for_class_name(name: str) -> type[Family]:
 def find_family(pipeline: DiffusionPipeline) -> Family:
     """Return the family of a loaded pipeline, constructed with this pipeline. Raise `ValueError` if no family can train
     the pipeline."""
-    return family_for_class_name(type(pipeline).__name__)(pipeline)
+    family = family_for_class_name(type(pipeline).__name__)(pipeline)
+    family.check_pipeline()
+    return family
 
 
 def _entry_points() -> EntryPoints:

@@ -294,3 +294,26 @@ def test_models_that_are_distilled_to_few_steps_are_guided_only_where_that_is_as
         for options in ({"scale": 1.0}, {"scale": 3.0, "allow_distilled": True}):
             with preference_guidance(pipeline, **options):
                 pass
+
+
+def test_a_pipeline_without_vae_and_text_encoders_is_guided_and_its_kind_is_known():
+    whole = quiet(case("flux_schnell").build())
+    add_lora(whole.transformer, "tuned")
+    kept = {"scheduler": whole.scheduler, "transformer": whole.transformer}
+    pipeline = quiet(type(whole)(**{name: kept.get(name) for name in whole.components}))
+    with pytest.raises(ValueError, match="FLUX.1"), preference_guidance(pipeline, scale=2.0):
+        pass
+    config = pipeline.transformer.config
+    embeds = {
+        "prompt_embeds": torch.ones(1, 7, config.joint_attention_dim),
+        "pooled_prompt_embeds": torch.ones(1, config.pooled_projection_dim),
+    }
+
+    def drawn():
+        return pipeline(**embeds, num_inference_steps=1, generator=torch.Generator().manual_seed(0), **SIZE)[0]
+
+    with preference_guidance(pipeline, 0.0):
+        guided = drawn()
+    assert not torch.equal(guided, drawn())
+    pipeline.disable_lora()
+    assert torch.equal(guided, drawn())

@@ -154,11 +154,15 @@ def preference_guidance(
 
 def _family_of(pipeline: Any) -> Family:
     """Return the family of a pipeline, or of a modular pipeline of the same model."""
+    is_modular = isinstance(pipeline, ModularPipeline)
     name = type(pipeline).__name__
-    if not isinstance(pipeline, ModularPipeline):
-        return family_for_class_name(name).for_generation(pipeline)
-    family = family_for_class_name(name.replace("ModularPipeline", "Pipeline")).for_generation(pipeline)
-    family.conditional_rows = "all"  # diffusers' guiders call the denoiser once for each branch, prompts first
+    family = family_for_class_name(name.replace("ModularPipeline", "Pipeline") if is_modular else name)(pipeline)
+    if is_modular:
+        family.conditional_rows = "all"  # diffusers' guiders call the denoiser once for each branch, prompts first
+    # A pipeline that only generates may lack VAE and text encoders. What is checked needs the VAE's configuration.
+    family.frozen_components = tuple(part for part in family.frozen_components if getattr(pipeline, part, None))
+    if "vae" in family.frozen_components:
+        family.check_pipeline()
     return family
 
 
