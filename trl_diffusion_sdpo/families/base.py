@@ -17,6 +17,7 @@ from PIL import Image
 
 from .loss_defaults import FALLBACK, FLOW_DEFAULTS, LossDefaults
 from .noise import FlowMatchingProcess, NoiseProcess, WeightingScheme, constant, generators_of, sent, standard_normal
+from .pipeline_classes import PIPELINE_CLASSES
 
 # The VAE encodes at most this many pixels at once. Its activations for a whole micro-batch would set peak memory.
 PIXELS_AT_ONCE = 8 * 512 * 512
@@ -51,7 +52,8 @@ class Family(ABC):
     Attributes:
         name (`str`): Name of the family in messages.
         pipeline_classes (`tuple[str, ...]`): Names of the pipeline classes that this family can train. A saved
-            pipeline of any of these classes is loaded as the first class, the text-to-image pipeline.
+            pipeline of any of these classes is loaded as the first class, the text-to-image pipeline. Families of this
+            package list them in `pipeline_classes.py`.
         pipeline_class (`type[DiffusionPipeline]`, *optional*): The class that `pipeline_classes[0]` names. Needed only
             if diffusers does not export this class.
         denoiser_name (`str`): Name of the pipeline's component that is trained, `"transformer"` by default or `"unet"`.
@@ -117,6 +119,13 @@ class Family(ABC):
     takes_source: ClassVar[bool] = False
     may_take_source: ClassVar[bool] = False
     takes_several_sources: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        package, _, module = cls.__module__.rpartition(".")
+        row = f"{module}:{cls.__name__}"
+        if package == __package__ and row in PIPELINE_CLASSES:
+            cls.pipeline_classes = PIPELINE_CLASSES[row]
 
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline = pipeline

@@ -53,7 +53,6 @@ class HiDreamFamily(Family):
     """
 
     name = "HiDream-I1"
-    pipeline_classes = ("HiDreamImagePipeline",)
     frozen_components = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
     # The attention projections of image tokens, as in diffusers' train_dreambooth_lora_hidream.py.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out")

@@ -66,7 +66,6 @@ class Ideogram4Family(Flux2LatentsFamily):
     """
 
     name = "Ideogram 4"
-    pipeline_classes = ("Ideogram4Pipeline",)
     frozen_components: tuple[str, ...] = ("vae", "text_encoder", "unconditional_transformer")
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")  # from diffusers' LoRA script
     learning_rate_lora = 1e-4  # from the README of diffusers' script

@@ -31,7 +31,6 @@ class QwenImage21Family(QwenImageLatentsFamily):
     """
 
     name = "Qwen-Image 2.1"
-    pipeline_classes = ("QwenImage21Pipeline",)
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # our choice, as for Qwen-Image
     learning_rate_lora = 1e-4  # our choice, as for Qwen-Image
     patch_size = 1
