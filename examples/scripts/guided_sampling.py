@@ -6,8 +6,7 @@
 
 Each row of the grid has another scale, and all rows start from the same noise. Scale 1 gives the tuned model's images.
 Larger scales move further away from the reference, which is the model before training. Scale 0 gives the reference's
-images if classifier-free guidance is off, or with `--form both`. In this example, preference guidance acts only at
-noise levels below 0.62:
+images if classifier-free guidance is off. In this example, preference guidance acts only at noise levels below 0.62:
 
 ```bash
 python examples/scripts/guided_sampling.py --model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
@@ -39,7 +38,7 @@ def parse(argv):
     parser.add_argument("--negative_lora", help="LoRA of a run with `swap_labels`, to use as the reference")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--scales", type=float, nargs="+", default=[0.0, 1.0, 2.0, 3.0, 4.0])
-    parser.add_argument("--form", default="conditional", choices=("conditional", "both", "npo"))
+    parser.add_argument("--form", default="conditional", choices=("conditional", "npo"))
     parser.add_argument(
         "--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of noise levels in [0, 1]"
     )

@@ -89,7 +89,7 @@ def waits_of_ours(answer: dict) -> dict[str, int]:
     return {
         place: count
         for place, count in answer["waits"].items()
-        if place.startswith(("trl_diffusion_sdpo", "tests")) and not place.endswith("hidream.py::route")
+        if place.startswith(("trl_diffusion_sdpo", "tests")) and not place.endswith("hidream.py::forward")
     }
 
 

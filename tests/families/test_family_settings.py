@@ -1,6 +1,8 @@
 """Settings that act by the kind of model, through the real trainer: what reaches the denoiser, where timesteps are
 drawn, how errors are weighed, precisions and sizes of Stable Diffusion, defaults, and refusals."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -8,6 +10,7 @@ from peft import LoraConfig
 from tiny_pipelines import case, quiet
 
 from trl_diffusion_sdpo.families import LossDefaults, family_for_class_name, find_family
+from trl_diffusion_sdpo.models.loading import load_model
 from trl_diffusion_sdpo.models.pipelines import load_pipeline
 
 SEEDS = list(range(64))
@@ -214,3 +217,28 @@ def test_published_settings_are_the_defaults(class_name, loss_type, beta, mu):
 def test_beta_and_rate_of_a_flow_model_depend_on_what_is_tuned(trainer_of, lora, beta, learning_rate):
     trainer = trainer_of("flux", lora=lora, learning_rate=None)
     assert (trainer.args.beta, trainer.args.learning_rate) == (beta, learning_rate)
+
+
+@pytest.mark.parametrize(
+    ("name", "buffer"), [("qwen_image_21", "time_text_embed.time_proj.freqs"), ("ideogram4", "rotary_emb.inv_freq")]
+)
+def test_frequencies_stay_exact_in_a_denoiser_that_is_cast(name, buffer):
+    """Large positions would get wrong angles from frequencies in bfloat16."""
+    pipeline = case(name).build()
+    exact = pipeline.transformer.get_buffer(buffer).clone()
+    pipeline.transformer.to(torch.bfloat16)
+    given = load_model(pipeline)
+    for cast_before in (True, False):
+        denoiser = copy.deepcopy(given.denoiser)
+        if not cast_before:
+            predict_once(given.family, denoiser)
+            denoiser.to(torch.bfloat16)
+        predict_once(given.family, denoiser)
+        assert denoiser.get_buffer(buffer).dtype == torch.float32
+        assert torch.equal(denoiser.get_buffer(buffer), exact)
+
+
+def predict_once(family, denoiser):
+    latents = family.encode_images(torch.zeros(1, 3, 64, 64))
+    with torch.no_grad():
+        family.predict(denoiser, latents, torch.tensor([500]), family.encode_prompts(["a"]))

@@ -103,11 +103,21 @@ def test_denoisers_made_for_something_else_are_refused(name, changed, message):
         find_family(pipeline)
 
 
-@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
-def test_a_pipeline_without_one_of_its_networks_is_refused(component, sd_pipeline):
-    sd_pipeline.register_modules(**{component: None})
+@pytest.mark.parametrize(
+    ("name", "component"),
+    [
+        ("stable_diffusion", "unet"),
+        ("stable_diffusion", "vae"),
+        ("stable_diffusion", "text_encoder"),
+        ("flux", "transformer"),
+        ("ideogram4", "transformer"),
+    ],
+)
+def test_a_pipeline_without_one_of_its_networks_is_refused(name, component):
+    pipeline = case(name).build()
+    pipeline.register_modules(**{component: None})
     with pytest.raises(ValueError, match=f"`{component}`"):
-        find_family(sd_pipeline)
+        find_family(pipeline)
 
 
 def test_ideogram_4_loads_without_its_second_transformer(family_folder):

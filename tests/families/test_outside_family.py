@@ -112,3 +112,12 @@ def test_a_denoiser_of_another_package_is_not_imported(outside_folder):
     with pytest.raises(ValueError, match="its family"):
         load_denoiser(outside_folder)
     assert "another_package" not in sys.modules
+
+
+def test_each_family_of_the_package_serves_the_classes_of_its_row_and_a_subclass_elsewhere_inherits_them():
+    rows = {}
+    for name in FAMILIES:
+        rows.setdefault(family_for_class_name(name), []).append(name)
+    assert all(list(family.pipeline_classes) == names for family, names in rows.items())
+    own = type("FluxFamily", (family_for_class_name("FluxPipeline"),), {"__module__": "flux"})
+    assert own.pipeline_classes == ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")

@@ -134,7 +134,9 @@ def wide_family(name: str):
         denoiser = type(tiny)(**{**config, **WIDE[name][0]})
     fill(denoiser)
     pipeline.register_modules(**{find_family(pipeline).denoiser_name: denoiser})
-    return find_family(pipeline)
+    family = find_family(pipeline)
+    family.prepare_denoiser(denoiser)  # as the trainer does
+    return family
 
 
 def inputs_of(family, name: str):

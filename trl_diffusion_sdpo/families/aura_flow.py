@@ -20,7 +20,6 @@ class AuraFlowFamily(Family):
     """
 
     name = "AuraFlow"
-    pipeline_classes = ("AuraFlowPipeline",)
     frozen_components = ("vae", "text_encoder")
     # Our choice: the targets of diffusers' LoRA script for Stable Diffusion 3, whose joint blocks are similar.
     # Diffusers has no LoRA script for AuraFlow. Only AuraFlow's four joint blocks have text projections.

@@ -17,6 +17,7 @@ from PIL import Image
 
 from .loss_defaults import FALLBACK, FLOW_DEFAULTS, LossDefaults
 from .noise import FlowMatchingProcess, NoiseProcess, WeightingScheme, constant, generators_of, sent, standard_normal
+from .pipeline_classes import PIPELINE_CLASSES
 
 # The VAE encodes at most this many pixels at once. Its activations for a whole micro-batch would set peak memory.
 PIXELS_AT_ONCE = 8 * 512 * 512
@@ -45,12 +46,14 @@ class Family(ABC):
     `N` below is the batch size. Latents may have any number of dimensions.
 
     Args:
-        pipeline (`DiffusionPipeline`): A loaded pipeline of one of `pipeline_classes`, which is not modified.
+        pipeline (`DiffusionPipeline`): A loaded pipeline of one of `pipeline_classes`, which is not modified. It may
+            lack components that are not used. `check_pipeline` says whether it can train.
 
     Attributes:
         name (`str`): Name of the family in messages.
         pipeline_classes (`tuple[str, ...]`): Names of the pipeline classes that this family can train. A saved
-            pipeline of any of these classes is loaded as the first class, the text-to-image pipeline.
+            pipeline of any of these classes is loaded as the first class, the text-to-image pipeline. Families of this
+            package list them in `pipeline_classes.py`.
         pipeline_class (`type[DiffusionPipeline]`, *optional*): The class that `pipeline_classes[0]` names. Needed only
             if diffusers does not export this class.
         denoiser_name (`str`): Name of the pipeline's component that is trained, `"transformer"` by default or `"unet"`.
@@ -117,24 +120,18 @@ class Family(ABC):
     may_take_source: ClassVar[bool] = False
     takes_several_sources: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        package, _, module = cls.__module__.rpartition(".")
+        row = f"{module}:{cls.__name__}"
+        if package == __package__ and row in PIPELINE_CLASSES:
+            cls.pipeline_classes = PIPELINE_CLASSES[row]
+
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline = pipeline
         self._settled_dtype: torch.dtype | None = None
         self._kept_statistics: dict[str, torch.Tensor] = {}
-        self.check_pipeline()
         self.noise_process = self.noise_process_class(pipeline.scheduler.config)
-
-    @classmethod
-    def for_generation(cls, pipeline: DiffusionPipeline) -> "Family":
-        """Return a family for a pipeline that only generates images and may lack its VAE and text encoders."""
-        family = cls.__new__(cls)
-        family.frozen_components = tuple(name for name in cls.frozen_components if getattr(pipeline, name, None))
-        if "vae" in family.frozen_components:
-            Family.__init__(family, pipeline)
-        else:  # `check_pipeline` reads the VAE's configuration
-            family.pipeline = pipeline
-            family.noise_process = cls.noise_process_class(pipeline.scheduler.config)
-        return family
 
     @classmethod
     def loss_defaults(cls, loss_type: str) -> LossDefaults:
@@ -229,6 +226,11 @@ class Family(ABC):
                     f"A {self.name} pipeline needs its `{component}` for training, and this one was loaded without "
                     "it. Load the whole pipeline."
                 )
+
+    def prepare_denoiser(self, denoiser: torch.nn.Module) -> None:
+        """Change a denoiser in place so that it can train, or be the reference of one that trains. The trainer calls
+        this method for both. By default, nothing changes."""
+        return None
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:

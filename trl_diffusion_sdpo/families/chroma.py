@@ -19,7 +19,6 @@ class ChromaFamily(PackedLatentsFamily):
     """
 
     name = "Chroma"
-    pipeline_classes = ("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline")
     frozen_components = ("vae", "text_encoder")
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:

@@ -59,7 +59,6 @@ class CogView4Family(Family):
     """
 
     name = "CogView4"
-    pipeline_classes = ("CogView4Pipeline",)
     frozen_components = ("vae", "text_encoder")
     # Our choice: the attention layers, as in diffusers' LoRA scripts for other models.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")

@@ -21,7 +21,6 @@ class ErnieImageFamily(Flux2LatentsFamily):
     """
 
     name = "ERNIE-Image"
-    pipeline_classes = ("ErnieImagePipeline",)
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # our choice, as for Qwen-Image
     learning_rate_lora = 1e-4  # our choice, as for similar transformers
     prompt_padding: ClassVar[PromptPadding] = "end"

@@ -5,7 +5,7 @@ guidance scale.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -27,14 +27,13 @@ class FluxFamily(PackedLatentsFamily):
     """
 
     name = "FLUX.1"
-    pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
     # As in the README of diffusers' scripts: training targets have no guidance, and 1 means no guidance.
     guidance_scale: float | None = 1.0
 
     def __init__(self, pipeline: DiffusionPipeline):
         super().__init__(pipeline)
-        if not self.denoiser.config.guidance_embeds:
+        if self.denoiser is None or not self.denoiser.config.guidance_embeds:
             self.guidance_scale = None
 
     @property
@@ -85,11 +84,7 @@ class FluxKontextFamily(FluxFamily):
     """
 
     name = "FLUX.1 Kontext"
-    pipeline_classes = ("FluxKontextPipeline",)
     takes_source = True
-
-    def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        return PackedLatentsFamily.generation_kwargs(self, scale)  # the pipeline's default prompt length is right
 
     def size_kwargs(self, height: int, width: int) -> dict[str, Any]:
         """Return the size and the area. Without the area, the pipeline's call scales every size to about 1

@@ -130,7 +130,6 @@ class Flux2Family(Flux2Hooks):
     """
 
     name = "FLUX.2"
-    pipeline_classes = ("Flux2Pipeline",)
     # As in the README of diffusers' script: training targets have no guidance, and 1 means no guidance.
     guidance_scale = 1.0
 
@@ -144,7 +143,6 @@ class Flux2KleinFamily(Flux2Hooks):
     """
 
     name = "FLUX.2 klein"
-    pipeline_classes = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline")
 
     @property
     def has_few_steps(self) -> bool:

@@ -4,51 +4,45 @@ The transformer is conditioned on two CLIP encoders, T5 and every layer of Llama
 """
 
 from collections.abc import Mapping
-from types import MethodType
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, HiDreamImageTransformer2DModel
 from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
+from torch import nn
 
 from .base import Family, check_in_channels
 
 
-def route(self: MOEFeedForwardSwiGLU, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Return the output of a mixture-of-experts layer for tokens `(N, tokens, width)`. Training mode and
-    evaluation mode give the same output.
+class RoutedExperts(nn.Module):
+    """A mixture-of-experts layer of diffusers' transformer, with the same weights under the same names.
 
-    In diffusers' own forward pass, evaluation mode computes no gradient, and training mode adds numbers in another
-    order, so policy and reference would round differently. This function calls every expert, even one without tokens,
-    because FSDP and DeepSpeed gather an expert's weights only if all processes call the expert.
+    Training mode and evaluation mode give the same output. In diffusers' own layer, evaluation mode computes no
+    gradient, and training mode adds numbers in another order, so policy and reference would round differently.
     """
-    experts, weights, _ = self.gate(hidden_states)  # both (N * tokens, number of experts per token)
-    tokens = hidden_states.flatten(0, -2)
-    order = experts.flatten().argsort(stable=True)  # the tokens of the first expert, then those of the second, ...
-    numbers = torch.arange(len(self.experts), device=experts.device)
-    counts = (experts.flatten().unsqueeze(-1) == numbers).sum(dim=0).tolist()  # `tolist` waits for the device
-    parts = tokens[order // experts.shape[1]].split(counts)
-    sorted_outputs = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
-    outputs = torch.empty_like(sorted_outputs).index_copy(0, order, sorted_outputs)
-    routed = (outputs.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
-    return routed.view_as(hidden_states).to(hidden_states.dtype) + self.shared_experts(hidden_states)
 
+    def __init__(self, layer: MOEFeedForwardSwiGLU):
+        super().__init__()
+        self.shared_experts = layer.shared_experts
+        self.experts = layer.experts
+        self.gate = layer.gate
+        self.training = layer.training
 
-def patchify(self: HiDreamImageTransformer2DModel, hidden_states: torch.Tensor) -> tuple[Any, ...]:
-    """Return what diffusers' `patchify` returns, but with the numbers of rows and columns as Python integers instead of
-    a tensor. Reading the tensor would wait for the device several times per image."""
-    tokens, masks, _, ids = type(self).patchify(self, hidden_states)
-    rows, columns = (side // self.config.patch_size for side in hidden_states.shape[-2:])
-    return tokens, masks, [(rows, columns)] * len(hidden_states), ids
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output for tokens `(N, tokens, width)`.
 
-
-def mend(denoiser: torch.nn.Module) -> None:
-    """Replace two methods of a HiDream transformer by `route` and `patchify`. Other transformers are not changed."""
-    for module in denoiser.modules():
-        if isinstance(module, MOEFeedForwardSwiGLU):
-            module.forward = MethodType(route, module)
-        elif isinstance(module, HiDreamImageTransformer2DModel):
-            module.patchify = MethodType(patchify, module)
+        Every expert is called, even one without tokens, because FSDP and DeepSpeed gather an expert's weights only if
+        all processes call it.
+        """
+        experts, weights, _ = self.gate(hidden_states)  # both (N * tokens, number of experts per token)
+        tokens = hidden_states.flatten(0, -2)
+        order = experts.flatten().argsort(stable=True)  # the tokens of the first expert, then those of the second, ...
+        numbers = torch.arange(len(self.experts), device=experts.device)
+        counts = (experts.flatten().unsqueeze(-1) == numbers).sum(dim=0).tolist()  # `tolist` waits for the device
+        parts = tokens[order // experts.shape[1]].split(counts)
+        sorted_outputs = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+        outputs = torch.empty_like(sorted_outputs).index_copy(0, order, sorted_outputs)
+        routed = (outputs.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
+        return routed.view_as(hidden_states).to(hidden_states.dtype) + self.shared_experts(hidden_states)
 
 
 class HiDreamFamily(Family):
@@ -59,7 +53,6 @@ class HiDreamFamily(Family):
     """
 
     name = "HiDream-I1"
-    pipeline_classes = ("HiDreamImagePipeline",)
     frozen_components = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
     # The attention projections of image tokens, as in diffusers' train_dreambooth_lora_hidream.py.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out")
@@ -69,10 +62,6 @@ class HiDreamFamily(Family):
     patch_size = 2
     batch_dimensions = {"encoder_hidden_states_llama3": 1}  # the first dimension has the layers of Llama
 
-    def __init__(self, pipeline: DiffusionPipeline):
-        super().__init__(pipeline)
-        mend(self.denoiser)
-
     @property
     def default_resolution(self) -> int:
         return self.pipeline.default_sample_size * self.vae_scale_factor
@@ -80,6 +69,13 @@ class HiDreamFamily(Family):
     def check_pipeline(self) -> None:
         super().check_pipeline()
         check_in_channels(self, self.pipeline.vae.config.latent_channels)
+
+    def prepare_denoiser(self, denoiser: nn.Module) -> None:
+        """Replace every mixture-of-experts layer by [`RoutedExperts`], which has the same weights."""
+        for module in list(denoiser.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, MOEFeedForwardSwiGLU):
+                    setattr(module, name, RoutedExperts(child))
 
     def check_image_size(self, height: int, width: int) -> None:
         tokens, most = self.tokens_of_image(height, width), self.denoiser.max_seq
@@ -100,8 +96,17 @@ class HiDreamFamily(Family):
     def denoiser_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
+        # The transformer would cut latents into patches itself, but then reads the numbers of rows and columns from a
+        # tensor, which waits for the device several times per image.
+        tokens, mask, _, ids = self.denoiser.patchify(latents)
+        if mask is None:  # the image is square, so no token is padding
+            mask = tokens.new_ones(tokens.shape[:2])
+        rows, columns = (side // self.denoiser.config.patch_size for side in latents.shape[-2:])
         return {
-            "hidden_states": latents,
+            "hidden_states": tokens,
+            "hidden_states_masks": mask,
+            "img_sizes": [(rows, columns)] * len(latents),
+            "img_ids": ids,
             "timesteps": timesteps,
             "encoder_hidden_states_t5": conditioning["t5_embeds"].to(latents.dtype),
             "encoder_hidden_states_llama3": conditioning["llama_embeds"].to(latents.dtype).transpose(0, 1),

@@ -27,7 +27,6 @@ class HunyuanDiTFamily(Family):
     """
 
     name = "HunyuanDiT"
-    pipeline_classes = ("HunyuanDiTPipeline",)
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
     # Our choice: all projections of self-attention and cross-attention. Diffusers has no LoRA script for HunyuanDiT.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")

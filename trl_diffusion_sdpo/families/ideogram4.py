@@ -4,6 +4,7 @@ The transformer's time runs from 0 (noise) to 1 (image). A second transformer pr
 classifier-free guidance.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -17,13 +18,12 @@ from diffusers.models.transformers.transformer_ideogram4 import (
     SEQUENCE_PADDING_INDICATOR,
     Ideogram4MRoPE,
 )
+from torch import nn
 
-from ..utils._compat import keep_in_float32
 from .base import PromptPadding
 from .flux2 import Flux2LatentsFamily
 from .noise import FlowMatchingProcess, TimestepSampling, generators_of, standard_normal
 
-keep_in_float32(Ideogram4MRoPE, "inv_freq")
 MOST_TOKENS = 2048  # the pipeline's `max_sequence_length`
 
 
@@ -66,7 +66,6 @@ class Ideogram4Family(Flux2LatentsFamily):
     """
 
     name = "Ideogram 4"
-    pipeline_classes = ("Ideogram4Pipeline",)
     frozen_components: tuple[str, ...] = ("vae", "text_encoder", "unconditional_transformer")
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")  # from diffusers' LoRA script
     learning_rate_lora = 1e-4  # from the README of diffusers' script
@@ -85,7 +84,17 @@ class Ideogram4Family(Flux2LatentsFamily):
     def __init__(self, pipeline: DiffusionPipeline):
         if pipeline.unconditional_transformer is None:
             self.frozen_components = ("vae", "text_encoder")
+        else:
+            self.prepare_denoiser(pipeline.unconditional_transformer)  # sample images may cast it
         super().__init__(pipeline)
+
+    def prepare_denoiser(self, denoiser: nn.Module) -> None:
+        """Keep the frequencies of positions in float32, as the model's files leave them. DeepSpeed and
+        `pipeline.to(torch.bfloat16)` round them, and large positions would then get wrong angles."""
+        for module in denoiser.modules():
+            if isinstance(module, Ideogram4MRoPE):
+                base = denoiser.config.rope_theta
+                module.register_forward_pre_hook(functools.partial(_exact_frequencies, base))
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """Return a constant guidance scale. The pipeline's default is a list of scales for exactly 48 steps."""
@@ -152,3 +161,9 @@ class Ideogram4Family(Flux2LatentsFamily):
 
     def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         return 1000 * (1 - inputs["timestep"].float())
+
+
+def _exact_frequencies(base: int, module: Any, _: Any) -> None:
+    if module.inv_freq.dtype != torch.float32:
+        exact = Ideogram4MRoPE(module.head_dim, base, module.mrope_section)
+        module.inv_freq = exact.inv_freq.to(module.inv_freq.device)

@@ -26,7 +26,6 @@ class Krea2Family(QwenImageLatentsFamily):
     """
 
     name = "Krea 2"
-    pipeline_classes = ("Krea2Pipeline",)
     # Attention only, as the model's authors advise for long trainings. Diffusers' LoRA script also trains other layers.
     lora_target_modules = ("to_q", "to_k", "to_v", "to_gate", "to_out.0")
     learning_rate_lora = 1e-4  # our choice, as for similar transformers; diffusers' script uses 3e-4

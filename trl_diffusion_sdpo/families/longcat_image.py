@@ -24,31 +24,14 @@ class LongCatImageFamily(OvisImageFamily):
     """
 
     name = "LongCat-Image"
-    pipeline_classes = ("LongCatImagePipeline",)
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         return {**super().generation_kwargs(scale), "enable_prompt_rewrite": False}
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        here = self.prompt_encoder()
+        here = _prompt_encoder(self.pipeline)
         with no_autocast(here.device):
             return {"prompt_embeds": longcat_prompt_embeds(self.pipeline, here, prompts)}  # (N, 512, width)
-
-    def prompt_encoder(self, *names: str) -> SimpleNamespace:
-        """Return an object with the attributes that `_encode_prompt` of the pipeline reads, including `names`.
-
-        Its `device` is that of the text encoder. The pipeline's own `device` is that of its first component.
-        """
-        names = (
-            "text_encoder",
-            "tokenizer",
-            "tokenizer_max_length",
-            "prompt_template_encode_prefix",
-            "prompt_template_encode_suffix",
-            *names,
-        )
-        attributes = {name: getattr(self.pipeline, name) for name in names}
-        return SimpleNamespace(device=self.pipeline.text_encoder.device, **attributes)
 
     def denoiser_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
@@ -60,7 +43,7 @@ class LongCatImageFamily(OvisImageFamily):
         return inputs
 
 
-class LongCatImageEditFamily(LongCatImageFamily):
+class LongCatImageEditFamily(OvisImageFamily):
     """Trains `LongCatImageEditPipeline`, which edits a source image by the prompt.
 
     The text encoder reads prompt and source image together. In the transformer, tokens of the source image follow the
@@ -69,11 +52,7 @@ class LongCatImageEditFamily(LongCatImageFamily):
     """
 
     name = "LongCat-Image-Edit"
-    pipeline_classes = ("LongCatImageEditPipeline",)
     takes_source = True
-
-    def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        return OvisImageFamily.generation_kwargs(self, scale)
 
     def size_kwargs(self, height: int, width: int) -> dict[str, Any]:
         """Return no arguments, because the source image determines the size."""
@@ -84,7 +63,7 @@ class LongCatImageEditFamily(LongCatImageFamily):
         pipeline, processor = self.pipeline, self.pipeline.image_processor
         latents = self.encode_sources(sources)
         resized = [self.resized(source) for (source,) in sources]
-        here = self.prompt_encoder("image_processor_vl", "image_token")
+        here = _prompt_encoder(pipeline, "image_processor_vl", "image_token")
         with no_autocast(here.device):
             rows = [
                 longcat_prompt_embeds(
@@ -106,7 +85,7 @@ class LongCatImageEditFamily(LongCatImageFamily):
     def denoiser_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
-        inputs = OvisImageFamily.denoiser_inputs(self, latents, timesteps, conditioning)
+        inputs = super().denoiser_inputs(latents, timesteps, conditioning)
         (source,) = self.latents_of_sources(conditioning, latents.dtype)
         positions = [patch_positions(part.shape[-2], part.shape[-1], latents.device) for part in (latents, source)]
         for image, ids in enumerate(positions, 1):
@@ -118,3 +97,20 @@ class LongCatImageEditFamily(LongCatImageFamily):
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         return super().prediction_of(output[:, : self.image_seq_len(latents)], latents)
+
+
+def _prompt_encoder(pipeline: Any, *names: str) -> SimpleNamespace:
+    """Return an object with the attributes that `_encode_prompt` of the pipeline reads, including `names`.
+
+    Its `device` is that of the text encoder. The pipeline's own `device` is that of its first component.
+    """
+    names = (
+        "text_encoder",
+        "tokenizer",
+        "tokenizer_max_length",
+        "prompt_template_encode_prefix",
+        "prompt_template_encode_suffix",
+        *names,
+    )
+    attributes = {name: getattr(pipeline, name) for name in names}
+    return SimpleNamespace(device=pipeline.text_encoder.device, **attributes)

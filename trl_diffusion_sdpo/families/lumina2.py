@@ -22,7 +22,6 @@ class Lumina2Family(Family):
     """
 
     name = "Lumina Image 2.0"
-    pipeline_classes = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")
     frozen_components = ("vae", "text_encoder")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # from diffusers' LoRA script for Lumina 2
     learning_rate_full = 1e-6  # our choice, between the rates of Stable Diffusion (2e-6) and SDXL (2e-7)

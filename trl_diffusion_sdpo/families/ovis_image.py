@@ -12,7 +12,6 @@ class OvisImageFamily(PackedLatentsFamily):
     """Trains `OvisImagePipeline`. Prompts are padded with zeros to a fixed length, and the padding is not masked."""
 
     name = "Ovis-Image"
-    pipeline_classes = ("OvisImagePipeline",)
     frozen_components = ("vae", "text_encoder")
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:

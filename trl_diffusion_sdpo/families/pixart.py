@@ -76,7 +76,6 @@ class PixArtAlphaFamily(PixArtHooks):
     """
 
     name = "PixArt-alpha"
-    pipeline_classes = ("PixArtAlphaPipeline",)
 
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
@@ -102,7 +101,6 @@ class PixArtSigmaFamily(PixArtHooks):
     """
 
     name = "PixArt-Sigma"
-    pipeline_classes = ("PixArtSigmaPipeline",)
 
     def check_pipeline(self) -> None:
         super().check_pipeline()

@@ -60,11 +60,6 @@ class QwenImageFamily(QwenImageLatentsFamily):
     """
 
     name = "Qwen-Image"
-    pipeline_classes: ClassVar[tuple[str, ...]] = (
-        "QwenImagePipeline",
-        "QwenImageImg2ImgPipeline",
-        "QwenImageInpaintPipeline",
-    )
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # from diffusers' LoRA script for Qwen-Image
     learning_rate_lora = 1e-4  # from diffusers' script
     # Options of the transformer that only editing or layered models set, or that no pipeline of diffusers supports.
@@ -131,7 +126,6 @@ class QwenImageEditFamily(QwenImageFamily):
     """
 
     name = "Qwen-Image-Edit"
-    pipeline_classes = ("QwenImageEditPipeline",)
     takes_source = True
     other_inputs = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
     pipeline_module: ClassVar[ModuleType] = pipeline_qwenimage_edit
@@ -186,6 +180,5 @@ class QwenImageEditPlusFamily(QwenImageEditFamily):
 
     name = "Qwen-Image-Edit-Plus"
     takes_several_sources = True
-    pipeline_classes = ("QwenImageEditPlusPipeline",)
     pipeline_module = pipeline_qwenimage_edit_plus
     read_area = 384 * 384

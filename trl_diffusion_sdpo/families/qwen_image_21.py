@@ -11,13 +11,12 @@ import torch
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21TemporalTimesteps
 from diffusers.pipelines.qwenimage21 import pipeline_qwenimage21
 from PIL import Image
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..utils._compat import keep_in_float32
 from .base import PromptPadding
 from .qwen_image import QwenImageLatentsFamily
 
-keep_in_float32(QwenImage21TemporalTimesteps, "freqs")
 SLOT = 2  # in the text encoder's sequence, one token of an image covers a square of latents with this side
 SOURCE_AREA = 1024 * 1024  # number of pixels of a resized source image
 
@@ -32,7 +31,6 @@ class QwenImage21Family(QwenImageLatentsFamily):
     """
 
     name = "Qwen-Image 2.1"
-    pipeline_classes = ("QwenImage21Pipeline",)
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # our choice, as for Qwen-Image
     learning_rate_lora = 1e-4  # our choice, as for Qwen-Image
     patch_size = 1
@@ -40,6 +38,13 @@ class QwenImage21Family(QwenImageLatentsFamily):
     prompt_padding: ClassVar[PromptPadding] = "end, shifting the image"
     may_take_source = True
     takes_several_sources = True
+
+    def prepare_denoiser(self, denoiser: nn.Module) -> None:
+        """Keep the timestep's frequencies in float32, as the model's files leave them. DeepSpeed and
+        `pipeline.to(torch.bfloat16)` round them."""
+        for module in denoiser.modules():
+            if isinstance(module, QwenImage21TemporalTimesteps):
+                module.register_forward_pre_hook(_exact_frequencies)
 
     def check_image_size(self, height: int, width: int) -> None:
         multiple = SLOT * self.vae_scale_factor
@@ -112,3 +117,8 @@ class QwenImage21Family(QwenImageLatentsFamily):
         height, width = latents.shape[-2:]
         image = output[:, -height * width :]  # the output of text tokens comes first
         return image.transpose(1, 2).unflatten(2, (height, width))
+
+
+def _exact_frequencies(module: Any, _: Any) -> None:
+    if module.freqs.dtype != torch.float32:
+        module.freqs = QwenImage21TemporalTimesteps(module.timestep_dim).freqs.to(module.freqs.device)

@@ -11,51 +11,15 @@ from importlib.metadata import EntryPoints, entry_points
 from diffusers import DiffusionPipeline
 
 from .base import Family
+from .pipeline_classes import PIPELINE_CLASSES
 
 ENTRY_POINT_GROUP = "trl_diffusion_sdpo.families"
 HOW_TO_ADD = "docs/extending.md"
 
-# "module:Class" of a family in this package -> names of the pipeline classes that the family trains.
-_SERVED = {
-    "stable_diffusion:StableDiffusionFamily": (
-        "StableDiffusionPipeline",
-        "StableDiffusionImg2ImgPipeline",
-        "StableDiffusionInpaintPipeline",
-    ),
-    "stable_diffusion_xl:StableDiffusionXLFamily": ("StableDiffusionXLPipeline",),
-    "stable_diffusion_3:StableDiffusion3Family": (
-        "StableDiffusion3Pipeline",
-        "StableDiffusion3Img2ImgPipeline",
-        "StableDiffusion3InpaintPipeline",
-    ),
-    "flux:FluxFamily": ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
-    "flux:FluxKontextFamily": ("FluxKontextPipeline",),
-    "pixart:PixArtAlphaFamily": ("PixArtAlphaPipeline",),
-    "pixart:PixArtSigmaFamily": ("PixArtSigmaPipeline",),
-    "sana:SanaFamily": ("SanaPipeline",),
-    "qwen_image:QwenImageFamily": ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
-    "qwen_image_21:QwenImage21Family": ("QwenImage21Pipeline",),
-    "chroma:ChromaFamily": ("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
-    "krea2:Krea2Family": ("Krea2Pipeline",),
-    "z_image:ZImageFamily": ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
-    "ovis_image:OvisImageFamily": ("OvisImagePipeline",),
-    "lumina2:Lumina2Family": ("Lumina2Pipeline", "Lumina2Text2ImgPipeline"),
-    "aura_flow:AuraFlowFamily": ("AuraFlowPipeline",),
-    "cogview4:CogView4Family": ("CogView4Pipeline",),
-    "hunyuan_dit:HunyuanDiTFamily": ("HunyuanDiTPipeline",),
-    "flux2:Flux2Family": ("Flux2Pipeline",),
-    "flux2:Flux2KleinFamily": ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline"),
-    "ideogram4:Ideogram4Family": ("Ideogram4Pipeline",),
-    "longcat_image:LongCatImageFamily": ("LongCatImagePipeline",),
-    "longcat_image:LongCatImageEditFamily": ("LongCatImageEditPipeline",),
-    "qwen_image:QwenImageEditFamily": ("QwenImageEditPipeline",),
-    "qwen_image:QwenImageEditPlusFamily": ("QwenImageEditPlusPipeline",),
-    "ernie_image:ErnieImageFamily": ("ErnieImagePipeline",),
-    "hidream:HiDreamFamily": ("HiDreamImagePipeline",),
-    "wan:WanFamily": ("WanPipeline",),
-}
 # Pipeline class -> "package.module:Class" of its family, for the families of this package.
-FAMILIES: dict[str, str] = {name: f"{__package__}.{family}" for family, names in _SERVED.items() for name in names}
+FAMILIES: dict[str, str] = {
+    name: f"{__package__}.{family}" for family, names in PIPELINE_CLASSES.items() for name in names
+}
 _registered: dict[str, str] = {}  # filled by `register_family`
 
 
@@ -127,7 +91,9 @@ def family_for_class_name(name: str) -> type[Family]:
 def find_family(pipeline: DiffusionPipeline) -> Family:
     """Return the family of a loaded pipeline, constructed with this pipeline. Raise `ValueError` if no family can train
     the pipeline."""
-    return family_for_class_name(type(pipeline).__name__)(pipeline)
+    family = family_for_class_name(type(pipeline).__name__)(pipeline)
+    family.check_pipeline()
+    return family
 
 
 def _entry_points() -> EntryPoints:

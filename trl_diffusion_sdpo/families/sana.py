@@ -22,7 +22,6 @@ class SanaFamily(Family):
     """
 
     name = "Sana"
-    pipeline_classes = ("SanaPipeline",)
     frozen_components = ("vae", "text_encoder")
     lora_target_modules = ("to_k", "to_q", "to_v")  # from diffusers' LoRA script for Sana
     learning_rate_full = 1e-6  # our choice, between the rates of Stable Diffusion (2e-6) and SDXL (2e-7)

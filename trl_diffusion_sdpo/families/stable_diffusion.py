@@ -19,7 +19,6 @@ class StableDiffusionFamily(Family):
     """
 
     name = "Stable Diffusion"
-    pipeline_classes = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
     denoiser_name = "unet"
     frozen_components = ("vae", "text_encoder")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # from diffusers' DPO script

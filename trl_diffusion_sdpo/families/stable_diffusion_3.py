@@ -23,11 +23,6 @@ class StableDiffusion3Family(Family):
     """
 
     name = "Stable Diffusion 3"
-    pipeline_classes = (
-        "StableDiffusion3Pipeline",
-        "StableDiffusion3Img2ImgPipeline",
-        "StableDiffusion3InpaintPipeline",
-    )
     frozen_components: tuple[str, ...] = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     # The joint attention of every block, as in diffusers' train_dreambooth_lora_sd3.py. Some blocks of 3.5 Medium have
     # a second attention (`attn2`), which is not trained.

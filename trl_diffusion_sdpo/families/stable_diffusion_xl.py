@@ -27,7 +27,6 @@ class StableDiffusionXLFamily(Family):
     """
 
     name = "Stable Diffusion XL"
-    pipeline_classes = ("StableDiffusionXLPipeline",)
     denoiser_name = "unet"
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # from diffusers' DPO script

@@ -22,7 +22,6 @@ class WanFamily(Family):
     """
 
     name = "Wan"
-    pipeline_classes = ("WanPipeline",)
     frozen_components = ("vae", "text_encoder")
     # Self-attention and cross-attention, as in finetrainers' examples for Wan. Diffusers has no LoRA script for Wan.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")

@@ -94,6 +94,7 @@ def load_model(
     """
     parts: dict[str, Any] = {"encoders": encoders, "denoiser": denoiser, "denoiser_folder": denoiser_folder}
     loaded = _resolve(model, processing_class, model_init_kwargs, quantization_config, "model", **parts)
+    loaded.family.prepare_denoiser(loaded.denoiser)
     _align_for(loaded.denoiser, device)
     return loaded
 
@@ -133,6 +134,7 @@ def load_reference(
         denoiser = load_denoiser(ref_model, dtype=dtype, folder=denoiser_folder, **options)
     else:
         denoiser = _resolve(ref_model, policy.pipeline, None, None, "ref_model").denoiser
+    policy.family.prepare_denoiser(denoiser)
     _align_for(denoiser, device)
     return denoiser
 

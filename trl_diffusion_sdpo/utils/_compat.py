@@ -285,24 +285,3 @@ def default_configuration(tensors: dict[str, torch.Tensor]) -> str:
     """Return the Hub id of the configuration that diffusers uses for a single-file checkpoint. Error messages need this
     id, because the error that `from_single_file` raises offline does not name the configuration."""
     return str(fetch_diffusers_config(tensors)["pretrained_model_name_or_path"])
-
-
-def keep_in_float32(module_class: type[torch.nn.Module], buffer: str) -> None:
-    """Patch a module class, so that casting a module leaves the buffer named `buffer` in float32.
-
-    Use this function for buffers that model files do not contain. `from_pretrained` leaves these buffers in float32
-    too, but DeepSpeed and `pipeline.to(torch.bfloat16)` cast them. If the frequencies of positions or timesteps are
-    rounded, large positions get wrong angles. Remove this function when diffusers' denoisers compute these frequencies
-    in their forward pass.
-    """
-    cast: Any = module_class._apply
-
-    def keep(self: torch.nn.Module, function: Callable[..., Any], recurse: bool = True) -> torch.nn.Module:
-        before = getattr(self, buffer)
-        cast(self, function, recurse)
-        after = getattr(self, buffer)
-        if after.dtype != before.dtype:
-            setattr(self, buffer, before.to(after.device))
-        return self
-
-    module_class._apply = keep  # type: ignore[method-assign]

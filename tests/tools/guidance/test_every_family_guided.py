@@ -105,11 +105,11 @@ def test_a_step_is_extrapolated_from_the_reference_as_by_hand(model, plain):
 
 
 def test_scale_one_is_the_plain_pipeline_and_scale_zero_the_reference(model):
-    tuned, reference = run(model, guided=True, steps=3), off(model, guided=True, steps=3)
+    tuned, reference = run(model, guided=True, steps=3), off(model, steps=3)
     with preference_guidance(model.pipeline, 1.0):
         assert torch.equal(run(model, guided=True, steps=3).latents, tuned.latents)
-    with preference_guidance(model.pipeline, 0.0, form="both"):
-        assert torch.equal(run(model, guided=True, steps=3).latents, reference.latents)
+    with preference_guidance(model.pipeline, 0.0):
+        assert torch.equal(run(model, steps=3).latents, reference.latents)
     assert torch.equal(run(model, guided=True, steps=3).latents, tuned.latents)
 
 
@@ -126,7 +126,6 @@ def test_with_classifier_free_guidance_each_branch_is_as_stated(model, plain):
     shift = (SCALE - 1) * (c - c_r)
     branches = {
         "conditional": (c + shift, u + shift),
-        "both": (c + shift, u + (SCALE - 1) * (u - u_r)),
         "npo": (c, u_r),
     }
     if model.family.unconditional_name is not None:  # another network, which is not tuned

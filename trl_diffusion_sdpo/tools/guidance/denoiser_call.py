@@ -29,8 +29,6 @@ class DenoiserCall:
         kwargs: dict[str, Any],
         batch_dimensions: Mapping[str, int | None],
     ):
-        self.args = args
-        self.kwargs = kwargs
         self._batch_dimensions = batch_dimensions
         bound = list(signature.bind(None, *args, **kwargs).arguments.items())
         self.inputs: dict[str, Any] = dict(bound[1:])
@@ -48,30 +46,29 @@ class DenoiserCall:
             return all(map(torch.equal, self.latents[:half], self.latents[half:]))
         return torch.equal(self.latents[:half], self.latents[half:])
 
-    def take(self, *slices: slice) -> dict[str, Any]:
-        """Return the inputs of the batch rows in `slices`, concatenated in the order of `slices`."""
+    def take(self, rows: slice) -> dict[str, Any]:
+        """Return the inputs of these rows of the batch."""
         selected = {}
         for name, value in self.inputs.items():
             dimension = self._batch_dimensions.get(name, 0)
             if dimension is None:
                 selected[name] = value
             elif dimension == 0:
-                selected[name] = self._select(value, slices, is_input=True)
+                selected[name] = self._select(value, rows, is_input=True)
             else:
-                parts = [value.narrow(dimension, rows.start, rows.stop - rows.start) for rows in slices]
-                selected[name] = torch.cat(parts, dim=dimension)
+                selected[name] = value.narrow(dimension, rows.start, rows.stop - rows.start)
         return selected
 
-    def _select(self, value: Any, slices: tuple[slice, ...], *, is_input: bool = False) -> Any:
+    def _select(self, value: Any, rows: slice, *, is_input: bool = False) -> Any:
         if isinstance(value, torch.Tensor):
             has_rows = value.ndim > 0 and len(value) == self.rows
-            return torch.cat([value[rows] for rows in slices]) if has_rows else value
+            return value[rows] if has_rows else value
         if isinstance(value, dict):
-            return {name: self._select(entry, slices) for name, entry in value.items()}
+            return {name: self._select(entry, rows) for name, entry in value.items()}
         if isinstance(value, list) and is_input:  # a list with one entry for each row
-            return [entry for rows in slices for entry in value[rows]] if len(value) == self.rows else value
+            return value[rows] if len(value) == self.rows else value
         if isinstance(value, (list, tuple)):
-            return type(value)(self._select(entry, slices) for entry in value)
+            return type(value)(self._select(entry, rows) for entry in value)
         return value
 
 

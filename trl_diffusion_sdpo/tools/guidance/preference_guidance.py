@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import weakref
 from collections.abc import Iterator
 from numbers import Real
 from typing import Any, get_args
@@ -15,14 +16,16 @@ from torch import nn
 
 from ...families import Family
 from ...families.registry import family_for_class_name
-from .guided_denoiser import Form, Guide, guide, is_guided, leave
-from .predictors import predictor_of
+from .guide import Form, Guide, without_prompt_cache
+from .reference import reference_of
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SCALE = 3.0
 TRIED_SCALES = 6.0  # largest scale that we have measured
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+
+_guided: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # denoisers within a context of `preference_guidance`
 
 
 @contextlib.contextmanager
@@ -33,7 +36,6 @@ def preference_guidance(
     reference: nn.Module | str | None = None,
     form: Form = "conditional",
     interval: tuple[float, float] | None = None,
-    batched: bool = False,
     allow_distilled: bool = False,
 ) -> Iterator[DiffusionPipeline]:
     """Within the context, guide a pipeline by the difference between the tuned model and a reference model.
@@ -48,7 +50,7 @@ def preference_guidance(
             same models work too.
         scale (`float`, *optional*, defaults to 3): Strength of the guidance, at least 0. At 1, images are those of the
             tuned model, and the reference is not called. At 0, images are those of the reference if classifier-free
-            guidance is off or the form is `"both"`. The form `"npo"` takes no scale.
+            guidance is off. The form `"npo"` takes no scale.
         reference (`nn.Module` or `str`, *optional*): The reference: a denoiser of the same architecture, dtype and
             device, or the name of an adapter on the pipeline's denoiser, for example of a LoRA that was trained with
             `swap_labels=True`. By default, the reference is the pipeline's denoiser with its LoRA switched off.
@@ -56,19 +58,13 @@ def preference_guidance(
             guidance. In the formulas below, g is the strength of classifier-free guidance. The policy predicts c for
             the prompt and u for the negative prompt. The reference predicts c_r and u_r.
 
-            - `"conditional"`: `u + g (c - u) + (scale - 1) (c - c_r)`, with three predictions per step.
-            - `"both"`: `u_s + g (c_s - u_s)`, with four predictions per step. Both c and u are extrapolated:
-              `c_s = c_r + scale (c - c_r)` and `u_s = u_r + scale (u - u_r)`.
-            - `"npo"`: `u_r + g (c - u_r)`, from Diffusion-NPO. The form `"npo"` needs two predictions per step, as many
-              as the pipeline without preference guidance.
+            - `"conditional"`: `u + g (c - u) + (scale - 1) (c - c_r)`.
+            - `"npo"`: `u_r + g (c - u_r)`, from Diffusion-NPO. Without classifier-free guidance, it has no effect.
 
-            Without classifier-free guidance, `"conditional"` and `"both"` are equal, and `"npo"` has no effect.
+            Both need three predictions per step, one more than the pipeline without preference guidance.
         interval (`tuple[float, float]`, *optional*): Lowest and highest noise level at which to guide, from 0 (clean
             image) to 1 (pure noise). For flow matching, the noise level is sigma. For DDPM, the noise level is the
             flow-matching sigma with the same signal-to-noise ratio. By default, every step is guided.
-        batched (`bool`, *optional*, defaults to `False`): Whether policy and reference predict in one batch instead of
-            one after the other. One batch needs more memory. With `batched=True`, the policy must be a single LoRA, and
-            the reference another LoRA on the same denoiser, or the denoiser with its LoRA switched off.
         allow_distilled (`bool`, *optional*, defaults to `False`): Whether to allow scales above 1 and the form `"npo"`
             for a model that is distilled to few steps. We have not measured preference guidance of distilled models.
 
@@ -114,7 +110,7 @@ def preference_guidance(
         raise ValueError(
             "The form 'npo' needs a denoiser that also makes the unconditional predictions. For these predictions, "
             f"{family.name} has another network, `{family.unconditional_name}`, which is not tuned. Use the form "
-            "'conditional' or 'both'."
+            "'conditional'."
         )
     _check_denoiser(denoiser)
     if not allow_distilled and (scale > 1 or form == "npo") and is_distilled(family):
@@ -126,22 +122,25 @@ def preference_guidance(
             "pass `allow_distilled=True` and compare images."
         )
 
-    # Guide the denoiser until the context ends.
-    with contextlib.closing(predictor_of(denoiser, reference, batched=batched)) as predictor:
-        guiding = Guide(family, predictor, form, scale, interval)
-        guide(denoiser, guiding)
-        handle = None
-        if unconditional is not None and form == "conditional" and scale != 1:
-            handle = unconditional.register_forward_hook(guiding.shift_unconditional)
-        try:
-            yield pipeline
-        finally:
-            leave(denoiser)
-            if handle is not None:
-                handle.remove()
-    if not guiding.calls or guiding.guided_calls or (form != "npo" and scale == 1):
+    refer = reference_of(denoiser, reference)
+    if form == "conditional" and scale == 1:
+        yield pipeline
         return
-    if not guiding.calls_within:
+
+    # Guide the denoiser until the context ends. Hooks work also if the denoiser is compiled or offloaded.
+    guide = Guide(family, refer, form, scale, interval)
+    plain = unwrap_module(denoiser)
+    with contextlib.ExitStack() as stack:
+        _guided.add(plain)
+        stack.callback(_guided.discard, plain)
+        stack.enter_context(denoiser.register_forward_pre_hook(without_prompt_cache, with_kwargs=True))
+        stack.enter_context(denoiser.register_forward_hook(guide, with_kwargs=True))
+        if unconditional is not None:
+            stack.enter_context(unconditional.register_forward_hook(guide.shift_unconditional))
+        yield pipeline
+    if not guide.calls or guide.guided_calls:
+        return
+    if not guide.calls_within:
         logger.warning(
             "`preference_guidance` had no effect, because no step had a noise level in the `interval` %s.", interval
         )
@@ -155,17 +154,24 @@ def preference_guidance(
 
 def _family_of(pipeline: Any) -> Family:
     """Return the family of a pipeline, or of a modular pipeline of the same model."""
+    is_modular = isinstance(pipeline, ModularPipeline)
     name = type(pipeline).__name__
-    if not isinstance(pipeline, ModularPipeline):
-        return family_for_class_name(name).for_generation(pipeline)
-    family = family_for_class_name(name.replace("ModularPipeline", "Pipeline")).for_generation(pipeline)
-    family.conditional_rows = "all"  # diffusers' guiders call the denoiser once for each branch, prompts first
+    family = family_for_class_name(name.replace("ModularPipeline", "Pipeline") if is_modular else name)(pipeline)
+    if is_modular:
+        family.conditional_rows = "all"  # diffusers' guiders call the denoiser once for each branch, prompts first
+    # A pipeline that only generates may lack VAE and text encoders. What is checked needs the VAE's configuration.
+    family.frozen_components = tuple(part for part in family.frozen_components if getattr(pipeline, part, None))
+    if "vae" in family.frozen_components:
+        family.check_pipeline()
     return family
 
 
 def _checked_scale(scale: float | None, form: Form) -> float:
     if form not in get_args(Form):
-        raise ValueError(f"`form` must be one of {', '.join(get_args(Form))}; got {form!r}.")
+        raise ValueError(
+            f"`form` must be one of {', '.join(get_args(Form))}; got {form!r}. Use 'conditional' in place of the "
+            "earlier form 'both': it measured as well, with fewer predictions."
+        )
     if form == "npo":
         if scale is not None:
             raise ValueError(
@@ -191,7 +197,7 @@ def _checked_scale(scale: float | None, form: Form) -> float:
 
 
 def _check_denoiser(denoiser: nn.Module) -> None:
-    if is_guided(denoiser):
+    if unwrap_module(denoiser) in _guided:
         raise ValueError(
             "Only one `preference_guidance` can guide a denoiser at a time. This denoiser is already guided, by an "
             "outer context or through another pipeline that has the same denoiser. End that context first."
