@@ -854,9 +854,9 @@ class DiffusionSDPOTrainer(Trainer):
         gathered, counted = self.accelerator.gather(values), self.accelerator.gather(self._counted)
         return gathered[counted > 0] if len(gathered) == len(counted) else gathered
 
-    def verdict(self) -> Verdict | None:
-        """Return a verdict on whether training has raised the error on preferred images, or `None` if nothing was
-        measured. The verdict is based on the last evaluation or, without evaluations, on the last training logs."""
+    def verdict(self) -> Verdict:
+        """Judge by the last evaluation whether training has raised the error on preferred images, and whether the model
+        learned the preference. Without held-out pairs, the verdict is "unknown"."""
         step = final_step(self.args, self.state)
         images = "" if self.sample_scores is None else self.sample_scores.sentence(step or self.state.global_step)
         return verdict_of(self.state.log_history, self.run_facts, step, images)
@@ -1043,7 +1043,6 @@ class DiffusionSDPOTrainer(Trainer):
             report(line)
 
     def _write_card(self, *, keep_edited: bool = False, tags: Any = None, **facts: Any) -> bool:
-        verdict = self.verdict()
         samples = find_sample_images(self.callback_handler.callbacks)
         gallery = [] if samples is None else samples.newest_gallery()
         comparison = [] if samples is None else samples.comparison(self.run_folder.path)
@@ -1057,7 +1056,7 @@ class DiffusionSDPOTrainer(Trainer):
             keep_edited=keep_edited,
             hub_model_id=self.hub_model_id,
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            verdict=None if verdict is None else str(verdict),
+            verdict=str(self.verdict()),
             gallery=gallery,
             comparison=[(pair.prompt, pair.before, pair.after) for pair in comparison],
             **facts,
