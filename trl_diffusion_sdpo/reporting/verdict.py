@@ -300,7 +300,8 @@ def words_of_rise(measured: Measurement, run: RunFacts) -> str:
     what = "The model is being ruined" if measured.winners == "ruined" else "The preferred images are getting worse"
     where = ""
     if measured.worst_noise_bin is not None:
-        low, high = measured.worst_noise_bin / run.num_noise_bins, (measured.worst_noise_bin + 1) / run.num_noise_bins
+        low = measured.worst_noise_bin / run.num_noise_bins
+        high = (measured.worst_noise_bin + 1) / run.num_noise_bins
         where = (
             f" The worst change is {measured.worst_noise_bin_change:+.1%}, at noise levels {low:.3g} to {high:.3g}."
         )
