@@ -16,6 +16,7 @@ from ..saving.model_card import forget_recommended_scales
 from ..saving.setup import output_folder
 from ..utils.files import VERDICT_FILE
 from .console import say
+from .history import is_evaluation
 from .interrupts import resume_hint, was_interrupted
 from .plots import CURVES_FILE, changes_by_noise_bin, has_curves, noise_bin_file, plot_curves, plot_noise_bins
 from .sample_images import SampleImagesCallback, final_step
@@ -24,7 +25,6 @@ from .verdict import (
     ADVICE,
     RISES,
     RunFacts,
-    is_evaluation,
     rise_at,
     ruined_in_training,
     verdict_of,
@@ -42,7 +42,8 @@ class NoiseBinPlotCallback(TrainerCallback):
     into the output folder: `noise_bins.png` for metrics with the prefix `eval`, `noise_bins_ema.png` for `eval_ema`."""
 
     def __init__(self, images: TrackedImages, num_noise_bins: int):
-        self._images, self._num_noise_bins = images, num_noise_bins
+        self._images = images
+        self._num_noise_bins = num_noise_bins
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if not state.is_world_process_zero:
@@ -81,11 +82,14 @@ class VerdictCallback(TrainerCallback):
         self._callbacks = callbacks
         self._samples = samples
         self._on_rise = on_rise
-        self._training = self._stops = False
+        self._training = False
+        self._stops = False
         self._rise = 0  # last evaluation: 0 for no rise, 1 for "worse", 2 for "ruined"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._training, self._stops, self._rise = True, False, 0
+        self._training = True
+        self._stops = False
+        self._rise = 0
         if state.is_world_process_zero:  # the verdict on earlier weights must not be published with the new weights
             (output_folder(args) / VERDICT_FILE).unlink(missing_ok=True)
             forget_recommended_scales(output_folder(args))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from ..step.pair_evaluation import FEWEST_PAIRS
 from ..utils.files import VERDICT_FILE, write_atomically
+from .history import History, evaluation_prefixes
 from .sample_images import SamplePair
 
 STANDARD_ERRORS = 2.0  # a change is significant if it exceeds this many standard errors
@@ -47,10 +47,7 @@ ADVICE = {
     "worse": f"Unless the images look better, {_AGAIN}",
     "ruined": f"Do not use these weights: {_AGAIN}",
 }
-_WINNER = re.compile(r"^(?P<prefix>eval.*)_errors/winner$")
 _CHANGE = "errors/winner_change_relative"
-
-History = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -261,7 +258,7 @@ def worst_of(history: History, run: RunFacts, step: int | None = None) -> Measur
     last: dict[str, Measurement] = {}
     first: dict[str, Mapping[str, Any]] = {}
     for entry in history:
-        for prefix in (match["prefix"] for match in map(_WINNER.match, entry) if match):
+        for prefix in evaluation_prefixes(entry):
             measured = _measured(entry, first.setdefault(prefix, entry), prefix, run)
             is_later = prefix not in last or last[prefix].step != step
             if measured is not None and is_later and not prefix.endswith(run.average_suffix):
@@ -273,11 +270,6 @@ def rise_at(history: History, run: RunFacts, step: int) -> Measurement | None:
     """Return the measurement with the worst verdict if it is of this step and shows that the winners' error rose."""
     measured = worst_of(history, run)
     return measured if measured is not None and measured.step == step and measured.rises else None
-
-
-def is_evaluation(entry: Mapping[str, Any]) -> bool:
-    """Return whether an entry of a log history is from an evaluation on preference pairs."""
-    return any(map(_WINNER.match, entry))
 
 
 def ruined_in_training(history: History, run: RunFacts, fewest_logs: int = 1) -> str:

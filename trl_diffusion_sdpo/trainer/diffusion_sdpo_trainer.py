@@ -38,11 +38,12 @@ from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.loading import LoadedModel
 from ..models.weight_copies import WeightCopy
 from ..reporting.console import say
+from ..reporting.history import is_evaluation
 from ..reporting.interrupts import is_due, step_exchange, stopping_on_interrupt, was_interrupted
 from ..reporting.plots import CURVES_FILE
 from ..reporting.run_callbacks import plots_of, run_lines
 from ..reporting.sample_images import SAMPLES_FOLDER, final_step, find_sample_images
-from ..reporting.verdict import RunFacts, Verdict, is_evaluation, verdict_of
+from ..reporting.verdict import RunFacts, Verdict, verdict_of
 from ..saving.model_card import RunCard, changed_settings
 from ..saving.publishing import Publisher, PublishingError
 from ..saving.run_files import RunFiles
