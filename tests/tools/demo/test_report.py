@@ -22,7 +22,7 @@ WIGGLE = np.tile([-0.1, 0.1], 36)  # standard error of the mean of 72: 0.1 * sqr
 
 @pytest.fixture
 def make_result(tmp_path):
-    """`make_result({"sft": 0.5, ...})`: a story with these final scores."""
+    """`make_result({"sft": 0.5, ...})`: results with these final scores."""
 
     def make(finals, wiggles=()):
         return DemoResult(
@@ -63,7 +63,7 @@ def _method(key, final, wiggle):
 
 
 def _guided(key, final, wiggles):
-    """With 0.1 more under guidance, and images that are lighter by 5."""
+    """Guidance adds 0.1 to the score, and makes the images lighter by 5."""
     plain, best = (
         Generated(
             scale,

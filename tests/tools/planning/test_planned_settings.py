@@ -17,7 +17,7 @@ ALL_WEIGHTS = "--optim sgd --max_grad_norm 0 --per_device_train_batch_size 1"  #
 
 @pytest.fixture(scope="module")
 def folder(make_sd_pipeline, tmp_path_factory) -> str:
-    """A pipeline whose denoiser has one level, which is quicker to plan."""
+    """A pipeline whose denoiser has one level, so that planning is quick."""
     levels = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
     folder = tmp_path_factory.mktemp("pipeline")
     make_sd_pipeline(block_out_channels=(16,), **levels).save_pretrained(folder)
