@@ -1,26 +1,26 @@
-# make demo    install, then train on the embedded world for five minutes and draw what happened
-# make test    install, lint, check the types, run the tests, build the documentation
-# make bench   the step against hand-written ones, what the safeguard costs, and others on the CPU: under 10 minutes
-# make bench-gpu PYTHON=python3  speed and memory of published sizes on a GPU, as `make test-gpu`: a second call goes on
-# make test-distributed    the engines under all settings, two processes on the CPU
-# make test-families    every model family trains, in LoRA and in full
-# make test-trainer     the trainer's settings, every combination of them
-# make test-gpu PYTHON=python3  the smallest models under every engine on a GPU, with a Python that has a torch for it and
-#                 this package's `test` extra; under ten minutes, and a second call goes on where the first one ended
-# make test-commands    the commands and benchmarks, the slow ways to end and to resume them among it
-# make test-floors      the lowest declared versions, in an environment of their own: quick tests of what calls libraries
-# make test-newest      the newest versions, above the upper bounds too: the same tests in an environment of their own
-# make test-pythons     every newer Python of this machine: import, a step of a LoRA, save, load; may take 6 GB for each
-# make test-kills       runs killed at random and at every write: KILLS=100 ENGINE="plain ddp" KILLS_OUTPUT=folder
-# make dist            wheel and sdist in dist/, checked, and installed into an empty environment where they run
-# Installing is done once: again only after pyproject.toml or constraints.txt has changed.
+# make demo             install, then train on the embedded world for five minutes and draw the result
+# make test             install, lint, check types, run the tests, build the documentation
+# make bench            our step against hand-written ones, the cost of the safeguard, and more: under 10 minutes on the CPU
+# make bench-gpu PYTHON=python3   speed and memory of published sizes on a GPU; call it again to continue
+# make test-distributed all settings under the engines, with two processes on the CPU
+# make test-families    train every model family, as a LoRA and in full
+# make test-trainer     the trainer's settings in all combinations
+# make test-gpu PYTHON=python3    the smallest models under every engine on a GPU. Your Python needs a torch with CUDA and
+#                       this package's `test` extra. Takes under ten minutes; call it again to continue
+# make test-commands    commands and benchmarks, with the slow ways to stop and resume them
+# make test-floors      quick tests of library calls with the lowest declared versions, in their own environment
+# make test-newest      the same tests with the newest versions, above the upper bounds too
+# make test-pythons     import, one step of a LoRA, save and load, with every newer Python on this machine: up to 6 GB each
+# make test-kills       kill runs at random and at every write: KILLS=100 ENGINE="plain ddp" KILLS_OUTPUT=folder
+# make dist             build wheel and sdist into dist/, check them, and run the wheel in an empty environment
+# Installing happens once, and again when pyproject.toml or constraints.txt changes.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
-# One process a core, up to four. A container may see more cores than it has: `make test PARALLEL=` takes one process.
+# One process per core, at most four. If your container sees more cores than it may use: `make test PARALLEL=`.
 PARALLEL ?= -n logical --maxprocesses 4 --no-loadscope-reorder
 SOURCES := trl_diffusion_sdpo tests examples benchmarks docs_build
 
@@ -37,7 +37,7 @@ LIBRARY_TESTS := tests/trainer/test_borrowed_names.py tests/data tests/trainer/t
 .PHONY: demo test test-distributed test-families test-trainer test-commands test-kills test-gpu test-floors test-newest test-pythons bench bench-gpu lint docs dist clean
 
 demo: $(VENV)/installed
-	@echo "The demo takes about five minutes on two CPU cores, longer with fewer. A second call starts anew."
+	@echo "The demo takes about five minutes on two CPU cores, longer with fewer. Each call starts over."
 	rm -rf demo_output
 	$(BIN)/trl-diffusion-sdpo demo --output_dir demo_output
 
@@ -57,7 +57,7 @@ test-families: $(VENV)/installed-dev
 test-trainer: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "matrix or not matrix" tests/engines tests/models tests/step tests/saving tests/trainer tests/cache tests/data tests/tools/planning
 
-# No environment is made: the torch that is installed above may be one for CPUs.
+# Uses your Python as it is: the torch installed below may be one without CUDA.
 test-gpu:
 	@$(PYTHON) -c "import torch; assert torch.cuda.is_available()" || \
 		{ echo "$(PYTHON) has no torch that sees a GPU: make test-gpu PYTHON=/path/to/python" >&2; exit 1; }
@@ -90,7 +90,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/data_loading.py --quick
 	$(BIN)/python benchmarks/large_cache.py --quick
 
-# No environment is made, as in `test-gpu`; the results are to be committed.
+# Uses your Python, like `test-gpu`. Commit the results.
 bench-gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_speed.py
 
@@ -101,7 +101,7 @@ lint: $(VENV)/installed-dev
 docs: $(VENV)/installed-dev
 	$(BIN)/python -m zensical build --strict --clean
 
-# A build for PyPI in dist/: made, checked, and used in an environment of its own.
+# Build for PyPI, check the build, and try it in its own environment.
 dist: $(VENV)/installed-dev
 	rm -rf dist .venv-dist
 	$(PIP) build twine
@@ -114,7 +114,7 @@ dist: $(VENV)/installed-dev
 clean:
 	rm -rf $(VENV) .venv-* .cache build dist site bench_output demo_output kills_output .mypy_cache .pytest_cache .ruff_cache
 
-# PyTorch comes first, so that what is found on this machine is not replaced by a larger build of the same version.
+# PyTorch first, or pip could replace the build on this machine by a larger one of the same version.
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)" -c constraints.txt

@@ -44,7 +44,8 @@ class Bench:
     def __post_init__(self):
         pipeline = self.pipeline
         self.device = pipeline.unet.device  # read once, because diffusers visits every module to find it
-        self.unet, self.vae = pipeline.unet, pipeline.vae.requires_grad_(False).eval()
+        self.unet = pipeline.unet
+        self.vae = pipeline.vae.requires_grad_(False).eval()
         self.text_encoder = pipeline.text_encoder.requires_grad_(False).eval()
         self.unet.requires_grad_(self.tuning == "full").train()
         if self.tuning == "full":

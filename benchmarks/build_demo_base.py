@@ -7,7 +7,7 @@ with captions. It saves the finished autoencoder in `--work_dir`, so a second ca
 import argparse
 import logging
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ def build_tokenizer() -> CLIPTokenizer:
     tokens = [*characters, *(one + _WORD_END for one in characters), *(a + b for a, b in merges), _START, _END]
     vocab = {token: index for index, token in enumerate(tokens)}
     special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
-    return CLIPTokenizer(vocab=vocab, merges=cast(Any, merges), **special, model_max_length=TEXT_LENGTH)
+    return CLIPTokenizer(vocab=vocab, merges=merges, **special, model_max_length=TEXT_LENGTH)
 
 
 def _build_vae() -> AutoencoderKL:

@@ -32,12 +32,23 @@ SMALLEST: dict[str, Mapping[str, Any]] = {
     "CLIPTextModelWithProjection": SMALL_TEXT,
     "T5EncoderModel": SMALL_T5,
     "FluxTransformer2DModel": {
-        **{"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16},
-        **{"joint_attention_dim": 64, "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6)},
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "joint_attention_dim": 64,
+        "pooled_projection_dim": 32,
+        "axes_dims_rope": (4, 6, 6),
     },
     "SD3Transformer2DModel": {
-        **{"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": 32},
-        **{"joint_attention_dim": 64, "pooled_projection_dim": 64, "pos_embed_max_size": 16, "sample_size": 8},
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "caption_projection_dim": 32,
+        "joint_attention_dim": 64,
+        "pooled_projection_dim": 64,
+        "pos_embed_max_size": 16,
+        "sample_size": 8,
         "dual_attention_layers": (0,),
     },
 }
@@ -46,8 +57,11 @@ SMALLEST_UNETS = {
     "sdxl": SMALL_UNET
     | SMALL_BLOCKS
     | {
-        **{"cross_attention_dim": 64, "sample_size": 8, "attention_head_dim": (2, 4)},
-        **{"transformer_layers_per_block": (1, 1), "addition_time_embed_dim": 8},
+        "cross_attention_dim": 64,
+        "sample_size": 8,
+        "attention_head_dim": (2, 4),
+        "transformer_layers_per_block": (1, 1),
+        "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 32 + 6 * 8,
     },
 }

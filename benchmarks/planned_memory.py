@@ -68,7 +68,8 @@ class PeakMeter(TrainerCallback):
     """
 
     def __init__(self, others: dict[int, int]):
-        self.peak, self._others = 0, others
+        self.peak = 0
+        self._others = others
         self._profiler: torch.profiler.profile | None = None
         self._rest = 0
 

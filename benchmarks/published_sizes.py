@@ -27,8 +27,12 @@ SDXL = {
     "projection_class_embeddings_input_dim": 2816,
 }
 SD35_MEDIUM = {
-    **{"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384},
-    **{"qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384,
+    "qk_norm": "rms_norm",
+    "dual_attention_layers": tuple(range(13)),
 }
 FLUX_DEV = {"guidance_embeds": True}
 # A component: its class, and the settings that differ from the class's defaults.
@@ -49,14 +53,23 @@ def _clip(width: int, layers: int, heads: int, act: str, **settings: Any) -> dic
 _CLIP_L = _clip(768, 12, 12, "quick_gelu")
 _CLIP_G = _clip(1280, 32, 20, "gelu")
 _T5_XXL = {
-    **{"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
-    **{"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
 }
 _DDPM: Component = (
     "DDPMScheduler",
     {
-        **{"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
-        **{"clip_sample": False, "steps_offset": 1},
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "steps_offset": 1,
     },
 )
 _FLOW: Component = ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0})

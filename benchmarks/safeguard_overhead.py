@@ -89,7 +89,10 @@ class Meter(TrainerCallback):
     """
 
     def __init__(self, plan: list[str], untimed: int, profiled: int, bar: tqdm):
-        self.plan, self.untimed, self.profiled, self.bar = plan, untimed, profiled, bar
+        self.plan = plan
+        self.untimed = untimed
+        self.profiled = profiled
+        self.bar = bar
         self.trainer: DiffusionSDPOTrainer | None = None
         self.seconds: list[float] = []
         self.peaks: dict[str, int] = {}

@@ -30,7 +30,8 @@ class Operations(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.count, self.bytes = 0, 0
+        self.count = 0
+        self.bytes = 0
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = operation(*args, **(kwargs or {}))
@@ -63,10 +64,13 @@ class InTurns:
         self.steps: list[float] = []
         self.turns: list[float] = []
         self.losses: list[torch.Tensor] = []
-        self._work, self._device, self._threads = work, device, threads
+        self._work = work
+        self._device = device
+        self._threads = threads
         self.operations = Operations()
         self._counted = False
-        self._go, self._arrived = threading.Semaphore(0), threading.Semaphore(0)
+        self._go = threading.Semaphore(0)
+        self._arrived = threading.Semaphore(0)
         self._error: BaseException | None = None
         self._began = now(device)
         self._thread = threading.Thread(target=self._run, daemon=True)

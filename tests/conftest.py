@@ -8,8 +8,8 @@ import shutil
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before libraries read it: no test may depend on what the Hub holds
-# DeepSpeed builds an extension once in each test run, which all processes of the run inherit. In a folder that outlives
-# the run, a build that was killed leaves a lock, for which the next one waits without a word and without an end.
+# DeepSpeed builds an extension once per test run, for all processes of the run. Use a new folder for each run: a killed
+# build leaves a lock behind, and the next build in the same folder would wait for it forever, without a message.
 if "TORCH_EXTENSIONS_DIR" not in os.environ:
     os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="torch_extensions-")
     atexit.register(shutil.rmtree, os.environ["TORCH_EXTENSIONS_DIR"], ignore_errors=True)

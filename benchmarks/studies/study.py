@@ -29,6 +29,7 @@ import torch
 import yaml
 from datasets import Dataset, concatenate_datasets
 from diffusers.utils import logging as diffusers_logging
+from image_measures import ImageMeter
 from pair_kinds import corner_changes, pairs_of_kind
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -37,7 +38,6 @@ from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer, preference_guidance
-from trl_diffusion_sdpo.tools.demo.image_measures import ImageMeter
 from trl_diffusion_sdpo.tools.demo.oracle import oracle
 from trl_diffusion_sdpo.tools.demo.pairs import eval_pairs
 from trl_diffusion_sdpo.tools.demo.pipeline import LATENT_SHAPE, generate_images, load_base_pipeline

@@ -31,8 +31,21 @@ def test_the_overhead_of_every_mode_is_measured(tmp_path):
     file = tmp_path / "overhead.json"
     shown = run(
         "safeguard_overhead.py",
-        *("--size", "tiny", "--rounds", "1", "--warmup", "1", "--batch", "2", "--tuning", "lora", "--reference"),
-        *("--device", "cpu", "--output", str(file)),
+        "--size",
+        "tiny",
+        "--rounds",
+        "1",
+        "--warmup",
+        "1",
+        "--batch",
+        "2",
+        "--tuning",
+        "lora",
+        "--reference",
+        "--device",
+        "cpu",
+        "--output",
+        str(file),
     )
     report = json.loads(file.read_text())
     rows = {row["mode"]: row for row in report["rows"]}

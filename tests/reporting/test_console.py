@@ -5,9 +5,19 @@ from transformers import PrinterCallback, ProgressCallback
 from trl_diffusion_sdpo.reporting.console import ShortLogCallback, shown_metrics
 
 TRAINING = {
-    **{"loss": 0.693147, "grad_norm": 3.0, "learning_rate": 1e-5, "epoch": 0.5, "my_metric": 7},
-    **{"errors/winner": 0.55, "errors/winner_change": 0.05, "errors/loser": 0.4, "errors/loser_change": -0.1},
-    **{"rewards/chosen": 1.0, "rewards/accuracies": 0.625, "safeguard/scale": 0.25, "safeguard/active": 1.0},
+    "loss": 0.693147,
+    "grad_norm": 3.0,
+    "learning_rate": 1e-5,
+    "epoch": 0.5,
+    "my_metric": 7,
+    "errors/winner": 0.55,
+    "errors/winner_change": 0.05,
+    "errors/loser": 0.4,
+    "errors/loser_change": -0.1,
+    "rewards/chosen": 1.0,
+    "rewards/accuracies": 0.625,
+    "safeguard/scale": 0.25,
+    "safeguard/active": 1.0,
 }
 
 
@@ -16,8 +26,13 @@ def test_a_log_of_training_shows_few_metrics_and_those_of_users():
         (
             [],
             {
-                **{"loss": "0.6931", "winner": "0.55 (+10.00%)", "loser": "0.4 (-20.00%)", "accuracy": "0.625"},
-                **{"lambda": "0.25", "lr": "1e-05", "my_metric": "7"},
+                "loss": "0.6931",
+                "winner": "0.55 (+10.00%)",
+                "loser": "0.4 (-20.00%)",
+                "accuracy": "0.625",
+                "lambda": "0.25",
+                "lr": "1e-05",
+                "my_metric": "7",
             },
         )
     ]
@@ -25,8 +40,14 @@ def test_a_log_of_training_shows_few_metrics_and_those_of_users():
 
 def test_an_evaluation_is_shown_by_set_and_by_average():
     logs = {
-        **{"eval_loss": 0.5, "eval_errors/winner": 0.5, "eval_errors/winner_change@0": 0.1, "eval_runtime": 3.0},
-        **{"eval_ema_loss": 0.25, "eval_ema_errors/winner": 0.5, "eval_steps_per_second": 2.0, "eval_clear_wins": 0.9},
+        "eval_loss": 0.5,
+        "eval_errors/winner": 0.5,
+        "eval_errors/winner_change@0": 0.1,
+        "eval_runtime": 3.0,
+        "eval_ema_loss": 0.25,
+        "eval_ema_errors/winner": 0.5,
+        "eval_steps_per_second": 2.0,
+        "eval_clear_wins": 0.9,
     }
     assert list(shown_metrics(logs)) == [
         (["evaluation"], {"loss": "0.5", "winner": "0.5", "eval_clear_wins": "0.9"}),

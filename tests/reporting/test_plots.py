@@ -15,8 +15,14 @@ from trl_diffusion_sdpo.reporting.plots import (
 HISTORY = [
     {"step": 0, "eval_loss": 0.5, "eval_errors/winner": 2.0, "eval_errors/winner_change": 0.0},
     {
-        **{"step": 10, "loss": 0.25, "rewards/accuracies": 0.75, "safeguard/scale": 0.5},
-        **{"errors/winner": 1.5, "errors/winner_change": 0.5, "errors/loser": 3.0, "errors/loser_change": -1.0},
+        "step": 10,
+        "loss": 0.25,
+        "rewards/accuracies": 0.75,
+        "safeguard/scale": 0.5,
+        "errors/winner": 1.5,
+        "errors/winner_change": 0.5,
+        "errors/loser": 3.0,
+        "errors/loser_change": -1.0,
     },
     {"step": 20, "loss": 0.125, "errors/winner": 0.5, "errors/winner_change": 0.5},  # the reference's error is 0
     {"step": 20, "eval_loss": 0.25, "eval_errors/winner": 2.5, "eval_errors/winner_change": 0.5},

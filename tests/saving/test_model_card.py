@@ -58,8 +58,15 @@ def test_metadata_of_a_lora_is_what_the_hub_reads():
         "base_model_relation": "adapter",
         "datasets": ["yuvalkirstain/pickapic_v2"],
         "tags": [
-            *("text-to-image", "diffusers", "diffusers-training", "trl-diffusion-sdpo", "diffusion-sdpo", "dpo"),
-            *("lora", "template:sd-lora", "stable-diffusion"),
+            "text-to-image",
+            "diffusers",
+            "diffusers-training",
+            "trl-diffusion-sdpo",
+            "diffusion-sdpo",
+            "dpo",
+            "lora",
+            "template:sd-lora",
+            "stable-diffusion",
         ],
         "widget": [{"text": "a red cube", "output": {"url": "samples/step-000050-0.png"}}],
     }
@@ -106,7 +113,8 @@ def test_a_secret_in_a_prompt_is_not_on_the_card():
 def test_characters_that_a_terminal_obeys_are_not_on_the_card(character):
     text = f"a {character}[31m b"
     given = {"settings": {"run_name": text, "nested": {"a": [text]}}, "gallery": [("a.png", text)], "model_name": text}
-    card = card_of(**given, comparison=[(text, "a.png", "b.png")], dataset_name=f"/sets/{text}", run={"LoRA": text})
+    lora = {"r": 2, "lora_alpha": 2, "target_modules": [text]}
+    card = card_of(**given, comparison=[(text, "a.png", "b.png")], dataset_name=f"/sets/{text}", lora=lora)
     assert character not in str(card) and "[31m" in str(card)
     str(card).encode()
 

@@ -1,5 +1,5 @@
-"""The parameter-space safeguard on one device: against float64 gradients taken by hand, in all its orders of work, and
-where it cannot act."""
+"""The parameter-space safeguard on one device: against float64 gradients computed by hand, in every order of the
+backward passes, and what it refuses."""
 
 import math
 
@@ -117,7 +117,7 @@ def test_the_low_memory_order_takes_the_same_steps(make_trainer, sd_folder):
     assert torch.equal(*moves)
 
 
-# ---- What cannot be made right ------------------------------------------------------------------------------------
+# ---- What is refused ------------------------------------------------------------------------------------------------
 
 
 def test_predicting_twice_is_refused_with_dropout(make_trainer, make_sd_pipeline):

@@ -44,8 +44,8 @@ def planned_settings(words: list[str], prog: str | None, device: str) -> Planned
         device (`str`): Type of device to plan for, `"cuda"` or `"cpu"`. Plans for `"cuda"` use bf16 if neither `bf16`
             nor `fp16` is set.
     """
+    from ..tools.planning.planned_engine import planned_engine
     from ..tools.planning.prepare import PlannedSettings  # imported late because it takes seconds
-    from ..tools.planning.sharding import engine_of
     from .train import parse
 
     file, accelerate_config, _ = read_given(words)
@@ -65,4 +65,4 @@ def planned_settings(words: list[str], prog: str | None, device: str) -> Planned
             "`--fsdp`. Use the packaged accelerate configuration with the same sharding."
         )
     count = taken["num_processes"] or file.get("num_processes")
-    return PlannedSettings(training, model, engine_of(accelerate_config, count), device)
+    return PlannedSettings(training, model, planned_engine(accelerate_config, count), device)

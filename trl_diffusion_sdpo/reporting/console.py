@@ -10,6 +10,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from .history import evaluation_prefixes
+
 # Name of a metric -> its short name on the console
 WORDS = {
     "loss": "loss",
@@ -25,7 +27,6 @@ _HIDDEN = re.compile(
     r"(.*_)?(errors|rewards|safeguard|budget)/.*|eval_(samples/.*|.*(runtime|per_second))"
     r"|grad_norm|epoch|total_flos|num_input_tokens_seen"
 )
-_EVALUATED = re.compile(r"(?P<prefix>eval.*_)errors/winner$")
 
 
 class ShortLogCallback(ProgressCallback):
@@ -60,15 +61,16 @@ def shown_metrics(logs: Mapping[str, Any]) -> Iterator[tuple[list[str], dict[str
     reference's error. Metrics that match `_HIDDEN` are left out. All other metrics, such as those of `compute_metrics`,
     are printed under their own names.
     """
-    prefixes = [match["prefix"] for match in map(_EVALUATED.match, logs) if match] or [""]
-    own_names = {f"{prefix}{name}" for prefix in prefixes for name in WORDS}
+    starts = [f"{prefix}_" for prefix in evaluation_prefixes(logs)] or [""]
+    own_names = {f"{start}{name}" for start in starts for name in WORDS}
     others = {
         name: _short(value) for name, value in logs.items() if name not in own_names and not _HIDDEN.fullmatch(name)
     }
-    for prefix in prefixes:
-        names = {f"{prefix}{name}": word for name, word in WORDS.items()}
+    for start in starts:
+        names = {f"{start}{name}": word for name, word in WORDS.items()}
         shown = {word: _short(logs[name]) + _change(logs, name) for name, word in names.items() if name in logs}
-        yield [f"evaluation {prefix[5:-1]}".strip()] if prefix else [], shown | others
+        evaluation_set = start.removeprefix("eval_").removesuffix("_")
+        yield [f"evaluation {evaluation_set}".strip()] if start else [], shown | others
         others = {}
 
 

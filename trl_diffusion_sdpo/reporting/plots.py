@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .history import History, evaluation_prefixes
 from .sample_scores import PREFIX, WIN_RATE
 
-History = Sequence[Mapping[str, Any]]
 Points = list[tuple[int, float]]
 
 # ---- Curves ----------------------------------------------------------------------------------------------------------
@@ -27,7 +27,6 @@ _PANELS = {
 }
 _IMAGES = "win rate of the sample images"
 _SHARES = ("accuracy", "lambda", _IMAGES)
-_EVALUATION = re.compile(r"(eval.*_)loss")
 
 
 def has_curves(history: History) -> bool:
@@ -47,16 +46,17 @@ def curves_of(history: History) -> dict[str, dict[str, Points]]:
             "winners, eval". Changes of errors are in per cent of the reference's error. If the run has no reference,
             the panel shows the errors instead of changes.
     """
-    prefixes = [match[1] for entry in history for match in map(_EVALUATION.fullmatch, entry) if match]
-    relative = any(f"{prefix}errors/winner_change" in entry for entry in history for prefix in ("", *prefixes))
+    prefixes = dict.fromkeys(prefix for entry in history for prefix in evaluation_prefixes(entry, "loss"))
+    starts = {"": "", **{f"{prefix}_": f", {prefix}" for prefix in prefixes}}  # of metrics -> end of a curve's label
+    relative = any(f"{start}errors/winner_change" in entry for entry in history for start in starts)
     panels: dict[str, dict[str, Points]] = {}
     for panel, curves in _PANELS.items():
         title = "error" if panel == _CHANGE and not relative else panel
-        for prefix in ("", *dict.fromkeys(prefixes)):
+        for start, evaluation in starts.items():
             for label, metric in curves:
-                points = _points(history, f"{prefix}{metric}", change=panel == _CHANGE and relative)
+                points = _points(history, f"{start}{metric}", change=panel == _CHANGE and relative)
                 if points:
-                    panels.setdefault(title, {})[f"{label}, {prefix[:-1]}" if prefix else label] = points
+                    panels.setdefault(title, {})[f"{label}{evaluation}"] = points
     rates = [name for entry in history for name in entry if name.startswith(PREFIX) and name.endswith(WIN_RATE)]
     for name in dict.fromkeys(rates):
         points = [point for point in _points(history, name, change=False) if math.isfinite(point[1])]
@@ -70,7 +70,8 @@ def plot_curves(history: History, file: str | Path) -> None:
     from matplotlib.figure import Figure
 
     panels = curves_of(history)
-    rows, columns = -(-len(panels) // 2), min(2, len(panels))
+    rows = -(-len(panels) // 2)
+    columns = min(2, len(panels))
     figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(panels) :]:

@@ -16,22 +16,25 @@ from ..saving.model_card import forget_recommended_scales
 from ..saving.setup import output_folder
 from ..utils.files import VERDICT_FILE
 from .console import say
+from .history import is_evaluation
 from .interrupts import resume_hint, was_interrupted
 from .plots import CURVES_FILE, changes_by_noise_bin, has_curves, noise_bin_file, plot_curves, plot_noise_bins
 from .sample_images import SampleImagesCallback, final_step
 from .tracked_images import TrackedImages
 from .verdict import (
+    ADVICE,
     RISES,
     RunFacts,
-    is_evaluation,
+    rise_at,
     ruined_in_training,
     verdict_of,
     words_of_rise,
-    worst_of,
     write_verdict,
 )
 
 logger = logging.getLogger(__name__)
+
+LOGS_TO_WARN = 3  # no warning from training logs before there are this many
 
 
 class NoiseBinPlotCallback(TrainerCallback):
@@ -39,7 +42,8 @@ class NoiseBinPlotCallback(TrainerCallback):
     into the output folder: `noise_bins.png` for metrics with the prefix `eval`, `noise_bins_ema.png` for `eval_ema`."""
 
     def __init__(self, images: TrackedImages, num_noise_bins: int):
-        self._images, self._num_noise_bins = images, num_noise_bins
+        self._images = images
+        self._num_noise_bins = num_noise_bins
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if not state.is_world_process_zero:
@@ -78,11 +82,14 @@ class VerdictCallback(TrainerCallback):
         self._callbacks = callbacks
         self._samples = samples
         self._on_rise = on_rise
-        self._training = self._stops = False
+        self._training = False
+        self._stops = False
         self._rise = 0  # last evaluation: 0 for no rise, 1 for "worse", 2 for "ruined"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._training, self._stops, self._rise = True, False, 0
+        self._training = True
+        self._stops = False
+        self._rise = 0
         if state.is_world_process_zero:  # the verdict on earlier weights must not be published with the new weights
             (output_folder(args) / VERDICT_FILE).unlink(missing_ok=True)
             forget_recommended_scales(output_folder(args))
@@ -90,23 +97,25 @@ class VerdictCallback(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if args.eval_strategy != "no" or self._on_rise == "ignore" or self._rise or not state.is_world_process_zero:
             return
-        measured = ruined_in_training(state.log_history, self._run)
-        if measured is not None:
+        sentence = ruined_in_training(state.log_history, self._run, LOGS_TO_WARN)
+        if sentence:
             self._rise = 1  # warn once
-            logger.warning("%s", words_of_rise(measured, self._run))
+            logger.warning("The model is being ruined. %s %s", sentence, ADVICE["ruined"])
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self._on_rise == "ignore" or not self._training or state.global_step >= state.max_steps:
             return  # after the last step, the verdict reports a rise
-        measured = worst_of(state.log_history, self._run)
-        rises = measured is not None and measured.step == state.global_step and measured.rises
-        before, self._rise = self._rise, 0 if measured is None or not rises else 1 + RISES.index(measured.winners)
-        stops = self._on_rise == "stop" and in_any_process(rises, args.device)
+        rise = rise_at(state.log_history, self._run, state.global_step)
+        stops = self._on_rise == "stop" and in_any_process(rise is not None, args.device)
         if stops:  # all processes stop
-            self._stops = control.should_save = control.should_training_stop = True
-        if measured is not None and (self._rise > before or (rises and stops)) and state.is_world_process_zero:
+            self._stops = True
+            control.should_save = True
+            control.should_training_stop = True
+        before = self._rise
+        self._rise = 0 if rise is None else 1 + RISES.index(rise.winners)
+        if rise is not None and (self._rise > before or stops) and state.is_world_process_zero:
             hint = resume_hint(args, state.global_step, "Pass `resume_from_checkpoint=True` to continue.")
-            logger.warning("%s%s", words_of_rise(measured, self._run), f" Training stops. {hint}" if stops else "")
+            logger.warning("%s%s", words_of_rise(rise, self._run), f" Training stops. {hint}" if stops else "")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._stops = False
@@ -132,10 +141,11 @@ class VerdictCallback(TrainerCallback):
             images = [] if self._samples is None else self._samples.comparison(folder, step or state.global_step)
             facts = {} if scores is None else scores.facts(step or state.global_step)
             write_verdict(folder, verdict, images, facts)
-        if verdict is not None and not args.disable_tqdm:
+        if not args.disable_tqdm:
             say(str(verdict))
-        elif verdict is not None:
-            logger.log(logging.WARNING if verdict.word in RISES else logging.INFO, "%s", verdict)
+        else:
+            is_bad = verdict.word in RISES or verdict.training
+            logger.log(logging.WARNING if is_bad else logging.INFO, "%s", verdict)
 
     def _is_unmeasured(self, args: TrainingArguments, state: TrainerState) -> bool:
         """Return whether to evaluate at the end of training: the weights have changed since the last evaluation, and no

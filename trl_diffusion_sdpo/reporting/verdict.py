@@ -1,18 +1,19 @@
-"""Judges a training: whether the error on the preferred images rose, and whether the preference was learned."""
+"""Judges a training by its evaluations of held-out pairs: whether the error on the preferred images rose, and whether
+the preference was learned."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..step.pair_evaluation import FEWEST_PAIRS
 from ..utils.files import VERDICT_FILE, write_atomically
-from ..utils.statistics import standard_error
+from .history import History, evaluation_prefixes
 from .sample_images import SamplePair
 
 STANDARD_ERRORS = 2.0  # a change is significant if it exceeds this many standard errors
@@ -26,17 +27,17 @@ BIN_WORSE = 1.0  # if the error in a noise bin rises by more than 100%, the verd
 # over all bins, because the bin with the largest rise is judged.
 BIN_STANDARD_ERRORS = 3.0
 CHANCE = 0.5  # accuracy of a model that has learned nothing
-AVERAGED_LOGS = 10  # number of the last training logs over which training metrics are averaged
-LOGS_TO_WARN = 3  # no warning during training before this many training logs
+AVERAGED_LOGS = 10  # number of the last training logs over which the error on training pairs is averaged
 
 BEFORE_TRAINING = "before training"
+NO_COMPARISON = "No error on held-out pairs could be compared with an earlier one."
 RISES = ("worse", "ruined")  # verdicts that say that the winners' error rose
 _AGAIN = (
     "train again with a stricter safeguard or a lower `learning_rate` (see `When it got worse` in docs/safeguard.md)."
 )
 # Verdict -> advice. Each evaluation set has a verdict, and the one that comes last in this order is reported.
 ADVICE = {
-    "unknown": f"Hold out more pairs, {FEWEST_PAIRS} at least: pass an `eval_dataset`, and set `eval_strategy: steps` "
+    "unknown": f"Hold out at least {FEWEST_PAIRS} pairs: pass an `eval_dataset`, and set `eval_strategy: steps` "
     "and `eval_on_start: true`. Until then, judge by the sample images (`sample_prompts`).",
     "better": "",
     "unchanged": "",
@@ -46,10 +47,7 @@ ADVICE = {
     "worse": f"Unless the images look better, {_AGAIN}",
     "ruined": f"Do not use these weights: {_AGAIN}",
 }
-_WINNER = re.compile(r"^(?P<prefix>eval.*)_errors/winner$")
 _CHANGE = "errors/winner_change_relative"
-
-History = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -85,9 +83,7 @@ class Measurement:
     worst_noise_bin_stderr: float | None = None
     reward_accuracy: float | None = None  # share of pairs whose loser's error rose more than the winner's error
     reward_accuracy_stderr: float | None = None
-    mean_lambda: float | None = None  # mean of the safeguard's lambda over the last training logs
     evaluated_pairs: float | None = None  # number of evaluated pairs
-    is_training: bool = False  # whether the errors are from training logs, not from an evaluation
     evaluation_set: str = ""  # name of the evaluation set, if it has one
 
     @property
@@ -118,18 +114,16 @@ class Measurement:
     @property
     def word(self) -> str:
         """Verdict on winners and preference together. `"better"` means that the winners' error did not rise and that
-        the preference was learned. Without an evaluation, the verdict is `"worse"`, `"ruined"` or `"unknown"`."""
+        the preference was learned."""
         if self.winners not in ("better", "unchanged"):
             return self.winners
-        if self.is_training:
-            return "unknown"
         if self.preference == "unknown":
             return self.winners if self.reward_accuracy is None else "unknown"
         return "better" if self.preference == "learned" else self.preference
 
     @property
     def advice(self) -> str:
-        """Advice on the verdict. After an evaluation of fewer than 30 pairs: evaluate more of them first."""
+        """Advice on the verdict. After an evaluation of fewer than 30 pairs, it is to hold out more of them first."""
         return ADVICE["unknown" if self._is_unsure and self.word != "ruined" else self.word]
 
     @property
@@ -148,8 +142,6 @@ class Measurement:
             text = f"{start} no number"
         if self.reward_accuracy is not None:
             text += f", and the accuracy is {self.reward_accuracy:.0%}{_with_error(self.reward_accuracy_stderr)}"
-        if self.is_training:
-            return f"{text}. This is on training pairs, and nothing is known of other pairs."
         few = ""
         if self._is_unsure and self.word != "ruined":
             few = f", but {self.evaluated_pairs:.0f} pairs are too few to be sure"
@@ -164,21 +156,30 @@ class Measurement:
 class Verdict:
     """A verdict on a training."""
 
-    measured: Measurement
+    measured: Measurement | None  # `None` if no evaluation can be compared with an earlier error
     images: str = ""  # a sentence on the win rates of sample images
+    training: str = ""  # without a measurement: a sentence on training logs that show a ruined model
 
     @property
     def word(self) -> str:
         """The verdict in one word, a key of `ADVICE`."""
-        return self.measured.word
+        return "unknown" if self.measured is None else self.measured.word
 
     @property
     def sentence(self) -> str:
         """The verdict with its numbers."""
-        return f"Verdict: {self.word}. {self.measured} {self.images}".strip()
+        parts = [f"Verdict: {self.word}.", str(self.measured or NO_COMPARISON), self.training, self.images]
+        return " ".join(part for part in parts if part)
+
+    @property
+    def advice(self) -> str:
+        """What to do next."""
+        if self.measured is not None:
+            return self.measured.advice
+        return ADVICE["ruined" if self.training else "unknown"]
 
     def __str__(self) -> str:
-        return f"{self.sentence} {self.measured.advice}".strip()
+        return f"{self.sentence} {self.advice}".strip()
 
 
 def judge_winners(
@@ -225,7 +226,7 @@ def judge_preference(accuracy: float | None, stderr: float | None = None) -> str
 
     Args:
         accuracy (`float`, *optional*): Share of pairs whose loser's error rose more than the winner's error.
-        stderr (`float`, *optional*): Standard error of the accuracy. An accuracy from training logs has none.
+        stderr (`float`, *optional*): Standard error of the accuracy.
 
     Returns:
         `str`: `"unknown"` without an accuracy and its standard error. `"learned"` or `"reversed"` if the accuracy is
@@ -238,20 +239,17 @@ def judge_preference(accuracy: float | None, stderr: float | None = None) -> str
     return "learned" if accuracy > CHANCE else "reversed"
 
 
-def verdict_of(history: History, run: RunFacts, step: int | None = None, images: str = "") -> Verdict | None:
-    """Return the verdict on a training, from the last evaluation or, without evaluations, the last training logs.
+def verdict_of(history: History, run: RunFacts, step: int | None = None, images: str = "") -> Verdict:
+    """Return the verdict on a training, from its last evaluation of held-out pairs. Without one, it is `"unknown"`.
 
     Args:
         history (`Sequence[Mapping]`): The trainer's log history.
         run ([`RunFacts`]): Facts of the run.
         step (`int`, *optional*): Optimizer step of the weights to judge, by default the last step.
         images (`str`, *optional*): A sentence on the win rates of sample images, to add to the verdict.
-
-    Returns:
-        `Verdict` or `None`: `None` if the log history has no error that can be compared with an earlier error.
     """
-    measured = worst_of(history, run, step) or _last_training(history, run)
-    return None if measured is None else Verdict(measured, images)
+    measured = worst_of(history, run, step)
+    return Verdict(measured, images, training="" if measured is not None else ruined_in_training(history, run))
 
 
 def worst_of(history: History, run: RunFacts, step: int | None = None) -> Measurement | None:
@@ -260,26 +258,33 @@ def worst_of(history: History, run: RunFacts, step: int | None = None) -> Measur
     last: dict[str, Measurement] = {}
     first: dict[str, Mapping[str, Any]] = {}
     for entry in history:
-        for prefix in (match["prefix"] for match in map(_WINNER.match, entry) if match):
-            measured = _measured(entry, first.setdefault(prefix, entry), prefix, run, _mean_scale(history))
+        for prefix in evaluation_prefixes(entry):
+            measured = _measured(entry, first.setdefault(prefix, entry), prefix, run)
             is_later = prefix not in last or last[prefix].step != step
             if measured is not None and is_later and not prefix.endswith(run.average_suffix):
                 last[prefix] = measured
     return max(last.values(), key=lambda measured: (list(ADVICE).index(measured.word), measured.change), default=None)
 
 
-def is_evaluation(entry: Mapping[str, Any]) -> bool:
-    """Return whether an entry of a log history is from an evaluation on preference pairs."""
-    return any(map(_WINNER.match, entry))
+def rise_at(history: History, run: RunFacts, step: int) -> Measurement | None:
+    """Return the measurement with the worst verdict if it is of this step and shows that the winners' error rose."""
+    measured = worst_of(history, run)
+    return measured if measured is not None and measured.step == step and measured.rises else None
 
 
-def ruined_in_training(history: History, run: RunFacts) -> Measurement | None:
-    """Return the mean over the last training logs if the winners' error in it has more than doubled. Otherwise, or if
-    there are fewer than 3 training logs, return `None`."""
-    if sum("errors/winner_change" in entry for entry in history) < LOGS_TO_WARN:
-        return None
-    measured = _last_training(history, run)
-    return measured if measured is not None and measured.winners == "ruined" else None
+def ruined_in_training(history: History, run: RunFacts, fewest_logs: int = 1) -> str:
+    """Return a sentence if the winners' error, averaged over the last training logs, has more than doubled or is not a
+    number. Return `""` otherwise, with fewer than `fewest_logs` logs, or if the reference changes in training."""
+    logs = [entry for entry in history if "errors/winner_change" in entry][-AVERAGED_LOGS:]
+    if not run.reference or len(logs) < fewest_logs:
+        return ""
+    error = fmean(log["errors/winner"] for log in logs)
+    before = error - fmean(log["errors/winner_change"] for log in logs)
+    if error <= (1 + RUINED) * before:
+        return ""
+    return (
+        f"On training pairs, the error on the preferred images is {error:.3g}, and that {run.reference} {before:.3g}."
+    )
 
 
 def words_of_rise(measured: Measurement, run: RunFacts) -> str:
@@ -287,7 +292,8 @@ def words_of_rise(measured: Measurement, run: RunFacts) -> str:
     what = "The model is being ruined" if measured.winners == "ruined" else "The preferred images are getting worse"
     where = ""
     if measured.worst_noise_bin is not None:
-        low, high = measured.worst_noise_bin / run.num_noise_bins, (measured.worst_noise_bin + 1) / run.num_noise_bins
+        low = measured.worst_noise_bin / run.num_noise_bins
+        high = (measured.worst_noise_bin + 1) / run.num_noise_bins
         where = (
             f" The worst change is {measured.worst_noise_bin_change:+.1%}, at noise levels {low:.3g} to {high:.3g}."
         )
@@ -295,28 +301,26 @@ def words_of_rise(measured: Measurement, run: RunFacts) -> str:
 
 
 def write_verdict(
-    folder: Path, verdict: Verdict | None, images: Sequence[SamplePair], scores: Mapping[str, Any] | None = None
+    folder: Path, verdict: Verdict, images: Sequence[SamplePair], scores: Mapping[str, Any] | None = None
 ) -> None:
     """Write the verdict with its numbers into `verdict.json` in a run's output folder. Numbers that are not
     finite are written as `null`.
 
     Args:
-        verdict ([`Verdict`], *optional*): The verdict. `None` is written as "unknown".
         images (`Sequence[SamplePair]`): Sample images before and after training.
         scores (`Mapping`, *optional*): Name of a scorer -> win rate of the images after training.
     """
-    facts: dict[str, Any] = {"word": "unknown", "sentence": "Verdict: unknown. There is no error to compare with."}
-    if verdict is not None:
-        measured = verdict.measured
-        facts = {"word": verdict.word, "sentence": verdict.sentence, **asdict(measured)}
-        facts |= {"winners": measured.winners, "preference": measured.preference}
+    facts: dict[str, Any] = {"word": verdict.word, "sentence": verdict.sentence}
+    measured = verdict.measured
+    if measured is not None:
+        facts |= {**asdict(measured), "winners": measured.winners, "preference": measured.preference}
         stderr = measured.winner_change_stderr
         facts["winner_change_percent"] = 100 * measured.change
         facts["winner_change_stderr_percent"] = None if stderr is None else 100 * stderr
     for name, fact in facts.items():
         if isinstance(fact, float) and not math.isfinite(fact):
             facts[name] = None
-    facts["advice"] = ADVICE["unknown"] if verdict is None else verdict.measured.advice
+    facts["advice"] = verdict.advice
     facts["images"] = [asdict(pair) for pair in images]
     facts["sample_scores"] = scores or {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -326,9 +330,7 @@ def write_verdict(
 # ---- Reading the log history -----------------------------------------------------------------------------------------
 
 
-def _measured(
-    entry: Mapping[str, Any], first: Mapping[str, Any], prefix: str, run: RunFacts, scale: float | None
-) -> Measurement | None:
+def _measured(entry: Mapping[str, Any], first: Mapping[str, Any], prefix: str, run: RunFacts) -> Measurement | None:
     """Compare an evaluation with the evaluation before the first step or, if there was none, with the reference's
     error. Return `None` if neither is known."""
     error = entry[f"{prefix}_errors/winner"]
@@ -340,20 +342,18 @@ def _measured(
     else:
         return None
     name = prefix.removeprefix("eval").removeprefix("_")
-    facts: dict[str, Any] = {
-        "evaluation_set": name,
-        "evaluated_pairs": entry.get(f"{prefix}_errors/pairs"),
-        "mean_lambda": scale,
-    }
-    # The logged standard errors, noise bins and accuracies compare with the reference. Use these values only if the
-    # mean error is compared with the reference too.
+    facts: dict[str, Any] = {"evaluation_set": name, "evaluated_pairs": entry.get(f"{prefix}_errors/pairs")}
+    # Standard errors, noise bins and accuracies are logged relative to the reference. Skip them unless the mean error
+    # is relative to it too.
     if since == run.reference and math.isfinite(error):
         facts["winner_change_stderr"] = entry.get(f"{prefix}_{_CHANGE}_stderr")
         facts |= _worst_bin(entry, prefix)
         if run.uses_loser:
             facts["reward_accuracy"] = entry.get(f"{prefix}_errors/accuracy")
             facts["reward_accuracy_stderr"] = entry.get(f"{prefix}_errors/accuracy_stderr")
-    return _comparable(Measurement(entry["step"], error, before, since, **facts))
+    if math.isfinite(error) and not 0 < before < math.inf:
+        return None
+    return Measurement(entry["step"], error, before, since, **facts)
 
 
 def _worst_bin(entry: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -369,38 +369,6 @@ def _worst_bin(entry: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     stderr = entry.get(f"{stderrs}@{worst}")
     change = entry[f"{start}{worst}"]
     return {"worst_noise_bin": worst, "worst_noise_bin_change": change, "worst_noise_bin_stderr": stderr}
-
-
-def _last_training(history: History, run: RunFacts) -> Measurement | None:
-    """Return the mean over the last training logs, or `None` without logs or if the reference changes in training. The
-    standard error of the change is that over the logs, and infinite for fewer than three logs."""
-    logs = [entry for entry in history if "errors/winner_change" in entry][-AVERAGED_LOGS:]
-    if not run.reference or not logs:
-        return None
-    names = ("errors/winner", "errors/winner_change", "rewards/accuracies")
-    error, change, accuracy = (sum(log.get(name, math.nan) for log in logs) / len(logs) for name in names)
-    facts: dict[str, Any] = {"mean_lambda": _mean_scale(history), "is_training": True}
-    facts["winner_change_stderr"] = math.inf
-    if len(logs) >= LOGS_TO_WARN and 0 < error - change < math.inf:
-        facts["winner_change_stderr"] = standard_error([log["errors/winner_change"] for log in logs]) / (
-            error - change
-        )
-    if run.uses_loser and not math.isnan(accuracy):
-        facts["reward_accuracy"] = accuracy
-    return _comparable(Measurement(logs[-1]["step"], error, error - change, run.reference, **facts))
-
-
-def _comparable(measured: Measurement) -> Measurement | None:
-    """Return the measurement, or `None` if its earlier error is unusable (0 or not finite). If the error itself is not
-    finite, the measurement is always returned, because no comparison is needed."""
-    return (
-        measured if not math.isfinite(measured.winner_error) or 0 < measured.winner_error_before < math.inf else None
-    )
-
-
-def _mean_scale(history: History) -> float | None:
-    scales = [entry["safeguard/scale"] for entry in history if "safeguard/scale" in entry][-AVERAGED_LOGS:]
-    return sum(scales) / len(scales) if scales else None
 
 
 def _noise(stderr: float | None) -> float:

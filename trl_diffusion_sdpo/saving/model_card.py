@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainerState, TrainingArguments
 
-from ..data.data_report import PERMUTED, SWAPPED, DataReport
+from ..data.data_report import DataReport
 from ..families import Family
 from ..utils._compat import loads_lora
 from ..utils.files import write_atomically
@@ -35,7 +35,13 @@ TAGS = ("text-to-image", "diffusers", "diffusers-training", "trl-diffusion-sdpo"
 LORA_TAGS = ("lora", "template:sd-lora")
 # Settings of transformers that the card shows if they were changed.
 SETTINGS = (
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "max_steps"),
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "max_steps",
     "num_train_epochs",
 )
 PACKAGES = ("trl-diffusion-sdpo", "torch", "diffusers", "transformers", "peft", "trl")
@@ -96,7 +102,9 @@ class TunedModel:
         """Return code for the arguments with which to call the pipeline for a prompt."""
         arguments = {"prompt": prompt, **self.generation_kwargs}
         words = [f"{key}={_quoted(value)}" for key, value in arguments.items()]
-        return ", ".join(['image=load_image("source.png")'] * self.takes_source + words)
+        if self.takes_source:
+            words.insert(0, 'image=load_image("source.png")')
+        return ", ".join(words)
 
 
 def generate_model_card(
@@ -107,9 +115,7 @@ def generate_model_card(
     dataset_name: str | None = None,
     tags: Sequence[str] = (),
     license: str | None = None,
-    trainer_name: str = "Diffusion-SDPO",
     settings: Mapping[str, Any] | None = None,
-    run: Mapping[str, str] | None = None,
     recommended: Mapping[str, Mapping[str, float]] | None = None,
     gallery: Sequence[tuple[str, str]] = (),
     **shown: Any,
@@ -122,11 +128,11 @@ def generate_model_card(
         dataset_name (`str`, *optional*): Hub id or folder of the preference data. The card shows only the last part of
             a folder's path.
         settings (`Mapping[str, Any]`, *optional*): Settings that differ from their defaults.
-        run (`Mapping[str, str]`, *optional*): Title -> text about the run, such as its number of pairs.
         recommended (`Mapping[str, Mapping]`, *optional*): Recommended scales, from [`recommended_scales`].
         gallery (`Sequence[tuple[str, str]]`): Paths of images relative to the repository, with their prompts.
-        shown: Further variables of the template: `verdict` (text), `plots` (paths and titles), `comparison` (prompts,
-            each with the paths of the images before and after training).
+        shown: Further variables of the template: `trainer_name` and `verdict` (texts), `plots` (paths and titles),
+            `comparison` (prompts, each with the paths of the images before and after training), and those that
+            [`RunCard`] passes for the table of the run.
     """
     recommended = recommended or {}
     gallery = [(path, readable(prompt)) for path, prompt in gallery]
@@ -150,16 +156,14 @@ def generate_model_card(
         data,
         template_path=str(TEMPLATE),
         model=model,
-        model_name=name or "Tuned model",
-        base=_link(model.base_model, "https://huggingface.co/") or "a text-to-image pipeline",
-        data=_link(dataset_name, "https://huggingface.co/datasets/") or "preference pairs",
-        trainer_name=trainer_name,
-        run=run or {},
+        model_name=name,
+        base=_link(model.base_model, "https://huggingface.co/"),
+        base_is_on_hub=_is_hub_id(model.base_model),
+        data=_link(dataset_name, "https://huggingface.co/datasets/"),
         recommended=recommended,
         gallery=gallery,
         loading_code=model.loading_code(hub_model_id or f"path/to/{name or 'tuned-model'}"),
         call=model.call(gallery[0][1] if gallery else PROMPT),
-        placeholder=None if _is_hub_id(model.base_model) else model.base_for_loading,
         settings=_public(settings or {}),
         cell=_cell,
         **shown,
@@ -191,7 +195,10 @@ class RunCard:
         settings: Mapping[str, Any],
         edits: bool = False,
     ):
-        self._args, self._lora, self._trainer_name, self._settings = args, lora, trainer_name, settings
+        self._args = args
+        self._lora = lora
+        self._trainer_name = trainer_name
+        self._settings = settings
         self._model = TunedModel(
             base_model=base_model,
             pipeline_class=type(family.pipeline).__name__,
@@ -237,19 +244,16 @@ class RunCard:
             logger.warning("A user wrote or edited %s. This file is left as it is. No model card was written.", file)
             return False
         base = self._model.base_model
-        commit = hub_commit(str(base), **self._model.options) if _is_hub_id(base) else None
-        run = {
-            "Base model": "" if commit is None else f"{base} at commit {commit}",
-            "LoRA": "" if self._lora is None else lora_text(self._lora),
-            "Pairs": "" if data is None else pairs_text(data, is_stream=is_stream),
-            "Optimizer steps": f"{state.global_step:,} of {state.max_steps:,}",
-            "Versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
-        }
         card = generate_model_card(
             self._model,
             trainer_name=self._trainer_name,
             settings=self._settings,
-            run={name: text for name, text in run.items() if text},
+            commit=hub_commit(str(base), **self._model.options) if _is_hub_id(base) else None,
+            lora=self._lora,
+            pairs=data,
+            is_stream=is_stream,
+            state=state,
+            versions={name: version(name) for name in PACKAGES},
             recommended=recommended_scales(folder),
             plots=[plot for plot in plots if (folder / plot[0]).is_file()],
             gallery=[image for image in gallery if (folder / image[0]).is_file()],
@@ -264,7 +268,7 @@ class RunCard:
         return self._model.loading_code(str(self._args.output_dir))
 
 
-# ---- Facts of a run in words -----------------------------------------------------------------------------------------
+# ---- Settings of a run -----------------------------------------------------------------------------------------------
 
 
 def changed_settings(args: TrainingArguments, names: Iterable[str]) -> dict[str, Any]:
@@ -283,19 +287,6 @@ def changed_settings(args: TrainingArguments, names: Iterable[str]) -> dict[str,
     values = {name: getattr(args, name) for name in (*names, *SETTINGS)}
     # `{}` also counts as unset, because the configuration turns an unset mapping (`None`) into `{}`.
     return {name: value for name, value in values.items() if value != {} and value != defaults.get(name, value)}
-
-
-def pairs_text(data: DataReport, *, is_stream: bool) -> str:
-    """Return a text that says how many pairs training uses and how many it dropped."""
-    text = "a stream" if is_stream else f"{data.pairs:,}, {data.dropped:,} dropped"
-    return "; ".join([text, *[SWAPPED] * data.is_swapped, *[PERMUTED] * data.is_permuted])
-
-
-def lora_text(lora: Mapping[str, Any]) -> str:
-    """Return a text on the rank, alpha and target modules of a LoRA."""
-    targets = lora["target_modules"]
-    listed = ", ".join(f"`{name}`" for name in ([targets] if isinstance(targets, str) else targets))
-    return f"rank {lora['r']}, alpha {lora['lora_alpha']}, targets {listed}"
 
 
 # ---- Text that is safe on a card -------------------------------------------------------------------------------------

@@ -38,11 +38,12 @@ from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.loading import LoadedModel
 from ..models.weight_copies import WeightCopy
 from ..reporting.console import say
+from ..reporting.history import is_evaluation
 from ..reporting.interrupts import is_due, step_exchange, stopping_on_interrupt, was_interrupted
 from ..reporting.plots import CURVES_FILE
 from ..reporting.run_callbacks import plots_of, run_lines
 from ..reporting.sample_images import SAMPLES_FOLDER, final_step, find_sample_images
-from ..reporting.verdict import RunFacts, Verdict, is_evaluation, verdict_of
+from ..reporting.verdict import RunFacts, Verdict, verdict_of
 from ..saving.model_card import RunCard, changed_settings
 from ..saving.publishing import Publisher, PublishingError
 from ..saving.run_files import RunFiles
@@ -843,9 +844,9 @@ class DiffusionSDPOTrainer(Trainer):
         gathered, counted = self.accelerator.gather(values), self.accelerator.gather(self._counted)
         return gathered[counted > 0] if len(gathered) == len(counted) else gathered
 
-    def verdict(self) -> Verdict | None:
-        """Return a verdict on whether training has raised the error on preferred images, or `None` if nothing was
-        measured. The verdict is based on the last evaluation or, without evaluations, on the last training logs."""
+    def verdict(self) -> Verdict:
+        """Judge by the last evaluation whether training has raised the error on preferred images, and whether the model
+        learned the preference. Without held-out pairs, the verdict is "unknown"."""
         step = final_step(self.args, self.state)
         images = "" if self.sample_scores is None else self.sample_scores.sentence(step or self.state.global_step)
         return verdict_of(self.state.log_history, self.run_facts, step, images)
@@ -1016,7 +1017,6 @@ class DiffusionSDPOTrainer(Trainer):
             report(line)
 
     def _write_card(self, *, keep_edited: bool = False, tags: Any = None, **facts: Any) -> bool:
-        verdict = self.verdict()
         samples = find_sample_images(self.callback_handler.callbacks)
         gallery = [] if samples is None else samples.newest_gallery()
         comparison = [] if samples is None else samples.comparison(self.run_folder.path)
@@ -1030,7 +1030,7 @@ class DiffusionSDPOTrainer(Trainer):
             keep_edited=keep_edited,
             hub_model_id=self.hub_model_id,
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            verdict=None if verdict is None else str(verdict),
+            verdict=str(self.verdict()),
             gallery=gallery,
             comparison=[(pair.prompt, pair.before, pair.after) for pair in comparison],
             **facts,

@@ -63,7 +63,6 @@ def test_the_scale_is_chosen_on_the_prompts_that_do_not_report():
     assert (guided.best.guidance_scale, guided.best.score.mean) == (2.0, pytest.approx(0.5))
     assert (guided.plain.guidance_scale, guided.plain.score.mean) == (1.0, pytest.approx(0.4))
     assert (guided.best.images == 2).all() and len(guided.best.images) == len(guided.plain.images) == 72
-    assert guided.best.measures.diversity == 0.0 and guided.best.measures.frechet > 0
 
 
 @pytest.mark.matrix

@@ -90,11 +90,11 @@ def test_cudas_autocast_normalizes_in_float32_and_the_cpus_does_not():
 
 
 def test_a_plan_leaves_no_fake_tensor_in_caches(sdxl_folder, tmp_path):
-    """SDXL's sizes are cached constants, which a later step of a real run must find real."""
+    """SDXL's sizes are cached constants. A later real step needs real tensors there."""
     white.cache_clear()
     words = f"--model_name_or_path {sdxl_folder} --per_device_train_batch_size 2 --output_dir {tmp_path}".split()
     plan = planned_settings(words, "plan", "cuda").plan()
-    assert plan.peak == max(plan.moments.values()) > sum(plan.components.values())
+    assert plan.peak == max(plan.phases.values()) > sum(plan.components.values())
     names = {"policy", "reference", "vae", "text_encoder", "text_encoder_2", "optimizer"}
     assert set(plan.components) == names
     assert type(constant((16, 16), torch.int64, torch.device("cpu"))) is torch.Tensor

@@ -8,7 +8,7 @@ from tiny_pipelines import CASES, case, flux, stable_diffusion, stable_diffusion
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.cli.plan import planned_settings
 from trl_diffusion_sdpo.tools.planning.plan import Plan
-from trl_diffusion_sdpo.tools.planning.sharding import Engine, engine_of
+from trl_diffusion_sdpo.tools.planning.planned_engine import PlannedEngine, planned_engine
 
 TINY = {"sd15": stable_diffusion, "sdxl": stable_diffusion_xl, "sd35": stable_diffusion_3, "flux": flux}
 EXAMPLES = Path(__file__).parents[3] / "examples" / "configs"
@@ -17,7 +17,7 @@ ALL_WEIGHTS = "--optim sgd --max_grad_norm 0 --per_device_train_batch_size 1"  #
 
 @pytest.fixture(scope="module")
 def folder(make_sd_pipeline, tmp_path_factory) -> str:
-    """A pipeline whose denoiser has one level, which is quicker to plan."""
+    """A pipeline whose denoiser has one level, so that planning is quick."""
     levels = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
     folder = tmp_path_factory.mktemp("pipeline")
     make_sd_pipeline(block_out_channels=(16,), **levels).save_pretrained(folder)
@@ -51,24 +51,24 @@ def test_what_an_engine_divides_is_a_share_of_one_devices_and_the_rest_stays(pla
     assert copies.components["DDP's buckets"] == pytest.approx(4 * weights, rel=0.02)
 
 
-def test_the_moment_of_set_up_holds_a_shard_and_one_block(plan_of):
+def test_the_set_up_holds_a_shard_and_one_block(plan_of):
     words = "--safeguard output --per_device_train_batch_size 1 --accelerate_config fsdp2 --num_processes 4"
     plan = plan_of(words)
     held = ("policy", "reference", "vae", "text_encoder")
     shards = sum(plan.components[name] for name in held)
-    block = plan.moments["set-up"] - shards
-    assert 0 < block < 4 * plan.components["policy"] and list(plan.moments)[0] == "set-up"
+    block = plan.phases["set-up"] - shards
+    assert 0 < block < 4 * plan.components["policy"] and list(plan.phases)[0] == "set-up"
 
 
 def test_an_engine_has_the_name_of_a_packaged_configuration_and_a_number_of_processes():
-    assert engine_of("zero3", "4") == Engine("zero3", 4)
-    assert engine_of(None, 2) == engine_of("multi_gpu", 2) == Engine("multi_gpu", 2)
-    assert engine_of(None, None) == engine_of("single_gpu", None) == Engine()
+    assert planned_engine("zero3", "4") == PlannedEngine("zero3", 4)
+    assert planned_engine(None, 2) == planned_engine("multi_gpu", 2) == PlannedEngine("multi_gpu", 2)
+    assert planned_engine(None, None) == planned_engine("single_gpu", None) == PlannedEngine()
     for processes in (None, 0, "auto"):
         with pytest.raises(ValueError, match="`--num_processes`"):
-            engine_of("zero3", processes)
+            planned_engine("zero3", processes)
     with pytest.raises(ValueError, match="`zero3`"):
-        engine_of("zero_3", 4)
+        planned_engine("zero_3", 4)
 
 
 def test_the_table_of_what_fits_has_every_tuning_with_and_without_checkpointing(folder, capsys, tmp_path):
@@ -83,7 +83,7 @@ def test_the_table_of_what_fits_has_every_tuning_with_and_without_checkpointing(
 
 def test_the_combination_of_branches_holds_both_gradients(plan_of):
     plan = plan_of(f"{ALL_WEIGHTS} --safeguard parameter")
-    assert plan.moments["optimizer"] - sum(plan.components.values()) >= 1.9 * plan.components["policy"]
+    assert plan.phases["optimizer"] - sum(plan.components.values()) >= 1.9 * plan.components["policy"]
 
 
 @pytest.mark.matrix

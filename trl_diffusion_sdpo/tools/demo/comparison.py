@@ -104,10 +104,12 @@ class Comparison:
     """Trains with each method on the same pairs, and scores the tuned models' images from the same latents."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
-        self.folder, self.settings = folder, settings
+        self.folder = folder
+        self.settings = settings
         with tqdm(total=2, desc="Pairs and base model") as bar:
             base = load_base_pipeline()
-            self.train_pairs, self.eval_pairs = off_policy_pairs(settings["seed"]), eval_pairs(settings["seed"])
+            self.train_pairs = off_policy_pairs(settings["seed"])
+            self.eval_pairs = eval_pairs(settings["seed"])
             bar.update()
             self.scorer = ImageScorer(settings["samples_per_prompt"], settings["seed"] + _SCORE_SEED)
             self.base_samples, self.base_scores = self.scorer(base)

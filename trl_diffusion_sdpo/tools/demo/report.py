@@ -1,7 +1,6 @@
 """Write the demo's report: plots, images, a table, all numbers and a summary."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from ..evaluation.results import Comparison
 from .methods import GUIDED_FROM, GUIDED_METHOD, Method
 from .oracle import oracle
 from .pipeline import reported_captions
-from .results import DemoResult, Generated, Guided, numbers
+from .results import DemoResult, Guided, numbers
 from .world import captions
 
 CURVES_FILE, IMAGES_FILE = "curves.png", "images.png"
@@ -48,19 +47,20 @@ COMPARED = {
 
 def write_report(result: DemoResult) -> tuple[str, tuple[Path, ...]]:
     """Write the report into the demo's folder. Return the summary and the paths of the written files."""
-    folder, text = result.folder, summary(result)
+    folder = result.folder
     plot_curves(result, folder / CURVES_FILE)
     (folder / TABLE_FILE).write_text(table(result), encoding="utf-8")
     (folder / NUMBERS_FILE).write_text(json.dumps(numbers(result), indent=2) + "\n", encoding="utf-8")
     write_images(result, folder / IMAGES_FILE)
-    return text, tuple(folder / name for name in (CURVES_FILE, IMAGES_FILE, TABLE_FILE, NUMBERS_FILE))
+    return summary(result), tuple(folder / name for name in (CURVES_FILE, IMAGES_FILE, TABLE_FILE, NUMBERS_FILE))
 
 
 def write_images(result: DemoResult, path: Path) -> None:
     """Draw a row of images for each model, at the model's best guidance scale: one image of every third prompt."""
     from matplotlib.figure import Figure  # takes seconds
 
-    rows, samples = rows_of(result), result.settings["samples_per_prompt"]
+    rows = rows_of(result)
+    samples = result.settings["samples_per_prompt"]
     captioned = zip(captions(), reported_captions(), strict=True)
     prompts = [caption.text for caption, is_reported in captioned if is_reported][::3]
     figure = Figure(figsize=(12, 1.2 * len(rows) + 0.8), dpi=100, layout="constrained")
@@ -141,30 +141,27 @@ def table(result: DemoResult) -> str:
     """Return the final numbers of all models as a Markdown table."""
     rows = rows_of(result)
     lines = [
-        "| method | score | with guidance (scale) | diversity | Frechet distance | winner error | loser error | s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | score | with guidance (scale) | winner error | loser error | s |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         plain, best = row.guided.plain, row.guided.best
-        measures = [
-            " / ".join(f"{_measure(part, name):.3f}" for part in (plain, best)) for name in ("diversity", "frechet")
-        ]
         lines.append(
-            f"| {row.label} | {plain.score} | {best.score} ({best.guidance_scale:g}) | {' | '.join(measures)} "
+            f"| {row.label} | {plain.score} | {best.score} ({best.guidance_scale:g}) "
             f"| {row.winner_change} | {row.loser_change} | {row.seconds:.0f} |"
         )
-    s, images = result.settings, len(rows[0].guided.plain.scores)
+    settings = result.settings
+    images = len(rows[0].guided.plain.scores)
     lines += [
         "",
         f"Score: the oracle's score in [0, 1], mean ± standard error over {images} images of 36 prompts. All models "
         "start from the same latents. The second score is with classifier-free guidance, at the scale with the best "
-        "score on the other 36 prompts. Diversity is the mean distance between two images of one prompt. The Frechet "
-        "distance compares images with the toy world's preferred drawings. Both columns show the value without / with "
-        "guidance. Winner error and loser error: change of the error from the base model to the tuned model, on "
-        f"{result.eval_pairs} held-out pairs under fixed noise. Preference guidance ({_settings_text(GUIDED_METHOD)}, "
-        "with the base model as the reference) changes no weights. s: seconds of training and evaluations. Training "
-        f"used {result.train_pairs} off-policy pairs, {s['per_device_train_batch_size']} pairs per step, and seed "
-        f"{s['seed']}. This is one seed of a toy world.",
+        "score on the other 36 prompts. Winner error and loser error: change of the error from the base model to the "
+        f"tuned model, on {result.eval_pairs} held-out pairs under fixed noise. Preference guidance "
+        f"({_settings_text(GUIDED_METHOD)}, with the base model as the reference) changes no weights. s: seconds of "
+        f"training and evaluations. Training used {result.train_pairs} off-policy pairs, "
+        f"{settings['per_device_train_batch_size']} pairs per step, and seed {settings['seed']}. This is one seed of a "
+        "toy world.",
         "",
     ]
     for trained in result.methods:
@@ -180,12 +177,12 @@ def summary(result: DemoResult) -> str:
         f"Training with a high learning rate: {result.settings['max_steps']} steps on {result.train_pairs} "
         f"off-policy pairs (seed {result.settings['seed']})",
         "",
-        f"  {'':{width}}  score            with guidance (scale)  Frechet with  winner error",
+        f"  {'':{width}}  score            with guidance (scale)  winner error",
     ]
     for row in rows:
         best = row.guided.best
         shown = f"{row.guided.plain.score}    {best.score} ({best.guidance_scale:g})"
-        lines.append(f"  {row.label:{width}}  {shown:35}  {_measure(best, 'frechet'):12.3f}  {row.winner_change:>12}")
+        lines.append(f"  {row.label:{width}}  {shown:38}  {row.winner_change:>12}")
     lines += [
         "",
         "Score: mean ± standard error of the oracle's scores; the best score is 1. Winner error: change of the error "
@@ -202,14 +199,10 @@ def summary(result: DemoResult) -> str:
     return "\n".join(lines)
 
 
-def _measure(part: Generated, name: str) -> float:
-    """Return the measure `name` of generated images, or NaN if there is only one image per prompt."""
-    return math.nan if part.measures is None else getattr(part.measures, name)
-
-
 def _verdicts(result: DemoResult, images: str) -> list[str]:
     """Return a sentence with the win rate for each pair of models in `COMPARED`."""
-    samples, labels = result.settings["samples_per_prompt"], {row.key: row.label for row in rows_of(result)}
+    samples = result.settings["samples_per_prompt"]
+    labels = {row.key: row.label for row in rows_of(result)}
     scores = {key: getattr(guided, images).scores.reshape(-1, samples) for key, guided in result.guided.items()}
     pairs = COMPARED[images]
     rates = [win_rate(scores[first], scores[second]) for first, second in pairs]

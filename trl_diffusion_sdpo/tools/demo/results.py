@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from .image_measures import ImageMeasures
 from .methods import Method
 
 
@@ -35,7 +34,6 @@ class Generated:
     guidance_scale: float  # scale of classifier-free guidance; 1 is no guidance
     images: np.ndarray
     scores: np.ndarray  # (36 * n,)
-    measures: ImageMeasures | None  # `None` if there is only one image per prompt
 
     @property
     def score(self) -> Score:
@@ -119,8 +117,7 @@ class DemoResult:
 def numbers(value: Any) -> Any:
     """Return the results as dictionaries and lists for JSON, without images and the scores of single images."""
     if isinstance(value, Generated):
-        measures = {"oracle": numbers(value.score), "measures": numbers(value.measures)}
-        return {"guidance_scale": value.guidance_scale, **measures}
+        return {"guidance_scale": value.guidance_scale, "oracle": numbers(value.score)}
     if is_dataclass(value):
         entries = {field.name: getattr(value, field.name) for field in fields(value)}
         return {name: numbers(entry) for name, entry in entries.items() if not isinstance(entry, np.ndarray)}

@@ -9,7 +9,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .image_measures import ImageMeter
 from .oracle import oracle
 from .pipeline import generate_images, reported_captions, score_latents, score_prompts
 from .results import Generated, Guided, Score
@@ -47,8 +46,8 @@ class ImageScorer:
 
 
 class GuidedScorer:
-    """Finds a model's best scale of classifier-free guidance on half of the prompts. Then, on the other half of the
-    prompts, scores and measures images without guidance and at the best scale.
+    """Finds a model's best scale of classifier-free guidance on half of the prompts. Then scores images of the other
+    half, without guidance and at this scale.
 
     Args:
         scorer ([`ImageScorer`]): Generates and scores the images.
@@ -56,12 +55,11 @@ class GuidedScorer:
     """
 
     def __init__(self, scorer: ImageScorer, guidance_scales: Sequence[float]):
-        self._scorer, self._scales = scorer, guidance_scales
+        self._scorer = scorer
+        self._scales = guidance_scales
         samples = len(scorer.prompts) // len(reported_captions())
         self._reported = np.repeat(reported_captions(), samples)
         self._choosing = ~self._reported & (np.arange(len(scorer.prompts)) % samples < CHOOSING_SAMPLES)
-        prompts = np.array(scorer.prompts)[self._reported].tolist()
-        self._meter = ImageMeter(prompts) if samples > 1 else None  # diversity needs at least two images per prompt
 
     def __call__(
         self, pipeline: StableDiffusionPipeline, plain: tuple[np.ndarray, np.ndarray] | None = None, **options: Any
@@ -78,14 +76,11 @@ class GuidedScorer:
         for scale in self._scales:
             _, guided = self._scorer(pipeline, self._choosing, guidance_scale=scale, **options)
             chosen_from[scale] = float(guided.mean())
-        without = best = self._measured(1.0, images[self._reported], scores[self._reported])
+        without = best = Generated(1.0, images[self._reported], scores[self._reported])
         scale = max(chosen_from, key=chosen_from.__getitem__)
         if scale != 1:
-            best = self._measured(scale, *self._scorer(pipeline, self._reported, guidance_scale=scale, **options))
+            best = Generated(scale, *self._scorer(pipeline, self._reported, guidance_scale=scale, **options))
         return Guided(without, best, chosen_from, time.monotonic() - started)
-
-    def _measured(self, scale: float, images: np.ndarray, scores: np.ndarray) -> Generated:
-        return Generated(scale, images, scores, None if self._meter is None else self._meter(images))
 
 
 class OracleCallback(TrainerCallback):
@@ -93,7 +88,9 @@ class OracleCallback(TrainerCallback):
     evaluation after the last step. `base` is the score to log before the first step: that of the base model."""
 
     def __init__(self, pipeline: StableDiffusionPipeline, scorer: ImageScorer, base: Score):
-        self.pipeline, self.scorer, self.base = pipeline, scorer, base
+        self.pipeline = pipeline
+        self.scorer = scorer
+        self.base = base
         self.latest = (np.empty(0), np.empty(0))  # images and scores of the newest evaluation
         self._start = time.monotonic()
 

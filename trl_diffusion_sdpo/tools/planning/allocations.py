@@ -16,7 +16,7 @@ CUDA_BLOCK = 512  # PyTorch's caching allocator for CUDA rounds sizes up to mult
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of all tensor storages in use, and records the peak in each phase of a step (each "moment").
+    """Counts the bytes of all tensor storages in use, and records the peak in each phase of a step.
 
     Enter this context within a `FakeTensorMode`. A storage counts once, even if it has several views. A storage counts
     until autograd, modules and Python have all released it.
@@ -29,8 +29,8 @@ class Allocations(TorchDispatchMode):
         super().__init__()
         self.block = block
         self.live = 0
-        self.peaks: dict[str, int] = {}  # name of a moment -> peak of the bytes in use
-        self._moment = "start"
+        self.peaks: dict[str, int] = {}  # name of a phase -> peak of the bytes in use
+        self._phase = "start"
         self._storages: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -41,14 +41,15 @@ class Allocations(TorchDispatchMode):
         return result
 
     @contextlib.contextmanager
-    def moment(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[None]:
         """Record the peak of the bytes in use within the context, under the name `name`."""
-        before, self._moment = self._moment, name
+        before = self._phase
+        self._phase = name
         self._note(self.live)
         try:
             yield
         finally:
-            self._moment = before
+            self._phase = before
 
     def ignore(self, tensors: Any) -> None:
         """Exclude tensors and their views from the count from now on. The caller adds their bytes itself."""
@@ -72,7 +73,7 @@ class Allocations(TorchDispatchMode):
         self.live -= self._storages.pop(key)[1]
 
     def _note(self, size: int) -> None:
-        self.peaks[self._moment] = max(self.peaks.get(self._moment, 0), size)
+        self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), size)
 
 
 def rounded(size: int, block: int) -> int:
@@ -85,9 +86,23 @@ def rounded(size: int, block: int) -> int:
 # Operations that run in float32 under autocast on CUDA, but not on the CPU. Only operations in denoisers are listed.
 # Source: https://docs.pytorch.org/docs/stable/amp.html
 _FLOAT32 = (
-    *("layer_norm", "native_layer_norm", "group_norm", "rms_norm", "cosine_similarity", "linalg_vector_norm"),
-    *("exp", "log", "rsqrt", "reciprocal", "softplus", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar"),
-    *("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"),
+    "layer_norm",
+    "native_layer_norm",
+    "group_norm",
+    "rms_norm",
+    "cosine_similarity",
+    "linalg_vector_norm",
+    "exp",
+    "log",
+    "rsqrt",
+    "reciprocal",
+    "softplus",
+    "pow.Tensor_Scalar",
+    "pow.Tensor_Tensor",
+    "pow.Scalar",
+    "upsample_nearest2d",
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
 )
 _FLOAT32_RESULT = ("softmax.int", "log_softmax.int", "sum", "sum.dim_IntList", "cumsum", "cumprod")
 

@@ -33,7 +33,7 @@ from ...utils._compat import (
     activation_checkpointing,
 )
 from .allocations import Allocations, autocast_like, block_size
-from .sharding import Engine
+from .planned_engine import PlannedEngine
 from .skeleton import needs_values
 
 ENCODE, FORWARD, BACKWARD, OPTIMIZER = "encode", "forward", "backward", "optimizer"
@@ -48,7 +48,7 @@ class PlannedRun:
     average: EMAWeights | None
     args: DiffusionSDPOConfig  # settings of the trainer, complete
     noise: NoiseSettings
-    engine: Engine
+    engine: PlannedEngine
     source: tuple[int, int] | None  # height and width of a source image when the VAE encodes it
     stored: str | None  # storage format of a quantized base model, a key of `plan.STORED`
 
@@ -96,11 +96,13 @@ class MeasuredForward(PairForward):
     """Forward passes of the simulated step, in which the memory of encoding images and prompts is measured
     separately."""
 
-    allocations: Allocations
+    def __init__(self, allocations: Allocations, *parts: Any, **settings: Any):
+        super().__init__(*parts, **settings)
+        self.allocations = allocations
 
     def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Encode images and prompts, record the peak, and pass the results on as if they were precomputed."""
-        with self.allocations.moment(ENCODE), torch.no_grad():
+        with self.allocations.phase(ENCODE), torch.no_grad():
             with self._frozen.in_use() as family:
                 moments = family.image_moments(pixels_as_floats(inputs["pixel_values"]))
                 try:
@@ -118,7 +120,7 @@ def measure_step(run: PlannedRun, device: str, mode: FakeTensorMode) -> tuple[di
     """Run the trainer's forward and backward passes of a step on fake tensors.
 
     Returns:
-        The peak of each moment, and the memory in use before the optimizer's step, both in bytes and without the
+        The peak of each phase, and the memory in use before the optimizer's step, both in bytes and without the
         weights.
     """
     denoiser = run.family.denoiser
@@ -148,8 +150,9 @@ def _measure(model: nn.Module, run: PlannedRun, device: str) -> tuple[dict[str, 
     # The simulation keeps all components on the device. The plan later subtracts the components that are offloaded.
     components: Any = SimpleNamespace(family=run.family, in_use=lambda: contextlib.nullcontext(run.family))
     process: Any = OneProcess(run.autocast)
-    forward = MeasuredForward(components, run.reference, noise=run.noise, loss=loss, autocast=process.autocast)
-    forward.allocations = allocations
+    forward = MeasuredForward(
+        allocations, components, run.reference, noise=run.noise, loss=loss, autocast=process.autocast
+    )
     with allocations:
         inputs = _batch(run)
         if run.args.safeguard == "parameter":
@@ -161,9 +164,9 @@ def _measure(model: nn.Module, run: PlannedRun, device: str) -> tuple[dict[str, 
                     hooks.append(weight.register_post_accumulate_grad_hook(_drop_gradient))
                 elif run.args.gradient_accumulation_steps > 1:
                     weight.grad = torch.empty_like(weight)
-            with allocations.moment(FORWARD):
+            with allocations.phase(FORWARD):
                 output = forward.loss(forward.predict_pairs(model, inputs)).loss
-            with allocations.moment(BACKWARD):
+            with allocations.phase(BACKWARD):
                 output.backward()
             del output
             for hook in hooks:
@@ -181,7 +184,8 @@ def _by_branch(
 ) -> None:
     """Run the forward and backward passes of `safeguard="parameter"`, which computes the gradients of winners and
     losers separately. With gradient accumulation, run two micro-batches."""
-    allocations, args = forward.allocations, run.args
+    args = run.args
+    allocations = forward.allocations
     anchor = args.safeguard_anchor or args.loss_spec.anchor
     gradients = BranchGradients(backend, mu=loss_settings(args).safeguard_mu, anchor=anchor)
     safeguard = ParameterSafeguard(
@@ -192,12 +196,12 @@ def _by_branch(
         low_memory=args.safeguard_low_memory,
     )
     for _ in range(2 if args.gradient_accumulation_steps > 1 else 1):
-        with allocations.moment(FORWARD):
+        with allocations.phase(FORWARD):
             loss = forward.loss(safeguard.predict_pairs(model, inputs)).loss
-        with allocations.moment(BACKWARD):
+        with allocations.phase(BACKWARD):
             safeguard.backward_branches(loss, share=1.0)
         del loss
-    with allocations.moment(OPTIMIZER):
+    with allocations.phase(OPTIMIZER):
         gradients.combine()
 
 

@@ -1,5 +1,5 @@
 """Computes the memory that a run needs on a device: tensors that stay between steps, and the peak in each phase of a
-step, such as the backward pass. The code calls a phase a moment."""
+step, such as the backward pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 from ...utils._compat import FakeTensorMode
 from .allocations import block_size, rounded
 from .fake_step import BACKWARD, ENCODE, FORWARD, OPTIMIZER, PlannedRun, measure_step
-from .sharding import ZERO_BUCKET, largest_block
+from .planned_engine import ZERO_BUCKET, largest_block
 from .skeleton import fake_weights
 
 SETUP = "set-up"
@@ -46,15 +46,15 @@ class Plan:
     """Computed memory of a run on one device, in bytes."""
 
     components: dict[str, int]  # name of tensors that stay between steps -> their bytes
-    moments: dict[str, int]  # moment -> peak in bytes, with the tensors that stay between steps
+    phases: dict[str, int]  # phase -> peak in bytes, with the tensors that stay between steps
 
     @property
     def peak(self) -> int:
-        return max(self.moments.values())
+        return max(self.phases.values())
 
     @property
-    def peak_moment(self) -> str:
-        return max(self.moments, key=lambda name: self.moments[name])
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda name: self.phases[name])
 
     def fits(self, gigabytes: float) -> bool:
         """Return whether the run fits on a GPU with `gigabytes` GB, of which tensors can use the share `USABLE`."""
@@ -94,37 +94,37 @@ def make_plan(run: PlannedRun, device: str) -> Plan:
     fake_weights(run.denoisers.values(), mode, run.autocast if engine.rounds_weights else None)
     fake_weights(run.frozen, mode)
     peaks, gradients = measure_step(run, device, mode)
-    moments = {name: peaks.get(name, 0) for name in (ENCODE, FORWARD, BACKWARD)}
-    moments[FORWARD] += passes
-    moments[BACKWARD] += passes
+    phases = {name: peaks.get(name, 0) for name in (ENCODE, FORWARD, BACKWARD)}
+    phases[FORWARD] += passes
+    phases[BACKWARD] += passes
     left = engine.share("gradients", gradients)
     step = left + engine.share("optimizer", temporary)
-    moments[OPTIMIZER] = max(peaks.get(OPTIMIZER, 0), step)
+    phases[OPTIMIZER] = max(peaks.get(OPTIMIZER, 0), step)
     if engine.divides("gradients") and run.args.safeguard == "parameter":
         # The simulation holds the unsharded gradients of winners and of losers. The engine never holds both at the same
         # time.
         spared = (gradients - left) // 2
-        moments[BACKWARD] -= spared
-        moments[OPTIMIZER] -= spared
+        phases[BACKWARD] -= spared
+        phases[OPTIMIZER] -= spared
 
-    # Add the tensors that stay between steps to the peak in each moment.
+    # Add the tensors that stay between steps to the peak in each phase.
     stays = sum(components.values())
-    for name in moments:
-        moments[name] += stays - (absent if name != ENCODE else 0)
-    moments = {SETUP: setup, **moments}
+    for name in phases:
+        phases[name] += stays - (absent if name != ENCODE else 0)
+    phases = {SETUP: setup, **phases}
     if run.args.precompute_latents:
-        del moments[ENCODE]
+        del phases[ENCODE]
         components = {name: size for name, size in components.items() if name not in family.frozen_components}
-    return Plan({name: size for name, size in components.items() if size}, moments)
+    return Plan({name: size for name, size in components.items() if size}, phases)
 
 
 def table(plans: Mapping[str, Plan]) -> str:
-    """Return a Markdown table with a row for each plan: peak memory, the moment of the peak, and the smallest GPU on
+    """Return a Markdown table with a row for each plan: peak memory, the phase of the peak, and the smallest GPU on
     which the run fits."""
     lines = ["| training | peak, GiB | at | smallest card |", "|---|---:|---|---|"]
     for name, plan in plans.items():
         card = next((f"{card} GB" for card in CARDS if plan.fits(card)), "none of these")
-        lines.append(f"| {name} | {plan.peak / 2**30:.2f} | {plan.peak_moment} | {card} |")
+        lines.append(f"| {name} | {plan.peak / 2**30:.2f} | {plan.peak_phase} | {card} |")
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from ...engines.engine import Engine as TrainingEngine
+from ...engines.engine import Engine
 from ...families import Family
 from ...families.base import refuse_sources
 from ...models.adapters import lora_config
@@ -25,7 +25,7 @@ from ...trainer.config.complete import check_and_complete
 from ...utils._compat import CHECKPOINTING
 from .fake_step import PlannedRun, largest_size
 from .plan import Plan, make_plan
-from .sharding import Engine
+from .planned_engine import PlannedEngine
 from .skeleton import pipeline_of_folder
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class PlannedSettings:
 
     training: DiffusionSDPOConfig
     model: ModelConfig
-    engine: Engine
+    engine: PlannedEngine
     device: str  # "cuda" or "cpu"
 
     def plan(self, **changes: Any) -> Plan:
@@ -71,7 +71,7 @@ class PlannedSettings:
         return plans
 
 
-def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) -> PlannedRun:
+def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: PlannedEngine) -> PlannedRun:
     """Make the networks of a run and the settings for simulating one of its steps."""
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
         raise ValueError(
@@ -85,7 +85,7 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) 
     spec = args.loss_spec
     other = None if args.ref_model_name_or_path is None else copy.deepcopy(loaded.denoiser)
     adapter, added = choose_trained_weights(loaded, lora_config(model_args), args)
-    trains = TrainingEngine(_no_accelerator, lambda: loaded.denoiser)
+    trains = Engine(_no_accelerator, lambda: loaded.denoiser)
     reference = make_reference(loaded, other, args, spec, trains, adapter=adapter, added=added)
     average = None if args.ema_decay is None else EMAWeights(loaded.denoiser, adapter, args.ema_decay, trains)
     noise = check_and_complete(args, loaded, spec, adapter=adapter)
@@ -122,8 +122,10 @@ def _family(model_args: ModelConfig, args: DiffusionSDPOConfig) -> Family:
 
 def _working(family: Any, args: DiffusionSDPOConfig) -> Family:
     """Return the family of a copy of the pipeline whose VAE and text encoders have the dtypes of training."""
-    meta, half = torch.device("meta"), autocast_dtype(args.mixed_precision)
-    working = type(family)(working_pipeline(family, device=meta, half_dtype=half, vae_dtype=args.vae_dtype))
-    working.guidance_scale, working.vae_encode_batch_size = args.guidance_scale, args.vae_encode_batch_size
+    half = autocast_dtype(args.mixed_precision)
+    pipeline = working_pipeline(family, device=torch.device("meta"), half_dtype=half, vae_dtype=args.vae_dtype)
+    working = type(family)(pipeline)
+    working.guidance_scale = args.guidance_scale
+    working.vae_encode_batch_size = args.vae_encode_batch_size
     working.settle_dtype()
     return working

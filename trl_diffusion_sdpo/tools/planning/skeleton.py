@@ -36,9 +36,8 @@ def pipeline_of_folder(name_or_path: str, dtype: torch.dtype, **access: Any) -> 
     """
     index = read_index(name_or_path, **access)
     family = family_for_class_name(index[CLASS])
-    parts: dict[str, Any] = {}
     names = (family.denoiser_name, *family.frozen_components)
-    parts |= networks_without_weights(family, index, name_or_path, names, dtype=dtype, **access)
+    parts: dict[str, Any] = networks_without_weights(family, index, name_or_path, names, dtype=dtype, **access)
     for name, entry in index.items():
         if name == "scheduler":
             scheduler_class = getattr(diffusers, str(entry[1]))
@@ -89,8 +88,7 @@ class TokensOnly:
 
     def __call__(self, text: Any, padding: Any = False, max_length: int | None = None, **settings: Any) -> Any:
         rows = 1 if isinstance(text, str) else len(text)
-        # Pipelines call the tokenizer without padding and truncation only to test whether an earlier call truncated the
-        # prompt.
+        # The only unpadded, untruncated call of the tokenizer is the pipeline's check for truncated prompts.
         bounded = padding == "max_length" or settings.get("truncation")
         length = (max_length or self.model_max_length) if bounded else 2
         ids = torch.ones(rows, length, dtype=torch.long)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trl_diffusion_sdpo.tools.demo.image_measures import ImageMeter, frechet_distance
+from benchmarks.studies.image_measures import ImageMeter, frechet_distance
 from trl_diffusion_sdpo.tools.demo.world import captions, render
 
 

@@ -23,7 +23,7 @@ ZERO_BUCKET = 500_000_000  # number of gradient elements that DeepSpeed reduces 
 
 
 @dataclass(frozen=True)
-class Engine:
+class PlannedEngine:
     """Distributed engine of a planned run, with its number of processes."""
 
     name: str = "single_gpu"
@@ -49,7 +49,7 @@ class Engine:
         return self.name.startswith("zero")
 
 
-def engine_of(config: str | None, processes: int | str | None) -> Engine:
+def planned_engine(config: str | None, processes: int | str | None) -> PlannedEngine:
     """Return the engine of a configuration of accelerate.
 
     Args:
@@ -67,13 +67,13 @@ def engine_of(config: str | None, processes: int | str | None) -> Engine:
             f"packaged configuration with the same sharding as yours.{did_you_mean(name, DIVIDED)}"
         )
     if name == "single_gpu":
-        return Engine()
+        return PlannedEngine()
     if not str(processes).isdigit() or int(str(processes)) < 1:
         raise ValueError(
             f"A plan with `--accelerate_config {config}` needs the number of processes, got {processes}. Pass "
             "`--num_processes`."
         )
-    return Engine(name, int(str(processes)))
+    return PlannedEngine(name, int(str(processes)))
 
 
 def largest_block(denoiser: nn.Module, element: int | None) -> tuple[int, int]:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..evaluation.images import diversity, saturation
-from .pairs import eval_pairs
-from .world import IMAGE_SIZE
+from trl_diffusion_sdpo.tools.demo.pairs import eval_pairs
+from trl_diffusion_sdpo.tools.demo.world import IMAGE_SIZE
+from trl_diffusion_sdpo.tools.evaluation.images import diversity, saturation
 
 FEATURE_SIZE = 8  # images are downsampled to this height and width by averaging
 COMPONENTS = 24  # number of principal components
