@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..saving.model_card import forget_recommended_scales
 from ..saving.setup import output_folder
 from ..utils.files import VERDICT_FILE
 from .console import say
-from .interrupts import resume_hint, was_interrupted
+from .interrupts import CheckpointOnInterrupt, resume_hint
 from .plots import CURVES_FILE, changes_by_noise_bin, has_curves, noise_bin_file, plot_curves, plot_noise_bins
 from .sample_images import SampleImagesCallback, final_step
 from .tracked_images import TrackedImages
@@ -39,7 +39,8 @@ class NoiseBinPlotCallback(TrainerCallback):
     into the output folder: `noise_bins.png` for metrics with the prefix `eval`, `noise_bins_ema.png` for `eval_ema`."""
 
     def __init__(self, images: TrackedImages, num_noise_bins: int):
-        self._images, self._num_noise_bins = images, num_noise_bins
+        self._images = images
+        self._num_noise_bins = num_noise_bins
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if not state.is_world_process_zero:
@@ -59,8 +60,7 @@ class VerdictCallback(TrainerCallback):
     Args:
         run ([`RunFacts`]): Facts of the run that the verdict needs.
         evaluate (`Callable`): Function that evaluates the current weights. All processes call this function.
-        callbacks (`Sequence[TrainerCallback]`): The trainer's list of callbacks. A [`CheckpointOnInterrupt`] in this
-            list says whether a signal has ended the training.
+        interrupt ([`CheckpointOnInterrupt`]): Callback that says whether a signal has ended the training.
         samples ([`SampleImagesCallback`], *optional*): Callback that generates sample images before and after training.
         on_rise (`str`): The setting `on_winner_rise`: `"ignore"`, `"warn"` or `"stop"`.
     """
@@ -69,20 +69,23 @@ class VerdictCallback(TrainerCallback):
         self,
         run: RunFacts,
         evaluate: Callable[[], Any],
-        callbacks: Sequence[TrainerCallback],
+        interrupt: CheckpointOnInterrupt,
         samples: SampleImagesCallback | None,
         on_rise: str = "warn",
     ):
         self._run = run
         self._evaluate = evaluate
-        self._callbacks = callbacks
+        self._interrupt = interrupt
         self._samples = samples
         self._on_rise = on_rise
-        self._training = self._stops = False
+        self._training = False
+        self._stops = False
         self._rise = 0  # last evaluation: 0 for no rise, 1 for "worse", 2 for "ruined"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._training, self._stops, self._rise = True, False, 0
+        self._training = True
+        self._stops = False
+        self._rise = 0
         if state.is_world_process_zero:  # the verdict on earlier weights must not be published with the new weights
             (output_folder(args) / VERDICT_FILE).unlink(missing_ok=True)
             forget_recommended_scales(output_folder(args))
@@ -100,7 +103,8 @@ class VerdictCallback(TrainerCallback):
             return  # after the last step, the verdict reports a rise
         measured = worst_of(state.log_history, self._run)
         rises = measured is not None and measured.step == state.global_step and measured.rises
-        before, self._rise = self._rise, 0 if measured is None or not rises else 1 + RISES.index(measured.winners)
+        before = self._rise
+        self._rise = 0 if measured is None or not rises else 1 + RISES.index(measured.winners)
         stops = self._on_rise == "stop" and in_any_process(rises, args.device)
         if stops:  # all processes stop
             self._stops = control.should_save = control.should_training_stop = True
@@ -140,7 +144,7 @@ class VerdictCallback(TrainerCallback):
     def _is_unmeasured(self, args: TrainingArguments, state: TrainerState) -> bool:
         """Return whether to evaluate at the end of training: the weights have changed since the last evaluation, and no
         signal has stopped the training early."""
-        asked = was_interrupted(self._callbacks) or args.enable_jit_checkpoint
+        asked = self._interrupt.stops or args.enable_jit_checkpoint
         if asked and state.global_step < state.max_steps:
             return False
         evaluated = (entry["step"] for entry in reversed(state.log_history) if is_evaluation(entry))

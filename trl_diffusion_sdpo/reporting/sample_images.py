@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,13 +118,20 @@ class SampleImagesCallback(TrainerCallback):
         log: Callable[[dict[str, float]], None] = lambda metrics: None,
         at_evaluations: bool = False,
     ):
-        self.scores, self._log, self._at_evaluations = scores, log, at_evaluations
-        self.pipeline, self.denoiser_name, self.every_process = pipeline, denoiser_name, every_process
-        self._frozen, self._images = frozen, images or TrackedImages(())
-        self._untracked: int | None = None  # step of images that are not yet sent to trackers
-        self.prompts, self.every_n_steps, self.seed = list(prompts), every_n_steps, seed
+        self.pipeline = pipeline
+        self.prompts = list(prompts)
         self.sources = list(sources)
+        self.every_n_steps = every_n_steps
+        self.seed = seed
         self.call_kwargs = {**(call_options or {})}
+        self.denoiser_name = denoiser_name
+        self.every_process = every_process
+        self.scores = scores
+        self._frozen = frozen
+        self._images = images or TrackedImages(())
+        self._log = log
+        self._at_evaluations = at_evaluations
+        self._untracked: int | None = None  # step of images that are not yet sent to trackers
         self._settings = short_hash([self.call_kwargs, describe_component(pipeline.scheduler)])
         self.last_step: int | None = None  # step of the newest images; `None` before the first
 
@@ -307,11 +314,6 @@ def final_step(args: TrainingArguments, state: TrainerState) -> int | None:
     if not args.load_best_model_at_end or state.best_model_checkpoint is None:
         return None
     return int(Path(state.best_model_checkpoint).name.rpartition("-")[2])
-
-
-def find_sample_images(callbacks: Iterable[TrainerCallback]) -> SampleImagesCallback | None:
-    """Return the callback that generates sample images, if there is one."""
-    return next((callback for callback in callbacks if isinstance(callback, SampleImagesCallback)), None)
 
 
 def _source_path(index: int) -> str:

@@ -17,6 +17,7 @@ from ..engines.engine_settings import by_engine
 from ..engines.processes import peers
 from ..models.frozen_components import FrozenComponents
 from ..reporting.console import ShortLogCallback
+from ..reporting.interrupts import CheckpointOnInterrupt
 from ..reporting.run_callbacks import NoiseBinPlotCallback, RunReportCallback, VerdictCallback
 from ..reporting.sample_images import INFERENCE_STEPS, SampleImagesCallback, call_options
 from ..reporting.sample_scores import SampleScores
@@ -33,15 +34,15 @@ logger = logging.getLogger(__name__)
 def add_callbacks(
     handler: CallbackHandler,
     args: DiffusionSDPOConfig,
-    frozen: FrozenComponents,
     train_dataset: Dataset | IterableDataset | None,
     *,
     run_facts: RunFacts,
-    sample_scores: SampleScores | None,
+    interrupt: CheckpointOnInterrupt,
+    images: TrackedImages,
+    samples: SampleImagesCallback | None,
     begin: Callable[[], None],
     after_step: Callable[[int], None],
     evaluate: Callable[[], Any],
-    log: Callable[[dict[str, float]], None],
     end: Callable[[], None],
 ) -> None:
     """Add the callbacks that the settings need to `handler`, in the order in which they are called.
@@ -50,22 +51,24 @@ def add_callbacks(
     its own `on_train_end`. The progress bar of transformers is replaced by a shorter one.
 
     Args:
+        interrupt ([`CheckpointOnInterrupt`]): Callback that says whether a signal has ended the training.
+        images ([`TrackedImages`]): Sends plots to trackers.
+        samples ([`SampleImagesCallback`], *optional*): Callback that generates sample images.
         begin (`Callable`): Function to call before the first optimizer step.
         after_step (`Callable`): Function to call after every optimizer step, with the step's number (the first step is
             1).
+        evaluate (`Callable`): Function that evaluates the current weights.
         end (`Callable`): Function that prints at the end of training, in the first process only, which files the run
             wrote.
     """
-    images = TrackedImages(handler.callbacks)
     callbacks: list[TrainerCallback] = [StepCallback(begin, after_step)]
     if isinstance(train_dataset, PREPARED):
         callbacks.append(DataReportCallback(train_dataset))
-    samples = _sample_images(args, frozen, images, sample_scores, log) if args.sample_prompts else None
     if samples is not None:
         callbacks.append(samples)
     if args.eval_strategy != "no":
         callbacks.append(NoiseBinPlotCallback(images, args.num_noise_bins))
-    callbacks.append(VerdictCallback(run_facts, evaluate, handler.callbacks, samples, args.on_winner_rise))
+    callbacks.append(VerdictCallback(run_facts, evaluate, interrupt, samples, args.on_winner_rise))
     callbacks.append(RunReportCallback(end))
     handler.callbacks[1:1] = callbacks  # the first callback decides when to log, evaluate and save
     if type(handler.callbacks[-1]) is ProgressCallback:
@@ -80,17 +83,20 @@ def load_sample_scores(args: DiffusionSDPOConfig) -> SampleScores | None:
     return SampleScores(args.sample_scorers, args.sample_prompts, args.device, peers(args))
 
 
-def _sample_images(
+def make_sample_images(
     args: DiffusionSDPOConfig,
     frozen: FrozenComponents,
     images: TrackedImages,
     scores: SampleScores | None,
     log: Callable[[dict[str, float]], None],
-) -> SampleImagesCallback:
+) -> SampleImagesCallback | None:
+    """Return the callback that generates sample images, or `None` without `sample_prompts`."""
+    if not args.sample_prompts:
+        return None
     family = frozen.family
     return SampleImagesCallback(
         family.pipeline,
-        args.sample_prompts or [],
+        args.sample_prompts,
         every_n_steps=args.sample_steps,
         sources=sample_sources(args, family),
         call_options={

@@ -38,10 +38,11 @@ from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.loading import LoadedModel
 from ..models.weight_copies import WeightCopy
 from ..reporting.console import say
-from ..reporting.interrupts import is_due, step_exchange, stopping_on_interrupt, was_interrupted
+from ..reporting.interrupts import CheckpointOnInterrupt, is_due, stopping_on_interrupt
 from ..reporting.plots import CURVES_FILE
 from ..reporting.run_callbacks import plots_of, run_lines
-from ..reporting.sample_images import SAMPLES_FOLDER, final_step, find_sample_images
+from ..reporting.sample_images import SAMPLES_FOLDER, final_step
+from ..reporting.tracked_images import TrackedImages
 from ..reporting.verdict import RunFacts, Verdict, is_evaluation, verdict_of
 from ..saving.model_card import RunCard, changed_settings
 from ..saving.publishing import Publisher, PublishingError
@@ -62,7 +63,7 @@ from ..utils._compat import keeps_order
 from ..utils.disk import naming_the_disk
 from ..utils.files import VERDICT_FILE
 from ..utils.identity import describe_pipeline, public_config
-from .callbacks import add_callbacks, load_sample_scores
+from .callbacks import add_callbacks, load_sample_scores, make_sample_images
 from .components import (
     choose_kernels,
     choose_trained_weights,
@@ -248,7 +249,13 @@ class DiffusionSDPOTrainer(Trainer):
 
         # Set up the components that need the accelerator.
         self.engine.check(asked_engine(args))
-        self._finite = self._new_finite_check()
+        # The user may pass a callback that handles signals. Among several, the last one replaces the others' handlers.
+        passed = [each for each in callbacks or () if isinstance(each, CheckpointOnInterrupt)]
+        self.interrupt = passed[-1] if passed else CheckpointOnInterrupt()
+        self._finite = FiniteCheck(
+            self.interrupt.exchange,
+            before_backward=self.engine.steps_in_backward and args.safeguard != "parameter",
+        )
         for weights in self._weight_copies:
             if shards_weights(args) and not self.engine.shards_weights:  # accelerate ignores FSDP with one process
                 weights.stop_sharing()
@@ -293,17 +300,21 @@ class DiffusionSDPOTrainer(Trainer):
             num_noise_bins=args.num_noise_bins,
             average_suffix=f"_{EMA_FOLDER}",
         )
+        trackers = TrackedImages(self.callback_handler.callbacks)
+        self.sample_images = make_sample_images(
+            args, self.frozen_components, trackers, self.sample_scores, log=lambda metrics: self.log(metrics)
+        )
         add_callbacks(
             self.callback_handler,
             args,
-            self.frozen_components,
             train_dataset,
             run_facts=self.run_facts,
-            sample_scores=self.sample_scores,
+            interrupt=self.interrupt,
+            images=trackers,
+            samples=self.sample_images,
             begin=self._begin_steps,
             after_step=self._after_step,
             evaluate=lambda: self.evaluate(),  # a lambda, because a user may replace the method `evaluate` later
-            log=lambda metrics: self.log(metrics),
             end=self._end_report,
         )
 
@@ -562,7 +573,7 @@ class DiffusionSDPOTrainer(Trainer):
             self.run_folder.begin(point, overwrite=self.args.overwrite_output_dir)
             interruptible: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if self.args.checkpoint_on_interrupt:
-                interruptible = stopping_on_interrupt(self.args, self.callback_handler, lambda: self.state.global_step)
+                interruptible = stopping_on_interrupt(self.interrupt, self.callback_handler, self.args)
             with interruptible:
                 self.precompute_reference_errors()
                 return super().train(point, *args, **kwargs)
@@ -571,7 +582,8 @@ class DiffusionSDPOTrainer(Trainer):
         """Prepare the model as transformers does, then set up the components that need the model with the engine's
         wrapper."""
         # Reset flags and sums, because an earlier call of `train` may have stopped within an optimizer step.
-        self._finite = self._new_finite_check()
+        self.interrupt.reset()
+        self._finite.reset()
         if self.auto_beta is not None:
             self.auto_beta.begin()
         self.engine.complete_settings(exact_gradients=self.args.safeguard == "parameter")
@@ -599,12 +611,6 @@ class DiffusionSDPOTrainer(Trainer):
         vars(self).pop("parameter_safeguard", None)
         _ = self.parameter_safeguard
         return prepared
-
-    def _new_finite_check(self) -> FiniteCheck:
-        return FiniteCheck(
-            step_exchange(self.callback_handler.callbacks),
-            before_backward=self.engine.steps_in_backward and self.args.safeguard != "parameter",
-        )
 
     @functools.cached_property
     def parameter_safeguard(self) -> ParameterSafeguard | None:
@@ -690,7 +696,7 @@ class DiffusionSDPOTrainer(Trainer):
         if self.state.global_step not in (self._first_step, self._saved_step):
             self.run_files.verify_weights()
         settings: dict[str, Any] = {"save_total_limit": None}  # a limit of 1 would delete other checkpoints
-        if was_interrupted(self.callback_handler.callbacks):
+        if self.interrupt.stops:
             settings["load_best_model_at_end"] = False
         if self.winner_budget is not None:
             self.winner_budget.probe = []  # frees the device memory of the probe
@@ -1036,15 +1042,14 @@ class DiffusionSDPOTrainer(Trainer):
         """Write the model card, and print which files the run has written and how to load the weights. Only the first
         process calls this method."""
         self._write_card(keep_edited=True)
-        interrupted = was_interrupted(self.callback_handler.callbacks)
-        loading_code = None if interrupted else self.model_card.loading_code()
+        loading_code = None if self.interrupt.stops else self.model_card.loading_code()
         report = logger.info if self.args.disable_tqdm else say
         for line in run_lines(Path(self.args.output_dir), self.state, loading_code):
             report(line)
 
     def _write_card(self, *, keep_edited: bool = False, tags: Any = None, **facts: Any) -> bool:
         verdict = self.verdict()
-        samples = find_sample_images(self.callback_handler.callbacks)
+        samples = self.sample_images
         gallery = [] if samples is None else samples.newest_gallery()
         comparison = [] if samples is None else samples.comparison(self.run_folder.path)
         facts["model_name"] = facts.get("model_name") or Path(self.args.output_dir).absolute().name
