@@ -20,6 +20,7 @@ from transformers.trainer_utils import seed_worker
 from ..utils._compat import keeps_order, start_method
 from ..utils.processes import Peers, forks_by_default, usable_cores
 from .dataset import PreferenceDataset
+from .pairs import Pairs
 from .streaming import PreferenceIterableDataset
 from .worker_processes import CollateIntoSharedMemory, WorkerStart
 
@@ -30,8 +31,6 @@ MAX_READERS = 8  # largest number of workers while pairs are encoded before trai
 FEW_PAIRS = 512  # if there are fewer pairs, the main process decodes them all in seconds
 PREFETCH_FACTOR = 2  # batches that each worker prepares in advance, torch's default
 SHARED_MEMORY = Path("/dev/shm")
-
-Pairs = PreferenceDataset | PreferenceIterableDataset
 
 
 @dataclass
@@ -58,7 +57,7 @@ class BatchLoaders:
         seed = partial(seed_worker, num_workers=self._args.dataloader_num_workers, rank=self._args.process_index)
         if isinstance(dataset, PreferenceIterableDataset):
             collate = CollateAfterResuming(collate)
-        elif self._args.process_index == 0:
+        elif isinstance(dataset, PreferenceDataset) and self._args.process_index == 0:
             warn_of_large_steps(len(dataset), batch_size, self._args)
         return self._make(dataset, batch_size, sampler, collate, WorkerStart(seed))
 

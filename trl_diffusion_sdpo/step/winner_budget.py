@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import nn
 
-from ..data.dataset import PreferenceDataset
 from ..families.noise import generators_of, sent, standard_normal, uniform
 from ..losses import BudgetController, mean_error, noise_bin_of, order_by_scores, region_factors
 from ..models.ema import EMAWeights
@@ -155,17 +153,6 @@ class WinnerBudget(StoredController):
         timesteps = sent(within[chosen], clean.device)
         noise = standard_normal(clean.shape, generators, clean.device, clean.dtype)
         return forward.add_noise(clean, noise, timesteps, conditioning)
-
-
-def probe_items(dataset: Any, wanted: int) -> list[Any]:
-    """Return `wanted` pairs for the probe, as items for the collator: evenly spaced pairs of a map-style data set, or
-    the first pairs of a stream."""
-    dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
-    view = dataset.for_evaluation()
-    if not isinstance(view, PreferenceDataset):
-        return list(islice(iter(view), wanted))
-    wanted = min(wanted, len(view))
-    return [view[i * len(view) // wanted] for i in range(wanted)]
 
 
 def probe_inputs(

@@ -6,13 +6,10 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ProgressCallback
 
-from ..data.dataset import PreferenceDataset
-from ..data.streaming import PreferenceIterableDataset
+from ..data.pairs import Pairs
 from ..engines.engine_settings import by_engine
 from ..engines.processes import peers
 from ..models.frozen_components import FrozenComponents
@@ -26,7 +23,6 @@ from ..reporting.verdict import RunFacts
 from .config.checks import best_sample_metric
 from .config.complete import image_size, sample_sources
 from .config.diffusion_sdpo_config import DiffusionSDPOConfig
-from .data_preparation import PREPARED
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +30,7 @@ logger = logging.getLogger(__name__)
 def add_callbacks(
     handler: CallbackHandler,
     args: DiffusionSDPOConfig,
-    train_dataset: Dataset | IterableDataset | None,
+    train_dataset: Pairs | None,
     *,
     run_facts: RunFacts,
     interrupt: CheckpointOnInterrupt,
@@ -62,7 +58,7 @@ def add_callbacks(
             wrote.
     """
     callbacks: list[TrainerCallback] = [StepCallback(begin, after_step)]
-    if isinstance(train_dataset, PREPARED):
+    if train_dataset is not None:
         callbacks.append(DataReportCallback(train_dataset))
     if samples is not None:
         callbacks.append(samples)
@@ -133,18 +129,12 @@ class StepCallback(TrainerCallback):
 class DataReportCallback(TrainerCallback):
     """Logs the data report again at the end of training if training skipped pairs with unreadable images."""
 
-    def __init__(self, dataset: PreferenceDataset | PreferenceIterableDataset):
-        self._dataset = dataset
-        self._before = int(dataset.undecodable.sum()) if isinstance(dataset, PreferenceDataset) else 0
+    def __init__(self, pairs: Pairs):
+        self._pairs = pairs
+        self._dropped = pairs.report.dropped
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if isinstance(self._dataset, PreferenceDataset):
-            bad = self._dataset.undecodable
-            for rows in peers(args).gather(torch.nonzero(bad).flatten().tolist()):
-                bad[rows] = 1
-            self._dataset.mark_undecodable(bad)
-            late = int(bad.sum()) - self._before
-        else:
-            late = self._dataset.report.dropped
-        if late and state.is_world_process_zero:
-            logger.warning("Training skipped pairs with unreadable images. %s", self._dataset.report)
+        self._pairs.gather_undecodable(peers(args))
+        report = self._pairs.report
+        if report.dropped > self._dropped and state.is_world_process_zero:
+            logger.warning("Training skipped pairs with unreadable images. %s", report)

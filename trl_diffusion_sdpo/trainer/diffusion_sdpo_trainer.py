@@ -24,8 +24,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Ev
 from ..cache.encoding import check_prompt_padding
 from ..cache.key import EncoderKey
 from ..data.batch_loaders import BatchLoaders, choose_workers
-from ..data.buckets import BucketSampler
-from ..data.dataset import PreferenceCollator, PreferenceDataset
+from ..data.dataset import PreferenceCollator
+from ..data.pairs import Pairs
 from ..data.streaming import PreferenceIterableDataset, StreamPosition
 from ..engines.engine import Engine
 from ..engines.engine_settings import asked_engine, by_engine, check_unsharded, loading_unsharded, shards_weights
@@ -58,7 +58,7 @@ from ..step.meters import MetricMeter
 from ..step.pair_evaluation import PairEvaluation, draws_of_noise, real_pairs
 from ..step.pair_forward import PairForward, seeds_of_draws
 from ..step.parameter_safeguard import ParameterSafeguard
-from ..step.winner_budget import ProbeInputs, ProbeSettings, WinnerBudget, probe_inputs, probe_items
+from ..step.winner_budget import ProbeInputs, ProbeSettings, WinnerBudget, probe_inputs
 from ..utils._compat import keeps_order
 from ..utils.disk import naming_the_disk
 from ..utils.files import VERDICT_FILE
@@ -86,13 +86,7 @@ from .config.complete import (
     stored_crops,
 )
 from .config.diffusion_sdpo_config import DiffusionSDPOConfig, resume_settings
-from .data_preparation import (
-    PREPARED,
-    PairPreparation,
-    load_position,
-    outline,
-    save_position,
-)
+from .data_preparation import PairPreparation, load_position, outline, save_position
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +159,8 @@ class DiffusionSDPOTrainer(Trainer):
     """
 
     args: DiffusionSDPOConfig
-    train_dataset: Any
-    eval_dataset: Any
+    train_dataset: Pairs | None
+    eval_dataset: Pairs | dict[str, Pairs] | None
     optimizer: Any  # wrapped by accelerate or DeepSpeed
     hub_model_id: Any
     gather_function: Any
@@ -228,9 +222,7 @@ class DiffusionSDPOTrainer(Trainer):
         if not by_engine(args):
             for weights in self._weight_copies:
                 weights.to(args.device)
-        self._position: StreamPosition | None = None  # position in a stream; `None` for map-style data
-        if isinstance(train_dataset, PreferenceIterableDataset):
-            self._position = load_position(train_dataset, args, 0, None)
+        self._position: StreamPosition | None = None  # position in a stream, while an epoch of it trains
 
         # Call the constructor of transformers' Trainer, which sets up accelerator, device, callbacks and repository.
         self.publisher = Publisher(args, NOT_PUBLISHED)
@@ -291,7 +283,7 @@ class DiffusionSDPOTrainer(Trainer):
             base_options=loaded.options,
             trainer_name=self._name,
             settings=settings_of_user,
-            edits=isinstance(train_dataset, PREPARED) and train_dataset.has_sources,
+            edits=train_dataset is not None and train_dataset.has_sources,
         )
         self.run_facts = RunFacts(
             reference_moves=args.sync_ref_model,
@@ -427,7 +419,8 @@ class DiffusionSDPOTrainer(Trainer):
         Micro-batches of a map-style data set are loaded one at a time, so that loading overlaps with training.
         Micro-batches of a stream are all loaded before the step, because a stream may end within the step.
         """
-        if isinstance(self.train_dataset, PreferenceDataset):
+        assert self.train_dataset is not None
+        if not self.train_dataset.is_stream:
             return _LazyBatches(epoch_iterator, num_batches), None
         batches = list(islice(epoch_iterator, num_batches))
         if self._position is not None:
@@ -438,17 +431,17 @@ class DiffusionSDPOTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the data loader for an evaluation. If the data are the trainer's own `eval_dataset`, or a data set in
         this `dict`, every call returns the same loader."""
-        trainer_sets = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        own_sets = self._eval_sets()
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if eval_dataset is None:
             raise ValueError(
                 "Evaluation needs an `eval_dataset`, got None. Pass evaluation data to the trainer or to `evaluate`."
             )
         if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
+            eval_dataset = own_sets[eval_dataset]
         prepared = self._preparation.prepare(eval_dataset, name="eval", training=False)
         prepared = self._with_reference_errors(prepared)
-        keep = any(prepared is dataset for dataset in trainer_sets)
+        keep = any(prepared is pairs for pairs in own_sets.values())
         return self._loaders.evaluation(prepared, self._get_eval_sampler(prepared), self.data_collator, keep=keep)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
@@ -457,44 +450,42 @@ class DiffusionSDPOTrainer(Trainer):
         return self._loaders.evaluation(prepared, self._get_eval_sampler(prepared), self.data_collator)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(dataset, PreferenceDataset) or dataset.sizes is None:
-            return super()._get_train_sampler(train_dataset)
-        return BucketSampler(
-            dataset.sizes,
+        pairs = self.train_dataset if train_dataset is None else train_dataset
+        assert pairs is not None
+        sampler = pairs.bucket_sampler(
             pairs_of_a_step(self.args, self._train_batch_size),
-            seed=dataset.seed,
-            epoch=(lambda: dataset.epoch) if self.args.train_sampling_strategy == "random" else None,
+            shuffled=self.args.train_sampling_strategy == "random",
             drop_last=self.args.dataloader_drop_last,
         )
+        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
-        if not isinstance(eval_dataset, PreferenceDataset) or eval_dataset.sizes is None:
-            return super()._get_eval_sampler(eval_dataset)
-        group = pairs_of_a_step(self.args, self.args.eval_batch_size)
-        return BucketSampler(eval_dataset.sizes, group, seed=eval_dataset.seed)
+        sampler = eval_dataset.bucket_sampler(pairs_of_a_step(self.args, self.args.eval_batch_size))
+        return super()._get_eval_sampler(eval_dataset) if sampler is None else sampler
 
-    def _prepare_data(self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig) -> tuple[Any, Any]:
+    def _prepare_data(
+        self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig
+    ) -> tuple[Pairs | None, Pairs | dict[str, Pairs] | None]:
         """Return the training and evaluation data as data sets of pairs. Set `args.dataloader_num_workers` if it is
         `None`."""
         check_agreement({"train_dataset": outline(train_dataset), "eval_dataset": outline(eval_dataset)})
         prepare = self._preparation.prepare
-        train_dataset = prepare(train_dataset, name="train", training=True)
-        batch = args.train_batch_size * args.world_size
-        if isinstance(train_dataset, PreferenceDataset) and args.dataloader_drop_last and len(train_dataset) < batch:
-            raise ValueError(
-                f"`dataloader_drop_last=True` leaves no batch. One batch of all processes takes {batch} pairs, and the "
-                f"training data have {len(train_dataset)}. Lower `per_device_train_batch_size`, or set "
-                "`dataloader_drop_last=False`."
-            )
+        if train_dataset is not None:
+            train_dataset = prepare(train_dataset, name="train", training=True)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: prepare(data, name=name, training=False) for name, data in eval_dataset.items()}
-        else:
+        elif eval_dataset is not None:
             eval_dataset = prepare(eval_dataset, name="eval", training=False)
         if args.dataloader_num_workers is None:
             evaluates = eval_dataset is not None
             choose_workers(args, train_dataset, resolution=image_size(args), evaluates=evaluates)
         return train_dataset, eval_dataset
+
+    def _eval_sets(self) -> dict[str, Pairs]:
+        """Return the evaluation data by name."""
+        if self.eval_dataset is None:
+            return {}
+        return self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
 
     def precompute_reference_errors(self) -> None:
         """Compute the reference's errors on the training and evaluation data, or read them from the cache, and free the
@@ -505,10 +496,9 @@ class DiffusionSDPOTrainer(Trainer):
         """
         if self._reference_errors is None:
             return
-        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        for dataset in (self.train_dataset, *evaluated.values()):
-            if dataset is not None:
-                self._with_reference_errors(dataset)
+        for pairs in (self.train_dataset, *self._eval_sets().values()):
+            if pairs is not None:
+                self._with_reference_errors(pairs)
         self._reference_errors.release()
 
     def _with_reference_errors(self, dataset: Any) -> Any:
@@ -521,14 +511,15 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _load_probe(self) -> list[ProbeInputs]:
         """Return this process's share of the pairs on which `winner_budget` measures errors (the probe), in batches."""
-        data = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        assert self.train_dataset is not None
+        pairs = next(iter(self._eval_sets().values()), self.train_dataset)
         batch_size = 2 * (self._train_batch_size or self.args.per_device_train_batch_size)
         if self.encoding is not None and self.family.prompt_padding == "start":
             batch_size = 1  # prompts were encoded one at a time, and padding would change their embeddings
         if self.train_dataset.has_sources:
             batch_size = 1  # the sources of two pairs may have different sizes
         return probe_inputs(
-            probe_items(data, ProbeSettings(**self.args.winner_budget_kwargs).pairs),
+            pairs.for_evaluation().sample(ProbeSettings(**self.args.winner_budget_kwargs).pairs),
             batch_size,
             lambda items: self._prepare_inputs(self.data_collator(items)),
             rank=self.accelerator.process_index,
@@ -562,7 +553,7 @@ class DiffusionSDPOTrainer(Trainer):
                 "`resume_from_checkpoint`."
             )
         facts: dict[str, Any] = {"model": self.origin.fingerprint, "eval_dataset": self._eval_fingerprint}
-        if not isinstance(self.train_dataset, PreferenceIterableDataset):  # processes read different parts of streams
+        if not self.train_dataset.is_stream:  # processes read different parts of streams
             facts["train_dataset"] = self._data_fingerprint
         check_agreement(facts)
         if resume_from_checkpoint is None:
@@ -683,8 +674,8 @@ class DiffusionSDPOTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        if isinstance(self.train_dataset, PreferenceDataset):
-            self.train_dataset.set_epoch(kwargs["epoch"])
+        assert self.train_dataset is not None
+        self.train_dataset.set_epoch(kwargs["epoch"])
         if isinstance(self.train_dataset, PreferenceIterableDataset):
             batches, checkpoint = kwargs["steps_trained_in_current_epoch"], kwargs["resume_from_checkpoint"]
             self._position = load_position(self.train_dataset, self.args, batches, checkpoint)
@@ -846,7 +837,8 @@ class DiffusionSDPOTrainer(Trainer):
             draws=draws,
             weights=weights,
         )
-        if _marks_real_pairs(dataloader.dataset):
+        pairs = dataloader.dataset
+        if isinstance(pairs, Pairs) and pairs.marks_repeated:
             self.gather_function = self._gather_counted  # transformers resets this attribute after the evaluation
         output = super().evaluation_loop(dataloader, *settings)
         measured = self._evaluation.drain(self.accelerator)
@@ -1009,12 +1001,12 @@ class DiffusionSDPOTrainer(Trainer):
 
     @functools.cached_property
     def _data_fingerprint(self) -> dict[str, Any] | None:
-        return self.train_dataset.fingerprint() if isinstance(self.train_dataset, PREPARED) else None
+        return None if self.train_dataset is None else self.train_dataset.fingerprint()
 
     @functools.cached_property
     def _eval_fingerprint(self) -> dict[str, Any] | None:
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        return {name: data.fingerprint() for name, data in sets.items() if isinstance(data, PREPARED)} or None
+        prepared = self._preparation.has_prepared  # a user may set other data after the trainer was made
+        return {name: data.fingerprint() for name, data in self._eval_sets().items() if prepared(data)} or None
 
     # ---- Publishing -------------------------------------------------------------------------------------------------
 
@@ -1056,8 +1048,8 @@ class DiffusionSDPOTrainer(Trainer):
         facts["dataset_name"] = facts.get("dataset_name") or self.dataset_name
         return self.model_card.write(
             self.state,
-            data=self.train_dataset.report if isinstance(self.train_dataset, PREPARED) else None,
-            is_stream=isinstance(self.train_dataset, PreferenceIterableDataset),
+            data=None if self.train_dataset is None else self.train_dataset.report,
+            is_stream=self.train_dataset is not None and self.train_dataset.is_stream,
             plots=plots_of(self.state),
             keep_edited=keep_edited,
             hub_model_id=self.hub_model_id,
@@ -1142,12 +1134,6 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _finish_current_push(self) -> None:
         self.publisher.wait()
-
-
-def _marks_real_pairs(dataset: Any) -> bool:
-    """Return whether batches contain `counted`, the number of pairs before the repeated pairs that only fill up the
-    batch. accelerate cannot find the repeated pairs itself in streams and in batches by image size."""
-    return isinstance(dataset, PreferenceIterableDataset) or getattr(dataset, "sizes", None) is not None
 
 
 def _on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
