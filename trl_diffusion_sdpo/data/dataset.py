@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 
 from ..utils.processes import ALONE, Peers
 from ..utils.score_scale import ScoreReading
@@ -409,9 +410,9 @@ class PreferenceDataset(Pairs):
         count = min(count, len(self))
         return [self[i * len(self) // count] for i in range(count)]
 
-    def bucket_sampler(self, group: int, *, shuffled: bool = False, drop_last: bool = False) -> BucketSampler | None:
+    def sampler(self, group: int, *, shuffled: bool = False, drop_last: bool = False) -> Sampler[int]:
         if self.sizes is None:
-            return None
+            return RandomSampler(self) if shuffled else SequentialSampler(self)
         epoch = (lambda: self.epoch) if shuffled else None
         return BucketSampler(self.sizes, group, seed=self.seed, epoch=epoch, drop_last=drop_last)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from ..utils.processes import Peers
-from .buckets import BucketSampler, PairSizes
+from .buckets import PairSizes
 from .data_report import DataReport
 
 
@@ -67,8 +67,9 @@ class Pairs(Dataset[dict[str, Any]], ABC):
         itself in streams and in batches by image size."""
         return self.is_stream or self.sizes is not None
 
-    def bucket_sampler(self, group: int, *, shuffled: bool = False, drop_last: bool = False) -> BucketSampler | None:
-        """Return a sampler with which every `group` consecutive pairs have the same size, or `None` without buckets."""
+    def sampler(self, group: int, *, shuffled: bool = False, drop_last: bool = False) -> Sampler[int] | None:
+        """Return a sampler of the pairs, with which every `group` consecutive pairs have the same size. A stream needs
+        none, because its order is its own."""
         return None
 
     def gather_undecodable(self, peers: Peers) -> None:

@@ -409,7 +409,11 @@ class DiffusionSDPOTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
             raise ValueError("Training needs a `train_dataset`, got None. Pass preference pairs to the trainer.")
-        sampler = self._get_train_sampler(self.train_dataset)
+        sampler = self.train_dataset.sampler(
+            pairs_of_a_step(self.args, self._train_batch_size),
+            shuffled=self.args.train_sampling_strategy == "random",
+            drop_last=self.args.dataloader_drop_last,
+        )
         return self._loaders.training(self.train_dataset, self._train_batch_size, sampler, self.data_collator)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[Any, None]:
@@ -442,26 +446,15 @@ class DiffusionSDPOTrainer(Trainer):
         prepared = self._preparation.prepare(eval_dataset, name="eval", training=False)
         prepared = self._with_reference_errors(prepared)
         keep = any(prepared is pairs for pairs in own_sets.values())
-        return self._loaders.evaluation(prepared, self._get_eval_sampler(prepared), self.data_collator, keep=keep)
+        return self._eval_loader(prepared, keep=keep)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         prepared = self._preparation.prepare(test_dataset, name="test", training=False)
-        prepared = self._with_reference_errors(prepared)
-        return self._loaders.evaluation(prepared, self._get_eval_sampler(prepared), self.data_collator)
+        return self._eval_loader(self._with_reference_errors(prepared), keep=False)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        pairs = self.train_dataset if train_dataset is None else train_dataset
-        assert pairs is not None
-        sampler = pairs.bucket_sampler(
-            pairs_of_a_step(self.args, self._train_batch_size),
-            shuffled=self.args.train_sampling_strategy == "random",
-            drop_last=self.args.dataloader_drop_last,
-        )
-        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
-        sampler = eval_dataset.bucket_sampler(pairs_of_a_step(self.args, self.args.eval_batch_size))
-        return super()._get_eval_sampler(eval_dataset) if sampler is None else sampler
+    def _eval_loader(self, pairs: Pairs, *, keep: bool) -> DataLoader:
+        sampler = pairs.sampler(pairs_of_a_step(self.args, self.args.eval_batch_size))
+        return self._loaders.evaluation(pairs, sampler, self.data_collator, keep=keep)
 
     def _prepare_data(
         self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig
