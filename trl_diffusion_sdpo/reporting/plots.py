@@ -70,7 +70,8 @@ def plot_curves(history: History, file: str | Path) -> None:
     from matplotlib.figure import Figure
 
     panels = curves_of(history)
-    rows, columns = -(-len(panels) // 2), min(2, len(panels))
+    rows = -(-len(panels) // 2)
+    columns = min(2, len(panels))
     figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(panels) :]:

@@ -107,7 +107,9 @@ class VerdictCallback(TrainerCallback):
         self._rise = 0 if measured is None or not rises else 1 + RISES.index(measured.winners)
         stops = self._on_rise == "stop" and in_any_process(rises, args.device)
         if stops:  # all processes stop
-            self._stops = control.should_save = control.should_training_stop = True
+            self._stops = True
+            control.should_save = True
+            control.should_training_stop = True
         if measured is not None and (self._rise > before or (rises and stops)) and state.is_world_process_zero:
             hint = resume_hint(args, state.global_step, "Pass `resume_from_checkpoint=True` to continue.")
             logger.warning("%s%s", words_of_rise(measured, self._run), f" Training stops. {hint}" if stops else "")

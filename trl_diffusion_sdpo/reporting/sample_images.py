@@ -136,7 +136,8 @@ class SampleImagesCallback(TrainerCallback):
         self.last_step: int | None = None  # step of the newest images; `None` before the first
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self.last_step = self._untracked = None
+        self.last_step = None
+        self._untracked = None
         if self.scores is not None:
             self.scores.step = None
         self._generate_once(args, state, state.global_step, kwargs.get("model"))

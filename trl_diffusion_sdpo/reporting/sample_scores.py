@@ -95,7 +95,10 @@ class SampleScores:
             logger.warning(
                 "The scorer %r failed on the sample images of step %s. Training continues without the scores of this "
                 "step. %s: %s",
-                *(name, step, type(error).__name__, without_secrets(str(error))),
+                name,
+                step,
+                type(error).__name__,
+                without_secrets(str(error)),
             )
             return math.nan, None
 

@@ -150,7 +150,10 @@ def say_what_repeats(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> Non
             logger.warning(
                 "`dataloader_drop_last=True` drops incomplete batches, and a batch has pairs of one size. %d of %d "
                 "pairs never train (%s), because a step takes %d pairs. Leave it off, or use smaller batches.",
-                *(sum(left_out.values()), len(pairs), listed, batch),
+                sum(left_out.values()),
+                len(pairs),
+                listed,
+                batch,
             )
     epochs = args.num_train_epochs
     if args.max_steps > 0:
@@ -166,7 +169,9 @@ def say_what_repeats(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> Non
             logger.warning(
                 "With %s are drawn for `precompute_epochs=%d` epochs, and repeat in all later epochs. This run has %g "
                 "epochs. Raise `precompute_epochs` for new ones in each epoch.",
-                *(what, args.precompute_epochs, round(epochs, 1)),
+                what,
+                args.precompute_epochs,
+                round(epochs, 1),
             )
 
 
@@ -213,7 +218,8 @@ def load_position(
     logger.warning(
         "The checkpoint does not say where in the stream to continue after %d batches with %d pairs per batch, %d "
         "workers and %d processes. These batches are decoded again and discarded.",
-        *(batches, *_reading(args)),
+        batches,
+        *_reading(args),
     )
     return beginning
 

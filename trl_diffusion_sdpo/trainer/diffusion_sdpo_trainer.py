@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction, SaveStrategy
@@ -51,6 +51,7 @@ from ..saving.run_folder import RunFolder
 from ..saving.setup import fingerprint
 from ..saving.starting_point import BASE, Origin, public_base, recorded_base
 from ..saving.weights import WeightFiles
+from ..step.batches import LazyBatches, on_device
 from ..step.branch_gradients import BranchGradients
 from ..step.controllers import AutoBeta
 from ..step.finite_check import FiniteCheck
@@ -95,9 +96,23 @@ FIRST_ZERO = "first_gradient_is_zero"  # value that goes with the metrics to the
 # Settings that must be equal in all processes, in addition to `resume_settings()`. If a setting differed, one process
 # would evaluate or save alone and wait forever for the other processes.
 SAME_IN_ALL_PROCESSES = (
-    *("max_steps", "num_train_epochs", "learning_rate", "optim", "per_device_eval_batch_size"),
-    *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "logging_strategy", "logging_steps"),
-    *("precompute_latents", "push_to_hub", "sample_prompts", "sample_sources", "sample_steps", "sample_scorers"),
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "optim",
+    "per_device_eval_batch_size",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+    "logging_strategy",
+    "logging_steps",
+    "precompute_latents",
+    "push_to_hub",
+    "sample_prompts",
+    "sample_sources",
+    "sample_steps",
+    "sample_scorers",
 )
 REPORTS = (SAMPLES_FOLDER, "noise_bins*.png", CURVES_FILE, VERDICT_FILE, TRAINER_STATE_NAME)
 # Files that are not uploaded. The Trainer's state contains paths of local folders.
@@ -193,6 +208,18 @@ class DiffusionSDPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         quantization_config: Any = None,
     ):
+        # Objects are complete when they are made, so the order is fixed:
+        #
+        # 1. settings and scorers
+        # 2. model, reference, averaged weights, and what computes a step: `_build_components`
+        # 3. data, which may need models to encode images
+        # 4. transformers' Trainer, which makes the accelerator and the list of callbacks
+        # 5. what needs the accelerator: loaders, files, callbacks
+        # 6. `train`: engine, optimizer and sharded copies of weights; then the safeguard: `_prepare_for_training`
+        #
+        # `engine` is made in step 2 but asks for objects of steps 4 and 6, so it gets functions that return them.
+        # `evaluate` and `log` are passed as lambdas too, because a user may replace these methods later.
+
         # Copy the user's settings, and check that all processes have the same settings.
         args = copy_and_check_args(model, ref_model, args)
         settings_of_user = changed_settings(args, resume_settings())
@@ -203,12 +230,12 @@ class DiffusionSDPOTrainer(Trainer):
 
         # Load the model, and build all components that need no accelerator.
         loaded = load_policy(model, args, processing_class, peft_config, quantization_config)
-        # The accelerator is created later, in the constructor of transformers' Trainer.
         self.engine = Engine(lambda: self.accelerator, lambda: self.model_wrapped)
         self._build_components(loaded, ref_model, args, peft_config)
 
         # Initialize the state that training and evaluation change.
         self._engine_ready = False
+        self.parameter_safeguard: ParameterSafeguard | None = None  # made by each call of `train`
         self._first_step = 0  # step at which `train` began or resumed
         self._saved_step = -1  # step of the last checkpoint of this training
         self._counted = torch.zeros(0)  # for each pair of the last evaluation batch: 0 if repeated, else 1
@@ -259,7 +286,7 @@ class DiffusionSDPOTrainer(Trainer):
             self.engine,
             args,
             self._loaders,
-            to_inputs=lambda items: self._prepare_inputs(self.data_collator(items)),
+            to_inputs=self._inputs_of,
         )
 
         # Set up the objects that write the files of the run, and add the callbacks.
@@ -306,7 +333,7 @@ class DiffusionSDPOTrainer(Trainer):
             samples=self.sample_images,
             begin=self._begin_steps,
             after_step=self._after_step,
-            evaluate=lambda: self.evaluate(),  # a lambda, because a user may replace the method `evaluate` later
+            evaluate=lambda: self.evaluate(),
             end=self._end_report,
         )
 
@@ -320,7 +347,7 @@ class DiffusionSDPOTrainer(Trainer):
             `ValueError`: If model, reference and settings cannot be combined.
         """
         self.pipeline = loaded.pipeline
-        self.loss_spec = loss = args.loss_spec
+        self.loss_spec = args.loss_spec
         denoiser = loaded.denoiser
 
         # Choose the weights that train. Compute the fingerprint first, while the weights are unchanged.
@@ -332,7 +359,9 @@ class DiffusionSDPOTrainer(Trainer):
         self.adapter, added = choose_trained_weights(loaded, peft_config, args)
 
         # Copy the weights that train, for the reference and for the averaged weights (`ema_decay`).
-        self.reference = make_reference(loaded, ref_model, args, loss, self.engine, adapter=self.adapter, added=added)
+        self.reference = make_reference(
+            loaded, ref_model, args, self.loss_spec, self.engine, adapter=self.adapter, added=added
+        )
         if ref_model is not None and self.reference.module is not None:
             self._pipeline_facts["reference"] = fingerprint(self.reference.module.state_dict())
         self._weight_copies: list[WeightCopy] = [self.reference]
@@ -359,7 +388,7 @@ class DiffusionSDPOTrainer(Trainer):
 
         # Set unset settings to the defaults of the model family and the loss, and get the settings of noise and
         # timesteps.
-        noise = check_and_complete(args, loaded, loss, adapter=self.adapter)
+        noise = check_and_complete(args, loaded, self.loss_spec, adapter=self.adapter)
 
         # Move VAE and text encoders to their device. With `precompute_latents`, VAE and text encoders encode all pairs
         # before training.
@@ -387,7 +416,7 @@ class DiffusionSDPOTrainer(Trainer):
             self.reference,
             noise=noise,
             loss=loss_settings(args),
-            autocast=lambda: self.accelerator.autocast(),
+            autocast=self.engine.autocast,
             budget=budget,
             auto_beta=betas,
         )
@@ -395,7 +424,11 @@ class DiffusionSDPOTrainer(Trainer):
         self.winner_budget = None
         if budget is not None:
             self.winner_budget = WinnerBudget(
-                budget, self.pair_forward, self._meter, sorts_by_scores=loss.needs_scores, average=self.average
+                budget,
+                self.pair_forward,
+                self._meter,
+                sorts_by_scores=self.loss_spec.needs_scores,
+                average=self.average,
             )
         self._evaluation = PairEvaluation(self.pair_forward, args.num_noise_bins)
 
@@ -425,7 +458,7 @@ class DiffusionSDPOTrainer(Trainer):
         """
         assert self.train_dataset is not None
         if not self.train_dataset.is_stream:
-            return _LazyBatches(epoch_iterator, num_batches), None
+            return LazyBatches(epoch_iterator, num_batches), None
         batches = list(islice(epoch_iterator, num_batches))
         if self._position is not None:
             for batch in batches:
@@ -514,7 +547,7 @@ class DiffusionSDPOTrainer(Trainer):
         return probe_inputs(
             pairs.for_evaluation().sample(ProbeSettings(**self.args.winner_budget_kwargs).pairs),
             batch_size,
-            lambda items: self._prepare_inputs(self.data_collator(items)),
+            self._inputs_of,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
@@ -590,16 +623,12 @@ class DiffusionSDPOTrainer(Trainer):
             self._load_engine_checkpoint(resume_from_checkpoint)
         if self.engine.casts_weights:
             self.family.settle_dtype()
-        # Build the safeguard again, because an earlier call of `train` built it for another wrapper of the model.
-        # Building the safeguard before the first step also refuses an unsuitable engine early.
-        vars(self).pop("parameter_safeguard", None)
-        _ = self.parameter_safeguard
+        self.parameter_safeguard = self._make_parameter_safeguard()
         return prepared
 
-    @functools.cached_property
-    def parameter_safeguard(self) -> ParameterSafeguard | None:
-        """Object that computes training steps with `safeguard="parameter"`, or `None` with another safeguard. Every
-        call of `train` builds the object again, after the engine has wrapped policy and optimizer."""
+    def _make_parameter_safeguard(self) -> ParameterSafeguard | None:
+        """Return the object that computes training steps with `safeguard="parameter"`, or `None` with another
+        safeguard."""
         args = self.args
         if args.safeguard != "parameter":
             return None
@@ -657,7 +686,8 @@ class DiffusionSDPOTrainer(Trainer):
                 logger.warning(
                     "Training is complete: the checkpoint is of step %d, and the run ends at step %d. Increase "
                     "`max_steps` or `num_train_epochs` to continue.",
-                    *(self.state.global_step, max_steps),
+                    self.state.global_step,
+                    max_steps,
                 )
         return epochs, batches
 
@@ -670,7 +700,8 @@ class DiffusionSDPOTrainer(Trainer):
         assert self.train_dataset is not None
         self.train_dataset.set_epoch(kwargs["epoch"])
         if isinstance(self.train_dataset, PreferenceIterableDataset):
-            batches, checkpoint = kwargs["steps_trained_in_current_epoch"], kwargs["resume_from_checkpoint"]
+            batches = kwargs["steps_trained_in_current_epoch"]
+            checkpoint = kwargs["resume_from_checkpoint"]
             self._position = load_position(self.train_dataset, self.args, batches, checkpoint)
             kwargs["train_dataloader"].dataset.start_at(self._position)
         super()._run_epoch(*args, **kwargs)
@@ -679,12 +710,11 @@ class DiffusionSDPOTrainer(Trainer):
         self._make_up_evaluation()  # a resumed run that was complete has taken no step
         if self.state.global_step not in (self._first_step, self._saved_step):
             self.run_files.verify_weights()
-        settings: dict[str, Any] = {"save_total_limit": None}  # a limit of 1 would delete other checkpoints
-        if self.interrupt.stops:
-            settings["load_best_model_at_end"] = False
+        loads_best = self.args.load_best_model_at_end and not self.interrupt.stops
         if self.winner_budget is not None:
             self.winner_budget.probe = []  # frees the device memory of the probe
-        with temporarily(self.args, **settings):
+        # With `save_total_limit=1`, transformers would delete other checkpoints here.
+        with temporarily(self.args, save_total_limit=None, load_best_model_at_end=loads_best):
             output = super()._finalize_training(trial, num_train_samples, start_time)
         return output if self.state.global_step > self._first_step else output._replace(training_loss=math.nan)
 
@@ -694,7 +724,11 @@ class DiffusionSDPOTrainer(Trainer):
         """Move a batch to the device. Data loaders leave batches on the CPU, so only the current micro-batch takes
         memory on the device. This method replaces transformers' method, because that method, under DeepSpeed, would
         round scores, errors and encoded images to the dtype of the weights."""
-        return _on_device(inputs, self.args.device)
+        return on_device(inputs, self.args.device)
+
+    def _inputs_of(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """Make a batch from items, and move it to the device."""
+        return self._prepare_inputs(self.data_collator(items))
 
     def compute_loss(
         self,
@@ -842,7 +876,8 @@ class DiffusionSDPOTrainer(Trainer):
     def _gather_counted(self, values: torch.Tensor) -> torch.Tensor:
         """Gather the values of the pairs from all processes, without repeated pairs that only fill up a batch.
         accelerate cannot find the repeated pairs itself in the last batch of a stream or of an image size."""
-        gathered, counted = self.accelerator.gather(values), self.accelerator.gather(self._counted)
+        gathered = self.accelerator.gather(values)
+        counted = self.accelerator.gather(self._counted)
         return gathered[counted > 0] if len(gathered) == len(counted) else gathered
 
     def verdict(self) -> Verdict | None:
@@ -1127,40 +1162,3 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _finish_current_push(self) -> None:
         self.publisher.wait()
-
-
-def _on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return a batch with its tensors on the device. Tensors in pinned memory are copied asynchronously."""
-    waits = device.type == "mps"  # MPS has no pinned memory
-    return {
-        name: value.to(device, non_blocking=not waits)
-        if isinstance(value, torch.Tensor)
-        else _on_device(value, device)
-        if isinstance(value, Mapping)
-        else value
-        for name, value in inputs.items()
-    }
-
-
-class _LazyBatches:
-    """Iterable over the micro-batches of an optimizer step, for a single loop. The constructor already loads the first
-    micro-batch, because a data loader draws the random seeds of an epoch when it loads the first batch. Each other
-    micro-batch is loaded when the loop reaches it.
-
-    Args:
-        batches (`Iterator`): Remaining batches of the epoch.
-        count (`int`): Number of micro-batches in the step. `batches` must still have at least this many.
-    """
-
-    def __init__(self, batches: Iterator[Any], count: int):
-        self._batches = batches
-        self._count = count
-        self._first = [next(batches)]
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[Any]:
-        yield self._first.pop()
-        for _ in range(self._count - 1):
-            yield next(self._batches)
