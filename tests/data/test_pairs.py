@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from tiny_pairs import JUNK, STYLES, bad_rows, canonical, in_style, items_of, picture, png, prepare, same
 
+from trl_diffusion_sdpo.utils.processes import Peers
+
 
 def levels(prepared):
     """(prompt, winner grey level, loser grey level) of every pair."""
@@ -283,3 +285,18 @@ def test_sources_of_several_pairs_of_a_row_are_encoded_once_unless_their_crops_d
         }
         prepared = prepare([row])
         assert len(prepared) == 3 and len(set(prepared.edits())) == distinct
+
+
+def test_a_sample_is_spread_over_a_table_and_the_beginning_of_a_stream():
+    rows = canonical(6)
+    table = prepare(datasets.Dataset.from_list(rows))
+    stream = prepare(datasets.Dataset.from_list(rows).to_iterable_dataset())
+    assert [item["prompt"] for item in table.sample(3)] == ["p0", "p2", "p4"]
+    assert [item["prompt"] for item in stream.sample(3)] == ["p0", "p1", "p2"]
+    assert len(table.sample(9)) == len(stream.sample(9)) == 6
+
+
+def test_processes_learn_which_pairs_the_others_could_not_decode():
+    prepared = prepare(datasets.Dataset.from_list(canonical(4)))
+    prepared.gather_undecodable(Peers(0, 3, gather=lambda own: [own, [2], [1, 2]]))
+    assert prepared.undecodable.tolist() == [0, 1, 1, 0] and prepared.report.undecodable == 2

@@ -13,7 +13,7 @@ from tiny_pipelines import case
 from trl_diffusion_sdpo.families import find_family
 from trl_diffusion_sdpo.models.adapters import adapter_layers, add_lora
 from trl_diffusion_sdpo.models.numerics import read_contiguous
-from trl_diffusion_sdpo.models.reference import AdapterReference, FrozenReference
+from trl_diffusion_sdpo.models.reference import FrozenReference, SecondAdapterReference
 from trl_diffusion_sdpo.models.weight_copies import using_adapter
 
 ROWS = 4
@@ -184,7 +184,7 @@ def test_a_frozen_adapter_predicts_what_the_trained_one_does_bit_for_bit(name, b
     targets = [*family.lora_target_modules, "to_out.0"]  # reads what attention left, in Sana transposed
     adapter = add_lora(family.denoiser, LoraConfig(r=4, target_modules=targets), (), seed=0)
     fill_adapter(family.denoiser)
-    AdapterReference(family.denoiser, adapter, engine=None)
+    SecondAdapterReference(family.denoiser, adapter, engine=None)
     switched = as_frozen(family.denoiser, adapter)
     policy, frozen = predictions(family, switched, inputs, bf16=bf16)
     assert torch.equal(policy, frozen)

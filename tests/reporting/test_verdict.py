@@ -12,6 +12,7 @@ from PIL import Image, PngImagePlugin
 from transformers import TrainerControl, TrainerState
 
 from trl_diffusion_sdpo.losses import loss_spec
+from trl_diffusion_sdpo.reporting.interrupts import CheckpointOnInterrupt
 from trl_diffusion_sdpo.reporting.run_callbacks import VerdictCallback
 from trl_diffusion_sdpo.reporting.sample_images import SampleImagesCallback, final_step
 from trl_diffusion_sdpo.reporting.verdict import (
@@ -227,10 +228,10 @@ def ending(make_args, tmp_path):
     """`ending(history, step=, ...)`: ends a training of 9 steps after one of them, and returns the number of
     evaluations at its end."""
 
-    def run(history, *, step=9, callbacks=(), samples=None, **settings):
+    def run(history, *, step=9, samples=None, **settings):
         asked = []
         args = make_args(eval_strategy="steps", eval_steps=3, **settings)
-        callback = VerdictCallback(run_facts(), lambda: asked.append(1), callbacks, samples)
+        callback = VerdictCallback(run_facts(), lambda: asked.append(1), CheckpointOnInterrupt(), samples)
         callback.on_train_end(args, TrainerState(global_step=step, max_steps=9, log_history=history), TrainerControl())
         return len(asked)
 
@@ -267,7 +268,7 @@ def test_images_of_another_prompt_or_seed_are_not_shown(make_args, sd_pipeline, 
         draw(step, 3, "another", 10)
     options = {"every_n_steps": None, "seed": 7}
     samples = SampleImagesCallback(sd_pipeline, ["a", "b", "c", "d", "e"], **options)
-    callback = VerdictCallback(run_facts(), lambda: None, (), samples)
+    callback = VerdictCallback(run_facts(), lambda: None, CheckpointOnInterrupt(), samples)
     callback.on_train_end(make_args(), TrainerState(global_step=9, max_steps=9), TrainerControl())
     written = json.loads((tmp_path / "run" / "verdict.json").read_text())
     assert [(image["prompt"], image["seed"]) for image in written["images"]] == [("a", 7)]

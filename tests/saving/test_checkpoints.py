@@ -300,6 +300,18 @@ def test_a_script_may_leave_signals_alone_or_handle_them_by_a_callback(build, ow
     assert interrupt.interrupted is signal.SIGTERM and kept(tmp_path / "run") == ["checkpoint-1"]
 
 
+def test_an_interrupt_is_forgotten_when_the_same_trainer_trains_again(build, own_handlers, tmp_path, caplog):
+    caplog.set_level("INFO")
+    trainer = build(2, save_strategy="no", callbacks=[SignalAt(1, signal.SIGTERM)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.interrupt not in trainer.callback_handler.callbacks
+    trainer.args.checkpoint_on_interrupt = False
+    trainer.remove_callback(SignalAt)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2 and "To load" in caplog.text
+
+
 @pytest.mark.parametrize(("at", "by"), [(2, "steps"), (3, "steps"), (8, "epoch"), (12, "steps")])
 def test_an_evaluation_that_an_interrupt_cancelled_is_made_up_before_the_next_step(
     build, make_pairs, own_handlers, tmp_path, at, by

@@ -79,6 +79,14 @@ def assert_console(out: str, bar: str, trainer, run):
     assert trainer.pipeline.get_active_adapters() == ["default_0"]
 
 
+def test_a_run_whose_samples_a_user_removed_has_none_in_its_card(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=1, sample_prompts=["a cube"], sample_kwargs={"num_inference_steps": 1})
+    trainer.remove_callback(trainer.sample_images)
+    trainer.train()
+    assert not (tmp_path / "run" / "samples").exists()
+    assert "samples/" not in (tmp_path / "run" / "README.md").read_text()
+
+
 def test_a_card_names_the_commit_of_the_base(make_trainer, sd_folder, tmp_path):
     """The name of a model on the Hub may mean other weights tomorrow."""
     commit = "c" * 40

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 from step.walks import ALPHAS, levels_of, trained_weights, walked, without_losers
 
-from trl_diffusion_sdpo.step.winner_budget import BUDGET_FILE, probe_items
+from trl_diffusion_sdpo.step.winner_budget import BUDGET_FILE
 
 SHUT = math.log(0.005)  # half of the lowest scale that is not 0
 
@@ -182,7 +182,7 @@ def test_the_probes_winners_are_whom_the_scores_prefer(make_trainer, make_pairs)
 
     trainer, agreeing = scored_probe([2.0, 2.0], [1.0, 1.0])
     _, reversed_first = scored_probe([1.0, 2.0], [2.0, 1.0])
-    inputs = trainer.data_collator(probe_items(trainer.train_dataset, 2))
+    inputs = trainer.data_collator(trainer.train_dataset.for_evaluation().sample(2))
     winners, losers = trainer.pair_forward.encode(inputs)[0].chunk(2)
     for mine, plain in ((mine.batch, plain.batch) for mine, plain in zip(reversed_first, agreeing, strict=True)):
         a = ALPHAS[mine.timesteps].view(-1, 1, 1, 1)

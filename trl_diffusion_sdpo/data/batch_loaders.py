@@ -20,6 +20,7 @@ from transformers.trainer_utils import seed_worker
 from ..utils._compat import keeps_order, start_method
 from ..utils.processes import Peers, forks_by_default, usable_cores
 from .dataset import PreferenceDataset
+from .pairs import Pairs
 from .streaming import PreferenceIterableDataset
 from .worker_processes import CollateIntoSharedMemory, WorkerStart
 
@@ -30,8 +31,6 @@ MAX_READERS = 8  # largest number of workers while pairs are encoded before trai
 FEW_PAIRS = 512  # if there are fewer pairs, the main process decodes them all in seconds
 PREFETCH_FACTOR = 2  # batches that each worker prepares in advance, torch's default
 SHARED_MEMORY = Path("/dev/shm")
-
-Pairs = PreferenceDataset | PreferenceIterableDataset
 
 
 @dataclass
@@ -58,7 +57,7 @@ class BatchLoaders:
         seed = partial(seed_worker, num_workers=self._args.dataloader_num_workers, rank=self._args.process_index)
         if isinstance(dataset, PreferenceIterableDataset):
             collate = CollateAfterResuming(collate)
-        elif self._args.process_index == 0:
+        elif isinstance(dataset, PreferenceDataset) and self._args.process_index == 0:
             warn_of_large_steps(len(dataset), batch_size, self._args)
         return self._make(dataset, batch_size, sampler, collate, WorkerStart(seed))
 
@@ -78,35 +77,36 @@ class BatchLoaders:
     def in_batches(self, items: Dataset, batches: Sequence[Sequence[Any]]) -> DataLoader:
         """Return a loader that does not distribute items over processes. For each list of keys in `batches`, the loader
         returns the list of the `items` with these keys."""
-        options: dict[str, Any] = {"batch_sampler": batches, "collate_fn": list}
-        return _plain_loader(self._args, items, self._args.dataloader_num_workers, **options)
+        workers = self._args.dataloader_num_workers
+        return _plain_loader(self._args, items, workers, batch_sampler=batches, collate_fn=list)
 
     def _make(
         self, dataset: Pairs, batch_size: int, sampler: Sampler | None, collate: Callable, start: WorkerStart
     ) -> DataLoader:
-        args, accelerator = self._args, self._accelerator
-        options: dict[str, Any] = {"sampler": sampler}
-        processes: dict[str, Any] = {"torch_device_mesh": accelerator.torch_device_mesh}
+        args = self._args
+        accelerator = self._accelerator
         if isinstance(dataset, PreferenceIterableDataset):  # a stream itself selects this process's share of the pairs
-            dataset, options = dataset.for_process(Peers(args.process_index, args.world_size)), {}
-            processes = {"num_processes": 1, "process_index": 0}
+            dataset = dataset.for_process(Peers(args.process_index, args.world_size))
         loader = _plain_loader(
             args,
             dataset,
             args.dataloader_num_workers,
             start,
             batch_size=batch_size,
+            sampler=sampler,
             collate_fn=collate,
             pin_memory=args.dataloader_pin_memory,
             drop_last=args.dataloader_drop_last,
             persistent_workers=args.dataloader_persistent_workers,
             in_order=keeps_order(args),
-            **options,
         )
         # Do not call `Accelerator.prepare`, because it keeps a reference to every loader, and its loaders move a batch
         # to the device while the previous batch still trains.
         return prepare_data_loader(
             loader,
+            num_processes=1 if dataset.is_stream else None,
+            process_index=0 if dataset.is_stream else None,
+            torch_device_mesh=None if dataset.is_stream else accelerator.torch_device_mesh,
             put_on_device=False,
             split_batches=accelerator.split_batches,
             rng_types=accelerator.rng_types.copy(),
@@ -115,7 +115,6 @@ class BatchLoaders:
             use_seedable_sampler=accelerator.use_seedable_sampler,
             data_seed=accelerator.dataloader_config.data_seed,
             use_stateful_dataloader=accelerator.use_stateful_dataloader,
-            **processes,
         )
 
 
@@ -128,7 +127,9 @@ def warn_of_large_steps(pairs: int, batch_size: int, args: TrainingArguments) ->
         logger.warning(
             "%s of %d pairs is larger than the training data, which have %d pairs, so every step is one epoch. Lower "
             "`per_device_train_batch_size` or `gradient_accumulation_steps`, or add pairs.",
-            *("A batch" if pairs < batch else "An optimizer step", batch if pairs < batch else step, pairs),
+            "A batch" if pairs < batch else "An optimizer step",
+            batch if pairs < batch else step,
+            pairs,
         )
 
 
@@ -194,7 +195,7 @@ def _suitable_workers(
         return 0
     if start_method(args) is None and not forks_by_default():
         return 0  # workers would re-import the main script, which may not be written for it
-    if isinstance(dataset, PreferenceIterableDataset):
+    if dataset.is_stream:
         most = 1  # more workers would change the order of the pairs
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))  # on this machine
     return min(most, usable_cores(processes) - 1, _workers_in_shared_memory(args, processes, batch_bytes))

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 
 from ..utils.processes import ALONE, Peers
 from ..utils.score_scale import ScoreReading
 from . import data_report
-from .buckets import AspectRatioBuckets, PairSizes, Repeated
+from .buckets import AspectRatioBuckets, BucketSampler, PairSizes, Repeated
 from .data_report import BadDataError, DataReport, evenly_spaced
 from .images import SCHEMES, ImageReader, Size, UndecodableImageError
+from .pairs import Pairs
 from .permuted_losers import PermutedLosers
 from .sources import PairSource, PairTable, StoredImage, pairs_fingerprint
 from .transforms import PairDraws, PairTransform, place_masks
@@ -104,7 +105,7 @@ class PairOptions:
         return ImageReader((*SCHEMES, *(self.image_schemes or ())))
 
 
-class PreferenceDataset(Dataset):
+class PreferenceDataset(Pairs):
     """Map-style data set of pairs, made by [`prepare_dataset`] from a source data set.
 
     Items are dicts with these entries:
@@ -136,6 +137,8 @@ class PreferenceDataset(Dataset):
         source_sizes (`Mapping`, *optional*): All sizes that the sources of an item have, as tuples with
             `(height, width)` of each source, by the `(height, width)` at which the item's pair trains.
     """
+
+    is_stream = False
 
     def __init__(
         self,
@@ -283,7 +286,6 @@ class PreferenceDataset(Dataset):
 
     @property
     def sizes(self) -> PairSizes | None:
-        """Bucket of each pair, or `None` if all pairs are trained at the transform's `resolution`."""
         buckets, numbers = self._options.buckets, self._pairs.columns.get("size")
         return None if buckets is None or numbers is None else PairSizes(buckets.sizes, numbers)
 
@@ -319,7 +321,7 @@ class PreferenceDataset(Dataset):
 
     @property
     def report(self) -> DataReport:
-        """Counts of rows, pairs and dropped pairs so far, including pairs that DataLoader workers could not decode."""
+        """Counts so far, including the pairs that DataLoader workers could not decode."""
         count = int(self._undecodable.sum())
         return replace(self._report, pairs=len(self) - count, undecodable=self._report.undecodable + count)
 
@@ -328,9 +330,9 @@ class PreferenceDataset(Dataset):
         """Copy of the mask of pairs that could not be decoded so far, uint8 of shape `(P,)`."""
         return self._undecodable.clone()
 
-    def mark_undecodable(self, mask: torch.Tensor) -> None:
-        """Mark the pairs that other processes could not decode. `mask` has the shape and type of `undecodable`."""
-        self._undecodable |= mask
+    def gather_undecodable(self, peers: Peers) -> None:
+        for pairs in peers.gather(torch.nonzero(self._undecodable).flatten().tolist()):
+            self._undecodable[pairs] = 1
 
     def add_note(self, note: str) -> None:
         """Add a line to the report."""
@@ -397,9 +399,22 @@ class PreferenceDataset(Dataset):
         """Seed of all random draws."""
         return self._options.seed
 
+    @property
+    def is_for_training(self) -> bool:
+        return self._options.training
+
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that random numbers depend on, also in running DataLoader workers."""
         self._epoch.fill_(epoch)
+
+    def sample(self, count: int) -> list[dict[str, Any]]:
+        count = min(count, len(self))
+        return [self[i * len(self) // count] for i in range(count)]
+
+    def sampler(self, group: int, *, shuffled: bool = False, drop_last: bool = False) -> Sampler[int]:
+        if self.sizes is None:
+            return RandomSampler(self) if shuffled else SequentialSampler(self)
+        epoch = (lambda: self.epoch) if shuffled else None
+        return BucketSampler(self.sizes, group, seed=self.seed, epoch=epoch, drop_last=drop_last)
 
     def for_evaluation(self) -> PreferenceDataset:
         """Return these pairs for evaluation. Images are cropped at the center and not flipped, no prompt is emptied,

@@ -14,6 +14,7 @@ from .data_report import DataReport
 from .dataset import PairOptions, PreferenceDataset
 from .formats import SEED_COLUMNS
 from .images import Size
+from .pairs import Pairs
 from .permuted_losers import PermutedLosers
 from .sources import PairMixture, PairSource, PairTable, bad_seeds, make_source, numbers_of_rows
 from .streaming import PreferenceIterableDataset, Stream
@@ -23,9 +24,7 @@ logger = logging.getLogger(__name__)
 MISSING = "is missing: the row has fewer images than labels"
 
 
-def prepare_dataset(
-    dataset: Any, options: PairOptions, *, name: str = "train", peers: Peers = ALONE
-) -> PreferenceDataset | PreferenceIterableDataset:
+def prepare_dataset(dataset: Any, options: PairOptions, *, name: str = "train", peers: Peers = ALONE) -> Pairs:
     """Return a torch data set of pairs made from any preference data set.
 
     Args:

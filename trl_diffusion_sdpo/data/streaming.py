@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any
 
 import datasets
@@ -25,6 +25,7 @@ from .data_report import COUNTS, BadDataError, DataReport
 from .dataset import PairOptions, complete_item, new_epoch
 from .formats import PairReference, PreferenceFormat, Reject, groups, pairs_in_group, resolve_format
 from .images import UndecodableImageError
+from .pairs import Pairs
 from .sources import StoredImage, as_list, check_all_or_none, start_of
 from .transforms import PairDraws
 
@@ -108,7 +109,7 @@ class Stream:
         yield from groups(self.format, numbered())
 
 
-class PreferenceIterableDataset(IterableDataset):
+class PreferenceIterableDataset(Pairs, IterableDataset):
     """Streamed pairs, made by [`prepare_dataset`]. Items have the entries that [`PreferenceDataset`] describes.
 
     Training processes divide the shards of a stream with the function `split_dataset_by_node` of `datasets`. The
@@ -128,6 +129,7 @@ class PreferenceIterableDataset(IterableDataset):
         name (`str`): Name of the data in messages.
     """
 
+    is_stream = True
     has_sources = False
 
     def __init__(
@@ -184,6 +186,13 @@ class PreferenceIterableDataset(IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, also in running workers. Random numbers and the order of shuffled streams depend on it."""
         self._epoch.fill_(epoch)
+
+    @property
+    def is_for_training(self) -> bool:
+        return self._options.training
+
+    def sample(self, count: int) -> list[dict[str, Any]]:
+        return list(islice(self, count))
 
     def for_evaluation(self) -> PreferenceIterableDataset:
         """Return a view for evaluation: one pass without random crops, flips or emptied prompts, with constant

@@ -41,6 +41,10 @@ class Engine:
         """accelerate's `Accelerator` of the trainer."""
         return self._accelerator()
 
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Return the autocast of training."""
+        return self.accelerator.autocast()
+
     # ---- What runs ------------------------------------------------------------------------------------------------
 
     @property
@@ -320,7 +324,8 @@ class Engine:
         If the engine rounds weights, the yielded module is a rounded copy. Under one process or DDP, the policy is not
         moved, because it is already on its device.
         """
-        dtype, before = self.rounding, next(module.parameters()).device
+        dtype = self.rounding
+        before = next(module.parameters()).device
         moves = before != self.accelerator.device and (self.holds_shards or not is_policy)
         working = module if dtype is None else copy.deepcopy(module)
         for weight in working.parameters() if dtype is not None else ():

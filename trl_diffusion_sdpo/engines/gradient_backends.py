@@ -94,7 +94,8 @@ class ReplicatedBackend(GradientBackend):
 
     @staticmethod
     def _take(weight: nn.Parameter) -> torch.Tensor | None:
-        gradient, weight.grad = weight.grad, None
+        gradient = weight.grad
+        weight.grad = None
         return gradient
 
     def all_reduced(self, gradient: Gradient) -> Gradient:
@@ -175,7 +176,8 @@ class Zero12Backend(ZeroBackend):
         for group in sorted(averaged):
             shards = averaged[group]
             assert shards is not None
-            self._groups[group], averaged[group] = shards, None
+            self._groups[group] = shards
+            averaged[group] = None
         taken = [shard for shards in self._groups.values() for shard in shards]
         return [*taken] if into is None else add(into, taken)
 
@@ -275,7 +277,8 @@ def all_reduce_mean(tensors: list[torch.Tensor]) -> None:
             dist.all_reduce(flat)
             for each, mean in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
                 each.copy_(mean.view_as(each))
-            bucket, size = [], 0
+            bucket = []
+            size = 0
         if tensor is not None:
             bucket.append(tensor)
             size += tensor.numel()

@@ -45,7 +45,8 @@ def _chunks(gradients: list[Gradient], limit: int) -> Iterator[list[list[torch.T
         for cut in zip(*(flat.split(limit) for flat in filled), strict=True):
             if size and size + len(cut[0]) > limit:
                 yield pieces
-                pieces, size = [[] for _ in gradients], 0
+                pieces = [[] for _ in gradients]
+                size = 0
             for row, piece in zip(pieces, cut, strict=True):
                 row.append(piece)
             size += len(cut[0])
@@ -59,7 +60,8 @@ def subtract_scaled(winner: Gradient, loser: Gradient, scale: torch.Tensor) -> N
         if loser_tensor is None:
             continue
         if w is None:
-            winner[i] = w = torch.zeros_like(loser_tensor)
+            w = torch.zeros_like(loser_tensor)
+            winner[i] = w
         local_tensor(w).addcmul_(local_tensor(loser_tensor), scale.to(w.dtype), value=-1)
 
 

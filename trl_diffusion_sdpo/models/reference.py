@@ -53,7 +53,7 @@ class AdapterOffReference(Reference):
         super().__init__(AdaptersOff(denoiser))
 
 
-class AdapterReference(Reference):
+class SecondAdapterReference(Reference):
     """A second LoRA on the policy's denoiser. The second LoRA has the weights of the policy's LoRA at the start of
     training, or the weights of the last update of the reference (`sync_ref_model`).
 
@@ -217,7 +217,7 @@ def build_reference(
         return AdapterOffReference(denoiser)
     adapter = fresh_adapter or started_adapter
     if adapter is not None:
-        return AdapterReference(denoiser, adapter, engine)
+        return SecondAdapterReference(denoiser, adapter, engine)
     copied = second_copy(denoiser, shared=shared)
     return FrozenReference(copied, denoiser, engine, half_dtype=half_dtype, follows=follows)
 

@@ -154,6 +154,14 @@ class WeightCopy:
     """Base class of the reference and the moving average: a second copy of the policy's weights, with methods to
     prepare, update, save and load it under every engine.
 
+    The trainer makes a copy ready in this order, each step if the run needs it:
+
+    1. `compile`, before the policy is compiled;
+    2. `to`, once images are encoded, because encoding needs the device's memory;
+    3. `stop_sharing`, if the accelerator says that no engine shards weights after all;
+    4. `keep_unrounded`, in `train`, before the engine prepares and rounds the policy;
+    5. `prepare`, after that. Then it can be loaded from a checkpoint, and used.
+
     Args:
         second (`AdaptersOff`, `SecondAdapter` or `SecondDenoiser`, *optional*): The object that predicts with these
             weights, or `None` if the policy itself predicts or if no reference predicts.
@@ -163,7 +171,9 @@ class WeightCopy:
     """
 
     def __init__(self, second: AdaptersOff | SecondAdapter | SecondDenoiser | None, file: str, *, stored: bool):
-        self.second, self.file, self.stored = second, file, stored
+        self.second = second
+        self.file = file
+        self.stored = stored
         self.float32_shards: Float32Shards | None = None  # float32 copies if the engine rounds these weights
         # Parameters that `update` mixes, by name: the parameters of this copy, and the parameters of the policy.
         self._mixed: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
@@ -182,21 +192,18 @@ class WeightCopy:
                 self.second.module.compile(backend=backend, mode=mode)
 
     def stop_sharing(self) -> None:
-        """Give a second denoiser its own memory if the denoiser shares the policy's memory (see [`second_copy`]). Call
-        this method if the engine does not shard weights after all."""
+        """Give a second denoiser its own memory if the denoiser shares the policy's memory (see [`second_copy`])."""
         for weight in self.second.module.parameters() if isinstance(self.second, SecondDenoiser) else ():
             weight.data = weight.data.clone()
 
     def keep_unrounded(self) -> None:
-        """Make float32 copies of these weights if the engine will round these weights. Call this method before the
-        engine prepares the policy."""
+        """Make float32 copies of these weights if the engine will round these weights."""
         second = self._stored_weights()
         if second is not None and self.float32_shards is None and second.engine.rounds_weights:
             self.float32_shards = second.engine.float32_shards(_parameters(second.weights()))
 
     def prepare(self) -> None:
-        """Shard a second denoiser as the engine has sharded the policy. Call this method after the engine has prepared
-        the policy."""
+        """Shard a second denoiser as the engine has sharded the policy."""
         self._mixed = None
         if isinstance(self.second, SecondDenoiser):
             self.second.shard(moves=self.stored)

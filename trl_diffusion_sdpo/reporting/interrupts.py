@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -34,18 +34,27 @@ class CheckpointOnInterrupt(TrainerCallback):
 
     Attributes:
         interrupted (`signal.Signals` or `None`): The signal that ended the latest training, or `None` if no signal did.
+        stops (`bool`): Whether a signal ends this training: the same value in all processes.
+        step (`int`): The optimizer step after which the signal ended training.
+        exchange ([`StepExchange`]): Tells all processes in each training step whether one of them got a signal.
     """
 
     def __init__(self):
         self.interrupted: signal.Signals | None = None
+        self.stops = False
+        self.step = 0
         self.exchange = StepExchange()
-        self._agreed = False
         self._previous: dict[signal.Signals, Any] = {}
         self._owner = os.getpid()
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._agreed, self.interrupted = False, None
+    def reset(self) -> None:
+        """Forget the signal that ended an earlier training."""
+        self.interrupted = None
+        self.stops = False
         self.exchange.reset()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.reset()
         self.restore_handlers()
         self._owner = os.getpid()
         if threading.current_thread() is threading.main_thread():
@@ -53,7 +62,8 @@ class CheckpointOnInterrupt(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self.exchange.stops:
-            self._agreed = True
+            self.stops = True
+            self.step = state.global_step
             self.interrupted = self.interrupted or signal.SIGINT  # processes that got no signal set this too
             control.should_save = True
             control.should_training_stop = True
@@ -61,19 +71,14 @@ class CheckpointOnInterrupt(TrainerCallback):
         return control
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if self._agreed:  # `on_step_end` has already requested the checkpoint
+        if self.stops:  # `on_step_end` has already requested the checkpoint
             control.should_evaluate = False
             control.should_save = False
         return control
 
-    @property
-    def stops(self) -> bool:
-        """Whether a signal ends this training: the same value in all processes."""
-        return self._agreed
-
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self.restore_handlers()
-        if not self._agreed:  # training was complete before the signal could stop it
+        if not self.stops:  # training was complete before the signal could stop it
             self.interrupted = None
 
     def restore_handlers(self) -> None:
@@ -107,22 +112,6 @@ class CheckpointOnInterrupt(TrainerCallback):
             signal.raise_signal(number)
 
 
-def was_interrupted(callbacks: Iterable[TrainerCallback]) -> bool:
-    """Return whether a [`CheckpointOnInterrupt`] among the callbacks says that a signal ends the training. All
-    processes get the same result."""
-    return any(isinstance(callback, CheckpointOnInterrupt) and callback.stops for callback in callbacks)
-
-
-def step_exchange(callbacks: Iterable[TrainerCallback]) -> StepExchange:
-    """Return the [`StepExchange`] of the [`CheckpointOnInterrupt`] among the callbacks. If there is no such callback,
-    return a new `StepExchange`.
-
-    The training step uses this object to tell all processes that one of them got a signal.
-    """
-    exchanges = [callback.exchange for callback in callbacks if isinstance(callback, CheckpointOnInterrupt)]
-    return exchanges[-1] if exchanges else StepExchange()  # the last callback's signal handler replaces the others'
-
-
 def is_due(args: TrainingArguments, state: TrainerState) -> TrainerControl:
     """Return whether transformers evaluates and saves after the current step, in a run that nothing interrupts."""
     control = DefaultFlowCallback().on_step_end(args, state, TrainerControl())
@@ -133,29 +122,27 @@ def is_due(args: TrainingArguments, state: TrainerState) -> TrainerControl:
 
 @contextlib.contextmanager
 def stopping_on_interrupt(
-    args: TrainingArguments, callbacks: CallbackHandler, global_step: Callable[[], int]
+    interrupt: CheckpointOnInterrupt, handler: CallbackHandler, args: TrainingArguments
 ) -> Iterator[None]:
     """Save a checkpoint and stop training at the first Ctrl-C or SIGTERM within the context. Then raise
     `KeyboardInterrupt` in all processes, because the code after `train()` in a script expects a finished run.
 
-    The context does nothing if signals are already handled, by a [`CheckpointOnInterrupt`] among the callbacks or by
-    the setting `enable_jit_checkpoint` of transformers.
+    The context does nothing if signals are already handled, because `interrupt` is a callback of the trainer, or by the
+    setting `enable_jit_checkpoint` of transformers.
     """
-    handled = any(isinstance(callback, CheckpointOnInterrupt) for callback in callbacks.callbacks)
-    if handled or args.enable_jit_checkpoint:
+    if interrupt in handler.callbacks or args.enable_jit_checkpoint:
         yield
         return
-    interrupt = CheckpointOnInterrupt()
-    callbacks.add_callback(interrupt)
+    handler.add_callback(interrupt)
     try:
         yield
     finally:
         interrupt.restore_handlers()
-        callbacks.remove_callback(interrupt)
+        handler.remove_callback(interrupt)
     if interrupt.interrupted is not None:
         PartialState().wait_for_everyone()  # a launcher kills the other processes when the first one exits
-        hint = resume_hint(args, global_step(), "Pass `resume_from_checkpoint=True` to continue.")
-        raise KeyboardInterrupt(f"{interrupt.interrupted.name}: training stopped after step {global_step()}. {hint}")
+        hint = resume_hint(args, interrupt.step, "Pass `resume_from_checkpoint=True` to continue.")
+        raise KeyboardInterrupt(f"{interrupt.interrupted.name}: training stopped after step {interrupt.step}. {hint}")
 
 
 def resume_hint(args: TrainingArguments, step: int, how: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..saving.setup import output_folder
 from ..utils.files import VERDICT_FILE
 from .console import say
 from .history import is_evaluation
-from .interrupts import resume_hint, was_interrupted
+from .interrupts import CheckpointOnInterrupt, resume_hint
 from .plots import CURVES_FILE, changes_by_noise_bin, has_curves, noise_bin_file, plot_curves, plot_noise_bins
 from .sample_images import SampleImagesCallback, final_step
 from .tracked_images import TrackedImages
@@ -63,8 +63,7 @@ class VerdictCallback(TrainerCallback):
     Args:
         run ([`RunFacts`]): Facts of the run that the verdict needs.
         evaluate (`Callable`): Function that evaluates the current weights. All processes call this function.
-        callbacks (`Sequence[TrainerCallback]`): The trainer's list of callbacks. A [`CheckpointOnInterrupt`] in this
-            list says whether a signal has ended the training.
+        interrupt ([`CheckpointOnInterrupt`]): Callback that says whether a signal has ended the training.
         samples ([`SampleImagesCallback`], *optional*): Callback that generates sample images before and after training.
         on_rise (`str`): The setting `on_winner_rise`: `"ignore"`, `"warn"` or `"stop"`.
     """
@@ -73,13 +72,13 @@ class VerdictCallback(TrainerCallback):
         self,
         run: RunFacts,
         evaluate: Callable[[], Any],
-        callbacks: Sequence[TrainerCallback],
+        interrupt: CheckpointOnInterrupt,
         samples: SampleImagesCallback | None,
         on_rise: str = "warn",
     ):
         self._run = run
         self._evaluate = evaluate
-        self._callbacks = callbacks
+        self._interrupt = interrupt
         self._samples = samples
         self._on_rise = on_rise
         self._training = False
@@ -150,7 +149,7 @@ class VerdictCallback(TrainerCallback):
     def _is_unmeasured(self, args: TrainingArguments, state: TrainerState) -> bool:
         """Return whether to evaluate at the end of training: the weights have changed since the last evaluation, and no
         signal has stopped the training early."""
-        asked = was_interrupted(self._callbacks) or args.enable_jit_checkpoint
+        asked = self._interrupt.stops or args.enable_jit_checkpoint
         if asked and state.global_step < state.max_steps:
             return False
         evaluated = (entry["step"] for entry in reversed(state.log_history) if is_evaluation(entry))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -280,11 +280,6 @@ def final_step(args: TrainingArguments, state: TrainerState) -> int | None:
     if not args.load_best_model_at_end or state.best_model_checkpoint is None:
         return None
     return int(Path(state.best_model_checkpoint).name.rpartition("-")[2])
-
-
-def find_sample_images(callbacks: Iterable[TrainerCallback]) -> SampleImagesCallback | None:
-    """Return the callback that generates sample images, if there is one."""
-    return next((callback for callback in callbacks if isinstance(callback, SampleImagesCallback)), None)
 
 
 def _source_path(index: int) -> str:

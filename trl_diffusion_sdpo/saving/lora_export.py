@@ -17,7 +17,8 @@ from .setup import SETUP_FILE, read_setup
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE, folded, ranks, read_lora
 
 PREFIX = "lora_unet_"  # kohya's scripts use this prefix for transformers too
-_A, _B = "lora_A.weight", "lora_B.weight"
+_A = "lora_A.weight"
+_B = "lora_B.weight"
 Factors = tuple[torch.Tensor, torch.Tensor]  # factors A `(r, in, ...)` and B `(out, r, ...)` of a LoRA of rank r
 
 

@@ -13,7 +13,10 @@ from typing import NamedTuple
 
 # The original code often has one matrix where diffusers has several, such as queries, keys and values. These tuples
 # have the relative numbers of rows of diffusers' matrices, or `None` if the numbers differ between checkpoints.
-EQUAL_2, EQUAL_3, QKV_MLP, UNKNOWN_3 = (1, 1), (1, 1, 1), (1, 1, 1, 4), (None, None, None)
+EQUAL_2 = (1, 1)
+EQUAL_3 = (1, 1, 1)
+QKV_MLP = (1, 1, 1, 4)
+UNKNOWN_3 = (None, None, None)
 
 
 class OriginalModule(NamedTuple):
@@ -56,8 +59,10 @@ def per_block(
     }
 
 
-_TO, _ADD = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
-_FLUX, _FLUX_SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
+_TO = ("to_q", "to_k", "to_v")
+_ADD = ("add_q_proj", "add_k_proj", "add_v_proj")
+_FLUX = "transformer_blocks.{}"
+_FLUX_SINGLE = "single_transformer_blocks.{}"
 
 _TWO_STREAMS = {
     **fused("double_blocks.{}.img_attn.qkv", EQUAL_3, f"{_FLUX}.attn", *_TO),

@@ -57,9 +57,14 @@ class RunFiles:
         full_pipeline: bool,
         unpublished: dict[str, Any],
     ):
-        self._args, self._engine, self._weights = args, engine, weights
-        self._weight_copies, self._average, self._controllers = weight_copies, average, controllers
-        self._full_pipeline, self._unpublished = full_pipeline, unpublished
+        self._args = args
+        self._engine = engine
+        self._weights = weights
+        self._weight_copies = weight_copies
+        self._average = average
+        self._controllers = controllers
+        self._full_pipeline = full_pipeline
+        self._unpublished = unpublished
         self.checkpoints = Checkpoints(args)
 
     # ---- Writing --------------------------------------------------------------------------------------------------

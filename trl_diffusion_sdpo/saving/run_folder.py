@@ -36,7 +36,9 @@ class RunFolder:
     """
 
     def __init__(self, args: TrainingArguments, components: Sequence[str], reports: Sequence[str]):
-        self._args, self._components, self._reports = args, components, reports
+        self._args = args
+        self._components = components
+        self._reports = reports
         self._processes = PartialState()
         self._lock = FolderLock(self.path / LOCK_FILE)
         self._has_begun = False  # whether weights in the folder are from this trainer

@@ -17,7 +17,8 @@ from torch.serialization import safe_globals
 from ..engines.sharding import unwrapping_refused_pickles
 
 DISTRIBUTED_METADATA = "optimizer_*/*.metadata"  # written by `torch.distributed.checkpoint` for FSDP2
-_FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_FORCE_NOT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _REFUSED = (
     "The files of a checkpoint must contain tensors, numbers and settings only. One of the files is damaged or could "
     "run code when it is loaded: {}. Resume from another checkpoint, or pass this checkpoint's folder as `model` to "
@@ -34,8 +35,14 @@ _METADATA_CLASSES = {
     "torch.serialization": ("_get_layout",),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
     "torch.distributed.checkpoint.metadata": (
-        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
-        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
     ),
 }
 

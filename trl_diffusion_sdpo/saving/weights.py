@@ -21,9 +21,11 @@ from ..utils.files import json_object
 from ..utils.secrets import without_secrets
 
 COMPONENT_CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
-PEFT_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_CONFIG_FILE = "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
-LORA_A, LORA_B = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")
+LORA_A = ("lora_A", "lora_embedding_A")
+LORA_B = ("lora_B", "lora_embedding_B")
 
 
 class WeightFiles:
@@ -46,7 +48,9 @@ class WeightFiles:
         adapter: str | None,
         whole_pipeline: Callable[[], DiffusionPipeline] | None = None,
     ):
-        self._pipeline, self._denoiser_name, self._adapter = pipeline, denoiser_name, adapter
+        self._pipeline = pipeline
+        self._denoiser_name = denoiser_name
+        self._adapter = adapter
         self._whole_pipeline = whole_pipeline
         tensors = self.tensors()
         self.shapes = shapes_of(tensors)
@@ -282,7 +286,9 @@ def folded(weights: Mapping[str, torch.Tensor], config: LoraConfig) -> tuple[dic
         key: value * scales[split_key(key)[0]] if factor_of(key) in LORA_B else value for key, value in weights.items()
     }
     plain = copy.deepcopy(config)
-    plain.lora_alpha, plain.alpha_pattern, plain.use_rslora = plain.r, dict(plain.rank_pattern), False
+    plain.lora_alpha = plain.r
+    plain.alpha_pattern = dict(plain.rank_pattern)
+    plain.use_rslora = False
     return scaled, plain
 
 

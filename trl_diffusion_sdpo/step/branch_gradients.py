@@ -18,7 +18,10 @@ from ..engines.gradient_backends import GradientBackend
 from ..engines.gradients import Gradient, inner_products, subtract_scaled
 from ..losses import Anchor, parameter_scale
 
-WINNER, LOSER, ANCHOR, OUTSIDE = "winner", "loser", "anchor", "mask anchor"
+WINNER = "winner"
+LOSER = "loser"
+ANCHOR = "anchor"
+OUTSIDE = "mask anchor"
 
 
 class BranchGradients:
@@ -61,7 +64,8 @@ class BranchGradients:
         Raises:
             `RuntimeError`: If the backward pass of a branch gave no trained weight a gradient.
         """
-        gradients, self.gradients = self.gradients, {}
+        gradients = self.gradients
+        self.gradients = {}
         for name, gradient in gradients.items():
             if all(tensor is None for tensor in gradient):
                 raise RuntimeError(

@@ -33,6 +33,10 @@ class FiniteCheck:
     def __init__(self, exchange: StepExchange, *, before_backward: bool = False):
         self.before_backward = before_backward
         self._exchange = exchange
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the losses of a step, within which an earlier training may have stopped."""
         self._watched: list[tuple[torch.Tensor, torch.Tensor]] = []  # losses and rows of this step's micro-batches
         self._bad: torch.Tensor | None = None
         self._sent = False
@@ -46,9 +50,7 @@ class FiniteCheck:
                 loss is not finite) is sent to the other processes.
         """
         if self._sent:
-            self._watched = []
-            self._bad = None
-            self._sent = False
+            self.reset()
         self._watched.append((pair_losses.detach(), rows))
         bad = ~torch.isfinite(pair_losses.detach()).all()
         self._bad = bad if self._bad is None else self._bad | bad

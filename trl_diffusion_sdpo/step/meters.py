@@ -31,7 +31,8 @@ class MetricMeter:
         sums = torch.stack([self._sums[name] for name in names])
         weights = torch.stack([_on_device(self._weights[name], sums.device) for name in names])
         totals = accelerator.reduce(torch.stack([sums, weights]), reduction="sum")
-        self._sums, self._weights = {}, {}
+        self._sums = {}
+        self._weights = {}
         means, weighed = torch.stack(
             [totals[0] / totals[1], totals[1]]
         ).tolist()  # the only place where the CPU waits for the device

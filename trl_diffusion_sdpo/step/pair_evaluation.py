@@ -32,7 +32,8 @@ class PairEvaluation:
 
     def __init__(self, forward: PairForward, num_noise_bins: int):
         self._forward = forward
-        self._metrics, self._noise_bins = MetricMeter(), NoiseBinMeter(num_noise_bins)
+        self._metrics = MetricMeter()
+        self._noise_bins = NoiseBinMeter(num_noise_bins)
         self._start: WeakKeyDictionary[Any, dict[str, list[torch.Tensor]]] = WeakKeyDictionary()
         self._start_errors: list[torch.Tensor] | None = None  # errors of this data set before training, for each batch
         self._batch: int | None = None  # index of the next batch; `None` in an evaluation before training
@@ -50,7 +51,8 @@ class PairEvaluation:
             weights ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights that predict instead
                 of the policy's weights.
         """
-        self.draws, self.weights = draws, weights
+        self.draws = draws
+        self.weights = weights
         errors_by_prefix = self._start.setdefault(dataset, {})
         if before_training:
             errors_by_prefix[prefix] = []
@@ -81,7 +83,8 @@ class PairEvaluation:
         """Add the predictions at one noise and timestep to the metrics. Return the loss of all pairs, the errors of the
         first `real` pairs, and whether the errors can be compared with the reference's errors or with errors before
         training."""
-        outputs = measured = self._forward.loss(predictions)
+        outputs = self._forward.loss(predictions)
+        measured = outputs
         pairs = len(outputs.pair_losses)
         if 0 < real < pairs:  # use these predictions again, because a new forward pass would need all processes
             first = torch.arange(real, device=predictions.policy.device)
@@ -89,7 +92,8 @@ class PairEvaluation:
         # Add metrics (with weight 0) even if all pairs of this process are repetitions, because all processes must
         # reduce metrics of the same names.
         self._metrics.add({**self._forward.logged_metrics(measured), "loss": measured.loss}, real)
-        errors, comparable = measured.pair_errors, True
+        errors = measured.pair_errors
+        comparable = True
         if not predictions.has_reference and self._start_errors is not None:
             earlier = self._earlier(errors)
             comparable = earlier is not None
@@ -141,7 +145,8 @@ class NoiseBinMeter:
         collected errors. All processes must call this method together."""
         if not self._rows:
             return {}
-        rows, self._rows = torch.cat(self._rows), []
+        rows = torch.cat(self._rows)
+        self._rows = []
         rows = accelerator.gather(accelerator.pad_across_processes(rows, pad_index=-1)).cpu()
         rows = rows[rows[:, 0, 0] >= 0]  # padding has bin -1
         return noise_bin_changes(rows[..., 0].long(), rows[..., 1:])

@@ -90,7 +90,9 @@ class NoisyBatch:
 
     def take(self, index: torch.Tensor | slice) -> NoisyBatch:
         """Return a batch of the rows that `index` selects, in the order of `index`."""
-        noisy, target, timesteps = self.noisy[index], self.target[index], self.timesteps[index]
+        noisy = self.noisy[index]
+        target = self.target[index]
+        timesteps = self.timesteps[index]
         conditioning = take_rows(self.conditioning, index)
         region = None if self.region is None else self.region[index]
         return NoisyBatch(noisy, target, timesteps, conditioning, self.noise_levels[index], region)
@@ -246,7 +248,8 @@ class PairForward:
         settings = self.loss_settings
         if safeguard is None:
             safeguard = "none" if settings.safeguard == "parameter" else settings.safeguard
-        batch, reference = predictions.batch, predictions.reference
+        batch = predictions.batch
+        reference = predictions.reference
         noise_levels = batch.noise_levels.chunk(2)[0]
         noise_bins = None
         if settings.safeguard_granularity == "noise_bin":
@@ -325,7 +328,8 @@ class PairForward:
         if generated_noise is None:
             timesteps, noise = draw(seeds, latents)
         else:
-            timesteps, noise = self.draw_timesteps(generators_of(seeds), latents), repeat_pairs(generated_noise, draws)
+            timesteps = self.draw_timesteps(generators_of(seeds), latents)
+            noise = repeat_pairs(generated_noise, draws)
         batch = self.add_noise(latents, noise, timesteps, conditioning)
         if "masks" not in inputs:
             return batch
@@ -340,7 +344,8 @@ class PairForward:
         if "moments" in inputs:
             latents = self.family.latents_of(inputs["moments"], [*generators, *generators])
             host = {name: torch.tensor(value) for name, value in inputs.get("host_conditioning", {}).items()}
-            conditioning, size = inputs["conditioning"] | host, inputs["target_size"]
+            conditioning = inputs["conditioning"] | host
+            size = inputs["target_size"]
         else:
             pixels = pixels_as_floats(inputs["pixel_values"])
             stays = self._frozen.state == "on device"  # if not, `in_use` copies the components or loads them from disk
@@ -376,7 +381,8 @@ class PairForward:
     def draw_timesteps(self, generators: Sequence[torch.Generator], latents: torch.Tensor) -> torch.Tensor:
         """Draw a timestep for each pair from the pair's generator. Return the timesteps for winners and losers:
         `(2B,)`."""
-        process, length = self.family.noise_process, self.family.image_seq_len(latents)
+        process = self.family.noise_process
+        length = self.family.image_seq_len(latents)
         timesteps = process.timesteps(uniform(generators), image_seq_len=length, **self.noise_settings.timesteps)
         return sent(torch.cat([timesteps, timesteps]), latents.device)
 

@@ -58,8 +58,10 @@ class ParameterSafeguard:
         low_memory: bool,
     ):
         self.gradients = gradients
-        self._forward, self._meter = forward, meter
-        self._sorts_by_scores, self._low_memory = sorts_by_scores, low_memory
+        self._forward = forward
+        self._meter = meter
+        self._sorts_by_scores = sorts_by_scores
+        self._low_memory = low_memory
         self._predicted: list[_Branches] = []  # the predicted micro-batch; removed by its backward pass
 
     def accumulating(self) -> contextlib.AbstractContextManager:
@@ -74,7 +76,8 @@ class ParameterSafeguard:
         batch = self._forward.noisy_batch(inputs, draws, model)
         facts = self._forward.facts_of_pairs(model, inputs)
         if self._sorts_by_scores:
-            scores, errors = facts["scores"], facts["reference_errors"]
+            scores = facts["scores"]
+            errors = facts["reference_errors"]
             assert scores is not None, "The trainer has checked that the data have scores."
             order = order_by_scores(scores)
             batch = batch.take(order)
@@ -106,11 +109,13 @@ class ParameterSafeguard:
         """
         _check_depends_on_predictions_only(loss, [branches.predictions for branches in self._predicted])
         branches = self._predicted.pop()
-        leaf, anchored = branches.predictions.policy, branches.predictions.anchored
+        leaf = branches.predictions.policy
+        anchored = branches.predictions.anchored
         leaves = [leaf] if anchored is None else [leaf, anchored]
         at_leaf, *outside = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         grad_winner, grad_loser = at_leaf.chunk(2)
-        winner_grads, loser_grads = {WINNER: grad_winner}, {LOSER: -grad_loser}
+        winner_grads = {WINNER: grad_winner}
+        loser_grads = {LOSER: -grad_loser}
         if self.gradients.anchor == "error":
             winners = branches.winners.batch
             residual = winners.residual(leaf.detach().chunk(2)[0])

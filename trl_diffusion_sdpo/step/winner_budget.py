@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import nn
 
-from ..data.dataset import PreferenceDataset
 from ..families.noise import generators_of, sent, standard_normal, uniform
 from ..losses import BudgetController, mean_error, noise_bin_of, order_by_scores, region_factors
 from ..models.ema import EMAWeights
@@ -71,7 +69,8 @@ class WinnerBudget(StoredController):
             between steps than the errors of the policy's weights.
     """
 
-    setting, file = "winner_budget", BUDGET_FILE
+    setting = "winner_budget"
+    file = BUDGET_FILE
     controller: BudgetController
 
     def __init__(
@@ -85,7 +84,9 @@ class WinnerBudget(StoredController):
     ):
         super().__init__(controller)
         self.probe: list[ProbeBatch] = []
-        self._forward, self._meter, self._average = forward, meter, average
+        self._forward = forward
+        self._meter = meter
+        self._average = average
         self._sorts_by_scores = sorts_by_scores
 
     def begin(self, policy: nn.Module, pairs: Sequence[ProbeInputs]) -> None:
@@ -125,7 +126,8 @@ class WinnerBudget(StoredController):
             region = region_factors(inputs["masks"], latents) if "masks" in inputs else None
             if self._sorts_by_scores:
                 order = order_by_scores(inputs["scores"])
-                latents, conditioning = latents[order], take_rows(conditioning, order)
+                latents = latents[order]
+                conditioning = take_rows(conditioning, order)
                 region = None if region is None else region[order]
             # Clone the winners, because a view would keep the losers in memory.
             winners = latents.chunk(2)[0], {name: value.chunk(2)[0].clone() for name, value in conditioning.items()}
@@ -144,7 +146,8 @@ class WinnerBudget(StoredController):
         """Return latents with noise and timesteps that are drawn from the pairs' seeds. Return `None` if training uses
         no timestep in the noise bin."""
         forward = self._forward
-        process, length = forward.family.noise_process, forward.family.image_seq_len(clean)
+        process = forward.family.noise_process
+        length = forward.family.image_seq_len(clean)
         every = process.candidate_timesteps(torch.device("cpu"), **forward.noise_settings.timesteps)
         noise_levels = process.noise_level(every, length)
         within = every[noise_bin_of(noise_levels, self.controller.num_noise_bins) == noise_bin]
@@ -155,17 +158,6 @@ class WinnerBudget(StoredController):
         timesteps = sent(within[chosen], clean.device)
         noise = standard_normal(clean.shape, generators, clean.device, clean.dtype)
         return forward.add_noise(clean, noise, timesteps, conditioning)
-
-
-def probe_items(dataset: Any, wanted: int) -> list[Any]:
-    """Return `wanted` pairs for the probe, as items for the collator: evenly spaced pairs of a map-style data set, or
-    the first pairs of a stream."""
-    dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
-    view = dataset.for_evaluation()
-    if not isinstance(view, PreferenceDataset):
-        return list(islice(iter(view), wanted))
-    wanted = min(wanted, len(view))
-    return [view[i * len(view) // wanted] for i in range(wanted)]
 
 
 def probe_inputs(

@@ -6,18 +6,16 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ProgressCallback
 
-from ..data.dataset import PreferenceDataset
-from ..data.streaming import PreferenceIterableDataset
+from ..data.pairs import Pairs
 from ..engines.engine_settings import by_engine
 from ..engines.processes import peers
 from ..models.frozen_components import FrozenComponents
 from ..models.generation import call_options
 from ..reporting.console import ShortLogCallback
+from ..reporting.interrupts import CheckpointOnInterrupt
 from ..reporting.run_callbacks import NoiseBinPlotCallback, RunReportCallback, VerdictCallback
 from ..reporting.sample_images import INFERENCE_STEPS, SampleImagesCallback
 from ..reporting.sample_scores import SampleScores
@@ -26,7 +24,6 @@ from ..reporting.verdict import RunFacts
 from .config.checks import best_sample_metric
 from .config.complete import image_size, sample_sources
 from .config.diffusion_sdpo_config import DiffusionSDPOConfig
-from .data_preparation import PREPARED
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +31,15 @@ logger = logging.getLogger(__name__)
 def add_callbacks(
     handler: CallbackHandler,
     args: DiffusionSDPOConfig,
-    frozen: FrozenComponents,
-    train_dataset: Dataset | IterableDataset | None,
+    train_dataset: Pairs | None,
     *,
     run_facts: RunFacts,
-    sample_scores: SampleScores | None,
+    interrupt: CheckpointOnInterrupt,
+    images: TrackedImages,
+    samples: SampleImagesCallback | None,
     begin: Callable[[], None],
     after_step: Callable[[int], None],
     evaluate: Callable[[], Any],
-    log: Callable[[dict[str, float]], None],
     end: Callable[[], None],
 ) -> None:
     """Add the callbacks that the settings need to `handler`, in the order in which they are called.
@@ -51,22 +48,24 @@ def add_callbacks(
     its own `on_train_end`. The progress bar of transformers is replaced by a shorter one.
 
     Args:
+        interrupt ([`CheckpointOnInterrupt`]): Callback that says whether a signal has ended the training.
+        images ([`TrackedImages`]): Sends plots to trackers.
+        samples ([`SampleImagesCallback`], *optional*): Callback that generates sample images.
         begin (`Callable`): Function to call before the first optimizer step.
         after_step (`Callable`): Function to call after every optimizer step, with the step's number (the first step is
             1).
+        evaluate (`Callable`): Function that evaluates the current weights.
         end (`Callable`): Function that prints at the end of training, in the first process only, which files the run
             wrote.
     """
-    images = TrackedImages(handler.callbacks)
     callbacks: list[TrainerCallback] = [StepCallback(begin, after_step)]
-    if isinstance(train_dataset, PREPARED):
+    if train_dataset is not None:
         callbacks.append(DataReportCallback(train_dataset))
-    samples = _sample_images(args, frozen, images, sample_scores, log) if args.sample_prompts else None
     if samples is not None:
         callbacks.append(samples)
     if args.eval_strategy != "no":
         callbacks.append(NoiseBinPlotCallback(images, args.num_noise_bins))
-    callbacks.append(VerdictCallback(run_facts, evaluate, handler.callbacks, samples, args.on_winner_rise))
+    callbacks.append(VerdictCallback(run_facts, evaluate, interrupt, samples, args.on_winner_rise))
     callbacks.append(RunReportCallback(end))
     handler.callbacks[1:1] = callbacks  # the first callback decides when to log, evaluate and save
     if type(handler.callbacks[-1]) is ProgressCallback:
@@ -81,17 +80,20 @@ def load_sample_scores(args: DiffusionSDPOConfig) -> SampleScores | None:
     return SampleScores(args.sample_scorers, args.sample_prompts, args.device, peers(args))
 
 
-def _sample_images(
+def make_sample_images(
     args: DiffusionSDPOConfig,
     frozen: FrozenComponents,
     images: TrackedImages,
     scores: SampleScores | None,
     log: Callable[[dict[str, float]], None],
-) -> SampleImagesCallback:
+) -> SampleImagesCallback | None:
+    """Return the callback that generates sample images, or `None` without `sample_prompts`."""
+    if not args.sample_prompts:
+        return None
     family = frozen.family
     return SampleImagesCallback(
         family.pipeline,
-        args.sample_prompts or [],
+        args.sample_prompts,
         every_n_steps=args.sample_steps,
         sources=sample_sources(args, family),
         call_options={
@@ -128,18 +130,12 @@ class StepCallback(TrainerCallback):
 class DataReportCallback(TrainerCallback):
     """Logs the data report again at the end of training if training skipped pairs with unreadable images."""
 
-    def __init__(self, dataset: PreferenceDataset | PreferenceIterableDataset):
-        self._dataset = dataset
-        self._before = int(dataset.undecodable.sum()) if isinstance(dataset, PreferenceDataset) else 0
+    def __init__(self, pairs: Pairs):
+        self._pairs = pairs
+        self._dropped = pairs.report.dropped
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if isinstance(self._dataset, PreferenceDataset):
-            bad = self._dataset.undecodable
-            for rows in peers(args).gather(torch.nonzero(bad).flatten().tolist()):
-                bad[rows] = 1
-            self._dataset.mark_undecodable(bad)
-            late = int(bad.sum()) - self._before
-        else:
-            late = self._dataset.report.dropped
-        if late and state.is_world_process_zero:
-            logger.warning("Training skipped pairs with unreadable images. %s", self._dataset.report)
+        self._pairs.gather_undecodable(peers(args))
+        report = self._pairs.report
+        if report.dropped > self._dropped and state.is_world_process_zero:
+            logger.warning("Training skipped pairs with unreadable images. %s", report)

@@ -58,7 +58,8 @@ def load_policy(
     options = args.model_init_kwargs
     if isinstance(model, (str, Path)):
         start = starting_point(model, args.adapter_name_or_path)
-        model, options = start.pipeline, start.with_recorded(options)
+        model = start.pipeline
+        options = start.with_recorded(options)
     if quantization_config is not None and peft_config is None and start.adapter is None:
         raise ValueError(
             "`quantization_config` needs `peft_config`, because quantized weights cannot be trained themselves. No "
@@ -201,7 +202,8 @@ def load_ref_model(ref_model: Any, loaded: LoadedModel, args: DiffusionSDPOConfi
     options = args.ref_model_init_kwargs
     if isinstance(ref_model, (str, Path)):
         start = starting_point(ref_model)
-        ref_model, options = start.pipeline, start.with_recorded(options)
+        ref_model = start.pipeline
+        options = start.with_recorded(options)
     with loading_unsharded(args):
         denoiser = load_reference(
             ref_model,
@@ -329,7 +331,8 @@ def choose_kernels(denoiser: Any, copies: Sequence[WeightCopy], args: DiffusionS
                 set_attention(cast(Any, weights.module), args.attention_backend)
     if not args.torch_compile:
         return
-    backend, mode = args.torch_compile_backend, args.torch_compile_mode
+    backend = args.torch_compile_backend
+    mode = args.torch_compile_mode
     compile_with_eager_rounding()
     if backend == "inductor" and args.loss_spec.needs_reference and args.should_log:
         logger.warning(
@@ -346,4 +349,5 @@ def choose_kernels(denoiser: Any, copies: Sequence[WeightCopy], args: DiffusionS
                 "would be compiled. Leave `torch_compile_regional` off; `torch_compile` then compiles the whole model."
             )
         compile_blocks(denoiser, backend, mode)
-        args.torch_compile_backend = args.torch_compile_mode = None  # accelerate must not compile again
+        args.torch_compile_backend = None  # accelerate must not compile again
+        args.torch_compile_mode = None

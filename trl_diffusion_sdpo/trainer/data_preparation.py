@@ -18,6 +18,7 @@ from ..cache.encoding import PairEncoding
 from ..data.dataset import PairOptions, PreferenceDataset
 from ..data.images import Size
 from ..data.pair_scores import ScoreSettings
+from ..data.pairs import Pairs
 from ..data.preparing import prepare_dataset
 from ..data.sources import PairMixture
 from ..data.streaming import PreferenceIterableDataset, StreamPosition
@@ -35,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 POSITION_FILE = "stream_position_{}.json"  # in a checkpoint, one file for each process
 CHECKED_PROMPTS = 10_000  # the prompts of so many pairs, from the first, are checked for length
-PREPARED = (PreferenceDataset, PreferenceIterableDataset)
 
 
 class PairPreparation:
@@ -53,20 +53,26 @@ class PairPreparation:
         self._loss = loss
         self._family = family
         self._encoding = encoding
-        self._own: WeakSet[Any] = WeakSet()  # data sets that this object has prepared
+        self._own: WeakSet[Pairs] = WeakSet()  # data sets that this object has prepared
 
-    def prepare(self, dataset: Any, *, name: str, training: bool) -> Any:
-        """Return a user's data as a data set of pairs, encoded if `precompute_latents` is set. `None` and data sets
-        that this method has returned before are not prepared again. All processes must call this method together."""
-        if dataset is None or (isinstance(dataset, PREPARED) and dataset in self._own):
-            if isinstance(dataset, PreferenceDataset) and not training and self._args.precompute_ref_errors:
+    def has_prepared(self, dataset: Any) -> bool:
+        """Whether this object has prepared a data set."""
+        return isinstance(dataset, Pairs) and dataset in self._own
+
+    def prepare(self, dataset: Any, *, name: str, training: bool) -> Pairs:
+        """Return a user's data as a data set of pairs, encoded if `precompute_latents` is set. Data sets that this
+        method has returned before are not prepared again. All processes must call this method together."""
+        if self.has_prepared(dataset):
+            if self._args.precompute_ref_errors and dataset.is_for_training and not training:
                 # An evaluation has other noise and timesteps than training, so it cannot use reference errors that were
                 # computed for training.
-                return dataset.for_evaluation() if dataset.draw_settings()["training"] else dataset
+                return dataset.for_evaluation()
             return dataset
         prepared = prepare_pairs(dataset, self._args, self._loss, name=name, training=training)
         check_source_column(prepared, self._family, self._args, name=name, training=training)
         if isinstance(prepared, PreferenceDataset):
+            if training:
+                check_full_batch(prepared, self._args)
             self._count_long_prompts(prepared, name)
             if training and self._args.should_log:
                 say_what_repeats(prepared, self._args)
@@ -85,7 +91,7 @@ class PairPreparation:
 
 
 def check_source_column(
-    pairs: PreferenceDataset | PreferenceIterableDataset,
+    pairs: Pairs,
     family: Family,
     args: DiffusionSDPOConfig,
     *,
@@ -122,6 +128,17 @@ def _blank(sizes: tuple[Size, ...]) -> list[Image.Image]:
     return [Image.new("RGB", (width, height)) for height, width in sizes]
 
 
+def check_full_batch(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> None:
+    """Raise `ValueError` if training would drop its only batch, because the batch is incomplete."""
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(pairs) < batch:
+        raise ValueError(
+            f"`dataloader_drop_last=True` leaves no batch. One batch of all processes takes {batch} pairs, and the "
+            f"training data have {len(pairs)}. Lower `per_device_train_batch_size`, or set "
+            "`dataloader_drop_last=False`."
+        )
+
+
 def say_what_repeats(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> None:
     """Warn if some pairs are never trained on, or if all epochs after the first ones repeat their random choices."""
     batch = pairs_of_a_step(args, args.train_batch_size)
@@ -133,7 +150,10 @@ def say_what_repeats(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> Non
             logger.warning(
                 "`dataloader_drop_last=True` drops incomplete batches, and a batch has pairs of one size. %d of %d "
                 "pairs never train (%s), because a step takes %d pairs. Leave it off, or use smaller batches.",
-                *(sum(left_out.values()), len(pairs), listed, batch),
+                sum(left_out.values()),
+                len(pairs),
+                listed,
+                batch,
             )
     epochs = args.num_train_epochs
     if args.max_steps > 0:
@@ -149,7 +169,9 @@ def say_what_repeats(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> Non
             logger.warning(
                 "With %s are drawn for `precompute_epochs=%d` epochs, and repeat in all later epochs. This run has %g "
                 "epochs. Raise `precompute_epochs` for new ones in each epoch.",
-                *(what, args.precompute_epochs, round(epochs, 1)),
+                what,
+                args.precompute_epochs,
+                round(epochs, 1),
             )
 
 
@@ -196,12 +218,13 @@ def load_position(
     logger.warning(
         "The checkpoint does not say where in the stream to continue after %d batches with %d pairs per batch, %d "
         "workers and %d processes. These batches are decoded again and discarded.",
-        *(batches, *_reading(args)),
+        batches,
+        *_reading(args),
     )
     return beginning
 
 
-def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Any:
+def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Pairs:
     """Return a user's data as a torch data set of pairs. Every process prepares all rows. The first process checks the
     images.
 
@@ -236,7 +259,7 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         losers=args.losers,
     )
     prepared = prepare_dataset(dataset, options, name=name, peers=peers(args))
-    if args.precompute_ref_errors and not isinstance(prepared, PreferenceDataset):
+    if args.precompute_ref_errors and prepared.is_stream:
         raise ValueError(
             f"`precompute_ref_errors=True` needs a map-style data set. The {name} data are a stream. Load the data "
             "without `streaming=True`, or set `precompute_ref_errors=False`."

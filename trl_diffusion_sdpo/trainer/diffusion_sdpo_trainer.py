@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction, SaveStrategy
@@ -24,8 +24,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Ev
 from ..cache.encoding import check_prompt_padding
 from ..cache.key import EncoderKey
 from ..data.batch_loaders import BatchLoaders, choose_workers
-from ..data.buckets import BucketSampler
-from ..data.dataset import PreferenceCollator, PreferenceDataset
+from ..data.dataset import PreferenceCollator
+from ..data.pairs import Pairs
 from ..data.streaming import PreferenceIterableDataset, StreamPosition
 from ..engines.engine import Engine
 from ..engines.engine_settings import asked_engine, by_engine, check_unsharded, loading_unsharded, shards_weights
@@ -39,10 +39,11 @@ from ..models.loading import LoadedModel
 from ..models.weight_copies import WeightCopy
 from ..reporting.console import say
 from ..reporting.history import is_evaluation
-from ..reporting.interrupts import is_due, step_exchange, stopping_on_interrupt, was_interrupted
+from ..reporting.interrupts import CheckpointOnInterrupt, is_due, stopping_on_interrupt
 from ..reporting.plots import CURVES_FILE
 from ..reporting.run_callbacks import plots_of, run_lines
-from ..reporting.sample_images import SAMPLES_FOLDER, final_step, find_sample_images
+from ..reporting.sample_images import SAMPLES_FOLDER, final_step
+from ..reporting.tracked_images import TrackedImages
 from ..reporting.verdict import RunFacts, Verdict, verdict_of
 from ..saving.model_card import RunCard, changed_settings
 from ..saving.publishing import Publisher, PublishingError
@@ -51,6 +52,7 @@ from ..saving.run_folder import RunFolder
 from ..saving.setup import fingerprint
 from ..saving.starting_point import BASE, Origin, public_base, recorded_base
 from ..saving.weights import WeightFiles
+from ..step.batches import LazyBatches, on_device
 from ..step.branch_gradients import BranchGradients
 from ..step.controllers import AutoBeta
 from ..step.finite_check import FiniteCheck
@@ -58,12 +60,12 @@ from ..step.meters import MetricMeter
 from ..step.pair_evaluation import PairEvaluation, draws_of_noise, real_pairs
 from ..step.pair_forward import PairForward, seeds_of_draws
 from ..step.parameter_safeguard import ParameterSafeguard
-from ..step.winner_budget import ProbeInputs, ProbeSettings, WinnerBudget, probe_inputs, probe_items
+from ..step.winner_budget import ProbeInputs, ProbeSettings, WinnerBudget, probe_inputs
 from ..utils._compat import check_trainer, keeps_order
 from ..utils.disk import naming_the_disk
 from ..utils.files import VERDICT_FILE
 from ..utils.identity import describe_pipeline, public_config
-from .callbacks import add_callbacks, load_sample_scores
+from .callbacks import add_callbacks, load_sample_scores, make_sample_images
 from .components import (
     choose_kernels,
     choose_trained_weights,
@@ -86,13 +88,7 @@ from .config.complete import (
     stored_crops,
 )
 from .config.diffusion_sdpo_config import DiffusionSDPOConfig, resume_settings
-from .data_preparation import (
-    PREPARED,
-    PairPreparation,
-    load_position,
-    outline,
-    save_position,
-)
+from .data_preparation import PairPreparation, load_position, outline, save_position
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +97,23 @@ FIRST_ZERO = "first_gradient_is_zero"  # value that goes with the metrics to the
 # Settings that must be equal in all processes, in addition to `resume_settings()`. If a setting differed, one process
 # would evaluate or save alone and wait forever for the other processes.
 SAME_IN_ALL_PROCESSES = (
-    *("max_steps", "num_train_epochs", "learning_rate", "optim", "per_device_eval_batch_size"),
-    *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "logging_strategy", "logging_steps"),
-    *("precompute_latents", "push_to_hub", "sample_prompts", "sample_sources", "sample_steps", "sample_scorers"),
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "optim",
+    "per_device_eval_batch_size",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+    "logging_strategy",
+    "logging_steps",
+    "precompute_latents",
+    "push_to_hub",
+    "sample_prompts",
+    "sample_sources",
+    "sample_steps",
+    "sample_scorers",
 )
 REPORTS = (SAMPLES_FOLDER, "noise_bins*.png", CURVES_FILE, VERDICT_FILE, TRAINER_STATE_NAME)
 # Files that are not uploaded. The Trainer's state contains paths of local folders.
@@ -167,8 +177,8 @@ class DiffusionSDPOTrainer(Trainer):
     """
 
     args: DiffusionSDPOConfig
-    train_dataset: Any
-    eval_dataset: Any
+    train_dataset: Pairs | None
+    eval_dataset: Pairs | dict[str, Pairs] | None
     optimizer: Any  # wrapped by accelerate or DeepSpeed
     hub_model_id: Any
     gather_function: Any
@@ -201,6 +211,18 @@ class DiffusionSDPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         quantization_config: Any = None,
     ):
+        # Objects are complete when they are made, so the order is fixed:
+        #
+        # 1. settings and scorers
+        # 2. model, reference, averaged weights, and what computes a step: `_build_components`
+        # 3. data, which may need models to encode images
+        # 4. transformers' Trainer, which makes the accelerator and the list of callbacks
+        # 5. what needs the accelerator: loaders, files, callbacks
+        # 6. `train`: engine, optimizer and sharded copies of weights; then the safeguard: `_prepare_for_training`
+        #
+        # `engine` is made in step 2 but asks for objects of steps 4 and 6, so it gets functions that return them.
+        # `evaluate` and `log` are passed as lambdas too, because a user may replace these methods later.
+
         # Copy the user's settings, and check that all processes have the same settings.
         args = copy_and_check_args(model, ref_model, args)
         settings_of_user = changed_settings(args, resume_settings())
@@ -211,12 +233,12 @@ class DiffusionSDPOTrainer(Trainer):
 
         # Load the model, and build all components that need no accelerator.
         loaded = load_policy(model, args, processing_class, peft_config, quantization_config)
-        # The accelerator is created later, in the constructor of transformers' Trainer.
         self.engine = Engine(lambda: self.accelerator, lambda: self.model_wrapped)
         self._build_components(loaded, ref_model, args, peft_config)
 
         # Initialize the state that training and evaluation change.
         self._engine_ready = False
+        self.parameter_safeguard: ParameterSafeguard | None = None  # made by each call of `train`
         self._first_step = 0  # step at which `train` began or resumed
         self._saved_step = -1  # step of the last checkpoint of this training
         self._counted = torch.zeros(0)  # for each pair of the last evaluation batch: 0 if repeated, else 1
@@ -229,9 +251,7 @@ class DiffusionSDPOTrainer(Trainer):
         if not by_engine(args):
             for weights in self._weight_copies:
                 weights.to(args.device)
-        self._position: StreamPosition | None = None  # position in a stream; `None` for map-style data
-        if isinstance(train_dataset, PreferenceIterableDataset):
-            self._position = load_position(train_dataset, args, 0, None)
+        self._position: StreamPosition | None = None  # position in a stream, while an epoch of it trains
 
         # Call the constructor of transformers' Trainer, which sets up accelerator, device, callbacks and repository.
         self.publisher = Publisher(args, NOT_PUBLISHED)
@@ -250,7 +270,13 @@ class DiffusionSDPOTrainer(Trainer):
 
         # Set up the components that need the accelerator.
         self.engine.check(asked_engine(args))
-        self._finite = self._new_finite_check()
+        # The user may pass a callback that handles signals. Among several, the last one replaces the others' handlers.
+        passed = [each for each in callbacks or () if isinstance(each, CheckpointOnInterrupt)]
+        self.interrupt = passed[-1] if passed else CheckpointOnInterrupt()
+        self._finite = FiniteCheck(
+            self.interrupt.exchange,
+            before_backward=self.engine.steps_in_backward and args.safeguard != "parameter",
+        )
         for weights in self._weight_copies:
             if shards_weights(args) and not self.engine.shards_weights:  # accelerate ignores FSDP with one process
                 weights.stop_sharing()
@@ -262,7 +288,7 @@ class DiffusionSDPOTrainer(Trainer):
             self.engine,
             args,
             self._loaders,
-            to_inputs=lambda items: self._prepare_inputs(self.data_collator(items)),
+            to_inputs=self._inputs_of,
         )
 
         # Set up the objects that write the files of the run, and add the callbacks.
@@ -286,7 +312,7 @@ class DiffusionSDPOTrainer(Trainer):
             base_options=loaded.options,
             trainer_name=self._name,
             settings=settings_of_user,
-            edits=isinstance(train_dataset, PREPARED) and train_dataset.has_sources,
+            edits=train_dataset is not None and train_dataset.has_sources,
         )
         self.run_facts = RunFacts(
             reference_moves=args.sync_ref_model,
@@ -295,17 +321,21 @@ class DiffusionSDPOTrainer(Trainer):
             num_noise_bins=args.num_noise_bins,
             average_suffix=f"_{EMA_FOLDER}",
         )
+        trackers = TrackedImages(self.callback_handler.callbacks)
+        self.sample_images = make_sample_images(
+            args, self.frozen_components, trackers, self.sample_scores, log=lambda metrics: self.log(metrics)
+        )
         add_callbacks(
             self.callback_handler,
             args,
-            self.frozen_components,
             train_dataset,
             run_facts=self.run_facts,
-            sample_scores=self.sample_scores,
+            interrupt=self.interrupt,
+            images=trackers,
+            samples=self.sample_images,
             begin=self._begin_steps,
             after_step=self._after_step,
-            evaluate=lambda: self.evaluate(),  # a lambda, because a user may replace the method `evaluate` later
-            log=lambda metrics: self.log(metrics),
+            evaluate=lambda: self.evaluate(),
             end=self._end_report,
         )
 
@@ -319,7 +349,7 @@ class DiffusionSDPOTrainer(Trainer):
             `ValueError`: If model, reference and settings cannot be combined.
         """
         self.pipeline = loaded.pipeline
-        self.loss_spec = loss = args.loss_spec
+        self.loss_spec = args.loss_spec
         denoiser = loaded.denoiser
 
         # Choose the weights that train. Compute the fingerprint first, while the weights are unchanged.
@@ -331,7 +361,9 @@ class DiffusionSDPOTrainer(Trainer):
         self.adapter, added = choose_trained_weights(loaded, peft_config, args)
 
         # Copy the weights that train, for the reference and for the averaged weights (`ema_decay`).
-        self.reference = make_reference(loaded, ref_model, args, loss, self.engine, adapter=self.adapter, added=added)
+        self.reference = make_reference(
+            loaded, ref_model, args, self.loss_spec, self.engine, adapter=self.adapter, added=added
+        )
         if ref_model is not None and self.reference.module is not None:
             self._pipeline_facts["reference"] = fingerprint(self.reference.module.state_dict())
         self._weight_copies: list[WeightCopy] = [self.reference]
@@ -358,7 +390,7 @@ class DiffusionSDPOTrainer(Trainer):
 
         # Set unset settings to the defaults of the model family and the loss, and get the settings of noise and
         # timesteps.
-        noise = check_and_complete(args, loaded, loss, adapter=self.adapter)
+        noise = check_and_complete(args, loaded, self.loss_spec, adapter=self.adapter)
 
         # Move VAE and text encoders to their device. With `precompute_latents`, VAE and text encoders encode all pairs
         # before training.
@@ -386,7 +418,7 @@ class DiffusionSDPOTrainer(Trainer):
             self.reference,
             noise=noise,
             loss=loss_settings(args),
-            autocast=lambda: self.accelerator.autocast(),
+            autocast=self.engine.autocast,
             budget=budget,
             auto_beta=betas,
         )
@@ -394,7 +426,11 @@ class DiffusionSDPOTrainer(Trainer):
         self.winner_budget = None
         if budget is not None:
             self.winner_budget = WinnerBudget(
-                budget, self.pair_forward, self._meter, sorts_by_scores=loss.needs_scores, average=self.average
+                budget,
+                self.pair_forward,
+                self._meter,
+                sorts_by_scores=self.loss_spec.needs_scores,
+                average=self.average,
             )
         self._evaluation = PairEvaluation(self.pair_forward, args.num_noise_bins)
 
@@ -408,7 +444,11 @@ class DiffusionSDPOTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
             raise ValueError("Training needs a `train_dataset`, got None. Pass preference pairs to the trainer.")
-        sampler = self._order_of_training(self.train_dataset)
+        sampler = self.train_dataset.sampler(
+            pairs_of_a_step(self.args, self._train_batch_size),
+            shuffled=self.args.train_sampling_strategy == "random",
+            drop_last=self.args.dataloader_drop_last,
+        )
         return self._loaders.training(self.train_dataset, self._train_batch_size, sampler, self.data_collator)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[Any, None]:
@@ -418,8 +458,9 @@ class DiffusionSDPOTrainer(Trainer):
         Micro-batches of a map-style data set are loaded one at a time, so that loading overlaps with training.
         Micro-batches of a stream are all loaded before the step, because a stream may end within the step.
         """
-        if isinstance(self.train_dataset, PreferenceDataset):
-            return _LazyBatches(epoch_iterator, num_batches), None
+        assert self.train_dataset is not None
+        if not self.train_dataset.is_stream:
+            return LazyBatches(epoch_iterator, num_batches), None
         batches = list(islice(epoch_iterator, num_batches))
         if self._position is not None:
             for batch in batches:
@@ -429,65 +470,50 @@ class DiffusionSDPOTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the data loader for an evaluation. If the data are the trainer's own `eval_dataset`, or a data set in
         this `dict`, every call returns the same loader."""
-        trainer_sets = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        own_sets = self._eval_sets()
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if eval_dataset is None:
             raise ValueError(
                 "Evaluation needs an `eval_dataset`, got None. Pass evaluation data to the trainer or to `evaluate`."
             )
         if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
+            eval_dataset = own_sets[eval_dataset]
         prepared = self._preparation.prepare(eval_dataset, name="eval", training=False)
         prepared = self._with_reference_errors(prepared)
-        keep = any(prepared is dataset for dataset in trainer_sets)
-        return self._loaders.evaluation(prepared, self._order_of_evaluation(prepared), self.data_collator, keep=keep)
+        keep = any(prepared is pairs for pairs in own_sets.values())
+        return self._eval_loader(prepared, keep=keep)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         prepared = self._preparation.prepare(test_dataset, name="test", training=False)
-        prepared = self._with_reference_errors(prepared)
-        return self._loaders.evaluation(prepared, self._order_of_evaluation(prepared), self.data_collator)
+        return self._eval_loader(self._with_reference_errors(prepared), keep=False)
 
-    def _order_of_training(self, dataset: Any) -> Sampler | None:
-        if not isinstance(dataset, PreferenceDataset):
-            return None
-        shuffles = self.args.train_sampling_strategy == "random"
-        if dataset.sizes is None:
-            return RandomSampler(dataset) if shuffles else SequentialSampler(dataset)
-        return BucketSampler(
-            dataset.sizes,
-            pairs_of_a_step(self.args, self._train_batch_size),
-            seed=dataset.seed,
-            epoch=(lambda: dataset.epoch) if shuffles else None,
-            drop_last=self.args.dataloader_drop_last,
-        )
+    def _eval_loader(self, pairs: Pairs, *, keep: bool) -> DataLoader:
+        sampler = pairs.sampler(pairs_of_a_step(self.args, self.args.eval_batch_size))
+        return self._loaders.evaluation(pairs, sampler, self.data_collator, keep=keep)
 
-    def _order_of_evaluation(self, dataset: Any) -> Sampler | None:
-        if not isinstance(dataset, PreferenceDataset) or dataset.sizes is None:
-            return None  # in the data's own order
-        group = pairs_of_a_step(self.args, self.args.eval_batch_size)
-        return BucketSampler(dataset.sizes, group, seed=dataset.seed)
-
-    def _prepare_data(self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig) -> tuple[Any, Any]:
+    def _prepare_data(
+        self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig
+    ) -> tuple[Pairs | None, Pairs | dict[str, Pairs] | None]:
         """Return the training and evaluation data as data sets of pairs. Set `args.dataloader_num_workers` if it is
         `None`."""
         check_agreement({"train_dataset": outline(train_dataset), "eval_dataset": outline(eval_dataset)})
         prepare = self._preparation.prepare
-        train_dataset = prepare(train_dataset, name="train", training=True)
-        batch = args.train_batch_size * args.world_size
-        if isinstance(train_dataset, PreferenceDataset) and args.dataloader_drop_last and len(train_dataset) < batch:
-            raise ValueError(
-                f"`dataloader_drop_last=True` leaves no batch. One batch of all processes takes {batch} pairs, and the "
-                f"training data have {len(train_dataset)}. Lower `per_device_train_batch_size`, or set "
-                "`dataloader_drop_last=False`."
-            )
+        if train_dataset is not None:
+            train_dataset = prepare(train_dataset, name="train", training=True)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: prepare(data, name=name, training=False) for name, data in eval_dataset.items()}
-        else:
+        elif eval_dataset is not None:
             eval_dataset = prepare(eval_dataset, name="eval", training=False)
         if args.dataloader_num_workers is None:
             evaluates = eval_dataset is not None
             choose_workers(args, train_dataset, resolution=image_size(args), evaluates=evaluates)
         return train_dataset, eval_dataset
+
+    def _eval_sets(self) -> dict[str, Pairs]:
+        """Return the evaluation data by name."""
+        if self.eval_dataset is None:
+            return {}
+        return self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
 
     def precompute_reference_errors(self) -> None:
         """Compute the reference's errors on the training and evaluation data, or read them from the cache, and free the
@@ -498,10 +524,9 @@ class DiffusionSDPOTrainer(Trainer):
         """
         if self._reference_errors is None:
             return
-        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        for dataset in (self.train_dataset, *evaluated.values()):
-            if dataset is not None:
-                self._with_reference_errors(dataset)
+        for pairs in (self.train_dataset, *self._eval_sets().values()):
+            if pairs is not None:
+                self._with_reference_errors(pairs)
         self._reference_errors.release()
 
     def _with_reference_errors(self, dataset: Any) -> Any:
@@ -514,16 +539,17 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _load_probe(self) -> list[ProbeInputs]:
         """Return this process's share of the pairs on which `winner_budget` measures errors (the probe), in batches."""
-        data = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        assert self.train_dataset is not None
+        pairs = next(iter(self._eval_sets().values()), self.train_dataset)
         batch_size = 2 * (self._train_batch_size or self.args.per_device_train_batch_size)
         if self.encoding is not None and self.family.prompt_padding == "start":
             batch_size = 1  # prompts were encoded one at a time, and padding would change their embeddings
         if self.train_dataset.has_sources:
             batch_size = 1  # the sources of two pairs may have different sizes
         return probe_inputs(
-            probe_items(data, ProbeSettings(**self.args.winner_budget_kwargs).pairs),
+            pairs.for_evaluation().sample(ProbeSettings(**self.args.winner_budget_kwargs).pairs),
             batch_size,
-            lambda items: self._prepare_inputs(self.data_collator(items)),
+            self._inputs_of,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
@@ -555,7 +581,7 @@ class DiffusionSDPOTrainer(Trainer):
                 "`resume_from_checkpoint`."
             )
         facts: dict[str, Any] = {"model": self.origin.fingerprint, "eval_dataset": self._eval_fingerprint}
-        if not isinstance(self.train_dataset, PreferenceIterableDataset):  # processes read different parts of streams
+        if not self.train_dataset.is_stream:  # processes read different parts of streams
             facts["train_dataset"] = self._data_fingerprint
         check_agreement(facts)
         if resume_from_checkpoint is None:
@@ -566,7 +592,7 @@ class DiffusionSDPOTrainer(Trainer):
             self.run_folder.begin(point, overwrite=self.args.overwrite_output_dir)
             interruptible: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if self.args.checkpoint_on_interrupt:
-                interruptible = stopping_on_interrupt(self.args, self.callback_handler, lambda: self.state.global_step)
+                interruptible = stopping_on_interrupt(self.interrupt, self.callback_handler, self.args)
             with interruptible:
                 self.precompute_reference_errors()
                 return super().train(point, *args, **kwargs)
@@ -575,7 +601,8 @@ class DiffusionSDPOTrainer(Trainer):
         """Prepare the model as transformers does, then set up the components that need the model with the engine's
         wrapper."""
         # Reset flags and sums, because an earlier call of `train` may have stopped within an optimizer step.
-        self._finite = self._new_finite_check()
+        self.interrupt.reset()
+        self._finite.reset()
         if self.auto_beta is not None:
             self.auto_beta.begin()
         self.engine.complete_settings(exact_gradients=self.args.safeguard == "parameter")
@@ -595,22 +622,12 @@ class DiffusionSDPOTrainer(Trainer):
             self._load_optimizer_state(resume_from_checkpoint)
         if self.engine.casts_weights:
             self.family.settle_dtype()
-        # Build the safeguard again, because an earlier call of `train` built it for another wrapper of the model.
-        # Building the safeguard before the first step also refuses an unsuitable engine early.
-        vars(self).pop("parameter_safeguard", None)
-        _ = self.parameter_safeguard
+        self.parameter_safeguard = self._make_parameter_safeguard()
         return prepared
 
-    def _new_finite_check(self) -> FiniteCheck:
-        return FiniteCheck(
-            step_exchange(self.callback_handler.callbacks),
-            before_backward=self.engine.steps_in_backward and self.args.safeguard != "parameter",
-        )
-
-    @functools.cached_property
-    def parameter_safeguard(self) -> ParameterSafeguard | None:
-        """Object that computes training steps with `safeguard="parameter"`, or `None` with another safeguard. Every
-        call of `train` builds the object again, after the engine has wrapped policy and optimizer."""
+    def _make_parameter_safeguard(self) -> ParameterSafeguard | None:
+        """Return the object that computes training steps with `safeguard="parameter"`, or `None` with another
+        safeguard."""
         args = self.args
         if args.safeguard != "parameter":
             return None
@@ -666,10 +683,11 @@ class DiffusionSDPOTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        if isinstance(self.train_dataset, PreferenceDataset):
-            self.train_dataset.set_epoch(kwargs["epoch"])
+        assert self.train_dataset is not None
+        self.train_dataset.set_epoch(kwargs["epoch"])
         if isinstance(self.train_dataset, PreferenceIterableDataset):
-            batches, checkpoint = kwargs["steps_trained_in_current_epoch"], kwargs["resume_from_checkpoint"]
+            batches = kwargs["steps_trained_in_current_epoch"]
+            checkpoint = kwargs["resume_from_checkpoint"]
             self._position = load_position(self.train_dataset, self.args, batches, checkpoint)
             kwargs["train_dataloader"].dataset.start_at(self._position)
         super()._run_epoch(*args, **kwargs)
@@ -678,12 +696,11 @@ class DiffusionSDPOTrainer(Trainer):
         self._make_up_evaluation()  # a resumed run that was complete has taken no step
         if self.state.global_step not in (self._first_step, self._saved_step):
             self.run_files.verify_weights()
-        settings: dict[str, Any] = {"save_total_limit": None}  # a limit of 1 would delete other checkpoints
-        if was_interrupted(self.callback_handler.callbacks):
-            settings["load_best_model_at_end"] = False
+        loads_best = self.args.load_best_model_at_end and not self.interrupt.stops
         if self.winner_budget is not None:
             self.winner_budget.probe = []  # frees the device memory of the probe
-        with temporarily(self.args, **settings):
+        # With `save_total_limit=1`, transformers would delete other checkpoints here.
+        with temporarily(self.args, save_total_limit=None, load_best_model_at_end=loads_best):
             output = super()._finalize_training(trial, num_train_samples, start_time)
         self.publisher.wait()
         return output if self.state.global_step > self._first_step else output._replace(training_loss=math.nan)
@@ -694,7 +711,11 @@ class DiffusionSDPOTrainer(Trainer):
         """Move a batch to the device. Data loaders leave batches on the CPU, so only the current micro-batch takes
         memory on the device. This method replaces transformers' method, because that method, under DeepSpeed, would
         round scores, errors and encoded images to the dtype of the weights."""
-        return _on_device(inputs, self.args.device)
+        return on_device(inputs, self.args.device)
+
+    def _inputs_of(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """Make a batch from items, and move it to the device."""
+        return self._prepare_inputs(self.data_collator(items))
 
     def compute_loss(
         self,
@@ -830,7 +851,8 @@ class DiffusionSDPOTrainer(Trainer):
             draws=draws,
             weights=weights,
         )
-        if _marks_real_pairs(dataloader.dataset):
+        pairs = dataloader.dataset
+        if isinstance(pairs, Pairs) and pairs.marks_repeated:
             self.gather_function = self._gather_counted  # transformers resets this attribute after the evaluation
         output = super().evaluation_loop(dataloader, *settings)
         measured = self._evaluation.drain(self.accelerator)
@@ -841,7 +863,8 @@ class DiffusionSDPOTrainer(Trainer):
     def _gather_counted(self, values: torch.Tensor) -> torch.Tensor:
         """Gather the values of the pairs from all processes, without repeated pairs that only fill up a batch.
         accelerate cannot find the repeated pairs itself in the last batch of a stream or of an image size."""
-        gathered, counted = self.accelerator.gather(values), self.accelerator.gather(self._counted)
+        gathered = self.accelerator.gather(values)
+        counted = self.accelerator.gather(self._counted)
         return gathered[counted > 0] if len(gathered) == len(counted) else gathered
 
     def verdict(self) -> Verdict:
@@ -977,12 +1000,12 @@ class DiffusionSDPOTrainer(Trainer):
 
     @functools.cached_property
     def _data_fingerprint(self) -> dict[str, Any] | None:
-        return self.train_dataset.fingerprint() if isinstance(self.train_dataset, PREPARED) else None
+        return None if self.train_dataset is None else self.train_dataset.fingerprint()
 
     @functools.cached_property
     def _eval_fingerprint(self) -> dict[str, Any] | None:
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        return {name: data.fingerprint() for name, data in sets.items() if isinstance(data, PREPARED)} or None
+        prepared = self._preparation.has_prepared  # a user may set other data after the trainer was made
+        return {name: data.fingerprint() for name, data in self._eval_sets().items() if prepared(data)} or None
 
     # ---- Publishing -------------------------------------------------------------------------------------------------
 
@@ -1010,22 +1033,21 @@ class DiffusionSDPOTrainer(Trainer):
         """Write the model card, and print which files the run has written and how to load the weights. Only the first
         process calls this method."""
         self._write_card(keep_edited=True)
-        interrupted = was_interrupted(self.callback_handler.callbacks)
-        loading_code = None if interrupted else self.model_card.loading_code()
+        loading_code = None if self.interrupt.stops else self.model_card.loading_code()
         report = logger.info if self.args.disable_tqdm else say
         for line in run_lines(Path(self.args.output_dir), self.state, loading_code):
             report(line)
 
     def _write_card(self, *, keep_edited: bool = False, tags: Any = None, **facts: Any) -> bool:
-        samples = find_sample_images(self.callback_handler.callbacks)
+        samples = self.sample_images
         gallery = [] if samples is None else samples.newest_gallery()
         comparison = [] if samples is None else samples.comparison(self.run_folder.path)
         facts["model_name"] = facts.get("model_name") or Path(self.args.output_dir).absolute().name
         facts["dataset_name"] = facts.get("dataset_name") or self.dataset_name
         return self.model_card.write(
             self.state,
-            data=self.train_dataset.report if isinstance(self.train_dataset, PREPARED) else None,
-            is_stream=isinstance(self.train_dataset, PreferenceIterableDataset),
+            data=None if self.train_dataset is None else self.train_dataset.report,
+            is_stream=self.train_dataset is not None and self.train_dataset.is_stream,
             plots=plots_of(self.state),
             keep_edited=keep_edited,
             hub_model_id=self.hub_model_id,
@@ -1106,46 +1128,3 @@ class DiffusionSDPOTrainer(Trainer):
             if self.is_world_process_zero():
                 self._write_card(model_name=self.hub_model_id.split("/")[-1], keep_edited=True)
                 self.publisher.upload_progress(checkpoint, self.state)
-
-
-def _marks_real_pairs(dataset: Any) -> bool:
-    """Return whether batches contain `counted`, the number of pairs before the repeated pairs that only fill up the
-    batch. accelerate cannot find the repeated pairs itself in streams and in batches by image size."""
-    return isinstance(dataset, PreferenceIterableDataset) or getattr(dataset, "sizes", None) is not None
-
-
-def _on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return a batch with its tensors on the device. Tensors in pinned memory are copied asynchronously."""
-    waits = device.type == "mps"  # MPS has no pinned memory
-    return {
-        name: value.to(device, non_blocking=not waits)
-        if isinstance(value, torch.Tensor)
-        else _on_device(value, device)
-        if isinstance(value, Mapping)
-        else value
-        for name, value in inputs.items()
-    }
-
-
-class _LazyBatches:
-    """Iterable over the micro-batches of an optimizer step, for a single loop. The constructor already loads the first
-    micro-batch, because a data loader draws the random seeds of an epoch when it loads the first batch. Each other
-    micro-batch is loaded when the loop reaches it.
-
-    Args:
-        batches (`Iterator`): Remaining batches of the epoch.
-        count (`int`): Number of micro-batches in the step. `batches` must still have at least this many.
-    """
-
-    def __init__(self, batches: Iterator[Any], count: int):
-        self._batches = batches
-        self._count = count
-        self._first = [next(batches)]
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[Any]:
-        yield self._first.pop()
-        for _ in range(self._count - 1):
-            yield next(self._batches)

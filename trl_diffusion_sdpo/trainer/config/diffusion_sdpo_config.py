@@ -23,7 +23,7 @@ from .declaring import RESUME
 
 # Settings of transformers that change the trained weights. A resumed run must have the values with which its checkpoint
 # was written.
-INHERITED = ("per_device_train_batch_size", "gradient_accumulation_steps", "mixed_precision", "seed", "data_seed")
+ALSO_COMPARED = ("per_device_train_batch_size", "gradient_accumulation_steps", "mixed_precision", "seed", "data_seed")
 
 
 @dataclass
@@ -152,7 +152,7 @@ def resume_settings() -> tuple[str, ...]:
     """Return the names of the settings that change the trained weights. A checkpoint records them, and a run that
     resumes from it with other values says so."""
     names = (name for name, setting in settings_of(DiffusionSDPOConfig).items() if RESUME in setting.facts)
-    return (*names, *INHERITED)
+    return (*names, *ALSO_COMPARED)
 
 
 def _accelerator_has_bf16() -> bool:

@@ -1,0 +1,77 @@
+"""What map-style data sets and streams of prepared preference pairs have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch.utils.data import Dataset, Sampler
+
+from ..utils.processes import Peers
+from .buckets import PairSizes
+from .data_report import DataReport
+
+
+class Pairs(Dataset[dict[str, Any]], ABC):
+    """Preference pairs that are ready for training or evaluation, made by [`prepare_dataset`]: a [`PreferenceDataset`]
+    or a [`PreferenceIterableDataset`].
+
+    Attributes:
+        is_stream (`bool`): Whether pairs can only be read in order, and each process reads other pairs.
+        has_scores (`bool`): Whether items have scores.
+        has_masks (`bool`): Whether items have masks.
+        has_sources (`bool`): Whether items have source images.
+        has_loser_prompts (`bool`): Whether losers have prompts of their own.
+    """
+
+    is_stream: ClassVar[bool]
+    has_scores: bool
+    has_masks: bool
+    has_sources: bool
+    has_loser_prompts: bool
+
+    @property
+    @abstractmethod
+    def report(self) -> DataReport:
+        """Counts of rows, pairs and dropped pairs so far."""
+
+    @property
+    @abstractmethod
+    def is_for_training(self) -> bool:
+        """Whether items have the random crops, flips and numbers of training."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """Return facts that identify the pairs, for comparison in a resumed run."""
+
+    @abstractmethod
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that random numbers depend on, also in running DataLoader workers."""
+
+    @abstractmethod
+    def for_evaluation(self) -> Pairs:
+        """Return these pairs for evaluation, with constant seeds and without random crops, flips or empty prompts."""
+
+    @abstractmethod
+    def sample(self, count: int) -> list[dict[str, Any]]:
+        """Return up to `count` items: evenly spaced ones of a map-style data set, or the first ones of a stream."""
+
+    @property
+    def sizes(self) -> PairSizes | None:
+        """Bucket of each pair, or `None` if all pairs are trained at one size."""
+        return None
+
+    @property
+    def marks_repeated(self) -> bool:
+        """Whether items say by the entry `repeated` that they only fill up a batch. accelerate cannot find such pairs
+        itself in streams and in batches by image size."""
+        return self.is_stream or self.sizes is not None
+
+    def sampler(self, group: int, *, shuffled: bool = False, drop_last: bool = False) -> Sampler[int] | None:
+        """Return a sampler of the pairs, with which every `group` consecutive pairs have the same size. A stream needs
+        none, because its order is its own."""
+        return None
+
+    def gather_undecodable(self, peers: Peers) -> None:
+        """Learn from the other processes which pairs they could not decode. All processes must call this method. The
+        processes of a stream read other pairs and keep their own counts."""
