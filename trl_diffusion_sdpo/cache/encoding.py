@@ -35,7 +35,7 @@ from .encoded_pairs import (
     Edit,
     EncodedPairs,
     ImageRows,
-    distinct,
+    sorted_by_hash,
 )
 from .key import EncoderKey
 from .shards import ShardStore, complete
@@ -105,22 +105,17 @@ class PairEncoding:
         """Folder of all caches."""
         return self._settings.folder
 
-    def add_to(self, dataset: Any, name: str) -> None:
+    def add_to(self, dataset: PreferenceDataset, name: str) -> None:
         """Make a data set read encoded pairs from a cache. All processes must call this method together.
 
         Args:
             name (`str`): Name of the data set in error messages and logs.
 
         Raises:
-            ValueError: If the data are a stream, if a prompt's encoding depends on the other prompts of its batch, if
-                the cache cannot be written, or if processes do not see the files that other processes write.
+            ValueError: If a prompt's encoding depends on the other prompts of its batch, if the cache cannot be
+                written, or if processes do not see the files that other processes write.
             DiskFullError: If the disk is full. The shards that were already written stay in the cache.
         """
-        if not isinstance(dataset, PreferenceDataset):
-            raise ValueError(
-                f"`precompute_latents=True` needs data whose rows can be read again, and the {name} data are a stream. "
-                "Load the data without `streaming=True`, or set `precompute_latents=False`."
-            )
         prompts = 2 if dataset.has_loser_prompts else 1
         check_prompt_padding("precompute_latents", self._frozen.family, self._settings.largest_batch, prompts)
         cache = self._cache_of(dataset, name)
@@ -134,7 +129,7 @@ class PairEncoding:
         family, rows = self._frozen.family, ImageRows.of(dataset, self._settings.crops)
         texts: list[Any]
         with failing_together(RuntimeError):
-            texts, digests = distinct(dataset.edits() if dataset.has_sources else {*dataset.prompts(), ""})
+            texts, digests = sorted_by_hash(dataset.edits() if dataset.has_sources else {*dataset.prompts(), ""})
         data = dataset.fingerprint(thorough=True, peers=self._peers)
         images = {
             "vae": self._key.facts["vae"],
@@ -398,8 +393,8 @@ def _decoded_variants(dataset: PreferenceDataset, rows: ImageRows, image: int) -
 
 
 def _decoded_sources(dataset: PreferenceDataset, edit: Edit) -> list[Image.Image]:
-    place, is_mirrored, _ = edit
-    return dataset.sources_at(place, is_mirrored)
+    key, is_mirrored, _ = edit
+    return dataset.sources_of(key, is_mirrored)
 
 
 def _own_share(shards: np.ndarray, peers: Peers) -> list[int]:

@@ -56,7 +56,7 @@ def _encode_alone(
     from ..saving.starting_point import starting_point
     from ..trainer.components import load_policy, pair_encoding, place_frozen_components  # slow import
     from ..trainer.config.complete import check_resolution, complete_args, copy_and_check_args
-    from ..trainer.data_preparation import check_source_column, prepare_pairs
+    from ..trainer.run_data import check_source_column, prepare_pairs
 
     train_dataset, eval_dataset = training.load_data(script_args, training_args, model_args)
     model, lora = model_args.model_name_or_path, lora_config(model_args)

@@ -258,6 +258,11 @@ def _may_pass(error: Exception) -> bool:
     return isinstance(error, MemoryError | TimeoutError | ConnectionError)
 
 
+def as_list(value: Any) -> list[Any]:
+    """Return the images in one value of an image column as a list. The value is an image or a list of images."""
+    return value if isinstance(value, list) else [value]
+
+
 def is_image(path: Path) -> bool:
     """Return whether the name of a file ends with the suffix of a format in `FILE_FORMATS`."""
     return Image.registered_extensions().get(path.suffix.lower()) in FILE_FORMATS

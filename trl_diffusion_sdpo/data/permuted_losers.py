@@ -9,7 +9,8 @@ from textwrap import shorten
 import numpy as np
 import torch
 
-from .sources import PairSource, digest_of
+from .fingerprints import digest_of
+from .sources import PairSource
 
 ROUNDS = 6  # rounds of random swaps in `derangement`
 LOSERS = 3  # last of four numbers that seed a permutation; three numbers seed a pair, so seeds differ

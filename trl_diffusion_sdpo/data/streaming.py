@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import repeat
@@ -17,20 +15,19 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..utils._compat import is_split_by_node, stream_parts
-from ..utils.identity import short_hash
+from ..utils._compat import is_split_by_node
 from ..utils.processes import ALONE, Peers
-from ..utils.score_scale import SCALE_COLUMN
 from .data_report import COUNTS, BadDataError, DataReport
 from .dataset import PairOptions, complete_item, new_epoch
+from .fingerprints import facts_of_streams
 from .formats import PairReference, PreferenceFormat, Reject, groups, pairs_in_group, resolve_format
 from .images import UndecodableImageError
-from .sources import StoredImage, as_list, check_all_or_none, start_of
+from .mixtures import check_formats
+from .sources import StoredImage
 from .transforms import PairDraws
 
 logger = logging.getLogger(__name__)
 
-_COMMIT = re.compile(r"@([0-9a-f]{40})/")  # in addresses of the Hub
 MIXING = 2  # last of four numbers that seed the choice of streams; three numbers seed a pair, so seeds differ
 READERS = 256  # number of DataLoader workers with their own counters; if there are more, some share counters
 COMPARED_PAIRS = 16  # pairs at the start of a stream whose two images are compared
@@ -133,19 +130,16 @@ class PreferenceIterableDataset(IterableDataset):
     def __init__(
         self, streams: Sequence[Stream], options: PairOptions, *, weights: Sequence[float] | None = None, name: str
     ) -> None:
-        self._streams, self._options, self._name, self._epoch = streams, options, name, new_epoch()
+        self._streams = streams
+        self._options = options
+        self._name = name
+        self._epoch = new_epoch()
         if any(is_split_by_node(stream.source) for stream in streams):
             raise ValueError(
                 "The trainer itself splits a stream among the processes. `split_dataset_by_node` has already split the "
                 f"{name} stream. Pass the stream without this split."
             )
-        if any(stream.format.source_columns for stream in streams):
-            raise ValueError(
-                f"Streams cannot have a `source` column yet, and the {name} stream has one. Load the data without "
-                "`streaming`, or remove the column."
-            )
-        check_all_or_none(f"`{SCALE_COLUMN}`", {stream.name: bool(stream.format.scale_column) for stream in streams})
-        check_all_or_none("mask columns", {stream.name: bool(stream.format.mask_columns) for stream in streams})
+        check_formats({stream.name: stream.format for stream in streams})
         self._weights = [1.0] * len(streams) if weights is None else [float(weight) for weight in weights]
         self._format_name = "+".join(stream.format.name for stream in streams)
         self.has_scores = all(stream.format.score_columns is not None for stream in streams)
@@ -178,7 +172,7 @@ class PreferenceIterableDataset(IterableDataset):
             "weights": self._weights,
             "columns": [source.column_names for source in sources],
             "split": [None if source.split is None else str(source.split) for source in sources],
-            **_origins(sources),
+            **facts_of_streams(sources),
         }
 
     def set_epoch(self, epoch: int) -> None:
@@ -367,22 +361,3 @@ class PreferenceIterableDataset(IterableDataset):
                 weights[number] = 0.0  # the stream ended in an evaluation, or this worker has no shard of the stream
                 continue
             yield streams[number].format, group
-
-
-def _origins(sources: Sequence[datasets.IterableDataset]) -> dict[str, Any]:
-    """Return a hash of what streams read, equal on all machines, and the commits of their files on the Hub."""
-    parts = [part for source in sources for part in stream_parts(source)]
-    names = [part for part in parts if isinstance(part, str)]
-    files = sorted({_name_of_file(name) for name in names})
-    tables = [part for part in parts if isinstance(part, datasets.Dataset)]
-    rows = [row for table in tables[:1] for row in table.with_format("arrow")[:1].to_pylist()]
-    first = [list(map(start_of, as_list(value))) for row in rows for _, value in sorted(row.items())]
-    commits = sorted({commit for name in names for commit in _COMMIT.findall(name)})
-    return {"files": short_hash([files, sum(map(len, tables)), first]), "commits": commits or None}
-
-
-def _name_of_file(name: str) -> str:
-    """Return name and size of a local file, or the address of a remote one without its commit and signature."""
-    if os.path.isfile(name):
-        return f"{os.path.basename(name)} {os.path.getsize(name)}"
-    return _COMMIT.sub("/", name.partition("?")[0])

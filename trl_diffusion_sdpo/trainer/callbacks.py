@@ -25,7 +25,7 @@ from ..reporting.verdict import RunFacts
 from .config.checks import best_sample_metric
 from .config.complete import image_size, sample_sources
 from .config.diffusion_sdpo_config import DiffusionSDPOConfig
-from .data_preparation import PREPARED
+from .run_data import PREPARED
 
 logger = logging.getLogger(__name__)
 

@@ -85,7 +85,7 @@ from .config.complete import (
     stored_crops,
 )
 from .config.diffusion_sdpo_config import DiffusionSDPOConfig, resume_settings
-from .data_preparation import (
+from .run_data import (
     PREPARED,
     PairPreparation,
     load_position,

@@ -1,6 +1,6 @@
-"""Prepares a user's data as the trainer's settings say, and checks that the data have enough pairs for a batch.
+"""Data of a run: says how the trainer's settings read a user's rows, and what model and loss ask of the pairs.
 
-`data/preparing.py` turns rows into pairs and does not know the trainer's settings.
+`data/rows_to_pairs.py` makes the pairs. It knows neither the trainer's settings nor the model.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from PIL import Image
 from ..cache.encoding import PairEncoding
 from ..data.dataset import PairOptions, PreferenceDataset
 from ..data.images import Size
+from ..data.mixtures import PairMixture
 from ..data.pair_scores import ScoreSettings
-from ..data.preparing import prepare_dataset
-from ..data.sources import PairMixture
+from ..data.rows_to_pairs import prepare_dataset
 from ..data.streaming import PreferenceIterableDataset, StreamPosition
 from ..data.transforms import PairTransform
 from ..engines.processes import peers
@@ -206,10 +206,15 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
     images.
 
     Raises:
-        `ValueError`: If the columns match no format, no pair is usable, or the loss needs scores that the data do not
-            have.
+        `ValueError`: If the columns match no format, if the data lack columns that the settings need, or if no pair is
+            usable.
     """
     scores = score_settings(args, loss, training=training)
+    reads_scores = f"The loss {args.loss_type!r}" if scores.sorts_by_scores else "`pair_weights`"
+    precomputed = {
+        "`precompute_latents`": args.precompute_latents,
+        "`precompute_ref_errors`": args.precompute_ref_errors,
+    }
     options = PairOptions(
         transform=PairTransform(
             image_size(args),
@@ -229,6 +234,9 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         repeat=training,
         distinct_epochs=args.precompute_epochs if training and args.precompute_ref_errors else None,
         use_scores=scores.needs_scores,
+        needs_scores=reads_scores if scores.needs_scores else "",
+        needs_masks=f"`mask_anchor={args.mask_anchor}`" if args.mask_anchor else "",
+        needs_all_rows=(*scores.needs_all_rows, *(name for name, is_set in precomputed.items() if is_set)),
         score_reading=score_reading(args),
         swap_labels=args.swap_labels,
         number_columns=scores.number_columns,
@@ -236,25 +244,10 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         losers=args.losers,
     )
     prepared = prepare_dataset(dataset, options, name=name, peers=peers(args))
-    if args.precompute_ref_errors and not isinstance(prepared, PreferenceDataset):
-        raise ValueError(
-            f"`precompute_ref_errors=True` needs a map-style data set. The {name} data are a stream. Load the data "
-            "without `streaming=True`, or set `precompute_ref_errors=False`."
-        )
-    if scores.needs_scores and not prepared.has_scores:
-        what = f"The loss {args.loss_type!r}" if scores.sorts_by_scores else "`pair_weights`"
-        raise ValueError(
-            f"{what} needs the columns `chosen_score` and `rejected_score`. The {name} data lack these columns. Score "
-            "the images with `trl-diffusion-sdpo pairs score`, or leave this loss or setting out."
-        )
-    if args.mask_anchor and not prepared.has_masks:
-        raise ValueError(
-            f"`mask_anchor` needs data with a mask column. Got `mask_anchor={args.mask_anchor}` and {name} data "
-            "without masks. Add the column, or leave `mask_anchor` out."
-        )
-    if loss.uses_loser and isinstance(prepared, PreferenceDataset):
-        check_identical(prepared, args)
-    scores.apply_to(prepared, peers(args))
+    if isinstance(prepared, PreferenceDataset):
+        if loss.uses_loser:
+            check_identical(prepared, args)
+        scores.apply_to(prepared, peers(args))
     return prepared
 
 
