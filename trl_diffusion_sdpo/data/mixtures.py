@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,43 @@ def repeat_by_weight(tables: Sequence[PairTable], weights: Sequence[float]) -> l
         )
     wanted = numbers.astype(np.int64).tolist()
     return [pairs.take(np.arange(count) % len(pairs)) for pairs, count in zip(tables, wanted, strict=True)]
+
+
+def mixed(
+    streams: Sequence[Callable[[], Iterator[Any]]],
+    weights: Sequence[float],
+    generator: np.random.Generator,
+    *,
+    restart: bool,
+) -> Iterator[tuple[int, Any]]:
+    """Yield the groups of rows of streams in random order, each with the number of its stream.
+
+    The probability of a stream is proportional to its weight. With `restart`, streams that end are restarted until
+    every stream has ended at least once. `datasets.interleave_datasets` does the same for single rows, so it would
+    split groups of rows that are compared with one another, and its streams must have equal columns.
+
+    Args:
+        streams (`Sequence[Callable]`): For each stream, a function that begins to read it.
+    """
+    iterators = [begin() for begin in streams]
+    shares = np.array(weights)
+    ended = np.zeros(len(streams), dtype=bool)
+    while shares.any():
+        number = 0
+        if len(streams) > 1:
+            number = int(np.searchsorted(np.cumsum(shares), generator.random() * shares.sum(), side="right"))
+        group = next(iterators[number], None)
+        if group is None:
+            ended[number] = True
+            if ended.all():
+                return
+            if restart:
+                iterators[number] = streams[number]()
+                group = next(iterators[number], None)
+        if group is None:
+            shares[number] = 0.0  # the stream ended in an evaluation, or this worker has no shard of the stream
+            continue
+        yield number, group
 
 
 def check_formats(formats: Mapping[str, PreferenceFormat]) -> None:

@@ -429,9 +429,14 @@ def make_source(
                 "columns, or choose another value of the setting."
             )
         row_format = resolve_format(
-            set_format, table.column_names, table.features, use_scores=use_scores, score_reading=score_reading
+            set_format,
+            table.column_names,
+            table.features,
+            use_scores=use_scores,
+            score_reading=score_reading,
+            is_swapped=is_swapped,
         )
-        tables.append(TableSource(table, replace(row_format, is_swapped=is_swapped), label, number_columns))
+        tables.append(TableSource(table, row_format, label, number_columns))
     weights = dataset.weights if isinstance(dataset, PairMixture) else None
     return PairSource(tables, weights, number_columns)
 

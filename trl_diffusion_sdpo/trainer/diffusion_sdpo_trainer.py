@@ -26,7 +26,8 @@ from ..cache.key import EncoderKey
 from ..data.batch_loaders import BatchLoaders, choose_workers
 from ..data.buckets import BucketSampler
 from ..data.dataset import PreferenceCollator, PreferenceDataset
-from ..data.streaming import PreferenceIterableDataset, StreamPosition
+from ..data.stream_position import READ, StreamPosition, load_position, save_position
+from ..data.streaming import PreferenceIterableDataset
 from ..engines.engine import Engine
 from ..engines.engine_settings import asked_engine, by_engine, check_unsharded, loading_unsharded, shards_weights
 from ..engines.processes import check_agreement, failing_together, peers
@@ -58,7 +59,6 @@ from ..step.pair_evaluation import PairEvaluation, draws_of_noise, real_pairs
 from ..step.pair_forward import PairForward, seeds_of_draws
 from ..step.parameter_safeguard import ParameterSafeguard
 from ..step.winner_budget import ProbeInputs, ProbeSettings, WinnerBudget, probe_inputs, probe_items
-from ..utils._compat import keeps_order
 from ..utils.disk import naming_the_disk
 from ..utils.files import VERDICT_FILE
 from ..utils.identity import describe_pipeline, public_config
@@ -88,9 +88,7 @@ from .config.diffusion_sdpo_config import DiffusionSDPOConfig, resume_settings
 from .run_data import (
     PREPARED,
     PairPreparation,
-    load_position,
     outline,
-    save_position,
 )
 
 logger = logging.getLogger(__name__)
@@ -229,7 +227,7 @@ class DiffusionSDPOTrainer(Trainer):
                 weights.to(args.device)
         self._position: StreamPosition | None = None  # position in a stream; `None` for map-style data
         if isinstance(train_dataset, PreferenceIterableDataset):
-            self._position = load_position(train_dataset, args, 0, None)
+            self._position = load_position(args)
 
         # Call the constructor of transformers' Trainer, which sets up accelerator, device, callbacks and repository.
         self.publisher = Publisher(args, NOT_PUBLISHED)
@@ -421,7 +419,7 @@ class DiffusionSDPOTrainer(Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         if self._position is not None:
             for batch in batches:
-                self._position.add(batch["rows"].tolist(), batch["seeds"])
+                self._position.add(batch.pop(READ))
         return batches, None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -681,7 +679,7 @@ class DiffusionSDPOTrainer(Trainer):
             self.train_dataset.set_epoch(kwargs["epoch"])
         if isinstance(self.train_dataset, PreferenceIterableDataset):
             batches, checkpoint = kwargs["steps_trained_in_current_epoch"], kwargs["resume_from_checkpoint"]
-            self._position = load_position(self.train_dataset, self.args, batches, checkpoint)
+            self._position = load_position(self.args, batches, checkpoint)
             kwargs["train_dataloader"].dataset.start_at(self._position)
         super()._run_epoch(*args, **kwargs)
 
@@ -980,7 +978,7 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        if self._position is not None and keeps_order(self.args):
+        if self._position is not None:
             save_position(self._position, self.args, Path(output_dir))
 
     def _setup(self) -> dict[str, Any]:

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sized
-from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -20,20 +18,18 @@ from ..data.images import Size
 from ..data.mixtures import PairMixture
 from ..data.pair_scores import ScoreSettings
 from ..data.rows_to_pairs import prepare_dataset
-from ..data.streaming import PreferenceIterableDataset, StreamPosition
+from ..data.streaming import PreferenceIterableDataset
 from ..data.transforms import PairTransform
 from ..engines.processes import peers
 from ..families import Family
 from ..losses import LossSpec
 from ..models.text_checks import note_on_long_prompts
-from ..utils._compat import keeps_order
 from ..utils.score_scale import SCORE_SCALES, SHARES, ScoreReading, ScoreScale, score_scale
 from .config.complete import aspect_ratio_buckets, image_size, pairs_of_a_step
 from .config.diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
 
-POSITION_FILE = "stream_position_{}.json"  # in a checkpoint, one file for each process
 CHECKED_PROMPTS = 10_000  # the prompts of so many pairs, from the first, are checked for length
 PREPARED = (PreferenceDataset, PreferenceIterableDataset)
 
@@ -162,43 +158,6 @@ def outline(dataset: Any) -> Any:
         return {name: outline(source) for name, source in dataset.items()}
     rows = len(dataset) if isinstance(dataset, Sized) else None
     return [type(dataset).__name__, rows, getattr(dataset, "column_names", None)]
-
-
-def _reading(args: DiffusionSDPOConfig) -> tuple[int, int, int]:
-    """Return the numbers that must stay the same so that a stored position in a stream is valid: batch size, DataLoader
-    workers and processes."""
-    return args.train_batch_size, args.dataloader_num_workers or 0, args.world_size
-
-
-def save_position(position: StreamPosition, args: DiffusionSDPOConfig, folder: Path) -> None:
-    """Save this process's position in a stream, in the checkpoint `folder`."""
-    content = {"reading": _reading(args), "readers": position.readers}
-    (folder / POSITION_FILE.format(args.process_index)).write_text(json.dumps(content))
-
-
-def load_position(
-    stream: PreferenceIterableDataset, args: DiffusionSDPOConfig, batches: int, checkpoint: str | None
-) -> StreamPosition:
-    """Read from a checkpoint the position in the stream after `batches` batches.
-
-    If the number of processes, the number of workers or the batch size has changed, the position is the beginning of
-    the stream. Training then decodes and discards the first `batches` batches.
-    """
-    beginning = stream.position(*_reading(args))
-    if checkpoint is None or not batches:
-        return beginning
-    file = Path(checkpoint) / POSITION_FILE.format(args.process_index)
-    content = json.loads(file.read_text()) if file.is_file() else {}
-    if content.get("reading") == list(_reading(args)) and keeps_order(args):
-        position = stream.position(*_reading(args), content["readers"])
-        if position.batches == batches:
-            return position
-    logger.warning(
-        "The checkpoint does not say where in the stream to continue after %d batches with %d pairs per batch, %d "
-        "workers and %d processes. These batches are decoded again and discarded.",
-        *(batches, *_reading(args)),
-    )
-    return beginning
 
 
 def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Any:
