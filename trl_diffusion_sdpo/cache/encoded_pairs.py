@@ -16,11 +16,13 @@ from ..data.images import UndecodableImageError
 from ..data.transforms import PairDraws
 from .shards import ShardStore
 
-MOMENTS, SIZES = "moments", "sizes"  # names of the two tensors in the row of an image
+MOMENTS = "moments"  # name of a tensor in the row of an image
+SIZES = "sizes"  # name of the other one
 UNREADABLE = "unreadable"  # tensor that replaces the encoding of an edit if a source image cannot be decoded
 SourceKey = tuple[int, int, int]  # row of source images, which of them are cropped with their pair, and its bucket
 Edit = tuple[SourceKey, bool, str]  # key of the source images, whether they are mirrored, and prompt
-PLAIN, MIRRORED = PairDraws(0.0, 0.0, 1.0, 1.0, 0), PairDraws(0.0, 0.0, 0.0, 1.0, 0)  # for crops at the center
+PLAIN = PairDraws(0.0, 0.0, 1.0, 1.0, 0)  # for crops at the center
+MIRRORED = PairDraws(0.0, 0.0, 0.0, 1.0, 0)
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,8 @@ class AspectRatioBuckets:
         Returns:
             `np.ndarray` of shape `(P,)`, uint16: Indices into `sizes`.
         """
-        heights, widths = sizes[:, 0] * sizes[:, 2], sizes[:, 1] * sizes[:, 3]
+        heights = sizes[:, 0] * sizes[:, 2]
+        widths = sizes[:, 1] * sizes[:, 3]
         numbers = np.zeros(len(sizes), dtype=np.uint16)
         for (height, width), (next_height, next_width) in pairwise(self.sizes):
             # Comparing products of sides, in integers, gives the same order as comparing mean log aspect ratios.

@@ -155,7 +155,7 @@ class PreferenceDataset(Dataset):
         losers: PermutedLosers | None = None,
         source_sizes: Mapping[Size, set[tuple[Size, ...]]] | None = None,
     ) -> None:
-        self._source = source
+        self.source = source  # rows that the pairs are made from
         self._pairs = pairs
         self._options = options
         self._report = report
@@ -200,7 +200,7 @@ class PreferenceDataset(Dataset):
         positions = self.positions[pair].reshape(2, 2).tolist()
         if loser_pair is not None:
             positions[1] = self.positions[loser_pair, :2].tolist()
-        winner, loser = self._source.images(positions, with_images=self._encoded is None)
+        winner, loser = self.source.images(positions, with_images=self._encoded is None)
         if self._encoded is None:
             images = winner.decode(options.reader), loser.decode(options.reader)
             item = options.transform(*images, augmentation, self.target_size(pair))._asdict()
@@ -287,11 +287,6 @@ class PreferenceDataset(Dataset):
         self._pairs = self._pairs.with_columns(weight=weights.astype(np.float32))
 
     @property
-    def source(self) -> PairSource:
-        """Rows that the pairs are made from."""
-        return self._source
-
-    @property
     def positions(self) -> np.ndarray:
         """Row and image numbers of each pair's winner and loser, `(P, 4)`."""
         return self._pairs.positions
@@ -304,7 +299,8 @@ class PreferenceDataset(Dataset):
     @property
     def sizes(self) -> PairSizes | None:
         """Bucket of each pair, or `None` if all pairs are trained at the transform's `resolution`."""
-        buckets, numbers = self._options.buckets, self._pairs.columns.get("size")
+        buckets = self._options.buckets
+        numbers = self._pairs.columns.get("size")
         return None if buckets is None or numbers is None else PairSizes(buckets.sizes, numbers)
 
     def target_size(self, row: int) -> Size:
@@ -321,17 +317,17 @@ class PreferenceDataset(Dataset):
     def _prompts_by_row(self, first: int | None = None) -> Iterator[tuple[int, tuple[str, ...]]]:
         positions = self.positions[:first]
         images = [0]
-        if self._source.prompt_of_each_image:
+        if self.source.prompt_of_each_image:
             columns = [1, 3] if self.has_loser_prompts else [1]
             images = np.unique(positions[:, columns].clip(max=1)).tolist()
         rows = np.unique(positions[:, 0])
-        prompts = zip(*(self._source.prompts_of_rows(rows, image) for image in images), strict=True)
+        prompts = zip(*(self.source.prompts_of_rows(rows, image) for image in images), strict=True)
         yield from zip(rows.tolist(), prompts, strict=True)
 
     def fingerprint(self, *, thorough: bool = False, peers: Peers = ALONE) -> dict[str, Any]:
         """Return hashes that identify these pairs; see [`PairSource.fingerprint`]. If `thorough`, pair weights are not
         hashed."""
-        facts = peers.first(lambda: self._source.fingerprint(self._pairs, thorough=thorough))
+        facts = peers.first(lambda: self.source.fingerprint(self._pairs, thorough=thorough))
         if not thorough and "weight" in self._pairs.columns:
             facts["pair_weights"] = hashlib.sha256(self._pairs.columns["weight"].tobytes()).hexdigest()[:16]
         return facts if self.sizes is None else facts | {"sizes": self.sizes.fingerprint()}
@@ -379,7 +375,7 @@ class PreferenceDataset(Dataset):
         """Decode a pair's images. Return the row of the first bad image and the reason, or `None` if both are good."""
         for row, image in self.positions[pair].reshape(2, 2).tolist():
             try:
-                self._source.images([(row, image)])[0].decode(self._options.reader)
+                self.source.images([(row, image)])[0].decode(self._options.reader)
             except UndecodableImageError as error:
                 return row, str(error)
         return None
@@ -390,7 +386,7 @@ class PreferenceDataset(Dataset):
         if self._losers is not None:
             return [False]
         sample = self.positions[evenly_spaced(len(self), data_report.SAMPLED_PAIRS)].reshape(-1, 2, 2).tolist()
-        return [winner.is_same(loser) for winner, loser in map(self._source.images, sample)]
+        return [winner.is_same(loser) for winner, loser in map(self.source.images, sample)]
 
     def _forget_undecodable(self) -> None:
         """Clear the mask of undecodable pairs, which workers share, so that all pairs are tried again."""
@@ -505,7 +501,7 @@ class PreferenceDataset(Dataset):
         Raises:
             UndecodableImageError: If the row has no source image, or one of them cannot be decoded.
         """
-        sources = self._source.images([(key[0], 0)])[0].sources(self._options.reader)
+        sources = self.source.images([(key[0], 0)])[0].sources(self._options.reader)
         return self._fit_sources(sources, key, is_mirrored)
 
     def _fit_sources(
@@ -542,7 +538,7 @@ class PreferenceDataset(Dataset):
             UndecodableImageError: If the image cannot be decoded.
         """
         position = self.positions[pair, 2 * side : 2 * side + 2].tolist()
-        decoded = self._source.images([position])[0].decode(self._options.reader)
+        decoded = self.source.images([position])[0].decode(self._options.reader)
         made = (self._options.transform.image(decoded, draw, self.target_size(pair)) for draw in draws)
         return [(pixels, (decoded.height, decoded.width), corner) for pixels, corner in made]
 

@@ -27,7 +27,8 @@ SEED_COLUMNS = ("chosen_noise_seed", "rejected_noise_seed")  # seeds of the CPU 
 TEXT = ("string", "large_string")
 LARGEST = 1e9  # a larger score or weight would outweigh those of all other pairs together
 SHOWN = 60  # characters of a prompt in a reason
-VALID, INVALID = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")  # words of a validity column
+VALID = ("true", "1", "1.0", "yes")  # words of a validity column
+INVALID = ("false", "0", "0.0", "no")
 # Longest prompt, in characters. Text encoders read 77 to 1024 tokens of about 4 characters, so at 16 characters a token
 # nothing that they read is cut off. Longer texts, such as a book, would take minutes and gigabytes to tokenize.
 LONGEST_PROMPT = 1024 * 16

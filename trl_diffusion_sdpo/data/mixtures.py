@@ -111,9 +111,7 @@ def mixed(
     shares = np.array(weights)
     ended = np.zeros(len(streams), dtype=bool)
     while shares.any():
-        number = 0
-        if len(streams) > 1:
-            number = int(np.searchsorted(np.cumsum(shares), generator.random() * shares.sum(), side="right"))
+        number = int(np.searchsorted(np.cumsum(shares), generator.random() * shares.sum(), side="right"))
         group = next(iterators[number], None)
         if group is None:
             ended[number] = True

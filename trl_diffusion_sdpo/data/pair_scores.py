@@ -119,7 +119,8 @@ class ScoreSettings:
         if len(weights) > 1 and (weights == weights[0]).all():
             logger.warning(
                 "`pair_weights=%r` has no effect, because all pairs of the %s data have the same weight.",
-                *(self.pair_weights, dataset.report.name),
+                self.pair_weights,
+                dataset.report.name,
             )
         return with_mean_one(weights).numpy()
 

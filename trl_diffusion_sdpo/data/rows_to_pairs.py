@@ -71,7 +71,7 @@ def prepare_dataset(
         pairs = _drop_bad_images(source, pairs, options, report, peers)
 
     # Make the data set, and check a sample of its pairs.
-    losers = PermutedLosers.of(source, pairs.positions, options.seed, name) if options.permutes else None
+    losers = PermutedLosers.of(source, pairs.positions[:, 0], options.seed, name) if options.permutes else None
     source_sizes: dict[Size, set[tuple[Size, ...]]] = {}
     if source.has_sources and len(pairs):
         pairs, source_sizes = _fit_sources(source, pairs, options, report, peers)

@@ -9,7 +9,6 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any, NamedTuple
 
 import datasets
@@ -182,11 +181,9 @@ class TableSource:
         `of_sources` is true. `datasets` caches the result."""
         images = self._images if len(rows) == len(self) else self._images.select(rows)
         row_format = self.format
-        options = {}
         if of_sources:
             row_format = replace(self.format, image_columns=self.format.source_columns, images_in_list=True)
-        if any(local_names(images[0].column(name)) for name in row_format.image_columns):
-            options["load_from_cache_file"] = False  # `datasets` would not notice that a file has changed
+        in_files = any(local_names(images[0].column(name)) for name in row_format.image_columns)
         examined = images.map(
             _examine_table,
             batched=True,
@@ -196,7 +193,7 @@ class TableSource:
             features=EXAMINED,
             num_proc=num_proc,
             desc="Checking images" if decode else "Reading image sizes",
-            **options,
+            load_from_cache_file=False if in_files else None,  # `datasets` would not notice that a file has changed
         )
         for batch in examined.with_format(None).iter(batch_size=ROWS_AT_ONCE):
             for facts in zip(*(batch[name] for name in EXAMINED), strict=True):
@@ -291,11 +288,9 @@ class PairSource:
         """
         rows = np.unique(positions[:, [0, 2]])
         images = 1 + int(positions[:, [1, 3]].max())  # largest number of images in a row
-        num_proc = _workers(num_proc, len(rows), FEW_ROWS if decode else FEW_HEADERS)
 
         def examine() -> tuple[np.ndarray, dict[tuple[int, int], str]]:
-            tables = [(table, numbers) for table, numbers in self._split(rows) if len(numbers)]
-            examined = chain(*(table.examine_images(numbers, reader, decode, num_proc) for table, numbers in tables))
+            examined = self._examined(rows, reader, decode, num_proc)
             sizes = np.zeros((len(rows), images, 2), dtype=np.int32)
             reasons = {}
             for row, row_sizes, facts in zip(rows.tolist(), sizes, examined, strict=True):
@@ -314,19 +309,25 @@ class PairSource:
         """Return `(height, width)` of each source image of `rows`, which must be in ascending order, or `()` for rows
         whose sources cannot be read. The first process and its workers read the headers, but all processes must call
         this method together."""
-        num_proc = _workers(num_proc, len(rows), FEW_HEADERS)
 
         def read() -> list[tuple[Size, ...]]:
-            tables = [(table, numbers) for table, numbers in self._split(rows) if len(numbers)]
-            examined = chain(
-                *(table.examine_images(numbers, reader, False, num_proc, of_sources=True) for table, numbers in tables)
-            )
             return [
                 () if any(problem for *_, problem in facts) else tuple((height, width) for height, width, _ in facts)
-                for facts in examined
+                for facts in self._examined(rows, reader, False, num_proc, of_sources=True)
             ]
 
         return peers.first(read)
+
+    def _examined(
+        self, rows: np.ndarray, reader: ImageReader, decode: bool, num_proc: int | None, *, of_sources: bool = False
+    ) -> Iterator[list[tuple[int, int, str]]]:
+        """Yield the result of [`TableSource.examine_images`] for sorted row numbers of all data sets."""
+        is_long = len(rows) >= (FEW_ROWS if decode else FEW_HEADERS)
+        if num_proc is None and is_long and forks_by_default():
+            num_proc = usable_cores()
+        for table, numbers in self._split(rows):
+            if len(numbers):
+                yield from table.examine_images(numbers, reader, decode, num_proc, of_sources=of_sources)
 
     def _split(self, rows: np.ndarray) -> Iterator[tuple[TableSource, np.ndarray]]:
         """Split sorted row numbers by data set. Yield each data set and the numbers of its rows within the data set."""
@@ -439,11 +440,6 @@ def make_source(
         tables.append(TableSource(table, row_format, label, number_columns))
     weights = dataset.weights if isinstance(dataset, PairMixture) else None
     return PairSource(tables, weights, number_columns)
-
-
-def _workers(num_proc: int | None, rows: int, few: int) -> int | None:
-    """Return `num_proc` or, if it is `None`, one worker per CPU core from `few` rows on."""
-    return usable_cores() if num_proc is None and forks_by_default() and rows >= few else num_proc
 
 
 def images_of_row(row: Mapping[str, Any], row_format: PreferenceFormat) -> list[Any]:

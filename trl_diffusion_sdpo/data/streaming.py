@@ -237,9 +237,8 @@ class PreferenceIterableDataset(IterableDataset):
         deals_pairs = self._deals_pairs
         reader, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         # Number the workers of all processes, so that pairs of different workers get different random numbers.
-        number, numbers = reader, workers
-        if not deals_pairs:
-            number, numbers = reader + workers * share.index, workers * share.count
+        number = reader if deals_pairs else reader + workers * share.index
+        numbers = workers if deals_pairs else workers * share.count
         report = self._new_report()
         self._examples = report.examples
         counts = self._counts[reader % READERS]
@@ -305,7 +304,9 @@ class PreferenceIterableDataset(IterableDataset):
             logger.warning(
                 "%d of the first %d pairs of the %s stream have the same image twice. Such pairs teach nothing, except "
                 "with `loss_type='sft'`. Check the columns.",
-                *(self._same, COMPARED_PAIRS, self._name),
+                self._same,
+                COMPARED_PAIRS,
+                self._name,
             )
 
     def _groups(self, report: DataReport, epoch: int) -> Iterator[tuple[PreferenceFormat, Group]]:

@@ -129,7 +129,10 @@ def say_what_repeats(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> Non
             logger.warning(
                 "`dataloader_drop_last=True` drops incomplete batches, and a batch has pairs of one size. %d of %d "
                 "pairs never train (%s), because a step takes %d pairs. Leave it off, or use smaller batches.",
-                *(sum(left_out.values()), len(pairs), listed, batch),
+                sum(left_out.values()),
+                len(pairs),
+                listed,
+                batch,
             )
     epochs = args.num_train_epochs
     if args.max_steps > 0:
@@ -145,7 +148,9 @@ def say_what_repeats(pairs: PreferenceDataset, args: DiffusionSDPOConfig) -> Non
             logger.warning(
                 "With %s are drawn for `precompute_epochs=%d` epochs, and repeat in all later epochs. This run has %g "
                 "epochs. Raise `precompute_epochs` for new ones in each epoch.",
-                *(what, args.precompute_epochs, round(epochs, 1)),
+                what,
+                args.precompute_epochs,
+                round(epochs, 1),
             )
 
 
