@@ -145,7 +145,7 @@ def read(folder: Path, pairs: int, options: argparse.Namespace) -> dict[str, Any
     from accelerate import Accelerator
 
     from trl_diffusion_sdpo import DiffusionSDPOConfig
-    from trl_diffusion_sdpo.cache.encoded_pairs import EncodedPairs, ImageRows, distinct
+    from trl_diffusion_sdpo.cache.encoded_pairs import EncodedPairs, ImageRows, sorted_by_hash
     from trl_diffusion_sdpo.data import PairOptions, PairTransform, PreferenceCollator, prepare_dataset
     from trl_diffusion_sdpo.data.batch_loaders import BatchLoaders
 
@@ -160,7 +160,7 @@ def read(folder: Path, pairs: int, options: argparse.Namespace) -> dict[str, Any
     images, prompts = stores(folder, pairs, options.prompts)
     missing = len(images.missing()) + len(prompts.missing())
     assert missing == 0, f"the stub lacks {missing} rows"
-    rows, digests = ImageRows.of(dataset, 1), distinct(dataset.prompts())[1]
+    rows, digests = ImageRows.of(dataset, 1), sorted_by_hash(dataset.prompts())[1]
     dataset.use_encoded(EncodedPairs(images, rows, prompts, digests))
     seconds["cache"] = time.perf_counter() - begin
     found["cache opened"] = process("self")

@@ -20,7 +20,7 @@ from trl_diffusion_sdpo.losses import loss_spec
 from trl_diffusion_sdpo.models.loading import LoadedModel, load_model
 from trl_diffusion_sdpo.models.pipelines import load_pipeline
 from trl_diffusion_sdpo.trainer.components import pair_encoding, place_frozen_components
-from trl_diffusion_sdpo.trainer.data_preparation import prepare_pairs
+from trl_diffusion_sdpo.trainer.run_data import prepare_pairs
 from trl_diffusion_sdpo.utils import identity
 
 TIMES = ("runtime", "per_second", "flos")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN
 
-from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets, BucketSampler, PairSizes, Repeated
+from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets, BucketSampler, PairSizes
 
 AT_1024 = [
     *[(704, 1408), (768, 1344), (832, 1216), (896, 1152), (960, 1088), (1024, 1024)],
@@ -68,33 +68,37 @@ def sampler(numbers, group, *, epoch=0, **options):
     return BucketSampler(PairSizes(sizes, np.array(numbers, dtype=np.uint16)), group, seed=3, epoch=epoch, **options)
 
 
+def pairs_of(keys):
+    return [key.pair for key in keys]
+
+
 def test_groups_come_where_their_first_pair_is_and_are_filled_from_the_bucket():
     """In order: pairs 0 and 2, then 1 and 3, then 4 alone (bucket 0, filled with 0), then 5 alone with itself."""
-    order = list(sampler([0, 1, 0, 1, 0, 3], 2, epoch=None))
-    assert order == [0, 2, 1, 3, 4, 0, 5, 5]
-    assert [isinstance(pair, Repeated) for pair in order] == [False] * 5 + [True, False, True]
-    assert list(sampler([0, 1, 0, 1, 0, 3], 2, epoch=None, drop_last=True)) == [0, 2, 1, 3]
+    keys = list(sampler([0, 1, 0, 1, 0, 3], 2, epoch=None))
+    assert pairs_of(keys) == [0, 2, 1, 3, 4, 0, 5, 5]
+    assert [key.is_repeated for key in keys] == [False] * 5 + [True, False, True]
+    assert pairs_of(sampler([0, 1, 0, 1, 0, 3], 2, epoch=None, drop_last=True)) == [0, 2, 1, 3]
 
 
 def test_every_group_has_one_size_and_every_pair_comes_once():
     numbers = np.random.default_rng(1).choice(4, 501, p=[0.6, 0.3, 0.09, 0.01])
     for group in (1, 4, 7):
         sampled = sampler(numbers, group, epoch=lambda: 5)
-        order = list(sampled)
+        order = pairs_of(sampled)
         assert len(order) == len(sampled) and len(order) % group == 0
         assert all(len(set(numbers[order[start : start + group]])) == 1 for start in range(0, len(order), group))
-        real = [pair for pair in order if not isinstance(pair, Repeated)]
+        real = [key.pair for key in sampled if not key.is_repeated]
         assert sorted(real) == list(range(501))
         dropping = sampler(numbers, group, epoch=lambda: 5, drop_last=True)
-        complete = list(dropping)
+        complete = pairs_of(dropping)
         assert len(complete) == len(dropping) == sum(count // group * group for count in np.bincount(numbers))
         assert [pair for pair in real if pair in set(complete)] == complete
 
 
 def test_the_order_depends_on_seed_and_epoch_and_mixes_the_buckets():
     numbers = [0, 1] * 200
-    first = list(sampler(numbers, 4, epoch=lambda: 0))
-    assert first == list(sampler(numbers, 4, epoch=lambda: 0)) != list(sampler(numbers, 4, epoch=lambda: 1))
+    first = pairs_of(sampler(numbers, 4, epoch=lambda: 0))
+    assert first == pairs_of(sampler(numbers, 4, epoch=lambda: 0)) != pairs_of(sampler(numbers, 4, epoch=lambda: 1))
     buckets = np.array(numbers)[first[::4]]
     assert 20 < np.count_nonzero(np.diff(buckets)) < 80  # of 99 neighbours; half of them at random
 

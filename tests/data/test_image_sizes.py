@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_pairs import prepare
 
 from trl_diffusion_sdpo.data import AspectRatioBuckets, PreferenceCollator
-from trl_diffusion_sdpo.data.buckets import Repeated
+from trl_diffusion_sdpo.data.buckets import PairKey
 from trl_diffusion_sdpo.data.images import ImageReader
 
 BUCKETS = AspectRatioBuckets((16, 16), step=4)  # 12 x 20, 16 x 16, 20 x 12
@@ -87,7 +87,7 @@ def test_small_images_are_left_out_and_counted(caplog):
         assert prepared.report.examples["too_small"] == [(3, "10 pixels along the shorter side, and `min_side=16`")]
         assert "1 too small" in caplog.text
         caplog.clear()
-    assert prepared[0]["repeated"] is False and prepared[Repeated(0)]["repeated"] is True
+    assert prepared[0]["repeated"] is False and prepared[PairKey(0, is_repeated=True)]["repeated"] is True
     assert prepared.target_size(2) == (20, 12)
     unfiltered = prepare(ROWS, min_side=8)
     assert "1 pairs have an image that is enlarged" in str(unfiltered.report)
@@ -141,7 +141,7 @@ def test_the_sizes_of_files_that_have_changed_are_read_anew(tmp_path):
 
 def test_the_collator_counts_what_does_not_fill_up():
     prepared = prepare([ROWS[0]] * 3, buckets=BUCKETS)
-    batch = PreferenceCollator()([prepared[0], prepared[1], prepared[Repeated(2)]])
+    batch = PreferenceCollator()([prepared[0], prepared[1], prepared[PairKey(2, is_repeated=True)]])
     assert batch["counted"] == 2 and batch["pixel_values"].shape == (6, 3, 16, 16)
     assert "counted" not in PreferenceCollator()([prepare(ROWS)[0]])
-    torch.testing.assert_close(prepared[Repeated(2)]["pixel_values"], prepared[2]["pixel_values"])
+    torch.testing.assert_close(prepared[PairKey(2, is_repeated=True)]["pixel_values"], prepared[2]["pixel_values"])

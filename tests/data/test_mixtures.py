@@ -8,7 +8,7 @@ import datasets
 import pytest
 from tiny_pairs import png, prepare
 
-from trl_diffusion_sdpo.data.sources import PairMixture
+from trl_diffusion_sdpo.data.mixtures import PairMixture
 
 
 def picks(count=6, **changed):

@@ -7,27 +7,39 @@ import pytest
 from tiny_pairs import png
 from torch.utils.data import DataLoader
 
-from trl_diffusion_sdpo.data import PairOptions, PairTransform, PreferenceCollator, prepare_dataset
-from trl_diffusion_sdpo.data.batch_loaders import CollateAfterResuming
+from trl_diffusion_sdpo.data import PairMixture, PairOptions, PairTransform, PreferenceCollator, prepare_dataset
+from trl_diffusion_sdpo.data.batch_loaders import CollateStream
 from trl_diffusion_sdpo.data.images import ImageReader
+from trl_diffusion_sdpo.data.stream_position import StreamPosition
 from trl_diffusion_sdpo.utils.processes import Peers
 
 BATCHES = 12
+OPTIONS = PairOptions(PairTransform(16, random_flip=True), repeat=True)
 
 
-def stream(shards):
+def pick_a_pic(shards):
     """Thirteen shuffled pairs, some of which cannot be decoded or are ties."""
     rows = [
         {"caption": f"p{i}", "jpg_0": b"junk" if i in (3, 4) else png(2 * i), "jpg_1": png(2 * i + 1)}
         | {"label_0": 0.5 if i % 5 == 2 else float(i % 2)}
         for i in range(13)
     ]
-    source = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=shards).shuffle(seed=3, buffer_size=5)
-    return prepare_dataset(source, PairOptions(PairTransform(16, random_flip=True), repeat=True))
+    return datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=shards).shuffle(seed=3, buffer_size=5)
+
+
+def stream(shards):
+    return prepare_dataset(pick_a_pic(shards), OPTIONS)
+
+
+def mixture(shards):
+    """The pairs of `stream`, and groups of three images that are ranked, with another weight."""
+    rows = [{"prompt_id": str(i // 3), "prompt": f"r{i // 3}", "image": png(i), "rank": i % 3} for i in range(9)]
+    ranked = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=shards)
+    return prepare_dataset(PairMixture([pick_a_pic(shards), ranked], (3, 1)), OPTIONS)
 
 
 def batches(data, workers, share):
-    collate = CollateAfterResuming(PreferenceCollator())
+    collate = CollateStream(PreferenceCollator())
     loader = DataLoader(data.for_process(share), batch_size=2, num_workers=workers, collate_fn=collate)
     return list(islice(loader, BATCHES))
 
@@ -45,14 +57,15 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("stream", [stream, mixture])
 @pytest.mark.parametrize("case", CASES)
-def test_a_stream_goes_on_at_a_position(case):
+def test_a_stream_goes_on_at_a_position(case, stream):
     workers, shards, share = CASES[case]
     undisturbed = batches(stream(shards), workers, share)
     for trained in (1, 8):
-        position = stream(shards).position(2, workers, share.count)
+        position = StreamPosition.beginning(2, workers)
         for batch in undisturbed[:trained]:
-            position.add(batch["rows"].tolist(), batch["seeds"])
+            position.add(batch["read"])
         resumed = stream(shards)
         resumed.start_at(position)
         expected = [{}] * trained + [outline(batch) for batch in undisturbed[trained:]]
@@ -61,9 +74,9 @@ def test_a_stream_goes_on_at_a_position(case):
 
 
 def test_nothing_before_the_position_is_decoded_and_no_earlier_pass_is_read(monkeypatch):
-    position = stream(1).position(2, 0, 1)
+    position = StreamPosition.beginning(2, 0)
     for batch in batches(stream(1), 0, Peers()):
-        position.add(batch["rows"].tolist(), batch["seeds"])
+        position.add(batch["read"])
     assert position.readers[0][1] > 1
     decoded = []
     monkeypatch.setattr(ImageReader, "decode", lambda *_, **__: decoded.append(1))

@@ -11,16 +11,18 @@ import numpy as np
 import torch
 
 from ..data.dataset import PreferenceDataset
+from ..data.fingerprints import digest_of
 from ..data.images import UndecodableImageError
-from ..data.sources import digest_of
 from ..data.transforms import PairDraws
 from .shards import ShardStore
 
-MOMENTS, SIZES = "moments", "sizes"  # names of the two tensors in the row of an image
+MOMENTS = "moments"  # name of a tensor in the row of an image
+SIZES = "sizes"  # name of the other one
 UNREADABLE = "unreadable"  # tensor that replaces the encoding of an edit if a source image cannot be decoded
-Place = tuple[int, int, int]  # row of source images, which of them are cropped with their pair, and its bucket
-Edit = tuple[Place, bool, str]  # place of the source images, whether they are mirrored, and prompt
-PLAIN, MIRRORED = PairDraws(0.0, 0.0, 1.0, 1.0, 0), PairDraws(0.0, 0.0, 0.0, 1.0, 0)  # for crops at the center
+SourceKey = tuple[int, int, int]  # row of source images, which of them are cropped with their pair, and its bucket
+Edit = tuple[SourceKey, bool, str]  # key of the source images, whether they are mirrored, and prompt
+PLAIN = PairDraws(0.0, 0.0, 1.0, 1.0, 0)  # for crops at the center
+MIRRORED = PairDraws(0.0, 0.0, 0.0, 1.0, 0)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class ImageRows:
         return self.flips and draws is not None and draws.flip < 0.5
 
 
-def distinct(texts: Iterable[str | Edit]) -> tuple[list[Any], np.ndarray]:
+def sorted_by_hash(texts: Iterable[str | Edit]) -> tuple[list[Any], np.ndarray]:
     """Return the distinct prompts or edits and their hashes (int64). Both are sorted by hash."""
     digests = {text: digest_of(text if isinstance(text, str) else text_of_edit(*text)) for text in set(texts)}
     ordered = sorted(digests, key=digests.__getitem__)
@@ -112,9 +114,9 @@ def distinct(texts: Iterable[str | Edit]) -> tuple[list[Any], np.ndarray]:
     return ordered, array
 
 
-def text_of_edit(place: Place, is_mirrored: bool, prompt: str) -> str:
-    """Return a text that identifies an edit: the place of the source images, their flip and the prompt."""
-    return f"{place} {'mirrored' if is_mirrored else 'plain'} {prompt}"
+def text_of_edit(key: SourceKey, is_mirrored: bool, prompt: str) -> str:
+    """Return a text that identifies an edit: the key of its source images, their flip and the prompt."""
+    return f"{key} {'mirrored' if is_mirrored else 'plain'} {prompt}"
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class EncodedPairs:
     images: ShardStore  # encoded images
     rows: ImageRows  # row numbers in `images`
     prompts: ShardStore  # one row for each distinct prompt or edit, in the order of `digests`
-    digests: np.ndarray  # sorted hashes of the prompts or edits, from [`distinct`]
+    digests: np.ndarray  # sorted hashes of the prompts or edits, from [`sorted_by_hash`]
     on_host: Sequence[str] = ()  # names of the prompt tensors that the family reads on the CPU
 
     def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
@@ -150,11 +152,11 @@ class EncodedPairs:
             "is_mirrored": self.rows.is_mirrored(draws, epoch, pair),
         }
 
-    def conditioning(self, prompt: str, edited: tuple[Place, bool] | None = None) -> dict[str, dict[str, Any]]:
+    def conditioning(self, prompt: str, edited: tuple[SourceKey, bool] | None = None) -> dict[str, dict[str, Any]]:
         """Return an encoded prompt: tensors without a batch axis, and Python numbers as `host_conditioning`.
 
         Args:
-            edited (`tuple[Place, bool]`, *optional*): Place of the source images that the prompt edits, and whether
+            edited (`tuple[SourceKey, bool]`, *optional*): Key of the source images that the prompt edits, and whether
                 they are mirrored.
 
         Raises:

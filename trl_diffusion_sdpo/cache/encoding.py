@@ -35,14 +35,15 @@ from .encoded_pairs import (
     Edit,
     EncodedPairs,
     ImageRows,
-    distinct,
+    sorted_by_hash,
 )
 from .key import EncoderKey
 from .shards import ShardStore, complete
 
 logger = logging.getLogger(__name__)
 
-LATENTS, PROMPTS = "latents", "prompts"  # subfolders
+LATENTS = "latents"  # subfolder
+PROMPTS = "prompts"  # subfolder
 SHARD_PIXELS = 256 * 512 * 512  # number of image pixels per shard file. A killed process loses at most one shard
 SHARD_IMAGES = 256  # largest number of encoded images per shard file, because reading a row lists the shard's names
 SHARD_PROMPTS = 64
@@ -97,7 +98,10 @@ class PairEncoding:
     VAE and text encoders are loaded only if something must be encoded."""
 
     def __init__(self, frozen: FrozenComponents, key: EncoderKey, settings: EncodingSettings) -> None:
-        self._frozen, self._key, self._settings, self._peers = frozen, key, settings, settings.peers
+        self._frozen = frozen
+        self._key = key
+        self._settings = settings
+        self._peers = settings.peers
         self.report = EncodingReport()
 
     @property
@@ -105,22 +109,17 @@ class PairEncoding:
         """Folder of all caches."""
         return self._settings.folder
 
-    def add_to(self, dataset: Any, name: str) -> None:
+    def add_to(self, dataset: PreferenceDataset, name: str) -> None:
         """Make a data set read encoded pairs from a cache. All processes must call this method together.
 
         Args:
             name (`str`): Name of the data set in error messages and logs.
 
         Raises:
-            ValueError: If the data are a stream, if a prompt's encoding depends on the other prompts of its batch, if
-                the cache cannot be written, or if processes do not see the files that other processes write.
+            ValueError: If a prompt's encoding depends on the other prompts of its batch, if the cache cannot be
+                written, or if processes do not see the files that other processes write.
             DiskFullError: If the disk is full. The shards that were already written stay in the cache.
         """
-        if not isinstance(dataset, PreferenceDataset):
-            raise ValueError(
-                f"`precompute_latents=True` needs data whose rows can be read again, and the {name} data are a stream. "
-                "Load the data without `streaming=True`, or set `precompute_latents=False`."
-            )
         prompts = 2 if dataset.has_loser_prompts else 1
         check_prompt_padding("precompute_latents", self._frozen.family, self._settings.largest_batch, prompts)
         cache = self._cache_of(dataset, name)
@@ -131,10 +130,11 @@ class PairEncoding:
     # ---- Which cache ----------------------------------------------------------------------------------------------
 
     def _cache_of(self, dataset: PreferenceDataset, name: str) -> _Cache:
-        family, rows = self._frozen.family, ImageRows.of(dataset, self._settings.crops)
+        family = self._frozen.family
+        rows = ImageRows.of(dataset, self._settings.crops)
         texts: list[Any]
         with failing_together(RuntimeError):
-            texts, digests = distinct(dataset.edits() if dataset.has_sources else {*dataset.prompts(), ""})
+            texts, digests = sorted_by_hash(dataset.edits() if dataset.has_sources else {*dataset.prompts(), ""})
         data = dataset.fingerprint(thorough=True, peers=self._peers)
         images = {
             "vae": self._key.facts["vae"],
@@ -288,7 +288,9 @@ class PairEncoding:
             listed = "".join(f"\n  {reason}" for _, reason in bad[:MAX_EXAMPLES])
             logger.warning(
                 "%s data: %d images cannot be decoded. The next readable pair replaces pairs with these images:%s",
-                *(name, len(bad), listed),
+                name,
+                len(bad),
+                listed,
             )
 
 
@@ -339,12 +341,13 @@ class _ImageBatches:
     """Encodes the images of a shard in batches of equal image size, and collects the shard's rows."""
 
     def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], bar: Any) -> None:
-        self._encode, self._bar = encode, bar
+        self._encode = encode
+        self._bar = bar
         self._waiting: dict[torch.Size, list[tuple[int, torch.Tensor]]] = {}
         self._rows: dict[int, dict[str, torch.Tensor]] = {}
 
     def add(self, row: int, pixels: torch.Tensor, sizes: list[Any]) -> None:
-        """Add the image of a row: its uint8 pixels `(3, H, W)`, and the sizes to store in the row."""
+        """Queue an image (uint8, `(3, H, W)`) for encoding. `sizes` is stored next to its latents."""
         self._rows[row] = {SIZES: torch.tensor(sizes, dtype=torch.int32)}
         waiting = self._waiting.setdefault(pixels.shape, [])
         waiting.append((row, pixels))
@@ -375,7 +378,8 @@ class _Results(Dataset):
     undecodable."""
 
     def __init__(self, function: Callable[[Any], Any], arguments: Sequence[Any] | np.ndarray) -> None:
-        self._function, self._arguments = function, arguments
+        self._function = function
+        self._arguments = arguments
 
     def __len__(self) -> int:
         return len(self._arguments)
@@ -398,8 +402,8 @@ def _decoded_variants(dataset: PreferenceDataset, rows: ImageRows, image: int) -
 
 
 def _decoded_sources(dataset: PreferenceDataset, edit: Edit) -> list[Image.Image]:
-    place, is_mirrored, _ = edit
-    return dataset.sources_at(place, is_mirrored)
+    key, is_mirrored, _ = edit
+    return dataset.sources_of(key, is_mirrored)
 
 
 def _own_share(shards: np.ndarray, peers: Peers) -> list[int]:

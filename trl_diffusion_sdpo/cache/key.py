@@ -30,7 +30,9 @@ class EncoderKey:
     """Cache key that identifies VAE and text encoders. Other models or other settings have another key."""
 
     def __init__(self, frozen: FrozenComponents, loaded: LoadedModel, peers: Peers = ALONE) -> None:
-        self._frozen, self._loaded, self._peers = frozen, loaded, peers
+        self._frozen = frozen
+        self._loaded = loaded
+        self._peers = peers
 
     @functools.cached_property
     def facts(self) -> dict[str, dict[str, Any]]:
@@ -39,7 +41,8 @@ class EncoderKey:
         return self._peers.first(self._facts)
 
     def _facts(self) -> dict[str, dict[str, Any]]:
-        family, options = self._frozen.family, self._loaded.options
+        family = self._frozen.family
+        options = self._loaded.options
         dtypes = {name: str(getattr(family.pipeline, name).dtype) for name in family.frozen_components}
         configuration: Any = self._loaded.denoiser.config  # sets FLUX.1's prompt length
         common = {
@@ -63,7 +66,8 @@ class EncoderKey:
 
     def _files(self) -> dict[str, Any] | None:
         """Describe the model's files, or its commit on the Hub. Return `None` if the model was not loaded from them."""
-        origin, options = self._loaded.name_or_path, self._loaded.options
+        origin = self._loaded.name_or_path
+        options = self._loaded.options
         if origin is None or not options or any(isinstance(value, nn.Module) for value in options.values()):
             return None
         source = describe_source(origin, **options)

@@ -69,7 +69,10 @@ class ReferenceErrors:
         engine: Engine,
         settings: ErrorSettings,
     ):
-        self._forward, self._reference, self._denoiser, self._engine = forward, reference, denoiser, engine
+        self._forward = forward
+        self._reference = reference
+        self._denoiser = denoiser
+        self._engine = engine
         self._settings = settings
 
     def add_to(self, dataset: PreferenceDataset) -> None:

@@ -27,7 +27,9 @@ from ..utils.processes import Peers
 logger = logging.getLogger(__name__)
 
 FORMAT = 4  # version of the file format; every key contains it
-KEY_FILE, LOCK_FILE, PARTIAL = "key.json", ".lock", ".partial"
+KEY_FILE = "key.json"
+LOCK_FILE = ".lock"
+PARTIAL = ".partial"  # ending of the names of unfinished files
 OF_DATA = ("data", "prompts")  # entries of keys that say of which data the rows are
 OPEN_SHARDS = 64  # Linux allows a process 65,530 memory maps, and millions of pairs have more shards
 POLL_SECONDS = 5.0  # time between two attempts to get a lock that another run has

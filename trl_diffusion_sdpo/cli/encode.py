@@ -51,12 +51,13 @@ def _encode_alone(
     from trl import get_quantization_config
 
     from ..cache.key import EncoderKey
+    from ..data.dataset import PreferenceDataset
     from ..engines.processes import peers
     from ..models.adapters import lora_config
     from ..saving.starting_point import starting_point
     from ..trainer.components import load_policy, pair_encoding, place_frozen_components  # slow import
     from ..trainer.config.complete import check_resolution, complete_args, copy_and_check_args
-    from ..trainer.data_preparation import check_source_column, prepare_pairs
+    from ..trainer.run_data import check_source_column, prepare_pairs
 
     train_dataset, eval_dataset = training.load_data(script_args, training_args, model_args)
     model, lora = model_args.model_name_or_path, lora_config(model_args)
@@ -74,6 +75,7 @@ def _encode_alone(
             is_training = dataset is train_dataset
             pairs = prepare_pairs(dataset, args, loss, name=name, training=is_training)
             check_source_column(pairs, loaded.family, args, name=name, training=is_training)
+            assert isinstance(pairs, PreferenceDataset)  # `precompute_latents` refuses streams
             encoding.add_to(pairs, name)
     return encoding
 

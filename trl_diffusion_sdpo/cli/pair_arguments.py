@@ -13,7 +13,7 @@ from trl import ScriptArguments
 
 from ..data.holdout import hold_out
 from ..data.loading import has_one_split, load_pairs
-from ..data.sources import PairMixture
+from ..data.mixtures import PairMixture
 
 if TYPE_CHECKING:
     from ..trainer import DiffusionSDPOConfig

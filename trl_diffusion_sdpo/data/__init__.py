@@ -5,8 +5,8 @@ from .dataset import PairOptions, PreferenceCollator, PreferenceDataset
 from .formats import FORMATS, detect_format
 from .images import UndecodableImageError, decode_image
 from .loading import load_pairs
-from .preparing import prepare_dataset
-from .sources import PairMixture
+from .mixtures import PairMixture
+from .rows_to_pairs import prepare_dataset
 from .streaming import PreferenceIterableDataset
 from .transforms import PairDraws, PairTransform, pixels_as_floats
 

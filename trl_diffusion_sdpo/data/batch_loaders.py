@@ -21,6 +21,7 @@ from ..utils._compat import keeps_order, start_method
 from ..utils.processes import Peers, forks_by_default, usable_cores
 from .dataset import PreferenceDataset
 from .pairs import Pairs
+from .stream_position import READ
 from .streaming import PreferenceIterableDataset
 from .worker_processes import CollateIntoSharedMemory, WorkerStart
 
@@ -34,14 +35,16 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass
-class CollateAfterResuming:
-    """Collator for a stream that resumes at a position. Batches before the position are returned as empty dictionaries,
-    which accelerate skips."""
+class CollateStream:
+    """Collator for a stream in training, whose batches say how far the stream has been read. Batches before the
+    position at which the stream resumes are returned as empty dictionaries, which accelerate skips."""
 
     collate: Callable[[list[Any]], Any]
 
     def __call__(self, items: list[Any]) -> Any:
-        return {} if items[0] is None else self.collate(items)
+        if items[0] is None:
+            return {}
+        return {**self.collate(items), READ: items[-1][READ]}
 
 
 class BatchLoaders:
@@ -56,7 +59,7 @@ class BatchLoaders:
         """Return a loader of this process's training batches, with pairs in the order of `sampler`."""
         seed = partial(seed_worker, num_workers=self._args.dataloader_num_workers, rank=self._args.process_index)
         if isinstance(dataset, PreferenceIterableDataset):
-            collate = CollateAfterResuming(collate)
+            collate = CollateStream(collate)
         elif isinstance(dataset, PreferenceDataset) and self._args.process_index == 0:
             warn_of_large_steps(len(dataset), batch_size, self._args)
         return self._make(dataset, batch_size, sampler, collate, WorkerStart(seed))

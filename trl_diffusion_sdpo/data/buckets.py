@@ -10,6 +10,7 @@ from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
 from math import isqrt
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -87,7 +88,8 @@ class AspectRatioBuckets:
         Returns:
             `np.ndarray` of shape `(P,)`, uint16: Indices into `sizes`.
         """
-        heights, widths = sizes[:, 0] * sizes[:, 2], sizes[:, 1] * sizes[:, 3]
+        heights = sizes[:, 0] * sizes[:, 2]
+        widths = sizes[:, 1] * sizes[:, 3]
         numbers = np.zeros(len(sizes), dtype=np.uint16)
         for (height, width), (next_height, next_width) in pairwise(self.sizes):
             # Comparing products of sides, in integers, gives the same order as comparing mean log aspect ratios.
@@ -118,11 +120,14 @@ class PairSizes:
         return {size: count for size, count in zip(self.sizes, never.tolist(), strict=True) if count}
 
 
-class Repeated(int):
-    """Index of a pair that is repeated to fill up a batch. Evaluations ignore the result of the repetition."""
+class PairKey(NamedTuple):
+    """Key of an item in a batch of one size."""
+
+    pair: int  # index of the pair
+    is_repeated: bool  # whether the pair only fills up the batch, so that evaluations ignore its result
 
 
-class BucketSampler(Sampler[int]):
+class BucketSampler(Sampler[PairKey]):
     """Sampler that orders pairs so that every `group` consecutive pairs have the same size.
 
     The sampler shuffles the pairs, and then cuts each bucket's pairs into groups. Groups are ordered by the position of
@@ -149,7 +154,11 @@ class BucketSampler(Sampler[int]):
         epoch: Callable[[], int] | None = None,
         drop_last: bool = False,
     ) -> None:
-        self._pairs, self._group, self._seed, self._epoch, self._drop_last = pairs, group, seed, epoch, drop_last
+        self._pairs = pairs
+        self._group = group
+        self._seed = seed
+        self._epoch = epoch
+        self._drop_last = drop_last
         counts = np.bincount(pairs.numbers)
         self._length = int((counts // group if drop_last else -(-counts // group)).sum()) * group
         if not self._length:
@@ -162,11 +171,9 @@ class BucketSampler(Sampler[int]):
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[int]:
-        for rows, repeated in zip(*self._groups(), strict=True):
-            real = len(rows) - int(repeated.sum())
-            yield from rows[:real].tolist()
-            yield from map(Repeated, rows[real:].tolist())
+    def __iter__(self) -> Iterator[PairKey]:
+        pairs, are_repeated = self._groups()
+        yield from map(PairKey, pairs.ravel().tolist(), are_repeated.ravel().tolist())
 
     def _groups(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the pairs of each group, `(groups, group)`, and a mask of the repeated pairs that fill up a group."""
@@ -175,7 +182,8 @@ class BucketSampler(Sampler[int]):
             order = np.random.default_rng([self._seed, self._epoch(), 0, ORDER]).permutation(order)
         numbers = self._pairs.numbers[order]
         by_bucket = np.argsort(numbers, kind="stable")
-        positions, repeated = [], []
+        positions = []
+        repeated = []
         for members in np.split(by_bucket, np.cumsum(np.bincount(numbers))[:-1]):
             count = len(members) // self._group if self._drop_last else -(-len(members) // self._group)
             filled = np.resize(members, count * self._group)  # repeats the first pairs of the bucket

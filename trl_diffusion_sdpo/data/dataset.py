@@ -19,13 +19,14 @@ from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from ..utils.processes import ALONE, Peers
 from ..utils.score_scale import ScoreReading
 from . import data_report
-from .buckets import AspectRatioBuckets, BucketSampler, PairSizes, Repeated
+from .buckets import AspectRatioBuckets, BucketSampler, PairKey, PairSizes
 from .data_report import BadDataError, DataReport, evenly_spaced
 from .images import SCHEMES, ImageReader, Size, UndecodableImageError
+from .pair_table import PairTable
 from .pairs import Pairs
 from .permuted_losers import PermutedLosers
-from .sources import PairSource, PairTable, StoredImage, pairs_fingerprint
-from .transforms import PairDraws, PairTransform, place_masks
+from .sources import PairSource, StoredImage
+from .transforms import PairDraws, PairTransform, fit_masks
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,11 @@ class PairOptions:
         distinct_epochs (`int`, *optional*): Number of epochs after which the random numbers of a map-style data set
             repeat. By default, random numbers never repeat.
         use_scores (`bool`): Whether to read score columns if they exist. Rows without a score are then dropped.
+        needs_scores (`str`): The setting that needs score columns, for the message if the data have none, such as
+            "`pair_weights`". By default, none does.
+        needs_masks (`str`): The setting that needs a mask column, in the same way.
+        needs_all_rows (`Sequence[str]`): Further settings for which all rows must be read before the first batch, so
+            that they cannot be used with a stream.
         score_reading (`ScoreReading`, *optional*): What the loss needs of the scores.
         swap_labels (`bool`): Whether to exchange winner and loser of every pair.
         number_columns (`Sequence[str]`): Columns of a map-style data set that must have finite numbers in every row.
@@ -79,6 +85,9 @@ class PairOptions:
     repeat: bool = False
     distinct_epochs: int | None = None
     use_scores: bool = True
+    needs_scores: str = ""
+    needs_masks: str = ""
+    needs_all_rows: Sequence[str] = ()
     score_reading: ScoreReading | None = None
     swap_labels: bool = False
     number_columns: Sequence[str] = ()
@@ -149,7 +158,10 @@ class PreferenceDataset(Pairs):
         losers: PermutedLosers | None = None,
         source_sizes: Mapping[Size, set[tuple[Size, ...]]] | None = None,
     ) -> None:
-        self._source, self._pairs, self._options, self._report = source, pairs, options, report
+        self.source = source  # rows that the pairs are made from
+        self._pairs = pairs
+        self._options = options
+        self._report = report
         self._epoch = new_epoch()
         self._losers = losers
         self._encoded: Any = None  # `EncodedPairs`: latents and embeddings that replace images and prompts
@@ -165,7 +177,8 @@ class PreferenceDataset(Pairs):
 
     # ---- Reading --------------------------------------------------------------------------------------------------
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, key: int | PairKey) -> dict[str, Any]:
+        index, is_repeated = key if isinstance(key, PairKey) else (key, False)
         wanted = range(len(self))[index]
         buckets = self._pairs.columns.get("size")
         for pair in chain(range(wanted, len(self)), range(wanted)):  # the next good pair replaces a bad pair
@@ -176,20 +189,21 @@ class PreferenceDataset(Pairs):
             except UndecodableImageError as error:
                 self._reject_at_read(pair, error)
                 continue
-            return item if buckets is None else item | {"repeated": isinstance(index, Repeated)}
+            return item if buckets is None else item | {"repeated": is_repeated}
         size = "" if buckets is None else " of {} x {} pixels".format(*self.target_size(wanted))
         advice = "`verify_images='all'` drops undecodable pairs before training."
         raise BadDataError(f"No pair{size} of the data set can be decoded. {advice}\n{self.report}")
 
     def _item(self, pair: int, loser_pair: int | None = None) -> dict[str, Any]:
         """Return the item of a pair. If `loser_pair` is passed, the winner of `loser_pair` is the loser of the item."""
-        options, epoch = self._options, self._drawn_epoch
+        options = self._options
+        epoch = self._drawn_epoch
         draws = PairDraws.from_key(options.seed, epoch, pair)
         augmentation = draws if options.training else None  # crop and flip
-        places = self._pairs.places[pair].reshape(2, 2).tolist()
+        positions = self.positions[pair].reshape(2, 2).tolist()
         if loser_pair is not None:
-            places[1] = self._pairs.places[loser_pair, :2].tolist()
-        winner, loser = self._source.images(places, with_images=self._encoded is None)
+            positions[1] = self.positions[loser_pair, :2].tolist()
+        winner, loser = self.source.images(positions, with_images=self._encoded is None)
         if self._encoded is None:
             images = winner.decode(options.reader), loser.decode(options.reader)
             item = options.transform(*images, augmentation, self.target_size(pair))._asdict()
@@ -202,14 +216,14 @@ class PreferenceDataset(Pairs):
             loser_wins = loser_pair is not None  # the pair that it is taken from
             item["noise_seeds"] = winner.noise_seed(is_winner=True), loser.noise_seed(is_winner=loser_wins)
         if self._encoded is not None:
-            edited = (self._place_of_sources(pair), item["is_mirrored"]) if self.has_sources else None
+            edited = (self._source_key(pair), item["is_mirrored"]) if self.has_sources else None
             item |= self._encoded.conditioning(item["prompt"], edited)
             if self.has_loser_prompts:
                 item["loser_conditioning"] = self._encoded.conditioning(item["loser_prompt"], edited)
         elif self.has_sources:
-            item["sources"] = self._place_sources(
+            item["sources"] = self._fit_sources(
                 winner.sources(options.reader),
-                self._place_of_sources(pair),
+                self._source_key(pair),
                 item["is_mirrored"],
                 item["crop_top_lefts"][0],
             )
@@ -236,7 +250,7 @@ class PreferenceDataset(Pairs):
             if tuple(size) != tuple(target):
                 raise BadDataError(
                     "`noise_source='generated'` needs images at the size at which they were generated. Row "
-                    f"{self._pairs.places[pair, 0]} has an image of {size[0]} x {size[1]} pixels (height x width), but "
+                    f"{self.positions[pair, 0]} has an image of {size[0]} x {size[1]} pixels (height x width), but "
                     f"training uses {target[0]} x {target[1]}. Set `resolution` to the images' size."
                 )
 
@@ -250,7 +264,7 @@ class PreferenceDataset(Pairs):
         raise UndecodableImageError("has no loser: no image of another prompt can be decoded")
 
     def _reject_at_read(self, pair: int, error: UndecodableImageError, *, as_loser: bool = False) -> None:
-        rows = sorted(set(self._pairs.places[pair, [0, 0 if as_loser else 2]].tolist()))
+        rows = sorted(set(self.positions[pair, [0, 0 if as_loser else 2]].tolist()))
         where = f"{self._report.name} data, pair {pair} (rows {rows} of the source)"
         if as_loser:
             assert self._losers is not None
@@ -275,9 +289,10 @@ class PreferenceDataset(Pairs):
         """Set the factor by which each pair's loss is multiplied, `(P,)`."""
         self._pairs = self._pairs.with_columns(weight=weights.astype(np.float32))
 
-    def origins(self) -> tuple[PairSource, np.ndarray]:
-        """Return the source of the rows, and the row and image numbers of each pair's winner and loser, `(P, 4)`."""
-        return self._source, self._pairs.places
+    @property
+    def positions(self) -> np.ndarray:
+        """Row and image numbers of each pair's winner and loser, `(P, 4)`."""
+        return self._pairs.positions
 
     @property
     def reader(self) -> ImageReader:
@@ -286,7 +301,9 @@ class PreferenceDataset(Pairs):
 
     @property
     def sizes(self) -> PairSizes | None:
-        buckets, numbers = self._options.buckets, self._pairs.columns.get("size")
+        """Bucket of each pair, or `None` if all pairs are trained at the transform's `resolution`."""
+        buckets = self._options.buckets
+        numbers = self._pairs.columns.get("size")
         return None if buckets is None or numbers is None else PairSizes(buckets.sizes, numbers)
 
     def target_size(self, row: int) -> Size:
@@ -301,18 +318,19 @@ class PreferenceDataset(Pairs):
         return {prompt for _, prompts in self._prompts_by_row(first) for prompt in prompts}
 
     def _prompts_by_row(self, first: int | None = None) -> Iterator[tuple[int, tuple[str, ...]]]:
-        places, images = self._pairs.places[:first], [0]
-        if self._source.prompt_of_each_image:
+        positions = self.positions[:first]
+        images = [0]
+        if self.source.prompt_of_each_image:
             columns = [1, 3] if self.has_loser_prompts else [1]
-            images = np.unique(places[:, columns].clip(max=1)).tolist()
-        rows = np.unique(places[:, 0])
-        prompts = zip(*(self._source.prompts_of_rows(rows, image) for image in images), strict=True)
+            images = np.unique(positions[:, columns].clip(max=1)).tolist()
+        rows = np.unique(positions[:, 0])
+        prompts = zip(*(self.source.prompts_of_rows(rows, image) for image in images), strict=True)
         yield from zip(rows.tolist(), prompts, strict=True)
 
     def fingerprint(self, *, thorough: bool = False, peers: Peers = ALONE) -> dict[str, Any]:
-        """Return hashes that identify these pairs; see [`pairs_fingerprint`]. If `thorough`, pair weights are not
+        """Return hashes that identify these pairs; see [`PairSource.fingerprint`]. If `thorough`, pair weights are not
         hashed."""
-        facts = peers.first(lambda: pairs_fingerprint(self._source, self._pairs, thorough=thorough))
+        facts = peers.first(lambda: self.source.fingerprint(self._pairs, thorough=thorough))
         if not thorough and "weight" in self._pairs.columns:
             facts["pair_weights"] = hashlib.sha256(self._pairs.columns["weight"].tobytes()).hexdigest()[:16]
         return facts if self.sizes is None else facts | {"sizes": self.sizes.fingerprint()}
@@ -358,9 +376,9 @@ class PreferenceDataset(Pairs):
 
     def _problem_of(self, pair: int) -> tuple[int, str] | None:
         """Decode a pair's images. Return the row of the first bad image and the reason, or `None` if both are good."""
-        for row, image in self._pairs.places[pair].reshape(2, 2).tolist():
+        for row, image in self.positions[pair].reshape(2, 2).tolist():
             try:
-                self._source.images([(row, image)])[0].decode(self._options.reader)
+                self.source.images([(row, image)])[0].decode(self._options.reader)
             except UndecodableImageError as error:
                 return row, str(error)
         return None
@@ -370,8 +388,8 @@ class PreferenceDataset(Pairs):
         Permuted losers are always other images."""
         if self._losers is not None:
             return [False]
-        sample = self._pairs.places[evenly_spaced(len(self), data_report.SAMPLED_PAIRS)].reshape(-1, 2, 2).tolist()
-        return [winner.is_same(loser) for winner, loser in map(self._source.images, sample)]
+        sample = self.positions[evenly_spaced(len(self), data_report.SAMPLED_PAIRS)].reshape(-1, 2, 2).tolist()
+        return [winner.is_same(loser) for winner, loser in map(self.source.images, sample)]
 
     def _forget_undecodable(self) -> None:
         """Clear the mask of undecodable pairs, which workers share, so that all pairs are tried again."""
@@ -391,8 +409,8 @@ class PreferenceDataset(Pairs):
         """Epoch on which random numbers depend: 0 in evaluations, else the epoch modulo `distinct_epochs`, if set."""
         if not self._options.training:
             return 0
-        distinct = self._options.distinct_epochs
-        return int(self._epoch) if distinct is None else int(self._epoch) % distinct
+        repeats_after = self._options.distinct_epochs
+        return int(self._epoch) if repeats_after is None else int(self._epoch) % repeats_after
 
     @property
     def seed(self) -> int:
@@ -410,7 +428,7 @@ class PreferenceDataset(Pairs):
         count = min(count, len(self))
         return [self[i * len(self) // count] for i in range(count)]
 
-    def sampler(self, group: int, *, shuffled: bool = False, drop_last: bool = False) -> Sampler[int]:
+    def sampler(self, group: int, *, shuffled: bool = False, drop_last: bool = False) -> Sampler[Any]:
         if self.sizes is None:
             return RandomSampler(self) if shuffled else SequentialSampler(self)
         epoch = (lambda: self.epoch) if shuffled else None
@@ -473,55 +491,56 @@ class PreferenceDataset(Pairs):
     @property
     def augmentations(self) -> tuple[bool, bool]:
         """Whether images may be mirrored, and whether they are cropped at random."""
-        transform, training = self._options.transform, self._options.training
+        transform = self._options.transform
+        training = self._options.training
         return training and transform.random_flip, training and not transform.center_crop
 
     def edits(self) -> Iterator[tuple[tuple[int, int, int], bool, str]]:
-        """Yield each edit that items can contain: place of the source images, whether these are mirrored, and
-        prompt."""
+        """Yield each edit that items can contain: key of the source images, whether these are mirrored, and prompt."""
         flips, _ = self.augmentations
         empty = ("",) if self._options.training and self._options.prompt_dropout else ()
         prompts = dict(self._prompts_by_row())
-        for pair, row in enumerate(self._pairs.places[:, 0].tolist()):
+        for pair, row in enumerate(self.positions[:, 0].tolist()):
             for is_mirrored in (False, True) if flips else (False,):
                 for prompt in prompts[row] + empty:
-                    yield self._place_of_sources(pair), is_mirrored, prompt
+                    yield self._source_key(pair), is_mirrored, prompt
 
-    def _place_of_sources(self, pair: int) -> tuple[int, int, int]:
+    def _source_key(self, pair: int) -> tuple[int, int, int]:
         """Return what the sources of a pair depend on: their row, which of them are cropped with the pair (a number
         with one bit for each), and its bucket."""
         bucket = 0 if self.sizes is None else int(self.sizes.numbers[pair])
-        return int(self._pairs.places[pair, 0]), int(self._pairs.columns["sources_cut"][pair]), bucket
+        return int(self.positions[pair, 0]), int(self._pairs.columns["sources_cut"][pair]), bucket
 
-    def sources_at(self, place: tuple[int, int, int], is_mirrored: bool) -> list[Image.Image]:
-        """Return the source images at a place of `edits`, cropped at the center, as items have them.
+    def sources_of(self, key: tuple[int, int, int], is_mirrored: bool) -> list[Image.Image]:
+        """Return the source images with a key of `edits`, cropped at the center, as items have them.
 
         Raises:
             UndecodableImageError: If the row has no source image, or one of them cannot be decoded.
         """
-        sources = self._source.images([(place[0], 0)])[0].sources(self._options.reader)
-        return self._place_sources(sources, place, is_mirrored)
+        sources = self.source.images([(key[0], 0)])[0].sources(self._options.reader)
+        return self._fit_sources(sources, key, is_mirrored)
 
-    def _place_sources(
-        self, sources: list[Image.Image], place: tuple[int, int, int], is_mirrored: bool, corner: Size | None = None
+    def _fit_sources(
+        self, sources: list[Image.Image], key: tuple[int, int, int], is_mirrored: bool, corner: Size | None = None
     ) -> list[Image.Image]:
         """Resize, mirror and crop source images exactly as the images of their pair, whose crop has its top left corner
         at `corner`, by default at the center. Sources that stay whole are only mirrored."""
-        transform, buckets = self._options.transform, self._options.buckets
-        _, are_cut, bucket = place
+        transform = self._options.transform
+        buckets = self._options.buckets
+        _, are_cut, bucket = key
         target = (transform.height, transform.width) if buckets is None else buckets.sizes[bucket]
-        placed = []
+        fitted = []
         for number, source in enumerate(sources):
             if are_cut >> number & 1:
-                placed.append(transform.cut(source, corner, target, is_mirrored=is_mirrored))
+                fitted.append(transform.cut(source, corner, target, is_mirrored=is_mirrored))
             else:
-                placed.append(ImageOps.mirror(source) if is_mirrored else source)
-        return placed
+                fitted.append(ImageOps.mirror(source) if is_mirrored else source)
+        return fitted
 
     def image_numbers(self) -> np.ndarray:
         """Return a number for each image of each pair, int64 of shape `(P, 2)`. Images with equal numbers have equal
         pixels, apart from flips and random crops."""
-        images = self._pairs.places.reshape(-1, 2, 2).astype(np.int64)
+        images = self.positions.reshape(-1, 2, 2).astype(np.int64)
         numbers = images[..., 0] * (images[..., 1].max(initial=0) + 1) + images[..., 1]
         return numbers if self.sizes is None else numbers * len(self.sizes.sizes) + self.sizes.numbers[:, None]
 
@@ -534,8 +553,8 @@ class PreferenceDataset(Pairs):
         Raises:
             UndecodableImageError: If the image cannot be decoded.
         """
-        place = self._pairs.places[pair, 2 * side : 2 * side + 2].tolist()
-        decoded = self._source.images([place])[0].decode(self._options.reader)
+        position = self.positions[pair, 2 * side : 2 * side + 2].tolist()
+        decoded = self.source.images([position])[0].decode(self._options.reader)
         made = (self._options.transform.image(decoded, draw, self.target_size(pair)) for draw in draws)
         return [(pixels, (decoded.height, decoded.width), corner) for pixels, corner in made]
 
@@ -567,7 +586,7 @@ def complete_item(
     if winner.format.mask_columns:
         first = options.reader.decode_mask(winner.mask)
         second = first if loser.mask == winner.mask else options.reader.decode_mask(loser.mask)
-        item["masks"] = place_masks([first, second], item, options.transform)
+        item["masks"] = fit_masks([first, second], item, options.transform)
 
 
 @dataclass

@@ -1,7 +1,12 @@
-"""Column formats of published preference data sets, and the pairs that follow from their labels.
+"""Formats of preference data: what the columns of a row are called, and which pairs follow from their labels.
 
 `FORMATS` has one entry per format. A format turns the label of a row into one score per image. A larger score is
 better. [`compare`] turns scores into winners, losers and ties. This module reads no images.
+
+Whatever else can be trained on has rows in one of these formats. Lines of Flow-Factory become rows of `canonical` here,
+in [`flow_factory_row`]. Folders of images become rows of `canonical`, or of `hpdv2` if their names are ranked
+(`image_folders.py`). A stream has the same rows as a table, one after the other (`streaming.py`). Files and names of
+images are found by `loading.py`, which looks at no label.
 """
 
 from __future__ import annotations
@@ -22,7 +27,8 @@ SEED_COLUMNS = ("chosen_noise_seed", "rejected_noise_seed")  # seeds of the CPU 
 TEXT = ("string", "large_string")
 LARGEST = 1e9  # a larger score or weight would outweigh those of all other pairs together
 SHOWN = 60  # characters of a prompt in a reason
-VALID, INVALID = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")  # words of a validity column
+VALID = ("true", "1", "1.0", "yes")  # words of a validity column
+INVALID = ("false", "0", "0.0", "no")
 # Longest prompt, in characters. Text encoders read 77 to 1024 tokens of about 4 characters, so at 16 characters a token
 # nothing that they read is cut off. Longer texts, such as a book, would take minutes and gigabytes to tokenize.
 LONGEST_PROMPT = 1024 * 16
@@ -292,6 +298,7 @@ def resolve_format(
     *,
     use_scores: bool = True,
     score_reading: ScoreReading | None = None,
+    is_swapped: bool = False,
 ) -> PreferenceFormat:
     """Return the format of a data set, reduced to the columns that exist in the data set. If `dataset_format` is
     `None`, the columns determine the format.
@@ -301,6 +308,7 @@ def resolve_format(
             image to edit, because such a column usually names the origin of a row.
         use_scores (`bool`): Whether to read score columns. If score columns are read, every row needs scores.
         score_reading (`ScoreReading`, *optional*): How the run reads scores.
+        is_swapped (`bool`): Whether to exchange winner and loser of every pair.
 
     Raises:
         ValueError: If the columns do not fit the format, or if both the data and a setting say the scale of scores.
@@ -324,7 +332,8 @@ def resolve_format(
                 f"`dataset_format={dataset_format!r}` needs {row_format.describe()}; the data set has {columns} and "
                 f"lacks {lacking}. Rename columns, or leave `dataset_format` unset."
             )
-    image_columns, prompt_columns = row_format.image_columns, row_format.prompt_columns
+    image_columns = row_format.image_columns
+    prompt_columns = row_format.prompt_columns
     if row_format.other_image_columns:
         names = (*image_columns, *row_format.other_image_columns)
         image_columns = tuple(name for name in names if name in columns)[:1]
@@ -352,6 +361,7 @@ def resolve_format(
         score_columns=row_format.score_columns if has_scores else None,
         scale_column=SCALE_COLUMN if is_described else None,
         score_reading=reading,
+        is_swapped=is_swapped,
     )
 
 
@@ -366,7 +376,8 @@ def compare(scores: Sequence[float], *, ranked: bool = True) -> tuple[list[tuple
     Returns:
         `tuple`: Pairs `(winner, loser)` of indices into `scores`, and the number of ties.
     """
-    pairs, ties = [], 0
+    pairs = []
+    ties = 0
     for first, second in combinations(range(len(scores)), 2):
         if scores[first] == scores[second]:
             ties += 1
@@ -390,10 +401,13 @@ def pairs_in_group(
     """Yield the pairs of a group of rows. Call the function `reject` for bad prompts, bad labels and ties."""
     images: list[tuple[int, int]] = []
     scores: list[Any] = []
-    ranked, reward_scores, prompt_of_group = True, None, None
+    ranked = True
+    reward_scores = None
+    prompt_of_group = None
     for number, row in group:
         try:
-            labels, reward_scores = row_format.image_scores(row), row_format.reward_scores(row)
+            labels = row_format.image_scores(row)
+            reward_scores = row_format.reward_scores(row)
             prompts = [
                 row_format.whole_prompt(row, image) for image in range(2 if row_format.prompt_of_each_image else 1)
             ]
@@ -517,3 +531,32 @@ FORMATS: dict[str, PreferenceFormat] = {
         ),
     )
 }
+
+_IMAGES = [name for each in FORMATS.values() for name in (*each.image_columns, *each.other_image_columns)]
+_MASKS = ("mask", *(f"{name}_mask" for name in _IMAGES))
+IMAGE_COLUMNS = tuple(dict.fromkeys((*_IMAGES, *SOURCE_COLUMNS, *_MASKS)))  # of all formats
+PROMPT_COLUMNS = tuple(dict.fromkeys(name for each in FORMATS.values() for name in each.prompt_columns))
+
+
+# ---- Flow-Factory's JSONL (`schema_version` 2), whose columns are nested
+
+FLOW_FACTORY_COLUMNS = ("schema_version", "input", "supervision")
+
+
+def flow_factory_row(row: Mapping[str, Any], *, has_sources: bool) -> dict[str, Any]:
+    """Convert a line of Flow-Factory to a row of the format `canonical`. If the line is not a preference pair, its
+    prompt becomes `None`, which drops the row later."""
+    task = row["supervision"] or {}
+    is_pair = task.get("type") == "preference"
+    flat: dict[str, Any] = {"prompt": (row["input"] or {}).get("prompt") if is_pair else None}
+    for side in ("chosen", "rejected"):
+        flat[side] = next(iter(flow_factory_images(task.get(side))), None)
+    if has_sources:
+        flat["source_image"] = flow_factory_images(row["input"])
+    return flat
+
+
+def flow_factory_images(message: Mapping[str, Any] | None) -> list[str]:
+    """Return the names of the images in a message of Flow-Factory."""
+    media = (message or {}).get("media") or []
+    return [medium["path"] for medium in media if medium.get("type") == "image"]

@@ -1,5 +1,6 @@
-"""Reads pairs from folders of images that have no table of pairs. Two images form a pair if they have equal names in
-the folders `chosen` and `rejected`, or if their names differ only in a rank at the end. Prompts are in text files."""
+"""Lists the pairs in folders of images that have no table, as rows of a format in `formats.py`. Two images form a pair
+if they have equal names in the folders `chosen` and `rejected`, or if their names differ only in a rank at the end.
+Prompts are in text files."""
 
 from __future__ import annotations
 
@@ -141,9 +142,9 @@ def _read(folder: Path, has_sides: bool) -> FolderSplit:
         if reason:
             skipped[reason] += files
         elif has_sides:
-            rows.append({"prompt": texts.pop(), "chosen": paths[0], "rejected": paths[1]})
+            rows.append({"prompt": texts.pop(), "chosen": paths[0], "rejected": paths[1]})  # `canonical`
         else:
-            rows.append({"prompt": texts.pop(), "image_path": paths, "rank": list(ranks)})
+            rows.append({"prompt": texts.pop(), "image_path": paths, "rank": list(ranks)})  # `hpdv2`
     return FolderSplit(folder, rows, dict(skipped))
 
 

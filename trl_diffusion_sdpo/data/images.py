@@ -47,12 +47,24 @@ SCHEMES = ("file", "hf", "zip", "tar")
 HOW_TO_GO_ON = "The image may be good, so it is not skipped. Resume the run when the storage answers again."
 # `errno` values of a wrong path or a missing permission. Errors with other `errno` values may be temporary.
 PERMANENT_ERRORS = (
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
-    *(errno.EACCES, errno.EPERM),
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EINVAL,
+    errno.EACCES,
+    errno.EPERM,
 )
 ABSENT_OR_DAMAGED = (
-    *(FileNotFoundError, PermissionError, ValueError),
-    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError),
+    FileNotFoundError,
+    PermissionError,
+    ValueError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    EOFError,
+    KeyError,
 )
 # Beginning of bytes that replace an image in memory that cannot be stored. The reason follows.
 BAD_IMAGE = b"trl-diffusion-sdpo: bad image: "
@@ -142,7 +154,8 @@ class ImageReader:
             if image.format == "TIFF":  # Pillow itself rotates a TIFF while decoding
                 image.load()
                 image = _upright(image)
-                height, width = image.height, image.width
+                height = image.height
+                width = image.width
             else:
                 height, width = _upright_size(image)
             _check_sides(height, width)
@@ -242,7 +255,8 @@ def _image_errors(value: Any) -> Iterator[None]:
         elif isinstance(error, UnidentifiedImageError):
             message = "is not an image format that Pillow can read"
         elif _may_pass(error):
-            kind, message = UnreadableImageError, f"cannot be read ({type(error).__name__}: {error})"
+            kind = UnreadableImageError
+            message = f"cannot be read ({type(error).__name__}: {error})"
         name = value.get("path") if isinstance(value, Mapping) else value
         if isinstance(name, str | os.PathLike) and without_secrets(os.fspath(name)) not in message:
             message = f"{message}: {os.fspath(name)}"
@@ -256,6 +270,11 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno is not None:  # damaged images raise OSError without errno
         return error.errno not in PERMANENT_ERRORS
     return isinstance(error, MemoryError | TimeoutError | ConnectionError)
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return the images in one value of an image column as a list. The value is an image or a list of images."""
+    return value if isinstance(value, list) else [value]
 
 
 def is_image(path: Path) -> bool:

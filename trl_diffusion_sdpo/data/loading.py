@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 
 from ..utils.identity import describe_files, short_hash
-from .formats import FORMATS, SOURCE_COLUMNS
+from .formats import FLOW_FACTORY_COLUMNS, IMAGE_COLUMNS, PROMPT_COLUMNS, flow_factory_images, flow_factory_row
 from .image_folders import LAYOUTS, read_image_folder
 
 CARD_FILE = "README.md"
@@ -25,9 +25,6 @@ FILE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {  # file suffix -> build
     ".csv": ("csv", {}),
     ".tsv": ("csv", {"sep": "\t"}),
 }
-_COLUMNS = [name for each in FORMATS.values() for name in (*each.image_columns, *each.other_image_columns)]
-_IMAGE_COLUMNS = tuple(dict.fromkeys((*_COLUMNS, *SOURCE_COLUMNS, "mask", *(f"{name}_mask" for name in _COLUMNS))))
-_PROMPT_COLUMNS = tuple(dict.fromkeys(name for row_format in FORMATS.values() for name in row_format.prompt_columns))
 
 
 def load_pairs(
@@ -149,7 +146,7 @@ def _refuse_mixed_types(features: Mapping[str, Any]) -> None:
     """Raise `ValueError` if a column of prompts or images has values of several types, which `datasets` reads as
     JSON."""
     json_type: Any = getattr(datasets, "Json", ())
-    mixed = [name for name in (*_IMAGE_COLUMNS, *_PROMPT_COLUMNS) if isinstance(features.get(name), json_type)]
+    mixed = [name for name in (*IMAGE_COLUMNS, *PROMPT_COLUMNS) if isinstance(features.get(name), json_type)]
     if mixed:
         raise ValueError(
             "A column of prompts or images must have values of one type in all rows. These columns have values of "
@@ -162,11 +159,11 @@ def with_resolved_names(dataset: Any, folder: Path) -> Any:
 
     If neither has the file, return the path that the file would have in `folder`.
     """
-    dataset = with_flat_rows(dataset)
+    dataset = _with_flat_rows(dataset)
     features = dataset.features or {}
     names = dataset.column_names or list(next(iter(dataset), {}))
     _refuse_mixed_types(features)
-    columns = [name for name in _IMAGE_COLUMNS if name in names and not _is_image_feature(features.get(name))]
+    columns = [name for name in IMAGE_COLUMNS if name in names and not _is_image_feature(features.get(name))]
     if not columns:
         return dataset
     find = partial(_found, columns, os.path.abspath(folder))
@@ -178,29 +175,20 @@ def with_resolved_names(dataset: Any, folder: Path) -> Any:
     return dataset.map(find, batched=True, load_from_cache_file=False, desc="Finding images", **options)
 
 
-def with_flat_rows(dataset: Any) -> Any:
-    """Convert rows of Flow-Factory's JSONL (`schema_version` 2) to rows with `prompt`, `chosen` and `rejected`. If the
-    input of any row contains images, add the column `source_image`. Return data sets in other formats unchanged."""
+def _with_flat_rows(dataset: Any) -> Any:
+    """Convert lines of Flow-Factory to rows of the format `canonical`. If the input of any line contains images, add
+    the column `source_image`. Return other data sets unchanged."""
     names = dataset.column_names or list(next(iter(dataset), {}))
-    if not {"schema_version", "input", "supervision"} <= set(names):
+    if not set(FLOW_FACTORY_COLUMNS) <= set(names):
         return dataset
     is_stream = isinstance(dataset, datasets.IterableDataset)
-    has_sources = not is_stream and any(_images(row) for row in dataset["input"])
+    has_sources = not is_stream and any(map(flow_factory_images, dataset["input"]))
     return dataset.map(partial(_flat_row, has_sources), remove_columns=names)
 
 
 def _flat_row(has_sources: bool, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert one row. If the row is not a preference pair, its prompt becomes `None`, which drops the row later."""
-    task = row["supervision"] or {}
-    is_pair = task.get("type") == "preference"
-    flat = {"prompt": (row["input"] or {}).get("prompt") if is_pair else None}
-    flat |= {side: next(iter(_images(task.get(side))), None) for side in ("chosen", "rejected")}
-    return flat | ({"source_image": _images(row["input"])} if has_sources else {})
-
-
-def _images(message: Mapping[str, Any] | None) -> list[str]:
-    media = (message or {}).get("media") or []
-    return [medium["path"] for medium in media if medium.get("type") == "image"]
+    # `datasets` knows the rows, and so does a cache of latents, by the module and the name of this function.
+    return flow_factory_row(row, has_sources=has_sources)
 
 
 def _found(columns: Sequence[str], folder: str, *values: Any) -> dict[str, Any]:

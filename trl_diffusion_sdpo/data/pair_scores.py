@@ -7,7 +7,6 @@ import logging
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,8 @@ from ..losses.pair_weights import WeightFunction
 from ..utils.processes import ALONE, Peers
 from .dataset import PreferenceDataset
 from .images import ImageReader, UndecodableImageError
-from .sources import PairSource, numbers_of_rows
+from .number_columns import numbers_of_rows
+from .sources import PairSource
 
 logger = logging.getLogger(__name__)
 
@@ -69,21 +69,18 @@ class ScoreSettings:
     def _calibrates(self) -> bool:
         return self.calibrated and self.needs_scores
 
-    def apply_to(self, dataset: Any, peers: Peers = ALONE) -> None:
+    @property
+    def needs_all_rows(self) -> tuple[str, ...]:
+        """Names of the settings that need the scores or weights of all pairs before the first batch."""
+        settings = {"`pair_weights`": self.pair_weights is not None, "`calibrated_scores`": self._calibrates}
+        return tuple(name for name, is_set in settings.items() if is_set)
+
+    def apply_to(self, dataset: PreferenceDataset, peers: Peers = ALONE) -> None:
         """Compute and store calibrated scores and pair weights. All processes must call this method together.
 
         Raises:
-            ValueError: If the data are a stream, or if weights are negative or all 0.
+            ValueError: If weights are negative or all 0.
         """
-        if not isinstance(dataset, PreferenceDataset):
-            if self.pair_weights or self._calibrates:
-                setting = "pair_weights" if self.pair_weights else "calibrated_scores"
-                raise ValueError(
-                    f"`{setting}` needs the scores or weights of all pairs before the first batch. The "
-                    f"{dataset.report.name} data are a stream. Load the data without `streaming=True`, or remove the "
-                    "setting."
-                )
-            return
         if self.needs_scores:
             self._count_contradictions(dataset, peers)
         if self._calibrates:
@@ -122,24 +119,26 @@ class ScoreSettings:
         if len(weights) > 1 and (weights == weights[0]).all():
             logger.warning(
                 "`pair_weights=%r` has no effect, because all pairs of the %s data have the same weight.",
-                *(self.pair_weights, dataset.report.name),
+                self.pair_weights,
+                dataset.report.name,
             )
         return with_mean_one(weights).numpy()
 
 
 def _numbers(dataset: PreferenceDataset, column: str) -> torch.Tensor:
     """Return the K numbers that a column has for each of the P pairs, `(P, K)` in float64."""
-    source, index = dataset.origins()
-    if (index[:, 0] != index[:, 2]).any():
+    rows = dataset.positions[:, 0]
+    if (rows != dataset.positions[:, 2]).any():
         raise ValueError(
             f"`pair_weights={column!r}` needs one value for each pair. In the {dataset.report.name} data, the images "
             "of a pair are in two rows. Use a format with one row for each pair."
         )
-    return torch.from_numpy(numbers_of_rows(source.values(column), column)[0][index[:, 0]])
+    return torch.from_numpy(numbers_of_rows(dataset.source.values(column), column)[0][rows])
 
 
 def _weights_of_column(dataset: PreferenceDataset, column: str) -> torch.Tensor:
-    weights, what = _numbers(dataset, column), f"`pair_weights={column!r}`"
+    weights = _numbers(dataset, column)
+    what = f"`pair_weights={column!r}`"
     if weights.shape[1] != 1:
         raise ValueError(
             f"{what} must name a column with one number in each row. The rows have {weights.shape[1]} numbers."
@@ -176,12 +175,14 @@ def calibrate(dataset: PreferenceDataset) -> np.ndarray:
     An image is decoded only if another image of its prompt has the same score.
     """
     assert dataset.scores is not None
-    source, index = dataset.origins()
     numbers: dict[str, int] = {}
-    codes = [numbers.setdefault(prompt, len(numbers)) for prompt in source.prompts_of_rows(index[:, 0])]
+    texts = dataset.source.prompts_of_rows(dataset.positions[:, 0])
+    codes = [numbers.setdefault(text, len(numbers)) for text in texts]
     prompts = np.repeat(np.array(codes, dtype=np.int64), 2)
-    places, flat_scores = index.reshape(-1, 2), dataset.scores.reshape(-1)
-    images, prompts, scores = _different_images(source, dataset.reader, places, prompts, flat_scores)
+    positions = dataset.positions.reshape(-1, 2)
+    images, prompts, scores = _different_images(
+        dataset.source, dataset.reader, positions, prompts, dataset.scores.reshape(-1)
+    )
     order = np.argsort(prompts, kind="stable")
     calibrated = np.empty(len(order))
     sizes = np.unique(prompts, return_counts=True)[1]
@@ -194,14 +195,14 @@ def calibrate(dataset: PreferenceDataset) -> np.ndarray:
 
 
 def _different_images(
-    source: PairSource, reader: ImageReader, places: np.ndarray, prompts: np.ndarray, scores: np.ndarray
+    source: PairSource, reader: ImageReader, positions: np.ndarray, prompts: np.ndarray, scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """List the distinct images. Return the index of each image in this list, and the list's prompts and scores.
 
     Args:
-        places (`np.ndarray` of shape `(N, 2)`): Row of each image, and the image's number within the row.
+        positions (`np.ndarray` of shape `(N, 2)`): Row of each image, and the image's number within the row.
     """
-    rows = list(zip(prompts.tolist(), scores.tolist(), map(tuple, places.tolist()), strict=True))
+    rows = list(zip(prompts.tolist(), scores.tolist(), map(tuple, positions.tolist()), strict=True))
     alike = Counter((prompt, score) for prompt, score, _ in set(rows))
     contents: dict[tuple[int, int], str] = {}
     numbers: dict[tuple, int] = {}

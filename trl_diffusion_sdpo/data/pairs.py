@@ -67,7 +67,7 @@ class Pairs(Dataset[dict[str, Any]], ABC):
         itself in streams and in batches by image size."""
         return self.is_stream or self.sizes is not None
 
-    def sampler(self, group: int, *, shuffled: bool = False, drop_last: bool = False) -> Sampler[int] | None:
+    def sampler(self, group: int, *, shuffled: bool = False, drop_last: bool = False) -> Sampler[Any] | None:
         """Return a sampler of the pairs, with which every `group` consecutive pairs have the same size. A stream needs
         none, because its order is its own."""
         return None

@@ -9,7 +9,8 @@ from textwrap import shorten
 import numpy as np
 import torch
 
-from .sources import PairSource, digest_of
+from .fingerprints import digest_of
+from .sources import PairSource
 
 ROUNDS = 6  # rounds of random swaps in `derangement`
 LOSERS = 3  # last of four numbers that seed a permutation; three numbers seed a pair, so seeds differ
@@ -23,36 +24,36 @@ class PermutedLosers:
     Args:
         prompts (`np.ndarray` of shape `(P,)`): A number for each pair's prompt. No prompt may have more than half of
             the pairs.
-        images (`np.ndarray` of shape `(P, 2)`): Row of each pair's winner, and number of the image within the row.
         seed (`int`): Seed of the permutations.
     """
 
-    def __init__(self, prompts: np.ndarray, images: np.ndarray, seed: int) -> None:
-        self.images, self._prompts, self._seed = images, prompts, seed
+    def __init__(self, prompts: np.ndarray, seed: int) -> None:
+        self._prompts = prompts
+        self._seed = seed
         self._latest = (-1, prompts)  # epoch of the last permutation, and this permutation
         self.bad = torch.zeros(len(prompts), dtype=torch.uint8).share_memory_()  # mask of undecodable winners
 
     @classmethod
-    def of(cls, source: PairSource, index: np.ndarray, seed: int, name: str) -> PermutedLosers:
-        """Return permuted losers for pairs of a source. `index` `(P, 4)` has the row and image numbers of each pair's
-        winner and loser, and `name` is the name of the data in messages.
+    def of(cls, source: PairSource, rows: np.ndarray, seed: int, name: str) -> PermutedLosers:
+        """Return permuted losers for pairs of a source. `rows` `(P,)` are the rows of the winners, and `name` is the
+        name of the data in messages.
 
         Raises:
             ValueError: If a prompt has more than half of the pairs. Some pairs would then get a loser of their own
                 prompt.
         """
-        texts = source.prompts_of_rows(index[:, 0])
+        texts = source.prompts_of_rows(rows)
         digests = {text: digest_of(text) for text in set(texts)}
         prompts = np.array([digests[text] for text in texts], dtype=np.int64)
-        pair, count = most_common(prompts) if len(index) else (0, 0)
-        if 2 * count > len(index):
+        pair, count = most_common(prompts) if len(rows) else (0, 0)
+        if 2 * count > len(rows):
             prompt = shorten(texts[pair], 60, placeholder="…")
             raise ValueError(
                 "`losers='permute'` takes losers of other prompts, so no prompt may have more than half of the images. "
-                f"In the {name} data, the prompt {prompt!r} has {count} of {len(index)} images. Add images of other "
+                f"In the {name} data, the prompt {prompt!r} has {count} of {len(rows)} images. Add images of other "
                 "prompts, or remove some images of this prompt."
             )
-        return cls(prompts, index[:, :2], seed)
+        return cls(prompts, seed)
 
     def candidates(self, pair: int, epoch: int) -> Iterator[int]:
         """Yield the numbers of pairs whose winner may become the loser of `pair`. The permutation chooses the first of

@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import io
-import logging
-import math
 import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image
 
 from ..utils._compat import dataset_fingerprint
-from ..utils.files import file_facts
 from ..utils.processes import Peers, forks_by_default, usable_cores
-from ..utils.score_scale import SCALE_COLUMN, ScoreReading
-from .data_report import DataReport, evenly_spaced
-from .formats import (
-    SEED_COLUMNS,
-    LabelError,
-    PreferenceFormat,
-    Reject,
-    finite_number,
-    groups,
-    pairs_in_group,
-    resolve_format,
-)
-from .images import BAD_IMAGE, ImageReader, Size, UndecodableImageError, UnreadableImageError, decode_image
-
-logger = logging.getLogger(__name__)
-
-MAX_GROWTH = 100  # limit of the pairs of a weighted epoch, as a multiple of the pairs of all data sets
+from ..utils.score_scale import ScoreReading
+from .data_report import evenly_spaced
+from .fingerprints import facts_if_there, local_names, short, start_of
+from .formats import SEED_COLUMNS, PreferenceFormat, Reject, groups, pairs_in_group, resolve_format
+from .images import ImageReader, Size, UndecodableImageError, UnreadableImageError, as_list
+from .mixtures import PairMixture, check_formats, repeat_by_weight
+from .number_columns import bad_seeds, numbers_of_rows
+from .pair_table import PairTable
+from .tables import as_table
 
 EXAMINED = datasets.Features(
     {
@@ -51,95 +36,9 @@ EXAMINED = datasets.Features(
     }
 )
 FINGERPRINTED_PAIRS = 16  # number of pairs whose prompts and images are hashed to recognize a data set
-FINGERPRINTED_BYTES = 2**16  # number of bytes at the start of each of these images
 ROWS_AT_ONCE = 1000
 FEW_ROWS = 1000  # one process decodes the images of fewer rows faster than several processes
 FEW_HEADERS = 20_000  # one process reads the image headers of fewer rows faster than several processes
-
-
-@dataclass(frozen=True)
-class PairTable:
-    """Table of P pairs: the positions of their images, and further columns.
-
-    Attributes:
-        places (`np.ndarray` of shape `(P, 4)`): Row number of the winner, number of the winner's image within this row,
-            and then the same two numbers of the loser.
-        columns (`dict[str, np.ndarray]`): Further columns of P entries by name. `scores` are the reward scores of
-            winner and loser. `calibrated` replaces `scores`. `weight` is the factor by which a pair's loss is
-            multiplied. `size` is the index of a pair's bucket. `ref_errors` are the reference model's errors.
-    """
-
-    places: np.ndarray
-    columns: Mapping[str, np.ndarray]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def take(self, pairs: slice | np.ndarray) -> PairTable:
-        """Return a table of the pairs that a slice, a mask or indices select."""
-        columns = {name: values[pairs] for name, values in self.columns.items()}
-        return replace(self, places=self.places[pairs], columns=columns)
-
-    def with_columns(self, **columns: np.ndarray | None) -> PairTable:
-        """Return a copy of the table with `columns` added or replaced. The value `None` removes a column."""
-        joined = {**self.columns, **columns}
-        return replace(self, columns={name: values for name, values in joined.items() if values is not None})
-
-
-@dataclass(frozen=True)
-class PairMixture:
-    """Several data sets of pairs that are trained on together. Each has its own format.
-
-    Args:
-        datasets (`Sequence` or `Mapping`): The data sets, all map-style or all streams. The keys of a mapping are the
-            names of the data sets in messages.
-        weights (`Sequence` of `float`, positive, *optional*): Shares of the data sets in an epoch. Pairs of map-style
-            data sets are repeated, with other random numbers, so that an epoch has these shares and contains every
-            pair. Streams that end are restarted until every stream has ended once. By default, an epoch has every pair
-            of map-style data sets once, and streams have equal weights.
-        formats (`Sequence` of `str` or `None`, *optional*): A key of `FORMATS` for each data set. By default, the
-            columns of a data set determine its format.
-
-    Raises:
-        ValueError: If there are no data sets, or if weights or formats are invalid.
-    """
-
-    datasets: Sequence[Any] | Mapping[str, Any]
-    weights: Sequence[float] | None = None
-    formats: Sequence[str | None] | None = None
-
-    def __post_init__(self) -> None:
-        count = len(self.datasets)
-        if not count:
-            raise ValueError("A mixture needs at least one data set, got none.")
-        for name, values in (("weights", self.weights), ("formats", self.formats)):
-            if values is not None and len(values) != count:
-                raise ValueError(f"`{name}` must have one entry for each of the {count} data sets, got {values!r}.")
-        if not all(isinstance(weight, int | float) and 0 < weight < math.inf for weight in self.weights or ()):
-            raise ValueError(f"`weights` must be above 0, got {self.weights!r}. Remove data sets without weight.")
-        kinds = {isinstance(dataset, datasets.IterableDataset) for dataset in self.by_name.values()}
-        if len(kinds) > 1:
-            raise ValueError(
-                "A mixture must have only streams or only map-style data sets, got both. Load all data sets with "
-                "the same `streaming`."
-            )
-
-    @property
-    def by_name(self) -> dict[str, Any]:
-        """The data sets by their names."""
-        named = self.datasets
-        return dict(named) if isinstance(named, Mapping) else {f"set {i}": dataset for i, dataset in enumerate(named)}
-
-    @property
-    def is_stream(self) -> bool:
-        """Whether the data sets are streams."""
-        return isinstance(next(iter(self.by_name.values())), datasets.IterableDataset)
-
-    def entries(self, dataset_format: str | None, name: str) -> Iterator[tuple[str, Any, str | None]]:
-        """Yield the name, the rows and the format of each data set. The name is for messages."""
-        formats = self.formats or [None] * len(self.datasets)
-        for (label, dataset), set_format in zip(self.by_name.items(), formats, strict=True):
-            yield f"{name} ({label})", dataset, set_format or dataset_format
 
 
 class StoredImage(NamedTuple):
@@ -209,7 +108,9 @@ class TableSource:
     def __init__(
         self, dataset: datasets.Dataset, row_format: PreferenceFormat, name: str, number_columns: Sequence[str] = ()
     ) -> None:
-        self.format, self.name, self.dataset = row_format, name, dataset
+        self.format = row_format
+        self.name = name
+        self.dataset = dataset
         # Files that `datasets` maps into memory. It would not notice that their bytes have changed. Results of `map`,
         # which have these names, may be written anew by each run.
         files = [entry["filename"] for entry in dataset.cache_files]
@@ -249,19 +150,20 @@ class TableSource:
 
     def index_pairs(self, reject: Reject) -> PairTable:
         """Return the pairs of all rows. Call `reject` for dropped rows and pairs."""
-        places = array("q")
+        positions = array("q")
         scores = array("d")
         for group in groups(self.format, self._labelled_rows()):
             for pair in pairs_in_group(self.format, group, reject):
-                places.extend(pair[:4])
+                positions.extend(pair[:4])
                 scores.extend(pair.scores or ())
         dtype = np.int32 if len(self) <= np.iinfo(np.int32).max else np.int64
-        index = np.array(places, dtype=dtype).reshape(-1, 4)
+        index = np.array(positions, dtype=dtype).reshape(-1, 4)
         return PairTable(index, {"scores": np.array(scores).reshape(-1, 2)} if len(scores) else {})
 
     def _labelled_rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield the number of each row, and its values without images. Rows of the same group are consecutive."""
-        labels, order = self.labels, np.arange(len(self))
+        labels = self.labels
+        order = np.arange(len(self))
         if self.format.group_column is not None:
             first: dict[Any, int] = {}  # maps each group to its position in the order of first rows
             positions = [first.setdefault(group, len(first)) for group in self.values(self.format.group_column)]
@@ -278,11 +180,10 @@ class TableSource:
         """Yield a list for each row: height, width and problem of each of its images, or of its source images if
         `of_sources` is true. `datasets` caches the result."""
         images = self._images if len(rows) == len(self) else self._images.select(rows)
-        row_format, options = self.format, {}
+        row_format = self.format
         if of_sources:
             row_format = replace(self.format, image_columns=self.format.source_columns, images_in_list=True)
-        if any(local_names(images[0].column(name)) for name in row_format.image_columns):
-            options["load_from_cache_file"] = False  # `datasets` would not notice that a file has changed
+        in_files = any(local_names(images[0].column(name)) for name in row_format.image_columns)
         examined = images.map(
             _examine_table,
             batched=True,
@@ -292,7 +193,7 @@ class TableSource:
             features=EXAMINED,
             num_proc=num_proc,
             desc="Checking images" if decode else "Reading image sizes",
-            **options,
+            load_from_cache_file=False if in_files else None,  # `datasets` would not notice that a file has changed
         )
         for batch in examined.with_format(None).iter(batch_size=ROWS_AT_ONCE):
             for facts in zip(*(batch[name] for name in EXAMINED), strict=True):
@@ -306,42 +207,51 @@ class TableSource:
         for batch in self._images.iter(batch_size=ROWS_AT_ONCE):
             for column in batch.columns:
                 for name in local_names(column):
-                    digest.update(f"{name} {_facts_if_there(name)}\n".encode("utf-8", "surrogatepass"))
-        return {"prompts": dataset_fingerprint(self.labels), "images": _short(digest)}
+                    digest.update(f"{name} {facts_if_there(name)}\n".encode("utf-8", "surrogatepass"))
+        return {"prompts": dataset_fingerprint(self.labels), "images": short(digest)}
 
     def _file_facts(self) -> list[Any]:
         """Return sizes and times of the data set's own files, which may be in any folder."""
-        return [_facts_if_there(file) for file in self._files]
+        return [facts_if_there(file) for file in self._files]
 
 
 class PairSource:
-    """Rows of one data set, or of several data sets in sequence. For their `weights`, see [`PairMixture`]."""
+    """Rows of one data set, or of several data sets in sequence.
 
-    def __init__(self, tables: Sequence[TableSource], weights: Sequence[float] | None = None) -> None:
-        self.tables, self._weights = list(tables), weights
+    Args:
+        tables (`Sequence[TableSource]`): The data sets.
+        weights (`Sequence[float]`, *optional*): See [`PairMixture`].
+        number_columns (`Sequence[str]`): Columns that must have a valid number in the row of every pair: a seed of
+            noise (`SEED_COLUMNS`), or any finite number, or a list of them.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[TableSource],
+        weights: Sequence[float] | None = None,
+        number_columns: Sequence[str] = (),
+    ) -> None:
+        self.tables = list(tables)
+        self._weights = weights
+        self._number_columns = number_columns
         self._starts = [0, *np.cumsum([len(table) for table in tables]).tolist()]
-        formats = [table.format for table in tables]
+        self.formats = formats = [table.format for table in tables]
         self.format_name = "+".join(row_format.name for row_format in formats)
         self.prompt_of_each_image = any(row_format.prompt_of_each_image for row_format in formats)
-        self.has_losers = all(row_format.has_losers for row_format in formats)
-        self.has_one_pair_a_row = not any(each.images_in_list or each.group_column for each in formats)
         self.has_masks = any(row_format.mask_columns for row_format in formats)
         self.has_sources = any(row_format.source_columns for row_format in formats)
         self.unread = tuple(dict.fromkeys(column for table in tables for column in table.unread))
-        check_all_or_none("score columns", {table.name: table.format.score_columns is not None for table in tables})
-        check_all_or_none(f"`{SCALE_COLUMN}`", {table.name: table.format.scale_column is not None for table in tables})
-        check_all_or_none("mask columns", {table.name: bool(table.format.mask_columns) for table in tables})
-        check_all_or_none("a `source` column", {table.name: bool(table.format.source_columns) for table in tables})
+        check_formats({table.name: table.format for table in tables})
 
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def images(self, places: Iterable[tuple[int, int]], *, with_images: bool = True) -> list[StoredImage]:
-        """Return the undecoded images at `places`. A place is a row number and an image number. Without `with_images`,
-        images and source images are not read and cannot be decoded, but all other columns are read."""
+    def images(self, positions: Iterable[tuple[int, int]], *, with_images: bool = True) -> list[StoredImage]:
+        """Return the undecoded images at `positions`. A position is a row number and an image number. Without
+        `with_images`, images and source images are not read and cannot be decoded, but all other columns are read."""
         rows: dict[int, dict[str, Any]] = {}
         images = []
-        for row, image in places:
+        for row, image in positions:
             number = bisect_right(self._starts, row) - 1
             table = self.tables[number]
             if row not in rows:
@@ -352,8 +262,8 @@ class PairSource:
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
         """Return the prompts of `rows` without reading images. If images have their own prompts, `image` (0 or 1)
         selects the image."""
-        distinct, number_of_row = np.unique(rows, return_inverse=True)
-        prompts = [prompt for table, share in self._split(distinct) for prompt in table.prompts_of_rows(share, image)]
+        different, number_of_row = np.unique(rows, return_inverse=True)
+        prompts = [prompt for table, share in self._split(different) for prompt in table.prompts_of_rows(share, image)]
         return [prompts[number] for number in number_of_row.reshape(-1).tolist()]
 
     def values(self, column: str) -> Iterator[Any]:
@@ -362,13 +272,13 @@ class PairSource:
             yield from table.values(column)
 
     def examine_images(
-        self, places: np.ndarray, reader: ImageReader, *, decode: bool, num_proc: int | None, peers: Peers
+        self, positions: np.ndarray, reader: ImageReader, *, decode: bool, num_proc: int | None, peers: Peers
     ) -> tuple[np.ndarray, dict[tuple[int, int], str]]:
         """Decode all images of pairs or, if `decode` is false, read only their headers. The first process and its
         workers do this, but all processes must call this method together.
 
         Args:
-            places (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser.
+            positions (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser.
             num_proc (`int`, *optional*): Number of workers. By default, one per CPU core if there are many images, else
                 none.
 
@@ -376,13 +286,11 @@ class PairSource:
             `tuple`: Height and width of winners and losers, `(P, 2, 2)`, with zeros for bad and missing images, and a
                 dict that maps `(row number, image number)` of each bad image to the reason.
         """
-        rows = np.unique(places[:, [0, 2]])
-        images = 1 + int(places[:, [1, 3]].max())  # largest number of images in a row
-        num_proc = _workers(num_proc, len(rows), FEW_ROWS if decode else FEW_HEADERS)
+        rows = np.unique(positions[:, [0, 2]])
+        images = 1 + int(positions[:, [1, 3]].max())  # largest number of images in a row
 
         def examine() -> tuple[np.ndarray, dict[tuple[int, int], str]]:
-            tables = [(table, numbers) for table, numbers in self._split(rows) if len(numbers)]
-            examined = chain(*(table.examine_images(numbers, reader, decode, num_proc) for table, numbers in tables))
+            examined = self._examined(rows, reader, decode, num_proc)
             sizes = np.zeros((len(rows), images, 2), dtype=np.int32)
             reasons = {}
             for row, row_sizes, facts in zip(rows.tolist(), sizes, examined, strict=True):
@@ -393,7 +301,7 @@ class PairSource:
             return sizes, reasons
 
         sizes, reasons = peers.first(examine)
-        return sizes[np.searchsorted(rows, places[:, [0, 2]]), places[:, [1, 3]]], reasons
+        return sizes[np.searchsorted(rows, positions[:, [0, 2]]), positions[:, [1, 3]]], reasons
 
     def source_sizes(
         self, rows: np.ndarray, reader: ImageReader, *, num_proc: int | None, peers: Peers
@@ -401,19 +309,25 @@ class PairSource:
         """Return `(height, width)` of each source image of `rows`, which must be in ascending order, or `()` for rows
         whose sources cannot be read. The first process and its workers read the headers, but all processes must call
         this method together."""
-        num_proc = _workers(num_proc, len(rows), FEW_HEADERS)
 
         def read() -> list[tuple[Size, ...]]:
-            tables = [(table, numbers) for table, numbers in self._split(rows) if len(numbers)]
-            examined = chain(
-                *(table.examine_images(numbers, reader, False, num_proc, of_sources=True) for table, numbers in tables)
-            )
             return [
                 () if any(problem for *_, problem in facts) else tuple((height, width) for height, width, _ in facts)
-                for facts in examined
+                for facts in self._examined(rows, reader, False, num_proc, of_sources=True)
             ]
 
         return peers.first(read)
+
+    def _examined(
+        self, rows: np.ndarray, reader: ImageReader, decode: bool, num_proc: int | None, *, of_sources: bool = False
+    ) -> Iterator[list[tuple[int, int, str]]]:
+        """Yield the result of [`TableSource.examine_images`] for sorted row numbers of all data sets."""
+        is_long = len(rows) >= (FEW_ROWS if decode else FEW_HEADERS)
+        if num_proc is None and is_long and forks_by_default():
+            num_proc = usable_cores()
+        for table, numbers in self._split(rows):
+            if len(numbers):
+                yield from table.examine_images(numbers, reader, decode, num_proc, of_sources=of_sources)
 
     def _split(self, rows: np.ndarray) -> Iterator[tuple[TableSource, np.ndarray]]:
         """Split sorted row numbers by data set. Yield each data set and the numbers of its rows within the data set."""
@@ -424,9 +338,20 @@ class PairSource:
     def index_pairs(self, reject: Reject) -> PairTable:
         """Return the pairs of all data sets. Pairs are repeated so that each data set has its share of the epoch. Call
         `reject` for dropped rows and pairs."""
+        pairs = self._pairs_of_all(reject)
+        for column in self._number_columns:
+            values = self.values(column)
+            reasons = bad_seeds(values, column) if column in SEED_COLUMNS else numbers_of_rows(values, column)[1]
+            is_bad = np.isin(pairs.positions[:, 0], list(reasons))
+            for row in np.unique(pairs.positions[is_bad, 0]).tolist():
+                reject("bad_labels", row, reasons[row], 1)
+            pairs = pairs.take(~is_bad)
+        return pairs
+
+    def _pairs_of_all(self, reject: Reject) -> PairTable:
         if len(self.tables) == 1:
             return self.tables[0].index_pairs(reject)
-        indexes = []
+        listed = []
         for table, start in zip(self.tables, self._starts[:-1], strict=True):
 
             def reject_in_mixture(
@@ -440,21 +365,41 @@ class PairSource:
                     f"Every data set of a mixture must have a pair. The {table.name} data have {len(table)} rows "
                     "and no pair. Check the labels of these data, or remove the data from the mixture."
                 )
-            indexes.append(replace(pairs, places=pairs.places + np.array([start, 0, start, 0], pairs.places.dtype)))
-        if self._weights is not None:  # repeat pairs so that each data set has its share of the epoch
-            counts, weights = np.array([len(pairs) for pairs in indexes]), np.array(self._weights)
-            numbers = np.rint(weights * (counts / weights).max())
-            if not numbers.sum() <= MAX_GROWTH * counts.sum():
-                raise ValueError(
-                    f"With `weights={self._weights}`, an epoch would have {numbers.sum():.3g} pairs, more than "
-                    f"{MAX_GROWTH} times the pairs of all data sets ({counts.tolist()}). Choose weights that are "
-                    "nearer to these numbers."
-                )
-            wanted = numbers.astype(np.int64).tolist()
-            repetitions = [np.arange(count) % len(pairs) for pairs, count in zip(indexes, wanted, strict=True)]
-            indexes = [pairs.take(rows) for pairs, rows in zip(indexes, repetitions, strict=True)]
-        columns = {name: np.concatenate([pairs.columns[name] for pairs in indexes]) for name in indexes[0].columns}
-        return PairTable(np.concatenate([pairs.places for pairs in indexes]), columns)
+            shift = np.array([start, 0, start, 0], pairs.positions.dtype)
+            listed.append(replace(pairs, positions=pairs.positions + shift))
+        if self._weights is not None:
+            listed = repeat_by_weight(listed, self._weights)
+        columns = {name: np.concatenate([pairs.columns[name] for pairs in listed]) for name in listed[0].columns}
+        return PairTable(np.concatenate([pairs.positions for pairs in listed]), columns)
+
+    def fingerprint(self, pairs: PairTable, *, thorough: bool = False) -> dict[str, Any]:
+        """Return hashes that identify pairs of these rows.
+
+        Args:
+            thorough (`bool`): Whether to hash every prompt and image. Caches need these hashes, which depend on the
+                image files of this machine. If false, only prompts and images of a few pairs are hashed. A resumed run
+                uses these hashes to compare data on any machine.
+
+        Returns:
+            `dict[str, Any]`: `format`, `pairs` (number of pairs), `index` (hash of image positions and scores),
+                `prompts` (hash of prompts) and `images` (hash of images).
+        """
+        digest = hashlib.sha256(np.ascontiguousarray(pairs.positions, dtype="<i8").data)
+        if "scores" in pairs.columns:
+            digest.update(np.ascontiguousarray(pairs.columns["scores"], dtype="<f8").data)
+        facts: dict[str, Any] = {"format": self.format_name, "pairs": len(pairs), "index": short(digest)}
+        if thorough:
+            keys = [table.content_key for table in self.tables]
+            return {**facts, **{name: [key[name] for key in keys] for name in ("prompts", "images")}}
+        prompts = hashlib.sha256()
+        images = hashlib.sha256()
+        sample = pairs.positions[evenly_spaced(len(pairs), FINGERPRINTED_PAIRS)].tolist()
+        for winner, number, loser, loser_number in sample:
+            for image in self.images((winner, side) for side in range(1 + self.prompt_of_each_image)):
+                prompts.update(repr(image.prompt).encode() + b"\0")
+            for image in self.images(sorted([(winner, number), (loser, loser_number)])):  # whatever the label
+                images.update(image.start() + b"\0")
+        return {**facts, "prompts": short(prompts), "images": short(images)}
 
 
 def make_source(
@@ -477,7 +422,7 @@ def make_source(
         listed = list(dataset.entries(dataset_format, name))
     tables = []
     for label, rows, set_format in listed:
-        table = _as_table(rows, set_format, label)
+        table = as_table(rows, set_format, label)
         if lacking := [column for column in number_columns if column not in table.column_names]:
             setting = "noise_source='generated'" if set(lacking) <= set(SEED_COLUMNS) else "pair_weights"
             raise ValueError(
@@ -485,93 +430,16 @@ def make_source(
                 "columns, or choose another value of the setting."
             )
         row_format = resolve_format(
-            set_format, table.column_names, table.features, use_scores=use_scores, score_reading=score_reading
+            set_format,
+            table.column_names,
+            table.features,
+            use_scores=use_scores,
+            score_reading=score_reading,
+            is_swapped=is_swapped,
         )
-        tables.append(TableSource(table, replace(row_format, is_swapped=is_swapped), label, number_columns))
-    return PairSource(tables, dataset.weights if isinstance(dataset, PairMixture) else None)
-
-
-def _workers(num_proc: int | None, rows: int, few: int) -> int | None:
-    """Return `num_proc` or, if it is `None`, one worker per CPU core from `few` rows on."""
-    return usable_cores() if num_proc is None and forks_by_default() and rows >= few else num_proc
-
-
-def check_all_or_none(what: str, has_it: Mapping[str, bool]) -> None:
-    """Raise `ValueError` if some data sets of a mixture have `what`, such as masks, but others do not."""
-    without = [name for name, has in has_it.items() if not has]
-    if without and len(without) < len(has_it):
-        raise ValueError(f"All data sets of a mixture must have {what}, or none. Data sets without {what}: {without}.")
-
-
-def _as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Dataset:
-    if isinstance(rows, dict):
-        raise ValueError(
-            f"The {name} data must be one split, got a {type(rows).__name__} with the splits {list(rows)}. "
-            "Pass one of these splits."
-        )
-    is_list = isinstance(rows, list | tuple) and all(isinstance(row, Mapping) for row in rows)
-    if not is_list and not isinstance(rows, datasets.Dataset):
-        raise ValueError(
-            f"The {name} data must be a datasets.Dataset, a datasets.IterableDataset or a list of dicts, got "
-            f"{type(rows).__name__}. Load files with `datasets.load_dataset`, and read a torch data set with "
-            "`datasets.Dataset.from_generator`."
-        )
-    if not len(rows):
-        raise ValueError(f"The {name} data set is empty: {DataReport(name, dataset_format or 'unknown format')}")
-    if is_list:
-        return _table_of_rows(rows, dataset_format, name)
-    if rows.format["type"] == "custom":
-        raise ValueError(
-            "A data set must not have a transform (`set_transform` or `with_transform`), because a transform could "
-            f"return other rows at each read. The {name} data have one. Apply the transform once with `map`, or remove "
-            "it with `with_format(None)`."
-        )
-    return rows
-
-
-def _table_of_rows(rows: Sequence[Mapping[str, Any]], dataset_format: str | None, name: str) -> datasets.Dataset:
-    """Convert a list of dicts to a `datasets.Dataset`. Images in memory become lossless PNG files."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    values = {column: [row.get(column) for row in rows] for column in columns}
-    row_format = resolve_format(dataset_format, columns)
-    for column in (*row_format.image_columns, *row_format.mask_columns, *row_format.source_columns):
-        is_text = column in row_format.source_columns and all(isinstance(value, str) for value in values[column])
-        if not is_text:  # text in a column `source` is not the name of an image
-            values[column] = [stored_image(value) for value in values[column]]
-    for column, entries in values.items():
-        if any(isinstance(entry, str) for entry in entries):  # a missing text is NaN in rows from pandas
-            values[column] = [None if isinstance(entry, float) and math.isnan(entry) else entry for entry in entries]
-    try:
-        return datasets.Dataset.from_dict(values)
-    except (pa.ArrowException, TypeError, ValueError) as error:
-        kinds = {column: {type(entry).__name__ for entry in values[column] if entry is not None} for column in values}
-        mixed = {column: sorted(names) for column, names in kinds.items() if len(names) > 1}
-        raise ValueError(
-            f"Each column of the {name} data must have values of one type in all rows. Got the types {mixed or kinds}: "
-            f"{error}"
-        ) from error
-
-
-def stored_image(value: Any) -> Any:
-    """Convert an image, or a list of images, to the form in which Arrow stores images."""
-    if isinstance(value, list | tuple):
-        return [stored_image(image) for image in value]
-    if isinstance(value, Image.Image):
-        content = io.BytesIO()
-        try:
-            decode_image(value).save(content, "PNG", compress_level=1)
-            value = content.getvalue()
-        except UndecodableImageError as error:
-            value = BAD_IMAGE + str(error).encode()  # decoding raises this error again, so the pair is counted later
-    if isinstance(value, Mapping):
-        return {"bytes": value.get("bytes"), "path": value.get("path")}
-    if isinstance(value, str | os.PathLike):
-        return {"bytes": None, "path": os.fspath(value)}
-    if value is not None and not isinstance(value, bytes):
-        value = (
-            BAD_IMAGE + f"is of unknown kind {type(value).__name__}: expected a PIL image, bytes or a path".encode()
-        )
-    return {"bytes": value, "path": None}
+        tables.append(TableSource(table, row_format, label, number_columns))
+    weights = dataset.weights if isinstance(dataset, PairMixture) else None
+    return PairSource(tables, weights, number_columns)
 
 
 def images_of_row(row: Mapping[str, Any], row_format: PreferenceFormat) -> list[Any]:
@@ -582,81 +450,6 @@ def images_of_row(row: Mapping[str, Any], row_format: PreferenceFormat) -> list[
     if isinstance(images, Iterable) and not isinstance(images, str | bytes | memoryview | Mapping):
         return list(images)
     return [] if images is None else [images]
-
-
-def as_list(value: Any) -> list[Any]:
-    """Return the images in one value of an image column as a list. The value is an image or a list of images."""
-    return value if isinstance(value, list) else [value]
-
-
-def start_of(image: Any) -> bytes:
-    """Return size and first bytes of an undecoded image, which are equal on all machines. Of a URL or a missing file,
-    return the name."""
-    content = (image.get("bytes") or image.get("path")) if isinstance(image, Mapping) else image
-    if isinstance(content, bytes):
-        return f"{len(content)} ".encode() + content[:FINGERPRINTED_BYTES]
-    if isinstance(content, str) and os.path.isfile(content):
-        with contextlib.suppress(OSError), open(content, "rb") as file:
-            return f"{os.path.getsize(content)} ".encode() + file.read(FINGERPRINTED_BYTES)
-    return os.path.basename(str(content)).encode("utf-8", "surrogatepass")
-
-
-def local_names(column: pa.ChunkedArray | pa.Array) -> list[str]:
-    """Return the names of the local files in an Arrow column of images, in the order of the rows."""
-    if isinstance(column, pa.ChunkedArray):
-        return [name for chunk in column.chunks for name in local_names(chunk)]
-    if isinstance(column, pa.ExtensionArray):
-        return local_names(column.storage)
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        return local_names(column.flatten())
-    if pa.types.is_struct(column.type):
-        fields = [field.name for field in column.type]
-        if "path" not in fields:
-            return []
-        paths = pc.struct_field(column, "path")
-        return local_names(paths.filter(pc.is_null(pc.struct_field(column, "bytes"))) if "bytes" in fields else paths)
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        return []
-    return [name for name in column.to_pylist() if name and "://" not in name]
-
-
-def pairs_fingerprint(source: PairSource, pairs: PairTable, *, thorough: bool = False) -> dict[str, Any]:
-    """Return hashes that identify the pairs of a source.
-
-    Args:
-        thorough (`bool`): Whether to hash every prompt and image. Caches need these hashes, which depend on the image
-            files of this machine. If false, only prompts and images of a few pairs are hashed. A resumed run uses these
-            hashes to compare data on any machine.
-
-    Returns:
-        `dict[str, Any]`: `format`, `pairs` (number of pairs), `index` (hash of image positions and scores), `prompts`
-            (hash of prompts) and `images` (hash of images).
-    """
-    digest = hashlib.sha256(np.ascontiguousarray(pairs.places, dtype="<i8").data)
-    if "scores" in pairs.columns:
-        digest.update(np.ascontiguousarray(pairs.columns["scores"], dtype="<f8").data)
-    facts: dict[str, Any] = {"format": source.format_name, "pairs": len(pairs), "index": _short(digest)}
-    if thorough:
-        keys = [table.content_key for table in source.tables]
-        return {**facts, **{name: [key[name] for key in keys] for name in ("prompts", "images")}}
-    prompts, images = hashlib.sha256(), hashlib.sha256()
-    for winner, number, loser, loser_number in pairs.places[evenly_spaced(len(pairs), FINGERPRINTED_PAIRS)].tolist():
-        for image in source.images((winner, side) for side in range(1 + source.prompt_of_each_image)):
-            prompts.update(repr(image.prompt).encode() + b"\0")
-        for image in source.images(sorted([(winner, number), (loser, loser_number)])):  # whatever the label
-            images.update(image.start() + b"\0")
-    return {**facts, "prompts": _short(prompts), "images": _short(images)}
-
-
-def _facts_if_there(file: str) -> list[str | int] | None:
-    try:
-        return file_facts(file)[1:]
-    except (OSError, ValueError):
-        return None
-
-
-def _short(digest: Any) -> str:
-    return digest.hexdigest()[:16]
 
 
 def _examine_table(
@@ -690,47 +483,3 @@ def _value(scalar: pa.Scalar) -> Any:
     if pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type):
         return memoryview(scalar.as_buffer())
     return scalar.as_py()
-
-
-def numbers_of_rows(values: Iterable[Any], column: str) -> tuple[np.ndarray, dict[int, str]]:
-    """Return the numbers in a column. Each row must have a finite number, or a list of finite numbers.
-
-    Args:
-        values (`Iterable`): Values of the column, in the order of the rows. All lists must be as long as the first
-            valid list. Numbers may be text, as in CSV files.
-        column (`str`): Name of the column in the returned reasons.
-
-    Returns:
-        `tuple`: Numbers as float64 of shape `(rows, K)`, with NaN in bad rows, and a dict that maps the number of each
-            bad row to the reason.
-    """
-    rows: list[list[float]] = []
-    reasons: dict[int, str] = {}
-    width = 0
-    for row, value in enumerate(values):
-        try:
-            listed = value if isinstance(value, list | tuple | np.ndarray) else [value]
-            numbers = [finite_number(each, column) for each in listed]
-            width = width or len(numbers)
-            if not numbers or len(numbers) != width:
-                raise LabelError(f"`{column}` must have {width or 'some'} numbers in every row, got {value!r}")
-            rows.append(numbers)
-        except LabelError as error:
-            reasons[row] = str(error)
-            rows.append([])
-    return np.array([numbers or [np.nan] * width for numbers in rows], dtype=np.float64), reasons
-
-
-def bad_seeds(values: Iterable[Any], column: str) -> dict[int, str]:
-    """Return a dict from row numbers to reasons, for rows whose seed is not a whole number in `[0, 2**63)`."""
-    reasons = {}
-    for row, value in enumerate(values):
-        is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        if not is_whole or not 0 <= value < 2**63:
-            reasons[row] = f"`{column}` must be the seed of a generator, got {value!r}"
-    return reasons
-
-
-def digest_of(text: str) -> int:
-    """Return a 64-bit hash of a text. All machines compute the same hash."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big", signed=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice, repeat
 from typing import Any
 
@@ -17,83 +16,56 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..utils._compat import is_split_by_node, stream_parts
-from ..utils.identity import short_hash
+from ..utils._compat import is_split_by_node
 from ..utils.processes import ALONE, Peers
-from ..utils.score_scale import SCALE_COLUMN
 from .data_report import COUNTS, BadDataError, DataReport
 from .dataset import PairOptions, complete_item, new_epoch
+from .fingerprints import facts_of_streams
 from .formats import PairReference, PreferenceFormat, Reject, groups, pairs_in_group, resolve_format
 from .images import UndecodableImageError
+from .mixtures import check_formats, mixed
 from .pairs import Pairs
-from .sources import StoredImage, as_list, check_all_or_none, start_of
+from .sources import StoredImage
+from .stream_position import READ, StreamPosition
 from .transforms import PairDraws
 
 logger = logging.getLogger(__name__)
 
-_COMMIT = re.compile(r"@([0-9a-f]{40})/")  # in addresses of the Hub
 MIXING = 2  # last of four numbers that seed the choice of streams; three numbers seed a pair, so seeds differ
 READERS = 256  # number of DataLoader workers with their own counters; if there are more, some share counters
 COMPARED_PAIRS = 16  # pairs at the start of a stream whose two images are compared
 Group = list[tuple[int, Mapping[str, Any]]]  # row numbers, and rows whose images are compared with one another
 
 
-class StreamPosition:
-    """Position of a training process in a stream that restarts when it ends. [`add`] advances the position by a batch.
-
-    Args:
-        batch (`int`): Number of pairs in a batch.
-        workers (`int`): Number of DataLoader workers, which make batches in turn.
-        numbers (`int`): Difference between the pair numbers (`row` of the items) of two consecutive pairs of a worker.
-        seed (`int`): Seed with which the random numbers of pairs are drawn.
-        readers (`Sequence[Sequence[int]]`, *optional*): For each worker, three numbers: batches so far, completed
-            passes over the stream, and pairs read in the current pass. By default, all are 0.
-    """
-
-    def __init__(
-        self, batch: int, workers: int, numbers: int, seed: int, readers: Sequence[Sequence[int]] | None = None
-    ) -> None:
-        self.batch, self._numbers, self._seed = batch, numbers, seed
-        self.readers = [list(reader) for reader in readers or [(0, 0, 0)] * max(1, workers)]
-
-    @property
-    def batches(self) -> int:
-        """Number of batches that the process has trained on."""
-        return sum(batches for batches, _, _ in self.readers)
-
-    def add(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
-        """Advance by a batch. `rows` and `seeds` are the numbers and seeds of the batch's pairs. A pair's seed shows
-        whether the pair belongs to the worker's current pass over the stream or to the next pass."""
-        reader = self.readers[rows[0] % len(self.readers)]
-        reader[0] += 1
-        for row, seed in zip(rows, seeds, strict=True):
-            if seed != PairDraws.from_key(self._seed, reader[1], row).seed:
-                reader[1] += 1
-        reader[2] = rows[-1] // self._numbers + 1
-
-
 class Stream:
-    """Stream of rows of one format. Messages call the stream `name`."""
+    """Rows of a stream, in one of `FORMATS`. `name` is its name in messages."""
 
     def __init__(
         self, source: datasets.IterableDataset, dataset_format: str | None, name: str, options: PairOptions
     ) -> None:
+        self.name = name
         columns = source.column_names or list(next(iter(source), {}))
         if not columns:
             raise ValueError(f"The {name} data set is empty. Pass a data set with rows.")
-        row_format = resolve_format(
+        self.format = resolve_format(
             dataset_format,
             columns,
             source.features,
             use_scores=options.use_scores,
             score_reading=options.score_reading,
+            is_swapped=options.swap_labels,
         )
-        self.name, self.format = name, replace(row_format, is_swapped=options.swap_labels)
         self.source = source.with_format(None)
         read = [*self.format.text_columns(columns), *self.format.image_columns, *self.format.mask_columns]
         self.unread = [column for column in columns if column not in read]
         if source.features is not None:
             self.source = self.source.decode(False).select_columns(read)
+
+    def share(self, share: Peers) -> Stream:
+        """Return the part of the stream whose shards process `share.index` reads."""
+        part = copy.copy(self)
+        part.source = split_dataset_by_node(self.source, share.index, share.count)
+        return part
 
     def groups(self, epoch: int, report: DataReport) -> Iterator[Group]:
         """Read the stream once, and yield groups of rows whose images are compared. Count the rows in `report`."""
@@ -135,19 +107,16 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
     def __init__(
         self, streams: Sequence[Stream], options: PairOptions, *, weights: Sequence[float] | None = None, name: str
     ) -> None:
-        self._streams, self._options, self._name, self._epoch = streams, options, name, new_epoch()
+        self._streams = streams
+        self._options = options
+        self._name = name
+        self._epoch = new_epoch()
         if any(is_split_by_node(stream.source) for stream in streams):
             raise ValueError(
                 "The trainer itself splits a stream among the processes. `split_dataset_by_node` has already split the "
                 f"{name} stream. Pass the stream without this split."
             )
-        if any(stream.format.source_columns for stream in streams):
-            raise ValueError(
-                f"Streams cannot have a `source` column yet, and the {name} stream has one. Load the data without "
-                "`streaming`, or remove the column."
-            )
-        check_all_or_none(f"`{SCALE_COLUMN}`", {stream.name: bool(stream.format.scale_column) for stream in streams})
-        check_all_or_none("mask columns", {stream.name: bool(stream.format.mask_columns) for stream in streams})
+        check_formats({stream.name: stream.format for stream in streams})
         self._weights = [1.0] * len(streams) if weights is None else [float(weight) for weight in weights]
         self._format_name = "+".join(stream.format.name for stream in streams)
         self.has_scores = all(stream.format.score_columns is not None for stream in streams)
@@ -180,7 +149,7 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
             "weights": self._weights,
             "columns": [source.column_names for source in sources],
             "split": [None if source.split is None else str(source.split) for source in sources],
-            **_origins(sources),
+            **facts_of_streams(sources),
         }
 
     def set_epoch(self, epoch: int) -> None:
@@ -198,7 +167,8 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
         """Return a view for evaluation: one pass without random crops, flips or emptied prompts, with constant
         seeds."""
         view = copy.copy(self)
-        view._options, view._epoch = self._options.for_evaluation(), new_epoch()
+        view._options = self._options.for_evaluation()
+        view._epoch = new_epoch()
         return view
 
     def for_process(self, share: Peers) -> PreferenceIterableDataset:
@@ -206,13 +176,6 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
         view = copy.copy(self)
         view._share = share
         return view
-
-    def position(
-        self, batch: int, workers: int, processes: int, readers: Sequence[Sequence[int]] | None = None
-    ) -> StreamPosition:
-        """Return a process's position in this stream. For `batch`, `workers`, `readers`, see [`StreamPosition`]."""
-        sharing = 1 if self.for_process(Peers(0, processes))._deals_pairs else processes
-        return StreamPosition(batch, workers, max(1, workers) * sharing, self._options.seed, readers)
 
     def start_at(self, position: StreamPosition) -> None:
         """Set the position at which iterations begin. For each pair before this position, iterations yield `None`.
@@ -239,21 +202,24 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any] | None]:
         epoch = int(self._epoch) if self._options.training else 0
-        if self._deals_pairs and not self._options.repeat:
-            yield from self._equal_share(epoch)
+        if not self._options.repeat:
+            yield from self._equal_share(epoch) if self._deals_pairs else self._one_pass(epoch)
             return
-        worker, passed = get_worker_info(), 0
-        if self._start is not None and self._options.repeat:
+        worker = get_worker_info()
+        passes = passed = 0
+        if self._start is not None:
             batches, passes, passed = self._start.readers[0 if worker is None else worker.id]
-            epoch += passes
             yield from repeat(None, batches * self._start.batch)
-        while (yield from self._one_pass(epoch, passed)) and self._options.repeat:
-            epoch, passed = epoch + 1, 0
+        while (yield from self._one_pass(epoch, passes, passed)):
+            passes += 1
+            passed = 0
 
     def _equal_share(self, epoch: int) -> Iterator[dict[str, Any]]:
         """Yield this process's pairs of one pass. Then repeat a pair until all processes have yielded equally many
         pairs."""
-        items, filling, yielded = self._one_pass(epoch), None, 0
+        items = self._one_pass(epoch)
+        filling = None
+        yielded = 0
         while True:
             try:
                 item = next(items)
@@ -267,20 +233,24 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
             filling = filling or next(self.for_process(ALONE)._one_pass(epoch))  # from another process
             yield {**filling, "repeated": True}
 
-    def _one_pass(self, epoch: int, passed: int = 0) -> Generator[dict[str, Any], None, int]:
-        """Yield the items of this process in one pass over the stream, without the first `passed` pairs.
+    def _one_pass(self, epoch: int, passes: int = 0, passed: int = 0) -> Generator[dict[str, Any], None, int]:
+        """Yield the items of this process in one pass over the stream that began in `epoch`, after `passes` other
+        passes and without the first `passed` pairs.
 
         The generator returns the number of pairs in the pass, including undecodable pairs. In training, it returns 0 if
         no pair could be decoded.
         """
-        worker, share, deals_pairs = get_worker_info(), self._share, self._deals_pairs
+        epoch += passes
+        worker = get_worker_info()
+        share = self._share
+        deals_pairs = self._deals_pairs
         reader, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         # Number the workers of all processes, so that pairs of different workers get different random numbers.
-        number, numbers = reader, workers
-        if not deals_pairs:
-            number, numbers = reader + workers * share.index, workers * share.count
+        number = reader if deals_pairs else reader + workers * share.index
+        numbers = workers if deals_pairs else workers * share.count
         report = self._new_report()
-        self._examples, counts = report.examples, self._counts[reader % READERS]
+        self._examples = report.examples
+        counts = self._counts[reader % READERS]
         if worker is None:
             self._counts.zero_()  # clear the counts of the workers of an earlier DataLoader
 
@@ -297,12 +267,13 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
                 if position < passed:
                     report.pairs += 1
                     continue
-                draws = PairDraws.from_key(self._options.seed, epoch, position * numbers + number)
-                item = self._item(row_format, dict(group), pair, draws, position * numbers + number, count)
+                row = position * numbers + number
+                draws = PairDraws.from_key(self._options.seed, epoch, row)
+                item = self._item(row_format, dict(group), pair, draws, row, count)
                 report.pairs += item is not None
                 counts.copy_(torch.tensor([getattr(report, name) for name in COUNTS]))
                 if item is not None:
-                    yield item
+                    yield item | {READ: (reader, passes, position + 1)}
         counts.copy_(torch.tensor([getattr(report, name) for name in COUNTS]))
         if not report.pairs and workers == 1 and (self._options.repeat or position < 0 or share.count == 1):
             raise BadDataError(f"The stream has no pair. Check the labels and images of the data.\n{report}")
@@ -342,56 +313,18 @@ class PreferenceIterableDataset(Pairs, IterableDataset):
             logger.warning(
                 "%d of the first %d pairs of the %s stream have the same image twice. Such pairs teach nothing, except "
                 "with `loss_type='sft'`. Check the columns.",
-                *(self._same, COMPARED_PAIRS, self._name),
+                self._same,
+                COMPARED_PAIRS,
+                self._name,
             )
 
     def _groups(self, report: DataReport, epoch: int) -> Iterator[tuple[PreferenceFormat, Group]]:
-        """Yield groups of rows whose images are compared. In a mixture, each group comes from a randomly chosen stream.
-
-        The probability of a stream is proportional to its weight. In training, streams that end are restarted until
-        every stream has ended at least once.
-        """
-        # `interleave_datasets` draws single rows, so it would split groups of rows that are compared.
-        streams, share = list(self._streams), self._share
+        """Yield groups of rows whose images are compared. In a mixture, each group comes from a randomly chosen
+        stream."""
+        streams = self._streams
         if self._divides_shards:
-            streams = [copy.copy(stream) for stream in streams]
-            for stream in streams:
-                stream.source = split_dataset_by_node(stream.source, share.index, share.count)
-        open_ones = [stream.groups(epoch, report) for stream in streams]
-        weights, ended = np.array(self._weights), np.zeros(len(streams), dtype=bool)
+            streams = [stream.share(self._share) for stream in streams]
+        listed = [partial(stream.groups, epoch, report) for stream in streams]
         generator = np.random.default_rng([self._options.seed, epoch, len(streams), MIXING])
-        while weights.any():
-            number = 0
-            if len(streams) > 1:
-                number = int(np.searchsorted(np.cumsum(weights), generator.random() * weights.sum(), side="right"))
-            group = next(open_ones[number], None)
-            if group is None:
-                ended[number] = True
-                if ended.all():
-                    return
-                if self._options.repeat:
-                    open_ones[number] = streams[number].groups(epoch, report)
-                    group = next(open_ones[number], None)
-            if group is None:
-                weights[number] = 0.0  # the stream ended in an evaluation, or this worker has no shard of the stream
-                continue
+        for number, group in mixed(listed, self._weights, generator, restart=self._options.repeat):
             yield streams[number].format, group
-
-
-def _origins(sources: Sequence[datasets.IterableDataset]) -> dict[str, Any]:
-    """Return a hash of what streams read, equal on all machines, and the commits of their files on the Hub."""
-    parts = [part for source in sources for part in stream_parts(source)]
-    names = [part for part in parts if isinstance(part, str)]
-    files = sorted({_name_of_file(name) for name in names})
-    tables = [part for part in parts if isinstance(part, datasets.Dataset)]
-    rows = [row for table in tables[:1] for row in table.with_format("arrow")[:1].to_pylist()]
-    first = [list(map(start_of, as_list(value))) for row in rows for _, value in sorted(row.items())]
-    commits = sorted({commit for name in names for commit in _COMMIT.findall(name)})
-    return {"files": short_hash([files, sum(map(len, tables)), first]), "commits": commits or None}
-
-
-def _name_of_file(name: str) -> str:
-    """Return name and size of a local file, or the address of a remote one without its commit and signature."""
-    if os.path.isfile(name):
-        return f"{os.path.basename(name)} {os.path.getsize(name)}"
-    return _COMMIT.sub("/", name.partition("?")[0])

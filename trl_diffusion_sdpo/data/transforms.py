@@ -101,7 +101,9 @@ class PairTransform:
     ) -> None:
         size = tuple(resolution) if isinstance(resolution, tuple | list) else (resolution, resolution)
         self.height, self.width = size
-        self.center_crop, self.random_flip, self.interpolation = center_crop, random_flip, interpolation
+        self.center_crop = center_crop
+        self.random_flip = random_flip
+        self.interpolation = interpolation
 
     def __call__(
         self, winner: Image.Image, loser: Image.Image, draws: PairDraws | None = None, target: Size | None = None
@@ -163,7 +165,7 @@ class PairTransform:
         return int(draws.top * (free_height + 1)), int(draws.left * (free_width + 1))
 
 
-def place_masks(masks: Sequence[Image.Image], item: dict[str, Any], transform: PairTransform) -> torch.Tensor:
+def fit_masks(masks: Sequence[Image.Image], item: dict[str, Any], transform: PairTransform) -> torch.Tensor:
     """Resize, mirror and crop the masks of an item in the same way as its images.
 
     Args:
@@ -178,7 +180,7 @@ def place_masks(masks: Sequence[Image.Image], item: dict[str, Any], transform: P
         UndecodableImageError: If a mask has another size than its image.
     """
     target = tuple(item["target_size"] if "target_size" in item else item["pixel_values"].shape[-2:])
-    placed = []
+    fitted = []
     for mask, size, corner in zip(masks, item["original_sizes"], item["crop_top_lefts"], strict=True):
         if (mask.height, mask.width) != tuple(size):
             raise UndecodableImageError(
@@ -187,5 +189,5 @@ def place_masks(masks: Sequence[Image.Image], item: dict[str, Any], transform: P
             )
         options = {"is_mirrored": item["is_mirrored"], "resampling": Image.Resampling.NEAREST}
         mask = transform.cut(mask, corner, target, **options)
-        placed.append((np.asarray(mask) >= INSIDE).astype(np.uint8))
-    return torch.from_numpy(np.stack(placed)[:, None])
+        fitted.append((np.asarray(mask) >= INSIDE).astype(np.uint8))
+    return torch.from_numpy(np.stack(fitted)[:, None])

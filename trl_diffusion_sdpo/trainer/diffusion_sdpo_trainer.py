@@ -26,7 +26,8 @@ from ..cache.key import EncoderKey
 from ..data.batch_loaders import BatchLoaders, choose_workers
 from ..data.dataset import PreferenceCollator
 from ..data.pairs import Pairs
-from ..data.streaming import PreferenceIterableDataset, StreamPosition
+from ..data.stream_position import READ, StreamPosition, load_position, save_position
+from ..data.streaming import PreferenceIterableDataset
 from ..engines.engine import Engine
 from ..engines.engine_settings import asked_engine, by_engine, check_unsharded, loading_unsharded, shards_weights
 from ..engines.processes import check_agreement, failing_together, peers
@@ -61,7 +62,7 @@ from ..step.pair_evaluation import PairEvaluation, draws_of_noise, real_pairs
 from ..step.pair_forward import PairForward, seeds_of_draws
 from ..step.parameter_safeguard import ParameterSafeguard
 from ..step.winner_budget import ProbeInputs, ProbeSettings, WinnerBudget, probe_inputs
-from ..utils._compat import check_trainer, keeps_order
+from ..utils._compat import check_trainer
 from ..utils.disk import naming_the_disk
 from ..utils.files import VERDICT_FILE
 from ..utils.identity import describe_pipeline, public_config
@@ -88,7 +89,7 @@ from .config.complete import (
     stored_crops,
 )
 from .config.diffusion_sdpo_config import DiffusionSDPOConfig, resume_settings
-from .data_preparation import PairPreparation, load_position, outline, save_position
+from .run_data import PairPreparation, outline
 
 logger = logging.getLogger(__name__)
 
@@ -464,7 +465,7 @@ class DiffusionSDPOTrainer(Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         if self._position is not None:
             for batch in batches:
-                self._position.add(batch["rows"].tolist(), batch["seeds"])
+                self._position.add(batch.pop(READ))
         return batches, None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -688,7 +689,7 @@ class DiffusionSDPOTrainer(Trainer):
         if isinstance(self.train_dataset, PreferenceIterableDataset):
             batches = kwargs["steps_trained_in_current_epoch"]
             checkpoint = kwargs["resume_from_checkpoint"]
-            self._position = load_position(self.train_dataset, self.args, batches, checkpoint)
+            self._position = load_position(self.args, batches, checkpoint)
             kwargs["train_dataloader"].dataset.start_at(self._position)
         super()._run_epoch(*args, **kwargs)
 
@@ -963,7 +964,7 @@ class DiffusionSDPOTrainer(Trainer):
         with self.run_files.writing_checkpoint(run_dir / name) as partial:
             with temporarily(self.args, output_dir=str(partial.parent), push_to_hub=False):
                 super()._save_checkpoint(model, trial)
-            if self._position is not None and keeps_order(self.args) and not self.args.save_only_model:
+            if self._position is not None and not self.args.save_only_model:
                 save_position(self._position, self.args, partial)
             if self.state.best_model_checkpoint == str(partial):  # transformers has stored the temporary path
                 self.state.best_model_checkpoint = str(run_dir / name)

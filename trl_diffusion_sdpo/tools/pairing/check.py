@@ -51,7 +51,7 @@ def check_pairs(
     pairs = prepare_dataset(dataset, options, name="pairs")
     if not isinstance(pairs, PreferenceDataset):
         raise ValueError("A stream cannot be checked. Load the data set without `streaming=True`.")
-    source, origins = pairs.origins()
+    source, origins = pairs.source, pairs.positions
     prompts = source.prompts_of_rows(origins[:, 0])
     counts = Counter(prompts)
     sizes = Counter[str]()

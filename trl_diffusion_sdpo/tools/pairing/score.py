@@ -25,8 +25,10 @@ from ... import __version__
 from ...data import PairOptions, PairTransform, PreferenceDataset, UndecodableImageError, prepare_dataset
 from ...data.formats import BRANCH_PROMPTS, PreferenceFormat
 from ...data.images import ImageReader
+from ...data.mixtures import PairMixture
 from ...data.pair_scores import SCORER_COLUMNS
-from ...data.sources import PairMixture, PairSource, StoredImage, images_of_row, stored_image
+from ...data.sources import PairSource, StoredImage, images_of_row
+from ...data.tables import stored_image
 from ...utils.files import json_lines, write_atomically
 from ...utils.identity import write_description
 from ...utils.processes import usable_cores
@@ -107,7 +109,7 @@ def score_pairs(
     reading = PairOptions(PairTransform(512), dataset_format=dataset_format, verify_images="none", use_scores=False)
     pairs = prepare_dataset(dataset, reading, name="pairs")
     assert isinstance(pairs, PreferenceDataset)
-    source, origins = pairs.origins()
+    source, origins = pairs.source, pairs.positions
     described = {"scorers": [describe_scorer(scorer) for scorer in scorers]}
     write_description(folder / SUMMARY_FILE, described)
     places, numbers = np.unique(origins.reshape(-1, 2), axis=0, return_inverse=True)

@@ -1,14 +1,12 @@
-"""Prepares a user's data as the trainer's settings say, and checks that the data have enough pairs for a batch.
+"""Data of a run: says how the trainer's settings read a user's rows, and what model and loss ask of the pairs.
 
-`data/preparing.py` turns rows into pairs and does not know the trainer's settings.
+`data/rows_to_pairs.py` makes the pairs. It knows neither the trainer's settings nor the model.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sized
-from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -17,24 +15,21 @@ from PIL import Image
 from ..cache.encoding import PairEncoding
 from ..data.dataset import PairOptions, PreferenceDataset
 from ..data.images import Size
+from ..data.mixtures import PairMixture
 from ..data.pair_scores import ScoreSettings
 from ..data.pairs import Pairs
-from ..data.preparing import prepare_dataset
-from ..data.sources import PairMixture
-from ..data.streaming import PreferenceIterableDataset, StreamPosition
+from ..data.rows_to_pairs import prepare_dataset
 from ..data.transforms import PairTransform
 from ..engines.processes import peers
 from ..families import Family
 from ..losses import LossSpec
 from ..models.text_checks import note_on_long_prompts
-from ..utils._compat import keeps_order
 from ..utils.score_scale import SCORE_SCALES, SHARES, ScoreReading, ScoreScale, score_scale
 from .config.complete import aspect_ratio_buckets, image_size, pairs_of_a_step
 from .config.diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
 
-POSITION_FILE = "stream_position_{}.json"  # in a checkpoint, one file for each process
 CHECKED_PROMPTS = 10_000  # the prompts of so many pairs, from the first, are checked for length
 
 
@@ -76,8 +71,8 @@ class PairPreparation:
             self._count_long_prompts(prepared, name)
             if training and self._args.should_log:
                 say_what_repeats(prepared, self._args)
-        if self._encoding is not None:
-            self._encoding.add_to(prepared, name)
+            if self._encoding is not None:
+                self._encoding.add_to(prepared, name)
         self._own.add(prepared)
         return prepared
 
@@ -186,53 +181,20 @@ def outline(dataset: Any) -> Any:
     return [type(dataset).__name__, rows, getattr(dataset, "column_names", None)]
 
 
-def _reading(args: DiffusionSDPOConfig) -> tuple[int, int, int]:
-    """Return the numbers that must stay the same so that a stored position in a stream is valid: batch size, DataLoader
-    workers and processes."""
-    return args.train_batch_size, args.dataloader_num_workers or 0, args.world_size
-
-
-def save_position(position: StreamPosition, args: DiffusionSDPOConfig, folder: Path) -> None:
-    """Save this process's position in a stream, in the checkpoint `folder`."""
-    content = {"reading": _reading(args), "readers": position.readers}
-    (folder / POSITION_FILE.format(args.process_index)).write_text(json.dumps(content))
-
-
-def load_position(
-    stream: PreferenceIterableDataset, args: DiffusionSDPOConfig, batches: int, checkpoint: str | None
-) -> StreamPosition:
-    """Read from a checkpoint the position in the stream after `batches` batches.
-
-    If the number of processes, the number of workers or the batch size has changed, the position is the beginning of
-    the stream. Training then decodes and discards the first `batches` batches.
-    """
-    beginning = stream.position(*_reading(args))
-    if checkpoint is None or not batches:
-        return beginning
-    file = Path(checkpoint) / POSITION_FILE.format(args.process_index)
-    content = json.loads(file.read_text()) if file.is_file() else {}
-    if content.get("reading") == list(_reading(args)) and keeps_order(args):
-        position = stream.position(*_reading(args), content["readers"])
-        if position.batches == batches:
-            return position
-    logger.warning(
-        "The checkpoint does not say where in the stream to continue after %d batches with %d pairs per batch, %d "
-        "workers and %d processes. These batches are decoded again and discarded.",
-        batches,
-        *_reading(args),
-    )
-    return beginning
-
-
 def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Pairs:
     """Return a user's data as a torch data set of pairs. Every process prepares all rows. The first process checks the
     images.
 
     Raises:
-        `ValueError`: If the columns match no format, no pair is usable, or the loss needs scores that the data do not
-            have.
+        `ValueError`: If the columns match no format, if the data lack columns that the settings need, or if no pair is
+            usable.
     """
     scores = score_settings(args, loss, training=training)
+    reads_scores = f"The loss {args.loss_type!r}" if scores.sorts_by_scores else "`pair_weights`"
+    precomputed = {
+        "`precompute_latents`": args.precompute_latents,
+        "`precompute_ref_errors`": args.precompute_ref_errors,
+    }
     options = PairOptions(
         transform=PairTransform(
             image_size(args),
@@ -252,6 +214,9 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         repeat=training,
         distinct_epochs=args.precompute_epochs if training and args.precompute_ref_errors else None,
         use_scores=scores.needs_scores,
+        needs_scores=reads_scores if scores.needs_scores else "",
+        needs_masks=f"`mask_anchor={args.mask_anchor}`" if args.mask_anchor else "",
+        needs_all_rows=(*scores.needs_all_rows, *(name for name, is_set in precomputed.items() if is_set)),
         score_reading=score_reading(args),
         swap_labels=args.swap_labels,
         number_columns=scores.number_columns,
@@ -259,25 +224,10 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         losers=args.losers,
     )
     prepared = prepare_dataset(dataset, options, name=name, peers=peers(args))
-    if args.precompute_ref_errors and prepared.is_stream:
-        raise ValueError(
-            f"`precompute_ref_errors=True` needs a map-style data set. The {name} data are a stream. Load the data "
-            "without `streaming=True`, or set `precompute_ref_errors=False`."
-        )
-    if scores.needs_scores and not prepared.has_scores:
-        what = f"The loss {args.loss_type!r}" if scores.sorts_by_scores else "`pair_weights`"
-        raise ValueError(
-            f"{what} needs the columns `chosen_score` and `rejected_score`. The {name} data lack these columns. Score "
-            "the images with `trl-diffusion-sdpo pairs score`, or leave this loss or setting out."
-        )
-    if args.mask_anchor and not prepared.has_masks:
-        raise ValueError(
-            f"`mask_anchor` needs data with a mask column. Got `mask_anchor={args.mask_anchor}` and {name} data "
-            "without masks. Add the column, or leave `mask_anchor` out."
-        )
-    if loss.uses_loser and isinstance(prepared, PreferenceDataset):
-        check_identical(prepared, args)
-    scores.apply_to(prepared, peers(args))
+    if isinstance(prepared, PreferenceDataset):
+        if loss.uses_loser:
+            check_identical(prepared, args)
+        scores.apply_to(prepared, peers(args))
     return prepared
 
 

@@ -1,9 +1,9 @@
-"""Prepares any preference data set for training: makes pairs from rows, and drops bad rows and bad images."""
+"""Makes pairs from the rows of any preference data set, and drops bad rows and bad images."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -12,11 +12,13 @@ import numpy as np
 from ..utils.processes import ALONE, Peers
 from .data_report import DataReport
 from .dataset import PairOptions, PreferenceDataset
-from .formats import SEED_COLUMNS
+from .formats import SEED_COLUMNS, PreferenceFormat
 from .images import Size
+from .mixtures import PairMixture
+from .pair_table import PairTable
 from .pairs import Pairs
 from .permuted_losers import PermutedLosers
-from .sources import PairMixture, PairSource, PairTable, bad_seeds, make_source, numbers_of_rows
+from .sources import PairSource, make_source
 from .streaming import PreferenceIterableDataset, Stream
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,6 @@ def prepare_dataset(dataset: Any, options: PairOptions, *, name: str = "train", 
     """
     is_mixture = isinstance(dataset, PairMixture)
     is_stream = dataset.is_stream if is_mixture else isinstance(dataset, datasets.IterableDataset)
-    checks_all = options.verify_images == "all" or options.reads_sizes
     if is_stream:
         return _prepare_stream(dataset, options, name)
 
@@ -56,39 +57,23 @@ def prepare_dataset(dataset: Any, options: PairOptions, *, name: str = "train", 
         is_swapped=options.swap_labels,
         number_columns=(*options.number_columns, *(SEED_COLUMNS if options.noise_seeds else ())),
     )
-    if not options.permutes and not source.has_losers:
-        raise ValueError(_without_losers(name))
-    for column, has_it in (("a mask column", source.has_masks), ("a `source` column", source.has_sources)):
-        if options.permutes and has_it:
-            raise ValueError(
-                f"`losers='permute'` cannot be used on data with {column}: it takes losers from other pairs, but the "
-                "column belongs to the two images of one row. Remove the column, or use `losers='data'`."
-            )
-    if options.noise_seeds and not source.has_one_pair_a_row:
-        raise ValueError(
-            f"`noise_source='generated'` reads {' and '.join(SEED_COLUMNS)}, which belong to the one pair of a row. In "
-            f"the {name} data (format {source.format_name}), a row may have images of several pairs. Write one row for "
-            "each pair."
-        )
+    check_columns(source.formats, options, name)
+
     # Index the pairs, and drop unusable pairs.
     report = DataReport(name, source.format_name, rows=len(source), is_swapped=options.swap_labels)
     report.unread = source.unread
     report.is_permuted = options.permutes
     pairs = source.index_pairs(report.add)
     if options.permutes:  # losers are drawn during training, so index only the winners
-        pairs = PairTable(pairs.places[:, [0, 1, 0, 1]], {})
-    for column in options.number_columns:
-        pairs = _drop_rows(pairs, numbers_of_rows(source.values(column), column)[1], report)
-    for column in SEED_COLUMNS if options.noise_seeds else ():
-        pairs = _drop_rows(pairs, bad_seeds(source.values(column), column), report)
-    if checks_all and len(pairs):
+        pairs = PairTable(pairs.positions[:, [0, 1, 0, 1]], {})
+    if len(pairs) and (options.verify_images == "all" or options.reads_sizes):
         pairs = _drop_bad_images(source, pairs, options, report, peers)
 
     # Make the data set, and check a sample of its pairs.
-    losers = PermutedLosers.of(source, pairs.places, options.seed, name) if options.permutes else None
+    losers = PermutedLosers.of(source, pairs.positions[:, 0], options.seed, name) if options.permutes else None
     source_sizes: dict[Size, set[tuple[Size, ...]]] = {}
     if source.has_sources and len(pairs):
-        pairs, source_sizes = _place_sources(source, pairs, options, report, peers)
+        pairs, source_sizes = _fit_sources(source, pairs, options, report, peers)
     prepared = PreferenceDataset(source, pairs, options, report, losers, source_sizes)
     if options.verify_images != "none" and len(prepared):
         prepared.check_sample(peers)
@@ -101,13 +86,44 @@ def prepare_dataset(dataset: Any, options: PairOptions, *, name: str = "train", 
     return prepared
 
 
-def _drop_rows(pairs: PairTable, reasons: Mapping[int, str], report: DataReport) -> PairTable:
-    """Drop the pairs of bad rows, and count these rows in the report. `reasons` maps bad row numbers to reasons."""
-    rows = pairs.places[:, 0]
-    is_bad = np.isin(rows, list(reasons))
-    for row in np.unique(rows[is_bad]).tolist():
-        report.add("bad_labels", row, reasons[row])
-    return pairs.take(~is_bad)
+def check_columns(formats: Sequence[PreferenceFormat], options: PairOptions, name: str) -> None:
+    """Raise `ValueError` if the data lack columns that the settings need, or have columns that these cannot use.
+
+    Args:
+        formats (`Sequence[PreferenceFormat]`): Format of each data set of a mixture, or of the only data set.
+        name (`str`): Name of the data in messages.
+    """
+    has_scores = not options.permutes and all(row_format.score_columns for row_format in formats)
+    has_masks = any(row_format.mask_columns for row_format in formats)
+    has_sources = any(row_format.source_columns for row_format in formats)
+    if not options.permutes and not all(row_format.has_losers for row_format in formats):
+        raise ValueError(
+            f"Pairs need losers. The {name} data have only captions (format `captioned`). Use `losers='permute'` to "
+            "take images with other captions as losers, or rename columns to match another format."
+        )
+    for column, has_it in (("a mask column", has_masks), ("a `source` column", has_sources)):
+        if options.permutes and has_it:
+            raise ValueError(
+                f"`losers='permute'` cannot be used on data with {column}: it takes losers from other pairs, but the "
+                "column belongs to the two images of one row. Remove the column, or use `losers='data'`."
+            )
+    if options.needs_scores and not has_scores:
+        raise ValueError(
+            f"{options.needs_scores} needs the columns `chosen_score` and `rejected_score`. The {name} data lack these "
+            "columns. Score the images with `trl-diffusion-sdpo pairs score`, or leave this loss or setting out."
+        )
+    if options.needs_masks and not has_masks:
+        raise ValueError(
+            f"{options.needs_masks} needs data with a mask column, and the {name} data have no masks. Add the column, "
+            "or leave the setting out."
+        )
+    shared = [row_format.name for row_format in formats if row_format.images_in_list or row_format.group_column]
+    if options.noise_seeds and shared:
+        raise ValueError(
+            f"`noise_source='generated'` reads {' and '.join(SEED_COLUMNS)}, which belong to the one pair of a row. In "
+            f"the {name} data (format {'+'.join(shared)}), a row may have images of several pairs. Write one row for "
+            "each pair."
+        )
 
 
 def _drop_bad_images(
@@ -120,18 +136,19 @@ def _drop_bad_images(
     """
     decode = options.verify_images == "all"
     sizes, reasons = source.examine_images(
-        pairs.places, options.reader, decode=decode, num_proc=options.num_proc, peers=peers
+        pairs.positions, options.reader, decode=decode, num_proc=options.num_proc, peers=peers
     )
     is_readable = np.asarray((sizes > 0).all((1, 2)))
     is_large = np.asarray((sizes >= (options.min_side or 0)).all((1, 2)))
     for pair in np.flatnonzero(~is_readable).tolist():
         side = 0 if not sizes[pair, 0].all() else 1  # the winner (0) if it is bad, else the loser (1)
-        row, image = pairs.places[pair, 2 * side : 2 * side + 2].tolist()
+        row, image = pairs.positions[pair, 2 * side : 2 * side + 2].tolist()
         report.add("undecodable", row, f"image {image} {reasons.get((row, image), MISSING)}")
     for pair in np.flatnonzero(is_readable & ~is_large).tolist():
         reason = f"{sizes[pair].min()} pixels along the shorter side, and `min_side={options.min_side}`"
-        report.add("too_small", int(pairs.places[pair, 0]), reason)
-    pairs, sizes = pairs.take(is_readable & is_large), sizes[is_readable & is_large]
+        report.add("too_small", int(pairs.positions[pair, 0]), reason)
+    pairs = pairs.take(is_readable & is_large)
+    sizes = sizes[is_readable & is_large]
     if options.buckets is not None:
         pairs = pairs.with_columns(size=options.buckets.assign(sizes.reshape(-1, 4).astype(np.int64)))
     if options.reads_sizes:
@@ -150,7 +167,7 @@ def _targets(pairs: PairTable, options: PairOptions) -> np.ndarray:
     return np.array(options.buckets.sizes)[pairs.columns["size"]]
 
 
-def _place_sources(
+def _fit_sources(
     source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport, peers: Peers
 ) -> tuple[PairTable, dict[Size, set[tuple[Size, ...]]]]:
     """Read the headers of all images, and add the column `sources_cut`, which says which sources are cropped with their
@@ -160,22 +177,23 @@ def _place_sources(
     Pairs with an unreadable image are left out, because they are counted when they are read.
     """
     images, _ = source.examine_images(
-        pairs.places, options.reader, decode=False, num_proc=options.num_proc, peers=peers
+        pairs.positions, options.reader, decode=False, num_proc=options.num_proc, peers=peers
     )
-    rows, numbers = np.unique(pairs.places[:, 0], return_inverse=True)
+    rows, numbers = np.unique(pairs.positions[:, 0], return_inverse=True)
     sizes_of_rows = source.source_sizes(rows, options.reader, num_proc=options.num_proc, peers=peers)
     targets = _targets(pairs, options).tolist()
     found: dict[Size, set[tuple[Size, ...]]] = {}
     are_cut = np.zeros(len(pairs), dtype=np.int64)
     whole = 0
     for pair, (number, sizes) in enumerate(zip(numbers.tolist(), images.tolist(), strict=True)):
-        sources, target = sizes_of_rows[number], tuple(targets[pair])
+        sources = sizes_of_rows[number]
+        target = tuple(targets[pair])
         if not sources or not all(map(all, sizes)):
             continue
         is_cut = [options.transform.is_cut_with_pair(each, sizes, target) for each in sources]
         are_cut[pair] = sum(cut << position for position, cut in enumerate(is_cut))
-        placed = tuple(target if cut else each for each, cut in zip(sources, is_cut, strict=True))
-        found.setdefault(target, set()).add(placed)
+        fitted = tuple(target if cut else each for each, cut in zip(sources, is_cut, strict=True))
+        found.setdefault(target, set()).add(fitted)
         whole += not all(is_cut)
     if whole:
         report.notes += (
@@ -191,6 +209,7 @@ def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> Preference
         "`aspect_ratio_buckets` and `min_side`": options.reads_sizes,
         "`noise_source='generated'`": options.noise_seeds,
         "`pair_weights`": bool(options.number_columns),
+        **dict.fromkeys(options.needs_all_rows, True),
     }
     for setting, is_set in needs_all_rows.items():
         if is_set:
@@ -198,17 +217,16 @@ def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> Preference
                 f"{setting} must read all rows before the first batch, but the {name} data are a stream. Load the data "
                 "without `streaming=True`, or remove the setting."
             )
-    entries, weights = [(name, dataset, options.dataset_format)], None
+    listed = [(name, dataset, options.dataset_format)]
+    weights = None
     if isinstance(dataset, PairMixture):
-        entries, weights = list(dataset.entries(options.dataset_format, name)), dataset.weights
-    streams = [Stream(rows, row_format, label, options) for label, rows, row_format in entries]
-    if not all(stream.format.has_losers for stream in streams):
-        raise ValueError(_without_losers(name))
+        listed = list(dataset.entries(options.dataset_format, name))
+        weights = dataset.weights
+    streams = [Stream(rows, row_format, label, options) for label, rows, row_format in listed]
+    check_columns([stream.format for stream in streams], options, name)
+    if any(stream.format.source_columns for stream in streams):
+        raise ValueError(
+            f"Streams cannot have a `source` column yet, and the {name} stream has one. Load the data without "
+            "`streaming`, or remove the column."
+        )
     return PreferenceIterableDataset(streams, options, weights=weights, name=name)
-
-
-def _without_losers(name: str) -> str:
-    return (
-        f"Pairs need losers. The {name} data have only captions (format `captioned`). Use `losers='permute'` to take "
-        "images with other captions as losers, or rename columns to match another format."
-    )
