@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..losses import NOISE_BINS
 from ..step.pair_evaluation import FEWEST_PAIRS
 from ..utils.files import VERDICT_FILE, write_atomically
 from ..utils.statistics import standard_error
@@ -59,7 +60,6 @@ class RunFacts:
     reference_moves: bool  # whether the reference (and so its errors) changes during training
     reference_was_given: bool  # whether the user passed a reference; if not, it is the policy before training
     uses_loser: bool  # whether the loss depends on the rejected images
-    num_noise_bins: int
     average_suffix: str  # end of the metric prefix in evaluations of the averaged weights, such as "_ema"
 
     @property
@@ -287,7 +287,7 @@ def words_of_rise(measured: Measurement, run: RunFacts) -> str:
     what = "The model is being ruined" if measured.winners == "ruined" else "The preferred images are getting worse"
     where = ""
     if measured.worst_noise_bin is not None:
-        low, high = measured.worst_noise_bin / run.num_noise_bins, (measured.worst_noise_bin + 1) / run.num_noise_bins
+        low, high = measured.worst_noise_bin / NOISE_BINS, (measured.worst_noise_bin + 1) / NOISE_BINS
         where = (
             f" The worst change is {measured.worst_noise_bin_change:+.1%}, at noise levels {low:.3g} to {high:.3g}."
         )
