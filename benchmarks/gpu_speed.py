@@ -38,7 +38,6 @@ from transformers import PrinterCallback
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
 from trl_diffusion_sdpo.step.pair_forward import NoisyBatch
-from trl_diffusion_sdpo.utils._compat import repeated_blocks
 from trl_diffusion_sdpo.utils.processes import usable_cores
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +109,6 @@ def build_trainer(case: Case, device: str, smallest: bool, folder: str, meter: M
     steps = 4 if smallest else WARMUP + TIMED + 1
     pairs = 1 if smallest else PAIRS[case.model]
     pipeline = build(case.model, case.tuning, torch.device(device), smallest=smallest)
-    denoiser = next(part for part in (pipeline.components.get(name) for name in ("unet", "transformer")) if part)
     args = DiffusionSDPOConfig(
         folder,
         max_steps=steps,
@@ -121,7 +119,6 @@ def build_trainer(case: Case, device: str, smallest: bool, folder: str, meter: M
         use_cpu=device == "cpu",
         resolution=side,
         torch_compile=case.compiled,
-        torch_compile_regional=case.compiled and bool(repeated_blocks(denoiser)),
         dataloader_num_workers=0 if smallest else min(MAX_WORKERS, usable_cores() - 1),
         logging_strategy="no",
         save_strategy="no",

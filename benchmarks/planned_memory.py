@@ -37,7 +37,7 @@ CASES = {
     "UNet, full": ("unet", "--per_device_train_batch_size 1"),
     "UNet, full, average, 4 pairs": ("unet", "--per_device_train_batch_size 4 --ema_decay 0.99"),
     "UNet, full, parameter safeguard": ("unet", PARAMETER),
-    "UNet, full, one branch at a time": ("unet", f"{PARAMETER} --safeguard_low_memory true"),
+    "UNet, full, one branch at a time": ("unet", f'{PARAMETER} --safeguard_kwargs {{"low_memory":true}}'),
     "transformer, LoRA": ("transformer", f"{LORA} --per_device_train_batch_size 2"),
     "transformer, LoRA, checkpointing": ("transformer", CHECKPOINTING),
     "transformer, full, accumulation": ("transformer", ACCUMULATION),

@@ -32,16 +32,15 @@ from trl_diffusion_sdpo.models.reference import FrozenReference
 MODES: dict[str, dict[str, Any]] = {
     "none": {"safeguard": "none"},
     "output": {"safeguard": "output"},
-    "parameter": {"safeguard": "parameter", "safeguard_anchor": "branch"},
+    "parameter": {"safeguard": "parameter", "safeguard_kwargs": {"anchor": "branch"}},
     "parameter, low memory": {
         "safeguard": "parameter",
-        "safeguard_anchor": "branch",
-        "safeguard_low_memory": True,
+        "safeguard_kwargs": {"anchor": "branch", "low_memory": True},
     },
-    "parameter, error anchor": {"safeguard": "parameter", "safeguard_anchor": "error"},
+    "parameter, error anchor": {"safeguard": "parameter", "safeguard_kwargs": {"anchor": "error"}},
 }
 PLAIN = "none"
-UNSET = {"safeguard_anchor": None, "safeguard_low_memory": False}
+UNSET: dict[str, Any] = {"safeguard_kwargs": {}}
 # Target of the time ratio, with a reference and 4 pairs.
 TARGETS = {
     ("lora", "output"): 1.02,

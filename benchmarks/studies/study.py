@@ -202,8 +202,7 @@ class Study:
         """Return the changes of the errors on held-out pairs, against the base model."""
         pairs = concatenate_datasets([pairs] * HELD_OUT_COPIES)
         with tempfile.TemporaryDirectory() as output:
-            bins = self.plan["shared"].get("num_noise_bins", 8)
-            args = self.arguments(seed, output, safeguard="none", num_noise_bins=bins)
+            args = self.arguments(seed, output, safeguard="none")
             trainer = DiffusionSDPOTrainer(pipeline, load_base_pipeline(), args, pairs, pairs)
             trainer.remove_callback(PrinterCallback)
             metrics = trainer.evaluate()

@@ -63,7 +63,7 @@ def main(words: list[str] | None = None) -> DiffusionSDPOTrainer:
     parser.add_argument("--output_dir", default="own-loss-and-family")
     options = parser.parse_args(words)
 
-    register_loss("squared_hinge", squared_hinge, reads_logit_only=True, beta_scales_logit=True, anchor="branch")
+    register_loss("squared_hinge", squared_hinge, reads_logit_only=True, anchor="branch")
     register_family("OwnPipeline", f"{__name__}:OwnFamily")
     args = DiffusionSDPOConfig(
         options.output_dir,

@@ -221,7 +221,6 @@ def test_whatever_changes_the_moments_is_another_key(caches_of, make_pairs, othe
     images, prompts = caches_of()
     changes = {
         "resolution": {"resolution": [32, 16]},
-        "interpolation": {"image_interpolation": "bicubic"},
         "crops": {"random_crop": True},
         "flips": {"random_flip": False},
         "seed of crops": {"random_crop": True, "seed": 7},

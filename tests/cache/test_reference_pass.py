@@ -23,7 +23,7 @@ SETTINGS = {
     "gradient_accumulation_steps": 2,
     "random_crop": True,
     "proportion_empty_prompts": 0.5,
-    "snr_gamma": 5.0,
+    "timestep_weighting": "min_snr",
     "beta": 500.0,
     "eval_strategy": "steps",
     "eval_steps": 2,
@@ -31,7 +31,7 @@ SETTINGS = {
 }
 PRECOMPUTED = {"precompute_ref_errors": True, "precompute_epochs": DRAWS}
 CASES = [
-    ("full", "output", {"n_timesteps_per_pair": 2}),
+    ("full", "output", {}),
     ("lora", "parameter", {}),
     *[
         pytest.param(tuning, safeguard, more, marks=pytest.mark.matrix)
@@ -39,13 +39,12 @@ CASES = [
         for safeguard in ("none", "output", "parameter")
         for more in (
             {},
-            {"n_timesteps_per_pair": 3},
             {"bf16": True, "winner_budget": 0.05, "winner_budget_kwargs": {"steps": 2}},
         )
     ],
     pytest.param("full", "output", {"loss_type": "smpo", "beta": 50.0}, marks=pytest.mark.matrix),
     pytest.param("full", "parameter", {"loss_type": "smpo", "beta": 50.0}, marks=pytest.mark.matrix),
-    pytest.param("full", "parameter", {"safeguard_low_memory": True}, marks=pytest.mark.matrix),
+    pytest.param("full", "parameter", {"safeguard_kwargs": {"low_memory": True}}, marks=pytest.mark.matrix),
     pytest.param("full", "output", {"precompute_latents": True, "random_crop": False}, marks=pytest.mark.matrix),
     pytest.param("lora", "output", {"precompute_latents": True, "precompute_epochs": 2}, marks=pytest.mark.matrix),
 ]
@@ -177,7 +176,7 @@ def test_a_second_run_computes_nothing_and_one_with_other_facts_computes_anew(
         "components": {"vae_dtype": "bfloat16"},
     }.items():
         assert computed(**settings) == 1, fact
-    assert computed(precompute_epochs=2) == 2 and computed(n_timesteps_per_pair=2) == 1
+    assert computed(precompute_epochs=2) == 2
     for settings in ({"resolution": 24}, {"random_crop": True}, {"proportion_empty_prompts": 0.2}):
         assert computed(**settings) == 1, settings
 

@@ -119,24 +119,24 @@ def test_unusable_images_are_refused_with_the_reason(value, reason):
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "name", "filter_"),
+    ("height", "width"),
     [
-        (50, 37, "bilinear", Image.BILINEAR),
-        (20, 31, "bilinear", Image.BILINEAR),
-        (33, 64, "bicubic", Image.BICUBIC),
-        (101, 33, "lanczos", Image.LANCZOS),
+        (50, 37),
+        (20, 31),
+        (33, 64),
+        (101, 33),
     ],
 )
-def test_resize_and_centre_crop_are_those_of_torchvision(height, width, name, filter_):
+def test_resize_and_centre_crop_are_those_of_torchvision(height, width):
     # torchvision on PIL images: shorter side = size, longer = int(size * longer / shorter), offset int(round(d / 2.0))
     image, size = noise_image(height, width), 32
     long = int(size * max(height, width) / min(height, width))
     new_width, new_height = (size, long) if width <= height else (long, size)
     top, left = int(round((new_height - size) / 2.0)), int(round((new_width - size) / 2.0))
-    array = np.asarray(image.resize((new_width, new_height), filter_))[top : top + size, left : left + size]
+    array = np.asarray(image.resize((new_width, new_height), Image.BILINEAR))[top : top + size, left : left + size]
     expected = torch.from_numpy(array.copy()).permute(2, 0, 1)
 
-    result = PairTransform(size, interpolation=name)(image, image, draws(0.7, 0.7))
+    result = PairTransform(size)(image, image, draws(0.7, 0.7))
     assert torch.equal(result.pixel_values, torch.stack([expected, expected]))
     assert result.original_sizes == ((height, width), (height, width))
     assert result.crop_top_lefts == ((top, left), (top, left))

@@ -176,7 +176,7 @@ def test_what_is_offloaded_comes_to_the_device_without_waiting_and_leaves_it(fou
 
 
 COMPARED = {"logging_steps": 1, "max_steps": 2, "learning_rate": 1e-4, "eval_strategy": "steps", "eval_steps": 2}
-DRAWN = {"noise_offset": 0.1, "weighting_scheme": "logit_normal", "n_timesteps_per_pair": 2}
+DRAWN = {"noise_offset": 0.1, "weighting_scheme": "logit_normal"}
 
 
 @each(sd("full", "output", "drawn", COMPARED | DRAWN | EMA_AND_BUDGET, evaluates=True))

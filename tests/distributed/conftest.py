@@ -320,7 +320,7 @@ class WalkByHand:
             pairs = zip(batches, scales, strict=True)
             return _mean([batch["winner"] - scale * batch["loser"] for batch, scale in pairs]), _mean(scales).item()
         winner, loser, error = (_mean([batch[name] for batch in batches]) for name in ("winner", "loser", "error"))
-        anchor = error if self.args.get("safeguard_anchor") == "error" else winner
+        anchor = error if self.args.get("safeguard_kwargs", {}).get("anchor") == "error" else winner
         gain, dot = anchor @ winner, anchor @ loser
         if gain <= 0:
             scale = torch.zeros(())

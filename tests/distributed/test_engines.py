@@ -50,7 +50,9 @@ ROUNDING = 5e-5
 
 
 INVERSION = {"noise_source": "inversion", "inversion_kwargs": {"kind": "renoise", "steps": 3}}
-ANCHORED = [build_case(engine, "full", "parameter", 2, "error", safeguard_anchor="error") for engine in ENGINES]
+ANCHORED = [
+    build_case(engine, "full", "parameter", 2, "error", safeguard_kwargs={"anchor": "error"}) for engine in ENGINES
+]
 # At this weight the pull to the reference is many times the rest of the gradient.
 MASKED = [
     build_case(engine, "full", safeguard, 2, "masked", mask_anchor=20.0)
@@ -58,8 +60,10 @@ MASKED = [
     for safeguard in ("output", "parameter")
 ]
 MASKED += [
-    build_case("ddp", "started", "parameter", 2, "masked-error", mask_anchor=20.0, safeguard_anchor="error"),
-    build_case("ddp", "full", "parameter", 2, "masked-low", mask_anchor=20.0, safeguard_low_memory=True),
+    build_case(
+        "ddp", "started", "parameter", 2, "masked-error", mask_anchor=20.0, safeguard_kwargs={"anchor": "error"}
+    ),
+    build_case("ddp", "full", "parameter", 2, "masked-low", mask_anchor=20.0, safeguard_kwargs={"low_memory": True}),
 ]
 # Variants whose lambda may also be 0 or 1: a LoRA from zero, whose reference is the base under it, and settings that
 # must not change the step.
@@ -101,7 +105,7 @@ def test_the_safeguarded_gradient_is_what_gets_clipped(found):
 
 @each(
     [
-        build_case(engine, "full", "parameter", 1, "whole", safeguard_mu=0.0, safeguard_low_memory=True)
+        build_case(engine, "full", "parameter", 1, "whole", safeguard_mu=0.0, safeguard_kwargs={"low_memory": True})
         for engine in ENGINES
     ]
 )

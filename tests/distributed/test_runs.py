@@ -49,7 +49,6 @@ KEPT = {
     "ema_decay": 0.5,
     "winner_budget": 1e-4,
     "winner_budget_kwargs": {"pairs": 4, "steps": 1},
-    "num_noise_bins": 3,
 }
 WORSE = {"full": 0.03, "lora": 0.5}  # rates so large that the winners get worse
 RATES = {"full": 1e-3, "lora": 1e-2}

@@ -1,4 +1,4 @@
-"""Average, winner budget, noise range and automatic beta of two processes under an engine are those of one process."""
+"""Average, winner budget and noise range of two processes under an engine are those of one process."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,6 @@ ARGS = {
     "max_grad_norm": 0.0,
     "beta": 500.0,
     "safeguard": "none",
-    "num_noise_bins": 4,
     "loser_noise_range": [0.3, 1.0],
     "winner_budget": 0.01,
     "winner_budget_kwargs": {"pairs": 4, "steps": 1},

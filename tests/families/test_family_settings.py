@@ -129,7 +129,7 @@ def test_timestep_weighting_multiplies_the_errors(trainer_of, family_folder):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("flux", {"snr_gamma": 5.0}, "snr_gamma"),
+        ("flux", {"timestep_weighting": "min_snr"}, "min_snr"),
         ("stable_diffusion", {"timestep_weighting": "one_minus_t_squared"}, "`timestep_weighting"),
         ("flux", {"timesteps": [500.0], "timestep_range": [0, 500]}, "`timesteps`"),
         ("flux", {"timesteps": [1000.5]}, "`timesteps`"),

@@ -102,7 +102,7 @@ def rises(changes) -> list[float]:
 GUARDED = {
     "safeguard": "parameter",
     "safeguard_mu": 0.1,
-    "safeguard_anchor": "error",
+    "safeguard_kwargs": {"anchor": "error"},
 }
 
 

@@ -29,11 +29,11 @@ def test_eight_single_pairs_accumulated_walk_like_one_batch_of_eight(make_traine
             max_steps=3,
             beta=100.0,
             safeguard=safeguard,
-            safeguard_granularity="pair" if safeguard == "output" else "batch",
+            safeguard_kwargs={"granularity": "pair"} if safeguard == "output" else {},
             proportion_empty_prompts=0.5,
             random_crop=True,
             noise_offset=0.1,
-            snr_gamma=5.0,
+            timestep_weighting="min_snr",
             peft_config=LoraConfig(r=4) if tuning == "lora" else None,
             **more,
         )

@@ -22,7 +22,6 @@ EMA_AND_BUDGET = {
     "ema_decay": 0.5,
     "winner_budget": 1e-4,
     "winner_budget_kwargs": {"pairs": 4, "steps": 1},
-    "num_noise_bins": 3,
 }
 WORKERS = {"dataloader_num_workers": 2}
 VARIANTS = {

@@ -9,7 +9,6 @@ from losses.settings import BETA, SETTINGS
 
 from trl_diffusion_sdpo.losses import (
     LOSSES,
-    check_auto_beta,
     check_loss_kwargs,
     diffusion_preference_loss,
     loss_spec,
@@ -46,9 +45,6 @@ def test_a_part_of_weight_zero_is_no_part():
     out = diffusion_preference_loss(MODEL, ZERO, None, loss_type=["dmpo", "sft"], **given)
     assert out.loss.item() == 2.0
     check_loss_kwargs(["dmpo", "sft"], 1.0, {"dmpo_alpha": 0.1})
-    check_auto_beta(["ipo", "sigmoid"], [0.0, 1.0])
-    with pytest.raises(ValueError, match="`auto_beta`.*sft"):
-        check_auto_beta(["sigmoid", "sft"], [0.0, 1.0])
 
 
 def test_a_clamped_pair_has_the_loss_of_the_clamp_and_no_gradient():

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
 from peft import LoraConfig
 from tiny_pipelines import case
 from torch._dynamo.utils import counters
+
+from trl_diffusion_sdpo.utils._compat import attention_backends
 
 
 @pytest.fixture
@@ -42,15 +45,22 @@ def compiled(walk, family, **settings):
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("family", ["flux", "stable_diffusion"])
-def test_compiled_blocks_walk_like_plain_ones_and_are_compiled_once_for_each_kind(walk, family):
+def test_compiled_blocks_walk_like_plain_ones_and_are_compiled_once_for_each_kind(walk, family, monkeypatch):
     plain = walk(family)
-    regional, graphs, operations = compiled(walk, family, torch_compile_regional=True)
+    by_block, graphs, operations = compiled(walk, family)
+    monkeypatch.setattr(type(plain.denoiser), "_repeated_blocks", None)  # as in a model without a list
     whole, _, more = compiled(walk, family)
-    for trainer in (regional, whole):
+    for trainer in (by_block, whole):
         torch.testing.assert_close(trained(trainer), trained(plain), rtol=1e-5, atol=1e-6)
         assert trainer.state.log_history[0]["rewards/margins"] == 0
     assert 0 < graphs <= 4  # of two kinds at most, for policy and reference
     assert operations < more
+
+
+def test_a_whole_model_is_not_compiled_after_its_reference_has_predicted(make_trainer, sd_folder, monkeypatch):
+    monkeypatch.setattr(UNet2DConditionModel, "_repeated_blocks", None)
+    with pytest.raises(ValueError, match="`precompute_ref_errors=True`.*UNet2DConditionModel"):
+        make_trainer(sd_folder, precompute_ref_errors=True, torch_compile=True)
 
 
 @pytest.mark.parametrize(
@@ -66,33 +76,21 @@ def test_a_compiler_that_may_round_policy_and_reference_apart_is_a_warning(make_
     assert ("rewards/margins" in caplog.text) == is_said
 
 
-@pytest.fixture
-def native_attention():
-    """The choice of an attention back end holds for the process."""
-    active = _AttentionBackendRegistry.get_active_backend()[0]
-    yield
-    _AttentionBackendRegistry.set_active_backend(active)
-
-
-def test_an_attention_back_end_acts_and_rounds_policy_and_reference_alike(walk, native_attention):
-    plain, chosen = walk("flux"), walk("flux", attention_backend="_native_math")
-    names = {
-        module.processor._attention_backend for module in chosen.denoiser.modules() if hasattr(module, "processor")
+def test_the_attention_back_end_of_diffusers_acts_and_rounds_policy_and_reference_alike(walk, monkeypatch):
+    plain = walk("flux")
+    called, forward = [], _AttentionBackendRegistry._backends[AttentionBackendName._NATIVE_MATH]
+    counting = {
+        AttentionBackendName._NATIVE_MATH: lambda *given, **named: called.append(1) or forward(*given, **named)
     }
-    assert {name.value for name in names} == {"_native_math"}
-    assert chosen.state.log_history[0]["rewards/margins"] == 0
+    monkeypatch.setattr(_AttentionBackendRegistry, "_backends", {**_AttentionBackendRegistry._backends, **counting})
+    with attention_backend("_native_math"):  # what DIFFUSERS_ATTN_BACKEND sets for a process
+        chosen = walk("flux")
+        assert attention_backends(chosen.denoiser) == ["_native_math"]
+    assert called and chosen.state.log_history[0]["rewards/margins"] == 0
     torch.testing.assert_close(trained(chosen), trained(plain), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("family", "name", "match"),
-    [
-        ("flux", "flash_hubb", "must be one of .*; got 'flash_hubb'. Did you mean `flash_hub`"),
-        ("flux", "sage", "sage"),
-        ("flux", "xformers", "`attention_backend='xformers'` cannot be used here: .*install"),
-        ("stable_diffusion", "native", "no effect on UNet2DConditionModel"),
-    ],
-)
-def test_attention_back_ends_that_cannot_act_are_refused(make_trainer, family_folder, family, name, match):
-    with pytest.raises(ValueError, match=match):
-        make_trainer(family_folder(family), attention_backend=name)
+def test_an_attention_back_end_without_a_backward_pass_is_refused(make_trainer, family_folder, monkeypatch):
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName.SAGE)
+    with pytest.raises(ValueError, match="sage"):
+        make_trainer(family_folder("flux"))

@@ -82,7 +82,7 @@ def test_changes_are_grouped_by_prefix_and_noise_bin():
 
 def test_the_plot_of_noise_bins_has_a_point_at_the_middle_of_each_bin(drawn, tmp_path):
     record = {"step": 9, "winner": {3: 0.125, 1: 0.0}, "loser": {3: 0.5, 1: 2.0}}
-    plot_noise_bins(record, 4, tmp_path / "levels.png")
+    plot_noise_bins(record, tmp_path / "levels.png")
     winners, losers = (axes.lines[0] for axes in drawn[0].axes)
     assert (list(winners.get_xdata()), list(winners.get_ydata())) == ([0.375, 0.875], [0.0, 12.5])
     assert (list(losers.get_xdata()), list(losers.get_ydata())) == ([0.375, 0.875], [200.0, 50.0])
@@ -98,7 +98,6 @@ def test_a_run_plots_the_noise_bins_of_its_weights_and_of_their_average(make_tra
         eval_dataset=make_pairs(4, seed=5),
         eval_strategy="steps",
         eval_steps=1,
-        num_noise_bins=4,
         ema_decay=0.5,
     )
     trainer.train()

@@ -113,7 +113,7 @@ def judged(step, change, stderr, pairs=40, **preference) -> dict:
 
 
 def run_facts(*, moves=False, given=False, loss="sigmoid") -> RunFacts:
-    return RunFacts(moves, given, loss_spec(loss).uses_loser, num_noise_bins=8, average_suffix="_ema")
+    return RunFacts(moves, given, loss_spec(loss).uses_loser, average_suffix="_ema")
 
 
 def verdict_on(history, *, best=None, **facts):
@@ -352,7 +352,7 @@ def evaluations_of(trainer) -> list[dict]:
 def test_few_pairs_are_evaluated_at_several_draws_of_noise(several_draws, make_trainer, make_pairs):
     """Six pairs get eight draws each. The last batch is not full."""
     seen: list[np.ndarray] = []
-    settings = {"eval_dataset": make_pairs(6, seed=1), "num_noise_bins": 4, "eval_strategy": "steps", "eval_steps": 1}
+    settings = {"eval_dataset": make_pairs(6, seed=1), "eval_strategy": "steps", "eval_steps": 1}
     trainer = make_trainer(**settings, compute_metrics=lambda evaluated: seen.append(evaluated.predictions) or {})
     trainer.train()
     last = evaluations_of(trainer)[-1]
@@ -361,7 +361,7 @@ def test_few_pairs_are_evaluated_at_several_draws_of_noise(several_draws, make_t
     assert 0 <= last["eval_errors/accuracy"] <= 1 and last["eval_errors/accuracy"] * 48 == pytest.approx(
         round(last["eval_errors/accuracy"] * 48)
     )
-    assert all(f"eval_errors/winner_change_relative_stderr@{level}" in last for level in range(4))
+    assert all(f"eval_errors/winner_change_relative_stderr@{level}" in last for level in range(8))
     encoded = []
     trainer.family.pipeline.text_encoder.register_forward_hook(lambda *call: encoded.append(len(call[1][0])))
     trainer.evaluate()

@@ -147,7 +147,7 @@ def test_a_pair_has_the_same_noise_in_every_batch_and_added_noise_from_its_seed(
     trainer = make_trainer(**with_inversion(eta=0.5))
     batch, rows = batch_of(trainer), [2, 3, 6, 7]
     forward = trainer.pair_forward
-    whole = forward.noisy_batch(batch, 1, trainer.model)
+    whole = forward.noisy_batch(batch, trainer.model)
     half = {
         "pixel_values": batch["pixel_values"][rows],
         "prompts": batch["prompts"][2:],
@@ -155,11 +155,11 @@ def test_a_pair_has_the_same_noise_in_every_batch_and_added_noise_from_its_seed(
         "original_sizes": batch["original_sizes"][rows],
         "crop_top_lefts": batch["crop_top_lefts"][rows],
     }
-    part = forward.noisy_batch(half, 1, trainer.model)
+    part = forward.noisy_batch(half, trainer.model)
     torch.testing.assert_close(part.noisy, whole.noisy[rows], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(part.target, whole.target[rows], rtol=1e-4, atol=1e-4)
     other = make_trainer(**INVERSION)  # without the added noise
-    assert not torch.allclose(other.pair_forward.noisy_batch(batch, 1, other.model).target, whole.target, atol=0.05)
+    assert not torch.allclose(other.pair_forward.noisy_batch(batch, other.model).target, whole.target, atol=0.05)
 
 
 def test_passes_without_gradients_leave_those_of_the_step_as_they_are(make_trainer, policy, sd_folder):
@@ -184,6 +184,10 @@ def test_an_evaluation_has_the_drawn_noise_of_any_other_run(make_trainer, policy
     """Noise that the policy finds itself would measure how much it agrees with itself."""
     found = []
     for settings in ({}, INVERSION):
-        trainer = make_trainer(copy.deepcopy(policy), eval_dataset=make_pairs(4), num_noise_bins=2, **settings)
+        trainer = make_trainer(copy.deepcopy(policy), eval_dataset=make_pairs(4), **settings)
         found.append({name: value for name, value in trainer.evaluate().items() if "errors/" in name})
-    assert found[0] == found[1] and {"eval_errors/winner", "eval_errors/winner_change@0"} <= found[0].keys()
+    assert (
+        found[0] == found[1]
+        and "eval_errors/winner" in found[0]
+        and any("winner_change@" in name for name in found[0])
+    )

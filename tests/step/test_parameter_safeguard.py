@@ -56,8 +56,8 @@ SUM = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 20.0], "gradient_a
 CALIBRATED = {"loss_type": "capo", "beta": 20.0, "calibrated_scores": True}
 # Settings, the loss of each pair, and the anchor.
 BY_HAND = {
-    "full": ({"safeguard_anchor": "error", "gradient_accumulation_steps": 2}, dpo, "error"),
-    "lora": ({"safeguard_anchor": "branch"}, dpo, "branch"),
+    "full": ({"safeguard_kwargs": {"anchor": "error"}, "gradient_accumulation_steps": 2}, dpo, "error"),
+    "lora": ({"safeguard_kwargs": {"anchor": "branch"}}, dpo, "branch"),
     "sum": ({**SUM, "safeguard_mu": 0.9}, lambda *e: dpo(*e) + 20 * e[0], "branch"),
     "clamp": ({"margin_clamp": 0.2, "safeguard_mu": 0.9}, capped, "branch"),
     "pair_weights": ({"safeguard_mu": 0.9}, lambda *e: WEIGHTS * dpo(*e), "branch"),
@@ -108,7 +108,7 @@ def test_the_low_memory_order_takes_the_same_steps(make_trainer, sd_folder):
             moved(sd_folder),
             sd_folder,
             **PARAMETER,
-            safeguard_low_memory=low_memory,
+            safeguard_kwargs={"low_memory": low_memory},
             gradient_accumulation_steps=2,
             per_device_train_batch_size=2,
             max_steps=1,
@@ -122,7 +122,9 @@ def test_the_low_memory_order_takes_the_same_steps(make_trainer, sd_folder):
 
 def test_predicting_twice_is_refused_with_dropout(make_trainer, make_sd_pipeline):
     with pytest.raises(ValueError, match="`disable_dropout=True`"):
-        make_trainer(make_sd_pipeline(dropout=0.1), **PARAMETER, safeguard_low_memory=True, disable_dropout=False)
+        make_trainer(
+            make_sd_pipeline(dropout=0.1), **PARAMETER, safeguard_kwargs={"low_memory": True}, disable_dropout=False
+        )
 
 
 # ---- A loss of the user's own --------------------------------------------------------------------------------------

@@ -46,19 +46,18 @@ def test_the_probe_is_of_winners_at_every_level_and_its_errors_are_the_models(ma
         eval_dataset=make_pairs(9, seed=6),
         winner_budget=0.1,
         winner_budget_kwargs={"pairs": 3},
-        num_noise_bins=4,
         per_device_train_batch_size=1,
     )
     begin(trainer)
     probe = probe_of(trainer)
-    errors = by_hand(trainer.denoiser, probe, 4)
-    assert [len(level) for level in errors] == [3, 3, 3, 3]
+    errors = by_hand(trainer.denoiser, probe, 8)
+    assert [len(level) for level in errors] == [3] * 8
     expected = [sum(level) / 3 for level in errors]
     assert trainer.winner_budget.controller.initial_errors.tolist() == pytest.approx(expected, rel=1e-5)
     # The latents under the noise are those of the winners, of every third pair of the evaluation data.
     items = [trainer.eval_dataset.for_evaluation()[row] for row in (0, 3, 6)]
     latents, conditioning = trainer.pair_forward.encode(trainer.data_collator(items))
-    for level in range(4):
+    for level in range(8):
         rows = [winners.batch for winners in probe if winners.noise_bins[0] == level]
         noisy = torch.cat([row.noisy for row in rows])
         noise = torch.cat([row.target for row in rows])
@@ -75,7 +74,7 @@ def test_the_probe_is_of_winners_at_every_level_and_its_errors_are_the_models(ma
 
 @pytest.fixture
 def build(make_trainer, make_pairs):
-    """`build(**settings)`: a trainer with a small probe of two noise levels, measured after every step."""
+    """`build(**settings)`: a trainer with a small probe, measured after every step."""
 
     def trainer_of(**settings):
         given = {
@@ -83,7 +82,6 @@ def build(make_trainer, make_pairs):
             "beta": 50.0,
             "winner_budget": 0.05,
             "winner_budget_kwargs": {"pairs": 2, "steps": 1},
-            "num_noise_bins": 2,
             "lr_scheduler_type": "constant",
         }
         return make_trainer(**{**given, **settings})
@@ -102,7 +100,7 @@ def test_the_logged_change_is_that_of_the_trained_model(build):
     trainer = build(max_steps=1, learning_rate=1e-3)
     _, logs = walked(trainer)
     initial = trainer.winner_budget.controller.initial_errors.tolist()
-    now = [sum(level) / len(level) for level in by_hand(trainer.denoiser, probe_of(trainer), 2)]
+    now = [sum(level) / len(level) for level in by_hand(trainer.denoiser, probe_of(trainer), 8)]
     changes = [error / before - 1 for error, before in zip(now, initial, strict=True)]
     assert logs[0]["budget/winner_change"] == pytest.approx(max(changes), rel=1e-3, abs=1e-6)
 
@@ -126,8 +124,10 @@ def test_levels_that_are_shut_train_their_winners_alone_to_the_bit(build):
 
 
 def test_scales_are_those_of_the_pairs_levels_and_multiply_the_range(build):
-    trainer = build(loser_noise_range=[0.3, 1.0], num_noise_bins=4)
-    trainer.winner_budget.controller.log_scale = torch.tensor([0.5, 0.25, 0.125, SHUT]).clamp(min=0.005).log()
+    trainer = build(loser_noise_range=[0.3, 1.0])
+    trainer.winner_budget.controller.log_scale = (
+        torch.tensor([0.5, 0.25, 0.125, SHUT]).repeat_interleave(2).clamp(min=0.005).log()
+    )
     levels = torch.tensor([0.1, 0.29, 0.31, 0.6, 0.8])
     assert trainer.pair_forward.loser_weights(levels).tolist() == pytest.approx([0, 0, 0.25, 0.125, 0])
 
@@ -148,12 +148,13 @@ def test_a_resumed_run_steers_on_as_if_undisturbed_to_the_bit(build, tmp_path):
         return build(**where, winner_budget=1.0, max_steps=4, random_crop=True, **more)
 
     whole = make("whole", save_strategy="steps", save_steps=2)
-    whole.winner_budget.controller.log_scale = torch.tensor([-4.0, -3.0])  # opens by about a half a step
+    start = torch.linspace(-4.0, -3.0, 8)  # opens by about a half a step
+    whole.winner_budget.controller.log_scale = start
     weights, logs = walked(whole)
     resumed = make("resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     state = json.loads((tmp_path / "whole" / "checkpoint-2" / BUDGET_FILE).read_text())
-    scales = [-4.0, -3.0], state["log_scale"], whole.winner_budget.controller.log_scale.tolist()
+    scales = start.tolist(), state["log_scale"], whole.winner_budget.controller.log_scale.tolist()
     assert all(first < second < third < 0 for first, second, third in zip(*scales, strict=True))
     assert torch.equal(resumed.winner_budget.controller.log_scale, whole.winner_budget.controller.log_scale)
     assert torch.equal(resumed.winner_budget.controller.initial_errors, whole.winner_budget.controller.initial_errors)

@@ -58,7 +58,7 @@ def test_settings_out_of_range_are_refused(make_args, settings, message):
     [
         ({"loss_type": "sft", "beta": 1.0}, "`beta=1.0` has no effect"),
         ({"safeguard": "none", "safeguard_mu": 0.5}, "`safeguard_mu` has no effect"),
-        ({"loss_type": "sft", "safeguard_granularity": "pair"}, "`safeguard_granularity`"),
+        ({"loss_type": "sft", "safeguard_kwargs": {"granularity": "pair"}}, "`granularity`.*`safeguard_kwargs`"),
         ({"sample_steps": 5}, "`sample_steps` has no effect without `sample_prompts`"),
         ({"ref_model_sync_steps": 64}, "`ref_model_sync_steps` has no effect without `sync_ref_model`"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.0]}, "'sft' has no effect"),

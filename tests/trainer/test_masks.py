@@ -216,7 +216,7 @@ def test_the_anchor_trains_whole_beside_the_safeguard(make_trainer, sd_folder, s
             safeguard=safeguard,
             safeguard_mu=0.9,
             beta=50.0,
-            snr_gamma=5.0,
+            timestep_weighting="min_snr",
             random_crop=False,
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=4 // batch_size,

@@ -35,7 +35,7 @@ def single_batches(batch):
 
 def test_the_gradient_of_a_weighted_batch_is_that_of_its_pairs_weighed_by_hand(make_trainer, pairs):
     """`1/4 sum (w_i / 2) g_i`, where each `g_i` is the gradient of one pair alone."""
-    settings = {"safeguard": "output", "safeguard_granularity": "pair", "safeguard_mu": 0.8, "beta": 100.0}
+    settings = {"safeguard": "output", "safeguard_kwargs": {"granularity": "pair"}, "safeguard_mu": 0.8, "beta": 100.0}
     trainer = make_trainer(train=pairs, pair_weights="quality", **settings)
     trainer.train()  # away from the reference, and into the engine
     (batch,) = trainer.get_train_dataloader()
@@ -54,3 +54,16 @@ def test_the_gradient_of_a_weighted_batch_is_that_of_its_pairs_weighed_by_hand(m
 def test_weights_that_are_all_the_same_are_said_to_have_no_effect(make_trainer, make_pairs, caplog, weights, warns):
     make_trainer(train=make_pairs(4).add_column("quality", weights), pair_weights="quality")
     assert any("`pair_weights='quality'`" in record.message for record in caplog.records) == warns
+
+
+def test_weights_stay_with_their_pairs_when_rows_are_taken(make_trainer, make_pairs):
+    trainer = make_trainer(train=make_pairs(4), per_device_train_batch_size=3)
+    items = [trainer.train_dataset[row] for row in range(3)]
+    inputs = trainer._prepare_inputs({**trainer.data_collator(items), "pair_weights": torch.tensor([1.0, 2.0, 4.0])})
+    predictions = trainer.pair_forward.predict_pairs(trainer.model.train(), inputs)
+    assert predictions.pair_weights.tolist() == [1.0, 2.0, 4.0]
+    assert predictions.take(torch.tensor([2, 0, 5, 3])).pair_weights.tolist() == [4.0, 1.0]
+    assert predictions.take(torch.tensor([5, 1, 2, 4])).pair_weights.tolist() == [4.0, 2.0]  # the first two swapped
+    outputs = trainer.pair_forward.loss(predictions)
+    expected = (outputs.pair_losses * predictions.pair_weights).mean()
+    assert outputs.loss.item() == pytest.approx(expected.item())

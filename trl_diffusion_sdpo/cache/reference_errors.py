@@ -56,9 +56,9 @@ class ReferenceErrors:
     """Computes the prediction errors of the reference model on the pairs of data sets, and adds the errors to the data
     sets. Errors are stored on disk, and only missing errors are computed.
 
-    A store has float32 errors of shape `(E, P, T, 2)`, for E epochs, P pairs, T timesteps of each pair, and winner and
-    loser. One row of the store has the errors of up to [`SHARD_PAIRS`] pairs in one epoch. The errors of a pair that
-    could not be read are NaN. `denoiser` is the policy's denoiser, before the engine (DDP, FSDP2, DeepSpeed) wraps it.
+    A store has float32 errors of shape `(E, P, 2)`, for E epochs, P pairs, and winner and loser. One row of the store
+    has the errors of up to [`SHARD_PAIRS`] pairs in one epoch. The errors of a pair that could not be read are NaN.
+    `denoiser` is the policy's denoiser, before the engine (DDP, FSDP2, DeepSpeed) wraps it.
     """
 
     def __init__(
@@ -109,7 +109,6 @@ class ReferenceErrors:
         """Return the store on disk for the errors on a data set. All processes must call this method together."""
         noise = dataclasses.asdict(self._forward.noise_settings)
         del noise["inversion"]  # inverted noise depends on the policy, so its errors are never stored
-        noise["timesteps_per_pair"] = self._timesteps(dataset)
         facts = {
             **self._settings.facts,
             "data": dataset.fingerprint(thorough=True, peers=self._settings.peers),
@@ -124,9 +123,6 @@ class ReferenceErrors:
 
     def _epochs(self, dataset: PreferenceDataset) -> int:
         return self._settings.epochs if _is_for_training(dataset) else 1
-
-    def _timesteps(self, dataset: PreferenceDataset) -> int:
-        return self._forward.noise_settings.timesteps_per_pair if _is_for_training(dataset) else 1
 
     def _shards(self, dataset: PreferenceDataset) -> list[tuple[int, range]]:
         """Return the epoch and the pair numbers for each row of the store."""
@@ -162,7 +158,7 @@ class ReferenceErrors:
             for row in missing:
                 pairs = shards[row][1]
                 waiting: dict[Any, Items] = {}  # items that wait for a full batch, by the shapes of their tensors
-                errors = torch.full((len(pairs), self._timesteps(dataset), 2), torch.nan)
+                errors = torch.full((len(pairs), 2), torch.nan)
                 for _ in range(0, len(pairs), size):
                     for pair, item in next(loader):
                         bar.update()
@@ -184,7 +180,7 @@ class ReferenceErrors:
         rows = [item["row"] for item in items]
         padded = items + items[:1] * (at_least - len(items))
         computed = self._forward.reference_errors(self._denoiser, self._settings.to_inputs(padded), training=training)
-        computed = computed.view(2, -1, len(padded)).permute(2, 1, 0)[: len(rows)].cpu()  # (2TB,) -> (B, T, 2)
+        computed = computed.view(2, len(padded)).T[: len(rows)].cpu()  # (2B,) -> (B, 2)
         bad = [row for row, error in zip(rows, computed, strict=True) if not error.isfinite().all()]
         if bad:
             raise FloatingPointError(

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import yaml
 
 from ..utils.hints import did_you_mean, other_tools_option
+from ..utils.renamed import renamed_setting
 
 # Name of an option -> its name in older versions of transformers.
 _FORMER_NAMES = {
@@ -91,7 +92,8 @@ def refuse_unknown(words: Iterable[str], options: Iterable[str]) -> None:
         name = option_name(word)
         if name is None:
             raise ValueError(f"Each word must belong to an option that begins with `--`, got {word!r}. Remove it.")
-        hint = other_tools_option(name, known) or did_you_mean(name, known, prefix="--")
+        moved = renamed_setting(name)
+        hint = f" {moved}" if moved else other_tools_option(name, known) or did_you_mean(name, known, prefix="--")
         raise ValueError(f"`--{name}` is not an option of this command.{hint} `--help` lists all options.")
 
 

@@ -26,7 +26,7 @@ from .pair_table import PairTable
 from .pairs import Pairs
 from .permuted_losers import PermutedLosers
 from .sources import PairSource, StoredImage
-from .transforms import PairDraws, PairTransform, fit_masks
+from .transforms import INTERPOLATION, PairDraws, PairTransform, fit_masks
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +123,7 @@ class PreferenceDataset(Pairs):
     - `prompt` (`str`, `""` if it was dropped), and `loser_prompt` if losers have prompts of their own;
     - `original_sizes` and `crop_top_lefts`: `(height, width)` and `(top, left)` of both images;
     - `seed` (of noise and timestep) and `row` (number of the pair);
-    - `scores`, `pair_weight` and `ref_errors` (errors of the reference, `(T, 2)`, for T timesteps and winner and
-      loser), each if the data set has it;
+    - `scores`, `pair_weight` and `ref_errors` (errors of the reference, `(2,)`), each if the data set has it;
     - `masks` (`torch.Tensor` of shape `(2, 1, H, W)`, uint8), if there is a mask column: 1 inside, 0 outside;
     - `sources` (`list[PIL.Image.Image]`), if there is a source column: images that the prompt edits, resized and
       cropped like `pixel_values` if they have the shape of the pair's images, else whole;
@@ -238,7 +237,7 @@ class PreferenceDataset(Pairs):
         if "weight" in columns:
             numbers["pair_weight"] = float(columns["weight"][pair])
         if "ref_errors" in columns:
-            errors = torch.from_numpy(columns["ref_errors"][pair, epoch])  # (T, 2)
+            errors = torch.from_numpy(columns["ref_errors"][pair, epoch])  # (2,)
             if errors.isnan().any():
                 raise UndecodableImageError("could not be read when the errors of the reference were computed")
             numbers["ref_errors"] = errors
@@ -465,18 +464,18 @@ class PreferenceDataset(Pairs):
         return "ref_errors" in self._pairs.columns
 
     def set_reference_errors(self, errors: np.ndarray) -> None:
-        """Set the reference model's errors, float32 `(E, P, T, 2)`, for E epochs, P pairs, T timesteps of each pair,
-        and winner and loser. If an error of a pair is NaN, the pair is treated as undecodable."""
+        """Set the reference model's errors, float32 `(E, P, 2)`, for E epochs, P pairs, and winner and loser. If
+        an error of a pair is NaN, the pair is treated as undecodable."""
         epochs = self._options.distinct_epochs if self._options.training else 1
         assert epochs is not None, "draws must repeat if errors of a reference are stored"
-        if errors.shape[:2] != (epochs, len(self)) or errors.shape[3:] != (2,):
+        if errors.shape != (epochs, len(self), 2):
             raise ValueError(
-                f"Errors of a reference must have the shape ({epochs}, {len(self)}, T, 2), for epochs, pairs, "
-                f"timesteps and two images; got {errors.shape}."
+                f"Errors of a reference must have the shape ({epochs}, {len(self)}, 2), for epochs, pairs and two "
+                f"images; got {errors.shape}."
             )
         self._pairs = self._pairs.with_columns(ref_errors=errors.swapaxes(0, 1))
         if self._losers is not None:
-            self._losers.bad |= torch.from_numpy(np.isnan(errors).any((0, 2, 3)))
+            self._losers.bad |= torch.from_numpy(np.isnan(errors).any((0, 2)))
 
     def draw_settings(self) -> dict[str, Any]:
         """Return the settings on which items depend, such as the seed and the settings of the transform."""
@@ -486,7 +485,8 @@ class PreferenceDataset(Pairs):
 
     def pixel_settings(self) -> dict[str, Any]:
         """Return the settings of the transform, with values that can be written to JSON."""
-        return {"transform": type(self._options.transform).__name__, **vars(self._options.transform)}
+        transform = self._options.transform
+        return {"transform": type(transform).__name__, **vars(transform), "interpolation": INTERPOLATION.name.lower()}
 
     @property
     def augmentations(self) -> tuple[bool, bool]:
@@ -609,8 +609,8 @@ class PreferenceCollator:
       noise;
     - `sources` (`list[list[PIL.Image.Image]]` of length B), if the data set has a source column;
     - `pair_weights` (`torch.FloatTensor` of shape `(B,)`), if training pairs have weights;
-    - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), if reference errors were computed before training. Errors of
-      winners come first, sorted by timestep and then by pair. Errors of losers follow in the same order.
+    - `ref_errors` (`torch.FloatTensor` of shape `(2B,)`, winners first), if reference errors were computed before
+      training.
 
     If latents were computed before training, `moments` (`torch.Tensor` of shape `(2B, ...)`) and `target_size`
     (`(height, width)` of the pixels) replace `pixel_values`. `conditioning` (tensors of shape `(B, ...)`, padded at the
@@ -650,8 +650,8 @@ class PreferenceCollator:
         if "pair_weight" in items[0]:
             batch["pair_weights"] = torch.tensor([item["pair_weight"] for item in items], dtype=torch.float32)
         if "ref_errors" in items[0]:
-            errors = torch.stack([item["ref_errors"] for item in items])  # (B, T, 2)
-            batch["ref_errors"] = errors.permute(2, 1, 0).flatten()
+            errors = torch.stack([item["ref_errors"] for item in items])  # (B, 2)
+            batch["ref_errors"] = errors.T.flatten()
         return batch
 
 

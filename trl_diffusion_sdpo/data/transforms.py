@@ -13,11 +13,7 @@ from PIL import Image, ImageOps
 
 from .images import INSIDE, Size, UndecodableImageError
 
-INTERPOLATIONS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+INTERPOLATION = Image.Resampling.BILINEAR
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,6 @@ class PairTransform:
         resolution (`int` or `tuple[int, int]`): Side of the square target, or `(height, width)`.
         center_crop (`bool`): Whether to crop at the center instead of at random.
         random_flip (`bool`): Whether to mirror both images of a pair with probability 0.5.
-        interpolation (`str`): `"bilinear"`, `"bicubic"` or `"lanczos"`.
     """
 
     def __init__(
@@ -97,13 +92,11 @@ class PairTransform:
         *,
         center_crop: bool = True,
         random_flip: bool = False,
-        interpolation: str = "bilinear",
     ) -> None:
         size = tuple(resolution) if isinstance(resolution, tuple | list) else (resolution, resolution)
         self.height, self.width = size
         self.center_crop = center_crop
         self.random_flip = random_flip
-        self.interpolation = interpolation
 
     def __call__(
         self, winner: Image.Image, loser: Image.Image, draws: PairDraws | None = None, target: Size | None = None
@@ -143,12 +136,11 @@ class PairTransform:
         target: Size,
         *,
         is_mirrored: bool,
-        resampling: Image.Resampling | None = None,
+        resampling: Image.Resampling = INTERPOLATION,
     ) -> Image.Image:
         """Resize an image to cover `target` `(height, width)`, mirror it if `is_mirrored` is true, and crop it to
-        `target` at `corner` `(top, left)`, or at the center. `resampling` replaces the transform's interpolation."""
+        `target` at `corner` `(top, left)`, or at the center."""
         height, width = self.resized_size(image.height, image.width, target)
-        resampling = INTERPOLATIONS[self.interpolation] if resampling is None else resampling
         image = image.resize((width, height), resampling)
         image = ImageOps.mirror(image) if is_mirrored else image
         top, left = self._corner(height - target[0], width - target[1], None) if corner is None else corner

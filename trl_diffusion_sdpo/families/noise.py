@@ -17,8 +17,9 @@ from diffusers import DDPMScheduler
 WITHOUT_PINNED_MEMORY = ("cpu", "mps", "meta")  # devices for which CPU memory is not pinned
 _BISECTIONS = 50  # number of bisections, enough for the precision of float64
 WeightingScheme = Literal["none", "logit_normal", "mode"]
-TimestepWeighting = Literal["none", "one_minus_t_squared"]
+TimestepWeighting = Literal["none", "min_snr", "one_minus_t_squared"]
 WEIGHTINGS: tuple[str, ...] = get_args(TimestepWeighting)
+SNR_GAMMA = 5.0  # gamma of min-SNR in its paper
 # Prediction type -> Min-SNR weights (https://huggingface.co/papers/2303.09556).
 _MIN_SNR_WEIGHTS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "epsilon": lambda snr, gamma: (gamma / snr).clamp(max=1.0),
@@ -226,18 +227,18 @@ class NoiseProcess(ABC):
         self,
         timesteps: torch.Tensor,
         *,
-        snr_gamma: float | None = None,
         weighting: TimestepWeighting = "none",
+        snr_gamma: float = SNR_GAMMA,
         image_seq_len: int | None = None,
     ) -> torch.Tensor | None:
         """Return the weights of squared errors at these timesteps, or `None` if all weights are 1.
 
         Args:
             timesteps (`torch.Tensor` of shape `(N,)`): Timesteps of this process.
-            snr_gamma (`float`, *optional*): Gamma of the Min-SNR weights, see `min_snr_weights`. If `None`, Min-SNR
-                weights are off.
-            weighting (`str`): `"none"`, or `"one_minus_t_squared"` for the factor `(1 - sigma)^2` with flow matching.
-                In https://huggingface.co/papers/2501.13918, beta is multiplied by this factor.
+            weighting (`str`): `"none"`; `"min_snr"`, see `min_snr_weights`; or `"one_minus_t_squared"` for the factor
+                `(1 - sigma)^2` with flow matching. In https://huggingface.co/papers/2501.13918, beta is multiplied by
+                this factor.
+            snr_gamma (`float`): Gamma of `"min_snr"`.
             image_seq_len (`int`, *optional*): Number of tokens per image, for schedules that depend on this number.
 
         Returns:
@@ -245,16 +246,16 @@ class NoiseProcess(ABC):
         """
         if weighting not in WEIGHTINGS:
             raise ValueError(f"`timestep_weighting` must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}.")
-        if weighting != "none":
-            return self.one_minus_t_squared(timesteps, image_seq_len)
-        return None if snr_gamma is None else self.min_snr_weights(timesteps, snr_gamma)
+        if weighting == "min_snr":
+            return self.min_snr_weights(timesteps, snr_gamma)
+        return self.one_minus_t_squared(timesteps, image_seq_len) if weighting == "one_minus_t_squared" else None
 
     def one_minus_t_squared(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
         """Return `(1 - sigma)^2`, shape `(N,)`, float32. Raise `ValueError` if the process has no sigma."""
         raise ValueError(
             "`timestep_weighting='one_minus_t_squared'` is only for flow matching, and this is a DDPM model that "
             f"predicts {self.prediction_type}. Use `timestep_weighting='none'`. To weight the timesteps of a DDPM "
-            "model, set `snr_gamma`."
+            "model, use `timestep_weighting='min_snr'`."
         )
 
     def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -272,13 +273,11 @@ class NoiseProcess(ABC):
         Source: https://huggingface.co/papers/2303.09556.
         """
         if not gamma > 0:
-            raise ValueError(
-                f"`snr_gamma` must be above 0, got {gamma}. The paper uses 5. `None` turns the weights off."
-            )
+            raise ValueError(f"`snr_gamma` must be above 0, got {gamma}. The paper uses 5.")
         if self.prediction_type not in _MIN_SNR_WEIGHTS:
             raise ValueError(
-                f"`snr_gamma` needs a model that predicts {', '.join(_MIN_SNR_WEIGHTS)}, and this model predicts "
-                f"{self.prediction_type}. Leave `snr_gamma` unset."
+                f"`timestep_weighting='min_snr'` needs a model that predicts {', '.join(_MIN_SNR_WEIGHTS)}, and this "
+                f"model predicts {self.prediction_type}. Use another `timestep_weighting`."
             )
         return _MIN_SNR_WEIGHTS[self.prediction_type](self.snr(timesteps), gamma)
 

@@ -1,6 +1,5 @@
 """Every formula of the project, on tensors and numbers: losses, safeguard, metrics, noise bins, winner budget."""
 
-from .auto_beta import BetaController
 from .diffusion_preference import (
     PreferenceLossOutput,
     Safeguard,
@@ -9,14 +8,13 @@ from .diffusion_preference import (
     order_by_scores,
 )
 from .masks import mask_anchor, mask_metrics, region_factors, within
-from .noise_bins import noise_bin_changes, noise_bin_of, noise_range_weights
+from .noise_bins import NOISE_BINS, noise_bin_changes, noise_bin_of, noise_range_weights
 from .pair_weights import WEIGHT_FUNCTIONS, calibrated_scores, score_gaps, with_mean_one
 from .preference import (
     LOSSES,
     LossSpec,
     LossType,
     PairTerms,
-    check_auto_beta,
     check_loss_kwargs,
     loss_spec,
     loss_weights_by_name,
@@ -24,14 +22,21 @@ from .preference import (
     pair_terms,
     register_loss,
 )
-from .safeguard import Anchor, Granularity, output_scale, parameter_scale, winner_error_gradient
+from .safeguard import (
+    Anchor,
+    Granularity,
+    SafeguardSettings,
+    output_scale,
+    parameter_scale,
+    winner_error_gradient,
+)
 from .winner_budget import BudgetController
 
 __all__ = [
     "LOSSES",
+    "NOISE_BINS",
     "WEIGHT_FUNCTIONS",
     "Anchor",
-    "BetaController",
     "BudgetController",
     "Granularity",
     "LossSpec",
@@ -39,8 +44,8 @@ __all__ = [
     "PairTerms",
     "PreferenceLossOutput",
     "Safeguard",
+    "SafeguardSettings",
     "calibrated_scores",
-    "check_auto_beta",
     "check_loss_kwargs",
     "check_safeguard",
     "diffusion_preference_loss",

@@ -47,7 +47,7 @@ def diffusion_preference_loss(
     loss_type: str | Sequence[str] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     margin_clamp: float | None = None,
-    beta: float | torch.Tensor | None = 5000.0,
+    beta: float | None = 5000.0,
     safeguard: Literal["none", "output"] = "output",
     safeguard_mu: float = 0.9,
     safeguard_granularity: Granularity = "batch",
@@ -191,7 +191,7 @@ def diffusion_preference_loss(
 # ---- Metrics. Reward metrics have the names of TRL, the other metrics the names of the paper ------------------------
 
 
-def pair_metrics(terms: PairTerms, *, beta: float | torch.Tensor | None) -> dict[str, torch.Tensor]:
+def pair_metrics(terms: PairTerms, *, beta: float | None) -> dict[str, torch.Tensor]:
     """Return the mean rewards and errors of a batch of pairs, by name, as detached scalars on the device.
 
     Args:
@@ -329,7 +329,7 @@ def _check_predictions(
 def _check_needs(
     name: str,
     spec: LossSpec,
-    beta: float | torch.Tensor | None,
+    beta: float | None,
     ref_pred: torch.Tensor | None,
     ref_errors: torch.Tensor | None,
     scores: torch.Tensor | None,

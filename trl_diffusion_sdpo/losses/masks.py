@@ -19,7 +19,7 @@ def region_factors(masks: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
 
     Args:
         masks (`torch.Tensor` of shape `(2B, 1, H, W)`, uint8): 1 within the mask and 0 outside, in pixels.
-        latents (`torch.Tensor` of shape `(2B, C, h, w)` or `(2 * draws * B, C, h, w)`): Latents of the images.
+        latents (`torch.Tensor` of shape `(2B, C, h, w)`): Latents of the images.
 
     Returns:
         `torch.Tensor` of shape `(2B, 1, h, w)`, float32, on the device of the latents.

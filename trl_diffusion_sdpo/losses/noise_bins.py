@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+NOISE_BINS = 8  # number of noise bins of a run
 
-def noise_bin_of(noise_levels: torch.Tensor, num_noise_bins: int) -> torch.Tensor:
+
+def noise_bin_of(noise_levels: torch.Tensor, num_noise_bins: int = NOISE_BINS) -> torch.Tensor:
     """Return the number of the noise bin of each noise level in `[0, 1]`, int64. All bins are equally wide."""
     return (noise_levels * num_noise_bins).long().clamp(0, num_noise_bins - 1)
 

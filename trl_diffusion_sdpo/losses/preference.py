@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -71,11 +71,11 @@ class PairTerms:
         """Loser's error minus its error under the reference, `(B,)`. Without a reference, just the loser's error."""
         return self.loser_error if self.ref_loser_error is None else self.loser_error - self.ref_loser_error
 
-    def rewards(self, beta: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rewards(self, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the implicit rewards of winner and loser, each `(B,)`: `-(beta / 2)` times the change of the error."""
         return -0.5 * beta * self.winner_change, -0.5 * beta * self.loser_change
 
-    def logit(self, beta: float | torch.Tensor) -> torch.Tensor:
+    def logit(self, beta: float) -> torch.Tensor:
         """Return each pair's logit `u = -(beta / 2) (winner_change - loser_change)`, `(B,)`, cut at `margin_clamp`.
 
         The logit is the log-odds with which the policy prefers the winner to the loser.
@@ -408,13 +408,11 @@ class LossSpec:
         target_logit (`Callable`, *optional*): Function that takes [`PairTerms`] and `loss_kwargs` and returns the
             finite logit at which the loss is smallest, a number or `(B,)`. At larger logits the loss raises the
             winner's error, whatever lambda is.
-        anchor (`str`): Default of `safeguard_anchor`: `"branch"` if, for every pair, the winner's part of the gradient
-            is the gradient of the winner's error times a number of at least 0, else `"error"`.
+        anchor (`str`): Default of `anchor` in `safeguard_kwargs`: `"branch"` if, for every pair, the winner's part of
+            the gradient is the gradient of the winner's error times a number of at least 0, else `"error"`.
         default_beta (`float`): Value of `beta` if neither the user nor the model family sets `beta`.
         reads_logit_only (`bool`): Whether a pair's loss depends on nothing but its logit and its scores. If `True`, a
             pair whose logit is cut at `margin_clamp` has no gradient.
-        beta_scales_logit (`bool`): Whether `beta` is a factor of a logit and of nothing else. The setting `auto_beta`
-            needs a loss for which this is `True`.
         margin_clamp (`float`, *optional*): Largest value of the logit. Larger logits are cut to this value.
 
     Example:
@@ -437,7 +435,6 @@ class LossSpec:
     anchor: Anchor = "error"
     default_beta: float = 5000.0
     reads_logit_only: bool = False
-    beta_scales_logit: bool = False
     margin_clamp: float | None = None
 
     @cached_property
@@ -445,17 +442,13 @@ class LossSpec:
         """Whether the loss function takes the argument `beta`."""
         return "beta" in inspect.signature(self.function).parameters
 
-    def pair_losses(
-        self, terms: PairTerms, *, beta: float | torch.Tensor | None, **loss_kwargs: float
-    ) -> torch.Tensor:
+    def pair_losses(self, terms: PairTerms, *, beta: float | None, **loss_kwargs: float) -> torch.Tensor:
         """Return the loss of each pair, `(B,)`. Logits above `margin_clamp` are cut to `margin_clamp` first."""
         if self.margin_clamp is not None:
             terms = replace(terms, margin_clamp=self.margin_clamp)
         return self.function(terms, **({"beta": beta} if self.uses_beta else {}), **loss_kwargs)
 
-    def past_target(
-        self, terms: PairTerms, *, beta: float | torch.Tensor | None, **loss_kwargs: float
-    ) -> torch.Tensor | None:
+    def past_target(self, terms: PairTerms, *, beta: float | None, **loss_kwargs: float) -> torch.Tensor | None:
         """Return whether each pair's logit is above `target_logit` and below `margin_clamp`, bool `(B,)`.
 
         Return `None` if the loss has no `target_logit`.
@@ -500,7 +493,7 @@ LossType = Literal[
 ]
 # fmt: on
 _POSITIVE: dict[str, Any] = {"equal_weights": True, "positive_weights": True, "anchor": "branch"}
-_LOGISTIC: dict[str, Any] = {"reads_logit_only": True, "beta_scales_logit": True, **_POSITIVE}
+_LOGISTIC: dict[str, Any] = {"reads_logit_only": True, **_POSITIVE}
 _TARGETED: dict[str, Any] = {"reads_logit_only": True, "equal_weights": True}
 _DSPO: dict[str, Any] = {"reads_reference_prediction": True, "equal_weights": True}
 LOSSES: dict[str, LossSpec] = {
@@ -509,14 +502,12 @@ LOSSES: dict[str, LossSpec] = {
     "ipo": LossSpec(ipo_loss, target_logit=lambda terms: 0.5, **_TARGETED),
     "robust": LossSpec(robust_loss, **_LOGISTIC),
     "dspo": LossSpec(dspo_loss, default_beta=0.001, **_DSPO),
-    "dspo_sdxl": LossSpec(dspo_sdxl_loss, beta_scales_logit=True, **_DSPO),
-    "dmpo": LossSpec(
-        dmpo_loss, target_logit=_dmpo_target_logit, default_beta=2000.0, beta_scales_logit=True, **_TARGETED
-    ),
+    "dspo_sdxl": LossSpec(dspo_sdxl_loss, **_DSPO),
+    "dmpo": LossSpec(dmpo_loss, target_logit=_dmpo_target_logit, default_beta=2000.0, **_TARGETED),
     "sft": LossSpec(sft_loss, needs_reference=False, uses_loser=False, **_POSITIVE),
     "mapo": LossSpec(mapo_loss, needs_reference=False, default_beta=0.1, anchor="branch"),
-    "simpo": LossSpec(simpo_loss, needs_reference=False, beta_scales_logit=True, **_POSITIVE),
-    "dpop": LossSpec(dpop_loss, beta_scales_logit=True, anchor="branch"),
+    "simpo": LossSpec(simpo_loss, needs_reference=False, **_POSITIVE),
+    "dpop": LossSpec(dpop_loss, anchor="branch"),
     "linear": LossSpec(linear_loss, default_beta=100.0, **_POSITIVE),
     "smpo": LossSpec(smpo_loss, needs_scores=True, **_LOGISTIC),
     "capo": LossSpec(
@@ -604,44 +595,22 @@ def loss_spec(
             f"`margin_clamp` must be finite and greater than 0. Got {margin_clamp}. Leave `margin_clamp` unset to use "
             "logits without a limit."
         )
-    _refuse_losses(
-        [name for name in weights if LOSSES[name].uses_loser and not LOSSES[name].reads_logit_only]
-        or [name for name in weights if not spec.uses_loser],
-        "`margin_clamp` applies only to losses that are functions of the logit alone",
-        {name for name, row in LOSSES.items() if row.reads_logit_only},
-    )
+    refused = [name for name in weights if LOSSES[name].uses_loser and not LOSSES[name].reads_logit_only]
+    if not spec.uses_loser:
+        refused = list(weights)
+    if refused:
+        accepted = ", ".join(name for name, row in LOSSES.items() if row.reads_logit_only)
+        raise ValueError(
+            f"`margin_clamp` applies only to losses that are functions of the logit alone: {accepted}. Got "
+            f"{', '.join(refused)}. Leave `margin_clamp` out, or choose another loss."
+        )
     return replace(spec, margin_clamp=margin_clamp)
 
 
-def check_auto_beta(loss_type: str | Sequence[str], loss_weights: Sequence[float] | None = None) -> None:
-    """Raise `ValueError` if `auto_beta` cannot adapt the beta of a loss, or if no loss of weight above 0 has a beta.
-
-    `auto_beta` can adapt the beta of a loss if this beta is a factor of a logit and of nothing else.
-    """
-    rows = {name: LOSSES[name] for name, weight in loss_weights_by_name(loss_type, loss_weights).items() if weight}
-    _refuse_losses(
-        [name for name, row in rows.items() if row.uses_beta and not row.beta_scales_logit]
-        or [name for name in rows if not any(row.uses_beta for row in rows.values())],
-        "`auto_beta` applies only to losses whose `beta` is a factor of a logit",
-        {name for name, row in LOSSES.items() if row.beta_scales_logit},
-    )
-
-
-def _refuse_losses(refused: Sequence[str], rule: str, accepted: Collection[str]) -> None:
-    if refused:
-        listed = ", ".join(name for name in LOSSES if name in accepted)
-        raise ValueError(f"{rule}: {listed}. Got {', '.join(refused)}. Remove the setting, or choose another loss.")
-
-
-def check_loss_kwargs(
-    loss_type: str | Sequence[str], beta: float | torch.Tensor | None, loss_kwargs: dict[str, float]
-) -> None:
-    """Raise `ValueError` if a setting of a loss is out of range or belongs to another loss.
-
-    If `beta` is a tensor, its value is not checked, because reading the value would wait for the device.
-    """
+def check_loss_kwargs(loss_type: str | Sequence[str], beta: float | None, loss_kwargs: dict[str, float]) -> None:
+    """Raise `ValueError` if a setting of a loss is out of range or belongs to another loss."""
     rows = [LOSSES[name] for name in loss_weights_by_name(loss_type)]
-    if any(row.uses_beta for row in rows) and beta is not None and not isinstance(beta, torch.Tensor):
+    if any(row.uses_beta for row in rows) and beta is not None:
         if not (beta > 0 and math.isfinite(beta)):
             raise ValueError(f"`beta` must be a finite number greater than 0. Got {beta}. Diffusion-DPO uses 5000.")
     settings = [name for row in rows for name in row.loss_kwargs]
@@ -679,7 +648,7 @@ def _sum_spec(weights: dict[str, float]) -> LossSpec:
     def settings_of(row: LossSpec, settings: dict[str, float]) -> dict[str, float]:
         return {name: value for name, value in settings.items() if name in row.loss_kwargs}
 
-    def weighted_sum(terms: PairTerms, *, beta: float | torch.Tensor | None = None, **settings: float) -> torch.Tensor:
+    def weighted_sum(terms: PairTerms, *, beta: float | None = None, **settings: float) -> torch.Tensor:
         losses = [weight * row.pair_losses(terms, beta=beta, **settings_of(row, settings)) for weight, row in summands]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
 
@@ -706,7 +675,6 @@ def _sum_spec(weights: dict[str, float]) -> LossSpec:
         anchor="branch" if all(row.anchor == "branch" for row in rows) else "error",
         default_beta=with_beta[0].default_beta if with_beta else LossSpec.default_beta,
         reads_logit_only=all(row.reads_logit_only for row in rows),
-        beta_scales_logit=all(row.beta_scales_logit for row in with_beta),
     )
 
 

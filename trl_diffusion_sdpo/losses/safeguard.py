@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -9,6 +11,39 @@ import torch
 Granularity = Literal["batch", "pair", "weighted", "noise_bin"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 Anchor = Literal["branch", "error"]
+
+
+@dataclass(frozen=True)
+class SafeguardSettings:
+    """Constants of the safeguard in training.
+
+    Args:
+        granularity (`str`): Pairs that share one lambda under the safeguard in output space.
+        eps (`float`): Number that the safeguard in output space adds to the divisor of lambda.
+        anchor (`str`, *optional*): Quantity that the safeguard in parameter space keeps from rising. `None` is the
+            loss's own, see [`~trl_diffusion_sdpo.losses.LossSpec`].
+        low_memory (`bool`): Whether the safeguard in parameter space holds the activations of winners and losers one
+            after the other.
+
+    Raises:
+        `ValueError`: If a value is not allowed.
+    """
+
+    granularity: Granularity = "batch"
+    eps: float = 0.0
+    anchor: Anchor | None = None
+    low_memory: bool = False
+
+    def __post_init__(self) -> None:
+        rules = {
+            "granularity": (self.granularity in GRANULARITIES, f"one of {', '.join(GRANULARITIES)}"),
+            "eps": (0 <= self.eps < math.inf, "at least 0, such as the authors' 1e-9"),
+            "anchor": (self.anchor in (None, *get_args(Anchor)), f"one of {', '.join(get_args(Anchor))}"),
+            "low_memory": (isinstance(self.low_memory, bool), "true or false"),
+        }
+        for name, (is_allowed, rule) in rules.items():
+            if not is_allowed:
+                raise ValueError(f"`{name}` of `safeguard_kwargs` must be {rule}; got {getattr(self, name)!r}.")
 
 
 def loser_scale(

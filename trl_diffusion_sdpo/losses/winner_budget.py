@@ -92,8 +92,8 @@ class BudgetController:
         """Restore a state that [`BudgetController.state`] returned."""
         if len(state["log_scale"]) != self.num_noise_bins:
             raise ValueError(
-                f"`num_noise_bins` must be equal to that of the saved run, {len(state['log_scale'])}. Got "
-                f"{self.num_noise_bins}. Resume with the settings of the saved run."
+                f"The winner budget of a run has {self.num_noise_bins} noise bins, and that of the checkpoint has "
+                f"{len(state['log_scale'])}. Start a new run, or leave `winner_budget` out."
             )
         self.log_scale = self.log_scale.new_tensor(state["log_scale"])
         initial = [math.nan if error is None else error for error in state["before"]]

@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..engines.engine import Engine
 from .adapters import adapter_layers, adapter_parts, adapter_scalings, adapter_state, base_tensors
-from .kernels import compile_blocks
 from .numerics import read_contiguous
 from .weight_copies import AdaptersOff, SecondAdapter, SecondDenoiser, WeightCopy, second_copy
 
@@ -128,12 +127,13 @@ class PrecomputedReference(Reference):
         self._module: nn.Module | None = None
         self._tensors: Callable[[], dict[str, torch.Tensor]] | None = tensors
 
-    def compile(self, backend: str | None, mode: str | None, *, regional: bool) -> None:
+    def compile(self, backend: str | None, mode: str | None, *, by_block: bool) -> None:
         """Compile the blocks of a reference that is a separate denoiser. A reference that shares the policy's denoiser
         is compiled with the policy."""
-        assert regional, "`torch_compile` without regions would compile the policy only after the errors are computed."
+        assert by_block, "A whole policy would be compiled only after the errors are computed."
         if self.module is not None:
-            compile_blocks(cast(Any, self.module), backend, mode)
+            module: Any = self.module
+            module.compile_repeated_blocks(backend=backend, mode=mode)
 
     @property
     def can_predict(self) -> bool:

@@ -10,7 +10,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,7 +22,6 @@ from ..engines.sharding import Float32Shards
 from ..utils._compat import ACTIVE_ADAPTER, ADAPTERS_OFF
 from .adapters import adapter_layers, adapter_parts, adapter_state, copy_adapter, lora_configs
 from .denoiser_wrapper import DenoiserWrapper
-from .kernels import compile_blocks
 from .numerics import halve_autocast_weights, read_contiguous
 
 
@@ -120,6 +119,8 @@ class SecondDenoiser:
             cast once to this dtype. Casting once saves memory and does not change results.
     """
 
+    module: Any  # a diffusers model
+
     def __init__(self, module: nn.Module, policy: nn.Module, engine: Engine, *, half_dtype: torch.dtype | None = None):
         if not adapter_layers(policy):  # under a LoRA, the policy's base weights are frozen too and round equally
             read_contiguous((*policy.modules(), *module.modules()))
@@ -183,13 +184,15 @@ class WeightCopy:
         if isinstance(self.second, SecondDenoiser):
             self.second.module.to(device)
 
-    def compile(self, backend: str | None, mode: str | None, *, regional: bool) -> None:
-        """Compile a second denoiser or, if `regional`, only its blocks. (A second LoRA is compiled with the policy.)"""
-        if isinstance(self.second, SecondDenoiser):
-            if regional:
-                compile_blocks(cast(Any, self.second.module), backend, mode)
-            else:
-                self.second.module.compile(backend=backend, mode=mode)
+    def compile(self, backend: str | None, mode: str | None, *, by_block: bool) -> None:
+        """Compile a second denoiser or, if `by_block`, its repeated blocks. (A second LoRA is compiled with the
+        policy.)"""
+        if not isinstance(self.second, SecondDenoiser):
+            return
+        if by_block:
+            self.second.module.compile_repeated_blocks(backend=backend, mode=mode)
+        else:
+            self.second.module.compile(backend=backend, mode=mode)
 
     def stop_sharing(self) -> None:
         """Give a second denoiser its own memory if the denoiser shares the policy's memory (see [`second_copy`])."""

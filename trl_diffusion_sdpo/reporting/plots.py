@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..losses import NOISE_BINS
 from .history import History, evaluation_prefixes
 from .sample_scores import PREFIX, WIN_RATE
 
@@ -134,12 +135,11 @@ def noise_bin_file(prefix: str) -> str:
     return f"noise_bins{name}.png"
 
 
-def plot_noise_bins(record: Mapping[str, Any], num_noise_bins: int, file: str | Path) -> None:
+def plot_noise_bins(record: Mapping[str, Any], file: str | Path) -> None:
     """Plot the change of the errors, relative to the reference's errors, over the noise level.
 
     Args:
         record (`Mapping`): An evaluation from [`changes_by_noise_bin`].
-        num_noise_bins (`int`): Number of noise bins.
         file (`str` or `Path`): Image file to write.
     """
     from matplotlib.figure import Figure
@@ -147,7 +147,7 @@ def plot_noise_bins(record: Mapping[str, Any], num_noise_bins: int, file: str | 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     for axes, half in zip(figure.subplots(1, 2, sharex=True), ("winner", "loser"), strict=True):
         bins = sorted(record[half])
-        middles = [(noise_bin + 0.5) / num_noise_bins for noise_bin in bins]
+        middles = [(noise_bin + 0.5) / NOISE_BINS for noise_bin in bins]
         changes = [100 * record[half][noise_bin] for noise_bin in bins]
         axes.plot(middles, changes, color="C0" if half == "winner" else "C3", marker="o")
         axes.axhline(0, color="black", linewidth=0.8)

@@ -41,9 +41,8 @@ class NoiseBinPlotCallback(TrainerCallback):
     """After every evaluation, plots how the errors in each noise bin differ from the reference's, and writes the plot
     into the output folder: `noise_bins.png` for metrics with the prefix `eval`, `noise_bins_ema.png` for `eval_ema`."""
 
-    def __init__(self, images: TrackedImages, num_noise_bins: int):
+    def __init__(self, images: TrackedImages):
         self._images = images
-        self._num_noise_bins = num_noise_bins
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if not state.is_world_process_zero:
@@ -51,7 +50,7 @@ class NoiseBinPlotCallback(TrainerCallback):
         for prefix, record in changes_by_noise_bin(state.log_history).items():
             file = output_folder(args) / noise_bin_file(prefix)
             file.parent.mkdir(parents=True, exist_ok=True)
-            plot_noise_bins(record, self._num_noise_bins, file)
+            plot_noise_bins(record, file)
             if f"{prefix}_errors/winner" in kwargs["metrics"]:
                 self._images.add(f"{prefix}/noise_bins", file, state.global_step)
 

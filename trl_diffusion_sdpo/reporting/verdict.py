@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..losses import NOISE_BINS
 from ..step.pair_evaluation import FEWEST_PAIRS
 from ..utils.files import VERDICT_FILE, write_atomically
 from .history import History, evaluation_prefixes
@@ -57,7 +58,6 @@ class RunFacts:
     reference_moves: bool  # whether the reference (and so its errors) changes during training
     reference_was_given: bool  # whether the user passed a reference; if not, it is the policy before training
     uses_loser: bool  # whether the loss depends on the rejected images
-    num_noise_bins: int
     average_suffix: str  # end of the metric prefix in evaluations of the averaged weights, such as "_ema"
 
     @property
@@ -292,8 +292,8 @@ def words_of_rise(measured: Measurement, run: RunFacts) -> str:
     what = "The model is being ruined" if measured.winners == "ruined" else "The preferred images are getting worse"
     where = ""
     if measured.worst_noise_bin is not None:
-        low = measured.worst_noise_bin / run.num_noise_bins
-        high = (measured.worst_noise_bin + 1) / run.num_noise_bins
+        low = measured.worst_noise_bin / NOISE_BINS
+        high = (measured.worst_noise_bin + 1) / NOISE_BINS
         where = (
             f" The worst change is {measured.worst_noise_bin_change:+.1%}, at noise levels {low:.3g} to {high:.3g}."
         )

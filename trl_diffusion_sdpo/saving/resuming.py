@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from ..utils._compat import set_last_rates
 from ..utils.files import json_object
 from ..utils.identity import differences, listed
+from ..utils.renamed import with_new_names
 from .setup import ARGS_FILE, SETUP_FILE, read_setup
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,6 @@ NOT_COMPARED = (
     "hub_revision",
     "resume_from_checkpoint",
     "overwrite_output_dir",
-    "checkpoint_on_interrupt",
     "ddp_timeout",
     "dataset_num_proc",
     "dataloader_pin_memory",
@@ -109,7 +109,10 @@ def check_resumable(
             f"A checkpoint to resume from must contain the file {SETUP_FILE}, and {checkpoint} does not. Pass a "
             "`checkpoint-*` folder that this trainer wrote."
         )
-    _compare({**stored_args, **stored}, args, json.loads(json.dumps(setup)), checkpoint)
+    settings, gone = with_new_names({**stored_args, **stored})
+    for sentence in gone:
+        logger.warning(sentence)
+    _compare(settings, args, json.loads(json.dumps(setup)), checkpoint)
     _compare_data(stored.get("train_data"), setup["train_data"], starts_anew=args.ignore_data_skip)
     if "eval_data" in stored:
         _compare_eval_data(stored["eval_data"], setup["eval_data"], has_budget=setup.get("winner_budget") is not None)

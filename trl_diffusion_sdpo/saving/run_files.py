@@ -1,5 +1,5 @@
 """Writes and reads the files of a run: the set-up file, the weights of the policy, their average and the reference, and
-the states of the optimizer, the winner budget and the automatic beta."""
+the states of the optimizer and the winner budget."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..engines.engine import Engine
 from ..engines.processes import gather_objects
 from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.weight_copies import WeightCopy
+from ..step.winner_budget import WinnerBudget
 from ..utils.files import replacing
 from .checkpoints import Checkpoints, holds_optimizer
 from .resuming import check_resumable, keeping_optimizer_settings, stored_settings
@@ -40,7 +41,7 @@ class RunFiles:
         weights ([`WeightFiles`]): Files of the policy's weights.
         weight_copies (`Sequence[WeightCopy]`): The reference, and the averaged weights if the run has them.
         average ([`EMAWeights`], *optional*): The averaged weights, if the run has them.
-        controllers (`Sequence`): The winner budget and the automatic beta, if the run has them.
+        winner_budget ([`WinnerBudget`], *optional*): The winner budget, if the run has one.
         full_pipeline (`bool`): For full tuning, whether to save the whole pipeline and not only the denoiser.
         unpublished (`dict[str, Any]`): Further entries for `training_args.json`, which is never uploaded.
     """
@@ -53,7 +54,7 @@ class RunFiles:
         *,
         weight_copies: Sequence[WeightCopy],
         average: EMAWeights | None,
-        controllers: Sequence[Any],
+        winner_budget: WinnerBudget | None,
         full_pipeline: bool,
         unpublished: dict[str, Any],
     ):
@@ -62,7 +63,7 @@ class RunFiles:
         self._weights = weights
         self._weight_copies = weight_copies
         self._average = average
-        self._controllers = controllers
+        self._winner_budget = winner_budget
         self._full_pipeline = full_pipeline
         self._unpublished = unpublished
         self.checkpoints = Checkpoints(args)
@@ -94,9 +95,9 @@ class RunFiles:
             weight_copy.save(folder, write=writes)
         if not writes:
             return
-        for controller in self._controllers if is_checkpoint else ():
-            controller.save(folder)
         if is_checkpoint:
+            if self._winner_budget is not None:
+                self._winner_budget.save(folder)
             self._weights.save(folder, gathered)
             write_setup(folder, setup)
             return
@@ -200,8 +201,8 @@ class RunFiles:
             self._load_weights(folder, model)
             for weight_copy in self._weight_copies:
                 weight_copy.load(folder)
-            for controller in self._controllers:
-                controller.load(folder)
+            if self._winner_budget is not None:
+                self._winner_budget.load(folder)
 
     def load_best(self, folder: Path, model: nn.Module) -> None:
         """Load the weights and the averaged weights of the best checkpoint."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence, Sized
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import GradientState
@@ -30,10 +31,10 @@ class PairEvaluation:
     errors of its pairs in an evaluation before the first step. Without such an evaluation, the change is not measured.
     """
 
-    def __init__(self, forward: PairForward, num_noise_bins: int):
+    def __init__(self, forward: PairForward):
         self._forward = forward
         self._metrics = MetricMeter()
-        self._noise_bins = NoiseBinMeter(num_noise_bins)
+        self._noise_bins = NoiseBinMeter()
         self._start: WeakKeyDictionary[Any, dict[str, list[torch.Tensor]]] = WeakKeyDictionary()
         self._start_errors: list[torch.Tensor] | None = None  # errors of this data set before training, for each batch
         self._batch: int | None = None  # index of the next batch; `None` in an evaluation before training
@@ -121,8 +122,7 @@ class NoiseBinMeter:
     """Collects the errors and noise bins of the pairs in an evaluation. Processes exchange the errors and noise bins
     only once, in `drain`."""
 
-    def __init__(self, num_noise_bins: int):
-        self._bins = num_noise_bins
+    def __init__(self):
         self._rows: list[torch.Tensor] = []
 
     def add(self, noise_levels: torch.Tensor, errors: torch.Tensor, counts: bool) -> None:
@@ -136,7 +136,7 @@ class NoiseBinMeter:
                 `counts=False`, because `drain` needs all processes.
         """
         exact = errors.to(exact_dtype(errors.device))
-        bins = noise_bin_of(noise_levels, self._bins).unsqueeze(2).to(exact.dtype)
+        bins = noise_bin_of(noise_levels).unsqueeze(2).to(exact.dtype)
         rows = torch.cat([bins, exact], 2)
         self._rows.append(rows if counts else rows[:0])
 
@@ -161,6 +161,17 @@ def draws_of_noise(dataset: Any) -> int:
     if not isinstance(dataset, Sized) or not 0 < len(dataset) < FEWEST_PAIRS:
         return 1
     return min(MOST_DRAWS, math.ceil(2 * FEWEST_PAIRS / len(dataset)))
+
+
+def seeds_of_draws(seeds: Sequence[int], draws: int) -> list[int]:
+    """Return the seeds for the `draws` random timesteps of each pair: first the seeds for the first timestep of every
+    pair, then the seeds for the second timestep, and so on. For the first timestep, the seed is the pair's own seed."""
+    later = [
+        int(np.random.SeedSequence([seed, draw]).generate_state(1, np.uint64)[0] >> 1)
+        for draw in range(1, draws)
+        for seed in seeds
+    ]
+    return [*seeds, *later]
 
 
 def real_pairs(state: GradientState, pairs: int, rank: int) -> int:

@@ -11,15 +11,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 from torch import nn
 
 from ..data.transforms import pixels_as_floats
 from ..families.inversion import InversionSettings, inversion_of
-from ..families.noise import generators_of, sent, standard_normal, uniform
+from ..families.noise import TimestepWeighting, generators_of, sent, standard_normal, uniform
 from ..losses import (
-    BetaController,
+    NOISE_BINS,
     BudgetController,
     Granularity,
     LossSpec,
@@ -53,14 +52,12 @@ class NoiseSettings:
     Args:
         timesteps (`dict[str, Any]`): Keyword arguments of [`~trl_diffusion_sdpo.families.NoiseProcess.timesteps`].
         noise_offset (`float`): Scale of an additional noise that has one value per channel for the whole image.
-        timesteps_per_pair (`int`): Number of random timesteps, each with new noise, for each encoded pair in training.
         inversion ([`~trl_diffusion_sdpo.families.inversion.InversionSettings`], *optional*): Settings of the inversion
             that computes the noise of each image. If `None`, noise is random.
     """
 
     timesteps: dict[str, Any] = field(default_factory=dict)
     noise_offset: float = 0.0
-    timesteps_per_pair: int = 1
     inversion: InversionSettings | None = None
 
 
@@ -121,7 +118,6 @@ class PairPredictions:
         reference_errors (`torch.Tensor` of shape `(2B,)`, *optional*): Errors of the reference that were computed
             before training. If set, `reference_errors` are used instead of `reference`.
         pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Weights of the pairs' losses.
-        beta (`torch.Tensor` of shape `()`, *optional*): Beta to use instead of the beta in the settings.
         anchored (`torch.Tensor` of shape `(2B, ...)`, *optional*): The policy's predictions once more, as a leaf of
             their own, from which `mask_anchor` is computed, so that its gradient stays apart from the loss's. If
             `None`, `policy` is used.
@@ -133,7 +129,6 @@ class PairPredictions:
     scores: torch.Tensor | None = None
     reference_errors: torch.Tensor | None = None
     pair_weights: torch.Tensor | None = None
-    beta: torch.Tensor | None = None
     anchored: torch.Tensor | None = None
 
     @property
@@ -149,7 +144,7 @@ class PairPredictions:
         pairs = rows.chunk(2)[0] % (len(self.policy) // 2)
         factors = None if self.pair_weights is None else self.pair_weights[pairs]
         batch = self.batch.take(rows)
-        return PairPredictions(batch, self.policy[rows], reference, scores, errors, factors, self.beta)
+        return PairPredictions(batch, self.policy[rows], reference, scores, errors, factors)
 
 
 @dataclass(frozen=True)
@@ -159,8 +154,7 @@ class LossSettings:
 
     Args:
         loss_kwargs (`dict[str, float]`): Constants of the loss that the user set.
-        snr_gamma, timestep_weighting: Arguments of [`~trl_diffusion_sdpo.families.NoiseProcess.weights`].
-        num_noise_bins (`int`): Number of equal intervals (bins) that divide the noise levels from 0 to 1.
+        timestep_weighting, snr_gamma: Arguments of [`~trl_diffusion_sdpo.families.NoiseProcess.weights`].
         loser_noise_range (`tuple[float, float]`, *optional*): Lowest and highest noise level at which losers train.
         mask_anchor (`float`): Weight of [`~trl_diffusion_sdpo.losses.mask_anchor`] in the loss.
     """
@@ -172,9 +166,8 @@ class LossSettings:
     safeguard_granularity: Granularity
     safeguard_eps: float
     loss_kwargs: dict[str, float]
-    snr_gamma: float | None
-    timestep_weighting: str
-    num_noise_bins: int
+    timestep_weighting: TimestepWeighting
+    snr_gamma: float
     loser_noise_range: tuple[float, float] | None
     loss_weights: Sequence[float] | None = None
     margin_clamp: float | None = None
@@ -195,8 +188,6 @@ class PairForward:
         autocast (`Callable`): Function that returns the context in which denoisers predict.
         budget ([`~trl_diffusion_sdpo.losses.BudgetController`], *optional*): Controller that scales the losers'
             gradients in each noise bin (`winner_budget`).
-        auto_beta ([`~trl_diffusion_sdpo.losses.BetaController`], *optional*): Controller that adapts beta in training
-            (`auto_beta`).
     """
 
     def __init__(
@@ -208,12 +199,10 @@ class PairForward:
         loss: LossSettings,
         autocast: Callable[[], contextlib.AbstractContextManager],
         budget: BudgetController | None = None,
-        auto_beta: BetaController | None = None,
     ):
         self.family = frozen.family
         self.reference = reference
         self.budget = budget
-        self.auto_beta = auto_beta
         self.noise_settings = noise
         self.loss_settings = loss
         self._inversion = None if noise.inversion is None else inversion_of(self.family.noise_process)
@@ -230,15 +219,14 @@ class PairForward:
             weights ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights that predict instead
                 of the policy's weights.
         """
-        draws = self.draws_of_a_pair(model)
-        batch = self.noisy_batch(inputs, draws, model)
+        batch = self.noisy_batch(inputs, model)
         # The reference predicts first, so that its activations are freed before those of the policy take memory.
         references = self.predict_reference(model, [batch])
         reference = None if references is None else references[0]
         with contextlib.nullcontext(model) if weights is None else weights.active(model) as policy:
             assert policy is not None
             prediction = self.predict(policy, batch)
-        return PairPredictions(batch, prediction, reference, **self.facts_of_pairs(model, inputs))
+        return PairPredictions(batch, prediction, reference, **self.facts_of_pairs(inputs))
 
     def loss(
         self, predictions: PairPredictions, safeguard: Literal["none", "output"] | None = None
@@ -253,7 +241,7 @@ class PairForward:
         noise_levels = batch.noise_levels.chunk(2)[0]
         noise_bins = None
         if settings.safeguard_granularity == "noise_bin":
-            noise_bins = noise_bin_of(noise_levels, settings.num_noise_bins)
+            noise_bins = noise_bin_of(noise_levels)
         outputs = diffusion_preference_loss(
             within(predictions.policy, batch.region),
             within(batch.target, batch.region),
@@ -262,7 +250,7 @@ class PairForward:
             loss_type=settings.loss_type,
             loss_weights=settings.loss_weights,
             margin_clamp=settings.margin_clamp,
-            beta=settings.beta if predictions.beta is None else predictions.beta,
+            beta=settings.beta,
             safeguard=safeguard,
             safeguard_mu=settings.safeguard_mu,
             safeguard_granularity=settings.safeguard_granularity,
@@ -271,7 +259,7 @@ class PairForward:
             timestep_weights=self.timestep_weights(batch),
             loser_weights=self.loser_weights(noise_levels),
             noise_bins=noise_bins,
-            num_noise_bins=settings.num_noise_bins,
+            num_noise_bins=NOISE_BINS,
             scores=predictions.scores,
             **cast(dict[str, Any], settings.loss_kwargs),
         )
@@ -306,34 +294,28 @@ class PairForward:
     # ---- Steps of a forward pass ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def noisy_batch(self, inputs: dict[str, Any], draws: int = 1, policy: nn.Module | None = None) -> NoisyBatch:
+    def noisy_batch(self, inputs: dict[str, Any], policy: nn.Module | None = None) -> NoisyBatch:
         """Encode the images and prompts of a collated batch, and add each pair's noise at its timestep.
 
         Args:
-            draws (`int`, *optional*, defaults to 1): Number of random timesteps, each with new noise, for each pair.
-                Pairs are encoded once. The returned batch has `2 * draws * B` rows: the winners at their first
-                timesteps, the winners at their second timesteps, and so on, then the losers in the same order.
             policy (`nn.Module`, *optional*): Policy with which images are inverted to noise, if the settings have an
                 inversion and the policy is in training mode. Evaluation uses random noise, because errors at noise from
                 inversion can fall while generated images get worse.
         """
         latents, conditioning = self.encode(inputs)
         generated_noise = None if "noise_seeds" not in inputs else self.family.noise_of(inputs["noise_seeds"], latents)
-        if draws > 1:
-            latents = repeat_pairs(latents, draws)
-            conditioning = {name: repeat_pairs(value, draws) for name, value in conditioning.items()}
         inverts = self._inversion is not None and policy is not None and policy.training
         draw = partial(self.invert, policy, conditioning) if inverts else self.draw_noise
-        seeds = seeds_of_draws(inputs["seeds"], draws)
+        seeds = inputs["seeds"]
         if generated_noise is None:
             timesteps, noise = draw(seeds, latents)
         else:
             timesteps = self.draw_timesteps(generators_of(seeds), latents)
-            noise = repeat_pairs(generated_noise, draws)
+            noise = generated_noise
         batch = self.add_noise(latents, noise, timesteps, conditioning)
         if "masks" not in inputs:
             return batch
-        return replace(batch, region=repeat_pairs(region_factors(inputs["masks"], latents), draws))
+        return replace(batch, region=region_factors(inputs["masks"], latents))
 
     def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the latents `(2B, ...)` of a batch and the other inputs of the denoiser, such as prompt embeddings;
@@ -453,33 +435,25 @@ class PairForward:
 
     @torch.no_grad()
     def reference_errors(self, model: nn.Module, inputs: dict[str, Any], *, training: bool) -> torch.Tensor:
-        """Return the reference's mean squared errors on a batch of the collator, `(2 * draws * B,)` in float32.
+        """Return the reference's mean squared errors on a batch of the collator, `(2B,)` in float32.
 
         The forward passes have the same batches as in training or evaluation, so that the errors round equally.
         Training with `safeguard="parameter"` has one forward pass for winners and one for losers.
         """
-        batch = self.noisy_batch(inputs, self.noise_settings.timesteps_per_pair if training else 1)
+        batch = self.noisy_batch(inputs)
         by_branch = training and self.loss_settings.safeguard == "parameter"
         batches = batch.halves() if by_branch else (batch,)
         predicted = self.predict_reference(model, batches)
         assert predicted is not None, "A reference with precomputed errors can predict before training."
         return mean_error(batch.residual(torch.cat(predicted)))
 
-    def draws_of_a_pair(self, model: nn.Module) -> int:
-        """Return the number of random timesteps, each with new noise, for each pair in a batch. The number is
-        `n_timesteps_per_pair` in training, and 1 in evaluation."""
-        return self.noise_settings.timesteps_per_pair if model.training else 1
-
-    def facts_of_pairs(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor | None]:
-        """Return the fields of [`PairPredictions`] that a batch of the collator contains (scores, reference errors and
-        pair weights), and the adapted beta in training with `auto_beta`. Scores and weights are repeated for each
-        timestep of a pair."""
-        draws = self.draws_of_a_pair(model)
+    def facts_of_pairs(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor | None]:
+        """Return the fields of [`PairPredictions`] that a batch of the collator contains: scores, reference errors and
+        pair weights."""
         return {
-            "scores": repeat_pairs(inputs["scores"], draws) if "scores" in inputs else None,
+            "scores": inputs.get("scores"),
             "reference_errors": inputs["ref_errors"] if self.reference.is_precomputed else None,
-            "pair_weights": inputs["pair_weights"].repeat(draws) if "pair_weights" in inputs else None,
-            "beta": self.auto_beta.beta if model.training and self.auto_beta is not None else None,
+            "pair_weights": inputs.get("pair_weights"),
         }
 
     def loser_weights(self, noise_levels: torch.Tensor) -> torch.Tensor | None:
@@ -498,8 +472,12 @@ class PairForward:
         do not weight timesteps."""
         settings = self.loss_settings
         length = self.family.image_seq_len(batch.noisy)
-        weighting: dict[str, Any] = {"snr_gamma": settings.snr_gamma, "weighting": settings.timestep_weighting}
-        return self.family.noise_process.weights(batch.timesteps.chunk(2)[0], image_seq_len=length, **weighting)
+        return self.family.noise_process.weights(
+            batch.timesteps.chunk(2)[0],
+            weighting=settings.timestep_weighting,
+            snr_gamma=settings.snr_gamma,
+            image_seq_len=length,
+        )
 
 
 @contextlib.contextmanager
@@ -530,24 +508,6 @@ def of_both_halves(conditioning: torch.Tensor, rows: int) -> torch.Tensor:
             f"winners first. Got {len(conditioning)} prompts. Correct the `data_collator`."
         )
     return torch.cat([conditioning] * (rows // len(conditioning)))
-
-
-def repeat_pairs(tensor: torch.Tensor, times: int) -> torch.Tensor:
-    """Return the rows `(2B, ...)` of B pairs repeated, `(2 * times * B, ...)`: `times` copies of all winners, then
-    `times` copies of all losers."""
-    winners, losers = tensor.chunk(2)
-    return torch.cat([*[winners] * times, *[losers] * times])
-
-
-def seeds_of_draws(seeds: Sequence[int], draws: int) -> list[int]:
-    """Return the seeds for the `draws` random timesteps of each pair: first the seeds for the first timestep of every
-    pair, then the seeds for the second timestep, and so on. For the first timestep, the seed is the pair's own seed."""
-    later = [
-        int(np.random.SeedSequence([seed, draw]).generate_state(1, np.uint64)[0] >> 1)
-        for draw in range(1, draws)
-        for seed in seeds
-    ]
-    return [*seeds, *later]
 
 
 def take_rows(conditioning: dict[str, torch.Tensor], index: torch.Tensor | slice) -> dict[str, torch.Tensor]:

@@ -72,9 +72,8 @@ class ParameterSafeguard:
         """Return the predictions for a batch, as [`PairForward.predict_pairs`] does. The returned field `policy` is a
         detached copy (a leaf), so the autograd graph of the loss ends at this copy. With `mask_anchor`, the field
         `anchored` is a second leaf, at which the graph of the anchor ends."""
-        draws = self._forward.draws_of_a_pair(model)
-        batch = self._forward.noisy_batch(inputs, draws, model)
-        facts = self._forward.facts_of_pairs(model, inputs)
+        batch = self._forward.noisy_batch(inputs, model)
+        facts = self._forward.facts_of_pairs(inputs)
         if self._sorts_by_scores:
             scores = facts["scores"]
             errors = facts["reference_errors"]

@@ -5,8 +5,10 @@ scales."""
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,6 @@ from torch import nn
 from ..families.noise import generators_of, sent, standard_normal, uniform
 from ..losses import BudgetController, mean_error, noise_bin_of, order_by_scores, region_factors
 from ..models.ema import EMAWeights
-from .controllers import StoredController
 from .meters import MetricMeter
 from .pair_forward import NoisyBatch, PairForward, eval_mode, take_rows
 
@@ -59,8 +60,8 @@ class ProbeBatch:
     counts: torch.Tensor  # weight of each row in the mean error: 1, or 0 for repeated pairs; (B,)
 
 
-class WinnerBudget(StoredController):
-    """Limits the rise of the winners' error during training.
+class WinnerBudget:
+    """Limits the rise of the winners' error during training. Checkpoints contain the state of its controller.
 
     Args:
         sorts_by_scores (`bool`): Whether the scores decide which image of a pair is the winner.
@@ -68,10 +69,6 @@ class WinnerBudget(StoredController):
             instead of the errors of the policy's weights. At low noise levels, the errors of averaged weights vary less
             between steps than the errors of the policy's weights.
     """
-
-    setting = "winner_budget"
-    file = BUDGET_FILE
-    controller: BudgetController
 
     def __init__(
         self,
@@ -82,7 +79,7 @@ class WinnerBudget(StoredController):
         sorts_by_scores: bool,
         average: EMAWeights | None,
     ):
-        super().__init__(controller)
+        self.controller = controller
         self.probe: list[ProbeBatch] = []
         self._forward = forward
         self._meter = meter
@@ -100,6 +97,21 @@ class WinnerBudget(StoredController):
     def update(self, policy: nn.Module) -> None:
         """Measure the errors on the probe, and adapt the scales of the losers' gradients."""
         self._meter.add(self.controller.steer(self.measure(policy)), 1)
+
+    def save(self, folder: Path) -> None:
+        """Write the controller's state into the folder of a checkpoint."""
+        (folder / BUDGET_FILE).write_text(json.dumps(self.controller.state()) + "\n", encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Load the state that `save` wrote. Raises `ValueError` if the file is missing."""
+        file = folder / BUDGET_FILE
+        if not file.is_file():
+            raise ValueError(
+                f"A run with `winner_budget` can resume only from a checkpoint that contains {BUDGET_FILE}, and "
+                f"{folder} does not. Resume from a complete checkpoint of a run with `winner_budget`, or leave the "
+                "setting out."
+            )
+        self.controller.load_state(json.loads(file.read_text(encoding="utf-8")))
 
     @torch.no_grad()
     def measure(self, policy: nn.Module) -> torch.Tensor:

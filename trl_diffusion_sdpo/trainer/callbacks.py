@@ -64,7 +64,7 @@ def add_callbacks(
     if samples is not None:
         callbacks.append(samples)
     if args.eval_strategy != "no":
-        callbacks.append(NoiseBinPlotCallback(images, args.num_noise_bins))
+        callbacks.append(NoiseBinPlotCallback(images))
     callbacks.append(VerdictCallback(run_facts, evaluate, interrupt, samples, args.on_winner_rise))
     callbacks.append(RunReportCallback(end))
     handler.callbacks[1:1] = callbacks  # the first callback decides when to log, evaluate and save

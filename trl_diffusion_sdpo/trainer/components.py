@@ -25,14 +25,14 @@ from ..families import Family
 from ..losses import LossSpec
 from ..models.adapters import active_adapter, add_lora, check_adapter_weight, freeze, train_only_adapter
 from ..models.frozen_components import FrozenComponents
-from ..models.kernels import compile_blocks, set_attention
+from ..models.kernels import check_attention
 from ..models.loading import LoadedModel, load_model, load_reference
 from ..models.numerics import autocast_dtype
 from ..models.reference import PrecomputedReference, Reference, build_reference
 from ..models.weight_copies import WeightCopy, second_copy
 from ..saving.starting_point import StartingPoint, attach_adapter, starting_point
 from ..step.pair_forward import PairForward
-from ..utils._compat import compile_with_eager_rounding
+from ..utils._compat import attention_backends, compile_with_eager_rounding, repeated_blocks
 from ..utils.identity import describe_component, hash_of_tensors, public_config
 from .config.complete import image_size, largest_batch, precompute_folder, stored_crops
 from .config.diffusion_sdpo_config import DiffusionSDPOConfig
@@ -309,7 +309,7 @@ def reference_facts(
         "scheduler": describe_component(family.pipeline.scheduler),
         "guidance_scale": args.guidance_scale,
         "precision": [args.mixed_precision, str(engine.rounding), str(family.dtype)],
-        "attention": args.attention_backend,
+        "attention": attention_backends(denoiser),
         "compiled": args.torch_compile,
     }
 
@@ -318,19 +318,27 @@ def reference_facts(
 
 
 def choose_kernels(denoiser: Any, copies: Sequence[WeightCopy], args: DiffusionSDPOConfig) -> None:
-    """Set the attention back end, and compile the separate denoisers of the reference and the averaged weights
-    (`copies`), because transformers' Trainer compiles only the model that trains.
+    """Check the attention back end. With `torch_compile`, compile the repeated blocks of all denoisers, so that each
+    kind of block is compiled once.
 
-    With `torch_compile_regional`, compile the blocks of all denoisers, including the one that trains. After that, unset
-    `torch_compile_backend` and `torch_compile_mode` in `args`, so that accelerate does not compile the model again.
+    DeepSpeed and FSDP wrap the blocks, and some models list no blocks. In these cases, compile the reference and the
+    averaged weights (`copies`) whole, and leave the model that trains to accelerate.
+
+    Raises:
+        `ValueError`: If the attention has no backward pass, or if the model that trains would be compiled after the
+            errors of its reference are computed.
     """
-    if args.attention_backend is not None:
-        set_attention(denoiser, args.attention_backend)
-        for weights in copies:
-            if isinstance(weights, Reference) and weights.module is not None:
-                set_attention(cast(Any, weights.module), args.attention_backend)
+    check_attention(denoiser)
     if not args.torch_compile:
         return
+    by_block = bool(repeated_blocks(denoiser)) and not by_engine(args)
+    if args.precompute_ref_errors and not by_block:
+        raise ValueError(
+            "`precompute_ref_errors=True` with `torch_compile=True` needs one process or DDP, and a model whose "
+            f"repeated blocks diffusers lists. Got a {type(denoiser).__name__}, which accelerate would compile after "
+            "the reference's errors are computed, so that policy and reference round differently. Leave one of the two "
+            "out."
+        )
     backend = args.torch_compile_backend
     mode = args.torch_compile_mode
     compile_with_eager_rounding()
@@ -341,13 +349,8 @@ def choose_kernels(denoiser: Any, copies: Sequence[WeightCopy], args: DiffusionS
             "`rewards/margins` of the first step is far from 0, leave `torch_compile` off."
         )
     for weights in copies:
-        weights.compile(backend, mode, regional=args.torch_compile_regional)
-    if args.torch_compile_regional:
-        if by_engine(args):
-            raise ValueError(
-                "`torch_compile_regional` needs one process or DDP, because DeepSpeed and FSDP wrap the blocks that "
-                "would be compiled. Leave `torch_compile_regional` off; `torch_compile` then compiles the whole model."
-            )
-        compile_blocks(denoiser, backend, mode)
+        weights.compile(backend, mode, by_block=by_block)
+    if by_block:
+        denoiser.compile_repeated_blocks(backend=backend, mode=mode)
         args.torch_compile_backend = None  # accelerate must not compile again
         args.torch_compile_mode = None

@@ -32,7 +32,7 @@ from ..engines.engine import Engine
 from ..engines.engine_settings import asked_engine, by_engine, check_unsharded, loading_unsharded, shards_weights
 from ..engines.processes import check_agreement, failing_together, peers
 from ..engines.sharding import full_tensor
-from ..losses import BetaController, BudgetController, PreferenceLossOutput
+from ..losses import NOISE_BINS, BudgetController, PreferenceLossOutput
 from ..models.adapters import base_tensors
 from ..models.denoiser_wrapper import DenoiserWrapper
 from ..models.ema import EMA_FOLDER, EMAWeights
@@ -55,11 +55,10 @@ from ..saving.starting_point import BASE, Origin, public_base, recorded_base
 from ..saving.weights import WeightFiles
 from ..step.batches import LazyBatches, on_device
 from ..step.branch_gradients import BranchGradients
-from ..step.controllers import AutoBeta
 from ..step.finite_check import FiniteCheck
 from ..step.meters import MetricMeter
-from ..step.pair_evaluation import PairEvaluation, draws_of_noise, real_pairs
-from ..step.pair_forward import PairForward, seeds_of_draws
+from ..step.pair_evaluation import PairEvaluation, draws_of_noise, real_pairs, seeds_of_draws
+from ..step.pair_forward import PairForward
 from ..step.parameter_safeguard import ParameterSafeguard
 from ..step.winner_budget import ProbeInputs, ProbeSettings, WinnerBudget, probe_inputs
 from ..utils._compat import check_trainer
@@ -300,7 +299,7 @@ class DiffusionSDPOTrainer(Trainer):
             self.weight_files,
             weight_copies=self._weight_copies,
             average=self.average,
-            controllers=[each for each in (self.winner_budget, self.auto_beta) if each is not None],
+            winner_budget=self.winner_budget,
             full_pipeline=args.save_full_pipeline,
             unpublished={BASE: self.origin.base},
         )
@@ -319,7 +318,6 @@ class DiffusionSDPOTrainer(Trainer):
             reference_moves=args.sync_ref_model,
             reference_was_given=self.origin.gave_reference,
             uses_loser=self.loss_spec.uses_loser,
-            num_noise_bins=args.num_noise_bins,
             average_suffix=f"_{EMA_FOLDER}",
         )
         trackers = TrackedImages(self.callback_handler.callbacks)
@@ -409,11 +407,7 @@ class DiffusionSDPOTrainer(Trainer):
         self._meter = MetricMeter()
         budget = None
         if args.winner_budget is not None:
-            budget = BudgetController(args.winner_budget, args.num_noise_bins, args.device)
-        betas = None
-        if args.auto_beta:
-            assert args.beta is not None, "`check_and_complete` sets it."
-            betas = BetaController(args.beta, args.device)
+            budget = BudgetController(args.winner_budget, NOISE_BINS, args.device)
         self.pair_forward = self.pair_forward_class(
             self.frozen_components,
             self.reference,
@@ -421,9 +415,7 @@ class DiffusionSDPOTrainer(Trainer):
             loss=loss_settings(args),
             autocast=self.engine.autocast,
             budget=budget,
-            auto_beta=betas,
         )
-        self.auto_beta = None if betas is None else AutoBeta(betas, self._meter)
         self.winner_budget = None
         if budget is not None:
             self.winner_budget = WinnerBudget(
@@ -433,7 +425,7 @@ class DiffusionSDPOTrainer(Trainer):
                 sorts_by_scores=self.loss_spec.needs_scores,
                 average=self.average,
             )
-        self._evaluation = PairEvaluation(self.pair_forward, args.num_noise_bins)
+        self._evaluation = PairEvaluation(self.pair_forward)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -570,7 +562,7 @@ class DiffusionSDPOTrainer(Trainer):
                 settings, or contains files that could run code.
             `FloatingPointError`: If a loss or a gradient is not finite, or if a weight is not finite when weights are
                 saved or training ends.
-            `KeyboardInterrupt`: After Ctrl-C or SIGTERM, once the checkpoint is written (`checkpoint_on_interrupt`).
+            `KeyboardInterrupt`: After Ctrl-C or SIGTERM, once the checkpoint is written.
             `DiskFullError`: If the disk has too little space for a checkpoint or an image.
         """
         if self.train_dataset is None:
@@ -591,21 +583,16 @@ class DiffusionSDPOTrainer(Trainer):
         with disk, self.run_folder.locked(all_processes=True):
             point = self.run_files.resume_point(resume_from_checkpoint, self._setup)
             self.run_folder.begin(point, overwrite=self.args.overwrite_output_dir)
-            interruptible: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-            if self.args.checkpoint_on_interrupt:
-                interruptible = stopping_on_interrupt(self.interrupt, self.callback_handler, self.args)
-            with interruptible:
+            with stopping_on_interrupt(self.interrupt, self.callback_handler, self.args):
                 self.precompute_reference_errors()
                 return super().train(point, *args, **kwargs)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
         """Prepare the model as transformers does, then set up the components that need the model with the engine's
         wrapper."""
-        # Reset flags and sums, because an earlier call of `train` may have stopped within an optimizer step.
+        # Reset flags, because an earlier call of `train` may have stopped within an optimizer step.
         self.interrupt.reset()
         self._finite.reset()
-        if self.auto_beta is not None:
-            self.auto_beta.begin()
         self.engine.complete_settings(exact_gradients=self.args.safeguard == "parameter")
         unrounded = self.engine.unrounded(self.denoiser)
         for weights in self._weight_copies:
@@ -634,15 +621,15 @@ class DiffusionSDPOTrainer(Trainer):
             return None
         assert args.safeguard_mu is not None, "The constructor sets `safeguard_mu`."
         backend = self.engine.gradient_backend()
-        anchor = args.safeguard_anchor or self.loss_spec.anchor
+        anchor = args.safeguard_settings.anchor or self.loss_spec.anchor
         if (anchor == "error" or args.mask_anchor) and not backend.retains_graph:
-            refuse_dropout(self.denoiser, "`safeguard_anchor='error'` or `mask_anchor` under ZeRO-3")
+            refuse_dropout(self.denoiser, "`anchor: error` of `safeguard_kwargs`, or `mask_anchor`, under ZeRO-3")
         return self.parameter_safeguard_class(
             self.pair_forward,
             BranchGradients(backend, mu=args.safeguard_mu, anchor=anchor),
             self._meter,
             sorts_by_scores=self.loss_spec.needs_scores,
-            low_memory=args.safeguard_low_memory,
+            low_memory=args.safeguard_settings.low_memory,
         )
 
     def _begin_steps(self) -> None:
@@ -666,15 +653,13 @@ class DiffusionSDPOTrainer(Trainer):
             self.winner_budget.begin(self.model_wrapped, self._load_probe())
 
     def _after_step(self, step: int) -> None:
-        """After optimizer step number `step` (the first step is 1), update the averaged weights, the winner budget, the
-        automatic beta and the synchronized reference, if the run has them and their update is due."""
+        """After optimizer step number `step` (the first step is 1), update the averaged weights, the winner budget and
+        the synchronized reference, if the run has them and their update is due."""
         self.optimizer.eval()  # a schedule-free optimizer has other weights within a step, for gradients only
         if self.average is not None:
             self.average.after_step(step)
         if self.winner_budget is not None and step % ProbeSettings(**self.args.winner_budget_kwargs).steps == 0:
             self.winner_budget.update(self.model_wrapped)
-        if self.auto_beta is not None:
-            self.auto_beta.after_step(step)
         if self.args.sync_ref_model and step % self.args.ref_model_sync_steps == 0:
             self.reference.update(self.args.ref_model_mixup_alpha)
 
@@ -736,11 +721,8 @@ class DiffusionSDPOTrainer(Trainer):
         predictions = (self.pair_forward if safeguard is None else safeguard).predict_pairs(model, inputs)
         outputs = self.pair_forward.loss(predictions)
         if model.training:
-            rows = inputs["rows"].repeat(self.args.n_timesteps_per_pair)
-            self._finite.watch(outputs.pair_losses, rows, last=self.accelerator.sync_gradients)
+            self._finite.watch(outputs.pair_losses, inputs["rows"], last=self.accelerator.sync_gradients)
             self._meter.add(self.pair_forward.logged_metrics(outputs), len(inputs["seeds"]))
-            if self.auto_beta is not None:
-                self.auto_beta.add(outputs)
             if self._finite.before_backward:
                 self._finite.verify(self.state.global_step + 1)
         return (outputs.loss, outputs) if return_outputs else outputs.loss

@@ -200,7 +200,6 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
             image_size(args),
             center_crop=not (training and args.random_crop),
             random_flip=training and args.random_flip,
-            interpolation=args.image_interpolation,
         ),
         prompt_dropout=args.proportion_empty_prompts if training else 0.0,
         seed=args.seed if args.data_seed is None else args.data_seed,

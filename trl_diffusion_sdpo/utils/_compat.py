@@ -19,6 +19,9 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 # Used to load checkpoints that are a single file.
 from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
 
+# Knows the attention back end that diffusers uses for models whose back end is not set.
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
 # A lost connection to the Hub raises an error of httpx or httpx2, depending on the version of huggingface_hub.
 # `HTTPError` is the common base class of both errors.
 from huggingface_hub.errors import HTTPError as HubConnectionError
@@ -138,17 +141,13 @@ def repeated_blocks(denoiser: ModelMixin) -> list[str]:
     return list(denoiser._repeated_blocks or ())
 
 
-def attention_backends() -> tuple[str, ...]:
-    """Return the names of all attention back ends of diffusers."""
-    from diffusers.models.attention_dispatch import AttentionBackendName
-
-    return tuple(sorted(backend.value for backend in AttentionBackendName))
-
-
-def has_attention_backends(denoiser: torch.nn.Module) -> bool:
-    """Return whether a denoiser's attention can use diffusers' back ends. The attention of older models cannot."""
-    processors = (vars(module).get("processor") for module in denoiser.modules())
-    return any("_attention_backend" in dir(processor) for processor in processors)
+def attention_backends(denoiser: torch.nn.Module) -> list[str]:
+    """Return the names of the attention back ends that a denoiser uses, usually one. The list is empty for older
+    models, whose attention calls PyTorch directly."""
+    active, _ = _AttentionBackendRegistry.get_active_backend()
+    processors: list[Any] = [vars(module).get("processor") for module in denoiser.modules()]
+    chosen = {each._attention_backend for each in processors if "_attention_backend" in dir(each)}
+    return sorted((active if backend is None else backend).value for backend in chosen)
 
 
 def loads_lora(pipeline_class: type[DiffusionPipeline]) -> bool:

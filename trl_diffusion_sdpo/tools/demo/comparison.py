@@ -162,7 +162,7 @@ class Comparison:
             eval_on_start=True,
             save_strategy="no",
             save_full_pipeline=True,
-            checkpoint_on_interrupt=False,
+            overwrite_output_dir=True,  # an interrupted demo leaves a checkpoint
             logging_steps=max(1, steps // LOGS),
             report_to="none",
             disable_tqdm=True,  # `BarCallback` shows the progress

@@ -186,14 +186,14 @@ def _by_branch(
     losers separately. With gradient accumulation, run two micro-batches."""
     args = run.args
     allocations = forward.allocations
-    anchor = args.safeguard_anchor or args.loss_spec.anchor
+    anchor = args.safeguard_settings.anchor or args.loss_spec.anchor
     gradients = BranchGradients(backend, mu=loss_settings(args).safeguard_mu, anchor=anchor)
     safeguard = ParameterSafeguard(
         forward,
         gradients,
         MetricMeter(),
         sorts_by_scores=args.loss_spec.needs_scores,
-        low_memory=args.safeguard_low_memory,
+        low_memory=args.safeguard_settings.low_memory,
     )
     for _ in range(2 if args.gradient_accumulation_steps > 1 else 1):
         with allocations.phase(FORWARD):
@@ -229,5 +229,5 @@ def _batch(run: PlannedRun) -> dict[str, Any]:
     if run.args.loss_spec.needs_scores:
         batch["scores"] = torch.ones(images)
     if run.reference.is_precomputed:
-        batch["ref_errors"] = torch.ones(images * run.noise.timesteps_per_pair)
+        batch["ref_errors"] = torch.ones(images)
     return batch

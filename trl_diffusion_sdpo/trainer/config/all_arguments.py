@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from ...data.images import MIN_SIDE
 from ...utils.hints import CHOICE_ALIASES
+from ...utils.renamed import refuse_renamed
 from ...utils.score_scale import score_scale
 from .data_arguments import DataArguments, RunArguments
 from .model_arguments import MemoryArguments, PipelineArguments
@@ -33,6 +34,10 @@ class AllArguments(  # type: ignore[misc]  # `dataloader_num_workers` may be `No
 ):
     """All settings as plain fields. The subclass [`DiffusionSDPOConfig`] parses and checks the values of the
     settings."""
+
+    def __new__(cls, *args: Any, **settings: Any) -> AllArguments:
+        refuse_renamed(settings)  # the generated `__init__` would only say that it does not know the name
+        return super().__new__(cls)
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from ...data.buckets import AspectRatioBuckets
 from ...data.images import parse_schemes
 from ...families.inversion import InversionSettings
-from ...families.noise import CONSTANTS, TimestepSampling
+from ...families.noise import CONSTANTS, SNR_GAMMA, TimestepSampling
 from ...losses import (
     LOSSES,
     WEIGHT_FUNCTIONS,
     LossSpec,
-    check_auto_beta,
     check_loss_kwargs,
     check_safeguard,
     loss_weights_by_name,
@@ -43,6 +43,18 @@ _INHERITED_RANGES = {
 }
 
 
+@dataclass(frozen=True)
+class WeightingConstants(TimestepSampling):
+    """All constants in `weighting_kwargs`: those of the density of timesteps, and the gamma of min-SNR."""
+
+    snr_gamma: float = SNR_GAMMA
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.snr_gamma < math.inf:
+            raise ValueError(f"`snr_gamma` of `weighting_kwargs` must be above 0, got {self.snr_gamma}.")
+
+
 def check_settings(args: DiffusionSDPOConfig) -> None:
     """Raise `ValueError` if a setting has a value that is not allowed, or if two settings exclude each other. Warn
     about settings that have no effect."""
@@ -53,10 +65,9 @@ def check_settings(args: DiffusionSDPOConfig) -> None:
     _check_inherited(args)
     check_loss_kwargs(args.loss_type, args.beta, args.loss_kwargs)
     mu = 0.0 if args.safeguard_mu is None else args.safeguard_mu
-    check_safeguard(args.safeguard, mu, args.safeguard_granularity, args.safeguard_eps, loss, args.loss_type)
-    if args.auto_beta:
-        check_auto_beta(args.loss_type, args.loss_weights)
-    from_kwargs(TimestepSampling, "weighting_kwargs", args.weighting_kwargs, args.weighting_scheme or "none")
+    safeguard = args.safeguard_settings
+    check_safeguard(args.safeguard, mu, safeguard.granularity, safeguard.eps, loss, args.loss_type)
+    from_kwargs(WeightingConstants, "weighting_kwargs", args.weighting_kwargs, args.weighting_scheme or "none")
     if args.weighting_scheme is not None or args.timesteps is not None:  # else the model's family sets the scheme
         check_weighting_kwargs(args)
     check_kwargs(AspectRatioBuckets, "bucket_kwargs", args.bucket_kwargs)
@@ -75,7 +86,7 @@ def check_weighting_kwargs(args: DiffusionSDPOConfig) -> None:
     """Raise `ValueError` if `weighting_kwargs` has a constant that `weighting_scheme` does not use."""
     scheme = "none" if args.weighting_scheme is None else args.weighting_scheme
     for name in args.weighting_kwargs:
-        if name not in CONSTANTS[scheme]:
+        if name != "snr_gamma" and name not in CONSTANTS[scheme]:
             reason = f"`weighting_scheme={scheme!r}`" if args.timesteps is None else "`timesteps`"
             raise ValueError(
                 f"`{name}` of `weighting_kwargs` has no effect with {reason}. Leave it out, or set `weighting_scheme` "
@@ -194,9 +205,6 @@ def _conflicts_of_losses(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[
         "With `noise_source='inversion'`, the noise depends on the policy, which changes during training": (
             args.noise_source == "inversion"
         ),
-        "`torch_compile` compiles the policy after the reference's errors are computed, so policy and reference would "
-        "round differently (`torch_compile_regional` compiles earlier)": args.torch_compile
-        and not args.torch_compile_regional,
     }
     permuted = {
         f"The loss {args.loss_type!r} reads the scores of the data set's losers": loss.needs_scores,
@@ -240,10 +248,10 @@ def _conflicts(args: DiffusionSDPOConfig) -> Iterator[str]:
             f"`loser_noise_range` must be two noise levels in [0, 1], the lower one first, got {list(levels)}. For "
             "example, use 0.6 1 for the noisier levels."
         )
-    if args.snr_gamma is not None and args.timestep_weighting != "none":
+    if "snr_gamma" in args.weighting_kwargs and args.timestep_weighting != "min_snr":
         yield (
-            "Only one of `snr_gamma` (for DDPM) and `timestep_weighting` (for flow matching) may weigh the timesteps. "
-            f"Got {args.snr_gamma} and {args.timestep_weighting!r}. Leave one of the two out."
+            "`snr_gamma` of `weighting_kwargs` needs `timestep_weighting='min_snr'`, got "
+            f"`timestep_weighting={args.timestep_weighting!r}`. Set it, or leave `snr_gamma` out."
         )
     if args.noise_offset and args.noise_source != "shared":
         yield (
@@ -303,11 +311,14 @@ def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
         if not weight:
             yield f"The loss {name!r} has no effect, because its weight in `loss_weights` is 0."
     safeguard = args.safeguard if loss.uses_loser else "none"
-    if safeguard != "output" and (args.safeguard_granularity != "batch" or args.safeguard_eps):
+    constants = args.safeguard_settings
+    if safeguard != "output" and (constants.granularity != "batch" or constants.eps):
         yield (
-            "`safeguard_granularity` and `safeguard_eps` have no effect without `safeguard='output'` and a loss that "
+            "`granularity` and `eps` of `safeguard_kwargs` have no effect without `safeguard='output'` and a loss that "
             "trains losers."
         )
+    if safeguard != "parameter" and (constants.anchor is not None or constants.low_memory):
+        yield "`anchor` and `low_memory` of `safeguard_kwargs` have no effect without `safeguard='parameter'`."
     if safeguard == "none" and args.safeguard_mu is not None:
         yield "`safeguard_mu` has no effect without a safeguard and a loss that trains losers."
     crops = args.precompute_latents and args.random_crop
@@ -316,11 +327,6 @@ def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
     defaults = {field.name: field.default for field in fields(args)}
     # Each row has settings, whether their condition is met, and the condition in words.
     needs = (
-        (
-            ("safeguard_anchor", "safeguard_low_memory"),
-            args.safeguard == "parameter",
-            "`safeguard='parameter'`",
-        ),
         (("inversion_kwargs",), args.noise_source == "inversion", "`noise_source='inversion'`"),
         (("winner_budget_kwargs",), args.winner_budget is not None, "`winner_budget`"),
         (("ref_model_mixup_alpha", "ref_model_sync_steps"), args.sync_ref_model, "`sync_ref_model`"),
@@ -336,7 +342,6 @@ def _without_effect(args: DiffusionSDPOConfig, loss: LossSpec) -> Iterator[str]:
             "`sample_prompts`",
         ),
         (("calibrated_scores",), reads_scores, "a loss or `pair_weights` that read scores"),
-        (("torch_compile_regional",), args.torch_compile, "`torch_compile`"),
         (("offload_frozen_components",), args.device.type != "cpu", "an accelerator"),
     )
     for names, is_on, needed in needs:

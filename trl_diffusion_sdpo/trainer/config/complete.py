@@ -10,7 +10,6 @@ import copy
 import logging
 import math
 import tempfile
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from ...cache.encoding import default_folder
 from ...data.buckets import AspectRatioBuckets
 from ...data.images import ImageReader, UndecodableImageError, UnreadableImageError
-from ...data.transforms import INTERPOLATIONS
+from ...data.transforms import INTERPOLATION
 from ...engines.engine_settings import check_deepspeed_precision, set_deepspeed_learning_rate
 from ...families import Family
 from ...families.inversion import Inversion, InversionSettings, inversion_of
-from ...families.noise import TimestepSampling
+from ...families.noise import SNR_GAMMA, TimestepSampling
 from ...losses import LOSSES, LossSpec, loss_weights_by_name
 from ...models.loading import LoadedModel
 from ...saving.run_folder import refuse_own_start
@@ -121,8 +120,8 @@ def check_and_complete(
     check_noise_range(args, family, timesteps)
 
     # Refuse dropout if the settings need two equal predictions of the same input.
-    if args.safeguard == "parameter" and args.safeguard_low_memory:
-        refuse_dropout(denoiser, "`safeguard_low_memory`")
+    if args.safeguard == "parameter" and args.safeguard_settings.low_memory:
+        refuse_dropout(denoiser, "`low_memory` of `safeguard_kwargs`")
     if args.precompute_ref_errors:
         refuse_dropout(denoiser, "`precompute_ref_errors`, whose policy must start exactly as its reference,")
     checkpoints, _ = activation_checkpointing(args)
@@ -130,10 +129,10 @@ def check_and_complete(
         raise ValueError(
             "`activation_checkpointing` (`gradient_checkpointing`) needs a denoiser with checkpointing. Got a "
             f"{type(denoiser).__name__} without checkpointing. Leave `activation_checkpointing` off. To save memory, "
-            "use smaller micro-batches, or `safeguard_low_memory` with `safeguard='parameter'`."
+            "use smaller micro-batches, or `low_memory` of `safeguard_kwargs` with `safeguard='parameter'`."
         )
     inversion = checked_inversion(args, family, timesteps)
-    return NoiseSettings(timesteps, args.noise_offset, args.n_timesteps_per_pair, inversion)
+    return NoiseSettings(timesteps, args.noise_offset, inversion)
 
 
 def refuse_dropout(denoiser: nn.Module, what: str) -> None:
@@ -173,7 +172,7 @@ def sample_sources(args: DiffusionSDPOConfig, family: Family) -> list[Image.Imag
     height, width = image_size(args)
     if not family.size_kwargs(height, width):
         return sources
-    return [ImageOps.fit(source, (width, height), INTERPOLATIONS[args.image_interpolation]) for source in sources]
+    return [ImageOps.fit(source, (width, height), INTERPOLATION) for source in sources]
 
 
 def complete_args(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> None:
@@ -273,14 +272,15 @@ def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, An
             f"`timestep_range` must end at {last} or below, the scheduler's number of timesteps. Got "
             f"{list(args.timestep_range)}. Lower its second number."
         )
-    weighting: dict[str, Any] = {"snr_gamma": args.snr_gamma, "weighting": args.timestep_weighting}
-    process.weights(torch.ones(1, dtype=torch.long), image_seq_len=1, **weighting)  # raises errors in settings now
+    # Raise errors in settings now.
+    process.weights(torch.ones(1, dtype=torch.long), weighting=args.timestep_weighting, image_seq_len=1)
     check_weighting_kwargs(args)
     if args.timesteps is not None:
         only: dict[str, Any] = {"only": tuple(args.timesteps)}
         process.timesteps(torch.zeros(1), **only)  # raises errors in settings now
         return only
-    sampling = TimestepSampling(args.weighting_scheme or "none", **args.weighting_kwargs)
+    constants = {name: value for name, value in args.weighting_kwargs.items() if name != "snr_gamma"}
+    sampling = TimestepSampling(args.weighting_scheme or "none", **constants)
     timestep_range = None if args.timestep_range is None else tuple(args.timestep_range)
     return {"timestep_range": timestep_range, "sampling": sampling}
 
@@ -340,11 +340,24 @@ def _share_without_noise(
 
 
 def loss_settings(args: DiffusionSDPOConfig) -> LossSettings:
-    """Return the settings of the loss as [`LossSettings`], whose fields have the names of the settings."""
-    settings = {setting.name: getattr(args, setting.name) for setting in fields(LossSettings)}
-    if settings["loser_noise_range"] is not None:
-        settings["loser_noise_range"] = tuple(settings["loser_noise_range"])
-    return LossSettings(**settings)
+    """Return the settings of the loss. `complete_args` must have set `safeguard_mu`."""
+    assert args.safeguard_mu is not None, "`complete_args` sets `safeguard_mu`."
+    levels = args.loser_noise_range
+    return LossSettings(
+        loss_type=args.loss_type,
+        loss_weights=args.loss_weights,
+        loss_kwargs=args.loss_kwargs,
+        margin_clamp=args.margin_clamp,
+        beta=args.beta,
+        safeguard=args.safeguard,
+        safeguard_mu=args.safeguard_mu,
+        safeguard_granularity=args.safeguard_settings.granularity,
+        safeguard_eps=args.safeguard_settings.eps,
+        timestep_weighting=args.timestep_weighting,
+        snr_gamma=args.weighting_kwargs.get("snr_gamma", SNR_GAMMA),
+        loser_noise_range=None if levels is None else (levels[0], levels[1]),
+        mask_anchor=args.mask_anchor,
+    )
 
 
 def image_sizes(args: DiffusionSDPOConfig) -> tuple[tuple[int, int], ...]:

@@ -1,4 +1,4 @@
-"""Settings of the data, and of interrupting and restarting a run."""
+"""Settings of the data, and of the output folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from .declaring import RESUME, Range, documented
 
 VerifyImages = Literal["sample", "all", "none"]
 Losers = Literal["data", "permute"]
-Interpolation = Literal["bilinear", "bicubic", "lanczos"]
 
 
 @documented
@@ -75,8 +74,6 @@ class DataArguments:
         random_flip (`bool`, *optional*, defaults to `True`):
             Whether to flip pairs horizontally at random, each pair with probability 0.5. Both images of a pair are
             flipped together.
-        image_interpolation (`str`, *optional*, defaults to `"bilinear"`):
-            Interpolation for resizing: `"bilinear"`, `"bicubic"` or `"lanczos"`.
         proportion_empty_prompts (`float`, *optional*, defaults to `0.0`):
             Share of training pairs whose prompt is replaced by an empty prompt, in `[0, 1]`. The published value is
             0.2.
@@ -110,7 +107,6 @@ class DataArguments:
     min_side: Annotated[int | None, Range("[1, inf)", "Leave it unset to skip no pair."), RESUME] = None
     random_crop: Annotated[bool, RESUME] = False
     random_flip: Annotated[bool, RESUME] = True
-    image_interpolation: Annotated[Interpolation, RESUME] = "bilinear"
     proportion_empty_prompts: Annotated[float, Range("[0, 1]", "The paper uses 0.2."), RESUME] = 0.0
     precompute_latents: bool = False
     precompute_dir: str | None = None
@@ -121,17 +117,12 @@ class DataArguments:
 @dataclass
 class RunArguments:
     r"""
-    Settings of [`DiffusionSDPOConfig`] for interrupting and restarting a run.
+    Settings of [`DiffusionSDPOConfig`] for the output folder.
 
     Parameters:
-        checkpoint_on_interrupt (`bool`, *optional*, defaults to `True`):
-            Whether training reacts to the first Ctrl-C (SIGINT) or SIGTERM by finishing the current step and writing a
-            checkpoint, before [`~DiffusionSDPOTrainer.train`] raises `KeyboardInterrupt`. If `False`, these signals end
-            the program as usual, without a checkpoint.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether to delete the checkpoints and weights of another run in `output_dir` when a new run starts, and
             later checkpoints when a run resumes. If `False`, the trainer raises an error instead of deleting files.
     """
 
-    checkpoint_on_interrupt: bool = True
     overwrite_output_dir: bool = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields
 from types import MappingProxyType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -81,6 +82,19 @@ def check_kwargs(kind: type, setting: str, values: dict[str, Any], *, given: int
         if isinstance(value, bool) or not isinstance(value, int if hints[name] is int else (int, float)):
             expected = "a whole number" if hints[name] is int else "a number"
             raise ValueError(f"`{name}` of `{setting}` must be {expected}, got {value!r}.")
+
+
+def naming(**words: Iterable[str]) -> Callable[[Group], Group]:
+    """Return a decorator that replaces each placeholder in a class's docstring by its words, such as the names of
+    losses. Write the decorator below [`documented`]."""
+
+    def fill(group: Group) -> Group:
+        for placeholder, names in words.items():
+            *first, last = (f"`{name}`" for name in names)
+            group.__doc__ = (group.__doc__ or "").replace(placeholder, f"{', '.join(first)} and {last}")
+        return group
+
+    return fill
 
 
 def documented(group: Group) -> Group:

@@ -63,6 +63,7 @@ class DiffusionSDPOConfig(AllArguments):
         "ref_model_init_kwargs",
         "loss_kwargs",
         "weighting_kwargs",
+        "safeguard_kwargs",
         "inversion_kwargs",
         "winner_budget_kwargs",
         "bucket_kwargs",
@@ -129,6 +130,7 @@ class DiffusionSDPOConfig(AllArguments):
         self.loss_type = settled_loss_type(self.loss_type)
         self.loss_kwargs: dict[str, float] = settled_loss_kwargs(self.loss_kwargs)
         self.weighting_kwargs: dict[str, Any] = settled_mapping("weighting_kwargs", self.weighting_kwargs)
+        self.safeguard_kwargs: dict[str, Any] = settled_mapping("safeguard_kwargs", self.safeguard_kwargs)
         self.inversion_kwargs: dict[str, Any] = settled_mapping("inversion_kwargs", self.inversion_kwargs)
         self.winner_budget_kwargs: dict[str, Any] = settled_mapping("winner_budget_kwargs", self.winner_budget_kwargs)
         self.bucket_kwargs: dict[str, Any] = settled_mapping("bucket_kwargs", self.bucket_kwargs)

@@ -87,14 +87,6 @@ class MemoryArguments:
         offload_frozen_components (`bool`, *optional*, defaults to `False`):
             Whether VAE and text encoders stay in pinned CPU memory and are copied to the accelerator only while they
             encode a micro-batch. Offloading saves memory of the accelerator and does not change results.
-        torch_compile_regional (`bool`, *optional*, defaults to `False`):
-            Whether `torch_compile` compiles only the denoiser's repeated blocks, one after the other, instead of the
-            whole denoiser. Regional compilation takes less time, because each kind of block is compiled only once.
-        attention_backend (`str`, *optional*):
-            Name of an attention backend of diffusers, such as `"flash"`, `"flash_hub"` or `"xformers"`. If unset,
-            PyTorch's attention is used.
     """
 
     offload_frozen_components: bool = False
-    torch_compile_regional: bool = False
-    attention_backend: str | None = None

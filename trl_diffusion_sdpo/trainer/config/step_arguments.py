@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
 from ...families.noise import TimestepWeighting, WeightingScheme
-from ...losses import Anchor, Granularity, LossSpec, LossType, Safeguard, loss_spec
-from .declaring import RESUME, Choices, Range, documented
+from ...losses import LOSSES, LossSpec, LossType, Safeguard, SafeguardSettings, loss_spec
+from .declaring import RESUME, Choices, Range, documented, from_kwargs, naming
 
 NoiseSource = Literal["shared", "inversion", "generated"]
 OnWinnerRise = Literal["ignore", "warn", "stop"]
@@ -31,24 +31,18 @@ class NoiseArguments:
             Density from which timesteps are drawn, before the pipeline's scheduler shifts them: `"none"` (uniform),
             `"logit_normal"` or `"mode"`. If unset, the default of the model's family is used.
         weighting_kwargs (`dict` or `str`, *optional*):
-            Constants of `weighting_scheme` by name, in YAML or as JSON. `"logit_normal"` takes `logit_mean` (default
-            0.0; a mean above 0 samples higher noise levels more often) and `logit_std` (default 1.0); `"mode"` takes
-            `mode_scale` (default 1.29; 0 is uniform). A constant of another scheme is refused.
+            Constants of `weighting_scheme` and `timestep_weighting` by name, in YAML or as JSON. `"logit_normal"` takes
+            `logit_mean` (default 0.0; a mean above 0 samples higher noise levels more often) and `logit_std` (default
+            1.0); `"mode"` takes `mode_scale` (default 1.29; 0 is uniform); `"min_snr"` takes `snr_gamma` (default 5). A
+            constant of another scheme is refused.
         timestep_weighting (`str`, *optional*, defaults to `"none"`):
-            Weighting of errors by timestep, for flow-matching models. `"one_minus_t_squared"` multiplies the error at
-            timestep t by `(1 - t)^2`, so low noise counts most; here t runs from 0 (clean) to 1 (pure noise). `"none"`
-            weighs all timesteps equally.
-        snr_gamma (`float`, *optional*):
-            Gamma of [min-SNR](https://huggingface.co/papers/2303.09556), a weighting of errors by timestep. A usual
-            value is 5.0. If unset, min-SNR is not used.
+            Weighting of errors by timestep. `"min_snr"` is for DDPM models
+            ([min-SNR](https://huggingface.co/papers/2303.09556)). `"one_minus_t_squared"` is for flow-matching models,
+            and multiplies the error at timestep t by `(1 - t)^2`, so low noise counts most; here t runs from 0 (clean)
+            to 1 (pure noise). `"none"` weighs all timesteps equally.
         noise_offset (`float`, *optional*, defaults to `0.0`):
             Scale of an extra noise that is added to the usual noise and has one value per channel for the whole image.
             0 adds no extra noise.
-        n_timesteps_per_pair (`int`, *optional*, defaults to `1`):
-            Number of timesteps (each with new noise) at which a training pair is predicted in one step. Each pair is
-            encoded once, and the pair's loss is the mean over these timesteps. Raise `n_timesteps_per_pair` for less
-            noisy gradients. Memory for activations grows in proportion to `n_timesteps_per_pair`. Evaluation is not
-            affected.
         noise_source (`str`, *optional*, defaults to `"shared"`):
             Source of the noise in training. `"shared"` draws random noise, equal for both images of a pair.
             `"inversion"` inverts each image with the current policy up to the pair's timestep. `"generated"` uses the
@@ -72,15 +66,18 @@ class NoiseArguments:
     weighting_scheme: Annotated[WeightingScheme | None, RESUME] = None
     weighting_kwargs: Annotated[dict[str, Any] | str | None, RESUME] = None
     timestep_weighting: Annotated[TimestepWeighting, RESUME] = "none"
-    snr_gamma: Annotated[float | None, Range("(0, inf)", "Leave it unset to turn min-SNR off."), RESUME] = None
     noise_offset: Annotated[float, Range("[0, inf)", "Use 0 for no extra noise."), RESUME] = 0.0
-    n_timesteps_per_pair: Annotated[int, Range("[1, inf)"), RESUME] = 1
     noise_source: Annotated[NoiseSource, RESUME] = "shared"
     inversion_kwargs: Annotated[dict[str, Any] | str | None, RESUME] = None
     guidance_scale: Annotated[float | None, RESUME] = None
 
 
 @documented
+@naming(
+    ALL_LOSSES=LOSSES,
+    LOSSES_OF_LOGITS=[name for name, row in LOSSES.items() if row.reads_logit_only],
+    LOSSES_WITH_ERROR_ANCHOR=[name for name, row in LOSSES.items() if row.anchor == "error"],
+)
 @dataclass
 class LossArguments:
     r"""
@@ -88,24 +85,18 @@ class LossArguments:
 
     Parameters:
         loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`):
-            Name of the loss: `"sigmoid"` (Diffusion-DPO), `"hinge"`, `"ipo"`, `"robust"`, `"dspo"`, `"dspo_sdxl"`,
-            `"dmpo"`, `"sft"`, `"mapo"`, `"simpo"`, `"dpop"`, `"linear"`, `"smpo"`, `"capo"`, `"apo_zero"` or
-            `"apo_down"`. Several losses are summed: write `sigmoid sft` on the command line and `[sigmoid, sft]` in
-            YAML.
+            Name of the loss, one of ALL_LOSSES. `sigmoid` is Diffusion-DPO. Several losses are summed: write
+            `sigmoid sft` on the command line and `[sigmoid, sft]` in YAML.
         loss_weights (`list[float]`, *optional*):
             Weights of the losses in `loss_type`, in the same order. All weights are 1 if unset.
         margin_clamp (`float`, *optional*):
             Largest logit of a pair. A pair with a larger logit has no gradient, because the policy already clearly
-            prefers the winner to the loser. `margin_clamp` works with `sigmoid`, `hinge`, `ipo`, `robust`, `dmpo`,
-            `smpo` and `capo`. If unset, logits are not limited.
+            prefers the winner to the loser. `margin_clamp` works with LOSSES_OF_LOGITS. If unset, logits are not
+            limited.
         beta (`float`, *optional*):
             Strength of the tie to the reference. Raise `beta` to stay closer to the reference. The logit of a pair is
             `-(beta / 2)` times the margin, which is the winner's change of mean squared error against the reference
             minus the loser's change. If unset, the default of the loss and the model's family is used.
-        auto_beta (`bool`, *optional*, defaults to `False`):
-            Whether `beta` adapts to the size of the margins during training. Adaptation starts at `beta` and stays
-            between `beta / 10` and `10 * beta`. Evaluation always uses `beta`. `auto_beta` works with `sigmoid`,
-            `hinge`, `robust`, `dspo_sdxl`, `dmpo`, `simpo`, `dpop` and `smpo`.
         safeguard (`str`, *optional*, defaults to `"output"`):
             How the safeguard computes lambda, the factor of the loser's gradient that keeps the winner's error from
             rising, to first order. `"output"` computes lambda from the residuals (prediction minus target), at no extra
@@ -115,24 +106,18 @@ class LossArguments:
             Strictness of the safeguard, in `[0, 1]`: the share of the first-order decrease of the winner's error that
             losers must not undo. Raise `safeguard_mu` for a stricter safeguard. If unset, the default of the loss and
             the model's family is used.
-        safeguard_granularity (`str`, *optional*, defaults to `"batch"`):
-            Pairs that share one lambda under `safeguard="output"`. `"batch"` computes one lambda for each micro-batch
-            of a process, as published. `"pair"` computes one lambda for each pair. `"weighted"` computes one lambda for
-            each micro-batch from the gradients of the loss, so each pair has the weight that the loss gives it.
-            `"noise_bin"` computes one lambda for each noise bin in the micro-batch (see `num_noise_bins`).
-        safeguard_eps (`float`, *optional*, defaults to `0.0`):
-            Small number that `safeguard="output"` adds to the divisor of lambda (the divisor is the dot product of the
-            winners' and losers' gradients). Use 1e-9 to reproduce the authors' code.
-        safeguard_anchor (`str`, *optional*):
-            Quantity that `safeguard="parameter"` keeps from rising. `"branch"` is the weighted mean of the winners'
-            errors, with the weights that the loss gives to the pairs. `"error"` is the unweighted mean of the winners'
-            errors, and needs one more backward pass of the winners. If unset, `"error"` is used for losses whose winner
-            term can itself raise the winner's error (`ipo`, `dspo`, `dspo_sdxl`, `dmpo`, `capo`, `apo_down`), and
-            `"branch"` for all other losses.
-        safeguard_low_memory (`bool`, *optional*, defaults to `False`):
-            Whether `safeguard="parameter"` holds the activations of winners and losers one after the other instead of
-            together. `safeguard_low_memory` saves memory and costs one more forward pass of the losers.
-            `safeguard_low_memory` cannot be used with dropout.
+        safeguard_kwargs (`dict` or `str`, *optional*):
+            Constants of the safeguard by name, in YAML or as JSON. Under `safeguard="output"`, `granularity` says which
+            pairs share one lambda: `"batch"` (default; those of a micro-batch of a process, as published), `"pair"`
+            (each pair has its own), `"noise_bin"` (those in one of eight bins of noise levels) or `"weighted"` (as
+            `"batch"`, but computed from the gradients of the loss, so each pair has the weight that the loss gives it);
+            `eps` (default 0; 1e-9 in the authors' code) is added to the divisor of lambda. Under
+            `safeguard="parameter"`, `anchor` is what must not rise: `"branch"` (the mean of the winners' errors with
+            the weights that the loss gives to the pairs) or `"error"` (the plain mean, for one more backward pass of
+            the winners); it defaults to `"error"` for the losses whose winner term can itself raise the winner's error
+            (LOSSES_WITH_ERROR_ANCHOR), and to `"branch"` for all others. `low_memory: true` holds the activations of
+            winners and losers one after the other: it saves memory for one more forward pass of the losers, and is not
+            possible with dropout.
         mask_anchor (`float`, *optional*, defaults to `0.0`):
             Weight of an additional loss term for data with a mask column. The term is the mean squared distance between
             the predictions of the policy and the reference outside of an image's mask, averaged over the images of the
@@ -156,15 +141,17 @@ class LossArguments:
     loss_weights: Annotated[list[float] | None, RESUME] = None
     margin_clamp: Annotated[float | None, Range("(0, inf)", "Leave it unset for no limit."), RESUME] = None
     beta: Annotated[float | None, RESUME] = None
-    auto_beta: Annotated[bool, RESUME] = False
     safeguard: Annotated[Safeguard, RESUME] = "output"
     safeguard_mu: Annotated[float | None, RESUME] = None
-    safeguard_granularity: Annotated[Granularity, RESUME] = "batch"
-    safeguard_eps: Annotated[float, RESUME] = 0.0
-    safeguard_anchor: Annotated[Anchor | None, RESUME] = None
-    safeguard_low_memory: bool = False
+    safeguard_kwargs: Annotated[dict[str, Any] | str | None, RESUME] = None
     mask_anchor: Annotated[float, Range("[0, inf)", "Use 0 to leave the term out."), RESUME] = 0.0
     loss_kwargs: Annotated[dict[str, Any] | str | None, RESUME] = None
+
+    @property
+    def safeguard_settings(self) -> SafeguardSettings:
+        """Constants of the safeguard. Raises `ValueError` if `safeguard_kwargs` has other names or values."""
+        assert isinstance(self.safeguard_kwargs, dict), "`DiffusionSDPOConfig` parses it."
+        return from_kwargs(SafeguardSettings, "safeguard_kwargs", self.safeguard_kwargs)
 
     @property
     def loss_spec(self) -> LossSpec:
@@ -179,13 +166,10 @@ class WinnerArguments:
     r"""
     Settings of [`DiffusionSDPOConfig`] that measure and limit what training does to the preferred images. Noise levels
     run from 0 (clean latent) to 1 (pure noise) and mean the same for every model. For flow matching, the noise level is
-    sigma. For DDPM, the noise level is the flow-matching sigma with the same signal-to-noise ratio.
+    sigma. For DDPM, the noise level is the flow-matching sigma with the same signal-to-noise ratio. Eight noise bins of
+    equal width divide the noise levels.
 
     Parameters:
-        num_noise_bins (`int`, *optional*, defaults to `8`):
-            Number of noise bins: equal intervals that divide the noise levels from 0 to 1. Evaluation reports how
-            errors changed in each bin. `safeguard_granularity="noise_bin"` computes one lambda per bin, and
-            `winner_budget` is controlled separately in each bin.
         loser_noise_range (`list[float]`, *optional*):
             Lowest and highest noise level at which losers train, such as `0.6 1`. At other noise levels, only the
             winner of a pair trains. If unset, losers train at all noise levels.
@@ -211,7 +195,6 @@ class WinnerArguments:
             training logs has doubled.
     """
 
-    num_noise_bins: Annotated[int, Range("[1, inf)"), RESUME] = 8
     loser_noise_range: Annotated[list[float] | None, RESUME] = None
     winner_budget: Annotated[
         float | None, Range("(0, inf)", "For example, 0.05 allows a rise of five per cent."), RESUME
