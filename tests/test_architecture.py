@@ -1,5 +1,5 @@
 """Rules between the folders of the package: imports go down, formulas are in `losses`, questions about the engine
-are in `engines`, and only the command line prints."""
+are in `engines`, errors are for users, and only the command line prints."""
 
 from __future__ import annotations
 
@@ -109,10 +109,17 @@ def prints_outside_the_command_line(sources: Sources) -> list[str]:
     return [f"{place} prints" for of_room, place, name in calls(sources) if of_room != "cli" and name == "print"]
 
 
+def errors_that_are_not_for_users(sources: Sources) -> list[str]:
+    """The command line shows the message of a `UserError`, and the traceback of every other error."""
+    builtin = ("ValueError", "FloatingPointError", "OSError")
+    return [f"{place} makes a {name}" for _, place, name in calls(sources) if name in builtin]
+
+
 RULES = {
     "upward": (upward_imports, {"step/a.py": "from ..tools.rewards import b"}),
     "engines": (engine_questions, {"step/a.py": "def f():\n    import deepspeed"}),
     "formulas": (formulas_outside_losses, {"step/a.py": "x = torch.dot(a, b)"}),
+    "errors": (errors_that_are_not_for_users, {"data/a.py": "def f():\n    raise ValueError('too few rows')"}),
     "prints": (prints_outside_the_command_line, {"saving/a.py": "print(1)"}),
 }
 
