@@ -22,7 +22,8 @@ LAUNCHED_VARIABLE = "TRL_DIFFUSION_SDPO_LAUNCHED"
 SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 SHUTDOWN_SECONDS = "600"
 
-_RESERVED = {"config_file", "module", "no_python", "help"}  # options of `accelerate launch` that this module sets
+# Arguments of `accelerate launch` that this module sets.
+_RESERVED = {"config_file", "module", "no_python", "training_script", "training_script_args"}
 
 
 def config_names() -> list[str]:
@@ -45,7 +46,7 @@ def config_path(name: str) -> Path:
 
 def launch_options() -> set[str]:
     """Return the names of the options of `accelerate launch` that users can set."""
-    return {action.dest for action in _launch_parser()._actions if action.option_strings} - _RESERVED
+    return set(vars(_launch_parser().parse_args([MODULE]))) - _RESERVED
 
 
 def launch_words(config: str, words: list[str], options: Iterable[str]) -> list[str]:

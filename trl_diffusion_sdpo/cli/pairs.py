@@ -116,9 +116,8 @@ def _generate(options: argparse.Namespace) -> None:
 
     reads_prompts = options.recipe in ("scored", "negatives")
     _refuse_unused(options)
-    needed, excluded = options.prompts, options.from_images
-    if not reads_prompts:
-        needed, excluded = excluded, needed
+    needed = options.prompts if reads_prompts else options.from_images
+    excluded = options.from_images if reads_prompts else options.prompts
     if needed is None or excluded is not None:
         raise ValueError(
             f"The recipe `{options.recipe}` needs {'`--prompts`' if reads_prompts else '`--from_images`'} and not "
