@@ -664,7 +664,7 @@ class DiffusionSDPOTrainer(Trainer):
             for message in without_turn(self.args, max_steps):
                 logger.warning(message)
             if self.state.global_step >= max_steps:
-                logger.warning(
+                logger.info(
                     "Training is complete: the checkpoint is of step %d, and the run ends at step %d. Increase "
                     "`max_steps` or `num_train_epochs` to continue.",
                     *(self.state.global_step, max_steps),
