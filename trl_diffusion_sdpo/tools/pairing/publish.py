@@ -72,7 +72,7 @@ def _write_card(folder: Path, purpose: str, facts: Mapping[str, object], advice:
         message = (
             "%s was edited or is of an earlier version, so it is kept. Delete it to get one with today's numbers."
         )
-        logger.warning(message, path)
+        logger.info(message, path)
         return
     write_atomically(path, f"{text}\n<!-- generated: {short_hash(text)} -->\n".encode())
 
