@@ -1,5 +1,6 @@
 """Rules between the folders of the package: imports go down, formulas are in `losses`, questions about the engine
-are in `engines`, only the command line prints, and private names of other libraries are in `utils/_compat.py`."""
+are in `engines`, errors are for users, only the command line prints, and private names of other libraries are in
+`utils/_compat.py`."""
 
 from __future__ import annotations
 
@@ -145,6 +146,12 @@ def private_names_of_libraries(sources: Sources) -> list[str]:
     return wrong
 
 
+def errors_that_are_not_for_users(sources: Sources) -> list[str]:
+    """The command line shows the message of a `UserError`, and the traceback of every other error."""
+    builtin = ("ValueError", "FloatingPointError", "OSError")
+    return [f"{place} makes a {name}" for _, place, name in calls(sources) if name in builtin]
+
+
 RULES = {
     "upward": (upward_imports, {"step/a.py": "from ..tools.rewards import b"}),
     "engines": (engine_questions, {"step/a.py": "def f():\n    import deepspeed"}),
@@ -155,6 +162,7 @@ RULES = {
         private_names_of_libraries,
         {"data/a.py": "class A(B):\n    f = lambda self: self._b"},
     ),
+    "errors": (errors_that_are_not_for_users, {"data/a.py": "def f():\n    raise ValueError('too few rows')"}),
     "prints": (prints_outside_the_command_line, {"saving/a.py": "print(1)"}),
 }
 

@@ -19,6 +19,7 @@ _HOMES = {
     "PairMixture": ".data",
     "PairTerms": ".losses",
     "PreferenceCollator": ".data",
+    "UserError": ".utils.errors",
     "diffusion_preference_loss": ".losses",
     "load_pairs": ".data",
     "load_scorer": ".tools.rewards",
@@ -36,6 +37,7 @@ __all__ = [
     "PairMixture",
     "PairTerms",
     "PreferenceCollator",
+    "UserError",
     "diffusion_preference_loss",
     "evaluate_models",
     "load_pairs",
@@ -56,5 +58,6 @@ if TYPE_CHECKING:
     from .tools.pairing.score import score_pairs
     from .tools.rewards import load_scorer, register_scorer
     from .trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
+    from .utils.errors import UserError
 
 __getattr__, __dir__ = lazy_attributes(__name__, _HOMES, ["__version__"])

@@ -2,9 +2,12 @@
 
 import json
 import os
+import pickle
+import pkgutil
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,14 +16,16 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from trl_diffusion_sdpo import DiffusionSDPOConfig
+import trl_diffusion_sdpo
+from trl_diffusion_sdpo import UserError
 from trl_diffusion_sdpo.cli.errors import sentence as shown
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.models.pipelines import load_pipeline
-from trl_diffusion_sdpo.tools.guidance.arithmetic import interpolate
+from trl_diffusion_sdpo.saving.publishing import PublishingError
+from trl_diffusion_sdpo.utils.disk import DiskFullError
+from trl_diffusion_sdpo.utils.errors import NotFiniteError
 from trl_diffusion_sdpo.utils.import_utils import MissingExtraError
-from trl_diffusion_sdpo.utils.own_errors import is_own
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TINY = {
@@ -62,19 +67,35 @@ def sentence(capsys, *arguments, **settings) -> str:
     return line.partition("error: ")[2]
 
 
-def test_an_error_is_own_by_its_raise_or_its_class():
-    def caught(call):
-        try:
-            call()
-        except Exception as error:
-            return error
+def subclasses(kind: type) -> set[type]:
+    return {kind, *(below for child in kind.__subclasses__() for below in subclasses(child))}
 
-    assert is_own(caught(lambda: DiffusionSDPOConfig("out", beta=-1.0)))
-    assert is_own(MissingExtraError("of a class of this package, from elsewhere"))
-    assert not is_own(
-        caught(lambda: interpolate(torch.zeros(2), torch.zeros(3), 0.5))
-    )  # torch, called by this package
-    assert not is_own(caught(lambda: int("x")))
+
+def test_every_error_that_the_package_defines_for_users_can_be_caught_as_a_user_error():
+    """Of all exceptions of the package. `_LeftOutError` leaves out an image of a folder, and is always caught."""
+    for module in pkgutil.walk_packages(trl_diffusion_sdpo.__path__, f"{trl_diffusion_sdpo.__name__}."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
+    ours = {kind for kind in subclasses(Exception) if kind.__module__.startswith(trl_diffusion_sdpo.__name__)}
+    assert {kind.__name__ for kind in ours if not issubclass(kind, UserError)} == {"_LeftOutError"}
+    assert UserError in ours and len(ours) > 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "base"),
+    [
+        (DiskFullError, OSError),
+        (MissingExtraError, ImportError),
+        (NotFiniteError, FloatingPointError),
+        (PublishingError, OSError),
+        (UserError, ValueError),
+    ],
+)
+def test_an_error_for_users_is_caught_by_the_base_class_that_a_library_would_raise(kind, base):
+    with pytest.raises(base, match="what to do") as caught:
+        raise kind("what to do")
+    assert isinstance(caught.value, UserError)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == "what to do", "as workers send it"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -88,7 +109,7 @@ def test_a_bad_row_that_a_worker_finds_is_one_line(tmp_path, streaming):
         next(iter(pairs))
     with pytest.raises(ValueError, match="Caught .* in DataLoader worker") as caught:
         next(iter(DataLoader(pairs, batch_size=None, num_workers=1)))
-    assert is_own(caught.value)
+    assert isinstance(caught.value, UserError)
     assert shown(caught.value) == str(alone.value) == shown(alone.value)
 
 

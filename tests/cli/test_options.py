@@ -24,7 +24,7 @@ def read_yaml(tmp_path):
         file.write_text(text, encoding="utf-8")
         options = train_parser.TrainOptions.read(["--config", str(file)], None)
         options.refuse_others()
-        return options.values()
+        return options.values
 
     return read
 

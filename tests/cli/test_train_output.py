@@ -10,7 +10,7 @@ from trl_diffusion_sdpo.saving.run_folder import LOCK_FILE
 
 
 def test_training_ends_with_the_verdict_and_holds_the_lock_until_the_weights_are_written(
-    sd_folder, make_pairs, tmp_path, capsys, monkeypatch
+    sd_folder, make_pairs, tmp_path, capsys, caplog, monkeypatch
 ):
     make_pairs().save_to_disk(str(tmp_path / "pairs"))
     held, write = [], run_files.write_setup
@@ -47,6 +47,7 @@ def test_training_ends_with_the_verdict_and_holds_the_lock_until_the_weights_are
     assert len(verdicts) == 1 and verdicts[0].startswith("Verdict: unknown. ")
     assert lines[-1].startswith("The tuned weights are in")
     assert held == [True] and not is_locked()
+    assert any("resolution=" in record.getMessage() for record in caplog.records), "chosen by the trainer"
 
 
 def test_pairs_that_are_held_out_are_evaluated_on(sd_folder, make_pairs, tmp_path):

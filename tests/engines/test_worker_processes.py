@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.data.worker_processes import CollateIntoSharedMemory, WorkerStart
+from trl_diffusion_sdpo.utils.errors import UserError
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -164,5 +165,5 @@ def test_full_shared_memory_is_named(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "share_memory_", fail)  # workers are forked from here
     collate = CollateIntoSharedMemory(torch.stack)
     assert len(collate([torch.zeros(2)])) == 1  # without a worker, no shared memory is needed
-    with pytest.raises(RuntimeError, match="/dev/shm.*`dataloader_num_workers`"):
+    with pytest.raises(UserError, match="/dev/shm.*`dataloader_num_workers`"):
         next(iter(DataLoader([torch.zeros(2)], num_workers=1, collate_fn=collate)))

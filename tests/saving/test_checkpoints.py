@@ -40,6 +40,7 @@ def test_a_run_that_is_done_says_so(build, make_pairs, caplog, pairs, steps):
     """Four steps are an epoch of 8 pairs, after which transformers begins no other epoch."""
     build(4, train=make_pairs(pairs), save_steps=4).train()
     caplog.clear()
+    caplog.set_level("INFO", "trl_diffusion_sdpo")
     build(steps, train=make_pairs(pairs)).train(resume_from_checkpoint=True)
     (said,) = [record.message for record in caplog.records if record.message.startswith("Training is complete")]
     assert "step 4" in said and f"step {steps}" in said

@@ -104,6 +104,7 @@ def test_an_edited_card_is_left_as_it_is_and_one_that_is_asked_for_is_not(make_t
     file.parent.mkdir()
     file.write_text("Mine.")
     trainer = make_trainer(max_steps=1, peft_config=LORA)
+    caplog.set_level("INFO", "trl_diffusion_sdpo")
     trainer.train()
     assert file.read_text() == "Mine." and "is left as it is" in caplog.text
     trainer.create_model_card(license="mit")

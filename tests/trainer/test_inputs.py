@@ -107,6 +107,14 @@ def test_a_beta_far_from_its_default_is_a_warning(make_trainer, caplog, settings
     assert (f"`beta={settings['beta']:g}` is more than" in caplog.text) == is_far
 
 
+def test_a_run_without_a_fault_warns_of_nothing_and_logs_its_defaults(make_trainer, caplog):
+    caplog.set_level("INFO", "trl_diffusion_sdpo")
+    make_trainer(beta=None, resolution=16, max_steps=1).train()
+    ours = [record for record in caplog.records if record.name.startswith("trl_diffusion_sdpo")]
+    assert not [record.getMessage() for record in ours if record.levelname == "WARNING"]
+    assert any("beta=5000" in record.getMessage() for record in ours)
+
+
 def test_wrong_columns_are_named_with_those_that_are_accepted(make_trainer):
     data = datasets.Dataset.from_dict({"text": ["a"], "picture": ["b"]})
     with pytest.raises(ValueError, match="(?s)text.*chosen.*rejected"):

@@ -178,7 +178,7 @@ class PairEncoding:
         """Encode the missing rows of a cache, given as row numbers of images, prompts and statistics."""
         if self._peers.index == 0:
             counts = len(missing[0]), len(missing[1])
-            logger.warning("%s data: encoding %d images and %d prompts into %s.", name, *counts, self.folder)
+            logger.info("%s data: encoding %d images and %d prompts into %s.", name, *counts, self.folder)
         with contextlib.ExitStack() as stack:
             with failing_together(RuntimeError):
                 family = stack.enter_context(self._frozen.in_use())

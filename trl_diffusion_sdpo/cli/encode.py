@@ -28,7 +28,8 @@ def encode(script_args: PairArguments, training_args: DiffusionSDPOConfig, model
     Returns:
         `int`: The exit code.
     """
-    training_args.push_to_hub, training_args.report_to = False, []  # nothing is trained, tracked or uploaded
+    training_args.push_to_hub = False  # nothing is trained, tracked or uploaded
+    training_args.report_to = []
     processes = training_args.distributed_state
     if not training_args.precompute_ref_errors:
         processes.print(_summary(_encode_alone(script_args, training_args, model_args)))
@@ -60,8 +61,10 @@ def _encode_alone(
     from ..trainer.run_data import check_source_column, prepare_pairs
 
     train_dataset, eval_dataset = training.load_data(script_args, training_args, model_args)
-    model, lora = model_args.model_name_or_path, lora_config(model_args)
-    args, loss = copy_and_check_args(model, None, training_args), training_args.loss_spec
+    model = model_args.model_name_or_path
+    lora = lora_config(model_args)
+    args = copy_and_check_args(model, None, training_args)
+    loss = training_args.loss_spec
     loaded = load_policy(model, args, None, lora, get_quantization_config(model_args), denoiser=False)
     tunes_lora = lora is not None or starting_point(str(model), args.adapter_name_or_path).adapter is not None
     complete_args(args, loaded.family, full=not tunes_lora)

@@ -9,8 +9,18 @@ from . import EXIT_OK
 from .options import OneLineParser
 
 PACKAGES = (
-    *("torch", "transformers", "trl", "diffusers", "accelerate", "peft", "datasets", "huggingface_hub"),
-    *("safetensors", "numpy", "deepspeed", "bitsandbytes"),
+    "torch",
+    "transformers",
+    "trl",
+    "diffusers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "huggingface_hub",
+    "safetensors",
+    "numpy",
+    "deepspeed",
+    "bitsandbytes",
 )
 
 

@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 
-from ..utils.own_errors import is_own
+from ..utils.errors import UserError
 from ..utils.secrets import without_secrets
 
 _IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker process ")
@@ -15,9 +15,10 @@ _IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker process ")
 def sentence(error: Exception) -> str:
     """Return the message of an error that this package raised, without secrets, and without the traceback that torch
     puts before the message if a DataLoader worker raised the error."""
-    text, kind = without_secrets(str(error)), type(error)
+    text = without_secrets(str(error))
     if _IN_WORKER.match(text) is None:
         return text
+    kind = type(error)
     _, separator, message = text.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")
     return message.rstrip("\n") if separator else text
 
@@ -28,10 +29,10 @@ def reading_arguments() -> Iterator[None]:
     only its message."""
     try:
         yield
+    except UserError:
+        raise
     except ValueError as error:
-        if is_own(error):
-            raise
-        raise ValueError(" ".join(str(error).split())) from error
+        raise UserError(" ".join(str(error).split())) from error
 
 
 @contextlib.contextmanager
@@ -46,10 +47,10 @@ def reading_data(name: str | None) -> Iterator[None]:
 
     try:
         yield
+    except UserError:
+        raise
     except (ValueError, OSError, StopIteration, ArrowException, DatasetsError) as error:
-        if is_own(error):
-            raise
         data = "The data" if name is None else f"The data set {name}"
         cause = error if error.__cause__ is None else error.__cause__
         reason = " ".join(str(cause).split()) or type(cause).__name__
-        raise ValueError(f"{data} could not be read: {reason}") from error
+        raise UserError(f"{data} could not be read: {reason}") from error

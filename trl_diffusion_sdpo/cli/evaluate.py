@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from . import EXIT_OK
-from .images import add_image_options, candidate_of, finish, image_settings, listed_prompts, load_scorers
+from .images import add_image_options, candidate_of, finish, image_settings, listed_prompts, load_scorers, show_log
 from .options import OneLineParser
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def run(arguments: list[str], prog: str) -> int:
     options = make_parser(prog).parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    show_log()
     from accelerate import PartialState
 
     from ..tools.evaluation import evaluate_models

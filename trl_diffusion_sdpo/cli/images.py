@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import reading_data
+from .train_parser import is_first_process
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -41,6 +43,13 @@ def add_image_options(parser: argparse.ArgumentParser, *, prompt_split: str, is_
     add("--batch_size", type=int, default=4, metavar="N", help="Images per call of the pipeline (default: 4).")
     add("--dtype", choices=DTYPES, default="float32", help="Dtype in which pipelines are loaded (default: float32).")
     add("--device", metavar="NAME", help="Device for pipelines and scorers. Default: a GPU if there is one, else cpu.")
+
+
+def show_log() -> None:
+    """Print this package's log in the first process, and warnings in all processes."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if is_first_process():
+        logging.getLogger(__package__.partition(".")[0]).setLevel(logging.INFO)
 
 
 def mapping_option(text: str) -> dict[str, Any]:

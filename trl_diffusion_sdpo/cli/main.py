@@ -5,9 +5,9 @@ import sys
 from importlib import import_module
 
 from .. import __version__
+from ..utils.errors import UserError
 from ..utils.hints import did_you_mean
-from ..utils.import_utils import MissingExtraError, hide_idle_notes
-from ..utils.own_errors import is_own
+from ..utils.import_utils import hide_idle_notes
 from . import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR
 from .errors import sentence
 
@@ -26,10 +26,6 @@ COMMANDS = {
     "demo": "Compare training methods on a tiny model that is part of the package.",
     "env": "Print the package versions for a bug report.",
 }
-
-
-# If this package raised an error of these types, only its message is printed. Other errors keep their traceback.
-_EXPLAINED = (ValueError, OSError, FloatingPointError, MissingExtraError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,8 +65,8 @@ def _run(name: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except _EXPLAINED as error:
-        if os.environ.get(TRACEBACK_VARIABLE) == "1" or not is_own(error):
+    except UserError as error:  # other errors keep their traceback
+        if os.environ.get(TRACEBACK_VARIABLE) == "1":
             raise
         print(f"{prog}: error: {sentence(error)}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -147,7 +147,8 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
     evaluation: Any = None
     if evaluates and size is not None:
         splits = hold_out(trained, size, seed=training_args.seed, formats=formats)
-        trained, held_out = [train for train, _ in splits], [test for _, test in splits]
+        trained = [train for train, _ in splits]
+        held_out = [test for _, test in splits]
     elif evaluates:
         evaluation = _load_evaluation(script_args)
         for entry in sets:
@@ -197,7 +198,8 @@ def _refuse_training_pairs(script_args: PairArguments, trained: PairSet) -> None
     """Raise `ValueError` if the evaluation pairs are the training pairs: the same split of the same data set, or the
     same file without splits."""
     evaluated = script_args.eval_dataset_name or trained.path
-    path, split = Path(evaluated).expanduser(), script_args.dataset_test_split
+    path = Path(evaluated).expanduser()
+    split = script_args.dataset_test_split
     if path.resolve() != Path(trained.path).expanduser().resolve():
         return
     is_whole = "[" not in split or "[" not in trained.split

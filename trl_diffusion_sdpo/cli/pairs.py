@@ -19,6 +19,7 @@ from .images import (
     load_scorers,
     mapping_option,
     scorer_named,
+    show_log,
 )
 from .options import OneLineParser
 
@@ -46,7 +47,10 @@ def subcommand_parser(name: str, prog: str | None = None) -> argparse.ArgumentPa
 def run(arguments: list[str], prog: str) -> int:
     name = make_parser(prog).parse_args(arguments[:1]).subcommand
     options = subcommand_parser(name, f"{prog} {name}").parse_args(arguments[1:])
-    logging.basicConfig(format="%(message)s", level=logging.ERROR if name in ("check", "score") else logging.WARNING)
+    if name in ("check", "score"):  # which print their own report
+        logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    else:
+        show_log()
     SUBCOMMANDS[name][2](options)
     return EXIT_OK
 
@@ -116,9 +120,8 @@ def _generate(options: argparse.Namespace) -> None:
 
     reads_prompts = options.recipe in ("scored", "negatives")
     _refuse_unused(options)
-    needed, excluded = options.prompts, options.from_images
-    if not reads_prompts:
-        needed, excluded = excluded, needed
+    needed = options.prompts if reads_prompts else options.from_images
+    excluded = options.from_images if reads_prompts else options.prompts
     if needed is None or excluded is not None:
         raise ValueError(
             f"The recipe `{options.recipe}` needs {'`--prompts`' if reads_prompts else '`--from_images`'} and not "

@@ -46,7 +46,7 @@ def run(arguments: list[str], prog: str, *, command: str = "train", act: Callabl
         options.refuse_others()
     else:
         launcher = launch.launch_words(options.accelerate_config, options.others, options.parser.names())
-    values = options.values()
+    values = options.values
     if not values["model_name_or_path"]:
         raise ValueError(
             "`--model_name_or_path` must be the Hub id or folder of a diffusers pipeline, got none. Set it."

@@ -140,7 +140,8 @@ class TrainOptions:
     """Options of `train` from the command line and the YAML file."""
 
     parser: Any
-    words: list[str]  # options of `train` as words of a command line; words from the file come first
+    values: dict[str, Any]  # value of each option of `train`
+    given: set[str]  # names of the options that the command line or the file sets
     others: list[str]  # words that are no options of `train`, such as options of `accelerate launch`
     accelerate_config: str | None
 
@@ -150,21 +151,15 @@ class TrainOptions:
         settings, accelerate_config, typed = read_given(arguments)
         parser = make_parser(prog)
         in_file, others = parser.words_of(settings)
-        words = [*in_file, *typed]
-        _, unknown = parser.parse_known_args(words)
-        return cls(parser, words, [*others, *unknown], accelerate_config)
-
-    def values(self) -> dict[str, Any]:
-        return vars(self.parser.parse_known_args(self.words)[0])
+        words = [*in_file, *typed]  # the command line comes last, so it overrides the file
+        parsed, unknown = parser.parse_known_args(words)
+        return cls(parser, vars(parsed), parser.names_in(words), [*others, *unknown], accelerate_config)
 
     def dataclasses(self) -> tuple[PairArguments, DiffusionSDPOConfig, ModelConfig]:
         """Return the options as dataclasses. Raise `ValueError` if the options do not fit together."""
-        check_adapter_options(self.values(), self.parser.names_in(self.words))
+        check_adapter_options(self.values, self.given)
         with reading_arguments():
-            parsed = self.parser.parse_args_into_dataclasses(
-                self.words, look_for_args_file=False, return_remaining_strings=True
-            )
-        return parsed[:3]
+            return self.parser.parse_dict(self.values)
 
     def refuse_others(self) -> None:
         """Raise `ValueError` if a word is not an option of `train`. The message suggests the most similar option. For

@@ -144,7 +144,7 @@ class FrozenComponents:
         try:
             if not self._was_read:
                 self._was_read = True
-                logger.warning(
+                logger.info(
                     "Loaded VAE and text encoders in %.1f s. Both are freed after each use, and loaded again for the "
                     "next use.",
                     time.monotonic() - start,

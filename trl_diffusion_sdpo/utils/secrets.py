@@ -9,7 +9,14 @@ from typing import Any
 # A setting is secret if its name, in lower case and without separators, has one of these ends or parts.
 _SECRET_ENDS = ("passwd", "passphrase", "passphrases", "auth", "authorization", "cookie", "cookies")
 _SECRET_PARTS = (
-    *("secret", "password", "apikey", "accesskey", "accountkey", "privatekey", "credential", "connectionstring"),
+    "secret",
+    "password",
+    "apikey",
+    "accesskey",
+    "accountkey",
+    "privatekey",
+    "credential",
+    "connectionstring",
     "signature",
 )
 # Access tokens, not tokens of text: neither counts, such as `max_tokens`, nor words, such as `bos_token`.
@@ -70,7 +77,8 @@ def without_secrets(text: str) -> str:
     """Return a text in which dots replace tokens, passwords and the signatures of URLs."""
     for pattern, replacement in _BY_FORM:
         text = pattern.sub(replacement, text)
-    kept, end = [], 0
+    kept: list[str] = []
+    end = 0
     for found in _NAME.finditer(text):
         before = text[max(0, found.start() - 1) : found.start()]
         if found.start() < end or not _is_secret(found["name"], before, found["end"]):

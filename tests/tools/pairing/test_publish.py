@@ -43,6 +43,7 @@ def test_a_card_that_a_person_edited_is_kept_and_named(model, tmp_path, caplog):
     card = tmp_path / "pairs" / "README.md"
     edited = write(tmp_path / "pairs", 3, model) + "\nMy own words."
     card.write_text(edited)
+    caplog.set_level("INFO", "trl_diffusion_sdpo")
     assert write(tmp_path / "pairs", 5, model) == edited and str(card) in caplog.text
 
 

@@ -71,7 +71,7 @@ def _write_card(folder: Path, purpose: str, facts: Mapping[str, object], advice:
     parts = [f"# {folder.name}", purpose, listed, advice, f"Train with `{command}`."]
     text = front + "".join(f"\n{part}\n" for part in parts if part)
     if path.is_file() and not _is_generated(path):
-        logger.warning(
+        logger.info(
             "%s was edited or is of an earlier version, so it is kept. Delete it to get one with today's numbers.",
             path,
         )

@@ -192,7 +192,7 @@ def complete_args(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> N
     set_deepspeed_learning_rate(args)
     listed = ", ".join(f"{name}={value}" for name, value in chosen.items() if value is not None)
     if args.should_log:
-        logger.warning("Defaults for %s and the loss %r: %s.", family.name, args.loss_type, listed)
+        logger.info("Defaults for %s and the loss %r: %s.", family.name, args.loss_type, listed)
 
 
 def loss_defaults(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> tuple[float, float | None]:
